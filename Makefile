@@ -1,0 +1,66 @@
+# `make help` lists what there is. Everything runs from .venv, which the first command sets up from requirements.lock.
+PYTHON ?= python3
+UV_VERSION := 0.13.8
+FAST := not slow and not cluster and not browser and not gpu
+
+BIN := .venv/bin
+UV := $(BIN)/uv
+UV_READY := .venv/.uv-$(UV_VERSION)
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all test-gpu lint format lock clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## Install everything into .venv (each command below does it when needed)
+
+demo: $(READY) ## The whole way on generated images: prepare, train, predict, evaluate
+	@$(BIN)/raydet demo
+
+test: $(READY) ## The fast tests
+	@$(BIN)/pytest -q -m "$(FAST)"
+
+test-all: $(READY) ## Every test that needs no GPU
+	@$(BIN)/pytest -q -m "not gpu"
+
+test-gpu: $(READY) ## The tests that need a GPU
+	@$(BIN)/pytest -q -m gpu
+
+lint: $(READY) ## Style, format, types and the order of imports
+	@$(BIN)/ruff check --quiet --output-format concise
+	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --check; echo 'make format puts this right'; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+	@report=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$report"; exit 1; }
+	@echo 'lint: nothing to complain about'
+
+format: $(READY) ## Format the code and repair what can be repaired
+	@$(BIN)/ruff check --fix --quiet || true
+	@$(BIN)/ruff format
+
+# LOCK_FLAGS=--upgrade takes the newest versions that pyproject.toml allows; without it only what must change does.
+lock: $(UV_READY) ## Write requirements.lock anew from pyproject.toml
+	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  --extra dev $(LOCK_FLAGS) -o requirements.lock pyproject.toml
+
+clean: ## Remove .venv and every cache; runs/ stays
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find raydet jobs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(UV_READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "raydet needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." \
+	    "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo 'setting up .venv'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@touch $@
+
+# setuptools, which builds the editable install, is in the lock: nothing is fetched without a hash.
+$(READY): requirements.lock pyproject.toml | $(UV_READY)
+	@echo 'installing requirements.lock'
+	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@

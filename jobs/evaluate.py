@@ -1,0 +1,7 @@
+"""`ray job submit … -- python jobs/evaluate.py OPTIONS` does what `raydet evaluate OPTIONS` does."""
+
+import sys
+
+from raydet.cli import main
+
+sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`ray job submit … -- python jobs/prepare.py OPTIONS` does what `raydet prepare OPTIONS` does."""
+
+import sys
+
+from raydet.cli import main
+
+sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -1,0 +1,204 @@
+"""The project as a whole: what starts light, what the lock holds, and that the run files and commands are sound."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from raydet.config import TrainConfig, load_file
+
+PROJECT = Path(__file__).parents[1]
+LOCK = PROJECT / "requirements.lock"
+RUN_FILES = sorted((PROJECT / "jobs" / "configs").glob("*.yaml"))
+
+HEAVY = ("torch", "torchvision", "transformers", "albumentations", "torchmetrics", "datasets", "ray")
+
+# What every decode worker imports: each of the heavy packages would cost it seconds and most of a gigabyte.
+LIGHT_MODULES = (
+    "boxes",
+    "config",
+    "decode",
+    "errors",
+    "geometry",
+    "ordering",
+    "schema",
+    "sources",
+    "storage",
+    "tables",
+)
+
+
+def heavy_imports(code: str) -> list[str]:
+    """Runs code in a new interpreter → which of the heavy packages it imported."""
+    report = f"\nimport sys\nprint('HEAVY', *[name for name in {HEAVY!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1].split()[1:]
+
+
+def test_heavy_imports_are_noticed() -> None:
+    assert heavy_imports("import torchvision") == ["torch", "torchvision"]
+
+
+@pytest.mark.parametrize("module", [f"raydet.{name}" for name in LIGHT_MODULES] + ["raydet", "raydet.cli"])
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    assert heavy_imports(f"import {module}") == []
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from raydet.cli import main
+sys.argv = ["raydet", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert heavy_imports(code) == []
+
+
+def test_help_of_the_installed_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = Path(sys.executable).with_name("raydet")
+    began = time.perf_counter()
+    result = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=60)
+    seconds = time.perf_counter() - began
+    with capsys.disabled():
+        print(f" [raydet --help: {seconds:.2f} s]", end="")
+    assert result.returncode == 0, result.stderr
+    for name in ("prepare", "train", "predict", "evaluate", "demo"):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=[path.stem for path in RUN_FILES])
+def test_run_files_are_training_configs(path: Path) -> None:
+    config = load_file(TrainConfig, str(path), train_data="train", val_data="val", out="run")
+    assert config.out == "run"
+
+
+def test_the_demo_has_its_run_file() -> None:
+    assert "demo" in [path.stem for path in RUN_FILES]
+
+
+def test_lock_holds_no_address() -> None:
+    addresses = [line for line in LOCK.read_text().splitlines() if re.search(r"https?://|file:|git\+| @ ", line)]
+    assert addresses == []
+
+
+def test_lock_pins_every_package_by_hash() -> None:
+    entries = [entry for entry in re.split(r"\n(?=[a-zA-Z0-9])", LOCK.read_text()) if entry.strip()]
+    assert len(entries) > 50
+    for entry in entries:
+        assert re.match(r"[A-Za-z0-9._-]+==[^ ]+", entry), entry.splitlines()[0]
+        assert "--hash=sha256:" in entry, entry.splitlines()[0]
+
+
+def test_lock_covers_what_the_project_names() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(item for extra in project["optional-dependencies"].values() for item in extra),
+    ]
+    # The editable install is built without isolation, by the setuptools of the lock.
+    wanted.append("setuptools")
+    locked = {
+        normalise(line.split("==")[0]) for line in LOCK.read_text().splitlines() if re.match(r"[A-Za-z0-9]", line)
+    }
+    names = {normalise(name) for name in (re.split(r"[\[<>=! ;]", item)[0] for item in wanted)} - {"raydet"}
+    assert names - locked == set()
+
+
+def normalise(name: str) -> str:
+    """The one spelling of a package's name."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "evidence"),
+    [
+        ("geometry", "import ray", "raydet.geometry -> ray "),
+        ("boxes", "import torch", "raydet.boxes -> torch "),
+        ("metrics", "from raydet import inference", "raydet.metrics -> raydet.inference "),
+        ("newcomer", "pass", "- raydet.newcomer"),
+    ],
+)
+def test_the_order_of_imports_is_enforced(tmp_path: Path, module: str, line: str, evidence: str) -> None:
+    shutil.copytree(PROJECT / "raydet", tmp_path / "raydet")
+    shutil.copy(PROJECT / "pyproject.toml", tmp_path)
+    with (tmp_path / "raydet" / f"{module}.py").open("a") as file:
+        file.write(f"\n\ndef _late() -> None:\n    {line}\n")
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert evidence in result.stdout + "\n"
+
+
+def test_make_help_lists_the_commands() -> None:
+    listed = make("help")
+    for target in ("demo", "test", "test-all", "test-gpu", "lint", "format", "lock", "clean"):
+        assert f"make {target} " in listed
+
+
+def test_make_test_is_the_fast_tier() -> None:
+    assert '-m "not slow and not cluster and not browser and not gpu"' in make("-n", "test")
+
+
+def test_setup_takes_packages_by_hash_only() -> None:
+    commands = [line for line in make("-n", "-B", "setup").splitlines() if "uv pip install" in line]
+    assert len(commands) == 2
+    assert "--require-hashes -r requirements.lock" in commands[0]
+    assert "--no-deps --no-build-isolation -e ." in commands[1]
+
+
+def test_an_old_python_is_refused_with_one_clear_line(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        (tmp_path / name).write_bytes((PROJECT / name).read_bytes())
+    old = tmp_path / "old"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 || exit 1\n')
+    old.chmod(0o755)
+    result = subprocess.run(
+        ["make", "PYTHON=./old", "setup"], cwd=tmp_path, env=make_environment(), capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "raydet needs Python 3.11 or newer; './old' is Python 3.8.1" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("failing", "ran", "succeeds"), [("none", ["lint", "test"], True), ("lint", ["lint"], False)], ids=["green", "red"]
+)
+def test_ci_runs_lint_then_test_and_stops_at_a_failure(
+    tmp_path: Path, failing: str, ran: list[str], succeeds: bool
+) -> None:
+    journal = tmp_path / "journal"
+    recorder = tmp_path / "make"
+    recorder.write_text(f'#!/bin/sh\necho "$@" >> {journal}\n[ "$1" != {failing} ]\n')
+    recorder.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run([PROJECT / ".ci" / "run"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert journal.read_text().split() == ran
+    assert (result.returncode == 0) is succeeds
+
+
+def test_commit_hooks_are_valid() -> None:
+    command = [sys.executable, "-m", "pre_commit", "validate-config", ".pre-commit-config.yaml"]
+    subprocess.run(command, cwd=PROJECT, check=True, timeout=60)
+
+
+def make(*arguments: str) -> str:
+    """What make prints."""
+    command = ["make", "--no-print-directory", *arguments]
+    result = subprocess.run(command, cwd=PROJECT, env=make_environment(), capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def make_environment() -> dict[str, str]:
+    """Without what an outer `make test` hands down."""
+    return {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
