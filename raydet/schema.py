@@ -1,0 +1,185 @@
+"""The Arrow schemas of the tables, the categories, and the metadata that carries them.
+
+Boxes are (x, y, width, height) in absolute pixels of the upright image. Categories are indices from 0; the ids and
+names that the source used stand in the schema's metadata.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from raydet.errors import UserError
+
+SCHEMA_VERSION = 1
+"""Raised when a reader of the old version would misread the new tables."""
+
+MAX_IMAGE_ID = 2**53
+"""COCO evaluators hold image ids in a float64, which is exact below this."""
+
+TableKind = Literal["images", "detections", "metrics", "per_image", "rejected"]
+
+_METADATA_KEY = b"raydet"
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class: its place in the tables is its index; `id` and `name` are the source's."""
+
+    id: int
+    name: str
+
+
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+OBJECTS_TYPE = pa.struct(
+    [
+        ("id", pa.list_(pa.int64())),
+        ("bbox", pa.list_(pa.list_(pa.float64(), 4))),
+        ("category", pa.list_(pa.int64())),
+        ("area", pa.list_(pa.float64())),
+        ("iscrowd", pa.list_(pa.bool_())),
+    ]
+)
+DETECTIONS_TYPE = pa.struct(
+    [
+        ("bbox", pa.list_(pa.list_(pa.float64(), 4))),
+        ("score", pa.list_(pa.float64())),
+        ("category", pa.list_(pa.int64())),
+    ]
+)
+
+_FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
+    "images": [
+        ("image_id", pa.int64()),
+        ("image", IMAGE_TYPE),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("objects", OBJECTS_TYPE),
+    ],
+    "detections": [
+        ("image_id", pa.int64()),
+        ("path", pa.string()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("detections", DETECTIONS_TYPE),
+        ("error", pa.string()),
+    ],
+    "metrics": [
+        ("run", pa.string()),
+        ("model", pa.string()),
+        ("split", pa.string()),
+        ("slice", pa.string()),
+        ("metric", pa.string()),
+        ("iou", pa.float64()),
+        ("area", pa.string()),
+        ("max_detections", pa.int64()),
+        ("category", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+    ],
+    "per_image": [
+        ("run", pa.string()),
+        ("image_id", pa.int64()),
+        ("num_truth", pa.int64()),
+        ("num_detections", pa.int64()),
+        ("true_positives", pa.int64()),
+        ("false_positives", pa.int64()),
+        ("false_negatives", pa.int64()),
+        ("f1", pa.float64()),
+        ("error", pa.string()),
+    ],
+    "rejected": [
+        ("path", pa.string()),
+        ("reason", pa.string()),
+    ],
+}
+
+
+def build_schema(
+    kind: TableKind,
+    categories: Sequence[Category] = (),
+    *,
+    extra_fields: Sequence[pa.Field] = (),
+    extra_metadata: Mapping[str, Any] | None = None,
+) -> pa.Schema:
+    """Builds the Arrow schema of a table, with the categories and the schema version in its metadata.
+
+    Args:
+        kind: Which table.
+        categories: The classes, in the order of their indices.
+        extra_fields: Further scalar columns, such as camera or city, carried through as they are.
+        extra_metadata: Anything JSON can hold, kept beside the categories.
+    """
+    fields = [pa.field(name, dtype) for name, dtype in _FIELDS[kind]] + list(extra_fields)
+    content = {
+        "kind": kind,
+        "schema_version": SCHEMA_VERSION,
+        "categories": [{"id": category.id, "name": category.name} for category in categories],
+        **(extra_metadata or {}),
+    }
+    metadata = {_METADATA_KEY: json.dumps(content).encode()}
+    if kind == "images":
+        metadata[b"huggingface"] = json.dumps(_huggingface_features(fields, categories)).encode()
+    return pa.schema(fields, metadata=metadata)
+
+
+def parse_metadata(schema: pa.Schema, *, kind: TableKind, where: str) -> dict[str, Any]:
+    """Reads back what `build_schema` put into the metadata.
+
+    Raises:
+        UserError: It is not a raydet table of this kind and schema version.
+    """
+    raw = (schema.metadata or {}).get(_METADATA_KEY)
+    if raw is None:
+        raise UserError(f"{where} is not a raydet table (no raydet metadata); make one with `raydet prepare`")
+    content: dict[str, Any] = json.loads(raw)
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"{where} has schema version {content['schema_version']}, this raydet reads version {SCHEMA_VERSION}; "
+            "write the table again with this version"
+        )
+    if content["kind"] != kind:
+        raise UserError(f"{where} is a table of {content['kind']}, expected a table of {kind}")
+    missing = [name for name, _ in _FIELDS[kind] if name not in schema.names]
+    if missing:
+        raise UserError(f"{where} lacks the columns {', '.join(missing)}")
+    return content
+
+
+def categories_of(content: Mapping[str, Any]) -> tuple[Category, ...]:
+    """The categories in parsed metadata, in the order of their indices."""
+    return tuple(Category(id=item["id"], name=item["name"]) for item in content["categories"])
+
+
+def _huggingface_features(fields: Sequence[pa.Field], categories: Sequence[Category]) -> dict[str, Any]:
+    """The `huggingface` schema metadata, by which `datasets.load_dataset("parquet", …)` sees images and class names."""
+
+    def value(dtype: str) -> dict[str, str]:
+        return {"dtype": dtype, "_type": "Value"}
+
+    def sequence(feature: dict[str, Any], length: int = -1) -> dict[str, Any]:
+        return {"feature": feature, "length": length, "_type": "List"}
+
+    label = (
+        {"names": [category.name for category in categories], "_type": "ClassLabel"} if categories else value("int64")
+    )
+    special: dict[str, Any] = {
+        "image": {"_type": "Image"},
+        "objects": {
+            "id": sequence(value("int64")),
+            "bbox": sequence(sequence(value("float64"), 4)),
+            "category": sequence(label),
+            "area": sequence(value("float64")),
+            "iscrowd": sequence(value("bool")),
+        },
+    }
+    features = {field.name: special.get(field.name) or value(_huggingface_dtype(field.type)) for field in fields}
+    return {"info": {"features": features}}
+
+
+def _huggingface_dtype(dtype: pa.DataType) -> str:
+    names = {"double": "float64", "float": "float32"}
+    return names.get(str(dtype), str(dtype))
