@@ -1,0 +1,285 @@
+import csv
+import io
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from raydet.decode import DecodeError, decode, orientation
+
+LIMIT = 178_956_970
+
+
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def noise(height: int = 24, width: int = 40) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def outcome(data: bytes, *, max_pixels: int) -> NDArray[np.uint8] | str:
+    try:
+        return decode(data, max_pixels=max_pixels)
+    except DecodeError as error:
+        return str(error)
+
+
+SEEDS = [
+    encoded(Image.fromarray(noise()), "JPEG"),
+    encoded(Image.fromarray(noise()), "JPEG", progressive=True),
+    encoded(Image.fromarray(noise()), "PNG"),
+    encoded(Image.fromarray(noise()).convert("P"), "PNG", transparency=3),
+    encoded(Image.fromarray(noise()), "GIF"),
+    encoded(Image.fromarray(noise()), "BMP"),
+    encoded(Image.fromarray(noise()), "WEBP"),
+    encoded(Image.fromarray(noise()), "AVIF"),
+    encoded(Image.fromarray(noise()), "JPEG2000"),
+    encoded(Image.fromarray(noise()), "PPM"),
+    encoded(Image.fromarray(noise()), "TIFF"),
+    encoded(Image.fromarray(noise()), "TIFF", compression="tiff_lzw"),
+]
+
+
+def test_awkward_files_are_decoded_or_refused_as_the_manifest_says(test_data: Path) -> None:
+    folder = test_data / "awkward"
+    with (folder / "MANIFEST.csv").open() as manifest:
+        rows = list(csv.DictReader(manifest))
+    assert len(rows) == 29
+    for row in rows:
+        data = (folder / row["file"]).read_bytes()
+        if row["pillow_13_load"] == "ok":
+            pixels = decode(data, max_pixels=LIMIT)
+            with Image.open(folder / row["file"]) as image:
+                width, height = ImageOps.exif_transpose(image).size
+            assert pixels.shape == (height, width, 3), row["file"]
+            assert pixels.dtype == np.uint8
+            assert pixels.flags.c_contiguous and pixels.flags.writeable
+        else:
+            with pytest.raises(DecodeError) as caught:
+                decode(data, max_pixels=LIMIT)
+            reason = str(caught.value)
+            assert 5 <= len(reason) <= 200 and "\n" not in reason and "0x" not in reason and "PIL." not in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("zero_byte.jpg", "empty file"),
+        ("text_named.jpg", "not an image Pillow can read (it is text)"),
+        ("truncated_jpeg.jpg", "truncated: the JPEG file ends before the picture does"),
+        ("truncated_image.png", "truncated: the PNG file ends before the picture does"),
+        ("zero_width.gif", "zero width"),
+        ("decompression_bomb.gif", "4,365 Mpx is over the limit of 179 Mpx"),
+        ("bmp_b_reallybig.bmp", "6,000,000 Mpx is over the limit of 179 Mpx"),
+    ],
+)
+def test_reasons_are_for_people(test_data: Path, name: str, reason: str) -> None:
+    with pytest.raises(DecodeError) as caught:
+        decode((test_data / "awkward" / name).read_bytes(), max_pixels=LIMIT)
+    assert str(caught.value) == reason
+
+
+def test_rgb_files_keep_their_exact_pixels() -> None:
+    pixels = noise()
+    for file_format in ("PNG", "BMP", "TIFF", "PPM"):
+        np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels), file_format), max_pixels=LIMIT), pixels)
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_every_exif_orientation_is_turned_upright(file_format: str, tag: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :8] = 255  # white where the stored picture has its upper left corner
+    options = {} if file_format in ("PNG", "TIFF") else {"quality": 100}
+    data = encoded(Image.fromarray(pixels), file_format, exif=exif, **options)
+    upright = decode(data, max_pixels=LIMIT)
+    assert upright.shape == ((16, 32, 3) if tag < 5 else (32, 16, 3))
+    assert orientation(data) == tag
+    # The table in the EXIF standard: where the stored picture's row 0 and column 0 are seen.
+    corners = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}
+    row, column = 0 if corners[tag][0] == "t" else -1, 0 if corners[tag][1] == "l" else -1
+    assert upright[row, column].min() > 200
+    assert sum(int(upright[r, c].min() > 200) for r in (0, -1) for c in (0, -1)) == 1
+
+
+def test_grey_and_cmyk_and_palette_become_rgb() -> None:
+    pixels = noise()
+    for mode in ("L", "1", "P", "CMYK", "LAB"):
+        image = Image.fromarray(pixels).convert("RGB" if mode == "LAB" else mode)
+        if mode == "LAB":
+            image = Image.frombytes("LAB", image.size, bytes([128, 0, 0]) * (image.width * image.height))
+        data = encoded(image, "TIFF")
+        result = decode(data, max_pixels=LIMIT)
+        assert result.shape == pixels.shape
+        if mode == "LAB":
+            assert np.ptp(result.reshape(-1, 3).astype(int), axis=1).max() <= 4  # a = b = 0 is grey
+        else:
+            np.testing.assert_array_equal(result, np.asarray(image.convert("RGB")))
+
+
+def test_what_is_transparent_lies_on_white() -> None:
+    colours = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
+    expected = np.array([[[200, 0, 0], [255, 255, 255], [127, 127, 127]]], np.uint8)
+    assert np.abs(decode(encoded(Image.fromarray(colours), "PNG"), max_pixels=LIMIT).astype(int) - expected).max() <= 1
+    grey_alpha = Image.fromarray(np.array([[[60, 255], [60, 0]]], np.uint8), "LA")
+    np.testing.assert_array_equal(
+        decode(encoded(grey_alpha, "PNG"), max_pixels=LIMIT), [[[60, 60, 60], [255, 255, 255]]]
+    )
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(
+        decode(encoded(palette, "PNG", transparency=1), max_pixels=LIMIT), [[[10, 20, 30], [255, 255, 255]]]
+    )
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    np.testing.assert_array_equal(
+        decode(encoded(keyed, "PNG", transparency=(4, 5, 6)), max_pixels=LIMIT), [[[1, 2, 3], [255, 255, 255]]]
+    )
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    samples = np.array([[0, 257, 32768, 65535]], np.uint16)
+    for file_format in ("PNG", "TIFF", "PPM"):
+        grey = decode(encoded(Image.fromarray(samples), file_format), max_pixels=LIMIT)[0, :, 0]
+        np.testing.assert_array_equal(grey, [0, 1, 128, 255])
+
+
+def test_float_samples_are_scaled_to_the_range_that_holds_them() -> None:
+    for values, expected in [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([0.0, 128.0, 255.0], [0, 128, 255]),
+        ([-5.0, float("nan"), 0.2], [0, 0, 51]),
+    ]:
+        data = encoded(Image.fromarray(np.array([values], np.float32)), "TIFF")
+        np.testing.assert_array_equal(decode(data, max_pixels=LIMIT)[0, :, 1], expected)
+
+
+def test_animations_give_their_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    for file_format in ("GIF", "PNG", "WEBP", "MPO"):
+        data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:], lossless=True, quality=100)
+        red, _, blue = decode(data, max_pixels=LIMIT)[4, 4]
+        assert red > 250 and blue < 5, file_format
+
+
+def test_the_size_limit_is_checked_in_the_header() -> None:
+    data = encoded(Image.fromarray(noise(24, 40)), "PNG")
+    assert decode(data, max_pixels=24 * 40).shape == (24, 40, 3)
+    with pytest.raises(DecodeError, match=r"^960 pixels is over the limit of 959 pixels$"):
+        decode(data, max_pixels=24 * 40 - 1)
+    # 400 Mpx are claimed and none of them is there: only the header can have told.
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    claims = data[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + data[33:]
+    with pytest.raises(DecodeError, match=r"^400 Mpx is over the limit of 179 Mpx$"):
+        decode(claims, max_pixels=LIMIT)
+
+
+def test_what_is_no_image_is_named() -> None:
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(64)
+    for data, words in [
+        (heic, "type heic"),
+        (b"%PDF-1.7\n\xff", "PDF"),
+        (b"<html>", "text"),
+        (b"\xff\x00" * 40, "not"),
+    ]:
+        with pytest.raises(DecodeError, match=words):
+            decode(data, max_pixels=LIMIT)
+        with pytest.raises(DecodeError, match=words):
+            orientation(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_raise_nothing_but_decode_errors(data: bytes) -> None:
+    for start in (
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"GIF89a",
+        b"BM",
+        b"II*\0",
+        b"P6 ",
+        b"RIFF\x20\0\0\0WEBPVP8 ",
+    ):
+        result = outcome(start + data, max_pixels=10_000)
+        # Random bytes may be a picture after all: a PPM header needs but a few.
+        assert result if isinstance(result, str) else result.ndim == 3 and result.size
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    source=st.sampled_from(SEEDS),
+    cut=st.floats(0, 1),
+    changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+)
+def test_damaged_files_raise_nothing_but_decode_errors(
+    source: bytes, cut: float, changes: list[tuple[float, int]]
+) -> None:
+    damaged = bytearray(source[: round(cut * len(source))])
+    for place, value in changes:
+        if damaged:
+            damaged[min(int(place * len(damaged)), len(damaged) - 1)] = value
+    result = outcome(bytes(damaged), max_pixels=100_000)
+    if isinstance(result, str):
+        assert result
+    else:
+        assert result.ndim == 3 and result.size
+        assert 1 <= orientation(bytes(damaged)) <= 8
+
+
+@pytest.mark.parametrize("source", SEEDS[:8])
+def test_half_a_file_is_refused(source: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode(source[: len(source) // 2], max_pixels=LIMIT)
+
+
+def test_threads_decode_side_by_side() -> None:
+    expected = [decode(seed, max_pixels=LIMIT) for seed in SEEDS]
+    failures: list[str] = []
+
+    def work() -> None:
+        for _ in range(10):
+            for seed, pixels in zip(SEEDS, expected, strict=True):
+                if not np.array_equal(decode(seed, max_pixels=LIMIT), pixels):
+                    failures.append("other pixels")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_importing_it_is_cheap_and_decoding_is_silent(test_data: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from raydet.decode import DecodeError, decode
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        decode(path.read_bytes(), max_pixels=10**12)
+    except DecodeError:
+        pass
+heavy = {"torch", "torchvision", "ray", "transformers", "albumentations", "datasets", "pyarrow"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    # 10**12 pixels are more than Pillow's own limit, at which it would warn.
+    command = [sys.executable, "-W", "always", "-c", script, str(test_data / "awkward")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
