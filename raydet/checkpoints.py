@@ -1,0 +1,92 @@
+"""What a checkpoint says about itself, read from its `config.json` without loading torch.
+
+So a wrong path or a model of another kind is one clear line before any worker starts.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from raydet import storage
+from raydet.errors import UserError
+from raydet.schema import Category
+
+STATE_FILE = "training_state.pt"
+"""In OUT/last of a training run: all that a run needs to go on."""
+HISTORY_FILE = "log/history.json"
+"""In OUT of a training run: an entry for each epoch."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk or on the Hub.
+
+    Attributes:
+        name: Absolute folder, or the name on the Hub.
+        model_type: The model family, as transformers calls it.
+        categories: Its classes, in the order of their indices, with the ids they had in the training data.
+    """
+
+    name: str
+    model_type: str
+    categories: tuple[Category, ...]
+
+
+def read_checkpoint(name: str) -> Checkpoint:
+    """Reads a checkpoint's description.
+
+    Args:
+        name: A local model folder, or a name on the Hub.
+
+    Raises:
+        UserError: There is no model there, or it names no classes.
+    """
+    is_folder = storage.exists(name)
+    content = _folder_config(name) if is_folder else _hub_config(name)
+    if "model_type" not in content:
+        raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
+    categories = categories_in(content)
+    if not categories:
+        raise UserError(f"the model {name} names no classes (no id2label in its config.json)")
+    return Checkpoint(storage.absolute_uri(name) if is_folder else name, content["model_type"], categories)
+
+
+def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
+    """The classes in the content of a `config.json`: raydet's own entry, or else transformers' `id2label`."""
+    own = content.get("raydet")
+    if own:
+        return tuple(Category(id=item["id"], name=item["name"]) for item in own["categories"])
+    labels = {int(index): str(label) for index, label in (content.get("id2label") or {}).items()}
+    return tuple(Category(id=index, name=labels[index]) for index in sorted(labels))
+
+
+def _folder_config(folder: str) -> dict[str, Any]:
+    path = storage.join(folder, "config.json")
+    if not storage.exists(path):
+        raise UserError(f"the folder {folder} holds no model (no config.json); a checkpoint is OUT/checkpoint of train")
+    weights = [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
+    if not weights:
+        raise UserError(f"the folder {folder} holds no model weights (no .safetensors file)")
+    try:
+        content: dict[str, Any] = json.loads(storage.read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    return content
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(name, "config.json")
+    except HFValidationError:
+        raise UserError(f"no such checkpoint: {name} is neither a folder nor a name on the Hub") from None
+    except LocalEntryNotFoundError:
+        raise UserError(f"no such checkpoint: there is no folder {name}, and the Hub cannot be reached") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"no such checkpoint: there is no folder {name}, and the Hub says: {str(error).splitlines()[0]}"
+        ) from None
+    content: dict[str, Any] = json.loads(storage.read_bytes(path))
+    return content

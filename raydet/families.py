@@ -1,0 +1,145 @@
+"""What the model families of transformers do differently, and what their image processors say about geometry."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raydet.errors import UserError
+from raydet.geometry import ResizeRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model type of transformers.
+
+    Attributes:
+        model_type: As in the model's config.
+        processor: The image processor class for checkpoints that come without one.
+        softmax: Class scores are a softmax with "no object" as the last class, so that each query has one label, and
+            the class loss is a weighted mean over queries; else they are sigmoids and its sum is divided by the boxes.
+        weights_in_config: transformers returns loss terms without their weights and applies these outside.
+        top_k: Detections kept per image over all queries and classes; None keeps as many as there are queries.
+        uses_pixel_mask: The model is told where the padding is.
+        side_multiple: Images that are resized to a fixed size must have sides that are a multiple of this, in pixels.
+        auxiliary_loss: Each decoder layer can learn by its own loss.
+        backbone_prefix: Parameters that begin like this belong to the backbone.
+    """
+
+    model_type: str
+    processor: str
+    softmax: bool = False
+    weights_in_config: bool = False
+    top_k: int | None = None
+    uses_pixel_mask: bool = False
+    side_multiple: int = 1
+    auxiliary_loss: bool = True
+    backbone_prefix: str = "model.backbone."
+
+
+def _detr_like(model_type: str, processor: str, *, softmax: bool) -> Family:
+    return Family(
+        model_type=model_type,
+        processor=processor,
+        softmax=softmax,
+        weights_in_config=True,
+        top_k=None if softmax else 100,
+        uses_pixel_mask=True,
+    )
+
+
+def _rt_detr_like(model_type: str) -> Family:
+    # Neighbouring levels of the feature pyramid are laid over each other, the coarsest one has a stride of 32.
+    return Family(model_type=model_type, processor="RTDetrImageProcessor", side_multiple=32)
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        _detr_like("detr", "DetrImageProcessor", softmax=True),
+        _detr_like("table-transformer", "DetrImageProcessor", softmax=True),
+        _detr_like("conditional_detr", "ConditionalDetrImageProcessor", softmax=False),
+        _detr_like("deformable_detr", "DeformableDetrImageProcessor", softmax=False),
+        _detr_like("dab-detr", "ConditionalDetrImageProcessor", softmax=False),
+        _rt_detr_like("rt_detr"),
+        _rt_detr_like("rt_detr_v2"),
+        _rt_detr_like("d_fine"),
+        Family(
+            model_type="yolos",
+            processor="YolosImageProcessor",
+            softmax=True,
+            weights_in_config=True,
+            # transformers reads a decoder depth that YOLOS does not have, and fails.
+            auxiliary_loss=False,
+            backbone_prefix="vit.",
+        ),
+    )
+}
+
+
+def family_of(model_type: str, *, where: str) -> Family:
+    """The family of a model type.
+
+    Raises:
+        UserError: It is not a detector that can be trained.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{where} is a {model_type or 'nameless'} model, not a detector that raydet can train; "
+            f"it knows {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]
+
+
+def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
+    """Reads the geometry out of a Hugging Face image processor.
+
+    Raises:
+        UserError: It does not resize, or in a way that no detector's processor does.
+    """
+    size = processor.size
+    pad_size = processor.pad_size if processor.do_pad else None
+    common: dict[str, Any] = {
+        "resample": int(processor.resample),
+        "pad_to_hw": (pad_size.height, pad_size.width) if pad_size is not None else None,
+    }
+    if not processor.do_resize:
+        raise UserError(
+            f"the image processor of {where} does not resize; set do_resize in its preprocessor_config.json"
+        )
+    if common["resample"] > 3:
+        raise UserError(f"the image processor of {where} has resample {common['resample']}; it must be 0, 1, 2 or 3")
+    if size.shortest_edge and size.longest_edge:
+        multiple_of = 16 if type(processor).__name__.startswith("Yolos") else 1
+        return ResizeRule(
+            mode="keep_aspect",
+            shortest=size.shortest_edge,
+            longest=size.longest_edge,
+            multiple_of=multiple_of,
+            **common,
+        )
+    if size.max_height and size.max_width:
+        return ResizeRule(mode="keep_aspect", limit_hw=(size.max_height, size.max_width), **common)
+    if size.height and size.width:
+        return ResizeRule(mode="fixed", size_hw=(size.height, size.width), **common)
+    raise UserError(f"cannot tell how the image processor of {where} resizes: its size is {dict(size)}")
+
+
+def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
+    """A copy of an image processor that works at another size.
+
+    Args:
+        processor: A Hugging Face image processor.
+        family: Of the model it belongs to.
+        image_size: In pixels, the side for families with a fixed size; for the others the longest side, and the side
+            of the square that every image is padded to, so that padding does not depend on an image's neighbours.
+    """
+    square = {"height": image_size, "width": image_size}
+    changes: dict[str, Any]
+    if family.side_multiple > 1:
+        changes = {"size": square}
+    else:
+        edges = {"shortest_edge": image_size, "longest_edge": image_size}
+        limits = {"max_height": image_size, "max_width": image_size}
+        # YOLOS rounds to whole patches only when it is given edges.
+        changes = {"size": edges if family.model_type == "yolos" else limits, "do_pad": True, "pad_size": square}
+    return type(processor).from_dict({**processor.to_dict(), **changes})

@@ -1,0 +1,131 @@
+"""From the size of an upright image to the size at which a model sees it, and the resize between the two.
+
+Both follow the model's own image processor to the last pixel, so that training, inference and plain transformers see
+the same picture. The rule is plain data: workers that decode images need neither torch nor transformers to plan.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Image = npt.NDArray[np.uint8]
+
+SizeHW = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeRule:
+    """How a model's image processor resizes.
+
+    Attributes:
+        mode: `fixed` takes every image to exactly `size_hw`; `keep_aspect` scales both sides alike.
+        size_hw: Height and width in pixels, for `fixed`.
+        shortest: The shorter side's length in pixels, for `keep_aspect`, unless `longest` forbids it.
+        longest: The longer side's limit in pixels.
+        limit_hw: For `keep_aspect` without `shortest`: the largest size that stays within this height and width.
+        resample: PIL's resampling code (0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic).
+        pad_to_hw: Every image of a batch is padded to this height and width; None pads to the batch's largest.
+        multiple_of: With `shortest`: both sides are rounded down to a multiple of this.
+    """
+
+    mode: Literal["fixed", "keep_aspect"]
+    size_hw: SizeHW | None = None
+    shortest: int | None = None
+    longest: int | None = None
+    limit_hw: SizeHW | None = None
+    resample: int = 2
+    pad_to_hw: SizeHW | None = None
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode == "fixed":
+            assert self.size_hw is not None, "a fixed rule needs size_hw"
+        else:
+            pair = self.shortest is not None and self.longest is not None
+            assert pair != (self.limit_hw is not None), "a keep_aspect rule has shortest and longest, or limit_hw"
+
+    def target_size_hw(self, size_hw: SizeHW) -> SizeHW:
+        """The size in pixels that an image of this size is resized to, at least 1 by 1.
+
+        The arithmetic, rounding included, is that of the Hugging Face image processors.
+        """
+        if self.mode == "fixed":
+            assert self.size_hw is not None
+            return self.size_hw
+        if self.limit_hw is not None:
+            height, width = self._within_limit(size_hw, self.limit_hw)
+        else:
+            height, width = self._by_edges(size_hw)
+        # Where a very narrow image would be left without a side, the processor fails; a batch job must not.
+        return max(height, self.multiple_of), max(width, self.multiple_of)
+
+    @staticmethod
+    def _within_limit(size_hw: SizeHW, limit_hw: SizeHW) -> SizeHW:
+        scale = min(limit_hw[0] / size_hw[0], limit_hw[1] / size_hw[1])
+        return int(size_hw[0] * scale), int(size_hw[1] * scale)
+
+    def _by_edges(self, size_hw: SizeHW) -> SizeHW:
+        assert self.shortest is not None and self.longest is not None
+        short, long = float(min(size_hw)), float(max(size_hw))
+        new_short: int = self.shortest
+        exact_short: float = self.shortest
+        if long / short * self.shortest > self.longest:
+            exact_short = self.longest * short / long
+            new_short = round(exact_short)
+        height, width = size_hw
+        unchanged = min(size_hw) == new_short
+        if self.multiple_of > 1:
+            # YOLOS asks for portrait first, and so scales a portrait image whose short side already fits.
+            unchanged = unchanged and height <= width
+        if unchanged:
+            new_hw = (height, width)
+        elif width < height:
+            new_hw = (int(exact_short * height / width), new_short)
+        else:
+            new_hw = (new_short, int(exact_short * width / height))
+        return new_hw[0] - new_hw[0] % self.multiple_of, new_hw[1] - new_hw[1] % self.multiple_of
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rule as values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "ResizeRule":
+        """Reads back `to_dict`, also after a way through JSON, where tuples became lists."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+        }
+        return cls(**values)
+
+
+def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
+    """Resizes with the resampler and the antialiasing of the Hugging Face image processors (torchvision's).
+
+    Args:
+        image: uint8 [H, W, 3].
+        size_hw: New height and width in pixels.
+        resample: PIL's resampling code.
+
+    Returns:
+        uint8 [height, width, 3], equal bit by bit to what the image processor makes of the picture on a CPU. An image
+        that already has the size comes back as it is.
+    """
+    if image.shape[:2] == tuple(size_hw):
+        return image
+    import torch
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    interpolations = {
+        0: InterpolationMode.NEAREST_EXACT,
+        1: InterpolationMode.LANCZOS,
+        2: InterpolationMode.BILINEAR,
+        3: InterpolationMode.BICUBIC,
+    }
+    # Planes, in memory too: torchvision rounds differently for interleaved channels.
+    planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
+    resized = functional.resize(planes, list(size_hw), interpolation=interpolations[resample], antialias=True)
+    return np.ascontiguousarray(resized.numpy().transpose(1, 2, 0))
