@@ -1,0 +1,130 @@
+"""The Ray cluster a job runs on: connecting or starting it, sharing it out, hearing from its workers."""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raydet import storage
+
+LOG_FILE = "ray.log"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster offers and how a job shares it out.
+
+    Attributes:
+        num_gpus: In the whole cluster.
+        use_gpu: Whether each worker gets one.
+        cpus_per_worker: Reserved for each worker.
+        cpus_per_task: What a decoding task asks for.
+    """
+
+    num_gpus: float
+    use_gpu: bool
+    cpus_per_worker: float
+    cpus_per_task: float
+
+
+@contextlib.contextmanager
+def session(log_uri: str) -> Iterator[None]:
+    """Connects to the cluster that RAY_ADDRESS names, or starts one on this machine, for the time of a `with`.
+
+    Inside another session it changes nothing, so that jobs can be strung together on one cluster.
+
+    Args:
+        log_uri: Folder for `ray.log`, with what Ray itself has to say; where it is not local, that is dropped.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with _chatter_to(log_uri):
+        ray.init(**options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _chatter_to(log_uri: str) -> Iterator[None]:
+    """Sends what Ray's processes, its C++ part and its loggers print to a file; Python's own stderr stays a screen."""
+    path = os.devnull
+    if storage.is_local(log_uri):
+        storage.make_folder(log_uri)
+        path = storage.resolve(storage.join(log_uri, LOG_FILE))[1]
+    screen = os.dup(2)
+    python_stderr = sys.stderr
+    with Path(path).open("a") as log, os.fdopen(screen, "w", closefd=False) as stderr, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"ray\.")
+        handler = logging.StreamHandler(log)
+        handler.setLevel(logging.INFO)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).handlers = [handler]
+            logging.getLogger(name).propagate = False
+        os.dup2(log.fileno(), 2)
+        if python_stderr.isatty() or python_stderr is sys.__stderr__:
+            sys.stderr = stderr
+        try:
+            yield
+        finally:
+            os.dup2(screen, 2)
+            sys.stderr = python_stderr
+    os.close(screen)
+
+
+def share_out(*, num_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
+    """Divides the cluster between the workers that compute and the tasks that decode.
+
+    Half of the CPUs go to the workers, unless told otherwise, so that decoding can never be starved of all of them;
+    fractions keep two CPUs from a deadlock.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    largest_node = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    if cpus_per_worker is None:
+        cpus_per_worker = min(total_cpus / 2 / num_workers, max(largest_node / 2, 0.5))
+        if cpus_per_worker > 1:
+            cpus_per_worker = float(int(cpus_per_worker))
+    left = total_cpus - cpus_per_worker * num_workers
+    return Resources(
+        num_gpus=num_gpus,
+        use_gpu=num_gpus >= num_workers if use_gpu is None else use_gpu,
+        cpus_per_worker=cpus_per_worker,
+        cpus_per_task=1.0 if left >= 4 else 0.5,
+    )
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """A notice board: workers pin entries to it and show how far they are; the driver reads it."""
+
+    def __init__(self) -> None:
+        self._entries: list[dict[str, Any]] = []
+        self._progress: dict[str, Any] = {}
+
+    def pin(self, entry: dict[str, Any]) -> None:
+        """Adds an entry that stays."""
+        self._entries.append(entry)
+
+    def show(self, progress: dict[str, Any]) -> None:
+        """Says how far the work is; only the newest counts."""
+        self._progress = progress
+
+    def read(self, start: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The entries from number `start` on, and how far the work is."""
+        return self._entries[start:], self._progress

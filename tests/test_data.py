@@ -1,0 +1,147 @@
+"""The stream of a run: the same micro-batches and the same pixels for any number of workers."""
+
+import hashlib
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ray.data import ExecutionResources
+
+from raydet.config import DEFAULT_MAX_PIXELS
+from raydet.data import Preparation, ReadyImage, micro_batches, run_stream
+from raydet.geometry import ResizeRule
+from raydet.ordering import MicroBatch, RunPlan
+from raydet.schema import Category, build_schema
+from raydet.tables import Table, TableWriter, open_table
+
+RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
+
+
+def _plan(train: Table, val: Table, **changes: int) -> RunPlan:
+    values: dict[str, int] = {
+        "batch_size": 5,
+        "accumulate": 1,
+        "epochs": 2,
+        "seed": 1,
+        "window_bytes": 2**20,
+        "validate_every": 1,
+        "validate_batch_size": 4,
+    }
+    groups = tuple((group.num_rows, group.num_bytes) for group in train.row_groups())
+    return RunPlan(train_groups=groups, num_val=val.num_rows, **{**values, **changes})
+
+
+def _read(
+    train: Table, val: Table, plan: RunPlan, world_size: int, **start: int
+) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
+    """What each rank gets; the ranks read side by side, as the workers of a training do."""
+    iterators = run_stream(
+        plan,
+        train=train,
+        val=val,
+        preparation=Preparation(
+            augmentation="light", plain_from_epoch=9, resize_rule=RULE, max_pixels=DEFAULT_MAX_PIXELS, seed=1
+        ),
+        world_size=world_size,
+        start_epoch=start.get("start_epoch", 0),
+        start_step=start.get("start_step", 0),
+        reserved=ExecutionResources(cpu=0.5),
+        cpus_per_task=0.5,
+    )
+    received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in iterators]
+
+    def read(rank: int) -> None:
+        for key, images in micro_batches(iterators[rank]):
+            # The pixels are only lent: keep a copy.
+            received[rank].append((key, [_copy(image) for image in images]))
+
+    threads = [threading.Thread(target=read, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "the stream hangs"
+    return received
+
+
+def _copy(image: ReadyImage) -> ReadyImage:
+    pixels = None if image.image is None else image.image.copy()
+    return ReadyImage(**{**vars(image), "image": pixels})
+
+
+def _steps(received: list[list[tuple[MicroBatch, list[ReadyImage]]]]) -> dict[tuple[str, int, int], list[str]]:
+    """The images of each global step, as digests of everything about them, in the order of the plan."""
+    steps: dict[tuple[str, int, int], list[tuple[int, int, list[str]]]] = {}
+    for rank, part in enumerate(received):
+        for key, images in part:
+            assert key.rank == rank
+            step = 0 if key.kind == "validate" else key.step
+            place = (key.step, rank) if key.kind == "validate" else (rank, key.part)
+            steps.setdefault((key.kind, key.epoch, step), []).append((*place, [_digest(image) for image in images]))
+    return {key: [digest for *_, images in sorted(parts) for digest in images] for key, parts in steps.items()}
+
+
+def _digest(image: ReadyImage) -> str:
+    content = [image.image_id, image.error, image.boxes_cxcywh.tolist(), image.labels.tolist(), image.objects]
+    pixels = b"" if image.image is None else image.image.tobytes()
+    return f"{image.image_id}:{hashlib.sha256(repr(content).encode() + pixels).hexdigest()}"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_global_steps_do_not_depend_on_the_workers(shapes: Path) -> None:
+    train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
+    one = _steps(_read(train, val, _plan(train, val), 1))
+    two = _steps(_read(train, val, _plan(train, val), 2))
+    parts = _steps(_read(train, val, _plan(train, val, accumulate=2), 2))
+    assert one == two == parts
+    for epoch in range(2):
+        ids = [digest.split(":")[0] for key, images in one.items() if key[:2] == ("train", epoch) for digest in images]
+        assert sorted(ids, key=int) == [str(number) for number in range(24)]
+        validated = one["validate", epoch, 0]
+        assert [digest.split(":")[0] for digest in validated] == [str(number) for number in range(10)]
+    assert one["validate", 0, 0] == one["validate", 1, 0]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_starting_in_the_middle_gives_the_rest(shapes: Path) -> None:
+    train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
+    whole = _steps(_read(train, val, _plan(train, val), 1))
+    rest = _steps(_read(train, val, _plan(train, val), 2, start_epoch=1, start_step=2))
+    assert rest == {key: whole[key] for key in rest}
+    assert min(key[2] for key in rest if key[0] == "train") == 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_path: Path, shapes: Path) -> None:
+    good = open_table(str(shapes / "train"), "images").read().to_pylist()[:3]
+    good[0]["objects"] = {
+        "id": [1, 2],
+        "bbox": [[1.0, 2, 20, 30], [0, 0, 64, 64]],
+        "category": [2, 1],
+        "area": [600.0, 4096.0],
+        "iscrowd": [False, True],
+    }
+    good[1]["image"]["bytes"] = b"no image"
+    good[2]["image"] = {"bytes": None, "path": str(tmp_path / "gone.png")}
+    categories = tuple(Category(number, str(number)) for number in range(3))
+    with TableWriter(str(tmp_path / "t"), build_schema("images", categories), config_hash="x") as writer:
+        writer.write_rows([{name: row[name] for name in writer_columns()} for row in good])
+    table = open_table(str(tmp_path / "t"), "images")
+    received = _read(table, table, _plan(table, table, epochs=1), 2)
+    images = {(key.kind, image.image_id): image for rank in received for key, batch in rank for image in batch}
+    ids = [row["image_id"] for row in good]
+    assert images["train", ids[0]].labels.tolist() == [2]
+    pixels = images["train", ids[0]].image
+    assert pixels is not None and pixels.shape == (32, 48, 3)
+    assert images["validate", ids[0]].truth().iscrowd.tolist() == [False, True]
+    assert "not an image" in str(images["validate", ids[1]].error) and images["train", ids[1]].image is None
+    assert images["train", ids[2]].error == "the file is not there any more"
+    np.testing.assert_array_equal(
+        images["validate", ids[1]].truth().boxes_xywh, np.array(good[1]["objects"]["bbox"]).reshape(-1, 4)
+    )
+
+
+def writer_columns() -> list[str]:
+    """The columns that every images table has."""
+    return ["image_id", "image", "width", "height", "objects"]

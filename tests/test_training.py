@@ -1,0 +1,161 @@
+"""Training on generated pictures: what it leaves behind, going on after a kill, one worker and two."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from raydet import TrainConfig, UserError, train
+from raydet.checkpoints import STATE_FILE
+from raydet.tables import open_table
+from raydet.training import TrainResult
+
+
+def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "train_data": str(shapes / "train"),
+        "val_data": str(shapes / "val"),
+        "out": str(out),
+        "model": "rt_detr_v2_tiny",
+        "image_size": 64,
+        "epochs": 6,
+        "batch_size": 6,
+        "validate_batch_size": 4,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.9,
+        "augmentation": "flip",
+        "threads_per_worker": 1,
+    }
+    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+Trained = tuple[TrainConfig, TrainResult, str]
+"""A run's config, its result, and the hash of its best weights."""
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Trained:
+    """A finished run of six epochs."""
+    config = _config(shapes, tmp_path_factory.mktemp("run") / "a")
+    result = train(config)
+    return config, result, _weights_hash(result.checkpoint)
+
+
+def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
+    config, result, _ = trained
+    assert result.out == config.out and result.checkpoint == f"{config.out}/checkpoint"
+    model = AutoModelForObjectDetection.from_pretrained(result.checkpoint)
+    AutoImageProcessor.from_pretrained(result.checkpoint)
+    assert list(model.config.id2label.values()) == [c.name for c in open_table(config.val_data, "images").categories]
+    assert [entry["epoch"] for entry in result.history] == [1, 2, 3, 4, 5, 6]
+    for entry in result.history:
+        assert entry["loss"] == pytest.approx(sum(entry["losses"].values()))
+        assert {"loss_vfl", "loss_bbox", "loss_giou"} <= set(entry["losses"])
+        assert entry["unreadable"] == 0 and entry["images_per_s"] > 0
+        assert 0 <= entry["AP"] <= 1 and len(entry["AP_by_class"]) == 3
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert Path(config.out, "config.yaml").is_file() and Path(config.out, "log", "ray.log").exists() is False
+    assert Path(config.out, "last", STATE_FILE).is_file()
+
+
+def test_a_finished_run_says_so_and_another_run_is_refused(trained: Trained) -> None:
+    config, result, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
+    again = train(dataclasses.replace(config, num_workers=2))
+    assert again.already_done and again.history == result.history
+    assert "nothing to do" in again.lines()[0]
+    with pytest.raises(UserError, match=r"already holds another run \(learning_rate: 0.001 → 0.002\)"):
+        train(dataclasses.replace(config, learning_rate=2e-3))
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
+
+
+def test_two_workers_go_on_where_one_stopped(trained: Trained) -> None:
+    config, result, _ = trained
+    more = train(dataclasses.replace(config, epochs=7, num_workers=2))
+    assert more.history[:6] == result.history
+    assert more.history[6]["epoch"] == 7 and more.history[6]["AP"] is not None
+    assert more.history[6]["loss"] < result.history[0]["loss"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_bf16_accumulation_and_more_workers_than_images_in_the_last_step(shapes: Path, tmp_path: Path) -> None:
+    # 24 images in steps of 23: the last step has one image for two workers with two parts each.
+    config = _config(
+        shapes,
+        tmp_path / "run",
+        model="detr_tiny",
+        epochs=1,
+        batch_size=23,
+        accumulate=2,
+        num_workers=2,
+        precision="bf16",
+        augmentation="strong",
+    )
+    result = train(config)
+    assert len(result.history) == 1 and 0 < result.history[0]["loss"] < 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": "absent"}, "no such table: .*absent"),
+        ({"model": "no_such_model"}, "no_such_model"),
+        ({"model": "."}, "holds no model"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    shapes: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(_config(shapes, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="no raydet run"):
+        train(_config(shapes, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.timeout(280)
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(shapes: Path, tmp_path: Path, trained: Trained) -> None:
+    out = tmp_path / "killed"
+    arguments = [sys.executable, "-m", "raydet.cli", "train"]
+    for name, value in dataclasses.asdict(dataclasses.replace(trained[0], out=str(out))).items():
+        arguments += [f"--{name}={json.dumps(value) if value is None else value}"]
+    driver = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 200
+        while not (out / "last" / STATE_FILE).exists():
+            assert driver.poll() is None and time.monotonic() < deadline, "no checkpoint came"
+            time.sleep(0.05)
+    finally:
+        # The whole session at once: driver, Ray's processes and workers, as when the power goes.
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert len(_history(str(out))) < 6, "killed too late to tell"
+    result = train(dataclasses.replace(trained[0], out=str(out)))
+    assert len(result.history) == 6 and not result.already_done
+    # On one worker of one thread every step repeats exactly, whatever was killed in between.
+    assert [entry["loss"] for entry in result.history] == [entry["loss"] for entry in trained[1].history]
+    assert [entry["AP"] for entry in result.history] == [entry["AP"] for entry in trained[1].history]
+    assert _weights_hash(result.checkpoint) == trained[2]
+
+
+def _weights_hash(folder: str) -> str:
+    return hashlib.sha256(Path(folder, "model.safetensors").read_bytes()).hexdigest()
+
+
+def _history(out: str) -> list[object]:
+    path = Path(out, "log", "history.json")
+    history: list[object] = json.loads(path.read_text()) if path.exists() else []
+    return history
