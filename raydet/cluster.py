@@ -33,6 +33,11 @@ class Resources:
     cpus_per_worker: float
     cpus_per_task: float
 
+    def describe(self, num_workers: int) -> str:
+        """A few words for the terminal."""
+        gpu = " and 1 GPU each" if self.use_gpu else " each, no GPU"
+        return f"{num_workers} worker{'s' if num_workers > 1 else ''} with {self.cpus_per_worker:g} CPU{gpu}"
+
 
 @contextlib.contextmanager
 def session(log_uri: str) -> Iterator[None]:
@@ -116,6 +121,7 @@ class Board:
     def __init__(self) -> None:
         self._entries: list[dict[str, Any]] = []
         self._progress: dict[str, Any] = {}
+        self._mistake = ""
 
     def pin(self, entry: dict[str, Any]) -> None:
         """Adds an entry that stays."""
@@ -124,6 +130,14 @@ class Board:
     def show(self, progress: dict[str, Any]) -> None:
         """Says how far the work is; only the newest counts."""
         self._progress = progress
+
+    def report_mistake(self, message: str) -> None:
+        """Says that the user's input is wrong, in the one line that the user will read."""
+        self._mistake = message
+
+    def mistake(self) -> str:
+        """The line that `report_mistake` brought, or nothing."""
+        return self._mistake
 
     def read(self, start: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The entries from number `start` on, and how far the work is."""

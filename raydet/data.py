@@ -7,6 +7,7 @@ epoch waits for a pipeline to start. Every block of it holds one row, a whole mi
 out to the workers in turn and in order, and each worker checks that it got what the plan says.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,6 +19,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, Datasource, ExecutionOptions, ExecutionResources, ReadTask, TaskPoolStrategy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
 from raydet import storage
@@ -32,6 +34,8 @@ from raydet.tables import RowGroup, Table
 if TYPE_CHECKING:
     from raydet.config import Augmentation
 
+SCHEDULING_PAUSE_S = 0.03
+"""Short beside the decoding of a batch, long beside a turn of Ray Data's scheduling loop (2–3 ms)."""
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 
 _ENCODED_TYPE = pa.struct(
@@ -140,11 +144,7 @@ def run_stream(
     Returns:
         One iterator for each rank; read it with `micro_batches`.
     """
-    context = DataContext.get_current()
-    # One byte: each row becomes a block of its own, which is what makes the dealing out exact.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.execution_options = ExecutionOptions(preserve_order=True, exclude_resources=reserved)
+    use_one_row_blocks(ExecutionOptions(preserve_order=True, exclude_resources=reserved))
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
@@ -165,6 +165,29 @@ def run_stream(
     )
     iterators: list[ray.data.DataIterator] = dataset.streaming_split(world_size, equal=False)
     return iterators
+
+
+def use_one_row_blocks(options: ExecutionOptions) -> None:
+    """Sets this process's Ray Data up so that each row, which is a whole batch, becomes a block of its own."""
+    context = DataContext.get_current()
+    # A block ends as soon as it is larger than this, in bytes. It is what makes the dealing out exact.
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.execution_options = options
+    if _Pace not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(_Pace)
+
+
+class _Pace(ExecutionCallback):
+    """Keeps Ray Data's scheduling loop from spinning.
+
+    While all that is decoded waits for a busy consumer the loop has nothing to wait for itself, and takes more than
+    half of a CPU from those who work. Each turn of it deals with all that happened since the last.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        """Rests after each turn of the loop."""
+        time.sleep(SCHEDULING_PAUSE_S)
 
 
 def micro_batches(iterator: ray.data.DataIterator) -> Iterator[tuple[MicroBatch, list[ReadyImage]]]:

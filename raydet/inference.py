@@ -20,14 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionOptions, ReadTask, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Datasource, ExecutionOptions, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
 from raydet import cluster, storage
 from raydet.checkpoints import read_checkpoint
 from raydet.config import PredictConfig, changed_fields, config_hash, identity
 from raydet.console import Console
-from raydet.data import image_bytes
+from raydet.data import image_bytes, use_one_row_blocks
 from raydet.decode import DecodeError, decode
 from raydet.errors import UserError
 from raydet.schema import build_schema
@@ -102,6 +102,8 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
         resources = cluster.share_out(
             num_workers=config.num_workers, use_gpu=config.use_gpu, cpus_per_worker=config.cpus_per_worker
         )
+        log = storage.join(config.out, "_log", cluster.LOG_FILE)
+        console.line(f"{resources.describe(config.num_workers)}; Ray's log: {log}")
         dataset = _detections(config, table, schema, done, resources)
         num_rows = len(done)
         with console.status("starting workers") as update:
@@ -150,11 +152,7 @@ def _detections(
     resources: cluster.Resources,
 ) -> ray.data.Dataset:
     """The pipeline; its rows say which file was written with how many rows."""
-    context = DataContext.get_current()
-    # One byte: each row, which is a whole batch, becomes a block of its own.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.execution_options = ExecutionOptions()
+    use_one_row_blocks(ExecutionOptions())
     as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     groups = table.row_groups()
     dataset = ray.data.read_datasource(

@@ -78,10 +78,16 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         resources = cluster.share_out(
             num_workers=config.num_workers, use_gpu=config.use_gpu, cpus_per_worker=config.cpus_per_worker
         )
+        console.line(
+            f"{resources.describe(config.num_workers)}; Ray's log: {storage.join(out, 'log', cluster.LOG_FILE)}"
+        )
         board = cluster.Board.remote()  # type: ignore[attr-defined]
         trainer = _trainer(config, tables, resources, board)
         with console.following_training(lambda start: ray.get(board.read.remote(start)), epochs=config.epochs):
             trainer.fit()
+        mistake = ray.get(board.mistake.remote())
+        if mistake:
+            raise UserError(mistake)
     return TrainResult(out, storage.join(out, "checkpoint"), _read_history(out))
 
 
@@ -116,7 +122,11 @@ def _trainer(config: TrainConfig, tables: dict[str, Table], resources: cluster.R
 def _run_worker(job: dict[str, Any]) -> None:
     from raydet.training_loop import run_worker
 
-    run_worker(job)
+    try:
+        run_worker(job)
+    except UserError as error:
+        # Every worker builds the same model and finds the same mistake: no use in starting them again.
+        ray.get(job["board"].report_mistake.remote(str(error)))
 
 
 def _check_tables(config: TrainConfig) -> dict[str, Table]:
@@ -162,6 +172,11 @@ def _read_history(out: str) -> list[dict[str, Any]]:
 
 
 def _check_model(config: TrainConfig) -> None:
-    if config.model not in SMALL_MODELS:
-        checkpoint = read_checkpoint(config.model)
-        family_of(checkpoint.model_type, where=config.model)
+    """What can be told of a model without loading torch; the workers find the rest."""
+    if config.model in SMALL_MODELS:
+        model_type = config.model.rsplit("_", 1)[0]
+    else:
+        model_type = read_checkpoint(config.model).model_type
+    multiple = family_of(model_type, where=config.model).side_multiple
+    if config.image_size is not None and config.image_size % multiple:
+        raise UserError(f"image_size must be a multiple of {multiple} for {config.model}, got {config.image_size}")

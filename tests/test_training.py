@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import signal
@@ -10,11 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 from raydet import TrainConfig, UserError, train
+from raydet.boxes import Boxes, xywh_to_xyxy
 from raydet.checkpoints import STATE_FILE
+from raydet.collate import Example, collate
+from raydet.detector import Detections
+from raydet.geometry import resize
+from raydet.models import load_detector
 from raydet.tables import open_table
 from raydet.training import TrainResult
 
@@ -66,6 +75,40 @@ def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
     assert Path(config.out, "last", STATE_FILE).is_file()
 
 
+def test_the_checkpoint_gives_the_same_boxes_without_raydet(trained: Trained) -> None:
+    config, result, _ = trained
+    rows = open_table(config.val_data, "images").read().to_pylist()
+    detector = load_detector(result.checkpoint)
+    model = AutoModelForObjectDetection.from_pretrained(result.checkpoint).eval()
+    processor = AutoImageProcessor.from_pretrained(result.checkpoint)
+    detect = pipeline("object-detection", model=model, image_processor=processor)
+    for row in rows[:5]:
+        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        size_hw = (image.height, image.width)
+        pixels = resize(np.asarray(image), detector.resize_rule.target_size_hw(size_hw), detector.resize_rule.resample)
+        example = Example(0, pixels, size_hw, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+        own = detector.predict(collate([example]))[0]
+        with torch.inference_mode():
+            outputs = model(**processor(images=image, return_tensors="pt"))
+        plain = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[size_hw])[0]
+        own_xyxy = xywh_to_xyxy(own.boxes_xywh)
+        assert len(plain["scores"]) == len(own.scores) > 0
+        np.testing.assert_allclose(plain["scores"].sort(descending=True).values, own.scores, atol=1e-3)
+        for score, label, box in zip(plain["scores"], plain["labels"], plain["boxes"], strict=True):
+            assert _is_there(own, own_xyxy, float(score), int(label), box.numpy(), tolerance_px=0.5)
+        for found in detect(image, threshold=0.01):
+            label = model.config.label2id[found["label"]]
+            box = np.array([found["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")])
+            assert _is_there(own, own_xyxy, found["score"], label, box, tolerance_px=1.0)
+
+
+def _is_there(
+    own: Detections, own_xyxy: Boxes, score: float, label: int, box_xyxy: Boxes, *, tolerance_px: float
+) -> bool:
+    near = np.abs(own_xyxy - box_xyxy).max(axis=1) <= tolerance_px
+    return bool((near & (np.abs(own.scores - score) <= 1e-3) & (own.categories == label)).any())
+
+
 def test_a_finished_run_says_so_and_another_run_is_refused(trained: Trained) -> None:
     config, result, _ = trained
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
@@ -109,6 +152,7 @@ def test_bf16_accumulation_and_more_workers_than_images_in_the_last_step(shapes:
         ({"train_data": "absent"}, "no such table: .*absent"),
         ({"model": "no_such_model"}, "no_such_model"),
         ({"model": "."}, "holds no model"),
+        ({"image_size": 100}, "image_size must be a multiple of 32"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(
@@ -126,6 +170,15 @@ def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_mistake_that_only_the_workers_see_is_one_line_too(shapes: Path, tmp_path: Path) -> None:
+    # 32 pixels are a multiple of 32, but leave fewer places in the picture than the model has queries.
+    with pytest.raises(UserError, match="image_size 32 is too small") as error:
+        train(_config(shapes, tmp_path / "run", model="rt_detr_v2_small", image_size=32))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(shapes: Path, tmp_path: Path, trained: Trained) -> None:
     out = tmp_path / "killed"

@@ -21,9 +21,9 @@ Pixels = NDArray[np.float32]
 CATEGORIES = (Category(1, "rectangle"), Category(2, "ellipse"), Category(3, "triangle"))
 
 _STREAM_OF_SPLIT: dict[Split, int] = {"train": 0, "val": 1}
-_LEAST_SIZE, _MOST_SIZE = 0.16, 0.37
+_LEAST_SIZE, _MOST_SIZE = 0.18, 0.37
 _MOST_STRETCH = 0.2
-_MOST_COVERED = 0.15
+_MOST_COVERED = 0.1
 _OVERSAMPLING = 2
 _LEAST_CONTRAST = 140.0
 _TRIES = 20
@@ -45,7 +45,7 @@ class DrawnImage:
 def draw(seed: int, split: Split, index: int, *, image_size: int, max_shapes: int) -> DrawnImage:
     """Draws one picture.
 
-    A shape's width and height are 12 % to 45 % of the picture's side; later shapes cover at most a seventh of an
+    A shape's width and height are 15 % to 45 % of the picture's side; later shapes cover at most a tenth of an
     earlier one.
 
     Args:

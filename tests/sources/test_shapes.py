@@ -24,7 +24,7 @@ def test_numbers_sizes_and_classes_are_spread() -> None:
     classes = np.bincount([category for item in drawn for category in item.objects.categories])
     assert classes.size == len(CATEGORIES) == 3 and classes.min() > 0.25 * classes.sum()
     boxes_xywh = np.array([xywh for item in drawn for xywh in item.objects.boxes_xywh])
-    assert boxes_xywh[:, 2:].max() <= np.rint(0.45 * 128)
+    assert boxes_xywh[:, 2:].max() <= np.rint(0.46 * 128)
     assert (boxes_xywh[:, :2] >= 0).all() and (boxes_xywh[:, :2] + boxes_xywh[:, 2:] <= 128).all()
 
 
@@ -45,7 +45,7 @@ def test_boxes_are_tight_around_what_is_seen() -> None:
     assert num_shapes > 15
 
 
-def test_shapes_cover_at_most_a_third_of_one_another() -> None:
+def test_shapes_hardly_cover_one_another() -> None:
     fill = {0: 1.0, 1: np.pi / 4, 2: 0.5}
     crowded = pictures(2, "val", 80, max_shapes=12)
     assert max(len(item.objects.ids) for item in crowded) >= 8
@@ -54,7 +54,7 @@ def test_shapes_cover_at_most_a_third_of_one_another() -> None:
             item.objects.boxes_xywh, item.objects.categories, item.objects.areas, strict=True
         ):
             # The visible box is at most the whole one, so this bounds the visible part from above.
-            assert area >= 0.6 * fill[category] * width * height - 8
+            assert area >= 0.85 * fill[category] * width * height - 8
 
 
 @pytest.mark.parametrize("image_size", [32, 100, 640])
