@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from raydet import storage
+from raydet.errors import UserError
 
 LOG_FILE = "ray.log"
 
@@ -101,6 +102,9 @@ def share_out(*, num_workers: int, use_gpu: bool | None, cpus_per_worker: float 
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     largest_node = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    # One node with CPUs that nobody else lent us is this machine; to a cluster nodes may yet be added.
+    if len(nodes) == 1 and total_cpus and not os.environ.get("RAY_ADDRESS"):
+        _refuse_what_is_not_there(num_workers, use_gpu, cpus_per_worker, total_cpus, num_gpus)
     if cpus_per_worker is None:
         cpus_per_worker = min(total_cpus / 2 / num_workers, max(largest_node / 2, 0.5))
         if cpus_per_worker > 1:
@@ -112,6 +116,21 @@ def share_out(*, num_workers: int, use_gpu: bool | None, cpus_per_worker: float 
         cpus_per_worker=cpus_per_worker,
         cpus_per_task=1.0 if left >= 4 else 0.5,
     )
+
+
+def _refuse_what_is_not_there(
+    num_workers: int, use_gpu: bool | None, cpus_per_worker: float | None, total_cpus: float, num_gpus: float
+) -> None:
+    if use_gpu and num_gpus < num_workers:
+        raise UserError(
+            f"--use-gpu with {num_workers} workers needs as many GPUs, this machine has {num_gpus:g}; lower "
+            "--num-workers, or leave --use-gpu out"
+        )
+    if cpus_per_worker and cpus_per_worker * num_workers > total_cpus - 0.5:
+        raise UserError(
+            f"{num_workers} workers of {cpus_per_worker:g} CPUs leave none of this machine's {total_cpus:g} to decode "
+            "with; lower --cpus-per-worker or --num-workers"
+        )
 
 
 @ray.remote(num_cpus=0)

@@ -30,6 +30,7 @@ from raydet.console import Console
 from raydet.data import image_bytes, use_one_row_blocks
 from raydet.decode import DecodeError, decode
 from raydet.errors import UserError
+from raydet.families import family_of
 from raydet.schema import build_schema
 from raydet.tables import MANIFEST_NAME, RowGroup, Table, is_table, open_table, write_manifest
 
@@ -91,17 +92,23 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
     """
     console = console or Console()
     table = open_table(config.data, "images")
+    if table.num_rows == 0:
+        raise UserError(f"--data {table.uri} has no image")
     checkpoint = read_checkpoint(config.checkpoint)
-    config = dataclasses.replace(config, out=storage.absolute_uri(config.out), checkpoint=checkpoint.name)
+    family_of(checkpoint.model_type, where=config.checkpoint)
+    # Workers have other working directories, and a run is the same whichever one it is started from.
+    config = dataclasses.replace(
+        config, out=storage.absolute_uri(config.out), checkpoint=checkpoint.name, data=table.uri
+    )
     schema = build_schema("detections", checkpoint.categories, extra_metadata={"checkpoint": checkpoint.name})
     if _check_folder(config):
         return _result(config.out, already_done=True)
-    storage.write_bytes(storage.join(config.out, RUN_FILE), json.dumps(identity(config), indent=1).encode())
     done = _done_image_ids(config.out)
     with cluster.session(storage.join(config.out, "_log")):
         resources = cluster.share_out(
             num_workers=config.num_workers, use_gpu=config.use_gpu, cpus_per_worker=config.cpus_per_worker
         )
+        storage.write_bytes(storage.join(config.out, RUN_FILE), json.dumps(identity(config), indent=1).encode())
         log = storage.join(config.out, "_log", cluster.LOG_FILE)
         console.line(f"{resources.describe(config.num_workers)}; Ray's log: {log}")
         dataset = _detections(config, table, schema, done, resources)

@@ -99,6 +99,13 @@ def make_folder(uri: str) -> None:
     filesystem.create_dir(path, recursive=True)
 
 
+def delete_file(uri: str) -> None:
+    """Removes a file; an absent one is fine."""
+    filesystem, path = resolve(uri)
+    if filesystem.get_file_info(path).type == pafs.FileType.File:
+        filesystem.delete_file(path)
+
+
 def delete_folder(uri: str) -> None:
     """Removes a folder and what is in it; an absent one is fine."""
     filesystem, path = resolve(uri)

@@ -14,7 +14,7 @@ import ray
 import yaml
 
 from raydet import cluster, storage
-from raydet.checkpoints import HISTORY_FILE, read_checkpoint
+from raydet.checkpoints import HISTORY_FILE, STATE_FILE, read_checkpoint
 from raydet.config import TrainConfig, changed_fields, to_yaml
 from raydet.console import Console
 from raydet.errors import UserError
@@ -66,18 +66,25 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     console = console or Console()
     tables = _check_tables(config)
     out = storage.absolute_uri(config.out)
-    config = dataclasses.replace(config, out=out)
+    # Workers have other working directories, and a run is the same whichever one it is started from.
+    config = dataclasses.replace(
+        config,
+        out=out,
+        train_data=tables["train"].uri,
+        val_data=tables["validate"].uri,
+        model=storage.absolute_uri(config.model) if storage.exists(config.model) else config.model,
+    )
     history = _check_run_folder(config)
     if len(history) >= config.epochs and storage.exists(storage.join(out, "checkpoint", "config.json")):
         return TrainResult(out, storage.join(out, "checkpoint"), history[: config.epochs], already_done=True)
     if not history:
         _check_model(config)
-    storage.write_bytes(storage.join(out, "config.yaml"), to_yaml(config).encode())
 
     with cluster.session(storage.join(out, "log")):
         resources = cluster.share_out(
             num_workers=config.num_workers, use_gpu=config.use_gpu, cpus_per_worker=config.cpus_per_worker
         )
+        storage.write_bytes(storage.join(out, "config.yaml"), to_yaml(config).encode())
         console.line(
             f"{resources.describe(config.num_workers)}; Ray's log: {storage.join(out, 'log', cluster.LOG_FILE)}"
         )
@@ -87,6 +94,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             trainer.fit()
         mistake = ray.get(board.mistake.remote())
         if mistake:
+            if not history:
+                storage.delete_file(storage.join(out, "config.yaml"))
             raise UserError(mistake)
     return TrainResult(out, storage.join(out, "checkpoint"), _read_history(out))
 
@@ -152,14 +161,15 @@ def _check_run_folder(config: TrainConfig) -> list[dict[str, Any]]:
         if storage.list_files(config.out):
             raise UserError(f"--out {config.out} holds files that are no raydet run; choose another folder")
         return []
+    storage.recover_folder(storage.join(config.out, "last"))
+    storage.recover_folder(storage.join(config.out, "checkpoint"))
     changes = changed_fields(config, yaml.safe_load(storage.read_bytes(path)))
-    if changes:
+    # A run that ended before its first checkpoint has left nothing that other settings could spoil.
+    if changes and storage.exists(storage.join(config.out, "last", STATE_FILE)):
         raise UserError(
             f"--out {config.out} already holds another run ({'; '.join(changes)}); choose another folder, or the "
             "same settings to go on with it"
         )
-    storage.recover_folder(storage.join(config.out, "last"))
-    storage.recover_folder(storage.join(config.out, "checkpoint"))
     return _read_history(config.out)
 
 

@@ -176,6 +176,20 @@ def test_a_mistake_that_only_the_workers_see_is_one_line_too(shapes: Path, tmp_p
     with pytest.raises(UserError, match="image_size 32 is too small") as error:
         train(_config(shapes, tmp_path / "run", model="rt_detr_v2_small", image_size=32))
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"use_gpu": True}, "this machine has 0"), ({"cpus_per_worker": 2.0}, "leave none of this machine's 2")],
+)
+def test_more_than_the_machine_has_is_refused_instead_of_waited_for(
+    shapes: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(_config(shapes, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.slow
