@@ -54,11 +54,10 @@ def _require_positive(config: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareCocoConfig:
-    """COCO instances JSON and a folder of images → an images table."""
+class PrepareImagesConfig:
+    """A folder or URI of images without labels → an images table."""
 
-    annotations: str = _option("COCO instances JSON file")
-    images: str = _option("folder or URI that the file names in the JSON are relative to")
+    images: str = _option("folder or URI of the images, with its subfolders")
     out: str = _option("folder or URI of the images table to write")
     image_storage: ImageStorage = _option("inline: image bytes in the table; reference: only their paths", "inline")
     max_pixels: int = _option("larger pictures are rejected as decompression bombs", DEFAULT_MAX_PIXELS)
@@ -69,17 +68,10 @@ class PrepareCocoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareImagesConfig:
-    """A folder or URI of images without labels → an images table."""
+class PrepareCocoConfig(PrepareImagesConfig):
+    """COCO instances JSON and a folder of images → an images table."""
 
-    images: str = _option("folder or URI, searched with its subfolders")
-    out: str = _option("folder or URI of the images table to write")
-    image_storage: ImageStorage = _option("inline: image bytes in the table; reference: only their paths", "inline")
-    max_pixels: int = _option("larger pictures are rejected as decompression bombs", DEFAULT_MAX_PIXELS)
-    num_threads: int | None = _option("decoding threads (all cores by default)", None, operational=True)
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "max_pixels", "num_threads")
+    annotations: str = _option("COCO instances JSON file, whose file names are relative to the folder of images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +93,26 @@ class PrepareShapesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class _WorkersConfig:
+    """What jobs with a model on several workers have in common; none of it changes what comes out."""
+
+    num_workers: int = _option("workers side by side, each with its copy of the model", 1, operational=True)
+    use_gpu: bool | None = _option("one GPU per worker; by default, when the cluster has any", None, operational=True)
+    cpus_per_worker: float | None = _option(
+        "CPUs reserved for each worker; by default half of the cluster's, shared out, the rest decodes",
+        None,
+        operational=True,
+    )
+    threads_per_worker: int | None = _option(
+        "torch threads in a worker; its share of the cores", None, operational=True
+    )
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_workers", "cpus_per_worker", "threads_per_worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_WorkersConfig):
     """Fine-tune a detector, or train a small one from scratch."""
 
     train_data: str = _option("images table to learn from")
@@ -138,23 +149,14 @@ class TrainConfig:
     validate_every: int = _option("epochs between two validations; the last epoch always has one", 1)
     validate_batch_size: int | None = _option("images at once in validation; batch_size by default", None)
 
-    num_workers: int = _option("training workers; the time depends on it, the result does not", 1, operational=True)
-    use_gpu: bool | None = _option("one GPU per worker; by default, when the cluster has any", None, operational=True)
-    cpus_per_worker: float | None = _option(
-        "CPUs reserved for each worker; by default half of the cluster's, shared out, the rest decodes",
-        None,
-        operational=True,
-    )
-    threads_per_worker: int | None = _option(
-        "torch threads in a worker; its share of the cores", None, operational=True
-    )
     max_failures: int = _option("times that dead workers are replaced before giving up", 3, operational=True)
     shuffle_window_mb: int = _option("compressed images shuffled together", 256)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(self, "epochs", "batch_size", "accumulate", "learning_rate", "backbone_learning_rate")
-        _require_positive(self, "validate_every", "validate_batch_size", "num_workers", "cpus_per_worker")
-        _require_positive(self, "threads_per_worker", "shuffle_window_mb", "max_grad_norm", "schedule_epochs")
+        _require_positive(self, "validate_every", "validate_batch_size", "shuffle_window_mb", "max_grad_norm")
+        _require_positive(self, "schedule_epochs")
         for name in ("weight_decay", "warmup_steps", "plain_epochs", "max_failures", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
@@ -169,7 +171,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(_WorkersConfig):
     """Run a checkpoint over an images table → a detections table, one row for each image."""
 
     checkpoint: str = _option("model folder, as written by train, or a Hub name")
@@ -179,15 +181,10 @@ class PredictConfig:
     score_threshold: float = _option("detections at or below this score are left out; 0 keeps all, as AP needs", 0.0)
     precision: Precision = _option("fp32, or bf16 autocast", "fp32")
     max_pixels: int = _option("larger pictures are reported as decompression bombs", DEFAULT_MAX_PIXELS)
-    num_workers: int = _option("copies of the model that work side by side", 1, operational=True)
-    use_gpu: bool | None = _option("one GPU per copy; by default, when the cluster has any", None, operational=True)
-    cpus_per_worker: float | None = _option("CPUs reserved for each copy of the model", None, operational=True)
-    threads_per_worker: int | None = _option(
-        "torch threads of each copy; its share of the cores", None, operational=True
-    )
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "max_pixels", "num_workers", "cpus_per_worker", "threads_per_worker")
+        super().__post_init__()
+        _require_positive(self, "batch_size", "max_pixels")
         _require(0 <= self.score_threshold < 1, f"score_threshold must be in [0, 1), got {self.score_threshold}")
 
 

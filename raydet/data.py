@@ -8,7 +8,7 @@ out to the workers in turn and in order, and each worker checks that it got what
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,7 @@ def run_stream(
     groups = {kind: table.row_groups() for kind, table in tables.items()}
     source = ray.put(_Source(plan, tables, groups, world_size))
     dataset = ray.data.read_datasource(
-        _RunSource(source, segments),
+        TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
         # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
         num_cpus=0.01,
         compute=TaskPoolStrategy(size=min(len(segments), 2)),
@@ -218,28 +218,25 @@ class _Source:
     world_size: int
 
 
-class _RunSource(Datasource):
-    """The encoded images of a run, one row a micro-batch, one task a segment."""
+class TaskSource(Datasource):
+    """A source for Ray Data made of tasks, each of which yields blocks."""
 
-    def __init__(self, source: "ray.ObjectRef[_Source]", segments: Sequence[Segment]) -> None:
+    def __init__(self, name: str, tasks: Sequence[Callable[[], Iterator[pa.Table]]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._source, self._segments = source, segments
+        self._name, self._tasks = name, tasks
 
     def get_name(self) -> str:
         """What Ray's progress and dashboard call it."""
-        return "RunStream"
+        return self._name
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: what is read depends on the plan."""
+        """Unknown: it depends on what is left to do."""
         return None
 
     def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
-        """One task for each segment, whatever the parallelism."""
+        """The tasks as they are, whatever the parallelism."""
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(partial(_read_segment, self._source, segment), metadata, _ENCODED_SCHEMA)
-            for segment in self._segments
-        ]
+        return [ReadTask(task, metadata) for task in self._tasks]
 
 
 def _read_segment(source_ref: "ray.ObjectRef[_Source]", segment: Segment) -> Iterator[pa.Table]:

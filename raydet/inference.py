@@ -20,14 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, Datasource, ExecutionOptions, ReadTask, TaskPoolStrategy
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
 
 from raydet import cluster, storage
 from raydet.checkpoints import read_checkpoint
 from raydet.config import PredictConfig, changed_fields, config_hash, identity
 from raydet.console import Console
-from raydet.data import image_bytes, use_one_row_blocks
+from raydet.data import TaskSource, image_bytes, use_one_row_blocks
 from raydet.decode import DecodeError, decode
 from raydet.errors import UserError
 from raydet.families import family_of
@@ -161,9 +160,9 @@ def _detections(
     """The pipeline; its rows say which file was written with how many rows."""
     use_one_row_blocks(ExecutionOptions())
     as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    groups = table.row_groups()
+    groups, done_ref = table.row_groups(), ray.put(done)
     dataset = ray.data.read_datasource(
-        _BatchSource(table, groups, ray.put(done), config.batch_size),
+        TaskSource("Images", [partial(_read_batches, table, group, done_ref, config.batch_size) for group in groups]),
         num_cpus=0.01,
         compute=TaskPoolStrategy(size=min(len(groups), max(2, config.num_workers))),
         override_num_blocks=max(1, len(groups)),
@@ -186,30 +185,6 @@ def _detections(
         num_cpus=0.1,
     )
     return parts
-
-
-class _BatchSource(Datasource):
-    """The encoded images of a table that are not done yet, one row a batch, one task a row group."""
-
-    def __init__(self, table: Table, groups: tuple[RowGroup, ...], done: "ray.ObjectRef[Any]", batch_size: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._table, self._groups, self._done, self._batch_size = table, groups, done, batch_size
-
-    def get_name(self) -> str:
-        """What Ray's progress and dashboard call it."""
-        return "Images"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: it depends on what is done already."""
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
-        """One task for each row group, whatever the parallelism."""
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(partial(_read_batches, self._table, group, self._done, self._batch_size), metadata)
-            for group in self._groups
-        ]
 
 
 def _read_batches(table: Table, group: RowGroup, done: "ray.ObjectRef[Any]", batch_size: int) -> Iterator[pa.Table]:
