@@ -24,7 +24,8 @@ class Checkpoint:
     Attributes:
         name: Absolute folder, or the name on the Hub.
         model_type: The model family, as transformers calls it.
-        categories: Its classes, in the order of their indices, with the ids they had in the training data.
+        categories: Its classes, in the order of their indices, with the ids they had in the training data; none
+            where it does not name them.
     """
 
     name: str
@@ -39,24 +40,27 @@ def read_checkpoint(name: str) -> Checkpoint:
         name: A local model folder, or a name on the Hub.
 
     Raises:
-        UserError: There is no model there, or it names no classes.
+        UserError: There is no model there.
     """
     is_folder = storage.exists(name)
     content = _folder_config(name) if is_folder else _hub_config(name)
     if "model_type" not in content:
         raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
-    categories = categories_in(content)
-    if not categories:
-        raise UserError(f"the model {name} names no classes (no id2label in its config.json)")
-    return Checkpoint(storage.absolute_uri(name) if is_folder else name, content["model_type"], categories)
+    absolute = storage.absolute_uri(name) if is_folder else name
+    return Checkpoint(absolute, content["model_type"], categories_in(content))
 
 
 def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
-    """The classes in the content of a `config.json`: raydet's own entry, or else transformers' `id2label`."""
+    """The classes in the content of a `config.json`: raydet's own entry, or else transformers' `id2label`.
+
+    None where the labels are transformers' placeholders, LABEL_0 and so on.
+    """
     own = content.get("raydet")
     if own:
         return tuple(Category(id=item["id"], name=item["name"]) for item in own["categories"])
     labels = {int(index): str(label) for index, label in (content.get("id2label") or {}).items()}
+    if all(label == f"LABEL_{index}" for index, label in labels.items()):
+        return ()
     return tuple(Category(id=index, name=labels[index]) for index in sorted(labels))
 
 

@@ -95,6 +95,8 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
         raise UserError(f"--data {table.uri} has no image")
     checkpoint = read_checkpoint(config.checkpoint)
     family_of(checkpoint.model_type, where=config.checkpoint)
+    if not checkpoint.categories:
+        raise UserError(f"the model {checkpoint.name} names no classes (no id2label in its config.json)")
     # Workers have other working directories, and a run is the same whichever one it is started from.
     config = dataclasses.replace(
         config, out=storage.absolute_uri(config.out), checkpoint=checkpoint.name, data=table.uri

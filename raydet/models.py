@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
+from raydet.checkpoints import categories_in
 from raydet.detector import Detections, Detector, quiet
 from raydet.errors import UserError
 from raydet.families import Family, family_of, resized_processor
@@ -65,7 +66,7 @@ def build_detector(
         else:
             config, family = _read_config(name)
             processor = _read_processor(name, family)
-            own_names = [category.name for category in _categories_of(config) or ()]
+            own_names = [category.name for category in categories_in(config.to_dict())]
             own_number = config.num_labels
             _prepare_for_training(config, categories, family)
             model = _read_model(name, config)
@@ -99,8 +100,8 @@ def load_detector(name: str) -> Detector:
     name = os.path.expanduser(name)
     with quiet():
         config, family = _read_config(name)
-        categories = _categories_of(config)
-        if categories is None:
+        categories = categories_in(config.to_dict())
+        if not categories:
             raise UserError(f"the config.json of {name} does not name the classes; give it an id2label")
         model = _read_model(name, config)
         processor = _read_processor(name, family)
@@ -193,17 +194,6 @@ def _cannot_read(name: str, error: Exception) -> UserError:
         f"{name} is no folder here and cannot be had from the Hugging Face Hub: {reason} Check the name and the "
         "connection, or give a local model folder"
     )
-
-
-def _categories_of(config: PreTrainedConfig) -> tuple[Category, ...] | None:
-    """The classes of a checkpoint; None where they have no names."""
-    content = getattr(config, "raydet", None)
-    if content is not None:
-        return tuple(Category(id=item["id"], name=item["name"]) for item in content["categories"])
-    labels = {int(index): str(label) for index, label in (config.id2label or {}).items()}
-    if not labels or all(label == f"LABEL_{index}" for index, label in labels.items()):
-        return None
-    return tuple(Category(id=index, name=labels[index]) for index in sorted(labels))
 
 
 def _reset_class_head(model: PreTrainedModel) -> None:
