@@ -14,6 +14,7 @@ from raydet.config import (
     PrepareCocoConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
+    PushConfig,
     TrainConfig,
 )
 from raydet.errors import UserError
@@ -21,6 +22,7 @@ from raydet.errors import UserError
 if TYPE_CHECKING:
     from raydet.demo import demo
     from raydet.evaluation import evaluate
+    from raydet.hub import push
     from raydet.inference import predict
     from raydet.preparation import prepare_coco, prepare_images, prepare_shapes
     from raydet.training import train
@@ -34,6 +36,7 @@ _FUNCTIONS = {
     "prepare_coco": "raydet.preparation",
     "prepare_images": "raydet.preparation",
     "prepare_shapes": "raydet.preparation",
+    "push": "raydet.hub",
     "train": "raydet.training",
 }
 
@@ -44,6 +47,7 @@ __all__ = [
     "PrepareCocoConfig",
     "PrepareImagesConfig",
     "PrepareShapesConfig",
+    "PushConfig",
     "TrainConfig",
     "UserError",
     "__version__",
@@ -53,6 +57,7 @@ __all__ = [
     "prepare_coco",
     "prepare_images",
     "prepare_shapes",
+    "push",
     "train",
 ]
 

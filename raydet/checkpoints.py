@@ -11,8 +11,8 @@ from raydet import storage
 from raydet.errors import UserError
 from raydet.schema import Category
 
-STATE_FILE = "training_state.pt"
-"""In OUT/last of a training run: all that a run needs to go on."""
+STATES_FOLDER = "states"
+"""In OUT of a training run: all that it needs to go on, as it stood at its newest checkpoints."""
 HISTORY_FILE = "log/history.json"
 """In OUT of a training run: an entry for each epoch."""
 

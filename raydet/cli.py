@@ -15,11 +15,12 @@ from raydet.config import (
     PrepareCocoConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
+    PushConfig,
     TrainConfig,
-    load,
 )
 from raydet.console import Console
-from raydet.errors import UserError
+from raydet.errors import RunError, UserError
+from raydet.options import load
 
 _USAGE = """\
 usage: raydet COMMAND [options]
@@ -30,6 +31,7 @@ usage: raydet COMMAND [options]
   train            fine-tune a detector, or train a small one from scratch
   predict          run a checkpoint over an images table → a detections table
   evaluate         truth and detections → COCO numbers and metrics tables
+  push             share a checkpoint on the Hugging Face Hub, with a model card
   demo             the whole way on generated pictures
 
 raydet COMMAND --help lists the options of a command. Every command takes --config FILE.yaml, which further
@@ -43,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return _run(list(arguments))
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"raydet: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("raydet: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -89,6 +91,10 @@ def _evaluate(config: EvaluateConfig, console: Console) -> None:
     _lines(console, raydet.evaluate(config))
 
 
+def _push(config: PushConfig, console: Console) -> None:
+    _lines(console, raydet.push(config))
+
+
 def _lines(console: Console, report: Any) -> None:
     for line in report.lines():
         console.line(line)
@@ -113,6 +119,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "train": (TrainConfig, _train),
     "predict": (PredictConfig, _predict),
     "evaluate": (EvaluateConfig, _evaluate),
+    "push": (PushConfig, _push),
     "demo": (DemoConfig, _demo),
 }
 

@@ -34,10 +34,11 @@ class Resources:
     cpus_per_worker: float
     cpus_per_task: float
 
-    def describe(self, num_workers: int) -> str:
+    def describe(self, min_workers: int, max_workers: int) -> str:
         """A few words for the terminal."""
+        number = f"{max_workers}" if min_workers == max_workers else f"{min_workers} to {max_workers}"
         gpu = " and 1 GPU each" if self.use_gpu else " each, no GPU"
-        return f"{num_workers} worker{'s' if num_workers > 1 else ''} with {self.cpus_per_worker:g} CPU{gpu}"
+        return f"{number} worker{'s' if max_workers > 1 else ''} with {self.cpus_per_worker:g} CPU{gpu}"
 
 
 @contextlib.contextmanager
@@ -92,7 +93,7 @@ def _chatter_to(log_uri: str) -> Iterator[None]:
     os.close(screen)
 
 
-def share_out(*, num_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
+def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
     """Divides the cluster between the workers that compute and the tasks that decode.
 
     Half of the CPUs go to the workers, unless told otherwise, so that decoding can never be starved of all of them;
@@ -104,15 +105,15 @@ def share_out(*, num_workers: int, use_gpu: bool | None, cpus_per_worker: float 
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     # One node with CPUs that nobody else lent us is this machine; to a cluster nodes may yet be added.
     if len(nodes) == 1 and total_cpus and not os.environ.get("RAY_ADDRESS"):
-        _refuse_what_is_not_there(num_workers, use_gpu, cpus_per_worker, total_cpus, num_gpus)
+        _refuse_what_is_not_there(min_workers, use_gpu, cpus_per_worker, total_cpus, num_gpus)
     if cpus_per_worker is None:
-        cpus_per_worker = min(total_cpus / 2 / num_workers, max(largest_node / 2, 0.5))
+        cpus_per_worker = min(total_cpus / 2 / max_workers, max(largest_node / 2, 0.5))
         if cpus_per_worker > 1:
             cpus_per_worker = float(int(cpus_per_worker))
-    left = total_cpus - cpus_per_worker * num_workers
+    left = total_cpus - cpus_per_worker * max_workers
     return Resources(
         num_gpus=num_gpus,
-        use_gpu=num_gpus >= num_workers if use_gpu is None else use_gpu,
+        use_gpu=num_gpus >= min_workers if use_gpu is None else use_gpu,
         cpus_per_worker=cpus_per_worker,
         cpus_per_task=1.0 if left >= 4 else 0.5,
     )
@@ -135,20 +136,27 @@ def _refuse_what_is_not_there(
 
 @ray.remote(num_cpus=0)
 class Board:
-    """A notice board: workers pin entries to it and show how far they are; the driver reads it."""
+    """A notice board: workers pin entries to it and show how far they are; the driver reads it and may ask to stop."""
 
     def __init__(self) -> None:
         self._entries: list[dict[str, Any]] = []
         self._progress: dict[str, Any] = {}
         self._mistake = ""
+        self._failure = ""
+        self._is_to_stop = False
 
     def pin(self, entry: dict[str, Any]) -> None:
         """Adds an entry that stays."""
         self._entries.append(entry)
 
-    def show(self, progress: dict[str, Any]) -> None:
-        """Says how far the work is; only the newest counts."""
+    def show(self, progress: dict[str, Any]) -> bool:
+        """Says how far the work is; only the newest counts. Returns whether the driver asks to stop."""
         self._progress = progress
+        return self._is_to_stop
+
+    def ask_to_stop(self) -> None:
+        """Has the workers save what they have and end."""
+        self._is_to_stop = True
 
     def report_mistake(self, message: str) -> None:
         """Says that the user's input is wrong, in the one line that the user will read."""
@@ -157,6 +165,14 @@ class Board:
     def mistake(self) -> str:
         """The line that `report_mistake` brought, or nothing."""
         return self._mistake
+
+    def report_failure(self, message: str) -> None:
+        """Says why the run cannot go on, in the one line that the user will read; the first report counts."""
+        self._failure = self._failure or message
+
+    def failure(self) -> str:
+        """The line that `report_failure` brought, or nothing."""
+        return self._failure
 
     def read(self, start: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The entries from number `start` on, and how far the work is."""

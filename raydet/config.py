@@ -1,20 +1,14 @@
-"""One frozen dataclass per job; a YAML file and options on the command line make one, or one clear error.
+"""One frozen dataclass per job, which checks itself. `options.py` makes them of YAML files and command lines.
 
 A field is *operational* when it changes how long a run takes or where it runs, but not what comes out; all others
 are its identity: a folder may be continued only by a run of the same identity.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import re
-import textwrap
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
@@ -22,7 +16,13 @@ from raydet.errors import UserError
 
 ImageStorage = Literal["inline", "reference"]
 Precision = Literal["fp32", "bf16"]
-Augmentation = Literal["none", "flip", "light", "strong"]
+TrainPrecision = Literal["fp32", "bf16", "fp16"]
+Augmentation = Literal["none", "flip", "light", "detr", "strong"]
+AugmentationSpec = Augmentation | list[dict[str, Any]]
+"""A named preset, or an albumentations pipeline: a list of `Name: {argument: value}`."""
+Backbone = Literal["none", "stem", "all"]
+BatchNorm = Literal["as_is", "freeze", "sync"]
+Tracker = Literal["mlflow", "wandb"]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -31,15 +31,29 @@ Schedule = Literal[
     "constant",
     "constant_with_warmup",
     "inverse_sqrt",
+    "reduce_lr_on_plateau",
     "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "one_cycle",
 ]
+COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 DEFAULT_MAX_PIXELS = 178_956_970
 """Larger pictures are refused as decompression bombs; the number is Pillow's own limit (a quarter gigabyte of RGB)."""
 
 
-def _option(help: str, default: Any = dataclasses.MISSING, *, operational: bool = False) -> Any:
-    return field(default=default, metadata={"help": help, "operational": operational})
+def _option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    default_factory: Any = dataclasses.MISSING,
+    operational: bool = False,
+) -> Any:
+    metadata = {"help": help, "operational": operational}
+    if default_factory is not dataclasses.MISSING:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -96,7 +110,6 @@ class PrepareShapesConfig:
 class _WorkersConfig:
     """What jobs with a model on several workers have in common; none of it changes what comes out."""
 
-    num_workers: int = _option("workers side by side, each with its copy of the model", 1, operational=True)
     use_gpu: bool | None = _option("one GPU per worker; by default, when the cluster has any", None, operational=True)
     cpus_per_worker: float | None = _option(
         "CPUs reserved for each worker; by default half of the cluster's, shared out, the rest decodes",
@@ -108,13 +121,18 @@ class _WorkersConfig:
     )
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_workers", "cpus_per_worker", "threads_per_worker")
+        _require_positive(self, "cpus_per_worker", "threads_per_worker")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(_WorkersConfig):
     """Fine-tune a detector, or train a small one from scratch."""
 
+    num_workers: int | list[int] = _option(
+        "workers side by side, each with its copy of the model; [1, 4] takes as many from 1 to 4 as there is room for",
+        1,
+        operational=True,
+    )
     train_data: str = _option("images table to learn from")
     val_data: str = _option("images table to validate on after each epoch")
     out: str = _option("run folder: OUT/checkpoint is the best model, OUT/last the newest", operational=True)
@@ -128,7 +146,15 @@ class TrainConfig(_WorkersConfig):
         "the model's own by default",
         None,
     )
-    freeze_batch_norm: bool = _option("keep batch-norm statistics and weights as loaded", False)
+    multi_scale: list[int] | None = _option(
+        "sides in pixels, of which each training step draws one; validation uses image_size", None
+    )
+    freeze_backbone: Backbone = _option("none of the backbone stays as loaded, its stem, or all of it", "none")
+    unfreeze_epoch: int | None = _option("epoch, counted from 1, from which a frozen backbone learns too", None)
+    batch_norm: BatchNorm = _option(
+        "as_is: as the model has them; freeze: they stay as loaded; sync: statistics over the images of all workers",
+        "as_is",
+    )
 
     epochs: int = _option("passes over the training images; may be raised later", 50, operational=True)
     batch_size: int = _option("images per optimizer step, over all workers together", 8)
@@ -136,36 +162,104 @@ class TrainConfig(_WorkersConfig):
     learning_rate: float = _option("AdamW's peak rate", 1e-4)
     backbone_learning_rate: float | None = _option("the backbone's own; a tenth of learning_rate by default", None)
     weight_decay: float = _option("not applied to biases and norms", 1e-4)
-    schedule: Schedule = _option("learning-rate schedule, by transformers.get_scheduler's name", "cosine")
+    schedule: Schedule = _option("learning-rate schedule, by transformers.get_scheduler's name, or one_cycle", "cosine")
+    schedule_options: dict[str, Any] | None = _option(
+        "further arguments of the schedule, such as {num_cycles: 3} or {num_decay_steps: 500}", None
+    )
     schedule_epochs: int | None = _option("epochs the schedule is laid out for; `epochs` by default", None)
     warmup_steps: int = _option("steps of linear warm-up", 0)
     max_grad_norm: float = _option("gradients are clipped to this norm", 0.1)
-    precision: Precision = _option("fp32, or bf16 autocast", "fp32")
-    augmentation: Augmentation = _option("none, flip, light (the Hugging Face guide's) or strong", "light")
-    plain_epochs: int = _option("last epochs without augmentation other than flips", 0)
+    precision: TrainPrecision = _option("fp32, bf16 autocast, or fp16 autocast with loss scaling", "fp32")
+    gradient_checkpointing: bool = _option("compute activations again instead of keeping them", False, operational=True)
+    compile: bool = _option("compile the model with torch.compile", False, operational=True)
+    augmentation: AugmentationSpec = _option(
+        "none, flip, light (the Hugging Face guide's), detr (random resize and crop), strong (mosaic, mixup, copied "
+        "small objects), or a list of albumentations transforms as `Name: {argument: value}`",
+        "light",
+    )
+    close_mosaic: int = _option("last epochs without augmentation other than flips, and without multi_scale", 0)
     ema_decay: float = _option("moving average of the weights, validated and saved as the model; 0 is off", 0.0)
     seed: int = _option("of the weights, the order of the images and their augmentation", 0)
 
     validate_every: int = _option("epochs between two validations; the last epoch always has one", 1)
+    validate_fraction: float = _option("part of the validation images to use, evenly spread over the table", 1.0)
     validate_batch_size: int | None = _option("images at once in validation; batch_size by default", None)
+    metric_for_best_model: str = _option(
+        "what OUT/checkpoint is the best by: one of COCO's twelve, AP:CLASS for one class, or loss", "AP"
+    )
+    early_stopping_patience: int | None = _option(
+        "stop after so many validations without a better metric_for_best_model", None, operational=True
+    )
 
+    keep: int = _option("states to go on from that are kept, the newest ones", 2, operational=True)
+    checkpoint_every_steps: int | None = _option(
+        "steps between two states within an epoch; by default there is one at the end of each epoch",
+        None,
+        operational=True,
+    )
+    trackers: list[Tracker] = _option(
+        "mlflow, wandb: logged to besides TensorBoard, when installed", default_factory=list, operational=True
+    )
+    log_images: int = _option(
+        "validation images drawn with truth and predictions at each validation", 8, operational=True
+    )
     max_failures: int = _option("times that dead workers are replaced before giving up", 3, operational=True)
     shuffle_window_mb: int = _option("compressed images shuffled together", 256)
 
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that the run uses."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        workers = [self.num_workers] * 2 if isinstance(self.num_workers, int) else self.num_workers
+        _require(
+            len(workers) == 2 and 0 < workers[0] <= workers[1],
+            f"num_workers must be a number above 0, or the fewest and the most as [1, 4]; got {self.num_workers}",
+        )
         _require_positive(self, "epochs", "batch_size", "accumulate", "learning_rate", "backbone_learning_rate")
         _require_positive(self, "validate_every", "validate_batch_size", "shuffle_window_mb", "max_grad_norm")
-        _require_positive(self, "schedule_epochs")
-        for name in ("weight_decay", "warmup_steps", "plain_epochs", "max_failures", "seed"):
+        _require_positive(self, "schedule_epochs", "keep", "checkpoint_every_steps", "early_stopping_patience")
+        for name in ("weight_decay", "warmup_steps", "close_mosaic", "max_failures", "seed", "log_images"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        _require(
+            0 < self.validate_fraction <= 1,
+            f"validate_fraction must be above 0 and at most 1, got {self.validate_fraction}",
+        )
+        _require(
+            self.metric_for_best_model in (*COCO_METRICS, "loss") or self.metric_for_best_model.startswith("AP:"),
+            f"metric_for_best_model must be one of {', '.join(COCO_METRICS)}, AP:CLASS or loss, "
+            f"got {self.metric_for_best_model}",
+        )
+        _require(
+            self.unfreeze_epoch is None or (self.unfreeze_epoch > 1 and self.freeze_backbone != "none"),
+            f"unfreeze_epoch needs freeze_backbone stem or all, and must be at least 2; got {self.unfreeze_epoch} "
+            f"with freeze_backbone {self.freeze_backbone}",
+        )
+        pipeline = [] if isinstance(self.augmentation, str) else self.augmentation
+        for item in pipeline:
+            _require(
+                len(item) == 1 and all(isinstance(value, dict | None) for value in item.values()),
+                f"augmentation: each transform must be written as `Name: {{argument: value}}`, got {item}",
+            )
+        sizes = self.multi_scale
+        _require(
+            sizes is None or (len(sizes) > 0 and all(size >= 32 for size in sizes)),
+            f"multi_scale must be sides in pixels of at least 32, got {sizes}",
+        )
         _require(
             self.image_size is None or self.image_size >= 32, f"image_size must be at least 32, got {self.image_size}"
         )
         _require(
-            self.batch_size >= self.num_workers,
-            f"batch_size is over all workers together: {self.batch_size} images cannot keep {self.num_workers} workers "
+            self.batch_size >= self.max_workers,
+            f"batch_size is over all workers together: {self.batch_size} images cannot keep {self.max_workers} workers "
             "busy; raise batch_size or lower num_workers",
         )
 
@@ -174,6 +268,7 @@ class TrainConfig(_WorkersConfig):
 class PredictConfig(_WorkersConfig):
     """Run a checkpoint over an images table → a detections table, one row for each image."""
 
+    num_workers: int = _option("workers side by side, each with its copy of the model", 1, operational=True)
     checkpoint: str = _option("model folder, as written by train, or a Hub name")
     data: str = _option("images table")
     out: str = _option("folder or URI of the detections table", operational=True)
@@ -184,8 +279,20 @@ class PredictConfig(_WorkersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "batch_size", "max_pixels")
+        _require_positive(self, "num_workers", "batch_size", "max_pixels")
         _require(0 <= self.score_threshold < 1, f"score_threshold must be in [0, 1), got {self.score_threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Share a checkpoint on the Hugging Face Hub, with a model card; log in with `hf auth login` or set HF_TOKEN."""
+
+    checkpoint: str = _option("model folder, as written by train")
+    repo: str = _option("repository on the Hub, as owner/name; it is made if it is not there")
+    private: bool = _option("make a new repository private", False)
+    revision: str | None = _option("branch to push to; main by default", None)
+    metrics: str | None = _option("metrics folder of evaluate, whose COCO table goes into the model card", None)
+    license: str | None = _option("licence named in the model card, as the Hub spells it: apache-2.0, …", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,16 +330,24 @@ class DemoConfig:
         _require_positive(self, "num_train", "num_val", "epochs", "num_workers")
 
 
-Config = TypeVar("Config")
-
-
 def field_names(config_class: type) -> list[str]:
     """The options of a config, in the order they are declared."""
-    return [item.name for item in _fields(config_class)]
+    return [item.name for item in fields_of(config_class)]
 
 
-def _fields(config_class: type) -> tuple[dataclasses.Field[Any], ...]:
+def fields_of(config_class: type) -> tuple[dataclasses.Field[Any], ...]:
+    """The declarations of a config's options, in order."""
     return dataclasses.fields(config_class)
+
+
+def is_required(item: "dataclasses.Field[Any]") -> bool:
+    """Whether an option has no default."""
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def default_of(item: "dataclasses.Field[Any]") -> Any:
+    """What an option is when it is not given."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -257,171 +372,3 @@ def changed_fields(config: Any, earlier: dict[str, Any]) -> list[str]:
     """Which identity fields differ from an earlier config of the same class, as `name: then → now`."""
     now = identity(config)
     return [f"{name}: {earlier.get(name)} → {now[name]}" for name in now if earlier.get(name) != now[name]]
-
-
-def load(config_class: type[Config], arguments: Sequence[str], *, program: str = "raydet") -> Config:
-    """Makes a config of command-line options.
-
-    `--config FILE` may stand among them; options override the file wherever they stand. Options may be written with
-    `-` or `_`; one that is true or false may be given without a value, or with `no-` before it.
-
-    Raises:
-        UserError: An unknown option, a wrong value, a missing one, a file that cannot be read.
-        SystemExit: After `--help` or `--print-config`, with code 0.
-    """
-    tokens, config_files, print_config = _normalise(config_class, arguments)
-    if tokens and tokens[0] in ("-h", "--help"):
-        print(_help(config_class, program))
-        raise SystemExit(0)
-    values: dict[str, Any] = {}
-    for path in config_files:
-        values.update(_read_yaml(config_class, path))
-    config = _parse(config_class, values, tokens, program)
-    if print_config:
-        print(to_yaml(config), end="")
-        raise SystemExit(0)
-    return config
-
-
-def _parse(config_class: type[Config], values: dict[str, Any], tokens: Sequence[str], program: str) -> Config:
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
-    hints = typing.get_type_hints(config_class)
-    required = []
-    for item in _fields(config_class):
-        if item.default is dataclasses.MISSING:
-            required.append(item.name)
-            parser.add_argument(f"--{item.name}", type=hints[item.name])
-        else:
-            parser.add_argument(f"--{item.name}", type=hints[item.name], default=item.default)
-    try:
-        parsed = parser.parse_object(values, defaults=True)
-        parsed = parser.parse_args(list(tokens), namespace=parsed)
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_wrong_value(str(error))) from None
-    missing = [f"--{name.replace('_', '-')}" for name in required if parsed[name] is None]
-    if missing:
-        raise UserError(f"missing {', '.join(missing)}; see {program} --help")
-    return config_class(**{name: parsed[name] for name in field_names(config_class)})
-
-
-def _wrong_value(message: str) -> str:
-    """jsonargparse's message in one line, without the spelling of Python's types."""
-    line = _one_line(message)
-    match = re.match(
-        r'(?:Parser key|Problem with) "?(\w+)"?: (?:Expected a|.*?Expected a) (.*?)\. Got value: (.*)', line
-    )
-    if not match:
-        return line
-    name, expected, value = match.groups()
-    expected = re.sub(r"<class '(\w+)'>", r"\1", expected)
-    choices = re.match(r"typing\.Literal\[(.*)\]", expected)
-    if choices:
-        return f"{name} must be one of {choices.group(1).replace(chr(39), '')}; got {value}"
-    return f"{name} must be of type {expected}; got {value}"
-
-
-def _help(config_class: type, program: str) -> str:
-    """The options of a command, one each, with what they are by default."""
-    hints = typing.get_type_hints(config_class)
-    lines = [f"usage: {program} [--config FILE.yaml] [options]", "", config_class.__doc__ or "", ""]
-    for item in _fields(config_class):
-        option = f"--{item.name.replace('_', '-')}"
-        hint = hints[item.name]
-        choices = f" ({' | '.join(typing.get_args(hint))})" if typing.get_origin(hint) is Literal else ""
-        if item.default is dataclasses.MISSING:
-            default = "required"
-        else:
-            default = "" if item.default is None else f"default: {yaml.safe_dump(item.default).splitlines()[0]}"
-        lines.append(f"  {option}{choices}")
-        text = f"{item.metadata['help']} [{default}]" if default else item.metadata["help"]
-        lines += textwrap.wrap(text, width=100, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    lines += [
-        "",
-        "  --config FILE",
-        "        YAML file with any of these options; options on the command line override it",
-    ]
-    lines += ["  --print-config", "        print the whole resulting config as YAML and stop"]
-    return "\n".join(lines)
-
-
-def load_file(config_class: type[Config], path: str, **overrides: Any) -> Config:
-    """Makes a config of a YAML file, with some fields set by the caller."""
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return _parse(config_class, {**_read_yaml(config_class, path), **given}, [], "raydet")
-
-
-def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """Writes options with `_`, gives lone switches their value, and takes out `--config` and `--print-config`."""
-    hints = typing.get_type_hints(config_class)
-    switches = {name for name, hint in hints.items() if hint is bool or _is_optional_bool(hint)}
-    result: list[str] = []
-    files: list[str] = []
-    print_config = False
-    rest = list(arguments)
-    while rest:
-        token = rest.pop(0)
-        if token == "-h":
-            return ["--help"], [], False
-        if not token.startswith("--"):
-            raise UserError(f"unexpected `{token}`; options are written --name value")
-        key, equals, value = token[2:].partition("=")
-        name = key.replace("-", "_")
-        if name == "print_config":
-            print_config = True
-        elif name == "config":
-            if not equals and not rest:
-                raise UserError("--config needs a file")
-            files.append(value if equals else rest.pop(0))
-        elif name.removeprefix("no_") in switches and name not in switches and not equals:
-            result.append(f"--{name.removeprefix('no_')}=false")
-        elif name in switches and not equals and (not rest or rest[0].startswith("--")):
-            result.append(f"--{name}=true")
-        elif name == "help":
-            return ["--help"], [], False
-        elif name not in hints:
-            raise UserError(f"unknown option --{key}{_suggestion(name, config_class, '--')}")
-        elif not equals and name in hints:
-            if not rest:
-                raise UserError(f"--{key} needs a value")
-            result.append(f"--{name}={rest.pop(0)}")
-        else:
-            result.append(f"--{name}{equals}{value}")
-    return result, files, print_config
-
-
-def _is_optional_bool(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) and bool in typing.get_args(hint)
-
-
-def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
-    from raydet import storage
-
-    try:
-        content = yaml.safe_load(storage.read_bytes(path))
-    except FileNotFoundError:
-        raise UserError(f"no such config file: {path}") from None
-    except (yaml.YAMLError, OSError) as error:
-        raise UserError(f"cannot read the config file {path}: {_one_line(str(error))}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold `option: value` lines, found a {type(content).__name__}")
-    for name in content:
-        if name not in field_names(config_class):
-            raise UserError(f"unknown key `{name}` in {path}{_suggestion(str(name), config_class)}")
-    return content
-
-
-def _suggestion(name: str, config_class: type, prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, field_names(config_class), n=1)
-    if not close:
-        return "; see --help for those there are"
-    suggested = close[0].replace("_", "-") if prefix else close[0]
-    return f"; did you mean {prefix}{suggested}?"
-
-
-def _one_line(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines)

@@ -7,7 +7,10 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 
-_COCO_COLUMNS = ("AP", "AP50", "AP75")
+_COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_MOST_CLASSES_IN_A_LINE = 8
+_DATA_BOUND = 0.15
+"""Share of a step's time; with more of it spent waiting for images, more decoding would make the run faster."""
 
 
 class Console:
@@ -70,6 +73,9 @@ class Console:
                 thread.join(timeout=10)
 
     def _epoch(self, entry: dict[str, Any], epochs: int) -> None:
+        if "note" in entry:
+            self.line(f"          {entry['note']}")
+            return
         terms = [name for name in sorted(entry["losses"]) if not name[-1].isdigit()]
         header = [
             "epoch",
@@ -86,8 +92,28 @@ class Console:
         cells = [f"{entry['epoch']}/{epochs}", f"{entry['loss']:.3f}"]
         cells += [f"{entry['losses'][name]:.3f}" for name in terms]
         cells += ["–" if entry.get(name) is None else f"{entry[name]:.3f}" for name in _COCO_COLUMNS]
-        seconds = entry["seconds"] + entry.get("validation_s", 0.0)
+        seconds = entry["start_s"] + entry["seconds"] + entry.get("validation_s", 0.0)
         cells += [f"{entry['learning_rate']:.1e}", f"{entry['images_per_s']:.1f}", f"{seconds:.1f}"]
         self.line("".join(f"{cell:>10}" for cell in cells))
-        if entry["unreadable"]:
-            self.line(f"          {entry['unreadable']} training images could not be read and were left out")
+        for remark in _remarks(entry):
+            self.line(f"          {remark}")
+
+
+def _remarks(entry: dict[str, Any]) -> list[str]:
+    """What is worth a sentence about an epoch."""
+    remarks = []
+    by_class = entry.get("AP_by_class") or {}
+    if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
+        numbers = [f"{name} {'–' if value is None else format(value, '.3f')}" for name, value in by_class.items()]
+        remarks.append(f"AP by class: {', '.join(numbers)}")
+    if entry["unreadable"]:
+        remarks.append(f"{entry['unreadable']} training images could not be read and were left out")
+    times = entry["step_s"]
+    share = times["data"] / max(sum(times.values()), 1e-9)
+    if share > _DATA_BOUND:
+        remarks.append(
+            f"data is the bottleneck: of {sum(times.values()):.2f} s a step the model waited {times['data']:.2f} s "
+            f"({share:.0%}) for images; give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), store "
+            "smaller images, or choose a lighter augmentation"
+        )
+    return remarks

@@ -7,6 +7,8 @@ epoch waits for a pipeline to start. Every block of it holds one row, a whole mi
 out to the workers in turn and in order, and each worker checks that it got what the plan says.
 """
 
+import contextlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,22 +25,23 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
 from raydet import storage
-from raydet.boxes import as_boxes, clip_xywh, xywh_to_normalised_cxcywh
+from raydet.boxes import as_boxes, xywh_to_normalised_cxcywh
 from raydet.decode import DecodeError, decode
 from raydet.geometry import ResizeRule, resize
 from raydet.metrics import ImageTruth
-from raydet.ordering import MicroBatch, RunPlan, Segment, augmentation_seed
+from raydet.ordering import MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
 from raydet.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.tables import RowGroup, Table
 
 if TYPE_CHECKING:
-    from raydet.config import Augmentation
+    from raydet.config import AugmentationSpec
+    from raydet.mixing import Sample
 
 SCHEDULING_PAUSE_S = 0.03
 """Short beside the decoding of a batch, long beside a turn of Ray Data's scheduling loop (2–3 ms)."""
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 
-_ENCODED_TYPE = pa.struct(
+_ROW_TYPE = pa.struct(
     [
         ("image_id", pa.int64()),
         ("image", IMAGE_TYPE),
@@ -47,6 +50,8 @@ _ENCODED_TYPE = pa.struct(
         ("objects", OBJECTS_TYPE),
     ]
 )
+# A row of the table with the rows that it is mixed with.
+_ENCODED_TYPE = pa.struct([*_ROW_TYPE, ("mosaic", pa.list_(_ROW_TYPE)), ("mixup", pa.list_(_ROW_TYPE))])
 _READY_TYPE = pa.struct(
     [
         ("image_id", pa.int64()),
@@ -74,13 +79,33 @@ _READY_SCHEMA = pa.schema([*_KEY_FIELDS, ("images", pa.large_list(_READY_TYPE))]
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What happens to an image between the table and the model."""
+    """What happens to an image between the table and the model.
 
-    augmentation: "Augmentation"
+    Attributes:
+        augmentation: A preset's name, or a pipeline of albumentations.
+        plain_from_epoch: From this epoch on, counted from 0, there is no augmentation but flips, and one size.
+        resize_rule: The model's own resize.
+        max_pixels: Larger pictures are unreadable.
+        seed: Of the augmentation and of the choice among `resize_rules`.
+        resize_rules: Each training step before `plain_from_epoch` draws one of these; none means `resize_rule`.
+    """
+
+    augmentation: "AugmentationSpec"
     plain_from_epoch: int
     resize_rule: ResizeRule
     max_pixels: int
     seed: int
+    resize_rules: tuple[ResizeRule, ...] = ()
+
+    def mixes(self, kind: str, epoch: int) -> bool:
+        """Whether images need their partners."""
+        return kind == "train" and self.augmentation == "strong" and epoch < self.plain_from_epoch
+
+    def rule_of(self, micro_batch: MicroBatch) -> ResizeRule:
+        """How the images of a step are resized, on all ranks alike."""
+        if micro_batch.kind != "train" or micro_batch.epoch >= self.plain_from_epoch or not self.resize_rules:
+            return self.resize_rule
+        return self.resize_rules[scale_choice(self.seed, micro_batch.epoch, micro_batch.step, len(self.resize_rules))]
 
 
 @dataclass(frozen=True)
@@ -148,7 +173,7 @@ def run_stream(
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = ray.put(_Source(plan, tables, groups, world_size))
+    source = ray.put(_Source(plan, tables, groups, world_size, preparation))
     dataset = ray.data.read_datasource(
         TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
         # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
@@ -202,10 +227,17 @@ def micro_batches(iterator: ray.data.DataIterator) -> Iterator[tuple[MicroBatch,
         prefetch_batches=2,
     )
     for table in blocks:
-        assert table.num_rows == 1, f"a block of the stream holds one micro-batch, got {table.num_rows}"
-        record = {name: table[name][0].as_py() for name, _ in _KEY_FIELDS}
-        images = table["images"].combine_chunks()
-        yield MicroBatch(**record, rows=()), [_unpack(scalar) for scalar in images.values]
+        yield _received(table)
+
+
+def _received(table: pa.Table) -> tuple[MicroBatch, list[ReadyImage]]:
+    assert table.num_rows == 1, f"a block of the stream holds one micro-batch, got {table.num_rows}"
+    images = table["images"].combine_chunks()
+    return _key_of(table), [_unpack(scalar) for scalar in images.values]
+
+
+def _key_of(table: pa.Table) -> MicroBatch:
+    return MicroBatch(**{name: table[name][0].as_py() for name, _ in _KEY_FIELDS}, rows=())
 
 
 @dataclass(frozen=True)
@@ -216,6 +248,7 @@ class _Source:
     tables: dict[str, Table]
     groups: dict[str, tuple[RowGroup, ...]]
     world_size: int
+    preparation: Preparation
 
 
 class TaskSource(Datasource):
@@ -240,23 +273,55 @@ class TaskSource(Datasource):
 
 
 def _read_segment(source_ref: "ray.ObjectRef[_Source]", segment: Segment) -> Iterator[pa.Table]:
-    """Reads each row group of a segment when it is first needed and deals its rows into micro-batches."""
     source: _Source = ray.get(source_ref)
-    table, groups = source.tables[segment.kind], source.groups[segment.kind]
-    first_rows = np.cumsum([0, *(group.num_rows for group in groups)])
-    loaded: dict[int, pa.StructArray] = {}
-    for micro_batch in source.plan.micro_batches(segment, source.world_size):
-        scalars = []
-        for row in micro_batch.rows:
-            number = int(np.searchsorted(first_rows, row, side="right")) - 1
-            if number not in loaded:
-                if segment.kind == "validate":  # in order: what came before is not needed again
-                    loaded.clear()
-                rows = table.read_row_group(groups[number], READ_COLUMNS).to_struct_array()
-                loaded[number] = pa.concat_arrays(rows.chunks).cast(_ENCODED_TYPE)
-            scalars.append(loaded[number].slice(int(row - first_rows[number]), 1))
-        images = pa.concat_arrays(scalars) if scalars else pa.array([], _ENCODED_TYPE)
-        yield _one_row(micro_batch, images, _ENCODED_SCHEMA)
+    yield from _encoded(source, segment)
+
+
+def _encoded(source: _Source, segment: Segment) -> Iterator[pa.Table]:
+    """Reads each row group of a segment when it is first needed and deals its rows into micro-batches."""
+    plan, rows = source.plan, _Rows(source.tables[segment.kind], source.groups[segment.kind])
+    mixes = source.preparation.mixes(segment.kind, segment.epoch)
+    for micro_batch in plan.micro_batches(segment, source.world_size):
+        if segment.kind == "validate":  # in order: what came before is not needed again
+            rows.keep_only_latest()
+        mosaics: list[Sequence[int]] = [()] * len(micro_batch.rows)
+        mixups = mosaics
+        if mixes:
+            partners = [plan.partner_rows(segment.epoch, micro_batch.step, row) for row in micro_batch.rows]
+            mosaics, mixups = [one.mosaic for one in partners], [one.mixup for one in partners]
+        columns = [*rows.take(micro_batch.rows).flatten(), rows.take_lists(mosaics), rows.take_lists(mixups)]
+        yield _one_row(micro_batch, pa.StructArray.from_arrays(columns, fields=list(_ENCODED_TYPE)), _ENCODED_SCHEMA)
+
+
+class _Rows:
+    """The rows of a table by number, each row group read when it is first needed."""
+
+    def __init__(self, table: Table, groups: Sequence[RowGroup]) -> None:
+        self._table, self._groups = table, groups
+        self._first_rows = np.cumsum([0, *(group.num_rows for group in groups)])
+        self._loaded: dict[int, pa.StructArray] = {}
+
+    def keep_only_latest(self) -> None:
+        """Gives back the memory of all row groups but the one read last."""
+        self._loaded = dict(list(self._loaded.items())[-1:])
+
+    def take(self, numbers: Sequence[int]) -> pa.StructArray:
+        """The rows of these numbers, in this order, as an array of `_ROW_TYPE`."""
+        slices = []
+        for row in numbers:
+            number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+            if number not in self._loaded:
+                rows = self._table.read_row_group(self._groups[number], READ_COLUMNS).to_struct_array()
+                self._loaded[number] = pa.concat_arrays(rows.chunks).cast(_ROW_TYPE)
+            slices.append(self._loaded[number].slice(int(row - self._first_rows[number]), 1))
+        return pa.concat_arrays(slices) if slices else pa.array([], _ROW_TYPE)
+
+    def take_lists(self, lists: Sequence[Sequence[int]]) -> pa.ListArray:
+        """Several lists of rows, as an array of lists of `_ROW_TYPE`."""
+        offsets = np.cumsum([0, *(len(numbers) for numbers in lists)])
+        return pa.ListArray.from_arrays(
+            pa.array(offsets, pa.int32()), self.take([number for numbers in lists for number in numbers])
+        )
 
 
 def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema) -> pa.Table:
@@ -270,23 +335,31 @@ def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema) -> pa
 
 def _prepare_micro_batch(block: pa.Table, preparation: Preparation) -> pa.Table:
     """Decodes, augments and resizes the images of one micro-batch."""
-    micro_batch = MicroBatch(**{name: block[name][0].as_py() for name, _ in _KEY_FIELDS}, rows=())
+    _use_one_thread()
+    micro_batch = _key_of(block)
     images = block["images"].combine_chunks().values
     ready = [_prepare_image(row.as_py(), micro_batch, preparation) for row in images]
     return _one_row(micro_batch, pa.array(ready, _READY_TYPE), _READY_SCHEMA)
 
 
+@lru_cache(maxsize=1)
+def _use_one_thread() -> None:
+    """One image is too little work to share among threads; those would take the cores from the model."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @lru_cache(maxsize=4)
-def _augmenter(name: "Augmentation") -> Any:
-    # albumentations takes seconds to import: only in the workers that augment.
+def _augmenter(spec_json: str) -> Any:
+    # OpenCV and, for some pipelines, albumentations: only in the workers that augment.
     from raydet.transforms import Augmenter
 
-    return Augmenter(name)
+    return Augmenter(json.loads(spec_json))
 
 
 def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, preparation: Preparation) -> dict[str, Any]:
     validating = micro_batch.kind == "validate"
-    objects = row["objects"]
     record: dict[str, Any] = {
         "image_id": row["image_id"],
         "error": None,
@@ -294,7 +367,7 @@ def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, preparation: Pr
         "original_width": row["width"],
         "boxes": [],
         "labels": [],
-        "objects": objects if validating else None,
+        "objects": row["objects"] if validating else None,
     }
     try:
         image = decode(image_bytes(row["image"]), max_pixels=preparation.max_pixels)
@@ -302,34 +375,55 @@ def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, preparation: Pr
         return {**record, "error": str(error), "pixels": None, "height": 0, "width": 0}
     record["original_height"], record["original_width"] = image.shape[:2]
     if not validating:
-        image, record["boxes"], record["labels"] = _augment(image, objects, row["image_id"], micro_batch, preparation)
-    resized = resize(image, preparation.resize_rule.target_size_hw(image.shape[:2]), preparation.resize_rule.resample)
+        sample = _augment(image, row, micro_batch, preparation)
+        image = sample.image
+        boxes = xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)
+        # A crowd box covers many objects: no single query can learn it.
+        record["boxes"] = boxes[~sample.iscrowd].reshape(-1)
+        record["labels"] = sample.labels[~sample.iscrowd]
+    rule = preparation.rule_of(micro_batch)
+    resized = resize(image, rule.target_size_hw((image.shape[0], image.shape[1])), rule.resample)
     return {**record, "pixels": resized.tobytes(), "height": resized.shape[0], "width": resized.shape[1]}
 
 
 def _augment(
-    image: npt.NDArray[np.uint8],
-    objects: dict[str, Any],
-    image_id: int,
-    micro_batch: MicroBatch,
-    preparation: Preparation,
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    from raydet.transforms import Sample
+    image: npt.NDArray[np.uint8], row: dict[str, Any], micro_batch: MicroBatch, preparation: Preparation
+) -> "Sample":
+    from raydet.mixing import Partners
+    from raydet.transforms import plain_of
 
-    crowd = np.asarray(objects["iscrowd"], dtype=bool)
-    # A crowd box covers many objects: no single query can learn it.
-    sample = Sample(
-        image,
-        clip_xywh(as_boxes(objects["bbox"]), image.shape[:2])[~crowd],
-        np.asarray(objects["category"], dtype=np.int64)[~crowd],
+    spec = preparation.augmentation
+    if micro_batch.epoch >= preparation.plain_from_epoch:
+        spec = plain_of(spec)
+    partners = Partners(
+        mosaic=_readable(row.get("mosaic"), preparation.max_pixels),
+        mixup=_readable(row.get("mixup"), preparation.max_pixels),
     )
-    name = preparation.augmentation
-    if micro_batch.epoch >= preparation.plain_from_epoch and name != "none":
-        name = "flip"
-    seed = augmentation_seed(preparation.seed, micro_batch.epoch, image_id)
-    sample = _augmenter(name)(sample, seed=seed)
-    boxes = xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)
-    return sample.image, boxes.reshape(-1), sample.labels
+    seed = augmentation_seed(preparation.seed, micro_batch.epoch, row["image_id"])
+    augmented: Sample = _augmenter(json.dumps(spec))(_sample(image, row["objects"]), seed=seed, partners=partners)
+    return augmented
+
+
+def _sample(image: npt.NDArray[np.uint8], objects: dict[str, Any]) -> "Sample":
+    from raydet.mixing import Sample
+
+    return Sample(
+        image,
+        as_boxes(objects["bbox"]),
+        np.asarray(objects["category"], np.int64),
+        np.asarray(objects["area"], np.float64),
+        np.asarray(objects["iscrowd"], bool),
+        np.asarray(objects["id"], np.int64),
+    )
+
+
+def _readable(rows: list[dict[str, Any]] | None, max_pixels: int) -> "tuple[Sample, ...]":
+    """Partners as samples; without those that cannot be read, which have their own turn to be reported."""
+    samples = []
+    for row in rows or ():
+        with contextlib.suppress(DecodeError):
+            samples.append(_sample(decode(image_bytes(row["image"]), max_pixels=max_pixels), row["objects"]))
+    return tuple(samples)
 
 
 def image_bytes(image: dict[str, Any]) -> bytes:

@@ -11,12 +11,12 @@ from raydet.config import (
     PredictConfig,
     PrepareShapesConfig,
     TrainConfig,
-    load_file,
 )
 from raydet.console import Console
 from raydet.errors import UserError
 from raydet.evaluation import Evaluation, evaluate
 from raydet.inference import PredictResult, predict
+from raydet.options import load_file
 from raydet.preparation import prepare_shapes
 from raydet.training import TrainResult, train
 

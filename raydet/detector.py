@@ -49,14 +49,26 @@ class Detector:
         categories: The classes in the order of their indices.
         resize_rule: The processor's geometry.
         family: What its model type does differently from others.
+        reinitialised: Names, as in the model's `state_dict`, of the tensors that the checkpoint could not give and
+            that start anew: the class head for other classes, and weights that the checkpoint lacks. Empty for a
+            model from scratch.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, categories: Sequence[Category], *, where: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        categories: Sequence[Category],
+        *,
+        where: str,
+        reinitialised: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.processor = processor
         self.categories = tuple(categories)
         self.family: Family = family_of(model.config.model_type, where=where)
         self.resize_rule = resize_rule_of(processor, where=where)
+        self.reinitialised = tuple(reinitialised)
         model.config.raydet = {"categories": [{"id": item.id, "name": item.name} for item in self.categories]}
 
     @property

@@ -1,9 +1,19 @@
-"""The one exception that means "the user can fix this".
-
-The command line prints its message as a single line and exits with code 2; anything else is a bug or a
-failure of the machine and keeps its traceback.
-"""
+"""The exceptions that the command line prints as a single line; anything else is a bug and keeps its traceback."""
 
 
 class UserError(ValueError):
     """A mistake in the input: the message says what is wrong, where, and what would be right."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, though its input was right: the message says where it stands and what can be done."""
+
+    exit_code = 1
+
+
+class RunStopped(RunError):  # noqa: N818 - it is no error that a run does as it was asked
+    """A run that was asked to stop, and has saved all it needs to go on."""
+
+    exit_code = 143

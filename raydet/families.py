@@ -20,9 +20,11 @@ class Family:
         weights_in_config: transformers returns loss terms without their weights and applies these outside.
         top_k: Detections kept per image over all queries and classes; None keeps as many as there are queries.
         uses_pixel_mask: The model is told where the padding is.
-        side_multiple: Images that are resized to a fixed size must have sides that are a multiple of this, in pixels.
+        side_multiple: Images are resized to a fixed size, whose sides must be a multiple of this, in pixels; a model's
+            own backbone may ask for a larger one, see `side_multiple_of`. 1 where the aspect is kept.
         auxiliary_loss: Each decoder layer can learn by its own loss.
-        backbone_prefix: Parameters that begin like this belong to the backbone.
+        distils: The boxes are distributions, which decoder layers learn from the last one (`loss_ddf`).
+        backbone_prefixes: Parameters that begin like one of these belong to the backbone.
     """
 
     model_type: str
@@ -33,7 +35,8 @@ class Family:
     uses_pixel_mask: bool = False
     side_multiple: int = 1
     auxiliary_loss: bool = True
-    backbone_prefix: str = "model.backbone."
+    distils: bool = False
+    backbone_prefixes: tuple[str, ...] = ("model.backbone.",)
 
 
 def _detr_like(model_type: str, processor: str, *, softmax: bool) -> Family:
@@ -47,9 +50,29 @@ def _detr_like(model_type: str, processor: str, *, softmax: bool) -> Family:
     )
 
 
-def _rt_detr_like(model_type: str) -> Family:
-    # Neighbouring levels of the feature pyramid are laid over each other, the coarsest one has a stride of 32.
-    return Family(model_type=model_type, processor="RTDetrImageProcessor", side_multiple=32)
+def _rt_detr_like(model_type: str, *, distils: bool, backbone_prefixes: tuple[str, ...]) -> Family:
+    return Family(
+        model_type=model_type,
+        processor="RTDetrImageProcessor",
+        # Neighbouring levels of the feature pyramid are laid over each other, the coarsest one has a stride of 32.
+        side_multiple=32,
+        distils=distils,
+        backbone_prefixes=backbone_prefixes,
+    )
+
+
+def _lw_detr_like(model_type: str, processor: str, *, top_k: int | None, side_multiple: int) -> Family:
+    return Family(
+        model_type=model_type,
+        processor=processor,
+        weights_in_config=True,
+        top_k=top_k,
+        uses_pixel_mask=True,
+        # The vision transformer looks at the picture in windows, a whole number of which must fit.
+        side_multiple=side_multiple,
+        # Beside it lies the projector, which does not come from its pretraining.
+        backbone_prefixes=("model.backbone.backbone.",),
+    )
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -60,9 +83,15 @@ FAMILIES: Mapping[str, Family] = {
         _detr_like("conditional_detr", "ConditionalDetrImageProcessor", softmax=False),
         _detr_like("deformable_detr", "DeformableDetrImageProcessor", softmax=False),
         _detr_like("dab-detr", "ConditionalDetrImageProcessor", softmax=False),
-        _rt_detr_like("rt_detr"),
-        _rt_detr_like("rt_detr_v2"),
-        _rt_detr_like("d_fine"),
+        _rt_detr_like("rt_detr", distils=False, backbone_prefixes=("model.backbone.",)),
+        _rt_detr_like("rt_detr_v2", distils=False, backbone_prefixes=("model.backbone.",)),
+        _rt_detr_like("d_fine", distils=True, backbone_prefixes=("model.backbone.",)),
+        # An HGNetV2 or a DINOv3.
+        _rt_detr_like(
+            "deimv2", distils=True, backbone_prefixes=("model.conv_encoder.model.", "model.conv_encoder.backbone.")
+        ),
+        _lw_detr_like("lw_detr", "DeformableDetrImageProcessor", top_k=100, side_multiple=16),
+        _lw_detr_like("rf_detr", "RTDetrImageProcessor", top_k=None, side_multiple=8),
         Family(
             model_type="yolos",
             processor="YolosImageProcessor",
@@ -70,10 +99,13 @@ FAMILIES: Mapping[str, Family] = {
             weights_in_config=True,
             # transformers reads a decoder depth that YOLOS does not have, and fails.
             auxiliary_loss=False,
-            backbone_prefix="vit.",
+            backbone_prefixes=("vit.",),
         ),
     )
 }
+
+_UNTRAINABLE: Mapping[str, str] = {"pp_doclayout": "PP-DocLayout", "pp_ocr": "PP-OCR"}
+"""Detectors that transformers can only run: it has no loss for them. By the beginning of their model type."""
 
 
 def family_of(model_type: str, *, where: str) -> Family:
@@ -82,12 +114,32 @@ def family_of(model_type: str, *, where: str) -> Family:
     Raises:
         UserError: It is not a detector that can be trained.
     """
+    for beginning, product in _UNTRAINABLE.items():
+        if model_type.startswith(beginning):
+            raise UserError(
+                f"{where} is {product} ({model_type}), which transformers cannot train; "
+                f"raydet knows {', '.join(sorted(FAMILIES))}"
+            )
     if model_type not in FAMILIES:
         raise UserError(
             f"{where} is a {model_type or 'nameless'} model, not a detector that raydet can train; "
             f"it knows {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]
+
+
+def side_multiple_of(config: Any, family: Family) -> int:
+    """What the sides of a model's images must be a multiple of, in pixels; 1 where any size will do.
+
+    Args:
+        config: The model's.
+        family: Of the model.
+    """
+    if family.model_type == "lw_detr":
+        return int(config.backbone_config.patch_size * config.backbone_config.num_windows_side)
+    if family.model_type == "rf_detr":
+        return int(config.backbone_config.patch_size * config.backbone_config.num_windows)
+    return family.side_multiple
 
 
 def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
@@ -136,7 +188,7 @@ def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
     square = {"height": image_size, "width": image_size}
     changes: dict[str, Any]
     if family.side_multiple > 1:
-        changes = {"size": square}
+        changes = {"size": square, "pad_size": None}
     else:
         edges = {"shortest_edge": image_size, "longest_edge": image_size}
         limits = {"max_height": image_size, "max_width": image_size}

@@ -107,11 +107,14 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
     done = _done_image_ids(config.out)
     with cluster.session(storage.join(config.out, "_log")):
         resources = cluster.share_out(
-            num_workers=config.num_workers, use_gpu=config.use_gpu, cpus_per_worker=config.cpus_per_worker
+            min_workers=config.num_workers,
+            max_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            cpus_per_worker=config.cpus_per_worker,
         )
         storage.write_bytes(storage.join(config.out, RUN_FILE), json.dumps(identity(config), indent=1).encode())
         log = storage.join(config.out, "_log", cluster.LOG_FILE)
-        console.line(f"{resources.describe(config.num_workers)}; Ray's log: {log}")
+        console.line(f"{resources.describe(config.num_workers, config.num_workers)}; Ray's log: {log}")
         dataset = _detections(config, table, schema, done, resources)
         num_rows = len(done)
         with console.status("starting workers") as update:

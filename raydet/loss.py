@@ -3,23 +3,41 @@
 transformers divides each term by what its own micro-batch holds: the number of boxes, or, where classes are a
 softmax, the weights of its queries. The mean of such quotients over ranks is not the quotient of the whole batch. So
 each term is multiplied by (local divisor / global divisor), after which terms add up over ranks and micro-batches.
-D-FINE's distillation term alone is no such quotient; it is computed anew from the model's outputs.
+Three things need more than that:
+
+- LW-DETR's and RF-DETR's criterion sums its divisor over the ranks, so that a forward pass on one rank would hang,
+  and always thinks that it is training. It is given a loop of its own, with the same terms (`keep_loss_local`).
+- The distillation term of D-FINE and DEIMv2 is no such quotient; it is computed anew from the model's outputs.
+- DEIMv2 divides the terms of boxes by the number of queries that any decoder layer matches to a box, which only the
+  forward pass tells. The ranks sum it up after theirs. A step of several micro-batches would need those of all of
+  them before the first backward pass; so here, and only here, each micro-batch is divided by its own number and
+  weighed by its boxes. `use_dense_one_to_one: false` in the model's config has no such number and no such exception.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import box_convert, box_iou
+from transformers import PreTrainedModel
+from transformers.loss.loss_deimv2 import Deimv2Loss
+from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
+from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
 from raydet.collate import Batch
-from raydet.models import Detector
+from raydet.detector import Detector
 
 _DISTILLATION_TEMPERATURE = 5.0
-"""D-FINE's; transformers has it as a default argument, not in the config."""
+"""D-FINE's and DEIMv2's; transformers has it as a default argument, not in the config."""
+
+_Labels = Sequence[Mapping[str, Tensor]]
+_Matching = list[tuple[Tensor, Tensor]]
+"""For each image, the queries that are matched and the boxes that they are matched to."""
 
 
 @dataclass(frozen=True)
@@ -97,73 +115,193 @@ def compute_loss(
         batch: This rank's micro-batch, on the model's device.
         global_normaliser: Sum of `local_normaliser` over all ranks and micro-batches of the optimizer step.
         local: `local_normaliser` of this micro-batch.
-        world_size: Ranks over which gradients are averaged.
+        world_size: Ranks over which gradients are averaged. Where there are several, each must call this once for each
+            of its micro-batches: DEIMv2 has a number to sum up.
         module: What to call instead of `detector.model`, such as the DistributedDataParallel around it.
     """
     dtype = detector.model.dtype
     labels = [{"class_labels": label["class_labels"], "boxes": label["boxes"].to(dtype)} for label in batch.labels]
     outputs = (module or detector.model)(**detector.model_inputs(batch, dtype), labels=labels)
     values = _weighted_terms(detector, outputs.loss_dict)
-    box_ratio = max(local.num_boxes, 1.0) / max(global_normaliser.num_boxes, 1.0)
-    class_ratio = local.class_weight / global_normaliser.class_weight
-    ratios = {
-        name: class_ratio if detector.family.softmax and name.startswith("loss_ce") else box_ratio for name in values
-    }
-    if detector.family.model_type == "d_fine":
-        image_ratio = local.num_queries / global_normaliser.num_queries
-        exact = _distillation_terms(detector, outputs, labels, global_normaliser)
+    ratios = _ratios(detector, values, global_normaliser, local)
+    if detector.family.distils:
+        matchings, num_matched = _matchings(detector, outputs, labels), global_normaliser.num_matched
+        if _is_dense(detector):
+            ratio, num_matched = _dense_ratio(matchings[0], local, global_normaliser, world_size)
+            ratios |= {name: ratio for name in values if name.startswith(_DENSE_TERMS) and "_dn_" not in name}
+        exact = _distillation_terms(detector, outputs, labels, matchings, num_matched, global_normaliser.num_queries)
         values |= exact
-        # Denoising queries are random and their number follows the micro-batch: their mean can only be averaged.
-        ratios |= {name: 1.0 if name in exact else image_ratio for name in values if name.startswith("loss_ddf")}
+        ratios |= dict.fromkeys(exact, 1.0)
     scaled = {name: value * ratios[name] for name, value in values.items()}
-    total = torch.stack(list(scaled.values())).sum() * world_size
-    if world_size > 1:
-        total = total + _no_loss_over_all_parameters(detector.model)
+    total = torch.stack(list(scaled.values())).sum() * world_size + _no_loss_over_all_parameters(detector.model)
     return LossTerms(total, {name: value.detach() for name, value in scaled.items()})
+
+
+def keep_loss_local(model: PreTrainedModel) -> None:
+    """Gives LW-DETR and RF-DETR a loss that talks to no other rank; leaves other models as they are."""
+    if model.config.model_type in ("lw_detr", "rf_detr"):
+        model.loss_function = _grouped_loss
+
+
+def _grouped_loss(
+    logits: Tensor,
+    labels: list[dict[str, Tensor]],
+    device: torch.device,
+    pred_boxes: Tensor,
+    config: Any,
+    outputs_class: Tensor,
+    outputs_coord: Tensor,
+    enc_outputs_class: Tensor,
+    enc_outputs_coord: Tensor,
+    **_: Any,
+) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]]]:
+    """What transformers' loss of LW-DETR and RF-DETR is on one rank, in training and in evaluation mode alike.
+
+    In single precision at least: a score that half precision rounds to 1 would make the loss infinite.
+    """
+    # The queries are there once for each group in training, else once.
+    num_groups = logits.shape[1] // config.num_queries
+    criterion = LwDetrImageLoss(
+        matcher=LwDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost),
+        num_classes=config.num_labels,
+        focal_alpha=config.focal_alpha,
+        losses=["labels", "boxes"],
+        group_detr=num_groups,
+    )
+    layers = {"": (logits, pred_boxes)}
+    auxiliary: list[dict[str, Tensor]] = []
+    if config.auxiliary_loss:
+        pairs = list(zip(outputs_class[:-1], outputs_coord[:-1], strict=True))
+        auxiliary = [{"logits": classes, "pred_boxes": boxes} for classes, boxes in pairs]
+        layers |= {f"_{number}": pair for number, pair in enumerate(pairs)}
+    layers["_enc"] = (enc_outputs_class, enc_outputs_coord)
+    num_boxes = max(num_groups * sum(len(label["class_labels"]) for label in labels), 1)
+    terms: dict[str, Tensor] = {}
+    for suffix, (classes, boxes) in layers.items():
+        layer = {"logits": _at_least_single(classes), "pred_boxes": _at_least_single(boxes)}
+        matching = criterion.matcher(layer, labels, num_groups)
+        for kind in criterion.losses:
+            found = criterion.get_loss(kind, layer, labels, matching, num_boxes)
+            terms |= {f"{name}{suffix}": value for name, value in found.items()}
+    weights = _weights(config)
+    total = torch.stack([value * weights[_kind(name)] for name, value in terms.items()]).sum()
+    return total, terms, auxiliary
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _ratios(
+    detector: Detector, names: Iterable[str], global_normaliser: Normaliser, local: Normaliser
+) -> dict[str, float]:
+    """What transformers divides each term by in this micro-batch, over what the global batch is to be divided by."""
+    config = detector.model.config
+    num_groups = float(getattr(config, "group_detr", 1)) if detector.model.training else 1.0
+    box_ratio = max(num_groups * local.num_boxes, 1.0) / max(num_groups * global_normaliser.num_boxes, 1.0)
+    class_ratio = local.class_weight / global_normaliser.class_weight
+    image_ratio = local.num_queries / global_normaliser.num_queries
+    ratios = {}
+    for name in names:
+        if detector.family.softmax and name.startswith("loss_ce"):
+            ratios[name] = class_ratio
+        elif name.startswith("loss_ddf"):
+            # Denoising queries are random and their number follows the micro-batch: their mean can only be averaged.
+            ratios[name] = image_ratio
+        else:
+            ratios[name] = box_ratio
+    return ratios
 
 
 def _weighted_terms(detector: Detector, loss_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The terms that add up to transformers' own loss for the micro-batch."""
     if not detector.family.weights_in_config:
         return dict(loss_dict)
-    config = detector.model.config
-    weights = {
-        "loss_ce": 1.0,
+    weights = _weights(detector.model.config)
+    # cardinality_error is a measurement, not a loss
+    return {name: value * weights[_kind(name)] for name, value in loss_dict.items() if _kind(name) in weights}
+
+
+def _weights(config: Any) -> dict[str, float]:
+    return {
+        "loss_ce": getattr(config, "class_loss_coefficient", 1.0),
         "loss_bbox": config.bbox_loss_coefficient,
         "loss_giou": config.giou_loss_coefficient,
     }
-    terms = {}
-    for name, value in loss_dict.items():
-        kind = name.rstrip("0123456789").rstrip("_")
-        if kind in weights:  # cardinality_error is a measurement, not a loss
-            terms[name] = value * weights[kind]
-    return terms
+
+
+def _kind(name: str) -> str:
+    """A term's name without its layer: loss_ce of loss_ce_0 and of loss_ce_enc."""
+    return name.removesuffix("_enc").rstrip("0123456789").rstrip("_")
+
+
+_DENSE_TERMS = ("loss_bbox", "loss_giou", "loss_fgl")
+"""DEIMv2's terms that each query learns by which any layer has matched."""
+
+
+def _is_dense(detector: Detector) -> bool:
+    return bool(getattr(detector.model.config, "use_dense_one_to_one", False))
+
+
+def _matchings(detector: Detector, outputs: Any, labels: _Labels) -> list[_Matching]:
+    """For each auxiliary output, which boxes its queries learn in the terms of boxes and of distributions."""
+    config = detector.model.config
+    matcher = RTDetrHungarianMatcher(config)
+    own: list[_Matching] = [matcher(auxiliary, labels) for auxiliary in outputs.auxiliary_outputs]
+    if not _is_dense(detector):
+        return own
+    last = {"logits": outputs.logits, "pred_boxes": outputs.pred_boxes.clamp(0, 1)}
+    if outputs.denoising_meta_values is not None:
+        num_split = outputs.denoising_meta_values["dn_num_split"]
+        last = {name: value.split(num_split, dim=1)[1] for name, value in last.items()}
+    union: _Matching = Deimv2Loss(config)._get_dense_o2o_indices(matcher(last, labels), own)
+    return [union] * len(own)
+
+
+def _dense_ratio(
+    union: _Matching, local: Normaliser, global_normaliser: Normaliser, world_size: int
+) -> tuple[float, float]:
+    """Local divisor over global divisor of DEIMv2's dense terms, and the matched queries of the global batch.
+
+    The ranks sum up their matched queries. With one micro-batch a step these are the global batch's; with more, the
+    global batch is taken to have as many for each box as this round.
+    """
+    counts = torch.tensor([float(sum(len(queries) for queries, _ in union)), local.num_boxes], dtype=torch.float64)
+    num_local = float(counts[0])
+    if world_size > 1:
+        backend_device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        counts = counts.to(backend_device)
+        dist.all_reduce(counts)
+    num_round, num_boxes_round = counts.tolist()
+    rounds = global_normaliser.num_boxes / num_boxes_round if num_boxes_round else 1.0
+    num_matched = min(num_round * rounds, global_normaliser.num_queries)
+    return max(num_local, 1.0) / max(num_matched, 1.0), num_matched
 
 
 def _distillation_terms(
-    detector: Detector, outputs: Any, labels: Sequence[Mapping[str, Tensor]], global_normaliser: Normaliser
+    detector: Detector,
+    outputs: Any,
+    labels: _Labels,
+    matchings: Sequence[_Matching],
+    num_matched: float,
+    num_queries: float,
 ) -> dict[str, Tensor]:
-    """D-FINE's distillation of each decoder layer's corners from the last layer's, divided by the global batch.
+    """Distillation of each decoder layer's corners from the last layer's, divided by the global batch.
 
     The term weighs the mean over matched queries by the root of their number, and that over the others alike; both
-    numbers are known beforehand for the whole batch, so that the two sums add up over micro-batches.
+    numbers are known for the whole batch, so that the two sums add up over micro-batches.
     """
-    from torchvision.ops import box_convert, box_iou
-    from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
-
     config = detector.model.config
-    matcher = RTDetrHungarianMatcher(config)
-    root_matched = math.sqrt(global_normaliser.num_matched)
-    root_others = math.sqrt(global_normaliser.num_queries - global_normaliser.num_matched)
+    root_matched, root_others = math.sqrt(num_matched), math.sqrt(num_queries - num_matched)
     num_bins = config.max_num_bins + 1
     terms: dict[str, Tensor] = {}
-    for layer, auxiliary in enumerate(outputs.auxiliary_outputs):
+    for layer, (auxiliary, matching) in enumerate(zip(outputs.auxiliary_outputs, matchings, strict=True)):
         if "pred_corners" not in auxiliary:
             continue
         student, teacher = auxiliary["pred_corners"], auxiliary["teacher_corners"].detach()
         confidence = auxiliary["teacher_logits"].detach().sigmoid().amax(-1)
         is_matched = torch.zeros_like(confidence, dtype=torch.bool)
-        for image, (queries, targets) in enumerate(matcher(auxiliary, labels)):
+        for image, (queries, targets) in enumerate(matching):
             is_matched[image, queries] = True
             iou = box_iou(
                 box_convert(auxiliary["pred_boxes"][image, queries].detach(), "cxcywh", "xyxy"),
@@ -185,9 +323,10 @@ def _distillation_terms(
 
 
 def _no_loss_over_all_parameters(model: nn.Module) -> Tensor:
-    """Zero, computed from every trainable parameter.
+    """Zero, computed from every trainable parameter, so that each has a gradient.
 
     DistributedDataParallel waits for each of them on every rank, and a rank without boxes never uses some, such as
-    the class embedding of the denoising queries.
+    the class embedding of the denoising queries. On one rank too: an optimizer treats a gradient of zero otherwise
+    than none.
     """
     return torch.stack([parameter.sum() for parameter in model.parameters() if parameter.requires_grad]).sum() * 0.0

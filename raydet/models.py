@@ -17,14 +17,32 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
+from raydet.batch_norm import FrozenBatchNorm2d, freeze_batch_norms, synchronise_batch_norms
 from raydet.checkpoints import categories_in
+from raydet.config import Backbone, BatchNorm
 from raydet.detector import Detections, Detector, quiet
 from raydet.errors import UserError
-from raydet.families import Family, family_of, resized_processor
+from raydet.families import Family, family_of, resized_processor, side_multiple_of
+from raydet.loss import keep_loss_local
 from raydet.schema import Category
 from raydet.small_models import DEFAULT_IMAGE_SIZE, SMALL_MODELS
 
-__all__ = ["SMALL_MODELS", "Detections", "Detector", "backbone_parameter_names", "build_detector", "load_detector"]
+__all__ = [
+    "SMALL_MODELS",
+    "Detections",
+    "Detector",
+    "backbone_parameter_names",
+    "build_detector",
+    "freeze_backbone",
+    "load_detector",
+    "synchronise_batch_norms",
+]
+
+_STEM = re.compile(
+    r"(^|\.)(embedder|embeddings|mid_position_embeddings|stem(_\d+)?|stages[._]0|patch_embed|pos_embed|cls_token"
+    r"|reg_token|(model|_backbone)\.(conv1|bn1|layer1))(\.|$)"
+)
+"""In the names of a backbone's parameters: what comes first in it, by transformers' and by timm's names."""
 
 logger = logging.getLogger("raydet")
 
@@ -35,7 +53,9 @@ def build_detector(
     *,
     image_size: int | None,
     seed: int,
-    freeze_batch_norm: bool = False,
+    batch_norm: BatchNorm = "as_is",
+    freeze_backbone: Backbone = "none",
+    gradient_checkpointing: bool = False,
 ) -> Detector:
     """Makes a detector ready for training.
 
@@ -46,16 +66,21 @@ def build_detector(
         image_size: In pixels, the side for families with a fixed size; for those that keep the aspect the longest
             side. By default the checkpoint's own, and 256 for models from scratch.
         seed: Of every weight that is not loaded.
-        freeze_batch_norm: Batch norms keep their statistics and weights, also in training.
+        batch_norm: as_is: as the model has them; freeze: they keep their statistics and weights, also in training;
+            sync: as_is, for the training loop to call `synchronise_batch_norms` on once the model is on its device.
+        freeze_backbone: What of the backbone does not learn, see the function of this name.
+        gradient_checkpointing: Activations are computed again in the backward pass instead of being kept.
 
     Raises:
-        UserError: No such model, one that cannot be read or trained, or an unfit image size.
+        UserError: No such model, one that cannot be read or trained, an unfit image size, or an option that the model
+            has no use for.
     """
     name = os.path.expanduser(name)
     if not categories:
         raise UserError(f"cannot train {name} without categories: the images table lists none")
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
+        fresh: set[str] = set()
         if name in SMALL_MODELS:
             config = SMALL_MODELS[name]()
             family = family_of(config.model_type, where=name)
@@ -69,21 +94,22 @@ def build_detector(
             own_names = [category.name for category in categories_in(config.to_dict())]
             own_number = config.num_labels
             _prepare_for_training(config, categories, family)
-            model = _read_model(name, config)
+            model, fresh = _read_model(name, config)
             names = [category.name for category in categories]
             # Another number of classes has changed the shape of the head, so that it starts anew as it is.
             if own_names != names and own_number == len(names):
-                _reset_class_head(model)
+                fresh |= _reset_class_head(model)
             if image_size is not None:
                 processor = resized_processor(processor, family, image_size)
-    detector = Detector(model, processor, categories, where=name)
+    detector = Detector(model, processor, categories, where=name, reinitialised=_with_ties(model, fresh))
+    if detector.reinitialised:
+        logger.info("starts anew in %s: %s", name, ", ".join(detector.reinitialised))
     _check_image_size(detector, name)
-    for parameter_name, parameter in model.named_parameters():
-        # transformers freezes a DETR's ResNet, all of it or none, depending on where the ResNet is from.
-        if parameter_name.startswith(family.backbone_prefix):
-            parameter.requires_grad_(True)
-    if freeze_batch_norm:
-        _freeze_batch_norms(model)
+    if batch_norm == "freeze":
+        freeze_batch_norms(model)
+    _freeze(model, freeze_backbone, where=name)
+    if gradient_checkpointing:
+        _checkpoint_gradients(model, where=name)
     _mend_batch_norm_gradients(model)
     return detector
 
@@ -103,9 +129,9 @@ def load_detector(name: str) -> Detector:
         categories = categories_in(config.to_dict())
         if not categories:
             raise UserError(f"the config.json of {name} does not name the classes; give it an id2label")
-        model = _read_model(name, config)
+        model, fresh = _read_model(name, config)
         processor = _read_processor(name, family)
-    detector = Detector(model, processor, categories, where=name)
+    detector = Detector(model, processor, categories, where=name, reinitialised=_with_ties(model, fresh))
     model.eval()
     return detector
 
@@ -116,8 +142,55 @@ def backbone_parameter_names(model: nn.Module) -> set[str]:
     In YOLOS this is the vision transformer without its detection tokens.
     """
     config: Any = model.config
-    prefix = family_of(config.model_type, where="this model").backbone_prefix
-    return {name for name, _ in model.named_parameters() if name.startswith(prefix) and "detection_tokens" not in name}
+    prefixes = family_of(config.model_type, where="this model").backbone_prefixes
+    names = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    return {name for name in names if "detection_tokens" not in name}
+
+
+def freeze_backbone(model: nn.Module, part: Backbone) -> None:
+    """Freezes a part of the backbone and lets the rest of it learn; may be called again, at any time.
+
+    It sets `requires_grad` of parameters. The statistics of batch norms are the business of `batch_norm`, and batch
+    norms that it has frozen stay so. transformers' own default, all of the backbone or none of it depending on where
+    it is from, is overruled. A DistributedDataParallel around the model, and an optimizer that was given only what
+    learned then, must be made again.
+
+    Args:
+        model: Of any family.
+        part: none: all of the backbone learns. stem: what comes first does not: in a vision transformer the patches'
+            and positions' embeddings, in a ResNet, HGNet or another network of stages the stem and the first stage,
+            as DETR's authors freeze `conv1`, `bn1` and `layer1`. all: nothing of it learns.
+
+    Raises:
+        UserError: This backbone has no part known as its stem.
+    """
+    _freeze(model, part, where="this model")
+
+
+def _freeze(model: nn.Module, part: Backbone, *, where: str) -> None:
+    names = backbone_parameter_names(model)
+    stem = {name for name in names if _STEM.search(name)}
+    if part == "stem" and not stem:
+        raise UserError(f"freeze_backbone stem: cannot tell the stem of the backbone of {where}; use none or all")
+    frozen = {"none": set(), "stem": stem, "all": names}[part]
+    norms = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, FrozenBatchNorm2d)
+        for name, _ in module.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(name not in frozen | norms)
+
+
+def _checkpoint_gradients(model: PreTrainedModel, *, where: str) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"gradient_checkpointing: {where} is a {model.config.model_type} model, for which transformers has none; "
+            "use accumulate to save memory"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _prepare_for_training(config: PreTrainedConfig, categories: Sequence[Category], family: Family) -> None:
@@ -149,7 +222,8 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
     return config, family_of(config.model_type, where=name)
 
 
-def _read_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of weights that it did not find in the checkpoint or not in the right shape."""
     try:
         model, report = AutoModelForObjectDetection.from_pretrained(
             name,
@@ -164,26 +238,32 @@ def _read_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
         raise UserError(f"{name} has a backbone of the timm package: pip install 'raydet[timm]'") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_read(name, error) from error
-    fresh = sorted({str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]})
-    missing = sorted(report["missing_keys"])
-    if fresh:
-        logger.info("class head of %s starts anew: %s", name, ", ".join(fresh))
-    if missing:
-        logger.warning("%s lacks these weights, they start anew: %s", name, ", ".join(missing))
-    result: PreTrainedModel = model
-    return result
+    keep_loss_local(model)
+    fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
+    return model, fresh | set(report["missing_keys"])
 
 
 def _read_processor(name: str, family: Family) -> Any:
     try:
-        return AutoImageProcessor.from_pretrained(name, backend="torchvision", trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(name, backend="torchvision", trust_remote_code=False)
     except (OSError, ValueError):
         logger.warning("%s has no image processor of its own, taking the default %s", name, family.processor)
         return _default_processor(family)
+    if type(processor).__name__ != "RfDetrImageProcessor":
+        return processor
+    # It resizes in floating point and without antialiasing, which pictures of whole numbers between 0 and 255 cannot
+    # follow. RT-DETR's processor reads the outputs alike, and is what the folder says from now on.
+    content = processor.to_dict()
+    kept = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad")
+    return transformers.RTDetrImageProcessor(**{key: content[key] for key in (*kept, "pad_size") if key in content})
 
 
 def _default_processor(family: Family) -> Any:
-    return getattr(transformers, family.processor)()
+    processor = getattr(transformers, family.processor)()
+    if family.model_type == "rf_detr":
+        # Unlike RT-DETR's backbones, a DINOv2 wants its colours normalised.
+        processor = type(processor).from_dict({**processor.to_dict(), "do_normalize": True})
+    return processor
 
 
 def _cannot_read(name: str, error: Exception) -> UserError:
@@ -196,8 +276,12 @@ def _cannot_read(name: str, error: Exception) -> UserError:
     )
 
 
-def _reset_class_head(model: PreTrainedModel) -> None:
-    """Gives new random values to all that depends on the classes, also where their number happens to be the same."""
+def _reset_class_head(model: PreTrainedModel) -> set[str]:
+    """Gives new random values to all that depends on the classes, also where their number happens to be the same.
+
+    Returns:
+        The names of these tensors.
+    """
     config = model.config
     wider = copy.deepcopy(config)
     wider.num_labels = len(config.id2label or {}) + 1
@@ -208,11 +292,19 @@ def _reset_class_head(model: PreTrainedModel) -> None:
     names = sorted(name for name, value in own.items() if value.shape != shapes[name])
     for name in names:
         own[name].copy_(fresh[name])
-    logger.info("class head starts anew: %s", ", ".join(names))
+    return set(names)
+
+
+def _with_ties(model: nn.Module, names: set[str]) -> list[str]:
+    """These tensors, and the other names that they have where they stand in several places, sorted."""
+    state = model.state_dict()
+    places = {state[name].data_ptr() for name in names if name in state}
+    return sorted(name for name, value in state.items() if value.data_ptr() in places)
 
 
 def _new_model(config: PreTrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForObjectDetection.from_config(config)
+    keep_loss_local(model)
     return model
 
 
@@ -245,15 +337,21 @@ def _ask_for_contiguous_gradient(module: nn.Module, inputs: tuple[Tensor, ...], 
 
 def _check_image_size(detector: Detector, name: str) -> None:
     """Refuses sizes at which the model would fail in the middle of a run."""
-    size_hw = detector.resize_rule.size_hw
-    multiple = detector.family.side_multiple
-    if size_hw is None or multiple == 1:
+    config, rule = detector.model.config, detector.resize_rule
+    multiple = side_multiple_of(config, detector.family)
+    if multiple == 1:
         return
+    size_hw = rule.size_hw or rule.pad_to_hw
+    if size_hw is None:
+        raise UserError(
+            f"the image processor of {name} lets every image keep its aspect, but the model needs sides that are a "
+            f"multiple of {multiple}; give image_size"
+        )
     height, width = size_hw
     if height % multiple or width % multiple:
         raise UserError(f"image_size must be a multiple of {multiple} for {name}, got {height}")
-    strides: Sequence[int] = detector.model.config.feat_strides
-    num_places = sum((height // stride) * (width // stride) for stride in strides)
+    strides = _strides(config)
+    num_places = sum(int(height // stride) * int(width // stride) for stride in strides)
     if num_places < detector.num_queries:
         raise UserError(
             f"image_size {height} is too small for {name}: it has {detector.num_queries} queries but only {num_places} "
@@ -261,17 +359,11 @@ def _check_image_size(detector: Detector, name: str) -> None:
         )
 
 
-class _FrozenBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm that stays in evaluation mode; its weights keep their names, so that folders stay the same."""
-
-    def train(self, mode: bool = True) -> "_FrozenBatchNorm2d":
-        return super().train(False)
-
-
-def _freeze_batch_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = _FrozenBatchNorm2d
-            module.train(False)
-            for parameter in module.parameters():
-                parameter.requires_grad_(False)
+def _strides(config: Any) -> Sequence[float]:
+    """Pixels from one place to the next, on each level of the features that queries start from."""
+    if config.model_type == "lw_detr":
+        return [config.backbone_config.patch_size / scale for scale in config.projector_scale_factors]
+    if config.model_type == "rf_detr":
+        return [config.backbone_config.patch_size]
+    strides: Sequence[float] = config.feat_strides
+    return strides

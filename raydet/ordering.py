@@ -7,6 +7,7 @@ Rows are shuffled in windows of whole row groups, so that each row group is read
 the table is; a table that fits one window is shuffled as a whole.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,14 @@ import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
 Kind = Literal["train", "validate"]
+
+MOSAIC_P = 0.5
+"""Share of the images that become a mosaic, where the augmentation mixes images."""
+MIXUP_P = 0.15
+"""Share of the images that another is blended into, where the augmentation mixes images."""
+
+# The last word of a seed, which keeps draws for one use apart from those of another with the same numbers.
+_PARTNER_STREAM, _SCALE_STREAM = 1, 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,17 @@ class MicroBatch:
     part: int
     rank: int
     rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PartnerRows:
+    """The rows that an image is mixed with in an epoch: three or none for a mosaic, one or none for a mixup.
+
+    There are fewer where the window has too few other rows.
+    """
+
+    mosaic: tuple[int, ...]
+    mixup: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,7 @@ class RunPlan:
         window_bytes: Row groups of about this many bytes are shuffled together.
         validate_every: Epochs from one validation to the next; the last epoch always has one.
         validate_batch_size: Images of a micro-batch in validation, whatever the number of workers.
+        validate_fraction: Part of the validation table that is used, above 0 and at most 1.
     """
 
     train_groups: tuple[tuple[int, int], ...]
@@ -75,6 +96,7 @@ class RunPlan:
     window_bytes: int
     validate_every: int
     validate_batch_size: int
+    validate_fraction: float = 1.0
 
     @property
     def num_train(self) -> int:
@@ -86,18 +108,46 @@ class RunPlan:
         """Optimizer steps of an epoch; the last one may have fewer images."""
         return -(-self.num_train // self.batch_size)
 
+    @property
+    def num_validated(self) -> int:
+        """Rows of a validation, rounded up; they lie evenly spread over the table."""
+        # Rounding first, or 0.07 of 100 rows would be 8 of them.
+        return min(self.num_val, max(1, math.ceil(round(self.validate_fraction * self.num_val, 6))))
+
     def validates(self, epoch: int) -> bool:
         """Whether a validation follows this epoch."""
         return (epoch + 1) % self.validate_every == 0 or epoch + 1 == self.epochs
 
     def validation_rounds(self, world_size: int) -> int:
         """Micro-batches that each worker takes in a validation."""
-        return -(-self.num_val // (self.validate_batch_size * world_size))
+        return -(-self.num_validated // (self.validate_batch_size * world_size))
 
     def step_rows(self, epoch: int, step: int) -> Rows:
         """The rows of an optimizer step, over all workers."""
         order, _ = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
         return order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def partner_rows(self, epoch: int, step: int, row: int) -> PartnerRows:
+        """What an image is mixed with; it depends on nothing but the plan, so not on workers or restarts.
+
+        Partners come out of the window in which the step begins: its row groups are the ones that are read anyway.
+
+        Args:
+            epoch: Counted from 0.
+            step: The step that the row is in.
+            row: The image's row in the training table.
+        """
+        order, starts = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
+        window = int(np.searchsorted(starts, step * self.batch_size, side="right")) - 1
+        pool = order[starts[window] : starts[window + 1] if window + 1 < len(starts) else len(order)]
+        rng = np.random.default_rng([self.seed, epoch, row, _PARTNER_STREAM])
+        with_mosaic, with_mixup = rng.random(2) < (MOSAIC_P, MIXUP_P)
+        # One more than needed: the row itself may be among them.
+        drawn = pool[rng.choice(len(pool), size=min(5, len(pool)), replace=False)].tolist()
+        others = [other for other in drawn if other != row]
+        return PartnerRows(
+            mosaic=tuple(others[:3]) if with_mosaic else (), mixup=tuple(others[-1:]) if with_mixup else ()
+        )
 
     def segments(self, *, start_epoch: int = 0, start_step: int = 0) -> Iterator[Segment]:
         """What is to be read from a step of an epoch to the end of the run, in order."""
@@ -125,9 +175,10 @@ class RunPlan:
                     yield MicroBatch("train", segment.epoch, step, part, rank, rows)
 
     def _validation(self, epoch: int, world_size: int) -> Iterator[MicroBatch]:
-        size = self.validate_batch_size
+        size, used = self.validate_batch_size, self.num_validated
         for number in range(self.validation_rounds(world_size) * world_size):
-            rows = tuple(range(min(number * size, self.num_val), min((number + 1) * size, self.num_val)))
+            places = range(number * size, min((number + 1) * size, used))
+            rows = tuple(place * self.num_val // used for place in places)
             yield MicroBatch("validate", epoch, number // world_size, 0, number % world_size, rows)
 
 
@@ -158,3 +209,12 @@ def _epoch_order(
 def augmentation_seed(seed: int, epoch: int, image_id: int) -> int:
     """The seed of an image's augmentation: it depends on nothing else, so not on workers or order."""
     return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1)[0])
+
+
+def scale_choice(seed: int, epoch: int, step: int, num_scales: int) -> int:
+    """Which of several image sizes an optimizer step uses, the same on all ranks.
+
+    Returns:
+        A number from 0 to `num_scales` - 1.
+    """
+    return int(np.random.default_rng([seed, epoch, step, _SCALE_STREAM]).integers(num_scales))

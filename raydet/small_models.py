@@ -93,8 +93,8 @@ def _rt_detr_v2_tiny() -> "PreTrainedConfig":
     )
 
 
-def _d_fine_tiny() -> "PreTrainedConfig":
-    backbone = transformers.HGNetV2Config(
+def _tiny_hgnet() -> "PreTrainedConfig":
+    return transformers.HGNetV2Config(
         stem_channels=[3, 8, 8],
         stage_in_channels=[8, 8, 16, 24],
         stage_mid_channels=[8, 8, 8, 8],
@@ -105,22 +105,30 @@ def _d_fine_tiny() -> "PreTrainedConfig":
         depths=[1, 1, 1, 1],
         **_LAST_THREE_STAGES,
     )
-    return transformers.DFineConfig(backbone_config=backbone, **{**_tiny_hybrid_encoder(), "decoder_layers": 3})
 
 
-def _tiny_resnet() -> "PreTrainedConfig":
+def _d_fine_tiny() -> "PreTrainedConfig":
+    return transformers.DFineConfig(backbone_config=_tiny_hgnet(), **{**_tiny_hybrid_encoder(), "decoder_layers": 3})
+
+
+def _deimv2_tiny() -> "PreTrainedConfig":
+    return transformers.Deimv2Config(
+        backbone_config=_tiny_hgnet(),
+        depth_mult=0.5,
+        lqe_hidden_dim=16,
+        **{**_tiny_hybrid_encoder(), "decoder_layers": 3},
+    )
+
+
+def _tiny_resnet(out_features: dict[str, Any]) -> "PreTrainedConfig":
     return transformers.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16, 24, 32],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        **_LAST_STAGE,
+        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic", **out_features
     )
 
 
 def _tiny_transformer() -> dict[str, Any]:
     return {
-        "backbone_config": _tiny_resnet(),
+        "backbone_config": _tiny_resnet(_LAST_STAGE),
         "d_model": 32,
         "encoder_layers": 2,
         "decoder_layers": 2,
@@ -140,6 +148,57 @@ def _conditional_detr_tiny() -> "PreTrainedConfig":
     return transformers.ConditionalDetrConfig(**_tiny_transformer())
 
 
+def _table_transformer_tiny() -> "PreTrainedConfig":
+    return transformers.TableTransformerConfig(**_tiny_transformer())
+
+
+def _dab_detr_tiny() -> "PreTrainedConfig":
+    sizes = _tiny_transformer()
+    return transformers.DabDetrConfig(hidden_size=sizes.pop("d_model"), **sizes)
+
+
+def _deformable_detr_tiny() -> "PreTrainedConfig":
+    sizes = _tiny_transformer() | {"backbone_config": _tiny_resnet(_LAST_THREE_STAGES)}
+    return transformers.DeformableDetrConfig(num_feature_levels=4, encoder_n_points=2, decoder_n_points=2, **sizes)
+
+
+def _tiny_windowed_vit() -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "mlp_ratio": 2,
+        "patch_size": 16,
+        "out_features": ["stage2", "stage3"],
+    }
+
+
+def _tiny_grouped_decoder() -> dict[str, Any]:
+    return {
+        "d_model": 32,
+        "c2f_num_blocks": 1,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 64,
+        "decoder_self_attention_heads": 2,
+        "decoder_cross_attention_heads": 2,
+        "decoder_n_points": 2,
+        "num_queries": 20,
+        "group_detr": 3,
+    }
+
+
+def _lw_detr_tiny() -> "PreTrainedConfig":
+    backbone = transformers.LwDetrViTConfig(
+        pretrain_image_size=64, num_windows=4, window_block_indices=[0, 1], **_tiny_windowed_vit()
+    )
+    return transformers.LwDetrConfig(backbone_config=backbone, projector_scale_factors=[1.0], **_tiny_grouped_decoder())
+
+
+def _rf_detr_tiny() -> "PreTrainedConfig":
+    backbone = transformers.RfDetrDinov2Config(image_size=96, num_windows=2, **_tiny_windowed_vit())
+    return transformers.RfDetrConfig(backbone_config=backbone, **_tiny_grouped_decoder())
+
+
 def _yolos_tiny() -> "PreTrainedConfig":
     return transformers.YolosConfig(
         hidden_size=48,
@@ -157,7 +216,19 @@ SMALL_MODELS: Mapping[str, Callable[[], "PreTrainedConfig"]] = {
     "rt_detr_tiny": _rt_detr_tiny,
     "rt_detr_v2_tiny": _rt_detr_v2_tiny,
     "d_fine_tiny": _d_fine_tiny,
+    "deimv2_tiny": _deimv2_tiny,
     "detr_tiny": _detr_tiny,
+    "table_transformer_tiny": _table_transformer_tiny,
     "conditional_detr_tiny": _conditional_detr_tiny,
+    "dab_detr_tiny": _dab_detr_tiny,
+    "deformable_detr_tiny": _deformable_detr_tiny,
+    "lw_detr_tiny": _lw_detr_tiny,
+    "rf_detr_tiny": _rf_detr_tiny,
     "yolos_tiny": _yolos_tiny,
 }
+
+
+def small_model_type(name: str) -> str:
+    """The model type, as in its config, of a key of `SMALL_MODELS`; found without importing torch."""
+    family_name = name.rsplit("_", 1)[0]
+    return {"dab_detr": "dab-detr", "table_transformer": "table-transformer"}.get(family_name, family_name)

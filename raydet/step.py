@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.collate import Example, collate
+from raydet.geometry import ResizeRule
 from raydet.loss import Normaliser, compute_loss, local_normaliser
 from raydet.models import Detector
 
@@ -43,10 +44,17 @@ class StepSetting:
     autocast_dtype: torch.dtype | None
     world_size: int
     sum_over_ranks: SumOverRanks
+    scaler: torch.amp.GradScaler | None = None
+    """Keeps small gradients of fp16 from vanishing; null for other precisions."""
 
 
 def compute_gradients(
-    detector: Detector, module: nn.Module, examples: Sequence[Sequence[Example]], setting: StepSetting
+    detector: Detector,
+    module: nn.Module,
+    examples: Sequence[Sequence[Example]],
+    setting: StepSetting,
+    *,
+    rule: ResizeRule | None = None,
 ) -> StepResult:
     """Runs forward and backward over this rank's micro-batches and leaves the global gradient in the parameters.
 
@@ -56,10 +64,11 @@ def compute_gradients(
         examples: This rank's micro-batches; every rank brings the same number of them. One may be empty, when there
             are fewer images than ranks or none could be read.
         setting: Device, precision, ranks.
+        rule: By which the images have been resized; the detector's own by default.
     """
     # A rank without images still takes its turn, since the others wait for it: a black image that weighs nothing.
     weights = [1.0 if micro_batch else 0.0 for micro_batch in examples]
-    rule = detector.resize_rule
+    rule = rule or detector.resize_rule
     batches = [
         collate(micro_batch or [_blank(rule.target_size_hw((64, 64)))], pad_to_hw=rule.pad_to_hw)
         for micro_batch in examples
@@ -84,16 +93,32 @@ def compute_gradients(
                 local=local,
                 world_size=setting.world_size,
             )
-            (loss.total * weight).backward()
+            scaled = loss.total * weight
+            (scaled if setting.scaler is None else setting.scaler.scale(scaled)).backward()
         for name, value in loss.terms.items():
             terms[name] = terms.get(name, torch.zeros((), device=setting.device)) + value.float() * weight
     return StepResult(terms, total)
 
 
-def apply_gradients(module: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
-    """Clips the gradient, takes the optimizer's step and clears the gradient; returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
-    optimizer.step()
+def apply_gradients(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Clips the gradient, takes the optimizer's step and clears the gradient; returns the norm before clipping.
+
+    With a scaler, a gradient that has overflowed is left out, and the next loss is scaled less.
+    """
+    if scaler is None:
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        optimizer.step()
+    else:
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
 

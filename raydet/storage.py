@@ -77,8 +77,16 @@ def write_bytes(uri: str, data: bytes) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(data)
-        partial.replace(target)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                # Or a loss of power may leave the new name with none of the new content.
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
         return
     with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
@@ -127,7 +135,11 @@ def publish_folder(local_folder: str, uri: str) -> None:
     for leftover in (partial, previous):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(local_folder, partial)
+    try:
+        shutil.copytree(local_folder, partial)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"cannot write {uri}: {error}") from error
     if Path(path).exists():
         Path(path).rename(previous)
     partial.rename(path)
@@ -152,4 +164,7 @@ def _neighbours(path: str) -> tuple[Path, Path]:
 def fetch_folder(uri: str, local_folder: str) -> None:
     """Copies a folder, from wherever it is, to this machine."""
     filesystem, path = resolve(uri)
-    pafs.copy_files(path, local_folder, source_filesystem=filesystem)
+    for name in list_files(uri, recursive=True):
+        target = Path(local_folder, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pafs.copy_files(f"{path}/{name}", str(target), source_filesystem=filesystem)

@@ -3,10 +3,15 @@
 It imports no torch, so that a mistake is told in a second; the loop of the workers is in `training_loop.py`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
+import threading
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +19,13 @@ import ray
 import yaml
 
 from raydet import cluster, storage
-from raydet.checkpoints import HISTORY_FILE, STATE_FILE, read_checkpoint
+from raydet.checkpoints import HISTORY_FILE, STATES_FOLDER, read_checkpoint
 from raydet.config import TrainConfig, changed_fields, to_yaml
 from raydet.console import Console
-from raydet.errors import UserError
+from raydet.errors import RunError, RunStopped, UserError
 from raydet.families import family_of
-from raydet.small_models import SMALL_MODELS
+from raydet.history import best_entry, is_out_of_patience
+from raydet.small_models import SMALL_MODELS, small_model_type
 from raydet.tables import Table, open_table
 
 
@@ -31,19 +37,22 @@ class TrainResult:
         out: The run folder.
         checkpoint: The best model, a Hugging Face model folder.
         history: One entry an epoch: losses, rates, speed and, where it was validated, the COCO numbers.
+        metric: What the checkpoint is the best by.
         already_done: Nothing was left to do.
     """
 
     out: str
     checkpoint: str
     history: list[dict[str, Any]]
+    metric: str = "AP"
     already_done: bool = False
 
     @property
     def best(self) -> dict[str, Any]:
         """The epoch that the checkpoint is of."""
-        scored = [entry for entry in self.history if entry.get("AP") is not None]
-        return max(scored, key=lambda entry: entry["AP"]) if scored else self.history[-1]
+        entry = best_entry(self.history, self.metric)
+        assert entry is not None, "a finished run has an epoch"
+        return dict(entry)
 
     def lines(self) -> list[str]:
         """What came of the run, for the terminal."""
@@ -75,35 +84,105 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         model=storage.absolute_uri(config.model) if storage.exists(config.model) else config.model,
     )
     history = _check_run_folder(config)
-    if len(history) >= config.epochs and storage.exists(storage.join(out, "checkpoint", "config.json")):
-        return TrainResult(out, storage.join(out, "checkpoint"), history[: config.epochs], already_done=True)
+    checkpoint = storage.join(out, "checkpoint")
+    if _is_finished(config, history) and storage.exists(storage.join(checkpoint, "config.json")):
+        return TrainResult(
+            out, checkpoint, history[: config.epochs], metric=config.metric_for_best_model, already_done=True
+        )
+    _check_recipe(config)
     if not history:
         _check_model(config)
 
     with cluster.session(storage.join(out, "log")):
         resources = cluster.share_out(
-            num_workers=config.num_workers, use_gpu=config.use_gpu, cpus_per_worker=config.cpus_per_worker
+            min_workers=config.min_workers,
+            max_workers=config.max_workers,
+            use_gpu=config.use_gpu,
+            cpus_per_worker=config.cpus_per_worker,
         )
         storage.write_bytes(storage.join(out, "config.yaml"), to_yaml(config).encode())
         console.line(
-            f"{resources.describe(config.num_workers)}; Ray's log: {storage.join(out, 'log', cluster.LOG_FILE)}"
+            f"{resources.describe(config.min_workers, config.max_workers)}; Ray's log: "
+            f"{storage.join(out, 'log', cluster.LOG_FILE)}"
         )
         board = cluster.Board.remote()  # type: ignore[attr-defined]
-        trainer = _trainer(config, tables, resources, board)
-        with console.following_training(lambda start: ray.get(board.read.remote(start)), epochs=config.epochs):
-            trainer.fit()
-        mistake = ray.get(board.mistake.remote())
+        with (
+            _stopping_on_sigterm(board) as asked_to_stop,
+            console.following_training(lambda start: ray.get(board.read.remote(start)), epochs=config.epochs),
+        ):
+            _fit(_trainer(config, tables, resources, board), board)
+        mistake, failure = ray.get([board.mistake.remote(), board.failure.remote()])
         if mistake:
             if not history:
                 storage.delete_file(storage.join(out, "config.yaml"))
             raise UserError(mistake)
-    return TrainResult(out, storage.join(out, "checkpoint"), _read_history(out))
+        if failure:
+            raise RunError(failure)
+    finished = _read_history(out)
+    if asked_to_stop.is_set() and not _is_finished(config, finished):
+        raise RunStopped(f"stopped as asked, after {len(finished)} whole epochs; the same command goes on from there")
+    return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model)
+
+
+def _is_finished(config: TrainConfig, history: list[dict[str, Any]]) -> bool:
+    return len(history) >= config.epochs or is_out_of_patience(
+        history, config.metric_for_best_model, config.early_stopping_patience
+    )
+
+
+def _fit(trainer: Any, board: Any) -> None:
+    """Runs the workers to their end.
+
+    Raises:
+        RunError: They have died more often than they may.
+    """
+    from ray.train import TrainingFailedError
+
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if ray.get(board.failure.remote()):
+            return
+        reason = str(error).strip().splitlines()[-1]
+        raise RunError(
+            f"the workers have died too often: {reason}; what was saved is whole, the same command goes on from there"
+        ) from error
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm(board: Any) -> Iterator[threading.Event]:
+    """For the time of a `with`, SIGTERM has the workers save what they have and end; yields whether it came."""
+    asked, is_over = threading.Event(), threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are for the main thread alone
+        yield asked
+        return
+
+    def pass_on() -> None:
+        asked.wait()
+        if not is_over.is_set():
+            ray.get(board.ask_to_stop.remote())
+
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        is_over.set()
+        was_asked = asked.is_set()
+        asked.set()  # lets the thread end
+        thread.join(timeout=10)
+        if not was_asked:
+            asked.clear()
 
 
 def _trainer(config: TrainConfig, tables: dict[str, Table], resources: cluster.Resources, board: Any) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    fewest, most = config.min_workers, config.max_workers
+    num_workers = most if fewest == most else (fewest, most)
     return TorchTrainer(
         _run_worker,
         train_loop_config={
@@ -113,7 +192,7 @@ def _trainer(config: TrainConfig, tables: dict[str, Table], resources: cluster.R
             "board": board,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=num_workers,  # type: ignore[arg-type]  # the base class's type, of another scheduler
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
         ),
@@ -128,14 +207,29 @@ def _trainer(config: TrainConfig, tables: dict[str, Table], resources: cluster.R
     )
 
 
+_BUGS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError, ValueError)
+"""What would come again if the workers were started again, unlike the death of another worker or a broken network."""
+
+
 def _run_worker(job: dict[str, Any]) -> None:
+    board = job["board"]
+    if ray.get(board.failure.remote()):
+        return  # started anew after a failure that would come again
+
     from raydet.training_loop import run_worker
 
     try:
         run_worker(job)
     except UserError as error:
         # Every worker builds the same model and finds the same mistake: no use in starting them again.
-        ray.get(job["board"].report_mistake.remote(str(error)))
+        ray.get(board.report_mistake.remote(str(error)))
+    except _BUGS as error:
+        log = storage.join(job["config"]["out"], "log", "error.log")
+        storage.write_bytes(log, traceback.format_exc().encode())
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        line = f"a worker came upon what it cannot handle ({type(error).__name__}: {reason}); {log} has the traceback"
+        ray.get(board.report_failure.remote(line))
+        raise
 
 
 def _check_tables(config: TrainConfig) -> dict[str, Table]:
@@ -151,6 +245,11 @@ def _check_tables(config: TrainConfig) -> dict[str, Table]:
             f"the classes of --train-data ({', '.join(names['train'])}) and --val-data "
             f"({', '.join(names['validate'])}) differ; prepare both from annotations with the same list of categories"
         )
+    metric = config.metric_for_best_model
+    if metric.startswith("AP:") and metric.removeprefix("AP:") not in names["train"]:
+        raise UserError(
+            f"metric_for_best_model {metric}: there is no such class; there are {', '.join(names['train'])}"
+        )
     return tables
 
 
@@ -165,7 +264,7 @@ def _check_run_folder(config: TrainConfig) -> list[dict[str, Any]]:
     storage.recover_folder(storage.join(config.out, "checkpoint"))
     changes = changed_fields(config, yaml.safe_load(storage.read_bytes(path)))
     # A run that ended before its first checkpoint has left nothing that other settings could spoil.
-    if changes and storage.exists(storage.join(config.out, "last", STATE_FILE)):
+    if changes and storage.list_files(storage.join(config.out, STATES_FOLDER)):
         raise UserError(
             f"--out {config.out} already holds another run ({'; '.join(changes)}); choose another folder, or the "
             "same settings to go on with it"
@@ -181,12 +280,27 @@ def _read_history(out: str) -> list[dict[str, Any]]:
     return history
 
 
+def _check_recipe(config: TrainConfig) -> None:
+    """What can be told of schedule, augmentation and trackers before any worker starts."""
+    from raydet.optim import check_schedule
+    from raydet.tracking import check_trackers
+
+    check_schedule(config)
+    check_trackers(config.trackers)
+    if not isinstance(config.augmentation, str):
+        from raydet.transforms import check_augmentation
+
+        check_augmentation(config.augmentation)
+
+
 def _check_model(config: TrainConfig) -> None:
     """What can be told of a model without loading torch; the workers find the rest."""
     if config.model in SMALL_MODELS:
-        model_type = config.model.rsplit("_", 1)[0]
+        model_type = small_model_type(config.model)
     else:
         model_type = read_checkpoint(config.model).model_type
     multiple = family_of(model_type, where=config.model).side_multiple
-    if config.image_size is not None and config.image_size % multiple:
-        raise UserError(f"image_size must be a multiple of {multiple} for {config.model}, got {config.image_size}")
+    for option, sizes in (("image_size", [config.image_size or multiple]), ("multi_scale", config.multi_scale or [])):
+        for size in sizes:
+            if size % multiple:
+                raise UserError(f"{option} must be a multiple of {multiple} for {config.model}, got {size}")

@@ -4,15 +4,12 @@ Rank 0 starts the stream of the run, every rank reads its part of it, and gradie
 together over all ranks. The loop itself is `run_worker`; below it stand its steps, in the order in which it takes them.
 """
 
-import contextlib
-import io
+import errno
 import json
-import os
+import resource
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,65 +19,53 @@ import torch
 import torch.distributed as dist
 from ray.data import ExecutionResources
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import get_device
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from raydet import storage
-from raydet.checkpoints import HISTORY_FILE, STATE_FILE
+from raydet.checkpoints import HISTORY_FILE
 from raydet.cluster import Resources
-from raydet.collate import Example, collate
 from raydet.config import DEFAULT_MAX_PIXELS, TrainConfig
 from raydet.data import Preparation, ReadyImage, micro_batches, run_stream
-from raydet.metrics import NO_DETECTIONS, CocoAccumulator, CocoResult, ImageDetections
-from raydet.models import Detector, backbone_parameter_names, build_detector
-from raydet.optim import MovingAverage, build_optimizer, build_schedule
-from raydet.ordering import Kind, MicroBatch, RunPlan
-from raydet.step import StepSetting, apply_gradients, autocast, compute_gradients
+from raydet.families import resize_rule_of, resized_processor
+from raydet.geometry import ResizeRule
+from raydet.history import is_best_so_far, is_out_of_patience, metric_value
+from raydet.meter import EpochMeter, merge_states, summary
+from raydet.models import freeze_backbone
+from raydet.optim import after_validation
+from raydet.ordering import RunPlan, scale_choice
+from raydet.step import StepResult, apply_gradients, compute_gradients
 from raydet.tables import Table
+from raydet.tracking import RunTracker, scalars_of
+from raydet.training_state import Position, save_state
+from raydet.training_worker import Stream, Worker, averaged, capture, examples_of, next_images, start_worker, wrap
+from raydet.validation import validate
 
-_Stream = Iterator[tuple[MicroBatch, list[ReadyImage]]]
-
-
-@dataclass
-class _Run:
-    """What a worker holds while it trains."""
-
-    config: TrainConfig
-    rank: int
-    setting: StepSetting
-    detector: Detector
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    average: MovingAverage | None
-    history: list[dict[str, Any]]
-    objects_group: Any
-    board: Any
+_STEPS_BETWEEN_LOGS = 10
+_STEPS_BETWEEN_LOOKS = 20
+"""Steps after which the workers ask Ray whether a node of theirs is about to be taken away."""
 
 
 def run_worker(job: dict[str, Any]) -> None:
     """The training loop, on every worker."""
     config, tables = TrainConfig(**job["config"]), job["tables"]
     plan = _plan(config, tables)
-    run = _start(config, tables["train"], plan, job["board"])
-    if len(run.history) >= config.epochs:
-        # A kill came after the last checkpoint and before the history was written.
-        _write_history(run)
-        return
-    stream = micro_batches(_open_stream(run, plan, tables, job["resources"]))
-    for epoch in range(len(run.history), config.epochs):
-        entry = _train_epoch(run, plan, stream, epoch)
-        with _averaged(run) as own_weights:
-            if plan.validates(epoch):
-                entry |= _validate(run, plan, stream, tables["validate"], epoch)
-            run.history.append(entry)
-            if run.rank == 0:
-                _save(run, own_weights)
-        if run.rank == 0:
-            run.board.pin.remote(entry)
-        ray.train.report(entry)
+    worker = start_worker(config, tables["train"].categories, plan, job["board"])
+    if worker.position == Position(0, 0) and worker.detector.reinitialised:
+        worker.say(f"these weights start anew: {', '.join(worker.detector.reinitialised)}")
+    if worker.rank == 0:
+        start_step = worker.position.epoch * plan.steps_per_epoch + worker.position.step
+        worker.tracker = RunTracker(config.out, config.trackers, job["config"], start_step=start_step, warn=worker.say)
+    run = _Run(worker, plan, _step_rules(worker), tables["train"], tables["validate"])
+    if not run.is_over():
+        stream = micro_batches(_open_stream(run, job["resources"]))
+        while not run.is_over():
+            if not run.train_epoch(stream):
+                break
+            run.finish_epoch(stream)
+    if worker.rank == 0:
+        _write_history(worker)  # a kill may have come after the last state and before the history was written
+    if worker.tracker is not None:
+        worker.tracker.close()
 
 
 def _plan(config: TrainConfig, tables: dict[str, Table]) -> RunPlan:
@@ -93,265 +78,284 @@ def _plan(config: TrainConfig, tables: dict[str, Table]) -> RunPlan:
         seed=config.seed,
         window_bytes=config.shuffle_window_mb * 2**20,
         validate_every=config.validate_every,
+        validate_fraction=config.validate_fraction,
         validate_batch_size=config.validate_batch_size or config.batch_size,
     )
 
 
-def _start(config: TrainConfig, train_table: Table, plan: RunPlan, board: Any) -> _Run:
-    """Builds the model and all that goes with it, as new or as the last checkpoint has it."""
-    context = ray.train.get_context()
-    device = get_device()
-    torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    detector = build_detector(
-        config.model,
-        train_table.categories,
-        image_size=config.image_size,
-        seed=config.seed,
-        freeze_batch_norm=config.freeze_batch_norm,
+def _step_rules(worker: Worker) -> tuple[ResizeRule, ...]:
+    """The sizes of which each step draws one; none when there is but the model's own."""
+    detector = worker.detector
+    return tuple(
+        resize_rule_of(resized_processor(detector.processor, detector.family, size), where=worker.config.model)
+        for size in worker.config.multi_scale or ()
     )
-    detector.to(device)
-    optimizer = build_optimizer(detector.model, config, backbone_parameter_names(detector.model))
-    run = _Run(
-        config=config,
-        rank=context.get_world_rank(),
-        setting=StepSetting(
-            device=device,
-            autocast_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-            world_size=context.get_world_size(),
-            sum_over_ranks=_sum_over_ranks,
-        ),
-        detector=detector,
-        module=detector.model,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config, plan.steps_per_epoch),
-        average=MovingAverage(detector.model, config.ema_decay) if config.ema_decay else None,
-        history=[],
-        objects_group=dist.new_group(backend="gloo"),
-        board=board,
-    )
-    _restore(run)
-    if run.setting.world_size > 1:
-        run.module = DistributedDataParallel(
-            detector.model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
-    return run
 
 
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _open_stream(run: _Run, plan: RunPlan, tables: dict[str, Table], resources: Resources) -> Any:
+def _open_stream(run: "_Run", resources: Resources) -> Any:
     """Rank 0 starts the stream from where the run stands; every rank gets its part of it."""
-    config, world_size = run.config, run.setting.world_size
+    worker, config = run.worker, run.worker.config
     reference = None
-    if run.rank == 0:
+    if worker.rank == 0:
         iterators = run_stream(
-            plan,
-            train=tables["train"],
-            val=tables["validate"],
+            run.plan,
+            train=run.train_table,
+            val=run.val_table,
             preparation=Preparation(
                 augmentation=config.augmentation,
-                plain_from_epoch=config.epochs - config.plain_epochs,
-                resize_rule=run.detector.resize_rule,
+                plain_from_epoch=config.epochs - config.close_mosaic,
+                resize_rule=worker.detector.resize_rule,
+                resize_rules=run.rules,
                 max_pixels=DEFAULT_MAX_PIXELS,
                 seed=config.seed,
             ),
-            world_size=world_size,
-            start_epoch=len(run.history),
-            start_step=0,
+            world_size=worker.world_size,
+            start_epoch=worker.position.epoch,
+            start_step=worker.position.step,
             reserved=ExecutionResources(
-                cpu=resources.cpus_per_worker * world_size, gpu=float(world_size) if resources.use_gpu else 0.0
+                cpu=resources.cpus_per_worker * worker.world_size,
+                gpu=float(worker.world_size) if resources.use_gpu else 0.0,
             ),
             cpus_per_task=resources.cpus_per_task,
         )
         reference = [ray.put(iterators)]
-    return ray.get(broadcast_from_rank_zero(reference)[0])[run.rank]
+    return ray.get(broadcast_from_rank_zero(reference)[0])[worker.rank]
 
 
-def _train_epoch(run: _Run, plan: RunPlan, stream: _Stream, epoch: int) -> dict[str, Any]:
-    """The optimizer steps of an epoch; returns its line of the history."""
-    run.detector.model.train()
-    losses: dict[str, MeanMetric] = {}
-    norms = MeanMetric(sync_on_compute=False).to(run.setting.device)
-    unreadable: set[int] = set()
-    waited_s, started = 0.0, time.perf_counter()
-    for step in range(plan.steps_per_epoch):
-        asked = time.perf_counter()
-        parts = [_next(stream, "train", epoch, step, part, run.rank) for part in range(run.config.accumulate)]
-        waited_s += time.perf_counter() - asked
-        unreadable.update(image.image_id for part in parts for image in part if image.error)
-        # Dropout and denoising draw from what (seed, epoch, step, rank) name, so that a resumed run goes on alike.
-        torch.manual_seed(int(np.random.SeedSequence([run.config.seed, epoch, step, run.rank]).generate_state(1)[0]))
-        result = compute_gradients(run.detector, run.module, [_examples(part) for part in parts], run.setting)
-        norms.update(apply_gradients(run.module, run.optimizer, max_grad_norm=run.config.max_grad_norm))
-        run.schedule.step()
-        if run.average is not None:
-            run.average.update(run.detector.model)
-        for name, value in result.terms.items():
-            losses.setdefault(name, MeanMetric(sync_on_compute=False).to(run.setting.device)).update(value)
-        if run.rank == 0:
-            run.board.show.remote({"epoch": epoch + 1, "step": step + 1, "num_steps": plan.steps_per_epoch})
-    seconds = time.perf_counter() - started
-    names = sorted(losses)
-    means = _sum_over_ranks(torch.stack([losses[name].compute() for name in names])).tolist()
-    terms = dict(zip(names, means, strict=True))
-    return {
-        "epoch": epoch + 1,
-        "loss": sum(terms.values()),
-        "losses": terms,
-        "gradient_norm": norms.compute().item(),
-        "learning_rate": run.optimizer.param_groups[-1]["lr"],
-        "images_per_s": plan.num_train / seconds,
-        "seconds": seconds,
-        "waited_for_data_s": waited_s,
-        "unreadable": len(set().union(*(_gather(run, unreadable) or []))),
-    }
+class _Run:
+    """The epochs of a run, on one worker."""
 
+    def __init__(
+        self, worker: Worker, plan: RunPlan, rules: tuple[ResizeRule, ...], train_table: Table, val_table: Table
+    ) -> None:
+        self.worker, self.plan, self.rules = worker, plan, rules
+        self.train_table, self.val_table = train_table, val_table
+        self._is_first_step = True
+        self._look: ray.ObjectRef[bool] | None = None
+        self._has_saved_for_preemption = False
 
-def _next(stream: _Stream, kind: Kind, epoch: int, step: int, part: int, rank: int) -> list[ReadyImage]:
-    """Takes the next micro-batch and makes sure that it is the one the plan says."""
-    got, images = next(stream)
-    assert got == MicroBatch(kind, epoch, step, part, rank, ()), f"the stream is out of step: got {got}"
-    return images
-
-
-def _examples(images: list[ReadyImage]) -> list[Example]:
-    return [
-        Example(image.image_id, image.image, image.original_size_hw, image.boxes_cxcywh, image.labels)
-        for image in images
-        if image.image is not None
-    ]
-
-
-def _validate(run: _Run, plan: RunPlan, stream: _Stream, table: Table, epoch: int) -> dict[str, Any]:
-    """Exact COCO numbers over every validation image once; the same on every rank."""
-    started = time.perf_counter()
-    accumulator = CocoAccumulator(table.categories)
-    run.detector.model.eval()
-    for number in range(plan.validation_rounds(run.setting.world_size)):
-        _score(run, _next(stream, "validate", epoch, number, 0, run.rank), accumulator)
-    shards = _gather(run, accumulator.to_bytes())
-    numbers: list[dict[str, Any] | None] = [None]
-    if shards is not None:
-        merged = CocoAccumulator(table.categories)
-        for shard in shards:
-            merged.merge(shard)
-        numbers = [_numbers(merged.result())]
-    dist.broadcast_object_list(numbers, src=0, group=run.objects_group)
-    assert numbers[0] is not None
-    return {**numbers[0], "validation_s": time.perf_counter() - started}
-
-
-def _score(run: _Run, images: list[ReadyImage], accumulator: CocoAccumulator) -> None:
-    examples = _examples(images)
-    found = {}
-    if examples:
-        batch = collate(examples, pad_to_hw=run.detector.resize_rule.pad_to_hw).to(run.setting.device)
-        with autocast(run.setting):
-            detections = run.detector.predict(batch)
-        found = dict(zip(batch.image_ids, detections, strict=True))
-    for image in images:
-        detected = found.get(image.image_id)
-        accumulator.add(
-            image.image_id,
-            image.original_size_hw,
-            image.truth(),
-            NO_DETECTIONS
-            if detected is None
-            else ImageDetections(detected.boxes_xywh, detected.scores, detected.categories),
-            unreadable=image.error is not None,
+    def is_over(self) -> bool:
+        """Whether no epoch is left, or none has got better for too long."""
+        config, history = self.worker.config, self.worker.history
+        return len(history) >= config.epochs or is_out_of_patience(
+            history, config.metric_for_best_model, config.early_stopping_patience
         )
 
+    def train_epoch(self, stream: Stream) -> bool:
+        """Takes the optimizer steps that are left of the epoch; false when the run was asked to stop on the way."""
+        worker, plan = self.worker, self.plan
+        epoch = worker.position.epoch
+        if worker.is_frozen and epoch + 1 >= (worker.config.unfreeze_epoch or 0):
+            freeze_backbone(worker.detector.model, "none")
+            worker.is_frozen = False
+            wrap(worker)
+            worker.say(f"the backbone learns from epoch {epoch + 1} on")
+        worker.detector.model.train()
+        for step in range(worker.position.step, plan.steps_per_epoch):
+            is_to_stop = self._take_step(stream, epoch, step)
+            worker.position = Position(epoch, step + 1)
+            every = worker.config.checkpoint_every_steps
+            if is_to_stop or (every and (step + 1) % every == 0 and step + 1 < plan.steps_per_epoch):
+                self._save_state()
+            if is_to_stop:
+                worker.say(f"stopped after step {step + 1} of epoch {epoch + 1}, all of it saved")
+                return False
+        return True
 
-def _gather(run: _Run, value: Any) -> list[Any] | None:
-    """Every rank's value on rank 0, in the order of the ranks; null on the others."""
-    gathered: list[Any] | None = [None] * run.setting.world_size if run.rank == 0 else None
-    dist.gather_object(value, gathered, dst=0, group=run.objects_group)
-    return gathered
+    def _take_step(self, stream: Stream, epoch: int, step: int) -> bool:
+        """One optimizer step; returns whether the run is to stop after it."""
+        worker, config, meter = self.worker, self.worker.config, self.worker.meter
+        asked = time.perf_counter()
+        parts = [next_images(stream, "train", epoch, step, part, worker.rank) for part in range(config.accumulate)]
+        started = time.perf_counter()
+        if self._is_first_step:
+            meter.start_s += started - asked
+            asked = started
+            self._is_first_step = False
+        meter.data_s += started - asked
+        meter.unreadable.update(image.image_id for part in parts for image in part if image.error)
+        # Dropout and denoising draw from what (seed, epoch, step, rank) name, so that a resumed run goes on alike.
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, epoch, step, worker.rank]).generate_state(1)[0]))
+        result = self._gradients(parts, epoch, step)
+        if worker.world_size > 1:
+            meter.communication_s += time.perf_counter() - worker.last_bucket.ready_at
+        with meter.communicating():
+            loss, is_to_stop = self._agree(result, parts, epoch, step)
+        norm = apply_gradients(
+            worker.module, worker.optimizer, max_grad_norm=config.max_grad_norm, scaler=worker.setting.scaler
+        )
+        learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in worker.optimizer.param_groups}
+        worker.schedule.step()
+        if worker.average is not None:
+            worker.average.update(worker.detector.model)
+        meter.add_losses(result.terms)
+        norm_value = norm.item()
+        meter.gradient_norm += norm_value if np.isfinite(norm_value) else 0.0  # fp16 overflows once in a while
+        meter.num_steps += 1
+        meter.num_images += sum(len(part) for part in parts)
+        meter.seconds += time.perf_counter() - asked
+        global_step = epoch * self.plan.steps_per_epoch + step
+        if worker.tracker is not None and global_step % _STEPS_BETWEEN_LOGS == 0:
+            worker.tracker.scalars(
+                global_step + 1, {"step/loss": loss, "step/gradient_norm": norm_value, **learning_rates}
+            )
+        return is_to_stop
+
+    def _gradients(self, parts: list[list[ReadyImage]], epoch: int, step: int) -> StepResult:
+        worker = self.worker
+        rule = None
+        if self.rules and epoch < worker.config.epochs - worker.config.close_mosaic:
+            rule = self.rules[scale_choice(worker.config.seed, epoch, step, len(self.rules))]
+        examples = [examples_of(part) for part in parts]
+        try:
+            return compute_gradients(worker.detector, worker.module, examples, worker.setting, rule=rule)
+        except ValueError as error:
+            if "invalid numeric" not in str(error):
+                raise
+            # Boxes or scores that are no numbers cannot even be matched with the truth.
+            images = [image.image_id for part in parts for image in part]
+            worker.fail(_not_a_number(epoch, step, ["the matching of boxes"], images), error)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            largest = max((example.image.shape[:2] for part in examples for example in part), default=(0, 0))
+            worker.fail(
+                f"out of memory in step {step + 1} of epoch {epoch + 1}: a worker had {max(map(len, examples))} images "
+                f"at once of up to {largest[0]} × {largest[1]} pixels (batch_size {worker.config.batch_size} over "
+                f"{worker.world_size} workers, accumulate {worker.config.accumulate}); raise accumulate, switch on "
+                "gradient_checkpointing, or lower image_size or batch_size",
+                error,
+            )
+
+    def _agree(self, result: StepResult, parts: list[list[ReadyImage]], epoch: int, step: int) -> tuple[float, bool]:
+        """The loss of the global batch, and whether anyone has been asked to stop.
+
+        Raises:
+            RunError: On all ranks, when the loss of one is not a number.
+        """
+        worker = self.worker
+        loss = float(torch.stack(list(result.terms.values())).sum())
+        flags = torch.tensor([float(not np.isfinite(loss)), float(self._is_asked_to_stop(epoch, step)), loss])
+        flags = flags.to(torch.float64)
+        if worker.world_size > 1:
+            dist.all_reduce(flags, group=worker.cpu_group)
+        if flags[0] > 0:
+            self._fail_for_loss(result.terms, parts, epoch, step)
+        return float(flags[2]), bool(flags[1] > 0)
+
+    def _fail_for_loss(self, terms: dict[str, Tensor], parts: list[list[ReadyImage]], epoch: int, step: int) -> None:
+        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+        gathered = self.worker.gather((bad, [image.image_id for part in parts for image in part])) or []
+        names = sorted({name for names, _ in gathered for name in names})
+        self.worker.fail(
+            _not_a_number(epoch, step, names, [image for names, ids in gathered if names for image in ids])
+        )
+
+    def _is_asked_to_stop(self, epoch: int, step: int) -> bool:
+        """Shows how far the run is and hears, some steps later, whether it is to stop; saves when a node goes."""
+        worker = self.worker
+        if step % _STEPS_BETWEEN_LOOKS == 0 and not self._has_saved_for_preemption:
+            info = ray.train.get_preemption_info()
+            if info is not None:
+                self._has_saved_for_preemption = True
+                self._save_state()
+        if worker.rank != 0:
+            return False
+        if self._look is not None:
+            ready, _ = ray.wait([self._look], timeout=0)
+            if not ready:
+                return False
+            if ray.get(self._look):
+                return True
+        progress = {"epoch": epoch + 1, "step": step + 1, "num_steps": self.plan.steps_per_epoch}
+        self._look = worker.board.show.remote(progress)
+        return False
+
+    def finish_epoch(self, stream: Stream) -> None:
+        """Validates, enters the epoch into the history, and saves."""
+        worker, plan, epoch = self.worker, self.plan, self.worker.position.epoch
+        learning_rate = worker.optimizer.param_groups[0]["lr"]
+        states = worker.gather(worker.meter.to_state())
+        entry = worker.share(
+            None if states is None else {"epoch": epoch + 1, **summary(merge_states(states), learning_rate)}
+        )
+        entry |= _memory(worker)
+        with averaged(worker):
+            if plan.validates(epoch):
+                entry |= validate(worker, plan, stream, self.val_table.categories, epoch)
+            worker.history.append(entry)
+            after_validation(worker.schedule, metric_value(entry, worker.config.metric_for_best_model))
+            if worker.rank == 0:
+                self._writing(self._publish)
+        worker.position, worker.meter = Position(epoch + 1, 0), EpochMeter()
+        self._save_state()
+        if worker.tracker is not None:
+            worker.tracker.scalars((epoch + 1) * plan.steps_per_epoch, scalars_of(entry))
+            worker.tracker.flush()
+        if worker.rank == 0:
+            worker.board.pin.remote(entry)
+        ray.train.report(entry)
+
+    def _publish(self) -> None:
+        """Writes OUT/checkpoint if this epoch is the best so far, then OUT/last.
+
+        The state comes after them: a kill between any two costs nothing, what the state does not know of is done
+        again.
+        """
+        worker = self.worker
+        out, history = worker.config.out, worker.history
+        with tempfile.TemporaryDirectory(prefix="raydet-checkpoint-") as folder:
+            worker.detector.save(folder)
+            if is_best_so_far(history, worker.config.metric_for_best_model):
+                storage.publish_folder(folder, storage.join(out, "checkpoint"))
+            storage.publish_folder(folder, storage.join(out, "last"))
+
+    def _save_state(self) -> None:
+        """Writes a state to go on from; all ranks take part."""
+        state = capture(self.worker)
+        if state is not None:
+            self._writing(lambda: save_state(self.worker.config.out, state, keep=self.worker.config.keep))
+            self._writing(lambda: _write_history(self.worker))
+
+    def _writing(self, write: Any) -> None:
+        """Ends the run with a clear line when a checkpoint cannot be written."""
+        worker = self.worker
+        try:
+            write()
+        except OSError as error:
+            reason = "the disk is full" if error.errno == errno.ENOSPC or "No space left" in str(error) else str(error)
+            worker.fail(
+                f"cannot write the checkpoint after step {worker.position.step} of epoch {worker.position.epoch + 1} "
+                f"to {worker.config.out}: {reason}; what was saved before is whole, the same command goes on from "
+                "there",
+                error,
+            )
 
 
-@contextlib.contextmanager
-def _averaged(run: _Run) -> Iterator[dict[str, Tensor]]:
-    """For the time of a `with`, the model is the one to be validated and saved; yields the weights that learn."""
-    model = run.detector.model
-    if run.average is None:
-        _average_statistics(run)
-        yield model.state_dict()
-        return
-    own_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(run.average.shadow)
-    _average_statistics(run)
-    try:
-        yield own_weights
-    finally:
-        model.load_state_dict(own_weights)
+def _not_a_number(epoch: int, step: int, terms: list[str], image_ids: list[int]) -> str:
+    return (
+        f"the loss is not a number in step {step + 1} of epoch {epoch + 1}: {', '.join(terms)}, with the images "
+        f"{', '.join(map(str, image_ids))}; look at these, lower learning_rate or max_grad_norm, or use precision fp32 "
+        "or bf16"
+    )
 
 
-def _average_statistics(run: _Run) -> None:
-    """Makes the batch-norm statistics, which each rank gathers over its own images, the same on all ranks."""
-    if run.setting.world_size == 1:
-        return
-    for buffer in run.detector.model.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= run.setting.world_size
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
+    )
 
 
-def _save(run: _Run, own_weights: dict[str, Tensor]) -> None:
-    """Writes OUT/checkpoint if this epoch is the best so far, then OUT/last, then the history.
-
-    In this order a kill between any two costs nothing: what OUT/last does not know of is done again.
-    """
-    out = run.config.out
-    scored = [entry["AP"] for entry in run.history if entry.get("AP") is not None]
-    newest = run.history[-1].get("AP")
-    # Without any number to go by, the newest is as good as any.
-    is_best = newest >= max(scored) if newest is not None else not scored
-    with tempfile.TemporaryDirectory(prefix="raydet-checkpoint-") as folder:
-        run.detector.save(folder)
-        if is_best:
-            storage.publish_folder(folder, storage.join(out, "checkpoint"))
-        state = {
-            "history": json.dumps(run.history),
-            "model": own_weights,
-            "average": None if run.average is None else run.average.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "schedule": run.schedule.state_dict(),
-        }
-        torch.save(state, Path(folder) / STATE_FILE)
-        storage.publish_folder(folder, storage.join(out, "last"))
-    _write_history(run)
+def _memory(worker: Worker) -> dict[str, float]:
+    """Peak memory of rank 0's process and of its device, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    result = {"peak_memory_mb": round(peak)}
+    if worker.setting.device.type == "cuda":
+        result["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated(worker.setting.device) / 2**20)
+    shared: dict[str, float] = worker.share(result)
+    return shared
 
 
-def _write_history(run: _Run) -> None:
-    if run.rank == 0:
-        storage.write_bytes(storage.join(run.config.out, HISTORY_FILE), json.dumps(run.history, indent=1).encode())
-
-
-def _restore(run: _Run) -> None:
-    """Goes on from OUT/last, if it is there."""
-    path = storage.join(run.config.out, "last", STATE_FILE)
-    if not storage.exists(path):
-        return
-    state = torch.load(io.BytesIO(storage.read_bytes(path)), map_location=run.setting.device, weights_only=True)
-    run.detector.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
-    if run.average is not None:
-        run.average.load_state_dict(state["average"])
-    run.history = json.loads(state["history"])
-
-
-def _numbers(result: CocoResult) -> dict[str, Any]:
-    """What the history keeps of a validation; null where there is nothing to measure."""
-    by_class = {
-        category.name: numbers.AP for category, numbers in zip(result.categories, result.per_class, strict=True)
-    }
-    return {
-        **{name: None if value == -1 else value for name, value in result.numbers().items()},
-        "AP_by_class": {name: None if value == -1 else value for name, value in by_class.items()},
-        "validation_unreadable": result.num_unreadable,
-    }
+def _write_history(worker: Worker) -> None:
+    content = json.dumps(worker.history, indent=1)
+    storage.write_bytes(storage.join(worker.config.out, HISTORY_FILE), content.encode())

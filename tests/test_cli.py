@@ -36,12 +36,18 @@ def test_prepare_and_evaluate_say_what_they_did(tmp_path: Path, capsys: pytest.C
         (["prepare", "cocoa"], "unknown command `prepare cocoa`"),
         (["train", "--train-data", "absent", "--val-data", "absent", "--out", "OUT"], "no such table"),
         (["train", "--learning-rat", "1"], "did you mean --learning-rate?"),
-        (["train", "--train-data", "a", "--val-data", "b", "--out", "OUT", "--num-workers", "0"], "must be above 0"),
+        (
+            ["train", "--train-data", "a", "--val-data", "b", "--out", "OUT", "--num-workers", "0"],
+            "must be a number above 0",
+        ),
         (["train", "--config", "absent.yaml"], "no such config file"),
         (["predict", "--checkpoint", "tests", "--data", "absent", "--out", "OUT"], "no such table"),
         (["evaluate", "--truth", "absent", "--detections", "absent"], "absent"),
         (["prepare", "coco", "--annotations", "absent.json", "--images", ".", "--out", "OUT"], "absent.json"),
         (["prepare", "images", "--images", "absent", "--out", "OUT"], "absent"),
+        (["push", "--checkpoint", "absent", "--repo", "ann/model"], "no such model folder: absent"),
+        (["push", "--checkpoint", "tests", "--repo", "model"], "--repo must be owner/name"),
+        (["push", "--checkpoint", "tests"], "--repo"),
         (["demo", "--recipe", "absent.yaml", "--out", "OUT"], "no such recipe"),
     ],
 )
@@ -57,7 +63,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--help"], ["prepare", "--help"]):
         code, out, _ = _run(arguments, capsys)
-        assert code == 0 and "prepare coco" in out and "evaluate" in out
+        assert code == 0 and all(name in out for name in ("prepare coco", "evaluate", "push"))
     code, out, _ = _run(["--version"], capsys)
     assert code == 0 and out.strip().count(".") == 2
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from raydet.config import PredictConfig, TrainConfig, changed_fields, config_hash, load, load_file, to_yaml
+from raydet.config import PredictConfig, TrainConfig, changed_fields, config_hash, to_yaml
 from raydet.errors import UserError
+from raydet.options import load, load_file
 
 REQUIRED = ["--train-data", "a", "--val-data", "b", "--out", "c"]
 
@@ -48,8 +49,18 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*REQUIRED, "--num-workers", "0"], "num_workers must be above 0, got 0"),
+        ([*REQUIRED, "--num-workers", "0"], "num_workers must be a number above 0"),
         ([*REQUIRED, "--num-worker", "2"], "unknown option --num-worker; did you mean --num-workers?"),
+        ([*REQUIRED, "--num-workers", "[4, 1]"], "or the fewest and the most as [1, 4]; got [4, 1]"),
+        ([*REQUIRED, "--num-workers", "few"], "num_workers must be a number or a list; got few"),
+        (
+            [*REQUIRED, "--augmentation", "stronk"],
+            "augmentation must be one of none, flip, light, detr, strong or a list",
+        ),
+        ([*REQUIRED, "--augmentation", "[{A: {}, B: {}}]"], "must be written as `Name: {argument: value}`"),
+        ([*REQUIRED, "--unfreeze-epoch", "3"], "unfreeze_epoch needs freeze_backbone stem or all"),
+        ([*REQUIRED, "--metric-for-best-model", "mAP"], "metric_for_best_model must be one of AP, AP50"),
+        ([*REQUIRED, "--validate-fraction", "0"], "validate_fraction must be above 0 and at most 1"),
         ([*REQUIRED, "--epochs", "many"], "epochs must be of type int; got many"),
         ([*REQUIRED, "--schedule", "cos"], "schedule must be one of linear, cosine, "),
         ([*REQUIRED, "--batch-size", "2", "--num-workers", "4"], "2 images cannot keep 4 workers busy"),

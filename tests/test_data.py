@@ -3,23 +3,26 @@
 import hashlib
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from ray.data import ExecutionResources
 
+from raydet import data
 from raydet.config import DEFAULT_MAX_PIXELS
 from raydet.data import Preparation, ReadyImage, micro_batches, run_stream
 from raydet.geometry import ResizeRule
-from raydet.ordering import MicroBatch, RunPlan
+from raydet.ordering import MicroBatch, RunPlan, scale_choice
 from raydet.schema import Category, build_schema
 from raydet.tables import Table, TableWriter, open_table
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
 
 
-def _plan(train: Table, val: Table, **changes: int) -> RunPlan:
-    values: dict[str, int] = {
+def _plan(train: Table, val: Table, **changes: float) -> RunPlan:
+    values: dict[str, Any] = {
         "batch_size": 5,
         "accumulate": 1,
         "epochs": 2,
@@ -32,17 +35,31 @@ def _plan(train: Table, val: Table, **changes: int) -> RunPlan:
     return RunPlan(train_groups=groups, num_val=val.num_rows, **{**values, **changes})
 
 
+def _preparation(**changes: Any) -> Preparation:
+    values: dict[str, Any] = {
+        "augmentation": "light",
+        "plain_from_epoch": 9,
+        "resize_rule": RULE,
+        "max_pixels": DEFAULT_MAX_PIXELS,
+        "seed": 1,
+    }
+    return Preparation(**{**values, **changes})
+
+
 def _read(
-    train: Table, val: Table, plan: RunPlan, world_size: int, **start: int
+    train: Table,
+    val: Table,
+    plan: RunPlan,
+    world_size: int,
+    preparation: Preparation | None = None,
+    **start: int,
 ) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
     """What each rank gets; the ranks read side by side, as the workers of a training do."""
     iterators = run_stream(
         plan,
         train=train,
         val=val,
-        preparation=Preparation(
-            augmentation="light", plain_from_epoch=9, resize_rule=RULE, max_pixels=DEFAULT_MAX_PIXELS, seed=1
-        ),
+        preparation=preparation or _preparation(),
         world_size=world_size,
         start_epoch=start.get("start_epoch", 0),
         start_step=start.get("start_step", 0),
@@ -110,6 +127,93 @@ def test_starting_in_the_middle_gives_the_rest(shapes: Path) -> None:
     rest = _steps(_read(train, val, _plan(train, val), 2, start_epoch=1, start_step=2))
     assert rest == {key: whole[key] for key in rest}
     assert min(key[2] for key in rest if key[0] == "train") == 2
+
+
+def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, shapes: Path) -> None:
+    """Mosaics, mixups and sizes in the first epoch, none in the second; one image, a partner of many, is broken."""
+    val = open_table(str(shapes / "val"), "images")
+    rows = open_table(str(shapes / "train"), "images").read().to_pylist()
+    rows[7]["image"]["bytes"] = b"no image"
+    categories = tuple(Category(number, str(number)) for number in range(3))
+    with TableWriter(str(tmp_path / "t"), build_schema("images", categories), config_hash="x") as writer:
+        writer.write_rows([{name: row[name] for name in writer_columns()} for row in rows])
+    train = open_table(str(tmp_path / "t"), "images")
+    plan = _plan(train, val, validate_fraction=0.5)
+    rules = (RULE, ResizeRule(mode="fixed", size_hw=(40, 40)), ResizeRule(mode="fixed", size_hw=(64, 56)))
+    preparation = _preparation(augmentation="strong", plain_from_epoch=1, resize_rules=rules)
+    received = _prepared_run(train, val, plan, 3, preparation)
+    mixed = _steps(received)
+    assert mixed == _steps(_prepared_run(train, val, plan, 1, preparation))
+    assert [digest.split(":")[0] for digest in mixed["validate", 0, 0]] == ["0", "2", "4", "6", "8"]
+    found: dict[int, int] = {}
+    sizes = set()
+    for key, image in ((key, image) for rank in received for key, batch in rank for image in batch):
+        is_mixed = key.kind == "train" and key.epoch == 0
+        rule = rules[scale_choice(1, 0, key.step, 3)] if is_mixed else RULE
+        if image.image is None:
+            assert image.image_id == rows[7]["image_id"] and "not an image" in str(image.error)
+            continue
+        assert image.image.shape[:2] == rule.size_hw
+        sizes.add(rule.size_hw)
+        if key.kind == "train":
+            found[key.epoch] = found.get(key.epoch, 0) + len(image.labels)
+    num_objects = sum(len(row["objects"]["id"]) for row in rows) - len(rows[7]["objects"]["id"])
+    assert found[1] == num_objects and found[0] > num_objects * 1.3
+    assert len(sizes) == 3
+
+
+def _prepared_run(
+    train: Table, val: Table, plan: RunPlan, world_size: int, preparation: Preparation
+) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
+    """What each rank gets, as the tasks of the stream make it, in this process."""
+    tables = {"train": train, "validate": val}
+    groups = {kind: table.row_groups() for kind, table in tables.items()}
+    source = data._Source(plan, tables, groups, world_size, preparation)
+    received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in range(world_size)]
+    for segment in plan.segments():
+        for block in data._encoded(source, segment):
+            key, images = data._received(data._prepare_micro_batch(block, preparation))
+            received[key.rank].append((key, images))
+    return received
+
+
+def test_partners_that_cannot_be_read_are_left_out(shapes: Path) -> None:
+    """A mosaic whose partners are all broken is none; with one of three broken it is another than with three."""
+    rows = open_table(str(shapes / "train"), "images").read(writer_columns()).to_pylist()[:4]
+    broken = {**rows[1], "image": {"bytes": b"", "path": "x.jpg"}}
+    alone, without, all_three, two = (
+        _prepared({**rows[0], "mosaic": partners, "mixup": []})
+        for partners in ([], [broken] * 3, rows[1:], [broken, *rows[2:]])
+    )
+    assert alone == without
+    assert len({alone["pixels"], two["pixels"], all_three["pixels"]}) == 3
+    assert two == _prepared({**rows[0], "mosaic": rows[2:], "mixup": []})
+    assert two["error"] is None
+
+
+def test_crowds_are_augmented_along_but_not_learnt(shapes: Path) -> None:
+    row = open_table(str(shapes / "train"), "images").read(writer_columns()).to_pylist()[0]
+    row["objects"] = {
+        "id": [3, 4, 5],
+        "bbox": [[1.0, 2, 20, 30], [0, 0, 64, 64], [30, 30, 16, 16]],
+        "category": [2, 1, 0],
+        "area": [600.0, 4096.0, 100.0],
+        "iscrowd": [False, True, False],
+    }
+    for augmentation in ("none", "flip", [{"VerticalFlip": {"p": 1.0}}]):
+        assert list(_prepared(row, augmentation=augmentation)["labels"]) == [2, 0]
+    flipped = np.array(_prepared(row, augmentation=[{"VerticalFlip": {"p": 1.0}}])["boxes"]).reshape(-1, 4)
+    np.testing.assert_allclose(flipped[1], [38 / 64, 26 / 64, 16 / 64, 16 / 64], rtol=1e-5)
+
+
+def _prepared(row: dict[str, Any], *, augmentation: Any = "strong") -> dict[str, Any]:
+    """One image as a decode task makes it, comparable."""
+    block = pa.Table.from_pylist(
+        [{"kind": "train", "epoch": 0, "step": 0, "part": 0, "rank": 0, "images": [row]}], schema=data._ENCODED_SCHEMA
+    )
+    ready = data._prepare_micro_batch(block, _preparation(augmentation=augmentation))
+    images: list[dict[str, Any]] = ready["images"][0].as_py()
+    return images[0]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -13,16 +13,24 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, ResNetConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from raydet.boxes import xywh_to_xyxy
 from raydet.collate import Batch, Example, collate
 from raydet.detector import Detections, Detector
 from raydet.errors import UserError
-from raydet.families import FAMILIES
+from raydet.families import FAMILIES, family_of
 from raydet.geometry import resize
-from raydet.models import SMALL_MODELS, backbone_parameter_names, build_detector, load_detector
+from raydet.models import SMALL_MODELS, backbone_parameter_names, build_detector, freeze_backbone, load_detector
 from raydet.schema import Category
+from raydet.small_models import small_model_type
 
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"), Category(90, "toothbrush"))
 TINY = sorted(set(SMALL_MODELS) - {"rt_detr_v2_small"})
@@ -137,6 +145,12 @@ def test_tiny_models_are_tiny_and_deterministic(name: str) -> None:
     assert (rule.size_hw or rule.pad_to_hw) == (side, side)
 
 
+def test_small_models_have_the_type_that_is_told_without_torch() -> None:
+    for name, make in SMALL_MODELS.items():
+        assert small_model_type(name) == make().model_type
+    assert {small_model_type(name) for name in TINY} == FAMILIES.keys()
+
+
 def test_small_model_has_the_size_that_its_figures_are_for() -> None:
     detector = build_detector("rt_detr_v2_small", CATEGORIES, image_size=None, seed=0)
     assert 1.75e6 < sum(parameter.numel() for parameter in detector.model.parameters()) < 1.9e6
@@ -194,7 +208,7 @@ def test_inputs_equal_the_processors(name: str) -> None:
     assert torch.equal(mine["pixel_values"], theirs["pixel_values"])
     assert ("pixel_mask" in mine) == detector.family.uses_pixel_mask
     if "pixel_mask" in mine:
-        assert torch.equal(mine["pixel_mask"], theirs["pixel_mask"])
+        assert torch.equal(mine["pixel_mask"], theirs.get("pixel_mask", torch.ones_like(mine["pixel_mask"])))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -226,10 +240,8 @@ def test_the_whole_backbone_learns(name: str) -> None:
     assert 0 < len(names) < len(parameters)
     assert all(parameters[key].requires_grad for key in names)
     assert not any("class" in key or "bbox" in key for key in names)
-    if name.startswith(("rt_detr", "d_fine")):
-        norms = [module for module in detector.model.model.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-        assert norms
-        assert all(norm.weight.requires_grad for norm in norms)
+    if name.startswith(("rt_detr", "d_fine", "deimv2")):
+        assert sum(isinstance(module, nn.BatchNorm2d) for module in detector.model.modules()) > 20
 
 
 def test_batch_norms_of_models_from_scratch_let_the_signal_through() -> None:
@@ -239,18 +251,95 @@ def test_batch_norms_of_models_from_scratch_let_the_signal_through() -> None:
     assert all((norm.weight == 1).all() and norm.weight.requires_grad for norm in norms)
 
 
-def test_backbone_prefixes_are_real() -> None:
-    """A prefix that matches nothing would silently train the backbone at the full rate."""
-    small_resnet = {"backbone_config": ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])}
-    for model_type, family in FAMILIES.items():
-        options = {} if family.side_multiple > 1 or model_type == "yolos" else small_resnet
-        with torch.device("meta"):
-            model = AutoModelForObjectDetection.from_config(AutoConfig.for_model(model_type, **options))
-        assert len(backbone_parameter_names(model)) > 3, model_type
+STEMS = {
+    "detr_tiny": ("backbone.model.embedder.", "backbone.model.encoder.stages.0."),
+    "rt_detr_tiny": ("backbone.model.embedder.", "backbone.model.encoder.stages.0."),
+    "deimv2_tiny": ("conv_encoder.model.embedder.", "conv_encoder.model.encoder.stages.0."),
+    "lw_detr_tiny": ("backbone.backbone.embeddings.",),
+    "rf_detr_tiny": ("backbone.backbone.embeddings.",),
+    "yolos_tiny": ("vit.embeddings.", "vit.encoder.interpolation."),
+}
+
+
+def learning(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_frozen_part_of_the_backbone(name: str) -> None:
+    detector = build_detector(name, CATEGORIES, image_size=96, seed=0, freeze_backbone="all")
+    model = detector.model
+    backbone, fixed = backbone_parameter_names(model), {"model.decoder.reg_scale", "model.decoder.up"}
+    everything = {key for key, _ in model.named_parameters()} - fixed
+    assert learning(model) == everything - backbone
+    freeze_backbone(model, "none")
+    assert learning(model) == everything
+    freeze_backbone(model, "stem")
+    stem = everything - learning(model)
+    assert stem < backbone
+    assert len(stem) > 1
+    if name in STEMS:
+        prefixes = tuple(prefix if name == "yolos_tiny" else f"model.{prefix}" for prefix in STEMS[name])
+        assert stem == {key for key in backbone if key.startswith(prefixes)}
+        assert all(any(key.startswith(prefix) for key in stem) for prefix in prefixes)
+
+
+def test_unfreezing_leaves_frozen_batch_norms_alone() -> None:
+    options: dict[str, Any] = {"image_size": 96, "seed": 0, "batch_norm": "freeze"}
+    model = build_detector("rt_detr_tiny", CATEGORIES, freeze_backbone="all", **options).model
+    freeze_backbone(model, "none")
+    assert learning(model) == learning(build_detector("rt_detr_tiny", CATEGORIES, **options).model)
+    norms = [module for module in model.model.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert not any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
+
+
+def test_backbone_of_timm_loads_and_freezes(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= {"use_timm_backbone": True, "use_pretrained_backbone": False, "backbone": "resnet18"}
+    config = DetrConfig(
+        backbone_config=None,
+        num_queries=20,
+        id2label={index: category.name for index, category in enumerate(CATEGORIES)},
+        d_model=32,
+        **sizes,
+    )
+    saved = DetrForObjectDetection(config)
+    saved.save_pretrained(tmp_path)
+    detector = build_detector(str(tmp_path), CATEGORIES, image_size=64, seed=0, freeze_backbone="stem")
+    assert detector.reinitialised == ()
+    weights = saved.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in detector.model.state_dict().items())
+    backbone = backbone_parameter_names(detector.model)
+    frozen = backbone - learning(detector.model)
+    places = {key: key.removeprefix("model.backbone.model.").split(".")[0] for key in backbone}
+    assert set(places.values()) == {"conv1", "layer1", "layer2", "layer3", "layer4"}
+    assert frozen == {key for key, place in places.items() if place in ("conv1", "layer1")}
+    freeze_backbone(detector.model, "all")
+    assert not backbone & learning(detector.model)
+    freeze_backbone(detector.model, "none")
+    assert backbone <= learning(detector.model)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for is_on in (False, True):
+        detector = build_detector("detr_tiny", CATEGORIES, image_size=96, seed=0, gradient_checkpointing=is_on)
+        detector.model.train()
+        batch = as_batch(detector, random_pictures([(96, 96)] * 2))
+        torch.manual_seed(0)
+        detector.model(**detector.model_inputs(batch), labels=batch.labels).loss.backward()
+        assert any(getattr(module, "gradient_checkpointing", False) for module in detector.model.modules()) == is_on
+        gradients.append([parameter.grad for parameter in detector.model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain is not None
+        assert checkpointed is not None
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_batch_norms_stay_as_they_are_in_training(tmp_path: Path) -> None:
-    detector = build("rt_detr_tiny", freeze_batch_norm=True)
+    detector = build("rt_detr_tiny", batch_norm="freeze")
     norms = [module for module in detector.model.modules() if isinstance(module, nn.BatchNorm2d)]
     before = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
     detector.model.train()
@@ -273,6 +362,7 @@ class TestFineTuning:
         new = build_detector(str(tmp_path), CATEGORIES, image_size=64, seed=9)
         weights = old.model.state_dict()
         assert all(torch.equal(value, weights[key]) for key, value in new.model.state_dict().items())
+        assert old.reinitialised == new.reinitialised == ()
         assert new.resize_rule.size_hw == (64, 64)
 
     @pytest.mark.parametrize("name", TINY)
@@ -294,6 +384,10 @@ class TestFineTuning:
                 changed.add(key)
         assert changed
         assert all("class" in key or "score_head" in key for key in changed), changed
+        # A tensor that starts anew may by chance be as it was: biases begin at a constant.
+        assert changed <= set(new.reinitialised)
+        assert all("class" in key or "score_head" in key for key in new.reinitialised)
+        assert list(new.reinitialised) == sorted(new.reinitialised)
         assert "starts anew" in caplog.text
         assert sorted(changed)[-1] in caplog.text
         assert new.model.config.id2label == {index: item.name for index, item in enumerate(categories)}
@@ -333,7 +427,22 @@ class TestMistakes:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         self.fails("nobody/nothing", "nobody/nothing is no folder here and cannot be had .*local model folder")
 
-    @pytest.mark.parametrize("model_type", ["pp_doclayout_v3", "bert", "resnet"])
+    @pytest.mark.parametrize(
+        ("model_type", "product"), [("pp_doclayout_v3", "PP-DocLayout"), ("pp_ocrv5_server_det", "PP-OCR")]
+    )
+    def test_detector_that_transformers_cannot_train(self, model_type: str, product: str, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        self.fails(str(tmp_path), rf"is {product} \({model_type}\), which transformers cannot train; .*rt_detr_v2")
+
+    def test_every_detector_of_transformers_is_known(self) -> None:
+        for model_type in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
+            if model_type not in FAMILIES:
+                with pytest.raises(UserError, match="which transformers cannot train"):
+                    family_of(model_type, where="x")
+        assert FAMILIES.keys() <= MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.keys()
+        assert len(FAMILIES) == 12
+
+    @pytest.mark.parametrize("model_type", ["bert", "resnet"])
     def test_model_that_is_no_trainable_detector(self, model_type: str, tmp_path: Path) -> None:
         AutoConfig.for_model(model_type).save_pretrained(tmp_path)
         self.fails(str(tmp_path), f"is a {model_type} model, not a detector that raydet can train; .*rt_detr_v2")
@@ -371,6 +480,18 @@ class TestMistakes:
         self.fails("rt_detr_v2_tiny", "image_size must be a multiple of 32 for rt_detr_v2_tiny, got 100", 100)
         self.fails("rt_detr_v2_small", "image_size 64 is too small", 64)
         build_detector("detr_tiny", CATEGORIES, image_size=100, seed=0)
+
+    def test_gradient_checkpointing_that_transformers_lacks(self) -> None:
+        with pytest.raises(UserError, match=r"gradient_checkpointing: rt_detr_tiny is a rt_detr model, .* accumulate"):
+            build_detector("rt_detr_tiny", CATEGORIES, image_size=96, seed=0, gradient_checkpointing=True)
+
+    def test_sizes_that_windows_do_not_fit_into(self, tmp_path: Path) -> None:
+        self.fails("lw_detr_tiny", "image_size must be a multiple of 32 for lw_detr_tiny, got 80", 80)
+        self.fails("rf_detr_tiny", "image_size 64 is too small .* 20 queries but only 16 places", 64)
+        build("lw_detr_tiny").save(str(tmp_path))
+        (tmp_path / "preprocessor_config.json").unlink()
+        self.fails(str(tmp_path), "lets every image keep its aspect, .* multiple of 32; give image_size", None)
+        build_detector(str(tmp_path), CATEGORIES, image_size=128, seed=0)
 
     def test_no_categories(self) -> None:
         with pytest.raises(UserError, match="without categories"):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from raydet.config import TrainConfig, load_file
+from raydet.config import TrainConfig
+from raydet.options import load_file
 
 PROJECT = Path(__file__).parents[1]
 LOCK = PROJECT / "requirements.lock"

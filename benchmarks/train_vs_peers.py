@@ -1,0 +1,472 @@
+"""Training speed and memory of raydet beside the Hugging Face Trainer and the limit, on the same model and images.
+
+    python benchmarks/train_vs_peers.py [--quick] [--augmentation light] [--contestants raydet,limit]
+
+Every contestant trains `rt_detr_v2_small` from scratch at 256 pixels in batches of 8 on blood cells (BCCD), each in a
+process of its own, in turn, round after round, so that a noisy machine slows all of them alike. Only whole epochs
+after the first are timed, without what lies between two epochs (raydet writes a checkpoint there).
+
+- raydet, raydet_bf16: `raydet.train()` through Ray on this machine with one worker.
+- hf_trainer, hf_trainer_bf16: the Trainer as the object-detection guide sets it up (albumentations in a `datasets`
+  transform, image processor, collate function), with the number of loader processes (0, 1, 2) that suits it best.
+- limit, limit_bf16: the same model, loss, optimizer and clipping over tensors that lie in memory, nothing else.
+
+`images_per_s` is the median over the rounds. `seconds` is a whole run from the start of its process to its end.
+`peak_mb` is the largest sum of the proportional set sizes (PSS) over all of its processes.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONTESTANTS = ("raydet", "hf_trainer", "limit", "raydet_bf16", "limit_bf16", "hf_trainer_bf16")
+PAIRS = (
+    ("raydet", "hf_trainer", 1.0),
+    ("raydet", "limit", 0.9),
+    ("raydet_bf16", "hf_trainer", 1.15),
+    ("raydet_bf16", "limit_bf16", 0.0),
+    ("raydet_bf16", "hf_trainer_bf16", 0.0),
+)
+"""What is compared with what, and the ratio that raydet is to reach; 0 where none is set."""
+RAY_SERVICES = ("gcs_server", "raylet", "log_monitor", "monitor.py", "dashboard", "agent")
+IMAGE_SIZE, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 256, 8, 1e-3, 1e-4, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all contestants have in common.
+
+    Attributes:
+        folder: Where the images tables are and where runs are written.
+        augmentation: `flip`, or `light`, the guide's.
+        timed_epochs: Whole epochs that are timed after one that is not.
+        threads: torch threads.
+        loaders: The Trainer's loader processes.
+    """
+
+    folder: Path
+    augmentation: str
+    timed_epochs: int
+    threads: int
+    loaders: int
+
+
+def main() -> None:
+    """Runs the contestants in rounds and prints what came of it."""
+    options = _parse()
+    if options.child:
+        content = json.loads(options.child)
+        print(json.dumps(_compete(options.contestants[0], Setting(**{**content, "folder": Path(content["folder"])}))))
+        return
+    # So that `timeout` ends the contestant as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
+        _prepare(options.data, Path(folder), options.images)
+        setting = Setting(
+            folder=Path(folder),
+            augmentation=options.augmentation,
+            timed_epochs=options.timed_epochs,
+            threads=options.threads,
+            loaders=options.loaders[0],
+        )
+        if len(options.loaders) > 1 and any(name.startswith("hf_trainer") for name in options.contestants):
+            setting = _with_best_loaders(setting, options.loaders)
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in options.contestants}
+        for number in range(options.rounds):
+            for name in options.contestants:
+                runs[name].append(_run(name, setting))
+                newest = runs[name][-1]
+                print(f"round {number + 1}: {name} {newest['images_per_s']:.2f} images/s", flush=True)
+    _print_results(runs, setting)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(__file__).parents[2] / "shared" / "data"
+    data = Path(os.environ.get("RAYDET_TEST_DATA", shared)) / "bccd"
+    parser.add_argument("--data", type=Path, default=data, help="folder with BCCD's images and instances_*.json")
+    parser.add_argument("--contestants", type=lambda text: text.split(","), default=None, help=", ".join(CONTESTANTS))
+    parser.add_argument("--augmentation", choices=("flip", "light"), default="flip")
+    parser.add_argument("--rounds", type=int, default=None, help="3, with --quick 1")
+    parser.add_argument("--timed-epochs", type=int, default=None, help="2, with --quick 1")
+    parser.add_argument("--images", type=int, default=None, help="training images: 200, with --quick 64")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of every contestant")
+    parser.add_argument(
+        "--loaders",
+        type=lambda text: [int(number) for number in text.split(",")],
+        default=None,
+        help="numbers of the Trainer's loader processes, of which the fastest competes: 0,1,2, with --quick 1",
+    )
+    parser.add_argument("--quick", action="store_true", help="ends within three minutes on two cores")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    quick = bool(options.quick)
+    options.contestants = options.contestants or list(CONTESTANTS[: 5 if quick else 6])
+    unknown = set(options.contestants) - set(CONTESTANTS)
+    if unknown:
+        parser.error(f"--contestants: no {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+    if not options.child and not (options.data / "instances_train.json").is_file():
+        parser.error(f"no BCCD in {options.data}; give its folder with --data, or set RAYDET_TEST_DATA")
+    for name, short, full in (
+        ("rounds", 1, 3),
+        ("timed_epochs", 1, 2),
+        ("images", 64, 200),
+        ("loaders", [1], [0, 1, 2]),
+    ):
+        if getattr(options, name) is None:
+            setattr(options, name, short if quick else full)
+    return options
+
+
+def _prepare(data: Path, folder: Path, num_images: int) -> None:
+    """Writes the images tables `train` (the first images) and `val` (a few: the last epoch must validate)."""
+    from raydet import PrepareCocoConfig, prepare_coco
+
+    for split, number in (("train", num_images), ("val", BATCH_SIZE)):
+        content = json.loads((data / f"instances_{split}.json").read_bytes())
+        content["images"] = content["images"][:number]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [item for item in content["annotations"] if item["image_id"] in kept]
+        path = folder / f"{split}.json"
+        path.write_text(json.dumps(content))
+        prepare_coco(PrepareCocoConfig(images=str(data / "images"), annotations=str(path), out=str(folder / split)))
+
+
+def _with_best_loaders(setting: Setting, choices: Iterable[int]) -> Setting:
+    speeds = {}
+    for loaders in choices:
+        trial = Setting(**{**vars(setting), "timed_epochs": 1, "loaders": loaders})
+        speeds[loaders] = _run("hf_trainer", trial)["images_per_s"]
+    print("Trainer by loader processes: " + ", ".join(f"{k}: {v:.2f} images/s" for k, v in speeds.items()), flush=True)
+    return Setting(**{**vars(setting), "loaders": max(speeds, key=lambda loaders: speeds[loaders])})
+
+
+def _run(name: str, setting: Setting) -> dict[str, float]:
+    """One run of a contestant in a process of its own."""
+    command = [sys.executable, __file__, "--contestants", name]
+    command += ["--child", json.dumps({**vars(setting), "folder": str(setting.folder)})]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(setting.folder / "datasets")}
+    environment |= {"PYTHONWARNINGS": "ignore", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        memory = _MemoryOfTree(process.pid)
+        try:
+            output, _ = process.communicate()
+        finally:
+            memory.stop()
+            process.terminate()
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"{name} failed:\n{errors.read()[-4000:]}")
+    result: dict[str, float] = json.loads(output.strip().splitlines()[-1])
+    return {**result, "seconds": time.perf_counter() - started, "peak_mb": memory.peak_mb, "ray_mb": memory.ray_mb}
+
+
+class _MemoryOfTree:
+    """Watches the memory of a process and all of its children.
+
+    Attributes:
+        peak_mb: The largest sum of proportional set sizes, in which shared pages count once.
+        ray_mb: What Ray's own services (not its workers) had of it.
+    """
+
+    def __init__(self, pid: int, *, interval_s: float = 1.0) -> None:
+        self.peak_mb = self.ray_mb = 0.0
+        self._root, self._interval_s = pid, interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            sizes_mb = {pid: _pss_mb(pid) for pid in _tree(self._root)}
+            total_mb = sum(sizes_mb.values())
+            if total_mb > self.peak_mb:
+                self.peak_mb = total_mb
+                self.ray_mb = sum(size_mb for pid, size_mb in sizes_mb.items() if _is_ray_service(pid))
+
+
+def _tree(root: int) -> list[int]:
+    """A process and all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            # The name, in parentheses, may hold anything; after it come the state and the parent.
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    tree = [root]
+    for pid in tree:
+        tree += children.get(pid, [])
+    return tree
+
+
+def _pss_mb(pid: int) -> float:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def _is_ray_service(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:4]
+    except OSError:
+        return False
+    return any(service in Path(word).name for word in words for service in RAY_SERVICES)
+
+
+def _compete(name: str, setting: Setting) -> dict[str, float]:
+    """In the contestant's own process: trains and returns its images per second."""
+    contestants: dict[str, Callable[[Setting, bool], float]] = {
+        "raydet": _train_with_raydet,
+        "hf_trainer": _train_with_trainer,
+        "limit": _train_at_the_limit,
+    }
+    is_bf16 = name.endswith("_bf16")
+    return {"images_per_s": contestants[name.removesuffix("_bf16")](setting, is_bf16)}
+
+
+def _train_with_raydet(setting: Setting, is_bf16: bool) -> float:
+    from raydet import TrainConfig, train
+    from raydet.tables import open_table
+
+    # The first epoch warms up, and the last one ends in a validation.
+    epochs = setting.timed_epochs + 2
+    with tempfile.TemporaryDirectory(dir=setting.folder) as out:
+        result = train(
+            TrainConfig(
+                train_data=str(setting.folder / "train"),
+                val_data=str(setting.folder / "val"),
+                out=str(Path(out) / "run"),
+                image_size=IMAGE_SIZE,
+                batch_size=BATCH_SIZE,
+                epochs=epochs,
+                validate_every=epochs,
+                learning_rate=LEARNING_RATE,
+                backbone_learning_rate=LEARNING_RATE,
+                weight_decay=WEIGHT_DECAY,
+                max_grad_norm=MAX_GRAD_NORM,
+                augmentation="light" if setting.augmentation == "light" else "flip",
+                precision="bf16" if is_bf16 else "fp32",
+                threads_per_worker=setting.threads,
+                use_gpu=False,
+            )
+        )
+    timed = result.history[1:-1]
+    num_images = open_table(str(setting.folder / "train"), "images").num_rows
+    timed_s: float = sum(entry["seconds"] for entry in timed)
+    return num_images * len(timed) / timed_s
+
+
+def _model(setting: Setting) -> Any:
+    """The detector that all contestants start from, on the CPU."""
+    import torch
+
+    from raydet.models import build_detector
+    from raydet.tables import open_table
+
+    torch.set_num_threads(setting.threads)
+    categories = open_table(str(setting.folder / "train"), "images").categories
+    return build_detector("rt_detr_v2_small", categories, image_size=IMAGE_SIZE, seed=0)
+
+
+def _train_with_trainer(setting: Setting, is_bf16: bool) -> float:
+    import datasets
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    datasets.disable_progress_bars()
+    detector = _model(setting)
+    dataset = datasets.load_dataset("parquet", data_files=str(setting.folder / "train" / "*.parquet"), split="train")
+    dataset = dataset.with_transform(functools.partial(_transform, _guide_pipeline(setting), detector.processor))
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(-time.perf_counter())
+
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds[-1] += time.perf_counter()
+
+    with tempfile.TemporaryDirectory(dir=setting.folder) as out:
+        arguments = TrainingArguments(
+            output_dir=out,
+            num_train_epochs=setting.timed_epochs + 1,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="cosine",
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_GRAD_NORM,
+            bf16=is_bf16,
+            dataloader_num_workers=setting.loaders,
+            # Not in the guide, and in the Trainer's favour: loader processes live on from epoch to epoch.
+            dataloader_persistent_workers=setting.loaders > 0,
+            remove_unused_columns=False,
+            save_strategy="no",
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+        )
+        trainer = Trainer(
+            model=detector.model,
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=detector.processor,
+            data_collator=_collate,
+            callbacks=[Clock()],
+        )
+        torch.set_num_threads(setting.threads)
+        trainer.train()
+    return len(dataset) * setting.timed_epochs / sum(seconds[1:])
+
+
+def _guide_pipeline(setting: Setting) -> Any:
+    import albumentations as A
+
+    flip = A.HorizontalFlip(p=0.5)
+    light = [A.Perspective(p=0.1), flip, A.RandomBrightnessContrast(p=0.5), A.HueSaturationValue(p=0.1)]
+    return A.Compose(
+        light if setting.augmentation == "light" else [flip],
+        bbox_params=A.BboxParams(format="coco", label_fields=["category"], clip=True, min_area=25),
+    )
+
+
+def _transform(pipeline: Any, processor: Any, rows: dict[str, list[Any]]) -> dict[str, Any]:
+    """The guide's way from rows to tensors: augment each image, then let the image processor do the rest."""
+    import numpy as np
+
+    images, annotations = [], []
+    for image_id, image, objects in zip(rows["image_id"], rows["image"], rows["objects"], strict=True):
+        pixels = np.array(image.convert("RGB"))
+        augmented = pipeline(image=pixels, bboxes=objects["bbox"], category=objects["category"])
+        boxes = [
+            {"image_id": image_id, "category_id": int(label), "iscrowd": 0, "area": box[2] * box[3], "bbox": list(box)}
+            for label, box in zip(augmented["category"], augmented["bboxes"], strict=True)
+        ]
+        images.append(augmented["image"])
+        annotations.append({"image_id": image_id, "annotations": boxes})
+    result: dict[str, Any] = processor(images=images, annotations=annotations, return_tensors="pt")
+    return {name: result[name] for name in ("pixel_values", "labels")}
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "labels": [item["labels"] for item in items],
+    }
+
+
+def _train_at_the_limit(setting: Setting, is_bf16: bool) -> float:
+    import torch
+
+    detector = _model(setting)
+    model = detector.model.train()
+    batches = _batches_in_memory(setting, detector)
+    num_images = sum(len(labels) for _, labels in batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches) * (setting.timed_epochs + 1))
+    seconds = []
+    for _ in range(setting.timed_epochs + 1):
+        started = time.perf_counter()
+        for pixels, labels in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+                loss = model(pixel_values=pixels, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return num_images * setting.timed_epochs / sum(seconds[1:])
+
+
+def _batches_in_memory(setting: Setting, detector: Any) -> list[tuple[Any, Any]]:
+    """Pixel values and labels of each step, made as raydet makes them, without augmentation."""
+    import numpy as np
+
+    from raydet.boxes import as_boxes, xywh_to_normalised_cxcywh
+    from raydet.collate import Example, collate
+    from raydet.decode import decode
+    from raydet.geometry import resize
+    from raydet.tables import open_table
+
+    examples = []
+    rule = detector.resize_rule
+    for row in open_table(str(setting.folder / "train"), "images").read().to_pylist():
+        image = decode(row["image"]["bytes"], max_pixels=10**8)
+        size_hw = (image.shape[0], image.shape[1])
+        boxes = xywh_to_normalised_cxcywh(as_boxes(row["objects"]["bbox"]), size_hw).astype(np.float32)
+        labels = np.asarray(row["objects"]["category"], np.int64)
+        pixels = resize(image, rule.target_size_hw(size_hw), rule.resample)
+        examples.append(Example(row["image_id"], pixels, size_hw, boxes, labels))
+    starts = range(0, len(examples), BATCH_SIZE)
+    batches = [collate(examples[start : start + BATCH_SIZE]) for start in starts]
+    return [(detector.model_inputs(batch)["pixel_values"], batch.labels) for batch in batches]
+
+
+def _print_results(runs: dict[str, list[dict[str, float]]], setting: Setting) -> None:
+    print(f"\naugmentation {setting.augmentation}, {setting.threads} threads, Trainer with {setting.loaders} loaders")
+    print(f"{'contestant':<16} {'images/s':>9} {'lowest':>7} {'highest':>8} {'run s':>6} {'peak MB':>8} {'Ray MB':>7}")
+    medians = {
+        name: {key: statistics.median(run[key] for run in results) for key in results[0]}
+        for name, results in runs.items()
+    }
+    for name, results in runs.items():
+        speeds, middle = [run["images_per_s"] for run in results], medians[name]
+        print(
+            f"{name:<16} {middle['images_per_s']:>9.2f} {min(speeds):>7.2f} {max(speeds):>8.2f} "
+            f"{middle['seconds']:>6.0f} {middle['peak_mb']:>8.0f} {middle['ray_mb']:>7.0f}"
+        )
+    for first, second, target in PAIRS:
+        if first in runs and second in runs:
+            ratios = [
+                mine["images_per_s"] / its["images_per_s"] for mine, its in zip(runs[first], runs[second], strict=True)
+            ]
+            aim = f", wanted {target:.2f}" if target else ""
+            print(
+                f"{first} / {second}: {statistics.median(ratios):.3f} "
+                f"(round by round {min(ratios):.3f} to {max(ratios):.3f}{aim})"
+            )
+    print(
+        json.dumps(
+            {
+                name: {
+                    "images_per_s": round(middle["images_per_s"], 2),
+                    "seconds": round(middle["seconds"], 1),
+                    "peak_mb": round(middle["peak_mb"]),
+                    "ap": None,
+                }
+                for name, middle in medians.items()
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What a worker adds up over the steps of an epoch: losses, and where the time went."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class EpochMeter:
+    """Sums over the steps of an epoch so far, on one worker.
+
+    Attributes:
+        losses: Each loss term's sum over steps, in units of the global batches; a worker has its own images' part.
+        gradient_norm: Sum over steps of the norm before clipping.
+        num_steps: Steps taken.
+        start_s: Seconds until the first images came, when workers and stream had just started.
+        data_s: Seconds of waiting for images after that.
+        communication_s: Seconds of waiting for other workers.
+        seconds: In all, since the first images came.
+        unreadable: Ids of images that cannot be read.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    gradient_norm: float = 0.0
+    num_steps: int = 0
+    num_images: int = 0
+    start_s: float = 0.0
+    data_s: float = 0.0
+    communication_s: float = 0.0
+    seconds: float = 0.0
+    unreadable: set[int] = field(default_factory=set)
+
+    def add_losses(self, terms: Mapping[str, Tensor]) -> None:
+        """Takes in a step's loss terms, without waiting for the device."""
+        for name, value in terms.items():
+            self.losses[name] = self.losses.get(name, torch.zeros_like(value, dtype=torch.float64)) + value.double()
+
+    @contextmanager
+    def communicating(self) -> Iterator[None]:
+        """Counts the time of a `with` as waiting for other workers."""
+        started = time.perf_counter()
+        yield
+        self.communication_s += time.perf_counter() - started
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint and for other workers."""
+        return {**vars(self), "losses": {name: value.item() for name, value in self.losses.items()}} | {
+            "unreadable": sorted(self.unreadable)
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "EpochMeter":
+        """Reads back `to_state`."""
+        losses = {
+            name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["losses"].items()
+        }
+        return cls(**{**state, "losses": losses, "unreadable": set(state["unreadable"])})
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sums of all workers as one: losses and images add up, and times are those of the first worker."""
+    losses: dict[str, float] = {}
+    for state in states:
+        for name, value in state["losses"].items():
+            losses[name] = losses.get(name, 0.0) + value
+    return {
+        **states[0],
+        "losses": losses,
+        "num_images": sum(state["num_images"] for state in states),
+        "unreadable": sorted({image_id for state in states for image_id in state["unreadable"]}),
+    }
+
+
+def summary(merged: Mapping[str, Any], learning_rate: float) -> dict[str, Any]:
+    """An epoch's line of the history, of all workers' merged sums."""
+    num_steps = max(1, merged["num_steps"])
+    terms = {name: value / num_steps for name, value in sorted(merged["losses"].items())}
+    seconds = max(merged["seconds"], 1e-9)
+    return {
+        "loss": sum(terms.values()),
+        "losses": terms,
+        "gradient_norm": merged["gradient_norm"] / num_steps,
+        "learning_rate": learning_rate,
+        "images_per_s": merged["num_images"] / seconds,
+        "seconds": seconds,
+        "step_s": {
+            "data": merged["data_s"] / num_steps,
+            "compute": max(0.0, seconds - merged["data_s"] - merged["communication_s"]) / num_steps,
+            "communication": merged["communication_s"] / num_steps,
+        },
+        "start_s": merged["start_s"],
+        "unreadable": len(merged["unreadable"]),
+    }

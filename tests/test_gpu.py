@@ -1,0 +1,87 @@
+"""One training step on a GPU, without Ray: the gradient of the CPU, in each precision and as often as it is asked."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raydet.collate import Example
+from raydet.detector import Detector
+from raydet.models import build_detector
+from raydet.schema import Category
+from raydet.step import StepSetting, apply_gradients, compute_gradients
+
+pytestmark = pytest.mark.gpu
+
+CATEGORIES = (Category(1, "circle"), Category(2, "square"))
+SIDE = 96
+
+
+@pytest.fixture(autouse=True)
+def exact_matrix_products() -> Iterator[None]:
+    """TensorFloat-32 keeps ten bits of the mantissa, too few to compare with the CPU."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _examples() -> list[Example]:
+    generator = np.random.default_rng(0)
+    return [
+        Example(
+            number,
+            generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8),
+            (SIDE, SIDE),
+            generator.uniform(0.2, 0.5, (2, 4)).astype(np.float32),
+            generator.integers(0, 2, 2),
+        )
+        for number in range(4)
+    ]
+
+
+def _build(name: str, device: str) -> Detector:
+    detector = build_detector(name, CATEGORIES, image_size=SIDE, seed=0, batch_norm="freeze")
+    detector.model.config.num_denoising = 0
+    module: Any
+    for module in detector.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    detector.to(device).model.train()
+    return detector
+
+
+def _setting(device: str, dtype: torch.dtype | None = None) -> StepSetting:
+    scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
+    return StepSetting(
+        device=torch.device(device), autocast_dtype=dtype, world_size=1, sum_over_ranks=lambda x: x, scaler=scaler
+    )
+
+
+def _gradient(name: str, device: str) -> torch.Tensor:
+    detector = _build(name, device)
+    compute_gradients(detector, detector.model, [_examples()], _setting(device))
+    gradients = [p.grad.flatten().cpu().double() for p in detector.model.parameters() if p.grad is not None]
+    return torch.cat(gradients)
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2_tiny", "detr_tiny", "d_fine_tiny"])
+def test_the_gradient_is_that_of_the_cpu(name: str) -> None:
+    cpu, gpu = _gradient(name, "cpu"), _gradient(name, "cuda")
+    assert float((cpu - gpu).norm() / cpu.norm()) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=["bf16", "fp16", "fp32"])
+def test_steps_lower_the_loss(dtype: torch.dtype | None) -> None:
+    detector, setting = _build("rt_detr_v2_tiny", "cuda"), _setting("cuda", dtype)
+    optimizer = torch.optim.AdamW(detector.model.parameters(), 1e-3)
+    losses = []
+    for _ in range(12):
+        result = compute_gradients(detector, detector.model, [_examples()], setting)
+        apply_gradients(detector.model, optimizer, max_grad_norm=0.1, scaler=setting.scaler)
+        losses.append(float(torch.stack(list(result.terms.values())).sum()))
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
