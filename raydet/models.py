@@ -190,7 +190,7 @@ def _checkpoint_gradients(model: PreTrainedModel, *, where: str) -> None:
             f"gradient_checkpointing: {where} is a {model.config.model_type} model, for which transformers has none; "
             "use accumulate to save memory"
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _prepare_for_training(config: PreTrainedConfig, categories: Sequence[Category], family: Family) -> None:

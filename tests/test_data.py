@@ -77,7 +77,7 @@ def _read(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=250)
         assert not thread.is_alive(), "the stream hangs"
     return received
 
