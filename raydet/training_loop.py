@@ -210,9 +210,9 @@ class _Run:
         try:
             return compute_gradients(worker.detector, worker.module, examples, worker.setting, rule=rule)
         except ValueError as error:
-            if "invalid numeric" not in str(error):
+            if not any(text in str(error) for text in ("invalid numeric", "nan", "inf")):
                 raise
-            # Boxes or scores that are no numbers cannot even be matched with the truth.
+            # Boxes or scores that are no numbers cannot even be matched with the truth; transformers refuses them.
             images = [image.image_id for part in parts for image in part]
             worker.fail(_not_a_number(epoch, step, ["the matching of boxes"], images), error)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
