@@ -46,3 +46,8 @@ def is_out_of_patience(history: Sequence[Entry], metric: str, patience: int | No
         return False
     values = [value for entry in history if (value := metric_value(entry, metric)) is not None]
     return len(values) > patience and max(values[-patience:]) <= max(values[:-patience])
+
+
+def is_over(history: Sequence[Entry], *, epochs: int, metric: str, patience: int | None) -> bool:
+    """Whether a run has no epoch left to do, or is out of patience."""
+    return len(history) >= epochs or is_out_of_patience(history, metric, patience)

@@ -24,7 +24,7 @@ from raydet.config import TrainConfig, changed_fields, to_yaml
 from raydet.console import Console
 from raydet.errors import RunError, RunStopped, UserError
 from raydet.families import family_of
-from raydet.history import best_entry, is_out_of_patience
+from raydet.history import best_entry, is_over
 from raydet.small_models import SMALL_MODELS, small_model_type
 from raydet.tables import Table, open_table
 
@@ -125,8 +125,11 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
 
 def _is_finished(config: TrainConfig, history: list[dict[str, Any]]) -> bool:
-    return len(history) >= config.epochs or is_out_of_patience(
-        history, config.metric_for_best_model, config.early_stopping_patience
+    return is_over(
+        history,
+        epochs=config.epochs,
+        metric=config.metric_for_best_model,
+        patience=config.early_stopping_patience,
     )
 
 

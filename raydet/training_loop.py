@@ -28,7 +28,7 @@ from raydet.config import DEFAULT_MAX_PIXELS, TrainConfig
 from raydet.data import Preparation, ReadyImage, micro_batches, run_stream
 from raydet.families import resize_rule_of, resized_processor
 from raydet.geometry import ResizeRule
-from raydet.history import is_best_so_far, is_out_of_patience, metric_value
+from raydet.history import is_best_so_far, is_over, metric_value
 from raydet.meter import EpochMeter, merge_states, summary
 from raydet.models import freeze_backbone
 from raydet.optim import after_validation
@@ -136,9 +136,12 @@ class _Run:
 
     def is_over(self) -> bool:
         """Whether no epoch is left, or none has got better for too long."""
-        config, history = self.worker.config, self.worker.history
-        return len(history) >= config.epochs or is_out_of_patience(
-            history, config.metric_for_best_model, config.early_stopping_patience
+        config = self.worker.config
+        return is_over(
+            self.worker.history,
+            epochs=config.epochs,
+            metric=config.metric_for_best_model,
+            patience=config.early_stopping_patience,
         )
 
     def train_epoch(self, stream: Stream) -> bool:

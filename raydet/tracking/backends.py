@@ -50,12 +50,9 @@ class LogFolder:
 
     def fetch(self, name: str) -> Path:
         """A folder below, with what an earlier process has put there."""
-        folder, uri = self.path / name, storage.join(self.uri, name)
+        folder = self.path / name
         if self.is_remote:
-            for file in storage.list_files(uri, recursive=True):
-                target = folder / file
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(storage.read_bytes(storage.join(uri, file)))
+            storage.fetch_folder(storage.join(self.uri, name), str(folder))
         return folder
 
     def publish(self) -> None:
