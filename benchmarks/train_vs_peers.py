@@ -16,32 +16,31 @@ after the first are timed, without what lies between two epochs (raydet writes a
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import os
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.contest import Pair, print_results, run_one, run_rounds
+else:  # a script finds its neighbours by their bare names
+    from contest import Pair, print_results, run_one, run_rounds
 
 CONTESTANTS = ("raydet", "hf_trainer", "limit", "raydet_bf16", "limit_bf16", "hf_trainer_bf16")
-PAIRS = (
+PAIRS: "tuple[Pair, ...]" = (
     ("raydet", "hf_trainer", 1.0),
     ("raydet", "limit", 0.9),
     ("raydet_bf16", "hf_trainer", 1.15),
     ("raydet_bf16", "limit_bf16", 0.0),
     ("raydet_bf16", "hf_trainer_bf16", 0.0),
 )
-"""What is compared with what, and the ratio that raydet is to reach; 0 where none is set."""
-RAY_SERVICES = ("gcs_server", "raylet", "log_monitor", "monitor.py", "dashboard", "agent")
 IMAGE_SIZE, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 256, 8, 1e-3, 1e-4, 0.1
 
 
@@ -62,6 +61,10 @@ class Setting:
     timed_epochs: int
     threads: int
     loaders: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
+        return {**vars(self), "folder": str(self.folder)}
 
 
 def main() -> None:
@@ -84,13 +87,9 @@ def main() -> None:
         )
         if len(options.loaders) > 1 and any(name.startswith("hf_trainer") for name in options.contestants):
             setting = _with_best_loaders(setting, options.loaders)
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in options.contestants}
-        for number in range(options.rounds):
-            for name in options.contestants:
-                runs[name].append(_run(name, setting))
-                newest = runs[name][-1]
-                print(f"round {number + 1}: {name} {newest['images_per_s']:.2f} images/s", flush=True)
-    _print_results(runs, setting)
+        runs = run_rounds(__file__, options.contestants, setting.to_json(), rounds=options.rounds)
+    print(f"\naugmentation {setting.augmentation}, {setting.threads} threads, Trainer with {setting.loaders} loaders")
+    print_results(runs, PAIRS)
 
 
 def _parse() -> argparse.Namespace:
@@ -149,92 +148,9 @@ def _with_best_loaders(setting: Setting, choices: Iterable[int]) -> Setting:
     speeds = {}
     for loaders in choices:
         trial = Setting(**{**vars(setting), "timed_epochs": 1, "loaders": loaders})
-        speeds[loaders] = _run("hf_trainer", trial)["images_per_s"]
+        speeds[loaders] = run_one(__file__, "hf_trainer", trial.to_json())["images_per_s"]
     print("Trainer by loader processes: " + ", ".join(f"{k}: {v:.2f} images/s" for k, v in speeds.items()), flush=True)
     return Setting(**{**vars(setting), "loaders": max(speeds, key=lambda loaders: speeds[loaders])})
-
-
-def _run(name: str, setting: Setting) -> dict[str, float]:
-    """One run of a contestant in a process of its own."""
-    command = [sys.executable, __file__, "--contestants", name]
-    command += ["--child", json.dumps({**vars(setting), "folder": str(setting.folder)})]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(setting.folder / "datasets")}
-    environment |= {"PYTHONWARNINGS": "ignore", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment.pop("RAY_ADDRESS", None)
-    started = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-        memory = _MemoryOfTree(process.pid)
-        try:
-            output, _ = process.communicate()
-        finally:
-            memory.stop()
-            process.terminate()
-        if process.returncode:
-            errors.seek(0)
-            sys.exit(f"{name} failed:\n{errors.read()[-4000:]}")
-    result: dict[str, float] = json.loads(output.strip().splitlines()[-1])
-    return {**result, "seconds": time.perf_counter() - started, "peak_mb": memory.peak_mb, "ray_mb": memory.ray_mb}
-
-
-class _MemoryOfTree:
-    """Watches the memory of a process and all of its children.
-
-    Attributes:
-        peak_mb: The largest sum of proportional set sizes, in which shared pages count once.
-        ray_mb: What Ray's own services (not its workers) had of it.
-    """
-
-    def __init__(self, pid: int, *, interval_s: float = 1.0) -> None:
-        self.peak_mb = self.ray_mb = 0.0
-        self._root, self._interval_s = pid, interval_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the watch."""
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._interval_s):
-            sizes_mb = {pid: _pss_mb(pid) for pid in _tree(self._root)}
-            total_mb = sum(sizes_mb.values())
-            if total_mb > self.peak_mb:
-                self.peak_mb = total_mb
-                self.ray_mb = sum(size_mb for pid, size_mb in sizes_mb.items() if _is_ray_service(pid))
-
-
-def _tree(root: int) -> list[int]:
-    """A process and all that descend from it."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            # The name, in parentheses, may hold anything; after it come the state and the parent.
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(path.parent.name))
-    tree = [root]
-    for pid in tree:
-        tree += children.get(pid, [])
-    return tree
-
-
-def _pss_mb(pid: int) -> float:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has just ended
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-
-
-def _is_ray_service(pid: int) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:4]
-    except OSError:
-        return False
-    return any(service in Path(word).name for word in words for service in RAY_SERVICES)
 
 
 def _compete(name: str, setting: Setting) -> dict[str, float]:
@@ -428,44 +344,6 @@ def _batches_in_memory(setting: Setting, detector: Any) -> list[tuple[Any, Any]]
     starts = range(0, len(examples), BATCH_SIZE)
     batches = [collate(examples[start : start + BATCH_SIZE]) for start in starts]
     return [(detector.model_inputs(batch)["pixel_values"], batch.labels) for batch in batches]
-
-
-def _print_results(runs: dict[str, list[dict[str, float]]], setting: Setting) -> None:
-    print(f"\naugmentation {setting.augmentation}, {setting.threads} threads, Trainer with {setting.loaders} loaders")
-    print(f"{'contestant':<16} {'images/s':>9} {'lowest':>7} {'highest':>8} {'run s':>6} {'peak MB':>8} {'Ray MB':>7}")
-    medians = {
-        name: {key: statistics.median(run[key] for run in results) for key in results[0]}
-        for name, results in runs.items()
-    }
-    for name, results in runs.items():
-        speeds, middle = [run["images_per_s"] for run in results], medians[name]
-        print(
-            f"{name:<16} {middle['images_per_s']:>9.2f} {min(speeds):>7.2f} {max(speeds):>8.2f} "
-            f"{middle['seconds']:>6.0f} {middle['peak_mb']:>8.0f} {middle['ray_mb']:>7.0f}"
-        )
-    for first, second, target in PAIRS:
-        if first in runs and second in runs:
-            ratios = [
-                mine["images_per_s"] / its["images_per_s"] for mine, its in zip(runs[first], runs[second], strict=True)
-            ]
-            aim = f", wanted {target:.2f}" if target else ""
-            print(
-                f"{first} / {second}: {statistics.median(ratios):.3f} "
-                f"(round by round {min(ratios):.3f} to {max(ratios):.3f}{aim})"
-            )
-    print(
-        json.dumps(
-            {
-                name: {
-                    "images_per_s": round(middle["images_per_s"], 2),
-                    "seconds": round(middle["seconds"], 1),
-                    "peak_mb": round(middle["peak_mb"]),
-                    "ap": None,
-                }
-                for name, middle in medians.items()
-            }
-        )
-    )
 
 
 if __name__ == "__main__":

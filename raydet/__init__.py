@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from raydet.config import (
     DemoConfig,
     EvaluateConfig,
+    ExportCocoConfig,
+    ExportOnnxConfig,
     PredictConfig,
     PrepareCocoConfig,
     PrepareImagesConfig,
@@ -22,6 +24,8 @@ from raydet.errors import UserError
 if TYPE_CHECKING:
     from raydet.demo import demo
     from raydet.evaluation import evaluate
+    from raydet.exports.coco import export_coco
+    from raydet.exports.onnx import export_onnx
     from raydet.hub import push
     from raydet.inference import predict
     from raydet.preparation import prepare_coco, prepare_images, prepare_shapes
@@ -32,6 +36,8 @@ __version__ = "0.1.0"
 _FUNCTIONS = {
     "demo": "raydet.demo",
     "evaluate": "raydet.evaluation",
+    "export_coco": "raydet.exports.coco",
+    "export_onnx": "raydet.exports.onnx",
     "predict": "raydet.inference",
     "prepare_coco": "raydet.preparation",
     "prepare_images": "raydet.preparation",
@@ -43,6 +49,8 @@ _FUNCTIONS = {
 __all__ = [
     "DemoConfig",
     "EvaluateConfig",
+    "ExportCocoConfig",
+    "ExportOnnxConfig",
     "PredictConfig",
     "PrepareCocoConfig",
     "PrepareImagesConfig",
@@ -53,6 +61,8 @@ __all__ = [
     "__version__",
     "demo",
     "evaluate",
+    "export_coco",
+    "export_onnx",
     "predict",
     "prepare_coco",
     "prepare_images",

@@ -11,6 +11,8 @@ import raydet
 from raydet.config import (
     DemoConfig,
     EvaluateConfig,
+    ExportCocoConfig,
+    ExportOnnxConfig,
     PredictConfig,
     PrepareCocoConfig,
     PrepareImagesConfig,
@@ -29,8 +31,10 @@ usage: raydet COMMAND [options]
   prepare images   a folder of images without labels → an images table
   prepare shapes   generated pictures with labels → two images tables
   train            fine-tune a detector, or train a small one from scratch
-  predict          run a checkpoint over an images table → a detections table
+  predict          run a model over images, however many → a detections table
   evaluate         truth and detections → COCO numbers and metrics tables
+  export coco      detections → COCO results JSON; images table → COCO instances JSON
+  export onnx      a checkpoint → one ONNX file
   push             share a checkpoint on the Hugging Face Hub, with a model card
   demo             the whole way on generated pictures
 
@@ -61,11 +65,11 @@ def _run(arguments: list[str]) -> int:
         print(raydet.__version__)
         return 0
     name = arguments.pop(0)
-    if name == "prepare":
+    if name in ("prepare", "export"):
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_USAGE, end="")
             return 0 if arguments else 2
-        name = f"prepare {arguments.pop(0)}"
+        name = f"{name} {arguments.pop(0)}"
     if name not in _COMMANDS:
         known = ", ".join(_COMMANDS)
         raise UserError(f"unknown command `{name}`; there are {known}")
@@ -89,6 +93,14 @@ def _prepare_shapes(config: PrepareShapesConfig, console: Console) -> None:
 
 def _evaluate(config: EvaluateConfig, console: Console) -> None:
     _lines(console, raydet.evaluate(config))
+
+
+def _export_coco(config: ExportCocoConfig, console: Console) -> None:
+    _lines(console, raydet.export_coco(config))
+
+
+def _export_onnx(config: ExportOnnxConfig, console: Console) -> None:
+    _lines(console, raydet.export_onnx(config))
 
 
 def _push(config: PushConfig, console: Console) -> None:
@@ -119,6 +131,8 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "train": (TrainConfig, _train),
     "predict": (PredictConfig, _predict),
     "evaluate": (EvaluateConfig, _evaluate),
+    "export coco": (ExportCocoConfig, _export_coco),
+    "export onnx": (ExportOnnxConfig, _export_onnx),
     "push": (PushConfig, _push),
     "demo": (DemoConfig, _demo),
 }

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from raydet import storage
-from raydet.errors import UserError
+from raydet.errors import RunError, UserError
 
 LOG_FILE = "ray.log"
 
@@ -58,7 +58,13 @@ def session(log_uri: str) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _chatter_to(log_uri):
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray raises plain ones, too
+            where = os.environ.get("RAY_ADDRESS")
+            what = f"cannot connect to Ray at RAY_ADDRESS {where}" if where else "Ray did not start on this machine"
+            reason = " ".join(str(error).split())[:300]
+            raise RunError(f"{what}: {reason}") from error
         try:
             yield
         finally:
@@ -76,6 +82,8 @@ def _chatter_to(log_uri: str) -> Iterator[None]:
     python_stderr = sys.stderr
     with Path(path).open("a") as log, os.fdopen(screen, "w", closefd=False) as stderr, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"ray\.")
+        # What Ray Data will have instead for the number of retries is not there yet.
+        warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
         handler = logging.StreamHandler(log)
         handler.setLevel(logging.INFO)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -107,7 +115,11 @@ def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_
     if len(nodes) == 1 and total_cpus and not os.environ.get("RAY_ADDRESS"):
         _refuse_what_is_not_there(min_workers, use_gpu, cpus_per_worker, total_cpus, num_gpus)
     if cpus_per_worker is None:
-        cpus_per_worker = min(total_cpus / 2 / max_workers, max(largest_node / 2, 0.5))
+        cpus_per_worker = max(min(total_cpus / 2 / max_workers, max(largest_node / 2, 0.5)), 0.1)
+        if use_gpu or (use_gpu is None and num_gpus >= min_workers):
+            # A worker must fit onto a node with a GPU, beside those for the node's other GPUs.
+            room = [node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU", 0.0) >= 1]
+            cpus_per_worker = min([cpus_per_worker, *(max(share / 2, 0.1) for share in room)])
         if cpus_per_worker > 1:
             cpus_per_worker = float(int(cpus_per_worker))
     left = total_cpus - cpus_per_worker * max_workers
@@ -117,6 +129,19 @@ def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_
         cpus_per_worker=cpus_per_worker,
         cpus_per_task=1.0 if left >= 4 else 0.5,
     )
+
+
+def workers_that_fit(resources: Resources) -> int:
+    """Workers that the nodes that are alive have room for, with as many CPUs left as one decoding task asks for."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    fitting = 0
+    for node in nodes:
+        by_cpus = int(node.get("CPU", 0.0) / resources.cpus_per_worker + 1e-9)
+        fitting += min(by_cpus, int(node.get("GPU", 0.0))) if resources.use_gpu else by_cpus
+    while fitting and total_cpus - fitting * resources.cpus_per_worker < resources.cpus_per_task - 1e-9:
+        fitting -= 1
+    return fitting
 
 
 def _refuse_what_is_not_there(

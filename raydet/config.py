@@ -15,8 +15,10 @@ import yaml
 from raydet.errors import UserError
 
 ImageStorage = Literal["inline", "reference"]
-Precision = Literal["fp32", "bf16"]
-TrainPrecision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Engine = Literal["torch", "openvino", "onnx"]
+Merge = Literal["nms", "wbf"]
+DrawIf = Literal["any", "low_score", "many_boxes"]
 Augmentation = Literal["none", "flip", "light", "detr", "strong"]
 AugmentationSpec = Augmentation | list[dict[str, Any]]
 """A named preset, or an albumentations pipeline: a list of `Name: {argument: value}`."""
@@ -169,7 +171,7 @@ class TrainConfig(_WorkersConfig):
     schedule_epochs: int | None = _option("epochs the schedule is laid out for; `epochs` by default", None)
     warmup_steps: int = _option("steps of linear warm-up", 0)
     max_grad_norm: float = _option("gradients are clipped to this norm", 0.1)
-    precision: TrainPrecision = _option("fp32, bf16 autocast, or fp16 autocast with loss scaling", "fp32")
+    precision: Precision = _option("fp32, bf16 autocast, or fp16 autocast with loss scaling", "fp32")
     gradient_checkpointing: bool = _option("compute activations again instead of keeping them", False, operational=True)
     compile: bool = _option("compile the model with torch.compile", False, operational=True)
     augmentation: AugmentationSpec = _option(
@@ -266,21 +268,112 @@ class TrainConfig(_WorkersConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(_WorkersConfig):
-    """Run a checkpoint over an images table → a detections table, one row for each image."""
+    """Run a model over any number of images → a detections table, one row for each image."""
 
     num_workers: int = _option("workers side by side, each with its copy of the model", 1, operational=True)
-    checkpoint: str = _option("model folder, as written by train, or a Hub name")
-    data: str = _option("images table")
+    checkpoint: str | None = _option("model folder, as written by train, or a Hub name", None)
+    model: str | None = _option(
+        "instead of checkpoint: a zero-shot model (OWL-ViT, OWLv2, Grounding DINO), by folder or Hub name", None
+    )
+    labels: list[str] | None = _option('what a zero-shot model is to look for: "cat,remote control"', None)
+    data: str = _option(
+        "images table, folder of images, list of paths (.txt), or tar files (a .tar, or a folder of them); or URIs"
+    )
     out: str = _option("folder or URI of the detections table", operational=True)
-    batch_size: int = _option("images that the model sees at once", 16)
-    score_threshold: float = _option("detections at or below this score are left out; 0 keeps all, as AP needs", 0.0)
-    precision: Precision = _option("fp32, or bf16 autocast", "fp32")
+
+    engine: Engine = _option(
+        'what runs the model; openvino and onnx are for CPUs, after pip install "raydet[openvino]" or "raydet[onnx]"',
+        "torch",
+    )
+    precision: Precision = _option("fp32, or bf16 or fp16 where the engine and the hardware have it", "fp32")
+    compile: bool = _option("compile the model with torch.compile", False)
+    channels_last: bool = _option("for torch: keep the channels of a pixel together in memory, which is faster", True)
+    batch_size: int | Literal["auto"] = _option(
+        "images (or tiles) that the model sees at once; auto measures; a run may go on with another",
+        16,
+        operational=True,
+    )
+    pad_together: bool = _option(
+        "for models that keep the aspect: pad images of like shape to one size; without it each size runs by itself",
+        True,
+    )
+    reduced_decode: bool = _option("decode large JPEGs at a half, quarter or eighth of their size", False)
     max_pixels: int = _option("larger pictures are reported as decompression bombs", DEFAULT_MAX_PIXELS)
+
+    tile: int | None = _option("side in pixels of the tiles that large pictures are cut into", None)
+    overlap: float = _option("with tile: part of a tile that it shares with its neighbour", 0.2)
+    whole_image: bool = _option("with tile: look at the picture as a whole, too", True)
+    flip: bool = _option("look at each picture mirrored, too, and merge the best 100 boxes of both", False)
+    merge: Merge = _option(
+        "with tile or flip: nms keeps the best of boxes that overlap, wbf averages them (weighted box fusion)", "nms"
+    )
+    merge_iou: float = _option("with tile or flip: IoU from which two boxes of a class are taken for one object", 0.5)
+
+    score_threshold: float = _option("detections at or below this score are left out; 0 keeps all, as AP needs", 0.0)
+    top_k: int | None = _option("most detections of an image, the best ones; the model's own number by default", None)
+    classes: list[str] | None = _option("classes to keep, by name; all by default", None)
+    class_agnostic_nms: float | None = _option(
+        "leave out a box that overlaps a better one of any class by more than this IoU; off by default", None
+    )
+
+    rows_per_file: int | None = _option(
+        "images of an output file, the unit of work that is done again after a kill; by default up to 1024, "
+        "rounded up to whole batches",
+        None,
+        operational=True,
+    )
+    draw: int = _option("pictures to draw with their boxes, into OUT/_drawn", 0, operational=True)
+    draw_if: DrawIf = _option(
+        "with draw: any picture, low_score (best box near draw_threshold), or many_boxes", "any", operational=True
+    )
+    draw_threshold: float = _option("with draw: boxes at or below this score are not drawn", 0.3, operational=True)
+    price_per_node_hour: float | None = _option("to say what a million images cost", None, operational=True)
+    max_failures: int = _option(
+        "times that lost workers or nodes are made up for before giving up", 3, operational=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "num_workers", "batch_size", "max_pixels")
-        _require(0 <= self.score_threshold < 1, f"score_threshold must be in [0, 1), got {self.score_threshold}")
+        _require(
+            self.batch_size == "auto" or (isinstance(self.batch_size, int) and self.batch_size > 0),
+            f"batch_size must be a number above 0, or auto; got {self.batch_size}",
+        )
+        _require_positive(self, "num_workers", "max_pixels", "top_k", "rows_per_file", "price_per_node_hour")
+        _require(
+            self.labels is None or (len(self.labels) > 0 and all(label.strip() for label in self.labels)),
+            f'labels must be words such as "cat,remote control", got {self.labels}',
+        )
+        _require(
+            (self.checkpoint is None) != (self.model is None),
+            "name either --checkpoint, a trained detector, or --model with --labels, a zero-shot one",
+        )
+        _require(
+            (self.model is None) == (self.labels is None),
+            "--model, a zero-shot model, and --labels, what it is to look for, go together",
+        )
+        _require(self.tile is None or self.tile >= 64, f"tile must be at least 64, got {self.tile}")
+        _require(0 <= self.overlap <= 0.75, f"overlap must be from 0 to 0.75, got {self.overlap}")
+        _require(0 < self.merge_iou <= 1, f"merge_iou must be above 0 and at most 1, got {self.merge_iou}")
+        _require(
+            self.class_agnostic_nms is None or 0 < self.class_agnostic_nms <= 1,
+            f"class_agnostic_nms must be above 0 and at most 1, got {self.class_agnostic_nms}",
+        )
+        for name in ("draw", "max_failures"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("score_threshold", "draw_threshold"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        _require(
+            self.engine == "torch" or not self.compile,
+            f"compile is torch's, the engine is {self.engine}",
+        )
+        _require(
+            self.engine == "torch" or not self.use_gpu,
+            f"engine {self.engine} runs on CPUs; leave use_gpu out, or choose engine torch",
+        )
+        _require(
+            self.engine == "torch" or self.model is None,
+            f"a zero-shot model runs on torch only, the engine is {self.engine}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +386,30 @@ class PushConfig:
     revision: str | None = _option("branch to push to; main by default", None)
     metrics: str | None = _option("metrics folder of evaluate, whose COCO table goes into the model card", None)
     license: str | None = _option("licence named in the model card, as the Hub spells it: apache-2.0, …", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCocoConfig:
+    """Detections table → COCO results JSON; images table → COCO instances JSON."""
+
+    data: str = _option("detections table or images table")
+    out: str = _option("JSON file or URI to write", operational=True)
+    score_threshold: float = _option("detections at or below this score are left out", 0.0)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.score_threshold < 1, f"score_threshold must be in [0, 1), got {self.score_threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOnnxConfig:
+    """Checkpoint → one ONNX file, from normalised pixels to logits and boxes, checked against the checkpoint."""
+
+    checkpoint: str = _option("model folder, as written by train, or a Hub name")
+    out: str = _option("ONNX file to write", operational=True)
+    image_size: int | None = _option("side in pixels that pictures are resized or padded to; the model's own", None)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,14 @@ from ray.data import DataContext, Datasource, ExecutionOptions, ExecutionResourc
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
-from raydet import storage
 from raydet.boxes import as_boxes, xywh_to_normalised_cxcywh
 from raydet.decode import DecodeError, decode
 from raydet.geometry import ResizeRule, resize
+from raydet.inputs.references import read_reference
 from raydet.metrics import ImageTruth
 from raydet.ordering import MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
 from raydet.schema import IMAGE_TYPE, OBJECTS_TYPE
+from raydet.sources import ReadError
 from raydet.tables import RowGroup, Table
 
 if TYPE_CHECKING:
@@ -192,15 +193,21 @@ def run_stream(
     return iterators
 
 
-def use_one_row_blocks(options: ExecutionOptions) -> None:
-    """Sets this process's Ray Data up so that each row, which is a whole batch, becomes a block of its own."""
+def use_one_row_blocks(options: ExecutionOptions, *, watch: type[ExecutionCallback] | None = None) -> None:
+    """Sets this process's Ray Data up so that each row, which is a whole batch, becomes a block of its own.
+
+    Args:
+        options: Of the executions to come.
+        watch: Is called at each turn of their scheduling loop; what it raises ends the execution.
+    """
     context = DataContext.get_current()
     # A block ends as soon as it is larger than this, in bytes. It is what makes the dealing out exact.
     context.target_max_block_size = 1
     context.enable_progress_bars = False
+    # Else what a task raises comes wrapped, and loses its cause on the way to the driver.
+    context.raise_original_map_exception = True
     context.execution_options = options
-    if _Pace not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(_Pace)
+    context.custom_execution_callback_classes = [_Pace] if watch is None else [_Pace, watch]
 
 
 class _Pace(ExecutionCallback):
@@ -435,9 +442,9 @@ def image_bytes(image: dict[str, Any]) -> bytes:
     if image["bytes"] is not None:
         return bytes(image["bytes"])
     try:
-        return storage.read_bytes(image["path"])
-    except FileNotFoundError:
-        raise DecodeError("the file is not there any more") from None
+        return read_reference(image["path"])
+    except ReadError as error:
+        raise DecodeError(str(error)) from None
     except OSError as error:
         raise DecodeError(f"the file cannot be read: {error.strerror or error}") from None
 

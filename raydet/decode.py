@@ -59,6 +59,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that swap height and width."""
+_PNG_EXIF_KEYS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _WHITE = (255, 255, 255)
 _TRUNCATED = re.compile("truncated|unexpected end|not enough|requires a buffer|but only got", re.IGNORECASE)
 _SAY_NOTHING = ("", "not identified by this driver")
@@ -68,12 +71,17 @@ class DecodeError(Exception):
     """These bytes give no picture; the message is one short reason that a person understands."""
 
 
-def decode(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+def decode(data: bytes, *, max_pixels: int, at_least_hw: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Decodes one image file.
 
     Args:
         data: The whole file.
         max_pixels: Pictures of more pixels are refused by their header, before any pixel is decoded.
+        at_least_hw: Height and width, in pixels of the upright picture, that the caller needs at least. A JPEG is
+            then decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its size (rounded up) that is no smaller on either
+            side, which leaves out most of the work; other formats come at full size, and so does a JPEG that is
+            smaller already. `upright_size_hw` gives the full size. The last row and column of a reduced picture may
+            stand for fewer pixels than the others, so that places in it are true to one of its own pixels.
 
     Returns:
         RGB pixels of the upright picture, uint8 [height, width, 3], contiguous and writable.
@@ -83,14 +91,37 @@ def decode(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     """
     try:
         image = _open(data, max_pixels)
+        if at_least_hw is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            _reduce(image, at_least_hw)
         image.load()
         transpose = _TRANSPOSE.get(_orientation_of(image))
         rgb = _to_rgb(image)
         return np.array(rgb if transpose is None else rgb.transpose(transpose), dtype=np.uint8)
-    except DecodeError:
+    except (DecodeError, MemoryError):  # want of memory is not the file's fault
         raise
     except Exception as error:
         raise DecodeError(_reason(error, data, max_pixels)) from None
+
+
+def upright_size_hw(data: bytes) -> tuple[int, int]:
+    """Height and width in pixels of the upright picture, as `decode` gives them, from the header of the file alone.
+
+    Raises:
+        DecodeError: The file is no image. One whose header is whole has a size even if its pixels cannot be decoded.
+    """
+    try:
+        image = _open(data, sys.maxsize)
+        # A PNG may carry its EXIF behind its pixels, so that Pillow decodes those to look for it.
+        is_plain_png = isinstance(image, PngImagePlugin.PngImageFile) and not any(key in data for key in _PNG_EXIF_KEYS)
+        is_turned = not is_plain_png and _orientation_of(image) in _SIDEWAYS
+        # Of a TIFF that lies on its side Pillow states the upright size from the start.
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_ORIENTATION_TAG) in _SIDEWAYS:
+            is_turned = False
+        return (image.width, image.height) if is_turned else (image.height, image.width)
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(_reason(error, data, sys.maxsize)) from None
 
 
 def orientation(data: bytes) -> int:
@@ -105,6 +136,16 @@ def orientation(data: bytes) -> int:
         raise
     except Exception as error:
         raise DecodeError(_reason(error, data, sys.maxsize)) from None
+
+
+def _reduce(image: JpegImagePlugin.JpegImageFile, at_least_hw: tuple[int, int]) -> None:
+    """Sets a JPEG up to be decoded at a part of its size."""
+    least_height, least_width = at_least_hw if _orientation_of(image) not in _SIDEWAYS else at_least_hw[::-1]
+    for part in (8, 4, 2):
+        # Rounded up, as libjpeg does.
+        if -(-image.height // part) >= least_height and -(-image.width // part) >= least_width:
+            image.draft(None, (max(1, image.width // part), max(1, image.height // part)))
+            return
 
 
 def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from raydet.boxes import Boxes, xyxy_to_xywh
 from raydet.collate import Batch
 from raydet.families import Family, family_of, resize_rule_of
+from raydet.geometry import SizeHW
 from raydet.schema import Category
 
 
@@ -69,6 +70,7 @@ class Detector:
         self.family: Family = family_of(model.config.model_type, where=where)
         self.resize_rule = resize_rule_of(processor, where=where)
         self.reinitialised = tuple(reinitialised)
+        self._scale: tuple[Tensor, Tensor] | None = None
         model.config.raydet = {"categories": [{"id": item.id, "name": item.name} for item in self.categories]}
 
     @property
@@ -91,6 +93,11 @@ class Detector:
         """Moves the model to a device and returns the detector itself."""
         nn.Module.to(self.model, device)
         return self
+
+    @property
+    def pads_to_largest(self) -> bool:
+        """Whether images keep their aspect and nothing but the largest of a batch says how far they are padded."""
+        return self.resize_rule.mode == "keep_aspect" and self.resize_rule.pad_to_hw is None
 
     def model_inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Normalises pixels on the device that they are on, as the image processor does.
@@ -118,22 +125,30 @@ class Detector:
         values = pixels.to(torch.float32)
         if not processor.do_normalize:
             return values * processor.rescale_factor if processor.do_rescale else values
-        scale = 1.0 / processor.rescale_factor if processor.do_rescale else 1.0
         # In one subtraction and one division, as the processor does it, so that not even rounding differs.
-        mean, std = (
-            (torch.tensor(numbers) * scale).to(values.device).view(-1, 1, 1)
-            for numbers in (processor.image_mean, processor.image_std)
-        )
+        mean, std = self._mean_and_std(values.device)
         return values.sub_(mean).div_(std)
 
-    def predict(self, batch: Batch) -> list[Detections]:
-        """Finds objects, in evaluation mode and without labels.
+    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of pixels from 0 to 255, each float32 [3, 1, 1]; kept, so that they are brought to a device only once."""
+        if self._scale is None or self._scale[0].device != device:
+            processor = self.processor
+            scale = 1.0 / processor.rescale_factor if processor.do_rescale else 1.0
+            mean, std = (
+                (torch.tensor(numbers) * scale).to(device).view(-1, 1, 1)
+                for numbers in (processor.image_mean, processor.image_std)
+            )
+            self._scale = (mean, std)
+        return self._scale
 
-        The answer for an image does not depend on the others in its batch: images of a family that pads to the
-        largest are run with those of their own size only.
+    def predict(self, batch: Batch, *, pad_together: bool = False) -> list[Detections]:
+        """Finds objects, in evaluation mode and without labels.
 
         Args:
             batch: On any device.
+            pad_together: Of a family that pads to the largest, run all images of the batch at once, padded as they
+                are. Scores then depend a little on the padding, by some 1e-3. Without it such images are run with
+                those of their own size only, and the answer for an image does not depend on the others in its batch.
 
         Returns:
             One `Detections` for each image, in order; what the image processor's `post_process_object_detection`
@@ -143,15 +158,15 @@ class Detector:
         self.model.eval()
         try:
             results: dict[int, Detections] = {}
-            for numbers, part in self._parts_to_run(batch):
+            for numbers, part in self._parts_to_run(batch, pad_together):
                 results.update(zip(numbers, self._predict_together(part), strict=True))
             return [results[number] for number in range(len(batch))]
         finally:
             self.model.train(was_training)
 
-    def _parts_to_run(self, batch: Batch) -> list[tuple[list[int], Batch]]:
-        """Parts of a batch whose padding is the same whatever else is in the batch, with their places in it."""
-        if self.resize_rule.mode == "fixed" or self.resize_rule.pad_to_hw is not None:
+    def _parts_to_run(self, batch: Batch, pad_together: bool) -> list[tuple[list[int], Batch]]:
+        """Parts of a batch that are run at once, with their places in it."""
+        if pad_together or not self.pads_to_largest:
             return [(list(range(len(batch))), batch)]
         places: dict[tuple[int, int], list[int]] = {}
         for number, size_hw in enumerate(batch.sizes_hw):
@@ -161,10 +176,23 @@ class Detector:
     @torch.inference_mode()
     def _predict_together(self, batch: Batch) -> list[Detections]:
         outputs = self.model(**self.model_inputs(batch.to(self.device), self.model.dtype))
+        return self.detections(outputs.logits, outputs.pred_boxes, batch.original_sizes_hw)
+
+    def detections(self, logits: Tensor, boxes_cxcywh: Tensor, original_sizes_hw: Sequence[SizeHW]) -> list[Detections]:
+        """Reads what the model said, as the image processor does; whatever engine has run it.
+
+        Args:
+            logits: [B, Q, C], as the model gives them, on any device and in any precision.
+            boxes_cxcywh: [B, Q, 4], centre form in parts of the image, without its padding.
+            original_sizes_hw: Height and width in pixels of each upright image before the resize, B of them.
+
+        Returns:
+            One `Detections` for each image, in order.
+        """
         # On the CPU and in full precision: half-precision pixels would be off by whole pixels.
-        answer = SimpleNamespace(logits=outputs.logits.float().cpu(), pred_boxes=outputs.pred_boxes.float().cpu())
+        answer = SimpleNamespace(logits=logits.cpu().float(), pred_boxes=boxes_cxcywh.cpu().float())
         found = self.processor.post_process_object_detection(
-            answer, threshold=0.0, target_sizes=batch.original_sizes_hw
+            answer, threshold=0.0, target_sizes=list(original_sizes_hw)
         )
         return [_as_detections(item) for item in found]
 
@@ -180,10 +208,11 @@ class Detector:
 
 
 def _pixel_mask(batch: Batch) -> Tensor:
-    mask = torch.zeros((len(batch), *batch.pixels.shape[-2:]), dtype=torch.int64)
+    # Made where the pixels are, so that nothing but them has to be brought there.
+    mask = torch.zeros((len(batch), *batch.pixels.shape[-2:]), dtype=torch.int64, device=batch.pixels.device)
     for plane, (height, width) in zip(mask, batch.sizes_hw, strict=True):
         plane[:height, :width] = 1
-    return mask.to(batch.pixels.device)
+    return mask
 
 
 def _without_padding(batch: Batch, numbers: list[int]) -> Batch:

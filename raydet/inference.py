@@ -1,57 +1,65 @@
-"""Batch inference: an images table and a checkpoint → a detections table, one row for each image.
+"""Batch inference: images and a checkpoint → a detections table, one row for each image, whatever dies on the way.
 
-table → encoded batches → decoded batches (light tasks: no torch) → the model (actors that load it once) → files.
-Every stage hands on blocks of one row that holds a whole batch, so that nothing is cut or merged on the way.
+This is the driver: it checks what it is given, cuts the images into chunks, has the pipeline score those that are not
+done yet, and counts the result. What runs on the cluster is in `inference_stream.py`.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import errno
 import json
-import os
-from collections.abc import Iterator
+import math
+import re
+import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-import ray.data
-from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
 
 from raydet import cluster, storage
-from raydet.checkpoints import read_checkpoint
-from raydet.config import PredictConfig, changed_fields, config_hash, identity
+from raydet.checkpoints import fingerprint, read_checkpoint
+from raydet.config import PredictConfig, config_hash, identity
 from raydet.console import Console
-from raydet.data import TaskSource, image_bytes, use_one_row_blocks
-from raydet.decode import DecodeError, decode
-from raydet.errors import UserError
+from raydet.engines import check_engine, no_fp16_on_cpu
+from raydet.errors import RunError, UserError
 from raydet.families import family_of
-from raydet.schema import build_schema
-from raydet.tables import MANIFEST_NAME, RowGroup, Table, is_table, open_table, write_manifest
+from raydet.gallery import Gallery, GalleryReport
+from raydet.geometry import ResizeRule
+from raydet.inference_stream import COUNTS_KEY, Plan, Work, check_nodes, score, threads_of
+from raydet.inputs import Images, open_images
+from raydet.job_report import JobStats
+from raydet.run_folder import Hold, check_folder, done_chunks, hold, open_run, part_name, stored_plan
+from raydet.schema import Category, build_schema
+from raydet.selection import check_classes
+from raydet.tables import MANIFEST_NAME, is_table, open_table, write_manifest
 
-if TYPE_CHECKING:
-    from raydet.models import Detections
-
-RUN_FILE = "_run.json"
-COUNTS_KEY = b"raydet_counts"
-ROWS_PER_FILE = 1024
-"""Rows of a detections file. A killed run does at most this many rows again, and those in flight."""
-
-_IMAGE_COLUMNS = ("image_id", "image", "width", "height")
-_DECODED_TYPE = pa.struct(
-    [
-        ("image_id", pa.int64()),
-        ("path", pa.string()),
-        ("height", pa.int64()),
-        ("width", pa.int64()),
-        ("pixels", pa.large_binary()),
-        ("error", pa.string()),
-    ]
+JOB_FILE = "job.json"
+INDEX_FILE = "_inputs.parquet"
+LOG_FOLDER = "_log"
+MOST_ROWS_PER_FILE = 1024
+"""Rows of a detections file, a few megabytes; what a kill may cost is as much again for each in flight."""
+MOST_PARTS_AT_A_TIME = 50_000
+"""Parts of one execution of the pipeline, 800,000 images in batches of 16; then it is started anew."""
+_IMAGES_PER_TILED_PART = 4
+"""Pictures large enough to be cut into tiles are many megabytes of pixels each."""
+_LOSSES = (
+    ConnectionError,
+    OSError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.RaySystemError,
+    ray.exceptions.RpcError,
+    ray.exceptions.WorkerCrashedError,
 )
+"""Of the cluster or of a connection: the rest of the work can go on, unlike with a defect, which would come again."""
+_TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_NO_MEMORY = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
+_WHOLE = "what was written is whole, the same command goes on from there"
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class PredictResult:
         num_errors: Those whose image could not be read.
         num_detections: In all rows together.
         already_done: Nothing was left to do.
+        report: A table of what it took, for the terminal.
     """
 
     out: str
@@ -71,245 +80,321 @@ class PredictResult:
     num_errors: int
     num_detections: int
     already_done: bool = False
+    report: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """What came of the run, for the terminal."""
         first = ["nothing to do: this run is finished"] if self.already_done else []
         errors = f", {self.num_errors:,} of them could not be read" if self.num_errors else ""
         return [
+            *self.report,
             *first,
             f"{self.num_images:,} images{errors}; {self.num_detections:,} detections",
             f"detections: {self.out}",
         ]
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What is known of a model before it is loaded."""
+
+    name: str
+    categories: tuple[Category, ...]
+    fingerprint: str
+    pads: bool
+
+
 def predict(config: PredictConfig, *, console: Console | None = None) -> PredictResult:
-    """Scores every image of a table; run again after a kill, it does what is left.
+    """Scores every image; run again after a kill, it does what is left.
 
     Raises:
-        UserError: Table, checkpoint or output folder are not what they should be. Nothing has been written then.
+        UserError: Images, model or output folder are not what they should be. Nothing has been written then.
+        RunError: The run cannot go on. What was written is whole, and the same command goes on from there.
     """
-    console = console or Console()
-    table = open_table(config.data, "images")
-    if table.num_rows == 0:
-        raise UserError(f"--data {table.uri} has no image")
-    checkpoint = read_checkpoint(config.checkpoint)
-    family_of(checkpoint.model_type, where=config.checkpoint)
-    if not checkpoint.categories:
-        raise UserError(f"the model {checkpoint.name} names no classes (no id2label in its config.json)")
+    try:
+        return _predict(config, console or Console())
+    except OSError as error:
+        raise RunError(f"cannot read or write: {_first_line(error)}; {_WHOLE}") from error
+
+
+def _predict(config: PredictConfig, console: Console) -> PredictResult:
+    model = _check_model(config)
     # Workers have other working directories, and a run is the same whichever one it is started from.
     config = dataclasses.replace(
-        config, out=storage.absolute_uri(config.out), checkpoint=checkpoint.name, data=table.uri
+        config,
+        out=storage.absolute_uri(config.out),
+        data=storage.absolute_uri(config.data),
+        checkpoint=model.name if config.checkpoint else None,
+        model=model.name if config.model else None,
     )
-    schema = build_schema("detections", checkpoint.categories, extra_metadata={"checkpoint": checkpoint.name})
-    if _check_folder(config):
-        return _result(config.out, already_done=True)
-    done = _done_image_ids(config.out)
-    with cluster.session(storage.join(config.out, "_log")):
-        resources = cluster.share_out(
-            min_workers=config.num_workers,
-            max_workers=config.num_workers,
-            use_gpu=config.use_gpu,
-            cpus_per_worker=config.cpus_per_worker,
-        )
-        storage.write_bytes(storage.join(config.out, RUN_FILE), json.dumps(identity(config), indent=1).encode())
-        log = storage.join(config.out, "_log", cluster.LOG_FILE)
-        console.line(f"{resources.describe(config.num_workers, config.num_workers)}; Ray's log: {log}")
-        dataset = _detections(config, table, schema, done, resources)
-        num_rows = len(done)
-        with console.status("starting workers") as update:
-            for part in dataset.iter_rows():
-                num_rows += part["num_rows"]
-                update(f"{num_rows:,} of {table.num_rows:,} images")
-    _finish(config, table)
-    return _result(config.out)
-
-
-def _check_folder(config: PredictConfig) -> bool:
-    """Whether the folder holds this very run, finished; refuses a folder with anything else."""
-    run_path = storage.join(config.out, RUN_FILE)
-    if not storage.exists(run_path):
-        if storage.list_files(config.out):
-            raise UserError(f"--out {config.out} holds files that are no detections of raydet; choose another folder")
-        return False
-    changes = changed_fields(config, json.loads(storage.read_bytes(run_path)))
-    if changes:
-        raise UserError(
-            f"--out {config.out} already holds another run ({'; '.join(changes)}); choose another folder, or the "
-            "same settings to go on with it"
-        )
-    return is_table(config.out)
-
-
-def _parts(out: str) -> list[str]:
-    return [name for name in storage.list_files(out) if name.endswith(".parquet") and not name.startswith((".", "_"))]
-
-
-def _done_image_ids(out: str) -> npt.NDArray[np.int64]:
-    """The images that an earlier, killed run has written, sorted."""
-    filesystem, path = storage.resolve(out)
-    parts = [
-        pq.read_table(f"{path}/{name}", columns=["image_id"], filesystem=filesystem)["image_id"].to_numpy()
-        for name in _parts(out)
-    ]
-    return np.sort(np.concatenate([np.zeros(0, np.int64), *parts]))
-
-
-def _detections(
-    config: PredictConfig,
-    table: Table,
-    schema: pa.Schema,
-    done: npt.NDArray[np.int64],
-    resources: cluster.Resources,
-) -> ray.data.Dataset:
-    """The pipeline; its rows say which file was written with how many rows."""
-    use_one_row_blocks(ExecutionOptions())
-    as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    groups, done_ref = table.row_groups(), ray.put(done)
-    dataset = ray.data.read_datasource(
-        TaskSource("Images", [partial(_read_batches, table, group, done_ref, config.batch_size) for group in groups]),
-        num_cpus=0.01,
-        compute=TaskPoolStrategy(size=min(len(groups), max(2, config.num_workers))),
-        override_num_blocks=max(1, len(groups)),
-    )
-    dataset = dataset.map_batches(
-        partial(_decode_batch, max_pixels=config.max_pixels), num_cpus=resources.cpus_per_task, **as_blocks
-    )
-    dataset = dataset.map_batches(
-        _Scorer,
-        fn_constructor_kwargs={"config": config, "row_type": _row_type(schema)},
-        compute=ActorPoolStrategy(size=config.num_workers),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=1 if resources.use_gpu else 0,
-        **as_blocks,
-    )
-    parts: ray.data.Dataset = dataset.map_batches(
-        partial(_write_part, out=config.out, schema=schema),
-        batch_size=max(1, ROWS_PER_FILE // config.batch_size),
-        batch_format="pyarrow",
-        num_cpus=0.1,
-    )
-    return parts
-
-
-def _read_batches(table: Table, group: RowGroup, done: "ray.ObjectRef[Any]", batch_size: int) -> Iterator[pa.Table]:
-    rows = table.read_row_group(group, _IMAGE_COLUMNS)
-    is_done = np.isin(rows["image_id"].to_numpy(), ray.get(done))
-    rows = rows.filter(pa.array(~is_done)).combine_chunks()
-    for start in range(0, rows.num_rows, batch_size):
-        batch = rows.slice(start, batch_size).to_struct_array()
-        yield _one_row(pa.concat_arrays(batch.chunks))
-
-
-def _one_row(rows: pa.Array) -> pa.Table:
-    return pa.table({"rows": pa.LargeListArray.from_arrays(pa.array([0, len(rows)], pa.int64()), rows)})
-
-
-def _decode_batch(block: pa.Table, max_pixels: int) -> pa.Table:
-    decoded = []
-    for row in block["rows"].combine_chunks().values:
-        record = {"image_id": row["image_id"].as_py(), "path": row["image"]["path"].as_py()}
-        try:
-            image = decode(image_bytes(row["image"].as_py()), max_pixels=max_pixels)
-        except DecodeError as error:
-            size = {"height": row["height"].as_py(), "width": row["width"].as_py()}
-            decoded.append({**record, **size, "pixels": None, "error": str(error)})
-        else:
-            size = {"height": image.shape[0], "width": image.shape[1]}
-            decoded.append({**record, **size, "pixels": image.tobytes(), "error": None})
-    return _one_row(pa.array(decoded, _DECODED_TYPE))
-
-
-def _row_type(schema: pa.Schema) -> pa.StructType:
-    return pa.struct([pa.field(name, schema.field(name).type) for name in schema.names])
-
-
-class _Scorer:
-    """A copy of the model, loaded once, that turns decoded batches into detections."""
-
-    def __init__(self, config: PredictConfig, row_type: pa.StructType) -> None:
-        import torch
-
-        from raydet.models import load_detector
-
-        self._config, self._row_type, self._torch = config, row_type, torch
-        self._device = torch.device("cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu")
-        torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.num_workers))
-        self._detector = load_detector(config.checkpoint)
-        self._detector.to(self._device).model.eval()
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """One decoded batch in, its rows of the detections table out."""
-        rows = block["rows"].combine_chunks().values
-        images = [
-            np.frombuffer(row["pixels"].as_buffer(), np.uint8).reshape(row["height"].as_py(), row["width"].as_py(), 3)
-            for row in rows
-            if row["error"].as_py() is None
-        ]
-        detections = iter(self._predict(images) if images else [])
-        records = [self._record(row, detections) for row in rows]
-        return _one_row(pa.array(records, self._row_type))
-
-    def _predict(self, images: list[npt.NDArray[np.uint8]]) -> "list[Detections]":
-        from raydet.collate import Example, collate
-        from raydet.geometry import resize
-
-        torch, rule = self._torch, self._detector.resize_rule
-        nothing = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-        examples = []
-        for number, image in enumerate(images):
-            size_hw = (image.shape[0], image.shape[1])
-            resized = resize(image, rule.target_size_hw(size_hw), rule.resample)
-            examples.append(Example(number, resized, size_hw, *nothing))
-        batch = collate(examples, pad_to_hw=rule.pad_to_hw).to(self._device)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
-            return self._detector.predict(batch)
-
-    def _record(self, row: pa.StructScalar, detections: "Iterator[Detections]") -> dict[str, Any]:
-        record = {name: row[name].as_py() for name in ("image_id", "path", "width", "height", "error")}
-        if record["error"] is not None:
-            return {**record, "detections": {"bbox": [], "score": [], "category": []}}
-        found = next(detections)
-        keep = found.scores > self._config.score_threshold
-        return {
-            **record,
-            "detections": {
-                "bbox": found.boxes_xywh[keep].tolist(),
-                "score": found.scores[keep].tolist(),
-                "category": found.categories[keep].tolist(),
-            },
+    check_folder(config.out, what="detections")
+    with hold(config.out, what="predict", tell=console.line) as held:
+        index_uri = storage.join(config.out, INDEX_FILE)
+        if stored_plan(config.out) is None:  # left by a run that ended before it began: files may have come since
+            storage.delete_file(index_uri)
+        images = open_images(config.data, index_uri=index_uri)
+        run_identity = {
+            **identity(config),
+            "checkpoint_fingerprint": model.fingerprint,
+            "data_fingerprint": images.fingerprint,
         }
+        if stored_plan(config.out) is not None:  # another run's folder is refused before Ray starts
+            open_run(config.out, run_identity, plan={}, what="detections")
+        if is_table(config.out):
+            drawn = _draw(config, model, images)
+            return dataclasses.replace(_result(config.out, already_done=True), report=tuple(drawn))
+        return _run(config, model, images, run_identity, console, held)
 
 
-def _write_part(blocks: pa.Table, out: str, schema: pa.Schema) -> pa.Table:
-    """Writes the rows of some batches into one file, whole or not at all; the same rows always get the same name."""
-    rows = blocks["rows"].combine_chunks().values
-    table = pa.Table.from_struct_array(rows).cast(schema)
-    digest = hashlib.sha256(table["image_id"].to_numpy().tobytes()).hexdigest()[:16]
-    name = f"part-{digest}.parquet"
-    # In the footer, so that counting a finished run reads no detections.
-    counts = {
-        "num_errors": table.num_rows - table["error"].null_count,
-        "num_detections": pc.sum(pc.list_value_length(pc.struct_field(table["detections"], "score"))).as_py() or 0,
-    }
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({**schema.metadata, COUNTS_KEY: json.dumps(counts)}), sink)
-    storage.write_bytes(storage.join(out, name), sink.getvalue().to_pybytes())
-    return pa.table({"file": [name], "num_rows": [table.num_rows]})
+def _check_model(config: PredictConfig) -> _Model:
+    if config.model is not None:
+        from raydet.engines.zero_shot import check_labels, check_zero_shot
+
+        check_zero_shot(config.model)
+        labels = check_labels(config.labels or ())
+        if config.precision == "fp16" and config.use_gpu is False:
+            raise no_fp16_on_cpu(config.engine)
+        name = storage.absolute_uri(config.model) if storage.exists(config.model) else config.model
+        categories = tuple(Category(id=index, name=label) for index, label in enumerate(labels))
+        model = _Model(name, categories, fingerprint(config.model), pads=False)
+    else:
+        assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
+        checkpoint = read_checkpoint(config.checkpoint)
+        family = family_of(checkpoint.model_type, where=config.checkpoint)
+        check_engine(config, checkpoint.model_type)
+        if not checkpoint.categories:
+            raise UserError(f"the model {checkpoint.name} names no classes (no id2label in its config.json)")
+        model = _Model(
+            checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint), pads=family.side_multiple == 1
+        )
+    if config.reduced_decode and (config.tile or config.model):
+        reason = "tiles are cut out of the full picture" if config.tile else "it is for trained detectors"
+        raise UserError(f"reduced_decode does not go with {'tile' if config.tile else 'a zero-shot model'}: {reason}")
+    check_classes(config.classes, model.categories)
+    return model
 
 
-def _finish(config: PredictConfig, table: Table) -> None:
+def _run(
+    config: PredictConfig, model: _Model, images: Images, run_identity: dict[str, Any], console: Console, held: Hold
+) -> PredictResult:
+    started = time.perf_counter()
+    stats = JobStats()
+    with cluster.session(storage.join(config.out, LOG_FOLDER)):
+        resources = _share_out(config)
+        log = storage.join(config.out, LOG_FOLDER, cluster.LOG_FILE)
+        console.line(f"{resources.describe(config.num_workers, config.num_workers)}; Ray's log: {log}")
+        if resources.use_gpu is False and config.precision == "fp16":
+            raise no_fp16_on_cpu(config.engine)
+        work = _work(config, model, images, run_identity, resources)
+        check_nodes(work)
+        reason, num_nodes = None, sum(node["Alive"] for node in ray.nodes())
+        try:
+            with console.status("starting workers") as update:
+                _score_all(work, resources, stats, update, console, held)
+        except BaseException as error:
+            reason = _first_line(error)
+            raise
+        finally:
+            wall_s = time.perf_counter() - started
+            report = _write_report(config, stats, wall_s=wall_s, num_nodes=num_nodes, error=reason)
+    _finish(config, work.plan)
+    drawn = _draw(config, model, images)
+    return dataclasses.replace(_result(config.out), report=(*JobStats.lines(report), *drawn))
+
+
+def _write_report(
+    config: PredictConfig, stats: JobStats, *, wall_s: float, num_nodes: int, error: str | None
+) -> dict[str, Any]:
+    """Writes OUT/job.json, also of a run that has failed; a full disk has a line of its own then."""
+    uri = storage.join(config.out, JOB_FILE)
+    earlier = None
+    with contextlib.suppress(OSError, ValueError):
+        earlier = json.loads(storage.read_bytes(uri))
+    report = stats.finish(
+        wall_s=wall_s,
+        num_nodes=num_nodes,
+        num_model_workers=config.num_workers,
+        price_per_node_hour=config.price_per_node_hour,
+        config_hash=config_hash(config),
+        error=error,
+        earlier=earlier,
+    )
+    with contextlib.suppress(OSError):
+        storage.write_bytes(uri, json.dumps(report, indent=1).encode())
+    return report
+
+
+def _draw(config: PredictConfig, model: _Model, images: Images) -> list[str]:
+    if not config.draw:
+        return []
+    gallery = Gallery(
+        config.out, model.categories, config.draw, config.draw_if, config.draw_threshold, max_pixels=config.max_pixels
+    )
+    report: GalleryReport = gallery.draw(images, gallery.choose(open_table(config.out, "detections")))
+    return report.lines()
+
+
+def _work(
+    config: PredictConfig,
+    model: _Model,
+    images: Images,
+    run_identity: dict[str, Any],
+    resources: cluster.Resources,
+) -> Work:
+    """What the workers need to know; asks one of them where that takes the model itself."""
+    plan = stored_plan(config.out)
+    reduce_to, batch_size = None, config.batch_size
+    if config.reduced_decode or (batch_size == "auto" and plan is None):
+        probe = ray.remote(_probe).options(num_cpus=resources.cpus_per_worker, num_gpus=int(resources.use_gpu))
+        try:
+            reduce_to, found = ray.get(probe.remote(config, resources))
+        except ray.exceptions.RayTaskError as error:
+            _raise_what_will_come_again(error, config)
+            raise
+        batch_size = found if batch_size == "auto" else batch_size
+    if plan is None:
+        assert isinstance(batch_size, int), "the probe has found a batch size"
+        plan = dataclasses.asdict(_plan(config, images.num_rows, batch_size))
+    plan = open_run(config.out, run_identity, plan=plan, what="detections")
+    if isinstance(config.batch_size, int):  # the cut into chunks and parts stays
+        plan = {**plan, "batch_size": config.batch_size}
+    return Work(
+        config=config,
+        model_fingerprint=model.fingerprint,
+        images=images,
+        plan=Plan(**plan),
+        schema=build_schema("detections", model.categories, extra_metadata={"checkpoint": model.name}),
+        sorts_by_shape=model.pads and config.pad_together,
+        reduce_to=reduce_to if config.reduced_decode else None,
+    )
+
+
+def _probe(config: PredictConfig, resources: cluster.Resources) -> tuple[ResizeRule | None, int]:
+    """On a worker: the model's resize, and the batch size that suits it where that is asked for."""
+    from raydet.batch_size import best_batch_size
+    from raydet.engines import load_engine
+
+    has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+    engine = load_engine(config, device="cuda" if has_gpu else "cpu", num_threads=threads_of(config, resources))
+    batch_size = best_batch_size(engine) if config.batch_size == "auto" else config.batch_size
+    return engine.resize_rule, batch_size
+
+
+def _plan(config: PredictConfig, num_rows: int, batch_size: int) -> Plan:
+    images_per_part = max(1, batch_size // 2) if config.flip else batch_size
+    if config.tile:
+        images_per_part = _IMAGES_PER_TILED_PART
+    # Some files for each worker, so that none is idle while the last ones are made, and not many small ones.
+    rows_per_file = config.rows_per_file or min(MOST_ROWS_PER_FILE, math.ceil(num_rows / (4 * config.num_workers)))
+    rows_per_file = math.ceil(rows_per_file / images_per_part) * images_per_part
+    return Plan(num_rows=num_rows, rows_per_file=rows_per_file, images_per_part=images_per_part, batch_size=batch_size)
+
+
+def _share_out(config: PredictConfig) -> cluster.Resources:
+    return cluster.share_out(
+        min_workers=config.num_workers,
+        max_workers=config.num_workers,
+        # The other engines run on CPUs: a GPU would be held and left idle.
+        use_gpu=config.use_gpu if config.engine == "torch" else False,
+        cpus_per_worker=config.cpus_per_worker,
+    )
+
+
+def _score_all(
+    work: Work,
+    resources: cluster.Resources,
+    stats: JobStats,
+    update: Callable[[str], None],
+    console: Console,
+    held: Hold,
+) -> None:
+    """Scores what is left until nothing is; starts the pipeline again when the cluster has lost a part of itself."""
+    failures, num_workers = 0, work.config.num_workers
+    while True:
+        done = done_chunks(work.config.out)
+        left = [chunk for chunk in range(work.plan.num_chunks) if chunk not in done]
+        if not left:
+            return
+        # Ray Data keeps some kilobytes for each part that has passed until its execution ends.
+        left = left[: max(1, MOST_PARTS_AT_A_TIME // work.plan.parts_per_chunk)]
+        num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in done)
+        try:
+            for file_stats in score(work, left, resources, num_workers=num_workers):
+                held.check()
+                stats.add(file_stats)
+                num_rows += file_stats.num_images
+                update(f"{num_rows:,} of {work.plan.num_rows:,} images")
+        except (ray.exceptions.RayError, SystemException, ExecutionTimeoutError, OSError) as error:
+            _raise_what_will_come_again(error, work.config, work.plan.batch_size)
+            reason = _first_line(_causes(error)[-1])
+        else:
+            reason = "files are missing"
+            if done_chunks(work.config.out).issuperset(left):
+                continue
+        failures = 1 if done_chunks(work.config.out) > done else failures + 1
+        if failures > work.config.max_failures:
+            raise RunError(f"the cluster has failed too often: {reason}; {_WHOLE}")
+        # A cluster that grows by itself may have room again later; one that does not must do with what it has.
+        num_workers = min(work.config.num_workers, cluster.workers_that_fit(resources)) or work.config.num_workers
+        console.line(f"the cluster has lost a part of itself ({reason}); going on with {num_workers} workers")
+
+
+def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_size: int | None = None) -> None:
+    """Ends the run where starting the workers once more would be no use; returns where they or a node were lost."""
+    chain = _causes(error)
+    for cause in chain:
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from None
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise RunError(f"cannot write to {config.out}: {cause.strerror}; {_WHOLE}") from error
+        if isinstance(cause, PermissionError):
+            raise RunError(f"no permission for {cause.filename or 'a file'}; {_WHOLE}") from error
+        if isinstance(cause, _NO_MEMORY) or "out of memory" in str(cause).lower():
+            raise RunError(
+                f"out of memory in batches of {batch_size or 1} with {config.num_workers} workers; choose a smaller "
+                f"--batch-size or fewer workers; {_WHOLE}"
+            ) from error
+    is_defect = any(getattr(cause, "actor_init_failed", False) for cause in chain)
+    if not is_defect and any(isinstance(cause, _LOSSES) for cause in chain):
+        return
+    log = storage.join(config.out, LOG_FOLDER, "error.log")
+    storage.write_bytes(log, "".join(traceback.format_exception(error)).encode())
+    raise RunError(
+        f"a worker came upon what it cannot handle ({_first_line(chain[-1])}); {log} has the traceback"
+    ) from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it was caused by, outermost first, without Ray's wrapping of what its workers raise."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        if not isinstance(following, ray.exceptions.RayTaskError) or following.cause is None:
+            chain.append(following)
+        # Of an actor that could not be made, what its constructor raised is the first argument.
+        inner = [item for item in following.args if isinstance(item, BaseException)]
+        following = getattr(following, "cause", None) or following.__cause__ or next(iter(inner), None)
+    return chain or [error]
+
+
+def _first_line(error: BaseException) -> str:
+    text = _TERMINAL_COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _finish(config: PredictConfig, plan: Plan) -> None:
     """Counts what was written against what was asked for and declares the table whole."""
     filesystem, path = storage.resolve(config.out)
     rows_by_file: dict[str, int] = {}
     totals = {"num_errors": 0, "num_detections": 0}
-    for name in _parts(config.out):
+    for name in map(part_name, range(plan.num_chunks)):
         footer = pq.read_metadata(f"{path}/{name}", filesystem=filesystem)
         rows_by_file[name] = footer.num_rows
         for key, count in json.loads(footer.metadata[COUNTS_KEY]).items():
             totals[key] += count
     num_rows = sum(rows_by_file.values())
-    assert num_rows == table.num_rows, f"{num_rows} rows were written for {table.num_rows} images"
+    assert num_rows == plan.num_rows, f"{num_rows} rows were written for {plan.num_rows} images"
     write_manifest(config.out, rows_by_file, config_hash=config_hash(config), **totals)
 
 

@@ -1,6 +1,7 @@
 """A config of a YAML file and options on the command line, or one clear line that says what is wrong with them."""
 
 import difflib
+import json
 import re
 import textwrap
 import types
@@ -127,6 +128,7 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
     """Writes options with `_`, gives lone switches their value, and takes out `--config` and `--print-config`."""
     hints = typing.get_type_hints(config_class)
     switches = {name for name, hint in hints.items() if hint is bool or _is_optional_bool(hint)}
+    word_lists = {name for name, hint in hints.items() if hint == list[str] or hint == list[str] | None}
     result: list[str] = []
     files: list[str] = []
     print_config = False
@@ -156,7 +158,10 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
         elif not equals and name in hints:
             if not rest:
                 raise UserError(f"--{key} needs a value")
-            result.append(f"--{name}={rest.pop(0)}")
+            rest.insert(0, f"--{name}={rest.pop(0)}")
+        elif name in word_lists and not value.startswith("["):
+            words = [word.strip() for word in value.split(",")]
+            result.append(f"--{name}={json.dumps(words, ensure_ascii=False)}")
         else:
             result.append(f"--{name}{equals}{value}")
     return result, files, print_config

@@ -1,13 +1,33 @@
-"""Where bytes live: a URI or local path → a pyarrow file system and a path in it."""
+"""Where bytes live: a URI or local path → a pyarrow file system and a path in it.
 
+A server of an object store that answers with errors of its own (500, 503, "slow down"), drops connections or does not
+answer is asked again, for about a minute in each request; then its error is raised, as an OSError. This is done by the
+clients within pyarrow's file systems, so that it holds for everything that is read or written through `resolve`, the
+ranges of a Parquet file and the parts of an upload too. What is not there or not allowed is said at once.
+"""
+
+import contextlib
 import os
 import shutil
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
+import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.errors import UserError
+
+S3_ATTEMPTS = 11
+"""Of a request to S3. The client waits 25 ms, 50 ms, … 25.6 s between them, 51 s in all.
+
+Its "standard" strategy, the other one to choose, has jitter but gives up for all threads together once some hundred
+attempts have failed: thirty reads side by side did not live through ten seconds of 503.
+"""
+GCS_RETRY_S = 60
+"""For how long a request to Google Cloud Storage is tried; its client adds the jitter."""
+REMOTE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+"""Of stores that pyarrow itself speaks to over a network."""
+_S3_OPTIONS_OUT_OF_REACH = {"smart_defaults", "tls_verify_certificates", "tls_ca_dir_path"}
 
 
 def absolute_uri(uri: str) -> str:
@@ -24,18 +44,22 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         uri: A local path, ``file://``, ``s3://``, ``gs://`` or anything else that pyarrow or fsspec knows.
 
     Returns:
-        The file system and the path inside it, without a trailing slash.
+        The file system and the path inside it, without a trailing slash. Pickling the one of S3 loses its patience:
+        resolve the URI where it is used.
 
     Raises:
         UserError: No file system is known for the scheme.
+        OSError: The store cannot be reached.
     """
     uri = absolute_uri(uri)
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri.rstrip("/") or "/"
     scheme = urlsplit(uri).scheme
     try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
+        filesystem, path = pafs.FileSystem.from_uri(_with_gcs_retries(uri))
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and scheme in REMOTE_SCHEMES:
+            raise  # where a bucket is has to be asked for, and that may fail as any request may
         try:
             import fsspec
 
@@ -43,7 +67,29 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
             path = uri.split("://", 1)[1]
         except (ValueError, ImportError):
             raise UserError(f"cannot open {uri}: {error}") from None
+    if (
+        isinstance(filesystem, pafs.S3FileSystem)
+        and not _S3_OPTIONS_OUT_OF_REACH & parse_qs(urlsplit(uri).query).keys()
+    ):
+        filesystem = _with_s3_retries(filesystem)
     return filesystem, path.rstrip("/")
+
+
+def _query_names(uri: str) -> set[str]:
+    return set(parse_qs(urlsplit(uri).query))
+
+
+def _with_s3_retries(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
+    # As from_uri makes it, it gives up after six seconds, and there is no parameter of the URI that changes this.
+    _, (options,) = filesystem.__reduce__()
+    return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=S3_ATTEMPTS))
+
+
+def _with_gcs_retries(uri: str) -> str:
+    names = _query_names(uri)
+    if urlsplit(uri).scheme not in ("gs", "gcs") or "retry_limit_seconds" in names:
+        return uri
+    return f"{uri}{'&' if names else '?'}retry_limit_seconds={GCS_RETRY_S}"
 
 
 def is_local(uri: str) -> bool:
@@ -52,8 +98,9 @@ def is_local(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """Appends path components to a URI."""
-    return "/".join([uri.rstrip("/"), *parts])
+    """Appends path components to a URI, before the options that may stand behind a `?`."""
+    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return "/".join([path.rstrip("/"), *parts]) + mark + options
 
 
 def exists(uri: str) -> bool:
@@ -70,8 +117,42 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
+def read_range(uri: str, offset: int, size: int) -> bytes:
+    """Reads a part of a file.
+
+    Args:
+        uri: The file.
+        offset: Bytes before the part.
+        size: Bytes of the part.
+
+    Returns:
+        The part; shorter than asked for, where the file ends within it.
+    """
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as file:
+        data: bytes = file.read_at(size, offset)
+    return data
+
+
+def file_size(uri: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError: There is no file of that name.
+    """
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type != pafs.FileType.File:
+        raise FileNotFoundError(f"there is no file {uri}")
+    return int(info.size)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes one whole file; on a local disk a reader sees the old content or the new, never half of it."""
+    """Writes one whole file: a reader sees the old content or the new, never half of it.
+
+    An upload to an object store that was killed leaves no object. Its parts stay with the store, out of sight, until
+    a rule of the bucket for incomplete uploads removes them.
+    """
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
         target = Path(path)
@@ -88,8 +169,20 @@ def write_bytes(uri: str, data: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         return
-    with filesystem.open_output_stream(path, compression=None) as stream:
+    stream: pa.NativeFile | None = None
+    try:
+        stream = filesystem.open_output_stream(path, compression=None)
         stream.write(data)
+        stream.close()
+    except OSError:
+        raise
+    except BaseException:
+        # Interrupted: dropping the stream closes it, and that makes an object of what has been written so far.
+        with contextlib.suppress(OSError):
+            if stream is not None:
+                stream.close()
+            filesystem.delete_file(path)
+        raise
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[str]:

@@ -114,6 +114,8 @@ def open_table(uri: str, kind: TableKind) -> Table:
         schema = pq.read_schema(f"{path}/{files[0]}", filesystem=filesystem)
     except FileNotFoundError:
         raise UserError(f"{uri} lacks the file {files[0]} that its manifest names") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{uri} is damaged: {files[0]} is no whole Parquet file ({error})") from None
     content = parse_metadata(schema, kind=kind, where=uri)
     return Table(uri, kind, schema, categories_of(content), manifest, files)
 

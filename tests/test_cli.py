@@ -41,7 +41,7 @@ def test_prepare_and_evaluate_say_what_they_did(tmp_path: Path, capsys: pytest.C
             "must be a number above 0",
         ),
         (["train", "--config", "absent.yaml"], "no such config file"),
-        (["predict", "--checkpoint", "tests", "--data", "absent", "--out", "OUT"], "no such table"),
+        (["predict", "--checkpoint", "tests", "--data", "absent", "--out", "OUT"], "holds no model"),
         (["evaluate", "--truth", "absent", "--detections", "absent"], "absent"),
         (["prepare", "coco", "--annotations", "absent.json", "--images", ".", "--out", "OUT"], "absent.json"),
         (["prepare", "images", "--images", "absent", "--out", "OUT"], "absent"),

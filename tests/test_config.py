@@ -97,8 +97,8 @@ def test_mistakes_in_a_file_name_the_file_or_the_key(tmp_path: Path, text: str, 
 
 def test_identity_leaves_out_what_changes_only_the_time() -> None:
     config = PredictConfig(checkpoint="m", data="d", out="o")
-    assert config_hash(config) == config_hash(dataclasses.replace(config, num_workers=3, out="p"))
-    assert config_hash(config) != config_hash(dataclasses.replace(config, batch_size=3))
+    assert config_hash(config) == config_hash(dataclasses.replace(config, num_workers=3, out="p", batch_size=3))
+    assert config_hash(config) != config_hash(dataclasses.replace(config, score_threshold=0.3))
     earlier = {"checkpoint": "m", "data": "other", "batch_size": 16}
     changes = changed_fields(config, {**dataclasses.asdict(config), **earlier})
     assert changes == ["data: other → d"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from raydet.decode import DecodeError, decode, orientation
+from raydet.decode import DecodeError, decode, orientation, upright_size_hw
 
 LIMIT = 178_956_970
 
@@ -203,6 +203,93 @@ def test_what_is_no_image_is_named() -> None:
             orientation(data)
 
 
+def test_the_size_in_the_header_is_that_of_the_pixels(test_data: Path) -> None:
+    folders = ["awkward", "coco_mini/train", "coco_mini/val"]
+    files = [path for folder in folders for path in sorted((test_data / folder).iterdir())]
+    num_readable = 0
+    for path in [*files, *sorted((test_data / "bccd/images").iterdir())[::20]]:
+        data = path.read_bytes()
+        try:
+            pixels = decode(data, max_pixels=10_000_000)
+        except DecodeError:
+            continue
+        num_readable += 1
+        assert upright_size_hw(data) == pixels.shape[:2], path.name
+    assert num_readable == 17 + 47 + 57 + 19
+
+
+@pytest.mark.parametrize("tag", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_the_size_in_the_header_is_upright(file_format: str, tag: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    data = encoded(Image.fromarray(noise(24, 40)), file_format, exif=exif)
+    assert upright_size_hw(data) == ((24, 40) if tag < 5 else (40, 24)) == decode(data, max_pixels=LIMIT).shape[:2]
+    if file_format == "PNG":  # the EXIF may come after the pixels, too
+        at = data.index(b"eXIf") - 4
+        length = 12 + int.from_bytes(data[at : at + 4], "big")
+        moved = data[:at] + data[at + length : -12] + data[at : at + length] + data[-12:]
+        assert upright_size_hw(moved) == decode(moved, max_pixels=LIMIT).shape[:2] == upright_size_hw(data)
+
+
+def test_the_size_is_read_from_the_header_alone() -> None:
+    for file_format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"):
+        data = encoded(Image.fromarray(noise(500, 300)), file_format)
+        head = data if file_format == "TIFF" else data[:1000]  # the directory of a TIFF comes last
+        broken = head + b"\xaa" * 200 if file_format != "TIFF" else head
+        assert upright_size_hw(broken) == (500, 300), file_format
+    for data in (b"", b"text", encoded(Image.fromarray(noise()), "PNG")[:20]):
+        with pytest.raises(DecodeError) as caught:
+            upright_size_hw(data)
+        with pytest.raises(DecodeError) as also:
+            decode(data, max_pixels=LIMIT)
+        assert str(caught.value) == str(also.value)
+
+
+@pytest.mark.parametrize(
+    ("at_least_hw", "size_hw"),
+    [
+        (None, (301, 403)),
+        ((302, 10), (301, 403)),
+        ((301, 403), (301, 403)),
+        ((152, 10), (301, 403)),
+        ((151, 202), (151, 202)),
+        ((10, 102), (151, 202)),
+        ((76, 101), (76, 101)),
+        ((39, 10), (76, 101)),
+        ((38, 51), (38, 51)),
+        ((1, 1), (38, 51)),
+    ],
+)
+@pytest.mark.parametrize("tag", [1, 3, 6, 8])
+def test_a_jpeg_is_reduced_as_far_as_the_upright_picture_may_be(
+    tag: int, at_least_hw: tuple[int, int] | None, size_hw: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    stored = (301, 403) if tag < 5 else (403, 301)
+    smooth = Image.fromarray(noise(6, 8)).resize(stored[::-1], Image.Resampling.BICUBIC)
+    data = encoded(smooth, "JPEG", exif=exif, quality=95)
+    reduced = decode(data, max_pixels=LIMIT, at_least_hw=at_least_hw)
+    assert reduced.shape == (*size_hw, 3)
+    assert reduced.flags.c_contiguous and reduced.flags.writeable
+    assert upright_size_hw(data) == (301, 403)
+    full = Image.fromarray(decode(data, max_pixels=LIMIT)).resize(size_hw[::-1], Image.Resampling.BOX)
+    assert np.abs(reduced.astype(int) - np.asarray(full)).mean() < 6  # another picture, or this one turned: 60
+
+
+def test_only_jpegs_are_reduced_and_the_size_limit_is_for_the_full_size() -> None:
+    for seed in SEEDS:
+        is_jpeg = seed[:2] == b"\xff\xd8"
+        assert decode(seed, max_pixels=LIMIT, at_least_hw=(3, 5)).shape == ((3, 5, 3) if is_jpeg else (24, 40, 3))
+        with pytest.raises(DecodeError, match="over the limit of 959 pixels"):
+            decode(seed, max_pixels=959, at_least_hw=(3, 5))
+    for size_hw in ((1, 1), (1, 300), (5, 2)):
+        data = encoded(Image.fromarray(noise(*size_hw)), "JPEG")
+        height, width = decode(data, max_pixels=LIMIT, at_least_hw=(1, 1)).shape[:2]
+        assert 1 <= height <= size_hw[0] and 1 <= width <= size_hw[1]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_nothing_but_decode_errors(data: bytes) -> None:
@@ -240,6 +327,7 @@ def test_damaged_files_raise_nothing_but_decode_errors(
     else:
         assert result.ndim == 3 and result.size
         assert 1 <= orientation(bytes(damaged)) <= 8
+        assert upright_size_hw(bytes(damaged)) == result.shape[:2]
 
 
 @pytest.mark.parametrize("source", SEEDS[:8])

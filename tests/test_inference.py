@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydet import EvaluateConfig, PredictConfig, PrepareImagesConfig, UserError, evaluate, predict, prepare_images
-from raydet import inference as inference_module
 from raydet.collate import Example, collate
 from raydet.decode import decode
 from raydet.geometry import resize
@@ -51,12 +50,14 @@ def test_every_image_has_its_row_and_the_rows_are_the_model_s(shapes: Path, chec
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_running_again_does_what_is_left_and_then_nothing(
-    shapes: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inference_module, "ROWS_PER_FILE", 6)
+def test_running_again_does_what_is_left_and_then_nothing(shapes: Path, checkpoint: str, tmp_path: Path) -> None:
     config = PredictConfig(
-        checkpoint=checkpoint, data=str(shapes / "train"), out=str(tmp_path / "d"), batch_size=3, score_threshold=0.01
+        checkpoint=checkpoint,
+        data=str(shapes / "train"),
+        out=str(tmp_path / "d"),
+        batch_size=3,
+        rows_per_file=6,
+        score_threshold=0.01,
     )
     first = predict(config)
     parts = sorted(Path(first.out).glob("part-*.parquet"))
@@ -66,7 +67,8 @@ def test_running_again_does_what_is_left_and_then_nothing(
     for part in parts[:2]:
         part.unlink()
     kept = {part: part.stat().st_mtime_ns for part in parts[2:]}
-    again = predict(config)
+    # Another number of rows would cut the work anew: the plan of the first run holds.
+    again = predict(dataclasses.replace(config, rows_per_file=9))
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
     assert (again.num_images, again.num_detections) == (first.num_images, first.num_detections)
     ids = open_table(again.out, "detections").read(["image_id"])["image_id"].to_pylist()
@@ -120,7 +122,7 @@ def test_mistakes_are_found_before_anything_is_written(
         (empty / "config.json").write_text('{"model_type": "detr"}')
         model, message = str(empty), "no model weights"
     elif case == "no table":
-        data, message = str(tmp_path / "absent"), "no such table"
+        data, message = str(tmp_path / "absent"), "no such path"
     elif case == "other version":
         data, message = str(_of_another_version(open_table(data, "images"), tmp_path / "old")), "schema version 0"
     else:

@@ -1,0 +1,105 @@
+"""Whether scoring needs more memory, or more time for an image, the more images there are.
+
+    python benchmarks/predict_memory.py [--images 20000]
+
+Scores generated pictures with `rt_detr_v2_small` at 128 pixels (random weights) and watches all processes. Memory from
+a tenth of the images on is to be flat and below 4 GB, the time for each further tenth within 10 % of the others'. The
+last line is one JSON object.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydet import PredictConfig, PrepareShapesConfig, predict, prepare_shapes
+from raydet.models import build_detector
+from raydet.tables import open_table
+
+if TYPE_CHECKING:
+    from benchmarks.contest import memory_mb
+else:  # a script finds its neighbours by their bare names
+    from contest import memory_mb
+
+IMAGE_SIZE = 128
+NUM_PARTS = 10
+
+
+def main() -> None:
+    """Scores once and prints memory and time by tenths of the images."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--quick", action="store_true", help="2,000 images")
+    options = parser.parse_args()
+    num_images = 2_000 if options.quick else options.images
+    with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
+        prepare_shapes(PrepareShapesConfig(out=folder, num_train=num_images, num_val=1, image_size=IMAGE_SIZE))
+        categories = open_table(f"{folder}/train", "images").categories
+        checkpoint = build_detector("rt_detr_v2_small", categories, image_size=IMAGE_SIZE, seed=0)
+        checkpoint.save(f"{folder}/checkpoint")
+        samples = _score(folder, num_images)
+    _print_results(samples, num_images)
+
+
+def _score(folder: str, num_images: int) -> list[tuple[float, int, float]]:
+    """Seconds since the start, images done, and megabytes of all processes, sampled twice a second."""
+    out = Path(folder, "detections")
+    rows_per_file = max(16, num_images // 200)
+    samples: list[tuple[float, int, float]] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            done = len(list(out.glob("part-*.parquet"))) * rows_per_file
+            samples.append((time.perf_counter() - started, min(done, num_images), memory_mb()))
+
+    thread = threading.Thread(target=watch)
+    started = time.perf_counter()
+    thread.start()
+    try:
+        predict(
+            PredictConfig(
+                checkpoint=f"{folder}/checkpoint",
+                data=f"{folder}/train",
+                out=str(out),
+                num_workers=2,
+                threads_per_worker=1,
+                rows_per_file=rows_per_file,
+                score_threshold=0.3,
+                use_gpu=False,
+            )
+        )
+    finally:
+        stop.set()
+        thread.join()
+    return samples
+
+
+def _print_results(samples: list[tuple[float, int, float]], num_images: int) -> None:
+    print(f"{'images':>8} {'s':>7} {'images/s':>9} {'MB':>6} {'most':>6}")
+    rates, sizes_mb = [], []
+    edges = [num_images * part // NUM_PARTS for part in range(NUM_PARTS + 1)]
+    for low, high in itertools.pairwise(edges[1:]):
+        inside = [sample for sample in samples if low <= sample[1] < high]
+        seconds, done = inside[-1][0] - inside[0][0], inside[-1][1] - inside[0][1]
+        rates.append(done / seconds)
+        sizes_mb.append(statistics.median(size for *_, size in inside))
+        most = max(size for *_, size in inside)
+        print(f"{high:>8} {inside[-1][0]:>7.1f} {rates[-1]:>9.1f} {sizes_mb[-1]:>6.0f} {most:>6.0f}")
+    peak_mb = max(size for *_, size in samples)
+    growth = sizes_mb[-1] / sizes_mb[0]
+    middle = statistics.median(rates)
+    spread = max(abs(rate / middle - 1) for rate in rates)
+    print(f"memory of the last tenth / the second: {growth:.3f}; peak {peak_mb:.0f} MB, wanted below 4096")
+    print(f"images/s by tenths: within {spread:.1%} of their median, wanted 10 %")
+    result: dict[str, Any] = {"images_per_s": round(middle, 1), "seconds": round(samples[-1][0], 1)}
+    print(json.dumps({"raydet": {**result, "peak_mb": round(peak_mb), "ap": None}}))
+
+
+if __name__ == "__main__":
+    main()

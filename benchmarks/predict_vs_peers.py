@@ -1,0 +1,353 @@
+"""Scoring speed of raydet beside the transformers pipeline, a plain loop and the limit: same weights, same images.
+
+    python benchmarks/predict_vs_peers.py [--quick] [--small-checkpoint DIR] [--large-checkpoint DIR]
+        [--contestants raydet,limit]
+
+Two models: RT-DETRv2 with a ResNet-18 at 320 pixels (random weights unless given: speed does not depend on them) and,
+with `small_` before a contestant's name, the 1.8 M `rt_detr_v2_small` at 256. Images are BCCD's test split, repeated
+so often that a contestant is busy for a while. Each runs in a process of its own, in turn, round after round.
+
+- raydet, raydet_bf16, raydet_openvino (bf16, too): `raydet.predict()` through Ray, from an images table to Parquet.
+- pipeline: `pipeline("object-detection")` one image at a time, from files; larger batches fail for RT-DETRv2.
+- loop: a `DataLoader` with one process that decodes and preprocesses, the model in batches, post-processing.
+- limit, limit_bf16: the model alone, in batches, over tensors that lie in memory, in the memory format that raydet
+  takes by default (channels last), which is faster than the model's own.
+
+`images_per_s` is taken after warm-up: for raydet from the first batch on. `ap` is that of the
+detections against BCCD's truth, null where weights are random or nothing is post-processed.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.contest import Pair, print_results, run_rounds
+else:  # a script finds its neighbours by their bare names
+    from contest import Pair, print_results, run_rounds
+
+KINDS = ("raydet", "raydet_bf16", "raydet_openvino", "pipeline", "loop", "limit", "limit_bf16")
+CONTESTANTS = (*KINDS, *(f"small_{kind}" for kind in KINDS))
+PAIRS: "tuple[Pair, ...]" = (
+    ("raydet", "limit", 0.9),
+    ("raydet_bf16", "pipeline", 2.3),
+    ("raydet_openvino", "pipeline", 2.3),
+    ("raydet_bf16", "limit_bf16", 0.0),
+    ("raydet", "loop", 0.0),
+    ("small_raydet", "small_limit", 0.8),
+    ("small_raydet", "small_pipeline", 0.0),
+    ("small_raydet_openvino", "small_pipeline", 0.0),
+    ("small_raydet", "small_loop", 0.0),
+)
+BATCH_SIZE = 16
+NUM_SPLIT_IMAGES = 72
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all contestants have in common.
+
+    Attributes:
+        folder: With `table/` and `files/`, BCCD's test split, and the checkpoints `large/` and `small/`.
+        repeats: How often the split is scored, by model.
+        workers: raydet's copies of the model.
+        threads: That compute, in all.
+        has_weights: Which checkpoints are trained.
+    """
+
+    folder: Path
+    repeats: dict[str, int]
+    workers: int
+    threads: int
+    has_weights: dict[str, bool]
+
+    def checkpoint(self, model: str) -> str:
+        """The model folder."""
+        return str(self.folder / model)
+
+
+def main() -> None:
+    """Runs the contestants in rounds and prints what came of it."""
+    options = _parse()
+    if options.child:
+        content = json.loads(options.child)
+        print(json.dumps(_compete(options.contestants[0], Setting(**{**content, "folder": Path(content["folder"])}))))
+        return
+    # So that `timeout` ends the contestant as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
+        setting = Setting(
+            folder=Path(folder),
+            repeats={"large": options.repeats, "small": options.repeats * 6},
+            workers=options.workers,
+            threads=options.threads,
+            has_weights={"large": bool(options.large_checkpoint), "small": bool(options.small_checkpoint)},
+        )
+        _prepare(options, setting)
+        runs = run_rounds(__file__, options.contestants, {**vars(setting), "folder": folder}, rounds=options.rounds)
+    print(f"\n{options.threads} threads, batches of {BATCH_SIZE}, raydet with {options.workers} workers")
+    print_results(runs, PAIRS)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(__file__).parents[2] / "shared" / "data"
+    data = Path(os.environ.get("RAYDET_TEST_DATA", shared)) / "bccd"
+    parser.add_argument("--data", type=Path, default=data, help="folder with BCCD's images and instances_test.json")
+    parser.add_argument("--large-checkpoint", help="model folder; an RT-DETRv2-R18 with random weights by default")
+    parser.add_argument("--small-checkpoint", help="model folder; rt_detr_v2_small with random weights by default")
+    parser.add_argument("--contestants", type=lambda text: text.split(","), help=", ".join(CONTESTANTS))
+    parser.add_argument("--rounds", type=int, help="3, with --quick 1")
+    parser.add_argument("--repeats", type=int, help="of the 72 images, six times as often for small: 4, with --quick 1")
+    parser.add_argument("--workers", type=int, default=2, help="raydet's copies of the model")
+    parser.add_argument("--threads", type=int, default=2, help="that compute, for every contestant")
+    parser.add_argument("--quick", action="store_true", help="ends within three minutes on two cores")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    quick = bool(options.quick)
+    few = ("raydet", "pipeline", "limit", "small_raydet", "small_pipeline", "small_limit")
+    options.contestants = options.contestants or list(few if quick else CONTESTANTS)
+    unknown = set(options.contestants) - set(CONTESTANTS)
+    if unknown:
+        parser.error(f"--contestants: no {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+    if not options.child and not (options.data / "instances_test.json").is_file():
+        parser.error(f"no BCCD in {options.data}; give its folder with --data, or set RAYDET_TEST_DATA")
+    options.rounds = options.rounds or (1 if quick else 3)
+    options.repeats = options.repeats or (1 if quick else 4)
+    return options
+
+
+def _prepare(options: argparse.Namespace, setting: Setting) -> None:
+    """Writes the images as a table and as files, repeated, and the checkpoints."""
+    from raydet import PrepareCocoConfig, prepare_coco
+
+    content = json.loads((options.data / "instances_test.json").read_bytes())
+    # The order of the files' names, which the contestants that read files go by.
+    originals = sorted(content["images"], key=lambda image: str(image["file_name"]))
+    files = setting.folder / "files"
+    files.mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for repeat in range(max(setting.repeats.values())):
+        for image in originals:
+            link = files / f"{repeat:03d}-{image['file_name']}"
+            link.symlink_to(options.data / "images" / image["file_name"])
+            images.append({**image, "id": repeat * 10**6 + image["id"]})
+        for item in content["annotations"]:
+            number = len(annotations) + 1
+            annotations.append({**item, "id": number, "image_id": repeat * 10**6 + item["image_id"]})
+    for model, repeats in setting.repeats.items():
+        kept = images[: repeats * len(originals)]
+        ids = {image["id"] for image in kept}
+        boxes = [item for item in annotations if item["image_id"] in ids]
+        path = setting.folder / f"{model}.json"
+        path.write_text(json.dumps({**content, "images": kept, "annotations": boxes}))
+        table = str(setting.folder / f"{model}_table")
+        prepare_coco(PrepareCocoConfig(images=str(options.data / "images"), annotations=str(path), out=table))
+    for model, given in (("large", options.large_checkpoint), ("small", options.small_checkpoint)):
+        if given:
+            (setting.folder / model).symlink_to(Path(given).resolve())
+        else:
+            _random_checkpoint(model, content["categories"]).save(str(setting.folder / model))
+
+
+def _random_checkpoint(model: str, categories: Sequence[dict[str, Any]]) -> Any:
+    from raydet.models import build_detector
+    from raydet.schema import Category
+
+    classes = [Category(id=item["id"], name=item["name"]) for item in categories]
+    if model == "small":
+        return build_detector("rt_detr_v2_small", classes, image_size=256, seed=0)
+    import torch
+    from transformers import RTDetrImageProcessor, RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
+
+    from raydet.detector import Detector
+
+    torch.manual_seed(0)
+    backbone = RTDetrResNetConfig(  # type: ignore[call-arg]  # transformers sets it from its keywords
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[64, 128, 256, 512],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = RTDetrV2Config(  # type: ignore[call-arg]
+        backbone_config=backbone,
+        encoder_in_channels=[128, 256, 512],
+        hidden_expansion=0.5,
+        decoder_layers=3,
+        num_labels=len(classes),
+        id2label={index: category.name for index, category in enumerate(classes)},
+        label2id={category.name: index for index, category in enumerate(classes)},
+    )
+    processor = RTDetrImageProcessor(size={"height": 320, "width": 320})
+    return Detector(RTDetrV2ForObjectDetection(config), processor, classes, where="the benchmark's model")
+
+
+def _compete(name: str, setting: Setting) -> dict[str, Any]:
+    """In the contestant's own process: scores all images and returns its images per second and its AP."""
+    contestants: dict[str, Callable[[Setting, str, str], dict[str, Any]]] = {
+        "raydet": _raydet,
+        "pipeline": _pipeline,
+        "loop": _loop,
+        "limit": _limit,
+    }
+    model = "small" if name.startswith("small_") else "large"
+    kind, _, variant = name.removeprefix("small_").partition("_")
+    return contestants[kind](setting, model, variant)
+
+
+def _raydet(setting: Setting, model: str, variant: str) -> dict[str, Any]:
+    from raydet import PredictConfig, predict
+
+    with tempfile.TemporaryDirectory(dir=setting.folder) as out:
+        result = predict(
+            PredictConfig(
+                checkpoint=setting.checkpoint(model),
+                data=str(setting.folder / f"{model}_table"),
+                out=f"{out}/detections",
+                batch_size=BATCH_SIZE,
+                num_workers=setting.workers,
+                threads_per_worker=max(1, setting.threads // setting.workers),
+                engine="openvino" if variant == "openvino" else "torch",
+                precision="bf16" if variant else "fp32",
+                rows_per_file=2 * BATCH_SIZE,
+                use_gpu=False,
+            )
+        )
+        report = json.loads(Path(result.out, "job.json").read_text())
+        ap = _ap(setting, model, result.out)
+    return {"images_per_s": report["images_per_s_after_startup"], "ap": ap}
+
+
+def _ap(setting: Setting, model: str, detections: str) -> float | None:
+    from raydet import EvaluateConfig, evaluate
+
+    if not setting.has_weights[model]:
+        return None
+    truth = str(setting.folder / f"{model}_table")
+    return evaluate(EvaluateConfig(truth=truth, detections=detections)).result.AP
+
+
+def _ap_of(setting: Setting, model: str, found: Iterator[dict[str, Any]]) -> float | None:
+    """The AP of results as the transformers post-processing gives them, in the order of the table."""
+    if not setting.has_weights[model]:
+        return None
+    from raydet.tables import open_table
+
+    table = open_table(str(setting.folder / f"{model}_table"), "images")
+    ids = table.read(["image_id"])["image_id"].to_pylist()
+    results = []
+    for image_id, item in zip(ids, found, strict=False):
+        for score, label, (left, top, right, bottom) in zip(item["scores"], item["labels"], item["boxes"], strict=True):
+            box = [float(left), float(top), float(right - left), float(bottom - top)]
+            category = table.categories[int(label)].id
+            results.append({"image_id": image_id, "category_id": category, "bbox": box, "score": float(score)})
+    path = setting.folder / f"{model}_results.json"
+    path.write_text(json.dumps(results))
+    return _ap(setting, model, str(path))
+
+
+def _files(setting: Setting, model: str) -> list[Path]:
+    number = setting.repeats[model] * NUM_SPLIT_IMAGES
+    return sorted((setting.folder / "files").iterdir())[:number]
+
+
+def _pipeline(setting: Setting, model: str, _: str) -> dict[str, Any]:
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+
+    torch.set_num_threads(setting.threads)
+    folder = setting.checkpoint(model)
+    detector = pipeline(
+        "object-detection",
+        model=AutoModelForObjectDetection.from_pretrained(folder),
+        image_processor=AutoImageProcessor.from_pretrained(folder),
+    )
+    files = _files(setting, model)
+    for path in files[:4]:
+        detector(str(path), threshold=0.0)
+    started = time.perf_counter()
+    answers = [detector(str(path), threshold=0.0) for path in files]
+    rate = len(files) / (time.perf_counter() - started)
+    label_of = dict(detector.model.config.label2id or {})
+    found = (
+        {
+            "scores": [item["score"] for item in answer],
+            "labels": [label_of[item["label"]] for item in answer],
+            "boxes": [[item["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")] for item in answer],
+        }
+        for answer in answers
+    )
+    return {"images_per_s": rate, "ap": _ap_of(setting, model, found)}
+
+
+def _loop(setting: Setting, model: str, _: str) -> dict[str, Any]:
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    torch.set_num_threads(setting.threads)
+    folder = setting.checkpoint(model)
+    detector = AutoModelForObjectDetection.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    files = _files(setting, model)
+    warm_up = files[:BATCH_SIZE]
+    loader: Any = DataLoader(
+        warm_up + files,  # type: ignore[arg-type]
+        batch_size=BATCH_SIZE,
+        num_workers=1,
+        collate_fn=functools.partial(_open_and_process, processor),
+    )
+    found: list[dict[str, Any]] = []
+    started = 0.0
+    with torch.inference_mode():
+        for number, (inputs, sizes_hw) in enumerate(loader):
+            if number == 1:
+                started = time.perf_counter()
+            outputs = detector(**inputs)
+            found += processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes_hw)
+    rate = len(files) / (time.perf_counter() - started)
+    return {"images_per_s": rate, "ap": _ap_of(setting, model, iter(found[len(warm_up) :]))}
+
+
+def _open_and_process(processor: Any, paths: Sequence[Path]) -> tuple[Any, list[tuple[int, int]]]:
+    from PIL import Image
+
+    images = [Image.open(path).convert("RGB") for path in paths]
+    return processor(images, return_tensors="pt"), [(image.height, image.width) for image in images]
+
+
+def _limit(setting: Setting, model: str, variant: str) -> dict[str, Any]:
+    import torch
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    torch.set_num_threads(setting.threads)
+    folder = setting.checkpoint(model)
+    detector: Any = AutoModelForObjectDetection.from_pretrained(folder).eval()
+    detector.to(memory_format=torch.channels_last)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    images = [Image.open(path).convert("RGB") for path in _files(setting, model)[:NUM_SPLIT_IMAGES]]
+    pixels = processor(images, return_tensors="pt")["pixel_values"].contiguous(memory_format=torch.channels_last)
+    batches = [pixels[at : at + BATCH_SIZE] for at in range(0, len(pixels), BATCH_SIZE)]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=variant == "bf16"):
+        for batch in batches[:2]:
+            detector(pixel_values=batch)
+        started = time.perf_counter()
+        for batch in itertools.chain.from_iterable([batches] * setting.repeats[model]):
+            detector(pixel_values=batch)
+    return {"images_per_s": len(pixels) * setting.repeats[model] / (time.perf_counter() - started), "ap": None}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What all engines that run a detector have in common: pictures to inputs, outputs to detections."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydet.collate import Batch, Example, collate
+from raydet.detector import Detections, Detector
+from raydet.geometry import Image, SizeHW, resize
+
+PAD_TO_MULTIPLE = 32
+"""With `pad_together`, images of a model that keeps the aspect are padded until their sides are multiples of this, in
+pixels. Images of like shape so have one size, which does not depend on the others in the batch."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images that the model sees at once.
+
+    Attributes:
+        places: Where they stood among those given to `prepare`.
+        batch: Their pixels, on the CPU.
+    """
+
+    places: list[int]
+    batch: Batch
+
+
+class DetectorEngine(ABC):
+    """An `Engine` around a `Detector`; a subclass says how the model runs.
+
+    Attributes:
+        categories: Its classes in the order of their indices.
+        max_detections: The most detections that it finds in an image.
+        resize_rule: How it resizes.
+    """
+
+    def __init__(self, detector: Detector, *, device: torch.device, pad_together: bool, num_threads: int) -> None:
+        """Takes a detector in evaluation mode.
+
+        Args:
+            detector: Feeds the model and reads its answer.
+            device: Where pixels are normalised and the model's inputs are to be.
+            pad_together: See `PAD_TO_MULTIPLE`; without it each size runs by itself.
+            num_threads: Of torch, in the whole process.
+        """
+        torch.set_num_threads(num_threads)
+        self.categories = detector.categories
+        self.max_detections = detector.max_detections
+        self.resize_rule = detector.resize_rule
+        self._detector = detector
+        self._device = device
+        self._pad_together = pad_together
+
+    def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
+        """Height and width in pixels at which the model sees an image of this size, without padding."""
+        return self.resize_rule.target_size_hw(size_hw)
+
+    def prepare(self, images: Sequence[Image]) -> list[Part]:
+        """Resizes as the model's image processor does, and puts images into batches of one size each.
+
+        Args:
+            images: RGB, uint8 [H, W, 3] each, of any sizes.
+        """
+        rule = self.resize_rule
+        places: dict[SizeHW, list[int]] = {}
+        examples = []
+        for place, image in enumerate(images):
+            size_hw = (image.shape[0], image.shape[1])
+            target_hw = rule.target_size_hw(size_hw)
+            examples.append(_example(place, resize(image, target_hw, rule.resample), size_hw))
+            places.setdefault(self._batch_size_hw(target_hw), []).append(place)
+        parts = []
+        for batch_hw, numbers in places.items():
+            batch = collate([examples[number] for number in numbers], pad_to_hw=batch_hw)
+            if self._device.type == "cuda":
+                batch.pixels = batch.pixels.pin_memory()
+            parts.append(Part(numbers, batch))
+        return parts
+
+    def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
+        """Height and width of the batch that an image of this size is put into, padding included."""
+        rule = self.resize_rule
+        if rule.pad_to_hw is not None:
+            return rule.pad_to_hw
+        # A model that is not told where the padding is would take it for a part of the picture.
+        if rule.mode == "fixed" or not self._pad_together or not self._detector.family.uses_pixel_mask:
+            return target_hw
+        height, width = (-(-side // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE for side in target_hw)
+        return height, width
+
+    def predict(self, prepared: Sequence[Part]) -> list[Detections]:
+        """Finds objects.
+
+        Args:
+            prepared: From `prepare`.
+
+        Returns:
+            One `Detections` for each image, in order, in pixels of the image as it was given to `prepare`.
+        """
+        found: dict[int, Detections] = {}
+        with torch.inference_mode():
+            for part in prepared:
+                # Pixels travel as bytes, in one piece; all else is made where the model is.
+                inputs = self._detector.model_inputs(part.batch.to(self._device))
+                logits, boxes_cxcywh = self._run(inputs)
+                answers = self._detector.detections(logits, boxes_cxcywh, part.batch.original_sizes_hw)
+                found.update(zip(part.places, answers, strict=True))
+        return [found[place] for place in range(len(found))]
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Runs the model.
+
+        Args:
+            inputs: From `Detector.model_inputs`.
+
+        Returns:
+            Logits [B, Q, C] and boxes [B, Q, 4], centre form in parts of the image, on any device.
+        """
+
+
+def _example(place: int, image: Image, original_size_hw: SizeHW) -> Example:
+    return Example(place, image, original_size_hw, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))

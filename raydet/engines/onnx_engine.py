@@ -1,0 +1,44 @@
+"""Runs a detector with ONNX Runtime on the CPU."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydet.config import PredictConfig
+from raydet.engines import TORCH_INSTEAD, check_engine
+from raydet.engines.detector_engine import DetectorEngine
+from raydet.exports.graph import OUTPUT_NAMES, input_names
+from raydet.exports.onnx import open_session, to_onnx
+from raydet.models import load_detector
+
+
+class OnnxEngine(DetectorEngine):
+    """What `raydet.exports.onnx` makes of the checkpoint, made when it is loaded, which takes some seconds."""
+
+    def __init__(self, config: PredictConfig, *, num_threads: int) -> None:
+        """Loads and converts the checkpoint of a config.
+
+        Args:
+            config: `checkpoint`, `precision` and `pad_together` are read.
+            num_threads: To compute with.
+
+        Raises:
+            UserError: No such model, one that this engine cannot run, or ONNX Runtime is not installed.
+        """
+        assert config.checkpoint is not None, "a detector comes from a checkpoint"
+        detector = load_detector(config.checkpoint)
+        check_engine(config, detector.family.model_type)
+        super().__init__(
+            detector, device=torch.device("cpu"), pad_together=config.pad_together, num_threads=num_threads
+        )
+        graph = to_onnx(detector, where=config.checkpoint, remedy=TORCH_INSTEAD)
+        self._session: Any = open_session(graph, num_threads=num_threads)
+        self._names = input_names(detector)
+        # The weights live in ONNX Runtime now.
+        nn.Module.to(detector.model, "meta")
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits, boxes = self._session.run(OUTPUT_NAMES, {name: inputs[name].numpy() for name in self._names})
+        return torch.from_numpy(logits), torch.from_numpy(boxes)

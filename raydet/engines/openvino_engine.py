@@ -1,0 +1,79 @@
+"""Runs a detector with OpenVINO on the CPU."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raydet.config import PredictConfig
+from raydet.detector import Detector, quiet
+from raydet.engines import TORCH_INSTEAD, check_engine
+from raydet.engines.detector_engine import DetectorEngine
+from raydet.exports import check_sizes, require_packages
+from raydet.exports.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
+from raydet.models import load_detector
+
+_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVinoEngine(DetectorEngine):
+    """The same checkpoint, traced when it is loaded, which takes some seconds."""
+
+    def __init__(self, config: PredictConfig, *, num_threads: int) -> None:
+        """Loads and converts the checkpoint of a config.
+
+        Args:
+            config: `checkpoint`, `precision` and `pad_together` are read.
+            num_threads: To compute with.
+
+        Raises:
+            UserError: No such model, one that this engine cannot run, or OpenVINO is not installed.
+        """
+        assert config.checkpoint is not None, "a detector comes from a checkpoint"
+        detector = load_detector(config.checkpoint)
+        check_engine(config, detector.family.model_type)
+        super().__init__(
+            detector, device=torch.device("cpu"), pad_together=config.pad_together, num_threads=num_threads
+        )
+        settings = {
+            # By default it takes bf16 wherever the CPU has it.
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[config.precision],
+            "INFERENCE_NUM_THREADS": num_threads,
+            "NUM_STREAMS": 1,
+            # Several workers on one machine would be pinned to the same cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        compiled = _openvino().Core().compile_model(_convert(detector, config.checkpoint), "CPU", settings)
+        self._request: Any = compiled.create_infer_request()
+        self._names = input_names(detector)
+        # The weights live in OpenVINO now.
+        nn.Module.to(detector.model, "meta")
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        results = self._request.infer([inputs[name].numpy() for name in self._names])
+        # A copy: the next run writes to the same place.
+        logits, boxes_cxcywh = (torch.from_numpy(np.array(results[number])) for number in range(len(OUTPUT_NAMES)))
+        return logits, boxes_cxcywh
+
+
+def _openvino() -> Any:
+    """The package, kept from reporting its use to its makers; it asks another one to, where that can be imported."""
+    require_packages("openvino")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def _convert(detector: Detector, where: str) -> Any:
+    """OpenVINO's own form of a detector; the number of images is left open, and their size where it varies."""
+    openvino = _openvino()
+    size_hw = fixed_size_hw(detector)
+    check_sizes(detector.family.model_type, keeps_aspect=size_hw is None, where=where, remedy=TORCH_INSTEAD)
+    examples = example_inputs(detector, 2, seed=0)
+    shapes = [openvino.PartialShape([-1, *example.shape[1:-2], *(size_hw or (-1, -1))]) for example in examples]
+    with quiet(), torch.no_grad(), traceable(detector) as graph:
+        return openvino.convert_model(graph, example_input=examples, input=shapes)

@@ -1,0 +1,158 @@
+"""A reference to a file, or to a part of one → its bytes; many at once, since remote storage answers late."""
+
+import errno
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
+from urllib.parse import unquote
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from raydet import storage
+from raydet.errors import UserError
+from raydet.sources import MAX_FILE_BYTES, ReadError
+
+NUM_READ_THREADS = 16
+LOOK_AHEAD = 2 * NUM_READ_THREADS
+"""Files that are read or being read before the first of them is asked for; bounds the memory."""
+_OPEN_FILES = 16
+_NOT_THE_FILES_FAULT = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Reference(NamedTuple):
+    """Where an image's bytes are: a whole file, or `size` bytes from `offset` on (of a tar file).
+
+    `uri` is an absolute path or a URI. What follows the bucket is taken as it stands: blanks, `?`, `#` and `%` belong
+    to the name. It is None where the name is no valid text, so that there is no way to say it.
+    """
+
+    uri: str | None
+    offset: int | None = None
+    size: int | None = None
+
+
+class FileReader:
+    """Reads references; safe among threads. File systems and the last few tar files stay open while it lives.
+
+    Args:
+        missing: The reason for a file that is not there.
+    """
+
+    def __init__(self, *, missing: str = "the file is not there any more") -> None:
+        self._missing = missing
+        self._filesystems: dict[str, tuple[pafs.FileSystem, str]] = {}
+        # A file that falls out is closed as soon as no thread reads from it any more.
+        self._shared_file = lru_cache(maxsize=_OPEN_FILES)(self.open)
+
+    def open(self, uri: str) -> pa.NativeFile:
+        """Opens a file for reading at any place in it.
+
+        Raises:
+            ReadError: No file system is known for the scheme.
+            OSError: As pyarrow raises it.
+        """
+        filesystem, path = self._locate(uri)
+        return filesystem.open_input_file(path)
+
+    def read(self, reference: Reference) -> bytes:
+        """Reads the bytes behind a reference.
+
+        Raises:
+            ReadError: They cannot be read, and will not be the next time.
+            OSError: The storage fails, which says nothing about this file.
+        """
+        uri, offset, size = reference
+        if uri is None:
+            raise ReadError("the file name is not valid text")
+        try:
+            if offset is None or size is None:
+                with self.open(uri) as file:
+                    _refuse_huge(file.size())
+                    data: bytes = file.readall()
+                    return data
+            _refuse_huge(size)
+            data = self._shared_file(uri).read_at(size, offset)
+        except FileNotFoundError:
+            raise ReadError(self._missing) from None
+        except PermissionError:
+            raise ReadError("no permission to read it") from None
+        except ValueError as error:
+            raise ReadError(f"cannot be read: {_one_line(error)}") from None
+        except OSError as error:
+            if not self._is_about_the_file(error, uri):
+                raise
+            raise ReadError(f"cannot be read: {_one_line(error)}") from None
+        if len(data) < size:
+            raise ReadError("the tar file has become shorter than it was when it was listed")
+        return data
+
+    def _locate(self, uri: str) -> tuple[pafs.FileSystem, str]:
+        scheme, separator, rest = uri.partition("://")
+        if not separator:
+            return pafs.LocalFileSystem(), uri
+        if scheme == "file":
+            return pafs.LocalFileSystem(), unquote(rest)
+        # Only the root is read as a URI: in a whole one, blanks are refused and `%` and `?` have a meaning.
+        authority, _, name = rest.partition("/")
+        root = f"{scheme}://{authority}"
+        if root not in self._filesystems:
+            try:
+                self._filesystems[root] = storage.resolve(root)
+            except UserError as error:
+                raise ReadError(str(error)) from None
+        filesystem, base = self._filesystems[root]
+        return filesystem, f"{base}/{name}"
+
+    def _is_about_the_file(self, error: OSError, uri: str) -> bool:
+        is_local = uri.partition("://")[0] == "file" or "://" not in uri
+        return is_local and error.errno not in _NOT_THE_FILES_FAULT
+
+
+def read_reference(uri: str) -> bytes:
+    """Reads one whole file by its absolute path or URI; raises as `FileReader.read` does."""
+    return FileReader().read(Reference(uri))
+
+
+def in_order(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+    """Does the same to each item, some of them side by side in threads, and yields the results in the items' order.
+
+    At most `LOOK_AHEAD` items are begun before the result of the first is taken. What the work raises is raised here.
+    """
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(NUM_READ_THREADS, thread_name_prefix="read") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) >= LOOK_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _refuse_huge(num_bytes: int) -> None:
+    if num_bytes > MAX_FILE_BYTES:
+        limit = math.ceil(MAX_FILE_BYTES / 1e6)
+        raise ReadError(f"a file of {num_bytes / 1e6:,.0f} MB is over the limit of {limit:,} MB")
+
+
+def _one_line(error: Exception) -> str:
+    detail = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    return " ".join(detail.split())
