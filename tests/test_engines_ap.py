@@ -1,0 +1,68 @@
+"""A trained detector has the same AP whatever engine runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raydet import (
+    EvaluateConfig,
+    PredictConfig,
+    PrepareCocoConfig,
+    TrainConfig,
+    evaluate,
+    predict,
+    prepare_coco,
+    train,
+)
+from raydet.options import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("ray_cluster")]
+
+RECIPE = str(Path(__file__).parents[1] / "jobs" / "configs" / "small.yaml")
+
+
+@pytest.fixture(scope="module")
+def trained(test_data: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[str, str]:
+    """A checkpoint trained on BCCD until it finds most cells, and the validation table."""
+    folder = tmp_path_factory.mktemp("trained")
+    for split in ("train", "val"):
+        annotations = str(test_data / "bccd" / f"instances_{split}.json")
+        images = str(test_data / "bccd" / "images")
+        prepare_coco(PrepareCocoConfig(images=images, annotations=annotations, out=str(folder / split)))
+    config = load_file(
+        TrainConfig,
+        RECIPE,
+        train_data=str(folder / "train"),
+        val_data=str(folder / "val"),
+        out=str(folder / "run"),
+        epochs=16,
+        validate_every=16,
+        augmentation="flip",
+    )
+    return train(config).checkpoint, str(folder / "val")
+
+
+@pytest.fixture(scope="module")
+def ap_of_torch(trained: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> float:
+    return _ap(trained, tmp_path_factory.mktemp("torch"))
+
+
+def _ap(trained: tuple[str, str], folder: Path, **options: object) -> float:
+    checkpoint, data = trained
+    config = PredictConfig(checkpoint=checkpoint, data=data, out=str(folder / "d"), **options)  # type: ignore[arg-type]
+    result = predict(config)
+    assert json.loads(Path(result.out, "job.json").read_text())["num_images"] == 87
+    return evaluate(EvaluateConfig(truth=data, detections=result.out)).result.AP
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"engine": "openvino"}, {"engine": "onnx"}, {"channels_last": False}, {"batch_size": 3, "num_workers": 2}],
+    ids=["openvino", "onnx", "plain", "other batches"],
+)
+def test_the_ap_is_that_of_torch(
+    trained: tuple[str, str], ap_of_torch: float, tmp_path: Path, options: dict[str, object]
+) -> None:
+    assert ap_of_torch > 0.2
+    assert _ap(trained, tmp_path, **options) == pytest.approx(ap_of_torch, abs=0.002)
