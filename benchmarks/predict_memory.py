@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:  # a script finds its neighbours by their bare names
     from contest import memory_mb
 
-IMAGE_SIZE = 128
+IMAGE_SIZE, BATCH_SIZE = 128, 16
 NUM_PARTS = 10
 
 
@@ -49,7 +49,7 @@ def main() -> None:
 def _score(folder: str, num_images: int) -> list[tuple[float, int, float]]:
     """Seconds since the start, images done, and megabytes of all processes, sampled twice a second."""
     out = Path(folder, "detections")
-    rows_per_file = max(16, num_images // 200)
+    rows_per_file = BATCH_SIZE * max(1, round(num_images / 200 / BATCH_SIZE))
     samples: list[tuple[float, int, float]] = []
     stop = threading.Event()
 
@@ -69,6 +69,7 @@ def _score(folder: str, num_images: int) -> list[tuple[float, int, float]]:
                 out=str(out),
                 num_workers=2,
                 threads_per_worker=1,
+                batch_size=BATCH_SIZE,
                 rows_per_file=rows_per_file,
                 score_threshold=0.3,
                 use_gpu=False,
