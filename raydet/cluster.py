@@ -16,6 +16,8 @@ from raydet import storage
 from raydet.errors import RunError, UserError
 
 LOG_FILE = "ray.log"
+IDLE_PROCESSES_KEPT = 16
+"""On a node of a cluster that is started here."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ def session(log_uri: str) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        # Ray ends processes that idle for a second when there are more than CPUs. Stages that ask for a fraction of
+        # one are many, and a new process needs seconds of work before its first task.
+        options["_system_config"] = {"num_workers_soft_limit": IDLE_PROCESSES_KEPT}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _chatter_to(log_uri):
         try:

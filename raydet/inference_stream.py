@@ -52,6 +52,7 @@ MOST_READ_TASKS = 5_000
 _SORT_WINDOW_PARTS = 8
 """Parts whose images are read together and sorted by their shape."""
 _SORT_WINDOW_BYTES = 256 * 2**20
+_IMAGES_PER_DECODE_TASK = 128
 _LOOK_AT_NODES_EVERY_S = 5.0
 _RETRIES = 3
 
@@ -143,7 +144,6 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
     """
     use_one_row_blocks(ExecutionOptions(preserve_order=True), watch=_watch_nodes(resources, num_workers))
     work_ref = ray.put(work)
-    as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     per_task = math.ceil(len(chunks) / MOST_READ_TASKS)
     tasks = [partial(_read, work_ref, chunks[at : at + per_task]) for at in range(0, len(chunks), per_task)]
     dataset = ray.data.read_datasource(
@@ -154,10 +154,13 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
     )
     dataset = dataset.map_batches(
         partial(_decode, max_pixels=work.config.max_pixels, reduce_to=work.reduce_to),
+        # Ray Data looks after its tasks some seven times a second: small ones would wait for it more than they work.
+        batch_size=math.ceil(_IMAGES_PER_DECODE_TASK / work.plan.images_per_part),
+        batch_format="pyarrow",
+        zero_copy_batch=True,
         # Stages that ask for the same are run in one process by Ray Data: the model's would then decode as well.
         num_cpus=resources.cpus_per_task + (0.01 if resources.cpus_per_task == resources.cpus_per_worker else 0.0),
         ray_remote_args_fn=_few_task_retries,
-        **as_blocks,
     )
     dataset = dataset.map_batches(
         _Model,
@@ -167,13 +170,17 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
         num_cpus=resources.cpus_per_worker,
         num_gpus=1 if resources.use_gpu else 0,
         ray_remote_args_fn=_few_call_retries,
-        **as_blocks,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
     )
     dataset = dataset.map_batches(
         partial(_write, out=work.config.out, schema=work.schema),
         batch_size=work.plan.parts_per_chunk,
         batch_format="pyarrow",
-        num_cpus=0.1,
+        # Ray Data gives CPUs to the stages in their order: one that asks for any might wait until all is read.
+        num_cpus=0,
+        compute=TaskPoolStrategy(size=max(2, num_workers)),
         ray_remote_args_fn=_few_task_retries,
     )
     for row in dataset.iter_rows():
@@ -316,8 +323,14 @@ def _next_block(block: pa.Table, rows: pa.Array, stats: ProcessStats) -> pa.Tabl
     return _block(chunk, part, num_parts, rows, [*earlier, stats])
 
 
-def _decode(block: pa.Table, max_pixels: int, reduce_to: ResizeRule | None) -> pa.Table:
+def _decode(blocks: pa.Table, max_pixels: int, reduce_to: ResizeRule | None) -> Iterator[pa.Table]:
+    """Decodes some parts, and hands on each as soon as it is ready."""
     watch = Stopwatch("decoder")
+    for at in range(blocks.num_rows):
+        yield _decode_part(blocks.slice(at, 1), watch, max_pixels, reduce_to)
+
+
+def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: ResizeRule | None) -> pa.Table:
     records: list[dict[str, Any]] = []
     pictures: list[npt.NDArray[np.uint8]] = []
     for row in block["rows"].combine_chunks().values:

@@ -17,7 +17,7 @@ from raydet import (
 )
 from raydet.options import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.usefixtures("ray_cluster")]
 
 RECIPE = str(Path(__file__).parents[1] / "jobs" / "configs" / "small.yaml")
 
@@ -53,16 +53,26 @@ def _ap(trained: tuple[str, str], folder: Path, **options: object) -> float:
     config = PredictConfig(checkpoint=checkpoint, data=data, out=str(folder / "d"), **options)  # type: ignore[arg-type]
     result = predict(config)
     assert json.loads(Path(result.out, "job.json").read_text())["num_images"] == 87
-    return evaluate(EvaluateConfig(truth=data, detections=result.out)).result.AP
+    ap = evaluate(EvaluateConfig(truth=data, detections=result.out)).result.AP
+    print(f"AP {ap:.4f} with {options or 'torch, fp32'}")
+    return ap
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"engine": "openvino"}, {"engine": "onnx"}, {"channels_last": False}, {"batch_size": 3, "num_workers": 2}],
-    ids=["openvino", "onnx", "plain", "other batches"],
+    ("options", "tolerance"),
+    [
+        ({"engine": "openvino"}, 0.002),
+        ({"engine": "onnx"}, 0.002),
+        ({"channels_last": False}, 0.002),
+        ({"batch_size": 3, "num_workers": 2}, 0.002),
+        # Eight significant bits move scores by some hundredths, and so the order of a few detections.
+        ({"precision": "bf16"}, 0.01),
+        ({"engine": "openvino", "precision": "bf16"}, 0.01),
+    ],
+    ids=["openvino", "onnx", "plain", "other batches", "bf16", "openvino bf16"],
 )
 def test_the_ap_is_that_of_torch(
-    trained: tuple[str, str], ap_of_torch: float, tmp_path: Path, options: dict[str, object]
+    trained: tuple[str, str], ap_of_torch: float, tmp_path: Path, options: dict[str, object], tolerance: float
 ) -> None:
     assert ap_of_torch > 0.2
-    assert _ap(trained, tmp_path, **options) == pytest.approx(ap_of_torch, abs=0.002)
+    assert _ap(trained, tmp_path, **options) == pytest.approx(ap_of_torch, abs=tolerance)
