@@ -6,7 +6,7 @@ Every contestant trains `rt_detr_v2_small` from scratch at 256 pixels in batches
 process of its own, in turn, round after round, so that a noisy machine slows all of them alike. Only whole epochs
 after the first are timed, without what lies between two epochs (raydet writes a checkpoint there).
 
-- raydet, raydet_bf16: `raydet.train()` through Ray on this machine with one worker.
+- raydet, raydet_bf16: `raydet.train()` through Ray on this machine, with workers that share the threads among them.
 - hf_trainer, hf_trainer_bf16: the Trainer as the object-detection guide sets it up (albumentations in a `datasets`
   transform, image processor, collate function), with the number of loader processes (0, 1, 2) that suits it best.
 - limit, limit_bf16: the same model, loss, optimizer and clipping over tensors that lie in memory, nothing else.
@@ -52,7 +52,8 @@ class Setting:
         folder: Where the images tables are and where runs are written.
         augmentation: `flip`, or `light`, the guide's.
         timed_epochs: Whole epochs that are timed after one that is not.
-        threads: torch threads.
+        threads: torch threads, in all workers together.
+        workers: raydet's training workers.
         loaders: The Trainer's loader processes.
     """
 
@@ -60,6 +61,7 @@ class Setting:
     augmentation: str
     timed_epochs: int
     threads: int
+    workers: int
     loaders: int
 
     def to_json(self) -> dict[str, Any]:
@@ -83,12 +85,16 @@ def main() -> None:
             augmentation=options.augmentation,
             timed_epochs=options.timed_epochs,
             threads=options.threads,
+            workers=options.workers,
             loaders=options.loaders[0],
         )
         if len(options.loaders) > 1 and any(name.startswith("hf_trainer") for name in options.contestants):
             setting = _with_best_loaders(setting, options.loaders)
         runs = run_rounds(__file__, options.contestants, setting.to_json(), rounds=options.rounds)
-    print(f"\naugmentation {setting.augmentation}, {setting.threads} threads, Trainer with {setting.loaders} loaders")
+    print(
+        f"\naugmentation {setting.augmentation}, {setting.threads} threads, {setting.workers} raydet workers, "
+        f"Trainer with {setting.loaders} loaders"
+    )
     print_results(runs, PAIRS)
 
 
@@ -103,6 +109,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--timed-epochs", type=int, default=None, help="2, with --quick 1")
     parser.add_argument("--images", type=int, default=None, help="training images: 200, with --quick 64")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of every contestant")
+    parser.add_argument("--workers", type=int, default=2, help="raydet's workers, which share the threads")
     parser.add_argument(
         "--loaders",
         type=lambda text: [int(number) for number in text.split(",")],
@@ -186,7 +193,8 @@ def _train_with_raydet(setting: Setting, is_bf16: bool) -> float:
                 max_grad_norm=MAX_GRAD_NORM,
                 augmentation="light" if setting.augmentation == "light" else "flip",
                 precision="bf16" if is_bf16 else "fp32",
-                threads_per_worker=setting.threads,
+                num_workers=setting.workers,
+                threads_per_worker=max(1, setting.threads // setting.workers),
                 use_gpu=False,
             )
         )

@@ -8,66 +8,94 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from raydet.config import (
+    CompareConfig,
     DemoConfig,
     EvaluateConfig,
     ExportCocoConfig,
     ExportOnnxConfig,
+    ExportVocConfig,
+    ExportYoloConfig,
     PredictConfig,
     PrepareCocoConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
+    PrepareVocConfig,
+    PrepareYoloConfig,
     PushConfig,
+    ReportConfig,
     TrainConfig,
 )
 from raydet.errors import UserError
 
 if TYPE_CHECKING:
+    from raydet.comparison import compare
     from raydet.demo import demo
     from raydet.evaluation import evaluate
     from raydet.exports.coco import export_coco
     from raydet.exports.onnx import export_onnx
+    from raydet.exports.voc import export_voc
+    from raydet.exports.yolo import export_yolo
     from raydet.hub import push
     from raydet.inference import predict
-    from raydet.preparation import prepare_coco, prepare_images, prepare_shapes
+    from raydet.preparation import prepare_coco, prepare_images, prepare_shapes, prepare_voc, prepare_yolo
+    from raydet.reporting import report
     from raydet.training import train
 
 __version__ = "0.1.0"
 
 _FUNCTIONS = {
+    "compare": "raydet.comparison",
     "demo": "raydet.demo",
     "evaluate": "raydet.evaluation",
     "export_coco": "raydet.exports.coco",
     "export_onnx": "raydet.exports.onnx",
+    "export_voc": "raydet.exports.voc",
+    "export_yolo": "raydet.exports.yolo",
     "predict": "raydet.inference",
     "prepare_coco": "raydet.preparation",
     "prepare_images": "raydet.preparation",
     "prepare_shapes": "raydet.preparation",
+    "prepare_voc": "raydet.preparation",
+    "prepare_yolo": "raydet.preparation",
     "push": "raydet.hub",
+    "report": "raydet.reporting",
     "train": "raydet.training",
 }
 
 __all__ = [
+    "CompareConfig",
     "DemoConfig",
     "EvaluateConfig",
     "ExportCocoConfig",
     "ExportOnnxConfig",
+    "ExportVocConfig",
+    "ExportYoloConfig",
     "PredictConfig",
     "PrepareCocoConfig",
     "PrepareImagesConfig",
     "PrepareShapesConfig",
+    "PrepareVocConfig",
+    "PrepareYoloConfig",
     "PushConfig",
+    "ReportConfig",
     "TrainConfig",
     "UserError",
     "__version__",
+    "compare",
     "demo",
     "evaluate",
     "export_coco",
     "export_onnx",
+    "export_voc",
+    "export_yolo",
     "predict",
     "prepare_coco",
     "prepare_images",
     "prepare_shapes",
+    "prepare_voc",
+    "prepare_yolo",
     "push",
+    "report",
     "train",
 ]
 

@@ -9,15 +9,21 @@ from typing import Any
 
 import raydet
 from raydet.config import (
+    CompareConfig,
     DemoConfig,
     EvaluateConfig,
     ExportCocoConfig,
     ExportOnnxConfig,
+    ExportVocConfig,
+    ExportYoloConfig,
     PredictConfig,
     PrepareCocoConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
+    PrepareVocConfig,
+    PrepareYoloConfig,
     PushConfig,
+    ReportConfig,
     TrainConfig,
 )
 from raydet.console import Console
@@ -28,12 +34,18 @@ _USAGE = """\
 usage: raydet COMMAND [options]
 
   prepare coco     COCO instances JSON and images → an images table
+  prepare voc      Pascal VOC XML files and images → an images table
+  prepare yolo     a data set in YOLO's layout → an images table
   prepare images   a folder of images without labels → an images table
   prepare shapes   generated pictures with labels → two images tables
   train            fine-tune a detector, or train a small one from scratch
   predict          run a model over images, however many → a detections table
   evaluate         truth and detections → COCO numbers and metrics tables
+  compare          two detections of the same images → how much the second is better, and how sure that is
+  report           metrics tables → one HTML file
   export coco      detections → COCO results JSON; images table → COCO instances JSON
+  export voc       images table → Pascal VOC XML files
+  export yolo      images table or detections → YOLO label files
   export onnx      a checkpoint → one ONNX file
   push             share a checkpoint on the Hugging Face Hub, with a model card
   demo             the whole way on generated pictures
@@ -83,6 +95,14 @@ def _prepare_coco(config: PrepareCocoConfig, console: Console) -> None:
     _lines(console, raydet.prepare_coco(config))
 
 
+def _prepare_voc(config: PrepareVocConfig, console: Console) -> None:
+    _lines(console, raydet.prepare_voc(config))
+
+
+def _prepare_yolo(config: PrepareYoloConfig, console: Console) -> None:
+    _lines(console, raydet.prepare_yolo(config))
+
+
 def _prepare_images(config: PrepareImagesConfig, console: Console) -> None:
     _lines(console, raydet.prepare_images(config))
 
@@ -95,8 +115,24 @@ def _evaluate(config: EvaluateConfig, console: Console) -> None:
     _lines(console, raydet.evaluate(config))
 
 
+def _compare(config: CompareConfig, console: Console) -> None:
+    _lines(console, raydet.compare(config))
+
+
+def _report(config: ReportConfig, console: Console) -> None:
+    _lines(console, raydet.report(config))
+
+
 def _export_coco(config: ExportCocoConfig, console: Console) -> None:
     _lines(console, raydet.export_coco(config))
+
+
+def _export_voc(config: ExportVocConfig, console: Console) -> None:
+    _lines(console, raydet.export_voc(config))
+
+
+def _export_yolo(config: ExportYoloConfig, console: Console) -> None:
+    _lines(console, raydet.export_yolo(config))
 
 
 def _export_onnx(config: ExportOnnxConfig, console: Console) -> None:
@@ -126,12 +162,18 @@ def _demo(config: DemoConfig, console: Console) -> None:
 
 _COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "prepare coco": (PrepareCocoConfig, _prepare_coco),
+    "prepare voc": (PrepareVocConfig, _prepare_voc),
+    "prepare yolo": (PrepareYoloConfig, _prepare_yolo),
     "prepare images": (PrepareImagesConfig, _prepare_images),
     "prepare shapes": (PrepareShapesConfig, _prepare_shapes),
     "train": (TrainConfig, _train),
     "predict": (PredictConfig, _predict),
     "evaluate": (EvaluateConfig, _evaluate),
+    "compare": (CompareConfig, _compare),
+    "report": (ReportConfig, _report),
     "export coco": (ExportCocoConfig, _export_coco),
+    "export voc": (ExportVocConfig, _export_voc),
+    "export yolo": (ExportYoloConfig, _export_yolo),
     "export onnx": (ExportOnnxConfig, _export_onnx),
     "push": (PushConfig, _push),
     "demo": (DemoConfig, _demo),

@@ -25,6 +25,7 @@ AugmentationSpec = Augmentation | list[dict[str, Any]]
 Backbone = Literal["none", "stem", "all"]
 BatchNorm = Literal["as_is", "freeze", "sync"]
 Tracker = Literal["mlflow", "wandb"]
+EvaluationProtocol = Literal["coco", "lvis", "voc07", "voc"]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -70,10 +71,9 @@ def _require_positive(config: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareImagesConfig:
-    """A folder or URI of images without labels → an images table."""
+class _PrepareConfig:
+    """What every source of image files has in common."""
 
-    images: str = _option("folder or URI of the images, with its subfolders")
     out: str = _option("folder or URI of the images table to write")
     image_storage: ImageStorage = _option("inline: image bytes in the table; reference: only their paths", "inline")
     max_pixels: int = _option("larger pictures are rejected as decompression bombs", DEFAULT_MAX_PIXELS)
@@ -84,10 +84,50 @@ class PrepareImagesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrepareImagesConfig(_PrepareConfig):
+    """A folder or URI of images without labels → an images table."""
+
+    images: str = _option("folder or URI of the images, with its subfolders")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareCocoConfig(PrepareImagesConfig):
     """COCO instances JSON and a folder of images → an images table."""
 
     annotations: str = _option("COCO instances JSON file, whose file names are relative to the folder of images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareVocConfig(PrepareImagesConfig):
+    """Pascal VOC XML files and a folder of images → an images table."""
+
+    annotations: str = _option("folder or URI of the XML files, each named like its image")
+    split: str | None = _option("file that lists the images to take, a name a line, as in ImageSets/Main", None)
+    classes: list[str] | None = _option(
+        "the classes in their order, or one .txt file with a name a line; by default all in the XML files", None
+    )
+    zero_based: bool = _option("the first pixel is 0 in these files, and 1 in those of the VOC devkit", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareYoloConfig(_PrepareConfig):
+    """A data set in the layout of Ultralytics, or a folder of images and one of labels → an images table."""
+
+    data: str | None = _option("data.yaml of the data set; or else images, labels and classes", None)
+    split: Literal["train", "val", "test"] = _option("which part of data.yaml to take", "train")
+    images: str | None = _option("without data: folder or URI of the images, with its subfolders", None)
+    labels: str | None = _option("without data: folder or URI of the .txt files, laid out like the images", None)
+    classes: list[str] | None = _option(
+        "without data: the classes in their order, or one .txt file with a name a line", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = (self.images, self.labels, self.classes)
+        _require(
+            all(part is None for part in parts) if self.data is not None else all(part is not None for part in parts),
+            "give either data, the data set's data.yaml, or all of images, labels and classes",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +441,36 @@ class ExportCocoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _ExportFolderConfig:
+    """What exports of one file an image have in common."""
+
+    out: str = _option("folder or URI to write, which must be empty or not there", operational=True)
+    split: Literal["train", "val", "test"] = _option("which part of a data set this is", "train")
+    copy_images: bool | None = _option(
+        "copy the pictures too; by default those whose bytes are in the table, and not those it only refers to", None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportVocConfig(_ExportFolderConfig):
+    """Images table → Pascal VOC XML files."""
+
+    data: str = _option("images table")
+    zero_based: bool = _option("call the first pixel 0 instead of 1, as the VOC devkit does", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportYoloConfig(_ExportFolderConfig):
+    """Images table or detections table → YOLO label files in the layout of Ultralytics."""
+
+    data: str = _option("images table or detections table")
+    score_threshold: float = _option("detections at or below this score are left out", 0.0)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.score_threshold < 1, f"score_threshold must be in [0, 1), got {self.score_threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOnnxConfig:
     """Checkpoint → one ONNX file, from normalised pixels to logits and boxes, checked against the checkpoint."""
 
@@ -424,12 +494,90 @@ class EvaluateConfig:
     run: str | None = _option("name of this run in the tables; by default that of the detections' folder", None)
     model: str | None = _option("name of the model in the tables", None)
     split: str | None = _option("name of the split in the tables; by default that of the truth", None)
+    protocol: EvaluationProtocol = _option(
+        "coco; lvis: federated, by the truth's neg_category_ids and not_exhaustive_category_ids; voc07: 11 points at "
+        "IoU 0.5; voc: all points at IoU 0.5",
+        "coco",
+    )
+    iou_thresholds: list[float] | None = _option("IoU thresholds of AP; COCO's .50:.05:.95 by default", None)
+    max_detections: list[int] | None = _option("detections of a class counted in an image; COCO's 1, 10, 100", None)
+    class_agnostic: bool = _option("count all classes as one", False)
+    allow_partial: bool = _option("measure the images that truth and detections share, if they differ", False)
+    slice_by: list[str] = _option(
+        "measure groups of images or boxes apart: columns of the images table such as camera, or box_size, crowding, "
+        "image_size",
+        default_factory=list,
+    )
+    bootstrap: int = _option("resamples of the images for 95 % intervals, with out; 0 for none", 1000)
+    wished_precision: float | None = _option("also say the lowest score threshold of each class that gives it", None)
+    seed: int = _option("of the resampling", 0)
     num_shards: int | None = _option(
         "parts matched side by side; the numbers do not depend on it", None, operational=True
+    )
+    address: str | None = _option(
+        "Ray cluster that matches the parts, or `local` for one on this machine; by default threads of this process do",
+        None,
+        operational=True,
     )
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_shards")
+        _require(self.bootstrap >= 0, f"bootstrap must not be negative, got {self.bootstrap}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        thresholds, limits = self.iou_thresholds, self.max_detections
+        _require(
+            thresholds is None
+            or (
+                0 < len(thresholds) <= 64
+                and thresholds == sorted(set(thresholds))
+                and 0 < thresholds[0] <= 1
+                and thresholds[-1] <= 1
+            ),
+            f"iou_thresholds must be up to 64 rising numbers above 0 and at most 1, got {thresholds}",
+        )
+        _require(
+            limits is None or (len(limits) > 0 and limits == sorted(set(limits)) and limits[0] > 0),
+            f"max_detections must be rising numbers above 0, got {limits}",
+        )
+        _require(
+            self.wished_precision is None or 0 < self.wished_precision <= 1,
+            f"wished_precision must be above 0 and at most 1, got {self.wished_precision}",
+        )
+        _require(
+            self.protocol == "coco" or (thresholds is None and not self.class_agnostic),
+            f"the protocol {self.protocol} has its own rules: leave out iou_thresholds and class_agnostic",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Two detections of the same images beside each other: paired differences with intervals, by class and image."""
+
+    truth: str = _option("images table, or COCO instances JSON")
+    first: str = _option("detections table, or COCO results JSON")
+    second: str = _option("detections table, or COCO results JSON")
+    out: str | None = _option("folder of the tables; without it the numbers are only printed", None, operational=True)
+    bootstrap: int = _option("resamples of the images for 95 % intervals", 1000)
+    seed: int = _option("of the resampling", 0)
+    num_images: int = _option("images that changed most to list", 20)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "bootstrap", "num_images")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Metrics tables → one HTML file that opens offline."""
+
+    metrics: str = _option("folder that evaluate wrote")
+    out: str | None = _option("HTML file to write; report.html in that folder by default", None, operational=True)
+    run: str | None = _option("which run, where the folder holds several; the last by default", None)
+    train_run: str | None = _option("run folder of train, for the training curves", None)
+    num_images: int = _option("pictures in each gallery", 12)
+
+    def __post_init__(self) -> None:
+        _require(self.num_images >= 0, f"num_images must not be negative, got {self.num_images}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,8 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-from rich.console import Console as RichConsole
 
 _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MOST_CLASSES_IN_A_LINE = 8
@@ -13,10 +11,23 @@ _DATA_BOUND = 0.15
 """Share of a step's time; with more of it spent waiting for images, more decoding would make the run faster."""
 
 
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table with the first column flush left and the others flush right."""
+    first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths, strict=True)]
+        lines.append("  ".join([first.ljust(first_width), *cells]).rstrip())
+    return lines
+
+
 class Console:
     """Prints plain lines; on a terminal a status line below them says how far the work is."""
 
     def __init__(self) -> None:
+        # Lazily: what only lays out lines has no need of it.
+        from rich.console import Console as RichConsole
+
         self._rich = RichConsole(highlight=False, markup=False, soft_wrap=True)
         self._is_terminal = self._rich.is_terminal
         self._header: list[str] = []

@@ -24,11 +24,11 @@ from ray.data import DataContext, Datasource, ExecutionOptions, ExecutionResourc
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
+from raydet.accumulator import ImageTruth
 from raydet.boxes import as_boxes, xywh_to_normalised_cxcywh
 from raydet.decode import DecodeError, decode
 from raydet.geometry import ResizeRule, resize
 from raydet.inputs.references import read_reference
-from raydet.metrics import ImageTruth
 from raydet.ordering import MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
 from raydet.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.sources import ReadError

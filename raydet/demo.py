@@ -1,4 +1,4 @@
-"""The whole way on generated pictures: prepare → train → predict → evaluate, on one Ray cluster."""
+"""The whole way on generated pictures: prepare → train → predict → evaluate → report, on one Ray cluster."""
 
 import time
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ from raydet.config import (
     EvaluateConfig,
     PredictConfig,
     PrepareShapesConfig,
+    ReportConfig,
     TrainConfig,
 )
 from raydet.console import Console
 from raydet.errors import UserError
-from raydet.evaluation import Evaluation, evaluate
+from raydet.evaluation import evaluate
+from raydet.evaluation_result import Evaluation
 from raydet.inference import PredictResult, predict
 from raydet.options import load_file
 from raydet.preparation import prepare_shapes
+from raydet.reporting import Report, report
 from raydet.training import TrainResult, train
 
 RECIPE = Path(__file__).parent.parent / "jobs" / "configs" / "demo.yaml"
@@ -30,6 +33,7 @@ class DemoResult:
     trained: TrainResult
     predicted: PredictResult
     evaluation: Evaluation
+    report: Report
     seconds: float
 
     def lines(self) -> list[str]:
@@ -39,6 +43,7 @@ class DemoResult:
             f"checkpoint  {self.trained.checkpoint}",
             f"detections  {self.predicted.out}",
             f"metrics     {self.evaluation.out}",
+            f"report      {self.report.out}",
             f"took {self.seconds:.0f} s",
         ]
 
@@ -88,7 +93,8 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
         EvaluateConfig(truth=val_data, detections=predicted.out, out=storage.join(out, "metrics"), run="demo")
     )
     _show(console, evaluation.lines())
-    return DemoResult(trained, predicted, evaluation, time.perf_counter() - started)
+    written = report(ReportConfig(metrics=storage.join(out, "metrics"), train_run=out))
+    return DemoResult(trained, predicted, evaluation, written, time.perf_counter() - started)
 
 
 def _show(console: Console, lines: list[str]) -> None:

@@ -1,94 +1,45 @@
 """Truth and detections, as tables or as COCO JSON → COCO's numbers, on the screen and as metrics tables."""
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-from pyarrow import fs as pafs
 
-from raydet import storage
+from raydet import metrics_folder, storage
 from raydet.config import EvaluateConfig, config_hash
 from raydet.errors import UserError
-from raydet.metrics import (
-    FALSE_POSITIVE,
-    METRICS,
-    NOT_COUNTED,
-    TRUE_POSITIVE,
-    CocoAccumulator,
-    CocoResult,
-    Flags,
-    Floats,
-    ImageDetections,
-    ImageTruth,
-    Integers,
-    match_image,
+from raydet.evaluation_result import Block, Evaluation, Measured, Row
+from raydet.matching import (
+    COCO,
+    DetectionColumns,
+    Matches,
+    Protocol,
+    TruthColumns,
+    concatenate,
+    match,
+    take_images,
 )
-from raydet.schema import build_schema, parse_metadata
-from raydet.tables import MANIFEST_NAME, TableWriter, is_table, open_table
-from raydet.truth import DetectionColumns, Truth, is_json, read_detections_table, read_results_json, read_truth
+from raydet.metrics import CocoNumbers, CocoResult, accumulate, metrics_of
+from raydet.schema import Category
+from raydet.slices import PROPERTIES, Slice, slices_of
+from raydet.truth import Scored, Truth, is_json, read_detections, read_extra_columns, read_truth
 
-_IMAGES_PER_SHARD = 20_000
-_PER_IMAGE_IOU = 0.5
-_CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found.
-
-    Attributes:
-        result: COCO's numbers.
-        out: The folder with the tables `metrics` and `per_image`; None where none was asked for.
-    """
-
-    result: CocoResult
-    out: str | None
-
-    def lines(self) -> list[str]:
-        """The numbers as text: COCO's twelve, then those of each class; "–" where there is nothing to measure."""
-        result = self.result
-        lines = [f"{result.num_images:,} images, {result.num_truth:,} boxes, {result.num_detections:,} detections"]
-        if result.num_unreadable:
-            lines.append(f"{result.num_unreadable:,} images could not be read; their boxes count as missed")
-        rows = [("", "", "IoU", "area", "detections")]
-        for metric in METRICS:
-            iou = ".50:.95" if metric.iou is None else f"{metric.iou:.2f}".lstrip("0")
-            number = _format(getattr(result, metric.name))
-            rows.append((metric.name, number, iou, metric.area, str(metric.max_detections)))
-        lines += ["", *_aligned(rows)]
-        rows_by_class: list[tuple[str, ...]] = [("class", *_CLASS_COLUMNS)]
-        for category, numbers in zip(result.categories, result.per_class, strict=True):
-            rows_by_class.append((category.name, *(_format(getattr(numbers, name)) for name in _CLASS_COLUMNS)))
-        lines += ["", *_aligned(rows_by_class)]
-        if self.out is not None:
-            lines += ["", f"metrics: {self.out}"]
-        return lines
-
-
-def _format(value: float) -> str:
-    return "–" if value == -1 else f"{value:.3f}"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines with the first column flush left and the others flush right."""
-    first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths, strict=True)]
-        lines.append("  ".join([first.ljust(first_width), *cells]))
-    return lines
+_IMAGES_PER_PART = 20_000
+_BOXES_PER_PART = 400_000
+_Matcher = Callable[[TruthColumns, DetectionColumns, slice], Matches]
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measures detections against the truth by COCO's rules.
+    """Measures detections against the truth by COCO's rules, or by those of another protocol.
 
-    The numbers equal pycocotools' to the last bit, for tables and JSON alike, whatever the order of the rows and the
-    number of shards. Of several detections with one score in an image, the one that stands first is matched first.
-    With `config.out`, the tables OUT/metrics and OUT/per_image are written once everything is computed.
+    COCO's numbers equal pycocotools' to the last bit, for tables and JSON alike, whatever the order of the rows and
+    the number of shards. Of several detections with one score in an image, the one that stands first is matched
+    first. With `config.out`, the run's rows are put into the tables OUT/metrics, OUT/per_image and so on, beside
+    those of other runs, once everything is computed.
 
     Raises:
         UserError: An input is missing, damaged or not what it should be, or does not fit the other, or `config.out`
@@ -99,145 +50,275 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         truth=storage.absolute_uri(config.truth),
         detections=storage.absolute_uri(config.detections),
         out=None if config.out is None else storage.absolute_uri(config.out),
+        run=config.run or _name_of(config.detections),
+        split=config.split or _name_of(config.truth),
+    )
+    if config.protocol != "coco" and config.max_detections is not None:
+        raise UserError(f"the protocol {config.protocol} has its own rules: leave out max_detections")
+    if config.out is not None:
+        assert config.run is not None
+        metrics_folder.check_folder(config.out, config.run, config_hash(config))
+    truth = read_truth(config.truth, lvis=config.protocol == "lvis")
+    is_table = not is_json(config.detections, "detections", "a detections table or COCO results JSON")
+    if is_table and config.protocol == "coco" and config.out is None and not config.slice_by:
+        return _numbers_alone(config, truth)
+    scored, matches = _match(config, truth)
+    slices = _slices(config, truth, scored)
+    categories = () if config.class_agnostic else truth.categories
+    frequency = truth.federated.frequency if truth.federated is not None else None
+
+    def measure(part: Matches, *, num_detections: int | None = None, num_unreadable: int = 0) -> _Numbers:
+        result = accumulate(part, categories, num_detections=num_detections, num_unreadable=num_unreadable)
+        return _by_protocol(config.protocol, part, result, categories, frequency)
+
+    whole = measure(matches, num_detections=scored.num_detections, num_unreadable=len(scored.errors))
+    measured = _with_intervals(config, None, whole.blocks, matches, int((~scored.truth_columns.iscrowd).sum()))
+    evaluation = Evaluation(
+        result=whole.result,
+        out=config.out,
+        whole=measured,
+        slices=tuple(_measure_slice(config, part, matches, measured, measure) for part in slices),
+        num_left_out=scored.num_left_out,
     )
     if config.out is not None:
-        _check_out(config.out, config_hash(config))
-    truth = read_truth(config.truth)
-    if is_json(config.detections, "detections", "a detections table or COCO results JSON"):
-        model, batches = None, iter([read_results_json(config.detections, truth)])
-    else:
-        table = open_table(config.detections, "detections")
-        model = parse_metadata(table.schema, kind="detections", where=table.uri).get("checkpoint")
-        batches = read_detections_table(table, truth)
-    per_image = None if config.out is None else _PerImage()
-    result = _match(truth, batches, config.num_shards, per_image)
-    if config.out is not None and per_image is not None:
-        names = (
-            config.run or _name_of(config.detections),
-            config.model or model,
-            config.split or _name_of(config.truth),
-        )
-        _write(config.out, config_hash(config), names, result, per_image)
-    return Evaluation(result, config.out)
+        # What it needs takes a second to import, and numbers on the screen do not need it.
+        from raydet.evaluation_tables import write_tables
+
+        write_tables(config, truth, scored, matches, evaluation)
+    return evaluation
+
+
+def _numbers_alone(config: EvaluateConfig, truth: Truth) -> Evaluation:
+    """COCO's numbers over all images; more would need all detections in memory."""
+    # Only tables of detections need it.
+    from raydet.evaluation_shards import measure_shards
+
+    scored, result = measure_shards(config, truth, _protocol_of(config))
+    num_truth = int((~scored.truth_columns.iscrowd).sum())
+    measured = Measured(None, _coco_blocks(result), None, len(scored.truth_rows), num_truth)
+    return Evaluation(result=result, out=None, whole=measured, num_left_out=scored.num_left_out)
 
 
 def _name_of(uri: str) -> str:
-    return uri.rstrip("/").rsplit("/", 1)[-1].removesuffix(".json")
+    return uri.partition("?")[0].rstrip("/").rsplit("/", 1)[-1].removesuffix(".json")
 
 
-def _match(
-    truth: Truth, batches: Iterator[DetectionColumns], num_shards: int | None, per_image: "_PerImage | None"
-) -> CocoResult:
-    """Streams the detections past the truth; each shard takes a range of image ids, and their states are merged."""
+# Matching.
+
+
+def _protocol_of(config: EvaluateConfig) -> Protocol:
+    return Protocol(
+        iou_thresholds=tuple(config.iou_thresholds or COCO.iou_thresholds),
+        max_detections=tuple(config.max_detections or COCO.max_detections),
+        class_agnostic=config.class_agnostic,
+    )
+
+
+def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
+    """Reads the detections and matches them, here or on a cluster."""
+    protocol = _protocol_of(config)
+    if config.address is not None:
+        if config.protocol != "coco" or is_json(config.detections, "detections", "a detections table"):
+            raise UserError("address: a cluster matches detections tables by the protocol coco; leave out address")
+        from raydet.evaluation_shards import match_on_cluster
+
+        return match_on_cluster(config, truth, protocol)
+    scored = read_detections(config.detections, truth, allow_partial=config.allow_partial)
+    matcher = _matcher(config, truth, scored, protocol)
+    return scored, match_in_parts(scored.truth_columns, scored.columns, matcher, num_parts=config.num_shards)
+
+
+def _matcher(config: EvaluateConfig, truth: Truth, scored: Scored, protocol: Protocol) -> _Matcher:
+    num_categories = len(truth.categories)
+    if config.protocol == "coco":
+        return lambda labelled, found, _: match(labelled, found, num_categories, protocol)
+    from raydet.protocols import match_lvis, match_voc
+
+    if config.protocol != "lvis":
+        return lambda labelled, found, _: match_voc(labelled, found, num_categories)
+    assert truth.federated is not None
+    lists = (truth.federated.negatives, truth.federated.not_exhaustive)
+    negatives, not_exhaustive = ([of_image[row] for row in scored.truth_rows.tolist()] for of_image in lists)
+    return lambda labelled, found, images: match_lvis(
+        labelled, found, num_categories, negatives[images], not_exhaustive[images]
+    )
+
+
+def match_in_parts(
+    truth: TruthColumns, detections: DetectionColumns, matcher: _Matcher, *, num_parts: int | None = None
+) -> Matches:
+    """Matches ranges of images side by side in threads, which bounds the memory; the outcome is that of one piece.
+
+    Args:
+        truth: The labelled boxes; images by rising id.
+        detections: In the same images.
+        matcher: Matches the columns of a range of images, given with the range.
+        num_parts: How many ranges; by default as few as keep each small.
+    """
     num_images = len(truth.image_ids)
-    if num_shards is None:
-        num_shards = -(-num_images // _IMAGES_PER_SHARD)
-    shards = [CocoAccumulator(truth.categories) for _ in range(min(num_shards, num_images))]
-    row_of = {image_id: row for row, image_id in enumerate(truth.image_ids.tolist())}
-    shard_of = np.empty(num_images, dtype=np.int64)
-    shard_of[np.argsort(truth.image_ids)] = np.arange(num_images) * len(shards) // num_images
-    for batch in batches:
-        for position, image_id in enumerate(batch.image_ids.tolist()):
-            row = row_of[image_id]
-            boxes, detections, error = truth.image(row), batch.image(position), batch.errors[position]
-            height, width = truth.sizes_hw[row].tolist()
-            shards[shard_of[row]].add(image_id, (height, width), boxes, detections, unreadable=error is not None)
-            if per_image is not None:
-                per_image.add(image_id, boxes, detections, error)
-    first, *others = shards
-    for shard in others:
-        first.merge(shard.to_bytes())
-    return first.result()
+    # Rows up to each image, so that parts have about equally much in them.
+    work = truth.starts + detections.starts + np.arange(num_images + 1)
+    if num_parts is None:
+        num_parts = max(-(-num_images // _IMAGES_PER_PART), -(-int(work[-1]) // _BOXES_PER_PART))
+    cuts = np.searchsorted(work, np.linspace(0, work[-1], min(num_parts, num_images) + 1)[1:-1])
+    bounds = np.unique([0, *cuts.tolist(), num_images]).tolist()
+
+    def match_part(first: int, last: int) -> Matches:
+        part = matcher(_truth_of(truth, first, last), _detections_of(detections, first, last), slice(first, last))
+        return dataclasses.replace(
+            part,
+            detection_row=part.detection_row + detections.starts[first],
+            truth_row=part.truth_row + truth.starts[first],
+        )
+
+    if len(bounds) == 2:
+        return match_part(0, num_images)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        parts = list(pool.map(match_part, bounds[:-1], bounds[1:]))
+    # Parts are ranges of rising ids, so what stands behind each other stays so.
+    return dataclasses.replace(
+        concatenate(parts),
+        detection_row=np.concatenate([part.detection_row for part in parts]),
+        truth_row=np.concatenate([part.truth_row for part in parts]),
+    )
 
 
-class _PerImage:
-    """Right, wrong and missed of each image, at one score threshold for all: the one with the highest F1 overall."""
-
-    def __init__(self) -> None:
-        self._image_ids: list[int] = []
-        self._num_truth: list[int] = []
-        self._errors: list[str | None] = []
-        self._scores: list[Floats] = []
-        self._outcomes: list[npt.NDArray[np.int8]] = []
-
-    def add(self, image_id: int, truth: ImageTruth, detections: ImageDetections, error: str | None) -> None:
-        self._image_ids.append(image_id)
-        self._num_truth.append(int((~truth.iscrowd).sum()))
-        self._errors.append(error)
-        self._scores.append(detections.scores)
-        self._outcomes.append(match_image(truth, detections, _PER_IMAGE_IOU))
-
-    def table(self, run: str) -> tuple[pa.RecordBatch, float]:
-        """The rows by rising image id, and the score threshold (detections at or above it are counted)."""
-        scores, outcomes = np.concatenate(self._scores), np.concatenate(self._outcomes)
-        num_truth = np.array(self._num_truth, dtype=np.int64)
-        threshold = _best_threshold(scores, outcomes, int(num_truth.sum()))
-        image_of = np.repeat(np.arange(len(num_truth)), [len(item) for item in self._scores])
-
-        def count(chosen: Flags) -> Integers:
-            return np.bincount(image_of[chosen & (scores >= threshold)], minlength=len(num_truth))
-
-        right, wrong = count(outcomes == TRUE_POSITIVE), count(outcomes == FALSE_POSITIVE)
-        num_compared = right + wrong + num_truth
-        f1 = np.divide(2 * right, num_compared, out=np.zeros(len(num_truth)), where=num_compared > 0)
-        schema = build_schema("per_image", extra_metadata={"iou": _PER_IMAGE_IOU, "score_threshold": threshold})
-        columns = {
-            "run": pa.array([run] * len(num_truth)),
-            "image_id": pa.array(self._image_ids),
-            "num_truth": pa.array(num_truth),
-            "num_detections": pa.array(count(np.ones(len(scores), dtype=bool))),
-            "true_positives": pa.array(right),
-            "false_positives": pa.array(wrong),
-            "false_negatives": pa.array(num_truth - right),
-            "f1": pa.array(f1, mask=num_compared == 0),
-            "error": pa.array(self._errors, pa.string()),
-        }
-        batch = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
-        return batch.take(pa.array(np.argsort(self._image_ids))), threshold
+def _truth_of(columns: TruthColumns, first: int, last: int) -> TruthColumns:
+    rows = slice(columns.starts[first], columns.starts[last])
+    return TruthColumns(
+        image_ids=columns.image_ids[first:last],
+        starts=columns.starts[first : last + 1] - columns.starts[first],
+        boxes_xywh=columns.boxes_xywh[rows],
+        category=columns.category[rows],
+        area=columns.area[rows],
+        iscrowd=columns.iscrowd[rows],
+    )
 
 
-def _best_threshold(scores: Floats, outcomes: npt.NDArray[np.int8], num_truth: int) -> float:
-    """The score with the highest F1 over all images, the higher of several; 0 where no detection is right."""
-    counted = outcomes != NOT_COUNTED
-    scores, is_right = scores[counted], outcomes[counted] == TRUE_POSITIVE
-    if not is_right.any():
-        return 0.0
-    order = np.argsort(-scores, kind="stable")
-    scores, num_right = scores[order], np.cumsum(is_right[order])
-    f1 = 2 * num_right / (np.arange(1, len(scores) + 1) + num_truth)
-    is_last_of_equals = np.append(scores[1:] != scores[:-1], True)
-    return float(scores[np.argmax(np.where(is_last_of_equals, f1, -1.0))])
+def _detections_of(columns: DetectionColumns, first: int, last: int) -> DetectionColumns:
+    rows = slice(columns.starts[first], columns.starts[last])
+    return DetectionColumns(
+        starts=columns.starts[first : last + 1] - columns.starts[first],
+        boxes_xywh=columns.boxes_xywh[rows],
+        scores=columns.scores[rows],
+        category=columns.category[rows],
+    )
 
 
-def _check_out(out: str, own_hash: str) -> None:
-    """Refuses a folder whose tables are not of this very evaluation."""
-    for uri in (out, storage.join(out, "metrics"), storage.join(out, "per_image")):
-        filesystem, path = storage.resolve(uri)
-        if filesystem.get_file_info(path).type == pafs.FileType.File:
-            raise UserError(f"{uri} is a file; out must name a folder")
-        if uri == out:
-            continue
-        if is_table(uri):
-            manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
-            if manifest.get("config_hash") != own_hash:
-                raise UserError(f"{uri} holds another evaluation's numbers; choose another out, or delete that folder")
-        elif any(not name.endswith(".parquet") for name in storage.list_files(uri, recursive=True)):
-            raise UserError(f"{uri} holds files that are not raydet's; choose another out")
+# Numbers.
 
 
-def _write(
-    out: str, own_hash: str, names: tuple[str, str | None, str], result: CocoResult, per_image: _PerImage
-) -> None:
-    """Writes both tables; `metrics` goes first and comes last, so while it is there, both are whole."""
-    run, model, split = names
-    batch, threshold = per_image.table(run)
-    for kind in ("metrics", "per_image"):
-        storage.delete_folder(storage.join(out, kind))
-    with TableWriter(storage.join(out, "per_image"), batch.schema, config_hash=own_hash) as writer:
-        writer.extra = {"iou": _PER_IMAGE_IOU, "score_threshold": threshold}
-        writer.write(batch)
-    schema = build_schema("metrics", result.categories)
-    with TableWriter(storage.join(out, "metrics"), schema, config_hash=own_hash) as writer:
-        counts = ("num_images", "num_truth", "num_detections", "num_unreadable")
-        writer.extra = {name: getattr(result, name) for name in counts}
-        writer.write_rows(result.table_rows(run, model, split))
+@dataclass(frozen=True)
+class _Numbers:
+    result: CocoResult
+    blocks: tuple[Block, ...]
+
+
+def _by_protocol(
+    protocol: str,
+    matches: Matches,
+    result: CocoResult,
+    categories: Sequence[Category],
+    frequency: Sequence[str] | None,
+) -> _Numbers:
+    """The numbers of a protocol, in a result and as rows."""
+    if protocol == "coco":
+        return _Numbers(result, _coco_blocks(result))
+    from raydet.protocols import lvis_rows, voc_rows
+
+    if protocol == "lvis":
+        rows = lvis_rows(matches, categories, frequency)
+    else:
+        rows = voc_rows(matches, categories, eleven_points=protocol == "voc07")
+    overall = [row for row in rows if row[1] is None]
+    of_classes = [row for row in rows if row[1] is not None]
+    size = len(of_classes) // len(categories)
+    blocks = (overall, *(of_classes[start : start + size] for start in range(0, len(of_classes), size)))
+    per_class = tuple(CocoNumbers(**_fields(block)) for block in blocks[1:])
+    counts = {
+        item.name: getattr(result, item.name)
+        for item in dataclasses.fields(CocoResult)
+        if item.name not in {own.name for own in dataclasses.fields(CocoNumbers)}
+    }
+    return _Numbers(CocoResult(**{**counts, "per_class": per_class}, **_fields(overall)), blocks)
+
+
+def _coco_blocks(result: CocoResult) -> tuple[Block, ...]:
+    metrics = metrics_of(result.protocol)
+    return tuple(
+        [
+            (item.name, name, item.iou, item.area, item.max_detections, _or_none(numbers.values[item.name]))
+            for item in metrics
+        ]
+        for name, numbers in [
+            (None, result),
+            *zip((category.name for category in result.categories), result.per_class, strict=True),
+        ]
+    )
+
+
+def _fields(block: Block) -> dict[str, Any]:
+    values = {row[0]: -1.0 if row[5] is None else row[5] for row in block}
+    names = {item.name for item in dataclasses.fields(CocoNumbers)}
+    return {"values": values, **{name: value for name, value in values.items() if name in names}}
+
+
+def _or_none(value: float) -> float | None:
+    return None if value == -1 else value
+
+
+def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> list[Slice]:
+    columns = read_extra_columns(truth) if set(config.slice_by) - set(PROPERTIES) else {}
+    columns = {name: column.take(scored.truth_rows) for name, column in columns.items()}
+    areas = dict(_areas_of(config))
+    return [
+        part
+        for name in config.slice_by
+        for part in slices_of(
+            name, scored.truth_columns, columns=columns, sizes_hw=truth.sizes_hw[scored.truth_rows], areas=areas
+        )
+    ]
+
+
+def _areas_of(config: EvaluateConfig) -> tuple[tuple[str, tuple[float, float]], ...]:
+    return COCO.areas if config.protocol in ("coco", "lvis") else ()
+
+
+def _measure_slice(
+    config: EvaluateConfig, part: Slice, matches: Matches, whole: Measured, measure: Callable[[Matches], _Numbers]
+) -> Measured:
+    """The numbers of some images, or those of one size of box that `whole` has already."""
+    if part.images is not None:
+        chosen = take_images(matches, part.images)
+        return _with_intervals(config, part.name, measure(chosen).blocks, chosen, part.num_truth)
+    letter = part.area[0]
+    blocks = tuple(
+        [(_without_size(row), *row[1:]) for row in block if row[3] == part.area and row[0].endswith(letter)]
+        for block in whole.blocks
+    )
+    intervals = whole.intervals
+    if intervals is not None:
+        name = f"AP{letter}"
+        intervals = dataclasses.replace(
+            intervals,
+            overall={"AP": intervals.overall[name]} if name in intervals.overall else {},
+            per_class=tuple({"AP": own[name]} if name in own else {} for own in intervals.per_class),
+        )
+    return Measured(part.name, blocks, intervals, whole.num_images, part.num_truth)
+
+
+def _without_size(row: Row) -> str:
+    """The name that a number over one size of box has over all: APs → AP, ARs → AR100."""
+    return "AP" if row[0].startswith("AP") else f"AR{row[4]}"
+
+
+def _with_intervals(
+    config: EvaluateConfig, name: str | None, blocks: tuple[Block, ...], matches: Matches, num_truth: int
+) -> Measured:
+    intervals = None
+    # The intervals are of COCO's average precision; what is wanted for tables only is not worth half a minute.
+    if config.out is not None and config.bootstrap and config.protocol == "coco":
+        from raydet.bootstrap import intervals as draw_intervals
+
+        intervals = draw_intervals(matches, num_resamples=config.bootstrap, seed=config.seed)
+    return Measured(name, blocks, intervals, len(matches.image_ids), num_truth)

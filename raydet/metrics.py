@@ -1,41 +1,26 @@
-"""COCO's numbers, equal to pycocotools' to the last bit, from images that arrive in any order and in any parts.
+"""COCO's numbers, equal to pycocotools' to the last bit.
 
-`CocoAccumulator` matches images as they come and keeps only the outcome; states of several processes merge into one.
-hotcoco does the matching and builds the precision and recall arrays; the means over them are taken here, in the order
-in which pycocotools takes them.
+`accumulate` turns what `matching.match` found into precision, recall and the means over them, in the order in which
+pycocotools takes them.
 """
 
-import itertools
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import hotcoco
 import numpy as np
 import numpy.typing as npt
 
-from raydet.boxes import Boxes, as_boxes
-from raydet.schema import MAX_IMAGE_ID, Category
+from raydet.matching import COCO, BitSets, Floats, Integers, Matches, Protocol, bits_at, falling_rank, stable_order
+from raydet.schema import Category
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
-
-MAX_DETECTIONS = 100
-"""COCO looks at this many detections of each class in an image, those of the highest scores."""
-
-_AREAS = ("all", "small", "medium", "large")
-_DETECTION_LIMITS = (1, 10, MAX_DETECTIONS)
-_IOU_INDEX = {None: slice(None), 0.5: slice(0, 1), 0.75: slice(5, 6)}
-_FLUSH_IMAGES = 256
-_FLUSH_DETECTIONS = 100_000
-_STATE_MAGIC = b"raydet-coco-1\n"
+RECALLS: Floats = np.linspace(0.0, 1.0, 101)
+"""Where COCO reads precision."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One of COCO's twelve: its name and what it is taken over (`iou` None is the mean over .50:.05:.95)."""
+    """A number: its name and what it is taken over (`iou` None is the mean over all thresholds)."""
 
     name: str
     kind: Literal["precision", "recall"]
@@ -44,92 +29,69 @@ class Metric:
     max_detections: int
 
 
-METRICS = (
-    Metric("AP", "precision", None, "all", 100),
-    Metric("AP50", "precision", 0.5, "all", 100),
-    Metric("AP75", "precision", 0.75, "all", 100),
-    Metric("APs", "precision", None, "small", 100),
-    Metric("APm", "precision", None, "medium", 100),
-    Metric("APl", "precision", None, "large", 100),
-    Metric("AR1", "recall", None, "all", 1),
-    Metric("AR10", "recall", None, "all", 10),
-    Metric("AR100", "recall", None, "all", 100),
-    Metric("ARs", "recall", None, "small", 100),
-    Metric("ARm", "recall", None, "medium", 100),
-    Metric("ARl", "recall", None, "large", 100),
-)
+def metrics_of(protocol: Protocol) -> tuple[Metric, ...]:
+    """The numbers that a protocol gives, in COCO's order; for COCO's own these are its twelve.
 
-
-@dataclass(frozen=True)
-class ImageTruth:
-    """The labelled boxes of one image.
-
-    Attributes:
-        boxes_xywh: Absolute pixels, float64 [N, 4].
-        category: Category indices, int64 [N].
-        area: Square pixels, by which COCO tells small from large, float64 [N].
-        iscrowd: Whether the box stands for a crowd; a detection inside one counts neither way, bool [N].
+    AP50 and AP75 are there if those thresholds are. Sizes are named by their first letter.
     """
-
-    boxes_xywh: Boxes
-    category: Integers
-    area: Floats
-    iscrowd: Flags
-
-
-@dataclass(frozen=True)
-class ImageDetections:
-    """The detections in one image; among equal scores the earlier one is matched first.
-
-    Attributes:
-        boxes_xywh: Absolute pixels, float64 [M, 4].
-        scores: Any finite number, higher is surer, float64 [M].
-        category: Category indices, int64 [M].
-    """
-
-    boxes_xywh: Boxes
-    scores: Floats
-    category: Integers
+    (whole, _), *sizes = protocol.areas
+    last = protocol.max_detections[-1]
+    singled_out = [iou for iou in (0.5, 0.75) if iou in protocol.iou_thresholds]
+    return (
+        Metric("AP", "precision", None, whole, last),
+        *(Metric(f"AP{iou * 100:.0f}", "precision", iou, whole, last) for iou in singled_out),
+        *(Metric(f"AP{name[0]}", "precision", None, name, last) for name, _ in sizes),
+        *(Metric(f"AR{limit}", "recall", None, whole, limit) for limit in protocol.max_detections),
+        *(Metric(f"AR{name[0]}", "recall", None, name, last) for name, _ in sizes),
+    )
 
 
-NO_DETECTIONS = ImageDetections(as_boxes([]), np.zeros(0), np.zeros(0, dtype=np.int64))
+METRICS = metrics_of(COCO)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CocoNumbers:
-    """COCO's twelve numbers, in [0, 1], or -1 where there is nothing to measure (no truth box of that kind)."""
+    """Numbers in [0, 1], or -1 where there is nothing to measure (no truth box of that kind).
 
-    AP: float
-    AP50: float
-    AP75: float
-    APs: float
-    APm: float
-    APl: float
-    AR1: float
-    AR10: float
-    AR100: float
-    ARs: float
-    ARm: float
-    ARl: float
+    Attributes:
+        values: All numbers of the protocol by their names, in the order of `metrics_of`.
+        AP: As the others, one of COCO's twelve; -1 also where the protocol has no such number.
+    """
+
+    values: dict[str, float] = field(repr=False)
+    AP: float = -1.0
+    AP50: float = -1.0
+    AP75: float = -1.0
+    APs: float = -1.0
+    APm: float = -1.0
+    APl: float = -1.0
+    AR1: float = -1.0
+    AR10: float = -1.0
+    AR100: float = -1.0
+    ARs: float = -1.0
+    ARm: float = -1.0
+    ARl: float = -1.0
 
     def numbers(self) -> dict[str, float]:
-        """The twelve by their names, in COCO's order."""
-        return {metric.name: getattr(self, metric.name) for metric in METRICS}
+        """All numbers of the protocol by their names, in COCO's order."""
+        return dict(self.values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CocoResult(CocoNumbers):
-    """The twelve numbers over all classes, and what they were made of.
+    """The numbers over all classes, and what they were made of.
 
     Attributes:
-        categories: The classes, by their indices.
-        per_class: The twelve numbers of each class.
+        categories: The classes, by their indices; none where classes count as one.
+        per_class: The numbers of each class.
         num_images: Images, with and without boxes.
         num_truth: Labelled boxes, crowds included.
-        num_detections: Detections given, also those beyond the hundredth of an image and class.
+        num_detections: Detections given, also those beyond the last limit of an image and class.
         num_unreadable: Images that the detector could not read; all their boxes count as missed.
-        precision: [10 IoU, 101 recalls, class, 4 areas, 3 limits], -1 where there is no truth; classes by index.
-        recall: [10 IoU, class, 4 areas, 3 limits].
+        precision: At the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 where there is no truth;
+            classes by index.
+        recall: [T thresholds, class, A sizes, limit].
+        protocol: By which rules.
     """
 
     categories: tuple[Category, ...]
@@ -140,9 +102,10 @@ class CocoResult(CocoNumbers):
     num_unreadable: int
     precision: Floats = field(repr=False, compare=False)
     recall: Floats = field(repr=False, compare=False)
+    protocol: Protocol = COCO
 
     def table_rows(self, run: str | None, model: str | None, split: str | None) -> list[dict[str, Any]]:
-        """Rows of a `metrics` table: the twelve numbers over all classes, then those of each class.
+        """Rows of a `metrics` table: the numbers over all classes, then those of each class.
 
         A number that is -1 (nothing to measure) becomes null.
         """
@@ -164,257 +127,218 @@ class CocoResult(CocoNumbers):
                 "high": None,
             }
             for name, numbers in over
-            for metric in METRICS
-            for value in [numbers.numbers()[metric.name]]
+            for metric in metrics_of(self.protocol)
+            for value in [numbers.values[metric.name]]
         ]
 
 
-@dataclass
-class _Counts:
-    images: int = 0
-    truth: int = 0
-    detections: int = 0
-    unreadable: int = 0
+def accumulate(
+    matches: Matches, categories: Sequence[Category], *, num_detections: int | None = None, num_unreadable: int = 0
+) -> CocoResult:
+    """COCO's numbers over all images of `matches`, equal to pycocotools' to the last bit.
 
-    def add(self, images: int, truth: int, detections: int, unreadable: int) -> None:
-        self.images += images
-        self.truth += truth
-        self.detections += detections
-        self.unreadable += unreadable
+    Args:
+        matches: All images, in one piece.
+        categories: The classes, by their indices.
+        num_detections: As given, where that is more than what was matched; only passed on.
+        num_unreadable: Only passed on.
+
+    Raises:
+        ValueError: `categories` are not those of `matches`.
+    """
+    if not matches.protocol.class_agnostic and len(categories) != matches.num_categories:
+        raise ValueError(f"{len(categories)} categories for matches of {matches.num_categories}")
+    precision, recall = precision_and_recall(judged_of(matches))
+    return result_of(
+        precision,
+        recall,
+        matches.protocol,
+        categories,
+        num_images=len(matches.image_ids),
+        num_truth=len(matches.truth_image),
+        num_detections=len(matches.scores) if num_detections is None else num_detections,
+        num_unreadable=num_unreadable,
+    )
 
 
-class CocoAccumulator:
-    """Takes images one by one and gives COCO's numbers over all of them.
+def result_of(
+    precision: Floats,
+    recall: Floats,
+    protocol: Protocol,
+    categories: Sequence[Category],
+    *,
+    num_images: int,
+    num_truth: int,
+    num_detections: int,
+    num_unreadable: int,
+) -> CocoResult:
+    """The means over what `precision_and_recall` gave for all classes; counts are only passed on."""
+    by_class = tuple(() if protocol.class_agnostic else categories)
+    # pycocotools puts classes in the order of the source's ids, and a mean in another order rounds differently.
+    by_source_id = sorted(range(len(by_class)), key=lambda index: by_class[index].id) or [0]
+    values: dict[str, float] = {}
+    values_by_class: list[dict[str, float]] = [{} for _ in by_class]
+    for metric in metrics_of(protocol):
+        chosen = cells(precision, recall, protocol, metric)
+        values[metric.name] = mean_of(chosen[..., by_source_id])
+        # A class has either no -1 or nothing else.
+        rows = np.ascontiguousarray(np.moveaxis(chosen, -1, 0)).reshape(chosen.shape[-1], -1)
+        for own, value in zip(values_by_class, rows.mean(axis=1).tolist(), strict=bool(by_class)):
+            own[metric.name] = value
+    return CocoResult(
+        **_numbers(values),
+        categories=by_class,
+        per_class=tuple(CocoNumbers(**_numbers(own)) for own in values_by_class),
+        num_images=num_images,
+        num_truth=num_truth,
+        num_detections=num_detections,
+        num_unreadable=num_unreadable,
+        precision=precision,
+        recall=recall,
+        protocol=protocol,
+    )
 
-    The numbers depend neither on the order of the images nor on how they were spread over accumulators; within an
-    image, the order of the detections decides between equal scores, as in pycocotools.
+
+def _numbers(values: dict[str, float]) -> dict[str, Any]:
+    return {"values": values, **{metric.name: values[metric.name] for metric in METRICS if metric.name in values}}
+
+
+def cells(precision: Floats, recall: Floats, protocol: Protocol, metric: Metric) -> Floats:
+    """What a number is the mean of: [threshold, 101 recalls, class], for a recall [threshold, class]."""
+    area = [name for name, _ in protocol.areas].index(metric.area)
+    thresholds = slice(None)
+    if metric.iou is not None:
+        index = protocol.iou_thresholds.index(metric.iou)
+        thresholds = slice(index, index + 1)
+    if metric.kind == "precision":
+        return precision[thresholds, :, :, area, 0]
+    return recall[thresholds, :, area, protocol.max_detections.index(metric.max_detections)]
+
+
+def mean_of(chosen: Floats) -> float:
+    """The mean in pycocotools' order, without what is -1; -1 where nothing is left."""
+    defined = chosen[chosen > -1]
+    return float(np.mean(defined)) if defined.size else -1.0
+
+
+def surest_first(matches: "Matches | Judged") -> Integers:
+    """Positions of the detections by class, in it by falling score, of equal ones by rising image id and rank, [D]."""
+    ranks = falling_rank(matches.scores)
+    return stable_order(matches.detection_category * (ranks.max(initial=0) + 1) + ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What of `Matches` the curves of some classes, counted from 0, are made of; images by rising id.
+
+    Attributes:
+        protocol: By which rules.
+        detection_category: int32 [D].
+        scores: float64 [D].
+        rank: int32 [D].
+        true_positive: Unsigned [A, D].
+        ignored: Unsigned [A, D].
+        num_truth: Labelled boxes that count, of each size and class, int64 [A, K].
     """
 
-    def __init__(self, categories: Sequence[Category]) -> None:
-        """Starts with no image.
-
-        Raises:
-            ValueError: There is no category.
-        """
-        if not categories:
-            raise ValueError("COCO metrics need at least one category")
-        self._categories = tuple(categories)
-        self._streaming = hotcoco.StreamingEval([{"id": i, "name": c.name} for i, c in enumerate(categories)], "bbox")
-        self._images: list[dict[str, int]] = []
-        self._truth: list[dict[str, Any]] = []
-        self._detections: list[Floats] = []
-        self._num_pending_detections = 0
-        self._seen: set[int] = set()
-        self._counts = _Counts()
-        self._merged_states: list[bytes] = []
-
-    def add(
-        self,
-        image_id: int,
-        size_hw: tuple[int, int],
-        truth: ImageTruth,
-        detections: ImageDetections,
-        *,
-        unreadable: bool = False,
-    ) -> None:
-        """Takes one image with all its boxes and all its detections.
-
-        Args:
-            image_id: 0 ≤ image_id < 2⁵³, each once.
-            size_hw: Height and width in pixels; kept with the image, the numbers do not depend on it.
-            truth: All labelled boxes of the image.
-            detections: All detections in the image.
-            unreadable: The image could not be read: it has no detections, and all its boxes count as missed.
-
-        Raises:
-            ValueError: An image that was there before, arrays that do not fit each other, an index that is no
-                category, a number that is not finite.
-        """
-        self._check(image_id, truth, detections, unreadable)
-        height, width = size_hw
-        self._seen.add(int(image_id))
-        self._images.append({"id": int(image_id), "width": int(width), "height": int(height)})
-        columns = (truth.boxes_xywh, truth.category, truth.area, truth.iscrowd)
-        for box_xywh, category, area, iscrowd in zip(*(column.tolist() for column in columns), strict=True):
-            self._truth.append(
-                {
-                    # From 1 and unique within what is matched together: an id of 0 would read as "not matched".
-                    "id": len(self._truth) + 1,
-                    "image_id": int(image_id),
-                    "category_id": category,
-                    "bbox": box_xywh,
-                    "area": area,
-                    "iscrowd": int(iscrowd),
-                }
-            )
-        count = len(detections.scores)
-        if count:
-            rows = np.empty((count, 7))
-            rows[:, 0] = image_id
-            rows[:, 1:5] = detections.boxes_xywh
-            rows[:, 5] = detections.scores
-            rows[:, 6] = detections.category
-            self._detections.append(rows)
-        self._num_pending_detections += count
-        self._counts.add(1, len(truth.category), count, int(unreadable))
-        if len(self._images) >= _FLUSH_IMAGES or self._num_pending_detections >= _FLUSH_DETECTIONS:
-            self._flush()
-
-    def _check(self, image_id: int, truth: ImageTruth, detections: ImageDetections, unreadable: bool) -> None:
-        where = f"image {image_id}"
-        if not 0 <= image_id < MAX_IMAGE_ID:
-            raise ValueError(f"{where}: ids must be at least 0 and below 2**53")
-        if image_id in self._seen:
-            raise ValueError(f"{where} was added before")
-        if unreadable and len(detections.scores):
-            raise ValueError(f"{where} has detections although it could not be read")
-        num_truth, num_detections = len(truth.category), len(detections.category)
-        shapes = (truth.boxes_xywh.shape, truth.area.shape, truth.iscrowd.shape)
-        if shapes != ((num_truth, 4), (num_truth,), (num_truth,)):
-            raise ValueError(f"{where}: the arrays of the truth differ in length: {shapes}, {num_truth} categories")
-        shapes = (detections.boxes_xywh.shape, detections.scores.shape, (num_detections,))
-        if shapes != ((num_detections, 4), (num_detections,), (num_detections,)):
-            raise ValueError(f"{where}: the arrays of the detections differ in length: {shapes}")
-        for category in (truth.category, detections.category):
-            if category.size and (category.min() < 0 or category.max() >= len(self._categories)):
-                raise ValueError(f"{where} has a category that is not one of 0 … {len(self._categories) - 1}")
-        for values in (truth.boxes_xywh, truth.area, detections.boxes_xywh, detections.scores):
-            if not np.isfinite(values).all():
-                raise ValueError(f"{where} has a box, area or score that is not a finite number")
-
-    def _flush(self) -> None:
-        if self._images:
-            rows = np.concatenate(self._detections) if self._detections else np.zeros((0, 7))
-            self._streaming.update(self._images, self._truth, rows)
-        self._images, self._truth, self._detections, self._num_pending_detections = [], [], [], 0
-
-    def to_bytes(self) -> bytes:
-        """The whole state, for `merge` in another process that runs the same version of raydet."""
-        header = {
-            "categories": [[category.id, category.name] for category in self._categories],
-            "counts": asdict(self._counts),
-        }
-        encoded = json.dumps(header).encode()
-        image_ids = np.fromiter(self._seen, dtype="<i8", count=len(self._seen)).tobytes()
-        sizes = np.array([len(encoded), len(image_ids)], dtype="<i8").tobytes()
-        return _STATE_MAGIC + sizes + encoded + image_ids + self._merged().to_bytes()
-
-    def merge(self, state: bytes) -> None:
-        """Takes in all images of another accumulator, given as what its `to_bytes` returned.
-
-        Raises:
-            ValueError: It is no such state, it has other categories, or an image is in both.
-        """
-        start = len(_STATE_MAGIC) + 16
-        if not state.startswith(_STATE_MAGIC) or len(state) < start:
-            raise ValueError("not the state of a CocoAccumulator of this version")
-        header_size, ids_size = (int(size) for size in np.frombuffer(state[start - 16 : start], dtype="<i8"))
-        header = json.loads(state[start : start + header_size])
-        categories = tuple(Category(id_, name) for id_, name in header["categories"])
-        if categories != self._categories:
-            raise ValueError("the states to be merged have different categories")
-        image_ids = np.frombuffer(state[start + header_size : start + header_size + ids_size], dtype="<i8").tolist()
-        both = self._seen.intersection(image_ids)
-        if both:
-            raise ValueError(f"{len(both)} images are in both of the states to be merged, such as {min(both)}")
-        self._seen.update(image_ids)
-        self._counts.add(**header["counts"])
-        self._merged_states.append(state[start + header_size + ids_size :])
-
-    def _merged(self) -> hotcoco.StreamingEval:
-        """One new evaluator over all images; this object's own stays as it is."""
-        self._flush()
-
-        def parts() -> Iterable[hotcoco.StreamingEval]:
-            yield self._streaming
-            for state in self._merged_states:
-                yield hotcoco.StreamingEval.from_bytes(state)
-
-        return hotcoco.StreamingEval.merge(parts())
-
-    def result(self) -> CocoResult:
-        """The numbers over all images so far; more may be added afterwards."""
-        num_classes = len(self._categories)
-        evaluator = self._merged().finalize()
-        evaluator.accumulate()
-        arrays = evaluator.eval
-        assert arrays is not None
-        precision, recall = np.asarray(arrays["precision"]), np.asarray(arrays["recall"])
-        # pycocotools puts classes in the order of the source's ids, and a mean in another order rounds differently.
-        by_source_id = sorted(range(num_classes), key=lambda index: self._categories[index].id)
-        return CocoResult(
-            **_numbers(precision, recall, by_source_id).numbers(),
-            categories=self._categories,
-            per_class=tuple(_numbers(precision, recall, [index]) for index in range(num_classes)),
-            num_images=self._counts.images,
-            num_truth=self._counts.truth,
-            num_detections=self._counts.detections,
-            num_unreadable=self._counts.unreadable,
-            precision=precision,
-            recall=recall,
-        )
+    protocol: Protocol
+    detection_category: npt.NDArray[np.int32]
+    scores: Floats
+    rank: npt.NDArray[np.int32]
+    true_positive: BitSets
+    ignored: BitSets
+    num_truth: Integers
 
 
-def _numbers(precision: Floats, recall: Floats, classes: list[int]) -> CocoNumbers:
-    """The twelve means over some classes, skipping what is -1, as in pycocotools' `summarize`."""
-    values = {}
-    for metric in METRICS:
-        array = precision if metric.kind == "precision" else recall
-        area, limit = _AREAS.index(metric.area), _DETECTION_LIMITS.index(metric.max_detections)
-        chosen = array[_IOU_INDEX[metric.iou]][..., classes, area, limit]
-        defined = chosen[chosen > -1]
-        values[metric.name] = float(np.mean(defined)) if defined.size else -1.0
-    return CocoNumbers(**values)
+def judged_of(matches: Matches) -> Judged:
+    """All classes."""
+    return Judged(
+        protocol=matches.protocol,
+        detection_category=matches.detection_category,
+        scores=matches.scores,
+        rank=matches.rank,
+        true_positive=matches.true_positive,
+        ignored=matches.ignored,
+        num_truth=count_truth(matches),
+    )
 
 
-TRUE_POSITIVE, FALSE_POSITIVE, NOT_COUNTED = 1, 0, -1
+def count_truth(matches: Matches) -> Integers:
+    """Labelled boxes that count, of each size and class, int64 [A, K]."""
+    return np.array(
+        [
+            np.bincount(matches.truth_category[~ignored], minlength=matches.num_categories)
+            for ignored in matches.truth_ignored
+        ]
+    )
 
 
-def match_image(truth: ImageTruth, detections: ImageDetections, iou_threshold: float = 0.5) -> npt.NDArray[np.int8]:
-    """Says of each detection of an image whether it is right, by COCO's greedy matching at one IoU threshold.
-
-    By falling score each detection takes the free box of its class that it overlaps most. What is kept above any
-    score is matched as if the rest were not there, so one matching serves all score thresholds.
+def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
+    """The arrays of pycocotools' `COCOeval.accumulate`; a class does not change those of another.
 
     Returns:
-        int8 [M]: TRUE_POSITIVE, FALSE_POSITIVE, or NOT_COUNTED for one that lies in a crowd or that comes after the
-        hundredth of its class.
+        Precision at the last limit, [T, 101, K, A, 1], and recall, [T, K, A, limit]; -1 where a class has no truth.
     """
-    outcome = np.full(len(detections.scores), FALSE_POSITIVE, dtype=np.int8)
-    order = np.argsort(-detections.scores, kind="stable")
-    category = detections.category[order]
-    iou = _iou(detections.boxes_xywh[order], truth.boxes_xywh, truth.iscrowd)
-    overlaps = (iou >= iou_threshold) & (category[:, None] == truth.category)
-    for repeated in np.unique(category) if len(order) > MAX_DETECTIONS else ():
-        too_many = np.flatnonzero(category == repeated)[MAX_DETECTIONS:]
-        outcome[order[too_many]] = NOT_COUNTED
-        overlaps[too_many] = False
-    rows, columns = np.nonzero(overlaps)
-    is_free, iscrowd = (~truth.iscrowd).tolist(), truth.iscrowd.tolist()
-    pairs = zip(rows.tolist(), columns.tolist(), iou[rows, columns].tolist(), strict=True)
-    for row, own_pairs in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        best, best_iou, in_crowd = None, iou_threshold, False
-        for _, column, overlap in own_pairs:
-            in_crowd = in_crowd or iscrowd[column]
-            # Of equal overlaps pycocotools takes the last.
-            if is_free[column] and overlap >= best_iou:
-                best, best_iou = column, overlap
-        if best is not None:
-            is_free[best] = False
-            outcome[order[row]] = TRUE_POSITIVE
-        elif in_crowd:
-            outcome[order[row]] = NOT_COUNTED
-    return outcome
+    protocol, num_classes = judged.protocol, judged.num_truth.shape[1]
+    num_thresholds, limits = len(protocol.iou_thresholds), protocol.max_detections
+    precision = np.full((len(protocol.areas), num_thresholds, num_classes, len(RECALLS)), -1.0)
+    recall = np.full((num_thresholds, num_classes, len(protocol.areas), len(limits)), -1.0)
+    order = surest_first(judged)
+    category, rank = judged.detection_category[order], judged.rank[order]
+    begins = np.searchsorted(category, np.arange(num_classes, dtype=np.int32))
+    num_before = np.zeros(len(order) + 1, dtype=np.int64)
+    for area, num_truth in enumerate(judged.num_truth):
+        right, ignored = judged.true_positive[area][order], judged.ignored[area][order]
+        known = np.flatnonzero(num_truth)
+        needed = _needed(num_truth[known])
+        for threshold in range(num_thresholds):
+            hits = np.flatnonzero(bits_at(right, threshold))
+            np.cumsum(~bits_at(ignored, threshold), out=num_before[1:])
+            own = category[hits]
+            num_judged = num_before[hits + 1] - num_before[begins[own]]
+            precision[area, threshold, known] = _interpolated(own, num_judged, needed, known, num_classes)
+            for index, limit in enumerate(limits):
+                found = np.bincount(own[rank[hits] < limit], minlength=num_classes)
+                recall[threshold, known, area, index] = found[known] / num_truth[known]
+    return precision.transpose(1, 3, 2, 0)[..., None], recall
 
 
-def _iou(first_xywh: Boxes, second_xywh: Boxes, second_iscrowd: Flags) -> Floats:
-    """Overlap of every first with every second box, [M, 4] × [N, 4] → [M, N]; over a crowd, as a part of the first."""
-    first, second = first_xywh[:, None], second_xywh[None]
-    ends = np.minimum(first[..., :2] + first[..., 2:], second[..., :2] + second[..., 2:])
-    sides = np.maximum(ends - np.maximum(first[..., :2], second[..., :2]), 0.0)
-    shared = sides[..., 0] * sides[..., 1]
-    first_area = first[..., 2] * first[..., 3]
-    union = np.where(second_iscrowd[None], first_area, first_area + second[..., 2] * second[..., 3] - shared)
-    # Boxes without area overlap nothing, not even each other.
-    iou: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
-    return iou
+def _needed(num_truth: Integers) -> Integers:
+    """How many boxes must be found for each of the 101 recalls, at least 1: [K] above 0 → [K, 101]."""
+    total = num_truth[:, None].astype(np.float64)
+    needed = np.ceil(RECALLS * total)
+    # The product is rounded; what counts is the quotient that pycocotools compares.
+    needed -= (needed - 1) / total >= RECALLS
+    needed += needed / total < RECALLS
+    return np.maximum(needed, 1).astype(np.int64)
+
+
+def _interpolated(
+    category: npt.NDArray[np.int32], num_judged: Integers, needed: Integers, known: Integers, num_classes: int
+) -> Floats:
+    """The highest precision at each recall or beyond it, which is always that of a right detection.
+
+    Args:
+        category: Of each right detection, by class, then falling score, [N].
+        num_judged: Detections that count up to and with it, in its class, [N].
+        needed: Right detections for each recall, [K, 101].
+        known: Classes with truth, [K].
+        num_classes: All classes.
+
+    Returns:
+        [K, 101], 0 where a recall is not reached.
+    """
+    found = np.bincount(category, minlength=num_classes)
+    first = np.cumsum(found) - found
+    nth = np.arange(len(category)) - first[category] + 1
+    precision = nth / (num_judged + np.spacing(1))
+    result = np.zeros(needed.shape)
+    has_any = found[known] > 0
+    if has_any.any():
+        found, first, needed = found[known][has_any, None], first[known][has_any, None], needed[has_any]
+        # The best from each recall's detection up to the next recall's, then from the right over all recalls.
+        starts = first + np.minimum(needed, found) - 1
+        best = np.maximum.reduceat(precision, starts.ravel()).reshape(starts.shape)
+        best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
+        result[has_any] = np.where(needed <= found, best, 0.0)
+    return result

@@ -3,6 +3,7 @@
 Data is named by the last part of its path alone: where it lay, in whose home or bucket, is nobody else's business.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -19,7 +23,8 @@ from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.errors import UserError
 from raydet.history import best_entry
 from raydet.metrics import METRICS
-from raydet.tables import MANIFEST_NAME, is_table, open_table
+from raydet.schema import categories_of, parse_metadata
+from raydet.tables import MANIFEST_NAME, Table, is_table, open_table
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
@@ -100,6 +105,9 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
             f"--metrics {metrics} holds no metrics of `raydet evaluate`; give the folder that was its --out"
         )
     table = open_table(uri, "metrics")
+    if not table.manifest.get("runs"):
+        raise UserError(f"--metrics {metrics} was written by an earlier raydet; run `raydet evaluate` again")
+    table = _latest_run(table, checkpoint.name)
     own, names = ([item.name for item in of.categories] for of in (checkpoint, table))
     if own and own != names:
         raise UserError(
@@ -113,8 +121,9 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
     if not numbers[None]:
         raise UserError(f"--metrics {metrics} holds no numbers over all images; run `raydet evaluate` again")
     data = _bare_name(rows[0]["split"] or "")
-    num_images = table.manifest.get("num_images")
-    unreadable = table.manifest.get("num_unreadable") or 0
+    (counts,) = table.manifest["runs"].values()
+    num_images = counts.get("num_images")
+    unreadable = counts.get("num_unreadable") or 0
     origin = f"Measured with `raydet evaluate` on {_escaped(data)}" + (f", {num_images:,} images" if num_images else "")
     if unreadable:
         origin += f"; {unreadable:,} of them could not be read, and what is in them counts as missed"
@@ -123,6 +132,23 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
     if model is not None and model != checkpoint.name:
         note = f"the numbers in {metrics} were measured with {model}; make sure that it is the model you push"
     return _Measured(data, num_images, origin + ".", numbers[None], {name: numbers[name] for name in names}, True, note)
+
+
+def _latest_run(table: Table, model: str) -> Table:
+    """Of the runs in a metrics table the last one of this model; the last one of all where none is of it."""
+    runs = table.manifest["runs"]
+    tables = [
+        dataclasses.replace(
+            table, files=(name,), manifest={"files": {name: table.manifest["files"][name]}, "runs": {name: run}}
+        )
+        for name, run in runs.items()
+    ]
+    of_model = [run for run in tables if pc.any(pc.equal(run.read(["model"])["model"], model)).as_py()]
+    chosen = (of_model or tables)[-1]
+    # Runs in one folder may have classes of their own.
+    schema = pq.read_schema(pa.BufferReader(storage.read_bytes(storage.join(chosen.uri, chosen.files[0]))))
+    content = parse_metadata(schema, kind="metrics", where=chosen.uri)
+    return dataclasses.replace(chosen, schema=schema, categories=categories_of(content))
 
 
 def _measured_in_training(checkpoint: Checkpoint, run: _Run) -> _Measured | None:

@@ -23,7 +23,14 @@ import rich.console
 import rich.progress
 
 from raydet import storage
-from raydet.config import PrepareCocoConfig, PrepareImagesConfig, PrepareShapesConfig, config_hash
+from raydet.config import (
+    PrepareCocoConfig,
+    PrepareImagesConfig,
+    PrepareShapesConfig,
+    PrepareVocConfig,
+    PrepareYoloConfig,
+    config_hash,
+)
 from raydet.decode import DecodeError, decode, orientation
 from raydet.errors import UserError
 from raydet.schema import build_schema
@@ -31,6 +38,9 @@ from raydet.sources import ImageFolder, ReadError, Source, SourceImage, SourceOb
 from raydet.sources.coco import read_coco
 from raydet.sources.fitting import fit_objects
 from raydet.sources.images import read_images
+from raydet.sources.voc import read_voc
+from raydet.sources.yolo import read_yolo
+from raydet.sources.yolo_files import find_in_data_yaml, find_in_folders
 from raydet.tables import MANIFEST_NAME, TableWriter, is_table
 
 REJECTED_FOLDER = "_rejected"
@@ -154,9 +164,50 @@ def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
     if done is not None:
         return done
     folder = ImageFolder(config.images)
-    source = read_coco(config.annotations, folder)
-    make_row = partial(_read_row, folder=folder, inline=config.image_storage == "inline", max_pixels=config.max_pixels)
-    return _write_tables(config.out, config, source, make_row, config.num_threads)
+    return _write_files(config, read_coco(config.annotations, folder), folder)
+
+
+def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
+    """Makes an images table of Pascal VOC XML files and their images; `raydet.sources.voc` says how they are read.
+
+    Boxes are taken to refer to the upright image, or are turned with it, as in `prepare_coco`.
+
+    Raises:
+        UserError: A folder or the split is missing or wrong, no class is named, no image can be read, or OUT holds
+            other things.
+    """
+    done = _already_done(config.out, config)
+    if done is not None:
+        return done
+    folder = ImageFolder(config.images)
+    source = read_voc(
+        ImageFolder(config.annotations, what="annotation"),
+        folder,
+        split_uri=config.split,
+        classes=config.classes,
+        zero_based=config.zero_based,
+    )
+    return _write_files(config, source, folder)
+
+
+def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
+    """Makes an images table of images and label files in YOLO's formats; `raydet.sources.yolo` says how they are read.
+
+    Boxes are parts of the upright image, as Ultralytics takes them.
+
+    Raises:
+        UserError: data.yaml, a folder or a list is missing or wrong, no image has a label file, no image can be read,
+            or OUT holds other things.
+    """
+    done = _already_done(config.out, config)
+    if done is not None:
+        return done
+    if config.data is not None:
+        files = find_in_data_yaml(config.data, config.split)
+    else:
+        assert config.images is not None and config.labels is not None and config.classes is not None
+        files = find_in_folders(config.images, config.labels, config.classes)
+    return _write_files(config, read_yolo(files), files.images)
 
 
 def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
@@ -169,8 +220,7 @@ def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
     if done is not None:
         return done
     folder = ImageFolder(config.images)
-    make_row = partial(_read_row, folder=folder, inline=config.image_storage == "inline", max_pixels=config.max_pixels)
-    return _write_tables(config.out, config, read_images(folder), make_row, config.num_threads)
+    return _write_files(config, read_images(folder), folder)
 
 
 def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
@@ -193,6 +243,11 @@ def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
         report = done[split] or _write_tables(tables[split], config, source, make_row, config.num_threads)
         reports.append(report)
     return _sum_reports(config.out, reports, tables)
+
+
+def _write_files(config: PrepareImagesConfig | PrepareYoloConfig, source: Source, folder: ImageFolder) -> PrepareReport:
+    make_row = partial(_read_row, folder=folder, inline=config.image_storage == "inline", max_pixels=config.max_pixels)
+    return _write_tables(config.out, config, source, make_row, config.num_threads)
 
 
 def _sum_reports(out: str, reports: Sequence[PrepareReport], tables: Mapping[Any, str]) -> PrepareReport:

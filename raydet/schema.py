@@ -19,7 +19,21 @@ SCHEMA_VERSION = 1
 MAX_IMAGE_ID = 2**53
 """COCO evaluators hold image ids in a float64, which is exact below this."""
 
-TableKind = Literal["images", "detections", "metrics", "per_image", "rejected"]
+TableKind = Literal[
+    "images",
+    "detections",
+    "metrics",
+    "per_image",
+    "pr_curves",
+    "errors",
+    "confusion",
+    "calibration",
+    "suspects",
+    "comparison",
+    "changed_images",
+    "runs",
+    "rejected",
+]
 
 _METADATA_KEY = b"raydet"
 
@@ -90,6 +104,83 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("false_negatives", pa.int64()),
         ("f1", pa.float64()),
         ("error", pa.string()),
+    ],
+    "pr_curves": [
+        ("run", pa.string()),
+        ("category", pa.string()),  # null: the mean over all classes
+        ("iou", pa.float64()),  # null: the mean over .50:.95
+        ("recall", pa.float64()),
+        ("precision", pa.float64()),
+        ("score", pa.float64()),  # of the last detection needed for this recall; null for a mean and beyond the last
+    ],
+    "errors": [
+        ("run", pa.string()),
+        ("category", pa.string()),  # null: all classes
+        ("error", pa.string()),  # class, location, both, duplicate, background, missed; false_positive, false_negative
+        ("count", pa.int64()),  # detections, or labelled boxes for missed; null for the last two
+        ("ap_points", pa.float64()),  # by how much AP50 would rise were this error not there
+    ],
+    "confusion": [
+        ("run", pa.string()),
+        ("truth", pa.string()),  # null: nothing is there
+        ("detected", pa.string()),  # null: nothing was found
+        ("count", pa.int64()),
+    ],
+    "calibration": [
+        ("run", pa.string()),
+        ("category", pa.string()),  # null: all classes
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("count", pa.int64()),
+        ("mean_score", pa.float64()),
+        ("precision", pa.float64()),
+    ],
+    "suspects": [  # labels that are probably wrong, the most probable first
+        ("run", pa.string()),
+        ("image_id", pa.int64()),
+        ("kind", pa.string()),  # no_truth: a sure detection of what is not labelled; not_found; other_class
+        ("category", pa.string()),  # of the labelled box, or of the detection where there is none
+        ("detected", pa.string()),  # of the detection; null for not_found
+        ("bbox", pa.list_(pa.float64(), 4)),
+        ("score", pa.float64()),
+        ("iou", pa.float64()),
+    ],
+    "comparison": [
+        ("first", pa.string()),
+        ("second", pa.string()),
+        ("metric", pa.string()),
+        ("category", pa.string()),
+        ("first_value", pa.float64()),
+        ("second_value", pa.float64()),
+        ("difference", pa.float64()),  # second - first
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+    ],
+    "changed_images": [
+        ("first", pa.string()),
+        ("second", pa.string()),
+        ("image_id", pa.int64()),
+        ("num_truth", pa.int64()),
+        ("first_f1", pa.float64()),
+        ("second_f1", pa.float64()),
+        ("difference", pa.float64()),
+    ],
+    "runs": [
+        ("run", pa.string()),
+        ("model", pa.string()),
+        ("split", pa.string()),
+        ("truth", pa.string()),
+        ("detections", pa.string()),
+        ("checkpoint_hash", pa.string()),
+        ("data_hash", pa.string()),
+        ("config", pa.string()),  # JSON
+        ("version", pa.string()),
+        ("time", pa.timestamp("us", tz="UTC")),
+        ("num_images", pa.int64()),
+        ("num_truth", pa.int64()),
+        ("num_detections", pa.int64()),
+        ("num_unreadable", pa.int64()),
+        ("num_left_out", pa.int64()),  # images of the truth without a row in the detections, or the other way round
     ],
     "rejected": [
         ("path", pa.string()),

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raydet.accumulator import NO_DETECTIONS, CocoAccumulator, ImageDetections
 from raydet.boxes import Boxes, as_boxes
 from raydet.collate import collate
 from raydet.data import ReadyImage
 from raydet.detector import Detections
 from raydet.drawing import draw_comparison
-from raydet.metrics import NO_DETECTIONS, CocoAccumulator, CocoResult, ImageDetections
+from raydet.metrics import CocoResult
 from raydet.ordering import RunPlan
 from raydet.schema import Category
 from raydet.step import autocast

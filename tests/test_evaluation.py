@@ -1,23 +1,31 @@
 """Tables and JSON in, COCO's numbers out; every mistake in the input gets one line."""
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
+import pyarrow as pa
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from raydet import storage
 from raydet.config import EvaluateConfig
 from raydet.errors import UserError
-from raydet.evaluation import Evaluation, evaluate
-from raydet.schema import Category, build_schema
+from raydet.evaluation import evaluate
+from raydet.evaluation_result import Evaluation
+from raydet.schema import Category, TableKind, build_schema
 from raydet.tables import MANIFEST_NAME, TableWriter, open_table
 
 Row = dict[str, Any]
@@ -148,7 +156,12 @@ class Inputs:
     def config(self, **options: Any) -> EvaluateConfig:
         write_images(self.folder / "val", self.truth, self.truth_categories)
         write_detections(self.folder / "found", self.detections, self.detection_categories, checkpoint="tiny")
-        values = {"truth": str(self.folder / "val"), "detections": str(self.folder / "found"), **options}
+        values: dict[str, Any] = {
+            "truth": str(self.folder / "val"),
+            "detections": str(self.folder / "found"),
+            "bootstrap": 20,
+        }
+        values |= options
         return EvaluateConfig(**values)
 
 
@@ -202,7 +215,9 @@ def test_metrics_table_holds_the_numbers_and_where_they_come_from(inputs: Inputs
     rows = table.read().to_pylist()
     assert {(row["run"], row["model"], row["split"]) for row in rows} == {("found", "tiny", "val")}
     values = {row["metric"]: row["value"] for row in rows if row["category"] is None}
-    assert values == {name: None if value == -1 else value for name, value in evaluation.result.numbers().items()}
+    expected = {name: None if value == -1 else value for name, value in evaluation.result.numbers().items()}
+    assert {name: values[name] for name in expected} == expected
+    assert values["best_f1_threshold"] == 0.8
     assert [row["value"] for row in rows if row["metric"] == "AP" and row["category"] == "dog"] == [
         evaluation.result.per_class[1].AP
     ]
@@ -247,8 +262,7 @@ def test_the_same_evaluation_may_be_written_again(inputs: Inputs) -> None:
     config = inputs.config(out=str(out), num_shards=1)
     evaluate(config)
     first = open_table(str(out / "metrics"), "metrics").read()
-    again = EvaluateConfig(truth=config.truth, detections=config.detections, out=str(out), num_shards=2)
-    evaluate(again)
+    evaluate(dataclasses.replace(config, num_shards=2))
     assert open_table(str(out / "metrics"), "metrics").read().equals(first)
     assert len(list((out / "metrics").glob("*.parquet"))) == 1
 
@@ -257,8 +271,8 @@ def test_numbers_of_another_evaluation_are_not_overwritten(inputs: Inputs) -> No
     out = inputs.folder / "out"
     evaluate(inputs.config(out=str(out)))
     before = (out / "metrics" / MANIFEST_NAME).read_bytes()
-    with pytest.raises(UserError, match="holds another evaluation's numbers") as caught:
-        evaluate(EvaluateConfig(truth=str(inputs.folder / "val"), detections="elsewhere", out=str(out)))
+    with pytest.raises(UserError, match="holds another evaluation's numbers under the run name 'found'") as caught:
+        evaluate(EvaluateConfig(truth=str(inputs.folder / "val"), detections="elsewhere", run="found", out=str(out)))
     assert str(out / "metrics") in str(caught.value)
     assert (out / "metrics" / MANIFEST_NAME).read_bytes() == before
 
@@ -284,8 +298,246 @@ def test_half_written_tables_are_written_anew(inputs: Inputs) -> None:
     (out / "metrics" / MANIFEST_NAME).unlink()
     (out / "metrics" / "part-00001.parquet").write_bytes(b"half")
     evaluate(inputs.config(out=str(out)))
-    assert len(open_table(str(out / "metrics"), "metrics").read()) == 36
+    metrics = open_table(str(out / "metrics"), "metrics").read()["metric"].to_pylist()
+    assert (metrics.count("AP"), metrics.count("ARl")) == (3, 3)
     assert not (out / "metrics" / "part-00001.parquet").exists()
+
+
+KINDS: tuple[TableKind, ...] = (
+    "metrics",
+    "per_image",
+    "pr_curves",
+    "errors",
+    "confusion",
+    "calibration",
+    "suspects",
+    "runs",
+)
+
+
+def two_runs(inputs: Inputs) -> tuple[Path, float, float]:
+    """Two runs in one folder, the second of which found less; their AP."""
+    out = inputs.folder / "out"
+    config = inputs.config(out=str(out), run="good")
+    good = evaluate(config).result.AP
+    for row in inputs.detections[:1]:
+        row["detections"] = NOTHING
+    write_detections(inputs.folder / "worse", inputs.detections, inputs.detection_categories)
+    bad = evaluate(dataclasses.replace(config, detections=str(inputs.folder / "worse"), run="bad/1")).result.AP
+    assert bad < good
+    return out, good, bad
+
+
+def test_runs_stand_beside_each_other_and_can_be_queried(inputs: Inputs) -> None:
+    out, good, bad = two_runs(inputs)
+    for kind in KINDS:
+        table = open_table(str(out / kind), kind)
+        assert len(table.files) == 2
+    query = (
+        f"SELECT run, value FROM '{out}/metrics/*.parquet' "
+        "WHERE metric = 'AP' AND category IS NULL AND slice IS NULL ORDER BY value"
+    )
+    assert pytest.importorskip("duckdb").sql(query).fetchall() == [("bad/1", bad), ("good", good)]
+    frame = pandas.read_parquet(out / "metrics")
+    chosen = frame[(frame["metric"] == "AP") & frame["category"].isna() & frame["slice"].isna()]
+    assert dict(zip(chosen["run"], chosen["value"], strict=True)) == {"good": good, "bad/1": bad}
+
+
+def test_the_runs_table_says_where_the_numbers_come_from(inputs: Inputs) -> None:
+    out, _, _ = two_runs(inputs)
+    good = next(row for row in open_table(str(out / "runs"), "runs").read().to_pylist() if row["run"] == "good")
+    assert (good["model"], good["split"], good["checkpoint_hash"]) == ("tiny", "val", None)
+    assert (good["truth"], good["detections"]) == (str(inputs.folder / "val"), str(inputs.folder / "found"))
+    counts = ("num_images", "num_truth", "num_detections", "num_unreadable", "num_left_out")
+    assert [good[name] for name in counts] == [4, 6, 6, 1, 0]
+    assert json.loads(good["config"])["bootstrap"] == 20
+    manifest = (inputs.folder / "val" / MANIFEST_NAME).read_bytes()
+    assert good["data_hash"] == hashlib.sha256(manifest).hexdigest()[:16]
+
+
+def test_measuring_a_run_again_replaces_its_rows_alone(inputs: Inputs) -> None:
+    out, _, _ = two_runs(inputs)
+    before = {kind: open_table(str(out / kind), kind).read() for kind in KINDS}
+    evaluate(EvaluateConfig(**json.loads(before["runs"].to_pylist()[1]["config"])))
+    for kind in set(KINDS) - {"runs"}:
+        assert open_table(str(out / kind), kind).read().equals(before[kind])
+    assert open_table(str(out / "runs"), "runs").num_rows == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_dies_while_writing_leaves_no_metrics_of_it(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, kind: TableKind
+) -> None:
+    out, _, bad = two_runs(inputs)
+    write = storage.write_bytes
+
+    def dying(uri: str, data: bytes) -> None:
+        if f"/{kind}/good" in uri:
+            raise OSError("no space left on device")
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", dying)
+    config = EvaluateConfig(**json.loads(open_table(str(out / "runs"), "runs").read().to_pylist()[1]["config"]))
+    assert config.run == "good"
+    with pytest.raises(OSError, match="no space left"):
+        evaluate(config)
+    rows = open_table(str(out / "metrics"), "metrics").read().to_pylist()
+    assert {row["run"] for row in rows} == {"bad/1"}
+    assert [row["value"] for row in rows if row["metric"] == "AP" and row["category"] is None] == [bad]
+    assert len(list((out / "metrics").glob("*.parquet"))) == 1
+    monkeypatch.undo()
+    evaluate(config)
+    assert len(open_table(str(out / "metrics"), "metrics").files) == 2
+
+
+def test_other_options_under_the_same_name_are_refused(inputs: Inputs) -> None:
+    config = inputs.config(out=str(inputs.folder / "out"), run="r1")
+    evaluate(config)
+    with pytest.raises(UserError, match=r"under the run name 'r1'.*--run"):
+        evaluate(dataclasses.replace(config, max_detections=[5]))
+    evaluate(dataclasses.replace(config, max_detections=[5], run="r2"))
+
+
+def test_numbers_have_intervals(inputs: Inputs) -> None:
+    out = inputs.folder / "out"
+    evaluation = evaluate(inputs.config(out=str(out)))
+    rows = [row for row in open_table(str(out / "metrics"), "metrics").read().to_pylist() if row["metric"] == "AP"]
+    assert len(rows) == 3
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    interval = f"{rows[0]['low']:.3f}–{rows[0]['high']:.3f}"
+    assert any(line.startswith("AP ") and line.endswith(interval) for line in evaluation.lines())
+    without = evaluate(inputs.config(out=str(inputs.folder / "quick"), bootstrap=0))
+    assert without.whole.intervals is None
+    assert open_table(str(inputs.folder / "quick" / "metrics"), "metrics").read()["low"].null_count > 0
+
+
+def test_what_both_sides_have_can_be_measured(inputs: Inputs) -> None:
+    drop_rows(inputs)
+    add = {**inputs.detections[0], "image_id": 77, "error": "gone"}
+    inputs.detections.append(add)
+    out = inputs.folder / "out"
+    evaluation = evaluate(inputs.config(allow_partial=True, out=str(out)))
+    result = evaluation.result
+    assert (result.num_images, result.num_truth, result.num_unreadable, evaluation.num_left_out) == (2, 2, 1, 3)
+    assert evaluation.lines()[0] == "PARTIAL: 3 images that only one side has are left out"
+    assert open_table(str(out / "runs"), "runs").read()["num_left_out"].to_pylist() == [3]
+    assert open_table(str(out / "per_image"), "per_image").read()["image_id"].to_pylist() == [5, 11]
+
+
+def test_nothing_in_common_is_a_mistake_even_so(inputs: Inputs) -> None:
+    inputs.detections[:] = [{**row, "image_id": row["image_id"] + 1000} for row in inputs.detections]
+    for allow_partial in (False, True):
+        with pytest.raises(UserError, match="such as image 1002, and none that it has: they are of different data"):
+            evaluate(inputs.config(allow_partial=allow_partial))
+
+
+def test_slices_are_measured_apart(inputs: Inputs) -> None:
+    fields = [pa.field("camera", pa.string())]
+    config = inputs.config()
+    with TableWriter(
+        str(inputs.folder / "val"), build_schema("images", CATEGORIES, extra_fields=fields), config_hash="x"
+    ) as writer:
+        for row, camera in zip(inputs.truth, ("front", "front", "rear", None), strict=True):
+            image = {"bytes": b"not a picture", "path": "a.png"}
+            writer.write_rows([{"image": image, **row, "camera": camera}])
+    out = inputs.folder / "out"
+    config = dataclasses.replace(config, out=str(out), slice_by=["camera", "box_size"])
+    evaluation = evaluate(config)
+    rows = open_table(str(out / "metrics"), "metrics").read().to_pylist()
+    ap = {row["slice"]: row for row in rows if row["metric"] == "AP" and row["category"] is None}
+    # Image 5 (unreadable) and 2 are of the front camera, 9 of the rear one; 11 has no box and no camera.
+    assert ap["camera=front"]["value"] < ap["camera=rear"]["value"]
+    assert ap["camera=unknown"]["value"] is None
+    assert ap[None]["low"] is not None and ap["camera=front"]["low"] is None  # two images are too few
+    assert ap["box_size=small"]["value"] == evaluation.result.APs
+    assert (ap["box_size=medium"]["value"], ap["box_size=medium"]["area"]) == (evaluation.result.APm, "medium")
+    assert ap["box_size=large"]["value"] is None
+    assert any(line.startswith("camera=rear") for line in evaluation.lines())
+    with pytest.raises(UserError, match=r"no column or property weather.*camera"):
+        evaluate(dataclasses.replace(config, slice_by=["weather"], run="other"))
+
+
+def test_classes_can_count_as_one(test_data: Path, tmp_path: Path) -> None:
+    file = test_data / "coco_mini" / "instances_val.json"
+    results = made_up_results(json.loads(file.read_bytes()), seed=2)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    config = EvaluateConfig(
+        truth=str(file), detections=str(tmp_path / "results.json"), class_agnostic=True, out=str(tmp_path / "out")
+    )
+    evaluation = evaluate(config)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth_coco = COCO(str(file))
+        evaluator = COCOeval(truth_coco, truth_coco.loadRes(config.detections), "bbox")
+        evaluator.params.useCats = 0
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    assert numbers(evaluation) == evaluator.stats.tolist()
+    assert evaluation.whole.blocks[1:] == ()
+    assert open_table(str(tmp_path / "out" / "confusion"), "confusion").num_rows > 0
+
+
+def test_other_thresholds_and_limits(inputs: Inputs) -> None:
+    evaluation = evaluate(inputs.config(iou_thresholds=[0.3, 0.75], max_detections=[2], out=str(inputs.folder / "out")))
+    assert [row[0] for row in evaluation.whole.blocks[0]] == [
+        "AP",
+        "AP75",
+        "APs",
+        "APm",
+        "APl",
+        "AR2",
+        "ARs",
+        "ARm",
+        "ARl",
+    ]
+    assert any(line.split()[2:3] == [".30:.75"] for line in evaluation.lines())
+
+
+@pytest.mark.parametrize("protocol", ["voc", "voc07"])
+def test_pascal_voc(inputs: Inputs, protocol: str) -> None:
+    out = inputs.folder / "out"
+    evaluation = evaluate(inputs.config(protocol=protocol, out=str(out)))
+    # Two of three boxes of each class are found, and nothing before them is wrong.
+    expected = {"voc": 2 / 3, "voc07": 7 / 11}[protocol]
+    assert pytest.approx(expected) == evaluation.result.AP50
+    assert evaluation.result.AP == -1
+    rows = open_table(str(out / "metrics"), "metrics").read().to_pylist()
+    values = [row["value"] for row in rows if row["metric"] == "AP50"]
+    assert values == pytest.approx([expected] * 3)
+
+
+def test_lvis_judges_only_what_is_known(tmp_path: Path) -> None:
+    images = [
+        {"id": 5, "width": 99, "height": 99, "neg_category_ids": [3], "not_exhaustive_category_ids": []},
+        {"id": 2, "width": 99, "height": 99, "neg_category_ids": [], "not_exhaustive_category_ids": [8]},
+    ]
+    false_alarms = [{**RESULT, "image_id": 2, "category_id": 3, "score": 0.9}]
+    truth = {**TRUTH_JSON, "images": images}
+    for name, content in {"instances.json": truth, "results.json": [{**RESULT, "score": 0.5}, *false_alarms]}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    config = EvaluateConfig(
+        truth=str(tmp_path / "instances.json"),
+        detections=str(tmp_path / "results.json"),
+        protocol="lvis",
+        out=str(tmp_path / "out"),
+    )
+    assert pytest.approx(1) == evaluate(config).result.AP
+    assert open_table(str(tmp_path / "out" / "runs"), "runs").num_rows == 1
+    (tmp_path / "instances.json").write_text(json.dumps(TRUTH_JSON))
+    with pytest.raises(UserError, match="is no LVIS truth"):
+        evaluate(config)
+
+
+def test_small_inputs_start_no_ray(inputs: Inputs) -> None:
+    config = inputs.config(out=str(inputs.folder / "out"))
+    code = (
+        "import sys, raydet; "
+        f"raydet.evaluate(raydet.EvaluateConfig(truth={config.truth!r}, detections={config.detections!r}, "
+        f"out={config.out!r})); "
+        "print(sorted({'ray', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def change_detections(**values: Any) -> Callable[[Inputs], None]:

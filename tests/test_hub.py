@@ -267,7 +267,7 @@ def _epoch(number: int, value: float) -> dict[str, Any]:
     return {"epoch": number, "loss": 1.0, **numbers, "APl": None, "ARl": None, "AP_by_class": by_class}
 
 
-def _evaluation(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
+def _evaluation(folder: Path, names: tuple[str, ...] = NAMES, **options: Any) -> Path:
     """A metrics folder of `raydet evaluate`: one of two boxes of the first class is found, none of the others."""
     boxes = [(1, 1, [10, 10, 40, 40]), (2, 1, [5, 5, 50, 50]), (2, 2, [60, 60, 20, 20])]
     truth = {
@@ -286,11 +286,12 @@ def _evaluation(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
     }
     found = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40], "score": 0.9}]
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "parking-test.json").write_text(json.dumps(truth))
     (folder / "results.json").write_text(json.dumps(found))
     truth_file, results_file = str(folder / "parking-test.json"), str(folder / "results.json")
-    raydet.evaluate(EvaluateConfig(truth=truth_file, detections=results_file, out=str(folder / "metrics")))
+    out = str(folder / "metrics")
+    raydet.evaluate(EvaluateConfig(truth=truth_file, detections=results_file, out=out, bootstrap=20, **options))
     return folder / "metrics"
 
 
@@ -389,6 +390,16 @@ def test_class_names_stay_what_they_are_in_markdown(hub: Hub, run: Path) -> None
     rows = [r"car\|van", r"\*star\_ \[x\](y)", r"\<b\>\`tick\`\$"]
     assert all(f"| {index} | {name} |" in text for index, name in enumerate(rows))
     assert all(f"| {name} | 0.7" in text for name in rows)
+
+
+def test_of_several_evaluations_in_a_folder_the_card_takes_the_last_of_this_checkpoint(
+    hub: Hub, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "evaluated"
+    _evaluation(folder, run="own", split="own-data", model=str(run / "checkpoint"))
+    metrics = _evaluation(folder, ("cat", "dog", "cow"), run="other", split="other-data", model="other")
+    raydet.push(_config(run, metrics=str(metrics)))
+    assert "on own-data, 2 images." in _card(hub).text and "other-data" not in _card(hub).text
 
 
 def test_the_card_tells_of_an_evaluation(hub: Hub, run: Path, tmp_path: Path) -> None:

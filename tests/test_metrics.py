@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hotcoco
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,19 +17,11 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from raydet.accumulator import CocoAccumulator, ImageDetections, ImageTruth
 from raydet.boxes import as_boxes
-from raydet.metrics import (
-    FALSE_POSITIVE,
-    METRICS,
-    NO_DETECTIONS,
-    NOT_COUNTED,
-    TRUE_POSITIVE,
-    CocoAccumulator,
-    CocoResult,
-    ImageDetections,
-    ImageTruth,
-    match_image,
-)
+from raydet.matching import COCO as COCO_PROTOCOL
+from raydet.matching import COCO_AREAS, COCO_IOU_THRESHOLDS, DetectionColumns, Matches, Protocol, TruthColumns, match
+from raydet.metrics import METRICS, CocoResult, accumulate, metrics_of
 from raydet.schema import Category, build_schema
 
 
@@ -53,7 +46,31 @@ def image_detections(rows: list[tuple[list[float], float, int]]) -> ImageDetecti
     return ImageDetections(as_boxes(boxes), np.array(scores, dtype=np.float64), np.array(categories, dtype=np.int64))
 
 
-def reference(images: list[Image], categories: list[Category]) -> COCOeval:
+def columns(images: list[Image]) -> tuple[TruthColumns, DetectionColumns]:
+    """The images in the order given."""
+    truth, detections = [image.truth for image in images], [image.detections for image in images]
+    truth_columns = TruthColumns(
+        image_ids=np.array([image.image_id for image in images], dtype=np.int64),
+        starts=np.cumsum([0, *(len(item.category) for item in truth)]),
+        boxes_xywh=as_boxes(np.concatenate([item.boxes_xywh for item in truth])),
+        category=np.concatenate([item.category for item in truth]),
+        area=np.concatenate([item.area for item in truth]),
+        iscrowd=np.concatenate([item.iscrowd for item in truth]),
+    )
+    detection_columns = DetectionColumns(
+        starts=np.cumsum([0, *(len(item.category) for item in detections)]),
+        boxes_xywh=as_boxes(np.concatenate([item.boxes_xywh for item in detections])),
+        scores=np.concatenate([item.scores for item in detections]),
+        category=np.concatenate([item.category for item in detections]),
+    )
+    return truth_columns, detection_columns
+
+
+def match_all(images: list[Image], categories: list[Category], protocol: Protocol = COCO_PROTOCOL) -> Matches:
+    return match(*columns(images), len(categories), protocol)
+
+
+def reference(images: list[Image], categories: list[Category], protocol: Protocol = COCO_PROTOCOL) -> COCOeval:
     """pycocotools on the same boxes, annotations numbered from 1, categories by the source's ids."""
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
@@ -92,13 +109,20 @@ def reference(images: list[Image], categories: list[Category]) -> COCOeval:
             detections_coco.dataset = {**truth_coco.dataset, "annotations": []}
             detections_coco.createIndex()
         evaluator = COCOeval(truth_coco, detections_coco, "bbox")
+        evaluator.params.iouThrs = np.array(protocol.iou_thresholds)
+        evaluator.params.areaRngLbl = [name for name, _ in protocol.areas]
+        evaluator.params.areaRng = [list(bounds) for _, bounds in protocol.areas]
+        evaluator.params.maxDets = list(protocol.max_detections)
+        evaluator.params.useCats = int(not protocol.class_agnostic)
         evaluator.evaluate()
         evaluator.accumulate()
-        evaluator.summarize()
+        # It can sum up COCO's own protocol only.
+        if protocol == COCO_PROTOCOL:
+            evaluator.summarize()
     return evaluator
 
 
-def accumulate(images: list[Image], categories: list[Category]) -> CocoAccumulator:
+def accumulator_of(images: list[Image], categories: list[Category]) -> CocoAccumulator:
     accumulator = CocoAccumulator(categories)
     for image in images:
         accumulator.add(image.image_id, (480, 640), image.truth, image.detections)
@@ -111,7 +135,7 @@ def result_of_shards(images: list[Image], categories: list[Category], num_shards
     shards: list[list[Image]] = [[] for _ in range(num_shards)]
     for image in shuffler.sample(images, len(images)):
         shuffler.choice(shards).append(image)
-    states = [accumulate(shard, categories).to_bytes() for shard in shards]
+    states = [accumulator_of(shard, categories).to_bytes() for shard in shards]
     shuffler.shuffle(states)
     whole = CocoAccumulator(categories)
     for state in states:
@@ -120,9 +144,10 @@ def result_of_shards(images: list[Image], categories: list[Category], num_shards
 
 
 def assert_same(result: CocoResult, evaluator: COCOeval, categories: list[Category]) -> None:
-    assert list(result.numbers().values()) == evaluator.stats.tolist()
-    order = sorted(range(len(categories)), key=lambda index: categories[index].id)
-    assert np.array_equal(result.precision[:, :, order], evaluator.eval["precision"])
+    if result.protocol == COCO_PROTOCOL:
+        assert list(result.numbers().values()) == evaluator.stats.tolist()
+    order = sorted(range(len(result.categories)), key=lambda index: categories[index].id) or [0]
+    assert np.array_equal(result.precision[..., 0][:, :, order], evaluator.eval["precision"][..., -1])
     assert np.array_equal(result.recall[:, order], evaluator.eval["recall"])
 
 
@@ -161,20 +186,53 @@ def test_equal_to_pycocotools_on_real_truth(test_data: Path, file: str) -> None:
     evaluator = reference(images, categories)
     assert 0.05 < evaluator.stats[0] < 0.95
     assert max(len(image.detections.scores) for image in images) > 200
-    for num_shards in (1, 2, 7):
+    assert_same(accumulate(match_all(images, categories), categories), evaluator, categories)
+    for num_shards in (1, 2, 7, 64):
         assert_same(result_of_shards(images, categories, num_shards, seed=num_shards), evaluator, categories)
 
 
 def test_numbers_of_each_class_are_means_over_its_part_of_pycocotools_arrays(test_data: Path) -> None:
     images, categories = real_images(test_data / "bccd/instances_val.json", seed=5)
     evaluator = reference(images, categories)
-    result = accumulate(images, categories).result()
+    result = accumulator_of(images, categories).result()
+    areas, limits = [name for name, _ in COCO_PROTOCOL.areas], COCO_PROTOCOL.max_detections
+    thresholds = {None: slice(None), 0.5: slice(0, 1), 0.75: slice(5, 6)}
     for index, numbers in enumerate(result.per_class):
-        precision, recall = evaluator.eval["precision"][:, :, index], evaluator.eval["recall"][:, index]
-        expected = [precision[:, :, 0, 2], precision[0, :, 0, 2], precision[5, :, 0, 2], recall[:, 0, 1]]
-        found = [numbers.AP, numbers.AP50, numbers.AP75, numbers.AR10]
-        assert found == [np.mean(values) for values in expected]
+        for metric in METRICS:
+            array = evaluator.eval[metric.kind][thresholds[metric.iou]]
+            values = array[..., index, areas.index(metric.area), limits.index(metric.max_detections)]
+            values = values[values > -1]
+            assert numbers.values[metric.name] == (np.mean(values) if values.size else -1)
     assert len({numbers.AP for numbers in result.per_class}) == len(categories)
+
+
+def test_hotcoco_agrees(test_data: Path) -> None:
+    images, categories = real_images(test_data / "coco_mini/instances_val.json", seed=8)
+    evaluator = hotcoco.StreamingEval([{"id": i, "name": c.name} for i, c in enumerate(categories)], "bbox")
+    for image in images:
+        truth, found = image.truth, image.detections
+        records = [
+            {"id": number, "image_id": image.image_id, "category_id": kind, "bbox": box, "area": area, "iscrowd": crowd}
+            for number, (kind, box, area, crowd) in enumerate(
+                zip(
+                    truth.category.tolist(),
+                    truth.boxes_xywh.tolist(),
+                    truth.area.tolist(),
+                    truth.iscrowd.astype(int).tolist(),
+                    strict=True,
+                ),
+                start=1,
+            )
+        ]
+        ids = np.full((len(found.scores), 1), float(image.image_id))
+        rows = np.hstack([ids, found.boxes_xywh, found.scores[:, None], found.category[:, None]])
+        evaluator.update([{"id": image.image_id, "width": 640, "height": 480}], records, rows)
+    peer = evaluator.finalize()
+    peer.accumulate()
+    assert peer.eval is not None
+    result = accumulate(match_all(images, categories), categories)
+    assert np.array_equal(result.precision[..., 0], np.asarray(peer.eval["precision"])[..., -1])
+    assert np.array_equal(result.recall, np.asarray(peer.eval["recall"]))
 
 
 BOXES = st.tuples(
@@ -209,85 +267,83 @@ def cases(draw: st.DrawFn) -> tuple[list[Image], list[Category]]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(case=cases(), seed=st.integers(0, 2**16))
-def test_equal_to_pycocotools_on_random_cases(case: tuple[list[Image], list[Category]], seed: int) -> None:
+@given(case=cases(), num_shards=st.sampled_from([1, 2, 7, 64]), seed=st.integers(0, 2**16))
+def test_equal_to_pycocotools_on_random_cases(
+    case: tuple[list[Image], list[Category]], num_shards: int, seed: int
+) -> None:
     images, categories = case
     evaluator = reference(images, categories)
-    for num_shards in (1, 2, 7):
-        assert_same(result_of_shards(images, categories, num_shards, seed), evaluator, categories)
+    assert_same(accumulate(match_all(images, categories), categories), evaluator, categories)
+    assert_same(result_of_shards(images, categories, num_shards, seed), evaluator, categories)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+PROTOCOLS = [
+    Protocol(class_agnostic=True),
+    Protocol(iou_thresholds=(0.3,), max_detections=(2,)),
+    Protocol(iou_thresholds=(0.1, 0.5, 0.75, 1.0), max_detections=(1, 3, 300), class_agnostic=True),
+    Protocol(areas=(("all", (0.0, 400.0)), ("tiny", (0.0, 5.5)), ("rest", (5.5, 1e10))), max_detections=(5, 100)),
+    Protocol(iou_thresholds=tuple(np.linspace(0.2, 1, 64).tolist())),
+]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=range(len(PROTOCOLS)))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=cases())
-def test_matching_of_an_image_is_pycocotools_own(case: tuple[list[Image], list[Category]]) -> None:
+def test_equal_to_pycocotools_by_other_rules(protocol: Protocol, case: tuple[list[Image], list[Category]]) -> None:
     images, categories = case
-    evaluator = reference(images, categories)
-    expected: dict[int, list[int]] = {image.image_id: [0, 0] for image in images}
-    for cell in evaluator.evalImgs:
-        if cell is not None and cell["aRng"] == [0, 1e10]:
-            is_right, is_ignored = cell["dtMatches"][0] > 0, cell["dtIgnore"][0].astype(bool)
-            expected[cell["image_id"]][0] += int((is_right & ~is_ignored).sum())
-            expected[cell["image_id"]][1] += int((~is_right & ~is_ignored).sum())
-    for image in images:
-        outcome = match_image(image.truth, image.detections)
-        found = [int((outcome == TRUE_POSITIVE).sum()), int((outcome == FALSE_POSITIVE).sum())]
-        assert found == expected[image.image_id]
+    # Where classes count as one, their order decides between equal scores: pycocotools goes by the source's ids.
+    categories = sorted(categories, key=lambda category: category.id)
+    result = accumulate(match_all(images, categories, protocol), categories)
+    assert_same(result, reference(images, categories, protocol), categories)
 
 
-def test_matching_says_which_detection_is_right() -> None:
-    truth = image_truth(
-        [([0, 0, 10, 10], 0, 100.0, False), ([50, 0, 10, 10], 0, 100.0, False), ([0, 60, 90, 90], 0, 8100.0, True)]
-    )
-    detections = image_detections(
-        [
-            ([0, 0, 10, 9], 0.4, 0),  # right, were the next not surer
-            ([0, 0, 10, 8], 0.5, 0),
-            ([50, 0, 10, 10], 0.9, 1),  # another class
-            ([5, 65, 20, 20], 0.3, 0),  # in the crowd
-            ([50, 0, 10, 4.9], 0.8, 0),  # overlaps too little
-        ]
-    )
-    assert match_image(truth, detections).tolist() == [
-        FALSE_POSITIVE,
-        TRUE_POSITIVE,
-        FALSE_POSITIVE,
-        NOT_COUNTED,
-        FALSE_POSITIVE,
-    ]
+def test_numbers_by_other_rules_have_names_of_their_own() -> None:
+    protocol = Protocol(iou_thresholds=(0.3, 0.75), areas=tuple(COCO_AREAS.items())[:2], max_detections=(2, 300))
+    assert [metric.name for metric in metrics_of(protocol)] == ["AP", "AP75", "APs", "AR2", "AR300", "ARs"]
+    coco = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl"
+    assert " ".join(metric.name for metric in METRICS) == coco
+    images = [Image(1, ONE_BOX, ONE_HIT)]
+    result = accumulate(match_all(images, ONE_CLASS, protocol), ONE_CLASS)
+    assert result.numbers() == pytest.approx({"AP": 1, "AP75": 1, "APs": 1, "AR2": 1, "AR300": 1, "ARs": 1})
+    fields = [result.AP75, result.AP50]
+    assert fields == pytest.approx([1, -1])
+    assert [row["max_detections"] for row in result.table_rows(None, None, None)][3:5] == [2, 300]
+
+
+def test_classes_that_count_as_one_have_no_numbers_of_their_own() -> None:
+    categories = [*ONE_CLASS, Category(9, "other")]
+    other_class = image_detections([([10, 10, 20, 20], 0.9, 1)])
+    matches = match_all([Image(1, ONE_BOX, other_class)], categories, Protocol(class_agnostic=True))
+    result = accumulate(matches, categories)
+    assert result.values["AP"] == pytest.approx(1)
+    assert (result.categories, result.per_class) == ((), ())
+    assert {row["category"] for row in result.table_rows("r", None, None)} == {None}
+
+
+def test_categories_must_be_those_that_were_matched() -> None:
+    with pytest.raises(ValueError, match="2 categories for matches of 1"):
+        accumulate(match_all([Image(1, ONE_BOX, ONE_HIT)], ONE_CLASS), [*ONE_CLASS, Category(9, "other")])
+
+
+def test_recalls_are_read_where_pycocotools_reads_them() -> None:
+    """All numbers of boxes to 1000, half of them found: whether n/N reaches a recall is a matter of the last bit."""
+    for num_truth in (*range(1, 120), 333, 700, 999, 1000):
+        boxes = [([30.0 * number, 0.0, 20.0, 20.0], 0, 400.0, False) for number in range(num_truth)]
+        hits = [(box, 1 - number / 2000, 0) for number, (box, _, _, _) in enumerate(boxes[::2])]
+        found = image_detections([*hits, ([0.0, 500.0, 5.0, 5.0], 0.95, 0)])
+        protocol = Protocol(iou_thresholds=COCO_IOU_THRESHOLDS[:1], max_detections=(1000,))
+        result = accumulate(match_all([Image(1, image_truth(boxes), found)], ONE_CLASS, protocol), ONE_CLASS)
+        order = np.argsort(-found.scores, kind="stable")
+        right = order < len(hits)
+        num_right, num_wrong = np.cumsum(right).astype(float), np.cumsum(~right).astype(float)
+        best = np.maximum.accumulate((num_right / (num_wrong + num_right + np.spacing(1)))[::-1])[::-1]
+        at = np.searchsorted(num_right / num_truth, np.linspace(0, 1, 101), side="left")
+        assert result.precision[0, :, 0, 0, 0].tolist() == np.append(best, 0.0)[at].tolist()
 
 
 ONE_CLASS = [Category(7, "cell")]
 ONE_BOX = image_truth([([10, 10, 20, 20], 0, 400.0, False)])
 ONE_HIT = image_detections([([10, 10, 20, 20], 0.9, 0)])
-
-
-def test_an_unreadable_image_counts_as_missed() -> None:
-    accumulator = CocoAccumulator(ONE_CLASS)
-    accumulator.add(1, (40, 40), ONE_BOX, ONE_HIT)
-    assert accumulator.result().AR100 == 1.0
-    accumulator.add(2, (0, 0), ONE_BOX, NO_DETECTIONS, unreadable=True)
-    result = accumulator.result()
-    assert (result.num_images, result.num_truth, result.num_detections, result.num_unreadable) == (2, 2, 1, 1)
-    assert result.AR100 == 0.5
-
-
-def test_counts_survive_a_merge_and_a_state_can_be_sent_on() -> None:
-    first, second, third = (CocoAccumulator(ONE_CLASS) for _ in range(3))
-    first.add(1, (40, 40), ONE_BOX, ONE_HIT)
-    second.add(2, (40, 40), ONE_BOX, NO_DETECTIONS, unreadable=True)
-    second.merge(first.to_bytes())
-    third.merge(second.to_bytes())
-    third.add(3, (40, 40), ONE_BOX, ONE_HIT)
-    result = third.result()
-    assert (result.num_images, result.num_truth, result.num_detections, result.num_unreadable) == (3, 3, 2, 1)
-    recalls = [result.AR1, second.result().AR1]
-    assert recalls == pytest.approx([2 / 3, 1 / 2])
-
-
-def test_no_image_at_all_measures_nothing() -> None:
-    result = CocoAccumulator(ONE_CLASS).result()
-    assert set(result.numbers().values()) == {-1.0}
-    assert result.num_images == 0
 
 
 def test_what_cannot_be_measured_is_minus_one_and_null_in_the_table() -> None:
@@ -325,58 +381,6 @@ def test_table_rows_fit_the_schema_and_say_what_each_number_is() -> None:
     assert {(row["run"], row["model"], row["split"], row["slice"], row["low"]) for row in rows} == {
         ("r", "m", "val", None, None)
     }
-
-
-def test_an_image_counts_once() -> None:
-    accumulator, other = CocoAccumulator(ONE_CLASS), CocoAccumulator(ONE_CLASS)
-    accumulator.add(4, (40, 40), ONE_BOX, ONE_HIT)
-    other.add(4, (40, 40), ONE_BOX, NO_DETECTIONS)
-    with pytest.raises(ValueError, match="image 4 was added before"):
-        accumulator.add(4, (40, 40), ONE_BOX, ONE_HIT)
-    with pytest.raises(ValueError, match=r"in both of the states.*4"):
-        accumulator.merge(other.to_bytes())
-    assert accumulator.result().num_images == 1
-
-
-@pytest.mark.parametrize(
-    ("image_id", "truth", "detections", "message"),
-    [
-        (-1, ONE_BOX, ONE_HIT, "at least 0"),
-        (2**53, ONE_BOX, ONE_HIT, r"below 2\*\*53"),
-        (1, ONE_BOX, image_detections([([0, 0, 1, 1], float("nan"), 0)]), "not a finite number"),
-        (1, ONE_BOX, image_detections([([0, 0, float("inf"), 1], 0.5, 0)]), "not a finite number"),
-        (1, image_truth([([0, 0, 1, 1], 0, float("nan"), False)]), ONE_HIT, "not a finite number"),
-        (1, ONE_BOX, image_detections([([0, 0, 1, 1], 0.5, 1)]), "category"),
-        (1, image_truth([([0, 0, 1, 1], -1, 1.0, False)]), ONE_HIT, "category"),
-        (1, ONE_BOX, ImageDetections(as_boxes([]), np.zeros(1), np.zeros(1, np.int64)), "differ in length"),
-        (
-            1,
-            ImageTruth(as_boxes([]), np.zeros(1, np.int64), np.zeros(1), np.zeros(1, bool)),
-            ONE_HIT,
-            "differ in length",
-        ),
-    ],
-)
-def test_wrong_input_is_refused(image_id: int, truth: ImageTruth, detections: ImageDetections, message: str) -> None:
-    accumulator = CocoAccumulator(ONE_CLASS)
-    with pytest.raises(ValueError, match=message):
-        accumulator.add(image_id, (40, 40), truth, detections)
-    assert accumulator.result().num_images == 0
-
-
-def test_an_unreadable_image_with_detections_is_refused() -> None:
-    with pytest.raises(ValueError, match="could not be read"):
-        CocoAccumulator(ONE_CLASS).add(1, (40, 40), ONE_BOX, ONE_HIT, unreadable=True)
-
-
-def test_states_that_do_not_belong_together_are_refused() -> None:
-    accumulator = CocoAccumulator(ONE_CLASS)
-    with pytest.raises(ValueError, match="different categories"):
-        accumulator.merge(CocoAccumulator([Category(7, "other")]).to_bytes())
-    with pytest.raises(ValueError, match="not the state"):
-        accumulator.merge(b"something else")
-    with pytest.raises(ValueError, match="at least one category"):
-        CocoAccumulator([])
 
 
 def test_importing_it_brings_in_neither_ray_nor_torch() -> None:

@@ -7,7 +7,6 @@ all. Numbers are written with as many digits as it takes to read the same float6
 import json
 import math
 import os
-import posixpath
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,23 +15,29 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from raydet import storage
-from raydet.boxes import as_boxes
 from raydet.config import ExportCocoConfig
 from raydet.errors import UserError
+from raydet.exports.rows import (
+    Numbers,
+    as_text,
+    common_folder,
+    flatten,
+    iter_rows,
+    open_any,
+    refuse,
+    refuse_boxes,
+    refuse_categories,
+)
 from raydet.schema import TableKind, build_schema
-from raydet.tables import MANIFEST_NAME, Table, is_table, open_table
+from raydet.tables import Table
 
-_ROWS_AT_ONCE = 256
 _SEPARATOR = ",\n"
 _JSON_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
-_Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
     out, score_threshold = storage.absolute_uri(config.out), config.score_threshold
     _check_out(out)
     uri = storage.absolute_uri(config.data)
-    table = open_table(uri, "images" if _kind_of(uri) == "images" else "detections")
+    table = open_any(uri)
     if table.kind == "images" and score_threshold > 0:
         raise UserError(f"{uri} is a table of images, which has no scores; leave out score_threshold")
     ids, counts = np.unique([category.id for category in table.categories], return_counts=True)
@@ -106,23 +111,6 @@ def _check_out(out: str) -> None:
     filesystem, path = storage.resolve(out)
     if filesystem.get_file_info(path).type == pafs.FileType.Directory:
         raise UserError(f"{out} is a folder; out must name a .json file")
-
-
-def _kind_of(uri: str) -> str | None:
-    """What a table says it holds; None where that cannot be found out, for `open_table` to say why."""
-    if not is_table(uri):
-        return None
-    files = json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME))).get("files", {})
-    filesystem, path = storage.resolve(uri)
-    for name in sorted(files)[:1]:
-        if storage.exists(storage.join(uri, name)):
-            try:
-                metadata = pq.read_schema(f"{path}/{name}", filesystem=filesystem).metadata or {}
-            except (pa.ArrowInvalid, OSError) as error:
-                raise _damaged(uri, error) from None
-            kind = json.loads(metadata.get(b"raydet", b"{}")).get("kind")
-            return None if kind is None else str(kind)
-    return None
 
 
 @contextmanager
@@ -164,19 +152,19 @@ class _Entries:
 def _write_results(file: BinaryIO, table: Table, out: str, score_threshold: float) -> CocoExportReport:
     entries, num_found = _Entries(file), 0
     file.write(b"[")
-    for batch in _batches(table, ["image_id", "detections"]):
-        image_ids, columns = _flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
+    for batch in iter_rows(table, ["image_id", "detections"]):
+        image_ids, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
         num_found += len(image_ids)
         if score_threshold > 0:
             keep = columns["score"] > score_threshold
             image_ids, columns = image_ids[keep], {name: column[keep] for name, column in columns.items()}
-        _refuse(~np.isfinite(columns["score"]), image_ids, "a score that is not finite", table.uri)
+        refuse(~np.isfinite(columns["score"]), image_ids, "a score that is not finite", table.uri)
         entries.add(
             _objects(
-                image_id=_text(image_ids),
-                category_id=_text(_category_ids(table, image_ids, columns["category"])),
+                image_id=as_text(image_ids),
+                category_id=as_text(_category_ids(table, image_ids, columns["category"])),
                 bbox=_bbox_text(table, image_ids, columns["bbox"]),
-                score=_text(columns["score"]),
+                score=as_text(columns["score"]),
             )
         )
     file.write(b"\n]\n")
@@ -188,7 +176,7 @@ def _write_results(file: BinaryIO, table: Table, out: str, score_threshold: floa
 def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport:
     """The keys in the order in which they can be streamed: what is small, the images, then the annotations."""
     categories = [{"id": category.id, "name": category.name, "supercategory": ""} for category in table.categories]
-    folder = _common_folder(table)
+    folder = common_folder(table)
     file.write(b'{"info": {"description": "written by raydet"}, "licenses": [],\n')
     file.write(b'"categories": ' + json.dumps(categories).encode() + b',\n"images": [')
     images = _Entries(file)
@@ -196,22 +184,22 @@ def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport
     extra = [
         field.name for field in table.schema if field.name not in known and any(is_(field.type) for is_ in _JSON_TYPES)
     ]
-    for batch in _batches(table, ["image_id", "image.path", "width", "height", *extra]):
+    for batch in iter_rows(table, ["image_id", "image.path", "width", "height", *extra]):
         images.add(pa.array([_image_entry(row, folder or "", extra) for row in batch.to_pylist()], pa.string()))
     file.write(b'\n],\n"annotations": [')
     annotations = _Entries(file)
-    for batch in _batches(table, ["image_id", "objects"]):
-        image_ids, columns = _flatten(batch, "objects", ("bbox", "category", "area", "iscrowd"), table.uri)
-        _refuse(~np.isfinite(columns["area"]), image_ids, "an area that is not finite", table.uri)
+    for batch in iter_rows(table, ["image_id", "objects"]):
+        image_ids, columns = flatten(batch, "objects", ("bbox", "category", "area", "iscrowd"), table.uri)
+        refuse(~np.isfinite(columns["area"]), image_ids, "an area that is not finite", table.uri)
         entries_before = annotations.num_entries
         annotations.add(
             _objects(
-                id=_text(np.arange(entries_before + 1, entries_before + 1 + len(image_ids))),
-                image_id=_text(image_ids),
-                category_id=_text(_category_ids(table, image_ids, columns["category"])),
+                id=as_text(np.arange(entries_before + 1, entries_before + 1 + len(image_ids))),
+                image_id=as_text(image_ids),
+                category_id=as_text(_category_ids(table, image_ids, columns["category"])),
                 bbox=_bbox_text(table, image_ids, columns["bbox"]),
-                area=_text(columns["area"]),
-                iscrowd=_text(columns["iscrowd"].astype(np.int64)),
+                area=as_text(columns["area"]),
+                iscrowd=as_text(columns["iscrowd"].astype(np.int64)),
             )
         )
     file.write(b"\n]}\n")
@@ -233,80 +221,16 @@ def _image_entry(row: dict[str, Any], folder: str, extra: Sequence[str]) -> str:
     return json.dumps(entry)
 
 
-def _common_folder(table: Table) -> str | None:
-    """The folder, with its final slash, that all paths begin with where they are whole; None for relative ones."""
-    first: str | None = None
-    last = ""
-    for batch in _batches(table, ["image.path"]):
-        # What the first and the last by name have in common, all between them have too.
-        ends = pc.min_max(pc.struct_field(batch.column("image"), "path"))
-        if ends["min"].is_valid:
-            first = ends["min"].as_py() if first is None else min(first, ends["min"].as_py())
-            last = max(last, ends["max"].as_py())
-    if first is None or not all(path.startswith("/") or "://" in path for path in (first, last)):
-        return None
-    folder = posixpath.commonprefix([first, last]).rpartition("/")[0] + "/"
-    return None if folder.endswith("//") else folder
-
-
-def _batches(table: Table, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    num_rows = 0
-    try:
-        for batch in table.iter_batches(columns, batch_size=_ROWS_AT_ONCE):
-            num_rows += batch.num_rows
-            yield batch
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(table.uri, error) from None
-    if num_rows != table.num_rows:
-        raise UserError(f"{table.uri} is damaged: its files have {num_rows} rows, its manifest says {table.num_rows}")
-
-
-def _damaged(uri: str, error: Exception) -> UserError:
-    return UserError(f"{uri} is damaged: {' '.join(str(error).split())}; run the command that writes it again")
-
-
-def _flatten(
-    batch: pa.RecordBatch, column: str, names: Sequence[str], where: str
-) -> tuple[_Numbers, dict[str, _Numbers]]:
-    """The lists in a struct column → all their elements in one array each, and the image id of every element."""
-    image_ids = batch.column("image_id").to_numpy()
-    owners: _Numbers | None = None
-    columns: dict[str, _Numbers] = {}
-    for name in names:
-        lists = pc.struct_field(batch.column(column), name)
-        own = np.repeat(image_ids, pc.fill_null(pc.list_value_length(lists), 0).to_numpy())
-        values = lists.flatten()
-        numbers = values.flatten() if name == "bbox" else values
-        owners = own if owners is None else owners
-        if values.null_count or numbers.null_count or not np.array_equal(own, owners):
-            raise UserError(f"{where}: the lists in `{column}` differ in length or hold nulls")
-        array = numbers.to_numpy(zero_copy_only=False)
-        columns[name] = as_boxes(array) if name == "bbox" else array
-    assert owners is not None
-    return owners, columns
-
-
-def _refuse(bad: _Numbers, image_ids: _Numbers, what: str, where: str) -> None:
-    if bad.any():
-        raise UserError(f"{where}: {bad.sum()} boxes have {what}, such as one in image {image_ids[bad][0]}")
-
-
-def _category_ids(table: Table, image_ids: _Numbers, indices: _Numbers) -> _Numbers:
+def _category_ids(table: Table, image_ids: Numbers, indices: Numbers) -> Numbers:
     """Category indices → the ids that the source used."""
-    unknown = (indices < 0) | (indices >= len(table.categories))
-    _refuse(unknown, image_ids, f"a category that is not one of the table's {len(table.categories)}", table.uri)
+    refuse_categories(table, image_ids, indices)
     return np.array([category.id for category in table.categories], np.int64)[indices]
 
 
-def _bbox_text(table: Table, image_ids: _Numbers, boxes_xywh: _Numbers) -> pa.StringArray:
-    _refuse(np.logical_not(np.isfinite(boxes_xywh).all(axis=1)), image_ids, "a number that is not finite", table.uri)
-    sides = [_text(np.ascontiguousarray(column)) for column in boxes_xywh.T]
+def _bbox_text(table: Table, image_ids: Numbers, boxes_xywh: Numbers) -> pa.StringArray:
+    refuse_boxes(table, image_ids, boxes_xywh)
+    sides = [as_text(np.ascontiguousarray(column)) for column in boxes_xywh.T]
     return pc.binary_join_element_wise("[", pc.binary_join_element_wise(*sides, ","), "]", "")
-
-
-def _text(numbers: _Numbers) -> pa.StringArray:
-    """Numbers as JSON: Arrow writes the shortest digits that read back to the same float64."""
-    return pc.cast(pa.array(numbers), pa.string())
 
 
 def _objects(**values: pa.StringArray) -> pa.StringArray:

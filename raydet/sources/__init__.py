@@ -2,9 +2,12 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -16,9 +19,19 @@ from raydet.schema import Category
 MAX_FILE_BYTES = 2**30
 """Larger files are refused unread: one would not fit into a column of bytes, and no picture needs it."""
 
+_NUM_THREADS = 16
+_ITEMS_AT_ONCE = 4096
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 class ReadError(Exception):
     """This one file cannot be read; the message is one short reason that a person understands."""
+
+
+class MissingFileError(ReadError):
+    """There is no such file."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class SourceObjects:
         categories: Indices from 0 into the source's categories, [N].
         areas: Square pixels of the objects, [N].
         iscrowd: Whether the box stands for a crowd, [N].
+        is_normalised: Boxes and areas are in parts of the upright image instead, whose size is not known yet.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -38,6 +52,7 @@ class SourceObjects:
     categories: list[int] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)
     iscrowd: list[bool] = field(default_factory=list)
+    is_normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +100,39 @@ def readable(text: str) -> str:
     return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
 
 
+def refuse_name(path: str) -> str | None:
+    """Why a path cannot stand in a table; None where it can."""
+    return "the file name is not valid text" if readable(path) != path else None
+
+
+def read_class_names(classes: Sequence[str]) -> list[str]:
+    """The names of classes as the option `classes` has them: the names, or one .txt file with a name a line.
+
+    Raises:
+        UserError: There is no such file, it holds no text, or no name or one twice is given.
+    """
+    names = [name.strip() for name in classes]
+    if len(names) == 1 and names[0].endswith(".txt"):
+        try:
+            text = storage.read_bytes(names[0]).decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the classes in {names[0]}: {' '.join(str(error).split())}") from None
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if not names or not all(names) or repeated:
+        raise UserError(f"classes must be names that differ, got {repeated[0] if repeated else classes!r}")
+    return [readable(name) for name in names]
+
+
+def in_threads(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+    """Does the same to each item, some side by side since remote storage answers late; results in the items' order."""
+    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="labels") as pool:
+        for start in range(0, len(items), _ITEMS_AT_ONCE):
+            yield from pool.map(work, items[start : start + _ITEMS_AT_ONCE])
+
+
 class ImageFolder:
-    """A folder of images, on disk or in object storage, opened once and read from by many threads.
+    """A folder of images or of their labels, on disk or in object storage, opened once and read by many threads.
 
     Attributes:
         uri: Its absolute path or URI.
@@ -94,8 +140,12 @@ class ImageFolder:
         is_local: Whether it is on this machine's own disks.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, what: str = "image") -> None:
         """Opens the folder.
+
+        Args:
+            uri: Where it is.
+            what: Its files, in one word, for messages.
 
         Raises:
             UserError: There is no such folder.
@@ -105,9 +155,9 @@ class ImageFolder:
         self.uri = self.path if self.is_local else uri.rstrip("/")
         kind = self._filesystem.get_file_info(self.path).type
         if kind == pafs.FileType.NotFound:
-            raise UserError(f"no such image folder: {self.uri}")
+            raise UserError(f"no such {what} folder: {self.uri}")
         if kind != pafs.FileType.Directory:
-            raise UserError(f"{self.uri} is a file; images must name the folder or URI that holds the image files")
+            raise UserError(f"{self.uri} is a file; {what}s must name the folder or URI that holds the {what} files")
 
     def uri_of(self, path: str) -> str:
         """The absolute path or URI of a file in it."""
@@ -115,8 +165,8 @@ class ImageFolder:
 
     def refuse_outside(self, path: str) -> str | None:
         """Why a relative path must not be followed because it leads out of the folder; None where it stays inside."""
-        if readable(path) != path:
-            return "the file name is not valid text"
+        if refuse_name(path):
+            return refuse_name(path)
         if "://" in path or path.startswith("/") or path[1:3] == ":/":
             return "the file name is not relative to the image folder"
         if ".." in path.split("/"):
@@ -143,7 +193,7 @@ class ImageFolder:
                 data: bytes = stream.readall()
                 return data
         except FileNotFoundError:
-            raise ReadError("no such file") from None
+            raise MissingFileError("no such file") from None
         except PermissionError:
             raise ReadError("no permission to read it") from None
         except (OSError, ValueError) as error:

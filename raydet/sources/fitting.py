@@ -8,6 +8,9 @@ import numpy as np
 from raydet.boxes import Boxes, as_boxes, clip_xywh, has_area
 from raydet.sources import SourceObjects
 
+ROUNDING_PX = 1e-6
+"""What runs out of the image by no more is cut, but not counted: a source's own arithmetic rounds."""
+
 
 @dataclass(frozen=True)
 class FittedObjects:
@@ -26,19 +29,22 @@ def fit_objects(objects: SourceObjects, size_hw: tuple[int, int], *, turn: int =
 
     Args:
         objects: As the source has them.
-        size_hw: Of the upright image.
+        size_hw: Of the upright image; what normalised boxes are parts of.
         turn: The EXIF orientation, if the boxes were drawn on the unturned picture, else 1; only the quarter turns,
             5 to 8, change them.
     """
-    given = _turn_xywh(as_boxes(objects.boxes_xywh), size_hw, turn)
+    height, width = size_hw
+    scale = np.array([width, height, width, height]) if objects.is_normalised else np.ones(4)
+    area_scale = float(height * width) if objects.is_normalised else 1.0
+    given = _turn_xywh(as_boxes(objects.boxes_xywh) * scale, size_hw, turn)
     usable = has_area(given)
     fitted = clip_xywh(np.where(usable[:, None], given, 0.0), size_hw)
     kept = np.flatnonzero(has_area(fitted))
     result: dict[str, list[Any]] = {"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []}
     num_clipped = 0
     for index in kept:
-        area = objects.areas[index]
-        if (fitted[index] != given[index]).any():
+        area = objects.areas[index] * area_scale
+        if (np.abs(fitted[index] - given[index]) > ROUNDING_PX).any():
             num_clipped += 1
             rest = float(fitted[index, 2] * fitted[index, 3])
             was_of_box = np.isclose(area, given[index, 2] * given[index, 3], rtol=1e-6)

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from raydet import storage
 from raydet.errors import UserError
-from raydet.sources import ImageFolder, Source, SourceImage, readable
+from raydet.sources import ImageFolder, Source, SourceImage, readable, refuse_name
 
 _COMMON = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff")
 _RARE = ("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm", "heic", "heif")
@@ -23,8 +23,8 @@ def read_images(folder: ImageFolder) -> Source:
     Raises:
         UserError: There is no image file, or a subfolder cannot be listed.
     """
-    files = _list_local(folder.path) if folder.is_local else storage.list_files(folder.uri, recursive=True)
-    paths = sorted(path for path in files if PurePosixPath(path).suffix[1:].lower() in IMAGE_EXTENSIONS)
+    files = list_below(folder)
+    paths = sorted(path for path in files if is_image_name(path))
     if not paths:
         raise UserError(
             f"no image file below {folder.uri} (but {len(files)} others); "
@@ -37,10 +37,23 @@ def read_images(folder: ImageFolder) -> Source:
     )
 
 
+def is_image_name(path: str) -> bool:
+    """Whether a file is named as an image is."""
+    return PurePosixPath(path).suffix[1:].lower() in IMAGE_EXTENSIONS
+
+
+def list_below(folder: ImageFolder) -> list[str]:
+    """All files below a folder, relative to it.
+
+    Raises:
+        UserError: A subfolder cannot be listed.
+    """
+    return _list_local(folder.path) if folder.is_local else storage.list_files(folder.uri, recursive=True)
+
+
 def _record(rank: int, path: str) -> SourceImage:
-    if readable(path) != path:
-        return SourceImage(image_id=rank, path=readable(path), refusal="the file name is not valid text")
-    return SourceImage(image_id=rank, path=path, extra={"source_id": path})
+    name = readable(path)
+    return SourceImage(image_id=rank, path=name, extra={"source_id": name}, refusal=refuse_name(path))
 
 
 def _list_local(root: str) -> list[str]:

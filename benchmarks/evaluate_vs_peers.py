@@ -1,0 +1,218 @@
+"""COCO numbers from files to numbers: raydet beside hotcoco, faster-coco-eval, torchmetrics and pycocotools.
+
+Each contestant runs in a process of its own, imports counted, in rounds one after another. `raydet_parquet` reads the
+same boxes from tables. `difference` is the largest distance of the twelve numbers from pycocotools'. torchmetrics,
+which is slow, runs in the first round only.
+
+    python benchmarks/evaluate_vs_peers.py [--quick] [--rounds 5] [--contestants raydet hotcoco]
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Nothing that is large: what this process has at its peak, a child that it starts inherits as its own.
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def raydet(folder: Path) -> list[float]:
+    import raydet
+
+    return list(
+        raydet.evaluate(
+            raydet.EvaluateConfig(truth=str(folder / "truth.json"), detections=str(folder / "results.json"))
+        )
+        .result.numbers()
+        .values()
+    )
+
+
+def raydet_parquet(folder: Path) -> list[float]:
+    import raydet
+
+    config = raydet.EvaluateConfig(truth=str(folder / "truth"), detections=str(folder / "detections"))
+    return list(raydet.evaluate(config).result.numbers().values())
+
+
+def pycocotools(folder: Path) -> list[float]:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = COCO(str(folder / "truth.json"))
+    evaluator = COCOeval(truth, truth.loadRes(str(folder / "results.json")), "bbox")
+    return _summary(evaluator)
+
+
+def hotcoco(folder: Path) -> list[float]:
+    from hotcoco import COCO, COCOeval
+
+    truth = COCO(str(folder / "truth.json"))
+    return _summary(COCOeval(truth, truth.load_res(str(folder / "results.json")), "bbox"))
+
+
+def faster_coco_eval(folder: Path) -> list[float]:
+    from faster_coco_eval import COCO, COCOeval_faster  # type: ignore[import-untyped]
+
+    truth = COCO(str(folder / "truth.json"))
+    return _summary(COCOeval_faster(truth, truth.loadRes(str(folder / "results.json")), "bbox"))
+
+
+def _summary(evaluator: Any) -> list[float]:
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    return [float(value) for value in list(evaluator.stats)[: len(METRICS)]]
+
+
+def torchmetrics(folder: Path) -> list[float]:
+    import torch
+    from torchmetrics.detection import MeanAveragePrecision
+
+    metric = MeanAveragePrecision(box_format="xywh", backend="pycocotools")
+    truth = json.loads((folder / "truth.json").read_bytes())
+    results: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
+    boxes: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
+    for item in json.loads((folder / "results.json").read_bytes()):
+        results[item["image_id"]].append(item)
+    for item in truth["annotations"]:
+        boxes[item["image_id"]].append(item)
+
+    def tensors(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {
+            "boxes": torch.tensor([item["bbox"] for item in items]).reshape(-1, 4),
+            "labels": torch.tensor([item["category_id"] for item in items], dtype=torch.int64),
+        }
+
+    for image_id, found in results.items():
+        own = boxes[image_id]
+        target = tensors(own) | {
+            "iscrowd": torch.tensor([item["iscrowd"] for item in own], dtype=torch.int64),
+            "area": torch.tensor([item["area"] for item in own]),
+        }
+        scores = torch.tensor([item["score"] for item in found])
+        metric.update([tensors(found) | {"scores": scores}], [target])
+    names = ["map", "map_50", "map_75", "map_small", "map_medium", "map_large"]
+    names += ["mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"]
+    computed = metric.compute()
+    return [float(computed[name]) for name in names]
+
+
+CONTESTANTS: dict[str, Callable[[Path], list[float]]] = {
+    function.__name__: function
+    for function in (raydet, raydet_parquet, hotcoco, faster_coco_eval, torchmetrics, pycocotools)
+}
+ONCE = ("torchmetrics",)
+PAIRS = (("raydet", "pycocotools", 20.0), ("raydet", "hotcoco", 1 / 1.5), ("raydet_parquet", "hotcoco", 0.0))
+
+
+def run_one(name: str, folder: Path) -> dict[str, Any]:
+    """One contestant in a process of its own: its numbers, its seconds from start to end, its peak of memory."""
+    command = [sys.executable, __file__, "--child", name, "--folder", str(folder)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    output, errors = process.stdout.read(), process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"{name} failed:\n{errors[-4000:]}")
+    return {"numbers": json.loads(output.splitlines()[-1]), "seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}
+
+
+def _write_inputs(folder: Path, num_images: int, num_boxes: int, num_detections: int) -> None:
+    if TYPE_CHECKING:
+        from benchmarks.generated_boxes import generate, write_json, write_tables
+    else:  # a script finds its neighbours by their bare names
+        from generated_boxes import generate, write_json, write_tables
+
+    boxes = generate(num_images, num_boxes, num_detections, seed=0)
+    write_json(boxes, folder)
+    write_tables([boxes], folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=5_000)
+    parser.add_argument("--boxes", type=int, default=36_000)
+    parser.add_argument("--detections", type=int, default=250_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--quick", action="store_true", help="a fifth of the size, one round")
+    parser.add_argument("--child", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        with contextlib.redirect_stdout(io.StringIO()):
+            numbers = CONTESTANTS[options.child](options.folder)
+        print(json.dumps(numbers))
+        return
+    scale, rounds = (5, 1) if options.quick else (1, options.rounds)
+    sizes = tuple(size // scale for size in (options.images, options.boxes, options.detections))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        writer = multiprocessing.get_context("spawn").Process(target=_write_inputs, args=(folder, *sizes))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            sys.exit("the inputs could not be written")
+        runs: dict[str, list[dict[str, Any]]] = {contestant: [] for contestant in options.contestants}
+        for number in range(rounds):
+            for contestant in options.contestants:
+                if number and contestant in ONCE:
+                    continue
+                runs[contestant].append(run_one(contestant, folder))
+                print(f"round {number + 1}: {contestant} {runs[contestant][-1]['seconds']:.2f} s", flush=True)
+        _print(runs, sizes[0])
+
+
+def _print(runs: dict[str, list[dict[str, Any]]], num_images: int) -> None:
+    reference = runs["pycocotools"][0]["numbers"] if "pycocotools" in runs else None
+    print(
+        f"\n{'contestant':<18} {'seconds':>8} {'lowest':>7} {'highest':>8} {'peak MB':>8} {'AP':>7} {'difference':>11}"
+    )
+    summary = {}
+    for name, results in runs.items():
+        seconds = [run["seconds"] for run in results]
+        middle = statistics.median(seconds)
+        peak_mb = statistics.median(run["peak_mb"] for run in results)
+        values = results[0]["numbers"]
+        difference = None
+        if reference is not None:
+            difference = max(abs(own - its) for own, its in zip(values, reference, strict=True))
+        shown = "–" if difference is None else f"{difference:.1e}"
+        print(
+            f"{name:<18} {middle:>8.2f} {min(seconds):>7.2f} {max(seconds):>8.2f} {peak_mb:>8.0f} {values[0]:>7.4f} "
+            f"{shown:>11}"
+        )
+        summary[name] = {
+            "images_per_s": round(num_images / middle, 1),
+            "seconds": round(middle, 2),
+            "peak_mb": round(peak_mb),
+            "ap": values[0],
+            "difference": difference,
+        }
+    for first, second, target in PAIRS:
+        if first in runs and second in runs:
+            ratios = [its["seconds"] / mine["seconds"] for mine, its in zip(runs[first], runs[second], strict=True)]
+            aim = f", wanted {target:.2f}" if target else ""
+            print(
+                f"{first} / {second}: {statistics.median(ratios):.2f} times as fast "
+                f"(round by round {min(ratios):.2f} to {max(ratios):.2f}{aim})"
+            )
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Images tables → Pascal VOC XML files, in the folders of the VOC devkit.
+
+`Annotations` has one XML file an image, `JPEGImages` the pictures, `ImageSets/Main/train.txt` their names. The classes
+stand in `labelmap.txt` for CVAT, and in `classes.txt` in their order. The first pixel is 1, so that xmin = left + 1 and
+xmax = left + width; where it is 0, xmin = left and xmax = left + width. Fractions are written with as many digits as
+it takes to read the same float64 back, whole numbers without any. Counted from 1, the corners of a box narrower than a
+pixel are the wrong way round, which raydet reads back and some programs refuse.
+"""
+
+from pathlib import PurePosixPath
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydet import storage
+from raydet.config import ExportVocConfig
+from raydet.errors import UserError
+from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, whole_folder, write_labels
+from raydet.exports.rows import as_text, open_any
+
+_PICTURES = "JPEGImages"
+
+
+def export_voc(config: ExportVocConfig) -> FolderExportReport:
+    """Writes an images table as Pascal VOC XML files.
+
+    Crowds become `difficult` objects. The format has no place for scores, so that a table of detections is refused:
+    read back, guesses would be truth. Ids of images, boxes and classes have no place either: images keep their names.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: There is no such table, it is one of detections or damaged, a number or the name of a class in it
+            means nothing, a picture cannot be copied, or `out` holds other files. Nothing has been written then.
+    """
+    out, uri = storage.absolute_uri(config.out), storage.absolute_uri(config.data)
+    table = open_any(uri)
+    if table.kind == "detections":
+        raise UserError(f"{uri} is a table of detections: Pascal VOC has no place for scores; export coco or yolo")
+    names = check_class_names(table)
+    escaped_names = pa.array([escape(name) for name in names], pa.string())
+
+    def make_texts(rows: LabelRows) -> tuple[LabelRows, list[str | None]]:
+        objects = rows.joined(_objects(rows, escaped_names, 0.0 if config.zero_based else 1.0))
+        sizes = zip(rows.names, rows.widths.tolist(), rows.heights.tolist(), objects, strict=True)
+        return rows, [_document(*size) for size in sizes]
+
+    with whole_folder(out) as folder:
+        written = write_labels(
+            table,
+            folder,
+            pictures_folder=_PICTURES,
+            labels_folder="Annotations",
+            extension=".xml",
+            copy_images=config.copy_images,
+            make_texts=make_texts,
+        )
+        stems = [name.rpartition(".")[0] for name in written.names]
+        labels = ["# label:color_rgb:parts:actions", *(f"{name}:::" for name in names)]
+        for path, lines in {
+            f"ImageSets/Main/{config.split}.txt": stems,
+            "labelmap.txt": labels,
+            "classes.txt": names,
+        }.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return FolderExportReport(
+        out, len(written.names), written.num_boxes, written.num_copied, _PICTURES, written.num_renamed, {}
+    )
+
+
+def _objects(rows: LabelRows, escaped_names: pa.StringArray, first_pixel: float) -> pa.StringArray:
+    """One `<object>` for each box."""
+    starts = rows.boxes_xywh[:, :2] + first_pixel
+    ends = rows.boxes_xywh[:, :2] + rows.boxes_xywh[:, 2:]
+    xmin, ymin, xmax, ymax = (as_text(column) for column in np.concatenate([starts, ends], axis=1).T.copy())
+    return pc.binary_join_element_wise(
+        "  <object>\n    <name>",
+        escaped_names.take(pa.array(rows.categories)),
+        "</name>\n    <pose>Unspecified</pose>\n    <truncated>0</truncated>\n    <difficult>",
+        as_text(rows.iscrowd.astype(np.int64)),
+        "</difficult>\n    <bndbox>\n      <xmin>",
+        xmin,
+        "</xmin>\n      <ymin>",
+        ymin,
+        "</ymin>\n      <xmax>",
+        xmax,
+        "</xmax>\n      <ymax>",
+        ymax,
+        "</ymax>\n    </bndbox>\n  </object>",
+        "",
+    )
+
+
+def _document(name: str, width: float, height: float, objects: str) -> str:
+    return (
+        f"<annotation>\n  <folder>{_PICTURES}</folder>\n  <filename>{escape(PurePosixPath(name).name)}</filename>\n"
+        f"  <size>\n    <width>{width:.0f}</width>\n    <height>{height:.0f}</height>\n"
+        f"    <depth>3</depth>\n  </size>\n"
+        f"  <segmented>0</segmented>\n{objects}</annotation>\n"
+    )

@@ -1,0 +1,289 @@
+"""The tables of a run → what the page shows: rows for the template, and the numbers behind the charts as plain JSON."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydet import storage
+from raydet.errors import UserError
+from raydet.reporting.run_tables import RunTables, Value, indices_in
+
+HEADLINE = {
+    "AP": "IoU .50 to .95",
+    "AP50": "IoU .50",
+    "AP75": "IoU .75",
+    "APs": "small, up to 32² px",
+    "APm": "medium, up to 96² px",
+    "APl": "large, over 96² px",
+    "AR100": "100 detections an image",
+}
+"""The metrics at the top of the page, and what each is measured at."""
+ERRORS = {
+    "class": ("Wrong class", "found in the right place, called something else"),
+    "location": ("Poor box", "the right class, but the box fits badly"),
+    "both": ("Class and box", "the wrong class, and the box fits badly"),
+    "duplicate": ("Duplicate", "the object had been found already"),
+    "background": ("Background", "nothing labelled is there"),
+    "missed": ("Missed", "a labelled object that nothing found"),
+}
+OVERALL_ERRORS = {
+    "false_positive": ("All false positives", "every detection that is wrong"),
+    "false_negative": ("All false negatives", "every labelled object that was not found"),
+}
+_MOST_IN_CONFUSION = 120
+_MOST_CLASSES_WITH_ALL_CURVES = 300
+_CLASS_METRICS = ("AP", "AP50", "AP75", "AR100")
+_SLICE_METRICS = ("AP", "AP50", "AP75", "AR100")
+
+_Floats = npt.NDArray[np.float64]
+
+
+def headline(run: RunTables) -> list[dict[str, Any]]:
+    """The numbers at the top: name, what it is measured at, and the value with its interval."""
+    return [
+        {"name": name, "detail": detail, "number": run.value(name)}
+        for name, detail in HEADLINE.items()
+        if (None, name, None) in run.values
+    ]
+
+
+def class_rows(run: RunTables) -> list[dict[str, Any]]:
+    """A row for each class: its metrics, and precision and recall at the threshold of its best F1."""
+    boxes = _boxes_by_class(run)
+    rows = []
+    for name in run.classes:
+        numbers = {metric: run.value(metric, name) for metric in _CLASS_METRICS}
+        best = {key: run.value(f"best_f1_{key}", name).value for key in ("threshold", "precision", "recall")}
+        rows.append({"name": name, **numbers, **best, "boxes": boxes.get(name)})
+    return rows
+
+
+def slice_rows(run: RunTables) -> list[dict[str, Any]]:
+    """A row for all images, then one for each slice."""
+    places: list[str | None] = [None, *run.slices]
+    return [
+        {"name": place, **{metric: run.value(metric, None, place) for metric in _SLICE_METRICS}} for place in places
+    ]
+
+
+def error_rows(run: RunTables) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The kinds of error over all classes, then the two sums: name, meaning, count, points of AP50, share of a bar."""
+    table = run.tables.get("errors")
+    found = {} if table is None else {row["error"]: row for row in table.to_pylist() if row["category"] is None}
+    longest = max([row["ap_points"] or 0.0 for row in found.values()] + [1e-9])
+    parts = []
+    for names in (ERRORS, OVERALL_ERRORS):
+        parts.append(
+            [
+                {
+                    "key": key,
+                    "name": title,
+                    "detail": detail,
+                    "count": found[key]["count"],
+                    "points": None if found[key]["ap_points"] is None else 100 * found[key]["ap_points"],
+                    "share": max(0.0, (found[key]["ap_points"] or 0.0) / longest),
+                }
+                for key, (title, detail) in names.items()
+                if key in found
+            ]
+        )
+    return parts[0], parts[1]
+
+
+def charts(run: RunTables, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers behind all charts; a chart without any is None.
+
+    Args:
+        run: The tables.
+        history: Of the training run, as its `log/history.json` has it; empty where there is none.
+    """
+    return {
+        "classes": list(run.classes),
+        "curves": _curves(run),
+        "calibration": _calibration(run),
+        "confusion": _confusion(run),
+        "errors": _errors_by_class(run),
+        "images": _f1_histogram(run),
+        "training": _training(history),
+    }
+
+
+def read_history(train_run: str) -> list[dict[str, Any]]:
+    """The epochs of a training run.
+
+    Raises:
+        UserError: It is no folder of a training run.
+    """
+    uri = storage.join(storage.absolute_uri(train_run), "log", "history.json")
+    if not storage.exists(uri):
+        raise UserError(f"{train_run} has no log/history.json; train_run must be a folder that `raydet train` wrote")
+    try:
+        history = json.loads(storage.read_bytes(uri))
+    except ValueError:
+        raise UserError(f"{uri} is damaged: it is no JSON; is {train_run} a folder of `raydet train`?") from None
+    return [dict(entry) for entry in history]
+
+
+def _numbers(values: _Floats, digits: int = 4) -> list[float | None]:
+    """Short numbers for JSON, which knows neither NaN nor infinity."""
+    return [round(value, digits) if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _boxes_by_class(run: RunTables) -> dict[str, int]:
+    """Labelled boxes of each class that count."""
+    table = run.tables.get("confusion")
+    if table is None:
+        return {}
+    sums = table.filter(pc.is_valid(table["truth"])).group_by("truth").aggregate([("count", "sum")])
+    boxes = dict.fromkeys(run.classes, 0)
+    boxes.update(zip(sums["truth"].to_pylist(), sums["count_sum"].to_pylist(), strict=True))
+    return boxes
+
+
+def _groups(table: pa.Table, classes: Sequence[str]) -> list[tuple[int | None, pa.Table]]:
+    """The rows of each class in a table, by the class's index; None stands for all classes and comes first."""
+    if not table.num_rows:
+        return []
+    places = np.array([-1 if place is None else place for place in indices_in(table["category"], classes)])
+    known = pc.or_(pc.is_null(table["category"]), pa.array(places >= 0)).to_numpy(zero_copy_only=False)
+    places = np.where(known, places, -2)
+    order = np.argsort(places, kind="stable")
+    ends = np.flatnonzero(np.diff(places[order], append=len(classes))) + 1
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    sorted_table = table.take(pa.array(order))
+    groups = []
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        place = int(places[order[start]])
+        if place >= -1:
+            groups.append((None if place == -1 else place, sorted_table.slice(start, end - start)))
+    return groups
+
+
+def _curves(run: RunTables) -> list[dict[str, Any]] | None:
+    """Precision over recall; where all classes have the same recalls, only the first curve holds them."""
+    table = run.tables.get("pr_curves")
+    if table is None:
+        return None
+    if len(run.classes) > _MOST_CLASSES_WITH_ALL_CURVES:
+        table = table.filter(pc.or_(pc.is_null(table["category"]), pc.equal(table["iou"], 0.5)))
+    curves: list[dict[str, Any]] = []
+    common: list[float | None] = []
+    for place, rows in _groups(table, run.classes):
+        ious = rows["iou"].to_numpy()
+        for iou in (0.5, 0.75, None):
+            chosen = np.isnan(ious) if iou is None else np.isclose(ious, iou)
+            if not chosen.any():
+                continue
+            recall, precision, score = (
+                _numbers(rows[name].to_numpy()[chosen]) for name in ("recall", "precision", "score")
+            )
+            curve: dict[str, Any] = {"class": place, "iou": iou, "precision": precision}
+            if any(value is not None for value in score):
+                curve["score"] = score
+            if recall != common:
+                curve["recall"] = recall
+                common = common or recall
+            curves.append(curve)
+    return curves
+
+
+def _calibration(run: RunTables) -> list[dict[str, Any]] | None:
+    table = run.tables.get("calibration")
+    if table is None:
+        return None
+    return [
+        {
+            "class": place,
+            "error": run.value("ECE", None if place is None else run.classes[place]).value,
+            "count": rows["count"].to_pylist(),
+            **{name: _numbers(rows[name].to_numpy()) for name in ("low", "high", "mean_score", "precision")},
+        }
+        for place, rows in _groups(table, run.classes)
+    ]
+
+
+def _confusion(run: RunTables) -> dict[str, Any] | None:
+    """The counts above 0 as [truth, detected, count]; the place after the last class stands for nothing."""
+    table = run.tables.get("confusion")
+    if table is None:
+        return None
+    nothing = len(run.classes)
+    truth, detected = (
+        np.array([nothing if place is None else place for place in indices_in(table[name], run.classes)])
+        for name in ("truth", "detected")
+    )
+    count = table["count"].to_numpy()
+    shown = np.arange(nothing)
+    if nothing > _MOST_IN_CONFUSION:
+        is_mistake = truth != detected
+        mistakes = sum(np.bincount(side[is_mistake], count[is_mistake], nothing + 1) for side in (truth, detected))
+        shown = np.sort(np.argsort(-np.asarray(mistakes)[:nothing], kind="stable")[:_MOST_IN_CONFUSION])
+    place_of = np.full(nothing + 1, -1)
+    place_of[shown], place_of[nothing] = np.arange(len(shown)), len(shown)
+    rows, columns = place_of[truth], place_of[detected]
+    kept = (rows >= 0) & (columns >= 0) & (count > 0)
+    sums = np.bincount(truth, count, nothing + 1)[[*shown.tolist(), nothing]].astype(np.int64)
+    return {
+        "names": [run.classes[place] for place in shown.tolist()],
+        "cells": np.stack([rows[kept], columns[kept], count[kept]], axis=1).tolist(),
+        "sums": sums.tolist(),
+        "num_classes": nothing,
+    }
+
+
+def _errors_by_class(run: RunTables) -> dict[str, Any] | None:
+    """Points of AP50 that each kind of error costs each class, the worst class first."""
+    table = run.tables.get("errors")
+    if table is None:
+        return None
+    points = np.zeros((len(ERRORS), len(run.classes)))
+    counts = np.zeros((len(ERRORS), len(run.classes)), np.int64)
+    kinds = list(ERRORS)
+    for place, row in zip(indices_in(table["category"], run.classes), table.to_pylist(), strict=True):
+        if place is not None and row["error"] in kinds:
+            points[kinds.index(row["error"]), place] = 100 * (row["ap_points"] or 0.0)
+            counts[kinds.index(row["error"]), place] = row["count"] or 0
+    order = np.argsort(-points.sum(axis=0), kind="stable")
+    order = order[(points.sum(axis=0) + counts.sum(axis=0))[order] > 0]
+    return {
+        "classes": order.tolist(),
+        "kinds": [
+            {"name": title, "points": _numbers(points[index, order], 2), "count": counts[index, order].tolist()}
+            for index, (title, _) in enumerate(ERRORS.values())
+        ],
+    }
+
+
+def _f1_histogram(run: RunTables) -> dict[str, Any] | None:
+    """How many images have which F1, in twenty bins of equal width."""
+    table = run.tables.get("per_image")
+    if table is None:
+        return None
+    f1 = table["f1"].drop_null().to_numpy()
+    counts, _ = np.histogram(f1, bins=20, range=(0.0, 1.0))
+    return {"count": counts.tolist(), "without": table.num_rows - len(f1)}
+
+
+def _training(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A list for each number that some epoch has, with None where an epoch has it not."""
+    if not history:
+        return None
+    names = ("epoch", "loss", "AP", "AP50", "AP75")
+    columns = {name: [_finite(entry.get(name)) for entry in history] for name in names}
+    return {name: column for name, column in columns.items() if any(value is not None for value in column)}
+
+
+def _finite(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def number(value: Value | float | None, digits: int = 3) -> str:
+    """A number for a person: – where there is none."""
+    plain = value.value if isinstance(value, Value) else value
+    return "–" if plain is None or not math.isfinite(plain) else f"{plain:.{digits}f}"

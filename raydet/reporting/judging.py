@@ -1,0 +1,151 @@
+"""Which boxes of a few images are right, wrong, missed or of another class."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydet.boxes import as_boxes
+from raydet.errors import UserError
+from raydet.matching import DetectionColumns, Protocol, TruthColumns, bits_at, match, overlapping_pairs
+from raydet.reporting.run_tables import RunTables
+from raydet.tables import Table, open_table
+
+_IOU = 0.5
+_DEFAULT_THRESHOLD = 0.3
+
+_Flags = npt.NDArray[np.bool_]
+_Boxed = list[tuple[list[float], str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedImage:
+    """The boxes of one image.
+
+    Attributes:
+        truth: Box (x, y, width, height in pixels of the image) and class of each labelled object [G].
+        detections: Box, and class with score, of each detection above the threshold [D].
+        is_missed: bool [G].
+        is_taken_for_other: Missed, and a detection of another class lies on it, bool [G].
+        is_false: bool [D].
+        is_other_class: False, and lies on a missed object of another class, bool [D].
+    """
+
+    truth: _Boxed
+    detections: _Boxed
+    is_missed: _Flags
+    is_taken_for_other: _Flags
+    is_false: _Flags
+    is_other_class: _Flags
+
+
+def score_threshold(run: RunTables) -> float:
+    """The score from which on a detection counts in the galleries: that of the best F1 over all classes."""
+    best = run.value("best_f1_threshold").value
+    return _DEFAULT_THRESHOLD if best is None else best
+
+
+def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
+    """Matches truth and detections of a few images anew.
+
+    Args:
+        run: Says where the tables are.
+        image_ids: Which images; those that are not in the truth are left out.
+
+    Raises:
+        UserError: Truth or detections are no longer there, or they are no tables.
+    """
+    uris = {name: run.facts.get(name) for name in ("truth", "detections")}
+    for name, uri in uris.items():
+        if not uri:
+            raise UserError(f"the metrics do not say where the {name} are; measure again to write the `runs` table")
+        if uri.endswith(".json"):
+            raise UserError(f"{uri} is a JSON file; evaluate tables to see boxes on pictures")
+    truth_table, found_table = (
+        open_table(str(uris["truth"]), "images"),
+        open_table(str(uris["detections"]), "detections"),
+    )
+    labelled = _rows(truth_table, image_ids, "objects")
+    found = _rows(found_table, image_ids, "detections")
+    names = [category.name for category in truth_table.categories]
+    index_of = {name: index for index, name in enumerate(names)}
+    to_truth = [index_of.get(category.name, -1) for category in found_table.categories]
+    ids = sorted(labelled)
+    truth = _truth_columns(ids, [labelled[image_id] for image_id in ids])
+    threshold = score_threshold(run)
+    detections = _detection_columns([found.get(image_id) for image_id in ids], to_truth, threshold)
+    return _judged(ids, truth, detections, names)
+
+
+def _rows(table: Table, image_ids: Sequence[int], column: str) -> dict[int, dict[str, Any]]:
+    """The boxes of a few images, by image id; the pictures are not read."""
+    wanted = pa.array(image_ids, pa.int64())
+    rows: dict[int, dict[str, Any]] = {}
+    for batch in table.iter_batches(["image_id", column], batch_size=4096):
+        chosen = batch.filter(pc.is_in(batch.column("image_id"), wanted))
+        rows.update(zip(chosen.column("image_id").to_pylist(), chosen.column(column).to_pylist(), strict=True))
+    return rows
+
+
+def _truth_columns(ids: Sequence[int], rows: Sequence[dict[str, Any] | None]) -> TruthColumns:
+    lists = [row or {"bbox": [], "category": [], "area": [], "iscrowd": []} for row in rows]
+    return TruthColumns(
+        image_ids=np.array(ids, np.int64),
+        starts=np.cumsum([0, *(len(row["bbox"]) for row in lists)], dtype=np.int64),
+        boxes_xywh=as_boxes([box for row in lists for box in row["bbox"]]),
+        category=np.array([value for row in lists for value in row["category"]], np.int64),
+        area=np.array([value for row in lists for value in row["area"]], np.float64),
+        iscrowd=np.array([value for row in lists for value in row["iscrowd"]], np.bool_),
+    )
+
+
+def _detection_columns(
+    rows: Sequence[dict[str, Any] | None], to_truth: Sequence[int], threshold: float
+) -> DetectionColumns:
+    kept: list[list[tuple[list[float], float, int]]] = []
+    for row in rows:
+        triples = zip(row["bbox"], row["score"], row["category"], strict=True) if row else ()
+        kept.append([item for item in triples if item[1] >= threshold and to_truth[item[2]] >= 0])
+    items = [item for row in kept for item in row]
+    return DetectionColumns(
+        starts=np.cumsum([0, *map(len, kept)], dtype=np.int64),
+        boxes_xywh=as_boxes([box for box, _, _ in items]),
+        scores=np.array([score for _, score, _ in items], np.float64),
+        category=np.array([to_truth[category] for _, _, category in items], np.int64),
+    )
+
+
+def _judged(
+    ids: Sequence[int], truth: TruthColumns, detections: DetectionColumns, names: Sequence[str]
+) -> dict[int, JudgedImage]:
+    outcome = match(truth, detections, len(names), Protocol(iou_thresholds=(_IOU,)))
+    is_missed, is_false = np.zeros(len(truth.category), np.bool_), np.zeros(len(detections.category), np.bool_)
+    is_missed[outcome.truth_row] = ~bits_at(outcome.truth_found, 0) & ~outcome.truth_ignored[0]
+    is_false[outcome.detection_row] = ~bits_at(outcome.true_positive[0], 0) & ~bits_at(outcome.ignored[0], 0)
+    pairs = overlapping_pairs(truth, detections, same_category=False, min_iou=_IOU)
+    others = is_false[pairs.detection] & is_missed[pairs.truth]
+    others &= detections.category[pairs.detection] != truth.category[pairs.truth]
+    is_other_class, is_taken = np.zeros_like(is_false), np.zeros_like(is_missed)
+    is_other_class[pairs.detection[others]] = True
+    is_taken[pairs.truth[others]] = True
+    judged = {}
+    for number, image_id in enumerate(ids):
+        own, found = (slice(starts[number], starts[number + 1]) for starts in (truth.starts, detections.starts))
+        labels = [names[category] for category in truth.category[own].tolist()]
+        scored = zip(detections.category[found].tolist(), detections.scores[found].tolist(), strict=True)
+        judged[image_id] = JudgedImage(
+            truth=list(zip(truth.boxes_xywh[own].tolist(), labels, strict=True)),
+            detections=[
+                (box, f"{names[category]} {score:.2f}")
+                for box, (category, score) in zip(detections.boxes_xywh[found].tolist(), scored, strict=True)
+            ],
+            is_missed=is_missed[own],
+            is_taken_for_other=is_taken[own],
+            is_false=is_false[found],
+            is_other_class=is_other_class[found],
+        )
+    return judged

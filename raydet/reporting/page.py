@@ -1,0 +1,81 @@
+"""What the page shows → its HTML, with styles, scripts and the chart library inside."""
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from raydet.reporting.figures import class_rows, error_rows, headline, number, slice_rows
+from raydet.reporting.galleries import Galleries
+from raydet.reporting.judging import score_threshold
+from raydet.reporting.run_tables import RunTables
+
+_FOLDER = "report_page"
+
+
+def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> str:
+    """Fills the template.
+
+    The chart library is held compressed and unpacked by the page: a quarter of the bytes, and the page is there
+    before the library is. Every script is named to the browser by its hash, so that nothing else can run.
+
+    Args:
+        run: The tables.
+        charts: As `figures.charts` gives them.
+        galleries: The pictures.
+    """
+    environment = Environment(
+        loader=PackageLoader("raydet", _FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    script, style = (_own_file(name) for name in ("page.js", "page.css"))
+    library = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
+    errors, sums = error_rows(run)
+    return environment.get_template("page.html").render(
+        run=run,
+        title=run.model or run.run or "Detection report",
+        headline=headline(run),
+        classes=class_rows(run),
+        slices=slice_rows(run),
+        errors=errors,
+        error_sums=sums,
+        threshold=score_threshold(run),
+        charts=charts,
+        charts_json=_json_for_html(charts),
+        galleries=galleries,
+        policy=_policy(script.encode(), library),
+        style=Markup(style),
+        script=Markup(script),
+        library=base64.b64encode(gzip.compress(library, mtime=0)).decode(),
+    )
+
+
+def _own_file(name: str) -> str:
+    return resources.files("raydet").joinpath(_FOLDER, name).read_text("utf-8")
+
+
+def _json_for_html(content: Mapping[str, Any]) -> Markup:
+    """JSON that can stand in a script element: without the characters by which one could end or begin."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _policy(*scripts: bytes) -> str:
+    """A content security policy under which only these scripts run, and nothing is fetched."""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )

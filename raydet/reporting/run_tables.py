@@ -1,0 +1,143 @@
+"""The folder that evaluate wrote → the tables of one run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydet import storage
+from raydet.errors import UserError
+from raydet.schema import TableKind
+from raydet.tables import is_table, open_table
+
+_KINDS: tuple[TableKind, ...] = ("per_image", "pr_curves", "errors", "confusion", "calibration", "suspects", "runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A number with its 95 % interval; None where there is nothing to measure, or no interval."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTables:
+    """What evaluate measured of one run.
+
+    Attributes:
+        uri: The folder.
+        run: The name of the run; None where the tables give it none.
+        runs: All runs in the folder, in the order in which they were measured.
+        facts: The row of the `runs` table; empty in an older folder.
+        classes: The names of the classes, by their indices.
+        values: By slice (None: all images), metric and class (None: all classes).
+        slices: The names of the slices in their order.
+        model: As the metrics name it.
+        split: As the metrics name it.
+        tables: The other tables that are there, with the rows of this run.
+    """
+
+    uri: str
+    run: str | None
+    runs: tuple[str | None, ...]
+    facts: dict[str, Any]
+    classes: tuple[str, ...]
+    values: dict[tuple[str | None, str, str | None], Value]
+    slices: tuple[str, ...]
+    model: str | None
+    split: str | None
+    tables: dict[TableKind, pa.Table]
+
+    def value(self, metric: str, category: str | None = None, slice_name: str | None = None) -> Value:
+        """One metric of a class and slice."""
+        return self.values.get((slice_name, metric, category), Value())
+
+
+def read_run(metrics_uri: str, run: str | None) -> RunTables:
+    """Reads the tables of one run.
+
+    Args:
+        metrics_uri: The folder that evaluate wrote.
+        run: Its name; by default the run that was measured last.
+
+    Raises:
+        UserError: There is no such folder or run, or it holds no metrics.
+    """
+    uri = storage.absolute_uri(metrics_uri).rstrip("/")
+    metrics_folder = storage.join(uri, "metrics")
+    if not is_table(metrics_folder):
+        raise UserError(_not_metrics(uri))
+    table = open_table(metrics_folder, "metrics")
+    metrics = table.read()
+    tables = {kind: open_table(folder, kind).read() for kind in _KINDS if is_table(folder := storage.join(uri, kind))}
+    runs = _runs_in_order(metrics, tables.get("runs"))
+    if not runs:
+        raise UserError(f"{metrics_folder} is empty: no run has been measured into it; run `raydet evaluate` first")
+    if run is not None and run not in runs:
+        known = ", ".join(repr(name) for name in runs)
+        raise UserError(f"{uri} has no run {run!r}; it holds {known}")
+    chosen = runs[-1] if run is None else run
+    rows = _of_run(metrics, chosen)
+    tables = {kind: _of_run(content, chosen) for kind, content in tables.items()}
+    facts = tables.pop("runs").to_pylist() if "runs" in tables else []
+    columns = rows.select(["slice", "metric", "category", "value", "low", "high"]).to_pydict()
+    values = {
+        (place, metric, category): Value(value=_measured(value), low=low, high=high)
+        for place, metric, category, value, low, high in zip(*columns.values(), strict=True)
+    }
+    names = [category.name for category in table.categories]
+    measured = dict.fromkeys(name for name in columns["category"] if name is not None)
+    return RunTables(
+        uri=uri,
+        run=chosen,
+        runs=runs,
+        facts=facts[-1] if facts else {},
+        # Runs of other data sets may lie in the same folder, whose classes are others than those of the first file.
+        classes=tuple(names if set(measured) <= set(names) else measured),
+        values=values,
+        slices=tuple(dict.fromkeys(name for name in columns["slice"] if name is not None)),
+        model=rows["model"][0].as_py(),
+        split=rows["split"][0].as_py(),
+        tables={kind: content for kind, content in tables.items() if content.num_rows},
+    )
+
+
+def _measured(value: float | None) -> float | None:
+    return None if value is None or value == -1 or value != value else float(value)
+
+
+def _not_metrics(uri: str) -> str:
+    if not storage.exists(uri):
+        return f"no such folder: {uri}; give the folder that `raydet evaluate --out` wrote"
+    if is_table(uri):
+        parent = uri.rpartition("/")[0]
+        return f"{uri} is a single table; give the folder that `raydet evaluate --out` wrote, perhaps {parent}"
+    return (
+        f"{uri} holds no whole metrics table; give the folder that `raydet evaluate --out` wrote, or run that command "
+        "again if it did not finish"
+    )
+
+
+def _runs_in_order(metrics: pa.Table, runs: pa.Table | None) -> tuple[str | None, ...]:
+    """The runs that have metrics, the last measured last."""
+    names: list[str | None] = pc.unique(metrics["run"]).to_pylist()
+    times: dict[str | None, float] = {}
+    if runs is not None:
+        for name, time in zip(runs["run"].to_pylist(), runs["time"].to_pylist(), strict=True):
+            times[name] = time.timestamp() if time is not None else 0.0
+    return tuple(sorted(names, key=lambda name: times.get(name, 0.0)))
+
+
+def _of_run(table: pa.Table, run: str | None) -> pa.Table:
+    column = table["run"]
+    return table.filter(pc.is_null(column) if run is None else pc.equal(column, run))
+
+
+def indices_in(column: pa.ChunkedArray, names: Sequence[str]) -> list[int | None]:
+    """The place of each value of a column in a list of names; None for null and for what is not in it."""
+    places: list[int | None] = pc.index_in(column, pa.array(names, pa.string())).to_pylist()
+    return places
