@@ -10,8 +10,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
 from raydet.errors import UserError
 
 ImageStorage = Literal["inline", "reference"]
@@ -630,6 +628,9 @@ def config_hash(config: Any) -> str:
 
 def to_yaml(config: Any) -> str:
     """The whole resolved config, every field with its value."""
+    # Not needed by those who only build a config.
+    import yaml
+
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +25,10 @@ from raydet.matching import (
 )
 from raydet.metrics import CocoNumbers, CocoResult, accumulate, metrics_of
 from raydet.schema import Category
-from raydet.slices import PROPERTIES, Slice, slices_of
 from raydet.truth import Scored, Truth, is_json, read_detections, read_extra_columns, read_truth
+
+if TYPE_CHECKING:
+    from raydet.slices import Slice
 
 _IMAGES_PER_PART = 20_000
 _BOXES_PER_PART = 400_000
@@ -267,7 +269,11 @@ def _or_none(value: float) -> float | None:
     return None if value == -1 else value
 
 
-def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> list[Slice]:
+def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> "list[Slice]":
+    if not config.slice_by:
+        return []
+    from raydet.slices import PROPERTIES, slices_of
+
     columns = read_extra_columns(truth) if set(config.slice_by) - set(PROPERTIES) else {}
     columns = {name: column.take(scored.truth_rows) for name, column in columns.items()}
     areas = dict(_areas_of(config))
@@ -285,7 +291,7 @@ def _areas_of(config: EvaluateConfig) -> tuple[tuple[str, tuple[float, float]], 
 
 
 def _measure_slice(
-    config: EvaluateConfig, part: Slice, matches: Matches, whole: Measured, measure: Callable[[Matches], _Numbers]
+    config: EvaluateConfig, part: "Slice", matches: Matches, whole: Measured, measure: Callable[[Matches], _Numbers]
 ) -> Measured:
     """The numbers of some images, or those of one size of box that `whole` has already."""
     if part.images is not None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from raydet import storage
@@ -463,6 +462,8 @@ def _flatten(
     batch: pa.RecordBatch, column: str, names: Sequence[str], where: str
 ) -> tuple[Integers, dict[str, npt.NDArray[Any]]]:
     """The lists in a struct column → the number of elements in each row, and all elements of each list in one array."""
+    import pyarrow.compute as pc  # takes a while to import, and JSON has no need of it
+
     struct = batch.column(column)
     columns: dict[str, npt.NDArray[Any]] = {}
     lengths: Integers | None = None

@@ -1,9 +1,11 @@
 """COCO JSON → columns of boxes: read in one go; where something is wrong, entry by entry, to say what."""
 
+import contextlib
+import gc
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -91,6 +93,19 @@ class _Result(msgspec.Struct, gc=False):
     score: float
 
 
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Keeps Python from looking, again and again, for circles among all the tuples of a file, which has none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collecting()
 def read_instances(uri: str, *, lvis: bool) -> Instances:
     """Reads COCO instances JSON.
 
@@ -157,6 +172,7 @@ def _federated(images: Sequence[_Image], classes: Sequence[_Class], uri: str) ->
     )
 
 
+@_without_collecting()
 def read_results(uri: str, categories: Sequence[Category]) -> tuple[Integers, DetectionColumns]:
     """Reads COCO results JSON.
 
