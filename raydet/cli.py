@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 something failed, 2 a mistake in the input.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import raydet
@@ -85,99 +85,37 @@ def _run(arguments: list[str]) -> int:
     if name not in _COMMANDS:
         known = ", ".join(_COMMANDS)
         raise UserError(f"unknown command `{name}`; there are {known}")
-    config_class, call = _COMMANDS[name]
-    config: Any = load(config_class, arguments, program=f"raydet {name}")
-    call(config, Console())
+    config: Any = load(_COMMANDS[name], arguments, program=f"raydet {name}")
+    call = getattr(raydet, name.replace(" ", "_"))
+    console = Console()
+    report = call(config, console=console) if name in _WITH_STATUS else call(config)
+    for line in report.lines():
+        console.line(line)
     return 0
 
 
-def _prepare_coco(config: PrepareCocoConfig, console: Console) -> None:
-    _lines(console, raydet.prepare_coco(config))
-
-
-def _prepare_voc(config: PrepareVocConfig, console: Console) -> None:
-    _lines(console, raydet.prepare_voc(config))
-
-
-def _prepare_yolo(config: PrepareYoloConfig, console: Console) -> None:
-    _lines(console, raydet.prepare_yolo(config))
-
-
-def _prepare_images(config: PrepareImagesConfig, console: Console) -> None:
-    _lines(console, raydet.prepare_images(config))
-
-
-def _prepare_shapes(config: PrepareShapesConfig, console: Console) -> None:
-    _lines(console, raydet.prepare_shapes(config))
-
-
-def _evaluate(config: EvaluateConfig, console: Console) -> None:
-    _lines(console, raydet.evaluate(config))
-
-
-def _compare(config: CompareConfig, console: Console) -> None:
-    _lines(console, raydet.compare(config))
-
-
-def _report(config: ReportConfig, console: Console) -> None:
-    _lines(console, raydet.report(config))
-
-
-def _export_coco(config: ExportCocoConfig, console: Console) -> None:
-    _lines(console, raydet.export_coco(config))
-
-
-def _export_voc(config: ExportVocConfig, console: Console) -> None:
-    _lines(console, raydet.export_voc(config))
-
-
-def _export_yolo(config: ExportYoloConfig, console: Console) -> None:
-    _lines(console, raydet.export_yolo(config))
-
-
-def _export_onnx(config: ExportOnnxConfig, console: Console) -> None:
-    _lines(console, raydet.export_onnx(config))
-
-
-def _push(config: PushConfig, console: Console) -> None:
-    _lines(console, raydet.push(config))
-
-
-def _lines(console: Console, report: Any) -> None:
-    for line in report.lines():
-        console.line(line)
-
-
-def _train(config: TrainConfig, console: Console) -> None:
-    _lines(console, raydet.train(config, console=console))
-
-
-def _predict(config: PredictConfig, console: Console) -> None:
-    _lines(console, raydet.predict(config, console=console))
-
-
-def _demo(config: DemoConfig, console: Console) -> None:
-    _lines(console, raydet.demo(config, console=console))
-
-
-_COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
-    "prepare coco": (PrepareCocoConfig, _prepare_coco),
-    "prepare voc": (PrepareVocConfig, _prepare_voc),
-    "prepare yolo": (PrepareYoloConfig, _prepare_yolo),
-    "prepare images": (PrepareImagesConfig, _prepare_images),
-    "prepare shapes": (PrepareShapesConfig, _prepare_shapes),
-    "train": (TrainConfig, _train),
-    "predict": (PredictConfig, _predict),
-    "evaluate": (EvaluateConfig, _evaluate),
-    "compare": (CompareConfig, _compare),
-    "report": (ReportConfig, _report),
-    "export coco": (ExportCocoConfig, _export_coco),
-    "export voc": (ExportVocConfig, _export_voc),
-    "export yolo": (ExportYoloConfig, _export_yolo),
-    "export onnx": (ExportOnnxConfig, _export_onnx),
-    "push": (PushConfig, _push),
-    "demo": (DemoConfig, _demo),
+_COMMANDS: dict[str, type] = {
+    "prepare coco": PrepareCocoConfig,
+    "prepare voc": PrepareVocConfig,
+    "prepare yolo": PrepareYoloConfig,
+    "prepare images": PrepareImagesConfig,
+    "prepare shapes": PrepareShapesConfig,
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
+    "report": ReportConfig,
+    "export coco": ExportCocoConfig,
+    "export voc": ExportVocConfig,
+    "export yolo": ExportYoloConfig,
+    "export onnx": ExportOnnxConfig,
+    "push": PushConfig,
+    "demo": DemoConfig,
 }
+"""The config of each command; `raydet.NAME` is its function, with `_` for a space."""
+
+_WITH_STATUS = ("demo", "predict", "train")
+"""Those that say on the console how far they are."""
 
 
 if __name__ == "__main__":

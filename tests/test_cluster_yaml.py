@@ -138,6 +138,6 @@ def test_a_submitted_job_takes_along_its_code_and_little_else(tmp_path: Path) ->
     package = tmp_path / "package.zip"
     create_package(str(PROJECT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
     names = set(zipfile.ZipFile(package).namelist())
-    assert {"raydet/__init__.py", "raydet/config.py", "pyproject.toml"} <= names
+    assert {"raydet/__init__.py", "raydet/config/__init__.py", "pyproject.toml"} <= names
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/", ".venv/", ".git/"))]
     assert package.stat().st_size < 5 * 2**20

@@ -1,0 +1,99 @@
+"""One frozen dataclass per job, which checks itself. `options.py` makes them of YAML files and command lines.
+
+A field is *operational* when it changes how long a run takes or where it runs, but not what comes out; all others
+are its identity: a folder may be continued only by a run of the same identity.
+"""
+
+from raydet.config.fields import (
+    changed_fields,
+    config_hash,
+    default_of,
+    field_names,
+    fields_of,
+    identity,
+    is_required,
+    to_yaml,
+)
+from raydet.config.measuring import (
+    CompareConfig,
+    EvaluateConfig,
+    EvaluationProtocol,
+    ReportConfig,
+)
+from raydet.config.preparing import (
+    DEFAULT_MAX_PIXELS,
+    ImageStorage,
+    PrepareCocoConfig,
+    PrepareImagesConfig,
+    PrepareShapesConfig,
+    PrepareVocConfig,
+    PrepareYoloConfig,
+)
+from raydet.config.scoring import (
+    DrawIf,
+    Engine,
+    Merge,
+    PredictConfig,
+)
+from raydet.config.sharing import (
+    ExportCocoConfig,
+    ExportOnnxConfig,
+    ExportVocConfig,
+    ExportYoloConfig,
+    PushConfig,
+)
+from raydet.config.training import (
+    COCO_METRICS,
+    Augmentation,
+    AugmentationSpec,
+    Backbone,
+    BatchNorm,
+    DemoConfig,
+    Schedule,
+    Tracker,
+    TrainConfig,
+)
+from raydet.config.workers import (
+    Precision,
+)
+
+__all__ = [
+    "COCO_METRICS",
+    "DEFAULT_MAX_PIXELS",
+    "Augmentation",
+    "AugmentationSpec",
+    "Backbone",
+    "BatchNorm",
+    "CompareConfig",
+    "DemoConfig",
+    "DrawIf",
+    "Engine",
+    "EvaluateConfig",
+    "EvaluationProtocol",
+    "ExportCocoConfig",
+    "ExportOnnxConfig",
+    "ExportVocConfig",
+    "ExportYoloConfig",
+    "ImageStorage",
+    "Merge",
+    "Precision",
+    "PredictConfig",
+    "PrepareCocoConfig",
+    "PrepareImagesConfig",
+    "PrepareShapesConfig",
+    "PrepareVocConfig",
+    "PrepareYoloConfig",
+    "PushConfig",
+    "ReportConfig",
+    "Schedule",
+    "Tracker",
+    "TrainConfig",
+    "changed_fields",
+    "config_hash",
+    "default_of",
+    "field_names",
+    "fields_of",
+    "identity",
+    "is_required",
+    "to_yaml",
+]

@@ -1,0 +1,88 @@
+"""`prepare`: a source of images → an images table."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from raydet.config.fields import option, require, require_positive
+
+ImageStorage = Literal["inline", "reference"]
+DEFAULT_MAX_PIXELS = 178_956_970
+"""Larger pictures are refused as decompression bombs; the number is Pillow's own limit (a quarter gigabyte of RGB)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PrepareConfig:
+    """What every source of image files has in common."""
+
+    out: str = option("folder or URI of the images table to write")
+    image_storage: ImageStorage = option("inline: image bytes in the table; reference: only their paths", "inline")
+    max_pixels: int = option("larger pictures are rejected as decompression bombs", DEFAULT_MAX_PIXELS)
+    num_threads: int | None = option("decoding threads (all cores by default)", None, operational=True)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_pixels", "num_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareImagesConfig(_PrepareConfig):
+    """A folder or URI of images without labels → an images table."""
+
+    images: str = option("folder or URI of the images, with its subfolders")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareCocoConfig(PrepareImagesConfig):
+    """COCO instances JSON and a folder of images → an images table."""
+
+    annotations: str = option("COCO instances JSON file, whose file names are relative to the folder of images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareVocConfig(PrepareImagesConfig):
+    """Pascal VOC XML files and a folder of images → an images table."""
+
+    annotations: str = option("folder or URI of the XML files, each named like its image")
+    split: str | None = option("file that lists the images to take, a name a line, as in ImageSets/Main", None)
+    classes: list[str] | None = option(
+        "the classes in their order, or one .txt file with a name a line; by default all in the XML files", None
+    )
+    zero_based: bool = option("the first pixel is 0 in these files, and 1 in those of the VOC devkit", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareYoloConfig(_PrepareConfig):
+    """A data set in the layout of Ultralytics, or a folder of images and one of labels → an images table."""
+
+    data: str | None = option("data.yaml of the data set; or else images, labels and classes", None)
+    split: Literal["train", "val", "test"] = option("which part of data.yaml to take", "train")
+    images: str | None = option("without data: folder or URI of the images, with its subfolders", None)
+    labels: str | None = option("without data: folder or URI of the .txt files, laid out like the images", None)
+    classes: list[str] | None = option(
+        "without data: the classes in their order, or one .txt file with a name a line", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = (self.images, self.labels, self.classes)
+        require(
+            all(part is None for part in parts) if self.data is not None else all(part is not None for part in parts),
+            "give either data, the data set's data.yaml, or all of images, labels and classes",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareShapesConfig:
+    """Generated pictures of rectangles, ellipses and triangles → two images tables, OUT/train and OUT/val."""
+
+    out: str = option("folder or URI; the tables are OUT/train and OUT/val")
+    num_train: int = option("training images", 1000)
+    num_val: int = option("held-out images", 200)
+    image_size: int = option("side of the square pictures in pixels", 128)
+    max_shapes: int = option("most shapes in a picture; the fewest is none", 6)
+    seed: int = option("the same seed gives the same pixels", 0)
+    num_threads: int | None = option("decoding threads (all cores by default)", None, operational=True)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_train", "num_val", "max_shapes", "num_threads")
+        require(self.image_size >= 32, f"image_size must be at least 32, got {self.image_size}")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
