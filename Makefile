@@ -10,10 +10,10 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-gpu lint format lock clean
+.PHONY: help setup demo test test-all test-cluster test-gpu lint format lock clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## Install everything into .venv (each command below does it when needed)
 
@@ -25,6 +25,9 @@ test: $(READY) ## The fast tests
 
 test-all: $(READY) ## Every test that needs no GPU
 	@$(BIN)/pytest -q -m "not gpu"
+
+test-cluster: $(READY) ## Jobs on several nodes that are killed, and a job server
+	@$(BIN)/pytest -q -m cluster
 
 test-gpu: $(READY) ## The tests that need a GPU
 	@$(BIN)/pytest -q -m gpu

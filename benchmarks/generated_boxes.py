@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from raydet.matching import DetectionColumns, TruthColumns
+from raydet.columns import DetectionColumns, TruthColumns
 from raydet.schema import DETECTIONS_TYPE, OBJECTS_TYPE, Category, build_schema
 from raydet.tables import TableWriter
 

@@ -15,8 +15,11 @@ from raydet.config import (
     ExportOnnxConfig,
     ExportVocConfig,
     ExportYoloConfig,
+    InspectConfig,
+    PlanConfig,
     PredictConfig,
     PrepareCocoConfig,
+    PrepareHubConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
     PrepareVocConfig,
@@ -24,6 +27,7 @@ from raydet.config import (
     PushConfig,
     ReportConfig,
     TrainConfig,
+    TuneConfig,
 )
 from raydet.errors import UserError
 
@@ -37,9 +41,19 @@ if TYPE_CHECKING:
     from raydet.exports.yolo import export_yolo
     from raydet.hub import push
     from raydet.inference import predict
-    from raydet.preparation import prepare_coco, prepare_images, prepare_shapes, prepare_voc, prepare_yolo
+    from raydet.inspection import inspect
+    from raydet.planning import plan
+    from raydet.preparation import (
+        prepare_coco,
+        prepare_hub,
+        prepare_images,
+        prepare_shapes,
+        prepare_voc,
+        prepare_yolo,
+    )
     from raydet.reporting import report
     from raydet.training import train
+    from raydet.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -51,8 +65,11 @@ _FUNCTIONS = {
     "export_onnx": "raydet.exports.onnx",
     "export_voc": "raydet.exports.voc",
     "export_yolo": "raydet.exports.yolo",
+    "inspect": "raydet.inspection",
+    "plan": "raydet.planning",
     "predict": "raydet.inference",
     "prepare_coco": "raydet.preparation",
+    "prepare_hub": "raydet.preparation",
     "prepare_images": "raydet.preparation",
     "prepare_shapes": "raydet.preparation",
     "prepare_voc": "raydet.preparation",
@@ -60,6 +77,7 @@ _FUNCTIONS = {
     "push": "raydet.hub",
     "report": "raydet.reporting",
     "train": "raydet.training",
+    "tune": "raydet.tuning",
 }
 
 __all__ = [
@@ -70,8 +88,11 @@ __all__ = [
     "ExportOnnxConfig",
     "ExportVocConfig",
     "ExportYoloConfig",
+    "InspectConfig",
+    "PlanConfig",
     "PredictConfig",
     "PrepareCocoConfig",
+    "PrepareHubConfig",
     "PrepareImagesConfig",
     "PrepareShapesConfig",
     "PrepareVocConfig",
@@ -79,6 +100,7 @@ __all__ = [
     "PushConfig",
     "ReportConfig",
     "TrainConfig",
+    "TuneConfig",
     "UserError",
     "__version__",
     "compare",
@@ -88,8 +110,11 @@ __all__ = [
     "export_onnx",
     "export_voc",
     "export_yolo",
+    "inspect",
+    "plan",
     "predict",
     "prepare_coco",
+    "prepare_hub",
     "prepare_images",
     "prepare_shapes",
     "prepare_voc",
@@ -97,6 +122,7 @@ __all__ = [
     "push",
     "report",
     "train",
+    "tune",
 ]
 
 

@@ -14,21 +14,9 @@ from typing import Any
 import numpy as np
 
 from raydet.boxes import Boxes, as_boxes
-from raydet.matching import (
-    DetectionColumns,
-    Flags,
-    Floats,
-    Integers,
-    Matches,
-    Protocol,
-    TruthColumns,
-    bits_type,
-    concatenate,
-    from_bytes,
-    match,
-    stable_order,
-    to_bytes,
-)
+from raydet.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns
+from raydet.matches import Matches, Protocol, bits_type, concatenate, from_bytes, to_bytes
+from raydet.matching import match, stable_order
 from raydet.metrics import CocoResult, Judged, accumulate, count_truth, precision_and_recall, result_of
 from raydet.schema import MAX_IMAGE_ID, Category
 
@@ -99,7 +87,6 @@ class CocoAccumulator:
     def add(
         self,
         image_id: int,
-        size_hw: tuple[int, int],
         truth: ImageTruth,
         detections: ImageDetections,
         *,
@@ -109,7 +96,6 @@ class CocoAccumulator:
 
         Args:
             image_id: 0 ≤ image_id < 2⁵³, each once.
-            size_hw: Height and width in pixels; the numbers do not depend on it.
             truth: All labelled boxes of the image.
             detections: All detections in the image.
             unreadable: The image could not be read: it has no detections, and all its boxes count as missed.

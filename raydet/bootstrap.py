@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from raydet.matching import Floats, Matches, Protocol
+from raydet.columns import Floats
+from raydet.matches import Matches, Protocol
 from raydet.weighted_precision import Counts, WeightedPrecision
 
 _NUM_SPLITS = 50

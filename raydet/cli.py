@@ -1,6 +1,6 @@
 """The `raydet` command: makes a config of the options, makes one call, says where the results are.
 
-Exit codes: 0 done, 1 something failed, 2 a mistake in the input.
+Exit codes: 0 done, 1 something failed, 2 a mistake in the input, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 import sys
@@ -16,8 +16,11 @@ from raydet.config import (
     ExportOnnxConfig,
     ExportVocConfig,
     ExportYoloConfig,
+    InspectConfig,
+    PlanConfig,
     PredictConfig,
     PrepareCocoConfig,
+    PrepareHubConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
     PrepareVocConfig,
@@ -25,10 +28,13 @@ from raydet.config import (
     PushConfig,
     ReportConfig,
     TrainConfig,
+    TuneConfig,
 )
 from raydet.console import Console
 from raydet.errors import RunError, UserError
 from raydet.options import load
+from raydet.redaction import without_secrets
+from raydet.stopping import ending_on_sigterm
 
 _USAGE = """\
 usage: raydet COMMAND [options]
@@ -36,12 +42,16 @@ usage: raydet COMMAND [options]
   prepare coco     COCO instances JSON and images → an images table
   prepare voc      Pascal VOC XML files and images → an images table
   prepare yolo     a data set in YOLO's layout → an images table
-  prepare images   a folder of images without labels → an images table
+  prepare hub      a data set of the Hugging Face Hub, or a local one of that kind → an images table
+  prepare images   a folder or list of images without labels, also on the web → an images table
   prepare shapes   generated pictures with labels → two images tables
+  inspect          an images table → one HTML page: its numbers, what is odd, pictures as a model sees them
   train            fine-tune a detector, or train a small one from scratch
+  tune             many short trainings in search of the best options
   predict          run a model over images, however many → a detections table
   evaluate         truth and detections → COCO numbers and metrics tables
   compare          two detections of the same images → how much the second is better, and how sure that is
+  plan             a short measurement here → time, cost and bottleneck of so many images on a cluster
   report           metrics tables → one HTML file
   export coco      detections → COCO results JSON; images table → COCO instances JSON
   export voc       images table → Pascal VOC XML files
@@ -60,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _run(list(arguments))
+        with ending_on_sigterm():
+            return _run(list(arguments))
     except (UserError, RunError) as error:
-        print(f"raydet: error: {error}", file=sys.stderr)
+        print(f"raydet: error: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("raydet: interrupted; run the same command again to go on", file=sys.stderr)
@@ -98,12 +109,16 @@ _COMMANDS: dict[str, type] = {
     "prepare coco": PrepareCocoConfig,
     "prepare voc": PrepareVocConfig,
     "prepare yolo": PrepareYoloConfig,
+    "prepare hub": PrepareHubConfig,
     "prepare images": PrepareImagesConfig,
     "prepare shapes": PrepareShapesConfig,
+    "inspect": InspectConfig,
     "train": TrainConfig,
+    "tune": TuneConfig,
     "predict": PredictConfig,
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
+    "plan": PlanConfig,
     "report": ReportConfig,
     "export coco": ExportCocoConfig,
     "export voc": ExportVocConfig,
@@ -114,7 +129,7 @@ _COMMANDS: dict[str, type] = {
 }
 """The config of each command; `raydet.NAME` is its function, with `_` for a space."""
 
-_WITH_STATUS = ("demo", "predict", "train")
+_WITH_STATUS = ("demo", "plan", "predict", "train", "tune")
 """Those that say on the console how far they are."""
 
 

@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.state import available_resources_per_node
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydet import storage
-from raydet.errors import RunError, UserError
+from raydet.errors import RunError, RunStopped, UserError
+from raydet.stopping import STOPPED, ending_on_sigterm
 
 LOG_FILE = "ray.log"
 IDLE_PROCESSES_KEPT = 16
 """On a node of a cluster that is started here."""
+START_ATTEMPTS = 3
+"""At starting a cluster on this machine."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,14 @@ class Resources:
         use_gpu: Whether each worker gets one.
         cpus_per_worker: Reserved for each worker.
         cpus_per_task: What a decoding task asks for.
+        remark: A line for the terminal, where GPUs and workers do not go together.
     """
 
     num_gpus: float
     use_gpu: bool
     cpus_per_worker: float
     cpus_per_task: float
+    remark: str = ""
 
     def describe(self, min_workers: int, max_workers: int) -> str:
         """A few words for the terminal."""
@@ -44,36 +52,78 @@ class Resources:
 
 
 @contextlib.contextmanager
-def session(log_uri: str) -> Iterator[None]:
-    """Connects to the cluster that RAY_ADDRESS names, or starts one on this machine, for the time of a `with`.
+def session(log_uri: str, address: str | None = None) -> Iterator[None]:
+    """Connects to a cluster, or starts one on this machine, for the time of a `with`; SIGTERM ends what is inside.
 
     Inside another session it changes nothing, so that jobs can be strung together on one cluster.
 
     Args:
         log_uri: Folder for `ray.log`, with what Ray itself has to say; where it is not local, that is dropped.
+        address: Of the cluster; "local" starts one. By default RAY_ADDRESS says it, and without that one is started.
+
+    Raises:
+        RunError: There is no such cluster, or none can be started.
+        RunStopped: SIGTERM has come, as `ray job stop` sends it.
     """
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not os.environ.get("RAY_ADDRESS"):
-        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with _chatter_to(log_uri), ending_on_sigterm():
+        _connect(address)
+        try:
+            with ending_on_sigterm():  # once more: Ray has put its own handler in place
+                yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    named = address or f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}"
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         # Ray ends processes that idle for a second when there are more than CPUs. Stages that ask for a fraction of
         # one are many, and a new process needs seconds of work before its first task.
         options["_system_config"] = {"num_workers_soft_limit": IDLE_PROCESSES_KEPT}
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _chatter_to(log_uri):
+    attempts_left = START_ATTEMPTS if address == "local" else 1
+    while True:
+        attempts_left -= 1
         try:
-            ray.init(**options)
+            with _on_loopback() if address == "local" else contextlib.nullcontext():
+                ray.init(**options)
+            return
+        except SystemExit:  # Ray's own handler of SIGTERM
+            raise RunStopped(STOPPED) from None
         except Exception as error:  # Ray raises plain ones, too
-            where = os.environ.get("RAY_ADDRESS")
-            what = f"cannot connect to Ray at RAY_ADDRESS {where}" if where else "Ray did not start on this machine"
             reason = " ".join(str(error).split())[:300]
-            raise RunError(f"{what}: {reason}") from error
-        try:
-            yield
-        finally:
+            if not attempts_left:
+                is_own = address == "local"
+                what = "Ray did not start on this machine" if is_own else f"cannot connect to Ray at {named}"
+                raise RunError(f"{what}: {reason}") from error
+            # Its processes have some seconds each to come up, which a busy machine may not grant them.
+            logging.getLogger("ray").warning("Ray did not start, trying again: %s", reason)
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster that is started inside listens on 127.0.0.1 alone, and its token can be read by this user alone.
+
+    Ray takes 127.0.0.1 for an oversight and puts the machine's own address in its place, and then its processes listen
+    on all addresses, unless clusters of several machines are switched off, as they are on Windows and macOS.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes of the cluster
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        with contextlib.suppress(OSError):
+            (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
 @contextlib.contextmanager
@@ -117,7 +167,7 @@ def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_
     largest_node = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     # One node with CPUs that nobody else lent us is this machine; to a cluster nodes may yet be added.
-    if len(nodes) == 1 and total_cpus and not os.environ.get("RAY_ADDRESS"):
+    if len(nodes) == 1 and total_cpus and os.environ.get("RAY_ADDRESS", "") in ("", "local"):
         _refuse_what_is_not_there(min_workers, use_gpu, cpus_per_worker, total_cpus, num_gpus)
     if cpus_per_worker is None:
         cpus_per_worker = max(min(total_cpus / 2 / max_workers, max(largest_node / 2, 0.5)), 0.1)
@@ -133,11 +183,30 @@ def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_
         use_gpu=num_gpus >= min_workers if use_gpu is None else use_gpu,
         cpus_per_worker=cpus_per_worker,
         cpus_per_task=1.0 if left >= 4 else 0.5,
+        remark=_remark(min_workers, use_gpu, num_gpus),
     )
 
 
+def _remark(num_workers: int, use_gpu: bool | None, num_gpus: float) -> str:
+    if use_gpu and num_gpus < num_workers:
+        return (
+            f"--use-gpu with {num_workers} workers needs as many GPUs, the cluster has {num_gpus:g}: they wait "
+            "until it has grown"
+        )
+    if use_gpu is None and 0 < num_gpus < num_workers:
+        return (
+            f"no GPU is used: {num_workers} workers would need as many, the cluster has {num_gpus:g}; lower "
+            "--num-workers to use them"
+        )
+    return ""
+
+
 def workers_that_fit(resources: Resources) -> int:
-    """Workers that the nodes that are alive have room for, with as many CPUs left as one decoding task asks for."""
+    """Workers that the nodes that are alive have room for, with as many CPUs left as one decoding task asks for.
+
+    What other jobs hold counts as room: Ray says what is taken but not by whom, and this job's own workers, just lost
+    or still running, are among those that hold it. Where others do, workers wait for them, as all jobs do for CPUs.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     fitting = 0
@@ -147,6 +216,16 @@ def workers_that_fit(resources: Resources) -> int:
     while fitting and total_cpus - fitting * resources.cpus_per_worker < resources.cpus_per_task - 1e-9:
         fitting -= 1
     return fitting
+
+
+def cpus_for_tasks(resources: Resources) -> float:
+    """CPUs that a decoding task may ask for beside workers that hold theirs; 0 where no node has as many left.
+
+    All workers may fit onto fewer nodes than they were shared out over, as when one was lost: tasks that ask for what
+    the workers hold would wait for ever, and the workers for them.
+    """
+    free = max((node.get("CPU", 0.0) for node in available_resources_per_node().values()), default=0.0)
+    return resources.cpus_per_task if free >= resources.cpus_per_task - 1e-9 else 0.0
 
 
 def _refuse_what_is_not_there(
@@ -162,6 +241,12 @@ def _refuse_what_is_not_there(
             f"{num_workers} workers of {cpus_per_worker:g} CPUs leave none of this machine's {total_cpus:g} to decode "
             "with; lower --cpus-per-worker or --num-workers"
         )
+
+
+def open_board() -> Any:
+    """A board on the node of this process, with which it ends anyway; on another it could be lost."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 @ray.remote(num_cpus=0)

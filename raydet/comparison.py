@@ -1,24 +1,26 @@
 """Two runs on the same images beside each other: how much better the second is, how sure that is, and where."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs as pafs
 
 from raydet import storage
 from raydet.bootstrap import Interval, PairedDifferences, paired_differences
+from raydet.columns import Floats
 from raydet.config import CompareConfig, config_hash
 from raydet.console import aligned
-from raydet.diagnosis import best_threshold, outcomes_at, per_image
+from raydet.detections import read_detections
+from raydet.diagnosis import Outcomes, best_threshold, outcomes_at, per_image
 from raydet.errors import UserError
-from raydet.matching import Floats, Matches, match
+from raydet.matches import Matches
+from raydet.matching import match, match_in_parts
+from raydet.metrics_folder import manifests_in
 from raydet.schema import Category, TableKind, build_schema
-from raydet.tables import MANIFEST_NAME, TableWriter, is_table
-from raydet.truth import Truth, read_detections, read_truth
+from raydet.tables import TableWriter
+from raydet.truth import Truth, read_truth
 
 _KINDS: tuple[TableKind, ...] = ("changed_images", "comparison")
 
@@ -163,14 +165,14 @@ def compare(config: CompareConfig) -> Comparison:
     if config.out is not None:
         _check_out(config.out, config_hash(config))
     truth = read_truth(config.truth)
-    first, second = (_matches(truth, uri) for uri in (config.first, config.second))
+    first, second = (_match_run(truth, uri) for uri in (config.first, config.second))
     comparison = Comparison(
         names=_names(config.first, config.second),
         categories=truth.categories,
-        num_images=len(first.image_ids),
-        num_truth=len(first.truth_category),
-        numbers=paired_differences(first, second, num_resamples=config.bootstrap, seed=config.seed),
-        thresholds=(_threshold(first), _threshold(second)),
+        num_images=len(first.matches.image_ids),
+        num_truth=len(first.matches.truth_category),
+        numbers=paired_differences(first.matches, second.matches, num_resamples=config.bootstrap, seed=config.seed),
+        thresholds=(first.threshold, second.threshold),
         changed_images=_changed_images(first, second, config.num_images),
         out=config.out,
     )
@@ -179,9 +181,23 @@ def compare(config: CompareConfig) -> Comparison:
     return comparison
 
 
-def _matches(truth: Truth, uri: str) -> Matches:
-    detections = read_detections(uri, truth)
-    return match(detections.truth_columns, detections.columns, len(truth.categories))
+@dataclass(frozen=True)
+class _Run:
+    """One run, matched; the threshold is the score of its best F1."""
+
+    matches: Matches
+    outcomes: Outcomes
+    threshold: float
+
+
+def _match_run(truth: Truth, uri: str) -> _Run:
+    scored, num_categories = read_detections(uri, truth), len(truth.categories)
+    matches = match_in_parts(
+        scored.truth_columns, scored.columns, lambda labelled, found, _: match(labelled, found, num_categories)
+    )
+    outcomes = outcomes_at(matches)
+    best = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row))
+    return _Run(matches, outcomes, best.threshold)
 
 
 def _names(first: str, second: str) -> tuple[str, str]:
@@ -196,18 +212,18 @@ def _names(first: str, second: str) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def _changed_images(first: Matches, second: Matches, num_images: int) -> tuple[ChangedImage, ...]:
+def _changed_images(first: _Run, second: _Run, num_images: int) -> tuple[ChangedImage, ...]:
     """The images whose F1 differs most; of equal differences those with more boxes first, then by id."""
-    tables = [per_image(matches, threshold=_threshold(matches)) for matches in (first, second)]
+    tables = [per_image(run.matches, run.outcomes, threshold=run.threshold) for run in (first, second)]
     f1 = [table.column("f1").to_pylist() for table in tables]
-    num_truth = tables[0].column("num_truth").to_numpy()
+    image_ids, num_truth = first.matches.image_ids, tables[0].column("num_truth").to_numpy()
     before, after = (_with_nothing_as_right(values) for values in f1)
     difference = after - before
-    order = np.lexsort((first.image_ids, -num_truth, -np.abs(difference)))
+    order = np.lexsort((image_ids, -num_truth, -np.abs(difference)))
     order = order[difference[order] != 0][:num_images]
     return tuple(
         ChangedImage(
-            image_id=int(first.image_ids[row]),
+            image_id=int(image_ids[row]),
             num_truth=int(num_truth[row]),
             first_f1=f1[0][row],
             second_f1=f1[1][row],
@@ -221,25 +237,11 @@ def _with_nothing_as_right(values: Sequence[float | None]) -> Floats:
     return np.array([1.0 if value is None else value for value in values])
 
 
-def _threshold(matches: Matches) -> float:
-    outcomes = outcomes_at(matches)
-    return best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_image)).threshold
-
-
 def _check_out(out: str, own_hash: str) -> None:
     """Refuses a folder whose tables are not of this very comparison."""
-    for uri in (out, *(storage.join(out, kind) for kind in _KINDS)):
-        filesystem, path = storage.resolve(uri)
-        if filesystem.get_file_info(path).type == pafs.FileType.File:
-            raise UserError(f"{uri} is a file; out must name a folder")
-        if uri == out:
-            continue
-        if is_table(uri):
-            manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
-            if manifest.get("config_hash") != own_hash:
-                raise UserError(f"{uri} holds another comparison; choose another out, or delete that folder")
-        elif any(not name.endswith(".parquet") for name in storage.list_files(uri, recursive=True)):
-            raise UserError(f"{uri} holds files that are not raydet's; choose another out")
+    for uri, manifest in manifests_in(out, _KINDS).items():
+        if manifest.get("config_hash") != own_hash:
+            raise UserError(f"{uri} holds another comparison; choose another out, or delete that folder")
 
 
 def _write(out: str, own_hash: str, comparison: Comparison) -> None:

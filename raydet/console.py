@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from raydet.redaction import without_secrets
+
 _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MOST_CLASSES_IN_A_LINE = 8
 _DATA_BOUND = 0.15
@@ -33,8 +35,8 @@ class Console:
         self._header: list[str] = []
 
     def line(self, text: str = "") -> None:
-        """Prints one line."""
-        self._rich.print(text)
+        """Prints one line, without passwords and keys."""
+        self._rich.print(without_secrets(text))
 
     def title(self, text: str) -> None:
         """Prints what comes next."""

@@ -28,10 +28,9 @@ from raydet.accumulator import ImageTruth
 from raydet.boxes import as_boxes, xywh_to_normalised_cxcywh
 from raydet.decode import DecodeError, decode
 from raydet.geometry import ResizeRule, resize
-from raydet.inputs.references import read_reference
+from raydet.inputs.references import image_bytes
 from raydet.ordering import MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
 from raydet.schema import IMAGE_TYPE, OBJECTS_TYPE
-from raydet.sources import ReadError
 from raydet.tables import RowGroup, Table
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
 
 SCHEDULING_PAUSE_S = 0.03
 """Short beside the decoding of a batch, long beside a turn of Ray Data's scheduling loop (2–3 ms)."""
+_TASKS_WITHOUT_CPUS = 3
+"""Decoding tasks at once that reserve nothing; one more than readers, with which Ray Data would make them one stage."""
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 
 _ROW_TYPE = pa.struct(
@@ -165,7 +166,7 @@ def run_stream(
         start_epoch: Where to begin, from 0.
         start_step: The step in that epoch to begin with, from 0.
         reserved: CPUs and GPUs that the training workers hold, so that Ray Data leaves them alone.
-        cpus_per_task: CPUs that a decoding task asks for.
+        cpus_per_task: CPUs that a decoding task asks for; with 0 a few run beside workers that hold all there are.
 
     Returns:
         One iterator for each rank; read it with `micro_batches`.
@@ -178,7 +179,7 @@ def run_stream(
     dataset = ray.data.read_datasource(
         TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
         # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
-        num_cpus=0.01,
+        num_cpus=min(0.01, cpus_per_task),
         compute=TaskPoolStrategy(size=min(len(segments), 2)),
         override_num_blocks=max(1, len(segments)),
     )
@@ -188,6 +189,7 @@ def run_stream(
         batch_format="pyarrow",
         zero_copy_batch=True,
         num_cpus=cpus_per_task,
+        compute=None if cpus_per_task else TaskPoolStrategy(size=_TASKS_WITHOUT_CPUS),
     )
     iterators: list[ray.data.DataIterator] = dataset.streaming_split(world_size, equal=False)
     return iterators
@@ -396,7 +398,7 @@ def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, preparation: Pr
 def _augment(
     image: npt.NDArray[np.uint8], row: dict[str, Any], micro_batch: MicroBatch, preparation: Preparation
 ) -> "Sample":
-    from raydet.mixing import Partners
+    from raydet.mixing import Partners, sample_of
     from raydet.transforms import plain_of
 
     spec = preparation.augmentation
@@ -407,46 +409,19 @@ def _augment(
         mixup=_readable(row.get("mixup"), preparation.max_pixels),
     )
     seed = augmentation_seed(preparation.seed, micro_batch.epoch, row["image_id"])
-    augmented: Sample = _augmenter(json.dumps(spec))(_sample(image, row["objects"]), seed=seed, partners=partners)
+    augmented: Sample = _augmenter(json.dumps(spec))(sample_of(image, row["objects"]), seed=seed, partners=partners)
     return augmented
-
-
-def _sample(image: npt.NDArray[np.uint8], objects: dict[str, Any]) -> "Sample":
-    from raydet.mixing import Sample
-
-    return Sample(
-        image,
-        as_boxes(objects["bbox"]),
-        np.asarray(objects["category"], np.int64),
-        np.asarray(objects["area"], np.float64),
-        np.asarray(objects["iscrowd"], bool),
-        np.asarray(objects["id"], np.int64),
-    )
 
 
 def _readable(rows: list[dict[str, Any]] | None, max_pixels: int) -> "tuple[Sample, ...]":
     """Partners as samples; without those that cannot be read, which have their own turn to be reported."""
+    from raydet.mixing import sample_of
+
     samples = []
     for row in rows or ():
         with contextlib.suppress(DecodeError):
-            samples.append(_sample(decode(image_bytes(row["image"]), max_pixels=max_pixels), row["objects"]))
+            samples.append(sample_of(decode(image_bytes(row["image"]), max_pixels=max_pixels), row["objects"]))
     return tuple(samples)
-
-
-def image_bytes(image: dict[str, Any]) -> bytes:
-    """The encoded image of a table's row: the bytes that it holds, or those that its path leads to.
-
-    Raises:
-        DecodeError: The file cannot be read.
-    """
-    if image["bytes"] is not None:
-        return bytes(image["bytes"])
-    try:
-        return read_reference(image["path"])
-    except ReadError as error:
-        raise DecodeError(str(error)) from None
-    except OSError as error:
-        raise DecodeError(f"the file cannot be read: {error.strerror or error}") from None
 
 
 def _unpack(scalar: pa.StructScalar) -> ReadyImage:

@@ -30,6 +30,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from raydet.jpeg_scan import without_scan
+
 # Pillow reports damage that it can live with through `warnings` and `logging`; here every file is either decoded or
 # refused with a reason. Filters are per process, since `warnings.catch_warnings` is not safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -63,12 +65,17 @@ _SIDEWAYS = (5, 6, 7, 8)
 """Orientations that swap height and width."""
 _PNG_EXIF_KEYS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _WHITE = (255, 255, 255)
+_END_OF_JPEG = b"\xff\xd9"
 _TRUNCATED = re.compile("truncated|unexpected end|not enough|requires a buffer|but only got", re.IGNORECASE)
 _SAY_NOTHING = ("", "not identified by this driver")
 
 
 class DecodeError(Exception):
     """These bytes give no picture; the message is one short reason that a person understands."""
+
+
+class TruncatedError(DecodeError):
+    """The file ends before the picture does; `mend` may save what there is of it."""
 
 
 def decode(data: bytes, *, max_pixels: int, at_least_hw: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -87,20 +94,102 @@ def decode(data: bytes, *, max_pixels: int, at_least_hw: tuple[int, int] | None 
         RGB pixels of the upright picture, uint8 [height, width, 3], contiguous and writable.
 
     Raises:
-        DecodeError: The file is empty, truncated, broken, too large, or no image. Nothing else is ever raised.
+        TruncatedError: The file ends before the picture does.
+        DecodeError: The file is empty, broken, too large, or no image. Nothing else is ever raised.
     """
     try:
         image = _open(data, max_pixels)
         if at_least_hw is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
             _reduce(image, at_least_hw)
         image.load()
-        transpose = _TRANSPOSE.get(_orientation_of(image))
-        rgb = _to_rgb(image)
-        return np.array(rgb if transpose is None else rgb.transpose(transpose), dtype=np.uint8)
+        return _upright_rgb(image)
     except (DecodeError, MemoryError):  # want of memory is not the file's fault
         raise
     except Exception as error:
-        raise DecodeError(_reason(error, data, max_pixels)) from None
+        raise _error(error, data, max_pixels) from None
+
+
+def check(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """Makes sure that `decode` gives a picture, at less cost where that can be.
+
+    Of a JPEG the coded picture need not be decoded where its markers tell that it can be (`raydet.jpeg_scan`). Another
+    one is decoded at an eighth of its size: libjpeg then reads every coded coefficient as it does at full size, so that
+    whatever is cut off or broken comes to light, and leaves out most of the arithmetic behind.
+
+    Returns:
+        Height and width in pixels of the upright picture.
+
+    Raises:
+        DecodeError: As `decode` raises it.
+    """
+    if _accepts("JPEG", data) and (rest := without_scan(data)) is not None:
+        with contextlib.suppress(DecodeError):  # of the whole file, the reason is that which `decode` gives
+            return _check(rest, max_pixels)
+    return _check(data, max_pixels)
+
+
+def _check(data: bytes, max_pixels: int) -> tuple[int, int]:
+    try:
+        image = _open(data, max_pixels)
+        full_size = image.size
+        is_jpeg = False
+        if isinstance(image, JpegImagePlugin.JpegImageFile):
+            is_jpeg = True
+            _reduce(image, (1, 1))
+        image.load()
+        is_turned = _orientation_of(image) in _SIDEWAYS
+        _to_rgb(image)
+        width, height = full_size if is_jpeg else image.size
+        return (width, height) if is_turned else (height, width)
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:
+        raise _error(error, data, max_pixels) from None
+
+
+def mend(data: bytes, *, max_pixels: int) -> bytes:
+    """A truncated image file → a whole one that shows what there is of the picture.
+
+    A JPEG gets the end mark that it lacks and is the same file else: every decoder then shows the rest in grey, or as
+    coarse as the last scan of a progressive one left it. Of a PNG, GIF, BMP, PPM or uncompressed TIFF what is there
+    goes into a new PNG, upright; the rest is black, or white where the picture has transparency. Pillow shows the same
+    under its switch LOAD_TRUNCATED_IMAGES, which is one for all threads of a process and for that reason not used here.
+
+    Args:
+        data: The file, for which `decode` or `check` raised TruncatedError.
+        max_pixels: As for `decode`.
+
+    Raises:
+        DecodeError: Nothing of the picture is there, or its format (WebP, AVIF, JPEG 2000) gives no part of it.
+    """
+    try:
+        if _accepts("JPEG", data):
+            whole = data + _END_OF_JPEG
+            pixels = decode(whole, max_pixels=max_pixels)
+        else:
+            pixels = _part_of(_open(data, max_pixels))
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
+            whole = stream.getvalue()
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:
+        raise _error(error, data, max_pixels) from None
+    if (pixels == pixels[0, 0]).all():
+        raise TruncatedError("truncated: nothing of the picture is there")
+    return whole
+
+
+def _part_of(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
+    """The upright RGB pixels of a truncated picture."""
+    try:
+        image.load()
+    except OSError as error:
+        if not _TRUNCATED.search(str(error)):
+            raise
+        # What was decoded until then is in the picture; without tiles to decode, Pillow takes it for loaded.
+        image.tile = []
+    return _upright_rgb(image)
 
 
 def upright_size_hw(data: bytes) -> tuple[int, int]:
@@ -121,7 +210,7 @@ def upright_size_hw(data: bytes) -> tuple[int, int]:
     except DecodeError:
         raise
     except Exception as error:
-        raise DecodeError(_reason(error, data, sys.maxsize)) from None
+        raise _error(error, data, sys.maxsize) from None
 
 
 def orientation(data: bytes) -> int:
@@ -135,7 +224,13 @@ def orientation(data: bytes) -> int:
     except DecodeError:
         raise
     except Exception as error:
-        raise DecodeError(_reason(error, data, sys.maxsize)) from None
+        raise _error(error, data, sys.maxsize) from None
+
+
+def _upright_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
+    transpose = _TRANSPOSE.get(_orientation_of(image))
+    rgb = _to_rgb(image)
+    return np.array(rgb if transpose is None else rgb.transpose(transpose), dtype=np.uint8)
 
 
 def _reduce(image: JpegImagePlugin.JpegImageFile, at_least_hw: tuple[int, int]) -> None:
@@ -227,18 +322,23 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _reason(error: Exception, data: bytes, max_pixels: int) -> str:
-    """One short line for whatever Pillow raised."""
+def _error(error: Exception, data: bytes, max_pixels: int) -> DecodeError:
+    """Whatever Pillow raised, as one short line."""
+    name = next((name for name, _ in _FORMATS if _accepts(name, data)), "image")
+    is_cut_webp = name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
+    is_of_the_file = not isinstance(error, (Image.DecompressionBombError, MemoryError))
+    if is_of_the_file and (is_cut_webp or _TRUNCATED.search(str(error))):
+        return TruncatedError(f"truncated: the {name} file ends before the picture does")
+    return DecodeError(_reason(error, name, max_pixels))
+
+
+def _reason(error: Exception, name: str, max_pixels: int) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, Image.DecompressionBombError):
         num_pixels = int((re.findall(r"\d+", message) or ["0"])[0])
         return _too_large(num_pixels, max_pixels) if num_pixels > max_pixels else f"{message} (Pillow's own limit)"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    name = next((name for name, _ in _FORMATS if _accepts(name, data)), "image")
-    cut_webp = name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
-    if cut_webp or _TRUNCATED.search(message):
-        return f"truncated: the {name} file ends before the picture does"
     if (
         not isinstance(error, (OSError, SyntaxError, ValueError, RuntimeError))
         or message in _SAY_NOTHING

@@ -7,11 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydet.diagnosis_errors import error_shares
+from raydet.columns import DetectionColumns, TruthColumns
+from raydet.diagnosis_errors import Evidence, error_shares, gather
 from raydet.diagnosis_labels import confusion, suspects
 from raydet.diagnosis_scores import (
     IOU,
     OperatingPoint,
+    Outcomes,
     best_threshold,
     calibration,
     metric_rows,
@@ -21,18 +23,22 @@ from raydet.diagnosis_scores import (
     threshold_at_precision,
     threshold_index,
 )
-from raydet.matching import DetectionColumns, Matches, TruthColumns, match
+from raydet.matches import Matches
+from raydet.matching import match
 from raydet.metrics import CocoResult
 from raydet.schema import Category, TableKind
 
 __all__ = [
     "Diagnosis",
+    "Evidence",
     "OperatingPoint",
+    "Outcomes",
     "best_threshold",
     "calibration",
     "confusion",
     "diagnose",
     "error_shares",
+    "gather",
     "metric_rows",
     "outcomes_at",
     "per_image",
@@ -92,15 +98,16 @@ def diagnose(
     if threshold_index(matches.protocol, IOU) is None or not has_rows:
         protocol = dataclasses.replace(matches.protocol, iou_thresholds=(IOU,))
         matches = match(truth, detections, matches.num_categories, protocol)
-    outcomes = outcomes_at(matches)
+    evidence = gather(truth, detections, matches)
+    outcomes = evidence.outcomes
     best = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row))
     tables: dict[TableKind, pa.Table] = {
         "pr_curves": curves,
-        "errors": error_shares(truth, detections, matches, categories, run=run),
-        "confusion": confusion(truth, detections, matches, categories, threshold=best.threshold, run=run),
+        "errors": error_shares(evidence, categories, run=run),
+        "confusion": confusion(evidence, categories, threshold=best.threshold, run=run),
         "calibration": calibration(outcomes, categories, run=run),
-        "suspects": suspects(truth, detections, matches, categories, max_rows=max_suspects, run=run),
-        "per_image": per_image(matches, threshold=best.threshold, run=run, errors=unreadable),
+        "suspects": suspects(evidence, categories, max_rows=max_suspects, run=run),
+        "per_image": per_image(matches, outcomes, threshold=best.threshold, run=run, errors=unreadable),
     }
     rows = metric_rows(
         outcomes,

@@ -7,8 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raydet.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns
 from raydet.diagnosis_scores import IOU, Indices, Outcomes, average_precision, build_table, outcomes_at
-from raydet.matching import DetectionColumns, Flags, Floats, Integers, Matches, TruthColumns, overlapping_pairs
+from raydet.matches import Matches
+from raydet.matching import Pairs, overlapping_pairs
 from raydet.schema import Category
 
 BACKGROUND_IOU = 0.1
@@ -52,21 +54,56 @@ class Overlaps:
     is_same: Flags
 
 
-def overlaps_of(truth: TruthColumns, detections: DetectionColumns, outcomes: Outcomes, min_iou: float) -> Overlaps:
-    """All pairs of what counts that overlap by at least `min_iou`, whatever their classes.
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What all that is said of errors and labels starts from; `gather` makes it, once.
+
+    Attributes:
+        truth: The labelled boxes.
+        detections: In the same images.
+        matches: The outcome of matching these very columns.
+        outcomes: What counts of it at IoU 0.5.
+        pairs: All detections and boxes that overlap by 0.1 or more, crowds too and whatever their classes, as rows
+            in the columns.
+        overlaps: Those of them of which both count.
+    """
+
+    truth: TruthColumns
+    detections: DetectionColumns
+    matches: Matches
+    outcomes: Outcomes
+    pairs: Pairs
+    overlaps: Overlaps
+
+
+def gather(truth: TruthColumns, detections: DetectionColumns, matches: Matches) -> Evidence:
+    """Finds what counts and what overlaps.
+
+    Args:
+        truth: The labelled boxes.
+        detections: In the same images.
+        matches: The outcome of matching these very columns, at IoU 0.5 or more thresholds.
 
     Raises:
-        ValueError: The matching was put together from parts and no longer knows the rows.
+        ValueError: The matching was not done at IoU 0.5, or was put together from parts and no longer knows the rows.
     """
+    outcomes = outcomes_at(matches)
     if (outcomes.detection_row < 0).any() or (outcomes.truth_row < 0).any():
         raise ValueError("matches that were put together do not know the rows of the columns; match them in one piece")
-    pairs = overlapping_pairs(truth, detections, same_category=False, min_iou=min_iou)
+    pairs = overlapping_pairs(truth, detections, same_category=False, min_iou=BACKGROUND_IOU)
     detection = _places(outcomes.detection_row, len(detections.scores))[pairs.detection]
     box = _places(outcomes.truth_row, len(truth.category))[pairs.truth]
     counts = (detection >= 0) & (box >= 0)
     detection, box = detection[counts], box[counts]
-    is_same = outcomes.category[detection] == outcomes.truth_category[box]
-    return Overlaps(detection=detection, truth=box, iou=pairs.iou[counts], is_same=is_same)
+    overlaps = Overlaps(
+        detection=detection,
+        truth=box,
+        iou=pairs.iou[counts],
+        is_same=outcomes.category[detection] == outcomes.truth_category[box],
+    )
+    return Evidence(
+        truth=truth, detections=detections, matches=matches, outcomes=outcomes, pairs=pairs, overlaps=overlaps
+    )
 
 
 def _places(rows: Integers, num_rows: int) -> Integers:
@@ -96,7 +133,7 @@ def best_partner(group: Integers, partner: Integers, value: Floats, num_groups: 
     return best, whose
 
 
-def find_errors(truth: TruthColumns, detections: DetectionColumns, outcomes: Outcomes) -> Errors:
+def find_errors(outcomes: Outcomes, pairs: Overlaps) -> Errors:
     """Says of each wrong detection what is wrong, and of each box whether it is missed.
 
     The kinds are those of Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors" (2020),
@@ -105,7 +142,6 @@ def find_errors(truth: TruthColumns, detections: DetectionColumns, outcomes: Out
     of its class by 0.5 or more, which another one took; *background*, no box by 0.1; *both*, what is left.
     A box is missed when no detection found it and no class or location error means it.
     """
-    pairs = overlaps_of(truth, detections, outcomes, BACKGROUND_IOU)
     num_detections = len(outcomes.scores)
     same, other = (
         best_partner(pairs.detection[chosen], pairs.truth[chosen], pairs.iou[chosen], num_detections)
@@ -126,14 +162,7 @@ def find_errors(truth: TruthColumns, detections: DetectionColumns, outcomes: Out
     return Errors(kind=kind, target=target, is_missed=is_missed)
 
 
-def error_shares(
-    truth: TruthColumns,
-    detections: DetectionColumns,
-    matches: Matches,
-    categories: Sequence[Category],
-    *,
-    run: str | None = None,
-) -> pa.Table:
+def error_shares(evidence: Evidence, categories: Sequence[Category], *, run: str | None = None) -> pa.Table:
     """How many errors of each kind there are and what they cost, over all classes and of each: an `errors` table.
 
     `ap_points` is by how much AP50 (from 0 to 1) would rise were errors of this kind alone put right: a class or
@@ -143,17 +172,12 @@ def error_shares(
     A class of which no box is left by that keeps its AP. It is null for a class without boxes.
 
     Args:
-        truth: The labelled boxes.
-        detections: In the same images.
-        matches: The outcome of matching these very columns, at IoU 0.5 or more thresholds.
+        evidence: Of the run.
         categories: The classes by their indices.
         run: Its name in the table.
-
-    Raises:
-        ValueError: The matching was not done at IoU 0.5.
     """
-    outcomes = outcomes_at(matches)
-    errors = find_errors(truth, detections, outcomes)
+    outcomes = evidence.outcomes
+    errors = find_errors(outcomes, evidence.overlaps)
     num_classes = outcomes.num_categories
     base = _with_mean(_average_precision(outcomes, np.ones(len(outcomes.scores), dtype=bool)))
     fixed = {name: _fixed_detections(outcomes, errors, index) for index, name in enumerate(ERRORS)}

@@ -7,18 +7,11 @@ import numpy as np
 import pyarrow as pa
 from scipy.optimize import isotonic_regression
 
-from raydet.diagnosis_errors import BACKGROUND_IOU, Overlaps, best_partner, overlaps_of
-from raydet.diagnosis_scores import IOU, Outcomes, best_threshold, build_table, outcomes_at
-from raydet.matching import (
-    COCO_AREAS,
-    DetectionColumns,
-    Flags,
-    Floats,
-    Integers,
-    Matches,
-    TruthColumns,
-    overlapping_pairs,
-)
+from raydet.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns
+from raydet.diagnosis_errors import Evidence, Overlaps, best_partner
+from raydet.diagnosis_scores import IOU, Outcomes, build_table
+from raydet.matches import COCO_AREAS
+from raydet.matching import overlapping_pairs
 from raydet.schema import Category
 
 SURE = 0.8
@@ -29,13 +22,7 @@ _UNLIKELY = 0.1
 
 
 def confusion(
-    truth: TruthColumns,
-    detections: DetectionColumns,
-    matches: Matches,
-    categories: Sequence[Category],
-    *,
-    threshold: float | None = None,
-    run: str | None = None,
+    evidence: Evidence, categories: Sequence[Category], *, threshold: float, run: str | None = None
 ) -> pa.Table:
     """How often each class is taken for which: a `confusion` table of the counts above 0.
 
@@ -45,32 +32,25 @@ def confusion(
     a class as truth sum to its boxes, those of a class as detected to its detections that count.
 
     Args:
-        truth: The labelled boxes.
-        detections: In the same images.
-        matches: The outcome of matching these very columns; gives the detections that are looked at.
+        evidence: Of the run; its `matches` give the detections that are looked at.
         categories: The classes by their indices.
-        threshold: Lowest score; that of the best F1 over all classes by default.
+        threshold: Lowest score.
         run: Its name in the table.
-
-    Raises:
-        ValueError: There is no threshold, and the matching was not done at IoU 0.5.
     """
-    if threshold is None:
-        outcomes = outcomes_at(matches)
-        threshold = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row)).threshold
+    truth, detections, matches = evidence.truth, evidence.detections, evidence.matches
     kept = np.flatnonzero(matches.scores >= threshold)
     kept = kept[np.argsort(-matches.scores[kept], kind="stable")]
     place = np.full(len(detections.scores), -1, dtype=np.int64)
     place[matches.detection_row[kept]] = np.arange(len(kept))
     box_place = np.full(len(truth.category), -1, dtype=np.int64)
     box_place[matches.truth_row] = np.arange(len(matches.truth_row))
-    pairs = overlapping_pairs(truth, detections, same_category=False, min_iou=IOU)
-    detection, box = place[pairs.detection], box_place[pairs.truth]
+    pairs, finds = evidence.pairs, evidence.pairs.iou >= IOU
+    detection, box = place[pairs.detection[finds]], box_place[pairs.truth[finds]]
     in_crowd = np.zeros(len(kept), dtype=bool)
     is_crowd = matches.truth_ignored[0]
     in_crowd[detection[(detection >= 0) & is_crowd[box]]] = True
     chosen = (detection >= 0) & ~is_crowd[box]
-    detection, box, iou = detection[chosen], box[chosen], pairs.iou[chosen]
+    detection, box, iou = detection[chosen], box[chosen], pairs.iou[finds][chosen]
     detected_class, truth_class = detections.category[matches.detection_row[kept]], truth.category[matches.truth_row]
     is_same = detected_class[detection] == truth_class[box]
     taken = _take_in_turn(detection, box, np.where(is_same, 1 + iou, iou), len(kept), len(truth_class))
@@ -143,13 +123,7 @@ class _Suspects:
 
 
 def suspects(
-    truth: TruthColumns,
-    detections: DetectionColumns,
-    matches: Matches,
-    categories: Sequence[Category],
-    *,
-    max_rows: int = 1000,
-    run: str | None = None,
+    evidence: Evidence, categories: Sequence[Category], *, max_rows: int = 1000, run: str | None = None
 ) -> pa.Table:
     """The labels that are probably wrong, the most probable first: a `suspects` table.
 
@@ -167,26 +141,19 @@ def suspects(
       overlap.
 
     Args:
-        truth: The labelled boxes.
-        detections: In the same images.
-        matches: The outcome of matching these very columns, at IoU 0.5 or more thresholds.
+        evidence: Of the run.
         categories: The classes by their indices.
         max_rows: At most so many.
         run: Its name in the table.
-
-    Raises:
-        ValueError: The matching was not done at IoU 0.5.
     """
-    outcomes = outcomes_at(matches)
-    all_pairs = overlapping_pairs(truth, detections, same_category=False, min_iou=BACKGROUND_IOU)
+    truth, detections, outcomes = evidence.truth, evidence.detections, evidence.outcomes
     touches = np.zeros(len(detections.scores), dtype=bool)
-    touches[all_pairs.detection] = True
+    touches[evidence.pairs.detection] = True
     is_alone = ~touches[outcomes.detection_row]
-    pairs = overlaps_of(truth, detections, outcomes, BACKGROUND_IOU)
     parts = [
         _without_label(detections, outcomes, is_alone),
-        _of_other_class(outcomes, pairs),
-        _not_found(outcomes, pairs, truth.area[outcomes.truth_row]),
+        _of_other_class(outcomes, evidence.overlaps),
+        _not_found(outcomes, evidence.overlaps, truth.area[outcomes.truth_row]),
     ]
     doubt = np.concatenate([part.doubt for part in parts])
     detection, box = (np.concatenate([getattr(part, name) for part in parts]) for name in ("detection", "truth"))
@@ -207,7 +174,7 @@ def suspects(
         categories,
         run,
         {
-            "image_id": matches.image_ids[image],
+            "image_id": outcomes.image_ids[image],
             "kind": kinds.tolist(),
             "category": names[np.where(box >= 0, labelled, detected)].tolist(),
             "detected": names[detected].tolist(),

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raydet.matching import Flags, Floats, Integers, Matches, Protocol, bits_at
+from raydet.columns import Flags, Floats, Integers
+from raydet.matches import Matches, Protocol, bits_at
 from raydet.metrics import CocoResult, accumulate
 from raydet.schema import Category, TableKind, build_schema
 
@@ -324,6 +325,7 @@ def _calibration_errors(outcomes: Outcomes) -> list[float | None]:
 
 def per_image(
     matches: Matches,
+    outcomes: Outcomes,
     *,
     threshold: float,
     run: str | None = None,
@@ -336,11 +338,11 @@ def per_image(
 
     Args:
         matches: The outcome of the matching.
+        outcomes: What counts of it at IoU 0.5.
         threshold: Detections of this score or a higher one are kept.
         run: Its name in the table.
         errors: Why an image could not be read, by its id.
     """
-    outcomes = outcomes_at(matches)
     num_images = len(matches.image_ids)
     kept = outcomes.scores >= threshold
     right = np.bincount(outcomes.image[kept & outcomes.is_right], minlength=num_images)

@@ -1,38 +1,23 @@
 """Truth and detections, as tables or as COCO JSON → COCO's numbers, on the screen and as metrics tables."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from raydet import metrics_folder, storage
 from raydet.config import EvaluateConfig, config_hash
+from raydet.detections import Scored, read_detections
 from raydet.errors import UserError
 from raydet.evaluation_result import Block, Evaluation, Measured, Row
-from raydet.matching import (
-    COCO,
-    DetectionColumns,
-    Matches,
-    Protocol,
-    TruthColumns,
-    concatenate,
-    match,
-    take_images,
-)
+from raydet.matches import COCO, Matches, Protocol, take_images
+from raydet.matching import Matcher, match, match_in_parts
 from raydet.metrics import CocoNumbers, CocoResult, accumulate, metrics_of
 from raydet.schema import Category
-from raydet.truth import Scored, Truth, is_json, read_detections, read_extra_columns, read_truth
+from raydet.truth import Truth, is_json, read_extra_columns, read_truth
 
 if TYPE_CHECKING:
     from raydet.slices import Slice
-
-_IMAGES_PER_PART = 20_000
-_BOXES_PER_PART = 400_000
-_Matcher = Callable[[TruthColumns, DetectionColumns, slice], Matches]
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -130,7 +115,7 @@ def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
     return scored, match_in_parts(scored.truth_columns, scored.columns, matcher, num_parts=config.num_shards)
 
 
-def _matcher(config: EvaluateConfig, truth: Truth, scored: Scored, protocol: Protocol) -> _Matcher:
+def _matcher(config: EvaluateConfig, truth: Truth, scored: Scored, protocol: Protocol) -> Matcher:
     num_categories = len(truth.categories)
     if config.protocol == "coco":
         return lambda labelled, found, _: match(labelled, found, num_categories, protocol)
@@ -143,67 +128,6 @@ def _matcher(config: EvaluateConfig, truth: Truth, scored: Scored, protocol: Pro
     negatives, not_exhaustive = ([of_image[row] for row in scored.truth_rows.tolist()] for of_image in lists)
     return lambda labelled, found, images: match_lvis(
         labelled, found, num_categories, negatives[images], not_exhaustive[images]
-    )
-
-
-def match_in_parts(
-    truth: TruthColumns, detections: DetectionColumns, matcher: _Matcher, *, num_parts: int | None = None
-) -> Matches:
-    """Matches ranges of images side by side in threads, which bounds the memory; the outcome is that of one piece.
-
-    Args:
-        truth: The labelled boxes; images by rising id.
-        detections: In the same images.
-        matcher: Matches the columns of a range of images, given with the range.
-        num_parts: How many ranges; by default as few as keep each small.
-    """
-    num_images = len(truth.image_ids)
-    # Rows up to each image, so that parts have about equally much in them.
-    work = truth.starts + detections.starts + np.arange(num_images + 1)
-    if num_parts is None:
-        num_parts = max(-(-num_images // _IMAGES_PER_PART), -(-int(work[-1]) // _BOXES_PER_PART))
-    cuts = np.searchsorted(work, np.linspace(0, work[-1], min(num_parts, num_images) + 1)[1:-1])
-    bounds = np.unique([0, *cuts.tolist(), num_images]).tolist()
-
-    def match_part(first: int, last: int) -> Matches:
-        part = matcher(_truth_of(truth, first, last), _detections_of(detections, first, last), slice(first, last))
-        return dataclasses.replace(
-            part,
-            detection_row=part.detection_row + detections.starts[first],
-            truth_row=part.truth_row + truth.starts[first],
-        )
-
-    if len(bounds) == 2:
-        return match_part(0, num_images)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        parts = list(pool.map(match_part, bounds[:-1], bounds[1:]))
-    # Parts are ranges of rising ids, so what stands behind each other stays so.
-    return dataclasses.replace(
-        concatenate(parts),
-        detection_row=np.concatenate([part.detection_row for part in parts]),
-        truth_row=np.concatenate([part.truth_row for part in parts]),
-    )
-
-
-def _truth_of(columns: TruthColumns, first: int, last: int) -> TruthColumns:
-    rows = slice(columns.starts[first], columns.starts[last])
-    return TruthColumns(
-        image_ids=columns.image_ids[first:last],
-        starts=columns.starts[first : last + 1] - columns.starts[first],
-        boxes_xywh=columns.boxes_xywh[rows],
-        category=columns.category[rows],
-        area=columns.area[rows],
-        iscrowd=columns.iscrowd[rows],
-    )
-
-
-def _detections_of(columns: DetectionColumns, first: int, last: int) -> DetectionColumns:
-    rows = slice(columns.starts[first], columns.starts[last])
-    return DetectionColumns(
-        starts=columns.starts[first : last + 1] - columns.starts[first],
-        boxes_xywh=columns.boxes_xywh[rows],
-        scores=columns.scores[rows],
-        category=columns.category[rows],
     )
 
 

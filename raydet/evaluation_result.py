@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raydet.console import aligned
-from raydet.matching import Protocol
+from raydet.matches import Protocol
 from raydet.metrics import CocoResult
 
 if TYPE_CHECKING:

@@ -7,9 +7,7 @@ cluster, which pays where its nodes read side by side; the truth is in its objec
 import contextlib
 import os
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,29 +15,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydet import storage
 from raydet.accumulator import MatchesByClass
-from raydet.boxes import as_boxes
+from raydet.columns import ROWS_AT_ONCE, Integers, image_ids_in, places_in, take_detections, take_truth
 from raydet.config import EvaluateConfig
-from raydet.errors import UserError
-from raydet.matching import DetectionColumns, Integers, Matches, Protocol, concatenate, match
-from raydet.metrics import CocoResult
-from raydet.tables import RowGroup, Table
-from raydet.truth import (
+from raydet.detections import (
     DETECTION_FIELDS,
     Scored,
-    Truth,
     choose_images,
     errors_in,
     find_rows,
-    image_ids_in,
     model_of,
-    open_detections,
     read_detection_rows,
     read_detections,
-    stream,
-    take_detections,
-    take_truth,
 )
+from raydet.errors import RunError, UserError
+from raydet.matches import Matches, Protocol, concatenate
+from raydet.matching import match
+from raydet.metrics import CocoResult
+from raydet.tables import MANIFEST_NAME, RowGroup, Table, open_table, refusing_damage
+from raydet.threads import in_order
+from raydet.truth import Truth
 
 _BYTES_PER_SHARD = 20 * 2**20
 """Some 400,000 detections."""
@@ -75,9 +71,10 @@ class _Shards:
 
     def scored(self) -> Scored:
         """All but the detections."""
+        nothing = read_detection_rows(self.table, self.truth, ()).columns
         return Scored(
             uri=self.table.uri,
-            columns=_no_boxes(len(self.truth_rows)),
+            columns=take_detections(nothing, np.full(len(self.truth_rows), -1)),
             truth_columns=take_truth(self.truth.columns, self.truth_rows),
             truth_rows=self.truth_rows,
             errors=errors_in(self.errors, self.truth.columns.image_ids[self.truth_rows]),
@@ -97,7 +94,7 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
         All that is known but the detections, and the numbers over all images.
 
     Raises:
-        UserError: As `truth.read_detections`.
+        UserError: As `detections.read_detections`.
         RunError: The cluster cannot be reached.
     """
     shards = _open(config, truth)
@@ -123,7 +120,7 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
     are wanted, which say of single boxes what is wrong with them.
 
     Raises:
-        UserError: As `truth.read_detections`.
+        UserError: As `detections.read_detections`.
         RunError: The cluster cannot be reached.
     """
     shards = _open(config, truth)
@@ -135,8 +132,8 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
 
 def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
     """Holds the images of both sides against each other, before anything is matched."""
-    table = open_detections(config.detections)
-    ids = [image_ids_in(batch) for batch in stream(table, ["image_id"])]
+    table = open_table(config.detections, "detections")
+    ids = [image_ids_in(batch) for batch in table.iter_batches(["image_id"], ROWS_AT_ONCE)]
     image_ids = np.concatenate([np.zeros(0, np.int64), *ids])
     rows = find_rows(table.uri, image_ids, truth)
     truth_rows, num_left_out = choose_images(
@@ -145,20 +142,18 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
     return _Shards(table, truth, truth_rows, num_left_out)
 
 
-def _no_boxes(num_images: int) -> DetectionColumns:
-    return DetectionColumns(
-        starts=np.zeros(num_images + 1, np.int64),
-        boxes_xywh=as_boxes([]),
-        scores=np.zeros(0),
-        category=np.zeros(0, np.int64),
-    )
-
-
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
     groups = _row_groups(shards.table, config.num_shards)
     if config.address is not None:
         return _match_on_ray(config.address, shards, protocol, groups)
-    return _match_in_threads(shards, protocol, groups)
+    num_threads = len(os.sched_getaffinity(0))
+    # More that are ready would only wait in memory.
+    return in_order(
+        lambda own: _match_shard(shards.table, own, shards.truth, protocol),
+        groups,
+        num_threads=num_threads,
+        ahead=num_threads + 1,
+    )
 
 
 def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
@@ -173,25 +168,12 @@ def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
     return [shard for shard in shards if shard]
 
 
-def _match_in_threads(shards: _Shards, protocol: Protocol, groups: Sequence[Sequence[RowGroup]]) -> Iterator[_Part]:
-    num_threads = len(os.sched_getaffinity(0))
-    running: deque[Any] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        for own in groups:
-            running.append(pool.submit(_match_shard, shards.table, own, shards.truth, protocol))
-            # More that are ready would only wait in memory.
-            if len(running) > num_threads:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
 def _match_on_ray(
     address: str, shards: _Shards, protocol: Protocol, groups: Sequence[Sequence[RowGroup]]
 ) -> Iterator[_Part]:
     import ray
 
-    with _session(address):
+    with _session(address, shards.table):
         task = ray.remote(num_cpus=1)(_match_or_say_why_not)
         truth_ref = ray.put(shards.truth)
         # As many tasks again as can run wait in line; more would fill the object store with what nobody has fetched.
@@ -202,7 +184,14 @@ def _match_on_ray(
             while waiting and len(running) < most:
                 running.append(task.remote(shards.table, waiting.pop(0), truth_ref, protocol))
             finished, running = ray.wait(running)
-            for part in ray.get(finished):
+            try:
+                parts = ray.get(finished)
+            except ray.exceptions.RayError as error:
+                if isinstance(error, ray.exceptions.RayTaskError):  # raised by the task itself
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                raise RunError(f"the cluster loses parts of the work: {reason}; run the same command again") from error
+            for part in parts:
                 if isinstance(part, str):
                     raise UserError(part)
                 yield part
@@ -219,9 +208,8 @@ def _match_or_say_why_not(table: Table, groups: Sequence[RowGroup], truth: Truth
 def _match_shard(table: Table, groups: Sequence[RowGroup], truth: Truth, protocol: Protocol) -> _Part:
     """Reads and matches some row groups, without the images that the truth does not have."""
     rows = read_detection_rows(table, truth, _batches(table, groups))
-    known = truth.columns.image_ids
-    places = np.minimum(np.searchsorted(known, rows.image_ids), len(known) - 1)
-    own = np.flatnonzero(known[places] == rows.image_ids)
+    places, is_known = places_in(truth.columns.image_ids, rows.image_ids)
+    own = np.flatnonzero(is_known)
     own = own[np.argsort(places[own])]
     truth_rows = places[own]
     detections = take_detections(rows.columns, own)
@@ -231,28 +219,16 @@ def _match_shard(table: Table, groups: Sequence[RowGroup], truth: Truth, protoco
 
 def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatch]:
     for group in groups:
-        try:
+        with refusing_damage(table.uri):
             content = table.read_row_group(group, DETECTION_FIELDS)
-        except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{table.uri} is damaged: {reason}; run the command that writes it again") from None
         yield from content.to_batches()
 
 
 @contextlib.contextmanager
-def _session(address: str) -> Iterator[None]:
-    """The cluster at an address, for the time of a `with`; a session that is open already stays."""
-    from raydet import cluster
+def _session(address: str, table: Table) -> Iterator[None]:
+    """The cluster at an address, whose nodes all see the table, for the time of a `with`."""
+    from raydet import cluster, shared_storage
 
-    before = os.environ.get("RAY_ADDRESS")
-    try:
-        if address == "local":
-            os.environ.pop("RAY_ADDRESS", None)
-        else:
-            os.environ["RAY_ADDRESS"] = address
-        with tempfile.TemporaryDirectory() as log, cluster.session(log):
-            yield
-    finally:
-        os.environ.pop("RAY_ADDRESS", None)
-        if before is not None:
-            os.environ["RAY_ADDRESS"] = before
+    with tempfile.TemporaryDirectory() as log, cluster.session(log, address=address):
+        shared_storage.check_shared(reads={"--detections": (table.uri, storage.join(table.uri, MANIFEST_NAME))})
+        yield

@@ -15,12 +15,14 @@ from raydet import metrics_folder
 from raydet.bootstrap import Interval
 from raydet.checkpoints import fingerprint
 from raydet.config import EvaluateConfig, config_hash
+from raydet.detections import Scored
 from raydet.diagnosis import diagnose
 from raydet.errors import UserError
 from raydet.evaluation_result import Evaluation, Measured
-from raydet.matching import Matches
+from raydet.matches import Matches
+from raydet.redaction import without_secrets
 from raydet.schema import Category, TableKind, build_schema
-from raydet.truth import Scored, Truth, data_hash
+from raydet.truth import Truth, data_hash
 
 ANY_CLASS = Category(1, "any")
 """The class in the tables where all classes count as one."""
@@ -40,7 +42,7 @@ def write_tables(
         evaluation: The numbers.
     """
     assert config.out is not None and config.run is not None
-    model = config.model or scored.model
+    model = without_secrets(config.model or scored.model)
     categories = (ANY_CLASS,) if config.class_agnostic else truth.categories
     names = {"run": config.run, "model": model, "split": config.split}
     rows = [row for part in (evaluation.whole, *evaluation.slices) for row in _metric_rows(part, names)]
@@ -107,11 +109,11 @@ def _origin(config: EvaluateConfig, scored: Scored) -> dict[str, Any]:
         with contextlib.suppress(UserError, OSError):
             checkpoint_hash = fingerprint(scored.model)
     return {
-        "truth": config.truth,
-        "detections": config.detections,
+        "truth": without_secrets(config.truth),
+        "detections": without_secrets(config.detections),
         "checkpoint_hash": checkpoint_hash,
         "data_hash": data_hash(config.truth),
-        "config": json.dumps(dataclasses.asdict(config)),
+        "config": json.dumps(without_secrets(dataclasses.asdict(config))),
         "version": raydet.__version__,
         "time": datetime.now(UTC),
         "num_left_out": scored.num_left_out,

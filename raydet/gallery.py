@@ -8,7 +8,7 @@ import csv
 import heapq
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from raydet import storage
@@ -24,6 +23,7 @@ from raydet.boxes import Boxes, as_boxes
 from raydet.config import DEFAULT_MAX_PIXELS, DrawIf
 from raydet.decode import DecodeError, decode
 from raydet.drawing import Picture, class_colours, draw_boxes
+from raydet.ordering import hashes_of
 from raydet.schema import Category
 from raydet.tables import Table
 
@@ -146,7 +146,7 @@ class Gallery:
         best: list[tuple[float, int, int]] = []
         start = 0
         for batch in table.iter_batches(columns, batch_size=4096):
-            keys, hashes = self._keys(batch), _hashes(batch.column("image_id").to_numpy(), self._seed)
+            keys, hashes = self._keys(batch), hashes_of(batch.column("image_id").to_numpy(), self._seed)
             for row in _smallest(keys, hashes, self._num_pictures):
                 item = (-float(keys[row]), -int(hashes[row]), start + int(row))
                 if len(best) < self._num_pictures:
@@ -174,7 +174,7 @@ class Gallery:
         return np.where(is_readable, keys, np.inf)
 
     def _read(self, table: Table, positions: Sequence[int]) -> list[Chosen]:
-        rows = dict(_rows_at(table, positions))
+        rows = dict(table.rows_at(positions))
         return [self._chosen(position, rows[position]) for position in positions]
 
     def _chosen(self, position: int, row: pa.StructScalar) -> Chosen:
@@ -243,41 +243,10 @@ class Gallery:
         return draw_boxes(resized, item.boxes_xywh * scale, labels, scores=item.scores, colours=colours)
 
 
-def _hashes(image_ids: _Integers, seed: int) -> npt.NDArray[np.uint64]:
-    """Numbers that are as good as random, always the same for an image and seed.
-
-    SplitMix64's finaliser: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. It maps
-    different ids to different numbers.
-    """
-    mixed = image_ids.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
 def _smallest(keys: _Floats, hashes: npt.NDArray[np.uint64], count: int) -> _Integers:
     """The rows with the smallest finite keys, of equal ones those with the smallest hashes; at most `count`."""
     order = np.lexsort((hashes, keys))
     return order[: min(count, int(np.isfinite(keys).sum()))]
-
-
-def _rows_at(table: Table, positions: Sequence[int]) -> Iterator[tuple[int, pa.StructScalar]]:
-    """Some rows of a detections table, with their positions; only the row groups that hold them are read."""
-    filesystem, path = storage.resolve(table.uri)
-    left, start = sorted(positions), 0
-    for name in table.files:
-        if left and left[0] < start + table.manifest["files"][name]:
-            with pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
-                group_start = start
-                for group in range(file.num_row_groups):
-                    group_end = group_start + file.metadata.row_group(group).num_rows
-                    if left and left[0] < group_end:
-                        rows = file.read_row_group(group).to_struct_array().combine_chunks()
-                        while left and left[0] < group_end:
-                            position = left.pop(0)
-                            yield position, rows[position - group_start]
-                    group_start = group_end
-        start += table.manifest["files"][name]
 
 
 def _readable(picture: Picture) -> Picture:

@@ -32,6 +32,7 @@ from raydet.checkpoints import Checkpoint, read_checkpoint
 from raydet.config import PushConfig
 from raydet.errors import UserError
 from raydet.model_card import build_card
+from raydet.redaction import without_secrets
 
 _CARD = "README.md"
 _PROCESSOR = "preprocessor_config.json"
@@ -278,8 +279,4 @@ def _explain_refusal(error: HfHubHTTPError, repo: str) -> str:
 def _safe(text: str, secret: str = "") -> str:
     """One line, in which neither the token nor anything like one is left, nor what signs an address."""
     line = " ".join(text.split())
-    if secret:
-        line = line.replace(secret, "(token)")
-    line = re.sub(r"\bhf_\w{8,}", "(token)", line)
-    line = re.sub(r"(https?://)[^\s/@]+@", r"\1", line)
-    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", line)
+    return str(without_secrets(line.replace(secret, "(token)") if secret else line))

@@ -29,17 +29,20 @@ from raydet.errors import RunError, UserError
 from raydet.families import family_of
 from raydet.gallery import Gallery, GalleryReport
 from raydet.geometry import ResizeRule
-from raydet.inference_stream import COUNTS_KEY, Plan, Work, check_nodes, score, threads_of
+from raydet.inference_stream import COUNTS_KEY, LOG_FOLDER, Plan, Work, score, threads_of
 from raydet.inputs import Images, open_images
+from raydet.inputs.listing import is_pattern
+from raydet.job_record import job_record
 from raydet.job_report import JobStats
+from raydet.redaction import without_secrets
 from raydet.run_folder import Hold, check_folder, done_chunks, hold, open_run, part_name, stored_plan
 from raydet.schema import Category, build_schema
 from raydet.selection import check_classes
+from raydet.shared_storage import check_shared
 from raydet.tables import MANIFEST_NAME, is_table, open_table, write_manifest
 
 JOB_FILE = "job.json"
 INDEX_FILE = "_inputs.parquet"
-LOG_FOLDER = "_log"
 MOST_ROWS_PER_FILE = 1024
 """Rows of a detections file, a few megabytes; what a kill may cost is as much again for each in flight."""
 MOST_PARTS_AT_A_TIME = 50_000
@@ -183,11 +186,13 @@ def _run(
         resources = _share_out(config)
         log = storage.join(config.out, LOG_FOLDER, cluster.LOG_FILE)
         console.line(f"{resources.describe(config.num_workers, config.num_workers)}; Ray's log: {log}")
+        if resources.remark:
+            console.line(resources.remark)
         if resources.use_gpu is False and config.precision == "fp16":
             raise no_fp16_on_cpu(config.engine)
+        _check_nodes(config)
         work = _work(config, model, images, run_identity, resources)
-        check_nodes(work)
-        reason, num_nodes = None, sum(node["Alive"] for node in ray.nodes())
+        reason, job = None, job_record()
         try:
             with console.status("starting workers") as update:
                 _score_all(work, resources, stats, update, console, held)
@@ -196,14 +201,14 @@ def _run(
             raise
         finally:
             wall_s = time.perf_counter() - started
-            report = _write_report(config, stats, wall_s=wall_s, num_nodes=num_nodes, error=reason)
+            report = _write_report(config, stats, wall_s=wall_s, job=job, error=reason)
     _finish(config, work.plan)
     drawn = _draw(config, model, images)
     return dataclasses.replace(_result(config.out), report=(*JobStats.lines(report), *drawn))
 
 
 def _write_report(
-    config: PredictConfig, stats: JobStats, *, wall_s: float, num_nodes: int, error: str | None
+    config: PredictConfig, stats: JobStats, *, wall_s: float, job: dict[str, Any], error: str | None
 ) -> dict[str, Any]:
     """Writes OUT/job.json, also of a run that has failed; a full disk has a line of its own then."""
     uri = storage.join(config.out, JOB_FILE)
@@ -212,16 +217,30 @@ def _write_report(
         earlier = json.loads(storage.read_bytes(uri))
     report = stats.finish(
         wall_s=wall_s,
-        num_nodes=num_nodes,
+        num_nodes=job["num_nodes"],
         num_model_workers=config.num_workers,
         price_per_node_hour=config.price_per_node_hour,
         config_hash=config_hash(config),
         error=error,
+        job=job,
         earlier=earlier,
     )
     with contextlib.suppress(OSError):
-        storage.write_bytes(uri, json.dumps(report, indent=1).encode())
+        storage.write_bytes(uri, json.dumps(without_secrets(report), indent=1).encode())
     return report
+
+
+def _check_nodes(config: PredictConfig) -> None:
+    """Makes sure that every node sees the images, the checkpoint and the output."""
+    reads = {}
+    if is_table(config.data):
+        reads["--data"] = (config.data, storage.join(config.data, MANIFEST_NAME))
+    elif not is_pattern(config.data):
+        reads["--data"] = (config.data, config.data)
+    for option, name in (("--checkpoint", config.checkpoint), ("--model", config.model)):
+        if name is not None and storage.exists(storage.join(name, "config.json")):  # or it is a name on the Hub
+            reads[option] = (name, storage.join(name, "config.json"))
+    check_shared(reads=reads, writes=(config.out, storage.join(config.out, LOG_FOLDER)))
 
 
 def _draw(config: PredictConfig, model: _Model, images: Images) -> list[str]:
@@ -263,7 +282,7 @@ def _work(
         model_fingerprint=model.fingerprint,
         images=images,
         plan=Plan(**plan),
-        schema=build_schema("detections", model.categories, extra_metadata={"checkpoint": model.name}),
+        schema=build_schema("detections", model.categories, extra_metadata={"checkpoint": without_secrets(model.name)}),
         sorts_by_shape=model.pads and config.pad_together,
         reduce_to=reduce_to if config.reduced_decode else None,
     )
@@ -358,7 +377,7 @@ def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_s
     if not is_defect and any(isinstance(cause, _LOSSES) for cause in chain):
         return
     log = storage.join(config.out, LOG_FOLDER, "error.log")
-    storage.write_bytes(log, "".join(traceback.format_exception(error)).encode())
+    storage.write_bytes(log, without_secrets("".join(traceback.format_exception(error))).encode())
     raise RunError(
         f"a worker came upon what it cannot handle ({_first_line(chain[-1])}); {log} has the traceback"
     ) from error

@@ -8,6 +8,7 @@ again.
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import socket
@@ -27,9 +28,8 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydet import storage
+from raydet import job_metrics, storage
 from raydet.checkpoints import fingerprint
 from raydet.cluster import Resources, workers_that_fit
 from raydet.config import PredictConfig
@@ -42,10 +42,13 @@ from raydet.inputs.listing import is_pattern
 from raydet.job_report import FileStats, ProcessStats
 from raydet.run_folder import RUN_FILE, part_name
 from raydet.stopwatch import Stopwatch
+from raydet.worker_log import log_from_here
 
 if TYPE_CHECKING:
     from raydet.detector import Detections
 
+LOG_FOLDER = "_log"
+"""In the output; its names that begin with `_` are no part of the table."""
 COUNTS_KEY = b"raydet_counts"
 MOST_READ_TASKS = 5_000
 """Ray Data plans all reading tasks at once; with more chunks than this a task reads several."""
@@ -55,6 +58,7 @@ _SORT_WINDOW_BYTES = 256 * 2**20
 _IMAGES_PER_DECODE_TASK = 128
 _LOOK_AT_NODES_EVERY_S = 5.0
 _RETRIES = 3
+_LOG = logging.getLogger(__name__)
 
 _ENCODED_FIELDS = [
     ("position", pa.int64()),
@@ -196,30 +200,6 @@ def _few_call_retries() -> dict[str, int]:
     return {"max_task_retries": _RETRIES}
 
 
-def check_nodes(work: Work) -> None:
-    """Makes sure that every node sees what it is to read and write, where that is in a file tree.
-
-    Raises:
-        UserError: A node does not.
-    """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
-        return
-    look = ray.remote(num_cpus=0)(missing_here)
-    found = ray.get(
-        [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)).remote(work)
-            for node in nodes
-        ]
-    )
-    for node, missing in zip(nodes, found, strict=True):
-        if missing:
-            raise UserError(
-                f"the node {node['NodeManagerHostname']} does not see {missing}; on several machines images, "
-                "checkpoint and output must be on storage that all of them share, such as s3://"
-            )
-
-
 def missing_here(work: Work) -> str | None:
     """Which of the run's places in a file tree this machine does not see; None if it sees them all."""
     config = work.config
@@ -305,6 +285,7 @@ def _encoded(position: int, row: ImageRow) -> dict[str, Any]:
 
 
 def _block(chunk: int, part: int, num_parts: int, rows: pa.Array, stats: list[ProcessStats]) -> pa.Table:
+    job_metrics.passed_on(stats[-1], len(rows))
     return pa.table(
         {
             "chunk": [chunk],
@@ -387,16 +368,21 @@ class _Model:
 
         work: Work = ray.get(work_ref)
         config = work.config
+        log_from_here(storage.join(config.out, LOG_FOLDER))
+        started = time.perf_counter()
         name = config.checkpoint or config.model
         assert name is not None, "the config asks for a checkpoint or a model"
         if fingerprint(name) != work.model_fingerprint:
             raise UserError(f"{name} has changed while the run was at work; start it with a model that stays as it is")
         has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        engine = load_engine(config, device="cuda" if has_gpu else "cpu", num_threads=threads_of(config, resources))
+        device, num_threads = "cuda" if has_gpu else "cpu", threads_of(config, resources)
+        engine = load_engine(config, device=device, num_threads=num_threads)
         self._scorer = Scorer(engine, config, batch_size=work.plan.batch_size)
         self._row_type = pa.struct([pa.field(name, work.schema.field(name).type) for name in work.schema.names])
         # All runs of the model in one thread: each thread would have its own set of helpers to compute with.
         self._thread = ThreadPoolExecutor(1)
+        text = "model loaded on %s in %.1f s, %d threads"
+        _LOG.info(text, device, time.perf_counter() - started, num_threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """One decoded part in, its rows of the detections table out."""
@@ -472,10 +458,13 @@ def _write(blocks: pa.Table, out: str, schema: pa.Schema) -> pa.Table:
         pq.write_table(table.replace_schema_metadata(metadata), sink)
         storage.write_bytes(storage.join(out, part_name(chunk)), sink.getvalue().to_pybytes())
     processes = [item for text in blocks["stats"].to_pylist() for item in json.loads(text)]
+    own = watch.lap()
+    job_metrics.passed_on(own, table.num_rows)
+    job_metrics.written(counts["num_errors"], counts["num_detections"])
     stats = FileStats(
         num_images=table.num_rows,
         num_detections=counts["num_detections"],
         errors=[reason for reason in table["error"].to_pylist() if reason is not None],
-        processes=[*(ProcessStats(**item) for item in processes), watch.lap()],
+        processes=[*(ProcessStats(**item) for item in processes), own],
     )
     return pa.table({"stats": [json.dumps(stats.to_dict())]})

@@ -135,6 +135,7 @@ class JobStats:
         config_hash: str | None = None,
         earlier: Mapping[str, Any] | None = None,
         error: str | None = None,
+        job: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The report so far, for OUT/job.json; may be called more than once, and after a failure.
 
@@ -152,6 +153,7 @@ class JobStats:
             config_hash: What `raydet.config.config_hash` says of the run.
             earlier: The report that stood in OUT/job.json when the run started, if it goes on with that run.
             error: Why the run ended before its work was done.
+            job: Where it ran; see `raydet.job_record.job_record`.
         """
         startup_s = wall_s
         if self._first_batch_unix_s is not None:
@@ -180,7 +182,8 @@ class JobStats:
             "price_per_node_hour": price_per_node_hour,
             "cost_per_million_images": cost,
             "config_hash": config_hash,
-            "versions": _versions(),
+            "job": job,
+            "versions": versions(),
             "earlier_runs": _earlier_runs(earlier),
         }
         report["bottleneck"] = _bottleneck(report)
@@ -250,21 +253,22 @@ def _most_common(errors: Counter[str]) -> dict[str, int]:
     return {**kept, OTHER: kept.get(OTHER, 0) + rest} if rest else kept
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what comes out, of those that are installed."""
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _earlier_runs(earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The runs before this one, the first first."""
     if earlier is None:
         return []
-    names = ("num_images", "num_detections", "num_errors", "wall_s", "num_nodes", "num_model_workers", "error")
+    names = ("num_images", "num_detections", "num_errors", "wall_s", "num_nodes", "num_model_workers", "error", "job")
     return [*earlier.get("earlier_runs", []), {name: earlier.get(name) for name in names}]
 
 

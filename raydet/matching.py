@@ -1,141 +1,24 @@
-"""Which detection found which labelled box, by COCO's greedy rule, for whole columns of images at once.
+"""Which detection found which labelled box, by COCO's greedy rule, for whole columns of images at once."""
 
-Everything that is measured starts from the outcome of one matching: AP and AR, intervals, slices, comparisons.
-"""
-
-import io
-import json
-import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from raydet.boxes import Boxes
+from raydet.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns, take_detections, take_truth
+from raydet.matches import COCO, BitSets, Matches, Protocol, bits_type, concatenate
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
-BitSets = npt.NDArray[np.unsignedinteger]
+Matcher = Callable[[TruthColumns, DetectionColumns, slice], Matches]
+"""Matches the columns of a range of images, given with the range."""
 
+_IMAGES_PER_PART = 20_000
+_BOXES_PER_PART = 400_000
 _PAIRS_AT_ONCE = 1_000_000
 _SURE_IOU = 1 - 1e-10
 """pycocotools asks for no more than this, so that a threshold of 1 can be met in spite of rounding."""
-
-COCO_IOU_THRESHOLDS: tuple[float, ...] = tuple(np.linspace(0.5, 0.95, 10).tolist())
-"""As pycocotools has them: np.linspace, not multiples of 0.05, which round otherwise."""
-COCO_AREAS: dict[str, tuple[float, float]] = {
-    "all": (0.0, 1e10),
-    "small": (0.0, 32.0**2),
-    "medium": (32.0**2, 96.0**2),
-    "large": (96.0**2, 1e10),
-}
-"""Name → smallest and largest area in square pixels, both inclusive."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How detections are held against the truth.
-
-    Attributes:
-        iou_thresholds: Ascending; at most 64.
-        areas: Names and bounds of the size classes; the first is over all sizes.
-        max_detections: Detections of a class looked at in an image (COCO), those of the highest scores, ascending;
-            the last one decides what is matched at all.
-        class_agnostic: All classes count as one.
-    """
-
-    iou_thresholds: tuple[float, ...] = COCO_IOU_THRESHOLDS
-    areas: tuple[tuple[str, tuple[float, float]], ...] = tuple(COCO_AREAS.items())
-    max_detections: tuple[int, ...] = (1, 10, 100)
-    class_agnostic: bool = False
-
-
-COCO = Protocol()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TruthColumns:
-    """The labelled boxes of some images; those of image i are the rows from starts[i] to starts[i + 1].
-
-    Attributes:
-        image_ids: int64 [I], each once, in any order.
-        starts: int64 [I + 1].
-        boxes_xywh: Absolute pixels, float64 [G, 4].
-        category: Indices, int64 [G].
-        area: Square pixels, by which small is told from large, float64 [G].
-        iscrowd: bool [G].
-    """
-
-    image_ids: Integers
-    starts: Integers
-    boxes_xywh: Boxes
-    category: Integers
-    area: Floats
-    iscrowd: Flags
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectionColumns:
-    """The detections in the same images as a `TruthColumns`, in the same order of the images.
-
-    Attributes:
-        starts: int64 [I + 1].
-        boxes_xywh: Absolute pixels, float64 [D, 4].
-        scores: Finite, higher is surer, float64 [D]. Of equal ones in an image the earlier is matched first.
-        category: Indices, int64 [D].
-    """
-
-    starts: Integers
-    boxes_xywh: Boxes
-    scores: Floats
-    category: Integers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matches:
-    """What became of every detection and every labelled box of some images.
-
-    Images stand by rising id. Detections stand by image, in it by category, in that by falling score (ties as given);
-    those beyond the last of `protocol.max_detections` of their class and image are left out.
-    A is the number of size classes, T of IoU thresholds; sets of thresholds are bits, bit t for threshold t, in the
-    smallest unsigned integer that holds T bits.
-
-    Attributes:
-        protocol: By which rules.
-        num_categories: Classes; 1 when they count as one.
-        image_ids: int64 [I], ascending, with all images, also those without any box.
-        detection_image: Row in `image_ids`, int32 [D].
-        detection_category: int32 [D]; 0 throughout when classes count as one.
-        detection_row: Row in the `DetectionColumns` given, int64 [D]; -1 after `concatenate`.
-        scores: float64 [D].
-        rank: Place among the detections of its image and class, from 0, int32 [D].
-        true_positive: Thresholds at which the detection found a box that counts, unsigned [A, D].
-        ignored: Thresholds at which it counts neither way, unsigned [A, D].
-        truth_image: Row in `image_ids`, int32 [G].
-        truth_category: int32 [G].
-        truth_row: Row in the `TruthColumns` given, int64 [G]; -1 after `concatenate`.
-        truth_ignored: Whether the box does not count in a size class (crowd, or another size), bool [A, G].
-        truth_found: Thresholds at which some detection was matched with it, over all sizes, unsigned [G].
-    """
-
-    protocol: Protocol
-    num_categories: int
-    image_ids: Integers
-    detection_image: npt.NDArray[np.int32]
-    detection_category: npt.NDArray[np.int32]
-    detection_row: Integers
-    scores: Floats
-    rank: npt.NDArray[np.int32]
-    true_positive: npt.NDArray[np.unsignedinteger]
-    ignored: npt.NDArray[np.unsignedinteger]
-    truth_image: npt.NDArray[np.int32]
-    truth_category: npt.NDArray[np.int32]
-    truth_row: Integers
-    truth_ignored: Flags
-    truth_found: npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +105,46 @@ def match(truth: TruthColumns, detections: DetectionColumns, num_categories: int
         truth_row=labelled.row,
         truth_ignored=truth_ignored,
         truth_found=truth_found,
+    )
+
+
+def match_in_parts(
+    truth: TruthColumns, detections: DetectionColumns, matcher: Matcher, *, num_parts: int | None = None
+) -> Matches:
+    """Matches ranges of images side by side in threads, which bounds the memory; the outcome is that of one piece.
+
+    Args:
+        truth: The labelled boxes; images by rising id.
+        detections: In the same images.
+        matcher: Matches a range of them.
+        num_parts: How many ranges; by default as few as keep each small.
+    """
+    num_images = len(truth.image_ids)
+    # Rows up to each image, so that parts have about equally much in them.
+    work = truth.starts + detections.starts + np.arange(num_images + 1)
+    if num_parts is None:
+        num_parts = max(-(-num_images // _IMAGES_PER_PART), -(-int(work[-1]) // _BOXES_PER_PART))
+    cuts = np.searchsorted(work, np.linspace(0, work[-1], min(num_parts, num_images) + 1)[1:-1])
+    bounds = np.unique([0, *cuts.tolist(), num_images]).tolist()
+
+    def match_part(first: int, last: int) -> Matches:
+        images = np.arange(first, last)
+        part = matcher(take_truth(truth, images), take_detections(detections, images), slice(first, last))
+        return replace(
+            part,
+            detection_row=part.detection_row + detections.starts[first],
+            truth_row=part.truth_row + truth.starts[first],
+        )
+
+    if len(bounds) == 2:
+        return match_part(0, num_images)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        parts = list(pool.map(match_part, bounds[:-1], bounds[1:]))
+    # Parts are ranges of rising ids, so what stands behind each other stays so.
+    return replace(
+        concatenate(parts),
+        detection_row=np.concatenate([part.detection_row for part in parts]),
+        truth_row=np.concatenate([part.truth_row for part in parts]),
     )
 
 
@@ -408,114 +331,3 @@ def _assign(
                 outcome[own] |= taken
     found = free[:, 0] ^ everything
     return np.ascontiguousarray(right.T), np.ascontiguousarray(ignored.T), found
-
-
-def bits_type(num_thresholds: int) -> type[np.unsignedinteger]:
-    """The smallest unsigned integer with a bit for each threshold."""
-    for bits in (np.uint8, np.uint16, np.uint32):
-        if num_thresholds <= np.iinfo(bits).bits:
-            return bits
-    return np.uint64
-
-
-def bits_at(sets: BitSets, threshold_index: int) -> Flags:
-    """Whether each set of thresholds, of any shape, holds the one of that index."""
-    flags: Flags = (sets & sets.dtype.type(1 << threshold_index)) != 0
-    return flags
-
-
-_OF_DETECTIONS = (
-    "detection_image",
-    "detection_category",
-    "detection_row",
-    "scores",
-    "rank",
-    "true_positive",
-    "ignored",
-)
-_OF_TRUTH = ("truth_image", "truth_category", "truth_row", "truth_ignored", "truth_found")
-
-
-def take_images(matches: Matches, chosen: Flags) -> Matches:
-    """What became of the boxes of some images only.
-
-    Args:
-        matches: Of all images.
-        chosen: Which images, bool [I].
-    """
-    new_place = np.cumsum(chosen, dtype=np.int32) - np.int32(1)
-    columns: dict[str, Any] = {"image_ids": matches.image_ids[chosen]}
-    for names, image in ((_OF_DETECTIONS, matches.detection_image), (_OF_TRUTH, matches.truth_image)):
-        kept = np.flatnonzero(chosen[image])
-        columns |= {name: getattr(matches, name)[..., kept] for name in names}
-    for name in ("detection_image", "truth_image"):
-        columns[name] = new_place[columns[name]]
-    return replace(matches, **columns)
-
-
-def concatenate(parts: Sequence[Matches]) -> Matches:
-    """Puts together what was matched in several parts; images stand by rising id afterwards, rows are -1.
-
-    Raises:
-        ValueError: There is no part, parts differ in protocol or number of classes, or an image is in two.
-    """
-    if not parts:
-        raise ValueError("there is nothing to concatenate")
-    first = parts[0]
-    if any((part.protocol, part.num_categories) != (first.protocol, first.num_categories) for part in parts):
-        raise ValueError("parts that were matched by different protocols or classes cannot be put together")
-    # Parts that are ranges of ids then need no sorting.
-    parts = sorted(parts, key=lambda part: int(part.image_ids[0]) if len(part.image_ids) else -1)
-    image_ids = np.concatenate([part.image_ids for part in parts])
-    order = np.argsort(image_ids, kind="stable")
-    twice = np.flatnonzero(np.diff(image_ids[order]) == 0)
-    if len(twice):
-        raise ValueError(f"{len(twice)} images are in two parts, such as {image_ids[order[twice[0]]]}")
-    place = np.empty(len(order), dtype=np.int32)
-    place[order] = np.arange(len(order))
-    offsets = np.cumsum([0, *(len(part.image_ids) for part in parts)])
-    columns: dict[str, Any] = {"image_ids": image_ids[order]}
-    for names in (_OF_DETECTIONS, _OF_TRUTH):
-        image = np.concatenate(
-            [place[getattr(part, names[0]) + offset] for part, offset in zip(parts, offsets[:-1], strict=True)]
-        )
-        is_sorted = bool((image[1:] >= image[:-1]).all())
-        rows = slice(None) if is_sorted else np.argsort(image, kind="stable")
-        columns[names[0]] = image[rows]
-        for name in names[1:]:
-            if name.endswith("_row"):
-                columns[name] = np.full(len(image), -1)
-            else:
-                columns[name] = np.concatenate([getattr(part, name) for part in parts], axis=-1)[..., rows]
-    return replace(first, **columns)
-
-
-def to_bytes(matches: Matches) -> bytes:
-    """The whole of it, for `from_bytes` in another process that runs the same version of raydet."""
-    columns = {name: getattr(matches, name) for name in ("image_ids", *_OF_DETECTIONS, *_OF_TRUTH)}
-    header = json.dumps({"protocol": asdict(matches.protocol), "num_categories": matches.num_categories})
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, header=np.array(header), **columns)
-    return buffer.getvalue()
-
-
-def from_bytes(state: bytes) -> Matches:
-    """What `to_bytes` was given.
-
-    Raises:
-        ValueError: It is no such state.
-    """
-    try:
-        with np.load(io.BytesIO(state), allow_pickle=False) as columns:
-            values: dict[str, Any] = {name: columns[name] for name in columns.files}
-        header = json.loads(str(values.pop("header")))
-        given = header["protocol"]
-        protocol = Protocol(
-            iou_thresholds=tuple(given["iou_thresholds"]),
-            areas=tuple((name, (low, high)) for name, (low, high) in given["areas"]),
-            max_detections=tuple(given["max_detections"]),
-            class_agnostic=given["class_agnostic"],
-        )
-        return Matches(protocol=protocol, num_categories=header["num_categories"], **values)
-    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError("not the state of Matches of this version") from error

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from raydet.matching import COCO, BitSets, Floats, Integers, Matches, Protocol, bits_at, falling_rank, stable_order
+from raydet.columns import Floats, Integers
+from raydet.matches import COCO, BitSets, Matches, Protocol, bits_at
+from raydet.matching import falling_rank, stable_order
 from raydet.schema import Category
 
 RECALLS: Floats = np.linspace(0.0, 1.0, 101)

@@ -7,7 +7,7 @@ OUT/metrics goes first and comes last, so while it is there, the run's rows in a
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from pyarrow import fs as pafs
 from raydet import storage
 from raydet.errors import UserError
 from raydet.schema import TableKind
-from raydet.tables import MANIFEST_NAME, is_table, write_manifest
+from raydet.tables import MANIFEST_NAME, Table, is_table, open_table, write_manifest
 
 KINDS: tuple[TableKind, ...] = (
     "per_image",
@@ -42,31 +42,71 @@ def file_name(run: str) -> str:
     return f"{safe}.parquet"
 
 
+def manifests_in(out: str, kinds: Sequence[TableKind]) -> dict[str, dict[str, Any]]:
+    """The manifests of those of some tables that are in a folder, by the URI of the table.
+
+    Raises:
+        UserError: The folder is a file, or other things are where a table would be written.
+    """
+    manifests = {}
+    for uri in (out, *(storage.join(out, kind) for kind in kinds)):
+        filesystem, path = storage.resolve(uri)
+        if filesystem.get_file_info(path).type == pafs.FileType.File:
+            raise UserError(f"{uri} is a file; out must name a folder")
+        if uri == out:
+            continue
+        if is_table(uri):
+            manifests[uri] = _read_manifest(uri)
+        elif any(not name.endswith(".parquet") for name in storage.list_files(uri, recursive=True)):
+            raise UserError(f"{uri} holds files that are not raydet's; choose another out")
+    return manifests
+
+
 def check_folder(out: str, run: str, config_hash: str) -> None:
     """Refuses a folder that holds other things, or this run measured otherwise.
 
     Raises:
         UserError: It does; nothing has been changed.
     """
-    for uri in (out, *(storage.join(out, kind) for kind in KINDS)):
-        filesystem, path = storage.resolve(uri)
-        if filesystem.get_file_info(path).type == pafs.FileType.File:
-            raise UserError(f"{uri} is a file; out must name a folder")
-        if uri == out:
-            continue
-        if not is_table(uri):
-            if any(not name.endswith(".parquet") for name in storage.list_files(uri, recursive=True)):
-                raise UserError(f"{uri} holds files that are not raydet's; choose another out")
-            continue
-        manifest = _read_manifest(uri)
+    manifests = manifests_in(out, KINDS)
+    for uri, manifest in manifests.items():
         if set(manifest["files"]) - set(manifest.get("runs", {})):
             raise UserError(f"{uri} was written by an earlier raydet; choose another out, or delete that folder")
-    earlier = _read_manifest(storage.join(out, "metrics")).get("runs", {}).get(file_name(run))
+    metrics_uri = storage.join(out, "metrics")
+    earlier = manifests.get(metrics_uri, {}).get("runs", {}).get(file_name(run))
     if earlier is not None and earlier["config_hash"] != config_hash:
         raise UserError(
-            f"{storage.join(out, 'metrics')} holds another evaluation's numbers under the run name {run!r} (other "
+            f"{metrics_uri} holds another evaluation's numbers under the run name {run!r} (other "
             "inputs or options); give this one a name with --run, or choose another out"
         )
+
+
+def runs_in(out: str) -> tuple[str, ...]:
+    """The names of the runs in a folder whose `metrics` table is there, the one measured last at the end.
+
+    Raises:
+        UserError: An earlier raydet wrote the table, which does not say which runs are in it.
+    """
+    uri = storage.join(out, "metrics")
+    runs = _read_manifest(uri).get("runs")
+    if not runs:
+        raise UserError(f"{uri} was written by an earlier raydet; run `raydet evaluate` again")
+    return tuple(of_run["run"] for of_run in runs.values())
+
+
+def open_run(out: str, kind: TableKind, run: str) -> Table | None:
+    """The rows of a run in one of the tables, with the run's own classes; None where there are none.
+
+    The manifest is that of the table; its `runs` has an entry for each run, by `file_name`.
+
+    Raises:
+        UserError: The table is damaged.
+    """
+    uri, name = storage.join(out, kind), file_name(run)
+    if not is_table(uri):
+        return None
+    table = open_table(uri, kind)
+    return table.only(name) if name in table.files else None
 
 
 def write_run(

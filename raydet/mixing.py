@@ -4,14 +4,15 @@ Every function takes samples and gives a new one; the arrays of what it was give
 may come back as a view of the old one. A box that a crop hides is dropped by the share of it that is still visible.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from raydet.boxes import Boxes, clip_xywh, has_area
+from raydet.boxes import Boxes, as_boxes, clip_xywh, has_area
 
 # One image is too little work to share among threads, and the workers fill the cores already.
 cv2.setNumThreads(0)
@@ -66,6 +67,18 @@ class Sample:
     def size_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.image.shape[0], self.image.shape[1]
+
+
+def sample_of(image: npt.NDArray[np.uint8], objects: Mapping[str, Any]) -> Sample:
+    """A decoded image with the `objects` of its row in an images table."""
+    return Sample(
+        image,
+        as_boxes(objects["bbox"]),
+        np.asarray(objects["category"], np.int64),
+        np.asarray(objects["area"], np.float64),
+        np.asarray(objects["iscrowd"], bool),
+        np.asarray(objects["id"], np.int64),
+    )
 
 
 @dataclass(frozen=True)

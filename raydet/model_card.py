@@ -3,7 +3,6 @@
 Data is named by the last part of its path alone: where it lay, in whose home or bucket, is nobody else's business.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,20 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from raydet import storage
+from raydet import metrics_folder, storage
 from raydet.checkpoints import HISTORY_FILE, Checkpoint
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.errors import UserError
 from raydet.history import best_entry
 from raydet.metrics import METRICS
-from raydet.schema import categories_of, parse_metadata
-from raydet.tables import MANIFEST_NAME, Table, is_table, open_table
+from raydet.tables import MANIFEST_NAME, Table, is_table
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
@@ -99,15 +95,12 @@ def _read_run(checkpoint: Checkpoint) -> _Run:
 
 def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
     """The numbers that `raydet evaluate` wrote."""
-    uri = storage.join(storage.absolute_uri(metrics), "metrics")
-    if not is_table(uri):
+    uri = storage.absolute_uri(metrics)
+    if not is_table(storage.join(uri, "metrics")):
         raise UserError(
             f"--metrics {metrics} holds no metrics of `raydet evaluate`; give the folder that was its --out"
         )
-    table = open_table(uri, "metrics")
-    if not table.manifest.get("runs"):
-        raise UserError(f"--metrics {metrics} was written by an earlier raydet; run `raydet evaluate` again")
-    table = _latest_run(table, checkpoint.name)
+    table = _latest_run(uri, checkpoint.name)
     own, names = ([item.name for item in of.categories] for of in (checkpoint, table))
     if own and own != names:
         raise UserError(
@@ -121,7 +114,7 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
     if not numbers[None]:
         raise UserError(f"--metrics {metrics} holds no numbers over all images; run `raydet evaluate` again")
     data = _bare_name(rows[0]["split"] or "")
-    (counts,) = table.manifest["runs"].values()
+    counts = table.manifest["runs"][table.files[0]]
     num_images = counts.get("num_images")
     unreadable = counts.get("num_unreadable") or 0
     origin = f"Measured with `raydet evaluate` on {_escaped(data)}" + (f", {num_images:,} images" if num_images else "")
@@ -134,21 +127,11 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
     return _Measured(data, num_images, origin + ".", numbers[None], {name: numbers[name] for name in names}, True, note)
 
 
-def _latest_run(table: Table, model: str) -> Table:
-    """Of the runs in a metrics table the last one of this model; the last one of all where none is of it."""
-    runs = table.manifest["runs"]
-    tables = [
-        dataclasses.replace(
-            table, files=(name,), manifest={"files": {name: table.manifest["files"][name]}, "runs": {name: run}}
-        )
-        for name, run in runs.items()
-    ]
-    of_model = [run for run in tables if pc.any(pc.equal(run.read(["model"])["model"], model)).as_py()]
-    chosen = (of_model or tables)[-1]
-    # Runs in one folder may have classes of their own.
-    schema = pq.read_schema(pa.BufferReader(storage.read_bytes(storage.join(chosen.uri, chosen.files[0]))))
-    content = parse_metadata(schema, kind="metrics", where=chosen.uri)
-    return dataclasses.replace(chosen, schema=schema, categories=categories_of(content))
+def _latest_run(uri: str, model: str) -> Table:
+    """The metrics of the last run of this model; of the last one of all where none is of it."""
+    tables = [table for run in metrics_folder.runs_in(uri) if (table := metrics_folder.open_run(uri, "metrics", run))]
+    of_model = [table for table in tables if pc.any(pc.equal(table.read(["model"])["model"], model)).as_py()]
+    return (of_model or tables)[-1]
 
 
 def _measured_in_training(checkpoint: Checkpoint, run: _Run) -> _Measured | None:

@@ -22,7 +22,8 @@ from raydet.checkpoints import categories_in
 from raydet.config import Backbone, BatchNorm
 from raydet.detector import Detections, Detector, quiet
 from raydet.errors import UserError
-from raydet.families import Family, family_of, resized_processor, side_multiple_of
+from raydet.families import Family, family_of, resize_rule_of, resized_processor, side_multiple_of
+from raydet.geometry import ResizeRule
 from raydet.loss import keep_loss_local
 from raydet.schema import Category
 from raydet.small_models import DEFAULT_IMAGE_SIZE, SMALL_MODELS
@@ -112,6 +113,30 @@ def build_detector(
         _checkpoint_gradients(model, where=name)
     _mend_batch_norm_gradients(model)
     return detector
+
+
+def resize_rule_for(name: str, image_size: int | None) -> ResizeRule:
+    """How `build_detector` would have images resized, without making the model.
+
+    Args:
+        name: As for `build_detector`.
+        image_size: Alike.
+
+    Raises:
+        UserError: No such model, or one that cannot be read.
+    """
+    name = os.path.expanduser(name)
+    with quiet():
+        if name in SMALL_MODELS:
+            family = family_of(SMALL_MODELS[name]().model_type, where=name)
+            processor = _default_processor(family)
+            image_size = image_size or DEFAULT_IMAGE_SIZE
+        else:
+            _, family = _read_config(name)
+            processor = _read_processor(name, family)
+        if image_size is not None:
+            processor = resized_processor(processor, family, image_size)
+    return resize_rule_of(processor, where=name)
 
 
 def load_detector(name: str) -> Detector:

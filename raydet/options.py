@@ -6,7 +6,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -122,6 +122,28 @@ def load_file(config_class: type[Config], path: str, **overrides: Any) -> Config
     """Makes a config of a YAML file, with some fields set by the caller."""
     given = {name: value for name, value in overrides.items() if value is not None}
     return _parse(config_class, {**_read_yaml(config_class, path), **given}, [], "raydet")
+
+
+def build(
+    config_class: type[Config], values: Mapping[str, Any], *, program: str, where: str = "", file: str | None = None
+) -> Config:
+    """Makes a config of plain values, such as those that stand within another config.
+
+    Args:
+        config_class: Of which kind.
+        values: By option; texts are read as in a YAML file.
+        program: Whose `--help` tells more.
+        where: What the values are, for the message about an unknown one.
+        file: YAML file with further values, which these override.
+
+    Raises:
+        UserError: An unknown option, a wrong value, a missing one, a file that cannot be read.
+    """
+    for name in values:
+        if name not in field_names(config_class):
+            raise UserError(f"unknown key `{name}` in {where}{_suggestion(str(name), config_class)}")
+    given = {} if file is None else _read_yaml(config_class, file)
+    return _parse(config_class, {**given, **values}, [], program)
 
 
 def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:

@@ -1,7 +1,7 @@
 """Numbers of other benchmarks than COCO: Pascal VOC's and LVIS'.
 
 Each has its own way of matching, `match_voc` and `match_lvis`, whose outcome is a `Matches` as any other (of pieces,
-put together by `matching.concatenate`), and its own numbers, `voc_rows` and `lvis_rows`.
+put together by `matches.concatenate`), and its own numbers, `voc_rows` and `lvis_rows`.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from raydet.matching import (
-    DetectionColumns,
-    Integers,
-    Matches,
-    Protocol,
-    TruthColumns,
-    bits_at,
-    match,
-    overlapping_pairs,
-)
+from raydet.columns import DetectionColumns, Integers, TruthColumns
+from raydet.matches import Matches, Protocol, bits_at
+from raydet.matching import match, overlapping_pairs
 from raydet.metrics import accumulate, mean_of, metrics_of, surest_first
 from raydet.schema import Category
 

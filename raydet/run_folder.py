@@ -27,6 +27,7 @@ from typing import Any
 import raydet
 from raydet import storage
 from raydet.errors import RunError, UserError
+from raydet.redaction import without_secrets
 
 RUN_FILE = "_run.json"
 LOCK_FILE = "_lock"
@@ -39,7 +40,6 @@ SETTLE_S = 2.0
 
 _RUN_SCHEMA = 1
 _PART_NAME = re.compile(r"part-(\d{7,})\.parquet")
-_USER_IN_URI = re.compile(r"(?<=://)[^/@\s?#\"]+@")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FINGERPRINTS = {
     "checkpoint_fingerprint": "the checkpoint's weights or settings have changed since",
@@ -286,8 +286,8 @@ def open_run(out: str, identity: dict[str, Any], *, plan: dict[str, Any], what: 
 
     Args:
         out: Folder or URI.
-        identity: All that decides what comes out, by name; JSON must be able to hold it. User and password in a URI
-            are neither compared nor kept.
+        identity: All that decides what comes out, by name; JSON must be able to hold it. Passwords and
+            keys in it are neither compared nor kept.
         plan: How a new run would do its work.
         what: That the folder is to hold, such as "detections".
 
@@ -298,7 +298,7 @@ def open_run(out: str, identity: dict[str, Any], *, plan: dict[str, Any], what: 
         UserError: The folder holds another run, naming each difference, or files of others.
     """
     check_folder(out, what=what)
-    now: dict[str, Any] = json.loads(_USER_IN_URI.sub("", json.dumps(identity)))
+    now: dict[str, Any] = json.loads(json.dumps(without_secrets(identity)))
     earlier = _read_run(out)
     if earlier is None:
         record = {"schema": _RUN_SCHEMA, "raydet": raydet.__version__, "what": what, "identity": now, "plan": plan}

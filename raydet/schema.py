@@ -33,6 +33,14 @@ TableKind = Literal[
     "changed_images",
     "runs",
     "rejected",
+    "trials",
+    "findings",
+    "data_summary",
+    "per_class",
+    "histograms",
+    "co_occurrence",
+    "box_centres",
+    "data_findings",
 ]
 
 _METADATA_KEY = b"raydet"
@@ -182,9 +190,80 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("num_unreadable", pa.int64()),
         ("num_left_out", pa.int64()),  # images of the truth without a row in the detections, or the other way round
     ],
+    "trials": [  # of a search, one row each; an option NAME that was varied has its column param_NAME
+        ("trial", pa.string()),  # the name of its run folder
+        ("state", pa.string()),  # finished, stopped (by the scheduler), failed, unfinished
+        ("source", pa.string()),  # default, point (given by the user), search
+        ("parameters", pa.string()),  # JSON: the value of each option that was varied
+        ("metric", pa.string()),
+        ("value", pa.float64()),  # of the metric in the best epoch, of which also those that follow are
+        ("best_epoch", pa.int64()),
+        ("num_epochs", pa.int64()),
+        ("seconds", pa.float64()),
+        *[(name, pa.float64()) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")],
+        *[(name, pa.float64()) for name in ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")],
+        ("loss", pa.float64()),
+        ("checkpoint", pa.string()),
+        ("error", pa.string()),
+    ],
     "rejected": [
         ("path", pa.string()),
+        ("image_id", pa.int64()),
         ("reason", pa.string()),
+    ],
+    "findings": [
+        ("kind", pa.string()),
+        ("path", pa.string()),  # of the image or the file of annotations; null where it is about neither
+        ("image_id", pa.int64()),
+        ("annotation_id", pa.int64()),
+        ("count", pa.int64()),
+        ("detail", pa.string()),
+    ],
+    "data_summary": [
+        ("split", pa.string()),  # data, val; null: what is between the two
+        ("name", pa.string()),
+        ("value", pa.float64()),
+    ],
+    "per_class": [
+        ("split", pa.string()),
+        ("category", pa.string()),
+        ("boxes", pa.int64()),  # crowds included
+        ("share", pa.float64()),  # of all boxes
+        ("images", pa.int64()),
+        ("boxes_per_image", pa.float64()),  # of the images that have the class
+        ("crowd_boxes", pa.int64()),
+        ("small_boxes", pa.int64()),  # COCO's areas, without crowds
+        ("medium_boxes", pa.int64()),
+        ("large_boxes", pa.int64()),
+    ],
+    "histograms": [
+        ("split", pa.string()),
+        ("quantity", pa.string()),
+        ("category", pa.string()),  # null: all classes
+        ("low", pa.float64()),  # this value and above
+        ("high", pa.float64()),  # below this value; the outermost bins also hold what lies beyond them
+        ("count", pa.int64()),
+    ],
+    "co_occurrence": [
+        ("split", pa.string()),
+        ("first", pa.string()),
+        ("second", pa.string()),
+        ("images", pa.int64()),  # that have both classes
+    ],
+    "box_centres": [
+        ("split", pa.string()),
+        ("category", pa.string()),
+        ("left", pa.float64()),  # of a cell, as a part of the image's width
+        ("top", pa.float64()),
+        ("boxes", pa.int64()),
+    ],
+    "data_findings": [
+        ("split", pa.string()),
+        ("kind", pa.string()),
+        ("image_id", pa.int64()),
+        ("path", pa.string()),
+        ("category", pa.string()),
+        ("detail", pa.string()),
     ],
 }
 
@@ -217,11 +296,11 @@ def build_schema(
     return pa.schema(fields, metadata=metadata)
 
 
-def parse_metadata(schema: pa.Schema, *, kind: TableKind, where: str) -> dict[str, Any]:
+def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...], where: str) -> dict[str, Any]:
     """Reads back what `build_schema` put into the metadata.
 
     Raises:
-        UserError: It is not a raydet table of this kind and schema version.
+        UserError: It is not a raydet table of this kind, or one of these, and of this schema version.
     """
     raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
@@ -232,9 +311,11 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind, where: str) -> dict[st
             f"{where} has schema version {content['schema_version']}, this raydet reads version {SCHEMA_VERSION}; "
             "write the table again with this version"
         )
-    if content["kind"] != kind:
-        raise UserError(f"{where} is a table of {content['kind']}, expected a table of {kind}")
-    missing = [name for name, _ in _FIELDS[kind] if name not in schema.names]
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if content["kind"] not in kinds:
+        expected = " or ".join(kinds)
+        raise UserError(f"{where} is a table of {content['kind']}, expected a table of {expected}")
+    missing = [name for name, _ in _FIELDS[content["kind"]] if name not in schema.names]
     if missing:
         raise UserError(f"{where} lacks the columns {', '.join(missing)}")
     return content

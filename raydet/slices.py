@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydet.columns import Flags, Floats, Integers, TruthColumns
 from raydet.errors import UserError
-from raydet.matching import COCO_AREAS, Flags, Floats, Integers, TruthColumns
+from raydet.matches import COCO_AREAS
 
 PROPERTIES = ("box_size", "crowding", "image_size")
 """What images can be sliced by without any column; a column of such a name is not looked at."""

@@ -4,9 +4,10 @@ The manifest (`_manifest.json`) is written last and holds the number of rows of 
 the hash of the configuration that made it. Readers refuse a folder without one.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import pyarrow as pa
@@ -47,6 +48,14 @@ class Table:
         """Rows in all files together."""
         return sum(self.manifest["files"].values())
 
+    def only(self, name: str) -> Self:
+        """One of its files as a table of its own, with the categories that this file names."""
+        filesystem, path = storage.resolve(self.uri)
+        schema = pq.read_schema(f"{path}/{name}", filesystem=filesystem)
+        content = parse_metadata(schema, kind=self.kind, where=self.uri)
+        manifest = self.manifest | {"files": {name: self.manifest["files"][name]}}
+        return replace(self, schema=schema, categories=categories_of(content), manifest=manifest, files=(name,))
+
     def row_groups(self) -> tuple[RowGroup, ...]:
         """The row groups of all files, in the order of the rows."""
         groups = []
@@ -65,16 +74,53 @@ class Table:
             return file.read_row_group(group.index, columns=None if columns is None else list(columns))
 
     def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 1024) -> Iterator[pa.RecordBatch]:
-        """Streams the rows in order, a batch at a time."""
+        """Streams the rows in order, a batch at a time.
+
+        Raises:
+            UserError: A file is damaged or gone, or there are not as many rows as the manifest says.
+        """
         filesystem, path = storage.resolve(self.uri)
+        names, num_rows = None if columns is None else list(columns), 0
         for name in self.files:
-            with pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
-                yield from file.iter_batches(batch_size=batch_size, columns=None if columns is None else list(columns))
+            with refusing_damage(self.uri), pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
+                for batch in file.iter_batches(batch_size=batch_size, columns=names):
+                    num_rows += batch.num_rows
+                    yield batch
+        if num_rows != self.num_rows:
+            raise UserError(f"{self.uri} is damaged: its files have {num_rows} rows, its manifest says {self.num_rows}")
+
+    def rows_at(self, positions: Sequence[int]) -> Iterator[tuple[int, pa.StructScalar]]:
+        """Some rows, by their positions, in the order of the table; only the row groups that hold them are read."""
+        filesystem, path = storage.resolve(self.uri)
+        left, start = sorted(positions), 0
+        for name in self.files:
+            if left and left[0] < start + self.manifest["files"][name]:
+                with pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
+                    group_start = start
+                    for group in range(file.num_row_groups):
+                        group_end = group_start + file.metadata.row_group(group).num_rows
+                        if left and left[0] < group_end:
+                            rows = file.read_row_group(group).to_struct_array().combine_chunks()
+                            while left and left[0] < group_end:
+                                position = left.pop(0)
+                                yield position, rows[position - group_start]
+                        group_start = group_end
+            start += self.manifest["files"][name]
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Reads the whole table into memory, all columns or those named."""
+        """Reads the whole table into memory, all columns or those named; raises as `iter_batches` does."""
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches([batch.cast(schema) for batch in self.iter_batches(columns)], schema=schema)
+
+
+@contextlib.contextmanager
+def refusing_damage(uri: str) -> Iterator[None]:
+    """Where a file of a table cannot be read inside the `with`, that becomes a UserError that names the table."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{uri} is damaged: {reason}; run the command that writes it again") from None
 
 
 def is_table(uri: str) -> bool:
@@ -82,12 +128,12 @@ def is_table(uri: str) -> bool:
     return storage.exists(storage.join(uri, MANIFEST_NAME))
 
 
-def open_table(uri: str, kind: TableKind) -> Table:
+def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     """Opens a table for reading.
 
     Args:
         uri: The folder.
-        kind: What it must hold.
+        kind: What it must hold, or may.
 
     Raises:
         UserError: There is no such folder, it is not whole, or it is of another kind or schema version.
@@ -114,10 +160,11 @@ def open_table(uri: str, kind: TableKind) -> Table:
         schema = pq.read_schema(f"{path}/{files[0]}", filesystem=filesystem)
     except FileNotFoundError:
         raise UserError(f"{uri} lacks the file {files[0]} that its manifest names") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{uri} is damaged: {files[0]} is no whole Parquet file ({error})") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{uri} is damaged: {files[0]} is no whole Parquet file ({reason})") from None
     content = parse_metadata(schema, kind=kind, where=uri)
-    return Table(uri, kind, schema, categories_of(content), manifest, files)
+    return Table(uri, content["kind"], schema, categories_of(content), manifest, files)
 
 
 def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: str, **extra: Any) -> None:
@@ -132,6 +179,77 @@ def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: s
     storage.write_bytes(storage.join(uri, MANIFEST_NAME), json.dumps(manifest, indent=1).encode())
 
 
+class FileWriter:
+    """Writes batches into one Parquet file, in row groups of `ROW_GROUP_BYTES` or a batch more.
+
+    Use it as a context manager, or call `close`. The file is there once the first row group is written.
+
+    Attributes:
+        num_rows: Rows in the row groups that are written.
+        num_bytes: Of these rows in memory.
+    """
+
+    def __init__(self, uri: str, schema: pa.Schema) -> None:
+        self._filesystem, self._path = storage.resolve(uri)
+        self._schema = schema
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+        self.num_rows = self.num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Appends rows, given as dictionaries with the names of the schema's columns."""
+        self.write(pa.RecordBatch.from_pylist(list(rows), schema=self._schema))
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Appends a batch in the schema."""
+        self._pending.append(batch)
+        self._pending_bytes += batch.nbytes
+        if self._pending_bytes >= ROW_GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending as a row group; does nothing where no batch is."""
+        if not self._pending:
+            return
+        table = pa.Table.from_batches(self._pending, schema=self._schema)
+        if self._writer is None:
+            options = _column_options(self._schema)
+            self._writer = pq.ParquetWriter(self._path, self._schema, filesystem=self._filesystem, **options)
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self.num_rows += table.num_rows
+        self.num_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = [], 0
+
+    def close(self) -> None:
+        """Ends the file; what is pending and was not flushed is left out."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self.flush()
+        finally:
+            self.close()
+
+
+def _column_options(schema: pa.Schema) -> dict[str, Any]:
+    """How `pq.ParquetWriter` stores the columns: encoded images are compressed already, and none repeats another."""
+    if "image" not in schema.names:
+        return {}
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    columns = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    paths = [columns.column(index).path for index in range(len(columns))]
+    others = [path for path in paths if path != "image.bytes"]
+    return {"compression": {path: "snappy" if path in others else "none" for path in paths}, "use_dictionary": others}
+
+
 class TableWriter:
     """Writes rows into Parquet files of sensible size and, when all went well, the manifest.
 
@@ -142,16 +260,11 @@ class TableWriter:
         self, uri: str, schema: pa.Schema, *, config_hash: str, file_bytes: int = 256 * 2**20, prefix: str = "part"
     ) -> None:
         self.uri = storage.absolute_uri(uri)
-        self._filesystem, self._path = storage.resolve(self.uri)
         self._schema = schema
         self._config_hash = config_hash
         self._file_bytes = file_bytes
         self._prefix = prefix
-        self._pending: list[pa.RecordBatch] = []
-        self._pending_bytes = 0
-        self._file_written = 0
-        self._writer: pq.ParquetWriter | None = None
-        self._rows: dict[str, int] = {}
+        self._files: dict[str, FileWriter] = {}
         self.extra: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -164,40 +277,25 @@ class TableWriter:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Appends a batch in the table's schema."""
-        self._pending.append(batch)
-        self._pending_bytes += batch.nbytes
-        if self._pending_bytes >= ROW_GROUP_BYTES:
-            self._flush()
+        newest = next(reversed(self._files.values()), None)
+        if newest is None or newest.num_bytes >= self._file_bytes:
+            if newest is not None:
+                newest.close()
+            name = f"{self._prefix}-{len(self._files):05d}.parquet"
+            newest = self._files[name] = FileWriter(storage.join(self.uri, name), self._schema)
+        newest.write(batch)
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        table = pa.Table.from_batches(self._pending, schema=self._schema)
-        if self._writer is None:
-            name = f"{self._prefix}-{len(self._rows):05d}.parquet"
-            # Images are compressed already: snappy leaves them as they are and is nearly free.
-            self._writer = pq.ParquetWriter(f"{self._path}/{name}", self._schema, filesystem=self._filesystem)
-            self._rows[name] = 0
-        name = next(reversed(self._rows))
-        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
-        self._rows[name] += table.num_rows
-        self._file_written += self._pending_bytes
-        self._pending, self._pending_bytes = [], 0
-        if self._file_written >= self._file_bytes:
-            self._close_file()
-
-    def _close_file(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._writer, self._file_written = None, 0
+    def flush(self) -> None:
+        """Writes what is pending as a row group, however small."""
+        if self._files:
+            next(reversed(self._files.values())).flush()
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if error_type is not None:
-            self._close_file()
-            return
-        if not self._rows:
+        if error_type is None and not self._files:
             # A table without rows still has a file, which carries the schema.
-            self._pending.append(pa.RecordBatch.from_pylist([], schema=self._schema))
-        self._flush()
-        self._close_file()
-        write_manifest(self.uri, self._rows, config_hash=self._config_hash, **self.extra)
+            self.write(pa.RecordBatch.from_pylist([], schema=self._schema))
+        for file in self._files.values():
+            file.__exit__(error_type)
+        if error_type is None:
+            rows = {name: file.num_rows for name, file in self._files.items()}
+            write_manifest(self.uri, rows, config_hash=self._config_hash, **self.extra)

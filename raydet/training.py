@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,14 @@ from raydet.console import Console
 from raydet.errors import RunError, RunStopped, UserError
 from raydet.families import family_of
 from raydet.history import best_entry, is_over
+from raydet.job_record import write_job_record
+from raydet.redaction import without_secrets
+from raydet.shared_storage import check_shared
 from raydet.small_models import SMALL_MODELS, small_model_type
-from raydet.tables import Table, open_table
+from raydet.tables import MANIFEST_NAME, Table, open_table
+
+_MINUTES_WAITED_FOR_ROOM = 15
+"""Ray Train gives up once a minute when there is no room for all workers; a cloud may need several for a machine."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,15 @@ class TrainResult:
         ]
 
 
-def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, console: Console | None = None, on_epoch: Callable[[dict[str, Any]], None] | None = None
+) -> TrainResult:
     """Trains a detector; run again after a kill, it goes on where it was.
+
+    Args:
+        config: What to train.
+        console: Where to say how far it is.
+        on_epoch: Is given the entry of each epoch that ends, in a thread of its own.
 
     Raises:
         UserError: Tables, model or run folder are not what they should be. Nothing has been written then.
@@ -100,15 +113,19 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             use_gpu=config.use_gpu,
             cpus_per_worker=config.cpus_per_worker,
         )
+        _check_nodes(config)
         storage.write_bytes(storage.join(out, "config.yaml"), to_yaml(config).encode())
+        write_job_record(storage.join(out, "log"))
         console.line(
             f"{resources.describe(config.min_workers, config.max_workers)}; Ray's log: "
             f"{storage.join(out, 'log', cluster.LOG_FILE)}"
         )
-        board = cluster.Board.remote()  # type: ignore[attr-defined]
+        if resources.remark:
+            console.line(resources.remark)
+        board = cluster.open_board()
         with (
             _stopping_on_sigterm(board) as asked_to_stop,
-            console.following_training(lambda start: ray.get(board.read.remote(start)), epochs=config.epochs),
+            console.following_training(_reader(board, on_epoch), epochs=config.epochs),
         ):
             _fit(_trainer(config, tables, resources, board), board)
         mistake, failure = ray.get([board.mistake.remote(), board.failure.remote()])
@@ -122,6 +139,32 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     if asked_to_stop.is_set() and not _is_finished(config, finished):
         raise RunStopped(f"stopped as asked, after {len(finished)} whole epochs; the same command goes on from there")
     return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model)
+
+
+def check(config: TrainConfig) -> None:
+    """Finds the mistakes in a new run that can be found before any worker starts; its folder is not looked at.
+
+    Raises:
+        UserError: Tables, model, schedule, augmentation or trackers are not what they should be.
+    """
+    _check_tables(config)
+    _check_recipe(config)
+    _check_model(config)
+
+
+def _reader(
+    board: Any, on_epoch: Callable[[dict[str, Any]], None] | None
+) -> Callable[[int], tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Reads the board, and passes on each epoch that it tells of."""
+
+    def read(start: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        entries, progress = ray.get(board.read.remote(start))
+        for entry in entries:
+            if on_epoch is not None and "epoch" in entry:
+                on_epoch(entry)
+        return entries, progress
+
+    return read
 
 
 def _is_finished(config: TrainConfig, history: list[dict[str, Any]]) -> bool:
@@ -204,7 +247,7 @@ def _trainer(config: TrainConfig, tables: dict[str, Table], resources: cluster.R
             storage_path=storage.join(config.out, "log", "ray"),
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=config.max_failures, controller_failure_limit=3
+                max_failures=config.max_failures, controller_failure_limit=_MINUTES_WAITED_FOR_ROOM
             ),
         ),
     )
@@ -228,7 +271,7 @@ def _run_worker(job: dict[str, Any]) -> None:
         ray.get(board.report_mistake.remote(str(error)))
     except _BUGS as error:
         log = storage.join(job["config"]["out"], "log", "error.log")
-        storage.write_bytes(log, traceback.format_exc().encode())
+        storage.write_bytes(log, without_secrets(traceback.format_exc()).encode())
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         line = f"a worker came upon what it cannot handle ({type(error).__name__}: {reason}); {log} has the traceback"
         ray.get(board.report_failure.remote(line))
@@ -254,6 +297,17 @@ def _check_tables(config: TrainConfig) -> dict[str, Table]:
             f"metric_for_best_model {metric}: there is no such class; there are {', '.join(names['train'])}"
         )
     return tables
+
+
+def _check_nodes(config: TrainConfig) -> None:
+    """Makes sure that every node sees the tables, the model and the run folder."""
+    reads = {
+        "--train-data": (config.train_data, storage.join(config.train_data, MANIFEST_NAME)),
+        "--val-data": (config.val_data, storage.join(config.val_data, MANIFEST_NAME)),
+    }
+    if storage.exists(storage.join(config.model, "config.json")):  # or it is a small model, or a name on the Hub
+        reads["--model"] = (config.model, storage.join(config.model, "config.json"))
+    check_shared(reads=reads, writes=(config.out, storage.join(config.out, "log")))
 
 
 def _check_run_folder(config: TrainConfig) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ together over all ranks. The loop itself is `run_worker`; below it stand its ste
 
 import errno
 import json
+import logging
 import resource
 import sys
 import tempfile
@@ -21,9 +22,9 @@ from ray.data import ExecutionResources
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
-from raydet import storage
+from raydet import job_metrics, storage
 from raydet.checkpoints import HISTORY_FILE
-from raydet.cluster import Resources
+from raydet.cluster import Resources, cpus_for_tasks
 from raydet.config import DEFAULT_MAX_PIXELS, TrainConfig
 from raydet.data import Preparation, ReadyImage, micro_batches, run_stream
 from raydet.families import resize_rule_of, resized_processor
@@ -40,6 +41,7 @@ from raydet.training_state import Position, save_state
 from raydet.training_worker import Stream, Worker, averaged, capture, examples_of, next_images, start_worker, wrap
 from raydet.validation import validate
 
+_LOG = logging.getLogger(__name__)
 _STEPS_BETWEEN_LOGS = 10
 _STEPS_BETWEEN_LOOKS = 20
 """Steps after which the workers ask Ray whether a node of theirs is about to be taken away."""
@@ -116,7 +118,7 @@ def _open_stream(run: "_Run", resources: Resources) -> Any:
                 cpu=resources.cpus_per_worker * worker.world_size,
                 gpu=float(worker.world_size) if resources.use_gpu else 0.0,
             ),
-            cpus_per_task=resources.cpus_per_task,
+            cpus_per_task=cpus_for_tasks(resources),
         )
         reference = [ray.put(iterators)]
     return ray.get(broadcast_from_rank_zero(reference)[0])[worker.rank]
@@ -195,8 +197,12 @@ class _Run:
         norm_value = norm.item()
         meter.gradient_norm += norm_value if np.isfinite(norm_value) else 0.0  # fp16 overflows once in a while
         meter.num_steps += 1
-        meter.num_images += sum(len(part) for part in parts)
+        num_images = sum(len(part) for part in parts)
+        meter.num_images += num_images
         meter.seconds += time.perf_counter() - asked
+        job_metrics.step_taken(num_images)
+        if worker.rank == 0:
+            job_metrics.step_finished(epoch + 1, loss)
         global_step = epoch * self.plan.steps_per_epoch + step
         if worker.tracker is not None and global_step % _STEPS_BETWEEN_LOGS == 0:
             worker.tracker.scalars(
@@ -277,6 +283,9 @@ class _Run:
     def finish_epoch(self, stream: Stream) -> None:
         """Validates, enters the epoch into the history, and saves."""
         worker, plan, epoch = self.worker, self.plan, self.worker.position.epoch
+        meter = worker.meter
+        text = "epoch %d: %d images in %.1f s, of it %.1f s waiting for images, %.1f s for other workers"
+        _LOG.info(text, epoch + 1, meter.num_images, meter.seconds, meter.data_s, meter.communication_s)
         learning_rate = worker.optimizer.param_groups[0]["lr"]
         states = worker.gather(worker.meter.to_state())
         entry = worker.share(
@@ -296,6 +305,7 @@ class _Run:
             worker.tracker.scalars((epoch + 1) * plan.steps_per_epoch, scalars_of(entry))
             worker.tracker.flush()
         if worker.rank == 0:
+            job_metrics.epoch_validated(entry.get("AP"))
             worker.board.pin.remote(entry)
         ray.train.report(entry)
 

@@ -1,6 +1,7 @@
 """What a worker of a training run holds, how it comes up, and how it stands together with the others."""
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from raydet import storage
 from raydet.collate import Example
 from raydet.config import TrainConfig
 from raydet.data import ReadyImage
@@ -35,10 +37,12 @@ from raydet.schema import Category
 from raydet.step import StepSetting
 from raydet.tracking import RunTracker
 from raydet.training_state import Position, TrainingState, load_state, newest_state
+from raydet.worker_log import log_from_here
 
 Stream = Iterator[tuple[MicroBatch, list[ReadyImage]]]
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,6 +115,7 @@ class Worker:
 def start_worker(config: TrainConfig, categories: tuple[Category, ...], plan: RunPlan, board: Any) -> Worker:
     """Builds the model and all that goes with it, as new or as the newest state has it."""
     context = ray.train.get_context()
+    log_from_here(storage.join(config.out, "log"), rank=context.get_world_rank())
     device = get_device()
     world_size = context.get_world_size()
     torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
@@ -153,6 +158,9 @@ def start_worker(config: TrainConfig, categories: tuple[Category, ...], plan: Ru
         detector.model.compile()
     _restore(worker)
     wrap(worker)
+    position = worker.position
+    text = "one of %d workers, on %s with %d threads, goes on after step %d of epoch %d"
+    _LOG.info(text, world_size, device, torch.get_num_threads(), position.step, position.epoch + 1)
     return worker
 
 

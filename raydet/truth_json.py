@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from raydet import storage
 from raydet.boxes import Boxes
+from raydet.columns import DetectionColumns, Integers, TruthColumns
 from raydet.errors import UserError
-from raydet.matching import DetectionColumns, Integers, TruthColumns
 from raydet.schema import MAX_IMAGE_ID, Category
 
 _T = TypeVar("_T")

@@ -39,7 +39,6 @@ def validate(
         for image in images:
             accumulator.add(
                 image.image_id,
-                image.original_size_hw,
                 image.truth(),
                 _as_found(found.get(image.image_id)),
                 unreadable=image.error is not None,

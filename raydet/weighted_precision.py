@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raydet.matching import Flags, Floats, Integers, Matches, bits_at
+from raydet.columns import Flags, Floats, Integers
+from raydet.matches import Matches, bits_at
 
 Counts = npt.NDArray[np.int32]
 

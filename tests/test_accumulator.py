@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import raydet.accumulator
 from raydet.accumulator import NO_DETECTIONS, CocoAccumulator, ImageDetections, ImageTruth, MatchesByClass
 from raydet.boxes import as_boxes
-from raydet.matching import COCO, Protocol
+from raydet.matches import COCO, Protocol
 from raydet.metrics import CocoResult, accumulate
 from raydet.schema import Category
 from tests.test_metrics import (
@@ -34,9 +34,9 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_s
 
 def test_an_unreadable_image_counts_as_missed() -> None:
     accumulator = CocoAccumulator(ONE_CLASS)
-    accumulator.add(1, (40, 40), ONE_BOX, ONE_HIT)
+    accumulator.add(1, ONE_BOX, ONE_HIT)
     assert accumulator.result().AR100 == 1.0
-    accumulator.add(2, (0, 0), ONE_BOX, NO_DETECTIONS, unreadable=True)
+    accumulator.add(2, ONE_BOX, NO_DETECTIONS, unreadable=True)
     result = accumulator.result()
     assert (result.num_images, result.num_truth, result.num_detections, result.num_unreadable) == (2, 2, 1, 1)
     assert result.AR100 == 0.5
@@ -44,11 +44,11 @@ def test_an_unreadable_image_counts_as_missed() -> None:
 
 def test_counts_survive_a_merge_and_a_state_can_be_sent_on() -> None:
     first, second, third = (CocoAccumulator(ONE_CLASS) for _ in range(3))
-    first.add(1, (40, 40), ONE_BOX, ONE_HIT)
-    second.add(2, (40, 40), ONE_BOX, NO_DETECTIONS, unreadable=True)
+    first.add(1, ONE_BOX, ONE_HIT)
+    second.add(2, ONE_BOX, NO_DETECTIONS, unreadable=True)
     second.merge(first.to_bytes())
     third.merge(second.to_bytes())
-    third.add(3, (40, 40), ONE_BOX, ONE_HIT)
+    third.add(3, ONE_BOX, ONE_HIT)
     result = third.result()
     assert (result.num_images, result.num_truth, result.num_detections, result.num_unreadable) == (3, 3, 2, 1)
     recalls = [result.AR1, second.result().AR1]
@@ -63,10 +63,10 @@ def test_no_image_at_all_measures_nothing() -> None:
 
 def test_an_image_counts_once() -> None:
     accumulator, other = CocoAccumulator(ONE_CLASS), CocoAccumulator(ONE_CLASS)
-    accumulator.add(4, (40, 40), ONE_BOX, ONE_HIT)
-    other.add(4, (40, 40), ONE_BOX, NO_DETECTIONS)
+    accumulator.add(4, ONE_BOX, ONE_HIT)
+    other.add(4, ONE_BOX, NO_DETECTIONS)
     with pytest.raises(ValueError, match="image 4 was added before"):
-        accumulator.add(4, (40, 40), ONE_BOX, ONE_HIT)
+        accumulator.add(4, ONE_BOX, ONE_HIT)
     with pytest.raises(ValueError, match=r"in both of the states.*4"):
         accumulator.merge(other.to_bytes())
     assert accumulator.result().num_images == 1
@@ -94,13 +94,13 @@ def test_an_image_counts_once() -> None:
 def test_wrong_input_is_refused(image_id: int, truth: ImageTruth, detections: ImageDetections, message: str) -> None:
     accumulator = CocoAccumulator(ONE_CLASS)
     with pytest.raises(ValueError, match=message):
-        accumulator.add(image_id, (40, 40), truth, detections)
+        accumulator.add(image_id, truth, detections)
     assert accumulator.result().num_images == 0
 
 
 def test_an_unreadable_image_with_detections_is_refused() -> None:
     with pytest.raises(ValueError, match="could not be read"):
-        CocoAccumulator(ONE_CLASS).add(1, (40, 40), ONE_BOX, ONE_HIT, unreadable=True)
+        CocoAccumulator(ONE_CLASS).add(1, ONE_BOX, ONE_HIT, unreadable=True)
 
 
 def test_states_that_do_not_belong_together_are_refused() -> None:

@@ -12,7 +12,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from raydet.bootstrap import Interval, draw, intervals, paired_differences, split
-from raydet.matching import DetectionColumns, Floats, Integers, Matches, Protocol, TruthColumns, match
+from raydet.columns import DetectionColumns, Floats, Integers, TruthColumns
+from raydet.matches import Matches, Protocol
+from raydet.matching import match
 from raydet.weighted_precision import WeightedPrecision
 
 NUM_CLASSES = 4

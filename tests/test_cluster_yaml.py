@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,20 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.command_lines import blocks_of
+
 PROJECT = Path(__file__).parents[1]
 SPEC = PROJECT / "cluster.yaml"
+DOCUMENT = PROJECT / "docs" / "cluster.md"
 
 SECRET = re.compile(
-    r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|hf_[A-Za-z]{20,}|-----BEGIN|(?i:(secret|token|password|access_key)\w*\s*[:=]\s*\S)"
+    r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|hf_[A-Za-z]{20,}|-----BEGIN"
+    # A file in somebody's home is named, not shown.
+    r"|(?i:(secret|token|password|access_key)\w*\s*[:=]\s*(?!~/)\S)"
 )
+NODE_KEYS = {"aws": ("InstanceType", "ImageId"), "gcp": ("machineType",)}
+GPU_MACHINES = {"aws": r"(g|p)\d", "gcp": r"(g2|g4|a2|a3|a4)-"}
+TOKEN_FILE = "~/.ray/auth_token"
 
 
 def load_spec() -> dict[str, Any]:
@@ -41,18 +50,12 @@ def find_faults(spec: dict[str, Any], text: str = "") -> list[str]:
     if head["resources"].get("CPU") != 0:
         faults.append("the head offers CPUs")
     for name, group in groups.items():
-        node = group["node_config"]
-        for key in ("InstanceType", "ImageId"):
-            if not isinstance(node.get(key), str):
-                faults.append(f"{name}: no {key}")
         if group is not head:
             if not 0 <= group.get("min_workers", 0) <= group.get("max_workers", -1):
                 faults.append(f"{name}: min_workers and max_workers do not fit")
             if group["max_workers"] > spec["max_workers"]:
                 faults.append(f"{name}: more than the whole cluster")
-        is_gpu_instance = re.match(r"(g|p)\d", node.get("InstanceType", "")) is not None
-        if is_gpu_instance != (group["resources"].get("GPU", 0) > 0):
-            faults.append(f"{name}: {node.get('InstanceType')} and its GPU resources do not fit")
+        faults += find_faults_of_node(name, group, spec["provider"]["type"])
     setup = " && ".join(spec.get("setup_commands", []))
     if "requirements.lock" not in setup or "make setup" not in setup:
         faults.append("setup_commands do not install the lock")
@@ -61,8 +64,26 @@ def find_faults(spec: dict[str, Any], text: str = "") -> list[str]:
         faults.append("no start commands of our own: the defaults open the dashboard to everyone")
     if "0.0.0.0" in text or re.search(r"host=(?!127\.0\.0\.1)", str(commands)):
         faults.append("something listens to everyone")
+    if TOKEN_FILE not in spec.get("file_mounts", {}):
+        faults.append("the nodes get no token")
+    if not all("export RAY_AUTH_MODE=token; ray start" in " ".join(command or []) for command in commands):
+        faults.append("no token is asked for")
     if SECRET.search(text):
         faults.append("a secret")
+    return faults
+
+
+def find_faults_of_node(name: str, group: dict[str, Any], provider: str) -> list[str]:
+    node, resources = group["node_config"], group["resources"]
+    faults = [f"{name}: no {key}" for key in NODE_KEYS[provider] if not isinstance(node.get(key), str)]
+    if foreign := {key for other in NODE_KEYS if other != provider for key in NODE_KEYS[other]} & node.keys():
+        faults.append(f"{name}: {sorted(foreign)} mean nothing to {provider}")
+    machine = node.get(NODE_KEYS[provider][0], "")
+    if (re.match(GPU_MACHINES[provider], machine) is not None) != (resources.get("GPU", 0) > 0):
+        faults.append(f"{name}: {machine} and its GPU resources do not fit")
+    # Only for AWS does Ray look up what a machine has.
+    if provider == "gcp" and "CPU" not in resources:
+        faults.append(f"{name}: Ray will think that it has no CPU")
     return faults
 
 
@@ -101,6 +122,8 @@ def test_decoding_grows_and_the_model_runs_on_spot() -> None:
         (["available_node_types", "model", "min_workers"], 9, "min_workers"),
         (["setup_commands"], [], "lock"),
         (["head_start_ray_commands"], ["ray start --head --dashboard-host=::"], "listens"),
+        (["worker_start_ray_commands"], ["ray start --address=$RAY_HEAD_IP:6379"], "no token is asked for"),
+        (["file_mounts"], {}, "the nodes get no token"),
     ],
 )
 def test_our_own_checks_catch_what_ray_lets_through(path: list[str], value: object, fault: str) -> None:
@@ -120,6 +143,7 @@ def test_a_secret_is_noticed(line: str) -> None:
 
 def test_mounts_are_what_an_installation_needs() -> None:
     mounts = load_spec()["file_mounts"]
+    assert mounts.pop(TOKEN_FILE) == TOKEN_FILE
     for remote, local in mounts.items():
         assert remote == f"~/raydet/{local}"
         # Ray reads everything below a mount, so the whole project with its .venv must not be one.
@@ -131,6 +155,44 @@ def test_mounts_are_what_an_installation_needs() -> None:
     assert needed <= set(mounts.values())
 
 
+def load_spec_for_google() -> dict[str, Any]:
+    """cluster.yaml with the keys in their place that docs/cluster.md gives for Google Cloud."""
+    (block,) = [block for block in blocks_of(DOCUMENT, "yaml") if "type: gcp" in block]
+    return {**load_spec(), **yaml.safe_load(block)}
+
+
+def test_the_changes_for_google_cloud_pass_the_same_checks() -> None:
+    spec = load_spec_for_google()
+    assert validate_with_ray(spec)["provider"]["type"] == "gcp"
+    assert find_faults(spec) == []
+    assert not SECRET.search(yaml.safe_dump(spec).replace(f"{TOKEN_FILE}: {TOKEN_FILE}", ""))
+    ours, googles = load_spec()["available_node_types"], spec["available_node_types"]
+    for name in ours:
+        assert {key: ours[name].get(key) for key in ("min_workers", "max_workers")} == {
+            key: googles[name].get(key) for key in ("min_workers", "max_workers")
+        }
+    assert googles["model"]["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+    # Only the head may use the bucket by Ray's own doing.
+    assert all(googles[name]["node_config"]["serviceAccounts"] for name in ("decode", "model"))
+    del googles["decode"]["resources"]["CPU"]
+    googles["model"]["node_config"]["InstanceType"] = "g6.2xlarge"
+    assert len(find_faults(spec)) == 2
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_the_start_commands_are_options_that_ray_has(kind: str) -> None:
+    from ray.scripts.scripts import start
+
+    (line,) = [command for command in load_spec()[f"{kind}_start_ray_commands"] if "ray start" in command]
+    words = shlex.split(line.rpartition("ray start ")[2].replace("$RAY_HEAD_IP", "10.0.0.1"))
+    options = start.make_context("start", words, resilient_parsing=True).params
+    if kind == "head":
+        assert options["system_config"] == {"num_workers_soft_limit": 32}
+        assert options["head"] and options["dashboard_host"] == "127.0.0.1"
+    else:
+        assert options["address"] == "10.0.0.1:6379"
+
+
 def test_a_submitted_job_takes_along_its_code_and_little_else(tmp_path: Path) -> None:
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package
@@ -139,5 +201,6 @@ def test_a_submitted_job_takes_along_its_code_and_little_else(tmp_path: Path) ->
     create_package(str(PROJECT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
     names = set(zipfile.ZipFile(package).namelist())
     assert {"raydet/__init__.py", "raydet/config/__init__.py", "pyproject.toml"} <= names
-    assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/", ".venv/", ".git/"))]
+    left_at_home = ("tests/", "docs/", "benchmarks/", "deploy/", ".venv/", ".git/")
+    assert not [name for name in names if name.startswith(left_at_home)]
     assert package.stat().st_size < 5 * 2**20

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from ray.data import ExecutionResources
 
 from raydet import data
+from raydet.cluster import Resources, cpus_for_tasks
 from raydet.config import DEFAULT_MAX_PIXELS
 from raydet.data import Preparation, ReadyImage, micro_batches, run_stream
 from raydet.geometry import ResizeRule
 from raydet.ordering import MicroBatch, RunPlan, scale_choice
 from raydet.schema import Category, build_schema
 from raydet.tables import Table, TableWriter, open_table
+from tests.nodes import wait_until
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
 
@@ -51,20 +54,26 @@ def _read(
     val: Table,
     plan: RunPlan,
     world_size: int,
-    preparation: Preparation | None = None,
+    *,
+    reserved_cpus: float = 0.5,
+    cpus_per_task: float = 0.5,
     **start: int,
 ) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
-    """What each rank gets; the ranks read side by side, as the workers of a training do."""
+    """What each rank gets; the ranks read side by side, as the workers of a training do.
+
+    Flips differ from image to image as every augmentation does, and need no package that takes each process seconds to
+    import.
+    """
     iterators = run_stream(
         plan,
         train=train,
         val=val,
-        preparation=preparation or _preparation(),
+        preparation=_preparation(augmentation="flip"),
         world_size=world_size,
         start_epoch=start.get("start_epoch", 0),
         start_step=start.get("start_step", 0),
-        reserved=ExecutionResources(cpu=0.5),
-        cpus_per_task=0.5,
+        reserved=ExecutionResources(cpu=reserved_cpus),
+        cpus_per_task=cpus_per_task,
     )
     received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in iterators]
 
@@ -105,13 +114,42 @@ def _digest(image: ReadyImage) -> str:
     return f"{image.image_id}:{hashlib.sha256(repr(content).encode() + pixels).hexdigest()}"
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_global_steps_do_not_depend_on_the_workers(shapes: Path) -> None:
+@pytest.fixture(scope="module")
+def one_worker(shapes: Path, ray_cluster: None) -> dict[tuple[str, int, int], list[str]]:
+    """The global steps of a run of one worker."""
     train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
-    one = _steps(_read(train, val, _plan(train, val), 1))
-    two = _steps(_read(train, val, _plan(train, val), 2))
-    parts = _steps(_read(train, val, _plan(train, val, accumulate=2), 2))
-    assert one == two == parts
+    return _steps(_read(train, val, _plan(train, val), 1))
+
+
+@ray.remote(num_cpus=2)
+class _Holder:
+    """Holds all CPUs of the session, as workers may."""
+
+    def is_there(self) -> bool:
+        return True
+
+
+def test_images_come_to_workers_that_hold_all_cpus(
+    shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
+) -> None:
+    train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
+    resources = Resources(num_gpus=0, use_gpu=False, cpus_per_worker=2, cpus_per_task=0.5)
+    holder = _Holder.remote()  # type: ignore[attr-defined]
+    assert ray.get(holder.is_there.remote())
+    try:
+        wait_until(lambda: cpus_for_tasks(resources) == 0, lambda: "CPUs seem free that are held", timeout_s=30)
+        received = _read(train, val, _plan(train, val), 1, reserved_cpus=2, cpus_per_task=0)
+    finally:
+        ray.kill(holder)
+    assert _steps(received) == one_worker
+
+
+def test_the_global_steps_do_not_depend_on_the_workers(
+    shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
+) -> None:
+    train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
+    one, two = one_worker, _steps(_read(train, val, _plan(train, val), 2))
+    assert one == two
     for epoch in range(2):
         ids = [digest.split(":")[0] for key, images in one.items() if key[:2] == ("train", epoch) for digest in images]
         assert sorted(ids, key=int) == [str(number) for number in range(24)]
@@ -120,12 +158,12 @@ def test_the_global_steps_do_not_depend_on_the_workers(shapes: Path) -> None:
     assert one["validate", 0, 0] == one["validate", 1, 0]
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_starting_in_the_middle_gives_the_rest(shapes: Path) -> None:
+def test_starting_in_the_middle_gives_the_rest_in_parts_too(
+    shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
+) -> None:
     train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
-    whole = _steps(_read(train, val, _plan(train, val), 1))
-    rest = _steps(_read(train, val, _plan(train, val), 2, start_epoch=1, start_step=2))
-    assert rest == {key: whole[key] for key in rest}
+    rest = _steps(_read(train, val, _plan(train, val, accumulate=2), 2, start_epoch=1, start_step=2))
+    assert rest == {key: one_worker[key] for key in rest}
     assert min(key[2] for key in rest if key[0] == "train") == 2
 
 

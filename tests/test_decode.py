@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
-from raydet.decode import DecodeError, decode, orientation, upright_size_hw
+from raydet.decode import DecodeError, TruncatedError, check, decode, mend, orientation, upright_size_hw
 
 LIMIT = 178_956_970
 
@@ -371,3 +371,131 @@ assert not heavy, heavy
     command = [sys.executable, "-W", "always", "-c", script, str(test_data / "awkward")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+MENDABLE: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 90},
+    "PNG": {},
+    "GIF": {"interlace": 0},
+    "BMP": {},
+    "PPM": {},
+    "TIFF": {},
+}
+
+
+def smooth(height: int = 96, width: int = 128) -> Image.Image:
+    return Image.fromarray(noise(6, 8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def as_pillow_shows_it(data: bytes, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+@pytest.mark.parametrize("cut", [0.5, 0.75, 0.95])
+@pytest.mark.parametrize("file_format", [*MENDABLE, "progressive"])
+def test_what_is_there_of_a_truncated_file_is_kept(
+    file_format: str, cut: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options: dict[str, Any] = MENDABLE.get(file_format, {"progressive": True})
+    options = options | ({"exif": exif} if file_format in ("JPEG", "PNG") else {})
+    whole = encoded(smooth(), "JPEG" if file_format == "progressive" else file_format, **options)
+    data = whole[: round(cut * len(whole))]
+    for look in (decode, check):
+        with pytest.raises(TruncatedError, match=r"^truncated: the "):
+            look(data, max_pixels=LIMIT)
+    mended = mend(data, max_pixels=LIMIT)
+    pixels = decode(mended, max_pixels=LIMIT)
+    np.testing.assert_array_equal(pixels, as_pillow_shows_it(data, monkeypatch))
+    assert check(mended, max_pixels=LIMIT) == upright_size_hw(mended) == pixels.shape[:2] == upright_size_hw(whole)
+    if file_format != "progressive":  # the first rows, or with EXIF 6 the last columns, or in a BMP the last rows
+        places: dict[str, Any] = {"JPEG": np.s_[:, -8:], "PNG": np.s_[:, -8:], "BMP": np.s_[-8:]}
+        there = places.get(file_format, np.s_[:8])
+        np.testing.assert_array_equal(pixels[there], decode(whole, max_pixels=LIMIT)[there])
+    if file_format == "JPEG":
+        assert mended == data + b"\xff\xd9" and orientation(mended) == 6
+        assert decode(mended, max_pixels=LIMIT, at_least_hw=(32, 24)).shape == (32, 24, 3)
+
+
+@pytest.mark.parametrize("file_format", ["WEBP", "AVIF", "JPEG2000", "TIFF"])
+def test_formats_that_give_no_part_stay_refused(file_format: str) -> None:
+    whole = encoded(smooth(), file_format, **({"compression": "tiff_lzw"} if file_format == "TIFF" else {}))
+    for look in (decode, mend):
+        with pytest.raises(DecodeError):
+            look(whole[: len(whole) // 2], max_pixels=LIMIT)
+
+
+def test_nothing_is_mended_of_which_nothing_is_there(test_data: Path) -> None:
+    png = encoded(smooth(), "PNG")
+    with pytest.raises(TruncatedError, match=r"^truncated: nothing of the picture is there$"):
+        mend(png[: png.index(b"IDAT") + 6], max_pixels=LIMIT)
+    for name in ("truncated_jpeg.jpg", "truncated_image.png"):
+        data = (test_data / "awkward" / name).read_bytes()
+        assert decode(mend(data, max_pixels=LIMIT), max_pixels=LIMIT).std() > 10
+        with pytest.raises(DecodeError, match="over the limit"):
+            mend(data, max_pixels=99)
+    for data in (b"", b"text", png[:20]):
+        with pytest.raises(DecodeError):
+            mend(data, max_pixels=LIMIT)
+
+
+@settings(max_examples=100, deadline=None)
+@given(source=st.sampled_from(SEEDS), cut=st.floats(0, 1))
+def test_mending_gives_a_picture_or_a_decode_error(source: bytes, cut: float) -> None:
+    data = source[: round(cut * len(source))]
+    try:
+        mended = mend(data, max_pixels=LIMIT)
+    except DecodeError:
+        return
+    assert decode(mended, max_pixels=LIMIT).shape == (24, 40, 3)
+
+
+def test_threads_mend_while_others_refuse() -> None:
+    data = [encoded(smooth(), "JPEG")[:-200], encoded(smooth(), "PNG")[:-200]]
+    expected = [mend(item, max_pixels=LIMIT) for item in data]
+    failures: list[str] = []
+
+    def work(does_mend: bool) -> None:
+        for _ in range(6):
+            for item, mended in zip(data, expected, strict=True):
+                if does_mend and mend(item, max_pixels=LIMIT) != mended:
+                    failures.append("mended otherwise")
+                if not does_mend and not isinstance(outcome(item, max_pixels=LIMIT), str):
+                    failures.append("not refused")
+
+    threads = [threading.Thread(target=work, args=(number % 2 == 0,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize(("mode", "file_format"), [("LA", "PNG"), ("PA", "TIFF"), ("RGBA", "WEBP"), ("RGBA", "TIFF")])
+def test_every_mode_with_transparency_lies_on_white(mode: str, file_format: str) -> None:
+    image = Image.new("RGB", (2, 1), (51, 51, 51)).convert({"LA": "L", "PA": "P", "RGBA": "RGB"}[mode])
+    image.putalpha(Image.fromarray(np.array([[255, 0]], np.uint8)))
+    assert image.mode == mode
+    data = encoded(image, file_format, **({"lossless": True} if file_format == "WEBP" else {}))
+    assert decode(data, max_pixels=LIMIT).tolist() == [[[51, 51, 51], [255, 255, 255]]]
+
+
+def test_sixteen_bit_colour_and_animated_files_with_transparency() -> None:
+    deep = np.zeros((2, 2, 3), ">u2")
+    deep[..., 0], deep[..., 1] = 65535, 257
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert decode(png, max_pixels=LIMIT)[1, 1].tolist() == [255, 1, 0]
+    clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
+    blue = Image.new("RGBA", (4, 4), (0, 0, 255, 255))
+    for file_format in ("PNG", "WEBP"):
+        data = encoded(clear, file_format, save_all=True, append_images=[blue], lossless=True)
+        assert decode(data, max_pixels=LIMIT)[0, 0].tolist() == [255, 255, 255], file_format

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from raydet import diagnosis
 from raydet.boxes import as_boxes
+from raydet.columns import DetectionColumns, TruthColumns
 from raydet.diagnosis_scores import average_precision
-from raydet.matching import DetectionColumns, Matches, Protocol, TruthColumns, concatenate, match
+from raydet.matches import Matches, Protocol, concatenate
+from raydet.matching import match
 from raydet.metrics import CocoNumbers, accumulate
 from raydet.schema import Category, build_schema
 
@@ -85,6 +87,10 @@ def made_up(seed: int, num_images: int = 12) -> tuple[TruthColumns, DetectionCol
 
 def matched(truth: TruthColumns, detections: DetectionColumns, **protocol: Any) -> Matches:
     return match(truth, detections, len(CATEGORIES), Protocol(**protocol))
+
+
+def gathered(truth: TruthColumns, detections: DetectionColumns) -> diagnosis.Evidence:
+    return diagnosis.gather(truth, detections, matched(truth, detections))
 
 
 def reference(truth: TruthColumns, detections: DetectionColumns) -> hotcoco.COCOeval:
@@ -209,7 +215,7 @@ KINDS: dict[str, tuple[list[Labelled], list[Detected], dict[str, int]]] = {
 def test_each_kind_of_error(name: str) -> None:
     truth, detections, expected = KINDS[name]
     given_columns = columns([truth], [detections])
-    table = diagnosis.error_shares(*given_columns, matched(*given_columns), CATEGORIES, run="r")
+    table = diagnosis.error_shares(gathered(*given_columns), CATEGORIES, run="r")
     counts = {row["error"]: row["count"] for row in rows_of(table, category=None) if row["count"]}
     assert counts == expected
     by_class = Counter({row["error"]: 0 for row in table.to_pylist()})
@@ -221,7 +227,7 @@ def test_each_kind_of_error(name: str) -> None:
 def test_what_an_error_costs_by_hand() -> None:
     """Two cats, one found below a false alarm: half of the recalls (51 of 101 points) at precision 1/2."""
     given_columns = columns([[(CAT, BOX), (CAT, (90, 90, 9, 9))]], [[(CAT, (50, 50, 9, 9), 0.95), (CAT, BOX, 0.9)]])
-    table = diagnosis.error_shares(*given_columns, matched(*given_columns), CATEGORIES)
+    table = diagnosis.error_shares(gathered(*given_columns), CATEGORIES)
     points = {row["error"]: row["ap_points"] for row in rows_of(table, category="cat")}
     base = 51 / 101 / 2
     expected = {
@@ -238,7 +244,7 @@ def test_what_an_error_costs_by_hand() -> None:
 def test_putting_a_class_right_helps_both_classes() -> None:
     """The dog that is really a cat is above the real dog; put right it is the cat's only detection."""
     given_columns = columns([[(CAT, BOX), (DOG, (90, 90, 9, 9))]], [[(DOG, BOX, 0.95), (DOG, (90, 90, 9, 9), 0.9)]])
-    table = diagnosis.error_shares(*given_columns, matched(*given_columns), CATEGORIES)
+    table = diagnosis.error_shares(gathered(*given_columns), CATEGORIES)
     points = {row["category"]: row["ap_points"] for row in rows_of(table, error="class")}
     assert points == pytest.approx({None: 0.75, "cat": 1.0, "dog": 0.5, "owl": None})
     assert {row["category"]: row["count"] for row in rows_of(table, error="class")} == {
@@ -248,7 +254,7 @@ def test_putting_a_class_right_helps_both_classes() -> None:
 
 def test_only_the_surest_of_several_detections_is_moved_onto_a_box() -> None:
     given_columns = columns([[(CAT, BOX)]], [[(CAT, moved(12), 0.9), (CAT, moved(11), 0.95)]])
-    table = diagnosis.error_shares(*given_columns, matched(*given_columns), CATEGORIES)
+    table = diagnosis.error_shares(gathered(*given_columns), CATEGORIES)
     (row,) = rows_of(table, category="cat", error="location")
     assert row["count"] == 2
     assert row["ap_points"] == pytest.approx(1.0)
@@ -272,7 +278,7 @@ def test_errors_are_those_of_hotcoco(seed: int) -> None:
         scores=detections.scores + np.arange(len(detections.scores)) * 1e-6,
     )
     truth = dataclasses.replace(truth, iscrowd=np.zeros_like(truth.iscrowd))
-    table = diagnosis.error_shares(truth, detections, matched(truth, detections), CATEGORIES)
+    table = diagnosis.error_shares(gathered(truth, detections), CATEGORIES)
     expected = reference(truth, detections).tide_errors()
     over_all = {row["error"]: row for row in rows_of(table, category=None)}
     for theirs, ours in HOTCOCO_NAMES.items():
@@ -294,7 +300,7 @@ def test_confusion_by_hand() -> None:
             [(OWL, moved(12), 0.7)],
         ],
     )
-    table = diagnosis.confusion(*given_columns, matched(*given_columns), CATEGORIES, threshold=0.5, run="r")
+    table = diagnosis.confusion(gathered(*given_columns), CATEGORIES, threshold=0.5, run="r")
     cells = {(row["truth"], row["detected"]): row["count"] for row in table.to_pylist()}
     assert cells == {("cat", "cat"): 1, ("dog", "owl"): 1, ("owl", None): 2, (None, "owl"): 1}
 
@@ -341,7 +347,7 @@ def test_confusion_is_that_of_a_loop_over_detections(seed: int, threshold: float
     # Equal overlaps may be taken either way: shifted by amounts of their own there are none.
     shift = np.random.default_rng(seed).random(detections.boxes_xywh.shape) / 10
     detections = dataclasses.replace(detections, boxes_xywh=detections.boxes_xywh + shift)
-    table = diagnosis.confusion(truth, detections, matched(truth, detections), CATEGORIES, threshold=threshold)
+    table = diagnosis.confusion(gathered(truth, detections), CATEGORIES, threshold=threshold)
     cells = {(row["truth"], row["detected"]): row["count"] for row in table.to_pylist()}
     assert cells == dict(confusion_one_by_one(truth, detections, threshold))
 
@@ -456,7 +462,9 @@ def test_each_image_is_counted_at_the_threshold_and_classes_are_kept_apart() -> 
         [[(CAT, BOX), (DOG, (90, 90, 9, 9))], [], [(OWL, BOX)], [(OWL, BOX, True)]],
         [[(CAT, BOX, 0.9), (CAT, (90, 90, 9, 9), 0.7), (DOG, BOX, 0.1)], [], [], [(OWL, moved(2), 0.8)]],
     )
-    table = diagnosis.per_image(matched(*given_columns), threshold=0.5, run="r", errors={6: "it is broken"})
+    matches = matched(*given_columns)
+    outcomes = diagnosis.outcomes_at(matches)
+    table = diagnosis.per_image(matches, outcomes, threshold=0.5, run="r", errors={6: "it is broken"})
     assert table.schema.equals(build_schema("per_image"))
     assert b'"score_threshold": 0.5' in table.schema.metadata[b"raydet"]
     assert [tuple(row.values()) for row in table.to_pylist()] == [
@@ -520,7 +528,7 @@ def detector_and_labels(seed: int, share: float) -> tuple[TruthColumns, Detectio
 @pytest.mark.parametrize(("share", "least"), [(0.01, 0.4), (0.05, 0.8)])
 def test_suspects_put_wrong_labels_on_top(share: float, least: float) -> None:
     truth, detections, wrong = detector_and_labels(1, share)
-    table = diagnosis.suspects(truth, detections, matched(truth, detections), CATEGORIES, run="r")
+    table = diagnosis.suspects(gathered(truth, detections), CATEGORIES, run="r")
     rows = table.to_pylist()
     assert {row["kind"] for row in rows} == set(wrong)
     num_wrong = sum(map(len, wrong.values()))
@@ -547,14 +555,14 @@ def test_suspects_say_where_and_what() -> None:
         [(CAT, (202, 202, 5, 5), 0.95), (DOG, farther, 0.95)],
     ]
     given_columns = columns(images, found)
-    table = diagnosis.suspects(*given_columns, matched(*given_columns), CATEGORIES, run="r")
+    table = diagnosis.suspects(gathered(*given_columns), CATEGORIES, run="r")
     assert table.schema.equals(build_schema("suspects"))
     assert [tuple(row.values()) for row in table.to_pylist()] == [
         ("r", 6, "other_class", "dog", "cat", list(BOX), 0.9, pytest.approx(19 / 21)),
         ("r", 6, "not_found", "cat", None, list(far), None, 0.0),
         ("r", 6, "no_truth", "cat", "cat", list(farther), 0.95, 0.0),
     ]
-    two = diagnosis.suspects(*given_columns, matched(*given_columns), CATEGORIES, run="r", max_rows=2)
+    two = diagnosis.suspects(gathered(*given_columns), CATEGORIES, run="r", max_rows=2)
     assert two.to_pylist() == table.to_pylist()[:2]
 
 
@@ -591,7 +599,9 @@ def test_parts_put_together_and_other_thresholds_are_diagnosed_the_same() -> Non
         assert other.tables[kind].equals(table) == (kind != "pr_curves"), kind
     assert set(other.tables["pr_curves"]["iou"].to_pylist()) == {0.75, None}
     with pytest.raises(ValueError, match=r"not at 0\.5"):
-        diagnosis.per_image(strict, threshold=0.5)
+        diagnosis.gather(truth, detections, strict)
+    with pytest.raises(ValueError, match="were put together"):
+        diagnosis.gather(truth, detections, put_together)
 
 
 def test_classes_may_count_as_one() -> None:

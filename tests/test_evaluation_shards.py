@@ -8,14 +8,16 @@ import pytest
 
 import raydet.evaluation_shards
 from raydet.config import EvaluateConfig
+from raydet.detections import read_detections
 from raydet.errors import UserError
 from raydet.evaluation import evaluate
 from raydet.evaluation_shards import measure_shards
-from raydet.matching import COCO, Protocol, match
+from raydet.matches import COCO, Protocol
+from raydet.matching import match
 from raydet.metrics import accumulate
 from raydet.schema import Category, TableKind, build_schema
 from raydet.tables import TableWriter, open_table
-from raydet.truth import read_detections, read_truth
+from raydet.truth import read_truth
 from tests.test_evaluation import Row, numbers, results_to_rows, write_images
 
 CATEGORIES = [Category(1, "cat"), Category(2, "dog")]
@@ -26,7 +28,7 @@ def write_in_groups(folder: Path, rows: list[Row], rows_per_group: int) -> None:
     with TableWriter(str(folder), build_schema("detections", CATEGORIES), config_hash="x") as writer:
         for start in range(0, len(rows), rows_per_group):
             writer.write_rows(rows[start : start + rows_per_group])
-            writer._flush()
+            writer.flush()
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def write(folder: Path, rows: list[Row], *, rows_per_file: int = 1000) -> Table:
     with TableWriter(str(folder), schema, config_hash="x", file_bytes=1) as writer:
         for start in range(0, len(rows), rows_per_file):
             writer.write_rows(rows[start : start + rows_per_file])
-            writer._flush()
+            writer.flush()
     return open_table(str(folder), "detections")
 
 

@@ -483,7 +483,7 @@ def test_a_refusal_is_one_line_without_secrets(
     captured = capsys.readouterr()
     assert code == 2 and captured.out == ""
     assert message in captured.err and captured.err.startswith("raydet: error: ") and captured.err.count("\n") == 1
-    assert TOKEN not in captured.err and "Signature" not in captured.err
+    assert TOKEN not in captured.err and "signed" not in captured.err
     assert hub.commits == []
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from raydet import EvaluateConfig, PredictConfig, PrepareImagesConfig, UserError
 from raydet.collate import Example, collate
 from raydet.decode import decode
 from raydet.geometry import resize
+from raydet.inference import PredictResult
 from raydet.models import build_detector, load_detector
-from raydet.schema import Category
-from raydet.tables import MANIFEST_NAME, Table, open_table
+from raydet.schema import Category, build_schema
+from raydet.tables import MANIFEST_NAME, Table, TableWriter, open_table
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +28,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> str:
     return folder
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_every_image_has_its_row_and_the_rows_are_the_model_s(shapes: Path, checkpoint: str, tmp_path: Path) -> None:
-    config = PredictConfig(checkpoint=checkpoint, data=str(shapes / "train"), out=str(tmp_path / "d"), batch_size=5)
-    result = predict(config)
+@pytest.fixture(scope="module")
+def scored(
+    tmp_path_factory: pytest.TempPathFactory, shapes: Path, checkpoint: str, ray_cluster: None
+) -> tuple[PredictConfig, PredictResult]:
+    """A finished run over 24 pictures, in four files."""
+    out = str(tmp_path_factory.mktemp("scored") / "d")
+    config = PredictConfig(checkpoint=checkpoint, data=str(shapes / "train"), out=out, batch_size=3, rows_per_file=6)
+    return config, predict(config)
+
+
+def test_every_image_has_its_row_and_the_rows_are_the_model_s(
+    scored: tuple[PredictConfig, PredictResult], checkpoint: str
+) -> None:
+    config, result = scored
     assert (result.num_images, result.num_errors) == (24, 0)
     rows = {row["image_id"]: row for row in open_table(result.out, "detections").read().to_pylist()}
     images = open_table(config.data, "images").read().to_pylist()
@@ -49,21 +61,15 @@ def test_every_image_has_its_row_and_the_rows_are_the_model_s(shapes: Path, chec
     assert evaluate(EvaluateConfig(truth=config.data, detections=result.out)).result.num_images == 24
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_running_again_does_what_is_left_and_then_nothing(shapes: Path, checkpoint: str, tmp_path: Path) -> None:
-    config = PredictConfig(
-        checkpoint=checkpoint,
-        data=str(shapes / "train"),
-        out=str(tmp_path / "d"),
-        batch_size=3,
-        rows_per_file=6,
-        score_threshold=0.01,
-    )
-    first = predict(config)
-    parts = sorted(Path(first.out).glob("part-*.parquet"))
+def test_running_again_does_what_is_left_and_then_nothing(
+    scored: tuple[PredictConfig, PredictResult], tmp_path: Path
+) -> None:
+    config, first = dataclasses.replace(scored[0], out=str(tmp_path / "d")), scored[1]
+    shutil.copytree(first.out, config.out)
+    parts = sorted(Path(config.out).glob("part-*.parquet"))
     assert len(parts) == 4
     # As a kill leaves it: some files written, no manifest.
-    (Path(first.out) / MANIFEST_NAME).unlink()
+    (Path(config.out) / MANIFEST_NAME).unlink()
     for part in parts[:2]:
         part.unlink()
     kept = {part: part.stat().st_mtime_ns for part in parts[2:]}
@@ -74,37 +80,41 @@ def test_running_again_does_what_is_left_and_then_nothing(shapes: Path, checkpoi
     ids = open_table(again.out, "detections").read(["image_id"])["image_id"].to_pylist()
     assert sorted(ids) == list(range(24))
     assert predict(dataclasses.replace(config, num_workers=2)).already_done
-    with pytest.raises(UserError, match=r"another run \(score_threshold: 0.01 → 0.5\)"):
+    with pytest.raises(UserError, match=r"another run \(score_threshold: 0.0 → 0.5\)"):
         predict(dataclasses.replace(config, score_threshold=0.5))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("storage", ["inline", "reference"])
-def test_awkward_images_are_all_accounted_for(test_data: Path, checkpoint: str, tmp_path: Path, storage: str) -> None:
-    config = PrepareImagesConfig(images=str(test_data / "awkward"), out=str(tmp_path / "t"), image_storage=storage)  # type: ignore[arg-type]
-    report = prepare_images(config)
-    assert report.accepted + report.rejected == report.found == 29
-    result = predict(PredictConfig(checkpoint=checkpoint, data=str(tmp_path / "t"), out=str(tmp_path / "d")))
-    assert (result.num_images, result.num_errors) == (report.accepted, 0)
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_an_image_that_became_unreadable_keeps_its_row_with_the_reason(
-    shapes: Path, checkpoint: str, tmp_path: Path
+def test_awkward_images_in_the_table_and_beside_it_are_all_accounted_for(
+    test_data: Path, shapes: Path, checkpoint: str, tmp_path: Path
 ) -> None:
+    """And those that are gone or broken since the table was made keep their rows, with the reason."""
     folder = tmp_path / "images"
-    folder.mkdir()
+    shutil.copytree(test_data / "awkward", folder)
+    config = PrepareImagesConfig(images=str(folder), out=str(tmp_path / "inline"), image_storage="inline")
+    inline = prepare_images(config)
+    assert inline.accepted + inline.rejected == inline.found == 29
     for number, row in enumerate(open_table(str(shapes / "val"), "images").read().to_pylist()):
         (folder / f"{number}.png").write_bytes(row["image"]["bytes"])
-    prepare_images(PrepareImagesConfig(images=str(folder), out=str(tmp_path / "t"), image_storage="reference"))
+    config = dataclasses.replace(config, out=str(tmp_path / "beside"), image_storage="reference")
+    beside = prepare_images(config)
+    assert beside.accepted == inline.accepted + 10 and beside.accepted + beside.rejected == beside.found == 39
     (folder / "3.png").unlink()
     (folder / "4.png").write_bytes(b"\x89PNG broken")
-    result = predict(PredictConfig(checkpoint=checkpoint, data=str(tmp_path / "t"), out=str(tmp_path / "d")))
-    assert (result.num_images, result.num_errors) == (10, 2)
-    rows = {row["image_id"]: row for row in open_table(result.out, "detections").read().to_pylist()}
-    assert rows[3]["error"] == "the file is not there any more"
-    assert rows[4]["error"] and not rows[4]["detections"]["score"]
-    assert rows[5]["error"] is None and rows[5]["detections"]["score"]
+    rows = [
+        row for name in ("inline", "beside") for row in open_table(str(tmp_path / name), "images").read().to_pylist()
+    ]
+    with TableWriter(str(tmp_path / "both"), build_schema("images"), config_hash="x") as writer:
+        writer.write_rows([{**row, "image_id": number} for number, row in enumerate(rows)])
+
+    result = predict(PredictConfig(checkpoint=checkpoint, data=str(tmp_path / "both"), out=str(tmp_path / "d")))
+    assert (result.num_images, result.num_errors) == (inline.accepted + beside.accepted, 2)
+    found = open_table(result.out, "detections").read().to_pylist()
+    assert sorted(row["image_id"] for row in found) == list(range(len(rows)))
+    by_name = {row["path"].rpartition("/")[2]: row for row in found if row["image_id"] >= inline.accepted}
+    assert by_name["3.png"]["error"] == "the file is not there any more"
+    assert by_name["4.png"]["error"] and not by_name["4.png"]["detections"]["score"]
+    assert by_name["5.png"]["error"] is None and by_name["5.png"]["detections"]["score"]
 
 
 @pytest.mark.parametrize("case", ["no folder", "no model", "no weights", "no table", "other version", "other files"])

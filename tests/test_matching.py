@@ -13,18 +13,8 @@ from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
 import raydet.matching
-from raydet.matching import (
-    COCO,
-    Matches,
-    Protocol,
-    bits_at,
-    concatenate,
-    from_bytes,
-    match,
-    overlapping_pairs,
-    take_images,
-    to_bytes,
-)
+from raydet.matches import COCO, Matches, Protocol, bits_at, concatenate, from_bytes, take_images, to_bytes
+from raydet.matching import match, overlapping_pairs
 from raydet.schema import Category
 from tests.test_metrics import (
     ONE_BOX,

@@ -19,8 +19,10 @@ from pycocotools.cocoeval import COCOeval
 
 from raydet.accumulator import CocoAccumulator, ImageDetections, ImageTruth
 from raydet.boxes import as_boxes
-from raydet.matching import COCO as COCO_PROTOCOL
-from raydet.matching import COCO_AREAS, COCO_IOU_THRESHOLDS, DetectionColumns, Matches, Protocol, TruthColumns, match
+from raydet.columns import DetectionColumns, TruthColumns
+from raydet.matches import COCO as COCO_PROTOCOL
+from raydet.matches import COCO_AREAS, COCO_IOU_THRESHOLDS, Matches, Protocol
+from raydet.matching import match
 from raydet.metrics import METRICS, CocoResult, accumulate, metrics_of
 from raydet.schema import Category, build_schema
 
@@ -125,7 +127,7 @@ def reference(images: list[Image], categories: list[Category], protocol: Protoco
 def accumulator_of(images: list[Image], categories: list[Category]) -> CocoAccumulator:
     accumulator = CocoAccumulator(categories)
     for image in images:
-        accumulator.add(image.image_id, (480, 640), image.truth, image.detections)
+        accumulator.add(image.image_id, image.truth, image.detections)
     return accumulator
 
 
@@ -349,7 +351,7 @@ ONE_HIT = image_detections([([10, 10, 20, 20], 0.9, 0)])
 def test_what_cannot_be_measured_is_minus_one_and_null_in_the_table() -> None:
     categories = [*ONE_CLASS, Category(9, "absent")]
     accumulator = CocoAccumulator(categories)
-    accumulator.add(1, (40, 40), ONE_BOX, ONE_HIT)
+    accumulator.add(1, ONE_BOX, ONE_HIT)
     result = accumulator.result()
     assert (result.AP, result.APs, result.APl, result.per_class[1].AP) == pytest.approx((1, 1, -1, -1))
     rows = result.table_rows("run", None, "val")
@@ -365,7 +367,7 @@ def test_table_rows_fit_the_schema_and_say_what_each_number_is() -> None:
     import pyarrow as pa
 
     accumulator = CocoAccumulator(ONE_CLASS)
-    accumulator.add(1, (40, 40), ONE_BOX, ONE_HIT)
+    accumulator.add(1, ONE_BOX, ONE_HIT)
     schema = build_schema("metrics", ONE_CLASS)
     rows = pa.RecordBatch.from_pylist(accumulator.result().table_rows("r", "m", "val"), schema=schema).to_pylist()
     whole = {row["metric"]: row for row in rows if row["category"] is None}

@@ -6,11 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -23,38 +20,11 @@ from PIL import Image
 from raydet.config import PrepareCocoConfig, PrepareImagesConfig, PrepareShapesConfig, config_hash
 from raydet.decode import decode
 from raydet.errors import UserError
-from raydet.preparation import _map_in_order, prepare_coco, prepare_images, prepare_shapes
+from raydet.preparation import prepare_coco, prepare_images, prepare_shapes
 from raydet.sources import SourceObjects
 from raydet.sources.fitting import fit_objects
 from raydet.tables import MANIFEST_NAME, open_table
-
-
-def save_image(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, exif=exif)
-
-
-def save_coco(folder: Path, images: list[Any], annotations: list[Any]) -> str:
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 5, "name": "cell"}]}
-    path = folder / "instances.json"
-    path.write_text(json.dumps(content))
-    return str(path)
-
-
-def annotation(annotation_id: int, bbox: list[float], image_id: int = 1, **more: Any) -> dict[str, Any]:
-    return {"id": annotation_id, "image_id": image_id, "category_id": 5, "bbox": bbox, **more}
-
-
-def rows_of(out: Path | str, kind: Any = "images") -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = open_table(str(out), kind).read().to_pylist()
-    return rows
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+from tests.small_sets import annotation, files_below, rows_of, save_coco, save_image
 
 
 @pytest.mark.parametrize(("split", "numbers"), [("train", (205, 2804)), ("val", (87, 1137)), ("test", (72, 945))])
@@ -256,7 +226,9 @@ def test_running_again_does_nothing_and_another_table_is_never_overwritten(tmp_p
     assert open_table(str(tmp_path / "out"), "images").manifest["config_hash"] == config_hash(config)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "part-00000.parquet", "_rejected/part-00000.parquet", "data.parquet"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "part-00000.parquet", "_rejected/part-00000.parquet", "_findings/x", "data.parquet"]
+)
 def test_files_of_the_users_are_never_touched(tmp_path: Path, name: str) -> None:
     save_image(tmp_path / "in" / "a.png")
     path = tmp_path / "out" / name
@@ -289,6 +261,8 @@ prepare_shapes(PrepareShapesConfig(out=sys.argv[1], num_train=100_000, image_siz
     report = prepare_shapes(PrepareShapesConfig(out=str(out), num_train=5, num_val=3))
     assert (report.found, report.accepted) == (8, 8)
     assert files_below(out / "train") == [
+        f"_findings/{MANIFEST_NAME}",
+        "_findings/part-00000.parquet",
         MANIFEST_NAME,
         f"_rejected/{MANIFEST_NAME}",
         "_rejected/part-00000.parquet",
@@ -338,25 +312,6 @@ def test_shapes_are_the_same_whatever_the_threads(tmp_path: Path) -> None:
             SourceObjects(*(row["objects"][key] for key in ("id", "bbox", "category", "area", "iscrowd"))), (128, 128)
         )
         assert (limits.num_clipped, limits.num_dropped) == (0, 0)
-
-
-def test_threads_stay_close_to_the_reader_and_keep_the_order() -> None:
-    begun: list[int] = []
-    lock = threading.Lock()
-
-    def slow_for_even(number: int) -> int:
-        time.sleep(0.002 if number % 2 == 0 else 0)
-        return number
-
-    def numbers() -> Iterator[int]:
-        for number in range(200):
-            with lock:
-                begun.append(number)
-            yield number
-
-    for count, result in enumerate(_map_in_order(slow_for_even, numbers(), 3)):
-        assert result == count
-        assert len(begun) - count <= 3 * 4 + 1
 
 
 def test_row_groups_stay_small(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raydet.matching import Matches, concatenate
+from raydet.matches import Matches, concatenate
 from raydet.protocols import Row, lvis_rows, match_lvis, match_voc, voc_rows
 from raydet.schema import Category
 from tests.test_metrics import (

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from raydet import metrics_folder
 from raydet.config import ReportConfig
 from raydet.errors import UserError
 from raydet.reporting import report
@@ -32,6 +34,12 @@ TIME = datetime.datetime(2026, 3, 1, 12, 0, tzinfo=datetime.UTC)
 def write(folder: Path, kind: TableKind, rows: list[Row]) -> None:
     with TableWriter(str(folder), build_schema(kind, CATEGORIES), config_hash="x") as writer:
         writer.write_rows(rows)
+
+
+def write_run(out: Path, run: str, tables: dict[TableKind, list[Row]]) -> None:
+    """As evaluate does it."""
+    content = {kind: pa.Table.from_pylist(rows, schema=build_schema(kind, CATEGORIES)) for kind, rows in tables.items()}
+    metrics_folder.write_run(str(out), run, content, config_hash="x", extra={})
 
 
 def metric_rows(run: str, ap: float) -> list[Row]:
@@ -90,46 +98,43 @@ def write_all(folder: Path) -> Path:
     """A folder as evaluate writes it, of two runs."""
     write_pictures(folder)
     out = folder / "metrics"
-    write(out / "metrics", "metrics", [*metric_rows("new", 0.512), *metric_rows("old", 0.401)])
-    runs = [
+    new, old = (
         {"run": run, "truth": str(folder / "truth"), "detections": str(folder / "detections"), "time": time}
         | {"num_images": 3, "num_truth": 4, "num_detections": 4, "num_left_out": left_out, "num_unreadable": 1}
         | {"checkpoint_hash": "abc123", "version": "0.1.0", "config": json.dumps({"note": EVIL})}
         for run, time, left_out in (("new", TIME, 2), ("old", TIME - datetime.timedelta(days=1), 0))
-    ]
-    write(out / "runs", "runs", runs)
+    )
+    write_run(out, "old", {"runs": [old], "metrics": metric_rows("old", 0.401)})
+    tables: dict[TableKind, list[Row]] = {"runs": [new], "metrics": metric_rows("new", 0.512)}
     counts = {1: (1, 1, 1), 2: (0, 1, 1), 3: (0, 0, 1)}
-    per_image = [
+    tables["per_image"] = [
         {"run": "new", "image_id": image_id, "true_positives": right, "false_positives": wrong}
         | {"num_truth": right + missed, "false_negatives": missed, "f1": 0.5 * right}
         for image_id, (right, wrong, missed) in counts.items()
     ]
-    write(out / "per_image", "per_image", per_image)
-    curve = [
+    tables["pr_curves"] = [
         {"run": "new", "category": name, "iou": iou, "recall": step / 10, "precision": 1 - step / 20, "score": None}
         for name in (None, *NAMES[:2])
         for iou in (0.5, None)
         for step in range(11)
     ]
-    write(out / "pr_curves", "pr_curves", curve)
     kinds = ("class", "location", "both", "duplicate", "background", "missed", "false_positive", "false_negative")
-    errors = [
+    tables["errors"] = [
         {"run": "new", "category": name, "error": kind, "count": 4, "ap_points": 0.0765}
         for name in (None, *NAMES)
         for kind in kinds
     ]
-    write(out / "errors", "errors", errors)
     cells = [("cat", "cat", 7), ("cat", EVIL, 2), (EVIL, None, 3), (None, "cat", 5)]
-    write(out / "confusion", "confusion", [{"run": "new", "truth": a, "detected": b, "count": n} for a, b, n in cells])
-    bins = [
+    tables["confusion"] = [{"run": "new", "truth": a, "detected": b, "count": n} for a, b, n in cells]
+    tables["calibration"] = [
         {"run": "new", "category": name, "low": part / 10, "high": (part + 1) / 10, "count": part % 3}
         | ({"mean_score": part / 10 + 0.05, "precision": part / 10} if part % 3 else {})
         for name in (None, *NAMES)
         for part in range(10)
     ]
-    write(out / "calibration", "calibration", bins)
     suspect = {"run": "new", "image_id": 2, "kind": "other_class", "category": EVIL, "detected": "cat"}
-    write(out / "suspects", "suspects", [{**suspect, "bbox": [30.0, 30.0, 60.0, 60.0], "score": 0.7, "iou": 1.0}])
+    tables["suspects"] = [{**suspect, "bbox": [30.0, 30.0, 60.0, 60.0], "score": 0.7, "iou": 1.0}]
+    write_run(out, "new", tables)
     return out
 
 
@@ -301,7 +306,7 @@ def test_only_what_a_browser_opens_is_linked(path: str, href: str | None) -> Non
 
 
 def test_missing_tables_are_said_in_their_sections(tmp_path: Path) -> None:
-    write(tmp_path / "metrics", "metrics", metric_rows("new", 0.512))
+    write_run(tmp_path, "new", {"metrics": metric_rows("new", 0.512)})
     page = page_of(tmp_path)
     for table in ("errors", "pr_curves", "confusion", "per_image"):
         assert table in page.texts

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydet.boxes import as_boxes
+from raydet.columns import TruthColumns
 from raydet.errors import UserError
-from raydet.matching import TruthColumns
 from raydet.slices import Slice, slices_of
 
 

@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
+from raydet.columns import DetectionColumns, TruthColumns
+from raydet.detections import read_detections
 from raydet.errors import UserError
-from raydet.matching import DetectionColumns, TruthColumns
 from raydet.schema import Category
-from raydet.truth import (
-    _numbers,
-    data_hash,
-    read_detections,
-    read_extra_columns,
-    read_truth,
-    take_detections,
-    take_truth,
-)
+from raydet.truth import data_hash, read_extra_columns, read_truth
 from tests.test_evaluation import (
     Row,
     coco_to_rows,
@@ -80,34 +72,6 @@ def test_an_area_that_is_no_number_is_refused(tmp_path: Path) -> None:
         read_truth(str(tmp_path / "truth.json"))
 
 
-def made_columns() -> tuple[TruthColumns, DetectionColumns]:
-    boxes = np.arange(16.0).reshape(4, 4)
-    starts, category = np.array([0, 1, 1, 4]), np.arange(4)
-    truth = TruthColumns(
-        image_ids=np.array([3, 5, 8]),
-        starts=starts,
-        boxes_xywh=boxes,
-        category=category,
-        area=np.arange(4.0),
-        iscrowd=np.zeros(4, bool),
-    )
-    return truth, DetectionColumns(starts=starts, boxes_xywh=boxes, scores=np.arange(4.0) / 4, category=category)
-
-
-def test_images_are_taken_in_any_order() -> None:
-    truth, found = made_columns()
-    taken = take_truth(truth, np.array([2, 0]))
-    assert taken.image_ids.tolist() == [8, 3]
-    assert (taken.starts.tolist(), taken.category.tolist()) == ([0, 3, 4], [1, 2, 3, 0])
-    with_none = take_detections(found, np.array([-1, 2, -1, 0]))
-    assert (with_none.starts.tolist(), with_none.category.tolist()) == ([0, 0, 3, 3, 4], [1, 2, 3, 0])
-    assert take_detections(found, np.arange(3)) is found
-    nothing = DetectionColumns(
-        starts=np.zeros(1, np.int64), boxes_xywh=np.zeros((0, 4)), scores=np.zeros(0), category=np.zeros(0, np.int64)
-    )
-    assert take_detections(nothing, np.array([-1, -1])).starts.tolist() == [0, 0, 0]
-
-
 @pytest.mark.parametrize("count", [0, 1])
 def test_an_empty_table_is_a_mistake(tmp_path: Path, count: int) -> None:
     categories = [Category(1, "a")]
@@ -156,15 +120,6 @@ def test_the_hash_changes_with_the_data(tmp_path: Path) -> None:
     first = data_hash(str(path))
     path.write_text("[1]")
     assert (len(first), data_hash(str(path)) == first) == (16, False)
-
-
-@pytest.mark.parametrize("dtype", [pa.int64(), pa.int32(), pa.float64(), pa.float32(), pa.bool_()])
-def test_numbers_are_taken_from_memory_as_arrow_has_them(dtype: pa.DataType) -> None:
-    array = pa.array([1, 0, None, 1, None, 0, 1, 1, 1, 0, 1], type=pa.int64()).cast(dtype)
-    for part in (array, array[3:], array[4:9], array[:0], array.drop_null(), array.drop_null()[2:]):
-        expected = part.fill_null(pa.scalar(0, pa.int64()).cast(dtype)).to_numpy(zero_copy_only=False)
-        assert _numbers(part).dtype == expected.dtype
-        assert _numbers(part).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("is_table", [False, True])

@@ -14,16 +14,24 @@ from raydet.config.fields import (
     is_required,
     to_yaml,
 )
+from raydet.config.inspecting import (
+    InspectConfig,
+)
 from raydet.config.measuring import (
     CompareConfig,
     EvaluateConfig,
     EvaluationProtocol,
     ReportConfig,
 )
+from raydet.config.planning import (
+    PlanConfig,
+    PlannedJob,
+)
 from raydet.config.preparing import (
     DEFAULT_MAX_PIXELS,
     ImageStorage,
     PrepareCocoConfig,
+    PrepareHubConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
     PrepareVocConfig,
@@ -53,6 +61,11 @@ from raydet.config.training import (
     Tracker,
     TrainConfig,
 )
+from raydet.config.tuning import (
+    Scheduler,
+    Search,
+    TuneConfig,
+)
 from raydet.config.workers import (
     Precision,
 )
@@ -75,10 +88,14 @@ __all__ = [
     "ExportVocConfig",
     "ExportYoloConfig",
     "ImageStorage",
+    "InspectConfig",
     "Merge",
+    "PlanConfig",
+    "PlannedJob",
     "Precision",
     "PredictConfig",
     "PrepareCocoConfig",
+    "PrepareHubConfig",
     "PrepareImagesConfig",
     "PrepareShapesConfig",
     "PrepareVocConfig",
@@ -86,8 +103,11 @@ __all__ = [
     "PushConfig",
     "ReportConfig",
     "Schedule",
+    "Scheduler",
+    "Search",
     "Tracker",
     "TrainConfig",
+    "TuneConfig",
     "changed_fields",
     "config_hash",
     "default_of",

@@ -7,6 +7,7 @@ from dataclasses import field
 from typing import Any
 
 from raydet.errors import UserError
+from raydet.redaction import without_secrets
 
 
 def option(
@@ -70,14 +71,14 @@ def config_hash(config: Any) -> str:
 
 
 def to_yaml(config: Any) -> str:
-    """The whole resolved config, every field with its value."""
+    """The whole resolved config, every field with its value, without passwords and keys."""
     # Not needed by those who only build a config.
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.safe_dump(without_secrets(dataclasses.asdict(config)), sort_keys=False)
 
 
 def changed_fields(config: Any, earlier: dict[str, Any]) -> list[str]:
     """Which identity fields differ from an earlier config of the same class, as `name: then → now`."""
-    now = identity(config)
+    now, earlier = without_secrets(identity(config)), without_secrets(earlier)
     return [f"{name}: {earlier.get(name)} → {now[name]}" for name in now if earlier.get(name) != now[name]]

@@ -20,21 +20,20 @@ import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from raydet import storage
+from raydet.columns import flatten, image_ids_in
 from raydet.config import ExportCocoConfig
 from raydet.errors import UserError
 from raydet.exports.rows import (
+    ROWS_AT_ONCE,
     Numbers,
     as_text,
     common_folder,
-    flatten,
-    iter_rows,
-    open_any,
     refuse,
     refuse_boxes,
     refuse_categories,
 )
 from raydet.schema import TableKind, build_schema
-from raydet.tables import Table
+from raydet.tables import Table, open_table
 
 _SEPARATOR = ",\n"
 _JSON_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
@@ -89,7 +88,7 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
     out, score_threshold = storage.absolute_uri(config.out), config.score_threshold
     _check_out(out)
     uri = storage.absolute_uri(config.data)
-    table = open_any(uri)
+    table = open_table(uri, ("images", "detections"))
     if table.kind == "images" and score_threshold > 0:
         raise UserError(f"{uri} is a table of images, which has no scores; leave out score_threshold")
     ids, counts = np.unique([category.id for category in table.categories], return_counts=True)
@@ -152,8 +151,9 @@ class _Entries:
 def _write_results(file: BinaryIO, table: Table, out: str, score_threshold: float) -> CocoExportReport:
     entries, num_found = _Entries(file), 0
     file.write(b"[")
-    for batch in iter_rows(table, ["image_id", "detections"]):
-        image_ids, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
+    for batch in table.iter_batches(["image_id", "detections"], ROWS_AT_ONCE):
+        lengths, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
+        image_ids = np.repeat(image_ids_in(batch), lengths)
         num_found += len(image_ids)
         if score_threshold > 0:
             keep = columns["score"] > score_threshold
@@ -184,12 +184,13 @@ def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport
     extra = [
         field.name for field in table.schema if field.name not in known and any(is_(field.type) for is_ in _JSON_TYPES)
     ]
-    for batch in iter_rows(table, ["image_id", "image.path", "width", "height", *extra]):
+    for batch in table.iter_batches(["image_id", "image.path", "width", "height", *extra], ROWS_AT_ONCE):
         images.add(pa.array([_image_entry(row, folder or "", extra) for row in batch.to_pylist()], pa.string()))
     file.write(b'\n],\n"annotations": [')
     annotations = _Entries(file)
-    for batch in iter_rows(table, ["image_id", "objects"]):
-        image_ids, columns = flatten(batch, "objects", ("bbox", "category", "area", "iscrowd"), table.uri)
+    for batch in table.iter_batches(["image_id", "objects"], ROWS_AT_ONCE):
+        lengths, columns = flatten(batch, "objects", ("bbox", "category", "area", "iscrowd"), table.uri)
+        image_ids = np.repeat(image_ids_in(batch), lengths)
         refuse(~np.isfinite(columns["area"]), image_ids, "an area that is not finite", table.uri)
         entries_before = annotations.num_entries
         annotations.add(

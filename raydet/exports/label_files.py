@@ -18,21 +18,21 @@ import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from raydet import storage
+from raydet.columns import flatten, image_ids_in
 from raydet.errors import UserError
 from raydet.exports.rows import (
     ROWS_AT_ONCE,
     Numbers,
     common_folder,
-    flatten,
-    iter_rows,
     refuse,
     refuse_boxes,
     refuse_categories,
 )
-from raydet.inputs.references import in_order, read_reference
+from raydet.inputs.references import read_reference
 from raydet.sources import ReadError
 from raydet.sources.images import is_image_name
 from raydet.tables import Table
+from raydet.threads import in_order
 
 _PICTURES_AT_ONCE = 16
 _SIDES = ("width", "height")
@@ -249,7 +249,7 @@ def write_labels(
     file_names = FileNames(common_folder(table))
     names: list[str] = []
     num_boxes = num_copied = 0
-    for batch in iter_rows(table, columns, batch_size=_PICTURES_AT_ONCE if with_pictures else ROWS_AT_ONCE):
+    for batch in table.iter_batches(columns, _PICTURES_AT_ONCE if with_pictures else ROWS_AT_ONCE):
         rows, texts = make_texts(_label_rows(table, batch, file_names))
         for name, text in zip(rows.names, texts, strict=True):
             if text is not None:
@@ -266,11 +266,10 @@ def write_labels(
 def _label_rows(table: Table, batch: pa.RecordBatch, file_names: FileNames) -> LabelRows:
     is_images = table.kind == "images"
     column, flag = ("objects", "iscrowd") if is_images else ("detections", "score")
-    owners, values = flatten(batch, column, ("bbox", "category", flag), table.uri)
+    counts, values = flatten(batch, column, ("bbox", "category", flag), table.uri)
+    owners = np.repeat(image_ids_in(batch), counts)
     refuse_boxes(table, owners, values["bbox"])
     refuse_categories(table, owners, values["category"])
-    lists = pc.struct_field(batch.column(column), "bbox")
-    counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     widths, heights = (batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64) for name in _SIDES)
     no_size = np.logical_not((widths > 0) & (heights > 0))
     refuse(np.repeat(no_size, counts), owners, "an image without a size", table.uri)
@@ -308,7 +307,7 @@ def _copy_pictures(table: Table, batch: pa.RecordBatch, names: list[str], folder
         except ReadError as error:
             raise UserError(f"{table.uri}: cannot copy the picture {image['path']}: {error}") from None
 
-    for (name, _), data in zip(pairs, in_order(pairs, read), strict=True):
+    for (name, _), data in zip(pairs, in_order(read, pairs), strict=True):
         _write(folder / name, data)
     return len(pairs)
 

@@ -18,7 +18,8 @@ from raydet import storage
 from raydet.config import ExportVocConfig
 from raydet.errors import UserError
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, whole_folder, write_labels
-from raydet.exports.rows import as_text, open_any
+from raydet.exports.rows import as_text
+from raydet.tables import open_table
 
 _PICTURES = "JPEGImages"
 
@@ -37,7 +38,7 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
             means nothing, a picture cannot be copied, or `out` holds other files. Nothing has been written then.
     """
     out, uri = storage.absolute_uri(config.out), storage.absolute_uri(config.data)
-    table = open_any(uri)
+    table = open_table(uri, ("images", "detections"))
     if table.kind == "detections":
         raise UserError(f"{uri} is a table of detections: Pascal VOC has no place for scores; export coco or yolo")
     names = check_class_names(table)

@@ -16,7 +16,8 @@ from raydet import storage
 from raydet.config import ExportYoloConfig
 from raydet.errors import UserError
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, whole_folder, write_labels
-from raydet.exports.rows import Numbers, as_text, open_any
+from raydet.exports.rows import Numbers, as_text
+from raydet.tables import open_table
 
 
 def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
@@ -34,7 +35,7 @@ def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
             cannot be copied, or `out` holds other files. Nothing has been written then.
     """
     out, uri = storage.absolute_uri(config.out), storage.absolute_uri(config.data)
-    table = open_any(uri)
+    table = open_table(uri, ("images", "detections"))
     if table.kind == "images" and config.score_threshold > 0:
         raise UserError(f"{uri} is a table of images, which has no scores; leave out score_threshold")
     names = check_class_names(table)

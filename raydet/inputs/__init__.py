@@ -21,9 +21,11 @@ import pyarrow.parquet as pq
 from raydet import storage
 from raydet.errors import UserError
 from raydet.inputs.listing import Listing, is_pattern, list_images
-from raydet.inputs.references import FileReader, Reference, in_order
+from raydet.inputs.references import FileReader, Reference
+from raydet.redaction import refuse_password
 from raydet.sources import ReadError
 from raydet.tables import Table, is_table, open_table
+from raydet.threads import in_order
 
 INDEX_GROUP_ROWS = 2**16
 """Rows of a row group of an index: what reading a few of them must load."""
@@ -122,7 +124,7 @@ class IndexedImages(Images):
         """As `Images.read`; a few files are read ahead, side by side, since remote storage answers late."""
         # Nobody has looked for the files of a list before.
         reader = FileReader(missing="no such file") if self.kind == "list" else FileReader()
-        yield from in_order(self._rows(start, stop), lambda item: _filled(item, reader))
+        yield from in_order(lambda item: _filled(item, reader), self._rows(start, stop))
 
     def _rows(self, start: int, stop: int) -> Iterator[tuple[ImageRow, Reference]]:
         with _open_parquet(self.index) as file:
@@ -145,7 +147,7 @@ def open_images(data: str, *, index_uri: str | None) -> Images:
 
     Raises:
         UserError: There is no such thing, no image in it, or a tar file is damaged or compressed; or the index there
-            is of other data. Nothing is written then.
+            is of other data; or there is a password in a URI that the index would hold. Nothing is written then.
     """
     uri = storage.absolute_uri(data).rstrip("/") or "/"
     if uri.startswith("file://") and not is_pattern(uri):
@@ -156,6 +158,7 @@ def open_images(data: str, *, index_uri: str | None) -> Images:
                 raise UserError(f"no such path: {uri}; data must name a table, a folder of images, a list or tar files")
             if is_table(uri):
                 return _open_table_images(uri)
+        refuse_password(uri, what="data")
         if index_uri is None:
             return _indexed(_build_index(list_images(uri), uri), uri)
         if not storage.exists(index_uri):
@@ -242,7 +245,7 @@ def _table_rows(rows: pa.RecordBatch, reader: FileReader) -> Iterator[ImageRow]:
     if pc.struct_field(rows["image"], "bytes").null_count == 0:
         yield from (row for row, _ in found)
     else:
-        yield from in_order(found, lambda item: _filled(item, reader))
+        yield from in_order(lambda item: _filled(item, reader), found)
 
 
 def _table_row(rows: pa.RecordBatch, number: int) -> tuple[ImageRow, Reference]:

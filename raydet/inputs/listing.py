@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import posixpath
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -13,13 +12,14 @@ from typing import Literal, NamedTuple, cast
 
 from raydet import storage
 from raydet.errors import UserError
-from raydet.inputs.references import FileReader, Reference, in_order
+from raydet.inputs.references import FileReader, Reference
 from raydet.inputs.tars import COMPRESSED_SUFFIXES, image_members, refuse_compressed
+from raydet.redaction import refuse_password
 from raydet.sources import ImageFolder
-from raydet.sources.images import IMAGE_EXTENSIONS, read_images
+from raydet.sources.images import IMAGE_EXTENSIONS, LIST_SUFFIXES, beside, read_images
 from raydet.tables import open_table
+from raydet.threads import in_order
 
-LIST_SUFFIXES = (".txt", ".lst")
 CHECKED_LINES = 1000
 """So many lines of a list are looked up before a run starts; to look up millions would take longer than it helps."""
 MAX_SHARDS = 1_000_000
@@ -120,10 +120,13 @@ def _list_tars(folder: str, shards: list[str]) -> Iterator[Entry]:
                 members = image_members(file, uri)
         except FileNotFoundError:
             raise UserError(f"no such tar file: {uri}") from None
-        return [Entry(f"{shard}/{name}", Reference(uri, offset, size)) for name, offset, size in members]
+        return [
+            Entry(f"{shard}/{member.name}", Reference(None if member.leads_out else uri, member.offset, member.size))
+            for member in members
+        ]
 
     num_images = 0
-    for entries in in_order(shards, entries_of):
+    for entries in in_order(entries_of, shards):
         num_images += len(entries)
         yield from entries
     if num_images == 0:
@@ -190,7 +193,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
     roots: set[str] = set()
     num_lines, num_there, first_missing = 0, 0, ""
     for number, path in _lines(uri):
-        full = path if "://" in path or path.startswith("/") else _joined(folder, path)
+        full = path if "://" in path or path.startswith("/") else beside(folder, path)
         if path.endswith("/") or (num_lines < CHECKED_LINES and Path(full).is_dir()):
             raise UserError(f"line {number} of {uri} names a folder: {path}; a list names image files")
         root = "/".join(full.split("/")[:3]) if "://" in full else ""
@@ -198,6 +201,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
             # A server of the web that is down could not be told from a picture that is gone.
             raise UserError(f"line {number} of {uri} is on the web: {path}; copy the images to a folder or store first")
         if root not in roots:
+            refuse_password(root, what=f"line {number} of {uri}")
             roots.add(root)
             storage.resolve(root or "/")  # refuses an unknown scheme before the run starts
         if num_lines < CHECKED_LINES:
@@ -211,14 +215,6 @@ def _read_list(uri: str) -> Iterator[Entry]:
     if num_lines == 0:
         raise UserError(f"{uri} is an empty list: it names no image; write one path or URI a line")
     _require_any(uri, num_there, num_lines, first_missing)
-
-
-def _joined(folder: str, path: str) -> str:
-    if "://" not in folder:
-        return f"{folder}/{path}"
-    # In object storage `..` is a name like any other.
-    scheme, _, place = folder.partition("://")
-    return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
 
 
 def _require_any(uri: str, num_there: int, num_lines: int, first_missing: str) -> None:

@@ -1,25 +1,21 @@
-"""A reference to a file, or to a part of one → its bytes; many at once, since remote storage answers late."""
+"""A reference to a file, or to a part of one → its bytes."""
 
 import errno
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet import storage
+from raydet.decode import DecodeError
 from raydet.errors import UserError
 from raydet.sources import MAX_FILE_BYTES, ReadError
 
-NUM_READ_THREADS = 16
-LOOK_AHEAD = 2 * NUM_READ_THREADS
-"""Files that are read or being read before the first of them is asked for; bounds the memory."""
 _OPEN_FILES = 16
 _NOT_THE_FILES_FAULT = {
     errno.EMFILE,
@@ -30,15 +26,13 @@ _NOT_THE_FILES_FAULT = {
     errno.EHOSTDOWN,
 }
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 class Reference(NamedTuple):
     """Where an image's bytes are: a whole file, or `size` bytes from `offset` on (of a tar file).
 
     `uri` is an absolute path or a URI. What follows the bucket is taken as it stands: blanks, `?`, `#` and `%` belong
-    to the name. It is None where the name is no valid text, so that there is no way to say it.
+    to the name. It is None where there is no way to say it, since the name is no valid text, and where the file must
+    not be read, since its name leads out of the folder or tar file that it was found in.
     """
 
     uri: str | None
@@ -78,7 +72,7 @@ class FileReader:
         """
         uri, offset, size = reference
         if uri is None:
-            raise ReadError("the file name is not valid text")
+            raise ReadError("the file name is not valid text or leads out of its folder")
         try:
             if offset is None or size is None:
                 with self.open(uri) as file:
@@ -128,23 +122,20 @@ def read_reference(uri: str) -> bytes:
     return FileReader().read(Reference(uri))
 
 
-def in_order(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
-    """Does the same to each item, some of them side by side in threads, and yields the results in the items' order.
+def image_bytes(image: Mapping[str, Any]) -> bytes:
+    """The encoded image of a table's row: the bytes that it holds, or those that its path leads to.
 
-    At most `LOOK_AHEAD` items are begun before the result of the first is taken. What the work raises is raised here.
+    Raises:
+        DecodeError: The file cannot be read.
     """
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(NUM_READ_THREADS, thread_name_prefix="read") as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(work, item))
-                if len(pending) >= LOOK_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    if image["bytes"] is not None:
+        return bytes(image["bytes"])
+    try:
+        return read_reference(image["path"])
+    except ReadError as error:
+        raise DecodeError(str(error)) from None
+    except OSError as error:
+        raise DecodeError(f"the file cannot be read: {error.strerror or error}") from None
 
 
 def _refuse_huge(num_bytes: int) -> None:

@@ -41,6 +41,11 @@ class Member(NamedTuple):
     offset: int
     size: int
 
+    @property
+    def leads_out(self) -> bool:
+        """Whether whoever unpacks it would write elsewhere than below the folder; here nothing is ever unpacked."""
+        return self.name.startswith("/") or ".." in self.name.split("/")
+
 
 def refuse_compressed(name: str) -> None:
     """Refuses a compressed tar by its name.

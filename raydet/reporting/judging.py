@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.boxes import as_boxes
+from raydet.columns import DetectionColumns, TruthColumns
 from raydet.errors import UserError
-from raydet.matching import DetectionColumns, Protocol, TruthColumns, bits_at, match, overlapping_pairs
+from raydet.matches import Protocol, bits_at
+from raydet.matching import match, overlapping_pairs
 from raydet.reporting.run_tables import RunTables
 from raydet.tables import Table, open_table
 

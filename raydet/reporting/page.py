@@ -20,28 +20,18 @@ _FOLDER = "report_page"
 
 
 def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> str:
-    """Fills the template.
-
-    The chart library is held compressed and unpacked by the page: a quarter of the bytes, and the page is there
-    before the library is. Every script is named to the browser by its hash, so that nothing else can run.
+    """Fills the template of the report.
 
     Args:
         run: The tables.
         charts: As `figures.charts` gives them.
         galleries: The pictures.
     """
-    environment = Environment(
-        loader=PackageLoader("raydet", _FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    script, style = (_own_file(name) for name in ("page.js", "page.css"))
-    library = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
     errors, sums = error_rows(run)
-    return environment.get_template("page.html").render(
+    return fill(
+        "page.html",
+        "page.js",
+        charts,
         run=run,
         title=run.model or run.run or "Detection report",
         headline=headline(run),
@@ -51,8 +41,35 @@ def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> s
         error_sums=sums,
         threshold=score_threshold(run),
         charts=charts,
-        charts_json=_json_for_html(charts),
         galleries=galleries,
+    )
+
+
+def fill(template: str, script_name: str, data: Mapping[str, Any], /, **content: Any) -> str:
+    """Fills a template of raydet's pages.
+
+    The chart library is held compressed and unpacked by the page: a quarter of the bytes, and the page is there
+    before the library is. Every script is named to the browser by its hash, so that nothing else can run.
+
+    Args:
+        template: Its file in `report_page`.
+        script_name: Of the page's own script there, which comes after `base.js`, what all pages have in common.
+        data: The numbers behind the charts, which the script finds as `data`; JSON must be able to hold them.
+        content: What the template shows; all of it is escaped.
+    """
+    environment = Environment(
+        loader=PackageLoader("raydet", _FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    script, style = _own_file("base.js") + _own_file(script_name), _own_file("page.css")
+    library = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
+    return environment.get_template(template).render(
+        **content,
+        charts_json=_json_for_html(data),
         policy=_policy(script.encode(), library),
         style=Markup(style),
         script=Markup(script),

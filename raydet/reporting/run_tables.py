@@ -7,12 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet import storage
+from raydet import metrics_folder, storage
 from raydet.errors import UserError
 from raydet.schema import TableKind
-from raydet.tables import is_table, open_table
-
-_KINDS: tuple[TableKind, ...] = ("per_image", "pr_curves", "errors", "confusion", "calibration", "suspects", "runs")
+from raydet.tables import is_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +28,9 @@ class RunTables:
 
     Attributes:
         uri: The folder.
-        run: The name of the run; None where the tables give it none.
+        run: The name of the run.
         runs: All runs in the folder, in the order in which they were measured.
-        facts: The row of the `runs` table; empty in an older folder.
+        facts: The row of the `runs` table; empty where there is none.
         classes: The names of the classes, by their indices.
         values: By slice (None: all images), metric and class (None: all classes).
         slices: The names of the slices in their order.
@@ -42,8 +40,8 @@ class RunTables:
     """
 
     uri: str
-    run: str | None
-    runs: tuple[str | None, ...]
+    run: str
+    runs: tuple[str, ...]
     facts: dict[str, Any]
     classes: tuple[str, ...]
     values: dict[tuple[str | None, str, str | None], Value]
@@ -68,36 +66,30 @@ def read_run(metrics_uri: str, run: str | None) -> RunTables:
         UserError: There is no such folder or run, or it holds no metrics.
     """
     uri = storage.absolute_uri(metrics_uri).rstrip("/")
-    metrics_folder = storage.join(uri, "metrics")
-    if not is_table(metrics_folder):
+    if not is_table(storage.join(uri, "metrics")):
         raise UserError(_not_metrics(uri))
-    table = open_table(metrics_folder, "metrics")
-    metrics = table.read()
-    tables = {kind: open_table(folder, kind).read() for kind in _KINDS if is_table(folder := storage.join(uri, kind))}
-    runs = _runs_in_order(metrics, tables.get("runs"))
-    if not runs:
-        raise UserError(f"{metrics_folder} is empty: no run has been measured into it; run `raydet evaluate` first")
+    runs = metrics_folder.runs_in(uri)
     if run is not None and run not in runs:
         known = ", ".join(repr(name) for name in runs)
         raise UserError(f"{uri} has no run {run!r}; it holds {known}")
     chosen = runs[-1] if run is None else run
-    rows = _of_run(metrics, chosen)
-    tables = {kind: _of_run(content, chosen) for kind, content in tables.items()}
+    opened = {kind: metrics_folder.open_run(uri, kind, chosen) for kind in metrics_folder.KINDS}
+    tables = {kind: table.read() for kind, table in opened.items() if table is not None}
+    metrics = opened["metrics"]
+    assert metrics is not None, "a run that the manifest names has its file"
+    rows = tables.pop("metrics")
     facts = tables.pop("runs").to_pylist() if "runs" in tables else []
     columns = rows.select(["slice", "metric", "category", "value", "low", "high"]).to_pydict()
     values = {
         (place, metric, category): Value(value=_measured(value), low=low, high=high)
         for place, metric, category, value, low, high in zip(*columns.values(), strict=True)
     }
-    names = [category.name for category in table.categories]
-    measured = dict.fromkeys(name for name in columns["category"] if name is not None)
     return RunTables(
         uri=uri,
         run=chosen,
         runs=runs,
         facts=facts[-1] if facts else {},
-        # Runs of other data sets may lie in the same folder, whose classes are others than those of the first file.
-        classes=tuple(names if set(measured) <= set(names) else measured),
+        classes=tuple(category.name for category in metrics.categories),
         values=values,
         slices=tuple(dict.fromkeys(name for name in columns["slice"] if name is not None)),
         model=rows["model"][0].as_py(),
@@ -120,21 +112,6 @@ def _not_metrics(uri: str) -> str:
         f"{uri} holds no whole metrics table; give the folder that `raydet evaluate --out` wrote, or run that command "
         "again if it did not finish"
     )
-
-
-def _runs_in_order(metrics: pa.Table, runs: pa.Table | None) -> tuple[str | None, ...]:
-    """The runs that have metrics, the last measured last."""
-    names: list[str | None] = pc.unique(metrics["run"]).to_pylist()
-    times: dict[str | None, float] = {}
-    if runs is not None:
-        for name, time in zip(runs["run"].to_pylist(), runs["time"].to_pylist(), strict=True):
-            times[name] = time.timestamp() if time is not None else 0.0
-    return tuple(sorted(names, key=lambda name: times.get(name, 0.0)))
-
-
-def _of_run(table: pa.Table, run: str | None) -> pa.Table:
-    column = table["run"]
-    return table.filter(pc.is_null(column) if run is None else pc.equal(column, run))
 
 
 def indices_in(column: pa.ChunkedArray, names: Sequence[str]) -> list[int | None]:

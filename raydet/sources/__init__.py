@@ -4,10 +4,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -19,12 +18,6 @@ from raydet.schema import Category
 MAX_FILE_BYTES = 2**30
 """Larger files are refused unread: one would not fit into a column of bytes, and no picture needs it."""
 
-_NUM_THREADS = 16
-_ITEMS_AT_ONCE = 4096
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 class ReadError(Exception):
     """This one file cannot be read; the message is one short reason that a person understands."""
@@ -32,6 +25,41 @@ class ReadError(Exception):
 
 class MissingFileError(ReadError):
     """There is no such file."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something odd in a data set: a row of the table of findings.
+
+    Attributes:
+        kind: What, in words that are the same for all of its kind.
+        path: The image or the file of annotations, relative to its folder; None where it is about none.
+        image_id: As in the images table, where it is known.
+        annotation_id: Likewise, of a single box.
+        count: How often.
+        detail: What this one was, and what became of it.
+    """
+
+    kind: str
+    path: str | None = None
+    image_id: int | None = None
+    annotation_id: int | None = None
+    count: int = 1
+    detail: str | None = None
+
+
+class FindingLog(Counter[str]):
+    """How often each kind of finding occurs, by its kind, and each of them in `rows`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Finding] = []
+
+    def note(self, finding: Finding) -> None:
+        """Adds a finding; one that occurs zero times is none."""
+        if finding.count:
+            self[finding.kind] += finding.count
+            self.rows.append(finding)
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,8 @@ class SourceImage:
         size_hw: Height and width that the source states, which may be wrong; None where it states none.
         extra: Values of the source's extra columns.
         refusal: Why this image must not be read; None where it may.
+        content_hash: Of its bytes, if they have been read and found to be a picture before; None otherwise.
+        locator: What the source's images are read by where that is not the path; None where it is.
     """
 
     image_id: int
@@ -74,6 +104,18 @@ class SourceImage:
     size_hw: tuple[int, int] | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
     refusal: str | None = None
+    content_hash: bytes | None = None
+    locator: str | None = None
+
+
+class Records(Iterable[SourceImage]):
+    """The records of a source, made anew each time they are gone through."""
+
+    def __init__(self, make: Callable[[], Iterator[SourceImage]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[SourceImage]:
+        return self._make()
 
 
 @dataclass(frozen=True)
@@ -81,23 +123,35 @@ class Source:
     """A data set before it is a table.
 
     Attributes:
-        images: One record for each image found, in the order of the rows.
+        images: One record for each image found, in the order of the rows; to be gone through more than once.
         num_images: How many these are.
         categories: The classes, in the order of their indices.
         extra_fields: Arrow fields of the records' `extra` values.
-        findings: What was odd in the annotations, in words, and how often.
+        findings: What was odd in the annotations.
     """
 
     images: Iterable[SourceImage]
     num_images: int
     categories: tuple[Category, ...] = ()
     extra_fields: tuple[pa.Field, ...] = ()
-    findings: Mapping[str, int] = field(default_factory=dict)
+    findings: FindingLog = field(default_factory=FindingLog)
 
 
 def readable(text: str) -> str:
     """Text that UTF-8 can hold: lone surrogates and NUL, which file names and JSON may contain, become escapes."""
     return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+
+
+def refuse_size(num_bytes: int, max_bytes: int | None = None) -> None:
+    """Refuses a file by its size; the limit is `MAX_FILE_BYTES` unless another is given.
+
+    Raises:
+        ReadError: It is too large.
+    """
+    max_bytes = MAX_FILE_BYTES if max_bytes is None else max_bytes
+    if num_bytes > max_bytes:
+        limit = math.ceil(max_bytes / 1e6)
+        raise ReadError(f"a file of {num_bytes / 1e6:,.0f} MB is over the limit of {limit:,} MB")
 
 
 def refuse_name(path: str) -> str | None:
@@ -124,13 +178,6 @@ def read_class_names(classes: Sequence[str]) -> list[str]:
     return [readable(name) for name in names]
 
 
-def in_threads(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
-    """Does the same to each item, some side by side since remote storage answers late; results in the items' order."""
-    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="labels") as pool:
-        for start in range(0, len(items), _ITEMS_AT_ONCE):
-            yield from pool.map(work, items[start : start + _ITEMS_AT_ONCE])
-
-
 class ImageFolder:
     """A folder of images or of their labels, on disk or in object storage, opened once and read by many threads.
 
@@ -150,18 +197,37 @@ class ImageFolder:
         Raises:
             UserError: There is no such folder.
         """
-        self._filesystem, self.path = storage.resolve(uri)
+        self._given_uri, self._what = storage.absolute_uri(uri), what
+        if uri.lower().startswith(("http://", "https://")):
+            raise UserError(
+                f"{uri} is on the web, where no folder can be listed; copy it to a folder or store, or give "
+                "`raydet prepare images` a list of addresses"
+            )
+        try:
+            self._filesystem, self.path = storage.resolve(uri)
+            kind = self._filesystem.get_file_info(self.path).type
+        except OSError as error:
+            raise UserError(f"cannot open the {what} folder {uri}: {' '.join(str(error).split())}") from None
         self.is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
         self.uri = self.path if self.is_local else uri.rstrip("/")
-        kind = self._filesystem.get_file_info(self.path).type
+        self._subfolders_inside: dict[str, bool] = {}
         if kind == pafs.FileType.NotFound:
             raise UserError(f"no such {what} folder: {self.uri}")
         if kind != pafs.FileType.Directory:
             raise UserError(f"{self.uri} is a file; {what}s must name the folder or URI that holds the {what} files")
 
+    def __reduce__(self) -> tuple[Callable[[], "ImageFolder"], tuple[()]]:
+        # Opened anew in the process that it is sent to: S3's file system would arrive without its patience.
+        return partial(ImageFolder, self._given_uri, what=self._what), ()
+
     def uri_of(self, path: str) -> str:
         """The absolute path or URI of a file in it."""
         return storage.join(self.uri, path)
+
+    def size_of(self, path: str) -> int | None:
+        """Bytes of a file in it; None where there is none."""
+        size: int | None = self._filesystem.get_file_info(f"{self.path}/{path}").size
+        return size
 
     def refuse_outside(self, path: str) -> str | None:
         """Why a relative path must not be followed because it leads out of the folder; None where it stays inside."""
@@ -171,11 +237,22 @@ class ImageFolder:
             return "the file name is not relative to the image folder"
         if ".." in path.split("/"):
             return "the file name climbs out of the image folder"
-        if self.is_local:
-            root = Path(os.path.realpath(self.path))
-            if not Path(os.path.realpath(root / path)).is_relative_to(root):
-                return "the file name leads out of the image folder through a symbolic link"
+        if self.is_local and not self._stays_inside(path):
+            return "the file name leads out of the image folder through a symbolic link"
         return None
+
+    def _stays_inside(self, path: str) -> bool:
+        """Whether a path without `..` stays in the folder when links are followed; asks once for each subfolder."""
+        full = f"{self.path}/{path}"
+        if Path(full).is_symlink():
+            return self._is_inside(os.path.realpath(full))
+        subfolder = path.rpartition("/")[0]
+        if subfolder not in self._subfolders_inside:
+            self._subfolders_inside[subfolder] = self._is_inside(os.path.realpath(f"{self.path}/{subfolder}"))
+        return self._subfolders_inside[subfolder]
+
+    def _is_inside(self, real_path: str) -> bool:
+        return Path(real_path).is_relative_to(os.path.realpath(self.path))
 
     def read(self, path: str) -> bytes:
         """Reads one file.
@@ -186,10 +263,7 @@ class ImageFolder:
         """
         try:
             with self._filesystem.open_input_file(f"{self.path}/{path}") as stream:
-                num_bytes = stream.size()
-                if num_bytes > MAX_FILE_BYTES:
-                    limit = math.ceil(MAX_FILE_BYTES / 1e6)
-                    raise ReadError(f"a file of {num_bytes / 1e6:,.0f} MB is over the limit of {limit:,} MB")
+                refuse_size(stream.size())
                 data: bytes = stream.readall()
                 return data
         except FileNotFoundError:

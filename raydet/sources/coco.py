@@ -7,8 +7,8 @@ integers; backslashes in file names are slashes. Annotations of unknown images o
 
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow as pa
 from raydet import storage
 from raydet.errors import UserError
 from raydet.schema import MAX_IMAGE_ID, Category, build_schema
-from raydet.sources import ImageFolder, Source, SourceImage, SourceObjects, readable
+from raydet.sources import Finding, FindingLog, ImageFolder, Records, Source, SourceImage, SourceObjects, readable
 
 MAX_ANNOTATION_ID = 2**63
 """Ids stand in an int64 column."""
@@ -47,8 +47,9 @@ def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
     image_ids = [_image_id(entry, f"{where}: images[{index}]") for index, entry in enumerate(images)]
     paths = [_file_name(entry, f"{where}: images[{index}]") for index, entry in enumerate(images)]
     _refuse_repeated(image_ids, f"{where}: images", "id")
-    findings: Counter[str] = Counter()
-    objects = _read_annotations(annotations, set(image_ids), ordered_categories, where, findings)
+    findings = FindingLog()
+    path_of = dict(zip(image_ids, paths, strict=True))
+    objects = _read_annotations(annotations, path_of, ordered_categories, where, findings)
     extra_fields = _extra_fields(images)
     names = [field.name for field in extra_fields]
     texts = {field.name for field in extra_fields if field.type == pa.string()}
@@ -64,7 +65,7 @@ def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
                 refusal=folder.refuse_outside(path),
             )
 
-    return Source(records(), len(images), ordered_categories, tuple(extra_fields), dict(findings))
+    return Source(Records(records), len(images), ordered_categories, tuple(extra_fields), findings)
 
 
 def _load_json(uri: str) -> dict[str, Any]:
@@ -177,17 +178,17 @@ def _stated_size_hw(entry: dict[str, Any]) -> tuple[int, int] | None:
 
 def _read_annotations(
     entries: list[dict[str, Any]],
-    image_ids: set[int],
+    path_of: Mapping[int, str],
     categories: tuple[Category, ...],
     where: str,
-    findings: Counter[str],
+    findings: FindingLog,
 ) -> dict[int, SourceObjects]:
     """Groups the annotations by image; ids are kept if they are all unique and above 0, else they are numbered anew."""
     index_of = {category.id: index for index, category in enumerate(categories)}
     given = [_integer(entry.get("id")) for entry in entries]
     keep = len(set(given)) == len(given) and all(item is not None and 0 < item < MAX_ANNOTATION_ID for item in given)
     if not keep:
-        findings["annotation ids that are missing, repeated or below 1, so all are numbered anew"] = 1
+        findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are numbered anew"))
     ids = given if keep else list(range(1, len(given) + 1))
     objects: defaultdict[int, SourceObjects] = defaultdict(SourceObjects)
     for index, (annotation_id, entry) in enumerate(zip(ids, entries, strict=True)):
@@ -195,10 +196,12 @@ def _read_annotations(
         image_id = _required_integer(entry, "image_id", place)
         category_id = _required_integer(entry, "category_id", place)
         box_xywh = _box_xywh(entry, place)
-        if image_id not in image_ids:
-            findings["annotations of an unknown image, left out"] += 1
+        if image_id not in path_of:
+            kind = "annotations of an unknown image, left out"
+            findings.note(Finding(kind, annotation_id=annotation_id, detail=f"its image_id is {image_id}"))
         elif category_id not in index_of:
-            findings["annotations of an unknown category, left out"] += 1
+            kind, detail = "annotations of an unknown category, left out", f"its category_id is {category_id}"
+            findings.note(Finding(kind, readable(path_of[image_id]), image_id, annotation_id, detail=detail))
         else:
             of_image = objects[image_id]
             of_image.ids.append(annotation_id or 0)

@@ -1,24 +1,28 @@
 """Images without labels: every image file below a folder or URI."""
 
 import os
+import posixpath
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
 from raydet import storage
 from raydet.errors import UserError
-from raydet.sources import ImageFolder, Source, SourceImage, readable, refuse_name
+from raydet.sources import ImageFolder, Records, Source, SourceImage, readable
 
 _COMMON = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff")
 _RARE = ("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm", "heic", "heif")
 IMAGE_EXTENSIONS = frozenset(_COMMON + _RARE)
 """Files named so count as found; HEIC is among them to be reported, since Pillow alone does not read it."""
+LIST_SUFFIXES = (".txt", ".lst")
+"""Of files that list images, a path a line."""
 
 
 def read_images(folder: ImageFolder) -> Source:
     """Lists the image files below a folder, sorted by their relative path; an image's id is its rank.
 
-    The column `source_id` holds the relative path. Other files are left out, by their extension, whatever its case.
+    The column `source_id` holds the relative path. Other files are left out, by their extension, whatever its case;
+    files to which a link leads out of the folder are refused.
 
     Raises:
         UserError: There is no image file, or a subfolder cannot be listed.
@@ -31,7 +35,7 @@ def read_images(folder: ImageFolder) -> Source:
             f"image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
         )
     return Source(
-        images=(_record(rank, path) for rank, path in enumerate(paths)),
+        images=Records(lambda: (_record(folder, rank, path) for rank, path in enumerate(paths))),
         num_images=len(paths),
         extra_fields=(pa.field("source_id", pa.string()),),
     )
@@ -42,8 +46,17 @@ def is_image_name(path: str) -> bool:
     return PurePosixPath(path).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
+def beside(folder: str, path: str) -> str:
+    """What a relative path in a list means, for a list in this folder."""
+    if "://" not in folder:
+        return f"{folder}/{path}"
+    # In object storage `..` is a name like any other.
+    scheme, _, place = folder.partition("://")
+    return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
+
+
 def list_below(folder: ImageFolder) -> list[str]:
-    """All files below a folder, relative to it.
+    """All files below a folder, relative to it, also those to which links lead.
 
     Raises:
         UserError: A subfolder cannot be listed.
@@ -51,9 +64,9 @@ def list_below(folder: ImageFolder) -> list[str]:
     return _list_local(folder.path) if folder.is_local else storage.list_files(folder.uri, recursive=True)
 
 
-def _record(rank: int, path: str) -> SourceImage:
+def _record(folder: ImageFolder, rank: int, path: str) -> SourceImage:
     name = readable(path)
-    return SourceImage(image_id=rank, path=name, extra={"source_id": name}, refusal=refuse_name(path))
+    return SourceImage(image_id=rank, path=name, extra={"source_id": name}, refusal=folder.refuse_outside(path))
 
 
 def _list_local(root: str) -> list[str]:

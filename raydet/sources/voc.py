@@ -24,17 +24,19 @@ from raydet import storage
 from raydet.errors import UserError
 from raydet.schema import Category
 from raydet.sources import (
+    Finding,
+    FindingLog,
     ImageFolder,
     ReadError,
+    Records,
     Source,
     SourceImage,
     SourceObjects,
-    in_threads,
     read_class_names,
     readable,
-    refuse_name,
 )
 from raydet.sources.images import is_image_name, list_below
+from raydet.threads import in_order
 
 MAX_XML_BYTES = 16 * 2**20
 """Larger XML files are refused: each is in memory as a whole, and a thousand boxes need a quarter of a megabyte."""
@@ -98,7 +100,9 @@ def read_voc(
     for path in sorted(list_below(images)):
         if is_image_name(path):
             image_paths[_stem(path)].append(path)
-    findings = Counter({"XML files of the same name as another, not read": len(xml_files) - len(xml_paths)})
+    findings = FindingLog()
+    for path in sorted(set(xml_files) - set(xml_paths.values())):
+        findings.note(Finding("XML files of the same name as another, not read", readable(path)))
     stems = sorted(
         {*image_paths, *xml_paths} if split_uri is None else _read_split(split_uri, image_paths, xml_paths, findings)
     )
@@ -106,7 +110,7 @@ def read_voc(
         raise UserError(f"no image file below {images.uri} and no XML file below {annotations.uri}")
     wanted = sorted(xml_paths) if classes is None else [stem for stem in stems if stem in xml_paths]
     read = partial(_read_annotation, annotations, zero_based=zero_based)
-    read_files = dict(zip(wanted, in_threads([xml_paths[stem] for stem in wanted], read), strict=True))
+    read_files = dict(zip(wanted, in_order(read, (xml_paths[stem] for stem in wanted)), strict=True))
     names = sorted({name for item in read_files.values() for name in item.names})
     names = names if classes is None else read_class_names(classes)
     if not names:
@@ -115,7 +119,7 @@ def read_voc(
         )
     index_of = {name: index for index, name in enumerate(names)}
     used = {stem: read_files[stem] for stem in stems if stem in read_files}
-    _add_findings(used, index_of, findings)
+    _add_findings(used, xml_paths, index_of, findings)
     pairs = sorted(pair for stem in stems for pair in _pair(stem, image_paths, xml_paths, used))
 
     def records() -> Iterator[SourceImage]:
@@ -130,11 +134,11 @@ def read_voc(
                 objects=objects,
                 size_hw=annotation.size_hw,
                 extra={"source_id": readable(stem)},
-                refusal=refusal or annotation.refusal or refuse_name(path),
+                refusal=refusal or images.refuse_outside(path) or annotation.refusal,
             )
 
     categories = tuple(Category(id=index + 1, name=name) for name, index in index_of.items())
-    return Source(records(), len(pairs), categories, (pa.field("source_id", pa.string()),), findings)
+    return Source(Records(records), len(pairs), categories, (pa.field("source_id", pa.string()),), findings)
 
 
 def _stem(path: str) -> str:
@@ -159,7 +163,7 @@ def _pair(
 
 
 def _read_split(
-    uri: str, image_paths: Mapping[str, list[str]], xml_paths: Mapping[str, str], findings: Counter[str]
+    uri: str, image_paths: Mapping[str, list[str]], xml_paths: Mapping[str, str], findings: FindingLog
 ) -> set[str]:
     """The names in a split file, each once."""
     try:
@@ -177,12 +181,16 @@ def _read_split(
         stems.append(known[0] if known else candidates[1])
     if not stems:
         raise UserError(f"the split file {uri} names no image; it must hold a name a line, as in ImageSets/Main")
-    findings["repeated lines in the split, of which one is used"] = len(stems) - len(set(stems))
+    for stem, count in Counter(stems).items():
+        findings.note(Finding("repeated lines in the split, of which one is used", readable(stem), count=count - 1))
     return set(stems)
 
 
 def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Annotation:
     """Reads one XML file; runs in a thread."""
+    refusal = folder.refuse_outside(path)
+    if refusal is not None:
+        return _Annotation(refusal=f"its XML file: {refusal}")
     try:
         root = _parse(folder.read(path))
     except (ReadError, _XmlError) as error:
@@ -248,12 +256,16 @@ def _number(text: str | None) -> float:
         return math.nan
 
 
-def _add_findings(used: Mapping[str, _Annotation], index_of: Mapping[str, int], findings: Counter[str]) -> None:
-    for annotation in used.values():
-        findings.update(annotation.findings)
-        findings["objects of classes that are not among `classes`, left out"] += sum(
-            name not in index_of for name in annotation.names
-        )
+def _add_findings(
+    used: Mapping[str, _Annotation], xml_paths: Mapping[str, str], index_of: Mapping[str, int], findings: FindingLog
+) -> None:
+    for stem, annotation in used.items():
+        path = readable(xml_paths[stem])
+        for kind, count in annotation.findings.items():
+            findings.note(Finding(kind, path, count=count))
+        for name, count in Counter(name for name in annotation.names if name not in index_of).items():
+            kind = "objects of classes that are not among `classes`, left out"
+            findings.note(Finding(kind, path, count=count, detail=f"their class is {name}"))
 
 
 def _objects(annotation: _Annotation, index_of: Mapping[str, int], first_id: int) -> SourceObjects:

@@ -17,20 +17,24 @@ import pyarrow as pa
 
 from raydet.errors import UserError
 from raydet.sources import (
+    Finding,
+    FindingLog,
     ImageFolder,
     MissingFileError,
     ReadError,
+    Records,
     Source,
     SourceImage,
     SourceObjects,
-    in_threads,
     readable,
-    refuse_name,
 )
 from raydet.sources.yolo_files import YoloFiles
+from raydet.threads import in_order
 
 TOLERANCE = 1e-5
 """In parts of the image's side."""
+
+_OUTSIDE = "the list names a file outside the data set"
 
 _Box = tuple[float, float, float, float]
 
@@ -50,23 +54,26 @@ def read_yolo(files: YoloFiles) -> Source:
     """Reads the label files.
 
     Returns:
-        One record for each image, by sorted path, its id the rank; boxes are normalised. Category ids are the numbers
-        in the files. The column `source_id` holds the relative path.
+        One record for each image, by sorted path, its id the rank; boxes are normalised. Images outside the data set
+        come last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
+        path.
 
     Raises:
         UserError: No image has a label file.
     """
     index_of = {category.id: index for index, category in enumerate(files.categories)}
     read = partial(_read_labels, files.labels, index_of)
-    labels = list(in_threads([label for _, label in files.pairs], read))
+    labels = list(in_order(read, (label for _, label in files.pairs)))
     if all(item.is_missing for item in labels):
         raise UserError(
             f"none of the {len(labels)} images below {files.images.uri} has a label file; the first would be "
             f"{files.labels.uri_of(files.pairs[0][1])}; without labels use `raydet prepare images`"
         )
-    findings: Counter[str] = Counter({"label files without an image": files.num_orphans})
-    for item in labels:
-        findings.update(item.findings)
+    findings = FindingLog()
+    findings.note(Finding("label files without an image", count=files.num_orphans))
+    for (_, path), item in zip(files.pairs, labels, strict=True):
+        for kind, count in item.findings.items():
+            findings.note(Finding(kind, readable(path), count=count))
 
     def records() -> Iterator[SourceImage]:
         next_id = 1
@@ -86,14 +93,21 @@ def read_yolo(files: YoloFiles) -> Source:
                 path=readable(path),
                 objects=objects,
                 extra={"source_id": readable(path)},
-                refusal=item.refusal or refuse_name(path),
+                refusal=files.images.refuse_outside(path) or item.refusal,
             )
+        for image_id, path in enumerate(files.outside, start=len(files.pairs)):
+            name = readable(path)
+            yield SourceImage(image_id, name, extra={"source_id": name}, refusal=_OUTSIDE)
 
-    return Source(records(), len(files.pairs), files.categories, (pa.field("source_id", pa.string()),), findings)
+    num_images = len(files.pairs) + len(files.outside)
+    return Source(Records(records), num_images, files.categories, (pa.field("source_id", pa.string()),), findings)
 
 
 def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _Labels:
     """Reads one label file; runs in a thread."""
+    refusal = folder.refuse_outside(path)
+    if refusal is not None:
+        return _Labels(refusal=f"its label file: {refusal}")
     try:
         text = folder.read(path).decode("utf-8-sig", errors="replace")
     except MissingFileError:

@@ -28,6 +28,7 @@ class YoloFiles:
         pairs: Paths of images and of their label files, each relative to its folder, by sorted image path.
         categories: The classes; their ids are the numbers in the label files.
         num_orphans: Label files that belong to no image, as far as these were looked for.
+        outside: Paths of images that a list names though they lie outside the data set; these must not be read.
     """
 
     images: ImageFolder
@@ -35,6 +36,7 @@ class YoloFiles:
     pairs: list[tuple[str, str]]
     categories: tuple[Category, ...]
     num_orphans: int = 0
+    outside: tuple[str, ...] = ()
 
 
 def find_in_folders(images_uri: str, labels_uri: str, classes: Sequence[str]) -> YoloFiles:
@@ -55,7 +57,8 @@ def find_in_data_yaml(data_uri: str, split: str) -> YoloFiles:
 
     `path` is relative to the folder of data.yaml, then to the working directory, and by default that folder. The
     split's value, a folder or a .txt list of images or several of them, is relative to `path`; the lines of a list are
-    relative to the list. The label file of an image lies where its path has `labels` instead of the last `images`.
+    relative to the list, and what it names must lie below `path` or beside data.yaml. The label file of an image lies
+    where its path has `labels` instead of the last `images`.
 
     Raises:
         UserError: data.yaml, the split or what it names is missing or wrong, or there is no folder of labels.
@@ -69,7 +72,15 @@ def find_in_data_yaml(data_uri: str, split: str) -> YoloFiles:
         where = _resolve_entry(root, entry, data_uri)
         found.append((where, []) if not where.endswith(".txt") else ("", _read_list(where, root)))
     folders = [folder for folder, _ in found if folder]
-    listed = [path for _, paths in found for path in paths]
+    named = [path for _, paths in found for path in paths]
+    homes = (root, posixpath.dirname(data_uri))
+    listed = [path for path in named if any(_is_below(home, path) for home in homes)]
+    outside = tuple(sorted({*named} - {*listed}))
+    if outside and not listed and not folders:
+        raise UserError(
+            f"{data_uri}: `{split}` lists {outside[0]}, which lies outside the data set in {root}; "
+            "`path` must name a folder that holds all its images"
+        )
     images = ImageFolder(_common_folder(folders + [posixpath.dirname(path) for path in listed]))
     absolute = listed + [storage.join(folder, path) for folder in folders for path in list_below(ImageFolder(folder))]
     absolute = sorted({path for path in absolute if is_image_name(path)})
@@ -82,7 +93,7 @@ def find_in_data_yaml(data_uri: str, split: str) -> YoloFiles:
         for image, label in zip(absolute, label_paths, strict=True)
     ]
     num_orphans = 0 if listed else _count_orphans(labels, pairs)
-    return YoloFiles(images, labels, pairs, _read_names(content, data_uri), num_orphans)
+    return YoloFiles(images, labels, pairs, _read_names(content, data_uri), num_orphans, outside)
 
 
 def _load_yaml(uri: str) -> dict[str, Any]:
@@ -192,16 +203,19 @@ def _common_folder(folders: Sequence[str]) -> str:
     return prefix + posixpath.commonpath(paths)
 
 
+def _is_below(folder: str, path: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")
+
+
 def _below(folder: str, path: str) -> str:
     return path.removeprefix(folder.rstrip("/") + "/")
 
 
 def _joined(folder: str, path: str) -> str:
-    """A path relative to a folder → absolute and without `..`; absolute ones stay as they are."""
-    if "://" in path or path.startswith("/"):
-        return path.rstrip("/")
-    scheme, separator, rest = folder.rpartition("://")
-    return scheme + separator + posixpath.normpath(f"{rest}/{path}")
+    """A path relative to a folder → absolute and without `..`."""
+    whole = path if "://" in path or path.startswith("/") else f"{folder}/{path}"
+    scheme, separator, rest = whole.rpartition("://")
+    return scheme + separator + posixpath.normpath(rest)
 
 
 def _plain(uri: str) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 from raydet import storage
 from raydet.config import COCO_METRICS, Tracker
 from raydet.errors import UserError
+from raydet.redaction import without_secrets
 from raydet.tracking.backends import Backend, LogFolder, MLflow, Picture, TensorBoard, WandB
-from raydet.tracking.redaction import without_secrets
 
 __all__ = ["RunTracker", "check_trackers", "scalars_of", "without_secrets"]
 

@@ -1,0 +1,144 @@
+"""How fast a folder of images becomes a table, and what memory that takes: raydet beside `datasets`.
+
+Each contestant runs in a process of its own, imports counted, in rounds one after another. All read the same generated
+JPEGs of 640 × 480. `raydet` makes sure that each can be decoded to its end and hashes it; `datasets` (imagefolder,
+then `to_parquet`) copies bytes and looks into none; `read_and_open` reads each file and has Pillow read its header, and
+writes nothing: the floor of any of them. Memory is that of all processes together. With --growth raydet runs once more
+on a quarter of the images, which tells whether memory grows with their number.
+
+    python benchmarks/prepare.py [--quick] [--images 20000] [--rounds 3] [--contestants raydet datasets]
+"""
+
+import argparse
+import io
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.contest import Pair, print_results, run_one, run_rounds
+else:  # a script finds its neighbours by their bare names
+    from contest import Pair, print_results, run_one, run_rounds
+
+SIZE = (640, 480)
+NUM_PICTURES = 500
+PAIRS: tuple[Pair, ...] = (("raydet", "datasets", 1.0), ("raydet", "read_and_open", 0.0), ("raydet_ray", "raydet", 0.0))
+
+
+def raydet(images: Path, out: Path) -> int:
+    from raydet import PrepareImagesConfig, prepare_images
+
+    return prepare_images(PrepareImagesConfig(images=str(images), out=str(out), use_ray=False)).accepted
+
+
+def raydet_ray(images: Path, out: Path) -> int:
+    from raydet import PrepareImagesConfig, prepare_images
+
+    return prepare_images(PrepareImagesConfig(images=str(images), out=str(out), use_ray=True)).accepted
+
+
+def raydet_split(images: Path, out: Path) -> int:
+    from raydet import PrepareImagesConfig, prepare_images
+
+    config = PrepareImagesConfig(images=str(images), out=str(out), use_ray=False, val_fraction=0.15)
+    return prepare_images(config).accepted
+
+
+def datasets(images: Path, out: Path) -> int:
+    from datasets import load_dataset
+
+    rows = load_dataset("imagefolder", data_dir=str(images), split="train", cache_dir=str(out / "cache"))
+    rows.to_parquet(str(out / "rows.parquet"))
+    return int(rows.num_rows)
+
+
+def read_and_open(images: Path, out: Path) -> int:
+    from PIL import Image
+
+    paths = sorted(images.rglob("*.jpg"))
+    for path in paths:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            assert image.size == SIZE
+    return len(paths)
+
+
+CONTESTANTS: dict[str, Callable[[Path, Path], int]] = {
+    function.__name__: function for function in (raydet, datasets, read_and_open, raydet_ray, raydet_split)
+}
+STANDARD = ("raydet", "datasets", "read_and_open")
+
+
+def main() -> None:
+    """Makes the images, or, as a child, runs one contestant over them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=STANDARD)
+    parser.add_argument("--growth", action="store_true", help="run raydet on a quarter of the images too")
+    parser.add_argument("--quick", action="store_true", help="2,000 images, one round")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        print(json.dumps(_run(options.contestants[0], Path(options.child["images"]), Path(options.child["folder"]))))
+        return
+    num_images, rounds = (2_000, 1) if options.quick else (options.images, options.rounds)
+    with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
+        setting = {"folder": folder, "images": f"{folder}/images"}
+        _make_images(Path(folder, "images"), num_images)
+        quarter = []
+        if options.growth:
+            _make_images(Path(folder, "quarter"), num_images // 4)
+            quarter = [run_one(__file__, "raydet", {**setting, "images": f"{folder}/quarter"}) for _ in range(rounds)]
+        runs = run_rounds(__file__, options.contestants, setting, rounds=rounds)
+    if quarter:
+        peaks = [statistics.median(run["peak_mb"] for run in each) for each in (quarter, runs["raydet"])]
+        print(
+            f"raydet's peak: {peaks[0]:.0f} MB with {num_images // 4:,} images, {peaks[1]:.0f} MB with {num_images:,}"
+        )
+    print_results(runs, PAIRS)
+
+
+def _run(name: str, images: Path, folder: Path) -> dict[str, Any]:
+    """One contestant; what it wrote is removed, since the next one needs the place."""
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.perf_counter()
+    num_images = CONTESTANTS[name](images, out)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"{name}: {num_images} images", file=sys.stderr)
+    return {"images_per_s": num_images / seconds}
+
+
+def _make_images(folder: Path, num_images: int) -> None:
+    """Soft and grainy pictures, about as many bytes for a pixel as photographs; each file has a comment of its own."""
+    import numpy as np
+    from PIL import Image
+
+    def make(number: int) -> bytes:
+        rng = np.random.default_rng(number)
+        soft = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+        grain = rng.integers(-12, 13, (SIZE[1], SIZE[0], 1), dtype=np.int16)
+        pixels = np.clip(np.asarray(soft, np.int16) + grain, 0, 255).astype(np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=85)
+        return stream.getvalue()
+
+    with ThreadPoolExecutor() as pool:
+        pictures = list(pool.map(make, range(min(NUM_PICTURES, num_images))))
+    for number in range(num_images):
+        path = folder / f"{number // 1000:03d}" / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = pictures[number % NUM_PICTURES]
+        path.write_bytes(picture[:2] + b"\xff\xfe\x00\x0a" + f"{number:08d}".encode() + picture[2:])
+
+
+if __name__ == "__main__":
+    main()

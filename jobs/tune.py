@@ -1,0 +1,7 @@
+"""`ray job submit … -- python jobs/tune.py OPTIONS` does what `raydet tune OPTIONS` does."""
+
+import sys
+
+from raydet.cli import main
+
+sys.exit(main(["tune", *sys.argv[1:]]))

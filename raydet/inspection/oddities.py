@@ -1,0 +1,250 @@
+"""What is odd in a data set: found while it is streamed, counted in full, listed up to a limit."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raydet import storage
+from raydet.boxes import Boxes
+from raydet.inspection.counting import Counts
+from raydet.inspection.rows import Integers, Rows
+from raydet.tables import MANIFEST_NAME, is_table
+
+EXTREME_RATIO = 20.0
+SAME_PLACE_IOU = 0.95
+FAR_LARGER = 4.0
+"""An image is far larger than a model sees it when its longer side is more than so many times the model's."""
+RARE_SHARE = 0.01
+"""A class is rare with fewer boxes than this share of those of the most frequent class."""
+MOST_LISTED = 1000
+"""Cases of each kind that the table lists."""
+MEANINGS = {
+    "rejected": ("Images left out", "`prepare` could not take them, for the reasons named"),
+    "identical_images": ("Same image in both tables", "what is learnt from must not be measured on"),
+    "class_only_in_data": ("Class missing in the validation data", "its AP cannot be measured"),
+    "class_only_in_val": ("Class only in the validation data", "it is measured, but never learnt"),
+    "class_without_boxes": ("Class without boxes", "named, but nothing is labelled with it"),
+    "rare_class": ("Rare class", f"fewer than {RARE_SHARE:.0%} of the boxes of the most frequent class"),
+    "image_without_boxes": ("Image without boxes", "right where nothing is to be found, otherwise labels are missing"),
+    "duplicate_boxes": ("Duplicate box", "the same box of the same class again in an image"),
+    "same_place": ("Two classes in one place", f"boxes of different classes with an IoU from {SAME_PLACE_IOU} on"),
+    "tiny_boxes": ("Box below 1 px²", "nobody can find it"),
+    "extreme_aspect_ratio": ("Extreme aspect ratio", f"one side is more than {EXTREME_RATIO:.0f} times the other"),
+    "large_image": (
+        "Image far larger than the model sees it",
+        f"shrunk by more than {FAR_LARGER:.0f}; small objects are lost, so think of a larger image_size or of tiles",
+    ),
+}
+"""Title and meaning of each kind; those that `prepare` found carry their own words."""
+
+_PREPARED_FOLDER, _REJECTED_FOLDER = "_findings", "_rejected"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One case of something odd.
+
+    Attributes:
+        split: `data` or `val`.
+        kind: What it is, a key of `MEANINGS` or a kind of `prepare`'s.
+        image_id: Where; None where it is no matter of one image.
+        path: Of that image; may be empty.
+        category: Name of the class; None where it is no matter of one class.
+        detail: Numbers, in words.
+    """
+
+    split: str
+    kind: str
+    image_id: int | None = None
+    path: str = ""
+    category: str | None = None
+    detail: str = ""
+
+
+class Findings:
+    """All that is odd: how often each kind is met, and its first cases.
+
+    Attributes:
+        counts: By split and kind.
+        listed: By split and kind, at most `MOST_LISTED` each.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.listed: dict[tuple[str, str], list[Finding]] = {}
+
+    def add(self, finding: Finding) -> None:
+        """Adds one case."""
+        key = (finding.split, finding.kind)
+        self.counts[key] += 1
+        kept = self.listed.setdefault(key, [])
+        if len(kept) < MOST_LISTED:
+            kept.append(finding)
+
+    def add_many(self, split: str, kind: str, places: Integers, describe: Callable[[int], Finding]) -> None:
+        """Counts all these cases, and describes those that are still listed."""
+        if len(places):
+            key = (split, kind)
+            self.counts[key] += len(places)
+            kept = self.listed.setdefault(key, [])
+            kept.extend(describe(place) for place in places[: MOST_LISTED - len(kept)].tolist())
+
+    def sorted_keys(self) -> list[tuple[str, str]]:
+        """Splits and kinds, what matters most first, and what `prepare` found behind it."""
+        order = {kind: number for number, kind in enumerate(MEANINGS)}
+        return sorted(self.counts, key=lambda key: (order.get(key[1], len(order)), key[1], key[0]))
+
+
+def add_oddities(findings: Findings, rows: Rows, split: str, names: Sequence[str], model_side_px: int) -> None:
+    """Looks at some images and their boxes.
+
+    Args:
+        findings: Where what is found goes.
+        rows: The images.
+        split: `data` or `val`.
+        names: Of the classes, by their indices.
+        model_side_px: The longer side of an image as the model sees it.
+    """
+    width, height = rows.boxes_xywh[:, 2], rows.boxes_xywh[:, 3]
+    longer, shorter = np.maximum(width, height), np.minimum(width, height)
+    sides = rows.sizes_wh.max(axis=1, initial=0.0)
+
+    def of_image(kind: str, row: int, detail: str = "", category: int | None = None) -> Finding:
+        return Finding(
+            split=split,
+            kind=kind,
+            image_id=int(rows.image_ids[row]),
+            path=rows.paths[row].as_py(),
+            category=None if category is None else names[category],
+            detail=detail,
+        )
+
+    def of_box(kind: str, tell: Callable[[int], str]) -> Callable[[int], Finding]:
+        return lambda box: of_image(kind, int(rows.owners[box]), tell(box), int(rows.categories[box]))
+
+    def box_text(box: int) -> str:
+        x, y, w, h = rows.boxes_xywh[box]
+        return f"{w:.4g} × {h:.4g} px at {x:.4g}, {y:.4g}"
+
+    findings.add_many(
+        split,
+        "image_without_boxes",
+        np.flatnonzero(rows.num_boxes == 0),
+        lambda row: of_image("image_without_boxes", row),
+    )
+    findings.add_many(
+        split,
+        "large_image",
+        np.flatnonzero(sides > FAR_LARGER * model_side_px),
+        lambda row: of_image(
+            "large_image", row, f"{rows.sizes_wh[row, 0]:.0f} × {rows.sizes_wh[row, 1]:.0f} px for {model_side_px} px"
+        ),
+    )
+    findings.add_many(split, "tiny_boxes", np.flatnonzero(width * height < 1), of_box("tiny_boxes", box_text))
+    extreme = np.flatnonzero((longer > EXTREME_RATIO * shorter) & (width * height >= 1))
+    findings.add_many(split, "extreme_aspect_ratio", extreme, of_box("extreme_aspect_ratio", box_text))
+    findings.add_many(split, "duplicate_boxes", duplicates(rows), of_box("duplicate_boxes", box_text))
+    first, second = same_places(rows)
+    findings.add_many(
+        split,
+        "same_place",
+        np.arange(len(first)),
+        lambda pair: of_box("same_place", lambda box: f"and {names[rows.categories[second[pair]]]}: {box_text(box)}")(
+            int(first[pair])
+        ),
+    )
+
+
+def add_class_findings(findings: Findings, counts: Counts, split: str, names: Sequence[str]) -> None:
+    """Looks at how often each class is there."""
+    most = int(counts.boxes.max(initial=0))
+    if not most:
+        return
+    for index in np.flatnonzero(counts.boxes == 0).tolist():
+        findings.add(Finding(split=split, kind="class_without_boxes", category=names[index]))
+    for index in np.flatnonzero((counts.boxes > 0) & (counts.boxes < RARE_SHARE * most)).tolist():
+        detail = f"{counts.boxes[index]:,} boxes; the most frequent class has {most:,}"
+        findings.add(Finding(split=split, kind="rare_class", category=names[index], detail=detail))
+
+
+def duplicates(rows: Rows) -> Integers:
+    """The boxes that repeat an earlier one of the same image and class exactly, rising."""
+    keys = (*rows.boxes_xywh.T, rows.categories, rows.owners)
+    order = np.lexsort((rows.numbers, *keys))
+    is_same = np.ones(max(len(order) - 1, 0), bool)
+    for key in keys:
+        is_same &= key[order][1:] == key[order][:-1]
+    return np.sort(order[1:][is_same])
+
+
+def same_places(rows: Rows) -> tuple[Integers, Integers]:
+    """Pairs of boxes of different classes in one image whose IoU is at least `SAME_PLACE_IOU`, without crowds."""
+    usable = np.flatnonzero(~rows.iscrowd & (rows.boxes_xywh[:, 2:] > 0).all(axis=1))
+    order = usable[np.lexsort((rows.boxes_xywh[usable, 0], rows.owners[usable]))]
+    boxes_xywh, owners, categories = rows.boxes_xywh[order], rows.owners[order], rows.categories[order]
+    # Such boxes begin at nearly the same x: none further along in this order can match once no neighbour at some
+    # distance does. The overlap in x is at least SAME_PLACE_IOU of what both cover together.
+    reach = boxes_xywh[:, 0] + boxes_xywh[:, 2] * (1 / SAME_PLACE_IOU - 1) * (1 + 1e-9)
+    pairs: list[npt.NDArray[np.int64]] = []
+    near = np.arange(len(order))
+    for step in range(1, len(order)):
+        near = near[near < len(order) - step]
+        near = near[(owners[near + step] == owners[near]) & (boxes_xywh[near + step, 0] <= reach[near])]
+        if not len(near):
+            break
+        others = near + step
+        is_pair = (categories[near] != categories[others]) & (
+            _iou(boxes_xywh[near], boxes_xywh[others]) >= SAME_PLACE_IOU
+        )
+        pairs.append(np.sort(order[np.stack([near[is_pair], others[is_pair]], axis=1)], axis=1))
+    found = np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+    found = found[np.lexsort((found[:, 1], found[:, 0]))]
+    return found[:, 0], found[:, 1]
+
+
+def _iou(one_xywh: Boxes, other_xywh: Boxes) -> npt.NDArray[np.float64]:
+    """IoU of boxes in pairs, [N, 4] and [N, 4] → [N]."""
+    low = np.maximum(one_xywh[:, :2], other_xywh[:, :2])
+    high = np.minimum(one_xywh[:, :2] + one_xywh[:, 2:], other_xywh[:, :2] + other_xywh[:, 2:])
+    both = np.maximum(high - low, 0).prod(axis=1)
+    either = one_xywh[:, 2:].prod(axis=1) + other_xywh[:, 2:].prod(axis=1) - both
+    return np.asarray(both / np.maximum(either, 1e-12))
+
+
+def add_prepared_findings(findings: Findings, data_uri: str, split: str) -> None:
+    """Adds what `prepare` wrote beside the table, as far as it is there: images it left out, and what it found odd."""
+    for batch in _side_table(storage.join(data_uri, _REJECTED_FOLDER), ("path", "reason")):
+        for row in batch.to_pylist():
+            findings.add(Finding(split=split, kind="rejected", path=row["path"] or "", detail=row["reason"] or ""))
+    for batch in _side_table(storage.join(data_uri, _PREPARED_FOLDER), ("path", "image_id", "kind", "detail")):
+        for kind in pc.unique(batch.column("kind").drop_null()).to_pylist():
+            places = np.flatnonzero(
+                pc.equal(batch.column("kind"), kind).fill_null(False).to_numpy(zero_copy_only=False)
+            )
+            findings.add_many(split, kind, places, _teller(batch, split, kind))
+
+
+def _teller(batch: pa.RecordBatch, split: str, kind: str) -> Callable[[int], Finding]:
+    def tell(place: int) -> Finding:
+        path, image_id, detail = (batch.column(name)[place].as_py() for name in ("path", "image_id", "detail"))
+        return Finding(split=split, kind=kind, image_id=image_id, path=path or "", detail=detail or "")
+
+    return tell
+
+
+def _side_table(uri: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Streams a table that need not be there; one without these columns counts as absent."""
+    if not is_table(uri):
+        return
+    filesystem, path = storage.resolve(uri)
+    for name in sorted(json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))["files"]):
+        with pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
+            if set(columns) <= set(file.schema_arrow.names):
+                yield from file.iter_batches(columns=list(columns))

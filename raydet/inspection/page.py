@@ -1,0 +1,189 @@
+"""What `inspect` found → its HTML page."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import raydet
+from raydet.config import TrainConfig
+from raydet.inspection.counting import GRID, QUANTITIES, Counts, Quantity
+from raydet.inspection.oddities import MEANINGS, Findings
+from raydet.inspection.pictures import ClassGallery, hex_colours
+from raydet.inspection.rows import Integers
+from raydet.inspection.tables import drifts
+from raydet.reporting.page import fill
+from raydet.tables import Table
+
+_MOST_CHARTED = 100
+"""Classes with histograms and a heat map of their own on the page; the tables have those of all."""
+_MOST_TOGETHER = 60
+_MOST_EXAMPLES = 50
+_DRIFTS = {"classes": "Shares of the classes", **{quantity.name: quantity.title for quantity in QUANTITIES}}
+
+
+def render(
+    tables: Mapping[str, Table],
+    counts: Mapping[str, Counts],
+    findings: Findings,
+    galleries: Sequence[ClassGallery],
+    training: TrainConfig,
+) -> str:
+    """Fills the template.
+
+    Args:
+        tables: By split.
+        counts: By split.
+        findings: What is odd.
+        galleries: The pictures.
+        training: What they were made with.
+    """
+    data = tables["data"]
+    names = [category.name for category in data.categories]
+    parts = data.uri.rstrip("/").split("/")
+    charted = np.argsort(-counts["data"].boxes, kind="stable")[:_MOST_CHARTED].tolist()
+    charts = {
+        "classes": names,
+        "splits": list(counts),
+        "histograms": _histograms(tables, counts, charted),
+        "centres": _centres(counts["data"], charted),
+        "together": _together(counts["data"], names),
+    }
+    return fill(
+        "inspect.html",
+        "inspect.js",
+        charts,
+        charts=charts,
+        title=" / ".join(parts[-2:]),
+        data_uri=data.uri,
+        val_uri=tables["val"].uri if "val" in tables else None,
+        counts=counts["data"],
+        val_counts=counts.get("val"),
+        classes=_class_rows(tables, counts),
+        charted=[(index, names[index]) for index in sorted(charted)],
+        quantities=QUANTITIES,
+        findings=_finding_rows(findings),
+        num_findings=sum(findings.counts.values()),
+        drifts=[(title, drifts(counts).get(name)) for name, title in _DRIFTS.items()] if "val" in counts else [],
+        galleries=galleries,
+        colours=hex_colours(names),
+        training=training,
+        version=raydet.__version__,
+        time=datetime.datetime.now(datetime.UTC),
+    )
+
+
+def _class_rows(tables: Mapping[str, Table], counts: Mapping[str, Counts]) -> list[dict[str, Any]]:
+    """A row for each class, most boxes first; numbers of the validation data by the class's name."""
+    data, val = counts["data"], counts.get("val")
+    total, val_total = max(data.num_boxes, 1), max(val.num_boxes, 1) if val is not None else 1
+    val_boxes: dict[str, int] = {}
+    if val is not None:
+        val_names = [category.name for category in tables["val"].categories]
+        val_boxes = dict(zip(val_names, val.boxes.tolist(), strict=True))
+    names = [category.name for category in tables["data"].categories]
+    most = max(int(data.boxes.max(initial=0)), 1)
+    rows = []
+    for index in np.argsort(-data.boxes, kind="stable").tolist():
+        boxes, images = int(data.boxes[index]), int(data.images[index])
+        val_count = val_boxes.get(names[index], 0)
+        rows.append(
+            {
+                "name": names[index],
+                "boxes": boxes,
+                "length": boxes / most,
+                "share": boxes / total,
+                "val_boxes": val_count,
+                "val_share": val_count / val_total,
+                "images": images,
+                "mean": boxes / images if images else None,
+                **dict(zip(("small", "medium", "large"), data.sizes[index].tolist(), strict=True)),
+                "crowds": int(data.crowds[index]),
+            }
+        )
+    return rows
+
+
+def _finding_rows(findings: Findings) -> list[dict[str, Any]]:
+    rows = []
+    for split, kind in findings.sorted_keys():
+        title, meaning = MEANINGS.get(kind, (kind, "found by `prepare`"))
+        listed = findings.listed[split, kind]
+        rows.append(
+            {
+                "title": title,
+                "meaning": meaning,
+                "split": split,
+                "count": findings.counts[split, kind],
+                "examples": listed[:_MOST_EXAMPLES],
+                "num_listed": len(listed),
+            }
+        )
+    return rows
+
+
+def _bin_label(quantity: Quantity, number: int) -> str:
+    low, high = quantity.edges[number : number + 2]
+    if quantity.name == "boxes_per_image" and high - low == 1:
+        return f"{low:g}"
+    if np.isinf(high):
+        return f"≥ {_short(low)}"
+    if low == 0 and quantity.name != "boxes_per_image":
+        return f"< {_short(high)}"
+    return f"{_short(low)}–{_short(high - 1 if quantity.name == 'boxes_per_image' else high)}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value < 1 else f"{value:.10g}"
+
+
+def _histograms(
+    tables: Mapping[str, Table], counts: Mapping[str, Counts], charted: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """By quantity the labels of its bins and, for each split, the counts by class; -1 stands for all classes."""
+    names = [category.name for category in tables["data"].categories]
+    content = {}
+    for quantity in QUANTITIES:
+        splits = []
+        for split, of_split in counts.items():
+            histogram = of_split.histograms[quantity.name]
+            place = {category.name: index for index, category in enumerate(tables[split].categories)}
+            rows = {"-1": histogram[-1].tolist()}
+            for index in charted:
+                if names[index] in place:
+                    rows[str(index)] = histogram[place[names[index]]].tolist()
+            splits.append(rows)
+        content[quantity.name] = {
+            "labels": [_bin_label(quantity, number) for number in range(len(quantity.edges) - 1)],
+            "unit": quantity.unit,
+            "what": "boxes" if quantity.of_boxes else "images",
+            "splits": splits,
+        }
+    return content
+
+
+def _centres(counts: Counts, charted: Sequence[int]) -> dict[str, Any]:
+    """By class the boxes in each cell, row by row; -1 stands for all classes."""
+    every: Integers = counts.centres.sum(axis=0)
+    cells = {"-1": every.ravel().tolist(), **{str(index): counts.centres[index].ravel().tolist() for index in charted}}
+    return {"grid": GRID, "cells": cells}
+
+
+def _together(counts: Counts, names: Sequence[str]) -> dict[str, Any] | None:
+    """In how many images two classes are together, of the classes with most images; None below two classes."""
+    shown = np.sort(np.argsort(-counts.images, kind="stable")[:_MOST_TOGETHER])
+    shown = shown[counts.images[shown] > 0]
+    if len(shown) < 2:
+        return None
+    place_of = np.full(len(names), -1)
+    place_of[shown] = np.arange(len(shown))
+    first, second, images = counts.together()
+    kept = (place_of[first] >= 0) & (place_of[second] >= 0)
+    cells = np.stack([place_of[first[kept]], place_of[second[kept]], images[kept]], axis=1)
+    return {
+        "names": [names[index] for index in shown.tolist()],
+        "images": counts.images[shown].tolist(),
+        "cells": cells.tolist(),
+        "num_classes": int((counts.images > 0).sum()),
+    }

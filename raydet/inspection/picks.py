@@ -1,0 +1,99 @@
+"""Which boxes are shown of each class: its smallest, its median, its largest, and some at random."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from raydet.inspection.rows import Floats, Integers, Rows
+from raydet.ordering import hashes_of
+
+_SAMPLE = 31
+"""Boxes of a class that are drawn at random; the middle one by size stands for the median of all."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A box to show: class, what it is (smallest, …), its image's position in the table, its place in the image."""
+
+    category: int
+    kind: str
+    position: int
+    number: int
+
+
+class Picker:
+    """Chooses while a table is streamed; the same table and seed always give the same boxes."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._smallest, self._largest, self._sample = _Best(1), _Best(1), _Best(_SAMPLE)
+
+    def add(self, rows: Rows) -> None:
+        """Looks at the boxes of some images; crowds are never chosen."""
+        kept = np.flatnonzero(~rows.iscrowd)
+        areas = rows.boxes_xywh[kept, 2] * rows.boxes_xywh[kept, 3]
+        of_image = hashes_of(rows.image_ids, self._seed)[rows.owners[kept]]
+        shuffled = hashes_of(of_image + rows.numbers[kept].astype(np.uint64), self._seed)
+        about = (rows.categories[kept], areas, rows.first + rows.owners[kept], rows.numbers[kept])
+        self._smallest.add(areas, *about)
+        self._largest.add(-areas, *about)
+        self._sample.add(shuffled, *about)
+
+    def picks(self, count: int) -> dict[int, list[Pick]]:
+        """By class at most `count` boxes, each of another image: smallest, median, largest, then random ones."""
+        chosen: dict[int, list[Pick]] = {}
+        for category in np.unique(self._sample.categories).tolist():
+            sample = self._sample.of_class(category)
+            by_area = sorted(sample, key=lambda box: (box[0], box[1:]))
+            candidates = [
+                *(("smallest", box) for box in self._smallest.of_class(category)),
+                ("median", by_area[len(by_area) // 2]),
+                *(("largest", box) for box in self._largest.of_class(category)),
+                *(("random", box) for box in sample),
+            ]
+            taken: dict[int, Pick] = {}
+            for kind, (_, position, number) in candidates:
+                if position not in taken and len(taken) < count:
+                    taken[position] = Pick(category, kind, position, number)
+            chosen[category] = list(taken.values())
+        return chosen
+
+
+class _Best:
+    """Of each class the boxes with the least keys."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.categories: Integers = np.empty(0, np.int64)
+        self._keys: npt.NDArray[np.generic] = np.empty(0)
+        self._areas: Floats = np.empty(0)
+        self._positions: Integers = np.empty(0, np.int64)
+        self._numbers: Integers = np.empty(0, np.int64)
+
+    def add(
+        self,
+        keys: npt.NDArray[np.generic],
+        categories: Integers,
+        areas: Floats,
+        positions: Integers,
+        numbers: Integers,
+    ) -> None:
+        # An empty array of floats would turn the hashes, whole numbers of 64 bits, into floats.
+        keys = np.concatenate([self._keys, keys]) if len(self._keys) else keys
+        categories = np.concatenate([self.categories, categories])
+        areas = np.concatenate([self._areas, areas])
+        positions = np.concatenate([self._positions, positions])
+        numbers = np.concatenate([self._numbers, numbers])
+        order = np.lexsort((numbers, positions, keys, categories))
+        starts = np.searchsorted(categories[order], categories[order], side="left")
+        order = order[np.arange(len(order)) - starts < self._count]
+        self.categories, self._keys, self._areas = categories[order], keys[order], areas[order]
+        self._positions, self._numbers = positions[order], numbers[order]
+
+    def of_class(self, category: int) -> list[tuple[float, int, int]]:
+        """Area, position and number of the boxes of a class, the least key first."""
+        rows = self.categories == category
+        return list(
+            zip(self._areas[rows].tolist(), self._positions[rows].tolist(), self._numbers[rows].tolist(), strict=True)
+        )

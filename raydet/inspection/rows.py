@@ -1,0 +1,96 @@
+"""Batches of an images table as flat arrays: one entry for each image, or for each box of all of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydet.boxes import Boxes
+from raydet.errors import UserError
+from raydet.tables import Table
+
+_BATCH_ROWS = 4096
+_COLUMNS = ("image_id", "image.path", "width", "height", "objects")
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some images with all their boxes.
+
+    Attributes:
+        first: Position of the first image in the table.
+        image_ids: int64 [N].
+        paths: Where the images are or came from, an Arrow array of N strings.
+        sizes_wh: Width and height in pixels, float64 [N, 2].
+        num_boxes: Of each image, int64 [N].
+        owners: Of each box the number of its image among these, int64 [M], rising.
+        numbers: Of each box its place in its image, int64 [M].
+        boxes_xywh: Absolute pixels, [M, 4].
+        categories: Class indices, int64 [M].
+        areas: Of the objects in square pixels, as the labels state them, float64 [M].
+        iscrowd: bool [M].
+    """
+
+    first: int
+    image_ids: Integers
+    paths: pa.Array
+    sizes_wh: Floats
+    num_boxes: Integers
+    owners: Integers
+    numbers: Integers
+    boxes_xywh: Boxes
+    categories: Integers
+    areas: Floats
+    iscrowd: npt.NDArray[np.bool_]
+
+
+def stream_rows(table: Table) -> Iterator[Rows]:
+    """Reads a table once from end to end, without its image bytes.
+
+    Raises:
+        UserError: A box has a class that the table does not name.
+    """
+    first = 0
+    for batch in table.iter_batches(_COLUMNS, batch_size=_BATCH_ROWS):
+        rows = _rows(batch, first)
+        wrong = rows.categories[(rows.categories < 0) | (rows.categories >= len(table.categories))]
+        if wrong.size:
+            raise UserError(
+                f"{table.uri} has a box of class {wrong[0]}, but names only the classes 0 to "
+                f"{len(table.categories) - 1}; write the table again with `raydet prepare`"
+            )
+        yield rows
+        first += batch.num_rows
+
+
+def _rows(batch: pa.RecordBatch, first: int) -> Rows:
+    objects = batch.column("objects")
+    lists = {name: pc.struct_field(objects, name) for name in ("bbox", "category", "area", "iscrowd")}
+    num_boxes = pc.fill_null(pc.list_value_length(lists["category"]), 0).to_numpy().astype(np.int64)
+    owners = np.repeat(np.arange(len(num_boxes)), num_boxes)
+    starts = np.cumsum(num_boxes) - num_boxes
+    boxes_xywh = lists["bbox"].flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+    return Rows(
+        first=first,
+        image_ids=batch.column("image_id").to_numpy(),
+        paths=pc.fill_null(pc.struct_field(batch.column("image"), "path"), ""),
+        sizes_wh=np.stack([_floats(batch.column(name)) for name in ("width", "height")], axis=1),
+        num_boxes=num_boxes,
+        owners=owners,
+        numbers=np.arange(len(owners)) - starts[owners],
+        boxes_xywh=boxes_xywh,
+        categories=lists["category"].flatten().to_numpy().astype(np.int64),
+        areas=_floats(lists["area"].flatten()),
+        iscrowd=pc.fill_null(lists["iscrowd"].flatten(), False).to_numpy(zero_copy_only=False),
+    )
+
+
+def _floats(column: Any) -> Floats:
+    return np.asarray(pc.fill_null(column, 0).to_numpy(zero_copy_only=False), np.float64)

@@ -1,0 +1,192 @@
+"""The folder that `inspect` writes: tidy tables of the numbers, each with its manifest."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from raydet import storage
+from raydet.errors import UserError
+from raydet.inspection.counting import GRID, QUANTITIES, Counts, distance
+from raydet.inspection.oddities import Findings
+from raydet.schema import Category, TableKind, build_schema
+from raydet.tables import TableWriter
+
+PAGE_FILE = "inspect.html"
+FOLDERS: dict[str, TableKind] = {
+    "summary": "data_summary",
+    "per_class": "per_class",
+    "histograms": "histograms",
+    "co_occurrence": "co_occurrence",
+    "box_centres": "box_centres",
+    "findings": "data_findings",
+}
+"""The tables by the names of their folders."""
+
+_OWN_FILE = re.compile(rf"{re.escape(PAGE_FILE)}|({'|'.join(FOLDERS)})/(part-\d+\.parquet|_manifest\.json)")
+_BATCH_ROWS = 2**16
+
+
+def check_folder(out: str) -> None:
+    """Refuses a folder that holds other things; an earlier page and its tables may be there, and will be replaced.
+
+    Raises:
+        UserError: It does, or it is a file; nothing has been changed.
+    """
+    filesystem, path = storage.resolve(out)
+    if filesystem.get_file_info(path).type == pafs.FileType.File:
+        raise UserError(f"{out} is a file; out must name a folder")
+    others = [name for name in storage.list_files(out, recursive=True) if not _OWN_FILE.fullmatch(name)]
+    if others:
+        raise UserError(f"{out} holds files that are not of `inspect`, such as {others[0]}; choose another out")
+
+
+def write_tables(
+    out: str,
+    counts: Mapping[str, Counts],
+    findings: Findings,
+    categories: Mapping[str, Sequence[Category]],
+    config_hash: str,
+) -> None:
+    """Writes all tables, in the place of earlier ones.
+
+    Args:
+        out: The folder.
+        counts: By split.
+        findings: What is odd.
+        categories: Of each split.
+        config_hash: Of the inspection.
+    """
+    names = {split: [category.name for category in categories[split]] for split in counts}
+    tables: dict[str, Iterator[dict[str, Any]]] = {
+        "summary": _summary(counts, findings),
+        "per_class": (row for split in counts for row in _per_class(split, counts[split], names[split])),
+        "histograms": (row for split in counts for row in _histograms(split, counts[split], names[split])),
+        "co_occurrence": (row for split in counts for row in _co_occurrence(split, counts[split], names[split])),
+        "box_centres": (row for split in counts for row in _centres(split, counts[split], names[split])),
+        "findings": _findings(findings),
+    }
+    for folder, rows in tables.items():
+        uri = storage.join(out, folder)
+        # Its manifest first: without one nobody takes the rest for a table.
+        for name in sorted(storage.list_files(uri), key=lambda name: not name.startswith("_")):
+            storage.delete_file(storage.join(uri, name))
+        schema = build_schema(FOLDERS[folder], categories["data"])
+        with TableWriter(uri, schema, config_hash=config_hash) as writer:
+            for batch in _batches(rows, schema):
+                writer.write(batch)
+
+
+def _batches(rows: Iterator[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    pending: list[dict[str, Any]] = []
+    for row in rows:
+        pending.append(row)
+        if len(pending) == _BATCH_ROWS:
+            yield pa.RecordBatch.from_pylist(pending, schema=schema)
+            pending = []
+    yield pa.RecordBatch.from_pylist(pending, schema=schema)
+
+
+def _summary(counts: Mapping[str, Counts], findings: Findings) -> Iterator[dict[str, Any]]:
+    for split, of_split in counts.items():
+        numbers = {
+            "images": of_split.num_images,
+            "images_without_boxes": of_split.num_empty,
+            "boxes": of_split.num_boxes,
+            "crowd_boxes": of_split.crowds.sum(),
+            "classes": of_split.num_classes,
+            "classes_with_boxes": (of_split.boxes > 0).sum(),
+            "boxes_per_image": of_split.num_boxes / max(of_split.num_images, 1),
+            **dict(zip(("small_boxes", "medium_boxes", "large_boxes"), of_split.sizes.sum(axis=0), strict=True)),
+            **dict(zip(("least_width_px", "least_height_px"), of_split.smallest_wh, strict=True)),
+            **dict(zip(("most_width_px", "most_height_px"), of_split.largest_wh, strict=True)),
+        }
+        for name, value in numbers.items():
+            yield {"split": split, "name": name, "value": float(value)}
+    for (split, kind), count in findings.counts.items():
+        yield {"split": split, "name": f"findings:{kind}", "value": float(count)}
+    for name, drift in drifts(counts).items():
+        yield {"split": None, "name": f"drift:{name}", "value": drift}
+
+
+def drifts(counts: Mapping[str, Counts]) -> dict[str, float | None]:
+    """How far the two splits lie apart: their classes by the shares of their boxes, and each histogram; 0 to 1."""
+    if "val" not in counts:
+        return {}
+    data, val = counts["data"], counts["val"]
+    return {
+        "classes": distance(data.boxes, val.boxes) if data.num_classes == val.num_classes else None,
+        **{
+            quantity.name: distance(data.histograms[quantity.name][-1], val.histograms[quantity.name][-1])
+            for quantity in QUANTITIES
+        },
+    }
+
+
+def _per_class(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    total = max(counts.num_boxes, 1)
+    for index, name in enumerate(names):
+        boxes, images = int(counts.boxes[index]), int(counts.images[index])
+        small, medium, large = counts.sizes[index].tolist()
+        yield {
+            "split": split,
+            "category": name,
+            "boxes": boxes,
+            "share": boxes / total,
+            "images": images,
+            "boxes_per_image": boxes / images if images else None,
+            "crowd_boxes": int(counts.crowds[index]),
+            "small_boxes": small,
+            "medium_boxes": medium,
+            "large_boxes": large,
+        }
+
+
+def _histograms(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for quantity in QUANTITIES:
+        histogram = counts.histograms[quantity.name]
+        for index, name in ((len(names), None), *enumerate(names)):
+            for number, count in enumerate(histogram[index].tolist()):
+                # Of all classes together every bin, so that the borders are all there; of one class what it has.
+                if count or name is None:
+                    low, high = quantity.edges[number : number + 2]
+                    yield {
+                        "split": split,
+                        "quantity": quantity.name,
+                        "category": name,
+                        "low": float(low),
+                        "high": float(high),
+                        "count": count,
+                    }
+
+
+def _co_occurrence(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for first, second, images in zip(*(column.tolist() for column in counts.together()), strict=True):
+        yield {"split": split, "first": names[first], "second": names[second], "images": images}
+
+
+def _centres(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for index, row, column in np.argwhere(counts.centres).tolist():
+        yield {
+            "split": split,
+            "category": names[index],
+            "left": column / GRID,
+            "top": row / GRID,
+            "boxes": int(counts.centres[index, row, column]),
+        }
+
+
+def _findings(findings: Findings) -> Iterator[dict[str, Any]]:
+    for key in findings.sorted_keys():
+        for item in findings.listed[key]:
+            yield {
+                "split": item.split,
+                "kind": item.kind,
+                "image_id": item.image_id,
+                "path": item.path,
+                "category": item.category,
+                "detail": item.detail,
+            }

@@ -1,0 +1,189 @@
+"""What a plan says: the result of `plan`, as a table for the terminal and as JSON."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from raydet.config import PlanConfig
+from raydet.console import aligned
+from raydet.planning.throughput import RAY, Forecast, NodeGroup, Probe, Workers
+
+_NAMES = {
+    "predict": {"decode": "decode", "prepare": "resize", RAY: "Ray and handing on"},
+    "train": {"decode": "decode and augment", "model": "model, a step", RAY: "Ray and handing on"},
+}
+_ADVICE = {
+    "CPUs": "more CPU nodes make it faster, more copies of the model do not",
+    "model": "more workers make it faster (GPUs, or more of the CPUs with --num-workers), more decoding does not",
+    "decoding": "lower --cpus-per-worker, so that more of the CPUs decode, or more CPU nodes make it faster",
+    "CPUs of GPU nodes": "GPU nodes with more CPUs make it faster: they resize what their GPUs see",
+    "reading": "storage nearer to the cluster, or images in tables or tar files, make it faster",
+}
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a cluster would take.
+
+    Attributes:
+        num_images: In all, over all epochs.
+        groups: The nodes.
+        workers: Copies of the model.
+        forecast: Speed, limits and stages.
+        startup_s: Until the first images are done, and to finish.
+        total_s: From start to end.
+        cost: In the currency of the prices; null without them.
+        probes: What it was calculated from: for the CPUs, and for the model.
+        config: What was asked.
+    """
+
+    num_images: int
+    groups: tuple[NodeGroup, ...]
+    workers: Workers
+    forecast: Forecast
+    startup_s: float
+    total_s: float
+    cost: float | None
+    probes: tuple[Probe, Probe]
+    config: PlanConfig
+
+    @property
+    def storage_mb_per_s(self) -> float:
+        """Megabytes (10⁶ bytes) of encoded images that the storage must deliver in a second."""
+        return self.forecast.images_per_s * self.probes[0].image_bytes / 1e6
+
+    @property
+    def pixels_mb_per_s(self) -> float:
+        """Megabytes of decoded pixels that go from decoders to workers in a second, over the network at the worst."""
+        return self.forecast.images_per_s * self.probes[0].pixel_bytes / 1e6
+
+    @property
+    def cpu_nodes_per_gpu_node(self) -> float | None:
+        """CPU nodes that keep a GPU node busy; null where there are not both."""
+        gpu_nodes = sum(group.num_nodes for group in self.groups if group.num_gpus)
+        of_cpu = [group for group in self.groups if not group.num_gpus]
+        cpu_nodes = sum(group.num_nodes for group in of_cpu)
+        if not gpu_nodes or not cpu_nodes or self.forecast.cpus_to_balance is None:
+            return None
+        cpus_of_a_node = sum(group.num_nodes * group.num_cpus for group in of_cpu) / cpu_nodes
+        return self.forecast.cpus_to_balance / cpus_of_a_node / gpu_nodes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "num_images": self.num_images,
+            "images_per_s": self.forecast.images_per_s,
+            "startup_s": self.startup_s,
+            "total_s": self.total_s,
+            "cost": self.cost,
+            "bottleneck": self.forecast.bottleneck,
+            "limits": dict(self.forecast.limits),
+            "stages": {name: dataclasses.asdict(load) for name, load in self.forecast.stages.items()},
+            "cpus_to_balance": self.forecast.cpus_to_balance,
+            "cpu_nodes_per_gpu_node": self.cpu_nodes_per_gpu_node,
+            "storage_mb_per_s": self.storage_mb_per_s,
+            "pixels_mb_per_s": self.pixels_mb_per_s,
+            "nodes": [dataclasses.asdict(group) for group in self.groups],
+            "workers": dataclasses.asdict(self.workers),
+            "command": self.command(),
+            "assumptions": self.assumptions(),
+            "probes": {"cpu": self.probes[0].to_dict(), "model": self.probes[1].to_dict()},
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def command(self) -> str:
+        """The options that the real job is to be given."""
+        batch = f"--batch-size {self.config.batch} --precision {self.config.precision}"
+        threads = "" if self.workers.on_gpu else f" --threads-per-worker {self.workers.threads}"
+        engine = f" --engine {self.config.engine}" if self.config.job == "predict" else ""
+        return f"raydet {self.config.job} --num-workers {self.workers.number}{threads}{engine} {batch}"
+
+    def lines(self) -> list[str]:
+        """The plan for the terminal."""
+        answer = self.forecast
+        nodes = ", ".join(_describe(group) for group in self.groups)
+        rate = f"{_rate(answer.images_per_s)} images/s"
+        passes = f" ({self.config.epochs} epochs)" if self.config.epochs > 1 else ""
+        lines = [
+            f"{self.config.job} of {self.num_images:,} images{passes} on {nodes}",
+            *self._table(),
+            f"time: {_duration(self.total_s)}, start-up {_duration(self.startup_s)} of it; {rate}",
+        ]
+        if self.cost is not None:
+            lines.append(f"cost: {self.cost:,.2f}, {self.cost / self.num_images * 1e6:,.2f} per million images")
+        lines.append(self._bottleneck())
+        lines += self._balance()
+        lines.append(
+            f"storage must deliver {self.storage_mb_per_s:,.1f} MB/s of images; up to {self.pixels_mb_per_s:,.1f} MB/s "
+            "of pixels go from decoders to workers, over the network where these are on other nodes"
+        )
+        lines += [f"assumed: {text}" for text in self.assumptions()]
+        lines.append(f"run it with: {self.command()} …")
+        if self.config.out is not None:
+            lines.append(f"plan: {self.config.out}")
+        return lines
+
+    def _table(self) -> list[str]:
+        rows = [("stage", "CPU ms an image", "images/s alone", "busy")]
+        for name, load in self.forecast.stages.items():
+            rows.append(
+                (
+                    _NAMES[self.config.job].get(name, name),
+                    f"{load.cpu_s * 1e3:,.2f}",
+                    "–" if load.images_per_s is None else _rate(load.images_per_s),
+                    f"{load.busy_share:.0%} of the {'workers' if name == 'model' else 'CPUs'}",
+                )
+            )
+        return aligned(rows)
+
+    def _bottleneck(self) -> str:
+        answer = self.forecast
+        if answer.bottleneck != "CPUs":
+            return f"bottleneck: {answer.bottleneck}; {_ADVICE[answer.bottleneck]}"
+        total_s = sum(load.cpu_s for load in answer.stages.values())
+        name, load = max(answer.stages.items(), key=lambda item: item[1].cpu_s)
+        stage = _NAMES[self.config.job].get(name, name)
+        return f"bottleneck: CPUs, of whose time {stage} takes {load.cpu_s / total_s:.0%}; {_ADVICE['CPUs']}"
+
+    def _balance(self) -> list[str]:
+        answer = self.forecast
+        if answer.cpus_to_balance is None:
+            return []
+        cpus = f"{answer.cpus_to_balance:,.1f} CPUs beside their own keep the GPU nodes busy"
+        ratio = self.cpu_nodes_per_gpu_node
+        return [f"balance: {cpus}" + ("" if ratio is None else f": {ratio:.2g} such CPU nodes to each GPU node")]
+
+    def assumptions(self) -> list[str]:
+        """What the numbers stand on, beside the formula."""
+        of_cpu, of_model = self.probes
+        machines = of_cpu.machine if of_cpu == of_model else f"{of_cpu.machine}; the model on {of_model.machine}"
+        found = [
+            f"a CPU of the cluster is as fast as one of the measured machine ({machines})",
+            "one more CPU, GPU or node brings as much as the one before; all nodes are up, and none is lost",
+        ]
+        if self.config.data is None and not self.config.probe:
+            size = self.config.picture_size
+            found.append(f"images are like the generated ones ({size} × {size}); --data measures with real ones")
+        if self.config.job == "train":
+            found.append("validation and the writing of checkpoints are not counted")
+            if sum(group.num_nodes for group in self.groups) > 1:
+                found.append(f"{self.config.network_gbit_per_s:g} Gbit/s between nodes")
+        if self.cost is not None:
+            found.append("all nodes are paid for from start to end, the head and the traffic are not counted")
+        return found
+
+
+def _describe(group: NodeGroup) -> str:
+    gpus = f" and {group.num_gpus} GPU{'s' if group.num_gpus > 1 else ''}" if group.num_gpus else ""
+    return f"{group.num_nodes} × {group.num_cpus} CPUs{gpus} ({group.name})"
+
+
+def _rate(images_per_s: float) -> str:
+    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 100 else f"{minutes} min"

@@ -1,0 +1,277 @@
+"""Measures on this machine what `plan` calculates with: the stages by themselves, and a short real run.
+
+The stages run in plain processes, as many at once as there are CPUs, since CPUs that are all busy share caches and
+memory and are slower than one alone. What raydet and Ray take beyond the stages is the rest of the real run.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from raydet import storage
+from raydet.checkpoints import read_checkpoint
+from raydet.config import PlanConfig
+from raydet.planning.processes import raise_failure, run_watched, started
+from raydet.planning.samples import Samples, take_samples
+from raydet.planning.throughput import Probe, StageCost, check_devices
+from raydet.schema import Category
+
+READY = "ready"
+_MEMORY_OF_A_PROCESS_BYTES = 1.5 * 2**30
+_MOST_THREADS_OF_A_WORKER = 4
+_LEAST_BATCHES = 16
+
+Say = Callable[[str], None]
+
+
+def threads_of_a_worker(config: PlanConfig, num_cpus: int) -> int:
+    """Threads of a copy of the model on a machine of so many CPUs."""
+    if config.threads_per_worker is not None:
+        return config.threads_per_worker
+    # A training step is shared by few workers, which so need all the threads there are.
+    return num_cpus if config.job == "train" else min(_MOST_THREADS_OF_A_WORKER, num_cpus)
+
+
+def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> Probe:
+    """Measures on this machine; takes about three times `config.seconds` and a minute or two of starting.
+
+    Args:
+        config: What is to be planned.
+        needs_gpu: Whether the plan is for GPUs; null where it is for this machine as it is.
+        say: Is told what is measured.
+
+    Raises:
+        UserError: The model or the images are not what they should be.
+        RunError: A measurement failed.
+    """
+    num_cpus = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="raydet-plan-", ignore_cleanup_errors=True) as folder:
+        say("taking samples of the images")
+        samples = take_samples(config, folder)
+        model = _model_folder(config, samples, folder)
+        alone, stages = _measure_stages(config, samples, model, folder, num_cpus=num_cpus, needs_gpu=needs_gpu, say=say)
+        on_gpu = alone["device"] != "cpu"
+        threads = num_cpus if on_gpu else threads_of_a_worker(config, num_cpus)
+        probe = Probe(
+            job=config.job,
+            model=f"{config.checkpoint or config.model}, {config.engine}, {config.precision}",
+            device=alone["device"],
+            machine=f"{platform.node()}, {num_cpus} CPUs",
+            num_cpus=num_cpus,
+            stages=stages,
+            model_all_threads=_costs([alone])["model"],
+            ray_cpu_s=0.0,
+            run_images_per_s=0.0,
+            run_workers=1 if on_gpu else max(1, num_cpus // threads),
+            run_threads=threads,
+            startup_s=0.0,
+            image_bytes=samples.image_bytes,
+            pixel_bytes=alone["pixel_bytes"],
+            gradient_bytes=alone["gradient_bytes"],
+            batch_size=config.batch,
+            source_read_s=samples.source_read_s,
+        )
+        say(f"measuring a short run of raydet {config.job}")
+        measure_run = _measure_predict if config.job == "predict" else _measure_train
+        # What the model takes depends on its threads.
+        costs = {**stages, "model": probe.model_cost(threads)}
+        cpu_s = sum(cost.cpu_s for cost in costs.values())
+        expected_rate = min(num_cpus / cpu_s, probe.run_workers / costs["model"].wall_s)
+        setting = _RunSetting(
+            config=config, model=model, folder=folder, workers=probe.run_workers, threads=threads, rate=expected_rate
+        )
+        run = measure_run(setting, samples)
+    return dataclasses.replace(
+        probe,
+        ray_cpu_s=max(0.0, run.cpu_s_per_image - cpu_s),
+        run_images_per_s=run.images_per_s,
+        startup_s=run.startup_s,
+    )
+
+
+def _measure_stages(
+    config: PlanConfig,
+    samples: Samples,
+    model: str,
+    folder: str,
+    *,
+    num_cpus: int,
+    needs_gpu: bool | None,
+    say: Say,
+) -> tuple[dict[str, Any], dict[str, StageCost]]:
+    """What one process with all threads found, and the cost of each stage while all CPUs are busy."""
+    job = {
+        "job": config.job,
+        "table": samples.write(f"{folder}/samples", len(samples.rows)),
+        "model": model,
+        "image_size": config.image_size,
+        "engine": config.engine,
+        "precision": config.precision,
+        "augmentation": config.augmentation,
+        "batch_size": config.batch,
+        "threads": num_cpus,
+        "use_gpu": config.use_gpu,
+        "with_model": True,
+        "seconds": config.seconds / 2,
+    }
+    say(f"measuring the model with {num_cpus} threads, or on a GPU")
+    [alone] = _run_stages([job], folder)
+    if needs_gpu is not None:
+        check_devices([alone["device"]], needs_gpu=needs_gpu)
+    say("measuring all stages while all CPUs are busy")
+    on_gpu, copies = alone["device"] != "cpu", _copies(num_cpus)
+    if config.job == "train":  # the workers share a batch
+        job["batch_size"] = max(1, config.batch // copies)
+    job |= {"threads": 1, "with_model": not on_gpu, "seconds": config.seconds}
+    stages = _costs(_run_stages([job] * copies, folder))
+    if on_gpu:
+        stages |= _costs([alone], ("prepare", "model", "write"))
+    return alone, stages
+
+
+def _model_folder(config: PlanConfig, samples: Samples, folder: str) -> str:
+    """The model that is run; for predict, one that is built from scratch must be saved first."""
+    if config.checkpoint is not None:
+        return read_checkpoint(config.checkpoint).name
+    assert config.model is not None, "the config asks for a checkpoint or a model"
+    if config.job == "train":
+        return storage.absolute_uri(config.model) if storage.exists(config.model) else config.model
+    from raydet.models import build_detector
+
+    categories = samples.categories or (Category(1, "object"),)
+    build_detector(config.model, categories, image_size=config.image_size, seed=0).save(f"{folder}/checkpoint")
+    return f"{folder}/checkpoint"
+
+
+def _copies(num_cpus: int) -> int:
+    """Processes with a model that fit into half of the memory that is free, one for each CPU at most."""
+    return max(1, min(num_cpus, int(psutil.virtual_memory().available / 2 / _MEMORY_OF_A_PROCESS_BYTES)))
+
+
+def _costs(results: Sequence[Mapping[str, Any]], stages: Sequence[str] | None = None) -> dict[str, StageCost]:
+    """What an image took by stage, over all processes."""
+    num_images = sum(result["num_images"] for result in results)
+    names = stages or list(results[0]["cpu_s"])
+    return {
+        name: StageCost(
+            cpu_s=sum(result["cpu_s"][name] for result in results) / num_images,
+            wall_s=sum(result["wall_s"][name] for result in results) / num_images,
+        )
+        for name in names
+        if name in results[0]["cpu_s"]
+    }
+
+
+def _run_stages(jobs: Sequence[Mapping[str, Any]], folder: str) -> list[dict[str, Any]]:
+    """Runs processes that measure stages, all at the same time."""
+    with contextlib.ExitStack() as stack:
+        errors = [stack.enter_context(Path(folder, f"stage-{number}.log").open("w+")) for number in range(len(jobs))]
+        processes = [
+            stack.enter_context(started([sys.executable, "-m", "raydet.planning.stages", json.dumps(job)], error))
+            for job, error in zip(jobs, errors, strict=True)
+        ]
+        for process, error in zip(processes, errors, strict=True):
+            if not _is_ready(process):
+                process.wait()
+                raise_failure(process.returncode, error, "measuring the stages")
+        for process in processes:
+            assert process.stdin is not None, "it was started with a pipe"
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        results = []
+        for process, error in zip(processes, errors, strict=True):
+            output, _ = process.communicate()
+            if process.returncode:
+                raise_failure(process.returncode, error, "measuring the stages")
+            results.append(json.loads(output.splitlines()[-1]))
+        return results
+
+
+def _is_ready(process: "subprocess.Popen[str]") -> bool:
+    """Waits until the process says so; false when it has ended without."""
+    assert process.stdout is not None, "it was started with a pipe"
+    return any(line.strip() == READY for line in process.stdout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunSetting:
+    """The real run; `rate` is about how many images per second it will do."""
+
+    config: PlanConfig
+    model: str
+    folder: str
+    workers: int
+    threads: int
+    rate: float
+
+    def options(self) -> list[str]:
+        """What predict and train have in common."""
+        values: dict[str, Any] = {
+            "precision": self.config.precision,
+            "batch_size": self.config.batch,
+            "num_workers": self.workers,
+            "threads_per_worker": self.threads,
+        }
+        if self.config.use_gpu is not None:
+            values["use_gpu"] = str(self.config.use_gpu).lower()
+        return [f"--{name}={value}" for name, value in values.items()]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What came of real runs: images per second, CPU seconds an image (0 where unknown), and what is fixed."""
+
+    images_per_s: float
+    cpu_s_per_image: float
+    startup_s: float
+
+
+def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:
+    """Two runs, one of them short: what more images take more is theirs, the rest is start-up.
+
+    Decoding runs ahead while the model is loaded, so that the speed within a short run says little.
+    """
+    batch = setting.config.batch
+    few = batch * setting.workers
+    most = int(setting.rate * setting.config.seconds)
+    many = min(max(most, _LEAST_BATCHES * few), max(samples.most_rows(), 2 * few))
+    spent = []
+    for number, num_rows in enumerate((few, many)):
+        table = samples.write(f"{setting.folder}/images-{number}", num_rows)
+        command = [sys.executable, "-m", "raydet.cli", "predict", *setting.options()]
+        command += [f"--checkpoint={setting.model}", f"--engine={setting.config.engine}"]
+        command += [f"--data={table}", f"--out={setting.folder}/detections-{number}"]
+        spent.append(run_watched(command, setting.folder))
+    (few_wall_s, few_cpu_s), (many_wall_s, many_cpu_s) = spent
+    wall_s = max(many_wall_s - few_wall_s, 1e-3) / (many - few)
+    cpu_s = max(many_cpu_s - few_cpu_s, 0.0) / (many - few)
+    return _Run(1 / wall_s, cpu_s, max(0.0, few_wall_s - few * wall_s))
+
+
+def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
+    """A run of two epochs, of which the second is not disturbed by what is done at the first steps."""
+    batch = setting.config.batch
+    steps = max(4, math.ceil(setting.rate * setting.config.seconds / 2 / batch))
+    train = samples.write(f"{setting.folder}/train", min(steps * batch, max(samples.most_rows(), 2 * batch)))
+    val = samples.write(f"{setting.folder}/val", 1)
+    out = f"{setting.folder}/run"
+    command = [sys.executable, "-m", "raydet.cli", "train", *setting.options()]
+    command += [f"--train-data={train}", f"--val-data={val}", f"--out={out}", f"--model={setting.model}"]
+    command += ["--epochs=2", "--validate-every=2", "--log-images=0", f"--augmentation={setting.config.augmentation}"]
+    if setting.config.image_size is not None:
+        command.append(f"--image-size={setting.config.image_size}")
+    wall_s, _ = run_watched(command, setting.folder)
+    history = json.loads(Path(out, "log", "history.json").read_text())
+    return _Run(history[1]["images_per_s"], 0.0, max(0.0, wall_s - sum(entry["seconds"] for entry in history)))

@@ -1,0 +1,81 @@
+"""Processes that are measured: started, ended with whoever waits for them, and their CPU seconds."""
+
+import contextlib
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NoReturn
+
+import psutil
+
+from raydet.errors import RunError, UserError
+
+_LOOK_EVERY_S = 0.25
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], errors: IO[str]) -> "Iterator[subprocess.Popen[str]]":
+    """A process, which is ended with the `with` if it has not ended by itself."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    # The plan is made of this machine, not of the cluster that a job would be sent to.
+    environment.pop("RAY_ADDRESS", None)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def raise_failure(returncode: int, errors: IO[str], what: str) -> NoReturn:
+    """Raises what a process has ended with: its last line, as a mistake of the user's if it says that it is one."""
+    errors.seek(0)
+    lines = [line for line in errors.read().splitlines() if line.strip()]
+    reason = lines[-1].removeprefix("raydet: error: ") if lines else f"it ended with code {returncode}"
+    raise UserError(reason) if returncode == 2 else RunError(f"{what} failed: {reason}")
+
+
+def run_watched(command: Sequence[str], folder: str) -> tuple[float, float]:
+    """Runs a command; returns its seconds, and the CPU seconds of it and all that it started."""
+    with Path(folder, "run.log").open("w+") as errors, started(command, errors) as process:
+        began = time.perf_counter()
+        watch = _CpuOfTree(process.pid)
+        try:
+            process.communicate()
+        finally:
+            watch.stop()
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            raise_failure(process.returncode, errors, f"a short run of {' '.join(command[2:4])}")
+    return seconds, watch.cpu_s
+
+
+class _CpuOfTree:
+    """Adds up the CPU seconds of a process and of all that it has started, also those that have ended."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+        self._by_process: dict[tuple[int, float], float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    @property
+    def cpu_s(self) -> float:
+        return sum(self._by_process.values())
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_LOOK_EVERY_S):
+            with contextlib.suppress(psutil.Error):
+                for process in [self._root, *self._root.children(recursive=True)]:
+                    with contextlib.suppress(psutil.Error):
+                        times = process.cpu_times()
+                        self._by_process[process.pid, process.create_time()] = times.user + times.system

@@ -1,0 +1,120 @@
+"""The images that a plan is measured with: some of the user's, or generated ones."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from raydet.config import PlanConfig, PrepareShapesConfig
+from raydet.errors import UserError
+from raydet.inputs import open_images
+from raydet.schema import Category, build_schema
+from raydet.tables import TableWriter, is_table, open_table
+
+_MOST_SAMPLES = 256
+_NUM_GENERATED = 64
+_STRETCHES = 2
+"""Places of the user's images that samples are taken from; few, since a table is read by whole row groups."""
+_MOST_TABLE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some of the user's images, encoded, with their labels if they have any.
+
+    Attributes:
+        rows: Of an images table.
+        categories: The table's.
+        source_read_s: Seconds to read one from where they are.
+    """
+
+    rows: list[dict[str, Any]]
+    categories: tuple[Category, ...]
+    source_read_s: float
+
+    @property
+    def image_bytes(self) -> float:
+        """Of one, encoded, on average."""
+        return statistics.fmean(len(row["image"]["bytes"]) for row in self.rows)
+
+    def write(self, uri: str, num_rows: int) -> str:
+        """Writes an images table of so many rows, with the samples over and over."""
+        with TableWriter(uri, build_schema("images", self.categories), config_hash="-") as writer:
+            for number in range(num_rows):
+                writer.write_rows([{**self.rows[number % len(self.rows)], "image_id": number}])
+        return uri
+
+    def most_rows(self) -> int:
+        """Of a table that is not too large for a temporary folder."""
+        return max(1, int(_MOST_TABLE_BYTES / self.image_bytes))
+
+
+def take_samples(config: PlanConfig, folder: str) -> Samples:
+    """Takes some images of those that the config names, or generates some.
+
+    Args:
+        config: What is to be planned.
+        folder: For what is generated.
+
+    Raises:
+        UserError: There are no such images, none can be read, or train cannot learn from them.
+    """
+    if config.data is None:
+        from raydet.preparation import prepare_shapes
+
+        shapes = PrepareShapesConfig(
+            out=f"{folder}/shapes", num_train=_NUM_GENERATED, num_val=1, image_size=config.picture_size
+        )
+        prepare_shapes(shapes)
+        table = open_table(f"{folder}/shapes/train", "images")
+        return Samples(_labelled(table.read().to_pylist()), table.categories, 0.0)
+    if not is_table(config.data):
+        if config.job == "train":
+            raise UserError(f"{config.data} is no images table; train learns from one, see raydet prepare")
+        return _read_samples(config.data, ())
+    table = open_table(config.data, "images")
+    if config.job == "predict":
+        return _read_samples(config.data, table.categories)
+    if not table.categories:
+        raise UserError(f"--data {table.uri} has no classes: it was prepared without labels")
+    began = time.perf_counter()
+    rows = _labelled(row for batch in table.iter_batches(batch_size=32) for row in batch.to_pylist())
+    if not rows:
+        raise UserError(f"--data {table.uri} holds no image with its bytes in it; prepare it with image_storage inline")
+    return Samples(rows, table.categories, (time.perf_counter() - began) / len(rows))
+
+
+def _labelled(rows: Any) -> list[dict[str, Any]]:
+    names = ("image_id", "image", "width", "height", "objects")
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        if row["image"]["bytes"] is not None:
+            found.append({name: row[name] for name in names})
+        if len(found) == _MOST_SAMPLES:
+            break
+    return found
+
+
+def _read_samples(data: str, categories: tuple[Category, ...]) -> Samples:
+    """Reads from several places of the collection, as `predict` does, and takes the time."""
+    images = open_images(data, index_uri=None)
+    size = max(1, min(_MOST_SAMPLES, images.num_rows) // _STRETCHES)
+    starts = sorted({images.num_rows * number // _STRETCHES for number in range(_STRETCHES)})
+    began = time.perf_counter()
+    found = [row for start in starts for row in images.read(start, min(start + size, images.num_rows))]
+    seconds = time.perf_counter() - began
+    empty: dict[str, list[Any]] = {"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []}
+    rows = [
+        {
+            "image_id": row.image_id,
+            "image": {"bytes": row.data, "path": row.path},
+            "width": (row.size_hw or (0, 0))[1],
+            "height": (row.size_hw or (0, 0))[0],
+            "objects": empty,
+        }
+        for row in found
+        if row.data is not None
+    ]
+    if not rows:
+        raise UserError(f"none of the images of {data} that were tried can be read: {found[0].error}")
+    return Samples(rows, categories, seconds / len(found))

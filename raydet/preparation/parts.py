@@ -1,0 +1,155 @@
+"""The unit of work: some images of a source, in their order, that become one file of the table.
+
+Parts are cut by the number of images, which follows from the data and never from who does the work, so that the files
+are the same, byte for byte, whether one thread wrote them or a cluster.
+"""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from raydet import storage
+from raydet.errors import RunError
+from raydet.preparation.examining import Examine, Rejected, Row
+from raydet.preparation.splitting import Hashes, Integers
+from raydet.sources import Finding, SourceImage
+from raydet.tables import FileWriter
+from raydet.threads import in_order
+
+FILE_BYTES = 256 * 2**20
+"""Of images in a file, on average."""
+SURVEY_IMAGES = 1024
+"""A survey writes nothing, so that its parts may be small."""
+
+_ROWS_AT_ONCE = 64
+_BYTES_AT_ONCE = 4 * 2**20
+_IMAGES_AHEAD_PER_THREAD = 4
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a source.
+
+    Attributes:
+        index: Its place among the parts of its table, from 0.
+        images: Those that are to be examined, in their order; may be gone through once.
+    """
+
+    index: int
+    images: Iterable[SourceImage]
+
+
+class Executor(Protocol):
+    """Does the same work to all parts and yields the answers in the parts' order."""
+
+    def __call__(self, work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
+        """Has few parts in hand at a time, whatever their number."""
+
+
+@dataclass
+class Written:
+    """What came of a part.
+
+    Attributes:
+        num_rows: Of the file; without any there is none.
+        counts: found, accepted, boxes, crowd_boxes, without_boxes.
+        boxes_by_class: [C].
+        image_ids: Of the rows, [N].
+        hashes: Of their contents, [N, 2].
+        rejected: Images without a row.
+        findings: All that was odd.
+    """
+
+    num_rows: int
+    counts: Counter[str]
+    boxes_by_class: Integers
+    image_ids: Integers
+    hashes: Hashes
+    rejected: list[Rejected] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def cut(images: Iterable[SourceImage], images_per_part: int) -> Iterator[Part]:
+    """Cuts images into parts, each to be gone through before the next is asked for."""
+    iterator = iter(images)
+    for index in itertools.count():
+        first = list(itertools.islice(iterator, 1))
+        if not first:
+            return
+        yield Part(index, itertools.chain(first, itertools.islice(iterator, images_per_part - 1)))
+
+
+def part_name(index: int) -> str:
+    """The file of a part."""
+    return f"part-{index:05d}.parquet"
+
+
+def examine_all(part: Part, examine: Examine, num_threads: int | None) -> Iterator[Row | Rejected]:
+    """Examines the images of a part in threads, a few of them ahead of the reader.
+
+    Raises:
+        RunError: The storage fails.
+    """
+    num_threads = num_threads or os.cpu_count() or 1
+    try:
+        yield from in_order(examine, part.images, num_threads=num_threads, ahead=num_threads * _IMAGES_AHEAD_PER_THREAD)
+    except OSError as error:
+        raise RunError(f"cannot read the images: {' '.join(str(error).split())}; run the same command again") from error
+
+
+def write_part(
+    part: Part, *, table_uri: str, schema: pa.Schema, examine: Examine, num_classes: int, num_threads: int | None
+) -> Written:
+    """Examines the images of a part and writes the rows of those that can be read; a second run writes the same."""
+    counts: Counter[str] = Counter()
+    rejected: list[Rejected] = []
+    findings: list[Finding] = []
+    image_ids: list[int] = []
+    hashes: list[bytes] = []
+    categories: list[int] = []
+    with FileWriter(storage.join(table_uri, part_name(part.index)), schema) as file:
+        pending: list[dict[str, Any]] = []
+        pending_bytes = 0
+        for result in examine_all(part, examine, num_threads):
+            counts["found"] += 1
+            if isinstance(result, Rejected):
+                rejected.append(result)
+                continue
+            objects = result.values["objects"]
+            counts["accepted"] += 1
+            counts["without_boxes"] += not objects["id"]
+            counts["boxes"] += len(objects["id"])
+            counts["crowd_boxes"] += sum(objects["iscrowd"])
+            categories += objects["category"]
+            findings += result.findings
+            image_ids.append(result.values["image_id"])
+            hashes.append(result.content_hash)
+            pending.append(result.values)
+            pending_bytes += len(result.values["image"]["bytes"] or b"")
+            if len(pending) >= _ROWS_AT_ONCE or pending_bytes >= _BYTES_AT_ONCE:
+                file.write_rows(pending)
+                pending, pending_bytes = [], 0
+        if pending:
+            file.write_rows(pending)
+    return Written(
+        num_rows=file.num_rows,
+        counts=counts,
+        boxes_by_class=np.bincount(np.asarray(categories, np.int64), minlength=num_classes),
+        image_ids=np.asarray(image_ids, np.int64),
+        hashes=as_hashes(hashes),
+        rejected=rejected,
+        findings=findings,
+    )
+
+
+def as_hashes(hashes: list[bytes]) -> Hashes:
+    """Hashes of 16 bytes → [N, 2]."""
+    return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)

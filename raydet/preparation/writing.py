@@ -1,0 +1,245 @@
+"""A source → tables: the images in one, or in OUT/train and OUT/val, and beside them what was odd about the rest.
+
+Everything that is large is done part by part, in threads here or in Ray tasks; this process holds the source's index,
+of each image a hash, and the parts in hand.
+"""
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+
+from raydet import storage
+from raydet.errors import RunError, UserError
+from raydet.preparation.examining import Examine
+from raydet.preparation.parts import Answer, Executor, Part, Written, cut, part_name, write_part
+from raydet.preparation.remains import FINDINGS_FOLDER, REJECTED_FOLDER, Target
+from raydet.preparation.report import (
+    REPEATED_IMAGES_DROPPED,
+    REPEATED_IMAGES_KEPT,
+    PrepareReport,
+    make_report,
+)
+from raydet.preparation.splitting import Flags, Hashes, Integers
+from raydet.preparation.surveying import Survey, find_duplicates, hold_out, survey, with_outcome, without
+from raydet.schema import build_schema
+from raydet.sources import Finding, Source, SourceImage
+from raydet.tables import TableWriter, write_manifest
+
+LOST = "boxes of rejected images, left out"
+REPEATED_CONTENT = "the same content as an image before it"
+"""Why a duplicate is rejected, where these are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a source becomes tables.
+
+    Attributes:
+        config_hash: Of the configuration.
+        images_per_part: Images of a file.
+        num_threads: Of each part; all CPUs by default.
+        use_ray: Whether to work in Ray tasks.
+        images_uri: The folder of the images, where they are in one.
+        val_fraction: Part of the images for OUT/val; None: all are in OUT.
+        seed: Of the choice of these.
+        drop_duplicate_images: Whether images of the same content as one before them are rejected.
+    """
+
+    config_hash: str
+    images_per_part: int
+    num_threads: int | None = None
+    use_ray: bool = False
+    images_uri: str | None = None
+    val_fraction: float | None = None
+    seed: int = 0
+    drop_duplicate_images: bool = False
+
+
+def write_tables(target: Target, source: Source, examine: Examine, plan: Plan) -> PrepareReport:
+    """Writes the tables of a target; when anything goes wrong, nothing of them is left.
+
+    Raises:
+        UserError: No image can be read, or the target cannot be written to.
+        RunError: Storage or cluster fail, or an image changes under way.
+    """
+    started = time.monotonic()
+    target.mark(plan.config_hash)
+    try:
+        with _executor(target, plan) as execute:
+            run = _Run(target, source, examine, plan, execute)
+            report = run.write()
+        counts = asdict(report)
+        del counts["out"], counts["already_done"], counts["tables"]
+        seconds = round(time.monotonic() - started, 3)
+        # The first split last: its manifest says that all are whole.
+        for split, uri in reversed(target.tables.items()):
+            write_manifest(uri, run.files[split], config_hash=plan.config_hash, prepare=counts, seconds=seconds)
+    except BaseException as error:
+        with contextlib.suppress(OSError, UserError):  # the next run cleans up what this one cannot
+            target.clean()
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write to {target.out}: {error.strerror or error}") from error
+        raise
+    target.unmark()
+    return report
+
+
+@contextlib.contextmanager
+def _executor(target: Target, plan: Plan) -> Iterator[Executor]:
+    if plan.use_ray:
+        from raydet.preparation.on_ray import tasks
+
+        with tasks(target, plan.images_uri) as execute:
+            yield execute
+    else:
+        yield _one_by_one
+
+
+def _one_by_one(work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
+    return map(work, parts)
+
+
+class _Run:
+    """One run, from the survey to the report.
+
+    Attributes:
+        files: For each table, by the name of its split, the rows of its files.
+    """
+
+    def __init__(self, target: Target, source: Source, examine: Examine, plan: Plan, execute: Executor) -> None:
+        self._target, self._source, self._examine, self._plan, self._execute = target, source, examine, plan, execute
+        self._counts: Counter[str] = Counter()
+        self._kinds: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        num_classes = len(source.categories)
+        self._boxes_by_class = {split: np.zeros(num_classes, np.int64) for split in target.tables}
+        self.files: dict[str, dict[str, int]] = {split: {} for split in target.tables}
+
+    def write(self) -> PrepareReport:
+        """Writes all but the manifests of the images."""
+        out, own_hash = self._target.out, self._plan.config_hash
+        with (
+            TableWriter(
+                storage.join(out, REJECTED_FOLDER), build_schema("rejected"), config_hash=own_hash
+            ) as self._rejected,
+            TableWriter(
+                storage.join(out, FINDINGS_FOLDER), build_schema("findings"), config_hash=own_hash
+            ) as self._findings,
+        ):
+            self._note(self._source.findings.rows)
+            if self._plan.val_fraction is not None or self._plan.drop_duplicate_images:
+                self._write_surveyed()
+            else:
+                written = list(self._write_table("", self._source.images, self._source.num_images))
+                image_ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in written)])
+                hashes = np.concatenate([np.zeros((0, 2), np.uint64), *(hashes for _, hashes in written)])
+                self._find_duplicates(image_ids, hashes)
+            self._refuse_nothing(self._counts["accepted"], self._counts["found"], self._reasons)
+        return make_report(
+            self._target,
+            self._counts,
+            self._kinds,
+            self._reasons,
+            class_names=[category.name for category in self._source.categories],
+            boxes_by_class={split: counts.tolist() for split, counts in self._boxes_by_class.items()},
+            images={split: sum(files.values()) for split, files in self.files.items()},
+        )
+
+    def _write_surveyed(self) -> None:
+        plan, source = self._plan, self._source
+        images = _with_progress(source.images, source.num_images, "looking at the images")
+        found = survey(images, self._examine, self._execute, plan.num_threads)
+        self._refuse_nothing(int(found.is_accepted.sum()), len(found.is_accepted), Counter(found.reasons.values()))
+        accepted = np.flatnonzero(found.is_accepted)
+        repeated = accepted[self._find_duplicates(found.image_ids[accepted], found.hashes[accepted])]
+        if plan.drop_duplicate_images:
+            found = without(found, repeated, REPEATED_CONTENT)
+        is_val = self._hold_out(found)
+        for split in self._target.tables:
+            # Those that cannot be read come up again beside the images of the first table, and are rejected there.
+            wanted = is_val if split == "val" else ~is_val
+            images = with_outcome(source.images, found, wanted)
+            for _ in self._write_table(split, images, int(wanted.sum())):
+                pass
+
+    def _hold_out(self, found: Survey) -> Flags:
+        if self._plan.val_fraction is None:
+            return np.zeros(len(found.is_accepted), np.bool_)
+        num_classes = len(self._source.categories)
+        return hold_out(found, num_classes=num_classes, val_fraction=self._plan.val_fraction, seed=self._plan.seed)
+
+    def _write_table(
+        self, split: str, images: Iterable[SourceImage], num_images: int
+    ) -> Iterator[tuple[Integers, Hashes]]:
+        """Writes the files of one table; yields the ids and hashes of the rows of each."""
+        uri = self._target.tables[split]
+        storage.make_folder(uri)
+        write = partial(
+            write_part,
+            table_uri=uri,
+            schema=build_schema("images", self._source.categories, extra_fields=self._source.extra_fields),
+            examine=self._examine,
+            num_classes=len(self._source.categories),
+            num_threads=self._plan.num_threads,
+        )
+        shown = _with_progress(images, num_images, f"preparing {uri}")
+        for index, written in enumerate(self._execute(write, cut(shown, self._plan.images_per_part))):
+            self._take(split, part_name(index), written)
+            yield written.image_ids, written.hashes
+
+    def _take(self, split: str, name: str, written: Written) -> None:
+        if written.num_rows:
+            self.files[split][name] = written.num_rows
+        self._counts += written.counts
+        self._boxes_by_class[split] += written.boxes_by_class
+        self._reasons.update(item.reason for item in written.rejected)
+        if written.rejected:
+            rows = [{"path": item.path, "image_id": item.image_id, "reason": item.reason} for item in written.rejected]
+            self._rejected.write_rows(rows)
+        self._note([Finding(LOST, item.path, item.image_id, count=item.num_boxes) for item in written.rejected])
+        self._note(written.findings)
+
+    def _note(self, findings: list[Finding]) -> None:
+        rows = [vars(finding) for finding in findings if finding.count]
+        for row in rows:
+            self._kinds[row["kind"]] += row["count"]
+        if rows:
+            self._findings.write_rows(rows)
+
+    def _find_duplicates(self, image_ids: Integers, hashes: Hashes) -> Integers:
+        """Lists the images of the same content as one before them; returns their places, ascending."""
+        places, firsts = find_duplicates(hashes)
+        if len(places):
+            wanted = set(image_ids[places].tolist()) | set(image_ids[firsts].tolist())
+            path_of = {image.image_id: image.path for image in self._source.images if image.image_id in wanted}
+            kind = REPEATED_IMAGES_DROPPED if self._plan.drop_duplicate_images else REPEATED_IMAGES_KEPT
+            pairs = zip(image_ids[places].tolist(), image_ids[firsts].tolist(), strict=True)
+            self._note(
+                [
+                    Finding(kind, path_of[image_id], image_id, detail=f"the same as {path_of[first]}, image {first}")
+                    for image_id, first in pairs
+                ]
+            )
+        return places
+
+    def _refuse_nothing(self, num_accepted: int, num_found: int, reasons: Counter[str]) -> None:
+        if not num_accepted:
+            shown = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
+            raise UserError(f"none of the {num_found} images can be read ({shown})")
+
+
+def _with_progress(images: Iterable[SourceImage], total: int, description: str) -> Iterable[SourceImage]:
+    """Shows a bar on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        return images
+    import rich.console
+    import rich.progress
+
+    console = rich.console.Console(stderr=True)
+    return rich.progress.track(images, description=description, total=total, console=console, transient=True)

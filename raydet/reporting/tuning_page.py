@@ -1,0 +1,162 @@
+"""The trials of a search → one HTML file: how good each was, where the good ones lie, what mattered."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raydet.reporting.page import fill
+
+_MOST_TICKS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """An option that was varied.
+
+    Attributes:
+        name: Of the option.
+        is_log: Whether its values were drawn evenly on a logarithmic scale.
+        choices: In their order, as texts, where it was one of a few; None where it is a number.
+    """
+
+    name: str
+    is_log: bool = False
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    """A trial on the page.
+
+    Attributes:
+        name: Of its folder.
+        state: finished, stopped, failed or unfinished.
+        source: default, point or search.
+        values: Of each axis: a number, the text of a choice, or None.
+        value: Of the metric, at the best epoch.
+        best_epoch: Which one that is.
+        num_epochs: That were trained.
+        seconds: They took.
+        error: Why it failed.
+    """
+
+    name: str
+    state: str
+    source: str
+    values: tuple[Any, ...]
+    value: float | None
+    best_epoch: int | None
+    num_epochs: int
+    seconds: float
+    error: str | None
+
+
+def render_tuning(
+    *,
+    metric: str,
+    is_less_better: bool,
+    axes: Sequence[Axis],
+    trials: Sequence[TrialRow],
+    best: str | None,
+    importance: Mapping[str, float] | None,
+    facts: Sequence[tuple[str, str]],
+    remarks: Sequence[str] = (),
+) -> str:
+    """Makes the page.
+
+    Args:
+        metric: What the search was for.
+        is_less_better: Whether its smallest value is the best.
+        axes: What was varied.
+        trials: In the order in which they began.
+        best: Name of the best trial.
+        importance: Share of each option; None where it could not be told.
+        facts: Further labels and texts on the search.
+        remarks: What a reader must know.
+    """
+    return fill(
+        "tuning.html",
+        "tuning.js",
+        _charts(metric, is_less_better, axes, trials, importance),
+        metric=metric,
+        axes=axes,
+        trials=trials,
+        best=next((trial for trial in trials if trial.name == best), None),
+        default=next((trial for trial in trials if trial.source == "default"), None),
+        counts={state: sum(trial.state == state for trial in trials) for state in sorted({t.state for t in trials})},
+        importance=importance,
+        facts=facts,
+        remarks=remarks,
+        text_of=text_of,
+    )
+
+
+def _charts(
+    metric: str,
+    is_less_better: bool,
+    axes: Sequence[Axis],
+    trials: Sequence[TrialRow],
+    importance: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    return {
+        "metric": metric,
+        "less_is_better": is_less_better,
+        "trials": [
+            {
+                "name": trial.name,
+                "state": trial.state,
+                "value": trial.value,
+                "texts": [text_of(value) for value in trial.values],
+                "places": [_place(axis, value, trials, index) for index, (axis, value) in _pairs(axes, trial)],
+            }
+            for trial in trials
+        ],
+        "axes": [{"name": axis.name, "ticks": _ticks(axis, index, trials)} for index, axis in enumerate(axes)],
+        "importance": None if importance is None else sorted(importance.items(), key=lambda item: item[1]),
+    }
+
+
+def _pairs(axes: Sequence[Axis], trial: TrialRow) -> list[tuple[int, tuple[Axis, Any]]]:
+    return list(enumerate(zip(axes, trial.values, strict=True)))
+
+
+def text_of(value: Any) -> str:
+    """A value as a person would write it."""
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _range(axis: Axis, index: int, trials: Sequence[TrialRow]) -> tuple[float, float]:
+    """The lowest and highest value on an axis, on its scale."""
+    found = [trial.values[index] for trial in trials if isinstance(trial.values[index], int | float)]
+    scaled = [_scaled(axis, value) for value in found if not axis.is_log or value > 0]
+    return (min(scaled), max(scaled)) if scaled else (0.0, 1.0)
+
+
+def _scaled(axis: Axis, value: float) -> float:
+    return math.log10(value) if axis.is_log else float(value)
+
+
+def _place(axis: Axis, value: Any, trials: Sequence[TrialRow], index: int) -> float | None:
+    """Where a value stands on its axis, from 0 to 1; None where it does not."""
+    if axis.choices is not None:
+        if value not in axis.choices:
+            return None
+        return round((axis.choices.index(value) + 0.5) / len(axis.choices), 4)
+    if not isinstance(value, int | float) or (axis.is_log and value <= 0):
+        return None
+    low, high = _range(axis, index, trials)
+    return 0.5 if low == high else round((_scaled(axis, value) - low) / (high - low), 4)
+
+
+def _ticks(axis: Axis, index: int, trials: Sequence[TrialRow]) -> list[tuple[float, str]]:
+    """Places on an axis with their texts."""
+    if axis.choices is not None:
+        step = math.ceil(len(axis.choices) / _MOST_TICKS)
+        shown = list(enumerate(axis.choices))[::step]
+        return [(round((number + 0.5) / len(axis.choices), 4), text) for number, text in shown]
+    low, high = _range(axis, index, trials)
+    if low == high:
+        return [(0.5, f"{10**low if axis.is_log else low:.3g}")]
+    values = [low + (high - low) * quarter / 4 for quarter in range(5)]
+    return [(quarter / 4, f"{10**v if axis.is_log else v:.3g}") for quarter, v in enumerate(values)]

@@ -1,0 +1,174 @@
+"""One row's `objects` of a Hugging Face data set → its boxes, whatever layout of the usual ones they are in.
+
+Boxes come as a struct of lists (`{"bbox": [[…], …], "category": […]}`), as a list of structs (`[{"bbox": […],
+"category": …}, …]`), or as JSON text of one of these. Formats of a box:
+
+- `coco`: (left, top, width, height) in pixels.
+- `voc`: (left, top, right, bottom) in pixels, edges from 0 and not numbers of pixels: width = right - left.
+- `yolo`: (centre x, centre y, width, height) in parts of the image.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+BboxFormat = Literal["coco", "voc", "yolo"]
+_Box = tuple[float, float, float, float]
+
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "bbox": ("bbox", "bboxes", "box", "boxes"),
+    "category": ("category", "categories", "category_id", "category_ids", "label", "labels", "class", "classes"),
+    "id": ("id", "ids", "bbox_id", "annotation_id"),
+    "area": ("area", "areas"),
+    "iscrowd": ("iscrowd", "is_crowd"),
+}
+"""What the fields of `objects` may be called; the first that is there is taken."""
+
+MAX_ANNOTATION_ID = 2**63
+"""Ids stand in an int64 column."""
+
+
+@dataclass(frozen=True)
+class RowObjects:
+    """The boxes of one row that have a class and four numbers, with what was odd about the others.
+
+    Attributes:
+        ids: As the row has them; None where it has none, or what is no integer.
+        boxes_xywh: (left, top, width, height), in pixels or, for `yolo`, in parts of the image, [N].
+        categories: Names or numbers, as the row has them, [N].
+        areas: In square pixels, or of the box where the row states none, [N].
+        iscrowd: Whether the box stands for a crowd, [N].
+        findings: What was left out, and how often.
+        refusal: Why nothing can be made of them; None where it can.
+    """
+
+    ids: list[int | None] = field(default_factory=list)
+    boxes_xywh: list[_Box] = field(default_factory=list)
+    categories: list[int | str] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
+    iscrowd: list[bool] = field(default_factory=list)
+    findings: Mapping[str, int] = field(default_factory=dict)
+    refusal: str | None = None
+
+
+def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
+    """Reads one row's objects; null is none.
+
+    Args:
+        value: As Arrow gives them: a dictionary of lists, a list of dictionaries, JSON text, or None.
+        bbox_format: Of the boxes.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return RowObjects(refusal="its objects are no JSON")
+    columns = _columns(value)
+    if columns is None:
+        return RowObjects(refusal="its objects are neither lists in a struct nor structs in a list")
+    if not columns:
+        return RowObjects()
+    names = _names(tuple(columns))
+    if names["bbox"] is None or names["category"] is None:
+        missing = "boxes (bbox)" if names["bbox"] is None else "classes (category)"
+        return RowObjects(refusal=f"its objects have no {missing}")
+    lists = {key: columns[name] for key, name in names.items() if name is not None and columns[name] is not None}
+    if not all(isinstance(items, list) for items in lists.values()):
+        return RowObjects(refusal="its objects are neither lists in a struct nor structs in a list")
+    lengths = {len(items) for items in lists.values()}
+    if not {"bbox", "category"} <= lists.keys():
+        # A null for an empty list, as pandas writes it.
+        return RowObjects() if lengths <= {0} else RowObjects(refusal="its objects have lists of different lengths")
+    if len(lengths) > 1:
+        return RowObjects(refusal="its objects have lists of different lengths")
+    return _kept(lists, bbox_format)
+
+
+def names_in(fields: Iterable[str]) -> dict[str, str | None]:
+    """Which of the fields of `objects` holds what; None where none does."""
+    return _names(tuple(fields))
+
+
+@lru_cache(maxsize=64)
+def _names(fields: tuple[str, ...]) -> dict[str, str | None]:
+    by_lower = {field.lower(): field for field in reversed(fields)}
+    return {key: next((by_lower[name] for name in names if name in by_lower), None) for key, names in NAMES.items()}
+
+
+def _columns(value: Any) -> dict[str, Any] | None:
+    """A struct of lists, from whatever layout; empty where there is no object."""
+    if value is None or value == []:
+        return {}
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        names = dict.fromkeys(name for item in value for name in item)
+        return {name: [item.get(name) for item in value] for name in names}
+    return None
+
+
+def _kept(lists: Mapping[str, list[Any]], bbox_format: BboxFormat) -> RowObjects:
+    findings: Counter[str] = Counter()
+    result = RowObjects(findings=findings)
+    nothing = [None] * len(lists["bbox"])
+    columns = [lists.get(key, nothing) for key in ("bbox", "category", "id", "area", "iscrowd")]
+    for bbox, category, annotation_id, area, iscrowd in zip(*columns, strict=True):
+        numbers = _four_numbers(bbox)
+        known = _integer(category) if not isinstance(category, str) else category
+        if numbers is None:
+            findings["boxes that are not four numbers, left out"] += 1
+        elif known is None:
+            findings["boxes without a class, left out"] += 1
+        else:
+            box_xywh = _TO_XYWH[bbox_format](numbers)
+            result.ids.append(_integer(annotation_id))
+            result.boxes_xywh.append(box_xywh)
+            result.categories.append(known)
+            result.areas.append(_area(area, box_xywh, bbox_format))
+            result.iscrowd.append(bool(iscrowd))
+    return result
+
+
+def _from_corners(box_xyxy: _Box) -> _Box:
+    left, top, right, bottom = box_xyxy
+    return left, top, right - left, bottom - top
+
+
+def _from_centre(box_cxcywh: _Box) -> _Box:
+    cx, cy, width, height = box_cxcywh
+    return cx - width / 2, cy - height / 2, width, height
+
+
+_TO_XYWH: Mapping[BboxFormat, Callable[[_Box], _Box]] = {
+    "coco": lambda box_xywh: box_xywh,
+    "voc": _from_corners,
+    "yolo": _from_centre,
+}
+
+
+def _four_numbers(bbox: Any) -> _Box | None:
+    """The numbers of a box; one that is null becomes NaN, so that the box has no area and is counted as such."""
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        return None
+    try:
+        a, b, c, d = (math.nan if number is None else float(number) for number in bbox)
+    except (TypeError, ValueError):
+        return None
+    return a, b, c, d
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_one = isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_ANNOTATION_ID
+    return value if is_one else None
+
+
+def _area(area: Any, box_xywh: _Box, bbox_format: BboxFormat) -> float:
+    """As stated; that of the box where nothing sensible is, and for boxes in parts of the image always."""
+    is_stated = bbox_format != "yolo" and isinstance(area, int | float) and math.isfinite(area) and area >= 0
+    return float(area) if is_stated else box_xywh[2] * box_xywh[3]

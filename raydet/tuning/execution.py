@@ -1,0 +1,211 @@
+"""The trials of a search, run by Ray Tune: it starts them, hears their epochs and stops those that are behind."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Self
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from raydet import storage
+from raydet.tuning.following import Follower
+from raydet.tuning.plan import Plan, Search
+from raydet.tuning.records import State, Trial
+from raydet.tuning.resources import DRIVER_CPUS, Share
+from raydet.tuning.trial_run import EPOCH, ERROR, FAILED, JOB, OUTCOME, SCORE, run_trial
+
+_TIMES_STARTED_AGAIN = 2
+"""A trial whose own process has died, with its node; it goes on from its newest state."""
+_TUNE_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer one prints a heading at any verbosity
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders have what is worth keeping
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Ctrl+C would look like the end of the search
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # how a trial ended is no epoch
+}
+
+
+def run_trials(search: Search, share: Share, follower: Follower) -> bool:
+    """Does all trials that are left.
+
+    Args:
+        search: Its trials are brought up to date.
+        share: What each of them gets.
+        follower: Is told what happens.
+
+    Returns:
+        Whether all were done; false when the time limit came first.
+    """
+    plan = search.plan
+    clock = _Clock(plan.config.time_limit_s)
+    notes = storage.join(plan.out, "log", "ray")  # of Tune's own, which nothing reads again
+    with _environment(_TUNE_SETTINGS):
+        tuner = tune.Tuner(
+            tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
+            tune_config=tune.TuneConfig(
+                search_alg=_TrialSource(search, share),
+                scheduler=build_scheduler(plan, list(search.trials.values())),
+                num_samples=search.num_to_do,
+                max_concurrent_trials=share.max_concurrent,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                storage_path=notes,
+                name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                stop=clock,
+                callbacks=[_Recorder(search, follower)],
+                failure_config=tune.FailureConfig(max_failures=_TIMES_STARTED_AGAIN),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    storage.delete_folder(notes)
+    return not clock.is_over
+
+
+def build_scheduler(plan: Plan, ended: Sequence[Trial]) -> TrialScheduler:
+    """Ray Tune's scheduler, told of the trials of earlier runs of the search."""
+    if plan.config.scheduler == "none":
+        return FIFOScheduler()
+    factor = plan.config.reduction_factor
+    grace = plan.config.grace_epochs or max(1, round(plan.max_epochs / factor**2))
+    scheduler = _Halving(
+        time_attr=EPOCH,
+        metric=SCORE,
+        mode="max",
+        max_t=max(plan.max_epochs, grace),
+        grace_period=grace,
+        reduction_factor=factor,
+    )
+    for trial in ended:
+        if trial.state == "unfinished":
+            continue  # it will report its epochs again
+        known: Any = SimpleNamespace(trial_id=trial.name)
+        scheduler.on_trial_add(None, known)  # type: ignore[arg-type]
+        for epoch, score in trial.scores(plan.metric).items():
+            if epoch < plan.max_epochs:
+                result = {EPOCH: epoch, SCORE: score}
+                scheduler.on_trial_result(None, known, result)
+    return scheduler
+
+
+class _Halving(ASHAScheduler):
+    """Asynchronous successive halving, which lets the default training finish, as what others are compared with."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Says whether a trial goes on."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        is_default = hasattr(trial, "config") and _number(trial) == 0
+        return str(TrialScheduler.CONTINUE if is_default else decision)
+
+
+class _NotKept:
+    """What Tune cannot store with its notes: there is no need to, as the search can be made of its records again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+
+class _TrialSource(_NotKept, Searcher):
+    """Hands Tune one trial after the other."""
+
+    def __init__(self, search: Search, share: Share) -> None:
+        super().__init__()
+        self._search, self._share = search, share
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial, all in one parameter."""
+        following = self._search.next()
+        if following is None:
+            return Searcher.FINISHED
+        trial, config = following
+        content = {"number": trial.number, "config": dataclasses.asdict(self._share.applied_to(config))}
+        return {JOB: json.dumps(content)}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Nothing: `_Recorder` has what is needed for the search to learn."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the records are written anyway."""
+
+
+class _Recorder(_NotKept, tune.Callback):
+    """Writes down what becomes of the trials, as Tune tells it, and passes it on."""
+
+    def __init__(self, search: Search, follower: Follower) -> None:
+        self._search, self._follower = search, follower
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial is about to train."""
+        self._follower.started(self._search.trials[_number(trial)])
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """An epoch has ended."""
+        if EPOCH in result:
+            self._follower.advanced(self._search.trials[_number(trial)], result[EPOCH], result[SCORE])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial has come to its end, or the scheduler has ended it."""
+        last = trial.last_result or {}
+        outcome = last.get(OUTCOME)
+        if outcome == FAILED:
+            self._end(trial, "failed", last.get(ERROR))
+        else:
+            self._end(trial, "stopped" if outcome is None else "finished")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Its process has died too often."""
+        reason = str(trial.get_pickled_error() or "its process has died").strip().splitlines()[-1]
+        self._end(trial, "failed", reason[:500])
+
+    def _end(self, trial: Any, state: State, error: str | None = None) -> None:
+        self._follower.ended(self._search.end(_number(trial), state, error), self._search.best())
+
+
+class _Clock(_NotKept, tune.Stopper):
+    """Ends the search when its time is over; what trains then stays unfinished."""
+
+    def __init__(self, limit_s: float | None) -> None:
+        self._deadline = None if limit_s is None else time.monotonic() + limit_s
+        self.is_over = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Single trials have no limit."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the time is over."""
+        self.is_over = self.is_over or (self._deadline is not None and time.monotonic() >= self._deadline)
+        return self.is_over
+
+
+def _number(trial: Any) -> int:
+    return int(json.loads(trial.config[JOB])["number"])
+
+
+def _name(trial: Any) -> str:
+    return f"trial-{_number(trial):04d}"
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the time of a `with`."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

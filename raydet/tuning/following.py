@@ -1,0 +1,60 @@
+"""What a person sees of a search while it runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from raydet.tuning.plan import Plan
+from raydet.tuning.records import Trial, natural
+
+
+class Follower:
+    """Says how a search goes: a line for each trial that has ended, and on a terminal how far the others are."""
+
+    def __init__(
+        self, plan: Plan, *, num_to_do: int, line: Callable[[str], None], update: Callable[[str], None]
+    ) -> None:
+        self._plan, self._num_to_do, self._line, self._update = plan, num_to_do, line, update
+        self._num_ended = 0
+        self._running: dict[str, str] = {}
+        self._best = ""
+
+    def started(self, trial: Trial) -> None:
+        """A trial has begun."""
+        self._running[trial.name] = f"{trial.name} starts"
+        self._show()
+
+    def advanced(self, trial: Trial, epoch: int, score: float) -> None:
+        """A trial has done an epoch."""
+        value = natural(score, self._plan.metric)
+        self._running[trial.name] = f"{trial.name} epoch {epoch}, {self._plan.metric} {value:.3f}"
+        self._show()
+
+    def ended(self, trial: Trial, best: tuple[Trial, float] | None) -> None:
+        """A trial has ended; `best` is the best of all until now, with its score."""
+        self._num_ended += 1
+        self._running.pop(trial.name, None)
+        if best is not None:
+            self._best = f"; best {natural(best[1], self._plan.metric):.3f} ({best[0].name})"
+        is_best = best is not None and best[0].number == trial.number
+        self._line(trial_line(self._plan, trial, is_best=is_best))
+        self._show()
+
+    def _show(self) -> None:
+        running = ", ".join(self._running.values())
+        self._update(f"{self._num_ended} of {self._num_to_do} trials done{self._best}; {running}")
+
+
+def trial_line(plan: Plan, trial: Trial, *, is_best: bool) -> str:
+    """A trial in one line."""
+    score = trial.score(plan.metric)
+    value = "–" if score is None else f"{natural(score, plan.metric):.3f}"
+    epochs = f"{len(trial.history)} epoch{'' if len(trial.history) == 1 else 's'}"
+    values = ", ".join(f"{name} {in_short(value)}" for name, value in plan.values(trial.parameters).items())
+    mark = " *" if is_best else "  "
+    text = f"{trial.name}{mark} {trial.state:<10} {epochs:>10}  {plan.metric} {value:>6}  {values}"
+    return f"{text}: {trial.error}" if trial.error else text
+
+
+def in_short(value: Any) -> str:
+    """A value as a person would write it."""
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)

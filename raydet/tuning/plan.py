@@ -1,0 +1,118 @@
+"""What a search is, and all its trials: those there are and those to come."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from raydet.config import TrainConfig, TuneConfig
+from raydet.errors import UserError
+from raydet.tuning import records
+from raydet.tuning.records import Trial
+from raydet.tuning.search import OptunaProposer, Proposer, RandomProposer
+from raydet.tuning.space import Dimension, Parameters, value_in, with_parameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a search is.
+
+    Attributes:
+        config: Of the search.
+        base: The training that is varied.
+        dimensions: Over what.
+        points: To be tried before the search begins.
+        metric: What the trials are judged by.
+        out: OUT, absolute.
+        max_epochs: Of the longest trial there can be.
+    """
+
+    config: TuneConfig
+    base: TrainConfig
+    dimensions: tuple[Dimension, ...]
+    points: tuple[Parameters, ...]
+    metric: str
+    out: str
+    max_epochs: int
+
+    def values(self, parameters: Parameters) -> Parameters:
+        """The value of each dimension in a trial."""
+        return {
+            dimension.name: parameters.get(dimension.name, value_in(self.base, dimension.name))
+            for dimension in self.dimensions
+        }
+
+
+class Search:
+    """All trials of a search: those there are, and those to come. Every change is written down before it counts."""
+
+    def __init__(self, plan: Plan, trials: Sequence[Trial]) -> None:
+        self.plan = plan
+        self.trials = {trial.number: trial for trial in trials}
+        again = ("unfinished", "failed") if plan.config.retry_failed else ("unfinished",)
+        self._waiting = [trial.number for trial in trials if trial.state in again]
+        self._given = [("default", {}), *(("point", point) for point in plan.points)]
+        self._proposer = _proposer(plan, num_known=len(trials) - len(self._waiting))
+        for trial in trials:
+            if trial.number not in self._waiting:
+                self._proposer.learn(trial, plan.values(trial.parameters))
+
+    @property
+    def num_to_do(self) -> int:
+        """Trials that have not ended."""
+        return len(self._waiting) + max(0, self.plan.config.num_trials - len(self.trials))
+
+    def next(self) -> tuple[Trial, TrainConfig] | None:
+        """The next trial to train, with its training; None when there are none left.
+
+        What turns out to be no training at all, as values that are each right may be wrong together, fails here.
+        """
+        while self.num_to_do:
+            trial = self._new() if not self._waiting else self.trials[self._waiting.pop(0)]
+            self.put(dataclasses.replace(trial, state="unfinished", error=None))
+            try:
+                config = with_parameters(self.plan.base, trial.parameters)
+            except UserError as error:
+                self.end(trial.number, "failed", str(error))
+                continue
+            return trial, dataclasses.replace(config, out=trial.folder(self.plan.out))
+        return None
+
+    def _new(self) -> Trial:
+        number = max(self.trials, default=-1) + 1
+        if number < len(self._given):
+            source, parameters = self._given[number]
+            return Trial(number=number, source=source, parameters=parameters)  # type: ignore[arg-type]
+        return Trial(number=number, source="search", parameters=self._proposer.propose(number))
+
+    def put(self, trial: Trial) -> None:
+        """Writes a trial down."""
+        records.save(trial, self.plan.out)
+        self.trials[trial.number] = trial
+
+    def end(self, number: int, state: records.State, error: str | None = None) -> Trial:
+        """Writes down how a trial has ended, and learns from it."""
+        trial = dataclasses.replace(self.trials[number], state=state, error=error)
+        trial = records.with_history(trial, self.plan.out)
+        self.put(trial)
+        self._proposer.learn(trial, self.plan.values(trial.parameters))
+        return trial
+
+    def best(self) -> tuple[Trial, float] | None:
+        """The best trial so far and its score; of equal ones the earliest."""
+        metric = self.plan.metric
+        scored = [(score, trial) for trial in self.trials.values() if (score := trial.score(metric)) is not None]
+        if not scored:
+            return None
+        score, trial = max(scored, key=lambda pair: (pair[0], -pair[1].number))
+        return trial, score
+
+
+def _proposer(plan: Plan, num_known: int) -> Proposer:
+    if plan.config.search == "random":
+        return RandomProposer(plan.dimensions, plan.config.seed)
+    return OptunaProposer(
+        plan.dimensions,
+        plan.config.seed,
+        metric=plan.metric,
+        num_trials=plan.config.num_trials,
+        num_known=num_known,
+    )

@@ -1,0 +1,246 @@
+"""What a search leaves behind: the table of trials, the best model with its config, and a page."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raydet import storage
+from raydet.config import COCO_METRICS, TrainConfig, config_hash, to_yaml
+from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
+from raydet.schema import build_schema
+from raydet.tables import MANIFEST_NAME, TableWriter
+from raydet.tuning.following import in_short
+from raydet.tuning.plan import Plan, Search
+from raydet.tuning.records import TRIALS_FOLDER, Trial, natural, with_history
+from raydet.tuning.search import importances
+from raydet.tuning.space import Dimension, with_parameters
+
+BEST_FOLDER = "best"
+PAGE = "tune.html"
+_ARROW_TYPES = {"uniform": pa.float64(), "loguniform": pa.float64(), "randint": pa.int64(), "choice": pa.string()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneResult:
+    """What came of a search.
+
+    Attributes:
+        out: OUT.
+        metric: What was searched for.
+        trials: All of them, with their histories.
+        best: The best of them.
+        value: Of the metric in its best epoch.
+        default_value: Of the training as it stands; None where that has failed.
+        parameters: The value of each option that was varied, of the best.
+        importance: The share of each option in what tells the best trials from the others; None where it cannot be
+            told.
+        checkpoint: The best model, a Hugging Face model folder.
+        is_over: False when the time limit came before the last trial.
+        already_done: Nothing was left to do.
+    """
+
+    out: str
+    metric: str
+    trials: tuple[Trial, ...]
+    best: Trial
+    value: float
+    default_value: float | None
+    parameters: dict[str, Any]
+    importance: dict[str, float] | None
+    checkpoint: str
+    is_over: bool = True
+    already_done: bool = False
+
+    @property
+    def config_file(self) -> str:
+        """The training of the best trial, to be trained anew."""
+        return storage.join(self.out, BEST_FOLDER, "config.yaml")
+
+    def lines(self) -> list[str]:
+        """What came of the search, for the terminal."""
+        first = ["nothing to do: this search is finished; more --num-trials would go on with it"]
+        late = ["the time limit was over before all trials were done; the same command with a later one goes on"]
+        default = "" if self.default_value is None else f"; as it stands, {self.default_value:.3f}"
+        counts = {state: sum(trial.state == state for trial in self.trials) for state in ("stopped", "failed")}
+        told = "".join(f", {number} {state}" for state, number in counts.items() if number)
+        lines = [
+            *(first if self.already_done else []),
+            *([] if self.is_over else late),
+            f"best: {self.metric} {self.value:.3f}, {self.best.name} of {len(self.trials)} trials{told}{default}",
+            "  " + ", ".join(f"{name} {in_short(value)}" for name, value in self.parameters.items()),
+        ]
+        if self.importance is not None:
+            shares = sorted(self.importance.items(), key=lambda item: -item[1])
+            lines.append("what mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
+        return [
+            *lines,
+            f"checkpoint: {self.checkpoint}",
+            f"train it for longer: raydet train --config {self.config_file} --epochs N",
+            f"trials: {storage.join(self.out, TRIALS_FOLDER)}; page: {storage.join(self.out, PAGE)}",
+        ]
+
+
+def write_results(search: Search, *, is_over: bool, already_done: bool) -> TuneResult | None:
+    """Writes table, page and best model; None where no trial has been measured, and there is no best."""
+    plan = search.plan
+    for number, trial in search.trials.items():
+        # A trial that was cut off has got further than the last that was heard of it.
+        search.trials[number] = with_history(trial, plan.out)
+    trials = tuple(search.trials[number] for number in sorted(search.trials))
+    best = search.best()
+    scored = [(plan.values(t.parameters), score) for t in trials if (score := t.score(plan.metric)) is not None]
+    importance = importances(plan.dimensions, scored)
+    _write_table(plan, trials, best[0] if best else None, importance)
+    page = _page(plan, trials, best[0] if best else None, importance, is_over=is_over)
+    storage.write_bytes(storage.join(plan.out, PAGE), page.encode())
+    if best is None:
+        return None
+    default = trials[0].score(plan.metric)
+    return TuneResult(
+        out=plan.out,
+        metric=plan.metric,
+        trials=trials,
+        best=best[0],
+        value=natural(best[1], plan.metric),
+        default_value=None if default is None else natural(default, plan.metric),
+        parameters=plan.values(best[0].parameters),
+        importance=importance,
+        checkpoint=_write_best(plan, best[0]),
+        is_over=is_over,
+        already_done=already_done,
+    )
+
+
+def _write_best(plan: Plan, trial: Trial) -> str:
+    """The best trial's checkpoint with its config, which trains into a folder of its own."""
+    target = storage.join(plan.out, BEST_FOLDER)
+    config = dataclasses.replace(with_parameters(plan.base, trial.parameters), out=storage.join(plan.out, "final"))
+    with tempfile.TemporaryDirectory(prefix="raydet-best-") as folder:
+        storage.fetch_folder(storage.join(trial.folder(plan.out), "checkpoint"), folder)
+        Path(folder, "config.yaml").write_text(to_yaml(config), "utf-8")
+        storage.publish_folder(folder, target)
+    return target
+
+
+def _write_table(plan: Plan, trials: Sequence[Trial], best: Trial | None, importance: dict[str, float] | None) -> None:
+    uri = storage.join(plan.out, TRIALS_FOLDER)
+    extra = [pa.field(f"param_{dimension.name}", _ARROW_TYPES[dimension.kind]) for dimension in plan.dimensions]
+    # What is there is of the search before this one; until the new table is whole there is none.
+    storage.delete_file(storage.join(uri, MANIFEST_NAME))
+    with TableWriter(uri, build_schema("trials", extra_fields=extra), config_hash=config_hash(plan.config)) as writer:
+        writer.extra = {
+            "metric": plan.metric,
+            "best": None if best is None else best.name,
+            "importance": importance,
+        }
+        writer.write_rows([_table_row(plan, trial) for trial in trials])
+
+
+def _table_row(plan: Plan, trial: Trial) -> dict[str, Any]:
+    entry = trial.best(plan.metric)
+    score = trial.score(plan.metric)
+    checkpoint = storage.join(trial.folder(plan.out), "checkpoint")
+    values = plan.values(trial.parameters)
+    return {
+        "trial": trial.name,
+        "state": trial.state,
+        "source": trial.source,
+        "parameters": json.dumps(values),
+        "metric": plan.metric,
+        "value": None if score is None else natural(score, plan.metric),
+        "best_epoch": None if entry is None else entry["epoch"],
+        "num_epochs": len(trial.history),
+        "seconds": seconds_of(trial),
+        **{name: None if entry is None else entry.get(name) for name in COCO_METRICS},
+        "loss": None if entry is None else entry.get("loss"),
+        "checkpoint": None if entry is None else checkpoint,
+        "error": trial.error,
+        **{f"param_{each.name}": _cell(each, values[each.name]) for each in plan.dimensions},
+    }
+
+
+def _cell(dimension: Dimension, value: Any) -> Any:
+    """A value in the type of its column; a default may be of another kind than what is drawn."""
+    if value is None:
+        return None
+    if dimension.kind == "choice":
+        return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if dimension.kind != "randint" else int(value) if value == int(value) else None
+
+
+def seconds_of(trial: Trial) -> float:
+    """What the epochs of a trial have taken: training, its start and validation."""
+    names = ("start_s", "seconds", "validation_s")
+    return float(sum(entry.get(name) or 0.0 for entry in trial.history for name in names))
+
+
+def _page(
+    plan: Plan, trials: Sequence[Trial], best: Trial | None, importance: dict[str, float] | None, *, is_over: bool
+) -> str:
+    config = plan.config
+    remarks = [] if is_over else ["The time limit was over before all trials were done."]
+    if any(trial.state == "stopped" for trial in trials):
+        remarks.append("Stopped trials count with what they had reached by then.")
+    facts = [
+        ("Search", f"{config.search}, seed {config.seed}"),
+        ("Scheduler", config.scheduler),
+        ("Metric", plan.metric),
+        ("Folder", plan.out),
+        ("Space", json.dumps(config.space)),
+        ("Training", ", ".join(f"{name}: {value}" for name, value in _changed(plan.base).items())),
+    ]
+    return render_tuning(
+        metric=plan.metric,
+        is_less_better=plan.metric == "loss",
+        axes=[_axis(dimension) for dimension in plan.dimensions],
+        trials=[_page_row(plan, trial) for trial in trials],
+        best=None if best is None else best.name,
+        importance=importance,
+        facts=facts,
+        remarks=remarks,
+    )
+
+
+def _changed(base: TrainConfig) -> dict[str, Any]:
+    """The options of the training that are not as they are by default."""
+    return {
+        item.name: getattr(base, item.name)
+        for item in dataclasses.fields(base)
+        if item.name != "out" and getattr(base, item.name) != item.default and getattr(base, item.name) != []
+    }
+
+
+def _axis(dimension: Dimension) -> Axis:
+    choices = tuple(map(_text, dimension.values)) if dimension.kind == "choice" else None
+    return Axis(name=dimension.name, is_log=dimension.kind == "loguniform", choices=choices)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _page_row(plan: Plan, trial: Trial) -> TrialRow:
+    entry, score = trial.best(plan.metric), trial.score(plan.metric)
+    values = plan.values(trial.parameters)
+    return TrialRow(
+        name=trial.name,
+        state=trial.state,
+        source=trial.source,
+        values=tuple(
+            _text(values[each.name]) if each.kind == "choice" else _cell(each, values[each.name])
+            for each in plan.dimensions
+        ),
+        value=None if score is None else natural(score, plan.metric),
+        best_epoch=None if entry is None else int(entry["epoch"]),
+        num_epochs=len(trial.history),
+        seconds=seconds_of(trial),
+        error=trial.error,
+    )

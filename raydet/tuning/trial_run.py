@@ -1,0 +1,66 @@
+"""A trial, in the process that Ray Tune starts for it: one training, whose epochs Tune hears of.
+
+It is `raydet.train` in a run folder of its own. So it goes on by itself where an earlier run of the search was killed,
+and its workers, as actors of this process, end with it when Tune ends it.
+"""
+
+import json
+from typing import Any
+
+from ray import tune
+
+from raydet.config import TrainConfig
+from raydet.errors import RunError, UserError
+from raydet.training import train
+from raydet.tuning.records import best_so_far, read_history
+
+EPOCH, SCORE, OUTCOME, ERROR = "epoch", "score", "outcome", "error"
+"""What Tune is told: an epoch with the best score so far, and at the end how it went."""
+FINISHED, FAILED = "finished", "failed"
+JOB = "job"
+"""The one parameter that Tune knows of: all that a trial is, as JSON."""
+
+
+def run_trial(parameters: dict[str, str]) -> None:
+    """Trains, and reports each epoch as it is validated; a failure is an outcome, too."""
+    config = TrainConfig(**json.loads(parameters[JOB])["config"])
+    reporter = _Reporter(config)
+    try:
+        result = train(config, on_epoch=reporter.add)
+        if not best_so_far(result.history, config.metric_for_best_model):
+            raise RunError(f"no epoch has measured {config.metric_for_best_model}")
+    except Exception as error:
+        reporter.end(FAILED, _one_line(error))
+        return
+    reporter.end(FINISHED)
+
+
+class _Reporter:
+    """Tells Tune of epochs, of those of an earlier run first, so that the scheduler sees the whole trial."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._history = config, read_history(config.out)
+        self._score: float | None = None
+        for epoch, score in best_so_far(self._history, config.metric_for_best_model).items():
+            self._report(epoch, score)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Takes in an epoch that has just ended."""
+        self._history.append(entry)
+        scores = best_so_far(self._history, self._config.metric_for_best_model)
+        if entry["epoch"] in scores:
+            self._report(entry["epoch"], scores[entry["epoch"]])
+
+    def _report(self, epoch: int, score: float) -> None:
+        self._score = score
+        if epoch < self._config.epochs:  # after the last one there is nothing left to stop
+            tune.report({EPOCH: epoch, SCORE: score})
+
+    def end(self, outcome: str, error: str | None = None) -> None:
+        """Says how the trial went."""
+        tune.report({OUTCOME: outcome, ERROR: error, SCORE: self._score})
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {text}"[:500]
