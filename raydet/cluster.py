@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray._private import ray_constants
@@ -126,6 +126,13 @@ def _on_loopback() -> Iterator[None]:
             (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
+class _LogHandler(logging.StreamHandler[TextIO]):
+    """Writes what can be written: a full disk is told of once, by the run, and not by a traceback for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Nothing."""
+
+
 @contextlib.contextmanager
 def _chatter_to(log_uri: str) -> Iterator[None]:
     """Sends what Ray's processes, its C++ part and its loggers print to a file; Python's own stderr stays a screen."""
@@ -139,7 +146,7 @@ def _chatter_to(log_uri: str) -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"ray\.")
         # What Ray Data will have instead for the number of retries is not there yet.
         warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
-        handler = logging.StreamHandler(log)
+        handler = _LogHandler(log)
         handler.setLevel(logging.INFO)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
