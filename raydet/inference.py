@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import re
 import time
 import traceback
@@ -117,7 +118,8 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
     try:
         return _predict(config, console or Console())
     except OSError as error:
-        raise RunError(f"cannot read or write: {_first_line(error)}; {_WHOLE}") from error
+        what = f"cannot write to {config.out}" if _is_refused_writing(error) else "cannot read or write"
+        raise RunError(f"{what}: {error.strerror or _first_line(error)}; {_WHOLE}") from error
 
 
 def _predict(config: PredictConfig, console: Console) -> PredictResult:
@@ -364,8 +366,8 @@ def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_s
     for cause in chain:
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from None
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise RunError(f"cannot write to {config.out}: {cause.strerror}; {_WHOLE}") from error
+        if isinstance(cause, OSError) and _is_refused_writing(cause):
+            raise RunError(f"cannot write to {config.out}: {cause.strerror or _first_line(cause)}; {_WHOLE}") from error
         if isinstance(cause, PermissionError):
             raise RunError(f"no permission for {cause.filename or 'a file'}; {_WHOLE}") from error
         if isinstance(cause, _NO_MEMORY) or "out of memory" in str(cause).lower():
@@ -381,6 +383,12 @@ def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_s
     raise RunError(
         f"a worker came upon what it cannot handle ({_first_line(chain[-1])}); {log} has the traceback"
     ) from error
+
+
+def _is_refused_writing(error: OSError) -> bool:
+    """Whether the disk is full or may not be written to; what comes by way of Ray may have only its text left."""
+    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return error.errno in refusals or any(os.strerror(number) in str(error) for number in refusals)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -223,6 +223,7 @@ def measured_coverage(num_datasets: int, num_images: int, num_resamples: int) ->
     return {name: float(np.mean(values)) for name, values in held.items()}
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     for name, part in measured_coverage(40, 150, 100).items():
         assert 0.8 <= part <= 1.0, name

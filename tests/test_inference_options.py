@@ -159,6 +159,7 @@ def test_every_file_of_a_folder_has_one_row_whatever_it_is_and_auto_finds_a_batc
     assert predict(config).already_done
 
 
+@pytest.mark.slow
 def test_large_jpegs_are_decoded_smaller_and_their_boxes_are_in_pixels_of_the_whole_picture(
     squares: list[Image.Image], checkpoint: str, tmp_path: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_large_jpegs_are_decoded_smaller_and_their_boxes_are_in_pixels_of_the_wh
         np.testing.assert_allclose(found_in(row).boxes_xywh[:3], whole.boxes_xywh[:3], atol=1.0)
 
 
+@pytest.mark.slow
 def test_mirrored_views_add_the_boxes_of_the_mirrored_picture(
     plain: tuple[PredictConfig, dict[str, Row]], pictures: Path, strip: Image.Image, tmp_path: Path
 ) -> None:
@@ -223,6 +225,7 @@ def test_mirrored_views_add_the_boxes_of_the_mirrored_picture(
     assert (rows["strip.png"]["width"], rows["strip.png"]["height"]) == strip.size
 
 
+@pytest.mark.slow
 def test_tiles_that_overlap_are_scored_as_pictures_of_their_own_and_fused(
     plain: tuple[PredictConfig, dict[str, Row]], pictures: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +299,7 @@ def test_pictures_are_drawn_with_their_boxes(
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).glob("part-*.parquet")} == before
 
 
+@pytest.mark.slow
 def test_a_zero_shot_model_looks_for_the_labels(pictures: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor

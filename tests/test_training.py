@@ -124,6 +124,7 @@ def test_a_finished_run_says_so_and_another_run_is_refused(trained: Trained) -> 
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_two_workers_go_on_where_one_stopped(trained: Trained) -> None:
     config, result, _ = trained
     more = train(dataclasses.replace(config, epochs=7, num_workers=2))
