@@ -8,7 +8,7 @@ import pytest
 from raydet.config import InspectConfig
 from raydet.inspection import inspect
 from tests.test_inspection import image_row, picture_bytes, write
-from tests.test_report_browser import DESKTOP, PHONE, browser, draw_everything, visit
+from tests.test_report_browser import DESKTOP, PHONE, browser, check_page, draw_everything, visit
 from tests.test_reporting import EVIL
 
 __all__ = ["browser"]
@@ -33,15 +33,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
 def test_it_draws_without_error_or_request_and_fits(browser: Any, address: str, size: Any, scheme: str) -> None:
-    seen = visit(browser, address, size, scheme)
-    assert draw_everything(seen.page) == 8
-    assert seen.page.evaluate("document.documentElement.dataset.theme") == scheme
-    width = seen.page.evaluate("document.documentElement.scrollWidth")
-    assert width <= size[0], f"the page is {width} px wide in a window of {size[0]} px"
-    # A script in a name or path would open a dialog, which playwright would report as an error of its own.
-    assert seen.complaints == []
-    assert [url for url in seen.requests if not url.startswith("data:")] == [address]
-    seen.page.close()
+    check_page(browser, address, size, scheme, num_charts=8)
 
 
 def test_names_stay_text_wherever_they_stand(browser: Any, address: str) -> None:
