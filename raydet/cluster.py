@@ -163,13 +163,18 @@ def _chatter_to(log_uri: str) -> Iterator[None]:
     os.close(screen)
 
 
+def resources_of_nodes() -> list[dict[str, float]]:
+    """What each node that is alive offers in all, by Ray's names (CPU, GPU, memory, …)."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
     """Divides the cluster between the workers that compute and the tasks that decode.
 
     Half of the CPUs go to the workers, unless told otherwise, so that decoding can never be starved of all of them;
     fractions keep two CPUs from a deadlock.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = resources_of_nodes()
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     largest_node = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
@@ -214,7 +219,7 @@ def workers_that_fit(resources: Resources) -> int:
     What other jobs hold counts as room: Ray says what is taken but not by whom, and this job's own workers, just lost
     or still running, are among those that hold it. Where others do, workers wait for them, as all jobs do for CPUs.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = resources_of_nodes()
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     fitting = 0
     for node in nodes:

@@ -97,15 +97,15 @@ def starts_of(lengths: Integers) -> Integers:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def places_in(known: Integers, values: Integers) -> tuple[Integers, Flags]:
+def places_in(known: npt.NDArray[Any], values: npt.NDArray[Any]) -> tuple[Integers, Flags]:
     """Where values stand among known ones.
 
     Args:
-        known: Ascending, each once, at least one, int64 [K].
-        values: int64 [N].
+        known: Integers, ascending, at least one, [K].
+        values: Integers, [N].
 
     Returns:
-        The place of each value, int64 [N], of meaning only where it is known, bool [N].
+        The place of each value, of equal ones the first, int64 [N], of meaning only where it is known, bool [N].
     """
     places = np.minimum(np.searchsorted(known, values), len(known) - 1)
     return places, known[places] == values

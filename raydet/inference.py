@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import json
 import math
-import os
 import re
 import time
 import traceback
@@ -43,6 +42,8 @@ from raydet.shared_storage import check_shared
 from raydet.tables import MANIFEST_NAME, is_table, open_table, write_manifest
 
 JOB_FILE = "job.json"
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Of writing: the disk is full, or may not be written to."""
 INDEX_FILE = "_inputs.parquet"
 MOST_ROWS_PER_FILE = 1024
 """Rows of a detections file, a few megabytes; what a kill may cost is as much again for each in flight."""
@@ -118,7 +119,7 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
     try:
         return _predict(config, console or Console())
     except OSError as error:
-        what = f"cannot write to {config.out}" if _is_refused_writing(error) else "cannot read or write"
+        what = f"cannot write to {config.out}" if storage.has_code(error, *_REFUSALS) else "cannot read or write"
         raise RunError(f"{what}: {error.strerror or _first_line(error)}; {_WHOLE}") from error
 
 
@@ -366,7 +367,7 @@ def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_s
     for cause in chain:
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from None
-        if isinstance(cause, OSError) and _is_refused_writing(cause):
+        if isinstance(cause, OSError) and storage.has_code(cause, *_REFUSALS):
             raise RunError(f"cannot write to {config.out}: {cause.strerror or _first_line(cause)}; {_WHOLE}") from error
         if isinstance(cause, PermissionError):
             raise RunError(f"no permission for {cause.filename or 'a file'}; {_WHOLE}") from error
@@ -383,12 +384,6 @@ def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_s
     raise RunError(
         f"a worker came upon what it cannot handle ({_first_line(chain[-1])}); {log} has the traceback"
     ) from error
-
-
-def _is_refused_writing(error: OSError) -> bool:
-    """Whether the disk is full or may not be written to; what comes by way of Ray may have only its text left."""
-    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return error.errno in refusals or any(os.strerror(number) in str(error) for number in refusals)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

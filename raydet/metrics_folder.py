@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
 from raydet import storage
 from raydet.errors import UserError
@@ -50,9 +49,7 @@ def manifests_in(out: str, kinds: Sequence[TableKind]) -> dict[str, dict[str, An
     """
     manifests = {}
     for uri in (out, *(storage.join(out, kind) for kind in kinds)):
-        filesystem, path = storage.resolve(uri)
-        if filesystem.get_file_info(path).type == pafs.FileType.File:
-            raise UserError(f"{uri} is a file; out must name a folder")
+        storage.refuse_file(uri)
         if uri == out:
             continue
         if is_table(uri):

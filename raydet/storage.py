@@ -27,7 +27,13 @@ GCS_RETRY_S = 60
 """For how long a request to Google Cloud Storage is tried; its client adds the jitter."""
 REMOTE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 """Of stores that pyarrow itself speaks to over a network."""
+WEB_SCHEMES = ("http", "https")
 _S3_OPTIONS_OUT_OF_REACH = {"smart_defaults", "tls_verify_certificates", "tls_ca_dir_path"}
+
+
+def is_web(uri: str) -> bool:
+    """Whether a URI begins with http:// or https://, in whatever case."""
+    return uri.partition("://")[0].lower() in WEB_SCHEMES and "://" in uri
 
 
 def absolute_uri(uri: str) -> str:
@@ -261,3 +267,19 @@ def fetch_folder(uri: str, local_folder: str) -> None:
         target = Path(local_folder, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         pafs.copy_files(f"{path}/{name}", str(target), source_filesystem=filesystem)
+
+
+def refuse_file(out: str) -> None:
+    """Refuses an output folder in whose place there is a file.
+
+    Raises:
+        UserError: There is one.
+    """
+    filesystem, path = resolve(out)
+    if filesystem.get_file_info(path).type == pafs.FileType.File:
+        raise UserError(f"{out} is a file; out must name a folder")
+
+
+def has_code(error: OSError, *codes: int) -> bool:
+    """Whether an error is of one of these kinds (`errno.ENOSPC`, …); by way of Ray only its text may be left."""
+    return error.errno in codes or any(os.strerror(code) in str(error) for code in codes)

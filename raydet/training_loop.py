@@ -336,7 +336,7 @@ class _Run:
         try:
             write()
         except OSError as error:
-            reason = "the disk is full" if error.errno == errno.ENOSPC or "No space left" in str(error) else str(error)
+            reason = "the disk is full" if storage.has_code(error, errno.ENOSPC) else str(error)
             worker.fail(
                 f"cannot write the checkpoint after step {worker.position.step} of epoch {worker.position.epoch + 1} "
                 f"to {worker.config.out}: {reason}; what was saved before is whole, the same command goes on from "

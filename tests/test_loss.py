@@ -4,7 +4,6 @@ import copy
 import datetime
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from raydet.loss import Normaliser, compute_loss, local_normaliser
 from raydet.models import SMALL_MODELS, build_detector
 from raydet.schema import Category
 from raydet.step import StepSetting, compute_gradients
+from tests.local_head import free_port
 
 CATEGORIES = (Category(1, "circle"), Category(2, "square"), Category(3, "star"))
 TINY = sorted(set(SMALL_MODELS) - {"rt_detr_v2_small"})
@@ -433,9 +433,7 @@ def _sum_over_two_ranks(tensor: Tensor) -> Tensor:
 def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks have written; they start once, for importing torch takes long."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=run_rank, args=(rank, port, str(out)), daemon=True) for rank in range(2)]
     for process in processes:

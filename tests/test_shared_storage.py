@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import ray.util
 
+from tests.local_head import free_port
 from tests.s3_stand_in import BUCKET, started
 
 pytestmark = [
@@ -56,7 +57,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Two nodes that are up; all their processes are ended with them."""
     shared, own = tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("own")
     Path(own, "both.txt").write_text("ours")
-    address = f"{ray.util.get_node_ip_address()}:{_free_port()}"
+    address = f"{ray.util.get_node_ip_address()}:{free_port()}"
     own_only = ["unshare", "-rm", "sh", "-c", HIDE, "sh", str(own)]
     second = [f"--address={address}", f"--node-ip-address={SECOND}"]
     with started() as refusing, tempfile.TemporaryDirectory(prefix="rds", ignore_cleanup_errors=True) as folder:
@@ -75,7 +76,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 @contextmanager
 def _node(options: list[str], log: Path, environment: dict[str, str], prefix: Sequence[str] = ()) -> Iterator[None]:
     command = [*prefix, RAY, "start", "--block", "--disable-usage-stats", "--num-cpus=1", *options]
-    command += ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={_free_port()}"]
+    command += ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={free_port()}"]
     with log.open("w") as output:
         node = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=output, stderr=output, start_new_session=True
@@ -89,12 +90,6 @@ def _node(options: list[str], log: Path, environment: dict[str, str], prefix: Se
         except subprocess.TimeoutExpired:
             os.killpg(node.pid, signal.SIGKILL)
             node.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _ask(address: str, script: str, **environment: str) -> str:

@@ -197,7 +197,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
         if path.endswith("/") or (num_lines < CHECKED_LINES and Path(full).is_dir()):
             raise UserError(f"line {number} of {uri} names a folder: {path}; a list names image files")
         root = "/".join(full.split("/")[:3]) if "://" in full else ""
-        if root.startswith(("http://", "https://")):
+        if storage.is_web(root):
             # A server of the web that is down could not be told from a picture that is gone.
             raise UserError(f"line {number} of {uri} is on the web: {path}; copy the images to a folder or store first")
         if root not in roots:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydet.columns import places_in
 from raydet.inspection.rows import Integers
 from raydet.tables import Table
 
@@ -41,10 +42,8 @@ def identical_images(data: Table, val: Table) -> Iterator[Twin]:
         # Nearly all images are told apart by their length alone, which costs nothing.
         rows = np.flatnonzero(np.isin(_lengths(images), known_lengths))
         own = _hashes(images.take(pa.array(rows)))
-        places = np.minimum(np.searchsorted(hashes, own), max(len(hashes) - 1, 0))
-        for row, place in zip(
-            rows[hashes[places] == own].tolist(), places[hashes[places] == own].tolist(), strict=True
-        ):
+        places, is_known = places_in(hashes, own)
+        for row, place in zip(rows[is_known].tolist(), places[is_known].tolist(), strict=True):
             path = images[row]["path"].as_py() or ""
             yield Twin(batch.column("image_id")[row].as_py(), path, int(image_ids[place]))
 

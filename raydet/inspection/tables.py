@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs as pafs
 
 from raydet import storage
 from raydet.errors import UserError
@@ -36,9 +35,7 @@ def check_folder(out: str) -> None:
     Raises:
         UserError: It does, or it is a file; nothing has been changed.
     """
-    filesystem, path = storage.resolve(out)
-    if filesystem.get_file_info(path).type == pafs.FileType.File:
-        raise UserError(f"{out} is a file; out must name a folder")
+    storage.refuse_file(out)
     others = [name for name in storage.list_files(out, recursive=True) if not _OWN_FILE.fullmatch(name)]
     if others:
         raise UserError(f"{out} holds files that are not of `inspect`, such as {others[0]}; choose another out")

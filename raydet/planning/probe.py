@@ -23,12 +23,11 @@ import psutil
 from raydet import storage
 from raydet.checkpoints import read_checkpoint
 from raydet.config import PlanConfig
-from raydet.planning.processes import raise_failure, run_watched, started
+from raydet.planning.processes import READY, raise_failure, run_watched, started
 from raydet.planning.samples import Samples, take_samples
 from raydet.planning.throughput import Probe, StageCost, check_devices
 from raydet.schema import Category
 
-READY = "ready"
 _MEMORY_OF_A_PROCESS_BYTES = 1.5 * 2**30
 _MOST_THREADS_OF_A_WORKER = 4
 _LEAST_BATCHES = 16

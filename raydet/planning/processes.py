@@ -13,6 +13,8 @@ import psutil
 
 from raydet.errors import RunError, UserError
 
+READY = "ready"
+"""What a process that measures stages says when it has warmed up."""
 _LOOK_EVERY_S = 0.25
 
 

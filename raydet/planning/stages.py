@@ -30,13 +30,13 @@ from raydet.inputs.references import image_bytes
 from raydet.mixing import sample_of
 from raydet.models import backbone_parameter_names, build_detector
 from raydet.optim import build_optimizer
+from raydet.planning.processes import READY
 from raydet.schema import build_schema
 from raydet.scoring import Scorer
 from raydet.step import StepSetting, apply_gradients, compute_gradients
 from raydet.tables import Table, open_table
 from raydet.transforms import Augmenter
 
-READY = "ready"
 _WARM_UP_BATCHES = 2
 _TRAIN_COLUMNS = ("image_id", "image", "objects")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -198,7 +198,7 @@ class ImageFolder:
             UserError: There is no such folder.
         """
         self._given_uri, self._what = storage.absolute_uri(uri), what
-        if uri.lower().startswith(("http://", "https://")):
+        if storage.is_web(uri):
             raise UserError(
                 f"{uri} is on the web, where no folder can be listed; copy it to a folder or store, or give "
                 "`raydet prepare images` a list of addresses"

@@ -16,7 +16,7 @@ from typing import Any
 from raydet import storage
 from raydet.errors import UserError
 from raydet.sources import MissingFileError, ReadError, readable, refuse_size
-from raydet.sources.web import WebReader, is_web
+from raydet.sources.web import WebReader
 from raydet.tables import is_table, open_table
 
 _REMOTE = "hf://"
@@ -50,7 +50,7 @@ class HubImages:
             return data
         if not path:
             raise ReadError("the row has neither the bytes of an image nor a path")
-        if is_web(path):
+        if storage.is_web(path):
             return self._web.read(path)
         try:
             file = Path(self._allowed(path))
@@ -68,7 +68,7 @@ class HubImages:
             ReadError: There is no file that stays: its bytes are in the data set, or it lies in the library's cache.
         """
         data, path = self._cell(row)
-        if data is not None or not path or is_web(path) or self.folder is None:
+        if data is not None or not path or storage.is_web(path) or self.folder is None:
             raise ReadError("there is no file to refer to: the image is embedded, on the web or in a cache")
         return self._allowed(path)
 
@@ -76,7 +76,7 @@ class HubImages:
         """What the table calls an image: its path in the folder, its file's name, or the number of the row."""
         if not path:
             return f"{number:08d}"
-        if is_web(path) or not Path(path).is_absolute():
+        if storage.is_web(path) or not Path(path).is_absolute():
             return readable(path)
         if self.folder is not None and Path(path).is_relative_to(self.folder):
             return readable(str(Path(path).relative_to(self.folder)))

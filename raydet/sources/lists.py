@@ -19,7 +19,7 @@ from raydet.redaction import refuse_password
 from raydet.schema import build_schema
 from raydet.sources import ImageFolder, Records, Source, SourceImage, readable, refuse_name
 from raydet.sources.images import LIST_SUFFIXES, beside
-from raydet.sources.web import WebReader, is_web, read_web_list
+from raydet.sources.web import WebReader, read_web_list
 
 CSV_COLUMNS = ("url", "uri", "path", "file_name", "filename", "image")
 """Of a CSV file, the first of these columns names the images, in whatever case; further ones are carried through."""
@@ -27,7 +27,7 @@ CSV_COLUMNS = ("url", "uri", "path", "file_name", "filename", "image")
 
 def is_list(uri: str) -> bool:
     """Whether images are named by a list: a file named as one is, or anything on the web, where no folder is."""
-    if is_web(uri):
+    if storage.is_web(uri):
         return True
     return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not Path(uri).is_dir()
 
@@ -46,7 +46,7 @@ class ImageList:
             uri: Of the list.
             web: What reads addresses of the web.
         """
-        self.uri = uri if is_web(uri) else storage.absolute_uri(uri)
+        self.uri = uri if storage.is_web(uri) else storage.absolute_uri(uri)
         self._web = web or WebReader()
         self._roots: dict[str, ImageFolder] = {}
 
@@ -56,7 +56,7 @@ class ImageList:
 
     def uri_of(self, path: str) -> str:
         """The absolute path or URI of a line of the list."""
-        if is_web(self.uri):
+        if storage.is_web(self.uri):
             return urljoin(self.uri, path)
         if "://" in path or path.startswith("/"):
             return path
@@ -68,7 +68,7 @@ class ImageList:
         Raises:
             UserError: No file system is known for the scheme, or there is no such bucket.
         """
-        if not is_web(uri):
+        if not storage.is_web(uri):
             self._root_of(uri)
 
     def read(self, path: str) -> bytes:
@@ -79,7 +79,7 @@ class ImageList:
             OSError: The remote storage fails, which says nothing about this file. Web servers raise ReadError instead.
         """
         uri = self.uri_of(path)
-        if is_web(uri):
+        if storage.is_web(uri):
             return self._web.read(uri)
         folder, name = self._root_of(uri)
         return folder.read(name)
@@ -110,9 +110,13 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
     Raises:
         UserError: The list cannot be read, is no text, names no image, a folder, or a scheme that nothing is known of.
     """
-    name = (images.uri.partition("?")[0] if is_web(images.uri) else images.uri).lower()
+    name = (images.uri.partition("?")[0] if storage.is_web(images.uri) else images.uri).lower()
     if not name.endswith((*LIST_SUFFIXES, ".csv")):
-        hint = "name a list of addresses" if is_web(images.uri) else "name a folder, or a list of paths or addresses"
+        hint = (
+            "name a list of addresses"
+            if storage.is_web(images.uri)
+            else "name a folder, or a list of paths or addresses"
+        )
         raise UserError(f"{images.uri} is no list: {hint} ({', '.join(LIST_SUFFIXES)} or .csv)")
     data = _read_bytes(images.uri)
     columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
@@ -130,7 +134,7 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
 
 
 def _read_bytes(uri: str) -> bytes:
-    if is_web(uri):
+    if storage.is_web(uri):
         return read_web_list(uri)
     try:
         return storage.read_bytes(uri)
@@ -184,12 +188,12 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
         if path.endswith("/"):
             raise UserError(f"image {number} of {images.uri} is a folder: {path}; a list names image files")
         uri = images.uri_of(path)
-        if for_reference and is_web(uri):
+        if for_reference and storage.is_web(uri):
             raise UserError(
                 f"image {number} of {images.uri} is on the web: {path}; image_storage: reference needs files or "
                 "objects of a store, since every later step reads the images again"
             )
-        if is_web(images.uri) and not is_web(uri):
+        if storage.is_web(images.uri) and not storage.is_web(uri):
             raise UserError(
                 f"image {number} of {images.uri} is not on the web: {path}; a list there may name no others"
             )

@@ -18,7 +18,6 @@ import urllib3
 from raydet.errors import UserError
 from raydet.sources import MAX_FILE_BYTES, MissingFileError, ReadError, refuse_size
 
-WEB_SCHEMES = ("http", "https")
 _ATTEMPTS = 5
 _BUSY = (408, 429, 500, 502, 503, 504)
 _MAX_REDIRECTS = 5
@@ -32,11 +31,6 @@ class _TransientError(Exception):
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
-
-
-def is_web(uri: str) -> bool:
-    """Whether a URI begins with http:// or https://, in whatever case."""
-    return uri.partition("://")[0].lower() in WEB_SCHEMES and "://" in uri
 
 
 @dataclass(frozen=True, kw_only=True)

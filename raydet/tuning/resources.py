@@ -9,8 +9,6 @@ import math
 import os
 from dataclasses import dataclass
 
-import ray
-
 from raydet import cluster
 from raydet.config import TrainConfig
 from raydet.errors import UserError
@@ -75,7 +73,7 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
         use_gpu=base.use_gpu,
         cpus_per_worker=base.cpus_per_worker,
     )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = cluster.resources_of_nodes()
     machines = Machines(
         num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
         num_gpus=one.num_gpus,

@@ -15,7 +15,8 @@ from raydet.cli import main
 from raydet.errors import UserError
 from raydet.sources import MissingFileError, ReadError
 from raydet.sources.lists import ImageList, is_list, read_list
-from raydet.sources.web import WebReader, is_web
+from raydet.sources.web import WebReader
+from raydet.storage import is_web
 from raydet.tables import open_table
 
 QUICK = WebReader(
