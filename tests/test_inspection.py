@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -367,20 +368,40 @@ def test_tables_hold_what_the_page_says(inspected: Any, evil: Path) -> None:
 
 
 def test_findings_of_prepare_are_taken_over_whatever_else_is_in_their_table(evil: Path, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from raydet.tables import write_manifest
-
     table = write(tmp_path / "data", [image_row(1, [((10.0, 10.0, 30.0, 30.0), 0)], data=picture_bytes(1))])
-    found = {"image_id": [1, None], "path": ["a.png", None], "kind": ["box cut", "stray file"], "detail": ["", "b"]}
-    (tmp_path / "data" / "_findings").mkdir()
-    pq.write_table(pa.table({**found, "more": [1, 2]}), tmp_path / "data" / "_findings" / "part-00000.parquet")
-    write_manifest(f"{table.uri}/_findings", {"part-00000.parquet": 2}, config_hash="x")
+    schema = build_schema("findings", extra_fields=[pa.field("more", pa.int64())])
+    with TableWriter(f"{table.uri}/_findings", schema, config_hash="x") as writer:
+        writer.write_rows([{"kind": "box cut", "path": "a.png", "image_id": 1, "count": 3}])
+        writer.write_rows([{"kind": "stray file", "count": 1, "detail": "b", "more": 2}])
     config = InspectConfig(data=table.uri, out=str(tmp_path / "out"), augmentation="none", num_images=0)
     result = inspect(config)
-    assert result.findings.counts["data", "box cut"] == result.findings.counts["data", "stray file"] == 1
+    assert (result.findings.counts["data", "box cut"], result.findings.counts["data", "stray file"]) == (3, 1)
     assert result.num_pictures == 0 and "box cut" in page_of(result).text
+
+
+def test_findings_beside_splits_are_told_of_the_split_whose_images_they_are_about(tmp_path: Path) -> None:
+    boxes = [((10.0, 10.0, 30.0, 30.0), 0)]
+    for split, first in (("train", 0), ("val", 2)):
+        numbers = (first, first + 1)
+        write(tmp_path / split, [image_row(number, boxes, data=picture_bytes(number)) for number in numbers])
+    with TableWriter(str(tmp_path / "_rejected"), build_schema("rejected"), config_hash="x") as writer:
+        writer.write_rows([{"path": "9.jpg", "image_id": 9, "reason": "empty file"}])
+    with TableWriter(str(tmp_path / "_findings"), build_schema("findings"), config_hash="x") as writer:
+        writer.write_rows([{"kind": "box cut", "image_id": number, "count": number + 1} for number in (0, 1, 3)])
+        writer.write_rows([{"kind": "box lost", "image_id": 9, "count": 5}, {"kind": "stray file", "count": 1}])
+
+    def counts(data: str, val: str | None = None) -> dict[tuple[str, str], int]:
+        val_data = None if val is None else str(tmp_path / val)
+        options: Row = {"out": str(tmp_path / "out"), "augmentation": "none", "num_images": 0}
+        config = InspectConfig(data=str(tmp_path / data), val_data=val_data, **options)
+        found = inspect(config).findings.counts
+        return {key: found[key] for key in found if key[1] in ("box cut", "box lost", "stray file", "rejected")}
+
+    of_none = {"box lost": 5, "stray file": 1, "rejected": 1}
+    left_out = {("data", kind): count for kind, count in of_none.items()}
+    assert counts("train") == {("data", "box cut"): 3, **left_out}
+    assert counts("val") == {("data", "box cut"): 4, **left_out}
+    assert counts("train", "val") == {("data", "box cut"): 3, ("val", "box cut"): 4, **left_out}
 
 
 def test_two_tables_are_compared_and_a_second_run_takes_the_place_of_the_first(shapes: Path, tmp_path: Path) -> None:

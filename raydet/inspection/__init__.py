@@ -17,9 +17,9 @@ from raydet.inspection.oddities import (
     Findings,
     add_class_findings,
     add_oddities,
-    add_prepared_findings,
 )
 from raydet.inspection.picks import Picker
+from raydet.inspection.prepared import add_prepared_findings, preparation_of
 from raydet.inspection.rows import stream_rows
 from raydet.inspection.tables import PAGE_FILE, check_folder, drifts, write_tables
 from raydet.options import load_file
@@ -114,6 +114,7 @@ def inspect(config: InspectConfig) -> Inspection:
     for split, table in tables.items():
         chooser = picker if split == "data" and config.num_images else None
         counts[split] = _count(table, split, findings, max(rule.target_size_hw((1000, 1000))), chooser)
+    _add_prepared(findings, tables)
     if "val" in tables:
         _compare(tables["data"], tables["val"], counts, findings)
     view = View(augmentation=training.augmentation, seed=training.seed, resize_rule=rule)
@@ -162,8 +163,18 @@ def _count(table: Table, split: str, findings: Findings, model_side_px: int, pic
         if picker is not None:
             picker.add(rows)
     add_class_findings(findings, counts, split, names)
-    add_prepared_findings(findings, table.uri, split)
     return counts
+
+
+def _add_prepared(findings: Findings, tables: dict[str, Table]) -> None:
+    """Takes over what `prepare` said, once where both tables come from one preparation."""
+    seen: set[str] = set()
+    for split, table in tables.items():
+        preparation = preparation_of(table)
+        if preparation is not None:
+            is_first = preparation.uri not in seen
+            add_prepared_findings(findings, table, split, preparation, with_left_out=is_first)
+            seen.add(preparation.uri)
 
 
 def _compare(data: Table, val: Table, counts: dict[str, Counts], findings: Findings) -> None:

@@ -1,21 +1,15 @@
 """What is odd in a data set: found while it is streamed, counted in full, listed up to a limit."""
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from raydet import storage
 from raydet.boxes import Boxes
 from raydet.inspection.counting import Counts
 from raydet.inspection.rows import Integers, Rows
-from raydet.tables import MANIFEST_NAME, is_table
 
 EXTREME_RATIO = 20.0
 SAME_PLACE_IOU = 0.95
@@ -43,8 +37,6 @@ MEANINGS = {
     ),
 }
 """Title and meaning of each kind; those that `prepare` found carry their own words."""
-
-_PREPARED_FOLDER, _REJECTED_FOLDER = "_findings", "_rejected"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +72,10 @@ class Findings:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.listed: dict[tuple[str, str], list[Finding]] = {}
 
-    def add(self, finding: Finding) -> None:
-        """Adds one case."""
+    def add(self, finding: Finding, *, times: int = 1) -> None:
+        """Adds a case, or several of an image that are listed as one."""
         key = (finding.split, finding.kind)
-        self.counts[key] += 1
+        self.counts[key] += times
         kept = self.listed.setdefault(key, [])
         if len(kept) < MOST_LISTED:
             kept.append(finding)
@@ -216,35 +208,3 @@ def _iou(one_xywh: Boxes, other_xywh: Boxes) -> npt.NDArray[np.float64]:
     both = np.maximum(high - low, 0).prod(axis=1)
     either = one_xywh[:, 2:].prod(axis=1) + other_xywh[:, 2:].prod(axis=1) - both
     return np.asarray(both / np.maximum(either, 1e-12))
-
-
-def add_prepared_findings(findings: Findings, data_uri: str, split: str) -> None:
-    """Adds what `prepare` wrote beside the table, as far as it is there: images it left out, and what it found odd."""
-    for batch in _side_table(storage.join(data_uri, _REJECTED_FOLDER), ("path", "reason")):
-        for row in batch.to_pylist():
-            findings.add(Finding(split=split, kind="rejected", path=row["path"] or "", detail=row["reason"] or ""))
-    for batch in _side_table(storage.join(data_uri, _PREPARED_FOLDER), ("path", "image_id", "kind", "detail")):
-        for kind in pc.unique(batch.column("kind").drop_null()).to_pylist():
-            places = np.flatnonzero(
-                pc.equal(batch.column("kind"), kind).fill_null(False).to_numpy(zero_copy_only=False)
-            )
-            findings.add_many(split, kind, places, _teller(batch, split, kind))
-
-
-def _teller(batch: pa.RecordBatch, split: str, kind: str) -> Callable[[int], Finding]:
-    def tell(place: int) -> Finding:
-        path, image_id, detail = (batch.column(name)[place].as_py() for name in ("path", "image_id", "detail"))
-        return Finding(split=split, kind=kind, image_id=image_id, path=path or "", detail=detail or "")
-
-    return tell
-
-
-def _side_table(uri: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Streams a table that need not be there; one without these columns counts as absent."""
-    if not is_table(uri):
-        return
-    filesystem, path = storage.resolve(uri)
-    for name in sorted(json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))["files"]):
-        with pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
-            if set(columns) <= set(file.schema_arrow.names):
-                yield from file.iter_batches(columns=list(columns))

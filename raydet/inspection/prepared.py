@@ -1,0 +1,97 @@
+"""What `prepare` left beside a table, or beside the tables of several splits → findings."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydet import storage
+from raydet.inspection.oddities import Finding, Findings
+from raydet.tables import Table, is_table, open_table
+
+_FINDINGS_FOLDER, _REJECTED_FOLDER = "_findings", "_rejected"
+_SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Where `prepare` listed what was odd about a table.
+
+    Attributes:
+        uri: The folder that holds the lists.
+        is_shared: Whether they are those of several splits, of which the table is one.
+    """
+
+    uri: str
+    is_shared: bool
+
+
+def preparation_of(table: Table) -> Preparation | None:
+    """The lists that belong to a table: beside its files, or, for one of several splits, beside the splits."""
+    if _has_lists(table.uri):
+        return Preparation(uri=table.uri, is_shared=False)
+    parent, name = _parted(table.uri)
+    if name in _SPLITS and _has_lists(parent):
+        return Preparation(uri=parent, is_shared=True)
+    return None
+
+
+def add_prepared_findings(
+    findings: Findings, table: Table, split: str, preparation: Preparation, *, with_left_out: bool
+) -> None:
+    """Adds images that `prepare` left out, and what it found odd in those that it took.
+
+    Args:
+        findings: Where they go.
+        table: The images.
+        split: `data` or `val`.
+        preparation: The lists of `table`.
+        with_left_out: Whether this split also stands for what lies in none: images left out, and what is a matter of
+            no image. Of lists that no splits share, all is taken.
+    """
+    rejected_uri = storage.join(preparation.uri, _REJECTED_FOLDER)
+    findings_uri = storage.join(preparation.uri, _FINDINGS_FOLDER)
+    takes_left_out = with_left_out or not preparation.is_shared
+    if takes_left_out:
+        for batch in _batches(rejected_uri, ("path", "reason")):
+            for row in batch.to_pylist():
+                findings.add(Finding(split=split, kind="rejected", path=row["path"] or "", detail=row["reason"] or ""))
+    wanted_ids: list[pa.Array] = []
+    if preparation.is_shared:
+        wanted_ids.append(_ids(table.iter_batches(["image_id"])))
+        if with_left_out:
+            wanted_ids += [_ids(_batches(rejected_uri, ["image_id"])), pa.nulls(1, pa.int64())]
+    for batch in _batches(findings_uri, ("path", "image_id", "kind", "detail", "count")):
+        if wanted_ids:
+            batch = batch.filter(pc.is_in(batch.column("image_id"), pa.concat_arrays(wanted_ids)))
+        for row in batch.to_pylist():
+            found = Finding(
+                split=split,
+                kind=row["kind"],
+                image_id=row["image_id"],
+                path=row["path"] or "",
+                detail=row["detail"] or "",
+            )
+            findings.add(found, times=row["count"])
+
+
+def _has_lists(uri: str) -> bool:
+    return any(is_table(storage.join(uri, name)) for name in (_FINDINGS_FOLDER, _REJECTED_FOLDER))
+
+
+def _parted(uri: str) -> tuple[str, str]:
+    """A URI's folder and its last component."""
+    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    parent, _, name = path.rstrip("/").rpartition("/")
+    return parent + mark + options, name
+
+
+def _ids(batches: Iterator[pa.RecordBatch]) -> pa.Array:
+    return pa.concat_arrays([pa.array([], pa.int64()), *(batch.column(0) for batch in batches)])
+
+
+def _batches(uri: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Streams one of the lists, which need not be there."""
+    if is_table(uri):
+        yield from open_table(uri, ("findings", "rejected")).iter_batches(columns)
