@@ -15,7 +15,7 @@ from pyarrow import csv as pa_csv
 
 from raydet import storage
 from raydet.errors import UserError
-from raydet.redaction import refuse_password
+from raydet.redaction import refuse_password, without_secrets
 from raydet.schema import build_schema
 from raydet.sources import ImageFolder, Records, Source, SourceImage, readable, refuse_name
 from raydet.sources.images import LIST_SUFFIXES, beside
@@ -104,8 +104,8 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
         for_reference: The table is to refer to the images, which has to be files for that.
 
     Returns:
-        One record for each line, its id the number of the image from 0; the column `source_id` holds the line. The
-        files themselves are not looked at.
+        One record for each line, its id the number of the image from 0; the column `source_id` holds the line, without
+        the signature of a signed address. The files themselves are not looked at.
 
     Raises:
         UserError: The list cannot be read, is no text, names no image, a folder, or a scheme that nothing is known of.
@@ -128,7 +128,12 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
 
     def records() -> Iterator[SourceImage]:
         for number, (path, extra) in enumerate(zip(paths, _extras(columns, paths), strict=True)):
-            yield SourceImage(number, path, extra=extra, refusal=refuse_name(path))
+            is_signed = "?" in path and storage.is_web(images.uri_of(path))
+            # A signature would open the image to whoever can read the table.
+            shown = without_secrets(path) if is_signed else path
+            yield SourceImage(
+                number, shown, extra={**extra, "source_id": shown}, refusal=refuse_name(path), locator=path
+            )
 
     return Source(images=Records(records), num_images=len(paths), extra_fields=tuple(fields))
 

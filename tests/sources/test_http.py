@@ -24,6 +24,9 @@ QUICK = WebReader(
 )
 
 
+SIGNED = "size=1&X-Amz-Signature=abcdef&X-Amz-Credential=AKIA%2F20260101&sig=xyz"
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -57,6 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer_busy(self, number: int) -> None:
         self.send(*((200, b"at last") if number == 3 else (503,)))
+
+    def answer_signed(self, _: int) -> None:
+        self.send(200, self.site.files["/a.jpg"]) if self.path.endswith(f"?{SIGNED}") else self.send(403)
 
     def answer_limited(self, number: int) -> None:
         self.send(200, b"at last") if number == 2 else self.send(429, Retry_After="86400")
@@ -223,6 +229,17 @@ def test_a_list_may_name_paths_and_addresses(site: Site, tmp_path: Path) -> None
         with pytest.raises(MissingFileError, match="no such file"):
             copy.read(record.path)
     assert images.uri_of("sub/50% #1.jpg") == str(tmp_path / "sub/50% #1.jpg")
+
+
+def test_signatures_of_addresses_are_used_and_not_kept(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{site.url}/signed.jpg?{SIGNED}\n")
+    (tmp_path / "list.csv").write_text(f"url,token\n{site.url}/signed.jpg?{SIGNED},1\n")
+    for name in ("list.txt", "list.csv"):
+        out = str(tmp_path / name.replace(".", "-"))
+        assert main(["prepare", "images", "--images", str(tmp_path / name), "--out", out]) == 0
+        row = open_table(out, "images").read().to_pylist()[0]
+        shown = f"{site.url}/signed.jpg?size=1&X-Amz-Signature=***&X-Amz-Credential=***&sig=***"
+        assert row["image"] == {"bytes": site.files["/a.jpg"], "path": shown} and row["source_id"] == shown
 
 
 def test_a_list_on_the_web_and_its_relative_paths(site: Site) -> None:
