@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ IDLE_PROCESSES_KEPT = 16
 """On a node of a cluster that is started here."""
 START_ATTEMPTS = 3
 """At starting a cluster on this machine."""
+SECONDS_TO_ANSWER = 10.0
+"""For the head of a cluster that is named."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ def _connect(address: str | None) -> None:
         # Ray ends processes that idle for a second when there are more than CPUs. Stages that ask for a fraction of
         # one are many, and a new process needs seconds of work before its first task.
         options["_system_config"] = {"num_workers_soft_limit": IDLE_PROCESSES_KEPT}
+    else:
+        _refuse_silence(address, named)
     attempts_left = START_ATTEMPTS if address == "local" else 1
     while True:
         attempts_left -= 1
@@ -105,6 +111,25 @@ def _connect(address: str | None) -> None:
             # Its processes have some seconds each to come up, which a busy machine may not grant them.
             logging.getLogger("ray").warning("Ray did not start, trying again: %s", reason)
             ray.shutdown()
+
+
+def _refuse_silence(address: str, named: str) -> None:
+    """Makes sure that something answers at HOST:PORT, for which Ray itself would wait more than five minutes."""
+    host, colon, port = address.removeprefix("ray://").partition("/")[0].rpartition(":")
+    if "://" in host or not colon or not port.isdecimal():
+        return  # auto, or the folder of a session: Ray knows where it is
+    deadline = time.monotonic() + SECONDS_TO_ANSWER
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+            return
+        except (OSError, OverflowError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"cannot connect to Ray at {named}: {getattr(error, 'strerror', None) or error}; is the head "
+                    "running, and is this the port that its `ray start --port` names (6379 by default)?"
+                ) from None
+            time.sleep(0.5)
 
 
 @contextlib.contextmanager

@@ -105,8 +105,10 @@ def test_an_address_that_nobody_answers_at(tmp_path: Path) -> None:
         except RunError as error:
             print(error)
     """
-    done = _run(script, RAY_ADDRESS="127.0.0.1:1", RAY_gcs_server_request_timeout_seconds="3")
-    assert done.stdout.startswith("cannot connect to Ray at RAY_ADDRESS 127.0.0.1:1: "), done.stdout + done.stderr
+    done = _run(script, RAY_ADDRESS="127.0.0.1:1")
+    assert done.stdout.startswith("cannot connect to Ray at RAY_ADDRESS 127.0.0.1:1: Connection refused; is"), (
+        done.stdout + done.stderr
+    )
 
 
 @pytest.mark.slow
