@@ -103,7 +103,7 @@ def head() -> Iterator[Head]:
             yield head
 
 
-TINY = ["--model=rt_detr_v2_tiny", "--image-size=64", "--batch-size=16", "--augmentation=flip", "--epochs=3"]
+TINY = ["--model=rt_detr_v2_tiny", "--image-size=64", "--batch-size=48", "--augmentation=flip", "--epochs=3"]
 TINY += ["--threads-per-worker=1", "--log-images=0"]
 COMMIT = "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
 
@@ -144,7 +144,7 @@ def work(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Work:
     folder = tmp_path_factory.mktemp("work")
     work = Work(folder / "data", folder / "run", folder / "detections")
     evaluation = [f"--truth={work.data}/train", f"--detections={work.detections}", f"--out={folder}/metrics"]
-    sizes = ["--num-train=400", "--num-val=8", "--image-size=64"]
+    sizes = ["--num-train=1200", "--num-val=8", "--image-size=64"]
     for words in (
         ["jobs/prepare.py", "shapes", f"--out={work.data}", *sizes],
         work.train(work.run),
@@ -160,7 +160,7 @@ def work(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 @pytest.mark.timeout(290)
 def test_the_four_jobs_say_what_ran_where(work: Work) -> None:
-    assert open_table(str(work.detections), "detections").num_rows == 400
+    assert open_table(str(work.detections), "detections").num_rows == 1200
     for path in (work.detections / "job.json", work.run / "log" / "job.json"):
         text = path.read_text()
         job = json.loads(text)["job"]
@@ -169,9 +169,11 @@ def test_the_four_jobs_say_what_ran_where(work: Work) -> None:
         assert {"raydet", "ray", "torch"} <= job["versions"].keys()
         assert "a-secret" not in text, "only the commit is taken from the metadata, and nothing from the environment"
     job = json.loads(Path(work.run, "log", "job.json").read_text())["job"]
-    lines = Path(work.run, "log", "node-127.0.0.1.log").read_text().splitlines()
-    assert all(f" job={job['ray_job_id']} node=127.0.0.1/" in line for line in lines), lines
-    assert any(" rank=0: epoch 3: 400 images" in line for line in lines), lines
+    (log,) = Path(work.run, "log").glob("node-*.log")
+    address = log.stem.removeprefix("node-")
+    lines = log.read_text().splitlines()
+    assert all(f" job={job['ray_job_id']} node={address}/" in line for line in lines), lines
+    assert any(" rank=0: epoch 3: 1200 images" in line for line in lines), lines
 
 
 def test_a_mistake_fails_the_job_with_its_one_line(head: Head) -> None:
@@ -200,7 +202,7 @@ def test_a_stopped_prediction_leaves_whole_files_and_no_orphan(head: Head, work:
     _wait_for(lambda: len(list(out.glob("part-*.parquet"))) >= 2, head, job)
     head.stop(job)
     files = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
-    assert 2 <= len(files) < 50, "stopped too late to tell"
+    assert 2 <= len(files) < 150, "stopped too late to tell"
     assert all(pq.read_metadata(path).num_rows == 8 for path in files)
     assert not Path(out, "_manifest.json").exists()
     _assert_nothing_is_left(head, job)

@@ -365,7 +365,8 @@ def test_of_the_loss_less_is_better(tmp_path: Path) -> None:
     assert "the time limit was over" in result.lines()[0]
 
 
-def test_the_page_escapes_and_needs_nothing_else() -> None:
+def evil_page() -> str:
+    """The page of four trials whose names and values would be markup."""
     axes = [Axis(name="learning_rate", is_log=True), Axis(name="augmentation", choices=("flip", EVIL))]
     trials = [
         TrialRow(
@@ -381,7 +382,7 @@ def test_the_page_escapes_and_needs_nothing_else() -> None:
         )
         for number in range(4)
     ]
-    page = render_tuning(
+    return render_tuning(
         metric=EVIL,
         is_less_better=False,
         axes=axes,
@@ -391,6 +392,10 @@ def test_the_page_escapes_and_needs_nothing_else() -> None:
         facts=[("Space", EVIL)],
         remarks=[EVIL],
     )
+
+
+def test_the_page_escapes_and_needs_nothing_else() -> None:
+    page = evil_page()
     assert EVIL not in page and "<b>&" not in page
     assert 'http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;' in page
     assert not [part for part in ('src="http', 'href="http', "url(http") if part in page]
