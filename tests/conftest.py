@@ -13,6 +13,19 @@ os.environ |= {"HOME": _HOME, "HF_HOME": f"{_HOME}/hf", "HF_HUB_OFFLINE": "1", "
 os.environ.pop("RAY_ADDRESS", None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Says which tests `pytest -n` runs in one process: those of a file, or all that need a Ray cluster.
+
+    These begin first, since they take the longest.
+    """
+    for item in items:
+        needs_ray = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.stem))
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))  # type: ignore[union-attr]
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real pictures and annotations; see its README."""
