@@ -15,6 +15,8 @@ from typing import Any, TextIO
 import ray
 from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydet import storage
@@ -263,6 +265,23 @@ def cpus_for_tasks(resources: Resources) -> float:
     """
     free = max((node.get("CPU", 0.0) for node in available_resources_per_node().values()), default=0.0)
     return resources.cpus_per_task if free >= resources.cpus_per_task - 1e-9 else 0.0
+
+
+def note_own_group(uri: str) -> None:
+    """Writes down, in a worker of a training, where `free_noted_group` finds what it holds of the cluster."""
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        storage.write_bytes(uri, group.id.hex().encode())
+
+
+def free_noted_group(uri: str) -> None:
+    """Gives back what the workers of an earlier attempt hold, whose own process was lost with its node.
+
+    Ray would do so at the end of the job alone, and of a trial the job is the whole search. Of another cluster or given
+    back long ago, it is no matter.
+    """
+    if storage.exists(uri):
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(storage.read_bytes(uri).decode()))))
 
 
 def _refuse_what_is_not_there(

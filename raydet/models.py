@@ -146,7 +146,7 @@ def load_detector(name: str) -> Detector:
         name: A folder that `Detector.save` or transformers wrote, or a Hub name.
 
     Raises:
-        UserError: No such model, not a detector, or one that does not name its classes.
+        UserError: No such model, not a detector, one that does not name its classes, or one with weights missing.
     """
     name = os.path.expanduser(name)
     with quiet():
@@ -156,9 +156,15 @@ def load_detector(name: str) -> Detector:
             raise UserError(f"the config.json of {name} does not name the classes; give it an id2label")
         model, fresh = _read_model(name, config)
         processor = _read_processor(name, family)
-    detector = Detector(model, processor, categories, where=name, reinitialised=_with_ties(model, fresh))
+    # The embedding of noisy boxes serves training alone, and may have been left out.
+    missing = sorted(fresh & {name for name, _ in model.named_parameters() if "denoising" not in name})
+    if missing:
+        raise UserError(
+            f"the model in {name} is not whole: {len(missing)} weights are missing or do not fit its config.json, such "
+            f"as {missing[0]}; give a trained checkpoint"
+        )
     model.eval()
-    return detector
+    return Detector(model, processor, categories, where=name)
 
 
 def backbone_parameter_names(model: nn.Module) -> set[str]:

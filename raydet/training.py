@@ -33,6 +33,8 @@ from raydet.tables import MANIFEST_NAME, Table, open_table
 
 _MINUTES_WAITED_FOR_ROOM = 15
 """Ray Train gives up once a minute when there is no room for all workers; a cloud may need several for a machine."""
+_GROUP_FILE = ("log", "placement_group")
+"""In the run folder, while its workers are at work."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,14 @@ def train(
         )
         if resources.remark:
             console.line(resources.remark)
+        cluster.free_noted_group(storage.join(out, *_GROUP_FILE))
         board = cluster.open_board()
         with (
             _stopping_on_sigterm(board) as asked_to_stop,
             console.following_training(_reader(board, on_epoch), epochs=config.epochs),
         ):
             _fit(_trainer(config, tables, resources, board), board)
+        storage.delete_file(storage.join(out, *_GROUP_FILE))
         mistake, failure = ray.get([board.mistake.remote(), board.failure.remote()])
         if mistake:
             if not history:
@@ -258,12 +262,16 @@ _BUGS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedE
 
 
 def _run_worker(job: dict[str, Any]) -> None:
+    import ray.train
+
     board = job["board"]
     if ray.get(board.failure.remote()):
         return  # started anew after a failure that would come again
 
     from raydet.training_loop import run_worker
 
+    if ray.train.get_context().get_world_rank() == 0:
+        cluster.note_own_group(storage.join(job["config"]["out"], *_GROUP_FILE))
     try:
         run_worker(job)
     except UserError as error:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from transformers import (
@@ -468,6 +469,20 @@ class TestMistakes:
         self.fails(str(tmp_path), "cannot read the model in")
         (tmp_path / "model.safetensors").unlink()
         self.fails(str(tmp_path), "cannot read the model in .*model.safetensors")
+
+    def test_a_checkpoint_that_is_not_whole_is_not_scored_with(self, tmp_path: Path) -> None:
+        detector = build("rt_detr_v2_tiny")
+        detector.save(str(tmp_path))
+        weights = load_file(tmp_path / "model.safetensors")
+        (head,) = [name for name in weights if name.endswith("enc_score_head.weight")]
+        for change, message in (
+            ({head: torch.zeros(7, *weights[head].shape[1:])}, "1 weights are missing or do not fit .*enc_score_head"),
+            (dict.fromkeys(weights), "weights are missing or do not fit its config.json, such as"),
+        ):
+            changed = {name: value for name, value in (weights | change).items() if value is not None}
+            save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+            with pytest.raises(UserError, match=message):
+                load_detector(str(tmp_path))
 
     def test_checkpoint_without_class_names(self, tmp_path: Path) -> None:
         build("detr_tiny").save(str(tmp_path))
