@@ -13,17 +13,19 @@ os.environ |= {"HOME": _HOME, "HF_HOME": f"{_HOME}/hf", "HF_HUB_OFFLINE": "1", "
 os.environ.pop("RAY_ADDRESS", None)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Says which tests `pytest -n` runs in one process: those of a file, or all that need a Ray cluster.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Says which tests `pytest -n` runs in one process: those of a file, or all that need a Ray cluster."""
+    item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.path.stem))
 
-    These begin first, since they take the longest.
-    """
-    for item in items:
-        needs_ray = "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.stem))
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))  # type: ignore[union-attr]
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with those that need Ray where there are several processes, since they take the longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not _needs_ray(item))
+
+
+def _needs_ray(item: pytest.Item) -> bool:
+    return "ray_cluster" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
