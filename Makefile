@@ -21,7 +21,7 @@ demo: $(READY) ## The whole way on generated images: prepare, train, predict, ev
 	@$(BIN)/raydet demo
 
 test: $(READY) ## The fast tests
-	@$(BIN)/pytest -q -m "$(FAST)" -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/pytest -q -m "$(FAST)" -n logical --maxprocesses 4 --no-loadscope-reorder
 
 test-all: $(READY) ## Every test that needs no GPU
 	@$(BIN)/pytest -q -m "not gpu"

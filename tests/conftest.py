@@ -1,9 +1,11 @@
 """Fixtures that all tests share: real pictures, small generated tables, one Ray cluster, a private HOME."""
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,19 +15,30 @@ os.environ |= {"HOME": _HOME, "HF_HOME": f"{_HOME}/hf", "HF_HUB_OFFLINE": "1", "
 os.environ.pop("RAY_ADDRESS", None)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Says which tests `pytest -n` runs in one process: those of a file, or all that need a Ray cluster."""
-    item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.path.stem))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begins with those that need Ray where there are several processes, since they take the longest."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not _needs_ray(item))
+        items.sort(key=lambda item: _process_group(item.nodeid) != "ray")
 
 
-def _needs_ray(item: pytest.Item) -> bool:
-    return "ray_cluster" in getattr(item, "fixturenames", ())
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Has `pytest -n` run the tests of a file in one process, and all files that need the Ray cluster in the same."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class _ByRay(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return _process_group(nodeid)
+
+    return _ByRay(config, log)
+
+
+@functools.cache
+def _process_group_of_file(path: str) -> str:
+    return "ray" if "ray_cluster" in Path(__file__).parents[1].joinpath(path).read_text("utf-8") else path
+
+
+def _process_group(nodeid: str) -> str:
+    return _process_group_of_file(nodeid.partition("::")[0])
 
 
 @pytest.fixture(scope="session")
