@@ -31,7 +31,7 @@ from raydet.tables import TableWriter, open_table
 from raydet.tuning import records
 from tests.nodes import Cluster, Node, nodes, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 EPOCHS, STEPS = 4, 6
 JOBS = ("train", "predict", "tune", "prepare", "evaluate")
@@ -236,7 +236,7 @@ def test_a_trials_own_process_is_killed(
     with cluster.started(job.command(out), tmp_path / "said") as driver:
         _wait_for_work(job, out, driver, tmp_path / "said", lambda: True)
         done = job.progress(out)
-        trials = [process for node in cluster.nodes for process in node.workers("run_trial")]
+        trials = [process for node in cluster.nodes for process in node.workers("ImplicitFunc")]
         assert trials, "no trial has a process"
         trials[0].kill()
         _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
@@ -255,9 +255,9 @@ def test_elastic_training_goes_on_with_the_node_that_is_left(
         _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
     history = json.loads(Path(out, HISTORY_FILE).read_text())
     assert [entry["epoch"] for entry in history] == [*range(1, EPOCHS + 1)]
-    # The same batches; the gradients part by rounding, from the epoch that was cut off on.
+    # The same batches; what is drawn for each worker, such as noisy boxes, is not the same with one and with two.
     for entry, other in zip(history[:2], expected["history"][:2], strict=True):
-        assert entry["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert entry["loss"] == pytest.approx(other["loss"], rel=0.1)
     logs = "\n".join(path.read_text() for path in Path(out, "log").glob("node-*.log"))
     assert "one of 2 workers" in logs and "one of 1 workers" in logs, logs
 
@@ -329,7 +329,7 @@ def _made_up(random: np.random.Generator, image_id: int) -> tuple[dict[str, Any]
     row = {"image_id": image_id, "width": 300, "height": 300}
     objects = {"id": [*range(BOXES_PER_IMAGE)], "bbox": boxes.tolist(), "category": category}
     objects |= {"area": (boxes[:, 2] * boxes[:, 3]).tolist(), "iscrowd": [False] * BOXES_PER_IMAGE}
-    found = {"bbox": (boxes + random.normal(0, 3, boxes.shape)).tolist(), "category": category}
+    found = {"bbox": np.abs(boxes + random.normal(0, 3, boxes.shape)).tolist(), "category": category}
     found["score"] = random.random(BOXES_PER_IMAGE).tolist()
     image = {"bytes": b"not a picture", "path": "a.png"}
     return {**row, "image": image, "objects": objects}, {**row, "path": "a.png", "detections": found, "error": None}
