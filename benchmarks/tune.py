@@ -26,7 +26,7 @@ def main() -> None:
     options = _parse()
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
         data, out = Path(folder) / "data", options.out or str(Path(folder) / "tune")
-        num_train = 80 if options.quick else 320
+        num_train = 80 if options.quick else 160
         prepare_shapes(
             PrepareShapesConfig(out=str(data), num_train=num_train, num_val=40, image_size=IMAGE_SIZE, max_shapes=4)
         )
