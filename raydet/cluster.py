@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, ray_logging
 from ray._private.state import available_resources_per_node
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -28,6 +29,8 @@ IDLE_PROCESSES_KEPT = 16
 """On a node of a cluster that is started here."""
 START_ATTEMPTS = 3
 """At starting a cluster on this machine."""
+_NOISE = re.compile("PYTHON worker processes have been started")
+"""What Ray would print about the many stages that ask for fractions of a CPU, whatever is done with its log."""
 SECONDS_TO_ANSWER = 10.0
 """For the head of a cluster that is named."""
 
@@ -96,6 +99,7 @@ def _connect(address: str | None) -> None:
     else:
         _refuse_silence(address, named)
     attempts_left = START_ATTEMPTS if address == "local" else 1
+    ray_logging.stdout_deduplicator.skip_re = _NOISE
     while True:
         attempts_left -= 1
         try:
@@ -275,10 +279,11 @@ def note_own_group(uri: str) -> None:
 
 
 def free_noted_group(uri: str) -> None:
-    """Gives back what the workers of an earlier attempt hold, whose own process was lost with its node.
+    """Gives back what the workers of a training hold whose own process has ended.
 
-    Ray would do so at the end of the job alone, and of a trial the job is the whole search. Of another cluster or given
-    back long ago, it is no matter.
+    Of a process that was killed or lost Ray itself would do so at the end of the job alone, and for a trial that is the
+    end of the whole search; Ray Train's cleaner does it only where there is a dashboard, and does not outlive its node.
+    What is given back already, or is of another cluster, is no matter.
     """
     if storage.exists(uri):
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(storage.read_bytes(uri).decode()))))

@@ -124,14 +124,14 @@ def train(
         )
         if resources.remark:
             console.line(resources.remark)
-        cluster.free_noted_group(storage.join(out, *_GROUP_FILE))
+        free_workers(out)
         board = cluster.open_board()
         with (
             _stopping_on_sigterm(board) as asked_to_stop,
             console.following_training(_reader(board, on_epoch), epochs=config.epochs),
         ):
             _fit(_trainer(config, tables, resources, board), board)
-        storage.delete_file(storage.join(out, *_GROUP_FILE))
+        free_workers(out)
         mistake, failure = ray.get([board.mistake.remote(), board.failure.remote()])
         if mistake:
             if not history:
@@ -154,6 +154,13 @@ def check(config: TrainConfig) -> None:
     _check_tables(config)
     _check_recipe(config)
     _check_model(config)
+
+
+def free_workers(out: str) -> None:
+    """Gives back to the cluster what the workers of a run hold whose own process has ended, however that came about."""
+    note_uri = storage.join(out, *_GROUP_FILE)
+    cluster.free_noted_group(note_uri)
+    storage.delete_file(note_uri)
 
 
 def _reader(

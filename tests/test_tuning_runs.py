@@ -119,22 +119,23 @@ def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_trial_that_is_behind_is_stopped_with_its_workers(shapes: Path, tmp_path: Path) -> None:
-    # One that hardly learns, and many epochs that it could go on for.
+    # Two that hardly learn, with many epochs that they could go on for. There is room for the second one only if the
+    # first has left nothing behind.
     config = _config(
         shapes,
         tmp_path / "out",
-        {"epochs": 12},
-        points=[{"learning_rate": 1e-9}],
-        num_trials=2,
+        {"epochs": 12, "cpus_per_worker": 1.2},
+        points=[{"learning_rate": 1e-9}, {"learning_rate": 2e-9}],
+        num_trials=3,
         max_concurrent=1,
         scheduler="asha",
         grace_epochs=3,
         reduction_factor=2,
     )
     result = tune(config)
-    assert [trial.state for trial in result.trials] == ["finished", "stopped"]
+    assert [trial.state for trial in result.trials] == ["finished", "stopped", "stopped"]
     assert result.best.number == 0 and len(result.trials[0].history) == 12
-    assert 3 <= len(result.trials[1].history) < 12
+    assert all(3 <= len(trial.history) < 12 for trial in result.trials[1:])
     _wait_until(lambda: not _trainers(), "workers of a stopped trial live on", timeout_s=60)
 
 

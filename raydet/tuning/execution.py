@@ -128,7 +128,11 @@ class _TrialSource(_NotKept, Searcher):
         if following is None:
             return Searcher.FINISHED
         trial, config = following
-        content = {"number": trial.number, "config": dataclasses.asdict(self._share.applied_to(config))}
+        content = {
+            "number": trial.number,
+            "search": self._search.plan.out,
+            "config": dataclasses.asdict(self._share.applied_to(config)),
+        }
         return {JOB: json.dumps(content)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:

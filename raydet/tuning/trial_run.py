@@ -11,7 +11,8 @@ from ray import tune
 
 from raydet.config import TrainConfig
 from raydet.errors import RunError, UserError
-from raydet.training import train
+from raydet.training import free_workers, train
+from raydet.tuning import records
 from raydet.tuning.records import best_so_far, read_history
 
 EPOCH, SCORE, OUTCOME, ERROR = "epoch", "score", "outcome", "error"
@@ -23,7 +24,11 @@ JOB = "job"
 
 def run_trial(parameters: dict[str, str]) -> None:
     """Trains, and reports each epoch as it is validated; a failure is an outcome, too."""
-    config = TrainConfig(**json.loads(parameters[JOB])["config"])
+    job = json.loads(parameters[JOB])
+    config = TrainConfig(**job["config"])
+    for trial in records.load(job["search"]):
+        if trial.state != "unfinished":  # one that was stopped leaves behind what its workers held
+            free_workers(trial.folder(job["search"]))
     reporter = _Reporter(config)
     try:
         result = train(config, on_epoch=reporter.add)
