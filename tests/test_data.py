@@ -129,6 +129,7 @@ class _Holder:
         return True
 
 
+@pytest.mark.slow
 def test_images_come_to_workers_that_hold_all_cpus(
     shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
 ) -> None:

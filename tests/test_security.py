@@ -354,9 +354,13 @@ def test_code_in_a_model_folder_is_not_run(
         with pytest.raises(UserError, match="zero-shot model"):
             _load(folder)
     else:  # of a type that transformers knows: its own code is taken, not the folder's
-        from raydet.models import load_detector
+        from raydet.models import build_detector, load_detector
+        from raydet.schema import Category
 
-        assert type(load_detector(folder).model).__module__.startswith("transformers.")
+        detector = build_detector(folder, [Category(1, "dog")], image_size=64, seed=0)
+        assert type(detector.model).__module__.startswith("transformers.")
+        with pytest.raises(UserError, match="is not whole"):  # there is not one weight in it
+            load_detector(folder)
     assert not marker.exists()
 
 
