@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import ray
 from ray._private import ray_constants, ray_logging
@@ -29,8 +29,6 @@ IDLE_PROCESSES_KEPT = 16
 """On a node of a cluster that is started here."""
 START_ATTEMPTS = 3
 """At starting a cluster on this machine."""
-_NOISE = re.compile("PYTHON worker processes have been started")
-"""What Ray would print about the many stages that ask for fractions of a CPU, whatever is done with its log."""
 SECONDS_TO_ANSWER = 10.0
 """For the head of a cluster that is named."""
 
@@ -99,7 +97,7 @@ def _connect(address: str | None) -> None:
     else:
         _refuse_silence(address, named)
     attempts_left = START_ATTEMPTS if address == "local" else 1
-    ray_logging.stdout_deduplicator.skip_re = _NOISE
+    ray_logging.stdout_deduplicator.skip_re = cast("re.Pattern[str]", _IntoTheLog())
     while True:
         attempts_left -= 1
         try:
@@ -162,6 +160,15 @@ class _LogHandler(logging.StreamHandler[TextIO]):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Nothing."""
+
+
+class _IntoTheLog:
+    """In the place of a pattern of lines not to print: what Ray remarks on its processes and nodes goes to its log."""
+
+    def search(self, line: str) -> bool:
+        """Says of every line that it is not to be printed."""
+        logging.getLogger("ray").warning(line)
+        return True
 
 
 @contextlib.contextmanager
