@@ -219,7 +219,7 @@ class JobStats:
     def lines(report: Mapping[str, Any]) -> list[str]:
         """A report as a short table for the terminal, what matters most last: where the time went and what to do."""
         time_spent = f"{_duration(report['wall_s'])}, start-up {_duration(report['startup_s'])} of it"
-        rates = (_rate(report[name]) for name in ("images_per_s_after_startup", "images_per_s"))
+        rates = (rate_text(report[name]) for name in ("images_per_s_after_startup", "images_per_s"))
         text = "{:,} images in {}: {} images/s after start-up, {} over all"
         lines = [text.format(report["num_images"], time_spent, *rates)]
         runs = report["earlier_runs"]
@@ -321,8 +321,8 @@ def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 "–" if share is None else f"{share:.0%}",
                 f"{numbers['busy_s']:,.1f}",
                 str(numbers["num_processes"]),
-                _rate(numbers["images_per_s_of_one"]),
-                _rate(numbers["images_per_s_at_most"]),
+                rate_text(numbers["images_per_s_of_one"]),
+                rate_text(numbers["images_per_s_at_most"]),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -332,7 +332,8 @@ def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _rate(images_per_s: float | None) -> str:
+def rate_text(images_per_s: float | None) -> str:
+    """Images per second with three digits or, above 100, whole; a dash where there are none."""
     if images_per_s is None:
         return "–"
     return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"

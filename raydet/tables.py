@@ -18,6 +18,9 @@ from raydet.errors import UserError
 from raydet.schema import SCHEMA_VERSION, Category, TableKind, categories_of, parse_metadata
 
 MANIFEST_NAME = "_manifest.json"
+FINDINGS_FOLDER, REJECTED_FOLDER = "_findings", "_rejected"
+"""Of the lists that `prepare` leaves beside an images table, or beside those of its splits."""
+SPLITS = ("train", "val")
 ROW_GROUP_BYTES = 16 * 2**20
 """A row group is what is read at once; small enough to shuffle, large enough to stream from object storage."""
 

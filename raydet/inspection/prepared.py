@@ -8,10 +8,7 @@ import pyarrow.compute as pc
 
 from raydet import storage
 from raydet.inspection.oddities import Finding, Findings
-from raydet.tables import Table, is_table, open_table
-
-_FINDINGS_FOLDER, _REJECTED_FOLDER = "_findings", "_rejected"
-_SPLITS = ("train", "val")
+from raydet.tables import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS, Table, is_table, open_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,7 @@ def preparation_of(table: Table) -> Preparation | None:
     if _has_lists(table.uri):
         return Preparation(uri=table.uri, is_shared=False)
     parent, name = _parted(table.uri)
-    if name in _SPLITS and _has_lists(parent):
+    if name in SPLITS and _has_lists(parent):
         return Preparation(uri=parent, is_shared=True)
     return None
 
@@ -50,8 +47,8 @@ def add_prepared_findings(
         with_left_out: Whether this split also stands for what lies in none: images left out, and what is a matter of
             no image. Of lists that no splits share, all is taken.
     """
-    rejected_uri = storage.join(preparation.uri, _REJECTED_FOLDER)
-    findings_uri = storage.join(preparation.uri, _FINDINGS_FOLDER)
+    rejected_uri = storage.join(preparation.uri, REJECTED_FOLDER)
+    findings_uri = storage.join(preparation.uri, FINDINGS_FOLDER)
     takes_left_out = with_left_out or not preparation.is_shared
     if takes_left_out:
         for batch in _batches(rejected_uri, ("path", "reason")):
@@ -77,7 +74,7 @@ def add_prepared_findings(
 
 
 def _has_lists(uri: str) -> bool:
-    return any(is_table(storage.join(uri, name)) for name in (_FINDINGS_FOLDER, _REJECTED_FOLDER))
+    return any(is_table(storage.join(uri, name)) for name in (FINDINGS_FOLDER, REJECTED_FOLDER))
 
 
 def _parted(uri: str) -> tuple[str, str]:

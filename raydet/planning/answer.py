@@ -6,6 +6,7 @@ from typing import Any
 
 from raydet.config import PlanConfig
 from raydet.console import aligned
+from raydet.job_report import rate_text
 from raydet.planning.throughput import RAY, Forecast, NodeGroup, Probe, Workers
 
 _NAMES = {
@@ -102,7 +103,7 @@ class PlanResult:
         """The plan for the terminal."""
         answer = self.forecast
         nodes = ", ".join(_describe(group) for group in self.groups)
-        rate = f"{_rate(answer.images_per_s)} images/s"
+        rate = f"{rate_text(answer.images_per_s)} images/s"
         passes = f" ({self.config.epochs} epochs)" if self.config.epochs > 1 else ""
         lines = [
             f"{self.config.job} of {self.num_images:,} images{passes} on {nodes}",
@@ -130,7 +131,7 @@ class PlanResult:
                 (
                     _NAMES[self.config.job].get(name, name),
                     f"{load.cpu_s * 1e3:,.2f}",
-                    "–" if load.images_per_s is None else _rate(load.images_per_s),
+                    rate_text(load.images_per_s),
                     f"{load.busy_share:.0%} of the {'workers' if name == 'model' else 'CPUs'}",
                 )
             )
@@ -176,10 +177,6 @@ class PlanResult:
 def _describe(group: NodeGroup) -> str:
     gpus = f" and {group.num_gpus} GPU{'s' if group.num_gpus > 1 else ''}" if group.num_gpus else ""
     return f"{group.num_nodes} × {group.num_cpus} CPUs{gpus} ({group.name})"
-
-
-def _rate(images_per_s: float) -> str:
-    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -36,7 +36,7 @@ from raydet.config import (
 )
 from raydet.preparation.examining import ImageReader, draw_row, read_row
 from raydet.preparation.parts import FILE_BYTES
-from raydet.preparation.remains import FINDINGS_FOLDER, REJECTED_FOLDER, Target
+from raydet.preparation.remains import Target
 from raydet.preparation.report import PrepareReport, sum_reports
 from raydet.preparation.writing import Plan, write_tables
 from raydet.redaction import refuse_password
@@ -47,6 +47,7 @@ from raydet.sources.lists import ImageList, is_list, read_list
 from raydet.sources.voc import read_voc
 from raydet.sources.yolo import read_yolo
 from raydet.sources.yolo_files import find_in_data_yaml, find_in_folders
+from raydet.tables import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS
 from raydet.threads import NUM_READ_THREADS
 
 __all__ = [
@@ -61,7 +62,6 @@ __all__ = [
     "prepare_yolo",
 ]
 
-_SPLITS = ("train", "val")
 _RAY_FROM_IMAGES = 5_000
 """On a cluster that is there: with fewer, starting the tasks takes as long as the work."""
 _OWN_RAY_FROM_IMAGES, _OWN_RAY_FROM_CPUS = 50_000, 8
@@ -204,7 +204,7 @@ def _name_shapes(split: shapes.Split, num_images: int) -> Any:
 
 
 def _target(out: str, config: Any) -> Target:
-    return Target(storage.absolute_uri(out), _SPLITS if config.val_fraction is not None else ())
+    return Target(storage.absolute_uri(out), SPLITS if config.val_fraction is not None else ())
 
 
 def _already_done(out: str, config: Any) -> PrepareReport | None:

@@ -13,12 +13,8 @@ from typing import Any
 
 from raydet import storage
 from raydet.errors import UserError
-from raydet.tables import MANIFEST_NAME, is_table
+from raydet.tables import FINDINGS_FOLDER, MANIFEST_NAME, REJECTED_FOLDER, is_table
 
-REJECTED_FOLDER = "_rejected"
-"""Below OUT: a table of its own, of images and reasons."""
-FINDINGS_FOLDER = "_findings"
-"""Likewise, of all else that was odd in the data set."""
 MARK_NAME = "_preparing.json"
 """Lies in OUT while a table is being written: what a killed run leaves can be told from the user's own files."""
 

@@ -107,7 +107,12 @@ def save(trial: Trial, out: str) -> None:
 
 def load(out: str) -> list[Trial]:
     """All trials of a search so far, by number, with their histories."""
+    return [with_history(trial, out) for trial in load_states(out)]
+
+
+def load_states(out: str) -> list[Trial]:
+    """All trials of a search so far, by number, without what is in their run folders."""
     folder = storage.join(out, *_RECORDS_FOLDER)
     names = [name for name in storage.list_files(folder) if name.startswith("trial-") and name.endswith(".json")]
     trials = [Trial(**json.loads(storage.read_bytes(storage.join(folder, name)))) for name in names]
-    return [with_history(trial, out) for trial in sorted(trials, key=lambda trial: trial.number)]
+    return sorted(trials, key=lambda trial: trial.number)

@@ -12,8 +12,7 @@ from ray import tune
 from raydet.config import TrainConfig
 from raydet.errors import RunError, UserError
 from raydet.training import free_workers, train
-from raydet.tuning import records
-from raydet.tuning.records import best_so_far, read_history
+from raydet.tuning.records import best_so_far, load_states, read_history
 
 EPOCH, SCORE, OUTCOME, ERROR = "epoch", "score", "outcome", "error"
 """What Tune is told: an epoch with the best score so far, and at the end how it went."""
@@ -26,8 +25,8 @@ def run_trial(parameters: dict[str, str]) -> None:
     """Trains, and reports each epoch as it is validated; a failure is an outcome, too."""
     job = json.loads(parameters[JOB])
     config = TrainConfig(**job["config"])
-    for trial in records.load(job["search"]):
-        if trial.state != "unfinished":  # one that was stopped leaves behind what its workers held
+    for trial in load_states(job["search"]):
+        if trial.state in ("stopped", "failed"):  # its process may have been ended, which leaves what its workers held
             free_workers(trial.folder(job["search"]))
     reporter = _Reporter(config)
     try:
