@@ -29,7 +29,12 @@ else:  # a script finds its neighbours by their bare names
 
 SIZE = (640, 480)
 NUM_PICTURES = 500
-PAIRS: tuple[Pair, ...] = (("raydet", "datasets", 1.0), ("raydet", "read_and_open", 0.0), ("raydet_ray", "raydet", 0.0))
+PAIRS: tuple[Pair, ...] = (
+    ("raydet", "datasets", 1.0),
+    ("raydet", "read_and_open", 0.0),
+    ("raydet_ray", "raydet", 0.0),
+    ("raydet_ray", "ray_data", 0.0),
+)
 
 
 def raydet(images: Path, out: Path) -> int:
@@ -42,6 +47,44 @@ def raydet_ray(images: Path, out: Path) -> int:
     from raydet import PrepareImagesConfig, prepare_images
 
     return prepare_images(PrepareImagesConfig(images=str(images), out=str(out), use_ray=True)).accepted
+
+
+def ray_data(images: Path, out: Path) -> int:
+    """What `raydet_ray` does to each image, as a pipeline of Ray Data, with files as its blocks come."""
+    import pyarrow as pa
+    import ray
+
+    from raydet import PrepareImagesConfig, cluster
+    from raydet.preparation.examining import Row, read_row
+    from raydet.schema import build_schema
+    from raydet.sources import ImageFolder, SourceImage
+    from raydet.sources.images import read_images
+
+    folder = ImageFolder(str(images))
+    max_pixels = PrepareImagesConfig(images=str(images), out=str(out)).max_pixels
+    schema = build_schema("images")
+
+    def examine(batch: pa.Table) -> pa.Table:
+        records = [SourceImage(row["image_id"], row["path"]) for row in batch.to_pylist()]
+        results = [
+            read_row(
+                record,
+                reader=folder,
+                inline=True,
+                max_pixels=max_pixels,
+                drop_duplicate_boxes=False,
+                keep_truncated=False,
+            )
+            for record in records
+        ]
+        return pa.Table.from_pylist([result.values for result in results if isinstance(result, Row)], schema=schema)
+
+    rows = [{"image_id": record.image_id, "path": record.path} for record in read_images(folder).images]
+    with tempfile.TemporaryDirectory() as log, cluster.session(log):
+        paths = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // 500))
+        table = paths.map_batches(examine, batch_size=64, batch_format="pyarrow", num_cpus=0.5, zero_copy_batch=True)
+        table.write_parquet(str(out), min_rows_per_file=3_000, ray_remote_args={"num_cpus": 0.25})
+    return len(rows)
 
 
 def raydet_split(images: Path, out: Path) -> int:
@@ -70,7 +113,7 @@ def read_and_open(images: Path, out: Path) -> int:
 
 
 CONTESTANTS: dict[str, Callable[[Path, Path], int]] = {
-    function.__name__: function for function in (raydet, datasets, read_and_open, raydet_ray, raydet_split)
+    function.__name__: function for function in (raydet, datasets, read_and_open, raydet_ray, ray_data, raydet_split)
 }
 STANDARD = ("raydet", "datasets", "read_and_open")
 

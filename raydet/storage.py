@@ -115,10 +115,15 @@ def exists(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+def open_stream(uri: str) -> pa.NativeFile:
+    """Opens a file to be read from its beginning, as it is."""
+    filesystem, path = resolve(uri)
+    return filesystem.open_input_stream(path, compression=None)
+
+
 def read_bytes(uri: str) -> bytes:
     """Reads one whole file."""
-    filesystem, path = resolve(uri)
-    with filesystem.open_input_stream(path, compression=None) as stream:
+    with open_stream(uri) as stream:
         data: bytes = stream.readall()
     return data
 

@@ -91,17 +91,21 @@ class Cluster:
         """The node that drivers run on."""
         return self.nodes[0]
 
-    def add_node(self) -> Node:
-        """Starts a node, the head if there is none, and waits until the cluster counts it."""
+    def add_node(self, *, gpus: int = 0) -> Node:
+        """Starts a node, the head if there is none, and waits until the cluster counts it.
+
+        Args:
+            gpus: That it promises to Ray, whatever this machine has.
+        """
         for _ in range(_START_ATTEMPTS):
-            node = self._start_node()
+            node = self._start_node(gpus)
             self.nodes.append(node)
             if self._is_up(node):
                 return node
             self.kill_node(node)
         raise AssertionError(Path(node.folder, "ray.out").read_text())
 
-    def _start_node(self) -> Node:
+    def _start_node(self, gpus: int) -> Node:
         number = self._num_started + 2
         self._num_started += 1
         address, folder = f"127.0.0.{number}", self.folder / f"n{number}"
@@ -113,7 +117,7 @@ class Cluster:
             role += ["--no-monitor", f"--ray-client-server-port={free_port()}"]
         command = [RAY, "start", *role, "--block", "--disable-usage-stats", f"--num-cpus={self._cpus:g}"]
         command += [f"--node-ip-address={address}", f"--temp-dir={folder}/r", "--object-store-memory=100000000"]
-        command += ["--include-log-monitor=false"]
+        command += ["--include-log-monitor=false", f"--num-gpus={gpus}"]
         command += [f"--{name}={free_port()}" for name in _PORTS]
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         with Path(folder, "ray.out").open("wb") as output:

@@ -1,4 +1,4 @@
-"""The hold on an output folder with real processes that are killed, on a disk and on a stand-in for S3; its record."""
+"""The hold on an output folder with real processes that are killed, on a disk and in stand-ins for object stores."""
 
 import json
 import os
@@ -16,6 +16,7 @@ import pytest
 from raydet import run_folder, storage
 from raydet.errors import RunError, UserError
 from raydet.run_folder import LEASE_FILE, LOCK_FILE, RUN_FILE, check_folder, done_chunks, hold, open_run, part_name
+from tests import gcs_stand_in
 
 _HOLDER = """
 import subprocess, sys, time
@@ -60,19 +61,28 @@ def server() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module")
+def gcs_server() -> Iterator[str]:
+    with gcs_stand_in.started() as url:
+        yield url
+
+
+@pytest.fixture(params=["s3", pytest.param("gs", marks=pytest.mark.slow)])
+def bucket(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    for name, seconds in {"RENEW_EVERY_S": 0.2, "WATCH_S": 1.5, "SETTLE_S": 0.3}.items():
+        monkeypatch.setattr(run_folder, name, seconds)
+    if request.param == "gs":
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", request.getfixturevalue("gcs_server"))
+        return f"{gcs_stand_in.BUCKET}/{request.node.originalname}"
     for name, value in {
-        "AWS_ENDPOINT_URL": server,
+        "AWS_ENDPOINT_URL": request.getfixturevalue("server"),
         "AWS_ACCESS_KEY_ID": "stand-in",
         "AWS_SECRET_ACCESS_KEY": "stand-in",
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    for name, seconds in {"RENEW_EVERY_S": 0.2, "WATCH_S": 1.5, "SETTLE_S": 0.3}.items():
-        monkeypatch.setattr(run_folder, name, seconds)
-    return f"s3://runs/{request.node.name}"
+    return f"s3://runs/{request.node.originalname}"
 
 
 Start = Callable[[str], tuple[subprocess.Popen[str], int]]

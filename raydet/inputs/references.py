@@ -1,7 +1,6 @@
 """A reference to a file, or to a part of one → its bytes."""
 
 import errno
-import math
 import os
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,7 +13,7 @@ from pyarrow import fs as pafs
 from raydet import storage
 from raydet.decode import DecodeError
 from raydet.errors import UserError
-from raydet.sources import MAX_FILE_BYTES, ReadError
+from raydet.sources import ReadError, read_file, refuse_size
 
 _OPEN_FILES = 16
 _NOT_THE_FILES_FAULT = {
@@ -75,12 +74,9 @@ class FileReader:
             raise ReadError("the file name is not valid text or leads out of its folder")
         try:
             if offset is None or size is None:
-                with self.open(uri) as file:
-                    _refuse_huge(file.size())
-                    data: bytes = file.readall()
-                    return data
-            _refuse_huge(size)
-            data = self._shared_file(uri).read_at(size, offset)
+                return read_file(*self._locate(uri))
+            refuse_size(size)
+            data: bytes = self._shared_file(uri).read_at(size, offset)
         except FileNotFoundError:
             raise ReadError(self._missing) from None
         except PermissionError:
@@ -136,12 +132,6 @@ def image_bytes(image: Mapping[str, Any]) -> bytes:
         raise DecodeError(str(error)) from None
     except OSError as error:
         raise DecodeError(f"the file cannot be read: {error.strerror or error}") from None
-
-
-def _refuse_huge(num_bytes: int) -> None:
-    if num_bytes > MAX_FILE_BYTES:
-        limit = math.ceil(MAX_FILE_BYTES / 1e6)
-        raise ReadError(f"a file of {num_bytes / 1e6:,.0f} MB is over the limit of {limit:,} MB")
 
 
 def _one_line(error: Exception) -> str:

@@ -67,7 +67,7 @@ _RAY_FROM_IMAGES = 5_000
 _OWN_RAY_FROM_IMAGES, _OWN_RAY_FROM_CPUS = 50_000, 8
 """On this machine alone: Ray needs some ten seconds to start, and threads keep a few CPUs busy as well."""
 _THREADS_PER_TASK = 2
-_SIZES_SAMPLED, _MOST_LOOKED_AT = 64, 100_000
+_SIZES_SAMPLED, _MOST_LOOKED_AT = 64, 10_000
 _BYTES_UNKNOWN = 128 * 2**10
 _BYTES_OF_REFERENCE = 16 * 2**10
 """Stands for the work of reading an image, since hardly anything of it is stored."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from raydet.tables import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_m
 LOST = "boxes of rejected images, left out"
 REPEATED_CONTENT = "the same content as an image before it"
 """Why a duplicate is rejected, where these are left out."""
+_FINDINGS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,11 +207,11 @@ class _Run:
         self._note([Finding(LOST, item.path, item.image_id, count=item.num_boxes) for item in written.rejected])
         self._note(written.findings)
 
-    def _note(self, findings: list[Finding]) -> None:
-        rows = [vars(finding) for finding in findings if finding.count]
-        for row in rows:
-            self._kinds[row["kind"]] += row["count"]
-        if rows:
+    def _note(self, findings: Iterable[Finding]) -> None:
+        left = (vars(finding) for finding in findings if finding.count)
+        while rows := list(islice(left, _FINDINGS_AT_ONCE)):
+            for row in rows:
+                self._kinds[row["kind"]] += row["count"]
             self._findings.write_rows(rows)
 
     def _find_duplicates(self, image_ids: Integers, hashes: Hashes) -> Integers:

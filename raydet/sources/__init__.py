@@ -14,6 +14,7 @@ from pyarrow import fs as pafs
 from raydet import storage
 from raydet.errors import UserError
 from raydet.schema import Category
+from raydet.sources.spill import Spilled
 
 MAX_FILE_BYTES = 2**30
 """Larger files are refused unread: one would not fit into a column of bytes, and no picture needs it."""
@@ -49,11 +50,11 @@ class Finding:
 
 
 class FindingLog(Counter[str]):
-    """How often each kind of finding occurs, by its kind, and each of them in `rows`."""
+    """How often each kind of finding occurs, by its kind, and each of them in `rows`, which are on disk."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: list[Finding] = []
+        self.rows: Spilled[Finding] = Spilled(Finding)
 
     def note(self, finding: Finding) -> None:
         """Adds a finding; one that occurs zero times is none."""
@@ -152,6 +153,25 @@ def refuse_size(num_bytes: int, max_bytes: int | None = None) -> None:
     if num_bytes > max_bytes:
         limit = math.ceil(max_bytes / 1e6)
         raise ReadError(f"a file of {num_bytes / 1e6:,.0f} MB is over the limit of {limit:,} MB")
+
+
+def read_file(filesystem: pafs.FileSystem, path: str) -> bytes:
+    """Reads one file.
+
+    Raises:
+        ReadError: It is too large.
+        OSError: As pyarrow raises it.
+    """
+    if isinstance(filesystem, pafs.GcsFileSystem):
+        # Its client opens files for reading at any place one after the other, and streams side by side.
+        with filesystem.open_input_stream(path, compression=None) as file:
+            refuse_size(int(file.metadata()["size"]))
+            data: bytes = file.readall()
+    else:
+        with filesystem.open_input_file(path) as file:
+            refuse_size(file.size())
+            data = file.readall()
+    return data
 
 
 def refuse_name(path: str) -> str | None:
@@ -262,10 +282,7 @@ class ImageFolder:
             OSError: The remote storage fails, which says nothing about this file.
         """
         try:
-            with self._filesystem.open_input_file(f"{self.path}/{path}") as stream:
-                refuse_size(stream.size())
-                data: bytes = stream.readall()
-                return data
+            return read_file(self._filesystem, f"{self.path}/{path}")
         except FileNotFoundError:
             raise MissingFileError("no such file") from None
         except PermissionError:

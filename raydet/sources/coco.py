@@ -3,12 +3,12 @@
 What the format leaves open is settled so: category indices are contiguous, by rising source id; a missing `area` is
 that of the box and a missing `iscrowd` is false; ids written as strings of digits or as whole floats are taken for
 integers; backslashes in file names are slashes. Annotations of unknown images or categories are left out and counted.
+The file is read piece by piece and its entries wait on this machine's disk, so that it may be larger than the memory.
 """
 
-import json
+import contextlib
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +16,15 @@ import pyarrow as pa
 from raydet import storage
 from raydet.errors import UserError
 from raydet.schema import MAX_IMAGE_ID, Category, build_schema
-from raydet.sources import Finding, FindingLog, ImageFolder, Records, Source, SourceImage, SourceObjects, readable
+from raydet.sources import Finding, FindingLog, ImageFolder, Records, Source, SourceImage, readable
+from raydet.sources.coco_index import AnnotationEntry, CocoIndex, ImageEntry
+from raydet.sources.json_stream import Elements, JsonError, Stream, members
+from raydet.sources.spill import spill_errors
 
 MAX_ANNOTATION_ID = 2**63
 """Ids stand in an int64 column."""
 
+_LISTS = ("images", "annotations", "categories")
 _KNOWN_IMAGE_KEYS = frozenset(["id", "file_name", "width", "height"])
 
 
@@ -38,71 +42,126 @@ def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
     Raises:
         UserError: The file is missing, is not JSON, or not COCO; the message names the place in it.
     """
-    content = _load_json(annotations_uri)
     where = storage.absolute_uri(annotations_uri)
-    images, annotations, categories = (_list(content, key, where) for key in ("images", "annotations", "categories"))
-    if not images:
+    index, extra_columns = CocoIndex(), _ExtraColumns()
+    with spill_errors():
+        categories = _read_entries(annotations_uri, index, extra_columns)
+    if not index.num_images:
         raise UserError(f'{where} lists no image: "images" is empty')
-    ordered_categories = _read_categories(categories, where)
-    image_ids = [_image_id(entry, f"{where}: images[{index}]") for index, entry in enumerate(images)]
-    paths = [_file_name(entry, f"{where}: images[{index}]") for index, entry in enumerate(images)]
-    _refuse_repeated(image_ids, f"{where}: images", "id")
     findings = FindingLog()
-    path_of = dict(zip(image_ids, paths, strict=True))
-    objects = _read_annotations(annotations, path_of, ordered_categories, where, findings)
-    extra_fields = _extra_fields(images)
-    names = [field.name for field in extra_fields]
-    texts = {field.name for field in extra_fields if field.type == pa.string()}
+    with spill_errors():
+        keeps_ids = index.join(categories)
+    if not keeps_ids:
+        findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are numbered anew"))
+    _note_lost(index, findings)
+    fields = extra_columns.fields()
+    texts = {field.name for field in fields if field.type == pa.string()}
 
     def records() -> Iterator[SourceImage]:
-        for image_id, path, entry in zip(image_ids, paths, images, strict=True):
+        for entry, objects in index.images():
             yield SourceImage(
-                image_id=image_id,
-                path=readable(path),
-                objects=objects.get(image_id) or SourceObjects(),
-                size_hw=_stated_size_hw(entry),
-                extra={name: _scalar(entry.get(name), as_text=name in texts) for name in names},
-                refusal=folder.refuse_outside(path),
+                image_id=entry.image_id,
+                path=readable(entry.path),
+                objects=objects,
+                size_hw=entry.size_hw,
+                extra={
+                    field.name: _scalar(entry.extra.get(field.name), as_text=field.name in texts) for field in fields
+                },
+                refusal=folder.refuse_outside(entry.path),
             )
 
-    return Source(Records(records), len(images), ordered_categories, tuple(extra_fields), findings)
+    return Source(Records(records), index.num_images, categories, tuple(fields), findings)
 
 
-def _load_json(uri: str) -> dict[str, Any]:
+def _read_entries(uri: str, index: CocoIndex, extra_columns: "_ExtraColumns") -> tuple[Category, ...]:
+    """Puts images and annotations into the index; returns the categories."""
+    where = storage.absolute_uri(uri)
+    categories: tuple[Category, ...] = ()
+    found: set[str] = set()
+    with _opened(uri) as stream:
+        for key, entries in _lists(stream, where):
+            found.add(key)
+            if key == "images":
+                _add_images(entries, index, extra_columns, where)
+            elif key == "annotations":
+                index.add_annotations(_annotation(entry, place) for entry, place in _placed(entries, key, where))
+            else:
+                categories = _read_categories([entry for entry, _ in _placed(entries, key, where)], where)
+    for key in _LISTS:
+        if key not in found:
+            hint = "; for images without labels use `raydet prepare images`" if key == "annotations" else ""
+            raise UserError(
+                f'{where} lacks the key "{key}"; a COCO instances file has images, annotations, categories{hint}'
+            )
+    return categories
+
+
+@contextlib.contextmanager
+def _opened(uri: str) -> Iterator[Stream]:
     try:
-        data = storage.read_bytes(uri)
+        with storage.open_stream(uri) as stream:
+            yield stream
     except FileNotFoundError:
         raise UserError(f"no such annotations file: {storage.absolute_uri(uri)}") from None
     except OSError as error:
         raise UserError(f"cannot read the annotations file {uri}: {' '.join(str(error).split())}") from None
-    try:
-        content = json.loads(data, object_hook=_without_masks)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{uri} is not JSON: {error}; expected a COCO instances file") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{uri} holds a {type(content).__name__}; a COCO instances file is an object")
-    return content
+    except JsonError as error:
+        raise UserError(f"{uri} {error}; expected a COCO instances file, which is an object") from None
+
+
+def _lists(stream: Stream, where: str) -> Iterator[tuple[str, Elements]]:
+    """The lists of a COCO file as they come; other members are passed over."""
+    seen: set[str] = set()
+    for key, value in members(stream, object_hook=_without_masks):
+        if key in _LISTS:
+            if not isinstance(value, Elements):
+                raise UserError(f'{where}: "{key}" must be a list, got a {type(value).__name__}')
+            if key in seen:
+                raise UserError(f'{where} has the key "{key}" twice')
+            seen.add(key)
+            yield key, value
 
 
 def _without_masks(item: dict[str, Any]) -> dict[str, Any]:
-    """Masks are most of a COCO file and of no use here: dropped while parsing, they never fill the memory."""
+    """Masks are most of a COCO file and of no use here."""
     item.pop("segmentation", None)
     return item
 
 
-def _list(content: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    if key not in content:
-        hint = "; for images without labels use `raydet prepare images`" if key == "annotations" else ""
-        raise UserError(
-            f'{where} lacks the key "{key}"; a COCO instances file has images, annotations, categories{hint}'
-        )
-    entries = content[key]
-    if not isinstance(entries, list):
-        raise UserError(f'{where}: "{key}" must be a list, got a {type(entries).__name__}')
+def _placed(entries: Iterable[Any], key: str, where: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The entries of a list, each with its place for messages."""
     for index, entry in enumerate(entries):
+        place = f"{where}: {key}[{index}]"
         if not isinstance(entry, dict):
-            raise UserError(f"{where}: {key}[{index}] must be an object, got {_shown(entry)}")
-    return entries
+            raise UserError(f"{place} must be an object, got {_shown(entry)}")
+        yield entry, place
+
+
+def _add_images(entries: Iterable[Any], index: CocoIndex, extra_columns: "_ExtraColumns", where: str) -> None:
+    for number, (entry, place) in enumerate(_placed(entries, "images", where)):
+        image_id = _image_id(entry, place)
+        image = ImageEntry(image_id, _file_name(entry, place), _stated_size_hw(entry), extra_columns.take(entry))
+        before = index.add_image(image)
+        if before is not None:
+            raise UserError(f"{where}: images[{before}] and [{number}] have the same id {image_id}")
+
+
+def _annotation(entry: dict[str, Any], where: str) -> AnnotationEntry:
+    image_id = _required_integer(entry, "image_id", where)
+    category_id = _required_integer(entry, "category_id", where)
+    box_xywh = _box_xywh(entry, where)
+    area, iscrowd = _area(entry, box_xywh), _is_crowd(entry, where)
+    return AnnotationEntry(_integer(entry.get("id")), image_id, category_id, box_xywh, area, iscrowd)
+
+
+def _note_lost(index: CocoIndex, findings: FindingLog) -> None:
+    for lost in index.lost():
+        if lost.path is None:
+            kind, detail = "annotations of an unknown image, left out", f"its image_id is {lost.image_id}"
+            findings.note(Finding(kind, annotation_id=lost.annotation_id, detail=detail))
+        else:
+            kind, detail = "annotations of an unknown category, left out", f"its category_id is {lost.category_id}"
+            findings.note(Finding(kind, readable(lost.path), lost.image_id, lost.annotation_id, detail=detail))
 
 
 def _integer(value: object) -> int | None:
@@ -176,42 +235,6 @@ def _stated_size_hw(entry: dict[str, Any]) -> tuple[int, int] | None:
     return (height, width) if height and width else None
 
 
-def _read_annotations(
-    entries: list[dict[str, Any]],
-    path_of: Mapping[int, str],
-    categories: tuple[Category, ...],
-    where: str,
-    findings: FindingLog,
-) -> dict[int, SourceObjects]:
-    """Groups the annotations by image; ids are kept if they are all unique and above 0, else they are numbered anew."""
-    index_of = {category.id: index for index, category in enumerate(categories)}
-    given = [_integer(entry.get("id")) for entry in entries]
-    keep = len(set(given)) == len(given) and all(item is not None and 0 < item < MAX_ANNOTATION_ID for item in given)
-    if not keep:
-        findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are numbered anew"))
-    ids = given if keep else list(range(1, len(given) + 1))
-    objects: defaultdict[int, SourceObjects] = defaultdict(SourceObjects)
-    for index, (annotation_id, entry) in enumerate(zip(ids, entries, strict=True)):
-        place = f"{where}: annotations[{index}]"
-        image_id = _required_integer(entry, "image_id", place)
-        category_id = _required_integer(entry, "category_id", place)
-        box_xywh = _box_xywh(entry, place)
-        if image_id not in path_of:
-            kind = "annotations of an unknown image, left out"
-            findings.note(Finding(kind, annotation_id=annotation_id, detail=f"its image_id is {image_id}"))
-        elif category_id not in index_of:
-            kind, detail = "annotations of an unknown category, left out", f"its category_id is {category_id}"
-            findings.note(Finding(kind, readable(path_of[image_id]), image_id, annotation_id, detail=detail))
-        else:
-            of_image = objects[image_id]
-            of_image.ids.append(annotation_id or 0)
-            of_image.boxes_xywh.append(box_xywh)
-            of_image.categories.append(index_of[category_id])
-            of_image.areas.append(_area(entry, box_xywh))
-            of_image.iscrowd.append(_is_crowd(entry, place))
-    return dict(objects)
-
-
 def _box_xywh(entry: dict[str, Any], where: str) -> tuple[float, float, float, float]:
     """The box; numbers that are null, and boxes that are null or empty, become NaN and so have no area."""
     if "bbox" not in entry:
@@ -252,29 +275,41 @@ def _is_crowd(entry: dict[str, Any], where: str) -> bool:
     return number == 1
 
 
-def _extra_fields(images: list[dict[str, Any]]) -> list[pa.Field]:
-    """One column for each further key whose values are all scalars; mixed types become text."""
-    types: dict[str, set[type]] = {}
-    for entry in images:
+class _ExtraColumns:
+    """Further keys of images whose values are all scalars: a column for each; mixed types become text."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, set[type]] = {}
+        self._beyond_int64: set[str] = set()
+        self._taken = _KNOWN_IMAGE_KEYS | set(build_schema("images").names)
+
+    def take(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Takes note of the types of an image's values, and returns those that may stand in a column."""
+        values = {}
         for key, value in entry.items():
-            if value is not None:
-                types.setdefault(key, set()).add(type(value))
-    taken = _KNOWN_IMAGE_KEYS | set(build_schema("images").names)
-    return [
-        pa.field(readable(key), _arrow_type(kinds, [entry.get(key) for entry in images]))
-        for key, kinds in types.items()
-        if key not in taken and kinds <= {bool, int, float, str}
-    ]
+            if value is None or key in self._taken:
+                continue
+            self._types.setdefault(key, set()).add(type(value))
+            if isinstance(value, int) and abs(value) >= MAX_ANNOTATION_ID:
+                self._beyond_int64.add(key)
+            if isinstance(value, bool | int | float | str):
+                values[readable(key)] = value
+        return values
 
+    def fields(self) -> list[pa.Field]:
+        """The columns of all that was taken."""
+        scalars = {bool, int, float, str}
+        return [pa.field(readable(key), self._type(key)) for key, kinds in self._types.items() if kinds <= scalars]
 
-def _arrow_type(kinds: set[type], values: list[Any]) -> pa.DataType:
-    if kinds == {bool}:
-        return pa.bool_()
-    if kinds == {int} and all(value is None or abs(value) < MAX_ANNOTATION_ID for value in values):
-        return pa.int64()
-    if kinds <= {int, float} and float in kinds:
-        return pa.float64()
-    return pa.string()
+    def _type(self, key: str) -> pa.DataType:
+        kinds = self._types[key]
+        if kinds == {bool}:
+            return pa.bool_()
+        if kinds == {int} and key not in self._beyond_int64:
+            return pa.int64()
+        if kinds <= {int, float} and float in kinds:
+            return pa.float64()
+        return pa.string()
 
 
 def _scalar(value: object, *, as_text: bool) -> object:

@@ -13,7 +13,7 @@ read. An XML file with a DOCTYPE is refused, since that is where entities are de
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
@@ -36,6 +36,7 @@ from raydet.sources import (
     readable,
 )
 from raydet.sources.images import is_image_name, list_below
+from raydet.sources.spill import Spilled
 from raydet.threads import in_order
 
 MAX_XML_BYTES = 16 * 2**20
@@ -64,6 +65,23 @@ class _Annotation:
     difficult: list[bool] = field(default_factory=list)
     findings: Mapping[str, int] = field(default_factory=dict)
     refusal: str | None = None
+
+
+class _Annotations(Mapping[str, _Annotation]):
+    """The XML files by their images' names, as `read_voc` orders them, on disk."""
+
+    def __init__(self, stems: Sequence[str], annotations: Iterable[_Annotation]) -> None:
+        self._place_of = {stem: place for place, stem in enumerate(stems)}
+        self._annotations = Spilled(_Annotation, annotations)
+
+    def __getitem__(self, stem: str) -> _Annotation:
+        return self._annotations[self._place_of[stem]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place_of)
+
+    def __len__(self) -> int:
+        return len(self._place_of)
 
 
 def read_voc(
@@ -110,22 +128,27 @@ def read_voc(
         raise UserError(f"no image file below {images.uri} and no XML file below {annotations.uri}")
     wanted = sorted(xml_paths) if classes is None else [stem for stem in stems if stem in xml_paths]
     read = partial(_read_annotation, annotations, zero_based=zero_based)
-    read_files = dict(zip(wanted, in_order(read, (xml_paths[stem] for stem in wanted)), strict=True))
-    names = sorted({name for item in read_files.values() for name in item.names})
-    names = names if classes is None else read_class_names(classes)
+    read_files = _Annotations(wanted, in_order(read, (xml_paths[stem] for stem in wanted)))
+    if classes is None:
+        names = sorted({name for item in read_files.values() for name in item.names})
+    else:
+        names = read_class_names(classes)
     if not names:
         raise UserError(
             f"no object in any XML file below {annotations.uri}; without labels use `raydet prepare images`"
         )
     index_of = {name: index for index, name in enumerate(names)}
-    used = {stem: read_files[stem] for stem in stems if stem in read_files}
-    _add_findings(used, xml_paths, index_of, findings)
-    pairs = sorted(pair for stem in stems for pair in _pair(stem, image_paths, xml_paths, used))
+    for stem in stems:
+        if stem in xml_paths:
+            _add_findings(read_files[stem], readable(xml_paths[stem]), index_of, findings)
+    pairs = sorted(pair for stem in stems for pair in _pair(stem, image_paths, xml_paths, read_files))
+
+    without = _Annotation()
 
     def records() -> Iterator[SourceImage]:
         next_id = 1
         for image_id, (path, stem, refusal) in enumerate(pairs):
-            annotation = used.get(stem, _Annotation())
+            annotation = read_files.get(stem, without)
             objects = _objects(annotation, index_of, next_id)
             next_id += len(objects.ids)
             yield SourceImage(
@@ -149,16 +172,15 @@ def _pair(
     stem: str,
     image_paths: Mapping[str, list[str]],
     xml_paths: Mapping[str, str],
-    used: Mapping[str, _Annotation],
+    read_files: Mapping[str, _Annotation],
 ) -> Iterator[tuple[str, str, str | None]]:
     """The images of one name, each with the name and why it must not be taken."""
     paths = image_paths.get(stem, [])
     if not paths:
         yield xml_paths.get(stem, stem), stem, _NO_IMAGE
-    stated = used[stem].file_name if stem in used else ""
-    named = [path for path in paths if PurePosixPath(path).name == stated]
+    are_clear = len(paths) == 1 or stem not in xml_paths
     for path in paths:
-        is_clear = len(paths) == 1 or stem not in used or path in named
+        is_clear = are_clear or PurePosixPath(path).name == read_files[stem].file_name
         yield path, stem, None if is_clear else "its XML file may belong to another image of this name"
 
 
@@ -256,16 +278,12 @@ def _number(text: str | None) -> float:
         return math.nan
 
 
-def _add_findings(
-    used: Mapping[str, _Annotation], xml_paths: Mapping[str, str], index_of: Mapping[str, int], findings: FindingLog
-) -> None:
-    for stem, annotation in used.items():
-        path = readable(xml_paths[stem])
-        for kind, count in annotation.findings.items():
-            findings.note(Finding(kind, path, count=count))
-        for name, count in Counter(name for name in annotation.names if name not in index_of).items():
-            kind = "objects of classes that are not among `classes`, left out"
-            findings.note(Finding(kind, path, count=count, detail=f"their class is {name}"))
+def _add_findings(annotation: _Annotation, path: str, index_of: Mapping[str, int], findings: FindingLog) -> None:
+    for kind, count in annotation.findings.items():
+        findings.note(Finding(kind, path, count=count))
+    for name, count in Counter(name for name in annotation.names if name not in index_of).items():
+        kind = "objects of classes that are not among `classes`, left out"
+        findings.note(Finding(kind, path, count=count, detail=f"their class is {name}"))
 
 
 def _objects(annotation: _Annotation, index_of: Mapping[str, int], first_id: int) -> SourceObjects:

@@ -28,6 +28,7 @@ from raydet.sources import (
     SourceObjects,
     readable,
 )
+from raydet.sources.spill import Spilled
 from raydet.sources.yolo_files import YoloFiles
 from raydet.threads import in_order
 
@@ -63,7 +64,7 @@ def read_yolo(files: YoloFiles) -> Source:
     """
     index_of = {category.id: index for index, category in enumerate(files.categories)}
     read = partial(_read_labels, files.labels, index_of)
-    labels = list(in_order(read, (label for _, label in files.pairs)))
+    labels = Spilled(_Labels, in_order(read, (label for _, label in files.pairs)))
     if all(item.is_missing for item in labels):
         raise UserError(
             f"none of the {len(labels)} images below {files.images.uri} has a label file; the first would be "

@@ -1,14 +1,17 @@
 import json
 import math
+import sqlite3
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from raydet.errors import UserError
-from raydet.sources import ImageFolder, Source
+from raydet.errors import RunError, UserError
+from raydet.sources import ImageFolder, Source, coco_index, json_stream
 from raydet.sources.coco import read_coco
+from raydet.sources.spill import open_database
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}, {"id": 90, "name": "owl"}]
 
@@ -82,6 +85,19 @@ def test_annotation_ids_that_evaluators_misread_are_numbered_anew(tmp_path: Path
     assert any("numbered anew" in finding for finding in source.findings)
 
 
+def test_integers_beyond_64_bits_and_lone_surrogates_are_kept_apart(tmp_path: Path) -> None:
+    annotations = [box(2**70, image_id=2**65), box(5, category_id=-(2**64))]
+    source = read(tmp_path, coco([image(file_name="a\ud800.jpg", serial=2**64)], annotations))
+    assert [finding.detail for finding in list(source.findings.rows)[1:]] == [
+        f"its image_id is {2**65}",
+        f"its category_id is {-(2**64)}",
+    ]
+    assert [finding.annotation_id for finding in source.findings.rows] == [None, 1, 2]
+    (record,) = source.images
+    assert record.path == "a\\ud800.jpg" and record.refusal is not None
+    assert record.extra == {"serial": str(2**64)}
+
+
 def test_further_scalars_become_columns(tmp_path: Path) -> None:
     images = [
         image(1, license=3, weather="rain", exposure=1, night=True, mixed=1, tags=["x"], image="taken"),
@@ -124,8 +140,14 @@ def test_links_that_leave_the_folder_are_refused_and_others_followed(tmp_path: P
     ("content", "words"),
     [
         ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
+        ("", "is not JSON"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "fi', "is not JSON: .* character 55"),
+        ('{"images": [], "images": []}', 'has the key "images" twice'),
+        ('{"a": ' + "[" * 100_000, "is not JSON"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg", "seed": ' + "1" * 5000 + "}]}", "is not JSON: .*digit"),
+        ('{"images": "a.jpg"}', '"images" must be a list, got a str'),
         ("[1]", "holds a list"),
+        ("3", "holds a int"),
         ({"images": [], "annotations": []}, 'lacks the key "categories"'),
         ({"images": [image()], "categories": CATEGORIES}, 'lacks the key "annotations".*prepare images'),
         (coco({"id": 1}, []), '"images" must be a list, got a dict'),  # type: ignore[arg-type]
@@ -158,6 +180,42 @@ def test_mistakes_get_one_line_that_names_the_place(tmp_path: Path, content: Any
     with pytest.raises(UserError, match=words) as caught:
         read(tmp_path, content)
     assert "\n" not in str(caught.value) and "instances.json" in str(caught.value)
+
+
+def test_a_file_is_read_in_pieces_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 2**16)
+    num_images, mask = 2_000, [[float(number) for number in range(100)]]
+    images = [image(number, f"{number}.jpg") for number in range(num_images)]
+    boxes = [
+        box(number + 1, number * 7919 % num_images, segmentation=mask, category_id=3)
+        for number in range(10 * num_images)
+    ]
+    path = tmp_path / "instances.json"
+    # What the boxes are of comes after them, and so does what their classes are.
+    path.write_text(json.dumps({"annotations": boxes, "images": images, "categories": CATEGORIES}))
+    del boxes, images
+    assert path.stat().st_size > 10_000_000
+    tracemalloc.start()
+    source = read_coco(str(path), ImageFolder(str(tmp_path)))
+    found = [(record.image_id, record.objects.ids) for record in source.images if record.objects is not None]
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    wanted: dict[int, list[int]] = {number: [] for number in range(num_images)}
+    for number in range(10 * num_images):
+        wanted[number * 7919 % num_images].append(number + 1)
+    assert found == list(wanted.items())
+    assert peak_bytes < 4_000_000  # a third of it for `found`
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> sqlite3.Connection:
+        database = open_database()
+        database.execute("PRAGMA max_page_count = 30")
+        return database
+
+    monkeypatch.setattr(coco_index, "open_database", full)
+    with pytest.raises(RunError, match=r"cannot keep the labels in a temporary file: database or disk is full; TMPDIR"):
+        read(tmp_path, coco([image()], [box(number) for number in range(1, 3_000)]))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
