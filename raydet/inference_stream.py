@@ -174,7 +174,8 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
         num_cpus=resources.cpus_per_worker,
         num_gpus=1 if resources.use_gpu else 0,
         ray_remote_args_fn=_few_call_retries,
-        batch_size=None,
+        # Rows of the stream, each a whole batch of images; whole blocks are refused where GPUs are asked for.
+        batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
     )
