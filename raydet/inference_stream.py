@@ -174,8 +174,8 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
         num_cpus=resources.cpus_per_worker,
         num_gpus=1 if resources.use_gpu else 0,
         ray_remote_args_fn=_few_call_retries,
-        # Rows of the stream, each a whole batch of images; whole blocks are refused where GPUs are asked for.
-        batch_size=1,
+        # Blocks as they come, each of one row; where GPUs are asked for, Ray Data wants that as a number.
+        batch_size=1 if resources.use_gpu else None,
         batch_format="pyarrow",
         zero_copy_batch=True,
     )
@@ -388,7 +388,7 @@ class _Model:
     def __call__(self, block: pa.Table) -> pa.Table:
         """One decoded part in, its rows of the detections table out."""
         watch = Stopwatch("model")
-        rows = block["rows"].combine_chunks().values
+        rows = block["rows"].combine_chunks().flatten()
         images = [
             np.frombuffer(row["pixels"].as_buffer(), np.uint8).reshape(
                 row["pixel_height"].as_py(), row["pixel_width"].as_py(), 3
@@ -447,7 +447,7 @@ def _write(blocks: pa.Table, out: str, schema: pa.Schema) -> pa.Table:
     parts = blocks["part"].to_pylist()
     assert parts == list(range(num_parts)), f"parts {parts} of chunk {chunk}, expected {num_parts}"
     with watch.measuring("write"):
-        table = pa.Table.from_struct_array(blocks["rows"].combine_chunks().values)
+        table = pa.Table.from_struct_array(blocks["rows"].combine_chunks().flatten())
         table = table.sort_by("position").select(schema.names).cast(schema)
         counts = {
             "num_errors": table.num_rows - table["error"].null_count,
