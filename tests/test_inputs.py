@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from raydet import storage
 from raydet.errors import UserError
 from raydet.inputs import INDEX_GROUP_ROWS, ImageRow, Images, TableImages, open_images
+from raydet.inputs.listing import is_pattern
 from raydet.inputs.tars import Member, image_members
 from raydet.schema import build_schema
 from raydet.tables import TableWriter
@@ -557,3 +558,18 @@ assert not heavy, heavy
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://bucket/table", False),
+        ("s3://key:secret@bucket/table?endpoint_override=127.0.0.1%3A9000&scheme=http", False),
+        ("s3://bucket/s-?.tar", True),
+        ("s3://bucket/s-*.tar?region=eu-west-1", True),
+        ("s3://bucket/{000..012}.tar", True),
+        ("/no/such/table?a=b", True),
+    ],
+)
+def test_options_of_a_uri_are_no_pattern(uri: str, expected: bool) -> None:
+    assert is_pattern(uri) == expected

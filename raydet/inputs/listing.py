@@ -23,6 +23,7 @@ from raydet.threads import in_order
 CHECKED_LINES = 1000
 """So many lines of a list are looked up before a run starts; to look up millions would take longer than it helps."""
 MAX_SHARDS = 1_000_000
+_OPTIONS = re.compile(r"\?(?=\w+=)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -45,8 +46,13 @@ class Listing:
 
 
 def is_pattern(uri: str) -> bool:
-    """Whether it stands for several files: it has `*`, `?`, `[…]` or `{…}`, and there is no file of that very name."""
-    return any(character in uri for character in "*?[{") and ("://" in uri or not Path(uri).exists())
+    """Whether it stands for several files: it has `*`, `?`, `[…]` or `{…}`, and there is no file of that very name.
+
+    What follows a `?` as `name=value` are options of a URI.
+    """
+    if "://" not in uri:
+        return any(character in uri for character in "*?[{") and not Path(uri).exists()
+    return any(character in _OPTIONS.split(uri)[0] for character in "*?[{")
 
 
 def list_images(uri: str) -> Listing:
