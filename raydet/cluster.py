@@ -27,6 +27,9 @@ from raydet.stopping import STOPPED, ending_on_sigterm
 LOG_FILE = "ray.log"
 IDLE_PROCESSES_KEPT = 16
 """On a node of a cluster that is started here."""
+_REMARKS = logging.getLogger("ray.remarks")
+"""For Ray's log. `ray` itself passes on nothing below an error once Ray has been asked to be quiet."""
+_REMARKS.setLevel(logging.WARNING)
 START_ATTEMPTS = 3
 """At starting a cluster on this machine."""
 SECONDS_TO_ANSWER = 10.0
@@ -113,7 +116,7 @@ def _connect(address: str | None) -> None:
                 what = "Ray did not start on this machine" if is_own else f"cannot connect to Ray at {named}"
                 raise RunError(f"{what}: {reason}") from error
             # Its processes have some seconds each to come up, which a busy machine may not grant them.
-            logging.getLogger("ray").warning("Ray did not start, trying again: %s", reason)
+            _REMARKS.warning("Ray did not start, trying again: %s", reason)
             ray.shutdown()
 
 
@@ -167,7 +170,7 @@ class _IntoTheLog:
 
     def search(self, line: str) -> bool:
         """Says of every line that it is not to be printed."""
-        logging.getLogger("ray").warning(line)
+        _REMARKS.warning(line)
         return True
 
 

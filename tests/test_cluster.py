@@ -78,7 +78,7 @@ def test_a_start_that_fails_is_tried_again(tmp_path: Path) -> None:
                 if "trying again" in record.getMessage():
                     os.environ.pop("RAY_TMPDIR", None)
                 return True
-            logging.getLogger("ray").addFilter(mend)
+            logging.getLogger("ray.remarks").addFilter(mend)
         try:
             with cluster.session({str(tmp_path / "log")!r}):
                 import ray
