@@ -17,12 +17,9 @@ from raydet import storage
 from raydet.errors import UserError
 from raydet.schema import MAX_IMAGE_ID, Category, build_schema
 from raydet.sources import Finding, FindingLog, ImageFolder, Records, Source, SourceImage, readable
-from raydet.sources.coco_index import AnnotationEntry, CocoIndex, ImageEntry
+from raydet.sources.coco_index import MAX_INTEGER, AnnotationEntry, CocoIndex, ImageEntry
 from raydet.sources.json_stream import Elements, JsonError, Stream, members
 from raydet.sources.spill import spill_errors
-
-MAX_ANNOTATION_ID = 2**63
-"""Ids stand in an int64 column."""
 
 _LISTS = ("images", "annotations", "categories")
 _KNOWN_IMAGE_KEYS = frozenset(["id", "file_name", "width", "height"])
@@ -213,7 +210,7 @@ def _read_categories(entries: list[dict[str, Any]], where: str) -> tuple[Categor
     for index, entry in enumerate(entries):
         place = f"{where}: categories[{index}]"
         category_id = _required_integer(entry, "id", place)
-        if abs(category_id) >= MAX_ANNOTATION_ID:
+        if abs(category_id) >= MAX_INTEGER:
             raise UserError(f"{place}: id {category_id} does not fit into 64 bits")
         if not isinstance(entry.get("name"), str | int) or isinstance(entry["name"], bool):
             raise UserError(f"{place}: name must be a string, got {_shown(entry.get('name'))}")
@@ -290,7 +287,7 @@ class _ExtraColumns:
             if value is None or key in self._taken:
                 continue
             self._types.setdefault(key, set()).add(type(value))
-            if isinstance(value, int) and abs(value) >= MAX_ANNOTATION_ID:
+            if isinstance(value, int) and abs(value) >= MAX_INTEGER:
                 self._beyond_int64.add(key)
             if isinstance(value, bool | int | float | str):
                 values[readable(key)] = value

@@ -15,7 +15,9 @@ from raydet.sources.spill import open_database, select
 
 BoxXywh = tuple[float, float, float, float]
 
-_MAX_INTEGER = 2**63
+MAX_INTEGER = 2**63
+"""What is as large does not fit into a column of 64 bits."""
+
 # Without declared types, SQLite keeps texts and integers apart.
 _TABLES = (
     "images (place INTEGER PRIMARY KEY, id UNIQUE, path, height, width, extra)",
@@ -89,7 +91,7 @@ class CocoIndex:
     def _rows(self, entries: Iterable[AnnotationEntry]) -> Iterator[tuple[Any, ...]]:
         for number, entry in enumerate(entries, start=1):
             self._num_annotations = number
-            self._has_own_ids &= entry.annotation_id is not None and 0 < entry.annotation_id < _MAX_INTEGER
+            self._has_own_ids &= entry.annotation_id is not None and 0 < entry.annotation_id < MAX_INTEGER
             ids = map(_storable, (entry.annotation_id, entry.image_id, entry.category_id))
             yield number, *ids, *entry.box_xywh, entry.area, entry.iscrowd
 
@@ -136,9 +138,8 @@ class CocoIndex:
         """All images in their order, each with its boxes in theirs, after `join`."""
         boxes = groupby(select(self._database, "SELECT * FROM boxes ORDER BY rowid"), key=lambda row: int(row[0]))
         place_of_boxes, rows = next(boxes, (-1, iter(())))
-        for place, image_id, path, height, width, extra in self._database.execute(
-            "SELECT * FROM images ORDER BY place"
-        ):
+        images = select(self._database, "SELECT * FROM images ORDER BY place")
+        for place, image_id, path, height, width, extra in images:
             objects = SourceObjects()
             if place == place_of_boxes:
                 objects = _objects(rows)
@@ -149,7 +150,7 @@ class CocoIndex:
 
 def _storable(value: int | None) -> int | str | None:
     """An integer as it is if it fits into 64 bits, else as text."""
-    return value if value is None or abs(value) < _MAX_INTEGER else str(value)
+    return value if value is None or abs(value) < MAX_INTEGER else str(value)
 
 
 def _objects(rows: Iterable[tuple[Any, ...]]) -> SourceObjects:
