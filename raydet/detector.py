@@ -82,7 +82,9 @@ class Detector:
     def num_queries(self) -> int:
         """Boxes that the model proposes for each image."""
         config = self.model.config
-        return int(config.num_detection_tokens if self.family.model_type == "yolos" else config.num_queries)
+        if self.family.model_type == "yolos":
+            return int(config.num_detection_tokens)
+        return int(config.two_stage_num_proposals if getattr(config, "two_stage", False) else config.num_queries)
 
     @property
     def max_detections(self) -> int:

@@ -12,6 +12,9 @@ Three things need more than that:
   forward pass tells. The ranks sum it up after theirs. A step of several micro-batches would need those of all of
   them before the first backward pass; so here, and only here, each micro-batch is divided by its own number and
   weighed by its boxes. `use_dense_one_to_one: false` in the model's config has no such number and no such exception.
+
+One thing transformers leaves out: a two-stage Deformable DETR chooses its queries among boxes that the encoder
+proposes, by a score that no term of transformers' loss reaches. Here the proposals learn as its authors have it.
 """
 
 import math
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import box_convert, box_iou
 from transformers import PreTrainedModel
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 from transformers.loss.loss_deimv2 import Deimv2Loss
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
@@ -122,7 +126,7 @@ def compute_loss(
     dtype = detector.model.dtype
     labels = [{"class_labels": label["class_labels"], "boxes": label["boxes"].to(dtype)} for label in batch.labels]
     outputs = (module or detector.model)(**detector.model_inputs(batch, dtype), labels=labels)
-    values = _weighted_terms(detector, outputs.loss_dict)
+    values = _weighted_terms(detector, outputs.loss_dict | _proposal_terms(detector, outputs, labels))
     ratios = _ratios(detector, values, global_normaliser, local)
     if detector.family.distils:
         matchings, num_matched = _matchings(detector, outputs, labels), global_normaliser.num_matched
@@ -135,6 +139,28 @@ def compute_loss(
     scaled = {name: value * ratios[name] for name, value in values.items()}
     total = torch.stack(list(scaled.values())).sum() * world_size + _no_loss_over_all_parameters(detector.model)
     return LossTerms(total, {name: value.detach() for name, value in scaled.items()})
+
+
+def _proposal_terms(detector: Detector, outputs: Any, labels: _Labels) -> dict[str, Tensor]:
+    """What the boxes that a two-stage Deformable DETR proposes are to learn, without weights; nothing for other models.
+
+    The first class of a proposal says that there is an object, of whichever class (Zhu et al. 2021, appendix A.4).
+    """
+    config = detector.model.config
+    if config.model_type != "deformable_detr" or not config.two_stage:
+        return {}
+    criterion = DeformableDetrImageLoss(
+        matcher=DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost),
+        num_classes=config.num_labels,
+        focal_alpha=config.focal_alpha,
+        losses=["labels", "boxes"],
+    )
+    proposals = {
+        "logits": _at_least_single(outputs.enc_outputs_class),
+        "pred_boxes": _at_least_single(outputs.enc_outputs_coord_logits).sigmoid(),
+    }
+    objects = [{**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels]
+    return {f"{name}_enc": value for name, value in criterion(proposals, objects).items()}
 
 
 def keep_loss_local(model: PreTrainedModel) -> None:

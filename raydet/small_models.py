@@ -1,4 +1,4 @@
-"""Named small detectors that are built from scratch: one to learn with on a CPU, and a tiny one of each family.
+"""Named small detectors that are built from scratch: one to learn with on a CPU, and tiny ones of each family.
 
 The tiny ones (50,000 to 400,000 parameters) are real models in every respect but their size; tests train them.
 """
@@ -162,6 +162,13 @@ def _deformable_detr_tiny() -> "PreTrainedConfig":
     return transformers.DeformableDetrConfig(num_feature_levels=4, encoder_n_points=2, decoder_n_points=2, **sizes)
 
 
+def _deformable_detr_two_stage_tiny() -> "PreTrainedConfig":
+    config: Any = _deformable_detr_tiny()
+    config.two_stage = config.with_box_refine = True
+    config.two_stage_num_proposals = config.num_queries
+    return config  # type: ignore[no-any-return]
+
+
 def _tiny_windowed_vit() -> dict[str, Any]:
     return {
         "hidden_size": 48,
@@ -222,6 +229,7 @@ SMALL_MODELS: Mapping[str, Callable[[], "PreTrainedConfig"]] = {
     "conditional_detr_tiny": _conditional_detr_tiny,
     "dab_detr_tiny": _dab_detr_tiny,
     "deformable_detr_tiny": _deformable_detr_tiny,
+    "deformable_detr_two_stage_tiny": _deformable_detr_two_stage_tiny,
     "lw_detr_tiny": _lw_detr_tiny,
     "rf_detr_tiny": _rf_detr_tiny,
     "yolos_tiny": _yolos_tiny,
@@ -230,5 +238,5 @@ SMALL_MODELS: Mapping[str, Callable[[], "PreTrainedConfig"]] = {
 
 def small_model_type(name: str) -> str:
     """The model type, as in its config, of a key of `SMALL_MODELS`; found without importing torch."""
-    family_name = name.rsplit("_", 1)[0]
+    family_name = name.rsplit("_", 1)[0].removesuffix("_two_stage")
     return {"dab_detr": "dab-detr", "table_transformer": "table-transformer"}.get(family_name, family_name)

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from raydet.batch_norm import synchronise_batch_norms
 from raydet.collate import Batch, Example, collate
@@ -146,11 +148,45 @@ def test_loss_of_one_batch_is_transformers_own(name: str, counts: tuple[int, ...
 
 
 def transformers_own(detector: Detector, batch: Batch) -> Tensor:
-    """What transformers' own loss function makes of a batch."""
+    """What transformers' own loss function makes of a batch, and for the proposals of two stages what it leaves out."""
     model = copy.deepcopy(detector.model)
     model.__dict__.pop("_loss_function", None)
-    loss: Tensor = model(**detector.model_inputs(batch), labels=batch.labels).loss
-    return loss
+    outputs = model(**detector.model_inputs(batch), labels=batch.labels)
+    loss: Tensor = outputs.loss
+    return loss + loss_of_proposals(outputs, batch) if getattr(model.config, "two_stage", False) else loss
+
+
+def loss_of_proposals(outputs: Any, batch: Batch) -> Tensor:
+    """Deformable DETR's loss of its first stage, written down anew: objects of any class are of the first one.
+
+    Weights are the config's own by default: 1 for classes, 5 for corners, 2 for overlap.
+    """
+    boxes, logits = outputs.enc_outputs_coord_logits.sigmoid(), outputs.enc_outputs_class
+    num_boxes = max(sum(len(label["boxes"]) for label in batch.labels), 1)
+    total = torch.zeros(())
+    for image, label in enumerate(batch.labels):
+        truth = label["boxes"].to(boxes.dtype)
+        corners, truth_corners = (box_convert(one, "cxcywh", "xyxy") for one in (boxes[image], truth))
+        overlap = generalized_box_iou(corners, truth_corners)
+        likely = logits[image].sigmoid()
+        focal = 0.25 * (1 - likely) ** 2 * -(likely + 1e-8).log() - 0.75 * likely**2 * -(1 - likely + 1e-8).log()
+        cost = focal[:, :1] + 5 * torch.cdist(boxes[image], truth, p=1) - 2 * overlap
+        chosen, matched = linear_sum_assignment(cost.detach().numpy())
+        target = torch.zeros_like(logits[image])
+        target[chosen, 0] = 1.0
+        total = total + sigmoid_focal_loss(logits[image], target, alpha=0.25, gamma=2, reduction="sum") / num_boxes
+        total = total + 5 * (boxes[image][chosen] - truth[matched]).abs().sum() / num_boxes
+        total = total + 2 * (1 - overlap[chosen, matched]).sum() / num_boxes
+    return total
+
+
+def test_proposals_of_two_stages_learn() -> None:
+    """transformers has no term for them: their scores, by which queries are chosen, would stay as they began."""
+    detector = build("deformable_detr_two_stage_tiny")
+    of_proposals, terms = gradient(detector, [collate(examples((2, 3)))])
+    assert {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"} < terms.keys()
+    assert float(of_proposals["model.decoder.class_embed.2.weight"][0].norm()) > 0.1
+    assert float(of_proposals["model.decoder.bbox_embed.2.layers.0.weight"].norm()) > 0.1
 
 
 def check_own_loss(detector: Detector, counts: tuple[int, ...]) -> None:
