@@ -5,6 +5,7 @@ the same picture. The rule is plain data: workers that decode images need neithe
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,9 @@ import numpy.typing as npt
 Image = npt.NDArray[np.uint8]
 
 SizeHW = tuple[int, int]
+
+_LARGEST_PADDING_STEP = 32
+_PADDING_STEPS_OF_A_SIDE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,24 @@ class ResizeRule:
             height, width = self._by_edges(size_hw)
         # Where a very narrow image would be left without a side, the processor fails; a batch job must not.
         return max(height, self.multiple_of), max(width, self.multiple_of)
+
+    def padded_size_hw(self, target_hw: SizeHW) -> SizeHW:
+        """The size in pixels of the batch that an image goes into, padding included, whatever else is in the batch.
+
+        Where no size is set, sides are padded to a multiple of 32, or of the largest power of two that is no more than
+        a sixteenth of the images' shorter side: images of like shape so have one size, for little padding.
+
+        Args:
+            target_hw: What `target_size_hw` says of the image.
+        """
+        if self.pad_to_hw is not None:
+            return self.pad_to_hw
+        if self.mode == "fixed":
+            return target_hw
+        shorter = self.shortest or min(self.limit_hw or target_hw)
+        step = min(_LARGEST_PADDING_STEP, 2 ** int(math.log2(max(shorter / _PADDING_STEPS_OF_A_SIDE, 1))))
+        height, width = (-(-side // step) * step for side in target_hw)
+        return height, width
 
     @staticmethod
     def _within_limit(size_hw: SizeHW, limit_hw: SizeHW) -> SizeHW:

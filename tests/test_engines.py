@@ -140,7 +140,7 @@ def test_padded_images_are_told_from_their_padding(tmp_path: Path) -> None:
     images = pictures(SIZES_HW)
     parts: Any = engine.prepare(images)
     assert sorted(place for part in parts for place in part.places) == list(range(len(images)))
-    assert {tuple(part.batch.pixels.shape[-2:]) for part in parts} == {(64, 96), (64, 64), (128, 64)}
+    assert {tuple(part.batch.pixels.shape[-2:]) for part in parts} == {(64, 88), (64, 64), (112, 52)}
     inputs = load_detector(str(tmp_path)).model_inputs(parts[0].batch)
     assert engine.input_size_hw((120, 160)) == parts[0].batch.sizes_hw[0] == (64, 85)
     assert inputs["pixel_mask"][0, :, :85].all() and not inputs["pixel_mask"][0, :, 85:].any()

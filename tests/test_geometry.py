@@ -1,6 +1,7 @@
 """The resize is that of the Hugging Face image processors: same sizes, same bits."""
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -80,6 +81,39 @@ def test_target_size_is_the_processors(name: str, height: int, width: int) -> No
     image = torch.zeros((3, height, width), dtype=torch.uint8)
     expected = tuple(PROCESSORS[name].resize(image, size=PROCESSORS[name].size, resample=0).shape[-2:])
     assert resize_rule_of(PROCESSORS[name], where=name).target_size_hw((height, width)) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "step"),
+    [
+        ({"shortest": 800, "longest": 1333}, 32),
+        ({"shortest": 480, "longest": 640}, 16),
+        ({"shortest": 128, "longest": 213}, 8),
+        ({"limit_hw": (320, 512)}, 16),
+        ({"shortest": 10, "longest": 20}, 1),
+    ],
+)
+def test_little_of_what_a_model_sees_is_padding(test_data: Path, size: dict[str, Any], step: int) -> None:
+    rule = ResizeRule(mode="keep_aspect", **size)
+    pictures = [
+        (image["height"], image["width"])
+        for part in ("train", "val")
+        for image in json.loads((test_data / "coco_mini" / f"instances_{part}.json").read_text())["images"]
+    ]
+    seen = [rule.target_size_hw(size_hw) for size_hw in pictures]
+    padded = [rule.padded_size_hw(size_hw) for size_hw in seen]
+    for size_hw, padded_hw in zip(seen, padded, strict=True):
+        assert all(0 <= after - before < step for before, after in zip(size_hw, padded_hw, strict=True))
+        assert padded_hw[0] % step == padded_hw[1] % step == 0
+    share = 1 - sum(map(math.prod, seen)) / sum(map(math.prod, padded))
+    print(f"{size}: {share:.1%} of the pixels are padding, {len(set(seen))} sizes have become {len(set(padded))}")
+    assert share < 0.05
+
+
+def test_what_a_processor_pads_to_and_fixed_sizes_stay() -> None:
+    square = ResizeRule(mode="keep_aspect", limit_hw=(100, 100), pad_to_hw=(100, 100))
+    assert square.padded_size_hw((70, 100)) == (100, 100)
+    assert ResizeRule(mode="fixed", size_hw=(50, 70)).padded_size_hw((50, 70)) == (50, 70)
 
 
 def test_narrow_image_keeps_both_sides() -> None:

@@ -12,10 +12,6 @@ from raydet.collate import Batch, Example, collate
 from raydet.detector import Detections, Detector
 from raydet.geometry import Image, SizeHW, resize
 
-PAD_TO_MULTIPLE = 32
-"""With `pad_together`, images of a model that keeps the aspect are padded until their sides are multiples of this, in
-pixels. Images of like shape so have one size, which does not depend on the others in the batch."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -45,7 +41,7 @@ class DetectorEngine(ABC):
         Args:
             detector: Feeds the model and reads its answer.
             device: Where pixels are normalised and the model's inputs are to be.
-            pad_together: See `PAD_TO_MULTIPLE`; without it each size runs by itself.
+            pad_together: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
             num_threads: Of torch, in the whole process.
         """
         torch.set_num_threads(num_threads)
@@ -85,13 +81,9 @@ class DetectorEngine(ABC):
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
         """Height and width of the batch that an image of this size is put into, padding included."""
         rule = self.resize_rule
-        if rule.pad_to_hw is not None:
-            return rule.pad_to_hw
         # A model that is not told where the padding is would take it for a part of the picture.
-        if rule.mode == "fixed" or not self._pad_together or not self._detector.family.uses_pixel_mask:
-            return target_hw
-        height, width = (-(-side // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE for side in target_hw)
-        return height, width
+        is_padded = self._pad_together and self._detector.family.uses_pixel_mask
+        return rule.padded_size_hw(target_hw) if is_padded or rule.pad_to_hw is not None else target_hw
 
     def predict(self, prepared: Sequence[Part]) -> list[Detections]:
         """Finds objects.
