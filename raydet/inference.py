@@ -33,7 +33,7 @@ from raydet.inference_stream import COUNTS_KEY, LOG_FOLDER, Plan, Work, score, t
 from raydet.inputs import Images, open_images
 from raydet.inputs.listing import is_pattern
 from raydet.job_record import job_record
-from raydet.job_report import JobStats
+from raydet.job_report import JOB_FILE, JobStats
 from raydet.redaction import without_secrets
 from raydet.run_folder import Hold, check_folder, done_chunks, hold, open_run, part_name, stored_plan
 from raydet.schema import Category, build_schema
@@ -41,7 +41,6 @@ from raydet.selection import check_classes
 from raydet.shared_storage import check_shared
 from raydet.tables import MANIFEST_NAME, is_table, open_table, write_manifest
 
-JOB_FILE = "job.json"
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Of writing: the disk is full, or may not be written to."""
 INDEX_FILE = "_inputs.parquet"

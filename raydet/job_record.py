@@ -11,9 +11,8 @@ from typing import Any
 import ray
 
 from raydet import storage
-from raydet.job_report import versions
+from raydet.job_report import JOB_FILE, versions
 
-JOB_FILE = "job.json"
 _JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray's job server puts the job's metadata here, for the driver alone."""
 _COMMIT_KEYS = ("commit", "git_commit")

@@ -12,9 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from raydet.timeline import Timeline
+
+JOB_FILE = "job.json"
+"""In the folder of a job's output."""
 STAGES = ("read", "decode", "prepare", "model", "write")
 """What happens to an image, in this order; `prepare` (resizing) and `model` are in the processes of kind `model`."""
 
+_LAST_STAGE_OF_KIND = {"reader": "read", "decoder": "decode", "model": "model", "writer": "write"}
 OTHER = "other reasons"
 _MOST_REASONS = 20
 _MOST_REASONS_HELD = 1000
@@ -105,6 +110,7 @@ class JobStats:
         self._busy_s = dict.fromkeys(STAGES, 0.0)
         self._processes: dict[str, set[tuple[str, int]]] = {stage: set() for stage in STAGES}
         self._peak_mb: dict[tuple[str, int], dict[str, float]] = {}
+        self._timeline = Timeline(self._started_unix_s)
 
     def add(self, stats: FileStats) -> None:
         """Takes in a written file."""
@@ -113,8 +119,12 @@ class JobStats:
         for reason, count in Counter(map(error_kind, stats.errors)).most_common():
             is_held = reason in self._errors or len(self._errors) < _MOST_REASONS_HELD
             self._errors[reason if is_held else OTHER] += count
+        num_laps = Counter(item.kind for item in stats.processes)
         for item in stats.processes:
             process = (item.node, item.pid)
+            # The parts of a file have the same number of images, but for the last.
+            num_images = stats.num_images / num_laps[item.kind]
+            self._timeline.add(_LAST_STAGE_OF_KIND[item.kind], item.ended_unix_s, num_images)
             for stage, seconds in item.seconds.items():
                 self._busy_s[stage] += seconds
                 self._processes[stage].add(process)
@@ -143,6 +153,7 @@ class JobStats:
         `busy_share` refer to the time after it. A stage's `images_per_s_of_one` is images per second that one of its
         processes was busy, and `images_per_s_at_most` that of all its processes together, if they never waited.
         Ray may let many processes take turns, so that the latter is an upper bound; the cores they share are another.
+        `timeline` has, by stage, the images that it was done with in each span of `span_s` seconds since the start.
         `peak_mb` adds up the highest memory of every process, wherever in the run each had it.
 
         Args:
@@ -178,6 +189,7 @@ class JobStats:
             "num_model_workers": num_model_workers,
             "model_busy_share": stages["model"]["busy_share"],
             "stages": stages,
+            "timeline": self._timeline.to_dict(),
             **self._memory(),
             "price_per_node_hour": price_per_node_hour,
             "cost_per_million_images": cost,

@@ -1,6 +1,7 @@
 """What a run took adds up, in whatever order its files come, and the table says what held it up."""
 
 import json
+import math
 import random
 import re
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from raydet.job_report import OTHER, STAGES, FileStats, JobStats, ProcessStats, error_kind
+from raydet.timeline import MOST_SPANS, Timeline
 
 
 def process(kind: str, pid: int, mb: float = 100.0, *, at_s: float = 10.0, node: str = "n1", **seconds: float) -> Any:
@@ -50,6 +52,31 @@ FILES = (
         process("model", 9, 800, at_s=95.0, node="n2", prepare=10.0, model=70.0),
     ),
 )
+
+
+def test_images_by_stage_and_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = finished(job(5.0, *FILES, monkeypatch=monkeypatch))["timeline"]
+    assert (timeline["started_unix_s"], timeline["span_s"], set(timeline["images"])) == (
+        5.0,
+        1.0,
+        {"read", "decode", "model", "write"},
+    )
+    counts = timeline["images"]
+    assert {len(values) for values in counts.values()} == {91}
+    # Two parts of one file, and the only one of another.
+    assert {second: images for second, images in enumerate(counts["model"]) if images} == {10: 50, 85: 50, 90: 300}
+    assert counts["decode"][5] == sum(counts["decode"]) == 400
+
+
+def test_a_long_run_has_no_more_spans_than_a_short_one() -> None:
+    timeline = Timeline(100.0)
+    for second in range(10_000):
+        timeline.add("model", 100.0 + second, 2)
+    timeline.add("write", 90.0, 5)
+    content = timeline.to_dict()
+    assert content["span_s"] == 64.0 and len(content["images"]["model"]) == math.ceil(10_000 / 64) <= MOST_SPANS
+    assert content["images"]["model"][:-1] == [128.0] * 156 and sum(content["images"]["model"]) == 20_000
+    assert content["images"]["write"] == [5.0] + [0.0] * 156
 
 
 def test_sums_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from hypothesis import strategies as st
 from raydet import PlanConfig, UserError
 from raydet.cli import main
 from raydet.config import PlannedJob
+from raydet.errors import RunError
 from raydet.planning import plan, plan_for
 from raydet.planning.answer import PlanResult
 from raydet.planning.nodes import node_groups
+from raydet.planning.probe import Window
+from raydet.planning.processes import Watched, run_watched
 from raydet.planning.throughput import NodeGroup, Probe, StageCost, Workers, combine, forecast
 from raydet.tables import TableWriter, open_table
 
@@ -33,7 +37,7 @@ STAGES = {
     "model": cost(0.080),
     "write": cost(0.001),
 }
-# 4 CPUs, one copy of four threads: 100 ms of CPU an image, 40 images/s by the formula.
+# 4 CPUs, as many copies of one thread: 100 ms of CPU an image, 40 images/s by the formula.
 CPU = Probe(
     job="predict",
     model="m",
@@ -44,8 +48,9 @@ CPU = Probe(
     model_all_threads=cost(0.080, 0.020),
     ray_cpu_s=0.005,
     run_images_per_s=40.0,
-    run_workers=1,
-    run_threads=4,
+    run_workers=4,
+    run_threads=1,
+    run_decoded_ahead=0.0,
     startup_s=20.0,
     image_bytes=100_000,
     pixel_bytes=1_000_000,
@@ -61,6 +66,8 @@ GPU = dataclasses.replace(
     model_all_threads=cost(0.001, 0.002),
     # The CPUs, 4 for 19.5 ms an image, are what limits this machine.
     run_images_per_s=4 / 0.0195,
+    run_workers=1,
+    run_threads=4,
 )
 TRAIN = dataclasses.replace(
     CPU,
@@ -69,13 +76,15 @@ TRAIN = dataclasses.replace(
     model_all_threads=cost(0.18, 0.05),
     ray_cpu_s=0.0,
     run_images_per_s=18.0,
+    run_workers=1,
+    run_threads=4,
     gradient_bytes=125_000_000.0,
     batch_size=8,
 )
 
 
 def config(**options: Any) -> PlanConfig:
-    return PlanConfig(**{"images": 1_000_000, "checkpoint": "c", **options})
+    return PlanConfig(**{"images": 1_000_000, "checkpoint": "c", "threads_per_worker": 1, **options})
 
 
 def cpu_nodes(number: int, cpus: int = 4) -> NodeGroup:
@@ -100,9 +109,20 @@ def test_the_measured_machine_is_as_fast_as_its_own_run() -> None:
         assert result.total_s == pytest.approx(20 + 1_000_000 / speed)
 
 
+def test_a_run_in_faster_minutes_than_its_stages_proves_nothing() -> None:
+    probe = dataclasses.replace(CPU, run_images_per_s=60.0)
+    assert plan_for(config(), [cpu_nodes(1)], [probe]).forecast.images_per_s == pytest.approx(40.0)
+
+
+def test_what_was_decoded_before_is_no_speed_that_lasts() -> None:
+    # Half of the images had been decoded and took the CPUs 94.5 ms instead of 100.
+    probe = dataclasses.replace(CPU, run_images_per_s=0.9 * 4 / 0.0945, run_decoded_ahead=0.5)
+    assert plan_for(config(), [cpu_nodes(1)], [probe]).forecast.images_per_s == pytest.approx(0.9 * 4 / 0.1)
+
+
 def test_cpu_seconds_of_the_stages_add_up() -> None:
     result = plan_for(config(), [cpu_nodes(8, cpus=16)], [CPU])
-    assert result.workers == Workers(number=32, threads=4, on_gpu=False)
+    assert result.workers == Workers(number=128, threads=1, on_gpu=False)
     assert result.forecast.bottleneck == "CPUs"
     assert result.forecast.images_per_s == pytest.approx(8 * 16 / 0.100)
     stages = result.forecast.stages
@@ -116,14 +136,28 @@ def test_cpu_seconds_of_the_stages_add_up() -> None:
     }
     shares = [load.busy_share for name, load in stages.items() if name != "model"]
     assert sum(shares) == pytest.approx(0.2)  # of the CPUs; the model has the other four fifths of them
-    assert result.forecast.limits["model"] == pytest.approx(32 / 0.020)
+    assert result.forecast.limits["model"] == pytest.approx(128 / 0.080)
     assert stages["model"].busy_share == pytest.approx(0.8)
     assert result.storage_mb_per_s == pytest.approx(128) and result.pixels_mb_per_s == pytest.approx(1280)
 
 
 def test_few_workers_are_the_bottleneck_however_many_cpus_there_are() -> None:
-    result = plan_for(config(num_workers=2), [cpu_nodes(8, cpus=16)], [CPU])
+    result = plan_for(config(num_workers=2, threads_per_worker=4), [cpu_nodes(8, cpus=16)], [CPU])
     assert result.forecast.bottleneck == "model" and result.forecast.images_per_s == pytest.approx(2 / 0.020)
+
+
+def test_threads_that_hold_all_cpus_wait_together_for_whatever_else_there_is() -> None:
+    def limits(cpus: int) -> Any:
+        return plan_for(config(num_workers=1, threads_per_worker=4), [cpu_nodes(1, cpus=cpus)], [CPU]).forecast.limits
+
+    # The model takes 20 ms with four threads, all else 20 ms of CPU.
+    assert limits(4)["threads"] == pytest.approx(1 / 0.040)
+    # Of one CPU more each of 50 images a second has 20 ms: just what all else takes.
+    assert limits(5)["threads"] == pytest.approx(2 / 0.040) == limits(5)["model"]
+    one_each = plan_for(config(num_workers=4), [cpu_nodes(1)], [CPU]).forecast.limits
+    assert "threads" not in one_each and one_each["CPUs"] == pytest.approx(4 / 0.1)
+    slow = plan_for(config(num_workers=1, threads_per_worker=4), [cpu_nodes(1)], [CPU])
+    assert any("bottleneck: threads; they wait for each other" in line for line in slow.lines())
 
 
 def test_threads_follow_amdahl_through_both_measurements() -> None:
@@ -205,7 +239,7 @@ def test_workers_that_train_share_a_batch_and_send_gradients() -> None:
     # 0.9 of the formula: CPUs 4 / 0.2 and one worker 1 / 0.05 allow for 20. Two send 2 · 1/2 · 125 MB a step.
     assert rate(network_gbit_per_s=1000.0) == pytest.approx(0.9 * 8 / (4 * 0.05 + 0.001))
     assert rate(network_gbit_per_s=1.0) == pytest.approx(0.9 * 8 / (4 * 0.05 + 1.0))
-    epochs = plan_for(config(job="train", images=1000, epochs=30), [cpu_nodes(1)], [TRAIN])
+    epochs = plan_for(config(job="train", threads_per_worker=4, images=1000, epochs=30), [cpu_nodes(1)], [TRAIN])
     assert epochs.num_images == 30_000 and epochs.total_s == pytest.approx(20 + 30_000 / 18)
 
 
@@ -330,7 +364,7 @@ def test_a_probe_that_is_none_is_refused(tmp_path: Path) -> None:
     for content, words in (
         ("{", "is no JSON"),
         ("[]", "is no probe of this raydet"),
-        ('{"probe_version": 1, "stages": {}}', "is no whole probe"),
+        ('{"probe_version": 2, "stages": {}}', "is no whole probe"),
         (json.dumps(TRAIN.to_dict()), "was measured for train, the job is predict"),
     ):
         path = tmp_path / "probe.json"
@@ -379,6 +413,34 @@ def test_stages_are_measured_on_real_images(shapes: Path, tmp_path: Path, job: P
     if job == "predict":
         without = measure(dataclasses.replace(asked, with_model=False), wait=lambda: None)
         assert set(without["cpu_s"]) == {"read", "decode"}
+
+
+def test_the_midst_of_a_run_is_between_its_first_quarter_and_its_last_images() -> None:
+    images = {"decode": [90.0, 0, 30, 0, 0, 0, 0], "model": [0.0, 0, 32, 16, 32, 32, 8], "write": [0.0] * 6 + [120]}
+    window = Window.of({"started_unix_s": 1000.0, "span_s": 2.0, "images": images})
+    assert window == Window(1006.0, 1012.0, {"decode": 0.0, "model": 80.0, "write": 0.0})
+    short = Window.of({"started_unix_s": 0.0, "span_s": 1.0, "images": {"model": [0.0, 0.0, 16.0, 4.0]}})
+    assert short == Window(2.0, 4.0, {"model": 20.0})
+
+
+def test_cpu_seconds_between_two_times_lie_between_those_that_were_read() -> None:
+    watched = Watched(3.0, unix_s=[100.0, 101.0, 103.0], cpu_s=[0.0, 2.0, 3.0])
+    assert watched.cpu_s_between(100.5, 102.0) == pytest.approx(1.5)
+    assert watched.cpu_s_between(99.0, 104.0) == pytest.approx(3.0)
+
+
+def test_all_processes_of_a_command_are_watched(tmp_path: Path) -> None:
+    burn = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass"
+    command = [
+        sys.executable,
+        "-c",
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])\n{burn}",
+    ]
+    watched = run_watched(command, str(tmp_path))
+    assert watched.seconds > 1.2
+    assert 0.9 < watched.cpu_s_between(watched.unix_s[0], watched.unix_s[-1]) < 1.2 * watched.seconds
+    with pytest.raises(RunError, match="failed: out of luck"):
+        run_watched([sys.executable, "-c", "import sys; sys.exit('out of luck')"], str(tmp_path))
 
 
 def test_pictures_that_are_none_are_a_mistake(shapes: Path, tmp_path: Path) -> None:

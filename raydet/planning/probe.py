@@ -16,13 +16,15 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import psutil
 
 from raydet import storage
 from raydet.checkpoints import read_checkpoint
 from raydet.config import PlanConfig
+from raydet.job_report import JOB_FILE
 from raydet.planning.processes import READY, raise_failure, run_watched, started
 from raydet.planning.samples import Samples, take_samples
 from raydet.planning.throughput import Probe, StageCost, check_devices
@@ -44,7 +46,7 @@ def threads_of_a_worker(config: PlanConfig, num_cpus: int) -> int:
 
 
 def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> Probe:
-    """Measures on this machine; takes about three times `config.seconds` and a minute or two of starting.
+    """Measures on this machine; takes about three times `config.seconds` and a minute of starting.
 
     Args:
         config: What is to be planned.
@@ -75,6 +77,7 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
             run_images_per_s=0.0,
             run_workers=1 if on_gpu else max(1, num_cpus // threads),
             run_threads=threads,
+            run_decoded_ahead=0.0,
             startup_s=0.0,
             image_bytes=samples.image_bytes,
             pixel_bytes=alone["pixel_bytes"],
@@ -91,11 +94,12 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
         setting = _RunSetting(
             config=config, model=model, folder=folder, workers=probe.run_workers, threads=threads, rate=expected_rate
         )
-        run = measure_run(setting, samples)
+        run = measure_run(setting, samples, costs)
     return dataclasses.replace(
         probe,
-        ray_cpu_s=max(0.0, run.cpu_s_per_image - cpu_s),
+        ray_cpu_s=run.ray_cpu_s,
         run_images_per_s=run.images_per_s,
+        run_decoded_ahead=run.decoded_ahead,
         startup_s=run.startup_s,
     )
 
@@ -230,36 +234,78 @@ class _RunSetting:
 
 @dataclass(frozen=True)
 class _Run:
-    """What came of real runs: images per second, CPU seconds an image (0 where unknown), and what is fixed."""
+    """What came of a real run.
+
+    Attributes:
+        images_per_s: After start-up.
+        startup_s: All else that it took.
+        ray_cpu_s: CPU seconds an image beyond those of the stages; 0 where unknown.
+        decoded_ahead: Share of the images that had been decoded before the time that `images_per_s` is of.
+    """
 
     images_per_s: float
-    cpu_s_per_image: float
     startup_s: float
+    ray_cpu_s: float = 0.0
+    decoded_ahead: float = 0.0
 
 
-def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:
-    """Two runs, one of them short: what more images take more is theirs, the rest is start-up.
+@dataclass(frozen=True)
+class Window:
+    """The part of a scoring run in which all processes are up and busy.
 
-    Decoding runs ahead while the model is loaded, so that the speed within a short run says little.
+    Attributes:
+        began_unix_s: When all of the first quarter of the images had been through the model.
+        ended_unix_s: Before the last images were.
+        num_images: By stage, images that it was done with in between.
     """
+
+    began_unix_s: float
+    ended_unix_s: float
+    num_images: Mapping[str, float]
+
+    @property
+    def images_per_s(self) -> float:
+        """Through the model."""
+        return self.num_images["model"] / (self.ended_unix_s - self.began_unix_s)
+
+    @classmethod
+    def of(cls, timeline: Mapping[str, Any]) -> Self:
+        """Finds it in the `timeline` of a job's report; in a run too short to have one it is all of the run."""
+        counts = {stage: np.array(values) for stage, values in timeline["images"].items()}
+        scored = counts["model"]
+        last = int(np.flatnonzero(scored)[-1])
+        first = int(np.searchsorted(scored.cumsum(), scored.sum() / 4)) + 1
+        if first >= last:
+            first, last = int(np.flatnonzero(scored)[0]), last + 1
+        began_unix_s = timeline["started_unix_s"] + first * timeline["span_s"]
+        ended_unix_s = timeline["started_unix_s"] + last * timeline["span_s"]
+        return cls(began_unix_s, ended_unix_s, {stage: float(one[first:last].sum()) for stage, one in counts.items()})
+
+
+def _measure_predict(setting: _RunSetting, samples: Samples, costs: Mapping[str, StageCost]) -> _Run:
+    """Looks into the midst of a run: what starts and ends before and after it, a long run has but once as well."""
     batch = setting.config.batch
-    few = batch * setting.workers
-    most = int(setting.rate * setting.config.seconds)
-    many = min(max(most, _LEAST_BATCHES * few), max(samples.most_rows(), 2 * few))
-    spent = []
-    for number, num_rows in enumerate((few, many)):
-        table = samples.write(f"{setting.folder}/images-{number}", num_rows)
-        command = [sys.executable, "-m", "raydet.cli", "predict", *setting.options()]
-        command += [f"--checkpoint={setting.model}", f"--engine={setting.config.engine}"]
-        command += [f"--data={table}", f"--out={setting.folder}/detections-{number}"]
-        spent.append(run_watched(command, setting.folder))
-    (few_wall_s, few_cpu_s), (many_wall_s, many_cpu_s) = spent
-    wall_s = max(many_wall_s - few_wall_s, 1e-3) / (many - few)
-    cpu_s = max(many_cpu_s - few_cpu_s, 0.0) / (many - few)
-    return _Run(1 / wall_s, cpu_s, max(0.0, few_wall_s - few * wall_s))
+    most = int(setting.rate * setting.config.seconds * 4 / 3)
+    num_rows = min(max(most, _LEAST_BATCHES * batch * setting.workers), max(samples.most_rows(), 2 * batch))
+    table, out = samples.write(f"{setting.folder}/images", num_rows), f"{setting.folder}/detections"
+    command = [sys.executable, "-m", "raydet.cli", "predict", *setting.options()]
+    command += [f"--checkpoint={setting.model}", f"--engine={setting.config.engine}", f"--data={table}", f"--out={out}"]
+    watched = run_watched(command, setting.folder)
+    window = Window.of(json.loads(Path(out, JOB_FILE).read_text())["timeline"])
+    num_scored = window.num_images["model"]
+    # Decoding runs ahead while the model is loaded, until nothing or little of it is left.
+    shares = {stage: num_images / num_scored for stage, num_images in window.num_images.items()}
+    stages_cpu_s = sum(cost.cpu_s * shares.get(stage, 1.0) for stage, cost in costs.items())
+    cpu_s = watched.cpu_s_between(window.began_unix_s, window.ended_unix_s) / num_scored
+    return _Run(
+        images_per_s=window.images_per_s,
+        startup_s=max(0.0, watched.seconds - num_rows / window.images_per_s),
+        ray_cpu_s=max(0.0, cpu_s - stages_cpu_s),
+        decoded_ahead=min(1.0, max(0.0, 1 - shares.get("decode", 1.0))),
+    )
 
 
-def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
+def _measure_train(setting: _RunSetting, samples: Samples, costs: Mapping[str, StageCost]) -> _Run:
     """A run of two epochs, of which the second is not disturbed by what is done at the first steps."""
     batch = setting.config.batch
     steps = max(4, math.ceil(setting.rate * setting.config.seconds / 2 / batch))
@@ -271,6 +317,6 @@ def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
     command += ["--epochs=2", "--validate-every=2", "--log-images=0", f"--augmentation={setting.config.augmentation}"]
     if setting.config.image_size is not None:
         command.append(f"--image-size={setting.config.image_size}")
-    wall_s, _ = run_watched(command, setting.folder)
+    seconds = run_watched(command, setting.folder).seconds
     history = json.loads(Path(out, "log", "history.json").read_text())
-    return _Run(history[1]["images_per_s"], 0.0, max(0.0, wall_s - sum(entry["seconds"] for entry in history)))
+    return _Run(history[1]["images_per_s"], max(0.0, seconds - sum(entry["seconds"] for entry in history)))

@@ -6,9 +6,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
+import numpy as np
 import psutil
 
 from raydet.errors import RunError, UserError
@@ -41,8 +43,33 @@ def raise_failure(returncode: int, errors: IO[str], what: str) -> NoReturn:
     raise UserError(reason) if returncode == 2 else RunError(f"{what} failed: {reason}")
 
 
-def run_watched(command: Sequence[str], folder: str) -> tuple[float, float]:
-    """Runs a command; returns its seconds, and the CPU seconds of it and all that it started."""
+@dataclass(frozen=True)
+class Watched:
+    """A command that was run.
+
+    Attributes:
+        seconds: It took.
+        unix_s: When its CPU seconds were read, ascending.
+        cpu_s: At each of these times, the CPU seconds so far of it and of all that it started.
+    """
+
+    seconds: float
+    unix_s: Sequence[float]
+    cpu_s: Sequence[float]
+
+    def cpu_s_between(self, began_unix_s: float, ended_unix_s: float) -> float:
+        """CPU seconds from one time to another."""
+        began_s, ended_s = np.interp([began_unix_s, ended_unix_s], self.unix_s, self.cpu_s)
+        return float(ended_s - began_s)
+
+
+def run_watched(command: Sequence[str], folder: str) -> Watched:
+    """Runs a command.
+
+    Raises:
+        UserError: It ended with the exit code of a user's mistake.
+        RunError: It failed.
+    """
     with Path(folder, "run.log").open("w+") as errors, started(command, errors) as process:
         began = time.perf_counter()
         watch = _CpuOfTree(process.pid)
@@ -53,7 +80,7 @@ def run_watched(command: Sequence[str], folder: str) -> tuple[float, float]:
         seconds = time.perf_counter() - began
         if process.returncode:
             raise_failure(process.returncode, errors, f"a short run of {' '.join(command[2:4])}")
-    return seconds, watch.cpu_s
+    return Watched(seconds, watch.unix_s, watch.cpu_s)
 
 
 class _CpuOfTree:
@@ -62,13 +89,10 @@ class _CpuOfTree:
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
         self._by_process: dict[tuple[int, float], float] = {}
+        self.unix_s, self.cpu_s = [time.time()], [0.0]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
-
-    @property
-    def cpu_s(self) -> float:
-        return sum(self._by_process.values())
 
     def stop(self) -> None:
         self._stop.set()
@@ -81,3 +105,5 @@ class _CpuOfTree:
                     with contextlib.suppress(psutil.Error):
                         times = process.cpu_times()
                         self._by_process[process.pid, process.create_time()] = times.user + times.system
+            self.unix_s.append(time.time())
+            self.cpu_s.append(sum(self._by_process.values()))

@@ -1,0 +1,43 @@
+"""How many images each stage was done with over the time of a run, in as many spans as a file can hold."""
+
+from typing import Any
+
+MOST_SPANS = 240
+
+
+class Timeline:
+    """Counts images by stage and span of time; where there are too many spans, two become one."""
+
+    def __init__(self, started_unix_s: float) -> None:
+        """Begins with spans of a second.
+
+        Args:
+            started_unix_s: When the run began.
+        """
+        self._started_unix_s = started_unix_s
+        self._span_s = 1.0
+        self._counts: dict[str, list[float]] = {}
+
+    def add(self, stage: str, unix_s: float, num_images: float) -> None:
+        """A stage was done with so many images."""
+        # Clocks of machines differ a little.
+        after_s = max(unix_s - self._started_unix_s, 0.0)
+        while after_s >= MOST_SPANS * self._span_s:
+            self._span_s *= 2
+            self._counts = {
+                name: [sum(counts[at : at + 2]) for at in range(0, len(counts), 2)]
+                for name, counts in self._counts.items()
+            }
+        counts = self._counts.setdefault(stage, [])
+        span = int(after_s / self._span_s)
+        counts.extend([0.0] * (span + 1 - len(counts)))
+        counts[span] += num_images
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: when the run began, seconds of a span, and images by stage in each span from there on."""
+        length = max(map(len, self._counts.values()), default=0)
+        images = {
+            stage: [round(count, 1) for count in counts] + [0.0] * (length - len(counts))
+            for stage, counts in self._counts.items()
+        }
+        return {"started_unix_s": self._started_unix_s, "span_s": self._span_s, "images": images}
