@@ -1,13 +1,28 @@
-"""Small data sets for the tests of `prepare`, and what they need to look at its tables."""
+"""Small data sets for tests, and what they need to look at tables."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from raydet.tables import open_table
+from raydet.schema import build_schema
+from raydet.sources.shapes import CATEGORIES, encode
+from raydet.tables import TableWriter, open_table
+
+QUICK_RECIPE: dict[str, Any] = {
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "backbone_learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "augmentation": "flip",
+    "ema_decay": 0.99,
+    "validate_batch_size": 32,
+    "log_images": 0,
+}
+"""Training options by which a small model learns drawn shapes within a few epochs."""
 
 
 def save_image(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1, seed: int = 0) -> None:
@@ -28,6 +43,29 @@ def save_coco(folder: Path, images: list[Any], annotations: list[Any], categorie
 
 def annotation(annotation_id: int, bbox: list[float], image_id: int = 1, **more: Any) -> dict[str, Any]:
     return {"id": annotation_id, "image_id": image_id, "category_id": 5, "bbox": bbox, **more}
+
+
+def write_drawn(uri: Path, pictures: Iterable[tuple[np.ndarray, list[list[float]], Sequence[int]]]) -> str:
+    """An images table of drawn shapes.
+
+    Args:
+        uri: Where it goes.
+        pictures: For each picture its pixels, uint8 [H, W, 3], its boxes (x, y, width, height) and its categories.
+    """
+    with TableWriter(str(uri), build_schema("images", CATEGORIES), config_hash="0" * 12) as writer:
+        for number, (pixels, boxes, categories) in enumerate(pictures):
+            objects = {
+                "id": list(range(1, len(boxes) + 1)),
+                "bbox": boxes,
+                "category": list(categories),
+                "area": [box[2] * box[3] for box in boxes],
+                "iscrowd": [False] * len(boxes),
+            }
+            image = {"bytes": encode(pixels), "path": f"{number:05d}.jpg"}
+            height, width = pixels.shape[:2]
+            row = {"image_id": number, "image": image, "width": width, "height": height, "objects": objects}
+            writer.write_rows([row])
+    return str(uri)
 
 
 def rows_of(out: Path | str, kind: Any = "images") -> list[dict[str, Any]]:

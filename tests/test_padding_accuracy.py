@@ -16,37 +16,29 @@ from transformers import (
 
 from raydet import EvaluateConfig, PredictConfig, TrainConfig, evaluate, predict, train
 from raydet.geometry import ResizeRule
-from raydet.schema import build_schema
-from raydet.sources.shapes import CATEGORIES, Split, draw, encode
-from raydet.tables import TableWriter, open_table
+from raydet.sources.shapes import CATEGORIES, Split, draw
+from raydet.tables import open_table
+from tests.small_sets import QUICK_RECIPE, write_drawn
 
 SHORTEST, LONGEST = 128, 214
 DRAWN_PX = 192
 
 
+def stretched_picture(split: Split, number: int) -> tuple[np.ndarray, list[list[float]], tuple[int, ...]]:
+    """A generated picture at a size and an aspect of its own: pixels, boxes (x, y, width, height), categories."""
+    drawn = draw(1, split, number, image_size=DRAWN_PX, max_shapes=6)
+    rng = np.random.default_rng((1, number))
+    height = int(rng.integers(110, 260))
+    width = int(np.clip(height * np.exp(rng.uniform(-0.5, 0.5)), 100, 300))
+    stretched = Image.fromarray(drawn.pixels).resize((width, height), Image.Resampling.BICUBIC)
+    scale = np.tile([width / DRAWN_PX, height / DRAWN_PX], 2)
+    boxes = (np.array(drawn.objects.boxes_xywh, dtype=float).reshape(-1, 4) * scale).tolist()
+    return np.asarray(stretched), boxes, tuple(drawn.objects.categories)
+
+
 def write_pictures(uri: Path, split: Split, num_images: int) -> str:
-    """An images table of generated shapes, each picture stretched to a size and an aspect of its own."""
-    with TableWriter(str(uri), build_schema("images", CATEGORIES), config_hash="0" * 12) as writer:
-        for number in range(num_images):
-            drawn = draw(1, split, number, image_size=DRAWN_PX, max_shapes=6)
-            rng = np.random.default_rng((1, number))
-            height = int(rng.integers(110, 260))
-            width = int(np.clip(height * np.exp(rng.uniform(-0.5, 0.5)), 100, 300))
-            stretched = Image.fromarray(drawn.pixels).resize((width, height), Image.Resampling.BICUBIC)
-            scale = np.tile([width / DRAWN_PX, height / DRAWN_PX], 2)
-            boxes = (np.array(drawn.objects.boxes_xywh, dtype=float).reshape(-1, 4) * scale).tolist()
-            objects = {
-                "id": list(range(1, len(boxes) + 1)),
-                "bbox": boxes,
-                "category": list(drawn.objects.categories),
-                "area": [box[2] * box[3] for box in boxes],
-                "iscrowd": [False] * len(boxes),
-            }
-            image = {"bytes": encode(np.asarray(stretched)), "path": f"{number:05d}.jpg"}
-            writer.write_rows(
-                [{"image_id": number, "image": image, "width": width, "height": height, "objects": objects}]
-            )
-    return str(uri)
+    """An images table of such pictures."""
+    return write_drawn(uri, (stretched_picture(split, number) for number in range(num_images)))
 
 
 def save_model(folder: Path) -> str:
@@ -108,15 +100,8 @@ def test_padding_does_not_change_ap(tmp_path: Path) -> None:
             out=str(tmp_path / "run"),
             model=save_model(tmp_path / "model"),
             epochs=4,
-            batch_size=16,
-            learning_rate=1e-3,
-            backbone_learning_rate=1e-3,
-            warmup_steps=50,
-            augmentation="flip",
-            ema_decay=0.99,
             validate_every=4,
-            validate_batch_size=32,
-            log_images=0,
+            **QUICK_RECIPE,
         )
     )
     ap = {}

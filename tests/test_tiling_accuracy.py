@@ -7,9 +7,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from raydet import EvaluateConfig, PredictConfig, TrainConfig, evaluate, predict, train
-from raydet.schema import build_schema
-from raydet.sources.shapes import CATEGORIES, encode
-from raydet.tables import TableWriter, open_table
+from raydet.sources.shapes import CATEGORIES
+from raydet.tables import open_table
+from tests.small_sets import QUICK_RECIPE, write_drawn
 
 CROP_PX = 192
 SHAPE_PX = 12
@@ -55,21 +55,12 @@ def satellite_picture(
 
 def write_pictures(uri: Path, size_hw: tuple[int, int], num_images: int, shapes: tuple[int, int], seed: int) -> str:
     """An images table of so many pictures, each with a number of shapes between the two given."""
-    with TableWriter(str(uri), build_schema("images", CATEGORIES), config_hash="0" * 12) as writer:
-        for number in range(num_images):
-            rng = np.random.default_rng((seed, number))
-            pixels, boxes, categories = satellite_picture(rng, size_hw, int(rng.integers(*shapes, endpoint=True)))
-            objects = {
-                "id": list(range(1, len(boxes) + 1)),
-                "bbox": boxes,
-                "category": categories,
-                "area": [box[2] * box[3] for box in boxes],
-                "iscrowd": [False] * len(boxes),
-            }
-            image = {"bytes": encode(pixels), "path": f"{number:05d}.jpg"}
-            row = {"image_id": number, "image": image, "width": size_hw[1], "height": size_hw[0], "objects": objects}
-            writer.write_rows([row])
-    return str(uri)
+
+    def picture(number: int) -> tuple[np.ndarray, list[list[float]], list[int]]:
+        rng = np.random.default_rng((seed, number))
+        return satellite_picture(rng, size_hw, int(rng.integers(*shapes, endpoint=True)))
+
+    return write_drawn(uri, map(picture, range(num_images)))
 
 
 def recipe(folder: Path, *, num_train: int, epochs: int) -> TrainConfig:
@@ -82,15 +73,8 @@ def recipe(folder: Path, *, num_train: int, epochs: int) -> TrainConfig:
         model="rt_detr_v2_small",
         image_size=CROP_PX,
         epochs=epochs,
-        batch_size=16,
-        learning_rate=1e-3,
-        backbone_learning_rate=1e-3,
-        warmup_steps=50,
-        augmentation="flip",
-        ema_decay=0.99,
         validate_every=epochs,
-        validate_batch_size=32,
-        log_images=0,
+        **QUICK_RECIPE,
     )
 
 

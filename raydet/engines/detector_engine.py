@@ -80,10 +80,11 @@ class DetectorEngine(ABC):
 
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
         """Height and width of the batch that an image of this size is put into, padding included."""
-        rule = self.resize_rule
         # A model that is not told where the padding is would take it for a part of the picture.
-        is_padded = self._pad_together and self._detector.family.uses_pixel_mask
-        return rule.padded_size_hw(target_hw) if is_padded or rule.pad_to_hw is not None else target_hw
+        pads_together = self._pad_together and self._detector.family.uses_pixel_mask
+        if self._detector.pads_to_largest and not pads_together:
+            return target_hw
+        return self.resize_rule.padded_size_hw(target_hw)
 
     def predict(self, prepared: Sequence[Part]) -> list[Detections]:
         """Finds objects.

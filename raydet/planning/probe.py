@@ -92,9 +92,15 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
         cpu_s = sum(cost.cpu_s for cost in costs.values())
         expected_rate = min(num_cpus / cpu_s, probe.run_workers / costs["model"].wall_s)
         setting = _RunSetting(
-            config=config, model=model, folder=folder, workers=probe.run_workers, threads=threads, rate=expected_rate
+            config=config,
+            model=model,
+            folder=folder,
+            workers=probe.run_workers,
+            threads=threads,
+            costs=costs,
+            rate=expected_rate,
         )
-        run = measure_run(setting, samples, costs)
+        run = measure_run(setting, samples)
     return dataclasses.replace(
         probe,
         ray_cpu_s=run.ray_cpu_s,
@@ -210,13 +216,14 @@ def _is_ready(process: "subprocess.Popen[str]") -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _RunSetting:
-    """The real run; `rate` is about how many images per second it will do."""
+    """The real run; `costs` are those of its stages, `rate` is about how many images per second it will do."""
 
     config: PlanConfig
     model: str
     folder: str
     workers: int
     threads: int
+    costs: Mapping[str, StageCost]
     rate: float
 
     def options(self) -> list[str]:
@@ -282,7 +289,7 @@ class Window:
         return cls(began_unix_s, ended_unix_s, {stage: float(one[first:last].sum()) for stage, one in counts.items()})
 
 
-def _measure_predict(setting: _RunSetting, samples: Samples, costs: Mapping[str, StageCost]) -> _Run:
+def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:
     """Looks into the midst of a run: what starts and ends before and after it, a long run has but once as well."""
     batch = setting.config.batch
     most = int(setting.rate * setting.config.seconds * 4 / 3)
@@ -295,7 +302,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples, costs: Mapping[str,
     num_scored = window.num_images["model"]
     # Decoding runs ahead while the model is loaded, until nothing or little of it is left.
     shares = {stage: num_images / num_scored for stage, num_images in window.num_images.items()}
-    stages_cpu_s = sum(cost.cpu_s * shares.get(stage, 1.0) for stage, cost in costs.items())
+    stages_cpu_s = sum(cost.cpu_s * shares.get(stage, 1.0) for stage, cost in setting.costs.items())
     cpu_s = watched.cpu_s_between(window.began_unix_s, window.ended_unix_s) / num_scored
     return _Run(
         images_per_s=window.images_per_s,
@@ -305,7 +312,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples, costs: Mapping[str,
     )
 
 
-def _measure_train(setting: _RunSetting, samples: Samples, costs: Mapping[str, StageCost]) -> _Run:
+def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
     """A run of two epochs, of which the second is not disturbed by what is done at the first steps."""
     batch = setting.config.batch
     steps = max(4, math.ceil(setting.rate * setting.config.seconds / 2 / batch))
