@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -121,6 +122,13 @@ def apply_gradients(
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Adds a tensor up over all ranks."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def _blank(size_hw: tuple[int, int]) -> Example:

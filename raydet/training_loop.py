@@ -11,6 +11,7 @@ import resource
 import sys
 import tempfile
 import time
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -288,9 +289,11 @@ class _Run:
         _LOG.info(text, epoch + 1, meter.num_images, meter.seconds, meter.data_s, meter.communication_s)
         learning_rate = worker.optimizer.param_groups[0]["lr"]
         states = worker.gather(worker.meter.to_state())
-        entry = worker.share(
-            None if states is None else {"epoch": epoch + 1, **summary(merge_states(states), learning_rate)}
-        )
+        entry = None
+        if states is not None:
+            ended = datetime.now().astimezone().isoformat(timespec="milliseconds")
+            entry = {"epoch": epoch + 1, "ended": ended, **summary(merge_states(states), learning_rate)}
+        entry = worker.share(entry)
         entry |= _memory(worker)
         with averaged(worker):
             if plan.validates(epoch):

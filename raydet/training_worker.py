@@ -34,7 +34,7 @@ from raydet.models import (
 from raydet.optim import MovingAverage, build_optimizer, build_schedule
 from raydet.ordering import Kind, MicroBatch, RunPlan
 from raydet.schema import Category
-from raydet.step import StepSetting
+from raydet.step import StepSetting, sum_over_ranks
 from raydet.tracking import RunTracker
 from raydet.training_state import Position, TrainingState, load_state, newest_state
 from raydet.worker_log import log_from_here
@@ -184,13 +184,6 @@ def _all_reduce(
     if bucket.is_last():
         last_bucket.ready_at = time.perf_counter()
     return default_hooks.allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Adds a tensor up over all ranks."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def next_images(stream: Stream, kind: Kind, epoch: int, step: int, part: int, rank: int) -> list[ReadyImage]:

@@ -14,7 +14,7 @@ from raydet.errors import UserError
 from raydet.planning.answer import PlanResult
 from raydet.planning.nodes import node_groups, with_price
 from raydet.planning.probe import measure, threads_of_a_worker
-from raydet.planning.throughput import NodeGroup, Probe, Workers, combine, forecast
+from raydet.planning.throughput import NodeGroup, Probe, Workers, combine, forecast, startup_s
 from raydet.redaction import without_secrets
 
 
@@ -65,15 +65,16 @@ def plan_for(config: PlanConfig, groups: Sequence[NodeGroup], probes: Sequence[P
         batch_size=config.batch,
         network_bytes_per_s=config.network_gbit_per_s * 1e9 / 8,
     )
-    num_images, startup_s = config.images * config.epochs, max(of_cpu.startup_s, of_model.startup_s)
-    total_s = startup_s + num_images / answer.images_per_s
+    num_images = config.images * config.epochs
+    coming_up_s = max(startup_s(probe, groups, workers) for probe in (of_cpu, of_model))
+    total_s = coming_up_s + num_images / answer.images_per_s
     prices = [group.num_nodes * group.price_per_hour for group in groups if group.price_per_hour is not None]
     return PlanResult(
         num_images=num_images,
         groups=tuple(groups),
         workers=workers,
         forecast=answer,
-        startup_s=startup_s,
+        startup_s=coming_up_s,
         total_s=total_s,
         cost=sum(prices) * total_s / 3600 if prices else None,
         probes=(of_cpu, of_model),

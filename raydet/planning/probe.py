@@ -10,13 +10,15 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import psutil
@@ -33,6 +35,8 @@ from raydet.schema import Category
 _MEMORY_OF_A_PROCESS_BYTES = 1.5 * 2**30
 _MOST_THREADS_OF_A_WORKER = 4
 _LEAST_BATCHES = 16
+_TURNS = 4
+"""What is measured in turn, since a machine that others use too is now faster and now slower."""
 
 Say = Callable[[str], None]
 
@@ -46,7 +50,7 @@ def threads_of_a_worker(config: PlanConfig, num_cpus: int) -> int:
 
 
 def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> Probe:
-    """Measures on this machine; takes about three times `config.seconds` and a minute of starting.
+    """Measures on this machine; takes some four times `config.seconds` and a minute or two of starting.
 
     Args:
         config: What is to be planned.
@@ -62,33 +66,36 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
         say("taking samples of the images")
         samples = take_samples(config, folder)
         model = _model_folder(config, samples, folder)
-        alone, stages = _measure_stages(config, samples, model, folder, num_cpus=num_cpus, needs_gpu=needs_gpu, say=say)
-        on_gpu = alone["device"] != "cpu"
+        stages = _measure_stages(config, samples, model, folder, num_cpus=num_cpus, needs_gpu=needs_gpu, say=say)
+        on_gpu = stages.device != "cpu"
         threads = num_cpus if on_gpu else threads_of_a_worker(config, num_cpus)
         probe = Probe(
             job=config.job,
             model=f"{config.checkpoint or config.model}, {config.engine}, {config.precision}",
-            device=alone["device"],
+            device=stages.device,
             machine=f"{platform.node()}, {num_cpus} CPUs",
             num_cpus=num_cpus,
-            stages=stages,
-            model_all_threads=_costs([alone])["model"],
+            stages=stages.costs,
+            model_all_threads=stages.model_all_threads,
             ray_cpu_s=0.0,
             run_images_per_s=0.0,
             run_workers=1 if on_gpu else max(1, num_cpus // threads),
             run_threads=threads,
             run_decoded_ahead=0.0,
             startup_s=0.0,
+            worker_startup_cpu_s=stages.startup_cpu_s,
             image_bytes=samples.image_bytes,
-            pixel_bytes=alone["pixel_bytes"],
-            gradient_bytes=alone["gradient_bytes"],
+            pixel_bytes=stages.pixel_bytes,
+            gradient_bytes=stages.gradient_bytes,
+            waiting_s=stages.waiting_s,
+            waiting_workers=stages.num_processes,
             batch_size=config.batch,
             source_read_s=samples.source_read_s,
         )
         say(f"measuring a short run of raydet {config.job}")
         measure_run = _measure_predict if config.job == "predict" else _measure_train
         # What the model takes depends on its threads.
-        costs = {**stages, "model": probe.model_cost(threads)}
+        costs = {**stages.costs, "model": probe.model_cost(threads)}
         cpu_s = sum(cost.cpu_s for cost in costs.values())
         expected_rate = min(num_cpus / cpu_s, probe.run_workers / costs["model"].wall_s)
         setting = _RunSetting(
@@ -110,6 +117,31 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stages:
+    """What was measured of the stages by themselves.
+
+    Attributes:
+        device: That the model ran on.
+        costs: By name, while all CPUs are busy.
+        model_all_threads: Of the model with as many threads as CPUs.
+        num_processes: That were at it.
+        startup_cpu_s: Of each of them, until it could begin.
+        waiting_s: By which a step of training was longer where all took it together.
+        pixel_bytes: Of a decoded image, on average.
+        gradient_bytes: Of the model's parameters that learn.
+    """
+
+    device: str
+    costs: Mapping[str, StageCost]
+    model_all_threads: StageCost
+    num_processes: int
+    startup_cpu_s: float
+    waiting_s: float
+    pixel_bytes: float
+    gradient_bytes: float
+
+
 def _measure_stages(
     config: PlanConfig,
     samples: Samples,
@@ -119,8 +151,8 @@ def _measure_stages(
     num_cpus: int,
     needs_gpu: bool | None,
     say: Say,
-) -> tuple[dict[str, Any], dict[str, StageCost]]:
-    """What one process with all threads found, and the cost of each stage while all CPUs are busy."""
+) -> _Stages:
+    """Runs one process with all threads, and then as many with one thread as there are CPUs."""
     job = {
         "job": config.job,
         "table": samples.write(f"{folder}/samples", len(samples.rows)),
@@ -133,21 +165,40 @@ def _measure_stages(
         "threads": num_cpus,
         "use_gpu": config.use_gpu,
         "with_model": True,
-        "seconds": config.seconds / 2,
+        "seconds": config.seconds / 2 / _TURNS,
     }
-    say(f"measuring the model with {num_cpus} threads, or on a GPU")
-    [alone] = _run_stages([job], folder)
-    if needs_gpu is not None:
-        check_devices([alone["device"]], needs_gpu=needs_gpu)
-    say("measuring all stages while all CPUs are busy")
-    on_gpu, copies = alone["device"] != "cpu", _copies(num_cpus)
-    if config.job == "train":  # the workers share a batch
-        job["batch_size"] = max(1, config.batch // copies)
-    job |= {"threads": 1, "with_model": not on_gpu, "seconds": config.seconds}
-    stages = _costs(_run_stages([job] * copies, folder))
+    say(f"measuring the model with {num_cpus} threads or on a GPU, and in turn all stages while all CPUs are busy")
+    of_alone, of_busy = [], []
+    with _stage_processes([job], f"{folder}/alone") as [alone]:
+        device = alone.wait_until_ready()
+        if needs_gpu is not None:
+            check_devices([device], needs_gpu=needs_gpu)
+        on_gpu, copies = device != "cpu", _copies(num_cpus)
+        job |= {"threads": 1, "with_model": not on_gpu, "seconds": config.seconds / _TURNS}
+        if config.job == "train":  # the workers share a batch
+            job["batch_size"] = max(1, config.batch // copies)
+            if not on_gpu:
+                job |= {"num_ranks": copies, "meeting": f"{folder}/ranks"}
+        with _stage_processes([{**job, "rank": rank} for rank in range(copies)], f"{folder}/busy") as busy:
+            for process in busy:
+                process.wait_until_ready()
+            for _ in range(_TURNS):
+                of_alone += _turn_of([alone])
+                of_busy += _turn_of(busy)
+    costs, with_model = _costs(of_busy), of_busy
     if on_gpu:
-        stages |= _costs([alone], ("prepare", "model", "write"))
-    return alone, stages
+        costs, with_model = costs | _costs(of_alone, ("prepare", "model", "write")), of_alone
+    num_batches = sum(turn["num_batches"] for turn in of_busy)
+    return _Stages(
+        device=device,
+        costs=costs,
+        model_all_threads=_costs(of_alone)["model"],
+        num_processes=copies,
+        startup_cpu_s=statistics.mean(turn["startup_cpu_s"] for turn in with_model),
+        waiting_s=max(0.0, sum(turn["waiting_s"] for turn in of_busy) / num_batches),
+        pixel_bytes=of_alone[-1]["pixel_bytes"],
+        gradient_bytes=of_alone[-1]["gradient_bytes"],
+    )
 
 
 def _model_folder(config: PlanConfig, samples: Samples, folder: str) -> str:
@@ -170,7 +221,7 @@ def _copies(num_cpus: int) -> int:
 
 
 def _costs(results: Sequence[Mapping[str, Any]], stages: Sequence[str] | None = None) -> dict[str, StageCost]:
-    """What an image took by stage, over all processes."""
+    """What an image took by stage, over all turns of all processes."""
     num_images = sum(result["num_images"] for result in results)
     names = stages or list(results[0]["cpu_s"])
     return {
@@ -183,35 +234,53 @@ def _costs(results: Sequence[Mapping[str, Any]], stages: Sequence[str] | None = 
     }
 
 
-def _run_stages(jobs: Sequence[Mapping[str, Any]], folder: str) -> list[dict[str, Any]]:
-    """Runs processes that measure stages, all at the same time."""
+class _StageProcess:
+    """A process that measures stages, and waits for its turns."""
+
+    def __init__(self, process: "subprocess.Popen[str]", errors: IO[str]) -> None:
+        """Takes a process that has been started, and what it writes to stderr."""
+        self._process, self._errors = process, errors
+
+    def wait_until_ready(self) -> str:
+        """Returns what its model is on."""
+        return self._next_line(READY).removeprefix(READY).strip()
+
+    def begin_turn(self) -> None:
+        """Lets it measure for a while."""
+        assert self._process.stdin is not None, "it was started with a pipe"
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def end_turn(self) -> dict[str, Any]:
+        """Waits for what it has measured."""
+        found: dict[str, Any] = json.loads(self._next_line("{"))
+        return found
+
+    def _next_line(self, beginning: str) -> str:
+        assert self._process.stdout is not None, "it was started with a pipe"
+        line = next((line for line in self._process.stdout if line.startswith(beginning)), None)
+        if line is None:
+            raise_failure(self._process.wait(), self._errors, "measuring the stages")
+        return line
+
+
+@contextlib.contextmanager
+def _stage_processes(jobs: Sequence[Mapping[str, Any]], logs: str) -> Iterator[list[_StageProcess]]:
+    """Processes that measure stages, for the time of a `with`; the names of their logs begin with `logs`."""
     with contextlib.ExitStack() as stack:
-        errors = [stack.enter_context(Path(folder, f"stage-{number}.log").open("w+")) for number in range(len(jobs))]
-        processes = [
-            stack.enter_context(started([sys.executable, "-m", "raydet.planning.stages", json.dumps(job)], error))
-            for job, error in zip(jobs, errors, strict=True)
-        ]
-        for process, error in zip(processes, errors, strict=True):
-            if not _is_ready(process):
-                process.wait()
-                raise_failure(process.returncode, error, "measuring the stages")
-        for process in processes:
-            assert process.stdin is not None, "it was started with a pipe"
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        results = []
-        for process, error in zip(processes, errors, strict=True):
-            output, _ = process.communicate()
-            if process.returncode:
-                raise_failure(process.returncode, error, "measuring the stages")
-            results.append(json.loads(output.splitlines()[-1]))
-        return results
+        processes = []
+        for number, job in enumerate(jobs):
+            errors = stack.enter_context(Path(f"{logs}-{number}.log").open("w+"))
+            command = [sys.executable, "-m", "raydet.planning.stages", json.dumps(job)]
+            processes.append(_StageProcess(stack.enter_context(started(command, errors)), errors))
+        yield processes
 
 
-def _is_ready(process: "subprocess.Popen[str]") -> bool:
-    """Waits until the process says so; false when it has ended without."""
-    assert process.stdout is not None, "it was started with a pipe"
-    return any(line.strip() == READY for line in process.stdout)
+def _turn_of(processes: Sequence[_StageProcess]) -> list[dict[str, Any]]:
+    """Lets processes measure, all at the same time."""
+    for process in processes:
+        process.begin_turn()
+    return [process.end_turn() for process in processes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,13 +315,13 @@ class _Run:
     Attributes:
         images_per_s: After start-up.
         startup_s: All else that it took.
-        ray_cpu_s: CPU seconds an image beyond those of the stages; 0 where unknown.
+        ray_cpu_s: CPU seconds an image beyond those of the stages.
         decoded_ahead: Share of the images that had been decoded before the time that `images_per_s` is of.
     """
 
     images_per_s: float
     startup_s: float
-    ray_cpu_s: float = 0.0
+    ray_cpu_s: float
     decoded_ahead: float = 0.0
 
 
@@ -313,7 +382,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:
 
 
 def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
-    """A run of two epochs, of which the second is not disturbed by what is done at the first steps."""
+    """A run of three epochs, of which the second has neither the first steps nor those for which nothing is decoded."""
     batch = setting.config.batch
     steps = max(4, math.ceil(setting.rate * setting.config.seconds / 2 / batch))
     train = samples.write(f"{setting.folder}/train", min(steps * batch, max(samples.most_rows(), 2 * batch)))
@@ -321,9 +390,18 @@ def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
     out = f"{setting.folder}/run"
     command = [sys.executable, "-m", "raydet.cli", "train", *setting.options()]
     command += [f"--train-data={train}", f"--val-data={val}", f"--out={out}", f"--model={setting.model}"]
-    command += ["--epochs=2", "--validate-every=2", "--log-images=0", f"--augmentation={setting.config.augmentation}"]
+    command += ["--epochs=3", "--validate-every=3", "--log-images=0", f"--augmentation={setting.config.augmentation}"]
     if setting.config.image_size is not None:
         command.append(f"--image-size={setting.config.image_size}")
-    seconds = run_watched(command, setting.folder).seconds
+    watched = run_watched(command, setting.folder, not_counted="ray::RayTrainWorker")
     history = json.loads(Path(out, "log", "history.json").read_text())
-    return _Run(history[1]["images_per_s"], max(0.0, seconds - sum(entry["seconds"] for entry in history)))
+    midst = history[1]
+    # What the workers take depends on their threads, which also wait; all else is counted.
+    ended_unix_s = datetime.fromisoformat(midst["ended"]).timestamp()
+    others_cpu_s = watched.cpu_s_between(ended_unix_s - midst["seconds"], ended_unix_s)
+    stages_cpu_s = sum(cost.cpu_s for stage, cost in setting.costs.items() if stage != "model")
+    return _Run(
+        images_per_s=midst["images_per_s"],
+        startup_s=max(0.0, watched.seconds - sum(entry["seconds"] for entry in history)),
+        ray_cpu_s=max(0.0, others_cpu_s / (midst["images_per_s"] * midst["seconds"]) - stages_cpu_s),
+    )

@@ -50,7 +50,7 @@ class Watched:
     Attributes:
         seconds: It took.
         unix_s: When its CPU seconds were read, ascending.
-        cpu_s: At each of these times, the CPU seconds so far of it and of all that it started.
+        cpu_s: At each of these times, the CPU seconds so far of it and of all that it started and that count.
     """
 
     seconds: float
@@ -63,8 +63,13 @@ class Watched:
         return float(ended_s - began_s)
 
 
-def run_watched(command: Sequence[str], folder: str) -> Watched:
+def run_watched(command: Sequence[str], folder: str, *, not_counted: str | None = None) -> Watched:
     """Runs a command.
+
+    Args:
+        command: To run.
+        folder: For its log.
+        not_counted: Processes whose title begins so do not count, from the moment on at which it does.
 
     Raises:
         UserError: It ended with the exit code of a user's mistake.
@@ -72,7 +77,7 @@ def run_watched(command: Sequence[str], folder: str) -> Watched:
     """
     with Path(folder, "run.log").open("w+") as errors, started(command, errors) as process:
         began = time.perf_counter()
-        watch = _CpuOfTree(process.pid)
+        watch = _CpuOfTree(process.pid, not_counted)
         try:
             process.communicate()
         finally:
@@ -86,8 +91,8 @@ def run_watched(command: Sequence[str], folder: str) -> Watched:
 class _CpuOfTree:
     """Adds up the CPU seconds of a process and of all that it has started, also those that have ended."""
 
-    def __init__(self, pid: int) -> None:
-        self._root = psutil.Process(pid)
+    def __init__(self, pid: int, not_counted: str | None) -> None:
+        self._root, self._not_counted = psutil.Process(pid), not_counted
         self._by_process: dict[tuple[int, float], float] = {}
         self.unix_s, self.cpu_s = [time.time()], [0.0]
         self._stop = threading.Event()
@@ -103,7 +108,11 @@ class _CpuOfTree:
             with contextlib.suppress(psutil.Error):
                 for process in [self._root, *self._root.children(recursive=True)]:
                     with contextlib.suppress(psutil.Error):
-                        times = process.cpu_times()
-                        self._by_process[process.pid, process.create_time()] = times.user + times.system
+                        times, counts = process.cpu_times(), self._counts(process)
+                        key = process.pid, process.create_time()
+                        self._by_process[key] = times.user + times.system if counts else 0.0
             self.unix_s.append(time.time())
             self.cpu_s.append(sum(self._by_process.values()))
+
+    def _counts(self, process: psutil.Process) -> bool:
+        return self._not_counted is None or not " ".join(process.cmdline()).startswith(self._not_counted)

@@ -1,22 +1,31 @@
 """What an image costs in each stage, measured in a process of its own, without Ray.
 
 `probe.py` starts it as `python -m raydet.planning.stages JOB`, several at a time, and lets all go at once: the
-process says `ready` when it has warmed up, waits for a line, works for a while, and prints one JSON object.
+process says `ready` and its device when it has warmed up; then it waits for a line, works for a while, prints one JSON
+object, and waits for the next.
 """
 
 import contextlib
+import dataclasses
 import json
+import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from raydet.boxes import xywh_to_normalised_cxcywh
 from raydet.collate import Example
@@ -33,12 +42,13 @@ from raydet.optim import build_optimizer
 from raydet.planning.processes import READY
 from raydet.schema import build_schema
 from raydet.scoring import Scorer
-from raydet.step import StepSetting, apply_gradients, compute_gradients
+from raydet.step import StepSetting, apply_gradients, compute_gradients, sum_over_ranks
 from raydet.tables import Table, open_table
 from raydet.transforms import Augmenter
 
 _WARM_UP_BATCHES = 2
 _TRAIN_COLUMNS = ("image_id", "image", "objects")
+_MEETING_TIMEOUT = timedelta(minutes=5)
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,7 +68,10 @@ class StageJob:
         threads: To compute with.
         use_gpu: Whether the model is to be on a GPU; null for where there is one.
         with_model: Without it only what happens before the model.
-        seconds: How long to work.
+        seconds: How long to work at a turn.
+        num_ranks: Processes that train together, if more than one.
+        rank: Of this one among them.
+        meeting: File by which they find each other; null where there is one.
     """
 
     job: str
@@ -73,6 +86,9 @@ class StageJob:
     use_gpu: bool | None
     with_model: bool
     seconds: float
+    num_ranks: int = 1
+    rank: int = 0
+    meeting: str | None = None
 
     @property
     def device(self) -> str:
@@ -161,6 +177,10 @@ class _Scoring:
                 pq.write_table(pa.Table.from_pylist(records, self._schema), pa.BufferOutputStream())
         return len(rows)
 
+    def goes_on(self, has_time: bool) -> bool:
+        """Each process works by itself."""
+        return has_time
+
 
 def _decoded(rows: list[ImageRow]) -> list[Image]:
     images = []
@@ -170,8 +190,12 @@ def _decoded(rows: list[ImageRow]) -> list[Image]:
     return images
 
 
+_TOGETHER = "together"
+"""No stage: the step of the model once more, taken together with the other processes."""
+
+
 class _Training:
-    """What `train` does with a batch."""
+    """What `train` does with a batch: a step alone, and where processes train together the same step as one of them."""
 
     def __init__(self, job: StageJob) -> None:
         self._job, self.pixels = job, _Pixels()
@@ -192,6 +216,11 @@ class _Training:
             sum_over_ranks=lambda value: value,
             scaler=torch.amp.GradScaler(job.device) if job.precision == "fp16" else None,
         )
+        self._together: tuple[nn.Module, StepSetting] | None = None
+        if job.num_ranks > 1:
+            _meet(job)
+            setting = dataclasses.replace(self._setting, world_size=job.num_ranks, sum_over_ranks=sum_over_ranks)
+            self._together = DistributedDataParallel(self._detector.model, broadcast_buffers=False), setting
 
     def batch(self, clock: Clock) -> int:
         """Takes a step; returns its number of images."""
@@ -201,11 +230,22 @@ class _Training:
             examples = [example for row in rows if (example := self._example(row)) is not None]
         if self._job.with_model:
             with clock.measuring("model"):
-                compute_gradients(self._detector, self._detector.model, [examples], self._setting)
-                apply_gradients(self._detector.model, self._optimizer, max_grad_norm=0.1, scaler=self._setting.scaler)
-                if self._setting.device.type == "cuda":
-                    torch.cuda.synchronize()
+                self._step(self._detector.model, self._setting, examples)
+            if self._together is not None:
+                dist.barrier()
+                with clock.measuring(_TOGETHER):
+                    self._step(*self._together, examples)
         return len(rows)
+
+    def goes_on(self, has_time: bool) -> bool:
+        """Whether any process has time left, since none can take a step without the others."""
+        return bool(sum_over_ranks(torch.tensor(float(has_time)))) if self._together else has_time
+
+    def _step(self, module: nn.Module, setting: StepSetting, examples: list[Example]) -> None:
+        compute_gradients(self._detector, module, [examples], setting)
+        apply_gradients(self._detector.model, self._optimizer, max_grad_norm=0.1, scaler=setting.scaler)
+        if setting.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _example(self, row: dict[str, Any]) -> Example | None:
         try:
@@ -224,54 +264,79 @@ class _Training:
         )
 
 
+def _meet(job: StageJob) -> None:
+    """Makes this process one of the ranks that train together, by ports of loopback alone."""
+    loopback = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(one.family == socket.AF_INET and one.address == "127.0.0.1" for one in addresses)
+    ]
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{job.meeting}", rank=job.rank, world_size=job.num_ranks, timeout=_MEETING_TIMEOUT
+    )
+
+
 def _forever(table: Table) -> Iterator[dict[str, Any]]:
     for _ in count():
         for batch in table.iter_batches(_TRAIN_COLUMNS, batch_size=64):
             yield from batch.to_pylist()
 
 
-def measure(job: StageJob, *, wait: Callable[[], object]) -> dict[str, Any]:
-    """Works for a while and returns what it took.
+class StageWork:
+    """A process's part of what is measured, in as many turns as are asked for."""
 
-    Args:
-        job: What to measure.
-        wait: Called after warming up; work begins when it returns.
+    def __init__(self, job: StageJob) -> None:
+        """Loads the model and warms up.
 
-    Returns:
-        `num_images`, `cpu_s` and `wall_s` by stage, `device`, and the mean `pixel_bytes` and `gradient_bytes`.
+        Raises:
+            UserError: No image can be decoded, or the model cannot be run so.
+        """
+        self._job = job
+        self._work = _Scoring(job) if job.job == "predict" else _Training(job)
+        self._startup_cpu_s = time.process_time()
+        for _ in range(_WARM_UP_BATCHES):
+            self._work.batch(Clock())
+        if not self._work.pixels.num_images:
+            raise UserError("none of the images that were tried can be decoded; give others with --data")
 
-    Raises:
-        UserError: No image can be decoded, or the model cannot be run so.
-    """
-    work = _Scoring(job) if job.job == "predict" else _Training(job)
-    for _ in range(_WARM_UP_BATCHES):
-        work.batch(Clock())
-    if not work.pixels.num_images:
-        raise UserError("none of the images that were tried can be decoded; give others with --data")
-    wait()
-    clock, num_images = Clock(), 0
-    began = time.perf_counter()
-    while num_images == 0 or time.perf_counter() - began < job.seconds:
-        num_images += work.batch(clock)
-    return {
-        "num_images": num_images,
-        "cpu_s": clock.cpu_s,
-        "wall_s": clock.wall_s,
-        "device": job.device,
-        "pixel_bytes": work.pixels.num_bytes / max(1, work.pixels.num_images),
-        "gradient_bytes": work.gradient_bytes,
-    }
+    def take_turn(self) -> dict[str, Any]:
+        """Works for a while.
+
+        Returns:
+            Of this turn `num_images`, `num_batches`, `cpu_s` and `wall_s` by stage, and `waiting_s`, by which all steps
+            were longer where several processes took them together. For good the mean `pixel_bytes`, `gradient_bytes`,
+            and `startup_cpu_s`, what the process took until it could begin.
+        """
+        clock, num_images, num_batches = Clock(), 0, 0
+        began = time.perf_counter()
+        while self._work.goes_on(num_batches == 0 or time.perf_counter() - began < self._job.seconds):
+            num_images += self._work.batch(clock)
+            num_batches += 1
+        clock.cpu_s.pop(_TOGETHER, None)
+        together_s = clock.wall_s.pop(_TOGETHER, None)
+        pixels = self._work.pixels
+        return {
+            "num_images": num_images,
+            "num_batches": num_batches,
+            "cpu_s": clock.cpu_s,
+            "wall_s": clock.wall_s,
+            "waiting_s": 0.0 if together_s is None else together_s - clock.wall_s["model"],
+            "pixel_bytes": pixels.num_bytes / max(1, pixels.num_images),
+            "gradient_bytes": self._work.gradient_bytes,
+            "startup_cpu_s": self._startup_cpu_s,
+        }
 
 
 def main() -> int:
-    """Measures what the command line asks for."""
-
-    def wait() -> None:
-        print(READY, flush=True)
-        sys.stdin.readline()
-
+    """Measures what the command line asks for, a turn for each line that comes in."""
     try:
-        print(json.dumps(measure(StageJob(**json.loads(sys.argv[1])), wait=wait)), flush=True)
+        job = StageJob(**json.loads(sys.argv[1]))
+        work = StageWork(job)
+        print(READY, job.device, flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(work.take_turn()), flush=True)
     except (RunError, UserError) as error:
         print(error, file=sys.stderr)
         return error.exit_code

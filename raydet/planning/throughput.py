@@ -2,21 +2,22 @@
 
 The model is as simple as can be, a line of machines without queues that matter:
 
-    images/s = min( CPUs      : c / Σ s,      over all stages, which share the CPUs and whose seconds so add up
-                    workers   : W / w(T)      copies of the model with T threads, or on a GPU each
-                    threads   : (W + c - W T) / (w(T) + Σ' s)    if T > 1, over all stages but the model
-                    decoding  : d / s_d       d decoding tasks, which fit beside what is reserved for the workers
-                    GPU nodes : g / Σ" s      over what only their own CPUs can do: resizing, and feeding the GPU
-                    reading   : r / q )       r reading tasks that wait q seconds for the storage
-    seconds = start-up + images / (images/s)
+    images/s = min( CPUs      : c / (T w(T) + Σ' s)   which all stages share
+                    workers   : W / w(T)              copies of the model with T threads, or on a GPU each
+                    decoding  : d / s_d               decoding tasks, which fit beside what is reserved for the workers
+                    GPU nodes : g / Σ" s              over what only their own CPUs can do: resizing, feeding the GPU
+                    reading   : r / q )               r reading tasks that wait q seconds for the storage
+    seconds = start-up + max(0, W / c - W' / c') u + images / (images/s)
 
 with s a stage's CPU seconds an image, c all CPUs and g those of GPU nodes. w(T) = a + b / T is Amdahl's law (1967)
-through the measured w(1) and w(all CPUs of the measured machine). The threads of a worker wait for each other: where
-they hold all CPUs, whatever else takes one of these for a moment takes all of them from the worker. (In training all
-workers wait for each other at each step, so that this is as much a part of the measured run as of any other.) A step of
-W workers over a batch of B images takes B / W · w(T) + 2 (W - 1) / W · p / n seconds on several nodes, of which the
-second part is a ring's all-reduce of p bytes of gradients at n bytes a second (Patarasuk and Yuan 2009), as if none of
-it were hidden.
+through the measured w(1) and w(all CPUs of the measured machine). The threads of a worker hold their CPUs also where
+they wait, for each other or for another worker, so that an image takes T w(T) of them and Σ' s, over all stages but
+the model; on a GPU it takes Σ s of them. W workers that train take B / W · w(T) + h + 2 (W - 1) / W · p / n seconds
+for a step over a batch of B images, of which an image's w is the part W / B. In h, which is measured with as many
+workers as the machine has CPUs and goes with (W - 1) / W as well, they wait for the slowest and pass gradients within
+a node. The last part, on several nodes, is a ring's all-reduce of p bytes of gradients at n bytes a second (Patarasuk
+and Yuan 2009), as if none of it were hidden. To bring up a copy of the model takes u CPU seconds; start-up is that of
+a run of W' copies on the c' CPUs of the measured machine.
 
 A real run on the measured machine, set against the formula for that machine, gives the share of it that is reached,
 by which the limits are multiplied.
@@ -29,7 +30,7 @@ from typing import Any, Self
 
 from raydet.errors import UserError
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 RAY = "ray"
 """The stage of all that the measured run took beyond the others: Ray's processes, and handing on."""
 
@@ -59,15 +60,18 @@ class Probe:
         num_cpus: Its CPUs.
         stages: By name, each in a process with one thread while all CPUs are busy with the same.
         model_all_threads: Of the model in one process with as many threads as CPUs; on a GPU as in `stages`.
-        ray_cpu_s: CPU seconds an image of the real run beyond those of the stages.
+        ray_cpu_s: CPU seconds an image of the real run beyond those of the stages: Ray's processes, and handing on.
         run_images_per_s: Of the real run, start-up not counted.
         run_workers: Copies of the model in it.
         run_threads: Threads of each.
         run_decoded_ahead: Share of its images that had been decoded before, while the model was loaded.
         startup_s: Of the real run, and what it took to finish.
+        worker_startup_cpu_s: CPU seconds until a copy of the model can begin.
         image_bytes: Of an encoded image, on average.
         pixel_bytes: Of a decoded image, on average.
         gradient_bytes: Of the model's parameters that learn.
+        waiting_s: By which a step of training takes longer where several processes of the machine take it together.
+        waiting_workers: How many these were.
         batch_size: Images that the model saw at once.
         source_read_s: Seconds to wait for an image from where the user's data are, one at a time.
     """
@@ -85,9 +89,12 @@ class Probe:
     run_threads: int
     run_decoded_ahead: float
     startup_s: float
+    worker_startup_cpu_s: float
     image_bytes: float
     pixel_bytes: float
     gradient_bytes: float
+    waiting_s: float
+    waiting_workers: int
     batch_size: int
     source_read_s: float
 
@@ -218,6 +225,19 @@ def combine(probes: Sequence[Probe], *, needs_gpu: bool) -> tuple[Probe, Probe]:
     return of_cpu, of_gpu if needs_gpu else of_cpu
 
 
+def startup_s(probe: Probe, groups: Sequence[NodeGroup], workers: Workers) -> float:
+    """Seconds until all workers are at it, and to finish; the module says by which formula.
+
+    Args:
+        probe: Whose run it is compared with.
+        groups: The cluster's nodes.
+        workers: Copies of the model, which come up on the nodes that have what they compute on.
+    """
+    num_cpus = sum(group.num_nodes * group.num_cpus for group in groups if group.num_gpus or not workers.on_gpu)
+    more_a_cpu = workers.number / num_cpus - probe.run_workers / probe.num_cpus
+    return probe.startup_s + max(0.0, more_a_cpu) * probe.worker_startup_cpu_s
+
+
 def forecast(
     of_cpu: Probe,
     of_model: Probe,
@@ -289,21 +309,20 @@ def _limits(
 ) -> dict[str, float]:
     """Images per second by resource, as if every second of it were used."""
     total_cpus = sum(group.num_nodes * group.num_cpus for group in groups)
-    limits = {"CPUs": total_cpus / sum(cost.cpu_s for cost in costs.values())}
     # While the model runs, the next images are resized in the same process.
     beside = costs["prepare"] if "prepare" in costs else StageCost(cpu_s=0.0, wall_s=0.0)
     wall_s = max(costs["model"].wall_s, beside.wall_s)
     if of_model.job == "train":
-        sending_s = 0.0
-        if network_bytes_per_s is not None and workers.number > 1:
-            sending_s = 2 * (workers.number - 1) / workers.number * of_model.gradient_bytes / network_bytes_per_s
-        limits["model"] = batch_size / (batch_size / workers.number * wall_s + sending_s)
-    else:
-        limits["model"] = workers.number / wall_s
-        if workers.threads > 1 and not workers.on_gpu:
-            others_s = sum(cost.cpu_s for name, cost in costs.items() if name != "model")
-            free_cpus = max(0.0, total_cpus - workers.number * workers.threads)
-            limits["threads"] = (workers.number + free_cpus) / (wall_s + others_s)
+        others = (workers.number - 1) / workers.number
+        together_s = 0.0
+        if of_model.waiting_workers > 1:
+            together_s += of_model.waiting_s * others / (1 - 1 / of_model.waiting_workers)
+        if network_bytes_per_s is not None:
+            together_s += 2 * others * of_model.gradient_bytes / network_bytes_per_s
+        wall_s += together_s * workers.number / batch_size
+    held_s = costs["model"].cpu_s if workers.on_gpu else workers.threads * wall_s
+    others_s = sum(cost.cpu_s for name, cost in costs.items() if name != "model")
+    limits = {"CPUs": total_cpus / (held_s + others_s), "model": workers.number / wall_s}
     limits["decoding"] = _decoding_tasks(groups, workers) / max(costs["decode"].wall_s, 1e-9)
     if workers.on_gpu:
         gpu_cpus = sum(group.num_nodes * group.num_cpus for group in groups if group.num_gpus)
