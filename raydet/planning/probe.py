@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,7 +37,7 @@ _MEMORY_OF_A_PROCESS_BYTES = 1.5 * 2**30
 _MOST_THREADS_OF_A_WORKER = 4
 _LEAST_BATCHES = 16
 _TURNS = 4
-"""What is measured in turn, since a machine that others use too is now faster and now slower."""
+"""Turns at most, of what is measured in turn since a machine that others use too is now faster and now slower."""
 
 Say = Callable[[str], None]
 
@@ -152,7 +153,7 @@ def _measure_stages(
     needs_gpu: bool | None,
     say: Say,
 ) -> _Stages:
-    """Runs one process with all threads, and then as many with one thread as there are CPUs."""
+    """Runs in turn one process with all threads, and as many with one thread as there are CPUs."""
     job = {
         "job": config.job,
         "table": samples.write(f"{folder}/samples", len(samples.rows)),
@@ -168,7 +169,8 @@ def _measure_stages(
         "seconds": config.seconds / 2 / _TURNS,
     }
     say(f"measuring the model with {num_cpus} threads or on a GPU, and in turn all stages while all CPUs are busy")
-    of_alone, of_busy = [], []
+    of_alone: list[dict[str, Any]] = []
+    of_busy: list[dict[str, Any]] = []
     with _stage_processes([job], f"{folder}/alone") as [alone]:
         device = alone.wait_until_ready()
         if needs_gpu is not None:
@@ -182,7 +184,9 @@ def _measure_stages(
         with _stage_processes([{**job, "rank": rank} for rank in range(copies)], f"{folder}/busy") as busy:
             for process in busy:
                 process.wait_until_ready()
-            for _ in range(_TURNS):
+            began = time.perf_counter()
+            # A batch of a large model takes longer than its turn.
+            while len(of_alone) < _TURNS and time.perf_counter() - began < 2 * config.seconds:
                 of_alone += _turn_of([alone])
                 of_busy += _turn_of(busy)
     costs, with_model = _costs(of_busy), of_busy
