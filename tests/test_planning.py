@@ -158,10 +158,13 @@ def test_threads_hold_their_cpus_also_where_they_wait() -> None:
 
     # The model takes 25 ms with four threads, of these 80 ms of CPU; all else takes 20 ms of CPU.
     probe = dataclasses.replace(CPU, model_all_threads=cost(0.080, 0.025))
-    assert limits(4)["CPUs"] == pytest.approx(4 / 0.120) and limits(4)["model"] == pytest.approx(1 / 0.025)
+    assert limits(4)["threads"] == pytest.approx(4 / 0.120) and limits(4)["model"] == pytest.approx(1 / 0.025)
     # With the CPUs that all else takes at that rate beside them, the threads have theirs to themselves.
-    assert limits(5)["CPUs"] > limits(5)["model"]
-    assert plan_for(config(), [cpu_nodes(1)], [probe]).forecast.limits["CPUs"] == pytest.approx(4 / 0.1)
+    assert limits(5)["threads"] > limits(5)["model"]
+    one_each = plan_for(config(), [cpu_nodes(1)], [probe]).forecast.limits
+    assert one_each["CPUs"] == pytest.approx(4 / 0.1) and "threads" not in one_each
+    slow = plan_for(config(num_workers=1, threads_per_worker=4), [cpu_nodes(1)], [probe])
+    assert any("bottleneck: threads; they hold CPUs while they wait" in line for line in slow.lines())
 
 
 def test_threads_follow_amdahl_through_both_measurements() -> None:

@@ -16,6 +16,8 @@ _NAMES = {
 _ADVICE = {
     "CPUs": "more CPU nodes make it faster, more copies of the model do not",
     "model": "more workers make it faster (GPUs, or more of the CPUs with --num-workers), more decoding does not",
+    "threads": "they hold CPUs while they wait for each other; more workers of fewer threads (--threads-per-worker) "
+    "make it faster, and in training a larger batch",
     "decoding": "lower --cpus-per-worker, so that more of the CPUs decode, or more CPU nodes make it faster",
     "CPUs of GPU nodes": "GPU nodes with more CPUs make it faster: they resize what their GPUs see",
     "reading": "storage nearer to the cluster, or images in tables or tar files, make it faster",

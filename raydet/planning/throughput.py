@@ -2,7 +2,8 @@
 
 The model is as simple as can be, a line of machines without queues that matter:
 
-    images/s = min( CPUs      : c / (T w(T) + Σ' s)   which all stages share
+    images/s = min( CPUs      : c / Σ s               which all stages share
+                    threads   : c / (T w(T) + Σ' s)   which hold their CPUs, over all stages but the model
                     workers   : W / w(T)              copies of the model with T threads, or on a GPU each
                     decoding  : d / s_d               decoding tasks, which fit beside what is reserved for the workers
                     GPU nodes : g / Σ" s              over what only their own CPUs can do: resizing, feeding the GPU
@@ -11,13 +12,12 @@ The model is as simple as can be, a line of machines without queues that matter:
 
 with s a stage's CPU seconds an image, c all CPUs and g those of GPU nodes. w(T) = a + b / T is Amdahl's law (1967)
 through the measured w(1) and w(all CPUs of the measured machine). The threads of a worker hold their CPUs also where
-they wait, for each other or for another worker, so that an image takes T w(T) of them and Σ' s, over all stages but
-the model; on a GPU it takes Σ s of them. W workers that train take B / W · w(T) + h + 2 (W - 1) / W · p / n seconds
-for a step over a batch of B images, of which an image's w is the part W / B. In h, which is measured with as many
-workers as the machine has CPUs and goes with (W - 1) / W as well, they wait for the slowest and pass gradients within
-a node. The last part, on several nodes, is a ring's all-reduce of p bytes of gradients at n bytes a second (Patarasuk
-and Yuan 2009), as if none of it were hidden. To bring up a copy of the model takes u CPU seconds; start-up is that of
-a run of W' copies on the c' CPUs of the measured machine.
+they wait, for each other or for another worker. W workers that train take B / W · w(T) + h + 2 (W - 1) / W · p / n
+seconds for a step over a batch of B images, of which an image's w is the part W / B. In h, which is measured with as
+many workers as the machine has CPUs and goes with (W - 1) / W as well, they wait for the slowest and pass gradients
+within a node. The last part, on several nodes, is a ring's all-reduce of p bytes of gradients at n bytes a second
+(Patarasuk and Yuan 2009), as if none of it were hidden. To bring up a copy of the model takes u CPU seconds; start-up
+is that of a run of W' copies on the c' CPUs of the measured machine.
 
 A real run on the measured machine, set against the formula for that machine, gives the share of it that is reached,
 by which the limits are multiplied.
@@ -320,9 +320,12 @@ def _limits(
         if network_bytes_per_s is not None:
             together_s += 2 * others * of_model.gradient_bytes / network_bytes_per_s
         wall_s += together_s * workers.number / batch_size
-    held_s = costs["model"].cpu_s if workers.on_gpu else workers.threads * wall_s
+    model_s, held_s = costs["model"].cpu_s, workers.threads * wall_s
     others_s = sum(cost.cpu_s for name, cost in costs.items() if name != "model")
-    limits = {"CPUs": total_cpus / (held_s + others_s), "model": workers.number / wall_s}
+    limits = {"CPUs": total_cpus / (model_s + others_s), "model": workers.number / wall_s}
+    waits_for_others = workers.threads > 1 or (of_model.job == "train" and workers.number > 1)
+    if waits_for_others and not workers.on_gpu:
+        limits["threads"] = total_cpus / (held_s + others_s)
     limits["decoding"] = _decoding_tasks(groups, workers) / max(costs["decode"].wall_s, 1e-9)
     if workers.on_gpu:
         gpu_cpus = sum(group.num_nodes * group.num_cpus for group in groups if group.num_gpus)
