@@ -26,8 +26,9 @@ from raydet import PlanConfig, PrepareShapesConfig, prepare_shapes
 from raydet.config import PlannedJob
 from raydet.job_report import JOB_FILE
 from raydet.planning import plan_for
-from raydet.planning.probe import Window, measure
+from raydet.planning.probe import measure
 from raydet.planning.throughput import NodeGroup, Probe
+from raydet.timeline import Window
 
 MODEL, IMAGE_SIZE = "rt_detr_v2_small", 256
 TRAIN_BATCH, EPOCHS = 8, 3

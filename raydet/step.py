@@ -19,6 +19,9 @@ from raydet.geometry import ResizeRule
 from raydet.loss import Normaliser, compute_loss, local_normaliser
 from raydet.models import Detector
 
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By precision: what autocast computes in; null for without."""
+
 SumOverRanks = Callable[[Tensor], Tensor]
 """Adds a tensor up over all ranks; the identity where there is one."""
 

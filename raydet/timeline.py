@@ -1,6 +1,10 @@
 """How many images each stage was done with over the time of a run, in as many spans as a file can hold."""
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
 
 MOST_SPANS = 240
 
@@ -41,3 +45,36 @@ class Timeline:
             for stage, counts in self._counts.items()
         }
         return {"started_unix_s": self._started_unix_s, "span_s": self._span_s, "images": images}
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a scoring run in which all processes are up and busy.
+
+    Attributes:
+        began_unix_s: When all of the first quarter of the images had been through the model.
+        ended_unix_s: Before the last images were.
+        num_images: By stage, images that it was done with in between.
+    """
+
+    began_unix_s: float
+    ended_unix_s: float
+    num_images: Mapping[str, float]
+
+    @property
+    def images_per_s(self) -> float:
+        """Through the model."""
+        return self.num_images["model"] / (self.ended_unix_s - self.began_unix_s)
+
+    @classmethod
+    def of(cls, timeline: Mapping[str, Any]) -> Self:
+        """Finds it in what `Timeline.to_dict` gave a job's report; of a run too short it is the whole."""
+        counts = {stage: np.array(values) for stage, values in timeline["images"].items()}
+        scored = counts["model"]
+        last = int(np.flatnonzero(scored)[-1])
+        first = int(np.searchsorted(scored.cumsum(), scored.sum() / 4)) + 1
+        if first >= last:
+            first, last = int(np.flatnonzero(scored)[0]), last + 1
+        began_unix_s = timeline["started_unix_s"] + first * timeline["span_s"]
+        ended_unix_s = timeline["started_unix_s"] + last * timeline["span_s"]
+        return cls(began_unix_s, ended_unix_s, {stage: float(one[first:last].sum()) for stage, one in counts.items()})

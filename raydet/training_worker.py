@@ -34,14 +34,13 @@ from raydet.models import (
 from raydet.optim import MovingAverage, build_optimizer, build_schedule
 from raydet.ordering import Kind, MicroBatch, RunPlan
 from raydet.schema import Category
-from raydet.step import StepSetting, sum_over_ranks
+from raydet.step import AUTOCAST_DTYPES, StepSetting, sum_over_ranks
 from raydet.tracking import RunTracker
 from raydet.training_state import Position, TrainingState, load_state, newest_state
 from raydet.worker_log import log_from_here
 
 Stream = Iterator[tuple[MicroBatch, list[ReadyImage]]]
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOG = logging.getLogger(__name__)
 
 
@@ -138,7 +137,7 @@ def start_worker(config: TrainConfig, categories: tuple[Category, ...], plan: Ru
         rank=context.get_world_rank(),
         setting=StepSetting(
             device=device,
-            autocast_dtype=_AUTOCAST[config.precision],
+            autocast_dtype=AUTOCAST_DTYPES[config.precision],
             world_size=world_size,
             sum_over_ranks=sum_over_ranks,
             scaler=torch.amp.GradScaler(device.type) if config.precision == "fp16" else None,

@@ -19,10 +19,10 @@ from raydet.errors import RunError
 from raydet.planning import plan, plan_for
 from raydet.planning.answer import PlanResult
 from raydet.planning.nodes import node_groups
-from raydet.planning.probe import Window
 from raydet.planning.processes import Watched, run_watched
 from raydet.planning.throughput import PROBE_VERSION, NodeGroup, Probe, StageCost, Workers, combine, forecast
 from raydet.tables import TableWriter, open_table
+from raydet.timeline import Window
 
 PROJECT = Path(__file__).parents[1]
 
@@ -471,6 +471,11 @@ def test_all_processes_of_a_command_are_watched(tmp_path: Path) -> None:
     watched = run_watched(command, str(tmp_path))
     assert watched.seconds > 1.2
     assert 0.9 < watched.cpu_s_between(watched.unix_s[0], watched.unix_s[-1]) < 1.2 * watched.seconds
+    titled = (
+        f"import subprocess, sys\nsubprocess.run(['other work', '-c', {burn!r}], executable=sys.executable)\n{burn}"
+    )
+    watched = run_watched([sys.executable, "-c", titled], str(tmp_path), not_counted="other")
+    assert 0.3 < watched.cpu_s_between(watched.unix_s[0], watched.unix_s[-1]) < 0.9
     with pytest.raises(RunError, match="failed: out of luck"):
         run_watched([sys.executable, "-c", "import sys; sys.exit('out of luck')"], str(tmp_path))
 

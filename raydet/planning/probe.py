@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
-import numpy as np
 import psutil
 
 from raydet import storage
@@ -32,6 +31,7 @@ from raydet.planning.processes import READY, raise_failure, run_watched, started
 from raydet.planning.samples import Samples, take_samples
 from raydet.planning.throughput import Probe, StageCost, check_devices
 from raydet.schema import Category
+from raydet.timeline import Window
 
 _MEMORY_OF_A_PROCESS_BYTES = 1.5 * 2**30
 _MOST_THREADS_OF_A_WORKER = 4
@@ -327,39 +327,6 @@ class _Run:
     startup_s: float
     ray_cpu_s: float
     decoded_ahead: float = 0.0
-
-
-@dataclass(frozen=True)
-class Window:
-    """The part of a scoring run in which all processes are up and busy.
-
-    Attributes:
-        began_unix_s: When all of the first quarter of the images had been through the model.
-        ended_unix_s: Before the last images were.
-        num_images: By stage, images that it was done with in between.
-    """
-
-    began_unix_s: float
-    ended_unix_s: float
-    num_images: Mapping[str, float]
-
-    @property
-    def images_per_s(self) -> float:
-        """Through the model."""
-        return self.num_images["model"] / (self.ended_unix_s - self.began_unix_s)
-
-    @classmethod
-    def of(cls, timeline: Mapping[str, Any]) -> Self:
-        """Finds it in the `timeline` of a job's report; in a run too short to have one it is all of the run."""
-        counts = {stage: np.array(values) for stage, values in timeline["images"].items()}
-        scored = counts["model"]
-        last = int(np.flatnonzero(scored)[-1])
-        first = int(np.searchsorted(scored.cumsum(), scored.sum() / 4)) + 1
-        if first >= last:
-            first, last = int(np.flatnonzero(scored)[0]), last + 1
-        began_unix_s = timeline["started_unix_s"] + first * timeline["span_s"]
-        ended_unix_s = timeline["started_unix_s"] + last * timeline["span_s"]
-        return cls(began_unix_s, ended_unix_s, {stage: float(one[first:last].sum()) for stage, one in counts.items()})
 
 
 def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:

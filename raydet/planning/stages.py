@@ -42,14 +42,13 @@ from raydet.optim import build_optimizer
 from raydet.planning.processes import READY
 from raydet.schema import build_schema
 from raydet.scoring import Scorer
-from raydet.step import StepSetting, apply_gradients, compute_gradients, sum_over_ranks
+from raydet.step import AUTOCAST_DTYPES, StepSetting, apply_gradients, compute_gradients, sum_over_ranks
 from raydet.tables import Table, open_table
 from raydet.transforms import Augmenter
 
 _WARM_UP_BATCHES = 2
 _TRAIN_COLUMNS = ("image_id", "image", "objects")
 _MEETING_TIMEOUT = timedelta(minutes=5)
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +210,7 @@ class _Training:
         self._optimizer = build_optimizer(self._detector.model, config, backbone_parameter_names(self._detector.model))
         self._setting = StepSetting(
             device=torch.device(job.device),
-            autocast_dtype=_AUTOCAST[job.precision],
+            autocast_dtype=AUTOCAST_DTYPES[job.precision],
             world_size=1,
             sum_over_ranks=lambda value: value,
             scaler=torch.amp.GradScaler(job.device) if job.precision == "fp16" else None,
