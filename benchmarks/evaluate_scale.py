@@ -94,7 +94,7 @@ def _print_fit(kind: str, sizes: Sequence[int], seconds: Sequence[float]) -> Non
 def _child(setting: dict[str, Any]) -> None:
     started = time.perf_counter()
     import raydet
-    import raydet.evaluation_shards
+    import raydet.measuring.shards
 
     imports_s = time.perf_counter() - started
     folder = Path(setting["folder"])

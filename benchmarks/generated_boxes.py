@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from raydet.columns import DetectionColumns, TruthColumns
-from raydet.schema import DETECTIONS_TYPE, OBJECTS_TYPE, Category, build_schema
-from raydet.tables import TableWriter
+from raydet.tables.columns import DetectionColumns, TruthColumns
+from raydet.tables.schema import DETECTIONS_TYPE, OBJECTS_TYPE, Category, build_schema
+from raydet.tables.table import TableWriter
 
 NUM_CLASSES = 80
 CATEGORIES = tuple(Category(index + 1, f"class {index + 1}") for index in range(NUM_CLASSES))

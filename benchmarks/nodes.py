@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydet import PrepareShapesConfig, prepare_shapes
-from raydet.checkpoints import HISTORY_FILE
-from raydet.models import build_detector
-from raydet.tables import open_table
+from raydet.models.checkpoints import HISTORY_FILE
+from raydet.models.loading import build_detector
+from raydet.tables.table import open_table
 
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))  # the nodes are those of the tests
@@ -40,7 +40,7 @@ else:  # a script finds its neighbours by their bare names
 
 from tests.nodes import Cluster, nodes  # noqa: E402
 
-RAYDET = [sys.executable, "-m", "raydet.cli"]
+RAYDET = [sys.executable, "-m", "raydet"]
 CPUS_PER_NODE = 4
 """Promised to Ray for each node, whatever this machine has."""
 TRAINING = ["--model=rt_detr_v2_tiny", "--image-size=64", "--augmentation=flip", "--learning-rate=1e-3"]

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from raydet import PlanConfig, PrepareShapesConfig, prepare_shapes
+from raydet.cluster.job_report import JOB_FILE
+from raydet.cluster.timeline import Window
 from raydet.config import PlannedJob
-from raydet.job_report import JOB_FILE
-from raydet.planning import plan_for
+from raydet.planning.plan import plan_for
 from raydet.planning.probe import measure
 from raydet.planning.throughput import NodeGroup, Probe
-from raydet.timeline import Window
 
 MODEL, IMAGE_SIZE = "rt_detr_v2_small", 256
 TRAIN_BATCH, EPOCHS = 8, 3
@@ -78,8 +78,8 @@ def _parse() -> argparse.Namespace:
 
 
 def _prepare(folder: Path, options: argparse.Namespace) -> None:
-    from raydet.models import build_detector
-    from raydet.tables import open_table
+    from raydet.models.loading import build_detector
+    from raydet.tables.table import open_table
 
     for name, num_images in (("scored", options.images), ("learned", options.train_images)):
         prepare_shapes(
@@ -146,7 +146,7 @@ def _run(arguments: list[str]) -> float:
     environment.pop("RAY_ADDRESS", None)
     began = time.perf_counter()
     result = subprocess.run(
-        [sys.executable, "-m", "raydet.cli", *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "raydet", *arguments], capture_output=True, text=True, env=environment
     )
     if result.returncode:
         sys.exit(f"raydet {arguments[0]} failed:\n{result.stderr[-4000:]}")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydet import PredictConfig, PrepareShapesConfig, predict, prepare_shapes
-from raydet.models import build_detector
-from raydet.tables import open_table
+from raydet.models.loading import build_detector
+from raydet.tables.table import open_table
 
 if TYPE_CHECKING:
     from benchmarks.contest import memory_mb

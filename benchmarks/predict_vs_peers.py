@@ -162,8 +162,8 @@ def _prepare(options: argparse.Namespace, setting: Setting) -> None:
 
 
 def _random_checkpoint(model: str, categories: Sequence[dict[str, Any]]) -> Any:
-    from raydet.models import build_detector
-    from raydet.schema import Category
+    from raydet.models.loading import build_detector
+    from raydet.tables.schema import Category
 
     classes = [Category(id=item["id"], name=item["name"]) for item in categories]
     if model == "small":
@@ -171,7 +171,7 @@ def _random_checkpoint(model: str, categories: Sequence[dict[str, Any]]) -> Any:
     import torch
     from transformers import RTDetrImageProcessor, RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
 
-    from raydet.detector import Detector
+    from raydet.models.detector import Detector
 
     torch.manual_seed(0)
     backbone = RTDetrResNetConfig(  # type: ignore[call-arg]  # transformers sets it from its keywords
@@ -242,7 +242,7 @@ def _ap_of(setting: Setting, model: str, found: Iterator[dict[str, Any]]) -> flo
     """The AP of results as the transformers post-processing gives them, in the order of the table."""
     if not setting.has_weights[model]:
         return None
-    from raydet.tables import open_table
+    from raydet.tables.table import open_table
 
     table = open_table(str(setting.folder / f"{model}_table"), "images")
     ids = table.read(["image_id"])["image_id"].to_pylist()

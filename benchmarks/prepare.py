@@ -54,11 +54,13 @@ def ray_data(images: Path, out: Path) -> int:
     import pyarrow as pa
     import ray
 
-    from raydet import PrepareImagesConfig, cluster
+    from raydet import PrepareImagesConfig
+    from raydet.cluster import session
+    from raydet.images.files import ImageFolder
     from raydet.preparation.examining import Row, read_row
-    from raydet.schema import build_schema
-    from raydet.sources import ImageFolder, SourceImage
-    from raydet.sources.images import read_images
+    from raydet.preparation.sources.images import read_images
+    from raydet.preparation.sources.source import SourceImage
+    from raydet.tables.schema import build_schema
 
     folder = ImageFolder(str(images))
     max_pixels = PrepareImagesConfig(images=str(images), out=str(out)).max_pixels
@@ -80,7 +82,7 @@ def ray_data(images: Path, out: Path) -> int:
         return pa.Table.from_pylist([result.values for result in results if isinstance(result, Row)], schema=schema)
 
     rows = [{"image_id": record.image_id, "path": record.path} for record in read_images(folder).images]
-    with tempfile.TemporaryDirectory() as log, cluster.session(log):
+    with tempfile.TemporaryDirectory() as log, session.session(log):
         paths = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // 500))
         table = paths.map_batches(examine, batch_size=64, batch_format="pyarrow", num_cpus=0.5, zero_copy_batch=True)
         table.write_parquet(str(out), min_rows_per_file=3_000, ray_remote_args={"num_cpus": 0.25})

@@ -173,7 +173,7 @@ def _compete(name: str, setting: Setting) -> dict[str, float]:
 
 def _train_with_raydet(setting: Setting, is_bf16: bool) -> float:
     from raydet import TrainConfig, train
-    from raydet.tables import open_table
+    from raydet.tables.table import open_table
 
     # The first epoch warms up, and the last one ends in a validation.
     epochs = setting.timed_epochs + 2
@@ -208,8 +208,8 @@ def _model(setting: Setting) -> Any:
     """The detector that all contestants start from, on the CPU."""
     import torch
 
-    from raydet.models import build_detector
-    from raydet.tables import open_table
+    from raydet.models.loading import build_detector
+    from raydet.tables.table import open_table
 
     torch.set_num_threads(setting.threads)
     categories = open_table(str(setting.folder / "train"), "images").categories
@@ -334,11 +334,11 @@ def _batches_in_memory(setting: Setting, detector: Any) -> list[tuple[Any, Any]]
     """Pixel values and labels of each step, made as raydet makes them, without augmentation."""
     import numpy as np
 
-    from raydet.boxes import as_boxes, xywh_to_normalised_cxcywh
-    from raydet.collate import Example, collate
-    from raydet.decode import decode
-    from raydet.geometry import resize
-    from raydet.tables import open_table
+    from raydet.common.boxes import as_boxes, xywh_to_normalised_cxcywh
+    from raydet.images.decode import decode
+    from raydet.models.collate import Example, collate
+    from raydet.models.geometry import resize
+    from raydet.tables.table import open_table
 
     examples = []
     rule = detector.resize_rule

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from raydet import PrepareShapesConfig, TuneConfig, prepare_shapes, tune
-from raydet.console import Console
+from raydet.common.console import Console
 from raydet.tuning.results import TuneResult
 
 IMAGE_SIZE = 96

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from raydet import PrepareCocoConfig, TrainConfig, prepare_coco, train
-from raydet.options import load_file
+from raydet.config.options import load_file
 
 PROJECT = Path(__file__).parents[1]
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from raydet.cli import main
+from raydet.cli.main import main
 
 sys.exit(main(["evaluate", *sys.argv[1:]]))

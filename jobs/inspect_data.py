@@ -4,6 +4,6 @@
 
 import sys
 
-from raydet.cli import main
+from raydet.cli.main import main
 
 sys.exit(main(["inspect", *sys.argv[1:]]))

@@ -2,6 +2,6 @@
 
 import sys
 
-from raydet.cli import main
+from raydet.cli.main import main
 
 sys.exit(main(["train", *sys.argv[1:]]))

@@ -7,6 +7,8 @@ loaded when they are first used, since torch and ray take seconds to import.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from raydet.common.errors import UserError
+from raydet.common.version import __version__
 from raydet.config import (
     CompareConfig,
     DemoConfig,
@@ -29,21 +31,19 @@ from raydet.config import (
     TrainConfig,
     TuneConfig,
 )
-from raydet.errors import UserError
 
 if TYPE_CHECKING:
-    from raydet.comparison import compare
-    from raydet.demo import demo
-    from raydet.evaluation import evaluate
+    from raydet.cli.demo import demo
     from raydet.exports.coco import export_coco
+    from raydet.exports.hub import push
     from raydet.exports.onnx import export_onnx
     from raydet.exports.voc import export_voc
     from raydet.exports.yolo import export_yolo
-    from raydet.hub import push
-    from raydet.inference import predict
-    from raydet.inspection import inspect
-    from raydet.planning import plan
-    from raydet.preparation import (
+    from raydet.inspection.inspect import inspect
+    from raydet.measuring.compare import compare
+    from raydet.measuring.evaluate import evaluate
+    from raydet.planning.plan import plan
+    from raydet.preparation.prepare import (
         prepare_coco,
         prepare_hub,
         prepare_images,
@@ -51,33 +51,32 @@ if TYPE_CHECKING:
         prepare_voc,
         prepare_yolo,
     )
-    from raydet.reporting import report
-    from raydet.training import train
-    from raydet.tuning import tune
-
-__version__ = "0.1.0"
+    from raydet.reporting.report import report
+    from raydet.scoring.predict import predict
+    from raydet.training.train import train
+    from raydet.tuning.tune import tune
 
 _FUNCTIONS = {
-    "compare": "raydet.comparison",
-    "demo": "raydet.demo",
-    "evaluate": "raydet.evaluation",
+    "compare": "raydet.measuring.compare",
+    "demo": "raydet.cli.demo",
+    "evaluate": "raydet.measuring.evaluate",
     "export_coco": "raydet.exports.coco",
     "export_onnx": "raydet.exports.onnx",
     "export_voc": "raydet.exports.voc",
     "export_yolo": "raydet.exports.yolo",
-    "inspect": "raydet.inspection",
-    "plan": "raydet.planning",
-    "predict": "raydet.inference",
-    "prepare_coco": "raydet.preparation",
-    "prepare_hub": "raydet.preparation",
-    "prepare_images": "raydet.preparation",
-    "prepare_shapes": "raydet.preparation",
-    "prepare_voc": "raydet.preparation",
-    "prepare_yolo": "raydet.preparation",
-    "push": "raydet.hub",
-    "report": "raydet.reporting",
-    "train": "raydet.training",
-    "tune": "raydet.tuning",
+    "inspect": "raydet.inspection.inspect",
+    "plan": "raydet.planning.plan",
+    "predict": "raydet.scoring.predict",
+    "prepare_coco": "raydet.preparation.prepare",
+    "prepare_hub": "raydet.preparation.prepare",
+    "prepare_images": "raydet.preparation.prepare",
+    "prepare_shapes": "raydet.preparation.prepare",
+    "prepare_voc": "raydet.preparation.prepare",
+    "prepare_yolo": "raydet.preparation.prepare",
+    "push": "raydet.exports.hub",
+    "report": "raydet.reporting.report",
+    "train": "raydet.training.train",
+    "tune": "raydet.tuning.tune",
 }
 
 __all__ = [

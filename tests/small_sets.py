@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raydet.schema import build_schema
-from raydet.sources.shapes import CATEGORIES, encode
-from raydet.tables import TableWriter, open_table
+from raydet.preparation.sources.shapes import CATEGORIES, encode
+from raydet.tables.schema import build_schema
+from raydet.tables.table import TableWriter, open_table
 
 QUICK_RECIPE: dict[str, Any] = {
     "batch_size": 16,

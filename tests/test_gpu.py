@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from raydet.collate import Example
-from raydet.detector import Detector
-from raydet.models import build_detector
-from raydet.schema import Category
-from raydet.step import StepSetting, apply_gradients, compute_gradients
+from raydet.models.collate import Example
+from raydet.models.detector import Detector
+from raydet.models.loading import build_detector
+from raydet.models.step import StepSetting, apply_gradients, compute_gradients
+from raydet.tables.schema import Category
 
 pytestmark = pytest.mark.gpu
 

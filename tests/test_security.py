@@ -15,18 +15,18 @@ import yaml
 from PIL import Image
 
 import raydet
-from raydet import storage
-from raydet.cli import main
+from raydet.cli.main import main
+from raydet.common.errors import UserError
+from raydet.common.redaction import refuse_password, without_secrets
 from raydet.config import PredictConfig, TrainConfig, changed_fields, to_yaml
-from raydet.errors import UserError
-from raydet.inputs import open_images
-from raydet.inputs.references import FileReader, Reference
-from raydet.redaction import refuse_password, without_secrets
-from raydet.sources import ImageFolder, ReadError
-from raydet.sources.images import read_images
-from raydet.sources.voc import read_voc
-from raydet.sources.yolo import read_yolo
-from raydet.sources.yolo_files import find_in_data_yaml, find_in_folders
+from raydet.images.collection import open_images
+from raydet.images.files import ImageFolder, ReadError
+from raydet.images.references import FileReader, Reference
+from raydet.preparation.sources.images import read_images
+from raydet.preparation.sources.voc import read_voc
+from raydet.preparation.sources.yolo import read_yolo
+from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
+from raydet.tables import storage
 from tests import s3_stand_in
 
 PROJECT = Path(__file__).parents[1]
@@ -153,7 +153,7 @@ def test_no_secret_is_in_any_file_that_a_run_leaves(tmp_path: Path, shapes: Path
         printed = []
         for command in commands:
             done = subprocess.run(
-                [sys.executable, "-m", "raydet.cli", *command],
+                [sys.executable, "-m", "raydet", *command],
                 env=environment,
                 cwd=tmp_path,
                 capture_output=True,
@@ -276,8 +276,8 @@ def test_members_of_tar_files_with_names_that_lead_out_are_not_read(tmp_path: Pa
 
 def test_labels_and_pictures_are_never_written_outside_of_the_output(tmp_path: Path) -> None:
     from raydet.config import ExportYoloConfig
-    from raydet.schema import Category, build_schema
-    from raydet.tables import TableWriter
+    from raydet.tables.schema import Category, build_schema
+    from raydet.tables.table import TableWriter
 
     picture(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
@@ -338,7 +338,7 @@ def test_code_in_a_model_folder_is_not_run(
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # what transformers would ask
     if model_type == "hostile":
-        from raydet.models import load_detector
+        from raydet.models.loading import load_detector
 
         commands = [["predict", "--checkpoint", folder, "--data", str(shapes / "val"), "--out", str(tmp_path / "out")]]
         commands += [["predict", "--model", folder, "--labels", "dog", *commands[0][3:]]]
@@ -354,8 +354,8 @@ def test_code_in_a_model_folder_is_not_run(
         with pytest.raises(UserError, match="zero-shot model"):
             _load(folder)
     else:  # of a type that transformers knows: its own code is taken, not the folder's
-        from raydet.models import build_detector, load_detector
-        from raydet.schema import Category
+        from raydet.models.loading import build_detector, load_detector
+        from raydet.tables.schema import Category
 
         detector = build_detector(folder, [Category(1, "dog")], image_size=64, seed=0)
         assert type(detector.model).__module__.startswith("transformers.")
@@ -367,7 +367,7 @@ def test_code_in_a_model_folder_is_not_run(
 def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
     import torch
 
-    from raydet.models import load_detector
+    from raydet.models.loading import load_detector
 
     folder = Path(hostile_folder(tmp_path / "model", tmp_path / "was-run", model_type="yolos"))
     (folder / "model.safetensors").unlink()
@@ -408,9 +408,9 @@ def test_no_option_and_no_call_lets_foreign_code_in() -> None:
 
 _LISTENERS = """
 import os, psutil, ray
-from raydet import cluster
-with cluster.session({log!r}):
-    actor = cluster.Board.remote()
+from raydet.cluster import session
+with session.session({log!r}):
+    actor = session.Board.remote()
     ray.get(actor.mistake.remote())
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     found = set()

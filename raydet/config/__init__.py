@@ -14,19 +14,9 @@ from raydet.config.fields import (
     is_required,
     to_yaml,
 )
-from raydet.config.inspecting import (
-    InspectConfig,
-)
-from raydet.config.measuring import (
-    CompareConfig,
-    EvaluateConfig,
-    EvaluationProtocol,
-    ReportConfig,
-)
-from raydet.config.planning import (
-    PlanConfig,
-    PlannedJob,
-)
+from raydet.config.inspecting import InspectConfig
+from raydet.config.measuring import CompareConfig, EvaluateConfig, EvaluationProtocol, ReportConfig
+from raydet.config.planning import PlanConfig, PlannedJob
 from raydet.config.preparing import (
     DEFAULT_MAX_PIXELS,
     ImageStorage,
@@ -37,19 +27,8 @@ from raydet.config.preparing import (
     PrepareVocConfig,
     PrepareYoloConfig,
 )
-from raydet.config.scoring import (
-    DrawIf,
-    Engine,
-    Merge,
-    PredictConfig,
-)
-from raydet.config.sharing import (
-    ExportCocoConfig,
-    ExportOnnxConfig,
-    ExportVocConfig,
-    ExportYoloConfig,
-    PushConfig,
-)
+from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig
+from raydet.config.sharing import ExportCocoConfig, ExportOnnxConfig, ExportVocConfig, ExportYoloConfig, PushConfig
 from raydet.config.training import (
     COCO_METRICS,
     Augmentation,
@@ -61,14 +40,8 @@ from raydet.config.training import (
     Tracker,
     TrainConfig,
 )
-from raydet.config.tuning import (
-    Scheduler,
-    Search,
-    TuneConfig,
-)
-from raydet.config.workers import (
-    Precision,
-)
+from raydet.config.tuning import Scheduler, Search, TuneConfig
+from raydet.config.workers import Precision
 
 __all__ = [
     "COCO_METRICS",

@@ -6,8 +6,8 @@ import json
 from dataclasses import field
 from typing import Any
 
-from raydet.errors import UserError
-from raydet.redaction import without_secrets
+from raydet.common.errors import UserError
+from raydet.common.redaction import without_secrets
 
 
 def option(

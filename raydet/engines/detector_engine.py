@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydet.collate import Batch, Example, collate
-from raydet.detector import Detections, Detector
-from raydet.geometry import Image, SizeHW, resize
+from raydet.models.collate import Batch, Example, collate
+from raydet.models.detector import Detections, Detector
+from raydet.models.geometry import Image, SizeHW, resize
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from raydet.config import PredictConfig
-from raydet.engines import TORCH_INSTEAD, check_engine
 from raydet.engines.detector_engine import DetectorEngine
-from raydet.exports.graph import OUTPUT_NAMES, input_names
-from raydet.exports.onnx import open_session, to_onnx
-from raydet.models import load_detector
+from raydet.engines.engine import TORCH_INSTEAD, check_engine
+from raydet.models.graph import OUTPUT_NAMES, input_names
+from raydet.models.loading import load_detector
+from raydet.models.onnx import open_session, to_onnx
 
 
 class OnnxEngine(DetectorEngine):

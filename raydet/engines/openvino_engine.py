@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raydet.common.packages import require_packages
 from raydet.config import PredictConfig
-from raydet.detector import Detector, quiet
-from raydet.engines import TORCH_INSTEAD, check_engine
 from raydet.engines.detector_engine import DetectorEngine
-from raydet.exports import check_sizes, require_packages
-from raydet.exports.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
-from raydet.models import load_detector
+from raydet.engines.engine import TORCH_INSTEAD, check_engine
+from raydet.models.detector import Detector, quiet
+from raydet.models.families import check_sizes
+from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
+from raydet.models.loading import load_detector
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from raydet.config import PredictConfig
-from raydet.engines import no_fp16_on_cpu
 from raydet.engines.detector_engine import DetectorEngine
-from raydet.models import load_detector
+from raydet.engines.engine import no_fp16_on_cpu
+from raydet.models.loading import load_detector
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,13 +7,13 @@ Their names are checked here without torch, so that a driver can refuse a wrong 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from raydet.checkpoints import read_checkpoint
+from raydet.common.errors import UserError
 from raydet.config import PredictConfig
-from raydet.errors import UserError
-from raydet.families import FAMILIES
+from raydet.models.checkpoints import read_checkpoint
+from raydet.models.families import FAMILIES
 
 if TYPE_CHECKING:
-    from raydet.engines import Engine
+    from raydet.engines.engine import Engine
 
 OWL_TYPES = ("owlvit", "owlv2")
 GROUNDING_TYPES = ("grounding-dino", "mm-grounding-dino")

@@ -17,15 +17,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, PreTrainedModel
 
-from raydet import storage
-from raydet.boxes import clip_xywh, has_area
+from raydet.common.boxes import clip_xywh, has_area
+from raydet.common.errors import UserError
 from raydet.config import PredictConfig
-from raydet.detector import Detections, quiet
-from raydet.engines import no_fp16_on_cpu
-from raydet.errors import UserError
-from raydet.families import resize_rule_of
-from raydet.geometry import Image, ResizeRule, SizeHW, resize
-from raydet.schema import Category
+from raydet.engines.engine import no_fp16_on_cpu
+from raydet.models.detector import Detections, quiet
+from raydet.models.families import resize_rule_of
+from raydet.models.geometry import Image, ResizeRule, SizeHW, resize
+from raydet.tables import storage
+from raydet.tables.schema import Category
 
 MAX_DETECTIONS = 300
 """The best ones of an image that are kept. OWLv2 proposes 3,600 boxes for each, nearly all of them noise."""

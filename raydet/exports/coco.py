@@ -19,21 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
-from raydet import storage
-from raydet.columns import flatten, image_ids_in
+from raydet.common.errors import UserError
 from raydet.config import ExportCocoConfig
-from raydet.errors import UserError
-from raydet.exports.rows import (
-    ROWS_AT_ONCE,
-    Numbers,
-    as_text,
-    common_folder,
-    refuse,
-    refuse_boxes,
-    refuse_categories,
-)
-from raydet.schema import TableKind, build_schema
-from raydet.tables import Table, open_table
+from raydet.exports.rows import ROWS_AT_ONCE, Numbers, as_text, common_folder, refuse, refuse_boxes, refuse_categories
+from raydet.tables import storage
+from raydet.tables.columns import flatten, image_ids_in
+from raydet.tables.schema import TableKind, build_schema
+from raydet.tables.table import Table, open_table
 
 _SEPARATOR = ",\n"
 _JSON_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)

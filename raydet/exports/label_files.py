@@ -17,22 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
-from raydet import storage
-from raydet.columns import flatten, image_ids_in
-from raydet.errors import UserError
-from raydet.exports.rows import (
-    ROWS_AT_ONCE,
-    Numbers,
-    common_folder,
-    refuse,
-    refuse_boxes,
-    refuse_categories,
-)
-from raydet.inputs.references import read_reference
-from raydet.sources import ReadError
-from raydet.sources.images import is_image_name
-from raydet.tables import Table
-from raydet.threads import in_order
+from raydet.common.errors import UserError
+from raydet.common.threads import in_order
+from raydet.exports.rows import ROWS_AT_ONCE, Numbers, common_folder, refuse, refuse_boxes, refuse_categories
+from raydet.images.files import ReadError, is_image_name
+from raydet.images.references import read_reference
+from raydet.tables import storage
+from raydet.tables.columns import flatten, image_ids_in
+from raydet.tables.table import Table
 
 _PICTURES_AT_ONCE = 16
 _SIDES = ("width", "height")

@@ -1,9 +1,6 @@
 """A checkpoint as one ONNX file, checked against torch before it is written."""
 
-import io
-import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -11,18 +8,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from raydet import storage
-from raydet.checkpoints import read_checkpoint
+from raydet.common.errors import RunError, UserError
+from raydet.common.packages import require_packages
 from raydet.config import ExportOnnxConfig
-from raydet.detector import Detector, quiet
-from raydet.errors import RunError, UserError
-from raydet.exports import check_sizes, require_packages
-from raydet.exports.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
-from raydet.geometry import SizeHW
-from raydet.models import build_detector, load_detector
-
-OPSET = 17
-"""Of the ONNX standard, 2022: old enough for today's runtimes, and it can sample between pixels."""
+from raydet.models.checkpoints import read_checkpoint
+from raydet.models.detector import Detector
+from raydet.models.geometry import SizeHW
+from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names
+from raydet.models.loading import build_detector, load_detector
+from raydet.models.onnx import OPSET, open_session, to_onnx
+from raydet.tables import storage
 
 MAX_DIFFERENCE = 1e-3
 """Between the file's and torch's scores and boxes, the latter in parts of the image's side."""
@@ -99,83 +94,6 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
     return OnnxExportReport(
         out, len(data), OPSET, input_names(detector), fixed_size_hw(detector), len(detector.categories), difference
     )
-
-
-def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
-    """Traces a detector on the CPU.
-
-    Args:
-        detector: In evaluation mode.
-        where: Its checkpoint, for messages.
-        remedy: What would be right for a model that cannot be exported, for messages.
-
-    Returns:
-        The content of an ONNX file, with metadata.
-
-    Raises:
-        UserError: Images of this model have many sizes, and its graph works at one only.
-    """
-    import onnx
-
-    size_hw = fixed_size_hw(detector)
-    check_sizes(detector.family.model_type, keeps_aspect=size_hw is None, where=where, remedy=remedy)
-    names = input_names(detector)
-    open_axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in (*names, *OUTPUT_NAMES)}
-    if size_hw is None:
-        open_axes["pixel_values"] |= {2: "height", 3: "width"}
-        if "pixel_mask" in names:
-            open_axes["pixel_mask"] |= {1: "height", 2: "width"}
-    buffer = io.BytesIO()
-    with quiet(), torch.no_grad(), traceable(detector) as graph:
-        # By tracing: the exporter that reads the program itself takes minutes for these models.
-        torch.onnx.export(
-            graph,
-            example_inputs(detector, 2, seed=0),
-            buffer,  # type: ignore[arg-type] # it is for files of the other exporter that the hint speaks
-            input_names=list(names),
-            output_names=list(OUTPUT_NAMES),
-            dynamic_axes=open_axes,
-            opset_version=OPSET,
-            dynamo=False,
-        )
-    model = onnx.load_from_string(buffer.getvalue())
-    onnx.helper.set_model_props(model, _metadata(detector))
-    data: bytes = model.SerializeToString()
-    return data
-
-
-def open_session(graph: bytes, *, num_threads: int) -> Any:
-    """An ONNX Runtime session on the CPU.
-
-    Args:
-        graph: The content of an ONNX file.
-        num_threads: To compute with.
-    """
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Threads that spin while they wait would take the cores from those that decode.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-def _metadata(detector: Detector) -> dict[str, str]:
-    processor = detector.processor
-    content = {
-        "raydet_version": version("raydet"),
-        "model_type": detector.family.model_type,
-        "categories": [{"id": item.id, "name": item.name} for item in detector.categories],
-        "image_size_hw": fixed_size_hw(detector),
-        "resize": detector.resize_rule.to_dict(),
-        "rescale_factor": processor.rescale_factor if processor.do_rescale else 1.0,
-        "image_mean": list(processor.image_mean) if processor.do_normalize else [0.0, 0.0, 0.0],
-        "image_std": list(processor.image_std) if processor.do_normalize else [1.0, 1.0, 1.0],
-    }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
 
 
 def _difference(detector: Detector, graph: bytes) -> float:

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet.errors import UserError
-from raydet.tables import Table
+from raydet.common.errors import UserError
+from raydet.tables.table import Table
 
 ROWS_AT_ONCE = 256
 Numbers = npt.NDArray[Any]

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet import storage
+from raydet.common.errors import UserError
 from raydet.config import ExportVocConfig
-from raydet.errors import UserError
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, whole_folder, write_labels
 from raydet.exports.rows import as_text
-from raydet.tables import open_table
+from raydet.tables import storage
+from raydet.tables.table import open_table
 
 _PICTURES = "JPEGImages"
 

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow.compute as pc
 import yaml
 
-from raydet import storage
+from raydet.common.errors import UserError
 from raydet.config import ExportYoloConfig
-from raydet.errors import UserError
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, whole_folder, write_labels
 from raydet.exports.rows import Numbers, as_text
-from raydet.tables import open_table
+from raydet.tables import storage
+from raydet.tables.table import open_table
 
 
 def export_yolo(config: ExportYoloConfig) -> FolderExportReport:

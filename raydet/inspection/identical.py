@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet.columns import places_in
 from raydet.inspection.rows import Integers
-from raydet.tables import Table
+from raydet.tables.columns import places_in
+from raydet.tables.table import Table
 
 _BATCH_ROWS = 64
 """Images at once: their bytes are in memory."""

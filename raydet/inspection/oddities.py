@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raydet.boxes import Boxes
+from raydet.common.boxes import Boxes
 from raydet.inspection.counting import Counts
 from raydet.inspection.rows import Integers, Rows
 

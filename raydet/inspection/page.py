@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-import raydet
+from raydet.common.version import __version__
 from raydet.config import TrainConfig
 from raydet.inspection.counting import GRID, QUANTITIES, Counts, Quantity
 from raydet.inspection.oddities import MEANINGS, Findings
@@ -14,7 +14,7 @@ from raydet.inspection.pictures import ClassGallery, hex_colours
 from raydet.inspection.rows import Integers
 from raydet.inspection.tables import drifts
 from raydet.reporting.page import fill
-from raydet.tables import Table
+from raydet.tables.table import Table
 
 _MOST_CHARTED = 100
 """Classes with histograms and a heat map of their own on the page; the tables have those of all."""
@@ -69,7 +69,7 @@ def render(
         galleries=galleries,
         colours=hex_colours(names),
         training=training,
-        version=raydet.__version__,
+        version=__version__,
         time=datetime.datetime.now(datetime.UTC),
     )
 

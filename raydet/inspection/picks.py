@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.inspection.rows import Floats, Integers, Rows
-from raydet.ordering import hashes_of
+from raydet.training.ordering import hashes_of
 
 _SAMPLE = 31
 """Boxes of a class that are drawn at random; the middle one by size stands for the median of all."""

@@ -11,17 +11,17 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from raydet.boxes import Boxes
+from raydet.augmentation.mixing import Partners, Sample, sample_of
+from raydet.augmentation.transforms import Augmenter
+from raydet.common.boxes import Boxes
 from raydet.config import DEFAULT_MAX_PIXELS, AugmentationSpec
-from raydet.decode import DecodeError, decode
-from raydet.drawing import class_colours
-from raydet.geometry import ResizeRule, resize
-from raydet.inputs.references import image_bytes
+from raydet.images.decode import DecodeError, decode
+from raydet.images.drawing import class_colours
+from raydet.images.references import image_bytes
 from raydet.inspection.picks import Pick
-from raydet.mixing import Partners, Sample, sample_of
-from raydet.ordering import MIXUP_P, MOSAIC_P, augmentation_seed
-from raydet.tables import Table
-from raydet.transforms import Augmenter
+from raydet.models.geometry import ResizeRule, resize
+from raydet.tables.table import Table
+from raydet.training.ordering import MIXUP_P, MOSAIC_P, augmentation_seed
 
 MOST_PAIRS = 160
 """Images shown at most, each as a pair of pictures."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet import storage
 from raydet.inspection.oddities import Finding, Findings
-from raydet.tables import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS, Table, is_table, open_table
+from raydet.tables import storage
+from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS, Table, is_table, open_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet.boxes import Boxes
-from raydet.errors import UserError
-from raydet.tables import Table
+from raydet.common.boxes import Boxes
+from raydet.common.errors import UserError
+from raydet.tables.table import Table
 
 _BATCH_ROWS = 4096
 _COLUMNS = ("image_id", "image.path", "width", "height", "objects")

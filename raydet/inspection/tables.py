@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydet import storage
-from raydet.errors import UserError
+from raydet.common.errors import UserError
 from raydet.inspection.counting import GRID, QUANTITIES, Counts, distance
 from raydet.inspection.oddities import Findings
-from raydet.schema import Category, TableKind, build_schema
-from raydet.tables import TableWriter
+from raydet.tables import storage
+from raydet.tables.schema import Category, TableKind, build_schema
+from raydet.tables.table import TableWriter
 
 PAGE_FILE = "inspect.html"
 FOLDERS: dict[str, TableKind] = {

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from raydet.cluster.job_report import rate_text
+from raydet.common.console import aligned
 from raydet.config import PlanConfig
-from raydet.console import aligned
-from raydet.job_report import rate_text
 from raydet.planning.throughput import RAY, Forecast, NodeGroup, Probe, Workers
 
 _NAMES = {

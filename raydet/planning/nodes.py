@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from raydet import storage
+from raydet.common.errors import UserError
 from raydet.config import PlanConfig
-from raydet.errors import UserError
 from raydet.planning.throughput import NodeGroup
+from raydet.tables import storage
 
 _AWS_SIZE = re.compile(r"[a-z][a-z0-9-]*\.(?:(\d*)x)?large")
 

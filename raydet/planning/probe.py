@@ -23,15 +23,15 @@ from typing import IO, Any
 
 import psutil
 
-from raydet import storage
-from raydet.checkpoints import read_checkpoint
+from raydet.cluster.job_report import JOB_FILE
+from raydet.cluster.timeline import Window
 from raydet.config import PlanConfig
-from raydet.job_report import JOB_FILE
+from raydet.models.checkpoints import read_checkpoint
 from raydet.planning.processes import READY, raise_failure, run_watched, started
 from raydet.planning.samples import Samples, take_samples
 from raydet.planning.throughput import Probe, StageCost, check_devices
-from raydet.schema import Category
-from raydet.timeline import Window
+from raydet.tables import storage
+from raydet.tables.schema import Category
 
 _MEMORY_OF_A_PROCESS_BYTES = 1.5 * 2**30
 _MOST_THREADS_OF_A_WORKER = 4
@@ -212,7 +212,7 @@ def _model_folder(config: PlanConfig, samples: Samples, folder: str) -> str:
     assert config.model is not None, "the config asks for a checkpoint or a model"
     if config.job == "train":
         return storage.absolute_uri(config.model) if storage.exists(config.model) else config.model
-    from raydet.models import build_detector
+    from raydet.models.loading import build_detector
 
     categories = samples.categories or (Category(1, "object"),)
     build_detector(config.model, categories, image_size=config.image_size, seed=0).save(f"{folder}/checkpoint")
@@ -335,7 +335,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:
     most = int(setting.rate * setting.config.seconds * 4 / 3)
     num_rows = min(max(most, _LEAST_BATCHES * batch * setting.workers), max(samples.most_rows(), 2 * batch))
     table, out = samples.write(f"{setting.folder}/images", num_rows), f"{setting.folder}/detections"
-    command = [sys.executable, "-m", "raydet.cli", "predict", *setting.options()]
+    command = [sys.executable, "-m", "raydet", "predict", *setting.options()]
     command += [f"--checkpoint={setting.model}", f"--engine={setting.config.engine}", f"--data={table}", f"--out={out}"]
     watched = run_watched(command, setting.folder)
     window = Window.of(json.loads(Path(out, JOB_FILE).read_text())["timeline"])
@@ -359,7 +359,7 @@ def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
     train = samples.write(f"{setting.folder}/train", min(steps * batch, max(samples.most_rows(), 2 * batch)))
     val = samples.write(f"{setting.folder}/val", 1)
     out = f"{setting.folder}/run"
-    command = [sys.executable, "-m", "raydet.cli", "train", *setting.options()]
+    command = [sys.executable, "-m", "raydet", "train", *setting.options()]
     command += [f"--train-data={train}", f"--val-data={val}", f"--out={out}", f"--model={setting.model}"]
     command += ["--epochs=3", "--validate-every=3", "--log-images=0", f"--augmentation={setting.config.augmentation}"]
     if setting.config.image_size is not None:

@@ -13,7 +13,7 @@ from typing import IO, NoReturn
 import numpy as np
 import psutil
 
-from raydet.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError
 
 READY = "ready"
 """What a process that measures stages says when it has warmed up."""

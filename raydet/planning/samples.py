@@ -5,11 +5,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from raydet.common.errors import UserError
 from raydet.config import PlanConfig, PrepareShapesConfig
-from raydet.errors import UserError
-from raydet.inputs import open_images
-from raydet.schema import Category, build_schema
-from raydet.tables import TableWriter, is_table, open_table
+from raydet.images.collection import open_images
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import TableWriter, is_table, open_table
 
 _MOST_SAMPLES = 256
 _NUM_GENERATED = 64
@@ -60,7 +60,7 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
         UserError: There are no such images, none can be read, or train cannot learn from them.
     """
     if config.data is None:
-        from raydet.preparation import prepare_shapes
+        from raydet.preparation.prepare import prepare_shapes
 
         shapes = PrepareShapesConfig(
             out=f"{folder}/shapes", num_train=_NUM_GENERATED, num_val=1, image_size=config.picture_size

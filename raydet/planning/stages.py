@@ -27,24 +27,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raydet.boxes import xywh_to_normalised_cxcywh
-from raydet.collate import Example
+from raydet.augmentation.mixing import sample_of
+from raydet.augmentation.transforms import Augmenter
+from raydet.common.boxes import xywh_to_normalised_cxcywh
+from raydet.common.errors import RunError, UserError
 from raydet.config import DEFAULT_MAX_PIXELS, PredictConfig, TrainConfig
-from raydet.decode import DecodeError, decode
-from raydet.engines import load_engine
-from raydet.errors import RunError, UserError
-from raydet.geometry import Image, resize
-from raydet.inputs import ImageRow, open_images
-from raydet.inputs.references import image_bytes
-from raydet.mixing import sample_of
-from raydet.models import backbone_parameter_names, build_detector
-from raydet.optim import build_optimizer
+from raydet.engines.loading import load_engine
+from raydet.engines.scorer import Scorer
+from raydet.images.collection import ImageRow, open_images
+from raydet.images.decode import DecodeError, decode
+from raydet.images.references import image_bytes
+from raydet.models.collate import Example
+from raydet.models.geometry import Image, resize
+from raydet.models.loading import backbone_parameter_names, build_detector
+from raydet.models.optim import build_optimizer
+from raydet.models.step import AUTOCAST_DTYPES, StepSetting, apply_gradients, compute_gradients, sum_over_ranks
 from raydet.planning.processes import READY
-from raydet.schema import build_schema
-from raydet.scoring import Scorer
-from raydet.step import AUTOCAST_DTYPES, StepSetting, apply_gradients, compute_gradients, sum_over_ranks
-from raydet.tables import Table, open_table
-from raydet.transforms import Augmenter
+from raydet.tables.schema import build_schema
+from raydet.tables.table import Table, open_table
 
 _WARM_UP_BATCHES = 2
 _TRAIN_COLUMNS = ("image_id", "image", "objects")

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from raydet.errors import UserError
+from raydet.common.errors import UserError
 
 PROBE_VERSION = 3
 RAY = "ray"

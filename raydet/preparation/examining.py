@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from raydet.common.errors import RunError
 from raydet.config import PrepareShapesConfig
-from raydet.decode import DecodeError, TruncatedError, check, mend, orientation, upright_size_hw
-from raydet.errors import RunError
-from raydet.sources import Finding, ReadError, SourceImage, SourceObjects, shapes
-from raydet.sources.fitting import fit_objects
+from raydet.images.decode import DecodeError, TruncatedError, check, mend, orientation, upright_size_hw
+from raydet.images.files import ReadError
+from raydet.preparation.sources import shapes
+from raydet.preparation.sources.fitting import fit_objects
+from raydet.preparation.sources.source import Finding, SourceImage, SourceObjects
 
 HASH_BYTES = 16
 

@@ -14,11 +14,12 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from raydet import cluster, storage
-from raydet.errors import RunError, UserError
+from raydet.cluster import session
+from raydet.cluster.shared_storage import check_shared
+from raydet.common.errors import RunError, UserError
 from raydet.preparation.parts import Answer, Executor, Part
 from raydet.preparation.remains import MARK_NAME, Target
-from raydet.shared_storage import check_shared
+from raydet.tables import storage
 
 _SMALL_CLUSTER_CPUS = 4
 _RETRIES = 3
@@ -41,7 +42,7 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
     def execute(work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
         return _in_order(work, parts, mark)
 
-    with tempfile.TemporaryDirectory() as log, cluster.session(log):
+    with tempfile.TemporaryDirectory() as log, session.session(log):
         reads = {} if images_uri is None else {"--images": (images_uri, images_uri)}
         check_shared(reads=reads, writes=(target.out, target.out))
         yield execute

@@ -14,13 +14,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from raydet import storage
-from raydet.errors import RunError
+from raydet.common.errors import RunError
+from raydet.common.threads import in_order
 from raydet.preparation.examining import Examine, Rejected, Row
+from raydet.preparation.sources.source import Finding, SourceImage
 from raydet.preparation.splitting import Hashes, Integers
-from raydet.sources import Finding, SourceImage
-from raydet.tables import FileWriter
-from raydet.threads import in_order
+from raydet.tables import storage
+from raydet.tables.table import FileWriter
 
 FILE_BYTES = 256 * 2**20
 """Of images in a file, on average."""

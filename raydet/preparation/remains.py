@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydet import storage
-from raydet.errors import UserError
-from raydet.tables import FINDINGS_FOLDER, MANIFEST_NAME, REJECTED_FOLDER, is_table
+from raydet.common.errors import UserError
+from raydet.tables import storage
+from raydet.tables.table import FINDINGS_FOLDER, MANIFEST_NAME, REJECTED_FOLDER, is_table
 
 MARK_NAME = "_preparing.json"
 """Lies in OUT while a table is being written: what a killed run leaves can be told from the user's own files."""

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raydet import storage
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
 from raydet.preparation.remains import Target
-from raydet.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
-from raydet.tables import FINDINGS_FOLDER, REJECTED_FOLDER
+from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
+from raydet.tables import storage
+from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 
 REPEATED_IMAGES_KEPT = "images with the content of one before them, kept"
 REPEATED_IMAGES_DROPPED = "images with the content of one before them, left out"

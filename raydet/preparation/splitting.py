@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raydet.errors import UserError
+from raydet.common.errors import UserError
 
 Integers = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]

@@ -13,8 +13,8 @@ import numpy as np
 
 from raydet.preparation.examining import HASH_BYTES, Examine, Rejected
 from raydet.preparation.parts import SURVEY_IMAGES, Executor, Part, as_hashes, cut, examine_all
+from raydet.preparation.sources.source import SourceImage
 from raydet.preparation.splitting import Flags, Hashes, Integers, Labels, choose_validation
-from raydet.sources import SourceImage
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,17 @@ from itertools import islice
 
 import numpy as np
 
-from raydet import storage
-from raydet.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError
 from raydet.preparation.examining import Examine
 from raydet.preparation.parts import Answer, Executor, Part, Written, cut, part_name, write_part
 from raydet.preparation.remains import Target
-from raydet.preparation.report import (
-    REPEATED_IMAGES_DROPPED,
-    REPEATED_IMAGES_KEPT,
-    PrepareReport,
-    make_report,
-)
+from raydet.preparation.report import REPEATED_IMAGES_DROPPED, REPEATED_IMAGES_KEPT, PrepareReport, make_report
+from raydet.preparation.sources.source import Finding, Source, SourceImage
 from raydet.preparation.splitting import Flags, Hashes, Integers
 from raydet.preparation.surveying import Survey, find_duplicates, hold_out, survey, with_outcome, without
-from raydet.schema import build_schema
-from raydet.sources import Finding, Source, SourceImage
-from raydet.tables import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_manifest
+from raydet.tables import storage
+from raydet.tables.schema import build_schema
+from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_manifest
 
 LOST = "boxes of rejected images, left out"
 REPEATED_CONTENT = "the same content as an image before it"

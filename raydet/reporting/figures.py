@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet import storage
-from raydet.errors import UserError
+from raydet.common.errors import UserError
 from raydet.reporting.run_tables import RunTables, Value, indices_in
+from raydet.tables import storage
 
 HEADLINE = {
     "AP": "IoU .50 to .95",

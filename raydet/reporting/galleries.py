@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from raydet.common.errors import UserError
 from raydet.config import DEFAULT_MAX_PIXELS
-from raydet.decode import DecodeError, decode
-from raydet.errors import UserError
-from raydet.inputs import ImageRow, open_images
+from raydet.images.collection import ImageRow, open_images
+from raydet.images.decode import DecodeError, decode
 from raydet.reporting.judging import JudgedImage, judge
 from raydet.reporting.run_tables import RunTables
-from raydet.tables import open_table
+from raydet.tables.table import open_table
 
 _MAX_SIDE = 480
 """Longest side of a picture in pixels."""

@@ -9,13 +9,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet.boxes import as_boxes
-from raydet.columns import DetectionColumns, TruthColumns
-from raydet.errors import UserError
-from raydet.matches import Protocol, bits_at
-from raydet.matching import match, overlapping_pairs
+from raydet.common.boxes import as_boxes
+from raydet.common.errors import UserError
+from raydet.measuring.numbers.matches import Protocol, bits_at
+from raydet.measuring.numbers.matching import match, overlapping_pairs
 from raydet.reporting.run_tables import RunTables
-from raydet.tables import Table, open_table
+from raydet.tables.columns import DetectionColumns, TruthColumns
+from raydet.tables.table import Table, open_table
 
 _IOU = 0.5
 _DEFAULT_THRESHOLD = 0.3

@@ -16,7 +16,7 @@ from raydet.reporting.galleries import Galleries
 from raydet.reporting.judging import score_threshold
 from raydet.reporting.run_tables import RunTables
 
-_FOLDER = "report_page"
+_FOLDER = "assets"
 
 
 def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> str:
@@ -52,13 +52,13 @@ def fill(template: str, script_name: str, data: Mapping[str, Any], /, **content:
     before the library is. Every script is named to the browser by its hash, so that nothing else can run.
 
     Args:
-        template: Its file in `report_page`.
+        template: Its file in `assets`.
         script_name: Of the page's own script there, which comes after `base.js`, what all pages have in common.
         data: The numbers behind the charts, which the script finds as `data`; JSON must be able to hold them.
         content: What the template shows; all of it is escaped.
     """
     environment = Environment(
-        loader=PackageLoader("raydet", _FOLDER),
+        loader=PackageLoader("raydet.reporting", _FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -78,7 +78,7 @@ def fill(template: str, script_name: str, data: Mapping[str, Any], /, **content:
 
 
 def _own_file(name: str) -> str:
-    return resources.files("raydet").joinpath(_FOLDER, name).read_text("utf-8")
+    return resources.files("raydet.reporting").joinpath(_FOLDER, name).read_text("utf-8")
 
 
 def _json_for_html(content: Mapping[str, Any]) -> Markup:

@@ -7,10 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet import metrics_folder, storage
-from raydet.errors import UserError
-from raydet.schema import TableKind
-from raydet.tables import is_table
+from raydet.common.errors import UserError
+from raydet.measuring import metrics_folder
+from raydet.tables import storage
+from raydet.tables.schema import TableKind
+from raydet.tables.table import is_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raydet import storage
+from raydet.tables import storage
 from raydet.tuning.following import Follower
 from raydet.tuning.plan import Plan, Search
 from raydet.tuning.records import State, Trial

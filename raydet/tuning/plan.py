@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from raydet.common.errors import UserError
 from raydet.config import TrainConfig, TuneConfig
-from raydet.errors import UserError
 from raydet.tuning import records
 from raydet.tuning.records import Trial
 from raydet.tuning.search import OptunaProposer, Proposer, RandomProposer

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raydet import storage
-from raydet.checkpoints import HISTORY_FILE
-from raydet.history import best_entry, metric_value
+from raydet.models.checkpoints import HISTORY_FILE
+from raydet.tables import storage
+from raydet.training.history import best_entry, metric_value
 
 State = Literal["unfinished", "finished", "stopped", "failed"]
 Source = Literal["default", "point", "search"]

@@ -9,9 +9,9 @@ import math
 import os
 from dataclasses import dataclass
 
-from raydet import cluster
+from raydet.cluster import session
+from raydet.common.errors import UserError
 from raydet.config import TrainConfig
-from raydet.errors import UserError
 
 DRIVER_CPUS = 0.01
 """Of the process that drives a trial."""
@@ -67,13 +67,13 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
     Raises:
         UserError: Not even one trial fits, or not as many as asked for.
     """
-    one = cluster.share_out(
+    one = session.share_out(
         min_workers=base.min_workers,
         max_workers=base.max_workers,
         use_gpu=base.use_gpu,
         cpus_per_worker=base.cpus_per_worker,
     )
-    nodes = cluster.resources_of_nodes()
+    nodes = session.resources_of_nodes()
     machines = Machines(
         num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
         num_gpus=one.num_gpus,
@@ -85,7 +85,7 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
 
 
 def divide(
-    machines: Machines, one: cluster.Resources, base: TrainConfig, max_concurrent: int | None, num_trials: int
+    machines: Machines, one: session.Resources, base: TrainConfig, max_concurrent: int | None, num_trials: int
 ) -> Share:
     """The arithmetic of `share_out`.
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydet import storage
 from raydet.config import COCO_METRICS, TrainConfig, config_hash, to_yaml
 from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
-from raydet.schema import build_schema
-from raydet.tables import MANIFEST_NAME, TableWriter
+from raydet.tables import storage
+from raydet.tables.schema import build_schema
+from raydet.tables.table import MANIFEST_NAME, TableWriter
 from raydet.tuning.following import in_short
 from raydet.tuning.plan import Plan, Search
 from raydet.tuning.records import TRIALS_FOLDER, Trial, natural, with_history

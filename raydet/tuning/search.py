@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from raydet.errors import UserError
+from raydet.common.errors import UserError
 from raydet.tuning.records import Trial
 from raydet.tuning.space import Dimension, Parameters
 

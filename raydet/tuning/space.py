@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from raydet.common.errors import UserError
 from raydet.config import TrainConfig, field_names
-from raydet.errors import UserError
-from raydet.options import build
+from raydet.config.options import build
 
 Kind = Literal["uniform", "loguniform", "randint", "choice"]
 Parameters = dict[str, Any]

@@ -9,9 +9,9 @@ from typing import Any
 
 from ray import tune
 
+from raydet.common.errors import RunError, UserError
 from raydet.config import TrainConfig
-from raydet.errors import RunError, UserError
-from raydet.training import free_workers, train
+from raydet.training.train import free_workers, train
 from raydet.tuning.records import best_so_far, load_states, read_history
 
 EPOCH, SCORE, OUTCOME, ERROR = "epoch", "score", "outcome", "error"

@@ -1,0 +1,7 @@
+"""`python -m raydet` is the `raydet` command."""
+
+import sys
+
+from raydet.cli.main import main
+
+sys.exit(main())

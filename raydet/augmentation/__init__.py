@@ -1,0 +1,1 @@
+"""A decoded image and its boxes → what a model sees of them."""

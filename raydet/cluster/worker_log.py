@@ -1,0 +1,48 @@
+"""Where the log lines of raydet's own code go in the processes of a cluster, and whose they say they are.
+
+Each process writes them to its stderr, which Ray keeps in its own log of that worker, and where the run's folder is in
+a file tree also to `node-IP.log` in its log folder, one file for all processes of a node.
+"""
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+import ray
+
+from raydet.tables import storage
+
+
+def log_from_here(folder: str, *, rank: int | None = None) -> None:
+    """Sets up the log of this process, a worker's; calling it again changes folder and rank.
+
+    A line is time, level, module, then `job=` Ray's id of the job, `node=` its address and the beginning of its id,
+    `pid=`, `rank=` where the process has one, and the message.
+
+    Args:
+        folder: URI of the run's log folder.
+        rank: Of a worker in a training run.
+    """
+    context = ray.get_runtime_context()
+    node_id = context.get_node_id()
+    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    who = f"job={context.get_job_id()} node={address}/{node_id[:8]} pid={os.getpid()}"
+    if rank is not None:
+        who += f" rank={rank}"
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if storage.is_local(folder):
+        path = Path(storage.resolve(folder)[1], f"node-{address.replace(':', '_')}.log")
+        with contextlib.suppress(OSError):  # a log that cannot be written is no reason to end a run
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Lines are short and appended in one write each, so that those of several processes do not mix.
+            handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    formatter = logging.Formatter(f"%(asctime)s %(levelname)s %(name)s {who}: %(message)s")
+    logger = logging.getLogger("raydet")
+    for handler in logger.handlers:
+        handler.close()
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    logger.handlers = handlers
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,44 @@
+"""Being asked to stop: SIGTERM, as `ray job stop` and schedulers send it, becomes one line and exit code 143."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from raydet.common.errors import RunStopped
+
+STOPPED = "stopped as asked; what was written is whole, run the same command again"
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """For the time of a `with`, SIGTERM ends what is inside: it drops what is in flight and cleans up after itself.
+
+    Inside it looks like Ctrl-C, a KeyboardInterrupt: code that makes up for failures lets that pass, and while Ray
+    waits for its workers it hands on no other exception that a handler raises. A second SIGTERM does what it did
+    before the `with`. Outside the main thread, where signals do not come, nothing is changed.
+
+    Raises:
+        RunStopped: SIGTERM has come.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    was_asked = False
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        nonlocal was_asked
+        was_asked = True
+        signal.signal(signal.SIGTERM, previous)
+        raise KeyboardInterrupt("SIGTERM")
+
+    previous = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if was_asked:
+            raise RunStopped(STOPPED) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)

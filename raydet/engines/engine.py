@@ -1,0 +1,104 @@
+"""What runs a model: one contract, and the choice of the engine that a config asks for.
+
+The module itself is light: a driver that only checks a config imports neither torch nor an engine's package.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from raydet.common.errors import UserError
+from raydet.common.packages import require_packages
+from raydet.config import PredictConfig
+from raydet.models.families import FIXED_SIZE_ONLY, check_sizes
+from raydet.models.geometry import Image, ResizeRule, SizeHW
+from raydet.tables import storage
+from raydet.tables.schema import Category
+
+if TYPE_CHECKING:
+    from raydet.models.detector import Detections
+
+TORCH_INSTEAD = "engine torch is right for it"
+
+
+class Engine(Protocol):
+    """A model that is ready to run.
+
+    Attributes:
+        categories: Its classes in the order of their indices.
+        max_detections: The most detections that it finds in an image.
+        resize_rule: How it resizes.
+    """
+
+    categories: tuple[Category, ...]
+    max_detections: int
+    resize_rule: ResizeRule
+
+    def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
+        """Height and width in pixels at which the model sees an image of this size, without padding."""
+
+    def prepare(self, images: Sequence[Image]) -> Any:
+        """Resizes images and puts them into batches; may run in another thread than `predict`.
+
+        Args:
+            images: RGB, uint8 [H, W, 3] each.
+
+        Returns:
+            What `predict` takes.
+        """
+
+    def predict(self, prepared: Any) -> "list[Detections]":
+        """Finds objects.
+
+        Args:
+            prepared: From `prepare`.
+
+        Returns:
+            One `Detections` for each image, in order: by falling score, boxes (x, y, width, height) in absolute
+            pixels of the image as it was given to `prepare`.
+        """
+
+
+def check_engine(config: PredictConfig, model_type: str) -> None:
+    """Refuses what the engine of a config cannot do, as far as that shows without loading a model.
+
+    Args:
+        config: With a checkpoint.
+        model_type: Of the checkpoint, one of `raydet.models.families.FAMILIES`.
+
+    Raises:
+        UserError: The engine's package is not installed, or the engine has not this precision or cannot run this
+            model.
+    """
+    engine, precision = config.engine, config.precision
+    if engine == "torch":
+        if precision == "fp16" and config.use_gpu is False:
+            raise no_fp16_on_cpu(engine)
+        return
+    if engine == "openvino" and precision == "fp16":
+        raise no_fp16_on_cpu(engine)
+    if engine == "onnx" and precision != "fp32":
+        raise UserError(
+            f"engine onnx runs in fp32 only, precision is {precision}; engines torch and openvino have bf16"
+        )
+    require_packages(engine)
+    if model_type in FIXED_SIZE_ONLY:
+        assert config.checkpoint is not None, "a detector comes from a checkpoint"
+        keeps_aspect = _keeps_aspect(config.checkpoint)
+        check_sizes(model_type, keeps_aspect=keeps_aspect, where=config.checkpoint, remedy=TORCH_INSTEAD)
+
+
+def no_fp16_on_cpu(engine: str) -> UserError:
+    """What to say of half precision without a GPU."""
+    return UserError(f"precision fp16 needs a GPU, and engine {engine} runs on the CPU here; bf16 is right for CPUs")
+
+
+def _keeps_aspect(checkpoint: str) -> bool:
+    """Whether a folder's image processor says so; a model on the Hub shows it when it is loaded."""
+    path = storage.join(checkpoint, "preprocessor_config.json")
+    if not storage.exists(path):
+        return False
+    content = json.loads(storage.read_bytes(path))
+    size = content.get("size")
+    is_fixed = isinstance(size, dict) and {"height", "width"} <= size.keys()
+    return not is_fixed and not (content.get("do_pad", True) and content.get("pad_size"))

@@ -1,0 +1,148 @@
+"""Pictures → their detections, with an engine: cut into views, batched, found, merged and selected.
+
+The work is in two halves, so that a worker can do one for the next pictures while it does the other for these:
+`prepare` is the CPU's part, `predict` the model's.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from raydet.config import PredictConfig
+from raydet.engines.selection import check_classes, select
+from raydet.engines.tiling import View, crop, merge, views_of
+from raydet.models.detector import Detections
+from raydet.models.geometry import Image, SizeHW
+
+if TYPE_CHECKING:
+    from raydet.engines.engine import Engine
+
+_BATCHES_AT_ONCE = 2
+"""Batches that lie ready at most; the tiles of a picture, resized, take several times its own memory."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One view of one of the pictures, by their numbers."""
+
+    image: int
+    view: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the model sees at once: its jobs, and what the engine has made of their pixels."""
+
+    jobs: list[_Job]
+    prepared: Any
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pictures on their way through a `Scorer`; good for one `predict`.
+
+    Attributes:
+        sizes_hw: Height and width of each picture in pixels.
+        views: The views of each picture.
+        batches: The first ones prepared, the others as they are asked for.
+    """
+
+    sizes_hw: list[SizeHW]
+    views: list[list[View]]
+    batches: Iterator[_Batch]
+
+
+class Scorer:
+    """Finds objects in pictures as a `PredictConfig` asks: tiles, mirrored views, merging, selection.
+
+    Args:
+        engine: Runs the model.
+        config: Tiles, merging and selection; all else in it is the engine's.
+        batch_size: The most views that the engine gets at once.
+
+    Raises:
+        UserError: `config.classes` names one that the engine does not know.
+    """
+
+    def __init__(self, engine: "Engine", config: PredictConfig, *, batch_size: int) -> None:
+        self._engine = engine
+        self._config = config
+        self._batch_size = batch_size
+        self._classes = check_classes(config.classes, engine.categories)
+
+    def prepare(self, images: Sequence[Image]) -> Prepared:
+        """Plans the views of pictures and makes the first batches ready for the model.
+
+        May run in another thread than `predict`. Without tiles that is usually all the CPU's work; of the many
+        batches that tiles make, the rest is prepared during `predict`.
+
+        Args:
+            images: RGB, uint8 [H, W, 3], of any sizes; they are held until `predict` is through.
+        """
+        config = self._config
+        sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
+        views = [
+            views_of(
+                size_hw, tile=config.tile, overlap=config.overlap, whole_image=config.whole_image, flip=config.flip
+            )
+            for size_hw in sizes_hw
+        ]
+        jobs = [_Job(image, view) for image, planned in enumerate(views) for view in range(len(planned))]
+        if config.pad_together and len(jobs) > self._batch_size:
+            # Views of like size share a batch, which keeps the padding small; where all have one size, nothing moves.
+            jobs.sort(key=lambda job: self._engine.input_size_hw(views[job.image][job.view].size_hw))
+        batches = self._prepare_batches(images, views, jobs)
+        return Prepared(sizes_hw, views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
+
+    def _prepare_batches(
+        self, images: Sequence[Image], views: Sequence[Sequence[View]], jobs: Sequence[_Job]
+    ) -> Iterator[_Batch]:
+        for start in range(0, len(jobs), self._batch_size):
+            part = list(jobs[start : start + self._batch_size])
+            crops = [crop(images[job.image], views[job.image][job.view]) for job in part]
+            yield _Batch(part, self._engine.prepare(crops))
+
+    def predict(self, prepared: Prepared) -> list[Detections]:
+        """Runs the model on what `prepare` has made ready; a thread prepares the next batch meanwhile.
+
+        Returns:
+            For each picture, in order, what was asked for: by falling score, in pixels of the picture.
+        """
+        found: list[dict[int, Detections]] = [{} for _ in prepared.sizes_hw]
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare") as thread:
+            upcoming = thread.submit(next, prepared.batches, None)
+            while (batch := upcoming.result()) is not None:
+                upcoming = thread.submit(next, prepared.batches, None)
+                answers = self._engine.predict(batch.prepared)
+                for job, answer in zip(batch.jobs, answers, strict=True):
+                    found[job.image][job.view] = answer
+        return [
+            self._finish(views, [of_view[number] for number in range(len(views))], size_hw)
+            for views, of_view, size_hw in zip(prepared.views, found, prepared.sizes_hw, strict=True)
+        ]
+
+    def _finish(self, views: Sequence[View], found: Sequence[Detections], size_hw: SizeHW) -> Detections:
+        """Merges what was found in the views of a picture and leaves out what was not asked for."""
+        config = self._config
+        if self._classes is not None:  # before the merge, which takes part of each view's boxes only
+            found = [
+                select(one, score_threshold=0.0, top_k=None, categories=self._classes, class_agnostic_nms=None)
+                for one in found
+            ]
+        merged = merge(
+            views,
+            found,
+            size_hw,
+            how=config.merge,
+            iou=config.merge_iou,
+            max_detections=max(self._engine.max_detections, config.top_k or 0),
+        )
+        return select(
+            merged,
+            score_threshold=config.score_threshold,
+            top_k=config.top_k,
+            categories=None,
+            class_agnostic_nms=config.class_agnostic_nms,
+        )

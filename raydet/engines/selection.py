@@ -1,0 +1,111 @@
+"""Which detections of an image are handed out: by score, class, mutual overlap and number.
+
+Free of torch until boxes have to be compared, so that names of classes are checked before any worker starts.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from raydet.common.boxes import Boxes, xywh_to_xyxy
+from raydet.common.errors import UserError
+from raydet.tables.schema import Category
+
+if TYPE_CHECKING:
+    from raydet.models.detector import Detections
+
+_MOST_NAMES_SHOWN = 100
+
+
+def check_classes(classes: Sequence[str] | None, categories: Sequence[Category]) -> tuple[int, ...] | None:
+    """Turns names of classes into their indices.
+
+    Args:
+        classes: Names, as in `--classes`; None is all.
+        categories: The classes of the model, in the order of their indices.
+
+    Returns:
+        The indices of the classes so named, rising; several where classes share a name. None for all.
+
+    Raises:
+        UserError: No class, or one that the model does not know; the message names those that it knows.
+    """
+    if classes is None:
+        return None
+    names = [category.name for category in categories]
+    shown = ", ".join(names[:_MOST_NAMES_SHOWN])
+    if len(names) > _MOST_NAMES_SHOWN:
+        shown += f" … and {len(names) - _MOST_NAMES_SHOWN} more"
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise UserError(f"--classes: the model has no class {', '.join(unknown)}; its classes are: {shown}")
+    if not classes:
+        raise UserError(f"--classes names no class; leave it out to keep all, or choose from: {shown}")
+    return tuple(index for index, name in enumerate(names) if name in classes)
+
+
+def select(
+    found: "Detections",
+    *,
+    score_threshold: float,
+    top_k: int | None,
+    categories: Sequence[int] | None,
+    class_agnostic_nms: float | None,
+) -> "Detections":
+    """Leaves out detections that were not asked for.
+
+    Args:
+        found: Of one image, by falling score.
+        score_threshold: Those at or below it are left out.
+        top_k: So many of the rest are kept, the first ones; None keeps all.
+        categories: Indices of the classes to keep; None keeps all.
+        class_agnostic_nms: Of two boxes, of whatever classes, whose IoU is above this, the first is kept; None keeps
+            both. Boxes of other classes than `categories` and those below the threshold count for nothing here.
+
+    Returns:
+        What is left, in the same order; the very same object where nothing is left out.
+    """
+    wanted = found.scores > score_threshold
+    if categories is not None:
+        wanted &= np.isin(found.categories, np.asarray(categories, dtype=np.int64))
+    kept = np.flatnonzero(wanted)
+    if class_agnostic_nms is not None:
+        kept = kept[non_maximum_suppression(found.boxes_xywh[kept], found.scores[kept], class_agnostic_nms)]
+    kept = kept[:top_k]
+    if len(kept) == len(found.scores):
+        return found
+    return dataclasses.replace(
+        found, boxes_xywh=found.boxes_xywh[kept], scores=found.scores[kept], categories=found.categories[kept]
+    )
+
+
+def non_maximum_suppression(
+    boxes_xywh: Boxes,
+    scores: npt.NDArray[np.float64],
+    iou: float,
+    categories: npt.NDArray[np.int64] | None = None,
+) -> npt.NDArray[np.int64]:
+    """Goes through boxes by falling score and leaves out each that overlaps a kept one by more than `iou`.
+
+    Args:
+        boxes_xywh: Absolute pixels, [N, 4].
+        scores: [N], falling; of equal scores the first goes first.
+        iou: Intersection over union, 0 to 1.
+        categories: Only boxes of one category are compared, [N]; None compares all.
+
+    Returns:
+        Rising indices of the boxes kept.
+    """
+    import torch
+    from torchvision.ops import batched_nms, nms
+
+    corners, values = torch.from_numpy(xywh_to_xyxy(boxes_xywh)), torch.from_numpy(np.ascontiguousarray(scores))
+    if categories is None:
+        kept = nms(corners, values, iou)
+    else:
+        kept = batched_nms(corners, values, torch.from_numpy(np.ascontiguousarray(categories)), iou)
+    # torchvision's own order is not stable where scores are equal; that of the indices is.
+    return np.sort(kept.numpy())

@@ -1,0 +1,385 @@
+"""Large pictures are looked at in tiles, pictures mirrored too, and what was found becomes one answer.
+
+picture → views (windows of it, some mirrored) → what the model finds in each → merged into one set of boxes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from raydet.common.boxes import Boxes, clip_xywh, has_area, xywh_to_xyxy, xyxy_to_xywh
+from raydet.config import Merge
+from raydet.engines.selection import non_maximum_suppression
+from raydet.models.detector import Detections
+from raydet.models.geometry import Image, SizeHW
+
+BEST_OF_VIEW = 100
+"""Boxes of a view that take part in the merge, the best ones."""
+
+# A fragment's box ends near the edge that cuts it, not on it: by so many pixels, and this part of its own side.
+_REACH_PX = 1.0
+_REACH_OF_SIDE = 0.05
+_LEAST_COVERED = 0.8
+_LEAST_SCORE_OF_WHOLE = 0.5
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class View:
+    """A window of a picture, as the model is to see it.
+
+    Attributes:
+        left: First column, in pixels of the whole picture.
+        top: First row.
+        width: Columns of the window.
+        height: Rows of the window.
+        is_mirrored: Left and right are swapped within the window.
+        is_whole: The window is the whole picture.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    is_mirrored: bool = False
+    is_whole: bool = False
+
+    @property
+    def window_xyxy(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in pixels of the whole picture; a view and its mirrored twin share it."""
+        return self.left, self.top, self.left + self.width, self.top + self.height
+
+    @property
+    def size_hw(self) -> SizeHW:
+        """Height and width of the window in pixels."""
+        return self.height, self.width
+
+
+def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: bool, flip: bool) -> list[View]:
+    """Plans how a picture is looked at.
+
+    Tiles are spread evenly, the first at one border and the last at the other, as few as give the overlap asked for.
+
+    Args:
+        size_hw: Height and width of the picture in pixels.
+        tile: Side of the square tiles in pixels; None makes none. Where the picture is narrower than a tile, so is
+            the tile; a picture that fits into a tile is not cut.
+        overlap: The least part of a tile's side that neighbours share, from 0 to below 1.
+        whole_image: With tiles, the picture as a whole follows them.
+        flip: Each view is followed by its mirrored twin.
+
+    Returns:
+        Views, tiles row by row; never none, and no two alike.
+    """
+    height, width = size_hw
+    views = [View(0, 0, width, height, is_whole=True)]
+    if tile is not None and max(size_hw) > tile:
+        tiles = [
+            View(left, top, min(tile, width), min(tile, height))
+            for top in _starts(height, tile, overlap)
+            for left in _starts(width, tile, overlap)
+        ]
+        views = tiles + views if whole_image else tiles
+    if not flip:
+        return views
+    return [
+        View(view.left, view.top, view.width, view.height, is_mirrored, view.is_whole)
+        for view in views
+        for is_mirrored in (False, True)
+    ]
+
+
+def _starts(length: int, tile: int, overlap: float) -> list[int]:
+    """Where tiles begin along one side, so that the last one ends with it."""
+    if length <= tile:
+        return [0]
+    most_apart = max(1, tile - math.ceil(tile * overlap))
+    num_steps = -(-(length - tile) // most_apart)
+    return [step * (length - tile) // num_steps for step in range(num_steps + 1)]
+
+
+def crop(image: Image, view: View) -> Image:
+    """Cuts a view out of a picture.
+
+    Args:
+        image: The whole picture, uint8 [H, W, 3].
+        view: One of `views_of` for its size.
+
+    Returns:
+        uint8 [view.height, view.width, 3], contiguous; the picture itself where the view is all of it.
+    """
+    left, top, right, bottom = view.window_xyxy
+    window = image[top:bottom, left:right]
+    return np.ascontiguousarray(window[:, ::-1] if view.is_mirrored else window)
+
+
+def merge(
+    views: Sequence[View],
+    detections: Sequence[Detections],
+    size_hw: SizeHW,
+    *,
+    how: Merge,
+    iou: float,
+    max_detections: int,
+) -> Detections:
+    """Makes one answer for a picture of those for its views.
+
+    A box that the edge of a tile cuts off is left out where another window shows more of the object; then, among the
+    boxes of each class, `nms` keeps the best of those that overlap, and `wbf` averages them. An object that no window
+    shows whole is left in parts, one from each tile: the tiles' overlap should be as wide as the objects, or the whole
+    picture be one of the views; of that view only what is larger than the overlap counts.
+
+    Args:
+        views: Of one picture.
+        detections: For each view, by falling score, in pixels of that view.
+        size_hw: Height and width of the picture in pixels.
+        how: Greedy suppression, or weighted box fusion (Solovyev, Wang, Gabruseva 2019, arXiv 1910.13302).
+        iou: Overlap of boxes of one class above which they are taken for one object.
+        max_detections: The most detections of the answer, the best ones.
+
+    Returns:
+        By falling score, in pixels of the picture and clipped to it. A single view that is not mirrored comes back
+        as it is.
+    """
+    if len(views) == 1 and not views[0].is_mirrored:
+        return detections[0]
+    found = _without_fragments(_gather(views, detections, size_hw, is_fused=how == "wbf", iou=iou), iou)
+    if how == "nms":
+        kept = non_maximum_suppression(found.boxes_xywh, found.scores, iou, found.categories)
+        merged = Detections(found.boxes_xywh[kept], found.scores[kept], found.categories[kept])
+    else:
+        merged = _fuse(found, iou)
+    boxes_xywh = clip_xywh(merged.boxes_xywh, size_hw)
+    kept = np.flatnonzero(has_area(boxes_xywh))[:max_detections]
+    return Detections(boxes_xywh[kept], merged.scores[kept], merged.categories[kept])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The boxes of all views in pixels of the picture, by falling score.
+
+    Attributes:
+        boxes_xywh: [N, 4].
+        scores: [N].
+        categories: [N].
+        views: The view that each box is from, [N].
+        windows: Its window, which a view shares with its mirrored twin, [N].
+        is_cut: Whether an edge of the window that lies within the picture cuts the box, [N].
+        windows_xyxy: The windows, [W, 4].
+        num_views: How many views each window has, [W].
+    """
+
+    boxes_xywh: Boxes
+    scores: Floats
+    categories: Integers
+    views: Integers
+    windows: Integers
+    is_cut: Flags
+    windows_xyxy: Boxes
+    num_views: Integers
+
+    def take(self, kept: Integers | Flags) -> "_Found":
+        return _Found(
+            self.boxes_xywh[kept],
+            self.scores[kept],
+            self.categories[kept],
+            self.views[kept],
+            self.windows[kept],
+            self.is_cut[kept],
+            self.windows_xyxy,
+            self.num_views,
+        )
+
+
+def _gather(
+    views: Sequence[View], detections: Sequence[Detections], size_hw: SizeHW, *, is_fused: bool, iou: float
+) -> _Found:
+    """Moves the boxes of all views to the picture."""
+    number_of = {window: number for number, window in enumerate(dict.fromkeys(view.window_xyxy for view in views))}
+    window_of_view = np.array([number_of[view.window_xyxy] for view in views])
+    least_side = _shared_by_tiles(views)
+    best = [
+        _best_of(found, least_side=least_side if view.is_whole else 0.0, is_fused=is_fused, iou=iou)
+        for found, view in zip(detections, views, strict=True)
+    ]
+    boxes = [_to_picture(found.boxes_xywh, view) for found, view in zip(best, views, strict=True)]
+    view_numbers = np.repeat(np.arange(len(views)), [len(found.scores) for found in best])
+    scores = np.concatenate([found.scores for found in best])
+    gathered = _Found(
+        boxes_xywh=np.concatenate(boxes),
+        scores=scores,
+        categories=np.concatenate([found.categories for found in best]),
+        views=view_numbers,
+        windows=window_of_view[view_numbers],
+        is_cut=np.concatenate([_is_cut(item, view, size_hw) for item, view in zip(boxes, views, strict=True)]),
+        windows_xyxy=np.array(list(number_of), dtype=np.float64),
+        num_views=np.bincount(window_of_view),
+    )
+    return gathered.take(np.argsort(-scores, kind="stable"))
+
+
+def _shared_by_tiles(views: Sequence[View]) -> float:
+    """The least that neighbouring tiles share, in pixels: what is no larger is whole in one of them."""
+    tiles = [view for view in views if not view.is_whole]
+    if not tiles:
+        return 0.0
+    starts = ({view.left for view in tiles}, {view.top for view in tiles})
+    shared = [
+        side - (later - earlier)
+        for side, places in zip((tiles[0].width, tiles[0].height), starts, strict=True)
+        for earlier, later in pairwise(sorted(places))
+    ]
+    return float(min(shared, default=0))
+
+
+def _best_of(found: Detections, *, least_side: float, is_fused: bool, iou: float) -> Detections:
+    """What of one view takes part in the merge."""
+    # A tile shows small objects whole and larger than the picture as a whole does; two boxes of one such object,
+    # the coarse one some pixels off, would overlap too little to be taken for one.
+    found = _take(found, np.flatnonzero(found.boxes_xywh[:, 2:].max(axis=1, initial=0.0) >= least_side))
+    # DETR proposes a fixed number of boxes, 300 and more for some families, whatever there is to see; of a view
+    # nearly all beyond the first are noise, and the merge grows with the square of what takes part in it.
+    kept = np.arange(min(BEST_OF_VIEW, len(found.scores)))
+    if is_fused:
+        # The paper fuses answers that have been through suppression; DETR's have not, and its faint second boxes of
+        # an object would pull the mean score down.
+        kept = non_maximum_suppression(found.boxes_xywh[kept], found.scores[kept], iou, found.categories[kept])
+    return _take(found, kept)
+
+
+def _take(found: Detections, kept: Integers) -> Detections:
+    return Detections(found.boxes_xywh[kept], found.scores[kept], found.categories[kept])
+
+
+def _to_picture(boxes_xywh: Boxes, view: View) -> Boxes:
+    moved = boxes_xywh.copy()
+    if view.is_mirrored:
+        moved[:, 0] = view.width - boxes_xywh[:, 0] - boxes_xywh[:, 2]
+    moved[:, :2] += (view.left, view.top)
+    return moved
+
+
+def _is_cut(boxes_xywh: Boxes, view: View, size_hw: SizeHW) -> Flags:
+    """Which boxes, in pixels of the picture, reach an edge of their window that is not the picture's border."""
+    window_xyxy = np.array(view.window_xyxy)
+    gaps = (xywh_to_xyxy(boxes_xywh) - window_xyxy) * (1, 1, -1, -1)
+    reaches = _REACH_PX + _REACH_OF_SIDE * boxes_xywh[:, [2, 3, 2, 3]]
+    is_inner = window_xyxy != (0, 0, size_hw[1], size_hw[0])
+    return np.asarray(((gaps <= reaches) & is_inner).any(axis=1))
+
+
+def _without_fragments(found: _Found, iou: float) -> _Found:
+    """Leaves out parts of objects of which another window shows more."""
+    boxes_xyxy = xywh_to_xyxy(found.boxes_xywh)
+    is_fragment = np.zeros(len(boxes_xyxy), dtype=np.bool_)
+    for number, window_xyxy in enumerate(found.windows_xyxy):
+        is_own = found.windows == number
+        cut = np.flatnonzero(found.is_cut & is_own)
+        # Two boxes of one window are two objects to the model, which has seen both at once.
+        others = np.flatnonzero(~is_own & (_intersections(boxes_xyxy, window_xyxy) > 0))
+        if len(cut) and len(others):
+            is_fragment[cut] = _are_parts(found, boxes_xyxy, cut, others, window_xyxy, iou)
+    return found.take(~is_fragment)
+
+
+def _are_parts(
+    found: _Found, boxes_xyxy: Boxes, cut: Integers, others: Integers, window_xyxy: Floats, iou: float
+) -> Flags:
+    """Which of the `cut` boxes of a window are parts of objects that `others`, boxes of other windows, show."""
+    areas = found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3]
+    # A faint box around a strong one is noise, not the object that the strong one is a part of.
+    may_hold = (
+        (found.categories[cut, None] == found.categories[others])
+        & (areas[cut, None] < areas[others])
+        & (found.scores[others] >= _LEAST_SCORE_OF_WHOLE * found.scores[cut, None])
+    )
+    rows, columns = np.nonzero(may_hold)
+    part, whole = cut[rows], others[columns]
+    shared = _intersections(boxes_xyxy[part], boxes_xyxy[whole])
+    is_inside = (shared > 0) & (shared >= _LEAST_COVERED * areas[part])
+    # A thin part that is a pixel off is not inside; yet it matches what the window can show of the object.
+    shown_xyxy = _within(boxes_xyxy[whole], window_xyxy)
+    matched = _intersections(boxes_xyxy[part], shown_xyxy)
+    united = areas[part] + _intersections(shown_xyxy, window_xyxy) - matched
+    is_shown = ~found.is_cut[whole] & (matched > iou * united)
+    is_part = np.zeros(len(cut), dtype=np.bool_)
+    is_part[rows[is_inside | is_shown]] = True
+    return is_part
+
+
+def _within(boxes_xyxy: Boxes, window_xyxy: Floats) -> Boxes:
+    """Boxes cut to a window that they meet."""
+    limits_low, limits_high = np.tile(window_xyxy[:2], 2), np.tile(window_xyxy[2:], 2)
+    return np.clip(boxes_xyxy, limits_low, limits_high)
+
+
+def _intersections(boxes_xyxy: Boxes, other_xyxy: Boxes) -> Floats:
+    """Shared areas in square pixels, pair by pair; the last axis of both holds the corners."""
+    width = np.minimum(boxes_xyxy[..., 2], other_xyxy[..., 2]) - np.maximum(boxes_xyxy[..., 0], other_xyxy[..., 0])
+    height = np.minimum(boxes_xyxy[..., 3], other_xyxy[..., 3]) - np.maximum(boxes_xyxy[..., 1], other_xyxy[..., 1])
+    return np.asarray(np.maximum(width, 0.0) * np.maximum(height, 0.0))
+
+
+def _fuse(found: _Found, iou: float) -> Detections:
+    """Weighted box fusion: boxes that match are averaged, weighted by their scores.
+
+    A fused box has the mean score of its boxes, times the part of the views of their windows that have found it. So
+    a box that only one of two mirrored twins shows loses half; windows that do not show it take nothing away.
+    """
+    boxes_xyxy = xywh_to_xyxy(found.boxes_xywh)
+    clusters, num_clusters = np.zeros(len(boxes_xyxy), dtype=np.int64), 0
+    for category in np.unique(found.categories):
+        members = np.flatnonzero(found.categories == category)
+        numbers = _cluster(boxes_xyxy[members], found.scores[members], iou)
+        clusters[members] = numbers + num_clusters
+        num_clusters += int(numbers.max()) + 1
+    weights = np.bincount(clusters, found.scores, num_clusters)
+    weighted = found.scores[:, None] * boxes_xyxy
+    fused_xyxy = np.stack([np.bincount(clusters, side, num_clusters) for side in weighted.T], axis=1) / weights[:, None]
+    scores = weights / np.bincount(clusters, minlength=num_clusters)
+    seen_by = np.unique(np.stack([clusters, found.views]), axis=1)
+    shown_in = np.unique(np.stack([clusters, found.windows]), axis=1)
+    num_seen = np.bincount(seen_by[0], minlength=num_clusters)
+    num_possible = np.bincount(shown_in[0], found.num_views[shown_in[1]], num_clusters)
+    scores *= num_seen / num_possible
+    categories = np.zeros(num_clusters, dtype=np.int64)
+    categories[clusters] = found.categories
+    order = np.argsort(-scores, kind="stable")
+    return Detections(xyxy_to_xywh(fused_xyxy)[order], scores[order], categories[order])
+
+
+def _cluster(boxes_xyxy: Boxes, scores: Floats, iou: float) -> Integers:
+    """Assigns boxes of one class, by falling score, to clusters.
+
+    Each goes to the cluster whose fused box it overlaps most, if by more than `iou`, and else founds a new one.
+
+    Returns:
+        Numbers of the clusters from 0 on, [N].
+    """
+    numbers = np.empty(len(boxes_xyxy), dtype=np.int64)
+    sums, weights = np.zeros((4, len(boxes_xyxy))), np.zeros(len(boxes_xyxy))
+    fused, areas = np.zeros((4, len(boxes_xyxy))), np.zeros(len(boxes_xyxy))
+    num_clusters = 0
+    for index, (box, score) in enumerate(zip(boxes_xyxy, scores, strict=True)):
+        left, top, right, bottom = box
+        # One side first: it rules out most clusters, which makes the rest cheap.
+        shared_width = np.minimum(fused[2, :num_clusters], right) - np.maximum(fused[0, :num_clusters], left)
+        near = np.flatnonzero(shared_width > 0)
+        shared_height = np.minimum(fused[3, near], bottom) - np.maximum(fused[1, near], top)
+        shared = shared_width[near] * np.maximum(shared_height, 0.0)
+        ious = shared / (areas[near] + (right - left) * (bottom - top) - shared)
+        best = int(near[np.argmax(ious)]) if len(near) and ious.max() > iou else num_clusters
+        num_clusters = max(num_clusters, best + 1)
+        numbers[index] = best
+        sums[:, best] += score * box
+        weights[best] += score
+        fused[:, best] = sums[:, best] / weights[best]
+        areas[best] = (fused[2, best] - fused[0, best]) * (fused[3, best] - fused[1, best])
+    return numbers

@@ -1,0 +1,352 @@
+"""The model card of a pushed checkpoint: what it finds, how well, and how it was made, as the Hub shows it.
+
+Data is named by the last part of its path alone: where it lay, in whose home or bucket, is nobody else's business.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.compute as pc
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from raydet.common.errors import UserError
+from raydet.config import PushConfig, TrainConfig, fields_of
+from raydet.measuring import metrics_folder
+from raydet.measuring.numbers.metrics import METRICS
+from raydet.models.checkpoints import HISTORY_FILE, Checkpoint
+from raydet.tables import storage
+from raydet.tables.table import MANIFEST_NAME, Table, is_table
+from raydet.training.history import best_entry
+
+_CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+
+_Numbers = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class BuiltCard:
+    """A model card.
+
+    Attributes:
+        content: Of README.md: metadata in YAML, then markdown.
+        notes: What whoever pushes it may have overlooked.
+    """
+
+    content: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the training run left beside the checkpoint; empty where it is not there."""
+
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """COCO numbers in [0, 1], None where there is nothing to measure, and where they come from."""
+
+    data: str
+    num_images: int | None
+    origin: str
+    overall: _Numbers
+    by_class: Mapping[str, _Numbers]
+    is_evaluation: bool
+    note: str | None = None
+
+
+def build_card(config: PushConfig, checkpoint: Checkpoint) -> BuiltCard:
+    """Writes the card of a checkpoint, from what its training run and `raydet evaluate` left.
+
+    The numbers are those of `config.metrics`, or else of the validation after the epoch that the checkpoint is of.
+
+    Raises:
+        UserError: `config.metrics` is no folder of `raydet evaluate`, or was measured on other classes.
+    """
+    run = _read_run(checkpoint)
+    if config.metrics is None:
+        measured = _measured_in_training(checkpoint, run)
+    else:
+        measured = _measured_by_evaluate(config.metrics, checkpoint)
+    notes = (measured.note,) if measured is not None and measured.note else ()
+    return BuiltCard(str(_card(config, checkpoint, run, measured)), notes)
+
+
+def _read_run(checkpoint: Checkpoint) -> _Run:
+    folder = checkpoint.name.rstrip("/").rpartition("/")[0]
+    try:
+        config = yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml")))
+    except (OSError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("model", "train_data")):
+        return _Run({}, [])
+    try:
+        history = json.loads(storage.read_bytes(storage.join(folder, HISTORY_FILE)))
+    except (OSError, ValueError):
+        history = []
+    return _Run(config, history)
+
+
+def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
+    """The numbers that `raydet evaluate` wrote."""
+    uri = storage.absolute_uri(metrics)
+    if not is_table(storage.join(uri, "metrics")):
+        raise UserError(
+            f"--metrics {metrics} holds no metrics of `raydet evaluate`; give the folder that was its --out"
+        )
+    table = _latest_run(uri, checkpoint.name)
+    own, names = ([item.name for item in of.categories] for of in (checkpoint, table))
+    if own and own != names:
+        raise UserError(
+            f"--metrics {metrics} was measured on the classes {', '.join(names)}, but the checkpoint's are "
+            f"{', '.join(own)}; evaluate this checkpoint"
+        )
+    rows = [row for row in table.read().to_pylist() if row["slice"] is None]
+    numbers: dict[str | None, dict[str, float | None]] = {name: {} for name in (None, *names)}
+    for row in rows:
+        numbers.setdefault(row["category"], {})[row["metric"]] = row["value"]
+    if not numbers[None]:
+        raise UserError(f"--metrics {metrics} holds no numbers over all images; run `raydet evaluate` again")
+    data = _bare_name(rows[0]["split"] or "")
+    counts = table.manifest["runs"][table.files[0]]
+    num_images = counts.get("num_images")
+    unreadable = counts.get("num_unreadable") or 0
+    origin = f"Measured with `raydet evaluate` on {_escaped(data)}" + (f", {num_images:,} images" if num_images else "")
+    if unreadable:
+        origin += f"; {unreadable:,} of them could not be read, and what is in them counts as missed"
+    model = rows[0]["model"]
+    note = None
+    if model is not None and model != checkpoint.name:
+        note = f"the numbers in {metrics} were measured with {model}; make sure that it is the model you push"
+    return _Measured(data, num_images, origin + ".", numbers[None], {name: numbers[name] for name in names}, True, note)
+
+
+def _latest_run(uri: str, model: str) -> Table:
+    """The metrics of the last run of this model; of the last one of all where none is of it."""
+    tables = [table for run in metrics_folder.runs_in(uri) if (table := metrics_folder.open_run(uri, "metrics", run))]
+    of_model = [table for table in tables if pc.any(pc.equal(table.read(["model"])["model"], model)).as_py()]
+    return (of_model or tables)[-1]
+
+
+def _measured_in_training(checkpoint: Checkpoint, run: _Run) -> _Measured | None:
+    """The validation numbers of the epoch that the checkpoint is of."""
+    chosen_by = run.config.get("metric_for_best_model") or "AP"
+    is_newest = checkpoint.name.rstrip("/").endswith("/last")
+    entry = run.history[-1] if is_newest and run.history else best_entry(run.history, chosen_by)
+    if entry is None or entry.get("AP") is None:
+        return None
+    table = run.config.get("val_data") or ""
+    data, num_images = _bare_name(table), _num_images(table, checkpoint)
+    part = run.config.get("validate_fraction") or 1.0
+    images = "the validation images" if part == 1 else f"{part:.0%} of the validation images"
+    why = "the newest" if is_newest else f"the best by {_escaped(chosen_by)}"
+    origin = (
+        f"Measured in training, on {images} ({_escaped(data)}) after epoch {entry['epoch']} of {len(run.history)}, "
+        f"{why}."
+    )
+    if not is_newest:
+        origin += " The checkpoint was chosen by these numbers, so on other images expect somewhat lower ones."
+    by_class = entry.get("AP_by_class") or {}
+    return _Measured(
+        data,
+        num_images if part == 1 else None,
+        origin,
+        {metric.name: entry.get(metric.name) for metric in METRICS},
+        {item.name: {"AP": by_class.get(item.name)} for item in checkpoint.categories},
+        is_evaluation=False,
+    )
+
+
+def _num_images(uri: str, checkpoint: Checkpoint) -> int | None:
+    """How many images a table has, if it is still there and in the store that the checkpoint is in.
+
+    Another store may not be within reach from here, and to find that out takes a quarter of a minute.
+    """
+    if urlsplit(uri).scheme not in ("", "file", urlsplit(checkpoint.name).scheme):
+        return None
+    try:
+        return int(json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))["num_rows"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _card(config: PushConfig, checkpoint: Checkpoint, run: _Run, measured: _Measured | None) -> ModelCard:
+    model = run.config.get("model", "")
+    base = model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None
+    title = config.repo.partition("/")[2]
+    results = _eval_results(measured)
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        license=config.license,
+        pipeline_tag="object-detection",
+        tags=["object-detection", "raydet", checkpoint.model_type],
+        model_name=title if results else None,
+        eval_results=results,
+    )
+    origin = ""
+    if base:
+        origin = f", fine-tuned from [{_escaped(base)}](https://huggingface.co/{base})"
+    elif model:
+        # A path would say where it lay on one machine, and nothing about the model.
+        origin = ", fine-tuned from another checkpoint" if "/" in model else f", trained from scratch as `{model}`"
+    sections = [
+        f"# {_escaped(title)}",
+        f"A `{checkpoint.model_type}` object detector{origin}. Trained with raydet.",
+        *_classes_section(checkpoint),
+        *_numbers_section(measured),
+        *_use_section(config),
+        *_data_section(checkpoint, run, measured),
+        *_recipe_section(run),
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _eval_results(measured: _Measured | None) -> list[EvalResult] | None:
+    if measured is None:
+        return None
+    slug = re.sub(r"[^a-z0-9_-]+", "-", measured.data.lower()).strip("-") or "images"
+    return [
+        EvalResult(
+            task_type="object-detection",
+            task_name="Object Detection",
+            dataset_type=slug,
+            dataset_name=measured.data,
+            metric_type=metric.name,
+            metric_name=metric.name,
+            metric_value=measured.overall[metric.name],
+        )
+        for metric in METRICS
+        if measured.overall.get(metric.name) is not None
+    ] or None
+
+
+def _classes_section(checkpoint: Checkpoint) -> list[str]:
+    names = [(str(index), _escaped(item.name)) for index, item in enumerate(checkpoint.categories)]
+    return ["## Classes", _table(("index", "class"), names)] if names else []
+
+
+def _numbers_section(measured: _Measured | None) -> list[str]:
+    if measured is None:
+        return ["## Evaluation", "Not measured."]
+    rows = [
+        (
+            metric.name,
+            _number(measured.overall.get(metric.name)),
+            ".50:.95" if metric.iou is None else f"{metric.iou:.2f}".lstrip("0"),
+            metric.area,
+            str(metric.max_detections),
+        )
+        for metric in METRICS
+    ]
+    columns = [name for name in _CLASS_COLUMNS if any(name in numbers for numbers in measured.by_class.values())]
+    by_class = [
+        (_escaped(name), *(_number(numbers.get(column)) for column in columns))
+        for name, numbers in measured.by_class.items()
+    ]
+    sections = [
+        "## Evaluation",
+        f"{measured.origin} The numbers are COCO's, as pycocotools gives them.",
+        _table(("metric", "value", "IoU", "area", "detections"), rows),
+    ]
+    return [*sections, _table(("class", *columns), by_class)] if by_class else sections
+
+
+def _use_section(config: PushConfig) -> list[str]:
+    revision = f', revision="{config.revision}"' if config.revision else ""
+    code = f"""\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+
+detector = pipeline("object-detection", model="{config.repo}"{revision})
+print(detector("picture.jpg", threshold=0.3))
+
+# Or step by step:
+processor = AutoImageProcessor.from_pretrained("{config.repo}"{revision})
+model = AutoModelForObjectDetection.from_pretrained("{config.repo}"{revision})
+image = Image.open("picture.jpg").convert("RGB")
+outputs = model(**processor(images=image, return_tensors="pt"))
+found = processor.post_process_object_detection(
+    outputs, threshold=0.3, target_sizes=[(image.height, image.width)]
+)"""
+    shell, name = "", config.repo
+    if config.revision:
+        shell, name = f"hf download {config.repo} --revision {config.revision} --local-dir model\n", "./model"
+    shell += "raydet prepare images --images FOLDER --out TABLE\n"
+    shell += f"raydet predict --checkpoint {name} --data TABLE --out DETECTIONS"
+    return ["## Use", _fenced(code, "python"), "On many images, with raydet:", _fenced(shell, "bash")]
+
+
+def _data_section(checkpoint: Checkpoint, run: _Run, measured: _Measured | None) -> list[str]:
+    uses = [
+        (use, run.config[key])
+        for use, key in (("training", "train_data"), ("validation", "val_data"))
+        if key in run.config
+    ]
+    rows = [(use, _escaped(_bare_name(uri)), _count(_num_images(uri, checkpoint))) for use, uri in uses]
+    if measured is not None and measured.is_evaluation:
+        rows.append(("evaluation", _escaped(measured.data), _count(measured.num_images)))
+    return ["## Data", _table(("used for", "images table", "images"), rows)] if rows else []
+
+
+def _recipe_section(run: _Run) -> list[str]:
+    """The options that decide the result; `epochs`, which may be raised later, is one of them for a reader."""
+    names = [
+        item.name
+        for item in fields_of(TrainConfig)
+        if (not item.metadata["operational"] or item.name == "epochs")
+        and item.name not in ("train_data", "val_data", "model")
+        and item.name in run.config
+    ]
+    if not names:
+        return []
+    recipe = yaml.safe_dump(
+        {name: _without_paths(run.config[name]) for name in names}, sort_keys=False, allow_unicode=True
+    )
+    trained = f"Trained for {len(run.history)} epochs" if run.history else "Trained"
+    return ["## Recipe", f"{trained} with these options of `raydet train`:", _fenced(recipe.rstrip("\n"), "yaml")]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _fenced(text: str, language: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _escaped(text: str) -> str:
+    """Text as itself in a line of markdown, whatever characters it holds."""
+    return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _bare_name(uri: str) -> str:
+    """The last part of a path or URI, without host, credentials, query and the folders above it."""
+    path = urlsplit(uri).path if "://" in uri else uri
+    return path.rstrip("/").rpartition("/")[2].rpartition("@")[2] or "images"
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return _bare_name(value) if isinstance(value, str) and "/" in value else value

@@ -1,0 +1,273 @@
+"""What there is to be scored: images of a table, a folder, a list of paths or tar files, in a fixed order.
+
+An images table is its own index. For all else the images are listed once, into a small Parquet file; whoever goes on
+with a run reads that file, and so sees the same images in the same order even if files have come since. Reading needs
+pyarrow alone: no Ray, no torch.
+"""
+
+import hashlib
+import itertools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raydet.common.errors import UserError
+from raydet.common.redaction import refuse_password
+from raydet.common.threads import in_order
+from raydet.images.files import ReadError
+from raydet.images.listing import Listing, is_pattern, list_images
+from raydet.images.references import FileReader, Reference
+from raydet.tables import storage
+from raydet.tables.table import Table, is_table, open_table
+
+INDEX_GROUP_ROWS = 2**16
+"""Rows of a row group of an index: what reading a few of them must load."""
+_INDEX_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("path", pa.string()),
+        ("uri", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+    ]
+)
+_INDEX_KEY = b"raydet_index"
+_TABLE_COLUMNS = ("image_id", "image", "width", "height")
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image, undecoded.
+
+    Attributes:
+        image_id: The table's, or the number of the row from 0.
+        path: Of a table what it says; of a folder relative to it; of a list as the line says; of a tar file the path
+            of the shard and the name in it.
+        data: The encoded image; None where it cannot be read.
+        error: None, or one short reason why there are no data.
+        size_hw: Height and width in pixels as the table states them; None where nothing does.
+    """
+
+    image_id: int
+    path: str
+    data: bytes | None
+    error: str | None
+    size_hw: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Images(ABC):
+    """A collection of images, by position; holds no pixels and can be sent to any worker.
+
+    Attributes:
+        kind: What it was made from.
+        num_rows: How many images there are.
+        fingerprint: 16 hex digits that change when the collection does: a table's manifest, or the paths and places
+            of all images. The content of files is not looked at.
+    """
+
+    kind: Literal["table", "folder", "list", "tar"]
+    num_rows: int
+    fingerprint: str
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Iterator[ImageRow]:
+        """Reads the rows from position `start` to `stop` (exclusive), as a slice does, in order, while they are taken.
+
+        Raises:
+            OSError: The storage fails, which says nothing about one image; what is wrong with one image stands in its
+                row.
+        """
+
+
+@dataclass(frozen=True)
+class TableImages(Images):
+    """The rows of an images table.
+
+    Attributes:
+        table: The table, with its categories.
+    """
+
+    table: Table
+
+    def read(self, start: int, stop: int) -> Iterator[ImageRow]:
+        """As `Images.read`; opens only the files and loads only the row groups that hold these rows, one at a time."""
+        reader = FileReader()
+        first = 0
+        for name in self.table.files:
+            num_rows = self.table.manifest["files"][name]
+            if first < stop and start < first + num_rows:
+                with _open_parquet(storage.join(self.table.uri, name)) as file:
+                    for rows in _overlapping(file, start - first, stop - first, _TABLE_COLUMNS):
+                        yield from _table_rows(rows, reader)
+            first += num_rows
+
+
+@dataclass(frozen=True)
+class IndexedImages(Images):
+    """Images that an index lists.
+
+    Attributes:
+        index: Where the index is; or itself, where it was not to be kept.
+    """
+
+    index: str | bytes
+
+    def read(self, start: int, stop: int) -> Iterator[ImageRow]:
+        """As `Images.read`; a few files are read ahead, side by side, since remote storage answers late."""
+        # Nobody has looked for the files of a list before.
+        reader = FileReader(missing="no such file") if self.kind == "list" else FileReader()
+        yield from in_order(lambda item: _filled(item, reader), self._rows(start, stop))
+
+    def _rows(self, start: int, stop: int) -> Iterator[tuple[ImageRow, Reference]]:
+        with _open_parquet(self.index) as file:
+            for rows in _overlapping(file, start, stop, _INDEX_SCHEMA.names):
+                for image_id, path, *reference in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+                    yield ImageRow(image_id, path, None, None, None), Reference(*reference)
+
+
+def open_images(data: str, *, index_uri: str | None) -> Images:
+    """Opens what is to be scored.
+
+    Args:
+        data: Path or URI of an images table; of a folder of images, with its subfolders; of a list file (`.txt` or
+            `.lst`, UTF-8: a path or URI a line, relative ones starting from the list's folder; blank lines and lines
+            that begin with `#` are left out); of a `.tar`, or of a folder that holds tar files and no image. Or a
+            pattern of tar files, with `*`, `?`, `[…]`, `{a,b}` and `{000..012}`. A folder that holds both a table and
+            images is a table.
+        index_uri: Where the index is, or is to be written; the object itself holds it where this is None. Not used
+            for a table.
+
+    Raises:
+        UserError: There is no such thing, no image in it, or a tar file is damaged or compressed; or the index there
+            is of other data; or there is a password in a URI that the index would hold. Nothing is written then.
+    """
+    uri = storage.absolute_uri(data).rstrip("/") or "/"
+    if uri.startswith("file://") and not is_pattern(uri):
+        uri = storage.resolve(uri)[1]
+    try:
+        if not is_pattern(uri):
+            if not storage.exists(uri):
+                raise UserError(f"no such path: {uri}; data must name a table, a folder of images, a list or tar files")
+            if is_table(uri):
+                return _open_table_images(uri)
+        refuse_password(uri, what="data")
+        if index_uri is None:
+            return _indexed(_build_index(list_images(uri), uri), uri)
+        if not storage.exists(index_uri):
+            storage.write_bytes(index_uri, _build_index(list_images(uri), uri))
+        return _indexed(storage.absolute_uri(index_uri), uri)
+    except PermissionError as error:
+        raise UserError(f"cannot read {error.filename or uri}: no permission") from None
+
+
+def _open_table_images(uri: str) -> TableImages:
+    table = open_table(uri, "images")
+    if table.num_rows == 0:
+        raise UserError(f"the images table {uri} has no rows: there is no image to score")
+    manifest = json.dumps(table.manifest, sort_keys=True).encode()
+    return TableImages("table", table.num_rows, hashlib.sha256(manifest).hexdigest()[:16], table)
+
+
+def _build_index(listing: Listing, uri: str) -> bytes:
+    """Lists the images into a Parquet file, which holds the fingerprint of all rows in its metadata."""
+    digest = hashlib.sha256(listing.kind.encode())
+    sink = pa.BufferOutputStream()
+    num_rows = 0
+    with pq.ParquetWriter(sink, _INDEX_SCHEMA, compression="zstd") as writer:
+        for entries in _in_chunks(iter(listing.entries), INDEX_GROUP_ROWS):
+            columns: list[Any] = [range(num_rows, num_rows + len(entries)), [path for path, _ in entries]]
+            columns += zip(*(reference for _, reference in entries), strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, _INDEX_SCHEMA, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=_INDEX_SCHEMA), row_group_size=INDEX_GROUP_ROWS)
+            for path, reference in entries:
+                # Lengths keep apart what separators could not: a path may hold any character.
+                digest.update(f"{len(path)} {path} {reference}".encode())
+            num_rows += len(entries)
+        content = {"kind": listing.kind, "data": uri, "fingerprint": digest.hexdigest()[:16]}
+        writer.add_key_value_metadata({_INDEX_KEY: json.dumps(content).encode()})
+    index: bytes = sink.getvalue().to_pybytes()
+    return index
+
+
+def _in_chunks(entries: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while chunk := list(itertools.islice(entries, size)):
+        yield chunk
+
+
+def _indexed(index: str | bytes, uri: str) -> IndexedImages:
+    where = "the index" if isinstance(index, bytes) else index
+    try:
+        with _open_parquet(index) as file:
+            metadata = file.metadata
+            content = json.loads((metadata.metadata or {})[_INDEX_KEY])
+    except (pa.ArrowInvalid, KeyError):
+        raise UserError(f"{where} is no index of images, or damaged; name another output folder") from None
+    if content["data"] != uri:
+        raise UserError(
+            f"{where} lists the images of {content['data']}, not those of {uri}; name another output folder"
+        )
+    return IndexedImages(content["kind"], metadata.num_rows, content["fingerprint"], index)
+
+
+@contextmanager
+def _open_parquet(source: str | bytes) -> Iterator[pq.ParquetFile]:
+    if isinstance(source, bytes):
+        with pq.ParquetFile(pa.BufferReader(source)) as file:
+            yield file
+        return
+    filesystem, path = storage.resolve(source)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        yield file
+
+
+def _overlapping(file: pq.ParquetFile, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows from `start` to `stop` of a Parquet file; loads one row group at a time, and none without such rows."""
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+        num_rows = file.metadata.row_group(group).num_rows
+        low, high = max(start - first, 0), min(stop - first, num_rows)
+        if low < high:
+            # Batches, since a column of more than 2 GiB of bytes cannot be one array.
+            yield from file.read_row_group(group, columns=list(columns)).slice(low, high - low).to_batches()
+        first += num_rows
+
+
+def _table_rows(rows: pa.RecordBatch, reader: FileReader) -> Iterator[ImageRow]:
+    found = (_table_row(rows, number) for number in range(rows.num_rows))
+    if pc.struct_field(rows["image"], "bytes").null_count == 0:
+        yield from (row for row, _ in found)
+    else:
+        yield from in_order(lambda item: _filled(item, reader), found)
+
+
+def _table_row(rows: pa.RecordBatch, number: int) -> tuple[ImageRow, Reference]:
+    image = rows["image"][number].as_py() or {"bytes": None, "path": None}
+    size_hw = rows["height"][number].as_py(), rows["width"][number].as_py()
+    path = image["path"]
+    row = ImageRow(
+        image_id=rows["image_id"][number].as_py(),
+        path=path or "",
+        data=image["bytes"],
+        error=None if path or image["bytes"] is not None else "the table has neither its bytes nor its path",
+        size_hw=size_hw if all(size_hw) else None,
+    )
+    return row, Reference(path)
+
+
+def _filled(item: tuple[ImageRow, Reference], reader: FileReader) -> ImageRow:
+    """The row with its data, or with the reason why it has none."""
+    row, reference = item
+    if row.data is not None or row.error is not None:
+        return row
+    try:
+        return replace(row, data=reader.read(reference))
+    except ReadError as error:
+        return replace(row, error=str(error))

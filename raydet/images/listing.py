@@ -1,0 +1,243 @@
+"""A folder, a list file, tar files → one entry for each image, in an order that does not change."""
+
+import io
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+from raydet.common.errors import UserError
+from raydet.common.redaction import refuse_password
+from raydet.common.threads import in_order
+from raydet.images.files import IMAGE_EXTENSIONS, LIST_SUFFIXES, ImageFolder, beside, image_files_below, readable
+from raydet.images.references import FileReader, Reference
+from raydet.images.tars import COMPRESSED_SUFFIXES, image_members, refuse_compressed
+from raydet.tables import storage
+from raydet.tables.table import open_table
+
+CHECKED_LINES = 1000
+"""So many lines of a list are looked up before a run starts; to look up millions would take longer than it helps."""
+MAX_SHARDS = 1_000_000
+_OPTIONS = re.compile(r"\?(?=\w+=)")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+ListedKind = Literal["folder", "list", "tar"]
+
+
+class Entry(NamedTuple):
+    """One image: the path that people know it by, and where its bytes are."""
+
+    path: str
+    reference: Reference
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What there is: its kind, and the images, listed while they are asked for (which may raise UserError)."""
+
+    kind: ListedKind
+    entries: Iterable[Entry]
+
+
+def is_pattern(uri: str) -> bool:
+    """Whether it stands for several files: it has `*`, `?`, `[…]` or `{…}`, and there is no file of that very name.
+
+    What follows a `?` as `name=value` are options of a URI.
+    """
+    if "://" not in uri:
+        return any(character in uri for character in "*?[{") and not Path(uri).exists()
+    return any(character in _OPTIONS.split(uri)[0] for character in "*?[{")
+
+
+def list_images(uri: str) -> Listing:
+    """Lists the images of a folder, a list file, a tar file, or a pattern of tar files.
+
+    Args:
+        uri: Absolute path or URI of something that is there, or a pattern.
+
+    Raises:
+        UserError: It is none of these, or there is no image in it.
+    """
+    name = uri.lower()
+    refuse_compressed(uri)
+    if is_pattern(uri):
+        return _tars(*_matching(uri))
+    if name.endswith(".tar"):
+        folder, _, file = uri.rpartition("/")
+        return _tars(folder, [file])
+    if name.endswith(LIST_SUFFIXES):
+        return Listing("list", _read_list(uri))
+    if _is_file(uri):
+        raise UserError(
+            f"{uri} is a file, but neither a list of paths ({' or '.join(LIST_SUFFIXES)}) nor a .tar; "
+            "name an images table, a folder of images, a list or tar files"
+        )
+    return _list_folder(uri)
+
+
+def _is_file(uri: str) -> bool:
+    filesystem, path = storage.resolve(uri)
+    return bool(filesystem.get_file_info(path).is_file)
+
+
+def _list_folder(uri: str) -> Listing:
+    """A folder with any image in it is a folder of images; only one without may hold tar files, or half a table."""
+    folder = ImageFolder(uri)
+    try:
+        paths = image_files_below(folder)
+    except UserError:
+        files: list[str] = []
+        with suppress(OSError):
+            files = storage.list_files(uri, recursive=True)
+        if any(file.endswith(".parquet") for file in files):
+            open_table(uri, "images")  # says what is wrong with it
+        for file in files:
+            if file.lower().endswith(COMPRESSED_SUFFIXES):
+                refuse_compressed(storage.join(uri, file))
+        shards = [file for file in files if file.lower().endswith(".tar")]
+        if not shards:
+            raise
+        return _tars(uri, shards)
+    entries = (
+        Entry(readable(path), Reference(folder.uri_of(path) if folder.refuse_outside(path) is None else None))
+        for path in paths
+    )
+    return Listing("folder", entries)
+
+
+def _tars(folder: str, shards: list[str]) -> Listing:
+    return Listing("tar", _list_tars(folder, shards))
+
+
+def _list_tars(folder: str, shards: list[str]) -> Iterator[Entry]:
+    """Images in tar files, these in the order given as paths relative to a folder."""
+    reader = FileReader()
+
+    def entries_of(shard: str) -> list[Entry]:
+        uri = storage.join(folder, shard)
+        try:
+            with reader.open(uri) as file:
+                members = image_members(file, uri)
+        except FileNotFoundError:
+            raise UserError(f"no such tar file: {uri}") from None
+        return [
+            Entry(f"{shard}/{member.name}", Reference(None if member.leads_out else uri, member.offset, member.size))
+            for member in members
+        ]
+
+    num_images = 0
+    for entries in in_order(entries_of, shards):
+        num_images += len(entries)
+        yield from entries
+    if num_images == 0:
+        which = storage.join(folder, shards[0]) if len(shards) == 1 else f"the {len(shards)} tar files in {folder}"
+        raise UserError(f"no image in {which}; image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}")
+
+
+def _matching(pattern: str) -> tuple[str, list[str]]:
+    """The folder that a pattern begins with, and the tar files that it means, relative to that folder."""
+    first = min(place for character in "*?[{" if (place := pattern.find(character)) >= 0)
+    folder, rest = pattern[:first].rpartition("/")[0], pattern[pattern.rindex("/", 0, first) + 1 :]
+    shards: list[str] = []
+    for expanded in _expand_braces(rest, pattern):
+        if not any(character in expanded for character in "*?["):
+            shards.append(expanded)
+            continue
+        parts = expanded.split("/")
+        found = storage.list_files(folder, recursive=len(parts) > 1)
+        shards += [path for path in found if _matches(path.split("/"), parts)]
+    if not shards:
+        raise UserError(f"no file matches {pattern}")
+    for shard in shards:
+        if not shard.lower().endswith(".tar"):
+            refuse_compressed(storage.join(folder, shard))
+            raise UserError(
+                f"{pattern} means {storage.join(folder, shard)}, which is no .tar file; a pattern stands for "
+                "tar files, for images name their folder, or a list of paths"
+            )
+    return folder, shards
+
+
+def _matches(path: list[str], pattern: list[str]) -> bool:
+    return len(path) == len(pattern) and all(fnmatchcase(*pair) for pair in zip(path, pattern, strict=True))
+
+
+def _expand_braces(text: str, whole: str) -> list[str]:
+    """`a-{08..10}` → a-08, a-09, a-10; `{a,b}` → a, b; several braces in all combinations, the last one fastest."""
+    pieces = _BRACES.split(text)
+    choices = [[piece] if number % 2 == 0 else _choices(piece, whole) for number, piece in enumerate(pieces)]
+    num_shards = 1
+    for options in choices:
+        num_shards *= len(options)
+    if num_shards > MAX_SHARDS:
+        raise UserError(f"{whole} means {num_shards:,} files, more than {MAX_SHARDS:,}")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _choices(inside: str, whole: str) -> list[str]:
+    limits = _RANGE.fullmatch(inside)
+    if limits:
+        first, last = limits.groups()
+        if int(last) < int(first) or int(last) - int(first) >= MAX_SHARDS:
+            raise UserError(f"{{{inside}}} in {whole} must count upwards, and at most {MAX_SHARDS:,} files")
+        width = len(first) if first.startswith("0") else 0
+        return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    if "," not in inside:
+        raise UserError(f"{{{inside}}} in {whole} is neither a range such as {{000..012}} nor a choice such as {{a,b}}")
+    return inside.split(",")
+
+
+def _read_list(uri: str) -> Iterator[Entry]:
+    """The paths and URIs of a list file, one a line; relative ones start from the list's folder."""
+    folder = uri.rpartition("/")[0]
+    roots: set[str] = set()
+    num_lines, num_there, first_missing = 0, 0, ""
+    for number, path in _lines(uri):
+        full = path if "://" in path or path.startswith("/") else beside(folder, path)
+        if path.endswith("/") or (num_lines < CHECKED_LINES and Path(full).is_dir()):
+            raise UserError(f"line {number} of {uri} names a folder: {path}; a list names image files")
+        root = "/".join(full.split("/")[:3]) if "://" in full else ""
+        if storage.is_web(root):
+            # A server of the web that is down could not be told from a picture that is gone.
+            raise UserError(f"line {number} of {uri} is on the web: {path}; copy the images to a folder or store first")
+        if root not in roots:
+            refuse_password(root, what=f"line {number} of {uri}")
+            roots.add(root)
+            storage.resolve(root or "/")  # refuses an unknown scheme before the run starts
+        if num_lines < CHECKED_LINES:
+            is_there = bool(root) or Path(full).exists()
+            num_there += is_there
+            first_missing = first_missing or ("" if is_there else full)
+        num_lines += 1
+        if num_lines == CHECKED_LINES:
+            _require_any(uri, num_there, num_lines, first_missing)
+        yield Entry(path, Reference(full))
+    if num_lines == 0:
+        raise UserError(f"{uri} is an empty list: it names no image; write one path or URI a line")
+    _require_any(uri, num_there, num_lines, first_missing)
+
+
+def _require_any(uri: str, num_there: int, num_lines: int, first_missing: str) -> None:
+    if num_there == 0:
+        raise UserError(
+            f"of the first {num_lines:,} files that {uri} names none is there, such as {first_missing}; "
+            "relative paths start from the folder of the list"
+        )
+
+
+def _lines(uri: str) -> Iterator[tuple[int, str]]:
+    """Numbers, from 1, and contents of the lines that name something."""
+    with FileReader().open(uri) as file:
+        text = io.TextIOWrapper(io.BufferedReader(cast(io.RawIOBase, file)), encoding="utf-8-sig")
+        try:
+            for number, line in enumerate(text, start=1):
+                path = line.strip()
+                if path and not path.startswith("#"):
+                    yield number, path
+        except UnicodeDecodeError:
+            raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or URI a line") from None

@@ -1,0 +1,188 @@
+"""An images table → one HTML page that says what is in it, what is odd, and what a model in training will see of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raydet.common.console import aligned
+from raydet.common.errors import UserError
+from raydet.config import InspectConfig, TrainConfig, config_hash
+from raydet.config.options import load_file
+from raydet.inspection.counting import Counts
+from raydet.inspection.identical import identical_images
+from raydet.inspection.oddities import MEANINGS, Finding, Findings, add_class_findings, add_oddities
+from raydet.inspection.picks import Picker
+from raydet.inspection.prepared import add_prepared_findings, preparation_of
+from raydet.inspection.rows import stream_rows
+from raydet.inspection.tables import PAGE_FILE, check_folder, drifts, write_tables
+from raydet.tables import storage
+from raydet.tables.table import Table, open_table
+
+__all__ = ["Inspection", "inspect"]
+
+_MOST_CLASSES_IN_LINES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What `inspect` found and wrote.
+
+    Attributes:
+        out: The folder, with inspect.html and the tables.
+        page: The HTML file.
+        num_bytes: Of that file.
+        names: Of the classes, by their indices.
+        counts: By split: `data`, and `val` where there is one.
+        findings: What is odd.
+        num_pictures: Images shown on the page.
+    """
+
+    out: str
+    page: str
+    num_bytes: int
+    names: tuple[str, ...]
+    counts: dict[str, Counts]
+    findings: Findings
+    num_pictures: int
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        lines = []
+        for split, counts in self.counts.items():
+            about = f"{counts.num_images:,} images, {counts.num_boxes:,} boxes, {counts.num_classes:,} classes"
+            lines.append(about if split == "data" else f"validation: {about}")
+        counts = self.counts["data"]
+        rows: list[tuple[str, ...]] = [("class", "boxes", "images", "small", "medium", "large")]
+        order = np.argsort(-counts.boxes, kind="stable").tolist()
+        for index in order[:_MOST_CLASSES_IN_LINES]:
+            numbers = (counts.boxes[index], counts.images[index], *counts.sizes[index])
+            rows.append((self.names[index], *(f"{number:,}" for number in numbers)))
+        lines += ["", *aligned(rows)] if order else []
+        if len(order) > _MOST_CLASSES_IN_LINES:
+            lines.append(f"… and {len(order) - _MOST_CLASSES_IN_LINES:,} classes with fewer boxes")
+        lines += ["", *self._odd_lines(), f"page ({self.num_bytes / 1e6:.1f} MB): {self.page}"]
+        return lines
+
+    def _odd_lines(self) -> list[str]:
+        rows = []
+        for split, kind in self.findings.sorted_keys():
+            title = MEANINGS[kind][0] if kind in MEANINGS else kind
+            where = " (validation)" if split == "val" else ""
+            rows.append((f"{title}{where}", f"{self.findings.counts[split, kind]:,}"))
+        for name, value in drifts(self.counts).items():
+            if name in ("classes", "box_side_px") and value is not None:
+                what = "classes" if name == "classes" else "box sizes"
+                rows.append((f"difference of the {what} from the validation's, 0 to 1", f"{value:.2f}"))
+        return [*aligned(rows), ""] if rows else ["nothing odd was found", ""]
+
+
+def inspect(config: InspectConfig) -> Inspection:
+    """Writes OUT/inspect.html and the tables beside it.
+
+    The table is streamed without its image bytes, and memory does not grow with its rows; bytes are read of the
+    images that are drawn, and of all only to compare them with those of `val_data`.
+
+    Args:
+        config: The table, where to write, and the training whose view of the images is shown.
+
+    Raises:
+        UserError: No images table, one without images, an augmentation, model or recipe that cannot be used, or an
+            OUT that holds other things. Nothing has been written then.
+    """
+    out = storage.absolute_uri(config.out)
+    tables = {"data": _open(config.data)}
+    if config.val_data is not None:
+        tables["val"] = _open(config.val_data)
+    check_folder(out)
+    training = _training(config)
+    # Only now: they bring torch, which takes seconds that a wrong option must not cost.
+    from raydet.augmentation.transforms import check_augmentation
+    from raydet.inspection.page import render
+    from raydet.inspection.pictures import View, draw_galleries
+    from raydet.models.loading import resize_rule_for
+
+    check_augmentation(training.augmentation)
+    rule = resize_rule_for(training.model, training.image_size)
+    findings, counts, picker = Findings(), {}, Picker(config.seed)
+    for split, table in tables.items():
+        chooser = picker if split == "data" and config.num_images else None
+        counts[split] = _count(table, split, findings, max(rule.target_size_hw((1000, 1000))), chooser)
+    _add_prepared(findings, tables)
+    if "val" in tables:
+        _compare(tables["data"], tables["val"], counts, findings)
+    view = View(augmentation=training.augmentation, seed=training.seed, resize_rule=rule)
+    galleries = draw_galleries(tables["data"], picker.picks(config.num_images), counts["data"].boxes, view)
+    categories = {split: table.categories for split, table in tables.items()}
+    page = render(tables, counts, findings, galleries, training).encode()
+
+    page_uri = storage.join(out, PAGE_FILE)
+    storage.delete_file(page_uri)
+    write_tables(out, counts, findings, categories, config_hash(config))
+    storage.write_bytes(page_uri, page)
+    return Inspection(
+        out=out,
+        page=page_uri,
+        num_bytes=len(page),
+        names=tuple(category.name for category in tables["data"].categories),
+        counts=counts,
+        findings=findings,
+        num_pictures=sum(len(gallery.pairs) for gallery in galleries),
+    )
+
+
+def _open(uri: str) -> Table:
+    table = open_table(uri, "images")
+    if not table.num_rows:
+        raise UserError(f"the images table {table.uri} has no rows: there is nothing to inspect")
+    return table
+
+
+def _training(config: InspectConfig) -> TrainConfig:
+    """The training whose view is shown: the recipe, or train's defaults, with what the options override."""
+    given = {name: getattr(config, name) for name in ("augmentation", "model", "image_size")}
+    given = {name: value for name, value in given.items() if value is not None}
+    paths: dict[str, Any] = {"train_data": config.data, "val_data": config.val_data or config.data, "out": config.out}
+    if config.recipe is None:
+        return TrainConfig(**paths, **given)
+    return load_file(TrainConfig, config.recipe, **paths, **given)
+
+
+def _count(table: Table, split: str, findings: Findings, model_side_px: int, picker: Picker | None) -> Counts:
+    names = [category.name for category in table.categories]
+    counts = Counts(len(names))
+    for rows in stream_rows(table):
+        counts.add(rows)
+        add_oddities(findings, rows, split, names, model_side_px)
+        if picker is not None:
+            picker.add(rows)
+    add_class_findings(findings, counts, split, names)
+    return counts
+
+
+def _add_prepared(findings: Findings, tables: dict[str, Table]) -> None:
+    """Takes over what `prepare` said, once where both tables come from one preparation."""
+    seen: set[str] = set()
+    for split, table in tables.items():
+        preparation = preparation_of(table)
+        if preparation is not None:
+            is_first = preparation.uri not in seen
+            add_prepared_findings(findings, table, split, preparation, with_left_out=is_first)
+            seen.add(preparation.uri)
+
+
+def _compare(data: Table, val: Table, counts: dict[str, Counts], findings: Findings) -> None:
+    """Looks for images that both tables have, and for classes that only one of them has boxes of."""
+    for twin in identical_images(data, val):
+        detail = f"image {twin.val_image_id} of the validation data"
+        findings.add(
+            Finding(split="data", kind="identical_images", image_id=twin.image_id, path=twin.path, detail=detail)
+        )
+    labelled = {
+        split: {table.categories[index].name: None for index in np.flatnonzero(counts[split].boxes).tolist()}
+        for split, table in (("data", data), ("val", val))
+    }
+    for kind, split, other in (("class_only_in_data", "data", "val"), ("class_only_in_val", "val", "data")):
+        for name in labelled[split]:
+            if name not in labelled[other]:
+                findings.add(Finding(split="val", kind=kind, category=name))

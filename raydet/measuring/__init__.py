@@ -1,0 +1,1 @@
+"""Truth and detections → COCO numbers and metrics tables."""

@@ -1,0 +1,283 @@
+"""Two runs on the same images beside each other: how much better the second is, how sure that is, and where."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raydet.common.console import aligned
+from raydet.common.errors import UserError
+from raydet.config import CompareConfig, config_hash
+from raydet.measuring.bootstrap import Interval, PairedDifferences, paired_differences
+from raydet.measuring.detections import read_detections
+from raydet.measuring.diagnosis.tables import Outcomes, best_threshold, outcomes_at, per_image
+from raydet.measuring.metrics_folder import manifests_in
+from raydet.measuring.numbers.matches import Matches
+from raydet.measuring.numbers.matching import match, match_in_parts
+from raydet.measuring.truth import Truth, read_truth
+from raydet.tables import storage
+from raydet.tables.columns import Floats
+from raydet.tables.schema import Category, TableKind, build_schema
+from raydet.tables.table import TableWriter
+
+_KINDS: tuple[TableKind, ...] = ("changed_images", "comparison")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedImage:
+    """An image that one run gets right and the other does not.
+
+    Attributes:
+        image_id: Which.
+        num_truth: Labelled boxes that count.
+        first_f1: Of the first run, at its own best score threshold and IoU 0.5; None where there was nothing to find
+            and nothing was found.
+        second_f1: Of the second run, alike.
+        difference: second - first; nothing found where there is nothing counts as 1.
+    """
+
+    image_id: int
+    num_truth: int
+    first_f1: float | None
+    second_f1: float | None
+    difference: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        names: Of the two runs: the last part of where they are, or as many as it takes to tell them apart.
+        categories: The classes, by their indices.
+        num_images: Images on which both were measured.
+        num_truth: Labelled boxes, crowds included.
+        numbers: AP and its kin of both, and the differences, with intervals.
+        thresholds: Score thresholds of the best F1 of each run.
+        changed_images: Those that changed most, the most first.
+        out: The folder with the tables `comparison` and `changed_images`; None where none was asked for.
+    """
+
+    names: tuple[str, str]
+    categories: tuple[Category, ...]
+    num_images: int
+    num_truth: int
+    numbers: PairedDifferences
+    thresholds: tuple[float, float]
+    changed_images: tuple[ChangedImage, ...]
+    out: str | None
+
+    def lines(self) -> list[str]:
+        """The comparison as text: over all classes, by class, what is significant, and the images that changed."""
+        first, second = self.names
+        lines = [f"{self.num_images:,} images, {self.num_truth:,} boxes", f"first: {first}", f"second: {second}"]
+        header = ("first", "second", "difference", f"{100 * self.numbers.difference.level:g} % interval", "")
+        rows: list[tuple[str, ...]] = [("", *header)]
+        for name in self.numbers.difference.overall:
+            rows.append((name, *self._cells(name, None)))
+        lines += ["", *aligned(rows)]
+        rows = [("AP by class", *header)]
+        for index, category in enumerate(self.categories):
+            rows.append((category.name, *self._cells("AP", index)))
+        lines += ["", *aligned(rows), "", *self._verdict()]
+        if self.changed_images:
+            at_scores = " and ".join(f"{threshold:.2f}" for threshold in self.thresholds)
+            rows = [("image", "boxes", "first", "second", "difference")]
+            for image in self.changed_images:
+                f1 = (_plain(image.first_f1), _plain(image.second_f1), _signed(image.difference))
+                rows.append((str(image.image_id), str(image.num_truth), *f1))
+            lines += ["", f"F1 of the images that changed most, at scores from {at_scores} on", *aligned(rows)]
+        else:
+            lines += ["", "no image has another F1"]
+        if self.out is not None:
+            lines += ["", f"comparison: {self.out}"]
+        return lines
+
+    def of(self, name: str, class_index: int | None) -> tuple[Interval, Interval, Interval]:
+        """A metric of the first, of the second, and the difference; over all classes, or of one."""
+        sides = (self.numbers.first, self.numbers.second, self.numbers.difference)
+        first, second, difference = (
+            (side.overall if class_index is None else side.per_class[class_index])[name] for side in sides
+        )
+        return first, second, difference
+
+    def _cells(self, name: str, class_index: int | None) -> tuple[str, str, str, str, str]:
+        first, second, difference = self.of(name, class_index)
+        bounds = "–" if difference.low is None else f"{_signed(difference.low)} … {_signed(difference.high)}"
+        verdict = "significant" if difference.excludes_zero else ""
+        return _plain(first.value), _plain(second.value), _signed(difference.value), bounds, verdict
+
+    def _verdict(self) -> list[str]:
+        """Sentences that say which differences are more than chance."""
+        overall = self.numbers.difference.overall["AP"]
+        level = self.numbers.difference.level
+        if overall.value is None:
+            return ["there is nothing to measure: no labelled box counts"]
+        if overall.low is None:
+            lines = ["AP: too few images to tell whether the difference is more than chance"]
+        elif not overall.excludes_zero:
+            lines = ["AP: no significant difference; the interval includes 0"]
+        else:
+            word = "better" if overall.value > 0 else "worse"
+            lines = [f"AP: the second is significantly {word}; the interval excludes 0"]
+        by_class = [numbers["AP"] for numbers in self.numbers.difference.per_class]
+        num_told = sum(interval.low is not None for interval in by_class)
+        for word, sign in (("better", 1), ("worse", -1)):
+            names = [
+                category.name
+                for category, interval in zip(self.categories, by_class, strict=True)
+                if interval.excludes_zero and sign * (interval.value or 0) > 0
+            ]
+            lines.append(f"significantly {word} in {len(names)} of {num_told} classes: {', '.join(names)}")
+        lines[1:] = [line.removesuffix(": ") for line in lines[1:]]
+        by_chance = (1 - level) * num_told
+        if by_chance >= 1:
+            lines.append(f"of {num_told} classes about {by_chance:.0f} would seem significant by chance alone")
+        return lines
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Measures two runs on the same images and says where they differ, and whether by more than chance.
+
+    With `config.out`, the tables OUT/comparison and OUT/changed_images are written once everything is computed.
+
+    Raises:
+        UserError: An input is missing, damaged or not what it should be, or is of other images or classes than the
+            truth, or `config.out` holds something else. Nothing has been written then.
+    """
+    config = dataclasses.replace(
+        config,
+        truth=storage.absolute_uri(config.truth),
+        first=storage.absolute_uri(config.first),
+        second=storage.absolute_uri(config.second),
+        out=None if config.out is None else storage.absolute_uri(config.out),
+    )
+    if config.out is not None:
+        _check_out(config.out, config_hash(config))
+    truth = read_truth(config.truth)
+    first, second = (_match_run(truth, uri) for uri in (config.first, config.second))
+    comparison = Comparison(
+        names=_names(config.first, config.second),
+        categories=truth.categories,
+        num_images=len(first.matches.image_ids),
+        num_truth=len(first.matches.truth_category),
+        numbers=paired_differences(first.matches, second.matches, num_resamples=config.bootstrap, seed=config.seed),
+        thresholds=(first.threshold, second.threshold),
+        changed_images=_changed_images(first, second, config.num_images),
+        out=config.out,
+    )
+    if config.out is not None:
+        _write(config.out, config_hash(config), comparison)
+    return comparison
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run, matched; the threshold is the score of its best F1."""
+
+    matches: Matches
+    outcomes: Outcomes
+    threshold: float
+
+
+def _match_run(truth: Truth, uri: str) -> _Run:
+    scored, num_categories = read_detections(uri, truth), len(truth.categories)
+    matches = match_in_parts(
+        scored.truth_columns, scored.columns, lambda labelled, found, _: match(labelled, found, num_categories)
+    )
+    outcomes = outcomes_at(matches)
+    best = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row))
+    return _Run(matches, outcomes, best.threshold)
+
+
+def _names(first: str, second: str) -> tuple[str, str]:
+    """The shortest ends of two URIs that tell them apart."""
+    parts = [uri.rstrip("/").removesuffix(".json").split("/") for uri in (first, second)]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]) for own in parts]
+        if names[0] != names[1]:
+            break
+    else:
+        names = [own[-1] for own in parts]
+    return names[0], names[1]
+
+
+def _changed_images(first: _Run, second: _Run, num_images: int) -> tuple[ChangedImage, ...]:
+    """The images whose F1 differs most; of equal differences those with more boxes first, then by id."""
+    tables = [per_image(run.matches, run.outcomes, threshold=run.threshold) for run in (first, second)]
+    f1 = [table.column("f1").to_pylist() for table in tables]
+    image_ids, num_truth = first.matches.image_ids, tables[0].column("num_truth").to_numpy()
+    before, after = (_with_nothing_as_right(values) for values in f1)
+    difference = after - before
+    order = np.lexsort((image_ids, -num_truth, -np.abs(difference)))
+    order = order[difference[order] != 0][:num_images]
+    return tuple(
+        ChangedImage(
+            image_id=int(image_ids[row]),
+            num_truth=int(num_truth[row]),
+            first_f1=f1[0][row],
+            second_f1=f1[1][row],
+            difference=float(difference[row]),
+        )
+        for row in order.tolist()
+    )
+
+
+def _with_nothing_as_right(values: Sequence[float | None]) -> Floats:
+    return np.array([1.0 if value is None else value for value in values])
+
+
+def _check_out(out: str, own_hash: str) -> None:
+    """Refuses a folder whose tables are not of this very comparison."""
+    for uri, manifest in manifests_in(out, _KINDS).items():
+        if manifest.get("config_hash") != own_hash:
+            raise UserError(f"{uri} holds another comparison; choose another out, or delete that folder")
+
+
+def _write(out: str, own_hash: str, comparison: Comparison) -> None:
+    """Writes both tables; `comparison` goes first and comes last, so while it is there, both are whole."""
+    tables = {"comparison": _comparison_table(comparison), "changed_images": _changed_images_table(comparison)}
+    for kind in reversed(_KINDS):
+        storage.delete_folder(storage.join(out, kind))
+    for kind in _KINDS:
+        with TableWriter(storage.join(out, kind), tables[kind].schema, config_hash=own_hash) as writer:
+            for batch in tables[kind].to_batches():
+                writer.write(batch)
+
+
+def _comparison_table(comparison: Comparison) -> pa.Table:
+    over = [(None, None), *((category.name, index) for index, category in enumerate(comparison.categories))]
+    rows = []
+    for category, index in over:
+        for metric in comparison.numbers.difference.overall:
+            first, second, difference = comparison.of(metric, index)
+            rows.append(
+                {
+                    "first": comparison.names[0],
+                    "second": comparison.names[1],
+                    "metric": metric,
+                    "category": category,
+                    "first_value": first.value,
+                    "second_value": second.value,
+                    "difference": difference.value,
+                    "low": difference.low,
+                    "high": difference.high,
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=build_schema("comparison", comparison.categories))
+
+
+def _changed_images_table(comparison: Comparison) -> pa.Table:
+    first, second = comparison.names
+    rows = [{"first": first, "second": second, **dataclasses.asdict(image)} for image in comparison.changed_images]
+    return pa.Table.from_pylist(rows, schema=build_schema("changed_images", comparison.categories))

@@ -1,0 +1,1 @@
+"""Matches → tables that say what goes wrong."""

@@ -1,0 +1,366 @@
+"""What the outcome of the matching says about scores: curves, thresholds, calibration, and each image's own count."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raydet.measuring.numbers.matches import Matches, Protocol, bits_at
+from raydet.measuring.numbers.metrics import CocoResult, accumulate
+from raydet.tables.columns import Flags, Floats, Integers
+from raydet.tables.schema import Category, TableKind, build_schema
+
+Indices = npt.NDArray[np.signedinteger[Any]]
+
+IOU = 0.5
+"""From this overlap on a detection has found a box, in everything that is said of errors."""
+_RECALLS = np.linspace(0.0, 1.0, 101)
+_NUM_BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What counts at one IoU threshold: crowds are left out, and detections that lie in one.
+
+    Attributes:
+        num_categories: Classes; 1 where they count as one.
+        class_agnostic: All classes count as one; then nothing is said of each.
+        image_ids: All images, ascending, int64 [I].
+        image: Row in `image_ids`, int32 [D].
+        category: int32 [D].
+        scores: float64 [D].
+        is_right: Whether the detection found a box, bool [D].
+        detection_row: As in `Matches`, int64 [D].
+        truth_image: Row in `image_ids`, int32 [G].
+        truth_category: int32 [G].
+        truth_row: As in `Matches`, int64 [G].
+        is_found: Whether a detection found the box, bool [G].
+    """
+
+    num_categories: int
+    class_agnostic: bool
+    image_ids: Integers
+    image: npt.NDArray[np.int32]
+    category: npt.NDArray[np.int32]
+    scores: Floats
+    is_right: Flags
+    detection_row: Integers
+    truth_image: npt.NDArray[np.int32]
+    truth_category: npt.NDArray[np.int32]
+    truth_row: Integers
+    is_found: Flags
+
+    @property
+    def num_truth(self) -> Integers:
+        """Boxes of each class that count, int64 [C]."""
+        return np.bincount(self.truth_category, minlength=self.num_categories)
+
+    def names(self, categories: Sequence[Category]) -> list[str | None]:
+        """For the rows of a table: null, which stands for all classes, then each class that something is said of."""
+        return [None] if self.class_agnostic else [None, *(category.name for category in categories)]
+
+    def by_class(self) -> Iterator[tuple[int, Floats, Flags, int]]:
+        """Of each class its index, the scores by falling score, whether each is right, and the number of boxes."""
+        order = np.lexsort((-self.scores, self.category))
+        starts = np.searchsorted(self.category[order], np.arange(self.num_categories + 1))
+        for index, num_truth in enumerate(self.num_truth.tolist()):
+            own = order[starts[index] : starts[index + 1]]
+            yield index, self.scores[own], self.is_right[own], num_truth
+
+
+def threshold_index(protocol: Protocol, iou: float) -> int | None:
+    """The place of an IoU among the thresholds of a protocol; None where it is none of them."""
+    found = np.flatnonzero(np.isclose(protocol.iou_thresholds, iou, rtol=0, atol=1e-9))
+    return int(found[0]) if found.size else None
+
+
+def outcomes_at(matches: Matches, iou: float = IOU) -> Outcomes:
+    """What counts at one IoU threshold, over boxes of all sizes.
+
+    Raises:
+        ValueError: The matching was not done at this IoU.
+    """
+    index = threshold_index(matches.protocol, iou)
+    if index is None:
+        raise ValueError(f"matched at IoU {matches.protocol.iou_thresholds}, not at {iou}")
+    counts = ~bits_at(matches.ignored[0], index)
+    truth_counts = ~matches.truth_ignored[0]
+    return Outcomes(
+        num_categories=matches.num_categories,
+        class_agnostic=matches.protocol.class_agnostic,
+        image_ids=matches.image_ids,
+        image=matches.detection_image[counts],
+        category=matches.detection_category[counts],
+        scores=matches.scores[counts],
+        is_right=bits_at(matches.true_positive[0], index)[counts],
+        detection_row=matches.detection_row[counts],
+        truth_image=matches.truth_image[truth_counts],
+        truth_category=matches.truth_category[truth_counts],
+        truth_row=matches.truth_row[truth_counts],
+        is_found=bits_at(matches.truth_found, index)[truth_counts],
+    )
+
+
+def build_table(
+    kind: TableKind, categories: Sequence[Category], run: str | None, columns: Mapping[str, object]
+) -> pa.Table:
+    """A table in its declared schema, with the run in every row; a float that is not a number becomes null."""
+    schema = build_schema(kind, categories)
+    arrays = {name: pa.array(column, schema.field(name).type, from_pandas=True) for name, column in columns.items()}
+    num_rows = len(next(iter(arrays.values())))
+    arrays["run"] = pa.array([run], pa.string()).take(pa.array(np.zeros(num_rows, dtype=np.int64)))
+    return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+
+def average_precision(category: Indices, scores: Floats, is_right: Flags, num_truth: Integers) -> Floats:
+    """COCO's average precision of each class at one IoU threshold: the mean of precision over 101 recalls.
+
+    Args:
+        category: Of each detection that counts, integers [D].
+        scores: float64 [D]; of equal ones the earlier goes first.
+        is_right: bool [D].
+        num_truth: Boxes of each class, int64 [C].
+
+    Returns:
+        float64 [C], NaN for a class without boxes.
+    """
+    order = np.lexsort((-scores, category))
+    starts = np.searchsorted(category[order], np.arange(len(num_truth) + 1))
+    is_right = is_right[order]
+    values = np.full(len(num_truth), np.nan)
+    for index in np.flatnonzero(num_truth).tolist():
+        num_right = np.cumsum(is_right[starts[index] : starts[index + 1]], dtype=np.float64)
+        precision = num_right / (np.arange(1.0, len(num_right) + 1) + np.spacing(1))
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        places = np.searchsorted(num_right / num_truth[index], _RECALLS, side="left")
+        values[index] = np.append(precision, 0.0)[places].mean()
+    return values
+
+
+def pr_curves(
+    matches: Matches, categories: Sequence[Category], *, run: str | None = None, result: CocoResult | None = None
+) -> pa.Table:
+    """Precision over 101 recalls from 0 to 1, of each class with boxes and their mean: a `pr_curves` table.
+
+    The curves are those of `accumulate`, over boxes of all sizes and the highest limit of detections; the mean of one
+    is the AP. There is one at IoU 0.5, one at 0.75 where the protocol has them, and the mean over all its thresholds.
+    `score` is the score threshold that just reaches the recall.
+
+    Args:
+        matches: The outcome of the matching.
+        categories: The classes by their indices.
+        run: Its name in the table.
+        result: What `accumulate` gave for these very matches, where it is at hand.
+    """
+    result = result or accumulate(matches, categories)
+    precision = result.precision[:, :, :, 0, -1]
+    measured = np.flatnonzero((precision > -1).any(axis=(0, 1)))
+    names: list[str | None] = [] if matches.protocol.class_agnostic else [categories[i].name for i in measured.tolist()]
+    names = [None, *names] if measured.size else []
+    parts: dict[str, list[Floats]] = {"iou": [], "precision": [], "score": []}
+    for iou in (0.5, 0.75, None):
+        index = None if iou is None else threshold_index(matches.protocol, iou)
+        if iou is not None and index is None:
+            continue
+        of_classes = precision.mean(axis=0) if index is None else precision[index]
+        scores = np.full(of_classes.shape, np.nan)
+        if iou is not None:
+            scores = _scores_at_recalls(outcomes_at(matches, iou))
+        for place in range(len(names)):
+            column = measured if place == 0 else measured[place - 1 : place]
+            parts["iou"].append(np.full(len(_RECALLS), np.nan if iou is None else iou))
+            parts["precision"].append(of_classes[:, column].mean(axis=1))
+            is_mean = place == 0 and not matches.protocol.class_agnostic
+            parts["score"].append(np.full(len(_RECALLS), np.nan) if is_mean else scores[:, column[0]])
+    num_curves = len(parts["iou"])
+    num_ious = num_curves // max(len(names), 1)
+    columns: dict[str, object] = {name: np.concatenate([*arrays, np.zeros(0)]) for name, arrays in parts.items()}
+    columns["category"] = [name for name in names for _ in _RECALLS] * num_ious
+    columns["recall"] = np.tile(_RECALLS, num_curves)
+    return build_table("pr_curves", categories, run, columns)
+
+
+def _scores_at_recalls(outcomes: Outcomes) -> Floats:
+    """Of each class the score of the last detection needed for each recall, [101, C]; NaN where it is not reached."""
+    scores_at = np.full((len(_RECALLS), outcomes.num_categories), np.nan)
+    for index, scores, is_right, num_truth in outcomes.by_class():
+        if num_truth:
+            places = np.searchsorted(np.cumsum(is_right) / num_truth, _RECALLS, side="left")
+            scores_at[:, index] = np.append(scores, np.nan)[places]
+    return scores_at
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A score threshold and what keeping the detections at or above it gives; None where nothing can be said."""
+
+    threshold: float
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+def best_threshold(scores: Floats, is_right: Flags, num_truth: int) -> OperatingPoint:
+    """The score with the highest F1, the higher of several; 0 where no detection is right.
+
+    Args:
+        scores: Of the detections that count, float64 [D], in any order.
+        is_right: bool [D].
+        num_truth: Boxes that were to be found.
+    """
+    if not is_right.any():
+        return OperatingPoint(
+            0.0, 0.0 if scores.size else None, 0.0 if num_truth else None, 0.0 if scores.size or num_truth else None
+        )
+    scores, num_right, num_kept = _kept_at_thresholds(scores, is_right)
+    best = int(np.argmax(2 * num_right / (num_kept + num_truth)))
+    right, kept = float(num_right[best]), float(num_kept[best])
+    return OperatingPoint(float(scores[best]), right / kept, right / num_truth, 2 * right / (kept + num_truth))
+
+
+def threshold_at_precision(scores: Floats, is_right: Flags, wished_precision: float) -> float | None:
+    """The lowest score threshold at which the detections kept have at least this precision; None where none does."""
+    if not scores.size:
+        return None
+    scores, num_right, num_kept = _kept_at_thresholds(scores, is_right)
+    good = np.flatnonzero(num_right / num_kept >= wished_precision)
+    return float(scores[good[-1]]) if good.size else None
+
+
+def _kept_at_thresholds(scores: Floats, is_right: Flags) -> tuple[Floats, Integers, Integers]:
+    """The different scores, falling, and how many detections at or above each are right, and how many there are."""
+    order = np.argsort(-scores, kind="stable")
+    scores, num_right = scores[order], np.cumsum(is_right[order])
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
+    return scores[last], num_right[last].astype(np.int64), (last + 1).astype(np.int64)
+
+
+def metric_rows(
+    outcomes: Outcomes,
+    categories: Sequence[Category],
+    *,
+    run: str | None,
+    model: str | None,
+    split: str | None,
+    max_detections: int,
+    wished_precision: float | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of a `metrics` table, over all classes and of each, at IoU 0.5.
+
+    `best_f1`, with `best_f1_threshold`, `best_f1_precision` and `best_f1_recall` at the score where it is reached;
+    `ECE`, the expected calibration error (Guo et al. 2017); and, where a precision is wished, the lowest
+    `threshold_at_precision`.
+    """
+    over = [(outcomes.scores, outcomes.is_right, int(outcomes.num_truth.sum()))]
+    over += [(scores, is_right, num_truth) for _, scores, is_right, num_truth in outcomes.by_class()]
+    rows = []
+    # Where classes count as one, the only class is left out.
+    named = zip(outcomes.names(categories), over, _calibration_errors(outcomes), strict=not outcomes.class_agnostic)
+    for name, (scores, is_right, num_truth), error in named:
+        best = best_threshold(scores, is_right, num_truth)
+        values: dict[str, float | None] = {
+            "best_f1": best.f1,
+            "best_f1_threshold": best.threshold if is_right.any() else None,
+            "best_f1_precision": best.precision,
+            "best_f1_recall": best.recall,
+            "ECE": error,
+        }
+        if wished_precision is not None:
+            values["threshold_at_precision"] = threshold_at_precision(scores, is_right, wished_precision)
+        place = {"run": run, "model": model, "split": split, "slice": None}
+        limits = {"iou": IOU, "area": "all", "max_detections": max_detections}
+        for metric, value in values.items():
+            rows.append(
+                {**place, "metric": metric, **limits, "category": name, "value": value, "low": None, "high": None}
+            )
+    return rows
+
+
+def calibration(outcomes: Outcomes, categories: Sequence[Category], *, run: str | None = None) -> pa.Table:
+    """Whether a score says how often it is right: a `calibration` table over all classes and of each.
+
+    Ten bins of equal width over 0 … 1, the lower end included (in the last, 1 too), with the number of detections,
+    their mean score and the part of them that is right; the last two are null in an empty bin.
+    """
+    names = outcomes.names(categories)
+    counts, score_sums, right_sums = (part[: len(names)].ravel() for part in _bin_sums(outcomes))
+    ends = np.arange(_NUM_BINS + 1) / _NUM_BINS
+    with np.errstate(invalid="ignore"):
+        columns = {
+            "category": [name for name in names for _ in range(_NUM_BINS)],
+            "low": np.tile(ends[:-1], len(names)),
+            "high": np.tile(ends[1:], len(names)),
+            "count": counts,
+            "mean_score": score_sums / counts,
+            "precision": right_sums / counts,
+        }
+    return build_table("calibration", categories, run, columns)
+
+
+def _bin_sums(outcomes: Outcomes) -> tuple[Floats, ...]:
+    """The number of detections, the sum of their scores and how many are right, over all and of each, [1 + C, 10]."""
+    inner_ends = np.arange(1, _NUM_BINS) / _NUM_BINS
+    place = outcomes.category.astype(np.int64) * _NUM_BINS + np.searchsorted(inner_ends, outcomes.scores, side="right")
+    sums = []
+    for weights in (np.ones(len(place)), outcomes.scores, outcomes.is_right):
+        of_bins = np.bincount(place, weights=weights, minlength=outcomes.num_categories * _NUM_BINS)
+        of_classes = of_bins.reshape(outcomes.num_categories, _NUM_BINS)
+        sums.append(np.concatenate([of_classes.sum(axis=0, keepdims=True), of_classes]))
+    return tuple(sums)
+
+
+def _calibration_errors(outcomes: Outcomes) -> list[float | None]:
+    """The mean distance of precision from score over the bins, by their number of detections, of all and each class.
+
+    None where there is no detection.
+    """
+    counts, score_sums, right_sums = _bin_sums(outcomes)
+    distances = np.abs(score_sums - right_sums).sum(axis=1).tolist()
+    numbers = counts.sum(axis=1).tolist()
+    return [distance / number if number else None for distance, number in zip(distances, numbers, strict=True)]
+
+
+def per_image(
+    matches: Matches,
+    outcomes: Outcomes,
+    *,
+    threshold: float,
+    run: str | None = None,
+    errors: Mapping[int, str] | None = None,
+) -> pa.Table:
+    """Right, wrong and missed of each image at one score threshold and IoU 0.5, by rising id: a `per_image` table.
+
+    `num_detections` also counts those that lie in a crowd and are neither right nor wrong, but none beyond the
+    highest limit of detections. F1 is null where there is nothing to find and nothing was found.
+
+    Args:
+        matches: The outcome of the matching.
+        outcomes: What counts of it at IoU 0.5.
+        threshold: Detections of this score or a higher one are kept.
+        run: Its name in the table.
+        errors: Why an image could not be read, by its id.
+    """
+    num_images = len(matches.image_ids)
+    kept = outcomes.scores >= threshold
+    right = np.bincount(outcomes.image[kept & outcomes.is_right], minlength=num_images)
+    wrong = np.bincount(outcomes.image[kept & ~outcomes.is_right], minlength=num_images)
+    num_truth = np.bincount(outcomes.truth_image, minlength=num_images)
+    with np.errstate(invalid="ignore"):
+        f1 = 2 * right / (right + wrong + num_truth)
+    of_image = errors or {}
+    columns = {
+        "image_id": matches.image_ids,
+        "num_truth": num_truth,
+        "num_detections": np.bincount(matches.detection_image[matches.scores >= threshold], minlength=num_images),
+        "true_positives": right,
+        "false_positives": wrong,
+        "false_negatives": num_truth - right,
+        "f1": f1,
+        "error": [of_image.get(image_id) for image_id in matches.image_ids.tolist()],
+    }
+    table = build_table("per_image", (), run, columns)
+    schema = build_schema("per_image", extra_metadata={"iou": IOU, "score_threshold": threshold})
+    return table.replace_schema_metadata(schema.metadata)

@@ -1,0 +1,121 @@
+"""What goes wrong: everything that is said of errors, scores and labels, from one matching."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raydet.measuring.diagnosis.errors import Evidence, error_shares, gather
+from raydet.measuring.diagnosis.labels import confusion, suspects
+from raydet.measuring.diagnosis.scores import (
+    IOU,
+    OperatingPoint,
+    Outcomes,
+    best_threshold,
+    calibration,
+    metric_rows,
+    outcomes_at,
+    per_image,
+    pr_curves,
+    threshold_at_precision,
+    threshold_index,
+)
+from raydet.measuring.numbers.matches import Matches
+from raydet.measuring.numbers.matching import match
+from raydet.measuring.numbers.metrics import CocoResult
+from raydet.tables.columns import DetectionColumns, TruthColumns
+from raydet.tables.schema import Category, TableKind
+
+__all__ = [
+    "Diagnosis",
+    "Evidence",
+    "OperatingPoint",
+    "Outcomes",
+    "best_threshold",
+    "calibration",
+    "confusion",
+    "diagnose",
+    "error_shares",
+    "gather",
+    "metric_rows",
+    "outcomes_at",
+    "per_image",
+    "pr_curves",
+    "suspects",
+    "threshold_at_precision",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Attributes:
+        tables: The tables `pr_curves`, `errors`, `confusion`, `calibration`, `suspects` and `per_image`.
+        metric_rows: Further rows of the `metrics` table.
+        best: The score threshold with the best F1 over all classes; `confusion` and `per_image` are at it.
+    """
+
+    tables: dict[TableKind, pa.Table]
+    metric_rows: list[dict[str, Any]]
+    best: OperatingPoint
+
+
+def diagnose(
+    truth: TruthColumns,
+    detections: DetectionColumns,
+    matches: Matches,
+    categories: Sequence[Category],
+    *,
+    run: str | None = None,
+    model: str | None = None,
+    split: str | None = None,
+    wished_precision: float | None = None,
+    unreadable: Mapping[int, str] | None = None,
+    result: CocoResult | None = None,
+    max_suspects: int = 1000,
+) -> Diagnosis:
+    """Says what goes wrong, at IoU 0.5.
+
+    Args:
+        truth: The labelled boxes.
+        detections: In the same images.
+        matches: The outcome of matching these very columns. Where IoU 0.5 is not among its thresholds, or it was put
+            together from parts and no longer knows the rows, they are matched anew.
+        categories: The classes by their indices; where classes count as one, those of the columns all the same.
+        run: Names in the tables.
+        model: As `run`.
+        split: As `run`.
+        wished_precision: Also say the lowest score threshold that gives it.
+        unreadable: Why an image could not be read, by its id.
+        result: What `accumulate` gave for these matches, where it is at hand.
+        max_suspects: Rows of `suspects` at most.
+    """
+    curves = pr_curves(matches, categories, run=run, result=result)
+    has_rows = not ((matches.detection_row < 0).any() or (matches.truth_row < 0).any())
+    if threshold_index(matches.protocol, IOU) is None or not has_rows:
+        protocol = dataclasses.replace(matches.protocol, iou_thresholds=(IOU,))
+        matches = match(truth, detections, matches.num_categories, protocol)
+    evidence = gather(truth, detections, matches)
+    outcomes = evidence.outcomes
+    best = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row))
+    tables: dict[TableKind, pa.Table] = {
+        "pr_curves": curves,
+        "errors": error_shares(evidence, categories, run=run),
+        "confusion": confusion(evidence, categories, threshold=best.threshold, run=run),
+        "calibration": calibration(outcomes, categories, run=run),
+        "suspects": suspects(evidence, categories, max_rows=max_suspects, run=run),
+        "per_image": per_image(matches, outcomes, threshold=best.threshold, run=run, errors=unreadable),
+    }
+    rows = metric_rows(
+        outcomes,
+        categories,
+        run=run,
+        model=model,
+        split=split,
+        max_detections=matches.protocol.max_detections[-1],
+        wished_precision=wished_precision,
+    )
+    return Diagnosis(tables=tables, metric_rows=rows, best=best)

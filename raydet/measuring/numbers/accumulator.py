@@ -1,0 +1,332 @@
+"""COCO's numbers over images that arrive in any order and in any parts.
+
+`CocoAccumulator` takes images one by one, and states of several processes merge into one. `MatchesByClass` takes what
+was matched in parts and keeps it on disk: of any number of detections, only those of a few classes are in memory.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydet.common.boxes import Boxes, as_boxes
+from raydet.measuring.numbers.matches import Matches, Protocol, bits_type, concatenate, from_bytes, to_bytes
+from raydet.measuring.numbers.matching import match, stable_order
+from raydet.measuring.numbers.metrics import (
+    CocoResult,
+    Judged,
+    accumulate,
+    count_truth,
+    precision_and_recall,
+    result_of,
+)
+from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns
+from raydet.tables.schema import MAX_IMAGE_ID, Category
+
+_FLUSH_IMAGES = 256
+_FLUSH_DETECTIONS = 100_000
+_STATE_MAGIC = b"raydet-coco-2\n"
+_DETECTIONS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class ImageTruth:
+    """The labelled boxes of one image.
+
+    Attributes:
+        boxes_xywh: Absolute pixels, float64 [N, 4].
+        category: Category indices, int64 [N].
+        area: Square pixels, by which COCO tells small from large, float64 [N].
+        iscrowd: Whether the box stands for a crowd; a detection inside one counts neither way, bool [N].
+    """
+
+    boxes_xywh: Boxes
+    category: Integers
+    area: Floats
+    iscrowd: Flags
+
+
+@dataclass(frozen=True)
+class ImageDetections:
+    """The detections in one image; among equal scores the earlier one is matched first.
+
+    Attributes:
+        boxes_xywh: Absolute pixels, float64 [M, 4].
+        scores: Any finite number, higher is surer, float64 [M].
+        category: Category indices, int64 [M].
+    """
+
+    boxes_xywh: Boxes
+    scores: Floats
+    category: Integers
+
+
+NO_DETECTIONS = ImageDetections(as_boxes([]), np.zeros(0), np.zeros(0, dtype=np.int64))
+
+
+class CocoAccumulator:
+    """Takes images one by one and gives COCO's numbers over all of them.
+
+    The numbers depend neither on the order of the images nor on how they were spread over accumulators; within an
+    image, the order of the detections decides between equal scores, as in pycocotools.
+    """
+
+    def __init__(self, categories: Sequence[Category]) -> None:
+        """Starts with no image.
+
+        Raises:
+            ValueError: There is no category.
+        """
+        if not categories:
+            raise ValueError("COCO metrics need at least one category")
+        self._categories = tuple(categories)
+        self._pending: list[tuple[int, ImageTruth, ImageDetections]] = []
+        self._num_pending_detections = 0
+        self._seen: set[int] = set()
+        self._num_detections = 0
+        self._num_unreadable = 0
+        self._parts: list[Matches] = []
+
+    def add(
+        self,
+        image_id: int,
+        truth: ImageTruth,
+        detections: ImageDetections,
+        *,
+        unreadable: bool = False,
+    ) -> None:
+        """Takes one image with all its boxes and all its detections.
+
+        Args:
+            image_id: 0 ≤ image_id < 2⁵³, each once.
+            truth: All labelled boxes of the image.
+            detections: All detections in the image.
+            unreadable: The image could not be read: it has no detections, and all its boxes count as missed.
+
+        Raises:
+            ValueError: An image that was there before, arrays that do not fit each other, an index that is no
+                category, a number that is not finite.
+        """
+        self._check(image_id, truth, detections, unreadable)
+        count = len(detections.scores)
+        self._seen.add(int(image_id))
+        self._pending.append((int(image_id), truth, detections))
+        self._num_pending_detections += count
+        self._num_detections += count
+        self._num_unreadable += unreadable
+        if len(self._pending) >= _FLUSH_IMAGES or self._num_pending_detections >= _FLUSH_DETECTIONS:
+            self._flush()
+
+    def _check(self, image_id: int, truth: ImageTruth, detections: ImageDetections, unreadable: bool) -> None:
+        where = f"image {image_id}"
+        if not 0 <= image_id < MAX_IMAGE_ID:
+            raise ValueError(f"{where}: ids must be at least 0 and below 2**53")
+        if image_id in self._seen:
+            raise ValueError(f"{where} was added before")
+        if unreadable and len(detections.scores):
+            raise ValueError(f"{where} has detections although it could not be read")
+        num_truth, num_detections = len(truth.category), len(detections.category)
+        shapes = (truth.boxes_xywh.shape, truth.area.shape, truth.iscrowd.shape)
+        if shapes != ((num_truth, 4), (num_truth,), (num_truth,)):
+            raise ValueError(f"{where}: the arrays of the truth differ in length: {shapes}, {num_truth} categories")
+        shapes = (detections.boxes_xywh.shape, detections.scores.shape, (num_detections,))
+        if shapes != ((num_detections, 4), (num_detections,), (num_detections,)):
+            raise ValueError(f"{where}: the arrays of the detections differ in length: {shapes}")
+        for category in (truth.category, detections.category):
+            if category.size and (category.min() < 0 or category.max() >= len(self._categories)):
+                raise ValueError(f"{where} has a category that is not one of 0 … {len(self._categories) - 1}")
+        for values in (truth.boxes_xywh, truth.area, detections.boxes_xywh, detections.scores):
+            if not np.isfinite(values).all():
+                raise ValueError(f"{where} has a box, area or score that is not a finite number")
+
+    def _flush(self) -> None:
+        image_ids = np.array([image_id for image_id, _, _ in self._pending], dtype=np.int64)
+        truth = [item for _, item, _ in self._pending]
+        detections = [item for _, _, item in self._pending]
+
+        def starts(counts: list[int]) -> Integers:
+            return np.cumsum([0, *counts])
+
+        truth_columns = TruthColumns(
+            image_ids=image_ids,
+            starts=starts([len(item.category) for item in truth]),
+            boxes_xywh=as_boxes(np.concatenate([as_boxes([]), *(item.boxes_xywh for item in truth)])),
+            category=np.concatenate([np.zeros(0, np.int64), *(item.category for item in truth)]),
+            area=np.concatenate([np.zeros(0), *(item.area for item in truth)]),
+            iscrowd=np.concatenate([np.zeros(0, bool), *(item.iscrowd for item in truth)]),
+        )
+        detection_columns = DetectionColumns(
+            starts=starts([len(item.category) for item in detections]),
+            boxes_xywh=as_boxes(np.concatenate([as_boxes([]), *(item.boxes_xywh for item in detections)])),
+            scores=np.concatenate([np.zeros(0), *(item.scores for item in detections)]).astype(np.float64),
+            category=np.concatenate([np.zeros(0, np.int64), *(item.category for item in detections)]),
+        )
+        self._parts.append(match(truth_columns, detection_columns, len(self._categories)))
+        self._pending, self._num_pending_detections = [], 0
+
+    def to_bytes(self) -> bytes:
+        """The whole state, for `merge` in another process that runs the same version of raydet."""
+        header = {
+            "categories": [[category.id, category.name] for category in self._categories],
+            "num_detections": self._num_detections,
+            "num_unreadable": self._num_unreadable,
+        }
+        encoded = json.dumps(header).encode()
+        size = np.array([len(encoded)], dtype="<i8").tobytes()
+        return _STATE_MAGIC + size + encoded + to_bytes(self._matches())
+
+    def merge(self, state: bytes) -> None:
+        """Takes in all images of another accumulator, given as what its `to_bytes` returned.
+
+        Raises:
+            ValueError: It is no such state, it has other categories, or an image is in both.
+        """
+        start = len(_STATE_MAGIC) + 8
+        if not state.startswith(_STATE_MAGIC) or len(state) < start:
+            raise ValueError("not the state of a CocoAccumulator of this version")
+        header_end = start + int(np.frombuffer(state[start - 8 : start], dtype="<i8")[0])
+        header = json.loads(state[start:header_end])
+        categories = tuple(Category(id_, name) for id_, name in header["categories"])
+        if categories != self._categories:
+            raise ValueError("the states to be merged have different categories")
+        matches = from_bytes(state[header_end:])
+        image_ids = matches.image_ids.tolist()
+        both = self._seen.intersection(image_ids)
+        if both:
+            raise ValueError(f"{len(both)} images are in both of the states to be merged, such as {min(both)}")
+        self._seen.update(image_ids)
+        self._num_detections += header["num_detections"]
+        self._num_unreadable += header["num_unreadable"]
+        self._parts.append(matches)
+
+    def _matches(self) -> Matches:
+        """All images so far."""
+        if self._pending or not self._parts:
+            self._flush()
+        self._parts = [concatenate(self._parts)]
+        return self._parts[0]
+
+    def result(self) -> CocoResult:
+        """The numbers over all images so far; more may be added afterwards."""
+        return accumulate(
+            self._matches(),
+            self._categories,
+            num_detections=self._num_detections,
+            num_unreadable=self._num_unreadable,
+        )
+
+
+class MatchesByClass:
+    """Takes matches of disjoint images and gives COCO's numbers over all of them, to the last bit those of one piece.
+
+    A detection takes 32 bytes on disk (by COCO's rules); in memory are those of as many classes as have four million
+    together, or of one class that has more.
+    """
+
+    def __init__(self, folder: Path, protocol: Protocol, num_classes: int) -> None:
+        """Starts with no image.
+
+        Args:
+            folder: An empty one, for the files; who calls deletes it.
+            protocol: By which all parts are matched.
+            num_classes: 1 when they count as one.
+        """
+        self._folder, self._protocol = folder, protocol
+        self._num_truth = np.zeros((len(protocol.areas), num_classes), dtype=np.int64)
+        self._num_boxes = 0
+        self._row_type = _row_type(protocol)
+        self._files: list[tuple[Path, Integers]] = []
+        self._lock = threading.Lock()
+
+    def add(self, matches: Matches, places: Integers) -> None:
+        """Takes a part; several threads may do so at once.
+
+        Args:
+            matches: Of some images.
+            places: Where these stand among all images by rising id, int64 [I].
+        """
+        order = stable_order(matches.detection_category.astype(np.int64))
+        rows = np.empty(len(order), dtype=self._row_type)
+        rows["image"] = places[matches.detection_image][order]
+        for name in ("rank", "scores"):
+            rows[name] = getattr(matches, name)[order]
+        for name in ("true_positive", "ignored"):
+            rows[name] = getattr(matches, name).T[order]
+        counts = np.bincount(matches.detection_category, minlength=self._num_truth.shape[1])
+        num_truth = count_truth(matches)
+        with self._lock:
+            path = self._folder / f"{len(self._files):06d}.rows"
+            self._files.append((path, np.append(0, np.cumsum(counts))))
+            self._num_truth += num_truth
+            self._num_boxes += len(matches.truth_image)
+        rows.tofile(path)
+
+    def result(
+        self, categories: Sequence[Category], *, num_images: int, num_detections: int, num_unreadable: int
+    ) -> CocoResult:
+        """The numbers over all parts; counts are only passed on.
+
+        Args:
+            categories: The classes, by their indices.
+            num_images: Of all parts.
+            num_detections: As given, with those that were not matched.
+            num_unreadable: Images that the detector could not read.
+        """
+        curves = [precision_and_recall(self._judged(first, last)) for first, last in self._ranges()]
+        precision, recall = zip(*curves, strict=True)
+        return result_of(
+            np.concatenate(precision, axis=2),
+            np.concatenate(recall, axis=1),
+            self._protocol,
+            categories,
+            num_images=num_images,
+            num_truth=self._num_boxes,
+            num_detections=num_detections,
+            num_unreadable=num_unreadable,
+        )
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """First and last class (exclusive) of those that are in memory together."""
+        num_classes = self._num_truth.shape[1]
+        ends = sum((ends for _, ends in self._files), np.zeros(num_classes + 1, dtype=np.int64))
+        first = 0
+        while first < num_classes:
+            last = int(np.searchsorted(ends, ends[first] + _DETECTIONS_AT_ONCE, side="right")) - 1
+            last = min(max(last, first + 1), num_classes)
+            yield first, last
+            first = last
+
+    def _judged(self, first: int, last: int) -> Judged:
+        pieces, categories = [np.zeros(0, self._row_type)], [np.zeros(0, np.int32)]
+        for path, ends in self._files:
+            begin, end = int(ends[first]), int(ends[last])
+            pieces.append(np.fromfile(path, self._row_type, count=end - begin, offset=begin * self._row_type.itemsize))
+            categories.append(np.repeat(np.arange(last - first, dtype=np.int32), np.diff(ends[first : last + 1])))
+        rows, category = np.concatenate(pieces), np.concatenate(categories)
+        # Parts come in any order; what is equally sure counts by rising image.
+        order = stable_order(rows["image"].astype(np.int64))
+        columns = {name: rows[name][order].T for name in ("rank", "scores", "true_positive", "ignored")}
+        return Judged(
+            protocol=self._protocol,
+            detection_category=category[order],
+            num_truth=self._num_truth[:, first:last],
+            **columns,
+        )
+
+
+def _row_type(protocol: Protocol) -> np.dtype[Any]:
+    """A detection on disk; its class follows from where it stands."""
+    sets = (bits_type(len(protocol.iou_thresholds)), (len(protocol.areas),))
+    return np.dtype(
+        [
+            ("scores", np.float64),
+            ("image", np.int32),
+            ("rank", np.int32),
+            ("true_positive", *sets),
+            ("ignored", *sets),
+        ]
+    )

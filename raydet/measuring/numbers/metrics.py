@@ -1,0 +1,346 @@
+"""COCO's numbers, equal to pycocotools' to the last bit.
+
+`accumulate` turns what `matching.match` found into precision, recall and the means over them, in the order in which
+pycocotools takes them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from raydet.measuring.numbers.matches import COCO, BitSets, Matches, Protocol, bits_at
+from raydet.measuring.numbers.matching import falling_rank, stable_order
+from raydet.tables.columns import Floats, Integers
+from raydet.tables.schema import Category
+
+RECALLS: Floats = np.linspace(0.0, 1.0, 101)
+"""Where COCO reads precision."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number: its name and what it is taken over (`iou` None is the mean over all thresholds)."""
+
+    name: str
+    kind: Literal["precision", "recall"]
+    iou: float | None
+    area: str
+    max_detections: int
+
+
+def metrics_of(protocol: Protocol) -> tuple[Metric, ...]:
+    """The numbers that a protocol gives, in COCO's order; for COCO's own these are its twelve.
+
+    AP50 and AP75 are there if those thresholds are. Sizes are named by their first letter.
+    """
+    (whole, _), *sizes = protocol.areas
+    last = protocol.max_detections[-1]
+    singled_out = [iou for iou in (0.5, 0.75) if iou in protocol.iou_thresholds]
+    return (
+        Metric("AP", "precision", None, whole, last),
+        *(Metric(f"AP{iou * 100:.0f}", "precision", iou, whole, last) for iou in singled_out),
+        *(Metric(f"AP{name[0]}", "precision", None, name, last) for name, _ in sizes),
+        *(Metric(f"AR{limit}", "recall", None, whole, limit) for limit in protocol.max_detections),
+        *(Metric(f"AR{name[0]}", "recall", None, name, last) for name, _ in sizes),
+    )
+
+
+METRICS = metrics_of(COCO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoNumbers:
+    """Numbers in [0, 1], or -1 where there is nothing to measure (no truth box of that kind).
+
+    Attributes:
+        values: All numbers of the protocol by their names, in the order of `metrics_of`.
+        AP: As the others, one of COCO's twelve; -1 also where the protocol has no such number.
+    """
+
+    values: dict[str, float] = field(repr=False)
+    AP: float = -1.0
+    AP50: float = -1.0
+    AP75: float = -1.0
+    APs: float = -1.0
+    APm: float = -1.0
+    APl: float = -1.0
+    AR1: float = -1.0
+    AR10: float = -1.0
+    AR100: float = -1.0
+    ARs: float = -1.0
+    ARm: float = -1.0
+    ARl: float = -1.0
+
+    def numbers(self) -> dict[str, float]:
+        """All numbers of the protocol by their names, in COCO's order."""
+        return dict(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoResult(CocoNumbers):
+    """The numbers over all classes, and what they were made of.
+
+    Attributes:
+        categories: The classes, by their indices; none where classes count as one.
+        per_class: The numbers of each class.
+        num_images: Images, with and without boxes.
+        num_truth: Labelled boxes, crowds included.
+        num_detections: Detections given, also those beyond the last limit of an image and class.
+        num_unreadable: Images that the detector could not read; all their boxes count as missed.
+        precision: At the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 where there is no truth;
+            classes by index.
+        recall: [T thresholds, class, A sizes, limit].
+        protocol: By which rules.
+    """
+
+    categories: tuple[Category, ...]
+    per_class: tuple[CocoNumbers, ...]
+    num_images: int
+    num_truth: int
+    num_detections: int
+    num_unreadable: int
+    precision: Floats = field(repr=False, compare=False)
+    recall: Floats = field(repr=False, compare=False)
+    protocol: Protocol = COCO
+
+    def table_rows(self, run: str | None, model: str | None, split: str | None) -> list[dict[str, Any]]:
+        """Rows of a `metrics` table: the numbers over all classes, then those of each class.
+
+        A number that is -1 (nothing to measure) becomes null.
+        """
+        over: list[tuple[str | None, CocoNumbers]] = [(None, self)]
+        over += [(category.name, numbers) for category, numbers in zip(self.categories, self.per_class, strict=True)]
+        return [
+            {
+                "run": run,
+                "model": model,
+                "split": split,
+                "slice": None,
+                "metric": metric.name,
+                "iou": metric.iou,
+                "area": metric.area,
+                "max_detections": metric.max_detections,
+                "category": name,
+                "value": None if value == -1 else value,
+                "low": None,
+                "high": None,
+            }
+            for name, numbers in over
+            for metric in metrics_of(self.protocol)
+            for value in [numbers.values[metric.name]]
+        ]
+
+
+def accumulate(
+    matches: Matches, categories: Sequence[Category], *, num_detections: int | None = None, num_unreadable: int = 0
+) -> CocoResult:
+    """COCO's numbers over all images of `matches`, equal to pycocotools' to the last bit.
+
+    Args:
+        matches: All images, in one piece.
+        categories: The classes, by their indices.
+        num_detections: As given, where that is more than what was matched; only passed on.
+        num_unreadable: Only passed on.
+
+    Raises:
+        ValueError: `categories` are not those of `matches`.
+    """
+    if not matches.protocol.class_agnostic and len(categories) != matches.num_categories:
+        raise ValueError(f"{len(categories)} categories for matches of {matches.num_categories}")
+    precision, recall = precision_and_recall(judged_of(matches))
+    return result_of(
+        precision,
+        recall,
+        matches.protocol,
+        categories,
+        num_images=len(matches.image_ids),
+        num_truth=len(matches.truth_image),
+        num_detections=len(matches.scores) if num_detections is None else num_detections,
+        num_unreadable=num_unreadable,
+    )
+
+
+def result_of(
+    precision: Floats,
+    recall: Floats,
+    protocol: Protocol,
+    categories: Sequence[Category],
+    *,
+    num_images: int,
+    num_truth: int,
+    num_detections: int,
+    num_unreadable: int,
+) -> CocoResult:
+    """The means over what `precision_and_recall` gave for all classes; counts are only passed on."""
+    by_class = tuple(() if protocol.class_agnostic else categories)
+    # pycocotools puts classes in the order of the source's ids, and a mean in another order rounds differently.
+    by_source_id = sorted(range(len(by_class)), key=lambda index: by_class[index].id) or [0]
+    values: dict[str, float] = {}
+    values_by_class: list[dict[str, float]] = [{} for _ in by_class]
+    for metric in metrics_of(protocol):
+        chosen = cells(precision, recall, protocol, metric)
+        values[metric.name] = mean_of(chosen[..., by_source_id])
+        # A class has either no -1 or nothing else.
+        rows = np.ascontiguousarray(np.moveaxis(chosen, -1, 0)).reshape(chosen.shape[-1], -1)
+        for own, value in zip(values_by_class, rows.mean(axis=1).tolist(), strict=bool(by_class)):
+            own[metric.name] = value
+    return CocoResult(
+        **_numbers(values),
+        categories=by_class,
+        per_class=tuple(CocoNumbers(**_numbers(own)) for own in values_by_class),
+        num_images=num_images,
+        num_truth=num_truth,
+        num_detections=num_detections,
+        num_unreadable=num_unreadable,
+        precision=precision,
+        recall=recall,
+        protocol=protocol,
+    )
+
+
+def _numbers(values: dict[str, float]) -> dict[str, Any]:
+    return {"values": values, **{metric.name: values[metric.name] for metric in METRICS if metric.name in values}}
+
+
+def cells(precision: Floats, recall: Floats, protocol: Protocol, metric: Metric) -> Floats:
+    """What a number is the mean of: [threshold, 101 recalls, class], for a recall [threshold, class]."""
+    area = [name for name, _ in protocol.areas].index(metric.area)
+    thresholds = slice(None)
+    if metric.iou is not None:
+        index = protocol.iou_thresholds.index(metric.iou)
+        thresholds = slice(index, index + 1)
+    if metric.kind == "precision":
+        return precision[thresholds, :, :, area, 0]
+    return recall[thresholds, :, area, protocol.max_detections.index(metric.max_detections)]
+
+
+def mean_of(chosen: Floats) -> float:
+    """The mean in pycocotools' order, without what is -1; -1 where nothing is left."""
+    defined = chosen[chosen > -1]
+    return float(np.mean(defined)) if defined.size else -1.0
+
+
+def surest_first(matches: "Matches | Judged") -> Integers:
+    """Positions of the detections by class, in it by falling score, of equal ones by rising image id and rank, [D]."""
+    ranks = falling_rank(matches.scores)
+    return stable_order(matches.detection_category * (ranks.max(initial=0) + 1) + ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What of `Matches` the curves of some classes, counted from 0, are made of; images by rising id.
+
+    Attributes:
+        protocol: By which rules.
+        detection_category: int32 [D].
+        scores: float64 [D].
+        rank: int32 [D].
+        true_positive: Unsigned [A, D].
+        ignored: Unsigned [A, D].
+        num_truth: Labelled boxes that count, of each size and class, int64 [A, K].
+    """
+
+    protocol: Protocol
+    detection_category: npt.NDArray[np.int32]
+    scores: Floats
+    rank: npt.NDArray[np.int32]
+    true_positive: BitSets
+    ignored: BitSets
+    num_truth: Integers
+
+
+def judged_of(matches: Matches) -> Judged:
+    """All classes."""
+    return Judged(
+        protocol=matches.protocol,
+        detection_category=matches.detection_category,
+        scores=matches.scores,
+        rank=matches.rank,
+        true_positive=matches.true_positive,
+        ignored=matches.ignored,
+        num_truth=count_truth(matches),
+    )
+
+
+def count_truth(matches: Matches) -> Integers:
+    """Labelled boxes that count, of each size and class, int64 [A, K]."""
+    return np.array(
+        [
+            np.bincount(matches.truth_category[~ignored], minlength=matches.num_categories)
+            for ignored in matches.truth_ignored
+        ]
+    )
+
+
+def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
+    """The arrays of pycocotools' `COCOeval.accumulate`; a class does not change those of another.
+
+    Returns:
+        Precision at the last limit, [T, 101, K, A, 1], and recall, [T, K, A, limit]; -1 where a class has no truth.
+    """
+    protocol, num_classes = judged.protocol, judged.num_truth.shape[1]
+    num_thresholds, limits = len(protocol.iou_thresholds), protocol.max_detections
+    precision = np.full((len(protocol.areas), num_thresholds, num_classes, len(RECALLS)), -1.0)
+    recall = np.full((num_thresholds, num_classes, len(protocol.areas), len(limits)), -1.0)
+    order = surest_first(judged)
+    category, rank = judged.detection_category[order], judged.rank[order]
+    begins = np.searchsorted(category, np.arange(num_classes, dtype=np.int32))
+    num_before = np.zeros(len(order) + 1, dtype=np.int64)
+    for area, num_truth in enumerate(judged.num_truth):
+        right, ignored = judged.true_positive[area][order], judged.ignored[area][order]
+        known = np.flatnonzero(num_truth)
+        needed = _needed(num_truth[known])
+        for threshold in range(num_thresholds):
+            hits = np.flatnonzero(bits_at(right, threshold))
+            np.cumsum(~bits_at(ignored, threshold), out=num_before[1:])
+            own = category[hits]
+            num_judged = num_before[hits + 1] - num_before[begins[own]]
+            precision[area, threshold, known] = _interpolated(own, num_judged, needed, known, num_classes)
+            for index, limit in enumerate(limits):
+                found = np.bincount(own[rank[hits] < limit], minlength=num_classes)
+                recall[threshold, known, area, index] = found[known] / num_truth[known]
+    return precision.transpose(1, 3, 2, 0)[..., None], recall
+
+
+def _needed(num_truth: Integers) -> Integers:
+    """How many boxes must be found for each of the 101 recalls, at least 1: [K] above 0 → [K, 101]."""
+    total = num_truth[:, None].astype(np.float64)
+    needed = np.ceil(RECALLS * total)
+    # The product is rounded; what counts is the quotient that pycocotools compares.
+    needed -= (needed - 1) / total >= RECALLS
+    needed += needed / total < RECALLS
+    return np.maximum(needed, 1).astype(np.int64)
+
+
+def _interpolated(
+    category: npt.NDArray[np.int32], num_judged: Integers, needed: Integers, known: Integers, num_classes: int
+) -> Floats:
+    """The highest precision at each recall or beyond it, which is always that of a right detection.
+
+    Args:
+        category: Of each right detection, by class, then falling score, [N].
+        num_judged: Detections that count up to and with it, in its class, [N].
+        needed: Right detections for each recall, [K, 101].
+        known: Classes with truth, [K].
+        num_classes: All classes.
+
+    Returns:
+        [K, 101], 0 where a recall is not reached.
+    """
+    found = np.bincount(category, minlength=num_classes)
+    first = np.cumsum(found) - found
+    nth = np.arange(len(category)) - first[category] + 1
+    precision = nth / (num_judged + np.spacing(1))
+    result = np.zeros(needed.shape)
+    has_any = found[known] > 0
+    if has_any.any():
+        found, first, needed = found[known][has_any, None], first[known][has_any, None], needed[has_any]
+        # The best from each recall's detection up to the next recall's, then from the right over all recalls.
+        starts = first + np.minimum(needed, found) - 1
+        best = np.maximum.reduceat(precision, starts.ravel()).reshape(starts.shape)
+        best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
+        result[has_any] = np.where(needed <= found, best, 0.0)
+    return result

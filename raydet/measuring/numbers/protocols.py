@@ -1,0 +1,196 @@
+"""Numbers of other benchmarks than COCO: Pascal VOC's and LVIS'.
+
+Each has its own way of matching, `match_voc` and `match_lvis`, whose outcome is a `Matches` as any other (of pieces,
+put together by `matches.concatenate`), and its own numbers, `voc_rows` and `lvis_rows`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from raydet.measuring.numbers.matches import Matches, Protocol, bits_at
+from raydet.measuring.numbers.matching import match, overlapping_pairs
+from raydet.measuring.numbers.metrics import accumulate, mean_of, metrics_of, surest_first
+from raydet.tables.columns import DetectionColumns, Integers, TruthColumns
+from raydet.tables.schema import Category
+
+Row = tuple[str, str | None, float | None, str | None, int | None, float | None]
+"""Metric, class (None: all), IoU (None: the mean over .50:.05:.95), area, limit of detections, value (None: nothing
+to measure)."""
+
+VOC = Protocol(iou_thresholds=(0.5,), areas=(("all", (0.0, float("inf"))),), max_detections=(2**31 - 1,))
+LVIS = Protocol(max_detections=(300,))
+
+_ELEVEN_RECALLS = np.arange(11) * 0.1
+_MOST_IMAGES_OF_RARE, _MOST_IMAGES_OF_COMMON = 10, 100
+
+
+def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories: int) -> Matches:
+    """Says which detection is right by Pascal VOC's rule, at IoU 0.5.
+
+    A detection goes with the box of its class that it overlaps most, of equal ones the first, if that is at least
+    0.5. If the box is difficult the detection does not count; of those that go with another box the surest is right,
+    the rest are wrong, whatever else they overlap.
+    Source: the development kit of the challenge (`VOCevaldet.m`, 2007 to 2012).
+
+    Args:
+        truth: The labelled boxes; `iscrowd` tells the difficult ones.
+        detections: The detections in the same images, however many.
+        num_categories: Classes; all indices are below it.
+    """
+    matches = match(truth, detections, num_categories, VOC)
+    plain = replace(truth, iscrowd=np.zeros_like(truth.iscrowd))
+    pairs = overlapping_pairs(plain, detections, same_category=True, min_iou=0.5)
+    best_first = np.lexsort((pairs.truth, -pairs.iou, pairs.detection))
+    own, is_first = np.unique(pairs.detection[best_first], return_index=True)
+    box_of = np.full(len(detections.scores), -1)
+    box_of[own] = pairs.truth[best_first[is_first]]
+
+    box = box_of[matches.detection_row]
+    goes_with_one = np.flatnonzero(box >= 0)
+    # By image, class and falling score, so that the first of each box is the surest.
+    found, surest = np.unique(box[goes_with_one], return_index=True)
+    is_counted = ~truth.iscrowd[found]
+    right = np.zeros_like(matches.true_positive)
+    right[0, goes_with_one[surest[is_counted]]] = 1
+    ignored = np.zeros_like(matches.ignored)
+    ignored[0, goes_with_one[truth.iscrowd[box[goes_with_one]]]] = 1
+    truth_found = np.isin(matches.truth_row, found).astype(matches.truth_found.dtype)
+    return replace(matches, true_positive=right, ignored=ignored, truth_found=truth_found)
+
+
+def voc_rows(matches: Matches, categories: Sequence[Category], *, eleven_points: bool) -> list[Row]:
+    """Pascal VOC's average precision, over all classes (their mean) and of each.
+
+    Args:
+        matches: Of `match_voc`, all images in one piece.
+        categories: The classes, by their indices.
+        eleven_points: The mean of the best precision at recalls 0, 0.1, … 1, or beyond (VOC 2007); otherwise the area
+            under the curve of the best precision at each recall or beyond it (VOC 2010 and later).
+    """
+    order = surest_first(matches)
+    category = matches.detection_category[order]
+    right, judged = bits_at(matches.true_positive[0], 0)[order], ~bits_at(matches.ignored[0], 0)[order]
+    begins = np.searchsorted(category, np.arange(len(categories) + 1))
+    num_truth = np.bincount(matches.truth_category[~matches.truth_ignored[0]], minlength=len(categories))
+    values = np.full(len(categories), -1.0)
+    for index in np.flatnonzero(num_truth).tolist():
+        own = slice(begins[index], begins[index + 1])
+        hits = np.flatnonzero(right[own])
+        nth = np.arange(1, len(hits) + 1)
+        precision = nth / np.cumsum(judged[own])[hits]
+        best = np.maximum.accumulate(precision[::-1])[::-1]
+        if eleven_points:
+            at = np.searchsorted(nth / num_truth[index], _ELEVEN_RECALLS)
+            values[index] = np.append(best, 0.0)[at].mean()
+        else:
+            values[index] = best.sum() / num_truth[index]
+    names = [None, *(category.name for category in categories)]
+    numbers = [mean_of(values), *values.tolist()]
+    return [("AP50", name, 0.5, None, None, _or_none(number)) for name, number in zip(names, numbers, strict=True)]
+
+
+def match_lvis(
+    truth: TruthColumns,
+    detections: DetectionColumns,
+    num_categories: int,
+    negatives: Sequence[Sequence[int]],
+    not_exhaustive: Sequence[Sequence[int]],
+) -> Matches:
+    """Matches as COCO does, but judges in each image only classes of which it is known whether they are there.
+
+    Only the 300 surest detections of an image are looked at; those of a class that is neither labelled in the image
+    nor known to be absent are left out; those that found nothing do not count where not every object of the class is
+    labelled. There are no crowds, and boxes without area are left out. Source: the `lvis` package.
+
+    Args:
+        truth: The labelled boxes of all images; `iscrowd` is not looked at.
+        detections: The detections in the same images.
+        num_categories: Classes; all indices are below it.
+        negatives: For each image, in the order of `truth`, the classes known to be absent (`neg_category_ids`).
+        not_exhaustive: For each image the classes of which some objects are not labelled
+            (`not_exhaustive_category_ids`).
+    """
+    num_images = len(truth.image_ids)
+    counted = np.flatnonzero(truth.area > 0)
+    labelled_image = np.repeat(np.arange(num_images), np.diff(truth.starts))[counted]
+    image = np.repeat(np.arange(num_images), np.diff(detections.starts))
+    by_score = np.lexsort((-detections.scores, image))
+    place = np.arange(len(image)) - np.repeat(detections.starts[:-1], np.diff(detections.starts))
+    # Rising, so that detections with equal scores keep their order.
+    kept = np.sort(by_score[place < LVIS.max_detections[-1]])
+    key = image * num_categories + detections.category
+    labelled = labelled_image * num_categories + truth.category[counted]
+    known = np.concatenate([labelled, _keys(negatives, num_categories)])
+    has_area = detections.boxes_xywh[kept, 2] * detections.boxes_xywh[kept, 3] > 0
+    kept = kept[np.isin(key[kept], known) & has_area]
+    judged = DetectionColumns(
+        starts=np.searchsorted(image[kept], np.arange(num_images + 1)),
+        boxes_xywh=detections.boxes_xywh[kept],
+        scores=detections.scores[kept],
+        category=detections.category[kept],
+    )
+    boxes = TruthColumns(
+        image_ids=truth.image_ids,
+        starts=np.searchsorted(labelled_image, np.arange(num_images + 1)),
+        boxes_xywh=truth.boxes_xywh[counted],
+        category=truth.category[counted],
+        area=truth.area[counted],
+        iscrowd=np.zeros(len(counted), dtype=bool),
+    )
+    matches = match(boxes, judged, num_categories, LVIS)
+    row = kept[matches.detection_row]
+    is_open = np.isin(key[row], _keys(not_exhaustive, num_categories))
+    everything = matches.ignored.dtype.type(2 ** len(LVIS.iou_thresholds) - 1)
+    ignored = matches.ignored.copy()
+    ignored[:, is_open] |= everything & ~matches.true_positive[:, is_open]
+    return replace(matches, detection_row=row, truth_row=counted[matches.truth_row], ignored=ignored)
+
+
+def _keys(categories_by_image: Sequence[Sequence[int]], num_categories: int) -> Integers:
+    """One number for each class of each image, in one row."""
+    image = np.repeat(np.arange(len(categories_by_image)), [len(categories) for categories in categories_by_image])
+    listed = [category for categories in categories_by_image for category in categories]
+    return image * num_categories + np.array(listed, dtype=np.int64)
+
+
+def lvis_rows(matches: Matches, categories: Sequence[Category], frequency: Sequence[str] | None = None) -> list[Row]:
+    """LVIS' numbers over all classes, among them those over rare, common and frequent ones, and those of each class.
+
+    Args:
+        matches: Of `match_lvis`, all images in one piece.
+        categories: The classes, by their indices.
+        frequency: Of each class "r", "c" or "f"; by default by the number of images in which it is labelled: up to
+            10, up to 100, more.
+    """
+    result = accumulate(matches, categories)
+    precision = result.precision[:, :, :, 0, 0]
+    groups = frequency or _frequency_by_images(matches)
+    by_source_id = sorted(range(len(categories)), key=lambda index: categories[index].id)
+    limit = LVIS.max_detections[-1]
+    rows: list[Row] = []
+    for metric in metrics_of(LVIS):
+        if metric.name == f"AR{limit}":
+            for letter in "rcf":
+                members = [index for index in by_source_id if groups[index] == letter]
+                value = _or_none(mean_of(precision[:, :, members]))
+                rows.append((f"AP{letter}", None, None, "all", limit, value))
+        value = _or_none(result.values[metric.name])
+        rows.append((metric.name, None, metric.iou, metric.area, metric.max_detections, value))
+    for category, numbers in zip(categories, result.per_class, strict=True):
+        for metric in metrics_of(LVIS):
+            value = _or_none(numbers.values[metric.name])
+            rows.append((metric.name, category.name, metric.iou, metric.area, metric.max_detections, value))
+    return rows
+
+
+def _frequency_by_images(matches: Matches) -> list[str]:
+    keys = np.unique(matches.truth_image.astype(np.int64) * matches.num_categories + matches.truth_category)
+    num_images = np.bincount(keys % matches.num_categories, minlength=matches.num_categories)
+    steps = np.searchsorted([_MOST_IMAGES_OF_RARE, _MOST_IMAGES_OF_COMMON], num_images)
+    return ["rcf"[step] for step in steps.tolist()]
+
+
+def _or_none(value: float) -> float | None:
+    return None if value == -1 else value

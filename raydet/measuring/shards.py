@@ -1,0 +1,234 @@
+"""Matching a detections table shard by shard: each task reads some row groups and matches them where it is.
+
+Of the detections only those of a few shards are in memory. Tasks are threads on this machine, or spread over a Ray
+cluster, which pays where its nodes read side by side; the truth is in its object store once.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raydet.common.errors import RunError, UserError
+from raydet.common.threads import in_order
+from raydet.config import EvaluateConfig
+from raydet.measuring.detections import (
+    DETECTION_FIELDS,
+    Scored,
+    choose_images,
+    errors_in,
+    find_rows,
+    model_of,
+    read_detection_rows,
+    read_detections,
+)
+from raydet.measuring.numbers.accumulator import MatchesByClass
+from raydet.measuring.numbers.matches import Matches, Protocol, concatenate
+from raydet.measuring.numbers.matching import match
+from raydet.measuring.numbers.metrics import CocoResult
+from raydet.measuring.truth import Truth
+from raydet.tables import storage
+from raydet.tables.columns import ROWS_AT_ONCE, Integers, image_ids_in, places_in, take_detections, take_truth
+from raydet.tables.table import MANIFEST_NAME, RowGroup, Table, open_table, refusing_damage
+
+_BYTES_PER_SHARD = 20 * 2**20
+"""Some 400,000 detections."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a task found: where its images stand in the truth, what could not be read, and the matching."""
+
+    truth_rows: Integers
+    errors: dict[int, str]
+    num_detections: int
+    matches: Matches
+
+
+@dataclass
+class _Shards:
+    """A detections table whose images are those of the truth; what is known of it before and after matching."""
+
+    table: Table
+    truth: Truth
+    truth_rows: Integers
+    num_left_out: int
+    errors: dict[int, str] = field(default_factory=dict)
+    num_detections: int = 0
+
+    def take(self, parts: Iterator[_Part]) -> Iterator[_Part]:
+        """Hands parts on and notes what is not in their matching."""
+        for part in parts:
+            self.errors |= part.errors
+            self.num_detections += part.num_detections
+            yield part
+
+    def scored(self) -> Scored:
+        """All but the detections."""
+        nothing = read_detection_rows(self.table, self.truth, ()).columns
+        return Scored(
+            uri=self.table.uri,
+            columns=take_detections(nothing, np.full(len(self.truth_rows), -1)),
+            truth_columns=take_truth(self.truth.columns, self.truth_rows),
+            truth_rows=self.truth_rows,
+            errors=errors_in(self.errors, self.truth.columns.image_ids[self.truth_rows]),
+            num_left_out=self.num_left_out,
+            model=model_of(self.table),
+            num_detections=self.num_detections,
+        )
+
+
+def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, CocoResult]:
+    """COCO's numbers of a detections table of any size, to the last bit those of matching it in one piece.
+
+    Neither the detections nor their matches are ever in memory together: what is needed of these is put into the
+    folder for temporary files (TMPDIR), 32 bytes for each detection, and the classes are measured one after another.
+
+    Returns:
+        All that is known but the detections, and the numbers over all images.
+
+    Raises:
+        UserError: As `detections.read_detections`.
+        RunError: The cluster cannot be reached.
+    """
+    shards = _open(config, truth)
+    num_classes = 1 if protocol.class_agnostic else len(truth.categories)
+    with tempfile.TemporaryDirectory(prefix="raydet-") as folder:
+        by_class = MatchesByClass(Path(folder), protocol, num_classes)
+        for part in shards.take(_match(config, shards, protocol)):
+            by_class.add(part.matches, part.truth_rows)
+        scored = shards.scored()
+        result = by_class.result(
+            truth.categories,
+            num_images=len(scored.truth_rows),
+            num_detections=scored.num_detections,
+            num_unreadable=len(scored.errors),
+        )
+    return scored, result
+
+
+def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, Matches]:
+    """Matches a detections table on the cluster at `config.address` ("local" starts one on this machine).
+
+    The outcome is exactly that of matching here. The detections themselves come to this process only where tables
+    are wanted, which say of single boxes what is wrong with them.
+
+    Raises:
+        UserError: As `detections.read_detections`.
+        RunError: The cluster cannot be reached.
+    """
+    shards = _open(config, truth)
+    matches = concatenate([part.matches for part in shards.take(_match(config, shards, protocol))])
+    if config.out is not None:
+        return read_detections(config.detections, truth, allow_partial=config.allow_partial), matches
+    return shards.scored(), matches
+
+
+def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
+    """Holds the images of both sides against each other, before anything is matched."""
+    table = open_table(config.detections, "detections")
+    ids = [image_ids_in(batch) for batch in table.iter_batches(["image_id"], ROWS_AT_ONCE)]
+    image_ids = np.concatenate([np.zeros(0, np.int64), *ids])
+    rows = find_rows(table.uri, image_ids, truth)
+    truth_rows, num_left_out = choose_images(
+        table.uri, image_ids, rows, truth, is_table=True, allow_partial=config.allow_partial
+    )
+    return _Shards(table, truth, truth_rows, num_left_out)
+
+
+def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
+    groups = _row_groups(shards.table, config.num_shards)
+    if config.address is not None:
+        return _match_on_ray(config.address, shards, protocol, groups)
+    num_threads = len(os.sched_getaffinity(0))
+    # More that are ready would only wait in memory.
+    return in_order(
+        lambda own: _match_shard(shards.table, own, shards.truth, protocol),
+        groups,
+        num_threads=num_threads,
+        ahead=num_threads + 1,
+    )
+
+
+def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
+    """The row groups, in their order, in parts of about as many bytes each."""
+    groups = table.row_groups()
+    ends = np.cumsum([group.num_bytes for group in groups])
+    num_shards = min(num_shards or -(-int(ends[-1]) // _BYTES_PER_SHARD), len(groups)) or 1
+    shard_of = np.minimum((ends - 1) * num_shards // max(int(ends[-1]), 1), num_shards - 1)
+    shards = [
+        [group for group, own in zip(groups, shard_of, strict=True) if own == index] for index in range(num_shards)
+    ]
+    return [shard for shard in shards if shard]
+
+
+def _match_on_ray(
+    address: str, shards: _Shards, protocol: Protocol, groups: Sequence[Sequence[RowGroup]]
+) -> Iterator[_Part]:
+    import ray
+
+    with _session(address, shards.table):
+        task = ray.remote(num_cpus=1)(_match_or_say_why_not)
+        truth_ref = ray.put(shards.truth)
+        # As many tasks again as can run wait in line; more would fill the object store with what nobody has fetched.
+        most = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        running: list[Any] = []
+        waiting = list(groups)
+        while waiting or running:
+            while waiting and len(running) < most:
+                running.append(task.remote(shards.table, waiting.pop(0), truth_ref, protocol))
+            finished, running = ray.wait(running)
+            try:
+                parts = ray.get(finished)
+            except ray.exceptions.RayError as error:
+                if isinstance(error, ray.exceptions.RayTaskError):  # raised by the task itself
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                raise RunError(f"the cluster loses parts of the work: {reason}; run the same command again") from error
+            for part in parts:
+                if isinstance(part, str):
+                    raise UserError(part)
+                yield part
+
+
+def _match_or_say_why_not(table: Table, groups: Sequence[RowGroup], truth: Truth, protocol: Protocol) -> "_Part | str":
+    """A mistake of the user's comes back as its one line."""
+    try:
+        return _match_shard(table, groups, truth, protocol)
+    except UserError as error:
+        return str(error)
+
+
+def _match_shard(table: Table, groups: Sequence[RowGroup], truth: Truth, protocol: Protocol) -> _Part:
+    """Reads and matches some row groups, without the images that the truth does not have."""
+    rows = read_detection_rows(table, truth, _batches(table, groups))
+    places, is_known = places_in(truth.columns.image_ids, rows.image_ids)
+    own = np.flatnonzero(is_known)
+    own = own[np.argsort(places[own])]
+    truth_rows = places[own]
+    detections = take_detections(rows.columns, own)
+    matches = match(take_truth(truth.columns, truth_rows), detections, len(truth.categories), protocol)
+    return _Part(truth_rows, rows.errors, len(detections.scores), matches)
+
+
+def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatch]:
+    for group in groups:
+        with refusing_damage(table.uri):
+            content = table.read_row_group(group, DETECTION_FIELDS)
+        yield from content.to_batches()
+
+
+@contextlib.contextmanager
+def _session(address: str, table: Table) -> Iterator[None]:
+    """The cluster at an address, whose nodes all see the table, for the time of a `with`."""
+    from raydet.cluster import session, shared_storage
+
+    with tempfile.TemporaryDirectory() as log, session.session(log, address=address):
+        shared_storage.check_shared(reads={"--detections": (table.uri, storage.join(table.uri, MANIFEST_NAME))})
+        yield

@@ -1,0 +1,187 @@
+"""Which images, or which sizes of box, make up a slice: by a column of the images table or by a property."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydet.common.errors import UserError
+from raydet.measuring.numbers.matches import COCO_AREAS
+from raydet.tables.columns import Flags, Floats, Integers, TruthColumns
+
+PROPERTIES = ("box_size", "crowding", "image_size")
+"""What images can be sliced by without any column; a column of such a name is not looked at."""
+
+_UNKNOWN = "unknown"
+_MAX_VALUES = 50
+_MAX_NUMBERS = 12
+_CROWDING = ((0, "0"), (5, "1–5"), (20, "6–20"), (math.inf, "21+"))
+_IMAGE_SIZE = ((640, "up to 640 px"), (1280, "641–1280 px"), (2560, "1281–2560 px"), (math.inf, "over 2560 px"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A part of the data to be measured apart: some images, or the boxes of one size in all images.
+
+    Attributes:
+        name: As it stands in the tables, such as `camera=front`.
+        images: Which images, by rising id as in `Matches`, bool [I]; None for a slice by size of box.
+        area: The size class of boxes to measure; "all" for a slice of images.
+        num_truth: Labelled boxes that count in it; without any there is nothing to measure, and values are null.
+    """
+
+    name: str
+    images: Flags | None
+    area: str
+    num_truth: int
+
+
+def slices_of(
+    name: str,
+    truth: TruthColumns,
+    *,
+    columns: Mapping[str, pa.Array | pa.ChunkedArray],
+    sizes_hw: Integers,
+    areas: Mapping[str, tuple[float, float]] = COCO_AREAS,
+) -> list[Slice]:
+    """All slices by one column or property; those of images hold each image exactly once.
+
+    A column of text, truth values or up to 12 different numbers gives one slice a value; one of more numbers, of
+    dates or times, up to four of about as many images each, named by their lowest and highest value. Null, and a
+    number that is none, is "unknown". The properties: `box_size`, COCO's size classes of the labelled box;
+    `crowding`, images by their number of boxes, crowds not counted; `image_size`, by their longer side.
+
+    Args:
+        name: Column or property.
+        truth: The labelled boxes.
+        columns: Further columns of the images table by their names, in the order of `truth.image_ids`.
+        sizes_hw: Height and width in pixels, 0 where unknown, in that order, int64 [I, 2].
+        areas: Size classes of the protocol by name; "all" is left out.
+
+    Raises:
+        UserError: There is no such column, its type cannot be grouped, or it has more than 50 different texts.
+    """
+    counted = ~truth.iscrowd
+    if name == "box_size":
+        return _of_box_sizes(truth.area[counted], areas)
+    num_boxes = np.bincount(
+        np.repeat(np.arange(len(truth.image_ids)), np.diff(truth.starts))[counted], minlength=len(truth.image_ids)
+    )
+    if name == "crowding":
+        place, names = _in_steps(num_boxes, _CROWDING)
+    elif name == "image_size":
+        place, names = _in_steps(sizes_hw.max(axis=1, initial=0), _IMAGE_SIZE)
+        place, names = np.where((sizes_hw <= 0).any(axis=1), len(names), place), [*names, _UNKNOWN]
+    else:
+        place, names = _of_column(name, columns)
+    by_id = np.argsort(truth.image_ids)
+    boxes_in = np.bincount(place, weights=num_boxes, minlength=len(names)).astype(np.int64)
+    return [
+        Slice(name=f"{name}={value}", images=(place == index)[by_id], area="all", num_truth=int(boxes_in[index]))
+        for index, value in enumerate(names)
+        if (place == index).any()
+    ]
+
+
+def _of_box_sizes(area: Floats, areas: Mapping[str, tuple[float, float]]) -> list[Slice]:
+    return [
+        Slice(
+            name=f"box_size={size}",
+            images=None,
+            area=size,
+            num_truth=int(((area >= low) & (area <= high)).sum()),
+        )
+        for size, (low, high) in areas.items()
+        if size != "all"
+    ]
+
+
+def _in_steps(values: Integers, steps: Sequence[tuple[float, str]]) -> tuple[Integers, list[str]]:
+    """The step of each value, the first whose upper end is not below it, and the names of the steps."""
+    ends, names = zip(*steps, strict=True)
+    return np.searchsorted(ends, values, side="left"), list(names)
+
+
+def _of_column(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> tuple[Integers, list[str]]:
+    """The group of each image, int64 [I], and the names of the groups in a fixed order, "unknown" last."""
+    if name not in columns:
+        usable = [column for column, values in columns.items() if _is_usable(values.type)]
+        there = (
+            f"the images table has the columns {', '.join(usable)}"
+            if usable
+            else "the truth has no columns to slice by"
+        )
+        raise UserError(f"slice_by: no column or property {name}; {there}, the properties are {', '.join(PROPERTIES)}")
+    values = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if not _is_usable(values.type):
+        raise UserError(f"slice_by: column {name} has the type {values.type}; give one of texts, numbers or times")
+    if pa.types.is_floating(values.type):
+        values = pc.if_else(pc.is_nan(values), None, values)
+    if pa.types.is_decimal(values.type):
+        values = values.cast(pa.float64())
+    distinct = pc.unique(values).drop_null()
+    distinct = distinct.take(pc.sort_indices(distinct))
+    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    if is_text and len(distinct) > _MAX_VALUES:
+        raise UserError(
+            f"slice_by: column {name} has {len(distinct):,} different texts, such as {distinct[0].as_py()!r}; "
+            f"slices need a column of at most {_MAX_VALUES}"
+        )
+    place = pc.fill_null(pc.index_in(values, value_set=distinct), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    if is_text or len(distinct) <= _MAX_NUMBERS:
+        names = [_label(value) for value in distinct.to_pylist()]
+    else:
+        place, names = _quarters(place, distinct)
+    if _UNKNOWN not in names:
+        names = [*names, _UNKNOWN]
+    return np.where(place < 0, names.index(_UNKNOWN), place), names
+
+
+def _is_usable(dtype: pa.DataType) -> bool:
+    types = pa.types
+    kinds = (
+        types.is_string,
+        types.is_large_string,
+        types.is_boolean,
+        types.is_integer,
+        types.is_floating,
+        types.is_decimal,
+        types.is_date,
+        types.is_timestamp,
+        types.is_dictionary,
+    )
+    return any(kind(dtype) for kind in kinds)
+
+
+def _quarters(place: Integers, distinct: pa.Array) -> tuple[Integers, list[str]]:
+    """Parts the images into up to four groups of about the same size; equal values stay together.
+
+    Args:
+        place: Of each image the index of its value, -1 for none, int64 [I].
+        distinct: The values, rising.
+    """
+    known = np.sort(place[place >= 0])
+    # The value that a quarter, a half, three quarters of the images do not exceed ends a group.
+    ends = np.unique(known[(len(known) * np.arange(1, 5) + 3) // 4 - 1])
+    group = np.where(place < 0, -1, np.searchsorted(ends, place, side="left"))
+    lows = [0, *(ends[:-1] + 1).tolist()]
+    names = []
+    for low, high in zip(lows, ends.tolist(), strict=True):
+        first, last = _label(distinct[low].as_py()), _label(distinct[high].as_py())
+        names.append(first if low == high else f"{first} to {last}")
+    return group, names
+
+
+def _label(value: Any) -> str:
+    """A value as a name: true and false in small letters, numbers short, times as ISO 8601 has them."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -1,0 +1,162 @@
+"""The labelled boxes of a data set, from an images table or from COCO JSON, as columns that are checked on the way.
+
+Pictures are never read. Images stand by rising id.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from raydet.common.errors import UserError
+from raydet.measuring.truth_json import Federated, read_instances
+from raydet.tables import storage
+from raydet.tables.columns import (
+    ROWS_AT_ONCE,
+    Integers,
+    TruthColumns,
+    flatten,
+    image_ids_in,
+    numbers_of,
+    starts_of,
+    take_truth,
+)
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import MANIFEST_NAME, Table, open_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """All labelled boxes of a data set.
+
+    Attributes:
+        uri: Where it was read.
+        categories: The classes, by their indices.
+        columns: The boxes; images by rising id.
+        sizes_hw: Pixels of each image, 0 where unknown, int64 [I, 2].
+        federated: What the file says in LVIS's fields, if it was asked for.
+    """
+
+    uri: str
+    categories: tuple[Category, ...]
+    columns: TruthColumns
+    sizes_hw: Integers
+    federated: Federated | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be measured against."""
+        columns = self.columns
+        if not self.categories:
+            raise UserError(f"{self.uri} has no categories: it holds images without labels")
+        if not columns.image_ids.size:
+            raise UserError(f"{self.uri} holds no image")
+        repeated = columns.image_ids[1:][np.diff(columns.image_ids) == 0]
+        if repeated.size:
+            raise UserError(f"{self.uri} has image ids more than once, such as {repeated[0]}; they must be unique")
+        bad = ~np.isfinite(columns.boxes_xywh).all(axis=1) | ~np.isfinite(columns.area)
+        bad |= (columns.boxes_xywh[:, 2:] < 0).any(axis=1)
+        bad |= (columns.category < 0) | (columns.category >= len(self.categories))
+        if bad.any():
+            image_id = np.repeat(columns.image_ids, np.diff(columns.starts))[bad][0]
+            raise UserError(
+                f"{self.uri}: {bad.sum()} boxes have a number that is not finite, a negative size or an unknown "
+                f"category, such as one in image {image_id}"
+            )
+
+
+def read_truth(uri: str, *, lvis: bool = False) -> Truth:
+    """Reads the labels of an images table or of COCO instances JSON.
+
+    Args:
+        uri: A table's folder or a JSON file.
+        lvis: Also read the fields that LVIS adds; only JSON has them.
+
+    Raises:
+        UserError: There is no such input, or it is damaged or has no labels.
+    """
+    uri = storage.absolute_uri(uri)
+    if is_json(uri, "truth", "an images table or COCO instances JSON"):
+        content = read_instances(uri, lvis=lvis)
+        return Truth(
+            uri=uri,
+            categories=content.categories,
+            columns=content.columns,
+            sizes_hw=content.sizes_hw,
+            federated=content.federated,
+        )
+    if lvis:
+        raise UserError(
+            f"{uri} is an images table, which does not hold neg_category_ids and not_exhaustive_category_ids; give "
+            "LVIS's own JSON as the truth"
+        )
+    return _read_images_table(open_table(uri, "images"))
+
+
+def is_json(uri: str, what: str, expected: str) -> bool:
+    """Whether an input is a JSON file; otherwise it is a folder."""
+    filesystem, path = storage.resolve(uri)
+    kind = filesystem.get_file_info(path).type
+    if kind == pafs.FileType.NotFound:
+        raise UserError(f"no such {what}: {uri}; give {expected}")
+    if kind == pafs.FileType.File and not path.endswith(".json"):
+        raise UserError(f"{uri} is neither a folder nor a .json file; {what} must be {expected}")
+    return bool(kind == pafs.FileType.File)
+
+
+def data_hash(uri: str) -> str:
+    """Sixteen hexadecimal digits over a table's manifest, or over a JSON file."""
+    uri = storage.absolute_uri(uri)
+    file = uri if uri.partition("?")[0].endswith(".json") else storage.join(uri, MANIFEST_NAME)
+    return hashlib.sha256(storage.read_bytes(file)).hexdigest()[:16]
+
+
+def _read_images_table(table: Table) -> Truth:
+    names = ("bbox", "category", "area", "iscrowd")
+    parts: list[dict[str, npt.NDArray[Any]]] = []
+    own = ["image_id", "width", "height", *(f"objects.{name}" for name in names)]
+    for batch in table.iter_batches(own, ROWS_AT_ONCE):
+        lengths, columns = flatten(batch, "objects", names, table.uri)
+        columns |= {
+            "image_ids": image_ids_in(batch),
+            "sizes": np.stack([numbers_of(batch.column(name)) for name in ("height", "width")], axis=1),
+            "lengths": lengths,
+        }
+        parts.append(columns)
+    if not parts:
+        raise UserError(f"{table.uri} holds no image")
+    whole = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+    columns_as_read = TruthColumns(
+        image_ids=whole["image_ids"],
+        starts=starts_of(whole["lengths"]),
+        boxes_xywh=whole["bbox"],
+        category=whole["category"],
+        area=whole["area"],
+        iscrowd=whole["iscrowd"],
+    )
+    order = np.argsort(whole["image_ids"], kind="stable")
+    return Truth(
+        uri=table.uri,
+        categories=table.categories,
+        columns=take_truth(columns_as_read, order),
+        sizes_hw=whole["sizes"][order],
+    )
+
+
+def read_extra_columns(truth: Truth) -> dict[str, pa.ChunkedArray]:
+    """The columns that an images table has beyond raydet's own, by name, in the order of the truth's images.
+
+    JSON has none.
+    """
+    if truth.uri.partition("?")[0].endswith(".json"):
+        return {}
+    table = open_table(truth.uri, "images")
+    own = {field.name for field in build_schema("images")}
+    names = [name for name in table.schema.names if name not in own]
+    if not names:
+        return {}
+    rows = pa.Table.from_batches(table.iter_batches(["image_id", *names], ROWS_AT_ONCE)).sort_by("image_id")
+    return {name: rows[name] for name in names}

@@ -1,0 +1,145 @@
+"""What a checkpoint says about itself, read from its `config.json` without loading torch.
+
+So a wrong path or a model of another kind is one clear line before any worker starts.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from raydet.common.errors import UserError
+from raydet.tables import storage
+from raydet.tables.schema import Category
+
+STATES_FOLDER = "states"
+"""In OUT of a training run: all that it needs to go on, as it stood at its newest checkpoints."""
+HISTORY_FILE = "log/history.json"
+"""In OUT of a training run: an entry for each epoch."""
+MOST_REMOTE_BYTES = 512 * 2**20
+"""Larger weights in an object store are told apart by their size and time rather than read for their fingerprint."""
+
+_MODEL_SUFFIXES = (".json", ".safetensors", ".txt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk or on the Hub.
+
+    Attributes:
+        name: Absolute folder, or the name on the Hub.
+        model_type: The model family, as transformers calls it.
+        categories: Its classes, in the order of their indices, with the ids they had in the training data; none
+            where it does not name them.
+    """
+
+    name: str
+    model_type: str
+    categories: tuple[Category, ...]
+
+
+def read_checkpoint(name: str) -> Checkpoint:
+    """Reads a checkpoint's description.
+
+    Args:
+        name: A local model folder, or a name on the Hub.
+
+    Raises:
+        UserError: There is no model there.
+    """
+    is_folder = storage.exists(name)
+    content = _folder_config(name) if is_folder else _hub_config(name)
+    if "model_type" not in content:
+        raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
+    absolute = storage.absolute_uri(name) if is_folder else name
+    return Checkpoint(absolute, content["model_type"], categories_in(content))
+
+
+def fingerprint(name: str) -> str:
+    """What changes when a model does: its weights, its configuration, or how it wants its images or words.
+
+    Args:
+        name: A model folder, local or in an object store, or a name on the Hub.
+
+    Returns:
+        For a folder, the first 16 hex digits of the SHA-256 over the names and contents of its `.safetensors`, `.json`
+        and `.txt` files; of those above `MOST_REMOTE_BYTES` in an object store, over size and time of change. For the
+        Hub, the commit that the name stands for, without fetching weights.
+
+    Raises:
+        UserError: There is no model there.
+    """
+    if not storage.exists(name):
+        # Below the cache's folder of a commit: …/snapshots/COMMIT/config.json.
+        return Path(_hub_config_path(name)).parent.name
+    digest = hashlib.sha256()
+    files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES)]
+    for file in files:
+        digest.update(f"{file}\n{_file_digest(storage.join(name, file))}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _file_digest(uri: str) -> str:
+    filesystem, path = storage.resolve(uri)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        info = filesystem.get_file_info(path)
+        if info.size is None or info.size > MOST_REMOTE_BYTES:
+            return f"{info.size} bytes of {info.mtime_ns}"
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
+    """The classes in the content of a `config.json`: raydet's own entry, or else transformers' `id2label`.
+
+    None where the labels are transformers' placeholders, LABEL_0 and so on.
+    """
+    own = content.get("raydet")
+    if own:
+        return tuple(Category(id=item["id"], name=item["name"]) for item in own["categories"])
+    labels = {int(index): str(label) for index, label in (content.get("id2label") or {}).items()}
+    if all(label == f"LABEL_{index}" for index, label in labels.items()):
+        return ()
+    return tuple(Category(id=index, name=labels[index]) for index in sorted(labels))
+
+
+def _folder_config(folder: str) -> dict[str, Any]:
+    path = storage.join(folder, "config.json")
+    if not storage.exists(path):
+        raise UserError(f"the folder {folder} holds no model (no config.json); a checkpoint is OUT/checkpoint of train")
+    weights = [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
+    if not weights:
+        raise UserError(f"the folder {folder} holds no model weights (no .safetensors file)")
+    try:
+        content: dict[str, Any] = json.loads(storage.read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    return content
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(storage.read_bytes(_hub_config_path(name)))
+    return content
+
+
+def _hub_config_path(name: str) -> str:
+    """Where the `config.json` of a model on the Hub lies in the cache, after fetching it if need be."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(name, "config.json")
+    except HFValidationError:
+        raise UserError(f"no such checkpoint: {name} is neither a folder nor a name on the Hub") from None
+    except LocalEntryNotFoundError:
+        raise UserError(f"no such checkpoint: there is no folder {name}, and the Hub cannot be reached") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"no such checkpoint: there is no folder {name}, and the Hub says: {str(error).splitlines()[0]}"
+        ) from None

@@ -1,0 +1,91 @@
+"""Resized images with their boxes → one batch of tensors. Pixels stay uint8 until they are on the model's device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raydet.models.geometry import SizeHW
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image on its way to the model.
+
+    Attributes:
+        image_id: The image's number in its table.
+        image: uint8 [H, W, 3], RGB, already resized by the model's `ResizeRule`.
+        original_size_hw: Height and width in pixels of the upright image before the resize.
+        boxes: float32 [N, 4], centre x, centre y, width, height in parts of the image (not of its padding).
+        labels: int64 [N], category indices.
+    """
+
+    image_id: int
+    image: npt.NDArray[np.uint8]
+    original_size_hw: SizeHW
+    boxes: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+
+
+@dataclass
+class Batch:
+    """Images of one forward pass.
+
+    Attributes:
+        image_ids: The images' numbers, B of them.
+        pixels: uint8 [B, 3, H, W], RGB, zero at the bottom and on the right where an image is smaller.
+        sizes_hw: Height and width in pixels of each image without its padding.
+        original_sizes_hw: Height and width in pixels of each upright image before the resize.
+        labels: For each image `class_labels` int64 [N] and `boxes` float32 [N, 4], centre form in parts of the image.
+    """
+
+    image_ids: list[int]
+    pixels: Tensor
+    sizes_hw: list[SizeHW]
+    original_sizes_hw: list[SizeHW]
+    labels: list[dict[str, Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on a device."""
+        labels = [{name: value.to(device) for name, value in label.items()} for label in self.labels]
+        pixels = self.pixels.to(device, non_blocking=True)
+        return Batch(self.image_ids, pixels, self.sizes_hw, self.original_sizes_hw, labels)
+
+
+def collate(examples: Sequence[Example], *, pad_to_hw: SizeHW | None = None) -> Batch:
+    """Puts images into one padded tensor, with a single copy of their pixels.
+
+    Args:
+        examples: At least one.
+        pad_to_hw: Height and width in pixels of the batch; by default those of the largest image in it.
+    """
+    assert examples, "a batch needs at least one image"
+    sizes_hw = [(example.image.shape[0], example.image.shape[1]) for example in examples]
+    largest_hw = (max(height for height, _ in sizes_hw), max(width for _, width in sizes_hw))
+    height, width = pad_to_hw or largest_hw
+    assert largest_hw[0] <= height and largest_hw[1] <= width, f"an image of {largest_hw} exceeds {pad_to_hw}"
+    is_padded = any(size_hw != (height, width) for size_hw in sizes_hw)
+    pixels = (torch.zeros if is_padded else torch.empty)((len(examples), 3, height, width), dtype=torch.uint8)
+    canvas = pixels.numpy()
+    for plane, example, size_hw in zip(canvas, examples, sizes_hw, strict=True):
+        plane[:, : size_hw[0], : size_hw[1]] = example.image.transpose(2, 0, 1)
+    labels = [
+        {
+            "class_labels": torch.tensor(example.labels, dtype=torch.int64).reshape(-1),
+            "boxes": torch.tensor(example.boxes, dtype=torch.float32).reshape(-1, 4),
+        }
+        for example in examples
+    ]
+    return Batch(
+        [example.image_id for example in examples],
+        pixels,
+        sizes_hw,
+        [example.original_size_hw for example in examples],
+        labels,
+    )

@@ -1,0 +1,259 @@
+"""A detection model with all that stands between pictures and detections: pixels to inputs, outputs to boxes.
+
+What is saved is a plain Hugging Face model folder.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raydet.common.boxes import Boxes, xyxy_to_xywh
+from raydet.models.collate import Batch
+from raydet.models.families import Family, family_of, resize_rule_of
+from raydet.models.geometry import SizeHW
+from raydet.tables.schema import Category
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a model found in one image, by falling score.
+
+    Attributes:
+        boxes_xywh: float64 [K, 4], absolute pixels of the upright image before any resize.
+        scores: float64 [K], above 0, at most 1.
+        categories: int64 [K], category indices.
+    """
+
+    boxes_xywh: Boxes
+    scores: npt.NDArray[np.float64]
+    categories: npt.NDArray[np.int64]
+
+
+class Detector:
+    """A detection model together with what is needed to feed it and to read its answer.
+
+    Attributes:
+        model: The transformers model.
+        processor: Its Hugging Face image processor.
+        categories: The classes in the order of their indices.
+        resize_rule: The processor's geometry.
+        family: What its model type does differently from others.
+        reinitialised: Names, as in the model's `state_dict`, of the tensors that the checkpoint could not give and
+            that start anew: the class head for other classes, and weights that the checkpoint lacks. Empty for a
+            model from scratch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        categories: Sequence[Category],
+        *,
+        where: str,
+        reinitialised: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.categories = tuple(categories)
+        self.family: Family = family_of(model.config.model_type, where=where)
+        self.resize_rule = resize_rule_of(processor, where=where)
+        self.reinitialised = tuple(reinitialised)
+        self._scale: tuple[Tensor, Tensor] | None = None
+        model.config.raydet = {"categories": [{"id": item.id, "name": item.name} for item in self.categories]}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def num_queries(self) -> int:
+        """Boxes that the model proposes for each image."""
+        config = self.model.config
+        if self.family.model_type == "yolos":
+            return int(config.num_detection_tokens)
+        return int(config.two_stage_num_proposals if getattr(config, "two_stage", False) else config.num_queries)
+
+    @property
+    def max_detections(self) -> int:
+        """The most detections that an image can have."""
+        return self.num_queries if self.family.top_k is None else self.family.top_k
+
+    def to(self, device: torch.device | str) -> "Detector":
+        """Moves the model to a device and returns the detector itself."""
+        nn.Module.to(self.model, device)
+        return self
+
+    @property
+    def pads_to_largest(self) -> bool:
+        """Whether images keep their aspect and nothing but the largest of a batch says how far they are padded."""
+        return self.resize_rule.mode == "keep_aspect" and self.resize_rule.pad_to_hw is None
+
+    def model_inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Normalises pixels on the device that they are on, as the image processor does.
+
+        Args:
+            batch: Already on the model's device.
+            dtype: Of the pixel values.
+
+        Returns:
+            `pixel_values` [B, 3, H, W], zero in the padding, and, for families that use it, `pixel_mask` int64
+            [B, H, W], 1 in the image and 0 in its padding.
+        """
+        pixels = self._normalise(batch.pixels)
+        is_padded = any(size_hw != tuple(pixels.shape[-2:]) for size_hw in batch.sizes_hw)
+        mask = _pixel_mask(batch) if is_padded or self.family.uses_pixel_mask else None
+        if mask is not None and is_padded:
+            pixels = pixels * mask[:, None]
+        inputs = {"pixel_values": pixels.to(dtype)}
+        if mask is not None and self.family.uses_pixel_mask:
+            inputs["pixel_mask"] = mask
+        return inputs
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        processor = self.processor
+        values = pixels.to(torch.float32)
+        if not processor.do_normalize:
+            return values * processor.rescale_factor if processor.do_rescale else values
+        # In one subtraction and one division, as the processor does it, so that not even rounding differs.
+        mean, std = self._mean_and_std(values.device)
+        return values.sub_(mean).div_(std)
+
+    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of pixels from 0 to 255, each float32 [3, 1, 1]; kept, so that they are brought to a device only once."""
+        if self._scale is None or self._scale[0].device != device:
+            processor = self.processor
+            scale = 1.0 / processor.rescale_factor if processor.do_rescale else 1.0
+            mean, std = (
+                (torch.tensor(numbers) * scale).to(device).view(-1, 1, 1)
+                for numbers in (processor.image_mean, processor.image_std)
+            )
+            self._scale = (mean, std)
+        return self._scale
+
+    def predict(self, batch: Batch, *, pad_together: bool = False) -> list[Detections]:
+        """Finds objects, in evaluation mode and without labels.
+
+        Args:
+            batch: On any device.
+            pad_together: Of a family that pads to the largest, run all images of the batch at once, padded as they
+                are. Scores then depend a little on the padding, by some 1e-3. Without it such images are run with
+                those of their own size only, and the answer for an image does not depend on the others in its batch.
+
+        Returns:
+            One `Detections` for each image, in order; what the image processor's `post_process_object_detection`
+            yields at threshold 0 (scores strictly above it).
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            results: dict[int, Detections] = {}
+            for numbers, part in self._parts_to_run(batch, pad_together):
+                results.update(zip(numbers, self._predict_together(part), strict=True))
+            return [results[number] for number in range(len(batch))]
+        finally:
+            self.model.train(was_training)
+
+    def _parts_to_run(self, batch: Batch, pad_together: bool) -> list[tuple[list[int], Batch]]:
+        """Parts of a batch that are run at once, with their places in it."""
+        if pad_together or not self.pads_to_largest:
+            return [(list(range(len(batch))), batch)]
+        places: dict[tuple[int, int], list[int]] = {}
+        for number, size_hw in enumerate(batch.sizes_hw):
+            places.setdefault(size_hw, []).append(number)
+        return [(numbers, _without_padding(batch, numbers)) for numbers in places.values()]
+
+    @torch.inference_mode()
+    def _predict_together(self, batch: Batch) -> list[Detections]:
+        outputs = self.model(**self.model_inputs(batch.to(self.device), self.model.dtype))
+        return self.detections(outputs.logits, outputs.pred_boxes, batch.original_sizes_hw)
+
+    def detections(self, logits: Tensor, boxes_cxcywh: Tensor, original_sizes_hw: Sequence[SizeHW]) -> list[Detections]:
+        """Reads what the model said, as the image processor does; whatever engine has run it.
+
+        Args:
+            logits: [B, Q, C], as the model gives them, on any device and in any precision.
+            boxes_cxcywh: [B, Q, 4], centre form in parts of the image, without its padding.
+            original_sizes_hw: Height and width in pixels of each upright image before the resize, B of them.
+
+        Returns:
+            One `Detections` for each image, in order.
+        """
+        # On the CPU and in full precision: half-precision pixels would be off by whole pixels.
+        answer = SimpleNamespace(logits=logits.cpu().float(), pred_boxes=boxes_cxcywh.cpu().float())
+        found = self.processor.post_process_object_detection(
+            answer, threshold=0.0, target_sizes=list(original_sizes_hw)
+        )
+        return [_as_detections(item) for item in found]
+
+    def save(self, folder: str) -> None:
+        """Writes a Hugging Face model folder: safetensors weights, config, image processor.
+
+        The folder is not written atomically; a caller that needs this writes elsewhere and renames.
+        """
+        with quiet():
+            self.model.save_pretrained(folder)
+            # Some model types have no default processor class, so that the folder must always name its own.
+            self.processor.save_pretrained(folder)
+
+
+def _pixel_mask(batch: Batch) -> Tensor:
+    # Made where the pixels are, so that nothing but them has to be brought there.
+    mask = torch.zeros((len(batch), *batch.pixels.shape[-2:]), dtype=torch.int64, device=batch.pixels.device)
+    for plane, (height, width) in zip(mask, batch.sizes_hw, strict=True):
+        plane[:height, :width] = 1
+    return mask
+
+
+def _without_padding(batch: Batch, numbers: list[int]) -> Batch:
+    """The images of a batch at these places, which have one size, cut to it."""
+    height, width = batch.sizes_hw[numbers[0]]
+    return Batch(
+        [batch.image_ids[number] for number in numbers],
+        batch.pixels[numbers, :, :height, :width],
+        [batch.sizes_hw[number] for number in numbers],
+        [batch.original_sizes_hw[number] for number in numbers],
+        [batch.labels[number] for number in numbers],
+    )
+
+
+def _as_detections(found: dict[str, Tensor]) -> Detections:
+    scores = found["scores"].numpy().astype(np.float64)
+    order = np.argsort(-scores, kind="stable")
+    boxes_xyxy = found["boxes"].numpy().astype(np.float64)[order]
+    return Detections(xyxy_to_xywh(boxes_xyxy), scores[order], found["labels"].numpy().astype(np.int64)[order])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' and the Hub client's warnings, reports and progress bars off the screen."""
+    hub_logger = logging.getLogger("huggingface_hub")
+    verbosity, hub_level = transformers.logging.get_verbosity(), hub_logger.level
+    had_bars, hub_had_bars = transformers.logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+    hub_logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        hub_logger.setLevel(hub_level)
+        if had_bars:
+            transformers.logging.enable_progress_bar()
+        if hub_had_bars:
+            enable_progress_bars()

@@ -1,0 +1,89 @@
+"""A detector as a graph of tensor operations, which other programs can run: what is traced, and with what inputs."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydet.models.detector import Detector
+from raydet.models.geometry import SizeHW
+
+OUTPUT_NAMES = ("logits", "pred_boxes")
+
+
+_EXAMPLE_IMAGE_HW = (480, 640)
+"""Where sizes vary, the graph is traced with an image of this shape, so that no side stands for the other."""
+
+
+class Graph(nn.Module):
+    """Normalised pixels → logits [B, Q, C] and boxes [B, Q, 4], centre form in parts of the image."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.model = detector.model
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs the model.
+
+        Args:
+            pixel_values: float32 [B, 3, H, W], zero in the padding.
+            pixel_mask: int64 [B, H, W], 1 in the image and 0 in its padding; only of models that are padded and told.
+        """
+        inputs = {"pixel_values": pixel_values}
+        if pixel_mask is not None:
+            inputs["pixel_mask"] = pixel_mask
+        outputs = self.model(**inputs)
+        return outputs.logits, outputs.pred_boxes
+
+
+def fixed_size_hw(detector: Detector) -> SizeHW | None:
+    """Height and width in pixels of everything that the model sees, padding included; None where they vary."""
+    return detector.resize_rule.pad_to_hw or detector.resize_rule.size_hw
+
+
+def input_names(detector: Detector) -> tuple[str, ...]:
+    """`pixel_values` and, of models that are told where the padding is and have any, `pixel_mask`."""
+    rule = detector.resize_rule
+    has_padding = rule.mode == "keep_aspect" or rule.pad_to_hw not in (None, rule.size_hw)
+    return ("pixel_values", "pixel_mask") if detector.family.uses_pixel_mask and has_padding else ("pixel_values",)
+
+
+def example_inputs(detector: Detector, batch_size: int, *, seed: int) -> tuple[Tensor, ...]:
+    """Random inputs as the model could see them, in the order of `input_names`; the last image of several is padded."""
+    height, width = fixed_size_hw(detector) or detector.resize_rule.target_size_hw(_EXAMPLE_IMAGE_HW)
+    generator = torch.Generator().manual_seed(seed)
+    # Coarse blocks: of white noise all parts look alike, and models have nothing to choose from.
+    blocks = torch.randn((batch_size, 3, 8, 8), generator=generator)
+    pixels = nn.functional.interpolate(blocks, size=(height, width), mode="bilinear")
+    if "pixel_mask" not in input_names(detector):
+        return (pixels,)
+    mask = torch.ones((batch_size, height, width), dtype=torch.int64)
+    if batch_size > 1:
+        mask[-1, height * 3 // 4 :] = 0
+    return pixels * mask[:, None], mask
+
+
+@contextlib.contextmanager
+def traceable(detector: Detector) -> Iterator[Graph]:
+    """The graph of a detector, which for as long as this lasts can be traced."""
+    graph = Graph(detector).eval()
+    if detector.family.model_type != "rf_detr":
+        yield graph
+        return
+    # Its position codes are resampled in a way that other programs do not have; at a fixed size they are constant.
+    model: Any = detector.model
+    embeddings = model.model.backbone.backbone.embeddings
+    size_hw = fixed_size_hw(detector)
+    assert size_hw is not None, "the sizes of a fixed-size family do not vary"
+    height, width = size_hw
+    num_patches = (height // embeddings.patch_size) * (width // embeddings.patch_size)
+    with torch.no_grad():
+        tokens = torch.zeros((1, num_patches + 1, embeddings.position_embeddings.shape[-1]))
+        codes = embeddings.interpolate_pos_encoding(tokens, height, width).clone()
+    embeddings.interpolate_pos_encoding = lambda *_: codes
+    try:
+        yield graph
+    finally:
+        del embeddings.interpolate_pos_encoding

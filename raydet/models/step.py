@@ -1,0 +1,160 @@
+"""One optimizer step: micro-batches in, one gradient out, the same for any number of workers. No Ray in here.
+
+Loss terms are sums over the global batch divided by its normaliser, so the gradient does not depend on how the batch
+is cut: into how many ranks, or into how many parts on a rank.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydet.models.collate import Example, collate
+from raydet.models.geometry import ResizeRule
+from raydet.models.loading import Detector
+from raydet.models.loss import Normaliser, compute_loss, local_normaliser
+
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By precision: what autocast computes in; null for without."""
+
+SumOverRanks = Callable[[Tensor], Tensor]
+"""Adds a tensor up over all ranks; the identity where there is one."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to.
+
+    Attributes:
+        terms: Each loss term in units of the global batch, summed over this rank's micro-batches only; the sum over
+            ranks is the global batch's. Scalars on the device.
+        normaliser: Of the global batch.
+    """
+
+    terms: dict[str, Tensor]
+    normaliser: Normaliser
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSetting:
+    """How a step is computed: where, how precisely, and with how many others."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    world_size: int
+    sum_over_ranks: SumOverRanks
+    scaler: torch.amp.GradScaler | None = None
+    """Keeps small gradients of fp16 from vanishing; null for other precisions."""
+
+
+def compute_gradients(
+    detector: Detector,
+    module: nn.Module,
+    examples: Sequence[Sequence[Example]],
+    setting: StepSetting,
+    *,
+    rule: ResizeRule | None = None,
+) -> StepResult:
+    """Runs forward and backward over this rank's micro-batches and leaves the global gradient in the parameters.
+
+    Args:
+        detector: The detector whose loss is computed.
+        module: Its model, or the DistributedDataParallel around it.
+        examples: This rank's micro-batches; every rank brings the same number of them. One may be empty, when there
+            are fewer images than ranks or none could be read.
+        setting: Device, precision, ranks.
+        rule: By which the images have been resized; the detector's own by default.
+    """
+    # A rank without images still takes its turn, since the others wait for it: a black image that weighs nothing.
+    weights = [1.0 if micro_batch else 0.0 for micro_batch in examples]
+    rule = rule or detector.resize_rule
+    batches = [
+        collate(micro_batch or [_blank(rule.target_size_hw((64, 64)))], pad_to_hw=rule.pad_to_hw)
+        for micro_batch in examples
+    ]
+    normalisers = [local_normaliser(detector, batch) for batch in batches]
+    total = Normaliser(0.0, 0.0)
+    for normaliser, weight in zip(normalisers, weights, strict=True):
+        if weight:
+            total += normaliser
+    total = Normaliser.from_tensor(setting.sum_over_ranks(total.to_tensor().to(setting.device)))
+    if total.num_queries == 0:  # nobody has an image that can be read: anything but zero will do, it weighs nothing
+        total = normalisers[0]
+    terms: dict[str, Tensor] = {}
+    for number, (batch, local, weight) in enumerate(zip(batches, normalisers, weights, strict=True)):
+        is_last = number == len(batches) - 1
+        with _synchronise(module, when=is_last), autocast(setting):
+            loss = compute_loss(
+                detector,
+                batch.to(setting.device),
+                module=module,
+                global_normaliser=total,
+                local=local,
+                world_size=setting.world_size,
+            )
+            scaled = loss.total * weight
+            (scaled if setting.scaler is None else setting.scaler.scale(scaled)).backward()
+        for name, value in loss.terms.items():
+            terms[name] = terms.get(name, torch.zeros((), device=setting.device)) + value.float() * weight
+    return StepResult(terms, total)
+
+
+def apply_gradients(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Clips the gradient, takes the optimizer's step and clears the gradient; returns the norm before clipping.
+
+    With a scaler, a gradient that has overflowed is left out, and the next loss is scaled less.
+    """
+    if scaler is None:
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        optimizer.step()
+    else:
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Adds a tensor up over all ranks."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _blank(size_hw: tuple[int, int]) -> Example:
+    return Example(
+        image_id=-1,
+        image=np.zeros((*size_hw, 3), np.uint8),
+        original_size_hw=size_hw,
+        boxes=np.zeros((0, 4), np.float32),
+        labels=np.zeros(0, np.int64),
+    )
+
+
+def _synchronise(module: nn.Module, *, when: bool) -> contextlib.AbstractContextManager[None]:
+    if isinstance(module, DistributedDataParallel) and not when:
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def autocast(setting: StepSetting) -> Iterator[None]:
+    """Lower precision for the time of a `with`, if the setting asks for it."""
+    if setting.autocast_dtype is None:
+        yield
+    else:
+        with torch.autocast(setting.device.type, dtype=setting.autocast_dtype):
+            yield

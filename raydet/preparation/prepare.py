@@ -1,0 +1,287 @@
+"""`raydet prepare`: a source of images → images tables, and what was odd → OUT/_rejected and OUT/_findings.
+
+Every image is read and looked through once, so that what the table holds can be read and has the size it says. Found
+is always accepted + rejected; the rows keep the source's order; the files of the user are only read.
+
+What is done with what is odd:
+
+- An image that cannot be read or decoded, whose path leads out of its folder, or whose own labels cannot be read is
+  rejected.
+- A box that runs out of its image is cut to it; one without area, not finite, or wholly outside is left out. So are
+  annotations of an unknown image or category.
+- A box that repeats another of its class is kept: the annotations are the truth that COCO's numbers are computed
+  against, and a table that silently differs from them gives other numbers. `duplicate_boxes: drop` leaves it out.
+- An image with the same bytes as one before it is kept: it may be meant, and has a path, an id and labels of its own.
+  `duplicate_images: drop` rejects it. Either way a split never parts the two.
+- An image without boxes is kept: to know where nothing is belongs to the truth.
+
+All of it is counted, and listed one by one in OUT/_rejected (images) or OUT/_findings (all else).
+"""
+
+import os
+import sys
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from raydet.common.redaction import refuse_password
+from raydet.common.threads import NUM_READ_THREADS
+from raydet.config import (
+    PrepareCocoConfig,
+    PrepareHubConfig,
+    PrepareImagesConfig,
+    PrepareShapesConfig,
+    PrepareVocConfig,
+    PrepareYoloConfig,
+    config_hash,
+)
+from raydet.images.files import ImageFolder
+from raydet.preparation.examining import ImageReader, draw_row, read_row
+from raydet.preparation.parts import FILE_BYTES
+from raydet.preparation.remains import Target
+from raydet.preparation.report import PrepareReport, sum_reports
+from raydet.preparation.sources import shapes
+from raydet.preparation.sources.coco import read_coco
+from raydet.preparation.sources.images import read_images
+from raydet.preparation.sources.lists import ImageList, is_list, read_list
+from raydet.preparation.sources.source import Records, Source, SourceImage
+from raydet.preparation.sources.voc import read_voc
+from raydet.preparation.sources.yolo import read_yolo
+from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
+from raydet.preparation.writing import Plan, write_tables
+from raydet.tables import storage
+from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS
+
+__all__ = [
+    "FINDINGS_FOLDER",
+    "REJECTED_FOLDER",
+    "PrepareReport",
+    "prepare_coco",
+    "prepare_hub",
+    "prepare_images",
+    "prepare_shapes",
+    "prepare_voc",
+    "prepare_yolo",
+]
+
+_RAY_FROM_IMAGES = 5_000
+"""On a cluster that is there: with fewer, starting the tasks takes as long as the work."""
+_OWN_RAY_FROM_IMAGES, _OWN_RAY_FROM_CPUS = 50_000, 8
+"""On this machine alone: Ray needs some ten seconds to start, and threads keep a few CPUs busy as well."""
+_THREADS_PER_TASK = 2
+_SIZES_SAMPLED, _MOST_LOOKED_AT = 64, 10_000
+_BYTES_UNKNOWN = 128 * 2**10
+_BYTES_OF_REFERENCE = 16 * 2**10
+"""Stands for the work of reading an image, since hardly anything of it is stored."""
+
+
+def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
+    """Makes an images table of a COCO instances file and its images.
+
+    Boxes are taken to refer to the upright image, as annotation tools show it. Where the JSON states the size that the
+    file has before its EXIF rotation by a quarter turn, they were drawn on the unturned image, and are turned with it.
+    Any other disagreement about the size is counted and leaves the boxes as they are.
+
+    Raises:
+        UserError: The annotations or the folder are missing or wrong, no image can be read, or OUT holds other things.
+        RunError: Storage or cluster fail.
+    """
+    done = _already_done(config.out, config)
+    if done is not None:
+        return done
+    folder = ImageFolder(config.images)
+    return _write_files(config, read_coco(config.annotations, folder), folder)
+
+
+def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
+    """Makes an images table of Pascal VOC XML files and their images; `sources/voc.py` says how they are read.
+
+    Boxes are taken to refer to the upright image, or are turned with it, as in `prepare_coco`.
+
+    Raises:
+        UserError: A folder or the split is missing or wrong, no class is named, no image can be read, or OUT holds
+            other things.
+        RunError: Storage or cluster fail.
+    """
+    done = _already_done(config.out, config)
+    if done is not None:
+        return done
+    folder = ImageFolder(config.images)
+    source = read_voc(
+        ImageFolder(config.annotations, what="annotation"),
+        folder,
+        split_uri=config.split,
+        classes=config.classes,
+        zero_based=config.zero_based,
+    )
+    return _write_files(config, source, folder)
+
+
+def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
+    """Makes an images table of images and label files in YOLO's formats; `sources/yolo.py` says how they are read.
+
+    Boxes are parts of the upright image, as Ultralytics takes them.
+
+    Raises:
+        UserError: data.yaml, a folder or a list is missing or wrong, no image has a label file, no image can be read,
+            or OUT holds other things.
+        RunError: Storage or cluster fail.
+    """
+    done = _already_done(config.out, config)
+    if done is not None:
+        return done
+    if config.data is not None:
+        files = find_in_data_yaml(config.data, config.split)
+    else:
+        assert config.images is not None and config.labels is not None and config.classes is not None
+        files = find_in_folders(config.images, config.labels, config.classes)
+    return _write_files(config, read_yolo(files), files.images)
+
+
+def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
+    """Makes an images table of a data set that `datasets` opens; `raydet.preparation.sources.hub` says how it is read.
+
+    Raises:
+        UserError: There is no such data set, split or column, no image can be read, or OUT holds other things.
+        RunError: Storage or cluster fail.
+    """
+    from raydet.preparation.sources.hub import load_hub
+    from raydet.preparation.sources.hub_rows import read_hub
+
+    done = _already_done(config.out, config)
+    if done is not None:
+        return done
+    images = load_hub(config.dataset, split=config.split, subset=config.subset, revision=config.revision)
+    source = read_hub(
+        images,
+        image_column=config.image_column,
+        objects_column=config.objects_column,
+        bbox_format=config.bbox_format,
+        classes=config.classes,
+    )
+    return _write_files(config, source, images)
+
+
+def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
+    """Makes an images table, without boxes, of all image files below a folder, or of those that a list names.
+
+    A list (`sources/lists.py`) may name addresses on the web: what a server there does not give is rejected, and
+    never the end of the run.
+
+    Raises:
+        UserError: The folder or list is missing, holds no image that can be read, or OUT holds other things.
+        RunError: Storage or cluster fail.
+    """
+    done = _already_done(config.out, config)
+    if done is not None:
+        return done
+    if is_list(config.images):
+        images = ImageList(config.images)
+        return _write_files(config, read_list(images, for_reference=config.image_storage == "reference"), images)
+    folder = ImageFolder(config.images)
+    return _write_files(config, read_images(folder), folder)
+
+
+def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
+    """Draws two images tables, OUT/train and OUT/val; the report counts both together.
+
+    Raises:
+        UserError: OUT/train or OUT/val holds other things.
+    """
+    sizes: dict[shapes.Split, int] = {"train": config.num_train, "val": config.num_val}
+    targets = {split: Target(storage.join(storage.absolute_uri(config.out), split)) for split in sizes}
+    done = {split: _report_of(target, config) for split, target in targets.items()}
+    images_per_part = max(1, FILE_BYTES // config.image_size**2)
+    plan = Plan(config_hash=config_hash(config), images_per_part=images_per_part, num_threads=config.num_threads)
+    reports = []
+    for split, num_images in sizes.items():
+        source = Source(Records(partial(_name_shapes, split, num_images)), num_images, shapes.CATEGORIES)
+        draw = partial(draw_row, split=split, config=config)
+        reports.append(done[split] or write_tables(targets[split], source, draw, plan))
+    return sum_reports(config.out, reports, {split: target.out for split, target in targets.items()})
+
+
+def _name_shapes(split: shapes.Split, num_images: int) -> Any:
+    return (SourceImage(index, f"{split}/{index:06d}.jpg") for index in range(num_images))
+
+
+def _target(out: str, config: Any) -> Target:
+    return Target(storage.absolute_uri(out), SPLITS if config.val_fraction is not None else ())
+
+
+def _already_done(out: str, config: Any) -> PrepareReport | None:
+    """The report of the whole tables in OUT if this configuration made them; None if OUT is free to be written.
+
+    Raises:
+        UserError: OUT holds another table, or files that are not raydet's.
+    """
+    return _report_of(_target(out, config), config)
+
+
+def _report_of(target: Target, config: Any) -> PrepareReport | None:
+    manifest = target.manifest(config_hash(config))
+    if manifest is None:
+        return None
+    tables = {split: uri for split, uri in target.tables.items() if split}
+    return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
+
+
+def _write_files(
+    config: PrepareImagesConfig | PrepareYoloConfig | PrepareHubConfig, source: Source, reader: ImageReader
+) -> PrepareReport:
+    """Writes the tables of a source whose images are read one by one."""
+    inline = config.image_storage == "inline"
+    if not inline:
+        refuse_password(getattr(reader, "uri", ""), what="the place of the images")
+    use_ray = _use_ray(config.use_ray, source.num_images, isinstance(reader, ImageFolder))
+    is_remote = not getattr(reader, "is_local", False)
+    num_threads = _THREADS_PER_TASK if use_ray else len(os.sched_getaffinity(0))
+    plan = Plan(
+        config_hash=config_hash(config),
+        images_per_part=max(1, FILE_BYTES // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
+        num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),
+        use_ray=use_ray,
+        images_uri=reader.uri if isinstance(reader, ImageFolder) else None,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        drop_duplicate_images=config.duplicate_images == "drop",
+    )
+    examine = partial(
+        read_row,
+        reader=reader,
+        inline=inline,
+        max_pixels=config.max_pixels,
+        drop_duplicate_boxes=config.duplicate_boxes == "drop",
+        keep_truncated=config.truncated == "keep",
+    )
+    return write_tables(_target(config.out, config), source, examine, plan)
+
+
+def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
+    """Whether to work in Ray tasks: what opens on every node is a folder, not a data set in this machine's cache."""
+    if wanted is not None:
+        return wanted
+    if os.environ.get("RAY_ADDRESS") or _is_in_session():
+        return is_folder and num_images >= _RAY_FROM_IMAGES
+    num_cpus = len(os.sched_getaffinity(0))
+    return is_folder and num_images >= _OWN_RAY_FROM_IMAGES and num_cpus >= _OWN_RAY_FROM_CPUS
+
+
+def _is_in_session() -> bool:
+    ray = sys.modules.get("ray")  # who has opened a session has imported it
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _mean_bytes(source: Source, reader: ImageReader) -> int:
+    """About how large the images are, by some that lie at equal distances."""
+    if not isinstance(reader, ImageFolder):
+        return _BYTES_UNKNOWN
+    num_looked_at = min(source.num_images, _MOST_LOOKED_AT)
+    step = max(1, num_looked_at // _SIZES_SAMPLED)
+    sizes = [
+        reader.size_of(image.locator or image.path)
+        for image in islice(source.images, 0, num_looked_at, step)
+        if image.refusal is None
+    ]
+    known = [size for size in sizes if size]
+    return max(1, sum(known) // len(known)) if known else _BYTES_UNKNOWN

@@ -1,0 +1,1 @@
+"""One module a format of annotations; each yields the same records."""

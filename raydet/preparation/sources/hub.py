@@ -1,0 +1,177 @@
+"""Opens a data set with the Hugging Face `datasets` library, and reads its images; `hub_rows` makes records of it.
+
+It may be a name on the Hub, a folder that `load_dataset` understands (`imagefolder`, Parquet files), one that
+`save_to_disk` wrote, an images table, or Parquet files by name or pattern. The library downloads or converts it once,
+into its cache (`HF_HOME`), and opens it as a memory map, so that memory does not grow with the data. It decodes
+nothing: the bytes of the images go through as they are. There is no streaming, since ids and classes have to be known
+before the first row is written, which would be a second download. Code that comes with a data set is never run.
+Private data sets need `HF_TOKEN` or a login of `hf auth login`; an option for a token would end up in logs.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from raydet.common.errors import UserError
+from raydet.images.files import MissingFileError, ReadError, readable, refuse_size
+from raydet.preparation.sources.web import WebReader
+from raydet.tables import storage
+from raydet.tables.table import is_table, open_table
+
+_REMOTE = "hf://"
+
+
+class HubImages:
+    """The images of an opened data set, read by the numbers of their rows; safe among threads, and can be pickled.
+
+    Attributes:
+        dataset: A `datasets.Dataset` that gives Arrow tables.
+        folder: Its absolute path; None for one of the Hub.
+        column: The column of the images.
+    """
+
+    is_local = True
+    """What is read is on this machine, a memory map for the most part."""
+
+    def __init__(self, dataset: Any, folder: str | None, *, column: str = "image") -> None:
+        self.dataset, self.folder, self.column = dataset, folder, column
+        self._web = WebReader()
+
+    def read(self, row: str) -> bytes:
+        """Reads the image of the row of this number.
+
+        Raises:
+            ReadError: It has none, or it cannot be read.
+        """
+        data, path = self._cell(row)
+        if data is not None:
+            refuse_size(len(data))
+            return data
+        if not path:
+            raise ReadError("the row has neither the bytes of an image nor a path")
+        if storage.is_web(path):
+            return self._web.read(path)
+        try:
+            file = Path(self._allowed(path))
+            refuse_size(file.stat().st_size)
+            return file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingFileError("no such file") from None
+        except OSError as error:
+            raise ReadError(f"cannot be read: {error.strerror}") from None
+
+    def uri_of(self, row: str) -> str:
+        """The absolute path of a row's image, for a table that refers to it.
+
+        Raises:
+            ReadError: There is no file that stays: its bytes are in the data set, or it lies in the library's cache.
+        """
+        data, path = self._cell(row)
+        if data is not None or not path or storage.is_web(path) or self.folder is None:
+            raise ReadError("there is no file to refer to: the image is embedded, on the web or in a cache")
+        return self._allowed(path)
+
+    def name_of(self, path: str | None, number: int) -> str:
+        """What the table calls an image: its path in the folder, its file's name, or the number of the row."""
+        if not path:
+            return f"{number:08d}"
+        if storage.is_web(path) or not Path(path).is_absolute():
+            return readable(path)
+        if self.folder is not None and Path(path).is_relative_to(self.folder):
+            return readable(str(Path(path).relative_to(self.folder)))
+        return readable(Path(path).name)
+
+    def _cell(self, row: str) -> tuple[bytes | None, str | None]:
+        """The bytes and the path in a row; an image may be stored as a struct of both, or as either."""
+        number = int(row)
+        value = self.dataset[number : number + 1][self.column][0].as_py()
+        if isinstance(value, dict):
+            return value.get("bytes"), value.get("path")
+        return (None, value) if isinstance(value, str) else (value, None)
+
+    def _allowed(self, path: str) -> str:
+        """The absolute path of a file; a data set of the Hub may lead to what was downloaded with it, no further."""
+        if self.folder is not None:
+            return str(Path(self.folder, path))
+        from datasets import config
+        from huggingface_hub import constants
+
+        real = os.path.realpath(path)
+        roots = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+        is_inside = any(Path(real).is_relative_to(os.path.realpath(root)) for root in roots)
+        if not Path(path).is_absolute() or not is_inside:
+            raise ReadError("the path leads out of the data set")
+        return real
+
+
+def load_hub(dataset: str, *, split: str, subset: str | None = None, revision: str | None = None) -> HubImages:
+    """Opens a data set.
+
+    Args:
+        dataset: A name on the Hub, or a path.
+        split: Which part; also `train[:10%]` and the like.
+        subset: The configuration, of a data set that has several.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: There is no such data set or split, or the Hub cannot be reached.
+    """
+    if "://" in dataset and not dataset.startswith(_REMOTE):
+        raise UserError(f"{dataset}: dataset must be a name on the Hugging Face Hub or a path on this machine")
+    path = Path(storage.absolute_uri(dataset))
+    is_pattern = "*" in dataset and not path.exists()
+    is_path = path.exists() or is_pattern or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
+    if not is_path or dataset.startswith(_REMOTE):
+        return HubImages(_opened(dataset, dataset, name=subset, split=split, revision=revision), None)
+    if not is_pattern and not path.exists():
+        raise UserError(f"no such path: {path}; dataset must be a path, or a name on the Hugging Face Hub")
+    folder = Path(os.path.realpath(path if path.is_dir() else path.parent))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return HubImages(_saved_to_disk(path, split), str(folder))
+    if path.is_dir() and not is_table(str(path)):
+        return HubImages(_opened(dataset, str(path), name=subset, split=split), str(folder))
+    if path.is_dir():
+        files = [str(path / name) for name in open_table(str(path), "images").files]
+    elif path.suffix == ".parquet":
+        files = [str(path)]
+    else:
+        raise UserError(f"{path} is neither a folder nor a Parquet file")
+    # The files were named: whatever split their names seem to tell of, this is the whole of it.
+    return HubImages(_opened(dataset, "parquet", data_files={"train": files}, split=split), str(folder))
+
+
+def _opened(dataset: str, loader: str, **options: Any) -> Any:
+    datasets = _library()
+    try:
+        return datasets.load_dataset(loader, **options).with_format("arrow")
+    except Exception as error:  # of dozens of kinds, by what it was that it could not load
+        raise UserError(f"cannot load the data set {dataset}: {_one_line(error)}") from None
+
+
+def _saved_to_disk(path: Path, split: str) -> Any:
+    datasets = _library()
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise UserError(f"cannot load the data set {path}: {_one_line(error)}") from None
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise UserError(f"{path} has no split {split}; it has {', '.join(map(str, saved))}")
+        saved = saved[split]
+    return saved.with_format("arrow")
+
+
+def _library() -> Any:
+    """The library, which takes seconds to import; its bars are for terminals."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else None
+    text = " ".join(str(cause or error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,0 +1,28 @@
+"""Images without labels: every image file below a folder or URI."""
+
+import pyarrow as pa
+
+from raydet.images.files import ImageFolder, image_files_below, readable
+from raydet.preparation.sources.source import Records, Source, SourceImage
+
+
+def read_images(folder: ImageFolder) -> Source:
+    """Lists the image files below a folder, sorted by their relative path; an image's id is its rank.
+
+    The column `source_id` holds the relative path. Other files are left out, by their extension, whatever its case;
+    files to which a link leads out of the folder are refused.
+
+    Raises:
+        UserError: There is no image file, or a subfolder cannot be listed.
+    """
+    paths = image_files_below(folder)
+    return Source(
+        images=Records(lambda: (_record(folder, rank, path) for rank, path in enumerate(paths))),
+        num_images=len(paths),
+        extra_fields=(pa.field("source_id", pa.string()),),
+    )
+
+
+def _record(folder: ImageFolder, rank: int, path: str) -> SourceImage:
+    name = readable(path)
+    return SourceImage(image_id=rank, path=name, extra={"source_id": name}, refusal=folder.refuse_outside(path))

@@ -1,0 +1,213 @@
+"""A list of images without labels: a text file with a path or address a line, or a CSV file with a column of them.
+
+The conventions are those of `predict`'s lists: UTF-8; blank lines and those that begin with `#` are left out; what is
+relative starts from the list's folder; each line is an image, in the list's order, also one that comes twice. The list
+itself may be on the web, and is the only thing there that can be listed: HTTP knows no folders.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from urllib.parse import urljoin
+
+import pyarrow as pa
+from pyarrow import csv as pa_csv
+
+from raydet.common.errors import UserError
+from raydet.common.redaction import refuse_password, without_secrets
+from raydet.images.files import LIST_SUFFIXES, ImageFolder, beside, readable, refuse_name
+from raydet.preparation.sources.source import Records, Source, SourceImage
+from raydet.preparation.sources.web import WebReader, read_web_list
+from raydet.tables import storage
+from raydet.tables.schema import build_schema
+
+CSV_COLUMNS = ("url", "uri", "path", "file_name", "filename", "image")
+"""Of a CSV file, the first of these columns names the images, in whatever case; further ones are carried through."""
+
+
+def is_list(uri: str) -> bool:
+    """Whether images are named by a list: a file named as one is, or anything on the web, where no folder is."""
+    if storage.is_web(uri):
+        return True
+    return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not Path(uri).is_dir()
+
+
+class ImageList:
+    """Reads what a list names, wherever it is; safe among threads.
+
+    Attributes:
+        uri: Of the list.
+    """
+
+    def __init__(self, uri: str, *, web: WebReader | None = None) -> None:
+        """Opens nothing yet.
+
+        Args:
+            uri: Of the list.
+            web: What reads addresses of the web.
+        """
+        self.uri = uri if storage.is_web(uri) else storage.absolute_uri(uri)
+        self._web = web or WebReader()
+        self._roots: dict[str, ImageFolder] = {}
+
+    def __reduce__(self) -> tuple[Callable[[], "ImageList"], tuple[()]]:
+        # Opened anew in the process that it is sent to, as image folders are.
+        return partial(ImageList, self.uri, web=self._web), ()
+
+    def uri_of(self, path: str) -> str:
+        """The absolute path or URI of a line of the list."""
+        if storage.is_web(self.uri):
+            return urljoin(self.uri, path)
+        if "://" in path or path.startswith("/"):
+            return path
+        return beside(self.uri.rpartition("/")[0], path)
+
+    def check_root(self, uri: str) -> None:
+        """Opens what a URI begins with: a bucket, or nothing for a local file or one on the web.
+
+        Raises:
+            UserError: No file system is known for the scheme, or there is no such bucket.
+        """
+        if not storage.is_web(uri):
+            self._root_of(uri)
+
+    def read(self, path: str) -> bytes:
+        """Reads the file that a line names.
+
+        Raises:
+            ReadError: This file cannot be read.
+            OSError: The remote storage fails, which says nothing about this file. Web servers raise ReadError instead.
+        """
+        uri = self.uri_of(path)
+        if storage.is_web(uri):
+            return self._web.read(uri)
+        folder, name = self._root_of(uri)
+        return folder.read(name)
+
+    def _root_of(self, uri: str) -> tuple[ImageFolder, str]:
+        scheme, separator, rest = uri.partition("://")
+        if not separator or scheme == "file":
+            root, name = "/", storage.resolve(uri)[1].lstrip("/")
+        else:
+            bucket, _, name = rest.partition("/")
+            root = f"{scheme}://{bucket}"
+        if root not in self._roots:
+            self._roots[root] = ImageFolder(root)
+        return self._roots[root], name
+
+
+def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
+    """Reads a list of images.
+
+    Args:
+        images: The list.
+        for_reference: The table is to refer to the images, which has to be files for that.
+
+    Returns:
+        One record for each line, its id the number of the image from 0; the column `source_id` holds the line, without
+        the signature of a signed address. The files themselves are not looked at.
+
+    Raises:
+        UserError: The list cannot be read, is no text, names no image, a folder, or a scheme that nothing is known of.
+    """
+    name = (images.uri.partition("?")[0] if storage.is_web(images.uri) else images.uri).lower()
+    if not name.endswith((*LIST_SUFFIXES, ".csv")):
+        hint = (
+            "name a list of addresses"
+            if storage.is_web(images.uri)
+            else "name a folder, or a list of paths or addresses"
+        )
+        raise UserError(f"{images.uri} is no list: {hint} ({', '.join(LIST_SUFFIXES)} or .csv)")
+    data = _read_bytes(images.uri)
+    columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
+    paths = _lines(data, images.uri) if columns is None else columns["source_id"].to_pylist()
+    if not paths:
+        raise UserError(f"{images.uri} is an empty list: it names no image; write one path or address a line")
+    _check(paths, images, for_reference)
+    fields = [pa.field("source_id", pa.string())] if columns is None else list(columns.schema)
+
+    def records() -> Iterator[SourceImage]:
+        for number, (path, extra) in enumerate(zip(paths, _extras(columns, paths), strict=True)):
+            is_signed = "?" in path and storage.is_web(images.uri_of(path))
+            # A signature would open the image to whoever can read the table.
+            shown = without_secrets(path) if is_signed else path
+            yield SourceImage(
+                number, shown, extra={**extra, "source_id": shown}, refusal=refuse_name(path), locator=path
+            )
+
+    return Source(images=Records(records), num_images=len(paths), extra_fields=tuple(fields))
+
+
+def _read_bytes(uri: str) -> bytes:
+    if storage.is_web(uri):
+        return read_web_list(uri)
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise UserError(f"no such list: {uri}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the list {uri}: {' '.join(str(error).split())}") from None
+
+
+def _lines(data: bytes, uri: str) -> list[str]:
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or address a line") from None
+    named = (line.strip() for line in lines)
+    return [readable(line) for line in named if line and not line.startswith("#")]
+
+
+def _read_csv(data: bytes, uri: str) -> pa.Table:
+    """The column of images as `source_id`, then the further columns that a table can hold."""
+    try:
+        table = pa_csv.read_csv(pa.BufferReader(data))
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        raise UserError(f"{uri} is no CSV file in UTF-8 with a header: {' '.join(str(error).split())}") from None
+    by_name = {name.lower(): name for name in reversed(table.column_names)}
+    chosen = next((by_name[name] for name in CSV_COLUMNS if name in by_name), None)
+    if chosen is None:
+        raise UserError(f"{uri} has no column named {', '.join(CSV_COLUMNS)}; it has {', '.join(table.column_names)}")
+    paths = table[chosen].cast(pa.string())
+    if paths.null_count or "" in paths.unique().to_pylist():
+        raise UserError(f"the column {chosen} of {uri} has rows without an image; each row must name one")
+    taken = {*build_schema("images").names, "source_id", chosen}
+    others = [name for name in table.column_names if name not in taken and table.column_names.count(name) == 1]
+    columns = {"source_id": paths}
+    for name in others:
+        column = table[name]
+        columns[name] = column.cast(pa.string()) if pa.types.is_null(column.type) else column
+    return pa.table(columns)
+
+
+def _extras(columns: pa.Table | None, paths: list[str]) -> Iterable[dict[str, object]]:
+    if columns is None:
+        return ({"source_id": path} for path in paths)
+    return (row for batch in columns.to_batches(max_chunksize=1024) for row in batch.to_pylist())
+
+
+def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
+    """Refuses folders, and schemes and buckets that are not there, before anything is read."""
+    seen: set[str] = set()
+    for number, path in enumerate(paths, start=1):
+        if path.endswith("/"):
+            raise UserError(f"image {number} of {images.uri} is a folder: {path}; a list names image files")
+        uri = images.uri_of(path)
+        if for_reference and storage.is_web(uri):
+            raise UserError(
+                f"image {number} of {images.uri} is on the web: {path}; image_storage: reference needs files or "
+                "objects of a store, since every later step reads the images again"
+            )
+        if storage.is_web(images.uri) and not storage.is_web(uri):
+            raise UserError(
+                f"image {number} of {images.uri} is not on the web: {path}; a list there may name no others"
+            )
+        if "@" in uri:
+            refuse_password(uri, what=f"image {number} of {images.uri}")
+        root = "/".join(uri.split("/")[:3]) if "://" in uri else ""
+        if root not in seen:
+            seen.add(root)
+            try:
+                images.check_root(uri)
+            except (UserError, OSError) as error:
+                raise UserError(f"image {number} of {images.uri}: {' '.join(str(error).split())}") from None

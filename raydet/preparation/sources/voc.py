@@ -1,0 +1,295 @@
+"""Pascal VOC XML files → records.
+
+Coordinates are those of the VOC devkit: the first pixel is 1, and a box reaches from the left edge of the pixel
+`xmin` to the right edge of the pixel `xmax`. So left = xmin - 1, width = xmax - xmin + 1, and likewise upwards;
+fractions are allowed. Where the first pixel is 0, files mean edges and not pixels: left = xmin, width = xmax - xmin.
+
+An XML file belongs to the image of the same name, in the same subfolder, whatever the extension; the tag `filename` is
+often wrong or left from another data set, and decides only where several images have one name. `difficult` objects
+become crowds: both are neither to be found nor a mistake when found. Parts of objects, poses and `truncated` are not
+read. An XML file with a DOCTYPE is refused, since that is where entities are declared that fill the memory.
+"""
+
+import math
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+
+from raydet.common.errors import UserError
+from raydet.common.threads import in_order
+from raydet.images.files import ImageFolder, ReadError, is_image_name, list_below, readable
+from raydet.preparation.sources.source import (
+    Finding,
+    FindingLog,
+    Records,
+    Source,
+    SourceImage,
+    SourceObjects,
+    read_class_names,
+)
+from raydet.tables import storage
+from raydet.tables.schema import Category
+from raydet.tables.spill import Spilled
+
+MAX_XML_BYTES = 16 * 2**20
+"""Larger XML files are refused: each is in memory as a whole, and a thousand boxes need a quarter of a megabyte."""
+
+_NO_IMAGE = "no such file: there is no image of this name"
+
+
+class _XmlError(Exception):
+    """This XML file is of no use; the message is one short reason."""
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    def doctype(self, *_: str | None) -> None:
+        raise _XmlError("broken XML: it has a DOCTYPE, which may declare entities")
+
+
+@dataclass(frozen=True)
+class _Annotation:
+    """One XML file: its objects by class name, or why it cannot be read."""
+
+    file_name: str = ""
+    size_hw: tuple[int, int] | None = None
+    names: list[str] = field(default_factory=list)
+    boxes_xywh: list[tuple[float, float, float, float]] = field(default_factory=list)
+    difficult: list[bool] = field(default_factory=list)
+    findings: Mapping[str, int] = field(default_factory=dict)
+    refusal: str | None = None
+
+
+class _Annotations(Mapping[str, _Annotation]):
+    """The XML files by their images' names, as `read_voc` orders them, on disk."""
+
+    def __init__(self, stems: Sequence[str], annotations: Iterable[_Annotation]) -> None:
+        self._place_of = {stem: place for place, stem in enumerate(stems)}
+        self._annotations = Spilled(_Annotation, annotations)
+
+    def __getitem__(self, stem: str) -> _Annotation:
+        return self._annotations[self._place_of[stem]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place_of)
+
+    def __len__(self) -> int:
+        return len(self._place_of)
+
+
+def read_voc(
+    annotations: ImageFolder,
+    images: ImageFolder,
+    *,
+    split_uri: str | None = None,
+    classes: Sequence[str] | None = None,
+    zero_based: bool = False,
+) -> Source:
+    """Reads Pascal VOC annotations.
+
+    Args:
+        annotations: The folder of the XML files.
+        images: That of the images; may be the same.
+        split_uri: A file with the name of an image on each line, without extension. A second column, which in the
+            devkit's files says whether a class is in the image, is not read. Without a split, every image is taken.
+        classes: Their names in order, or the one name of a .txt file of them. Objects of other classes are left out and
+            counted. Without it, all classes of all XML files, also of those outside the split, sorted by name: so the
+            splits of one folder have the same classes.
+        zero_based: The first pixel is 0.
+
+    Returns:
+        One record for each image, by sorted path, its id the rank; category ids are counted from 1. An image without
+        an XML file has no boxes. A broken XML file, one without an image and a line of the split without one are
+        refused. The column `source_id` holds the path without extension.
+
+    Raises:
+        UserError: A folder or the split cannot be read, names no image, or there is no class.
+    """
+    xml_files = sorted(path for path in list_below(annotations) if path.lower().endswith(".xml"))
+    xml_paths = {_stem(path): path for path in xml_files}
+    image_paths: defaultdict[str, list[str]] = defaultdict(list)
+    for path in sorted(list_below(images)):
+        if is_image_name(path):
+            image_paths[_stem(path)].append(path)
+    findings = FindingLog()
+    for path in sorted(set(xml_files) - set(xml_paths.values())):
+        findings.note(Finding("XML files of the same name as another, not read", readable(path)))
+    stems = sorted(
+        {*image_paths, *xml_paths} if split_uri is None else _read_split(split_uri, image_paths, xml_paths, findings)
+    )
+    if not stems:
+        raise UserError(f"no image file below {images.uri} and no XML file below {annotations.uri}")
+    wanted = sorted(xml_paths) if classes is None else [stem for stem in stems if stem in xml_paths]
+    read = partial(_read_annotation, annotations, zero_based=zero_based)
+    read_files = _Annotations(wanted, in_order(read, (xml_paths[stem] for stem in wanted)))
+    if classes is None:
+        names = sorted({name for item in read_files.values() for name in item.names})
+    else:
+        names = read_class_names(classes)
+    if not names:
+        raise UserError(
+            f"no object in any XML file below {annotations.uri}; without labels use `raydet prepare images`"
+        )
+    index_of = {name: index for index, name in enumerate(names)}
+    for stem in stems:
+        if stem in xml_paths:
+            _add_findings(read_files[stem], readable(xml_paths[stem]), index_of, findings)
+    pairs = sorted(pair for stem in stems for pair in _pair(stem, image_paths, xml_paths, read_files))
+
+    without = _Annotation()
+
+    def records() -> Iterator[SourceImage]:
+        next_id = 1
+        for image_id, (path, stem, refusal) in enumerate(pairs):
+            annotation = read_files.get(stem, without)
+            objects = _objects(annotation, index_of, next_id)
+            next_id += len(objects.ids)
+            yield SourceImage(
+                image_id=image_id,
+                path=readable(path),
+                objects=objects,
+                size_hw=annotation.size_hw,
+                extra={"source_id": readable(stem)},
+                refusal=refusal or images.refuse_outside(path) or annotation.refusal,
+            )
+
+    categories = tuple(Category(id=index + 1, name=name) for name, index in index_of.items())
+    return Source(Records(records), len(pairs), categories, (pa.field("source_id", pa.string()),), findings)
+
+
+def _stem(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix(""))
+
+
+def _pair(
+    stem: str,
+    image_paths: Mapping[str, list[str]],
+    xml_paths: Mapping[str, str],
+    read_files: Mapping[str, _Annotation],
+) -> Iterator[tuple[str, str, str | None]]:
+    """The images of one name, each with the name and why it must not be taken."""
+    paths = image_paths.get(stem, [])
+    if not paths:
+        yield xml_paths.get(stem, stem), stem, _NO_IMAGE
+    are_clear = len(paths) == 1 or stem not in xml_paths
+    for path in paths:
+        is_clear = are_clear or PurePosixPath(path).name == read_files[stem].file_name
+        yield path, stem, None if is_clear else "its XML file may belong to another image of this name"
+
+
+def _read_split(
+    uri: str, image_paths: Mapping[str, list[str]], xml_paths: Mapping[str, str], findings: FindingLog
+) -> set[str]:
+    """The names in a split file, each once."""
+    try:
+        text = storage.read_bytes(uri).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no such split file: {storage.absolute_uri(uri)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the split file {uri}: {' '.join(str(error).split())}") from None
+    stems = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        # The whole line first, since names may hold blanks.
+        candidates = [line, line.rsplit(maxsplit=1)[0]]
+        candidates += [_stem(name) for name in candidates if is_image_name(name)]
+        known = [name for name in candidates if name in image_paths or name in xml_paths]
+        stems.append(known[0] if known else candidates[1])
+    if not stems:
+        raise UserError(f"the split file {uri} names no image; it must hold a name a line, as in ImageSets/Main")
+    for stem, count in Counter(stems).items():
+        findings.note(Finding("repeated lines in the split, of which one is used", readable(stem), count=count - 1))
+    return set(stems)
+
+
+def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Annotation:
+    """Reads one XML file; runs in a thread."""
+    refusal = folder.refuse_outside(path)
+    if refusal is not None:
+        return _Annotation(refusal=f"its XML file: {refusal}")
+    try:
+        root = _parse(folder.read(path))
+    except (ReadError, _XmlError) as error:
+        text = str(error)
+        return _Annotation(refusal=text if isinstance(error, _XmlError) else f"its XML file: {text}")
+    result = _Annotation(file_name=_text(root, "filename"), size_hw=_size_hw(root))
+    findings: Counter[str] = Counter()
+    for item in root.findall("object"):
+        name, corners = readable(_text(item, "name")), _corners(item)
+        if not name or corners is None:
+            findings["objects without a name or four numbers as box, left out"] += 1
+            continue
+        left, top, right, bottom = corners
+        offset = 0.0 if zero_based else 1.0
+        findings["boxes that begin before pixel 1, as if counted from 0 (see zero_based)"] += min(left, top) < offset
+        is_difficult = _text(item, "difficult") or "0"
+        findings["objects whose `difficult` is neither 0 nor 1, taken for 0"] += is_difficult not in ("0", "1")
+        result.names.append(name)
+        result.boxes_xywh.append((left - offset, top - offset, right - (left - offset), bottom - (top - offset)))
+        result.difficult.append(is_difficult == "1")
+    stated = result.file_name.replace("\\", "/").rsplit("/", 1)[-1]
+    own_names = {PurePosixPath(path).stem, ""}
+    findings["`filename` tags that name another image"] += stated not in own_names and (
+        PurePosixPath(stated).stem not in own_names
+    )
+    return _Annotation(**{**vars(result), "findings": findings})
+
+
+def _parse(data: bytes) -> ElementTree.Element:
+    if len(data) > MAX_XML_BYTES:
+        raise _XmlError(f"an XML file of {len(data) / 1e6:,.0f} MB is over the limit of {MAX_XML_BYTES / 1e6:,.0f} MB")
+    try:
+        # Safe as it is used: no DOCTYPE means no entity, and the parser never opens other files.
+        root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_NoDoctype()))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise _XmlError(f"broken XML: {' '.join(str(error).split())}") from None
+    if root.tag != "annotation":
+        raise _XmlError(f"broken XML: its root is <{readable(root.tag)[:40]}>, not <annotation>")
+    return root
+
+
+def _text(parent: ElementTree.Element, tag: str) -> str:
+    return (parent.findtext(tag) or "").strip()
+
+
+def _size_hw(root: ElementTree.Element) -> tuple[int, int] | None:
+    numbers = [_number(root.findtext(f"size/{side}")) for side in ("height", "width")]
+    if not all(math.isfinite(number) and number >= 1 for number in numbers):
+        return None
+    return int(numbers[0]), int(numbers[1])
+
+
+def _corners(item: ElementTree.Element) -> tuple[float, float, float, float] | None:
+    left, top, right, bottom = (_number(item.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
+    corners = (left, top, right, bottom)
+    return corners if all(map(math.isfinite, corners)) else None
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        return math.nan
+
+
+def _add_findings(annotation: _Annotation, path: str, index_of: Mapping[str, int], findings: FindingLog) -> None:
+    for kind, count in annotation.findings.items():
+        findings.note(Finding(kind, path, count=count))
+    for name, count in Counter(name for name in annotation.names if name not in index_of).items():
+        kind = "objects of classes that are not among `classes`, left out"
+        findings.note(Finding(kind, path, count=count, detail=f"their class is {name}"))
+
+
+def _objects(annotation: _Annotation, index_of: Mapping[str, int], first_id: int) -> SourceObjects:
+    kept = [place for place, name in enumerate(annotation.names) if name in index_of]
+    boxes_xywh = [annotation.boxes_xywh[place] for place in kept]
+    return SourceObjects(
+        ids=list(range(first_id, first_id + len(kept))),
+        boxes_xywh=boxes_xywh,
+        categories=[index_of[annotation.names[place]] for place in kept],
+        areas=[width * height for _, _, width, height in boxes_xywh],
+        iscrowd=[annotation.difficult[place] for place in kept],
+    )

@@ -1,0 +1,174 @@
+"""Files on the web: an address → its bytes, with patience for busy servers and none for hostile ones.
+
+What a list of addresses may lead to is the affair of whoever wrote it: every host that this machine reaches is asked,
+those of its own network too. Do not prepare a stranger's list where such a host must not be asked. Redirects are
+followed five times, and to http and https alone.
+"""
+
+import random
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import urllib3
+
+from raydet.common.errors import UserError
+from raydet.images.files import MAX_FILE_BYTES, MissingFileError, ReadError, refuse_size
+
+_ATTEMPTS = 5
+_BUSY = (408, 429, 500, 502, 503, 504)
+_MAX_REDIRECTS = 5
+_CHUNK_BYTES = 2**20
+_HOSTS_AT_ONCE = 64
+
+
+class _TransientError(Exception):
+    """Asking again may help; the message is what to say if it does not."""
+
+    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebReader:
+    """Reads files from web servers; safe among threads, and cheap to pickle.
+
+    A server that is busy (429, 503 and the like), drops the connection or sends less than it said is asked again,
+    five times in all, after 0.5, 1, 2 and 4 seconds or when it says so. The proxies of the environment
+    (`https_proxy`, `no_proxy`) are used.
+
+    Attributes:
+        connect_timeout_s: For the connection to stand.
+        silence_timeout_s: For the next bytes to come.
+        total_timeout_s: For one attempt as a whole, so that a server that sends a byte a second does not hold it up.
+        first_wait_s: Before the second attempt; each further wait is twice as long, and a quarter more or less.
+        longest_wait_s: However long the server asks to be left alone.
+        max_bytes: Larger files are refused, by what the server says of their size or when so much has come.
+    """
+
+    connect_timeout_s: float = 10.0
+    silence_timeout_s: float = 30.0
+    total_timeout_s: float = 300.0
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 30.0
+    max_bytes: int = MAX_FILE_BYTES
+
+    def read(self, url: str) -> bytes:
+        """Reads one file.
+
+        Raises:
+            MissingFileError: The server says that there is no such file (404, 410).
+            ReadError: It cannot be had, for a reason that is in the message; the web is never to be relied upon, so
+                that a server which is down is the fault of its files alone.
+        """
+        wait_s = self.first_wait_s
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._read_once(url)
+            except _TransientError as error:
+                if attempt == _ATTEMPTS:
+                    raise ReadError(f"{error}, asked {_ATTEMPTS} times") from None
+                pause_s = wait_s * random.uniform(0.75, 1.25) if error.wait_s is None else error.wait_s
+                time.sleep(min(pause_s, self.longest_wait_s))
+                wait_s *= 2
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read_once(self, url: str) -> bytes:
+        deadline = time.monotonic() + self.total_timeout_s
+        timeout = urllib3.Timeout(connect=self.connect_timeout_s, read=self.silence_timeout_s)
+        # Of the kinds of retries only redirects are left to urllib3: it does not ask again when a body breaks off.
+        retries = urllib3.Retry(total=None, connect=0, read=0, other=0, status=0, redirect=_MAX_REDIRECTS)
+        response: urllib3.BaseHTTPResponse | None = None
+        try:
+            response = _pool_for(url).request(
+                "GET", url, headers=_HEADERS, timeout=timeout, retries=retries, preload_content=False
+            )
+            self._check_answer(response)
+            return self._body(response, deadline)
+        except urllib3.exceptions.MaxRetryError as error:
+            raise _reason(error.reason or error) from None
+        except (urllib3.exceptions.HTTPError, ValueError, OSError) as error:
+            raise _reason(error) from None
+        finally:
+            if response is not None:
+                # Of no use any more if its body was not read to the end; else it is back in the pool already.
+                response.close()
+
+    def _check_answer(self, response: urllib3.BaseHTTPResponse) -> None:
+        status = response.status
+        if status == 200:
+            stated = response.headers.get("Content-Length", "")
+            if stated.isdecimal():
+                refuse_size(int(stated), self.max_bytes)
+            return
+        if status in (404, 410):
+            raise MissingFileError(f"no such file: the server answers {status}")
+        if status in _BUSY:
+            after = response.headers.get("Retry-After", "")
+            raise _TransientError(f"the server answers {status}", float(after) if after.isdecimal() else None)
+        raise ReadError(f"the server answers {status}")
+
+    def _body(self, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
+        chunks: list[bytes] = []
+        num_bytes = 0
+        while chunk := response.read1(_CHUNK_BYTES, decode_content=False):
+            num_bytes += len(chunk)
+            refuse_size(num_bytes, self.max_bytes)
+            chunks.append(chunk)
+            if time.monotonic() > deadline:
+                raise _TransientError(f"the server is too slow: {num_bytes:,} bytes in {self.total_timeout_s:g} s")
+        return b"".join(chunks)
+
+
+_HEADERS = {"User-Agent": "raydet", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+_pools: dict[str | None, urllib3.PoolManager] = {}
+_pools_lock = threading.Lock()
+
+
+def _pool_for(url: str) -> urllib3.PoolManager:
+    """The connections of this process, by the proxy that leads to a URL, if any."""
+    parts = urlsplit(url)
+    proxy: str | None = None
+    if parts.hostname and not urllib.request.proxy_bypass(parts.hostname):
+        proxy = urllib.request.getproxies().get(parts.scheme.lower())
+    with _pools_lock:
+        if proxy not in _pools:
+            options: dict[str, Any] = {"num_pools": _HOSTS_AT_ONCE, "maxsize": 32, "block": False}
+            _pools[proxy] = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        return _pools[proxy]
+
+
+def _reason(error: BaseException) -> Exception:
+    """What urllib3 or the network said, as one short line without addresses of memory or traces."""
+    names = urllib3.exceptions
+    if isinstance(error, names.ResponseError) and "redirect" in str(error):
+        return ReadError(f"the server redirects more than {_MAX_REDIRECTS} times")
+    if isinstance(error, ValueError):  # all of urllib3's kinds for addresses are ValueErrors too
+        return ReadError("the address, or one that the server redirects to, is none of the web")
+    if isinstance(error, names.SSLError):
+        return ReadError("the server's certificate or encryption is not to be trusted")
+    if isinstance(error, names.NameResolutionError):
+        return _TransientError("no server of this name")
+    if isinstance(error, names.NewConnectionError):
+        return _TransientError("no connection to the server")
+    if isinstance(error, names.TimeoutError | TimeoutError):
+        return _TransientError("the server does not answer in time")
+    if isinstance(error, names.ProtocolError | names.IncompleteRead | OSError):
+        return _TransientError("the connection breaks off")
+    return ReadError(f"cannot be read: {type(error).__name__}")
+
+
+def read_web_list(url: str) -> bytes:
+    """Reads a list file from the web.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    try:
+        return WebReader().read(url)
+    except ReadError as error:
+        raise UserError(f"cannot read {url}: {error}") from None

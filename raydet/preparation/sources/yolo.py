@@ -1,0 +1,163 @@
+"""YOLO label files → records: one .txt file an image, one line an object.
+
+A line is `class cx cy width height`, in parts of the upright image, or `class x1 y1 x2 y2 x3 y3 …`, a polygon of three
+points or more, of which the bounding box is taken. Numbers may leave 0 to 1 by `TOLERANCE`, the rounding of five
+digits, and are then set to the edge; a line with others is left out and counted, as are lines of a class that is not
+there, of another number of columns, with what is no finite number, and repeated lines. An image without a label file
+has no boxes. Lines of detections, which end in a score, have six columns and so are left out.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import pyarrow as pa
+
+from raydet.common.errors import UserError
+from raydet.common.threads import in_order
+from raydet.images.files import ImageFolder, MissingFileError, ReadError, readable
+from raydet.preparation.sources.source import Finding, FindingLog, Records, Source, SourceImage, SourceObjects
+from raydet.preparation.sources.yolo_files import YoloFiles
+from raydet.tables.spill import Spilled
+
+TOLERANCE = 1e-5
+"""In parts of the image's side."""
+
+_OUTSIDE = "the list names a file outside the data set"
+
+_Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """One label file, or why it cannot be read."""
+
+    classes: list[int] = field(default_factory=list)
+    boxes_xywh: list[_Box] = field(default_factory=list)
+    findings: Mapping[str, int] = field(default_factory=dict)
+    is_missing: bool = False
+    refusal: str | None = None
+
+
+def read_yolo(files: YoloFiles) -> Source:
+    """Reads the label files.
+
+    Returns:
+        One record for each image, by sorted path, its id the rank; boxes are normalised. Images outside the data set
+        come last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
+        path.
+
+    Raises:
+        UserError: No image has a label file.
+    """
+    index_of = {category.id: index for index, category in enumerate(files.categories)}
+    read = partial(_read_labels, files.labels, index_of)
+    labels = Spilled(_Labels, in_order(read, (label for _, label in files.pairs)))
+    if all(item.is_missing for item in labels):
+        raise UserError(
+            f"none of the {len(labels)} images below {files.images.uri} has a label file; the first would be "
+            f"{files.labels.uri_of(files.pairs[0][1])}; without labels use `raydet prepare images`"
+        )
+    findings = FindingLog()
+    findings.note(Finding("label files without an image", count=files.num_orphans))
+    for (_, path), item in zip(files.pairs, labels, strict=True):
+        for kind, count in item.findings.items():
+            findings.note(Finding(kind, readable(path), count=count))
+
+    def records() -> Iterator[SourceImage]:
+        next_id = 1
+        for image_id, ((path, _), item) in enumerate(zip(files.pairs, labels, strict=True)):
+            num_boxes = len(item.classes)
+            objects = SourceObjects(
+                ids=list(range(next_id, next_id + num_boxes)),
+                boxes_xywh=item.boxes_xywh,
+                categories=item.classes,
+                areas=[width * height for _, _, width, height in item.boxes_xywh],
+                iscrowd=[False] * num_boxes,
+                is_normalised=True,
+            )
+            next_id += num_boxes
+            yield SourceImage(
+                image_id=image_id,
+                path=readable(path),
+                objects=objects,
+                extra={"source_id": readable(path)},
+                refusal=files.images.refuse_outside(path) or item.refusal,
+            )
+        for image_id, path in enumerate(files.outside, start=len(files.pairs)):
+            name = readable(path)
+            yield SourceImage(image_id, name, extra={"source_id": name}, refusal=_OUTSIDE)
+
+    num_images = len(files.pairs) + len(files.outside)
+    return Source(Records(records), num_images, files.categories, (pa.field("source_id", pa.string()),), findings)
+
+
+def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _Labels:
+    """Reads one label file; runs in a thread."""
+    refusal = folder.refuse_outside(path)
+    if refusal is not None:
+        return _Labels(refusal=f"its label file: {refusal}")
+    try:
+        text = folder.read(path).decode("utf-8-sig", errors="replace")
+    except MissingFileError:
+        return _Labels(is_missing=True)
+    except ReadError as error:
+        return _Labels(refusal=f"its label file: {error}")
+    classes: list[int] = []
+    boxes_xywh: list[_Box] = []
+    findings: Counter[str] = Counter()
+    seen: set[tuple[float, ...]] = set()
+    for line in filter(None, map(str.split, text.splitlines())):
+        numbers = _numbers(line)
+        if numbers is None:
+            findings["lines with what is no finite number, left out"] += 1
+        elif len(numbers) != 5 and (len(numbers) < 7 or len(numbers) % 2 == 0):
+            findings["lines of a wrong number of columns, left out"] += 1
+        elif numbers[0] not in index_of:
+            findings["lines of an unknown class, left out"] += 1
+        elif (box_xywh := _box_xywh(numbers[1:])) is None:
+            findings["lines with numbers outside 0 to 1, left out"] += 1
+        elif numbers in seen:
+            findings["repeated lines, of which one is kept"] += 1
+        else:
+            seen.add(numbers)
+            classes.append(index_of[int(numbers[0])])
+            boxes_xywh.append(box_xywh)
+    return _Labels(classes, boxes_xywh, findings)
+
+
+def _numbers(words: list[str]) -> tuple[float, ...] | None:
+    try:
+        numbers = tuple(map(float, words))
+    except ValueError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _box_xywh(numbers: tuple[float, ...]) -> _Box | None:
+    """The columns after the class → (left, top, width, height) in parts of the image; None if they leave it."""
+    if min(numbers) < -TOLERANCE or max(numbers) > 1 + TOLERANCE:
+        return None
+    if len(numbers) > 4:
+        xs, ys = numbers[::2], numbers[1::2]
+        left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
+    else:
+        cx, cy, width, height = numbers
+        left, top, right, bottom = cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2
+        if not _leaves(left, right) and not _leaves(top, bottom):
+            return left, top, width, height
+    left, top, right, bottom = map(_snap, (left, top, right, bottom))
+    return left, top, right - left, bottom - top
+
+
+def _leaves(low: float, high: float) -> bool:
+    return low < 0 or high > 1
+
+
+def _snap(place: float) -> float:
+    """What rounding moved over the edge goes back to it; what really runs out stays, to be cut and counted."""
+    if -TOLERANCE <= place < 0:
+        return 0.0
+    return 1.0 if 1 < place <= 1 + TOLERANCE else place

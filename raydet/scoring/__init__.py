@@ -1,0 +1,1 @@
+"""Images and a checkpoint → a detections table."""

@@ -1,0 +1,267 @@
+"""Some pictures of a scoring run with their boxes drawn, for a person to look at: OUT/_drawn.
+
+Which pictures is settled by the detections alone, so that the same table gives the same ones however many workers
+wrote it and in whatever order.
+"""
+
+import csv
+import heapq
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from raydet.common.boxes import Boxes, as_boxes
+from raydet.config import DEFAULT_MAX_PIXELS, DrawIf
+from raydet.images.decode import DecodeError, decode
+from raydet.images.drawing import Picture, class_colours, draw_boxes
+from raydet.tables import storage
+from raydet.tables.schema import Category
+from raydet.tables.table import Table
+from raydet.training.ordering import hashes_of
+
+if TYPE_CHECKING:
+    from raydet.images.collection import Images
+
+DRAWN_FOLDER = "_drawn"
+INDEX_FILE = "index.csv"
+
+_COLUMNS = ("image_id", "path", "file", "best_score", "num_boxes")
+_OWN_FILE = re.compile(r"\d{4,}-\d+\.jpg|" + re.escape(INDEX_FILE))
+_MIN_SIDE = 640
+_MAX_SIDE = 1600
+"""Longest side of a drawn picture in pixels; `draw_boxes` fits its labels to it, so that they can be read."""
+_JPEG_QUALITY = 90
+
+_Floats = npt.NDArray[np.float64]
+_Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An image to draw.
+
+    Attributes:
+        image_id: Its id.
+        position: Its row in the detections table, files by name; the same as its position in the inputs.
+        path: Where it came from.
+        size_hw: Height and width in pixels of the upright image.
+        boxes_xywh: The boxes to draw, absolute pixels of that image, float64 [N, 4].
+        scores: float64 [N].
+        categories: Indices, int64 [N].
+        best_score: Of all its detections; None where it has none.
+    """
+
+    image_id: int
+    position: int
+    path: str
+    size_hw: tuple[int, int]
+    boxes_xywh: Boxes
+    scores: _Floats
+    categories: _Integers
+    best_score: float | None
+
+
+@dataclass(frozen=True)
+class GalleryReport:
+    """What was drawn.
+
+    Attributes:
+        folder: Where the pictures are, with `index.csv`.
+        num_drawn: Pictures.
+        failures: Why some that were chosen are missing, one line each.
+    """
+
+    folder: str
+    num_drawn: int
+    failures: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """What was drawn, for the terminal."""
+        return [*self.failures, f"{self.num_drawn:,} pictures with their boxes: {self.folder}"]
+
+
+class Gallery:
+    """Chooses images of a finished detections table and draws them.
+
+    Images that could not be read are never chosen. What `draw_if` asks for:
+
+    - `any`: a random sample, by a hash of seed and image id; images in which nothing was found are among them.
+    - `low_score`: images whose best score is nearest to the threshold, on either side of it, where the model is least
+      sure whether there is anything. That best box is drawn even if it does not reach the threshold.
+    - `many_boxes`: the images with most boxes above the threshold, as long as there are any.
+
+    The hash settles which of equal ones come first.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        categories: Sequence[Category],
+        num_pictures: int,
+        draw_if: DrawIf = "any",
+        threshold: float = 0.3,
+        seed: int = 0,
+        *,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> None:
+        """Draws nothing yet.
+
+        Args:
+            out: Folder or URI of the run; the pictures go into OUT/_drawn.
+            categories: The classes of the detections, by their indices.
+            num_pictures: At most so many.
+            draw_if: Which images, see above.
+            threshold: Boxes at or below this score are not drawn.
+            seed: Another one gives another sample.
+            max_pixels: Larger pictures are not decoded.
+        """
+        self.folder = storage.join(out, DRAWN_FOLDER)
+        self._names = [category.name for category in categories]
+        self._num_pictures = num_pictures
+        self._draw_if = draw_if
+        self._threshold = threshold
+        self._seed = seed
+        self._max_pixels = max_pixels
+
+    def choose(self, table: Table) -> list[Chosen]:
+        """The images to draw, the first to look at first.
+
+        The ids and scores of the whole table are streamed once; boxes are read of the chosen images only.
+
+        Args:
+            table: A whole detections table.
+        """
+        if self._num_pictures == 0:
+            return []
+        columns = ["image_id", "error", *([] if self._draw_if == "any" else ["detections.score"])]
+        # The worst of the best so far lies on top: (-key, -hash, position), all of them smaller is better without -.
+        best: list[tuple[float, int, int]] = []
+        start = 0
+        for batch in table.iter_batches(columns, batch_size=4096):
+            keys, hashes = self._keys(batch), hashes_of(batch.column("image_id").to_numpy(), self._seed)
+            for row in _smallest(keys, hashes, self._num_pictures):
+                item = (-float(keys[row]), -int(hashes[row]), start + int(row))
+                if len(best) < self._num_pictures:
+                    heapq.heappush(best, item)
+                else:
+                    heapq.heappushpop(best, item)
+            start += batch.num_rows
+        return self._read(table, [position for _, _, position in sorted(best, reverse=True)])
+
+    def _keys(self, batch: pa.RecordBatch) -> _Floats:
+        """How far down the list each row belongs: less comes first, infinity never. Shape [rows]."""
+        is_readable = pc.is_null(batch.column("error")).to_numpy(zero_copy_only=False)
+        keys = np.zeros(batch.num_rows)
+        if self._draw_if != "any":
+            scores = pc.struct_field(batch.column("detections"), "score")
+            lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
+            owners, values = np.repeat(np.arange(len(lengths)), lengths), scores.flatten().to_numpy()
+            if self._draw_if == "low_score":
+                best = np.full(len(lengths), -np.inf)
+                np.maximum.at(best, owners, values)
+                keys = np.abs(best - self._threshold)
+            else:
+                counts = np.bincount(owners[values > self._threshold], minlength=len(lengths))
+                keys = np.where(counts > 0, -counts.astype(np.float64), np.inf)
+        return np.where(is_readable, keys, np.inf)
+
+    def _read(self, table: Table, positions: Sequence[int]) -> list[Chosen]:
+        rows = dict(table.rows_at(positions))
+        return [self._chosen(position, rows[position]) for position in positions]
+
+    def _chosen(self, position: int, row: pa.StructScalar) -> Chosen:
+        found = row["detections"].as_py() or {"bbox": [], "score": [], "category": []}
+        scores = np.array(found["score"], np.float64)
+        is_drawn = scores > self._threshold
+        if self._draw_if == "low_score":
+            is_drawn[np.argmax(scores)] = True
+        return Chosen(
+            image_id=row["image_id"].as_py(),
+            position=position,
+            path=row["path"].as_py() or "",
+            size_hw=(row["height"].as_py() or 0, row["width"].as_py() or 0),
+            boxes_xywh=as_boxes(found["bbox"])[is_drawn],
+            scores=scores[is_drawn],
+            categories=np.array(found["category"], np.int64)[is_drawn],
+            best_score=float(scores.max()) if scores.size else None,
+        )
+
+    def draw(self, images: "Images", chosen: Sequence[Chosen]) -> GalleryReport:
+        """Draws OUT/_drawn/RANK-IMAGE_ID.jpg, each of them whole or not at all, and then OUT/_drawn/index.csv.
+
+        Pictures of an earlier drawing are removed. What can no longer be read is left out and reported.
+
+        Args:
+            images: What was scored.
+            chosen: As `choose` gives them.
+        """
+        for name in storage.list_files(self.folder):
+            if _OWN_FILE.fullmatch(name):
+                storage.delete_file(storage.join(self.folder, name))
+        entries: list[tuple[object, ...]] = []
+        failures: list[str] = []
+        for rank, item in enumerate(chosen, start=1):
+            try:
+                drawn = self._drawn(self._decoded(images, item), item)
+            except (DecodeError, OSError) as error:
+                failures.append(f"not drawn: image {item.image_id} ({item.path}): {error}")
+                continue
+            file = f"{rank:04d}-{item.image_id}.jpg"
+            storage.write_bytes(storage.join(self.folder, file), _jpeg(drawn))
+            best_score = "" if item.best_score is None else item.best_score
+            entries.append((item.image_id, item.path, file, best_score, len(item.scores)))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([_COLUMNS, *entries])
+        storage.write_bytes(storage.join(self.folder, INDEX_FILE), text.getvalue().encode())
+        return GalleryReport(self.folder, len(entries), tuple(failures))
+
+    def _decoded(self, images: "Images", item: Chosen) -> Picture:
+        row = next(iter(images.read(item.position, item.position + 1)), None)
+        if row is None or row.image_id != item.image_id:
+            raise DecodeError("the images are others than those that were scored")
+        if row.data is None:
+            raise DecodeError(row.error or "it cannot be read any more")
+        return decode(row.data, max_pixels=self._max_pixels)
+
+    def _drawn(self, picture: Picture, item: Chosen) -> Picture:
+        """The picture at a size that suits a screen, with its boxes."""
+        # Boxes refer to the size in the table, which is that of the picture unless it has changed since.
+        height, width = item.size_hw if all(item.size_hw) else picture.shape[:2]
+        resized = _readable(picture)
+        scale = np.array([resized.shape[1] / width, resized.shape[0] / height] * 2)
+        labels = [self._names[category] for category in item.categories]
+        colours = class_colours(self._names)
+        return draw_boxes(resized, item.boxes_xywh * scale, labels, scores=item.scores, colours=colours)
+
+
+def _smallest(keys: _Floats, hashes: npt.NDArray[np.uint64], count: int) -> _Integers:
+    """The rows with the smallest finite keys, of equal ones those with the smallest hashes; at most `count`."""
+    order = np.lexsort((hashes, keys))
+    return order[: min(count, int(np.isfinite(keys).sum()))]
+
+
+def _readable(picture: Picture) -> Picture:
+    """The picture with a longest side that is neither too small for labels nor too large for a screen."""
+    height, width = picture.shape[:2]
+    scale = float(np.clip(max(height, width), _MIN_SIDE, _MAX_SIDE)) / max(height, width)
+    if scale == 1:
+        return picture
+    # Enlarged pixels stay pixels: blur would look like something the model sees.
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+    size_wh = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.array(Image.fromarray(picture).resize(size_wh, method))
+
+
+def _jpeg(picture: Picture) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()

@@ -1,0 +1,472 @@
+"""The Ray Data pipeline of a scoring run: images → encoded batches → pixels → detections → files.
+
+The unit of work is a chunk: some rows of the input, in a fixed order, that become one output file with a name of its
+own. A chunk travels as a fixed number of parts, blocks of one row that each hold a batch, in order all the way, so
+that the parts of a chunk arrive side by side at the task that writes it. Whatever runs twice writes the same file
+again.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from raydet.cluster import job_metrics
+from raydet.cluster.job_report import FileStats, ProcessStats
+from raydet.cluster.session import Resources, workers_that_fit
+from raydet.cluster.stopwatch import Stopwatch
+from raydet.cluster.worker_log import log_from_here
+from raydet.common.errors import UserError
+from raydet.config import PredictConfig
+from raydet.images.collection import ImageRow, Images
+from raydet.images.decode import DecodeError, decode, upright_size_hw
+from raydet.images.listing import is_pattern
+from raydet.models.checkpoints import fingerprint
+from raydet.models.geometry import ResizeRule
+from raydet.tables import storage
+from raydet.tables.run_folder import RUN_FILE, part_name
+from raydet.training.stream import TaskSource, use_one_row_blocks
+
+if TYPE_CHECKING:
+    from raydet.models.detector import Detections
+
+LOG_FOLDER = "_log"
+"""In the output; its names that begin with `_` are no part of the table."""
+COUNTS_KEY = b"raydet_counts"
+MOST_READ_TASKS = 5_000
+"""Ray Data plans all reading tasks at once; with more chunks than this a task reads several."""
+_SORT_WINDOW_PARTS = 8
+"""Parts whose images are read together and sorted by their shape."""
+_SORT_WINDOW_BYTES = 256 * 2**20
+_IMAGES_PER_DECODE_TASK = 128
+_LOOK_AT_NODES_EVERY_S = 5.0
+_RETRIES = 3
+_LOG = logging.getLogger(__name__)
+
+_ENCODED_FIELDS = [
+    ("position", pa.int64()),
+    ("image_id", pa.int64()),
+    ("path", pa.string()),
+    ("error", pa.string()),
+    ("height", pa.int64()),
+    ("width", pa.int64()),
+]
+_ENCODED_TYPE = pa.struct([*_ENCODED_FIELDS, ("data", pa.large_binary())])
+_DECODED_TYPE = pa.struct(
+    [*_ENCODED_FIELDS, ("pixel_height", pa.int64()), ("pixel_width", pa.int64()), ("pixels", pa.large_binary())]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the images are cut into chunks and parts; a run that is gone on with keeps the plan of its beginning.
+
+    Attributes:
+        num_rows: Images in all.
+        rows_per_file: Images of a chunk; the last one may have fewer.
+        images_per_part: Images that are decoded, and given to the model's actor, together.
+        batch_size: Images or tiles that the model sees at once.
+    """
+
+    num_rows: int
+    rows_per_file: int
+    images_per_part: int
+    batch_size: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks, and so output files, in all."""
+        return math.ceil(self.num_rows / self.rows_per_file)
+
+    @property
+    def parts_per_chunk(self) -> int:
+        """Parts of every chunk but the last, which may have fewer."""
+        return math.ceil(self.rows_per_file / self.images_per_part)
+
+    def rows_of(self, chunk: int) -> range:
+        """The positions of a chunk's images."""
+        start = chunk * self.rows_per_file
+        return range(start, min(start + self.rows_per_file, self.num_rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the tasks and actors of a scoring run share.
+
+    Attributes:
+        config: With absolute paths.
+        model_fingerprint: Of the checkpoint when the run began.
+        images: What is scored.
+        plan: How it is cut up.
+        schema: Of the detections table.
+        sorts_by_shape: Images of like shape share a part, since their model pads.
+        reduce_to: Where JPEGs may be decoded smaller: the model's resize, below which they must not fall.
+    """
+
+    config: PredictConfig
+    model_fingerprint: str
+    images: Images
+    plan: Plan
+    schema: pa.Schema
+    sorts_by_shape: bool
+    reduce_to: ResizeRule | None
+
+
+class NodeLostError(ConnectionError):
+    """A node has died, and the workers do not all fit on those that are left: some would wait for ever."""
+
+
+def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_workers: int) -> Iterator[FileStats]:
+    """Scores chunks of a run and yields, for each file as it is written, what it took.
+
+    Args:
+        work: What the run is.
+        chunks: Those that are left to do, ascending.
+        resources: What the workers and the tasks beside them ask of the cluster.
+        num_workers: Copies of the model.
+
+    Raises:
+        NodeLostError: The cluster has become too small for so many workers.
+        ray.exceptions.RayError: A task has failed, or something that Ray could not make up for.
+    """
+    use_one_row_blocks(ExecutionOptions(preserve_order=True), watch=_watch_nodes(resources, num_workers))
+    work_ref = ray.put(work)
+    per_task = math.ceil(len(chunks) / MOST_READ_TASKS)
+    tasks = [partial(_read, work_ref, chunks[at : at + per_task]) for at in range(0, len(chunks), per_task)]
+    dataset = ray.data.read_datasource(
+        TaskSource("Images", tasks),
+        num_cpus=0.01,
+        compute=TaskPoolStrategy(size=min(len(tasks), max(2, num_workers))),
+        override_num_blocks=len(tasks),
+    )
+    dataset = dataset.map_batches(
+        partial(_decode, max_pixels=work.config.max_pixels, reduce_to=work.reduce_to),
+        # Ray Data looks after its tasks some seven times a second: small ones would wait for it more than they work.
+        batch_size=math.ceil(_IMAGES_PER_DECODE_TASK / work.plan.images_per_part),
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        # Stages that ask for the same are run in one process by Ray Data: the model's would then decode as well.
+        num_cpus=resources.cpus_per_task + (0.01 if resources.cpus_per_task == resources.cpus_per_worker else 0.0),
+        ray_remote_args_fn=_few_task_retries,
+    )
+    dataset = dataset.map_batches(
+        _Model,
+        fn_constructor_args=(work_ref, resources),
+        # Two calls at once in an actor: while the model runs on one batch the next is resized and laid out.
+        compute=ActorPoolStrategy(size=num_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=1 if resources.use_gpu else 0,
+        ray_remote_args_fn=_few_call_retries,
+        # Blocks as they come, each of one row; where GPUs are asked for, Ray Data wants that as a number.
+        batch_size=1 if resources.use_gpu else None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+    )
+    dataset = dataset.map_batches(
+        partial(_write, out=work.config.out, schema=work.schema),
+        batch_size=work.plan.parts_per_chunk,
+        batch_format="pyarrow",
+        # Ray Data gives CPUs to the stages in their order: one that asks for any might wait until all is read.
+        num_cpus=0,
+        compute=TaskPoolStrategy(size=max(2, num_workers)),
+        ray_remote_args_fn=_few_task_retries,
+    )
+    for row in dataset.iter_rows():
+        yield FileStats.from_dict(json.loads(row["stats"]))
+
+
+def _few_task_retries() -> dict[str, int]:
+    """By default Ray Data tries again for ever, also what an image makes crash."""
+    return {"max_retries": _RETRIES}
+
+
+def _few_call_retries() -> dict[str, int]:
+    return {"max_task_retries": _RETRIES}
+
+
+def missing_here(work: Work) -> str | None:
+    """Which of the run's places in a file tree this machine does not see; None if it sees them all."""
+    config = work.config
+    places = [storage.join(config.out, RUN_FILE), *([] if is_pattern(config.data) else [config.data])]
+    return next((place for place in places if "://" not in place and not storage.exists(place)), None)
+
+
+def _watch_nodes(resources: Resources, num_workers: int) -> type[ExecutionCallback]:
+    """A callback for Ray Data, which would wait for ever for an actor that no node has room for any more."""
+
+    class Watch(ExecutionCallback):
+        def __init__(self) -> None:
+            self._num_nodes, self._next_look_s = 0, 0.0
+
+        def on_execution_step(self, executor: object) -> None:
+            if time.monotonic() < self._next_look_s:
+                return
+            self._next_look_s = time.monotonic() + _LOOK_AT_NODES_EVERY_S
+            num_nodes = sum(node["Alive"] for node in ray.nodes())
+            if num_nodes < self._num_nodes and workers_that_fit(resources) < num_workers:
+                raise NodeLostError(f"{self._num_nodes - num_nodes} of {self._num_nodes} nodes lost")
+            self._num_nodes = max(num_nodes, self._num_nodes)
+
+    return Watch
+
+
+def _read(work_ref: "ray.ObjectRef[Work]", chunks: Sequence[int]) -> Iterator[pa.Table]:
+    work: Work = ray.get(work_ref)
+    missing = missing_here(work)
+    if missing:  # or each of its images would be taken for a file that was deleted
+        raise ConnectionError(f"{missing} is not there on {socket.gethostname()}")
+    for chunk in chunks:
+        yield from _parts_of(work, chunk)
+
+
+def _parts_of(work: Work, chunk: int) -> Iterator[pa.Table]:
+    """A chunk's images with their encoded bytes, in parts of the planned size."""
+    rows, size = work.plan.rows_of(chunk), work.plan.images_per_part
+    num_parts, part = math.ceil(len(rows) / size), 0
+    watch = Stopwatch("reader")
+    window: list[tuple[int, ImageRow]] = []
+    num_bytes = 0
+    images = work.images.read(rows.start, rows.stop)
+    for position in rows:
+        with watch.measuring("read"):
+            row = next(images)
+        window.append((position, row))
+        num_bytes += len(row.data or b"")
+        is_last = position == rows.stop - 1
+        is_full = len(window) == size * _SORT_WINDOW_PARTS or num_bytes > _SORT_WINDOW_BYTES
+        if is_last or (len(window) % size == 0 and (is_full or not work.sorts_by_shape)):
+            if work.sorts_by_shape:
+                window.sort(key=lambda item: _aspect(item[1]))
+            for at in range(0, len(window), size):
+                encoded = pa.array([_encoded(*item) for item in window[at : at + size]], _ENCODED_TYPE)
+                yield _block(chunk, part, num_parts, encoded, [watch.lap()])
+                part += 1
+            window, num_bytes = [], 0
+    assert part == num_parts, f"{part} parts were made of chunk {chunk}, expected {num_parts}"
+
+
+def _aspect(row: ImageRow) -> float:
+    size_hw = row.size_hw
+    if size_hw is None and row.data is not None:
+        try:
+            size_hw = upright_size_hw(row.data)
+        except DecodeError:
+            return 0.0
+    return size_hw[1] / max(size_hw[0], 1) if size_hw is not None else 0.0
+
+
+def _encoded(position: int, row: ImageRow) -> dict[str, Any]:
+    height, width = row.size_hw or (None, None)
+    return {
+        "position": position,
+        "image_id": row.image_id,
+        "path": row.path,
+        "error": row.error,
+        "height": height,
+        "width": width,
+        "data": row.data,
+    }
+
+
+def _block(chunk: int, part: int, num_parts: int, rows: pa.Array, stats: list[ProcessStats]) -> pa.Table:
+    job_metrics.passed_on(stats[-1], len(rows))
+    return pa.table(
+        {
+            "chunk": [chunk],
+            "part": [part],
+            "num_parts": [num_parts],
+            "rows": pa.LargeListArray.from_arrays(pa.array([0, len(rows)], pa.int64()), rows),
+            "stats": [json.dumps([dataclasses.asdict(item) for item in stats])],
+        }
+    )
+
+
+def _next_block(block: pa.Table, rows: pa.Array, stats: ProcessStats) -> pa.Table:
+    """A block of the following stage, with what has happened to the part so far."""
+    earlier = [ProcessStats(**item) for item in json.loads(block["stats"][0].as_py())]
+    chunk, part, num_parts = (block[name][0].as_py() for name in ("chunk", "part", "num_parts"))
+    return _block(chunk, part, num_parts, rows, [*earlier, stats])
+
+
+def _decode(blocks: pa.Table, max_pixels: int, reduce_to: ResizeRule | None) -> Iterator[pa.Table]:
+    """Decodes some parts, and hands on each as soon as it is ready."""
+    watch = Stopwatch("decoder")
+    for at in range(blocks.num_rows):
+        yield _decode_part(blocks.slice(at, 1), watch, max_pixels, reduce_to)
+
+
+def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: ResizeRule | None) -> pa.Table:
+    records: list[dict[str, Any]] = []
+    pictures: list[npt.NDArray[np.uint8]] = []
+    for row in block["rows"].combine_chunks().values:
+        record = {name: row[name].as_py() for name, _ in _ENCODED_FIELDS}
+        record |= {"pixel_height": None, "pixel_width": None}
+        picture: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        if record["error"] is None:
+            try:
+                with watch.measuring("decode"):
+                    picture, (height, width) = _picture(row["data"].as_py(), max_pixels, reduce_to)
+            except DecodeError as error:
+                record["error"] = str(error)
+            else:
+                record |= {"height": height, "width": width}
+                record |= {"pixel_height": picture.shape[0], "pixel_width": picture.shape[1]}
+        records.append(record)
+        pictures.append(picture)
+    with watch.measuring("decode"):
+        rows = _with_pixels(records, pictures)
+    return _next_block(block, rows, watch.lap())
+
+
+def _picture(
+    data: bytes, max_pixels: int, reduce_to: ResizeRule | None
+) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    """The pixels, and the size in pixels of the picture, which the pixels of a reduced JPEG are fewer than."""
+    if reduce_to is None:
+        picture = decode(data, max_pixels=max_pixels)
+        return picture, (picture.shape[0], picture.shape[1])
+    size_hw = upright_size_hw(data)
+    return decode(data, max_pixels=max_pixels, at_least_hw=reduce_to.target_size_hw(size_hw)), size_hw
+
+
+def _with_pixels(records: list[dict[str, Any]], pictures: list[npt.NDArray[np.uint8]]) -> pa.StructArray:
+    """Puts the pixels of all images into one buffer, which is the one copy between decoder and model."""
+    offsets = np.cumsum([0, *(picture.size for picture in pictures)])
+    flat = np.concatenate([picture.reshape(-1) for picture in pictures]) if pictures else np.zeros(0, np.uint8)
+    pixels = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(pictures), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(flat)]
+    )
+    columns = [
+        pixels if field.name == "pixels" else pa.array([record[field.name] for record in records], field.type)
+        for field in _DECODED_TYPE
+    ]
+    return pa.StructArray.from_arrays(columns, fields=list(_DECODED_TYPE))
+
+
+class _Model:
+    """A copy of the model, loaded once, that turns decoded parts into detections."""
+
+    def __init__(self, work_ref: "ray.ObjectRef[Work]", resources: Resources) -> None:
+        from raydet.engines.loading import load_engine
+        from raydet.engines.scorer import Scorer
+
+        work: Work = ray.get(work_ref)
+        config = work.config
+        log_from_here(storage.join(config.out, LOG_FOLDER))
+        started = time.perf_counter()
+        name = config.checkpoint or config.model
+        assert name is not None, "the config asks for a checkpoint or a model"
+        if fingerprint(name) != work.model_fingerprint:
+            raise UserError(f"{name} has changed while the run was at work; start it with a model that stays as it is")
+        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+        device, num_threads = "cuda" if has_gpu else "cpu", threads_of(config, resources)
+        engine = load_engine(config, device=device, num_threads=num_threads)
+        self._scorer = Scorer(engine, config, batch_size=work.plan.batch_size)
+        self._row_type = pa.struct([pa.field(name, work.schema.field(name).type) for name in work.schema.names])
+        # All runs of the model in one thread: each thread would have its own set of helpers to compute with.
+        self._thread = ThreadPoolExecutor(1)
+        text = "model loaded on %s in %.1f s, %d threads"
+        _LOG.info(text, device, time.perf_counter() - started, num_threads)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """One decoded part in, its rows of the detections table out."""
+        watch = Stopwatch("model")
+        rows = block["rows"].combine_chunks().flatten()
+        images = [
+            np.frombuffer(row["pixels"].as_buffer(), np.uint8).reshape(
+                row["pixel_height"].as_py(), row["pixel_width"].as_py(), 3
+            )
+            for row in rows
+            if row["error"].as_py() is None
+        ]
+        found: Iterator[Detections] = iter(())
+        if images:
+            with watch.measuring("prepare"):
+                prepared = self._scorer.prepare(images)
+            found = iter(self._thread.submit(self._predict, prepared, watch).result())
+        records = [_record(row, found) for row in rows]
+        result = pa.array(records, pa.struct([("position", pa.int64()), *self._row_type]))
+        return _next_block(block, result, watch.lap())
+
+    def _predict(self, prepared: Any, watch: "Stopwatch") -> "list[Detections]":
+        with watch.measuring("model"):
+            return self._scorer.predict(prepared)
+
+
+def threads_of(config: PredictConfig, resources: Resources) -> int:
+    """Threads that a copy of the model computes with on its machine, unless told otherwise.
+
+    As many as fit beside those of the other workers that a machine of this size has room for.
+    """
+    num_cpus = os.cpu_count() or 1
+    num_here = max(1, min(config.num_workers, int(num_cpus / resources.cpus_per_worker)))
+    return config.threads_per_worker or max(1, num_cpus // num_here)
+
+
+def _record(row: pa.StructScalar, found: "Iterator[Detections]") -> dict[str, Any]:
+    record = {name: row[name].as_py() for name, _ in _ENCODED_FIELDS}
+    if record["error"] is not None:
+        return {**record, "detections": {"bbox": [], "score": [], "category": []}}
+    detections = next(found)
+    boxes = detections.boxes_xywh
+    if row["pixel_height"].as_py() != record["height"] or row["pixel_width"].as_py() != record["width"]:
+        scale = np.array([record["width"] / row["pixel_width"].as_py(), record["height"] / row["pixel_height"].as_py()])
+        boxes = boxes * np.tile(scale, 2)
+    return {
+        **record,
+        "detections": {
+            "bbox": boxes.tolist(),
+            "score": detections.scores.tolist(),
+            "category": detections.categories.tolist(),
+        },
+    }
+
+
+def _write(blocks: pa.Table, out: str, schema: pa.Schema) -> pa.Table:
+    """Writes the parts of one chunk into its file, whole or not at all."""
+    watch = Stopwatch("writer")
+    chunk, num_parts = blocks["chunk"][0].as_py(), blocks["num_parts"][0].as_py()
+    assert set(blocks["chunk"].to_pylist()) == {chunk}, f"parts of several chunks: {blocks['chunk'].to_pylist()}"
+    parts = blocks["part"].to_pylist()
+    assert parts == list(range(num_parts)), f"parts {parts} of chunk {chunk}, expected {num_parts}"
+    with watch.measuring("write"):
+        table = pa.Table.from_struct_array(blocks["rows"].combine_chunks().flatten())
+        table = table.sort_by("position").select(schema.names).cast(schema)
+        counts = {
+            "num_errors": table.num_rows - table["error"].null_count,
+            "num_detections": pc.sum(pc.list_value_length(pc.struct_field(table["detections"], "score"))).as_py() or 0,
+        }
+        # In the footer, so that counting a finished run reads no detections.
+        metadata = {**schema.metadata, COUNTS_KEY: json.dumps(counts)}
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata(metadata), sink)
+        storage.write_bytes(storage.join(out, part_name(chunk)), sink.getvalue().to_pybytes())
+    processes = [item for text in blocks["stats"].to_pylist() for item in json.loads(text)]
+    own = watch.lap()
+    job_metrics.passed_on(own, table.num_rows)
+    job_metrics.written(counts["num_errors"], counts["num_detections"])
+    stats = FileStats(
+        num_images=table.num_rows,
+        num_detections=counts["num_detections"],
+        errors=[reason for reason in table["error"].to_pylist() if reason is not None],
+        processes=[*(ProcessStats(**item) for item in processes), own],
+    )
+    return pa.table({"stats": [json.dumps(stats.to_dict())]})

@@ -1,0 +1,161 @@
+"""The boxes of many images as columns: whole arrays, in which those of an image stand together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raydet.common.boxes import Boxes, as_boxes
+from raydet.common.errors import UserError
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+ROWS_AT_ONCE = 65_536
+"""Rows of a table that become columns at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthColumns:
+    """The labelled boxes of some images; those of image i are the rows from starts[i] to starts[i + 1].
+
+    Attributes:
+        image_ids: int64 [I], each once, in any order.
+        starts: int64 [I + 1].
+        boxes_xywh: Absolute pixels, float64 [G, 4].
+        category: Indices, int64 [G].
+        area: Square pixels, by which small is told from large, float64 [G].
+        iscrowd: bool [G].
+    """
+
+    image_ids: Integers
+    starts: Integers
+    boxes_xywh: Boxes
+    category: Integers
+    area: Floats
+    iscrowd: Flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionColumns:
+    """The detections in the same images as a `TruthColumns`, in the same order of the images.
+
+    Attributes:
+        starts: int64 [I + 1].
+        boxes_xywh: Absolute pixels, float64 [D, 4].
+        scores: Finite, higher is surer, float64 [D]. Of equal ones in an image the earlier is matched first.
+        category: Indices, int64 [D].
+    """
+
+    starts: Integers
+    boxes_xywh: Boxes
+    scores: Floats
+    category: Integers
+
+
+def take_truth(columns: TruthColumns, rows: Integers) -> TruthColumns:
+    """The boxes of some images, in the order given; where these stand together nothing is copied but the starts."""
+    starts, taken = _rows_of_images(columns.starts, rows)
+    return TruthColumns(
+        image_ids=columns.image_ids[rows],
+        starts=starts,
+        boxes_xywh=columns.boxes_xywh[taken],
+        category=columns.category[taken],
+        area=columns.area[taken],
+        iscrowd=columns.iscrowd[taken],
+    )
+
+
+def take_detections(columns: DetectionColumns, rows: Integers) -> DetectionColumns:
+    """The detections in some images, as `take_truth` does it; none where the row is -1."""
+    starts, taken = _rows_of_images(columns.starts, rows)
+    return DetectionColumns(
+        starts=starts,
+        boxes_xywh=columns.boxes_xywh[taken],
+        scores=columns.scores[taken],
+        category=columns.category[taken],
+    )
+
+
+def _rows_of_images(starts: Integers, images: Integers) -> tuple[Integers, Integers | slice]:
+    """New starts, and the rows of the boxes, for some images of columns (-1 for an image without any)."""
+    if len(images) and images[0] >= 0 and (np.diff(images) == 1).all():
+        first, last = int(images[0]), int(images[-1]) + 1
+        return starts[first : last + 1] - starts[first], slice(int(starts[first]), int(starts[last]))
+    lengths = np.where(images >= 0, np.diff(starts)[images] if len(starts) > 1 else 0, 0)
+    new_starts = starts_of(lengths)
+    shifts = np.where(images >= 0, starts[images], 0) - new_starts[:-1]
+    return new_starts, np.arange(new_starts[-1]) + np.repeat(shifts, lengths)
+
+
+def starts_of(lengths: Integers) -> Integers:
+    """Where each of several lists, one behind the other, begins, and where the last one ends: [N] → [N + 1]."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def places_in(known: npt.NDArray[Any], values: npt.NDArray[Any]) -> tuple[Integers, Flags]:
+    """Where values stand among known ones.
+
+    Args:
+        known: Integers, ascending, at least one, [K].
+        values: Integers, [N].
+
+    Returns:
+        The place of each value, of equal ones the first, int64 [N], of meaning only where it is known, bool [N].
+    """
+    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return places, known[places] == values
+
+
+# Arrow.
+
+
+def image_ids_in(batch: pa.RecordBatch) -> Integers:
+    """The ids of the images in some rows of a table, int64 [R]."""
+    return numbers_of(batch.column("image_id"))
+
+
+def flatten(
+    batch: pa.RecordBatch, column: str, names: Sequence[str], where: str
+) -> tuple[Integers, dict[str, npt.NDArray[Any]]]:
+    """The lists in a struct column → the number of elements in each row, and all elements of each list in one array.
+
+    Raises:
+        UserError: The lists of a row differ in length, or hold nulls.
+    """
+    import pyarrow.compute as pc  # takes a while to import, and JSON has no need of it
+
+    struct = batch.column(column)
+    columns: dict[str, npt.NDArray[Any]] = {}
+    lengths: Integers | None = None
+    for name in names:
+        lists = pc.struct_field(struct, name)
+        own = numbers_of(pc.list_value_length(lists)).astype(np.int64)
+        values = lists.flatten()
+        numbers = values.flatten() if name == "bbox" else values
+        lengths = own if lengths is None else lengths
+        if values.null_count or numbers.null_count or not np.array_equal(own, lengths):
+            raise UserError(f"{where}: the lists in `{column}` differ in length or hold nulls")
+        array = numbers_of(numbers)
+        columns[name] = as_boxes(array) if name == "bbox" else array
+    assert lengths is not None
+    return lengths, columns
+
+
+def numbers_of(array: pa.Array) -> npt.NDArray[Any]:
+    """The numbers or booleans of an array, 0 for null.
+
+    They are taken from its memory as they lie there: `to_numpy` and whatever takes a Python number import pandas where
+    it is installed, which takes longer than reading a hundred thousand images.
+    """
+    if pa.types.is_boolean(array.type):
+        return numbers_of(array.cast(pa.uint8())).astype(np.bool_)
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    values = np.zeros(0, dtype)
+    if len(array):
+        values = np.frombuffer(array.buffers()[1], dtype, count=len(array), offset=array.offset * dtype.itemsize)
+    return np.where(numbers_of(array.is_valid()), values, values.dtype.type(0)) if array.null_count else values

@@ -1,0 +1,304 @@
+"""A table on disk: a folder of Parquet files, whole once its manifest is there.
+
+The manifest (`_manifest.json`) is written last and holds the number of rows of each file, the schema version and
+the hash of the configuration that made it. Readers refuse a folder without one.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydet.common.errors import UserError
+from raydet.tables import storage
+from raydet.tables.schema import SCHEMA_VERSION, Category, TableKind, categories_of, parse_metadata
+
+MANIFEST_NAME = "_manifest.json"
+FINDINGS_FOLDER, REJECTED_FOLDER = "_findings", "_rejected"
+"""Of the lists that `prepare` leaves beside an images table, or beside those of its splits."""
+SPLITS = ("train", "val")
+ROW_GROUP_BYTES = 16 * 2**20
+"""A row group is what is read at once; small enough to shuffle, large enough to stream from object storage."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of a table: file name, its number in the file, its rows, and its compressed size in bytes."""
+
+    file: str
+    index: int
+    num_rows: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A whole table that can be read; cheap to pickle, since it holds no data."""
+
+    uri: str
+    kind: TableKind
+    schema: pa.Schema
+    categories: tuple[Category, ...]
+    manifest: dict[str, Any]
+    files: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all files together."""
+        return sum(self.manifest["files"].values())
+
+    def only(self, name: str) -> Self:
+        """One of its files as a table of its own, with the categories that this file names."""
+        filesystem, path = storage.resolve(self.uri)
+        schema = pq.read_schema(f"{path}/{name}", filesystem=filesystem)
+        content = parse_metadata(schema, kind=self.kind, where=self.uri)
+        manifest = self.manifest | {"files": {name: self.manifest["files"][name]}}
+        return replace(self, schema=schema, categories=categories_of(content), manifest=manifest, files=(name,))
+
+    def row_groups(self) -> tuple[RowGroup, ...]:
+        """The row groups of all files, in the order of the rows."""
+        groups = []
+        filesystem, path = storage.resolve(self.uri)
+        for name in self.files:
+            metadata = pq.read_metadata(f"{path}/{name}", filesystem=filesystem)
+            for index in range(metadata.num_row_groups):
+                group = metadata.row_group(index)
+                groups.append(RowGroup(name, index, group.num_rows, group.total_byte_size))
+        return tuple(groups)
+
+    def read_row_group(self, group: RowGroup, columns: Sequence[str] | None = None) -> pa.Table:
+        """Reads one row group, all columns or those named."""
+        filesystem, path = storage.resolve(self.uri)
+        with pq.ParquetFile(f"{path}/{group.file}", filesystem=filesystem) as file:
+            return file.read_row_group(group.index, columns=None if columns is None else list(columns))
+
+    def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 1024) -> Iterator[pa.RecordBatch]:
+        """Streams the rows in order, a batch at a time.
+
+        Raises:
+            UserError: A file is damaged or gone, or there are not as many rows as the manifest says.
+        """
+        filesystem, path = storage.resolve(self.uri)
+        names, num_rows = None if columns is None else list(columns), 0
+        for name in self.files:
+            with refusing_damage(self.uri), pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
+                for batch in file.iter_batches(batch_size=batch_size, columns=names):
+                    num_rows += batch.num_rows
+                    yield batch
+        if num_rows != self.num_rows:
+            raise UserError(f"{self.uri} is damaged: its files have {num_rows} rows, its manifest says {self.num_rows}")
+
+    def rows_at(self, positions: Sequence[int]) -> Iterator[tuple[int, pa.StructScalar]]:
+        """Some rows, by their positions, in the order of the table; only the row groups that hold them are read."""
+        filesystem, path = storage.resolve(self.uri)
+        left, start = sorted(positions), 0
+        for name in self.files:
+            if left and left[0] < start + self.manifest["files"][name]:
+                with pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
+                    group_start = start
+                    for group in range(file.num_row_groups):
+                        group_end = group_start + file.metadata.row_group(group).num_rows
+                        if left and left[0] < group_end:
+                            rows = file.read_row_group(group).to_struct_array().combine_chunks()
+                            while left and left[0] < group_end:
+                                position = left.pop(0)
+                                yield position, rows[position - group_start]
+                        group_start = group_end
+            start += self.manifest["files"][name]
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Reads the whole table into memory, all columns or those named; raises as `iter_batches` does."""
+        schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        return pa.Table.from_batches([batch.cast(schema) for batch in self.iter_batches(columns)], schema=schema)
+
+
+@contextlib.contextmanager
+def refusing_damage(uri: str) -> Iterator[None]:
+    """Where a file of a table cannot be read inside the `with`, that becomes a UserError that names the table."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{uri} is damaged: {reason}; run the command that writes it again") from None
+
+
+def is_table(uri: str) -> bool:
+    """Whether there is a whole raydet table, of whatever kind."""
+    return storage.exists(storage.join(uri, MANIFEST_NAME))
+
+
+def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
+    """Opens a table for reading.
+
+    Args:
+        uri: The folder.
+        kind: What it must hold, or may.
+
+    Raises:
+        UserError: There is no such folder, it is not whole, or it is of another kind or schema version.
+    """
+    uri = storage.absolute_uri(uri)
+    if not storage.exists(uri):
+        raise UserError(f"no such table: {uri}")
+    if not is_table(uri):
+        raise UserError(
+            f"{uri} is not a whole raydet table (no {MANIFEST_NAME}): the command that writes it did not finish, "
+            "or it was never a table; run that command again"
+        )
+    manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"{uri} has schema version {manifest['schema_version']}, this raydet reads version {SCHEMA_VERSION}; "
+            "write the table again with this version"
+        )
+    files = tuple(sorted(manifest["files"]))
+    if not files:
+        raise UserError(f"{uri} is an empty table: it has no file")
+    filesystem, path = storage.resolve(uri)
+    try:
+        schema = pq.read_schema(f"{path}/{files[0]}", filesystem=filesystem)
+    except FileNotFoundError:
+        raise UserError(f"{uri} lacks the file {files[0]} that its manifest names") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{uri} is damaged: {files[0]} is no whole Parquet file ({reason})") from None
+    content = parse_metadata(schema, kind=kind, where=uri)
+    return Table(uri, content["kind"], schema, categories_of(content), manifest, files)
+
+
+def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: str, **extra: Any) -> None:
+    """Declares a table whole. `extra` is anything JSON can hold that readers may like to know."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "config_hash": config_hash,
+        "num_rows": sum(num_rows_by_file.values()),
+        "files": num_rows_by_file,
+        **extra,
+    }
+    storage.write_bytes(storage.join(uri, MANIFEST_NAME), json.dumps(manifest, indent=1).encode())
+
+
+class FileWriter:
+    """Writes batches into one Parquet file, in row groups of `ROW_GROUP_BYTES` or a batch more.
+
+    Use it as a context manager, or call `close`. The file is there once the first row group is written.
+
+    Attributes:
+        num_rows: Rows in the row groups that are written.
+        num_bytes: Of these rows in memory.
+    """
+
+    def __init__(self, uri: str, schema: pa.Schema) -> None:
+        self._filesystem, self._path = storage.resolve(uri)
+        self._schema = schema
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+        self.num_rows = self.num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Appends rows, given as dictionaries with the names of the schema's columns."""
+        self.write(pa.RecordBatch.from_pylist(list(rows), schema=self._schema))
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Appends a batch in the schema."""
+        self._pending.append(batch)
+        self._pending_bytes += batch.nbytes
+        if self._pending_bytes >= ROW_GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending as a row group; does nothing where no batch is."""
+        if not self._pending:
+            return
+        table = pa.Table.from_batches(self._pending, schema=self._schema)
+        if self._writer is None:
+            options = _column_options(self._schema)
+            self._writer = pq.ParquetWriter(self._path, self._schema, filesystem=self._filesystem, **options)
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self.num_rows += table.num_rows
+        self.num_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = [], 0
+
+    def close(self) -> None:
+        """Ends the file; what is pending and was not flushed is left out."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self.flush()
+        finally:
+            self.close()
+
+
+def _column_options(schema: pa.Schema) -> dict[str, Any]:
+    """How `pq.ParquetWriter` stores the columns: encoded images are compressed already, and none repeats another."""
+    if "image" not in schema.names:
+        return {}
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    columns = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    paths = [columns.column(index).path for index in range(len(columns))]
+    others = [path for path in paths if path != "image.bytes"]
+    return {"compression": {path: "snappy" if path in others else "none" for path in paths}, "use_dictionary": others}
+
+
+class TableWriter:
+    """Writes rows into Parquet files of sensible size and, when all went well, the manifest.
+
+    Use it as a context manager: an exception inside leaves no manifest, so no reader takes the rest for a table.
+    """
+
+    def __init__(
+        self, uri: str, schema: pa.Schema, *, config_hash: str, file_bytes: int = 256 * 2**20, prefix: str = "part"
+    ) -> None:
+        self.uri = storage.absolute_uri(uri)
+        self._schema = schema
+        self._config_hash = config_hash
+        self._file_bytes = file_bytes
+        self._prefix = prefix
+        self._files: dict[str, FileWriter] = {}
+        self.extra: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        storage.make_folder(self.uri)
+        return self
+
+    def write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Appends rows, given as dictionaries with the names of the schema's columns."""
+        self.write(pa.RecordBatch.from_pylist(list(rows), schema=self._schema))
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Appends a batch in the table's schema."""
+        newest = next(reversed(self._files.values()), None)
+        if newest is None or newest.num_bytes >= self._file_bytes:
+            if newest is not None:
+                newest.close()
+            name = f"{self._prefix}-{len(self._files):05d}.parquet"
+            newest = self._files[name] = FileWriter(storage.join(self.uri, name), self._schema)
+        newest.write(batch)
+
+    def flush(self) -> None:
+        """Writes what is pending as a row group, however small."""
+        if self._files:
+            next(reversed(self._files.values())).flush()
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None and not self._files:
+            # A table without rows still has a file, which carries the schema.
+            self.write(pa.RecordBatch.from_pylist([], schema=self._schema))
+        for file in self._files.values():
+            file.__exit__(error_type)
+        if error_type is None:
+            rows = {name: file.num_rows for name, file in self._files.items()}
+            write_manifest(self.uri, rows, config_hash=self._config_hash, **self.extra)

@@ -1,0 +1,1 @@
+"""Images tables → a checkpoint."""

@@ -1,0 +1,156 @@
+"""`tune()`: many short trainings, by Ray Tune, in search of the options that give the best detector.
+
+It imports no torch, so that a mistake is told in seconds. The modules: `space` (what varies), `search` (what to try
+next, what mattered), `records` (what was tried), `plan` (all of a search together), `resources` (how many at once),
+`trial_run` (a trial, in its own process), `execution` (all trials), `following` (what a person sees of them), `results`
+(table, page, best model).
+"""
+
+import dataclasses
+from typing import Any
+
+from raydet.cluster import session
+from raydet.common.console import Console
+from raydet.common.errors import RunError, UserError
+from raydet.config import TrainConfig, TuneConfig, identity, to_yaml
+from raydet.config.options import build
+from raydet.tables import storage
+from raydet.tables.run_folder import check_folder, hold, open_run
+from raydet.training.train import check
+from raydet.tuning import records
+from raydet.tuning.execution import run_trials
+from raydet.tuning.following import Follower
+from raydet.tuning.plan import Plan, Search
+from raydet.tuning.resources import Share, share_out
+from raydet.tuning.results import TuneResult, write_results
+from raydet.tuning.search import check_search
+from raydet.tuning.space import Dimension, check_name, naming, parse_space, typed, value_in, with_parameters, with_value
+
+__all__ = ["TuneResult", "tune"]
+
+_CHANGE_WHAT_COMES_OUT = ("epochs", "early_stopping_patience")
+"""Options of train that may change when a run goes on, but not between the trials of a search."""
+
+
+def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
+    """Searches for the options of training; run again after a kill, it goes on with what it had.
+
+    Raises:
+        UserError: Space, training, tables or folder are not what they should be. Nothing has been written then.
+        RunError: All trials have failed, or none was measured in time; the table of trials says why.
+    """
+    console = console or Console()
+    plan = make_plan(config)
+    check_search(config.search)
+    with hold(plan.out, what="tune", tell=console.line):
+        check_folder(plan.out, what="search")
+        _check_trainings(plan)
+        open_run(plan.out, _identity(plan), plan={}, what="search")
+        storage.write_bytes(storage.join(plan.out, "config.yaml"), to_yaml(config).encode())
+        search = Search(plan, records.load(plan.out))
+        num_to_do = search.num_to_do
+        is_over = _run(search, console) if num_to_do else True
+        result = write_results(search, is_over=is_over, already_done=num_to_do == 0)
+    if result is None:
+        raise RunError(_why_nothing(list(search.trials.values())))
+    return result
+
+
+def _run(search: Search, console: Console) -> bool:
+    plan, config = search.plan, search.plan.config
+    with session.session(storage.join(plan.out, "log")):
+        share = share_out(plan.base, config.max_concurrent, search.num_to_do)
+        console.line(_announcement(search, share))
+        with console.status("starting trials") as update:
+            follower = Follower(plan, num_to_do=search.num_to_do, line=console.line, update=update)
+            return run_trials(search, share, follower)
+
+
+def _announcement(search: Search, share: Share) -> str:
+    workers = search.plan.base.max_workers
+    at_once = "one at a time" if share.max_concurrent == 1 else f"{share.max_concurrent} at a time"
+    gpu = " and 1 GPU" if share.use_gpu else ""
+    each = f"{workers} worker{'s' if workers > 1 else ''} with {share.cpus_per_worker:g} CPU{gpu} each"
+    return f"{search.num_to_do} trials, {at_once}, {each}; what they say is in {search.plan.out}/log"
+
+
+def make_plan(config: TuneConfig) -> Plan:
+    """Works out what a search is, from its config alone.
+
+    Raises:
+        UserError: The space or the training is not what it should be.
+    """
+    out = storage.absolute_uri(config.out)
+    base = _base(config, out)
+    dimensions = tuple(typed(base, dimension) for dimension in parse_space(config.space))
+    points = tuple(_typed_point(base, point, dimensions, number) for number, point in enumerate(config.points))
+    epochs = next((dimension.values for dimension in dimensions if dimension.name == "epochs"), ())
+    return Plan(
+        config=config,
+        base=base,
+        dimensions=dimensions,
+        points=points,
+        metric=base.metric_for_best_model,
+        out=out,
+        max_epochs=max([base.epochs, *epochs, *(point.get("epochs", 1) for point in points)]),
+    )
+
+
+def _base(config: TuneConfig, out: str) -> TrainConfig:
+    """The training that is varied."""
+    values: dict[str, Any] = {} if isinstance(config.train, str) else dict(config.train)
+    file = config.train if isinstance(config.train, str) else values.pop("config", None)
+    given = {"train_data": config.train_data, "val_data": config.val_data, "metric_for_best_model": config.metric}
+    values |= {name: value for name, value in given.items() if value is not None}
+    values["out"] = storage.join(out, records.TRIALS_FOLDER)
+    base = build(TrainConfig, values, program="raydet tune", where="`train`", file=file)
+    return dataclasses.replace(
+        base,
+        train_data=storage.absolute_uri(base.train_data),
+        val_data=storage.absolute_uri(base.val_data),
+        model=storage.absolute_uri(base.model) if storage.exists(base.model) else base.model,
+    )
+
+
+def _typed_point(
+    base: TrainConfig, point: dict[str, Any], dimensions: tuple[Dimension, ...], number: int
+) -> dict[str, Any]:
+    """A point with its values as train takes them."""
+    where = f"points: number {number + 1}"
+    names = [dimension.name for dimension in dimensions]
+    for name in point:
+        if name not in names:
+            check_name(name)
+            raise UserError(f"{where} names {name}, which is not in the space; there are {', '.join(names)}")
+    try:
+        config = with_parameters(base, point)
+    except UserError as error:
+        raise UserError(f"{where} cannot be trained with: {error}") from None
+    return {name: value_in(config, name) for name in point}
+
+
+def _check_trainings(plan: Plan) -> None:
+    """What can be told of tables, models and recipes without training: of the base, and of each end of the space."""
+    check(plan.base)
+    for dimension in plan.dimensions:
+        for value in dimension.probes():
+            config = with_value(plan.base, dimension, value)
+            with naming(dimension, value):
+                check(config)
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """All that decides what comes out, by names that a person knows."""
+    config = identity(plan.config)
+    for name in ("train", "train_data", "val_data", "metric"):
+        del config[name]  # they are in the training that came of them
+    base = identity(plan.base) | {name: getattr(plan.base, name) for name in _CHANGE_WHAT_COMES_OUT}
+    return config | {f"train.{name}": value for name, value in base.items()}
+
+
+def _why_nothing(trials: list[records.Trial]) -> str:
+    failed = [trial for trial in trials if trial.state == "failed"]
+    if failed and len(failed) == len(trials):
+        what = "the trial has failed" if len(failed) == 1 else f"all {len(failed)} trials have failed"
+        return f"{what}; {failed[0].name}: {failed[0].error}"
+    return "no trial was measured before the time limit; the same command with a later one goes on"

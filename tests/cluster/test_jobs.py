@@ -1,0 +1,274 @@
+"""The jobs as users run them: `ray job submit` and `ray job stop`, at a local head that asks for a token."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from raydet.models.checkpoints import STATES_FOLDER
+from raydet.tables.table import open_table
+from tests.local_head import free_port, running_head
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+class Head:
+    """How a Ray head with a dashboard on loopback is started, and jobs are submitted to it."""
+
+    def __init__(self, folder: str) -> None:
+        self.address = f"http://127.0.0.1:{free_port()}"
+        self.token = secrets.token_hex(32)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment = {
+            **os.environ,
+            "PATH": path,
+            "HOME": folder,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+        }
+        command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", f"--temp-dir={folder}/r"]
+        command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
+        command += [f"--port={free_port()}", f"--dashboard-port={self.address.rsplit(':')[-1]}"]
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+        self.command = [*command, "--object-store-memory=300000000"]
+
+    def submit(
+        self, *words: str, submission_id: str = "", wait: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Submits a job, waits for its end unless told not to, and returns what `ray job submit` printed."""
+        command = [RAY, "job", "submit", "--address", self.address, "--working-dir", str(ROOT)]
+        # What SIGTERM asks for may take longer than the three seconds that Ray grants by default.
+        settings = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "SOME_KEY": "a-secret"}}
+        command += ["--runtime-env-json", json.dumps(settings)]
+        command += ["--metadata-json", json.dumps({"commit": COMMIT, "password": "a-secret"})]
+        command += [*(["--submission-id", submission_id] if submission_id else []), *([] if wait else ["--no-wait"])]
+        return subprocess.run(
+            [*command, "--", "python", *words],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+        )
+
+    def start(self, *words: str) -> str:
+        """Submits a job and returns its submission id."""
+        submission_id = f"job_{secrets.token_hex(4)}"
+        done = self.submit(*words, submission_id=submission_id, wait=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return submission_id
+
+    def stop(self, submission_id: str) -> None:
+        """Has `ray job stop` end a job, and waits until it has."""
+        command = [RAY, "job", "stop", "--address", self.address, submission_id]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert self.job(submission_id)["status"] == "STOPPED", self.logs(submission_id)
+
+    def get(self, path: str) -> Any:
+        """What the dashboard answers."""
+        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.token}"})
+        return json.load(urllib.request.urlopen(request, timeout=20))
+
+    def job(self, submission_id: str) -> dict[str, Any]:
+        """What Ray knows of a job: its status, the exit code of its driver, and so on."""
+        return dict(self.get(f"/api/jobs/{submission_id}"))
+
+    def logs(self, submission_id: str) -> str:
+        """What the job's driver has printed."""
+        return str(self.get(f"/api/jobs/{submission_id}/logs")["logs"])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A running head; all its processes are ended with it."""
+    with tempfile.TemporaryDirectory(prefix="rdj", ignore_cleanup_errors=True) as folder:
+        head = Head(folder)
+        with running_head(head.command, head.environment, head.address, Path(folder, "head.log")):
+            yield head
+
+
+TINY = ["--model=rt_detr_v2_tiny", "--image-size=64", "--batch-size=48", "--augmentation=flip", "--epochs=3"]
+TINY += ["--threads-per-worker=1", "--log-images=0"]
+COMMIT = "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the jobs of the undisturbed way left behind: tables, a run, and detections of its training images."""
+
+    data: Path
+    run: Path
+    detections: Path
+
+    def train(self, out: Path) -> list[str]:
+        """The job that trains, as the undisturbed one but for its output."""
+        return [
+            "jobs/train.py",
+            f"--train-data={self.data}/train",
+            f"--val-data={self.data}/val",
+            f"--out={out}",
+            *TINY,
+        ]
+
+    def predict(self, out: Path) -> list[str]:
+        """The job that scores, as the undisturbed one but for its output."""
+        options = ["--rows-per-file=8", "--batch-size=8", "--threads-per-worker=1"]
+        return [
+            "jobs/predict.py",
+            f"--checkpoint={self.run}/checkpoint",
+            f"--data={self.data}/train",
+            f"--out={out}",
+            *options,
+        ]
+
+
+@pytest.fixture(scope="module")
+def work(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """All four jobs, one after the other, with nothing that disturbs them."""
+    folder = tmp_path_factory.mktemp("work")
+    work = Work(folder / "data", folder / "run", folder / "detections")
+    evaluation = [f"--truth={work.data}/train", f"--detections={work.detections}", f"--out={folder}/metrics"]
+    sizes = ["--num-train=1200", "--num-val=8", "--image-size=64"]
+    for words in (
+        ["jobs/prepare.py", "shapes", f"--out={work.data}", *sizes],
+        work.train(work.run),
+        work.predict(work.detections),
+        ["jobs/evaluate.py", *evaluation],
+    ):
+        done = head.submit(*words)
+        assert done.returncode == 0, f"{words[0]}\n{done.stdout}\n{done.stderr}"
+        assert "succeeded" in done.stdout + done.stderr
+    assert "AP50" in done.stdout
+    return work
+
+
+@pytest.mark.timeout(290)
+def test_the_four_jobs_say_what_ran_where(work: Work) -> None:
+    assert open_table(str(work.detections), "detections").num_rows == 1200
+    for path in (work.detections / "job.json", work.run / "log" / "job.json"):
+        text = path.read_text()
+        job = json.loads(text)["job"]
+        assert job["submission_id"].startswith("raysubmit_") and job["commit"] == COMMIT
+        assert len(job["ray_job_id"]) == 8 and job["num_nodes"] == 1 and job["nodes"][0]["num_cpus"] == 2
+        assert {"raydet", "ray", "torch"} <= job["versions"].keys()
+        assert "a-secret" not in text, "only the commit is taken from the metadata, and nothing from the environment"
+    job = json.loads(Path(work.run, "log", "job.json").read_text())["job"]
+    (log,) = Path(work.run, "log").glob("node-*.log")
+    address = log.stem.removeprefix("node-")
+    lines = log.read_text().splitlines()
+    assert all(f" job={job['ray_job_id']} node={address}/" in line for line in lines), lines
+    assert any(" rank=0: epoch 3: 1200 images" in line for line in lines), lines
+
+
+def test_a_mistake_fails_the_job_with_its_one_line(head: Head) -> None:
+    done = head.submit("jobs/train.py", "--epoch", "3", submission_id="mistaken")
+    assert done.returncode == 1
+    line = "raydet: error: unknown option --epoch; did you mean --epochs?"
+    assert line in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout
+    job = head.job("mistaken")
+    assert job["status"] == "FAILED" and job["driver_exit_code"] == 2 and line in job["message"]
+
+
+def test_a_failure_is_told_from_a_mistake(head: Head, work: Work, tmp_path: Path) -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    words = [f"--truth={work.data}/val", f"--detections={work.detections}", f"--address={nowhere}"]
+    head.submit("jobs/evaluate.py", *words, "--allow-partial=true", submission_id="failed")
+    job = head.job("failed")
+    assert job["status"] == "FAILED" and job["driver_exit_code"] == 1, job
+    assert f"raydet: error: cannot connect to Ray at {nowhere}" in job["message"]
+
+
+@pytest.mark.timeout(290)
+def test_a_stopped_prediction_leaves_whole_files_and_no_orphan(head: Head, work: Work, tmp_path: Path) -> None:
+    out = tmp_path / "detections"
+    job = head.start(*work.predict(out))
+    _wait_for(lambda: len(list(out.glob("part-*.parquet"))) >= 2, head, job)
+    head.stop(job)
+    files = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
+    assert 2 <= len(files) < 150, "stopped too late to tell"
+    assert all(pq.read_metadata(path).num_rows == 8 for path in files)
+    assert not Path(out, "_manifest.json").exists()
+    _assert_nothing_is_left(head, job)
+    done = head.submit(*work.predict(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "what was done is not done again"
+    tables = [open_table(str(folder), "detections").read() for folder in (out, work.detections)]
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.timeout(290)
+def test_a_stopped_training_saves_and_goes_on_to_the_same(head: Head, work: Work, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    job = head.start(*work.train(out))
+    _wait_for(Path(out, STATES_FOLDER, "00001-0000000.pt").exists, head, job)
+    head.stop(job)
+    assert "stopped as asked" in head.logs(job)
+    _assert_nothing_is_left(head, job)
+    assert len(json.loads(Path(out, "log", "history.json").read_text())) < 3, "stopped too late to tell"
+    done = head.submit(*work.train(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    histories = [json.loads(Path(folder, "log", "history.json").read_text()) for folder in (out, work.run)]
+    for name in ("loss", "gradient_norm", "AP"):
+        assert [entry[name] for entry in histories[0]] == [entry[name] for entry in histories[1]], name
+    record = json.loads(Path(out, "log", "job.json").read_text())
+    assert [earlier["submission_id"] for earlier in record["earlier_jobs"]] == [job]
+
+
+def test_a_stopped_preparation_leaves_no_table(head: Head, tmp_path: Path) -> None:
+    words = ["jobs/prepare.py", "shapes", f"--out={tmp_path}/data", "--num-train=20000", "--num-val=4"]
+    job = head.start(*words, "--image-size=64")
+    _wait_for(lambda: any(Path(tmp_path, "data").rglob("*.parquet")), head, job)
+    head.stop(job)
+    assert "stopped as asked" in head.logs(job)
+    assert list(Path(tmp_path, "data").rglob("_manifest.json")) == []
+
+
+def test_without_the_token_nothing_is_run(head: Head) -> None:
+    done = head.submit("jobs/train.py", RAY_AUTH_TOKEN="0" * 64)
+    assert done.returncode != 0
+    assert "raydet: error" not in done.stdout + done.stderr
+    assert "Authentication" in done.stdout + done.stderr or "Unauthorized" in done.stdout + done.stderr
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5)
+    assert refused.value.code == 401
+
+
+def _wait_for(is_there: Callable[[], bool], head: Head, job: str) -> None:
+    deadline = time.monotonic() + 150
+    while not is_there():
+        assert time.monotonic() < deadline and head.job(job)["status"] in ("PENDING", "RUNNING"), head.logs(job)
+        time.sleep(0.05)
+
+
+def _assert_nothing_is_left(head: Head, job: str) -> None:
+    """Actors and placement groups of the job are gone, but for those that Ray keeps for the cluster's lifetime."""
+    job_id = head.job(job)["job_id"]
+    deadline = time.monotonic() + 60
+    while True:
+        actors = head.get("/api/v0/actors?limit=1000&detail=1")["data"]["result"]["result"]
+        groups = head.get("/api/v0/placement_groups?limit=1000&detail=1")["data"]["result"]["result"]
+        own = [actor for actor in actors if actor["job_id"] == job_id and not actor["is_detached"]]
+        left = [actor["class_name"] for actor in own if actor["state"] != "DEAD"]
+        left += [group["placement_group_id"] for group in groups if group["state"] != "REMOVED"]
+        if not left:
+            assert own, "the job had some"
+            return
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)

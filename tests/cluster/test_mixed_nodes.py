@@ -1,0 +1,76 @@
+"""Scoring on a node with a GPU and one without: images are decoded on the one, the model runs on the other."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydet import PrepareShapesConfig, prepare_shapes
+from raydet.models.loading import build_detector
+from raydet.tables.table import open_table
+from tests.nodes import nodes
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
+
+# The GPU is one by name alone: the model is told so late that Ray has placed it, and then runs on the CPU.
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import ray
+
+from raydet import PredictConfig, inference_stream, predict
+
+data, checkpoint, out, seen, use_gpu = sys.argv[1:]
+
+
+def note(stage):
+    Path(seen, f"{stage} {ray.util.get_node_ip_address()}").touch()
+
+
+class Model(inference_stream._Model):
+    def __init__(self, work_ref, resources):
+        context = ray.get_runtime_context()
+        assert bool(context.get_accelerator_ids()["GPU"]) == (use_gpu == "True")
+        note("model")
+        type(context).get_accelerator_ids = lambda self: {}
+        super().__init__(work_ref, resources)
+
+
+def decode(batch, *, decode=inference_stream._decode, **options):
+    note("decode")
+    return decode(batch, **options)
+
+
+inference_stream._Model, inference_stream._decode = Model, decode
+predict(PredictConfig(
+    data=data, checkpoint=checkpoint, out=out, use_gpu=use_gpu == "True", batch_size=4, threads_per_worker=1))
+"""
+
+
+def rows(out: Path) -> list[Any]:
+    return sorted((row["image_id"], row["detections"]) for row in open_table(str(out), "detections").read().to_pylist())
+
+
+def test_the_model_runs_where_the_gpu_is_and_others_decode(tmp_path: Path) -> None:
+    prepare_shapes(PrepareShapesConfig(out=f"{tmp_path}/data", num_train=200, num_val=1, image_size=64))
+    categories = open_table(f"{tmp_path}/data/train", "images").categories
+    build_detector("rt_detr_v2_tiny", categories, image_size=64, seed=3).save(f"{tmp_path}/checkpoint")
+    with (
+        tempfile.TemporaryDirectory(prefix="rdm", ignore_cleanup_errors=True) as folder,
+        nodes(1, cpus=2, folder=Path(folder)) as cluster,
+    ):
+        with_gpu = cluster.add_node(gpus=1)
+        for use_gpu in (True, False):
+            out, seen = tmp_path / f"out-{use_gpu}", tmp_path / f"seen-{use_gpu}"
+            seen.mkdir()
+            words = [f"{tmp_path}/data/train", f"{tmp_path}/checkpoint", str(out), str(seen), str(use_gpu)]
+            done = cluster.run([sys.executable, "-c", SCRIPT, *words])
+            assert done.returncode == 0, done.stderr
+        places = {path.name for path in (tmp_path / "seen-True").iterdir()}
+        assert f"decode {cluster.head.address}" in places
+        assert {place for place in places if place.startswith("model")} == {f"model {with_gpu.address}"}
+        assert len(rows(tmp_path / "out-True")) == 200
+        assert rows(tmp_path / "out-True") == rows(tmp_path / "out-False")

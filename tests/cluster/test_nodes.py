@@ -1,0 +1,397 @@
+"""Every job on a cluster of several nodes while a node, a worker or the driver is killed: the result stays the same.
+
+Real nodes, each a set of processes of its own, and real jobs, started from the command line as users start them. What
+comes out is compared with a run on the same nodes that nothing happened to. Each test prints the seconds from the kill
+to the next progress.
+"""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from raydet import PrepareShapesConfig, prepare_shapes
+from raydet.models.checkpoints import HISTORY_FILE, STATES_FOLDER
+from raydet.models.loading import build_detector
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import TableWriter, open_table
+from raydet.tuning import records
+from tests.nodes import Cluster, Node, nodes, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
+
+EPOCHS, STEPS = 4, 6
+JOBS = ("train", "predict", "tune", "prepare", "evaluate")
+RAYDET = [sys.executable, "-m", "raydet"]
+TRAINING = {
+    "model": "rt_detr_v2_tiny",
+    "image_size": 64,
+    "epochs": EPOCHS,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "ema_decay": 0.9,
+    "augmentation": "flip",
+    "threads_per_worker": 1,
+    "checkpoint_every_steps": 2,
+    "log_images": 0,
+    "cpus_per_worker": 1.2,  # of a node's two: no node has room for two workers
+}
+SMALL_PARTS = """
+import sys
+from raydet.preparation import prepare
+from raydet.config import PrepareImagesConfig
+prepare.FILE_BYTES = 60_000
+prepare.prepare_images(PrepareImagesConfig(images=sys.argv[1], out=sys.argv[2], use_ray=True))
+"""
+NUM_IMAGES, NUM_GROUPS, IMAGES_PER_GROUP, BOXES_PER_IMAGE = 400, 300, 20, 40
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the matrix.
+
+    Attributes:
+        command: Its words, by its output.
+        title: What the processes that do its work call themselves.
+        progress: How far it is, by its output; only ever grows.
+        begun: The progress at which it is in the middle of its work.
+        outcome: What came of it, by its output.
+    """
+
+    command: Callable[[Path], list[str]]
+    title: str
+    progress: Callable[[Path], int]
+    begun: int
+    outcome: Callable[[Path], Any]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head and, for each test, another node."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rdn", ignore_cleanup_errors=True) as folder,
+        nodes(2, cpus=2, folder=Path(folder)) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture
+def second(cluster: Cluster) -> Node:
+    """The node beside the head, anew if it was killed."""
+    return cluster.nodes[1] if len(cluster.nodes) > 1 else cluster.add_node()
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """All jobs, by name, over data on the storage that the nodes share."""
+    data = tmp_path_factory.mktemp("shared")
+    prepare_shapes(PrepareShapesConfig(out=f"{data}/few", num_train=24, num_val=10, image_size=64, max_shapes=3))
+    prepare_shapes(PrepareShapesConfig(out=f"{data}/many", num_train=NUM_IMAGES, num_val=1, image_size=64))
+    categories = open_table(f"{data}/few/train", "images").categories
+    build_detector("rt_detr_v2_tiny", categories, image_size=64, seed=3).save(f"{data}/checkpoint")
+    _save_images(data / "images")
+    _save_boxes(data)
+    tables = {"train_data": f"{data}/few/train", "val_data": f"{data}/few/val"}
+    scoring = ["--batch-size=4", "--rows-per-file=8", "--threads-per-worker=1", "--cpus-per-worker=1.5"]
+    matching = [f"--num-shards={NUM_GROUPS}", "--bootstrap=0"]
+    return {
+        "train": Job(
+            lambda out: _train(out, tables, "2"), "RayTrainWorker", _num_states, STEPS + 2, _outcome_of_training
+        ),
+        "predict": Job(
+            lambda out: [
+                *[*RAYDET, "predict", f"--data={data}/many/train", f"--checkpoint={data}/checkpoint"],
+                *[f"--out={out}", "--num-workers=2", *scoring],
+            ],
+            "MapWorker",
+            _num_parts,
+            10,
+            lambda out: [(row["image_id"], row["detections"]) for row in _rows(out, "detections")],
+        ),
+        "tune": Job(
+            lambda out: _tune(out, {**tables, **TRAINING}), "RayTrainWorker", _num_trial_epochs, 3, _outcome_of_search
+        ),
+        "prepare": Job(
+            lambda out: [sys.executable, "-c", SMALL_PARTS, f"{data}/images", str(out)],
+            "_work_on",
+            _num_parts,
+            2,
+            lambda out: _rows(out, "images"),
+        ),
+        "evaluate": Job(
+            lambda out: [
+                *[*RAYDET, "evaluate", f"--truth={data}/truth", f"--detections={data}/detections"],
+                *[f"--out={out}", *matching, f"--address={cluster.address}"],
+            ],
+            "_match_or_say_why_not",
+            lambda out: len(list(out.glob("*"))),
+            0,
+            lambda out: repr([row["value"] for row in _rows(out / "metrics", "metrics")]),
+        ),
+    }
+
+
+class Undisturbed:
+    """What comes of the jobs when nothing happens, each run when it is first asked for."""
+
+    def __init__(self, cluster: Cluster, jobs: dict[str, Job], folder: Path) -> None:
+        self._cluster, self._jobs, self._folder = cluster, jobs, folder
+        self._outcomes: dict[str, Any] = {}
+
+    def outcome(self, name: str) -> Any:
+        """Of one job."""
+        if name not in self._outcomes:
+            out = self._folder / name
+            done = self._cluster.run(self._jobs[name].command(out), timeout_s=300)
+            assert done.returncode == 0, done.stdout + done.stderr
+            self._outcomes[name] = self._jobs[name].outcome(out)
+        return self._outcomes[name]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(cluster, jobs, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_a_node_is_lost_whole(cluster: Cluster, second: Node) -> None:
+    assert set(cluster.alive()) == {cluster.head.address, second.address}
+    for node in (cluster.head, second):
+        titles = [" ".join(process.cmdline()) for process in node.processes()]
+        assert any("raylet/raylet" in title for title in titles), titles
+        assert {process.cwd() for process in node.processes()} == {str(node.folder)}
+        assert (node.folder / "r").is_dir()
+    stranger = {**cluster.environment, "RAY_AUTH_TOKEN": "0" * 64}
+    code = "import ray; ray.init()"
+    refused = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=200)
+    assert refused.returncode != 0 and "token" in refused.stderr.lower(), refused.stderr
+    cluster.kill_node(second)
+    assert second.processes() == []
+    wait_until(lambda: len(cluster.alive()) == 1, lambda: "the loss was not noticed", timeout_s=60)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_node_is_lost(
+    cluster: Cluster, second: Node, jobs: dict[str, Job], undisturbed: Undisturbed, name: str, tmp_path: Path
+) -> None:
+    job, out, expected = jobs[name], tmp_path / "out", undisturbed.outcome(name)
+    with cluster.started(job.command(out), tmp_path / "said") as driver:
+        _wait_for_work(job, out, driver, tmp_path / "said", lambda: bool(_at_work(second, job)))
+        done = job.progress(out)
+        cluster.kill_node(second)
+        killed = time.monotonic()
+        if name == "train":  # a fixed number of workers, for which one node has no room
+            cluster.add_node()
+        _follow(job, out, driver, tmp_path / "said", done, killed)
+    assert job.outcome(out) == expected
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_driver_is_killed_and_the_job_submitted_again(
+    cluster: Cluster, second: Node, jobs: dict[str, Job], undisturbed: Undisturbed, name: str, tmp_path: Path
+) -> None:
+    job, out, expected = jobs[name], tmp_path / "out", undisturbed.outcome(name)
+    with cluster.started(job.command(out), tmp_path / "said") as driver:
+        _wait_for_work(job, out, driver, tmp_path / "said", lambda: _num_at_work(cluster, job) > 0)
+        done = job.progress(out)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        killed = time.monotonic()
+    with cluster.started(job.command(out), tmp_path / "again") as driver:
+        _follow(job, out, driver, tmp_path / "again", done, killed)
+    assert job.outcome(out) == expected
+    wait_until(lambda: _num_at_work(cluster, job) == 0, lambda: "workers of the killed job live on", timeout_s=60)
+
+
+# Of training, scoring and preparing the files of these jobs have it.
+@pytest.mark.parametrize("name", ["tune", "evaluate"])
+def test_a_worker_is_killed(
+    cluster: Cluster, second: Node, jobs: dict[str, Job], undisturbed: Undisturbed, name: str, tmp_path: Path
+) -> None:
+    job, out, expected = jobs[name], tmp_path / "out", undisturbed.outcome(name)
+    with cluster.started(job.command(out), tmp_path / "said") as driver:
+        _wait_for_work(job, out, driver, tmp_path / "said", lambda: _num_at_work(cluster, job) > 0)
+        done = job.progress(out)
+        next(process for node in cluster.nodes for process in _at_work(node, job)).kill()
+        _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
+    assert job.outcome(out) == expected
+
+
+def test_a_trials_own_process_is_killed(
+    cluster: Cluster, second: Node, jobs: dict[str, Job], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    job, out, expected = jobs["tune"], tmp_path / "out", undisturbed.outcome("tune")
+    with cluster.started(job.command(out), tmp_path / "said") as driver:
+        _wait_for_work(job, out, driver, tmp_path / "said", lambda: True)
+        done = job.progress(out)
+        trials = [process for node in cluster.nodes for process in node.workers("ImplicitFunc")]
+        assert trials, "no trial has a process"
+        trials[0].kill()
+        _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
+    assert job.outcome(out) == expected
+
+
+def test_elastic_training_goes_on_with_the_node_that_is_left(
+    cluster: Cluster, second: Node, jobs: dict[str, Job], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    job, out, expected = jobs["train"], tmp_path / "out", undisturbed.outcome("train")
+    tables = {"train_data": _option(job, "train_data"), "val_data": _option(job, "val_data")}
+    with cluster.started(_train(out, tables, "[1, 2]"), tmp_path / "said") as driver:
+        _wait_for_work(job, out, driver, tmp_path / "said", lambda: bool(_at_work(second, job)))
+        done = job.progress(out)
+        cluster.kill_node(second)
+        _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
+    history = json.loads(Path(out, HISTORY_FILE).read_text())
+    assert [entry["epoch"] for entry in history] == [*range(1, EPOCHS + 1)]
+    # The same batches; what is drawn for each worker, such as noisy boxes, is not the same with one and with two.
+    for entry, other, tolerance in zip(history[:2], expected["history"][:2], (0.02, 0.1), strict=True):
+        assert entry["loss"] == pytest.approx(other["loss"], rel=tolerance)
+    logs = "\n".join(path.read_text() for path in Path(out, "log").glob("node-*.log"))
+    assert "one of 2 workers" in logs and "one of 1 workers" in logs, logs
+
+
+def test_workers_that_hold_all_cpus_do_not_wait_for_ever_for_images(
+    cluster: Cluster, second: Node, jobs: dict[str, Job], tmp_path: Path
+) -> None:
+    """As it comes about when a node is lost and all workers find room on those that are left."""
+    tables = {"train_data": _option(jobs["train"], "train_data"), "val_data": _option(jobs["train"], "val_data")}
+    done = cluster.run(_train(tmp_path / "out", tables, "2", cpus_per_worker=2.0), timeout_s=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = [path.read_text() for path in Path(tmp_path, "out", "log").glob("node-*.log")]
+    assert len(logs) == 2 and all("one of 2 workers" in log for log in logs), "a worker on each node"
+
+
+def _train(out: Path, tables: dict[str, str], num_workers: str, **changes: object) -> list[str]:
+    options = {**tables, **TRAINING, "out": out, "num_workers": num_workers, **changes}
+    return [*RAYDET, "train", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _tune(out: Path, train: dict[str, Any]) -> list[str]:
+    config = {
+        "out": str(out),
+        "train": train,
+        "space": {"learning_rate": {"loguniform": [1e-4, 1e-3]}},
+        "search": "random",
+        "scheduler": "none",
+        "metric": "loss",  # so short a training has an AP of 0
+        "num_trials": 3,
+        "max_concurrent": 2,
+    }
+    file = out.with_name(f"{out.name}.yaml")
+    file.write_text(yaml.safe_dump(config))
+    return [*RAYDET, "tune", f"--config={file}"]
+
+
+def _option(job: Job, name: str) -> str:
+    return next(word.partition("=")[2] for word in job.command(Path("out")) if word.startswith(f"--{name}="))
+
+
+def _save_images(folder: Path) -> None:
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((320, 240)).save(folder / f"{number:04d}.jpg")
+
+
+def _save_boxes(folder: Path) -> None:
+    """The tables `truth` and `detections`, the latter of many row groups, which are matched one by one."""
+    random = np.random.default_rng(0)
+    categories = [Category(1, "cat"), Category(2, "dog")]
+    schemas = [build_schema(kind, categories) for kind in ("images", "detections")]
+    with (
+        TableWriter(f"{folder}/truth", schemas[0], config_hash="x") as truth,
+        TableWriter(f"{folder}/detections", schemas[1], config_hash="x") as detections,
+    ):
+        for first in range(0, NUM_GROUPS * IMAGES_PER_GROUP, IMAGES_PER_GROUP):
+            ids = range(first, first + IMAGES_PER_GROUP)
+            rows = [_made_up(random, image_id) for image_id in ids]
+            truth.write_rows([row for row, _ in rows])
+            detections.write_rows([row for _, row in rows])
+            detections.flush()
+
+
+def _made_up(random: np.random.Generator, image_id: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    boxes = np.round(random.uniform(5, 120, (BOXES_PER_IMAGE, 4)), 1)
+    category = random.integers(0, 2, BOXES_PER_IMAGE).tolist()
+    row = {"image_id": image_id, "width": 300, "height": 300}
+    objects = {"id": [*range(BOXES_PER_IMAGE)], "bbox": boxes.tolist(), "category": category}
+    objects |= {"area": (boxes[:, 2] * boxes[:, 3]).tolist(), "iscrowd": [False] * BOXES_PER_IMAGE}
+    found = {"bbox": np.abs(boxes + random.normal(0, 3, boxes.shape)).tolist(), "category": category}
+    found["score"] = random.random(BOXES_PER_IMAGE).tolist()
+    image = {"bytes": b"not a picture", "path": "a.png"}
+    return {**row, "image": image, "objects": objects}, {**row, "path": "a.png", "detections": found, "error": None}
+
+
+def _at_work(node: Node, job: Job) -> list[psutil.Process]:
+    return node.workers(job.title)
+
+
+def _num_at_work(cluster: Cluster, job: Job) -> int:
+    return sum(len(_at_work(node, job)) for node in cluster.nodes)
+
+
+def _wait_for_work(
+    job: Job, out: Path, driver: "subprocess.Popen[bytes]", said: Path, is_ready: Callable[[], bool]
+) -> None:
+    """Waits until a job is in the middle of its work."""
+    wait_until(
+        lambda: driver.poll() is not None or (job.progress(out) >= job.begun and is_ready()),
+        said.read_text,
+        timeout_s=250,
+    )
+    assert driver.poll() is None, f"over too soon to tell: {said.read_text()}"
+
+
+def _follow(job: Job, out: Path, driver: "subprocess.Popen[bytes]", said: Path, done: int, killed_at_s: float) -> None:
+    """Sees a job to its good end, and prints how long it took to get on."""
+    wait_until(lambda: driver.poll() is not None or job.progress(out) > done, said.read_text, timeout_s=250)
+    print(f"got on after {time.monotonic() - killed_at_s:.1f} s")
+    assert driver.wait(timeout=250) == 0, said.read_text()
+    assert "Traceback" not in said.read_text()
+
+
+def _num_states(out: Path) -> int:
+    """States of a training that have been written, of which two are kept: from the newest one's name."""
+    names = sorted(path.stem for path in Path(out, STATES_FOLDER).glob("*.pt"))
+    epoch, _, step = names[-1].partition("-") if names else ("0", "", "0")
+    return int(epoch) * STEPS + int(step)
+
+
+def _num_parts(out: Path) -> int:
+    return len(list(out.glob("part-*.parquet")))
+
+
+def _num_trial_epochs(out: Path) -> int:
+    return sum(len(trial.history) for trial in records.load(str(out)))
+
+
+def _rows(out: Path, kind: Any) -> list[dict[str, Any]]:
+    return list(open_table(str(out), kind).read().to_pylist())
+
+
+def _outcome_of_training(out: Path) -> dict[str, Any]:
+    history = json.loads(Path(out, HISTORY_FILE).read_text())
+    names = ("epoch", "loss", "losses", "gradient_norm", "learning_rate", "AP", "AP_by_class")
+    weights = Path(out, "checkpoint", "model.safetensors").read_bytes()
+    return {
+        "history": [{name: entry[name] for name in names} for entry in history],
+        "weights": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+def _outcome_of_search(out: Path) -> list[dict[str, Any]]:
+    rows = open_table(str(out / "trials"), "trials").read().to_pylist()
+    return [{name: row[name] for name in ("trial", "state", "num_epochs", "value")} for row in rows]

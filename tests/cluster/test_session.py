@@ -1,0 +1,145 @@
+"""Connecting to a cluster or starting one, and what is said where GPUs and workers do not go together."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from raydet.cluster import session
+from raydet.common.errors import UserError
+
+
+def _run(script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_an_open_session_is_used_whatever_the_address(ray_cluster: None, tmp_path: Path) -> None:
+    node = ray.get_runtime_context().get_node_id()
+    with session.session(str(tmp_path / "log"), address="127.0.0.1:1"):
+        assert ray.get_runtime_context().get_node_id() == node
+    assert ray.is_initialized() and not (tmp_path / "log").exists()
+
+
+def test_without_gpus_there_is_nothing_to_remark(ray_cluster: None) -> None:
+    resources = session.share_out(min_workers=1, max_workers=2, use_gpu=None, cpus_per_worker=0.5)
+    assert resources.remark == "" and not resources.use_gpu
+    with pytest.raises(UserError, match="--use-gpu with 1 workers needs as many GPUs, this machine has 0"):
+        session.share_out(min_workers=1, max_workers=1, use_gpu=True, cpus_per_worker=0.5)
+
+
+@pytest.mark.slow
+def test_fewer_gpus_than_workers_are_never_passed_over_in_silence() -> None:
+    script = """
+        import os, ray
+        from raydet.cluster import session
+        ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False,
+                 _node_ip_address="127.0.0.1", object_store_memory=100 * 2**20)
+        share = lambda number, use_gpu: session.share_out(
+            min_workers=number, max_workers=number, use_gpu=use_gpu, cpus_per_worker=None)
+        for number, use_gpu in ((1, None), (2, None), (2, False)):
+            resources = share(number, use_gpu)
+            print(resources.use_gpu, resources.remark, sep="|")
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        resources = share(2, True)  # a cluster may grow
+        print(resources.use_gpu, resources.remark, sep="|")
+    """
+    done = _run(script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "True|",
+        "False|no GPU is used: 2 workers would need as many, the cluster has 1; lower --num-workers to use them",
+        "False|",
+        "True|--use-gpu with 2 workers needs as many GPUs, the cluster has 1: they wait until it has grown",
+    ]
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_is_tried_again(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("no folder")
+    script = f"""
+        import logging, os, sys
+        from raydet.cluster import session
+        from raydet.common.errors import RunError
+        if sys.argv[1:] == []:
+            def mend(record):
+                if "trying again" in record.getMessage():
+                    os.environ.pop("RAY_TMPDIR", None)
+                return True
+            logging.getLogger("ray.remarks").addFilter(mend)
+        try:
+            with session.session({str(tmp_path / "log")!r}):
+                import ray
+                print("up", ray.is_initialized())
+        except RunError as error:
+            print("failed", error)
+    """
+    done = _run(script, RAY_TMPDIR=str(in_the_way))
+    assert done.stdout.startswith("up True"), done.stdout + done.stderr
+    failed = _run(script.replace("== []", "!= []"), RAY_TMPDIR=str(in_the_way))
+    assert failed.stdout.startswith("failed Ray did not start on this machine: "), failed.stdout + failed.stderr
+    log = (tmp_path / "log" / session.LOG_FILE).read_text()
+    assert log.count("Ray did not start, trying again") == 1 + session.START_ATTEMPTS - 1
+
+
+@pytest.mark.slow
+def test_an_address_that_nobody_answers_at(tmp_path: Path) -> None:
+    script = f"""
+        from raydet.cluster import session
+        from raydet.common.errors import RunError
+        try:
+            with session.session({str(tmp_path)!r}):
+                print("connected")
+        except RunError as error:
+            print(error)
+    """
+    done = _run(script, RAY_ADDRESS="127.0.0.1:1")
+    assert done.stdout.startswith("cannot connect to Ray at RAY_ADDRESS 127.0.0.1:1: Connection refused; is"), (
+        done.stdout + done.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["starting", "up"])
+def test_sigterm_ends_a_session_and_its_ray(tmp_path: Path, moment: str) -> None:
+    script = f"""
+        import sys, time
+        print("starting", flush=True)
+        from raydet.cluster import session
+        from raydet.common.errors import RunStopped
+        from raydet.common.signals import ending_on_sigterm
+        try:
+            with ending_on_sigterm(), session.session({str(tmp_path)!r}):
+                print("up", flush=True)
+                time.sleep(100)
+        except RunStopped as error:
+            sys.exit(error.exit_code)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        while moment not in process.stdout.readline():
+            assert process.poll() is None
+        if moment == "starting":
+            deadline = time.monotonic() + 60
+            while not (tmp_path / session.LOG_FILE).exists():  # it is opened just before Ray is started
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,111 @@
+import threading
+from collections.abc import Generator, Iterator
+from typing import cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raydet.common.threads import NUM_READ_THREADS, in_order
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    num_items=st.integers(0, 40),
+    num_threads=st.integers(1, 5),
+    ahead=st.one_of(st.none(), st.integers(1, 12)),
+)
+def test_results_stand_as_the_items_do_whichever_is_done_first(
+    num_items: int, num_threads: int, ahead: int | None
+) -> None:
+    is_done = [threading.Event() for _ in range(num_items)]
+
+    def work(number: int) -> int:
+        # Where two can be at work, the first of each pair ends last.
+        if number % 2 == 0 and number + 1 < num_items and num_threads > 1 and (ahead is None or ahead > 1):
+            is_done[number + 1].wait(timeout=0.02)
+        is_done[number].set()
+        return -number
+
+    results = in_order(work, iter(range(num_items)), num_threads=num_threads, ahead=ahead)
+    assert list(results) == [-number for number in range(num_items)]
+
+
+def test_as_many_work_side_by_side_as_there_are_threads() -> None:
+    for num_threads in (3, NUM_READ_THREADS):
+        all_threads = threading.Barrier(num_threads)
+        names: set[str] = set()
+
+        def work(number: int, barrier: threading.Barrier = all_threads, names: set[str] = names) -> int:
+            names.add(threading.current_thread().name)
+            barrier.wait(timeout=20)  # that many must be at work together, or this fails
+            return number
+
+        assert list(in_order(work, range(2 * num_threads), num_threads=num_threads)) == list(range(2 * num_threads))
+        assert len(names) == num_threads and threading.current_thread().name not in names
+
+
+def test_no_more_items_are_taken_than_may_be_in_flight() -> None:
+    taken: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(200):
+            taken.append(number)
+            yield number
+
+    for count, result in enumerate(in_order(lambda number: number, numbers(), num_threads=3, ahead=7), 1):
+        assert result == count - 1
+        assert len(taken) - (count - 1) <= 7
+    taken.clear()
+    results = in_order(lambda number: number, numbers(), num_threads=3)
+    assert not taken, "nothing begins before the first result is asked for"
+    next(results)
+    assert len(taken) == 6, "twice the threads by default"
+
+
+def test_what_waits_is_dropped_when_the_reader_stops_and_no_thread_stays() -> None:
+    begun: list[int] = []
+    may_go_on = threading.Event()
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number:
+            may_go_on.wait(timeout=20)
+        return number
+
+    results = cast(Generator[int], in_order(work, range(100), num_threads=2, ahead=20))
+    assert next(results) == 0
+    # The two at work are held until the reader is inside `close`, where the waiting ones are dropped first.
+    threading.Timer(0.5, may_go_on.set).start()
+    results.close()
+    assert len(begun) <= 1 + 2
+    assert not any(thread.name.startswith("in-order") for thread in threading.enumerate())
+
+
+def test_the_first_failure_is_raised_in_its_turn() -> None:
+    later_failed = threading.Event()
+
+    def fail(number: int) -> int:
+        if number == 7:
+            later_failed.set()
+            raise ValueError("the later one, although it comes first")
+        if number == 5:
+            later_failed.wait(timeout=20)
+            raise OSError("the storage is away")
+        return number
+
+    results = in_order(fail, range(100), num_threads=4, ahead=20)
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(OSError, match="the storage is away"):
+        next(results)
+    with pytest.raises(StopIteration):
+        next(results)
+
+
+def test_what_the_items_raise_is_raised() -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise KeyError("no more items")
+
+    with pytest.raises(KeyError, match="no more items"):
+        list(in_order(lambda number: number, items(), num_threads=2, ahead=10))

@@ -1,0 +1,109 @@
+"""Options and YAML files become configs, or one clear line."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from raydet.common.errors import UserError
+from raydet.config import PredictConfig, TrainConfig, changed_fields, config_hash, to_yaml
+from raydet.config.options import load, load_file
+
+REQUIRED = ["--train-data", "a", "--val-data", "b", "--out", "c"]
+
+
+def test_options_with_hyphens_or_underscores_and_switches_without_value() -> None:
+    config = load(TrainConfig, [*REQUIRED, "--batch_size=16", "--learning-rate", "1e-3", "--use-gpu"])
+    assert (config.batch_size, config.learning_rate, config.use_gpu) == (16, 1e-3, True)
+    assert load(TrainConfig, [*REQUIRED, "--no-use-gpu"]).use_gpu is False
+    assert load(TrainConfig, REQUIRED).use_gpu is None
+
+
+def test_options_override_the_file_wherever_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("batch_size: 4\nepochs: 7\ntrain_data: a\nval_data: b\nout: c\n")
+    config = load(TrainConfig, ["--epochs", "9", "--config", str(path)])
+    assert (config.batch_size, config.epochs) == (4, 9)
+    assert load_file(TrainConfig, str(path), out="elsewhere", epochs=None).out == "elsewhere"
+
+
+def test_printed_config_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load(TrainConfig, [*REQUIRED, "--epochs", "3", "--print-config"])
+    assert stop.value.code == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert load(TrainConfig, ["--config", str(path)]) == load(TrainConfig, [*REQUIRED, "--epochs", "3"])
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load(TrainConfig, ["--help"], program="raydet train")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for item in dataclasses.fields(TrainConfig):
+        assert f"--{item.name.replace('_', '-')}" in text
+        assert "_" not in f"--{item.name.replace('_', '-')}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*REQUIRED, "--num-workers", "0"], "num_workers must be a number above 0"),
+        ([*REQUIRED, "--num-worker", "2"], "unknown option --num-worker; did you mean --num-workers?"),
+        ([*REQUIRED, "--num-workers", "[4, 1]"], "or the fewest and the most as [1, 4]; got [4, 1]"),
+        ([*REQUIRED, "--num-workers", "few"], "num_workers must be a number or a list; got few"),
+        (
+            [*REQUIRED, "--augmentation", "stronk"],
+            "augmentation must be one of none, flip, light, detr, strong or a list",
+        ),
+        ([*REQUIRED, "--augmentation", "[{A: {}, B: {}}]"], "must be written as `Name: {argument: value}`"),
+        ([*REQUIRED, "--unfreeze-epoch", "3"], "unfreeze_epoch needs freeze_backbone stem or all"),
+        ([*REQUIRED, "--metric-for-best-model", "mAP"], "metric_for_best_model must be one of AP, AP50"),
+        ([*REQUIRED, "--validate-fraction", "0"], "validate_fraction must be above 0 and at most 1"),
+        ([*REQUIRED, "--epochs", "many"], "epochs must be of type int; got many"),
+        ([*REQUIRED, "--schedule", "cos"], "schedule must be one of linear, cosine, "),
+        ([*REQUIRED, "--batch-size", "2", "--num-workers", "4"], "2 images cannot keep 4 workers busy"),
+        ([*REQUIRED, "stray"], "unexpected `stray`"),
+        ([*REQUIRED, "--epochs"], "--epochs needs a value"),
+        (["--train-data", "a"], "missing --val-data, --out"),
+        ([*REQUIRED, "--config", "absent.yaml"], "no such config file: absent.yaml"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(TrainConfig, arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_sise: 4\n", "unknown key `batch_sise`"),
+        ("batch_size: 3.5\n", "batch_size must be of type int; got 3.5"),
+        ("- a\n- b\n", "must hold `option: value` lines, found a list"),
+        ("a: [1\n", "cannot read the config file"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file_or_the_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load(TrainConfig, [*REQUIRED, "--config", str(path)])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_identity_leaves_out_what_changes_only_the_time() -> None:
+    config = PredictConfig(checkpoint="m", data="d", out="o")
+    assert config_hash(config) == config_hash(dataclasses.replace(config, num_workers=3, out="p", batch_size=3))
+    assert config_hash(config) != config_hash(dataclasses.replace(config, score_threshold=0.3))
+    earlier = {"checkpoint": "m", "data": "other", "batch_size": 16}
+    changes = changed_fields(config, {**dataclasses.asdict(config), **earlier})
+    assert changes == ["data: other → d"]
+
+
+def test_yaml_holds_every_field() -> None:
+    config = PredictConfig(checkpoint="m", data="d", out="o")
+    assert all(f"{item.name}:" in to_yaml(config) for item in dataclasses.fields(config))

@@ -1,0 +1,260 @@
+"""Every engine finds what torch in full precision finds, whatever the sizes of the pictures."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from raydet.common.boxes import xywh_to_xyxy
+from raydet.common.errors import UserError
+from raydet.config import PredictConfig
+from raydet.engines.engine import check_engine
+from raydet.engines.loading import load_engine
+from raydet.models.collate import Example, collate
+from raydet.models.detector import Detections, Detector
+from raydet.models.geometry import Image, resize
+from raydet.models.loading import build_detector, load_detector
+from raydet.models.small import SMALL_MODELS, small_model_type
+from raydet.tables.schema import Category
+
+CATEGORIES = (Category(3, "cat"), Category(7, "dog"), Category(90, "toothbrush"))
+TINY = sorted(set(SMALL_MODELS) - {"rt_detr_v2_small"})
+QUICK = {"rt_detr_v2_tiny", "detr_tiny", "conditional_detr_tiny", "lw_detr_tiny", "yolos_tiny"}
+"""One of each kind; tracing the others takes as long again."""
+SIZES_HW = [(120, 160), (90, 90), (160, 70), (120, 160), (96, 128)]
+
+
+def tiny(name: str, folder: Path, *, pads_to_largest: bool = False) -> Path:
+    """A saved model whose answers depend on the picture, unlike those of an untrained one."""
+    detector = build_detector(name, CATEGORIES, image_size=96, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in detector.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for module in detector.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        detector.model.train()(**detector.model_inputs(batch_of(detector, pictures([(96, 96)] * 4))))
+    detector.model.eval()
+    detector.save(str(folder))
+    if pads_to_largest:
+        path = folder / "preprocessor_config.json"
+        changes = {"size": {"shortest_edge": 64, "longest_edge": 112}, "pad_size": None}
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def pictures(sizes_hw: Sequence[tuple[int, int]]) -> list[Image]:
+    generator = np.random.default_rng(0)
+    return [
+        generator.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+        .repeat(8, axis=0)
+        .repeat(8, axis=1)[:height, :width]
+        for height, width in sizes_hw
+    ]
+
+
+def batch_of(detector: Detector, images: Sequence[Image]) -> Any:
+    rule = detector.resize_rule
+    examples = []
+    for number, image in enumerate(images):
+        size_hw = (image.shape[0], image.shape[1])
+        resized = resize(image, rule.target_size_hw(size_hw), rule.resample)
+        examples.append(Example(number, resized, size_hw, np.zeros((0, 4), np.float32), np.zeros(0, np.int64)))
+    return collate(examples, pad_to_hw=rule.pad_to_hw)
+
+
+def config_of(folder: Path | str, **options: Any) -> PredictConfig:
+    return PredictConfig(checkpoint=str(folder), data="images", out="out", **options)
+
+
+def found_by(folder: Path, images: Sequence[Image], **options: Any) -> list[Detections]:
+    engine = load_engine(config_of(folder, **options), device="cpu", num_threads=1)
+    return engine.predict(engine.prepare(images))
+
+
+def assert_same(
+    found: Sequence[Detections], expected: Sequence[Detections], *, score: float = 1e-4, box_px: float = 0.05
+) -> None:
+    """One to one, rather than by rank: rounding may swap two detections whose scores are all but equal."""
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert len(mine.scores) == len(theirs.scores) > 0
+        assert (np.diff(mine.scores) <= 0).all()
+        between = np.abs(xywh_to_xyxy(mine.boxes_xywh)[:, None] - xywh_to_xyxy(theirs.boxes_xywh)).max(axis=2)
+        is_same = (np.abs(mine.scores[:, None] - theirs.scores) <= score) & (between <= box_px)
+        is_same &= mine.categories[:, None] == theirs.categories
+        pairs = linear_sum_assignment(is_same, maximize=True)
+        assert is_same[pairs].all()
+    # The pictures must differ in their answers, or mixed-up images would pass.
+    assert len({tuple(item.scores) for item in expected}) > 1
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TINY])
+def test_all_engines_find_what_the_detector_finds(name: str, tmp_path: Path) -> None:
+    folder, images = tiny(name, tmp_path), pictures(SIZES_HW)
+    detector = load_detector(str(folder))
+    expected = detector.predict(batch_of(detector, images))
+    for engine in ("torch", "openvino", "onnx"):
+        assert_same(found_by(folder, images, engine=engine), expected)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino", "onnx"])
+@pytest.mark.parametrize(
+    "name", ["conditional_detr_tiny", "yolos_tiny", pytest.param("dab_detr_tiny", marks=pytest.mark.slow)]
+)
+def test_sizes_that_vary(name: str, engine: Any, tmp_path: Path) -> None:
+    folder, images = tiny(name, tmp_path, pads_to_largest=True), pictures(SIZES_HW)
+    detector = load_detector(str(folder))
+    alone = detector.predict(batch_of(detector, images))
+    assert_same(found_by(folder, images, engine=engine, pad_together=False), alone)
+    together = found_by(folder, images, engine=engine, pad_together=True)
+    assert_same(together, found_by(folder, images, engine="torch", pad_together=True))
+    # However the images are batched.
+    one_by_one = [found_by_one for image in images[:2] for found_by_one in found_by(folder, [image], engine="torch")]
+    assert_same(together[:2], one_by_one)
+
+
+def test_padded_images_are_told_from_their_padding(tmp_path: Path) -> None:
+    """A model that answers "the whole image" means the image, however it was padded."""
+    detector = build_detector("detr_tiny", CATEGORIES, image_size=96, seed=0)
+    model: Any = detector.model
+    head = model.bbox_predictor.layers[-1]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.logit(torch.tensor([0.5, 0.5, 1 - 1e-6, 1 - 1e-6])))
+    detector.save(str(tmp_path))
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text()) | {"size": {"shortest_edge": 64, "longest_edge": 112}, "pad_size": None}
+        )
+    )
+    engine = load_engine(config_of(tmp_path), device="cpu", num_threads=1)
+    images = pictures(SIZES_HW)
+    parts: Any = engine.prepare(images)
+    assert sorted(place for part in parts for place in part.places) == list(range(len(images)))
+    assert {tuple(part.batch.pixels.shape[-2:]) for part in parts} == {(64, 88), (64, 64), (112, 52)}
+    inputs = load_detector(str(tmp_path)).model_inputs(parts[0].batch)
+    assert engine.input_size_hw((120, 160)) == parts[0].batch.sizes_hw[0] == (64, 85)
+    assert inputs["pixel_mask"][0, :, :85].all() and not inputs["pixel_mask"][0, :, 85:].any()
+    assert not inputs["pixel_values"][0, :, :, 85:].any()
+    for image, found in zip(images, engine.predict(parts), strict=True):
+        whole = np.tile([0.0, 0.0, image.shape[1], image.shape[0]], (len(found.scores), 1))
+        np.testing.assert_allclose(found.boxes_xywh, whole, atol=0.01)
+
+
+def test_detector_runs_a_padded_batch_at_once_when_asked_to(tmp_path: Path) -> None:
+    detector = load_detector(str(tiny("detr_tiny", tmp_path, pads_to_largest=True)))
+    batch = batch_of(detector, pictures(SIZES_HW))
+    shapes: list[tuple[int, ...]] = []
+    detector.model.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.append(tuple(inputs["pixel_values"].shape)), with_kwargs=True
+    )
+    together = detector.predict(batch, pad_together=True)
+    assert shapes == [(5, 3, *batch.pixels.shape[-2:])]
+    alone = detector.predict(batch)
+    assert len(shapes) == 1 + len(set(batch.sizes_hw))
+    assert_same(together, alone, score=0.1, box_px=20)
+
+
+@pytest.mark.parametrize("name", ["detr_tiny", "yolos_tiny", "conditional_detr_tiny"])
+def test_bf16_of_torch(name: str, tmp_path: Path) -> None:
+    folder, images = tiny(name, tmp_path), pictures(SIZES_HW)
+    exact, close = found_by(folder, images), found_by(folder, images, precision="bf16", channels_last=True)
+    assert_near(close, exact)
+
+
+def test_bf16_of_openvino(tmp_path: Path) -> None:
+    folder, images = tiny("yolos_tiny", tmp_path), pictures(SIZES_HW)
+    assert_near(found_by(folder, images, engine="openvino", precision="bf16"), found_by(folder, images))
+
+
+def assert_near(close: Sequence[Detections], exact: Sequence[Detections]) -> None:
+    """As near as eight bits allow, and not the same: another precision has really run."""
+    for mine, theirs in zip(close, exact, strict=True):
+        assert len(mine.scores) == len(theirs.scores)
+        np.testing.assert_allclose(mine.scores[:5], theirs.scores[:5], atol=0.05)
+        assert not np.array_equal(mine.scores, theirs.scores)
+
+
+def test_boxes_leave_autocast_in_full_precision(tmp_path: Path) -> None:
+    folder, images = tiny("detr_tiny", tmp_path), pictures([(160, 160)])
+    [found] = found_by(folder, images, precision="bf16")
+    centres = (found.boxes_xywh[:, :2] + found.boxes_xywh[:, 2:] / 2) / 160
+    as_bf16 = torch.from_numpy(centres).bfloat16().double().numpy()
+    assert np.abs(centres - as_bf16).max() > 1e-5
+
+
+def test_channels_last_changes_nothing(tmp_path: Path) -> None:
+    folder, images = tiny("rt_detr_v2_tiny", tmp_path), pictures(SIZES_HW)
+    assert_same(found_by(folder, images, channels_last=True), found_by(folder, images))
+
+
+def test_pictures_may_be_views_that_cannot_be_written_to(tmp_path: Path) -> None:
+    folder, images = tiny("yolos_tiny", tmp_path), pictures([(96, 96), (120, 80)])
+    expected = found_by(folder, images)
+    mirrored = [np.ascontiguousarray(image[:, ::-1])[:, ::-1] for image in images]
+    for image in mirrored:
+        image.flags.writeable = False
+    assert_same(found_by(folder, mirrored), expected)
+
+
+def test_what_an_engine_says_of_its_model(tmp_path: Path) -> None:
+    folder = tiny("yolos_tiny", tmp_path)
+    for name in ("torch", "openvino", "onnx"):
+        engine = load_engine(config_of(folder, engine=name), device="cpu", num_threads=1)
+        assert engine.categories == CATEGORIES
+        assert engine.max_detections == 20
+        assert engine.input_size_hw((300, 200)) == (96, 64)
+        assert engine.predict(engine.prepare([])) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "openvino"}])
+def test_fp16_on_the_cpu_is_refused(options: Any, tmp_path: Path) -> None:
+    config = config_of("nowhere", precision="fp16", **options)
+    with pytest.raises(UserError, match=r"fp16 needs a GPU.*bf16"):
+        check_engine(PredictConfig(**{**vars(config), "use_gpu": False}), "detr")
+    folder = tiny("yolos_tiny", tmp_path)
+    with pytest.raises(UserError, match=r"fp16 needs a GPU.*bf16"):
+        load_engine(config_of(folder, precision="fp16", **options), device="cpu", num_threads=1)
+
+
+def test_onnx_is_for_full_precision() -> None:
+    with pytest.raises(UserError, match="onnx runs in fp32 only, precision is bf16"):
+        check_engine(config_of("nowhere", engine="onnx", precision="bf16"), "detr")
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_a_package_that_is_missing_is_named(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf'pip install "raydet\[{engine}\]"'):
+        check_engine(config_of("nowhere", engine=engine), "detr")
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_deformable_detr_needs_one_size(engine: Any, tmp_path: Path) -> None:
+    folder = tiny("deformable_detr_tiny", tmp_path)
+    config = config_of(folder, engine=engine)
+    check_engine(config, small_model_type("deformable_detr_tiny"))
+    path = folder / "preprocessor_config.json"
+    changes = {"size": {"shortest_edge": 64, "longest_edge": 112}, "pad_size": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=r"deformable_detr .* one size only.*engine torch is right for it"):
+        check_engine(config, "deformable_detr")
+    path.unlink()  # As on the Hub: it shows only when the model is there.
+    check_engine(config, "deformable_detr")
+    with pytest.raises(UserError, match=r"deformable_detr .* one size only.*engine torch is right for it"):
+        load_engine(config, device="cpu", num_threads=1)
+
+
+def test_openvino_reports_to_nobody(tmp_path: Path) -> None:
+    found_by(tiny("yolos_tiny", tmp_path), pictures([(96, 96)]), engine="openvino")
+    assert sys.modules.get("openvino_telemetry") is None

@@ -1,0 +1,559 @@
+"""The gradient of a batch is the same however it is cut, and its loss is transformers' own."""
+
+import copy
+import datetime
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
+
+from raydet.config import BatchNorm
+from raydet.models.batch_norm import synchronise_batch_norms
+from raydet.models.collate import Batch, Example, collate
+from raydet.models.detector import Detector
+from raydet.models.loading import SMALL_MODELS, build_detector
+from raydet.models.loss import Normaliser, compute_loss, local_normaliser
+from raydet.models.step import StepSetting, compute_gradients
+from raydet.tables.schema import Category
+from tests.local_head import free_port
+
+CATEGORIES = (Category(1, "circle"), Category(2, "square"), Category(3, "star"))
+TINY = sorted(set(SMALL_MODELS) - {"rt_detr_v2_small"})
+WITH_DENOISING = ("rt_detr", "d_fine", "deimv2")
+# transformers computes their targets in single precision whatever the model's, so they cannot run in double.
+SINGLE_ONLY = ("d_fine_tiny", "deimv2_tiny")
+SIDE = 96
+UNEVEN = (1, 1, 2, 0, 5, 0, 3, 4)
+
+Gradient = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models are faster without the traffic between threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """transformers makes the class weights of its criterion in the default type."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build(
+    name: str, *, is_deterministic: bool = True, is_additive: bool = True, batch_norm: BatchNorm | None = None
+) -> Detector:
+    """A detector in training mode.
+
+    Deterministic means without dropout, denoising and batch statistics; additive, without what is not exact over
+    several micro-batches.
+    """
+    detector = build_detector(
+        name, CATEGORIES, image_size=SIDE, seed=0, batch_norm=batch_norm or ("freeze" if is_deterministic else "as_is")
+    )
+    with torch.no_grad():  # away from the symmetry of new heads, where matching is a draw
+        generator = torch.Generator().manual_seed(1)
+        for key, parameter in detector.model.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                # DEIMv2's decoder layers must come to different matches, for their union to matter.
+                scale = 0.3 if name == "deimv2_tiny" and "decoder.bbox_embed" in key else 0.05
+                parameter.add_(noise.to(parameter.dtype) * scale)
+    if is_deterministic:
+        detector.model.config.num_denoising = 0
+        if is_additive and name == "deimv2_tiny":
+            detector.model.config.use_dense_one_to_one = False
+        module: Any
+        for module in detector.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0
+    nn.Module.to(detector.model, torch.get_default_dtype())
+    detector.model.train()
+    return detector
+
+
+def examples(counts: Sequence[int], seed: int = 0) -> list[Example]:
+    """Pictures of one size with so many boxes each."""
+    generator = np.random.default_rng(seed)
+    return [
+        Example(
+            image_id=number,
+            image=generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8),
+            original_size_hw=(SIDE, SIDE),
+            boxes=generator.uniform(0.15, 0.5, (count, 4)).astype(np.float32),
+            labels=generator.integers(0, len(CATEGORIES), count),
+        )
+        for number, count in enumerate(counts)
+    ]
+
+
+def whole(detector: Detector, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    local = local_normaliser(detector, batch)
+    loss = compute_loss(detector, batch, global_normaliser=local, local=local, world_size=1)
+    return loss.total, loss.terms
+
+
+def gradient(detector: Detector, parts: Sequence[Batch]) -> tuple[Gradient, dict[str, float]]:
+    """Gradient and loss terms of one optimizer step over these micro-batches."""
+    model = detector.model
+    model.zero_grad(set_to_none=True)
+    locals_ = [local_normaliser(detector, part) for part in parts]
+    total = sum(locals_, Normaliser(0.0, 0.0))
+    terms: dict[str, float] = {}
+    for part, local in zip(parts, locals_, strict=True):
+        loss = compute_loss(detector, part, global_normaliser=total, local=local, world_size=1)
+        loss.total.backward()
+        for name, value in loss.terms.items():
+            terms[name] = terms.get(name, 0.0) + float(value)
+    return gradient_of(model), terms
+
+
+def gradient_of(model: nn.Module) -> Gradient:
+    return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_difference(first: Gradient, second: Gradient) -> float:
+    """‖g₁ − g₂‖ / ‖g₁‖ over all parameters."""
+    names = first.keys() | second.keys()
+    reference = {name: first.get(name, second.get(name)) for name in names}
+    zeros = {name: torch.zeros_like(value) for name, value in reference.items() if value is not None}
+    difference = torch.cat([(first.get(name, zeros[name]) - second.get(name, zeros[name])).flatten() for name in names])
+    norm = torch.cat([value.flatten() for value in first.values()]).norm()
+    assert norm > 0
+    return float(difference.norm() / norm)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("counts", [(2, 3, 0, 1), (0, 0), (30, 2)], ids=["some", "none", "more than queries"])
+def test_loss_of_one_batch_is_transformers_own(name: str, counts: tuple[int, ...]) -> None:
+    check_own_loss(build(name), counts)
+
+
+def transformers_own(detector: Detector, batch: Batch) -> Tensor:
+    """What transformers' own loss function makes of a batch, and for the proposals of two stages what it leaves out."""
+    model = copy.deepcopy(detector.model)
+    model.__dict__.pop("_loss_function", None)
+    outputs = model(**detector.model_inputs(batch), labels=batch.labels)
+    loss: Tensor = outputs.loss
+    return loss + loss_of_proposals(outputs, batch) if getattr(model.config, "two_stage", False) else loss
+
+
+def loss_of_proposals(outputs: Any, batch: Batch) -> Tensor:
+    """Deformable DETR's loss of its first stage, written down anew: objects of any class are of the first one.
+
+    Weights are the config's own by default: 1 for classes, 5 for corners, 2 for overlap.
+    """
+    boxes, logits = outputs.enc_outputs_coord_logits.sigmoid(), outputs.enc_outputs_class
+    num_boxes = max(sum(len(label["boxes"]) for label in batch.labels), 1)
+    total = torch.zeros(())
+    for image, label in enumerate(batch.labels):
+        truth = label["boxes"].to(boxes.dtype)
+        corners, truth_corners = (box_convert(one, "cxcywh", "xyxy") for one in (boxes[image], truth))
+        overlap = generalized_box_iou(corners, truth_corners)
+        likely = logits[image].sigmoid()
+        focal = 0.25 * (1 - likely) ** 2 * -(likely + 1e-8).log() - 0.75 * likely**2 * -(1 - likely + 1e-8).log()
+        cost = focal[:, :1] + 5 * torch.cdist(boxes[image], truth, p=1) - 2 * overlap
+        chosen, matched = linear_sum_assignment(cost.detach().numpy())
+        target = torch.zeros_like(logits[image])
+        target[chosen, 0] = 1.0
+        total = total + sigmoid_focal_loss(logits[image], target, alpha=0.25, gamma=2, reduction="sum") / num_boxes
+        total = total + 5 * (boxes[image][chosen] - truth[matched]).abs().sum() / num_boxes
+        total = total + 2 * (1 - overlap[chosen, matched]).sum() / num_boxes
+    return total
+
+
+def test_proposals_of_two_stages_learn() -> None:
+    """transformers has no term for them: their scores, by which queries are chosen, would stay as they began."""
+    detector = build("deformable_detr_two_stage_tiny")
+    of_proposals, terms = gradient(detector, [collate(examples((2, 3)))])
+    assert {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"} < terms.keys()
+    assert float(of_proposals["model.decoder.class_embed.2.weight"][0].norm()) > 0.1
+    assert float(of_proposals["model.decoder.bbox_embed.2.layers.0.weight"].norm()) > 0.1
+
+
+def check_own_loss(detector: Detector, counts: tuple[int, ...]) -> None:
+    batch = collate(examples(counts))
+    own = transformers_own(detector, batch)
+    total, terms = whole(detector, batch)
+    assert torch.isfinite(total)
+    torch.testing.assert_close(total, own, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.stack(list(terms.values())).sum(), own, rtol=1e-6, atol=1e-6)
+    assert not any("cardinality" in term for term in terms)
+    assert not any(value.requires_grad for value in terms.values())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_loss_with_denoising_and_dropout_is_transformers_own(name: str) -> None:
+    detector = build(name, is_deterministic=False)
+    batch = collate(examples((2, 3, 0, 1)))
+    torch.manual_seed(3)
+    own = transformers_own(detector, batch)
+    torch.manual_seed(3)
+    total, terms = whole(detector, batch)
+    torch.testing.assert_close(total, own, rtol=1e-6, atol=1e-6)
+    assert any("_dn_" in term for term in terms) == name.startswith(WITH_DENOISING)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_training_step_keeps_all_finite_and_lowers_the_loss(name: str) -> None:
+    detector = build(name)
+    batch = collate(examples((3, 0, 2, 1)))
+    optimizer = torch.optim.AdamW(detector.model.parameters(), 1e-3)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        total, _ = whole(detector, batch)
+        total.backward()
+        nn.utils.clip_grad_norm_(detector.model.parameters(), 0.1, error_if_nonfinite=True)
+        optimizer.step()
+        losses.append(float(total.detach()))
+    assert all(torch.isfinite(parameter).all() for parameter in detector.model.parameters())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("counts", [(3, 0, 2, 1), (0, 0)], ids=["some", "none"])
+def test_autocast_gives_nearly_the_same_loss(name: str, counts: tuple[int, ...]) -> None:
+    detector = build(name)
+    batch = collate(examples(counts))
+    precise, _ = whole(detector, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, terms = whole(detector, batch)
+    total.backward()
+    assert float(total.detach()) == pytest.approx(float(precise.detach()), rel=0.1)
+    assert total.dtype == torch.float32
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+    detector.model.eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = detector.predict(batch)
+    assert all(np.isfinite(item.boxes_xywh).all() and len(item.scores) > 0 for item in found)
+
+
+CUTS = [
+    pytest.param((1, 1, 2, 0, 5, 0, 3, 4), 4, id="4 and 12 boxes"),
+    pytest.param((0, 0, 0, 0, 2, 1, 5, 0), 4, id="0 and 8 boxes"),
+    pytest.param((2, 1, 30, 0, 0, 25, 1, 1), 3, id="uneven, more boxes than queries"),
+    pytest.param((0, 0, 0, 0), 2, id="no box at all"),
+    pytest.param((3, 1, 2), 2, id="a part of one image"),
+]
+
+
+# One of each kind: weights of classes, sums over boxes with denoising and without, groups of queries.
+OF_EACH_KIND = ("detr_tiny", "conditional_detr_tiny", "rt_detr_v2_tiny", "lw_detr_tiny")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_gradient_of_a_cut_batch_in_single_precision(name: str) -> None:
+    check_cut(name, UNEVEN, 4, 1e-5)
+
+
+@pytest.mark.parametrize(("counts", "cut"), CUTS[1:])
+@pytest.mark.parametrize("name", SINGLE_ONLY)
+def test_gradient_of_a_cut_batch_where_double_precision_cannot_be_had(
+    name: str, counts: tuple[int, ...], cut: int
+) -> None:
+    check_cut(name, counts, cut, 1e-5)
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+@pytest.mark.parametrize(("counts", "cut"), CUTS)
+@pytest.mark.usefixtures("double_precision")
+def test_gradient_of_a_cut_batch_in_double_precision(name: str, counts: tuple[int, ...], cut: int) -> None:
+    check_cut(name, counts, cut, 1e-12)
+
+
+@pytest.mark.parametrize("name", SINGLE_ONLY)
+def test_distillation_is_divided_by_the_whole_batch(name: str) -> None:
+    """Its share in the gradient of an untrained model is too small for the other tests to see."""
+    detector = build(name)
+    detector.model.config.weight_loss_ddf = 1e5
+    detector.model.config.use_dense_one_to_one = False
+    items = examples(UNEVEN)
+    once, terms = gradient(detector, [collate(items)])
+    assert sum(value for term, value in terms.items() if "ddf" in term) > 10
+    parts, _ = gradient(detector, [collate(items[:4]), collate(items[4:])])
+    assert relative_difference(once, parts) <= 1e-5
+
+
+def test_dense_matching_of_deimv2_is_nearly_additive_over_micro_batches() -> None:
+    """Its divisor is only known after the forward pass, so that several micro-batches can only come close."""
+    detector = build("deimv2_tiny")
+    detector.model.config.use_dense_one_to_one = True
+    items = examples(UNEVEN)
+    once, _ = gradient(detector, [collate(items)])
+    parts, _ = gradient(detector, [collate(items[:4]), collate(items[4:])])
+    assert 1e-5 < relative_difference(once, parts) < 0.2
+
+
+def check_cut(name: str, counts: tuple[int, ...], cut: int, tolerance: float) -> None:
+    detector = build(name)
+    items = examples(counts)
+    once, once_terms = gradient(detector, [collate(items)])
+    parts, parts_terms = gradient(detector, [collate(items[:cut]), collate(items[cut:])])
+    assert relative_difference(once, parts) <= tolerance
+    assert once_terms.keys() == parts_terms.keys()
+    for term, value in once_terms.items():
+        assert parts_terms[term] == pytest.approx(value, rel=1e-4, abs=1e-5), term
+
+
+def test_plain_averaging_would_fail_these_tests() -> None:
+    """Guards the comparison itself: the local normalisers must matter on this data."""
+    detector = build("detr_tiny")
+    items = examples((1, 1, 2, 0, 5, 0, 3, 4))
+    once, _ = gradient(detector, [collate(items)])
+    detector.model.zero_grad(set_to_none=True)
+    for half in (items[:4], items[4:]):
+        (whole(detector, collate(half))[0] / 2).backward()
+    assert relative_difference(once, gradient_of(detector.model)) > 0.01
+
+
+def test_padded_families_learn_boxes_of_the_image() -> None:
+    """The same target boxes reach the criterion whether or not the image is padded."""
+    detector = build("detr_tiny")
+    item = examples((2,))[0]
+    narrow = Example(0, item.image[:, :48], item.original_size_hw, item.boxes, item.labels)
+    batch = collate([narrow], pad_to_hw=detector.resize_rule.pad_to_hw)
+    assert batch.pixels.shape[-2:] == (SIDE, SIDE)
+    np.testing.assert_array_equal(batch.labels[0]["boxes"].numpy(), item.boxes)
+    assert detector.model_inputs(batch)["pixel_mask"][0, 0].sum() == 48
+
+
+class TestNormaliser:
+    def test_adds_and_survives_the_tensor(self) -> None:
+        first, second = Normaliser(3.0, 4.5, 2.0, 20.0), Normaliser(1.0, 0.25, 1.0, 20.0)
+        assert first + second == Normaliser(4.0, 4.75, 3.0, 40.0)
+        assert Normaliser.from_tensor(first.to_tensor() + second.to_tensor()) == first + second
+        assert first.to_tensor().dtype == torch.float64
+
+    def test_counts_boxes_and_class_weights(self) -> None:
+        detector = build("detr_tiny")
+        counted = local_normaliser(detector, collate(examples((3, 0, 30))))
+        assert detector.num_queries == 20
+        assert counted.class_weight == pytest.approx(23 + 0.1 * 37)
+        assert counted == Normaliser(33.0, counted.class_weight, 23.0, 60.0)
+
+
+ONE_RANK_EMPTY = (0, 0, 0, 0, 5, 0, 3, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of two ranks: the boxes of each picture, how many pictures are the first rank's, and in how many parts."""
+
+    name: str
+    counts: tuple[int, ...] = UNEVEN
+    num_first: int = 4
+    num_parts: int = 1
+    is_deterministic: bool = True
+    batch_norm: BatchNorm = "freeze"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.is_deterministic and self.name not in SINGLE_ONLY else torch.float32
+
+    @property
+    def is_additive(self) -> bool:
+        return self.num_parts > 1
+
+
+EXACT_CASES = [
+    *(Case(name, num_parts=num_parts) for name in TINY for num_parts in (1, 2)),
+    *(Case(name, ONE_RANK_EMPTY) for name in ("detr_tiny", "dab_detr_tiny", "rt_detr_v2_tiny", "rf_detr_tiny")),
+    *(Case(name, ONE_RANK_EMPTY) for name in SINGLE_ONLY),
+    *(Case(name, (3, 1), 2) for name in ("detr_tiny", "rt_detr_v2_tiny", "lw_detr_tiny", "deimv2_tiny")),
+]
+WITHOUT_BOXES = Case("rt_detr_v2_tiny", ONE_RANK_EMPTY, is_deterministic=False, batch_norm="as_is")
+LIVE_NORMS = [Case("rt_detr_v2_tiny", num_first=num_first, batch_norm="sync") for num_first in (4, 3)]
+CASES = [*EXACT_CASES, WITHOUT_BOXES, *LIVE_NORMS]
+
+
+def run_rank(rank: int, port: int, out: str) -> None:
+    """One of two ranks that take real distributed steps; runs in a process of its own."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    timeout = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timeout)
+    found = []
+    for case in CASES:
+        torch.set_default_dtype(case.dtype)
+        items = examples(case.counts)[case.num_first :] if rank else examples(case.counts)[: case.num_first]
+        found.append(distributed_gradient(case, items))
+    if rank == 0:  # the other rank takes no part: this must not wait for it
+        whole(build("lw_detr_tiny"), collate(examples((2, 1))))
+    torch.save(found, f"{out}/{rank}.pt")
+    torch.save(differences_along_a_training(rank), f"{out}/training-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def differences_along_a_training(rank: int) -> list[float]:
+    """At steps 0, 10, … 50 of a training, how far the two ranks' gradient is from that of the whole batch.
+
+    Both ranks train on whole batches, and so have the same state whenever they compare.
+    """
+    torch.set_default_dtype(torch.float64)
+    detector = build("rt_detr_v2_tiny")
+    module = DistributedDataParallel(detector.model, broadcast_buffers=False)
+    setting = StepSetting(
+        device=torch.device("cpu"), autocast_dtype=None, world_size=2, sum_over_ranks=_sum_over_two_ranks
+    )
+    optimizer = torch.optim.AdamW(detector.model.parameters(), 1e-3)
+    differences = []
+    for step in range(51):
+        items = examples(UNEVEN, seed=step % 4)
+        if step % 10 == 0:
+            module.zero_grad(set_to_none=True)
+            compute_gradients(detector, module, [items[4:] if rank else items[:4]], setting)
+            ours = gradient_of(detector.model)
+        once, _ = gradient(detector, [collate(items)])
+        if step % 10 == 0:
+            differences.append(relative_difference(once, ours))
+        torch.nn.utils.clip_grad_norm_(detector.model.parameters(), 0.1)
+        optimizer.step()
+    return differences
+
+
+def distributed_gradient(case: Case, items: Sequence[Example]) -> Gradient:
+    """This rank's share of a step, and what its batch norms have seen."""
+    detector = build_case(case)
+    if case.batch_norm == "sync":
+        synchronise_batch_norms(detector.model, torch.device("cpu"))
+    module = DistributedDataParallel(detector.model, broadcast_buffers=False)
+    setting = StepSetting(
+        device=torch.device("cpu"), autocast_dtype=None, world_size=2, sum_over_ranks=_sum_over_two_ranks
+    )
+    parts = [items[number :: case.num_parts] for number in range(case.num_parts)]
+    # A parameter without a gradient makes a second round fail or hang.
+    for _ in range(2 if case.counts != UNEVEN else 1):
+        module.zero_grad(set_to_none=True)
+        compute_gradients(detector, module, parts, setting)
+    return gradient_of(detector.model) | statistics_of(detector.model)
+
+
+def build_case(case: Case) -> Detector:
+    return build(
+        case.name,
+        is_deterministic=case.is_deterministic,
+        is_additive=case.is_additive,
+        batch_norm=case.batch_norm,
+    )
+
+
+def statistics_of(model: nn.Module) -> Gradient:
+    return {name: value.clone() for name, value in model.named_buffers() if "running_" in name}
+
+
+def _sum_over_two_ranks(tensor: Tensor) -> Tensor:
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+@pytest.fixture(scope="module")
+def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have written; they start once, for importing torch takes long."""
+    out = tmp_path_factory.mktemp("ranks")
+    port = free_port()
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_rank, args=(rank, port, str(out)), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        deadline = time.monotonic() + 270
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.0))
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return out
+
+
+@pytest.fixture(scope="module")
+def of_ranks(ranks_folder: Path) -> Mapping[Case, list[Gradient]]:
+    """Gradients of each case on each of two ranks."""
+    found = [torch.load(ranks_folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return {case: list(both) for case, *both in zip(CASES, *found, strict=True)}
+
+
+@pytest.mark.parametrize("case", EXACT_CASES, ids=lambda case: f"{case.name}-{case.counts}-{case.num_parts}")
+def test_two_real_ranks_have_the_gradient_of_one(case: Case, of_ranks: Mapping[Case, list[Gradient]]) -> None:
+    """In one part each and in two."""
+    torch.set_default_dtype(case.dtype)
+    try:
+        detector = build_case(case)
+        once, _ = gradient(detector, [collate(examples(case.counts))])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for rank in of_ranks[case]:
+        assert once.keys() <= rank.keys()
+        ours = {name: rank[name] for name in once}
+        assert relative_difference(once, ours) <= (1e-12 if case.dtype == torch.float64 else 1e-5)
+
+
+def test_all_along_a_training_two_ranks_have_the_gradient_of_one(ranks_folder: Path) -> None:
+    for rank in range(2):
+        differences = torch.load(ranks_folder / f"training-{rank}.pt", weights_only=True)
+        assert len(differences) == 6 and max(differences) <= 1e-12, differences
+
+
+@pytest.mark.parametrize("case", LIVE_NORMS, ids=["4 and 4", "3 and 5"])
+@pytest.mark.usefixtures("double_precision")
+def test_synchronised_batch_norms_have_the_gradient_of_one_rank(
+    case: Case, of_ranks: Mapping[Case, list[Gradient]]
+) -> None:
+    detector = build_case(case)
+    once, _ = gradient(detector, [collate(examples(case.counts))])
+    statistics = statistics_of(detector.model)
+    assert len(statistics) > 20
+    for rank in of_ranks[case]:
+        assert relative_difference(once, {name: rank[name] for name in once}) <= 1e-12
+        for name, value in statistics.items():
+            torch.testing.assert_close(rank[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_a_rank_without_boxes_does_not_hang_the_others(of_ranks: Mapping[Case, list[Gradient]]) -> None:
+    """With denoising, whose class embedding a rank without boxes never touches."""
+    first, second = of_ranks[WITHOUT_BOXES]
+    assert first["model.denoising_class_embed.weight"].abs().sum() > 0
+    assert all(torch.equal(value, second[key]) for key, value in first.items() if "running_" not in key)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_parameter_has_a_gradient(name: str) -> None:
+    """Also where no box needs it, on one rank as on several: an optimizer treats zero otherwise than none."""
+    detector = build(name, is_deterministic=False)
+    whole(detector, collate(examples((0, 0))))[0].backward()
+    assert [key for key, p in detector.model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["lw_detr_tiny", "rf_detr_tiny"])
+def test_loss_of_query_groups_means_something_in_evaluation_mode(name: str) -> None:
+    """One group of queries then stands for all; transformers' own criterion goes on to split it."""
+    detector = build(name)
+    batch = collate(examples((2, 3, 0, 1)))
+    detector.model.eval()
+    total, terms = whole(detector, batch)
+    parts = [collate(examples((2, 3, 0, 1))[start : start + 2]) for start in (0, 2)]
+    _, cut = gradient(detector, parts)
+    assert sum(cut.values()) == pytest.approx(float(total.detach()), rel=1e-5)
+    detector.model.config.group_detr = 1
+    own = transformers_own(detector, batch)
+    torch.testing.assert_close(total, own, rtol=1e-6, atol=1e-6)
+    assert terms.keys() >= {"loss_ce", "loss_ce_0", "loss_giou_enc"}

@@ -1,0 +1,339 @@
+"""Images and lists from a web server on loopback that can be slow, busy, wrong or hostile."""
+
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydet.cli.main import main
+from raydet.common.errors import UserError
+from raydet.images.files import MissingFileError, ReadError
+from raydet.preparation.sources.lists import ImageList, is_list, read_list
+from raydet.preparation.sources.web import WebReader
+from raydet.tables.storage import is_web
+from raydet.tables.table import open_table
+
+QUICK = WebReader(
+    connect_timeout_s=2.0, silence_timeout_s=0.2, total_timeout_s=1.5, first_wait_s=0.01, longest_wait_s=0.05
+)
+
+
+SIGNED = "size=1&X-Amz-Signature=abcdef&X-Amz-Credential=AKIA%2F20260101&sig=xyz"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, site: "Site", *rest: Any) -> None:
+        self.site = site
+        super().__init__(*rest)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        with self.site.lock:
+            self.site.asked[path] += 1
+            number = self.site.asked[path]
+        answer = getattr(self, f"answer_{path.split('/')[1].split('.')[0]}", None)
+        if answer is not None:
+            answer(number)
+        elif path in self.site.files:
+            self.send(200, self.site.files[path])
+        else:
+            self.send(404)
+
+    def send(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        for name, value in ({"Content-Length": str(len(body))} | given).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer_busy(self, number: int) -> None:
+        self.send(*((200, b"at last") if number == 3 else (503,)))
+
+    def answer_signed(self, _: int) -> None:
+        self.send(200, self.site.files["/a.jpg"]) if self.path.endswith(f"?{SIGNED}") else self.send(403)
+
+    def answer_limited(self, number: int) -> None:
+        self.send(200, b"at last") if number == 2 else self.send(429, Retry_After="86400")
+
+    def answer_always503(self, _: int) -> None:
+        self.send(503)
+
+    def answer_forbidden(self, _: int) -> None:
+        self.send(403)
+
+    def answer_silent(self, _: int) -> None:
+        self.site.over.wait(10)
+        self.close_connection = True
+
+    def answer_drip(self, _: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        while not self.site.over.wait(0.1):
+            self.wfile.write(b"x")
+
+    def answer_large(self, _: int) -> None:
+        self.send(200, b"x", Content_Length=str(2**40))
+        self.close_connection = True
+
+    def answer_endless(self, _: int) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        while not self.site.over.is_set():
+            self.wfile.write(b"10000\r\n" + bytes(2**16) + b"\r\n")
+
+    def answer_short(self, number: int) -> None:
+        if number == 2:
+            return self.send(200, b"whole")
+        self.send(200, b"wh", Content_Length="5")
+        self.close_connection = True
+        return None
+
+    def answer_redirect(self, _: int) -> None:
+        self.send(302, Location="/a.jpg")
+
+    def answer_circle(self, _: int) -> None:
+        self.send(302, Location="/circle")
+
+    def answer_file(self, _: int) -> None:
+        self.send(302, Location="file:///etc/hostname")
+
+
+class Site:
+    """What a server serves, and how often it was asked for each."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.asked: Counter[str] = Counter()
+        self.lock, self.over = threading.Lock(), threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+@pytest.fixture
+def site(test_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    site = Site()
+    for number, path in enumerate(sorted((test_data / "bccd/images").iterdir())[:3]):
+        site.files[f"/{'abc'[number]}.jpg"] = path.read_bytes()
+    thread = threading.Thread(target=site.server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield site
+    site.over.set()
+    site.server.shutdown()
+    thread.join()
+    site.server.server_close()
+
+
+def test_a_file_is_read_by_its_address(site: Site) -> None:
+    assert QUICK.read(f"{site.url}/a.jpg") == site.files["/a.jpg"]
+    assert QUICK.read(f"{site.url}/redirect") == site.files["/a.jpg"]
+    assert pickle.loads(pickle.dumps(QUICK)).read(f"{site.url}/b.jpg?size=full#top") == site.files["/b.jpg"]
+    assert is_web("HTTPS://host/a") and not is_web("s3://host/a") and not is_web("http/a") and not is_web("https")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason", "num_asked"),
+    [
+        ("/none.jpg", "no such file: the server answers 404", 1),
+        ("/forbidden", "the server answers 403", 1),
+        ("/always503", "the server answers 503, asked 5 times", 5),
+        ("/silent", "the server does not answer in time, asked 5 times", 5),
+        ("/large", "a file of 1,099,512 MB is over the limit of 1,074 MB", 1),
+        ("/circle", "the server redirects more than 5 times", 6),
+        ("/file", "the address, or one that the server redirects to, is none of the web", 1),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_what_cannot_be_had_gets_a_reason(site: Site, path: str, reason: str, num_asked: int) -> None:
+    with pytest.raises(ReadError) as caught:
+        QUICK.read(site.url + path)
+    assert str(caught.value) == reason
+    assert isinstance(caught.value, MissingFileError) == (path == "/none.jpg")
+    assert site.asked[path] == num_asked
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_never_ends_is_left(site: Site) -> None:
+    small = WebReader(max_bytes=3 * 2**20, first_wait_s=0.01)
+    with pytest.raises(ReadError, match="over the limit of 4 MB"):
+        small.read(f"{site.url}/endless")
+    slow = WebReader(silence_timeout_s=5.0, total_timeout_s=0.15, first_wait_s=0.01)
+    with pytest.raises(ReadError, match=r"too slow: \d+ bytes in 0.15 s, asked 5 times"):
+        slow.read(f"{site.url}/drip")
+
+
+def test_busy_servers_are_asked_again(site: Site) -> None:
+    assert QUICK.read(f"{site.url}/busy") == b"at last"
+    assert QUICK.read(f"{site.url}/short") == b"whole"
+    # It asks to be left alone for a day; that is cut to `longest_wait_s`.
+    assert QUICK.read(f"{site.url}/limited") == b"at last"
+    assert (site.asked["/busy"], site.asked["/short"], site.asked["/limited"]) == (3, 2, 2)
+
+
+def test_servers_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    gone = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    gone.server_close()
+    with pytest.raises(ReadError, match=r"^no connection to the server, asked 5 times$"):
+        QUICK.read(f"http://127.0.0.1:{gone.server_address[1]}/a.jpg")
+    for address in ("http://", "http://[", "http://host:port/"):
+        with pytest.raises(ReadError, match=r"is none of the web|no server of this name"):
+            QUICK.read(address)
+
+
+def test_several_threads_read_side_by_side(site: Site) -> None:
+    results: list[bytes] = []
+    threads = [threading.Thread(target=lambda: results.append(QUICK.read(f"{site.url}/a.jpg"))) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [site.files["/a.jpg"]] * 24
+
+
+def test_a_list_may_name_paths_and_addresses(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "50% #1.jpg").write_bytes(b"local")
+    lines = ["# mine", "", f"{site.url}/a.jpg", "  sub/50% #1.jpg ", f"{site.url}/none.jpg", str(tmp_path / "none.jpg")]
+    (tmp_path / "list.txt").write_text("\ufeff" + "\r\n".join([*lines, (tmp_path / "sub/50% #1.jpg").as_uri()]))
+    images = ImageList(str(tmp_path / "list.txt"), web=QUICK)
+    source = read_list(images)
+    records = list(source.images)
+    assert [record.path for record in source.images] == [record.path for record in records]
+    assert [(record.image_id, record.path) for record in records] == [
+        (0, lines[2]),
+        (1, "sub/50% #1.jpg"),
+        (2, lines[4]),
+        (3, lines[5]),
+        (4, (tmp_path / "sub/50% #1.jpg").as_uri()),
+    ]
+    assert [record.extra for record in records] == [{"source_id": record.path} for record in records]
+    copy = pickle.loads(pickle.dumps(images))
+    assert [copy.read(records[place].path) for place in (0, 1, 4)] == [site.files["/a.jpg"], b"local", b"local"]
+    for record in records[2:4]:
+        with pytest.raises(MissingFileError, match="no such file"):
+            copy.read(record.path)
+    assert images.uri_of("sub/50% #1.jpg") == str(tmp_path / "sub/50% #1.jpg")
+
+
+def test_signatures_of_addresses_are_used_and_not_kept(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{site.url}/signed.jpg?{SIGNED}\n")
+    (tmp_path / "list.csv").write_text(f"url,token\n{site.url}/signed.jpg?{SIGNED},1\n")
+    for name in ("list.txt", "list.csv"):
+        out = str(tmp_path / name.replace(".", "-"))
+        assert main(["prepare", "images", "--images", str(tmp_path / name), "--out", out]) == 0
+        row = open_table(out, "images").read().to_pylist()[0]
+        shown = f"{site.url}/signed.jpg?size=1&X-Amz-Signature=***&X-Amz-Credential=***&sig=***"
+        assert row["image"] == {"bytes": site.files["/a.jpg"], "path": shown} and row["source_id"] == shown
+
+
+def test_a_list_on_the_web_and_its_relative_paths(site: Site) -> None:
+    site.files["/lists/new.txt"] = b"../a.jpg\nb.jpg\n/c.jpg"
+    site.files["/lists/b.jpg"] = b"beside the list"
+    images = ImageList(f"{site.url}/lists/new.txt?token=7")
+    records = list(read_list(images).images)
+    assert [images.read(record.path) for record in records[:2]] == [site.files["/a.jpg"], b"beside the list"]
+    with pytest.raises(UserError, match=r"cannot read .*/none.txt: no such file: the server answers 404"):
+        read_list(ImageList(f"{site.url}/none.txt"))
+
+
+def test_a_csv_names_images_and_carries_further_columns(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("camera,URL,night,width\nnorth,a.jpg,true,7\n,b.jpg,false,8\n")
+    source = read_list(ImageList(str(tmp_path / "list.csv")))
+    assert [(field.name, str(field.type)) for field in source.extra_fields] == [
+        ("source_id", "string"),
+        ("camera", "string"),
+        ("night", "bool"),
+    ]
+    first, second = source.images
+    assert (first.path, second.path) == ("a.jpg", "b.jpg")
+    assert first.extra == {"source_id": "a.jpg", "camera": "north", "night": True}
+    assert second.extra == {"source_id": "b.jpg", "camera": "", "night": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"# nothing\n\n", "is an empty list"),
+        ("a.txt", b"images/\n", "image 1 of .*a.txt is a folder: images/"),
+        ("a.txt", b"x.jpg\nnews://host/x.jpg\n", "image 2 of .*a.txt: cannot open news://host"),
+        ("a.lst", b"\xff\xfe\x00", "is not text in UTF-8"),
+        ("a.csv", b"", "is no CSV file"),
+        ("a.csv", b"name,size\nx,1\n", "has no column named url, .*; it has name, size"),
+        ("a.csv", b"path,size\nx.jpg,1\n,2\n", "the column path of .* has rows without an image"),
+        ("a.csv", b"path,size\nx.jpg\n", "is no CSV file"),
+        ("a.json", b"[]", "is no list: name a folder, or a list"),
+    ],
+)
+def test_lists_of_no_use_are_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read_list(ImageList(str(tmp_path / name)))
+    assert "\n" not in str(caught.value)
+    assert is_list(str(tmp_path / name)) == (name != "a.json")
+    assert not is_list(str(tmp_path))
+
+
+def test_a_list_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such list: .*none.txt"):
+        read_list(ImageList(str(tmp_path / "none.txt")))
+    with pytest.raises(UserError, match=r"is no list: name a list of addresses"):
+        read_list(ImageList("https://127.0.0.1/images/"))
+
+
+@pytest.mark.timeout(60)
+def test_a_table_is_made_of_a_list_and_what_fails_is_rejected(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ImageList.__init__, "__kwdefaults__", {"web": QUICK})
+    site.files["/page.html"] = b"<html>not found, says a server with code 200</html>"
+    names = ["a.jpg", "none.jpg", "busy.jpg", "always503", "page.html", "redirect", "b.jpg", "a.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join(f"{site.url}/{name}" for name in names))
+    assert main(["prepare", "images", "--images", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out")]) == 0
+    rows = open_table(str(tmp_path / "out"), "images").read().to_pylist()
+    assert [row["image_id"] for row in rows] == [0, 5, 6, 7]
+    assert [row["image"]["path"] for row in rows] == [f"{site.url}/{names[place]}" for place in (0, 5, 6, 7)]
+    assert rows[1]["image"]["bytes"] == rows[0]["image"]["bytes"] == site.files["/a.jpg"]
+    rejected = open_table(str(tmp_path / "out" / "_rejected"), "rejected").read().to_pylist()
+    assert {row["path"].rpartition("/")[2]: row["reason"] for row in rejected} == {
+        "none.jpg": "no such file: the server answers 404",
+        "busy.jpg": "not an image Pillow can read (it is text)",
+        "always503": "the server answers 503, asked 5 times",
+        "page.html": "not an image Pillow can read (it is text)",
+    }
+    assert "8 images found, 4 accepted, 4 rejected" in capsys.readouterr().out
+
+
+def test_the_web_has_no_folders_and_nothing_to_refer_to(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.txt").write_text(f"{site.url}/a.jpg")
+    (tmp_path / "secret.txt").write_text("https://me:geheim@127.0.0.1/a.jpg")
+    coco = ["prepare", "coco", "--annotations", "x.json", "--images", site.url]
+    for command, words in [
+        (["prepare", "images", "--images", f"{site.url}/images/"], "is no list: name a list of addresses"),
+        (coco, "is on the web, where no folder can be listed"),
+        (["prepare", "images", "--images", str(tmp_path / "list.txt"), "--image-storage", "reference"], "needs files"),
+        (["prepare", "images", "--images", str(tmp_path / "secret.txt")], "has a password in it"),
+    ]:
+        assert main([*command, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and "geheim" not in error
+    site.files["/list.txt"] = b"a.jpg\nfile:///etc/hostname"
+    with pytest.raises(UserError, match=r"image 2 of .* is not on the web"):
+        read_list(ImageList(f"{site.url}/list.txt"))

@@ -1,0 +1,209 @@
+"""YOLO data sets of all sorts become records: every image is named, every odd line counted."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raydet.common.errors import UserError
+from raydet.config import PrepareYoloConfig
+from raydet.preparation.prepare import PrepareReport, prepare_yolo
+from raydet.preparation.sources.source import Source, SourceObjects
+from raydet.preparation.sources.yolo import read_yolo
+from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
+from raydet.tables.table import open_table
+
+DATA_YAML = "train: images/train\nval: images/val\nnames: [dog, cat]\n"
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 20), orientation: int = 1) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(path, format="JPEG", exif=exif)
+
+
+def read_lines(folder: Path, text: str) -> tuple[SourceObjects, dict[str, int]]:
+    """The objects of one label file among the classes 0 and 1, and the findings that are not 0."""
+    write(folder, {"images/a.jpg": "", "labels/a.txt": text})
+    source = read_yolo(find_in_folders(str(folder / "images"), str(folder / "labels"), ["dog", "cat"]))
+    (record,) = source.images
+    assert record.objects is not None and record.objects.is_normalised
+    return record.objects, {finding: count for finding, count in source.findings.items() if count}
+
+
+def paths(source: Source) -> list[str]:
+    return [record.path for record in source.images]
+
+
+def test_boxes_and_polygons_are_parts_of_the_image(tmp_path: Path) -> None:
+    text = "\ufeff0 0.5 0.5 0.25 0.5\n\n1.0 .1 .2 .5 .2 .3 .6\r\n1 0.1 0.1 0.9 0.1 0.9 0.4 0.1 0.4\n"
+    objects, findings = read_lines(tmp_path, text)
+    assert objects.categories == [0, 1, 1] and objects.ids == [1, 2, 3]
+    expected = [(0.375, 0.25, 0.25, 0.5), (0.1, 0.2, 0.4, 0.4), (0.1, 0.1, 0.8, 0.3)]
+    np.testing.assert_allclose(objects.boxes_xywh, expected, atol=1e-15)
+    np.testing.assert_allclose(objects.areas, [0.125, 0.16, 0.24])
+    assert not findings
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("0 nan .5 .1 .1", "no finite number"),
+        ("0 inf .5 .1 .1", "no finite number"),
+        ("dog .5 .5 .1 .1", "no finite number"),
+        ("0 .5 .5 .1", "number of columns"),
+        ("0 .5 .5 .1 .1 .9", "number of columns"),
+        ("0 .5 .5 .1 .1 .9 .1 .2", "number of columns"),
+        ("2 .5 .5 .1 .1", "unknown class"),
+        ("-1 .5 .5 .1 .1", "unknown class"),
+        ("0.5 .5 .5 .1 .1", "unknown class"),
+        ("0 1.1 .5 .1 .1", "outside 0 to 1"),
+        ("0 .5 .5 -.1 .1", "outside 0 to 1"),
+        ("0 100 50 20 20", "outside 0 to 1"),
+        ("0 .1 .1 .2 .2 .3 1.2", "outside 0 to 1"),
+        ("0 .50 .5 .3 .3", "repeated"),
+        ("\0\ufffd", "no finite number"),
+    ],
+)
+def test_odd_lines_are_left_out_and_counted(tmp_path: Path, line: str, words: str) -> None:
+    objects, findings = read_lines(tmp_path, f"0 .5 .5 .3 .3\n{line}\n1 .5 .5 .2 .2\n")
+    assert objects.categories == [0, 1]
+    ((finding, count),) = findings.items()
+    assert words in finding and count == 1
+
+
+def test_rounding_over_the_edge_is_no_cut(tmp_path: Path) -> None:
+    objects, findings = read_lines(tmp_path, "0 0.500001 0.5 1.000001 1\n0 .05 .5 .2 .2\n")
+    assert not findings
+    left, _, width, _ = objects.boxes_xywh[0]
+    assert left >= 0 and left + width <= 1 + 1e-12
+    assert objects.boxes_xywh[1][0] == pytest.approx(
+        -0.05
+    )  # it really runs out: cut and counted where the size is known
+
+
+def prepare(data: Path, out: Path, **options: object) -> PrepareReport:
+    return prepare_yolo(PrepareYoloConfig(data=str(data), out=str(out), **options))  # type: ignore[arg-type]
+
+
+def test_boxes_are_pixels_of_the_upright_image(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "train" / "a.jpg")
+    picture(tmp_path / "images" / "train" / "b.jpg", orientation=6)
+    picture(tmp_path / "images" / "train" / "empty.jpg")
+    (tmp_path / "images" / "train" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    line = "1 .5 .5 .5 .5\n0 .1 .5 .4 .2\n0 .5 .5 0 .1\n"
+    write(tmp_path, {"data.yaml": DATA_YAML, "labels/train/a.txt": line, "labels/train/b.txt": line})
+    write(tmp_path, {"labels/train/orphan.txt": line})
+    report = prepare(tmp_path / "data.yaml", tmp_path / "table")
+    table = open_table(str(tmp_path / "table"), "images")
+    first, second, third = table.read().to_pylist()
+    np.testing.assert_allclose(first["objects"]["bbox"], [[10, 5, 20, 10], [0, 8, 12, 4]], atol=1e-9)
+    np.testing.assert_allclose(second["objects"]["bbox"], [[5, 10, 10, 20], [0, 16, 6, 8]], atol=1e-9)
+    np.testing.assert_allclose(first["objects"]["area"], [200, 48])
+    assert third["objects"]["bbox"] == [] and third["source_id"] == "empty.jpg"
+    assert (report.found, report.accepted, report.rejected) == (4, 3, 1)
+    assert (report.boxes, report.clipped, report.dropped, report.without_boxes) == (4, 2, 2, 1)
+    assert report.findings["label files without an image"] == 1
+    assert [(category.id, category.name) for category in table.categories] == [(0, "dog"), (1, "cat")]
+
+
+def test_names_may_be_a_mapping_with_gaps(tmp_path: Path) -> None:
+    text = "train: images\nnames: {7: cat, 0: dog}\n"
+    write(tmp_path, {"data.yaml": text, "images/a.jpg": "", "labels/a.txt": "7 .5 .5 .1 .1\n1 .5 .5 .1 .1\n"})
+    source = read_yolo(find_in_data_yaml(str(tmp_path / "data.yaml"), "train"))
+    assert [(category.id, category.name) for category in source.categories] == [(0, "dog"), (7, "cat")]
+    (record,) = source.images
+    assert record.objects is not None and record.objects.categories == [1]
+    assert source.findings["lines of an unknown class, left out"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: images/one",
+        "path: .\ntrain: images/one",
+        "path: gone\ntrain: ./images/one/",
+        "path: {here}\ntrain: [images/one]",
+        "train: ../images/one",
+        "train: {here}/images/one",
+        "train: list.txt",
+        "train: lists/list.txt",
+    ],
+)
+def test_images_are_found_however_they_are_named(tmp_path: Path, text: str) -> None:
+    write(
+        tmp_path,
+        {
+            "data.yaml": f"{text.format(here=tmp_path)}\nnames: [dog, cat]\n",
+            "images/one/a.jpg": "",
+            "images/one/sub/b.PNG": "",
+            "labels/one/sub/b.txt": "1 .5 .5 .1 .1\n",
+            "list.txt": "./images/one/a.jpg\nimages/one/sub/b.PNG\n\n",
+            "lists/list.txt": f"{tmp_path}/images/one/a.jpg\nimages/one/sub/b.PNG\n".replace(
+                "images/one/sub", "../images/one/sub"
+            ),
+        },
+    )
+    source = read_yolo(find_in_data_yaml(str(tmp_path / "data.yaml"), "train"))
+    first, second = source.images
+    assert (first.path, second.path) == ("a.jpg", "sub/b.PNG")
+    assert first.objects is not None and first.objects.ids == []
+    assert second.objects is not None and second.objects.categories == [1]
+
+
+def test_several_folders_and_labels_beside_the_images(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "data.yaml": "val: [a/images, b/pictures]\nnames: [dog]\nnc: 1\n",
+            "a/images/x.jpg": "",
+            "a/labels/x.txt": "0 .5 .5 .1 .1\n",
+            "b/pictures/x.jpg": "",
+            "b/pictures/x.txt": "0 .5 .5 .2 .2\n",
+        },
+    )
+    source = read_yolo(find_in_data_yaml(str(tmp_path / "data.yaml"), "val"))
+    first, second = source.images
+    assert (first.path, second.path) == ("a/images/x.jpg", "b/pictures/x.jpg")
+    assert first.objects is not None and first.objects.areas == [pytest.approx(0.01)]
+    assert second.objects is not None and second.objects.ids == [2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1]", "must be a mapping"),
+        ("names: [", "cannot read"),
+        ("names: [dog]\n", "has no split `train`; it has none"),
+        ("val: x\nnames: [dog]\n", "it has val"),
+        ("train: nowhere\nnames: [dog]\n", "but there is no .*nowhere"),
+        ("train: images\n", "names must list the classes"),
+        ("train: images\nnames: {a: dog}\n", "must map numbers"),
+        ("train: images\nnames: [dog, dog]\n", "two classes have the name 'dog'"),
+        ("train: images\nnames: [dog]\nnc: 2\n", "nc is 2, but names has 1"),
+        ("train: images\nnames: [dog]\nkpt_shape: [17, 3]\n", "keypoints"),
+        ("train: bare\nnames: [dog]\n", "none of the 1 images"),
+        ("train: void\nnames: [dog]\n", "no image file"),
+        ("train: data.yaml.txt\nnames: [dog]\n", "not named like an image"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path: Path, text: str, words: str) -> None:
+    write(tmp_path, {"data.yaml": text, "images/a.jpg": "", "labels/a.txt": "", "bare/b.jpg": "", "void/x": ""})
+    write(tmp_path, {"data.yaml.txt": "notes\n"})
+    with pytest.raises(UserError, match=words) as caught:
+        read_yolo(find_in_data_yaml(str(tmp_path / "data.yaml"), "train"))
+    assert "\n" not in str(caught.value)
+
+
+def test_data_or_folders_but_not_both() -> None:
+    for options in ({}, {"data": "data.yaml", "classes": ["dog"]}, {"images": "x", "labels": "y"}):
+        with pytest.raises(UserError, match="either data"):
+            PrepareYoloConfig(out="table", **options)

@@ -1,0 +1,246 @@
+"""Scoring survives kills of workers, driver and nodes, a full disk and a failing store, with every row exactly once.
+
+Real processes all of them; what is left after each is compared with a run that nothing happened to.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raydet import PredictConfig, PrepareShapesConfig, predict, prepare_shapes
+from raydet.models.loading import build_detector
+from raydet.tables import storage
+from raydet.tables.table import open_table
+from tests.s3_stand_in import BUCKET, started
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+NUM_IMAGES = 600
+ROWS_PER_FILE = 12
+NUM_FILES = NUM_IMAGES // ROWS_PER_FILE
+
+Rows = dict[int, tuple[str | None, list[float]]]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[PredictConfig, Rows]:
+    """A run that nothing happens to, and what it wrote."""
+    folder = tmp_path_factory.mktemp("faults")
+    data = PrepareShapesConfig(out=str(folder), num_train=NUM_IMAGES, num_val=4, image_size=64, max_shapes=3)
+    prepare_shapes(data)
+    categories = open_table(str(folder / "train"), "images").categories
+    build_detector("rt_detr_v2_tiny", categories, image_size=64, seed=3).save(str(folder / "checkpoint"))
+    config = PredictConfig(
+        checkpoint=str(folder / "checkpoint"),
+        data=str(folder / "train"),
+        out=str(folder / "undisturbed"),
+        batch_size=4,
+        rows_per_file=ROWS_PER_FILE,
+        threads_per_worker=1,
+    )
+    return config, _rows(predict(config).out)
+
+
+def _rows(out: str) -> Rows:
+    rows = open_table(out, "detections").read().to_pylist()
+    assert len(rows) == NUM_IMAGES
+    return {row["image_id"]: (row["error"], row["detections"]["score"]) for row in rows}
+
+
+def _assert_same(out: str, expected: Rows) -> None:
+    found = _rows(out)
+    assert found.keys() == expected.keys()
+    for image_id, (error, scores) in expected.items():
+        assert found[image_id][0] == error
+        assert found[image_id][1] == pytest.approx(scores, abs=1e-5)
+
+
+def _command(config: PredictConfig) -> list[str]:
+    arguments = [sys.executable, "-m", "raydet", "predict"]
+    for name, value in dataclasses.asdict(config).items():
+        if value is not None:
+            arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return arguments
+
+
+def _start(config: PredictConfig, output: Path) -> "subprocess.Popen[bytes]":
+    """Starts a run of its own session, with its own Ray."""
+    with output.open("wb") as file:
+        return subprocess.Popen(_command(config), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _wait_until(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]", output: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert driver.poll() is None and time.monotonic() < deadline, output.read_text()
+        time.sleep(0.01)
+
+
+def _num_files(out: str) -> int:
+    return len(list(Path(out).glob("part-*.parquet")))
+
+
+def _end(driver: "subprocess.Popen[bytes]") -> None:
+    """The whole session at once: driver, Ray's processes and workers, as when the power goes."""
+    if driver.poll() is None:
+        os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+
+@pytest.mark.parametrize("part", [0.3, 0.9])
+def test_a_killed_run_goes_on(reference: tuple[PredictConfig, Rows], tmp_path: Path, part: float) -> None:
+    config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
+    driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
+    try:
+        _wait_until(lambda: _num_files(config.out) >= part * NUM_FILES, driver, output)
+    finally:
+        _end(driver)
+    done = {path.name: path.stat().st_mtime_ns for path in Path(config.out).glob("part-*.parquet")}
+    assert len(done) < NUM_FILES, "killed too late to tell"
+    predict(config)
+    assert {name: Path(config.out, name).stat().st_mtime_ns for name in done} == done, "work was done again"
+    _assert_same(config.out, reference[1])
+
+
+def test_only_the_driver_is_killed(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
+    config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
+    driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
+    try:
+        _wait_until(lambda: _num_files(config.out) >= 0.3 * NUM_FILES, driver, output)
+        driver.kill()
+        driver.wait()
+        # Whatever its workers still finish is the same file.
+        predict(config)
+    finally:
+        _end(driver)
+    _assert_same(config.out, reference[1])
+
+
+def test_a_killed_actor_is_replaced(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
+    config = dataclasses.replace(reference[0], out=str(tmp_path / "d"), num_workers=2)
+    driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
+    try:
+        _wait_until(lambda: _num_files(config.out) >= 0.3 * NUM_FILES, driver, output)
+        actors = [
+            process
+            for process in psutil.Process(driver.pid).children(recursive=True)
+            if "MapWorker" in " ".join(process.cmdline())
+        ]
+        assert len(actors) == 2, [process.cmdline() for process in actors]
+        actors[0].kill()
+        assert driver.wait(timeout=200) == 0, output.read_text()
+    finally:
+        _end(driver)
+    _assert_same(config.out, reference[1])
+
+
+def test_a_second_run_is_refused_and_a_finished_one_does_nothing(
+    reference: tuple[PredictConfig, Rows], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
+    driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
+    try:
+        _wait_until(lambda: _num_files(config.out) >= 1, driver, output)
+        second = subprocess.run(_command(config), capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2 and "is in use by another run" in second.stderr, second.stderr
+        assert driver.wait(timeout=200) == 0, output.read_text()
+    finally:
+        _end(driver)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*.parquet")}
+    assert predict(config).already_done
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    _assert_same(config.out, reference[1])
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
+    reason="needs a small file system of its own, and may not mount one",
+)
+def test_a_full_disk_ends_the_run_with_one_line(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    config = dataclasses.replace(reference[0], out=str(disk / "d"))
+    script = tmp_path / "script.sh"
+    script.write_text(
+        f'mount -t tmpfs -o size=200k none {disk} || exit 99\n"$@"\ncode=$?\ncp -r {disk}/d {kept}\nexit $code\n'
+    )
+    command = ["unshare", "-rm", "sh", str(script), *_command(config)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "cannot write to" in result.stderr and "No space left on device" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    assert 0 < _num_files(str(kept)) < NUM_FILES
+    predict(dataclasses.replace(config, out=str(kept)))
+    _assert_same(str(kept), reference[1])
+
+
+def test_a_store_that_fails_for_a_while(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
+    with started() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        storage.publish_folder(reference[0].data, f"{BUCKET}/images")
+        config = dataclasses.replace(reference[0], data=f"{BUCKET}/images", out=f"{BUCKET}/detections")
+        driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
+        try:
+            _wait_until(lambda: len(storage.list_files(config.out)) > 0.2 * NUM_FILES, driver, output)
+            server.fail("503", 15)
+            assert driver.wait(timeout=250) == 0, output.read_text()
+        finally:
+            _end(driver)
+        assert server.num_refused > 0
+        # Read by another process than the one that wrote, as any user would.
+        _assert_same(config.out, reference[1])
+
+
+@pytest.mark.cluster
+def test_a_lost_node_is_made_up_for(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
+    config = dataclasses.replace(reference[0], out=str(tmp_path / "d"), num_workers=2, cpus_per_worker=1.5)
+    script = """
+        import dataclasses, json, sys, tempfile, threading, time
+        from pathlib import Path
+        import ray
+        from ray.cluster_utils import Cluster
+        from raydet import PredictConfig, predict
+
+        config = PredictConfig(**json.loads(sys.argv[1]))
+        options = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
+        temporary = tempfile.mkdtemp(prefix="rdt")
+        cluster = Cluster(initialize_head=True, head_node_args={**options, "temp_dir": temporary})
+        second = cluster.add_node(**options)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+
+        def remove() -> None:
+            while len(list(Path(config.out).glob("part-*.parquet"))) < int(sys.argv[2]):
+                time.sleep(0.01)
+            cluster.remove_node(second, allow_graceful=False)
+            print("the node is gone", flush=True)
+
+        threading.Thread(target=remove, daemon=True).start()
+        print(predict(config).num_images)
+        print(sum(node["Alive"] for node in ray.nodes()), "node is left")
+        ray.shutdown()
+        cluster.shutdown()
+    """
+    arguments = [json.dumps(dataclasses.asdict(config)), str(int(0.3 * NUM_FILES))]
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=350,
+        env={**os.environ, "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the node is gone" in result.stdout and "1 node is left" in result.stdout, result.stdout
+    _assert_same(config.out, reference[1])

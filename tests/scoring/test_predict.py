@@ -1,0 +1,162 @@
+"""Scoring: one row out for each row in, whatever is in them and however often it is run again."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raydet import EvaluateConfig, PredictConfig, PrepareImagesConfig, UserError, evaluate, predict, prepare_images
+from raydet.images.decode import decode
+from raydet.models.collate import Example, collate
+from raydet.models.geometry import resize
+from raydet.models.loading import build_detector, load_detector
+from raydet.scoring.predict import PredictResult
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import MANIFEST_NAME, Table, TableWriter, open_table
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> str:
+    """A tiny untrained model that knows the classes of the generated pictures."""
+    folder = str(tmp_path_factory.mktemp("checkpoint"))
+    categories = open_table(str(shapes / "val"), "images").categories
+    build_detector("rt_detr_v2_tiny", categories, image_size=64, seed=3).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(
+    tmp_path_factory: pytest.TempPathFactory, shapes: Path, checkpoint: str, ray_cluster: None
+) -> tuple[PredictConfig, PredictResult]:
+    """A finished run over 24 pictures, in four files."""
+    out = str(tmp_path_factory.mktemp("scored") / "d")
+    config = PredictConfig(checkpoint=checkpoint, data=str(shapes / "train"), out=out, batch_size=3, rows_per_file=6)
+    return config, predict(config)
+
+
+def test_every_image_has_its_row_and_the_rows_are_the_model_s(
+    scored: tuple[PredictConfig, PredictResult], checkpoint: str
+) -> None:
+    config, result = scored
+    assert (result.num_images, result.num_errors) == (24, 0)
+    rows = {row["image_id"]: row for row in open_table(result.out, "detections").read().to_pylist()}
+    images = open_table(config.data, "images").read().to_pylist()
+    assert sorted(rows) == sorted(image["image_id"] for image in images)
+    detector = load_detector(checkpoint)
+    for image in images[:6]:
+        pixels = decode(image["image"]["bytes"], max_pixels=10**8)
+        size_hw = (pixels.shape[0], pixels.shape[1])
+        rule = detector.resize_rule
+        resized = resize(pixels, rule.target_size_hw(size_hw), rule.resample)
+        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+        found = detector.predict(collate([Example(0, resized, size_hw, *nothing)]))[0]
+        row = rows[image["image_id"]]["detections"]
+        np.testing.assert_allclose(row["score"], found.scores, atol=1e-5)
+        np.testing.assert_allclose(row["bbox"][:5], found.boxes_xywh[:5], atol=1e-2)
+        assert row["score"] == sorted(row["score"], reverse=True)
+    assert evaluate(EvaluateConfig(truth=config.data, detections=result.out)).result.num_images == 24
+
+
+def test_running_again_does_what_is_left_and_then_nothing(
+    scored: tuple[PredictConfig, PredictResult], tmp_path: Path
+) -> None:
+    config, first = dataclasses.replace(scored[0], out=str(tmp_path / "d")), scored[1]
+    shutil.copytree(first.out, config.out)
+    parts = sorted(Path(config.out).glob("part-*.parquet"))
+    assert len(parts) == 4
+    # As a kill leaves it: some files written, no manifest.
+    (Path(config.out) / MANIFEST_NAME).unlink()
+    for part in parts[:2]:
+        part.unlink()
+    kept = {part: part.stat().st_mtime_ns for part in parts[2:]}
+    # Another number of rows would cut the work anew: the plan of the first run holds.
+    again = predict(dataclasses.replace(config, rows_per_file=9))
+    assert {part: part.stat().st_mtime_ns for part in kept} == kept
+    assert (again.num_images, again.num_detections) == (first.num_images, first.num_detections)
+    ids = open_table(again.out, "detections").read(["image_id"])["image_id"].to_pylist()
+    assert sorted(ids) == list(range(24))
+    assert predict(dataclasses.replace(config, num_workers=2)).already_done
+    with pytest.raises(UserError, match=r"another run \(score_threshold: 0.0 → 0.5\)"):
+        predict(dataclasses.replace(config, score_threshold=0.5))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_awkward_images_in_the_table_and_beside_it_are_all_accounted_for(
+    test_data: Path, shapes: Path, checkpoint: str, tmp_path: Path
+) -> None:
+    """And those that are gone or broken since the table was made keep their rows, with the reason."""
+    folder = tmp_path / "images"
+    shutil.copytree(test_data / "awkward", folder)
+    config = PrepareImagesConfig(images=str(folder), out=str(tmp_path / "inline"), image_storage="inline")
+    inline = prepare_images(config)
+    assert inline.accepted + inline.rejected == inline.found == 29
+    for number, row in enumerate(open_table(str(shapes / "val"), "images").read().to_pylist()):
+        (folder / f"{number}.png").write_bytes(row["image"]["bytes"])
+    config = dataclasses.replace(config, out=str(tmp_path / "beside"), image_storage="reference")
+    beside = prepare_images(config)
+    assert beside.accepted == inline.accepted + 10 and beside.accepted + beside.rejected == beside.found == 39
+    (folder / "3.png").unlink()
+    (folder / "4.png").write_bytes(b"\x89PNG broken")
+    rows = [
+        row for name in ("inline", "beside") for row in open_table(str(tmp_path / name), "images").read().to_pylist()
+    ]
+    with TableWriter(str(tmp_path / "both"), build_schema("images"), config_hash="x") as writer:
+        writer.write_rows([{**row, "image_id": number} for number, row in enumerate(rows)])
+
+    result = predict(PredictConfig(checkpoint=checkpoint, data=str(tmp_path / "both"), out=str(tmp_path / "d")))
+    assert (result.num_images, result.num_errors) == (inline.accepted + beside.accepted, 2)
+    found = open_table(result.out, "detections").read().to_pylist()
+    assert sorted(row["image_id"] for row in found) == list(range(len(rows)))
+    by_name = {row["path"].rpartition("/")[2]: row for row in found if row["image_id"] >= inline.accepted}
+    assert by_name["3.png"]["error"] == "the file is not there any more"
+    assert by_name["4.png"]["error"] and not by_name["4.png"]["detections"]["score"]
+    assert by_name["5.png"]["error"] is None and by_name["5.png"]["detections"]["score"]
+
+
+@pytest.mark.parametrize("case", ["no folder", "no model", "no weights", "no table", "other version", "other files"])
+def test_mistakes_are_found_before_anything_is_written(
+    shapes: Path, checkpoint: str, tmp_path: Path, case: str
+) -> None:
+    data, model, out = str(shapes / "val"), checkpoint, tmp_path / "d"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    if case == "no folder":
+        model, message = str(tmp_path / "absent"), "no such checkpoint"
+    elif case == "no model":
+        model, message = str(empty), "holds no model"
+    elif case == "no weights":
+        (empty / "config.json").write_text('{"model_type": "detr"}')
+        model, message = str(empty), "no model weights"
+    elif case == "no table":
+        data, message = str(tmp_path / "absent"), "no such path"
+    elif case == "other version":
+        data, message = str(_of_another_version(open_table(data, "images"), tmp_path / "old")), "schema version 0"
+    else:
+        out.mkdir()
+        (out / "letter.txt").write_text("dear")
+        message = "no detections of raydet"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message) as error:
+        predict(PredictConfig(checkpoint=model, data=data, out=str(out)))
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _of_another_version(table: Table, folder: Path) -> Path:
+    folder.mkdir()
+    for name in table.files:
+        pq.write_table(pq.read_table(Path(table.uri) / name), folder / name)
+    (folder / MANIFEST_NAME).write_text(json.dumps({**table.manifest, "schema_version": 0}))
+    return folder
+
+
+def test_categories_of_a_checkpoint_are_read_without_torch(checkpoint: str) -> None:
+    from raydet.models.checkpoints import read_checkpoint
+
+    found = read_checkpoint(checkpoint)
+    assert found.model_type == "rt_detr_v2" and len(found.categories) == 3
+    assert all(isinstance(category, Category) for category in found.categories)

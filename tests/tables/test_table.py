@@ -1,0 +1,102 @@
+"""Tables: whole or refused, with their classes and their version."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raydet.common.errors import UserError
+from raydet.tables import storage
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import MANIFEST_NAME, TableWriter, is_table, open_table
+
+CATEGORIES = (Category(3, "cat"), Category(7, "dog"))
+
+
+def _row(image_id: int, size: int = 10) -> dict[str, object]:
+    return {
+        "image_id": image_id,
+        "image": {"bytes": bytes(size), "path": f"{image_id}.jpg"},
+        "width": 4,
+        "height": 3,
+        "objects": {"id": [1], "bbox": [[0.0, 0.5, 1.0, 2.0]], "category": [1], "area": [2.0], "iscrowd": [False]},
+    }
+
+
+def _write(path: Path, num_rows: int = 3) -> str:
+    uri = str(path)
+    with TableWriter(uri, build_schema("images", CATEGORIES), config_hash="abc") as writer:
+        writer.write_rows([_row(image_id) for image_id in range(num_rows)])
+    return uri
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    table = open_table(_write(tmp_path / "t"), "images")
+    assert table.categories == CATEGORIES
+    assert table.num_rows == 3
+    assert table.read().to_pylist() == [_row(image_id) for image_id in range(3)]
+
+
+def test_large_rows_make_several_row_groups_and_files(tmp_path: Path) -> None:
+    with TableWriter(
+        str(tmp_path / "t"), build_schema("images", CATEGORIES), config_hash="abc", file_bytes=40 * 2**20
+    ) as writer:
+        for image_id in range(12):
+            writer.write_rows([_row(image_id, size=9 * 2**20)])
+    table = open_table(str(tmp_path / "t"), "images")
+    groups = table.row_groups()
+    assert len(table.files) >= 2 and len(groups) == 6 and sum(group.num_rows for group in groups) == 12
+    ids = [
+        image_id for group in groups for image_id in table.read_row_group(group, ["image_id"])["image_id"].to_pylist()
+    ]
+    assert ids == list(range(12))
+
+
+def test_a_writer_that_fails_leaves_no_table(tmp_path: Path) -> None:
+    def fail() -> None:
+        with TableWriter(str(tmp_path / "t"), build_schema("images", CATEGORIES), config_hash="abc") as writer:
+            writer.write_rows([_row(0)])
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    assert not is_table(str(tmp_path / "t"))
+    with pytest.raises(UserError, match="did not finish"):
+        open_table(str(tmp_path / "t"), "images")
+
+
+def test_an_empty_table_keeps_its_schema(tmp_path: Path) -> None:
+    table = open_table(_write(tmp_path / "t", num_rows=0), "images")
+    assert table.num_rows == 0 and table.categories == CATEGORIES
+
+
+def test_refuses_other_versions_other_kinds_and_what_is_no_table(tmp_path: Path) -> None:
+    uri = _write(tmp_path / "t")
+    with pytest.raises(UserError, match="expected a table of detections"):
+        open_table(uri, "detections")
+    with pytest.raises(UserError, match="no such table"):
+        open_table(str(tmp_path / "absent"), "images")
+    manifest = json.loads((tmp_path / "t" / MANIFEST_NAME).read_text())
+    (tmp_path / "t" / MANIFEST_NAME).write_text(json.dumps({**manifest, "schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99"):
+        open_table(uri, "images")
+    (tmp_path / "t" / MANIFEST_NAME).write_text(json.dumps(manifest))
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "t" / "part-00000.parquet")
+    with pytest.raises(UserError, match="is not a raydet table"):
+        open_table(uri, "images")
+
+
+def test_published_folders_replace_the_old_one_and_recover_from_a_kill(tmp_path: Path) -> None:
+    for number in (1, 2):
+        source = tmp_path / f"source{number}"
+        source.mkdir()
+        (source / f"file{number}").write_text("x")
+        storage.publish_folder(str(source), str(tmp_path / "target"))
+    assert storage.list_files(str(tmp_path / "target")) == ["file2"]
+    (tmp_path / "target").rename(tmp_path / ".target.previous")
+    (tmp_path / ".target.partial").mkdir()
+    storage.recover_folder(str(tmp_path / "target"))
+    assert storage.list_files(str(tmp_path / "target")) == ["file2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source1", "source2", "target"]

@@ -1,0 +1,290 @@
+"""The stream of a run: the same micro-batches and the same pixels for any number of workers."""
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from ray.data import ExecutionResources
+
+from raydet.cluster.session import Resources, cpus_for_tasks
+from raydet.config import DEFAULT_MAX_PIXELS
+from raydet.models.geometry import ResizeRule
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import Table, TableWriter, open_table
+from raydet.training import stream
+from raydet.training.ordering import MicroBatch, RunPlan, scale_choice
+from raydet.training.stream import Preparation, ReadyImage, micro_batches, run_stream
+from tests.nodes import wait_until
+
+RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
+
+
+def _plan(train: Table, val: Table, **changes: float) -> RunPlan:
+    values: dict[str, Any] = {
+        "batch_size": 5,
+        "accumulate": 1,
+        "epochs": 2,
+        "seed": 1,
+        "window_bytes": 2**20,
+        "validate_every": 1,
+        "validate_batch_size": 4,
+    }
+    groups = tuple((group.num_rows, group.num_bytes) for group in train.row_groups())
+    return RunPlan(train_groups=groups, num_val=val.num_rows, **{**values, **changes})
+
+
+def _preparation(**changes: Any) -> Preparation:
+    values: dict[str, Any] = {
+        "augmentation": "light",
+        "plain_from_epoch": 9,
+        "resize_rule": RULE,
+        "max_pixels": DEFAULT_MAX_PIXELS,
+        "seed": 1,
+    }
+    return Preparation(**{**values, **changes})
+
+
+def _read(
+    train: Table,
+    val: Table,
+    plan: RunPlan,
+    world_size: int,
+    *,
+    reserved_cpus: float = 0.5,
+    cpus_per_task: float = 0.5,
+    **start: int,
+) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
+    """What each rank gets; the ranks read side by side, as the workers of a training do.
+
+    Flips differ from image to image as every augmentation does, and need no package that takes each process seconds to
+    import.
+    """
+    iterators = run_stream(
+        plan,
+        train=train,
+        val=val,
+        preparation=_preparation(augmentation="flip"),
+        world_size=world_size,
+        start_epoch=start.get("start_epoch", 0),
+        start_step=start.get("start_step", 0),
+        reserved=ExecutionResources(cpu=reserved_cpus),
+        cpus_per_task=cpus_per_task,
+    )
+    received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in iterators]
+
+    def read(rank: int) -> None:
+        for key, images in micro_batches(iterators[rank]):
+            # The pixels are only lent: keep a copy.
+            received[rank].append((key, [_copy(image) for image in images]))
+
+    threads = [threading.Thread(target=read, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=250)
+        assert not thread.is_alive(), "the stream hangs"
+    return received
+
+
+def _copy(image: ReadyImage) -> ReadyImage:
+    pixels = None if image.image is None else image.image.copy()
+    return ReadyImage(**{**vars(image), "image": pixels})
+
+
+def _steps(received: list[list[tuple[MicroBatch, list[ReadyImage]]]]) -> dict[tuple[str, int, int], list[str]]:
+    """The images of each global step, as digests of everything about them, in the order of the plan."""
+    steps: dict[tuple[str, int, int], list[tuple[int, int, list[str]]]] = {}
+    for rank, part in enumerate(received):
+        for key, images in part:
+            assert key.rank == rank
+            step = 0 if key.kind == "validate" else key.step
+            place = (key.step, rank) if key.kind == "validate" else (rank, key.part)
+            steps.setdefault((key.kind, key.epoch, step), []).append((*place, [_digest(image) for image in images]))
+    return {key: [digest for *_, images in sorted(parts) for digest in images] for key, parts in steps.items()}
+
+
+def _digest(image: ReadyImage) -> str:
+    content = [image.image_id, image.error, image.boxes_cxcywh.tolist(), image.labels.tolist(), image.objects]
+    pixels = b"" if image.image is None else image.image.tobytes()
+    return f"{image.image_id}:{hashlib.sha256(repr(content).encode() + pixels).hexdigest()}"
+
+
+@pytest.fixture(scope="module")
+def one_worker(shapes: Path, ray_cluster: None) -> dict[tuple[str, int, int], list[str]]:
+    """The global steps of a run of one worker."""
+    train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
+    return _steps(_read(train, val, _plan(train, val), 1))
+
+
+@ray.remote(num_cpus=2)
+class _Holder:
+    """Holds all CPUs of the session, as workers may."""
+
+    def is_there(self) -> bool:
+        return True
+
+
+@pytest.mark.slow
+def test_images_come_to_workers_that_hold_all_cpus(
+    shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
+) -> None:
+    train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
+    resources = Resources(num_gpus=0, use_gpu=False, cpus_per_worker=2, cpus_per_task=0.5)
+    holder = _Holder.remote()  # type: ignore[attr-defined]
+    assert ray.get(holder.is_there.remote())
+    try:
+        wait_until(lambda: cpus_for_tasks(resources) == 0, lambda: "CPUs seem free that are held", timeout_s=30)
+        received = _read(train, val, _plan(train, val), 1, reserved_cpus=2, cpus_per_task=0)
+    finally:
+        ray.kill(holder)
+    assert _steps(received) == one_worker
+
+
+def test_the_global_steps_do_not_depend_on_the_workers(
+    shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
+) -> None:
+    train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
+    one, two = one_worker, _steps(_read(train, val, _plan(train, val), 2))
+    assert one == two
+    for epoch in range(2):
+        ids = [digest.split(":")[0] for key, images in one.items() if key[:2] == ("train", epoch) for digest in images]
+        assert sorted(ids, key=int) == [str(number) for number in range(24)]
+        validated = one["validate", epoch, 0]
+        assert [digest.split(":")[0] for digest in validated] == [str(number) for number in range(10)]
+    assert one["validate", 0, 0] == one["validate", 1, 0]
+
+
+def test_starting_in_the_middle_gives_the_rest_in_parts_too(
+    shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
+) -> None:
+    train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
+    rest = _steps(_read(train, val, _plan(train, val, accumulate=2), 2, start_epoch=1, start_step=2))
+    assert rest == {key: one_worker[key] for key in rest}
+    assert min(key[2] for key in rest if key[0] == "train") == 2
+
+
+def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, shapes: Path) -> None:
+    """Mosaics, mixups and sizes in the first epoch, none in the second; one image, a partner of many, is broken."""
+    val = open_table(str(shapes / "val"), "images")
+    rows = open_table(str(shapes / "train"), "images").read().to_pylist()
+    rows[7]["image"]["bytes"] = b"no image"
+    categories = tuple(Category(number, str(number)) for number in range(3))
+    with TableWriter(str(tmp_path / "t"), build_schema("images", categories), config_hash="x") as writer:
+        writer.write_rows([{name: row[name] for name in writer_columns()} for row in rows])
+    train = open_table(str(tmp_path / "t"), "images")
+    plan = _plan(train, val, validate_fraction=0.5)
+    rules = (RULE, ResizeRule(mode="fixed", size_hw=(40, 40)), ResizeRule(mode="fixed", size_hw=(64, 56)))
+    preparation = _preparation(augmentation="strong", plain_from_epoch=1, resize_rules=rules)
+    received = _prepared_run(train, val, plan, 3, preparation)
+    mixed = _steps(received)
+    assert mixed == _steps(_prepared_run(train, val, plan, 1, preparation))
+    assert [digest.split(":")[0] for digest in mixed["validate", 0, 0]] == ["0", "2", "4", "6", "8"]
+    found: dict[int, int] = {}
+    sizes = set()
+    for key, image in ((key, image) for rank in received for key, batch in rank for image in batch):
+        is_mixed = key.kind == "train" and key.epoch == 0
+        rule = rules[scale_choice(1, 0, key.step, 3)] if is_mixed else RULE
+        if image.image is None:
+            assert image.image_id == rows[7]["image_id"] and "not an image" in str(image.error)
+            continue
+        assert image.image.shape[:2] == rule.size_hw
+        sizes.add(rule.size_hw)
+        if key.kind == "train":
+            found[key.epoch] = found.get(key.epoch, 0) + len(image.labels)
+    num_objects = sum(len(row["objects"]["id"]) for row in rows) - len(rows[7]["objects"]["id"])
+    assert found[1] == num_objects and found[0] > num_objects * 1.3
+    assert len(sizes) == 3
+
+
+def _prepared_run(
+    train: Table, val: Table, plan: RunPlan, world_size: int, preparation: Preparation
+) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
+    """What each rank gets, as the tasks of the stream make it, in this process."""
+    tables = {"train": train, "validate": val}
+    groups = {kind: table.row_groups() for kind, table in tables.items()}
+    source = stream._Source(plan, tables, groups, world_size, preparation)
+    received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in range(world_size)]
+    for segment in plan.segments():
+        for block in stream._encoded(source, segment):
+            key, images = stream._received(stream._prepare_micro_batch(block, preparation))
+            received[key.rank].append((key, images))
+    return received
+
+
+def test_partners_that_cannot_be_read_are_left_out(shapes: Path) -> None:
+    """A mosaic whose partners are all broken is none; with one of three broken it is another than with three."""
+    rows = open_table(str(shapes / "train"), "images").read(writer_columns()).to_pylist()[:4]
+    broken = {**rows[1], "image": {"bytes": b"", "path": "x.jpg"}}
+    alone, without, all_three, two = (
+        _prepared({**rows[0], "mosaic": partners, "mixup": []})
+        for partners in ([], [broken] * 3, rows[1:], [broken, *rows[2:]])
+    )
+    assert alone == without
+    assert len({alone["pixels"], two["pixels"], all_three["pixels"]}) == 3
+    assert two == _prepared({**rows[0], "mosaic": rows[2:], "mixup": []})
+    assert two["error"] is None
+
+
+def test_crowds_are_augmented_along_but_not_learnt(shapes: Path) -> None:
+    row = open_table(str(shapes / "train"), "images").read(writer_columns()).to_pylist()[0]
+    row["objects"] = {
+        "id": [3, 4, 5],
+        "bbox": [[1.0, 2, 20, 30], [0, 0, 64, 64], [30, 30, 16, 16]],
+        "category": [2, 1, 0],
+        "area": [600.0, 4096.0, 100.0],
+        "iscrowd": [False, True, False],
+    }
+    for augmentation in ("none", "flip", [{"VerticalFlip": {"p": 1.0}}]):
+        assert list(_prepared(row, augmentation=augmentation)["labels"]) == [2, 0]
+    flipped = np.array(_prepared(row, augmentation=[{"VerticalFlip": {"p": 1.0}}])["boxes"]).reshape(-1, 4)
+    np.testing.assert_allclose(flipped[1], [38 / 64, 26 / 64, 16 / 64, 16 / 64], rtol=1e-5)
+
+
+def _prepared(row: dict[str, Any], *, augmentation: Any = "strong") -> dict[str, Any]:
+    """One image as a decode task makes it, comparable."""
+    block = pa.Table.from_pylist(
+        [{"kind": "train", "epoch": 0, "step": 0, "part": 0, "rank": 0, "images": [row]}], schema=stream._ENCODED_SCHEMA
+    )
+    ready = stream._prepare_micro_batch(block, _preparation(augmentation=augmentation))
+    images: list[dict[str, Any]] = ready["images"][0].as_py()
+    return images[0]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_path: Path, shapes: Path) -> None:
+    good = open_table(str(shapes / "train"), "images").read().to_pylist()[:3]
+    good[0]["objects"] = {
+        "id": [1, 2],
+        "bbox": [[1.0, 2, 20, 30], [0, 0, 64, 64]],
+        "category": [2, 1],
+        "area": [600.0, 4096.0],
+        "iscrowd": [False, True],
+    }
+    good[1]["image"]["bytes"] = b"no image"
+    good[2]["image"] = {"bytes": None, "path": str(tmp_path / "gone.png")}
+    categories = tuple(Category(number, str(number)) for number in range(3))
+    with TableWriter(str(tmp_path / "t"), build_schema("images", categories), config_hash="x") as writer:
+        writer.write_rows([{name: row[name] for name in writer_columns()} for row in good])
+    table = open_table(str(tmp_path / "t"), "images")
+    received = _read(table, table, _plan(table, table, epochs=1), 2)
+    images = {(key.kind, image.image_id): image for rank in received for key, batch in rank for image in batch}
+    ids = [row["image_id"] for row in good]
+    assert images["train", ids[0]].labels.tolist() == [2]
+    pixels = images["train", ids[0]].image
+    assert pixels is not None and pixels.shape == (32, 48, 3)
+    assert images["validate", ids[0]].truth().iscrowd.tolist() == [False, True]
+    assert "not an image" in str(images["validate", ids[1]].error) and images["train", ids[1]].image is None
+    assert images["train", ids[2]].error == "the file is not there any more"
+    np.testing.assert_array_equal(
+        images["validate", ids[1]].truth().boxes_xywh, np.array(good[1]["objects"]["bbox"]).reshape(-1, 4)
+    )
+
+
+def writer_columns() -> list[str]:
+    """The columns that every images table has."""
+    return ["image_id", "image", "width", "height", "objects"]

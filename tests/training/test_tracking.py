@@ -1,0 +1,281 @@
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from raydet.common.errors import UserError
+from raydet.tables import storage
+from raydet.training.tracking.trackers import RunTracker, check_trackers, scalars_of, without_secrets
+
+SECRET = "s3cr3t-value-of-a-key"
+CONFIG: dict[str, Any] = {
+    "model": "rt_detr_v2_small",
+    "epochs": 3,
+    "train_data": f"s3://user:{SECRET}@bucket/train",
+    "augmentation": [{"HorizontalFlip": {"p": 0.5}}],
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "WANDB_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SOME_API_KEY", SECRET)
+
+
+def picture(colour: int = 200) -> npt.NDArray[np.uint8]:
+    made = np.zeros((40, 60, 3), np.uint8)
+    made[:, 30:] = colour
+    return made
+
+
+def read_events(folder: str) -> Iterator[Any]:
+    """The events of all files of a folder (or URI), in the order in which TensorBoard reads them."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for name in storage.list_files(folder):
+        content, position = storage.read_bytes(f"{folder}/{name}"), 0
+        while position < len(content):
+            (length,) = struct.unpack_from("<Q", content, position)
+            yield Event.FromString(content[position + 12 : position + 12 + length])
+            position += 12 + length + 4
+
+
+def shown(folder: str) -> dict[str, list[tuple[int, Any]]]:
+    """Tag → steps and values, after a start of a session has hidden what was logged of its step and later ones."""
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for event in read_events(folder):
+        if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+            found = {tag: [entry for entry in entries if entry[0] < event.step] for tag, entries in found.items()}
+        for value in event.summary.value:
+            content = value.image if value.HasField("image") else value.simple_value
+            found.setdefault(value.tag, []).append((event.step, content))
+    return found
+
+
+def everything_below(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_an_entry_of_the_history_becomes_tags_in_groups() -> None:
+    entry = {
+        "epoch": 2,
+        "loss": 1.5,
+        "losses": {"loss_bbox": 0.5, "loss_vfl": 1.0},
+        "learning_rate": 1e-4,
+        "images_per_s": 80.0,
+        "seconds": 10.0,
+        "step_s": {"data": 0.1, "compute": 0.2},
+        "AP": 0.25,
+        "APs": None,
+        "AP_by_class": {"cat": 0.5, "dog": None, "bus/coach": 0.1},
+        "validation_s": 3,
+        "validation_unreadable": 0,
+        "is_best": True,
+        "note": "text",
+        "nothing": None,
+    }
+    assert scalars_of(entry) == {
+        "train/epoch": 2.0,
+        "train/loss": 1.5,
+        "train/loss_bbox": 0.5,
+        "train/loss_vfl": 1.0,
+        "train/learning_rate": 1e-4,
+        "time/images_per_s": 80.0,
+        "time/seconds": 10.0,
+        "time/step_data_s": 0.1,
+        "time/step_compute_s": 0.2,
+        "validation/AP": 0.25,
+        "AP_by_class/cat": 0.5,
+        "AP_by_class/bus_coach": 0.1,
+        "time/validation_s": 3.0,
+        "validation/unreadable": 0.0,
+    }
+
+
+def test_secrets_are_replaced_and_nothing_else() -> None:
+    config = {
+        "api_key": "abc",
+        "token": None,
+        "nested": [{"hub_token": "abc", "path": f"/data/{SECRET}/x"}],
+        "uri": "https://user:pw@host/a?X-Amz-Signature=abc&part=2",
+        "model": "hf_abcdefghijklmnopqrstuvwxyz",
+        "tokenizer": "kept",
+        "epochs": 3,
+        "data": "s3://bucket/train",
+    }
+    assert without_secrets(config) == {
+        "api_key": "***",
+        "token": None,
+        "nested": [{"hub_token": "***", "path": "/data/***/x"}],
+        "uri": "https://host/a?X-Amz-Signature=***&part=2",
+        "model": "***",
+        "tokenizer": "kept",
+        "epochs": 3,
+        "data": "s3://bucket/train",
+    }
+
+
+def test_a_tracker_that_is_not_there_is_told_of_without_importing_any(tmp_path: Path) -> None:
+    check_trackers([])
+    check_trackers(["mlflow", "wandb"])
+    with pytest.raises(UserError, match="neptune is not known; there are mlflow, wandb"):
+        check_trackers(["neptune"])
+    (tmp_path / "wandb").mkdir()  # such a folder is what W&B leaves; Python takes it for a package
+    code = (
+        "import sys; from raydet.training.tracking.trackers import check_trackers, RunTracker, UserError\n"
+        f"sys.path[:] = [{str(tmp_path)!r}]\n"
+        "try: check_trackers(['wandb'])\n"
+        "except UserError as error: print(error)\n"
+        "print(sorted({'mlflow', 'wandb', 'tensorboardX', 'torch', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "trackers: wandb not installed; install with: pip install 'raydet[wandb]'",
+        "[]",
+    ]
+
+
+def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path: Path) -> None:
+    folder = str(tmp_path / "log" / "tensorboard")
+    first = RunTracker(str(tmp_path), [], CONFIG, start_step=0)
+    for step in (1, 2, 3):
+        first.scalars(step, {"train/loss": 1 / step, "train/rate": step * 10.0})
+    first.images(2, {"validation/7": picture(90)})
+    first.images(3, {"validation/7": picture(90)})
+    first.flush()  # and no close: the process was killed, its last state was that after step 2
+    assert [step for step, _ in shown(folder)["train/loss"]] == [1, 2, 3]
+
+    second = RunTracker(str(tmp_path), [], CONFIG, start_step=2)
+    second.scalars(3, {"train/loss": 7.0})
+    second.scalars(4, {"train/loss": 8.0})
+    second.images(4, {"validation/7": picture(200)})
+    second.close()
+    assert len(storage.list_files(folder)) == 2
+    found = shown(folder)
+    assert found["train/loss"] == [(1, 1.0), (2, 0.5), (3, 7.0), (4, 8.0)]
+    assert found["train/rate"] == [(1, 10.0), (2, 20.0)]
+    assert [step for step, _ in found["validation/7"]] == [2, 4]
+    image = found["validation/7"][1][1]
+    assert (image.height, image.width) == (40, 60)
+    decoded = np.asarray(Image.open(BytesIO(image.encoded_image_string)))
+    np.testing.assert_allclose(decoded, picture(200), atol=12)
+    assert b"rt_detr_v2_small" in everything_below(tmp_path)
+    assert SECRET.encode() not in everything_below(tmp_path)
+
+
+def test_what_is_logged_arrives_at_a_uri_with_each_flush() -> None:
+    out = "memory://tracked/run"
+    folder = f"{out}/log/tensorboard"
+    tracker = RunTracker(out, [], CONFIG, start_step=0)
+    tracker.scalars(1, {"train/loss": 0.5})
+    tracker.flush()
+    assert shown(folder)["train/loss"] == [(1, 0.5)]
+    tracker.scalars(2, {"train/loss": 0.25})
+    tracker.close()
+    assert shown(folder)["train/loss"] == [(1, 0.5), (2, 0.25)]
+    resumed = RunTracker(out, [], CONFIG, start_step=1)
+    resumed.scalars(2, {"train/loss": 0.125})
+    resumed.close()
+    assert shown(folder)["train/loss"] == [(1, 0.5), (2, 0.125)]
+
+
+def test_a_place_that_cannot_be_written_is_told_of_once(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("a file where a folder should be")
+    warnings: list[str] = []
+    tracker = RunTracker(str(tmp_path), [], CONFIG, start_step=0, warn=warnings.append)
+    tracker.scalars(1, {"train/loss": 0.5})
+    tracker.images(1, {"validation/7": picture()})
+    tracker.flush()
+    tracker.close()
+    assert len(warnings) == 1 and "tensorboard" in warnings[0] and "training goes on" in warnings[0]
+
+
+def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
+    out, folder = str(tmp_path / "my-run"), tmp_path / "my-run" / "log" / "mlflow"
+    first = RunTracker(out, ["mlflow"], CONFIG, start_step=0)
+    first.scalars(1, {"train/loss": 0.5, "AP_by_class/traffic: light": 0.25})
+    first.images(1, {"validation/7": picture()})
+    first.flush()
+
+    warnings: list[str] = []
+    second = RunTracker(out, ["mlflow"], CONFIG | {"epochs": 5}, start_step=1, warn=warnings.append)
+    second.scalars(2, {"train/loss": 0.25})
+    shutil.move(folder, tmp_path / "gone")  # as a server that is down for a while
+    second.flush()
+    second.scalars(3, {"train/loss": 0.125})
+    second.flush()
+    assert len(warnings) == 1 and warnings[0].startswith("mlflow cannot be written")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.move(tmp_path / "gone", folder)
+    second.close()
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(folder.as_uri())
+    experiment = client.get_experiment_by_name("raydet")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("my-run", "FINISHED")
+    assert run.info.run_id == json.loads((folder.parent / "trackers.json").read_text())["mlflow"]
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    assert run.data.metrics["AP_by_class/traffic_ light"] == 0.25
+    assert run.data.params["epochs"] == "3" and run.data.tags["epochs from step 1"] == "5"
+    assert run.data.params["train_data"] == "s3://bucket/train"
+    assert [Path(item.path).suffix for item in client.list_artifacts(run.info.run_id, "images")] == [".webp", ".png"]
+    assert SECRET.encode() not in everything_below(tmp_path)
+
+
+def test_mlflow_files_at_a_uri_are_taken_up_again() -> None:
+    out = "memory://tracked/mlflow-run"
+    first = RunTracker(out, ["mlflow"], CONFIG, start_step=0)
+    first.images(1, {"validation/7": picture()})
+    first.close()
+    for start_step in (1, 2):
+        tracker = RunTracker(out, ["mlflow"], CONFIG, start_step=start_step)
+        tracker.scalars(start_step + 1, {"train/loss": 0.5})
+        tracker.close()
+    names = storage.list_files(f"{out}/log/mlflow", recursive=True)
+    (run_id,) = {name.split("/")[1] for name in names if name.count("/") > 1}
+    assert json.loads(storage.read_bytes(f"{out}/log/trackers.json")) == {"mlflow": run_id}
+    assert len([name for name in names if name.endswith(".png")]) == 1
+    (losses,) = [name for name in names if name.endswith("metrics/train/loss")]
+    lines = storage.read_bytes(f"{out}/log/mlflow/{losses}").decode().splitlines()
+    assert [line.split()[1:] for line in lines] == [["0.5", "2"], ["0.5", "3"]]
+
+
+def test_wandb_without_a_key_is_logged_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "my-run"
+    warnings: list[str] = []
+    for start_step in (0, 1):
+        tracker = RunTracker(str(out), ["wandb"], CONFIG, start_step=start_step, warn=warnings.append)
+        tracker.scalars(start_step + 1, {"train/loss": 0.5})
+        tracker.images(start_step + 1, {"validation/7": picture()})
+        tracker.close()
+        monkeypatch.setenv("WANDB_API_KEY", key := "0123456789abcdef" * 3)
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    assert warnings == []
+    run_id = json.loads((out / "log" / "trackers.json").read_text())["wandb"]
+    files = sorted((out / "log" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+    assert len(files) == 2
+    for file in files:
+        content = file.read_bytes()
+        assert b"rt_detr_v2_small" in content and b"train/loss" in content
+        assert len(list(file.parent.glob("files/media/images/validation/*.png"))) == 1
+    assert SECRET.encode() not in everything_below(tmp_path)
+    assert key.encode() not in everything_below(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["my-run"]

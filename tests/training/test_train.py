@@ -1,0 +1,222 @@
+"""Training on generated pictures: what it leaves behind, going on after a kill, one worker and two."""
+
+import dataclasses
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+
+from raydet import TrainConfig, UserError, train
+from raydet.common.boxes import Boxes, xywh_to_xyxy
+from raydet.models.checkpoints import STATES_FOLDER
+from raydet.models.collate import Example, collate
+from raydet.models.detector import Detections
+from raydet.models.geometry import resize
+from raydet.models.loading import build_detector, load_detector
+from raydet.tables.table import open_table
+from raydet.training.train import TrainResult
+
+
+def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "train_data": str(shapes / "train"),
+        "val_data": str(shapes / "val"),
+        "out": str(out),
+        "model": "rt_detr_v2_tiny",
+        "image_size": 64,
+        "epochs": 6,
+        "batch_size": 6,
+        "validate_batch_size": 4,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.9,
+        "augmentation": "flip",
+        "threads_per_worker": 1,
+        "checkpoint_every_steps": 3,
+        "log_images": 2,
+    }
+    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+Trained = tuple[TrainConfig, TrainResult, str]
+"""A run's config, its result, and the hash of its best weights."""
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Trained:
+    """A finished run of six epochs."""
+    config = _config(shapes, tmp_path_factory.mktemp("run") / "a")
+    result = train(config)
+    return config, result, _weights_hash(result.checkpoint)
+
+
+def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
+    config, result, _ = trained
+    assert result.out == config.out and result.checkpoint == f"{config.out}/checkpoint"
+    model = AutoModelForObjectDetection.from_pretrained(result.checkpoint)
+    AutoImageProcessor.from_pretrained(result.checkpoint)
+    assert list(model.config.id2label.values()) == [c.name for c in open_table(config.val_data, "images").categories]
+    assert [entry["epoch"] for entry in result.history] == [1, 2, 3, 4, 5, 6]
+    for entry in result.history:
+        assert entry["loss"] == pytest.approx(sum(entry["losses"].values()))
+        assert {"loss_vfl", "loss_bbox", "loss_giou"} <= set(entry["losses"])
+        assert entry["unreadable"] == 0 and entry["images_per_s"] > 0
+        assert 0 <= entry["AP"] <= 1 and len(entry["AP_by_class"]) == 3
+        assert set(entry["step_s"]) == {"data", "compute", "communication"} and entry["step_s"]["communication"] < 0.1
+        assert entry["peak_memory_mb"] > 100
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert Path(config.out, "config.yaml").is_file() and Path(config.out, "log", "ray.log").exists() is False
+    assert Path(config.out, "last", "model.safetensors").is_file()
+    # Four steps an epoch: a state after the third of the last epoch, and one at its end.
+    assert sorted(path.name for path in Path(config.out, STATES_FOLDER).iterdir()) == [
+        "00005-0000003.pt",
+        "00006-0000000.pt",
+    ]
+    assert list(Path(config.out, "log", "tensorboard").glob("events.*"))
+
+
+def test_the_checkpoint_gives_the_same_boxes_without_raydet(trained: Trained) -> None:
+    config, result, _ = trained
+    rows = open_table(config.val_data, "images").read().to_pylist()
+    detector = load_detector(result.checkpoint)
+    model = AutoModelForObjectDetection.from_pretrained(result.checkpoint).eval()
+    processor = AutoImageProcessor.from_pretrained(result.checkpoint)
+    detect = pipeline("object-detection", model=model, image_processor=processor)
+    for row in rows[:5]:
+        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        size_hw = (image.height, image.width)
+        pixels = resize(np.asarray(image), detector.resize_rule.target_size_hw(size_hw), detector.resize_rule.resample)
+        example = Example(0, pixels, size_hw, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+        own = detector.predict(collate([example]))[0]
+        with torch.inference_mode():
+            outputs = model(**processor(images=image, return_tensors="pt"))
+        plain = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[size_hw])[0]
+        own_xyxy = xywh_to_xyxy(own.boxes_xywh)
+        assert len(plain["scores"]) == len(own.scores) > 0
+        np.testing.assert_allclose(plain["scores"].sort(descending=True).values, own.scores, atol=1e-3)
+        for score, label, box in zip(plain["scores"], plain["labels"], plain["boxes"], strict=True):
+            assert _is_there(own, own_xyxy, float(score), int(label), box.numpy(), tolerance_px=0.5)
+        for found in detect(image, threshold=0.01):
+            label = model.config.label2id[found["label"]]
+            box = np.array([found["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")])
+            assert _is_there(own, own_xyxy, found["score"], label, box, tolerance_px=1.0)
+
+
+def _is_there(
+    own: Detections, own_xyxy: Boxes, score: float, label: int, box_xyxy: Boxes, *, tolerance_px: float
+) -> bool:
+    near = np.abs(own_xyxy - box_xyxy).max(axis=1) <= tolerance_px
+    return bool((near & (np.abs(own.scores - score) <= 1e-3) & (own.categories == label)).any())
+
+
+def test_a_finished_run_says_so_and_another_run_is_refused(trained: Trained) -> None:
+    config, result, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
+    again = train(dataclasses.replace(config, num_workers=2))
+    assert again.already_done and again.history == result.history
+    assert "nothing to do" in again.lines()[0]
+    with pytest.raises(UserError, match=r"already holds another run \(learning_rate: 0.001 → 0.002\)"):
+        train(dataclasses.replace(config, learning_rate=2e-3))
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_two_workers_go_on_where_one_stopped(trained: Trained) -> None:
+    config, result, _ = trained
+    more = train(dataclasses.replace(config, epochs=7, num_workers=2))
+    assert more.history[:6] == result.history
+    assert more.history[6]["epoch"] == 7 and more.history[6]["AP"] is not None
+    assert more.history[6]["loss"] < result.history[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path, tmp_path: Path) -> None:
+    # 24 images in steps of 23: the last step has one image for two workers with two parts each.
+    config = _config(
+        shapes,
+        tmp_path / "run",
+        model="detr_tiny",
+        epochs=3,
+        batch_size=23,
+        accumulate=2,
+        num_workers=2,
+        precision="bf16",
+        augmentation="strong",
+        close_mosaic=1,
+        multi_scale=[64, 96],
+        freeze_backbone="all",
+        unfreeze_epoch=2,
+        batch_norm="sync",
+        gradient_checkpointing=True,
+        validate_every=2,
+        validate_fraction=0.5,
+        metric_for_best_model="AP:ellipse",
+        schedule="one_cycle",
+    )
+    result = train(config)
+    assert [entry["AP"] is None if "AP" in entry else "not validated" for entry in result.history] == [
+        "not validated",
+        False,
+        False,
+    ]
+    assert all(0 < entry["loss"] < 100 for entry in result.history)
+    assert all(entry["step_s"]["communication"] > 0 for entry in result.history)
+    start = build_detector("detr_tiny", load_detector(result.checkpoint).categories, image_size=64, seed=0)
+    name = "model.backbone.model.embedder.embedder.convolution.weight"
+    assert not torch.equal(start.model.state_dict()[name], load_detector(result.checkpoint).model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": "absent"}, "no such table: .*absent"),
+        ({"model": "no_such_model"}, "no_such_model"),
+        ({"model": "."}, "holds no model"),
+        ({"image_size": 100}, "image_size must be a multiple of 32"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    shapes: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(_config(shapes, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="no raydet run"):
+        train(_config(shapes, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_mistake_that_only_the_workers_see_is_one_line_too(shapes: Path, tmp_path: Path) -> None:
+    # 32 pixels are a multiple of 32, but leave fewer places in the picture than the model has queries.
+    with pytest.raises(UserError, match="image_size 32 is too small") as error:
+        train(_config(shapes, tmp_path / "run", model="rt_detr_v2_small", image_size=32))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"use_gpu": True}, "this machine has 0"), ({"cpus_per_worker": 2.0}, "leave none of this machine's 2")],
+)
+def test_more_than_the_machine_has_is_refused_instead_of_waited_for(
+    shapes: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(_config(shapes, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def _weights_hash(folder: str) -> str:
+    return hashlib.sha256(Path(folder, "model.safetensors").read_bytes()).hexdigest()

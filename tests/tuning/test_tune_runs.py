@@ -1,0 +1,199 @@
+"""Searches with real trainings: two at once, one that fails, one that is stopped, a kill in the middle."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from raydet import TrainConfig, TuneConfig, UserError, tune
+from raydet.common.console import Console
+from raydet.common.errors import RunError
+from raydet.config import to_yaml
+from raydet.config.options import load_file
+from raydet.tables.table import open_table
+from raydet.tuning import records
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+class _Watched(Console):
+    """Keeps what a terminal would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[str] = []
+        self.lines: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[Callable[[str], None]]:
+        yield self.shown.append
+
+
+def _config(shapes: Path, out: Path, train: dict[str, Any], **changes: Any) -> TuneConfig:
+    base = {
+        "train_data": str(shapes / "train"),
+        "val_data": str(shapes / "val"),
+        "model": "rt_detr_v2_tiny",
+        "image_size": 64,
+        "epochs": 2,
+        "batch_size": 6,
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "augmentation": "flip",
+        "threads_per_worker": 1,
+        "log_images": 0,
+    }
+    values: dict[str, Any] = {
+        "out": str(out),
+        "train": {**base, **train},
+        "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}},
+        "search": "random",
+        "scheduler": "none",
+        "metric": "loss",  # so short a training has an AP of 0
+    }
+    return TuneConfig(**{**values, **changes})
+
+
+def _trainers() -> list[int]:
+    """Processes that train, of whatever run on this machine that is a child of this one."""
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if "RayTrainWorker" in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def _wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 200) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> None:
+    # A rate at which the loss is no number any more, which only training shows.
+    config = _config(
+        shapes,
+        tmp_path / "out",
+        {"max_grad_norm": 1e9},
+        points=[{"learning_rate": 1e25}],
+        num_trials=3,
+        max_concurrent=2,
+    )
+    console = _Watched()
+    result = tune(config, console=console)
+    assert [trial.state for trial in result.trials] == ["finished", "failed", "finished"]
+    assert [trial.source for trial in result.trials] == ["default", "point", "search"]
+    assert "the loss is not a number" in (result.trials[1].error or "")
+    assert any("trial-0000" in shown and "trial-0001" in shown for shown in console.shown), "never two at once"
+    assert "3 trials, 2 at a time, 1 worker with 0.47 CPU each" in console.lines[0]
+    assert len([line for line in console.lines if line.startswith("trial-")]) == 3
+    rows = open_table(f"{config.out}/trials", "trials").read().to_pylist()
+    assert [row["num_epochs"] for row in rows] == [2, 0, 2] and rows[1]["value"] is None
+    assert result.value == min(row["value"] for row in rows if row["value"] is not None)
+    again = load_file(TrainConfig, result.config_file)
+    assert again.learning_rate == result.parameters["learning_rate"] and again.threads_per_worker == 1
+    assert Path(result.checkpoint, "model.safetensors").is_file() and Path(config.out, "tune.html").is_file()
+    before = {path: path.stat().st_mtime_ns for path in Path(config.out, "trials").glob("*/**/*")}
+    done = tune(config)
+    assert done.already_done and done.value == result.value and "nothing to do" in done.lines()[0]
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out, "trials").glob("*/**/*")} == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_that_is_behind_is_stopped_with_its_workers(shapes: Path, tmp_path: Path) -> None:
+    # Two that hardly learn, with many epochs that they could go on for. There is room for the second one only if the
+    # first has left nothing behind.
+    config = _config(
+        shapes,
+        tmp_path / "out",
+        {"epochs": 12, "cpus_per_worker": 1.2},
+        points=[{"learning_rate": 1e-9}, {"learning_rate": 2e-9}],
+        num_trials=3,
+        max_concurrent=1,
+        scheduler="asha",
+        grace_epochs=3,
+        reduction_factor=2,
+    )
+    result = tune(config)
+    assert [trial.state for trial in result.trials] == ["finished", "stopped", "stopped"]
+    assert result.best.number == 0 and len(result.trials[0].history) == 12
+    assert all(3 <= len(trial.history) < 12 for trial in result.trials[1:])
+    _wait_until(lambda: not _trainers(), "workers of a stopped trial live on", timeout_s=60)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_of_two_workers_and_all_that_fail(shapes: Path, tmp_path: Path) -> None:
+    result = tune(_config(shapes, tmp_path / "two", {"num_workers": 2, "epochs": 1}, num_trials=1))
+    assert result.best.source == "default" and len(result.best.history) == 1
+    config = _config(shapes, tmp_path / "bad", {"learning_rate": 1e25, "max_grad_norm": 1e9}, num_trials=1)
+    with pytest.raises(RunError, match="the trial has failed; trial-0000: the loss is not a number"):
+        tune(config)
+    assert open_table(f"{config.out}/trials", "trials").read()["state"].to_pylist() == ["failed"]
+
+
+def test_a_killed_search_goes_on(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
+    config = _config(
+        shapes, tmp_path / "out", {"epochs": 6, "checkpoint_every_steps": 2}, num_trials=2, max_concurrent=1
+    )
+    file = tmp_path / "tune.yaml"
+    file.write_text(to_yaml(config))
+    second = Path(config.out, "trials", "trial-0001")
+    with (tmp_path / "output").open("wb") as output:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "raydet", "tune", "--config", str(file)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "COLUMNS": "200"},
+        )
+    try:
+        _wait_until(
+            lambda: len(records.read_history(str(second))) >= 2 or driver.poll() is not None,
+            "the second trial does not get on",
+            timeout_s=600,
+        )
+        assert driver.poll() is None, (tmp_path / "output").read_text()
+    finally:
+        # The whole session at once, with all of Ray's processes, as when the power goes.
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert "Traceback" not in (tmp_path / "output").read_text()
+    first, cut_off = records.load(config.out)
+    assert first.state == "finished" and cut_off.state == "unfinished" and len(cut_off.history) < 6
+    before = {path: path.stat().st_mtime_ns for path in Path(config.out, "trials", "trial-0000").rglob("*")}
+    with pytest.raises(UserError, match=r"another run \(train.learning_rate: 0.001 → 0.002\)"):
+        tune(dataclasses.replace(config, train={**config.train, "learning_rate": 2e-3}))  # type: ignore[dict-item]
+    result = tune(config)
+    assert [trial.state for trial in result.trials] == ["finished", "finished"]
+    assert result.trials[1].parameters == cut_off.parameters
+    assert result.trials[1].history[: len(cut_off.history)] == cut_off.history
+    assert [entry["epoch"] for entry in result.trials[1].history] == [1, 2, 3, 4, 5, 6]
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out, "trials", "trial-0000").rglob("*")} == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_time_limit_leaves_the_rest_for_later(shapes: Path, tmp_path: Path) -> None:
+    config = _config(shapes, tmp_path / "out", {"epochs": 1}, num_trials=2, max_concurrent=1, time_limit_s=1)
+    with pytest.raises(RunError, match="no trial was measured before the time limit"):
+        tune(config)
+    assert [trial.state for trial in records.load(config.out)][:1] == ["unfinished"]
+    result = tune(dataclasses.replace(config, time_limit_s=None))
+    assert [trial.state for trial in result.trials] == ["finished", "finished"] and result.is_over
