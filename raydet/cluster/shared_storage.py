@@ -11,6 +11,7 @@ import pyarrow.fs as pafs
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raydet.cluster.ray_internals import alive_nodes
 from raydet.common.errors import RunError, UserError
 from raydet.tables import storage
 
@@ -63,7 +64,7 @@ def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str
         RunError: A node cannot run raydet, or does not answer.
         OSError: A place cannot be read or written from here.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = alive_nodes()
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
         return
     places = [_Place(option, named, uri, _mark(uri)) for option, (named, uri) in reads.items()]
@@ -107,7 +108,7 @@ def _ask(
         for node in nodes
     ]
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_WITHIN_S, fetch_local=False)
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = {node["NodeID"] for node in alive_nodes()}
     findings = []
     for node, answer in zip(nodes, asked, strict=True):
         name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"

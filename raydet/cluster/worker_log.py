@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from raydet.cluster.ray_internals import alive_nodes
 from raydet.tables import storage
 
 
@@ -26,7 +27,7 @@ def log_from_here(folder: str, *, rank: int | None = None) -> None:
     """
     context = ray.get_runtime_context()
     node_id = context.get_node_id()
-    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    address = next(node["NodeManagerAddress"] for node in alive_nodes() if node["NodeID"] == node_id)
     who = f"job={context.get_job_id()} node={address}/{node_id[:8]} pid={os.getpid()}"
     if rank is not None:
         who += f" rank={rank}"

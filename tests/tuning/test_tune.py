@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raydet import TrainConfig, TuneConfig, UserError, tune
-from raydet.cluster.session import Resources
+from raydet.cluster.shares import Resources
 from raydet.config import to_yaml
 from raydet.config.options import load, load_file
 from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
