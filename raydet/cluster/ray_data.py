@@ -33,8 +33,8 @@ def one_row_blocks(
     context.enable_progress_bars = False
     # Else what a task raises comes wrapped, and loses its cause on the way to the driver.
     context.raise_original_map_exception = True
-    context.execution_options = ray_internals.options_without(reserved)
-    ray_internals.call_back(context, *([_Pace] if watch is None else [_Pace, watch]))
+    context.execution_options = ray_internals.execution_options(reserved)
+    ray_internals.set_callbacks(context, *([_Pace] if watch is None else [_Pace, watch]))
     with DataContext.current(context):
         yield
 

@@ -155,7 +155,7 @@ def alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def num_cpus() -> float:
+def cluster_cpus() -> float:
     """CPUs of the whole cluster, at least 1.
 
     Developer API. Replaced by the sum over `alive_nodes`.
@@ -209,7 +209,7 @@ def call_retries(number: int) -> dict[str, Any]:
     return {"ray_remote_args_fn": lambda: {"max_task_retries": number}}
 
 
-def options_without(reserved: "ExecutionResources | None") -> "ExecutionOptions":
+def execution_options(reserved: "ExecutionResources | None") -> "ExecutionOptions":
     """Options of an execution that keeps order and leaves some resources of the cluster alone.
 
     Deprecated. Replaced by `label_selector`, or by the coordinator that Ray Train reports its workers to.
@@ -222,7 +222,7 @@ def options_without(reserved: "ExecutionResources | None") -> "ExecutionOptions"
     return ExecutionOptions(preserve_order=True, exclude_resources=reserved)
 
 
-def call_back(context: "DataContext", *callbacks: "type[ExecutionCallback]") -> None:
+def set_callbacks(context: "DataContext", *callbacks: "type[ExecutionCallback]") -> None:
     """Have Ray Data call these at each turn of its scheduling loop.
 
     Private, as `ExecutionCallback` is, and replaced by the same.

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
-from raydet.cluster.ray_internals import num_cpus
+from raydet.cluster.ray_internals import cluster_cpus
 from raydet.common.errors import RunError, UserError
 
 _RETRIES = 3
@@ -48,7 +48,7 @@ def run_tasks(
     try:
         for item in items:
             pending.append(task.remote(shared, item))
-            if len(pending) >= 2 * num_cpus() / cpus_per_task:
+            if len(pending) >= 2 * cluster_cpus() / cpus_per_task:
                 yield take()
         while pending:
             yield take()

@@ -9,12 +9,9 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
-
-import ray
 
 from raydet.cluster import session
-from raydet.cluster.ray_internals import num_cpus
+from raydet.cluster.ray_internals import cluster_cpus
 from raydet.cluster.shared_storage import check_shared
 from raydet.cluster.tasks import run_tasks
 from raydet.common.errors import RunError
@@ -41,9 +38,9 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
 
     def execute(work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
         # A fraction, where others may hold some of the few CPUs there are.
-        cpus_per_task = 1.0 if num_cpus() >= _SMALL_CLUSTER_CPUS else 0.5
+        cpus_per_task = 1.0 if cluster_cpus() >= _SMALL_CLUSTER_CPUS else 0.5
         own = (Part(part.index, list(part.images)) for part in parts)
-        return run_tasks(partial(_work_on, [ray.put(work)], mark), own, cpus_per_task=cpus_per_task)
+        return run_tasks(partial(_work_on, work=work, mark=mark), own, cpus_per_task=cpus_per_task)
 
     with tempfile.TemporaryDirectory() as log, session.session(log):
         reads = {} if images_uri is None else {"--images": (images_uri, images_uri)}
@@ -51,11 +48,9 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
         yield execute
 
 
-def _work_on(shared: list[Any], mark: str, part: Part) -> Any:
+def _work_on(part: Part, *, work: Callable[[Part], Answer], mark: str) -> Answer:
     """Works on a part, on whatever node."""
     if not storage.exists(mark):
         node = socket.gethostname()
         raise RunError(f"{node} does not see {mark}; on a cluster, --out and the images must be on storage it shares")
-    # Fetched here, so that a node that does not share the storage says the line above first.
-    work: Callable[[Part], Any] = ray.get(shared[0])
     return work(part)

@@ -116,6 +116,8 @@ def divide(
         )
     number = max(1, min(max_concurrent or by_default, max(most, 1), num_trials))
     cpus = base.cpus_per_worker
+    if cpus is None and not machines.num_cpus:  # a cluster that grows from zero
+        cpus = one.cpus_per_worker
     if cpus is None:
         cpus = min(one.cpus_per_worker, (machines.num_cpus - number * _OVERHEAD_CPUS) / 2 / (number * workers))
         cpus = max(0.1, float(int(cpus)) if cpus > 1 else math.floor(cpus * 100) / 100)
