@@ -1,6 +1,6 @@
-"""What a scoring run took: seconds of every stage, memory, errors, cost → OUT/job.json and a table for the terminal.
+"""The report of a scoring job: seconds of every stage, memory, errors, cost → OUT/job.json and lines for the terminal.
 
-Each written file brings its own `FileStats`, `JobStats` adds them up, whatever their order.
+Each written file brings its own `FileStats`; `JobStats` adds them up, in any order, to a `JobReport`.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Whether all nodes of the cluster see the same files: what one writes, every other must be able to read."""
+"""A check that all nodes of the cluster see the same files: every node must be able to read what another writes."""
 
 import contextlib
 import hashlib
@@ -99,7 +99,7 @@ def _answer_uri(probe_uri: str, node_id: str) -> str:
 def _ask(
     nodes: Sequence[Mapping[str, Any]], places: Sequence[_Place], probe: _Place | None
 ) -> list[tuple[str, _Finding]]:
-    """What the nodes have found, with their names; those that have died meanwhile have no say."""
+    """Findings of the nodes, with their names; a node that has died meanwhile has none."""
     task = ray.remote(num_cpus=0, max_retries=0)(_look)
     asked = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
@@ -151,7 +151,7 @@ def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Find
 
 
 def _mark(uri: str) -> str | None:
-    """What tells a file from another one at the same place, "folder" for a folder, None where there is neither."""
+    """Size and hash of a file, "folder" for a folder, None for nothing; another file at the same place has another."""
     filesystem, path = storage.resolve(uri)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:

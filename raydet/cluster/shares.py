@@ -14,7 +14,7 @@ from raydet.tables import storage
 
 @dataclass(frozen=True)
 class Resources:
-    """What the cluster offers and how a job shares it out.
+    """The share of each worker and each decoding task of a job.
 
     Attributes:
         num_gpus: In the whole cluster.
@@ -38,7 +38,7 @@ class Resources:
 
 
 def resources_of_nodes() -> list[dict[str, float]]:
-    """What each node that is alive offers in all, by Ray's names (CPU, GPU, memory, …)."""
+    """Resources of each node that is alive, free or not, by Ray's names (CPU, GPU, memory, …)."""
     return [node["Resources"] for node in ray_internals.alive_nodes()]
 
 

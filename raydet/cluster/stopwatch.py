@@ -11,14 +11,14 @@ from typing import Any, Self
 import psutil
 
 STAGES = ("read", "decode", "prepare", "model", "write")
-"""What happens to an image, in this order; `prepare` (resizing) and `model` are in the processes of kind `model`."""
+"""Stages of an image, in this order; `prepare` (resizing) and `model` are in the processes of kind `model`."""
 LAST_STAGE_OF_KIND = {"reader": "read", "decoder": "decode", "model": "model", "writer": "write"}
 """The stage after which a process of this kind hands its images on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessStats:
-    """What one process did for some images of a file.
+    """The work of one process on some images of a file.
 
     Attributes:
         node: The machine.
@@ -39,7 +39,7 @@ class ProcessStats:
 
 @dataclass(frozen=True, kw_only=True)
 class FileStats:
-    """What became of the images of one written file, and what it took.
+    """The images of one written file: numbers, errors, and the work of the processes.
 
     Attributes:
         num_images: Rows of the file.
@@ -75,7 +75,7 @@ class Stopwatch:
         return _Measurement(self._seconds, stage)
 
     def lap(self) -> ProcessStats:
-        """What was added up since the last lap, and the process's memory."""
+        """Seconds since the last lap, by stage, and the process's memory."""
         seconds, self._seconds = dict(self._seconds), {}
         return ProcessStats(
             node=_node(), pid=os.getpid(), kind=self._kind, seconds=seconds, resident_mb=_own_memory_mb()

@@ -1,4 +1,4 @@
-"""Where the log lines of raydet's own code go in the processes of a cluster, and whose they say they are.
+"""Logging of raydet's own code in the processes of a cluster: destinations, and the origin of each line.
 
 Each process writes them to its stderr, which Ray keeps in its own log of that worker, and where the run's folder is in
 a file tree also to `node-IP.log` in its log folder, one file for all processes of a node.
