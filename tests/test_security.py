@@ -408,9 +408,9 @@ def test_no_option_and_no_call_lets_foreign_code_in() -> None:
 
 _LISTENERS = """
 import os, psutil, ray
-from raydet.cluster import session
+from raydet.cluster import board, session
 with session.session({log!r}):
-    actor = session.Board.remote()
+    actor = board.Board.remote()
     ray.get(actor.mistake.remote())
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     found = set()

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -23,8 +22,9 @@ from typing import IO, Any
 
 import psutil
 
-from raydet.cluster.job_report import JOB_FILE
+from raydet.cluster.job_record import JOB_FILE
 from raydet.cluster.timeline import Window
+from raydet.common.threads import available_cpus
 from raydet.config import PlanConfig
 from raydet.models.checkpoints import read_checkpoint
 from raydet.planning.processes import READY, raise_failure, run_watched, started
@@ -62,7 +62,7 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
         UserError: The model or the images are not what they should be.
         RunError: A measurement failed.
     """
-    num_cpus = os.cpu_count() or 1
+    num_cpus = available_cpus()
     with tempfile.TemporaryDirectory(prefix="raydet-plan-", ignore_cleanup_errors=True) as folder:
         say("taking samples of the images")
         samples = take_samples(config, folder)

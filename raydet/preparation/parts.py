@@ -5,7 +5,6 @@ are the same, byte for byte, whether one thread wrote them or a cluster.
 """
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydet.common.errors import RunError
-from raydet.common.threads import in_order
+from raydet.common.threads import available_cpus, in_order
 from raydet.preparation.examining import Examine, Rejected, Row
 from raydet.preparation.sources.source import Finding, SourceImage
 from raydet.preparation.splitting import Hashes, Integers
@@ -98,7 +97,7 @@ def examine_all(part: Part, examine: Examine, num_threads: int | None) -> Iterat
     Raises:
         RunError: The storage fails.
     """
-    num_threads = num_threads or os.cpu_count() or 1
+    num_threads = num_threads or available_cpus()
     try:
         yield from in_order(examine, part.images, num_threads=num_threads, ahead=num_threads * _IMAGES_AHEAD_PER_THREAD)
     except OSError as error:

@@ -25,7 +25,7 @@ from itertools import islice
 from typing import Any
 
 from raydet.common.redaction import refuse_password
-from raydet.common.threads import NUM_READ_THREADS
+from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
     PrepareCocoConfig,
     PrepareHubConfig,
@@ -235,7 +235,7 @@ def _write_files(
         refuse_password(getattr(reader, "uri", ""), what="the place of the images")
     use_ray = _use_ray(config.use_ray, source.num_images, isinstance(reader, ImageFolder))
     is_remote = not getattr(reader, "is_local", False)
-    num_threads = _THREADS_PER_TASK if use_ray else len(os.sched_getaffinity(0))
+    num_threads = _THREADS_PER_TASK if use_ray else available_cpus()
     plan = Plan(
         config_hash=config_hash(config),
         images_per_part=max(1, FILE_BYTES // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
@@ -263,7 +263,7 @@ def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
         return wanted
     if os.environ.get("RAY_ADDRESS") or _is_in_session():
         return is_folder and num_images >= _RAY_FROM_IMAGES
-    num_cpus = len(os.sched_getaffinity(0))
+    num_cpus = available_cpus()
     return is_folder and num_images >= _OWN_RAY_FROM_IMAGES and num_cpus >= _OWN_RAY_FROM_CPUS
 
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import ray
-from ray.data.exceptions import ExecutionTimeoutError, SystemException
 
-from raydet.cluster import session
-from raydet.cluster.job_record import job_record
-from raydet.cluster.job_report import JOB_FILE, JobStats
+from raydet.cluster import session, shares
+from raydet.cluster.caller import LOG_FILE
+from raydet.cluster.job_record import JOB_FILE, JobRecord
+from raydet.cluster.job_report import JobReport, JobStats
+from raydet.cluster.ray_internals import ExecutionTimeoutError, RpcError, SystemException
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
 from raydet.common.errors import RunError, UserError
@@ -58,7 +59,7 @@ _LOSSES = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.RayActorError,
     ray.exceptions.RaySystemError,
-    ray.exceptions.RpcError,
+    RpcError,
     ray.exceptions.WorkerCrashedError,
 )
 """Of the cluster or of a connection: the rest of the work can go on, unlike with a defect, which would come again."""
@@ -187,7 +188,7 @@ def _run(
     stats = JobStats()
     with session.session(storage.join(config.out, LOG_FOLDER)):
         resources = _share_out(config)
-        log = storage.join(config.out, LOG_FOLDER, session.LOG_FILE)
+        log = storage.join(config.out, LOG_FOLDER, LOG_FILE)
         console.line(f"{resources.describe(config.num_workers, config.num_workers)}; Ray's log: {log}")
         if resources.remark:
             console.line(resources.remark)
@@ -195,7 +196,7 @@ def _run(
             raise no_fp16_on_cpu(config.engine)
         _check_nodes(config)
         work = _work(config, model, images, run_identity, resources)
-        reason, job = None, job_record()
+        reason, job = None, JobRecord.of_this_job()
         try:
             with console.status("starting workers") as update:
                 _score_all(work, resources, stats, update, console, held)
@@ -207,12 +208,12 @@ def _run(
             report = _write_report(config, stats, wall_s=wall_s, job=job, error=reason)
     _finish(config, work.plan)
     drawn = _draw(config, model, images)
-    return dataclasses.replace(_result(config.out), report=(*JobStats.lines(report), *drawn))
+    return dataclasses.replace(_result(config.out), report=(*report.lines(), *drawn))
 
 
 def _write_report(
-    config: PredictConfig, stats: JobStats, *, wall_s: float, job: dict[str, Any], error: str | None
-) -> dict[str, Any]:
+    config: PredictConfig, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None
+) -> JobReport:
     """Writes OUT/job.json, also of a run that has failed; a full disk has a line of its own then."""
     uri = storage.join(config.out, JOB_FILE)
     earlier = None
@@ -220,7 +221,6 @@ def _write_report(
         earlier = json.loads(storage.read_bytes(uri))
     report = stats.finish(
         wall_s=wall_s,
-        num_nodes=job["num_nodes"],
         num_model_workers=config.num_workers,
         price_per_node_hour=config.price_per_node_hour,
         config_hash=config_hash(config),
@@ -229,7 +229,7 @@ def _write_report(
         earlier=earlier,
     )
     with contextlib.suppress(OSError):
-        storage.write_bytes(uri, json.dumps(without_secrets(report), indent=1).encode())
+        storage.write_bytes(uri, json.dumps(without_secrets(report.to_dict()), indent=1).encode())
     return report
 
 
@@ -261,7 +261,7 @@ def _work(
     model: _Model,
     images: Images,
     run_identity: dict[str, Any],
-    resources: session.Resources,
+    resources: shares.Resources,
 ) -> Work:
     """What the workers need to know; asks one of them where that takes the model itself."""
     plan = stored_plan(config.out)
@@ -291,7 +291,7 @@ def _work(
     )
 
 
-def _probe(config: PredictConfig, resources: session.Resources) -> tuple[ResizeRule | None, int]:
+def _probe(config: PredictConfig, resources: shares.Resources) -> tuple[ResizeRule | None, int]:
     """On a worker: the model's resize, and the batch size that suits it where that is asked for."""
     from raydet.engines.batch_size import best_batch_size
     from raydet.engines.loading import load_engine
@@ -312,8 +312,8 @@ def _plan(config: PredictConfig, num_rows: int, batch_size: int) -> Plan:
     return Plan(num_rows=num_rows, rows_per_file=rows_per_file, images_per_part=images_per_part, batch_size=batch_size)
 
 
-def _share_out(config: PredictConfig) -> session.Resources:
-    return session.share_out(
+def _share_out(config: PredictConfig) -> shares.Resources:
+    return shares.share_out(
         min_workers=config.num_workers,
         max_workers=config.num_workers,
         # The other engines run on CPUs: a GPU would be held and left idle.
@@ -324,7 +324,7 @@ def _share_out(config: PredictConfig) -> session.Resources:
 
 def _score_all(
     work: Work,
-    resources: session.Resources,
+    resources: shares.Resources,
     stats: JobStats,
     update: Callable[[str], None],
     console: Console,
@@ -357,7 +357,7 @@ def _score_all(
         if failures > work.config.max_failures:
             raise RunError(f"the cluster has failed too often: {reason}; {_WHOLE}")
         # A cluster that grows by itself may have room again later; one that does not must do with what it has.
-        num_workers = min(work.config.num_workers, session.workers_that_fit(resources)) or work.config.num_workers
+        num_workers = min(work.config.num_workers, shares.workers_that_fit(resources)) or work.config.num_workers
         console.line(f"the cluster has lost a part of itself ({reason}); going on with {num_workers} workers")
 
 

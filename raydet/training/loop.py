@@ -24,7 +24,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
 from raydet.cluster import job_metrics
-from raydet.cluster.session import Resources, cpus_for_tasks
+from raydet.cluster.shares import Resources, cpus_for_tasks
 from raydet.config import DEFAULT_MAX_PIXELS, TrainConfig
 from raydet.models.checkpoints import HISTORY_FILE
 from raydet.models.families import resize_rule_of, resized_processor

@@ -9,8 +9,7 @@ out to the workers in turn and in order, and each worker checks that it got what
 
 import contextlib
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import DataContext, Datasource, ExecutionOptions, ExecutionResources, ReadTask, TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data.block import BlockMetadata
+from ray.data import ExecutionResources, TaskPoolStrategy
 
+from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.common.boxes import as_boxes, xywh_to_normalised_cxcywh
 from raydet.images.decode import DecodeError, decode
 from raydet.images.references import image_bytes
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from raydet.augmentation.mixing import Sample
     from raydet.config import AugmentationSpec
 
-SCHEDULING_PAUSE_S = 0.03
-"""Short beside the decoding of a batch, long beside a turn of Ray Data's scheduling loop (2–3 ms)."""
 _TASKS_WITHOUT_CPUS = 3
 """Decoding tasks at once that reserve nothing; one more than readers, with which Ray Data would make them one stage."""
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
@@ -171,18 +167,18 @@ def run_stream(
     Returns:
         One iterator for each rank; read it with `micro_batches`.
     """
-    use_one_row_blocks(ExecutionOptions(preserve_order=True, exclude_resources=reserved))
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
     source = ray.put(_Source(plan, tables, groups, world_size, preparation))
-    dataset = ray.data.read_datasource(
-        TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
-        # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
-        num_cpus=min(0.01, cpus_per_task),
-        compute=TaskPoolStrategy(size=min(len(segments), 2)),
-        override_num_blocks=max(1, len(segments)),
-    )
+    with one_row_blocks(reserved=reserved):
+        dataset = ray.data.read_datasource(
+            TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
+            # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
+            num_cpus=min(0.01, cpus_per_task),
+            compute=TaskPoolStrategy(size=min(len(segments), 2)),
+            override_num_blocks=max(1, len(segments)),
+        )
     dataset = dataset.map_batches(
         partial(_prepare_micro_batch, preparation=preparation),
         batch_size=None,
@@ -193,35 +189,6 @@ def run_stream(
     )
     iterators: list[ray.data.DataIterator] = dataset.streaming_split(world_size, equal=False)
     return iterators
-
-
-def use_one_row_blocks(options: ExecutionOptions, *, watch: type[ExecutionCallback] | None = None) -> None:
-    """Sets this process's Ray Data up so that each row, which is a whole batch, becomes a block of its own.
-
-    Args:
-        options: Of the executions to come.
-        watch: Is called at each turn of their scheduling loop; what it raises ends the execution.
-    """
-    context = DataContext.get_current()
-    # A block ends as soon as it is larger than this, in bytes. It is what makes the dealing out exact.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    # Else what a task raises comes wrapped, and loses its cause on the way to the driver.
-    context.raise_original_map_exception = True
-    context.execution_options = options
-    context.custom_execution_callback_classes = [_Pace] if watch is None else [_Pace, watch]
-
-
-class _Pace(ExecutionCallback):
-    """Keeps Ray Data's scheduling loop from spinning.
-
-    While all that is decoded waits for a busy consumer the loop has nothing to wait for itself, and takes more than
-    half of a CPU from those who work. Each turn of it deals with all that happened since the last.
-    """
-
-    def on_execution_step(self, executor: object) -> None:
-        """Rests after each turn of the loop."""
-        time.sleep(SCHEDULING_PAUSE_S)
 
 
 def micro_batches(iterator: ray.data.DataIterator) -> Iterator[tuple[MicroBatch, list[ReadyImage]]]:
@@ -258,27 +225,6 @@ class _Source:
     groups: dict[str, tuple[RowGroup, ...]]
     world_size: int
     preparation: Preparation
-
-
-class TaskSource(Datasource):
-    """A source for Ray Data made of tasks, each of which yields blocks."""
-
-    def __init__(self, name: str, tasks: Sequence[Callable[[], Iterator[pa.Table]]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._name, self._tasks = name, tasks
-
-    def get_name(self) -> str:
-        """What Ray's progress and dashboard call it."""
-        return self._name
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: it depends on what is left to do."""
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
-        """The tasks as they are, whatever the parallelism."""
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(task, metadata) for task in self._tasks]
 
 
 def _read_segment(source_ref: "ray.ObjectRef[_Source]", segment: Segment) -> Iterator[pa.Table]:

@@ -18,8 +18,10 @@ from typing import Any
 import ray
 import yaml
 
-from raydet.cluster import session
-from raydet.cluster.job_record import write_job_record
+from raydet.cluster import session, shares
+from raydet.cluster.board import open_board
+from raydet.cluster.caller import LOG_FILE
+from raydet.cluster.job_record import JobRecord
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
 from raydet.common.errors import RunError, RunStopped, UserError
@@ -110,7 +112,7 @@ def train(
         _check_model(config)
 
     with session.session(storage.join(out, "log")):
-        resources = session.share_out(
+        resources = shares.share_out(
             min_workers=config.min_workers,
             max_workers=config.max_workers,
             use_gpu=config.use_gpu,
@@ -118,15 +120,15 @@ def train(
         )
         _check_nodes(config)
         storage.write_bytes(storage.join(out, "config.yaml"), to_yaml(config).encode())
-        write_job_record(storage.join(out, "log"))
+        JobRecord.of_this_job().write(storage.join(out, "log"))
         console.line(
             f"{resources.describe(config.min_workers, config.max_workers)}; Ray's log: "
-            f"{storage.join(out, 'log', session.LOG_FILE)}"
+            f"{storage.join(out, 'log', LOG_FILE)}"
         )
         if resources.remark:
             console.line(resources.remark)
         free_workers(out)
-        board = session.open_board()
+        board = open_board()
         with (
             _stopping_on_sigterm(board) as asked_to_stop,
             console.following_training(_reader(board, on_epoch), epochs=config.epochs),
@@ -160,7 +162,7 @@ def check(config: TrainConfig) -> None:
 def free_workers(out: str) -> None:
     """Gives back to the cluster what the workers of a run hold whose own process has ended, however that came about."""
     note_uri = storage.join(out, *_GROUP_FILE)
-    session.free_noted_group(note_uri)
+    shares.free_noted_group(note_uri)
     storage.delete_file(note_uri)
 
 
@@ -235,7 +237,7 @@ def _stopping_on_sigterm(board: Any) -> Iterator[threading.Event]:
             asked.clear()
 
 
-def _trainer(config: TrainConfig, tables: dict[str, Table], resources: session.Resources, board: Any) -> Any:
+def _trainer(config: TrainConfig, tables: dict[str, Table], resources: shares.Resources, board: Any) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -279,7 +281,7 @@ def _run_worker(job: dict[str, Any]) -> None:
     from raydet.training.loop import run_worker
 
     if ray.train.get_context().get_world_rank() == 0:
-        session.note_own_group(storage.join(job["config"]["out"], *_GROUP_FILE))
+        shares.note_own_group(storage.join(job["config"]["out"], *_GROUP_FILE))
     try:
         run_worker(job)
     except UserError as error:

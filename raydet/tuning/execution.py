@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
+from raydet.cluster.ray_internals import Searcher, TrialScheduler
 from raydet.tables import storage
 from raydet.tuning.following import Follower
 from raydet.tuning.plan import Plan, Search

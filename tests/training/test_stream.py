@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.data import ExecutionResources
 
-from raydet.cluster.session import Resources, cpus_for_tasks
+from raydet.cluster.shares import Resources, cpus_for_tasks
 from raydet.config import DEFAULT_MAX_PIXELS
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raydet import TrainConfig, TuneConfig, UserError, tune
-from raydet.cluster.session import Resources
+from raydet.cluster.shares import Resources
 from raydet.config import to_yaml
 from raydet.config.options import load, load_file
 from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
@@ -297,6 +297,12 @@ def test_gpus_are_what_counts_where_there_are_some(tmp_path: Path) -> None:
             3,
             9,
         )
+
+
+def test_a_cluster_that_grows_from_zero_trains_one_at_a_time() -> None:
+    base = TrainConfig(train_data="a", val_data="b", out="c", num_workers=2)
+    machines = Machines(num_cpus=0, num_gpus=0, num_nodes=1, largest_node_cpus=0, may_grow=True)
+    assert divide(machines, _one(1.0), base, None, 20) == Share(1, False, 1.0, None)
 
 
 def test_asha_knows_the_trials_of_earlier_runs_and_spares_the_default(tmp_path: Path) -> None:
