@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raydet.augmentation.view import resized
 from raydet.models.collate import Batch, Example, collate
 from raydet.models.detector import Detections, Detector
-from raydet.models.geometry import Image, SizeHW, resize
+from raydet.models.geometry import Image, SizeHW
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class DetectorEngine(ABC):
         examples = []
         for place, image in enumerate(images):
             size_hw = (image.shape[0], image.shape[1])
-            target_hw = rule.target_size_hw(size_hw)
-            examples.append(_example(place, resize(image, target_hw, rule.resample), size_hw))
-            places.setdefault(self._batch_size_hw(target_hw), []).append(place)
+            seen = resized(image, rule)
+            examples.append(_example(place, seen, size_hw))
+            places.setdefault(self._batch_size_hw((seen.shape[0], seen.shape[1])), []).append(place)
         parts = []
         for batch_hw, numbers in places.items():
             batch = collate([examples[number] for number in numbers], pad_to_hw=batch_hw)

@@ -17,13 +17,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, PreTrainedModel
 
+from raydet.augmentation.view import resized
 from raydet.common.boxes import clip_xywh, has_area
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
 from raydet.engines.engine import no_fp16_on_cpu
 from raydet.models.detector import Detections, quiet
 from raydet.models.families import resize_rule_of
-from raydet.models.geometry import Image, ResizeRule, SizeHW, resize
+from raydet.models.geometry import Image, ResizeRule, SizeHW
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
@@ -282,15 +283,12 @@ class GroundingDinoEngine(ZeroShotEngine):
         """
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         # By the rule, since the processor fails on pictures so narrow that a side would round to zero.
-        resized = [
-            resize(image, self.resize_rule.target_size_hw(size_hw), self.resize_rule.resample)
-            for image, size_hw in zip(images, sizes_hw, strict=True)
-        ]
+        seen = [resized(image, self.resize_rule) for image in images]
         groups: dict[SizeHW | None, list[int]] = {}
-        for number, image in enumerate(resized):
+        for number, image in enumerate(seen):
             together = self.resize_rule.pad_to_hw is not None
             groups.setdefault(None if together else (image.shape[0], image.shape[1]), []).append(number)
-        return Prepared(sizes_hw, [self._as_part(resized, numbers, do_resize=False) for numbers in groups.values()])
+        return Prepared(sizes_hw, [self._as_part(seen, numbers, do_resize=False) for numbers in groups.values()])
 
     def _read_labels(self, labels: Sequence[str]) -> None:
         text, spans = _joined(labels)

@@ -18,6 +18,7 @@ from raydet.inspection.rows import stream_rows
 from raydet.inspection.tables import PAGE_FILE, check_folder, drifts, write_tables
 from raydet.tables import storage
 from raydet.tables.table import Table, open_table
+from raydet.training.ordering import RunPlan
 
 __all__ = ["Inspection", "inspect"]
 
@@ -98,8 +99,9 @@ def inspect(config: InspectConfig) -> Inspection:
     training = _training(config)
     # Only now: they bring torch, which takes seconds that a wrong option must not cost.
     from raydet.augmentation.transforms import check_augmentation
+    from raydet.augmentation.view import View
     from raydet.inspection.page import render
-    from raydet.inspection.pictures import View, draw_galleries
+    from raydet.inspection.pictures import FirstEpoch, draw_galleries
     from raydet.models.loading import resize_rule_for
 
     check_augmentation(training.augmentation)
@@ -111,8 +113,13 @@ def inspect(config: InspectConfig) -> Inspection:
     _add_prepared(findings, tables)
     if "val" in tables:
         _compare(tables["data"], tables["val"], counts, findings)
-    view = View(augmentation=training.augmentation, seed=training.seed, resize_rule=rule)
-    galleries = draw_galleries(tables["data"], picker.picks(config.num_images), counts["data"].boxes, view)
+    step_rules = tuple(resize_rule_for(training.model, size) for size in training.multi_scale or ())
+    first_epoch = FirstEpoch(
+        table=tables["data"],
+        plan=RunPlan.of_training(training, tables["data"], num_val=0),
+        view=View.of_training(training, rule, step_rules),
+    )
+    galleries = draw_galleries(first_epoch, picker.picks(config.num_images), counts["data"].boxes)
     categories = {split: table.categories for split, table in tables.items()}
     page = render(tables, counts, findings, galleries, training).encode()
 

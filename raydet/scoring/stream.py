@@ -29,6 +29,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from raydet.augmentation.view import decoded
 from raydet.cluster import job_metrics
 from raydet.cluster.job_report import FileStats, ProcessStats
 from raydet.cluster.session import Resources, workers_that_fit
@@ -37,7 +38,7 @@ from raydet.cluster.worker_log import log_from_here
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
 from raydet.images.collection import ImageRow, Images
-from raydet.images.decode import DecodeError, decode, upright_size_hw
+from raydet.images.decode import DecodeError, upright_size_hw
 from raydet.images.listing import is_pattern
 from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
@@ -323,7 +324,8 @@ def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: 
         if record["error"] is None:
             try:
                 with watch.measuring("decode"):
-                    picture, (height, width) = _picture(row["data"].as_py(), max_pixels, reduce_to)
+                    data = row["data"].as_py()
+                    picture, (height, width) = decoded(data, max_pixels=max_pixels, reduce_to=reduce_to)
             except DecodeError as error:
                 record["error"] = str(error)
             else:
@@ -334,17 +336,6 @@ def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: 
     with watch.measuring("decode"):
         rows = _with_pixels(records, pictures)
     return _next_block(block, rows, watch.lap())
-
-
-def _picture(
-    data: bytes, max_pixels: int, reduce_to: ResizeRule | None
-) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-    """The pixels, and the size in pixels of the picture, which the pixels of a reduced JPEG are fewer than."""
-    if reduce_to is None:
-        picture = decode(data, max_pixels=max_pixels)
-        return picture, (picture.shape[0], picture.shape[1])
-    size_hw = upright_size_hw(data)
-    return decode(data, max_pixels=max_pixels, at_least_hw=reduce_to.target_size_hw(size_hw)), size_hw
 
 
 def _with_pixels(records: list[dict[str, Any]], pictures: list[npt.NDArray[np.uint8]]) -> pa.StructArray:
