@@ -15,7 +15,7 @@ from raydet.models.geometry import Image, SizeHW
 
 
 @dataclass(frozen=True)
-class Part:
+class EngineBatch:
     """Images that the model sees at once.
 
     Attributes:
@@ -57,7 +57,7 @@ class DetectorEngine(ABC):
         """Height and width in pixels at which the model sees an image of this size, without padding."""
         return self.resize_rule.target_size_hw(size_hw)
 
-    def prepare(self, images: Sequence[Image]) -> list[Part]:
+    def prepare(self, images: Sequence[Image]) -> list[EngineBatch]:
         """Resizes as the model's image processor does, and puts images into batches of one size each.
 
         Args:
@@ -76,7 +76,7 @@ class DetectorEngine(ABC):
             batch = collate([examples[number] for number in numbers], pad_to_hw=batch_hw)
             if self._device.type == "cuda":
                 batch.pixels = batch.pixels.pin_memory()
-            parts.append(Part(numbers, batch))
+            parts.append(EngineBatch(numbers, batch))
         return parts
 
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
@@ -87,7 +87,7 @@ class DetectorEngine(ABC):
             return target_hw
         return self.resize_rule.padded_size_hw(target_hw)
 
-    def predict(self, prepared: Sequence[Part]) -> list[Detections]:
+    def predict(self, prepared: Sequence[EngineBatch]) -> list[Detections]:
         """Finds objects.
 
         Args:

@@ -11,7 +11,7 @@ from raydet.config import InspectConfig, TrainConfig, config_hash
 from raydet.config.options import load_file
 from raydet.inspection.counting import Counts
 from raydet.inspection.identical import identical_images
-from raydet.inspection.oddities import MEANINGS, Finding, Findings, add_class_findings, add_oddities
+from raydet.inspection.oddities import MEANINGS, DataFinding, Findings, add_class_findings, add_oddities
 from raydet.inspection.picks import Picker
 from raydet.inspection.prepared import add_prepared_findings, preparation_of
 from raydet.inspection.rows import stream_rows
@@ -183,7 +183,7 @@ def _compare(data: Table, val: Table, counts: dict[str, Counts], findings: Findi
     for twin in identical_images(data, val):
         detail = f"image {twin.val_image_id} of the validation data"
         findings.add(
-            Finding(split="data", kind="identical_images", image_id=twin.image_id, path=twin.path, detail=detail)
+            DataFinding(split="data", kind="identical_images", image_id=twin.image_id, path=twin.path, detail=detail)
         )
     labelled = {
         split: {table.categories[index].name: None for index in np.flatnonzero(counts[split].boxes).tolist()}
@@ -192,4 +192,4 @@ def _compare(data: Table, val: Table, counts: dict[str, Counts], findings: Findi
     for kind, split, other in (("class_only_in_data", "data", "val"), ("class_only_in_val", "val", "data")):
         for name in labelled[split]:
             if name not in labelled[other]:
-                findings.add(Finding(split="val", kind=kind, category=name))
+                findings.add(DataFinding(split="val", kind=kind, category=name))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet.inspection.oddities import Finding, Findings
+from raydet.inspection.oddities import DataFinding, Findings
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS, Table, is_table, open_table
 
@@ -53,7 +53,9 @@ def add_prepared_findings(
     if takes_left_out:
         for batch in _batches(rejected_uri, ("path", "reason")):
             for row in batch.to_pylist():
-                findings.add(Finding(split=split, kind="rejected", path=row["path"] or "", detail=row["reason"] or ""))
+                findings.add(
+                    DataFinding(split=split, kind="rejected", path=row["path"] or "", detail=row["reason"] or "")
+                )
     wanted_ids: list[pa.Array] = []
     if preparation.is_shared:
         wanted_ids.append(_ids(table.iter_batches(["image_id"])))
@@ -63,7 +65,7 @@ def add_prepared_findings(
         if wanted_ids:
             batch = batch.filter(pc.is_in(batch.column("image_id"), pa.concat_arrays(wanted_ids)))
         for row in batch.to_pylist():
-            found = Finding(
+            found = DataFinding(
                 split=split,
                 kind=row["kind"],
                 image_id=row["image_id"],

@@ -7,7 +7,7 @@ from typing import Any
 
 from raydet.common.errors import UserError
 from raydet.config import PlanConfig, PrepareShapesConfig
-from raydet.images.collection import open_images
+from raydet.images.collection import open_collection
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, is_table, open_table
 
@@ -97,7 +97,7 @@ def _labelled(rows: Any) -> list[dict[str, Any]]:
 
 def _read_samples(data: str, categories: tuple[Category, ...]) -> Samples:
     """Reads from several places of the collection, as `predict` does, and takes the time."""
-    images = open_images(data, index_uri=None)
+    images = open_collection(data, index_uri=None)
     size = max(1, min(_MOST_SAMPLES, images.num_rows) // _STRETCHES)
     starts = sorted({images.num_rows * number // _STRETCHES for number in range(_STRETCHES)})
     began = time.perf_counter()

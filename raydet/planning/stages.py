@@ -31,7 +31,7 @@ from raydet.common.errors import RunError, UserError
 from raydet.config import DEFAULT_MAX_PIXELS, PredictConfig, TrainConfig
 from raydet.engines.loading import load_engine
 from raydet.engines.scorer import Scorer
-from raydet.images.collection import ImageRow, open_images
+from raydet.images.collection import ImageRow, open_collection
 from raydet.images.decode import DecodeError
 from raydet.models.collate import Example
 from raydet.models.geometry import Image, SizeHW
@@ -127,7 +127,7 @@ class _Scoring:
 
     def __init__(self, job: StageJob) -> None:
         self._job, self.pixels = job, _Pixels()
-        images = open_images(job.table, index_uri=None)
+        images = open_collection(job.table, index_uri=None)
         self._rows = (row for _ in count() for row in images.read(0, images.num_rows))
         self._scorer: Scorer | None = None
         if job.with_model:

@@ -17,7 +17,7 @@ import ray.exceptions
 from raydet.cluster import session
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.errors import RunError, UserError
-from raydet.preparation.parts import Answer, Executor, Part
+from raydet.preparation.parts import Answer, Executor, SourcePart
 from raydet.preparation.remains import MARK_NAME, Target
 from raydet.tables import storage
 
@@ -39,7 +39,7 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
     """
     mark = storage.join(target.out, MARK_NAME)
 
-    def execute(work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
+    def execute(work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
         return _in_order(work, parts, mark)
 
     with tempfile.TemporaryDirectory() as log, session.session(log):
@@ -48,7 +48,7 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
         yield execute
 
 
-def _in_order(work: Callable[[Part], Answer], parts: Iterable[Part], mark: str) -> Iterator[Answer]:
+def _in_order(work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], mark: str) -> Iterator[Answer]:
     num_cpus = ray.cluster_resources().get("CPU", 1.0)
     # A fraction, where others may hold some of the few CPUs there are.
     cpus_per_task = 1.0 if num_cpus >= _SMALL_CLUSTER_CPUS else 0.5
@@ -58,7 +58,7 @@ def _in_order(work: Callable[[Part], Answer], parts: Iterable[Part], mark: str) 
     pending: deque[Any] = deque()
     try:
         for part in parts:
-            pending.append(task.remote(shared, Part(part.index, list(part.images)), mark))
+            pending.append(task.remote(shared, SourcePart(part.index, list(part.images)), mark))
             # As many again as can run wait in line, so that no node waits, and a cluster that grows is asked to.
             if len(pending) >= 2 * ray.cluster_resources().get("CPU", 1.0) / cpus_per_task:
                 yield _get(pending.popleft())
@@ -69,12 +69,12 @@ def _in_order(work: Callable[[Part], Answer], parts: Iterable[Part], mark: str) 
             ray.cancel(reference)
 
 
-def _work_on(shared: list[Any], part: Part, mark: str) -> Any:
+def _work_on(shared: list[Any], part: SourcePart, mark: str) -> Any:
     """Works on a part, on whatever node."""
     if not storage.exists(mark):
         node = socket.gethostname()
         raise RunError(f"{node} does not see {mark}; on a cluster, --out and the images must be on storage it shares")
-    work: Callable[[Part], Any] = ray.get(shared[0])
+    work: Callable[[SourcePart], Any] = ray.get(shared[0])
     return work(part)
 
 

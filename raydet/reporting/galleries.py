@@ -16,7 +16,7 @@ from PIL import Image
 
 from raydet.common.errors import UserError
 from raydet.config import DEFAULT_MAX_PIXELS
-from raydet.images.collection import ImageRow, open_images
+from raydet.images.collection import ImageRow, open_collection
 from raydet.images.decode import DecodeError, decode
 from raydet.reporting.judging import JudgedImage, judge
 from raydet.reporting.run_tables import RunTables
@@ -240,7 +240,7 @@ def _read_pictures(run: RunTables, image_ids: Sequence[int]) -> dict[int, ImageR
     if uri.endswith(".json"):
         raise UserError(f"{uri} holds labels only; evaluate against an images table to see the pictures")
     table = open_table(uri, "images")
-    images = open_images(uri, index_uri=None)
+    images = open_collection(uri, index_uri=None)
     wanted, start, rows = pa.array(image_ids, pa.int64()), 0, {}
     for batch in table.iter_batches(["image_id"], batch_size=2**16):
         places = np.flatnonzero(pc.is_in(batch.column("image_id"), wanted).to_numpy(zero_copy_only=False))

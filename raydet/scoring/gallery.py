@@ -28,7 +28,7 @@ from raydet.tables.table import Table
 from raydet.training.ordering import hashes_of
 
 if TYPE_CHECKING:
-    from raydet.images.collection import Images
+    from raydet.images.collection import Collection
 
 DRAWN_FOLDER = "_drawn"
 INDEX_FILE = "index.csv"
@@ -88,7 +88,7 @@ class GalleryReport:
         return [*self.failures, f"{self.num_drawn:,} pictures with their boxes: {self.folder}"]
 
 
-class Gallery:
+class GalleryPainter:
     """Chooses images of a finished detections table and draws them.
 
     Images that could not be read are never chosen. What `draw_if` asks for:
@@ -194,7 +194,7 @@ class Gallery:
             best_score=float(scores.max()) if scores.size else None,
         )
 
-    def draw(self, images: "Images", chosen: Sequence[Chosen]) -> GalleryReport:
+    def draw(self, images: "Collection", chosen: Sequence[Chosen]) -> GalleryReport:
         """Draws OUT/_drawn/RANK-IMAGE_ID.jpg, each of them whole or not at all, and then OUT/_drawn/index.csv.
 
         Pictures of an earlier drawing are removed. What can no longer be read is left out and reported.
@@ -224,7 +224,7 @@ class Gallery:
         storage.write_bytes(storage.join(self.folder, INDEX_FILE), text.getvalue().encode())
         return GalleryReport(self.folder, len(entries), tuple(failures))
 
-    def _decoded(self, images: "Images", item: Chosen) -> Picture:
+    def _decoded(self, images: "Collection", item: Chosen) -> Picture:
         row = next(iter(images.read(item.position, item.position + 1)), None)
         if row is None or row.image_id != item.image_id:
             raise DecodeError("the images are others than those that were scored")

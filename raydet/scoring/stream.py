@@ -37,7 +37,7 @@ from raydet.cluster.stopwatch import Stopwatch
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
-from raydet.images.collection import ImageRow, Images
+from raydet.images.collection import Collection, ImageRow
 from raydet.images.decode import DecodeError, upright_size_hw
 from raydet.images.listing import is_pattern
 from raydet.models.checkpoints import fingerprint
@@ -77,7 +77,7 @@ _DECODED_TYPE = pa.struct(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ScoringPlan:
     """How the images are cut into chunks and parts; a run that is gone on with keeps the plan of its beginning.
 
     Attributes:
@@ -124,8 +124,8 @@ class Work:
 
     config: PredictConfig
     model_fingerprint: str
-    images: Images
-    plan: Plan
+    images: Collection
+    plan: ScoringPlan
     schema: pa.Schema
     sorts_by_shape: bool
     reduce_to: ResizeRule | None
@@ -153,7 +153,7 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
     per_task = math.ceil(len(chunks) / MOST_READ_TASKS)
     tasks = [partial(_read, work_ref, chunks[at : at + per_task]) for at in range(0, len(chunks), per_task)]
     dataset = ray.data.read_datasource(
-        TaskSource("Images", tasks),
+        TaskSource("Collection", tasks),
         num_cpus=0.01,
         compute=TaskPoolStrategy(size=min(len(tasks), max(2, num_workers))),
         override_num_blocks=len(tasks),
@@ -169,7 +169,7 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
         ray_remote_args_fn=_few_task_retries,
     )
     dataset = dataset.map_batches(
-        _Model,
+        _ScoringActor,
         fn_constructor_args=(work_ref, resources),
         # Two calls at once in an actor: while the model runs on one batch the next is resized and laid out.
         compute=ActorPoolStrategy(size=num_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
@@ -352,7 +352,7 @@ def _with_pixels(records: list[dict[str, Any]], pictures: list[npt.NDArray[np.ui
     return pa.StructArray.from_arrays(columns, fields=list(_DECODED_TYPE))
 
 
-class _Model:
+class _ScoringActor:
     """A copy of the model, loaded once, that turns decoded parts into detections."""
 
     def __init__(self, work_ref: "ray.ObjectRef[Work]", resources: Resources) -> None:

@@ -137,7 +137,7 @@ def run_stream(
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = ray.put(_Source(plan, tables, groups, world_size, view))
+    source = ray.put(_StreamSource(plan, tables, groups, world_size, view))
     dataset = ray.data.read_datasource(
         TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
         # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
@@ -212,7 +212,7 @@ def _key_of(table: pa.Table) -> MicroBatch:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _StreamSource:
     """What all reading tasks of a run share; put into the object store once."""
 
     plan: RunPlan
@@ -243,14 +243,14 @@ class TaskSource(Datasource):
         return [ReadTask(task, metadata) for task in self._tasks]
 
 
-def _read_segment(source_ref: "ray.ObjectRef[_Source]", segment: Segment) -> Iterator[pa.Table]:
-    source: _Source = ray.get(source_ref)
+def _read_segment(source_ref: "ray.ObjectRef[_StreamSource]", segment: Segment) -> Iterator[pa.Table]:
+    source: _StreamSource = ray.get(source_ref)
     yield from _encoded(source, segment)
 
 
-def _encoded(source: _Source, segment: Segment) -> Iterator[pa.Table]:
+def _encoded(source: _StreamSource, segment: Segment) -> Iterator[pa.Table]:
     """Reads each row group of a segment when it is first needed and deals its rows into micro-batches."""
-    plan, rows = source.plan, _Rows(source.tables[segment.kind], source.groups[segment.kind])
+    plan, rows = source.plan, _TableRows(source.tables[segment.kind], source.groups[segment.kind])
     mixes = segment.kind == "train" and source.view.mixes(segment.epoch)
     for micro_batch in plan.micro_batches(segment, source.world_size):
         if segment.kind == "validate":  # in order: what came before is not needed again
@@ -264,7 +264,7 @@ def _encoded(source: _Source, segment: Segment) -> Iterator[pa.Table]:
         yield _one_row(micro_batch, pa.StructArray.from_arrays(columns, fields=list(_ENCODED_TYPE)), _ENCODED_SCHEMA)
 
 
-class _Rows:
+class _TableRows:
     """The rows of a table by number, each row group read when it is first needed."""
 
     def __init__(self, table: Table, groups: Sequence[RowGroup]) -> None:

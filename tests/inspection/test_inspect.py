@@ -310,7 +310,7 @@ def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: A
     plan = RunPlan.of_training(config, photographs, num_val=photographs.num_rows)
     trained = {}
     groups = {"train": photographs.row_groups()}
-    source = stream._Source(plan, {"train": photographs}, groups, world_size=2, view=view)
+    source = stream._StreamSource(plan, {"train": photographs}, groups, world_size=2, view=view)
     for segment in plan.segments():
         if segment.kind == "train" and segment.epoch == 0:
             for block in stream._encoded(source, segment):

@@ -205,7 +205,7 @@ def _prepared_run(
     """What each rank gets, as the tasks of the stream make it, in this process."""
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = stream._Source(plan, tables, groups, world_size, view)
+    source = stream._StreamSource(plan, tables, groups, world_size, view)
     received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
         for block in stream._encoded(source, segment):
