@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from raydet.cluster.timeline import Timeline
+from raydet.common.errors import one_line
 
 JOB_FILE = "job.json"
 """In the folder of a job's output."""
@@ -93,7 +94,7 @@ class FileStats:
 
 def error_kind(reason: str) -> str:
     """A reason without what is of one file alone: quoted text and paths become `…`, numbers `N`."""
-    kind = " ".join(reason.split())
+    kind = one_line(reason)
     for pattern, replacement in _DETAILS:
         kind = pattern.sub(replacement, kind)
     return kind if len(kind) <= _MOST_REASON_LENGTH else kind[: _MOST_REASON_LENGTH - 1].rstrip() + "…"

@@ -20,7 +20,7 @@ from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydet.common.errors import RunError, RunStopped, UserError
+from raydet.common.errors import RunError, RunStopped, UserError, one_line
 from raydet.common.signals import STOPPED, ending_on_sigterm
 from raydet.tables import storage
 
@@ -110,7 +110,7 @@ def _connect(address: str | None) -> None:
         except SystemExit:  # Ray's own handler of SIGTERM
             raise RunStopped(STOPPED) from None
         except Exception as error:  # Ray raises plain ones, too
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, limit=300)
             if not attempts_left:
                 is_own = address == "local"
                 what = "Ray did not start on this machine" if is_own else f"cannot connect to Ray at {named}"

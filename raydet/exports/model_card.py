@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.measuring import metrics_folder
 from raydet.measuring.numbers.metrics import METRICS
@@ -329,7 +329,7 @@ def _fenced(text: str, language: str) -> str:
 
 def _escaped(text: str) -> str:
     """Text as itself in a line of markdown, whatever characters it holds."""
-    return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", one_line(text))
 
 
 def _number(value: float | None) -> str:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from raydet.common.boxes import as_boxes, clip_xywh, has_area, xywh_to_xyxy
+from raydet.common.errors import one_line
 
 Picture = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -187,7 +188,7 @@ def _font(size: int) -> _Font:
 
 
 def _shortened(name: str) -> str:
-    name = " ".join(name.split())
+    name = one_line(name)
     return name if len(name) <= _MAX_NAME_LENGTH else name[: _MAX_NAME_LENGTH - 1].rstrip() + "…"
 
 

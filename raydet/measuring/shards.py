@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError, one_line
 from raydet.common.threads import in_order
 from raydet.config import EvaluateConfig
 from raydet.measuring.detections import (
@@ -189,7 +189,7 @@ def _match_on_ray(
             except ray.exceptions.RayError as error:
                 if isinstance(error, ray.exceptions.RayTaskError):  # raised by the task itself
                     raise
-                reason = " ".join(str(error).split())[:300]
+                reason = one_line(error, limit=300)
                 raise RunError(f"the cluster loses parts of the work: {reason}; run the same command again") from error
             for part in parts:
                 if isinstance(part, str):

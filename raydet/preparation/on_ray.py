@@ -16,7 +16,7 @@ import ray.exceptions
 
 from raydet.cluster import session
 from raydet.cluster.shared_storage import check_shared
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError, one_line
 from raydet.preparation.parts import Answer, Executor, SourcePart
 from raydet.preparation.remains import MARK_NAME, Target
 from raydet.tables import storage
@@ -85,7 +85,7 @@ def _get(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, (UserError, RunError)):
             raise error.cause from None
-        reason = " ".join(str(error.cause).split())[:300]
+        reason = one_line(error.cause, limit=300)
         raise RunError(f"a task of the cluster failed: {reason}") from error
     except ray.exceptions.RayError as error:
-        raise RunError(f"the cluster failed: {' '.join(str(error).split())[:300]}") from error
+        raise RunError(f"the cluster failed: {one_line(error, limit=300)}") from error

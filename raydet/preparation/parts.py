@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.errors import RunError
+from raydet.common.errors import RunError, one_line
 from raydet.common.threads import in_order
 from raydet.preparation.examining import Examine, Rejected, Row
 from raydet.preparation.sources.source import Finding, SourceImage
@@ -102,7 +102,7 @@ def examine_all(part: SourcePart, examine: Examine, num_threads: int | None) -> 
     try:
         yield from in_order(examine, part.images, num_threads=num_threads, ahead=num_threads * _IMAGES_AHEAD_PER_THREAD)
     except OSError as error:
-        raise RunError(f"cannot read the images: {' '.join(str(error).split())}; run the same command again") from error
+        raise RunError(f"cannot read the images: {one_line(error)}; run the same command again") from error
 
 
 def write_part(
