@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -97,6 +97,18 @@ class TableCollection(Collection):
 
     table: Table
 
+    @classmethod
+    def of(cls, table: Table) -> Self:
+        """Makes a collection of an opened images table.
+
+        Raises:
+            UserError: It has no rows.
+        """
+        if table.num_rows == 0:
+            raise UserError(f"the images table {table.uri} has no rows: there is no image to score")
+        manifest = json.dumps(table.manifest, sort_keys=True).encode()
+        return cls("table", table.num_rows, hashlib.sha256(manifest).hexdigest()[:16], table)
+
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """As `Collection.read`; opens and loads only the files and row groups that hold these rows, one at a time."""
         reader = FileReader()
@@ -157,7 +169,7 @@ def open_collection(data: str, *, index_uri: str | None) -> Collection:
             if not storage.exists(uri):
                 raise UserError(f"no such path: {uri}; data must name a table, a folder of images, a list or tar files")
             if is_table(uri):
-                return _open_table_images(uri)
+                return TableCollection.of(open_table(uri, "images"))
         refuse_password(uri, what="data")
         if index_uri is None:
             return _indexed(_build_index(list_images(uri), uri), uri)
@@ -166,14 +178,6 @@ def open_collection(data: str, *, index_uri: str | None) -> Collection:
         return _indexed(storage.absolute_uri(index_uri), uri)
     except PermissionError as error:
         raise UserError(f"cannot read {error.filename or uri}: no permission") from None
-
-
-def _open_table_images(uri: str) -> TableCollection:
-    table = open_table(uri, "images")
-    if table.num_rows == 0:
-        raise UserError(f"the images table {uri} has no rows: there is no image to score")
-    manifest = json.dumps(table.manifest, sort_keys=True).encode()
-    return TableCollection("table", table.num_rows, hashlib.sha256(manifest).hexdigest()[:16], table)
 
 
 def _build_index(listing: Listing, uri: str) -> bytes:

@@ -131,12 +131,12 @@ def _typed_point(
 
 def _check_trainings(plan: TuningPlan) -> None:
     """What can be told of tables, models and recipes without training: of the base, and of each end of the space."""
-    check(plan.base)
+    tables = check(plan.base)
     for dimension in plan.dimensions:
         for value in dimension.probes():
             config = with_value(plan.base, dimension, value)
             with naming(dimension, value):
-                check(config)
+                check(config, tables)
 
 
 def _identity(plan: TuningPlan) -> dict[str, Any]:
