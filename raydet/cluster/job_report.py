@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from raydet.cluster.stopwatch import LAST_STAGE_OF_KIND, STAGES, FileStats
 from raydet.cluster.timeline import Timeline
 from raydet.common.console import aligned
+from raydet.common.errors import one_line
 
 if TYPE_CHECKING:
     from raydet.cluster.job_record import JobRecord
@@ -160,7 +161,7 @@ class JobReport:
 
 def error_kind(reason: str) -> str:
     """A reason without what is of one file alone: quoted text and paths become `…`, numbers `N`."""
-    kind = " ".join(reason.split())
+    kind = one_line(reason)
     for pattern, replacement in _DETAILS:
         kind = pattern.sub(replacement, kind)
     return kind if len(kind) <= _MOST_REASON_LENGTH else kind[: _MOST_REASON_LENGTH - 1].rstrip() + "…"

@@ -12,7 +12,7 @@ import ray
 
 from raydet.cluster.caller import REMARKS, chatter_logged, process_restored
 from raydet.cluster.ray_internals import listening_on_loopback, local_cluster_options
-from raydet.common.errors import RunError, RunStopped
+from raydet.common.errors import RunError, RunStopped, one_line
 from raydet.common.signals import STOPPED, ending_on_sigterm
 
 START_ATTEMPTS = 3
@@ -68,7 +68,7 @@ def _connect(address: str | None) -> None:
         except SystemExit:  # Ray's own handler of SIGTERM
             raise RunStopped(STOPPED) from None
         except Exception as error:  # Ray raises plain ones, too
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, limit=300)
             if not attempts_left:
                 is_own = address == "local"
                 what = "Ray did not start on this machine" if is_own else f"cannot connect to Ray at {named}"

@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydet.cluster.ray_internals import alive_nodes
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError, one_line
 from raydet.tables import storage
 
 ANSWER_WITHIN_S = 180.0
@@ -182,5 +182,4 @@ def _refusal(findings: Sequence[tuple[str, _Finding]]) -> UserError:
 
 
 def _first_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(str(text).split())[:300] or type(error).__name__
+    return one_line(getattr(error, "strerror", None) or error, limit=300)

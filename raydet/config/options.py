@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.config import default_of, field_names, fields_of, is_required, to_yaml
 
 Config = TypeVar("Config")
@@ -66,7 +66,7 @@ def _parse(config_class: type[Config], values: dict[str, Any], tokens: Sequence[
 
 def _wrong_value(message: str) -> str:
     """jsonargparse's message in one line, without the spelling of Python's types."""
-    line = _one_line(message)
+    line = one_line(message)
     union = re.match(
         r'Parser key "?(\w+)"?: Does not validate .*?Errors: (.*) Given value type: .*? Given value: (.*)', line
     )
@@ -201,7 +201,7 @@ def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no such config file: {path}") from None
     except (yaml.YAMLError, OSError) as error:
-        raise UserError(f"cannot read the config file {path}: {_one_line(str(error))}") from None
+        raise UserError(f"cannot read the config file {path}: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -218,8 +218,3 @@ def _suggestion(name: str, config_class: type, prefix: str = "") -> str:
         return "; see --help for those there are"
     suggested = close[0].replace("_", "-") if prefix else close[0]
     return f"; did you mean {prefix}{suggested}?"
-
-
-def _one_line(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines)

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raydet.augmentation.view import resized
 from raydet.models.collate import Batch, Example, collate
 from raydet.models.detector import Detections, Detector
-from raydet.models.geometry import Image, SizeHW, resize
+from raydet.models.geometry import Image, SizeHW
 
 
 @dataclass(frozen=True)
-class Part:
+class EngineBatch:
     """Images that the model sees at once.
 
     Attributes:
@@ -56,7 +57,7 @@ class DetectorEngine(ABC):
         """Height and width in pixels at which the model sees an image of this size, without padding."""
         return self.resize_rule.target_size_hw(size_hw)
 
-    def prepare(self, images: Sequence[Image]) -> list[Part]:
+    def prepare(self, images: Sequence[Image]) -> list[EngineBatch]:
         """Resizes as the model's image processor does, and puts images into batches of one size each.
 
         Args:
@@ -67,15 +68,15 @@ class DetectorEngine(ABC):
         examples = []
         for place, image in enumerate(images):
             size_hw = (image.shape[0], image.shape[1])
-            target_hw = rule.target_size_hw(size_hw)
-            examples.append(_example(place, resize(image, target_hw, rule.resample), size_hw))
-            places.setdefault(self._batch_size_hw(target_hw), []).append(place)
+            seen = resized(image, rule)
+            examples.append(_example(place, seen, size_hw))
+            places.setdefault(self._batch_size_hw((seen.shape[0], seen.shape[1])), []).append(place)
         parts = []
         for batch_hw, numbers in places.items():
             batch = collate([examples[number] for number in numbers], pad_to_hw=batch_hw)
             if self._device.type == "cuda":
                 batch.pixels = batch.pixels.pin_memory()
-            parts.append(Part(numbers, batch))
+            parts.append(EngineBatch(numbers, batch))
         return parts
 
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
@@ -86,7 +87,7 @@ class DetectorEngine(ABC):
             return target_hw
         return self.resize_rule.padded_size_hw(target_hw)
 
-    def predict(self, prepared: Sequence[Part]) -> list[Detections]:
+    def predict(self, prepared: Sequence[EngineBatch]) -> list[Detections]:
         """Finds objects.
 
         Args:

@@ -27,7 +27,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     validate_repo_id,
 )
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import without_secrets
 from raydet.config import PushConfig
 from raydet.exports.model_card import build_card
@@ -278,5 +278,5 @@ def _explain_refusal(error: HfHubHTTPError, repo: str) -> str:
 
 def _safe(text: str, secret: str = "") -> str:
     """One line, in which neither the token nor anything like one is left, nor what signs an address."""
-    line = " ".join(text.split())
+    line = one_line(text)
     return str(without_secrets(line.replace(secret, "(token)") if secret else line))

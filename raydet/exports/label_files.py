@@ -105,7 +105,7 @@ class LabelRows:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenLabels:
     """What `write_labels` has written: the names of the pictures, and numbers for the report."""
 
     names: list[str]
@@ -217,7 +217,7 @@ def write_labels(
     extension: str,
     copy_images: bool | None,
     make_texts: Callable[[LabelRows], tuple[LabelRows, list[str | None]]],
-) -> Written:
+) -> WrittenLabels:
     """Writes one label file an image, and the pictures.
 
     Args:
@@ -252,7 +252,7 @@ def write_labels(
         names += rows.names
         num_boxes += len(rows.boxes_xywh)
     (folder / pictures_folder).mkdir(parents=True, exist_ok=True)
-    return Written(names, num_boxes, num_copied, file_names.num_renamed)
+    return WrittenLabels(names, num_boxes, num_copied, file_names.num_renamed)
 
 
 def _label_rows(table: Table, batch: pa.RecordBatch, file_names: FileNames) -> LabelRows:

@@ -7,7 +7,7 @@ from typing import Any
 
 from raydet.common.errors import UserError
 from raydet.config import PlanConfig, PrepareShapesConfig
-from raydet.images.collection import open_images
+from raydet.images.collection import Collection, TableCollection, open_collection
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, is_table, open_table
 
@@ -71,10 +71,10 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
     if not is_table(config.data):
         if config.job == "train":
             raise UserError(f"{config.data} is no images table; train learns from one, see raydet prepare")
-        return _read_samples(config.data, ())
+        return _read_samples(open_collection(config.data, index_uri=None), config.data, ())
     table = open_table(config.data, "images")
     if config.job == "predict":
-        return _read_samples(config.data, table.categories)
+        return _read_samples(TableCollection.of(table), config.data, table.categories)
     if not table.categories:
         raise UserError(f"--data {table.uri} has no classes: it was prepared without labels")
     began = time.perf_counter()
@@ -95,9 +95,8 @@ def _labelled(rows: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _read_samples(data: str, categories: tuple[Category, ...]) -> Samples:
+def _read_samples(images: Collection, data: str, categories: tuple[Category, ...]) -> Samples:
     """Reads from several places of the collection, as `predict` does, and takes the time."""
-    images = open_images(data, index_uri=None)
     size = max(1, min(_MOST_SAMPLES, images.num_rows) // _STRETCHES)
     starts = sorted({images.num_rows * number // _STRETCHES for number in range(_STRETCHES)})
     began = time.perf_counter()

@@ -15,7 +15,7 @@ from raydet.cluster.ray_internals import cluster_cpus
 from raydet.cluster.shared_storage import check_shared
 from raydet.cluster.tasks import run_tasks
 from raydet.common.errors import RunError
-from raydet.preparation.parts import Answer, Executor, Part
+from raydet.preparation.parts import Answer, Executor, SourcePart
 from raydet.preparation.remains import MARK_NAME, Target
 from raydet.tables import storage
 
@@ -36,10 +36,10 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
     """
     mark = storage.join(target.out, MARK_NAME)
 
-    def execute(work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
+    def execute(work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
         # A fraction, where others may hold some of the few CPUs there are.
         cpus_per_task = 1.0 if cluster_cpus() >= _SMALL_CLUSTER_CPUS else 0.5
-        own = (Part(part.index, list(part.images)) for part in parts)
+        own = (SourcePart(part.index, list(part.images)) for part in parts)
         return run_tasks(partial(_work_on, work=work, mark=mark), own, cpus_per_task=cpus_per_task)
 
     with tempfile.TemporaryDirectory() as log, session.session(log):
@@ -48,7 +48,7 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
         yield execute
 
 
-def _work_on(part: Part, *, work: Callable[[Part], Answer], mark: str) -> Answer:
+def _work_on(part: SourcePart, *, work: Callable[[SourcePart], Answer], mark: str) -> Answer:
     """Works on a part, on whatever node."""
     if not storage.exists(mark):
         node = socket.gethostname()

@@ -48,7 +48,7 @@ from raydet.preparation.sources.source import Records, Source, SourceImage
 from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
-from raydet.preparation.writing import Plan, write_tables
+from raydet.preparation.writing import PreparationPlan, write_tables
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS
 
@@ -192,7 +192,9 @@ def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
     targets = {split: Target(storage.join(storage.absolute_uri(config.out), split)) for split in sizes}
     done = {split: _report_of(target, config) for split, target in targets.items()}
     images_per_part = max(1, FILE_BYTES // config.image_size**2)
-    plan = Plan(config_hash=config_hash(config), images_per_part=images_per_part, num_threads=config.num_threads)
+    plan = PreparationPlan(
+        config_hash=config_hash(config), images_per_part=images_per_part, num_threads=config.num_threads
+    )
     reports = []
     for split, num_images in sizes.items():
         source = Source(Records(partial(_name_shapes, split, num_images)), num_images, shapes.CATEGORIES)
@@ -236,7 +238,7 @@ def _write_files(
     use_ray = _use_ray(config.use_ray, source.num_images, isinstance(reader, ImageFolder))
     is_remote = not getattr(reader, "is_local", False)
     num_threads = _THREADS_PER_TASK if use_ray else available_cpus()
-    plan = Plan(
+    plan = PreparationPlan(
         config_hash=config_hash(config),
         images_per_part=max(1, FILE_BYTES // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
         num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),

@@ -31,13 +31,13 @@ from raydet.common.redaction import without_secrets
 from raydet.config import PredictConfig, config_hash, identity
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.selection import check_classes
-from raydet.images.collection import Images, open_images
+from raydet.images.collection import Collection, open_collection
 from raydet.images.listing import is_pattern
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.models.geometry import ResizeRule
-from raydet.scoring.gallery import Gallery, GalleryReport
-from raydet.scoring.stream import COUNTS_KEY, LOG_FOLDER, Plan, Work, score, threads_of
+from raydet.scoring.gallery import GalleryPainter, GalleryReport
+from raydet.scoring.stream import COUNTS_KEY, LOG_FOLDER, ScoringPlan, Work, score, threads_of
 from raydet.tables import storage
 from raydet.tables.run_folder import Hold, check_folder, done_chunks, hold, open_run, part_name, stored_plan
 from raydet.tables.schema import Category, build_schema
@@ -101,7 +101,7 @@ class PredictResult:
 
 
 @dataclass(frozen=True)
-class _Model:
+class _ModelFacts:
     """What is known of a model before it is loaded."""
 
     name: str
@@ -139,7 +139,7 @@ def _predict(config: PredictConfig, console: Console) -> PredictResult:
         index_uri = storage.join(config.out, INDEX_FILE)
         if stored_plan(config.out) is None:  # left by a run that ended before it began: files may have come since
             storage.delete_file(index_uri)
-        images = open_images(config.data, index_uri=index_uri)
+        images = open_collection(config.data, index_uri=index_uri)
         run_identity = {
             **identity(config),
             "checkpoint_fingerprint": model.fingerprint,
@@ -153,7 +153,7 @@ def _predict(config: PredictConfig, console: Console) -> PredictResult:
         return _run(config, model, images, run_identity, console, held)
 
 
-def _check_model(config: PredictConfig) -> _Model:
+def _check_model(config: PredictConfig) -> _ModelFacts:
     if config.model is not None:
         from raydet.engines.zero_shot import check_labels, check_zero_shot
 
@@ -163,7 +163,7 @@ def _check_model(config: PredictConfig) -> _Model:
             raise no_fp16_on_cpu(config.engine)
         name = storage.absolute_uri(config.model) if storage.exists(config.model) else config.model
         categories = tuple(Category(id=index, name=label) for index, label in enumerate(labels))
-        model = _Model(name, categories, fingerprint(config.model), pads=False)
+        model = _ModelFacts(name, categories, fingerprint(config.model), pads=False)
     else:
         assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
         checkpoint = read_checkpoint(config.checkpoint)
@@ -171,7 +171,7 @@ def _check_model(config: PredictConfig) -> _Model:
         check_engine(config, checkpoint.model_type)
         if not checkpoint.categories:
             raise UserError(f"the model {checkpoint.name} names no classes (no id2label in its config.json)")
-        model = _Model(
+        model = _ModelFacts(
             checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint), pads=family.side_multiple == 1
         )
     if config.reduced_decode and (config.tile or config.model):
@@ -182,7 +182,12 @@ def _check_model(config: PredictConfig) -> _Model:
 
 
 def _run(
-    config: PredictConfig, model: _Model, images: Images, run_identity: dict[str, Any], console: Console, held: Hold
+    config: PredictConfig,
+    model: _ModelFacts,
+    images: Collection,
+    run_identity: dict[str, Any],
+    console: Console,
+    held: Hold,
 ) -> PredictResult:
     started = time.perf_counter()
     stats = JobStats()
@@ -246,10 +251,10 @@ def _check_nodes(config: PredictConfig) -> None:
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, LOG_FOLDER)))
 
 
-def _draw(config: PredictConfig, model: _Model, images: Images) -> list[str]:
+def _draw(config: PredictConfig, model: _ModelFacts, images: Collection) -> list[str]:
     if not config.draw:
         return []
-    gallery = Gallery(
+    gallery = GalleryPainter(
         config.out, model.categories, config.draw, config.draw_if, config.draw_threshold, max_pixels=config.max_pixels
     )
     report: GalleryReport = gallery.draw(images, gallery.choose(open_table(config.out, "detections")))
@@ -258,8 +263,8 @@ def _draw(config: PredictConfig, model: _Model, images: Images) -> list[str]:
 
 def _work(
     config: PredictConfig,
-    model: _Model,
-    images: Images,
+    model: _ModelFacts,
+    images: Collection,
     run_identity: dict[str, Any],
     resources: shares.Resources,
 ) -> Work:
@@ -284,7 +289,7 @@ def _work(
         config=config,
         model_fingerprint=model.fingerprint,
         images=images,
-        plan=Plan(**plan),
+        plan=ScoringPlan(**plan),
         schema=build_schema("detections", model.categories, extra_metadata={"checkpoint": without_secrets(model.name)}),
         sorts_by_shape=model.pads and config.pad_together,
         reduce_to=reduce_to if config.reduced_decode else None,
@@ -302,14 +307,16 @@ def _probe(config: PredictConfig, resources: shares.Resources) -> tuple[ResizeRu
     return engine.resize_rule, batch_size
 
 
-def _plan(config: PredictConfig, num_rows: int, batch_size: int) -> Plan:
+def _plan(config: PredictConfig, num_rows: int, batch_size: int) -> ScoringPlan:
     images_per_part = max(1, batch_size // 2) if config.flip else batch_size
     if config.tile:
         images_per_part = _IMAGES_PER_TILED_PART
     # Some files for each worker, so that none is idle while the last ones are made, and not many small ones.
     rows_per_file = config.rows_per_file or min(MOST_ROWS_PER_FILE, math.ceil(num_rows / (4 * config.num_workers)))
     rows_per_file = math.ceil(rows_per_file / images_per_part) * images_per_part
-    return Plan(num_rows=num_rows, rows_per_file=rows_per_file, images_per_part=images_per_part, batch_size=batch_size)
+    return ScoringPlan(
+        num_rows=num_rows, rows_per_file=rows_per_file, images_per_part=images_per_part, batch_size=batch_size
+    )
 
 
 def _share_out(config: PredictConfig) -> shares.Resources:
@@ -405,7 +412,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _finish(config: PredictConfig, plan: Plan) -> None:
+def _finish(config: PredictConfig, plan: ScoringPlan) -> None:
     """Counts what was written against what was asked for and declares the table whole."""
     filesystem, path = storage.resolve(config.out)
     rows_by_file: dict[str, int] = {}

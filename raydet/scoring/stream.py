@@ -27,6 +27,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from raydet.augmentation.view import decoded
 from raydet.cluster import job_metrics
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.cluster.ray_internals import ExecutionCallback, alive_nodes, call_retries, task_retries
@@ -36,8 +37,8 @@ from raydet.cluster.worker_log import log_from_here
 from raydet.common.errors import UserError
 from raydet.common.threads import available_cpus
 from raydet.config import PredictConfig
-from raydet.images.collection import ImageRow, Images
-from raydet.images.decode import DecodeError, decode, upright_size_hw
+from raydet.images.collection import Collection, ImageRow
+from raydet.images.decode import DecodeError, upright_size_hw
 from raydet.images.listing import is_pattern
 from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
@@ -75,7 +76,7 @@ _DECODED_TYPE = pa.struct(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ScoringPlan:
     """How the images are cut into chunks and parts; a run that is gone on with keeps the plan of its beginning.
 
     Attributes:
@@ -122,8 +123,8 @@ class Work:
 
     config: PredictConfig
     model_fingerprint: str
-    images: Images
-    plan: Plan
+    images: Collection
+    plan: ScoringPlan
     schema: pa.Schema
     sorts_by_shape: bool
     reduce_to: ResizeRule | None
@@ -156,7 +157,7 @@ def _pipeline(work: Work, chunks: Sequence[int], resources: Resources, num_worke
     tasks = [partial(_read, work_ref, chunks[at : at + per_task]) for at in range(0, len(chunks), per_task)]
     with one_row_blocks(watch=_watch_nodes(resources, num_workers)):
         dataset: ray.data.Dataset = ray.data.read_datasource(
-            TaskSource("Images", tasks),
+            TaskSource("Collection", tasks),
             num_cpus=0.01,
             compute=TaskPoolStrategy(size=min(len(tasks), max(2, num_workers))),
             override_num_blocks=len(tasks),
@@ -172,7 +173,7 @@ def _pipeline(work: Work, chunks: Sequence[int], resources: Resources, num_worke
         **task_retries(_RETRIES),
     )
     dataset = dataset.map_batches(
-        _Model,
+        _ScoringActor,
         fn_constructor_args=(work_ref, resources),
         # Two calls at once in an actor: while the model runs on one batch the next is resized and laid out.
         compute=ActorPoolStrategy(size=num_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
@@ -317,7 +318,8 @@ def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: 
         if record["error"] is None:
             try:
                 with watch.measuring("decode"):
-                    picture, (height, width) = _picture(row["data"].as_py(), max_pixels, reduce_to)
+                    data = row["data"].as_py()
+                    picture, (height, width) = decoded(data, max_pixels=max_pixels, reduce_to=reduce_to)
             except DecodeError as error:
                 record["error"] = str(error)
             else:
@@ -328,17 +330,6 @@ def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: 
     with watch.measuring("decode"):
         rows = _with_pixels(records, pictures)
     return _next_block(block, rows, watch.lap())
-
-
-def _picture(
-    data: bytes, max_pixels: int, reduce_to: ResizeRule | None
-) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-    """The pixels, and the size in pixels of the picture, which the pixels of a reduced JPEG are fewer than."""
-    if reduce_to is None:
-        picture = decode(data, max_pixels=max_pixels)
-        return picture, (picture.shape[0], picture.shape[1])
-    size_hw = upright_size_hw(data)
-    return decode(data, max_pixels=max_pixels, at_least_hw=reduce_to.target_size_hw(size_hw)), size_hw
 
 
 def _with_pixels(records: list[dict[str, Any]], pictures: list[npt.NDArray[np.uint8]]) -> pa.StructArray:
@@ -355,7 +346,7 @@ def _with_pixels(records: list[dict[str, Any]], pictures: list[npt.NDArray[np.ui
     return pa.StructArray.from_arrays(columns, fields=list(_DECODED_TYPE))
 
 
-class _Model:
+class _ScoringActor:
     """A copy of the model, loaded once, that turns decoded parts into detections."""
 
     def __init__(self, work_ref: "ray.ObjectRef[Work]", resources: Resources) -> None:

@@ -148,15 +148,23 @@ def train(
     return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model)
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[str, Table]:
     """Finds the mistakes in a new run that can be found before any worker starts; its folder is not looked at.
+
+    Args:
+        config: What to train.
+        tables: Its tables, where an earlier call has opened them.
+
+    Returns:
+        The tables of training and validation.
 
     Raises:
         UserError: Tables, model, schedule, augmentation or trackers are not what they should be.
     """
-    _check_tables(config)
+    tables = _check_tables(config, tables)
     _check_recipe(config)
     _check_model(config)
+    return tables
 
 
 def free_workers(out: str) -> None:
@@ -296,8 +304,12 @@ def _run_worker(job: dict[str, Any]) -> None:
         raise
 
 
-def _check_tables(config: TrainConfig) -> dict[str, Table]:
-    tables = {"train": open_table(config.train_data, "images"), "validate": open_table(config.val_data, "images")}
+def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -> dict[str, Table]:
+    uris = {"train": config.train_data, "validate": config.val_data}
+    tables = {
+        name: opened[name] if opened and opened[name].uri == storage.absolute_uri(uri) else open_table(uri, "images")
+        for name, uri in uris.items()
+    }
     for option, table in zip(("train-data", "val-data"), tables.values(), strict=True):
         if table.num_rows == 0:
             raise UserError(f"--{option} {table.uri} has no image")

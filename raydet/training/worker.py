@@ -195,7 +195,7 @@ def next_images(stream: Stream, kind: Kind, epoch: int, step: int, part: int, ra
 def examples_of(images: list[ReadyImage]) -> list[Example]:
     """Those that can be read, for the model."""
     return [
-        Example(image.image_id, image.image, image.original_size_hw, image.boxes_cxcywh, image.labels)
+        Example(image.image_id, image.image, image.original_size_hw, image.boxes_cxcywh, image.categories)
         for image in images
         if image.image is not None
     ]

@@ -20,7 +20,7 @@ from raydet.training.train import check
 from raydet.tuning import records
 from raydet.tuning.execution import run_trials
 from raydet.tuning.following import Follower
-from raydet.tuning.plan import Plan, Search
+from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.resources import Share, share_out
 from raydet.tuning.results import TuneResult, write_results
 from raydet.tuning.search import check_search
@@ -74,7 +74,7 @@ def _announcement(search: Search, share: Share) -> str:
     return f"{search.num_to_do} trials, {at_once}, {each}; what they say is in {search.plan.out}/log"
 
 
-def make_plan(config: TuneConfig) -> Plan:
+def make_plan(config: TuneConfig) -> TuningPlan:
     """Works out what a search is, from its config alone.
 
     Raises:
@@ -85,7 +85,7 @@ def make_plan(config: TuneConfig) -> Plan:
     dimensions = tuple(typed(base, dimension) for dimension in parse_space(config.space))
     points = tuple(_typed_point(base, point, dimensions, number) for number, point in enumerate(config.points))
     epochs = next((dimension.values for dimension in dimensions if dimension.name == "epochs"), ())
-    return Plan(
+    return TuningPlan(
         config=config,
         base=base,
         dimensions=dimensions,
@@ -129,17 +129,17 @@ def _typed_point(
     return {name: value_in(config, name) for name in point}
 
 
-def _check_trainings(plan: Plan) -> None:
+def _check_trainings(plan: TuningPlan) -> None:
     """What can be told of tables, models and recipes without training: of the base, and of each end of the space."""
-    check(plan.base)
+    tables = check(plan.base)
     for dimension in plan.dimensions:
         for value in dimension.probes():
             config = with_value(plan.base, dimension, value)
             with naming(dimension, value):
-                check(config)
+                check(config, tables)
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def _identity(plan: TuningPlan) -> dict[str, Any]:
     """All that decides what comes out, by names that a person knows."""
     config = identity(plan.config)
     for name in ("train", "train_data", "val_data", "metric"):

@@ -89,7 +89,7 @@ def as_batch(detector: Detector, pictures: Sequence[Image.Image]) -> Batch:
             image=resize(np.asarray(picture), rule.target_size_hw((picture.height, picture.width)), rule.resample),
             original_size_hw=(picture.height, picture.width),
             boxes=np.array([[0.5, 0.5, 0.4, 0.3]], np.float32),
-            labels=np.array([number % 3]),
+            categories=np.array([number % 3]),
         )
         for number, picture in enumerate(pictures)
     ]

@@ -19,7 +19,7 @@ from raydet.tables.run_folder import open_run
 from raydet.tables.table import open_table
 from raydet.tuning import records
 from raydet.tuning.execution import build_scheduler
-from raydet.tuning.plan import Plan, Search
+from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.records import Trial
 from raydet.tuning.resources import Machines, Share, divide
 from raydet.tuning.results import write_results
@@ -50,7 +50,7 @@ def _history(*values: float | None) -> list[dict[str, Any]]:
     ]
 
 
-def _write_run(plan: Plan, trial: Trial, *values: float | None) -> None:
+def _write_run(plan: TuningPlan, trial: Trial, *values: float | None) -> None:
     """A trial with its record and run folder, as one that has trained leaves them."""
     records.save(trial, plan.out)
     folder = Path(trial.folder(plan.out))

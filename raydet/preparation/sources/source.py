@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import readable
 from raydet.tables import storage
 from raydet.tables.schema import Category
@@ -134,7 +134,7 @@ def read_class_names(classes: Sequence[str]) -> list[str]:
         try:
             text = storage.read_bytes(names[0]).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the classes in {names[0]}: {' '.join(str(error).split())}") from None
+            raise UserError(f"cannot read the classes in {names[0]}: {one_line(error)}") from None
         names = [line.strip() for line in text.splitlines() if line.strip()]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if not names or not all(names) or repeated:
