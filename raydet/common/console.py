@@ -1,6 +1,8 @@
 """What a person sees: lines and tables on the screen, and how far the work is. Imports no Ray."""
 
 import contextlib
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +13,15 @@ _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MOST_CLASSES_IN_A_LINE = 8
 _DATA_BOUND = 0.15
 """Share of a step's time; with more of it spent waiting for images, more decoding would make the run faster."""
+
+
+def write_out(text: str) -> None:
+    """Write a page of text to stdout; a reader such as `head` may close the pipe before the end."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -233,7 +233,7 @@ def write_labels(
         UserError: The table is damaged, a number in it means nothing, or a picture cannot be read.
     """
     if table.kind == "detections" and copy_images:
-        raise UserError(f"{table.uri} is a table of detections, which has no pictures; leave out copy_images")
+        raise UserError(f"{table.uri} is a table of detections, which has no pictures; leave out --copy-images")
     with_pictures = table.kind == "images" and copy_images is not False
     columns = ["image_id", "width", "height"]
     columns += ["path", "detections", "error"] if table.kind == "detections" else ["image.path", "objects"]

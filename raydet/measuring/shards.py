@@ -114,7 +114,7 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
 
 
 def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, Matches]:
-    """Matches a detections table on the cluster at `config.address` ("local" starts one on this machine).
+    """Matches a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
 
     The outcome is exactly that of matching here. The detections themselves come to this process only where tables
     are wanted, which say of single boxes what is wrong with them.
@@ -144,8 +144,8 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
 
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
     groups = _row_groups(shards.table, config.num_shards)
-    if config.address is not None:
-        return _match_on_ray(config.address, shards, protocol, groups)
+    if config.ray_address is not None:
+        return _match_on_ray(config.ray_address, shards, protocol, groups)
     num_threads = len(os.sched_getaffinity(0))
     # More that are ready would only wait in memory.
     return in_order(

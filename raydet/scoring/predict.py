@@ -175,7 +175,9 @@ def _check_model(config: PredictConfig) -> _Model:
         )
     if config.reduced_decode and (config.tile or config.model):
         reason = "tiles are cut out of the full picture" if config.tile else "it is for trained detectors"
-        raise UserError(f"reduced_decode does not go with {'tile' if config.tile else 'a zero-shot model'}: {reason}")
+        raise UserError(
+            f"--reduced-decode cannot be combined with {'--tile' if config.tile else 'a zero-shot model'}: {reason}"
+        )
     check_classes(config.classes, model.categories)
     return model
 
@@ -286,7 +288,7 @@ def _work(
         images=images,
         plan=Plan(**plan),
         schema=build_schema("detections", model.categories, extra_metadata={"checkpoint": without_secrets(model.name)}),
-        sorts_by_shape=model.pads and config.pad_together,
+        sorts_by_shape=model.pads and config.pad_batches,
         reduce_to=reduce_to if config.reduced_decode else None,
     )
 

@@ -310,7 +310,7 @@ def _check_tables(config: TrainConfig) -> dict[str, Table]:
     metric = config.metric_for_best_model
     if metric.startswith("AP:") and metric.removeprefix("AP:") not in names["train"]:
         raise UserError(
-            f"metric_for_best_model {metric}: there is no such class; there are {', '.join(names['train'])}"
+            f"--metric-for-best-model {metric}: there is no such class; there are {', '.join(names['train'])}"
         )
     return tables
 

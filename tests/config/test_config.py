@@ -49,20 +49,20 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*REQUIRED, "--num-workers", "0"], "num_workers must be a number above 0"),
+        ([*REQUIRED, "--num-workers", "0"], "--num-workers must be a number above 0"),
         ([*REQUIRED, "--num-worker", "2"], "unknown option --num-worker; did you mean --num-workers?"),
         ([*REQUIRED, "--num-workers", "[4, 1]"], "or the fewest and the most as [1, 4]; got [4, 1]"),
-        ([*REQUIRED, "--num-workers", "few"], "num_workers must be a number or a list; got few"),
+        ([*REQUIRED, "--num-workers", "few"], "--num-workers must be a whole number or a list; got few"),
         (
             [*REQUIRED, "--augmentation", "stronk"],
-            "augmentation must be one of none, flip, light, detr, strong or a list",
+            "--augmentation must be one of none, flip, light, detr, strong or a list",
         ),
         ([*REQUIRED, "--augmentation", "[{A: {}, B: {}}]"], "must be written as `Name: {argument: value}`"),
-        ([*REQUIRED, "--unfreeze-epoch", "3"], "unfreeze_epoch needs freeze_backbone stem or all"),
-        ([*REQUIRED, "--metric-for-best-model", "mAP"], "metric_for_best_model must be one of AP, AP50"),
-        ([*REQUIRED, "--validate-fraction", "0"], "validate_fraction must be above 0 and at most 1"),
-        ([*REQUIRED, "--epochs", "many"], "epochs must be of type int; got many"),
-        ([*REQUIRED, "--schedule", "cos"], "schedule must be one of linear, cosine, "),
+        ([*REQUIRED, "--unfreeze-epoch", "3"], "--unfreeze-epoch needs --freeze-backbone stem or all"),
+        ([*REQUIRED, "--metric-for-best-model", "mAP"], "--metric-for-best-model must be one of AP, AP50"),
+        ([*REQUIRED, "--validate-fraction", "0"], "--validate-fraction must be above 0 and at most 1"),
+        ([*REQUIRED, "--epochs", "many"], "--epochs must be a whole number; got many"),
+        ([*REQUIRED, "--schedule", "cos"], "--schedule must be one of linear, cosine, "),
         ([*REQUIRED, "--batch-size", "2", "--num-workers", "4"], "2 images cannot keep 4 workers busy"),
         ([*REQUIRED, "stray"], "unexpected `stray`"),
         ([*REQUIRED, "--epochs"], "--epochs needs a value"),
@@ -81,7 +81,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
     ("text", "message"),
     [
         ("batch_sise: 4\n", "unknown key `batch_sise`"),
-        ("batch_size: 3.5\n", "batch_size must be of type int; got 3.5"),
+        ("batch_size: 3.5\n", "--batch-size must be a whole number; got 3.5"),
         ("- a\n- b\n", "must hold `option: value` lines, found a list"),
         ("a: [1\n", "cannot read the config file"),
     ],
@@ -101,7 +101,7 @@ def test_identity_leaves_out_what_changes_only_the_time() -> None:
     assert config_hash(config) != config_hash(dataclasses.replace(config, score_threshold=0.3))
     earlier = {"checkpoint": "m", "data": "other", "batch_size": 16}
     changes = changed_fields(config, {**dataclasses.asdict(config), **earlier})
-    assert changes == ["data: other → d"]
+    assert changes == ["--data: other → d"]
 
 
 def test_yaml_holds_every_field() -> None:
