@@ -188,7 +188,7 @@ _COMMANDS = (
         PlanConfig,
         "raydet.planning.plan",
         "a short measurement here → time, cost and bottleneck of a job on a cluster",
-        "--num-images 10_000_000 --checkpoint runs/demo/checkpoint --gpu-nodes 8 --cpus-per-gpu-node 16",
+        "--num-images 10_000_000 --checkpoint runs/demo/checkpoint --cpu-nodes 8 --cpus-per-cpu-node 16",
         shows_progress=True,
     ),
     Command(

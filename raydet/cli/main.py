@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"raydet: error: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("raydet: Run interrupted; run the same command again to resume.", file=sys.stderr)
+        print("raydet: run interrupted; run the same command again to resume", file=sys.stderr)
         return 130
 
 

@@ -57,8 +57,9 @@ class Resources:
     def describe(self, min_workers: int, max_workers: int) -> str:
         """A few words for the terminal."""
         number = f"{max_workers}" if min_workers == max_workers else f"{min_workers} to {max_workers}"
-        gpu = " and 1 GPU each" if self.use_gpu else " each, no GPU"
-        return f"{number} worker{'s' if max_workers > 1 else ''} with {self.cpus_per_worker:g} CPU{gpu}"
+        each, plural = (" each", "s") if max_workers > 1 else ("", "")
+        gpu = f"1 GPU{each}" if self.use_gpu else "no GPU"
+        return f"{number} worker{plural}, {self.cpus_per_worker:g} CPU{each}, {gpu}"
 
 
 @contextlib.contextmanager

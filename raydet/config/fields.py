@@ -19,8 +19,8 @@ Group = Literal[
     "Search",
     "Tiles and merging",
     "Detections",
-    "Output",
     "Measurement",
+    "Output",
     "Compute and cluster",
 ]
 """Headings of the help, in the order they are printed."""
@@ -35,6 +35,7 @@ def option(
     group: Group = "Common options",
     default_factory: Any = dataclasses.MISSING,
     operational: bool = False,
+    value: str = "",
 ) -> Any:
     """Declare one field of a config.
 
@@ -44,8 +45,9 @@ def option(
         group: Heading under which the help lists the option; required options have their own.
         default_factory: As in `dataclasses.field`, for lists.
         operational: The option changes the time or the place of a run, never its result.
+        value: Name of the value in the help; by default made from the type, or from the option's name.
     """
-    metadata = {"help": help, "group": group, "operational": operational}
+    metadata = {"help": help, "group": group, "operational": operational, "value": value}
     if default_factory is not dataclasses.MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -23,7 +23,7 @@ def help_page(config_class: type, *, program: str, example: str = "") -> str:
     fields = fields_of(config_class)
     hints = typing.get_type_hints(config_class)
     required = sorted((item for item in fields if is_required(item)), key=lambda item: item.name == "out")
-    usage = [f"{flag(item.name)} {_value(item.name, hints[item.name])}" for item in required]
+    usage = [_spelling(item, hints[item.name]) for item in required]
     lines = [_wrapped(" ".join([f"usage: {program}", *usage, "[options]"]), 0, 7), "", config_class.__doc__ or ""]
     if required:
         lines += ["", "Required:", *[_entry(item, hints[item.name]) for item in required]]
@@ -47,14 +47,18 @@ def help_page(config_class: type, *, program: str, example: str = "") -> str:
 
 def _entry(item: Any, hint: Any) -> str:
     default = None if is_required(item) else default_of(item)
-    spelling = f"{flag(item.name)} {_value(item.name, hint)}".rstrip()
-    if bool in _members(hint) and default is not False:
-        spelling += f" | {flag('no_' + item.name)}"
     text = item.metadata["help"]
     if default is not None and default is not False and default != []:
         shown = "on" if default is True else yaml.safe_dump(default).splitlines()[0]
         text += f" (default: {shown})"
-    return f"  {spelling}\n{_wrapped(text, 8, 8)}"
+    return f"{_wrapped(_spelling(item, hint), 2, 10)}\n{_wrapped(text, 8, 8)}"
+
+
+def _spelling(item: Any, hint: Any) -> str:
+    """An option with the form of its value; a switch with its opposite, unless it is off by default."""
+    if bool in _members(hint):
+        return flag(item.name) if default_of(item) is False else f"{flag(item.name)} | {flag('no_' + item.name)}"
+    return f"{flag(item.name)} {item.metadata['value'] or _value(item.name, hint)}"
 
 
 def _wrapped(text: str, first: int, further: int) -> str:

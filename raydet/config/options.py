@@ -131,6 +131,7 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
     hints = typing.get_type_hints(config_class)
     switches = {name for name, hint in hints.items() if hint is bool or _is_optional_bool(hint)}
     elements = {name: element for name, hint in hints.items() if (element := _list_element(hint)) is not None}
+    mixed = {name for name in elements if int in typing.get_args(hints[name])}  # a number, or a list of them
     result: list[str] = []
     files: list[str] = []
     print_config = False
@@ -161,7 +162,7 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
             if not rest:
                 raise UserError(f"--{key} needs a value")
             rest.insert(0, f"--{name}={rest.pop(0)}")
-        elif name in elements and not value.startswith("["):
+        elif name in elements and not value.startswith("[") and ("," in value or name not in mixed):
             words = [word.strip() for word in value.split(",")]
             is_number = elements[name] in (int, float)
             written = f"[{value}]" if is_number else json.dumps(words, ensure_ascii=False)
@@ -176,12 +177,9 @@ def _is_optional_bool(hint: Any) -> bool:
 
 
 def _list_element(hint: Any) -> Any:
-    """The element type of `list[word or number]`, optional or not; None for any other type."""
-    if isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint):
-        hint = next(member for member in typing.get_args(hint) if member is not type(None))
-    if typing.get_origin(hint) is not list:
-        return None
-    (element,) = typing.get_args(hint)
+    """The element type of a list of words or numbers, or of a union with one; None for any other type."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    element = next((typing.get_args(member)[0] for member in members if typing.get_origin(member) is list), None)
     return element if element in (str, int, float) or typing.get_origin(element) is Literal else None
 
 

@@ -36,7 +36,7 @@ class PlanConfig:
     batch_size: int | None = option(
         "images per batch; by default 16 for predict, and 8 over all workers together for train", None, group="Model"
     )
-    augmentation: Augmentation = option("with --job train: augmentation of train", "light", group="Augmentation")
+    augmentation: Augmentation = option("with --job train: augmentation of train", "light", group="Model")
 
     cluster: str | None = option(
         "Ray's cluster.yaml; the plan counts each node group at its maximum size", None, group="Compute and cluster"

@@ -45,7 +45,7 @@ class TrainConfig(WorkersConfig):
     batch_size: int = option("images per optimizer step, over all workers together", 8)
     learning_rate: float = option("peak learning rate of AdamW", 1e-4)
     num_workers: int | list[int] = option(
-        "parallel workers, each with a copy of the model; [1,4] uses between 1 and 4, as many as the cluster has room "
+        "parallel workers, each with a copy of the model; 1,4 uses between 1 and 4, as many as the cluster has room "
         "for",
         1,
         operational=True,
@@ -109,9 +109,7 @@ class TrainConfig(WorkersConfig):
         0,
         group="Augmentation",
     )
-    shuffle_window_mb: int = option(
-        "megabytes of compressed images that are shuffled together", 256, group="Augmentation"
-    )
+    shuffle_window_mb: int = option("megabytes of compressed images that are shuffled together", 256, group="Input")
 
     validate_every: int = option(
         "epochs from one validation to the next; the last epoch always has one", 1, group="Validation"
@@ -126,6 +124,7 @@ class TrainConfig(WorkersConfig):
         "metric that chooses OUT/checkpoint: one of COCO's twelve, AP:CLASS for one class, or loss",
         "AP",
         group="Validation",
+        value="METRIC",
     )
     early_stopping_patience: int | None = option(
         "stop after this many validations without an improvement of --metric-for-best-model",

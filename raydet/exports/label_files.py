@@ -54,9 +54,9 @@ class FolderExportReport:
 
     def lines(self) -> list[str]:
         """What was exported, for the terminal."""
-        lines = [f"{self.num_boxes:,} boxes of {self.num_images:,} images, {self.num_copied:,} pictures copied"]
+        lines = [f"{self.num_boxes:,} boxes of {self.num_images:,} images, {self.num_copied:,} images copied"]
         if self.num_copied < self.num_images:
-            lines.append(f"  the other pictures belong into {storage.join(self.out, self.pictures_folder)}")
+            lines.append(f"  copy the other images to {storage.join(self.out, self.pictures_folder)}")
         notes = {"images renamed, since two had the same name": self.num_renamed, **self.notes}
         lines += [f"  {text}: {count:,}" for text, count in notes.items() if count]
         return [*lines, self.out]

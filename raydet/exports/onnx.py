@@ -54,8 +54,8 @@ class OnnxExportReport:
         )
         return [
             f"{self.path}: {self.num_bytes / 1e6:.1f} MB, ONNX opset {self.opset}, {self.num_classes} classes",
-            f"takes {', '.join(self.input_names)}: any number of images, {size}; gives {', '.join(OUTPUT_NAMES)}",
-            f"scores and boxes within {self.max_difference:.1e} of torch's",
+            f"inputs: {', '.join(self.input_names)} (any number of images, {size}); outputs: {', '.join(OUTPUT_NAMES)}",
+            f"largest difference from torch in scores and boxes: {self.max_difference:.1e}",
         ]
 
 

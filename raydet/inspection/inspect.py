@@ -73,8 +73,8 @@ class Inspection:
         for name, value in drifts(self.counts).items():
             if name in ("classes", "box_side_px") and value is not None:
                 what = "classes" if name == "classes" else "box sizes"
-                rows.append((f"difference of the {what} from the validation's, 0 to 1", f"{value:.2f}"))
-        return [*aligned(rows), ""] if rows else ["nothing odd was found", ""]
+                rows.append((f"difference in {what} from the validation data, 0 to 1", f"{value:.2f}"))
+        return [*aligned(rows), ""] if rows else ["no findings", ""]
 
 
 def inspect(config: InspectConfig) -> Inspection:

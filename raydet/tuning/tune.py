@@ -71,7 +71,7 @@ def _announcement(search: Search, share: Share) -> str:
     at_once = "one at a time" if share.max_concurrent == 1 else f"{share.max_concurrent} at a time"
     gpu = " and 1 GPU" if share.use_gpu else ""
     each = f"{workers} worker{'s' if workers > 1 else ''} with {share.cpus_per_worker:g} CPU{gpu} each"
-    return f"{search.num_to_do} trials, {at_once}, {each}; what they say is in {search.plan.out}/log"
+    return f"{search.num_to_do} trials, {at_once}, {each}. Logs: {search.plan.out}/log"
 
 
 def make_plan(config: TuneConfig) -> Plan:
@@ -155,4 +155,4 @@ def _why_nothing(trials: list[records.Trial]) -> str:
     if failed and len(failed) == len(trials):
         what = "the trial has failed" if len(failed) == 1 else f"all {len(failed)} trials have failed"
         return f"{what}; {failed[0].name}: {failed[0].error}"
-    return "no trial was measured before the time limit; the same command with a later one goes on"
+    return "no trial was measured within the time limit; run the same command with a higher --time-limit-s to resume"

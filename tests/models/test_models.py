@@ -515,7 +515,7 @@ class TestMistakes:
         self.fails("rf_detr_tiny", "--image-size 64 is too small .* 20 queries but only 16 places", 64)
         build("lw_detr_tiny").save(str(tmp_path))
         (tmp_path / "preprocessor_config.json").unlink()
-        self.fails(str(tmp_path), "lets every image keep its aspect, .* multiple of 32; give image_size", None)
+        self.fails(str(tmp_path), "lets every image keep its aspect, .* multiple of 32; give --image-size", None)
         build_detector(str(tmp_path), CATEGORIES, image_size=128, seed=0)
 
     def test_no_categories(self) -> None:

@@ -246,7 +246,7 @@ def test_workers_that_train_share_a_batch_and_send_gradients() -> None:
     # Two send 2 · 1/2 · 125 MB a step: 1 ms, or a second in which 8 CPUs are held.
     assert rate(network_gbit_per_s=1000.0) == pytest.approx(0.9 * 8 / (4 * (0.05 + 0.001 * 2 / 8) + 0.02))
     assert rate(network_gbit_per_s=1.0) == pytest.approx(0.9 * 8 / (4 * (0.05 + 1.0 * 2 / 8) + 0.02))
-    epochs = plan_for(config(job="train", threads_per_worker=4, images=1000, epochs=30), [cpu_nodes(1)], [TRAIN])
+    epochs = plan_for(config(job="train", threads_per_worker=4, num_images=1000, epochs=30), [cpu_nodes(1)], [TRAIN])
     assert epochs.num_images == 30_000 and epochs.total_s == pytest.approx(20 + 30_000 / TRAIN.run_images_per_s)
 
 
@@ -381,7 +381,7 @@ def test_the_command_combines_saved_probes(tmp_path: Path, capsys: pytest.Captur
     assert Probe.from_dict(content["probes"]["model"], where="plan") == GPU
     for words in (
         "predict of 10,000,000 images on 8 × 16 CPUs (CPU nodes), 2 × 8 CPUs and 1 GPU (GPU nodes)",
-        "time: 2 h 47 min, start-up 20 s of it; 1,000 images/s",
+        "time: 2 h 47 min, of which start-up 20 s; 1,000 images/s",
         "cost: 16.70, 1.67 per million images",
         "bottleneck: model; more workers make it faster",
         "balance: 3.5 CPUs beside their own keep the GPU nodes busy: 0.11 such CPU nodes to each GPU node",

@@ -274,7 +274,7 @@ def test_pictures_are_drawn_with_their_boxes(
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).glob("part-*.parquet")}
     if draw_if != "any":
         result = predict(dataclasses.replace(config, draw=4, draw_if=draw_if, draw_threshold=threshold))
-        assert result.already_done and "4 pictures with their boxes" in "\n".join(result.report)
+        assert result.already_done and "4 images drawn with their boxes" in "\n".join(result.report)
     folder = Path(config.out) / "_drawn"
     with (folder / "index.csv").open() as file:
         index = list(csv.DictReader(file))

@@ -117,7 +117,7 @@ def test_sigterm_saves_what_there_is(shapes: Path, tmp_path: Path, undisturbed: 
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)
     text = (tmp_path / "output").read_text()
-    assert "stopped as asked" in text and "Traceback" not in text
+    assert "run stopped" in text and "Traceback" not in text
     _assert_same_run(train(config), undisturbed)
 
 
