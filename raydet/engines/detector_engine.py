@@ -36,13 +36,13 @@ class DetectorEngine(ABC):
         resize_rule: How it resizes.
     """
 
-    def __init__(self, detector: Detector, *, device: torch.device, pad_together: bool, num_threads: int) -> None:
+    def __init__(self, detector: Detector, *, device: torch.device, pad_batches: bool, num_threads: int) -> None:
         """Takes a detector in evaluation mode.
 
         Args:
             detector: Feeds the model and reads its answer.
             device: Where pixels are normalised and the model's inputs are to be.
-            pad_together: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
+            pad_batches: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
             num_threads: Of torch, in the whole process.
         """
         torch.set_num_threads(num_threads)
@@ -51,7 +51,7 @@ class DetectorEngine(ABC):
         self.resize_rule = detector.resize_rule
         self._detector = detector
         self._device = device
-        self._pad_together = pad_together
+        self._pad_batches = pad_batches
 
     def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
         """Height and width in pixels at which the model sees an image of this size, without padding."""
@@ -82,7 +82,7 @@ class DetectorEngine(ABC):
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
         """Height and width of the batch that an image of this size is put into, padding included."""
         # A model that is not told where the padding is would take it for a part of the picture.
-        pads_together = self._pad_together and self._detector.family.uses_pixel_mask
+        pads_together = self._pad_batches and self._detector.family.uses_pixel_mask
         if self._detector.pads_to_largest and not pads_together:
             return target_hw
         return self.resize_rule.padded_size_hw(target_hw)

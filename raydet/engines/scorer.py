@@ -85,12 +85,12 @@ class Scorer:
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         views = [
             views_of(
-                size_hw, tile=config.tile, overlap=config.overlap, whole_image=config.whole_image, flip=config.flip
+                size_hw, tile=config.tile, overlap=config.tile_overlap, whole_image=config.whole_image, flip=config.flip
             )
             for size_hw in sizes_hw
         ]
         jobs = [_Job(image, view) for image, planned in enumerate(views) for view in range(len(planned))]
-        if config.pad_together and len(jobs) > self._batch_size:
+        if config.pad_batches and len(jobs) > self._batch_size:
             # Views of like size share a batch, which keeps the padding small; where all have one size, nothing moves.
             jobs.sort(key=lambda job: self._engine.input_size_hw(views[job.image][job.view].size_hw))
         batches = self._prepare_batches(images, views, jobs)

@@ -66,7 +66,7 @@ class PushResult:
 
     def lines(self) -> list[str]:
         """What was done, for the terminal."""
-        done = "nothing to do: the Hub holds these very files" if self.already_done else "pushed"
+        done = "nothing to do: the Hub already has these files" if self.already_done else "pushed"
         return [
             *(f"note: {note}" for note in self.notes),
             f"{done}: {len(self.files)} files, {self.num_bytes / 1e6:.1f} MB, commit {self.commit[:12]}",

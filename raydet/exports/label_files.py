@@ -54,9 +54,9 @@ class FolderExportReport:
 
     def lines(self) -> list[str]:
         """What was exported, for the terminal."""
-        lines = [f"{self.num_boxes:,} boxes of {self.num_images:,} images, {self.num_copied:,} pictures copied"]
+        lines = [f"{self.num_boxes:,} boxes of {self.num_images:,} images, {self.num_copied:,} images copied"]
         if self.num_copied < self.num_images:
-            lines.append(f"  the other pictures belong into {storage.join(self.out, self.pictures_folder)}")
+            lines.append(f"  copy the other images to {storage.join(self.out, self.pictures_folder)}")
         notes = {"images renamed, since two had the same name": self.num_renamed, **self.notes}
         lines += [f"  {text}: {count:,}" for text, count in notes.items() if count]
         return [*lines, self.out]
@@ -233,7 +233,7 @@ def write_labels(
         UserError: The table is damaged, a number in it means nothing, or a picture cannot be read.
     """
     if table.kind == "detections" and copy_images:
-        raise UserError(f"{table.uri} is a table of detections, which has no pictures; leave out copy_images")
+        raise UserError(f"{table.uri} is a table of detections, which has no pictures; leave out --copy-images")
     with_pictures = table.kind == "images" and copy_images is not False
     columns = ["image_id", "width", "height"]
     columns += ["path", "detections", "error"] if table.kind == "detections" else ["image.path", "objects"]

@@ -74,8 +74,8 @@ class Inspection:
         for name, value in drifts(self.counts).items():
             if name in ("classes", "box_side_px") and value is not None:
                 what = "classes" if name == "classes" else "box sizes"
-                rows.append((f"difference of the {what} from the validation's, 0 to 1", f"{value:.2f}"))
-        return [*aligned(rows), ""] if rows else ["nothing odd was found", ""]
+                rows.append((f"difference in {what} from the validation data, 0 to 1", f"{value:.2f}"))
+        return [*aligned(rows), ""] if rows else ["no findings", ""]
 
 
 def inspect(config: InspectConfig) -> Inspection:
@@ -88,8 +88,8 @@ def inspect(config: InspectConfig) -> Inspection:
         config: The table, where to write, and the training whose view of the images is shown.
 
     Raises:
-        UserError: No images table, one without images, an augmentation, model or recipe that cannot be used, or an
-            OUT that holds other things. Nothing has been written then.
+        UserError: No images table, one without images, an augmentation, model or training config that cannot be used,
+            or an OUT that holds other things. Nothing has been written then.
     """
     out = storage.absolute_uri(config.out)
     tables = {"data": _open(config.data)}
@@ -150,9 +150,9 @@ def _training(config: InspectConfig) -> TrainConfig:
     given = {name: getattr(config, name) for name in ("augmentation", "model", "image_size")}
     given = {name: value for name, value in given.items() if value is not None}
     paths: dict[str, Any] = {"train_data": config.data, "val_data": config.val_data or config.data, "out": config.out}
-    if config.recipe is None:
+    if config.train_config is None:
         return TrainConfig(**paths, **given)
-    return load_file(TrainConfig, config.recipe, **paths, **given)
+    return load_file(TrainConfig, config.train_config, **paths, **given)
 
 
 def _count(table: Table, split: str, findings: Findings, model_side_px: int, picker: Picker | None) -> Counts:

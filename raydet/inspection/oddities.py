@@ -33,7 +33,7 @@ MEANINGS = {
     "extreme_aspect_ratio": ("Extreme aspect ratio", f"one side is more than {EXTREME_RATIO:.0f} times the other"),
     "large_image": (
         "Image far larger than the model sees it",
-        f"shrunk by more than {FAR_LARGER:.0f}; small objects are lost, so think of a larger image_size or of tiles",
+        f"shrunk by more than {FAR_LARGER:.0f}; small objects are lost, so think of a larger --image-size or of tiles",
     ),
 }
 """Title and meaning of each kind; those that `prepare` found carry their own words."""

@@ -35,18 +35,18 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     config = dataclasses.replace(
         config,
-        truth=storage.absolute_uri(config.truth),
+        data=storage.absolute_uri(config.data),
         detections=storage.absolute_uri(config.detections),
         out=None if config.out is None else storage.absolute_uri(config.out),
         run=config.run or _name_of(config.detections),
-        split=config.split or _name_of(config.truth),
+        split=config.split or _name_of(config.data),
     )
     if config.protocol != "coco" and config.max_detections is not None:
-        raise UserError(f"the protocol {config.protocol} has its own rules: leave out max_detections")
+        raise UserError(f"--protocol {config.protocol} has its own rules: leave out --max-detections")
     if config.out is not None:
         assert config.run is not None
         metrics_folder.check_folder(config.out, config.run, config_hash(config))
-    truth = read_truth(config.truth, lvis=config.protocol == "lvis")
+    truth = read_truth(config.data, lvis=config.protocol == "lvis")
     is_table = not is_json(config.detections, "detections", "a detections table or COCO results JSON")
     if is_table and config.protocol == "coco" and config.out is None and not config.slice_by:
         return _numbers_alone(config, truth)
@@ -105,7 +105,7 @@ def _protocol_of(config: EvaluateConfig) -> Protocol:
 def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
     """Reads the detections and matches them, here or on a cluster."""
     protocol = _protocol_of(config)
-    if config.address is not None:
+    if config.ray_address is not None:
         if config.protocol != "coco" or is_json(config.detections, "detections", "a detections table"):
             raise UserError("address: a cluster matches detections tables by the protocol coco; leave out address")
         from raydet.measuring.shards import match_on_cluster

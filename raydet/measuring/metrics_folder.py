@@ -24,7 +24,7 @@ KINDS: tuple[TableKind, ...] = (
     "errors",
     "confusion",
     "calibration",
-    "suspects",
+    "suspect_labels",
     "runs",
     "metrics",
 )

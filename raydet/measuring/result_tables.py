@@ -62,7 +62,7 @@ def write_tables(
             run=config.run,
             model=model,
             split=config.split,
-            wished_precision=config.wished_precision,
+            target_precision=config.target_precision,
             unreadable=scored.errors,
             result=evaluation.result if config.protocol == "coco" else None,
         )
@@ -109,10 +109,10 @@ def _origin(config: EvaluateConfig, scored: Scored) -> dict[str, Any]:
         with contextlib.suppress(UserError, OSError):
             checkpoint_hash = fingerprint(scored.model)
     return {
-        "truth": without_secrets(config.truth),
+        "truth": without_secrets(config.data),
         "detections": without_secrets(config.detections),
         "checkpoint_hash": checkpoint_hash,
-        "data_hash": data_hash(config.truth),
+        "data_hash": data_hash(config.data),
         "config": json.dumps(without_secrets(dataclasses.asdict(config))),
         "version": __version__,
         "time": datetime.now(UTC),

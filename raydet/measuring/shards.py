@@ -112,7 +112,7 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
 
 
 def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, Matches]:
-    """Matches a detections table on the cluster at `config.address` ("local" starts one on this machine).
+    """Matches a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
 
     The outcome is exactly that of matching here. The detections themselves come to this process only where tables
     are wanted, which say of single boxes what is wrong with them.
@@ -143,8 +143,8 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
     groups = _row_groups(shards.table, config.num_shards)
     match_shard = partial(_match_shard, shards.table, shards.truth, protocol)
-    if config.address is not None:
-        return _match_on_ray(config.address, shards, match_shard, groups)
+    if config.ray_address is not None:
+        return _match_on_ray(config.ray_address, shards, match_shard, groups)
     num_threads = available_cpus()
     # More that are ready would only wait in memory.
     return in_order(match_shard, groups, num_threads=num_threads, ahead=num_threads + 1)

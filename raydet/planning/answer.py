@@ -110,7 +110,7 @@ class PlanResult:
         lines = [
             f"{self.config.job} of {self.num_images:,} images{passes} on {nodes}",
             *self._table(),
-            f"time: {_duration(self.total_s)}, start-up {_duration(self.startup_s)} of it; {rate}",
+            f"time: {_duration(self.total_s)}, of which start-up {_duration(self.startup_s)}; {rate}",
         ]
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.2f}, {self.cost / self.num_images * 1e6:,.2f} per million images")

@@ -80,7 +80,9 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
     began = time.perf_counter()
     rows = _labelled(row for batch in table.iter_batches(batch_size=32) for row in batch.to_pylist())
     if not rows:
-        raise UserError(f"--data {table.uri} holds no image with its bytes in it; prepare it with image_storage inline")
+        raise UserError(
+            f"--data {table.uri} holds no image with its bytes in it; prepare it with --image-storage inline"
+        )
     return Samples(rows, table.categories, (time.perf_counter() - began) / len(rows))
 
 

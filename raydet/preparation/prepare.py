@@ -28,6 +28,7 @@ from raydet.common.redaction import refuse_password
 from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
     PrepareCocoConfig,
+    PrepareConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
@@ -228,9 +229,7 @@ def _report_of(target: Target, config: Any) -> PrepareReport | None:
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
 
 
-def _write_files(
-    config: PrepareImagesConfig | PrepareYoloConfig | PrepareHubConfig, source: Source, reader: ImageReader
-) -> PrepareReport:
+def _write_files(config: PrepareConfig, source: Source, reader: ImageReader) -> PrepareReport:
     """Writes the tables of a source whose images are read one by one."""
     inline = config.image_storage == "inline"
     if not inline:

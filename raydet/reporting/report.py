@@ -51,7 +51,7 @@ def report(config: ReportConfig) -> Report:
     """
     out = storage.absolute_uri(config.out or storage.join(config.metrics, _FILE))
     if not out.endswith((".html", ".htm")):
-        raise UserError(f"out must be an HTML file, such as {storage.join(out, _FILE)}, got {out}")
+        raise UserError(f"--out must be an HTML file, such as {storage.join(out, _FILE)}, got {out}")
     run = read_run(config.metrics, config.run)
     history = [] if config.train_run is None else read_history(config.train_run)
     galleries = build_galleries(run, config.num_images)

@@ -84,8 +84,8 @@ class GalleryReport:
     failures: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """What was drawn, for the terminal."""
-        return [*self.failures, f"{self.num_drawn:,} pictures with their boxes: {self.folder}"]
+        """A summary, for the terminal."""
+        return [*self.failures, f"{self.num_drawn:,} images drawn with their boxes: {self.folder}"]
 
 
 class GalleryPainter:

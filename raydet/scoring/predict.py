@@ -65,7 +65,7 @@ _LOSSES = (
 """Of the cluster or of a connection: the rest of the work can go on, unlike with a defect, which would come again."""
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NO_MEMORY = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
-_WHOLE = "what was written is whole, the same command goes on from there"
+_WHOLE = "run the same command again to resume"
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class PredictResult:
     report: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """What came of the run, for the terminal."""
+        """A summary of the run, for the terminal."""
         first = ["nothing to do: this run is finished"] if self.already_done else []
-        errors = f", {self.num_errors:,} of them could not be read" if self.num_errors else ""
+        errors = f" ({self.num_errors:,} unreadable)" if self.num_errors else ""
         return [
             *self.report,
             *first,
@@ -176,7 +176,9 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
         )
     if config.reduced_decode and (config.tile or config.model):
         reason = "tiles are cut out of the full picture" if config.tile else "it is for trained detectors"
-        raise UserError(f"reduced_decode does not go with {'tile' if config.tile else 'a zero-shot model'}: {reason}")
+        raise UserError(
+            f"--reduced-decode cannot be combined with {'--tile' if config.tile else 'a zero-shot model'}: {reason}"
+        )
     check_classes(config.classes, model.categories)
     return model
 
@@ -194,7 +196,7 @@ def _run(
     with session.session(storage.join(config.out, LOG_FOLDER)):
         resources = _share_out(config)
         log = storage.join(config.out, LOG_FOLDER, LOG_FILE)
-        console.line(f"{resources.describe(config.num_workers, config.num_workers)}; Ray's log: {log}")
+        console.line(f"{resources.describe(config.num_workers, config.num_workers)}. Ray log: {log}")
         if resources.remark:
             console.line(resources.remark)
         if resources.use_gpu is False and config.precision == "fp16":
@@ -291,7 +293,7 @@ def _work(
         images=images,
         plan=ScoringPlan(**plan),
         schema=build_schema("detections", model.categories, extra_metadata={"checkpoint": without_secrets(model.name)}),
-        sorts_by_shape=model.pads and config.pad_together,
+        sorts_by_shape=model.pads and config.pad_batches,
         reduce_to=reduce_to if config.reduced_decode else None,
     )
 
@@ -365,7 +367,7 @@ def _score_all(
             raise RunError(f"the cluster has failed too often: {reason}; {_WHOLE}")
         # A cluster that grows by itself may have room again later; one that does not must do with what it has.
         num_workers = min(work.config.num_workers, shares.workers_that_fit(resources)) or work.config.num_workers
-        console.line(f"the cluster has lost a part of itself ({reason}); going on with {num_workers} workers")
+        console.line(f"the cluster lost workers or nodes ({reason}); continuing with {num_workers} workers")
 
 
 def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_size: int | None = None) -> None:

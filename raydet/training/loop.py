@@ -139,7 +139,7 @@ class _Run:
         for step in range(worker.position.step, plan.steps_per_epoch):
             is_to_stop = self._take_step(stream, epoch, step)
             worker.position = Position(epoch, step + 1)
-            every = worker.config.checkpoint_every_steps
+            every = worker.config.save_every_steps
             if is_to_stop or (every and (step + 1) % every == 0 and step + 1 < plan.steps_per_epoch):
                 self._save_state()
             if is_to_stop:
@@ -151,7 +151,10 @@ class _Run:
         """One optimizer step; returns whether the run is to stop after it."""
         worker, config, meter = self.worker, self.worker.config, self.worker.meter
         asked = time.perf_counter()
-        parts = [next_images(stream, "train", epoch, step, part, worker.rank) for part in range(config.accumulate)]
+        parts = [
+            next_images(stream, "train", epoch, step, part, worker.rank)
+            for part in range(config.gradient_accumulation_steps)
+        ]
         started = time.perf_counter()
         if self._is_first_step:
             meter.start_s += started - asked
@@ -208,9 +211,10 @@ class _Run:
             largest = max((example.image.shape[:2] for part in examples for example in part), default=(0, 0))
             worker.fail(
                 f"out of memory in step {step + 1} of epoch {epoch + 1}: a worker had {max(map(len, examples))} images "
-                f"at once of up to {largest[0]} × {largest[1]} pixels (batch_size {worker.config.batch_size} over "
-                f"{worker.world_size} workers, accumulate {worker.config.accumulate}); raise accumulate, switch on "
-                "gradient_checkpointing, or lower image_size or batch_size",
+                f"at once of up to {largest[0]} × {largest[1]} pixels (--batch-size {worker.config.batch_size} over "
+                f"{worker.world_size} workers, --gradient-accumulation-steps "
+                f"{worker.config.gradient_accumulation_steps}); raise --gradient-accumulation-steps, switch on "
+                "--gradient-checkpointing, or lower --image-size or --batch-size",
                 error,
             )
 
@@ -307,7 +311,7 @@ class _Run:
         """Writes a state to go on from; all ranks take part."""
         state = capture(self.worker)
         if state is not None:
-            self._writing(lambda: save_state(self.worker.config.out, state, keep=self.worker.config.keep))
+            self._writing(lambda: save_state(self.worker.config.out, state, keep=self.worker.config.keep_states))
             self._writing(lambda: _write_history(self.worker))
 
     def _writing(self, write: Any) -> None:
@@ -328,8 +332,8 @@ class _Run:
 def _not_a_number(epoch: int, step: int, terms: list[str], image_ids: list[int]) -> str:
     return (
         f"the loss is not a number in step {step + 1} of epoch {epoch + 1}: {', '.join(terms)}, with the images "
-        f"{', '.join(map(str, image_ids))}; look at these, lower learning_rate or max_grad_norm, or use precision fp32 "
-        "or bf16"
+        f"{', '.join(map(str, image_ids))}; look at these, lower --learning-rate or --max-grad-norm, or use "
+        "--precision fp32 or bf16"
     )
 
 

@@ -115,7 +115,7 @@ class RunPlan:
             train_groups=tuple((group.num_rows, group.num_bytes) for group in train.row_groups()),
             num_val=num_val,
             batch_size=config.batch_size,
-            accumulate=config.accumulate,
+            accumulate=config.gradient_accumulation_steps,
             epochs=config.epochs,
             seed=config.seed,
             window_bytes=config.shuffle_window_mb * 2**20,

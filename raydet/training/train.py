@@ -66,10 +66,10 @@ class TrainResult:
         return dict(entry)
 
     def lines(self) -> list[str]:
-        """What came of the run, for the terminal."""
+        """A summary of the run, for the terminal."""
         best = self.best
         numbers = ", ".join(f"{name} {best[name]:.3f}" for name in ("AP", "AP50", "AP75") if best.get(name) is not None)
-        first = ["nothing to do: this run is finished; more epochs would go on with it"] if self.already_done else []
+        first = ["nothing to do: this run is finished; raise --epochs to continue it"] if self.already_done else []
         return [
             *first,
             f"best: {numbers}, in epoch {best['epoch']} of {len(self.history)}",
@@ -122,7 +122,7 @@ def train(
         storage.write_bytes(storage.join(out, "config.yaml"), to_yaml(config).encode())
         JobRecord.of_this_job().write(storage.join(out, "log"))
         console.line(
-            f"{resources.describe(config.min_workers, config.max_workers)}; Ray's log: "
+            f"{resources.describe(config.min_workers, config.max_workers)}. Ray log: "
             f"{storage.join(out, 'log', LOG_FILE)}"
         )
         if resources.remark:
@@ -144,7 +144,7 @@ def train(
             raise RunError(failure)
     finished = _read_history(out)
     if asked_to_stop.is_set() and not _is_finished(config, finished):
-        raise RunStopped(f"stopped as asked, after {len(finished)} whole epochs; the same command goes on from there")
+        raise RunStopped(f"run stopped after {len(finished)} epochs; run the same command again to resume")
     return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model)
 
 
@@ -212,9 +212,7 @@ def _fit(trainer: Any, board: Any) -> None:
         if ray.get(board.failure.remote()):
             return
         reason = str(error).strip().splitlines()[-1]
-        raise RunError(
-            f"the workers have died too often: {reason}; what was saved is whole, the same command goes on from there"
-        ) from error
+        raise RunError(f"the workers have died too often: {reason}; run the same command again to resume") from error
 
 
 @contextlib.contextmanager
@@ -324,7 +322,7 @@ def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -
     metric = config.metric_for_best_model
     if metric.startswith("AP:") and metric.removeprefix("AP:") not in names["train"]:
         raise UserError(
-            f"metric_for_best_model {metric}: there is no such class; there are {', '.join(names['train'])}"
+            f"--metric-for-best-model {metric}: there is no such class; there are {', '.join(names['train'])}"
         )
     return tables
 

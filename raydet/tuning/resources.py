@@ -112,7 +112,7 @@ def divide(
         each = f"{workers} worker{'s' if workers > 1 else ''} each"
         raise UserError(
             f"--max-concurrent {max_concurrent}: {machines.num_cpus:g} CPUs and {machines.num_gpus:g} GPUs have room "
-            f"for {max(most, 1)} at once, with {each}; lower it, or num_workers or cpus_per_worker of `train`"
+            f"for {max(most, 1)} at once, with {each}; lower it, or num_workers or cpus_per_worker of --train-config"
         )
     number = max(1, min(max_concurrent or by_default, max(most, 1), num_trials))
     cpus = base.cpus_per_worker

@@ -63,10 +63,10 @@ class TuneResult:
         return storage.join(self.out, BEST_FOLDER, "config.yaml")
 
     def lines(self) -> list[str]:
-        """What came of the search, for the terminal."""
-        first = ["nothing to do: this search is finished; more --num-trials would go on with it"]
-        late = ["the time limit was over before all trials were done; the same command with a later one goes on"]
-        default = "" if self.default_value is None else f"; as it stands, {self.default_value:.3f}"
+        """A summary of the search, for the terminal."""
+        first = ["nothing to do: this search is finished; raise --num-trials to continue it"]
+        late = ["the time limit ended the search early; run the same command with a higher --time-limit-s to resume"]
+        default = "" if self.default_value is None else f"; unchanged training: {self.default_value:.3f}"
         counts = {state: sum(trial.state == state for trial in self.trials) for state in ("stopped", "failed")}
         told = "".join(f", {number} {state}" for state, number in counts.items() if number)
         lines = [
@@ -77,11 +77,11 @@ class TuneResult:
         ]
         if self.importance is not None:
             shares = sorted(self.importance.items(), key=lambda item: -item[1])
-            lines.append("what mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
+            lines.append("importance of each option: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
         return [
             *lines,
             f"checkpoint: {self.checkpoint}",
-            f"train it for longer: raydet train --config {self.config_file} --epochs N",
+            f"to train it longer: raydet train --config {self.config_file} --epochs N",
             f"trials: {storage.join(self.out, TRIALS_FOLDER)}; page: {storage.join(self.out, PAGE)}",
         ]
 

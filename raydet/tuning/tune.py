@@ -71,7 +71,7 @@ def _announcement(search: Search, share: Share) -> str:
     at_once = "one at a time" if share.max_concurrent == 1 else f"{share.max_concurrent} at a time"
     gpu = " and 1 GPU" if share.use_gpu else ""
     each = f"{workers} worker{'s' if workers > 1 else ''} with {share.cpus_per_worker:g} CPU{gpu} each"
-    return f"{search.num_to_do} trials, {at_once}, {each}; what they say is in {search.plan.out}/log"
+    return f"{search.num_to_do} trials, {at_once}, {each}. Logs: {search.plan.out}/log"
 
 
 def make_plan(config: TuneConfig) -> TuningPlan:
@@ -83,7 +83,9 @@ def make_plan(config: TuneConfig) -> TuningPlan:
     out = storage.absolute_uri(config.out)
     base = _base(config, out)
     dimensions = tuple(typed(base, dimension) for dimension in parse_space(config.space))
-    points = tuple(_typed_point(base, point, dimensions, number) for number, point in enumerate(config.points))
+    points = tuple(
+        _typed_point(base, point, dimensions, number) for number, point in enumerate(config.points_to_evaluate)
+    )
     epochs = next((dimension.values for dimension in dimensions if dimension.name == "epochs"), ())
     return TuningPlan(
         config=config,
@@ -98,12 +100,12 @@ def make_plan(config: TuneConfig) -> TuningPlan:
 
 def _base(config: TuneConfig, out: str) -> TrainConfig:
     """The training that is varied."""
-    values: dict[str, Any] = {} if isinstance(config.train, str) else dict(config.train)
-    file = config.train if isinstance(config.train, str) else values.pop("config", None)
+    values: dict[str, Any] = {} if isinstance(config.train_config, str) else dict(config.train_config)
+    file = config.train_config if isinstance(config.train_config, str) else values.pop("config", None)
     given = {"train_data": config.train_data, "val_data": config.val_data, "metric_for_best_model": config.metric}
     values |= {name: value for name, value in given.items() if value is not None}
     values["out"] = storage.join(out, records.TRIALS_FOLDER)
-    base = build(TrainConfig, values, program="raydet tune", where="`train`", file=file)
+    base = build(TrainConfig, values, program="raydet tune", where="--train-config", file=file)
     return dataclasses.replace(
         base,
         train_data=storage.absolute_uri(base.train_data),
@@ -116,7 +118,7 @@ def _typed_point(
     base: TrainConfig, point: dict[str, Any], dimensions: tuple[Dimension, ...], number: int
 ) -> dict[str, Any]:
     """A point with its values as train takes them."""
-    where = f"points: number {number + 1}"
+    where = f"--points-to-evaluate: point {number + 1}"
     names = [dimension.name for dimension in dimensions]
     for name in point:
         if name not in names:
@@ -142,7 +144,7 @@ def _check_trainings(plan: TuningPlan) -> None:
 def _identity(plan: TuningPlan) -> dict[str, Any]:
     """All that decides what comes out, by names that a person knows."""
     config = identity(plan.config)
-    for name in ("train", "train_data", "val_data", "metric"):
+    for name in ("train_config", "train_data", "val_data", "metric"):
         del config[name]  # they are in the training that came of them
     base = identity(plan.base) | {name: getattr(plan.base, name) for name in _CHANGE_WHAT_COMES_OUT}
     return config | {f"train.{name}": value for name, value in base.items()}
@@ -153,4 +155,4 @@ def _why_nothing(trials: list[records.Trial]) -> str:
     if failed and len(failed) == len(trials):
         what = "the trial has failed" if len(failed) == 1 else f"all {len(failed)} trials have failed"
         return f"{what}; {failed[0].name}: {failed[0].error}"
-    return "no trial was measured before the time limit; the same command with a later one goes on"
+    return "no trial was measured within the time limit; run the same command with a higher --time-limit-s to resume"

@@ -469,11 +469,11 @@ def test_images_without_labels_have_a_page_too(tmp_path: Path) -> None:
         (["--data", "{tmp}/empty"], "has no rows: there is nothing to inspect"),
         (["--data", "{data}", "--val-data", "{tmp}/absent"], "no such table"),
         (["--data", "{data}", "--augmentation", "[{{HorizontalFlop: {{}}}}]"], "did you mean HorizontalFlip?"),
-        (["--data", "{data}", "--augmentation", "lite"], "augmentation must be one of none, flip, light"),
-        (["--data", "{data}", "--recipe", "{tmp}/absent.yaml"], "no such config file"),
-        (["--data", "{data}", "--recipe", "{tmp}/wrong.yaml"], "unknown key `epoch`"),
+        (["--data", "{data}", "--augmentation", "lite"], "--augmentation must be one of none, flip, light"),
+        (["--data", "{data}", "--train-config", "{tmp}/absent.yaml"], "no such config file"),
+        (["--data", "{data}", "--train-config", "{tmp}/wrong.yaml"], "unknown key `epoch`"),
         (["--data", "{data}", "--model", "nothing"], "no model nothing"),
-        (["--data", "{data}", "--num-images", "-1"], "num_images must not be negative"),
+        (["--data", "{data}", "--num-images", "-1"], "--num-images must not be negative"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
@@ -501,7 +501,7 @@ def test_a_folder_with_other_things_is_left_alone(evil: Path, tmp_path: Path) ->
 def test_the_recipe_says_what_the_pictures_follow(evil: Path, tmp_path: Path, capsys: Any) -> None:
     recipe = tmp_path / "train.yaml"
     recipe.write_text("model: rt_detr_tiny\nimage_size: 96\naugmentation: [{HorizontalFlip: {p: 1.0}}]\nseed: 3\n")
-    arguments = ["--data", str(evil / "data"), "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
+    arguments = ["--data", str(evil / "data"), "--out", str(tmp_path / "out"), "--train-config", str(recipe)]
     assert main(["inspect", *arguments]) == 0
     page = Page((tmp_path / "out" / "inspect.html").read_text("utf-8"))
     assert "→ 2 boxes, 96 × 96 px" in page.text and "HorizontalFlip" in page.text

@@ -231,11 +231,11 @@ def test_a_split_needs_two_images(tmp_path: Path) -> None:
     save_image(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.png").write_bytes((tmp_path / "in" / "a.png").read_bytes())
     config = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), val_fraction=0.5)
-    with pytest.raises(UserError, match="val_fraction needs images of two contents or more, there is 1"):
+    with pytest.raises(UserError, match="--val-fraction needs at least two different images, found 1"):
         prepare_images(config)
     assert not (tmp_path / "out").exists()
     for fraction in (0.0, 1.0, -1.0, 15.0):
-        with pytest.raises(UserError, match="val_fraction must be between 0 and 1"):
+        with pytest.raises(UserError, match="--val-fraction must be between 0 and 1"):
             PrepareImagesConfig(images="x", out="y", val_fraction=fraction)
 
 

@@ -124,7 +124,7 @@ def test_pictures_are_drawn_at_a_readable_size_and_listed(tmp_path: Path) -> Non
     assert sorted(path.name for path in (out / "_drawn").iterdir()) == [
         "0001-2.jpg", "0002-1.jpg", "0003-0.jpg", "index.csv",
     ]  # fmt: skip
-    assert report.lines() == [f"3 pictures with their boxes: {out / '_drawn'}"]
+    assert report.lines() == [f"3 images drawn with their boxes: {out / '_drawn'}"]
     assert read_index(out)[0] == {
         "image_id": "2", "path": "2.png", "file": "0001-2.jpg", "best_score": "0.9", "num_boxes": "3",
     }  # fmt: skip

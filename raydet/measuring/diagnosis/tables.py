@@ -53,7 +53,7 @@ class Diagnosis:
     """What `diagnose` found.
 
     Attributes:
-        tables: The tables `pr_curves`, `errors`, `confusion`, `calibration`, `suspects` and `per_image`.
+        tables: The tables `pr_curves`, `errors`, `confusion`, `calibration`, `suspect_labels` and `per_image`.
         metric_rows: Further rows of the `metrics` table.
         best: The score threshold with the best F1 over all classes; `confusion` and `per_image` are at it.
     """
@@ -72,7 +72,7 @@ def diagnose(
     run: str | None = None,
     model: str | None = None,
     split: str | None = None,
-    wished_precision: float | None = None,
+    target_precision: float | None = None,
     unreadable: Mapping[int, str] | None = None,
     result: CocoResult | None = None,
     max_suspects: int = 1000,
@@ -88,10 +88,10 @@ def diagnose(
         run: Names in the tables.
         model: As `run`.
         split: As `run`.
-        wished_precision: Also say the lowest score threshold that gives it.
+        target_precision: Also say the lowest score threshold that gives it.
         unreadable: Why an image could not be read, by its id.
         result: What `accumulate` gave for these matches, where it is at hand.
-        max_suspects: Rows of `suspects` at most.
+        max_suspects: Rows of `suspect_labels` at most.
     """
     curves = pr_curves(matches, categories, run=run, result=result)
     has_rows = not ((matches.detection_row < 0).any() or (matches.truth_row < 0).any())
@@ -106,7 +106,7 @@ def diagnose(
         "errors": error_shares(evidence, categories, run=run),
         "confusion": confusion(evidence, categories, threshold=best.threshold, run=run),
         "calibration": calibration(outcomes, categories, run=run),
-        "suspects": suspects(evidence, categories, max_rows=max_suspects, run=run),
+        "suspect_labels": suspects(evidence, categories, max_rows=max_suspects, run=run),
         "per_image": per_image(matches, outcomes, threshold=best.threshold, run=run, errors=unreadable),
     }
     rows = metric_rows(
@@ -116,6 +116,6 @@ def diagnose(
         model=model,
         split=split,
         max_detections=matches.protocol.max_detections[-1],
-        wished_precision=wished_precision,
+        target_precision=target_precision,
     )
     return Diagnosis(tables=tables, metric_rows=rows, best=best)

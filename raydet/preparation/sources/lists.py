@@ -195,7 +195,7 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
         uri = images.uri_of(path)
         if for_reference and storage.is_web(uri):
             raise UserError(
-                f"image {number} of {images.uri} is on the web: {path}; image_storage: reference needs files or "
+                f"image {number} of {images.uri} is on the web: {path}; --image-storage reference needs files or "
                 "objects of a store, since every later step reads the images again"
             )
         if storage.is_web(images.uri) and not storage.is_web(uri):

@@ -138,5 +138,5 @@ def read_class_names(classes: Sequence[str]) -> list[str]:
         names = [line.strip() for line in text.splitlines() if line.strip()]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if not names or not all(names) or repeated:
-        raise UserError(f"classes must be names that differ, got {repeated[0] if repeated else classes!r}")
+        raise UserError(f"--classes must be distinct names, got {repeated[0] if repeated else classes!r}")
     return [readable(name) for name in names]

@@ -224,7 +224,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _An
             continue
         left, top, right, bottom = corners
         offset = 0.0 if zero_based else 1.0
-        findings["boxes that begin before pixel 1, as if counted from 0 (see zero_based)"] += min(left, top) < offset
+        findings["boxes that begin before pixel 1, as if counted from 0 (see --zero-based)"] += min(left, top) < offset
         is_difficult = _text(item, "difficult") or "0"
         findings["objects whose `difficult` is neither 0 nor 1, taken for 0"] += is_difficult not in ("0", "1")
         result.names.append(name)
