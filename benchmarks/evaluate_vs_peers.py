@@ -30,7 +30,7 @@ def raydet(folder: Path) -> list[float]:
     import raydet
 
     return list(
-        raydet.evaluate(raydet.EvaluateConfig(data=str(folder / "truth.json"), detections=str(folder / "results.json")))
+        raydet.evaluate(raydet.EvaluateConfig(truth=str(folder / "truth.json"), detections=str(folder / "results.json")))
         .result.numbers()
         .values()
     )
@@ -39,7 +39,7 @@ def raydet(folder: Path) -> list[float]:
 def raydet_parquet(folder: Path) -> list[float]:
     import raydet
 
-    config = raydet.EvaluateConfig(data=str(folder / "truth"), detections=str(folder / "detections"))
+    config = raydet.EvaluateConfig(truth=str(folder / "truth"), detections=str(folder / "detections"))
     return list(raydet.evaluate(config).result.numbers().values())
 
 

@@ -94,7 +94,7 @@ def _prepare(folder: Path, options: argparse.Namespace) -> None:
 def _config(job: PlannedJob, folder: str, options: argparse.Namespace) -> PlanConfig:
     is_predict = job == "predict"
     return PlanConfig(
-        num_images=options.images if is_predict else options.train_images,
+        images=options.images if is_predict else options.train_images,
         epochs=1 if is_predict else EPOCHS,
         job=job,
         checkpoint=f"{folder}/checkpoint" if is_predict else None,

@@ -235,7 +235,7 @@ def _ap(setting: Setting, model: str, detections: str) -> float | None:
     if not setting.has_weights[model]:
         return None
     truth = str(setting.folder / f"{model}_table")
-    return evaluate(EvaluateConfig(data=truth, detections=detections)).result.AP
+    return evaluate(EvaluateConfig(truth=truth, detections=detections)).result.AP
 
 
 def _ap_of(setting: Setting, model: str, found: Iterator[dict[str, Any]]) -> float | None:

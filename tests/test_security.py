@@ -145,9 +145,9 @@ def test_no_secret_is_in_any_file_that_a_run_leaves(tmp_path: Path, shapes: Path
                 f"--out={out}/run",
             ],
             ["predict", f"--checkpoint={out}/run/checkpoint", f"--data={signed.format('val')}", f"--out={out}/found"],
-            ["evaluate", f"--data={signed.format('val')}", f"--detections={out}/found", f"--out={out}/metrics"],
+            ["evaluate", f"--truth={signed.format('val')}", f"--detections={out}/found", f"--out={out}/metrics"],
             ["report", f"--metrics={out}/metrics", f"--out={out}/report.html"],
-            ["evaluate", f"--data={signed.format('none')}", f"--detections={out}/found"],
+            ["evaluate", f"--truth={signed.format('none')}", f"--detections={out}/found"],
         ]
         commands[0] += tiny
         printed = []

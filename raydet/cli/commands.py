@@ -132,14 +132,14 @@ _COMMANDS = (
         EvaluateConfig,
         "raydet.measuring.evaluate",
         "labelled images and detections → COCO numbers and metrics tables",
-        "--data runs/demo/data/val --detections runs/demo/detections --out runs/metrics",
+        "--truth runs/demo/data/val --detections runs/demo/detections --out runs/metrics",
     ),
     Command(
         "compare",
         CompareConfig,
         "raydet.measuring.compare",
         "two sets of detections of the same images → their difference, with intervals",
-        "--data runs/demo/data/val --first runs/demo/detections --second runs/detections",
+        "--truth runs/demo/data/val --first runs/demo/detections --second runs/detections",
     ),
     Command(
         "report",
@@ -188,7 +188,7 @@ _COMMANDS = (
         PlanConfig,
         "raydet.planning.plan",
         "a short measurement here → time, cost and bottleneck of a job on a cluster",
-        "--num-images 10_000_000 --checkpoint runs/demo/checkpoint --cpu-nodes 8 --cpus-per-cpu-node 16",
+        "--images 10_000_000 --checkpoint runs/demo/checkpoint --cpu-nodes 8 --cpus-per-cpu-node 16",
         shows_progress=True,
     ),
     Command(

@@ -80,7 +80,7 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
         _show(console, predicted.lines())
     console.title("\nevaluate: COCO numbers")
     evaluation = evaluate(
-        EvaluateConfig(data=val_data, detections=predicted.out, out=storage.join(out, "metrics"), run="demo")
+        EvaluateConfig(truth=val_data, detections=predicted.out, out=storage.join(out, "metrics"), run="demo")
     )
     _show(console, evaluation.lines())
     written = report(ReportConfig(metrics=storage.join(out, "metrics"), train_run=out))

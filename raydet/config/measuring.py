@@ -12,7 +12,7 @@ EvaluationProtocol = Literal["coco", "lvis", "voc07", "voc"]
 class EvaluateConfig:
     """Labelled images and detections → COCO numbers on the screen, and metrics tables."""
 
-    data: str = option("images table with the truth, or COCO instances JSON")
+    truth: str = option("images table with the truth, or COCO instances JSON")
     detections: str = option("detections table, or COCO results JSON")
     out: str | None = option(
         "folder for the metrics tables; without it the numbers are only printed", None, operational=True
@@ -99,7 +99,7 @@ class EvaluateConfig:
 class CompareConfig:
     """Two sets of detections of the same images → paired differences with intervals, per class and per image."""
 
-    data: str = option("images table with the truth, or COCO instances JSON")
+    truth: str = option("images table with the truth, or COCO instances JSON")
     first: str = option("detections table, or COCO results JSON: the baseline")
     second: str = option("detections table, or COCO results JSON: compared with the first")
     out: str | None = option("folder for the tables; without it the numbers are only printed", None, operational=True)

@@ -15,7 +15,7 @@ PlannedJob = Literal["predict", "train"]
 class PlanConfig:
     """A short measurement on this machine → time, cost and bottleneck of a job on a cluster."""
 
-    num_images: int = option("images to score, or to train on in an epoch, such as 10_000_000")
+    images: int = option("images to score, or to train on in an epoch, such as 10_000_000")
     job: PlannedJob = option("job to plan", "predict")
     epochs: int = option("with --job train: passes over the images", 1)
     checkpoint: str | None = option("model folder, or a Hub name; required without --model or --probe", None)
@@ -79,7 +79,7 @@ class PlanConfig:
     out: str | None = option("JSON file to write the plan to", None, group="Output")
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_images", "epochs", "image_size", "batch_size", "cpu_nodes", "cpus_per_cpu_node")
+        require_positive(self, "images", "epochs", "image_size", "batch_size", "cpu_nodes", "cpus_per_cpu_node")
         require_positive(self, "gpu_nodes", "gpus_per_gpu_node", "cpus_per_gpu_node", "num_workers")
         require_positive(self, "threads_per_worker", "network_gbit_per_s", "seconds", "price_per_cpu_node_hour")
         require_positive(self, "price_per_gpu_node_hour")

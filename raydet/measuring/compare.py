@@ -157,14 +157,14 @@ def compare(config: CompareConfig) -> Comparison:
     """
     config = dataclasses.replace(
         config,
-        data=storage.absolute_uri(config.data),
+        truth=storage.absolute_uri(config.truth),
         first=storage.absolute_uri(config.first),
         second=storage.absolute_uri(config.second),
         out=None if config.out is None else storage.absolute_uri(config.out),
     )
     if config.out is not None:
         _check_out(config.out, config_hash(config))
-    truth = read_truth(config.data)
+    truth = read_truth(config.truth)
     first, second = (_match_run(truth, uri) for uri in (config.first, config.second))
     comparison = Comparison(
         names=_names(config.first, config.second),

@@ -35,18 +35,18 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     config = dataclasses.replace(
         config,
-        data=storage.absolute_uri(config.data),
+        truth=storage.absolute_uri(config.truth),
         detections=storage.absolute_uri(config.detections),
         out=None if config.out is None else storage.absolute_uri(config.out),
         run=config.run or _name_of(config.detections),
-        split=config.split or _name_of(config.data),
+        split=config.split or _name_of(config.truth),
     )
     if config.protocol != "coco" and config.max_detections is not None:
         raise UserError(f"--protocol {config.protocol} has its own rules: leave out --max-detections")
     if config.out is not None:
         assert config.run is not None
         metrics_folder.check_folder(config.out, config.run, config_hash(config))
-    truth = read_truth(config.data, lvis=config.protocol == "lvis")
+    truth = read_truth(config.truth, lvis=config.protocol == "lvis")
     is_table = not is_json(config.detections, "detections", "a detections table or COCO results JSON")
     if is_table and config.protocol == "coco" and config.out is None and not config.slice_by:
         return _numbers_alone(config, truth)

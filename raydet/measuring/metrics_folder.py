@@ -24,7 +24,7 @@ KINDS: tuple[TableKind, ...] = (
     "errors",
     "confusion",
     "calibration",
-    "suspect_labels",
+    "suspects",
     "runs",
     "metrics",
 )

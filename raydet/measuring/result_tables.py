@@ -109,10 +109,10 @@ def _origin(config: EvaluateConfig, scored: Scored) -> dict[str, Any]:
         with contextlib.suppress(UserError, OSError):
             checkpoint_hash = fingerprint(scored.model)
     return {
-        "truth": without_secrets(config.data),
+        "truth": without_secrets(config.truth),
         "detections": without_secrets(config.detections),
         "checkpoint_hash": checkpoint_hash,
-        "data_hash": data_hash(config.data),
+        "data_hash": data_hash(config.truth),
         "config": json.dumps(without_secrets(dataclasses.asdict(config))),
         "version": __version__,
         "time": datetime.now(UTC),

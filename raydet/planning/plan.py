@@ -65,7 +65,7 @@ def plan_for(config: PlanConfig, groups: Sequence[NodeGroup], probes: Sequence[P
         batch_size=config.batch,
         network_bytes_per_s=config.network_gbit_per_s * 1e9 / 8,
     )
-    num_images = config.num_images * config.epochs
+    num_images = config.images * config.epochs
     coming_up_s = max(startup_s(probe, groups, workers) for probe in (of_cpu, of_model))
     total_s = coming_up_s + num_images / answer.images_per_s
     prices = [group.num_nodes * group.price_per_hour for group in groups if group.price_per_hour is not None]

@@ -206,7 +206,7 @@ def _suspects(run: RunTables, num_images: int) -> _Choice:
     choice = _Choice(
         key="suspects", title="Suspect labels", meaning="Labels that are probably wrong or lacking", image_ids=[]
     )
-    table = run.tables.get("suspect_labels")
+    table = run.tables.get("suspects")
     if table is None:
         return choice
     for row in table.to_pylist():

@@ -28,7 +28,7 @@ TableKind = Literal[
     "errors",
     "confusion",
     "calibration",
-    "suspect_labels",
+    "suspects",
     "comparison",
     "changed_images",
     "runs",
@@ -143,7 +143,7 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("mean_score", pa.float64()),
         ("precision", pa.float64()),
     ],
-    "suspect_labels": [  # labels that are probably wrong, the most probable first
+    "suspects": [  # labels that are probably wrong, the most probable first
         ("run", pa.string()),
         ("image_id", pa.int64()),
         ("kind", pa.string()),  # no_truth: a sure detection of what is not labelled; not_found; other_class

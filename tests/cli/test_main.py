@@ -33,7 +33,7 @@ def test_prepare_and_evaluate_say_what_they_did(tmp_path: Path, capsys: pytest.C
     assert "7" in out
     results = tmp_path / "results.json"
     results.write_text("[]")
-    code, out, err = _run(["evaluate", "--data", str(tmp_path / "s" / "val"), "--detections", str(results)], capsys)
+    code, out, err = _run(["evaluate", "--truth", str(tmp_path / "s" / "val"), "--detections", str(results)], capsys)
     assert (code, err) == (0, "")
     assert all(name in out for name in ("AP50", "AR100", "rectangle"))
 
@@ -52,7 +52,7 @@ def test_prepare_and_evaluate_say_what_they_did(tmp_path: Path, capsys: pytest.C
         ),
         (["train", "--config", "absent.yaml"], "no such config file"),
         (["predict", "--checkpoint", "tests", "--data", "absent", "--out", "OUT"], "holds no model"),
-        (["evaluate", "--data", "absent", "--detections", "absent"], "absent"),
+        (["evaluate", "--truth", "absent", "--detections", "absent"], "absent"),
         (["prepare", "coco", "--annotations", "absent.json", "--images", ".", "--out", "OUT"], "absent.json"),
         (["prepare", "images", "--images", "absent", "--out", "OUT"], "absent"),
         (["push", "--checkpoint", "absent", "--repo", "ann/model"], "no such model folder: absent"),

@@ -143,7 +143,7 @@ def work(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Work:
     """All four jobs, one after the other, with nothing that disturbs them."""
     folder = tmp_path_factory.mktemp("work")
     work = Work(folder / "data", folder / "run", folder / "detections")
-    evaluation = [f"--data={work.data}/train", f"--detections={work.detections}", f"--out={folder}/metrics"]
+    evaluation = [f"--truth={work.data}/train", f"--detections={work.detections}", f"--out={folder}/metrics"]
     sizes = ["--num-train=1200", "--num-val=8", "--image-size=64"]
     for words in (
         ["jobs/prepare.py", "shapes", f"--out={work.data}", *sizes],
@@ -188,7 +188,7 @@ def test_a_mistake_fails_the_job_with_its_one_line(head: Head) -> None:
 
 def test_a_failure_is_told_from_a_mistake(head: Head, work: Work, tmp_path: Path) -> None:
     nowhere = f"127.0.0.1:{free_port()}"
-    words = [f"--data={work.data}/val", f"--detections={work.detections}", f"--ray-address={nowhere}"]
+    words = [f"--truth={work.data}/val", f"--detections={work.detections}", f"--ray-address={nowhere}"]
     head.submit("jobs/evaluate.py", *words, "--allow-partial=true", submission_id="failed")
     job = head.job("failed")
     assert job["status"] == "FAILED" and job["driver_exit_code"] == 1, job

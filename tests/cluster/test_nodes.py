@@ -133,7 +133,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ),
         "evaluate": Job(
             lambda out: [
-                *[*RAYDET, "evaluate", f"--data={data}/truth", f"--detections={data}/detections"],
+                *[*RAYDET, "evaluate", f"--truth={data}/truth", f"--detections={data}/detections"],
                 *[f"--out={out}", *matching, f"--ray-address={cluster.address}"],
             ],
             "_match_or_say_why_not",

@@ -132,10 +132,10 @@ def test_evaluate_gives_the_same_for_the_json_as_for_the_tables(shapes: Path, tm
     results, instances = str(tmp_path / "results.json"), str(tmp_path / "instances.json")
     _export(table, results)
     _export(truth, instances)
-    expected = evaluate(EvaluateConfig(data=truth, detections=table)).result
+    expected = evaluate(EvaluateConfig(truth=truth, detections=table)).result
     assert 0.05 < expected.numbers()["AP"] < 0.95
     for truth_uri, detections_uri in ((truth, results), (instances, results), (instances, table)):
-        result = evaluate(EvaluateConfig(data=truth_uri, detections=detections_uri)).result
+        result = evaluate(EvaluateConfig(truth=truth_uri, detections=detections_uri)).result
         assert result.numbers() == expected.numbers()
         assert result.per_class == expected.per_class
 

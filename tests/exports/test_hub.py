@@ -291,7 +291,7 @@ def _evaluation(folder: Path, names: tuple[str, ...] = NAMES, **options: Any) ->
     (folder / "results.json").write_text(json.dumps(found))
     truth_file, results_file = str(folder / "parking-test.json"), str(folder / "results.json")
     out = str(folder / "metrics")
-    raydet.evaluate(EvaluateConfig(data=truth_file, detections=results_file, out=out, bootstrap=20, **options))
+    raydet.evaluate(EvaluateConfig(truth=truth_file, detections=results_file, out=out, bootstrap=20, **options))
     return folder / "metrics"
 
 

@@ -65,7 +65,7 @@ def runs(tmp_path: Path) -> dict[str, Any]:
     """A truth and two runs, of which the second misses the persons in twelve images."""
     rows = truth_rows()
     return {
-        "data": write(tmp_path / "val", "images", [{**row, "image": {"bytes": b"-", "path": "a"}} for row in rows]),
+        "truth": write(tmp_path / "val", "images", [{**row, "image": {"bytes": b"-", "path": "a"}} for row in rows]),
         "first": write(tmp_path / "first", "detections", detection_rows(rows)),
         "second": write(tmp_path / "second", "detections", detection_rows(rows, missed=tuple(range(20, 32)))),
     }
@@ -106,14 +106,14 @@ def test_values_are_those_of_evaluate(runs: dict[str, Any]) -> None:
 
     found = compare(CompareConfig(**runs, bootstrap=5))
     for side, name in ((found.numbers.first, "first"), (found.numbers.second, "second")):
-        result = evaluate(EvaluateConfig(data=runs["data"], detections=runs[name], bootstrap=0)).result
+        result = evaluate(EvaluateConfig(truth=runs["truth"], detections=runs[name], bootstrap=0)).result
         for metric, interval in side.overall.items():
             expected = getattr(result, metric)
             assert interval.value == (None if expected == -1 else pytest.approx(expected, abs=1e-12))
 
 
 def test_a_run_against_itself_differs_nowhere(runs: dict[str, Any]) -> None:
-    found = compare(CompareConfig(data=runs["data"], first=runs["first"], second=runs["first"], bootstrap=50))
+    found = compare(CompareConfig(truth=runs["truth"], first=runs["first"], second=runs["first"], bootstrap=50))
     overall = found.numbers.difference.overall["AP"]
     assert (overall.value, overall.low, overall.high) == (0, 0, 0)
     assert found.changed_images == ()
@@ -131,7 +131,7 @@ def test_an_empty_image_that_gets_a_false_alarm_has_changed(runs: dict[str, Any]
     loud[0]["detections"] = {"bbox": [[0.0, 0.0, 9.0, 9.0]], "score": [0.99], "category": [0]}
     first = write(tmp_path / "quiet", "detections", quiet)
     second = write(tmp_path / "loud", "detections", loud)
-    found = compare(CompareConfig(data=runs["data"], first=first, second=second, bootstrap=5))
+    found = compare(CompareConfig(truth=runs["truth"], first=first, second=second, bootstrap=5))
     image = found.changed_images[0]
     assert (image.image_id, image.num_truth, image.first_f1, image.second_f1) == (0, 0, None, 0.0)
     assert image.difference == -1
@@ -143,7 +143,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs: dict[str, Any], 
         write(tmp_path / run / "detections", "detections", detection_rows(rows, noise=noise))
         for run, noise in (("a", 2.0), ("b", 4.0))
     )
-    found = compare(CompareConfig(data=runs["data"], first=first, second=second, bootstrap=5))
+    found = compare(CompareConfig(truth=runs["truth"], first=first, second=second, bootstrap=5))
     assert found.names == ("a/detections", "b/detections")
 
 

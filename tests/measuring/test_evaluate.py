@@ -130,7 +130,7 @@ def test_tables_and_json_give_the_numbers_of_pycocotools(test_data: Path, tmp_pa
     for truth in (tmp_path / "truth", test_data / file):
         for detections in (tmp_path / "detections", tmp_path / "results.json"):
             for num_shards in (None, 3, 1000):
-                config = EvaluateConfig(data=str(truth), detections=str(detections), num_shards=num_shards)
+                config = EvaluateConfig(truth=str(truth), detections=str(detections), num_shards=num_shards)
                 evaluation = evaluate(config)
                 assert numbers(evaluation) == expected
                 assert evaluation.result.num_detections == len(results)
@@ -157,7 +157,7 @@ class Inputs:
         write_images(self.folder / "val", self.truth, self.truth_categories)
         write_detections(self.folder / "found", self.detections, self.detection_categories, checkpoint="tiny")
         values: dict[str, Any] = {
-            "data": str(self.folder / "val"),
+            "truth": str(self.folder / "val"),
             "detections": str(self.folder / "found"),
             "bootstrap": 20,
         }
@@ -272,7 +272,7 @@ def test_numbers_of_another_evaluation_are_not_overwritten(inputs: Inputs) -> No
     evaluate(inputs.config(out=str(out)))
     before = (out / "metrics" / MANIFEST_NAME).read_bytes()
     with pytest.raises(UserError, match="holds another evaluation's numbers under the run name 'found'") as caught:
-        evaluate(EvaluateConfig(data=str(inputs.folder / "val"), detections="elsewhere", run="found", out=str(out)))
+        evaluate(EvaluateConfig(truth=str(inputs.folder / "val"), detections="elsewhere", run="found", out=str(out)))
     assert str(out / "metrics") in str(caught.value)
     assert (out / "metrics" / MANIFEST_NAME).read_bytes() == before
 
@@ -310,7 +310,7 @@ KINDS: tuple[TableKind, ...] = (
     "errors",
     "confusion",
     "calibration",
-    "suspect_labels",
+    "suspects",
     "runs",
 )
 
@@ -462,7 +462,7 @@ def test_classes_can_count_as_one(test_data: Path, tmp_path: Path) -> None:
     results = made_up_results(json.loads(file.read_bytes()), seed=2)
     (tmp_path / "results.json").write_text(json.dumps(results))
     config = EvaluateConfig(
-        data=str(file), detections=str(tmp_path / "results.json"), class_agnostic=True, out=str(tmp_path / "out")
+        truth=str(file), detections=str(tmp_path / "results.json"), class_agnostic=True, out=str(tmp_path / "out")
     )
     evaluation = evaluate(config)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -516,7 +516,7 @@ def test_lvis_judges_only_what_is_known(tmp_path: Path) -> None:
     for name, content in {"instances.json": truth, "results.json": [{**RESULT, "score": 0.5}, *false_alarms]}.items():
         (tmp_path / name).write_text(json.dumps(content))
     config = EvaluateConfig(
-        data=str(tmp_path / "instances.json"),
+        truth=str(tmp_path / "instances.json"),
         detections=str(tmp_path / "results.json"),
         protocol="lvis",
         out=str(tmp_path / "out"),
@@ -532,7 +532,7 @@ def test_small_inputs_start_no_ray(inputs: Inputs) -> None:
     config = inputs.config(out=str(inputs.folder / "out"))
     code = (
         "import sys, raydet; "
-        f"raydet.evaluate(raydet.EvaluateConfig(data={config.data!r}, detections={config.detections!r}, "
+        f"raydet.evaluate(raydet.EvaluateConfig(truth={config.truth!r}, detections={config.detections!r}, "
         f"out={config.out!r})); "
         "print(sorted({'ray', 'torch'} & set(sys.modules)))"
     )
@@ -637,14 +637,14 @@ def test_a_mistake_in_the_tables_gets_one_line(inputs: Inputs, spoil: Callable[[
 def test_missing_and_unfinished_inputs_get_one_line(inputs: Inputs) -> None:
     config = inputs.config()
     with pytest.raises(UserError, match=r"no such truth: .*nowhere; give an images table or COCO instances JSON"):
-        evaluate(EvaluateConfig(data=str(inputs.folder / "nowhere"), detections=config.detections))
+        evaluate(EvaluateConfig(truth=str(inputs.folder / "nowhere"), detections=config.detections))
     with pytest.raises(UserError, match=r"no such detections: .*nowhere\.json; give a detections table"):
-        evaluate(EvaluateConfig(data=config.data, detections=str(inputs.folder / "nowhere.json")))
+        evaluate(EvaluateConfig(truth=config.truth, detections=str(inputs.folder / "nowhere.json")))
     with pytest.raises(UserError, match="is a table of images, expected a table of detections"):
-        evaluate(EvaluateConfig(data=config.data, detections=config.data))
+        evaluate(EvaluateConfig(truth=config.truth, detections=config.truth))
     (inputs.folder / "boxes.csv").write_text("1,2")
     with pytest.raises(UserError, match=r"neither a folder nor a \.json file"):
-        evaluate(EvaluateConfig(data=str(inputs.folder / "boxes.csv"), detections=config.detections))
+        evaluate(EvaluateConfig(truth=str(inputs.folder / "boxes.csv"), detections=config.detections))
     (inputs.folder / "found" / MANIFEST_NAME).unlink()
     with pytest.raises(UserError, match="found is not a whole raydet table"):
         evaluate(config)
@@ -675,7 +675,7 @@ def evaluate_json(folder: Path, truth: Any, results: Any) -> Evaluation:
     paths = {"truth": folder / "instances.json", "detections": folder / "results.json"}
     for path, content in zip(paths.values(), (truth, results), strict=True):
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return evaluate(EvaluateConfig(data=str(paths["truth"]), detections=str(paths["detections"])))
+    return evaluate(EvaluateConfig(truth=str(paths["truth"]), detections=str(paths["detections"])))
 
 
 def test_json_may_leave_out_area_and_crowd_and_images_without_detections(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def config(tmp_path: Path) -> EvaluateConfig:
     rows = results_to_rows(results, truth, CATEGORIES)
     rows[0] = {**rows[0], "detections": {"bbox": [], "score": [], "category": []}, "error": "truncated file"}
     write_in_groups(tmp_path / "found", rows[::-1], 7)
-    return EvaluateConfig(data=str(tmp_path / "truth"), detections=str(tmp_path / "found"), ray_address="local")
+    return EvaluateConfig(truth=str(tmp_path / "truth"), detections=str(tmp_path / "found"), ray_address="local")
 
 
 @pytest.mark.parametrize("protocol", [COCO, Protocol(class_agnostic=True, max_detections=(1, 5))])
@@ -65,7 +65,7 @@ def test_shards_are_the_whole_to_the_last_bit(
     config: EvaluateConfig, num_shards: int | None, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raydet.measuring.numbers.accumulator._DETECTIONS_AT_ONCE", 100)
-    truth = read_truth(config.data)
+    truth = read_truth(config.truth)
     whole = read_detections(config.detections, truth)
     expected = accumulate(
         match(whole.truth_columns, whole.columns, len(truth.categories), protocol),
@@ -127,7 +127,7 @@ def test_the_numbers_are_those_of_one_process(
 def test_the_tables_are_those_of_one_process(config: EvaluateConfig, ray_cluster: None, tmp_path: Path) -> None:
     for name, address in {"here": None, "there": "local"}.items():
         evaluate(dataclasses.replace(config, ray_address=address, out=str(tmp_path / name), bootstrap=20, run="r"))
-    kinds: tuple[TableKind, ...] = ("metrics", "per_image", "errors", "confusion", "suspect_labels")
+    kinds: tuple[TableKind, ...] = ("metrics", "per_image", "errors", "confusion", "suspects")
     for kind in kinds:
         here, there = (open_table(str(tmp_path / name / kind), kind).read() for name in ("here", "there"))
         assert here.num_rows > 0

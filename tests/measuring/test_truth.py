@@ -136,7 +136,7 @@ def test_numbers_come_without_large_packages(test_data: Path, tmp_path: Path, is
         write_detections(found, results_to_rows(results, rows, categories), categories)
     code = (
         "import sys, raydet\n"
-        f"raydet.evaluate(raydet.EvaluateConfig(data={str(truth)!r}, detections={str(found)!r}))\n"
+        f"raydet.evaluate(raydet.EvaluateConfig(truth={str(truth)!r}, detections={str(found)!r}))\n"
         "print(sorted({'pandas', 'ray', 'torch', 'scipy', 'matplotlib', 'transformers'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)

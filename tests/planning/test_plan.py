@@ -89,7 +89,7 @@ TRAIN = dataclasses.replace(
 
 
 def config(**options: Any) -> PlanConfig:
-    return PlanConfig(**{"num_images": 1_000_000, "checkpoint": "c", "threads_per_worker": 1, **options})
+    return PlanConfig(**{"images": 1_000_000, "checkpoint": "c", "threads_per_worker": 1, **options})
 
 
 def cpu_nodes(number: int, cpus: int = 4) -> NodeGroup:
@@ -246,7 +246,7 @@ def test_workers_that_train_share_a_batch_and_send_gradients() -> None:
     # Two send 2 · 1/2 · 125 MB a step: 1 ms, or a second in which 8 CPUs are held.
     assert rate(network_gbit_per_s=1000.0) == pytest.approx(0.9 * 8 / (4 * (0.05 + 0.001 * 2 / 8) + 0.02))
     assert rate(network_gbit_per_s=1.0) == pytest.approx(0.9 * 8 / (4 * (0.05 + 1.0 * 2 / 8) + 0.02))
-    epochs = plan_for(config(job="train", threads_per_worker=4, num_images=1000, epochs=30), [cpu_nodes(1)], [TRAIN])
+    epochs = plan_for(config(job="train", threads_per_worker=4, images=1000, epochs=30), [cpu_nodes(1)], [TRAIN])
     assert epochs.num_images == 30_000 and epochs.total_s == pytest.approx(20 + 30_000 / TRAIN.run_images_per_s)
 
 
@@ -334,7 +334,7 @@ def test_a_cluster_file_that_says_too_little_is_refused(tmp_path: Path, content:
     [
         ({"checkpoint": None}, "give one of --checkpoint"),
         ({"model": "m"}, "give one of --checkpoint"),
-        ({"num_images": 0}, "--num-images must be above 0"),
+        ({"images": 0}, "--images must be above 0"),
         ({"image_size": 256}, "--image-size needs --model"),
         ({"epochs": 3}, "--epochs needs --job train"),
         ({"cpu_nodes": 2}, "--cpu-nodes needs --cpus-per-cpu-node"),
@@ -368,7 +368,7 @@ def test_probes_must_fit_the_job_and_the_cluster() -> None:
 def test_the_command_combines_saved_probes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     probes = f"{save(tmp_path, 'cpu', CPU)},{save(tmp_path, 'gpu', GPU)}"
     out = tmp_path / "plan.json"
-    command = ["plan", "--num-images", "10_000_000", "--probe", probes, "--cpu-nodes", "8", "--cpus-per-cpu-node", "16"]
+    command = ["plan", "--images", "10_000_000", "--probe", probes, "--cpu-nodes", "8", "--cpus-per-cpu-node", "16"]
     command += ["--gpu-nodes", "2", "--cpus-per-gpu-node", "8", "--price-per-cpu-node-hour", "0.5", "--out", str(out)]
     assert main(command) == 2
     assert "the GPU nodes have no price; give --price-per-gpu-node-hour" in capsys.readouterr().err
@@ -510,7 +510,7 @@ def test_pictures_that_are_none_are_a_mistake(shapes: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("job", ["predict", "train"])
 def test_a_plan_is_measured_here(shapes: Path, tmp_path: Path, job: PlannedJob) -> None:
     asked = PlanConfig(
-        num_images=100_000,
+        images=100_000,
         job=job,
         model="rt_detr_v2_tiny",
         image_size=64,

@@ -133,7 +133,7 @@ def write_all(folder: Path) -> Path:
         for part in range(10)
     ]
     suspect = {"run": "new", "image_id": 2, "kind": "other_class", "category": EVIL, "detected": "cat"}
-    tables["suspect_labels"] = [{**suspect, "bbox": [30.0, 30.0, 60.0, 60.0], "score": 0.7, "iou": 1.0}]
+    tables["suspects"] = [{**suspect, "bbox": [30.0, 30.0, 60.0, 60.0], "score": 0.7, "iou": 1.0}]
     write_run(out, "new", tables)
     return out
 

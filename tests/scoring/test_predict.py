@@ -58,7 +58,7 @@ def test_every_image_has_its_row_and_the_rows_are_the_model_s(
         np.testing.assert_allclose(row["score"], found.scores, atol=1e-5)
         np.testing.assert_allclose(row["bbox"][:5], found.boxes_xywh[:5], atol=1e-2)
         assert row["score"] == sorted(row["score"], reverse=True)
-    assert evaluate(EvaluateConfig(data=config.data, detections=result.out)).result.num_images == 24
+    assert evaluate(EvaluateConfig(truth=config.data, detections=result.out)).result.num_images == 24
 
 
 def test_running_again_does_what_is_left_and_then_nothing(

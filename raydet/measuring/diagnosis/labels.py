@@ -125,7 +125,7 @@ class _Suspects:
 def suspects(
     evidence: Evidence, categories: Sequence[Category], *, max_rows: int = 1000, run: str | None = None
 ) -> pa.Table:
-    """The labels that are probably wrong, the most probable first: a `suspect_labels` table.
+    """The labels that are probably wrong, the most probable first: a `suspects` table.
 
     A detector that is seldom wrong in a way is more likely to be right against a label. How seldom is learnt from the
     data, for detections by class and score (the higher, the more seldom), for labels by class and size:
@@ -170,7 +170,7 @@ def suspects(
     boxes_xywh[box < 0] = detections.boxes_xywh[outcomes.detection_row[detection[box < 0]]]
     boxes_xywh[box >= 0] = truth.boxes_xywh[outcomes.truth_row[box[box >= 0]]]
     return build_table(
-        "suspect_labels",
+        "suspects",
         categories,
         run,
         {

@@ -53,7 +53,7 @@ class Diagnosis:
     """What `diagnose` found.
 
     Attributes:
-        tables: The tables `pr_curves`, `errors`, `confusion`, `calibration`, `suspect_labels` and `per_image`.
+        tables: The tables `pr_curves`, `errors`, `confusion`, `calibration`, `suspects` and `per_image`.
         metric_rows: Further rows of the `metrics` table.
         best: The score threshold with the best F1 over all classes; `confusion` and `per_image` are at it.
     """
@@ -91,7 +91,7 @@ def diagnose(
         target_precision: Also say the lowest score threshold that gives it.
         unreadable: Why an image could not be read, by its id.
         result: What `accumulate` gave for these matches, where it is at hand.
-        max_suspects: Rows of `suspect_labels` at most.
+        max_suspects: Rows of `suspects` at most.
     """
     curves = pr_curves(matches, categories, run=run, result=result)
     has_rows = not ((matches.detection_row < 0).any() or (matches.truth_row < 0).any())
@@ -106,7 +106,7 @@ def diagnose(
         "errors": error_shares(evidence, categories, run=run),
         "confusion": confusion(evidence, categories, threshold=best.threshold, run=run),
         "calibration": calibration(outcomes, categories, run=run),
-        "suspect_labels": suspects(evidence, categories, max_rows=max_suspects, run=run),
+        "suspects": suspects(evidence, categories, max_rows=max_suspects, run=run),
         "per_image": per_image(matches, outcomes, threshold=best.threshold, run=run, errors=unreadable),
     }
     rows = metric_rows(

@@ -556,7 +556,7 @@ def test_suspects_say_where_and_what() -> None:
     ]
     given_columns = columns(images, found)
     table = tables.suspects(gathered(*given_columns), CATEGORIES, run="r")
-    assert table.schema.equals(build_schema("suspect_labels"))
+    assert table.schema.equals(build_schema("suspects"))
     assert [tuple(row.values()) for row in table.to_pylist()] == [
         ("r", 6, "other_class", "dog", "cat", list(BOX), 0.9, pytest.approx(19 / 21)),
         ("r", 6, "not_found", "cat", None, list(far), None, 0.0),
@@ -573,7 +573,7 @@ def test_the_diagnosis_has_every_table_in_its_schema() -> None:
     truth, detections = made_up(3, num_images=40)
     matches = matched(truth, detections)
     found = tables.diagnose(truth, detections, matches, CATEGORIES, run="r", model="m", split="s")
-    assert set(found.tables) == {"pr_curves", "errors", "confusion", "calibration", "suspect_labels", "per_image"}
+    assert set(found.tables) == {"pr_curves", "errors", "confusion", "calibration", "suspects", "per_image"}
     for kind, table in found.tables.items():
         assert table.schema.equals(build_schema(kind)), kind
         assert table.num_rows > 0 and set(table["run"].to_pylist()) == {"r"}, kind
@@ -627,4 +627,4 @@ def test_nothing_found_is_diagnosed_too(num_images: int, with_truth: bool) -> No
     assert found.tables["per_image"]["f1"].to_pylist() == [0.0 if with_truth else None] * num_images
     missed = rows_of(found.tables["errors"], category="cat", error="missed")[0]
     assert (missed["count"], missed["ap_points"]) == ((3, 0.0) if with_truth else (0, None))
-    assert found.tables["suspect_labels"].num_rows == (3 if with_truth else 0)
+    assert found.tables["suspects"].num_rows == (3 if with_truth else 0)
