@@ -20,14 +20,16 @@ def help_page(config_class: type, *, program: str, example: str = "") -> str:
         program: The command as typed, such as `raydet train`.
         example: Options of a command line that works.
     """
-    fields = fields_of(config_class)
+    # A command's own options stand before those that it shares with others.
+    fields = sorted(fields_of(config_class), key=lambda item: item.name not in config_class.__annotations__)
     hints = typing.get_type_hints(config_class)
     required = sorted((item for item in fields if is_required(item)), key=lambda item: item.name == "out")
     usage = [_spelling(item, hints[item.name]) for item in required]
     lines = [_wrapped(" ".join([f"usage: {program}", *usage, "[options]"]), 0, 7), "", config_class.__doc__ or ""]
     if required:
         lines += ["", "Required:", *[_entry(item, hints[item.name]) for item in required]]
-    for group in GROUPS:
+    groups = [group for group in GROUPS if any(item.metadata["group"] == group for item in fields)]
+    for group in groups:
         entries = [
             _entry(item, hints[item.name])
             for item in fields
@@ -38,8 +40,7 @@ def help_page(config_class: type, *, program: str, example: str = "") -> str:
                 "  --config FILE\n        YAML file with any of these options; the command line overrides it",
                 "  --print-config\n        print the resulting config as YAML and exit",
             ]
-        if entries:
-            lines += ["", f"{group}:", *entries]
+        lines += ["", "Options:" if len(groups) == 1 else f"{group}:", *entries]
     if example:
         lines += ["", "Example:", f"  {program} {example}"]
     return "\n".join(lines) + "\n"

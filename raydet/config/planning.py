@@ -65,7 +65,7 @@ class PlanConfig:
     use_gpu: bool | None = option(
         "measure the model on this machine's GPU; on by default if it has one", None, group="Measurement"
     )
-    picture_size: int = option("side in pixels of the generated images", 640, group="Measurement")
+    generated_size: int = option("side in pixels of the generated images", 640, group="Measurement")
     seconds: float = option("length of each measurement, without start-up", 20.0, group="Measurement")
     probe: list[str] | None = option(
         "instead of measuring: files of --save-probe, from a CPU node, a GPU node, or one of each",
@@ -83,7 +83,7 @@ class PlanConfig:
         require_positive(self, "gpu_nodes", "gpus_per_gpu_node", "cpus_per_gpu_node", "num_workers")
         require_positive(self, "threads_per_worker", "network_gbit_per_s", "seconds", "price_per_cpu_node_hour")
         require_positive(self, "price_per_gpu_node_hour")
-        require(self.picture_size >= 32, f"--picture-size must be at least 32, got {self.picture_size}")
+        require(self.generated_size >= 32, f"--generated-size must be at least 32, got {self.generated_size}")
         require(self.epochs == 1 or self.job == "train", "--epochs needs --job train")
         self._check_nodes()
         if self.probe:

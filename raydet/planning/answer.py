@@ -165,7 +165,7 @@ class PlanResult:
             "one more CPU, GPU or node brings as much as the one before; all nodes are up, and none is lost",
         ]
         if self.config.data is None and not self.config.probe:
-            size = self.config.picture_size
+            size = self.config.generated_size
             found.append(f"images are like the generated ones ({size} × {size}); --data measures with real ones")
         if self.config.job == "train":
             found.append("validation and the writing of checkpoints are not counted")

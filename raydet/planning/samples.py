@@ -63,7 +63,7 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
         from raydet.preparation.prepare import prepare_shapes
 
         shapes = PrepareShapesConfig(
-            out=f"{folder}/shapes", num_train=_NUM_GENERATED, num_val=1, image_size=config.picture_size
+            out=f"{folder}/shapes", num_train=_NUM_GENERATED, num_val=1, image_size=config.generated_size
         )
         prepare_shapes(shapes)
         table = open_table(f"{folder}/shapes/train", "images")
