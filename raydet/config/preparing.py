@@ -8,6 +8,7 @@ from raydet.config.fields import option, require, require_positive
 ImageStorage = Literal["inline", "reference"]
 Duplicates = Literal["keep", "drop"]
 Truncated = Literal["reject", "keep"]
+Unlabelled = Literal["keep", "reject"]
 BboxFormat = Literal["coco", "voc", "yolo"]
 DEFAULT_MAX_PIXELS = 178_956_970
 """Larger pictures are refused as decompression bombs; the number is Pillow's own limit (a quarter gigabyte of RGB)."""
@@ -74,6 +75,7 @@ class PrepareVocConfig(PrepareImagesConfig):
         "the classes in their order, or one .txt file with a name a line; by default all in the XML files", None
     )
     zero_based: bool = option("the first pixel is 0 in these files, and 1 in those of the VOC devkit", False)
+    unlabelled: Unlabelled = option("images without an XML file: reject them, or keep them without objects", "reject")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class PrepareYoloConfig(_PrepareConfig):
     classes: list[str] | None = option(
         "without data: the classes in their order, or one .txt file with a name a line", None
     )
+    unlabelled: Unlabelled = option("images without a label file: keep them without objects, or reject them", "keep")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -113,6 +113,7 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
         split_uri=config.split,
         classes=config.classes,
         zero_based=config.zero_based,
+        unlabelled=config.unlabelled,
     )
     return _write_files(config, source, folder)
 
@@ -135,7 +136,7 @@ def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
     else:
         assert config.images is not None and config.labels is not None and config.classes is not None
         files = find_in_folders(config.images, config.labels, config.classes)
-    return _write_files(config, read_yolo(files), files.images)
+    return _write_files(config, read_yolo(files, unlabelled=config.unlabelled), files.images)
 
 
 def prepare_hub(config: PrepareHubConfig) -> PrepareReport:

@@ -8,6 +8,7 @@ from typing import Any
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
 from raydet.preparation.remains import Target
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
+from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 
@@ -28,6 +29,7 @@ class PrepareReport:
         accepted: Rows of the tables.
         rejected: Rows of OUT/_rejected.
         without_boxes: Accepted images that have no box.
+        unlabelled_kept: Images without a label file that were kept; those rejected are among the `reasons`.
         boxes: Boxes in the tables, crowds included.
         crowd_boxes: Those that stand for a crowd.
         clipped: Boxes that ran out of their image and were cut to it.
@@ -53,6 +55,7 @@ class PrepareReport:
     accepted: int = 0
     rejected: int = 0
     without_boxes: int = 0
+    unlabelled_kept: int = 0
     boxes: int = 0
     crowd_boxes: int = 0
     clipped: int = 0
@@ -73,9 +76,11 @@ class PrepareReport:
         """The report in a few plain lines."""
         where = f" (listed in {storage.join(self.out, REJECTED_FOLDER)})" if self.rejected else ""
         lines = [f"{self.found:,} images found, {self.accepted:,} accepted, {self.rejected:,} rejected{where}"]
-        lines += [f"  rejected, {reason}: {count:,}" for reason, count in list(self.reasons.items())[:5]]
-        if len(self.reasons) > 5:
-            lines.append(f"  … and {len(self.reasons) - 5} further reasons")
+        lines += self._lines_of_unlabelled()
+        reasons = {reason: count for reason, count in self.reasons.items() if reason != UNLABELLED}
+        lines += [f"  rejected, {reason}: {count:,}" for reason, count in list(reasons.items())[:5]]
+        if len(reasons) > 5:
+            lines.append(f"  … and {len(reasons) - 5} further reasons")
         if self.boxes_by_class:
             crowds = f", {self.crowd_boxes:,} of them crowds" if self.crowd_boxes else ""
             empty = f"; {self.without_boxes:,} images have none" if self.without_boxes else ""
@@ -85,6 +90,12 @@ class PrepareReport:
         done = "already there, made by the same configuration: " if self.already_done else ""
         lines.append(f"{done}{', '.join(self.tables.values()) or self.out}")
         return lines
+
+    def _lines_of_unlabelled(self) -> list[str]:
+        rejected, kept = self.reasons.get(UNLABELLED, 0), self.unlabelled_kept
+        if rejected:
+            return [f"  {rejected:,} have no label file: rejected (--unlabelled keep: images without objects)"]
+        return [f"  {kept:,} have no label file: kept without objects (--unlabelled reject: rejected)"] if kept else []
 
     def _lines_of_classes(self) -> list[str]:
         ranked = sorted(self.boxes_by_class.items(), key=lambda item: -item[1])
@@ -163,6 +174,7 @@ def make_report(
         crowd_boxes=counts["crowd_boxes"],
         rejected=reasons.total(),
         outside=outside,
+        unlabelled_kept=rest.pop(UNLABELLED_KEPT, 0),
         dropped=rest.pop(NO_AREA, 0) + outside,
         clipped=rest.pop(CLIPPED, 0),
         duplicate_boxes=rest.pop(REPEATED_KEPT, 0) + rest.pop(REPEATED_DROPPED, 0),

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 
@@ -11,6 +12,12 @@ from raydet.images.files import readable
 from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
+
+UNLABELLED_KEPT = "images without a label file, kept without objects"
+"""Kind of finding, with `--unlabelled keep`."""
+UNLABELLED = "no label file"
+"""Reason of rejection, with `--unlabelled reject`."""
+_MOST_FOLDERS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -140,3 +147,34 @@ def read_class_names(classes: Sequence[str]) -> list[str]:
     if not names or not all(names) or repeated:
         raise UserError(f"classes must be names that differ, got {repeated[0] if repeated else classes!r}")
     return [readable(name) for name in names]
+
+
+def aligned_folders(label_paths: Iterable[str], image_paths: Iterable[str]) -> tuple[str, str] | None:
+    """Find the subfolders below which a label file and an image have the same path.
+
+    Args:
+        label_paths: Relative paths of label files.
+        image_paths: Relative paths of images.
+
+    Returns:
+        The subfolder of the labels and that of the images, either may be empty; None if no label file is named like
+        an image.
+    """
+    label_of = {PurePosixPath(path).stem: path for path in label_paths}
+    for path in image_paths:
+        label = label_of.get(PurePosixPath(path).stem)
+        if label is not None:
+            label_folders, image_folders = PurePosixPath(label).parts[:-1], PurePosixPath(path).parts[:-1]
+            while label_folders and image_folders and label_folders[-1] == image_folders[-1]:
+                label_folders, image_folders = label_folders[:-1], image_folders[:-1]
+            return "/".join(label_folders), "/".join(image_folders)
+    return None
+
+
+def top_folders(paths: Iterable[str]) -> str:
+    """Name the first folders of relative paths, as in "train/ and val/"; empty if no path has a folder."""
+    names = sorted({f"{path.partition('/')[0]}/" for path in paths if "/" in path})
+    shown = names[:_MOST_FOLDERS_SHOWN]
+    if len(names) > len(shown):
+        return f"{', '.join(shown)} and {len(names) - len(shown)} more folders"
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))

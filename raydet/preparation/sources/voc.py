@@ -16,21 +16,27 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.common.threads import in_order
-from raydet.images.files import ImageFolder, ReadError, is_image_name, list_below, readable
+from raydet.config.preparing import Unlabelled
+from raydet.images.files import ImageFolder, ReadError, image_files_below, is_image_name, list_below, readable
 from raydet.preparation.sources.source import (
+    UNLABELLED,
+    UNLABELLED_KEPT,
     Finding,
     FindingLog,
     Records,
     Source,
     SourceImage,
     SourceObjects,
+    aligned_folders,
     read_class_names,
+    top_folders,
 )
 from raydet.tables import storage
 from raydet.tables.schema import Category
@@ -88,8 +94,9 @@ def read_voc(
     split_uri: str | None = None,
     classes: Sequence[str] | None = None,
     zero_based: bool = False,
+    unlabelled: Unlabelled = "reject",
 ) -> Source:
-    """Reads Pascal VOC annotations.
+    """Read Pascal VOC annotations.
 
     Args:
         annotations: The folder of the XML files.
@@ -100,29 +107,30 @@ def read_voc(
             counted. Without it, all classes of all XML files, also of those outside the split, sorted by name: so the
             splits of one folder have the same classes.
         zero_based: The first pixel is 0.
+        unlabelled: Reject images without an XML file, or keep them without objects.
 
     Returns:
-        One record for each image, by sorted path, its id the rank; category ids are counted from 1. An image without
-        an XML file has no boxes. A broken XML file, one without an image and a line of the split without one are
-        refused. The column `source_id` holds the path without extension.
+        One record per image, sorted by path, its id the rank; category ids start at 1. A broken XML file, one without
+        an image and a line of the split without one are refused. The column `source_id` holds the path without
+        extension.
 
     Raises:
-        UserError: A folder or the split cannot be read, names no image, or there is no class.
+        UserError: A folder or the split cannot be read, no XML file belongs to an image, or there is no class.
     """
-    xml_files = sorted(path for path in list_below(annotations) if path.lower().endswith(".xml"))
-    xml_paths = {_stem(path): path for path in xml_files}
-    image_paths: defaultdict[str, list[str]] = defaultdict(list)
-    for path in sorted(list_below(images)):
-        if is_image_name(path):
-            image_paths[_stem(path)].append(path)
     findings = FindingLog()
-    for path in sorted(set(xml_files) - set(xml_paths.values())):
-        findings.note(Finding("XML files of the same name as another, not read", readable(path)))
-    stems = sorted(
-        {*image_paths, *xml_paths} if split_uri is None else _read_split(split_uri, image_paths, xml_paths, findings)
-    )
-    if not stems:
-        raise UserError(f"no image file below {images.uri} and no XML file below {annotations.uri}")
+    xml_paths = _list_xml_files(annotations, images, findings)
+    image_paths = _list_image_files(images)
+    if split_uri is None:
+        _check_match(annotations, images, xml_paths, image_paths)
+        stems = sorted({*image_paths, *xml_paths})
+    else:
+        stems = sorted(_read_split(split_uri, image_paths, xml_paths, findings))
+        if not any(stem in image_paths and stem in xml_paths for stem in stems):
+            _check_match(annotations, images, xml_paths, image_paths)
+            raise UserError(
+                f"--split {split_uri} names {len(stems)} images, none of which has an image file and an XML file; the "
+                f"first name is {readable(stems[0])}"
+            )
     wanted = sorted(xml_paths) if classes is None else [stem for stem in stems if stem in xml_paths]
     read = partial(_read_annotation, annotations, zero_based=zero_based)
     read_files = _Annotations(wanted, in_order(read, (xml_paths[stem] for stem in wanted)))
@@ -131,16 +139,17 @@ def read_voc(
     else:
         names = read_class_names(classes)
     if not names:
-        raise UserError(
-            f"no object in any XML file below {annotations.uri}; without labels use `raydet prepare images`"
-        )
+        raise _no_class(annotations, xml_paths, read_files)
     index_of = {name: index for index, name in enumerate(names)}
     for stem in stems:
         if stem in xml_paths:
             _add_findings(read_files[stem], readable(xml_paths[stem]), index_of, findings)
     pairs = sorted(pair for stem in stems for pair in _pair(stem, image_paths, xml_paths, read_files))
-
-    without = _Annotation()
+    if unlabelled == "keep":
+        for image_id, (path, stem, refusal) in enumerate(pairs):
+            if stem not in xml_paths and refusal is None:
+                findings.note(Finding(UNLABELLED_KEPT, readable(path), image_id))
+    without = _Annotation(refusal=UNLABELLED if unlabelled == "reject" else None)
 
     def records() -> Iterator[SourceImage]:
         next_id = 1
@@ -159,6 +168,72 @@ def read_voc(
 
     categories = tuple(Category(id=index + 1, name=name) for name, index in index_of.items())
     return Source(Records(records), len(pairs), categories, (pa.field("source_id", pa.string()),), findings)
+
+
+def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: FindingLog) -> dict[str, str]:
+    """List the XML files by their path without extension."""
+    files = list_below(annotations)
+    xml_files = sorted(path for path in files if path.lower().endswith(".xml"))
+    if not xml_files:
+        elsewhere = sum(path.lower().endswith(".xml") for path in list_below(images))
+        hint = f"--images {images.uri} holds {elsewhere}" if elsewhere else "without labels use `raydet prepare images`"
+        raise UserError(f"--annotations {annotations.uri} holds 0 XML files and {len(files)} others; {hint}")
+    paths = {_stem(path): path for path in xml_files}
+    for path in sorted(set(xml_files) - set(paths.values())):
+        findings.note(Finding("XML files of the same name as another, not read", readable(path)))
+    return paths
+
+
+def _list_image_files(images: ImageFolder) -> dict[str, list[str]]:
+    """List the images by their path without extension."""
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    for path in image_files_below(images):
+        paths[_stem(path)].append(path)
+    return dict(paths)
+
+
+def _check_match(
+    annotations: ImageFolder,
+    images: ImageFolder,
+    xml_paths: Mapping[str, str],
+    image_paths: Mapping[str, list[str]],
+) -> None:
+    """Refuse folders in which no XML file belongs to an image, and suggest those that were probably meant."""
+    if image_paths.keys() & xml_paths.keys():
+        return
+    xml_path, (image_path, *_) = min(xml_paths.values()), min(image_paths.values())
+    text = (
+        f"no XML file in --annotations {annotations.uri} has the path of an image in --images {images.uri}: the first "
+        f"are {readable(xml_path)} and {readable(image_path)}"
+    )
+    folders = aligned_folders(xml_paths.values(), sorted(chain(*image_paths.values())))
+    if folders is None:
+        raise UserError(f"{text}; without labels use `raydet prepare images`")
+    options = [
+        (option, folder, subfolder, paths)
+        for option, folder, subfolder, paths in (
+            ("--annotations", annotations, folders[0], list(xml_paths.values())),
+            ("--images", images, folders[1], list(chain(*image_paths.values()))),
+        )
+        if subfolder
+    ]
+    holds = ", ".join(f"{option} holds {top_folders(paths)}" for option, _, _, paths in options)
+    meant = " ".join(f"{option} {folder.uri_of(subfolder)}" for option, folder, subfolder, _ in options)
+    raise UserError(f"{text}; {holds}: did you mean {meant}?")
+
+
+def _no_class(annotations: ImageFolder, xml_paths: Mapping[str, str], found: Mapping[str, _Annotation]) -> UserError:
+    """Explain why the XML files name no class."""
+    refusals = {stem: item.refusal for stem, item in found.items() if item.refusal is not None}
+    if len(refusals) < len(found):
+        return UserError(
+            f"no object in any XML file below {annotations.uri}; without labels use `raydet prepare images`"
+        )
+    stem, refusal = next(iter(refusals.items()))
+    text = f"none of the {len(refusals)} XML files below {annotations.uri} can be read; {xml_paths[stem]}: {refusal}"
+    if annotations.refuse_outside(xml_paths[stem]) is not None:
+        text += "; copy the folder with its links resolved, as `cp -rL` does, and give the copy"
+    return UserError(text)
 
 
 def _stem(path: str) -> str:

@@ -17,8 +17,20 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.common.threads import in_order
-from raydet.images.files import ImageFolder, MissingFileError, ReadError, readable
-from raydet.preparation.sources.source import Finding, FindingLog, Records, Source, SourceImage, SourceObjects
+from raydet.config.preparing import Unlabelled
+from raydet.images.files import ImageFolder, MissingFileError, ReadError, list_below, readable
+from raydet.preparation.sources.source import (
+    UNLABELLED,
+    UNLABELLED_KEPT,
+    Finding,
+    FindingLog,
+    Records,
+    Source,
+    SourceImage,
+    SourceObjects,
+    aligned_folders,
+    top_folders,
+)
 from raydet.preparation.sources.yolo_files import YoloFiles
 from raydet.tables.spill import Spilled
 
@@ -41,12 +53,16 @@ class _Labels:
     refusal: str | None = None
 
 
-def read_yolo(files: YoloFiles) -> Source:
-    """Reads the label files.
+def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
+    """Read the label files.
+
+    Args:
+        files: The images and their label files.
+        unlabelled: Keep images without a label file as images without objects, or reject them.
 
     Returns:
-        One record for each image, by sorted path, its id the rank; boxes are normalised. Images outside the data set
-        come last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
+        One record per image, sorted by path, its id the rank; boxes are normalised. Images outside the data set come
+        last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
         path.
 
     Raises:
@@ -56,15 +72,14 @@ def read_yolo(files: YoloFiles) -> Source:
     read = partial(_read_labels, files.labels, index_of)
     labels = Spilled(_Labels, in_order(read, (label for _, label in files.pairs)))
     if all(item.is_missing for item in labels):
-        raise UserError(
-            f"none of the {len(labels)} images below {files.images.uri} has a label file; the first would be "
-            f"{files.labels.uri_of(files.pairs[0][1])}; without labels use `raydet prepare images`"
-        )
+        raise _no_label_file(files)
     findings = FindingLog()
     findings.note(Finding("label files without an image", count=files.num_orphans))
-    for (_, path), item in zip(files.pairs, labels, strict=True):
+    for image_id, ((image_path, path), item) in enumerate(zip(files.pairs, labels, strict=True)):
         for kind, count in item.findings.items():
             findings.note(Finding(kind, readable(path), count=count))
+        if item.is_missing and unlabelled == "keep":
+            findings.note(Finding(UNLABELLED_KEPT, readable(image_path), image_id))
 
     def records() -> Iterator[SourceImage]:
         next_id = 1
@@ -84,7 +99,7 @@ def read_yolo(files: YoloFiles) -> Source:
                 path=readable(path),
                 objects=objects,
                 extra={"source_id": readable(path)},
-                refusal=files.images.refuse_outside(path) or item.refusal,
+                refusal=files.images.refuse_outside(path) or item.refusal or _refuse_unlabelled(item, unlabelled),
             )
         for image_id, path in enumerate(files.outside, start=len(files.pairs)):
             name = readable(path)
@@ -92,6 +107,38 @@ def read_yolo(files: YoloFiles) -> Source:
 
     num_images = len(files.pairs) + len(files.outside)
     return Source(Records(records), num_images, files.categories, (pa.field("source_id", pa.string()),), findings)
+
+
+def _refuse_unlabelled(labels: _Labels, unlabelled: Unlabelled) -> str | None:
+    return UNLABELLED if labels.is_missing and unlabelled == "reject" else None
+
+
+def _no_label_file(files: YoloFiles) -> UserError:
+    """Explain that no image has a label file, and where label files are."""
+    others = list_below(files.labels)
+    label_paths = [path for path in others if path.lower().endswith(".txt")]
+    image_paths = [path for path, _ in files.pairs]
+    text = (
+        f"none of the {len(image_paths)} images below {files.images.uri} has a label file; the first would be "
+        f"{files.labels.uri_of(files.pairs[0][1])}"
+    )
+    if not label_paths:
+        return UserError(
+            f"{text}, but {files.labels.uri} holds 0 .txt files and {len(others)} others; without labels use "
+            "`raydet prepare images`"
+        )
+    folders = aligned_folders(label_paths, image_paths)
+    if folders is None:
+        return UserError(f"{text}, but the first .txt file there is {readable(min(label_paths))}")
+    places = [
+        f"{what} in {folder.uri_of(subfolder)} ({folder.uri} holds {top_folders(paths)})"
+        for what, folder, subfolder, paths in (
+            ("images", files.images, folders[1], image_paths),
+            ("label files", files.labels, folders[0], label_paths),
+        )
+        if subfolder
+    ]
+    return UserError(f"{text}, but names agree for the {' and the '.join(places)}; give these folders")
 
 
 def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _Labels:
