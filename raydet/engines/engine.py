@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from raydet.common.errors import UserError
 from raydet.common.packages import require_packages
 from raydet.config import PredictConfig
-from raydet.models.families import FIXED_SIZE_ONLY, check_sizes
+from raydet.models.families import FAMILIES, check_graph_sizes
 from raydet.models.geometry import Image, ResizeRule, SizeHW
 from raydet.tables import storage
 from raydet.tables.schema import Category
@@ -18,7 +18,7 @@ from raydet.tables.schema import Category
 if TYPE_CHECKING:
     from raydet.models.detector import Detections
 
-TORCH_INSTEAD = "engine torch is right for it"
+TORCH_INSTEAD = "use --engine torch"
 
 
 class Engine(Protocol):
@@ -82,10 +82,11 @@ def check_engine(config: PredictConfig, model_type: str) -> None:
             f"engine onnx runs in fp32 only, precision is {precision}; engines torch and openvino have bf16"
         )
     require_packages(engine)
-    if model_type in FIXED_SIZE_ONLY:
-        assert config.checkpoint is not None, "a detector comes from a checkpoint"
+    family = FAMILIES[model_type]
+    if family.graph_has_one_size:
+        assert config.checkpoint is not None, "the config names a model instead of a checkpoint"
         keeps_aspect = _keeps_aspect(config.checkpoint)
-        check_sizes(model_type, keeps_aspect=keeps_aspect, where=config.checkpoint, remedy=TORCH_INSTEAD)
+        check_graph_sizes(family, keeps_aspect=keeps_aspect, where=config.checkpoint, remedy=TORCH_INSTEAD)
 
 
 def no_fp16_on_cpu(engine: str) -> UserError:

@@ -13,7 +13,7 @@ from raydet.config import PredictConfig
 from raydet.engines.detector_engine import DetectorEngine
 from raydet.engines.engine import TORCH_INSTEAD, check_engine
 from raydet.models.detector import Detector, quiet
-from raydet.models.families import check_sizes
+from raydet.models.families import check_graph_sizes
 from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
 from raydet.models.loading import load_detector
 
@@ -73,7 +73,7 @@ def _convert(detector: Detector, where: str) -> Any:
     """OpenVINO's own form of a detector; the number of images is left open, and their size where it varies."""
     openvino = _openvino()
     size_hw = fixed_size_hw(detector)
-    check_sizes(detector.family.model_type, keeps_aspect=size_hw is None, where=where, remedy=TORCH_INSTEAD)
+    check_graph_sizes(detector.family, keeps_aspect=size_hw is None, where=where, remedy=TORCH_INSTEAD)
     examples = example_inputs(detector, 2, seed=0)
     shapes = [openvino.PartialShape([-1, *example.shape[1:-2], *(size_hw or (-1, -1))]) for example in examples]
     with quiet(), torch.no_grad(), traceable(detector) as graph:

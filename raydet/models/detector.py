@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from raydet.common.boxes import Boxes, xyxy_to_xywh
 from raydet.models.collate import Batch
-from raydet.models.families import Family, family_of, resize_rule_of
+from raydet.models.families import Family, family_of
 from raydet.models.geometry import SizeHW
+from raydet.models.processors import resize_rule_of
 from raydet.tables.schema import Category
 
 
@@ -82,9 +83,8 @@ class Detector:
     def num_queries(self) -> int:
         """Boxes that the model proposes for each image."""
         config = self.model.config
-        if self.family.model_type == "yolos":
-            return int(config.num_detection_tokens)
-        return int(config.two_stage_num_proposals if getattr(config, "two_stage", False) else config.num_queries)
+        is_two_stage = getattr(config, "two_stage", False)
+        return int(getattr(config, "two_stage_num_proposals" if is_two_stage else self.family.num_queries_field))
 
     @property
     def max_detections(self) -> int:

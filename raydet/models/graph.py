@@ -69,7 +69,7 @@ def example_inputs(detector: Detector, batch_size: int, *, seed: int) -> tuple[T
 def traceable(detector: Detector) -> Iterator[Graph]:
     """The graph of a detector, which for as long as this lasts can be traced."""
     graph = Graph(detector).eval()
-    if detector.family.model_type != "rf_detr":
+    if not detector.family.resamples_positions:
         yield graph
         return
     # Its position codes are resampled in a way that other programs do not have; at a fixed size they are constant.

@@ -8,7 +8,7 @@ import torch
 
 from raydet.common.version import __version__
 from raydet.models.detector import Detector, quiet
-from raydet.models.families import check_sizes
+from raydet.models.families import check_graph_sizes
 from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
 
 OPSET = 17
@@ -32,7 +32,7 @@ def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
     import onnx
 
     size_hw = fixed_size_hw(detector)
-    check_sizes(detector.family.model_type, keeps_aspect=size_hw is None, where=where, remedy=remedy)
+    check_graph_sizes(detector.family, keeps_aspect=size_hw is None, where=where, remedy=remedy)
     names = input_names(detector)
     open_axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in (*names, *OUTPUT_NAMES)}
     if size_hw is None:

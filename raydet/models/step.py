@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.models.collate import Example, collate
+from raydet.models.detector import Detector
 from raydet.models.geometry import ResizeRule
-from raydet.models.loading import Detector
-from raydet.models.loss import Normaliser, compute_loss, local_normaliser
+from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By precision: what autocast computes in; null for without."""
