@@ -113,7 +113,7 @@ class ZeroShotEngine(ABC):
         """Resize, normalise and pad images on the CPU, as the model's processor does.
 
         Args:
-            images: uint8 [H, W, 3], RGB, of any sizes.
+            images: RGB, uint8 [H, W, 3], of any sizes.
         """
 
     def _read_resize_rule(self) -> ResizeRule:

@@ -28,7 +28,7 @@ class GroundingDinoEngine(ZeroShotEngine):
         Only images of the same size share a batch, so that no result depends on the other images.
 
         Args:
-            images: uint8 [H, W, 3], RGB, of any sizes.
+            images: RGB, uint8 [H, W, 3], of any sizes.
         """
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         # The processor itself fails on images so narrow that a side rounds to zero.

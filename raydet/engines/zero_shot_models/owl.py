@@ -22,7 +22,7 @@ class OwlEngine(ZeroShotEngine):
         """Resize, normalise and pad images on the CPU, as the model's processor does.
 
         Args:
-            images: uint8 [H, W, 3], RGB, of any sizes.
+            images: RGB, uint8 [H, W, 3], of any sizes.
         """
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         return Prepared(sizes_hw, [self._as_part(images, list(range(len(images))))])
