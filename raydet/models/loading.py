@@ -166,7 +166,7 @@ def _checkpoint_gradients(model: PreTrainedModel, *, where: str) -> None:
     if not model.supports_gradient_checkpointing:
         raise UserError(
             f"--gradient-checkpointing: {where} is a {model.config.model_type} model, for which transformers does not "
-            "support it; use --accumulate to save memory"
+            "support it; use --gradient-accumulation-steps to save memory"
         )
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 

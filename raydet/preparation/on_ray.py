@@ -1,7 +1,7 @@
 """Parts as Ray tasks, on all nodes of a cluster.
 
-Plain tasks, since the parts need nothing of each other and each writes its own file: what goes through Ray is the
-index of a part and the few numbers that come of it, never an image.
+Parts are independent and each writes its own file, so that plain tasks suffice. Only the index of a part and a few
+numbers pass through Ray, never an image.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ _RETRIES = 3
 
 @contextlib.contextmanager
 def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
-    """The session that is open, or one of its own, for the time of a `with`.
+    """Yield an executor in the open Ray session, or in a new one that ends with the `with`.
 
     Args:
-        target: What is written.
-        images_uri: The folder of the images, which all nodes must see.
+        target: The tables to write.
+        images_uri: Folder of the images, which all nodes must see.
 
     Raises:
-        UserError: A node does not see it, or cannot write to the target.
+        UserError: A node does not see the images, or cannot write to the target.
         RunError: The cluster cannot be reached.
     """
     mark = storage.join(target.out, MARK_NAME)
@@ -50,16 +50,16 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
 
 def _in_order(work: Callable[[Part], Answer], parts: Iterable[Part], mark: str) -> Iterator[Answer]:
     num_cpus = ray.cluster_resources().get("CPU", 1.0)
-    # A fraction, where others may hold some of the few CPUs there are.
+    # A fraction, because others may hold some of the few CPUs.
     cpus_per_task = 1.0 if num_cpus >= _SMALL_CLUSTER_CPUS else 0.5
     task = ray.remote(num_cpus=cpus_per_task, max_retries=_RETRIES)(_work_on)
-    # In a list, so that the task itself fetches it and can say what it does not see.
+    # In a list, so that the task fetches it itself and can report a missing file first.
     shared = [ray.put(work)]
     pending: deque[Any] = deque()
     try:
         for part in parts:
             pending.append(task.remote(shared, Part(part.index, list(part.images)), mark))
-            # As many again as can run wait in line, so that no node waits, and a cluster that grows is asked to.
+            # Twice as many tasks as can run, so that no node idles and an autoscaling cluster sees the demand.
             if len(pending) >= 2 * ray.cluster_resources().get("CPU", 1.0) / cpus_per_task:
                 yield _get(pending.popleft())
         while pending:
@@ -70,16 +70,16 @@ def _in_order(work: Callable[[Part], Answer], parts: Iterable[Part], mark: str) 
 
 
 def _work_on(shared: list[Any], part: Part, mark: str) -> Any:
-    """Works on a part, on whatever node."""
+    """Process a part on any node."""
     if not storage.exists(mark):
         node = socket.gethostname()
-        raise RunError(f"{node} does not see {mark}; on a cluster, --out and the images must be on storage it shares")
+        raise RunError(f"{node} does not see {mark}; --out and --images must be on storage that all nodes share")
     work: Callable[[Part], Any] = ray.get(shared[0])
     return work(part)
 
 
 def _get(reference: Any) -> Any:
-    """The answer of a task, or its error in one line."""
+    """Return the answer of a task, or raise its error in one line."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -230,7 +230,7 @@ def test_running_again_does_nothing_and_another_table_is_never_overwritten(tmp_p
     again = prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), num_threads=1))
     assert again.already_done and not first.already_done
     assert {**vars(again), "already_done": False} == vars(first)
-    assert "already there" in again.lines()[-1]
+    assert "already prepared" in again.lines()[-1]
     other = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), max_pixels=10**7)
     with pytest.raises(UserError, match="already holds another table; choose another --out or remove it"):
         prepare_images(other)
@@ -303,7 +303,7 @@ def test_when_every_image_is_rejected_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     (tmp_path / "in" / "b.jpg").write_text("text")
-    with pytest.raises(UserError, match=r"none of the 2 images can be read \(empty file: 1; not an image"):
+    with pytest.raises(UserError, match=r"none of the 2 images can be used \(empty file: 1; not an image"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

@@ -1,13 +1,13 @@
 """Pascal VOC XML files → records.
 
-Coordinates are those of the VOC devkit: the first pixel is 1, and a box reaches from the left edge of the pixel
-`xmin` to the right edge of the pixel `xmax`. So left = xmin - 1, width = xmax - xmin + 1, and likewise upwards;
-fractions are allowed. Where the first pixel is 0, files mean edges and not pixels: left = xmin, width = xmax - xmin.
+Coordinates are those of the VOC devkit: the first pixel is 1, and a box extends from the left edge of pixel `xmin` to
+the right edge of pixel `xmax`. Hence left = xmin - 1 and width = xmax - xmin + 1, and likewise vertically; fractions
+are allowed. Files whose first pixel is 0 state edges rather than pixels: left = xmin, width = xmax - xmin.
 
-An XML file belongs to the image of the same name, in the same subfolder, whatever the extension; the tag `filename` is
-often wrong or left from another data set, and decides only where several images have one name. `difficult` objects
-become crowds: both are neither to be found nor a mistake when found. Parts of objects, poses and `truncated` are not
-read. An XML file with a DOCTYPE is refused, since that is where entities are declared that fill the memory.
+An XML file belongs to the image with the same path apart from the extension. The tag `filename` is often wrong or left
+over from another data set; it decides only between several images with this path. `difficult` objects become crowds:
+a detector need not find either, and finding them is no error. Parts of objects, poses and `truncated` are not read. An
+XML file with a DOCTYPE is refused, because a DOCTYPE can declare entities that fill the memory.
 """
 
 import math
@@ -43,13 +43,13 @@ from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
 MAX_XML_BYTES = 16 * 2**20
-"""Larger XML files are refused: each is in memory as a whole, and a thousand boxes need a quarter of a megabyte."""
+"""Larger XML files are refused: each is parsed in memory, and a thousand boxes take a quarter of a megabyte."""
 
 _NO_IMAGE = "no such file: there is no image of this name"
 
 
 class _XmlError(Exception):
-    """This XML file is of no use; the message is one short reason."""
+    """This XML file cannot be used; the message is a short reason."""
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -59,7 +59,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 @dataclass(frozen=True)
 class _Annotation:
-    """One XML file: its objects by class name, or why it cannot be read."""
+    """One XML file: its objects by class name, or the reason why it cannot be read."""
 
     file_name: str = ""
     size_hw: tuple[int, int] | None = None
@@ -71,7 +71,7 @@ class _Annotation:
 
 
 class _Annotations(Mapping[str, _Annotation]):
-    """The XML files by their images' names, as `read_voc` orders them, on disk."""
+    """The annotations by path without extension, on disk."""
 
     def __init__(self, stems: Sequence[str], annotations: Iterable[_Annotation]) -> None:
         self._place_of = {stem: place for place, stem in enumerate(stems)}
@@ -99,13 +99,13 @@ def read_voc(
     """Read Pascal VOC annotations.
 
     Args:
-        annotations: The folder of the XML files.
-        images: That of the images; may be the same.
-        split_uri: A file with the name of an image on each line, without extension. A second column, which in the
-            devkit's files says whether a class is in the image, is not read. Without a split, every image is taken.
-        classes: Their names in order, or the one name of a .txt file of them. Objects of other classes are left out and
-            counted. Without it, all classes of all XML files, also of those outside the split, sorted by name: so the
-            splits of one folder have the same classes.
+        annotations: Folder of the XML files.
+        images: Folder of the images; may be the same.
+        split_uri: File with the name of an image per line, without extension. A second column, which in the devkit
+            tells if a class is in the image, is ignored. Without a split, every image is taken.
+        classes: Names in order, or one .txt file of names. Objects of other classes are dropped and counted. By
+            default, all classes of all XML files, sorted by name; files outside the split count too, so that all
+            splits of a folder have the same classes.
         zero_based: The first pixel is 0.
         unlabelled: Reject images without an XML file, or keep them without objects.
 
@@ -246,7 +246,7 @@ def _pair(
     xml_paths: Mapping[str, str],
     read_files: Mapping[str, _Annotation],
 ) -> Iterator[tuple[str, str, str | None]]:
-    """The images of one name, each with the name and why it must not be taken."""
+    """Yield the images of one path, each with the path without extension and its refusal."""
     paths = image_paths.get(stem, [])
     if not paths:
         yield xml_paths.get(stem, stem), stem, _NO_IMAGE
@@ -259,7 +259,7 @@ def _pair(
 def _read_split(
     uri: str, image_paths: Mapping[str, list[str]], xml_paths: Mapping[str, str], findings: FindingLog
 ) -> set[str]:
-    """The names in a split file, each once."""
+    """Read the names in a split file, without repetitions."""
     try:
         text = storage.read_bytes(uri).decode("utf-8-sig")
     except FileNotFoundError:
@@ -268,20 +268,20 @@ def _read_split(
         raise UserError(f"cannot read the split file {uri}: {' '.join(str(error).split())}") from None
     stems = []
     for line in filter(None, map(str.strip, text.splitlines())):
-        # The whole line first, since names may hold blanks.
+        # The whole line first, since names may contain spaces.
         candidates = [line, line.rsplit(maxsplit=1)[0]]
         candidates += [_stem(name) for name in candidates if is_image_name(name)]
         known = [name for name in candidates if name in image_paths or name in xml_paths]
         stems.append(known[0] if known else candidates[1])
     if not stems:
-        raise UserError(f"the split file {uri} names no image; it must hold a name a line, as in ImageSets/Main")
+        raise UserError(f"the split file {uri} names no image; it must hold a name per line, as in ImageSets/Main")
     for stem, count in Counter(stems).items():
         findings.note(Finding("repeated lines in the split, of which one is used", readable(stem), count=count - 1))
     return set(stems)
 
 
 def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Annotation:
-    """Reads one XML file; runs in a thread."""
+    """Read one XML file, in a thread."""
     refusal = folder.refuse_outside(path)
     if refusal is not None:
         return _Annotation(refusal=f"its XML file: {refusal}")
@@ -299,7 +299,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _An
             continue
         left, top, right, bottom = corners
         offset = 0.0 if zero_based else 1.0
-        findings["boxes that begin before pixel 1, as if counted from 0 (see zero_based)"] += min(left, top) < offset
+        findings["boxes that begin before pixel 1, as if counted from 0 (see --zero-based)"] += min(left, top) < offset
         is_difficult = _text(item, "difficult") or "0"
         findings["objects whose `difficult` is neither 0 nor 1, taken for 0"] += is_difficult not in ("0", "1")
         result.names.append(name)
@@ -317,7 +317,7 @@ def _parse(data: bytes) -> ElementTree.Element:
     if len(data) > MAX_XML_BYTES:
         raise _XmlError(f"an XML file of {len(data) / 1e6:,.0f} MB is over the limit of {MAX_XML_BYTES / 1e6:,.0f} MB")
     try:
-        # Safe as it is used: no DOCTYPE means no entity, and the parser never opens other files.
+        # Safe here: without a DOCTYPE there are no entities, and the parser never opens other files.
         root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_NoDoctype()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise _XmlError(f"broken XML: {' '.join(str(error).split())}") from None

@@ -1,10 +1,10 @@
-"""YOLO label files → records: one .txt file an image, one line an object.
+"""YOLO label files → records: one .txt file per image, one line per object.
 
-A line is `class cx cy width height`, in parts of the upright image, or `class x1 y1 x2 y2 x3 y3 …`, a polygon of three
-points or more, of which the bounding box is taken. Numbers may leave 0 to 1 by `TOLERANCE`, the rounding of five
-digits, and are then set to the edge; a line with others is left out and counted, as are lines of a class that is not
-there, of another number of columns, with what is no finite number, and repeated lines. An image without a label file
-has no boxes. Lines of detections, which end in a score, have six columns and so are left out.
+A line is `class cx cy width height`, relative to the upright image, or `class x1 y1 x2 y2 x3 y3 …`, a polygon of at
+least three points, of which raydet uses the bounding box. Numbers may exceed the range 0 to 1 by `TOLERANCE`, the
+rounding of five digits, and are then clipped. Lines with other numbers are dropped and counted, as are lines with an
+unknown class, another number of columns or a number that is not finite, and repeated lines. Lines of detections end in
+a score, have six columns and are therefore dropped.
 """
 
 import math
@@ -35,7 +35,7 @@ from raydet.preparation.sources.yolo_files import YoloFiles
 from raydet.tables.spill import Spilled
 
 TOLERANCE = 1e-5
-"""In parts of the image's side."""
+"""Relative to the side of the image."""
 
 _OUTSIDE = "the list names a file outside the data set"
 
@@ -44,7 +44,7 @@ _Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class _Labels:
-    """One label file, or why it cannot be read."""
+    """One label file, or the reason why it cannot be read."""
 
     classes: list[int] = field(default_factory=list)
     boxes_xywh: list[_Box] = field(default_factory=list)
@@ -142,7 +142,7 @@ def _no_label_file(files: YoloFiles) -> UserError:
 
 
 def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _Labels:
-    """Reads one label file; runs in a thread."""
+    """Read one label file, in a thread."""
     refusal = folder.refuse_outside(path)
     if refusal is not None:
         return _Labels(refusal=f"its label file: {refusal}")
@@ -184,7 +184,7 @@ def _numbers(words: list[str]) -> tuple[float, ...] | None:
 
 
 def _box_xywh(numbers: tuple[float, ...]) -> _Box | None:
-    """The columns after the class → (left, top, width, height) in parts of the image; None if they leave it."""
+    """Convert the columns after the class to (left, top, width, height); None if they are out of range."""
     if min(numbers) < -TOLERANCE or max(numbers) > 1 + TOLERANCE:
         return None
     if len(numbers) > 4:
@@ -204,7 +204,7 @@ def _leaves(low: float, high: float) -> bool:
 
 
 def _snap(place: float) -> float:
-    """What rounding moved over the edge goes back to it; what really runs out stays, to be cut and counted."""
+    """Move a coordinate that rounding put outside back to the edge; others stay, to be clipped and counted."""
     if -TOLERANCE <= place < 0:
         return 0.0
     return 1.0 if 1 < place <= 1 + TOLERANCE else place

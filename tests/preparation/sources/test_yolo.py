@@ -208,6 +208,12 @@ def test_mistakes_get_one_line(tmp_path: Path, text: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_folder_of_data_yaml_is_refused_with_its_path(tmp_path: Path) -> None:
+    write(tmp_path, {"data.yaml": DATA_YAML})
+    with pytest.raises(UserError, match=r"is a folder; did you mean --data .*/data.yaml\?"):
+        find_in_data_yaml(str(tmp_path), "train")
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "facts"),
     [
