@@ -5,7 +5,6 @@ are its identity: a folder may be continued only by a run of the same identity.
 """
 
 from raydet.config.fields import (
-    changed_fields,
     config_hash,
     default_of,
     field_names,
@@ -81,7 +80,6 @@ __all__ = [
     "Tracker",
     "TrainConfig",
     "TuneConfig",
-    "changed_fields",
     "config_hash",
     "default_of",
     "field_names",

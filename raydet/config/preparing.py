@@ -17,7 +17,7 @@ DEFAULT_MAX_PIXELS = 178_956_970
 class _PrepareConfig:
     """What every source of image files has in common."""
 
-    out: str = option("folder or URI of the images table to write")
+    out: str = option("folder or URI of the images table to write", operational=True)
     image_storage: ImageStorage = option("inline: image bytes in the table; reference: only their paths", "inline")
     max_pixels: int = option("larger pictures are rejected as decompression bombs", DEFAULT_MAX_PIXELS)
     truncated: Truncated = option("images whose files end early: rejected, or kept as far as they go", "reject")
@@ -124,7 +124,7 @@ class PrepareHubConfig(_PrepareConfig):
 class PrepareShapesConfig:
     """Generated pictures of rectangles, ellipses and triangles → two images tables, OUT/train and OUT/val."""
 
-    out: str = option("folder or URI; the tables are OUT/train and OUT/val")
+    out: str = option("folder or URI; the tables are OUT/train and OUT/val", operational=True)
     num_train: int = option("training images", 1000)
     num_val: int = option("held-out images", 200)
     image_size: int = option("side of the square pictures in pixels", 128)

@@ -18,7 +18,7 @@ from raydet.cluster import session
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.errors import RunError, UserError
 from raydet.preparation.parts import Answer, Executor, Part
-from raydet.preparation.remains import MARK_NAME, Target
+from raydet.preparation.target import Target
 from raydet.tables import storage
 
 _SMALL_CLUSTER_CPUS = 4
@@ -37,10 +37,9 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
         UserError: A node does not see it, or cannot write to the target.
         RunError: The cluster cannot be reached.
     """
-    mark = storage.join(target.out, MARK_NAME)
 
     def execute(work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
-        return _in_order(work, parts, mark)
+        return _in_order(work, parts, target.mark)
 
     with tempfile.TemporaryDirectory() as log, session.session(log):
         reads = {} if images_uri is None else {"--images": (images_uri, images_uri)}

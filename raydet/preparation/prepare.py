@@ -18,8 +18,10 @@ What is done with what is odd:
 All of it is counted, and listed one by one in OUT/_rejected (images) or OUT/_findings (all else).
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -34,11 +36,11 @@ from raydet.config import (
     PrepareVocConfig,
     PrepareYoloConfig,
     config_hash,
+    identity,
 )
 from raydet.images.files import ImageFolder
 from raydet.preparation.examining import ImageReader, draw_row, read_row
 from raydet.preparation.parts import FILE_BYTES
-from raydet.preparation.remains import Target
 from raydet.preparation.report import PrepareReport, sum_reports
 from raydet.preparation.sources import shapes
 from raydet.preparation.sources.coco import read_coco
@@ -48,8 +50,10 @@ from raydet.preparation.sources.source import Records, Source, SourceImage
 from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
+from raydet.preparation.target import Target
 from raydet.preparation.writing import Plan, write_tables
 from raydet.tables import storage
+from raydet.tables.output_folder import open_folder
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS
 
 __all__ = [
@@ -64,6 +68,8 @@ __all__ = [
     "prepare_yolo",
 ]
 
+_Opened = tuple[Source, ImageReader]
+_COMMAND = "prepare"
 _RAY_FROM_IMAGES = 5_000
 """On a cluster that is there: with fewer, starting the tasks takes as long as the work."""
 _OWN_RAY_FROM_IMAGES, _OWN_RAY_FROM_CPUS = 50_000, 8
@@ -86,11 +92,12 @@ def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
         UserError: The annotations or the folder are missing or wrong, no image can be read, or OUT holds other things.
         RunError: Storage or cluster fail.
     """
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
+    return _prepare(config, _open_coco)
+
+
+def _open_coco(config: PrepareCocoConfig) -> _Opened:
     folder = ImageFolder(config.images)
-    return _write_files(config, read_coco(config.annotations, folder), folder)
+    return read_coco(config.annotations, folder), folder
 
 
 def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
@@ -103,9 +110,10 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
             other things.
         RunError: Storage or cluster fail.
     """
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
+    return _prepare(config, _open_voc)
+
+
+def _open_voc(config: PrepareVocConfig) -> _Opened:
     folder = ImageFolder(config.images)
     source = read_voc(
         ImageFolder(config.annotations, what="annotation"),
@@ -114,7 +122,7 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
         classes=config.classes,
         zero_based=config.zero_based,
     )
-    return _write_files(config, source, folder)
+    return source, folder
 
 
 def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
@@ -127,15 +135,16 @@ def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
             or OUT holds other things.
         RunError: Storage or cluster fail.
     """
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
+    return _prepare(config, _open_yolo)
+
+
+def _open_yolo(config: PrepareYoloConfig) -> _Opened:
     if config.data is not None:
         files = find_in_data_yaml(config.data, config.split)
     else:
         assert config.images is not None and config.labels is not None and config.classes is not None
         files = find_in_folders(config.images, config.labels, config.classes)
-    return _write_files(config, read_yolo(files), files.images)
+    return read_yolo(files), files.images
 
 
 def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
@@ -145,12 +154,13 @@ def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
         UserError: There is no such data set, split or column, no image can be read, or OUT holds other things.
         RunError: Storage or cluster fail.
     """
+    return _prepare(config, _open_hub)
+
+
+def _open_hub(config: PrepareHubConfig) -> _Opened:
     from raydet.preparation.sources.hub import load_hub
     from raydet.preparation.sources.hub_rows import read_hub
 
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
     images = load_hub(config.dataset, split=config.split, subset=config.subset, revision=config.revision)
     source = read_hub(
         images,
@@ -159,7 +169,7 @@ def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
         bbox_format=config.bbox_format,
         classes=config.classes,
     )
-    return _write_files(config, source, images)
+    return source, images
 
 
 def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
@@ -172,14 +182,15 @@ def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
         UserError: The folder or list is missing, holds no image that can be read, or OUT holds other things.
         RunError: Storage or cluster fail.
     """
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
+    return _prepare(config, _open_images)
+
+
+def _open_images(config: PrepareImagesConfig) -> _Opened:
     if is_list(config.images):
         images = ImageList(config.images)
-        return _write_files(config, read_list(images, for_reference=config.image_storage == "reference"), images)
+        return read_list(images, for_reference=config.image_storage == "reference"), images
     folder = ImageFolder(config.images)
-    return _write_files(config, read_images(folder), folder)
+    return read_images(folder), folder
 
 
 def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
@@ -189,15 +200,24 @@ def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
         UserError: OUT/train or OUT/val holds other things.
     """
     sizes: dict[shapes.Split, int] = {"train": config.num_train, "val": config.num_val}
-    targets = {split: Target(storage.join(storage.absolute_uri(config.out), split)) for split in sizes}
-    done = {split: _report_of(target, config) for split, target in targets.items()}
     images_per_part = max(1, FILE_BYTES // config.image_size**2)
-    plan = Plan(config_hash=config_hash(config), images_per_part=images_per_part, num_threads=config.num_threads)
-    reports = []
-    for split, num_images in sizes.items():
-        source = Source(Records(partial(_name_shapes, split, num_images)), num_images, shapes.CATEGORIES)
-        draw = partial(draw_row, split=split, config=config)
-        reports.append(done[split] or write_tables(targets[split], source, draw, plan))
+    plan = Plan(
+        config_hash=config_hash(config),
+        identity=_identity(config),
+        images_per_part=images_per_part,
+        num_threads=config.num_threads,
+    )
+    with contextlib.ExitStack() as stack:
+        targets = {
+            split: Target(stack.enter_context(open_folder(storage.join(config.out, split), command=_COMMAND)))
+            for split in sizes
+        }
+        done = {split: _report_of(target, config) for split, target in targets.items()}
+        reports = []
+        for split, num_images in sizes.items():
+            source = Source(Records(partial(_name_shapes, split, num_images)), num_images, shapes.CATEGORIES)
+            draw = partial(draw_row, split=split, config=config)
+            reports.append(done[split] or write_tables(targets[split], source, draw, plan))
     return sum_reports(config.out, reports, {split: target.out for split, target in targets.items()})
 
 
@@ -205,21 +225,22 @@ def _name_shapes(split: shapes.Split, num_images: int) -> Any:
     return (SourceImage(index, f"{split}/{index:06d}.jpg") for index in range(num_images))
 
 
-def _target(out: str, config: Any) -> Target:
-    return Target(storage.absolute_uri(out), SPLITS if config.val_fraction is not None else ())
+def _prepare(
+    config: PrepareImagesConfig | PrepareYoloConfig | PrepareHubConfig, open_source: Callable[[Any], _Opened]
+) -> PrepareReport:
+    """Writes the tables of a source into OUT, unless this configuration has written them before."""
+    splits = SPLITS if config.val_fraction is not None else ()
+    with open_folder(config.out, command=_COMMAND) as folder:
+        target = Target(folder, splits)
+        return _report_of(target, config) or _write_files(config, target, *open_source(config))
 
 
-def _already_done(out: str, config: Any) -> PrepareReport | None:
-    """The report of the whole tables in OUT if this configuration made them; None if OUT is free to be written.
-
-    Raises:
-        UserError: OUT holds another table, or files that are not raydet's.
-    """
-    return _report_of(_target(out, config), config)
+def _identity(config: Any) -> dict[str, Any]:
+    return {"source": type(config).__name__.removeprefix("Prepare").removesuffix("Config").lower(), **identity(config)}
 
 
 def _report_of(target: Target, config: Any) -> PrepareReport | None:
-    manifest = target.manifest(config_hash(config))
+    manifest = target.manifest(_identity(config))
     if manifest is None:
         return None
     tables = {split: uri for split, uri in target.tables.items() if split}
@@ -227,7 +248,10 @@ def _report_of(target: Target, config: Any) -> PrepareReport | None:
 
 
 def _write_files(
-    config: PrepareImagesConfig | PrepareYoloConfig | PrepareHubConfig, source: Source, reader: ImageReader
+    config: PrepareImagesConfig | PrepareYoloConfig | PrepareHubConfig,
+    target: Target,
+    source: Source,
+    reader: ImageReader,
 ) -> PrepareReport:
     """Writes the tables of a source whose images are read one by one."""
     inline = config.image_storage == "inline"
@@ -238,6 +262,7 @@ def _write_files(
     num_threads = _THREADS_PER_TASK if use_ray else len(os.sched_getaffinity(0))
     plan = Plan(
         config_hash=config_hash(config),
+        identity=_identity(config),
         images_per_part=max(1, FILE_BYTES // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
         num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),
         use_ray=use_ray,
@@ -254,7 +279,7 @@ def _write_files(
         drop_duplicate_boxes=config.duplicate_boxes == "drop",
         keep_truncated=config.truncated == "keep",
     )
-    return write_tables(_target(config.out, config), source, examine, plan)
+    return write_tables(target, source, examine, plan)
 
 
 def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
