@@ -19,7 +19,7 @@ from raydet.config import ExportCocoConfig
 from raydet.exports.rows import ROWS_AT_ONCE, Numbers, as_text, common_folder, refuse, refuse_boxes, refuse_categories
 from raydet.tables import storage
 from raydet.tables.columns import flatten, image_ids_in
-from raydet.tables.output_folder import new_file
+from raydet.tables.new_output import new_file
 from raydet.tables.schema import TableKind, build_schema
 from raydet.tables.table import Table, open_table
 

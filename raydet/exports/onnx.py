@@ -18,7 +18,7 @@ from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, inp
 from raydet.models.loading import build_detector, load_detector
 from raydet.models.onnx import OPSET, open_session, to_onnx
 from raydet.tables import storage
-from raydet.tables.output_folder import new_file
+from raydet.tables.new_output import new_file
 
 MAX_DIFFERENCE = 1e-3
 """Between the file's and torch's scores and boxes, the latter in parts of the image's side."""

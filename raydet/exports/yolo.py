@@ -17,7 +17,7 @@ from raydet.config import ExportYoloConfig
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_labels
 from raydet.exports.rows import Numbers, as_text
 from raydet.tables import storage
-from raydet.tables.output_folder import new_folder
+from raydet.tables.new_output import new_folder
 from raydet.tables.table import open_table
 
 

@@ -8,7 +8,7 @@ from raydet.reporting.galleries import build_galleries
 from raydet.reporting.page import render
 from raydet.reporting.run_tables import read_run
 from raydet.tables import storage
-from raydet.tables.output_folder import new_file
+from raydet.tables.new_output import new_file
 
 __all__ = ["Report", "report"]
 

@@ -38,7 +38,8 @@ from raydet.models.geometry import ResizeRule
 from raydet.scoring.gallery import Gallery, GalleryReport
 from raydet.scoring.stream import COUNTS_KEY, LOG_FOLDER, Plan, Work, done_chunks, part_name, score, threads_of
 from raydet.tables import storage
-from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder, refusal_of
+from raydet.tables.output_errors import refusal_of
+from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import MANIFEST_NAME, is_table, open_table, write_manifest
 

@@ -77,7 +77,7 @@ def hold(
         out: Output, as error messages name it.
         command: Command at work, for the message to whoever is kept out.
         tell: Receives one line when it takes time to start.
-        wait_s: Time to wait for another run to end before it counts as an error.
+        wait_s: Time to wait for another run on a file system to end before it counts as an error.
         times: Times of a lease.
 
     Yields:

@@ -1,40 +1,34 @@
 """The guard of everything that a command writes: who may write, what is there already, and whether it may be resumed.
 
 `open_folder` locks a folder for one run and yields an `OutputFolder`, which the command hands on. Its `admit` refuses
-files that raydet did not write and the results of another run. `new_folder` and `new_file` do the same for what
-appears at once and complete. All of them turn errors of the file system or object store into one line.
+files that raydet did not write and the results of another run. `new_output.py` has the same for a folder or file that
+appears at once and complete.
 """
 
 import contextlib
-import errno
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pyarrow import fs as pafs
 
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
 from raydet.tables import storage
 from raydet.tables.folder_lock import Hold, LeaseTimes, hold
+from raydet.tables.output_errors import one_line_errors, refuse_place
 
 LOCK_FILE = "_lock"
 RUN_FILE = "_run.json"
 _LOG_FOLDER = "log"
-_COPIED_AT_ONCE = 2**20
 _RECORD_SCHEMA = 2
 _FINGERPRINTS = {
     "checkpoint_fingerprint": "the checkpoint's weights or settings have changed since",
     "data_fingerprint": "the images have changed since",
 }
-_WRONG_NAME = (errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +230,7 @@ def open_folder(
         out: Folder or URI; it is created. A local one that was created and stays empty is removed again.
         command: Command at work.
         tell: Receives one line when it takes time to start.
-        wait_s: Time to wait for another run to end before it counts as an error.
+        wait_s: Time to wait for another run on a file system to end before it counts as an error.
         times: Times of the lease that keeps others out of an object store.
 
     Raises:
@@ -244,139 +238,10 @@ def open_folder(
         RunError: The disk is full, or the folder may not be written.
     """
     out = storage.absolute_uri(out)
-    with _one_line_errors(out):
-        _refuse_place(out, pafs.FileType.File, "is a file; --out must name a folder")
+    with one_line_errors(out):
+        refuse_place(out, pafs.FileType.File, "is a file; --out must name a folder")
         with hold(out, LOCK_FILE, out=out, command=command, tell=tell, wait_s=wait_s, times=times) as held:
             yield OutputFolder(out, command, held)
-
-
-@contextlib.contextmanager
-def new_folder(out: str, *, command: str) -> Iterator[Path]:
-    """A local folder to fill, which appears at `out` when the `with` block ends well; else nothing does.
-
-    Raises:
-        UserError: There are files at `out`, another run is writing it, or its name is not usable.
-        RunError: The disk is full, or `out` may not be written.
-    """
-    out = storage.absolute_uri(out)
-    with _one_line_errors(out):
-        _refuse_place(out, pafs.FileType.File, "is a file; --out must name a folder")
-        with _hold_place(out, command):
-            _refuse_content(out)
-            filesystem, path = storage.resolve(out)
-            if not isinstance(filesystem, pafs.LocalFileSystem):
-                with tempfile.TemporaryDirectory(prefix="raydet-") as name:
-                    yield Path(name)
-                    _upload(Path(name), filesystem, path)
-                return
-            _remove_partials(Path(path))
-            partial = Path(path).with_name(storage.partial_name(Path(path).name))
-            partial.mkdir()
-            try:
-                yield partial
-                partial.rename(path)
-            except BaseException:
-                storage.delete_folder(str(partial))
-                raise
-
-
-@contextlib.contextmanager
-def new_file(out: str, *, command: str, endings: Sequence[str]) -> Iterator[BinaryIO]:
-    """A file to write, which appears at `out` when the `with` block ends well; else what was there before stays.
-
-    Args:
-        out: Path or URI of the file; a file that is there is replaced.
-        command: Command at work.
-        endings: Endings that the name may have, such as `.json`.
-
-    Raises:
-        UserError: `out` has another ending or is a folder, another run is writing it, or its name is not usable.
-        RunError: The disk is full, or `out` may not be written.
-    """
-    out = storage.absolute_uri(out)
-    if not out.partition("?")[0].endswith(tuple(endings)):
-        raise UserError(f"--out must name a file that ends in {' or '.join(endings)}, got {out}")
-    with _one_line_errors(out):
-        _refuse_place(out, pafs.FileType.Directory, f"is a folder; --out must name a file that ends in {endings[0]}")
-        with _hold_place(out, command):
-            if storage.is_local(out):
-                _remove_partials(Path(storage.resolve(out)[1]))
-                with storage.open_output(out, sync=True) as file:
-                    yield file
-                return
-            # An upload cannot be taken back half way, so the file is made here and uploaded when it is complete.
-            with tempfile.TemporaryFile() as local:
-                yield local
-                local.seek(0)
-                with storage.open_output(out) as file:
-                    shutil.copyfileobj(local, file, _COPIED_AT_ONCE)
-
-
-@contextlib.contextmanager
-def _hold_place(out: str, command: str) -> Iterator[Hold]:
-    """Locks what appears at once and complete, by a file beside it, so that several may be written into one folder."""
-    path, mark, options = out.partition("?") if "://" in out else (out, "", "")
-    folder, _, name = path.rstrip("/").rpartition("/")
-    with hold(f"{folder or '/'}{mark}{options}", f".{name}.lock", out=out, command=command) as held:
-        yield held
-
-
-def _remove_partials(target: Path) -> None:
-    for entry in target.parent.iterdir():
-        if storage.is_partial(entry.name, of=target.name):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink()
-
-
-def _refuse_place(out: str, kind: pafs.FileType, reason: str) -> None:
-    if storage.is_web(out):
-        raise UserError(f"--out {out} is a web address, which raydet cannot write; use a path, s3:// or gs://")
-    filesystem, path = storage.resolve(out)
-    if filesystem.get_file_info(path).type == kind:
-        raise UserError(f"--out {out} {reason}")
-
-
-def _refuse_content(out: str) -> None:
-    filesystem, path = storage.resolve(out)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        names = sorted(entry.name for entry in Path(path).iterdir()) if Path(path).exists() else []
-    else:
-        names = storage.list_files(out, recursive=True)
-    if names:
-        raise UserError(f"--out {out} already holds files, such as {names[0]}; choose another --out, or remove it")
-
-
-def _upload(folder: Path, filesystem: pafs.FileSystem, path: str) -> None:
-    try:
-        pafs.copy_files(str(folder), path, destination_filesystem=filesystem)
-    except BaseException:
-        filesystem.delete_dir_contents(path, missing_dir_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def _one_line_errors(out: str) -> Iterator[None]:
-    """Raises the errors of a file system or object store as UserError or RunError, each in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise refusal_of(error, out) from error
-
-
-def refusal_of(error: OSError, out: str) -> UserError | RunError:
-    """Says in one line what an error of a file system or object store means for a run that writes `out`."""
-    reason = " ".join(str(error.strerror or error).split()) or type(error).__name__
-    place = str(error.filename) if error.filename else out
-    if storage.has_code(error, *_NO_ROOM):
-        return RunError(f"cannot write to {out}: {reason}; make room and run the same command again")
-    if storage.has_code(error, *_NO_RIGHT):
-        advice = "get it, or choose another --out" if place.startswith(out) else "get it and run the same command again"
-        return RunError(f"no permission for {place}: {reason}; {advice}")
-    if error.errno in _WRONG_NAME and (place.startswith(out) or out.startswith(place)):
-        return UserError(f"--out {out} cannot be written: {reason}; choose another --out")
-    return RunError(f"cannot read or write {place}: {reason}; run the same command again")
 
 
 def _record_name(part: str | None) -> str:

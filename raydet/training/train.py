@@ -151,6 +151,7 @@ def _train_into(
         ):
             _fit(_trainer(config, tables, resources, board), board)
         free_workers(out)
+        folder.check()
         mistake, failure = ray.get([board.mistake.remote(), board.failure.remote()])
         if mistake:
             if not history:

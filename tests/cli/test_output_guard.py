@@ -127,7 +127,10 @@ def assert_refused(answer: tuple[int, str], *words: str) -> None:
         assert word in error, error
 
 
-@pytest.mark.parametrize("command", [*FOLDERS, *PLACES])
+_EXPORT_ONNX = pytest.param("export onnx", marks=pytest.mark.slow)  # which brings up torch and two graphs
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *(name for name in PLACES if name != "export onnx"), _EXPORT_ONNX])
 def test_a_second_run_is_refused_and_the_first_is_whole(
     command: str, options: dict[str, list[str]], tmp_path: Path, run: Run
 ) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from raydet.common.errors import RunError, UserError
 from raydet.tables import storage
-from raydet.tables.output_folder import LOCK_FILE, RUN_FILE, OutputFolder, new_file, new_folder, open_folder
+from raydet.tables.new_output import new_file, new_folder
+from raydet.tables.output_folder import LOCK_FILE, RUN_FILE, OutputFolder, open_folder
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 
