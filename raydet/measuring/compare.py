@@ -8,21 +8,21 @@ import numpy as np
 import pyarrow as pa
 
 from raydet.common.console import aligned
-from raydet.common.errors import UserError
-from raydet.config import CompareConfig, config_hash
+from raydet.config import CompareConfig, config_hash, identity
 from raydet.measuring.bootstrap import Interval, PairedDifferences, paired_differences
 from raydet.measuring.detections import read_detections
 from raydet.measuring.diagnosis.tables import Outcomes, best_threshold, outcomes_at, per_image
-from raydet.measuring.metrics_folder import manifests_in
 from raydet.measuring.numbers.matches import Matches
 from raydet.measuring.numbers.matching import match, match_in_parts
 from raydet.measuring.truth import Truth, read_truth
 from raydet.tables import storage
 from raydet.tables.columns import Floats
+from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.schema import Category, TableKind, build_schema
-from raydet.tables.table import TableWriter
+from raydet.tables.table import MANIFEST_NAME, TableWriter, is_table
 
 _KINDS: tuple[TableKind, ...] = ("changed_images", "comparison")
+_PART = "compare"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +162,20 @@ def compare(config: CompareConfig) -> Comparison:
         second=storage.absolute_uri(config.second),
         out=None if config.out is None else storage.absolute_uri(config.out),
     )
-    if config.out is not None:
-        _check_out(config.out, config_hash(config))
+    if config.out is None:
+        return _compare(config)
+    with open_folder(config.out, command="compare") as folder:
+        is_disposable = not is_table(folder.uri_of("comparison"))
+        folder.admit(identity(config), folders=_KINDS, part=_PART, is_disposable=is_disposable)
+        comparison = _compare(config)
+        _write(folder, config, comparison)
+    return comparison
+
+
+def _compare(config: CompareConfig) -> Comparison:
     truth = read_truth(config.truth)
     first, second = (_match_run(truth, uri) for uri in (config.first, config.second))
-    comparison = Comparison(
+    return Comparison(
         names=_names(config.first, config.second),
         categories=truth.categories,
         num_images=len(first.matches.image_ids),
@@ -176,9 +185,6 @@ def compare(config: CompareConfig) -> Comparison:
         changed_images=_changed_images(first, second, config.num_images),
         out=config.out,
     )
-    if config.out is not None:
-        _write(config.out, config_hash(config), comparison)
-    return comparison
 
 
 @dataclass(frozen=True)
@@ -237,20 +243,17 @@ def _with_nothing_as_right(values: Sequence[float | None]) -> Floats:
     return np.array([1.0 if value is None else value for value in values])
 
 
-def _check_out(out: str, own_hash: str) -> None:
-    """Refuses a folder whose tables are not of this very comparison."""
-    for uri, manifest in manifests_in(out, _KINDS).items():
-        if manifest.get("config_hash") != own_hash:
-            raise UserError(f"{uri} holds another comparison; choose another out, or delete that folder")
-
-
-def _write(out: str, own_hash: str, comparison: Comparison) -> None:
+def _write(folder: OutputFolder, config: CompareConfig, comparison: Comparison) -> None:
     """Writes both tables; `comparison` goes first and comes last, so while it is there, both are whole."""
     tables = {"comparison": _comparison_table(comparison), "changed_images": _changed_images_table(comparison)}
     for kind in reversed(_KINDS):
-        storage.delete_folder(storage.join(out, kind))
+        # Its manifest first: without one nobody takes the rest for a table.
+        for name in sorted(folder.list_files(kind), key=lambda name: name != MANIFEST_NAME):
+            if name == MANIFEST_NAME or name.endswith(".parquet"):
+                folder.delete_file(kind, name)
+    folder.begin(identity(config), folders=_KINDS, part=_PART)
     for kind in _KINDS:
-        with TableWriter(storage.join(out, kind), tables[kind].schema, config_hash=own_hash) as writer:
+        with TableWriter(folder.uri_of(kind), tables[kind].schema, config_hash=config_hash(config)) as writer:
             for batch in tables[kind].to_batches():
                 writer.write(batch)
 

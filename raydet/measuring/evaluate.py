@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raydet.common.errors import UserError
-from raydet.config import EvaluateConfig, config_hash
+from raydet.config import EvaluateConfig
 from raydet.measuring import metrics_folder
 from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.numbers.matches import COCO, Matches, Protocol, take_images
@@ -15,6 +15,7 @@ from raydet.measuring.numbers.metrics import CocoNumbers, CocoResult, accumulate
 from raydet.measuring.result import Block, Evaluation, Measured, Row
 from raydet.measuring.truth import Truth, is_json, read_extra_columns, read_truth
 from raydet.tables import storage
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category
 
 if TYPE_CHECKING:
@@ -42,10 +43,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         split=config.split or _name_of(config.truth),
     )
     if config.protocol != "coco" and config.max_detections is not None:
-        raise UserError(f"--protocol {config.protocol} has its own rules: leave out --max-detections")
-    if config.out is not None:
-        assert config.run is not None
-        metrics_folder.check_folder(config.out, config.run, config_hash(config))
+        raise UserError(f"the protocol {config.protocol} has its own rules: leave out max_detections")
+    if config.out is None:
+        return _evaluate(config, None)
+    with metrics_folder.opened(config) as folder:
+        return _evaluate(config, folder)
+
+
+def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation:
     truth = read_truth(config.truth, lvis=config.protocol == "lvis")
     is_table = not is_json(config.detections, "detections", "a detections table or COCO results JSON")
     if is_table and config.protocol == "coco" and config.out is None and not config.slice_by:
@@ -68,11 +73,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         slices=tuple(_measure_slice(config, part, matches, measured, measure) for part in slices),
         num_left_out=scored.num_left_out,
     )
-    if config.out is not None:
+    if folder is not None:
         # What it needs takes a second to import, and numbers on the screen do not need it.
         from raydet.measuring.result_tables import write_tables
 
-        write_tables(config, truth, scored, matches, evaluation)
+        write_tables(folder, config, truth, scored, matches, evaluation)
     return evaluation
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
-from raydet.config import EvaluateConfig, config_hash
+from raydet.config import EvaluateConfig
 from raydet.measuring import metrics_folder
 from raydet.measuring.bootstrap import Interval
 from raydet.measuring.detections import Scored
@@ -22,6 +22,7 @@ from raydet.measuring.numbers.matches import Matches
 from raydet.measuring.result import Evaluation, Measured
 from raydet.measuring.truth import Truth, data_hash
 from raydet.models.checkpoints import fingerprint
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category, TableKind, build_schema
 
 ANY_CLASS = Category(1, "any")
@@ -30,18 +31,24 @@ _COUNTS = ("num_images", "num_truth", "num_detections", "num_unreadable")
 
 
 def write_tables(
-    config: EvaluateConfig, truth: Truth, scored: Scored, matches: Matches, evaluation: Evaluation
+    folder: OutputFolder,
+    config: EvaluateConfig,
+    truth: Truth,
+    scored: Scored,
+    matches: Matches,
+    evaluation: Evaluation,
 ) -> None:
     """Writes all tables of a run; what goes wrong is not said for LVIS, whose truth does not hold every object.
 
     Args:
+        folder: Metrics folder.
         config: With absolute URIs and the names of run and split.
         truth: The whole truth.
         scored: What was measured.
         matches: Its outcome.
         evaluation: The numbers.
     """
-    assert config.out is not None and config.run is not None
+    assert config.run is not None
     model = without_secrets(config.model or scored.model)
     categories = (ANY_CLASS,) if config.class_agnostic else truth.categories
     names = {"run": config.run, "model": model, "split": config.split}
@@ -71,7 +78,7 @@ def write_tables(
         extra["per_image"] = {"iou": 0.5, "score_threshold": diagnosis.best.threshold}
     tables["runs"] = pa.Table.from_pylist([{**names, **counts, **_origin(config, scored)}], schema=build_schema("runs"))
     tables["metrics"] = pa.Table.from_pylist(rows, schema=build_schema("metrics", categories))
-    metrics_folder.write_run(config.out, config.run, tables, config_hash=config_hash(config), extra=extra)
+    metrics_folder.write_run(folder, config, tables, extra=extra)
 
 
 def _metric_rows(measured: Measured, names: dict[str, str | None]) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
-from raydet.preparation.remains import Target
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
 from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT
+from raydet.preparation.target import Target
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 

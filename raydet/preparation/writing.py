@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import UserError
 from raydet.preparation.examining import Examine
 from raydet.preparation.parts import Answer, Executor, PartOutcome, SourcePart, cut, part_name, write_part
-from raydet.preparation.remains import Target
 from raydet.preparation.report import REPEATED_IMAGES_DROPPED, REPEATED_IMAGES_KEPT, PrepareReport, make_report
 from raydet.preparation.sources.source import Finding, Source, SourceImage
 from raydet.preparation.splitting import Flags, Hashes, Integers
 from raydet.preparation.surveying import Survey, find_duplicates, hold_out, survey, with_outcome, without
+from raydet.preparation.target import Target
 from raydet.tables import storage
 from raydet.tables.schema import build_schema
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_manifest
@@ -39,16 +40,18 @@ class PreparationPlan:
 
     Attributes:
         config_hash: Of the configuration.
-        images_per_part: Images per file.
-        num_threads: Per part; all CPUs by default.
-        use_ray: Work in Ray tasks.
-        images_uri: The folder of the images, if they are in one.
-        val_fraction: Fraction of the images for OUT/val; None: all are in OUT.
-        seed: Of the choice of images for OUT/val.
-        drop_duplicate_images: Reject images with the same content as an earlier one.
+        identity: Everything that decides what comes out, by name.
+        images_per_part: Images of a file.
+        num_threads: Of each part; all CPUs by default.
+        use_ray: Whether to work in Ray tasks.
+        images_uri: The folder of the images, where they are in one.
+        val_fraction: SourcePart of the images for OUT/val; None: all are in OUT.
+        seed: Of the choice of these.
+        drop_duplicate_images: Whether images of the same content as one before them are rejected.
     """
 
     config_hash: str
+    identity: dict[str, Any]
     images_per_part: int
     num_threads: int | None = None
     use_ray: bool = False
@@ -66,7 +69,7 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Prepara
         RunError: Storage or cluster failed, or an image changed in the meantime.
     """
     started = time.monotonic()
-    target.mark(plan.config_hash)
+    target.begin(plan.identity)
     try:
         with _executor(target, plan) as execute:
             run = _PreparationRun(target, source, examine, plan, execute)
@@ -77,13 +80,10 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Prepara
         # The first split last: its manifest marks all tables as complete.
         for split, uri in reversed(target.tables.items()):
             write_manifest(uri, run.files[split], config_hash=plan.config_hash, prepare=counts, seconds=seconds)
-    except BaseException as error:
-        with contextlib.suppress(OSError, UserError):  # the next run cleans up the rest
+    except BaseException:
+        with contextlib.suppress(OSError, UserError):  # the next run cleans up what this one cannot
             target.clean()
-        if isinstance(error, OSError):
-            raise RunError(f"cannot write to {target.out}: {error.strerror or error}") from error
         raise
-    target.unmark()
     return report
 
 

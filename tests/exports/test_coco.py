@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,12 +245,13 @@ def test_mistakes_get_one_line_and_leave_what_was_there(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             _export(write_detections(tmp_path / str(number), rows, categories), str(out))
         assert "\n" not in str(caught.value)
-    cut = tmp_path / "good" / "part-00000.parquet"
+    cut = tmp_path / "cut" / "part-00000.parquet"
+    shutil.copytree(tmp_path / "good", cut.parent)
     cut.write_bytes(cut.read_bytes()[:-200])
     for source, target, message in (
         (tmp_path / "nowhere", out, "no such table"),
-        (tmp_path / "good", tmp_path / "r.csv", r"must name a \.json file"),
-        (tmp_path / "good", out, "damaged|Parquet"),
+        (tmp_path / "good", tmp_path / "r.csv", r"must name a file that ends in \.json"),
+        (cut.parent, out, "damaged|Parquet"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             _export(str(source), str(target))
