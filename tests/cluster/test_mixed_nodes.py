@@ -21,7 +21,8 @@ from pathlib import Path
 
 import ray
 
-from raydet import PredictConfig, inference_stream, predict
+from raydet import PredictConfig, predict
+from raydet.scoring import stream as inference_stream
 
 data, checkpoint, out, seen, use_gpu = sys.argv[1:]
 
