@@ -1,5 +1,6 @@
 """Splits, parts and executors: the same rows, whoever makes the tables."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -285,14 +286,11 @@ def _first_workers(process: "subprocess.Popen[str]", out: Path) -> Iterator[int]
     deadline = time.monotonic() + 170
     while time.monotonic() < deadline and process.poll() is None:
         if list(out.glob("part-*.parquet")):
-            workers = [
-                child.pid
-                for child in psutil.Process(process.pid).children(recursive=True)
-                if "_work_on" in " ".join(child.cmdline())
-            ]
-            if workers:
-                yield workers[0]
-                return
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if "_work_on" in " ".join(child.cmdline()):
+                        yield child.pid
+                        return
         time.sleep(0.005)
     raise AssertionError("no worker was seen at work")
 
