@@ -139,7 +139,7 @@ def test_given_classes_keep_their_order_and_others_are_counted(tmp_path: Path) -
         assert [category.name for category in source.categories] == ["owl", "cat"]
         assert record.objects is not None and record.objects.categories == [0, 1]
         assert source.findings["objects of classes that are not among `classes`, left out"] == 1
-    with pytest.raises(UserError, match="names that differ, got 'cat'"):
+    with pytest.raises(UserError, match="--classes must be distinct names, got 'cat'"):
         read(tmp_path, classes=["cat", "cat"])
 
 
