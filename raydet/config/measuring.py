@@ -6,6 +6,9 @@ from typing import Literal
 from raydet.config.fields import option, require, require_positive
 
 EvaluationProtocol = Literal["coco", "lvis", "voc07", "voc"]
+JoinKey = Literal["id", "path"]
+
+_JOIN = "what is the same for one image on both sides: its id, or its path, whatever folder it lies in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class EvaluateConfig:
     max_detections: list[int] | None = option("detections of a class counted in an image; COCO's 1, 10, 100", None)
     class_agnostic: bool = option("count all classes as one", False)
     allow_partial: bool = option("measure the images that truth and detections share, if they differ", False)
+    join: JoinKey = option(_JOIN, "id")
     slice_by: list[str] = option(
         "measure groups of images or boxes apart: columns of the images table such as camera, or box_size, crowding, "
         "image_size",
@@ -85,6 +89,7 @@ class CompareConfig:
     out: str | None = option("folder of the tables; without it the numbers are only printed", None, operational=True)
     bootstrap: int = option("resamples of the images for 95 % intervals", 1000)
     seed: int = option("of the resampling", 0)
+    join: JoinKey = option(_JOIN, "id")
     num_images: int = option("images that changed most to list", 20)
 
     def __post_init__(self) -> None:

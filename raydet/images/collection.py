@@ -77,6 +77,11 @@ class Images(ABC):
     num_rows: int
     fingerprint: str
 
+    @property
+    @abstractmethod
+    def id_space(self) -> str | None:
+        """Names what the image ids count: a table's own id space, or one of this listing. None where unknown."""
+
     @abstractmethod
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Reads the rows from position `start` to `stop` (exclusive), as a slice does, in order, while they are taken.
@@ -96,6 +101,12 @@ class TableImages(Images):
     """
 
     table: Table
+
+    @property
+    def id_space(self) -> str | None:
+        """As `Images.id_space`."""
+        found: str | None = self.table.manifest.get("id_space")
+        return found
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """As `Images.read`; opens only the files and loads only the row groups that hold these rows, one at a time."""
@@ -119,6 +130,11 @@ class IndexedImages(Images):
     """
 
     index: str | bytes
+
+    @property
+    def id_space(self) -> str:
+        """As `Images.id_space`."""
+        return self.fingerprint
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """As `Images.read`; a few files are read ahead, side by side, since remote storage answers late."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 from raydet.common.console import aligned
 from raydet.common.errors import UserError
 from raydet.config import CompareConfig, config_hash
+from raydet.config.measuring import JoinKey
 from raydet.measuring.bootstrap import Interval, PairedDifferences, paired_differences
 from raydet.measuring.detections import read_detections
 from raydet.measuring.diagnosis.tables import Outcomes, best_threshold, outcomes_at, per_image
@@ -58,6 +59,7 @@ class Comparison:
         thresholds: Score thresholds of the best F1 of each run.
         changed_images: Those that changed most, the most first.
         out: The folder with the tables `comparison` and `changed_images`; None where none was asked for.
+        notes: Lines about how the images were joined, where that is worth one.
     """
 
     names: tuple[str, str]
@@ -68,11 +70,13 @@ class Comparison:
     thresholds: tuple[float, float]
     changed_images: tuple[ChangedImage, ...]
     out: str | None
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The comparison as text: over all classes, by class, what is significant, and the images that changed."""
         first, second = self.names
         lines = [f"{self.num_images:,} images, {self.num_truth:,} boxes", f"first: {first}", f"second: {second}"]
+        lines += self.notes
         header = ("first", "second", "difference", f"{100 * self.numbers.difference.level:g} % interval", "")
         rows: list[tuple[str, ...]] = [("", *header)]
         for name in self.numbers.difference.overall:
@@ -165,7 +169,7 @@ def compare(config: CompareConfig) -> Comparison:
     if config.out is not None:
         _check_out(config.out, config_hash(config))
     truth = read_truth(config.truth)
-    first, second = (_match_run(truth, uri) for uri in (config.first, config.second))
+    first, second = (_match_run(truth, uri, config.join) for uri in (config.first, config.second))
     comparison = Comparison(
         names=_names(config.first, config.second),
         categories=truth.categories,
@@ -175,6 +179,7 @@ def compare(config: CompareConfig) -> Comparison:
         thresholds=(first.threshold, second.threshold),
         changed_images=_changed_images(first, second, config.num_images),
         out=config.out,
+        notes=tuple(dict.fromkeys(run.note for run in (first, second) if run.note is not None)),
     )
     if config.out is not None:
         _write(config.out, config_hash(config), comparison)
@@ -188,16 +193,17 @@ class _Run:
     matches: Matches
     outcomes: Outcomes
     threshold: float
+    note: str | None
 
 
-def _match_run(truth: Truth, uri: str) -> _Run:
-    scored, num_categories = read_detections(uri, truth), len(truth.categories)
+def _match_run(truth: Truth, uri: str, join: JoinKey) -> _Run:
+    scored, num_categories = read_detections(uri, truth, join=join), len(truth.categories)
     matches = match_in_parts(
         scored.truth_columns, scored.columns, lambda labelled, found, _: match(labelled, found, num_categories)
     )
     outcomes = outcomes_at(matches)
     best = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row))
-    return _Run(matches, outcomes, best.threshold)
+    return _Run(matches, outcomes, best.threshold, scored.note)
 
 
 def _names(first: str, second: str) -> tuple[str, str]:

@@ -67,6 +67,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         whole=measured,
         slices=tuple(_measure_slice(config, part, matches, measured, measure) for part in slices),
         num_left_out=scored.num_left_out,
+        note=scored.note,
     )
     if config.out is not None:
         # What it needs takes a second to import, and numbers on the screen do not need it.
@@ -84,7 +85,7 @@ def _numbers_alone(config: EvaluateConfig, truth: Truth) -> Evaluation:
     scored, result = measure_shards(config, truth, _protocol_of(config))
     num_truth = int((~scored.truth_columns.iscrowd).sum())
     measured = Measured(None, _coco_blocks(result), None, len(scored.truth_rows), num_truth)
-    return Evaluation(result=result, out=None, whole=measured, num_left_out=scored.num_left_out)
+    return Evaluation(result=result, out=None, whole=measured, num_left_out=scored.num_left_out, note=scored.note)
 
 
 def _name_of(uri: str) -> str:
@@ -111,7 +112,7 @@ def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
         from raydet.measuring.shards import match_on_cluster
 
         return match_on_cluster(config, truth, protocol)
-    scored = read_detections(config.detections, truth, allow_partial=config.allow_partial)
+    scored = read_detections(config.detections, truth, join=config.join, allow_partial=config.allow_partial)
     matcher = _matcher(config, truth, scored, protocol)
     return scored, match_in_parts(scored.truth_columns, scored.columns, matcher, num_parts=config.num_shards)
 
@@ -206,7 +207,7 @@ def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> "list[Slice
         part
         for name in config.slice_by
         for part in slices_of(
-            name, scored.truth_columns, columns=columns, sizes_hw=truth.sizes_hw[scored.truth_rows], areas=areas
+            name, scored.truth_columns, columns=columns, sizes_hw=truth.images.sizes_hw[scored.truth_rows], areas=areas
         )
     ]
 

@@ -47,6 +47,7 @@ class Evaluation:
         whole: The same numbers with their intervals.
         slices: Those of the slices.
         num_left_out: Images that only one side has, which were left out.
+        note: A line about how the images of both sides were joined, where that is worth one.
     """
 
     result: CocoResult
@@ -54,6 +55,7 @@ class Evaluation:
     whole: Measured
     slices: tuple[Measured, ...] = ()
     num_left_out: int = 0
+    note: str | None = None
 
     def lines(self) -> list[str]:
         """The numbers as text: over all classes, then those of each class; "–" where there is nothing to measure."""
@@ -61,6 +63,8 @@ class Evaluation:
         lines = [f"{result.num_images:,} images, {result.num_truth:,} boxes, {result.num_detections:,} detections"]
         if self.num_left_out:
             lines.insert(0, f"PARTIAL: {self.num_left_out:,} images that only one side has are left out")
+        if self.note is not None:
+            lines.append(self.note)
         if result.num_unreadable:
             lines.append(f"{result.num_unreadable:,} images could not be read; their boxes count as missed")
         overall, *by_class = self.whole.blocks

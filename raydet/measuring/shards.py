@@ -8,7 +8,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,31 @@ from raydet.config import EvaluateConfig
 from raydet.measuring.detections import (
     DETECTION_FIELDS,
     Scored,
-    choose_images,
-    errors_in,
-    find_rows,
+    errors_by_id,
     model_of,
     read_detection_rows,
     read_detections,
 )
+from raydet.measuring.joining import Join, join_images, list_images
 from raydet.measuring.numbers.accumulator import MatchesByClass
 from raydet.measuring.numbers.matches import Matches, Protocol, concatenate
 from raydet.measuring.numbers.matching import match
 from raydet.measuring.numbers.metrics import CocoResult
 from raydet.measuring.truth import Truth
 from raydet.tables import storage
-from raydet.tables.columns import ROWS_AT_ONCE, Integers, image_ids_in, places_in, take_detections, take_truth
+from raydet.tables.columns import Integers, take_detections, take_truth
 from raydet.tables.table import MANIFEST_NAME, RowGroup, Table, open_table, refusing_damage
 
 _BYTES_PER_SHARD = 20 * 2**20
 """Some 400,000 detections."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The work of a task: some row groups, and the row of the truth for each of their rows, -1 for none, int64 [R]."""
+
+    groups: Sequence[RowGroup]
+    truth_row: Integers
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,7 @@ class _Shards:
 
     table: Table
     truth: Truth
-    truth_rows: Integers
-    num_left_out: int
+    join: Join
     errors: dict[int, str] = field(default_factory=dict)
     num_detections: int = 0
 
@@ -74,11 +80,12 @@ class _Shards:
         nothing = read_detection_rows(self.table, self.truth, ()).columns
         return Scored(
             uri=self.table.uri,
-            columns=take_detections(nothing, np.full(len(self.truth_rows), -1)),
-            truth_columns=take_truth(self.truth.columns, self.truth_rows),
-            truth_rows=self.truth_rows,
-            errors=errors_in(self.errors, self.truth.columns.image_ids[self.truth_rows]),
-            num_left_out=self.num_left_out,
+            columns=take_detections(nothing, np.full(len(self.join.truth_rows), -1)),
+            truth_columns=take_truth(self.truth.columns, self.join.truth_rows),
+            truth_rows=self.join.truth_rows,
+            errors=self.errors,
+            num_left_out=self.join.num_left_out,
+            note=self.join.note,
             model=model_of(self.table),
             num_detections=self.num_detections,
         )
@@ -126,31 +133,29 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
     shards = _open(config, truth)
     matches = concatenate([part.matches for part in shards.take(_match(config, shards, protocol))])
     if config.out is not None:
-        return read_detections(config.detections, truth, allow_partial=config.allow_partial), matches
+        return (
+            read_detections(config.detections, truth, join=config.join, allow_partial=config.allow_partial),
+            matches,
+        )
     return shards.scored(), matches
 
 
 def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
-    """Holds the images of both sides against each other, before anything is matched."""
+    """Joins the images of both sides before anything is matched."""
     table = open_table(config.detections, "detections")
-    ids = [image_ids_in(batch) for batch in table.iter_batches(["image_id"], ROWS_AT_ONCE)]
-    image_ids = np.concatenate([np.zeros(0, np.int64), *ids])
-    rows = find_rows(table.uri, image_ids, truth)
-    truth_rows, num_left_out = choose_images(
-        table.uri, image_ids, rows, truth, is_table=True, allow_partial=config.allow_partial
-    )
-    return _Shards(table, truth, truth_rows, num_left_out)
+    joined = join_images(truth.images, list_images(table), by=config.join, allow_partial=config.allow_partial)
+    return _Shards(table, truth, joined)
 
 
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
-    groups = _row_groups(shards.table, config.num_shards)
+    work = list(_with_truth_rows(shards, _row_groups(shards.table, config.num_shards)))
     if config.address is not None:
-        return _match_on_ray(config.address, shards, protocol, groups)
+        return _match_on_ray(config.address, shards, protocol, work)
     num_threads = len(os.sched_getaffinity(0))
     # More that are ready would only wait in memory.
     return in_order(
-        lambda own: _match_shard(shards.table, own, shards.truth, protocol),
-        groups,
+        lambda shard: _match_shard(shards.table, shard, shards.truth, protocol),
+        work,
         num_threads=num_threads,
         ahead=num_threads + 1,
     )
@@ -168,18 +173,24 @@ def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
     return [shard for shard in shards if shard]
 
 
-def _match_on_ray(
-    address: str, shards: _Shards, protocol: Protocol, groups: Sequence[Sequence[RowGroup]]
-) -> Iterator[_Part]:
+def _with_truth_rows(shards: _Shards, groups: Sequence[Sequence[RowGroup]]) -> Iterator[_Shard]:
+    start = 0
+    for own in groups:
+        stop = start + sum(group.num_rows for group in own)
+        yield _Shard(own, shards.join.truth_row[start:stop])
+        start = stop
+
+
+def _match_on_ray(address: str, shards: _Shards, protocol: Protocol, work: Sequence[_Shard]) -> Iterator[_Part]:
     import ray
 
     with _session(address, shards.table):
         task = ray.remote(num_cpus=1)(_match_or_say_why_not)
-        truth_ref = ray.put(shards.truth)
+        truth_ref = ray.put(replace(shards.truth, images=replace(shards.truth.images, paths=None)))
         # As many tasks again as can run wait in line; more would fill the object store with what nobody has fetched.
         most = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
         running: list[Any] = []
-        waiting = list(groups)
+        waiting = list(work)
         while waiting or running:
             while waiting and len(running) < most:
                 running.append(task.remote(shards.table, waiting.pop(0), truth_ref, protocol))
@@ -197,24 +208,24 @@ def _match_on_ray(
                 yield part
 
 
-def _match_or_say_why_not(table: Table, groups: Sequence[RowGroup], truth: Truth, protocol: Protocol) -> "_Part | str":
+def _match_or_say_why_not(table: Table, shard: _Shard, truth: Truth, protocol: Protocol) -> "_Part | str":
     """A mistake of the user's comes back as its one line."""
     try:
-        return _match_shard(table, groups, truth, protocol)
+        return _match_shard(table, shard, truth, protocol)
     except UserError as error:
         return str(error)
 
 
-def _match_shard(table: Table, groups: Sequence[RowGroup], truth: Truth, protocol: Protocol) -> _Part:
+def _match_shard(table: Table, shard: _Shard, truth: Truth, protocol: Protocol) -> _Part:
     """Reads and matches some row groups, without the images that the truth does not have."""
-    rows = read_detection_rows(table, truth, _batches(table, groups))
-    places, is_known = places_in(truth.columns.image_ids, rows.image_ids)
-    own = np.flatnonzero(is_known)
-    own = own[np.argsort(places[own])]
-    truth_rows = places[own]
+    rows = read_detection_rows(table, truth, _batches(table, shard.groups))
+    own = np.flatnonzero(shard.truth_row >= 0)
+    own = own[np.argsort(shard.truth_row[own])]
+    truth_rows = shard.truth_row[own]
     detections = take_detections(rows.columns, own)
     matches = match(take_truth(truth.columns, truth_rows), detections, len(truth.categories), protocol)
-    return _Part(truth_rows, rows.errors, len(detections.scores), matches)
+    errors = errors_by_id(rows.errors, shard.truth_row, truth)
+    return _Part(truth_rows, errors, len(detections.scores), matches)
 
 
 def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatch]:

@@ -45,12 +45,14 @@ class Instances:
         categories: By rising id.
         columns: The boxes; images by rising id.
         sizes_hw: Pixels, 0 where unknown, int64 [I, 2].
+        paths: The file names, with `/`; empty where unknown.
         federated: What LVIS adds, if it was asked for.
     """
 
     categories: tuple[Category, ...]
     columns: TruthColumns
     sizes_hw: Integers
+    paths: list[str]
     federated: Federated | None
 
 
@@ -62,6 +64,7 @@ class _Image(msgspec.Struct, gc=False):
     id: _ImageId
     height: _ImageId = 0
     width: _ImageId = 0
+    file_name: str = ""
     neg_category_ids: tuple[int, ...] = ()
     not_exhaustive_category_ids: tuple[int, ...] = ()
 
@@ -147,7 +150,8 @@ def read_instances(uri: str, *, lvis: bool) -> Instances:
     )
     sizes_hw = np.array([(image.height, image.width) for image in images], dtype=np.int64).reshape(-1, 2)
     federated = _federated(images, classes, uri) if lvis else None
-    return Instances(categories, columns, sizes_hw, federated)
+    paths = [image.file_name.replace("\\", "/").removeprefix("./") for image in images]
+    return Instances(categories, columns, sizes_hw, paths, federated)
 
 
 def _federated(images: Sequence[_Image], classes: Sequence[_Class], uri: str) -> Federated:
@@ -257,12 +261,18 @@ def _instances_one_by_one(content: Any, uri: str) -> _Instances:
         [bool(item.get("iscrowd")) for item in annotations],
     )
     sizes = [[size if _is_image_id(size) else 0 for size in (item.get("height"), item.get("width"))] for item in images]
+    names_of_files = [str(item.get("file_name") or "") for item in images]
     federated = [
         tuple(tuple(item.get(key) or ()) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
         for item in images
     ]
     return _Instances(
-        [_Image(id_, size[0], size[1], *own) for id_, size, own in zip(image_ids, sizes, federated, strict=True)],
+        [
+            _Image(id_, height, width, name, negatives, not_exhaustive)
+            for id_, (height, width), name, (negatives, not_exhaustive) in zip(
+                image_ids, sizes, names_of_files, federated, strict=True
+            )
+        ],
         [_Annotation(*values) for values in zip(*columns, strict=True)],
         [_Class(id_, name, item.get("frequency")) for id_, name, item in zip(ids, names, categories, strict=True)],
     )

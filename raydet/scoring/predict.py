@@ -205,7 +205,7 @@ def _run(
         finally:
             wall_s = time.perf_counter() - started
             report = _write_report(config, stats, wall_s=wall_s, job=job, error=reason)
-    _finish(config, work.plan)
+    _finish(config, work.plan, images.id_space)
     drawn = _draw(config, model, images)
     return dataclasses.replace(_result(config.out), report=(*JobStats.lines(report), *drawn))
 
@@ -405,7 +405,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _finish(config: PredictConfig, plan: Plan) -> None:
+def _finish(config: PredictConfig, plan: Plan, id_space: str | None) -> None:
     """Counts what was written against what was asked for and declares the table whole."""
     filesystem, path = storage.resolve(config.out)
     rows_by_file: dict[str, int] = {}
@@ -417,7 +417,7 @@ def _finish(config: PredictConfig, plan: Plan) -> None:
             totals[key] += count
     num_rows = sum(rows_by_file.values())
     assert num_rows == plan.num_rows, f"{num_rows} rows were written for {plan.num_rows} images"
-    write_manifest(config.out, rows_by_file, config_hash=config_hash(config), **totals)
+    write_manifest(config.out, rows_by_file, config_hash=config_hash(config), id_space=id_space, **totals)
 
 
 def _result(out: str, *, already_done: bool = False) -> PredictResult:
