@@ -13,11 +13,9 @@ import numpy.typing as npt
 
 from raydet.measuring.numbers.matches import COCO, BitSets, Matches, Protocol, bits_at
 from raydet.measuring.numbers.matching import falling_rank, stable_order
+from raydet.measuring.numbers.precision import COCO_RECALLS, coco_precision, hits_needed, precision_at
 from raydet.tables.columns import Floats, Integers
 from raydet.tables.schema import Category
-
-RECALLS: Floats = np.linspace(0.0, 1.0, 101)
-"""Where COCO reads precision."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
     """
     protocol, num_classes = judged.protocol, judged.num_truth.shape[1]
     num_thresholds, limits = len(protocol.iou_thresholds), protocol.max_detections
-    precision = np.full((len(protocol.areas), num_thresholds, num_classes, len(RECALLS)), -1.0)
+    precision = np.full((len(protocol.areas), num_thresholds, num_classes, len(COCO_RECALLS)), -1.0)
     recall = np.full((num_thresholds, num_classes, len(protocol.areas), len(limits)), -1.0)
     order = surest_first(judged)
     category, rank = judged.detection_category[order], judged.rank[order]
@@ -292,55 +290,16 @@ def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
     for area, num_truth in enumerate(judged.num_truth):
         right, ignored = judged.true_positive[area][order], judged.ignored[area][order]
         known = np.flatnonzero(num_truth)
-        needed = _needed(num_truth[known])
+        needed = hits_needed(num_truth[known], COCO_RECALLS)
         for threshold in range(num_thresholds):
             hits = np.flatnonzero(bits_at(right, threshold))
             np.cumsum(~bits_at(ignored, threshold), out=num_before[1:])
             own = category[hits]
             num_judged = num_before[hits + 1] - num_before[begins[own]]
-            precision[area, threshold, known] = _interpolated(own, num_judged, needed, known, num_classes)
+            num_hits = np.bincount(own, minlength=num_classes)
+            at_hits = coco_precision(own, num_judged, num_hits)
+            precision[area, threshold, known] = precision_at(at_hits, num_hits[known], needed)
             for index, limit in enumerate(limits):
                 found = np.bincount(own[rank[hits] < limit], minlength=num_classes)
                 recall[threshold, known, area, index] = found[known] / num_truth[known]
     return precision.transpose(1, 3, 2, 0)[..., None], recall
-
-
-def _needed(num_truth: Integers) -> Integers:
-    """How many boxes must be found for each of the 101 recalls, at least 1: [K] above 0 → [K, 101]."""
-    total = num_truth[:, None].astype(np.float64)
-    needed = np.ceil(RECALLS * total)
-    # The product is rounded; what counts is the quotient that pycocotools compares.
-    needed -= (needed - 1) / total >= RECALLS
-    needed += needed / total < RECALLS
-    return np.maximum(needed, 1).astype(np.int64)
-
-
-def _interpolated(
-    category: npt.NDArray[np.int32], num_judged: Integers, needed: Integers, known: Integers, num_classes: int
-) -> Floats:
-    """The highest precision at each recall or beyond it, which is always that of a right detection.
-
-    Args:
-        category: Of each right detection, by class, then falling score, [N].
-        num_judged: Detections that count up to and with it, in its class, [N].
-        needed: Right detections for each recall, [K, 101].
-        known: Classes with truth, [K].
-        num_classes: All classes.
-
-    Returns:
-        [K, 101], 0 where a recall is not reached.
-    """
-    found = np.bincount(category, minlength=num_classes)
-    first = np.cumsum(found) - found
-    nth = np.arange(len(category)) - first[category] + 1
-    precision = nth / (num_judged + np.spacing(1))
-    result = np.zeros(needed.shape)
-    has_any = found[known] > 0
-    if has_any.any():
-        found, first, needed = found[known][has_any, None], first[known][has_any, None], needed[has_any]
-        # The best from each recall's detection up to the next recall's, then from the right over all recalls.
-        starts = first + np.minimum(needed, found) - 1
-        best = np.maximum.reduceat(precision, starts.ravel()).reshape(starts.shape)
-        best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
-        result[has_any] = np.where(needed <= found, best, 0.0)
-    return result

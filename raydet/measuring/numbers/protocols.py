@@ -12,6 +12,7 @@ import numpy as np
 from raydet.measuring.numbers.matches import Matches, Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs
 from raydet.measuring.numbers.metrics import accumulate, mean_of, metrics_of, surest_first
+from raydet.measuring.numbers.precision import VOC07_RECALLS, envelope, hits_needed, precision_at
 from raydet.tables.columns import DetectionColumns, Integers, TruthColumns
 from raydet.tables.schema import Category
 
@@ -22,7 +23,6 @@ to measure)."""
 VOC = Protocol(iou_thresholds=(0.5,), areas=(("all", (0.0, float("inf"))),), max_detections=(2**31 - 1,))
 LVIS = Protocol(max_detections=(300,))
 
-_ELEVEN_RECALLS = np.arange(11) * 0.1
 _MOST_IMAGES_OF_RARE, _MOST_IMAGES_OF_COMMON = 10, 100
 
 
@@ -78,14 +78,12 @@ def voc_rows(matches: Matches, categories: Sequence[Category], *, eleven_points:
     for index in np.flatnonzero(num_truth).tolist():
         own = slice(begins[index], begins[index + 1])
         hits = np.flatnonzero(right[own])
-        nth = np.arange(1, len(hits) + 1)
-        precision = nth / np.cumsum(judged[own])[hits]
-        best = np.maximum.accumulate(precision[::-1])[::-1]
+        precision = np.arange(1, len(hits) + 1) / np.cumsum(judged[own])[hits]
         if eleven_points:
-            at = np.searchsorted(nth / num_truth[index], _ELEVEN_RECALLS)
-            values[index] = np.append(best, 0.0)[at].mean()
+            needed = hits_needed(num_truth[index : index + 1], VOC07_RECALLS)
+            values[index] = precision_at(precision, np.array([len(hits)]), needed)[0].mean()
         else:
-            values[index] = best.sum() / num_truth[index]
+            values[index] = envelope(precision).sum() / num_truth[index]
     names = [None, *(category.name for category in categories)]
     numbers = [mean_of(values), *values.tolist()]
     return [("AP50", name, 0.5, None, None, _or_none(number)) for name, number in zip(names, numbers, strict=True)]
