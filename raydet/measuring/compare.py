@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.console import aligned
+from raydet.common.console import aligned, shown
 from raydet.common.errors import UserError
 from raydet.config import CompareConfig, config_hash
 from raydet.config.measuring import JoinKey
-from raydet.measuring.bootstrap import Interval, PairedDifferences, paired_differences
+from raydet.measuring.bootstrap import PairedDifferences, paired_differences
 from raydet.measuring.detections import read_detections
 from raydet.measuring.diagnosis.tables import Outcomes, best_threshold, outcomes_at, per_image
 from raydet.measuring.metrics_folder import manifests_in
 from raydet.measuring.numbers.matches import Matches
 from raydet.measuring.numbers.matching import match, match_in_parts
+from raydet.measuring.numbers.values import MetricValue
 from raydet.measuring.truth import Truth, read_truth
 from raydet.tables import storage
 from raydet.tables.columns import Floats
@@ -90,7 +91,7 @@ class Comparison:
             at_scores = " and ".join(f"{threshold:.2f}" for threshold in self.thresholds)
             rows = [("image", "boxes", "first", "second", "difference")]
             for image in self.changed_images:
-                f1 = (_plain(image.first_f1), _plain(image.second_f1), _signed(image.difference))
+                f1 = (shown(image.first_f1), shown(image.second_f1), _signed(image.difference))
                 rows.append((str(image.image_id), str(image.num_truth), *f1))
             lines += ["", f"F1 of the images that changed most, at scores from {at_scores} on", *aligned(rows)]
         else:
@@ -99,7 +100,7 @@ class Comparison:
             lines += ["", f"comparison: {self.out}"]
         return lines
 
-    def of(self, name: str, class_index: int | None) -> tuple[Interval, Interval, Interval]:
+    def of(self, name: str, class_index: int | None) -> tuple[MetricValue, MetricValue, MetricValue]:
         """A metric of the first, of the second, and the difference; over all classes, or of one."""
         sides = (self.numbers.first, self.numbers.second, self.numbers.difference)
         first, second, difference = (
@@ -111,7 +112,7 @@ class Comparison:
         first, second, difference = self.of(name, class_index)
         bounds = "–" if difference.low is None else f"{_signed(difference.low)} … {_signed(difference.high)}"
         verdict = "significant" if difference.excludes_zero else ""
-        return _plain(first.value), _plain(second.value), _signed(difference.value), bounds, verdict
+        return shown(first.value), shown(second.value), _signed(difference.value), bounds, verdict
 
     def _verdict(self) -> list[str]:
         """Sentences that say which differences are more than chance."""
@@ -142,12 +143,8 @@ class Comparison:
         return lines
 
 
-def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}"
+    return shown(value, "+.3f")
 
 
 def compare(config: CompareConfig) -> Comparison:

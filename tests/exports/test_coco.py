@@ -133,10 +133,10 @@ def test_evaluate_gives_the_same_for_the_json_as_for_the_tables(shapes: Path, tm
     _export(table, results)
     _export(truth, instances)
     expected = evaluate(EvaluateConfig(truth=truth, detections=table)).result
-    assert 0.05 < expected.numbers()["AP"] < 0.95
+    assert expected.AP is not None and 0.05 < expected.AP < 0.95
     for truth_uri, detections_uri in ((truth, results), (instances, results), (instances, table)):
         result = evaluate(EvaluateConfig(truth=truth_uri, detections=detections_uri)).result
-        assert result.numbers() == expected.numbers()
+        assert result.values == expected.values
         assert result.per_class == expected.per_class
 
 

@@ -112,7 +112,8 @@ def pycocotools_stats(truth: Path, results: Path) -> list[float]:
 
 
 def numbers(evaluation: Evaluation) -> list[float]:
-    return list(evaluation.result.numbers().values())
+    """As pycocotools gives them: -1 where there is nothing to measure."""
+    return [-1.0 if value is None else value for value in evaluation.result.values.values()]
 
 
 @pytest.mark.parametrize("file", ["bccd/instances_val.json", "coco_mini/instances_val.json"])
@@ -188,7 +189,7 @@ def test_unreadable_images_count_as_missed_and_are_reported(inputs: Inputs) -> N
     evaluation = evaluate(inputs.config())
     result = evaluation.result
     assert (result.num_images, result.num_truth, result.num_detections, result.num_unreadable) == (4, 6, 6, 1)
-    assert result.numbers()["AR1"] == pytest.approx(2 / 3)
+    assert result.values["AR1"] == pytest.approx(2 / 3)
     assert "1 images could not be read; their boxes count as missed" in evaluation.lines()
     assert evaluation.out is None
 
@@ -197,8 +198,8 @@ def test_the_text_holds_the_numbers_aligned(inputs: Inputs) -> None:
     evaluation = evaluate(inputs.config(out=str(inputs.folder / "out")))
     lines = evaluation.lines()
     by_name = {line.split()[0]: line.split()[1] for line in lines if line}
-    for name, value in evaluation.result.numbers().items():
-        assert by_name[name] == ("–" if value == -1 else f"{value:.3f}")
+    for name, value in evaluation.result.values.items():
+        assert by_name[name] == ("–" if value is None else f"{value:.3f}")
     assert by_name["APl"] == "–"
     start = next(number for number, line in enumerate(lines) if line.startswith("class"))
     table = lines[start : start + 3]
@@ -218,7 +219,7 @@ def test_metrics_table_holds_the_numbers_and_where_they_come_from(inputs: Inputs
     rows = table.read().to_pylist()
     assert {(row["run"], row["model"], row["split"]) for row in rows} == {("found", "tiny", "val")}
     values = {row["metric"]: row["value"] for row in rows if row["category"] is None}
-    expected = {name: None if value == -1 else value for name, value in evaluation.result.numbers().items()}
+    expected = evaluation.result.values
     assert {name: values[name] for name in expected} == expected
     assert values["best_f1_threshold"] == 0.8
     assert [row["value"] for row in rows if row["metric"] == "AP" and row["category"] == "dog"] == [
@@ -255,7 +256,7 @@ def test_without_any_detection_everything_is_missed(inputs: Inputs) -> None:
     for row in inputs.detections:
         row["detections"] = NOTHING
     out = inputs.folder / "out"
-    assert evaluate(inputs.config(out=str(out))).result.numbers()["AR100"] == 0.0
+    assert evaluate(inputs.config(out=str(out))).result.values["AR100"] == 0.0
     columns = open_table(str(out / "per_image"), "per_image").read().to_pydict()
     assert columns["false_negatives"] == [2, 2, 2, 0]
 
@@ -327,7 +328,7 @@ def two_runs(inputs: Inputs) -> tuple[Path, float, float]:
         row["detections"] = NOTHING
     write_detections(inputs.folder / "worse", inputs.detections, inputs.detection_categories)
     bad = evaluate(dataclasses.replace(config, detections=str(inputs.folder / "worse"), run="bad/1")).result.AP
-    assert bad < good
+    assert good is not None and bad is not None and bad < good
     return out, good, bad
 
 
@@ -410,7 +411,7 @@ def test_numbers_have_intervals(inputs: Inputs) -> None:
     interval = f"{rows[0]['low']:.3f}–{rows[0]['high']:.3f}"
     assert any(line.startswith("AP ") and line.endswith(interval) for line in evaluation.lines())
     without = evaluate(inputs.config(out=str(inputs.folder / "quick"), bootstrap=0))
-    assert without.whole.intervals is None
+    assert {value.low for block in without.whole.blocks for value in block} == {None}
     assert open_table(str(inputs.folder / "quick" / "metrics"), "metrics").read()["low"].null_count > 0
 
 
@@ -482,7 +483,7 @@ def test_classes_can_count_as_one(test_data: Path, tmp_path: Path) -> None:
 
 def test_other_thresholds_and_limits(inputs: Inputs) -> None:
     evaluation = evaluate(inputs.config(iou_thresholds=[0.3, 0.75], max_detections=[2], out=str(inputs.folder / "out")))
-    assert [row[0] for row in evaluation.whole.blocks[0]] == [
+    assert [value.metric for value in evaluation.whole.blocks[0]] == [
         "AP",
         "AP75",
         "APs",
@@ -503,7 +504,7 @@ def test_pascal_voc(inputs: Inputs, protocol: str) -> None:
     # Two of three boxes of each class are found, and nothing before them is wrong.
     expected = {"voc": 2 / 3, "voc07": 7 / 11}[protocol]
     assert pytest.approx(expected) == evaluation.result.AP50
-    assert evaluation.result.AP == -1
+    assert evaluation.result.AP is None
     rows = open_table(str(out / "metrics"), "metrics").read().to_pylist()
     values = [row["value"] for row in rows if row["metric"] == "AP50"]
     assert values == pytest.approx([expected] * 3)
@@ -685,9 +686,9 @@ def test_json_may_leave_out_area_and_crowd_and_images_without_detections(tmp_pat
     annotation = {"id": 1, "image_id": 5, "category_id": 8, "bbox": [10, 10, 20, 20]}
     result = evaluate_json(tmp_path, {**TRUTH_JSON, "annotations": [annotation]}, [RESULT]).result
     assert [category.name for category in result.categories] == ["cat", "dog"]
-    assert [result.numbers()[name] for name in ("AP50", "APs", "APm")] == pytest.approx([1, 1, -1])
+    assert [result.values[name] for name in ("AP50", "APs", "APm")] == [1, 1, None]
     assert result.num_images == 2
-    assert evaluate_json(tmp_path, TRUTH_JSON, []).result.numbers()["AP"] == 0.0
+    assert evaluate_json(tmp_path, TRUTH_JSON, []).result.values["AP"] == 0.0
 
 
 @pytest.mark.parametrize(

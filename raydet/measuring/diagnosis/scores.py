@@ -11,6 +11,7 @@ import pyarrow as pa
 from raydet.measuring.numbers.matches import Matches, Protocol, bits_at
 from raydet.measuring.numbers.metrics import CocoResult, accumulate
 from raydet.measuring.numbers.precision import COCO_RECALLS, coco_precision, hits_needed, precision_at
+from raydet.measuring.numbers.values import MetricValue
 from raydet.tables.columns import Flags, Floats, Integers
 from raydet.tables.schema import Category, TableKind, build_schema
 
@@ -238,17 +239,14 @@ def _kept_at_thresholds(scores: Floats, is_right: Flags) -> tuple[Floats, Intege
     return scores[last], num_right[last].astype(np.int64), (last + 1).astype(np.int64)
 
 
-def metric_rows(
+def score_values(
     outcomes: Outcomes,
     categories: Sequence[Category],
     *,
-    run: str | None,
-    model: str | None,
-    split: str | None,
     max_detections: int,
     wished_precision: float | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of a `metrics` table, over all classes and of each, at IoU 0.5.
+) -> list[MetricValue]:
+    """What the scores are good for, over all classes and of each, at IoU 0.5.
 
     `best_f1`, with `best_f1_threshold`, `best_f1_precision` and `best_f1_recall` at the score where it is reached;
     `ECE`, the expected calibration error (Guo et al. 2017); and, where a precision is wished, the lowest
@@ -256,7 +254,7 @@ def metric_rows(
     """
     over = [(outcomes.scores, outcomes.is_right, int(outcomes.num_truth.sum()))]
     over += [(scores, is_right, num_truth) for _, scores, is_right, num_truth in outcomes.by_class()]
-    rows = []
+    found = []
     # Where classes count as one, the only class is left out.
     named = zip(outcomes.names(categories), over, _calibration_errors(outcomes), strict=not outcomes.class_agnostic)
     for name, (scores, is_right, num_truth), error in named:
@@ -270,13 +268,11 @@ def metric_rows(
         }
         if wished_precision is not None:
             values["threshold_at_precision"] = threshold_at_precision(scores, is_right, wished_precision)
-        place = {"run": run, "model": model, "split": split, "slice": None}
-        limits = {"iou": IOU, "area": "all", "max_detections": max_detections}
-        for metric, value in values.items():
-            rows.append(
-                {**place, "metric": metric, **limits, "category": name, "value": value, "low": None, "high": None}
-            )
-    return rows
+        found += [
+            MetricValue(metric=metric, value=value, category=name, iou=IOU, area="all", max_detections=max_detections)
+            for metric, value in values.items()
+        ]
+    return found
 
 
 def calibration(outcomes: Outcomes, categories: Sequence[Category], *, run: str | None = None) -> pa.Table:

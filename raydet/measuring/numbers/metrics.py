@@ -6,7 +6,7 @@ pycocotools takes them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from raydet.measuring.numbers.matches import COCO, BitSets, Matches, Protocol, bits_at
 from raydet.measuring.numbers.matching import falling_rank, stable_order
 from raydet.measuring.numbers.precision import COCO_RECALLS, coco_precision, hits_needed, precision_at
+from raydet.measuring.numbers.values import Block, MetricValue
 from raydet.tables.columns import Floats, Integers
 from raydet.tables.schema import Category
 
@@ -27,6 +28,17 @@ class Metric:
     iou: float | None
     area: str
     max_detections: int
+
+    def with_value(self, value: float | None, category: str | None = None) -> MetricValue:
+        """The number as measured, over all classes or of one."""
+        return MetricValue(
+            metric=self.name,
+            value=value,
+            category=category,
+            iou=self.iou,
+            area=self.area,
+            max_detections=self.max_detections,
+        )
 
 
 def metrics_of(protocol: Protocol) -> tuple[Metric, ...]:
@@ -49,32 +61,39 @@ def metrics_of(protocol: Protocol) -> tuple[Metric, ...]:
 METRICS = metrics_of(COCO)
 
 
+class _Named:
+    """A number by its name; None where it is undefined, or where the protocol has no such number."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, numbers: "CocoNumbers", owner: type) -> float | None:
+        return numbers.values.get(self._name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CocoNumbers:
-    """Numbers in [0, 1], or -1 where there is nothing to measure (no truth box of that kind).
+    """Numbers in [0, 1], None where there is nothing to measure (no labelled box of that kind).
 
     Attributes:
-        values: All numbers of the protocol by their names, in the order of `metrics_of`.
-        AP: As the others, one of COCO's twelve; -1 also where the protocol has no such number.
+        values: All numbers of the protocol by their names, in the order of `metrics_of`. COCO's twelve are attributes
+            too.
     """
 
-    values: dict[str, float] = field(repr=False)
-    AP: float = -1.0
-    AP50: float = -1.0
-    AP75: float = -1.0
-    APs: float = -1.0
-    APm: float = -1.0
-    APl: float = -1.0
-    AR1: float = -1.0
-    AR10: float = -1.0
-    AR100: float = -1.0
-    ARs: float = -1.0
-    ARm: float = -1.0
-    ARl: float = -1.0
+    values: dict[str, float | None]
 
-    def numbers(self) -> dict[str, float]:
-        """All numbers of the protocol by their names, in COCO's order."""
-        return dict(self.values)
+    AP = _Named()
+    AP50 = _Named()
+    AP75 = _Named()
+    APs = _Named()
+    APm = _Named()
+    APl = _Named()
+    AR1 = _Named()
+    AR10 = _Named()
+    AR100 = _Named()
+    ARs = _Named()
+    ARm = _Named()
+    ARl = _Named()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +107,9 @@ class CocoResult(CocoNumbers):
         num_truth: Labelled boxes, crowds included.
         num_detections: Detections given, also those beyond the last limit of an image and class.
         num_unreadable: Images that the detector could not read; all their boxes count as missed.
-        precision: At the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 where there is no truth;
-            classes by index.
-        recall: [T thresholds, class, A sizes, limit].
+        precision: As in pycocotools, at the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 where there
+            is no truth; classes by index.
+        recall: Likewise, [T thresholds, class, A sizes, limit].
         protocol: By which rules.
     """
 
@@ -104,32 +123,14 @@ class CocoResult(CocoNumbers):
     recall: Floats = field(repr=False, compare=False)
     protocol: Protocol = COCO
 
-    def table_rows(self, run: str | None, model: str | None, split: str | None) -> list[dict[str, Any]]:
-        """Rows of a `metrics` table: the numbers over all classes, then those of each class.
-
-        A number that is -1 (nothing to measure) becomes null.
-        """
-        over: list[tuple[str | None, CocoNumbers]] = [(None, self)]
-        over += [(category.name, numbers) for category, numbers in zip(self.categories, self.per_class, strict=True)]
-        return [
-            {
-                "run": run,
-                "model": model,
-                "split": split,
-                "slice": None,
-                "metric": metric.name,
-                "iou": metric.iou,
-                "area": metric.area,
-                "max_detections": metric.max_detections,
-                "category": name,
-                "value": None if value == -1 else value,
-                "low": None,
-                "high": None,
-            }
-            for name, numbers in over
-            for metric in metrics_of(self.protocol)
-            for value in [numbers.values[metric.name]]
-        ]
+    def blocks(self) -> tuple[Block, ...]:
+        """The numbers over all classes, then those of each class."""
+        named: list[tuple[str | None, dict[str, float | None]]] = [(None, self.values)]
+        named += [(category.name, own.values) for category, own in zip(self.categories, self.per_class, strict=True)]
+        return tuple(
+            tuple(metric.with_value(values[metric.name], name) for metric in metrics_of(self.protocol))
+            for name, values in named
+        )
 
 
 def accumulate(
@@ -176,19 +177,19 @@ def result_of(
     by_class = tuple(() if protocol.class_agnostic else categories)
     # pycocotools puts classes in the order of the source's ids, and a mean in another order rounds differently.
     by_source_id = sorted(range(len(by_class)), key=lambda index: by_class[index].id) or [0]
-    values: dict[str, float] = {}
-    values_by_class: list[dict[str, float]] = [{} for _ in by_class]
+    values: dict[str, float | None] = {}
+    values_by_class: list[dict[str, float | None]] = [{} for _ in by_class]
     for metric in metrics_of(protocol):
         chosen = cells(precision, recall, protocol, metric)
         values[metric.name] = mean_of(chosen[..., by_source_id])
         # A class has either no -1 or nothing else.
         rows = np.ascontiguousarray(np.moveaxis(chosen, -1, 0)).reshape(chosen.shape[-1], -1)
         for own, value in zip(values_by_class, rows.mean(axis=1).tolist(), strict=bool(by_class)):
-            own[metric.name] = value
+            own[metric.name] = None if value == -1 else value
     return CocoResult(
-        **_numbers(values),
+        values=values,
         categories=by_class,
-        per_class=tuple(CocoNumbers(**_numbers(own)) for own in values_by_class),
+        per_class=tuple(CocoNumbers(values=own) for own in values_by_class),
         num_images=num_images,
         num_truth=num_truth,
         num_detections=num_detections,
@@ -197,10 +198,6 @@ def result_of(
         recall=recall,
         protocol=protocol,
     )
-
-
-def _numbers(values: dict[str, float]) -> dict[str, Any]:
-    return {"values": values, **{metric.name: values[metric.name] for metric in METRICS if metric.name in values}}
 
 
 def cells(precision: Floats, recall: Floats, protocol: Protocol, metric: Metric) -> Floats:
@@ -215,10 +212,10 @@ def cells(precision: Floats, recall: Floats, protocol: Protocol, metric: Metric)
     return recall[thresholds, :, area, protocol.max_detections.index(metric.max_detections)]
 
 
-def mean_of(chosen: Floats) -> float:
-    """The mean in pycocotools' order, without what is -1; -1 where nothing is left."""
+def mean_of(chosen: Floats) -> float | None:
+    """The mean in pycocotools' order, without what is -1; None where nothing is left."""
     defined = chosen[chosen > -1]
-    return float(np.mean(defined)) if defined.size else -1.0
+    return float(np.mean(defined)) if defined.size else None
 
 
 def surest_first(matches: "Matches | Judged") -> Integers:
