@@ -14,8 +14,8 @@ from raydet.common.errors import UserError
 from raydet.config.measuring import JoinKey
 from raydet.measuring.joining import ImageList, join_images, list_images
 from raydet.measuring.truth import Truth, is_json
-from raydet.measuring.truth_json import read_results
 from raydet.tables import storage
+from raydet.tables.coco_columns import read_results
 from raydet.tables.columns import (
     ROWS_AT_ONCE,
     DetectionColumns,

@@ -15,8 +15,8 @@ from pyarrow import fs as pafs
 from raydet.common.errors import UserError
 from raydet.images.files import readable
 from raydet.measuring.joining import ImageList, list_images
-from raydet.measuring.truth_json import Federated, read_instances
 from raydet.tables import storage
+from raydet.tables.coco_columns import Federated, read_instances
 from raydet.tables.columns import (
     ROWS_AT_ONCE,
     TruthColumns,
