@@ -141,3 +141,22 @@ def test_numbers_come_without_large_packages(test_data: Path, tmp_path: Path, is
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert printed.stdout.strip() == "[]"
+
+
+def test_ids_in_quotes_are_read_as_prepare_reads_them(tmp_path: Path) -> None:
+    def content(quoted: bool) -> Row:
+        def number(value: int) -> Any:
+            return str(value) if quoted else value
+
+        box = {"image_id": number(4), "category_id": number(7), "bbox": [1, 2, 3, 4], "iscrowd": number(1)}
+        image = {"id": number(4), "file_name": "a.jpg", "width": number(9), "height": number(8)}
+        return {"images": [image], "annotations": [box], "categories": [{"id": number(7), "name": "b"}]}
+
+    truths = []
+    for quoted in (False, True):
+        path = tmp_path / f"{quoted}.json"
+        path.write_text(json.dumps(content(quoted)))
+        truths.append(read_truth(str(path)))
+    assert boxes_of(truths[0].columns) == boxes_of(truths[1].columns)
+    assert truths[0].images.sizes_hw.tolist() == truths[1].images.sizes_hw.tolist() == [[8, 9]]
+    assert truths[0].categories == truths[1].categories
