@@ -3,8 +3,7 @@
 Ids alone prove nothing: most folders are numbered from 0. Paths and sizes that both sides know must agree.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -13,10 +12,10 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.config.measuring import JoinKey
+from raydet.measuring.paths import behind_prefix, common_prefixes, differ, num_equal_parts, sampled
 from raydet.tables.columns import ROWS_AT_ONCE, Flags, Integers, image_ids_in, numbers_of, places_in, take_rows
 from raydet.tables.table import Table
 
-_SAMPLED = 32
 _MOST_NAMESAKES = 1000
 _SHOWN = 3
 
@@ -175,12 +174,12 @@ def _rows_by_path(truth: ImageList, found: ImageList) -> Integers:
     for side in (truth, found):
         if side.paths is None or not _has_path(side).any():
             raise UserError(f"--join path needs the paths of the images, and {side.uri} has none; leave out --join")
-    prefixes = _most_common(_namesakes(truth, found))
+    prefixes = common_prefixes(_namesakes(truth, found))
     if prefixes is None:
         return np.full(len(found.image_ids), -1)
     known: list[tuple[Integers, pa.LargeStringArray]] = []
     for side, prefix in zip((truth, found), prefixes, strict=True):
-        rest, begins = _without(side.paths, prefix)
+        rest, begins = behind_prefix(side.paths, prefix)
         rows = np.flatnonzero(begins)
         rest = take_rows(rest, rows)
         counts = pc.value_counts(rest)
@@ -202,13 +201,13 @@ def _namesakes(truth: ImageList, found: ImageList) -> Iterator[tuple[str, str]]:
 
     is_truth_few = len(truth.image_ids) < len(found.image_ids)
     few, many = (truth, found) if is_truth_few else (found, truth)
-    for row in _sampled(np.flatnonzero(_has_path(few))):
+    for row in sampled(np.flatnonzero(_has_path(few))):
         path = _path_at(few, row)
         name = path.rpartition("/")[2]
         alike = pc.or_(pc.equal(many.paths, name), pc.ends_with(many.paths, "/" + name))
         others = many.paths.filter(alike).slice(0, _MOST_NAMESAKES).to_pylist() if many.paths is not None else []
         if others:
-            other = max(others, key=lambda other: _num_equal_parts(path, other))
+            other = max(others, key=lambda other: num_equal_parts(path, other))
             yield (path, other) if is_truth_few else (other, path)
 
 
@@ -232,7 +231,7 @@ def _check_same(truth: ImageList, found: ImageList, in_truth: Integers, in_found
     if by == "id" and truth.paths is not None and found.paths is not None and len(in_found):
         has_path = _has_path(truth)[in_truth] & _has_path(found)[in_found]
         rows = zip((truth.paths, found.paths), (in_truth, in_found), strict=True)
-        bad_path[has_path] = _differ(*(take_rows(paths, own[has_path]) for paths, own in rows))
+        bad_path[has_path] = differ(*(take_rows(paths, own[has_path]) for paths, own in rows))
     bad = np.flatnonzero(bad_path | bad_size)
     if bad.size:
         shown = [_difference(truth, found, int(in_truth[row]), int(in_found[row])) for row in bad[:_SHOWN]]
@@ -253,7 +252,8 @@ def _check_same(truth: ImageList, found: ImageList, in_truth: Integers, in_found
             f"{found.uri} and {truth.uri} number their images independently, and no path shows that they are of the "
             "same ones; run predict on the images of this truth"
         )
-    if has_path.any() or not len(in_found) or (not is_foreign and None not in (truth.id_space, found.id_space)):
+    is_known = truth.id_space is not None and truth.id_space == found.id_space
+    if has_path.any() or is_known or not len(in_found):
         return None
     known = "; only the sizes could be checked" if has_size.any() else ", unchecked"
     return f"joined by image id{known}: {_without_paths(truth, found)} has no paths"
@@ -273,22 +273,6 @@ def _difference(truth: ImageList, found: ImageList, in_truth: int, in_found: int
     return f"image {truth.image_ids[in_truth]} is {texts[0]} in the truth, {texts[1]} in the detections"
 
 
-def _differ(truth_paths: pa.LargeStringArray, found_paths: pa.LargeStringArray) -> Flags:
-    """Paths that differ once the prefixes that most images suggest are taken off, bool [N]."""
-    import pyarrow.compute as pc
-
-    rows = _sampled(np.arange(len(truth_paths)))
-    prefixes = _most_common((truth_paths[row].as_py(), found_paths[row].as_py()) for row in rows)
-    (in_truth, begins), (in_found, begins_too) = (
-        _without(paths, prefix) for paths, prefix in zip((truth_paths, found_paths), prefixes or ("", ""), strict=True)
-    )
-    is_same: Flags = begins & begins_too & numbers_of(pc.equal(in_truth, in_found))
-    return ~is_same
-
-
-# Paths.
-
-
 def _has_path(side: ImageList) -> Flags:
     import pyarrow.compute as pc
 
@@ -300,42 +284,3 @@ def _has_path(side: ImageList) -> Flags:
 
 def _path_at(side: ImageList, row: int) -> str:
     return "" if side.paths is None else side.paths[row].as_py() or ""
-
-
-def _sampled(rows: Integers) -> list[int]:
-    """Some of the rows, at equal distances."""
-    places = np.unique(np.linspace(0, max(len(rows) - 1, 0), _SAMPLED).astype(np.int64))
-    sampled: list[int] = rows[places[: len(rows)]].tolist()
-    return sampled
-
-
-def _most_common(pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
-    """What most pairs of paths have before the part that is equal in both; None where no pair has the same file name.
-
-    If any pair of prefixes fits all images, each of these shows it.
-    """
-    counts: Counter[tuple[str, str]] = Counter()
-    for pair in pairs:
-        num_equal = _num_equal_parts(*pair)
-        if num_equal:
-            first, second = ("".join(f"{part}/" for part in path.split("/")[:-num_equal]) for path in pair)
-            counts[first, second] += 1
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _num_equal_parts(first: str, second: str) -> int:
-    """How many parts between slashes, counted from the end, are equal."""
-    count = 0
-    for one, other in zip(reversed(first.split("/")), reversed(second.split("/")), strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
-
-
-def _without(paths: pa.LargeStringArray, prefix: str) -> tuple[pa.LargeStringArray, Flags]:
-    """The paths behind a prefix, and which paths are known and begin with it, bool [N]."""
-    import pyarrow.compute as pc
-
-    begins = numbers_of(pc.starts_with(paths, prefix)) & (numbers_of(pc.binary_length(paths)) > 0)
-    return pc.utf8_slice_codeunits(paths, start=len(prefix)), begins
