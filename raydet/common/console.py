@@ -24,6 +24,11 @@ def write_out(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def shown(value: float | None, spec: str = ".3f") -> str:
+    """A number as a person sees it; "–" where it is undefined."""
+    return "–" if value is None else format(value, spec)
+
+
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lay out a table: the first column flush left, the others flush right."""
     first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -115,7 +120,7 @@ class Console:
             self.title("".join(f"{name:>10}" for name in header))
         cells = [f"{entry['epoch']}/{epochs}", f"{entry['loss']:.3f}"]
         cells += [f"{entry['losses'][name]:.3f}" for name in terms]
-        cells += ["–" if entry.get(name) is None else f"{entry[name]:.3f}" for name in _COCO_COLUMNS]
+        cells += [shown(entry.get(name)) for name in _COCO_COLUMNS]
         seconds = entry["start_s"] + entry["seconds"] + entry.get("validation_s", 0.0)
         cells += [f"{entry['learning_rate']:.1e}", f"{entry['images_per_s']:.1f}", f"{seconds:.1f}"]
         self.line("".join(f"{cell:>10}" for cell in cells))
@@ -128,7 +133,7 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
     remarks = []
     by_class = entry.get("AP_by_class") or {}
     if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
-        numbers = [f"{name} {'–' if value is None else format(value, '.3f')}" for name, value in by_class.items()]
+        numbers = [f"{name} {shown(value)}" for name, value in by_class.items()]
         remarks.append(f"AP by class: {', '.join(numbers)}")
     if entry["unreadable"]:
         remarks.append(f"{entry['unreadable']} training images could not be read; raydet skipped them")

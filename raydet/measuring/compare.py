@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.console import aligned
+from raydet.common.console import aligned, shown
 from raydet.config import CompareConfig, config_hash, identity
-from raydet.measuring.bootstrap import Interval, PairedDifferences, paired_differences
+from raydet.config.measuring import JoinKey
+from raydet.measuring.bootstrap import PairedDifferences, paired_differences
 from raydet.measuring.detections import read_detections
 from raydet.measuring.diagnosis.tables import Outcomes, best_threshold, outcomes_at, per_image
 from raydet.measuring.numbers.matches import Matches
 from raydet.measuring.numbers.matching import match, match_in_parts
+from raydet.measuring.numbers.values import MetricValue
 from raydet.measuring.truth import Truth, read_truth
 from raydet.tables import storage
 from raydet.tables.columns import Floats
@@ -58,6 +60,7 @@ class Comparison:
         thresholds: Score thresholds of the best F1 of each run.
         changed_images: Those that changed most, the most first.
         out: The folder with the tables `comparison` and `changed_images`; None where none was asked for.
+        notes: Lines about how the images were joined, where that is worth one.
     """
 
     names: tuple[str, str]
@@ -68,11 +71,13 @@ class Comparison:
     thresholds: tuple[float, float]
     changed_images: tuple[ChangedImage, ...]
     out: str | None
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The comparison as text: over all classes, by class, what is significant, and the images that changed."""
         first, second = self.names
         lines = [f"{self.num_images:,} images, {self.num_truth:,} boxes", f"first: {first}", f"second: {second}"]
+        lines += self.notes
         header = ("first", "second", "difference", f"{100 * self.numbers.difference.level:g} % interval", "")
         rows: list[tuple[str, ...]] = [("", *header)]
         for name in self.numbers.difference.overall:
@@ -86,7 +91,7 @@ class Comparison:
             at_scores = " and ".join(f"{threshold:.2f}" for threshold in self.thresholds)
             rows = [("image", "boxes", "first", "second", "difference")]
             for image in self.changed_images:
-                f1 = (_plain(image.first_f1), _plain(image.second_f1), _signed(image.difference))
+                f1 = (shown(image.first_f1), shown(image.second_f1), _signed(image.difference))
                 rows.append((str(image.image_id), str(image.num_truth), *f1))
             lines += ["", f"images with the largest change in F1, at score thresholds {at_scores}", *aligned(rows)]
         else:
@@ -95,7 +100,7 @@ class Comparison:
             lines += ["", f"comparison: {self.out}"]
         return lines
 
-    def of(self, name: str, class_index: int | None) -> tuple[Interval, Interval, Interval]:
+    def of(self, name: str, class_index: int | None) -> tuple[MetricValue, MetricValue, MetricValue]:
         """A metric of the first, of the second, and the difference; over all classes, or of one."""
         sides = (self.numbers.first, self.numbers.second, self.numbers.difference)
         first, second, difference = (
@@ -107,7 +112,7 @@ class Comparison:
         first, second, difference = self.of(name, class_index)
         bounds = "–" if difference.low is None else f"{_signed(difference.low)} … {_signed(difference.high)}"
         verdict = "significant" if difference.excludes_zero else ""
-        return _plain(first.value), _plain(second.value), _signed(difference.value), bounds, verdict
+        return shown(first.value), shown(second.value), _signed(difference.value), bounds, verdict
 
     def _verdict(self) -> list[str]:
         """Sentences that say which differences are more than chance."""
@@ -138,12 +143,8 @@ class Comparison:
         return lines
 
 
-def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}"
+    return shown(value, "+.3f")
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -174,7 +175,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 def _compare(config: CompareConfig) -> Comparison:
     truth = read_truth(config.truth)
-    first, second = (_match_run(truth, uri) for uri in (config.first, config.second))
+    first, second = (_match_run(truth, uri, config.join) for uri in (config.first, config.second))
     return Comparison(
         names=_names(config.first, config.second),
         categories=truth.categories,
@@ -184,6 +185,7 @@ def _compare(config: CompareConfig) -> Comparison:
         thresholds=(first.threshold, second.threshold),
         changed_images=_changed_images(first, second, config.num_images),
         out=config.out,
+        notes=tuple(dict.fromkeys(run.note for run in (first, second) if run.note is not None)),
     )
 
 
@@ -194,16 +196,17 @@ class _Run:
     matches: Matches
     outcomes: Outcomes
     threshold: float
+    note: str | None
 
 
-def _match_run(truth: Truth, uri: str) -> _Run:
-    scored, num_categories = read_detections(uri, truth), len(truth.categories)
+def _match_run(truth: Truth, uri: str, join: JoinKey) -> _Run:
+    scored, num_categories = read_detections(uri, truth, join=join), len(truth.categories)
     matches = match_in_parts(
         scored.truth_columns, scored.columns, lambda labelled, found, _: match(labelled, found, num_categories)
     )
     outcomes = outcomes_at(matches)
     best = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row))
-    return _Run(matches, outcomes, best.threshold)
+    return _Run(matches, outcomes, best.threshold, scored.note)
 
 
 def _names(first: str, second: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ per image, and the parts being processed.
 """
 
 import contextlib
+import hashlib
 import sys
 import time
 from collections import Counter
@@ -79,7 +80,14 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Prepara
         seconds = round(time.monotonic() - started, 3)
         # The first split last: its manifest marks all tables as complete.
         for split, uri in reversed(target.tables.items()):
-            write_manifest(uri, run.files[split], config_hash=plan.config_hash, prepare=counts, seconds=seconds)
+            write_manifest(
+                uri,
+                run.files[split],
+                config_hash=plan.config_hash,
+                id_space=run.id_space,
+                prepare=counts,
+                seconds=seconds,
+            )
     except BaseException:
         with contextlib.suppress(OSError, UserError):  # the next run cleans up what this one cannot
             target.clean()
@@ -119,6 +127,19 @@ class _PreparationRun:
         num_classes = len(source.categories)
         self._boxes_by_class = {split: np.zeros(num_classes, np.int64) for split in target.tables}
         self.files: dict[str, dict[str, int]] = {split: {} for split in target.tables}
+        self._id_digest = hashlib.sha256()
+
+    @property
+    def id_space(self) -> str:
+        """16 hex digits over which image of the source has which id; the same for all splits."""
+        return self._id_digest.hexdigest()[:16]
+
+    def _numbered(self, images: Iterable[SourceImage]) -> Iterator[SourceImage]:
+        """Passes on all images of the source, once."""
+        for image in images:
+            # Lengths keep apart what separators could not: a path may hold any character.
+            self._id_digest.update(f"{image.image_id} {len(image.path)} {image.path}".encode())
+            yield image
 
     def write(self) -> PrepareReport:
         """Write everything except the manifests of the images tables."""
@@ -135,7 +156,7 @@ class _PreparationRun:
             if self._plan.val_fraction is not None or self._plan.drop_duplicate_images:
                 self._write_surveyed()
             else:
-                written = list(self._write_table("", self._source.images, self._source.num_images))
+                written = list(self._write_table("", self._numbered(self._source.images), self._source.num_images))
                 image_ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in written)])
                 hashes = np.concatenate([np.zeros((0, 2), np.uint64), *(hashes for _, hashes in written)])
                 self._find_duplicates(image_ids, hashes)
@@ -152,7 +173,7 @@ class _PreparationRun:
 
     def _write_surveyed(self) -> None:
         plan, source = self._plan, self._source
-        images = _with_progress(source.images, source.num_images, "examining the images")
+        images = _with_progress(self._numbered(source.images), source.num_images, "looking at the images")
         found = survey(images, self._examine, self._execute, plan.num_threads)
         self._refuse_nothing(int(found.is_accepted.sum()), len(found.is_accepted), Counter(found.reasons.values()))
         accepted = np.flatnonzero(found.is_accepted)

@@ -210,7 +210,7 @@ def _run(
         finally:
             wall_s = time.perf_counter() - started
             report = _write_report(folder, config, stats, wall_s=wall_s, job=job, error=reason)
-    _finish(folder, config, work.plan)
+    _finish(folder, config, work.plan, images.id_space)
     drawn = _draw(config, model, images)
     return dataclasses.replace(_result(folder), report=(*report.lines(), *drawn))
 
@@ -416,7 +416,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _finish(folder: OutputFolder, config: PredictConfig, plan: ScoringPlan) -> None:
+def _finish(folder: OutputFolder, config: PredictConfig, plan: ScoringPlan, id_space: str | None) -> None:
     """Counts what was written against what was asked for and declares the table whole."""
     filesystem, path = storage.resolve(folder.uri)
     rows_by_file: dict[str, int] = {}
@@ -428,7 +428,7 @@ def _finish(folder: OutputFolder, config: PredictConfig, plan: ScoringPlan) -> N
             totals[key] += count
     num_rows = sum(rows_by_file.values())
     assert num_rows == plan.num_rows, f"{num_rows} rows were written for {plan.num_rows} images"
-    write_manifest(folder.uri, rows_by_file, config_hash=config_hash(config), **totals)
+    write_manifest(folder.uri, rows_by_file, config_hash=config_hash(config), id_space=id_space, **totals)
 
 
 def _result(folder: OutputFolder, *, already_done: bool = False) -> PredictResult:

@@ -100,7 +100,7 @@ def _numbers(result: CocoResult) -> dict[str, Any]:
         category.name: numbers.AP for category, numbers in zip(result.categories, result.per_class, strict=True)
     }
     return {
-        **{name: None if value == -1 else value for name, value in result.numbers().items()},
-        "AP_by_class": {name: None if value == -1 else value for name, value in by_class.items()},
+        **result.values,
+        "AP_by_class": by_class,
         "validation_unreadable": result.num_unreadable,
     }

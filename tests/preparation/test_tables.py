@@ -125,6 +125,12 @@ def test_the_split_follows_the_content_and_not_names_order_or_storage(data_set: 
         return {row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes() for row in rows}
 
     assert held_out("a") == held_out("b") == held_out("c") != held_out("d")
+    prepare(data_set, tmp_path / "whole")
+    spaces = [
+        open_table(str(tmp_path / name), "images").manifest["id_space"]
+        for name in ("whole", "a/train", "a/val", "c/val", "b/val")
+    ]
+    assert [space == spaces[0] for space in spaces] == [True, True, True, True, False]
 
 
 def test_a_class_too_rare_for_validation_is_named(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def metric_rows(run: str, ap: float) -> list[Row]:
     rows: list[Row] = [
         {**about, "metric": "AP", "value": ap, "low": ap - 0.02, "high": ap + 0.03},
         {**about, "metric": "AP50", "iou": 0.5, "value": 0.75},
-        {**about, "metric": "APs", "value": -1.0},
+        {**about, "metric": "APs", "value": None},
         {**about, "metric": "best_f1_threshold", "iou": 0.5, "value": 0.35},
         {**about, "metric": "AP", "slice": "camera=<rear>", "value": 0.222, "low": 0.2, "high": 0.25},
     ]
