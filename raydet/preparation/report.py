@@ -92,11 +92,9 @@ class PrepareReport:
     def _lines_of_unlabelled(self) -> list[str]:
         rejected, kept = self.reasons.get(UNLABELLED, 0), self.unlabelled_kept
         if rejected:
-            return [
-                f"  {rejected:,} have no label file and were rejected; --unlabelled keep keeps them without objects"
-            ]
+            return [f"  {rejected:,} without a label file were rejected; --unlabelled keep keeps them without objects"]
         if kept:
-            return [f"  {kept:,} have no label file and were kept without objects; --unlabelled reject rejects them"]
+            return [f"  {kept:,} without a label file were kept without objects; --unlabelled reject rejects them"]
         return []
 
     def _lines_of_classes(self) -> list[str]:
