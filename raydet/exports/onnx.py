@@ -83,7 +83,7 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
         categories = read_checkpoint(checkpoint).categories
         detector = build_detector(checkpoint, categories, image_size=image_size, seed=0)
         detector.model.eval()
-    data = to_onnx(detector, where=checkpoint, remedy="give image_size")
+    data = to_onnx(detector, where=checkpoint, remedy="give --image-size")
     difference = _difference(detector, data)
     if not difference <= MAX_DIFFERENCE:
         raise RunError(
