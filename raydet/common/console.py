@@ -1,6 +1,8 @@
-"""What a person sees: lines and tables on the screen, and how far the work is. Imports no Ray."""
+"""Lines, tables and progress on the terminal. Imports no Ray."""
 
 import contextlib
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,11 +12,20 @@ from raydet.common.redaction import without_secrets
 _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MOST_CLASSES_IN_A_LINE = 8
 _DATA_BOUND = 0.15
-"""Share of a step's time; with more of it spent waiting for images, more decoding would make the run faster."""
+"""Share of a step's time spent waiting for images above which faster decoding would speed up the run."""
+
+
+def write_out(text: str) -> None:
+    """Write a page of text to stdout; a reader such as `head` may close the pipe before the end."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The lines of a table with the first column flush left and the others flush right."""
+    """Lay out a table: the first column flush left, the others flush right."""
     first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -24,10 +35,10 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 class Console:
-    """Prints plain lines; on a terminal a status line below them says how far the work is."""
+    """Plain lines, and on a terminal a status line below them with the progress."""
 
     def __init__(self) -> None:
-        # Lazily: what only lays out lines has no need of it.
+        # Imported late: layout alone does not need it.
         from rich.console import Console as RichConsole
 
         self._rich = RichConsole(highlight=False, markup=False, soft_wrap=True)
@@ -35,16 +46,16 @@ class Console:
         self._header: list[str] = []
 
     def line(self, text: str = "") -> None:
-        """Prints one line, without passwords and keys."""
+        """Print one line, with passwords and keys masked."""
         self._rich.print(without_secrets(text))
 
     def title(self, text: str) -> None:
-        """Prints what comes next."""
+        """Print the title of the next step."""
         self._rich.print(text, style="bold" if self._is_terminal else None)
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Shows a status line for the time of a `with`; yields the function that changes it."""
+        """Show a status line during a `with` block; yields the function that changes it."""
         if not self._is_terminal:
             yield lambda _: None
             return
@@ -55,11 +66,11 @@ class Console:
     def following_training(
         self, read: Callable[[int], tuple[list[dict[str, Any]], dict[str, Any]]], *, epochs: int
     ) -> Iterator[None]:
-        """Prints a line for each epoch that `read` tells of, for the time of a `with`.
+        """Print a line for each epoch that `read` returns, during a `with` block.
 
         Args:
-            read: Given a number, returns the entries from that number on, and how far the work is.
-            epochs: Of the whole run.
+            read: Takes a number; returns the entries from that number on, and the progress.
+            epochs: Epochs of the whole run.
         """
         stop = threading.Event()
 
@@ -113,20 +124,20 @@ class Console:
 
 
 def _remarks(entry: dict[str, Any]) -> list[str]:
-    """What is worth a sentence about an epoch."""
+    """Remarks on an epoch: AP by class, unreadable images, a bottleneck."""
     remarks = []
     by_class = entry.get("AP_by_class") or {}
     if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
         numbers = [f"{name} {'–' if value is None else format(value, '.3f')}" for name, value in by_class.items()]
         remarks.append(f"AP by class: {', '.join(numbers)}")
     if entry["unreadable"]:
-        remarks.append(f"{entry['unreadable']} training images could not be read and were left out")
+        remarks.append(f"{entry['unreadable']} training images could not be read; raydet skipped them")
     times = entry["step_s"]
     share = times["data"] / max(sum(times.values()), 1e-9)
     if share > _DATA_BOUND:
         remarks.append(
-            f"data is the bottleneck: of {sum(times.values()):.2f} s a step the model waited {times['data']:.2f} s "
-            f"({share:.0%}) for images; give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), store "
-            "smaller images, or choose a lighter augmentation"
+            f"data is the bottleneck: in each step of {sum(times.values()):.2f} s the model waited "
+            f"{times['data']:.2f} s ({share:.0%}) for images; give decoding more CPUs "
+            "(lower --cpus-per-worker, or add CPU nodes), store smaller images, or choose a lighter augmentation"
         )
     return remarks

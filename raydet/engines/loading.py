@@ -8,7 +8,7 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
     """Makes the engine that a config asks for.
 
     Args:
-        config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last` and `pad_together` are read.
+        config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last` and `pad_batches` are read.
         device: cpu, cuda or cuda:N; openvino and onnx run on the CPU whatever it is.
         num_threads: To compute with on the CPU; torch's are set for the whole process.
 

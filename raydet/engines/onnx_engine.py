@@ -21,7 +21,7 @@ class OnnxEngine(DetectorEngine):
         """Loads and converts the checkpoint of a config.
 
         Args:
-            config: `checkpoint`, `precision` and `pad_together` are read.
+            config: `checkpoint`, `precision` and `pad_batches` are read.
             num_threads: To compute with.
 
         Raises:
@@ -30,9 +30,7 @@ class OnnxEngine(DetectorEngine):
         assert config.checkpoint is not None, "a detector comes from a checkpoint"
         detector = load_detector(config.checkpoint)
         check_engine(config, detector.family.model_type)
-        super().__init__(
-            detector, device=torch.device("cpu"), pad_together=config.pad_together, num_threads=num_threads
-        )
+        super().__init__(detector, device=torch.device("cpu"), pad_batches=config.pad_batches, num_threads=num_threads)
         graph = to_onnx(detector, where=config.checkpoint, remedy=TORCH_INSTEAD)
         self._session: Any = open_session(graph, num_threads=num_threads)
         self._names = input_names(detector)

@@ -27,7 +27,7 @@ class OpenVinoEngine(DetectorEngine):
         """Loads and converts the checkpoint of a config.
 
         Args:
-            config: `checkpoint`, `precision` and `pad_together` are read.
+            config: `checkpoint`, `precision` and `pad_batches` are read.
             num_threads: To compute with.
 
         Raises:
@@ -36,9 +36,7 @@ class OpenVinoEngine(DetectorEngine):
         assert config.checkpoint is not None, "a detector comes from a checkpoint"
         detector = load_detector(config.checkpoint)
         check_engine(config, detector.family.model_type)
-        super().__init__(
-            detector, device=torch.device("cpu"), pad_together=config.pad_together, num_threads=num_threads
-        )
+        super().__init__(detector, device=torch.device("cpu"), pad_batches=config.pad_batches, num_threads=num_threads)
         settings = {
             # By default it takes bf16 wherever the CPU has it.
             "INFERENCE_PRECISION_HINT": _PRECISIONS[config.precision],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydet.config import PredictConfig
 from raydet.engines.selection import check_classes, select
-from raydet.engines.tiling import View, crop, merge, views_of
+from raydet.engines.tiling import TileView, crop, merge, views_of
 from raydet.models.detector import Detections
 from raydet.models.geometry import Image, SizeHW
 
@@ -32,7 +32,7 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _TileBatch:
     """What the model sees at once: its jobs, and what the engine has made of their pixels."""
 
     jobs: list[_Job]
@@ -40,7 +40,7 @@ class _Batch:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedImages:
     """Pictures on their way through a `Scorer`; good for one `predict`.
 
     Attributes:
@@ -50,8 +50,8 @@ class Prepared:
     """
 
     sizes_hw: list[SizeHW]
-    views: list[list[View]]
-    batches: Iterator[_Batch]
+    views: list[list[TileView]]
+    batches: Iterator[_TileBatch]
 
 
 class Scorer:
@@ -72,7 +72,7 @@ class Scorer:
         self._batch_size = batch_size
         self._classes = check_classes(config.classes, engine.categories)
 
-    def prepare(self, images: Sequence[Image]) -> Prepared:
+    def prepare(self, images: Sequence[Image]) -> PreparedImages:
         """Plans the views of pictures and makes the first batches ready for the model.
 
         May run in another thread than `predict`. Without tiles that is usually all the CPU's work; of the many
@@ -85,26 +85,26 @@ class Scorer:
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         views = [
             views_of(
-                size_hw, tile=config.tile, overlap=config.overlap, whole_image=config.whole_image, flip=config.flip
+                size_hw, tile=config.tile, overlap=config.tile_overlap, whole_image=config.whole_image, flip=config.flip
             )
             for size_hw in sizes_hw
         ]
         jobs = [_Job(image, view) for image, planned in enumerate(views) for view in range(len(planned))]
-        if config.pad_together and len(jobs) > self._batch_size:
+        if config.pad_batches and len(jobs) > self._batch_size:
             # Views of like size share a batch, which keeps the padding small; where all have one size, nothing moves.
             jobs.sort(key=lambda job: self._engine.input_size_hw(views[job.image][job.view].size_hw))
         batches = self._prepare_batches(images, views, jobs)
-        return Prepared(sizes_hw, views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
+        return PreparedImages(sizes_hw, views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
 
     def _prepare_batches(
-        self, images: Sequence[Image], views: Sequence[Sequence[View]], jobs: Sequence[_Job]
-    ) -> Iterator[_Batch]:
+        self, images: Sequence[Image], views: Sequence[Sequence[TileView]], jobs: Sequence[_Job]
+    ) -> Iterator[_TileBatch]:
         for start in range(0, len(jobs), self._batch_size):
             part = list(jobs[start : start + self._batch_size])
             crops = [crop(images[job.image], views[job.image][job.view]) for job in part]
-            yield _Batch(part, self._engine.prepare(crops))
+            yield _TileBatch(part, self._engine.prepare(crops))
 
-    def predict(self, prepared: Prepared) -> list[Detections]:
+    def predict(self, prepared: PreparedImages) -> list[Detections]:
         """Runs the model on what `prepare` has made ready; a thread prepares the next batch meanwhile.
 
         Returns:
@@ -123,7 +123,7 @@ class Scorer:
             for views, of_view, size_hw in zip(prepared.views, found, prepared.sizes_hw, strict=True)
         ]
 
-    def _finish(self, views: Sequence[View], found: Sequence[Detections], size_hw: SizeHW) -> Detections:
+    def _finish(self, views: Sequence[TileView], found: Sequence[Detections], size_hw: SizeHW) -> Detections:
         """Merges what was found in the views of a picture and leaves out what was not asked for."""
         config = self._config
         if self._classes is not None:  # before the merge, which takes part of each view's boxes only

@@ -32,7 +32,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class View:
+class TileView:
     """A window of a picture, as the model is to see it.
 
     Attributes:
@@ -62,7 +62,7 @@ class View:
         return self.height, self.width
 
 
-def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: bool, flip: bool) -> list[View]:
+def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: bool, flip: bool) -> list[TileView]:
     """Plans how a picture is looked at.
 
     Tiles are spread evenly, the first at one border and the last at the other, as few as give the overlap asked for.
@@ -79,10 +79,10 @@ def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: 
         Views, tiles row by row; never none, and no two alike.
     """
     height, width = size_hw
-    views = [View(0, 0, width, height, is_whole=True)]
+    views = [TileView(0, 0, width, height, is_whole=True)]
     if tile is not None and max(size_hw) > tile:
         tiles = [
-            View(left, top, min(tile, width), min(tile, height))
+            TileView(left, top, min(tile, width), min(tile, height))
             for top in _starts(height, tile, overlap)
             for left in _starts(width, tile, overlap)
         ]
@@ -90,7 +90,7 @@ def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: 
     if not flip:
         return views
     return [
-        View(view.left, view.top, view.width, view.height, is_mirrored, view.is_whole)
+        TileView(view.left, view.top, view.width, view.height, is_mirrored, view.is_whole)
         for view in views
         for is_mirrored in (False, True)
     ]
@@ -105,7 +105,7 @@ def _starts(length: int, tile: int, overlap: float) -> list[int]:
     return [step * (length - tile) // num_steps for step in range(num_steps + 1)]
 
 
-def crop(image: Image, view: View) -> Image:
+def crop(image: Image, view: TileView) -> Image:
     """Cuts a view out of a picture.
 
     Args:
@@ -121,7 +121,7 @@ def crop(image: Image, view: View) -> Image:
 
 
 def merge(
-    views: Sequence[View],
+    views: Sequence[TileView],
     detections: Sequence[Detections],
     size_hw: SizeHW,
     *,
@@ -199,7 +199,7 @@ class _Found:
 
 
 def _gather(
-    views: Sequence[View], detections: Sequence[Detections], size_hw: SizeHW, *, is_fused: bool, iou: float
+    views: Sequence[TileView], detections: Sequence[Detections], size_hw: SizeHW, *, is_fused: bool, iou: float
 ) -> _Found:
     """Moves the boxes of all views to the picture."""
     number_of = {window: number for number, window in enumerate(dict.fromkeys(view.window_xyxy for view in views))}
@@ -225,7 +225,7 @@ def _gather(
     return gathered.take(np.argsort(-scores, kind="stable"))
 
 
-def _shared_by_tiles(views: Sequence[View]) -> float:
+def _shared_by_tiles(views: Sequence[TileView]) -> float:
     """The least that neighbouring tiles share, in pixels: what is no larger is whole in one of them."""
     tiles = [view for view in views if not view.is_whole]
     if not tiles:
@@ -258,7 +258,7 @@ def _take(found: Detections, kept: Integers) -> Detections:
     return Detections(found.boxes_xywh[kept], found.scores[kept], found.categories[kept])
 
 
-def _to_picture(boxes_xywh: Boxes, view: View) -> Boxes:
+def _to_picture(boxes_xywh: Boxes, view: TileView) -> Boxes:
     moved = boxes_xywh.copy()
     if view.is_mirrored:
         moved[:, 0] = view.width - boxes_xywh[:, 0] - boxes_xywh[:, 2]
@@ -266,7 +266,7 @@ def _to_picture(boxes_xywh: Boxes, view: View) -> Boxes:
     return moved
 
 
-def _is_cut(boxes_xywh: Boxes, view: View, size_hw: SizeHW) -> Flags:
+def _is_cut(boxes_xywh: Boxes, view: TileView, size_hw: SizeHW) -> Flags:
     """Which boxes, in pixels of the picture, reach an edge of their window that is not the picture's border."""
     window_xyxy = np.array(view.window_xyxy)
     gaps = (xywh_to_xyxy(boxes_xywh) - window_xyxy) * (1, 1, -1, -1)

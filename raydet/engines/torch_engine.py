@@ -21,7 +21,7 @@ class TorchEngine(DetectorEngine):
         """Loads the checkpoint of a config.
 
         Args:
-            config: `checkpoint`, `precision`, `compile`, `channels_last` and `pad_together` are read.
+            config: `checkpoint`, `precision`, `compile`, `channels_last` and `pad_batches` are read.
             device: cpu, cuda or cuda:N.
             num_threads: Of torch on the CPU, in the whole process.
 
@@ -33,7 +33,7 @@ class TorchEngine(DetectorEngine):
         if config.precision == "fp16" and where.type == "cpu":
             raise no_fp16_on_cpu("torch")
         detector = load_detector(config.checkpoint).to(where)
-        super().__init__(detector, device=where, pad_together=config.pad_together, num_threads=num_threads)
+        super().__init__(detector, device=where, pad_batches=config.pad_batches, num_threads=num_threads)
         model = detector.model.eval()
         self._dtype = _DTYPES[config.precision]
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format

@@ -17,13 +17,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, PreTrainedModel
 
+from raydet.augmentation.view import resized
 from raydet.common.boxes import clip_xywh, has_area
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
 from raydet.engines.engine import no_fp16_on_cpu
 from raydet.models.detector import Detections, quiet
 from raydet.models.families import resize_rule_of
-from raydet.models.geometry import Image, ResizeRule, SizeHW, resize
+from raydet.models.geometry import Image, ResizeRule, SizeHW
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
@@ -34,7 +35,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ZeroShotInputs:
     """Pictures ready for the model, in host memory.
 
     Attributes:
@@ -113,7 +114,7 @@ class ZeroShotEngine(ABC):
         return self.resize_rule.target_size_hw(size_hw)
 
     @abstractmethod
-    def prepare(self, images: Sequence[Image]) -> Prepared:
+    def prepare(self, images: Sequence[Image]) -> ZeroShotInputs:
         """Resizes, normalises and pads pictures as the model's processor does, on the CPU.
 
         Args:
@@ -137,14 +138,14 @@ class ZeroShotEngine(ABC):
 
     @abstractmethod
     def _answer(self, inputs: Mapping[str, Tensor]) -> Answer:
-        """Runs the model on a part of a `Prepared`, on the device and under autocast."""
+        """Runs the model on a part of a `ZeroShotInputs`, on the device and under autocast."""
 
     @abstractmethod
     def _box_extent_hw(self, size_hw: SizeHW) -> SizeHW:
         """What boxes are parts of, for a picture of this size: height and width in pixels."""
 
     @torch.inference_mode()
-    def predict(self, prepared: Prepared) -> list[Detections]:
+    def predict(self, prepared: ZeroShotInputs) -> list[Detections]:
         """Finds the labels in pictures.
 
         Args:
@@ -201,14 +202,14 @@ class OwlEngine(ZeroShotEngine):
     OWLv2 pads pictures to a square at the bottom and on the right, and its boxes are parts of that square.
     """
 
-    def prepare(self, images: Sequence[Image]) -> Prepared:
+    def prepare(self, images: Sequence[Image]) -> ZeroShotInputs:
         """Resizes, normalises and pads pictures as the model's processor does, on the CPU.
 
         Args:
             images: uint8 [H, W, 3], RGB, of any sizes.
         """
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
-        return Prepared(sizes_hw, [self._as_part(images, list(range(len(images))))])
+        return ZeroShotInputs(sizes_hw, [self._as_part(images, list(range(len(images))))])
 
     def _read_resize_rule(self) -> ResizeRule:
         size, side = self._processor.image_processor.size, self._model.config.vision_config.image_size
@@ -272,7 +273,7 @@ class GroundingDinoEngine(ZeroShotEngine):
     that part is small beside the backbone.
     """
 
-    def prepare(self, images: Sequence[Image]) -> Prepared:
+    def prepare(self, images: Sequence[Image]) -> ZeroShotInputs:
         """Resizes, normalises and pads pictures as the model's processor does, on the CPU.
 
         Those of one size are run together, so that no picture's result depends on the others.
@@ -282,15 +283,12 @@ class GroundingDinoEngine(ZeroShotEngine):
         """
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         # By the rule, since the processor fails on pictures so narrow that a side would round to zero.
-        resized = [
-            resize(image, self.resize_rule.target_size_hw(size_hw), self.resize_rule.resample)
-            for image, size_hw in zip(images, sizes_hw, strict=True)
-        ]
+        seen = [resized(image, self.resize_rule) for image in images]
         groups: dict[SizeHW | None, list[int]] = {}
-        for number, image in enumerate(resized):
+        for number, image in enumerate(seen):
             together = self.resize_rule.pad_to_hw is not None
             groups.setdefault(None if together else (image.shape[0], image.shape[1]), []).append(number)
-        return Prepared(sizes_hw, [self._as_part(resized, numbers, do_resize=False) for numbers in groups.values()])
+        return ZeroShotInputs(sizes_hw, [self._as_part(seen, numbers, do_resize=False) for numbers in groups.values()])
 
     def _read_labels(self, labels: Sequence[str]) -> None:
         text, spans = _joined(labels)

@@ -77,7 +77,7 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
     uri = storage.absolute_uri(config.data)
     table = open_table(uri, ("images", "detections"))
     if table.kind == "images" and score_threshold > 0:
-        raise UserError(f"{uri} is a table of images, which has no scores; leave out score_threshold")
+        raise UserError(f"{uri} is a table of images, which has no scores; leave out --score-threshold")
     ids, counts = np.unique([category.id for category in table.categories], return_counts=True)
     if (counts > 1).any():
         raise UserError(

@@ -55,8 +55,8 @@ class OnnxExportReport:
         )
         return [
             f"{self.path}: {self.num_bytes / 1e6:.1f} MB, ONNX opset {self.opset}, {self.num_classes} classes",
-            f"takes {', '.join(self.input_names)}: any number of images, {size}; gives {', '.join(OUTPUT_NAMES)}",
-            f"scores and boxes within {self.max_difference:.1e} of torch's",
+            f"inputs: {', '.join(self.input_names)} (any number of images, {size}); outputs: {', '.join(OUTPUT_NAMES)}",
+            f"largest difference from torch in scores and boxes: {self.max_difference:.1e}",
         ]
 
 
@@ -92,7 +92,7 @@ def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, fl
         categories = read_checkpoint(checkpoint).categories
         detector = build_detector(checkpoint, categories, image_size=image_size, seed=0)
         detector.model.eval()
-    data = to_onnx(detector, where=checkpoint, remedy="give image_size")
+    data = to_onnx(detector, where=checkpoint, remedy="give --image-size")
     difference = _difference(detector, data)
     if not difference <= MAX_DIFFERENCE:
         raise RunError(

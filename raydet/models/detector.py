@@ -143,12 +143,12 @@ class Detector:
             self._scale = (mean, std)
         return self._scale
 
-    def predict(self, batch: Batch, *, pad_together: bool = False) -> list[Detections]:
+    def predict(self, batch: Batch, *, pad_batches: bool = False) -> list[Detections]:
         """Finds objects, in evaluation mode and without labels.
 
         Args:
             batch: On any device.
-            pad_together: Of a family that pads to the largest, run all images of the batch at once, padded as they
+            pad_batches: Of a family that pads to the largest, run all images of the batch at once, padded as they
                 are. Scores then depend a little on the padding, by some 1e-3. Without it such images are run with
                 those of their own size only, and the answer for an image does not depend on the others in its batch.
 
@@ -160,15 +160,15 @@ class Detector:
         self.model.eval()
         try:
             results: dict[int, Detections] = {}
-            for numbers, part in self._parts_to_run(batch, pad_together):
+            for numbers, part in self._parts_to_run(batch, pad_batches):
                 results.update(zip(numbers, self._predict_together(part), strict=True))
             return [results[number] for number in range(len(batch))]
         finally:
             self.model.train(was_training)
 
-    def _parts_to_run(self, batch: Batch, pad_together: bool) -> list[tuple[list[int], Batch]]:
+    def _parts_to_run(self, batch: Batch, pad_batches: bool) -> list[tuple[list[int], Batch]]:
         """Parts of a batch that are run at once, with their places in it."""
-        if pad_together or not self.pads_to_largest:
+        if pad_batches or not self.pads_to_largest:
             return [(list(range(len(batch))), batch)]
         places: dict[tuple[int, int], list[int]] = {}
         for number, size_hw in enumerate(batch.sizes_hw):

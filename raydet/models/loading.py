@@ -202,7 +202,7 @@ def _freeze(model: nn.Module, part: Backbone, *, where: str) -> None:
     names = backbone_parameter_names(model)
     stem = {name for name in names if _STEM.search(name)}
     if part == "stem" and not stem:
-        raise UserError(f"freeze_backbone stem: cannot tell the stem of the backbone of {where}; use none or all")
+        raise UserError(f"--freeze-backbone stem: cannot tell the stem of the backbone of {where}; use none or all")
     frozen = {"none": set(), "stem": stem, "all": names}[part]
     norms = {
         f"{prefix}.{name}"
@@ -218,8 +218,8 @@ def _freeze(model: nn.Module, part: Backbone, *, where: str) -> None:
 def _checkpoint_gradients(model: PreTrainedModel, *, where: str) -> None:
     if not model.supports_gradient_checkpointing:
         raise UserError(
-            f"gradient_checkpointing: {where} is a {model.config.model_type} model, for which transformers has none; "
-            "use accumulate to save memory"
+            f"--gradient-checkpointing: {where} is a {model.config.model_type} model, for which transformers has none; "
+            "use --gradient-accumulation-steps to save memory"
         )
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
@@ -376,17 +376,17 @@ def _check_image_size(detector: Detector, name: str) -> None:
     if size_hw is None:
         raise UserError(
             f"the image processor of {name} lets every image keep its aspect, but the model needs sides that are a "
-            f"multiple of {multiple}; give image_size"
+            f"multiple of {multiple}; give --image-size"
         )
     height, width = size_hw
     if height % multiple or width % multiple:
-        raise UserError(f"image_size must be a multiple of {multiple} for {name}, got {height}")
+        raise UserError(f"--image-size must be a multiple of {multiple} for {name}, got {height}")
     strides = _strides(config)
     num_places = sum(int(height // stride) * int(width // stride) for stride in strides)
     if num_places < detector.num_queries:
         raise UserError(
-            f"image_size {height} is too small for {name}: it has {detector.num_queries} queries but only {num_places} "
-            f"places in the picture to start from; raise image_size"
+            f"--image-size {height} is too small for {name}: it has {detector.num_queries} queries but "
+            f"only {num_places} places in the picture to start from; raise --image-size"
         )
 
 

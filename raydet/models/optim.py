@@ -46,7 +46,7 @@ _BELOW_ONE = {"pct_start", "factor", "min_lr_rate", "min_lr_ratio", "warmup_lr_r
 _RATES = {"min_lr", "lr_end"}
 _NO_WARMUP = {
     "constant": "constant has no warm-up; take constant_with_warmup",
-    "one_cycle": "one_cycle has its own warm-up, set by schedule_options {pct_start: 0.3}; leave warmup_steps out",
+    "one_cycle": "one_cycle has its own warm-up, pct_start in --schedule-options; leave out --warmup-steps",
 }
 
 
@@ -60,27 +60,27 @@ def check_schedule(config: TrainConfig) -> None:
     unknown = sorted(set(options) - _OPTIONS[name])
     if unknown:
         known = ", ".join(sorted(_OPTIONS[name])) or "none at all"
-        raise UserError(f"schedule_options: {name} does not know {', '.join(unknown)}; it takes {known}")
+        raise UserError(f"--schedule-options: {name} does not know {', '.join(unknown)}; it takes {known}")
     if name == "warmup_stable_decay" and "num_decay_steps" not in options:
-        raise UserError("schedule_options: warmup_stable_decay needs num_decay_steps, such as {num_decay_steps: 500}")
+        raise UserError("--schedule-options: warmup_stable_decay needs num_decay_steps, such as {num_decay_steps: 500}")
     if set(options) >= _MIN_RATE:
-        raise UserError(f"schedule_options: {name} takes min_lr or min_lr_rate, not both")
+        raise UserError(f"--schedule-options: {name} takes min_lr or min_lr_rate, not both")
     for key, value in options.items():
         if key in _CHOICES:
             if value not in _CHOICES[key]:
-                raise UserError(f"schedule_options: {key} must be one of {', '.join(_CHOICES[key])}, got {value}")
+                raise UserError(f"--schedule-options: {key} must be one of {', '.join(_CHOICES[key])}, got {value}")
         elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UserError(f"schedule_options: {key} must be a number of at least 0, got {value}")
+            raise UserError(f"--schedule-options: {key} must be a number of at least 0, got {value}")
         elif key in _POSITIVE and value == 0:
-            raise UserError(f"schedule_options: {key} must be above 0, got 0")
+            raise UserError(f"--schedule-options: {key} must be above 0, got 0")
         elif key in _BELOW_ONE and value >= 1:
-            raise UserError(f"schedule_options: {key} must be below 1, got {value}")
+            raise UserError(f"--schedule-options: {key} must be below 1, got {value}")
         elif key in _RATES and value >= config.learning_rate:
             raise UserError(
-                f"schedule_options: {key} must be below learning_rate {config.learning_rate:g}, got {value:g}"
+                f"--schedule-options: {key} must be below --learning-rate {config.learning_rate:g}, got {value:g}"
             )
     if config.warmup_steps and name in _NO_WARMUP:
-        raise UserError(f"warmup_steps is {config.warmup_steps}, but {_NO_WARMUP[name]}")
+        raise UserError(f"--warmup-steps is {config.warmup_steps}, but {_NO_WARMUP[name]}")
 
 
 def parameter_groups(model: "nn.Module", config: TrainConfig, backbone_names: Iterable[str]) -> list[dict[str, object]]:
@@ -181,8 +181,8 @@ def _factors_of_transformers(
         num_known = config.warmup_steps + options["num_decay_steps"]
         if "num_stable_steps" not in options and num_known > num_steps:
             raise UserError(
-                f"schedule_options: warm-up and decay are {num_known} steps, the run has only {num_steps}; lower "
-                "num_decay_steps or warmup_steps"
+                f"--schedule-options: warm-up and decay are {num_known} steps, the run has only {num_steps}; lower "
+                "num_decay_steps or --warmup-steps"
             )
     # A stand-in, since a schedule sets the rates of its optimizer as soon as it is made.
     groups = [{"params": [torch.zeros(1)], "lr": group["lr"]} for group in optimizer.param_groups]

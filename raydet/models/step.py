@@ -140,7 +140,7 @@ def _blank(size_hw: tuple[int, int]) -> Example:
         image=np.zeros((*size_hw, 3), np.uint8),
         original_size_hw=size_hw,
         boxes=np.zeros((0, 4), np.float32),
-        labels=np.zeros(0, np.int64),
+        categories=np.zeros(0, np.int64),
     )
 
 

@@ -5,7 +5,6 @@ are the same, byte for byte, whether one thread wrote them or a cluster.
 """
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.errors import RunError
-from raydet.common.threads import in_order
+from raydet.common.errors import RunError, one_line
+from raydet.common.threads import available_cpus, in_order
 from raydet.preparation.examining import Examine, Rejected, Row
 from raydet.preparation.sources.source import Finding, SourceImage
 from raydet.preparation.splitting import Hashes, Integers
@@ -35,7 +34,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """Some images of a source.
 
     Attributes:
@@ -50,12 +49,12 @@ class Part:
 class Executor(Protocol):
     """Does the same work to all parts and yields the answers in the parts' order."""
 
-    def __call__(self, work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
+    def __call__(self, work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
         """Has few parts in hand at a time, whatever their number."""
 
 
 @dataclass
-class Written:
+class PartOutcome:
     """What came of a part.
 
     Attributes:
@@ -77,14 +76,14 @@ class Written:
     findings: list[Finding] = field(default_factory=list)
 
 
-def cut(images: Iterable[SourceImage], images_per_part: int) -> Iterator[Part]:
+def cut(images: Iterable[SourceImage], images_per_part: int) -> Iterator[SourcePart]:
     """Cuts images into parts, each to be gone through before the next is asked for."""
     iterator = iter(images)
     for index in itertools.count():
         first = list(itertools.islice(iterator, 1))
         if not first:
             return
-        yield Part(index, itertools.chain(first, itertools.islice(iterator, images_per_part - 1)))
+        yield SourcePart(index, itertools.chain(first, itertools.islice(iterator, images_per_part - 1)))
 
 
 def part_name(index: int) -> str:
@@ -92,22 +91,22 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 
 
-def examine_all(part: Part, examine: Examine, num_threads: int | None) -> Iterator[Row | Rejected]:
+def examine_all(part: SourcePart, examine: Examine, num_threads: int | None) -> Iterator[Row | Rejected]:
     """Examines the images of a part in threads, a few of them ahead of the reader.
 
     Raises:
         RunError: The storage fails.
     """
-    num_threads = num_threads or os.cpu_count() or 1
+    num_threads = num_threads or available_cpus()
     try:
         yield from in_order(examine, part.images, num_threads=num_threads, ahead=num_threads * _IMAGES_AHEAD_PER_THREAD)
     except OSError as error:
-        raise RunError(f"cannot read the images: {' '.join(str(error).split())}; run the same command again") from error
+        raise RunError(f"cannot read the images: {one_line(error)}; run the same command again") from error
 
 
 def write_part(
-    part: Part, *, table_uri: str, schema: pa.Schema, examine: Examine, num_classes: int, num_threads: int | None
-) -> Written:
+    part: SourcePart, *, table_uri: str, schema: pa.Schema, examine: Examine, num_classes: int, num_threads: int | None
+) -> PartOutcome:
     """Examines the images of a part and writes the rows of those that can be read; a second run writes the same."""
     counts: Counter[str] = Counter()
     rejected: list[Rejected] = []
@@ -139,7 +138,7 @@ def write_part(
                 pending, pending_bytes = [], 0
         if pending:
             file.write_rows(pending)
-    return Written(
+    return PartOutcome(
         num_rows=file.num_rows,
         counts=counts,
         boxes_by_class=np.bincount(np.asarray(categories, np.int64), minlength=num_classes),

@@ -27,9 +27,10 @@ from itertools import islice
 from typing import Any
 
 from raydet.common.redaction import refuse_password
-from raydet.common.threads import NUM_READ_THREADS
+from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
     PrepareCocoConfig,
+    PrepareConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
@@ -51,7 +52,7 @@ from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
 from raydet.preparation.target import Target
-from raydet.preparation.writing import Plan, write_tables
+from raydet.preparation.writing import PreparationPlan, write_tables
 from raydet.tables import storage
 from raydet.tables.output_folder import open_folder
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS
@@ -201,7 +202,7 @@ def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
     """
     sizes: dict[shapes.Split, int] = {"train": config.num_train, "val": config.num_val}
     images_per_part = max(1, FILE_BYTES // config.image_size**2)
-    plan = Plan(
+    plan = PreparationPlan(
         config_hash=config_hash(config),
         identity=_identity(config),
         images_per_part=images_per_part,
@@ -225,9 +226,7 @@ def _name_shapes(split: shapes.Split, num_images: int) -> Any:
     return (SourceImage(index, f"{split}/{index:06d}.jpg") for index in range(num_images))
 
 
-def _prepare(
-    config: PrepareImagesConfig | PrepareYoloConfig | PrepareHubConfig, open_source: Callable[[Any], _Opened]
-) -> PrepareReport:
+def _prepare(config: PrepareConfig, open_source: Callable[[Any], _Opened]) -> PrepareReport:
     """Writes the tables of a source into OUT, unless this configuration has written them before."""
     splits = SPLITS if config.val_fraction is not None else ()
     with open_folder(config.out, command=_COMMAND) as folder:
@@ -247,20 +246,15 @@ def _report_of(target: Target, config: Any) -> PrepareReport | None:
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
 
 
-def _write_files(
-    config: PrepareImagesConfig | PrepareYoloConfig | PrepareHubConfig,
-    target: Target,
-    source: Source,
-    reader: ImageReader,
-) -> PrepareReport:
+def _write_files(config: PrepareConfig, target: Target, source: Source, reader: ImageReader) -> PrepareReport:
     """Writes the tables of a source whose images are read one by one."""
     inline = config.image_storage == "inline"
     if not inline:
         refuse_password(getattr(reader, "uri", ""), what="the place of the images")
     use_ray = _use_ray(config.use_ray, source.num_images, isinstance(reader, ImageFolder))
     is_remote = not getattr(reader, "is_local", False)
-    num_threads = _THREADS_PER_TASK if use_ray else len(os.sched_getaffinity(0))
-    plan = Plan(
+    num_threads = _THREADS_PER_TASK if use_ray else available_cpus()
+    plan = PreparationPlan(
         config_hash=config_hash(config),
         identity=_identity(config),
         images_per_part=max(1, FILE_BYTES // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
@@ -288,7 +282,7 @@ def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
         return wanted
     if os.environ.get("RAY_ADDRESS") or _is_in_session():
         return is_folder and num_images >= _RAY_FROM_IMAGES
-    num_cpus = len(os.sched_getaffinity(0))
+    num_cpus = available_cpus()
     return is_folder and num_images >= _OWN_RAY_FROM_IMAGES and num_cpus >= _OWN_RAY_FROM_CPUS
 
 

@@ -82,7 +82,7 @@ class PrepareReport:
             lines.append(f"{self.boxes:,} boxes of {len(self.boxes_by_class)} classes{crowds}{empty}")
             lines += self._lines_of_classes()
         lines += self._lines_of_findings()
-        done = "already there, made by the same configuration: " if self.already_done else ""
+        done = "nothing to do, the table is complete: " if self.already_done else ""
         lines.append(f"{done}{', '.join(self.tables.values()) or self.out}")
         return lines
 
@@ -106,7 +106,7 @@ class PrepareReport:
             lines.append(f"    … and {len(ranked) - _MOST_CLASSES_SHOWN} further classes")
         if self.not_in_val:
             shown = ", ".join(self.not_in_val[:10]) + (" …" if len(self.not_in_val) > 10 else "")
-            lines.append(f"  not in val, since too few images have them: {shown}")
+            lines.append(f"  in too few images to be in val: {shown}")
         return lines
 
     def _lines_of_findings(self) -> list[str]:

@@ -58,7 +58,7 @@ def choose_validation(hashes: Hashes, labels: Labels, *, num_classes: int, val_f
     unique, unit_of_image = np.unique(hashes, axis=0, return_inverse=True)
     unit_of_image = unit_of_image.reshape(-1)
     if len(unique) < 2:
-        raise UserError(f"val_fraction needs images of two contents or more, there is {len(unique)}")
+        raise UserError(f"--val-fraction needs at least two different images, found {len(unique)}")
     pairs = np.unique(np.stack([unit_of_image[labels.units], labels.classes], axis=1).reshape(-1, 2), axis=0)
     order = np.argsort(_keys(unique, seed), kind="stable")
     rank = np.empty_like(order)

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from raydet.preparation.examining import HASH_BYTES, Examine, Rejected
-from raydet.preparation.parts import SURVEY_IMAGES, Executor, Part, as_hashes, cut, examine_all
+from raydet.preparation.parts import SURVEY_IMAGES, Executor, SourcePart, as_hashes, cut, examine_all
 from raydet.preparation.sources.source import SourceImage
 from raydet.preparation.splitting import Flags, Hashes, Integers, Labels, choose_validation
 
@@ -54,7 +54,7 @@ def survey(images: Iterable[SourceImage], examine: Examine, execute: Executor, n
     )
 
 
-def _survey_part(part: Part, examine: Examine, num_threads: int | None) -> Survey:
+def _survey_part(part: SourcePart, examine: Examine, num_threads: int | None) -> Survey:
     image_ids: list[int] = []
     hashes: list[bytes] = []
     reasons: dict[int, str] = {}

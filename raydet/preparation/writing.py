@@ -18,7 +18,7 @@ import numpy as np
 
 from raydet.common.errors import UserError
 from raydet.preparation.examining import Examine
-from raydet.preparation.parts import Answer, Executor, Part, Written, cut, part_name, write_part
+from raydet.preparation.parts import Answer, Executor, PartOutcome, SourcePart, cut, part_name, write_part
 from raydet.preparation.report import REPEATED_IMAGES_DROPPED, REPEATED_IMAGES_KEPT, PrepareReport, make_report
 from raydet.preparation.sources.source import Finding, Source, SourceImage
 from raydet.preparation.splitting import Flags, Hashes, Integers
@@ -35,7 +35,7 @@ _FINDINGS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PreparationPlan:
     """How a source becomes tables.
 
     Attributes:
@@ -61,7 +61,7 @@ class Plan:
     drop_duplicate_images: bool = False
 
 
-def write_tables(target: Target, source: Source, examine: Examine, plan: Plan) -> PrepareReport:
+def write_tables(target: Target, source: Source, examine: Examine, plan: PreparationPlan) -> PrepareReport:
     """Writes the tables of a target; when anything goes wrong, nothing of them is left.
 
     Raises:
@@ -72,7 +72,7 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Plan) -
     target.begin(plan.identity)
     try:
         with _executor(target, plan) as execute:
-            run = _Run(target, source, examine, plan, execute)
+            run = _PreparationRun(target, source, examine, plan, execute)
             report = run.write()
         counts = asdict(report)
         del counts["out"], counts["already_done"], counts["tables"]
@@ -88,7 +88,7 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Plan) -
 
 
 @contextlib.contextmanager
-def _executor(target: Target, plan: Plan) -> Iterator[Executor]:
+def _executor(target: Target, plan: PreparationPlan) -> Iterator[Executor]:
     if plan.use_ray:
         from raydet.preparation.on_ray import tasks
 
@@ -98,18 +98,20 @@ def _executor(target: Target, plan: Plan) -> Iterator[Executor]:
         yield _one_by_one
 
 
-def _one_by_one(work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
+def _one_by_one(work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
     return map(work, parts)
 
 
-class _Run:
+class _PreparationRun:
     """One run, from the survey to the report.
 
     Attributes:
         files: For each table, by the name of its split, the rows of its files.
     """
 
-    def __init__(self, target: Target, source: Source, examine: Examine, plan: Plan, execute: Executor) -> None:
+    def __init__(
+        self, target: Target, source: Source, examine: Examine, plan: PreparationPlan, execute: Executor
+    ) -> None:
         self._target, self._source, self._examine, self._plan, self._execute = target, source, examine, plan, execute
         self._counts: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
@@ -190,7 +192,7 @@ class _Run:
             self._take(split, part_name(index), written)
             yield written.image_ids, written.hashes
 
-    def _take(self, split: str, name: str, written: Written) -> None:
+    def _take(self, split: str, name: str, written: PartOutcome) -> None:
         if written.num_rows:
             self.files[split][name] = written.num_rows
         self._counts += written.counts

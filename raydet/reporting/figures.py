@@ -122,7 +122,7 @@ def read_history(train_run: str) -> list[dict[str, Any]]:
     """
     uri = storage.join(storage.absolute_uri(train_run), "log", "history.json")
     if not storage.exists(uri):
-        raise UserError(f"{train_run} has no log/history.json; train_run must be a folder that `raydet train` wrote")
+        raise UserError(f"{train_run} has no log/history.json; --train-run must be a folder that `raydet train` wrote")
     try:
         history = json.loads(storage.read_bytes(uri))
     except ValueError:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.tables import storage
 from raydet.tables.schema import SCHEMA_VERSION, Category, TableKind, categories_of, parse_metadata
 
@@ -124,7 +124,7 @@ def refusing_damage(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{uri} is damaged: {reason}; run the command that writes it again") from None
 
 
@@ -166,7 +166,7 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     except FileNotFoundError:
         raise UserError(f"{uri} lacks the file {files[0]} that its manifest names") from None
     except (pa.ArrowInvalid, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{uri} is damaged: {files[0]} is no whole Parquet file ({reason})") from None
     content = parse_metadata(schema, kind=kind, where=uri)
     return Table(uri, content["kind"], schema, categories_of(content), manifest, files)

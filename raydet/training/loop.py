@@ -23,9 +23,10 @@ from ray.data import ExecutionResources
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
+from raydet.augmentation.view import View
 from raydet.cluster import job_metrics
-from raydet.cluster.session import Resources, cpus_for_tasks
-from raydet.config import DEFAULT_MAX_PIXELS, TrainConfig
+from raydet.cluster.shares import Resources, cpus_for_tasks
+from raydet.config import TrainConfig
 from raydet.models.checkpoints import HISTORY_FILE
 from raydet.models.families import resize_rule_of, resized_processor
 from raydet.models.geometry import ResizeRule
@@ -36,9 +37,9 @@ from raydet.tables import storage
 from raydet.tables.table import Table
 from raydet.training.history import is_best_so_far, is_over, metric_value
 from raydet.training.meter import EpochMeter, merge_states, summary
-from raydet.training.ordering import RunPlan, scale_choice
+from raydet.training.ordering import RunPlan
 from raydet.training.state import Position, save_state
-from raydet.training.stream import Preparation, ReadyImage, micro_batches, run_stream
+from raydet.training.stream import ReadyImage, micro_batches, run_stream
 from raydet.training.tracking.trackers import RunTracker, scalars_of
 from raydet.training.validation import validate
 from raydet.training.worker import Stream, Worker, averaged, capture, examples_of, next_images, start_worker, wrap
@@ -52,14 +53,15 @@ _STEPS_BETWEEN_LOOKS = 20
 def run_worker(job: dict[str, Any]) -> None:
     """The training loop, on every worker."""
     config, tables = TrainConfig(**job["config"]), job["tables"]
-    plan = _plan(config, tables)
+    plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)
     worker = start_worker(config, tables["train"].categories, plan, job["board"])
     if worker.position == Position(0, 0) and worker.detector.reinitialised:
         worker.say(f"these weights start anew: {', '.join(worker.detector.reinitialised)}")
     if worker.rank == 0:
         start_step = worker.position.epoch * plan.steps_per_epoch + worker.position.step
         worker.tracker = RunTracker(config.out, config.trackers, job["config"], start_step=start_step, warn=worker.say)
-    run = _Run(worker, plan, _step_rules(worker), tables["train"], tables["validate"])
+    view = View.of_training(config, worker.detector.resize_rule, _step_rules(worker))
+    run = _Run(worker, plan, view, tables["train"], tables["validate"])
     if not run.is_over():
         stream = micro_batches(_open_stream(run, job["resources"]))
         while not run.is_over():
@@ -70,21 +72,6 @@ def run_worker(job: dict[str, Any]) -> None:
         _write_history(worker)  # a kill may have come after the last state and before the history was written
     if worker.tracker is not None:
         worker.tracker.close()
-
-
-def _plan(config: TrainConfig, tables: dict[str, Table]) -> RunPlan:
-    return RunPlan(
-        train_groups=tuple((group.num_rows, group.num_bytes) for group in tables["train"].row_groups()),
-        num_val=tables["validate"].num_rows,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        epochs=config.epochs,
-        seed=config.seed,
-        window_bytes=config.shuffle_window_mb * 2**20,
-        validate_every=config.validate_every,
-        validate_fraction=config.validate_fraction,
-        validate_batch_size=config.validate_batch_size or config.batch_size,
-    )
 
 
 def _step_rules(worker: Worker) -> tuple[ResizeRule, ...]:
@@ -98,21 +85,14 @@ def _step_rules(worker: Worker) -> tuple[ResizeRule, ...]:
 
 def _open_stream(run: "_Run", resources: Resources) -> Any:
     """Rank 0 starts the stream from where the run stands; every rank gets its part of it."""
-    worker, config = run.worker, run.worker.config
+    worker = run.worker
     reference = None
     if worker.rank == 0:
         iterators = run_stream(
             run.plan,
             train=run.train_table,
             val=run.val_table,
-            preparation=Preparation(
-                augmentation=config.augmentation,
-                plain_from_epoch=config.epochs - config.close_mosaic,
-                resize_rule=worker.detector.resize_rule,
-                resize_rules=run.rules,
-                max_pixels=DEFAULT_MAX_PIXELS,
-                seed=config.seed,
-            ),
+            view=run.view,
             world_size=worker.world_size,
             start_epoch=worker.position.epoch,
             start_step=worker.position.step,
@@ -129,10 +109,8 @@ def _open_stream(run: "_Run", resources: Resources) -> Any:
 class _Run:
     """The epochs of a run, on one worker."""
 
-    def __init__(
-        self, worker: Worker, plan: RunPlan, rules: tuple[ResizeRule, ...], train_table: Table, val_table: Table
-    ) -> None:
-        self.worker, self.plan, self.rules = worker, plan, rules
+    def __init__(self, worker: Worker, plan: RunPlan, view: View, train_table: Table, val_table: Table) -> None:
+        self.worker, self.plan, self.view = worker, plan, view
         self.train_table, self.val_table = train_table, val_table
         self._is_first_step = True
         self._look: ray.ObjectRef[bool] | None = None
@@ -161,7 +139,7 @@ class _Run:
         for step in range(worker.position.step, plan.steps_per_epoch):
             is_to_stop = self._take_step(stream, epoch, step)
             worker.position = Position(epoch, step + 1)
-            every = worker.config.checkpoint_every_steps
+            every = worker.config.save_every_steps
             if is_to_stop or (every and (step + 1) % every == 0 and step + 1 < plan.steps_per_epoch):
                 self._save_state()
             if is_to_stop:
@@ -173,7 +151,10 @@ class _Run:
         """One optimizer step; returns whether the run is to stop after it."""
         worker, config, meter = self.worker, self.worker.config, self.worker.meter
         asked = time.perf_counter()
-        parts = [next_images(stream, "train", epoch, step, part, worker.rank) for part in range(config.accumulate)]
+        parts = [
+            next_images(stream, "train", epoch, step, part, worker.rank)
+            for part in range(config.gradient_accumulation_steps)
+        ]
         started = time.perf_counter()
         if self._is_first_step:
             meter.start_s += started - asked
@@ -214,9 +195,7 @@ class _Run:
 
     def _gradients(self, parts: list[list[ReadyImage]], epoch: int, step: int) -> StepResult:
         worker = self.worker
-        rule = None
-        if self.rules and epoch < worker.config.epochs - worker.config.close_mosaic:
-            rule = self.rules[scale_choice(worker.config.seed, epoch, step, len(self.rules))]
+        rule = self.view.step_resize_rule(epoch, step)
         examples = [examples_of(part) for part in parts]
         try:
             return compute_gradients(worker.detector, worker.module, examples, worker.setting, rule=rule)
@@ -232,9 +211,10 @@ class _Run:
             largest = max((example.image.shape[:2] for part in examples for example in part), default=(0, 0))
             worker.fail(
                 f"out of memory in step {step + 1} of epoch {epoch + 1}: a worker had {max(map(len, examples))} images "
-                f"at once of up to {largest[0]} × {largest[1]} pixels (batch_size {worker.config.batch_size} over "
-                f"{worker.world_size} workers, accumulate {worker.config.accumulate}); raise accumulate, switch on "
-                "gradient_checkpointing, or lower image_size or batch_size",
+                f"at once of up to {largest[0]} × {largest[1]} pixels (--batch-size {worker.config.batch_size} over "
+                f"{worker.world_size} workers, --gradient-accumulation-steps "
+                f"{worker.config.gradient_accumulation_steps}); raise --gradient-accumulation-steps, switch on "
+                "--gradient-checkpointing, or lower --image-size or --batch-size",
                 error,
             )
 
@@ -331,7 +311,7 @@ class _Run:
         """Writes a state to go on from; all ranks take part."""
         state = capture(self.worker)
         if state is not None:
-            self._writing(lambda: save_state(self.worker.config.out, state, keep=self.worker.config.keep))
+            self._writing(lambda: save_state(self.worker.config.out, state, keep=self.worker.config.keep_states))
             self._writing(lambda: _write_history(self.worker))
 
     def _writing(self, write: Any) -> None:
@@ -352,8 +332,8 @@ class _Run:
 def _not_a_number(epoch: int, step: int, terms: list[str], image_ids: list[int]) -> str:
     return (
         f"the loss is not a number in step {step + 1} of epoch {epoch + 1}: {', '.join(terms)}, with the images "
-        f"{', '.join(map(str, image_ids))}; look at these, lower learning_rate or max_grad_norm, or use precision fp32 "
-        "or bf16"
+        f"{', '.join(map(str, image_ids))}; look at these, lower --learning-rate or --max-grad-norm, or use "
+        "--precision fp32 or bf16"
     )
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import ray
 
-from raydet.cluster import session
-from raydet.cluster.job_record import write_job_record
+from raydet.cluster import session, shares
+from raydet.cluster.board import open_board
+from raydet.cluster.caller import LOG_FILE
+from raydet.cluster.job_record import JobRecord
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
 from raydet.common.errors import RunError, RunStopped, UserError
@@ -65,10 +67,10 @@ class TrainResult:
         return dict(entry)
 
     def lines(self) -> list[str]:
-        """What came of the run, for the terminal."""
+        """A summary of the run, for the terminal."""
         best = self.best
         numbers = ", ".join(f"{name} {best[name]:.3f}" for name in ("AP", "AP50", "AP75") if best.get(name) is not None)
-        first = ["nothing to do: this run is finished; more epochs would go on with it"] if self.already_done else []
+        first = ["nothing to do: this run is finished; raise --epochs to continue it"] if self.already_done else []
         return [
             *first,
             f"best: {numbers}, in epoch {best['epoch']} of {len(self.history)}",
@@ -127,7 +129,7 @@ def _train_into(
         _check_model(config)
 
     with session.session(storage.join(out, "log")):
-        resources = session.share_out(
+        resources = shares.share_out(
             min_workers=config.min_workers,
             max_workers=config.max_workers,
             use_gpu=config.use_gpu,
@@ -136,15 +138,15 @@ def _train_into(
         _check_nodes(config)
         folder.begin(identity(config), folders=_FOLDERS)
         folder.write_bytes(to_yaml(config).encode(), "config.yaml")
-        write_job_record(storage.join(out, "log"))
+        JobRecord.of_this_job().write(storage.join(out, "log"))
         console.line(
-            f"{resources.describe(config.min_workers, config.max_workers)}; Ray's log: "
-            f"{storage.join(out, 'log', session.LOG_FILE)}"
+            f"{resources.describe(config.min_workers, config.max_workers)}. Ray log: "
+            f"{storage.join(out, 'log', LOG_FILE)}"
         )
         if resources.remark:
             console.line(resources.remark)
         free_workers(out)
-        board = session.open_board()
+        board = open_board()
         with (
             _stopping_on_sigterm(board) as asked_to_stop,
             console.following_training(_reader(board, on_epoch), epochs=config.epochs),
@@ -162,25 +164,33 @@ def _train_into(
             raise RunError(failure)
     finished = _read_history(out)
     if asked_to_stop.is_set() and not _is_finished(config, finished):
-        raise RunStopped(f"stopped as asked, after {len(finished)} whole epochs; the same command goes on from there")
+        raise RunStopped(f"run stopped after {len(finished)} epochs; run the same command again to resume")
     return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model)
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[str, Table]:
     """Finds the mistakes in a new run that can be found before any worker starts; its folder is not looked at.
+
+    Args:
+        config: What to train.
+        tables: Its tables, where an earlier call has opened them.
+
+    Returns:
+        The tables of training and validation.
 
     Raises:
         UserError: Tables, model, schedule, augmentation or trackers are not what they should be.
     """
-    _check_tables(config)
+    tables = _check_tables(config, tables)
     _check_recipe(config)
     _check_model(config)
+    return tables
 
 
 def free_workers(out: str) -> None:
     """Gives back to the cluster what the workers of a run hold whose own process has ended, however that came about."""
     note_uri = storage.join(out, *_GROUP_FILE)
-    session.free_noted_group(note_uri)
+    shares.free_noted_group(note_uri)
     storage.delete_file(note_uri)
 
 
@@ -222,9 +232,7 @@ def _fit(trainer: Any, board: Any) -> None:
         if ray.get(board.failure.remote()):
             return
         reason = str(error).strip().splitlines()[-1]
-        raise RunError(
-            f"the workers have died too often: {reason}; what was saved is whole, the same command goes on from there"
-        ) from error
+        raise RunError(f"the workers have died too often: {reason}; run the same command again to resume") from error
 
 
 @contextlib.contextmanager
@@ -255,7 +263,7 @@ def _stopping_on_sigterm(board: Any) -> Iterator[threading.Event]:
             asked.clear()
 
 
-def _trainer(config: TrainConfig, tables: dict[str, Table], resources: session.Resources, board: Any) -> Any:
+def _trainer(config: TrainConfig, tables: dict[str, Table], resources: shares.Resources, board: Any) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -299,7 +307,7 @@ def _run_worker(job: dict[str, Any]) -> None:
     from raydet.training.loop import run_worker
 
     if ray.train.get_context().get_world_rank() == 0:
-        session.note_own_group(storage.join(job["config"]["out"], *_GROUP_FILE))
+        shares.note_own_group(storage.join(job["config"]["out"], *_GROUP_FILE))
     try:
         run_worker(job)
     except UserError as error:
@@ -314,8 +322,12 @@ def _run_worker(job: dict[str, Any]) -> None:
         raise
 
 
-def _check_tables(config: TrainConfig) -> dict[str, Table]:
-    tables = {"train": open_table(config.train_data, "images"), "validate": open_table(config.val_data, "images")}
+def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -> dict[str, Table]:
+    uris = {"train": config.train_data, "validate": config.val_data}
+    tables = {
+        name: opened[name] if opened and opened[name].uri == storage.absolute_uri(uri) else open_table(uri, "images")
+        for name, uri in uris.items()
+    }
     for option, table in zip(("train-data", "val-data"), tables.values(), strict=True):
         if table.num_rows == 0:
             raise UserError(f"--{option} {table.uri} has no image")
@@ -330,7 +342,7 @@ def _check_tables(config: TrainConfig) -> dict[str, Table]:
     metric = config.metric_for_best_model
     if metric.startswith("AP:") and metric.removeprefix("AP:") not in names["train"]:
         raise UserError(
-            f"metric_for_best_model {metric}: there is no such class; there are {', '.join(names['train'])}"
+            f"--metric-for-best-model {metric}: there is no such class; there are {', '.join(names['train'])}"
         )
     return tables
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.errors import RunError
+from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
 from raydet.models.collate import Example
 from raydet.models.loading import (
@@ -117,7 +117,7 @@ def start_worker(config: TrainConfig, categories: tuple[Category, ...], plan: Ru
     log_from_here(storage.join(config.out, "log"), rank=context.get_world_rank())
     device = get_device()
     world_size = context.get_world_size()
-    torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // context.get_local_world_size()))
     unfreezes = config.unfreeze_epoch is not None
     detector = build_detector(
         config.model,
@@ -195,7 +195,7 @@ def next_images(stream: Stream, kind: Kind, epoch: int, step: int, part: int, ra
 def examples_of(images: list[ReadyImage]) -> list[Example]:
     """Those that can be read, for the model."""
     return [
-        Example(image.image_id, image.image, image.original_size_hw, image.boxes_cxcywh, image.labels)
+        Example(image.image_id, image.image, image.original_size_hw, image.boxes_cxcywh, image.categories)
         for image in images
         if image.image is not None
     ]

@@ -114,9 +114,9 @@ def test_sizes_that_vary(name: str, engine: Any, tmp_path: Path) -> None:
     folder, images = tiny(name, tmp_path, pads_to_largest=True), pictures(SIZES_HW)
     detector = load_detector(str(folder))
     alone = detector.predict(batch_of(detector, images))
-    assert_same(found_by(folder, images, engine=engine, pad_together=False), alone)
-    together = found_by(folder, images, engine=engine, pad_together=True)
-    assert_same(together, found_by(folder, images, engine="torch", pad_together=True))
+    assert_same(found_by(folder, images, engine=engine, pad_batches=False), alone)
+    together = found_by(folder, images, engine=engine, pad_batches=True)
+    assert_same(together, found_by(folder, images, engine="torch", pad_batches=True))
     # However the images are batched.
     one_by_one = [found_by_one for image in images[:2] for found_by_one in found_by(folder, [image], engine="torch")]
     assert_same(together[:2], one_by_one)
@@ -158,7 +158,7 @@ def test_detector_runs_a_padded_batch_at_once_when_asked_to(tmp_path: Path) -> N
     detector.model.register_forward_pre_hook(
         lambda _, __, inputs: shapes.append(tuple(inputs["pixel_values"].shape)), with_kwargs=True
     )
-    together = detector.predict(batch, pad_together=True)
+    together = detector.predict(batch, pad_batches=True)
     assert shapes == [(5, 3, *batch.pixels.shape[-2:])]
     alone = detector.predict(batch)
     assert len(shapes) == 1 + len(set(batch.sizes_hw))

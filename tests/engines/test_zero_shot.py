@@ -136,7 +136,7 @@ def test_phrases_become_their_labels(model_type: str, folders: dict[str, str]) -
 
 @pytest.mark.parametrize("model_type", TINY_ZERO_SHOT)
 def test_a_picture_does_not_depend_on_its_neighbours(model_type: str, folders: dict[str, str]) -> None:
-    engine = load(folders[model_type], pad_together=False)
+    engine = load(folders[model_type], pad_batches=False)
     images = pictures([*SIZES_HW, SIZES_HW[0]])
     together = engine.predict(engine.prepare(images))
     for image, detections in zip(images, together, strict=True):
@@ -145,7 +145,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(model_type: str, folders: d
 
 @pytest.mark.parametrize("model_type", TINY_ZERO_SHOT)
 def test_sees_pictures_at_the_size_that_it_says(model_type: str, folders: dict[str, str]) -> None:
-    engine = load(folders[model_type], pad_together=False)
+    engine = load(folders[model_type], pad_batches=False)
     for image in pictures(SIZES_HW):
         ((_, inputs),) = engine.prepare([image]).parts
         height, width = engine.input_size_hw(image.shape[:2])

@@ -119,7 +119,7 @@ def test_a_run_against_itself_differs_nowhere(runs: dict[str, Any]) -> None:
     assert found.changed_images == ()
     text = "\n".join(found.lines())
     assert "AP: no significant difference; the interval includes 0" in text
-    assert "no image has another F1" in text
+    assert "F1 of every image is unchanged" in text
     assert "+0.000 … +0.000" in text
 
 
@@ -180,7 +180,7 @@ def test_out_that_holds_something_else_is_refused(runs: dict[str, Any], tmp_path
     config = CompareConfig(**runs, bootstrap=5, out=str(out))
     compare(config)
     compare(config)  # the very same may be written again
-    with pytest.raises(UserError, match=r"already holds another run \(bootstrap: 5 → 6\)"):
+    with pytest.raises(UserError, match=r"already holds another run \(--bootstrap: 5 → 6\)"):
         compare(CompareConfig(**runs, bootstrap=6, out=str(out)))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):

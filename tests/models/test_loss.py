@@ -99,7 +99,7 @@ def examples(counts: Sequence[int], seed: int = 0) -> list[Example]:
             image=generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8),
             original_size_hw=(SIDE, SIDE),
             boxes=generator.uniform(0.15, 0.5, (count, 4)).astype(np.float32),
-            labels=generator.integers(0, len(CATEGORIES), count),
+            categories=generator.integers(0, len(CATEGORIES), count),
         )
         for number, count in enumerate(counts)
     ]
@@ -329,7 +329,7 @@ def test_padded_families_learn_boxes_of_the_image() -> None:
     """The same target boxes reach the criterion whether or not the image is padded."""
     detector = build("detr_tiny")
     item = examples((2,))[0]
-    narrow = Example(0, item.image[:, :48], item.original_size_hw, item.boxes, item.labels)
+    narrow = Example(0, item.image[:, :48], item.original_size_hw, item.boxes, item.categories)
     batch = collate([narrow], pad_to_hw=detector.resize_rule.pad_to_hw)
     assert batch.pixels.shape[-2:] == (SIDE, SIDE)
     np.testing.assert_array_equal(batch.labels[0]["boxes"].numpy(), item.boxes)

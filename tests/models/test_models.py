@@ -89,7 +89,7 @@ def as_batch(detector: Detector, pictures: Sequence[Image.Image]) -> Batch:
             image=resize(np.asarray(picture), rule.target_size_hw((picture.height, picture.width)), rule.resample),
             original_size_hw=(picture.height, picture.width),
             boxes=np.array([[0.5, 0.5, 0.4, 0.3]], np.float32),
-            labels=np.array([number % 3]),
+            categories=np.array([number % 3]),
         )
         for number, picture in enumerate(pictures)
     ]
@@ -499,20 +499,23 @@ class TestMistakes:
         assert load_detector(str(tmp_path)).resize_rule.size_hw == (640, 640)
 
     def test_unfit_image_size(self) -> None:
-        self.fails("rt_detr_v2_tiny", "image_size must be a multiple of 32 for rt_detr_v2_tiny, got 100", 100)
-        self.fails("rt_detr_v2_small", "image_size 64 is too small", 64)
+        self.fails("rt_detr_v2_tiny", "--image-size must be a multiple of 32 for rt_detr_v2_tiny, got 100", 100)
+        self.fails("rt_detr_v2_small", "--image-size 64 is too small", 64)
         build_detector("detr_tiny", CATEGORIES, image_size=100, seed=0)
 
     def test_gradient_checkpointing_that_transformers_lacks(self) -> None:
-        with pytest.raises(UserError, match=r"gradient_checkpointing: rt_detr_tiny is a rt_detr model, .* accumulate"):
+        with pytest.raises(
+            UserError,
+            match=r"--gradient-checkpointing: rt_detr_tiny is a rt_detr model, .* --gradient-accumulation-steps",
+        ):
             build_detector("rt_detr_tiny", CATEGORIES, image_size=96, seed=0, gradient_checkpointing=True)
 
     def test_sizes_that_windows_do_not_fit_into(self, tmp_path: Path) -> None:
-        self.fails("lw_detr_tiny", "image_size must be a multiple of 32 for lw_detr_tiny, got 80", 80)
-        self.fails("rf_detr_tiny", "image_size 64 is too small .* 20 queries but only 16 places", 64)
+        self.fails("lw_detr_tiny", "--image-size must be a multiple of 32 for lw_detr_tiny, got 80", 80)
+        self.fails("rf_detr_tiny", "--image-size 64 is too small .* 20 queries but only 16 places", 64)
         build("lw_detr_tiny").save(str(tmp_path))
         (tmp_path / "preprocessor_config.json").unlink()
-        self.fails(str(tmp_path), "lets every image keep its aspect, .* multiple of 32; give image_size", None)
+        self.fails(str(tmp_path), "lets every image keep its aspect, .* multiple of 32; give --image-size", None)
         build_detector(str(tmp_path), CATEGORIES, image_size=128, seed=0)
 
     def test_no_categories(self) -> None:

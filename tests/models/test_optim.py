@@ -216,7 +216,7 @@ def test_schedule_epochs_lay_out_the_schedule() -> None:
         ({"schedule": "one_cycle", "schedule_options": {"div_factor": 0}}, "div_factor must be above 0"),
         ({"schedule": "one_cycle", "schedule_options": {"anneal_strategy": "x"}}, "must be one of cos, linear, got x"),
         ({"schedule": "cosine", "schedule_options": {"num_cycles": "3"}}, "num_cycles must be a number"),
-        ({"schedule": "polynomial", "schedule_options": {"lr_end": 1.0}}, "lr_end must be below learning_rate 0.001"),
+        ({"schedule": "polynomial", "schedule_options": {"lr_end": 1.0}}, "lr_end must be below --learning-rate 0.001"),
         (
             {"schedule": "cosine_with_min_lr", "schedule_options": {"min_lr": 1e-5, "min_lr_rate": 0.1}},
             "min_lr or min_lr_rate, not both",

@@ -218,7 +218,7 @@ def test_tables_of_others_below_out_are_never_touched(data_set: Path, tmp_path: 
     with pytest.raises(UserError, match=r"files that raydet did not write, such as val/"):
         prepare(data_set, out, val_fraction=0.25)
     prepare(data_set, tmp_path / "whole")
-    with pytest.raises(UserError, match=r"whole already holds another run \(val_fraction: None → 0.25\)"):
+    with pytest.raises(UserError, match=r"whole already holds another run \(--val-fraction: None → 0.25\)"):
         prepare(data_set, tmp_path / "whole", val_fraction=0.25)
     # The record of a killed run without a split says nothing about the folders below.
     shutil.copy(tmp_path / "whole" / RUN_FILE, out)
@@ -232,11 +232,11 @@ def test_a_split_needs_two_images(tmp_path: Path) -> None:
     save_image(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.png").write_bytes((tmp_path / "in" / "a.png").read_bytes())
     config = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), val_fraction=0.5)
-    with pytest.raises(UserError, match="val_fraction needs images of two contents or more, there is 1"):
+    with pytest.raises(UserError, match="--val-fraction needs at least two different images, found 1"):
         prepare_images(config)
     assert not (tmp_path / "out").exists()
     for fraction in (0.0, 1.0, -1.0, 15.0):
-        with pytest.raises(UserError, match="val_fraction must be between 0 and 1"):
+        with pytest.raises(UserError, match="--val-fraction must be between 0 and 1"):
             PrepareImagesConfig(images="x", out="y", val_fraction=fraction)
 
 

@@ -336,7 +336,7 @@ def test_training_curves_come_from_the_run_folder(folder: Path, tmp_path: Path) 
     (tmp_path / "log" / "history.json").write_text(json.dumps(history))
     page = page_of(folder, train_run=str(tmp_path), out=str(tmp_path / "report.html"), num_images=0)
     assert page.charts["training"] == {"epoch": [1, 2], "loss": [3.5, None], "AP": [None, 0.25], "AP50": [None, 0.5]}
-    with pytest.raises(UserError, match=r"train_run must be a folder that `raydet train` wrote"):
+    with pytest.raises(UserError, match=r"--train-run must be a folder that `raydet train` wrote"):
         report(ReportConfig(metrics=str(folder), train_run=str(folder)))
 
 

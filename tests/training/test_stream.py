@@ -1,6 +1,10 @@
 """The stream of a run: the same micro-batches and the same pixels for any number of workers."""
 
 import hashlib
+import json
+import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,14 +15,14 @@ import pytest
 import ray
 from ray.data import ExecutionResources
 
-from raydet.cluster.session import Resources, cpus_for_tasks
-from raydet.config import DEFAULT_MAX_PIXELS
+from raydet.augmentation.view import View, scale_choice
+from raydet.cluster.shares import Resources, cpus_for_tasks
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training import stream
-from raydet.training.ordering import MicroBatch, RunPlan, scale_choice
-from raydet.training.stream import Preparation, ReadyImage, micro_batches, run_stream
+from raydet.training.ordering import MicroBatch, RunPlan
+from raydet.training.stream import ReadyImage, micro_batches, run_stream
 from tests.nodes import wait_until
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
@@ -38,15 +42,9 @@ def _plan(train: Table, val: Table, **changes: float) -> RunPlan:
     return RunPlan(train_groups=groups, num_val=val.num_rows, **{**values, **changes})
 
 
-def _preparation(**changes: Any) -> Preparation:
-    values: dict[str, Any] = {
-        "augmentation": "light",
-        "plain_from_epoch": 9,
-        "resize_rule": RULE,
-        "max_pixels": DEFAULT_MAX_PIXELS,
-        "seed": 1,
-    }
-    return Preparation(**{**values, **changes})
+def _view(**changes: Any) -> View:
+    values: dict[str, Any] = {"augmentation": "light", "resize_rule": RULE, "seed": 1}
+    return View(**{**values, **changes})
 
 
 def _read(
@@ -68,7 +66,7 @@ def _read(
         plan,
         train=train,
         val=val,
-        preparation=_preparation(augmentation="flip"),
+        view=_view(augmentation="flip"),
         world_size=world_size,
         start_epoch=start.get("start_epoch", 0),
         start_step=start.get("start_step", 0),
@@ -109,7 +107,7 @@ def _steps(received: list[list[tuple[MicroBatch, list[ReadyImage]]]]) -> dict[tu
 
 
 def _digest(image: ReadyImage) -> str:
-    content = [image.image_id, image.error, image.boxes_cxcywh.tolist(), image.labels.tolist(), image.objects]
+    content = [image.image_id, image.error, image.boxes_cxcywh.tolist(), image.categories.tolist(), image.objects]
     pixels = b"" if image.image is None else image.image.tobytes()
     return f"{image.image_id}:{hashlib.sha256(repr(content).encode() + pixels).hexdigest()}"
 
@@ -179,10 +177,10 @@ def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, sha
     train = open_table(str(tmp_path / "t"), "images")
     plan = _plan(train, val, validate_fraction=0.5)
     rules = (RULE, ResizeRule(mode="fixed", size_hw=(40, 40)), ResizeRule(mode="fixed", size_hw=(64, 56)))
-    preparation = _preparation(augmentation="strong", plain_from_epoch=1, resize_rules=rules)
-    received = _prepared_run(train, val, plan, 3, preparation)
+    view = _view(augmentation="strong", plain_from_epoch=1, step_resize_rules=rules)
+    received = _prepared_run(train, val, plan, 3, view)
     mixed = _steps(received)
-    assert mixed == _steps(_prepared_run(train, val, plan, 1, preparation))
+    assert mixed == _steps(_prepared_run(train, val, plan, 1, view))
     assert [digest.split(":")[0] for digest in mixed["validate", 0, 0]] == ["0", "2", "4", "6", "8"]
     found: dict[int, int] = {}
     sizes = set()
@@ -195,23 +193,23 @@ def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, sha
         assert image.image.shape[:2] == rule.size_hw
         sizes.add(rule.size_hw)
         if key.kind == "train":
-            found[key.epoch] = found.get(key.epoch, 0) + len(image.labels)
+            found[key.epoch] = found.get(key.epoch, 0) + len(image.categories)
     num_objects = sum(len(row["objects"]["id"]) for row in rows) - len(rows[7]["objects"]["id"])
     assert found[1] == num_objects and found[0] > num_objects * 1.3
     assert len(sizes) == 3
 
 
 def _prepared_run(
-    train: Table, val: Table, plan: RunPlan, world_size: int, preparation: Preparation
+    train: Table, val: Table, plan: RunPlan, world_size: int, view: View
 ) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
     """What each rank gets, as the tasks of the stream make it, in this process."""
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = stream._Source(plan, tables, groups, world_size, preparation)
+    source = stream._StreamSource(plan, tables, groups, world_size, view)
     received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
         for block in stream._encoded(source, segment):
-            key, images = stream._received(stream._prepare_micro_batch(block, preparation))
+            key, images = stream._received(stream._prepare_micro_batch(block, view))
             received[key.rank].append((key, images))
     return received
 
@@ -240,7 +238,7 @@ def test_crowds_are_augmented_along_but_not_learnt(shapes: Path) -> None:
         "iscrowd": [False, True, False],
     }
     for augmentation in ("none", "flip", [{"VerticalFlip": {"p": 1.0}}]):
-        assert list(_prepared(row, augmentation=augmentation)["labels"]) == [2, 0]
+        assert list(_prepared(row, augmentation=augmentation)["categories"]) == [2, 0]
     flipped = np.array(_prepared(row, augmentation=[{"VerticalFlip": {"p": 1.0}}])["boxes"]).reshape(-1, 4)
     np.testing.assert_allclose(flipped[1], [38 / 64, 26 / 64, 16 / 64, 16 / 64], rtol=1e-5)
 
@@ -250,7 +248,7 @@ def _prepared(row: dict[str, Any], *, augmentation: Any = "strong") -> dict[str,
     block = pa.Table.from_pylist(
         [{"kind": "train", "epoch": 0, "step": 0, "part": 0, "rank": 0, "images": [row]}], schema=stream._ENCODED_SCHEMA
     )
-    ready = stream._prepare_micro_batch(block, _preparation(augmentation=augmentation))
+    ready = stream._prepare_micro_batch(block, _view(augmentation=augmentation))
     images: list[dict[str, Any]] = ready["images"][0].as_py()
     return images[0]
 
@@ -274,7 +272,7 @@ def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_
     received = _read(table, table, _plan(table, table, epochs=1), 2)
     images = {(key.kind, image.image_id): image for rank in received for key, batch in rank for image in batch}
     ids = [row["image_id"] for row in good]
-    assert images["train", ids[0]].labels.tolist() == [2]
+    assert images["train", ids[0]].categories.tolist() == [2]
     pixels = images["train", ids[0]].image
     assert pixels is not None and pixels.shape == (32, 48, 3)
     assert images["validate", ids[0]].truth().iscrowd.tolist() == [False, True]
@@ -288,3 +286,31 @@ def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_
 def writer_columns() -> list[str]:
     """The columns that every images table has."""
     return ["image_id", "image", "width", "height", "objects"]
+
+
+def test_what_decodes_imports_neither_torch_nor_albumentations_without_need(shapes: Path, tmp_path: Path) -> None:
+    """A fresh process makes micro-batches as a decode task does; only a resize brings torch, `light` albumentations."""
+    rows = open_table(str(shapes / "train"), "images").read(writer_columns()).to_pylist()[:2]
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(rows))
+    program = f"""
+import json, pickle, sys
+from pathlib import Path
+import pyarrow as pa
+from raydet.augmentation.view import View
+from raydet.models.geometry import ResizeRule
+from raydet.training import stream
+
+rows = pickle.loads(Path({str(tmp_path / "rows.pkl")!r}).read_bytes())
+heavy = ("torch", "torchvision", "transformers", "albumentations", "cv2")
+for augmentation, side in (("", 64), ("none", 64), ("flip", 64), ("flip", 48), ("light", 64)):
+    key = dict(kind="train" if augmentation else "validate", epoch=0, step=0, part=0, rank=0, images=rows)
+    block = pa.Table.from_pylist([key], schema=stream._ENCODED_SCHEMA)
+    view = View(resize_rule=ResizeRule(mode="fixed", size_hw=(side, side)), augmentation=augmentation or "none")
+    images = stream._received(stream._prepare_micro_batch(block, view))[1]
+    assert all(image.image.shape == (side, side, 3) for image in images)
+    print(json.dumps([name for name in heavy if name in sys.modules]))
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    lines = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert lines[:3] == [[], ["cv2"], ["cv2"]]
+    assert lines[3] == ["torch", "torchvision", "cv2"] and "albumentations" in lines[4]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import MissingFileError, ReadError, readable, refuse_size
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
@@ -146,7 +146,7 @@ def _opened(dataset: str, loader: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(loader, **options).with_format("arrow")
     except Exception as error:  # of dozens of kinds, by what it was that it could not load
-        raise UserError(f"cannot load the data set {dataset}: {_one_line(error)}") from None
+        raise UserError(f"cannot load the data set {dataset}: {_reason(error)}") from None
 
 
 def _saved_to_disk(path: Path, split: str) -> Any:
@@ -154,7 +154,7 @@ def _saved_to_disk(path: Path, split: str) -> Any:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"cannot load the data set {path}: {_one_line(error)}") from None
+        raise UserError(f"cannot load the data set {path}: {_reason(error)}") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise UserError(f"{path} has no split {split}; it has {', '.join(map(str, saved))}")
@@ -171,7 +171,6 @@ def _library() -> Any:
     return datasets
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else None
-    text = " ".join(str(cause or error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return one_line(cause or error, limit=300)

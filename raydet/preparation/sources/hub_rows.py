@@ -72,7 +72,7 @@ def read_hub(
     findings = FindingLog()
     extras = _extra_columns(features, {images.column, objects}, findings)
     image_ids = _image_ids(images.dataset, findings)
-    rows = _Rows(images, [objects, "image_id", "width", "height", *extras])
+    rows = _HubRows(images, [objects, "image_id", "width", "height", *extras])
     categories: tuple[Category, ...] = ()
     index_of: Mapping[_Key, int] = {}
     keeps_ids = False
@@ -106,7 +106,7 @@ def read_hub(
     return Source(Records(records), len(images.dataset), categories, tuple(fields), findings)
 
 
-class _Rows:
+class _HubRows:
     """The rows without the images' bytes, as dictionaries, a batch at a time; to be gone through more than once."""
 
     def __init__(self, images: HubImages, columns: Sequence[str | None]) -> None:
@@ -131,7 +131,7 @@ def _paths(column: pa.ChunkedArray) -> list[str | None]:
 
 
 def _scan(
-    rows: _Rows,
+    rows: _HubRows,
     objects: str,
     bbox_format: BboxFormat,
     stated: tuple[Category, ...] | None,

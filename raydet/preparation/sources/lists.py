@@ -13,7 +13,7 @@ from urllib.parse import urljoin
 import pyarrow as pa
 from pyarrow import csv as pa_csv
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import refuse_password, without_secrets
 from raydet.images.files import LIST_SUFFIXES, ImageFolder, beside, readable, refuse_name
 from raydet.preparation.sources.source import Records, Source, SourceImage
@@ -146,7 +146,7 @@ def _read_bytes(uri: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f"no such list: {uri}") from None
     except OSError as error:
-        raise UserError(f"cannot read the list {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the list {uri}: {one_line(error)}") from None
 
 
 def _lines(data: bytes, uri: str) -> list[str]:
@@ -163,7 +163,7 @@ def _read_csv(data: bytes, uri: str) -> pa.Table:
     try:
         table = pa_csv.read_csv(pa.BufferReader(data))
     except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise UserError(f"{uri} is no CSV file in UTF-8 with a header: {' '.join(str(error).split())}") from None
+        raise UserError(f"{uri} is no CSV file in UTF-8 with a header: {one_line(error)}") from None
     by_name = {name.lower(): name for name in reversed(table.column_names)}
     chosen = next((by_name[name] for name in CSV_COLUMNS if name in by_name), None)
     if chosen is None:
@@ -195,7 +195,7 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
         uri = images.uri_of(path)
         if for_reference and storage.is_web(uri):
             raise UserError(
-                f"image {number} of {images.uri} is on the web: {path}; image_storage: reference needs files or "
+                f"image {number} of {images.uri} is on the web: {path}; --image-storage reference needs files or "
                 "objects of a store, since every later step reads the images again"
             )
         if storage.is_web(images.uri) and not storage.is_web(uri):
@@ -210,4 +210,4 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
             try:
                 images.check_root(uri)
             except (UserError, OSError) as error:
-                raise UserError(f"image {number} of {images.uri}: {' '.join(str(error).split())}") from None
+                raise UserError(f"image {number} of {images.uri}: {one_line(error)}") from None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import readable
 from raydet.tables import storage
 from raydet.tables.schema import Category
@@ -134,9 +134,9 @@ def read_class_names(classes: Sequence[str]) -> list[str]:
         try:
             text = storage.read_bytes(names[0]).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the classes in {names[0]}: {' '.join(str(error).split())}") from None
+            raise UserError(f"cannot read the classes in {names[0]}: {one_line(error)}") from None
         names = [line.strip() for line in text.splitlines() if line.strip()]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if not names or not all(names) or repeated:
-        raise UserError(f"classes must be names that differ, got {repeated[0] if repeated else classes!r}")
+        raise UserError(f"--classes must be distinct names, got {repeated[0] if repeated else classes!r}")
     return [readable(name) for name in names]

@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.common.threads import in_order
 from raydet.images.files import ImageFolder, ReadError, is_image_name, list_below, readable
 from raydet.preparation.sources.source import (
@@ -190,7 +190,7 @@ def _read_split(
     except FileNotFoundError:
         raise UserError(f"no such split file: {storage.absolute_uri(uri)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the split file {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the split file {uri}: {one_line(error)}") from None
     stems = []
     for line in filter(None, map(str.strip, text.splitlines())):
         # The whole line first, since names may hold blanks.
@@ -224,7 +224,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _An
             continue
         left, top, right, bottom = corners
         offset = 0.0 if zero_based else 1.0
-        findings["boxes that begin before pixel 1, as if counted from 0 (see zero_based)"] += min(left, top) < offset
+        findings["boxes that begin before pixel 1, as if counted from 0 (see --zero-based)"] += min(left, top) < offset
         is_difficult = _text(item, "difficult") or "0"
         findings["objects whose `difficult` is neither 0 nor 1, taken for 0"] += is_difficult not in ("0", "1")
         result.names.append(name)
@@ -245,7 +245,7 @@ def _parse(data: bytes) -> ElementTree.Element:
         # Safe as it is used: no DOCTYPE means no entity, and the parser never opens other files.
         root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_NoDoctype()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise _XmlError(f"broken XML: {' '.join(str(error).split())}") from None
+        raise _XmlError(f"broken XML: {one_line(error)}") from None
     if root.tag != "annotation":
         raise _XmlError(f"broken XML: its root is <{readable(root.tag)[:40]}>, not <annotation>")
     return root

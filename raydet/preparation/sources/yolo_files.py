@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import ImageFolder, is_image_name, list_below, readable
 from raydet.preparation.sources.source import read_class_names
 from raydet.tables import storage
@@ -102,7 +102,7 @@ def _load_yaml(uri: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no such file: {uri}; data must name the data.yaml of the data set") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"cannot read {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read {uri}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{uri} must be a mapping with train, val and names, got {type(content).__name__}")
     if "kpt_shape" in content:
@@ -165,7 +165,7 @@ def _read_list(uri: str, root: str) -> list[str]:
     try:
         lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list of images {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the list of images {uri}: {one_line(error)}") from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     if not names:
         raise UserError(f"{uri} lists no image")

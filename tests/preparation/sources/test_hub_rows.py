@@ -434,5 +434,5 @@ def test_truncated_images_are_kept_on_demand(bccd: Path, tmp_path: Path) -> None
         pixels = decode(row["image"]["bytes"], max_pixels=10**6)
         assert pixels.shape == (row["height"], row["width"], 3)
         np.testing.assert_array_equal(pixels[:200], decode(data, max_pixels=10**6)[:200])
-    with pytest.raises(UserError, match="truncated: keep needs image_storage: inline"):
+    with pytest.raises(UserError, match="--truncated keep needs --image-storage inline"):
         PrepareHubConfig(dataset="x", out="y", truncated="keep", image_storage="reference")

@@ -205,5 +205,5 @@ def test_mistakes_get_one_line(tmp_path: Path, text: str, words: str) -> None:
 
 def test_data_or_folders_but_not_both() -> None:
     for options in ({}, {"data": "data.yaml", "classes": ["dog"]}, {"images": "x", "labels": "y"}):
-        with pytest.raises(UserError, match="either data"):
+        with pytest.raises(UserError, match="either --data"):
             PrepareYoloConfig(out="table", **options)
