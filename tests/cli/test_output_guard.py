@@ -68,7 +68,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
     train = {"train_data": str(shapes / "train"), "val_data": val, "model": "rt_detr_v2_tiny", "image_size": 64}
     train |= {"epochs": 1, "threads_per_worker": 1, "log_images": 0}
     search = {
-        "train": train,
+        "train_config": train,
         "space": {"learning_rate": {"uniform": [1e-4, 1e-3]}},
         "num_trials": 1,
         "search": "random",

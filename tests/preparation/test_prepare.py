@@ -219,7 +219,7 @@ def test_running_again_does_nothing_and_another_table_is_never_overwritten(tmp_p
     again = prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), num_threads=1))
     assert again.already_done and not first.already_done
     assert {**vars(again), "already_done": False} == vars(first)
-    assert "already there" in again.lines()[-1]
+    assert "nothing to do" in again.lines()[-1]
     other = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), max_pixels=10**7)
     with pytest.raises(UserError, match=r"already holds another run \(--max-pixels: \d+ → 10000000\)"):
         prepare_images(other)

@@ -190,7 +190,7 @@ def test_mistakes_are_found_before_anything_is_written(
 
 def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="no raydet run"):
+    with pytest.raises(UserError, match="files that raydet did not write"):
         train(_config(shapes, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
