@@ -30,7 +30,9 @@ def raydet(folder: Path) -> list[float]:
     import raydet
 
     return list(
-        raydet.evaluate(raydet.EvaluateConfig(truth=str(folder / "truth.json"), detections=str(folder / "results.json")))
+        raydet.evaluate(
+            raydet.EvaluateConfig(truth=str(folder / "truth.json"), detections=str(folder / "results.json"))
+        )
         .result.numbers()
         .values()
     )

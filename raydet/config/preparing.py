@@ -8,6 +8,7 @@ from raydet.config.fields import option, require, require_not_negative, require_
 ImageStorage = Literal["inline", "reference"]
 Duplicates = Literal["keep", "drop"]
 Truncated = Literal["reject", "keep"]
+Unlabelled = Literal["keep", "reject"]
 BboxFormat = Literal["coco", "voc", "yolo"]
 DEFAULT_MAX_PIXELS = 178_956_970
 """Larger images are rejected as decompression bombs; Pillow's own limit (a quarter gigabyte of RGB)."""
@@ -94,6 +95,9 @@ class PrepareVocConfig(PrepareConfig):
     zero_based: bool = option(
         "the files number pixels from 0; the VOC devkit numbers them from 1", False, group="Input"
     )
+    unlabelled: Unlabelled = option(
+        "images without an XML file: reject them, or keep them as images without objects", "reject", group="Input"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,7 @@ class PrepareYoloConfig(PrepareConfig):
     classes: list[str] | None = option(
         "without --data: the classes in order, or a .txt file with one name per line", None
     )
+    unlabelled: Unlabelled = option("images without a label file: keep them without objects, or reject them", "keep")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What all engines that run a detector have in common: pictures to inputs, outputs to detections."""
+"""The part that all engines of detectors share: images → inputs, outputs → detections."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
-"""Pictures → their detections, with an engine: cut into views, batched, found, merged and selected.
+"""Images → detections through an engine: cut into views, batched, detected, merged and selected.
 
-The work is in two halves, so that a worker can do one for the next pictures while it does the other for these:
-`prepare` is the CPU's part, `predict` the model's.
+The work has two halves, `prepare` on the CPU and `predict` on the model's device, so that a worker can prepare the next
+images while the model runs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from raydet.engines.engine import Engine
 
 _BATCHES_AT_ONCE = 2
-"""Batches that lie ready at most; the tiles of a picture, resized, take several times its own memory."""
+"""Maximum number of prepared batches: the resized tiles of an image take several times its memory."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One view of one of the pictures, by their numbers."""
+    """One view of one image, by index."""
 
     image: int
     view: int
@@ -33,7 +33,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _TileBatch:
-    """What the model sees at once: its jobs, and what the engine has made of their pixels."""
+    """One batch of the model: its jobs, and their pixels as the engine prepared them."""
 
     jobs: list[_Job]
     prepared: Any
@@ -41,12 +41,12 @@ class _TileBatch:
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """Pictures on their way through a `Scorer`; good for one `predict`.
+    """Images prepared by a `Scorer`, for a single call of `predict`.
 
     Attributes:
-        sizes_hw: Height and width of each picture in pixels.
-        views: The views of each picture.
-        batches: The first ones prepared, the others as they are asked for.
+        sizes_hw: Height and width of each image in pixels.
+        views: The views of each image.
+        batches: The first ones are prepared, the others on demand.
     """
 
     sizes_hw: list[SizeHW]
@@ -55,15 +55,15 @@ class PreparedImages:
 
 
 class Scorer:
-    """Finds objects in pictures as a `PredictConfig` asks: tiles, mirrored views, merging, selection.
+    """Object detection as a `PredictConfig` describes it: tiles, mirrored views, merging, selection.
 
     Args:
         engine: Runs the model.
-        config: Tiles, merging and selection; all else in it is the engine's.
-        batch_size: The most views that the engine gets at once.
+        config: Tiles, merging and selection are read; the rest concerns the engine.
+        batch_size: Maximum number of views per batch of the engine.
 
     Raises:
-        UserError: `config.classes` names one that the engine does not know.
+        UserError: `config.classes` names a class that the engine does not know.
     """
 
     def __init__(self, engine: "Engine", config: PredictConfig, *, batch_size: int) -> None:
@@ -73,13 +73,13 @@ class Scorer:
         self._classes = check_classes(config.classes, engine.categories)
 
     def prepare(self, images: Sequence[Image]) -> PreparedImages:
-        """Plans the views of pictures and makes the first batches ready for the model.
+        """Plan the views of images and prepare the first batches for the model.
 
-        May run in another thread than `predict`. Without tiles that is usually all the CPU's work; of the many
-        batches that tiles make, the rest is prepared during `predict`.
+        May run in another thread than `predict`. Without tiles this is usually all of the CPU's work. Tiles make many
+        batches, most of which are prepared during `predict`.
 
         Args:
-            images: RGB, uint8 [H, W, 3], of any sizes; they are held until `predict` is through.
+            images: RGB, uint8 [H, W, 3], of any sizes; kept in memory until `predict` returns.
         """
         config = self._config
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
@@ -91,7 +91,7 @@ class Scorer:
         ]
         jobs = [_Job(image, view) for image, planned in enumerate(views) for view in range(len(planned))]
         if config.pad_batches and len(jobs) > self._batch_size:
-            # Views of like size share a batch, which keeps the padding small; where all have one size, nothing moves.
+            # Views of similar size share a batch, which keeps the padding small.
             jobs.sort(key=lambda job: self._engine.input_size_hw(views[job.image][job.view].size_hw))
         batches = self._prepare_batches(images, views, jobs)
         return PreparedImages(sizes_hw, views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
@@ -105,10 +105,10 @@ class Scorer:
             yield _TileBatch(part, self._engine.prepare(crops))
 
     def predict(self, prepared: PreparedImages) -> list[Detections]:
-        """Runs the model on what `prepare` has made ready; a thread prepares the next batch meanwhile.
+        """Run the model on prepared images, while a thread prepares the next batch.
 
         Returns:
-            For each picture, in order, what was asked for: by falling score, in pixels of the picture.
+            The requested detections of each image, in order: by falling score, in pixels of the image.
         """
         found: list[dict[int, Detections]] = [{} for _ in prepared.sizes_hw]
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare") as thread:
@@ -124,9 +124,9 @@ class Scorer:
         ]
 
     def _finish(self, views: Sequence[TileView], found: Sequence[Detections], size_hw: SizeHW) -> Detections:
-        """Merges what was found in the views of a picture and leaves out what was not asked for."""
+        """Merge the detections of an image's views and drop those that were not requested."""
         config = self._config
-        if self._classes is not None:  # before the merge, which takes part of each view's boxes only
+        if self._classes is not None:  # Before the merge, which uses only the best boxes of each view.
             found = [
                 select(one, score_threshold=0.0, top_k=None, categories=self._classes, class_agnostic_nms=None)
                 for one in found

@@ -1,4 +1,4 @@
-"""Runs a detector with torch, on the CPU or a GPU."""
+"""A detector that runs in torch, on the CPU or a GPU."""
 
 from collections.abc import Mapping
 from typing import Any

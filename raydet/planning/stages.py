@@ -33,10 +33,11 @@ from raydet.engines.loading import load_engine
 from raydet.engines.scorer import Scorer
 from raydet.images.collection import ImageRow, open_collection
 from raydet.images.decode import DecodeError
+from raydet.models.backbone import backbone_parameter_names
 from raydet.models.collate import Example
 from raydet.models.geometry import Image, SizeHW
-from raydet.models.loading import backbone_parameter_names, build_detector
-from raydet.models.optim import build_optimizer
+from raydet.models.loading import build_detector
+from raydet.models.optim.optimizer import build_optimizer
 from raydet.models.step import AUTOCAST_DTYPES, StepSetting, apply_gradients, compute_gradients, sum_over_ranks
 from raydet.planning.processes import READY
 from raydet.tables.schema import build_schema

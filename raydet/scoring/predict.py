@@ -115,7 +115,7 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
     """Scores every image; run again after a kill, it does what is left.
 
     Raises:
-        UserError: Images, model or output folder are not what they should be. Nothing has been written then.
+        UserError: Collection, model or output folder are not what they should be. Nothing has been written then.
         RunError: The run cannot go on. What was written is whole, and the same command goes on from there.
     """
     console = console or Console()

@@ -147,6 +147,7 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     if not storage.exists(uri):
         raise UserError(f"no such table: {uri}")
     if not is_table(uri):
+        _refuse_folder_of_tables(uri)
         raise UserError(
             f"{uri} is not a whole raydet table (no {MANIFEST_NAME}): the command that writes it did not finish, "
             "or it was never a table; run that command again"
@@ -170,6 +171,16 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
         raise UserError(f"{uri} is damaged: {files[0]} is no whole Parquet file ({reason})") from None
     content = parse_metadata(schema, kind=kind, where=uri)
     return Table(uri, content["kind"], schema, categories_of(content), manifest, files)
+
+
+def _refuse_folder_of_tables(uri: str) -> None:
+    """Refuse a folder that holds the tables of the splits, as `prepare --val-fraction` writes them."""
+    tables = [split for split in SPLITS if is_table(storage.join(uri, split))]
+    if tables:
+        raise UserError(
+            f"{uri} is not a table but holds the table{'s' * (len(tables) > 1)} {' and '.join(tables)}; name one, such "
+            f"as {storage.join(uri, tables[0])}"
+        )
 
 
 def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: str, **extra: Any) -> None:

@@ -27,11 +27,11 @@ from raydet.augmentation.view import View
 from raydet.cluster import job_metrics
 from raydet.cluster.shares import Resources, cpus_for_tasks
 from raydet.config import TrainConfig
+from raydet.models.backbone import freeze_backbone
 from raydet.models.checkpoints import HISTORY_FILE
-from raydet.models.families import resize_rule_of, resized_processor
 from raydet.models.geometry import ResizeRule
-from raydet.models.loading import freeze_backbone
-from raydet.models.optim import after_validation
+from raydet.models.optim.schedules import after_validation
+from raydet.models.processors import resize_rule_of, resized_processor
 from raydet.models.step import StepResult, apply_gradients, compute_gradients
 from raydet.tables import storage
 from raydet.tables.table import Table

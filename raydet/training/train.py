@@ -28,7 +28,7 @@ from raydet.common.redaction import without_secrets
 from raydet.config import TrainConfig, identity, to_yaml
 from raydet.models.checkpoints import HISTORY_FILE, STATES_FOLDER, read_checkpoint
 from raydet.models.families import family_of
-from raydet.models.small import SMALL_MODELS, small_model_type
+from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
 from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import MANIFEST_NAME, Table, open_table
@@ -377,7 +377,7 @@ def _read_history(out: str) -> list[dict[str, Any]]:
 
 def _check_recipe(config: TrainConfig) -> None:
     """What can be told of schedule, augmentation and trackers before any worker starts."""
-    from raydet.models.optim import check_schedule
+    from raydet.models.optim.schedules import check_schedule
     from raydet.training.tracking.trackers import check_trackers
 
     check_schedule(config)
@@ -391,7 +391,7 @@ def _check_recipe(config: TrainConfig) -> None:
 def _check_model(config: TrainConfig) -> None:
     """What can be told of a model without loading torch; the workers find the rest."""
     if config.model in SMALL_MODELS:
-        model_type = small_model_type(config.model)
+        model_type = SMALL_MODELS[config.model].model_type
     else:
         model_type = read_checkpoint(config.model).model_type
     multiple = family_of(model_type, where=config.model).side_multiple

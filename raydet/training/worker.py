@@ -21,15 +21,14 @@ from raydet.cluster.worker_log import log_from_here
 from raydet.common.errors import RunError
 from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
+from raydet.models.backbone import backbone_parameter_names, freeze_backbone
+from raydet.models.batch_norm import synchronise_batch_norms
 from raydet.models.collate import Example
-from raydet.models.loading import (
-    Detector,
-    backbone_parameter_names,
-    build_detector,
-    freeze_backbone,
-    synchronise_batch_norms,
-)
-from raydet.models.optim import MovingAverage, build_optimizer, build_schedule
+from raydet.models.detector import Detector
+from raydet.models.loading import build_detector
+from raydet.models.optim.moving_average import MovingAverage
+from raydet.models.optim.optimizer import build_optimizer
+from raydet.models.optim.schedules import build_schedule
 from raydet.models.step import AUTOCAST_DTYPES, StepSetting, sum_over_ranks
 from raydet.tables import storage
 from raydet.tables.schema import Category

@@ -22,8 +22,9 @@ from raydet.config import BatchNorm
 from raydet.models.batch_norm import synchronise_batch_norms
 from raydet.models.collate import Batch, Example, collate
 from raydet.models.detector import Detector
-from raydet.models.loading import SMALL_MODELS, build_detector
-from raydet.models.loss import Normaliser, compute_loss, local_normaliser
+from raydet.models.loading import build_detector
+from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
+from raydet.models.small import SMALL_MODELS
 from raydet.models.step import StepSetting, compute_gradients
 from raydet.tables.schema import Category
 from tests.local_head import free_port

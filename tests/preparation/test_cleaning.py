@@ -76,7 +76,7 @@ def test_everything_odd_is_listed_with_its_place(tmp_path: Path) -> None:
     lines = report.lines()
     assert f"findings, listed in {tmp_path}/out/_findings:" in lines
     assert (
-        "  boxes outside their image left out: 1" in lines and "  annotations of an unknown image, left out: 1" in lines
+        "  boxes outside their image, dropped: 1" in lines and "  annotations of an unknown image, left out: 1" in lines
     )
 
 

@@ -1,5 +1,6 @@
 """Splits, parts and executors: the same rows, whoever makes the tables."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -172,7 +173,7 @@ def test_mistakes_in_ray_tasks_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     config = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), use_ray=True)
-    with pytest.raises(UserError, match=r"^none of the 1 images can be read \(empty file: 1\)$"):
+    with pytest.raises(UserError, match=r"^none of the 1 images can be used \(empty file: 1\)$"):
         prepare_images(config)
     assert not (tmp_path / "out").exists()
 
@@ -232,7 +233,7 @@ def test_a_split_needs_two_images(tmp_path: Path) -> None:
     save_image(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "b.png").write_bytes((tmp_path / "in" / "a.png").read_bytes())
     config = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), val_fraction=0.5)
-    with pytest.raises(UserError, match="--val-fraction needs at least two different images, found 1"):
+    with pytest.raises(UserError, match=r"--val-fraction needs .* two .* found 1"):
         prepare_images(config)
     assert not (tmp_path / "out").exists()
     for fraction in (0.0, 1.0, -1.0, 15.0):
@@ -285,14 +286,11 @@ def _first_workers(process: "subprocess.Popen[str]", out: Path) -> Iterator[int]
     deadline = time.monotonic() + 170
     while time.monotonic() < deadline and process.poll() is None:
         if list(out.glob("part-*.parquet")):
-            workers = [
-                child.pid
-                for child in psutil.Process(process.pid).children(recursive=True)
-                if "_work_on" in " ".join(child.cmdline())
-            ]
-            if workers:
-                yield workers[0]
-                return
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if "_work_on" in " ".join(child.cmdline()):
+                        yield child.pid
+                        return
         time.sleep(0.005)
     raise AssertionError("no worker was seen at work")
 
