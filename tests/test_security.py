@@ -96,7 +96,7 @@ def test_a_config_is_written_without_secrets_and_known_again(tmp_path: Path) -> 
     assert "first" not in folder.read_bytes(RUN_FILE).decode()
     assert folder.admit(identity(rotated)) is not None
     other = TrainConfig(train_data="s3://c/train", val_data="s3://b/val?sig=x", out="run")
-    with pytest.raises(UserError, match=r"\(train_data: s3://b/train → s3://c/train\)"):
+    with pytest.raises(UserError, match=r"\(--train-data: s3://b/train → s3://c/train\)"):
         folder.admit(identity(other))
 
 

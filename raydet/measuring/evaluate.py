@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         split=config.split or _name_of(config.truth),
     )
     if config.protocol != "coco" and config.max_detections is not None:
-        raise UserError(f"the protocol {config.protocol} has its own rules: leave out max_detections")
+        raise UserError(f"--protocol {config.protocol} has its own rules: leave out --max-detections")
     if config.out is None:
         return _evaluate(config, None)
     with metrics_folder.opened(config) as folder:

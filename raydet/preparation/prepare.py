@@ -248,12 +248,7 @@ def _report_of(target: Target, config: Any) -> PrepareReport | None:
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
 
 
-def _write_files(
-    config: PrepareConfig,
-    target: Target,
-    source: Source,
-    reader: ImageReader,
-) -> PrepareReport:
+def _write_files(config: PrepareConfig, target: Target, source: Source, reader: ImageReader) -> PrepareReport:
     """Writes the tables of a source whose images are read one by one."""
     inline = config.image_storage == "inline"
     if not inline:

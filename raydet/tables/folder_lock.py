@@ -162,11 +162,13 @@ def _lock(path: Path, out: str, me: dict[str, Any], wait_s: float) -> _Lock | No
 
 def _open_lock_file(path: Path, out: str) -> int:
     for _ in range(_TRIES):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             # Started processes do not inherit the descriptor: Python opens files that way.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        except FileNotFoundError:
+        except (FileExistsError, FileNotFoundError):
+            if path.parent.is_file():
+                raise
             continue  # another run that made the folder has just removed it
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
@@ -176,7 +178,7 @@ def _open_lock_file(path: Path, out: str) -> int:
             return descriptor
         os.close(descriptor)
         raise _no_lock_file(path, out)
-    raise FileNotFoundError(errno.ENOENT, "another process removes the folder again and again", str(path.parent))
+    raise FileNotFoundError(errno.ENOENT, "cannot create the folder", str(path.parent))
 
 
 def _is_plain(descriptor: int) -> bool:

@@ -273,10 +273,15 @@ def _plain(identity: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def _shown(name: str) -> str:
+    """Spells an option as on the command line; what is none, such as `source` or `train.epochs`, stays as it is."""
+    return name if name == "source" or "." in name else f"--{name.replace('_', '-')}"
+
+
 def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = [*now, *(name for name in earlier if name not in now)]
     return [
-        _FINGERPRINTS.get(name) or f"{name}: {earlier.get(name)} → {now.get(name)}"
+        _FINGERPRINTS.get(name) or f"{_shown(name)}: {earlier.get(name)} → {now.get(name)}"
         for name in names
         if earlier.get(name) != now.get(name)
     ]

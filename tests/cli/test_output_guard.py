@@ -68,7 +68,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
     train = {"train_data": str(shapes / "train"), "val_data": val, "model": "rt_detr_v2_tiny", "image_size": 64}
     train |= {"epochs": 1, "threads_per_worker": 1, "log_images": 0}
     search = {
-        "train": train,
+        "train_config": train,
         "space": {"learning_rate": {"uniform": [1e-4, 1e-3]}},
         "num_trials": 1,
         "search": "random",
@@ -202,8 +202,8 @@ def test_another_run_is_refused_with_the_same_words(command: str, tmp_path: Path
     out = tmp_path / "out"
     assert run(command, out)[0] == 0
     before = {name: (out / name).read_bytes() for name in files_below(out)}
-    option = FOLDERS[command][0].removeprefix("--").replace("-", "_")
-    assert_refused(run(command, out, *FOLDERS[command]), f"already holds another run ({option}: ", "same settings")
+    words = f"already holds another run ({FOLDERS[command][0]}: "
+    assert_refused(run(command, out, *FOLDERS[command]), words, "same settings")
     assert {name: (out / name).read_bytes() for name in files_below(out)} == before
     assert run(command, out)[0] == 0  # the same run again is no mistake
 

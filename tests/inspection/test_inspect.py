@@ -447,7 +447,7 @@ def test_two_tables_are_compared_and_a_second_run_takes_the_place_of_the_first(s
     }
     assert len(drifts) == 7 and set(drifts.values()) == {0.0}
     assert "Same image in both tables" in page_of(first).text
-    with pytest.raises(UserError, match=r"already holds another run \(num_images: 1 → 2\)"):
+    with pytest.raises(UserError, match=r"already holds another run \(--num-images: 1 → 2\)"):
         inspect(InspectConfig(**options | {"num_images": 2}, val_data=str(val)))
     shutil.rmtree(val)
     shutil.copytree(shapes / "val", val)

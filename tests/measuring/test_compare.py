@@ -180,7 +180,7 @@ def test_out_that_holds_something_else_is_refused(runs: dict[str, Any], tmp_path
     config = CompareConfig(**runs, bootstrap=5, out=str(out))
     compare(config)
     compare(config)  # the very same may be written again
-    with pytest.raises(UserError, match=r"already holds another run \(bootstrap: 5 → 6\)"):
+    with pytest.raises(UserError, match=r"already holds another run \(--bootstrap: 5 → 6\)"):
         compare(CompareConfig(**runs, bootstrap=6, out=str(out)))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):

@@ -276,7 +276,7 @@ def test_numbers_of_another_evaluation_are_not_overwritten(inputs: Inputs) -> No
     out = inputs.folder / "out"
     evaluate(inputs.config(out=str(out)))
     before = (out / "metrics" / MANIFEST_NAME).read_bytes()
-    with pytest.raises(UserError, match=r"already holds another run \(detections: .* → .*elsewhere") as caught:
+    with pytest.raises(UserError, match=r"already holds another run \(--detections: .* → .*elsewhere") as caught:
         evaluate(EvaluateConfig(truth=str(inputs.folder / "val"), detections="elsewhere", run="found", out=str(out)))
     assert str(out) in str(caught.value)
     assert (out / "metrics" / MANIFEST_NAME).read_bytes() == before
@@ -398,7 +398,7 @@ def test_a_run_that_dies_while_writing_leaves_no_metrics_of_it(
 def test_other_options_under_the_same_name_are_refused(inputs: Inputs) -> None:
     config = inputs.config(out=str(inputs.folder / "out"), run="r1")
     evaluate(config)
-    with pytest.raises(UserError, match=r"max_detections: None → \[5\].*r1.*--run"):
+    with pytest.raises(UserError, match=r"--max-detections: None → \[5\].*r1.*--run"):
         evaluate(dataclasses.replace(config, max_detections=[5]))
     evaluate(dataclasses.replace(config, max_detections=[5], run="r2"))
 

@@ -233,7 +233,7 @@ def test_running_again_does_nothing_and_another_table_is_never_overwritten(tmp_p
     assert {**vars(again), "already_done": False} == vars(first)
     assert "already prepared" in again.lines()[-1]
     other = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), max_pixels=10**7)
-    with pytest.raises(UserError, match=r"already holds another run \(max_pixels: \d+ → 10000000\)"):
+    with pytest.raises(UserError, match=r"already holds another run \(--max-pixels: \d+ → 10000000\)"):
         prepare_images(other)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files_below(tmp_path / "out")} == before
     assert open_table(str(tmp_path / "out"), "images").manifest["config_hash"] == config_hash(config)

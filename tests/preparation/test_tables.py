@@ -225,7 +225,7 @@ def test_tables_of_others_below_out_are_never_touched(data_set: Path, tmp_path: 
     with pytest.raises(UserError, match=r"files that raydet did not write, such as val/"):
         prepare(data_set, out, val_fraction=0.25)
     prepare(data_set, tmp_path / "whole")
-    with pytest.raises(UserError, match=r"whole already holds another run \(val_fraction: None → 0.25\)"):
+    with pytest.raises(UserError, match=r"whole already holds another run \(--val-fraction: None → 0.25\)"):
         prepare(data_set, tmp_path / "whole", val_fraction=0.25)
     # The record of a killed run without a split says nothing about the folders below.
     shutil.copy(tmp_path / "whole" / RUN_FILE, out)

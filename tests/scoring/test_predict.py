@@ -82,7 +82,7 @@ def test_running_again_does_what_is_left_and_then_nothing(
     ids = open_table(again.out, "detections").read(["image_id"])["image_id"].to_pylist()
     assert sorted(ids) == list(range(24))
     assert predict(dataclasses.replace(config, num_workers=2)).already_done
-    with pytest.raises(UserError, match=r"another run \(score_threshold: 0.0 → 0.5\)"):
+    with pytest.raises(UserError, match=r"another run \(--score-threshold: 0.0 → 0.5\)"):
         predict(dataclasses.replace(config, score_threshold=0.5))
 
 
@@ -140,7 +140,7 @@ def test_mistakes_are_found_before_anything_is_written(
     else:
         out.mkdir()
         (out / "letter.txt").write_text("dear")
-        message = "no detections of raydet"
+        message = "files that raydet did not write"
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message) as error:
         predict(PredictConfig(checkpoint=model, data=data, out=str(out)))

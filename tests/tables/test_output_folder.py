@@ -46,7 +46,7 @@ def test_another_run_is_refused_with_each_difference(tmp_path: Path) -> None:
     other = {**IDENTITY, "score_threshold": 0.5, "checkpoint_fingerprint": "cc", "data_fingerprint": "dd", "tile": 640}
     with pytest.raises(UserError) as refusal:
         folder.admit(other)
-    for part in (str(tmp_path), "score_threshold: 0.0 → 0.5", "weights", "images have changed", "tile: None → 640"):
+    for part in (str(tmp_path), "--score-threshold: 0.0 → 0.5", "weights", "images have changed", "--tile: None → 640"):
         assert part in str(refusal.value)
     assert folder.admit(other, is_disposable=True) is None
     with pytest.raises(UserError, match="command: predict → tune"):
@@ -59,7 +59,7 @@ def test_several_runs_share_a_folder_by_name(tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "first.parquet").touch()
     assert folder.admit({"seed": 1}, folders=["metrics"], part="second") is None
-    with pytest.raises(UserError, match="seed: 0 → 1"):
+    with pytest.raises(UserError, match="--seed: 0 → 1"):
         folder.admit({"seed": 1}, folders=["metrics"], part="first")
 
 

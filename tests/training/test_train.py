@@ -119,7 +119,7 @@ def test_a_finished_run_says_so_and_another_run_is_refused(trained: Trained) -> 
     again = train(dataclasses.replace(config, num_workers=2))
     assert again.already_done and again.history == result.history
     assert "nothing to do" in again.lines()[0]
-    with pytest.raises(UserError, match=r"already holds another run \(learning_rate: 0.001 → 0.002\)"):
+    with pytest.raises(UserError, match=r"already holds another run \(--learning-rate: 0.001 → 0.002\)"):
         train(dataclasses.replace(config, learning_rate=2e-3))
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
 
@@ -190,7 +190,7 @@ def test_mistakes_are_found_before_anything_is_written(
 
 def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="no raydet run"):
+    with pytest.raises(UserError, match="files that raydet did not write"):
         train(_config(shapes, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

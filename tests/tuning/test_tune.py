@@ -140,7 +140,7 @@ def test_another_search_in_the_folder_is_refused_by_name(shapes: Path, tmp_path:
     plan = make_plan(config)
     OutputFolder(plan.out, "tune").begin(_identity(plan))
     other = dataclasses.replace(config, num_trials=9, seed=1, train_config={**config.train_config, "epochs": 3})  # type: ignore[dict-item]
-    with pytest.raises(UserError, match=r"already holds another run \(seed: 0 → 1; train.epochs: 9 → 3\)"):
+    with pytest.raises(UserError, match=r"already holds another run \(--seed: 0 → 1; train.epochs: 9 → 3\)"):
         tune(other)
 
 
