@@ -200,7 +200,7 @@ def _train_with_raydet(setting: Setting, is_bf16: bool) -> float:
         )
     timed = result.history[1:-1]
     num_images = open_table(str(setting.folder / "train"), "images").num_rows
-    timed_s: float = sum(entry["seconds"] for entry in timed)
+    timed_s: float = sum(record.seconds for record in timed)
     return num_images * len(timed) / timed_s
 
 

@@ -31,11 +31,12 @@ from raydet.measuring.numbers.accumulator import ImageTruth
 from raydet.models.geometry import ResizeRule, resize
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.tables.table import RowGroup, Table
-from raydet.training.ordering import MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
+from raydet.training.ordering import Kind, MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
 
 if TYPE_CHECKING:
     from raydet.augmentation.mixing import Sample
     from raydet.config import AugmentationSpec
+    from raydet.models.collate import Example
 
 SCHEDULING_PAUSE_S = 0.03
 """Short beside the decoding of a batch, long beside a turn of Ray Data's scheduling loop (2–3 ms)."""
@@ -76,7 +77,7 @@ _KEY_FIELDS = [
     ("rank", pa.int64()),
 ]
 _ENCODED_SCHEMA = pa.schema([*_KEY_FIELDS, ("images", pa.list_(_ENCODED_TYPE))])
-_READY_SCHEMA = pa.schema([*_KEY_FIELDS, ("images", pa.large_list(_READY_TYPE))])
+_READY_SCHEMA = pa.schema([*_KEY_FIELDS, ("resize_rule", pa.string()), ("images", pa.large_list(_READY_TYPE))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,36 +112,32 @@ class Preparation:
 
 
 @dataclass(frozen=True)
-class ReadyImage:
-    """One image as a worker gets it: pixels and normalised boxes, or the reason why it cannot be read.
+class ReadyBatch:
+    """One micro-batch as a worker gets it, ready for the model.
 
     Attributes:
-        image_id: As in the table.
-        error: Null, or why there are no pixels.
-        image: uint8 RGB [H, W, 3] at the model's size; null when there is an error.
-        original_size_hw: Of the upright image before augmentation and resizing, in pixels.
-        boxes_cxcywh: Normalised to the image, float32 [N, 4].
-        labels: Category indices, int64 [N].
-        objects: The table's own annotations, untouched; only in validation.
+        micro_batch: Its place in the plan; the rows are not filled in.
+        resize_rule: By which all its images were resized.
+        examples: The images that could be read.
+        unreadable: Why each of the others could not, by image id.
+        truths: In validation the table's own annotations of every image, by image id in the order of the rows.
     """
 
-    image_id: int
-    error: str | None
-    image: npt.NDArray[np.uint8] | None
-    original_size_hw: tuple[int, int]
-    boxes_cxcywh: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
-    objects: dict[str, Any] | None
+    micro_batch: MicroBatch
+    resize_rule: ResizeRule
+    examples: "list[Example]"
+    unreadable: dict[int, str]
+    truths: dict[int, ImageTruth]
 
-    def truth(self) -> ImageTruth:
-        """The table's annotations, as evaluation takes them."""
-        assert self.objects is not None, "only images of a validation carry their annotations"
-        return ImageTruth(
-            as_boxes(self.objects["bbox"]),
-            np.asarray(self.objects["category"], np.int64),
-            np.asarray(self.objects["area"], np.float64),
-            np.asarray(self.objects["iscrowd"], bool),
-        )
+    @property
+    def num_images(self) -> int:
+        """Images with those that could not be read."""
+        return len(self.examples) + len(self.unreadable)
+
+    @property
+    def image_ids(self) -> list[int]:
+        """Of all images, those that could not be read last."""
+        return [*(example.image_id for example in self.examples), *self.unreadable]
 
 
 def run_stream(
@@ -169,7 +166,7 @@ def run_stream(
         cpus_per_task: CPUs that a decoding task asks for; with 0 a few run beside workers that hold all there are.
 
     Returns:
-        One iterator for each rank; read it with `micro_batches`.
+        One iterator for each rank; read it with `BatchReader`.
     """
     use_one_row_blocks(ExecutionOptions(preserve_order=True, exclude_resources=reserved))
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
@@ -224,11 +221,30 @@ class _Pace(ExecutionCallback):
         time.sleep(SCHEDULING_PAUSE_S)
 
 
-def micro_batches(iterator: ray.data.DataIterator) -> Iterator[tuple[MicroBatch, list[ReadyImage]]]:
-    """Reads a rank's part of the stream of a run: what each micro-batch is, and its images.
+class BatchReader:
+    """A rank's part of the stream of a run; holds it to the plan.
 
-    The images' arrays are read-only views into the object store, valid until the next one is asked for. The rows of
-    the `MicroBatch` are not filled in.
+    Attributes:
+        has_begun: Whether a batch has come.
+    """
+
+    def __init__(self, iterator: ray.data.DataIterator, rank: int) -> None:
+        self._blocks, self._rank = ready_batches(iterator), rank
+        self.has_begun = False
+
+    def take(self, kind: Kind, epoch: int, step: int, part: int) -> ReadyBatch:
+        """Waits for the next micro-batch, which must be this one; its arrays are valid until the next call."""
+        batch = next(self._blocks)
+        expected = MicroBatch(kind, epoch, step, part, self._rank, ())
+        assert batch.micro_batch == expected, f"the stream is out of step: got {batch.micro_batch}, not {expected}"
+        self.has_begun = True
+        return batch
+
+
+def ready_batches(iterator: ray.data.DataIterator) -> Iterator[ReadyBatch]:
+    """Reads a rank's part of the stream of a run.
+
+    The images' arrays are read-only views into the object store, valid until the next batch is asked for.
     """
     blocks: Iterable[pa.Table] = iterator.iter_batches(
         batch_size=None,  # type: ignore[arg-type]
@@ -239,10 +255,23 @@ def micro_batches(iterator: ray.data.DataIterator) -> Iterator[tuple[MicroBatch,
         yield _received(table)
 
 
-def _received(table: pa.Table) -> tuple[MicroBatch, list[ReadyImage]]:
+def _received(table: pa.Table) -> ReadyBatch:
     assert table.num_rows == 1, f"a block of the stream holds one micro-batch, got {table.num_rows}"
-    images = table["images"].combine_chunks()
-    return _key_of(table), [_unpack(scalar) for scalar in images.values]
+    batch = ReadyBatch(_key_of(table), _rule_of(table["resize_rule"][0].as_py()), [], {}, {})
+    for image in table["images"].combine_chunks().values:
+        image_id, error, objects = (image[name].as_py() for name in ("image_id", "error", "objects"))
+        if error is None:
+            batch.examples.append(_unpack(image))
+        else:
+            batch.unreadable[image_id] = error
+        if objects is not None:
+            batch.truths[image_id] = _truth(objects)
+    return batch
+
+
+@lru_cache(maxsize=16)
+def _rule_of(content: str) -> ResizeRule:
+    return ResizeRule.from_dict(json.loads(content))
 
 
 def _key_of(table: pa.Table) -> MicroBatch:
@@ -333,13 +362,13 @@ class _Rows:
         )
 
 
-def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema) -> pa.Table:
-    keys = [pa.array([getattr(micro_batch, name)], dtype) for name, dtype in _KEY_FIELDS]
+def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema, **more: str) -> pa.Table:
+    keys = {name: getattr(micro_batch, name) for name, _ in _KEY_FIELDS} | more
     list_type = schema.field("images").type
     offsets = pa.array([0, len(images)], pa.int64() if pa.types.is_large_list(list_type) else pa.int32())
     array_class = pa.LargeListArray if pa.types.is_large_list(list_type) else pa.ListArray
     nested = array_class.from_arrays(offsets, images.cast(list_type.value_type))
-    return pa.Table.from_arrays([*keys, nested], schema=schema)
+    return pa.table({**{name: [value] for name, value in keys.items()}, "images": nested}, schema=schema)
 
 
 def _prepare_micro_batch(block: pa.Table, preparation: Preparation) -> pa.Table:
@@ -348,7 +377,8 @@ def _prepare_micro_batch(block: pa.Table, preparation: Preparation) -> pa.Table:
     micro_batch = _key_of(block)
     images = block["images"].combine_chunks().values
     ready = [_prepare_image(row.as_py(), micro_batch, preparation) for row in images]
-    return _one_row(micro_batch, pa.array(ready, _READY_TYPE), _READY_SCHEMA)
+    rule = json.dumps(preparation.rule_of(micro_batch).to_dict())
+    return _one_row(micro_batch, pa.array(ready, _READY_TYPE), _READY_SCHEMA, resize_rule=rule)
 
 
 @lru_cache(maxsize=1)
@@ -424,18 +454,23 @@ def _readable(rows: list[dict[str, Any]] | None, max_pixels: int) -> "tuple[Samp
     return tuple(samples)
 
 
-def _unpack(scalar: pa.StructScalar) -> ReadyImage:
-    error = scalar["error"].as_py()
+def _unpack(scalar: pa.StructScalar) -> "Example":
+    from raydet.models.collate import Example
+
     height, width = scalar["height"].as_py(), scalar["width"].as_py()
-    image = None
-    if error is None:
-        image = np.frombuffer(scalar["pixels"].as_buffer(), np.uint8).reshape(height, width, 3)
-    return ReadyImage(
+    return Example(
         image_id=scalar["image_id"].as_py(),
-        error=error,
-        image=image,
+        image=np.frombuffer(scalar["pixels"].as_buffer(), np.uint8).reshape(height, width, 3),
         original_size_hw=(scalar["original_height"].as_py(), scalar["original_width"].as_py()),
-        boxes_cxcywh=np.asarray(scalar["boxes"].as_py(), np.float32).reshape(-1, 4),
+        boxes=np.asarray(scalar["boxes"].as_py(), np.float32).reshape(-1, 4),
         labels=np.asarray(scalar["labels"].as_py(), np.int64),
-        objects=scalar["objects"].as_py(),
+    )
+
+
+def _truth(objects: dict[str, Any]) -> ImageTruth:
+    return ImageTruth(
+        as_boxes(objects["bbox"]),
+        np.asarray(objects["category"], np.int64),
+        np.asarray(objects["area"], np.float64),
+        np.asarray(objects["iscrowd"], bool),
     )
