@@ -4,16 +4,21 @@ Ray Train hands a worker's exceptions to callbacks in its controller. An error r
 an exception of a worker alone would have Ray start all workers again.
 """
 
+import errno
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.train import ControllerError, TrainingFailedError, UserCallback
 
 from raydet.common.errors import RunError, UserError
 from raydet.common.redaction import without_secrets
+from raydet.config import TrainConfig
 from raydet.tables import storage
+
+if TYPE_CHECKING:
+    from raydet.training.state import Position
 
 _BUGS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError, ValueError)
 """Errors that new workers would meet again, unlike the death of another worker or a broken network."""
@@ -81,3 +86,46 @@ def failure_of(error: TrainingFailedError) -> WorkerFailure | None:
     """The failure with which a worker ended the run; None where Ray Train gave up by itself."""
     cause = error.controller_failure if isinstance(error, ControllerError) else None
     return cause.failure if isinstance(cause, WorkerFailed) else None
+
+
+def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence[int]) -> WorkerFailed:
+    """A loss that is not finite, in the step at a position, with these terms and images."""
+    return _failed(
+        f"the loss is not a number in step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}, with "
+        f"the images {', '.join(map(str, image_ids))}; look at these, lower --learning-rate or --max-grad-norm, or use "
+        "--precision fp32 or bf16"
+    )
+
+
+def out_of_memory(
+    position: "Position", config: TrainConfig, *, num_images: int, size_hw: tuple[int, ...]
+) -> WorkerFailed:
+    """A step that did not fit, with so many images at once of up to this height and width in pixels."""
+    return _failed(
+        f"out of memory in step {position.step + 1} of epoch {position.epoch + 1}: a worker had {num_images} images at "
+        f"once of up to {size_hw[0]} × {size_hw[1]} pixels (--batch-size {config.batch_size} over all workers, "
+        f"--accumulate {config.accumulate}); raise --accumulate, switch on --gradient-checkpointing, or lower "
+        "--image-size or --batch-size"
+    )
+
+
+def cannot_write(position: "Position", config: TrainConfig, error: OSError) -> WorkerFailed:
+    """A checkpoint that could not be written."""
+    reason = "the disk is full" if storage.has_code(error, errno.ENOSPC) else str(error)
+    return _failed(
+        f"cannot write the checkpoint after step {position.step} of epoch {position.epoch + 1} to {config.out}: "
+        f"{reason}; the earlier states are whole, and the same command resumes from them"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed, on the CPU or on a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory"))
+    )
+
+
+def _failed(line: str) -> WorkerFailed:
+    return WorkerFailed(WorkerFailure(line))

@@ -4,7 +4,6 @@ Rank 0 starts the stream of the run, every rank reads its part of it, and gradie
 together over all ranks. The loop itself is `run_worker`; below it stand its steps, in the order in which it takes them.
 """
 
-import errno
 import logging
 import os
 import resource
@@ -31,13 +30,14 @@ from raydet.models.families import resize_rule_of, resized_processor
 from raydet.models.step import StepResult
 from raydet.tables import storage
 from raydet.tables.table import Table
+from raydet.training.batches import BatchReader, ReadyBatch
 from raydet.training.crew import Crew
-from raydet.training.failure import WorkerFailed, WorkerFailure
+from raydet.training.failure import cannot_write, is_out_of_memory, not_a_number, out_of_memory
 from raydet.training.history import EpochRecord, is_best_so_far, is_over, write_history
 from raydet.training.meter import epoch_record, merge_states
 from raydet.training.ordering import RunPlan
-from raydet.training.state import Position, TrainingState, load_state, newest_state, save_state
-from raydet.training.stream import BatchReader, Preparation, ReadyBatch, run_stream
+from raydet.training.state import TrainingState, load_state, newest_state, save_state
+from raydet.training.stream import Preparation, run_stream
 from raydet.training.tracking.trackers import RunTracker, scalars_of
 from raydet.training.trainer import Trainer
 from raydet.training.validation import validate
@@ -216,7 +216,6 @@ def _take_step(run: _Run, reader: BatchReader) -> bool:
 
 
 def _gradients(run: _Run, batches: list[ReadyBatch]) -> StepResult:
-    config = run.config
     try:
         return run.trainer.compute_gradients(batches)
     except ValueError as error:
@@ -224,19 +223,13 @@ def _gradients(run: _Run, batches: list[ReadyBatch]) -> StepResult:
             raise
         # Boxes or scores that are no numbers cannot even be matched with the truth; transformers refuses them.
         images = [image_id for batch in batches for image_id in batch.image_ids]
-        raise _not_a_number(run.trainer.position, ["the matching of boxes"], images) from error
+        raise not_a_number(run.trainer.position, ["the matching of boxes"], images) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        position = run.trainer.position
         largest = max((example.image.shape[:2] for batch in batches for example in batch.examples), default=(0, 0))
-        raise _failed(
-            f"out of memory in step {position.step + 1} of epoch {position.epoch + 1}: a worker had "
-            f"{max(len(batch.examples) for batch in batches)} images at once of up to {largest[0]} × {largest[1]} "
-            f"pixels (--batch-size {config.batch_size} over {run.crew.world_size} workers, --accumulate "
-            f"{config.accumulate}); raise --accumulate, switch on --gradient-checkpointing, or lower --image-size or "
-            "--batch-size"
-        ) from error
+        most = max(len(batch.examples) for batch in batches)
+        raise out_of_memory(run.trainer.position, run.config, num_images=most, size_hw=largest) from error
 
 
 def _agree(run: _Run, result: StepResult, batches: list[ReadyBatch]) -> tuple[float, bool]:
@@ -253,7 +246,7 @@ def _agree(run: _Run, result: StepResult, batches: list[ReadyBatch]) -> tuple[fl
         gathered = run.crew.gather((bad, [image_id for batch in batches for image_id in batch.image_ids])) or []
         names = sorted({name for names, _ in gathered for name in names})
         images = [image_id for names, ids in gathered if names for image_id in ids]
-        raise _not_a_number(run.trainer.position, names, images)
+        raise not_a_number(run.trainer.position, names, images)
     return total, num_stopping > 0
 
 
@@ -347,27 +340,4 @@ def _writing(run: _Run, write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:
-        position = run.trainer.position
-        reason = "the disk is full" if storage.has_code(error, errno.ENOSPC) else str(error)
-        raise _failed(
-            f"cannot write the checkpoint after step {position.step} of epoch {position.epoch + 1} to "
-            f"{run.config.out}: {reason}; the earlier states are whole, and the same command resumes from them"
-        ) from error
-
-
-def _failed(line: str) -> WorkerFailed:
-    return WorkerFailed(WorkerFailure(line))
-
-
-def _not_a_number(position: Position, terms: list[str], image_ids: list[int]) -> WorkerFailed:
-    return _failed(
-        f"the loss is not a number in step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}, with "
-        f"the images {', '.join(map(str, image_ids))}; look at these, lower --learning-rate or --max-grad-norm, or use "
-        "--precision fp32 or bf16"
-    )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
-    )
+        raise cannot_write(run.trainer.position, run.config, error) from error

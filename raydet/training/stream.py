@@ -10,7 +10,7 @@ out to the workers in turn and in order, and each worker checks that it got what
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -24,19 +24,17 @@ from ray.data import DataContext, Datasource, ExecutionOptions, ExecutionResourc
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 
-from raydet.common.boxes import as_boxes, xywh_to_normalised_cxcywh
+from raydet.common.boxes import xywh_to_normalised_cxcywh
 from raydet.images.decode import DecodeError, decode
 from raydet.images.references import image_bytes
-from raydet.measuring.numbers.accumulator import ImageTruth
 from raydet.models.geometry import ResizeRule, resize
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.tables.table import RowGroup, Table
-from raydet.training.ordering import Kind, MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
+from raydet.training.ordering import MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
 
 if TYPE_CHECKING:
     from raydet.augmentation.mixing import Sample
     from raydet.config import AugmentationSpec
-    from raydet.models.collate import Example
 
 SCHEDULING_PAUSE_S = 0.03
 """Short beside the decoding of a batch, long beside a turn of Ray Data's scheduling loop (2–3 ms)."""
@@ -111,35 +109,6 @@ class Preparation:
         return self.resize_rules[scale_choice(self.seed, micro_batch.epoch, micro_batch.step, len(self.resize_rules))]
 
 
-@dataclass(frozen=True)
-class ReadyBatch:
-    """One micro-batch as a worker gets it, ready for the model.
-
-    Attributes:
-        micro_batch: Its place in the plan; the rows are not filled in.
-        resize_rule: By which all its images were resized.
-        examples: The images that could be read.
-        unreadable: Why each of the others could not, by image id.
-        truths: In validation the table's own annotations of every image, by image id in the order of the rows.
-    """
-
-    micro_batch: MicroBatch
-    resize_rule: ResizeRule
-    examples: "list[Example]"
-    unreadable: dict[int, str]
-    truths: dict[int, ImageTruth]
-
-    @property
-    def num_images(self) -> int:
-        """Images with those that could not be read."""
-        return len(self.examples) + len(self.unreadable)
-
-    @property
-    def image_ids(self) -> list[int]:
-        """Of all images, those that could not be read last."""
-        return [*(example.image_id for example in self.examples), *self.unreadable]
-
-
 def run_stream(
     plan: RunPlan,
     *,
@@ -166,7 +135,7 @@ def run_stream(
         cpus_per_task: CPUs that a decoding task asks for; with 0 a few run beside workers that hold all there are.
 
     Returns:
-        One iterator for each rank; read it with `BatchReader`.
+        One iterator for each rank; read it with `raydet.training.batches`.
     """
     use_one_row_blocks(ExecutionOptions(preserve_order=True, exclude_resources=reserved))
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
@@ -221,60 +190,8 @@ class _Pace(ExecutionCallback):
         time.sleep(SCHEDULING_PAUSE_S)
 
 
-class BatchReader:
-    """A rank's part of the stream of a run; holds it to the plan.
-
-    Attributes:
-        has_begun: Whether a batch has come.
-    """
-
-    def __init__(self, iterator: ray.data.DataIterator, rank: int) -> None:
-        self._blocks, self._rank = ready_batches(iterator), rank
-        self.has_begun = False
-
-    def take(self, kind: Kind, epoch: int, step: int, part: int) -> ReadyBatch:
-        """Waits for the next micro-batch, which must be this one; its arrays are valid until the next call."""
-        batch = next(self._blocks)
-        expected = MicroBatch(kind, epoch, step, part, self._rank, ())
-        assert batch.micro_batch == expected, f"the stream is out of step: got {batch.micro_batch}, not {expected}"
-        self.has_begun = True
-        return batch
-
-
-def ready_batches(iterator: ray.data.DataIterator) -> Iterator[ReadyBatch]:
-    """Reads a rank's part of the stream of a run.
-
-    The images' arrays are read-only views into the object store, valid until the next batch is asked for.
-    """
-    blocks: Iterable[pa.Table] = iterator.iter_batches(
-        batch_size=None,  # type: ignore[arg-type]
-        batch_format="pyarrow",
-        prefetch_batches=2,
-    )
-    for table in blocks:
-        yield _received(table)
-
-
-def _received(table: pa.Table) -> ReadyBatch:
-    assert table.num_rows == 1, f"a block of the stream holds one micro-batch, got {table.num_rows}"
-    batch = ReadyBatch(_key_of(table), _rule_of(table["resize_rule"][0].as_py()), [], {}, {})
-    for image in table["images"].combine_chunks().values:
-        image_id, error, objects = (image[name].as_py() for name in ("image_id", "error", "objects"))
-        if error is None:
-            batch.examples.append(_unpack(image))
-        else:
-            batch.unreadable[image_id] = error
-        if objects is not None:
-            batch.truths[image_id] = _truth(objects)
-    return batch
-
-
-@lru_cache(maxsize=16)
-def _rule_of(content: str) -> ResizeRule:
-    return ResizeRule.from_dict(json.loads(content))
-
-
-def _key_of(table: pa.Table) -> MicroBatch:
+def key_of(table: pa.Table) -> MicroBatch:
+    """The micro-batch of a block of the stream, without its rows."""
     return MicroBatch(**{name: table[name][0].as_py() for name, _ in _KEY_FIELDS}, rows=())
 
 
@@ -374,7 +291,7 @@ def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema, **mor
 def _prepare_micro_batch(block: pa.Table, preparation: Preparation) -> pa.Table:
     """Decodes, augments and resizes the images of one micro-batch."""
     _use_one_thread()
-    micro_batch = _key_of(block)
+    micro_batch = key_of(block)
     images = block["images"].combine_chunks().values
     ready = [_prepare_image(row.as_py(), micro_batch, preparation) for row in images]
     rule = json.dumps(preparation.rule_of(micro_batch).to_dict())
@@ -452,25 +369,3 @@ def _readable(rows: list[dict[str, Any]] | None, max_pixels: int) -> "tuple[Samp
         with contextlib.suppress(DecodeError):
             samples.append(sample_of(decode(image_bytes(row["image"]), max_pixels=max_pixels), row["objects"]))
     return tuple(samples)
-
-
-def _unpack(scalar: pa.StructScalar) -> "Example":
-    from raydet.models.collate import Example
-
-    height, width = scalar["height"].as_py(), scalar["width"].as_py()
-    return Example(
-        image_id=scalar["image_id"].as_py(),
-        image=np.frombuffer(scalar["pixels"].as_buffer(), np.uint8).reshape(height, width, 3),
-        original_size_hw=(scalar["original_height"].as_py(), scalar["original_width"].as_py()),
-        boxes=np.asarray(scalar["boxes"].as_py(), np.float32).reshape(-1, 4),
-        labels=np.asarray(scalar["labels"].as_py(), np.int64),
-    )
-
-
-def _truth(objects: dict[str, Any]) -> ImageTruth:
-    return ImageTruth(
-        as_boxes(objects["bbox"]),
-        np.asarray(objects["category"], np.int64),
-        np.asarray(objects["area"], np.float64),
-        np.asarray(objects["iscrowd"], bool),
-    )

@@ -36,7 +36,7 @@ from raydet.training.meter import EpochMeter
 from raydet.training.state import Position
 
 if TYPE_CHECKING:
-    from raydet.training.stream import ReadyBatch
+    from raydet.training.batches import ReadyBatch
 
 
 @dataclass

@@ -19,8 +19,9 @@ from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training import stream
+from raydet.training.batches import ReadyBatch, _received, ready_batches
 from raydet.training.ordering import RunPlan, scale_choice
-from raydet.training.stream import Preparation, ReadyBatch, ready_batches, run_stream
+from raydet.training.stream import Preparation, run_stream
 from tests.nodes import wait_until
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
@@ -223,7 +224,7 @@ def _prepared_run(
     received: list[list[ReadyBatch]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
         for block in stream._encoded(source, segment):
-            batch = stream._received(stream._prepare_micro_batch(block, preparation))
+            batch = _received(stream._prepare_micro_batch(block, preparation))
             received[batch.micro_batch.rank].append(batch)
     return received
 

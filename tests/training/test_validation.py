@@ -12,9 +12,10 @@ from raydet import EvaluateConfig, PredictConfig, TrainConfig, evaluate, predict
 from raydet.config import DEFAULT_MAX_PIXELS, Precision
 from raydet.models.detector import Detections
 from raydet.tables.table import open_table
+from raydet.training.batches import ready_batches
 from raydet.training.ordering import RunPlan
 from raydet.training.state import load_state, newest_state
-from raydet.training.stream import Preparation, ready_batches, run_stream
+from raydet.training.stream import Preparation, run_stream
 from raydet.training.trainer import Trainer
 from raydet.training.validation import detect
 
