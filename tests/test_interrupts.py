@@ -13,6 +13,7 @@ from raydet import PrepareShapesConfig, prepare_shapes
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.tables.table import open_table
 from raydet.training.history import read_history
+from tests.small_sets import save_image
 from tests.terminals import Terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -180,6 +181,20 @@ def test_predict(many: Path, shapes: Path, tmp_path: Path, run: Callable[..., Te
     assert run(*command).exit_code(timeout_s=200) == 0
     ids = open_table(str(out), "detections").read(["image_id"])["image_id"].to_pylist()
     assert sorted(ids) == list(range(NUM_VALIDATED))
+
+
+def test_prepare_on_ray(tmp_path: Path, run: Callable[..., Terminal]) -> None:
+    images, out = tmp_path / "images", tmp_path / "data"
+    save_image(images / "0.jpg")
+    content = (images / "0.jpg").read_bytes()
+    for number in range(1, 4000):
+        (images / f"{number}.jpg").write_bytes(content)
+    command = ["prepare", "images", *_options(images=str(images), out=str(out), use_ray=True)]
+    terminal = run(*command)
+    terminal.wait_until(out.exists)
+    assert "run the same command again" in _interrupt(terminal)
+    assert run(*command).exit_code(timeout_s=200) == 0
+    assert open_table(str(out), "images").num_rows == 4000
 
 
 def test_prepare(tmp_path: Path, run: Callable[..., Terminal]) -> None:
