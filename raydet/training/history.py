@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raydet.common.errors import UserError
 from raydet.config import COCO_METRICS
 from raydet.models.checkpoints import HISTORY_FILE
 from raydet.tables import storage
@@ -125,8 +126,8 @@ class EpochRecord:
         Raises:
             ValueError: The content is no record of an epoch.
         """
-        if not isinstance(content, Mapping) or not _is_number(content.get("epoch")) or "loss" not in content:
-            raise ValueError("a record of an epoch needs `epoch` and `loss`")
+        if not isinstance(content, Mapping) or not all(_is_number(content.get(name)) for name in ("epoch", "loss")):
+            raise ValueError("a record of an epoch needs the numbers `epoch` and `loss`")
         names = ("ended", "losses", "gradient_norm", "learning_rate", "images_per_s", "seconds", "step_s", "start_s")
         more = (*names, "peak_memory_mb", "peak_device_memory_mb")
         validation = None
@@ -163,12 +164,18 @@ def read_history(out: str) -> list[EpochRecord]:
     """Reads the history of a run folder; it is empty where no epoch has ended.
 
     Raises:
-        ValueError: The file holds something else.
+        UserError: The file holds something else.
     """
     uri = storage.join(out, HISTORY_FILE)
     if not storage.exists(uri):
         return []
-    return [EpochRecord.from_json(content) for content in json.loads(storage.read_bytes(uri))]
+    try:
+        contents = json.loads(storage.read_bytes(uri))
+        if not isinstance(contents, list):
+            raise ValueError("it must be a list")
+        return [EpochRecord.from_json(content) for content in contents]
+    except ValueError as error:
+        raise UserError(f"{uri} is damaged, it holds no history of a training run: {error}") from None
 
 
 def write_history(out: str, history: Sequence[EpochRecord]) -> None:
