@@ -78,10 +78,11 @@ def ready_batches(iterator: ray.data.DataIterator) -> Iterator[ReadyBatch]:
         prefetch_batches=2,
     )
     for table in blocks:
-        yield _received(table)
+        yield ready_batch(table)
 
 
-def _received(table: pa.Table) -> ReadyBatch:
+def ready_batch(table: pa.Table) -> ReadyBatch:
+    """Reads a block of the stream, without copying its pixels."""
     assert table.num_rows == 1, f"a block of the stream holds one micro-batch, got {table.num_rows}"
     batch = ReadyBatch(key_of(table), _rule_of(table["resize_rule"][0].as_py()), [], {}, {})
     for image in table["images"].combine_chunks().values:

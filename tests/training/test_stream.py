@@ -19,7 +19,7 @@ from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training import stream
-from raydet.training.batches import ReadyBatch, _received, ready_batches
+from raydet.training.batches import ReadyBatch, ready_batch, ready_batches
 from raydet.training.ordering import RunPlan, scale_choice
 from raydet.training.stream import Preparation, run_stream
 from tests.nodes import wait_until
@@ -224,7 +224,7 @@ def _prepared_run(
     received: list[list[ReadyBatch]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
         for block in stream._encoded(source, segment):
-            batch = _received(stream._prepare_micro_batch(block, preparation))
+            batch = ready_batch(stream._prepare_micro_batch(block, preparation))
             received[batch.micro_batch.rank].append(batch)
     return received
 
