@@ -10,15 +10,18 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-cluster test-gpu lint format lock clean
+.PHONY: help setup demo test test-unit test-all test-cluster test-gpu lint format lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## Install everything into .venv (each command below does it when needed)
 
-demo: $(READY) ## The whole way on generated images: prepare, train, predict, evaluate
+demo: $(READY) ## The whole pipeline on generated images: prepare, train, predict, evaluate
 	@$(BIN)/raydet demo
+
+test-unit: $(READY) ## The tests that start no Ray, under 90 seconds
+	@$(BIN)/pytest -q -m "$(FAST) and not ray" -n logical --maxprocesses 4
 
 test: $(READY) ## The fast tests
 	@$(BIN)/pytest -q -m "$(FAST)" -n logical --maxprocesses 4 --no-loadscope-reorder
@@ -32,19 +35,19 @@ test-cluster: $(READY) ## Jobs on several nodes that are killed, and a job serve
 test-gpu: $(READY) ## The tests that need a GPU
 	@$(BIN)/pytest -q -m gpu
 
-lint: $(READY) ## Style, format, types and the order of imports
+lint: $(READY) ## Check style, format, types and the order of imports
 	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --check; echo 'make format puts this right'; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 	@report=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$report"; exit 1; }
-	@echo 'lint: nothing to complain about'
+	@echo 'lint: all checks passed'
 
-format: $(READY) ## Format the code and repair what can be repaired
+format: $(READY) ## Format the code and apply automatic fixes
 	@$(BIN)/ruff check --fix --quiet || true
 	@$(BIN)/ruff format
 
 # LOCK_FLAGS=--upgrade takes the newest versions that pyproject.toml allows; without it only what must change does.
-lock: $(UV_READY) ## Write requirements.lock anew from pyproject.toml
+lock: $(UV_READY) ## Regenerate requirements.lock from pyproject.toml
 	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	  --extra dev $(LOCK_FLAGS) -o requirements.lock pyproject.toml
 
@@ -61,9 +64,10 @@ $(UV_READY):
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@touch $@
 
-# setuptools, which builds the editable install, is in the lock: nothing is fetched without a hash.
+# setuptools, which builds the editable install, is in the lock: nothing is fetched without a hash. Bytecode is compiled
+# here once, because each of Ray's worker processes would otherwise compile what it imports.
 $(READY): requirements.lock pyproject.toml | $(UV_READY)
 	@echo 'installing requirements.lock'
-	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@

@@ -99,7 +99,7 @@ def _child(setting: dict[str, Any]) -> None:
     imports_s = time.perf_counter() - started
     folder = Path(setting["folder"])
     config = raydet.EvaluateConfig(
-        truth=str(folder / "truth"), detections=str(folder / "detections"), address=setting["address"]
+        truth=str(folder / "truth"), detections=str(folder / "detections"), ray_address=setting["address"]
     )
     result = raydet.evaluate(config).result
     seconds = time.perf_counter() - started

@@ -130,7 +130,7 @@ def _jobs(folder: Path, sizes: Sizes) -> dict[str, Job]:
         "evaluate": Job(
             lambda out, _, address: [
                 *[*RAYDET, "evaluate", f"--truth={folder}/truth", f"--detections={folder}/detections", f"--out={out}"],
-                *["--bootstrap=0", "--num-shards=40", f"--address={address}"],
+                *["--bootstrap=0", "--num-shards=40", f"--ray-address={address}"],
             ],
             sum(part.num_images for part in parts),
             _outcome_of_evaluation,

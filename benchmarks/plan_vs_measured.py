@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from raydet import PlanConfig, PrepareShapesConfig, prepare_shapes
-from raydet.cluster.job_report import JOB_FILE
+from raydet.cluster.job_record import JOB_FILE
 from raydet.cluster.timeline import Window
 from raydet.config import PlannedJob
 from raydet.planning.plan import plan_for

@@ -332,23 +332,15 @@ def _train_at_the_limit(setting: Setting, is_bf16: bool) -> float:
 
 def _batches_in_memory(setting: Setting, detector: Any) -> list[tuple[Any, Any]]:
     """Pixel values and labels of each step, made as raydet makes them, without augmentation."""
-    import numpy as np
-
-    from raydet.common.boxes import as_boxes, xywh_to_normalised_cxcywh
-    from raydet.images.decode import decode
+    from raydet.augmentation.view import View
     from raydet.models.collate import Example, collate
-    from raydet.models.geometry import resize
     from raydet.tables.table import open_table
 
     examples = []
-    rule = detector.resize_rule
+    view = View(resize_rule=detector.resize_rule)
     for row in open_table(str(setting.folder / "train"), "images").read().to_pylist():
-        image = decode(row["image"]["bytes"], max_pixels=10**8)
-        size_hw = (image.shape[0], image.shape[1])
-        boxes = xywh_to_normalised_cxcywh(as_boxes(row["objects"]["bbox"]), size_hw).astype(np.float32)
-        labels = np.asarray(row["objects"]["category"], np.int64)
-        pixels = resize(image, rule.target_size_hw(size_hw), rule.resample)
-        examples.append(Example(row["image_id"], pixels, size_hw, boxes, labels))
+        seen = view.augmented(row, epoch=0, resize_rule=detector.resize_rule)
+        examples.append(Example(row["image_id"], seen.image, seen.original_size_hw, seen.boxes_cxcywh, seen.categories))
     starts = range(0, len(examples), BATCH_SIZE)
     batches = [collate(examples[start : start + BATCH_SIZE]) for start in starts]
     return [(detector.model_inputs(batch)["pixel_values"], batch.labels) for batch in batches]

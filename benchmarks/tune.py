@@ -54,7 +54,7 @@ def _parse() -> argparse.Namespace:
 def _search(options: argparse.Namespace, data: Path, out: str) -> TuneConfig:
     return TuneConfig(
         out=out,
-        train={
+        train_config={
             "train_data": str(data / "train"),
             "val_data": str(data / "val"),
             "model": "rt_detr_v2_small",

@@ -1,7 +1,5 @@
-"""`ray job submit … -- python jobs/evaluate.py OPTIONS` does what `raydet evaluate OPTIONS` does."""
+"""`ray job submit … -- python jobs/evaluate.py OPTIONS` runs `raydet evaluate OPTIONS` on the cluster."""
 
-import sys
+from raydet.cli.main import run_job
 
-from raydet.cli.main import main
-
-sys.exit(main(["evaluate", *sys.argv[1:]]))
+run_job("evaluate")

@@ -1,9 +1,7 @@
-"""`ray job submit … -- python jobs/inspect_data.py OPTIONS` does what `raydet inspect OPTIONS` does."""
+"""`ray job submit … -- python jobs/inspect_data.py OPTIONS` runs `raydet inspect OPTIONS` on the cluster."""
 
-# Not inspect.py: the folder of a script comes first in Python's search, before its own module `inspect`.
+# Not inspect.py: Python would find it instead of its own module `inspect`.
 
-import sys
+from raydet.cli.main import run_job
 
-from raydet.cli.main import main
-
-sys.exit(main(["inspect", *sys.argv[1:]]))
+run_job("inspect")

@@ -1,7 +1,5 @@
-"""`ray job submit … -- python jobs/predict.py OPTIONS` does what `raydet predict OPTIONS` does."""
+"""`ray job submit … -- python jobs/predict.py OPTIONS` runs `raydet predict OPTIONS` on the cluster."""
 
-import sys
+from raydet.cli.main import run_job
 
-from raydet.cli.main import main
-
-sys.exit(main(["predict", *sys.argv[1:]]))
+run_job("predict")

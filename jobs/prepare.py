@@ -1,7 +1,5 @@
-"""`ray job submit … -- python jobs/prepare.py OPTIONS` does what `raydet prepare OPTIONS` does."""
+"""`ray job submit … -- python jobs/prepare.py OPTIONS` runs `raydet prepare OPTIONS` on the cluster."""
 
-import sys
+from raydet.cli.main import run_job
 
-from raydet.cli.main import main
-
-sys.exit(main(["prepare", *sys.argv[1:]]))
+run_job("prepare")

@@ -1,7 +1,5 @@
-"""`ray job submit … -- python jobs/train.py OPTIONS` does what `raydet train OPTIONS` does."""
+"""`ray job submit … -- python jobs/train.py OPTIONS` runs `raydet train OPTIONS` on the cluster."""
 
-import sys
+from raydet.cli.main import run_job
 
-from raydet.cli.main import main
-
-sys.exit(main(["train", *sys.argv[1:]]))
+run_job("train")

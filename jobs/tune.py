@@ -1,7 +1,5 @@
-"""`ray job submit … -- python jobs/tune.py OPTIONS` does what `raydet tune OPTIONS` does."""
+"""`ray job submit … -- python jobs/tune.py OPTIONS` runs `raydet tune OPTIONS` on the cluster."""
 
-import sys
+from raydet.cli.main import run_job
 
-from raydet.cli.main import main
-
-sys.exit(main(["tune", *sys.argv[1:]]))
+run_job("tune")

@@ -1,131 +1,74 @@
 """raydet: fine-tune, run and measure DETR-family object detectors at scale on Ray.
 
-One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`, and so on. The functions are
-loaded when they are first used, since torch and ray take seconds to import.
+One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`. Functions are loaded on first
+use, because torch and ray take seconds to import.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from raydet.cli.commands import COMMANDS as _COMMANDS
 from raydet.common.errors import UserError
 from raydet.common.version import __version__
-from raydet.config import (
-    CompareConfig,
-    DemoConfig,
-    EvaluateConfig,
-    ExportCocoConfig,
-    ExportOnnxConfig,
-    ExportVocConfig,
-    ExportYoloConfig,
-    InspectConfig,
-    PlanConfig,
-    PredictConfig,
-    PrepareCocoConfig,
-    PrepareHubConfig,
-    PrepareImagesConfig,
-    PrepareShapesConfig,
-    PrepareVocConfig,
-    PrepareYoloConfig,
-    PushConfig,
-    ReportConfig,
-    TrainConfig,
-    TuneConfig,
-)
 
-if TYPE_CHECKING:
-    from raydet.cli.demo import demo
-    from raydet.exports.coco import export_coco
-    from raydet.exports.hub import push
-    from raydet.exports.onnx import export_onnx
-    from raydet.exports.voc import export_voc
-    from raydet.exports.yolo import export_yolo
-    from raydet.inspection.inspect import inspect
-    from raydet.measuring.compare import compare
-    from raydet.measuring.evaluate import evaluate
-    from raydet.planning.plan import plan
-    from raydet.preparation.prepare import (
-        prepare_coco,
-        prepare_hub,
-        prepare_images,
-        prepare_shapes,
-        prepare_voc,
-        prepare_yolo,
-    )
-    from raydet.reporting.report import report
-    from raydet.scoring.predict import predict
-    from raydet.training.train import train
-    from raydet.tuning.tune import tune
+if TYPE_CHECKING:  # for type checkers and editors; a test holds these names against the table of commands
+    from raydet.cli.demo import demo as demo
+    from raydet.config import CompareConfig as CompareConfig
+    from raydet.config import DemoConfig as DemoConfig
+    from raydet.config import EvaluateConfig as EvaluateConfig
+    from raydet.config import ExportCocoConfig as ExportCocoConfig
+    from raydet.config import ExportOnnxConfig as ExportOnnxConfig
+    from raydet.config import ExportVocConfig as ExportVocConfig
+    from raydet.config import ExportYoloConfig as ExportYoloConfig
+    from raydet.config import InspectConfig as InspectConfig
+    from raydet.config import PlanConfig as PlanConfig
+    from raydet.config import PredictConfig as PredictConfig
+    from raydet.config import PrepareCocoConfig as PrepareCocoConfig
+    from raydet.config import PrepareHubConfig as PrepareHubConfig
+    from raydet.config import PrepareImagesConfig as PrepareImagesConfig
+    from raydet.config import PrepareShapesConfig as PrepareShapesConfig
+    from raydet.config import PrepareVocConfig as PrepareVocConfig
+    from raydet.config import PrepareYoloConfig as PrepareYoloConfig
+    from raydet.config import PushConfig as PushConfig
+    from raydet.config import ReportConfig as ReportConfig
+    from raydet.config import TrainConfig as TrainConfig
+    from raydet.config import TuneConfig as TuneConfig
+    from raydet.exports.coco import export_coco as export_coco
+    from raydet.exports.hub import push as push
+    from raydet.exports.onnx import export_onnx as export_onnx
+    from raydet.exports.voc import export_voc as export_voc
+    from raydet.exports.yolo import export_yolo as export_yolo
+    from raydet.inspection.inspect import inspect as inspect
+    from raydet.measuring.compare import compare as compare
+    from raydet.measuring.evaluate import evaluate as evaluate
+    from raydet.planning.plan import plan as plan
+    from raydet.preparation.prepare import prepare_coco as prepare_coco
+    from raydet.preparation.prepare import prepare_hub as prepare_hub
+    from raydet.preparation.prepare import prepare_images as prepare_images
+    from raydet.preparation.prepare import prepare_shapes as prepare_shapes
+    from raydet.preparation.prepare import prepare_voc as prepare_voc
+    from raydet.preparation.prepare import prepare_yolo as prepare_yolo
+    from raydet.reporting.report import report as report
+    from raydet.scoring.predict import predict as predict
+    from raydet.training.train import train as train
+    from raydet.tuning.tune import tune as tune
 
-_FUNCTIONS = {
-    "compare": "raydet.measuring.compare",
-    "demo": "raydet.cli.demo",
-    "evaluate": "raydet.measuring.evaluate",
-    "export_coco": "raydet.exports.coco",
-    "export_onnx": "raydet.exports.onnx",
-    "export_voc": "raydet.exports.voc",
-    "export_yolo": "raydet.exports.yolo",
-    "inspect": "raydet.inspection.inspect",
-    "plan": "raydet.planning.plan",
-    "predict": "raydet.scoring.predict",
-    "prepare_coco": "raydet.preparation.prepare",
-    "prepare_hub": "raydet.preparation.prepare",
-    "prepare_images": "raydet.preparation.prepare",
-    "prepare_shapes": "raydet.preparation.prepare",
-    "prepare_voc": "raydet.preparation.prepare",
-    "prepare_yolo": "raydet.preparation.prepare",
-    "push": "raydet.exports.hub",
-    "report": "raydet.reporting.report",
-    "train": "raydet.training.train",
-    "tune": "raydet.tuning.tune",
-}
-
-__all__ = [
-    "CompareConfig",
-    "DemoConfig",
-    "EvaluateConfig",
-    "ExportCocoConfig",
-    "ExportOnnxConfig",
-    "ExportVocConfig",
-    "ExportYoloConfig",
-    "InspectConfig",
-    "PlanConfig",
-    "PredictConfig",
-    "PrepareCocoConfig",
-    "PrepareHubConfig",
-    "PrepareImagesConfig",
-    "PrepareShapesConfig",
-    "PrepareVocConfig",
-    "PrepareYoloConfig",
-    "PushConfig",
-    "ReportConfig",
-    "TrainConfig",
-    "TuneConfig",
+__all__ = [  # noqa: PLE0604
     "UserError",
     "__version__",
-    "compare",
-    "demo",
-    "evaluate",
-    "export_coco",
-    "export_onnx",
-    "export_voc",
-    "export_yolo",
-    "inspect",
-    "plan",
-    "predict",
-    "prepare_coco",
-    "prepare_hub",
-    "prepare_images",
-    "prepare_shapes",
-    "prepare_voc",
-    "prepare_yolo",
-    "push",
-    "report",
-    "train",
-    "tune",
+    *(command.config.__name__ for command in _COMMANDS.values()),
+    *(command.function for command in _COMMANDS.values()),
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    for command in _COMMANDS.values():
+        if name == command.config.__name__:
+            return command.config
+        if name == command.function:
+            return getattr(importlib.import_module(command.module), name)
     raise AttributeError(f"module 'raydet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

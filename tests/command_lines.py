@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raydet.cli import main
+from raydet.cli.commands import COMMANDS
 from raydet.config.options import load
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -21,8 +21,8 @@ def config_of(words: Sequence[str]) -> Any:
     name, *options = words
     if name in _TWO_WORDS:
         name = f"{name} {options.pop(0)}"
-    assert name in main._COMMANDS, f"no command `{name}`"
-    return load(main._COMMANDS[name], options, program=f"raydet {name}")
+    assert name in COMMANDS, f"no command `{name}`"
+    return load(COMMANDS[name].config, options, program=f"raydet {name}")
 
 
 def blocks_of(path: Path, *languages: str) -> Iterator[str]:

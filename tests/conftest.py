@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: real pictures, small generated tables, one Ray cluster, a private HOME."""
+"""Fixtures that all tests share: real images, small generated tables, one Ray cluster, a private HOME."""
 
 import functools
 import os
@@ -15,8 +15,12 @@ os.environ |= {"HOME": _HOME, "HF_HOME": f"{_HOME}/hf", "HF_HUB_OFFLINE": "1", "
 os.environ.pop("RAY_ADDRESS", None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks select tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with those that need Ray where there are several processes, since they take the longest."""
+    """Mark tests that use the shared Ray cluster, and run them first where there are several processes."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: _process_group(item.nodeid) != "ray")
 
@@ -41,13 +45,26 @@ def _process_group(nodeid: str) -> str:
     return _process_group_of_file(nodeid.partition("::")[0])
 
 
+TEST_DATA = Path(os.environ.get("RAYDET_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+_NO_TEST_DATA = "no real images"
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of real pictures and annotations; see its README."""
-    folder = Path(os.environ.get("RAYDET_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no test data in {folder}; set RAYDET_TEST_DATA to its folder")
-    return folder
+    """The folder of real images and annotations; see its README."""
+    if not TEST_DATA.is_dir():
+        pytest.skip(f"{_NO_TEST_DATA} in {TEST_DATA}; set RAYDET_TEST_DATA to their folder")
+    return TEST_DATA
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many tests on real images were skipped, and why."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if _NO_TEST_DATA in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} tests on real images were skipped, because there is no folder {TEST_DATA}; "
+            "set RAYDET_TEST_DATA to where they are"
+        )
 
 
 @pytest.fixture(scope="session")

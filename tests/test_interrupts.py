@@ -103,7 +103,7 @@ def test_train_in_the_midst_of_steps_and_again_while_saving(
     shapes: Path, tmp_path: Path, run: Callable[..., Terminal]
 ) -> None:
     out = tmp_path / "run"
-    command = _train(shapes, out, checkpoint_every_steps=2, keep=3)
+    command = _train(shapes, out, save_every_steps=2, keep_states=3)
     terminal = run(*command)
     terminal.wait_until(lambda: "00000-0000002.pt" in _states(out))
     line = _interrupt(terminal)

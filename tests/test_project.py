@@ -16,7 +16,10 @@ from raydet.config.options import load_file
 
 PROJECT = Path(__file__).parents[1]
 LOCK = PROJECT / "requirements.lock"
-RUN_FILES = sorted(path for path in (PROJECT / "jobs" / "configs").glob("*.yaml") if path.stem != "tune")
+RUN_FILES = [
+    *sorted(path for path in (PROJECT / "jobs" / "configs").glob("*.yaml") if path.stem != "tune"),
+    PROJECT / "raydet" / "cli" / "demo.yaml",
+]
 
 HEAVY = ("torch", "torchvision", "transformers", "albumentations", "torchmetrics", "datasets", "ray")
 
@@ -96,8 +99,11 @@ def test_run_files_are_training_configs(path: Path) -> None:
     assert config.out == "run"
 
 
-def test_the_demo_has_its_run_file() -> None:
-    assert "demo" in [path.stem for path in RUN_FILES]
+def test_a_wheel_holds_the_files_that_are_read_at_run_time() -> None:
+    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packaged = {path for pattern in settings["package-data"]["raydet"] for path in (PROJECT / "raydet").glob(pattern)}
+    others = {path for path in (PROJECT / "raydet").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert others == packaged
 
 
 def test_lock_holds_no_address() -> None:

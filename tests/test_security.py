@@ -19,7 +19,7 @@ from raydet.cli.main import main
 from raydet.common.errors import UserError
 from raydet.common.redaction import refuse_password, without_secrets
 from raydet.config import PredictConfig, TrainConfig, changed_fields, to_yaml
-from raydet.images.collection import open_images
+from raydet.images.collection import open_collection
 from raydet.images.files import ImageFolder, ReadError
 from raydet.images.references import FileReader, Reference
 from raydet.preparation.sources.images import read_images
@@ -104,7 +104,7 @@ def test_a_password_that_would_have_to_be_kept_is_refused(tmp_path: Path) -> Non
     (tmp_path / "list.txt").write_text("a.jpg\ns3://key:pass@bucket/b.jpg\n")
     picture(tmp_path / "a.jpg")
     with pytest.raises(UserError, match=r"line 2 of .* has a password in it"):
-        open_images(str(tmp_path / "list.txt"), index_uri=None)
+        open_collection(str(tmp_path / "list.txt"), index_uri=None)
 
 
 def test_an_error_is_printed_without_secrets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_folders_do_not_lead_out_through_links(tmp_path: Path) -> None:
         refused = [path for path, refusal in refusals.items() if refusal is not None]
         assert refused == ["b.png", "c/secret.png"]
         assert "symbolic link" in str(refusals["b.png"])
-        rows = list(open_images(str(tmp_path / folder), index_uri=None).read(0, 4))
+        rows = list(open_collection(str(tmp_path / folder), index_uri=None).read(0, 4))
         assert [row.path for row in rows if row.data is None] == refused
         assert all(row.error and "leads out of its folder" in row.error for row in rows if row.data is None)
 
@@ -261,7 +261,7 @@ def test_members_of_tar_files_with_names_that_lead_out_are_not_read(tmp_path: Pa
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, target
             tar.addfile(member)
-    rows = list(open_images(str(tmp_path / "shard.tar"), index_uri=None).read(0, 5))
+    rows = list(open_collection(str(tmp_path / "shard.tar"), index_uri=None).read(0, 5))
     assert [(row.path, row.data == data) for row in rows] == [
         ("shard.tar/a.png", True),
         ("shard.tar/b.png", True),
@@ -349,17 +349,17 @@ def test_code_in_a_model_folder_is_not_run(
             load_detector(folder)
         assert "\n" not in str(caught.value)
     elif model_type == "owlvit":
-        from raydet.engines.zero_shot_models import _load
+        from raydet.engines.zero_shot_models.loading import load_model
 
         with pytest.raises(UserError, match="zero-shot model"):
-            _load(folder)
+            load_model(folder)
     else:  # of a type that transformers knows: its own code is taken, not the folder's
         from raydet.models.loading import build_detector, load_detector
         from raydet.tables.schema import Category
 
         detector = build_detector(folder, [Category(1, "dog")], image_size=64, seed=0)
         assert type(detector.model).__module__.startswith("transformers.")
-        with pytest.raises(UserError, match="is not whole"):  # there is not one weight in it
+        with pytest.raises(UserError, match="is incomplete"):  # there is not one weight in it
             load_detector(folder)
     assert not marker.exists()
 
@@ -408,9 +408,9 @@ def test_no_option_and_no_call_lets_foreign_code_in() -> None:
 
 _LISTENERS = """
 import os, psutil, ray
-from raydet.cluster import session
+from raydet.cluster import board, session
 with session.session({log!r}):
-    actor = session.Board.remote()
+    actor = board.Board.remote()
     ray.get(actor.show.remote())
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     found = set()

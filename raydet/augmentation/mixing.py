@@ -46,7 +46,7 @@ class Sample:
     Attributes:
         image: uint8 RGB, [H, W, 3].
         boxes_xywh: Absolute pixels, float64 [N, 4].
-        labels: Category indices, int64 [N].
+        categories: Category indices, int64 [N].
         areas: Areas of the objects in pixels, which may be less than those of their boxes, float64 [N].
         iscrowd: Whether a box covers many objects, bool [N].
         ids: The annotations' own numbers, int64 [N]; a copied object keeps its original's.
@@ -54,14 +54,14 @@ class Sample:
 
     image: npt.NDArray[np.uint8]
     boxes_xywh: Boxes
-    labels: npt.NDArray[np.int64]
+    categories: npt.NDArray[np.int64]
     areas: npt.NDArray[np.float64]
     iscrowd: npt.NDArray[np.bool_]
     ids: npt.NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        lengths = {len(self.boxes_xywh), len(self.labels), len(self.areas), len(self.iscrowd), len(self.ids)}
-        assert len(lengths) == 1, f"every box has one label, area, crowd flag and id; got {lengths} of them"
+        lengths = {len(self.boxes_xywh), len(self.categories), len(self.areas), len(self.iscrowd), len(self.ids)}
+        assert len(lengths) == 1, f"every box has one category, area, crowd flag and id; got {lengths} of them"
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -106,7 +106,7 @@ def moved(sample: Sample, image: npt.NDArray[np.uint8], boxes_xywh: Boxes, rows:
     old, new, areas = _area(sample.boxes_xywh[rows]), _area(boxes_xywh), sample.areas[rows]
     # Where the area is that of the box it stays so exactly, whatever rounding there is.
     scaled = np.where(areas == old, new, areas * np.divide(new, old, out=np.ones_like(new), where=old > 0))
-    return Sample(image, boxes_xywh, sample.labels[rows], scaled, sample.iscrowd[rows], sample.ids[rows])
+    return Sample(image, boxes_xywh, sample.categories[rows], scaled, sample.iscrowd[rows], sample.ids[rows])
 
 
 def clipped(sample: Sample) -> Sample:
@@ -120,7 +120,7 @@ def flip(sample: Sample) -> Sample:
     """Mirrors left and right."""
     boxes_xywh = sample.boxes_xywh.copy()
     boxes_xywh[:, 0] = sample.size_hw[1] - boxes_xywh[:, 0] - boxes_xywh[:, 2]
-    return Sample(sample.image[:, ::-1], boxes_xywh, sample.labels, sample.areas, sample.iscrowd, sample.ids)
+    return Sample(sample.image[:, ::-1], boxes_xywh, sample.categories, sample.areas, sample.iscrowd, sample.ids)
 
 
 def cut(
@@ -188,7 +188,7 @@ def mosaic(sample: Sample, partners: Sequence[Sample], rng: np.random.Generator)
         piece = _tile(source, (tops[row + 1] - top, lefts[column + 1] - left), rng)
         canvas[top : tops[row + 1], left : lefts[column + 1]] = piece.image
         boxes_xywh = piece.boxes_xywh + np.array([left, top, 0, 0], np.float64)
-        pieces.append(Sample(canvas, boxes_xywh, piece.labels, piece.areas, piece.iscrowd, piece.ids))
+        pieces.append(Sample(canvas, boxes_xywh, piece.categories, piece.areas, piece.iscrowd, piece.ids))
     return _together(canvas, pieces)
 
 
@@ -246,7 +246,7 @@ def _together(image: npt.NDArray[np.uint8], pieces: Sequence[Sample]) -> Sample:
     return Sample(
         image,
         np.concatenate([piece.boxes_xywh for piece in pieces]),
-        np.concatenate([piece.labels for piece in pieces]),
+        np.concatenate([piece.categories for piece in pieces]),
         np.concatenate([piece.areas for piece in pieces]),
         np.concatenate([piece.iscrowd for piece in pieces]),
         np.concatenate([piece.ids for piece in pieces]),

@@ -30,7 +30,7 @@ from raydet.augmentation.mixing import (
     moved,
 )
 from raydet.common.boxes import as_boxes
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.config import Augmentation, AugmentationSpec
 
 # Or albumentations asks the network for a newer version at each import.
@@ -296,7 +296,7 @@ def _reason(error: Exception) -> str:
     """albumentations' message in one line: of a failed validation, what is wrong with which argument."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     if not lines or "validation error" not in lines[0]:
-        return " ".join(" ".join(lines).split()) or type(error).__name__
+        return one_line(error)
     faults: dict[str, str] = {}
     place = ""
     for line in lines[1:]:

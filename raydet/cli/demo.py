@@ -1,4 +1,4 @@
-"""The whole way on generated pictures: prepare → train → predict → evaluate → report, on one Ray cluster."""
+"""The whole pipeline on generated images: prepare → train → predict → evaluate → report, on one Ray cluster."""
 
 import time
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from raydet.cluster import session
 from raydet.common.console import Console
-from raydet.common.errors import UserError
 from raydet.config import DemoConfig, EvaluateConfig, PredictConfig, PrepareShapesConfig, ReportConfig, TrainConfig
 from raydet.config.options import load_file
 from raydet.measuring.evaluate import evaluate
@@ -17,12 +16,12 @@ from raydet.scoring.predict import PredictResult, predict
 from raydet.tables import storage
 from raydet.training.train import TrainResult, train
 
-RECIPE = Path(__file__).parent.parent / "jobs" / "configs" / "demo.yaml"
+TRAIN_CONFIG = Path(__file__).with_name("demo.yaml")
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo came to."""
+    """The results of each step, and the time they took."""
 
     trained: TrainResult
     predicted: PredictResult
@@ -31,7 +30,7 @@ class DemoResult:
     seconds: float
 
     def lines(self) -> list[str]:
-        """Where everything is, for the terminal."""
+        """The locations of all results, for the terminal."""
         return [
             "",
             f"checkpoint  {self.trained.checkpoint}",
@@ -43,28 +42,25 @@ class DemoResult:
 
 
 def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
-    """Makes pictures, learns from them, finds the shapes in others, and measures how well.
+    """Generate images, train on some of them, find the shapes in the others, and measure the result.
 
     Raises:
-        UserError: The recipe is not there, or the run folder holds something else.
+        UserError: The training config does not exist, or the run folder holds something else.
     """
     console = console or Console()
     started = time.perf_counter()
-    recipe = config.recipe or str(RECIPE)
-    if not storage.exists(recipe):
-        raise UserError(f"no such recipe: {recipe}; give one with --recipe")
     out = storage.absolute_uri(config.out)
     train_data, val_data = storage.join(out, "data", "train"), storage.join(out, "data", "val")
     training = load_file(
         TrainConfig,
-        recipe,
+        config.train_config or str(TRAIN_CONFIG),
         train_data=train_data,
         val_data=val_data,
         out=out,
         epochs=config.epochs,
         num_workers=config.num_workers,
     )
-    console.title("prepare: generated pictures")
+    console.title("prepare: generated images")
     shapes = PrepareShapesConfig(
         out=storage.join(out, "data"),
         num_train=config.num_train,
@@ -76,13 +72,13 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
         console.title("\ntrain: a small RT-DETRv2 from scratch")
         trained = train(training, console=console)
         _show(console, trained.lines())
-        console.title("\npredict: every held-out picture")
+        console.title("\npredict: every held-out image")
         predicted = predict(
             PredictConfig(checkpoint=trained.checkpoint, data=val_data, out=storage.join(out, "detections")),
             console=console,
         )
         _show(console, predicted.lines())
-    console.title("\nevaluate: COCO's numbers")
+    console.title("\nevaluate: COCO numbers")
     evaluation = evaluate(
         EvaluateConfig(truth=val_data, detections=predicted.out, out=storage.join(out, "metrics"), run="demo")
     )

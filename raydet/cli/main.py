@@ -1,73 +1,26 @@
-"""The `raydet` command: makes a config of the options, makes one call, says where the results are.
+"""The `raydet` command: options → a config → one call → the lines of its result.
 
-Exit codes: 0 done, 1 something failed, 2 a mistake in the input, 130 or 143 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 success, 1 a failure, 2 a mistake in the input, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import raydet
-from raydet.common.console import Console
+from raydet.cli.commands import COMMANDS
+from raydet.common.console import Console, write_out
 from raydet.common.errors import RunError, UserError
 from raydet.common.redaction import without_secrets
 from raydet.common.signals import ending_on_sigterm
-from raydet.config import (
-    CompareConfig,
-    DemoConfig,
-    EvaluateConfig,
-    ExportCocoConfig,
-    ExportOnnxConfig,
-    ExportVocConfig,
-    ExportYoloConfig,
-    InspectConfig,
-    PlanConfig,
-    PredictConfig,
-    PrepareCocoConfig,
-    PrepareHubConfig,
-    PrepareImagesConfig,
-    PrepareShapesConfig,
-    PrepareVocConfig,
-    PrepareYoloConfig,
-    PushConfig,
-    ReportConfig,
-    TrainConfig,
-    TuneConfig,
-)
 from raydet.config.options import load
 
-_USAGE = """\
-usage: raydet COMMAND [options]
-
-  prepare coco     COCO instances JSON and images → an images table
-  prepare voc      Pascal VOC XML files and images → an images table
-  prepare yolo     a data set in YOLO's layout → an images table
-  prepare hub      a data set of the Hugging Face Hub, or a local one of that kind → an images table
-  prepare images   a folder or list of images without labels, also on the web → an images table
-  prepare shapes   generated pictures with labels → two images tables
-  inspect          an images table → one HTML page: its numbers, what is odd, pictures as a model sees them
-  train            fine-tune a detector, or train a small one from scratch
-  tune             many short trainings in search of the best options
-  predict          run a model over images, however many → a detections table
-  evaluate         truth and detections → COCO numbers and metrics tables
-  compare          two detections of the same images → how much the second is better, and how sure that is
-  plan             a short measurement here → time, cost and bottleneck of so many images on a cluster
-  report           metrics tables → one HTML file
-  export coco      detections → COCO results JSON; images table → COCO instances JSON
-  export voc       images table → Pascal VOC XML files
-  export yolo      images table or detections → YOLO label files
-  export onnx      a checkpoint → one ONNX file
-  push             share a checkpoint on the Hugging Face Hub, with a model card
-  demo             the whole way on generated pictures
-
-raydet COMMAND --help lists the options of a command. Every command takes --config FILE.yaml, which further
-options override, and --print-config, which prints the whole result.
-Set RAY_ADDRESS to run on a cluster; without it train and predict start Ray on this machine.
-"""
+_HELP = ("-h", "--help", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code."""
+    """Run a command line and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         with ending_on_sigterm():
@@ -76,58 +29,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"raydet: error: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("raydet: interrupted; run the same command again to go on", file=sys.stderr)
+        print("raydet: run interrupted; run the same command again to resume", file=sys.stderr)
         return 130
 
 
+def run_job(name: str) -> None:
+    """Run a command, or a group of commands such as `prepare`, with the options of this process; end the process."""
+    raise SystemExit(main([name, *sys.argv[1:]]))
+
+
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_USAGE, end="")
+    if not arguments or arguments[0] in _HELP:
+        write_out(_usage())
         return 0
     if arguments[0] == "--version":
-        print(raydet.__version__)
+        write_out(f"{raydet.__version__}\n")
         return 0
     name = arguments.pop(0)
-    if name in ("prepare", "export"):
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(_USAGE, end="")
-            return 0 if arguments else 2
+    group = [command for command in COMMANDS if command.startswith(f"{name} ")]
+    if group and (not arguments or arguments[0] in _HELP):
+        write_out(_usage(f"{name} "))
+        return 0 if arguments else 2
+    if group:
         name = f"{name} {arguments.pop(0)}"
-    if name not in _COMMANDS:
-        known = ", ".join(_COMMANDS)
-        raise UserError(f"unknown command `{name}`; there are {known}")
-    config: Any = load(_COMMANDS[name], arguments, program=f"raydet {name}")
-    call = getattr(raydet, name.replace(" ", "_"))
+    command = COMMANDS.get(name)
+    if command is None:
+        raise UserError(f"unknown command `{name}`; {_suggestion(name)}")
+    config: Any = load(command.config, arguments, program=f"raydet {name}", example=command.example)
+    call = getattr(raydet, command.function)
     console = Console()
-    report = call(config, console=console) if name in _WITH_STATUS else call(config)
-    for line in report.lines():
+    result = call(config, console=console) if command.shows_progress else call(config)
+    for line in result.lines():
         console.line(line)
     return 0
 
 
-_COMMANDS: dict[str, type] = {
-    "prepare coco": PrepareCocoConfig,
-    "prepare voc": PrepareVocConfig,
-    "prepare yolo": PrepareYoloConfig,
-    "prepare hub": PrepareHubConfig,
-    "prepare images": PrepareImagesConfig,
-    "prepare shapes": PrepareShapesConfig,
-    "inspect": InspectConfig,
-    "train": TrainConfig,
-    "tune": TuneConfig,
-    "predict": PredictConfig,
-    "evaluate": EvaluateConfig,
-    "compare": CompareConfig,
-    "plan": PlanConfig,
-    "report": ReportConfig,
-    "export coco": ExportCocoConfig,
-    "export voc": ExportVocConfig,
-    "export yolo": ExportYoloConfig,
-    "export onnx": ExportOnnxConfig,
-    "push": PushConfig,
-    "demo": DemoConfig,
-}
-"""The config of each command; `raydet.NAME` is its function, with `_` for a space."""
+def _usage(group: str = "") -> str:
+    """The list of commands, or of those whose names begin with `group`."""
+    lines = [f"usage: raydet {group or 'COMMAND '}{'FORMAT ' if group else ''}[options]", ""]
+    lines += [f"  {name:<16} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
+    lines += [
+        "",
+        "raydet COMMAND --help lists the options of a command. Every command reads options from --config FILE.yaml,",
+        "which the command line overrides, and prints the resulting config with --print-config.",
+        "Set RAY_ADDRESS to run on a Ray cluster; without it raydet starts Ray on this machine.",
+        "To see everything work in a few minutes: raydet demo",
+    ]
+    return "\n".join(lines) + "\n"
 
-_WITH_STATUS = ("demo", "plan", "predict", "train", "tune")
-"""Those that say on the console how far they are."""
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, [*COMMANDS, *(known.split()[0] for known in COMMANDS)], n=1)
+    return f"did you mean `{close[0]}`?" if close else "raydet --help lists the commands"

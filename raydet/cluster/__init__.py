@@ -1,1 +1,1 @@
-"""The Ray session, its shared storage, and the records of what a job did on it."""
+"""The Ray cluster of a job: session, shares, tasks and settings go in, records, metrics and logs come out."""

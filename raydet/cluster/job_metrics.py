@@ -23,11 +23,9 @@ from functools import lru_cache
 from typing import TypeVar
 
 import ray
-from ray.util.metrics import Counter, Gauge, Metric
 
-from raydet.cluster.job_report import ProcessStats
-
-_STAGE_OF_KIND = {"reader": "read", "decoder": "decode", "model": "model", "writer": "write"}
+from raydet.cluster.ray_internals import Counter, Gauge, Metric
+from raydet.cluster.stopwatch import LAST_STAGE_OF_KIND, ProcessStats
 
 AnyMetric = TypeVar("AnyMetric", bound=Metric)
 
@@ -91,7 +89,7 @@ def _average_precision() -> Gauge:
 def passed_on(stats: ProcessStats, num_images: int) -> None:
     """Counts images that a process of `predict` has done its stage's work for, and the seconds it took."""
     if num_images:
-        _images().inc(num_images, {"stage": _STAGE_OF_KIND[stats.kind]})
+        _images().inc(num_images, {"stage": LAST_STAGE_OF_KIND[stats.kind]})
     for stage, seconds in stats.seconds.items():
         if seconds > 0:
             _busy().inc(seconds, {"stage": stage})

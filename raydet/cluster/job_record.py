@@ -1,73 +1,110 @@
-"""What ran where: the job's ids, its nodes, its versions. No environment, no option, nothing that could be a secret."""
+"""The record of a job: its ids, nodes and versions. No environment, no option, nothing that could be a secret."""
 
 import contextlib
 import datetime
+import importlib.metadata
 import json
-import os
+import platform
 import re
 from collections import Counter
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import ray
 
-from raydet.cluster.job_report import JOB_FILE, versions
+from raydet.cluster.ray_internals import alive_nodes, submitted_metadata
 from raydet.tables import storage
 
-_JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Ray's job server puts the job's metadata here, for the driver alone."""
+JOB_FILE = "job.json"
+"""In the folder of a job's output."""
 _COMMIT_KEYS = ("commit", "git_commit")
 _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}(-dirty)?")
 _ACCELERATOR = "accelerator_type:"
+_PACKAGES = ("raydet", "ray", "torch", "transformers", "openvino", "onnxruntime", "pyarrow", "numpy", "pillow")
 
 
-def job_record() -> dict[str, Any]:
-    """What the driver knows of the job that it is, and of the cluster as it is now.
+@dataclass(frozen=True)
+class NodeKind:
+    """Nodes of the cluster that are alike.
 
-    Returns:
-        `ray_job_id`; `submission_id` and `commit`, null where the job was not submitted, or without a `commit` in its
-        `--metadata-json`; `started`, ISO 8601; `num_nodes`, and `nodes`, the kinds of them with their `count`,
-        `num_cpus`, `num_gpus`, `accelerator` and `memory_gb` (2³⁰ bytes); `versions` of the packages.
+    Attributes:
+        count: Number of them.
+        num_cpus: CPUs of each.
+        num_gpus: GPUs of each.
+        accelerator: Ray's name for the kind of GPU.
+        memory_gb: Memory of each that Ray hands out, 2³⁰ bytes.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    kinds = Counter(_kind(node["Resources"]) for node in nodes)
-    metadata = _metadata()
-    commit = next((metadata[key] for key in _COMMIT_KEYS if key in metadata), "")
-    return {
-        "ray_job_id": ray.get_runtime_context().get_job_id(),
-        "submission_id": metadata.get("job_submission_id"),
-        "commit": commit if _COMMIT.fullmatch(commit) else None,
-        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "num_nodes": len(nodes),
-        "nodes": [{"count": count, **dict(kind)} for kind, count in kinds.most_common()],
-        "versions": versions(),
-    }
+
+    count: int
+    num_cpus: float
+    num_gpus: float
+    accelerator: str | None
+    memory_gb: int
 
 
-def write_job_record(folder: str) -> None:
-    """Writes the record to `job.json` in a run's log folder, with those of the jobs that the run goes on from."""
-    uri = storage.join(folder, JOB_FILE)
-    earlier: list[Any] = []
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        content = json.loads(storage.read_bytes(uri))
-        earlier = [*content["earlier_jobs"], content["job"]]
-    record = {"job": job_record(), "earlier_jobs": earlier}
-    storage.write_bytes(uri, json.dumps(record, indent=1).encode())
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """A job and the cluster that it started on.
+
+    Attributes:
+        ray_job_id: Ray's id.
+        submission_id: Id of `ray job submit`; null for a job that was not submitted.
+        commit: `commit` in its `--metadata-json`; null without one.
+        started: Time, ISO 8601.
+        num_nodes: Nodes that were alive.
+        nodes: Their kinds, the most frequent first.
+        versions: Of Python and of the installed packages that decide the result.
+    """
+
+    ray_job_id: str
+    submission_id: str | None
+    commit: str | None
+    started: str
+    num_nodes: int
+    nodes: list[NodeKind]
+    versions: dict[str, str]
+
+    @classmethod
+    def of_this_job(cls) -> Self:
+        """The record of the job that this process drives, and of the cluster as it is now."""
+        nodes = alive_nodes()
+        metadata = submitted_metadata()
+        commit = next((metadata[key] for key in _COMMIT_KEYS if key in metadata), "")
+        kinds = Counter(_kind(node["Resources"]) for node in nodes).most_common()
+        return cls(
+            ray_job_id=ray.get_runtime_context().get_job_id(),
+            submission_id=metadata.get("job_submission_id"),
+            commit=commit if _COMMIT.fullmatch(commit) else None,
+            started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            num_nodes=len(nodes),
+            nodes=[NodeKind(count, *kind) for kind, count in kinds],
+            versions=versions(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return asdict(self)
+
+    def write(self, folder: str) -> None:
+        """Write the record to `job.json` in a run's log folder, with those of the jobs that the run resumes from."""
+        uri = storage.join(folder, JOB_FILE)
+        earlier: list[Any] = []
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            content = json.loads(storage.read_bytes(uri))
+            earlier = [*content["earlier_jobs"], content["job"]]
+        storage.write_bytes(uri, json.dumps({"job": self.to_dict(), "earlier_jobs": earlier}, indent=1).encode())
 
 
-def _kind(resources: dict[str, float]) -> tuple[tuple[str, Any], ...]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that decide the result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _kind(resources: dict[str, float]) -> tuple[float, float, str | None, int]:
     accelerators = [name.removeprefix(_ACCELERATOR) for name in resources if name.startswith(_ACCELERATOR)]
-    return (
-        ("num_cpus", resources.get("CPU", 0.0)),
-        ("num_gpus", resources.get("GPU", 0.0)),
-        ("accelerator", accelerators[0] if accelerators else None),
-        ("memory_gb", round(resources.get("memory", 0.0) / 2**30)),
-    )
-
-
-def _metadata() -> dict[str, str]:
-    """What was given with `ray job submit --metadata-json`, and Ray's own; empty in a process that is no such job."""
-    try:
-        metadata = json.loads(os.environ.get(_JOB_CONFIG_VARIABLE, "{}")).get("metadata") or {}
-    except (ValueError, AttributeError):
-        return {}
-    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+    memory_gb = round(resources.get("memory", 0.0) / 2**30)
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0), next(iter(accelerators), None), memory_gb

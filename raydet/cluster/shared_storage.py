@@ -1,4 +1,4 @@
-"""Whether all nodes of the cluster see the same files: what one writes, every other must be able to read."""
+"""A check that all nodes of the cluster see the same files: every node must be able to read what another writes."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,8 @@ import pyarrow.fs as pafs
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydet.common.errors import RunError, UserError
+from raydet.cluster.ray_internals import alive_nodes
+from raydet.common.errors import RunError, UserError, one_line
 from raydet.tables import storage
 
 ANSWER_WITHIN_S = 180.0
@@ -63,7 +64,7 @@ def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str
         RunError: A node cannot run raydet, or does not answer.
         OSError: A place cannot be read or written from here.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = alive_nodes()
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
         return
     places = [_Place(option, named, uri, _mark(uri)) for option, (named, uri) in reads.items()]
@@ -98,7 +99,7 @@ def _answer_uri(probe_uri: str, node_id: str) -> str:
 def _ask(
     nodes: Sequence[Mapping[str, Any]], places: Sequence[_Place], probe: _Place | None
 ) -> list[tuple[str, _Finding]]:
-    """What the nodes have found, with their names; those that have died meanwhile have no say."""
+    """Findings of the nodes, with their names; a node that has died meanwhile has none."""
     task = ray.remote(num_cpus=0, max_retries=0)(_look)
     asked = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
@@ -107,7 +108,7 @@ def _ask(
         for node in nodes
     ]
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_WITHIN_S, fetch_local=False)
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = {node["NodeID"] for node in alive_nodes()}
     findings = []
     for node, answer in zip(nodes, asked, strict=True):
         name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
@@ -150,7 +151,7 @@ def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Find
 
 
 def _mark(uri: str) -> str | None:
-    """What tells a file from another one at the same place, "folder" for a folder, None where there is neither."""
+    """Size and hash of a file, "folder" for a folder, None for nothing; another file at the same place has another."""
     filesystem, path = storage.resolve(uri)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
@@ -181,5 +182,4 @@ def _refusal(findings: Sequence[tuple[str, _Finding]]) -> UserError:
 
 
 def _first_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(str(text).split())[:300] or type(error).__name__
+    return one_line(getattr(error, "strerror", None) or error, limit=300)

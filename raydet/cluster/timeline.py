@@ -1,4 +1,4 @@
-"""How many images each stage was done with over the time of a run, in as many spans as a file can hold."""
+"""Images that each stage finished, over the time of a run, in a bounded number of spans."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

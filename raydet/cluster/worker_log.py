@@ -1,4 +1,4 @@
-"""Where the log lines of raydet's own code go in the processes of a cluster, and whose they say they are.
+"""Logging of raydet's own code in the processes of a cluster: destinations, and the origin of each line.
 
 Each process writes them to its stderr, which Ray keeps in its own log of that worker, and where the run's folder is in
 a file tree also to `node-IP.log` in its log folder, one file for all processes of a node.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from raydet.cluster.ray_internals import alive_nodes
 from raydet.tables import storage
 
 
@@ -26,7 +27,7 @@ def log_from_here(folder: str, *, rank: int | None = None) -> None:
     """
     context = ray.get_runtime_context()
     node_id = context.get_node_id()
-    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    address = next(node["NodeManagerAddress"] for node in alive_nodes() if node["NodeID"] == node_id)
     who = f"job={context.get_job_id()} node={address}/{node_id[:8]} pid={os.getpid()}"
     if rank is not None:
         who += f" rank={rank}"

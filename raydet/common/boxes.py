@@ -39,6 +39,13 @@ def xywh_to_normalised_cxcywh(boxes_xywh: Boxes, size_hw: tuple[int, int]) -> Bo
     return np.concatenate([centres, boxes_xywh[:, 2:]], axis=1) / scale
 
 
+def normalised_cxcywh_to_xywh(boxes_cxcywh: Boxes, size_hw: tuple[int, int]) -> Boxes:
+    """Invert `xywh_to_normalised_cxcywh`, [N, 4] → [N, 4]."""
+    height, width = size_hw
+    boxes = boxes_cxcywh * np.array([width, height, width, height], dtype=np.float64)
+    return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2:]], axis=1)
+
+
 def clip_xywh(boxes_xywh: Boxes, size_hw: tuple[int, int]) -> Boxes:
     """Cuts boxes to the image; a box that lies wholly outside is left with no width or no height. [N, 4] → [N, 4]."""
     height, width = size_hw

@@ -1,13 +1,24 @@
-"""What a person sees: lines and tables on the screen, and how far the work is. Imports no Ray."""
+"""Lines, tables and progress on the terminal. Imports no Ray."""
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from raydet.common.redaction import without_secrets
 
 
+def write_out(text: str) -> None:
+    """Write a page of text to stdout; a reader such as `head` may close the pipe before the end."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The lines of a table with the first column flush left and the others flush right."""
+    """Lay out a table: the first column flush left, the others flush right."""
     first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -17,26 +28,26 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 class Console:
-    """Prints plain lines; on a terminal a status line below them says how far the work is."""
+    """Plain lines, and on a terminal a status line below them with the progress."""
 
     def __init__(self) -> None:
-        # Lazily: what only lays out lines has no need of it.
+        # Imported late: layout alone does not need it.
         from rich.console import Console as RichConsole
 
         self._rich = RichConsole(highlight=False, markup=False, soft_wrap=True)
         self._is_terminal = self._rich.is_terminal
 
     def line(self, text: str = "") -> None:
-        """Prints one line, without passwords and keys."""
+        """Print one line, with passwords and keys masked."""
         self._rich.print(without_secrets(text))
 
     def title(self, text: str) -> None:
-        """Prints what comes next."""
+        """Print the title of the next step."""
         self._rich.print(text, style="bold" if self._is_terminal else None)
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Shows a status line for the time of a `with`; yields the function that changes it."""
+        """Show a status line during a `with` block; yields the function that changes it."""
         if not self._is_terminal:
             yield lambda _: None
             return

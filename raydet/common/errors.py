@@ -26,3 +26,16 @@ class RunStopped(RunError):  # noqa: N818 - it is no error that a run does as it
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def one_line(message: object, *, limit: int | None = None) -> str:
+    """Put a message on one line.
+
+    Args:
+        message: Text, or an exception: its message then, or the name of its type where it has none.
+        limit: Most characters; a longer message ends in an ellipsis.
+    """
+    text = " ".join(str(message).split())
+    if not text and isinstance(message, BaseException):
+        text = type(message).__name__
+    return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"

@@ -8,7 +8,7 @@ from types import FrameType
 
 from raydet.common.errors import RunStopped
 
-STOPPED = "stopped as asked; what was written is whole, run the same command again"
+STOPPED = "run stopped; run the same command again to resume"
 
 
 @contextlib.contextmanager

@@ -1,8 +1,14 @@
-"""The same work on many items, side by side in threads: where it waits (for storage) or lets go of the interpreter."""
+"""Threads: as many as this process has CPUs for, and the same work on many items side by side.
 
+Threads pay where the work waits (for storage) or lets go of the interpreter.
+"""
+
+import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 NUM_READ_THREADS = 16
@@ -47,3 +53,45 @@ def in_order(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def available_cpus(*, system: Path = Path("/")) -> int:
+    """CPUs that this process may use, at least 1.
+
+    Those of its CPU affinity, and no more than the CPU quota of its control groups, which is how containers are
+    limited (Linux, cgroup v1 and v2); a quota of a fraction is rounded up.
+
+    Args:
+        system: Root of the file system.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(affinity, _cpu_quota(system))))
+
+
+def _cpu_quota(system: Path) -> float:
+    """The smallest quota of this process's control groups and of those that they lie in, in CPUs."""
+    quotas = [math.inf]
+    for line in _words(system / "proc/self/cgroup", separator="\n"):
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = system / "sys/fs/cgroup" / controllers  # v2 names no controllers
+        if not mount.is_dir():
+            mount = system / "sys/fs/cgroup/cpu"
+        # In a container the group may be named as its host sees it; then only the mount itself is there.
+        inside = Path(group.lstrip("/"))
+        for folder in (mount / inside, *(mount / parent for parent in inside.parents), mount):
+            limits = _words(folder / "cpu.max") or [
+                *_words(folder / "cpu.cfs_quota_us"),
+                *_words(folder / "cpu.cfs_period_us"),
+            ]
+            if len(limits) == 2 and limits[0] not in ("max", "-1"):
+                quotas.append(int(limits[0]) / int(limits[1]))
+    return min(quotas)
+
+
+def _words(path: Path, separator: str | None = None) -> list[str]:
+    try:
+        return [word for word in path.read_text("utf-8").split(separator) if word]
+    except OSError:
+        return []

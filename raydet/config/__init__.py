@@ -1,7 +1,7 @@
-"""One frozen dataclass per job, which checks itself. `options.py` makes them of YAML files and command lines.
+"""One frozen dataclass per command, which checks itself; YAML files and command lines → these dataclasses.
 
-A field is *operational* when it changes how long a run takes or where it runs, but not what comes out; all others
-are its identity: a folder may be continued only by a run of the same identity.
+A field is *operational* if it changes how long a run takes or where it runs, but never the result. All other fields are
+the identity of a run: a folder may be continued only by a run with the same identity.
 """
 
 from raydet.config.fields import (
@@ -21,6 +21,7 @@ from raydet.config.preparing import (
     DEFAULT_MAX_PIXELS,
     ImageStorage,
     PrepareCocoConfig,
+    PrepareConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
@@ -68,6 +69,7 @@ __all__ = [
     "Precision",
     "PredictConfig",
     "PrepareCocoConfig",
+    "PrepareConfig",
     "PrepareHubConfig",
     "PrepareImagesConfig",
     "PrepareShapesConfig",

@@ -1,44 +1,85 @@
-"""What the options of every command are declared with: help, default, checks, and what belongs to the identity."""
+"""Declaration of options: help text, group, default, checks, and whether an option belongs to the identity."""
 
 import dataclasses
 import hashlib
 import json
 from dataclasses import field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
+
+Group = Literal[
+    "Common options",
+    "Input",
+    "Model",
+    "Optimisation",
+    "Augmentation",
+    "Validation",
+    "Search",
+    "Tiles and merging",
+    "Detections",
+    "Measurement",
+    "Output",
+    "Compute and cluster",
+]
+"""Headings of the help, in the order they are printed."""
+
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 def option(
     help: str,
     default: Any = dataclasses.MISSING,
     *,
+    group: Group = "Common options",
     default_factory: Any = dataclasses.MISSING,
     operational: bool = False,
+    value: str = "",
 ) -> Any:
-    """A field of a config: its help text, its default if it has one, and whether it is operational."""
-    metadata = {"help": help, "operational": operational}
+    """Declare one field of a config.
+
+    Args:
+        help: One or two clauses without a full stop; the default is printed after them.
+        default: Without it and `default_factory`, the option is required.
+        group: Heading under which the help lists the option; required options have their own.
+        default_factory: As in `dataclasses.field`, for lists.
+        operational: The option changes the time or the place of a run, never its result.
+        value: Name of the value in the help; by default made from the type, or from the option's name.
+    """
+    metadata = {"help": help, "group": group, "operational": operational, "value": value}
     if default_factory is not dataclasses.MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+def flag(name: str) -> str:
+    """The spelling of an option in help and messages, such as `--batch-size`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def require(condition: bool, message: str) -> None:
-    """Raises UserError with this message unless the condition holds."""
+    """Raise UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raises UserError for the first of these fields that is a number of 0 or less."""
+    """Raise UserError for the first of these fields that is a number of 0 or less; None passes."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, f"{name} must be above 0, got {value}")
+        require(value is None or value > 0, f"{flag(name)} must be above 0, got {value}")
+
+
+def require_not_negative(config: Any, *names: str) -> None:
+    """Raise UserError for the first of these fields that is below 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{flag(name)} must not be negative, got {value}")
 
 
 def field_names(config_class: type) -> list[str]:
-    """The options of a config, in the order they are declared."""
+    """The names of a config's options, in the order of their declaration."""
     return [item.name for item in fields_of(config_class)]
 
 
@@ -48,37 +89,37 @@ def fields_of(config_class: type) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def is_required(item: "dataclasses.Field[Any]") -> bool:
-    """Whether an option has no default."""
+    """Tell whether an option has no default."""
     return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def default_of(item: "dataclasses.Field[Any]") -> Any:
-    """What an option is when it is not given."""
+    """The value of an option that is not given."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields that decide what comes out, without the operational ones."""
+    """The fields that determine the result, without the operational ones."""
     return {
         item.name: getattr(config, item.name) for item in dataclasses.fields(config) if not item.metadata["operational"]
     }
 
 
 def config_hash(config: Any) -> str:
-    """Twelve hexadecimal digits that stand for a config's identity."""
+    """Twelve hexadecimal digits that identify a config by its identity fields."""
     content = json.dumps([type(config).__name__, identity(config)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def to_yaml(config: Any) -> str:
-    """The whole resolved config, every field with its value, without passwords and keys."""
-    # Not needed by those who only build a config.
+    """The resolved config as YAML: every field with its value, passwords and keys masked."""
+    # Imported late: most callers only build a config.
     import yaml
 
     return yaml.safe_dump(without_secrets(dataclasses.asdict(config)), sort_keys=False)
 
 
 def changed_fields(config: Any, earlier: dict[str, Any]) -> list[str]:
-    """Which identity fields differ from an earlier config of the same class, as `name: then → now`."""
+    """The identity fields that differ from an earlier config of the same class, as `--name: then → now`."""
     now, earlier = without_secrets(identity(config)), without_secrets(earlier)
-    return [f"{name}: {earlier.get(name)} → {now[name]}" for name in now if earlier.get(name) != now[name]]
+    return [f"{flag(name)}: {earlier.get(name)} → {now[name]}" for name in now if earlier.get(name) != now[name]]

@@ -1,29 +1,32 @@
-"""`inspect`."""
+"""`inspect`: a page about an images table."""
 
 from dataclasses import dataclass
 
-from raydet.config.fields import option, require
+from raydet.config.fields import option, require_not_negative
 from raydet.config.training import AugmentationSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """A page about an images table: its numbers, what is odd in it, and pictures as a model in training sees them."""
+    """An images table → one HTML page: statistics, suspicious labels, and images as training sees them."""
 
     data: str = option("images table")
-    val_data: str | None = option("images table to compare it with: class shares, sizes, identical images", None)
-    out: str = option("folder of inspect.html and of the tables that hold its numbers", operational=True)
-    recipe: str | None = option(
-        "training config (YAML) whose model, image_size, augmentation and seed the pictures follow; train's own "
-        "defaults without one",
+    out: str = option("folder to write: inspect.html, and the tables with its numbers", operational=True)
+    val_data: str | None = option(
+        "second images table to compare with the first: class shares, sizes, identical images", None
+    )
+    train_config: str | None = option(
+        "training config (YAML); the images are shown with its model, image_size, augmentation and seed; by default "
+        "with the defaults of train",
         None,
     )
-    augmentation: AugmentationSpec | None = option("instead of the recipe's, as train has it", None)
-    model: str | None = option("instead of the recipe's: the model whose resize the pictures follow", None)
-    image_size: int | None = option("instead of the recipe's, in pixels", None)
-    num_images: int = option("pictures of each class, as far as they fit on the page; 0 for none", 6)
-    seed: int = option("of the sample of pictures", 0)
+    augmentation: AugmentationSpec | None = option(
+        "augmentation, written as in train; overrides that of --train-config", None
+    )
+    model: str | None = option("model whose resize the images are shown with; overrides that of --train-config", None)
+    image_size: int | None = option("input side in pixels; overrides that of --train-config", None)
+    num_images: int = option("images per class, as far as they fit on the page; 0 shows none", 6)
+    seed: int = option("seed of the sample of images", 0)
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "seed"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require_not_negative(self, "num_images", "seed")

@@ -1,9 +1,8 @@
-"""A config of a YAML file and options on the command line, or one clear line that says what is wrong with them."""
+"""YAML files and command-line options → a config, or one clear line about the mistake in them."""
 
 import difflib
 import json
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,17 +10,27 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from raydet.common.errors import UserError
-from raydet.config import default_of, field_names, fields_of, is_required, to_yaml
+from raydet.common.console import write_out
+from raydet.common.errors import UserError, one_line
+from raydet.config.fields import default_of, field_names, fields_of, flag, is_required, to_yaml
+from raydet.config.help import help_page
 
 Config = TypeVar("Config")
 
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
 
-def load(config_class: type[Config], arguments: Sequence[str], *, program: str = "raydet") -> Config:
-    """Makes a config of command-line options.
 
-    `--config FILE` may stand among them; options override the file wherever they stand. Options may be written with
-    `-` or `_`; one that is true or false may be given without a value, or with `no-` before it.
+def load(config_class: type[Config], arguments: Sequence[str], *, program: str = "raydet", example: str = "") -> Config:
+    """Make a config from command-line options.
+
+    `--config FILE` may stand anywhere among them; options override the file. An option may be written with `-` or
+    `_`. A switch needs no value and takes the prefix `no-`; a list of words or numbers is written `a,b`.
+
+    Args:
+        config_class: The command's config.
+        arguments: The command line after the command's name.
+        program: The command as typed, for help and messages.
+        example: Options of a command line that works, for the help.
 
     Raises:
         UserError: An unknown option, a wrong value, a missing one, a file that cannot be read.
@@ -29,14 +38,14 @@ def load(config_class: type[Config], arguments: Sequence[str], *, program: str =
     """
     tokens, config_files, print_config = _normalise(config_class, arguments)
     if tokens and tokens[0] in ("-h", "--help"):
-        print(_help(config_class, program))
+        write_out(help_page(config_class, program=program, example=example))
         raise SystemExit(0)
     values: dict[str, Any] = {}
     for path in config_files:
         values.update(_read_yaml(config_class, path))
     config = _parse(config_class, values, tokens, program)
     if print_config:
-        print(to_yaml(config), end="")
+        write_out(to_yaml(config))
         raise SystemExit(0)
     return config
 
@@ -58,7 +67,7 @@ def _parse(config_class: type[Config], values: dict[str, Any], tokens: Sequence[
         parsed = parser.parse_args(list(tokens), namespace=parsed)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(_wrong_value(str(error))) from None
-    missing = [f"--{name.replace('_', '-')}" for name in required if parsed[name] is None]
+    missing = [flag(name) for name in required if parsed[name] is None]
     if missing:
         raise UserError(f"missing {', '.join(missing)}; see {program} --help")
     return config_class(**{name: parsed[name] for name in field_names(config_class)})
@@ -66,7 +75,7 @@ def _parse(config_class: type[Config], values: dict[str, Any], tokens: Sequence[
 
 def _wrong_value(message: str) -> str:
     """jsonargparse's message in one line, without the spelling of Python's types."""
-    line = _one_line(message)
+    line = one_line(message)
     union = re.match(
         r'Parser key "?(\w+)"?: Does not validate .*?Errors: (.*) Given value type: .*? Given value: (.*)', line
     )
@@ -74,11 +83,8 @@ def _wrong_value(message: str) -> str:
         name, errors, value = union.groups()
         choices = re.findall(r"typing\.Literal\[(.*?)\]", errors)
         kinds = [f"one of {choices[0].replace(chr(39), '')}"] if choices else []
-        kinds += [
-            {"int": "a number", "list": "a list"}.get(kind, f"a {kind}")
-            for kind in re.findall(r"Expected a <class '(\w+)'>", errors)
-        ]
-        return f"{name} must be {' or '.join(kinds)}; got {value}"
+        kinds += [_TYPES.get(kind, f"a {kind}") for kind in re.findall(r"Expected a <class '(\w+)'>", errors)]
+        return f"{flag(name)} must be {' or '.join(kinds)}; got {value}"
     match = re.match(
         r'(?:Parser key|Problem with) "?(\w+)"?: (?:Expected a|.*?Expected a) (.*?)\. Got value: (.*)', line
     )
@@ -88,38 +94,12 @@ def _wrong_value(message: str) -> str:
     expected = re.sub(r"<class '(\w+)'>", r"\1", expected)
     only = re.match(r"typing\.Literal\[(.*)\]", expected)
     if only:
-        return f"{name} must be one of {only.group(1).replace(chr(39), '')}; got {value}"
-    return f"{name} must be of type {expected}; got {value}"
-
-
-def _help(config_class: type, program: str) -> str:
-    """The options of a command, one each, with what they are by default."""
-    hints = typing.get_type_hints(config_class)
-    lines = [f"usage: {program} [--config FILE.yaml] [options]", "", config_class.__doc__ or "", ""]
-    for item in fields_of(config_class):
-        option = f"--{item.name.replace('_', '-')}"
-        hint = hints[item.name]
-        choices = f" ({' | '.join(typing.get_args(hint))})" if typing.get_origin(hint) is Literal else ""
-        if is_required(item):
-            default = "required"
-        else:
-            default = (
-                "" if default_of(item) in (None, []) else f"default: {yaml.safe_dump(default_of(item)).splitlines()[0]}"
-            )
-        lines.append(f"  {option}{choices}")
-        text = f"{item.metadata['help']} [{default}]" if default else item.metadata["help"]
-        lines += textwrap.wrap(text, width=100, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    lines += [
-        "",
-        "  --config FILE",
-        "        YAML file with any of these options; options on the command line override it",
-    ]
-    lines += ["  --print-config", "        print the whole resulting config as YAML and stop"]
-    return "\n".join(lines)
+        return f"{flag(name)} must be one of {only.group(1).replace(chr(39), '')}; got {value}"
+    return f"{flag(name)} must be {_TYPES.get(expected, f'of type {expected}')}; got {value}"
 
 
 def load_file(config_class: type[Config], path: str, **overrides: Any) -> Config:
-    """Makes a config of a YAML file, with some fields set by the caller."""
+    """Make a config from a YAML file, with some fields set by the caller."""
     given = {name: value for name, value in overrides.items() if value is not None}
     return _parse(config_class, {**_read_yaml(config_class, path), **given}, [], "raydet")
 
@@ -127,14 +107,14 @@ def load_file(config_class: type[Config], path: str, **overrides: Any) -> Config
 def build(
     config_class: type[Config], values: Mapping[str, Any], *, program: str, where: str = "", file: str | None = None
 ) -> Config:
-    """Makes a config of plain values, such as those that stand within another config.
+    """Make a config from plain values, such as those nested in another config.
 
     Args:
-        config_class: Of which kind.
-        values: By option; texts are read as in a YAML file.
-        program: Whose `--help` tells more.
-        where: What the values are, for the message about an unknown one.
-        file: YAML file with further values, which these override.
+        config_class: The config to make.
+        values: Values by option name; strings are parsed as in a YAML file.
+        program: The command whose `--help` messages refer to.
+        where: A description of the values, for the message about an unknown one.
+        file: YAML file with further values; `values` override it.
 
     Raises:
         UserError: An unknown option, a wrong value, a missing one, a file that cannot be read.
@@ -147,10 +127,11 @@ def build(
 
 
 def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """Writes options with `_`, gives lone switches their value, and takes out `--config` and `--print-config`."""
+    """Spell options with `_`, give switches a value, write lists as JSON; take out `--config` and `--print-config`."""
     hints = typing.get_type_hints(config_class)
     switches = {name for name, hint in hints.items() if hint is bool or _is_optional_bool(hint)}
-    word_lists = {name for name, hint in hints.items() if hint == list[str] or hint == list[str] | None}
+    elements = {name: element for name, hint in hints.items() if (element := _list_element(hint)) is not None}
+    mixed = {name for name in elements if int in typing.get_args(hints[name])}  # a number, or a list of them
     result: list[str] = []
     files: list[str] = []
     print_config = False
@@ -177,13 +158,15 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
             return ["--help"], [], False
         elif name not in hints:
             raise UserError(f"unknown option --{key}{_suggestion(name, config_class, '--')}")
-        elif not equals and name in hints:
+        elif not equals:
             if not rest:
                 raise UserError(f"--{key} needs a value")
             rest.insert(0, f"--{name}={rest.pop(0)}")
-        elif name in word_lists and not value.startswith("["):
+        elif name in elements and not value.startswith("[") and ("," in value or name not in mixed):
             words = [word.strip() for word in value.split(",")]
-            result.append(f"--{name}={json.dumps(words, ensure_ascii=False)}")
+            is_number = elements[name] in (int, float)
+            written = f"[{value}]" if is_number else json.dumps(words, ensure_ascii=False)
+            result.append(f"--{name}={written}")
         else:
             result.append(f"--{name}{equals}{value}")
     return result, files, print_config
@@ -191,6 +174,13 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
 
 def _is_optional_bool(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) and bool in typing.get_args(hint)
+
+
+def _list_element(hint: Any) -> Any:
+    """The element type of a list of words or numbers, or of a union with one; None for any other type."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    element = next((typing.get_args(member)[0] for member in members if typing.get_origin(member) is list), None)
+    return element if element in (str, int, float) or typing.get_origin(element) is Literal else None
 
 
 def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
@@ -201,7 +191,7 @@ def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no such config file: {path}") from None
     except (yaml.YAMLError, OSError) as error:
-        raise UserError(f"cannot read the config file {path}: {_one_line(str(error))}") from None
+        raise UserError(f"cannot read the config file {path}: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -215,11 +205,5 @@ def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
 def _suggestion(name: str, config_class: type, prefix: str = "") -> str:
     close = difflib.get_close_matches(name, field_names(config_class), n=1)
     if not close:
-        return "; see --help for those there are"
-    suggested = close[0].replace("_", "-") if prefix else close[0]
-    return f"; did you mean {prefix}{suggested}?"
-
-
-def _one_line(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines)
+        return "; --help lists the options"
+    return f"; did you mean {flag(close[0]) if prefix else close[0]}?"

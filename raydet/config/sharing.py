@@ -1,4 +1,4 @@
-"""`export` and `push`: what others open."""
+"""`export` and `push`: tables and checkpoints → formats that other tools open."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +8,14 @@ from raydet.config.fields import option, require, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """Share a checkpoint on the Hugging Face Hub, with a model card; log in with `hf auth login` or set HF_TOKEN."""
+    """Upload a checkpoint to the Hugging Face Hub, with a model card; log in with `hf auth login` or set HF_TOKEN."""
 
     checkpoint: str = option("model folder, as written by train")
-    repo: str = option("repository on the Hub, as owner/name; it is made if it is not there")
+    repo: str = option("repository on the Hub, as owner/name; created if it does not exist")
     private: bool = option("make a new repository private", False)
-    revision: str | None = option("branch to push to; main by default", None)
-    metrics: str | None = option("metrics folder of evaluate, whose COCO table goes into the model card", None)
-    license: str | None = option("licence named in the model card, as the Hub spells it: apache-2.0, …", None)
+    revision: str | None = option("branch to push to; by default main", None)
+    metrics: str | None = option("metrics folder, as written by evaluate, for the table in the model card", None)
+    license: str | None = option("licence stated in the model card, in the Hub's spelling: apache-2.0, …", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +24,19 @@ class ExportCocoConfig:
 
     data: str = option("detections table or images table")
     out: str = option("JSON file or URI to write", operational=True)
-    score_threshold: float = option("detections at or below this score are left out", 0.0)
+    score_threshold: float = option("leave out detections at or below this score", 0.0)
 
     def __post_init__(self) -> None:
-        require(0 <= self.score_threshold < 1, f"score_threshold must be in [0, 1), got {self.score_threshold}")
+        require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ExportFolderConfig:
-    """What exports of one file an image have in common."""
+    """Options of the exports that write one file per image."""
 
-    out: str = option("folder or URI to write, which must be empty or not there", operational=True)
-    split: Literal["train", "val", "test"] = option("which part of a data set this is", "train")
-    copy_images: bool | None = option(
-        "copy the pictures too; by default those whose bytes are in the table, and not those it only refers to", None
-    )
+    out: str = option("folder or URI to write, which must not exist or be empty", operational=True)
+    split: Literal["train", "val", "test"] = option("name of the part of the data set in the layout", "train")
+    copy_images: bool | None = option("copy the images too; by default those whose bytes are in the table", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class ExportVocConfig(_ExportFolderConfig):
     """Images table → Pascal VOC XML files."""
 
     data: str = option("images table")
-    zero_based: bool = option("call the first pixel 0 instead of 1, as the VOC devkit does", False)
+    zero_based: bool = option("number pixels from 0; the VOC devkit numbers them from 1", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +52,19 @@ class ExportYoloConfig(_ExportFolderConfig):
     """Images table or detections table → YOLO label files in the layout of Ultralytics."""
 
     data: str = option("images table or detections table")
-    score_threshold: float = option("detections at or below this score are left out", 0.0)
+    score_threshold: float = option("leave out detections at or below this score", 0.0)
 
     def __post_init__(self) -> None:
-        require(0 <= self.score_threshold < 1, f"score_threshold must be in [0, 1), got {self.score_threshold}")
+        require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOnnxConfig:
-    """Checkpoint → one ONNX file, from normalised pixels to logits and boxes, checked against the checkpoint."""
+    """Checkpoint → one ONNX file, from normalised pixels to logits and boxes, verified against the checkpoint."""
 
     checkpoint: str = option("model folder, as written by train, or a Hub name")
     out: str = option("ONNX file to write", operational=True)
-    image_size: int | None = option("side in pixels that pictures are resized or padded to; the model's own", None)
+    image_size: int | None = option("input side in pixels; by default the model's own", None)
 
     def __post_init__(self) -> None:
         require_positive(self, "image_size")

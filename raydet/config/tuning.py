@@ -1,10 +1,10 @@
-"""`tune`: a search over the options of training."""
+"""`tune`: a search over the options of `train`."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydet.config.fields import option, require, require_positive
-from raydet.config.training import COCO_METRICS
+from raydet.config.fields import option, require, require_not_negative, require_positive
+from raydet.config.training import require_metric
 
 Search = Literal["optuna", "random"]
 Scheduler = Literal["asha", "none"]
@@ -12,56 +12,66 @@ Scheduler = Literal["asha", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Search for the options of training that give the best detector: many short trainings, side by side."""
+    """Search for the training options that give the best detector, by many short trainings in parallel."""
 
-    out: str = option("folder: OUT/best is the best model, OUT/trials the table of all trials", operational=True)
-    train: str | dict[str, Any] = option(
-        "the training that is varied: a config file of train, or its options as a mapping, where `config` may name a "
-        "file that the others override"
+    out: str = option(
+        "folder to write: OUT/best is the best model, OUT/trials the table of all trials", operational=True
     )
-    train_data: str | None = option("images table to learn from; the one that `train` names by default", None)
-    val_data: str | None = option("images table to validate on; the one that `train` names by default", None)
+    train_config: str | dict[str, Any] = option(
+        "training to vary: a config file of train, or its options as a mapping; the mapping's key `config` may name a "
+        "file that the other keys override"
+    )
     space: dict[str, Any] = option(
-        "what to vary: options of train, with dots for those within one (schedule_options.num_cycles), each with one "
-        "of {uniform: [low, high]}, {loguniform: [low, high]}, {randint: [low, high]} (without high), {choice: [...]}"
+        "search space: options of train, with dots for nested ones (schedule_options.num_cycles), each with "
+        "{uniform: [low, high]}, {loguniform: [low, high]}, {randint: [low, high]} (high excluded) or {choice: [...]}"
     )
-    points: list[dict[str, Any]] = option(
-        "values to try before the search begins; `train` as it stands is always the first trial", default_factory=list
+    train_data: str | None = option("images table to train on; by default that of --train-config", None)
+    val_data: str | None = option("images table for validation; by default that of --train-config", None)
+    num_trials: int = option("number of trainings; the first one is --train-config unchanged", 20, operational=True)
+    metric: str | None = option(
+        "metric to optimise: one of COCO's twelve, AP:CLASS for one class, or loss (lower is better); by default the "
+        "metric_for_best_model of --train-config",
+        None,
     )
 
-    num_trials: int = option("trainings in all, the first of them with `train` as it stands", 20, operational=True)
-    metric: str | None = option(
-        "what to search for: one of COCO's twelve, AP:CLASS for one class, or loss, of which less is better; the "
-        "metric_for_best_model of `train` by default",
-        None,
+    search: Search = option("optuna learns from earlier trials (TPE), random does not", "optuna", group="Search")
+    scheduler: Scheduler = option(
+        "asha stops trials early that fall behind, none lets all finish", "asha", group="Search"
     )
-    search: Search = option("optuna learns from the trials so far (TPE), random does not", "optuna")
-    scheduler: Scheduler = option("asha stops a trial early that is behind the others; none lets all finish", "asha")
+    points_to_evaluate: list[dict[str, Any]] = option(
+        "sets of values to try before the search starts", group="Search", default_factory=list
+    )
     grace_epochs: int | None = option(
-        "epochs before a trial may be stopped; by default those after which asha looks twice at a trial", None
-    )
-    reduction_factor: int = option("asha lets one in so many trials go on, at each look", 3)
-    max_concurrent: int | None = option(
-        "trials at once; by default one for each set of GPUs, or for each two CPUs a worker", None, operational=True
-    )
-    time_limit_s: float | None = option(
-        "seconds after which the search ends with what it has; the same command goes on from there",
+        "epochs before a trial may be stopped; by default chosen such that asha compares a trial twice",
         None,
+        group="Search",
+    )
+    reduction_factor: int = option("asha keeps one in this many trials at each comparison", 3, group="Search")
+    seed: int = option("seed of the search; every trial has the seed of --train-config", 0, group="Search")
+
+    max_concurrent: int | None = option(
+        "trials that run at the same time; by default one per set of GPUs, or one per two CPUs and worker",
+        None,
+        group="Compute and cluster",
         operational=True,
     )
-    retry_failed: bool = option("do failed trials again when the search goes on", False, operational=True)
-    seed: int = option("of the search; all trials have the seed of `train`", 0)
+    time_limit_s: float | None = option(
+        "seconds after which the search ends with the trials it has; the same command resumes it",
+        None,
+        group="Compute and cluster",
+        operational=True,
+    )
+    retry_failed: bool = option(
+        "repeat failed trials when the search resumes", False, group="Compute and cluster", operational=True
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "num_trials", "grace_epochs", "max_concurrent", "time_limit_s")
-        require(self.reduction_factor >= 2, f"reduction_factor must be at least 2, got {self.reduction_factor}")
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        metric = self.metric
-        require(
-            metric is None or metric in (*COCO_METRICS, "loss") or metric.startswith("AP:"),
-            f"metric must be one of {', '.join(COCO_METRICS)}, AP:CLASS or loss, got {metric}",
-        )
+        require_not_negative(self, "seed")
+        require(self.reduction_factor >= 2, f"--reduction-factor must be at least 2, got {self.reduction_factor}")
+        if self.metric is not None:
+            require_metric("--metric", self.metric)
         require(
             len(self.space) > 0,
-            "space is empty: name what to vary, such as `learning_rate: {loguniform: [1e-4, 1e-2]}`",
+            "--space is empty: name the options to vary, such as `learning_rate: {loguniform: [1e-4, 1e-2]}`",
         )

@@ -1,4 +1,4 @@
-"""What jobs with a model on several workers have in common."""
+"""Options shared by the commands that run a model on several workers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,15 +10,27 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig:
-    """What jobs with a model on several workers have in common; none of it changes what comes out."""
+    """Resources of each worker; none of these options changes the result."""
 
-    use_gpu: bool | None = option("one GPU per worker; by default, when the cluster has any", None, operational=True)
-    cpus_per_worker: float | None = option(
-        "CPUs reserved for each worker; by default half of the cluster's, shared out, the rest decodes",
+    use_gpu: bool | None = option(
+        "give each worker one GPU; on by default if the cluster has a GPU",
         None,
+        group="Compute and cluster",
         operational=True,
     )
-    threads_per_worker: int | None = option("torch threads in a worker; its share of the cores", None, operational=True)
+    cpus_per_worker: float | None = option(
+        "CPUs reserved for each worker; by default the workers share half of the cluster's CPUs, and the rest decode "
+        "images",
+        None,
+        group="Compute and cluster",
+        operational=True,
+    )
+    threads_per_worker: int | None = option(
+        "torch threads in each worker; by default the worker's share of the cores",
+        None,
+        group="Compute and cluster",
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "cpus_per_worker", "threads_per_worker")

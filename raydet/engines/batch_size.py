@@ -1,4 +1,4 @@
-"""How many images a model should see at once on the machine that it runs on, found by trying."""
+"""Search for the fastest batch size of a model on this machine."""
 
 import time
 
@@ -10,17 +10,17 @@ from raydet.engines.engine import Engine
 
 LARGEST = 128
 _WORTH_IT = 1.03
-"""A batch twice as large must be faster by this much: larger ones cost memory and make the pipeline coarser."""
+"""Minimum speed-up for doubling the batch: larger batches cost memory and make the pipeline coarser."""
 _SPARE_MEMORY = 0.5
-"""Part of the memory that is free before which must still be free with the batch."""
+"""Fraction of the initially free memory that must stay free."""
 _TYPICAL_SIZE_HW = (480, 640)
 
 
 def best_batch_size(engine: Engine) -> int:
-    """Doubles the batch until it does not fit or is no faster, and returns the best size that fits.
+    """Double the batch until it no longer fits or is no faster, and return the best size that fits.
 
-    On a GPU what counts is that the device does not run out of memory; on a CPU, that half of the free memory stays
-    free. Images of 640 × 480 pixels stand for those to come.
+    A batch fits on a GPU if the device does not run out of memory, on a CPU if half of the free memory stays free. The
+    measurement uses images of 640 × 480 pixels.
     """
     generator = np.random.default_rng(0)
     image: npt.NDArray[np.uint8] = generator.integers(0, 255, (*_TYPICAL_SIZE_HW, 3), dtype=np.uint8)
@@ -38,7 +38,7 @@ def best_batch_size(engine: Engine) -> int:
 
 
 def _images_per_s(engine: Engine, images: list[npt.NDArray[np.uint8]]) -> float | None:
-    """The rate of the faster of two runs after a first one; None where the batch does not fit."""
+    """Return the rate of the faster of two runs after a warm-up; None if the batch does not fit."""
     import torch
 
     seconds = []

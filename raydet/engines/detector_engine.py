@@ -1,4 +1,4 @@
-"""What all engines that run a detector have in common: pictures to inputs, outputs to detections."""
+"""The part that all engines of detectors share: images → inputs, outputs → detections."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raydet.augmentation.view import resized
 from raydet.models.collate import Batch, Example, collate
 from raydet.models.detector import Detections, Detector
-from raydet.models.geometry import Image, SizeHW, resize
+from raydet.models.geometry import Image, SizeHW
 
 
 @dataclass(frozen=True)
-class Part:
+class EngineBatch:
     """Images that the model sees at once.
 
     Attributes:
@@ -36,14 +37,14 @@ class DetectorEngine(ABC):
     """
 
     def __init__(
-        self, detector: Detector, *, device: torch.device, pad_together: bool, num_threads: int | None = None
+        self, detector: Detector, *, device: torch.device, pad_batches: bool, num_threads: int | None = None
     ) -> None:
         """Keeps the detector; loads nothing.
 
         Args:
             detector: Feeds the model and reads its answer.
             device: Where pixels are normalised and the model's inputs are to be.
-            pad_together: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
+            pad_batches: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
             num_threads: Of torch, in the whole process; None leaves them as they are.
         """
         if num_threads is not None:
@@ -53,13 +54,13 @@ class DetectorEngine(ABC):
         self.resize_rule = detector.resize_rule
         self._detector = detector
         self._device = device
-        self._pad_together = pad_together
+        self._pad_batches = pad_batches
 
     def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
         """Height and width in pixels at which the model sees an image of this size, without padding."""
         return self.resize_rule.target_size_hw(size_hw)
 
-    def prepare(self, images: Sequence[Image]) -> list[Part]:
+    def prepare(self, images: Sequence[Image]) -> list[EngineBatch]:
         """Resizes as the model's image processor does, and puts images into batches of one size each.
 
         Args:
@@ -69,10 +70,10 @@ class DetectorEngine(ABC):
         examples = []
         for place, image in enumerate(images):
             size_hw = (image.shape[0], image.shape[1])
-            examples.append(_example(place, resize(image, rule.target_size_hw(size_hw), rule.resample), size_hw))
+            examples.append(_example(place, resized(image, rule), size_hw))
         return self.prepare_resized(examples)
 
-    def prepare_resized(self, examples: Sequence[Example]) -> list[Part]:
+    def prepare_resized(self, examples: Sequence[Example]) -> list[EngineBatch]:
         """Puts images into batches of one size each.
 
         Args:
@@ -87,18 +88,18 @@ class DetectorEngine(ABC):
             batch = collate([examples[number] for number in numbers], pad_to_hw=batch_hw)
             if self._device.type == "cuda":
                 batch.pixels = batch.pixels.pin_memory()
-            parts.append(Part(numbers, batch))
+            parts.append(EngineBatch(numbers, batch))
         return parts
 
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
         """Height and width of the batch that an image of this size is put into, padding included."""
         # A model that is not told where the padding is would take it for a part of the picture.
-        pads_together = self._pad_together and self._detector.family.uses_pixel_mask
+        pads_together = self._pad_batches and self._detector.family.uses_pixel_mask
         if self._detector.pads_to_largest and not pads_together:
             return target_hw
         return self.resize_rule.padded_size_hw(target_hw)
 
-    def predict(self, prepared: Sequence[Part]) -> list[Detections]:
+    def predict(self, prepared: Sequence[EngineBatch]) -> list[Detections]:
         """Finds objects.
 
         Args:

@@ -1,6 +1,6 @@
-"""What runs a model: one contract, and the choice of the engine that a config asks for.
+"""The contract of every engine, and the check that an engine supports a config.
 
-The module itself is light: a driver that only checks a config imports neither torch nor an engine's package.
+A driver that only checks a config imports neither torch nor the package of an engine.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from raydet.common.errors import UserError
 from raydet.common.packages import require_packages
 from raydet.config import PredictConfig
-from raydet.models.families import FIXED_SIZE_ONLY, check_sizes
+from raydet.models.families import FAMILIES, check_graph_sizes
 from raydet.models.geometry import Image, ResizeRule, SizeHW
 from raydet.tables import storage
 from raydet.tables.schema import Category
@@ -18,7 +18,7 @@ from raydet.tables.schema import Category
 if TYPE_CHECKING:
     from raydet.models.detector import Detections
 
-TORCH_INSTEAD = "engine torch is right for it"
+TORCH_INSTEAD = "use --engine torch"
 
 
 class Engine(Protocol):
@@ -26,8 +26,8 @@ class Engine(Protocol):
 
     Attributes:
         categories: Its classes in the order of their indices.
-        max_detections: The most detections that it finds in an image.
-        resize_rule: How it resizes.
+        max_detections: Maximum number of detections per image.
+        resize_rule: Of its image processor.
     """
 
     categories: tuple[Category, ...]
@@ -35,40 +35,39 @@ class Engine(Protocol):
     resize_rule: ResizeRule
 
     def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
-        """Height and width in pixels at which the model sees an image of this size, without padding."""
+        """Return height and width in pixels of the model's input for an image of this size, without padding."""
 
     def prepare(self, images: Sequence[Image]) -> Any:
-        """Resizes images and puts them into batches; may run in another thread than `predict`.
+        """Resize images and batch them; may run in another thread than `predict`.
 
         Args:
             images: RGB, uint8 [H, W, 3] each.
 
         Returns:
-            What `predict` takes.
+            The argument of `predict`.
         """
 
     def predict(self, prepared: Any) -> "list[Detections]":
-        """Finds objects.
+        """Detect objects.
 
         Args:
             prepared: From `prepare`.
 
         Returns:
-            One `Detections` for each image, in order: by falling score, boxes (x, y, width, height) in absolute
-            pixels of the image as it was given to `prepare`.
+            One `Detections` per image, in order: by falling score, boxes (x, y, width, height) in absolute pixels of
+            the image as given to `prepare`.
         """
 
 
 def check_engine(config: PredictConfig, model_type: str) -> None:
-    """Refuses what the engine of a config cannot do, as far as that shows without loading a model.
+    """Refuse a config that its engine does not support, as far as this is known without loading the model.
 
     Args:
         config: With a checkpoint.
         model_type: Of the checkpoint, one of `raydet.models.families.FAMILIES`.
 
     Raises:
-        UserError: The engine's package is not installed, or the engine has not this precision or cannot run this
-            model.
+        UserError: The engine's package is not installed, or the engine does not support the precision or the model.
     """
     engine, precision = config.engine, config.precision
     if engine == "torch":
@@ -79,22 +78,23 @@ def check_engine(config: PredictConfig, model_type: str) -> None:
         raise no_fp16_on_cpu(engine)
     if engine == "onnx" and precision != "fp32":
         raise UserError(
-            f"engine onnx runs in fp32 only, precision is {precision}; engines torch and openvino have bf16"
+            f"--engine onnx runs in fp32 only, but --precision is {precision}; --engine torch and openvino support bf16"
         )
     require_packages(engine)
-    if model_type in FIXED_SIZE_ONLY:
-        assert config.checkpoint is not None, "a detector comes from a checkpoint"
+    family = FAMILIES[model_type]
+    if family.graph_has_one_size:
+        assert config.checkpoint is not None, "the config names a model instead of a checkpoint"
         keeps_aspect = _keeps_aspect(config.checkpoint)
-        check_sizes(model_type, keeps_aspect=keeps_aspect, where=config.checkpoint, remedy=TORCH_INSTEAD)
+        check_graph_sizes(family, keeps_aspect=keeps_aspect, where=config.checkpoint, remedy=TORCH_INSTEAD)
 
 
 def no_fp16_on_cpu(engine: str) -> UserError:
-    """What to say of half precision without a GPU."""
-    return UserError(f"precision fp16 needs a GPU, and engine {engine} runs on the CPU here; bf16 is right for CPUs")
+    """Make the error for half precision without a GPU."""
+    return UserError(f"--precision fp16 needs a GPU, but --engine {engine} runs on the CPU here; use --precision bf16")
 
 
 def _keeps_aspect(checkpoint: str) -> bool:
-    """Whether a folder's image processor says so; a model on the Hub shows it when it is loaded."""
+    """Tell if a local image processor keeps the aspect ratio; models on the Hub are checked when loaded."""
     path = storage.join(checkpoint, "preprocessor_config.json")
     if not storage.exists(path):
         return False

@@ -1,25 +1,25 @@
-"""Choose and load the engine that a config asks for; only what the chosen one needs is imported."""
+"""Load the engine of a config, importing only its own package."""
 
 from raydet.config import PredictConfig
 from raydet.engines.engine import Engine
 
 
 def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engine:
-    """Makes the engine that a config asks for.
+    """Load the engine of a config.
 
     Args:
-        config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last` and `pad_together` are read.
-        device: cpu, cuda or cuda:N; openvino and onnx run on the CPU whatever it is.
-        num_threads: To compute with on the CPU; torch's are set for the whole process.
+        config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last` and `pad_batches` are read.
+        device: cpu, cuda or cuda:N; openvino and onnx always run on the CPU.
+        num_threads: Threads that compute on the CPU; for torch, in the whole process.
 
     Raises:
-        UserError: No such model, or the engine cannot run it so.
+        UserError: The model does not exist, or the engine does not support it or the precision.
     """
     if config.model is not None:
         from raydet.engines.zero_shot import load_zero_shot
 
         return load_zero_shot(config, device=device, num_threads=num_threads)
-    assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
+    assert config.checkpoint is not None, "the config names neither a checkpoint nor a model"
     if config.engine == "torch":
         from raydet.engines.torch_engine import TorchEngine
 

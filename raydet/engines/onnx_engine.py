@@ -1,4 +1,4 @@
-"""Runs a detector with ONNX Runtime on the CPU."""
+"""A detector that runs in ONNX Runtime on the CPU."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,24 +15,22 @@ from raydet.models.onnx import open_session, to_onnx
 
 
 class OnnxEngine(DetectorEngine):
-    """What `raydet.exports.onnx` makes of the checkpoint, made when it is loaded, which takes some seconds."""
+    """The graph that `raydet.exports.onnx` writes, traced when the checkpoint is loaded, which takes a few seconds."""
 
     def __init__(self, config: PredictConfig, *, num_threads: int) -> None:
-        """Loads and converts the checkpoint of a config.
+        """Load and convert the checkpoint of a config.
 
         Args:
-            config: `checkpoint`, `precision` and `pad_together` are read.
-            num_threads: To compute with.
+            config: `checkpoint`, `precision` and `pad_batches` are read.
+            num_threads: Threads that compute.
 
         Raises:
-            UserError: No such model, one that this engine cannot run, or ONNX Runtime is not installed.
+            UserError: The model does not exist, this engine does not support it, or ONNX Runtime is not installed.
         """
-        assert config.checkpoint is not None, "a detector comes from a checkpoint"
+        assert config.checkpoint is not None, "the config names a model instead of a checkpoint"
         detector = load_detector(config.checkpoint)
         check_engine(config, detector.family.model_type)
-        super().__init__(
-            detector, device=torch.device("cpu"), pad_together=config.pad_together, num_threads=num_threads
-        )
+        super().__init__(detector, device=torch.device("cpu"), pad_batches=config.pad_batches, num_threads=num_threads)
         graph = to_onnx(detector, where=config.checkpoint, remedy=TORCH_INSTEAD)
         self._session: Any = open_session(graph, num_threads=num_threads)
         self._names = input_names(detector)

@@ -1,4 +1,4 @@
-"""Runs a detector with OpenVINO on the CPU."""
+"""A detector that runs in OpenVINO on the CPU."""
 
 import sys
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from raydet.config import PredictConfig
 from raydet.engines.detector_engine import DetectorEngine
 from raydet.engines.engine import TORCH_INSTEAD, check_engine
 from raydet.models.detector import Detector, quiet
-from raydet.models.families import check_sizes
+from raydet.models.families import check_graph_sizes
 from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
 from raydet.models.loading import load_detector
 
@@ -21,47 +21,45 @@ _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
 class OpenVinoEngine(DetectorEngine):
-    """The same checkpoint, traced when it is loaded, which takes some seconds."""
+    """A graph of the checkpoint, traced when it is loaded, which takes a few seconds."""
 
     def __init__(self, config: PredictConfig, *, num_threads: int) -> None:
-        """Loads and converts the checkpoint of a config.
+        """Load and convert the checkpoint of a config.
 
         Args:
-            config: `checkpoint`, `precision` and `pad_together` are read.
-            num_threads: To compute with.
+            config: `checkpoint`, `precision` and `pad_batches` are read.
+            num_threads: Threads that compute.
 
         Raises:
-            UserError: No such model, one that this engine cannot run, or OpenVINO is not installed.
+            UserError: The model does not exist, this engine does not support it, or OpenVINO is not installed.
         """
-        assert config.checkpoint is not None, "a detector comes from a checkpoint"
+        assert config.checkpoint is not None, "the config names a model instead of a checkpoint"
         detector = load_detector(config.checkpoint)
         check_engine(config, detector.family.model_type)
-        super().__init__(
-            detector, device=torch.device("cpu"), pad_together=config.pad_together, num_threads=num_threads
-        )
+        super().__init__(detector, device=torch.device("cpu"), pad_batches=config.pad_batches, num_threads=num_threads)
         settings = {
-            # By default it takes bf16 wherever the CPU has it.
+            # By default OpenVINO uses bf16 on every CPU that supports it.
             "INFERENCE_PRECISION_HINT": _PRECISIONS[config.precision],
             "INFERENCE_NUM_THREADS": num_threads,
             "NUM_STREAMS": 1,
-            # Several workers on one machine would be pinned to the same cores.
+            # With pinning, several workers on one machine would share the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         compiled = _openvino().Core().compile_model(_convert(detector, config.checkpoint), "CPU", settings)
         self._request: Any = compiled.create_infer_request()
         self._names = input_names(detector)
-        # The weights live in OpenVINO now.
+        # OpenVINO holds the weights now.
         nn.Module.to(detector.model, "meta")
 
     def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         results = self._request.infer([inputs[name].numpy() for name in self._names])
-        # A copy: the next run writes to the same place.
+        # A copy, because the next run overwrites the result.
         logits, boxes_cxcywh = (torch.from_numpy(np.array(results[number])) for number in range(len(OUTPUT_NAMES)))
         return logits, boxes_cxcywh
 
 
 def _openvino() -> Any:
-    """The package, kept from reporting its use to its makers; it asks another one to, where that can be imported."""
+    """Import the package without its telemetry, which it delegates to another package."""
     require_packages("openvino")
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
@@ -70,10 +68,10 @@ def _openvino() -> Any:
 
 
 def _convert(detector: Detector, where: str) -> Any:
-    """OpenVINO's own form of a detector; the number of images is left open, and their size where it varies."""
+    """Convert a detector to OpenVINO with a dynamic batch size, and a dynamic image size if sizes vary."""
     openvino = _openvino()
     size_hw = fixed_size_hw(detector)
-    check_sizes(detector.family.model_type, keeps_aspect=size_hw is None, where=where, remedy=TORCH_INSTEAD)
+    check_graph_sizes(detector.family, keeps_aspect=size_hw is None, where=where, remedy=TORCH_INSTEAD)
     examples = example_inputs(detector, 2, seed=0)
     shapes = [openvino.PartialShape([-1, *example.shape[1:-2], *(size_hw or (-1, -1))]) for example in examples]
     with quiet(), torch.no_grad(), traceable(detector) as graph:

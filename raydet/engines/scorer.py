@@ -1,7 +1,7 @@
-"""Pictures → their detections, with an engine: cut into views, batched, found, merged and selected.
+"""Images → detections through an engine: cut into views, batched, detected, merged and selected.
 
-The work is in two halves, so that a worker can do one for the next pictures while it does the other for these:
-`prepare` is the CPU's part, `predict` the model's.
+The work has two halves, `prepare` on the CPU and `predict` on the model's device, so that a worker can prepare the next
+images while the model runs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydet.config import PredictConfig
 from raydet.engines.selection import check_classes, select
-from raydet.engines.tiling import View, crop, merge, views_of
+from raydet.engines.tiling import TileView, crop, merge, views_of
 from raydet.models.detector import Detections
 from raydet.models.geometry import Image, SizeHW
 
@@ -20,50 +20,50 @@ if TYPE_CHECKING:
     from raydet.engines.engine import Engine
 
 _BATCHES_AT_ONCE = 2
-"""Batches that lie ready at most; the tiles of a picture, resized, take several times its own memory."""
+"""Maximum number of prepared batches: the resized tiles of an image take several times its memory."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One view of one of the pictures, by their numbers."""
+    """One view of one image, by index."""
 
     image: int
     view: int
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """What the model sees at once: its jobs, and what the engine has made of their pixels."""
+class _TileBatch:
+    """One batch of the model: its jobs, and their pixels as the engine prepared them."""
 
     jobs: list[_Job]
     prepared: Any
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Pictures on their way through a `Scorer`; good for one `predict`.
+class PreparedImages:
+    """Images prepared by a `Scorer`, for a single call of `predict`.
 
     Attributes:
-        sizes_hw: Height and width of each picture in pixels.
-        views: The views of each picture.
-        batches: The first ones prepared, the others as they are asked for.
+        sizes_hw: Height and width of each image in pixels.
+        views: The views of each image.
+        batches: The first ones are prepared, the others on demand.
     """
 
     sizes_hw: list[SizeHW]
-    views: list[list[View]]
-    batches: Iterator[_Batch]
+    views: list[list[TileView]]
+    batches: Iterator[_TileBatch]
 
 
 class Scorer:
-    """Finds objects in pictures as a `PredictConfig` asks: tiles, mirrored views, merging, selection.
+    """Object detection as a `PredictConfig` describes it: tiles, mirrored views, merging, selection.
 
     Args:
         engine: Runs the model.
-        config: Tiles, merging and selection; all else in it is the engine's.
-        batch_size: The most views that the engine gets at once.
+        config: Tiles, merging and selection are read; the rest concerns the engine.
+        batch_size: Maximum number of views per batch of the engine.
 
     Raises:
-        UserError: `config.classes` names one that the engine does not know.
+        UserError: `config.classes` names a class that the engine does not know.
     """
 
     def __init__(self, engine: "Engine", config: PredictConfig, *, batch_size: int) -> None:
@@ -72,43 +72,43 @@ class Scorer:
         self._batch_size = batch_size
         self._classes = check_classes(config.classes, engine.categories)
 
-    def prepare(self, images: Sequence[Image]) -> Prepared:
-        """Plans the views of pictures and makes the first batches ready for the model.
+    def prepare(self, images: Sequence[Image]) -> PreparedImages:
+        """Plan the views of images and prepare the first batches for the model.
 
-        May run in another thread than `predict`. Without tiles that is usually all the CPU's work; of the many
-        batches that tiles make, the rest is prepared during `predict`.
+        May run in another thread than `predict`. Without tiles this is usually all of the CPU's work. Tiles make many
+        batches, most of which are prepared during `predict`.
 
         Args:
-            images: RGB, uint8 [H, W, 3], of any sizes; they are held until `predict` is through.
+            images: RGB, uint8 [H, W, 3], of any sizes; kept in memory until `predict` returns.
         """
         config = self._config
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         views = [
             views_of(
-                size_hw, tile=config.tile, overlap=config.overlap, whole_image=config.whole_image, flip=config.flip
+                size_hw, tile=config.tile, overlap=config.tile_overlap, whole_image=config.whole_image, flip=config.flip
             )
             for size_hw in sizes_hw
         ]
         jobs = [_Job(image, view) for image, planned in enumerate(views) for view in range(len(planned))]
-        if config.pad_together and len(jobs) > self._batch_size:
-            # Views of like size share a batch, which keeps the padding small; where all have one size, nothing moves.
+        if config.pad_batches and len(jobs) > self._batch_size:
+            # Views of similar size share a batch, which keeps the padding small.
             jobs.sort(key=lambda job: self._engine.input_size_hw(views[job.image][job.view].size_hw))
         batches = self._prepare_batches(images, views, jobs)
-        return Prepared(sizes_hw, views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
+        return PreparedImages(sizes_hw, views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
 
     def _prepare_batches(
-        self, images: Sequence[Image], views: Sequence[Sequence[View]], jobs: Sequence[_Job]
-    ) -> Iterator[_Batch]:
+        self, images: Sequence[Image], views: Sequence[Sequence[TileView]], jobs: Sequence[_Job]
+    ) -> Iterator[_TileBatch]:
         for start in range(0, len(jobs), self._batch_size):
             part = list(jobs[start : start + self._batch_size])
             crops = [crop(images[job.image], views[job.image][job.view]) for job in part]
-            yield _Batch(part, self._engine.prepare(crops))
+            yield _TileBatch(part, self._engine.prepare(crops))
 
-    def predict(self, prepared: Prepared) -> list[Detections]:
-        """Runs the model on what `prepare` has made ready; a thread prepares the next batch meanwhile.
+    def predict(self, prepared: PreparedImages) -> list[Detections]:
+        """Run the model on prepared images, while a thread prepares the next batch.
 
         Returns:
-            For each picture, in order, what was asked for: by falling score, in pixels of the picture.
+            The requested detections of each image, in order: by falling score, in pixels of the image.
         """
         found: list[dict[int, Detections]] = [{} for _ in prepared.sizes_hw]
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare") as thread:
@@ -123,10 +123,10 @@ class Scorer:
             for views, of_view, size_hw in zip(prepared.views, found, prepared.sizes_hw, strict=True)
         ]
 
-    def _finish(self, views: Sequence[View], found: Sequence[Detections], size_hw: SizeHW) -> Detections:
-        """Merges what was found in the views of a picture and leaves out what was not asked for."""
+    def _finish(self, views: Sequence[TileView], found: Sequence[Detections], size_hw: SizeHW) -> Detections:
+        """Merge the detections of an image's views and drop those that were not requested."""
         config = self._config
-        if self._classes is not None:  # before the merge, which takes part of each view's boxes only
+        if self._classes is not None:  # Before the merge, which uses only the best boxes of each view.
             found = [
                 select(one, score_threshold=0.0, top_k=None, categories=self._classes, class_agnostic_nms=None)
                 for one in found

@@ -1,6 +1,6 @@
-"""Which detections of an image are handed out: by score, class, mutual overlap and number.
+"""Selection of an image's detections by score, class, mutual overlap and number.
 
-Free of torch until boxes have to be compared, so that names of classes are checked before any worker starts.
+torch is imported only to compare boxes, so that the driver can check class names without it.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ _MOST_NAMES_SHOWN = 100
 
 
 def check_classes(classes: Sequence[str] | None, categories: Sequence[Category]) -> tuple[int, ...] | None:
-    """Turns names of classes into their indices.
+    """Convert class names to indices.
 
     Args:
-        classes: Names, as in `--classes`; None is all.
+        classes: Names, as in `--classes`; None for all.
         categories: The classes of the model, in the order of their indices.
 
     Returns:
-        The indices of the classes so named, rising; several where classes share a name. None for all.
+        Ascending indices of these classes; a name that several classes share has several. None for all.
 
     Raises:
-        UserError: No class, or one that the model does not know; the message names those that it knows.
+        UserError: The list is empty or has a class that the model does not know.
     """
     if classes is None:
         return None
@@ -43,7 +43,7 @@ def check_classes(classes: Sequence[str] | None, categories: Sequence[Category])
     if unknown:
         raise UserError(f"--classes: the model has no class {', '.join(unknown)}; its classes are: {shown}")
     if not classes:
-        raise UserError(f"--classes names no class; leave it out to keep all, or choose from: {shown}")
+        raise UserError(f"--classes is empty; omit it to keep all classes, or choose from: {shown}")
     return tuple(index for index, name in enumerate(names) if name in classes)
 
 
@@ -55,18 +55,18 @@ def select(
     categories: Sequence[int] | None,
     class_agnostic_nms: float | None,
 ) -> "Detections":
-    """Leaves out detections that were not asked for.
+    """Drop detections that were not requested.
 
     Args:
         found: Of one image, by falling score.
-        score_threshold: Those at or below it are left out.
-        top_k: So many of the rest are kept, the first ones; None keeps all.
+        score_threshold: Detections at or below it are dropped.
+        top_k: Number of the remaining detections to keep, the best ones; None keeps all.
         categories: Indices of the classes to keep; None keeps all.
-        class_agnostic_nms: Of two boxes, of whatever classes, whose IoU is above this, the first is kept; None keeps
-            both. Boxes of other classes than `categories` and those below the threshold count for nothing here.
+        class_agnostic_nms: Of two boxes of any classes with an IoU above this, only the first is kept; None keeps
+            both. Boxes of other classes than `categories` or below the threshold suppress nothing.
 
     Returns:
-        What is left, in the same order; the very same object where nothing is left out.
+        The remaining detections in the same order; `found` itself if nothing is dropped.
     """
     wanted = found.scores > score_threshold
     if categories is not None:
@@ -88,16 +88,16 @@ def non_maximum_suppression(
     iou: float,
     categories: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Goes through boxes by falling score and leaves out each that overlaps a kept one by more than `iou`.
+    """Go through boxes by falling score and drop each that overlaps a kept one by more than `iou`.
 
     Args:
         boxes_xywh: Absolute pixels, [N, 4].
-        scores: [N], falling; of equal scores the first goes first.
+        scores: [N], descending; of equal scores the first has priority.
         iou: Intersection over union, 0 to 1.
         categories: Only boxes of one category are compared, [N]; None compares all.
 
     Returns:
-        Rising indices of the boxes kept.
+        Ascending indices of the boxes to keep.
     """
     import torch
     from torchvision.ops import batched_nms, nms
@@ -107,5 +107,5 @@ def non_maximum_suppression(
         kept = nms(corners, values, iou)
     else:
         kept = batched_nms(corners, values, torch.from_numpy(np.ascontiguousarray(categories)), iou)
-    # torchvision's own order is not stable where scores are equal; that of the indices is.
+    # torchvision's order is not stable for equal scores; that of the indices is.
     return np.sort(kept.numpy())

@@ -1,6 +1,6 @@
-"""Large pictures are looked at in tiles, pictures mirrored too, and what was found becomes one answer.
+"""Tiles and mirrored views of an image, and the merge of their detections.
 
-picture → views (windows of it, some mirrored) → what the model finds in each → merged into one set of boxes.
+image → views (windows of it, some mirrored) → detections in each view → one merged set of boxes.
 """
 
 import math
@@ -18,9 +18,9 @@ from raydet.models.detector import Detections
 from raydet.models.geometry import Image, SizeHW
 
 BEST_OF_VIEW = 100
-"""Boxes of a view that take part in the merge, the best ones."""
+"""Number of boxes per view that take part in the merge, the best ones."""
 
-# A fragment's box ends near the edge that cuts it, not on it: by so many pixels, and this part of its own side.
+# The box of a fragment ends near the edge that cuts it: within this many pixels plus this fraction of its own side.
 _REACH_PX = 1.0
 _REACH_OF_SIDE = 0.05
 _LEAST_COVERED = 0.8
@@ -32,16 +32,16 @@ Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class View:
-    """A window of a picture, as the model is to see it.
+class TileView:
+    """A window of an image, as input for the model.
 
     Attributes:
-        left: First column, in pixels of the whole picture.
+        left: First column, in pixels of the whole image.
         top: First row.
         width: Columns of the window.
         height: Rows of the window.
         is_mirrored: Left and right are swapped within the window.
-        is_whole: The window is the whole picture.
+        is_whole: The window is the whole image.
     """
 
     left: int
@@ -53,7 +53,7 @@ class View:
 
     @property
     def window_xyxy(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom in pixels of the whole picture; a view and its mirrored twin share it."""
+        """Left, top, right and bottom in pixels of the whole image; a view and its mirror image share it."""
         return self.left, self.top, self.left + self.width, self.top + self.height
 
     @property
@@ -62,27 +62,27 @@ class View:
         return self.height, self.width
 
 
-def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: bool, flip: bool) -> list[View]:
-    """Plans how a picture is looked at.
+def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: bool, flip: bool) -> list[TileView]:
+    """Plan the views of an image.
 
-    Tiles are spread evenly, the first at one border and the last at the other, as few as give the overlap asked for.
+    Tiles are spread evenly from border to border, as few as the requested overlap allows.
 
     Args:
-        size_hw: Height and width of the picture in pixels.
-        tile: Side of the square tiles in pixels; None makes none. Where the picture is narrower than a tile, so is
-            the tile; a picture that fits into a tile is not cut.
-        overlap: The least part of a tile's side that neighbours share, from 0 to below 1.
-        whole_image: With tiles, the picture as a whole follows them.
-        flip: Each view is followed by its mirrored twin.
+        size_hw: Height and width of the image in pixels.
+        tile: Side of the square tiles in pixels; None for no tiles. Tiles are cropped to an image that is narrower,
+            and an image that fits into one tile is not cut.
+        overlap: Minimum fraction of a tile's side that neighbours share, 0 ≤ overlap < 1.
+        whole_image: Add the whole image after the tiles.
+        flip: Add the mirror image of each view after it.
 
     Returns:
-        Views, tiles row by row; never none, and no two alike.
+        At least one view, tiles row by row; no two are equal.
     """
     height, width = size_hw
-    views = [View(0, 0, width, height, is_whole=True)]
+    views = [TileView(0, 0, width, height, is_whole=True)]
     if tile is not None and max(size_hw) > tile:
         tiles = [
-            View(left, top, min(tile, width), min(tile, height))
+            TileView(left, top, min(tile, width), min(tile, height))
             for top in _starts(height, tile, overlap)
             for left in _starts(width, tile, overlap)
         ]
@@ -90,14 +90,14 @@ def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: 
     if not flip:
         return views
     return [
-        View(view.left, view.top, view.width, view.height, is_mirrored, view.is_whole)
+        TileView(view.left, view.top, view.width, view.height, is_mirrored, view.is_whole)
         for view in views
         for is_mirrored in (False, True)
     ]
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles begin along one side, so that the last one ends with it."""
+    """Return the offsets of tiles along one side; the last tile ends at its end."""
     if length <= tile:
         return [0]
     most_apart = max(1, tile - math.ceil(tile * overlap))
@@ -105,15 +105,15 @@ def _starts(length: int, tile: int, overlap: float) -> list[int]:
     return [step * (length - tile) // num_steps for step in range(num_steps + 1)]
 
 
-def crop(image: Image, view: View) -> Image:
-    """Cuts a view out of a picture.
+def crop(image: Image, view: TileView) -> Image:
+    """Cut a view out of an image.
 
     Args:
-        image: The whole picture, uint8 [H, W, 3].
+        image: The whole image, uint8 [H, W, 3].
         view: One of `views_of` for its size.
 
     Returns:
-        uint8 [view.height, view.width, 3], contiguous; the picture itself where the view is all of it.
+        uint8 [view.height, view.width, 3], contiguous; the image itself if the view covers it unmirrored.
     """
     left, top, right, bottom = view.window_xyxy
     window = image[top:bottom, left:right]
@@ -121,7 +121,7 @@ def crop(image: Image, view: View) -> Image:
 
 
 def merge(
-    views: Sequence[View],
+    views: Sequence[TileView],
     detections: Sequence[Detections],
     size_hw: SizeHW,
     *,
@@ -129,24 +129,24 @@ def merge(
     iou: float,
     max_detections: int,
 ) -> Detections:
-    """Makes one answer for a picture of those for its views.
+    """Merge the detections of an image's views.
 
-    A box that the edge of a tile cuts off is left out where another window shows more of the object; then, among the
-    boxes of each class, `nms` keeps the best of those that overlap, and `wbf` averages them. An object that no window
-    shows whole is left in parts, one from each tile: the tiles' overlap should be as wide as the objects, or the whole
-    picture be one of the views; of that view only what is larger than the overlap counts.
+    A box cut off by the edge of a tile is dropped if another window shows more of the object. Then, among overlapping
+    boxes of a class, `nms` keeps the best and `wbf` averages them. An object that no window shows whole remains in
+    parts, one per tile. To avoid this, make the overlap as wide as the objects or include the whole image, of which
+    only boxes larger than the overlap are used.
 
     Args:
-        views: Of one picture.
+        views: Of one image.
         detections: For each view, by falling score, in pixels of that view.
-        size_hw: Height and width of the picture in pixels.
+        size_hw: Height and width of the image in pixels.
         how: Greedy suppression, or weighted box fusion (Solovyev, Wang, Gabruseva 2019, arXiv 1910.13302).
-        iou: Overlap of boxes of one class above which they are taken for one object.
-        max_detections: The most detections of the answer, the best ones.
+        iou: Boxes of one class that overlap by more than this are one object.
+        max_detections: Number of detections to keep, the best ones.
 
     Returns:
-        By falling score, in pixels of the picture and clipped to it. A single view that is not mirrored comes back
-        as it is.
+        By falling score, in pixels of the image and clipped to it. The detections of a single unmirrored view are
+        returned unchanged.
     """
     if len(views) == 1 and not views[0].is_mirrored:
         return detections[0]
@@ -163,17 +163,17 @@ def merge(
 
 @dataclass(frozen=True)
 class _Found:
-    """The boxes of all views in pixels of the picture, by falling score.
+    """The boxes of all views in pixels of the image, by falling score.
 
     Attributes:
         boxes_xywh: [N, 4].
         scores: [N].
         categories: [N].
-        views: The view that each box is from, [N].
-        windows: Its window, which a view shares with its mirrored twin, [N].
-        is_cut: Whether an edge of the window that lies within the picture cuts the box, [N].
+        views: Index of each box's view, [N].
+        windows: Index of each box's window, which a view shares with its mirror image, [N].
+        is_cut: True if an edge of the window inside the image cuts the box, [N].
         windows_xyxy: The windows, [W, 4].
-        num_views: How many views each window has, [W].
+        num_views: Number of views of each window, [W].
     """
 
     boxes_xywh: Boxes
@@ -199,9 +199,9 @@ class _Found:
 
 
 def _gather(
-    views: Sequence[View], detections: Sequence[Detections], size_hw: SizeHW, *, is_fused: bool, iou: float
+    views: Sequence[TileView], detections: Sequence[Detections], size_hw: SizeHW, *, is_fused: bool, iou: float
 ) -> _Found:
-    """Moves the boxes of all views to the picture."""
+    """Convert the boxes of all views to pixels of the image."""
     number_of = {window: number for number, window in enumerate(dict.fromkeys(view.window_xyxy for view in views))}
     window_of_view = np.array([number_of[view.window_xyxy] for view in views])
     least_side = _shared_by_tiles(views)
@@ -225,8 +225,8 @@ def _gather(
     return gathered.take(np.argsort(-scores, kind="stable"))
 
 
-def _shared_by_tiles(views: Sequence[View]) -> float:
-    """The least that neighbouring tiles share, in pixels: what is no larger is whole in one of them."""
+def _shared_by_tiles(views: Sequence[TileView]) -> float:
+    """Return the minimum overlap of tiles in pixels. A smaller object is whole in at least one tile."""
     tiles = [view for view in views if not view.is_whole]
     if not tiles:
         return 0.0
@@ -240,16 +240,16 @@ def _shared_by_tiles(views: Sequence[View]) -> float:
 
 
 def _best_of(found: Detections, *, least_side: float, is_fused: bool, iou: float) -> Detections:
-    """What of one view takes part in the merge."""
-    # A tile shows small objects whole and larger than the picture as a whole does; two boxes of one such object,
-    # the coarse one some pixels off, would overlap too little to be taken for one.
+    """Select the boxes of one view that take part in the merge."""
+    # Tiles show small objects whole and at a higher resolution than the whole image, whose coarse box, some pixels
+    # off, would overlap too little to count as the same object.
     found = _take(found, np.flatnonzero(found.boxes_xywh[:, 2:].max(axis=1, initial=0.0) >= least_side))
-    # DETR proposes a fixed number of boxes, 300 and more for some families, whatever there is to see; of a view
-    # nearly all beyond the first are noise, and the merge grows with the square of what takes part in it.
+    # DETR proposes a fixed number of boxes, 300 or more for some families. Beyond the best, nearly all are noise, and
+    # the cost of the merge grows with the square of their number.
     kept = np.arange(min(BEST_OF_VIEW, len(found.scores)))
     if is_fused:
-        # The paper fuses answers that have been through suppression; DETR's have not, and its faint second boxes of
-        # an object would pull the mean score down.
+        # The paper fuses boxes after suppression. DETR's are not suppressed, and weak duplicates would lower the mean
+        # score.
         kept = non_maximum_suppression(found.boxes_xywh[kept], found.scores[kept], iou, found.categories[kept])
     return _take(found, kept)
 
@@ -258,7 +258,7 @@ def _take(found: Detections, kept: Integers) -> Detections:
     return Detections(found.boxes_xywh[kept], found.scores[kept], found.categories[kept])
 
 
-def _to_picture(boxes_xywh: Boxes, view: View) -> Boxes:
+def _to_picture(boxes_xywh: Boxes, view: TileView) -> Boxes:
     moved = boxes_xywh.copy()
     if view.is_mirrored:
         moved[:, 0] = view.width - boxes_xywh[:, 0] - boxes_xywh[:, 2]
@@ -266,8 +266,8 @@ def _to_picture(boxes_xywh: Boxes, view: View) -> Boxes:
     return moved
 
 
-def _is_cut(boxes_xywh: Boxes, view: View, size_hw: SizeHW) -> Flags:
-    """Which boxes, in pixels of the picture, reach an edge of their window that is not the picture's border."""
+def _is_cut(boxes_xywh: Boxes, view: TileView, size_hw: SizeHW) -> Flags:
+    """Find boxes, in pixels of the image, that reach an edge of their window that is not the image's border."""
     window_xyxy = np.array(view.window_xyxy)
     gaps = (xywh_to_xyxy(boxes_xywh) - window_xyxy) * (1, 1, -1, -1)
     reaches = _REACH_PX + _REACH_OF_SIDE * boxes_xywh[:, [2, 3, 2, 3]]
@@ -276,13 +276,13 @@ def _is_cut(boxes_xywh: Boxes, view: View, size_hw: SizeHW) -> Flags:
 
 
 def _without_fragments(found: _Found, iou: float) -> _Found:
-    """Leaves out parts of objects of which another window shows more."""
+    """Drop parts of objects of which another window shows more."""
     boxes_xyxy = xywh_to_xyxy(found.boxes_xywh)
     is_fragment = np.zeros(len(boxes_xyxy), dtype=np.bool_)
     for number, window_xyxy in enumerate(found.windows_xyxy):
         is_own = found.windows == number
         cut = np.flatnonzero(found.is_cut & is_own)
-        # Two boxes of one window are two objects to the model, which has seen both at once.
+        # The model saw both boxes of one window at once and took them for two objects.
         others = np.flatnonzero(~is_own & (_intersections(boxes_xyxy, window_xyxy) > 0))
         if len(cut) and len(others):
             is_fragment[cut] = _are_parts(found, boxes_xyxy, cut, others, window_xyxy, iou)
@@ -292,9 +292,9 @@ def _without_fragments(found: _Found, iou: float) -> _Found:
 def _are_parts(
     found: _Found, boxes_xyxy: Boxes, cut: Integers, others: Integers, window_xyxy: Floats, iou: float
 ) -> Flags:
-    """Which of the `cut` boxes of a window are parts of objects that `others`, boxes of other windows, show."""
+    """Find the `cut` boxes of a window that are parts of objects shown by `others`, boxes of other windows."""
     areas = found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3]
-    # A faint box around a strong one is noise, not the object that the strong one is a part of.
+    # A weak box around a strong one is noise rather than the whole object.
     may_hold = (
         (found.categories[cut, None] == found.categories[others])
         & (areas[cut, None] < areas[others])
@@ -304,7 +304,7 @@ def _are_parts(
     part, whole = cut[rows], others[columns]
     shared = _intersections(boxes_xyxy[part], boxes_xyxy[whole])
     is_inside = (shared > 0) & (shared >= _LEAST_COVERED * areas[part])
-    # A thin part that is a pixel off is not inside; yet it matches what the window can show of the object.
+    # A thin part that is a pixel off is not inside, but it matches the part of the object that the window shows.
     shown_xyxy = _within(boxes_xyxy[whole], window_xyxy)
     matched = _intersections(boxes_xyxy[part], shown_xyxy)
     united = areas[part] + _intersections(shown_xyxy, window_xyxy) - matched
@@ -315,23 +315,23 @@ def _are_parts(
 
 
 def _within(boxes_xyxy: Boxes, window_xyxy: Floats) -> Boxes:
-    """Boxes cut to a window that they meet."""
+    """Clip boxes to a window that they intersect."""
     limits_low, limits_high = np.tile(window_xyxy[:2], 2), np.tile(window_xyxy[2:], 2)
     return np.clip(boxes_xyxy, limits_low, limits_high)
 
 
 def _intersections(boxes_xyxy: Boxes, other_xyxy: Boxes) -> Floats:
-    """Shared areas in square pixels, pair by pair; the last axis of both holds the corners."""
+    """Return pairwise intersection areas in square pixels; the last axis of both arguments holds the corners."""
     width = np.minimum(boxes_xyxy[..., 2], other_xyxy[..., 2]) - np.maximum(boxes_xyxy[..., 0], other_xyxy[..., 0])
     height = np.minimum(boxes_xyxy[..., 3], other_xyxy[..., 3]) - np.maximum(boxes_xyxy[..., 1], other_xyxy[..., 1])
     return np.asarray(np.maximum(width, 0.0) * np.maximum(height, 0.0))
 
 
 def _fuse(found: _Found, iou: float) -> Detections:
-    """Weighted box fusion: boxes that match are averaged, weighted by their scores.
+    """Fuse matching boxes into their mean, weighted by their scores (weighted box fusion).
 
-    A fused box has the mean score of its boxes, times the part of the views of their windows that have found it. So
-    a box that only one of two mirrored twins shows loses half; windows that do not show it take nothing away.
+    The score of a fused box is the mean score of its boxes times the fraction of the views of their windows that found
+    it. A box found in only one of two mirrored views thus loses half of its score; other windows have no effect.
     """
     boxes_xyxy = xywh_to_xyxy(found.boxes_xywh)
     clusters, num_clusters = np.zeros(len(boxes_xyxy), dtype=np.int64), 0
@@ -356,12 +356,12 @@ def _fuse(found: _Found, iou: float) -> Detections:
 
 
 def _cluster(boxes_xyxy: Boxes, scores: Floats, iou: float) -> Integers:
-    """Assigns boxes of one class, by falling score, to clusters.
+    """Assign boxes of one class, by falling score, to clusters.
 
-    Each goes to the cluster whose fused box it overlaps most, if by more than `iou`, and else founds a new one.
+    A box joins the cluster whose fused box it overlaps most, if by more than `iou`, or starts a new one.
 
     Returns:
-        Numbers of the clusters from 0 on, [N].
+        Cluster indices from 0, [N].
     """
     numbers = np.empty(len(boxes_xyxy), dtype=np.int64)
     sums, weights = np.zeros((4, len(boxes_xyxy))), np.zeros(len(boxes_xyxy))
@@ -369,7 +369,7 @@ def _cluster(boxes_xyxy: Boxes, scores: Floats, iou: float) -> Integers:
     num_clusters = 0
     for index, (box, score) in enumerate(zip(boxes_xyxy, scores, strict=True)):
         left, top, right, bottom = box
-        # One side first: it rules out most clusters, which makes the rest cheap.
+        # The width first: it rules out most clusters and makes the rest cheap.
         shared_width = np.minimum(fused[2, :num_clusters], right) - np.maximum(fused[0, :num_clusters], left)
         near = np.flatnonzero(shared_width > 0)
         shared_height = np.minimum(fused[3, near], bottom) - np.maximum(fused[1, near], top)

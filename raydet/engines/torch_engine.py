@@ -1,4 +1,4 @@
-"""Runs a detector with torch, on the CPU or a GPU: one that it loads, or a live one, such as a model in training."""
+"""A detector that runs in torch, on the CPU or a GPU: loaded from a checkpoint, or live, such as one in training."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ class TorchEngine(DetectorEngine):
         detector: Detector,
         *,
         precision: Precision = "fp32",
-        pad_together: bool = True,
+        pad_batches: bool = True,
         num_threads: int | None = None,
     ) -> None:
         """Runs a detector as it is, on its own device; between two calls the model is as it was before.
@@ -33,10 +33,10 @@ class TorchEngine(DetectorEngine):
         Args:
             detector: In training mode or not: it runs in evaluation mode.
             precision: fp16 is for GPUs alone.
-            pad_together: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
+            pad_batches: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
             num_threads: Of torch on the CPU, in the whole process; None leaves them as they are.
         """
-        super().__init__(detector, device=detector.device, pad_together=pad_together, num_threads=num_threads)
+        super().__init__(detector, device=detector.device, pad_batches=pad_batches, num_threads=num_threads)
         self._dtype = _DTYPES[precision]
         self._memory_format = torch.contiguous_format
         self._model: Any = detector.model
@@ -48,7 +48,7 @@ class TorchEngine(DetectorEngine):
         """Loads the checkpoint of a config.
 
         Args:
-            config: `checkpoint`, `precision`, `compile`, `channels_last` and `pad_together` are read.
+            config: `checkpoint`, `precision`, `compile`, `channels_last` and `pad_batches` are read.
             device: cpu, cuda or cuda:N.
             num_threads: Of torch on the CPU, in the whole process.
 
@@ -61,7 +61,7 @@ class TorchEngine(DetectorEngine):
             raise no_fp16_on_cpu("torch")
         detector = load_detector(config.checkpoint).to(where)
         detector.model.eval()
-        engine = cls(detector, precision=config.precision, pad_together=config.pad_together, num_threads=num_threads)
+        engine = cls(detector, precision=config.precision, pad_batches=config.pad_batches, num_threads=num_threads)
         if config.channels_last:
             engine._memory_format = torch.channels_last
             nn.Module.to(detector.model, memory_format=torch.channels_last)

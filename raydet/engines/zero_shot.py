@@ -1,7 +1,7 @@
-"""Zero-shot detectors: models that look for whatever words they are given.
+"""Zero-shot detectors: models that find objects by their names in plain words.
 
-Their names are checked here without torch, so that a driver can refuse a wrong one at once; what runs them,
-`raydet.engines.zero_shot_models`, is imported by the worker that needs it.
+This module checks a model's name and its labels without torch, so that the driver can refuse a wrong one at once. The
+worker that runs the model imports `raydet.engines.zero_shot_models`.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
 from raydet.models.checkpoints import read_checkpoint
-from raydet.models.families import FAMILIES
+from raydet.models.families import FAMILIES, ZERO_SHOT_FAMILIES
 
 if TYPE_CHECKING:
     from raydet.engines.engine import Engine
 
-OWL_TYPES = ("owlvit", "owlv2")
-GROUNDING_TYPES = ("grounding-dino", "mm-grounding-dino")
-
 
 def check_zero_shot(name: str) -> str:
-    """Makes sure that a model is a zero-shot detector, by its `config.json` alone.
+    """Check from a model's `config.json` that it is a zero-shot detector.
 
     Args:
         name: A model folder, or a name on the Hub.
@@ -29,56 +26,58 @@ def check_zero_shot(name: str) -> str:
         Its model type, as transformers calls it.
 
     Raises:
-        UserError: There is no model, or it is of another kind.
+        UserError: There is no model, or it is not a zero-shot detector.
     """
     model_type = read_checkpoint(name).model_type
     if model_type in FAMILIES:
         raise UserError(
-            f"--model {name} is a {model_type} detector, which has classes of its own; give it as --checkpoint {name}, "
-            "without --labels"
+            f"--model {name} is a {model_type} detector with its own classes; give it as --checkpoint {name} and omit "
+            "--labels"
         )
-    if model_type not in OWL_TYPES + GROUNDING_TYPES:
+    if model_type not in ZERO_SHOT_FAMILIES:
         raise UserError(
-            f"--model {name} is a {model_type} model, no zero-shot detector that raydet knows; "
-            f"it takes OWL-ViT, OWLv2 and Grounding DINO ({', '.join(OWL_TYPES + GROUNDING_TYPES)})"
+            f"--model {name} is a {model_type} model, not a zero-shot detector that raydet knows; it knows OWL-ViT, "
+            f"OWLv2 and Grounding DINO ({', '.join(ZERO_SHOT_FAMILIES)})"
         )
     return model_type
 
 
 def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels without spaces around them.
+    """Strip the labels and check that they differ.
 
     Raises:
-        UserError: Two of them are the same to a model, which does not see upper case and double spaces.
+        UserError: Two labels differ in case and spaces only, which models ignore.
     """
     seen: dict[str, str] = {}
     for label in labels:
         plain = " ".join(label.lower().split())
         if plain in seen:
-            raise UserError(f"--labels names one twice: {seen[plain]!r} and {label.strip()!r} are one to the model")
+            raise UserError(f"--labels: {seen[plain]!r} and {label.strip()!r} are one label to the model; drop one")
         seen[plain] = label.strip()
     return tuple(seen.values())
 
 
 def load_zero_shot(config: PredictConfig, *, device: str, num_threads: int) -> "Engine":
-    """Opens a zero-shot detector that looks for the labels of a config.
+    """Load the zero-shot detector of a config.
 
-    Its categories are the labels in their order, each with its place as its id.
+    Its categories are the labels in order; the id of each is its index.
 
     Args:
         config: With `model` and `labels`.
         device: cpu, cuda or cuda:N.
-        num_threads: That torch uses on the CPU, in the whole process.
+        num_threads: Of torch on the CPU, in the whole process.
 
     Raises:
-        UserError: No such model, one that cannot be read or is no zero-shot detector, labels that it cannot read, or
-            a precision that the device has not.
+        UserError: The model does not exist, cannot be read or is not a zero-shot detector, it cannot read a label, or
+            the device does not support the precision.
     """
     assert config.model is not None and config.labels is not None
-    model_type = check_zero_shot(config.model)
+    family = ZERO_SHOT_FAMILIES[check_zero_shot(config.model)]
     labels = check_labels(config.labels)
+    if family.reads_labels == "separately":
+        from raydet.engines.zero_shot_models.owl import OwlEngine
 
-    from raydet.engines.zero_shot_models import GroundingDinoEngine, OwlEngine
+        return OwlEngine(config.model, labels, config=config, device=device, num_threads=num_threads)
+    from raydet.engines.zero_shot_models.grounding_dino import GroundingDinoEngine
 
-    engine_class = OwlEngine if model_type in OWL_TYPES else GroundingDinoEngine
-    return engine_class(config.model, labels, config=config, device=device, num_threads=num_threads)
+    return GroundingDinoEngine(config.model, labels, config=config, device=device, num_threads=num_threads)

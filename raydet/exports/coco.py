@@ -82,7 +82,7 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
     uri = storage.absolute_uri(config.data)
     table = open_table(uri, ("images", "detections"))
     if table.kind == "images" and score_threshold > 0:
-        raise UserError(f"{uri} is a table of images, which has no scores; leave out score_threshold")
+        raise UserError(f"{uri} is a table of images, which has no scores; leave out --score-threshold")
     ids, counts = np.unique([category.id for category in table.categories], return_counts=True)
     if (counts > 1).any():
         raise UserError(
@@ -98,7 +98,7 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
 
 def _check_out(out: str) -> None:
     if not out.endswith(".json"):
-        raise UserError(f"out must name a .json file, got {out}")
+        raise UserError(f"--out must name a .json file, got {out}")
     filesystem, path = storage.resolve(out)
     if filesystem.get_file_info(path).type == pafs.FileType.Directory:
         raise UserError(f"{out} is a folder; out must name a .json file")

@@ -27,7 +27,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     validate_repo_id,
 )
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import without_secrets
 from raydet.config import PushConfig
 from raydet.exports.model_card import build_card
@@ -66,7 +66,7 @@ class PushResult:
 
     def lines(self) -> list[str]:
         """What was done, for the terminal."""
-        done = "nothing to do: the Hub holds these very files" if self.already_done else "pushed"
+        done = "nothing to do: the Hub already has these files" if self.already_done else "pushed"
         return [
             *(f"note: {note}" for note in self.notes),
             f"{done}: {len(self.files)} files, {self.num_bytes / 1e6:.1f} MB, commit {self.commit[:12]}",
@@ -278,5 +278,5 @@ def _explain_refusal(error: HfHubHTTPError, repo: str) -> str:
 
 def _safe(text: str, secret: str = "") -> str:
     """One line, in which neither the token nor anything like one is left, nor what signs an address."""
-    line = " ".join(text.split())
+    line = one_line(text)
     return str(without_secrets(line.replace(secret, "(token)") if secret else line))

@@ -54,9 +54,9 @@ class FolderExportReport:
 
     def lines(self) -> list[str]:
         """What was exported, for the terminal."""
-        lines = [f"{self.num_boxes:,} boxes of {self.num_images:,} images, {self.num_copied:,} pictures copied"]
+        lines = [f"{self.num_boxes:,} boxes of {self.num_images:,} images, {self.num_copied:,} images copied"]
         if self.num_copied < self.num_images:
-            lines.append(f"  the other pictures belong into {storage.join(self.out, self.pictures_folder)}")
+            lines.append(f"  copy the other images to {storage.join(self.out, self.pictures_folder)}")
         notes = {"images renamed, since two had the same name": self.num_renamed, **self.notes}
         lines += [f"  {text}: {count:,}" for text, count in notes.items() if count]
         return [*lines, self.out]
@@ -105,7 +105,7 @@ class LabelRows:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenLabels:
     """What `write_labels` has written: the names of the pictures, and numbers for the report."""
 
     names: list[str]
@@ -217,7 +217,7 @@ def write_labels(
     extension: str,
     copy_images: bool | None,
     make_texts: Callable[[LabelRows], tuple[LabelRows, list[str | None]]],
-) -> Written:
+) -> WrittenLabels:
     """Writes one label file an image, and the pictures.
 
     Args:
@@ -233,7 +233,7 @@ def write_labels(
         UserError: The table is damaged, a number in it means nothing, or a picture cannot be read.
     """
     if table.kind == "detections" and copy_images:
-        raise UserError(f"{table.uri} is a table of detections, which has no pictures; leave out copy_images")
+        raise UserError(f"{table.uri} is a table of detections, which has no pictures; leave out --copy-images")
     with_pictures = table.kind == "images" and copy_images is not False
     columns = ["image_id", "width", "height"]
     columns += ["path", "detections", "error"] if table.kind == "detections" else ["image.path", "objects"]
@@ -252,7 +252,7 @@ def write_labels(
         names += rows.names
         num_boxes += len(rows.boxes_xywh)
     (folder / pictures_folder).mkdir(parents=True, exist_ok=True)
-    return Written(names, num_boxes, num_copied, file_names.num_renamed)
+    return WrittenLabels(names, num_boxes, num_copied, file_names.num_renamed)
 
 
 def _label_rows(table: Table, batch: pa.RecordBatch, file_names: FileNames) -> LabelRows:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.measuring import metrics_folder
 from raydet.measuring.numbers.metrics import METRICS
@@ -42,7 +42,7 @@ class BuiltCard:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _TrainedRun:
     """What the training run left beside the checkpoint; empty where it is not there."""
 
     config: dict[str, Any]
@@ -50,7 +50,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _CardNumbers:
     """COCO numbers in [0, 1], None where there is nothing to measure, and where they come from."""
 
     data: str
@@ -79,22 +79,22 @@ def build_card(config: PushConfig, checkpoint: Checkpoint) -> BuiltCard:
     return BuiltCard(str(_card(config, checkpoint, run, measured)), notes)
 
 
-def _read_run(checkpoint: Checkpoint) -> _Run:
+def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
     folder = checkpoint.name.rstrip("/").rpartition("/")[0]
     try:
         config = yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml")))
     except (OSError, yaml.YAMLError):
         config = None
     if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("model", "train_data")):
-        return _Run({}, [])
+        return _TrainedRun({}, [])
     try:
         history = read_history(folder)
     except (OSError, ValueError):
         history = []
-    return _Run(config, history)
+    return _TrainedRun(config, history)
 
 
-def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
+def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
     """The numbers that `raydet evaluate` wrote."""
     uri = storage.absolute_uri(metrics)
     if not is_table(storage.join(uri, "metrics")):
@@ -125,7 +125,9 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _Measured:
     note = None
     if model is not None and model != checkpoint.name:
         note = f"the numbers in {metrics} were measured with {model}; make sure that it is the model you push"
-    return _Measured(data, num_images, origin + ".", numbers[None], {name: numbers[name] for name in names}, True, note)
+    return _CardNumbers(
+        data, num_images, origin + ".", numbers[None], {name: numbers[name] for name in names}, True, note
+    )
 
 
 def _latest_run(uri: str, model: str) -> Table:
@@ -135,7 +137,7 @@ def _latest_run(uri: str, model: str) -> Table:
     return (of_model or tables)[-1]
 
 
-def _measured_in_training(checkpoint: Checkpoint, run: _Run) -> _Measured | None:
+def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumbers | None:
     """The validation numbers of the epoch that the checkpoint is of."""
     chosen_by = run.config.get("metric_for_best_model") or "AP"
     is_newest = checkpoint.name.rstrip("/").endswith("/last")
@@ -152,7 +154,7 @@ def _measured_in_training(checkpoint: Checkpoint, run: _Run) -> _Measured | None
     )
     if not is_newest:
         origin += " The checkpoint was chosen by these numbers, so on other images expect somewhat lower ones."
-    return _Measured(
+    return _CardNumbers(
         data,
         num_images if part == 1 else None,
         origin,
@@ -175,7 +177,7 @@ def _num_images(uri: str, checkpoint: Checkpoint) -> int | None:
         return None
 
 
-def _card(config: PushConfig, checkpoint: Checkpoint, run: _Run, measured: _Measured | None) -> ModelCard:
+def _card(config: PushConfig, checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbers | None) -> ModelCard:
     model = run.config.get("model", "")
     base = model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None
     title = config.repo.partition("/")[2]
@@ -207,7 +209,7 @@ def _card(config: PushConfig, checkpoint: Checkpoint, run: _Run, measured: _Meas
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _eval_results(measured: _Measured | None) -> list[EvalResult] | None:
+def _eval_results(measured: _CardNumbers | None) -> list[EvalResult] | None:
     if measured is None:
         return None
     slug = re.sub(r"[^a-z0-9_-]+", "-", measured.data.lower()).strip("-") or "images"
@@ -231,7 +233,7 @@ def _classes_section(checkpoint: Checkpoint) -> list[str]:
     return ["## Classes", _table(("index", "class"), names)] if names else []
 
 
-def _numbers_section(measured: _Measured | None) -> list[str]:
+def _numbers_section(measured: _CardNumbers | None) -> list[str]:
     if measured is None:
         return ["## Evaluation", "Not measured."]
     rows = [
@@ -282,7 +284,7 @@ found = processor.post_process_object_detection(
     return ["## Use", _fenced(code, "python"), "On many images, with raydet:", _fenced(shell, "bash")]
 
 
-def _data_section(checkpoint: Checkpoint, run: _Run, measured: _Measured | None) -> list[str]:
+def _data_section(checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbers | None) -> list[str]:
     uses = [
         (use, run.config[key])
         for use, key in (("training", "train_data"), ("validation", "val_data"))
@@ -294,7 +296,7 @@ def _data_section(checkpoint: Checkpoint, run: _Run, measured: _Measured | None)
     return ["## Data", _table(("used for", "images table", "images"), rows)] if rows else []
 
 
-def _recipe_section(run: _Run) -> list[str]:
+def _recipe_section(run: _TrainedRun) -> list[str]:
     """The options that decide the result; `epochs`, which may be raised later, is one of them for a reader."""
     names = [
         item.name
@@ -325,7 +327,7 @@ def _fenced(text: str, language: str) -> str:
 
 def _escaped(text: str) -> str:
     """Text as itself in a line of markdown, whatever characters it holds."""
-    return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", one_line(text))
 
 
 def _number(value: float | None) -> str:

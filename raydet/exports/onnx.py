@@ -54,8 +54,8 @@ class OnnxExportReport:
         )
         return [
             f"{self.path}: {self.num_bytes / 1e6:.1f} MB, ONNX opset {self.opset}, {self.num_classes} classes",
-            f"takes {', '.join(self.input_names)}: any number of images, {size}; gives {', '.join(OUTPUT_NAMES)}",
-            f"scores and boxes within {self.max_difference:.1e} of torch's",
+            f"inputs: {', '.join(self.input_names)} (any number of images, {size}); outputs: {', '.join(OUTPUT_NAMES)}",
+            f"largest difference from torch in scores and boxes: {self.max_difference:.1e}",
         ]
 
 
@@ -75,7 +75,7 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
     require_packages("onnx")
     checkpoint, out, image_size = config.checkpoint, storage.absolute_uri(config.out), config.image_size
     if not out.endswith(".onnx"):
-        raise UserError(f"out must be the name of a file that ends in .onnx, got {out}")
+        raise UserError(f"--out must be the name of a file that ends in .onnx, got {out}")
     if image_size is None:
         detector = load_detector(checkpoint)
     else:
@@ -83,7 +83,7 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
         categories = read_checkpoint(checkpoint).categories
         detector = build_detector(checkpoint, categories, image_size=image_size, seed=0)
         detector.model.eval()
-    data = to_onnx(detector, where=checkpoint, remedy="give image_size")
+    data = to_onnx(detector, where=checkpoint, remedy="give --image-size")
     difference = _difference(detector, data)
     if not difference <= MAX_DIFFERENCE:
         raise RunError(

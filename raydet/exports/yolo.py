@@ -37,7 +37,7 @@ def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
     out, uri = storage.absolute_uri(config.out), storage.absolute_uri(config.data)
     table = open_table(uri, ("images", "detections"))
     if table.kind == "images" and config.score_threshold > 0:
-        raise UserError(f"{uri} is a table of images, which has no scores; leave out score_threshold")
+        raise UserError(f"{uri} is a table of images, which has no scores; leave out --score-threshold")
     names = check_class_names(table)
     notes = {
         "crowd boxes left out, since YOLO has none": 0,

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -63,7 +63,7 @@ class ImageRow:
 
 
 @dataclass(frozen=True)
-class Images(ABC):
+class Collection(ABC):
     """A collection of images, by position; holds no pixels and can be sent to any worker.
 
     Attributes:
@@ -88,7 +88,7 @@ class Images(ABC):
 
 
 @dataclass(frozen=True)
-class TableImages(Images):
+class TableCollection(Collection):
     """The rows of an images table.
 
     Attributes:
@@ -97,8 +97,20 @@ class TableImages(Images):
 
     table: Table
 
+    @classmethod
+    def of(cls, table: Table) -> Self:
+        """Makes a collection of an opened images table.
+
+        Raises:
+            UserError: It has no rows.
+        """
+        if table.num_rows == 0:
+            raise UserError(f"the images table {table.uri} has no rows: there is no image to score")
+        manifest = json.dumps(table.manifest, sort_keys=True).encode()
+        return cls("table", table.num_rows, hashlib.sha256(manifest).hexdigest()[:16], table)
+
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
-        """As `Images.read`; opens only the files and loads only the row groups that hold these rows, one at a time."""
+        """As `Collection.read`; opens and loads only the files and row groups that hold these rows, one at a time."""
         reader = FileReader()
         first = 0
         for name in self.table.files:
@@ -111,7 +123,7 @@ class TableImages(Images):
 
 
 @dataclass(frozen=True)
-class IndexedImages(Images):
+class IndexedCollection(Collection):
     """Images that an index lists.
 
     Attributes:
@@ -121,7 +133,7 @@ class IndexedImages(Images):
     index: str | bytes
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
-        """As `Images.read`; a few files are read ahead, side by side, since remote storage answers late."""
+        """As `Collection.read`; a few files are read ahead, side by side, since remote storage answers late."""
         # Nobody has looked for the files of a list before.
         reader = FileReader(missing="no such file") if self.kind == "list" else FileReader()
         yield from in_order(lambda item: _filled(item, reader), self._rows(start, stop))
@@ -133,7 +145,7 @@ class IndexedImages(Images):
                     yield ImageRow(image_id, path, None, None, None), Reference(*reference)
 
 
-def open_images(data: str, *, index_uri: str | None) -> Images:
+def open_collection(data: str, *, index_uri: str | None) -> Collection:
     """Opens what is to be scored.
 
     Args:
@@ -157,7 +169,7 @@ def open_images(data: str, *, index_uri: str | None) -> Images:
             if not storage.exists(uri):
                 raise UserError(f"no such path: {uri}; data must name a table, a folder of images, a list or tar files")
             if is_table(uri):
-                return _open_table_images(uri)
+                return TableCollection.of(open_table(uri, "images"))
         refuse_password(uri, what="data")
         if index_uri is None:
             return _indexed(_build_index(list_images(uri), uri), uri)
@@ -166,14 +178,6 @@ def open_images(data: str, *, index_uri: str | None) -> Images:
         return _indexed(storage.absolute_uri(index_uri), uri)
     except PermissionError as error:
         raise UserError(f"cannot read {error.filename or uri}: no permission") from None
-
-
-def _open_table_images(uri: str) -> TableImages:
-    table = open_table(uri, "images")
-    if table.num_rows == 0:
-        raise UserError(f"the images table {uri} has no rows: there is no image to score")
-    manifest = json.dumps(table.manifest, sort_keys=True).encode()
-    return TableImages("table", table.num_rows, hashlib.sha256(manifest).hexdigest()[:16], table)
 
 
 def _build_index(listing: Listing, uri: str) -> bytes:
@@ -202,7 +206,7 @@ def _in_chunks(entries: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _indexed(index: str | bytes, uri: str) -> IndexedImages:
+def _indexed(index: str | bytes, uri: str) -> IndexedCollection:
     where = "the index" if isinstance(index, bytes) else index
     try:
         with _open_parquet(index) as file:
@@ -214,7 +218,7 @@ def _indexed(index: str | bytes, uri: str) -> IndexedImages:
         raise UserError(
             f"{where} lists the images of {content['data']}, not those of {uri}; name another output folder"
         )
-    return IndexedImages(content["kind"], metadata.num_rows, content["fingerprint"], index)
+    return IndexedCollection(content["kind"], metadata.num_rows, content["fingerprint"], index)
 
 
 @contextmanager

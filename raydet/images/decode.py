@@ -30,6 +30,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from raydet.common.errors import one_line
 from raydet.images.jpeg_scan import without_scan
 
 # Pillow reports damage that it can live with through `warnings` and `logging`; here every file is either decoded or
@@ -333,7 +334,7 @@ def _error(error: Exception, data: bytes, max_pixels: int) -> DecodeError:
 
 
 def _reason(error: Exception, name: str, max_pixels: int) -> str:
-    message = " ".join(str(error).split())
+    message = one_line(str(error))
     if isinstance(error, Image.DecompressionBombError):
         num_pixels = int((re.findall(r"\d+", message) or ["0"])[0])
         return _too_large(num_pixels, max_pixels) if num_pixels > max_pixels else f"{message} (Pillow's own limit)"

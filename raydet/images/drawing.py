@@ -8,6 +8,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from raydet.common.boxes import as_boxes, clip_xywh, has_area, xywh_to_xyxy
+from raydet.common.errors import one_line
 
 Picture = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -123,7 +124,7 @@ def draw_comparison(
     Returns:
         uint8 RGB [H', 2 W' + gap, 3] with a title above each half.
     """
-    resized = _resized(image)
+    resized = at_readable_size(image)
     (height, width), colours = image.shape[:2], class_colours(names)
     scale = np.array([resized.shape[1] / width, resized.shape[0] / height] * 2)
     kept_scores = np.asarray(scores, np.float64)
@@ -163,11 +164,17 @@ def _checked(image: Picture) -> Picture:
     return image
 
 
-def _resized(image: Picture) -> Picture:
-    """The picture at a size that suits a page."""
+def at_readable_size(image: Picture, *, min_side: int = _MIN_SIDE, max_side: int = _MAX_SIDE) -> Picture:
+    """Scale a picture so that its longest side is neither too small for labels nor too large to look at.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        min_side: Shortest allowed length of the longest side in pixels.
+        max_side: Longest allowed length.
+    """
     height, width = _checked(image).shape[:2]
     longest = max(height, width)
-    scale = np.clip(longest, _MIN_SIDE, _MAX_SIDE) / longest
+    scale = float(np.clip(longest, min_side, max_side)) / longest
     if scale == 1:
         return image
     # Enlarged pixels stay pixels: blur would look like something the model sees.
@@ -187,7 +194,7 @@ def _font(size: int) -> _Font:
 
 
 def _shortened(name: str) -> str:
-    name = " ".join(name.split())
+    name = one_line(name)
     return name if len(name) <= _MAX_NAME_LENGTH else name[: _MAX_NAME_LENGTH - 1].rstrip() + "…"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from pyarrow import fs as pafs
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.tables import storage
 
 _COMMON = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff")
@@ -100,7 +100,7 @@ class ImageFolder:
             self._filesystem, self.path = storage.resolve(uri)
             kind = self._filesystem.get_file_info(self.path).type
         except OSError as error:
-            raise UserError(f"cannot open the {what} folder {uri}: {' '.join(str(error).split())}") from None
+            raise UserError(f"cannot open the {what} folder {uri}: {one_line(error)}") from None
         self.is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
         self.uri = self.path if self.is_local else uri.rstrip("/")
         self._subfolders_inside: dict[str, bool] = {}
@@ -163,8 +163,12 @@ class ImageFolder:
         except (OSError, ValueError) as error:
             if not self.is_local:
                 raise
-            detail = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            raise ReadError(f"cannot be read: {' '.join(detail.split())}") from None
+            raise ReadError(f"cannot be read: {detail_of(error)}") from None
+
+
+def detail_of(error: Exception) -> str:
+    """Say on one line why a file cannot be read, without its name."""
+    return one_line(os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error)
 
 
 def is_image_name(path: str) -> bool:

@@ -1,7 +1,6 @@
 """A reference to a file, or to a part of one → its bytes."""
 
 import errno
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
 from raydet.images.decode import DecodeError
-from raydet.images.files import ReadError, read_file, refuse_size
+from raydet.images.files import ReadError, detail_of, read_file, refuse_size
 from raydet.tables import storage
 
 _OPEN_FILES = 16
@@ -82,11 +81,11 @@ class FileReader:
         except PermissionError:
             raise ReadError("no permission to read it") from None
         except ValueError as error:
-            raise ReadError(f"cannot be read: {_one_line(error)}") from None
+            raise ReadError(f"cannot be read: {detail_of(error)}") from None
         except OSError as error:
             if not self._is_about_the_file(error, uri):
                 raise
-            raise ReadError(f"cannot be read: {_one_line(error)}") from None
+            raise ReadError(f"cannot be read: {detail_of(error)}") from None
         if len(data) < size:
             raise ReadError("the tar file has become shorter than it was when it was listed")
         return data
@@ -132,8 +131,3 @@ def image_bytes(image: Mapping[str, Any]) -> bytes:
         raise DecodeError(str(error)) from None
     except OSError as error:
         raise DecodeError(f"the file cannot be read: {error.strerror or error}") from None
-
-
-def _one_line(error: Exception) -> str:
-    detail = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-    return " ".join(detail.split())

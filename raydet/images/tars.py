@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import IMAGE_EXTENSIONS, readable
 
 COMPRESSED_SUFFIXES = (
@@ -82,7 +82,7 @@ def image_members(file: pa.NativeFile, name: str) -> list[Member]:
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         if any(file.read_at(8, 0).startswith(start) for start in _COMPRESSED_STARTS):
             raise UserError(_compressed(name)) from None
-        raise UserError(f"{name} is damaged or no tar file: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name} is damaged or no tar file: {one_line(error)}") from None
     _check_end(file, name, end, num_bytes)
     return members
 

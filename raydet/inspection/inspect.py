@@ -11,13 +11,14 @@ from raydet.config import InspectConfig, TrainConfig, config_hash
 from raydet.config.options import load_file
 from raydet.inspection.counting import Counts
 from raydet.inspection.identical import identical_images
-from raydet.inspection.oddities import MEANINGS, Finding, Findings, add_class_findings, add_oddities
+from raydet.inspection.oddities import MEANINGS, DataFinding, Findings, add_class_findings, add_oddities
 from raydet.inspection.picks import Picker
 from raydet.inspection.prepared import add_prepared_findings, preparation_of
 from raydet.inspection.rows import stream_rows
 from raydet.inspection.tables import PAGE_FILE, check_folder, drifts, write_tables
 from raydet.tables import storage
 from raydet.tables.table import Table, open_table
+from raydet.training.ordering import RunPlan
 
 __all__ = ["Inspection", "inspect"]
 
@@ -73,8 +74,8 @@ class Inspection:
         for name, value in drifts(self.counts).items():
             if name in ("classes", "box_side_px") and value is not None:
                 what = "classes" if name == "classes" else "box sizes"
-                rows.append((f"difference of the {what} from the validation's, 0 to 1", f"{value:.2f}"))
-        return [*aligned(rows), ""] if rows else ["nothing odd was found", ""]
+                rows.append((f"difference in {what} from the validation data, 0 to 1", f"{value:.2f}"))
+        return [*aligned(rows), ""] if rows else ["no findings", ""]
 
 
 def inspect(config: InspectConfig) -> Inspection:
@@ -87,8 +88,8 @@ def inspect(config: InspectConfig) -> Inspection:
         config: The table, where to write, and the training whose view of the images is shown.
 
     Raises:
-        UserError: No images table, one without images, an augmentation, model or recipe that cannot be used, or an
-            OUT that holds other things. Nothing has been written then.
+        UserError: No images table, one without images, an augmentation, model or training config that cannot be used,
+            or an OUT that holds other things. Nothing has been written then.
     """
     out = storage.absolute_uri(config.out)
     tables = {"data": _open(config.data)}
@@ -98,8 +99,9 @@ def inspect(config: InspectConfig) -> Inspection:
     training = _training(config)
     # Only now: they bring torch, which takes seconds that a wrong option must not cost.
     from raydet.augmentation.transforms import check_augmentation
+    from raydet.augmentation.view import View
     from raydet.inspection.page import render
-    from raydet.inspection.pictures import View, draw_galleries
+    from raydet.inspection.pictures import FirstEpoch, draw_galleries
     from raydet.models.loading import resize_rule_for
 
     check_augmentation(training.augmentation)
@@ -111,8 +113,13 @@ def inspect(config: InspectConfig) -> Inspection:
     _add_prepared(findings, tables)
     if "val" in tables:
         _compare(tables["data"], tables["val"], counts, findings)
-    view = View(augmentation=training.augmentation, seed=training.seed, resize_rule=rule)
-    galleries = draw_galleries(tables["data"], picker.picks(config.num_images), counts["data"].boxes, view)
+    step_rules = tuple(resize_rule_for(training.model, size) for size in training.multi_scale or ())
+    first_epoch = FirstEpoch(
+        table=tables["data"],
+        plan=RunPlan.of_training(training, tables["data"], num_val=0),
+        view=View.of_training(training, rule, step_rules),
+    )
+    galleries = draw_galleries(first_epoch, picker.picks(config.num_images), counts["data"].boxes)
     categories = {split: table.categories for split, table in tables.items()}
     page = render(tables, counts, findings, galleries, training).encode()
 
@@ -143,9 +150,9 @@ def _training(config: InspectConfig) -> TrainConfig:
     given = {name: getattr(config, name) for name in ("augmentation", "model", "image_size")}
     given = {name: value for name, value in given.items() if value is not None}
     paths: dict[str, Any] = {"train_data": config.data, "val_data": config.val_data or config.data, "out": config.out}
-    if config.recipe is None:
+    if config.train_config is None:
         return TrainConfig(**paths, **given)
-    return load_file(TrainConfig, config.recipe, **paths, **given)
+    return load_file(TrainConfig, config.train_config, **paths, **given)
 
 
 def _count(table: Table, split: str, findings: Findings, model_side_px: int, picker: Picker | None) -> Counts:
@@ -176,7 +183,7 @@ def _compare(data: Table, val: Table, counts: dict[str, Counts], findings: Findi
     for twin in identical_images(data, val):
         detail = f"image {twin.val_image_id} of the validation data"
         findings.add(
-            Finding(split="data", kind="identical_images", image_id=twin.image_id, path=twin.path, detail=detail)
+            DataFinding(split="data", kind="identical_images", image_id=twin.image_id, path=twin.path, detail=detail)
         )
     labelled = {
         split: {table.categories[index].name: None for index in np.flatnonzero(counts[split].boxes).tolist()}
@@ -185,4 +192,4 @@ def _compare(data: Table, val: Table, counts: dict[str, Counts], findings: Findi
     for kind, split, other in (("class_only_in_data", "data", "val"), ("class_only_in_val", "val", "data")):
         for name in labelled[split]:
             if name not in labelled[other]:
-                findings.add(Finding(split="val", kind=kind, category=name))
+                findings.add(DataFinding(split="val", kind=kind, category=name))

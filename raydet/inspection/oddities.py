@@ -33,14 +33,14 @@ MEANINGS = {
     "extreme_aspect_ratio": ("Extreme aspect ratio", f"one side is more than {EXTREME_RATIO:.0f} times the other"),
     "large_image": (
         "Image far larger than the model sees it",
-        f"shrunk by more than {FAR_LARGER:.0f}; small objects are lost, so think of a larger image_size or of tiles",
+        f"shrunk by more than {FAR_LARGER:.0f}; small objects are lost, so think of a larger --image-size or of tiles",
     ),
 }
 """Title and meaning of each kind; those that `prepare` found carry their own words."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class DataFinding:
     """One case of something odd.
 
     Attributes:
@@ -70,9 +70,9 @@ class Findings:
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.listed: dict[tuple[str, str], list[Finding]] = {}
+        self.listed: dict[tuple[str, str], list[DataFinding]] = {}
 
-    def add(self, finding: Finding, *, times: int = 1) -> None:
+    def add(self, finding: DataFinding, *, times: int = 1) -> None:
         """Adds a case, or several of an image that are listed as one."""
         key = (finding.split, finding.kind)
         self.counts[key] += times
@@ -80,7 +80,7 @@ class Findings:
         if len(kept) < MOST_LISTED:
             kept.append(finding)
 
-    def add_many(self, split: str, kind: str, places: Integers, describe: Callable[[int], Finding]) -> None:
+    def add_many(self, split: str, kind: str, places: Integers, describe: Callable[[int], DataFinding]) -> None:
         """Counts all these cases, and describes those that are still listed."""
         if len(places):
             key = (split, kind)
@@ -108,8 +108,8 @@ def add_oddities(findings: Findings, rows: Rows, split: str, names: Sequence[str
     longer, shorter = np.maximum(width, height), np.minimum(width, height)
     sides = rows.sizes_wh.max(axis=1, initial=0.0)
 
-    def of_image(kind: str, row: int, detail: str = "", category: int | None = None) -> Finding:
-        return Finding(
+    def of_image(kind: str, row: int, detail: str = "", category: int | None = None) -> DataFinding:
+        return DataFinding(
             split=split,
             kind=kind,
             image_id=int(rows.image_ids[row]),
@@ -118,7 +118,7 @@ def add_oddities(findings: Findings, rows: Rows, split: str, names: Sequence[str
             detail=detail,
         )
 
-    def of_box(kind: str, tell: Callable[[int], str]) -> Callable[[int], Finding]:
+    def of_box(kind: str, tell: Callable[[int], str]) -> Callable[[int], DataFinding]:
         return lambda box: of_image(kind, int(rows.owners[box]), tell(box), int(rows.categories[box]))
 
     def box_text(box: int) -> str:
@@ -160,10 +160,10 @@ def add_class_findings(findings: Findings, counts: Counts, split: str, names: Se
     if not most:
         return
     for index in np.flatnonzero(counts.boxes == 0).tolist():
-        findings.add(Finding(split=split, kind="class_without_boxes", category=names[index]))
+        findings.add(DataFinding(split=split, kind="class_without_boxes", category=names[index]))
     for index in np.flatnonzero((counts.boxes > 0) & (counts.boxes < RARE_SHARE * most)).tolist():
         detail = f"{counts.boxes[index]:,} boxes; the most frequent class has {most:,}"
-        findings.add(Finding(split=split, kind="rare_class", category=names[index], detail=detail))
+        findings.add(DataFinding(split=split, kind="rare_class", category=names[index], detail=detail))
 
 
 def duplicates(rows: Rows) -> Integers:

@@ -2,26 +2,24 @@
 
 import base64
 import io
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pyarrow as pa
-from PIL import Image
 
-from raydet.augmentation.mixing import Partners, Sample, sample_of
-from raydet.augmentation.transforms import Augmenter
-from raydet.common.boxes import Boxes
-from raydet.config import DEFAULT_MAX_PIXELS, AugmentationSpec
-from raydet.images.decode import DecodeError, decode
+from raydet.augmentation.view import SeenImage, View, decoded
+from raydet.common.boxes import Boxes, as_boxes, normalised_cxcywh_to_xywh
+from raydet.images.decode import DecodeError
 from raydet.images.drawing import class_colours
 from raydet.images.references import image_bytes
 from raydet.inspection.picks import Pick
-from raydet.models.geometry import ResizeRule, resize
+from raydet.models.geometry import Image
 from raydet.tables.table import Table
-from raydet.training.ordering import MIXUP_P, MOSAIC_P, augmentation_seed
+from raydet.training.ordering import RunPlan
 
 MOST_PAIRS = 160
 """Images shown at most, each as a pair of pictures."""
@@ -30,16 +28,6 @@ _BUDGET_BYTES = 6_000_000
 _MAX_SIDE = 360
 _QUALITY = 75
 _MOST_BOXES = 200
-_NUM_PARTNERS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """The training whose pictures are shown: augmentation, the seed of it, and the model's resize."""
-
-    augmentation: AugmentationSpec
-    seed: int
-    resize_rule: ResizeRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,88 +101,106 @@ class ClassGallery:
     pairs: tuple[Pair, ...]
 
 
-@dataclass
-class Painter:
-    """Draws pairs; the images it was given last are the partners of the next, where the augmentation mixes images."""
+@dataclass(frozen=True, kw_only=True)
+class FirstEpoch:
+    """The images of a table as the first epoch of a training sees them.
 
-    names: Sequence[str]
+    Attributes:
+        table: The training table.
+        plan: Which rows make which step, and which rows an image is mixed with.
+        view: The model's view in that training.
+    """
+
+    table: Table
+    plan: RunPlan
     view: View
-    augmenter: Augmenter
-    recent: deque[Sample] = field(default_factory=lambda: deque(maxlen=_NUM_PARTNERS))
 
-    def pairs(self, row: pa.StructScalar, picks: Sequence[Pick]) -> list[Pair]:
-        """The pairs of one image, one for each of its picks."""
-        image_id, image, objects = (row[name].as_py() for name in ("image_id", "image", "objects"))
-        path = image["path"] or ""
-        try:
-            pixels = decode(image_bytes(image), max_pixels=DEFAULT_MAX_PIXELS)
-        except (DecodeError, OSError) as error:
-            return [Pair(kind=pick.kind, image_id=image_id, path=path, problem=str(error)) for pick in picks]
-        sample = sample_of(pixels, objects)
-        seen = self.seen(sample, image_id)
-        drawn_seen = self._drawn(seen, seen.size_hw)
-        labelled_wh = (sample.size_hw[1], sample.size_hw[0])
-        pairs = []
-        for pick in picks:
-            width, height = sample.boxes_xywh[pick.number, 2:].tolist()
-            pairs.append(
-                Pair(
-                    kind=pick.kind,
-                    image_id=image_id,
-                    path=path,
-                    box_wh=(width, height),
-                    size_wh=labelled_wh,
-                    seen_wh=(seen.size_hw[1], seen.size_hw[0]),
-                    labelled=self._drawn(sample, sample.size_hw, point=pick.number),
-                    seen=drawn_seen,
-                )
-            )
-        return pairs
+    def rows(self, positions: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], SeenImage | str]]:
+        """Reads some rows and makes of them what the model is trained on.
 
-    def seen(self, sample: Sample, image_id: int) -> Sample:
-        """The sample as the first epoch of a training has it: augmented, resized, without crowds."""
-        partners = Partners()
-        if self.view.augmentation == "strong" and len(self.recent) == _NUM_PARTNERS:
-            with_mosaic, with_mixup = np.random.default_rng([self.view.seed, image_id]).random(2) < (MOSAIC_P, MIXUP_P)
-            others = tuple(self.recent)
-            partners = Partners(mosaic=others[:3] if with_mosaic else (), mixup=others[3:] if with_mixup else ())
-        self.recent.append(sample)
-        augmented = self.augmenter(sample, seed=augmentation_seed(self.view.seed, 0, image_id), partners=partners)
-        height, width = augmented.size_hw
-        rule = self.view.resize_rule
-        image = resize(augmented.image, rule.target_size_hw((height, width)), rule.resample)
-        scale = np.array([image.shape[1] / width, image.shape[0] / height] * 2)
-        kept = np.flatnonzero(~augmented.iscrowd)
-        return Sample(
-            image,
-            augmented.boxes_xywh[kept] * scale,
-            augmented.labels[kept],
-            augmented.areas[kept],
-            augmented.iscrowd[kept],
-            augmented.ids[kept],
+        Partners are read before, all at once, and held with their encoded images.
+
+        Args:
+            positions: Of the rows in the table.
+
+        Yields:
+            In the order of the table the position, the row, and the seen image, or the reason why there is none.
+        """
+        steps = self.plan.steps_of_rows(0)
+        partners = {at: self.plan.partner_rows(0, int(steps[at]), at) for at in positions} if self.view.mixes(0) else {}
+        needed = {row for one in partners.values() for row in (*one.mosaic, *one.mixup)}
+        others = {at: _content(row) for at, row in self.table.rows_at(sorted(needed))}
+        for at, scalar in self.table.rows_at(positions):
+            row = _content(scalar)
+            if at in partners:
+                row["mosaic"] = [others[other] for other in partners[at].mosaic]
+                row["mixup"] = [others[other] for other in partners[at].mixup]
+            try:
+                rule = self.view.step_resize_rule(0, int(steps[at]))
+                yield at, row, self.view.augmented(row, epoch=0, resize_rule=rule)
+            except DecodeError as error:
+                yield at, row, str(error)
+
+
+def _content(row: pa.StructScalar) -> dict[str, Any]:
+    return {name: row[name].as_py() for name in ("image_id", "image", "objects")}
+
+
+def _pairs(
+    row: dict[str, Any], seen: SeenImage | str, picks: Sequence[Pick], names: Sequence[str], max_pixels: int
+) -> list[Pair]:
+    """The pairs of one image, one for each of its picks."""
+    about = {"image_id": row["image_id"], "path": row["image"]["path"] or ""}
+    if isinstance(seen, str):
+        return [Pair(kind=pick.kind, problem=seen, **about) for pick in picks]
+    image, size_hw = decoded(image_bytes(row["image"]), max_pixels=max_pixels)
+    boxes_xywh = as_boxes(row["objects"]["bbox"])
+    categories = np.asarray(row["objects"]["category"], np.int64)
+    seen_hw = (seen.image.shape[0], seen.image.shape[1])
+    seen_xywh = normalised_cxcywh_to_xywh(seen.boxes_cxcywh.astype(np.float64), seen_hw)
+    drawn_seen = _drawn(seen.image, seen_xywh, seen.categories, names)
+    return [
+        Pair(
+            kind=pick.kind,
+            box_wh=(float(boxes_xywh[pick.number, 2]), float(boxes_xywh[pick.number, 3])),
+            size_wh=(size_hw[1], size_hw[0]),
+            seen_wh=(seen_hw[1], seen_hw[0]),
+            labelled=_drawn(image, boxes_xywh, categories, names, point=pick.number),
+            seen=drawn_seen,
+            **about,
         )
+        for pick in picks
+    ]
 
-    def _drawn(self, sample: Sample, size_hw: tuple[int, int], point: int | None = None) -> Drawn:
-        picture = Image.fromarray(np.ascontiguousarray(sample.image))
-        picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BILINEAR)
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=_QUALITY)
-        scale = np.array([picture.width / size_hw[1], picture.height / size_hw[0]] * 2)
-        boxes_xywh = sample.boxes_xywh * scale
-        labels = sample.labels[:_MOST_BOXES]
-        return Drawn(
-            uri=f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-            size_wh=picture.size,
-            outlines=tuple(
-                self._outline(int(label), boxes_xywh[:_MOST_BOXES][labels == label]) for label in np.unique(labels)
-            ),
-            point=None if point is None else self._outline(int(sample.labels[point]), boxes_xywh[[point]]),
-        )
 
-    def _outline(self, label: int, boxes_xywh: Boxes) -> Outline:
-        parts = [f"M{x:.1f} {y:.1f}h{w:.1f}v{h:.1f}h{-w:.1f}z" for x, y, w, h in boxes_xywh.tolist()]
-        name = self.names[label]
-        return Outline(name=name, colour=hex_colours(self.names)[name], num_boxes=len(parts), path="".join(parts))
+def _drawn(
+    image: Image,
+    boxes_xywh: Boxes,
+    categories: npt.NDArray[np.int64],
+    names: Sequence[str],
+    point: int | None = None,
+) -> Drawn:
+    picture = PIL.Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((_MAX_SIDE, _MAX_SIDE), PIL.Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=_QUALITY)
+    boxes_xywh = boxes_xywh * np.array([picture.width / image.shape[1], picture.height / image.shape[0]] * 2)
+    shown = categories[:_MOST_BOXES]
+    return Drawn(
+        uri=f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
+        size_wh=picture.size,
+        outlines=tuple(
+            _outline(names, category, boxes_xywh[:_MOST_BOXES][shown == category])
+            for category in np.unique(shown).tolist()
+        ),
+        point=None if point is None else _outline(names, int(categories[point]), boxes_xywh[[point]]),
+    )
+
+
+def _outline(names: Sequence[str], category: int, boxes_xywh: Boxes) -> Outline:
+    parts = [f"M{x:.1f} {y:.1f}h{w:.1f}v{h:.1f}h{-w:.1f}z" for x, y, w, h in boxes_xywh.tolist()]
+    name = names[category]
+    return Outline(name=name, colour=hex_colours(names)[name], num_boxes=len(parts), path="".join(parts))
 
 
 def hex_colours(names: Sequence[str]) -> dict[str, str]:
@@ -203,19 +209,18 @@ def hex_colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def draw_galleries(
-    table: Table, picks: Mapping[int, Sequence[Pick]], num_boxes: npt.NDArray[np.int64], view: View
+    first_epoch: FirstEpoch, picks: Mapping[int, Sequence[Pick]], num_boxes: npt.NDArray[np.int64]
 ) -> tuple[ClassGallery, ...]:
     """Draws the chosen images of each class; those that would make the page too large are left out.
 
     Every class gets its first picture before any gets its second; the more boxes a class has, the earlier its turn.
 
     Args:
-        table: The images.
+        first_epoch: The images, and what a model in training sees of them.
         picks: By class, what to show first.
         num_boxes: Of each class, [C].
-        view: What a model in training is shown.
     """
-    names = [category.name for category in table.categories]
+    names = [category.name for category in first_epoch.table.categories]
     classes = sorted(picks, key=lambda category: (-int(num_boxes[category]), category))
     rounds = max((len(of_class) for of_class in picks.values()), default=0)
     turns = [picks[category][turn] for turn in range(rounds) for category in classes if turn < len(picks[category])]
@@ -223,10 +228,10 @@ def draw_galleries(
     by_position: dict[int, list[Pick]] = {}
     for pick in turns:
         by_position.setdefault(pick.position, []).append(pick)
-    painter = Painter(names, view, Augmenter(view.augmentation))
     drawn: dict[Pick, Pair] = {}
-    for position, row in table.rows_at(sorted(by_position)):
-        drawn.update(zip(by_position[position], painter.pairs(row, by_position[position]), strict=True))
+    for position, row, seen in first_epoch.rows(sorted(by_position)):
+        of_image = by_position[position]
+        drawn.update(zip(of_image, _pairs(row, seen, of_image, names, first_epoch.view.max_pixels), strict=True))
     galleries: dict[int, list[Pair]] = {}
     left = _BUDGET_BYTES
     for pick in turns:

@@ -10,7 +10,6 @@ not. So the bias is measured by itself, from the two halves of random splits: ho
 that of all images. What makes one half easier makes the other harder, and cancels out.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from raydet.common.threads import available_cpus
 from raydet.measuring.numbers.matches import Matches, Protocol
 from raydet.measuring.numbers.weighted_precision import Counts, WeightedPrecision
 from raydet.tables.columns import Floats
@@ -246,7 +246,7 @@ def _values(
                 over = slice(None) if metric.threshold is None else slice(metric.threshold, metric.threshold + 1)
                 values[row, :, column] = precision[:, metric.area, over].mean(axis=-1)
 
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_threads or available_cpus()) as pool:
         list(pool.map(fill, range(0, num_weightings, _BLOCK_WEIGHTINGS)))
     return values
 

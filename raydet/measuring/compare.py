@@ -88,9 +88,9 @@ class Comparison:
             for image in self.changed_images:
                 f1 = (_plain(image.first_f1), _plain(image.second_f1), _signed(image.difference))
                 rows.append((str(image.image_id), str(image.num_truth), *f1))
-            lines += ["", f"F1 of the images that changed most, at scores from {at_scores} on", *aligned(rows)]
+            lines += ["", f"images with the largest change in F1, at score thresholds {at_scores}", *aligned(rows)]
         else:
-            lines += ["", "no image has another F1"]
+            lines += ["", "the F1 of every image is unchanged"]
         if self.out is not None:
             lines += ["", f"comparison: {self.out}"]
         return lines
@@ -114,9 +114,9 @@ class Comparison:
         overall = self.numbers.difference.overall["AP"]
         level = self.numbers.difference.level
         if overall.value is None:
-            return ["there is nothing to measure: no labelled box counts"]
+            return ["nothing to measure: no labelled box counts"]
         if overall.low is None:
-            lines = ["AP: too few images to tell whether the difference is more than chance"]
+            lines = ["AP: too few images to tell the difference from chance"]
         elif not overall.excludes_zero:
             lines = ["AP: no significant difference; the interval includes 0"]
         else:

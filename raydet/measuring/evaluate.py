@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         split=config.split or _name_of(config.truth),
     )
     if config.protocol != "coco" and config.max_detections is not None:
-        raise UserError(f"the protocol {config.protocol} has its own rules: leave out max_detections")
+        raise UserError(f"--protocol {config.protocol} has its own rules: leave out --max-detections")
     if config.out is not None:
         assert config.run is not None
         metrics_folder.check_folder(config.out, config.run, config_hash(config))
@@ -105,7 +105,7 @@ def _protocol_of(config: EvaluateConfig) -> Protocol:
 def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
     """Reads the detections and matches them, here or on a cluster."""
     protocol = _protocol_of(config)
-    if config.address is not None:
+    if config.ray_address is not None:
         if config.protocol != "coco" or is_json(config.detections, "detections", "a detections table"):
             raise UserError("address: a cluster matches detections tables by the protocol coco; leave out address")
         from raydet.measuring.shards import match_on_cluster

@@ -60,7 +60,9 @@ class Evaluation:
         result = self.result
         lines = [f"{result.num_images:,} images, {result.num_truth:,} boxes, {result.num_detections:,} detections"]
         if self.num_left_out:
-            lines.insert(0, f"PARTIAL: {self.num_left_out:,} images that only one side has are left out")
+            lines.insert(
+                0, f"PARTIAL: {self.num_left_out:,} images are in only one of truth and detections, and left out"
+            )
         if result.num_unreadable:
             lines.append(f"{result.num_unreadable:,} images could not be read; their boxes count as missed")
         overall, *by_class = self.whole.blocks

@@ -62,7 +62,7 @@ def write_tables(
             run=config.run,
             model=model,
             split=config.split,
-            wished_precision=config.wished_precision,
+            target_precision=config.target_precision,
             unreadable=scored.errors,
             result=evaluation.result if config.protocol == "coco" else None,
         )

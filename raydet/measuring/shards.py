@@ -5,18 +5,16 @@ cluster, which pays where its nodes read side by side; the truth is in its objec
 """
 
 import contextlib
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.errors import RunError, UserError
-from raydet.common.threads import in_order
+from raydet.common.threads import available_cpus, in_order
 from raydet.config import EvaluateConfig
 from raydet.measuring.detections import (
     DETECTION_FIELDS,
@@ -114,7 +112,7 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
 
 
 def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, Matches]:
-    """Matches a detections table on the cluster at `config.address` ("local" starts one on this machine).
+    """Matches a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
 
     The outcome is exactly that of matching here. The detections themselves come to this process only where tables
     are wanted, which say of single boxes what is wrong with them.
@@ -144,16 +142,12 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
 
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
     groups = _row_groups(shards.table, config.num_shards)
-    if config.address is not None:
-        return _match_on_ray(config.address, shards, protocol, groups)
-    num_threads = len(os.sched_getaffinity(0))
+    match_shard = partial(_match_shard, shards.table, shards.truth, protocol)
+    if config.ray_address is not None:
+        return _match_on_ray(config.ray_address, shards, match_shard, groups)
+    num_threads = available_cpus()
     # More that are ready would only wait in memory.
-    return in_order(
-        lambda own: _match_shard(shards.table, own, shards.truth, protocol),
-        groups,
-        num_threads=num_threads,
-        ahead=num_threads + 1,
-    )
+    return in_order(match_shard, groups, num_threads=num_threads, ahead=num_threads + 1)
 
 
 def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
@@ -169,43 +163,15 @@ def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
 
 
 def _match_on_ray(
-    address: str, shards: _Shards, protocol: Protocol, groups: Sequence[Sequence[RowGroup]]
+    address: str, shards: _Shards, match_shard: Callable[[Sequence[RowGroup]], _Part], groups: Sequence[list[RowGroup]]
 ) -> Iterator[_Part]:
-    import ray
+    from raydet.cluster.tasks import run_tasks
 
     with _session(address, shards.table):
-        task = ray.remote(num_cpus=1)(_match_or_say_why_not)
-        truth_ref = ray.put(shards.truth)
-        # As many tasks again as can run wait in line; more would fill the object store with what nobody has fetched.
-        most = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        running: list[Any] = []
-        waiting = list(groups)
-        while waiting or running:
-            while waiting and len(running) < most:
-                running.append(task.remote(shards.table, waiting.pop(0), truth_ref, protocol))
-            finished, running = ray.wait(running)
-            try:
-                parts = ray.get(finished)
-            except ray.exceptions.RayError as error:
-                if isinstance(error, ray.exceptions.RayTaskError):  # raised by the task itself
-                    raise
-                reason = " ".join(str(error).split())[:300]
-                raise RunError(f"the cluster loses parts of the work: {reason}; run the same command again") from error
-            for part in parts:
-                if isinstance(part, str):
-                    raise UserError(part)
-                yield part
+        yield from run_tasks(match_shard, groups, in_order=False)
 
 
-def _match_or_say_why_not(table: Table, groups: Sequence[RowGroup], truth: Truth, protocol: Protocol) -> "_Part | str":
-    """A mistake of the user's comes back as its one line."""
-    try:
-        return _match_shard(table, groups, truth, protocol)
-    except UserError as error:
-        return str(error)
-
-
-def _match_shard(table: Table, groups: Sequence[RowGroup], truth: Truth, protocol: Protocol) -> _Part:
+def _match_shard(table: Table, truth: Truth, protocol: Protocol, groups: Sequence[RowGroup]) -> _Part:
     """Reads and matches some row groups, without the images that the truth does not have."""
     rows = read_detection_rows(table, truth, _batches(table, groups))
     places, is_known = places_in(truth.columns.image_ids, rows.image_ids)

@@ -115,12 +115,14 @@ def _of_column(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> 
             if usable
             else "the truth has no columns to slice by"
         )
-        raise UserError(f"slice_by: no column or property {name}; {there}, the properties are {', '.join(PROPERTIES)}")
+        raise UserError(
+            f"--slice-by: no column or property {name}; {there}, the properties are {', '.join(PROPERTIES)}"
+        )
     values = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if not _is_usable(values.type):
-        raise UserError(f"slice_by: column {name} has the type {values.type}; give one of texts, numbers or times")
+        raise UserError(f"--slice-by: column {name} has the type {values.type}; give one of texts, numbers or times")
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), None, values)
     if pa.types.is_decimal(values.type):
@@ -130,7 +132,7 @@ def _of_column(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> 
     is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     if is_text and len(distinct) > _MAX_VALUES:
         raise UserError(
-            f"slice_by: column {name} has {len(distinct):,} different texts, such as {distinct[0].as_py()!r}; "
+            f"--slice-by: column {name} has {len(distinct):,} different texts, such as {distinct[0].as_py()!r}; "
             f"slices need a column of at most {_MAX_VALUES}"
         )
     place = pc.fill_null(pc.index_in(values, value_set=distinct), -1).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -1,1 +1,1 @@
-"""A checkpoint or a model name → one detector contract over all families: build, load, loss, step, optimizer."""
+"""A model name or a checkpoint → a detector of any family, its loss, its optimizer and one optimizer step."""

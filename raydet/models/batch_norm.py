@@ -1,4 +1,4 @@
-"""Batch norms that stay as they are, or that take their statistics over the images of all ranks."""
+"""Batch norms: frozen, or with statistics over the images of all ranks, and two repairs of their defaults."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm that stays in evaluation mode; its weights keep their names, so that folders stay the same."""
+    """A batch norm that stays in evaluation mode. Its weights keep their names, and so do those of a saved folder."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
-        """Stays in evaluation mode, whatever the mode."""
+        """Stay in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Keeps the statistics and weights of a model's batch norms as they are, also in training."""
+    """Fix the statistics and weights of a model's batch norms, in training too."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = FrozenBatchNorm2d
@@ -26,21 +26,22 @@ def freeze_batch_norms(model: nn.Module) -> None:
 
 
 def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
-    """Makes a model's batch norms normalise by the images of all ranks, which may have different numbers of them.
+    """Make batch norms normalise over the images of all ranks, which may differ in their number of images.
 
-    Call it on every rank, inside the process group, once the model is on its device and before it is wrapped in
-    DistributedDataParallel. Parameters and buffers keep their names and places. Batch norms that are frozen, by
-    `freeze_batch_norms` or by transformers, stay so. All images of a micro-batch take part, over all ranks, but not
-    those of other micro-batches of the same step. On one rank nothing changes.
+    Call it on every rank, inside the process group, after moving the model to its device and before wrapping it in
+    DistributedDataParallel. Parameters and buffers keep their names and memory. Batch norms frozen by
+    `freeze_batch_norms` or by transformers stay frozen. The statistics cover one micro-batch over all ranks, not the
+    other micro-batches of the same step. On a single rank the function does nothing.
 
     Args:
-        model: Already on the device.
-        device: CUDA takes torch's own `SyncBatchNorm`; the CPU, for which torch has none, takes one of ours.
+        model: On `device`.
+        device: CUDA uses torch's own `SyncBatchNorm`. torch has none for the CPU, which uses an implementation of
+            raydet's.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    # A group of its own: DistributedDataParallel reduces gradients while the backward pass reduces statistics, and
-    # within one group the ranks would have to do both in the same order.
+    # A separate group: DistributedDataParallel reduces gradients while the backward pass reduces statistics, and
+    # within one group all ranks would have to issue both in the same order.
     group: Any = dist.new_group()
     kind: Any = nn.SyncBatchNorm if device.type == "cuda" else _RanksBatchNorm2d
     module: Any
@@ -50,8 +51,35 @@ def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
             module.process_group = group
 
 
+def reset_batch_norm_scales(model: nn.Module) -> None:
+    """Set the scale of every batch norm to one, for a model that is built from scratch.
+
+    transformers initialises the scales of the RT-DETR family to about 0.01, for a checkpoint to overwrite. A model
+    that starts from there learns several times more slowly.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+
+
+def keep_batch_norm_gradients_contiguous(model: nn.Module) -> None:
+    """Work around a wrong gradient of torch's batch norm for a batch of one image on the CPU.
+
+    The batch norm of torch 2.15 mistakes a gradient of shape [1, C, H, W] that is laid out as [1, H, W, C] for one
+    laid out as [1, C, H, W]. A model that flattens to [1, H·W, C] after the batch norm sends back such a gradient.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(_make_gradient_contiguous)
+
+
+def _make_gradient_contiguous(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    if output.shape[0] == 1 and output.requires_grad:
+        output.register_hook(Tensor.contiguous)
+
+
 class _RanksBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm over the images of all ranks, on any device and backend that can sum."""
+    """A batch norm over the images of all ranks, on any device whose backend supports sums."""
 
     process_group: dist.ProcessGroup
 
@@ -59,7 +87,7 @@ class _RanksBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         values = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        # Each rank's own mean and variance are exact; merging them in double precision keeps them so.
+        # The mean and variance of each rank are exact; merging in double precision keeps them exact.
         variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
         count = values.numel() / values.shape[1]
         moments = torch.stack([mean.double(), variance.double() + mean.double() ** 2, torch.ones_like(mean).double()])
@@ -83,7 +111,7 @@ class _RanksBatchNorm2d(nn.BatchNorm2d):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sums a tensor over ranks; its gradient is the sum of the ranks' gradients, each being of its own loss."""
+    """Sum of a tensor over ranks. Its gradient is the sum of the gradients of all ranks, each of its own loss."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:

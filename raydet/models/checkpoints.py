@@ -1,6 +1,6 @@
-"""What a checkpoint says about itself, read from its `config.json` without loading torch.
+"""The description of a checkpoint, read from its `config.json` without loading torch.
 
-So a wrong path or a model of another kind is one clear line before any worker starts.
+It lets the driver refuse a wrong path or an unsupported model in one line before any worker starts.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from raydet.tables import storage
 from raydet.tables.schema import Category
 
 STATES_FOLDER = "states"
-"""In OUT of a training run: all that it needs to go on, as it stood at its newest checkpoints."""
+"""Folder in OUT of a training run: the states from which the run can resume."""
 HISTORY_FILE = "log/history.json"
-"""In OUT of a training run: an entry for each epoch."""
+"""File in OUT of a training run: one entry per epoch."""
 MOST_REMOTE_BYTES = 512 * 2**20
-"""Larger weights in an object store are told apart by their size and time rather than read for their fingerprint."""
+"""The fingerprint of larger files in an object store uses their size and time instead of their content."""
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt")
 
@@ -31,9 +31,9 @@ class Checkpoint:
 
     Attributes:
         name: Absolute folder, or the name on the Hub.
-        model_type: The model family, as transformers calls it.
-        categories: Its classes, in the order of their indices, with the ids they had in the training data; none
-            where it does not name them.
+        model_type: Of the model, as in its config.
+        categories: Its classes by index, with the ids that they had in the training data; empty if the checkpoint does
+            not name them.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def read_checkpoint(name: str) -> Checkpoint:
-    """Reads a checkpoint's description.
+    """Read the description of a checkpoint.
 
     Args:
         name: A local model folder, or a name on the Hub.
@@ -59,21 +59,21 @@ def read_checkpoint(name: str) -> Checkpoint:
 
 
 def fingerprint(name: str) -> str:
-    """What changes when a model does: its weights, its configuration, or how it wants its images or words.
+    """Identify a model by its weights, its config and its processor.
 
     Args:
         name: A model folder, local or in an object store, or a name on the Hub.
 
     Returns:
         For a folder, the first 16 hex digits of the SHA-256 over the names and contents of its `.safetensors`, `.json`
-        and `.txt` files; of those above `MOST_REMOTE_BYTES` in an object store, over size and time of change. For the
-        Hub, the commit that the name stands for, without fetching weights.
+        and `.txt` files; files above `MOST_REMOTE_BYTES` in an object store enter with size and modification time. For
+        the Hub, the current commit, without fetching weights.
 
     Raises:
         UserError: There is no model there.
     """
     if not storage.exists(name):
-        # Below the cache's folder of a commit: …/snapshots/COMMIT/config.json.
+        # The path in the cache is …/snapshots/COMMIT/config.json.
         return Path(_hub_config_path(name)).parent.name
     digest = hashlib.sha256()
     files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES)]
@@ -96,9 +96,9 @@ def _file_digest(uri: str) -> str:
 
 
 def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
-    """The classes in the content of a `config.json`: raydet's own entry, or else transformers' `id2label`.
+    """Return the classes in the content of a `config.json`, from raydet's own entry or from `id2label`.
 
-    None where the labels are transformers' placeholders, LABEL_0 and so on.
+    The result is empty if the labels are the placeholders of transformers (LABEL_0 and so on).
     """
     own = content.get("raydet")
     if own:
@@ -119,7 +119,7 @@ def _folder_config(folder: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(storage.read_bytes(path))
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     return content
 
 
@@ -129,7 +129,7 @@ def _hub_config(name: str) -> dict[str, Any]:
 
 
 def _hub_config_path(name: str) -> str:
-    """Where the `config.json` of a model on the Hub lies in the cache, after fetching it if need be."""
+    """Return the path in the cache of the `config.json` of a model on the Hub, after downloading it if necessary."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

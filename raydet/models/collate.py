@@ -20,14 +20,14 @@ class Example:
         image: uint8 [H, W, 3], RGB, already resized by the model's `ResizeRule`.
         original_size_hw: Height and width in pixels of the upright image before the resize.
         boxes: float32 [N, 4], centre x, centre y, width, height in parts of the image (not of its padding).
-        labels: int64 [N], category indices.
+        categories: Category indices, int64 [N].
     """
 
     image_id: int
     image: npt.NDArray[np.uint8]
     original_size_hw: SizeHW
     boxes: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    categories: npt.NDArray[np.int64]
 
 
 @dataclass
@@ -77,7 +77,7 @@ def collate(examples: Sequence[Example], *, pad_to_hw: SizeHW | None = None) -> 
         plane[:, : size_hw[0], : size_hw[1]] = example.image.transpose(2, 0, 1)
     labels = [
         {
-            "class_labels": torch.tensor(example.labels, dtype=torch.int64).reshape(-1),
+            "class_labels": torch.tensor(example.categories, dtype=torch.int64).reshape(-1),
             "boxes": torch.tensor(example.boxes, dtype=torch.float32).reshape(-1, 4),
         }
         for example in examples

@@ -21,14 +21,15 @@ from transformers import PreTrainedModel
 
 from raydet.common.boxes import Boxes, xyxy_to_xywh
 from raydet.models.collate import Batch
-from raydet.models.families import Family, family_of, resize_rule_of
+from raydet.models.families import Family, family_of
 from raydet.models.geometry import SizeHW
+from raydet.models.processors import resize_rule_of
 from raydet.tables.schema import Category
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What a model found in one image, by falling score.
+    """Detections in one image, by falling score.
 
     Attributes:
         boxes_xywh: float64 [K, 4], absolute pixels of the upright image before any resize.
@@ -49,10 +50,9 @@ class Detector:
         processor: Its Hugging Face image processor.
         categories: The classes in the order of their indices.
         resize_rule: The processor's geometry.
-        family: What its model type does differently from others.
-        reinitialised: Names, as in the model's `state_dict`, of the tensors that the checkpoint could not give and
-            that start anew: the class head for other classes, and weights that the checkpoint lacks. Empty for a
-            model from scratch.
+        family: Of its model type.
+        reinitialised: Names, as in the model's `state_dict`, of tensors that were initialised anew: the class head if
+            the classes differ, and weights that the checkpoint lacks. Empty for a model from scratch.
     """
 
     def __init__(
@@ -75,20 +75,19 @@ class Detector:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def num_queries(self) -> int:
-        """Boxes that the model proposes for each image."""
+        """Number of boxes that the model proposes per image."""
         config = self.model.config
-        if self.family.model_type == "yolos":
-            return int(config.num_detection_tokens)
-        return int(config.two_stage_num_proposals if getattr(config, "two_stage", False) else config.num_queries)
+        is_two_stage = getattr(config, "two_stage", False)
+        return int(getattr(config, "two_stage_num_proposals" if is_two_stage else self.family.num_queries_field))
 
     @property
     def max_detections(self) -> int:
-        """The most detections that an image can have."""
+        """Maximum number of detections per image."""
         return self.num_queries if self.family.top_k is None else self.family.top_k
 
     def to(self, device: torch.device | str) -> "Detector":
@@ -98,7 +97,7 @@ class Detector:
 
     @property
     def pads_to_largest(self) -> bool:
-        """Whether images keep their aspect and nothing but the largest of a batch says how far they are padded."""
+        """True if images keep their aspect ratio and are padded to the largest image of their batch."""
         return self.resize_rule.mode == "keep_aspect" and self.resize_rule.pad_to_hw is None
 
     def model_inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

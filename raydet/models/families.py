@@ -1,42 +1,71 @@
-"""What the model families of transformers do differently, and what their image processors say about geometry."""
+"""Every difference between model families, one record per model type. This module imports neither torch nor Ray."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from raydet.common.errors import UserError
-from raydet.models.geometry import ResizeRule
+
+QueryGrid = Literal["levels", "projector", "patches"]
+"""Source of the cells that queries start from; see `raydet.models.processors.query_strides`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One model type of transformers.
+    """One model type of transformers that raydet can train.
 
     Attributes:
         model_type: As in the model's config.
-        processor: The image processor class for checkpoints that come without one.
-        softmax: Class scores are a softmax with "no object" as the last class, so that each query has one label, and
-            the class loss is a weighted mean over queries; else they are sigmoids and its sum is divided by the boxes.
-        weights_in_config: transformers returns loss terms without their weights and applies these outside.
-        top_k: Detections kept per image over all queries and classes; None keeps as many as there are queries.
-        uses_pixel_mask: The model is told where the padding is.
-        side_multiple: Images are resized to a fixed size, whose sides must be a multiple of this, in pixels; a model's
-            own backbone may ask for a larger one, see `side_multiple_of`. 1 where the aspect is kept.
-        auxiliary_loss: Each decoder layer can learn by its own loss.
-        distils: The boxes are distributions, which decoder layers learn from the last one (`loss_ddf`).
-        backbone_prefixes: Parameters that begin like one of these belong to the backbone.
+        processor: Class of the image processor for checkpoints that come without one.
+        processor_options: Arguments of that processor that differ from its defaults.
+        softmax: Class scores are a softmax with "no object" as the last class, so that each query has one label and
+            the class loss is a weighted mean over queries. Otherwise scores are sigmoids, and the number of boxes
+            divides the sum of their losses.
+        weights_in_config: transformers returns unweighted loss terms and applies the weights of the config afterwards.
+        top_k: Detections kept per image over all queries and classes; None keeps one per query.
+        uses_pixel_mask: The model takes a mask that separates the image from its padding.
+        side_multiple: Both sides of an input must be a multiple of this, in pixels; 1 for families that keep the
+            aspect ratio.
+        backbone_side_fields: Two fields of the model's `backbone_config` whose product takes precedence over
+            `side_multiple`.
+        query_grid: Source of the cells that queries start from; read only where `side_multiple` is above 1.
+        num_queries_field: Field of the model's config that holds the number of queries.
+        resizes_by_edges: The image processor rounds to whole patches only if its size is given as edges, so that
+            `--image-size` sets edges rather than limits.
+        auxiliary_loss: Each decoder layer can have a loss of its own.
+        distils: Boxes are distributions, which decoder layers learn from the last layer (`loss_ddf`).
+        local_criterion: The criterion of transformers sums over ranks and must be replaced by raydet's own.
+        scores_proposals: With `two_stage` in its config, the model picks queries by a score that no loss term of
+            transformers trains; raydet adds the term.
+        graph_has_one_size: A traced graph works at a single input size, because transformers computes sampling
+            locations from sizes in plain Python. Graphs of other families take every size that their image processor
+            makes.
+        resamples_positions: Position codes are resampled by an operation that other runtimes lack; at one input size
+            they are constant.
+        backbone_prefixes: Names of the backbone's parameters start with one of these.
+        head_tokens: Parameters whose name contains this belong to the head although they match `backbone_prefixes`.
     """
 
     model_type: str
     processor: str
+    processor_options: Mapping[str, Any] = field(default_factory=dict)
     softmax: bool = False
     weights_in_config: bool = False
     top_k: int | None = None
     uses_pixel_mask: bool = False
     side_multiple: int = 1
+    backbone_side_fields: tuple[str, str] | None = None
+    query_grid: QueryGrid = "levels"
+    num_queries_field: str = "num_queries"
+    resizes_by_edges: bool = False
     auxiliary_loss: bool = True
     distils: bool = False
+    local_criterion: bool = False
+    scores_proposals: bool = False
+    graph_has_one_size: bool = False
+    resamples_positions: bool = False
     backbone_prefixes: tuple[str, ...] = ("model.backbone.",)
+    head_tokens: str | None = None
 
 
 def _detr_like(model_type: str, processor: str, *, softmax: bool) -> Family:
@@ -50,30 +79,33 @@ def _detr_like(model_type: str, processor: str, *, softmax: bool) -> Family:
     )
 
 
-def _rt_detr_like(model_type: str, *, distils: bool, backbone_prefixes: tuple[str, ...]) -> Family:
+def _rt_detr_like(
+    model_type: str, *, distils: bool = False, backbone_prefixes: tuple[str, ...] = ("model.backbone.",)
+) -> Family:
     return Family(
         model_type=model_type,
         processor="RTDetrImageProcessor",
-        # Neighbouring levels of the feature pyramid are laid over each other, the coarsest one has a stride of 32.
+        # The encoder adds neighbouring levels of the feature pyramid; the coarsest level has a stride of 32.
         side_multiple=32,
         distils=distils,
         backbone_prefixes=backbone_prefixes,
     )
 
 
-def _lw_detr_like(model_type: str, processor: str, *, top_k: int | None, side_multiple: int) -> Family:
-    return Family(
-        model_type=model_type,
-        processor=processor,
-        weights_in_config=True,
-        top_k=top_k,
-        uses_pixel_mask=True,
-        # The vision transformer looks at the picture in windows, a whole number of which must fit.
-        side_multiple=side_multiple,
-        # Beside it lies the projector, which does not come from its pretraining.
-        backbone_prefixes=("model.backbone.backbone.",),
-    )
-
+_LW_DETR = Family(
+    model_type="lw_detr",
+    processor="DeformableDetrImageProcessor",
+    weights_in_config=True,
+    top_k=100,
+    uses_pixel_mask=True,
+    # The vision transformer attends within windows, a whole number of which must fit.
+    side_multiple=16,
+    backbone_side_fields=("patch_size", "num_windows_side"),
+    query_grid="projector",
+    local_criterion=True,
+    # The projector beside it is not pretrained.
+    backbone_prefixes=("model.backbone.backbone.",),
+)
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -81,142 +113,115 @@ FAMILIES: Mapping[str, Family] = {
         _detr_like("detr", "DetrImageProcessor", softmax=True),
         _detr_like("table-transformer", "DetrImageProcessor", softmax=True),
         _detr_like("conditional_detr", "ConditionalDetrImageProcessor", softmax=False),
-        _detr_like("deformable_detr", "DeformableDetrImageProcessor", softmax=False),
+        replace(
+            _detr_like("deformable_detr", "DeformableDetrImageProcessor", softmax=False),
+            scores_proposals=True,
+            graph_has_one_size=True,
+        ),
         _detr_like("dab-detr", "ConditionalDetrImageProcessor", softmax=False),
-        _rt_detr_like("rt_detr", distils=False, backbone_prefixes=("model.backbone.",)),
-        _rt_detr_like("rt_detr_v2", distils=False, backbone_prefixes=("model.backbone.",)),
-        _rt_detr_like("d_fine", distils=True, backbone_prefixes=("model.backbone.",)),
-        # An HGNetV2 or a DINOv3.
+        _rt_detr_like("rt_detr"),
+        _rt_detr_like("rt_detr_v2"),
+        _rt_detr_like("d_fine", distils=True),
+        # The backbone is an HGNetV2 or a DINOv3.
         _rt_detr_like(
             "deimv2", distils=True, backbone_prefixes=("model.conv_encoder.model.", "model.conv_encoder.backbone.")
         ),
-        _lw_detr_like("lw_detr", "DeformableDetrImageProcessor", top_k=100, side_multiple=16),
-        _lw_detr_like("rf_detr", "RTDetrImageProcessor", top_k=None, side_multiple=8),
+        _LW_DETR,
+        replace(
+            _LW_DETR,
+            model_type="rf_detr",
+            processor="RTDetrImageProcessor",
+            # Unlike the backbones of RT-DETR, a DINOv2 needs normalised colours.
+            processor_options={"do_normalize": True},
+            top_k=None,
+            side_multiple=8,
+            backbone_side_fields=("patch_size", "num_windows"),
+            query_grid="patches",
+            resamples_positions=True,
+        ),
         Family(
             model_type="yolos",
             processor="YolosImageProcessor",
             softmax=True,
             weights_in_config=True,
+            num_queries_field="num_detection_tokens",
+            resizes_by_edges=True,
             # transformers reads a decoder depth that YOLOS does not have, and fails.
             auxiliary_loss=False,
             backbone_prefixes=("vit.",),
+            head_tokens="detection_tokens",
         ),
     )
 }
 
 _UNTRAINABLE: Mapping[str, str] = {"pp_doclayout": "PP-DocLayout", "pp_ocr": "PP-OCR"}
-"""Detectors that transformers can only run: it has no loss for them. By the beginning of their model type."""
+"""Detectors for which transformers has no loss, by the prefix of their model type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotFamily:
+    """One model type of transformers that finds objects by their names in plain words.
+
+    Attributes:
+        model_type: As in the model's config.
+        reads_labels: `separately`: the text model embeds each label by itself, once (OWL-ViT). `together`: all labels
+            form one text, which the model reads with each image (Grounding DINO).
+        pads_to_square: Boxes are relative to a square around the image if the image processor pads to one.
+    """
+
+    model_type: str
+    reads_labels: Literal["separately", "together"]
+    pads_to_square: bool = False
+
+
+ZERO_SHOT_FAMILIES: Mapping[str, ZeroShotFamily] = {
+    family.model_type: family
+    for family in (
+        ZeroShotFamily(model_type="owlvit", reads_labels="separately"),
+        ZeroShotFamily(model_type="owlv2", reads_labels="separately", pads_to_square=True),
+        ZeroShotFamily(model_type="grounding-dino", reads_labels="together"),
+        ZeroShotFamily(model_type="mm-grounding-dino", reads_labels="together"),
+    )
+}
 
 
 def family_of(model_type: str, *, where: str) -> Family:
-    """The family of a model type.
+    """Look up the family of a model type.
+
+    Args:
+        model_type: As in the model's config.
+        where: The model, for the error message.
 
     Raises:
-        UserError: It is not a detector that can be trained.
+        UserError: raydet cannot train this model type.
     """
-    for beginning, product in _UNTRAINABLE.items():
-        if model_type.startswith(beginning):
+    known = ", ".join(sorted(FAMILIES))
+    for prefix, product in _UNTRAINABLE.items():
+        if model_type.startswith(prefix):
             raise UserError(
-                f"{where} is {product} ({model_type}), which transformers cannot train; "
-                f"raydet knows {', '.join(sorted(FAMILIES))}"
+                f"{where} is {product} ({model_type}), which transformers cannot train; raydet knows {known}"
             )
     if model_type not in FAMILIES:
         raise UserError(
-            f"{where} is a {model_type or 'nameless'} model, not a detector that raydet can train; "
-            f"it knows {', '.join(sorted(FAMILIES))}"
+            f"{where} is a {model_type or 'nameless'} model, not a detector that raydet can train; raydet knows {known}"
         )
     return FAMILIES[model_type]
 
 
-def side_multiple_of(config: Any, family: Family) -> int:
-    """What the sides of a model's images must be a multiple of, in pixels; 1 where any size will do.
+def check_graph_sizes(family: Family, *, keeps_aspect: bool, where: str, remedy: str) -> None:
+    """Refuse to trace a model whose images vary in size if its graph works at one size only.
 
     Args:
-        config: The model's.
-        family: Of the model.
-    """
-    if family.model_type == "lw_detr":
-        return int(config.backbone_config.patch_size * config.backbone_config.num_windows_side)
-    if family.model_type == "rf_detr":
-        return int(config.backbone_config.patch_size * config.backbone_config.num_windows)
-    return family.side_multiple
-
-
-def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
-    """Reads the geometry out of a Hugging Face image processor.
+        family: The model's.
+        keeps_aspect: The image processor keeps the aspect ratio and does not pad to a fixed size.
+        where: The checkpoint, for the error message.
+        remedy: The end of the error message: what the user can do instead.
 
     Raises:
-        UserError: It does not resize, or in a way that no detector's processor does.
+        UserError: The sizes vary and `family.graph_has_one_size`.
     """
-    size = processor.size
-    pad_size = processor.pad_size if processor.do_pad else None
-    common: dict[str, Any] = {
-        "resample": int(processor.resample),
-        "pad_to_hw": (pad_size.height, pad_size.width) if pad_size is not None else None,
-    }
-    if not processor.do_resize:
+    if keeps_aspect and family.graph_has_one_size:
         raise UserError(
-            f"the image processor of {where} does not resize; set do_resize in its preprocessor_config.json"
-        )
-    if common["resample"] > 3:
-        raise UserError(f"the image processor of {where} has resample {common['resample']}; it must be 0, 1, 2 or 3")
-    if size.shortest_edge and size.longest_edge:
-        multiple_of = 16 if type(processor).__name__.startswith("Yolos") else 1
-        return ResizeRule(
-            mode="keep_aspect",
-            shortest=size.shortest_edge,
-            longest=size.longest_edge,
-            multiple_of=multiple_of,
-            **common,
-        )
-    if size.max_height and size.max_width:
-        return ResizeRule(mode="keep_aspect", limit_hw=(size.max_height, size.max_width), **common)
-    if size.height and size.width:
-        return ResizeRule(mode="fixed", size_hw=(size.height, size.width), **common)
-    raise UserError(f"cannot tell how the image processor of {where} resizes: its size is {dict(size)}")
-
-
-def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
-    """A copy of an image processor that works at another size.
-
-    Args:
-        processor: A Hugging Face image processor.
-        family: Of the model it belongs to.
-        image_size: In pixels, the side for families with a fixed size; for the others the longest side, and the side
-            of the square that every image is padded to, so that padding does not depend on an image's neighbours.
-    """
-    square = {"height": image_size, "width": image_size}
-    changes: dict[str, Any]
-    if family.side_multiple > 1:
-        changes = {"size": square, "pad_size": None}
-    else:
-        edges = {"shortest_edge": image_size, "longest_edge": image_size}
-        limits = {"max_height": image_size, "max_width": image_size}
-        # YOLOS rounds to whole patches only when it is given edges.
-        changes = {"size": edges if family.model_type == "yolos" else limits, "do_pad": True, "pad_size": square}
-    return type(processor).from_dict({**processor.to_dict(), **changes})
-
-
-FIXED_SIZE_ONLY = ("deformable_detr",)
-"""Model types whose graph works at one size only: transformers computes where they look from sizes in plain Python,
-which a traced graph keeps as they were. The other families of this module work at all sizes that their image
-processor makes."""
-
-
-def check_sizes(model_type: str, *, keeps_aspect: bool, where: str, remedy: str) -> None:
-    """Refuses a model whose images have many sizes where its graph works at one only.
-
-    Args:
-        model_type: As in its config.
-        keeps_aspect: Its image processor lets every image keep its aspect and does not pad to one size.
-        where: The checkpoint.
-        remedy: What would be right, for the message.
-
-    Raises:
-        UserError: It is one of `FIXED_SIZE_ONLY`, and its images have many sizes.
-    """
-    if keeps_aspect and model_type in FIXED_SIZE_ONLY:
-        raise UserError(
-            f"a {model_type} model leaves torch at one size only, and the image processor of {where} lets every image "
-            f"keep its aspect; {remedy}"
+            f"the graph of a {family.model_type} model works at one size only, but the image processor of {where} "
+            f"keeps the aspect ratio of each image; {remedy}"
         )

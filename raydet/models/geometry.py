@@ -1,7 +1,7 @@
-"""From the size of an upright image to the size at which a model sees it, and the resize between the two.
+"""The resize from an upright image to the input of a model: its target size and the operation itself.
 
-Both follow the model's own image processor to the last pixel, so that training, inference and plain transformers see
-the same picture. The rule is plain data: workers that decode images need neither torch nor transformers to plan.
+Both match the model's own image processor exactly, so that training, inference and plain transformers see the same
+pixels. A rule is plain data, so that workers that decode images can compute sizes without torch or transformers.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ _PADDING_STEPS_OF_A_SIDE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeRule:
-    """How a model's image processor resizes.
+    """The resize of a model's image processor.
 
     Attributes:
-        mode: `fixed` takes every image to exactly `size_hw`; `keep_aspect` scales both sides alike.
+        mode: `fixed` resizes every image to exactly `size_hw`; `keep_aspect` scales both sides by the same factor.
         size_hw: Height and width in pixels, for `fixed`.
-        shortest: The shorter side's length in pixels, for `keep_aspect`, unless `longest` forbids it.
-        longest: The longer side's limit in pixels.
-        limit_hw: For `keep_aspect` without `shortest`: the largest size that stays within this height and width.
+        shortest: For `keep_aspect`: length of the shorter side in pixels, unless `longest` limits it.
+        longest: For `keep_aspect`: maximum length of the longer side in pixels.
+        limit_hw: For `keep_aspect` without `shortest`: maximum height and width in pixels.
         resample: PIL's resampling code (0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic).
-        pad_to_hw: Every image of a batch is padded to this height and width; None pads to the batch's largest.
+        pad_to_hw: Height and width in pixels to which every image is padded; None pads to the largest of the batch.
         multiple_of: With `shortest`: both sides are rounded down to a multiple of this.
     """
 
@@ -53,7 +53,7 @@ class ResizeRule:
             assert pair != (self.limit_hw is not None), "a keep_aspect rule has shortest and longest, or limit_hw"
 
     def target_size_hw(self, size_hw: SizeHW) -> SizeHW:
-        """The size in pixels that an image of this size is resized to, at least 1 by 1.
+        """Return the size in pixels to which an image of this size is resized, at least 1 × 1.
 
         The arithmetic, rounding included, is that of the Hugging Face image processors.
         """
@@ -64,17 +64,17 @@ class ResizeRule:
             height, width = self._within_limit(size_hw, self.limit_hw)
         else:
             height, width = self._by_edges(size_hw)
-        # Where a very narrow image would be left without a side, the processor fails; a batch job must not.
+        # The processor fails on a very narrow image whose side would round to zero; a batch job must not.
         return max(height, self.multiple_of), max(width, self.multiple_of)
 
     def padded_size_hw(self, target_hw: SizeHW) -> SizeHW:
-        """The size in pixels of the batch that an image goes into, padding included, whatever else is in the batch.
+        """Return the padded size in pixels of an image, independent of the other images of its batch.
 
-        Where no size is set, sides are padded to a multiple of 32, or of the largest power of two that is no more than
-        a sixteenth of the images' shorter side: images of like shape so have one size, for little padding.
+        Without `pad_to_hw`, sides are padded to a multiple of 32 or, for small images, of the largest power of two
+        that is at most a sixteenth of the shorter side. Images of similar shape thus share a size at little padding.
 
         Args:
-            target_hw: What `target_size_hw` says of the image.
+            target_hw: Result of `target_size_hw` for the image.
         """
         if self.pad_to_hw is not None:
             return self.pad_to_hw
@@ -101,7 +101,7 @@ class ResizeRule:
         height, width = size_hw
         unchanged = min(size_hw) == new_short
         if self.multiple_of > 1:
-            # YOLOS asks for portrait first, and so scales a portrait image whose short side already fits.
+            # The processor of YOLOS rescales a portrait image even if its short side already fits.
             unchanged = unchanged and height <= width
         if unchanged:
             new_hw = (height, width)
@@ -112,12 +112,12 @@ class ResizeRule:
         return new_hw[0] - new_hw[0] % self.multiple_of, new_hw[1] - new_hw[1] % self.multiple_of
 
     def to_dict(self) -> dict[str, Any]:
-        """The rule as values that JSON can hold."""
+        """Return the rule as JSON-compatible values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ResizeRule":
-        """Reads back `to_dict`, also after a way through JSON, where tuples became lists."""
+        """Read the result of `to_dict`, also after JSON has turned its tuples into lists."""
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
         }
@@ -125,7 +125,7 @@ class ResizeRule:
 
 
 def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
-    """Resizes with the resampler and the antialiasing of the Hugging Face image processors (torchvision's).
+    """Resize with the resampling and antialiasing of the Hugging Face image processors (torchvision's).
 
     Args:
         image: uint8 [H, W, 3].
@@ -133,8 +133,8 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
         resample: PIL's resampling code.
 
     Returns:
-        uint8 [height, width, 3], equal bit by bit to what the image processor makes of the picture on a CPU. An image
-        that already has the size comes back as it is.
+        uint8 [height, width, 3], bit for bit equal to the result of the image processor on a CPU; the image itself if
+        it already has this size.
     """
     if image.shape[:2] == tuple(size_hw):
         return image
@@ -147,7 +147,7 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
         2: InterpolationMode.BILINEAR,
         3: InterpolationMode.BICUBIC,
     }
-    # Planes, in memory too: torchvision rounds differently for interleaved channels.
+    # Contiguous planes: torchvision rounds differently for interleaved channels.
     planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
     resized = functional.resize(planes, list(size_hw), interpolation=interpolations[resample], antialias=True)
     return np.ascontiguousarray(resized.numpy().transpose(1, 2, 0))

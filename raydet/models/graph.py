@@ -1,4 +1,4 @@
-"""A detector as a graph of tensor operations, which other programs can run: what is traced, and with what inputs."""
+"""A detector as a graph of tensor operations for other runtimes, and the inputs to trace it with."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,22 +14,23 @@ OUTPUT_NAMES = ("logits", "pred_boxes")
 
 
 _EXAMPLE_IMAGE_HW = (480, 640)
-"""Where sizes vary, the graph is traced with an image of this shape, so that no side stands for the other."""
+"""If sizes vary, the graph is traced with an image of this shape; its sides differ, to keep height and width apart."""
 
 
 class Graph(nn.Module):
-    """Normalised pixels → logits [B, Q, C] and boxes [B, Q, 4], centre form in parts of the image."""
+    """Normalised pixels → logits [B, Q, C] and boxes [B, Q, 4], centre form relative to the image."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.model = detector.model
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Runs the model.
+        """Run the model.
 
         Args:
             pixel_values: float32 [B, 3, H, W], zero in the padding.
-            pixel_mask: int64 [B, H, W], 1 in the image and 0 in its padding; only of models that are padded and told.
+            pixel_mask: int64 [B, H, W], 1 in the image and 0 in its padding; only for models that
+                use a mask and have padding.
         """
         inputs = {"pixel_values": pixel_values}
         if pixel_mask is not None:
@@ -39,22 +40,22 @@ class Graph(nn.Module):
 
 
 def fixed_size_hw(detector: Detector) -> SizeHW | None:
-    """Height and width in pixels of everything that the model sees, padding included; None where they vary."""
+    """Return height and width in pixels of every input of the model, padding included; None if they vary."""
     return detector.resize_rule.pad_to_hw or detector.resize_rule.size_hw
 
 
 def input_names(detector: Detector) -> tuple[str, ...]:
-    """`pixel_values` and, of models that are told where the padding is and have any, `pixel_mask`."""
+    """Return `pixel_values` and, for models that use a mask and have padding, `pixel_mask`."""
     rule = detector.resize_rule
     has_padding = rule.mode == "keep_aspect" or rule.pad_to_hw not in (None, rule.size_hw)
     return ("pixel_values", "pixel_mask") if detector.family.uses_pixel_mask and has_padding else ("pixel_values",)
 
 
 def example_inputs(detector: Detector, batch_size: int, *, seed: int) -> tuple[Tensor, ...]:
-    """Random inputs as the model could see them, in the order of `input_names`; the last image of several is padded."""
+    """Make plausible random inputs in the order of `input_names`; of several images the last is padded."""
     height, width = fixed_size_hw(detector) or detector.resize_rule.target_size_hw(_EXAMPLE_IMAGE_HW)
     generator = torch.Generator().manual_seed(seed)
-    # Coarse blocks: of white noise all parts look alike, and models have nothing to choose from.
+    # Coarse blocks, because all parts of white noise look alike and give the model nothing to select.
     blocks = torch.randn((batch_size, 3, 8, 8), generator=generator)
     pixels = nn.functional.interpolate(blocks, size=(height, width), mode="bilinear")
     if "pixel_mask" not in input_names(detector):
@@ -67,12 +68,12 @@ def example_inputs(detector: Detector, batch_size: int, *, seed: int) -> tuple[T
 
 @contextlib.contextmanager
 def traceable(detector: Detector) -> Iterator[Graph]:
-    """The graph of a detector, which for as long as this lasts can be traced."""
+    """Yield the graph of a detector, which can be traced inside the `with`."""
     graph = Graph(detector).eval()
-    if detector.family.model_type != "rf_detr":
+    if not detector.family.resamples_positions:
         yield graph
         return
-    # Its position codes are resampled in a way that other programs do not have; at a fixed size they are constant.
+    # Other runtimes lack the resampling of its position codes. At a fixed size the codes are constant.
     model: Any = detector.model
     embeddings = model.model.backbone.backbone.embeddings
     size_hw = fixed_size_hw(detector)

@@ -1,4 +1,4 @@
-"""A detector as an ONNX graph, and a session that runs one."""
+"""A detector as an ONNX graph, and a session that runs it."""
 
 import io
 import json
@@ -8,31 +8,31 @@ import torch
 
 from raydet.common.version import __version__
 from raydet.models.detector import Detector, quiet
-from raydet.models.families import check_sizes
+from raydet.models.families import check_graph_sizes
 from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
 
 OPSET = 17
-"""Of the ONNX standard, 2022: old enough for today's runtimes, and it can sample between pixels."""
+"""Of 2022: supported by current runtimes, and recent enough to sample between pixels."""
 
 
 def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
-    """Traces a detector on the CPU.
+    """Trace a detector on the CPU.
 
     Args:
         detector: In evaluation mode.
-        where: Its checkpoint, for messages.
-        remedy: What would be right for a model that cannot be exported, for messages.
+        where: Its checkpoint, for the error message.
+        remedy: The end of the error message: what the user can do instead.
 
     Returns:
-        The content of an ONNX file, with metadata.
+        Content of an ONNX file, with metadata.
 
     Raises:
-        UserError: Images of this model have many sizes, and its graph works at one only.
+        UserError: The images of this model vary in size, and its graph works at one size only.
     """
     import onnx
 
     size_hw = fixed_size_hw(detector)
-    check_sizes(detector.family.model_type, keeps_aspect=size_hw is None, where=where, remedy=remedy)
+    check_graph_sizes(detector.family, keeps_aspect=size_hw is None, where=where, remedy=remedy)
     names = input_names(detector)
     open_axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in (*names, *OUTPUT_NAMES)}
     if size_hw is None:
@@ -41,11 +41,11 @@ def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
             open_axes["pixel_mask"] |= {1: "height", 2: "width"}
     buffer = io.BytesIO()
     with quiet(), torch.no_grad(), traceable(detector) as graph:
-        # By tracing: the exporter that reads the program itself takes minutes for these models.
+        # The tracing exporter: the newer one takes minutes for these models.
         torch.onnx.export(
             graph,
             example_inputs(detector, 2, seed=0),
-            buffer,  # type: ignore[arg-type] # it is for files of the other exporter that the hint speaks
+            buffer,  # type: ignore[arg-type] # the type hint describes the newer exporter only
             input_names=list(names),
             output_names=list(OUTPUT_NAMES),
             dynamic_axes=open_axes,
@@ -59,11 +59,11 @@ def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
 
 
 def open_session(graph: bytes, *, num_threads: int) -> Any:
-    """An ONNX Runtime session on the CPU.
+    """Open an ONNX Runtime session on the CPU.
 
     Args:
-        graph: The content of an ONNX file.
-        num_threads: To compute with.
+        graph: Content of an ONNX file.
+        num_threads: Threads that compute.
     """
     import onnxruntime
 
@@ -72,7 +72,7 @@ def open_session(graph: bytes, *, num_threads: int) -> Any:
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Threads that spin while they wait would take the cores from those that decode.
+    # Spinning threads would take the cores from the threads that decode images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 

@@ -1,27 +1,28 @@
-"""Named small detectors that are built from scratch: one to learn with on a CPU, and tiny ones of each family.
+"""Small detectors that raydet builds from scratch: one to try training on a CPU, and a tiny one per family.
 
-The tiny ones (50,000 to 400,000 parameters) are real models in every respect but their size; tests train them.
+The tiny ones (50,000 to 400,000 parameters) differ from real models in size only; tests train them.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-# Its configs are taken from it by attribute, when a model is built: naming the models must not cost an import of torch.
+# Config classes are looked up by attribute when a model is built, so that listing the models does not import torch.
 import transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DEFAULT_IMAGE_SIZE = 256
-"""Side in pixels (for those that keep the aspect: of the longer side) that small models see by default."""
+"""Default image size of small models: side of the input in pixels, or its longer side if the aspect is kept."""
 
-# Their constructors do not declare this argument, though all backbones take it.
+# Every backbone takes this argument, but the constructors do not declare it.
 _LAST_THREE_STAGES: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
 _LAST_STAGE: dict[str, Any] = {"out_features": ["stage4"]}
 
 
 def _rt_detr_v2_small() -> "PreTrainedConfig":
-    """1.8 million parameters; learns BCCD to an AP of about 0.5 in a quarter of an hour on two cores."""
+    """1.8 million parameters; reaches an AP of about 0.5 on BCCD in a quarter of an hour on two cores."""
     backbone = transformers.RTDetrResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 128, 256],
@@ -44,7 +45,7 @@ def _rt_detr_v2_small() -> "PreTrainedConfig":
 
 
 def _hybrid_encoder(*, width: int, channels: list[int]) -> dict[str, Any]:
-    """What the RT-DETR family has in common when it is built from scratch."""
+    """Options that all small models of the RT-DETR family share."""
     return {
         "encoder_hidden_dim": width,
         "d_model": width,
@@ -53,7 +54,7 @@ def _hybrid_encoder(*, width: int, channels: list[int]) -> dict[str, Any]:
         "feat_strides": [8, 16, 32],
         "num_feature_levels": 3,
         "anchor_image_size": None,
-        # Statistics that nobody has learned must not be frozen.
+        # Random statistics must not be frozen.
         "freeze_backbone_batch_norms": False,
     }
 
@@ -218,25 +219,32 @@ def _yolos_tiny() -> "PreTrainedConfig":
     )
 
 
-SMALL_MODELS: Mapping[str, Callable[[], "PreTrainedConfig"]] = {
-    "rt_detr_v2_small": _rt_detr_v2_small,
-    "rt_detr_tiny": _rt_detr_tiny,
-    "rt_detr_v2_tiny": _rt_detr_v2_tiny,
-    "d_fine_tiny": _d_fine_tiny,
-    "deimv2_tiny": _deimv2_tiny,
-    "detr_tiny": _detr_tiny,
-    "table_transformer_tiny": _table_transformer_tiny,
-    "conditional_detr_tiny": _conditional_detr_tiny,
-    "dab_detr_tiny": _dab_detr_tiny,
-    "deformable_detr_tiny": _deformable_detr_tiny,
-    "deformable_detr_two_stage_tiny": _deformable_detr_two_stage_tiny,
-    "lw_detr_tiny": _lw_detr_tiny,
-    "rf_detr_tiny": _rf_detr_tiny,
-    "yolos_tiny": _yolos_tiny,
+@dataclass(frozen=True)
+class SmallModel:
+    """A detector that is built from scratch.
+
+    Attributes:
+        model_type: As in its config; known without importing torch.
+        make_config: Makes the config, whose `num_labels` is still the default.
+    """
+
+    model_type: str
+    make_config: Callable[[], "PreTrainedConfig"]
+
+
+SMALL_MODELS: Mapping[str, SmallModel] = {
+    "rt_detr_v2_small": SmallModel("rt_detr_v2", _rt_detr_v2_small),
+    "rt_detr_tiny": SmallModel("rt_detr", _rt_detr_tiny),
+    "rt_detr_v2_tiny": SmallModel("rt_detr_v2", _rt_detr_v2_tiny),
+    "d_fine_tiny": SmallModel("d_fine", _d_fine_tiny),
+    "deimv2_tiny": SmallModel("deimv2", _deimv2_tiny),
+    "detr_tiny": SmallModel("detr", _detr_tiny),
+    "table_transformer_tiny": SmallModel("table-transformer", _table_transformer_tiny),
+    "conditional_detr_tiny": SmallModel("conditional_detr", _conditional_detr_tiny),
+    "dab_detr_tiny": SmallModel("dab-detr", _dab_detr_tiny),
+    "deformable_detr_tiny": SmallModel("deformable_detr", _deformable_detr_tiny),
+    "deformable_detr_two_stage_tiny": SmallModel("deformable_detr", _deformable_detr_two_stage_tiny),
+    "lw_detr_tiny": SmallModel("lw_detr", _lw_detr_tiny),
+    "rf_detr_tiny": SmallModel("rf_detr", _rf_detr_tiny),
+    "yolos_tiny": SmallModel("yolos", _yolos_tiny),
 }
-
-
-def small_model_type(name: str) -> str:
-    """The model type, as in its config, of a key of `SMALL_MODELS`; found without importing torch."""
-    family_name = name.rsplit("_", 1)[0].removesuffix("_two_stage")
-    return {"dab_detr": "dab-detr", "table_transformer": "table-transformer"}.get(family_name, family_name)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.models.collate import Example, collate
+from raydet.models.detector import Detector
 from raydet.models.geometry import ResizeRule
-from raydet.models.loading import Detector
-from raydet.models.loss import Normaliser, compute_loss, local_normaliser
+from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By precision: what autocast computes in; null for without."""
+"""dtype of autocast by precision; None for no autocast."""
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Adds a tensor up over all ranks; the identity where there is one."""
@@ -28,7 +28,7 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step came to.
+    """Result of one optimizer step.
 
     Attributes:
         terms: Each loss term in units of the global batch, summed over this rank's micro-batches only; the sum over
@@ -42,7 +42,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSetting:
-    """How a step is computed: where, how precisely, and with how many others."""
+    """Device, precision and ranks of an optimizer step."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None
@@ -140,7 +140,7 @@ def _blank(size_hw: tuple[int, int]) -> Example:
         image=np.zeros((*size_hw, 3), np.uint8),
         original_size_hw=size_hw,
         boxes=np.zeros((0, 4), np.float32),
-        labels=np.zeros(0, np.int64),
+        categories=np.zeros(0, np.int64),
     )
 
 

@@ -110,7 +110,7 @@ class PlanResult:
         lines = [
             f"{self.config.job} of {self.num_images:,} images{passes} on {nodes}",
             *self._table(),
-            f"time: {_duration(self.total_s)}, start-up {_duration(self.startup_s)} of it; {rate}",
+            f"time: {_duration(self.total_s)}, of which start-up {_duration(self.startup_s)}; {rate}",
         ]
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.2f}, {self.cost / self.num_images * 1e6:,.2f} per million images")
@@ -165,7 +165,7 @@ class PlanResult:
             "one more CPU, GPU or node brings as much as the one before; all nodes are up, and none is lost",
         ]
         if self.config.data is None and not self.config.probe:
-            size = self.config.picture_size
+            size = self.config.generated_size
             found.append(f"images are like the generated ones ({size} × {size}); --data measures with real ones")
         if self.config.job == "train":
             found.append("validation and the writing of checkpoints are not counted")

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.config import PlanConfig
 from raydet.planning.throughput import NodeGroup
 from raydet.tables import storage
@@ -52,7 +52,7 @@ def _groups_of_yaml(config: PlanConfig, uri: str) -> list[NodeGroup]:
     except FileNotFoundError:
         raise UserError(f"no such cluster file: {uri}") from None
     except (yaml.YAMLError, OSError) as error:
-        raise UserError(f"cannot read the cluster file {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the cluster file {uri}: {one_line(error)}") from None
     kinds = content.get("available_node_types") if isinstance(content, dict) else None
     if not isinstance(kinds, dict) or not all(isinstance(kind, dict) for kind in kinds.values()):
         raise UserError(f"{uri} is no cluster.yaml of Ray's: it has no available_node_types")

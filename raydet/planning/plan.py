@@ -27,7 +27,7 @@ def plan(config: PlanConfig, *, console: Console | None = None) -> PlanResult:
     """
     groups = node_groups(config)
     if any(group.num_gpus for group in groups) and config.engine != "torch":
-        raise UserError(f"engine {config.engine} runs on CPUs, and the cluster has GPUs; choose engine torch")
+        raise UserError(f"--engine {config.engine} runs on CPUs, and the cluster has GPUs; choose --engine torch")
     _check_prices(config, groups)
     console = console or Console()
     probes = [_read_probe(uri, config) for uri in config.probe or ()]
@@ -104,8 +104,8 @@ def _workers(config: PlanConfig, groups: Sequence[NodeGroup]) -> Workers:
         raise UserError(f"{number} workers need as many GPUs, the cluster has {num_gpus}; lower --num-workers")
     if config.job == "train" and number > config.batch:
         raise UserError(
-            f"batch_size is over all workers together: {config.batch} images cannot keep {number} workers busy; raise "
-            "--batch-size or lower --num-workers"
+            f"--batch-size counts the images of all workers together: {config.batch} images cannot keep "
+            f"{number} workers busy; raise --batch-size or lower --num-workers"
         )
     return Workers(number=number, threads=threads, on_gpu=num_gpus > 0)
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -23,8 +22,9 @@ from typing import IO, Any
 
 import psutil
 
-from raydet.cluster.job_report import JOB_FILE
+from raydet.cluster.job_record import JOB_FILE
 from raydet.cluster.timeline import Window
+from raydet.common.threads import available_cpus
 from raydet.config import PlanConfig
 from raydet.models.checkpoints import read_checkpoint
 from raydet.planning.processes import READY, raise_failure, run_watched, started
@@ -62,7 +62,7 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
         UserError: The model or the images are not what they should be.
         RunError: A measurement failed.
     """
-    num_cpus = os.cpu_count() or 1
+    num_cpus = available_cpus()
     with tempfile.TemporaryDirectory(prefix="raydet-plan-", ignore_cleanup_errors=True) as folder:
         say("taking samples of the images")
         samples = take_samples(config, folder)
@@ -313,7 +313,7 @@ class _RunSetting:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _ProbedRun:
     """What came of a real run.
 
     Attributes:
@@ -329,7 +329,7 @@ class _Run:
     decoded_ahead: float = 0.0
 
 
-def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:
+def _measure_predict(setting: _RunSetting, samples: Samples) -> _ProbedRun:
     """Looks into the midst of a run: what starts and ends before and after it, a long run has but once as well."""
     batch = setting.config.batch
     most = int(setting.rate * setting.config.seconds * 4 / 3)
@@ -344,7 +344,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:
     shares = {stage: num_images / num_scored for stage, num_images in window.num_images.items()}
     stages_cpu_s = sum(cost.cpu_s * shares.get(stage, 1.0) for stage, cost in setting.costs.items())
     cpu_s = watched.cpu_s_between(window.began_unix_s, window.ended_unix_s) / num_scored
-    return _Run(
+    return _ProbedRun(
         images_per_s=window.images_per_s,
         startup_s=max(0.0, watched.seconds - num_rows / window.images_per_s),
         ray_cpu_s=max(0.0, cpu_s - stages_cpu_s),
@@ -352,7 +352,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples) -> _Run:
     )
 
 
-def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
+def _measure_train(setting: _RunSetting, samples: Samples) -> _ProbedRun:
     """A run of three epochs, of which the second has neither the first steps nor those for which nothing is decoded."""
     batch = setting.config.batch
     steps = max(4, math.ceil(setting.rate * setting.config.seconds / 2 / batch))
@@ -371,7 +371,7 @@ def _measure_train(setting: _RunSetting, samples: Samples) -> _Run:
     ended_unix_s = datetime.fromisoformat(midst["ended"]).timestamp()
     others_cpu_s = watched.cpu_s_between(ended_unix_s - midst["seconds"], ended_unix_s)
     stages_cpu_s = sum(cost.cpu_s for stage, cost in setting.costs.items() if stage != "model")
-    return _Run(
+    return _ProbedRun(
         images_per_s=midst["images_per_s"],
         startup_s=max(0.0, watched.seconds - sum(entry["seconds"] for entry in history)),
         ray_cpu_s=max(0.0, others_cpu_s / (midst["images_per_s"] * midst["seconds"]) - stages_cpu_s),

@@ -7,7 +7,7 @@ from typing import Any
 
 from raydet.common.errors import UserError
 from raydet.config import PlanConfig, PrepareShapesConfig
-from raydet.images.collection import open_images
+from raydet.images.collection import Collection, TableCollection, open_collection
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, is_table, open_table
 
@@ -63,7 +63,7 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
         from raydet.preparation.prepare import prepare_shapes
 
         shapes = PrepareShapesConfig(
-            out=f"{folder}/shapes", num_train=_NUM_GENERATED, num_val=1, image_size=config.picture_size
+            out=f"{folder}/shapes", num_train=_NUM_GENERATED, num_val=1, image_size=config.generated_size
         )
         prepare_shapes(shapes)
         table = open_table(f"{folder}/shapes/train", "images")
@@ -71,16 +71,18 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
     if not is_table(config.data):
         if config.job == "train":
             raise UserError(f"{config.data} is no images table; train learns from one, see raydet prepare")
-        return _read_samples(config.data, ())
+        return _read_samples(open_collection(config.data, index_uri=None), config.data, ())
     table = open_table(config.data, "images")
     if config.job == "predict":
-        return _read_samples(config.data, table.categories)
+        return _read_samples(TableCollection.of(table), config.data, table.categories)
     if not table.categories:
         raise UserError(f"--data {table.uri} has no classes: it was prepared without labels")
     began = time.perf_counter()
     rows = _labelled(row for batch in table.iter_batches(batch_size=32) for row in batch.to_pylist())
     if not rows:
-        raise UserError(f"--data {table.uri} holds no image with its bytes in it; prepare it with image_storage inline")
+        raise UserError(
+            f"--data {table.uri} holds no image with its bytes in it; prepare it with --image-storage inline"
+        )
     return Samples(rows, table.categories, (time.perf_counter() - began) / len(rows))
 
 
@@ -95,9 +97,8 @@ def _labelled(rows: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _read_samples(data: str, categories: tuple[Category, ...]) -> Samples:
+def _read_samples(images: Collection, data: str, categories: tuple[Category, ...]) -> Samples:
     """Reads from several places of the collection, as `predict` does, and takes the time."""
-    images = open_images(data, index_uri=None)
     size = max(1, min(_MOST_SAMPLES, images.num_rows) // _STRETCHES)
     starts = sorted({images.num_rows * number // _STRETCHES for number in range(_STRETCHES)})
     began = time.perf_counter()

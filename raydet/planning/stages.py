@@ -18,7 +18,6 @@ from datetime import timedelta
 from itertools import count, islice
 from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,20 +26,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raydet.augmentation.mixing import sample_of
-from raydet.augmentation.transforms import Augmenter
-from raydet.common.boxes import xywh_to_normalised_cxcywh
+from raydet.augmentation.view import View, decoded
 from raydet.common.errors import RunError, UserError
 from raydet.config import DEFAULT_MAX_PIXELS, PredictConfig, TrainConfig
 from raydet.engines.loading import load_engine
 from raydet.engines.scorer import Scorer
-from raydet.images.collection import ImageRow, open_images
-from raydet.images.decode import DecodeError, decode
-from raydet.images.references import image_bytes
+from raydet.images.collection import ImageRow, open_collection
+from raydet.images.decode import DecodeError
+from raydet.models.backbone import backbone_parameter_names
 from raydet.models.collate import Example
-from raydet.models.geometry import Image, resize
-from raydet.models.loading import backbone_parameter_names, build_detector
-from raydet.models.optim import build_optimizer
+from raydet.models.geometry import Image, SizeHW
+from raydet.models.loading import build_detector
+from raydet.models.optim.optimizer import build_optimizer
 from raydet.models.step import AUTOCAST_DTYPES, StepSetting, apply_gradients, compute_gradients, sum_over_ranks
 from raydet.planning.processes import READY
 from raydet.tables.schema import build_schema
@@ -119,9 +116,9 @@ class _Pixels:
     num_images: int = 0
     num_bytes: int = 0
 
-    def add(self, images: list[Image]) -> None:
-        self.num_images += len(images)
-        self.num_bytes += sum(image.nbytes for image in images)
+    def add(self, size_hw: SizeHW) -> None:
+        self.num_images += 1
+        self.num_bytes += 3 * size_hw[0] * size_hw[1]
 
 
 class _Scoring:
@@ -131,7 +128,7 @@ class _Scoring:
 
     def __init__(self, job: StageJob) -> None:
         self._job, self.pixels = job, _Pixels()
-        images = open_images(job.table, index_uri=None)
+        images = open_collection(job.table, index_uri=None)
         self._rows = (row for _ in count() for row in images.read(0, images.num_rows))
         self._scorer: Scorer | None = None
         if job.with_model:
@@ -153,8 +150,9 @@ class _Scoring:
         with clock.measuring("read"):
             rows = list(islice(self._rows, self._job.batch_size))
         with clock.measuring("decode"):
-            images = _decoded(rows)
-        self.pixels.add(images)
+            images = _readable(rows)
+        for image in images:
+            self.pixels.add((image.shape[0], image.shape[1]))
         if self._scorer is not None and images:
             with clock.measuring("prepare"):
                 prepared = self._scorer.prepare(images)
@@ -181,11 +179,11 @@ class _Scoring:
         return has_time
 
 
-def _decoded(rows: list[ImageRow]) -> list[Image]:
+def _readable(rows: list[ImageRow]) -> list[Image]:
     images = []
     for row in rows:
         with contextlib.suppress(DecodeError):
-            images.append(decode(row.data or b"", max_pixels=DEFAULT_MAX_PIXELS))
+            images.append(decoded(row.data or b"", max_pixels=DEFAULT_MAX_PIXELS)[0])
     return images
 
 
@@ -201,8 +199,8 @@ class _Training:
         torch.set_num_threads(job.threads)
         table = open_table(job.table, "images")
         self._rows = _forever(table)
-        self._augment = Augmenter(job.augmentation)
         self._detector = build_detector(job.model, table.categories, image_size=job.image_size, seed=0)
+        self._view = View(resize_rule=self._detector.resize_rule, augmentation=job.augmentation)
         self._detector.to(torch.device(job.device))
         self._detector.model.train()
         self.gradient_bytes = sum(4 * one.numel() for one in self._detector.model.parameters() if one.requires_grad)
@@ -248,18 +246,16 @@ class _Training:
 
     def _example(self, row: dict[str, Any]) -> Example | None:
         try:
-            image = decode(image_bytes(row["image"]), max_pixels=DEFAULT_MAX_PIXELS)
+            seen = self._view.augmented(row, epoch=0, resize_rule=self._view.step_resize_rule(0, 0))
         except DecodeError:
             return None
-        self.pixels.add([image])
-        sample = self._augment(sample_of(image, row["objects"]), seed=row["image_id"])
-        rule, kept = self._detector.resize_rule, ~sample.iscrowd
+        self.pixels.add(seen.original_size_hw)
         return Example(
             image_id=row["image_id"],
-            image=resize(sample.image, rule.target_size_hw(sample.size_hw), rule.resample),
-            original_size_hw=sample.size_hw,
-            boxes=xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)[kept],
-            labels=sample.labels[kept],
+            image=seen.image,
+            original_size_hw=seen.original_size_hw,
+            boxes=seen.boxes_cxcywh,
+            categories=seen.categories,
         )
 
 

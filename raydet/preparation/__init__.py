@@ -1,1 +1,1 @@
-"""Annotations and images → an images table, cleaned and split."""
+"""Annotations and images → images tables, cleaned and split."""

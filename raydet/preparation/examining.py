@@ -1,6 +1,6 @@
 """One image of a source → its row in the images table, or the reason why it has none.
 
-This is the work that threads and Ray tasks do: read, make sure that it can be decoded, hash, fit the boxes.
+Threads and Ray tasks do this work: read the file, check that it can be decoded, hash it, and fit the boxes.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ class Row:
     """A finished row of the images table.
 
     Attributes:
-        values: By the names of the columns.
-        content_hash: SHA-256 of the image's bytes, its first `HASH_BYTES`.
-        findings: What was odd about the image and its boxes.
+        values: By column name.
+        content_hash: The first `HASH_BYTES` of the SHA-256 of the image's bytes.
+        findings: Anomalies of the image and its boxes.
     """
 
     values: dict[str, Any]
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row of the table of rejected images, and how many boxes are lost with it."""
+    """A row of the table of rejected images, and the number of boxes lost with it."""
 
     path: str
     image_id: int
@@ -50,21 +50,21 @@ class Rejected:
 
 
 Examine = Callable[[SourceImage], Row | Rejected]
-"""What is done to each image; it has to be pickled to run in a Ray task."""
+"""The work per image; picklable, to run in a Ray task."""
 
 
 class ImageReader(Protocol):
-    """Where a source's images are: a folder, a list, rows of a data set."""
+    """The place of a source's images: a folder, a list, or rows of a data set."""
 
     def read(self, path: str, /) -> bytes:
-        """Reads one image; raises ReadError where this one cannot be read."""
+        """Read one image; raise ReadError if it cannot be read."""
 
     def uri_of(self, path: str, /) -> str:
-        """The absolute path or URI of one image; raises ReadError where it has none."""
+        """Return the absolute path or URI of one image; raise ReadError if it has none."""
 
 
 def hash_content(data: bytes) -> bytes:
-    """What stands for an image's bytes; two files of the same hash are taken to be the same."""
+    """Hash an image's bytes; files with the same hash count as identical."""
     return hashlib.sha256(data).digest()[:HASH_BYTES]
 
 
@@ -77,11 +77,11 @@ def read_row(
     drop_duplicate_boxes: bool,
     keep_truncated: bool,
 ) -> Row | Rejected:
-    """Reads one image. One that was examined before is not decoded again, but must have the same content.
+    """Read one image. An image that was examined before is not decoded again, but its content must be unchanged.
 
     Raises:
-        RunError: It has changed since it was examined.
-        OSError: The storage fails, which says nothing about this image.
+        RunError: The image has changed since it was examined.
+        OSError: The storage failed, for reasons that do not concern this image.
     """
     objects = image.objects or SourceObjects()
     if image.refusal is not None:
@@ -128,7 +128,7 @@ def read_row(
 
 
 def _whole(data: bytes, *, max_pixels: int, keep_truncated: bool, is_known: bool) -> tuple[bytes, tuple[int, int]]:
-    """The bytes to store and the size of the picture; one that is known to be whole is not decoded again."""
+    """Return the bytes to store and the size of the image; an image known to be complete is not decoded again."""
     if is_known and not keep_truncated:
         return data, upright_size_hw(data)
     try:
@@ -146,7 +146,7 @@ def _refuse_changed(image: SourceImage, content_hash: bytes) -> None:
 
 
 def draw_row(image: SourceImage, *, split: shapes.Split, config: PrepareShapesConfig) -> Row:
-    """Draws one generated image."""
+    """Draw one generated image."""
     drawn = shapes.draw(config.seed, split, image.image_id, image_size=config.image_size, max_shapes=config.max_shapes)
     fitted = fit_objects(drawn.objects, (config.image_size, config.image_size))
     data = shapes.encode(drawn.pixels)

@@ -1,11 +1,10 @@
-"""The unit of work: some images of a source, in their order, that become one file of the table.
+"""The unit of work: consecutive images of a source that become one file of the table.
 
-Parts are cut by the number of images, which follows from the data and never from who does the work, so that the files
-are the same, byte for byte, whether one thread wrote them or a cluster.
+The number of images per part follows from the data and not from the number of workers, so that a single thread and a
+cluster write the same files, byte for byte.
 """
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.errors import RunError
-from raydet.common.threads import in_order
+from raydet.common.errors import RunError, one_line
+from raydet.common.threads import available_cpus, in_order
 from raydet.preparation.examining import Examine, Rejected, Row
 from raydet.preparation.sources.source import Finding, SourceImage
 from raydet.preparation.splitting import Hashes, Integers
@@ -23,9 +22,9 @@ from raydet.tables import storage
 from raydet.tables.table import FileWriter
 
 FILE_BYTES = 256 * 2**20
-"""Of images in a file, on average."""
+"""Average size of the images in a file."""
 SURVEY_IMAGES = 1024
-"""A survey writes nothing, so that its parts may be small."""
+"""Images per part of a survey, which writes no file."""
 
 _ROWS_AT_ONCE = 64
 _BYTES_AT_ONCE = 4 * 2**20
@@ -35,12 +34,12 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """Some images of a source.
 
     Attributes:
-        index: Its place among the parts of its table, from 0.
-        images: Those that are to be examined, in their order; may be gone through once.
+        index: Position among the parts of its table, from 0.
+        images: The images to examine, in order; can be iterated once.
     """
 
     index: int
@@ -48,24 +47,24 @@ class Part:
 
 
 class Executor(Protocol):
-    """Does the same work to all parts and yields the answers in the parts' order."""
+    """Apply a function to all parts and yield its results in order."""
 
-    def __call__(self, work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
-        """Has few parts in hand at a time, whatever their number."""
+    def __call__(self, work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
+        """Hold a few parts at a time, however many there are."""
 
 
 @dataclass
-class Written:
-    """What came of a part.
+class PartOutcome:
+    """Result of writing a part.
 
     Attributes:
-        num_rows: Of the file; without any there is none.
+        num_rows: Of the file; 0 if there is no file.
         counts: found, accepted, boxes, crowd_boxes, without_boxes.
         boxes_by_class: [C].
         image_ids: Of the rows, [N].
-        hashes: Of their contents, [N, 2].
+        hashes: Of the image contents, [N, 2].
         rejected: Images without a row.
-        findings: All that was odd.
+        findings: Anomalies of the images and their boxes.
     """
 
     num_rows: int
@@ -77,38 +76,38 @@ class Written:
     findings: list[Finding] = field(default_factory=list)
 
 
-def cut(images: Iterable[SourceImage], images_per_part: int) -> Iterator[Part]:
-    """Cuts images into parts, each to be gone through before the next is asked for."""
+def cut(images: Iterable[SourceImage], images_per_part: int) -> Iterator[SourcePart]:
+    """Cut images into parts; consume each before requesting the next."""
     iterator = iter(images)
     for index in itertools.count():
         first = list(itertools.islice(iterator, 1))
         if not first:
             return
-        yield Part(index, itertools.chain(first, itertools.islice(iterator, images_per_part - 1)))
+        yield SourcePart(index, itertools.chain(first, itertools.islice(iterator, images_per_part - 1)))
 
 
 def part_name(index: int) -> str:
-    """The file of a part."""
+    """Return the file name of a part."""
     return f"part-{index:05d}.parquet"
 
 
-def examine_all(part: Part, examine: Examine, num_threads: int | None) -> Iterator[Row | Rejected]:
-    """Examines the images of a part in threads, a few of them ahead of the reader.
+def examine_all(part: SourcePart, examine: Examine, num_threads: int | None) -> Iterator[Row | Rejected]:
+    """Examine the images of a part in threads, a few ahead of the caller.
 
     Raises:
-        RunError: The storage fails.
+        RunError: The storage failed.
     """
-    num_threads = num_threads or os.cpu_count() or 1
+    num_threads = num_threads or available_cpus()
     try:
         yield from in_order(examine, part.images, num_threads=num_threads, ahead=num_threads * _IMAGES_AHEAD_PER_THREAD)
     except OSError as error:
-        raise RunError(f"cannot read the images: {' '.join(str(error).split())}; run the same command again") from error
+        raise RunError(f"cannot read the images: {one_line(error)}; run the same command again") from error
 
 
 def write_part(
-    part: Part, *, table_uri: str, schema: pa.Schema, examine: Examine, num_classes: int, num_threads: int | None
-) -> Written:
-    """Examines the images of a part and writes the rows of those that can be read; a second run writes the same."""
+    part: SourcePart, *, table_uri: str, schema: pa.Schema, examine: Examine, num_classes: int, num_threads: int | None
+) -> PartOutcome:
+    """Examine the images of a part and write the rows of those that can be read; a second run writes the same file."""
     counts: Counter[str] = Counter()
     rejected: list[Rejected] = []
     findings: list[Finding] = []
@@ -139,7 +138,7 @@ def write_part(
                 pending, pending_bytes = [], 0
         if pending:
             file.write_rows(pending)
-    return Written(
+    return PartOutcome(
         num_rows=file.num_rows,
         counts=counts,
         boxes_by_class=np.bincount(np.asarray(categories, np.int64), minlength=num_classes),
@@ -151,5 +150,5 @@ def write_part(
 
 
 def as_hashes(hashes: list[bytes]) -> Hashes:
-    """Hashes of 16 bytes → [N, 2]."""
+    """Convert hashes of 16 bytes to an array [N, 2]."""
     return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)

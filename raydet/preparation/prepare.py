@@ -1,21 +1,22 @@
-"""`raydet prepare`: a source of images → images tables, and what was odd → OUT/_rejected and OUT/_findings.
+"""`raydet prepare`: a source of images → images tables, with anomalies listed in OUT/_rejected and OUT/_findings.
 
-Every image is read and looked through once, so that what the table holds can be read and has the size it says. Found
-is always accepted + rejected; the rows keep the source's order; the files of the user are only read.
+Every image is read and decoded once, so that each image in a table is readable and has the stated size. Every image
+found is either accepted or rejected, rows keep the source's order, and the user's files are never written to.
 
-What is done with what is odd:
+Anomalies are handled as follows:
 
 - An image that cannot be read or decoded, whose path leads out of its folder, or whose own labels cannot be read is
   rejected.
-- A box that runs out of its image is cut to it; one without area, not finite, or wholly outside is left out. So are
-  annotations of an unknown image or category.
-- A box that repeats another of its class is kept: the annotations are the truth that COCO's numbers are computed
-  against, and a table that silently differs from them gives other numbers. `duplicate_boxes: drop` leaves it out.
-- An image with the same bytes as one before it is kept: it may be meant, and has a path, an id and labels of its own.
-  `duplicate_images: drop` rejects it. Either way a split never parts the two.
-- An image without boxes is kept: to know where nothing is belongs to the truth.
+- An image without a label file, of a format that has one per image, is kept or rejected as `unlabelled` says.
+- A box that extends beyond its image is clipped. A box without area, with a number that is not finite, or entirely
+  outside is dropped, and so are annotations of an unknown image or category.
+- A box that repeats another of its class is kept, because COCO's numbers are computed against the annotations as they
+  are. `duplicate_boxes: drop` drops it.
+- An image with the same bytes as an earlier one is kept, since it has a path, an id and labels of its own.
+  `duplicate_images: drop` rejects it. A split never separates the two.
+- An image without boxes is kept as a negative example.
 
-All of it is counted, and listed one by one in OUT/_rejected (images) or OUT/_findings (all else).
+Each is counted, and listed in OUT/_rejected (images) or OUT/_findings (everything else).
 """
 
 import os
@@ -25,9 +26,10 @@ from itertools import islice
 from typing import Any
 
 from raydet.common.redaction import refuse_password
-from raydet.common.threads import NUM_READ_THREADS
+from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
     PrepareCocoConfig,
+    PrepareConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
     PrepareShapesConfig,
@@ -48,7 +50,7 @@ from raydet.preparation.sources.source import Records, Source, SourceImage
 from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
-from raydet.preparation.writing import Plan, write_tables
+from raydet.preparation.writing import PreparationPlan, write_tables
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS
 
@@ -65,26 +67,26 @@ __all__ = [
 ]
 
 _RAY_FROM_IMAGES = 5_000
-"""On a cluster that is there: with fewer, starting the tasks takes as long as the work."""
+"""On an existing cluster: below this, starting the tasks takes as long as the work."""
 _OWN_RAY_FROM_IMAGES, _OWN_RAY_FROM_CPUS = 50_000, 8
-"""On this machine alone: Ray needs some ten seconds to start, and threads keep a few CPUs busy as well."""
+"""On a single machine: Ray takes about ten seconds to start, and threads can keep a few CPUs busy."""
 _THREADS_PER_TASK = 2
 _SIZES_SAMPLED, _MOST_LOOKED_AT = 64, 10_000
 _BYTES_UNKNOWN = 128 * 2**10
 _BYTES_OF_REFERENCE = 16 * 2**10
-"""Stands for the work of reading an image, since hardly anything of it is stored."""
+"""Represents the work of reading an image, of which hardly anything is stored."""
 
 
 def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
-    """Makes an images table of a COCO instances file and its images.
+    """Make an images table from a COCO instances file and its images.
 
-    Boxes are taken to refer to the upright image, as annotation tools show it. Where the JSON states the size that the
-    file has before its EXIF rotation by a quarter turn, they were drawn on the unturned image, and are turned with it.
-    Any other disagreement about the size is counted and leaves the boxes as they are.
+    Boxes refer to the upright image, as annotation tools show it. If the JSON states the size that the file has before
+    its EXIF rotation by a quarter turn, the boxes were drawn on the unrotated image and are rotated with it. Any other
+    difference in size is counted and leaves the boxes unchanged.
 
     Raises:
-        UserError: The annotations or the folder are missing or wrong, no image can be read, or OUT holds other things.
-        RunError: Storage or cluster fail.
+        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT is not free.
+        RunError: Storage or cluster failed.
     """
     done = _already_done(config.out, config)
     if done is not None:
@@ -94,14 +96,14 @@ def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
 
 
 def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
-    """Makes an images table of Pascal VOC XML files and their images; `sources/voc.py` says how they are read.
+    """Make an images table from Pascal VOC XML files and their images; `sources/voc.py` describes the format.
 
-    Boxes are taken to refer to the upright image, or are turned with it, as in `prepare_coco`.
+    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
 
     Raises:
-        UserError: A folder or the split is missing or wrong, no class is named, no image can be read, or OUT holds
-            other things.
-        RunError: Storage or cluster fail.
+        UserError: A folder or the split is missing or invalid, no XML file belongs to an image, no class is named, no
+            image can be read, or OUT is not free.
+        RunError: Storage or cluster failed.
     """
     done = _already_done(config.out, config)
     if done is not None:
@@ -113,19 +115,20 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
         split_uri=config.split,
         classes=config.classes,
         zero_based=config.zero_based,
+        unlabelled=config.unlabelled,
     )
     return _write_files(config, source, folder)
 
 
 def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
-    """Makes an images table of images and label files in YOLO's formats; `sources/yolo.py` says how they are read.
+    """Make an images table from images and YOLO label files; `sources/yolo.py` describes the format.
 
-    Boxes are parts of the upright image, as Ultralytics takes them.
+    Boxes are relative to the upright image, as in Ultralytics.
 
     Raises:
-        UserError: data.yaml, a folder or a list is missing or wrong, no image has a label file, no image can be read,
-            or OUT holds other things.
-        RunError: Storage or cluster fail.
+        UserError: data.yaml, a folder or a list is missing or invalid, no image has a label file, no image can be
+            read, or OUT is not free.
+        RunError: Storage or cluster failed.
     """
     done = _already_done(config.out, config)
     if done is not None:
@@ -135,15 +138,15 @@ def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
     else:
         assert config.images is not None and config.labels is not None and config.classes is not None
         files = find_in_folders(config.images, config.labels, config.classes)
-    return _write_files(config, read_yolo(files), files.images)
+    return _write_files(config, read_yolo(files, unlabelled=config.unlabelled), files.images)
 
 
 def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
-    """Makes an images table of a data set that `datasets` opens; `raydet.preparation.sources.hub` says how it is read.
+    """Make an images table from a data set that `datasets` opens; see `raydet.preparation.sources.hub`.
 
     Raises:
-        UserError: There is no such data set, split or column, no image can be read, or OUT holds other things.
-        RunError: Storage or cluster fail.
+        UserError: There is no such data set, split or column, no image can be read, or OUT is not free.
+        RunError: Storage or cluster failed.
     """
     from raydet.preparation.sources.hub import load_hub
     from raydet.preparation.sources.hub_rows import read_hub
@@ -163,14 +166,14 @@ def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
 
 
 def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
-    """Makes an images table, without boxes, of all image files below a folder, or of those that a list names.
+    """Make an images table, without boxes, from all image files below a folder or from those that a list names.
 
-    A list (`sources/lists.py`) may name addresses on the web: what a server there does not give is rejected, and
-    never the end of the run.
+    A list (`sources/lists.py`) may name addresses on the web. An image that a server does not deliver is rejected and
+    does not end the run.
 
     Raises:
-        UserError: The folder or list is missing, holds no image that can be read, or OUT holds other things.
-        RunError: Storage or cluster fail.
+        UserError: The folder or list is missing or holds no image that can be read, or OUT is not free.
+        RunError: Storage or cluster failed.
     """
     done = _already_done(config.out, config)
     if done is not None:
@@ -183,16 +186,18 @@ def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
 
 
 def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
-    """Draws two images tables, OUT/train and OUT/val; the report counts both together.
+    """Draw two images tables, OUT/train and OUT/val; the report counts both together.
 
     Raises:
-        UserError: OUT/train or OUT/val holds other things.
+        UserError: OUT/train or OUT/val is not free.
     """
     sizes: dict[shapes.Split, int] = {"train": config.num_train, "val": config.num_val}
     targets = {split: Target(storage.join(storage.absolute_uri(config.out), split)) for split in sizes}
     done = {split: _report_of(target, config) for split, target in targets.items()}
     images_per_part = max(1, FILE_BYTES // config.image_size**2)
-    plan = Plan(config_hash=config_hash(config), images_per_part=images_per_part, num_threads=config.num_threads)
+    plan = PreparationPlan(
+        config_hash=config_hash(config), images_per_part=images_per_part, num_threads=config.num_threads
+    )
     reports = []
     for split, num_images in sizes.items():
         source = Source(Records(partial(_name_shapes, split, num_images)), num_images, shapes.CATEGORIES)
@@ -210,10 +215,10 @@ def _target(out: str, config: Any) -> Target:
 
 
 def _already_done(out: str, config: Any) -> PrepareReport | None:
-    """The report of the whole tables in OUT if this configuration made them; None if OUT is free to be written.
+    """Return the report of the tables in OUT if this configuration wrote them; None if OUT is free.
 
     Raises:
-        UserError: OUT holds another table, or files that are not raydet's.
+        UserError: OUT holds another table, or files that raydet did not write.
     """
     return _report_of(_target(out, config), config)
 
@@ -226,17 +231,15 @@ def _report_of(target: Target, config: Any) -> PrepareReport | None:
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
 
 
-def _write_files(
-    config: PrepareImagesConfig | PrepareYoloConfig | PrepareHubConfig, source: Source, reader: ImageReader
-) -> PrepareReport:
-    """Writes the tables of a source whose images are read one by one."""
+def _write_files(config: PrepareConfig, source: Source, reader: ImageReader) -> PrepareReport:
+    """Write the tables of a source whose images are files or rows."""
     inline = config.image_storage == "inline"
     if not inline:
-        refuse_password(getattr(reader, "uri", ""), what="the place of the images")
+        refuse_password(getattr(reader, "uri", ""), what="--images")
     use_ray = _use_ray(config.use_ray, source.num_images, isinstance(reader, ImageFolder))
     is_remote = not getattr(reader, "is_local", False)
-    num_threads = _THREADS_PER_TASK if use_ray else len(os.sched_getaffinity(0))
-    plan = Plan(
+    num_threads = _THREADS_PER_TASK if use_ray else available_cpus()
+    plan = PreparationPlan(
         config_hash=config_hash(config),
         images_per_part=max(1, FILE_BYTES // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
         num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),
@@ -258,22 +261,22 @@ def _write_files(
 
 
 def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
-    """Whether to work in Ray tasks: what opens on every node is a folder, not a data set in this machine's cache."""
+    """Decide on Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
     if wanted is not None:
         return wanted
     if os.environ.get("RAY_ADDRESS") or _is_in_session():
         return is_folder and num_images >= _RAY_FROM_IMAGES
-    num_cpus = len(os.sched_getaffinity(0))
+    num_cpus = available_cpus()
     return is_folder and num_images >= _OWN_RAY_FROM_IMAGES and num_cpus >= _OWN_RAY_FROM_CPUS
 
 
 def _is_in_session() -> bool:
-    ray = sys.modules.get("ray")  # who has opened a session has imported it
+    ray = sys.modules.get("ray")  # an open session implies the import
     return ray is not None and bool(ray.is_initialized())
 
 
 def _mean_bytes(source: Source, reader: ImageReader) -> int:
-    """About how large the images are, by some that lie at equal distances."""
+    """Estimate the mean size of the images in bytes from a regular sample."""
     if not isinstance(reader, ImageFolder):
         return _BYTES_UNKNOWN
     num_looked_at = min(source.num_images, _MOST_LOOKED_AT)

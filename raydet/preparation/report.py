@@ -1,4 +1,4 @@
-"""What `prepare` found and wrote, in numbers and in words."""
+"""The report of `prepare`, as numbers and as text."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
 from raydet.preparation.remains import Target
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
+from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 
@@ -19,32 +20,31 @@ _MOST_CLASSES_SHOWN = 20
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` found and wrote.
+    """Result of `prepare`.
 
     Attributes:
-        out: Where the table is, or the tables are.
-        already_done: All was there before, made by the same configuration; nothing was done.
-        found: Images that the source names; always accepted + rejected.
+        out: Folder of the table or of the tables.
+        already_done: The same configuration had written everything before; nothing was done.
+        found: Images in the source; always accepted + rejected.
         accepted: Rows of the tables.
         rejected: Rows of OUT/_rejected.
         without_boxes: Accepted images that have no box.
+        unlabelled_kept: Images without a label file that were kept; those rejected are among the `reasons`.
         boxes: Boxes in the tables, crowds included.
-        crowd_boxes: Those that stand for a crowd.
-        clipped: Boxes that ran out of their image and were cut to it.
-        dropped: Boxes without area, or with none inside their image, that were left out.
-        outside: Those of them that had an area, outside their image.
-        duplicate_boxes: Boxes that repeat another of their class in their image; kept unless the configuration says
-            otherwise.
-        duplicate_images: Images with the content of one before them; likewise.
-        size_mismatches: Accepted images whose size is not the one stated in the annotations, `rotated` excepted.
-        rotated: Accepted images whose boxes were turned, since they were drawn before the EXIF rotation.
-        boxes_by_class: Boxes of each class, by its name.
+        crowd_boxes: Boxes in the tables that mark a crowd.
+        clipped: Boxes that extended beyond their image and were clipped to it.
+        dropped: Boxes that were dropped because they have no area inside their image.
+        outside: Dropped boxes that have an area, but outside their image.
+        duplicate_boxes: Boxes that repeat another of their class in their image; kept by default.
+        duplicate_images: Images with the content of an earlier one; kept by default.
+        size_mismatches: Accepted images whose size differs from that in the annotations, without `rotated`.
+        rotated: Accepted images whose boxes were rotated, because they were drawn before the EXIF rotation.
+        boxes_by_class: Boxes by class name.
         reasons: Rejected images by reason.
-        findings: What else was odd in the annotations, and how often. All of it, and all that is counted above, is
-            listed in OUT/_findings.
-        splits: For each split its `images`, its `boxes` and, as `boxes_by_class`, those of each class.
-        not_in_val: Names of the classes that have boxes, but none in the split `val`.
-        tables: The tables written, by the names of the splits; empty where there is but one, in `out`.
+        findings: Other anomalies in the annotations and their counts. OUT/_findings lists these and all counted above.
+        splits: By split: `images`, `boxes` and `boxes_by_class`.
+        not_in_val: Names of classes that have boxes, but none in the split `val`.
+        tables: The tables by split; empty if there is only one, in `out`.
     """
 
     out: str
@@ -53,6 +53,7 @@ class PrepareReport:
     accepted: int = 0
     rejected: int = 0
     without_boxes: int = 0
+    unlabelled_kept: int = 0
     boxes: int = 0
     crowd_boxes: int = 0
     clipped: int = 0
@@ -70,21 +71,29 @@ class PrepareReport:
     tables: Mapping[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """The report in a few plain lines."""
+        """Return the report as lines of text."""
         where = f" (listed in {storage.join(self.out, REJECTED_FOLDER)})" if self.rejected else ""
         lines = [f"{self.found:,} images found, {self.accepted:,} accepted, {self.rejected:,} rejected{where}"]
-        lines += [f"  rejected, {reason}: {count:,}" for reason, count in list(self.reasons.items())[:5]]
-        if len(self.reasons) > 5:
-            lines.append(f"  … and {len(self.reasons) - 5} further reasons")
+        lines += self._lines_of_unlabelled()
+        reasons = {reason: count for reason, count in self.reasons.items() if reason != UNLABELLED}
+        lines += [f"  rejected, {reason}: {count:,}" for reason, count in list(reasons.items())[:5]]
+        if len(reasons) > 5:
+            lines.append(f"  … and {len(reasons) - 5} further reasons")
         if self.boxes_by_class:
             crowds = f", {self.crowd_boxes:,} of them crowds" if self.crowd_boxes else ""
             empty = f"; {self.without_boxes:,} images have none" if self.without_boxes else ""
             lines.append(f"{self.boxes:,} boxes of {len(self.boxes_by_class)} classes{crowds}{empty}")
             lines += self._lines_of_classes()
         lines += self._lines_of_findings()
-        done = "already there, made by the same configuration: " if self.already_done else ""
+        done = "already prepared with the same configuration: " if self.already_done else ""
         lines.append(f"{done}{', '.join(self.tables.values()) or self.out}")
         return lines
+
+    def _lines_of_unlabelled(self) -> list[str]:
+        rejected, kept = self.reasons.get(UNLABELLED, 0), self.unlabelled_kept
+        if rejected:
+            return [f"  {rejected:,} have no label file: rejected (--unlabelled keep: images without objects)"]
+        return [f"  {kept:,} have no label file: kept without objects (--unlabelled reject: rejected)"] if kept else []
 
     def _lines_of_classes(self) -> list[str]:
         ranked = sorted(self.boxes_by_class.items(), key=lambda item: -item[1])
@@ -106,18 +115,18 @@ class PrepareReport:
             lines.append(f"    … and {len(ranked) - _MOST_CLASSES_SHOWN} further classes")
         if self.not_in_val:
             shown = ", ".join(self.not_in_val[:10]) + (" …" if len(self.not_in_val) > 10 else "")
-            lines.append(f"  not in val, since too few images have them: {shown}")
+            lines.append(f"  in too few images to be in val: {shown}")
         return lines
 
     def _lines_of_findings(self) -> list[str]:
         notes = {
-            "boxes cut to their image": self.clipped,
-            "boxes without area left out": self.dropped - self.outside,
-            "boxes outside their image left out": self.outside,
+            "boxes clipped to their image": self.clipped,
+            "boxes without area, dropped": self.dropped - self.outside,
+            "boxes outside their image, dropped": self.outside,
             "boxes that repeat another of their class in their image": self.duplicate_boxes,
-            "images with the content of one before them": self.duplicate_images,
-            "images of another size than the annotations say": self.size_mismatches,
-            "images whose boxes were turned upright with them": self.rotated,
+            "images with the content of an earlier one": self.duplicate_images,
+            "images whose size differs from the annotations": self.size_mismatches,
+            "images whose boxes were rotated with them": self.rotated,
             **self.findings,
         }
         lines = [f"  {text}: {count:,}" for text, count in notes.items() if count]
@@ -136,16 +145,16 @@ def make_report(
     boxes_by_class: Mapping[str, Sequence[int]],
     images: Mapping[str, int],
 ) -> PrepareReport:
-    """Makes the report of a run.
+    """Make the report of a run.
 
     Args:
-        target: Where it wrote to.
+        target: The tables.
         counts: found, accepted, without_boxes, boxes, crowd_boxes.
-        kinds: Findings by kind.
-        reasons: Rejected images by reason.
+        kinds: Number of findings by kind.
+        reasons: Number of rejected images by reason.
         class_names: In the order of the categories.
-        boxes_by_class: For each table, by the name of its split, the boxes of each category.
-        images: Rows of each table.
+        boxes_by_class: Boxes of each category, by split.
+        images: Rows of each table, by split.
     """
     rest = Counter(kinds)
     outside = rest.pop(OUTSIDE, 0)
@@ -163,6 +172,7 @@ def make_report(
         crowd_boxes=counts["crowd_boxes"],
         rejected=reasons.total(),
         outside=outside,
+        unlabelled_kept=rest.pop(UNLABELLED_KEPT, 0),
         dropped=rest.pop(NO_AREA, 0) + outside,
         clipped=rest.pop(CLIPPED, 0),
         duplicate_boxes=rest.pop(REPEATED_KEPT, 0) + rest.pop(REPEATED_DROPPED, 0),
@@ -183,7 +193,7 @@ def make_report(
 
 
 def sum_reports(out: str, reports: Sequence[PrepareReport], tables: Mapping[Any, str]) -> PrepareReport:
-    """Several tables as one report."""
+    """Add up the reports of several tables."""
     values: dict[str, Any] = {}
     for name, value in asdict(reports[0]).items():
         parts = [getattr(report, name) for report in reports]

@@ -1,15 +1,14 @@
-"""Which images are held out for validation.
+"""The choice of images for validation.
 
-The algorithm is iterative stratification for data of several labels (Sechidis, Tsoumakas and Vlahavas, "On the
-Stratification of Multi-Label Data", 2011), for two parts and over the classes that are present in an image: of the
-classes that still have images without a part, the one with the fewest comes next, and its images are dealt out so that
-both parts come as near to their share of the class as they can. Which of them go where, the paper leaves to chance;
-here a hash decides, keyed with the seed, of the image's content. So the outcome depends on the set of images, their
-classes and the seed, and on nothing else.
+The algorithm is iterative stratification (Sechidis, Tsoumakas and Vlahavas, "On the Stratification of Multi-Label
+Data", 2011) into two parts, over the classes present in an image. It repeatedly takes the class with the fewest
+unassigned images and assigns these so that both parts come as close as possible to their share of the class. Where the
+paper assigns at random, here a hash of the image's content decides, keyed with the seed. The result therefore depends
+only on the set of images, their classes and the seed.
 
-It differs in two points. The units are contents, not files: images of the same bytes are never parted. And a class of
-two contents or more has one in each part, as far as what was dealt out for rarer classes allows; the only content of a
-class stays in training.
+It differs from the paper in two points. The units are contents rather than files, so that identical images stay
+together. And a class with at least two contents has one in each part, as far as the assignment for rarer classes
+allows; the only content of a class stays in training.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Labels:
-    """Which classes are present in which unit, as pairs without repetition.
+    """Pairs of a unit and a class that is present in it, without repetition.
 
     Attributes:
         units: Numbers from 0, [M], ascending.
@@ -40,44 +39,44 @@ class Labels:
 
 
 def choose_validation(hashes: Hashes, labels: Labels, *, num_classes: int, val_fraction: float, seed: int) -> Flags:
-    """Chooses images for validation.
+    """Choose images for validation.
 
     Args:
         hashes: Of each image's content, [N, 2].
-        labels: The classes present in each image, by its number.
-        num_classes: Categories are below this.
-        val_fraction: Part of the contents that is wanted, between 0 and 1.
-        seed: Another one gives another choice.
+        labels: The classes present in each image.
+        num_classes: Number of categories.
+        val_fraction: Requested fraction of the contents, between 0 and 1.
+        seed: Determines the choice.
 
     Returns:
-        Whether each image is held out, [N].
+        True for images held out for validation, [N].
 
     Raises:
-        UserError: There are not two contents.
+        UserError: There are fewer than two different images.
     """
     unique, unit_of_image = np.unique(hashes, axis=0, return_inverse=True)
     unit_of_image = unit_of_image.reshape(-1)
     if len(unique) < 2:
-        raise UserError(f"val_fraction needs images of two contents or more, there is {len(unique)}")
+        raise UserError(f"--val-fraction needs at least two different images, found {len(unique)}")
     pairs = np.unique(np.stack([unit_of_image[labels.units], labels.classes], axis=1).reshape(-1, 2), axis=0)
     order = np.argsort(_keys(unique, seed), kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    # From here on a unit is its rank, so that taking the first ones is taking those that the hash prefers.
+    # From here on a unit is its rank by hash, so that the first units are those that the hash prefers.
     ranked = Labels(rank[pairs[:, 0]], pairs[:, 1])
     is_val = _deal(ranked, len(unique), num_classes, val_fraction)
     return np.asarray(is_val[rank[unit_of_image]])
 
 
 def _keys(unique: Hashes, seed: int) -> npt.NDArray[np.bytes_]:
-    """A hash of each content, keyed with the seed: their order is that in which units are taken."""
+    """Hash each content, keyed with the seed; units are taken in the order of these hashes."""
     key = seed.to_bytes(8 + seed.bit_length() // 8, "little")[:64]
     digests = [hashlib.blake2b(row.tobytes(), key=key, digest_size=15).hexdigest() for row in unique]
     return np.array(digests, dtype="S30")
 
 
 class _Deal:
-    """Units on their way into the two parts; a lower number is taken first."""
+    """The assignment of units to the two parts; a lower index is taken first."""
 
     def __init__(self, labels: Labels, num_units: int, num_classes: int) -> None:
         order = np.lexsort((labels.units, labels.classes))
@@ -92,15 +91,15 @@ class _Deal:
         self.remaining, self.num_val = self.totals.copy(), np.zeros(num_classes, np.int64)
 
     def units_of(self, category: int) -> Integers:
-        """The units of a class, [K]."""
+        """Return the units of a class, [K]."""
         return self._units[self._class_starts[category] : self._class_starts[category + 1]]
 
     def classes_of(self, unit: int) -> Integers:
-        """The classes of a unit, [K]."""
+        """Return the classes of a unit, [K]."""
         return self._classes[self._unit_starts[unit] : self._unit_starts[unit + 1]]
 
     def put(self, units: Integers, *, is_val: bool) -> None:
-        """Deals out units that have no part yet."""
+        """Assign unassigned units to a part."""
         self.is_dealt[units] = True
         self.is_val[units] = is_val
         starts, lengths = self._unit_starts[units], np.diff(self._unit_starts)[units]
@@ -110,7 +109,7 @@ class _Deal:
         self.num_val += counts if is_val else 0
 
     def move(self, unit: int) -> None:
-        """Puts a unit that was dealt out into the other part."""
+        """Move an assigned unit to the other part."""
         self.is_val[unit] = not self.is_val[unit]
         self.num_val[self.classes_of(unit)] += 1 if self.is_val[unit] else -1
 
@@ -136,7 +135,7 @@ def _deal(labels: Labels, num_units: int, num_classes: int, val_fraction: float)
 
 
 def _mend(deal: _Deal) -> None:
-    """Moves a unit for a class that others pulled into one part alone; into training whatever else that changes."""
+    """Move a unit of each class that ended up in one part only; moves into training take precedence."""
     for category in np.argsort(deal.totals, kind="stable").tolist():
         if deal.totals[category] and deal.num_val[category] == deal.totals[category]:
             deal.move(int(deal.units_of(category)[0]))

@@ -1,7 +1,7 @@
-"""What has to be known of all images before the first is written: where they are split, or duplicates left out.
+"""The survey of all images before the first is written, needed to split them or to drop duplicates.
 
-A survey examines every image once and keeps of each its hash and its classes, some fifty bytes. The images themselves
-are read a second time when they are written, but not decoded again.
+A survey examines every image once and keeps its hash and its classes, about fifty bytes. The images are read a second
+time when they are written, but not decoded again.
 """
 
 import dataclasses
@@ -12,21 +12,21 @@ from functools import partial
 import numpy as np
 
 from raydet.preparation.examining import HASH_BYTES, Examine, Rejected
-from raydet.preparation.parts import SURVEY_IMAGES, Executor, Part, as_hashes, cut, examine_all
+from raydet.preparation.parts import SURVEY_IMAGES, Executor, SourcePart, as_hashes, cut, examine_all
 from raydet.preparation.sources.source import SourceImage
 from raydet.preparation.splitting import Flags, Hashes, Integers, Labels, choose_validation
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of all images of a source, or of those of a part.
+    """Facts about all images of a source, or about those of a part.
 
     Attributes:
         image_ids: As in the images table, [N].
-        is_accepted: Whether the image can be read, [N].
-        hashes: Of its content, [N, 2]; zeros where it cannot.
-        labels: The classes that are present in each image, by its number from 0.
-        reasons: Why those that cannot be read cannot, by their numbers.
+        is_accepted: True for images that can be read, [N].
+        hashes: Of their contents, [N, 2]; zeros for images that cannot be read.
+        labels: The classes present in each image, by its index.
+        reasons: Reasons of rejection, by index of the image.
     """
 
     image_ids: Integers
@@ -37,7 +37,7 @@ class Survey:
 
 
 def survey(images: Iterable[SourceImage], examine: Examine, execute: Executor, num_threads: int | None) -> Survey:
-    """Examines all images of a source, those with a refusal excepted."""
+    """Examine all images of a source except those with a refusal."""
     look = partial(_survey_part, examine=examine, num_threads=num_threads)
     parts = list(execute(look, cut(images, SURVEY_IMAGES)))
     starts = np.cumsum([0, *(len(part.image_ids) for part in parts[:-1])]).tolist()
@@ -54,7 +54,7 @@ def survey(images: Iterable[SourceImage], examine: Examine, execute: Executor, n
     )
 
 
-def _survey_part(part: Part, examine: Examine, num_threads: int | None) -> Survey:
+def _survey_part(part: SourcePart, examine: Examine, num_threads: int | None) -> Survey:
     image_ids: list[int] = []
     hashes: list[bytes] = []
     reasons: dict[int, str] = {}
@@ -78,7 +78,7 @@ def _survey_part(part: Part, examine: Examine, num_threads: int | None) -> Surve
 
 
 def find_duplicates(hashes: Hashes) -> tuple[Integers, Integers]:
-    """The places of those whose content came before, ascending, and for each of them the place where it came first."""
+    """Return the indices of repeated contents, ascending, and for each the index of its first occurrence."""
     _, first, group = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     firsts = first[group.reshape(-1)]
     places = np.flatnonzero(firsts != np.arange(len(hashes)))
@@ -86,7 +86,7 @@ def find_duplicates(hashes: Hashes) -> tuple[Integers, Integers]:
 
 
 def without(found: Survey, places: Integers, reason: str) -> Survey:
-    """The same survey, in which some images are refused and so have no part in anything that follows."""
+    """Return a copy of a survey in which some images are rejected."""
     is_accepted = found.is_accepted.copy()
     is_accepted[places] = False
     reasons = {**found.reasons, **dict.fromkeys(places.tolist(), reason)}
@@ -96,7 +96,7 @@ def without(found: Survey, places: Integers, reason: str) -> Survey:
 
 
 def hold_out(found: Survey, *, num_classes: int, val_fraction: float, seed: int) -> Flags:
-    """Which images go to validation, [N]; of those that cannot be read none does.
+    """Choose the images for validation, [N]; rejected images are not among them.
 
     Raises:
         UserError: There are too few images.
@@ -111,7 +111,7 @@ def hold_out(found: Survey, *, num_classes: int, val_fraction: float, seed: int)
 
 
 def with_outcome(images: Iterable[SourceImage], found: Survey, wanted: Flags) -> Iterator[SourceImage]:
-    """The images that are wanted, each with what the survey found: its hash, or why it must not be read."""
+    """Yield the wanted images, each with its hash from the survey or its reason of rejection."""
     for number, image in enumerate(images):
         if wanted[number]:
             reason = found.reasons.get(number)

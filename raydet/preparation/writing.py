@@ -1,7 +1,7 @@
-"""A source → tables: the images in one, or in OUT/train and OUT/val, and beside them what was odd about the rest.
+"""A source → its tables: images in OUT, or in OUT/train and OUT/val, with rejected images and findings beside them.
 
-Everything that is large is done part by part, in threads here or in Ray tasks; this process holds the source's index,
-of each image a hash, and the parts in hand.
+Large data is processed part by part, in local threads or in Ray tasks. This process holds the source's index, a hash
+per image, and the parts being processed.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import numpy as np
 
 from raydet.common.errors import RunError, UserError
 from raydet.preparation.examining import Examine
-from raydet.preparation.parts import Answer, Executor, Part, Written, cut, part_name, write_part
+from raydet.preparation.parts import Answer, Executor, PartOutcome, SourcePart, cut, part_name, write_part
 from raydet.preparation.remains import Target
 from raydet.preparation.report import REPEATED_IMAGES_DROPPED, REPEATED_IMAGES_KEPT, PrepareReport, make_report
 from raydet.preparation.sources.source import Finding, Source, SourceImage
@@ -29,23 +29,23 @@ from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, w
 
 LOST = "boxes of rejected images, left out"
 REPEATED_CONTENT = "the same content as an image before it"
-"""Why a duplicate is rejected, where these are left out."""
+"""Reason of rejection of a duplicate, with `--duplicate-images drop`."""
 _FINDINGS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a source becomes tables.
+class PreparationPlan:
+    """Settings for writing the tables of a source.
 
     Attributes:
         config_hash: Of the configuration.
-        images_per_part: Images of a file.
-        num_threads: Of each part; all CPUs by default.
-        use_ray: Whether to work in Ray tasks.
-        images_uri: The folder of the images, where they are in one.
-        val_fraction: Part of the images for OUT/val; None: all are in OUT.
-        seed: Of the choice of these.
-        drop_duplicate_images: Whether images of the same content as one before them are rejected.
+        images_per_part: Images per file.
+        num_threads: Per part; all CPUs by default.
+        use_ray: Work in Ray tasks.
+        images_uri: The folder of the images, if they are in one.
+        val_fraction: Fraction of the images for OUT/val; None: all are in OUT.
+        seed: Of the choice of images for OUT/val.
+        drop_duplicate_images: Reject images with the same content as an earlier one.
     """
 
     config_hash: str
@@ -58,27 +58,27 @@ class Plan:
     drop_duplicate_images: bool = False
 
 
-def write_tables(target: Target, source: Source, examine: Examine, plan: Plan) -> PrepareReport:
-    """Writes the tables of a target; when anything goes wrong, nothing of them is left.
+def write_tables(target: Target, source: Source, examine: Examine, plan: PreparationPlan) -> PrepareReport:
+    """Write the tables of a target, or nothing if anything fails.
 
     Raises:
         UserError: No image can be read, or the target cannot be written to.
-        RunError: Storage or cluster fail, or an image changes under way.
+        RunError: Storage or cluster failed, or an image changed in the meantime.
     """
     started = time.monotonic()
     target.mark(plan.config_hash)
     try:
         with _executor(target, plan) as execute:
-            run = _Run(target, source, examine, plan, execute)
+            run = _PreparationRun(target, source, examine, plan, execute)
             report = run.write()
         counts = asdict(report)
         del counts["out"], counts["already_done"], counts["tables"]
         seconds = round(time.monotonic() - started, 3)
-        # The first split last: its manifest says that all are whole.
+        # The first split last: its manifest marks all tables as complete.
         for split, uri in reversed(target.tables.items()):
             write_manifest(uri, run.files[split], config_hash=plan.config_hash, prepare=counts, seconds=seconds)
     except BaseException as error:
-        with contextlib.suppress(OSError, UserError):  # the next run cleans up what this one cannot
+        with contextlib.suppress(OSError, UserError):  # the next run cleans up the rest
             target.clean()
         if isinstance(error, OSError):
             raise RunError(f"cannot write to {target.out}: {error.strerror or error}") from error
@@ -88,7 +88,7 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Plan) -
 
 
 @contextlib.contextmanager
-def _executor(target: Target, plan: Plan) -> Iterator[Executor]:
+def _executor(target: Target, plan: PreparationPlan) -> Iterator[Executor]:
     if plan.use_ray:
         from raydet.preparation.on_ray import tasks
 
@@ -98,18 +98,20 @@ def _executor(target: Target, plan: Plan) -> Iterator[Executor]:
         yield _one_by_one
 
 
-def _one_by_one(work: Callable[[Part], Answer], parts: Iterable[Part], /) -> Iterator[Answer]:
+def _one_by_one(work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
     return map(work, parts)
 
 
-class _Run:
+class _PreparationRun:
     """One run, from the survey to the report.
 
     Attributes:
-        files: For each table, by the name of its split, the rows of its files.
+        files: Rows per file, by name of the split.
     """
 
-    def __init__(self, target: Target, source: Source, examine: Examine, plan: Plan, execute: Executor) -> None:
+    def __init__(
+        self, target: Target, source: Source, examine: Examine, plan: PreparationPlan, execute: Executor
+    ) -> None:
         self._target, self._source, self._examine, self._plan, self._execute = target, source, examine, plan, execute
         self._counts: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
@@ -119,7 +121,7 @@ class _Run:
         self.files: dict[str, dict[str, int]] = {split: {} for split in target.tables}
 
     def write(self) -> PrepareReport:
-        """Writes all but the manifests of the images."""
+        """Write everything except the manifests of the images tables."""
         out, own_hash = self._target.out, self._plan.config_hash
         with (
             TableWriter(
@@ -150,7 +152,7 @@ class _Run:
 
     def _write_surveyed(self) -> None:
         plan, source = self._plan, self._source
-        images = _with_progress(source.images, source.num_images, "looking at the images")
+        images = _with_progress(source.images, source.num_images, "examining the images")
         found = survey(images, self._examine, self._execute, plan.num_threads)
         self._refuse_nothing(int(found.is_accepted.sum()), len(found.is_accepted), Counter(found.reasons.values()))
         accepted = np.flatnonzero(found.is_accepted)
@@ -159,7 +161,7 @@ class _Run:
             found = without(found, repeated, REPEATED_CONTENT)
         is_val = self._hold_out(found)
         for split in self._target.tables:
-            # Those that cannot be read come up again beside the images of the first table, and are rejected there.
+            # Rejected images are processed with those of the first table, and are listed then.
             wanted = is_val if split == "val" else ~is_val
             images = with_outcome(source.images, found, wanted)
             for _ in self._write_table(split, images, int(wanted.sum())):
@@ -174,7 +176,7 @@ class _Run:
     def _write_table(
         self, split: str, images: Iterable[SourceImage], num_images: int
     ) -> Iterator[tuple[Integers, Hashes]]:
-        """Writes the files of one table; yields the ids and hashes of the rows of each."""
+        """Write the files of one table; yield the ids and hashes of the rows of each file."""
         uri = self._target.tables[split]
         storage.make_folder(uri)
         write = partial(
@@ -190,7 +192,7 @@ class _Run:
             self._take(split, part_name(index), written)
             yield written.image_ids, written.hashes
 
-    def _take(self, split: str, name: str, written: Written) -> None:
+    def _take(self, split: str, name: str, written: PartOutcome) -> None:
         if written.num_rows:
             self.files[split][name] = written.num_rows
         self._counts += written.counts
@@ -210,7 +212,7 @@ class _Run:
             self._findings.write_rows(rows)
 
     def _find_duplicates(self, image_ids: Integers, hashes: Hashes) -> Integers:
-        """Lists the images of the same content as one before them; returns their places, ascending."""
+        """List images with the same content as an earlier one; return their indices, ascending."""
         places, firsts = find_duplicates(hashes)
         if len(places):
             wanted = set(image_ids[places].tolist()) | set(image_ids[firsts].tolist())
@@ -228,11 +230,11 @@ class _Run:
     def _refuse_nothing(self, num_accepted: int, num_found: int, reasons: Counter[str]) -> None:
         if not num_accepted:
             shown = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
-            raise UserError(f"none of the {num_found} images can be read ({shown})")
+            raise UserError(f"none of the {num_found} images can be used ({shown})")
 
 
 def _with_progress(images: Iterable[SourceImage], total: int, description: str) -> Iterable[SourceImage]:
-    """Shows a bar on stderr where that is a terminal."""
+    """Show a progress bar on stderr if it is a terminal."""
     if not sys.stderr.isatty():
         return images
     import rich.console

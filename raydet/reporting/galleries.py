@@ -16,11 +16,10 @@ from PIL import Image
 
 from raydet.common.errors import UserError
 from raydet.config import DEFAULT_MAX_PIXELS
-from raydet.images.collection import ImageRow, open_images
+from raydet.images.collection import ImageRow, TableCollection
 from raydet.images.decode import DecodeError, decode
 from raydet.reporting.judging import JudgedImage, judge
 from raydet.reporting.run_tables import RunTables
-from raydet.tables.table import open_table
 
 _MAX_SIDE = 480
 """Longest side of a picture in pixels."""
@@ -232,15 +231,10 @@ def _suspects(run: RunTables, num_images: int) -> _Choice:
 
 def _read_pictures(run: RunTables, image_ids: Sequence[int]) -> dict[int, ImageRow]:
     """The encoded pictures, read from the truth; only the row groups that hold them are loaded."""
-    uri = run.facts.get("truth")
     if not image_ids:
         return {}
-    if not uri:
-        raise UserError("the metrics do not say where the images are; measure again to write the `runs` table")
-    if uri.endswith(".json"):
-        raise UserError(f"{uri} holds labels only; evaluate against an images table to see the pictures")
-    table = open_table(uri, "images")
-    images = open_images(uri, index_uri=None)
+    table = run.truth
+    images = TableCollection.of(table)
     wanted, start, rows = pa.array(image_ids, pa.int64()), 0, {}
     for batch in table.iter_batches(["image_id"], batch_size=2**16):
         places = np.flatnonzero(pc.is_in(batch.column("image_id"), wanted).to_numpy(zero_copy_only=False))

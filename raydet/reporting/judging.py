@@ -10,12 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.boxes import as_boxes
-from raydet.common.errors import UserError
 from raydet.measuring.numbers.matches import Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs
 from raydet.reporting.run_tables import RunTables
 from raydet.tables.columns import DetectionColumns, TruthColumns
-from raydet.tables.table import Table, open_table
+from raydet.tables.table import Table
 
 _IOU = 0.5
 _DEFAULT_THRESHOLD = 0.3
@@ -61,16 +60,7 @@ def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
     Raises:
         UserError: Truth or detections are no longer there, or they are no tables.
     """
-    uris = {name: run.facts.get(name) for name in ("truth", "detections")}
-    for name, uri in uris.items():
-        if not uri:
-            raise UserError(f"the metrics do not say where the {name} are; measure again to write the `runs` table")
-        if uri.endswith(".json"):
-            raise UserError(f"{uri} is a JSON file; evaluate tables to see boxes on pictures")
-    truth_table, found_table = (
-        open_table(str(uris["truth"]), "images"),
-        open_table(str(uris["detections"]), "detections"),
-    )
+    truth_table, found_table = run.truth, run.detections
     labelled = _rows(truth_table, image_ids, "objects")
     found = _rows(found_table, image_ids, "detections")
     names = [category.name for category in truth_table.categories]

@@ -52,7 +52,7 @@ def report(config: ReportConfig) -> Report:
     """
     out = storage.absolute_uri(config.out or storage.join(config.metrics, _FILE))
     if not out.endswith((".html", ".htm")):
-        raise UserError(f"out must be an HTML file, such as {storage.join(out, _FILE)}, got {out}")
+        raise UserError(f"--out must be an HTML file, such as {storage.join(out, _FILE)}, got {out}")
     run = read_run(config.metrics, config.run)
     history = [] if config.train_run is None else _history(config.train_run)
     galleries = build_galleries(run, config.num_images)
@@ -64,5 +64,5 @@ def report(config: ReportConfig) -> Report:
 def _history(train_run: str) -> list[EpochRecord]:
     history = read_history(storage.absolute_uri(train_run))
     if not history:
-        raise UserError(f"{train_run} has no log/history.json; train_run must be a folder that `raydet train` wrote")
+        raise UserError(f"{train_run} has no log/history.json; --train-run must be a folder that `raydet train` wrote")
     return history

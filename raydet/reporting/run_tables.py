@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from raydet.common.errors import UserError
 from raydet.measuring import metrics_folder
 from raydet.tables import storage
 from raydet.tables.schema import TableKind
-from raydet.tables.table import is_table
+from raydet.tables.table import Table, is_table, open_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,28 @@ class RunTables:
     model: str | None
     split: str | None
     tables: dict[TableKind, pa.Table]
+
+    @cached_property
+    def truth(self) -> Table:
+        """The images table that the run was measured against.
+
+        Raises:
+            UserError: It is no longer there, or the run does not name one.
+        """
+        return self._open("truth", "images")
+
+    @cached_property
+    def detections(self) -> Table:
+        """The detections table that was measured; raises as `truth` does."""
+        return self._open("detections", "detections")
+
+    def _open(self, name: str, kind: TableKind) -> Table:
+        uri = self.facts.get(name)
+        if not uri:
+            raise UserError(f"the metrics do not say where the {name} is; measure again to write the `runs` table")
+        if uri.endswith(".json"):
+            raise UserError(f"{uri} is a JSON file; evaluate tables to see pictures and their boxes")
+        return open_table(uri, kind)
 
     def value(self, metric: str, category: str | None = None, slice_name: str | None = None) -> Value:
         """One metric of a class and slice."""

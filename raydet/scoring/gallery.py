@@ -21,14 +21,14 @@ from PIL import Image
 from raydet.common.boxes import Boxes, as_boxes
 from raydet.config import DEFAULT_MAX_PIXELS, DrawIf
 from raydet.images.decode import DecodeError, decode
-from raydet.images.drawing import Picture, class_colours, draw_boxes
+from raydet.images.drawing import Picture, at_readable_size, class_colours, draw_boxes
 from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.table import Table
 from raydet.training.ordering import hashes_of
 
 if TYPE_CHECKING:
-    from raydet.images.collection import Images
+    from raydet.images.collection import Collection
 
 DRAWN_FOLDER = "_drawn"
 INDEX_FILE = "index.csv"
@@ -84,11 +84,11 @@ class GalleryReport:
     failures: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """What was drawn, for the terminal."""
-        return [*self.failures, f"{self.num_drawn:,} pictures with their boxes: {self.folder}"]
+        """A summary, for the terminal."""
+        return [*self.failures, f"{self.num_drawn:,} images drawn with their boxes: {self.folder}"]
 
 
-class Gallery:
+class GalleryPainter:
     """Chooses images of a finished detections table and draws them.
 
     Images that could not be read are never chosen. What `draw_if` asks for:
@@ -194,7 +194,7 @@ class Gallery:
             best_score=float(scores.max()) if scores.size else None,
         )
 
-    def draw(self, images: "Images", chosen: Sequence[Chosen]) -> GalleryReport:
+    def draw(self, images: "Collection", chosen: Sequence[Chosen]) -> GalleryReport:
         """Draws OUT/_drawn/RANK-IMAGE_ID.jpg, each of them whole or not at all, and then OUT/_drawn/index.csv.
 
         Pictures of an earlier drawing are removed. What can no longer be read is left out and reported.
@@ -224,7 +224,7 @@ class Gallery:
         storage.write_bytes(storage.join(self.folder, INDEX_FILE), text.getvalue().encode())
         return GalleryReport(self.folder, len(entries), tuple(failures))
 
-    def _decoded(self, images: "Images", item: Chosen) -> Picture:
+    def _decoded(self, images: "Collection", item: Chosen) -> Picture:
         row = next(iter(images.read(item.position, item.position + 1)), None)
         if row is None or row.image_id != item.image_id:
             raise DecodeError("the images are others than those that were scored")
@@ -236,7 +236,7 @@ class Gallery:
         """The picture at a size that suits a screen, with its boxes."""
         # Boxes refer to the size in the table, which is that of the picture unless it has changed since.
         height, width = item.size_hw if all(item.size_hw) else picture.shape[:2]
-        resized = _readable(picture)
+        resized = at_readable_size(picture, min_side=_MIN_SIDE, max_side=_MAX_SIDE)
         scale = np.array([resized.shape[1] / width, resized.shape[0] / height] * 2)
         labels = [self._names[category] for category in item.categories]
         colours = class_colours(self._names)
@@ -247,18 +247,6 @@ def _smallest(keys: _Floats, hashes: npt.NDArray[np.uint64], count: int) -> _Int
     """The rows with the smallest finite keys, of equal ones those with the smallest hashes; at most `count`."""
     order = np.lexsort((hashes, keys))
     return order[: min(count, int(np.isfinite(keys).sum()))]
-
-
-def _readable(picture: Picture) -> Picture:
-    """The picture with a longest side that is neither too small for labels nor too large for a screen."""
-    height, width = picture.shape[:2]
-    scale = float(np.clip(max(height, width), _MIN_SIDE, _MAX_SIDE)) / max(height, width)
-    if scale == 1:
-        return picture
-    # Enlarged pixels stay pixels: blur would look like something the model sees.
-    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
-    size_wh = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.array(Image.fromarray(picture).resize(size_wh, method))
 
 
 def _jpeg(picture: Picture) -> bytes:

@@ -18,11 +18,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import ray
-from ray.data.exceptions import ExecutionTimeoutError, SystemException
 
-from raydet.cluster import session
-from raydet.cluster.job_record import job_record
-from raydet.cluster.job_report import JOB_FILE, JobStats
+from raydet.cluster import session, shares
+from raydet.cluster.caller import LOG_FILE
+from raydet.cluster.job_record import JOB_FILE, JobRecord
+from raydet.cluster.job_report import JobReport, JobStats
+from raydet.cluster.ray_internals import ExecutionTimeoutError, RpcError, SystemException
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
 from raydet.common.errors import RunError, UserError
@@ -30,13 +31,13 @@ from raydet.common.redaction import without_secrets
 from raydet.config import PredictConfig, config_hash, identity
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.selection import check_classes
-from raydet.images.collection import Images, open_images
+from raydet.images.collection import Collection, open_collection
 from raydet.images.listing import is_pattern
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.models.geometry import ResizeRule
-from raydet.scoring.gallery import Gallery, GalleryReport
-from raydet.scoring.stream import COUNTS_KEY, LOG_FOLDER, Plan, Work, score, threads_of
+from raydet.scoring.gallery import GalleryPainter, GalleryReport
+from raydet.scoring.stream import COUNTS_KEY, LOG_FOLDER, ScoringPlan, Work, score, threads_of
 from raydet.tables import storage
 from raydet.tables.run_folder import Hold, check_folder, done_chunks, hold, open_run, part_name, stored_plan
 from raydet.tables.schema import Category, build_schema
@@ -58,13 +59,13 @@ _LOSSES = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.RayActorError,
     ray.exceptions.RaySystemError,
-    ray.exceptions.RpcError,
+    RpcError,
     ray.exceptions.WorkerCrashedError,
 )
 """Of the cluster or of a connection: the rest of the work can go on, unlike with a defect, which would come again."""
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NO_MEMORY = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
-_WHOLE = "what was written is whole, the same command goes on from there"
+_WHOLE = "run the same command again to resume"
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class PredictResult:
     report: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """What came of the run, for the terminal."""
+        """A summary of the run, for the terminal."""
         first = ["nothing to do: this run is finished"] if self.already_done else []
-        errors = f", {self.num_errors:,} of them could not be read" if self.num_errors else ""
+        errors = f" ({self.num_errors:,} unreadable)" if self.num_errors else ""
         return [
             *self.report,
             *first,
@@ -100,7 +101,7 @@ class PredictResult:
 
 
 @dataclass(frozen=True)
-class _Model:
+class _ModelFacts:
     """What is known of a model before it is loaded."""
 
     name: str
@@ -138,7 +139,7 @@ def _predict(config: PredictConfig, console: Console) -> PredictResult:
         index_uri = storage.join(config.out, INDEX_FILE)
         if stored_plan(config.out) is None:  # left by a run that ended before it began: files may have come since
             storage.delete_file(index_uri)
-        images = open_images(config.data, index_uri=index_uri)
+        images = open_collection(config.data, index_uri=index_uri)
         run_identity = {
             **identity(config),
             "checkpoint_fingerprint": model.fingerprint,
@@ -152,7 +153,7 @@ def _predict(config: PredictConfig, console: Console) -> PredictResult:
         return _run(config, model, images, run_identity, console, held)
 
 
-def _check_model(config: PredictConfig) -> _Model:
+def _check_model(config: PredictConfig) -> _ModelFacts:
     if config.model is not None:
         from raydet.engines.zero_shot import check_labels, check_zero_shot
 
@@ -162,7 +163,7 @@ def _check_model(config: PredictConfig) -> _Model:
             raise no_fp16_on_cpu(config.engine)
         name = storage.absolute_uri(config.model) if storage.exists(config.model) else config.model
         categories = tuple(Category(id=index, name=label) for index, label in enumerate(labels))
-        model = _Model(name, categories, fingerprint(config.model), pads=False)
+        model = _ModelFacts(name, categories, fingerprint(config.model), pads=False)
     else:
         assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
         checkpoint = read_checkpoint(config.checkpoint)
@@ -170,32 +171,39 @@ def _check_model(config: PredictConfig) -> _Model:
         check_engine(config, checkpoint.model_type)
         if not checkpoint.categories:
             raise UserError(f"the model {checkpoint.name} names no classes (no id2label in its config.json)")
-        model = _Model(
+        model = _ModelFacts(
             checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint), pads=family.side_multiple == 1
         )
     if config.reduced_decode and (config.tile or config.model):
         reason = "tiles are cut out of the full picture" if config.tile else "it is for trained detectors"
-        raise UserError(f"reduced_decode does not go with {'tile' if config.tile else 'a zero-shot model'}: {reason}")
+        raise UserError(
+            f"--reduced-decode cannot be combined with {'--tile' if config.tile else 'a zero-shot model'}: {reason}"
+        )
     check_classes(config.classes, model.categories)
     return model
 
 
 def _run(
-    config: PredictConfig, model: _Model, images: Images, run_identity: dict[str, Any], console: Console, held: Hold
+    config: PredictConfig,
+    model: _ModelFacts,
+    images: Collection,
+    run_identity: dict[str, Any],
+    console: Console,
+    held: Hold,
 ) -> PredictResult:
     started = time.perf_counter()
     stats = JobStats()
     with session.session(storage.join(config.out, LOG_FOLDER)):
         resources = _share_out(config)
-        log = storage.join(config.out, LOG_FOLDER, session.LOG_FILE)
-        console.line(f"{resources.describe(config.num_workers, config.num_workers)}; Ray's log: {log}")
+        log = storage.join(config.out, LOG_FOLDER, LOG_FILE)
+        console.line(f"{resources.describe(config.num_workers, config.num_workers)}. Ray log: {log}")
         if resources.remark:
             console.line(resources.remark)
         if resources.use_gpu is False and config.precision == "fp16":
             raise no_fp16_on_cpu(config.engine)
         _check_nodes(config)
         work = _work(config, model, images, run_identity, resources)
-        reason, job = None, job_record()
+        reason, job = None, JobRecord.of_this_job()
         try:
             with console.status("starting workers") as update:
                 _score_all(work, resources, stats, update, console, held)
@@ -207,12 +215,12 @@ def _run(
             report = _write_report(config, stats, wall_s=wall_s, job=job, error=reason)
     _finish(config, work.plan)
     drawn = _draw(config, model, images)
-    return dataclasses.replace(_result(config.out), report=(*JobStats.lines(report), *drawn))
+    return dataclasses.replace(_result(config.out), report=(*report.lines(), *drawn))
 
 
 def _write_report(
-    config: PredictConfig, stats: JobStats, *, wall_s: float, job: dict[str, Any], error: str | None
-) -> dict[str, Any]:
+    config: PredictConfig, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None
+) -> JobReport:
     """Writes OUT/job.json, also of a run that has failed; a full disk has a line of its own then."""
     uri = storage.join(config.out, JOB_FILE)
     earlier = None
@@ -220,7 +228,6 @@ def _write_report(
         earlier = json.loads(storage.read_bytes(uri))
     report = stats.finish(
         wall_s=wall_s,
-        num_nodes=job["num_nodes"],
         num_model_workers=config.num_workers,
         price_per_node_hour=config.price_per_node_hour,
         config_hash=config_hash(config),
@@ -229,7 +236,7 @@ def _write_report(
         earlier=earlier,
     )
     with contextlib.suppress(OSError):
-        storage.write_bytes(uri, json.dumps(without_secrets(report), indent=1).encode())
+        storage.write_bytes(uri, json.dumps(without_secrets(report.to_dict()), indent=1).encode())
     return report
 
 
@@ -246,10 +253,10 @@ def _check_nodes(config: PredictConfig) -> None:
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, LOG_FOLDER)))
 
 
-def _draw(config: PredictConfig, model: _Model, images: Images) -> list[str]:
+def _draw(config: PredictConfig, model: _ModelFacts, images: Collection) -> list[str]:
     if not config.draw:
         return []
-    gallery = Gallery(
+    gallery = GalleryPainter(
         config.out, model.categories, config.draw, config.draw_if, config.draw_threshold, max_pixels=config.max_pixels
     )
     report: GalleryReport = gallery.draw(images, gallery.choose(open_table(config.out, "detections")))
@@ -258,10 +265,10 @@ def _draw(config: PredictConfig, model: _Model, images: Images) -> list[str]:
 
 def _work(
     config: PredictConfig,
-    model: _Model,
-    images: Images,
+    model: _ModelFacts,
+    images: Collection,
     run_identity: dict[str, Any],
-    resources: session.Resources,
+    resources: shares.Resources,
 ) -> Work:
     """What the workers need to know; asks one of them where that takes the model itself."""
     plan = stored_plan(config.out)
@@ -284,14 +291,14 @@ def _work(
         config=config,
         model_fingerprint=model.fingerprint,
         images=images,
-        plan=Plan(**plan),
+        plan=ScoringPlan(**plan),
         schema=build_schema("detections", model.categories, extra_metadata={"checkpoint": without_secrets(model.name)}),
-        sorts_by_shape=model.pads and config.pad_together,
+        sorts_by_shape=model.pads and config.pad_batches,
         reduce_to=reduce_to if config.reduced_decode else None,
     )
 
 
-def _probe(config: PredictConfig, resources: session.Resources) -> tuple[ResizeRule | None, int]:
+def _probe(config: PredictConfig, resources: shares.Resources) -> tuple[ResizeRule | None, int]:
     """On a worker: the model's resize, and the batch size that suits it where that is asked for."""
     from raydet.engines.batch_size import best_batch_size
     from raydet.engines.loading import load_engine
@@ -302,18 +309,20 @@ def _probe(config: PredictConfig, resources: session.Resources) -> tuple[ResizeR
     return engine.resize_rule, batch_size
 
 
-def _plan(config: PredictConfig, num_rows: int, batch_size: int) -> Plan:
+def _plan(config: PredictConfig, num_rows: int, batch_size: int) -> ScoringPlan:
     images_per_part = max(1, batch_size // 2) if config.flip else batch_size
     if config.tile:
         images_per_part = _IMAGES_PER_TILED_PART
     # Some files for each worker, so that none is idle while the last ones are made, and not many small ones.
     rows_per_file = config.rows_per_file or min(MOST_ROWS_PER_FILE, math.ceil(num_rows / (4 * config.num_workers)))
     rows_per_file = math.ceil(rows_per_file / images_per_part) * images_per_part
-    return Plan(num_rows=num_rows, rows_per_file=rows_per_file, images_per_part=images_per_part, batch_size=batch_size)
+    return ScoringPlan(
+        num_rows=num_rows, rows_per_file=rows_per_file, images_per_part=images_per_part, batch_size=batch_size
+    )
 
 
-def _share_out(config: PredictConfig) -> session.Resources:
-    return session.share_out(
+def _share_out(config: PredictConfig) -> shares.Resources:
+    return shares.share_out(
         min_workers=config.num_workers,
         max_workers=config.num_workers,
         # The other engines run on CPUs: a GPU would be held and left idle.
@@ -324,7 +333,7 @@ def _share_out(config: PredictConfig) -> session.Resources:
 
 def _score_all(
     work: Work,
-    resources: session.Resources,
+    resources: shares.Resources,
     stats: JobStats,
     update: Callable[[str], None],
     console: Console,
@@ -357,8 +366,8 @@ def _score_all(
         if failures > work.config.max_failures:
             raise RunError(f"the cluster has failed too often: {reason}; {_WHOLE}")
         # A cluster that grows by itself may have room again later; one that does not must do with what it has.
-        num_workers = min(work.config.num_workers, session.workers_that_fit(resources)) or work.config.num_workers
-        console.line(f"the cluster has lost a part of itself ({reason}); going on with {num_workers} workers")
+        num_workers = min(work.config.num_workers, shares.workers_that_fit(resources)) or work.config.num_workers
+        console.line(f"the cluster lost workers or nodes ({reason}); continuing with {num_workers} workers")
 
 
 def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_size: int | None = None) -> None:
@@ -405,7 +414,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _finish(config: PredictConfig, plan: Plan) -> None:
+def _finish(config: PredictConfig, plan: ScoringPlan) -> None:
     """Counts what was written against what was asked for and declares the table whole."""
     filesystem, path = storage.resolve(config.out)
     rows_by_file: dict[str, int] = {}

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -26,24 +25,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, ExecutionOptions, TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from raydet.augmentation.view import decoded
 from raydet.cluster import job_metrics
-from raydet.cluster.job_report import FileStats, ProcessStats
-from raydet.cluster.session import Resources, workers_that_fit
-from raydet.cluster.stopwatch import Stopwatch
+from raydet.cluster.ray_data import TaskSource, one_row_blocks
+from raydet.cluster.ray_internals import ExecutionCallback, alive_nodes, call_retries, task_retries
+from raydet.cluster.shares import Resources, workers_that_fit
+from raydet.cluster.stopwatch import FileStats, ProcessStats, Stopwatch
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.errors import UserError
+from raydet.common.threads import available_cpus
 from raydet.config import PredictConfig
-from raydet.images.collection import ImageRow, Images
-from raydet.images.decode import DecodeError, decode, upright_size_hw
+from raydet.images.collection import Collection, ImageRow
+from raydet.images.decode import DecodeError, upright_size_hw
 from raydet.images.listing import is_pattern
 from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
 from raydet.tables import storage
 from raydet.tables.run_folder import RUN_FILE, part_name
-from raydet.training.stream import TaskSource, use_one_row_blocks
 
 if TYPE_CHECKING:
     from raydet.models.detector import Detections
@@ -76,7 +76,7 @@ _DECODED_TYPE = pa.struct(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ScoringPlan:
     """How the images are cut into chunks and parts; a run that is gone on with keeps the plan of its beginning.
 
     Attributes:
@@ -123,8 +123,8 @@ class Work:
 
     config: PredictConfig
     model_fingerprint: str
-    images: Images
-    plan: Plan
+    images: Collection
+    plan: ScoringPlan
     schema: pa.Schema
     sorts_by_shape: bool
     reduce_to: ResizeRule | None
@@ -147,16 +147,21 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
         NodeLostError: The cluster has become too small for so many workers.
         ray.exceptions.RayError: A task has failed, or something that Ray could not make up for.
     """
-    use_one_row_blocks(ExecutionOptions(preserve_order=True), watch=_watch_nodes(resources, num_workers))
+    for row in _pipeline(work, chunks, resources, num_workers).iter_rows():
+        yield FileStats.from_dict(json.loads(row["stats"]))
+
+
+def _pipeline(work: Work, chunks: Sequence[int], resources: Resources, num_workers: int) -> ray.data.Dataset:
     work_ref = ray.put(work)
     per_task = math.ceil(len(chunks) / MOST_READ_TASKS)
     tasks = [partial(_read, work_ref, chunks[at : at + per_task]) for at in range(0, len(chunks), per_task)]
-    dataset = ray.data.read_datasource(
-        TaskSource("Images", tasks),
-        num_cpus=0.01,
-        compute=TaskPoolStrategy(size=min(len(tasks), max(2, num_workers))),
-        override_num_blocks=len(tasks),
-    )
+    with one_row_blocks(watch=_watch_nodes(resources, num_workers)):
+        dataset: ray.data.Dataset = ray.data.read_datasource(
+            TaskSource("Collection", tasks),
+            num_cpus=0.01,
+            compute=TaskPoolStrategy(size=min(len(tasks), max(2, num_workers))),
+            override_num_blocks=len(tasks),
+        )
     dataset = dataset.map_batches(
         partial(_decode, max_pixels=work.config.max_pixels, reduce_to=work.reduce_to),
         # Ray Data looks after its tasks some seven times a second: small ones would wait for it more than they work.
@@ -165,20 +170,20 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
         zero_copy_batch=True,
         # Stages that ask for the same are run in one process by Ray Data: the model's would then decode as well.
         num_cpus=resources.cpus_per_task + (0.01 if resources.cpus_per_task == resources.cpus_per_worker else 0.0),
-        ray_remote_args_fn=_few_task_retries,
+        **task_retries(_RETRIES),
     )
     dataset = dataset.map_batches(
-        _Model,
+        _ScoringActor,
         fn_constructor_args=(work_ref, resources),
         # Two calls at once in an actor: while the model runs on one batch the next is resized and laid out.
         compute=ActorPoolStrategy(size=num_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
         num_cpus=resources.cpus_per_worker,
         num_gpus=1 if resources.use_gpu else 0,
-        ray_remote_args_fn=_few_call_retries,
         # Blocks as they come, each of one row; where GPUs are asked for, Ray Data wants that as a number.
         batch_size=1 if resources.use_gpu else None,
         batch_format="pyarrow",
         zero_copy_batch=True,
+        **call_retries(_RETRIES),
     )
     dataset = dataset.map_batches(
         partial(_write, out=work.config.out, schema=work.schema),
@@ -187,19 +192,9 @@ def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_worker
         # Ray Data gives CPUs to the stages in their order: one that asks for any might wait until all is read.
         num_cpus=0,
         compute=TaskPoolStrategy(size=max(2, num_workers)),
-        ray_remote_args_fn=_few_task_retries,
+        **task_retries(_RETRIES),
     )
-    for row in dataset.iter_rows():
-        yield FileStats.from_dict(json.loads(row["stats"]))
-
-
-def _few_task_retries() -> dict[str, int]:
-    """By default Ray Data tries again for ever, also what an image makes crash."""
-    return {"max_retries": _RETRIES}
-
-
-def _few_call_retries() -> dict[str, int]:
-    return {"max_task_retries": _RETRIES}
+    return dataset
 
 
 def missing_here(work: Work) -> str | None:
@@ -220,7 +215,7 @@ def _watch_nodes(resources: Resources, num_workers: int) -> type[ExecutionCallba
             if time.monotonic() < self._next_look_s:
                 return
             self._next_look_s = time.monotonic() + _LOOK_AT_NODES_EVERY_S
-            num_nodes = sum(node["Alive"] for node in ray.nodes())
+            num_nodes = len(alive_nodes())
             if num_nodes < self._num_nodes and workers_that_fit(resources) < num_workers:
                 raise NodeLostError(f"{self._num_nodes - num_nodes} of {self._num_nodes} nodes lost")
             self._num_nodes = max(num_nodes, self._num_nodes)
@@ -323,7 +318,8 @@ def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: 
         if record["error"] is None:
             try:
                 with watch.measuring("decode"):
-                    picture, (height, width) = _picture(row["data"].as_py(), max_pixels, reduce_to)
+                    data = row["data"].as_py()
+                    picture, (height, width) = decoded(data, max_pixels=max_pixels, reduce_to=reduce_to)
             except DecodeError as error:
                 record["error"] = str(error)
             else:
@@ -334,17 +330,6 @@ def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: 
     with watch.measuring("decode"):
         rows = _with_pixels(records, pictures)
     return _next_block(block, rows, watch.lap())
-
-
-def _picture(
-    data: bytes, max_pixels: int, reduce_to: ResizeRule | None
-) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-    """The pixels, and the size in pixels of the picture, which the pixels of a reduced JPEG are fewer than."""
-    if reduce_to is None:
-        picture = decode(data, max_pixels=max_pixels)
-        return picture, (picture.shape[0], picture.shape[1])
-    size_hw = upright_size_hw(data)
-    return decode(data, max_pixels=max_pixels, at_least_hw=reduce_to.target_size_hw(size_hw)), size_hw
 
 
 def _with_pixels(records: list[dict[str, Any]], pictures: list[npt.NDArray[np.uint8]]) -> pa.StructArray:
@@ -361,7 +346,7 @@ def _with_pixels(records: list[dict[str, Any]], pictures: list[npt.NDArray[np.ui
     return pa.StructArray.from_arrays(columns, fields=list(_DECODED_TYPE))
 
 
-class _Model:
+class _ScoringActor:
     """A copy of the model, loaded once, that turns decoded parts into detections."""
 
     def __init__(self, work_ref: "ray.ObjectRef[Work]", resources: Resources) -> None:
@@ -416,7 +401,7 @@ def threads_of(config: PredictConfig, resources: Resources) -> int:
 
     As many as fit beside those of the other workers that a machine of this size has room for.
     """
-    num_cpus = os.cpu_count() or 1
+    num_cpus = available_cpus()
     num_here = max(1, min(config.num_workers, int(num_cpus / resources.cpus_per_worker)))
     return config.threads_per_worker or max(1, num_cpus // num_here)
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.tables import storage
 from raydet.tables.schema import SCHEMA_VERSION, Category, TableKind, categories_of, parse_metadata
 
@@ -122,7 +122,7 @@ def refusing_damage(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{uri} is damaged: {reason}; run the command that writes it again") from None
 
 
@@ -145,6 +145,7 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     if not storage.exists(uri):
         raise UserError(f"no such table: {uri}")
     if not is_table(uri):
+        _refuse_folder_of_tables(uri)
         raise UserError(
             f"{uri} is not a whole raydet table (no {MANIFEST_NAME}): the command that writes it did not finish, "
             "or it was never a table; run that command again"
@@ -164,10 +165,20 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     except FileNotFoundError:
         raise UserError(f"{uri} lacks the file {files[0]} that its manifest names") from None
     except (pa.ArrowInvalid, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{uri} is damaged: {files[0]} is no whole Parquet file ({reason})") from None
     content = parse_metadata(schema, kind=kind, where=uri)
     return Table(uri, content["kind"], schema, categories_of(content), manifest, files)
+
+
+def _refuse_folder_of_tables(uri: str) -> None:
+    """Refuse a folder that holds the tables of the splits, as `prepare --val-fraction` writes them."""
+    tables = [split for split in SPLITS if is_table(storage.join(uri, split))]
+    if tables:
+        raise UserError(
+            f"{uri} is not a table but holds the table{'s' * (len(tables) > 1)} {' and '.join(tables)}; name one, such "
+            f"as {storage.join(uri, tables[0])}"
+        )
 
 
 def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: str, **extra: Any) -> None:

@@ -108,7 +108,7 @@ def _unpack(scalar: pa.StructScalar) -> Example:
         image=np.frombuffer(scalar["pixels"].as_buffer(), np.uint8).reshape(height, width, 3),
         original_size_hw=(scalar["original_height"].as_py(), scalar["original_width"].as_py()),
         boxes=np.asarray(scalar["boxes"].as_py(), np.float32).reshape(-1, 4),
-        labels=np.asarray(scalar["labels"].as_py(), np.int64),
+        categories=np.asarray(scalar["categories"].as_py(), np.int64),
     )
 
 

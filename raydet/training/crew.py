@@ -23,7 +23,7 @@ class Crew:
         """Joins the workers of this Ray Train run.
 
         Args:
-            board: Of the command, see `raydet.cluster.session.Board`.
+            board: Of the command, see `raydet.cluster.board.Board`.
         """
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()

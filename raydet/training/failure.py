@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray.train import ControllerError, TrainingFailedError, UserCallback
+from ray.train import ControllerError, TrainingFailedError
 
+from raydet.cluster.ray_internals import UserCallback
 from raydet.common.errors import RunError, UserError
 from raydet.common.redaction import without_secrets
 from raydet.config import TrainConfig
@@ -104,8 +105,8 @@ def out_of_memory(
     return _failed(
         f"out of memory in step {position.step + 1} of epoch {position.epoch + 1}: a worker had {num_images} images at "
         f"once of up to {size_hw[0]} × {size_hw[1]} pixels (--batch-size {config.batch_size} over all workers, "
-        f"--accumulate {config.accumulate}); raise --accumulate, switch on --gradient-checkpointing, or lower "
-        "--image-size or --batch-size"
+        f"--gradient-accumulation-steps {config.gradient_accumulation_steps}); raise --gradient-accumulation-steps, "
+        "switch on --gradient-checkpointing, or lower --image-size or --batch-size"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from raydet.cluster import session
+from raydet.cluster import shares
 from raydet.common.errors import RunError
 from raydet.common.signals import StopRequest
 from raydet.config import TrainConfig
@@ -26,12 +26,12 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 def free_workers(out: str) -> None:
     """Gives back to the cluster what the workers of a run hold whose own process has ended, however that came about."""
     note_uri = storage.join(out, *_GROUP_FILE)
-    session.free_noted_group(note_uri)
+    shares.free_noted_group(note_uri)
     storage.delete_file(note_uri)
 
 
 def run_workers(
-    config: TrainConfig, tables: dict[str, Table], resources: session.Resources, board: Any, stop: StopRequest
+    config: TrainConfig, tables: dict[str, Table], resources: shares.Resources, board: Any, stop: StopRequest
 ) -> WorkerFailure | None:
     """Runs the workers to their end; returns the failure with which one of them ended the run.
 
@@ -39,7 +39,7 @@ def run_workers(
         config: Of the run, with absolute URIs.
         tables: `train` and `validate`.
         resources: What each worker gets.
-        board: See `raydet.cluster.session.Board`.
+        board: See `raydet.cluster.board.Board`.
         stop: Once noted, the workers save what they have and end.
 
     Raises:
@@ -59,8 +59,7 @@ def run_workers(
         if failure is None:
             reason = str(error).strip().splitlines()[-1]
             raise RunError(
-                f"the workers have died too often: {reason}; what was saved is whole, and the same command resumes "
-                "from it"
+                f"the workers have died too often: {reason}; run the same command again to resume"
             ) from error
         return failure
     return None
@@ -89,7 +88,7 @@ def _fit_beside(trainer: Any, board: Any, stop: StopRequest) -> None:
         raise raised[0]
 
 
-def _trainer(config: TrainConfig, tables: dict[str, Table], resources: session.Resources, board: Any) -> Any:
+def _trainer(config: TrainConfig, tables: dict[str, Table], resources: shares.Resources, board: Any) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -130,7 +129,7 @@ def _run_worker(job: dict[str, Any]) -> None:
 
     out = job["config"]["out"]
     if ray.train.get_context().get_world_rank() == 0:
-        session.note_own_group(storage.join(out, *_GROUP_FILE))
+        shares.note_own_group(storage.join(out, *_GROUP_FILE))
     try:
         run_worker(job)
     except Exception as error:

@@ -5,7 +5,6 @@ together over all ranks. The loop itself is `run_worker`; below it stand its ste
 """
 
 import logging
-import os
 import resource
 import sys
 import tempfile
@@ -22,11 +21,14 @@ from ray.data import ExecutionResources
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
+from raydet.augmentation.view import View
 from raydet.cluster import job_metrics
-from raydet.cluster.session import Resources, cpus_for_tasks
+from raydet.cluster.shares import Resources, cpus_for_tasks
 from raydet.cluster.worker_log import log_from_here
-from raydet.config import DEFAULT_MAX_PIXELS, TrainConfig
-from raydet.models.families import resize_rule_of, resized_processor
+from raydet.common.threads import available_cpus
+from raydet.config import TrainConfig
+from raydet.models.detector import Detector
+from raydet.models.processors import resize_rule_of, resized_processor
 from raydet.models.step import StepResult
 from raydet.tables import storage
 from raydet.tables.table import Table
@@ -37,7 +39,7 @@ from raydet.training.history import EpochRecord, is_best_so_far, is_over, write_
 from raydet.training.meter import epoch_record, merge_states
 from raydet.training.ordering import RunPlan
 from raydet.training.state import TrainingState, load_state, newest_state, save_state
-from raydet.training.stream import Preparation, run_stream
+from raydet.training.stream import run_stream
 from raydet.training.tracking.trackers import RunTracker, scalars_of
 from raydet.training.trainer import Trainer
 from raydet.training.validation import validate
@@ -90,8 +92,8 @@ def _start(job: dict[str, Any]) -> _Run:
     config, tables, crew = TrainConfig(**job["config"]), job["tables"], Crew(job["board"])
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
     local_size = ray.train.get_context().get_local_world_size()
-    torch.set_num_threads(config.threads_per_worker or max(1, (os.cpu_count() or 1) // local_size))
-    plan = _plan(config, tables["train"], tables["validate"])
+    torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // local_size))
+    plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)
     trainer = Trainer(
         config,
         tables["train"].categories,
@@ -116,21 +118,6 @@ def _start(job: dict[str, Any]) -> _Run:
     return _Run(config, plan, tables["train"], tables["validate"], trainer, crew, tracker)
 
 
-def _plan(config: TrainConfig, train_table: Table, val_table: Table) -> RunPlan:
-    return RunPlan(
-        train_groups=tuple((group.num_rows, group.num_bytes) for group in train_table.row_groups()),
-        num_val=val_table.num_rows,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        epochs=config.epochs,
-        seed=config.seed,
-        window_bytes=config.shuffle_window_mb * 2**20,
-        validate_every=config.validate_every,
-        validate_fraction=config.validate_fraction,
-        validate_batch_size=config.validate_batch_size or config.batch_size,
-    )
-
-
 def _open_stream(run: _Run, resources: Resources) -> BatchReader:
     """Rank 0 starts the stream from where the run stands; every rank gets its part of it."""
     crew, reference = run.crew, None
@@ -139,7 +126,7 @@ def _open_stream(run: _Run, resources: Resources) -> BatchReader:
             run.plan,
             train=run.train_table,
             val=run.val_table,
-            preparation=_preparation(run),
+            view=_view(run.config, run.trainer.detector),
             world_size=crew.world_size,
             start_epoch=run.trainer.position.epoch,
             start_step=run.trainer.position.step,
@@ -153,24 +140,18 @@ def _open_stream(run: _Run, resources: Resources) -> BatchReader:
     return BatchReader(ray.get(broadcast_from_rank_zero(reference)[0])[crew.rank], crew.rank)
 
 
-def _preparation(run: _Run) -> Preparation:
-    config, detector = run.config, run.trainer.detector
-    return Preparation(
-        augmentation=config.augmentation,
-        plain_from_epoch=config.epochs - config.close_mosaic,
-        resize_rule=detector.resize_rule,
-        resize_rules=tuple(
-            resize_rule_of(resized_processor(detector.processor, detector.family, size), where=config.model)
-            for size in config.multi_scale or ()
-        ),
-        max_pixels=DEFAULT_MAX_PIXELS,
-        seed=config.seed,
-    )
+def _view(config: TrainConfig, detector: Detector) -> View:
+    """The view of the run; with `multi_scale` each step draws one of several resizes."""
+    rules = [
+        resize_rule_of(resized_processor(detector.processor, detector.family, size), where=config.model)
+        for size in config.multi_scale or ()
+    ]
+    return View.of_training(config, detector.resize_rule, tuple(rules))
 
 
 def _train_epoch(run: _Run, reader: BatchReader) -> bool:
     """Takes the optimizer steps that are left of the epoch; false when the command asked to stop on the way."""
-    trainer, every, num_steps = run.trainer, run.config.checkpoint_every_steps, run.plan.steps_per_epoch
+    trainer, every, num_steps = run.trainer, run.config.save_every_steps, run.plan.steps_per_epoch
     epoch = trainer.position.epoch
     if trainer.begin_epoch():
         run.crew.say(f"the backbone learns from epoch {epoch + 1} on")
@@ -190,7 +171,7 @@ def _take_step(run: _Run, reader: BatchReader) -> bool:
     trainer, meter = run.trainer, run.trainer.meter
     epoch, step = trainer.position.epoch, trainer.position.step
     is_first, asked = not reader.has_begun, time.perf_counter()
-    batches = [reader.take("train", epoch, step, part) for part in range(run.config.accumulate)]
+    batches = [reader.take("train", epoch, step, part) for part in range(run.config.gradient_accumulation_steps)]
     started = time.perf_counter()
     if is_first:
         meter.start_s += started - asked
@@ -331,7 +312,7 @@ def _save_state(run: _Run) -> None:
     locals_of_ranks = run.crew.gather({"meter": own["meter"], "buffers": own["buffers"]})
     if locals_of_ranks is not None:
         state = TrainingState.of_ranks(own, locals_of_ranks)
-        _writing(run, lambda: save_state(run.config.out, state, keep=run.config.keep))
+        _writing(run, lambda: save_state(run.config.out, state, keep=run.config.keep_states))
         _writing(run, lambda: write_history(run.config.out, run.trainer.history))
 
 

@@ -11,10 +11,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from raydet.config import TrainConfig
+    from raydet.tables.table import Table
 
 Rows = npt.NDArray[np.int64]
 Kind = Literal["train", "validate"]
@@ -24,8 +28,8 @@ MOSAIC_P = 0.5
 MIXUP_P = 0.15
 """Share of the images that another is blended into, where the augmentation mixes images."""
 
-# The last word of a seed, which keeps draws for one use apart from those of another with the same numbers.
-_PARTNER_STREAM, _SCALE_STREAM = 1, 2
+# The last word of a seed keeps draws for one use apart from those of another with the same numbers; `view` has 2.
+_PARTNER_STREAM = 1
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,28 @@ class RunPlan:
     validate_batch_size: int
     validate_fraction: float = 1.0
 
+    @classmethod
+    def of_training(cls, config: "TrainConfig", train: "Table", *, num_val: int) -> "RunPlan":
+        """Plans a training with this config.
+
+        Args:
+            config: The training.
+            train: Training table; the footers of its files are read.
+            num_val: Rows of the validation table.
+        """
+        return cls(
+            train_groups=tuple((group.num_rows, group.num_bytes) for group in train.row_groups()),
+            num_val=num_val,
+            batch_size=config.batch_size,
+            accumulate=config.gradient_accumulation_steps,
+            epochs=config.epochs,
+            seed=config.seed,
+            window_bytes=config.shuffle_window_mb * 2**20,
+            validate_every=config.validate_every,
+            validate_fraction=config.validate_fraction,
+            validate_batch_size=config.validate_batch_size or config.batch_size,
+        )
+
     @property
     def num_train(self) -> int:
         """Rows of the training table."""
@@ -126,6 +152,13 @@ class RunPlan:
         """The rows of an optimizer step, over all workers."""
         order, _ = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
         return order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def steps_of_rows(self, epoch: int) -> Rows:
+        """The optimizer step that each row of the training table is in, int64 [num_train]; inverse of `step_rows`."""
+        order, _ = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
+        steps = np.empty(len(order), np.int64)
+        steps[order] = np.arange(len(order)) // self.batch_size
+        return steps
 
     def partner_rows(self, epoch: int, step: int, row: int) -> PartnerRows:
         """What an image is mixed with; it depends on nothing but the plan, so not on workers or restarts.
@@ -206,11 +239,6 @@ def _epoch_order(
     return np.concatenate(parts), tuple(starts)
 
 
-def augmentation_seed(seed: int, epoch: int, image_id: int) -> int:
-    """The seed of an image's augmentation: it depends on nothing else, so not on workers or order."""
-    return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1)[0])
-
-
 def hashes_of(image_ids: npt.NDArray[np.generic], seed: int) -> npt.NDArray[np.uint64]:
     """Numbers that are as good as random, always the same for an image and seed; whole numbers in, [N] → [N].
 
@@ -221,12 +249,3 @@ def hashes_of(image_ids: npt.NDArray[np.generic], seed: int) -> npt.NDArray[np.u
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))
-
-
-def scale_choice(seed: int, epoch: int, step: int, num_scales: int) -> int:
-    """Which of several image sizes an optimizer step uses, the same on all ranks.
-
-    Returns:
-        A number from 0 to `num_scales` - 1.
-    """
-    return int(np.random.default_rng([seed, epoch, step, _SCALE_STREAM]).integers(num_scales))

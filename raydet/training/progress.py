@@ -11,7 +11,7 @@ from raydet.training.history import EpochRecord, ValidationRecord
 _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MOST_CLASSES_IN_A_LINE = 8
 _DATA_BOUND = 0.15
-"""Share of a step's time; with more of it spent waiting for images, more decoding would make the run faster."""
+"""Share of a step's time spent waiting for images above which faster decoding would speed up the run."""
 
 Entry = EpochRecord | str
 """An epoch that has ended, or a line from the workers."""
@@ -21,12 +21,12 @@ Entry = EpochRecord | str
 def following(
     console: Console, read: Callable[[int], tuple[Sequence[Entry], dict[str, Any]]], *, epochs: int
 ) -> Iterator[None]:
-    """Prints each entry that `read` returns, for the time of a `with`.
+    """Print each entry that `read` returns, during a `with` block.
 
     Args:
-        console: Prints.
-        read: Given a number, returns the entries from that number on, and how far the work is.
-        epochs: Of the whole run.
+        console: The console to print on.
+        read: Takes a number; returns the entries from that number on, and the progress.
+        epochs: Epochs of the whole run.
     """
     stop, table = threading.Event(), _Table(console, epochs)
 
@@ -81,20 +81,20 @@ class _Table:
 
 
 def _remarks(record: EpochRecord) -> list[str]:
-    """Sentences about what an epoch showed, if anything."""
+    """Remarks on an epoch: AP by class, unreadable images, a bottleneck."""
     remarks = []
     by_class = (record.validation or ValidationRecord()).ap_by_class
     if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
         numbers = [f"{name} {'–' if value is None else format(value, '.3f')}" for name, value in by_class.items()]
         remarks.append(f"AP by class: {', '.join(numbers)}")
     if record.num_unreadable:
-        remarks.append(f"{record.num_unreadable} training images could not be read and were left out")
+        remarks.append(f"{record.num_unreadable} training images could not be read; raydet skipped them")
     step_s = sum(record.step_s.values())
     data_s = record.step_s.get("data", 0.0)
     share = data_s / max(step_s, 1e-9)
     if share > _DATA_BOUND:
         remarks.append(
-            f"data is the bottleneck: of {step_s:.2f} s a step the model waited {data_s:.2f} s ({share:.0%}) for "
+            f"data is the bottleneck: in each step of {step_s:.2f} s the model waited {data_s:.2f} s ({share:.0%}) for "
             "images; give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), store smaller images, or "
             "choose a lighter augmentation"
         )

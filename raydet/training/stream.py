@@ -7,37 +7,26 @@ epoch waits for a pipeline to start. Every block of it holds one row, a whole mi
 out to the workers in turn and in order, and each worker checks that it got what the plan says.
 """
 
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import DataContext, Datasource, ExecutionOptions, ExecutionResources, ReadTask, TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data.block import BlockMetadata
+from ray.data import ExecutionResources, TaskPoolStrategy
 
-from raydet.common.boxes import xywh_to_normalised_cxcywh
-from raydet.images.decode import DecodeError, decode
-from raydet.images.references import image_bytes
-from raydet.models.geometry import ResizeRule, resize
+from raydet.augmentation.view import View
+from raydet.cluster.ray_data import TaskSource, one_row_blocks
+from raydet.images.decode import DecodeError
+from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.tables.table import RowGroup, Table
-from raydet.training.ordering import MicroBatch, RunPlan, Segment, augmentation_seed, scale_choice
+from raydet.training.ordering import MicroBatch, RunPlan, Segment
 
-if TYPE_CHECKING:
-    from raydet.augmentation.mixing import Sample
-    from raydet.config import AugmentationSpec
-
-SCHEDULING_PAUSE_S = 0.03
-"""Short beside the decoding of a batch, long beside a turn of Ray Data's scheduling loop (2–3 ms)."""
 _TASKS_WITHOUT_CPUS = 3
 """Decoding tasks at once that reserve nothing; one more than readers, with which Ray Data would make them one stage."""
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
@@ -63,7 +52,7 @@ _READY_TYPE = pa.struct(
         ("original_height", pa.int64()),
         ("original_width", pa.int64()),
         ("boxes", pa.list_(pa.float32())),
-        ("labels", pa.list_(pa.int64())),
+        ("categories", pa.list_(pa.int64())),
         ("objects", OBJECTS_TYPE),
     ]
 )
@@ -78,43 +67,12 @@ _ENCODED_SCHEMA = pa.schema([*_KEY_FIELDS, ("images", pa.list_(_ENCODED_TYPE))])
 _READY_SCHEMA = pa.schema([*_KEY_FIELDS, ("resize_rule", pa.string()), ("images", pa.large_list(_READY_TYPE))])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """What happens to an image between the table and the model.
-
-    Attributes:
-        augmentation: A preset's name, or a pipeline of albumentations.
-        plain_from_epoch: From this epoch on, counted from 0, there is no augmentation but flips, and one size.
-        resize_rule: The model's own resize.
-        max_pixels: Larger pictures are unreadable.
-        seed: Of the augmentation and of the choice among `resize_rules`.
-        resize_rules: Each training step before `plain_from_epoch` draws one of these; none means `resize_rule`.
-    """
-
-    augmentation: "AugmentationSpec"
-    plain_from_epoch: int
-    resize_rule: ResizeRule
-    max_pixels: int
-    seed: int
-    resize_rules: tuple[ResizeRule, ...] = ()
-
-    def mixes(self, kind: str, epoch: int) -> bool:
-        """Whether images need their partners."""
-        return kind == "train" and self.augmentation == "strong" and epoch < self.plain_from_epoch
-
-    def rule_of(self, micro_batch: MicroBatch) -> ResizeRule:
-        """How the images of a step are resized, on all ranks alike."""
-        if micro_batch.kind != "train" or micro_batch.epoch >= self.plain_from_epoch or not self.resize_rules:
-            return self.resize_rule
-        return self.resize_rules[scale_choice(self.seed, micro_batch.epoch, micro_batch.step, len(self.resize_rules))]
-
-
 def run_stream(
     plan: RunPlan,
     *,
     train: Table,
     val: Table,
-    preparation: Preparation,
+    view: View,
     world_size: int,
     start_epoch: int,
     start_step: int,
@@ -127,7 +85,7 @@ def run_stream(
         plan: Which rows make which step.
         train: Training table.
         val: Validation table.
-        preparation: What happens to each image.
+        view: What the model sees of each image.
         world_size: Number of workers.
         start_epoch: Where to begin, from 0.
         start_step: The step in that epoch to begin with, from 0.
@@ -137,20 +95,20 @@ def run_stream(
     Returns:
         One iterator for each rank; read it with `raydet.training.batches`.
     """
-    use_one_row_blocks(ExecutionOptions(preserve_order=True, exclude_resources=reserved))
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = ray.put(_Source(plan, tables, groups, world_size, preparation))
-    dataset = ray.data.read_datasource(
-        TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
-        # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
-        num_cpus=min(0.01, cpus_per_task),
-        compute=TaskPoolStrategy(size=min(len(segments), 2)),
-        override_num_blocks=max(1, len(segments)),
-    )
+    source = ray.put(_StreamSource(plan, tables, groups, world_size, view))
+    with one_row_blocks(reserved=reserved):
+        dataset = ray.data.read_datasource(
+            TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
+            # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
+            num_cpus=min(0.01, cpus_per_task),
+            compute=TaskPoolStrategy(size=min(len(segments), 2)),
+            override_num_blocks=max(1, len(segments)),
+        )
     dataset = dataset.map_batches(
-        partial(_prepare_micro_batch, preparation=preparation),
+        partial(_prepare_micro_batch, view=view),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -161,81 +119,31 @@ def run_stream(
     return iterators
 
 
-def use_one_row_blocks(options: ExecutionOptions, *, watch: type[ExecutionCallback] | None = None) -> None:
-    """Sets this process's Ray Data up so that each row, which is a whole batch, becomes a block of its own.
-
-    Args:
-        options: Of the executions to come.
-        watch: Is called at each turn of their scheduling loop; what it raises ends the execution.
-    """
-    context = DataContext.get_current()
-    # A block ends as soon as it is larger than this, in bytes. It is what makes the dealing out exact.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    # Else what a task raises comes wrapped, and loses its cause on the way to the driver.
-    context.raise_original_map_exception = True
-    context.execution_options = options
-    context.custom_execution_callback_classes = [_Pace] if watch is None else [_Pace, watch]
-
-
-class _Pace(ExecutionCallback):
-    """Keeps Ray Data's scheduling loop from spinning.
-
-    While all that is decoded waits for a busy consumer the loop has nothing to wait for itself, and takes more than
-    half of a CPU from those who work. Each turn of it deals with all that happened since the last.
-    """
-
-    def on_execution_step(self, executor: object) -> None:
-        """Rests after each turn of the loop."""
-        time.sleep(SCHEDULING_PAUSE_S)
-
-
 def key_of(table: pa.Table) -> MicroBatch:
     """The micro-batch of a block of the stream, without its rows."""
     return MicroBatch(**{name: table[name][0].as_py() for name, _ in _KEY_FIELDS}, rows=())
 
 
 @dataclass(frozen=True)
-class _Source:
+class _StreamSource:
     """What all reading tasks of a run share; put into the object store once."""
 
     plan: RunPlan
     tables: dict[str, Table]
     groups: dict[str, tuple[RowGroup, ...]]
     world_size: int
-    preparation: Preparation
+    view: View
 
 
-class TaskSource(Datasource):
-    """A source for Ray Data made of tasks, each of which yields blocks."""
-
-    def __init__(self, name: str, tasks: Sequence[Callable[[], Iterator[pa.Table]]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._name, self._tasks = name, tasks
-
-    def get_name(self) -> str:
-        """What Ray's progress and dashboard call it."""
-        return self._name
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: it depends on what is left to do."""
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
-        """The tasks as they are, whatever the parallelism."""
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(task, metadata) for task in self._tasks]
-
-
-def _read_segment(source_ref: "ray.ObjectRef[_Source]", segment: Segment) -> Iterator[pa.Table]:
-    source: _Source = ray.get(source_ref)
+def _read_segment(source_ref: "ray.ObjectRef[_StreamSource]", segment: Segment) -> Iterator[pa.Table]:
+    source: _StreamSource = ray.get(source_ref)
     yield from _encoded(source, segment)
 
 
-def _encoded(source: _Source, segment: Segment) -> Iterator[pa.Table]:
+def _encoded(source: _StreamSource, segment: Segment) -> Iterator[pa.Table]:
     """Reads each row group of a segment when it is first needed and deals its rows into micro-batches."""
-    plan, rows = source.plan, _Rows(source.tables[segment.kind], source.groups[segment.kind])
-    mixes = source.preparation.mixes(segment.kind, segment.epoch)
+    plan, rows = source.plan, _TableRows(source.tables[segment.kind], source.groups[segment.kind])
+    mixes = segment.kind == "train" and source.view.mixes(segment.epoch)
     for micro_batch in plan.micro_batches(segment, source.world_size):
         if segment.kind == "validate":  # in order: what came before is not needed again
             rows.keep_only_latest()
@@ -248,7 +156,7 @@ def _encoded(source: _Source, segment: Segment) -> Iterator[pa.Table]:
         yield _one_row(micro_batch, pa.StructArray.from_arrays(columns, fields=list(_ENCODED_TYPE)), _ENCODED_SCHEMA)
 
 
-class _Rows:
+class _TableRows:
     """The rows of a table by number, each row group read when it is first needed."""
 
     def __init__(self, table: Table, groups: Sequence[RowGroup]) -> None:
@@ -288,84 +196,40 @@ def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema, **mor
     return pa.table({**{name: [value] for name, value in keys.items()}, "images": nested}, schema=schema)
 
 
-def _prepare_micro_batch(block: pa.Table, preparation: Preparation) -> pa.Table:
+def _prepare_micro_batch(block: pa.Table, view: View) -> pa.Table:
     """Decodes, augments and resizes the images of one micro-batch."""
-    _use_one_thread()
     micro_batch = key_of(block)
     images = block["images"].combine_chunks().values
-    ready = [_prepare_image(row.as_py(), micro_batch, preparation) for row in images]
-    rule = json.dumps(preparation.rule_of(micro_batch).to_dict())
-    return _one_row(micro_batch, pa.array(ready, _READY_TYPE), _READY_SCHEMA, resize_rule=rule)
+    rule = view.resize_rule
+    if micro_batch.kind == "train":
+        rule = view.step_resize_rule(micro_batch.epoch, micro_batch.step)
+    ready = [_prepare_image(row.as_py(), micro_batch, view, rule) for row in images]
+    content = json.dumps(rule.to_dict())
+    return _one_row(micro_batch, pa.array(ready, _READY_TYPE), _READY_SCHEMA, resize_rule=content)
 
 
-@lru_cache(maxsize=1)
-def _use_one_thread() -> None:
-    """One image is too little work to share among threads; those would take the cores from the model."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-@lru_cache(maxsize=4)
-def _augmenter(spec_json: str) -> Any:
-    # OpenCV and, for some pipelines, albumentations: only in the workers that augment.
-    from raydet.augmentation.transforms import Augmenter
-
-    return Augmenter(json.loads(spec_json))
-
-
-def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, preparation: Preparation) -> dict[str, Any]:
+def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, view: View, rule: ResizeRule) -> dict[str, Any]:
     validating = micro_batch.kind == "validate"
-    record: dict[str, Any] = {
-        "image_id": row["image_id"],
-        "error": None,
-        "original_height": row["height"],
-        "original_width": row["width"],
-        "boxes": [],
-        "labels": [],
-        "objects": row["objects"] if validating else None,
-    }
+    record: dict[str, Any] = {"image_id": row["image_id"], "objects": row["objects"] if validating else None}
     try:
-        image = decode(image_bytes(row["image"]), max_pixels=preparation.max_pixels)
+        seen = view.plain(row) if validating else view.augmented(row, epoch=micro_batch.epoch, resize_rule=rule)
     except DecodeError as error:
-        return {**record, "error": str(error), "pixels": None, "height": 0, "width": 0}
-    record["original_height"], record["original_width"] = image.shape[:2]
-    if not validating:
-        sample = _augment(image, row, micro_batch, preparation)
-        image = sample.image
-        boxes = xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)
-        # A crowd box covers many objects: no single query can learn it.
-        record["boxes"] = boxes[~sample.iscrowd].reshape(-1)
-        record["labels"] = sample.labels[~sample.iscrowd]
-    rule = preparation.rule_of(micro_batch)
-    resized = resize(image, rule.target_size_hw((image.shape[0], image.shape[1])), rule.resample)
-    return {**record, "pixels": resized.tobytes(), "height": resized.shape[0], "width": resized.shape[1]}
-
-
-def _augment(
-    image: npt.NDArray[np.uint8], row: dict[str, Any], micro_batch: MicroBatch, preparation: Preparation
-) -> "Sample":
-    from raydet.augmentation.mixing import Partners, sample_of
-    from raydet.augmentation.transforms import plain_of
-
-    spec = preparation.augmentation
-    if micro_batch.epoch >= preparation.plain_from_epoch:
-        spec = plain_of(spec)
-    partners = Partners(
-        mosaic=_readable(row.get("mosaic"), preparation.max_pixels),
-        mixup=_readable(row.get("mixup"), preparation.max_pixels),
-    )
-    seed = augmentation_seed(preparation.seed, micro_batch.epoch, row["image_id"])
-    augmented: Sample = _augmenter(json.dumps(spec))(sample_of(image, row["objects"]), seed=seed, partners=partners)
-    return augmented
-
-
-def _readable(rows: list[dict[str, Any]] | None, max_pixels: int) -> "tuple[Sample, ...]":
-    """Partners as samples; without those that cannot be read, which have their own turn to be reported."""
-    from raydet.augmentation.mixing import sample_of
-
-    samples = []
-    for row in rows or ():
-        with contextlib.suppress(DecodeError):
-            samples.append(sample_of(decode(image_bytes(row["image"]), max_pixels=max_pixels), row["objects"]))
-    return tuple(samples)
+        unread: dict[str, Any] = {"pixels": None, "height": 0, "width": 0, "boxes": [], "categories": []}
+        return {
+            **record,
+            **unread,
+            "error": str(error),
+            "original_height": row["height"],
+            "original_width": row["width"],
+        }
+    return {
+        **record,
+        "error": None,
+        "pixels": seen.image.tobytes(),
+        "height": seen.image.shape[0],
+        "width": seen.image.shape[1],
+        "original_height": seen.original_size_hw[0],
+        "original_width": seen.original_size_hw[1],
+        "boxes": seen.boxes_cxcywh.reshape(-1),
+        "categories": seen.categories,
+    }

@@ -11,8 +11,10 @@ from typing import Any
 import ray
 import yaml
 
-from raydet.cluster import session
-from raydet.cluster.job_record import write_job_record
+from raydet.cluster import session, shares
+from raydet.cluster.board import open_board
+from raydet.cluster.caller import LOG_FILE
+from raydet.cluster.job_record import JobRecord
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
 from raydet.common.errors import UserError
@@ -20,7 +22,7 @@ from raydet.common.signals import noting_stop_requests
 from raydet.config import TrainConfig, changed_fields, to_yaml
 from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
 from raydet.models.families import family_of
-from raydet.models.small import SMALL_MODELS, small_model_type
+from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
 from raydet.tables.table import MANIFEST_NAME, Table, open_table
 from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
@@ -54,11 +56,11 @@ class TrainResult:
         return record
 
     def lines(self) -> list[str]:
-        """What came of the run, for the terminal."""
+        """A summary of the run, for the terminal."""
         best = self.best
         values = {name: best.value(name) for name in ("AP", "AP50", "AP75")}
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
-        first = ["nothing to do: this run is finished; more epochs would go on with it"] if self.already_done else []
+        first = ["nothing to do: this run is finished; raise --epochs to continue it"] if self.already_done else []
         return [
             *first,
             f"best: {numbers}, in epoch {best.epoch} of {len(self.history)}",
@@ -103,7 +105,7 @@ def train(
         _check_model(config)
 
     with session.session(storage.join(out, "log")):
-        resources = session.share_out(
+        resources = shares.share_out(
             min_workers=config.min_workers,
             max_workers=config.max_workers,
             use_gpu=config.use_gpu,
@@ -111,15 +113,15 @@ def train(
         )
         _check_nodes(config)
         storage.write_bytes(storage.join(out, "config.yaml"), to_yaml(config).encode())
-        write_job_record(storage.join(out, "log"))
+        JobRecord.of_this_job().write(storage.join(out, "log"))
         console.line(
-            f"{resources.describe(config.min_workers, config.max_workers)}; Ray's log: "
-            f"{storage.join(out, 'log', session.LOG_FILE)}"
+            f"{resources.describe(config.min_workers, config.max_workers)}. Ray log: "
+            f"{storage.join(out, 'log', LOG_FILE)}"
         )
         if resources.remark:
             console.line(resources.remark)
         free_workers(out)
-        board = session.open_board()
+        board = open_board()
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
             failure = run_workers(config, tables, resources, board, stop)
         free_workers(out)
@@ -138,15 +140,23 @@ def train(
     return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model)
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[str, Table]:
     """Finds the mistakes in a new run that can be found before any worker starts; its folder is not looked at.
+
+    Args:
+        config: What to train.
+        tables: Its tables, where an earlier call has opened them.
+
+    Returns:
+        The tables of training and validation.
 
     Raises:
         UserError: Tables, model, schedule, augmentation or trackers are not what they should be.
     """
-    _check_tables(config)
+    tables = _check_tables(config, tables)
     _check_recipe(config)
     _check_model(config)
+    return tables
 
 
 def _reader(
@@ -173,8 +183,12 @@ def _is_finished(config: TrainConfig, history: list[EpochRecord]) -> bool:
     )
 
 
-def _check_tables(config: TrainConfig) -> dict[str, Table]:
-    tables = {"train": open_table(config.train_data, "images"), "validate": open_table(config.val_data, "images")}
+def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -> dict[str, Table]:
+    uris = {"train": config.train_data, "validate": config.val_data}
+    tables = {
+        name: opened[name] if opened and opened[name].uri == storage.absolute_uri(uri) else open_table(uri, "images")
+        for name, uri in uris.items()
+    }
     for option, table in zip(("train-data", "val-data"), tables.values(), strict=True):
         if table.num_rows == 0:
             raise UserError(f"--{option} {table.uri} has no image")
@@ -189,7 +203,7 @@ def _check_tables(config: TrainConfig) -> dict[str, Table]:
     metric = config.metric_for_best_model
     if metric.startswith("AP:") and metric.removeprefix("AP:") not in names["train"]:
         raise UserError(
-            f"metric_for_best_model {metric}: there is no such class; there are {', '.join(names['train'])}"
+            f"--metric-for-best-model {metric}: there is no such class; there are {', '.join(names['train'])}"
         )
     return tables
 
@@ -226,7 +240,7 @@ def _check_run_folder(config: TrainConfig) -> list[EpochRecord]:
 
 def _check_recipe(config: TrainConfig) -> None:
     """What can be told of schedule, augmentation and trackers before any worker starts."""
-    from raydet.models.optim import check_schedule
+    from raydet.models.optim.schedules import check_schedule
     from raydet.training.tracking.trackers import check_trackers
 
     check_schedule(config)
@@ -240,7 +254,7 @@ def _check_recipe(config: TrainConfig) -> None:
 def _check_model(config: TrainConfig) -> None:
     """What can be told of a model without loading torch; the workers find the rest."""
     if config.model in SMALL_MODELS:
-        model_type = small_model_type(config.model)
+        model_type = SMALL_MODELS[config.model].model_type
     else:
         model_type = read_checkpoint(config.model).model_type
     multiple = family_of(model_type, where=config.model).side_multiple

@@ -15,13 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydet.config import TrainConfig
 from raydet.engines.torch_engine import TorchEngine
-from raydet.models.loading import (
-    backbone_parameter_names,
-    build_detector,
-    freeze_backbone,
-    synchronise_batch_norms,
-)
-from raydet.models.optim import MovingAverage, after_validation, build_optimizer, build_schedule
+from raydet.models.backbone import backbone_parameter_names, freeze_backbone
+from raydet.models.batch_norm import synchronise_batch_norms
+from raydet.models.loading import build_detector
+from raydet.models.optim.moving_average import MovingAverage
+from raydet.models.optim.optimizer import build_optimizer
+from raydet.models.optim.schedules import after_validation, build_schedule
 from raydet.models.step import (
     AUTOCAST_DTYPES,
     StepResult,

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
+from raydet.cluster.ray_internals import Searcher, TrialScheduler
 from raydet.tables import storage
 from raydet.tuning.following import Follower
-from raydet.tuning.plan import Plan, Search
+from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.records import State, Trial
 from raydet.tuning.resources import DRIVER_CPUS, Share
 from raydet.tuning.trial_run import EPOCH, ERROR, FAILED, JOB, OUTCOME, SCORE, run_trial
@@ -42,7 +42,7 @@ def run_trials(search: Search, share: Share, follower: Follower) -> bool:
         Whether all were done; false when the time limit came first.
     """
     plan = search.plan
-    clock = _Clock(plan.config.time_limit_s)
+    clock = _TrialClock(plan.config.time_limit_s)
     notes = storage.join(plan.out, "log", "ray")  # of Tune's own, which nothing reads again
     with _environment(_TUNE_SETTINGS):
         tuner = tune.Tuner(
@@ -69,7 +69,7 @@ def run_trials(search: Search, share: Share, follower: Follower) -> bool:
     return not clock.is_over
 
 
-def build_scheduler(plan: Plan, ended: Sequence[Trial]) -> TrialScheduler:
+def build_scheduler(plan: TuningPlan, ended: Sequence[Trial]) -> TrialScheduler:
     """Ray Tune's scheduler, told of the trials of earlier runs of the search."""
     if plan.config.scheduler == "none":
         return FIFOScheduler()
@@ -175,7 +175,7 @@ class _Recorder(_NotKept, tune.Callback):
         self._follower.ended(self._search.end(_number(trial), state, error), self._search.best())
 
 
-class _Clock(_NotKept, tune.Stopper):
+class _TrialClock(_NotKept, tune.Stopper):
     """Ends the search when its time is over; what trains then stays unfinished."""
 
     def __init__(self, limit_s: float | None) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from raydet.tuning.plan import Plan
+from raydet.tuning.plan import TuningPlan
 from raydet.tuning.records import Trial, natural
 
 
@@ -11,7 +11,7 @@ class Follower:
     """Says how a search goes: a line for each trial that has ended, and on a terminal how far the others are."""
 
     def __init__(
-        self, plan: Plan, *, num_to_do: int, line: Callable[[str], None], update: Callable[[str], None]
+        self, plan: TuningPlan, *, num_to_do: int, line: Callable[[str], None], update: Callable[[str], None]
     ) -> None:
         self._plan, self._num_to_do, self._line, self._update = plan, num_to_do, line, update
         self._num_ended = 0
@@ -44,7 +44,7 @@ class Follower:
         self._update(f"{self._num_ended} of {self._num_to_do} trials done{self._best}; {running}")
 
 
-def trial_line(plan: Plan, trial: Trial, *, is_best: bool) -> str:
+def trial_line(plan: TuningPlan, trial: Trial, *, is_best: bool) -> str:
     """A trial in one line."""
     score = trial.score(plan.metric)
     value = "–" if score is None else f"{natural(score, plan.metric):.3f}"

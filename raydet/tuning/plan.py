@@ -12,7 +12,7 @@ from raydet.tuning.space import Dimension, Parameters, value_in, with_parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class TuningPlan:
     """What a search is.
 
     Attributes:
@@ -44,7 +44,7 @@ class Plan:
 class Search:
     """All trials of a search: those there are, and those to come. Every change is written down before it counts."""
 
-    def __init__(self, plan: Plan, trials: Sequence[Trial]) -> None:
+    def __init__(self, plan: TuningPlan, trials: Sequence[Trial]) -> None:
         self.plan = plan
         self.trials = {trial.number: trial for trial in trials}
         again = ("unfinished", "failed") if plan.config.retry_failed else ("unfinished",)
@@ -106,7 +106,7 @@ class Search:
         return trial, score
 
 
-def _proposer(plan: Plan, num_known: int) -> Proposer:
+def _proposer(plan: TuningPlan, num_known: int) -> Proposer:
     if plan.config.search == "random":
         return RandomProposer(plan.dimensions, plan.config.seed)
     return OptunaProposer(

@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from raydet.cluster import session
+from raydet.cluster import shares
 from raydet.common.errors import UserError
 from raydet.config import TrainConfig
 
@@ -67,13 +67,13 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
     Raises:
         UserError: Not even one trial fits, or not as many as asked for.
     """
-    one = session.share_out(
+    one = shares.share_out(
         min_workers=base.min_workers,
         max_workers=base.max_workers,
         use_gpu=base.use_gpu,
         cpus_per_worker=base.cpus_per_worker,
     )
-    nodes = session.resources_of_nodes()
+    nodes = shares.resources_of_nodes()
     machines = Machines(
         num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
         num_gpus=one.num_gpus,
@@ -85,7 +85,7 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
 
 
 def divide(
-    machines: Machines, one: session.Resources, base: TrainConfig, max_concurrent: int | None, num_trials: int
+    machines: Machines, one: shares.Resources, base: TrainConfig, max_concurrent: int | None, num_trials: int
 ) -> Share:
     """The arithmetic of `share_out`.
 
@@ -112,10 +112,12 @@ def divide(
         each = f"{workers} worker{'s' if workers > 1 else ''} each"
         raise UserError(
             f"--max-concurrent {max_concurrent}: {machines.num_cpus:g} CPUs and {machines.num_gpus:g} GPUs have room "
-            f"for {max(most, 1)} at once, with {each}; lower it, or num_workers or cpus_per_worker of `train`"
+            f"for {max(most, 1)} at once, with {each}; lower it, or num_workers or cpus_per_worker of --train-config"
         )
     number = max(1, min(max_concurrent or by_default, max(most, 1), num_trials))
     cpus = base.cpus_per_worker
+    if cpus is None and not machines.num_cpus:  # a cluster that grows from zero
+        cpus = one.cpus_per_worker
     if cpus is None:
         cpus = min(one.cpus_per_worker, (machines.num_cpus - number * _OVERHEAD_CPUS) / 2 / (number * workers))
         cpus = max(0.1, float(int(cpus)) if cpus > 1 else math.floor(cpus * 100) / 100)

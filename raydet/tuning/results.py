@@ -16,7 +16,7 @@ from raydet.tables import storage
 from raydet.tables.schema import build_schema
 from raydet.tables.table import MANIFEST_NAME, TableWriter
 from raydet.tuning.following import in_short
-from raydet.tuning.plan import Plan, Search
+from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.records import TRIALS_FOLDER, Trial, natural, with_history
 from raydet.tuning.search import importances
 from raydet.tuning.space import Dimension, with_parameters
@@ -63,10 +63,10 @@ class TuneResult:
         return storage.join(self.out, BEST_FOLDER, "config.yaml")
 
     def lines(self) -> list[str]:
-        """What came of the search, for the terminal."""
-        first = ["nothing to do: this search is finished; more --num-trials would go on with it"]
-        late = ["the time limit was over before all trials were done; the same command with a later one goes on"]
-        default = "" if self.default_value is None else f"; as it stands, {self.default_value:.3f}"
+        """A summary of the search, for the terminal."""
+        first = ["nothing to do: this search is finished; raise --num-trials to continue it"]
+        late = ["the time limit ended the search early; run the same command with a higher --time-limit-s to resume"]
+        default = "" if self.default_value is None else f"; unchanged training: {self.default_value:.3f}"
         counts = {state: sum(trial.state == state for trial in self.trials) for state in ("stopped", "failed")}
         told = "".join(f", {number} {state}" for state, number in counts.items() if number)
         lines = [
@@ -77,11 +77,11 @@ class TuneResult:
         ]
         if self.importance is not None:
             shares = sorted(self.importance.items(), key=lambda item: -item[1])
-            lines.append("what mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
+            lines.append("importance of each option: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
         return [
             *lines,
             f"checkpoint: {self.checkpoint}",
-            f"train it for longer: raydet train --config {self.config_file} --epochs N",
+            f"to train it longer: raydet train --config {self.config_file} --epochs N",
             f"trials: {storage.join(self.out, TRIALS_FOLDER)}; page: {storage.join(self.out, PAGE)}",
         ]
 
@@ -117,7 +117,7 @@ def write_results(search: Search, *, is_over: bool, already_done: bool) -> TuneR
     )
 
 
-def _write_best(plan: Plan, trial: Trial) -> str:
+def _write_best(plan: TuningPlan, trial: Trial) -> str:
     """The best trial's checkpoint with its config, which trains into a folder of its own."""
     target = storage.join(plan.out, BEST_FOLDER)
     config = dataclasses.replace(with_parameters(plan.base, trial.parameters), out=storage.join(plan.out, "final"))
@@ -128,7 +128,9 @@ def _write_best(plan: Plan, trial: Trial) -> str:
     return target
 
 
-def _write_table(plan: Plan, trials: Sequence[Trial], best: Trial | None, importance: dict[str, float] | None) -> None:
+def _write_table(
+    plan: TuningPlan, trials: Sequence[Trial], best: Trial | None, importance: dict[str, float] | None
+) -> None:
     uri = storage.join(plan.out, TRIALS_FOLDER)
     extra = [pa.field(f"param_{dimension.name}", _ARROW_TYPES[dimension.kind]) for dimension in plan.dimensions]
     # What is there is of the search before this one; until the new table is whole there is none.
@@ -142,7 +144,7 @@ def _write_table(plan: Plan, trials: Sequence[Trial], best: Trial | None, import
         writer.write_rows([_table_row(plan, trial) for trial in trials])
 
 
-def _table_row(plan: Plan, trial: Trial) -> dict[str, Any]:
+def _table_row(plan: TuningPlan, trial: Trial) -> dict[str, Any]:
     best = trial.best(plan.metric)
     score = trial.score(plan.metric)
     checkpoint = storage.join(trial.folder(plan.out), "checkpoint")
@@ -182,7 +184,7 @@ def seconds_of(trial: Trial) -> float:
 
 
 def _page(
-    plan: Plan, trials: Sequence[Trial], best: Trial | None, importance: dict[str, float] | None, *, is_over: bool
+    plan: TuningPlan, trials: Sequence[Trial], best: Trial | None, importance: dict[str, float] | None, *, is_over: bool
 ) -> str:
     config = plan.config
     remarks = [] if is_over else ["The time limit was over before all trials were done."]
@@ -226,7 +228,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _page_row(plan: Plan, trial: Trial) -> TrialRow:
+def _page_row(plan: TuningPlan, trial: Trial) -> TrialRow:
     best, score = trial.best(plan.metric), trial.score(plan.metric)
     values = plan.values(trial.parameters)
     return TrialRow(

@@ -90,7 +90,7 @@ def parse_space(space: Mapping[str, Any]) -> tuple[Dimension, ...]:
 
 def _dimension(name: str, spec: Any) -> Dimension:
     check_name(name)
-    where = f"space: {name}"
+    where = f"--space: {name}"
     if not isinstance(spec, Mapping) or len(spec) != 1:
         raise UserError(f"{where} must be one of {', '.join(f'{{{kind}: [...]}}' for kind in _KINDS)}; got {spec}")
     ((kind, values),) = spec.items()
@@ -126,11 +126,11 @@ def check_name(name: str) -> None:
     if top not in names:
         close = difflib.get_close_matches(top, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "see raydet train --help for those there are"
-        raise UserError(f"space: train has no option {top}; {hint}")
+        raise UserError(f"--space: train has no option {top}; {hint}")
     if top in _NOT_TO_VARY:
-        raise UserError(f"space: {top} cannot vary: {_NOT_TO_VARY[top]}; set it in `train`")
+        raise UserError(f"--space: {top} cannot vary: {_NOT_TO_VARY[top]}; set it in --train-config")
     if dot and not any(typing.get_origin(part) is dict for part in _parts(typing.get_type_hints(TrainConfig)[top])):
-        raise UserError(f"space: {name}: there are no options within {top}")
+        raise UserError(f"--space: {name}: there are no options within {top}")
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
@@ -187,7 +187,7 @@ def naming(dimension: Dimension, value: Any) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"space: {dimension.name}: {value} cannot be trained with: {error}") from None
+        raise UserError(f"--space: {dimension.name}: {value} cannot be trained with: {error}") from None
 
 
 def typed(base: TrainConfig, dimension: Dimension) -> Dimension:

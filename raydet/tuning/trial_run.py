@@ -8,7 +8,7 @@ import json
 
 from ray import tune
 
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError, one_line
 from raydet.config import TrainConfig
 from raydet.training.history import EpochRecord
 from raydet.training.launch import free_workers
@@ -35,7 +35,7 @@ def run_trial(parameters: dict[str, str]) -> None:
         if not best_so_far(result.history, config.metric_for_best_model):
             raise RunError(f"no epoch has measured {config.metric_for_best_model}")
     except Exception as error:
-        reporter.end(FAILED, _one_line(error))
+        reporter.end(FAILED, _reason(error))
         return
     reporter.end(FINISHED)
 
@@ -66,6 +66,5 @@ class _Reporter:
         tune.report({OUTCOME: outcome, ERROR: error, SCORE: self._score})
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {text}"[:500]
+def _reason(error: Exception) -> str:
+    return one_line(error if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}", limit=500)

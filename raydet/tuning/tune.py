@@ -20,7 +20,7 @@ from raydet.training.train import check
 from raydet.tuning import records
 from raydet.tuning.execution import run_trials
 from raydet.tuning.following import Follower
-from raydet.tuning.plan import Plan, Search
+from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.resources import Share, share_out
 from raydet.tuning.results import TuneResult, write_results
 from raydet.tuning.search import check_search
@@ -71,10 +71,10 @@ def _announcement(search: Search, share: Share) -> str:
     at_once = "one at a time" if share.max_concurrent == 1 else f"{share.max_concurrent} at a time"
     gpu = " and 1 GPU" if share.use_gpu else ""
     each = f"{workers} worker{'s' if workers > 1 else ''} with {share.cpus_per_worker:g} CPU{gpu} each"
-    return f"{search.num_to_do} trials, {at_once}, {each}; what they say is in {search.plan.out}/log"
+    return f"{search.num_to_do} trials, {at_once}, {each}. Logs: {search.plan.out}/log"
 
 
-def make_plan(config: TuneConfig) -> Plan:
+def make_plan(config: TuneConfig) -> TuningPlan:
     """Works out what a search is, from its config alone.
 
     Raises:
@@ -83,9 +83,11 @@ def make_plan(config: TuneConfig) -> Plan:
     out = storage.absolute_uri(config.out)
     base = _base(config, out)
     dimensions = tuple(typed(base, dimension) for dimension in parse_space(config.space))
-    points = tuple(_typed_point(base, point, dimensions, number) for number, point in enumerate(config.points))
+    points = tuple(
+        _typed_point(base, point, dimensions, number) for number, point in enumerate(config.points_to_evaluate)
+    )
     epochs = next((dimension.values for dimension in dimensions if dimension.name == "epochs"), ())
-    return Plan(
+    return TuningPlan(
         config=config,
         base=base,
         dimensions=dimensions,
@@ -98,12 +100,12 @@ def make_plan(config: TuneConfig) -> Plan:
 
 def _base(config: TuneConfig, out: str) -> TrainConfig:
     """The training that is varied."""
-    values: dict[str, Any] = {} if isinstance(config.train, str) else dict(config.train)
-    file = config.train if isinstance(config.train, str) else values.pop("config", None)
+    values: dict[str, Any] = {} if isinstance(config.train_config, str) else dict(config.train_config)
+    file = config.train_config if isinstance(config.train_config, str) else values.pop("config", None)
     given = {"train_data": config.train_data, "val_data": config.val_data, "metric_for_best_model": config.metric}
     values |= {name: value for name, value in given.items() if value is not None}
     values["out"] = storage.join(out, records.TRIALS_FOLDER)
-    base = build(TrainConfig, values, program="raydet tune", where="`train`", file=file)
+    base = build(TrainConfig, values, program="raydet tune", where="--train-config", file=file)
     return dataclasses.replace(
         base,
         train_data=storage.absolute_uri(base.train_data),
@@ -116,7 +118,7 @@ def _typed_point(
     base: TrainConfig, point: dict[str, Any], dimensions: tuple[Dimension, ...], number: int
 ) -> dict[str, Any]:
     """A point with its values as train takes them."""
-    where = f"points: number {number + 1}"
+    where = f"--points-to-evaluate: point {number + 1}"
     names = [dimension.name for dimension in dimensions]
     for name in point:
         if name not in names:
@@ -129,20 +131,20 @@ def _typed_point(
     return {name: value_in(config, name) for name in point}
 
 
-def _check_trainings(plan: Plan) -> None:
+def _check_trainings(plan: TuningPlan) -> None:
     """What can be told of tables, models and recipes without training: of the base, and of each end of the space."""
-    check(plan.base)
+    tables = check(plan.base)
     for dimension in plan.dimensions:
         for value in dimension.probes():
             config = with_value(plan.base, dimension, value)
             with naming(dimension, value):
-                check(config)
+                check(config, tables)
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def _identity(plan: TuningPlan) -> dict[str, Any]:
     """All that decides what comes out, by names that a person knows."""
     config = identity(plan.config)
-    for name in ("train", "train_data", "val_data", "metric"):
+    for name in ("train_config", "train_data", "val_data", "metric"):
         del config[name]  # they are in the training that came of them
     base = identity(plan.base) | {name: getattr(plan.base, name) for name in _CHANGE_WHAT_COMES_OUT}
     return config | {f"train.{name}": value for name, value in base.items()}
@@ -153,4 +155,4 @@ def _why_nothing(trials: list[records.Trial]) -> str:
     if failed and len(failed) == len(trials):
         what = "the trial has failed" if len(failed) == 1 else f"all {len(failed)} trials have failed"
         return f"{what}; {failed[0].name}: {failed[0].error}"
-    return "no trial was measured before the time limit; the same command with a later one goes on"
+    return "no trial was measured within the time limit; run the same command with a higher --time-limit-s to resume"

@@ -42,7 +42,7 @@ def _sample(size_hw: tuple[int, int], boxes_xywh: list[list[float]], *, first_id
 def _assert_paired(result: Sample) -> None:
     """Labels, crowd flags and areas are those of their ids, whatever became of the order."""
     assert result.boxes_xywh.shape == (len(result.ids), 4)
-    np.testing.assert_array_equal(result.labels, result.ids * 7)
+    np.testing.assert_array_equal(result.categories, result.ids * 7)
     np.testing.assert_array_equal(result.iscrowd, result.ids % 5 == 0)
     np.testing.assert_allclose(result.areas, result.boxes_xywh[:, 2] * result.boxes_xywh[:, 3] / 2, rtol=1e-9)
 
@@ -59,7 +59,7 @@ def _corners(boxes_xywh: Boxes) -> npt.NDArray[np.float64]:
 
 
 def test_a_sample_refuses_arrays_of_different_lengths() -> None:
-    with pytest.raises(AssertionError, match="every box has one label"):
+    with pytest.raises(AssertionError, match="one category"):
         dataclasses.replace(_sample((9, 9), [[1, 1, 5, 5]]), ids=np.array([1, 2]))
 
 

@@ -56,7 +56,7 @@ def _partners() -> Partners:
 
 
 def _assert_paired(result: Sample) -> None:
-    np.testing.assert_array_equal(result.labels, result.ids % 10)
+    np.testing.assert_array_equal(result.categories, result.ids % 10)
     np.testing.assert_array_equal(result.iscrowd, result.ids % 2 == 0)
     np.testing.assert_allclose(
         result.areas, result.boxes_xywh[:, 2] * result.boxes_xywh[:, 3] * _fill(result.ids), rtol=1e-4
@@ -72,7 +72,7 @@ def test_boxes_stay_on_their_objects(spec: AugmentationSpec) -> None:
         height, width = result.size_hw
         assert result.image.dtype == np.uint8
         _assert_paired(result)
-        for (x, y, w, h), label in zip(result.boxes_xywh, result.labels, strict=True):
+        for (x, y, w, h), label in zip(result.boxes_xywh, result.categories, strict=True):
             assert 0 <= x < x + w <= width + 1e-6 and 0 <= y < y + h <= height + 1e-6
             centre = result.image[int(y + h / 2), int(x + w / 2)].astype(int)
             assert centre.argmax() == label, f"seed {seed}: box {label} lies on {centre}"
@@ -158,9 +158,9 @@ def test_no_boxes_and_boxes_that_run_out(spec: AugmentationSpec) -> None:
     nothing = np.zeros(0, np.int64)
     bare = Sample(sample.image, np.zeros((0, 4)), nothing, np.zeros(0), np.zeros(0, bool), nothing)
     empty = Augmenter(spec)(bare, seed=1)
-    assert empty.boxes_xywh.shape == (0, 4) and empty.labels.shape == (0,)
+    assert empty.boxes_xywh.shape == (0, 4) and empty.categories.shape == (0,)
     outside = dataclasses.replace(sample, boxes_xywh=np.array([[-50.0, -50, 20, 20], [300, 200, 99, 99], [9, 9, 0, 5]]))
-    assert set(Augmenter(spec)(outside, seed=1).labels.tolist()) <= {1}
+    assert set(Augmenter(spec)(outside, seed=1).categories.tolist()) <= {1}
 
 
 def test_a_pipeline_drops_boxes_by_their_visible_share() -> None:

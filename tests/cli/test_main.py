@@ -1,13 +1,22 @@
 """The command line as a user meets it: exit codes, one line for a mistake, nothing left behind."""
 
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from raydet.cli.commands import COMMANDS
 from raydet.cli.main import main
+from raydet.config import fields_of, is_required
+from raydet.config.fields import flag
 from raydet.tables.table import is_table
+from tests.command_lines import config_of
+
+PROJECT = Path(__file__).parents[2]
 
 
 def _run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -32,8 +41,9 @@ def test_prepare_and_evaluate_say_what_they_did(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "unknown command `trian`"),
-        (["prepare", "cocoa"], "unknown command `prepare cocoa`"),
+        (["trian"], "unknown command `trian`; did you mean `train`?"),
+        (["prepare", "cocoa"], "unknown command `prepare cocoa`; did you mean `prepare coco`?"),
+        (["qwertz"], "unknown command `qwertz`; raydet --help"),
         (["train", "--train-data", "absent", "--val-data", "absent", "--out", "OUT"], "no such table"),
         (["train", "--learning-rat", "1"], "did you mean --learning-rate?"),
         (
@@ -48,7 +58,7 @@ def test_prepare_and_evaluate_say_what_they_did(tmp_path: Path, capsys: pytest.C
         (["push", "--checkpoint", "absent", "--repo", "ann/model"], "no such model folder: absent"),
         (["push", "--checkpoint", "tests", "--repo", "model"], "--repo must be owner/name"),
         (["push", "--checkpoint", "tests"], "--repo"),
-        (["demo", "--recipe", "absent.yaml", "--out", "OUT"], "no such recipe"),
+        (["demo", "--train-config", "absent.yaml", "--out", "OUT"], "no such config file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -61,24 +71,52 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["--help"], ["prepare", "--help"]):
+    for arguments in ([], ["--help"], ["help"]):
         code, out, _ = _run(arguments, capsys)
-        assert code == 0 and all(name in out for name in ("prepare coco", "evaluate", "push"))
+        assert code == 0 and all(f"  {name} " in out for name in COMMANDS)
+    code, out, _ = _run(["prepare", "--help"], capsys)
+    assert code == 0 and "prepare coco" in out and "export coco" not in out
+    assert _run(["export"], capsys)[0] == 2
     code, out, _ = _run(["--version"], capsys)
     assert code == 0 and out.strip().count(".") == 2
 
 
-@pytest.mark.parametrize("job", ["prepare", "train", "predict", "evaluate"])
-def test_jobs_hand_their_options_on(job: str) -> None:
-    root = Path(__file__).parents[2]
-    arguments = ["shapes", "--wrong", "1"] if job == "prepare" else ["--wrong", "1"]
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option once, required ones first, at the end an example that parses."""
+    command = COMMANDS[name]
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), "--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    spelled = [line.split()[0] for line in page.splitlines() if re.match("  --", line)]
+    fields = fields_of(command.config)
+    assert sorted(spelled) == sorted([*(flag(item.name) for item in fields), "--config", "--print-config"])
+    required = {flag(item.name) for item in fields if is_required(item)}
+    assert set(spelled[: len(required)]) == required
+    assert max(map(len, page.splitlines())) <= 120 + len(command.example)
+    program, *words = shlex.split(page.splitlines()[-1])
+    assert program == "raydet" and " ".join(words).startswith(name)
+    assert isinstance(config_of(words), command.config)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["demo", "--print-config"]])
+def test_a_reader_may_close_the_pipe_early(arguments: list[str]) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "raydet", *arguments]
+    run = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write_end)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("job", sorted((PROJECT / "jobs").glob("*.py")), ids=lambda path: path.stem)
+def test_jobs_run_commands(job: Path) -> None:
+    command = job.stem.removesuffix("_data")
+    arguments = ["shapes", "--wrong", "1"] if command == "prepare" else ["--wrong", "1"]
     run = subprocess.run(
-        [sys.executable, str(root / "jobs" / f"{job}.py"), *arguments],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        [sys.executable, str(job), *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False
     )
+    assert command in {name.split()[0] for name in COMMANDS}
     assert run.returncode == 2
     assert "unknown option --wrong" in run.stderr and run.stderr.count("\n") == 1

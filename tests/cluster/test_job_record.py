@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raydet.cluster.job_record import job_record, write_job_record
+from raydet.cluster.job_record import JobRecord
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -19,7 +19,7 @@ def test_a_submitted_job_is_named_and_nothing_else_of_it(ray_cluster: None, monk
     }
     job = {"runtime_env": {"env_vars": {"SOME_KEY": "hunter2"}}, "metadata": metadata}
     monkeypatch.setenv(JOB_VARIABLE, json.dumps(job))
-    record = job_record()
+    record = JobRecord.of_this_job().to_dict()
     assert record["submission_id"] == "raysubmit_1" and record["commit"] == "0a1b2c3"
     assert record["num_nodes"] == 1 and record["nodes"][0]["count"] == 1 and record["nodes"][0]["num_cpus"] == 2
     assert {"raydet", "ray", "torch", "python"} <= record["versions"].keys()
@@ -33,8 +33,8 @@ def test_what_is_no_commit_is_not_taken_for_one(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
     monkeypatch.setenv(JOB_VARIABLE, content)
-    record = job_record()
-    assert record["submission_id"] is None and record["commit"] is None
+    record = JobRecord.of_this_job()
+    assert record.submission_id is None and record.commit is None
 
 
 def test_a_run_keeps_the_jobs_that_it_goes_on_from(
@@ -42,7 +42,7 @@ def test_a_run_keeps_the_jobs_that_it_goes_on_from(
 ) -> None:
     for name in ("first", "second", "third"):
         monkeypatch.setenv(JOB_VARIABLE, json.dumps({"metadata": {"job_submission_id": name}}))
-        write_job_record(str(tmp_path))
+        JobRecord.of_this_job().write(str(tmp_path))
     content = json.loads((tmp_path / "job.json").read_text())
     assert content["job"]["submission_id"] == "third"
     assert [job["submission_id"] for job in content["earlier_jobs"]] == ["first", "second"]

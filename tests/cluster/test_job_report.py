@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from raydet.cluster.job_report import OTHER, STAGES, FileStats, JobStats, ProcessStats, error_kind
+from raydet.cluster.job_record import JobRecord, NodeKind, versions
+from raydet.cluster.job_report import OTHER, JobReport, JobStats, error_kind
+from raydet.cluster.stopwatch import STAGES, FileStats, ProcessStats
 from raydet.cluster.timeline import MOST_SPANS, Timeline
 
 
@@ -29,10 +31,24 @@ def job(started_s: float, *files: FileStats, monkeypatch: pytest.MonkeyPatch) ->
     return stats
 
 
+def report_of(stats: JobStats, *, num_nodes: int = 1, **changes: Any) -> JobReport:
+    where = JobRecord(
+        ray_job_id="01",
+        submission_id=None,
+        commit=None,
+        started="",
+        num_nodes=num_nodes,
+        nodes=[NodeKind(num_nodes, 4.0, 0.0, None, 8)],
+        versions=versions(),
+    )
+    return stats.finish(**{"wall_s": 110.0, "num_model_workers": 2, "job": where, **changes})
+
+
 def finished(stats: JobStats, **changes: Any) -> dict[str, Any]:
-    report = stats.finish(**{"wall_s": 110.0, "num_nodes": 1, "num_model_workers": 2, **changes})
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
-    return report
+    """The content of `job.json`."""
+    content = report_of(stats, **changes).to_dict()
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    return content
 
 
 FILES = (
@@ -166,45 +182,46 @@ def test_the_last_line_names_the_bottleneck(
         )
         for stage, seconds in busy.items()
     ]
-    report = finished(job(0.0, file(100, (), *processes), monkeypatch=monkeypatch))
-    assert report["bottleneck"] == bottleneck
-    assert re.search(words, JobStats.lines(report)[-1])
+    report = report_of(job(0.0, file(100, (), *processes), monkeypatch=monkeypatch))
+    assert report.bottleneck == bottleneck
+    assert re.search(words, report.lines()[-1])
 
 
 def test_a_run_of_mostly_start_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     late = file(100, (), process("model", 1, at_s=100.0, model=10.0))
-    report = finished(job(0.0, late, monkeypatch=monkeypatch))
-    assert (report["startup_s"], report["bottleneck"]) == (90.0, "startup")
-    assert JobStats.lines(report)[-1].startswith("start-up took more than half")
+    report = report_of(job(0.0, late, monkeypatch=monkeypatch))
+    assert (report.startup_s, report.bottleneck) == (90.0, "startup")
+    assert report.lines()[-1].startswith("start-up took more than half")
     # A machine whose clock is behind must not make a time negative.
     assert finished(job(1000.0, late, monkeypatch=monkeypatch))["startup_s"] == 0.0
 
 
 def test_a_run_without_images_has_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = finished(job(0.0, monkeypatch=monkeypatch), price_per_node_hour=1.0, error="out of memory")
-    assert (report["num_images"], report["images_per_s"], report["cost_per_million_images"]) == (0, 0.0, None)
-    assert (report["error"], report["startup_s"], report["model_busy_share"]) == ("out of memory", 110.0, None)
-    assert JobStats.lines(report)[-1] == "no image was scored in this run"
+    report = report_of(job(0.0, monkeypatch=monkeypatch), price_per_node_hour=1.0, error="out of memory")
+    assert (report.num_images, report.images_per_s, report.cost_per_million_images) == (0, 0.0, None)
+    assert (report.error, report.startup_s, report.model_busy_share) == ("out of memory", 110.0, None)
+    assert report.lines()[-1] == "no image was scored in this run"
     assert finished(job(0.0, monkeypatch=monkeypatch), wall_s=0.0)["images_per_s"] is None
 
 
 def test_earlier_runs_are_kept_first_to_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    reports: list[dict[str, Any]] = [{}]
+    reports: list[JobReport] = []
     for number in range(3):
         stats = job(0.0, file(10 + number), monkeypatch=monkeypatch)
         error = "killed" if number == 0 else None
-        reports.append(finished(stats, wall_s=60.0, earlier=reports[-1] or None, error=error))
-    assert [run["num_images"] for run in reports[-1]["earlier_runs"]] == [10, 11]
-    assert [run["error"] for run in reports[-1]["earlier_runs"]] == ["killed", None]
-    assert "with 2 earlier runs: 33 images in 3 min 0 s" in JobStats.lines(reports[-1])
-    assert "with an earlier run: 21 images in 2 min 0 s" in JobStats.lines(reports[-2])
+        earlier = reports[-1].to_dict() if reports else None
+        reports.append(report_of(stats, wall_s=60.0, earlier=earlier, error=error))
+    assert [run["num_images"] for run in reports[-1].earlier_runs] == [10, 11]
+    assert [run["error"] for run in reports[-1].earlier_runs] == ["killed", None]
+    assert "with 2 earlier runs: 33 images in 3 min 0 s" in reports[-1].lines()
+    assert "with an earlier run: 21 images in 2 min 0 s" in reports[-2].lines()
 
 
 def test_the_table_is_short_and_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = tuple("abcde") * 3 + ("empty file",) * 4
     stats = job(0.0, *FILES, file(20_000, errors), monkeypatch=monkeypatch)
     earlier = finished(job(0.0, file(5), monkeypatch=monkeypatch))
-    lines = JobStats.lines(finished(stats, price_per_node_hour=3.5, earlier=earlier, wall_s=7500.0))
+    lines = report_of(stats, price_per_node_hour=3.5, earlier=earlier, wall_s=7500.0).lines()
     assert len(lines) <= 12 and all("\n" not in line for line in lines)
     assert lines[0].startswith("20,400 images in 2 h 5 min, start-up 10.0 s of it: 2.72 images/s after start-up")
     assert lines[2] == "20 could not be read: 5 empty file; 3 a; 3 b; 9 others"

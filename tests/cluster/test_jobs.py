@@ -188,7 +188,7 @@ def test_a_mistake_fails_the_job_with_its_one_line(head: Head) -> None:
 
 def test_a_failure_is_told_from_a_mistake(head: Head, work: Work, tmp_path: Path) -> None:
     nowhere = f"127.0.0.1:{free_port()}"
-    words = [f"--truth={work.data}/val", f"--detections={work.detections}", f"--address={nowhere}"]
+    words = [f"--truth={work.data}/val", f"--detections={work.detections}", f"--ray-address={nowhere}"]
     head.submit("jobs/evaluate.py", *words, "--allow-partial=true", submission_id="failed")
     job = head.job("failed")
     assert job["status"] == "FAILED" and job["driver_exit_code"] == 1, job
@@ -219,7 +219,7 @@ def test_a_stopped_training_saves_and_goes_on_to_the_same(head: Head, work: Work
     job = head.start(*work.train(out))
     _wait_for(Path(out, STATES_FOLDER, "00001-0000000.pt").exists, head, job)
     head.stop(job)
-    assert "stopped as asked" in head.logs(job)
+    assert "run stopped" in head.logs(job)
     _assert_nothing_is_left(head, job)
     assert len(json.loads(Path(out, "log", "history.json").read_text())) < 3, "stopped too late to tell"
     done = head.submit(*work.train(out))
@@ -236,7 +236,7 @@ def test_a_stopped_preparation_leaves_no_table(head: Head, tmp_path: Path) -> No
     job = head.start(*words, "--image-size=64")
     _wait_for(lambda: any(Path(tmp_path, "data").rglob("*.parquet")), head, job)
     head.stop(job)
-    assert "stopped as asked" in head.logs(job)
+    assert "run stopped" in head.logs(job)
     assert list(Path(tmp_path, "data").rglob("_manifest.json")) == []
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import ray
 
-from raydet import PredictConfig, inference_stream, predict
+from raydet import PredictConfig, predict
+from raydet.scoring import stream as inference_stream
 
 data, checkpoint, out, seen, use_gpu = sys.argv[1:]
 
@@ -30,7 +31,7 @@ def note(stage):
     Path(seen, f"{stage} {ray.util.get_node_ip_address()}").touch()
 
 
-class Model(inference_stream._Model):
+class Model(inference_stream._ScoringActor):
     def __init__(self, work_ref, resources):
         context = ray.get_runtime_context()
         assert bool(context.get_accelerator_ids()["GPU"]) == (use_gpu == "True")
@@ -44,7 +45,7 @@ def decode(batch, *, decode=inference_stream._decode, **options):
     return decode(batch, **options)
 
 
-inference_stream._Model, inference_stream._decode = Model, decode
+inference_stream._ScoringActor, inference_stream._decode = Model, decode
 predict(PredictConfig(
     data=data, checkpoint=checkpoint, out=out, use_gpu=use_gpu == "True", batch_size=4, threads_per_worker=1))
 """

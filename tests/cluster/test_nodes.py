@@ -45,7 +45,7 @@ TRAINING = {
     "ema_decay": 0.9,
     "augmentation": "flip",
     "threads_per_worker": 1,
-    "checkpoint_every_steps": 2,
+    "save_every_steps": 2,
     "log_images": 0,
     "cpus_per_worker": 1.2,  # of a node's two: no node has room for two workers
 }
@@ -134,7 +134,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "evaluate": Job(
             lambda out: [
                 *[*RAYDET, "evaluate", f"--truth={data}/truth", f"--detections={data}/detections"],
-                *[f"--out={out}", *matching, f"--address={cluster.address}"],
+                *[f"--out={out}", *matching, f"--ray-address={cluster.address}"],
             ],
             "_match_or_say_why_not",
             lambda out: len(list(out.glob("*"))),

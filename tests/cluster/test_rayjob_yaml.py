@@ -160,7 +160,7 @@ def test_the_entrypoint_is_a_job_with_options_that_there_are(spec: dict[str, Any
     # Nodes share no disk.
     assert all(uri.startswith("s3://") for uri in (config.train_data, config.val_data, config.out))
     # What a killed cluster loses is what was not yet saved.
-    assert config.checkpoint_every_steps
+    assert config.save_every_steps
     with pytest.raises(UserError, match="unknown option --epoch;"):
         parse_entrypoint(f"{spec['spec']['entrypoint']} --epoch 3")
 

@@ -1,4 +1,4 @@
-"""Connecting to a cluster or starting one, and what is said where GPUs and workers do not go together."""
+"""Connecting to a cluster, or starting one."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from raydet.cluster import session
-from raydet.common.errors import UserError
+from raydet.cluster.caller import LOG_FILE
 
 
 def _run(script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -30,39 +30,6 @@ def test_an_open_session_is_used_whatever_the_address(ray_cluster: None, tmp_pat
     with session.session(str(tmp_path / "log"), address="127.0.0.1:1"):
         assert ray.get_runtime_context().get_node_id() == node
     assert ray.is_initialized() and not (tmp_path / "log").exists()
-
-
-def test_without_gpus_there_is_nothing_to_remark(ray_cluster: None) -> None:
-    resources = session.share_out(min_workers=1, max_workers=2, use_gpu=None, cpus_per_worker=0.5)
-    assert resources.remark == "" and not resources.use_gpu
-    with pytest.raises(UserError, match="--use-gpu with 1 workers needs as many GPUs, this machine has 0"):
-        session.share_out(min_workers=1, max_workers=1, use_gpu=True, cpus_per_worker=0.5)
-
-
-@pytest.mark.slow
-def test_fewer_gpus_than_workers_are_never_passed_over_in_silence() -> None:
-    script = """
-        import os, ray
-        from raydet.cluster import session
-        ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False,
-                 _node_ip_address="127.0.0.1", object_store_memory=100 * 2**20)
-        share = lambda number, use_gpu: session.share_out(
-            min_workers=number, max_workers=number, use_gpu=use_gpu, cpus_per_worker=None)
-        for number, use_gpu in ((1, None), (2, None), (2, False)):
-            resources = share(number, use_gpu)
-            print(resources.use_gpu, resources.remark, sep="|")
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        resources = share(2, True)  # a cluster may grow
-        print(resources.use_gpu, resources.remark, sep="|")
-    """
-    done = _run(script)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "True|",
-        "False|no GPU is used: 2 workers would need as many, the cluster has 1; lower --num-workers to use them",
-        "False|",
-        "True|--use-gpu with 2 workers needs as many GPUs, the cluster has 1: they wait until it has grown",
-    ]
 
 
 @pytest.mark.slow
@@ -90,7 +57,7 @@ def test_a_start_that_fails_is_tried_again(tmp_path: Path) -> None:
     assert done.stdout.startswith("up True"), done.stdout + done.stderr
     failed = _run(script.replace("== []", "!= []"), RAY_TMPDIR=str(in_the_way))
     assert failed.stdout.startswith("failed Ray did not start on this machine: "), failed.stdout + failed.stderr
-    log = (tmp_path / "log" / session.LOG_FILE).read_text()
+    log = (tmp_path / "log" / LOG_FILE).read_text()
     assert log.count("Ray did not start, trying again") == 1 + session.START_ATTEMPTS - 1
 
 
@@ -134,7 +101,7 @@ def test_sigterm_ends_a_session_and_its_ray(tmp_path: Path, moment: str) -> None
             assert process.poll() is None
         if moment == "starting":
             deadline = time.monotonic() + 60
-            while not (tmp_path / session.LOG_FILE).exists():  # it is opened just before Ray is started
+            while not (tmp_path / LOG_FILE).exists():  # it is opened just before Ray is started
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.01)
             time.sleep(0.5)

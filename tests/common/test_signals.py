@@ -27,7 +27,7 @@ def test_what_is_inside_is_unwound_and_the_handler_put_back() -> None:
     steps: list[str] = []
     with ending_on_sigterm():
         within = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(RunStopped, match="stopped as asked") as stopped:  # of the innermost alone
+        with pytest.raises(RunStopped, match="run stopped") as stopped:  # of the innermost alone
             _work(steps)
         assert signal.getsignal(signal.SIGTERM) == within
     assert stopped.value.exit_code == 143

@@ -1,12 +1,14 @@
+import os
 import threading
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydet.common.threads import NUM_READ_THREADS, in_order
+from raydet.common.threads import NUM_READ_THREADS, available_cpus, in_order
 
 
 @settings(deadline=None, max_examples=20)
@@ -109,3 +111,54 @@ def test_what_the_items_raise_is_raised() -> None:
 
     with pytest.raises(KeyError, match="no more items"):
         list(in_order(lambda number: number, items(), num_threads=2, ahead=10))
+
+
+def _write(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+_V2 = {"proc/self/cgroup": "0::/pods/mine\n"}
+_V1 = {"proc/self/cgroup": "5:memory:/mine\n4:cpu,cpuacct:/mine\n1:name=systemd:/mine\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({**_V2, "sys/fs/cgroup/pods/mine/cpu.max": "max 100000\n"}, None),
+        ({**_V2, "sys/fs/cgroup/pods/mine/cpu.max": "150000 100000\n"}, 2),
+        ({**_V2, "sys/fs/cgroup/pods/mine/cpu.max": "20000 100000\n"}, 1),
+        ({**_V2, "sys/fs/cgroup/pods/cpu.max": "300000 100000\n"}, 3),  # of the group that it lies in
+        ({**_V2, "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),  # of a container, whose host names the group
+        ({**_V1, "sys/fs/cgroup/cpu,cpuacct/mine/cpu.cfs_quota_us": "-1\n"}, None),
+        (
+            {
+                **_V1,
+                "sys/fs/cgroup/cpu,cpuacct/mine/cpu.cfs_quota_us": "400000\n",
+                "sys/fs/cgroup/cpu,cpuacct/mine/cpu.cfs_period_us": "100000\n",
+            },
+            4,
+        ),
+        (
+            {
+                **_V1,
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            1,
+        ),
+    ],
+)
+def test_cpus_are_those_of_the_container(
+    files: dict[str, str], limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    assert available_cpus(system=_write(tmp_path, files)) == (limit or 16)
+
+
+def test_cpus_are_those_that_the_process_may_run_on() -> None:
+    assert 1 <= available_cpus() <= len(os.sched_getaffinity(0))

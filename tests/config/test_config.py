@@ -19,6 +19,15 @@ def test_options_with_hyphens_or_underscores_and_switches_without_value() -> Non
     assert load(TrainConfig, REQUIRED).use_gpu is None
 
 
+def test_lists_are_written_with_commas_or_brackets() -> None:
+    options = ["--trackers", "mlflow,wandb", "--multi-scale", "64,96", "--num-workers", "1,4"]
+    config = load(TrainConfig, [*REQUIRED, *options])
+    assert (config.trackers, config.multi_scale, config.num_workers) == (["mlflow", "wandb"], [64, 96], [1, 4])
+    options = ["--trackers", "[wandb]", "--multi-scale", "[64]", "--num-workers", "2"]
+    config = load(TrainConfig, [*REQUIRED, *options])
+    assert (config.trackers, config.multi_scale, config.num_workers) == (["wandb"], [64], 2)
+
+
 def test_options_override_the_file_wherever_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("batch_size: 4\nepochs: 7\ntrain_data: a\nval_data: b\nout: c\n")
@@ -36,33 +45,23 @@ def test_printed_config_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureF
     assert load(TrainConfig, ["--config", str(path)]) == load(TrainConfig, [*REQUIRED, "--epochs", "3"])
 
 
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        load(TrainConfig, ["--help"], program="raydet train")
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for item in dataclasses.fields(TrainConfig):
-        assert f"--{item.name.replace('_', '-')}" in text
-        assert "_" not in f"--{item.name.replace('_', '-')}"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*REQUIRED, "--num-workers", "0"], "num_workers must be a number above 0"),
+        ([*REQUIRED, "--num-workers", "0"], "--num-workers must be a number above 0"),
         ([*REQUIRED, "--num-worker", "2"], "unknown option --num-worker; did you mean --num-workers?"),
         ([*REQUIRED, "--num-workers", "[4, 1]"], "or the fewest and the most as [1, 4]; got [4, 1]"),
-        ([*REQUIRED, "--num-workers", "few"], "num_workers must be a number or a list; got few"),
+        ([*REQUIRED, "--num-workers", "few"], "--num-workers must be a whole number or a list; got few"),
         (
             [*REQUIRED, "--augmentation", "stronk"],
-            "augmentation must be one of none, flip, light, detr, strong or a list",
+            "--augmentation must be one of none, flip, light, detr, strong or a list",
         ),
         ([*REQUIRED, "--augmentation", "[{A: {}, B: {}}]"], "must be written as `Name: {argument: value}`"),
-        ([*REQUIRED, "--unfreeze-epoch", "3"], "unfreeze_epoch needs freeze_backbone stem or all"),
-        ([*REQUIRED, "--metric-for-best-model", "mAP"], "metric_for_best_model must be one of AP, AP50"),
-        ([*REQUIRED, "--validate-fraction", "0"], "validate_fraction must be above 0 and at most 1"),
-        ([*REQUIRED, "--epochs", "many"], "epochs must be of type int; got many"),
-        ([*REQUIRED, "--schedule", "cos"], "schedule must be one of linear, cosine, "),
+        ([*REQUIRED, "--unfreeze-epoch", "3"], "--unfreeze-epoch needs --freeze-backbone stem or all"),
+        ([*REQUIRED, "--metric-for-best-model", "mAP"], "--metric-for-best-model must be one of AP, AP50"),
+        ([*REQUIRED, "--validate-fraction", "0"], "--validate-fraction must be above 0 and at most 1"),
+        ([*REQUIRED, "--epochs", "many"], "--epochs must be a whole number; got many"),
+        ([*REQUIRED, "--schedule", "cos"], "--schedule must be one of linear, cosine, "),
         ([*REQUIRED, "--batch-size", "2", "--num-workers", "4"], "2 images cannot keep 4 workers busy"),
         ([*REQUIRED, "stray"], "unexpected `stray`"),
         ([*REQUIRED, "--epochs"], "--epochs needs a value"),
@@ -81,7 +80,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
     ("text", "message"),
     [
         ("batch_sise: 4\n", "unknown key `batch_sise`"),
-        ("batch_size: 3.5\n", "batch_size must be of type int; got 3.5"),
+        ("batch_size: 3.5\n", "--batch-size must be a whole number; got 3.5"),
         ("- a\n- b\n", "must hold `option: value` lines, found a list"),
         ("a: [1\n", "cannot read the config file"),
     ],
@@ -101,7 +100,7 @@ def test_identity_leaves_out_what_changes_only_the_time() -> None:
     assert config_hash(config) != config_hash(dataclasses.replace(config, score_threshold=0.3))
     earlier = {"checkpoint": "m", "data": "other", "batch_size": 16}
     changes = changed_fields(config, {**dataclasses.asdict(config), **earlier})
-    assert changes == ["data: other → d"]
+    assert changes == ["--data: other → d"]
 
 
 def test_yaml_holds_every_field() -> None:

@@ -189,11 +189,11 @@ def small_pictures() -> list[Image]:
     return [picture((60 + 30 * (n % 2), 90 - 30 * (n % 2)), n % 4, seed=n)[0] for n in range(11)]
 
 
-@pytest.mark.parametrize("pad_together", [True, False])
+@pytest.mark.parametrize("pad_batches", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 64])
-def test_without_tiles_the_answers_are_the_engine_s_own(batch_size: int, pad_together: bool) -> None:
+def test_without_tiles_the_answers_are_the_engine_s_own(batch_size: int, pad_batches: bool) -> None:
     images, engine = small_pictures(), BlobEngine()
-    found = score(engine, images, batch_size, score_threshold=0.0, pad_together=pad_together)
+    found = score(engine, images, batch_size, score_threshold=0.0, pad_batches=pad_batches)
     expected = BlobEngine().predict(BlobEngine().prepare(images))
     assert len(found) == len(images) and sum(len(item.scores) for item in expected) == 2 * sum(n % 4 for n in range(11))
     for own, other in zip(found, expected, strict=True):
@@ -206,8 +206,8 @@ def test_without_tiles_the_answers_are_the_engine_s_own(batch_size: int, pad_tog
 def test_views_of_like_size_share_a_batch_where_they_are_padded_together() -> None:
     images = small_pictures()
     sorted_engine, plain_engine = BlobEngine(), BlobEngine()
-    score(sorted_engine, images, 3, pad_together=True)
-    score(plain_engine, images, 3, pad_together=False)
+    score(sorted_engine, images, 3, pad_batches=True)
+    score(plain_engine, images, 3, pad_batches=False)
     given = [image.shape[:2] for image in images]
     assert [size for sizes in plain_engine.sizes_of_batches for size in sizes] == given
     assert [size for sizes in sorted_engine.sizes_of_batches for size in sizes] == sorted(given)

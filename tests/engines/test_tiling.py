@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raydet.common.boxes import Boxes, xywh_to_xyxy
 from raydet.config import Merge
-from raydet.engines.tiling import BEST_OF_VIEW, View, crop, merge, views_of
+from raydet.engines.tiling import BEST_OF_VIEW, TileView, crop, merge, views_of
 from raydet.models.detector import Detections
 
 Row = tuple[float, float, float, float, float, int]
@@ -22,7 +22,7 @@ def detections(*rows: Row) -> Detections:
 
 
 def merged_rows(
-    views: list[View], found: list[Detections], size_hw: tuple[int, int], how: Merge = "nms", most: int = 100
+    views: list[TileView], found: list[Detections], size_hw: tuple[int, int], how: Merge = "nms", most: int = 100
 ) -> list[Row]:
     merged = merge(views, found, size_hw, how=how, iou=0.5, max_detections=most)
     columns = merged.boxes_xywh.round(6).tolist(), merged.scores.round(6).tolist(), merged.categories.tolist()
@@ -35,10 +35,10 @@ def merged_rows(
 def test_tiles_are_laid_out_row_by_row_with_the_whole_picture_last() -> None:
     views = views_of((100, 250), tile=100, overlap=0.2, whole_image=True, flip=False)
     assert views == [
-        View(0, 0, 100, 100),
-        View(75, 0, 100, 100),
-        View(150, 0, 100, 100),
-        View(0, 0, 250, 100, is_whole=True),
+        TileView(0, 0, 100, 100),
+        TileView(75, 0, 100, 100),
+        TileView(150, 0, 100, 100),
+        TileView(0, 0, 250, 100, is_whole=True),
     ]
     views = views_of((3000, 4000), tile=640, overlap=0.2, whole_image=False, flip=False)
     assert len(views) == 8 * 6
@@ -48,10 +48,10 @@ def test_tiles_are_laid_out_row_by_row_with_the_whole_picture_last() -> None:
 
 @pytest.mark.parametrize("whole_image", [False, True])
 def test_a_picture_that_fits_into_a_tile_is_looked_at_once(whole_image: bool) -> None:
-    whole = View(0, 0, 640, 400, is_whole=True)
+    whole = TileView(0, 0, 640, 400, is_whole=True)
     assert views_of((400, 640), tile=640, overlap=0.2, whole_image=whole_image, flip=False) == [whole]
     assert views_of((400, 640), tile=None, overlap=0.2, whole_image=whole_image, flip=False) == [whole]
-    mirrored = View(0, 0, 640, 400, is_mirrored=True, is_whole=True)
+    mirrored = TileView(0, 0, 640, 400, is_mirrored=True, is_whole=True)
     assert views_of((400, 640), tile=640, overlap=0.2, whole_image=whole_image, flip=True) == [whole, mirrored]
 
 
@@ -89,17 +89,17 @@ def test_views_cover_the_picture_and_overlap_as_asked(
 
 def test_a_crop_is_the_window_and_the_whole_picture_is_not_copied() -> None:
     image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
-    window = crop(image, View(10, 5, 20, 8))
+    window = crop(image, TileView(10, 5, 20, 8))
     np.testing.assert_array_equal(window, image[5:13, 10:30])
-    mirrored = crop(image, View(10, 5, 20, 8, is_mirrored=True))
+    mirrored = crop(image, TileView(10, 5, 20, 8, is_mirrored=True))
     np.testing.assert_array_equal(mirrored, image[5:13, 10:30][:, ::-1])
     assert window.flags.c_contiguous and mirrored.flags.c_contiguous
-    assert np.shares_memory(crop(image, View(0, 0, 50, 30, is_whole=True)), image)
+    assert np.shares_memory(crop(image, TileView(0, 0, 50, 30, is_whole=True)), image)
 
 
 # Merging
 
-LEFT, RIGHT, WHOLE = View(0, 0, 100, 100), View(80, 0, 100, 100), View(0, 0, 180, 100, is_whole=True)
+LEFT, RIGHT, WHOLE = TileView(0, 0, 100, 100), TileView(80, 0, 100, 100), TileView(0, 0, 180, 100, is_whole=True)
 SIZE_HW = (100, 180)
 
 
@@ -111,7 +111,7 @@ def test_a_single_view_comes_back_as_it_is_even_beyond_the_picture() -> None:
 
 @pytest.mark.parametrize("how", BOTH)
 def test_boxes_move_to_the_picture_and_mirrored_ones_turn_back(how: Merge) -> None:
-    mirrored = View(80, 0, 100, 100, is_mirrored=True)
+    mirrored = TileView(80, 0, 100, 100, is_mirrored=True)
     found = [detections((10, 20, 30, 40, 0.5, 0)), detections((50, 20, 15, 10, 0.75, 1)), detections()]
     found[2] = detections((100 - 50 - 15, 20, 15, 10, 0.75, 1))
     assert merged_rows([LEFT, RIGHT, mirrored], found, SIZE_HW, how) == [
@@ -193,7 +193,7 @@ def test_the_answer_is_inside_the_picture_by_falling_score_and_not_too_long(how:
     assert empty.boxes_xywh.shape == (0, 4) and empty.categories.dtype == np.int64
 
 
-def random_detections(rng: np.random.Generator, view: View, number: int, *, num_categories: int) -> Detections:
+def random_detections(rng: np.random.Generator, view: TileView, number: int, *, num_categories: int) -> Detections:
     """Some boxes overshoot their view, as a model's do."""
     sides = rng.uniform(4, 60, (number, 2))
     corners = rng.uniform(-5, 1, (number, 2)) + rng.uniform(0, 1, (number, 2)) * (view.width, view.height) - sides / 2
@@ -214,7 +214,7 @@ def test_of_a_view_the_best_take_part() -> None:
 
 
 def test_a_box_that_one_of_two_twins_shows_loses_half_and_tiles_take_nothing_away() -> None:
-    mirrored = View(0, 0, 180, 100, is_mirrored=True, is_whole=True)
+    mirrored = TileView(0, 0, 180, 100, is_mirrored=True, is_whole=True)
     found = [detections((20, 10, 40, 40, 0.8, 0), (100, 10, 30, 30, 0.6, 1)), detections((120, 10, 40, 40, 0.4, 0))]
     assert merged_rows([WHOLE, mirrored], found, SIZE_HW, "wbf") == [
         (20, 10, 40, 40, 0.6, 0),
@@ -225,14 +225,14 @@ def test_a_box_that_one_of_two_twins_shows_loses_half_and_tiles_take_nothing_awa
 
 
 def test_fused_boxes_are_weighted_by_their_scores() -> None:
-    mirrored = View(0, 0, 180, 100, is_mirrored=True, is_whole=True)
+    mirrored = TileView(0, 0, 180, 100, is_mirrored=True, is_whole=True)
     found = [detections((20, 10, 40, 40, 0.9, 0)), detections((180 - 60 - 4, 10, 40, 40, 0.3, 0))]
     # The second box, turned back, starts at 24: (0.9 · 20 + 0.3 · 24) / 1.2.
     assert merged_rows([WHOLE, mirrored], found, SIZE_HW, "wbf") == [(21, 10, 40, 40, 0.6, 0)]
 
 
 def test_a_faint_second_box_of_the_same_view_does_not_weaken_the_first() -> None:
-    mirrored = View(0, 0, 180, 100, is_mirrored=True, is_whole=True)
+    mirrored = TileView(0, 0, 180, 100, is_mirrored=True, is_whole=True)
     found = [detections((20, 10, 40, 40, 0.8, 0), (21, 10, 40, 40, 0.02, 0)), detections((120, 10, 40, 40, 0.8, 0))]
     assert merged_rows([WHOLE, mirrored], found, SIZE_HW, "wbf") == [(20, 10, 40, 40, 0.8, 0)]
 

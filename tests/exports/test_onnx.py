@@ -117,8 +117,8 @@ def test_mistakes_are_one_clear_line(tmp_path: Path) -> None:
     folder = save("rt_detr_v2_tiny", tmp_path / "model")
     for options, message in (
         ({"out": str(tmp_path / "model.pt")}, r"ends in \.onnx, got .*model\.pt"),
-        ({"image_size": 100}, "image_size must be a multiple of 32"),
-        ({"image_size": 0}, "image_size must be above 0"),
+        ({"image_size": 100}, "--image-size must be a multiple of 32"),
+        ({"image_size": 0}, "--image-size must be above 0"),
         ({"checkpoint": str(tmp_path)}, "config.json"),
     ):
         arguments: dict[str, Any] = {"checkpoint": folder, "out": str(tmp_path / "a.onnx"), **options}

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydet.common.errors import UserError
-from raydet.images.collection import INDEX_GROUP_ROWS, ImageRow, Images, TableImages, open_images
+from raydet.images.collection import INDEX_GROUP_ROWS, Collection, ImageRow, TableCollection, open_collection
 from raydet.images.listing import is_pattern
 from raydet.images.tars import Member, image_members
 from raydet.tables import storage
@@ -27,7 +27,7 @@ from raydet.tables.table import TableWriter
 NO_OBJECTS: dict[str, list[float]] = {"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []}
 
 
-def all_rows(images: Images) -> list[ImageRow]:
+def all_rows(images: Collection) -> list[ImageRow]:
     return list(images.read(0, images.num_rows))
 
 
@@ -110,7 +110,7 @@ def test_every_awkward_picture_has_its_row_in_folder_tar_and_list(test_data: Pat
     write_tar(tmp_path / "all.tar", {name: (folder / name).read_bytes() for name in names})
     (tmp_path / "all.txt").write_text("".join(f"{folder / name}\n" for name in names))
     for data, kind in [(folder, "folder"), (tmp_path / "all.tar", "tar"), (tmp_path / "all.txt", "list")]:
-        images = open_images(str(data), index_uri=None)
+        images = open_collection(str(data), index_uri=None)
         assert (images.kind, images.num_rows) == (kind, 29)
         for number, (row, name) in enumerate(zip(all_rows(images), names, strict=True)):
             assert (row.image_id, row.path.rpartition("/")[2], row.error) == (number, name, None)
@@ -120,7 +120,7 @@ def test_every_awkward_picture_has_its_row_in_folder_tar_and_list(test_data: Pat
 def test_a_folder_is_listed_by_sorted_path_with_its_subfolders(tmp_path: Path) -> None:
     files = write_files(tmp_path, "b/2.JPG", "b/10.png", "a.webp", "c ä #?%41.jpg")
     write_files(tmp_path, "notes.txt", "b/2.json")
-    images = open_images(str(tmp_path), index_uri=None)
+    images = open_collection(str(tmp_path), index_uri=None)
     rows = all_rows(images)
     assert [row.path for row in rows] == ["a.webp", "b/10.png", "b/2.JPG", "c ä #?%41.jpg"]
     assert [row.image_id for row in rows] == [0, 1, 2, 3]
@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "4.jpg").symlink_to(tmp_path / "nowhere")
     with open(os.fsencode(tmp_path) + b"/5\xff.jpg", "wb") as file:  # noqa: PTH123 - a name that is no text
         file.write(b"x")
-    images = open_images(str(tmp_path), index_uri=None)
+    images = open_collection(str(tmp_path), index_uri=None)
     (tmp_path / "2.jpg").unlink()
     (tmp_path / "3.jpg").unlink()
     (tmp_path / "3.jpg").mkdir()
@@ -168,7 +168,7 @@ def test_a_list_says_which_and_in_which_order(tmp_path: Path) -> None:
         "z.jpg",
     ]
     (tmp_path / "list.lst").write_bytes("\n".join(lines).encode())
-    images = open_images(str(tmp_path / "list.lst"), index_uri=None)
+    images = open_collection(str(tmp_path / "list.lst"), index_uri=None)
     rows = all_rows(images)
     named = [line.strip("\ufeff \r\t") for line in lines]
     assert [row.path for row in rows] == [line for line in named if line and line[0] != "#"]
@@ -188,8 +188,8 @@ def test_a_list_says_which_and_in_which_order(tmp_path: Path) -> None:
 def test_a_table_is_read_by_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(tmp_path / "t", [(f"picture {number}".encode(), f"{number}.jpg") for number in range(11)])
     write_files(tmp_path / "t", "not_in_the_table.jpg")
-    images = open_images(str(tmp_path / "t"), index_uri=str(tmp_path / "index"))
-    assert isinstance(images, TableImages) and images.table.kind == "images"
+    images = open_collection(str(tmp_path / "t"), index_uri=str(tmp_path / "index"))
+    assert isinstance(images, TableCollection) and images.table.kind == "images"
     assert (images.kind, images.num_rows) == ("table", 11)
     assert not (tmp_path / "index").exists()
     rows = all_rows(images)
@@ -223,7 +223,7 @@ def test_a_table_by_reference_keeps_its_order_and_names_what_is_missing(tmp_path
     stored[7], stored[8] = (b"inline", "x.jpg"), (None, None)
     write_table(tmp_path / "t", stored, rows_per_file=60)
     (tmp_path / "pictures" / names[70]).unlink()
-    rows = all_rows(open_images(str(tmp_path / "t"), index_uri=None))
+    rows = all_rows(open_collection(str(tmp_path / "t"), index_uri=None))
     wanted: list[bytes | None] = [files[name] for name in names]
     wanted[7], wanted[8], wanted[70] = b"inline", None, None
     assert [row.data for row in rows] == wanted
@@ -241,8 +241,8 @@ def test_the_fingerprint_changes_with_the_collection(tmp_path: Path) -> None:
         write_tar(tmp_path / "x.tar", dict.fromkeys(names, b"x"))
         (tmp_path / "x.txt").write_text("\n".join(["folder/a.jpg", *names]))
         for data in ("folder", f"t{version}", "x.tar", "x.txt"):
-            images = open_images(str(tmp_path / data), index_uri=None)
-            assert images.fingerprint == open_images(str(tmp_path / data), index_uri=None).fingerprint
+            images = open_collection(str(tmp_path / data), index_uri=None)
+            assert images.fingerprint == open_collection(str(tmp_path / data), index_uri=None).fingerprint
             assert len(images.fingerprint) == 16
             found.append(images.fingerprint)
     assert len(set(found)) == len(found)
@@ -263,7 +263,7 @@ def test_images_in_a_tar_are_found_whatever_its_format(tmp_path: Path, file_form
             header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
-    images = open_images(str(tmp_path / "x.tar"), index_uri=None)
+    images = open_collection(str(tmp_path / "x.tar"), index_uri=None)
     rows = all_rows(images)
     assert images.kind == "tar"
     assert [row.path for row in rows] == ["x.tar/0.jpg", f"x.tar/{long}", "x.tar/empty.png", "x.tar/日本.JPEG"]
@@ -280,7 +280,7 @@ def test_sparse_members_are_left_out_and_what_follows_them_is_not(tmp_path: Path
         command = ["tar", "--sparse", f"--format={file_format}", "-cf", "x.tar", "hole.jpg", "whole.jpg"]
         subprocess.run(command, cwd=tmp_path, check=True, timeout=30)
         assert (tmp_path / "x.tar").stat().st_size < 2**19
-        rows = all_rows(open_images(str(tmp_path / "x.tar"), index_uri=None))
+        rows = all_rows(open_collection(str(tmp_path / "x.tar"), index_uri=None))
         assert [(row.path, row.data) for row in rows] == [("x.tar/whole.jpg", b"whole")]
 
 
@@ -305,10 +305,10 @@ def test_shards_come_in_order_by_folder_glob_and_braces(tmp_path: Path) -> None:
         ),
         ("*/s-0[01]0.tar", [f"train/{everything[4]}", f"train/{everything[5]}", "val/s-000.tar/v.jpg"]),
     ]:
-        images = open_images(f"{tmp_path}/{data}", index_uri=None)
+        images = open_collection(f"{tmp_path}/{data}", index_uri=None)
         assert [row.path for row in all_rows(images)] == wanted, data
         assert images.kind == "tar"
-    [*_, row] = all_rows(open_images(f"{tmp_path}/train", index_uri=None))
+    [*_, row] = all_rows(open_collection(f"{tmp_path}/train", index_uri=None))
     assert row.data == b"11 a"
 
 
@@ -426,7 +426,7 @@ def test_data_that_give_no_images_are_refused_in_one_line(tmp_path: Path) -> Non
         "web.txt": "line 2 of",
     }.items():
         with pytest.raises(UserError) as caught:
-            open_images(f"{tmp_path}/{path}", index_uri=str(tmp_path / "out" / "index"))
+            open_collection(f"{tmp_path}/{path}", index_uri=str(tmp_path / "out" / "index"))
         assert words in str(caught.value), path
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -434,28 +434,31 @@ def test_data_that_give_no_images_are_refused_in_one_line(tmp_path: Path) -> Non
 
 def test_a_folder_of_images_stays_one_whatever_else_is_in_it(tmp_path: Path) -> None:
     write_files(tmp_path, "a.jpg", "b.parquet", "c.tar", "[old] {x}*/d.jpg")
-    assert [row.path for row in all_rows(open_images(str(tmp_path), index_uri=None))] == ["[old] {x}*/d.jpg", "a.jpg"]
-    assert open_images(f"{tmp_path}/[old] {{x}}*", index_uri=None).num_rows == 1
+    assert [row.path for row in all_rows(open_collection(str(tmp_path), index_uri=None))] == [
+        "[old] {x}*/d.jpg",
+        "a.jpg",
+    ]
+    assert open_collection(f"{tmp_path}/[old] {{x}}*", index_uri=None).num_rows == 1
 
 
 def test_a_run_that_is_gone_on_with_sees_the_same_images(tmp_path: Path) -> None:
     index = str(tmp_path / "out" / "index.parquet")
     write_files(tmp_path / "images", "b.jpg", "d.jpg")
-    images = open_images(str(tmp_path / "images"), index_uri=index)
+    images = open_collection(str(tmp_path / "images"), index_uri=index)
     rows = all_rows(images)
     write_files(tmp_path / "images", "a.jpg", "c.jpg")
-    again = open_images(f"{tmp_path}/images/", index_uri=index)
+    again = open_collection(f"{tmp_path}/images/", index_uri=index)
     assert again == images
     assert all_rows(again) == rows
-    assert open_images(str(tmp_path / "images"), index_uri=None).num_rows == 4
+    assert open_collection(str(tmp_path / "images"), index_uri=None).num_rows == 4
     assert len(pickle.dumps(again)) < 1000
     assert all_rows(pickle.loads(pickle.dumps(again))) == rows
     write_files(tmp_path / "others", "a.jpg")
     with pytest.raises(UserError, match=r"index.parquet lists the images of .*/images, not those of .*/others; name"):
-        open_images(str(tmp_path / "others"), index_uri=index)
+        open_collection(str(tmp_path / "others"), index_uri=index)
     Path(index).write_bytes(Path(index).read_bytes()[:-10])
     with pytest.raises(UserError, match=r"index.parquet is no index of images, or damaged"):
-        open_images(str(tmp_path / "images"), index_uri=index)
+        open_collection(str(tmp_path / "images"), index_uri=index)
 
 
 def test_a_long_index_is_read_in_parts(tmp_path: Path) -> None:
@@ -463,7 +466,7 @@ def test_a_long_index_is_read_in_parts(tmp_path: Path) -> None:
     num_rows = INDEX_GROUP_ROWS + 1000
     (tmp_path / "x.txt").write_text("a.jpg\n" + "".join(f"{number}.jpg\n" for number in range(1, num_rows)))
     index = tmp_path / "index"
-    images = open_images(str(tmp_path / "x.txt"), index_uri=str(index))
+    images = open_collection(str(tmp_path / "x.txt"), index_uri=str(index))
     metadata = pq.read_metadata(index)
     assert images.num_rows == num_rows
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [INDEX_GROUP_ROWS, 1000]
@@ -474,7 +477,7 @@ def test_a_long_index_is_read_in_parts(tmp_path: Path) -> None:
 
 def test_a_tar_that_has_changed_since_is_noticed(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"1.jpg": b"one", "2.jpg": b"two"})
-    images = open_images(f"{tmp_path}/*.tar", index_uri=None)
+    images = open_collection(f"{tmp_path}/*.tar", index_uri=None)
     with (tmp_path / "a.tar").open("r+b") as file:
         file.truncate(1537)
     first, second = all_rows(images)
@@ -515,15 +518,15 @@ def test_object_storage_is_as_good_as_a_disk(tmp_path: Path, bucket: str, monkey
         ]
     ):
         index = f"{bucket}/out-{number}/index.parquet"
-        images = open_images(f"{bucket}/{data}", index_uri=index)
+        images = open_collection(f"{bucket}/{data}", index_uri=index)
         rows = all_rows(images)
         assert [row.path for row in rows] == paths
         assert [row.data for row in rows] == contents
         assert [row.error for row in rows] == [None if content else "no such file" for content in contents]
-        assert open_images(f"{bucket}/{data}", index_uri=index) == images
+        assert open_collection(f"{bucket}/{data}", index_uri=index) == images
     write_table(tmp_path / "t", [(None, f"{bucket}/images/sub/a ä%41 #1.jpg"), (None, f"{bucket}/images/gone.jpg")])
     storage.publish_folder(str(tmp_path / "t"), f"{bucket}/t")
-    table = open_images(f"{bucket}/t", index_uri=None)
+    table = open_collection(f"{bucket}/t", index_uri=None)
     assert [(row.data, row.error) for row in all_rows(table)] == [
         (b"odd", None),
         (None, "the file is not there any more"),
@@ -535,10 +538,10 @@ def test_object_storage_is_as_good_as_a_disk(tmp_path: Path, bucket: str, monkey
         ("none/*.tar", "no file matches"),
     ]:
         with pytest.raises(UserError, match=words):
-            open_images(f"{bucket}/{data}", index_uri=f"{bucket}/refused")
+            open_collection(f"{bucket}/{data}", index_uri=f"{bucket}/refused")
     assert not storage.exists(f"{bucket}/refused")
     # A storage that does not answer says nothing about any image.
-    local = open_images(f"{bucket}/images", index_uri=str(tmp_path / "index"))
+    local = open_collection(f"{bucket}/images", index_uri=str(tmp_path / "index"))
     monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(OSError, match=r"(?i)connect|curl"):
@@ -549,8 +552,8 @@ def test_reading_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     write_files(tmp_path, "a.jpg")
     script = """
 import sys
-from raydet.images.collection import open_images
-images = open_images(sys.argv[1], index_uri=None)
+from raydet.images.collection import open_collection
+images = open_collection(sys.argv[1], index_uri=None)
 assert [row.data for row in images.read(0, 1)] == [b"picture a.jpg"]
 heavy = {"torch", "torchvision", "ray", "transformers", "albumentations", "datasets"} & set(sys.modules)
 assert not heavy, heavy

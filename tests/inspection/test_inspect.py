@@ -14,24 +14,24 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from raydet.augmentation.mixing import sample_of
-from raydet.augmentation.transforms import Augmenter
+from raydet.augmentation.view import View
 from raydet.cli.main import main
 from raydet.common.errors import UserError
-from raydet.config import InspectConfig
-from raydet.images.decode import decode
+from raydet.config import InspectConfig, TrainConfig
 from raydet.inspection import rows
 from raydet.inspection.counting import QUANTITIES, Counts, distance
 from raydet.inspection.identical import identical_images
 from raydet.inspection.inspect import inspect
 from raydet.inspection.oddities import Findings, add_oddities, duplicates, same_places
 from raydet.inspection.picks import Picker
-from raydet.inspection.pictures import Painter, View
+from raydet.inspection.pictures import FirstEpoch
+from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
-from raydet.training.ordering import MicroBatch
-from raydet.training.stream import Preparation, _prepare_image
+from raydet.training import stream
+from raydet.training.batches import ready_batch
+from raydet.training.ordering import RunPlan
 from tests.reporting.test_reporting import EVIL, Page
 
 Row = dict[str, Any]
@@ -279,33 +279,63 @@ def test_histograms_lie_as_far_apart_as_their_shares() -> None:
     assert distance(np.array([0, 0]), np.array([1, 1])) is None
 
 
-@pytest.mark.parametrize("spec", ["none", "detr", "light"])
-def test_pictures_are_what_training_makes_of_an_image(spec: Any) -> None:
-    row = image_row(77, [((10.0, 10.0, 60.0, 50.0), 0), ((40.0, 20.0, 30.0, 30.0), 1)], data=picture_bytes(1))
-    row["objects"]["iscrowd"] = [False, True]
-    rule = ResizeRule(mode="fixed", size_hw=(64, 96))
-    preparation = Preparation(augmentation=spec, plain_from_epoch=9, resize_rule=rule, max_pixels=10**6, seed=5)
-    trained = _prepare_image(row, MicroBatch("train", 0, 0, 0, 0, (0,)), preparation)
-    painter = Painter(NAMES, View(augmentation=spec, seed=5, resize_rule=rule), Augmenter(spec))
-    sample = sample_of(decode(row["image"]["bytes"], max_pixels=10**6), row["objects"])
-    seen = painter.seen(sample, 77)
-    assert seen.image.tobytes() == trained["pixels"] and seen.size_hw == (64, 96)
-    boxes = seen.boxes_xywh / np.array([96, 64, 96, 64])
-    boxes[:, :2] += boxes[:, 2:] / 2
-    np.testing.assert_allclose(boxes.ravel(), trained["boxes"], atol=1e-6)
-    assert seen.labels.tolist() == list(trained["labels"])
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """Thirty images in several files and row groups, some with crowds; the partner of many cannot be read."""
+    content = []
+    for number in range(30):
+        boxes = [((10.0 + number, 10.0, 60.0, 50.0), number % 3), ((40.0, 20.0, 30.0, 30.0), 1)]
+        size_wh = (120 + number, 90)
+        row = image_row(1000 + number, boxes, size_wh=size_wh, data=picture_bytes(number, *size_wh))
+        row["objects"]["iscrowd"] = [False, number % 4 == 0]
+        content.append(row)
+    content[7]["image"]["bytes"] = b"no image"
+    categories = [Category(number + 1, name) for number, name in enumerate(NAMES)]
+    folder = tmp_path_factory.mktemp("photographs")
+    schema = build_schema("images", categories)
+    with TableWriter(str(folder), schema, config_hash="x", file_bytes=400_000) as writer:
+        for start in range(0, 30, 6):
+            writer.write_rows(content[start : start + 6])
+            writer.flush()
+    return open_table(str(folder), "images")
 
 
-def test_strong_mixes_images_once_there_are_some() -> None:
-    rule = ResizeRule(mode="fixed", size_hw=(64, 64))
-    painter = Painter(NAMES, View(augmentation="strong", seed=0, resize_rule=rule), Augmenter("strong"))
-    boxes = [((20.0, 20.0, 60.0, 50.0), 0)]
-    numbers = []
-    for number in range(24):
-        row = image_row(number, boxes, data=picture_bytes(number))
-        seen = painter.seen(sample_of(decode(row["image"]["bytes"], max_pixels=10**6), row["objects"]), number)
-        numbers.append(len(seen.labels))
-    assert max(numbers[:4]) <= 1 < max(numbers[4:])
+@pytest.mark.parametrize("sizes", [(), (64, 96, 128)], ids=["one size", "multi_scale"])
+@pytest.mark.parametrize("spec", ["none", "flip", "light", "detr", "strong"])
+def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: Any, sizes: tuple[int, ...]) -> None:
+    config = TrainConfig(
+        train_data=photographs.uri, val_data=photographs.uri, out="-", model="rt_detr_v2_tiny",
+        augmentation=spec, batch_size=4, epochs=2, close_mosaic=1, seed=5, shuffle_window_mb=1,
+    )  # fmt: skip
+    rules = tuple(ResizeRule(mode="fixed", size_hw=(side, side + 32)) for side in sizes)
+    view = View.of_training(config, ResizeRule(mode="keep_aspect", limit_hw=(80, 80)), rules)
+    plan = RunPlan.of_training(config, photographs, num_val=photographs.num_rows)
+    trained: dict[int, Example] = {}
+    unreadable: dict[int, str] = {}
+    groups = {"train": photographs.row_groups()}
+    source = stream._StreamSource(plan, {"train": photographs}, groups, world_size=2, view=view)
+    for segment in plan.segments():
+        if segment.kind == "train" and segment.epoch == 0:
+            for block in stream._encoded(source, segment):
+                batch = ready_batch(stream._prepare_micro_batch(block, view))
+                trained |= {example.image_id: example for example in batch.examples}
+                unreadable |= batch.unreadable
+    shown = {
+        row["image_id"]: seen
+        for _, row, seen in FirstEpoch(table=photographs, plan=plan, view=view).rows(range(photographs.num_rows))
+    }
+    assert {image_id: seen for image_id, seen in shown.items() if isinstance(seen, str)} == unreadable
+    assert unreadable.keys() == {1007} and shown.keys() == {*trained, 1007}
+    for image_id, example in trained.items():
+        seen = shown[image_id]
+        assert not isinstance(seen, str)
+        np.testing.assert_array_equal(seen.image, example.image)
+        np.testing.assert_array_equal(seen.boxes_cxcywh, example.boxes)
+        np.testing.assert_array_equal(seen.categories, example.categories)
+    pictures = [seen for seen in shown.values() if not isinstance(seen, str)]
+    assert len({seen.image.shape for seen in pictures}) >= len(sizes)
+    is_mixed = [len(seen.categories) > 2 for seen in pictures]
+    assert any(is_mixed) == (spec == "strong") and not all(is_mixed)
 
 
 @pytest.fixture(scope="module")
@@ -441,11 +471,11 @@ def test_images_without_labels_have_a_page_too(tmp_path: Path) -> None:
         (["--data", "{tmp}/empty"], "has no rows: there is nothing to inspect"),
         (["--data", "{data}", "--val-data", "{tmp}/absent"], "no such table"),
         (["--data", "{data}", "--augmentation", "[{{HorizontalFlop: {{}}}}]"], "did you mean HorizontalFlip?"),
-        (["--data", "{data}", "--augmentation", "lite"], "augmentation must be one of none, flip, light"),
-        (["--data", "{data}", "--recipe", "{tmp}/absent.yaml"], "no such config file"),
-        (["--data", "{data}", "--recipe", "{tmp}/wrong.yaml"], "unknown key `epoch`"),
+        (["--data", "{data}", "--augmentation", "lite"], "--augmentation must be one of none, flip, light"),
+        (["--data", "{data}", "--train-config", "{tmp}/absent.yaml"], "no such config file"),
+        (["--data", "{data}", "--train-config", "{tmp}/wrong.yaml"], "unknown key `epoch`"),
         (["--data", "{data}", "--model", "nothing"], "no model nothing"),
-        (["--data", "{data}", "--num-images", "-1"], "num_images must not be negative"),
+        (["--data", "{data}", "--num-images", "-1"], "--num-images must not be negative"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
@@ -473,7 +503,7 @@ def test_a_folder_with_other_things_is_left_alone(evil: Path, tmp_path: Path) ->
 def test_the_recipe_says_what_the_pictures_follow(evil: Path, tmp_path: Path, capsys: Any) -> None:
     recipe = tmp_path / "train.yaml"
     recipe.write_text("model: rt_detr_tiny\nimage_size: 96\naugmentation: [{HorizontalFlip: {p: 1.0}}]\nseed: 3\n")
-    arguments = ["--data", str(evil / "data"), "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
+    arguments = ["--data", str(evil / "data"), "--out", str(tmp_path / "out"), "--train-config", str(recipe)]
     assert main(["inspect", *arguments]) == 0
     page = Page((tmp_path / "out" / "inspect.html").read_text("utf-8"))
     assert "→ 2 boxes, 96 × 96 px" in page.text and "HorizontalFlip" in page.text

@@ -119,7 +119,7 @@ def test_a_run_against_itself_differs_nowhere(runs: dict[str, Any]) -> None:
     assert found.changed_images == ()
     text = "\n".join(found.lines())
     assert "AP: no significant difference; the interval includes 0" in text
-    assert "no image has another F1" in text
+    assert "F1 of every image is unchanged" in text
     assert "+0.000 … +0.000" in text
 
 

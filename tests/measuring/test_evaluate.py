@@ -419,7 +419,7 @@ def test_what_both_sides_have_can_be_measured(inputs: Inputs) -> None:
     evaluation = evaluate(inputs.config(allow_partial=True, out=str(out)))
     result = evaluation.result
     assert (result.num_images, result.num_truth, result.num_unreadable, evaluation.num_left_out) == (2, 2, 1, 3)
-    assert evaluation.lines()[0] == "PARTIAL: 3 images that only one side has are left out"
+    assert evaluation.lines()[0] == "PARTIAL: 3 images are in only one of truth and detections, and left out"
     assert open_table(str(out / "runs"), "runs").read()["num_left_out"].to_pylist() == [3]
     assert open_table(str(out / "per_image"), "per_image").read()["image_id"].to_pylist() == [5, 11]
 

@@ -56,7 +56,7 @@ def config(tmp_path: Path) -> EvaluateConfig:
     rows = results_to_rows(results, truth, CATEGORIES)
     rows[0] = {**rows[0], "detections": {"bbox": [], "score": [], "category": []}, "error": "truncated file"}
     write_in_groups(tmp_path / "found", rows[::-1], 7)
-    return EvaluateConfig(truth=str(tmp_path / "truth"), detections=str(tmp_path / "found"), address="local")
+    return EvaluateConfig(truth=str(tmp_path / "truth"), detections=str(tmp_path / "found"), ray_address="local")
 
 
 @pytest.mark.parametrize("protocol", [COCO, Protocol(class_agnostic=True, max_detections=(1, 5))])
@@ -73,7 +73,9 @@ def test_shards_are_the_whole_to_the_last_bit(
         num_detections=whole.num_detections,
         num_unreadable=len(whole.errors),
     )
-    scored, result = measure_shards(dataclasses.replace(config, address=None, num_shards=num_shards), truth, protocol)
+    scored, result = measure_shards(
+        dataclasses.replace(config, ray_address=None, num_shards=num_shards), truth, protocol
+    )
     assert 0 < result.AR1 < 1
     assert result == expected
     assert np.array_equal(result.precision, expected.precision)
@@ -102,7 +104,7 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    here = dataclasses.replace(config, address=None)
+    here = dataclasses.replace(config, ray_address=None)
     assert evaluate(here).result.num_detections > 0
     (Path(config.detections) / "part-00000.parquet").write_bytes(b"no Parquet")
     with pytest.raises(UserError, match="damaged"):
@@ -114,7 +116,7 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(
 def test_the_numbers_are_those_of_one_process(
     config: EvaluateConfig, ray_cluster: None, num_shards: int | None
 ) -> None:
-    here = evaluate(dataclasses.replace(config, address=None))
+    here = evaluate(dataclasses.replace(config, ray_address=None))
     there = evaluate(dataclasses.replace(config, num_shards=num_shards))
     assert numbers(there) == numbers(here)
     assert there.result == here.result
@@ -124,7 +126,7 @@ def test_the_numbers_are_those_of_one_process(
 
 def test_the_tables_are_those_of_one_process(config: EvaluateConfig, ray_cluster: None, tmp_path: Path) -> None:
     for name, address in {"here": None, "there": "local"}.items():
-        evaluate(dataclasses.replace(config, address=address, out=str(tmp_path / name), bootstrap=20, run="r"))
+        evaluate(dataclasses.replace(config, ray_address=address, out=str(tmp_path / name), bootstrap=20, run="r"))
     kinds: tuple[TableKind, ...] = ("metrics", "per_image", "errors", "confusion", "suspects")
     for kind in kinds:
         here, there = (open_table(str(tmp_path / name / kind), kind).read() for name in ("here", "there"))
@@ -145,7 +147,7 @@ def test_mistakes_get_the_same_line(config: EvaluateConfig, ray_cluster: None, t
         messages = []
         for address in (None, "local"):
             with pytest.raises(UserError) as caught:
-                evaluate(dataclasses.replace(config, detections=str(tmp_path / name), address=address))
+                evaluate(dataclasses.replace(config, detections=str(tmp_path / name), ray_address=address))
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
         assert "\n" not in messages[0]
@@ -155,7 +157,7 @@ def test_what_both_sides_have_can_be_measured(config: EvaluateConfig, ray_cluste
     rows = open_table(config.detections, "detections").read().to_pylist()
     write_in_groups(tmp_path / "some", [*rows[20:], {**rows[0], "image_id": 999}], 7)
     partial = dataclasses.replace(config, detections=str(tmp_path / "some"), allow_partial=True)
-    here, there = evaluate(dataclasses.replace(partial, address=None)), evaluate(partial)
+    here, there = evaluate(dataclasses.replace(partial, ray_address=None)), evaluate(partial)
     assert there.result == here.result
     assert (there.num_left_out, there.result.num_images) == (here.num_left_out, 40) == (21, 40)
 

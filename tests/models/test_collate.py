@@ -14,7 +14,7 @@ def example(image_id: int, size_hw: tuple[int, int], num_boxes: int) -> Example:
         image=generator.integers(1, 256, (*size_hw, 3), dtype=np.uint8),
         original_size_hw=(size_hw[0] * 2, size_hw[1] * 3),
         boxes=generator.random((num_boxes, 4)).astype(np.float32),
-        labels=generator.integers(0, 3, num_boxes),
+        categories=generator.integers(0, 3, num_boxes),
     )
 
 
@@ -39,7 +39,7 @@ def test_labels_are_as_given_and_empty_ones_keep_their_shape() -> None:
     assert batch.labels[0]["boxes"].dtype == torch.float32
     assert batch.labels[0]["class_labels"].dtype == torch.int64
     np.testing.assert_array_equal(batch.labels[0]["boxes"].numpy(), examples[0].boxes)
-    np.testing.assert_array_equal(batch.labels[0]["class_labels"].numpy(), examples[0].labels)
+    np.testing.assert_array_equal(batch.labels[0]["class_labels"].numpy(), examples[0].categories)
     assert batch.labels[1]["boxes"].shape == (0, 4)
     assert batch.labels[1]["class_labels"].shape == (0,)
 
@@ -54,7 +54,7 @@ def test_pads_to_a_given_size() -> None:
 
 def test_takes_read_only_arrays_and_does_not_alias_them() -> None:
     item = example(1, (6, 5), 1)
-    for array in (item.image, item.boxes, item.labels):
+    for array in (item.image, item.boxes, item.categories):
         array.flags.writeable = False
     batch = collate([item])
     batch.pixels.zero_()

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import ConditionalDetrImageProcessor, DetrImageProcessor, RTDetrImageProcessor, YolosImageProcessor
 
-from raydet.models.families import FAMILIES, resize_rule_of, resized_processor
+from raydet.models.families import FAMILIES
 from raydet.models.geometry import ResizeRule, resize
+from raydet.models.processors import resize_rule_of, resized_processor
 
 PROCESSORS: dict[str, Any] = {
     "rt_detr": RTDetrImageProcessor(size={"height": 96, "width": 128}),

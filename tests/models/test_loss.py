@@ -23,8 +23,9 @@ from raydet.engines.torch_engine import TorchEngine
 from raydet.models.batch_norm import synchronise_batch_norms
 from raydet.models.collate import Batch, Example, collate
 from raydet.models.detector import Detector
-from raydet.models.loading import SMALL_MODELS, build_detector
-from raydet.models.loss import Normaliser, compute_loss, local_normaliser
+from raydet.models.loading import build_detector
+from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
+from raydet.models.small import SMALL_MODELS
 from raydet.models.step import StepSetting, compute_gradients
 from raydet.tables.schema import Category
 from tests.local_head import free_port
@@ -100,7 +101,7 @@ def examples(counts: Sequence[int], seed: int = 0) -> list[Example]:
             image=generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8),
             original_size_hw=(SIDE, SIDE),
             boxes=generator.uniform(0.15, 0.5, (count, 4)).astype(np.float32),
-            labels=generator.integers(0, len(CATEGORIES), count),
+            categories=generator.integers(0, len(CATEGORIES), count),
         )
         for number, count in enumerate(counts)
     ]
@@ -329,7 +330,7 @@ def test_padded_families_learn_boxes_of_the_image() -> None:
     """The same target boxes reach the criterion whether or not the image is padded."""
     detector = build("detr_tiny")
     item = examples((2,))[0]
-    narrow = Example(0, item.image[:, :48], item.original_size_hw, item.boxes, item.labels)
+    narrow = Example(0, item.image[:, :48], item.original_size_hw, item.boxes, item.categories)
     batch = collate([narrow], pad_to_hw=detector.resize_rule.pad_to_hw)
     assert batch.pixels.shape[-2:] == (SIDE, SIDE)
     np.testing.assert_array_equal(batch.labels[0]["boxes"].numpy(), item.boxes)

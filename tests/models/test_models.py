@@ -28,12 +28,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 from raydet.common.boxes import xywh_to_xyxy
 from raydet.common.errors import UserError
 from raydet.engines.torch_engine import TorchEngine
+from raydet.models.backbone import backbone_parameter_names, freeze_backbone
 from raydet.models.collate import Batch, Example, collate
 from raydet.models.detector import Detections, Detector
 from raydet.models.families import FAMILIES, family_of
 from raydet.models.geometry import resize
-from raydet.models.loading import SMALL_MODELS, backbone_parameter_names, build_detector, freeze_backbone, load_detector
-from raydet.models.small import small_model_type
+from raydet.models.loading import build_detector, load_detector
+from raydet.models.small import SMALL_MODELS
 from raydet.tables.schema import Category
 
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"), Category(90, "toothbrush"))
@@ -90,7 +91,7 @@ def as_batch(detector: Detector, pictures: Sequence[Image.Image]) -> Batch:
             image=resize(np.asarray(picture), rule.target_size_hw((picture.height, picture.width)), rule.resample),
             original_size_hw=(picture.height, picture.width),
             boxes=np.array([[0.5, 0.5, 0.4, 0.3]], np.float32),
-            labels=np.array([number % 3]),
+            categories=np.array([number % 3]),
         )
         for number, picture in enumerate(pictures)
     ]
@@ -98,7 +99,7 @@ def as_batch(detector: Detector, pictures: Sequence[Image.Image]) -> Batch:
 
 
 def found_in(detector: Detector, pictures: Sequence[Image.Image]) -> list[Detections]:
-    engine = TorchEngine(detector, pad_together=False)
+    engine = TorchEngine(detector, pad_batches=False)
     return engine.predict(engine.prepare([np.asarray(picture) for picture in pictures]))
 
 
@@ -160,9 +161,9 @@ def test_tiny_models_are_tiny_and_deterministic(name: str) -> None:
 
 
 def test_small_models_have_the_type_that_is_told_without_torch() -> None:
-    for name, make in SMALL_MODELS.items():
-        assert small_model_type(name) == make().model_type
-    assert {small_model_type(name) for name in TINY} == FAMILIES.keys()
+    for small in SMALL_MODELS.values():
+        assert small.model_type == small.make_config().model_type
+    assert {SMALL_MODELS[name].model_type for name in TINY} == FAMILIES.keys()
 
 
 def test_small_model_has_the_size_that_its_figures_are_for() -> None:
@@ -401,7 +402,7 @@ class TestFineTuning:
         assert changed <= set(new.reinitialised)
         assert all("class" in key or "score_head" in key for key in new.reinitialised)
         assert list(new.reinitialised) == sorted(new.reinitialised)
-        assert "starts anew" in caplog.text
+        assert "initialised anew" in caplog.text
         assert sorted(changed)[-1] in caplog.text
         assert new.model.config.id2label == {index: item.name for index, item in enumerate(categories)}
         assert new.resize_rule == old.resize_rule
@@ -432,13 +433,13 @@ class TestMistakes:
             load_detector("runs/x/checkpoint")
 
     def test_folder_without_a_model(self, tmp_path: Path) -> None:
-        self.fails(str(tmp_path), "no config.json in it")
+        self.fails(str(tmp_path), "holds no model")
 
     def test_hub_that_cannot_be_reached(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub.constants
 
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        self.fails("nobody/nothing", "nobody/nothing is no folder here and cannot be had .*local model folder")
+        self.fails("nobody/nothing", "nobody/nothing .*Hugging Face Hub.*local model folder")
 
     @pytest.mark.parametrize(
         ("model_type", "product"), [("pp_doclayout_v3", "PP-DocLayout"), ("pp_ocrv5_server_det", "PP-OCR")]
@@ -504,20 +505,20 @@ class TestMistakes:
         assert load_detector(str(tmp_path)).resize_rule.size_hw == (640, 640)
 
     def test_unfit_image_size(self) -> None:
-        self.fails("rt_detr_v2_tiny", "image_size must be a multiple of 32 for rt_detr_v2_tiny, got 100", 100)
-        self.fails("rt_detr_v2_small", "image_size 64 is too small", 64)
+        self.fails("rt_detr_v2_tiny", "image-size must be a multiple of 32 for rt_detr_v2_tiny, got 100", 100)
+        self.fails("rt_detr_v2_small", "image-size 64 is too small", 64)
         build_detector("detr_tiny", CATEGORIES, image_size=100, seed=0)
 
     def test_gradient_checkpointing_that_transformers_lacks(self) -> None:
-        with pytest.raises(UserError, match=r"gradient_checkpointing: rt_detr_tiny is a rt_detr model, .* accumulate"):
+        with pytest.raises(UserError, match=r"gradient-checkpointing: rt_detr_tiny is a rt_detr model, .*accumulat"):
             build_detector("rt_detr_tiny", CATEGORIES, image_size=96, seed=0, gradient_checkpointing=True)
 
     def test_sizes_that_windows_do_not_fit_into(self, tmp_path: Path) -> None:
-        self.fails("lw_detr_tiny", "image_size must be a multiple of 32 for lw_detr_tiny, got 80", 80)
-        self.fails("rf_detr_tiny", "image_size 64 is too small .* 20 queries but only 16 places", 64)
+        self.fails("lw_detr_tiny", "image-size must be a multiple of 32 for lw_detr_tiny, got 80", 80)
+        self.fails("rf_detr_tiny", "image-size 64 is too small .* 20 queries .* only 16", 64)
         build("lw_detr_tiny").save(str(tmp_path))
         (tmp_path / "preprocessor_config.json").unlink()
-        self.fails(str(tmp_path), "lets every image keep its aspect, .* multiple of 32; give image_size", None)
+        self.fails(str(tmp_path), "aspect ratio.* multiple of 32; give --image-size", None)
         build_detector(str(tmp_path), CATEGORIES, image_size=128, seed=0)
 
     def test_no_categories(self) -> None:

@@ -105,16 +105,16 @@ def test_padding_does_not_change_ap(tmp_path: Path) -> None:
         )
     )
     ap = {}
-    for pad_together in (True, False):
+    for pad_batches in (True, False):
         found = predict(
             PredictConfig(
                 checkpoint=trained.checkpoint,
                 data=scored,
-                out=str(tmp_path / f"detections-{pad_together}"),
-                pad_together=pad_together,
+                out=str(tmp_path / f"detections-{pad_batches}"),
+                pad_batches=pad_batches,
             )
         )
-        ap[pad_together] = evaluate(EvaluateConfig(truth=scored, detections=found.out)).result.AP
+        ap[pad_batches] = evaluate(EvaluateConfig(truth=scored, detections=found.out)).result.AP
     print(f"AP padded {ap[True]:.4f}, each size by itself {ap[False]:.4f}")
     assert ap[False] > 0.15
     assert ap[True] == pytest.approx(ap[False], abs=0.001)

@@ -6,8 +6,8 @@ import torch
 
 from raydet.models.collate import Example
 from raydet.models.detector import Detector
-from raydet.models.families import resize_rule_of, resized_processor
 from raydet.models.loading import build_detector
+from raydet.models.processors import resize_rule_of, resized_processor
 from raydet.models.step import StepSetting, apply_gradients, compute_gradients
 from raydet.tables.schema import Category
 

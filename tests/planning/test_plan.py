@@ -332,17 +332,17 @@ def test_a_cluster_file_that_says_too_little_is_refused(tmp_path: Path, content:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"checkpoint": None}, "name either --checkpoint"),
-        ({"model": "m"}, "name either --checkpoint"),
-        ({"images": 0}, "images must be above 0"),
-        ({"image_size": 256}, "image_size goes with --model"),
-        ({"epochs": 3}, "epochs are train's"),
+        ({"checkpoint": None}, "give one of --checkpoint"),
+        ({"model": "m"}, "give one of --checkpoint"),
+        ({"images": 0}, "--images must be above 0"),
+        ({"image_size": 256}, "--image-size needs --model"),
+        ({"epochs": 3}, "--epochs needs --job train"),
         ({"cpu_nodes": 2}, "--cpu-nodes needs --cpus-per-cpu-node"),
         ({"cpus_per_gpu_node": 2}, "--cpus-per-gpu-node needs --gpu-nodes"),
         ({"cluster": "x", "gpu_nodes": 1, "cpus_per_gpu_node": 8}, "give either --cluster, or"),
-        ({"job": "train", "engine": "openvino"}, "train runs on torch only"),
+        ({"job": "train", "engine": "openvino"}, "--job train needs --engine torch"),
         ({"engine": "onnx", "gpu_nodes": 1, "cpus_per_gpu_node": 8}, "engine onnx runs on CPUs"),
-        ({"probe": ["a"], "save_probe": "b"}, "nothing for --save-probe"),
+        ({"probe": ["a"], "save_probe": "b"}, "leave out --probe"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], words: str) -> None:
@@ -381,7 +381,7 @@ def test_the_command_combines_saved_probes(tmp_path: Path, capsys: pytest.Captur
     assert Probe.from_dict(content["probes"]["model"], where="plan") == GPU
     for words in (
         "predict of 10,000,000 images on 8 × 16 CPUs (CPU nodes), 2 × 8 CPUs and 1 GPU (GPU nodes)",
-        "time: 2 h 47 min, start-up 20 s of it; 1,000 images/s",
+        "time: 2 h 47 min, of which start-up 20 s; 1,000 images/s",
         "cost: 16.70, 1.67 per million images",
         "bottleneck: model; more workers make it faster",
         "balance: 3.5 CPUs beside their own keep the GPU nodes busy: 0.11 such CPU nodes to each GPU node",

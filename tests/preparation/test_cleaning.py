@@ -76,7 +76,7 @@ def test_everything_odd_is_listed_with_its_place(tmp_path: Path) -> None:
     lines = report.lines()
     assert f"findings, listed in {tmp_path}/out/_findings:" in lines
     assert (
-        "  boxes outside their image left out: 1" in lines and "  annotations of an unknown image, left out: 1" in lines
+        "  boxes outside their image, dropped: 1" in lines and "  annotations of an unknown image, left out: 1" in lines
     )
 
 
@@ -161,7 +161,7 @@ def test_random_defects_are_all_accounted_for(
     path = save_coco(tmp_path / "case", images, annotations, categories=(5, 6))
     options = {"duplicate_images": duplicates, "duplicate_boxes": duplicates, "image_storage": storage}
     if not readable or (val_fraction and len(set(contents.values())) < 2):
-        with pytest.raises(UserError, match=r"none of the|two contents or more"):
+        with pytest.raises(UserError, match=r"none of the|two different images"):
             prepare(folder, path, out, val_fraction=val_fraction, **options)
         assert not out.exists()
         return

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -18,8 +20,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raydet.common.errors import UserError
-from raydet.config import PrepareCocoConfig, PrepareImagesConfig, PrepareShapesConfig, config_hash
+from raydet.config import (
+    EvaluateConfig,
+    InspectConfig,
+    PrepareCocoConfig,
+    PrepareImagesConfig,
+    PrepareShapesConfig,
+    config_hash,
+)
+from raydet.images.collection import open_collection
 from raydet.images.decode import decode
+from raydet.inspection.inspect import inspect
+from raydet.measuring.evaluate import evaluate
 from raydet.preparation.prepare import prepare_coco, prepare_images, prepare_shapes
 from raydet.preparation.sources.fitting import fit_objects
 from raydet.preparation.sources.source import SourceObjects
@@ -218,7 +230,7 @@ def test_running_again_does_nothing_and_another_table_is_never_overwritten(tmp_p
     again = prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), num_threads=1))
     assert again.already_done and not first.already_done
     assert {**vars(again), "already_done": False} == vars(first)
-    assert "already there" in again.lines()[-1]
+    assert "already prepared" in again.lines()[-1]
     other = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), max_pixels=10**7)
     with pytest.raises(UserError, match="already holds another table; choose another --out or remove it"):
         prepare_images(other)
@@ -239,6 +251,22 @@ def test_files_of_the_users_are_never_touched(tmp_path: Path, name: str) -> None
     assert path.read_bytes() == b"mine" and files_below(tmp_path / "out") == [name]
     with pytest.raises(UserError, match="is a file; --out must name a folder"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(path)))
+
+
+def test_the_folder_of_two_tables_is_refused_where_one_is_wanted(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    prepare_shapes(PrepareShapesConfig(out=out, num_train=2, num_val=1, image_size=32))
+    found = tmp_path / "found.json"
+    found.write_text("[]")
+    commands: tuple[Callable[[], object], ...] = (
+        partial(open_table, out, "images"),
+        partial(open_collection, out, index_uri=None),
+        partial(inspect, InspectConfig(data=out, out=str(tmp_path / "page"))),
+        partial(evaluate, EvaluateConfig(truth=out, detections=str(found))),
+    )
+    for command in commands:
+        with pytest.raises(UserError, match=r"holds the tables train and val; name one, such as .*/out/train"):
+            command()
 
 
 def test_a_killed_run_leaves_no_table_and_a_rerun_starts_over(tmp_path: Path) -> None:
@@ -275,7 +303,7 @@ def test_when_every_image_is_rejected_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     (tmp_path / "in" / "b.jpg").write_text("text")
-    with pytest.raises(UserError, match=r"none of the 2 images can be read \(empty file: 1; not an image"):
+    with pytest.raises(UserError, match=r"none of the 2 images can be used \(empty file: 1; not an image"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

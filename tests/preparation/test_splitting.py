@@ -34,7 +34,7 @@ def test_the_choice_depends_on_the_set_of_images_alone(
 ) -> None:
     contents = [content for content, _ in images]
     if len(set(contents)) < 2:
-        with pytest.raises(UserError, match="needs images of two contents or more, there is 1"):
+        with pytest.raises(UserError, match="two different images, found 1"):
             choose(images, fraction, seed)
         return
     is_val = choose(images, fraction, seed)

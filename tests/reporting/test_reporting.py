@@ -334,7 +334,7 @@ def test_training_curves_come_from_the_run_folder(folder: Path, tmp_path: Path) 
     (tmp_path / "log" / "history.json").write_text(json.dumps(history))
     page = page_of(folder, train_run=str(tmp_path), out=str(tmp_path / "report.html"), num_images=0)
     assert page.charts["training"] == {"epoch": [1, 2], "loss": [3.5, None], "AP": [None, 0.25], "AP50": [None, 0.5]}
-    with pytest.raises(UserError, match=r"train_run must be a folder that `raydet train` wrote"):
+    with pytest.raises(UserError, match=r"--train-run must be a folder that `raydet train` wrote"):
         report(ReportConfig(metrics=str(folder), train_run=str(folder)))
 
 
@@ -345,7 +345,7 @@ def test_a_wrong_folder_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
         report(ReportConfig(metrics=str(tmp_path)))
     with pytest.raises(UserError, match=f"single table.*perhaps {re.escape(str(folder))}"):
         report(ReportConfig(metrics=str(folder / "metrics")))
-    with pytest.raises(UserError, match="out must be an HTML file"):
+    with pytest.raises(UserError, match="--out must be an HTML file"):
         report(ReportConfig(metrics=str(folder), out=str(tmp_path)))
 
 

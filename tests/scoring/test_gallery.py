@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from raydet.config import DrawIf
-from raydet.images.collection import open_images
+from raydet.images.collection import open_collection
 from raydet.images.drawing import class_colours
-from raydet.scoring.gallery import Chosen, Gallery
+from raydet.scoring.gallery import Chosen, GalleryPainter
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 
@@ -40,7 +40,7 @@ def write(folder: Path, rows: list[Row], *, rows_per_file: int = 1000) -> Table:
 
 
 def choose(table: Table, count: int, draw_if: DrawIf = "any", **options: Any) -> list[Chosen]:
-    return Gallery("unused", CATEGORIES, count, draw_if, **options).choose(table)
+    return GalleryPainter("unused", CATEGORIES, count, draw_if, **options).choose(table)
 
 
 def ids(chosen: list[Chosen]) -> list[int]:
@@ -118,13 +118,13 @@ def test_pictures_are_drawn_at_a_readable_size_and_listed(tmp_path: Path) -> Non
         save(tmp_path / "images" / f"{number}.png", size_hw)
     rows = [row(number, 0.9, *[0.8] * number, 0.1, size_hw=size_hw) for number, size_hw in sizes.items()]
     table, out = write(tmp_path / "found", rows), tmp_path / "out"
-    images = open_images(str(tmp_path / "images"), index_uri=None)
-    gallery = Gallery(str(out), CATEGORIES, 10, "many_boxes", 0.3)
+    images = open_collection(str(tmp_path / "images"), index_uri=None)
+    gallery = GalleryPainter(str(out), CATEGORIES, 10, "many_boxes", 0.3)
     report = gallery.draw(images, gallery.choose(table))
     assert sorted(path.name for path in (out / "_drawn").iterdir()) == [
         "0001-2.jpg", "0002-1.jpg", "0003-0.jpg", "index.csv",
     ]  # fmt: skip
-    assert report.lines() == [f"3 pictures with their boxes: {out / '_drawn'}"]
+    assert report.lines() == [f"3 images drawn with their boxes: {out / '_drawn'}"]
     assert read_index(out)[0] == {
         "image_id": "2", "path": "2.png", "file": "0001-2.jpg", "best_score": "0.9", "num_boxes": "3",
     }  # fmt: skip
@@ -145,17 +145,17 @@ def test_an_earlier_drawing_goes_and_what_cannot_be_read_is_reported(tmp_path: P
     for number in range(4):
         save(folder / f"{number}.png", (90, 120))
     table = write(tmp_path / "found", [row(number, 0.9) for number in range(4)])
-    images = open_images(str(folder), index_uri=None)
-    Gallery(str(out), CATEGORIES, 4).draw(images, choose(table, 4))
+    images = open_collection(str(folder), index_uri=None)
+    GalleryPainter(str(out), CATEGORIES, 4).draw(images, choose(table, 4))
     assert len(read_index(out)) == 4
     (out / "_drawn" / "notes.txt").write_text("the user's own")
     (folder / "1.png").unlink()
     (folder / "2.png").write_bytes(b"")
-    report = Gallery(str(out), CATEGORIES, 4).draw(images, choose(table, 4))
+    report = GalleryPainter(str(out), CATEGORIES, 4).draw(images, choose(table, 4))
     assert sorted(entry["image_id"] for entry in read_index(out)) == ["0", "3"] and report.num_drawn == 2
     names = {path.name for path in (out / "_drawn").iterdir()}
     assert names == {"index.csv", "notes.txt", *(entry["file"] for entry in read_index(out))}
     assert len(report.failures) == 2 and all("not drawn: image" in line for line in report.lines()[:2])
     others = write(tmp_path / "others", [row(number + 50, 0.9) for number in range(4)])
-    report = Gallery(str(out), CATEGORIES, 1).draw(images, choose(others, 1))
+    report = GalleryPainter(str(out), CATEGORIES, 1).draw(images, choose(others, 1))
     assert report.num_drawn == 0 and "the images are others than those that were scored" in report.lines()[0]

@@ -114,7 +114,7 @@ def assert_same(found: Detections, expected: Detections, *, scores: float = 1e-5
 
 def by_the_model(detector: Detector, pixels: np.ndarray) -> Detections:
     """The model's answer for one picture, in that picture's pixels, without raydet's pipeline."""
-    engine = TorchEngine(detector, pad_together=False)
+    engine = TorchEngine(detector, pad_batches=False)
     return engine.predict(engine.prepare([pixels]))[0]
 
 
@@ -203,7 +203,7 @@ def test_mirrored_views_add_the_boxes_of_the_mirrored_picture(
     reference = {name: found_in(row) for name, row in plain[1].items()}
     data = list_of([pictures / "good_0.png", pictures / "strip.png"], tmp_path / "two.txt")
     config = dataclasses.replace(
-        plain[0], data=data, out=str(tmp_path / "d"), draw=0, tile=SIDE, overlap=0.0, whole_image=False, flip=True
+        plain[0], data=data, out=str(tmp_path / "d"), draw=0, tile=SIDE, tile_overlap=0.0, whole_image=False, flip=True
     )
     # At an IoU of 1 nothing is taken for one object, so that every box that went into the merge comes out of it.
     config = dataclasses.replace(config, merge="nms", merge_iou=1.0, top_k=1000)
@@ -228,7 +228,7 @@ def test_tiles_that_overlap_are_scored_as_pictures_of_their_own_and_fused(
 ) -> None:
     reference = {name: found_in(row) for name, row in plain[1].items()}
     data = list_of([pictures / "good_0.png", pictures / "strip.png"], tmp_path / "two.txt")
-    config = dataclasses.replace(plain[0], data=data, out=str(tmp_path / "d"), draw=0, tile=SIDE, overlap=0.5)
+    config = dataclasses.replace(plain[0], data=data, out=str(tmp_path / "d"), draw=0, tile=SIDE, tile_overlap=0.5)
     config = dataclasses.replace(config, merge="wbf", merge_iou=0.4)
     predict(config)
     rows = rows_of(config.out)
@@ -271,7 +271,7 @@ def test_pictures_are_drawn_with_their_boxes(
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).glob("part-*.parquet")}
     if draw_if != "any":
         result = predict(dataclasses.replace(config, draw=4, draw_if=draw_if, draw_threshold=threshold))
-        assert result.already_done and "4 pictures with their boxes" in "\n".join(result.report)
+        assert result.already_done and "4 images drawn with their boxes" in "\n".join(result.report)
     folder = Path(config.out) / "_drawn"
     with (folder / "index.csv").open() as file:
         index = list(csv.DictReader(file))

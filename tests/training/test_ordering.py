@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydet.training.ordering import MIXUP_P, MOSAIC_P, RunPlan, augmentation_seed, scale_choice
+from raydet.augmentation.view import augmentation_seed, scale_choice
+from raydet.training.ordering import MIXUP_P, MOSAIC_P, RunPlan
 
 
 def _plan(**changes: object) -> RunPlan:

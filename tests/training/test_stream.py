@@ -2,6 +2,10 @@
 
 import dataclasses
 import hashlib
+import json
+import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,16 +16,16 @@ import pytest
 import ray
 from ray.data import ExecutionResources
 
-from raydet.cluster.session import Resources, cpus_for_tasks
-from raydet.config import DEFAULT_MAX_PIXELS
+from raydet.augmentation.view import View, scale_choice
+from raydet.cluster.shares import Resources, cpus_for_tasks
 from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training import stream
 from raydet.training.batches import ReadyBatch, ready_batch, ready_batches
-from raydet.training.ordering import RunPlan, scale_choice
-from raydet.training.stream import Preparation, run_stream
+from raydet.training.ordering import RunPlan
+from raydet.training.stream import run_stream
 from tests.nodes import wait_until
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
@@ -41,15 +45,9 @@ def _plan(train: Table, val: Table, **changes: float) -> RunPlan:
     return RunPlan(train_groups=groups, num_val=val.num_rows, **{**values, **changes})
 
 
-def _preparation(**changes: Any) -> Preparation:
-    values: dict[str, Any] = {
-        "augmentation": "light",
-        "plain_from_epoch": 9,
-        "resize_rule": RULE,
-        "max_pixels": DEFAULT_MAX_PIXELS,
-        "seed": 1,
-    }
-    return Preparation(**{**values, **changes})
+def _view(**changes: Any) -> View:
+    values: dict[str, Any] = {"augmentation": "light", "resize_rule": RULE, "seed": 1}
+    return View(**{**values, **changes})
 
 
 def _read(
@@ -71,7 +69,7 @@ def _read(
         plan,
         train=train,
         val=val,
-        preparation=_preparation(augmentation="flip"),
+        view=_view(augmentation="flip"),
         world_size=world_size,
         start_epoch=start.get("start_epoch", 0),
         start_step=start.get("start_step", 0),
@@ -122,7 +120,7 @@ def _steps(received: list[list[ReadyBatch]]) -> dict[tuple[str, int, int], list[
 def _digest(batch: ReadyBatch, example: Example) -> str:
     truth = batch.truths.get(example.image_id)
     labelled = None if truth is None else [values.tolist() for values in vars(truth).values()]
-    content = [example.image_id, example.boxes.tolist(), example.labels.tolist(), batch.resize_rule, labelled]
+    content = [example.image_id, example.boxes.tolist(), example.categories.tolist(), batch.resize_rule, labelled]
     return f"{example.image_id}:{hashlib.sha256(repr(content).encode() + example.image.tobytes()).hexdigest()}"
 
 
@@ -191,10 +189,10 @@ def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, sha
     train = open_table(str(tmp_path / "t"), "images")
     plan = _plan(train, val, validate_fraction=0.5)
     rules = (RULE, ResizeRule(mode="fixed", size_hw=(40, 40)), ResizeRule(mode="fixed", size_hw=(64, 56)))
-    preparation = _preparation(augmentation="strong", plain_from_epoch=1, resize_rules=rules)
-    received = _prepared_run(train, val, plan, 3, preparation)
+    view = _view(augmentation="strong", plain_from_epoch=1, step_resize_rules=rules)
+    received = _prepared_run(train, val, plan, 3, view)
     mixed = _steps(received)
-    assert mixed == _steps(_prepared_run(train, val, plan, 1, preparation))
+    assert mixed == _steps(_prepared_run(train, val, plan, 1, view))
     assert [digest.split(":")[0] for digest in mixed["validate", 0, 0]] == ["0", "2", "4", "6", "8"]
     found: dict[int, int] = {}
     sizes = set()
@@ -208,23 +206,21 @@ def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, sha
         assert all("not an image" in error for error in batch.unreadable.values())
         sizes.add(rule.size_hw)
         if key.kind == "train":
-            found[key.epoch] = found.get(key.epoch, 0) + sum(len(example.labels) for example in batch.examples)
+            found[key.epoch] = found.get(key.epoch, 0) + sum(len(example.categories) for example in batch.examples)
     num_objects = sum(len(row["objects"]["id"]) for row in rows) - len(rows[7]["objects"]["id"])
     assert found[1] == num_objects and found[0] > num_objects * 1.3
     assert len(sizes) == 3
 
 
-def _prepared_run(
-    train: Table, val: Table, plan: RunPlan, world_size: int, preparation: Preparation
-) -> list[list[ReadyBatch]]:
+def _prepared_run(train: Table, val: Table, plan: RunPlan, world_size: int, view: View) -> list[list[ReadyBatch]]:
     """What each rank gets, as the tasks of the stream make it, in this process."""
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = stream._Source(plan, tables, groups, world_size, preparation)
+    source = stream._StreamSource(plan, tables, groups, world_size, view)
     received: list[list[ReadyBatch]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
         for block in stream._encoded(source, segment):
-            batch = ready_batch(stream._prepare_micro_batch(block, preparation))
+            batch = ready_batch(stream._prepare_micro_batch(block, view))
             received[batch.micro_batch.rank].append(batch)
     return received
 
@@ -253,7 +249,7 @@ def test_crowds_are_augmented_along_but_not_learnt(shapes: Path) -> None:
         "iscrowd": [False, True, False],
     }
     for augmentation in ("none", "flip", [{"VerticalFlip": {"p": 1.0}}]):
-        assert list(_prepared(row, augmentation=augmentation)["labels"]) == [2, 0]
+        assert list(_prepared(row, augmentation=augmentation)["categories"]) == [2, 0]
     flipped = np.array(_prepared(row, augmentation=[{"VerticalFlip": {"p": 1.0}}])["boxes"]).reshape(-1, 4)
     np.testing.assert_allclose(flipped[1], [38 / 64, 26 / 64, 16 / 64, 16 / 64], rtol=1e-5)
 
@@ -263,7 +259,7 @@ def _prepared(row: dict[str, Any], *, augmentation: Any = "strong") -> dict[str,
     block = pa.Table.from_pylist(
         [{"kind": "train", "epoch": 0, "step": 0, "part": 0, "rank": 0, "images": [row]}], schema=stream._ENCODED_SCHEMA
     )
-    ready = stream._prepare_micro_batch(block, _preparation(augmentation=augmentation))
+    ready = stream._prepare_micro_batch(block, _view(augmentation=augmentation))
     images: list[dict[str, Any]] = ready["images"][0].as_py()
     return images[0]
 
@@ -289,7 +285,7 @@ def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_
     trained, validated = ([one for one in batches if one.micro_batch.kind == kind] for kind in ("train", "validate"))
     ids = [row["image_id"] for row in good]
     (example,) = [example for batch in trained for example in batch.examples]
-    assert example.image_id == ids[0] and example.labels.tolist() == [2] and example.image.shape == (32, 48, 3)
+    assert example.image_id == ids[0] and example.categories.tolist() == [2] and example.image.shape == (32, 48, 3)
     for part in (trained, validated):
         unreadable = {image_id: error for batch in part for image_id, error in batch.unreadable.items()}
         assert sorted(unreadable) == sorted(ids[1:]) and "not an image" in unreadable[ids[1]]
@@ -303,3 +299,31 @@ def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_
 def writer_columns() -> list[str]:
     """The columns that every images table has."""
     return ["image_id", "image", "width", "height", "objects"]
+
+
+def test_what_decodes_imports_neither_torch_nor_albumentations_without_need(shapes: Path, tmp_path: Path) -> None:
+    """A fresh process makes micro-batches as a decode task does; only a resize brings torch, `light` albumentations."""
+    rows = open_table(str(shapes / "train"), "images").read(writer_columns()).to_pylist()[:2]
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(rows))
+    program = f"""
+import json, pickle, sys
+from pathlib import Path
+import pyarrow as pa
+from raydet.augmentation.view import View
+from raydet.models.geometry import ResizeRule
+from raydet.training import stream
+
+rows = pickle.loads(Path({str(tmp_path / "rows.pkl")!r}).read_bytes())
+heavy = ("torch", "torchvision", "transformers", "albumentations", "cv2")
+for augmentation, side in (("", 64), ("none", 64), ("flip", 64), ("flip", 48), ("light", 64)):
+    key = dict(kind="train" if augmentation else "validate", epoch=0, step=0, part=0, rank=0, images=rows)
+    block = pa.Table.from_pylist([key], schema=stream._ENCODED_SCHEMA)
+    view = View(resize_rule=ResizeRule(mode="fixed", size_hw=(side, side)), augmentation=augmentation or "none")
+    images = stream._prepare_micro_batch(block, view)["images"][0].as_py()
+    assert all((image["height"], image["width"]) == (side, side) for image in images)
+    print(json.dumps([name for name in heavy if name in sys.modules]))
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    lines = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert lines[:3] == [[], ["cv2"], ["cv2"]]
+    assert lines[3] == ["torch", "torchvision", "cv2"] and "albumentations" in lines[4]

@@ -45,7 +45,7 @@ def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
         "ema_decay": 0.9,
         "augmentation": "flip",
         "threads_per_worker": 1,
-        "checkpoint_every_steps": 2,
+        "save_every_steps": 2,
         "log_images": 0,
     }
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_in_mid_epoch(shapes: Path, tmp_path: Path, undistu
 
 
 def test_sigterm_saves_what_there_is(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
-    config = _config(shapes, tmp_path / "stopped", checkpoint_every_steps=None)
+    config = _config(shapes, tmp_path / "stopped", save_every_steps=None)
     driver = _start(config, tmp_path / "output")
     try:
         _wait_for(tmp_path / "stopped" / STATES_FOLDER / "00001-0000000.pt", driver)
@@ -119,7 +119,7 @@ def test_sigterm_saves_what_there_is(shapes: Path, tmp_path: Path, undisturbed: 
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)
     text = (tmp_path / "output").read_text()
-    assert "stopped as asked" in text and "Traceback" not in text
+    assert "run stopped" in text and "Traceback" not in text
     _assert_same_run(train(config), undisturbed)
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_ends_the_run_with_one_line(shapes: Path, tmp_path: Path) ->
     disk.mkdir()
     kept = tmp_path / "kept"
     # Room for the first checkpoints (weights, and a state three times their size), not for all.
-    config = _config(shapes, disk / "run", keep=10)
+    config = _config(shapes, disk / "run", keep_states=10)
     script = tmp_path / "script.sh"
     script.write_text(
         f'mount -t tmpfs -o size=14m none {disk} || exit 99\n"$@"\ncode=$?\ncp -r {disk}/run {kept}\nexit $code\n'
@@ -177,7 +177,7 @@ def test_a_full_disk_ends_the_run_with_one_line(shapes: Path, tmp_path: Path) ->
     assert result.returncode == 1, result.stdout + result.stderr
     assert "cannot write the checkpoint" in result.stderr and "the disk is full" in result.stderr
     assert "Traceback" not in result.stderr
-    again = train(dataclasses.replace(config, out=str(kept), keep=2))
+    again = train(dataclasses.replace(config, out=str(kept), keep_states=2))
     assert len(again.history) == EPOCHS
 
 

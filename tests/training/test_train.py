@@ -36,7 +36,7 @@ def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
         "ema_decay": 0.9,
         "augmentation": "flip",
         "threads_per_worker": 1,
-        "checkpoint_every_steps": 3,
+        "save_every_steps": 3,
         "log_images": 2,
     }
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path,
         model="detr_tiny",
         epochs=3,
         batch_size=23,
-        accumulate=2,
+        gradient_accumulation_steps=2,
         num_workers=2,
         precision="bf16",
         augmentation="strong",
@@ -174,7 +174,7 @@ def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path,
         ({"train_data": "absent"}, "no such table: .*absent"),
         ({"model": "no_such_model"}, "no_such_model"),
         ({"model": "."}, "holds no model"),
-        ({"image_size": 100}, "image_size must be a multiple of 32"),
+        ({"image_size": 100}, "--image-size must be a multiple of 32"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(

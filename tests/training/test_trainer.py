@@ -46,7 +46,7 @@ def _step(trainer: Trainer) -> tuple[float, float]:
             image=generator.integers(0, 256, (64, 64, 3), dtype=np.uint8),
             original_size_hw=(64, 64),
             boxes=np.array([[0.5, 0.5, 0.4, 0.3]], np.float32),
-            labels=np.array([number % 2]),
+            categories=np.array([number % 2]),
         )
         for number in range(2)
     ]

@@ -9,13 +9,14 @@ import torch
 from ray.data import ExecutionResources
 
 from raydet import EvaluateConfig, PredictConfig, TrainConfig, evaluate, predict, train
-from raydet.config import DEFAULT_MAX_PIXELS, Precision
+from raydet.augmentation.view import View
+from raydet.config import Precision
 from raydet.models.detector import Detections
 from raydet.tables.table import open_table
 from raydet.training.batches import ready_batches
 from raydet.training.ordering import RunPlan
 from raydet.training.state import load_state, newest_state
-from raydet.training.stream import Preparation, run_stream
+from raydet.training.stream import run_stream
 from raydet.training.trainer import Trainer
 from raydet.training.validation import detect
 
@@ -51,28 +52,12 @@ def _validated(config: TrainConfig) -> dict[int, Detections]:
     cpu = torch.device("cpu")
     trainer = Trainer(config, val_table.categories, steps_per_epoch=12, device=cpu, rank=0, world_size=1)
     trainer.load_state_dict(load_state(config.out, name, cpu).of_rank(0, 1))
-    plan = RunPlan(
-        train_groups=tuple((group.num_rows, group.num_bytes) for group in train_table.row_groups()),
-        num_val=val_table.num_rows,
-        batch_size=config.batch_size,
-        accumulate=1,
-        epochs=config.epochs,
-        seed=config.seed,
-        window_bytes=2**20,
-        validate_every=1,
-        validate_batch_size=BATCH_SIZE,
-    )
+    plan = RunPlan.of_training(config, train_table, num_val=val_table.num_rows)
     (iterator,) = run_stream(
         plan,
         train=train_table,
         val=val_table,
-        preparation=Preparation(
-            augmentation=config.augmentation,
-            plain_from_epoch=0,
-            resize_rule=trainer.detector.resize_rule,
-            max_pixels=DEFAULT_MAX_PIXELS,
-            seed=config.seed,
-        ),
+        view=View.of_training(config, trainer.detector.resize_rule, ()),
         world_size=1,
         start_epoch=config.epochs - 1,
         start_step=plan.steps_per_epoch,
@@ -131,7 +116,7 @@ def test_predict_and_evaluate_give_the_detections_and_ap_of_the_epoch(
     validated = _validated(config)
     # The same batches, threads and memory layout: the same bits.
     same, ap = _predicted(
-        config, tmp_path / "same", precision=precision, batch_size=BATCH_SIZE, channels_last=False, pad_together=True
+        config, tmp_path / "same", precision=precision, batch_size=BATCH_SIZE, channels_last=False, pad_batches=True
     )
     for image_id, found in validated.items():
         for name, values in vars(found).items():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raydet import TrainConfig, TuneConfig, UserError, tune
-from raydet.cluster.session import Resources
+from raydet.cluster.shares import Resources
 from raydet.config import to_yaml
 from raydet.config.options import load, load_file
 from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
@@ -20,7 +20,7 @@ from raydet.tables.table import open_table
 from raydet.training.history import EpochRecord
 from raydet.tuning import records
 from raydet.tuning.execution import build_scheduler
-from raydet.tuning.plan import Plan, Search
+from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.records import Trial
 from raydet.tuning.resources import Machines, Share, divide
 from raydet.tuning.results import write_results
@@ -36,7 +36,7 @@ def _config(shapes: Path | None, out: Path, **changes: Any) -> TuneConfig:
     data = {"train_data": f"{shapes}/train", "val_data": f"{shapes}/val"}
     values: dict[str, Any] = {
         "out": str(out),
-        "train": {**data, "model": "rt_detr_v2_tiny", "image_size": 64, "epochs": 9, "learning_rate": 1e-3},
+        "train_config": {**data, "model": "rt_detr_v2_tiny", "image_size": 64, "epochs": 9, "learning_rate": 1e-3},
         "space": {"learning_rate": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"choice": [4, 8]}},
         "num_trials": 6,
         "search": "random",
@@ -55,7 +55,7 @@ def _contents(*values: float | None) -> list[dict[str, Any]]:
     ]
 
 
-def _write_run(plan: Plan, trial: Trial, *values: float | None) -> None:
+def _write_run(plan: TuningPlan, trial: Trial, *values: float | None) -> None:
     """A trial with its record and run folder, as one that has trained leaves them."""
     records.save(trial, plan.out)
     folder = Path(trial.folder(plan.out))
@@ -114,18 +114,21 @@ def test_mistakes_in_a_space_are_one_line(space: dict[str, Any], message: str) -
     [
         (
             {"space": {"ema_decay": {"uniform": [0.5, 1]}}},
-            "space: ema_decay: 1.0 cannot be trained with: ema_decay must",
+            "space: ema_decay: 1.0 cannot be trained with: --ema-decay must",
         ),
-        ({"space": {"batch_size": {"uniform": [2, 8]}}}, "space: batch_size: .* batch_size must be of type int"),
+        ({"space": {"batch_size": {"uniform": [2, 8]}}}, "space: batch_size: .* --batch-size must be a whole number"),
         ({"space": {"schedule": {"choice": ["cosine", "sine"]}}}, "space: schedule: sine .* must be one of"),
         ({"space": {"image_size": {"choice": [64, 100]}}}, "space: image_size: 100 .* multiple of 32"),
         ({"space": {"model": {"choice": ["rt_detr_v2_tiny", "no_such_model"]}}}, "space: model: no_such_model"),
-        ({"points": [{"seed": 3}]}, "points: number 1 names seed, which is not in the space"),
-        ({"points": [{"batch_size": 0}]}, "points: number 1 cannot be trained with: batch_size must be above 0"),
+        ({"points_to_evaluate": [{"seed": 3}]}, "--points-to-evaluate: point 1 names seed, which is not in the space"),
+        (
+            {"points_to_evaluate": [{"batch_size": 0}]},
+            "--points-to-evaluate: point 1 cannot be trained with: --batch-size must be above 0",
+        ),
         ({"metric": "AP:unicorn"}, "there is no such class"),
-        ({"train": {"epoch": 3}}, "unknown key `epoch` in `train`; did you mean epochs"),
-        ({"train": {"epochs": 3}}, "missing --train-data, --val-data; see raydet tune --help"),
-        ({"train": "absent.yaml"}, "no such config file: absent.yaml"),
+        ({"train_config": {"epoch": 3}}, "unknown key `epoch` in --train-config; did you mean epochs"),
+        ({"train_config": {"epochs": 3}}, "missing --train-data, --val-data; see raydet tune --help"),
+        ({"train_config": "absent.yaml"}, "no such config file: absent.yaml"),
         ({"train_data": "absent"}, "no such table: .*absent"),
     ],
 )
@@ -141,7 +144,7 @@ def test_another_search_in_the_folder_is_refused_by_name(shapes: Path, tmp_path:
     config = _config(shapes, tmp_path / "out")
     plan = make_plan(config)
     open_run(plan.out, _identity(plan), plan={}, what="search")
-    other = dataclasses.replace(config, num_trials=9, seed=1, train={**config.train, "epochs": 3})  # type: ignore[dict-item]
+    other = dataclasses.replace(config, num_trials=9, seed=1, train_config={**config.train_config, "epochs": 3})  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"already holds another run \(seed: 0 → 1; train.epochs: 9 → 3\)"):
         tune(other)
 
@@ -155,7 +158,7 @@ def test_the_run_file_is_a_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_the_default_comes_first_then_the_points_then_the_search(tmp_path: Path) -> None:
-    config = _config(tmp_path, tmp_path / "out", points=[{"learning_rate": "5e-1"}], num_trials=4)
+    config = _config(tmp_path, tmp_path / "out", points_to_evaluate=[{"learning_rate": "5e-1"}], num_trials=4)
     search = Search(make_plan(config), [])
     given = []
     while (following := search.next()) is not None:
@@ -170,7 +173,7 @@ def test_the_default_comes_first_then_the_points_then_the_search(tmp_path: Path)
 def test_what_is_wrong_only_together_is_a_failed_trial(tmp_path: Path) -> None:
     space = {"freeze_backbone": {"choice": ["none", "all"]}, "unfreeze_epoch": {"choice": [2, None]}}
     train = {"train_data": "a", "val_data": "b", "freeze_backbone": "all"}
-    plan = make_plan(_config(tmp_path, tmp_path / "out", train=train, space=space, num_trials=3))
+    plan = make_plan(_config(tmp_path, tmp_path / "out", train_config=train, space=space, num_trials=3))
     records.save(Trial(number=0, source="default", parameters={}, state="finished"), plan.out)
     parameters = {"freeze_backbone": "none", "unfreeze_epoch": 2}  # each of them is fine
     records.save(Trial(number=1, source="search", parameters=parameters), plan.out)
@@ -179,7 +182,7 @@ def test_what_is_wrong_only_together_is_a_failed_trial(tmp_path: Path) -> None:
     assert search.trials[1] == records.load(plan.out)[1]
     failed = search.trials[1]
     assert following is None or following[0].number == 2
-    assert failed.state == "failed" and failed.error is not None and "unfreeze_epoch needs" in failed.error
+    assert failed.state == "failed" and failed.error is not None and "--unfreeze-epoch needs" in failed.error
 
 
 def test_going_on_takes_the_unfinished_first_and_repeats_nothing(tmp_path: Path) -> None:
@@ -304,6 +307,12 @@ def test_gpus_are_what_counts_where_there_are_some(tmp_path: Path) -> None:
         )
 
 
+def test_a_cluster_that_grows_from_zero_trains_one_at_a_time() -> None:
+    base = TrainConfig(train_data="a", val_data="b", out="c", num_workers=2)
+    machines = Machines(num_cpus=0, num_gpus=0, num_nodes=1, largest_node_cpus=0, may_grow=True)
+    assert divide(machines, _one(1.0), base, None, 20) == Share(1, False, 1.0, None)
+
+
 def test_asha_knows_the_trials_of_earlier_runs_and_spares_the_default(tmp_path: Path) -> None:
     config = _config(tmp_path, tmp_path / "out", scheduler="asha", reduction_factor=3)
     plan = make_plan(config)
@@ -355,7 +364,7 @@ def test_results_are_a_table_the_best_model_and_a_page(tmp_path: Path) -> None:
     assert again.learning_rate == 0.005 and again.epochs == 50 and again.cpus_per_worker is None
     assert again.out == f"{plan.out}/final"
     text = "\n".join(result.lines())
-    assert "best: AP 0.400, trial-0001 of 4 trials, 1 stopped, 1 failed; as it stands, 0.300" in text
+    assert "best: AP 0.400, trial-0001 of 4 trials, 1 stopped, 1 failed; unchanged training: 0.300" in text
     page = Path(plan.out, "tune.html").read_text()
     assert EVIL not in page and "trial-0003" in page
 
@@ -368,7 +377,7 @@ def test_of_the_loss_less_is_better(tmp_path: Path) -> None:
     _write_run(plan, Trial(number=1, source="search", parameters={"batch_size": 4}, state="finished"), 0.0, 0.0)
     result = write_results(Search(plan, records.load(plan.out)), is_over=False, already_done=False)
     assert result is not None and result.best.number == 1 and result.value == 4.5 and result.default_value == 9.0
-    assert "the time limit was over" in result.lines()[0]
+    assert "--time-limit-s" in result.lines()[0]
 
 
 def evil_page() -> str:
@@ -415,9 +424,9 @@ def test_the_page_escapes_and_needs_nothing_else() -> None:
 def test_a_config_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     for changes, message in (
         ({"space": {}}, "space is empty"),
-        ({"metric": "mAP"}, "metric must be one of AP, AP50"),
-        ({"reduction_factor": 1}, "reduction_factor must be at least 2"),
-        ({"num_trials": 0}, "num_trials must be above 0"),
+        ({"metric": "mAP"}, "--metric must be one of AP, AP50"),
+        ({"reduction_factor": 1}, "--reduction-factor must be at least 2"),
+        ({"num_trials": 0}, "--num-trials must be above 0"),
     ):
         with pytest.raises(UserError, match=message):
             _config(tmp_path, tmp_path, **changes)

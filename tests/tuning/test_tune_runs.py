@@ -57,7 +57,7 @@ def _config(shapes: Path, out: Path, train: dict[str, Any], **changes: Any) -> T
     }
     values: dict[str, Any] = {
         "out": str(out),
-        "train": {**base, **train},
+        "train_config": {**base, **train},
         "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}},
         "search": "random",
         "scheduler": "none",
@@ -93,7 +93,7 @@ def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> 
         shapes,
         tmp_path / "out",
         {"max_grad_norm": 1e9},
-        points=[{"learning_rate": 1e25}],
+        points_to_evaluate=[{"learning_rate": 1e25}],
         num_trials=3,
         max_concurrent=2,
     )
@@ -125,7 +125,7 @@ def test_a_trial_that_is_behind_is_stopped_with_its_workers(shapes: Path, tmp_pa
         shapes,
         tmp_path / "out",
         {"epochs": 12, "cpus_per_worker": 1.2},
-        points=[{"learning_rate": 1e-9}, {"learning_rate": 2e-9}],
+        points_to_evaluate=[{"learning_rate": 1e-9}, {"learning_rate": 2e-9}],
         num_trials=3,
         max_concurrent=1,
         scheduler="asha",
@@ -150,9 +150,7 @@ def test_trials_of_two_workers_and_all_that_fail(shapes: Path, tmp_path: Path) -
 
 
 def test_a_killed_search_goes_on(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
-    config = _config(
-        shapes, tmp_path / "out", {"epochs": 6, "checkpoint_every_steps": 2}, num_trials=2, max_concurrent=1
-    )
+    config = _config(shapes, tmp_path / "out", {"epochs": 6, "save_every_steps": 2}, num_trials=2, max_concurrent=1)
     file = tmp_path / "tune.yaml"
     file.write_text(to_yaml(config))
     second = Path(config.out, "trials", "trial-0001")
@@ -180,7 +178,7 @@ def test_a_killed_search_goes_on(shapes: Path, tmp_path: Path, ray_cluster: None
     assert first.state == "finished" and cut_off.state == "unfinished" and len(cut_off.history) < 6
     before = {path: path.stat().st_mtime_ns for path in Path(config.out, "trials", "trial-0000").rglob("*")}
     with pytest.raises(UserError, match=r"another run \(train.learning_rate: 0.001 → 0.002\)"):
-        tune(dataclasses.replace(config, train={**config.train, "learning_rate": 2e-3}))  # type: ignore[dict-item]
+        tune(dataclasses.replace(config, train_config={**config.train_config, "learning_rate": 2e-3}))  # type: ignore[dict-item]
     result = tune(config)
     assert [trial.state for trial in result.trials] == ["finished", "finished"]
     assert result.trials[1].parameters == cut_off.parameters

@@ -221,12 +221,12 @@ def best_threshold(scores: Floats, is_right: Flags, num_truth: int) -> Operating
     return OperatingPoint(float(scores[best]), right / kept, right / num_truth, 2 * right / (kept + num_truth))
 
 
-def threshold_at_precision(scores: Floats, is_right: Flags, wished_precision: float) -> float | None:
+def threshold_at_precision(scores: Floats, is_right: Flags, target_precision: float) -> float | None:
     """The lowest score threshold at which the detections kept have at least this precision; None where none does."""
     if not scores.size:
         return None
     scores, num_right, num_kept = _kept_at_thresholds(scores, is_right)
-    good = np.flatnonzero(num_right / num_kept >= wished_precision)
+    good = np.flatnonzero(num_right / num_kept >= target_precision)
     return float(scores[good[-1]]) if good.size else None
 
 
@@ -246,7 +246,7 @@ def metric_rows(
     model: str | None,
     split: str | None,
     max_detections: int,
-    wished_precision: float | None = None,
+    target_precision: float | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of a `metrics` table, over all classes and of each, at IoU 0.5.
 
@@ -268,8 +268,8 @@ def metric_rows(
             "best_f1_recall": best.recall,
             "ECE": error,
         }
-        if wished_precision is not None:
-            values["threshold_at_precision"] = threshold_at_precision(scores, is_right, wished_precision)
+        if target_precision is not None:
+            values["threshold_at_precision"] = threshold_at_precision(scores, is_right, target_precision)
         place = {"run": run, "model": model, "split": split, "slice": None}
         limits = {"iou": IOU, "area": "all", "max_detections": max_detections}
         for metric, value in values.items():

@@ -72,7 +72,7 @@ def diagnose(
     run: str | None = None,
     model: str | None = None,
     split: str | None = None,
-    wished_precision: float | None = None,
+    target_precision: float | None = None,
     unreadable: Mapping[int, str] | None = None,
     result: CocoResult | None = None,
     max_suspects: int = 1000,
@@ -88,7 +88,7 @@ def diagnose(
         run: Names in the tables.
         model: As `run`.
         split: As `run`.
-        wished_precision: Also say the lowest score threshold that gives it.
+        target_precision: Also say the lowest score threshold that gives it.
         unreadable: Why an image could not be read, by its id.
         result: What `accumulate` gave for these matches, where it is at hand.
         max_suspects: Rows of `suspects` at most.
@@ -116,6 +116,6 @@ def diagnose(
         model=model,
         split=split,
         max_detections=matches.protocol.max_detections[-1],
-        wished_precision=wished_precision,
+        target_precision=target_precision,
     )
     return Diagnosis(tables=tables, metric_rows=rows, best=best)

@@ -1,6 +1,5 @@
 """Which detection found which labelled box, by COCO's greedy rule, for whole columns of images at once."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -8,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from raydet.common.boxes import Boxes
+from raydet.common.threads import available_cpus
 from raydet.measuring.numbers.matches import COCO, BitSets, Matches, Protocol, bits_type, concatenate
 from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns, take_detections, take_truth
 
@@ -138,7 +138,7 @@ def match_in_parts(
 
     if len(bounds) == 2:
         return match_part(0, num_images)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         parts = list(pool.map(match_part, bounds[:-1], bounds[1:]))
     # Parts are ranges of rising ids, so what stands behind each other stays so.
     return replace(

@@ -1,1 +1,1 @@
-"""One module a format of annotations; each yields the same records."""
+"""Annotation formats, one per module → the same records."""

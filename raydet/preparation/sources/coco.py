@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import ImageFolder, readable
 from raydet.preparation.sources.coco_index import MAX_INTEGER, AnnotationEntry, CocoIndex, ImageEntry
 from raydet.preparation.sources.source import Finding, FindingLog, Records, Source, SourceImage
@@ -102,7 +102,7 @@ def _opened(uri: str) -> Iterator[Stream]:
     except FileNotFoundError:
         raise UserError(f"no such annotations file: {storage.absolute_uri(uri)}") from None
     except OSError as error:
-        raise UserError(f"cannot read the annotations file {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the annotations file {uri}: {one_line(error)}") from None
     except JsonError as error:
         raise UserError(f"{uri} {error}; expected a COCO instances file, which is an object") from None
 

@@ -1,4 +1,4 @@
-"""Fits a source's boxes to the image as it is: upright, inside its edges, with an area."""
+"""Boxes of a source → boxes of the upright image, clipped to it and with an area."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ from raydet.common.boxes import Boxes, as_boxes, clip_xywh, has_area
 from raydet.preparation.sources.source import SourceObjects
 
 ROUNDING_PX = 1e-6
-"""What runs out of the image by no more is cut, but not counted: a source's own arithmetic rounds."""
+"""A box that exceeds the image by no more is clipped but not counted, because of rounding in the source."""
 DUPLICATE_PX = 0.01
-"""Boxes are the same if their numbers, rounded to this, are: files have two digits or more of a pixel."""
+"""Boxes are equal if their numbers, rounded to this, are; files have at least two decimals."""
 
 CLIPPED = "boxes that ran out of their image, cut to it"
 NO_AREA = "boxes without area, left out"
@@ -26,11 +26,11 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class FittedObjects:
-    """The table's `objects` of one image, and what was odd about the boxes.
+    """The table's `objects` of one image, and the anomalies of its boxes.
 
     Attributes:
-        objects: Lists of equal length, of the boxes that were kept.
-        oddities: For each kind of finding, the source's ids of its boxes and what each of them was.
+        objects: Lists of equal length, of the kept boxes.
+        oddities: By kind of finding, the source's ids of the boxes and their particulars.
     """
 
     objects: dict[str, list[Any]]
@@ -38,30 +38,30 @@ class FittedObjects:
 
     @property
     def num_clipped(self) -> int:
-        """Boxes cut to the image."""
+        """Number of boxes clipped to the image."""
         return len(self.oddities.get(CLIPPED, []))
 
     @property
     def num_dropped(self) -> int:
-        """Boxes left out because nothing of them is inside the image."""
+        """Number of boxes dropped because they have no area inside the image."""
         return len(self.oddities.get(NO_AREA, [])) + len(self.oddities.get(OUTSIDE, []))
 
 
 def fit_objects(
     objects: SourceObjects, size_hw: tuple[int, int], *, turn: int = 1, drop_duplicates: bool = False
 ) -> FittedObjects:
-    """Turns boxes upright, cuts them to the image and leaves out those without area or not finite.
+    """Rotate boxes upright, clip them to the image and drop those without area or with a number that is not finite.
 
-    The area of a box that is cut is that of what is left if it was its box's before; else it stays as it is, but never
-    above that of what is left. A box is a duplicate if one before it has the same category, crowd flag and, within
-    `DUPLICATE_PX`, the same place once both are cut.
+    If the area of a clipped box equalled its width × height, it becomes that of the clipped box; otherwise it stays,
+    but at most that of the clipped box. A box is a duplicate if an earlier one has the same category, the same crowd
+    flag and, after clipping and within `DUPLICATE_PX`, the same coordinates.
 
     Args:
-        objects: As the source has them.
-        size_hw: Of the upright image; what normalised boxes are parts of.
-        turn: The EXIF orientation, if the boxes were drawn on the unturned picture, else 1; only the quarter turns,
-            5 to 8, change them.
-        drop_duplicates: Whether to leave out duplicates too.
+        objects: As in the source.
+        size_hw: Height and width in pixels of the upright image, to which normalised boxes are relative.
+        turn: The EXIF orientation if the boxes were drawn on the unrotated image, else 1; only the quarter turns, 5 to
+            8, change boxes.
+        drop_duplicates: Drop duplicates too.
     """
     if not objects.ids:
         return FittedObjects({"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []})
@@ -97,7 +97,7 @@ def fit_objects(
 
 
 def _repeats(fitted: Boxes, inside: Flags, objects: SourceObjects) -> Flags:
-    """Which boxes repeat an earlier one, [N]; of those that are not inside it says nothing."""
+    """Find boxes that repeat an earlier one, [N]; always false for boxes outside the image."""
     repeated = np.zeros(len(fitted), np.bool_)
     places = np.flatnonzero(inside)
     rounded = np.rint(fitted[places] / DUPLICATE_PX)
@@ -131,7 +131,7 @@ def _numbers(box: Any) -> str:
 
 
 def _turn_xywh(boxes_xywh: Boxes, size_hw: tuple[int, int], turn: int) -> Boxes:
-    """Boxes on the file's unturned pixels → boxes on the upright image of `size_hw`, [N, 4]."""
+    """Convert boxes on the unrotated image to the upright image of `size_hw`, [N, 4]."""
     if turn < 5:
         return boxes_xywh
     upright_height, upright_width = size_hw

@@ -1,11 +1,11 @@
-"""Opens a data set with the Hugging Face `datasets` library, and reads its images; `hub_rows` makes records of it.
+"""A data set that the Hugging Face `datasets` library opens → its images; `hub_rows` reads its labels.
 
-It may be a name on the Hub, a folder that `load_dataset` understands (`imagefolder`, Parquet files), one that
-`save_to_disk` wrote, an images table, or Parquet files by name or pattern. The library downloads or converts it once,
-into its cache (`HF_HOME`), and opens it as a memory map, so that memory does not grow with the data. It decodes
-nothing: the bytes of the images go through as they are. There is no streaming, since ids and classes have to be known
-before the first row is written, which would be a second download. Code that comes with a data set is never run.
-Private data sets need `HF_TOKEN` or a login of `hf auth login`; an option for a token would end up in logs.
+The data set can be a name on the Hub, a folder that `load_dataset` understands (`imagefolder`, Parquet files), a folder
+that `save_to_disk` wrote, an images table, or Parquet files by name or pattern. The library downloads or converts it
+once into its cache (`HF_HOME`) and opens it as a memory map, so that memory does not grow with the data. Images are not
+decoded; their bytes pass unchanged. There is no streaming: ids and classes must be known before the first row is
+written, which would take a second download. Code in a data set is never run. Private data sets need `HF_TOKEN` or
+`hf auth login`; an option for a token would end up in logs.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import MissingFileError, ReadError, readable, refuse_size
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
@@ -23,26 +23,26 @@ _REMOTE = "hf://"
 
 
 class HubImages:
-    """The images of an opened data set, read by the numbers of their rows; safe among threads, and can be pickled.
+    """The images of an opened data set, read by row number; thread-safe and picklable.
 
     Attributes:
-        dataset: A `datasets.Dataset` that gives Arrow tables.
-        folder: Its absolute path; None for one of the Hub.
+        dataset: A `datasets.Dataset` that returns Arrow tables.
+        folder: Its absolute path; None for a data set on the Hub.
         column: The column of the images.
     """
 
     is_local = True
-    """What is read is on this machine, a memory map for the most part."""
+    """Images are on this machine, mostly in a memory map."""
 
     def __init__(self, dataset: Any, folder: str | None, *, column: str = "image") -> None:
         self.dataset, self.folder, self.column = dataset, folder, column
         self._web = WebReader()
 
     def read(self, row: str) -> bytes:
-        """Reads the image of the row of this number.
+        """Read the image of a row.
 
         Raises:
-            ReadError: It has none, or it cannot be read.
+            ReadError: The row has no image, or it cannot be read.
         """
         data, path = self._cell(row)
         if data is not None:
@@ -62,10 +62,10 @@ class HubImages:
             raise ReadError(f"cannot be read: {error.strerror}") from None
 
     def uri_of(self, row: str) -> str:
-        """The absolute path of a row's image, for a table that refers to it.
+        """Return the absolute path of a row's image, for a table that refers to it.
 
         Raises:
-            ReadError: There is no file that stays: its bytes are in the data set, or it lies in the library's cache.
+            ReadError: There is no permanent file: the image is embedded in the data set or lies in the library's cache.
         """
         data, path = self._cell(row)
         if data is not None or not path or storage.is_web(path) or self.folder is None:
@@ -73,7 +73,7 @@ class HubImages:
         return self._allowed(path)
 
     def name_of(self, path: str | None, number: int) -> str:
-        """What the table calls an image: its path in the folder, its file's name, or the number of the row."""
+        """Return the name of an image in the table: its path in the folder, its file name, or the row number."""
         if not path:
             return f"{number:08d}"
         if storage.is_web(path) or not Path(path).is_absolute():
@@ -83,7 +83,7 @@ class HubImages:
         return readable(Path(path).name)
 
     def _cell(self, row: str) -> tuple[bytes | None, str | None]:
-        """The bytes and the path in a row; an image may be stored as a struct of both, or as either."""
+        """Return the bytes and the path in a row, which stores a struct of both or one of them."""
         number = int(row)
         value = self.dataset[number : number + 1][self.column][0].as_py()
         if isinstance(value, dict):
@@ -91,7 +91,7 @@ class HubImages:
         return (None, value) if isinstance(value, str) else (value, None)
 
     def _allowed(self, path: str) -> str:
-        """The absolute path of a file; a data set of the Hub may lead to what was downloaded with it, no further."""
+        """Return the absolute path of a file; a data set on the Hub may only refer to files downloaded with it."""
         if self.folder is not None:
             return str(Path(self.folder, path))
         from datasets import config
@@ -106,26 +106,26 @@ class HubImages:
 
 
 def load_hub(dataset: str, *, split: str, subset: str | None = None, revision: str | None = None) -> HubImages:
-    """Opens a data set.
+    """Open a data set.
 
     Args:
         dataset: A name on the Hub, or a path.
-        split: Which part; also `train[:10%]` and the like.
-        subset: The configuration, of a data set that has several.
+        split: Name of the split, or a slice such as `train[:10%]`.
+        subset: The configuration, for data sets with several.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
         UserError: There is no such data set or split, or the Hub cannot be reached.
     """
     if "://" in dataset and not dataset.startswith(_REMOTE):
-        raise UserError(f"{dataset}: dataset must be a name on the Hugging Face Hub or a path on this machine")
+        raise UserError(f"{dataset}: --dataset must be a name on the Hugging Face Hub or a path on this machine")
     path = Path(storage.absolute_uri(dataset))
     is_pattern = "*" in dataset and not path.exists()
     is_path = path.exists() or is_pattern or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
     if not is_path or dataset.startswith(_REMOTE):
         return HubImages(_opened(dataset, dataset, name=subset, split=split, revision=revision), None)
     if not is_pattern and not path.exists():
-        raise UserError(f"no such path: {path}; dataset must be a path, or a name on the Hugging Face Hub")
+        raise UserError(f"no such path: {path}; --dataset must be a path, or a name on the Hugging Face Hub")
     folder = Path(os.path.realpath(path if path.is_dir() else path.parent))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return HubImages(_saved_to_disk(path, split), str(folder))
@@ -137,7 +137,7 @@ def load_hub(dataset: str, *, split: str, subset: str | None = None, revision: s
         files = [str(path)]
     else:
         raise UserError(f"{path} is neither a folder nor a Parquet file")
-    # The files were named: whatever split their names seem to tell of, this is the whole of it.
+    # The files are given explicitly, so that split names in their file names are ignored.
     return HubImages(_opened(dataset, "parquet", data_files={"train": files}, split=split), str(folder))
 
 
@@ -145,8 +145,8 @@ def _opened(dataset: str, loader: str, **options: Any) -> Any:
     datasets = _library()
     try:
         return datasets.load_dataset(loader, **options).with_format("arrow")
-    except Exception as error:  # of dozens of kinds, by what it was that it could not load
-        raise UserError(f"cannot load the data set {dataset}: {_one_line(error)}") from None
+    except Exception as error:  # dozens of types are possible
+        raise UserError(f"cannot load the data set {dataset}: {one_line(error)}") from None
 
 
 def _saved_to_disk(path: Path, split: str) -> Any:
@@ -154,7 +154,7 @@ def _saved_to_disk(path: Path, split: str) -> Any:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"cannot load the data set {path}: {_one_line(error)}") from None
+        raise UserError(f"cannot load the data set {path}: {_reason(error)}") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise UserError(f"{path} has no split {split}; it has {', '.join(map(str, saved))}")
@@ -163,7 +163,7 @@ def _saved_to_disk(path: Path, split: str) -> Any:
 
 
 def _library() -> Any:
-    """The library, which takes seconds to import; its bars are for terminals."""
+    """Import the library, which takes seconds; its progress bars are for terminals."""
     import datasets
 
     if not sys.stderr.isatty():
@@ -171,7 +171,6 @@ def _library() -> Any:
     return datasets
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else None
-    text = " ".join(str(cause or error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return one_line(cause or error, limit=300)

@@ -1,11 +1,11 @@
-"""One row's `objects` of a Hugging Face data set → its boxes, whatever layout of the usual ones they are in.
+"""The `objects` of one row of a Hugging Face data set → its boxes, from any of the common layouts.
 
 Boxes come as a struct of lists (`{"bbox": [[…], …], "category": […]}`), as a list of structs (`[{"bbox": […],
 "category": …}, …]`), or as JSON text of one of these. Formats of a box:
 
 - `coco`: (left, top, width, height) in pixels.
-- `voc`: (left, top, right, bottom) in pixels, edges from 0 and not numbers of pixels: width = right - left.
-- `yolo`: (centre x, centre y, width, height) in parts of the image.
+- `voc`: (left, top, right, bottom) in pixels, edges from 0 rather than pixel numbers: width = right - left.
+- `yolo`: (centre x, centre y, width, height), relative to the image.
 """
 
 import json
@@ -26,24 +26,24 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd"),
 }
-"""What the fields of `objects` may be called; the first that is there is taken."""
+"""Names of the fields of `objects`; the first one present is used."""
 
 MAX_ANNOTATION_ID = 2**63
-"""Ids stand in an int64 column."""
+"""Ids are stored in an int64 column."""
 
 
 @dataclass(frozen=True)
 class RowObjects:
-    """The boxes of one row that have a class and four numbers, with what was odd about the others.
+    """The boxes of one row that have a class and four numbers, and the anomalies of the others.
 
     Attributes:
-        ids: As the row has them; None where it has none, or what is no integer.
-        boxes_xywh: (left, top, width, height), in pixels or, for `yolo`, in parts of the image, [N].
-        categories: Names or numbers, as the row has them, [N].
-        areas: In square pixels, or of the box where the row states none, [N].
-        iscrowd: Whether the box stands for a crowd, [N].
-        findings: What was left out, and how often.
-        refusal: Why nothing can be made of them; None where it can.
+        ids: As in the row; None if missing or not an integer.
+        boxes_xywh: (left, top, width, height), in pixels or, for `yolo`, relative to the image, [N].
+        categories: Names or numbers, as in the row, [N].
+        areas: As in the row, or that of the box if missing, in the units of the boxes, [N].
+        iscrowd: True if the box marks a crowd, [N].
+        findings: Number of dropped boxes by kind.
+        refusal: Reason why the objects cannot be read; None if they can.
     """
 
     ids: list[int | None] = field(default_factory=list)
@@ -56,17 +56,17 @@ class RowObjects:
 
 
 def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
-    """Reads one row's objects; null is none.
+    """Read the objects of one row.
 
     Args:
-        value: As Arrow gives them: a dictionary of lists, a list of dictionaries, JSON text, or None.
+        value: From Arrow: a dictionary of lists, a list of dictionaries, JSON text, or None for no objects.
         bbox_format: Of the boxes.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            return RowObjects(refusal="its objects are no JSON")
+            return RowObjects(refusal="its objects are not valid JSON")
     columns = _columns(value)
     if columns is None:
         return RowObjects(refusal="its objects are neither lists in a struct nor structs in a list")
@@ -81,7 +81,7 @@ def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
         return RowObjects(refusal="its objects are neither lists in a struct nor structs in a list")
     lengths = {len(items) for items in lists.values()}
     if not {"bbox", "category"} <= lists.keys():
-        # A null for an empty list, as pandas writes it.
+        # pandas writes null for an empty list.
         return RowObjects() if lengths <= {0} else RowObjects(refusal="its objects have lists of different lengths")
     if len(lengths) > 1:
         return RowObjects(refusal="its objects have lists of different lengths")
@@ -89,7 +89,7 @@ def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
 
 
 def names_in(fields: Iterable[str]) -> dict[str, str | None]:
-    """Which of the fields of `objects` holds what; None where none does."""
+    """Return the field of `objects` for each key of `NAMES`; None if there is none."""
     return _names(tuple(fields))
 
 
@@ -100,7 +100,7 @@ def _names(fields: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def _columns(value: Any) -> dict[str, Any] | None:
-    """A struct of lists, from whatever layout; empty where there is no object."""
+    """Convert any layout to a struct of lists; empty if there is no object."""
     if value is None or value == []:
         return {}
     if isinstance(value, dict):
@@ -151,7 +151,7 @@ _TO_XYWH: Mapping[BboxFormat, Callable[[_Box], _Box]] = {
 
 
 def _four_numbers(bbox: Any) -> _Box | None:
-    """The numbers of a box; one that is null becomes NaN, so that the box has no area and is counted as such."""
+    """Return the numbers of a box; null becomes NaN, so that the box has no area and is counted as such."""
     if not isinstance(bbox, list) or len(bbox) != 4:
         return None
     try:

@@ -1,7 +1,7 @@
 """The rows of an opened Hugging Face data set → records.
 
-Boxes are taken to refer to the upright image, as the `datasets` library decodes it. Where a row states the size that
-the file has before its EXIF rotation by a quarter turn, they are turned with it, as for COCO.
+Boxes refer to the upright image, as the `datasets` library decodes it. If a row states the size that the file has
+before its EXIF rotation by a quarter turn, its boxes are rotated with it, as for COCO.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ from raydet.tables.table import is_table, open_table
 
 _ROWS_AT_ONCE = 1000
 _PATH = "\0path"
-"""Key of the image's path in a row, which no column can have."""
+"""Key of the image's path in a row; no column can have this name."""
 _Key = int | str
 _Extras = dict[str, tuple[pa.DataType, tuple[str, ...] | None]]
 
@@ -44,25 +44,25 @@ def read_hub(
     bbox_format: BboxFormat = "coco",
     classes: Sequence[str] | None = None,
 ) -> Source:
-    """Reads the rows of an opened data set; `images.column` is set to the column of the images.
+    """Read the rows of an opened data set and set `images.column` to the column of the images.
 
     Args:
-        images: As `load_hub` opens it.
-        image_column: The column of the images; by default `image`, or else the only one of that type.
-        objects_column: The column of the boxes; by default `objects`. Without that, the images have no labels.
+        images: From `load_hub`.
+        image_column: The column of the images; by default `image`, or else the only column of that type.
+        objects_column: The column of the boxes; by default `objects`. Without it the images have no labels.
         bbox_format: Of the boxes, see `raydet.preparation.sources.hub_objects`.
-        classes: Their names in order, or the one name of a .txt file of them; by default those of the column's
-            ClassLabel, or else all names or numbers that occur, sorted.
+        classes: Names in order, or one .txt file of names; by default those of the column's ClassLabel, or else all
+            names or numbers that occur, sorted.
 
     Returns:
-        One record for each row. Its id is that of the column `image_id` if all of these are integers, unique and from
-        0 to 2⁵³ - 1; else it is the number of the row, and the column `source_id` holds the value, or the path where
-        there is none. Category ids are the numbers of ClassLabel, from 0, or the numbers that occur, or are counted
-        from 1 for names. `width` and `height` are what the source states of the size. Other columns of scalars are
-        carried through, those of ClassLabel by name.
+        One record per row. Its id comes from the column `image_id` if all its values are unique integers from 0 to
+        2⁵³ - 1. Otherwise the id is the row number, and the column `source_id` holds the value of `image_id` or, if
+        there is none, the path. Category ids are the numbers of the ClassLabel, from 0, or the numbers that occur;
+        names are numbered from 1. `width` and `height` are the size that the source states. Other columns of scalars
+        are carried through, those of a ClassLabel by name.
 
     Raises:
-        UserError: A column is not there or not of its kind, or there is no row.
+        UserError: A column is missing or of the wrong type, or there is no row.
     """
     features = images.dataset.features
     images.column = _image_column(features, image_column)
@@ -72,7 +72,7 @@ def read_hub(
     findings = FindingLog()
     extras = _extra_columns(features, {images.column, objects}, findings)
     image_ids = _image_ids(images.dataset, findings)
-    rows = _Rows(images, [objects, "image_id", "width", "height", *extras])
+    rows = _HubRows(images, [objects, "image_id", "width", "height", *extras])
     categories: tuple[Category, ...] = ()
     index_of: Mapping[_Key, int] = {}
     keeps_ids = False
@@ -106,8 +106,8 @@ def read_hub(
     return Source(Records(records), len(images.dataset), categories, tuple(fields), findings)
 
 
-class _Rows:
-    """The rows without the images' bytes, as dictionaries, a batch at a time; to be gone through more than once."""
+class _HubRows:
+    """The rows as dictionaries, without image bytes; can be iterated more than once."""
 
     def __init__(self, images: HubImages, columns: Sequence[str | None]) -> None:
         present = [name for name in dict.fromkeys(columns) if name in images.dataset.column_names]
@@ -131,16 +131,17 @@ def _paths(column: pa.ChunkedArray) -> list[str | None]:
 
 
 def _scan(
-    rows: _Rows,
+    rows: _HubRows,
     objects: str,
     bbox_format: BboxFormat,
     stated: tuple[Category, ...] | None,
     image_ids: NDArray[np.int64] | None,
     findings: FindingLog,
 ) -> tuple[tuple[Category, ...], Mapping[_Key, int], bool]:
-    """Goes through all boxes once: the classes, their indices by number and name, and whether to keep the boxes' ids.
+    """Go through all boxes once and note the findings, which must be known before the first row is written.
 
-    Findings are noted, which have to be known before the first row is written.
+    Returns:
+        The classes, their indices by number and name, and True if the ids of the boxes can be kept.
     """
     counts: Counter[_Key] = Counter()
     ids: list[NDArray[np.int64]] = []
@@ -170,7 +171,7 @@ def _scan(
 def _source_objects(
     parsed: RowObjects, index_of: Mapping[_Key, int], first_id: int | None, is_normalised: bool
 ) -> SourceObjects:
-    """The boxes of known classes, with their own ids where `first_id` is None."""
+    """Return the boxes of known classes, with their own ids if `first_id` is None."""
     kept = [place for place, key in enumerate(parsed.categories) if key in index_of]
     own = [parsed.ids[place] or 0 for place in kept]
     return SourceObjects(
@@ -205,7 +206,9 @@ def _objects_column(features: Mapping[str, Any], wanted: str | None) -> str | No
         raise UserError(f"the data set has no column {wanted}; it has {', '.join(features)}")
     fields = _fields_of(features[name])
     if fields is None and getattr(features[name], "dtype", "") not in ("string", "large_string"):
-        raise UserError(f"the column {name} is no struct of lists, no list of structs, and no JSON text of either")
+        raise UserError(
+            f"the column {name} is neither a struct of lists nor a list of structs, nor JSON of one of them"
+        )
     found = names_in(fields or ("bbox", "category"))
     for key in ("bbox", "category"):
         if found[key] is None:
@@ -214,7 +217,7 @@ def _objects_column(features: Mapping[str, Any], wanted: str | None) -> str | No
 
 
 def _fields_of(feature: Any) -> dict[str, Any] | None:
-    """The fields of `objects` with what is in their lists; None if they are in none of the two layouts."""
+    """Return the fields of `objects` and their types; None if it has neither of the two layouts."""
     if isinstance(feature, dict):
         return {name: getattr(inner, "feature", inner) for name, inner in feature.items()}
     inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
@@ -222,7 +225,7 @@ def _fields_of(feature: Any) -> dict[str, Any] | None:
 
 
 def _stated_categories(images: HubImages, feature: Any, classes: Sequence[str] | None) -> tuple[Category, ...] | None:
-    """The classes as somebody stated them; None where only the boxes tell."""
+    """Return the classes that the user or the data set states; None if only the boxes name them."""
     if classes is not None:
         return _numbered(read_class_names(classes), 0)
     if images.folder is not None and is_table(images.folder):
@@ -244,13 +247,13 @@ def _numbered(names: Sequence[str], first: int) -> tuple[Category, ...]:
 
 
 def _indices(categories: Sequence[Category], numbers: Sequence[int]) -> dict[_Key, int]:
-    """The index of a class by its name and by its number in the data set."""
+    """Map the name of a class and its number in the data set to its index."""
     by_name: dict[_Key, int] = {category.name: index for index, category in enumerate(categories)}
     return by_name | {number: index for index, number in enumerate(numbers)}
 
 
 def _image_ids(dataset: Any, findings: FindingLog) -> NDArray[np.int64] | None:
-    """The column `image_id`, where it may stand in a table."""
+    """Return the column `image_id` if a table can hold it."""
     dtype = getattr(dataset.features.get("image_id"), "dtype", "")
     if "int" not in dtype:
         return None
@@ -265,7 +268,7 @@ def _image_ids(dataset: Any, findings: FindingLog) -> NDArray[np.int64] | None:
 
 
 def _extra_columns(features: Mapping[str, Any], taken: set[str | None], findings: FindingLog) -> _Extras:
-    """Further columns of scalars: their type in the table, and the names of a ClassLabel."""
+    """Return other columns of scalars: their type in the table, and the names of a ClassLabel."""
     extras: _Extras = {}
     for name, feature in features.items():
         if name in taken or name in build_schema("images").names:

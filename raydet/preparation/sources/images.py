@@ -7,10 +7,10 @@ from raydet.preparation.sources.source import Records, Source, SourceImage
 
 
 def read_images(folder: ImageFolder) -> Source:
-    """Lists the image files below a folder, sorted by their relative path; an image's id is its rank.
+    """List the image files below a folder, sorted by relative path; the id of an image is its rank.
 
-    The column `source_id` holds the relative path. Other files are left out, by their extension, whatever its case;
-    files to which a link leads out of the folder are refused.
+    The column `source_id` holds the relative path. Files with other extensions are ignored; the case does not matter.
+    Links that lead out of the folder are refused.
 
     Raises:
         UserError: There is no image file, or a subfolder cannot be listed.

@@ -1,8 +1,8 @@
-"""A list of images without labels: a text file with a path or address a line, or a CSV file with a column of them.
+"""A list of images without labels: a text file with a path or address per line, or a CSV file with a column of them.
 
-The conventions are those of `predict`'s lists: UTF-8; blank lines and those that begin with `#` are left out; what is
-relative starts from the list's folder; each line is an image, in the list's order, also one that comes twice. The list
-itself may be on the web, and is the only thing there that can be listed: HTTP knows no folders.
+The conventions are those of `predict`'s lists: UTF-8; blank lines and lines that start with `#` are ignored; relative
+paths start at the list's folder; each line is an image, in order, repetitions included. The list itself may be on the
+web; a folder there cannot be listed.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,7 @@ from urllib.parse import urljoin
 import pyarrow as pa
 from pyarrow import csv as pa_csv
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import refuse_password, without_secrets
 from raydet.images.files import LIST_SUFFIXES, ImageFolder, beside, readable, refuse_name
 from raydet.preparation.sources.source import Records, Source, SourceImage
@@ -22,40 +22,40 @@ from raydet.tables import storage
 from raydet.tables.schema import build_schema
 
 CSV_COLUMNS = ("url", "uri", "path", "file_name", "filename", "image")
-"""Of a CSV file, the first of these columns names the images, in whatever case; further ones are carried through."""
+"""The first of these columns in a CSV file, in any case, names the images; other columns are carried through."""
 
 
 def is_list(uri: str) -> bool:
-    """Whether images are named by a list: a file named as one is, or anything on the web, where no folder is."""
+    """Tell if a URI names a list of images, by its suffix; on the web, where there are no folders, always."""
     if storage.is_web(uri):
         return True
     return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not Path(uri).is_dir()
 
 
 class ImageList:
-    """Reads what a list names, wherever it is; safe among threads.
+    """Reader for the files that a list names, local or remote; thread-safe.
 
     Attributes:
         uri: Of the list.
     """
 
     def __init__(self, uri: str, *, web: WebReader | None = None) -> None:
-        """Opens nothing yet.
+        """Make a reader without opening anything.
 
         Args:
             uri: Of the list.
-            web: What reads addresses of the web.
+            web: Reader for addresses on the web.
         """
         self.uri = uri if storage.is_web(uri) else storage.absolute_uri(uri)
         self._web = web or WebReader()
         self._roots: dict[str, ImageFolder] = {}
 
     def __reduce__(self) -> tuple[Callable[[], "ImageList"], tuple[()]]:
-        # Opened anew in the process that it is sent to, as image folders are.
+        # The receiving process opens it anew, like image folders.
         return partial(ImageList, self.uri, web=self._web), ()
 
     def uri_of(self, path: str) -> str:
-        """The absolute path or URI of a line of the list."""
+        """Return the absolute path or URI of a line of the list."""
         if storage.is_web(self.uri):
             return urljoin(self.uri, path)
         if "://" in path or path.startswith("/"):
@@ -63,20 +63,21 @@ class ImageList:
         return beside(self.uri.rpartition("/")[0], path)
 
     def check_root(self, uri: str) -> None:
-        """Opens what a URI begins with: a bucket, or nothing for a local file or one on the web.
+        """Open the bucket of a URI; local files and addresses on the web need nothing.
 
         Raises:
-            UserError: No file system is known for the scheme, or there is no such bucket.
+            UserError: The scheme is unknown, or there is no such bucket.
         """
         if not storage.is_web(uri):
             self._root_of(uri)
 
     def read(self, path: str) -> bytes:
-        """Reads the file that a line names.
+        """Read the file that a line names.
 
         Raises:
             ReadError: This file cannot be read.
-            OSError: The remote storage fails, which says nothing about this file. Web servers raise ReadError instead.
+            OSError: The remote storage failed, for reasons that do not concern this file. For web servers this is a
+                ReadError.
         """
         uri = self.uri_of(path)
         if storage.is_web(uri):
@@ -97,18 +98,18 @@ class ImageList:
 
 
 def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
-    """Reads a list of images.
+    """Read a list of images.
 
     Args:
         images: The list.
-        for_reference: The table is to refer to the images, which has to be files for that.
+        for_reference: The table will refer to the images, which must therefore be files.
 
     Returns:
-        One record for each line, its id the number of the image from 0; the column `source_id` holds the line, without
-        the signature of a signed address. The files themselves are not looked at.
+        One record per line, its id the index of the image; the column `source_id` holds the line, without the
+        signature of a signed address. The files themselves are not opened.
 
     Raises:
-        UserError: The list cannot be read, is no text, names no image, a folder, or a scheme that nothing is known of.
+        UserError: The list cannot be read, is not text, or names no image, a folder or an unknown scheme.
     """
     name = (images.uri.partition("?")[0] if storage.is_web(images.uri) else images.uri).lower()
     if not name.endswith((*LIST_SUFFIXES, ".csv")):
@@ -117,19 +118,19 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
             if storage.is_web(images.uri)
             else "name a folder, or a list of paths or addresses"
         )
-        raise UserError(f"{images.uri} is no list: {hint} ({', '.join(LIST_SUFFIXES)} or .csv)")
+        raise UserError(f"{images.uri} is not a list: {hint} ({', '.join(LIST_SUFFIXES)} or .csv)")
     data = _read_bytes(images.uri)
     columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
     paths = _lines(data, images.uri) if columns is None else columns["source_id"].to_pylist()
     if not paths:
-        raise UserError(f"{images.uri} is an empty list: it names no image; write one path or address a line")
+        raise UserError(f"{images.uri} is an empty list: it names no image; write one path or address per line")
     _check(paths, images, for_reference)
     fields = [pa.field("source_id", pa.string())] if columns is None else list(columns.schema)
 
     def records() -> Iterator[SourceImage]:
         for number, (path, extra) in enumerate(zip(paths, _extras(columns, paths), strict=True)):
             is_signed = "?" in path and storage.is_web(images.uri_of(path))
-            # A signature would open the image to whoever can read the table.
+            # A signature would give access to the image to everyone who can read the table.
             shown = without_secrets(path) if is_signed else path
             yield SourceImage(
                 number, shown, extra={**extra, "source_id": shown}, refusal=refuse_name(path), locator=path
@@ -146,24 +147,24 @@ def _read_bytes(uri: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f"no such list: {uri}") from None
     except OSError as error:
-        raise UserError(f"cannot read the list {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the list {uri}: {one_line(error)}") from None
 
 
 def _lines(data: bytes, uri: str) -> list[str]:
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or address a line") from None
+        raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or address per line") from None
     named = (line.strip() for line in lines)
     return [readable(line) for line in named if line and not line.startswith("#")]
 
 
 def _read_csv(data: bytes, uri: str) -> pa.Table:
-    """The column of images as `source_id`, then the further columns that a table can hold."""
+    """Read the column of images as `source_id`, and the other columns that a table can hold."""
     try:
         table = pa_csv.read_csv(pa.BufferReader(data))
     except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise UserError(f"{uri} is no CSV file in UTF-8 with a header: {' '.join(str(error).split())}") from None
+        raise UserError(f"{uri} is not a CSV file in UTF-8 with a header: {one_line(error)}") from None
     by_name = {name.lower(): name for name in reversed(table.column_names)}
     chosen = next((by_name[name] for name in CSV_COLUMNS if name in by_name), None)
     if chosen is None:
@@ -195,7 +196,7 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
         uri = images.uri_of(path)
         if for_reference and storage.is_web(uri):
             raise UserError(
-                f"image {number} of {images.uri} is on the web: {path}; image_storage: reference needs files or "
+                f"image {number} of {images.uri} is on the web: {path}; --image-storage reference needs files or "
                 "objects of a store, since every later step reads the images again"
             )
         if storage.is_web(images.uri) and not storage.is_web(uri):
@@ -210,4 +211,4 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
             try:
                 images.check_root(uri)
             except (UserError, OSError) as error:
-                raise UserError(f"image {number} of {images.uri}: {' '.join(str(error).split())}") from None
+                raise UserError(f"image {number} of {images.uri}: {one_line(error)}") from None

@@ -1,6 +1,6 @@
-"""Generated pictures: coloured rectangles, ellipses and triangles on textured ground.
+"""Generated images: coloured rectangles, ellipses and triangles on a textured background.
 
-A picture depends on the seed, the split and its index alone, so that any number of threads draws the same ones.
+An image depends only on the seed, the split and its index, so that any number of threads draws the same images.
 """
 
 import io
@@ -31,11 +31,11 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """One generated picture.
+    """One generated image.
 
     Attributes:
         pixels: RGB, uint8 [side, side, 3].
-        objects: Boxes tight around the visible pixels of each shape; areas count these pixels. Ids are from 1 on.
+        objects: Tight boxes around the visible pixels of each shape; areas count these pixels. Ids start at 1.
     """
 
     pixels: NDArray[np.uint8]
@@ -43,17 +43,17 @@ class DrawnImage:
 
 
 def draw(seed: int, split: Split, index: int, *, image_size: int, max_shapes: int) -> DrawnImage:
-    """Draws one picture.
+    """Draw one image.
 
-    A shape's width and height are 15 % to 45 % of the picture's side; later shapes cover at most a tenth of an
+    The width and height of a shape are 15 % to 45 % of the image's side. Later shapes cover at most a tenth of an
     earlier one.
 
     Args:
         seed: Of the whole data set.
-        split: Its random numbers share nothing with those of the other split.
-        index: Number of the picture in its split.
-        image_size: Side of the square picture in pixels.
-        max_shapes: Between none and so many shapes are drawn; fewer where no room is found.
+        split: Each split has independent random numbers.
+        index: Of the image in its split.
+        image_size: Side of the square image in pixels.
+        max_shapes: Maximum number of shapes; the minimum is none.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAM_OF_SPLIT[split], index)))
     ground_rgb = rng.uniform(70, 185, 3).astype(np.float32)
@@ -79,14 +79,14 @@ def draw(seed: int, split: Split, index: int, *, image_size: int, max_shapes: in
 
 
 def encode(pixels: NDArray[np.uint8]) -> bytes:
-    """Packs RGB pixels into a JPEG file of high quality, with full colour resolution."""
+    """Encode RGB pixels as a JPEG of high quality with full colour resolution."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=95, subsampling=0)
     return stream.getvalue()
 
 
 def _texture(rng: np.random.Generator, image_size: int, ground_rgb: Pixels) -> Pixels:
-    """Soft patches and fine grain around one colour, [side, side, 3]."""
+    """Draw soft patches and fine grain around one colour, [side, side, 3]."""
     patches = Image.fromarray(rng.normal(0, 9, (7, 7)).astype(np.float32))
     soft = np.asarray(patches.resize((image_size, image_size), Image.Resampling.BICUBIC))
     grain = 4 * rng.standard_normal((image_size, image_size), dtype=np.float32)
@@ -94,7 +94,7 @@ def _texture(rng: np.random.Generator, image_size: int, ground_rgb: Pixels) -> P
 
 
 def _contrasting_colour(rng: np.random.Generator, ground_rgb: Pixels) -> Pixels:
-    """A colour far from the ground's; the ground keeps to the middle, so that some corner of the cube always is."""
+    """Choose a colour far from the background, which is near the middle of the colour cube, so that one exists."""
     while True:
         colour = rng.uniform(0, 255, 3).astype(np.float32)
         if np.linalg.norm(colour - ground_rgb) >= _LEAST_CONTRAST:
@@ -104,7 +104,7 @@ def _contrasting_colour(rng: np.random.Generator, ground_rgb: Pixels) -> Pixels:
 def _place(
     rng: np.random.Generator, category: int, owner: NDArray[np.int16], num_drawn_pixels: list[int]
 ) -> tuple[tuple[slice, slice], Pixels] | None:
-    """Finds room for a shape: its rows and columns, and its coverage of each pixel, 0 to 1; None if there is none."""
+    """Find room for a shape; return its rows and columns and its coverage per pixel, 0 to 1, or None."""
     side = owner.shape[0]
     num_visible = np.bincount(owner[owner >= 0], minlength=len(num_drawn_pixels))
     least_visible = (1 - _MOST_COVERED) * np.array(num_drawn_pixels, dtype=np.float64)
@@ -130,7 +130,7 @@ def _ellipse(rng: np.random.Generator, width: int, height: int) -> Pixels:
 
 
 def _triangle(rng: np.random.Generator, width: int, height: int) -> Pixels:
-    """Its base lies along the lower edge of its box, its tip somewhere along the middle of the upper one."""
+    """Draw a triangle with its base on the lower edge of its box and its tip near the middle of the upper edge."""
     tip = float(rng.uniform(0.3, 0.7))
     return _rasterise(
         width,
@@ -140,7 +140,7 @@ def _triangle(rng: np.random.Generator, width: int, height: int) -> Pixels:
 
 
 def _rasterise(width: int, height: int, draw_shape: Callable[[ImageDraw.ImageDraw, int, int], None]) -> Pixels:
-    """Draws larger and shrinks, which smooths the edges: coverage 0 to 1, [height, width]."""
+    """Draw at a larger size and reduce, which smooths the edges; coverage 0 to 1, [height, width]."""
     large = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING))
     draw_shape(ImageDraw.Draw(large), large.width - 1, large.height - 1)
     return np.asarray(large.reduce(_OVERSAMPLING), dtype=np.float32) / np.float32(255)

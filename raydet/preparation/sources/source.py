@@ -1,29 +1,36 @@
-"""Where images tables come from: one small module a format, each yielding the same records."""
+"""The records that every annotation format yields, and the findings about them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import readable
 from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
+UNLABELLED_KEPT = "images without a label file, kept without objects"
+"""Kind of finding, with `--unlabelled keep`."""
+UNLABELLED = "no label file"
+"""Reason of rejection, with `--unlabelled reject`."""
+_MOST_FOLDERS_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class Finding:
-    """Something odd in a data set: a row of the table of findings.
+    """An anomaly in a data set: a row of the table of findings.
 
     Attributes:
-        kind: What, in words that are the same for all of its kind.
-        path: The image or the file of annotations, relative to its folder; None where it is about none.
-        image_id: As in the images table, where it is known.
-        annotation_id: Likewise, of a single box.
-        count: How often.
-        detail: What this one was, and what became of it.
+        kind: The same text for all findings of a kind.
+        path: The image or annotation file, relative to its folder; None if the finding is about neither.
+        image_id: As in the images table, if known.
+        annotation_id: Of a single box, if known.
+        count: Number of occurrences.
+        detail: Particulars of this finding.
     """
 
     kind: str
@@ -35,14 +42,14 @@ class Finding:
 
 
 class FindingLog(Counter[str]):
-    """How often each kind of finding occurs, by its kind, and each of them in `rows`, which are on disk."""
+    """Counts of findings by kind, and the findings themselves in `rows`, which are on disk."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: Spilled[Finding] = Spilled(Finding)
 
     def note(self, finding: Finding) -> None:
-        """Adds a finding; one that occurs zero times is none."""
+        """Add a finding, unless its count is zero."""
         if finding.count:
             self[finding.kind] += finding.count
             self.rows.append(finding)
@@ -50,15 +57,15 @@ class FindingLog(Counter[str]):
 
 @dataclass(frozen=True)
 class SourceObjects:
-    """The boxes of one image as its source has them: not yet clipped, possibly without area.
+    """The boxes of one image as in its source: not yet clipped, possibly without area.
 
     Attributes:
         ids: The source's own ids, [N].
         boxes_xywh: Absolute pixels (left, top, width, height), [N, 4].
         categories: Indices from 0 into the source's categories, [N].
         areas: Square pixels of the objects, [N].
-        iscrowd: Whether the box stands for a crowd, [N].
-        is_normalised: Boxes and areas are in parts of the upright image instead, whose size is not known yet.
+        iscrowd: True if the box marks a crowd, [N].
+        is_normalised: Boxes and areas are relative to the upright image, whose size is not known yet.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -71,17 +78,17 @@ class SourceObjects:
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image as its source names it.
+    """One image of a source.
 
     Attributes:
         image_id: Unique, 0 ≤ id < 2⁵³.
         path: Relative to the source's folder, with `/`.
-        objects: Its boxes; None where the source has no labels.
-        size_hw: Height and width that the source states, which may be wrong; None where it states none.
+        objects: Its boxes; None if the source has no labels.
+        size_hw: Height and width in pixels as the source states them, possibly wrong; None if it states none.
         extra: Values of the source's extra columns.
-        refusal: Why this image must not be read; None where it may.
-        content_hash: Of its bytes, if they have been read and found to be a picture before; None otherwise.
-        locator: What the source's images are read by where that is not the path; None where it is.
+        refusal: Reason of rejection without reading the image; None if it may be read.
+        content_hash: Of its bytes, if a survey has read and decoded them; None otherwise.
+        locator: Key by which the source reads the image; None if that is the path.
     """
 
     image_id: int
@@ -95,7 +102,7 @@ class SourceImage:
 
 
 class Records(Iterable[SourceImage]):
-    """The records of a source, made anew each time they are gone through."""
+    """The records of a source, generated anew on each iteration."""
 
     def __init__(self, make: Callable[[], Iterator[SourceImage]]) -> None:
         self._make = make
@@ -106,14 +113,14 @@ class Records(Iterable[SourceImage]):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before it is a table.
+    """A data set before it becomes a table.
 
     Attributes:
-        images: One record for each image found, in the order of the rows; to be gone through more than once.
-        num_images: How many these are.
+        images: One record per image, in the order of the rows; can be iterated more than once.
+        num_images: Number of images.
         categories: The classes, in the order of their indices.
         extra_fields: Arrow fields of the records' `extra` values.
-        findings: What was odd in the annotations.
+        findings: Anomalies in the annotations.
     """
 
     images: Iterable[SourceImage]
@@ -124,19 +131,50 @@ class Source:
 
 
 def read_class_names(classes: Sequence[str]) -> list[str]:
-    """The names of classes as the option `classes` has them: the names, or one .txt file with a name a line.
+    """Read the option `classes`: class names, or one .txt file with a name per line.
 
     Raises:
-        UserError: There is no such file, it holds no text, or no name or one twice is given.
+        UserError: There is no such file, it is not text, or the names are missing or repeated.
     """
     names = [name.strip() for name in classes]
     if len(names) == 1 and names[0].endswith(".txt"):
         try:
             text = storage.read_bytes(names[0]).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the classes in {names[0]}: {' '.join(str(error).split())}") from None
+            raise UserError(f"cannot read the classes in {names[0]}: {one_line(error)}") from None
         names = [line.strip() for line in text.splitlines() if line.strip()]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if not names or not all(names) or repeated:
-        raise UserError(f"classes must be names that differ, got {repeated[0] if repeated else classes!r}")
+        raise UserError(f"--classes must be distinct names, got {repeated[0] if repeated else classes!r}")
     return [readable(name) for name in names]
+
+
+def aligned_folders(label_paths: Iterable[str], image_paths: Iterable[str]) -> tuple[str, str] | None:
+    """Find the subfolders below which a label file and an image have the same path.
+
+    Args:
+        label_paths: Relative paths of label files.
+        image_paths: Relative paths of images.
+
+    Returns:
+        The subfolder of the labels and that of the images, either may be empty; None if no label file is named like
+        an image.
+    """
+    label_of = {PurePosixPath(path).stem: path for path in label_paths}
+    for path in image_paths:
+        label = label_of.get(PurePosixPath(path).stem)
+        if label is not None:
+            label_folders, image_folders = PurePosixPath(label).parts[:-1], PurePosixPath(path).parts[:-1]
+            while label_folders and image_folders and label_folders[-1] == image_folders[-1]:
+                label_folders, image_folders = label_folders[:-1], image_folders[:-1]
+            return "/".join(label_folders), "/".join(image_folders)
+    return None
+
+
+def top_folders(paths: Iterable[str]) -> str:
+    """Name the first folders of relative paths, as in "train/ and val/"; empty if no path has a folder."""
+    names = sorted({f"{path.partition('/')[0]}/" for path in paths if "/" in path})
+    shown = names[:_MOST_FOLDERS_SHOWN]
+    if len(names) > len(shown):
+        return f"{', '.join(shown)} and {len(names) - len(shown)} more folders"
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))

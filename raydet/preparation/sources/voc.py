@@ -1,13 +1,13 @@
 """Pascal VOC XML files → records.
 
-Coordinates are those of the VOC devkit: the first pixel is 1, and a box reaches from the left edge of the pixel
-`xmin` to the right edge of the pixel `xmax`. So left = xmin - 1, width = xmax - xmin + 1, and likewise upwards;
-fractions are allowed. Where the first pixel is 0, files mean edges and not pixels: left = xmin, width = xmax - xmin.
+Coordinates are those of the VOC devkit: the first pixel is 1, and a box extends from the left edge of pixel `xmin` to
+the right edge of pixel `xmax`. Hence left = xmin - 1 and width = xmax - xmin + 1, and likewise vertically; fractions
+are allowed. Files whose first pixel is 0 state edges rather than pixels: left = xmin, width = xmax - xmin.
 
-An XML file belongs to the image of the same name, in the same subfolder, whatever the extension; the tag `filename` is
-often wrong or left from another data set, and decides only where several images have one name. `difficult` objects
-become crowds: both are neither to be found nor a mistake when found. Parts of objects, poses and `truncated` are not
-read. An XML file with a DOCTYPE is refused, since that is where entities are declared that fill the memory.
+An XML file belongs to the image with the same path apart from the extension. The tag `filename` is often wrong or left
+over from another data set; it decides only between several images with this path. `difficult` objects become crowds:
+a detector need not find either, and finding them is no error. Parts of objects, poses and `truncated` are not read. An
+XML file with a DOCTYPE is refused, because a DOCTYPE can declare entities that fill the memory.
 """
 
 import math
@@ -16,34 +16,40 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.common.threads import in_order
-from raydet.images.files import ImageFolder, ReadError, is_image_name, list_below, readable
+from raydet.config.preparing import Unlabelled
+from raydet.images.files import ImageFolder, ReadError, image_files_below, is_image_name, list_below, readable
 from raydet.preparation.sources.source import (
+    UNLABELLED,
+    UNLABELLED_KEPT,
     Finding,
     FindingLog,
     Records,
     Source,
     SourceImage,
     SourceObjects,
+    aligned_folders,
     read_class_names,
+    top_folders,
 )
 from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
 MAX_XML_BYTES = 16 * 2**20
-"""Larger XML files are refused: each is in memory as a whole, and a thousand boxes need a quarter of a megabyte."""
+"""Larger XML files are refused: each is parsed in memory, and a thousand boxes take a quarter of a megabyte."""
 
 _NO_IMAGE = "no such file: there is no image of this name"
 
 
 class _XmlError(Exception):
-    """This XML file is of no use; the message is one short reason."""
+    """This XML file cannot be used; the message is a short reason."""
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -53,7 +59,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 @dataclass(frozen=True)
 class _Annotation:
-    """One XML file: its objects by class name, or why it cannot be read."""
+    """One XML file: its objects by class name, or the reason why it cannot be read."""
 
     file_name: str = ""
     size_hw: tuple[int, int] | None = None
@@ -65,7 +71,7 @@ class _Annotation:
 
 
 class _Annotations(Mapping[str, _Annotation]):
-    """The XML files by their images' names, as `read_voc` orders them, on disk."""
+    """The annotations by path without extension, on disk."""
 
     def __init__(self, stems: Sequence[str], annotations: Iterable[_Annotation]) -> None:
         self._place_of = {stem: place for place, stem in enumerate(stems)}
@@ -88,41 +94,43 @@ def read_voc(
     split_uri: str | None = None,
     classes: Sequence[str] | None = None,
     zero_based: bool = False,
+    unlabelled: Unlabelled = "reject",
 ) -> Source:
-    """Reads Pascal VOC annotations.
+    """Read Pascal VOC annotations.
 
     Args:
-        annotations: The folder of the XML files.
-        images: That of the images; may be the same.
-        split_uri: A file with the name of an image on each line, without extension. A second column, which in the
-            devkit's files says whether a class is in the image, is not read. Without a split, every image is taken.
-        classes: Their names in order, or the one name of a .txt file of them. Objects of other classes are left out and
-            counted. Without it, all classes of all XML files, also of those outside the split, sorted by name: so the
-            splits of one folder have the same classes.
+        annotations: Folder of the XML files.
+        images: Folder of the images; may be the same.
+        split_uri: File with the name of an image per line, without extension. A second column, which in the devkit
+            tells if a class is in the image, is ignored. Without a split, every image is taken.
+        classes: Names in order, or one .txt file of names. Objects of other classes are dropped and counted. By
+            default, all classes of all XML files, sorted by name; files outside the split count too, so that all
+            splits of a folder have the same classes.
         zero_based: The first pixel is 0.
+        unlabelled: Reject images without an XML file, or keep them without objects.
 
     Returns:
-        One record for each image, by sorted path, its id the rank; category ids are counted from 1. An image without
-        an XML file has no boxes. A broken XML file, one without an image and a line of the split without one are
-        refused. The column `source_id` holds the path without extension.
+        One record per image, sorted by path, its id the rank; category ids start at 1. A broken XML file, one without
+        an image and a line of the split without one are refused. The column `source_id` holds the path without
+        extension.
 
     Raises:
-        UserError: A folder or the split cannot be read, names no image, or there is no class.
+        UserError: A folder or the split cannot be read, no XML file belongs to an image, or there is no class.
     """
-    xml_files = sorted(path for path in list_below(annotations) if path.lower().endswith(".xml"))
-    xml_paths = {_stem(path): path for path in xml_files}
-    image_paths: defaultdict[str, list[str]] = defaultdict(list)
-    for path in sorted(list_below(images)):
-        if is_image_name(path):
-            image_paths[_stem(path)].append(path)
     findings = FindingLog()
-    for path in sorted(set(xml_files) - set(xml_paths.values())):
-        findings.note(Finding("XML files of the same name as another, not read", readable(path)))
-    stems = sorted(
-        {*image_paths, *xml_paths} if split_uri is None else _read_split(split_uri, image_paths, xml_paths, findings)
-    )
-    if not stems:
-        raise UserError(f"no image file below {images.uri} and no XML file below {annotations.uri}")
+    xml_paths = _list_xml_files(annotations, images, findings)
+    image_paths = _list_image_files(images)
+    if split_uri is None:
+        _check_match(annotations, images, xml_paths, image_paths)
+        stems = sorted({*image_paths, *xml_paths})
+    else:
+        stems = sorted(_read_split(split_uri, image_paths, xml_paths, findings))
+        if not any(stem in image_paths and stem in xml_paths for stem in stems):
+            _check_match(annotations, images, xml_paths, image_paths)
+            raise UserError(
+                f"--split {split_uri} names {len(stems)} images, none of which has an image file and an XML file; the "
+                f"first name is {readable(stems[0])}"
+            )
     wanted = sorted(xml_paths) if classes is None else [stem for stem in stems if stem in xml_paths]
     read = partial(_read_annotation, annotations, zero_based=zero_based)
     read_files = _Annotations(wanted, in_order(read, (xml_paths[stem] for stem in wanted)))
@@ -131,16 +139,17 @@ def read_voc(
     else:
         names = read_class_names(classes)
     if not names:
-        raise UserError(
-            f"no object in any XML file below {annotations.uri}; without labels use `raydet prepare images`"
-        )
+        raise _no_class(annotations, xml_paths, read_files)
     index_of = {name: index for index, name in enumerate(names)}
     for stem in stems:
         if stem in xml_paths:
             _add_findings(read_files[stem], readable(xml_paths[stem]), index_of, findings)
     pairs = sorted(pair for stem in stems for pair in _pair(stem, image_paths, xml_paths, read_files))
-
-    without = _Annotation()
+    if unlabelled == "keep":
+        for image_id, (path, stem, refusal) in enumerate(pairs):
+            if stem not in xml_paths and refusal is None:
+                findings.note(Finding(UNLABELLED_KEPT, readable(path), image_id))
+    without = _Annotation(refusal=UNLABELLED if unlabelled == "reject" else None)
 
     def records() -> Iterator[SourceImage]:
         next_id = 1
@@ -161,6 +170,72 @@ def read_voc(
     return Source(Records(records), len(pairs), categories, (pa.field("source_id", pa.string()),), findings)
 
 
+def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: FindingLog) -> dict[str, str]:
+    """List the XML files by their path without extension."""
+    files = list_below(annotations)
+    xml_files = sorted(path for path in files if path.lower().endswith(".xml"))
+    if not xml_files:
+        elsewhere = sum(path.lower().endswith(".xml") for path in list_below(images))
+        hint = f"--images {images.uri} holds {elsewhere}" if elsewhere else "without labels use `raydet prepare images`"
+        raise UserError(f"--annotations {annotations.uri} holds 0 XML files and {len(files)} others; {hint}")
+    paths = {_stem(path): path for path in xml_files}
+    for path in sorted(set(xml_files) - set(paths.values())):
+        findings.note(Finding("XML files of the same name as another, not read", readable(path)))
+    return paths
+
+
+def _list_image_files(images: ImageFolder) -> dict[str, list[str]]:
+    """List the images by their path without extension."""
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    for path in image_files_below(images):
+        paths[_stem(path)].append(path)
+    return dict(paths)
+
+
+def _check_match(
+    annotations: ImageFolder,
+    images: ImageFolder,
+    xml_paths: Mapping[str, str],
+    image_paths: Mapping[str, list[str]],
+) -> None:
+    """Refuse folders in which no XML file belongs to an image, and suggest those that were probably meant."""
+    if image_paths.keys() & xml_paths.keys():
+        return
+    xml_path, (image_path, *_) = min(xml_paths.values()), min(image_paths.values())
+    text = (
+        f"no XML file in --annotations {annotations.uri} has the path of an image in --images {images.uri}: the first "
+        f"are {readable(xml_path)} and {readable(image_path)}"
+    )
+    folders = aligned_folders(xml_paths.values(), sorted(chain(*image_paths.values())))
+    if folders is None:
+        raise UserError(f"{text}; without labels use `raydet prepare images`")
+    options = [
+        (option, folder, subfolder, paths)
+        for option, folder, subfolder, paths in (
+            ("--annotations", annotations, folders[0], list(xml_paths.values())),
+            ("--images", images, folders[1], list(chain(*image_paths.values()))),
+        )
+        if subfolder
+    ]
+    holds = ", ".join(f"{option} holds {top_folders(paths)}" for option, _, _, paths in options)
+    meant = " ".join(f"{option} {folder.uri_of(subfolder)}" for option, folder, subfolder, _ in options)
+    raise UserError(f"{text}; {holds}: did you mean {meant}?")
+
+
+def _no_class(annotations: ImageFolder, xml_paths: Mapping[str, str], found: Mapping[str, _Annotation]) -> UserError:
+    """Explain why the XML files name no class."""
+    refusals = {stem: item.refusal for stem, item in found.items() if item.refusal is not None}
+    if len(refusals) < len(found):
+        return UserError(
+            f"no object in any XML file below {annotations.uri}; without labels use `raydet prepare images`"
+        )
+    stem, refusal = next(iter(refusals.items()))
+    text = f"none of the {len(refusals)} XML files below {annotations.uri} can be read; {xml_paths[stem]}: {refusal}"
+    if annotations.refuse_outside(xml_paths[stem]) is not None:
+        text += "; copy the folder with its links resolved, as `cp -rL` does, and give the copy"
+    return UserError(text)
+
+
 def _stem(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(""))
 
@@ -171,7 +246,7 @@ def _pair(
     xml_paths: Mapping[str, str],
     read_files: Mapping[str, _Annotation],
 ) -> Iterator[tuple[str, str, str | None]]:
-    """The images of one name, each with the name and why it must not be taken."""
+    """Yield the images of one path, each with the path without extension and its refusal."""
     paths = image_paths.get(stem, [])
     if not paths:
         yield xml_paths.get(stem, stem), stem, _NO_IMAGE
@@ -184,29 +259,29 @@ def _pair(
 def _read_split(
     uri: str, image_paths: Mapping[str, list[str]], xml_paths: Mapping[str, str], findings: FindingLog
 ) -> set[str]:
-    """The names in a split file, each once."""
+    """Read the names in a split file, without repetitions."""
     try:
         text = storage.read_bytes(uri).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no such split file: {storage.absolute_uri(uri)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the split file {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the split file {uri}: {one_line(error)}") from None
     stems = []
     for line in filter(None, map(str.strip, text.splitlines())):
-        # The whole line first, since names may hold blanks.
+        # The whole line first, since names may contain spaces.
         candidates = [line, line.rsplit(maxsplit=1)[0]]
         candidates += [_stem(name) for name in candidates if is_image_name(name)]
         known = [name for name in candidates if name in image_paths or name in xml_paths]
         stems.append(known[0] if known else candidates[1])
     if not stems:
-        raise UserError(f"the split file {uri} names no image; it must hold a name a line, as in ImageSets/Main")
+        raise UserError(f"the split file {uri} names no image; it must hold a name per line, as in ImageSets/Main")
     for stem, count in Counter(stems).items():
         findings.note(Finding("repeated lines in the split, of which one is used", readable(stem), count=count - 1))
     return set(stems)
 
 
 def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Annotation:
-    """Reads one XML file; runs in a thread."""
+    """Read one XML file, in a thread."""
     refusal = folder.refuse_outside(path)
     if refusal is not None:
         return _Annotation(refusal=f"its XML file: {refusal}")
@@ -224,7 +299,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _An
             continue
         left, top, right, bottom = corners
         offset = 0.0 if zero_based else 1.0
-        findings["boxes that begin before pixel 1, as if counted from 0 (see zero_based)"] += min(left, top) < offset
+        findings["boxes that begin before pixel 1, as if counted from 0 (see --zero-based)"] += min(left, top) < offset
         is_difficult = _text(item, "difficult") or "0"
         findings["objects whose `difficult` is neither 0 nor 1, taken for 0"] += is_difficult not in ("0", "1")
         result.names.append(name)
@@ -242,10 +317,10 @@ def _parse(data: bytes) -> ElementTree.Element:
     if len(data) > MAX_XML_BYTES:
         raise _XmlError(f"an XML file of {len(data) / 1e6:,.0f} MB is over the limit of {MAX_XML_BYTES / 1e6:,.0f} MB")
     try:
-        # Safe as it is used: no DOCTYPE means no entity, and the parser never opens other files.
+        # Safe here: without a DOCTYPE there are no entities, and the parser never opens other files.
         root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_NoDoctype()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise _XmlError(f"broken XML: {' '.join(str(error).split())}") from None
+        raise _XmlError(f"broken XML: {one_line(error)}") from None
     if root.tag != "annotation":
         raise _XmlError(f"broken XML: its root is <{readable(root.tag)[:40]}>, not <annotation>")
     return root

@@ -1,8 +1,8 @@
-"""Files on the web: an address → its bytes, with patience for busy servers and none for hostile ones.
+"""An address on the web → the bytes of the file, with retries for busy servers and limits for hostile ones.
 
-What a list of addresses may lead to is the affair of whoever wrote it: every host that this machine reaches is asked,
-those of its own network too. Do not prepare a stranger's list where such a host must not be asked. Redirects are
-followed five times, and to http and https alone.
+A list of addresses can name any host that this machine reaches, including those of its own network. Do not prepare a
+stranger's list on a machine whose internal hosts must not be contacted. At most five redirects are followed, to http
+and https only.
 """
 
 import random
@@ -26,7 +26,7 @@ _HOSTS_AT_ONCE = 64
 
 
 class _TransientError(Exception):
-    """Asking again may help; the message is what to say if it does not."""
+    """A failure that may pass; the message is the reason to report if it does not."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -35,19 +35,19 @@ class _TransientError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class WebReader:
-    """Reads files from web servers; safe among threads, and cheap to pickle.
+    """Reader for files on web servers; thread-safe and cheap to pickle.
 
-    A server that is busy (429, 503 and the like), drops the connection or sends less than it said is asked again,
-    five times in all, after 0.5, 1, 2 and 4 seconds or when it says so. The proxies of the environment
-    (`https_proxy`, `no_proxy`) are used.
+    If a server is busy (429, 503 and the like), drops the connection or sends less than announced, the reader retries
+    after 0.5, 1, 2 and 4 seconds, or when the server says so. It uses the proxies of the environment (`https_proxy`,
+    `no_proxy`).
 
     Attributes:
-        connect_timeout_s: For the connection to stand.
-        silence_timeout_s: For the next bytes to come.
-        total_timeout_s: For one attempt as a whole, so that a server that sends a byte a second does not hold it up.
-        first_wait_s: Before the second attempt; each further wait is twice as long, and a quarter more or less.
-        longest_wait_s: However long the server asks to be left alone.
-        max_bytes: Larger files are refused, by what the server says of their size or when so much has come.
+        connect_timeout_s: To establish the connection.
+        silence_timeout_s: Between received bytes.
+        total_timeout_s: Per attempt, as a limit for servers that send a byte per second.
+        first_wait_s: Before the second attempt; each further wait is twice as long, ± 25 %.
+        longest_wait_s: Limit for every wait, including those that the server requests.
+        max_bytes: Larger files are refused, by their announced or received size.
     """
 
     connect_timeout_s: float = 10.0
@@ -58,12 +58,12 @@ class WebReader:
     max_bytes: int = MAX_FILE_BYTES
 
     def read(self, url: str) -> bytes:
-        """Reads one file.
+        """Read one file.
 
         Raises:
-            MissingFileError: The server says that there is no such file (404, 410).
-            ReadError: It cannot be had, for a reason that is in the message; the web is never to be relied upon, so
-                that a server which is down is the fault of its files alone.
+            MissingFileError: The server reports that there is no such file (404, 410).
+            ReadError: The file cannot be read, for the reason in the message. A server that is down fails its own
+                files only.
         """
         wait_s = self.first_wait_s
         for attempt in range(1, _ATTEMPTS + 1):
@@ -71,7 +71,7 @@ class WebReader:
                 return self._read_once(url)
             except _TransientError as error:
                 if attempt == _ATTEMPTS:
-                    raise ReadError(f"{error}, asked {_ATTEMPTS} times") from None
+                    raise ReadError(f"{error}, after {_ATTEMPTS} attempts") from None
                 pause_s = wait_s * random.uniform(0.75, 1.25) if error.wait_s is None else error.wait_s
                 time.sleep(min(pause_s, self.longest_wait_s))
                 wait_s *= 2
@@ -80,7 +80,7 @@ class WebReader:
     def _read_once(self, url: str) -> bytes:
         deadline = time.monotonic() + self.total_timeout_s
         timeout = urllib3.Timeout(connect=self.connect_timeout_s, read=self.silence_timeout_s)
-        # Of the kinds of retries only redirects are left to urllib3: it does not ask again when a body breaks off.
+        # urllib3 only handles redirects here: it does not retry when a body breaks off.
         retries = urllib3.Retry(total=None, connect=0, read=0, other=0, status=0, redirect=_MAX_REDIRECTS)
         response: urllib3.BaseHTTPResponse | None = None
         try:
@@ -95,7 +95,7 @@ class WebReader:
             raise _reason(error) from None
         finally:
             if response is not None:
-                # Of no use any more if its body was not read to the end; else it is back in the pool already.
+                # Needed if the body was not read to its end; otherwise the connection is back in the pool already.
                 response.close()
 
     def _check_answer(self, response: urllib3.BaseHTTPResponse) -> None:
@@ -130,7 +130,7 @@ _pools_lock = threading.Lock()
 
 
 def _pool_for(url: str) -> urllib3.PoolManager:
-    """The connections of this process, by the proxy that leads to a URL, if any."""
+    """Return the connection pool of this process for a URL, by its proxy."""
     parts = urlsplit(url)
     proxy: str | None = None
     if parts.hostname and not urllib.request.proxy_bypass(parts.hostname):
@@ -143,14 +143,14 @@ def _pool_for(url: str) -> urllib3.PoolManager:
 
 
 def _reason(error: BaseException) -> Exception:
-    """What urllib3 or the network said, as one short line without addresses of memory or traces."""
+    """Convert an error of urllib3 or the network to one short line."""
     names = urllib3.exceptions
     if isinstance(error, names.ResponseError) and "redirect" in str(error):
         return ReadError(f"the server redirects more than {_MAX_REDIRECTS} times")
-    if isinstance(error, ValueError):  # all of urllib3's kinds for addresses are ValueErrors too
-        return ReadError("the address, or one that the server redirects to, is none of the web")
+    if isinstance(error, ValueError):  # all errors of urllib3 about addresses are ValueErrors too
+        return ReadError("the address, or one that the server redirects to, is not an http or https address")
     if isinstance(error, names.SSLError):
-        return ReadError("the server's certificate or encryption is not to be trusted")
+        return ReadError("the server's certificate or encryption cannot be trusted")
     if isinstance(error, names.NameResolutionError):
         return _TransientError("no server of this name")
     if isinstance(error, names.NewConnectionError):
@@ -163,10 +163,10 @@ def _reason(error: BaseException) -> Exception:
 
 
 def read_web_list(url: str) -> bytes:
-    """Reads a list file from the web.
+    """Read a list file from the web.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: The list cannot be read.
     """
     try:
         return WebReader().read(url)

@@ -1,10 +1,10 @@
-"""YOLO label files → records: one .txt file an image, one line an object.
+"""YOLO label files → records: one .txt file per image, one line per object.
 
-A line is `class cx cy width height`, in parts of the upright image, or `class x1 y1 x2 y2 x3 y3 …`, a polygon of three
-points or more, of which the bounding box is taken. Numbers may leave 0 to 1 by `TOLERANCE`, the rounding of five
-digits, and are then set to the edge; a line with others is left out and counted, as are lines of a class that is not
-there, of another number of columns, with what is no finite number, and repeated lines. An image without a label file
-has no boxes. Lines of detections, which end in a score, have six columns and so are left out.
+A line is `class cx cy width height`, relative to the upright image, or `class x1 y1 x2 y2 x3 y3 …`, a polygon of at
+least three points, of which raydet uses the bounding box. Numbers may exceed the range 0 to 1 by `TOLERANCE`, the
+rounding of five digits, and are then clipped. Lines with other numbers are dropped and counted, as are lines with an
+unknown class, another number of columns or a number that is not finite, and repeated lines. Lines of detections end in
+a score, have six columns and are therefore dropped.
 """
 
 import math
@@ -17,13 +17,25 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.common.threads import in_order
-from raydet.images.files import ImageFolder, MissingFileError, ReadError, readable
-from raydet.preparation.sources.source import Finding, FindingLog, Records, Source, SourceImage, SourceObjects
+from raydet.config.preparing import Unlabelled
+from raydet.images.files import ImageFolder, MissingFileError, ReadError, list_below, readable
+from raydet.preparation.sources.source import (
+    UNLABELLED,
+    UNLABELLED_KEPT,
+    Finding,
+    FindingLog,
+    Records,
+    Source,
+    SourceImage,
+    SourceObjects,
+    aligned_folders,
+    top_folders,
+)
 from raydet.preparation.sources.yolo_files import YoloFiles
 from raydet.tables.spill import Spilled
 
 TOLERANCE = 1e-5
-"""In parts of the image's side."""
+"""Relative to the side of the image."""
 
 _OUTSIDE = "the list names a file outside the data set"
 
@@ -32,7 +44,7 @@ _Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class _Labels:
-    """One label file, or why it cannot be read."""
+    """One label file, or the reason why it cannot be read."""
 
     classes: list[int] = field(default_factory=list)
     boxes_xywh: list[_Box] = field(default_factory=list)
@@ -41,12 +53,16 @@ class _Labels:
     refusal: str | None = None
 
 
-def read_yolo(files: YoloFiles) -> Source:
-    """Reads the label files.
+def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
+    """Read the label files.
+
+    Args:
+        files: The images and their label files.
+        unlabelled: Keep images without a label file as images without objects, or reject them.
 
     Returns:
-        One record for each image, by sorted path, its id the rank; boxes are normalised. Images outside the data set
-        come last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
+        One record per image, sorted by path, its id the rank; boxes are normalised. Images outside the data set come
+        last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
         path.
 
     Raises:
@@ -56,15 +72,14 @@ def read_yolo(files: YoloFiles) -> Source:
     read = partial(_read_labels, files.labels, index_of)
     labels = Spilled(_Labels, in_order(read, (label for _, label in files.pairs)))
     if all(item.is_missing for item in labels):
-        raise UserError(
-            f"none of the {len(labels)} images below {files.images.uri} has a label file; the first would be "
-            f"{files.labels.uri_of(files.pairs[0][1])}; without labels use `raydet prepare images`"
-        )
+        raise _no_label_file(files)
     findings = FindingLog()
     findings.note(Finding("label files without an image", count=files.num_orphans))
-    for (_, path), item in zip(files.pairs, labels, strict=True):
+    for image_id, ((image_path, path), item) in enumerate(zip(files.pairs, labels, strict=True)):
         for kind, count in item.findings.items():
             findings.note(Finding(kind, readable(path), count=count))
+        if item.is_missing and unlabelled == "keep":
+            findings.note(Finding(UNLABELLED_KEPT, readable(image_path), image_id))
 
     def records() -> Iterator[SourceImage]:
         next_id = 1
@@ -84,7 +99,7 @@ def read_yolo(files: YoloFiles) -> Source:
                 path=readable(path),
                 objects=objects,
                 extra={"source_id": readable(path)},
-                refusal=files.images.refuse_outside(path) or item.refusal,
+                refusal=files.images.refuse_outside(path) or item.refusal or _refuse_unlabelled(item, unlabelled),
             )
         for image_id, path in enumerate(files.outside, start=len(files.pairs)):
             name = readable(path)
@@ -94,8 +109,40 @@ def read_yolo(files: YoloFiles) -> Source:
     return Source(Records(records), num_images, files.categories, (pa.field("source_id", pa.string()),), findings)
 
 
+def _refuse_unlabelled(labels: _Labels, unlabelled: Unlabelled) -> str | None:
+    return UNLABELLED if labels.is_missing and unlabelled == "reject" else None
+
+
+def _no_label_file(files: YoloFiles) -> UserError:
+    """Explain that no image has a label file, and where label files are."""
+    others = list_below(files.labels)
+    label_paths = [path for path in others if path.lower().endswith(".txt")]
+    image_paths = [path for path, _ in files.pairs]
+    text = (
+        f"none of the {len(image_paths)} images below {files.images.uri} has a label file; the first would be "
+        f"{files.labels.uri_of(files.pairs[0][1])}"
+    )
+    if not label_paths:
+        return UserError(
+            f"{text}, but {files.labels.uri} holds 0 .txt files and {len(others)} others; without labels use "
+            "`raydet prepare images`"
+        )
+    folders = aligned_folders(label_paths, image_paths)
+    if folders is None:
+        return UserError(f"{text}, but the first .txt file there is {readable(min(label_paths))}")
+    places = [
+        f"{what} in {folder.uri_of(subfolder)} ({folder.uri} holds {top_folders(paths)})"
+        for what, folder, subfolder, paths in (
+            ("images", files.images, folders[1], image_paths),
+            ("label files", files.labels, folders[0], label_paths),
+        )
+        if subfolder
+    ]
+    return UserError(f"{text}, but names agree for the {' and the '.join(places)}; give these folders")
+
+
 def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _Labels:
-    """Reads one label file; runs in a thread."""
+    """Read one label file, in a thread."""
     refusal = folder.refuse_outside(path)
     if refusal is not None:
         return _Labels(refusal=f"its label file: {refusal}")
@@ -137,7 +184,7 @@ def _numbers(words: list[str]) -> tuple[float, ...] | None:
 
 
 def _box_xywh(numbers: tuple[float, ...]) -> _Box | None:
-    """The columns after the class → (left, top, width, height) in parts of the image; None if they leave it."""
+    """Convert the columns after the class to (left, top, width, height); None if they are out of range."""
     if min(numbers) < -TOLERANCE or max(numbers) > 1 + TOLERANCE:
         return None
     if len(numbers) > 4:
@@ -157,7 +204,7 @@ def _leaves(low: float, high: float) -> bool:
 
 
 def _snap(place: float) -> float:
-    """What rounding moved over the edge goes back to it; what really runs out stays, to be cut and counted."""
+    """Move a coordinate that rounding put outside back to the edge; others stay, to be clipped and counted."""
     if -TOLERANCE <= place < 0:
         return 0.0
     return 1.0 if 1 < place <= 1 + TOLERANCE else place

@@ -1,4 +1,4 @@
-"""Which image and which label file belong together in a data set with YOLO's label files, and what its classes are."""
+"""The pairs of image and label file in a YOLO data set, and its classes."""
 
 import posixpath
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import ImageFolder, is_image_name, list_below, readable
 from raydet.preparation.sources.source import read_class_names
 from raydet.tables import storage
@@ -20,15 +20,15 @@ _SPLIT_KEYS = {"train": ("train",), "val": ("val", "validation"), "test": ("test
 
 @dataclass(frozen=True)
 class YoloFiles:
-    """What belongs together.
+    """The files of a data set.
 
     Attributes:
-        images: The folder that holds all images, if need be in subfolders.
-        labels: The folder that holds all label files.
-        pairs: Paths of images and of their label files, each relative to its folder, by sorted image path.
+        images: Folder that holds all images, possibly in subfolders.
+        labels: Folder that holds all label files.
+        pairs: Paths of images and of their label files, each relative to its folder, sorted by image path.
         categories: The classes; their ids are the numbers in the label files.
-        num_orphans: Label files that belong to no image, as far as these were looked for.
-        outside: Paths of images that a list names though they lie outside the data set; these must not be read.
+        num_orphans: Label files without an image; not counted for lists of images.
+        outside: Paths of listed images outside the data set, which must not be read.
     """
 
     images: ImageFolder
@@ -40,7 +40,7 @@ class YoloFiles:
 
 
 def find_in_folders(images_uri: str, labels_uri: str, classes: Sequence[str]) -> YoloFiles:
-    """Finds the images below one folder, and the label files of the same relative paths below another.
+    """Find the images below one folder and the label files with the same relative paths below another.
 
     Raises:
         UserError: There is no such folder, no image, or no class.
@@ -53,15 +53,15 @@ def find_in_folders(images_uri: str, labels_uri: str, classes: Sequence[str]) ->
 
 
 def find_in_data_yaml(data_uri: str, split: str) -> YoloFiles:
-    """Finds the images and label files of one split of an Ultralytics data set.
+    """Find the images and label files of one split of an Ultralytics data set.
 
-    `path` is relative to the folder of data.yaml, then to the working directory, and by default that folder. The
-    split's value, a folder or a .txt list of images or several of them, is relative to `path`; the lines of a list are
-    relative to the list, and what it names must lie below `path` or beside data.yaml. The label file of an image lies
-    where its path has `labels` instead of the last `images`.
+    `path` is relative to the folder of data.yaml, which is its default, or else to the working directory. The split is
+    one or several folders or .txt lists of images, relative to `path`. Lines of a list are relative to the list and
+    must lie below `path` or beside data.yaml. The path of a label file is that of its image with `labels` in place of
+    the last `images`.
 
     Raises:
-        UserError: data.yaml, the split or what it names is missing or wrong, or there is no folder of labels.
+        UserError: data.yaml, the split or a file that it names is missing or invalid, or there is no folder of labels.
     """
     data_uri = _plain(data_uri)
     content = _load_yaml(data_uri)
@@ -100,9 +100,11 @@ def _load_yaml(uri: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(storage.read_bytes(uri))
     except FileNotFoundError:
-        raise UserError(f"no such file: {uri}; data must name the data.yaml of the data set") from None
+        raise UserError(f"no such file: {uri}; --data must name the data.yaml of the data set") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"cannot read {uri}: {' '.join(str(error).split())}") from None
+        if storage.exists(storage.join(uri, "data.yaml")):
+            raise UserError(f"{uri} is a folder; did you mean --data {storage.join(uri, 'data.yaml')}?") from None
+        raise UserError(f"cannot read {uri}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{uri} must be a mapping with train, val and names, got {type(content).__name__}")
     if "kpt_shape" in content:
@@ -147,12 +149,12 @@ def _dataset_root(content: Mapping[str, Any], data_uri: str) -> str:
     if path is None:
         return home
     candidates = [_joined(home, str(path)), _plain(str(path))]
-    # A data set that was moved or renamed still lies around its data.yaml.
+    # A data set that was moved or renamed is still around its data.yaml.
     return next((folder for folder in candidates if storage.exists(folder)), home)
 
 
 def _resolve_entry(root: str, entry: str, where: str) -> str:
-    # Data sets exported by some tools say `../train/images` and mean `train/images`.
+    # Some tools export `../train/images` for `train/images`.
     candidates = [_joined(root, entry), _joined(root, entry.removeprefix("../"))]
     place = next((candidate for candidate in candidates if storage.exists(candidate)), None)
     if place is None:
@@ -161,11 +163,11 @@ def _resolve_entry(root: str, entry: str, where: str) -> str:
 
 
 def _read_list(uri: str, root: str) -> list[str]:
-    """The images that a .txt file lists, as absolute paths; relative to the file, or else to the data set."""
+    """Read a .txt list of images as absolute paths; its lines are relative to the file, or else to the data set."""
     try:
         lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list of images {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the list of images {uri}: {one_line(error)}") from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     if not names:
         raise UserError(f"{uri} lists no image")
@@ -212,12 +214,12 @@ def _below(folder: str, path: str) -> str:
 
 
 def _joined(folder: str, path: str) -> str:
-    """A path relative to a folder → absolute and without `..`."""
+    """Join a folder and a path, and remove `..`."""
     whole = path if "://" in path or path.startswith("/") else f"{folder}/{path}"
     scheme, separator, rest = whole.rpartition("://")
     return scheme + separator + posixpath.normpath(rest)
 
 
 def _plain(uri: str) -> str:
-    """Local places as absolute paths, others as URIs."""
+    """Return local URIs as absolute paths and others unchanged."""
     return storage.resolve(uri)[1] if storage.is_local(uri) else uri

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import without_secrets
 from raydet.config import COCO_METRICS, Tracker
 from raydet.tables import storage
@@ -190,7 +190,7 @@ class RunTracker:
             self._retry_at[name] = time.monotonic() + _RETRY_AFTER_S
             if name not in self._warned:
                 self._warned.add(name)
-                reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+                reason = without_secrets(one_line(f"{type(error).__name__}: {error}"))
                 self._warn(f"{name} cannot be written, training goes on: {reason[:400]}")
 
 

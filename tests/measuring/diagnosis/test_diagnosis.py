@@ -440,7 +440,7 @@ def test_metric_rows_say_the_best_threshold_of_each_class() -> None:
         model="m",
         split="s",
         max_detections=100,
-        wished_precision=0.75,
+        target_precision=0.75,
     )
     assert {tuple(row) for row in rows} == {tuple(build_schema("metrics").names)}
     values = {(row["metric"], row["category"]): row["value"] for row in rows}

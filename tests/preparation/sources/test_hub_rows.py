@@ -384,7 +384,7 @@ def test_a_data_set_of_the_hub_may_not_lead_to_other_files(tmp_path: Path) -> No
         ("{set}", {"split": "vall"}, 'Unknown split "vall"'),
         ("{set}", {"image_column": "photo"}, "has no column photo; it has image_id, image, "),
         ("{set}", {"objects_column": "boxes"}, "has no column boxes; it has image_id, image, "),
-        ("{set}", {"objects_column": "width"}, "the column width is no struct of lists"),
+        ("{set}", {"objects_column": "width"}, "the column width is neither a struct of lists"),
         ("{saved}", {"split": "val"}, "has no split val; it has train"),
         ("{empty}", {}, "cannot load the data set"),
         ("{script}", {}, "cannot load the data set"),
@@ -434,5 +434,5 @@ def test_truncated_images_are_kept_on_demand(bccd: Path, tmp_path: Path) -> None
         pixels = decode(row["image"]["bytes"], max_pixels=10**6)
         assert pixels.shape == (row["height"], row["width"], 3)
         np.testing.assert_array_equal(pixels[:200], decode(data, max_pixels=10**6)[:200])
-    with pytest.raises(UserError, match="truncated: keep needs image_storage: inline"):
+    with pytest.raises(UserError, match="--truncated keep needs --image-storage inline"):
         PrepareHubConfig(dataset="x", out="y", truncated="keep", image_storage="reference")

@@ -8,9 +8,10 @@ from PIL import Image
 
 from raydet.common.errors import UserError
 from raydet.config import PrepareVocConfig
+from raydet.config.preparing import Unlabelled
 from raydet.images.files import ImageFolder
 from raydet.preparation.prepare import PrepareReport, prepare_voc
-from raydet.preparation.sources.source import Source, SourceImage
+from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT, Source, SourceImage
 from raydet.preparation.sources.voc import read_voc
 from raydet.tables.table import open_table
 
@@ -38,7 +39,13 @@ def picture(path: Path, size: tuple[int, int] = (20, 16), orientation: int = 1) 
     Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(path, format="JPEG", exif=exif)
 
 
-def read(folder: Path, split: str | None = None, classes: list[str] | None = None, zero_based: bool = False) -> Source:
+def read(
+    folder: Path,
+    split: str | None = None,
+    classes: list[str] | None = None,
+    zero_based: bool = False,
+    unlabelled: Unlabelled = "reject",
+) -> Source:
     for name in ("xml", "img"):
         (folder / name).mkdir(exist_ok=True)
     return read_voc(
@@ -47,6 +54,7 @@ def read(folder: Path, split: str | None = None, classes: list[str] | None = Non
         split_uri=split,
         classes=classes,
         zero_based=zero_based,
+        unlabelled=unlabelled,
     )
 
 
@@ -86,7 +94,7 @@ def test_every_image_and_xml_file_is_named_once(tmp_path: Path) -> None:
             "img/notes.txt": b"x",
         },
     )
-    source = read(tmp_path)
+    source = read(tmp_path, unlabelled="keep")
     found = records(source)
     assert source.num_images == len(found) == 5
     assert [(category.id, category.name) for category in source.categories] == [(1, "cat"), (2, "dog")]
@@ -101,6 +109,9 @@ def test_every_image_and_xml_file_is_named_once(tmp_path: Path) -> None:
     ids = [id_ for record in found.values() if record.objects for id_ in record.objects.ids]
     assert sorted(ids) == list(range(1, len(ids) + 1))
     assert source.findings["`filename` tags that name another image"] == 1
+    assert source.findings[UNLABELLED_KEPT] == 1
+    rejected = records(read(tmp_path, unlabelled="reject"))
+    assert list(rejected) == list(found) and rejected["none.jpg"].refusal == UNLABELLED
 
 
 def test_a_split_takes_its_images_only_but_all_classes(tmp_path: Path) -> None:
@@ -139,7 +150,7 @@ def test_given_classes_keep_their_order_and_others_are_counted(tmp_path: Path) -
         assert [category.name for category in source.categories] == ["owl", "cat"]
         assert record.objects is not None and record.objects.categories == [0, 1]
         assert source.findings["objects of classes that are not among `classes`, left out"] == 1
-    with pytest.raises(UserError, match="names that differ, got 'cat'"):
+    with pytest.raises(UserError, match="distinct names, got 'cat'"):
         read(tmp_path, classes=["cat", "cat"])
 
 
@@ -228,11 +239,74 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
             "xml/lonely.xml": xml(item()),
         },
     )
-    report = prepare(tmp_path)
+    report = prepare(tmp_path, unlabelled="keep")
     assert (report.found, report.accepted, report.rejected) == (4, 2, 2)
     assert (report.boxes, report.clipped, report.dropped, report.size_mismatches) == (2, 1, 1, 1)
     assert report.without_boxes == 1 and report.boxes_by_class == {"dog": 2}
-    assert prepare(tmp_path).already_done
+    # The torn image has no XML file either.
+    assert report.unlabelled_kept == 2 and report.lines()[1].startswith("  2 have no label file: kept")
+    assert prepare(tmp_path, unlabelled="keep").already_done
+
+
+def test_images_without_an_xml_file_are_rejected_unless_kept(tmp_path: Path) -> None:
+    picture(tmp_path / "img" / "a.jpg")
+    picture(tmp_path / "img" / "b.jpg")
+    picture(tmp_path / "img" / "c.jpg")
+    write(tmp_path, {"xml/a.xml": xml(item()), "xml/c.xml": xml()})
+    report = prepare(tmp_path)
+    assert (report.found, report.accepted, report.rejected, report.without_boxes) == (3, 2, 1, 1)
+    assert report.reasons == {UNLABELLED: 1} and report.unlabelled_kept == 0
+    assert "--unlabelled keep" in report.lines()[1]
+    paths = open_table(str(tmp_path / "table"), "images").read(["source_id"]).column("source_id").to_pylist()
+    assert paths == ["a", "c"]
+
+
+def test_every_image_with_an_xml_file_needs_no_word_about_labels(tmp_path: Path) -> None:
+    picture(tmp_path / "img" / "a.jpg")
+    write(tmp_path, {"xml/a.xml": xml(item())})
+    assert not any("label file" in line for line in prepare(tmp_path).lines())
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images", "facts"),
+    [
+        ("img", "img", ["--annotations", "0 XML files and 2 others"]),
+        ("img/val", "all", ["0 XML files", "--images", "all holds 2"]),
+        ("all", "all", ["--annotations {0}/all/xml --images {0}/all/img"]),
+        ("all", "all/img", ["--annotations holds xml/", "did you mean --annotations {0}/all/xml?"]),
+        ("flat", "img", ["--images holds train/ and val/", "--images {0}/img/train?"]),
+        ("other", "img/train", ["z.xml and a.jpg", "prepare images"]),
+        ("all", "none", ["no image file"]),
+    ],
+)
+def test_folders_that_do_not_match_are_refused_with_a_suggestion(
+    tmp_path: Path, annotations: str, images: str, facts: list[str]
+) -> None:
+    for path in ("img/train/a.jpg", "img/val/b.jpg", "all/img/a.jpg"):
+        picture(tmp_path / path)
+    write(tmp_path, dict.fromkeys(("all/xml/a.xml", "all/xml/b.xml", "flat/a.xml", "other/z.xml"), xml(item())))
+    (tmp_path / "none").mkdir()
+    config = PrepareVocConfig(
+        annotations=str(tmp_path / annotations), images=str(tmp_path / images), out=str(tmp_path / "table")
+    )
+    with pytest.raises(UserError) as caught:
+        prepare_voc(config)
+    assert all(fact.format(tmp_path) in str(caught.value) for fact in facts), caught.value
+    assert "\n" not in str(caught.value) and not (tmp_path / "table").exists()
+
+
+def test_a_split_without_labels_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"xml/a.xml": xml(item()), "img/a.jpg": b"x", "img/b.jpg": b"x", "val.txt": "b\nc\n"})
+    with pytest.raises(UserError, match=r"val.txt names 2 images, none of which"):
+        read(tmp_path, split=str(tmp_path / "val.txt"))
+
+
+def test_a_folder_of_links_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    write(tmp_path, {"blobs/1": xml(item()), "img/a.jpg": b"x"})
+    (tmp_path / "xml").mkdir()
+    (tmp_path / "xml" / "a.xml").symlink_to("../blobs/1")
+    with pytest.raises(UserError, match=r"none of the 1 XML files .*symbolic link.*cp -rL"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +314,7 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     [
         ({"split": "no.txt"}, "no such split file"),
         ({"annotations": "no"}, "no such annotation folder"),
-        ({"annotations": "img"}, "no object in any XML file"),
+        ({"annotations": "bare"}, "no object in any XML file"),
         ({"images": "xml/a.xml"}, "images must name the folder"),
         ({"split": "empty.txt"}, "names no image"),
         ({"classes": ["none.txt"]}, "cannot read the classes"),
@@ -250,7 +324,7 @@ def test_mistakes_get_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, {"xml/a.xml": xml(item()), "empty.txt": "\n"})
+    write(tmp_path, {"xml/a.xml": xml(item()), "bare/a.xml": xml(), "empty.txt": "\n"})
     picture(tmp_path / "img" / "a.jpg")
     settings = {"annotations": "xml", "images": "img", "out": "table", **options}
     with pytest.raises(UserError, match=words) as caught:

@@ -9,7 +9,7 @@ from PIL import Image
 from raydet.common.errors import UserError
 from raydet.config import PrepareYoloConfig
 from raydet.preparation.prepare import PrepareReport, prepare_yolo
-from raydet.preparation.sources.source import Source, SourceObjects
+from raydet.preparation.sources.source import UNLABELLED, Source, SourceObjects
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
 from raydet.tables.table import open_table
@@ -112,6 +112,11 @@ def test_boxes_are_pixels_of_the_upright_image(tmp_path: Path) -> None:
     assert (report.found, report.accepted, report.rejected) == (4, 3, 1)
     assert (report.boxes, report.clipped, report.dropped, report.without_boxes) == (4, 2, 2, 1)
     assert report.findings["label files without an image"] == 1
+    # The torn image has no label file either.
+    assert report.unlabelled_kept == 2 and "--unlabelled reject" in report.lines()[1]
+    again = prepare(tmp_path / "data.yaml", tmp_path / "labelled", unlabelled="reject")
+    assert (again.found, again.accepted, again.rejected) == (4, 2, 2) and again.reasons == {UNLABELLED: 2}
+    assert again.unlabelled_kept == 0 and "--unlabelled keep" in again.lines()[1]
     assert [(category.id, category.name) for category in table.categories] == [(0, "dog"), (1, "cat")]
 
 
@@ -203,7 +208,33 @@ def test_mistakes_get_one_line(tmp_path: Path, text: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_folder_of_data_yaml_is_refused_with_its_path(tmp_path: Path) -> None:
+    write(tmp_path, {"data.yaml": DATA_YAML})
+    with pytest.raises(UserError, match=r"is a folder; did you mean --data .*/data.yaml\?"):
+        find_in_data_yaml(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "facts"),
+    [
+        ("images", "labels/train", ["images/train (", "holds test/, train/ and val/", "give these folders"]),
+        ("images/train", "labels", ["label files in {0}/labels/train", "labels holds train/"]),
+        ("images/train", "images", ["0 .txt files and 3 others", "prepare images"]),
+        ("images/test", "labels/train", ["first .txt file there is a.txt"]),
+    ],
+)
+def test_folders_that_do_not_match_are_refused_with_a_suggestion(
+    tmp_path: Path, images: str, labels: str, facts: list[str]
+) -> None:
+    write(tmp_path, dict.fromkeys(("images/train/a.jpg", "images/val/b.jpg", "images/test/c.jpg"), ""))
+    write(tmp_path, {"labels/train/a.txt": "0 .5 .5 .1 .1\n"})
+    with pytest.raises(UserError, match="has a label file") as caught:
+        read_yolo(find_in_folders(str(tmp_path / images), str(tmp_path / labels), ["dog"]))
+    assert all(fact.format(tmp_path) in str(caught.value) for fact in facts), caught.value
+    assert "\n" not in str(caught.value)
+
+
 def test_data_or_folders_but_not_both() -> None:
     for options in ({}, {"data": "data.yaml", "classes": ["dog"]}, {"images": "x", "labels": "y"}):
-        with pytest.raises(UserError, match="either data"):
+        with pytest.raises(UserError, match="either --data"):
             PrepareYoloConfig(out="table", **options)

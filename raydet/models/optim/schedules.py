@@ -1,19 +1,16 @@
-"""Parameter groups, learning-rate schedules and the moving average of the weights.
-
-torch is imported where it is needed, so that the driver can check a schedule without it.
-"""
+"""Learning-rate schedules: their options, checked without torch, and the schedules themselves."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from raydet.common.errors import UserError
 from raydet.config import TrainConfig
 
+# torch is imported where it is used, so that the driver can check a schedule without it.
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
     from torch.optim.lr_scheduler import LRScheduler
 
 _MIN_RATE = {"min_lr", "min_lr_rate"}
@@ -33,7 +30,7 @@ _OPTIONS: dict[str, set[str]] = {
     },
     "one_cycle": {"pct_start", "div_factor", "final_div_factor", "anneal_strategy"},
 }  # fmt: skip
-"""What `schedule_options` may hold for each schedule; the names are those of transformers and torch."""
+"""Options of each schedule, named as in transformers and torch."""
 _CHOICES = {
     "threshold_mode": ("rel", "abs"),
     "mode": ("min", "max"),
@@ -45,90 +42,61 @@ _POSITIVE = {"pct_start", "factor", "div_factor", "final_div_factor", "timescale
 _BELOW_ONE = {"pct_start", "factor", "min_lr_rate", "min_lr_ratio", "warmup_lr_rate"}
 _RATES = {"min_lr", "lr_end"}
 _NO_WARMUP = {
-    "constant": "constant has no warm-up; take constant_with_warmup",
-    "one_cycle": "one_cycle has its own warm-up, set by schedule_options {pct_start: 0.3}; leave warmup_steps out",
+    "constant": "constant has no warm-up; use constant_with_warmup",
+    "one_cycle": "one_cycle has its own warm-up, set by --schedule-options {pct_start: 0.3}; omit --warmup-steps",
 }
 
 
 def check_schedule(config: TrainConfig) -> None:
-    """Makes sure that the schedule can be built from its options, without importing torch.
+    """Check the schedule of a config and its options, without importing torch.
 
     Raises:
-        UserError: An option is unknown to the schedule, missing, or of a value that cannot be.
+        UserError: The schedule does not have an option, lacks a required one, or one has an impossible value.
     """
     name, options = config.schedule, config.schedule_options or {}
     unknown = sorted(set(options) - _OPTIONS[name])
     if unknown:
-        known = ", ".join(sorted(_OPTIONS[name])) or "none at all"
-        raise UserError(f"schedule_options: {name} does not know {', '.join(unknown)}; it takes {known}")
+        known = ", ".join(sorted(_OPTIONS[name])) or "none"
+        raise UserError(f"--schedule-options: {name} has no option {', '.join(unknown)}; it has {known}")
     if name == "warmup_stable_decay" and "num_decay_steps" not in options:
-        raise UserError("schedule_options: warmup_stable_decay needs num_decay_steps, such as {num_decay_steps: 500}")
+        raise UserError(
+            "--schedule-options: warmup_stable_decay needs num_decay_steps, for example {num_decay_steps: 500}"
+        )
     if set(options) >= _MIN_RATE:
-        raise UserError(f"schedule_options: {name} takes min_lr or min_lr_rate, not both")
+        raise UserError(f"--schedule-options: {name} takes min_lr or min_lr_rate, not both")
     for key, value in options.items():
         if key in _CHOICES:
             if value not in _CHOICES[key]:
-                raise UserError(f"schedule_options: {key} must be one of {', '.join(_CHOICES[key])}, got {value}")
+                raise UserError(f"--schedule-options: {key} must be one of {', '.join(_CHOICES[key])}, got {value}")
         elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UserError(f"schedule_options: {key} must be a number of at least 0, got {value}")
+            raise UserError(f"--schedule-options: {key} must be a number of at least 0, got {value}")
         elif key in _POSITIVE and value == 0:
-            raise UserError(f"schedule_options: {key} must be above 0, got 0")
+            raise UserError(f"--schedule-options: {key} must be above 0, got 0")
         elif key in _BELOW_ONE and value >= 1:
-            raise UserError(f"schedule_options: {key} must be below 1, got {value}")
+            raise UserError(f"--schedule-options: {key} must be below 1, got {value}")
         elif key in _RATES and value >= config.learning_rate:
             raise UserError(
-                f"schedule_options: {key} must be below learning_rate {config.learning_rate:g}, got {value:g}"
+                f"--schedule-options: {key} must be below --learning-rate {config.learning_rate:g}, got {value:g}"
             )
     if config.warmup_steps and name in _NO_WARMUP:
-        raise UserError(f"warmup_steps is {config.warmup_steps}, but {_NO_WARMUP[name]}")
-
-
-def parameter_groups(model: "nn.Module", config: TrainConfig, backbone_names: Iterable[str]) -> list[dict[str, object]]:
-    """Splits the trainable parameters by learning rate (backbone or not) and by weight decay.
-
-    Biases and the weights of norms, which have one dimension, are not decayed.
-
-    Args:
-        model: The detector's model.
-        config: Rates and decay.
-        backbone_names: Names of the backbone's parameters.
-    """
-    backbone = set(backbone_names)
-    backbone_rate = config.backbone_learning_rate
-    rates = {True: config.learning_rate / 10 if backbone_rate is None else backbone_rate, False: config.learning_rate}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((name in backbone, parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "name": f"{'backbone' if in_backbone else 'head'}{'' if decayed else '_no_decay'}",
-            "params": parameters,
-            "lr": rates[in_backbone],
-            "weight_decay": config.weight_decay if decayed else 0.0,
-        }
-        for (in_backbone, decayed), parameters in sorted(groups.items())
-    ]
-
-
-def build_optimizer(model: "nn.Module", config: TrainConfig, backbone_names: Iterable[str]) -> "torch.optim.AdamW":
-    """AdamW over `parameter_groups`."""
-    from torch.optim import AdamW
-
-    return AdamW(parameter_groups(model, config, backbone_names), lr=config.learning_rate, fused=True)
+        raise UserError(f"--warmup-steps is {config.warmup_steps}, but {_NO_WARMUP[name]}")
 
 
 def build_schedule(optimizer: "torch.optim.Optimizer", config: TrainConfig, steps_per_epoch: int) -> "LRScheduler":
-    """The schedule of the run, to be stepped after each optimizer step and told of each validation.
+    """Make the learning-rate schedule of a run.
 
-    Each is `transformers.get_scheduler`'s of that name but two: one_cycle has the rates of torch's `OneCycleLR`
-    (AdamW's betas stay as they are), and reduce_lr_on_plateau those of torch's `ReduceLROnPlateau` with a linear
-    warm-up before. Steps beyond the number that a schedule is laid out for keep its last rate.
+    Call its `step` after each optimizer step, and `after_validation` after each validation. All schedules but two are
+    those of `transformers.get_scheduler`: one_cycle has the rates of torch's `OneCycleLR` (and leaves the betas of
+    AdamW alone), and reduce_lr_on_plateau those of torch's `ReduceLROnPlateau` after a linear warm-up. Steps beyond
+    the length of a schedule keep its last rate.
 
     Args:
         optimizer: Its groups hold their peak rates.
-        config: Names the schedule; checked by `check_schedule`.
-        steps_per_epoch: Optimizer steps of an epoch.
+        config: Names the schedule and its options.
+        steps_per_epoch: Optimizer steps per epoch.
+
+    Raises:
+        UserError: See `check_schedule`; or warm-up and decay are longer than the run.
     """
     from torch.optim.lr_scheduler import LambdaLR
 
@@ -151,11 +119,11 @@ def build_schedule(optimizer: "torch.optim.Optimizer", config: TrainConfig, step
 
 
 def after_validation(schedule: "LRScheduler", metric: float | None) -> None:
-    """Tells the schedule what a validation came to; only reduce_lr_on_plateau listens.
+    """Report the result of a validation to the schedule; only reduce_lr_on_plateau uses it.
 
     Args:
-        schedule: Of `build_schedule`.
-        metric: The value of `metric_for_best_model`; null, where there was nothing to measure, changes nothing.
+        schedule: From `build_schedule`.
+        metric: The value of `metric_for_best_model`; None if there was nothing to measure, which changes nothing.
     """
     factors = getattr(schedule, "lr_lambdas", [])
     if metric is None or not factors or not isinstance(factors[0], _Plateau):
@@ -171,7 +139,7 @@ def after_validation(schedule: "LRScheduler", metric: float | None) -> None:
 def _factors_of_transformers(
     optimizer: "torch.optim.Optimizer", config: TrainConfig, options: dict[str, Any], num_steps: int
 ) -> list[Callable[[int], float]]:
-    """What transformers' schedule multiplies each group's rate with, by the number of steps taken."""
+    """Return, per group, the factor of transformers' schedule as a function of the number of steps."""
     import torch
     from transformers import get_scheduler
 
@@ -181,13 +149,13 @@ def _factors_of_transformers(
         num_known = config.warmup_steps + options["num_decay_steps"]
         if "num_stable_steps" not in options and num_known > num_steps:
             raise UserError(
-                f"schedule_options: warm-up and decay are {num_known} steps, the run has only {num_steps}; lower "
-                "num_decay_steps or warmup_steps"
+                f"--schedule-options: warm-up and decay take {num_known} steps, but the run has only {num_steps}; "
+                "lower num_decay_steps or --warmup-steps"
             )
-    # A stand-in, since a schedule sets the rates of its optimizer as soon as it is made.
+    # A dummy optimizer, because the constructor of a schedule sets the rates of its optimizer.
     groups = [{"params": [torch.zeros(1)], "lr": group["lr"]} for group in optimizer.param_groups]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a number of stable steps that is given on purpose
+        warnings.simplefilter("ignore")  # about the number of stable steps, which is given on purpose
         schedule: Any = get_scheduler(
             config.schedule,
             torch.optim.SGD(groups, lr=config.learning_rate),
@@ -195,15 +163,15 @@ def _factors_of_transformers(
             num_training_steps=num_steps,
             scheduler_specific_kwargs=options,
         )
-    if config.schedule in ("inverse_sqrt", "constant_with_warmup"):  # they have no end
+    if config.schedule in ("inverse_sqrt", "constant_with_warmup"):  # They have no last step.
         return list(schedule.lr_lambdas)
-    # This one's steps are counted from 1.
+    # This schedule counts its steps from 1.
     last = num_steps - 1 if config.schedule == "cosine_warmup_with_min_lr" else num_steps
     return [_held_from(factor, last) for factor in schedule.lr_lambdas]
 
 
 def _held_from(factor: Callable[[int], float], last: int) -> Callable[[int], float]:
-    """Keeps the value of the last step from there on: a cosine would rise again."""
+    """Hold the value of the last step from then on; a cosine would rise again."""
     return lambda step: factor(min(step, last))
 
 
@@ -215,7 +183,7 @@ def _one_cycle(
     final_div_factor: float = 1e4,
     anneal_strategy: str = "cos",
 ) -> Callable[[int], float]:
-    """From 1/div_factor up to 1 within a part of the steps, then down to 1/(div_factor · final_div_factor)."""
+    """Rise from 1/div_factor to 1 over `pct_start` of the steps, then fall to 1/(div_factor · final_div_factor)."""
     lowest_first, lowest_last = 1 / div_factor, 1 / (div_factor * final_div_factor)
     top, last = pct_start * num_steps - 1, num_steps - 1
 
@@ -232,7 +200,7 @@ def _one_cycle(
 
 
 class _Plateau:
-    """A factor that falls when a metric has stopped getting better; its attributes go into checkpoints."""
+    """A factor that falls when a metric stops improving. Its attributes are saved in checkpoints."""
 
     def __init__(
         self,
@@ -256,7 +224,7 @@ class _Plateau:
         return self.scale * min(1.0, step / max(1, self.warmup_steps)) if step < self.warmup_steps else self.scale
 
     def observe(self, metric: float) -> None:
-        """Takes in the metric of a validation."""
+        """Record the metric of a validation and lower the factor if it has stopped improving."""
         value = self.sign * metric
         margin = self.threshold * (abs(self.best) if self.is_relative and math.isfinite(self.best) else 1.0)
         if value > self.best + margin:
@@ -268,44 +236,3 @@ class _Plateau:
         if self.num_bad > self.patience:
             self.scale = max(self.scale * self.factor, self.floor)
             self.num_cooling, self.num_bad = self.cooldown, 0
-
-
-class MovingAverage:
-    """Exponential moving average of a model's weights and buffers.
-
-    The decay rises from 0 to its full value, as decay · (1 − exp(−updates / rise_steps)), so that the average does
-    not remember the random start. Whole numbers, such as the counts of batch norms, are copied.
-    """
-
-    def __init__(self, model: "nn.Module", decay: float, *, rise_steps: float = 300.0) -> None:
-        self.decay, self.rise_steps, self.num_updates = decay, rise_steps, 0
-        self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    def update(self, model: "nn.Module") -> None:
-        """Takes in the weights after an optimizer step."""
-        import torch
-
-        self.num_updates += 1
-        decay = self.decay * (1.0 - math.exp(-self.num_updates / self.rise_steps))
-        averaged: tuple[list[Tensor], list[Tensor]] = [], []
-        copied: tuple[list[Tensor], list[Tensor]] = [], []
-        for name, value in model.state_dict().items():
-            shadows, values = averaged if value.is_floating_point() else copied
-            shadows.append(self.shadow[name])
-            values.append(value)
-        with torch.no_grad():
-            torch._foreach_lerp_(*averaged, 1.0 - decay)
-            if copied[0]:
-                torch._foreach_copy_(*copied)
-
-    def state_dict(self) -> dict[str, object]:
-        """What a resumed run needs."""
-        return {"shadow": self.shadow, "num_updates": self.num_updates}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Goes on from a saved state."""
-        shadow, num_updates = state["shadow"], state["num_updates"]
-        assert isinstance(shadow, dict) and isinstance(num_updates, int)
-        for name, value in shadow.items():
-            self.shadow[name].copy_(value)
-        self.num_updates = num_updates

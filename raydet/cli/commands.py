@@ -1,0 +1,205 @@
+"""The table of commands, from which the public functions, the command line, its help and `jobs/` are made."""
+
+from dataclasses import dataclass
+
+from raydet.config import (
+    CompareConfig,
+    DemoConfig,
+    EvaluateConfig,
+    ExportCocoConfig,
+    ExportOnnxConfig,
+    ExportVocConfig,
+    ExportYoloConfig,
+    InspectConfig,
+    PlanConfig,
+    PredictConfig,
+    PrepareCocoConfig,
+    PrepareHubConfig,
+    PrepareImagesConfig,
+    PrepareShapesConfig,
+    PrepareVocConfig,
+    PrepareYoloConfig,
+    PushConfig,
+    ReportConfig,
+    TrainConfig,
+    TuneConfig,
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: As typed, such as `prepare coco`.
+        config: Its options.
+        module: Where its function is.
+        summary: One line for the list of commands.
+        example: Options of a command line that works; after `raydet demo` where it names `runs/demo`.
+        shows_progress: The function takes a `console` to print its progress on.
+    """
+
+    name: str
+    config: type
+    module: str
+    summary: str
+    example: str
+    shows_progress: bool = False
+
+    @property
+    def function(self) -> str:
+        """Name of the function, in its module and in `raydet`."""
+        return self.name.replace(" ", "_")
+
+
+_COMMANDS = (
+    Command(
+        "prepare coco",
+        PrepareCocoConfig,
+        "raydet.preparation.prepare",
+        "COCO instances JSON and its images → an images table",
+        "--annotations annotations/instances_train.json --images images/train --out data/train",
+    ),
+    Command(
+        "prepare voc",
+        PrepareVocConfig,
+        "raydet.preparation.prepare",
+        "Pascal VOC XML files and their images → an images table",
+        "--annotations Annotations --images JPEGImages --out data --val-fraction 0.2",
+    ),
+    Command(
+        "prepare yolo",
+        PrepareYoloConfig,
+        "raydet.preparation.prepare",
+        "a data set in the layout of Ultralytics → an images table",
+        "--data data.yaml --split train --out data/train",
+    ),
+    Command(
+        "prepare hub",
+        PrepareHubConfig,
+        "raydet.preparation.prepare",
+        "a data set on the Hugging Face Hub, or a local one → an images table",
+        "--dataset rishitdagli/cppe-5 --split train --out data/train",
+    ),
+    Command(
+        "prepare images",
+        PrepareImagesConfig,
+        "raydet.preparation.prepare",
+        "images without labels: a folder, or a list of paths or URLs → an images table",
+        "--images photos --out data/photos",
+    ),
+    Command(
+        "prepare shapes",
+        PrepareShapesConfig,
+        "raydet.preparation.prepare",
+        "generated images with labels → two images tables",
+        "--out data/shapes",
+    ),
+    Command(
+        "inspect",
+        InspectConfig,
+        "raydet.inspection.inspect",
+        "an images table → one HTML page: statistics, suspicious labels, images as training sees them",
+        "--data runs/demo/data/train --val-data runs/demo/data/val --out runs/inspect",
+    ),
+    Command(
+        "train",
+        TrainConfig,
+        "raydet.training.train",
+        "fine-tune a detector, or train a small one from scratch",
+        "--train-data runs/demo/data/train --val-data runs/demo/data/val --out runs/train --image-size 128 --epochs 3",
+        shows_progress=True,
+    ),
+    Command(
+        "tune",
+        TuneConfig,
+        "raydet.tuning.tune",
+        "many short trainings → the training options that give the best detector",
+        "--train-config runs/demo/config.yaml --space '{learning_rate: {loguniform: [1e-4, 1e-2]}}' --num-trials 4 "
+        "--search random --out runs/tune",
+        shows_progress=True,
+    ),
+    Command(
+        "predict",
+        PredictConfig,
+        "raydet.scoring.predict",
+        "a detector and any number of images → a detections table",
+        "--checkpoint runs/demo/checkpoint --data runs/demo/data/val --out runs/detections",
+        shows_progress=True,
+    ),
+    Command(
+        "evaluate",
+        EvaluateConfig,
+        "raydet.measuring.evaluate",
+        "labelled images and detections → COCO numbers and metrics tables",
+        "--truth runs/demo/data/val --detections runs/demo/detections --out runs/metrics",
+    ),
+    Command(
+        "compare",
+        CompareConfig,
+        "raydet.measuring.compare",
+        "two sets of detections of the same images → their difference, with intervals",
+        "--truth runs/demo/data/val --first runs/demo/detections --second runs/detections",
+    ),
+    Command(
+        "report",
+        ReportConfig,
+        "raydet.reporting.report",
+        "metrics tables → one HTML file",
+        "--metrics runs/demo/metrics --train-run runs/demo",
+    ),
+    Command(
+        "export coco",
+        ExportCocoConfig,
+        "raydet.exports.coco",
+        "detections → COCO results JSON; images table → COCO instances JSON",
+        "--data runs/demo/detections --out runs/results.json",
+    ),
+    Command(
+        "export voc",
+        ExportVocConfig,
+        "raydet.exports.voc",
+        "images table → Pascal VOC XML files",
+        "--data runs/demo/data/val --out runs/voc --split val",
+    ),
+    Command(
+        "export yolo",
+        ExportYoloConfig,
+        "raydet.exports.yolo",
+        "images table or detections → YOLO label files",
+        "--data runs/demo/data/val --out runs/yolo --split val",
+    ),
+    Command(
+        "export onnx",
+        ExportOnnxConfig,
+        "raydet.exports.onnx",
+        "a checkpoint → one ONNX file",
+        "--checkpoint runs/demo/checkpoint --out runs/model.onnx",
+    ),
+    Command(
+        "push",
+        PushConfig,
+        "raydet.exports.hub",
+        "upload a checkpoint to the Hugging Face Hub, with a model card",
+        "--checkpoint runs/demo/checkpoint --repo your-name/shapes --metrics runs/demo/metrics --private",
+    ),
+    Command(
+        "plan",
+        PlanConfig,
+        "raydet.planning.plan",
+        "a short measurement here → time, cost and bottleneck of a job on a cluster",
+        "--images 10_000_000 --checkpoint runs/demo/checkpoint --cpu-nodes 8 --cpus-per-cpu-node 16",
+        shows_progress=True,
+    ),
+    Command(
+        "demo",
+        DemoConfig,
+        "raydet.cli.demo",
+        "the whole pipeline on generated images, in a few minutes",
+        "--out runs/demo",
+        shows_progress=True,
+    ),
+)
+
+COMMANDS = {command.name: command for command in _COMMANDS}
+"""The commands by name, in the order of the help."""

@@ -1,0 +1,1 @@
+"""Images and labels → detections of OWL-ViT, OWLv2 and Grounding DINO."""

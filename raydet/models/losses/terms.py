@@ -1,0 +1,64 @@
+"""The loss terms that transformers returns, their weights, and one term that it lacks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
+
+from raydet.models.detector import Detector
+
+Labels = Sequence[Mapping[str, Tensor]]
+"""Per image: `class_labels` int64 [N] and `boxes` [N, 4], centre form relative to the image."""
+
+
+def weighted_terms(detector: Detector, loss_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weighted terms whose sum is transformers' own loss of the micro-batch."""
+    if not detector.family.weights_in_config:
+        return dict(loss_dict)
+    weights = term_weights(detector.model.config)
+    # cardinality_error is a metric, not a loss.
+    return {name: value * weights[term_kind(name)] for name, value in loss_dict.items() if term_kind(name) in weights}
+
+
+def term_weights(config: Any) -> dict[str, float]:
+    """Return the weights in a model's config by the kind of term."""
+    return {
+        "loss_ce": getattr(config, "class_loss_coefficient", 1.0),
+        "loss_bbox": config.bbox_loss_coefficient,
+        "loss_giou": config.giou_loss_coefficient,
+    }
+
+
+def term_kind(name: str) -> str:
+    """Strip the layer from the name of a term: loss_ce for loss_ce_0 and loss_ce_enc."""
+    return name.removesuffix("_enc").rstrip("0123456789").rstrip("_")
+
+
+def proposal_terms(detector: Detector, outputs: Any, labels: Labels) -> dict[str, Tensor]:
+    """Compute the unweighted loss of the boxes that a two-stage Deformable DETR proposes; empty for other models.
+
+    The model picks its queries among boxes that the encoder proposes, by a score that no term of transformers' loss
+    trains. Its authors train the first class of a proposal to mean "any object" (Zhu et al. 2021, appendix A.4).
+    """
+    config = detector.model.config
+    if not (detector.family.scores_proposals and config.two_stage):
+        return {}
+    criterion = DeformableDetrImageLoss(
+        matcher=DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost),
+        num_classes=config.num_labels,
+        focal_alpha=config.focal_alpha,
+        losses=["labels", "boxes"],
+    )
+    proposals = {
+        "logits": at_least_single(outputs.enc_outputs_class),
+        "pred_boxes": at_least_single(outputs.enc_outputs_coord_logits).sigmoid(),
+    }
+    objects = [{**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels]
+    return {f"{name}_enc": value for name, value in criterion(proposals, objects).items()}
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Convert half precision to single precision; return other values unchanged."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -1,0 +1,165 @@
+"""Hugging Face image processors: the default of a family, another image size, and the resize rule that they follow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Processor classes are looked up by attribute, so that importing this module does not import torch.
+import transformers
+
+from raydet.common.errors import UserError
+from raydet.models.families import Family
+from raydet.models.geometry import ResizeRule
+
+_SIDE_STEPS: Mapping[str, int] = {"Yolos": 16}
+"""Pixels to whose multiples a processor rounds both sides, by the prefix of its class name; 1 for all others."""
+
+_REPLACED: Mapping[str, str] = {"RfDetrImageProcessor": "RTDetrImageProcessor"}
+"""Processors that resize in floating point without antialiasing, which 8-bit images cannot follow, and their
+replacements, which read the model's outputs alike."""
+
+_KEPT_OPTIONS = (
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_pad",
+    "pad_size",
+)
+
+
+def default_processor(family: Family) -> Any:
+    """Make the image processor for a model that comes without one."""
+    processor = getattr(transformers, family.processor)()
+    return _changed(processor, family.processor_options) if family.processor_options else processor
+
+
+def supported_processor(processor: Any) -> Any:
+    """Return an image processor that resizes as raydet can: the processor itself, or its replacement."""
+    replacement = _REPLACED.get(type(processor).__name__)
+    if replacement is None:
+        return processor
+    content = processor.to_dict()
+    return getattr(transformers, replacement)(**{key: content[key] for key in _KEPT_OPTIONS if key in content})
+
+
+def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
+    """Copy an image processor so that it works at another size.
+
+    Args:
+        processor: A Hugging Face image processor.
+        family: The model's.
+        image_size: In pixels. For families with a fixed input size, the side of the square input. For families that
+            keep the aspect ratio, the longest side; every image is then padded to a square of this side, so that its
+            padding does not depend on the other images of the batch.
+    """
+    square = {"height": image_size, "width": image_size}
+    if family.side_multiple > 1:
+        return _changed(processor, {"size": square, "pad_size": None})
+    if family.resizes_by_edges:
+        size = {"shortest_edge": image_size, "longest_edge": image_size}
+    else:
+        size = {"max_height": image_size, "max_width": image_size}
+    return _changed(processor, {"size": size, "do_pad": True, "pad_size": square})
+
+
+def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
+    """Read the resize rule of a Hugging Face image processor.
+
+    Args:
+        processor: A Hugging Face image processor.
+        where: The model, for error messages.
+
+    Raises:
+        UserError: The processor does not resize, or does so in a way that raydet does not support.
+    """
+    size = processor.size
+    pad_size = processor.pad_size if processor.do_pad else None
+    common: dict[str, Any] = {
+        "resample": int(processor.resample),
+        "pad_to_hw": (pad_size.height, pad_size.width) if pad_size is not None else None,
+    }
+    if not processor.do_resize:
+        raise UserError(
+            f"the image processor of {where} does not resize; set do_resize in its preprocessor_config.json"
+        )
+    if common["resample"] > 3:
+        raise UserError(f"the image processor of {where} has resample {common['resample']}; it must be 0, 1, 2 or 3")
+    if size.shortest_edge and size.longest_edge:
+        return ResizeRule(
+            mode="keep_aspect",
+            shortest=size.shortest_edge,
+            longest=size.longest_edge,
+            multiple_of=_side_step(processor),
+            **common,
+        )
+    if size.max_height and size.max_width:
+        return ResizeRule(mode="keep_aspect", limit_hw=(size.max_height, size.max_width), **common)
+    if size.height and size.width:
+        return ResizeRule(mode="fixed", size_hw=(size.height, size.width), **common)
+    raise UserError(
+        f"the image processor of {where} has size {dict(size)}; raydet supports height and width, shortest_edge and "
+        "longest_edge, or max_height and max_width"
+    )
+
+
+def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queries: int, where: str) -> None:
+    """Refuse input sizes at which the model would fail in the middle of a run.
+
+    Args:
+        config: The model's.
+        family: The model's.
+        rule: Of its image processor.
+        num_queries: Boxes that the model proposes per image.
+        where: The model, for error messages.
+
+    Raises:
+        UserError: The size varies, is no multiple of what the model needs, or has fewer cells than queries.
+    """
+    multiple = _side_multiple(config, family)
+    if multiple == 1:
+        return
+    size_hw = rule.size_hw or rule.pad_to_hw
+    if size_hw is None:
+        raise UserError(
+            f"the image processor of {where} keeps the aspect ratio of each image, but the model needs sides that are "
+            f"a multiple of {multiple}; give --image-size"
+        )
+    height, width = size_hw
+    if height % multiple or width % multiple:
+        raise UserError(f"--image-size must be a multiple of {multiple} for {where}, got {height}")
+    num_cells = sum(int(height // stride) * int(width // stride) for stride in query_strides(config, family))
+    if num_cells < num_queries:
+        raise UserError(
+            f"--image-size {height} is too small for {where}: the model picks {num_queries} queries from the cells of "
+            f"its feature maps and there are only {num_cells}; raise --image-size"
+        )
+
+
+def query_strides(config: Any, family: Family) -> Sequence[float]:
+    """Return the strides in pixels of the feature maps from whose cells queries start, one per level."""
+    if family.query_grid == "projector":
+        return [config.backbone_config.patch_size / scale for scale in config.projector_scale_factors]
+    if family.query_grid == "patches":
+        return [config.backbone_config.patch_size]
+    strides: Sequence[float] = config.feat_strides
+    return strides
+
+
+def _side_multiple(config: Any, family: Family) -> int:
+    """Return the number of pixels that both sides of an input must be a multiple of; 1 if any size will do."""
+    if family.backbone_side_fields is None:
+        return family.side_multiple
+    first, second = (getattr(config.backbone_config, name) for name in family.backbone_side_fields)
+    return int(first * second)
+
+
+def _side_step(processor: Any) -> int:
+    name = type(processor).__name__
+    return next((step for prefix, step in _SIDE_STEPS.items() if name.startswith(prefix)), 1)
+
+
+def _changed(processor: Any, changes: Mapping[str, Any]) -> Any:
+    return type(processor).from_dict({**processor.to_dict(), **changes})

@@ -1,0 +1,50 @@
+"""The table of commands, and what the package shows of it."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import raydet
+from raydet.cli.commands import COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_a_function_of_its_config(name: str) -> None:
+    command = COMMANDS[name]
+    function = getattr(raydet, command.function)
+    assert getattr(raydet, command.config.__name__) is command.config
+    assert function.__module__ == command.module
+    parameters = inspect.signature(function).parameters
+    assert next(iter(parameters)) == "config" and ("console" in parameters) is command.shows_progress
+
+
+def test_the_package_shows_functions_and_configs() -> None:
+    shown = set(dir(raydet))
+    assert {command.function for command in COMMANDS.values()} <= shown
+    assert {command.config.__name__ for command in COMMANDS.values()} <= shown
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        raydet.trian  # noqa: B018
+
+
+def test_no_package_hides_a_function() -> None:
+    """`raydet.demo` must stay a function once `raydet.demo` the module is imported."""
+    modules = {module.name for module in pkgutil.iter_modules(raydet.__path__)}
+    assert modules.isdisjoint(command.function for command in COMMANDS.values())
+    for command in COMMANDS.values():
+        importlib.import_module(command.module)
+        assert callable(getattr(raydet, command.function))
+
+
+def test_type_checkers_see_the_names_of_the_table() -> None:
+    tree = ast.parse(Path(str(raydet.__file__)).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    declared = {
+        (node.module, alias.name) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    functions = {(command.module, command.function) for command in COMMANDS.values()}
+    configs = {("raydet.config", command.config.__name__) for command in COMMANDS.values()}
+    assert declared == functions | configs

@@ -1,0 +1,26 @@
+"""The demo, and the examples of the help that start from its results."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import raydet
+from raydet.cli.commands import COMMANDS
+from raydet.cli.main import main
+
+FOLLOWING = ("inspect", "predict", "evaluate", "compare", "report", "export coco", "export voc", "export yolo")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_runs_twice_in_one_process_and_the_examples_follow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in ("runs/demo", "runs/again"):
+        result = raydet.demo(raydet.DemoConfig(out=out, num_train=32, num_val=8, epochs=1))
+        assert Path(result.report.out).exists()
+    for name in FOLLOWING:
+        assert "runs/demo" in COMMANDS[name].example
+        assert main(shlex.split(f"{name} {COMMANDS[name].example}")) == 0
