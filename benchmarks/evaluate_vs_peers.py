@@ -26,23 +26,23 @@ from typing import TYPE_CHECKING, Any
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+def _as_coco(values: dict[str, float | None]) -> list[float]:
+    """Numbers as the others give them: -1 where there is nothing to measure."""
+    return [-1.0 if value is None else value for value in values.values()]
+
+
 def raydet(folder: Path) -> list[float]:
     import raydet
 
-    return list(
-        raydet.evaluate(
-            raydet.EvaluateConfig(truth=str(folder / "truth.json"), detections=str(folder / "results.json"))
-        )
-        .result.numbers()
-        .values()
-    )
+    config = raydet.EvaluateConfig(truth=str(folder / "truth.json"), detections=str(folder / "results.json"))
+    return _as_coco(raydet.evaluate(config).result.values)
 
 
 def raydet_parquet(folder: Path) -> list[float]:
     import raydet
 
     config = raydet.EvaluateConfig(truth=str(folder / "truth"), detections=str(folder / "detections"))
-    return list(raydet.evaluate(config).result.numbers().values())
+    return _as_coco(raydet.evaluate(config).result.values)
 
 
 def pycocotools(folder: Path) -> list[float]:

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 import raydet
 from raydet.cli.main import main
 from raydet.common.errors import UserError
 from raydet.common.redaction import refuse_password, without_secrets
-from raydet.config import PredictConfig, TrainConfig, changed_fields, to_yaml
+from raydet.config import PredictConfig, TrainConfig, identity, to_yaml
 from raydet.images.collection import open_collection
 from raydet.images.files import ImageFolder, ReadError
 from raydet.images.references import FileReader, Reference
@@ -27,6 +26,7 @@ from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
 from raydet.tables import storage
+from raydet.tables.output_folder import RUN_FILE, OutputFolder
 from tests import s3_stand_in
 
 PROJECT = Path(__file__).parents[1]
@@ -84,16 +84,20 @@ def test_the_values_of_secret_variables_are_hidden_and_their_places_are_not(monk
     }
 
 
-def test_a_config_is_written_without_secrets_and_known_again() -> None:
+def test_a_config_is_written_without_secrets_and_known_again(tmp_path: Path) -> None:
     def config(user: str) -> TrainConfig:
         return TrainConfig(train_data=f"s3://{user}b/train", val_data=f"s3://{user}b/val?sig={user}", out="run")
 
     first, rotated = config("akid:first@"), config("akid:second@")
     text = to_yaml(first)
     assert "first" not in text and "akid" not in text and "s3://b/train" in text
-    assert changed_fields(rotated, yaml.safe_load(text)) == []
+    folder = OutputFolder(str(tmp_path), "train")
+    folder.begin(identity(first))
+    assert "first" not in folder.read_bytes(RUN_FILE).decode()
+    assert folder.admit(identity(rotated)) is not None
     other = TrainConfig(train_data="s3://c/train", val_data="s3://b/val?sig=x", out="run")
-    assert changed_fields(other, yaml.safe_load(text)) == ["train_data: s3://b/train → s3://c/train"]
+    with pytest.raises(UserError, match=r"\(train_data: s3://b/train → s3://c/train\)"):
+        folder.admit(identity(other))
 
 
 def test_a_password_that_would_have_to_be_kept_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def run_tasks(
         UserError: The work raised it.
         RunError: The work raised it or something else, or the cluster lost a task too often.
     """
-    task = ray.remote(num_cpus=cpus_per_task, max_retries=_RETRIES)(_call)
+    task = ray.remote(num_cpus=cpus_per_task, max_retries=_RETRIES)(_work_on_item)
     # In a list, so that the task itself fetches it: what cannot be fetched there is an error of the task's.
     shared = [ray.put(work)]
     pending: list[Any] = []
@@ -57,7 +57,7 @@ def run_tasks(
             ray.cancel(reference)
 
 
-def _call(shared: list[Any], item: Any) -> Any:
+def _work_on_item(shared: list[Any], item: Any) -> Any:
     work: Callable[[Any], Any] = ray.get(shared[0])
     return work(item)
 

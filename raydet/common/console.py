@@ -17,6 +17,11 @@ def write_out(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def shown(value: float | None, spec: str = ".3f") -> str:
+    """A number as a person sees it; "–" where it is undefined."""
+    return "–" if value is None else format(value, spec)
+
+
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lay out a table: the first column flush left, the others flush right."""
     first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -5,7 +5,6 @@ the identity of a run: a folder may be continued only by a run with the same ide
 """
 
 from raydet.config.fields import (
-    changed_fields,
     config_hash,
     default_of,
     field_names,
@@ -83,7 +82,6 @@ __all__ = [
     "Tracker",
     "TrainConfig",
     "TuneConfig",
-    "changed_fields",
     "config_hash",
     "default_of",
     "field_names",

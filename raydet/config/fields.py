@@ -117,9 +117,3 @@ def to_yaml(config: Any) -> str:
     import yaml
 
     return yaml.safe_dump(without_secrets(dataclasses.asdict(config)), sort_keys=False)
-
-
-def changed_fields(config: Any, earlier: dict[str, Any]) -> list[str]:
-    """The identity fields that differ from an earlier config of the same class, as `--name: then → now`."""
-    now, earlier = without_secrets(identity(config)), without_secrets(earlier)
-    return [f"{flag(name)}: {earlier.get(name)} → {now[name]}" for name in now if earlier.get(name) != now[name]]

@@ -6,6 +6,9 @@ from typing import Literal
 from raydet.config.fields import option, require, require_not_negative, require_positive
 
 EvaluationProtocol = Literal["coco", "lvis", "voc07", "voc"]
+JoinKey = Literal["id", "path"]
+
+_JOIN = "match images by id, or by path relative to their folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,7 @@ class EvaluateConfig:
     out: str | None = option(
         "folder for the metrics tables; without it the numbers are only printed", None, operational=True
     )
+    join: JoinKey = option(_JOIN, "id")
     slice_by: list[str] = option(
         "groups of images or boxes to measure separately: columns of the images table such as camera, or box_size, "
         "crowding, image_size",
@@ -105,6 +109,7 @@ class CompareConfig:
     out: str | None = option("folder for the tables; without it the numbers are only printed", None, operational=True)
     bootstrap: int = option("resamples of the images for 95 % intervals", 1000)
     seed: int = option("seed of the resampling", 0)
+    join: JoinKey = option(_JOIN, "id")
     num_images: int = option("images to list, those that changed most", 20)
 
     def __post_init__(self) -> None:

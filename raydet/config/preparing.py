@@ -18,7 +18,7 @@ DEFAULT_MAX_PIXELS = 178_956_970
 class PrepareConfig:
     """Options shared by all sources of image files."""
 
-    out: str = option("folder or URI of the images table to write")
+    out: str = option("folder or URI of the images table to write", operational=True)
     val_fraction: float | None = option(
         "fraction of the images to write to OUT/val, the rest to OUT/train; by default all go to OUT", None
     )
@@ -155,7 +155,7 @@ class PrepareHubConfig(PrepareConfig):
 class PrepareShapesConfig:
     """Generated images of rectangles, ellipses and triangles with labels → two images tables."""
 
-    out: str = option("folder or URI; the tables are OUT/train and OUT/val")
+    out: str = option("folder or URI; the tables are OUT/train and OUT/val", operational=True)
     num_train: int = option("training images", 1000)
     num_val: int = option("held-out images", 200)
     image_size: int = option("side of the square images in pixels", 128)

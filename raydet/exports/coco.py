@@ -6,24 +6,20 @@ all. Numbers are written with as many digits as it takes to read the same float6
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
 from raydet.config import ExportCocoConfig
 from raydet.exports.rows import ROWS_AT_ONCE, Numbers, as_text, common_folder, refuse, refuse_boxes, refuse_categories
 from raydet.tables import storage
 from raydet.tables.columns import flatten, image_ids_in
+from raydet.tables.new_output import new_file
 from raydet.tables.schema import TableKind, build_schema
 from raydet.tables.table import Table, open_table
 
@@ -78,7 +74,6 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
             `out` is no name of a JSON file. Nothing has been written then.
     """
     out, score_threshold = storage.absolute_uri(config.out), config.score_threshold
-    _check_out(out)
     uri = storage.absolute_uri(config.data)
     table = open_table(uri, ("images", "detections"))
     if table.kind == "images" and score_threshold > 0:
@@ -88,40 +83,12 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
         raise UserError(
             f"{uri} has categories that share the id {ids[counts > 1][0]}: COCO JSON cannot tell them apart"
         )
-    with _whole_file(out) as file:
+    with new_file(out, command="export coco", endings=(".json",)) as file:
         return (
             _write_results(file, table, out, score_threshold)
             if table.kind == "detections"
             else _write_instances(file, table, out)
         )
-
-
-def _check_out(out: str) -> None:
-    if not out.endswith(".json"):
-        raise UserError(f"--out must name a .json file, got {out}")
-    filesystem, path = storage.resolve(out)
-    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
-        raise UserError(f"{out} is a folder; out must name a .json file")
-
-
-@contextmanager
-def _whole_file(uri: str) -> Iterator[BinaryIO]:
-    """A file that takes its name when the `with` ends well; an exception inside leaves what was there before."""
-    filesystem, path = storage.resolve(uri)
-    is_local = isinstance(filesystem, pafs.LocalFileSystem)
-    if is_local:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # An upload cannot be taken back half way, so that the file is made on this machine and uploaded when it is whole.
-    with tempfile.TemporaryDirectory(prefix=".raydet-export-", dir=Path(path).parent if is_local else None) as folder:
-        partial = Path(folder, "partial.json")
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if is_local:
-            partial.replace(path)
-        else:
-            pafs.copy_files(str(partial), path, destination_filesystem=filesystem)
 
 
 class _Entries:

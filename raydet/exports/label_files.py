@@ -3,11 +3,8 @@
 What the formats have in common: names for the files, the pictures, and a folder that appears whole or not at all.
 """
 
-import shutil
-import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
 from raydet.common.threads import in_order
@@ -162,50 +158,6 @@ def check_class_names(table: Table) -> list[str]:
                 "ends, line breaks and control characters"
             )
     return names
-
-
-@contextmanager
-def whole_folder(out: str) -> Iterator[Path]:
-    """A local folder to fill, which stands at `out` when the `with` ends well; else nothing does.
-
-    Raises:
-        UserError: There are files at `out`, or it cannot be written to.
-    """
-    filesystem, path = storage.resolve(out)
-    is_local = isinstance(filesystem, pafs.LocalFileSystem)
-    try:
-        names = sorted(map(str, Path(path).iterdir()))[:1] if is_local else storage.list_files(out, recursive=True)
-    except FileNotFoundError:
-        names = []
-    except NotADirectoryError:
-        raise UserError(f"{out} is a file; out must name a folder") from None
-    if names:
-        raise UserError(f"{out} already holds files, such as {names[0]}; choose another --out or remove it")
-    if not is_local:
-        with tempfile.TemporaryDirectory(prefix="raydet-export-") as name:
-            yield Path(name)
-            _upload(Path(name), filesystem, path)
-        return
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
-    try:
-        yield partial
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _upload(folder: Path, filesystem: pafs.FileSystem, path: str) -> None:
-    try:
-        pafs.copy_files(str(folder), path, destination_filesystem=filesystem)
-    except BaseException:
-        filesystem.delete_dir_contents(path, missing_dir_ok=True)
-        raise
 
 
 def write_labels(

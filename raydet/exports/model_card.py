@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from raydet.common.console import shown
 from raydet.common.errors import UserError, one_line
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.measuring import metrics_folder
 from raydet.measuring.numbers.metrics import METRICS
+from raydet.measuring.numbers.values import values_in
 from raydet.models.checkpoints import Checkpoint
 from raydet.tables import storage
 from raydet.tables.table import MANIFEST_NAME, Table, is_table
@@ -108,20 +110,21 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
             f"--metrics {metrics} was measured on the classes {', '.join(names)}, but the checkpoint's are "
             f"{', '.join(own)}; evaluate this checkpoint"
         )
-    rows = [row for row in table.read().to_pylist() if row["slice"] is None]
+    rows = table.read()
     numbers: dict[str | None, dict[str, float | None]] = {name: {} for name in (None, *names)}
-    for row in rows:
-        numbers.setdefault(row["category"], {})[row["metric"]] = row["value"]
+    for value in values_in(rows):
+        if value.slice is None:
+            numbers.setdefault(value.category, {})[value.metric] = value.value
     if not numbers[None]:
         raise UserError(f"--metrics {metrics} holds no numbers over all images; run `raydet evaluate` again")
-    data = _bare_name(rows[0]["split"] or "")
+    data = _bare_name(rows["split"][0].as_py() or "")
     counts = table.manifest["runs"][table.files[0]]
     num_images = counts.get("num_images")
     unreadable = counts.get("num_unreadable") or 0
     origin = f"Measured with `raydet evaluate` on {_escaped(data)}" + (f", {num_images:,} images" if num_images else "")
     if unreadable:
         origin += f"; {unreadable:,} of them could not be read, and what is in them counts as missed"
-    model = rows[0]["model"]
+    model = rows["model"][0].as_py()
     note = None
     if model is not None and model != checkpoint.name:
         note = f"the numbers in {metrics} were measured with {model}; make sure that it is the model you push"
@@ -239,7 +242,7 @@ def _numbers_section(measured: _CardNumbers | None) -> list[str]:
     rows = [
         (
             metric.name,
-            _number(measured.overall.get(metric.name)),
+            shown(measured.overall.get(metric.name)),
             ".50:.95" if metric.iou is None else f"{metric.iou:.2f}".lstrip("0"),
             metric.area,
             str(metric.max_detections),
@@ -248,7 +251,7 @@ def _numbers_section(measured: _CardNumbers | None) -> list[str]:
     ]
     columns = [name for name in _CLASS_COLUMNS if any(name in numbers for numbers in measured.by_class.values())]
     by_class = [
-        (_escaped(name), *(_number(numbers.get(column)) for column in columns))
+        (_escaped(name), *(shown(numbers.get(column)) for column in columns))
         for name, numbers in measured.by_class.items()
     ]
     sections = [
@@ -290,9 +293,9 @@ def _data_section(checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbe
         for use, key in (("training", "train_data"), ("validation", "val_data"))
         if key in run.config
     ]
-    rows = [(use, _escaped(_bare_name(uri)), _count(_num_images(uri, checkpoint))) for use, uri in uses]
+    rows = [(use, _escaped(_bare_name(uri)), shown(_num_images(uri, checkpoint), ",")) for use, uri in uses]
     if measured is not None and measured.is_evaluation:
-        rows.append(("evaluation", _escaped(measured.data), _count(measured.num_images)))
+        rows.append(("evaluation", _escaped(measured.data), shown(measured.num_images, ",")))
     return ["## Data", _table(("used for", "images table", "images"), rows)] if rows else []
 
 
@@ -328,14 +331,6 @@ def _fenced(text: str, language: str) -> str:
 def _escaped(text: str) -> str:
     """Text as itself in a line of markdown, whatever characters it holds."""
     return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", one_line(text))
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _count(number: int | None) -> str:
-    return "–" if number is None else f"{number:,}"
 
 
 def _bare_name(uri: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError
 from raydet.common.packages import require_packages
 from raydet.config import ExportOnnxConfig
 from raydet.models.checkpoints import read_checkpoint
@@ -18,6 +18,7 @@ from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, inp
 from raydet.models.loading import build_detector, load_detector
 from raydet.models.onnx import OPSET, open_session, to_onnx
 from raydet.tables import storage
+from raydet.tables.new_output import new_file
 
 MAX_DIFFERENCE = 1e-3
 """Between the file's and torch's scores and boxes, the latter in parts of the image's side."""
@@ -74,8 +75,16 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
     """
     require_packages("onnx")
     checkpoint, out, image_size = config.checkpoint, storage.absolute_uri(config.out), config.image_size
-    if not out.endswith(".onnx"):
-        raise UserError(f"--out must be the name of a file that ends in .onnx, got {out}")
+    with new_file(out, command="export onnx", endings=(".onnx",)) as file:
+        detector, data, difference = _build(checkpoint, image_size)
+        file.write(data)
+    return OnnxExportReport(
+        out, len(data), OPSET, input_names(detector), fixed_size_hw(detector), len(detector.categories), difference
+    )
+
+
+def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, float]:
+    """Makes the detector and its ONNX file, and measures how far their answers differ."""
     if image_size is None:
         detector = load_detector(checkpoint)
     else:
@@ -90,10 +99,7 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
             f"the ONNX graph of {checkpoint} answers otherwise than torch does: scores or boxes differ by "
             f"{difference:.1e}, more than {MAX_DIFFERENCE:.0e}; nothing was written"
         )
-    storage.write_bytes(out, data)
-    return OnnxExportReport(
-        out, len(data), OPSET, input_names(detector), fixed_size_hw(detector), len(detector.categories), difference
-    )
+    return detector, data, difference
 
 
 def _difference(detector: Detector, graph: bytes) -> float:

@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
 from raydet.config import ExportVocConfig
-from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, whole_folder, write_labels
+from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_labels
 from raydet.exports.rows import as_text
 from raydet.tables import storage
+from raydet.tables.new_output import new_folder
 from raydet.tables.table import open_table
 
 _PICTURES = "JPEGImages"
@@ -49,7 +50,7 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
         sizes = zip(rows.names, rows.widths.tolist(), rows.heights.tolist(), objects, strict=True)
         return rows, [_document(*size) for size in sizes]
 
-    with whole_folder(out) as folder:
+    with new_folder(out, command="export voc") as folder:
         written = write_labels(
             table,
             folder,

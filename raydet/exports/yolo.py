@@ -14,9 +14,10 @@ import yaml
 
 from raydet.common.errors import UserError
 from raydet.config import ExportYoloConfig
-from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, whole_folder, write_labels
+from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_labels
 from raydet.exports.rows import Numbers, as_text
 from raydet.tables import storage
+from raydet.tables.new_output import new_folder
 from raydet.tables.table import open_table
 
 
@@ -56,7 +57,7 @@ def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
         return kept, [None if error else text for text, error in zip(texts, rows.errors.tolist(), strict=True)]
 
     pictures_folder = f"images/{config.split}"
-    with whole_folder(out) as folder:
+    with new_folder(out, command="export yolo") as folder:
         written = write_labels(
             table,
             folder,

@@ -77,6 +77,11 @@ class Collection(ABC):
     num_rows: int
     fingerprint: str
 
+    @property
+    @abstractmethod
+    def id_space(self) -> str | None:
+        """Names what the image ids count: a table's own id space, or one of this listing. None where unknown."""
+
     @abstractmethod
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Reads the rows from position `start` to `stop` (exclusive), as a slice does, in order, while they are taken.
@@ -99,7 +104,7 @@ class TableCollection(Collection):
 
     @classmethod
     def of(cls, table: Table) -> Self:
-        """Makes a collection of an opened images table.
+        """Make a collection of an opened images table.
 
         Raises:
             UserError: It has no rows.
@@ -108,6 +113,12 @@ class TableCollection(Collection):
             raise UserError(f"the images table {table.uri} has no rows: there is no image to score")
         manifest = json.dumps(table.manifest, sort_keys=True).encode()
         return cls("table", table.num_rows, hashlib.sha256(manifest).hexdigest()[:16], table)
+
+    @property
+    def id_space(self) -> str | None:
+        """As `Collection.id_space`."""
+        found: str | None = self.table.manifest.get("id_space")
+        return found
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """As `Collection.read`; opens and loads only the files and row groups that hold these rows, one at a time."""
@@ -131,6 +142,11 @@ class IndexedCollection(Collection):
     """
 
     index: str | bytes
+
+    @property
+    def id_space(self) -> str:
+        """As `Collection.id_space`."""
+        return self.fingerprint
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """As `Collection.read`; a few files are read ahead, side by side, since remote storage answers late."""

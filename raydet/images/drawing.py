@@ -50,7 +50,7 @@ def _colour(number: int) -> Colour:
 def draw_boxes(
     image: Picture,
     boxes_xywh: object,
-    labels: Sequence[str],
+    class_names: Sequence[str],
     *,
     scores: Sequence[float] | npt.NDArray[np.float64] | None = None,
     colours: Mapping[str, Colour] | None = None,
@@ -61,7 +61,7 @@ def draw_boxes(
         image: uint8 RGB [H, W, 3].
         boxes_xywh: Absolute pixels of this picture, [N, 4]; what runs out of it is cut, boxes without area are left
             out.
-        labels: A class name for each box; long ones are shortened.
+        class_names: Of each box; long ones are shortened.
         scores: Written behind the names, [N]; where boxes overlap, the surest lies on top.
         colours: Of the classes, as from `class_colours`; a class that is not in it gets one made of its name.
 
@@ -73,15 +73,15 @@ def draw_boxes(
     width, height = picture.size
     boxes = as_boxes(boxes_xywh)
     order = range(len(boxes)) if scores is None else np.argsort(np.asarray(scores), kind="stable").tolist()
-    texts = [_shortened(label) for label in labels]
+    texts = [_shortened(name) for name in class_names]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores, strict=True)]
-    assert len(texts) == len(boxes), f"{len(boxes)} boxes need as many labels, got {len(texts)}"
+    assert len(texts) == len(boxes), f"{len(boxes)} boxes need as many class names, got {len(texts)}"
     clipped = clip_xywh(boxes, (height, width))
     drawn = [number for number in order if has_area(clipped[[number]])[0]]
     corners = xywh_to_xyxy(clipped)
     line_width = max(1, round(max(width, height) / 320))
-    tints = [_tint(label, colours) for label in labels]
+    tints = [_tint(name, colours) for name in class_names]
     for number in drawn:
         left, top, right, bottom = corners[number]
         frame = (left, top, max(left, min(right, width - 1)), max(top, min(bottom, height - 1)))

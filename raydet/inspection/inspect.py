@@ -7,7 +7,7 @@ import numpy as np
 
 from raydet.common.console import aligned
 from raydet.common.errors import UserError
-from raydet.config import InspectConfig, TrainConfig, config_hash
+from raydet.config import InspectConfig, TrainConfig, config_hash, identity
 from raydet.config.options import load_file
 from raydet.inspection.counting import Counts
 from raydet.inspection.identical import identical_images
@@ -15,8 +15,8 @@ from raydet.inspection.oddities import MEANINGS, DataFinding, Findings, add_clas
 from raydet.inspection.picks import Picker
 from raydet.inspection.prepared import add_prepared_findings, preparation_of
 from raydet.inspection.rows import stream_rows
-from raydet.inspection.tables import PAGE_FILE, check_folder, drifts, write_tables
-from raydet.tables import storage
+from raydet.inspection.tables import FOLDERS, PAGE_FILE, drifts, write_tables
+from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import Table, open_table
 from raydet.training.ordering import RunPlan
 
@@ -91,11 +91,21 @@ def inspect(config: InspectConfig) -> Inspection:
         UserError: No images table, one without images, an augmentation, model or training config that cannot be used,
             or an OUT that holds other things. Nothing has been written then.
     """
-    out = storage.absolute_uri(config.out)
     tables = {"data": _open(config.data)}
     if config.val_data is not None:
         tables["val"] = _open(config.val_data)
-    check_folder(out)
+    with open_folder(config.out, command="inspect") as folder:
+        own_identity = identity(config) | {
+            "data": tables["data"].uri,
+            "val_data": tables["val"].uri if "val" in tables else None,
+        }
+        folder.admit(own_identity, folders=tuple(FOLDERS), is_disposable=not folder.exists(PAGE_FILE))
+        return _inspect_into(folder, own_identity, config, tables)
+
+
+def _inspect_into(
+    folder: OutputFolder, own_identity: dict[str, Any], config: InspectConfig, tables: dict[str, Table]
+) -> Inspection:
     training = _training(config)
     # Only now: they bring torch, which takes seconds that a wrong option must not cost.
     from raydet.augmentation.transforms import check_augmentation
@@ -123,13 +133,13 @@ def inspect(config: InspectConfig) -> Inspection:
     categories = {split: table.categories for split, table in tables.items()}
     page = render(tables, counts, findings, galleries, training).encode()
 
-    page_uri = storage.join(out, PAGE_FILE)
-    storage.delete_file(page_uri)
-    write_tables(out, counts, findings, categories, config_hash(config))
-    storage.write_bytes(page_uri, page)
+    folder.delete_file(PAGE_FILE)
+    folder.begin(own_identity, folders=tuple(FOLDERS))
+    write_tables(folder, counts, findings, categories, config_hash(config))
+    folder.write_bytes(page, PAGE_FILE)
     return Inspection(
-        out=out,
-        page=page_uri,
+        out=folder.uri,
+        page=folder.uri_of(PAGE_FILE),
         num_bytes=len(page),
         names=tuple(category.name for category in tables["data"].categories),
         counts=counts,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from raydet.common.hashing import hashes_of
 from raydet.inspection.rows import Floats, Integers, Rows
-from raydet.training.ordering import hashes_of
 
 _SAMPLE = 31
 """Boxes of a class that are drawn at random; the middle one by size stands for the median of all."""

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.errors import UserError
 from raydet.inspection.counting import GRID, QUANTITIES, Counts, distance
 from raydet.inspection.oddities import Findings
-from raydet.tables import storage
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category, TableKind, build_schema
-from raydet.tables.table import TableWriter
+from raydet.tables.table import MANIFEST_NAME, TableWriter
 
 PAGE_FILE = "inspect.html"
 FOLDERS: dict[str, TableKind] = {
@@ -25,24 +24,12 @@ FOLDERS: dict[str, TableKind] = {
 }
 """The tables by the names of their folders."""
 
-_OWN_FILE = re.compile(rf"{re.escape(PAGE_FILE)}|({'|'.join(FOLDERS)})/(part-\d+\.parquet|_manifest\.json)")
+_OWN_FILE = re.compile(rf"part-\d+\.parquet|{re.escape(MANIFEST_NAME)}")
 _BATCH_ROWS = 2**16
 
 
-def check_folder(out: str) -> None:
-    """Refuses a folder that holds other things; an earlier page and its tables may be there, and will be replaced.
-
-    Raises:
-        UserError: It does, or it is a file; nothing has been changed.
-    """
-    storage.refuse_file(out)
-    others = [name for name in storage.list_files(out, recursive=True) if not _OWN_FILE.fullmatch(name)]
-    if others:
-        raise UserError(f"{out} holds files that are not of `inspect`, such as {others[0]}; choose another out")
-
-
 def write_tables(
-    out: str,
+    output: OutputFolder,
     counts: Mapping[str, Counts],
     findings: Findings,
     categories: Mapping[str, Sequence[Category]],
@@ -51,7 +38,7 @@ def write_tables(
     """Writes all tables, in the place of earlier ones.
 
     Args:
-        out: The folder.
+        output: Output folder.
         counts: By split.
         findings: What is odd.
         categories: Of each split.
@@ -67,12 +54,12 @@ def write_tables(
         "findings": _findings(findings),
     }
     for folder, rows in tables.items():
-        uri = storage.join(out, folder)
         # Its manifest first: without one nobody takes the rest for a table.
-        for name in sorted(storage.list_files(uri), key=lambda name: not name.startswith("_")):
-            storage.delete_file(storage.join(uri, name))
+        for name in sorted(output.list_files(folder), key=lambda name: not name.startswith("_")):
+            if _OWN_FILE.fullmatch(name):
+                output.delete_file(folder, name)
         schema = build_schema(FOLDERS[folder], categories["data"])
-        with TableWriter(uri, schema, config_hash=config_hash) as writer:
+        with TableWriter(output.uri_of(folder), schema, config_hash=config_hash) as writer:
             for batch in _batches(rows, schema):
                 writer.write(batch)
 

@@ -12,13 +12,15 @@ that of all images. What makes one half easier makes the other harder, and cance
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from raydet.common.threads import available_cpus
 from raydet.measuring.numbers.matches import Matches, Protocol
+from raydet.measuring.numbers.metrics import Metric, metrics_of
+from raydet.measuring.numbers.values import MetricValue
 from raydet.measuring.numbers.weighted_precision import Counts, WeightedPrecision
 from raydet.tables.columns import Floats
 
@@ -36,29 +38,11 @@ _MIN_IMAGES = 3
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A measured number and the bounds between which it would lie on all such images.
-
-    Attributes:
-        value: In [0, 1] (a difference in [-1, 1]); None where there is nothing to measure.
-        low: At most `value`; None where fewer than three images have anything to measure.
-        high: At least `value`; None where `low` is.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether a difference is significant; False where there is no interval."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
     """Numbers with their intervals, by COCO's names: AP, AP50, AP75, APs, APm, APl, as far as the protocol has them.
+
+    An interval is None where fewer than three images have anything to measure.
 
     Attributes:
         level: How often such intervals hold the number that all such images together would give.
@@ -69,8 +53,8 @@ class Intervals:
 
     level: float
     num_resamples: int
-    overall: dict[str, Interval]
-    per_class: tuple[dict[str, Interval], ...]
+    overall: dict[str, MetricValue]
+    per_class: tuple[dict[str, MetricValue], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +67,25 @@ class PairedDifferences:
 
 
 @dataclass(frozen=True)
-class _Metric:
-    name: str
+class _Column:
+    """A metric and where it stands among the size classes and thresholds (None: the mean over these)."""
+
+    metric: Metric
     area: int
     threshold: int | None
 
 
-def _metrics(protocol: Protocol) -> tuple[_Metric, ...]:
-    metrics = [_Metric("AP", 0, None)]
-    for name, iou in (("AP50", 0.5), ("AP75", 0.75)):
-        metrics += [_Metric(name, 0, index) for index, value in enumerate(protocol.iou_thresholds) if value == iou]
-    names = {"small": "APs", "medium": "APm", "large": "APl"}
-    metrics += [
-        _Metric(names[name], index, None) for index, (name, _) in enumerate(protocol.areas) if index and name in names
-    ]
-    return tuple(metrics)
+def _columns(protocol: Protocol) -> tuple[_Column, ...]:
+    areas = [name for name, _ in protocol.areas]
+    return tuple(
+        _Column(
+            metric,
+            areas.index(metric.area),
+            None if metric.iou is None else protocol.iou_thresholds.index(metric.iou),
+        )
+        for metric in metrics_of(protocol)
+        if metric.kind == "precision"
+    )
 
 
 def draw(num_images: int, seed: int, resample: int) -> Counts:
@@ -130,9 +118,9 @@ def intervals(
         level: Part of the time that the interval is to hold the true number.
         num_threads: As many as there are processors by default.
     """
-    metrics = _metrics(matches.protocol)
-    sampled = _sample(matches, metrics, num_resamples, seed, num_threads)
-    return _summary(sampled, metrics, matches, level, bounds=(0.0, 1.0))
+    columns = _columns(matches.protocol)
+    sampled = _sample(matches, columns, num_resamples, seed, num_threads)
+    return _summary(sampled, columns, matches, level, bounds=(0.0, 1.0))
 
 
 def paired_differences(
@@ -160,12 +148,12 @@ def paired_differences(
         ValueError: Protocol, classes, images or labelled boxes are not the same.
     """
     _check_same_truth(first, second)
-    metrics = _metrics(first.protocol)
-    before, after = (_sample(matches, metrics, num_resamples, seed, num_threads) for matches in (first, second))
+    columns = _columns(first.protocol)
+    before, after = (_sample(matches, columns, num_resamples, seed, num_threads) for matches in (first, second))
     return PairedDifferences(
-        first=_summary(before, metrics, first, level, bounds=(0.0, 1.0)),
-        second=_summary(after, metrics, first, level, bounds=(0.0, 1.0)),
-        difference=_summary(after.minus(before), metrics, first, level, bounds=None),
+        first=_summary(before, columns, first, level, bounds=(0.0, 1.0)),
+        second=_summary(after, columns, first, level, bounds=(0.0, 1.0)),
+        difference=_summary(after.minus(before), columns, first, level, bounds=None),
     )
 
 
@@ -206,7 +194,7 @@ class _Sampled:
 
 
 def _sample(
-    matches: Matches, metrics: Sequence[_Metric], num_resamples: int, seed: int, num_threads: int | None
+    matches: Matches, columns: Sequence[_Column], num_resamples: int, seed: int, num_threads: int | None
 ) -> _Sampled:
     num_images = len(matches.image_ids)
     num_halves = 2 * _NUM_SPLITS if num_resamples else 0
@@ -220,7 +208,7 @@ def _sample(
         half = split(num_images, seed, number)
         return half if side == 0 else 1 - half
 
-    values = _values(matches, metrics, 1 + num_resamples + num_halves, weights, num_threads)
+    values = _values(matches, columns, 1 + num_resamples + num_halves, weights, num_threads)
     per_class, halves = values[: 1 + num_resamples], values[1 + num_resamples :]
     excess = _mean((halves[0::2] + halves[1::2]) / 2) - per_class[0]
     bias_per_class = excess / (_BIAS_OF_HALVES - 1)
@@ -230,21 +218,21 @@ def _sample(
 
 def _values(
     matches: Matches,
-    metrics: Sequence[_Metric],
+    columns: Sequence[_Column],
     num_weightings: int,
     weights: Callable[[int], Counts],
     num_threads: int | None,
 ) -> Floats:
     """The metrics of each class, with the images so weighted, [weightings, K, metrics]."""
     precision_of = WeightedPrecision(matches)
-    values = np.empty((num_weightings, matches.num_categories, len(metrics)))
+    values = np.empty((num_weightings, matches.num_categories, len(columns)))
 
     def fill(first: int) -> None:
         for row in range(first, min(first + _BLOCK_WEIGHTINGS, num_weightings)):
             precision = precision_of(weights(row))
-            for column, metric in enumerate(metrics):
-                over = slice(None) if metric.threshold is None else slice(metric.threshold, metric.threshold + 1)
-                values[row, :, column] = precision[:, metric.area, over].mean(axis=-1)
+            for place, column in enumerate(columns):
+                over = slice(None) if column.threshold is None else slice(column.threshold, column.threshold + 1)
+                values[row, :, place] = precision[:, column.area, over].mean(axis=-1)
 
     with ThreadPoolExecutor(num_threads or available_cpus()) as pool:
         list(pool.map(fill, range(0, num_weightings, _BLOCK_WEIGHTINGS)))
@@ -262,21 +250,24 @@ def _mean(values: Floats) -> Floats:
 
 def _summary(
     sampled: _Sampled,
-    metrics: Sequence[_Metric],
+    columns: Sequence[_Column],
     matches: Matches,
     level: float,
     *,
     bounds: tuple[float, float] | None,
 ) -> Intervals:
     by_class, by_area = _num_images_with_truth(matches)
-    areas = [metric.area for metric in metrics]
-    names = [metric.name for metric in metrics]
+    areas = [column.area for column in columns]
     effective = _effective_images(sampled.per_class[1:], by_class[:, areas], by_area[areas])
 
-    def named(values: Floats, biases: Floats, num_images: Floats) -> dict[str, Interval]:
-        columns = zip(values.T, biases.tolist(), num_images.tolist(), strict=True)
-        found = [_interval(column[0], column[1:], bias, count, level, bounds) for column, bias, count in columns]
-        return dict(zip(names, found, strict=True))
+    def named(values: Floats, biases: Floats, num_images: Floats) -> dict[str, MetricValue]:
+        found = {}
+        of_columns = zip(columns, values.T, biases.tolist(), num_images.tolist(), strict=True)
+        for column, drawn, bias, count in of_columns:
+            low, high = _bounds(drawn[0], drawn[1:], bias, count, level, bounds)
+            metric = column.metric.with_value(None if np.isnan(drawn[0]) else float(drawn[0]))
+            found[metric.metric] = replace(metric, low=low, high=high)
+        return found
 
     return Intervals(
         level=level,
@@ -319,19 +310,19 @@ def _num_images_with_truth(matches: Matches) -> tuple[Floats, Floats]:
     return np.stack(by_class, axis=1).astype(np.float64), np.array(by_area, dtype=np.float64)
 
 
-def _interval(
+def _bounds(
     value: float, samples: Floats, bias: float, num_images: float, level: float, bounds: tuple[float, float] | None
-) -> Interval:
-    """The interval of a number measured in so many images; `bounds` are its smallest and largest, None a difference's.
+) -> tuple[float, float] | tuple[None, None]:
+    """The ends of the interval of a number measured in so many images, None where too few tell it.
+
+    `bounds` are the smallest and the largest that the number can be, None for a difference.
 
     See Hesterberg 2015, "What teachers should know about the bootstrap", for the widening: a resample of n images
     varies less by sqrt((n - 1) / n), and n images do not tell how much they vary.
     """
-    if np.isnan(value):
-        return Interval(None, None, None)
     samples = samples[~np.isnan(samples)]
-    if num_images < _MIN_IMAGES or np.isnan(bias) or not samples.size:
-        return Interval(float(value), None, None)
+    if np.isnan(value) or num_images < _MIN_IMAGES or np.isnan(bias) or not samples.size:
+        return None, None
     tail = (1 - level) / 2
     wider = stdtrit(num_images - 1, tail) / ndtri(tail) * np.sqrt(num_images / (num_images - 1))
     low, high = value - bias + wider * (np.quantile(samples, [tail, 1 - tail]) - samples.mean())
@@ -341,4 +332,4 @@ def _interval(
         unseen = 1 - tail ** (1 / num_images)
         low = low - unseen if value > largest - _ROUNDING else low
         high = high + unseen if value < smallest + _ROUNDING else high
-    return Interval(float(value), float(max(smallest, min(low, value))), float(min(largest, max(high, value))))
+    return float(max(smallest, min(low, value))), float(min(largest, max(high, value)))

@@ -7,22 +7,24 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.console import aligned
-from raydet.common.errors import UserError
-from raydet.config import CompareConfig, config_hash
-from raydet.measuring.bootstrap import Interval, PairedDifferences, paired_differences
+from raydet.common.console import aligned, shown
+from raydet.config import CompareConfig, config_hash, identity
+from raydet.config.measuring import JoinKey
+from raydet.measuring.bootstrap import PairedDifferences, paired_differences
 from raydet.measuring.detections import read_detections
 from raydet.measuring.diagnosis.tables import Outcomes, best_threshold, outcomes_at, per_image
-from raydet.measuring.metrics_folder import manifests_in
 from raydet.measuring.numbers.matches import Matches
 from raydet.measuring.numbers.matching import match, match_in_parts
+from raydet.measuring.numbers.values import MetricValue
 from raydet.measuring.truth import Truth, read_truth
 from raydet.tables import storage
 from raydet.tables.columns import Floats
+from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.schema import Category, TableKind, build_schema
-from raydet.tables.table import TableWriter
+from raydet.tables.table import MANIFEST_NAME, TableWriter, is_table
 
 _KINDS: tuple[TableKind, ...] = ("changed_images", "comparison")
+_PART = "compare"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class Comparison:
         thresholds: Score thresholds of the best F1 of each run.
         changed_images: Those that changed most, the most first.
         out: The folder with the tables `comparison` and `changed_images`; None where none was asked for.
+        notes: Lines about how the images were joined, where that is worth one.
     """
 
     names: tuple[str, str]
@@ -68,11 +71,13 @@ class Comparison:
     thresholds: tuple[float, float]
     changed_images: tuple[ChangedImage, ...]
     out: str | None
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The comparison as text: over all classes, by class, what is significant, and the images that changed."""
         first, second = self.names
         lines = [f"{self.num_images:,} images, {self.num_truth:,} boxes", f"first: {first}", f"second: {second}"]
+        lines += self.notes
         header = ("first", "second", "difference", f"{100 * self.numbers.difference.level:g} % interval", "")
         rows: list[tuple[str, ...]] = [("", *header)]
         for name in self.numbers.difference.overall:
@@ -86,7 +91,7 @@ class Comparison:
             at_scores = " and ".join(f"{threshold:.2f}" for threshold in self.thresholds)
             rows = [("image", "boxes", "first", "second", "difference")]
             for image in self.changed_images:
-                f1 = (_plain(image.first_f1), _plain(image.second_f1), _signed(image.difference))
+                f1 = (shown(image.first_f1), shown(image.second_f1), _signed(image.difference))
                 rows.append((str(image.image_id), str(image.num_truth), *f1))
             lines += ["", f"images with the largest change in F1, at score thresholds {at_scores}", *aligned(rows)]
         else:
@@ -95,7 +100,7 @@ class Comparison:
             lines += ["", f"comparison: {self.out}"]
         return lines
 
-    def of(self, name: str, class_index: int | None) -> tuple[Interval, Interval, Interval]:
+    def of(self, name: str, class_index: int | None) -> tuple[MetricValue, MetricValue, MetricValue]:
         """A metric of the first, of the second, and the difference; over all classes, or of one."""
         sides = (self.numbers.first, self.numbers.second, self.numbers.difference)
         first, second, difference = (
@@ -107,7 +112,7 @@ class Comparison:
         first, second, difference = self.of(name, class_index)
         bounds = "–" if difference.low is None else f"{_signed(difference.low)} … {_signed(difference.high)}"
         verdict = "significant" if difference.excludes_zero else ""
-        return _plain(first.value), _plain(second.value), _signed(difference.value), bounds, verdict
+        return shown(first.value), shown(second.value), _signed(difference.value), bounds, verdict
 
     def _verdict(self) -> list[str]:
         """Sentences that say which differences are more than chance."""
@@ -138,12 +143,8 @@ class Comparison:
         return lines
 
 
-def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}"
+    return shown(value, "+.3f")
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -162,11 +163,20 @@ def compare(config: CompareConfig) -> Comparison:
         second=storage.absolute_uri(config.second),
         out=None if config.out is None else storage.absolute_uri(config.out),
     )
-    if config.out is not None:
-        _check_out(config.out, config_hash(config))
+    if config.out is None:
+        return _compare(config)
+    with open_folder(config.out, command="compare") as folder:
+        is_disposable = not is_table(folder.uri_of("comparison"))
+        folder.admit(identity(config), folders=_KINDS, part=_PART, is_disposable=is_disposable)
+        comparison = _compare(config)
+        _write(folder, config, comparison)
+    return comparison
+
+
+def _compare(config: CompareConfig) -> Comparison:
     truth = read_truth(config.truth)
-    first, second = (_match_run(truth, uri) for uri in (config.first, config.second))
-    comparison = Comparison(
+    first, second = (_match_run(truth, uri, config.join) for uri in (config.first, config.second))
+    return Comparison(
         names=_names(config.first, config.second),
         categories=truth.categories,
         num_images=len(first.matches.image_ids),
@@ -175,10 +185,8 @@ def compare(config: CompareConfig) -> Comparison:
         thresholds=(first.threshold, second.threshold),
         changed_images=_changed_images(first, second, config.num_images),
         out=config.out,
+        notes=tuple(dict.fromkeys(run.note for run in (first, second) if run.note is not None)),
     )
-    if config.out is not None:
-        _write(config.out, config_hash(config), comparison)
-    return comparison
 
 
 @dataclass(frozen=True)
@@ -188,16 +196,17 @@ class _Run:
     matches: Matches
     outcomes: Outcomes
     threshold: float
+    note: str | None
 
 
-def _match_run(truth: Truth, uri: str) -> _Run:
-    scored, num_categories = read_detections(uri, truth), len(truth.categories)
+def _match_run(truth: Truth, uri: str, join: JoinKey) -> _Run:
+    scored, num_categories = read_detections(uri, truth, join=join), len(truth.categories)
     matches = match_in_parts(
         scored.truth_columns, scored.columns, lambda labelled, found, _: match(labelled, found, num_categories)
     )
     outcomes = outcomes_at(matches)
     best = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row))
-    return _Run(matches, outcomes, best.threshold)
+    return _Run(matches, outcomes, best.threshold, scored.note)
 
 
 def _names(first: str, second: str) -> tuple[str, str]:
@@ -237,20 +246,17 @@ def _with_nothing_as_right(values: Sequence[float | None]) -> Floats:
     return np.array([1.0 if value is None else value for value in values])
 
 
-def _check_out(out: str, own_hash: str) -> None:
-    """Refuses a folder whose tables are not of this very comparison."""
-    for uri, manifest in manifests_in(out, _KINDS).items():
-        if manifest.get("config_hash") != own_hash:
-            raise UserError(f"{uri} holds another comparison; choose another out, or delete that folder")
-
-
-def _write(out: str, own_hash: str, comparison: Comparison) -> None:
+def _write(folder: OutputFolder, config: CompareConfig, comparison: Comparison) -> None:
     """Writes both tables; `comparison` goes first and comes last, so while it is there, both are whole."""
     tables = {"comparison": _comparison_table(comparison), "changed_images": _changed_images_table(comparison)}
     for kind in reversed(_KINDS):
-        storage.delete_folder(storage.join(out, kind))
+        # Its manifest first: without one nobody takes the rest for a table.
+        for name in sorted(folder.list_files(kind), key=lambda name: name != MANIFEST_NAME):
+            if name == MANIFEST_NAME or name.endswith(".parquet"):
+                folder.delete_file(kind, name)
+    folder.begin(identity(config), folders=_KINDS, part=_PART)
     for kind in _KINDS:
-        with TableWriter(storage.join(out, kind), tables[kind].schema, config_hash=own_hash) as writer:
+        with TableWriter(folder.uri_of(kind), tables[kind].schema, config_hash=config_hash(config)) as writer:
             for batch in tables[kind].to_batches():
                 writer.write(batch)
 

@@ -1,4 +1,4 @@
-"""Detections, from a table or from COCO results JSON, held against the truth: aligned image by image and checked.
+"""Detections, from a table or from COCO results JSON, joined to the truth image by image and checked.
 
 Detections stand in the order in which they were given.
 """
@@ -11,9 +11,11 @@ import pyarrow as pa
 
 from raydet.common.boxes import Boxes, as_boxes
 from raydet.common.errors import UserError
+from raydet.config.measuring import JoinKey
+from raydet.measuring.joining import ImageList, join_images, list_images
 from raydet.measuring.truth import Truth, is_json
-from raydet.measuring.truth_json import read_results
 from raydet.tables import storage
+from raydet.tables.coco_columns import read_results
 from raydet.tables.columns import (
     ROWS_AT_ONCE,
     DetectionColumns,
@@ -23,7 +25,6 @@ from raydet.tables.columns import (
     flatten,
     image_ids_in,
     numbers_of,
-    places_in,
     starts_of,
     take_detections,
     take_truth,
@@ -36,22 +37,20 @@ DETECTION_FIELDS = ("image_id", "detections", "error")
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionRows:
-    """Images with their detections as a source has them; `columns` in the truth's category indices.
+    """Rows of a detections table.
 
     Attributes:
-        image_ids: int64 [R].
-        columns: Their detections, in the same order.
-        errors: Image id → why the detector could not read it.
+        columns: The detections in each row, in the truth's category indices.
+        errors: Row → why the detector could not read its image.
     """
 
-    image_ids: Integers
     columns: DetectionColumns
     errors: dict[int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Detections held against the truth: the same images on both sides, in the same order, by rising id.
+    """Detections joined to the truth: the same images on both sides, in the same order, by rising id.
 
     Attributes:
         uri: Where the detections were read.
@@ -60,6 +59,7 @@ class Scored:
         truth_rows: Rows of the whole truth that are measured, int64 [I].
         errors: Image id → why the detector could not read it; it has no detections.
         num_left_out: Images that only one side has, with `allow_partial`.
+        note: A line about how the images were joined, where that is worth one.
         model: The checkpoint that the detections' table names.
         num_detections: In all images measured.
     """
@@ -70,16 +70,18 @@ class Scored:
     truth_rows: Integers
     errors: dict[int, str] = field(default_factory=dict)
     num_left_out: int = 0
+    note: str | None = None
     model: str | None = None
     num_detections: int = 0
 
 
-def read_detections(uri: str, truth: Truth, *, allow_partial: bool = False) -> Scored:
+def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_partial: bool = False) -> Scored:
     """Reads a detections table, or COCO results JSON, in which an image without detections is not named.
 
     Args:
         uri: A table's folder or a JSON file.
-        truth: What they are held against.
+        truth: The labels of the same images.
+        join: Whether the same image has the same id or the same path on both sides.
         allow_partial: Take the images that both sides have, where they differ.
 
     Raises:
@@ -87,97 +89,42 @@ def read_detections(uri: str, truth: Truth, *, allow_partial: bool = False) -> S
             not those of the truth, or no image is on both sides.
     """
     uri = storage.absolute_uri(uri)
-    is_table = not is_json(uri, "detections", "a detections table or COCO results JSON")
-    if is_table:
-        table = open_table(uri, "detections")
-        batches = table.iter_batches(DETECTION_FIELDS, ROWS_AT_ONCE)
-        rows, model = read_detection_rows(table, truth, batches), model_of(table)
+    if is_json(uri, "detections", "a detections table or COCO results JSON"):
+        image_ids, columns = read_results(uri, truth.categories)
+        check_detections(uri, columns.boxes_xywh, columns.scores, image_ids, np.diff(columns.starts))
+        rows, model = DetectionRows(columns=columns, errors={}), None
+        found = ImageList(uri=uri, image_ids=image_ids, sizes_hw=np.zeros((len(image_ids), 2), np.int64))
+        joined = join_images(truth.images, found, by=join, allow_partial=allow_partial, has_every_image=False)
     else:
-        rows, model = _read_results(uri, truth), None
-    source_rows = find_rows(uri, rows.image_ids, truth)
-    truth_rows, num_left_out = choose_images(
-        uri, rows.image_ids, source_rows, truth, is_table=is_table, allow_partial=allow_partial
-    )
-    columns = take_detections(rows.columns, source_rows[truth_rows])
+        table = open_table(uri, "detections")
+        joined = join_images(truth.images, list_images(table), by=join, allow_partial=allow_partial)
+        rows = read_detection_rows(table, truth, table.iter_batches(DETECTION_FIELDS, ROWS_AT_ONCE))
+        model = model_of(table)
+    columns = take_detections(rows.columns, joined.rows_of(len(truth.images.image_ids))[joined.truth_rows])
     return Scored(
         uri=uri,
         columns=columns,
-        truth_columns=take_truth(truth.columns, truth_rows),
-        truth_rows=truth_rows,
-        errors=errors_in(rows.errors, truth.columns.image_ids[truth_rows]),
-        num_left_out=num_left_out,
+        truth_columns=take_truth(truth.columns, joined.truth_rows),
+        truth_rows=joined.truth_rows,
+        errors=errors_by_id(rows.errors, joined.truth_row, truth),
+        num_left_out=joined.num_left_out,
+        note=joined.note,
         model=model,
         num_detections=len(columns.scores),
     )
 
 
-def errors_in(errors: dict[int, str], image_ids: Integers) -> dict[int, str]:
-    """The errors of those images that are measured."""
-    measured = np.isin(list(errors), image_ids).tolist()
-    return {image_id: reason for (image_id, reason), is_in in zip(errors.items(), measured, strict=True) if is_in}
-
-
-# Which images: both sides, by rising id.
-
-
-def find_rows(uri: str, image_ids: Integers, truth: Truth) -> Integers:
-    """Finds for each image of the truth its row among some rows of the detections, -1 for none, int64 [I].
-
-    Raises:
-        UserError: An image stands in two rows.
-    """
-    places, is_known = places_in(truth.columns.image_ids, image_ids)
-    ids, counts = np.unique(image_ids, return_counts=True)
-    if len(ids) < len(image_ids):
-        raise UserError(
-            f"{uri} has image {ids[counts > 1][0]} more than once; a detections table has one row for each image"
-        )
-    rows = np.full(len(truth.columns.image_ids), -1, dtype=np.int64)
-    rows[places[is_known]] = np.flatnonzero(is_known)
-    return rows
-
-
-def choose_images(
-    uri: str, image_ids: Integers, rows: Integers, truth: Truth, *, is_table: bool, allow_partial: bool
-) -> tuple[Integers, int]:
-    """Says which images of the truth can be measured.
+def errors_by_id(errors: dict[int, str], truth_row: Integers, truth: Truth) -> dict[int, str]:
+    """Errors by the truth's image id instead of the row, without those of images that it does not have.
 
     Args:
-        uri: Where the detections were read.
-        image_ids: All images there, int64 [R].
-        rows: What `find_rows` gave for them.
-        truth: What they are held against.
-        is_table: Whether there must be a row for each image of the truth.
-        allow_partial: Leave out the images that only one side has.
-
-    Returns:
-        Rows of the truth, int64 [I], and the number of images left out.
-
-    Raises:
-        UserError: The images differ.
+        errors: By row.
+        truth_row: For each row that of its image in the truth, -1 for none, int64 [R].
+        truth: The truth.
     """
-    known, has_row = truth.columns.image_ids, rows >= 0
-    if is_table and not image_ids.size:
-        raise UserError(f"{uri} holds no image; the truth {truth.uri} has {len(known):,}")
-    unknown = np.setdiff1d(image_ids, known)
-    if unknown.size and not (allow_partial and has_row.any()):
-        raise UserError(
-            f"{uri} has {'rows of' if is_table else 'detections in'} {unknown.size:,} images that the truth "
-            f"{truth.uri} does not have, such as image {unknown[0]}"
-            + (
-                "; --allow-partial measures the images that both have"
-                if has_row.any()
-                else ", and none that it has: they are of different data"
-            )
-        )
-    num_missing = int((~has_row).sum()) if is_table else 0
-    if num_missing and not allow_partial:
-        raise UserError(
-            f"{uri} has no row for {num_missing:,} of the {len(known):,} images of {truth.uri}, such as image "
-            f"{known[~has_row][0]}: predict did not see the same data; run it on this truth, or measure the images "
-            "that both have with --allow-partial"
-        )
-    return np.flatnonzero(has_row) if is_table else np.arange(len(known)), unknown.size + num_missing
+    places = truth_row[list(errors)].tolist()
+    ids = truth.images.image_ids
+    return {int(ids[place]): reason for place, reason in zip(places, errors.values(), strict=True) if place >= 0}
 
 
 # Tables.
@@ -201,7 +148,7 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
         UserError: The classes are others, a box or score means nothing, or an image with an error has detections.
     """
     to_truth = _map_categories(table, truth)
-    image_ids, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    lengths, num_rows = [np.zeros(0, np.int64)], 0
     errors: dict[int, str] = {}
     parts: list[tuple[Boxes, Floats, Integers]] = [(as_boxes([]), np.zeros(0), np.zeros(0, np.int64))]
     for batch in batches:
@@ -216,13 +163,13 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
         has_error = numbers_of(batch.column("error").is_valid())
         if (counts[has_error] > 0).any():
             raise UserError(f"{table.uri} has an image with detections although its `error` says it has none")
-        errors |= dict(zip(ids[has_error].tolist(), batch.column("error").drop_null().to_pylist(), strict=True))
-        image_ids.append(ids)
+        bad_rows = (np.flatnonzero(has_error) + num_rows).tolist()
+        errors |= dict(zip(bad_rows, batch.column("error").drop_null().to_pylist(), strict=True))
+        num_rows += batch.num_rows
         lengths.append(counts)
         parts.append((columns["bbox"], columns["score"], to_truth[category]))
     boxes_xywh, scores, category = (np.concatenate(column) for column in zip(*parts, strict=True))
     return DetectionRows(
-        image_ids=np.concatenate(image_ids),
         columns=DetectionColumns(
             starts=starts_of(np.concatenate(lengths)), boxes_xywh=boxes_xywh, scores=scores, category=category
         ),
@@ -263,9 +210,3 @@ def _map_categories(table: Table, truth: Truth) -> Integers:
             "told apart; give each category its own name"
         )
     return np.array([truth_names.index(name) for name in names], dtype=np.int64)
-
-
-def _read_results(uri: str, truth: Truth) -> DetectionRows:
-    image_ids, columns = read_results(uri, truth.categories)
-    check_detections(uri, columns.boxes_xywh, columns.scores, image_ids, np.diff(columns.starts))
-    return DetectionRows(image_ids=image_ids, columns=columns, errors={})

@@ -2,19 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from raydet.common.errors import UserError
-from raydet.config import EvaluateConfig, config_hash
+from raydet.config import EvaluateConfig
 from raydet.measuring import metrics_folder
 from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.numbers.matches import COCO, Matches, Protocol, take_images
 from raydet.measuring.numbers.matching import Matcher, match, match_in_parts
-from raydet.measuring.numbers.metrics import CocoNumbers, CocoResult, accumulate, metrics_of
-from raydet.measuring.result import Block, Evaluation, Measured, Row
+from raydet.measuring.numbers.metrics import CocoNumbers, CocoResult, accumulate
+from raydet.measuring.numbers.values import Block, MetricValue
+from raydet.measuring.result import Evaluation, Measured
 from raydet.measuring.truth import Truth, is_json, read_extra_columns, read_truth
 from raydet.tables import storage
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category
 
 if TYPE_CHECKING:
@@ -42,10 +44,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         split=config.split or _name_of(config.truth),
     )
     if config.protocol != "coco" and config.max_detections is not None:
-        raise UserError(f"--protocol {config.protocol} has its own rules: leave out --max-detections")
-    if config.out is not None:
-        assert config.run is not None
-        metrics_folder.check_folder(config.out, config.run, config_hash(config))
+        raise UserError(f"the protocol {config.protocol} has its own rules: leave out max_detections")
+    if config.out is None:
+        return _evaluate(config, None)
+    with metrics_folder.opened(config) as folder:
+        return _evaluate(config, folder)
+
+
+def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation:
     truth = read_truth(config.truth, lvis=config.protocol == "lvis")
     is_table = not is_json(config.detections, "detections", "a detections table or COCO results JSON")
     if is_table and config.protocol == "coco" and config.out is None and not config.slice_by:
@@ -67,12 +73,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         whole=measured,
         slices=tuple(_measure_slice(config, part, matches, measured, measure) for part in slices),
         num_left_out=scored.num_left_out,
+        note=scored.note,
     )
-    if config.out is not None:
+    if folder is not None:
         # What it needs takes a second to import, and numbers on the screen do not need it.
         from raydet.measuring.result_tables import write_tables
 
-        write_tables(config, truth, scored, matches, evaluation)
+        write_tables(folder, config, truth, scored, matches, evaluation)
     return evaluation
 
 
@@ -83,8 +90,8 @@ def _numbers_alone(config: EvaluateConfig, truth: Truth) -> Evaluation:
 
     scored, result = measure_shards(config, truth, _protocol_of(config))
     num_truth = int((~scored.truth_columns.iscrowd).sum())
-    measured = Measured(None, _coco_blocks(result), None, len(scored.truth_rows), num_truth)
-    return Evaluation(result=result, out=None, whole=measured, num_left_out=scored.num_left_out)
+    measured = Measured(None, result.blocks(), len(scored.truth_rows), num_truth)
+    return Evaluation(result=result, out=None, whole=measured, num_left_out=scored.num_left_out, note=scored.note)
 
 
 def _name_of(uri: str) -> str:
@@ -111,7 +118,7 @@ def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
         from raydet.measuring.shards import match_on_cluster
 
         return match_on_cluster(config, truth, protocol)
-    scored = read_detections(config.detections, truth, allow_partial=config.allow_partial)
+    scored = read_detections(config.detections, truth, join=config.join, allow_partial=config.allow_partial)
     matcher = _matcher(config, truth, scored, protocol)
     return scored, match_in_parts(scored.truth_columns, scored.columns, matcher, num_parts=config.num_shards)
 
@@ -148,50 +155,18 @@ def _by_protocol(
     categories: Sequence[Category],
     frequency: Sequence[str] | None,
 ) -> _Numbers:
-    """The numbers of a protocol, in a result and as rows."""
+    """The numbers of a protocol, in a result and as records."""
     if protocol == "coco":
-        return _Numbers(result, _coco_blocks(result))
-    from raydet.measuring.numbers.protocols import lvis_rows, voc_rows
+        return _Numbers(result, result.blocks())
+    from raydet.measuring.numbers.protocols import lvis_blocks, voc_blocks
 
     if protocol == "lvis":
-        rows = lvis_rows(matches, categories, frequency)
+        blocks = lvis_blocks(matches, categories, frequency)
     else:
-        rows = voc_rows(matches, categories, eleven_points=protocol == "voc07")
-    overall = [row for row in rows if row[1] is None]
-    of_classes = [row for row in rows if row[1] is not None]
-    size = len(of_classes) // len(categories)
-    blocks = (overall, *(of_classes[start : start + size] for start in range(0, len(of_classes), size)))
-    per_class = tuple(CocoNumbers(**_fields(block)) for block in blocks[1:])
-    counts = {
-        item.name: getattr(result, item.name)
-        for item in dataclasses.fields(CocoResult)
-        if item.name not in {own.name for own in dataclasses.fields(CocoNumbers)}
-    }
-    return _Numbers(CocoResult(**{**counts, "per_class": per_class}, **_fields(overall)), blocks)
-
-
-def _coco_blocks(result: CocoResult) -> tuple[Block, ...]:
-    metrics = metrics_of(result.protocol)
-    return tuple(
-        [
-            (item.name, name, item.iou, item.area, item.max_detections, _or_none(numbers.values[item.name]))
-            for item in metrics
-        ]
-        for name, numbers in [
-            (None, result),
-            *zip((category.name for category in result.categories), result.per_class, strict=True),
-        ]
-    )
-
-
-def _fields(block: Block) -> dict[str, Any]:
-    values = {row[0]: -1.0 if row[5] is None else row[5] for row in block}
-    names = {item.name for item in dataclasses.fields(CocoNumbers)}
-    return {"values": values, **{name: value for name, value in values.items() if name in names}}
-
-
-def _or_none(value: float) -> float | None:
-    return None if value == -1 else value
+        blocks = voc_blocks(matches, categories, eleven_points=protocol == "voc07")
+    overall, *per_class = ({value.metric: value.value for value in block} for block in blocks)
+    numbers = tuple(CocoNumbers(values=values) for values in per_class)
+    return _Numbers(dataclasses.replace(result, values=overall, per_class=numbers), blocks)
 
 
 def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> "list[Slice]":
@@ -206,7 +181,7 @@ def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> "list[Slice
         part
         for name in config.slice_by
         for part in slices_of(
-            name, scored.truth_columns, columns=columns, sizes_hw=truth.sizes_hw[scored.truth_rows], areas=areas
+            name, scored.truth_columns, columns=columns, sizes_hw=truth.images.sizes_hw[scored.truth_rows], areas=areas
         )
     ]
 
@@ -224,32 +199,37 @@ def _measure_slice(
         return _with_intervals(config, part.name, measure(chosen).blocks, chosen, part.num_truth)
     letter = part.area[0]
     blocks = tuple(
-        [(_without_size(row), *row[1:]) for row in block if row[3] == part.area and row[0].endswith(letter)]
+        tuple(
+            replace(value, metric=_without_size(value), slice=part.name)
+            for value in block
+            if value.area == part.area and value.metric.endswith(letter)
+        )
         for block in whole.blocks
     )
-    intervals = whole.intervals
-    if intervals is not None:
-        name = f"AP{letter}"
-        intervals = dataclasses.replace(
-            intervals,
-            overall={"AP": intervals.overall[name]} if name in intervals.overall else {},
-            per_class=tuple({"AP": own[name]} if name in own else {} for own in intervals.per_class),
-        )
-    return Measured(part.name, blocks, intervals, whole.num_images, part.num_truth)
+    return Measured(part.name, blocks, whole.num_images, part.num_truth)
 
 
-def _without_size(row: Row) -> str:
+def _without_size(value: MetricValue) -> str:
     """The name that a number over one size of box has over all: APs → AP, ARs → AR100."""
-    return "AP" if row[0].startswith("AP") else f"AR{row[4]}"
+    return "AP" if value.metric.startswith("AP") else f"AR{value.max_detections}"
 
 
 def _with_intervals(
     config: EvaluateConfig, name: str | None, blocks: tuple[Block, ...], matches: Matches, num_truth: int
 ) -> Measured:
-    intervals = None
     # The intervals are of COCO's average precision; what is wanted for tables only is not worth half a minute.
     if config.out is not None and config.bootstrap and config.protocol == "coco":
         from raydet.measuring.bootstrap import intervals as draw_intervals
 
-        intervals = draw_intervals(matches, num_resamples=config.bootstrap, seed=config.seed)
-    return Measured(name, blocks, intervals, len(matches.image_ids), num_truth)
+        drawn = draw_intervals(matches, num_resamples=config.bootstrap, seed=config.seed)
+        # Classes that count as one have no numbers of their own.
+        blocks = tuple(
+            tuple(_with_interval(value, own.get(value.metric)) for value in block)
+            for block, own in zip(blocks, [drawn.overall, *drawn.per_class], strict=False)
+        )
+    blocks = tuple(tuple(replace(value, slice=name) for value in block) for block in blocks)
+    return Measured(name, blocks, len(matches.image_ids), num_truth)
+
+
+def _with_interval(value: MetricValue, drawn: MetricValue | None) -> MetricValue:
+    return value if drawn is None else replace(value, low=drawn.low, high=drawn.high)

@@ -4,17 +4,20 @@ OUT/metrics, OUT/per_image and so on are tables like any other, with one manifes
 OUT/metrics goes first and comes last, so while it is there, the run's rows in all other tables are whole.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydet.common.errors import UserError
+from raydet.config import EvaluateConfig, config_hash, identity
 from raydet.tables import storage
+from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.schema import TableKind
 from raydet.tables.table import MANIFEST_NAME, Table, is_table, open_table, write_manifest
 
@@ -41,41 +44,33 @@ def file_name(run: str) -> str:
     return f"{safe}.parquet"
 
 
-def manifests_in(out: str, kinds: Sequence[TableKind]) -> dict[str, dict[str, Any]]:
-    """The manifests of those of some tables that are in a folder, by the URI of the table.
+@contextlib.contextmanager
+def opened(config: EvaluateConfig) -> Iterator[OutputFolder]:
+    """Opens the metrics folder of an evaluation, whose `run` is named, and begins its run there when all goes well.
 
     Raises:
-        UserError: The folder is a file, or other things are where a table would be written.
+        UserError: The folder holds files that raydet did not write, or this run with other settings.
     """
-    manifests = {}
-    for uri in (out, *(storage.join(out, kind) for kind in kinds)):
-        storage.refuse_file(uri)
-        if uri == out:
-            continue
-        if is_table(uri):
-            manifests[uri] = _read_manifest(uri)
-        elif any(not name.endswith(".parquet") for name in storage.list_files(uri, recursive=True)):
-            raise UserError(f"{uri} holds files that are not raydet's; choose another out")
-    return manifests
-
-
-def check_folder(out: str, run: str, config_hash: str) -> None:
-    """Refuses a folder that holds other things, or this run measured otherwise.
-
-    Raises:
-        UserError: It does; nothing has been changed.
-    """
-    manifests = manifests_in(out, KINDS)
-    for uri, manifest in manifests.items():
-        if set(manifest["files"]) - set(manifest.get("runs", {})):
-            raise UserError(f"{uri} was written by an earlier raydet; choose another out, or delete that folder")
-    metrics_uri = storage.join(out, "metrics")
-    earlier = manifests.get(metrics_uri, {}).get("runs", {}).get(file_name(run))
-    if earlier is not None and earlier["config_hash"] != config_hash:
-        raise UserError(
-            f"{metrics_uri} holds another evaluation's numbers under the run name {run!r} (other "
-            "inputs or options); give this one a name with --run, or choose another out"
+    assert config.out is not None
+    with open_folder(config.out, command="evaluate") as folder:
+        is_measured = file_name(_run_of(config)) in _read_manifest(folder.uri_of("metrics")).get("files", {})
+        folder.admit(
+            identity(config),
+            folders=KINDS,
+            part=_part_of(config),
+            is_disposable=not is_measured,
+            remedy=f"{config.run} is its name: choose another --run or --out",
         )
+        yield folder
+
+
+def _run_of(config: EvaluateConfig) -> str:
+    assert config.run is not None, "evaluate names its run"
+    return config.run
+
+
+def _part_of(config: EvaluateConfig) -> str:
+    return f"evaluate-{file_name(_run_of(config)).removesuffix('.parquet')}"
 
 
 def runs_in(out: str) -> tuple[str, ...]:
@@ -107,38 +102,38 @@ def open_run(out: str, kind: TableKind, run: str) -> Table | None:
 
 
 def write_run(
-    out: str,
-    run: str,
+    folder: OutputFolder,
+    config: EvaluateConfig,
     tables: Mapping[TableKind, pa.Table],
     *,
-    config_hash: str,
     extra: Mapping[TableKind, Mapping[str, Any]],
 ) -> None:
     """Puts the rows of a run beside those of others, in the place of its own earlier ones.
 
     Args:
-        out: The folder.
-        run: Its name.
-        tables: What to write, `metrics` among them; rows of the run in other tables are removed.
-        config_hash: Of the evaluation.
+        folder: Metrics folder, opened for this evaluation.
+        config: Evaluation, whose `run` is named.
+        tables: Tables to write, `metrics` among them; rows of the run in other tables are removed.
         extra: Further entries of a table's manifest.
     """
-    name = file_name(run)
-    _remove(storage.join(out, "metrics"), name)
+    run, name = _run_of(config), file_name(_run_of(config))
+    _remove(folder.uri_of("metrics"), name)
+    folder.begin(identity(config), folders=KINDS, part=_part_of(config))
     for kind in KINDS:
-        uri = storage.join(out, kind)
+        uri = folder.uri_of(kind)
         if kind not in tables:
             _remove(uri, name)
             continue
         if not is_table(uri):
             # Left by an evaluation that was killed before its manifest was there.
-            for leftover in storage.list_files(uri):
-                storage.delete_file(storage.join(uri, leftover))
+            for leftover in folder.list_files(kind):
+                if leftover.endswith(".parquet"):
+                    folder.delete_file(kind, leftover)
         data = pa.BufferOutputStream()
         pq.write_table(tables[kind], data)
-        storage.write_bytes(storage.join(uri, name), data.getvalue().to_pybytes())
+        folder.write_bytes(data.getvalue().to_pybytes(), kind, name)
         manifest = _read_manifest(uri)
-        own = {"run": run, "config_hash": config_hash, **extra.get(kind, {})}
+        own = {"run": run, "config_hash": config_hash(config), **extra.get(kind, {})}
         files, runs = manifest.get("files", {}), manifest.get("runs", {})
         runs.pop(name, None)  # the newest run stands last
         _write(uri, files | {name: tables[kind].num_rows}, runs | {name: own})

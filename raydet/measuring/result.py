@@ -2,19 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from raydet.common.console import aligned
+from raydet.common.console import aligned, shown
 from raydet.measuring.numbers.matches import Protocol
 from raydet.measuring.numbers.metrics import CocoResult
-
-if TYPE_CHECKING:
-    from raydet.measuring.bootstrap import Interval, Intervals
-
-Row = tuple[str, str | None, float | None, str | None, int | None, float | None]
-"""Metric, class (None: all), IoU (None: the mean over all thresholds), size class, limit of detections, value."""
-Block = Sequence[Row]
-"""The numbers over all classes, or of one class."""
+from raydet.measuring.numbers.values import Block, MetricValue
 
 
 @dataclass(frozen=True)
@@ -24,14 +16,12 @@ class Measured:
     Attributes:
         name: Of the slice; None for all images.
         blocks: Over all classes, then of each class by its index (none of them where classes count as one).
-        intervals: How sure the numbers are, where that was asked for.
         num_images: Images in it.
         num_truth: Labelled boxes in it that count.
     """
 
     name: str | None
     blocks: tuple[Block, ...]
-    intervals: "Intervals | None"
     num_images: int
     num_truth: int
 
@@ -41,12 +31,13 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
-        result: The numbers over all images, by the rules of the protocol; -1 where there is nothing to measure, or
-            where the protocol has no such number.
+        result: The numbers over all images, by the rules of the protocol; None where there is nothing to measure,
+            or where the protocol has no such number.
         out: The folder with the tables; None where none was asked for.
         whole: The same numbers with their intervals.
         slices: Those of the slices.
         num_left_out: Images that only one side has, which were left out.
+        note: A line about how the images of both sides were joined, where that is worth one.
     """
 
     result: CocoResult
@@ -54,6 +45,7 @@ class Evaluation:
     whole: Measured
     slices: tuple[Measured, ...] = ()
     num_left_out: int = 0
+    note: str | None = None
 
     def lines(self) -> list[str]:
         """The numbers as text: over all classes, then those of each class; "–" where there is nothing to measure."""
@@ -63,27 +55,24 @@ class Evaluation:
             lines.insert(
                 0, f"PARTIAL: {self.num_left_out:,} images are in only one of truth and detections, and left out"
             )
+        if self.note is not None:
+            lines.append(self.note)
         if result.num_unreadable:
             lines.append(f"{result.num_unreadable:,} images could not be read; their boxes count as missed")
         overall, *by_class = self.whole.blocks
-        bounds = self.whole.intervals.overall if self.whole.intervals is not None else {}
-        rows = [("", "", "IoU", "area", "detections", *(["95 %"] if bounds else []))]
-        for name, _, iou, area, limit, value in overall:
-            row = (
-                name,
-                _format(value),
-                _iou_text(iou, result.protocol),
-                area or "",
-                "" if limit is None else str(limit),
-            )
-            rows.append((*row, *([_bounds_text(bounds, name)] if bounds else [])))
+        has_bounds = any(value.low is not None for value in overall)
+        rows = [("", "", "IoU", "area", "detections", *(["95 %"] if has_bounds else []))]
+        for value in overall:
+            limit = "" if value.max_detections is None else str(value.max_detections)
+            row = value.metric, shown(value.value), _iou_text(value.iou, result.protocol), value.area or "", limit
+            rows.append((*row, *([_bounds_text(value)] if has_bounds else [])))
         lines += ["", *aligned(rows)]
         if by_class:
-            names = [row[0] for row in by_class[0] if row[0] not in ("ARs", "ARm", "ARl")]
+            names = [value.metric for value in by_class[0] if value.metric not in ("ARs", "ARm", "ARl")]
             class_rows: list[tuple[str, ...]] = [("class", *names)]
             for category, block in zip(result.categories, by_class, strict=True):
-                values = {row[0]: row[5] for row in block}
-                class_rows.append((category.name, *(_format(values[name]) for name in names)))
+                values = {value.metric: value.value for value in block}
+                class_rows.append((category.name, *(shown(values[name]) for name in names)))
             lines += ["", *aligned(class_rows)]
         if self.slices:
             lines += ["", *aligned(_slice_rows(self.slices))]
@@ -93,18 +82,13 @@ class Evaluation:
 
 
 def _slice_rows(slices: Sequence[Measured]) -> list[tuple[str, ...]]:
-    first = slices[0].blocks[0][0][0]
+    first = slices[0].blocks[0][0].metric
     rows: list[tuple[str, ...]] = [("slice", first, "95 %", "images", "boxes")]
     for item in slices:
-        bounds = item.intervals.overall if item.intervals is not None else {}
-        value = next((row[5] for row in item.blocks[0] if row[0] == first), None)
+        value = next(value for value in item.blocks[0] if value.metric == first)
         counts = f"{item.num_images:,}", f"{item.num_truth:,}"
-        rows.append((item.name or "", _format(value), _bounds_text(bounds, first), *counts))
+        rows.append((item.name or "", shown(value.value), _bounds_text(value), *counts))
     return rows
-
-
-def _format(value: float | None) -> str:
-    return "–" if value is None or value == -1 else f"{value:.3f}"
 
 
 def _iou_text(iou: float | None, protocol: Protocol) -> str:
@@ -114,8 +98,5 @@ def _iou_text(iou: float | None, protocol: Protocol) -> str:
     return f"{first}:{last}"
 
 
-def _bounds_text(bounds: dict[str, "Interval"], name: str) -> str:
-    interval = bounds.get(name)
-    if interval is None or interval.low is None or interval.high is None:
-        return ""
-    return f"{interval.low:.3f}–{interval.high:.3f}"
+def _bounds_text(value: MetricValue) -> str:
+    return "" if value.low is None or value.high is None else f"{value.low:.3f}–{value.high:.3f}"

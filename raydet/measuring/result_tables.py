@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,15 +12,16 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
-from raydet.config import EvaluateConfig, config_hash
+from raydet.config import EvaluateConfig
 from raydet.measuring import metrics_folder
-from raydet.measuring.bootstrap import Interval
 from raydet.measuring.detections import Scored
 from raydet.measuring.diagnosis.tables import diagnose
 from raydet.measuring.numbers.matches import Matches
-from raydet.measuring.result import Evaluation, Measured
+from raydet.measuring.numbers.values import metric_rows
+from raydet.measuring.result import Evaluation
 from raydet.measuring.truth import Truth, data_hash
 from raydet.models.checkpoints import fingerprint
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category, TableKind, build_schema
 
 ANY_CLASS = Category(1, "any")
@@ -30,22 +30,28 @@ _COUNTS = ("num_images", "num_truth", "num_detections", "num_unreadable")
 
 
 def write_tables(
-    config: EvaluateConfig, truth: Truth, scored: Scored, matches: Matches, evaluation: Evaluation
+    folder: OutputFolder,
+    config: EvaluateConfig,
+    truth: Truth,
+    scored: Scored,
+    matches: Matches,
+    evaluation: Evaluation,
 ) -> None:
     """Writes all tables of a run; what goes wrong is not said for LVIS, whose truth does not hold every object.
 
     Args:
+        folder: Metrics folder.
         config: With absolute URIs and the names of run and split.
         truth: The whole truth.
         scored: What was measured.
         matches: Its outcome.
         evaluation: The numbers.
     """
-    assert config.out is not None and config.run is not None
+    assert config.run is not None
     model = without_secrets(config.model or scored.model)
     categories = (ANY_CLASS,) if config.class_agnostic else truth.categories
     names = {"run": config.run, "model": model, "split": config.split}
-    rows = [row for part in (evaluation.whole, *evaluation.slices) for row in _metric_rows(part, names)]
+    values = [value for part in (evaluation.whole, *evaluation.slices) for block in part.blocks for value in block]
     tables: dict[TableKind, pa.Table] = {}
     counts = {name: getattr(evaluation.result, name) for name in _COUNTS}
     extra: dict[TableKind, dict[str, Any]] = {"metrics": {**counts, "num_left_out": scored.num_left_out}}
@@ -60,45 +66,17 @@ def write_tables(
             matches,
             categories,
             run=config.run,
-            model=model,
-            split=config.split,
             target_precision=config.target_precision,
             unreadable=scored.errors,
             result=evaluation.result if config.protocol == "coco" else None,
         )
         tables |= diagnosis.tables
-        rows += diagnosis.metric_rows
+        values += diagnosis.values
         extra["per_image"] = {"iou": 0.5, "score_threshold": diagnosis.best.threshold}
     tables["runs"] = pa.Table.from_pylist([{**names, **counts, **_origin(config, scored)}], schema=build_schema("runs"))
+    rows = metric_rows(values, run=config.run, model=model, split=config.split)
     tables["metrics"] = pa.Table.from_pylist(rows, schema=build_schema("metrics", categories))
-    metrics_folder.write_run(config.out, config.run, tables, config_hash=config_hash(config), extra=extra)
-
-
-def _metric_rows(measured: Measured, names: dict[str, str | None]) -> list[dict[str, Any]]:
-    """Rows of a `metrics` table."""
-    bounds: Sequence[dict[str, Interval]] = [{} for _ in measured.blocks]
-    if measured.intervals is not None:
-        # Classes that count as one have no numbers of their own.
-        bounds = [measured.intervals.overall, *measured.intervals.per_class][: len(measured.blocks)]
-    rows = []
-    for block, own in zip(measured.blocks, bounds, strict=True):
-        for metric, category, iou, area, max_detections, value in block:
-            interval = own.get(metric)
-            rows.append(
-                {
-                    **names,
-                    "slice": measured.name,
-                    "metric": metric,
-                    "iou": iou,
-                    "area": area,
-                    "max_detections": max_detections,
-                    "category": category,
-                    "value": value,
-                    "low": None if interval is None else interval.low,
-                    "high": None if interval is None else interval.high,
-                }
-            )
-    return rows
+    metrics_folder.write_run(folder, config, tables, extra=extra)
 
 
 def _origin(config: EvaluateConfig, scored: Scored) -> dict[str, Any]:

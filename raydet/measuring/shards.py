@@ -7,7 +7,7 @@ cluster, which pays where its nodes read side by side; the truth is in its objec
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,24 +19,31 @@ from raydet.config import EvaluateConfig
 from raydet.measuring.detections import (
     DETECTION_FIELDS,
     Scored,
-    choose_images,
-    errors_in,
-    find_rows,
+    errors_by_id,
     model_of,
     read_detection_rows,
     read_detections,
 )
+from raydet.measuring.joining import Join, join_images, list_images
 from raydet.measuring.numbers.accumulator import MatchesByClass
 from raydet.measuring.numbers.matches import Matches, Protocol, concatenate
 from raydet.measuring.numbers.matching import match
 from raydet.measuring.numbers.metrics import CocoResult
 from raydet.measuring.truth import Truth
 from raydet.tables import storage
-from raydet.tables.columns import ROWS_AT_ONCE, Integers, image_ids_in, places_in, take_detections, take_truth
+from raydet.tables.columns import Integers, take_detections, take_truth
 from raydet.tables.table import MANIFEST_NAME, RowGroup, Table, open_table, refusing_damage
 
 _BYTES_PER_SHARD = 20 * 2**20
 """Some 400,000 detections."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The work of a task: some row groups, and the row of the truth for each of their rows, -1 for none, int64 [R]."""
+
+    groups: Sequence[RowGroup]
+    truth_row: Integers
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,7 @@ class _Shards:
 
     table: Table
     truth: Truth
-    truth_rows: Integers
-    num_left_out: int
+    join: Join
     errors: dict[int, str] = field(default_factory=dict)
     num_detections: int = 0
 
@@ -72,11 +78,12 @@ class _Shards:
         nothing = read_detection_rows(self.table, self.truth, ()).columns
         return Scored(
             uri=self.table.uri,
-            columns=take_detections(nothing, np.full(len(self.truth_rows), -1)),
-            truth_columns=take_truth(self.truth.columns, self.truth_rows),
-            truth_rows=self.truth_rows,
-            errors=errors_in(self.errors, self.truth.columns.image_ids[self.truth_rows]),
-            num_left_out=self.num_left_out,
+            columns=take_detections(nothing, np.full(len(self.join.truth_rows), -1)),
+            truth_columns=take_truth(self.truth.columns, self.join.truth_rows),
+            truth_rows=self.join.truth_rows,
+            errors=self.errors,
+            num_left_out=self.join.num_left_out,
+            note=self.join.note,
             model=model_of(self.table),
             num_detections=self.num_detections,
         )
@@ -124,30 +131,29 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
     shards = _open(config, truth)
     matches = concatenate([part.matches for part in shards.take(_match(config, shards, protocol))])
     if config.out is not None:
-        return read_detections(config.detections, truth, allow_partial=config.allow_partial), matches
+        return (
+            read_detections(config.detections, truth, join=config.join, allow_partial=config.allow_partial),
+            matches,
+        )
     return shards.scored(), matches
 
 
 def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
-    """Holds the images of both sides against each other, before anything is matched."""
+    """Joins the images of both sides before anything is matched."""
     table = open_table(config.detections, "detections")
-    ids = [image_ids_in(batch) for batch in table.iter_batches(["image_id"], ROWS_AT_ONCE)]
-    image_ids = np.concatenate([np.zeros(0, np.int64), *ids])
-    rows = find_rows(table.uri, image_ids, truth)
-    truth_rows, num_left_out = choose_images(
-        table.uri, image_ids, rows, truth, is_table=True, allow_partial=config.allow_partial
-    )
-    return _Shards(table, truth, truth_rows, num_left_out)
+    joined = join_images(truth.images, list_images(table), by=config.join, allow_partial=config.allow_partial)
+    return _Shards(table, truth, joined)
 
 
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
-    groups = _row_groups(shards.table, config.num_shards)
-    match_shard = partial(_match_shard, shards.table, shards.truth, protocol)
+    work = list(_with_truth_rows(shards, _row_groups(shards.table, config.num_shards)))
+    truth = replace(shards.truth, images=replace(shards.truth.images, paths=None))
+    match_shard = partial(_match_shard, shards.table, truth, protocol)
     if config.ray_address is not None:
-        return _match_on_ray(config.ray_address, shards, match_shard, groups)
+        return _match_on_ray(config.ray_address, shards, match_shard, work)
     num_threads = available_cpus()
     # More that are ready would only wait in memory.
-    return in_order(match_shard, groups, num_threads=num_threads, ahead=num_threads + 1)
+    return in_order(match_shard, work, num_threads=num_threads, ahead=num_threads + 1)
 
 
 def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
@@ -162,25 +168,33 @@ def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
     return [shard for shard in shards if shard]
 
 
+def _with_truth_rows(shards: _Shards, groups: Sequence[Sequence[RowGroup]]) -> Iterator[_Shard]:
+    start = 0
+    for own in groups:
+        stop = start + sum(group.num_rows for group in own)
+        yield _Shard(own, shards.join.truth_row[start:stop])
+        start = stop
+
+
 def _match_on_ray(
-    address: str, shards: _Shards, match_shard: Callable[[Sequence[RowGroup]], _Part], groups: Sequence[list[RowGroup]]
+    address: str, shards: _Shards, match_shard: Callable[[_Shard], _Part], work: Sequence[_Shard]
 ) -> Iterator[_Part]:
     from raydet.cluster.tasks import run_tasks
 
     with _session(address, shards.table):
-        yield from run_tasks(match_shard, groups, in_order=False)
+        yield from run_tasks(match_shard, work, in_order=False)
 
 
-def _match_shard(table: Table, truth: Truth, protocol: Protocol, groups: Sequence[RowGroup]) -> _Part:
+def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard) -> _Part:
     """Reads and matches some row groups, without the images that the truth does not have."""
-    rows = read_detection_rows(table, truth, _batches(table, groups))
-    places, is_known = places_in(truth.columns.image_ids, rows.image_ids)
-    own = np.flatnonzero(is_known)
-    own = own[np.argsort(places[own])]
-    truth_rows = places[own]
+    rows = read_detection_rows(table, truth, _batches(table, shard.groups))
+    own = np.flatnonzero(shard.truth_row >= 0)
+    own = own[np.argsort(shard.truth_row[own])]
+    truth_rows = shard.truth_row[own]
     detections = take_detections(rows.columns, own)
     matches = match(take_truth(truth.columns, truth_rows), detections, len(truth.categories), protocol)
-    return _Part(truth_rows, rows.errors, len(detections.scores), matches)
+    errors = errors_by_id(rows.errors, shard.truth_row, truth)
+    return _Part(truth_rows, errors, len(detections.scores), matches)
 
 
 def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatch]:

@@ -13,17 +13,17 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
-from raydet.measuring.truth_json import Federated, read_instances
+from raydet.images.files import readable
+from raydet.measuring.joining import ImageList, list_images
 from raydet.tables import storage
+from raydet.tables.coco_columns import Federated, read_instances
 from raydet.tables.columns import (
     ROWS_AT_ONCE,
-    Integers,
     TruthColumns,
     flatten,
-    image_ids_in,
-    numbers_of,
     starts_of,
     take_truth,
+    texts_of,
 )
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import MANIFEST_NAME, Table, open_table
@@ -37,14 +37,14 @@ class Truth:
         uri: Where it was read.
         categories: The classes, by their indices.
         columns: The boxes; images by rising id.
-        sizes_hw: Pixels of each image, 0 where unknown, int64 [I, 2].
+        images: The images, by rising id.
         federated: What the file says in LVIS's fields, if it was asked for.
     """
 
     uri: str
     categories: tuple[Category, ...]
     columns: TruthColumns
-    sizes_hw: Integers
+    images: ImageList
     federated: Federated | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +85,12 @@ def read_truth(uri: str, *, lvis: bool = False) -> Truth:
             uri=uri,
             categories=content.categories,
             columns=content.columns,
-            sizes_hw=content.sizes_hw,
+            images=ImageList(
+                uri=uri,
+                image_ids=content.columns.image_ids,
+                sizes_hw=content.sizes_hw,
+                paths=texts_of([readable(path) for path in content.paths]),
+            ),
             federated=content.federated,
         )
     if lvis:
@@ -117,32 +122,27 @@ def data_hash(uri: str) -> str:
 def _read_images_table(table: Table) -> Truth:
     names = ("bbox", "category", "area", "iscrowd")
     parts: list[dict[str, npt.NDArray[Any]]] = []
-    own = ["image_id", "width", "height", *(f"objects.{name}" for name in names)]
-    for batch in table.iter_batches(own, ROWS_AT_ONCE):
+    for batch in table.iter_batches([f"objects.{name}" for name in names], ROWS_AT_ONCE):
         lengths, columns = flatten(batch, "objects", names, table.uri)
-        columns |= {
-            "image_ids": image_ids_in(batch),
-            "sizes": np.stack([numbers_of(batch.column(name)) for name in ("height", "width")], axis=1),
-            "lengths": lengths,
-        }
-        parts.append(columns)
+        parts.append({**columns, "lengths": lengths})
     if not parts:
         raise UserError(f"{table.uri} holds no image")
+    images = list_images(table)
     whole = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
     columns_as_read = TruthColumns(
-        image_ids=whole["image_ids"],
+        image_ids=images.image_ids,
         starts=starts_of(whole["lengths"]),
         boxes_xywh=whole["bbox"],
         category=whole["category"],
         area=whole["area"],
         iscrowd=whole["iscrowd"],
     )
-    order = np.argsort(whole["image_ids"], kind="stable")
+    order = np.argsort(images.image_ids, kind="stable")
     return Truth(
         uri=table.uri,
         categories=table.categories,
         columns=take_truth(columns_as_read, order),
-        sizes_hw=whole["sizes"][order],
+        images=images.take(order),
     )
 
 

@@ -1,4 +1,4 @@
-"""Resized images with their boxes → one batch of tensors. Pixels stay uint8 until they are on the model's device."""
+"""Resized images with their boxes → one batch of tensors, whose pixels stay uint8 until they are on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from raydet.models.geometry import SizeHW
 
 @dataclass(frozen=True)
 class Example:
-    """One image on its way to the model.
+    """One image with its boxes, resized for the model.
 
     Attributes:
-        image_id: The image's number in its table.
+        image_id: As in its table.
         image: uint8 [H, W, 3], RGB, already resized by the model's `ResizeRule`.
         original_size_hw: Height and width in pixels of the upright image before the resize.
-        boxes: float32 [N, 4], centre x, centre y, width, height in parts of the image (not of its padding).
-        categories: Category indices, int64 [N].
+            boxes: float32 [N, 4], centre x, centre y, width, height, relative to the image without its padding.
+        labels: int64 [N], category indices.
     """
 
     image_id: int
@@ -35,11 +35,11 @@ class Batch:
     """Images of one forward pass.
 
     Attributes:
-        image_ids: The images' numbers, B of them.
-        pixels: uint8 [B, 3, H, W], RGB, zero at the bottom and on the right where an image is smaller.
+        image_ids: Of the B images, as in their table.
+        pixels: uint8 [B, 3, H, W], RGB, padded with zeros at the bottom and on the right.
         sizes_hw: Height and width in pixels of each image without its padding.
         original_sizes_hw: Height and width in pixels of each upright image before the resize.
-        labels: For each image `class_labels` int64 [N] and `boxes` float32 [N, 4], centre form in parts of the image.
+        labels: Per image, `class_labels` int64 [N] and `boxes` float32 [N, 4], centre form relative to the image.
     """
 
     image_ids: list[int]
@@ -52,18 +52,18 @@ class Batch:
         return len(self.image_ids)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on a device."""
+        """Return the batch with its tensors on a device."""
         labels = [{name: value.to(device) for name, value in label.items()} for label in self.labels]
         pixels = self.pixels.to(device, non_blocking=True)
         return Batch(self.image_ids, pixels, self.sizes_hw, self.original_sizes_hw, labels)
 
 
 def collate(examples: Sequence[Example], *, pad_to_hw: SizeHW | None = None) -> Batch:
-    """Puts images into one padded tensor, with a single copy of their pixels.
+    """Batch images in one padded tensor, copying their pixels once.
 
     Args:
         examples: At least one.
-        pad_to_hw: Height and width in pixels of the batch; by default those of the largest image in it.
+        pad_to_hw: Height and width of the batch in pixels; by default the largest height and width of its images.
     """
     assert examples, "a batch needs at least one image"
     sizes_hw = [(example.image.shape[0], example.image.shape[1]) for example in examples]

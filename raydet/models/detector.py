@@ -1,6 +1,6 @@
-"""A detection model with all that stands between pictures and detections: pixels to inputs, outputs to boxes.
+"""A detection model with its image processor and classes: pixels → inputs, outputs → boxes.
 
-What is saved is a plain Hugging Face model folder.
+It is saved as a plain Hugging Face model folder.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class Detections:
 
 
 class Detector:
-    """A detection model together with what is needed to feed it and to read its answer.
+    """A detection model with its image processor and classes.
 
     Attributes:
         model: The transformers model.
@@ -91,7 +91,7 @@ class Detector:
         return self.num_queries if self.family.top_k is None else self.family.top_k
 
     def to(self, device: torch.device | str) -> "Detector":
-        """Moves the model to a device and returns the detector itself."""
+        """Move the model to a device and return the detector."""
         nn.Module.to(self.model, device)
         return self
 
@@ -101,7 +101,7 @@ class Detector:
         return self.resize_rule.mode == "keep_aspect" and self.resize_rule.pad_to_hw is None
 
     def model_inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Normalises pixels on the device that they are on, as the image processor does.
+        """Normalise pixels on their device, as the image processor does.
 
         Args:
             batch: Already on the model's device.
@@ -126,12 +126,12 @@ class Detector:
         values = pixels.to(torch.float32)
         if not processor.do_normalize:
             return values * processor.rescale_factor if processor.do_rescale else values
-        # In one subtraction and one division, as the processor does it, so that not even rounding differs.
+        # One subtraction and one division, as in the processor, so that rounding is the same.
         mean, std = self._mean_and_std(values.device)
         return values.sub_(mean).div_(std)
 
     def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of pixels from 0 to 255, each float32 [3, 1, 1]; kept, so that they are brought to a device only once."""
+        """Return mean and standard deviation for pixels from 0 to 255, each float32 [3, 1, 1], cached on the device."""
         if self._scale is None or self._scale[0].device != device:
             processor = self.processor
             scale = 1.0 / processor.rescale_factor if processor.do_rescale else 1.0
@@ -143,11 +143,11 @@ class Detector:
         return self._scale
 
     def detections(self, logits: Tensor, boxes_cxcywh: Tensor, original_sizes_hw: Sequence[SizeHW]) -> list[Detections]:
-        """Reads what the model said, as the image processor does; whatever engine has run it.
+        """Convert the outputs of any engine to detections, as the image processor does.
 
         Args:
-            logits: [B, Q, C], as the model gives them, on any device and in any precision.
-            boxes_cxcywh: [B, Q, 4], centre form in parts of the image, without its padding.
+            logits: [B, Q, C], from the model, on any device and in any precision.
+            boxes_cxcywh: [B, Q, 4], centre form relative to the image without its padding.
             original_sizes_hw: Height and width in pixels of each upright image before the resize, B of them.
 
         Returns:
@@ -161,18 +161,18 @@ class Detector:
         return [_as_detections(item) for item in found]
 
     def save(self, folder: str) -> None:
-        """Writes a Hugging Face model folder: safetensors weights, config, image processor.
+        """Write a Hugging Face model folder: safetensors weights, config, image processor.
 
-        The folder is not written atomically; a caller that needs this writes elsewhere and renames.
+        The write is not atomic; a caller that needs this must write elsewhere and rename.
         """
         with quiet():
             self.model.save_pretrained(folder)
-            # Some model types have no default processor class, so that the folder must always name its own.
+            # Some model types have no default processor class, so that the folder must name one.
             self.processor.save_pretrained(folder)
 
 
 def _pixel_mask(batch: Batch) -> Tensor:
-    # Made where the pixels are, so that nothing but them has to be brought there.
+    # Created on the device of the pixels, so that only these have to be copied.
     mask = torch.zeros((len(batch), *batch.pixels.shape[-2:]), dtype=torch.int64, device=batch.pixels.device)
     for plane, (height, width) in zip(mask, batch.sizes_hw, strict=True):
         plane[:height, :width] = 1
@@ -188,7 +188,7 @@ def _as_detections(found: dict[str, Tensor]) -> Detections:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' and the Hub client's warnings, reports and progress bars off the screen."""
+    """Suppress warnings, reports and progress bars of transformers and the Hub client inside the `with`."""
     hub_logger = logging.getLogger("huggingface_hub")
     verbosity, hub_level = transformers.logging.get_verbosity(), hub_logger.level
     had_bars, hub_had_bars = transformers.logging.is_progress_bar_enabled(), not are_progress_bars_disabled()

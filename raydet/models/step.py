@@ -1,7 +1,7 @@
-"""One optimizer step: micro-batches in, one gradient out, the same for any number of workers. No Ray in here.
+"""One optimizer step: micro-batches → one gradient, the same for any number of workers.
 
-Loss terms are sums over the global batch divided by its normaliser, so the gradient does not depend on how the batch
-is cut: into how many ranks, or into how many parts on a rank.
+Loss terms are sums over the global batch divided by its normaliser, so that the gradient depends neither on the number
+of ranks nor on the number of micro-batches per rank.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """dtype of autocast by precision; None for no autocast."""
 
 SumOverRanks = Callable[[Tensor], Tensor]
-"""Adds a tensor up over all ranks; the identity where there is one."""
+"""Sum of a tensor over all ranks; the identity for a single rank."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class StepResult:
     """Result of one optimizer step.
 
     Attributes:
-        terms: Each loss term in units of the global batch, summed over this rank's micro-batches only; the sum over
-            ranks is the global batch's. Scalars on the device.
+        terms: Each loss term in units of the global batch, summed over this rank's micro-batches; the sum over ranks
+            is the value of the global batch. Scalars on the device.
         normaliser: Of the global batch.
     """
 
@@ -49,7 +49,7 @@ class StepSetting:
     world_size: int
     sum_over_ranks: SumOverRanks
     scaler: torch.amp.GradScaler | None = None
-    """Keeps small gradients of fp16 from vanishing; null for other precisions."""
+    """Prevents small gradients from vanishing in fp16; None for other precisions."""
 
 
 def compute_gradients(
@@ -60,17 +60,17 @@ def compute_gradients(
     *,
     rule: ResizeRule | None = None,
 ) -> StepResult:
-    """Runs forward and backward over this rank's micro-batches and leaves the global gradient in the parameters.
+    """Run forward and backward over this rank's micro-batches; the parameters then hold the global gradient.
 
     Args:
-        detector: The detector whose loss is computed.
+        detector: The detector in training.
         module: Its model, or the DistributedDataParallel around it.
-        examples: This rank's micro-batches; every rank brings the same number of them. One may be empty, when there
-            are fewer images than ranks or none could be read.
+        examples: This rank's micro-batches, equally many on every rank. A micro-batch may be empty, if there are fewer
+            images than ranks or none could be read.
         setting: Device, precision, ranks.
-        rule: By which the images have been resized; the detector's own by default.
+        rule: Resize rule of the images; the detector's own by default.
     """
-    # A rank without images still takes its turn, since the others wait for it: a black image that weighs nothing.
+    # The others wait for a rank without images, so it runs a black image of weight zero.
     weights = [1.0 if micro_batch else 0.0 for micro_batch in examples]
     rule = rule or detector.resize_rule
     batches = [
@@ -83,7 +83,7 @@ def compute_gradients(
         if weight:
             total += normaliser
     total = Normaliser.from_tensor(setting.sum_over_ranks(total.to_tensor().to(setting.device)))
-    if total.num_queries == 0:  # nobody has an image that can be read: anything but zero will do, it weighs nothing
+    if total.num_queries == 0:  # no rank has a readable image: any value but zero will do, as the weight is zero
         total = normalisers[0]
     terms: dict[str, Tensor] = {}
     for number, (batch, local, weight) in enumerate(zip(batches, normalisers, weights, strict=True)):
@@ -111,9 +111,9 @@ def apply_gradients(
     max_grad_norm: float,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """Clips the gradient, takes the optimizer's step and clears the gradient; returns the norm before clipping.
+    """Clip the gradient, take the optimizer's step, clear the gradient, and return the norm before clipping.
 
-    With a scaler, a gradient that has overflowed is left out, and the next loss is scaled less.
+    With a scaler, an overflowed gradient is skipped and the scale of the next loss is lowered.
     """
     if scaler is None:
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
@@ -128,7 +128,7 @@ def apply_gradients(
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Adds a tensor up over all ranks."""
+    """Sum a tensor over all ranks in place and return it."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -152,7 +152,7 @@ def _synchronise(module: nn.Module, *, when: bool) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def autocast(setting: StepSetting) -> Iterator[None]:
-    """Lower precision for the time of a `with`, if the setting asks for it."""
+    """Enable the autocast of a setting, if any, inside the `with`."""
     if setting.autocast_dtype is None:
         yield
     else:

@@ -16,7 +16,7 @@ from raydet.cluster.shared_storage import check_shared
 from raydet.cluster.tasks import run_tasks
 from raydet.common.errors import RunError
 from raydet.preparation.parts import Answer, Executor, SourcePart
-from raydet.preparation.remains import MARK_NAME, Target
+from raydet.preparation.target import Target
 from raydet.tables import storage
 
 _SMALL_CLUSTER_CPUS = 4
@@ -34,13 +34,12 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
         UserError: A node does not see it, or cannot write to the target.
         RunError: The cluster cannot be reached.
     """
-    mark = storage.join(target.out, MARK_NAME)
 
     def execute(work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
         # A fraction, where others may hold some of the few CPUs there are.
         cpus_per_task = 1.0 if cluster_cpus() >= _SMALL_CLUSTER_CPUS else 0.5
         own = (SourcePart(part.index, list(part.images)) for part in parts)
-        return run_tasks(partial(_work_on, work=work, mark=mark), own, cpus_per_task=cpus_per_task)
+        return run_tasks(partial(_work_on, work=work, mark=target.mark), own, cpus_per_task=cpus_per_task)
 
     with tempfile.TemporaryDirectory() as log, session.session(log):
         reads = {} if images_uri is None else {"--images": (images_uri, images_uri)}

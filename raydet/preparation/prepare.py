@@ -19,8 +19,10 @@ Anomalies are handled as follows:
 Each is counted, and listed in OUT/_rejected (images) or OUT/_findings (everything else).
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -36,11 +38,11 @@ from raydet.config import (
     PrepareVocConfig,
     PrepareYoloConfig,
     config_hash,
+    identity,
 )
 from raydet.images.files import ImageFolder
 from raydet.preparation.examining import ImageReader, draw_row, read_row
 from raydet.preparation.parts import FILE_BYTES
-from raydet.preparation.remains import Target
 from raydet.preparation.report import PrepareReport, sum_reports
 from raydet.preparation.sources import shapes
 from raydet.preparation.sources.coco import read_coco
@@ -50,8 +52,10 @@ from raydet.preparation.sources.source import Records, Source, SourceImage
 from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
+from raydet.preparation.target import Target
 from raydet.preparation.writing import PreparationPlan, write_tables
 from raydet.tables import storage
+from raydet.tables.output_folder import open_folder
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS
 
 __all__ = [
@@ -66,6 +70,8 @@ __all__ = [
     "prepare_yolo",
 ]
 
+_Opened = tuple[Source, ImageReader]
+_COMMAND = "prepare"
 _RAY_FROM_IMAGES = 5_000
 """On an existing cluster: below this, starting the tasks takes as long as the work."""
 _OWN_RAY_FROM_IMAGES, _OWN_RAY_FROM_CPUS = 50_000, 8
@@ -88,11 +94,12 @@ def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
         UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT is not free.
         RunError: Storage or cluster failed.
     """
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
+    return _prepare(config, _open_coco)
+
+
+def _open_coco(config: PrepareCocoConfig) -> _Opened:
     folder = ImageFolder(config.images)
-    return _write_files(config, read_coco(config.annotations, folder), folder)
+    return read_coco(config.annotations, folder), folder
 
 
 def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
@@ -105,9 +112,10 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
             image can be read, or OUT is not free.
         RunError: Storage or cluster failed.
     """
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
+    return _prepare(config, _open_voc)
+
+
+def _open_voc(config: PrepareVocConfig) -> _Opened:
     folder = ImageFolder(config.images)
     source = read_voc(
         ImageFolder(config.annotations, what="annotation"),
@@ -117,7 +125,7 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
         zero_based=config.zero_based,
         unlabelled=config.unlabelled,
     )
-    return _write_files(config, source, folder)
+    return source, folder
 
 
 def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
@@ -130,15 +138,16 @@ def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
             read, or OUT is not free.
         RunError: Storage or cluster failed.
     """
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
+    return _prepare(config, _open_yolo)
+
+
+def _open_yolo(config: PrepareYoloConfig) -> _Opened:
     if config.data is not None:
         files = find_in_data_yaml(config.data, config.split)
     else:
         assert config.images is not None and config.labels is not None and config.classes is not None
         files = find_in_folders(config.images, config.labels, config.classes)
-    return _write_files(config, read_yolo(files, unlabelled=config.unlabelled), files.images)
+    return read_yolo(files), files.images
 
 
 def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
@@ -148,12 +157,13 @@ def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
         UserError: There is no such data set, split or column, no image can be read, or OUT is not free.
         RunError: Storage or cluster failed.
     """
+    return _prepare(config, _open_hub)
+
+
+def _open_hub(config: PrepareHubConfig) -> _Opened:
     from raydet.preparation.sources.hub import load_hub
     from raydet.preparation.sources.hub_rows import read_hub
 
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
     images = load_hub(config.dataset, split=config.split, subset=config.subset, revision=config.revision)
     source = read_hub(
         images,
@@ -162,7 +172,7 @@ def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
         bbox_format=config.bbox_format,
         classes=config.classes,
     )
-    return _write_files(config, source, images)
+    return source, images
 
 
 def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
@@ -175,14 +185,15 @@ def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
         UserError: The folder or list is missing or holds no image that can be read, or OUT is not free.
         RunError: Storage or cluster failed.
     """
-    done = _already_done(config.out, config)
-    if done is not None:
-        return done
+    return _prepare(config, _open_images)
+
+
+def _open_images(config: PrepareImagesConfig) -> _Opened:
     if is_list(config.images):
         images = ImageList(config.images)
-        return _write_files(config, read_list(images, for_reference=config.image_storage == "reference"), images)
+        return read_list(images, for_reference=config.image_storage == "reference"), images
     folder = ImageFolder(config.images)
-    return _write_files(config, read_images(folder), folder)
+    return read_images(folder), folder
 
 
 def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
@@ -192,17 +203,24 @@ def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
         UserError: OUT/train or OUT/val is not free.
     """
     sizes: dict[shapes.Split, int] = {"train": config.num_train, "val": config.num_val}
-    targets = {split: Target(storage.join(storage.absolute_uri(config.out), split)) for split in sizes}
-    done = {split: _report_of(target, config) for split, target in targets.items()}
     images_per_part = max(1, FILE_BYTES // config.image_size**2)
     plan = PreparationPlan(
-        config_hash=config_hash(config), images_per_part=images_per_part, num_threads=config.num_threads
+        config_hash=config_hash(config),
+        identity=_identity(config),
+        images_per_part=images_per_part,
+        num_threads=config.num_threads,
     )
-    reports = []
-    for split, num_images in sizes.items():
-        source = Source(Records(partial(_name_shapes, split, num_images)), num_images, shapes.CATEGORIES)
-        draw = partial(draw_row, split=split, config=config)
-        reports.append(done[split] or write_tables(targets[split], source, draw, plan))
+    with contextlib.ExitStack() as stack:
+        targets = {
+            split: Target(stack.enter_context(open_folder(storage.join(config.out, split), command=_COMMAND)))
+            for split in sizes
+        }
+        done = {split: _report_of(target, config) for split, target in targets.items()}
+        reports = []
+        for split, num_images in sizes.items():
+            source = Source(Records(partial(_name_shapes, split, num_images)), num_images, shapes.CATEGORIES)
+            draw = partial(draw_row, split=split, config=config)
+            reports.append(done[split] or write_tables(targets[split], source, draw, plan))
     return sum_reports(config.out, reports, {split: target.out for split, target in targets.items()})
 
 
@@ -210,29 +228,33 @@ def _name_shapes(split: shapes.Split, num_images: int) -> Any:
     return (SourceImage(index, f"{split}/{index:06d}.jpg") for index in range(num_images))
 
 
-def _target(out: str, config: Any) -> Target:
-    return Target(storage.absolute_uri(out), SPLITS if config.val_fraction is not None else ())
+def _prepare(config: PrepareConfig, open_source: Callable[[Any], _Opened]) -> PrepareReport:
+    """Writes the tables of a source into OUT, unless this configuration has written them before."""
+    splits = SPLITS if config.val_fraction is not None else ()
+    with open_folder(config.out, command=_COMMAND) as folder:
+        target = Target(folder, splits)
+        return _report_of(target, config) or _write_files(config, target, *open_source(config))
 
 
-def _already_done(out: str, config: Any) -> PrepareReport | None:
-    """Return the report of the tables in OUT if this configuration wrote them; None if OUT is free.
-
-    Raises:
-        UserError: OUT holds another table, or files that raydet did not write.
-    """
-    return _report_of(_target(out, config), config)
+def _identity(config: Any) -> dict[str, Any]:
+    return {"source": type(config).__name__.removeprefix("Prepare").removesuffix("Config").lower(), **identity(config)}
 
 
 def _report_of(target: Target, config: Any) -> PrepareReport | None:
-    manifest = target.manifest(config_hash(config))
+    manifest = target.manifest(_identity(config))
     if manifest is None:
         return None
     tables = {split: uri for split, uri in target.tables.items() if split}
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
 
 
-def _write_files(config: PrepareConfig, source: Source, reader: ImageReader) -> PrepareReport:
-    """Write the tables of a source whose images are files or rows."""
+def _write_files(
+    config: PrepareConfig,
+    target: Target,
+    source: Source,
+    reader: ImageReader,
+) -> PrepareReport:
+    """Writes the tables of a source whose images are read one by one."""
     inline = config.image_storage == "inline"
     if not inline:
         refuse_password(getattr(reader, "uri", ""), what="--images")
@@ -241,6 +263,7 @@ def _write_files(config: PrepareConfig, source: Source, reader: ImageReader) -> 
     num_threads = _THREADS_PER_TASK if use_ray else available_cpus()
     plan = PreparationPlan(
         config_hash=config_hash(config),
+        identity=_identity(config),
         images_per_part=max(1, FILE_BYTES // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
         num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),
         use_ray=use_ray,
@@ -257,7 +280,7 @@ def _write_files(config: PrepareConfig, source: Source, reader: ImageReader) -> 
         drop_duplicate_boxes=config.duplicate_boxes == "drop",
         keep_truncated=config.truncated == "keep",
     )
-    return write_tables(_target(config.out, config), source, examine, plan)
+    return write_tables(target, source, examine, plan)
 
 
 def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:

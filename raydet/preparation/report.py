@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
-from raydet.preparation.remains import Target
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
 from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT
+from raydet.preparation.target import Target
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 
@@ -92,8 +92,10 @@ class PrepareReport:
     def _lines_of_unlabelled(self) -> list[str]:
         rejected, kept = self.reasons.get(UNLABELLED, 0), self.unlabelled_kept
         if rejected:
-            return [f"  {rejected:,} have no label file: rejected (--unlabelled keep: images without objects)"]
-        return [f"  {kept:,} have no label file: kept without objects (--unlabelled reject: rejected)"] if kept else []
+            return [f"  {rejected:,} without a label file were rejected; --unlabelled keep keeps them without objects"]
+        if kept:
+            return [f"  {kept:,} without a label file were kept without objects; --unlabelled reject rejects them"]
+        return []
 
     def _lines_of_classes(self) -> list[str]:
         ranked = sorted(self.boxes_by_class.items(), key=lambda item: -item[1])

@@ -5,6 +5,7 @@ per image, and the parts being processed.
 """
 
 import contextlib
+import hashlib
 import sys
 import time
 from collections import Counter
@@ -12,17 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import UserError
 from raydet.preparation.examining import Examine
 from raydet.preparation.parts import Answer, Executor, PartOutcome, SourcePart, cut, part_name, write_part
-from raydet.preparation.remains import Target
 from raydet.preparation.report import REPEATED_IMAGES_DROPPED, REPEATED_IMAGES_KEPT, PrepareReport, make_report
 from raydet.preparation.sources.source import Finding, Source, SourceImage
 from raydet.preparation.splitting import Flags, Hashes, Integers
 from raydet.preparation.surveying import Survey, find_duplicates, hold_out, survey, with_outcome, without
+from raydet.preparation.target import Target
 from raydet.tables import storage
 from raydet.tables.schema import build_schema
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_manifest
@@ -39,16 +41,18 @@ class PreparationPlan:
 
     Attributes:
         config_hash: Of the configuration.
-        images_per_part: Images per file.
-        num_threads: Per part; all CPUs by default.
-        use_ray: Work in Ray tasks.
-        images_uri: The folder of the images, if they are in one.
-        val_fraction: Fraction of the images for OUT/val; None: all are in OUT.
-        seed: Of the choice of images for OUT/val.
-        drop_duplicate_images: Reject images with the same content as an earlier one.
+        identity: Everything that decides what comes out, by name.
+        images_per_part: Images of a file.
+        num_threads: Of each part; all CPUs by default.
+        use_ray: Whether to work in Ray tasks.
+        images_uri: The folder of the images, where they are in one.
+        val_fraction: SourcePart of the images for OUT/val; None: all are in OUT.
+        seed: Of the choice of these.
+        drop_duplicate_images: Whether images of the same content as one before them are rejected.
     """
 
     config_hash: str
+    identity: dict[str, Any]
     images_per_part: int
     num_threads: int | None = None
     use_ray: bool = False
@@ -66,7 +70,7 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Prepara
         RunError: Storage or cluster failed, or an image changed in the meantime.
     """
     started = time.monotonic()
-    target.mark(plan.config_hash)
+    target.begin(plan.identity)
     try:
         with _executor(target, plan) as execute:
             run = _PreparationRun(target, source, examine, plan, execute)
@@ -76,14 +80,18 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Prepara
         seconds = round(time.monotonic() - started, 3)
         # The first split last: its manifest marks all tables as complete.
         for split, uri in reversed(target.tables.items()):
-            write_manifest(uri, run.files[split], config_hash=plan.config_hash, prepare=counts, seconds=seconds)
-    except BaseException as error:
-        with contextlib.suppress(OSError, UserError):  # the next run cleans up the rest
+            write_manifest(
+                uri,
+                run.files[split],
+                config_hash=plan.config_hash,
+                id_space=run.id_space,
+                prepare=counts,
+                seconds=seconds,
+            )
+    except BaseException:
+        with contextlib.suppress(OSError, UserError):  # the next run cleans up what this one cannot
             target.clean()
-        if isinstance(error, OSError):
-            raise RunError(f"cannot write to {target.out}: {error.strerror or error}") from error
         raise
-    target.unmark()
     return report
 
 
@@ -119,6 +127,19 @@ class _PreparationRun:
         num_classes = len(source.categories)
         self._boxes_by_class = {split: np.zeros(num_classes, np.int64) for split in target.tables}
         self.files: dict[str, dict[str, int]] = {split: {} for split in target.tables}
+        self._id_digest = hashlib.sha256()
+
+    @property
+    def id_space(self) -> str:
+        """16 hex digits over which image of the source has which id; the same for all splits."""
+        return self._id_digest.hexdigest()[:16]
+
+    def _numbered(self, images: Iterable[SourceImage]) -> Iterator[SourceImage]:
+        """Passes on all images of the source, once."""
+        for image in images:
+            # Lengths keep apart what separators could not: a path may hold any character.
+            self._id_digest.update(f"{image.image_id} {len(image.path)} {image.path}".encode())
+            yield image
 
     def write(self) -> PrepareReport:
         """Write everything except the manifests of the images tables."""
@@ -135,7 +156,7 @@ class _PreparationRun:
             if self._plan.val_fraction is not None or self._plan.drop_duplicate_images:
                 self._write_surveyed()
             else:
-                written = list(self._write_table("", self._source.images, self._source.num_images))
+                written = list(self._write_table("", self._numbered(self._source.images), self._source.num_images))
                 image_ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in written)])
                 hashes = np.concatenate([np.zeros((0, 2), np.uint64), *(hashes for _, hashes in written)])
                 self._find_duplicates(image_ids, hashes)
@@ -152,7 +173,7 @@ class _PreparationRun:
 
     def _write_surveyed(self) -> None:
         plan, source = self._plan, self._source
-        images = _with_progress(source.images, source.num_images, "examining the images")
+        images = _with_progress(self._numbered(source.images), source.num_images, "looking at the images")
         found = survey(images, self._examine, self._execute, plan.num_threads)
         self._refuse_nothing(int(found.is_accepted.sum()), len(found.is_accepted), Counter(found.reasons.values()))
         accepted = np.flatnonzero(found.is_accepted)

@@ -9,7 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet.reporting.run_tables import RunTables, Value, indices_in
+from raydet.common.console import shown
+from raydet.measuring.numbers.values import MetricValue
+from raydet.reporting.run_tables import RunTables, indices_in
 from raydet.training.history import EpochRecord
 
 HEADLINE = {
@@ -265,7 +267,7 @@ def _finite(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def number(value: Value | float | None, digits: int = 3) -> str:
+def number(value: MetricValue | float | None, digits: int = 3) -> str:
     """A number for a person: – where there is none."""
-    plain = value.value if isinstance(value, Value) else value
-    return "–" if plain is None or not math.isfinite(plain) else f"{plain:.{digits}f}"
+    plain = value.value if isinstance(value, MetricValue) else value
+    return shown(plain, f".{digits}f")

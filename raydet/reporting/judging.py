@@ -1,5 +1,6 @@
 """Which boxes of a few images are right, wrong, missed or of another class."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.boxes import as_boxes
+from raydet.measuring.joining import join_images, list_images
 from raydet.measuring.numbers.matches import Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs
 from raydet.reporting.run_tables import RunTables
@@ -62,7 +64,7 @@ def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
     """
     truth_table, found_table = run.truth, run.detections
     labelled = _rows(truth_table, image_ids, "objects")
-    found = _rows(found_table, image_ids, "detections")
+    found = _found_rows(run, truth_table, found_table, image_ids)
     names = [category.name for category in truth_table.categories]
     index_of = {name: index for index, name in enumerate(names)}
     to_truth = [index_of.get(category.name, -1) for category in found_table.categories]
@@ -71,6 +73,23 @@ def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
     threshold = score_threshold(run)
     detections = _detection_columns([found.get(image_id) for image_id in ids], to_truth, threshold)
     return _judged(ids, truth, detections, names)
+
+
+def _found_rows(
+    run: RunTables, truth_table: Table, found_table: Table, image_ids: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """The detections in a few images, by the truth's image id, joined as the evaluation joined them."""
+    if json.loads(run.facts.get("config") or "{}").get("join") != "path":
+        return _rows(found_table, image_ids, "detections")
+    truth = list_images(truth_table)
+    truth = truth.take(np.argsort(truth.image_ids, kind="stable"))
+    found = list_images(found_table)
+    truth_row = join_images(truth, found, by="path", allow_partial=True).truth_row
+    ids = np.where(truth_row >= 0, truth.image_ids[truth_row], -1)
+    wanted = np.isin(ids, list(image_ids))
+    truth_id_of = dict(zip(found.image_ids[wanted].tolist(), ids[wanted].tolist(), strict=True))
+    rows = _rows(found_table, list(truth_id_of), "detections")
+    return {truth_id_of[image_id]: row for image_id, row in rows.items()}
 
 
 def _rows(table: Table, image_ids: Sequence[int], column: str) -> dict[int, dict[str, Any]]:

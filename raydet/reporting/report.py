@@ -9,6 +9,7 @@ from raydet.reporting.galleries import build_galleries
 from raydet.reporting.page import render
 from raydet.reporting.run_tables import read_run
 from raydet.tables import storage
+from raydet.tables.new_output import new_file
 from raydet.training.history import EpochRecord, read_history
 
 __all__ = ["Report", "report"]
@@ -51,13 +52,12 @@ def report(config: ReportConfig) -> Report:
         UserError: The folder holds no metrics, or not this run, or `train_run` is no training run.
     """
     out = storage.absolute_uri(config.out or storage.join(config.metrics, _FILE))
-    if not out.endswith((".html", ".htm")):
-        raise UserError(f"--out must be an HTML file, such as {storage.join(out, _FILE)}, got {out}")
     run = read_run(config.metrics, config.run)
     history = [] if config.train_run is None else _history(config.train_run)
-    galleries = build_galleries(run, config.num_images)
-    data = render(run, charts(run, history), galleries).encode()
-    storage.write_bytes(out, data)
+    with new_file(out, command="report", endings=(".html", ".htm")) as file:
+        galleries = build_galleries(run, config.num_images)
+        data = render(run, charts(run, history), galleries).encode()
+        file.write(data)
     return Report(out=out, run=run.run, num_bytes=len(data), problems=galleries.problems)
 
 

@@ -10,18 +10,10 @@ import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
 from raydet.measuring import metrics_folder
+from raydet.measuring.numbers.values import MetricValue, values_in
 from raydet.tables import storage
 from raydet.tables.schema import TableKind
 from raydet.tables.table import Table, is_table, open_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Value:
-    """A number with its 95 % interval; None where there is nothing to measure, or no interval."""
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +38,7 @@ class RunTables:
     runs: tuple[str, ...]
     facts: dict[str, Any]
     classes: tuple[str, ...]
-    values: dict[tuple[str | None, str, str | None], Value]
+    values: dict[tuple[str | None, str, str | None], MetricValue]
     slices: tuple[str, ...]
     model: str | None
     split: str | None
@@ -74,9 +66,9 @@ class RunTables:
             raise UserError(f"{uri} is a JSON file; evaluate tables to see pictures and their boxes")
         return open_table(uri, kind)
 
-    def value(self, metric: str, category: str | None = None, slice_name: str | None = None) -> Value:
+    def value(self, metric: str, category: str | None = None, slice_name: str | None = None) -> MetricValue:
         """One metric of a class and slice."""
-        return self.values.get((slice_name, metric, category), Value())
+        return self.values.get((slice_name, metric, category), MetricValue(metric=metric, value=None))
 
 
 def read_run(metrics_uri: str, run: str | None) -> RunTables:
@@ -103,11 +95,7 @@ def read_run(metrics_uri: str, run: str | None) -> RunTables:
     assert metrics is not None, "a run that the manifest names has its file"
     rows = tables.pop("metrics")
     facts = tables.pop("runs").to_pylist() if "runs" in tables else []
-    columns = rows.select(["slice", "metric", "category", "value", "low", "high"]).to_pydict()
-    values = {
-        (place, metric, category): Value(value=_measured(value), low=low, high=high)
-        for place, metric, category, value, low, high in zip(*columns.values(), strict=True)
-    }
+    values = {(value.slice, value.metric, value.category): value for value in values_in(rows)}
     return RunTables(
         uri=uri,
         run=chosen,
@@ -115,15 +103,11 @@ def read_run(metrics_uri: str, run: str | None) -> RunTables:
         facts=facts[-1] if facts else {},
         classes=tuple(category.name for category in metrics.categories),
         values=values,
-        slices=tuple(dict.fromkeys(name for name in columns["slice"] if name is not None)),
+        slices=tuple(dict.fromkeys(name for name, _, _ in values if name is not None)),
         model=rows["model"][0].as_py(),
         split=rows["split"][0].as_py(),
         tables={kind: content for kind, content in tables.items() if content.num_rows},
     )
-
-
-def _measured(value: float | None) -> float | None:
-    return None if value is None or value == -1 or value != value else float(value)
 
 
 def _not_metrics(uri: str) -> str:

@@ -19,13 +19,13 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from raydet.common.boxes import Boxes, as_boxes
+from raydet.common.hashing import hashes_of
 from raydet.config import DEFAULT_MAX_PIXELS, DrawIf
 from raydet.images.decode import DecodeError, decode
 from raydet.images.drawing import Picture, at_readable_size, class_colours, draw_boxes
 from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.table import Table
-from raydet.training.ordering import hashes_of
 
 if TYPE_CHECKING:
     from raydet.images.collection import Collection

@@ -37,9 +37,10 @@ from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.models.geometry import ResizeRule
 from raydet.scoring.gallery import GalleryPainter, GalleryReport
-from raydet.scoring.stream import COUNTS_KEY, LOG_FOLDER, ScoringPlan, Work, score, threads_of
+from raydet.scoring.stream import COUNTS_KEY, LOG_FOLDER, ScoringPlan, Work, done_chunks, part_name, score, threads_of
 from raydet.tables import storage
-from raydet.tables.run_folder import Hold, check_folder, done_chunks, hold, open_run, part_name, stored_plan
+from raydet.tables.output_errors import refusal_of
+from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import MANIFEST_NAME, is_table, open_table, write_manifest
 
@@ -114,17 +115,10 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
     """Scores every image; run again after a kill, it does what is left.
 
     Raises:
-        UserError: Images, model or output folder are not what they should be. Nothing has been written then.
+        UserError: Collection, model or output folder are not what they should be. Nothing has been written then.
         RunError: The run cannot go on. What was written is whole, and the same command goes on from there.
     """
-    try:
-        return _predict(config, console or Console())
-    except OSError as error:
-        what = f"cannot write to {config.out}" if storage.has_code(error, *_REFUSALS) else "cannot read or write"
-        raise RunError(f"{what}: {error.strerror or _first_line(error)}; {_WHOLE}") from error
-
-
-def _predict(config: PredictConfig, console: Console) -> PredictResult:
+    console = console or Console()
     model = _check_model(config)
     # Workers have other working directories, and a run is the same whichever one it is started from.
     config = dataclasses.replace(
@@ -134,23 +128,25 @@ def _predict(config: PredictConfig, console: Console) -> PredictResult:
         checkpoint=model.name if config.checkpoint else None,
         model=model.name if config.model else None,
     )
-    check_folder(config.out, what="detections")
-    with hold(config.out, what="predict", tell=console.line) as held:
-        index_uri = storage.join(config.out, INDEX_FILE)
-        if stored_plan(config.out) is None:  # left by a run that ended before it began: files may have come since
-            storage.delete_file(index_uri)
-        images = open_collection(config.data, index_uri=index_uri)
-        run_identity = {
-            **identity(config),
-            "checkpoint_fingerprint": model.fingerprint,
-            "data_fingerprint": images.fingerprint,
-        }
-        if stored_plan(config.out) is not None:  # another run's folder is refused before Ray starts
-            open_run(config.out, run_identity, plan={}, what="detections")
-        if is_table(config.out):
-            drawn = _draw(config, model, images)
-            return dataclasses.replace(_result(config.out, already_done=True), report=tuple(drawn))
-        return _run(config, model, images, run_identity, console, held)
+    with open_folder(config.out, command="predict", tell=console.line) as folder:
+        return _predict_into(folder, config, model, console)
+
+
+def _predict_into(folder: OutputFolder, config: PredictConfig, model: _ModelFacts, console: Console) -> PredictResult:
+    folder.refuse_foreign()
+    if folder.record() is None:  # left by a run that ended before it began: files may have come since
+        folder.delete_file(INDEX_FILE)
+    images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE))
+    run_identity = {
+        **identity(config),
+        "checkpoint_fingerprint": model.fingerprint,
+        "data_fingerprint": images.fingerprint,
+    }
+    earlier = folder.admit(run_identity)
+    if is_table(folder.uri):
+        drawn = _draw(config, model, images)
+        return dataclasses.replace(_result(folder, already_done=True), report=tuple(drawn))
+    return _run(config, model, images, run_identity, earlier, console, folder)
 
 
 def _check_model(config: PredictConfig) -> _ModelFacts:
@@ -188,44 +184,50 @@ def _run(
     model: _ModelFacts,
     images: Collection,
     run_identity: dict[str, Any],
+    earlier: RunRecord | None,
     console: Console,
-    held: Hold,
+    folder: OutputFolder,
 ) -> PredictResult:
     started = time.perf_counter()
     stats = JobStats()
-    with session.session(storage.join(config.out, LOG_FOLDER)):
+    with session.session(folder.uri_of(LOG_FOLDER)):
         resources = _share_out(config)
-        log = storage.join(config.out, LOG_FOLDER, LOG_FILE)
+        log = folder.uri_of(LOG_FOLDER, LOG_FILE)
         console.line(f"{resources.describe(config.num_workers, config.num_workers)}. Ray log: {log}")
         if resources.remark:
             console.line(resources.remark)
         if resources.use_gpu is False and config.precision == "fp16":
             raise no_fp16_on_cpu(config.engine)
         _check_nodes(config)
-        work = _work(config, model, images, run_identity, resources)
+        work = _work(config, model, images, run_identity, earlier, resources, folder)
         reason, job = None, JobRecord.of_this_job()
         try:
             with console.status("starting workers") as update:
-                _score_all(work, resources, stats, update, console, held)
+                _score_all(work, resources, stats, update, console)
         except BaseException as error:
             reason = _first_line(error)
             raise
         finally:
             wall_s = time.perf_counter() - started
-            report = _write_report(config, stats, wall_s=wall_s, job=job, error=reason)
-    _finish(config, work.plan)
+            report = _write_report(folder, config, stats, wall_s=wall_s, job=job, error=reason)
+    _finish(folder, config, work.plan, images.id_space)
     drawn = _draw(config, model, images)
-    return dataclasses.replace(_result(config.out), report=(*report.lines(), *drawn))
+    return dataclasses.replace(_result(folder), report=(*report.lines(), *drawn))
 
 
 def _write_report(
-    config: PredictConfig, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None
+    folder: OutputFolder,
+    config: PredictConfig,
+    stats: JobStats,
+    *,
+    wall_s: float,
+    job: JobRecord,
+    error: str | None,
 ) -> JobReport:
     """Writes OUT/job.json, also of a run that has failed; a full disk has a line of its own then."""
-    uri = storage.join(config.out, JOB_FILE)
     earlier = None
     with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(storage.read_bytes(uri))
+        earlier = json.loads(folder.read_bytes(JOB_FILE))
     report = stats.finish(
         wall_s=wall_s,
         num_model_workers=config.num_workers,
@@ -236,7 +238,7 @@ def _write_report(
         earlier=earlier,
     )
     with contextlib.suppress(OSError):
-        storage.write_bytes(uri, json.dumps(without_secrets(report.to_dict()), indent=1).encode())
+        folder.write_bytes(json.dumps(without_secrets(report.to_dict()), indent=1).encode(), JOB_FILE)
     return report
 
 
@@ -268,10 +270,12 @@ def _work(
     model: _ModelFacts,
     images: Collection,
     run_identity: dict[str, Any],
+    earlier: RunRecord | None,
     resources: shares.Resources,
+    folder: OutputFolder,
 ) -> Work:
-    """What the workers need to know; asks one of them where that takes the model itself."""
-    plan = stored_plan(config.out)
+    """Says what the workers need to know; asks one of them where that takes the model itself."""
+    plan = None if earlier is None else earlier.plan
     reduce_to, batch_size = None, config.batch_size
     if config.reduced_decode or (batch_size == "auto" and plan is None):
         probe = ray.remote(_probe).options(num_cpus=resources.cpus_per_worker, num_gpus=int(resources.use_gpu))
@@ -284,11 +288,12 @@ def _work(
     if plan is None:
         assert isinstance(batch_size, int), "the probe has found a batch size"
         plan = dataclasses.asdict(_plan(config, images.num_rows, batch_size))
-    plan = open_run(config.out, run_identity, plan=plan, what="detections")
+        folder.begin(run_identity, plan=plan)
     if isinstance(config.batch_size, int):  # the cut into chunks and parts stays
         plan = {**plan, "batch_size": config.batch_size}
     return Work(
         config=config,
+        folder=folder,
         model_fingerprint=model.fingerprint,
         images=images,
         plan=ScoringPlan(**plan),
@@ -337,12 +342,11 @@ def _score_all(
     stats: JobStats,
     update: Callable[[str], None],
     console: Console,
-    held: Hold,
 ) -> None:
     """Scores what is left until nothing is; starts the pipeline again when the cluster has lost a part of itself."""
     failures, num_workers = 0, work.config.num_workers
     while True:
-        done = done_chunks(work.config.out)
+        done = done_chunks(work.folder)
         left = [chunk for chunk in range(work.plan.num_chunks) if chunk not in done]
         if not left:
             return
@@ -351,7 +355,7 @@ def _score_all(
         num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in done)
         try:
             for file_stats in score(work, left, resources, num_workers=num_workers):
-                held.check()
+                work.folder.check()
                 stats.add(file_stats)
                 num_rows += file_stats.num_images
                 update(f"{num_rows:,} of {work.plan.num_rows:,} images")
@@ -360,9 +364,9 @@ def _score_all(
             reason = _first_line(_causes(error)[-1])
         else:
             reason = "files are missing"
-            if done_chunks(work.config.out).issuperset(left):
+            if done_chunks(work.folder).issuperset(left):
                 continue
-        failures = 1 if done_chunks(work.config.out) > done else failures + 1
+        failures = 1 if done_chunks(work.folder) > done else failures + 1
         if failures > work.config.max_failures:
             raise RunError(f"the cluster has failed too often: {reason}; {_WHOLE}")
         # A cluster that grows by itself may have room again later; one that does not must do with what it has.
@@ -376,10 +380,8 @@ def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_s
     for cause in chain:
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from None
-        if isinstance(cause, OSError) and storage.has_code(cause, *_REFUSALS):
-            raise RunError(f"cannot write to {config.out}: {cause.strerror or _first_line(cause)}; {_WHOLE}") from error
-        if isinstance(cause, PermissionError):
-            raise RunError(f"no permission for {cause.filename or 'a file'}; {_WHOLE}") from error
+        if isinstance(cause, OSError) and (storage.has_code(cause, *_REFUSALS) or isinstance(cause, PermissionError)):
+            raise refusal_of(cause, config.out) from error
         if isinstance(cause, _NO_MEMORY) or "out of memory" in str(cause).lower():
             raise RunError(
                 f"out of memory in batches of {batch_size or 1} with {config.num_workers} workers; choose a smaller "
@@ -414,9 +416,9 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _finish(config: PredictConfig, plan: ScoringPlan) -> None:
+def _finish(folder: OutputFolder, config: PredictConfig, plan: ScoringPlan, id_space: str | None) -> None:
     """Counts what was written against what was asked for and declares the table whole."""
-    filesystem, path = storage.resolve(config.out)
+    filesystem, path = storage.resolve(folder.uri)
     rows_by_file: dict[str, int] = {}
     totals = {"num_errors": 0, "num_detections": 0}
     for name in map(part_name, range(plan.num_chunks)):
@@ -426,11 +428,11 @@ def _finish(config: PredictConfig, plan: ScoringPlan) -> None:
             totals[key] += count
     num_rows = sum(rows_by_file.values())
     assert num_rows == plan.num_rows, f"{num_rows} rows were written for {plan.num_rows} images"
-    write_manifest(config.out, rows_by_file, config_hash=config_hash(config), **totals)
+    write_manifest(folder.uri, rows_by_file, config_hash=config_hash(config), id_space=id_space, **totals)
 
 
-def _result(out: str, *, already_done: bool = False) -> PredictResult:
-    manifest = json.loads(storage.read_bytes(storage.join(out, MANIFEST_NAME)))
+def _result(folder: OutputFolder, *, already_done: bool = False) -> PredictResult:
+    manifest = json.loads(folder.read_bytes(MANIFEST_NAME))
     return PredictResult(
-        out, manifest["num_rows"], manifest["num_errors"], manifest["num_detections"], already_done=already_done
+        folder.uri, manifest["num_rows"], manifest["num_errors"], manifest["num_detections"], already_done=already_done
     )

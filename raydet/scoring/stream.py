@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ from raydet.images.listing import is_pattern
 from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
 from raydet.tables import storage
-from raydet.tables.run_folder import RUN_FILE, part_name
+from raydet.tables.output_folder import RUN_FILE, OutputFolder
 
 if TYPE_CHECKING:
     from raydet.models.detector import Detections
@@ -60,6 +61,7 @@ _IMAGES_PER_DECODE_TASK = 128
 _LOOK_AT_NODES_EVERY_S = 5.0
 _RETRIES = 3
 _LOG = logging.getLogger(__name__)
+_PART_NAME = re.compile(r"part-(\d{7,})\.parquet")
 
 _ENCODED_FIELDS = [
     ("position", pa.int64()),
@@ -113,6 +115,7 @@ class Work:
 
     Attributes:
         config: With absolute paths.
+        folder: Output folder.
         model_fingerprint: Of the checkpoint when the run began.
         images: What is scored.
         plan: How it is cut up.
@@ -122,12 +125,24 @@ class Work:
     """
 
     config: PredictConfig
+    folder: OutputFolder
     model_fingerprint: str
     images: Collection
     plan: ScoringPlan
     schema: pa.Schema
     sorts_by_shape: bool
     reduce_to: ResizeRule | None
+
+
+def part_name(chunk: int) -> str:
+    """Names the file that a chunk becomes."""
+    return f"part-{chunk:07d}.parquet"
+
+
+def done_chunks(folder: OutputFolder) -> set[int]:
+    """Lists the chunks whose file is there; files appear complete."""
+    matches = map(_PART_NAME.fullmatch, folder.list_files())
+    return {int(match[1]) for match in matches if match}
 
 
 class NodeLostError(ConnectionError):
@@ -186,7 +201,7 @@ def _pipeline(work: Work, chunks: Sequence[int], resources: Resources, num_worke
         **call_retries(_RETRIES),
     )
     dataset = dataset.map_batches(
-        partial(_write, out=work.config.out, schema=work.schema),
+        partial(_write, folder=work.folder, schema=work.schema),
         batch_size=work.plan.parts_per_chunk,
         batch_format="pyarrow",
         # Ray Data gives CPUs to the stages in their order: one that asks for any might wait until all is read.
@@ -200,7 +215,7 @@ def _pipeline(work: Work, chunks: Sequence[int], resources: Resources, num_worke
 def missing_here(work: Work) -> str | None:
     """Which of the run's places in a file tree this machine does not see; None if it sees them all."""
     config = work.config
-    places = [storage.join(config.out, RUN_FILE), *([] if is_pattern(config.data) else [config.data])]
+    places = [work.folder.uri_of(RUN_FILE), *([] if is_pattern(config.data) else [config.data])]
     return next((place for place in places if "://" not in place and not storage.exists(place)), None)
 
 
@@ -425,7 +440,7 @@ def _record(row: pa.StructScalar, found: "Iterator[Detections]") -> dict[str, An
     }
 
 
-def _write(blocks: pa.Table, out: str, schema: pa.Schema) -> pa.Table:
+def _write(blocks: pa.Table, folder: OutputFolder, schema: pa.Schema) -> pa.Table:
     """Writes the parts of one chunk into its file, whole or not at all."""
     watch = Stopwatch("writer")
     chunk, num_parts = blocks["chunk"][0].as_py(), blocks["num_parts"][0].as_py()
@@ -443,7 +458,7 @@ def _write(blocks: pa.Table, out: str, schema: pa.Schema) -> pa.Table:
         metadata = {**schema.metadata, COUNTS_KEY: json.dumps(counts)}
         sink = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(metadata), sink)
-        storage.write_bytes(storage.join(out, part_name(chunk)), sink.getvalue().to_pybytes())
+        folder.write_bytes(sink.getvalue().to_pybytes(), part_name(chunk))
     processes = [item for text in blocks["stats"].to_pylist() for item in json.loads(text)]
     own = watch.lap()
     job_metrics.passed_on(own, table.num_rows)

@@ -146,6 +146,19 @@ def flatten(
     return lengths, columns
 
 
+def take_rows(array: pa.Array, rows: Integers) -> pa.Array:
+    """Some elements of an array, by their places, int64; without pandas, as `numbers_of`."""
+    rows = np.ascontiguousarray(rows, np.int64)
+    return array.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
+
+
+def texts_of(texts: Sequence[str]) -> pa.LargeStringArray:
+    """An array of texts; without pandas, as `numbers_of`."""
+    encoded = [text.encode() for text in texts]
+    ends = starts_of(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+    return pa.LargeStringArray.from_buffers(len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
+
+
 def numbers_of(array: pa.Array) -> npt.NDArray[Any]:
     """The numbers or booleans of an array, 0 for null.
 

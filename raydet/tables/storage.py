@@ -8,8 +8,12 @@ ranges of a Parquet file and the parts of an upload too. What is not there or no
 
 import contextlib
 import os
+import re
+import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
@@ -28,6 +32,7 @@ GCS_RETRY_S = 60
 REMOTE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 """Of stores that pyarrow itself speaks to over a network."""
 WEB_SCHEMES = ("http", "https")
+_TOKEN_BYTES = 8
 _S3_OPTIONS_OUT_OF_REACH = {"smart_defaults", "tls_verify_certificates", "tls_ca_dir_path"}
 
 
@@ -158,32 +163,28 @@ def file_size(uri: str) -> int:
     return int(info.size)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Writes one whole file: a reader sees the old content or the new, never half of it.
+@contextlib.contextmanager
+def open_output(uri: str, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Opens a new file that appears at `uri`, complete, when the `with` block ends without an exception.
 
-    An upload to an object store that was killed leaves no object. Its parts stay with the store, out of sight, until
+    Until then a reader sees the old content or none. A local file is written under an unpredictable name beside its
+    place and then renamed, so that a link in that place is replaced and never written through.
+    An upload to an object store that was killed leaves no object. Its parts stay with the store, invisible, until
     a rule of the bucket for incomplete uploads removes them.
+
+    Args:
+        uri: Path or URI of the file; missing parent folders are created.
+        sync: Flush a local file to the disk before it is renamed, so that it survives a loss of power.
     """
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                # Or a loss of power may leave the new name with none of the new content.
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        with _local_output(Path(path), sync=sync) as file:
+            yield file
         return
     stream: pa.NativeFile | None = None
     try:
         stream = filesystem.open_output_stream(path, compression=None)
-        stream.write(data)
+        yield stream
         stream.close()
     except OSError:
         raise
@@ -194,6 +195,50 @@ def write_bytes(uri: str, data: bytes) -> None:
                 stream.close()
             filesystem.delete_file(path)
         raise
+
+
+@contextlib.contextmanager
+def _local_output(path: Path, *, sync: bool) -> Iterator[BinaryIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        partial = partial_name(path.name)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial, dir_fd=folder)
+            raise
+    finally:
+        os.close(folder)
+
+
+def partial_name(name: str) -> str:
+    """Returns an unpredictable name under which to write a file or folder before it is renamed to `name`."""
+    return f".{_beginning(name)}.{secrets.token_hex(_TOKEN_BYTES)}.partial"
+
+
+def is_partial(name: str, *, of: str | None = None) -> bool:
+    """Returns True for names that `partial_name` gives: for the file or folder `of`, or for any."""
+    beginning = ".+" if of is None else re.escape(_beginning(of))
+    return re.fullmatch(rf"\.{beginning}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}\.partial", name, re.S) is not None
+
+
+def _beginning(name: str) -> str:
+    # A name may have 255 bytes on most file systems.
+    return name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes one whole file: a reader sees the old content or the new, never half of it."""
+    with open_output(uri, sync=True) as file:
+        file.write(data)
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[str]:
@@ -228,41 +273,58 @@ def delete_folder(uri: str) -> None:
 def publish_folder(local_folder: str, uri: str) -> None:
     """Puts a finished local folder in the place of the one at a URI.
 
-    On a local disk the change is two renames, and `recover_folder` mends what a kill between them leaves. Object
-    stores have no rename: the files are copied, each of them whole.
+    On a local disk the change is two renames, and `recover_folder` mends what a kill between them leaves. Files and
+    folders get the permissions of the umask, whatever those of `local_folder` are. Object stores have no rename: the
+    files are copied, each of them whole.
     """
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
         pafs.copy_files(local_folder, path, destination_filesystem=filesystem)
         return
-    partial, previous = _neighbours(path)
-    for leftover in (partial, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    target, previous = Path(path), _previous(path)
+    recover_folder(uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(partial_name(target.name))
     try:
-        shutil.copytree(local_folder, partial)
-    except (OSError, shutil.Error) as error:
+        _copy_contents(Path(local_folder), partial)
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"cannot write {uri}: {error}") from error
-    if Path(path).exists():
-        Path(path).rename(previous)
-    partial.rename(path)
+        raise OSError(error.errno or 0, f"cannot write {uri}: {error.strerror or error}") from error
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _copy_contents(source: Path, target: Path) -> None:
+    target.mkdir()
+    for entry in source.iterdir():
+        if entry.is_dir():
+            _copy_contents(entry, target / entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)
 
 
 def recover_folder(uri: str) -> None:
     """Undoes a `publish_folder` that was killed before the new folder stood in its place."""
     filesystem, path = resolve(uri)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        partial, previous = _neighbours(path)
-        if previous.exists() and not Path(path).exists():
-            previous.rename(path)
-        shutil.rmtree(partial, ignore_errors=True)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        return
+    target, previous = Path(path), _previous(path)
+    if previous.is_dir() and not previous.is_symlink() and not target.exists():
+        previous.rename(target)
+    if previous.is_symlink():
+        previous.unlink()
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.parent.is_dir():
+        for entry in target.parent.iterdir():
+            if is_partial(entry.name, of=target.name):
+                shutil.rmtree(entry, ignore_errors=True)
 
 
-def _neighbours(path: str) -> tuple[Path, Path]:
+def _previous(path: str) -> Path:
     target = Path(path)
-    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.previous")
+    return target.with_name(f".{target.name}.previous")
 
 
 def fetch_folder(uri: str, local_folder: str) -> None:
@@ -272,17 +334,6 @@ def fetch_folder(uri: str, local_folder: str) -> None:
         target = Path(local_folder, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         pafs.copy_files(f"{path}/{name}", str(target), source_filesystem=filesystem)
-
-
-def refuse_file(out: str) -> None:
-    """Refuses an output folder in whose place there is a file.
-
-    Raises:
-        UserError: There is one.
-    """
-    filesystem, path = resolve(out)
-    if filesystem.get_file_info(path).type == pafs.FileType.File:
-        raise UserError(f"{out} is a file; out must name a folder")
 
 
 def has_code(error: OSError, *codes: int) -> bool:

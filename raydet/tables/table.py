@@ -6,8 +6,10 @@ the hash of the configuration that made it. Readers refuse a folder without one.
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
@@ -196,7 +198,8 @@ def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: s
 class FileWriter:
     """Writes batches into one Parquet file, in row groups of `ROW_GROUP_BYTES` or a batch more.
 
-    Use it as a context manager, or call `close`. The file is there once the first row group is written.
+    Use it as a context manager, or call `close`. The file appears when it is closed, complete; a file without rows
+    does not appear.
 
     Attributes:
         num_rows: Rows in the row groups that are written.
@@ -204,8 +207,9 @@ class FileWriter:
     """
 
     def __init__(self, uri: str, schema: pa.Schema) -> None:
-        self._filesystem, self._path = storage.resolve(uri)
+        self._uri = uri
         self._schema = schema
+        self._output = contextlib.ExitStack()
         self._pending: list[pa.RecordBatch] = []
         self._pending_bytes = 0
         self._writer: pq.ParquetWriter | None = None
@@ -231,25 +235,40 @@ class FileWriter:
             return
         table = pa.Table.from_batches(self._pending, schema=self._schema)
         if self._writer is None:
-            options = _column_options(self._schema)
-            self._writer = pq.ParquetWriter(self._path, self._schema, filesystem=self._filesystem, **options)
+            file = self._output.enter_context(storage.open_output(self._uri))
+            self._writer = pq.ParquetWriter(file, self._schema, **_column_options(self._schema))
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self.num_rows += table.num_rows
         self.num_bytes += self._pending_bytes
         self._pending, self._pending_bytes = [], 0
 
     def close(self) -> None:
-        """Ends the file; what is pending and was not flushed is left out."""
-        if self._writer is not None:
-            self._writer.close()
+        """Finishes the file, without the rows that were not flushed."""
+        with self._output:
+            if self._writer is not None:
+                self._writer.close()
         self._writer = None
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        try:
-            if error_type is None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error_type is None:
+            try:
                 self.flush()
-        finally:
-            self.close()
+                self.close()
+            except BaseException:
+                self._discard(*sys.exc_info())
+                raise
+        else:
+            self._discard(error_type, error, traceback)
+
+    def _discard(self, *error: Any) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer.is_open = False  # or it would try again when it is collected
+        self._writer = None
+        self._output.__exit__(*error)
 
 
 def _column_options(schema: pa.Schema) -> dict[str, Any]:
@@ -304,12 +323,14 @@ class TableWriter:
         if self._files:
             next(reversed(self._files.values())).flush()
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error_type is None and not self._files:
             # A table without rows still has a file, which carries the schema.
             self.write(pa.RecordBatch.from_pylist([], schema=self._schema))
         for file in self._files.values():
-            file.__exit__(error_type)
+            file.__exit__(error_type, error, traceback)
         if error_type is None:
             rows = {name: file.num_rows for name, file in self._files.items()}
             write_manifest(self.uri, rows, config_hash=self._config_hash, **self.extra)

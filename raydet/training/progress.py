@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from raydet.common.console import Console
+from raydet.common.console import Console, shown
 from raydet.training.history import EpochRecord, ValidationRecord
 
 _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -73,7 +73,7 @@ class _Table:
         values = [entry.value(name) for name in _COCO_COLUMNS]
         cells = [f"{entry.epoch}/{self._epochs}", f"{entry.loss:.3f}"]
         cells += [f"{entry.losses[name]:.3f}" for name in terms]
-        cells += ["–" if value is None else f"{value:.3f}" for value in values]
+        cells += [shown(value) for value in values]
         cells += [f"{entry.learning_rate:.1e}", f"{entry.images_per_s:.1f}", f"{entry.total_s:.1f}"]
         self._console.line("".join(f"{cell:>10}" for cell in cells))
         for remark in _remarks(entry):
@@ -85,7 +85,7 @@ def _remarks(record: EpochRecord) -> list[str]:
     remarks = []
     by_class = (record.validation or ValidationRecord()).ap_by_class
     if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
-        numbers = [f"{name} {'–' if value is None else format(value, '.3f')}" for name, value in by_class.items()]
+        numbers = [f"{name} {shown(value)}" for name, value in by_class.items()]
         remarks.append(f"AP by class: {', '.join(numbers)}")
     if record.num_unreadable:
         remarks.append(f"{record.num_unreadable} training images could not be read; raydet skipped them")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import yaml
 
 from raydet.cluster import session, shares
 from raydet.cluster.board import open_board
@@ -19,15 +18,18 @@ from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.signals import noting_stop_requests
-from raydet.config import TrainConfig, changed_fields, to_yaml
+from raydet.config import TrainConfig, identity, to_yaml
 from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
 from raydet.models.families import family_of
 from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
+from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import MANIFEST_NAME, Table, open_table
 from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
 from raydet.training.launch import free_workers, run_workers
 from raydet.training.progress import Entry, following
+
+_FOLDERS = (STATES_FOLDER, "checkpoint", "last")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, console: Console | None = None, on_epoch: Callable[[EpochRecord], None] | None = None
+    config: TrainConfig,
+    *,
+    console: Console | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    wait_for_folder_s: float = 0.0,
 ) -> TrainResult:
     """Trains a detector; run again after a kill, it resumes.
 
@@ -77,6 +83,7 @@ def train(
         config: What to train.
         console: Where to say how far it is.
         on_epoch: Is given the record of each epoch that ends, in a thread of its own.
+        wait_for_folder_s: Time to wait for an earlier run to release the folder.
 
     Raises:
         UserError: Tables, model or run folder are not what they should be. Nothing has been written then.
@@ -94,8 +101,19 @@ def train(
         val_data=tables["validate"].uri,
         model=storage.absolute_uri(config.model) if storage.exists(config.model) else config.model,
     )
-    history = _check_run_folder(config)
-    checkpoint = storage.join(out, "checkpoint")
+    with open_folder(out, command="train", tell=console.line, wait_s=wait_for_folder_s) as folder:
+        return _train_into(folder, config, tables, console, on_epoch)
+
+
+def _train_into(
+    folder: OutputFolder,
+    config: TrainConfig,
+    tables: dict[str, Table],
+    console: Console,
+    on_epoch: Callable[[EpochRecord], None] | None,
+) -> TrainResult:
+    out, history = folder.uri, _check_run_folder(folder, config)
+    checkpoint = folder.uri_of("checkpoint")
     if _is_finished(config, history) and storage.exists(storage.join(checkpoint, "config.json")):
         return TrainResult(
             out, checkpoint, history[: config.epochs], metric=config.metric_for_best_model, already_done=True
@@ -112,7 +130,8 @@ def train(
             cpus_per_worker=config.cpus_per_worker,
         )
         _check_nodes(config)
-        storage.write_bytes(storage.join(out, "config.yaml"), to_yaml(config).encode())
+        folder.begin(identity(config), folders=_FOLDERS)
+        folder.write_bytes(to_yaml(config).encode(), "config.yaml")
         JobRecord.of_this_job().write(storage.join(out, "log"))
         console.line(
             f"{resources.describe(config.min_workers, config.max_workers)}. Ray log: "
@@ -125,9 +144,11 @@ def train(
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
             failure = run_workers(config, tables, resources, board, stop)
         free_workers(out)
+        folder.check()
         if failure is not None:
             if failure.is_mistake and not history:
-                storage.delete_file(storage.join(out, "config.yaml"))
+                folder.delete_file("config.yaml")
+                folder.forget()
             raise failure.to_error()
         _, progress = ray.get(board.read.remote(0))
     finished = read_history(out)
@@ -219,23 +240,13 @@ def _check_nodes(config: TrainConfig) -> None:
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, "log")))
 
 
-def _check_run_folder(config: TrainConfig) -> list[EpochRecord]:
-    """The history of the run in the folder, empty if there is none; refuses another run's folder."""
-    path = storage.join(config.out, "config.yaml")
-    if not storage.exists(path):
-        if storage.list_files(config.out):
-            raise UserError(f"--out {config.out} holds files that are no raydet run; choose another folder")
-        return []
-    storage.recover_folder(storage.join(config.out, "last"))
-    storage.recover_folder(storage.join(config.out, "checkpoint"))
-    changes = changed_fields(config, yaml.safe_load(storage.read_bytes(path)))
+def _check_run_folder(folder: OutputFolder, config: TrainConfig) -> list[EpochRecord]:
+    """Reads the history of the run in the folder, empty if there is none; refuses another run's folder."""
     # A run that ended before its first checkpoint has left nothing that other settings could spoil.
-    if changes and storage.list_files(storage.join(config.out, STATES_FOLDER)):
-        raise UserError(
-            f"--out {config.out} already holds another run ({'; '.join(changes)}); choose another folder, or the "
-            "same settings to go on with it"
-        )
-    return read_history(config.out)
+    folder.admit(identity(config), folders=_FOLDERS, is_disposable=not folder.list_files(STATES_FOLDER))
+    for name in ("last", "checkpoint"):
+        storage.recover_folder(folder.uri_of(name))
+    return read_history(folder.uri)
 
 
 def _check_recipe(config: TrainConfig) -> None:

@@ -111,16 +111,10 @@ def _picture(example: Example, truth: ImageTruth, found: Detections, categories:
 def _record(result: CocoResult, *, seconds: float) -> ValidationRecord:
     """The numbers that the history keeps of a validation."""
     return ValidationRecord(
-        numbers={name: _defined(value) for name, value in result.numbers().items()},
+        numbers=result.values,
         ap_by_class={
-            category.name: _defined(numbers.AP)
-            for category, numbers in zip(result.categories, result.per_class, strict=True)
+            category.name: numbers.AP for category, numbers in zip(result.categories, result.per_class, strict=True)
         },
         num_unreadable=result.num_unreadable,
         seconds=seconds,
     )
-
-
-def _defined(value: float | None) -> float | None:
-    """A number, or None where COCO has its -1 for nothing to measure."""
-    return None if value is None or value == -1 else value

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from raydet.common.console import shown
 from raydet.tuning.plan import TuningPlan
 from raydet.tuning.records import Trial, natural
 
@@ -47,7 +48,7 @@ class Follower:
 def trial_line(plan: TuningPlan, trial: Trial, *, is_best: bool) -> str:
     """A trial in one line."""
     score = trial.score(plan.metric)
-    value = "–" if score is None else f"{natural(score, plan.metric):.3f}"
+    value = shown(None if score is None else natural(score, plan.metric))
     epochs = f"{len(trial.history)} epoch{'' if len(trial.history) == 1 else 's'}"
     values = ", ".join(f"{name} {in_short(value)}" for name, value in plan.values(trial.parameters).items())
     mark = " *" if is_best else "  "

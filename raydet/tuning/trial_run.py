@@ -17,6 +17,8 @@ from raydet.tuning.records import best_so_far, load_states, read_history
 
 EPOCH, SCORE, OUTCOME, ERROR = "epoch", "score", "outcome", "error"
 """What Tune is told: an epoch with the best score so far, and at the end how it went."""
+_WAIT_FOR_FOLDER_S = 120.0
+"""A network file system may keep the lock of a trial's process for that long after its node was lost."""
 FINISHED, FAILED = "finished", "failed"
 JOB = "job"
 """The one parameter that Tune knows of: all that a trial is, as JSON."""
@@ -31,7 +33,7 @@ def run_trial(parameters: dict[str, str]) -> None:
             free_workers(trial.folder(job["search"]))
     reporter = _Reporter(config)
     try:
-        result = train(config, on_epoch=reporter.add)
+        result = train(config, on_epoch=reporter.add, wait_for_folder_s=_WAIT_FOR_FOLDER_S)
         if not best_so_far(result.history, config.metric_for_best_model):
             raise RunError(f"no epoch has measured {config.metric_for_best_model}")
     except Exception as error:

@@ -15,19 +15,20 @@ from raydet.common.errors import RunError, UserError
 from raydet.config import TrainConfig, TuneConfig, identity, to_yaml
 from raydet.config.options import build
 from raydet.tables import storage
-from raydet.tables.run_folder import check_folder, hold, open_run
+from raydet.tables.output_folder import open_folder
 from raydet.training.train import check
 from raydet.tuning import records
 from raydet.tuning.execution import run_trials
 from raydet.tuning.following import Follower
 from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.resources import Share, share_out
-from raydet.tuning.results import TuneResult, write_results
+from raydet.tuning.results import BEST_FOLDER, TuneResult, write_results
 from raydet.tuning.search import check_search
 from raydet.tuning.space import Dimension, check_name, naming, parse_space, typed, value_in, with_parameters, with_value
 
 __all__ = ["TuneResult", "tune"]
 
+_FOLDERS = (records.TRIALS_FOLDER, BEST_FOLDER)
 _CHANGE_WHAT_COMES_OUT = ("epochs", "early_stopping_patience")
 """Options of train that may change when a run goes on, but not between the trials of a search."""
 
@@ -42,11 +43,12 @@ def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
     console = console or Console()
     plan = make_plan(config)
     check_search(config.search)
-    with hold(plan.out, what="tune", tell=console.line):
-        check_folder(plan.out, what="search")
+    with open_folder(plan.out, command="tune", tell=console.line) as folder:
+        folder.refuse_foreign(_FOLDERS)
         _check_trainings(plan)
-        open_run(plan.out, _identity(plan), plan={}, what="search")
-        storage.write_bytes(storage.join(plan.out, "config.yaml"), to_yaml(config).encode())
+        if folder.admit(_identity(plan), folders=_FOLDERS) is None:
+            folder.begin(_identity(plan), folders=_FOLDERS)
+        folder.write_bytes(to_yaml(config).encode(), "config.yaml")
         search = Search(plan, records.load(plan.out))
         num_to_do = search.num_to_do
         is_over = _run(search, console) if num_to_do else True

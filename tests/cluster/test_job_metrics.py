@@ -13,7 +13,8 @@ SCRIPT = """
     import json, sys, tempfile, time, urllib.request
     import ray
     from prometheus_client.parser import text_string_to_metric_families
-    from raydet import PredictConfig, TrainConfig, cluster, job_metrics, predict, train
+    from raydet import PredictConfig, TrainConfig, predict, train
+    from raydet.cluster import job_metrics, session
 
     def scrape():
         node, = ray.nodes()
@@ -38,7 +39,7 @@ SCRIPT = """
             job_metrics.epoch_validated(0.25)
 
     train_config, predict_config = json.loads(sys.argv[1])
-    with tempfile.TemporaryDirectory() as log, cluster.session(log):
+    with tempfile.TemporaryDirectory() as log, session.session(log):
         train(TrainConfig(**train_config))
         trained = wait_for(lambda samples: total(samples, "ray_raydet_train_images_total") >= 24)
         teller = ray.remote(num_cpus=0)(Teller).remote()

@@ -45,6 +45,7 @@ def _ap(trained: tuple[str, str], folder: Path, **options: object) -> float:
     result = predict(config)
     assert json.loads(Path(result.out, "job.json").read_text())["num_images"] == 87
     ap = evaluate(EvaluateConfig(truth=data, detections=result.out)).result.AP
+    assert ap is not None
     print(f"AP {ap:.4f} with {options or 'torch, fp32'}")
     return ap
 

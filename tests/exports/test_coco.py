@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,15 @@ def noisy_detections(truth: str, folder: Path) -> str:
     table = open_table(truth, "images")
     generator = np.random.default_rng(1)
     rows = []
-    for row in table.read(["image_id", "objects"]).to_pylist():
+    for row in table.read(["image_id", "image", "objects"]).to_pylist():
         found = []
         for box, category in zip(row["objects"]["bbox"], row["objects"]["category"], strict=True):
             for _ in range(generator.integers(0, 4)):
                 near = np.array(box) + generator.normal(0, 2, 4)
                 other = category if generator.random() < 0.8 else int(generator.integers(len(table.categories)))
                 found.append((np.maximum(near, 0.5).tolist(), float(generator.integers(1, 11)) / 10, other))
-        rows.append(detections(row["image_id"], *sorted(found, key=lambda item: -item[1])))
+        own = detections(row["image_id"], *sorted(found, key=lambda item: -item[1]))
+        rows.append({**own, "path": row["image"]["path"]})
     return write_detections(folder, rows, list(table.categories))
 
 
@@ -133,10 +135,10 @@ def test_evaluate_gives_the_same_for_the_json_as_for_the_tables(shapes: Path, tm
     _export(table, results)
     _export(truth, instances)
     expected = evaluate(EvaluateConfig(truth=truth, detections=table)).result
-    assert 0.05 < expected.numbers()["AP"] < 0.95
+    assert expected.AP is not None and 0.05 < expected.AP < 0.95
     for truth_uri, detections_uri in ((truth, results), (instances, results), (instances, table)):
         result = evaluate(EvaluateConfig(truth=truth_uri, detections=detections_uri)).result
-        assert result.numbers() == expected.numbers()
+        assert result.values == expected.values
         assert result.per_class == expected.per_class
 
 
@@ -244,12 +246,13 @@ def test_mistakes_get_one_line_and_leave_what_was_there(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             _export(write_detections(tmp_path / str(number), rows, categories), str(out))
         assert "\n" not in str(caught.value)
-    cut = tmp_path / "good" / "part-00000.parquet"
+    cut = tmp_path / "cut" / "part-00000.parquet"
+    shutil.copytree(tmp_path / "good", cut.parent)
     cut.write_bytes(cut.read_bytes()[:-200])
     for source, target, message in (
         (tmp_path / "nowhere", out, "no such table"),
-        (tmp_path / "good", tmp_path / "r.csv", r"must name a \.json file"),
-        (tmp_path / "good", out, "damaged|Parquet"),
+        (tmp_path / "good", tmp_path / "r.csv", r"must name a file that ends in \.json"),
+        (cut.parent, out, "damaged|Parquet"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             _export(str(source), str(target))

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -423,7 +424,7 @@ def test_findings_beside_splits_are_told_of_the_split_whose_images_they_are_abou
 
     def counts(data: str, val: str | None = None) -> dict[tuple[str, str], int]:
         val_data = None if val is None else str(tmp_path / val)
-        options: Row = {"out": str(tmp_path / "out"), "augmentation": "none", "num_images": 0}
+        options: Row = {"out": str(tmp_path / f"out {data} {val}"), "augmentation": "none", "num_images": 0}
         config = InspectConfig(data=str(tmp_path / data), val_data=val_data, **options)
         found = inspect(config).findings.counts
         return {key: found[key] for key in found if key[1] in ("box cut", "box lost", "stray file", "rejected")}
@@ -436,9 +437,10 @@ def test_findings_beside_splits_are_told_of_the_split_whose_images_they_are_abou
 
 
 def test_two_tables_are_compared_and_a_second_run_takes_the_place_of_the_first(shapes: Path, tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
+    out, val = str(tmp_path / "out"), tmp_path / "val"
     options: Row = {"data": str(shapes / "train"), "out": out, "augmentation": "none", "num_images": 1}
-    first = inspect(InspectConfig(**options, val_data=str(shapes / "train")))
+    shutil.copytree(shapes / "train", val)
+    first = inspect(InspectConfig(**options, val_data=str(val)))
     assert first.findings.counts["data", "identical_images"] == 24
     drifts = {
         row["name"]: row["value"]
@@ -447,7 +449,11 @@ def test_two_tables_are_compared_and_a_second_run_takes_the_place_of_the_first(s
     }
     assert len(drifts) == 7 and set(drifts.values()) == {0.0}
     assert "Same image in both tables" in page_of(first).text
-    second = inspect(InspectConfig(**options, val_data=str(shapes / "val")))
+    with pytest.raises(UserError, match=r"already holds another run \(num_images: 1 → 2\)"):
+        inspect(InspectConfig(**options | {"num_images": 2}, val_data=str(val)))
+    shutil.rmtree(val)
+    shutil.copytree(shapes / "val", val)
+    second = inspect(InspectConfig(**options, val_data=str(val)))
     assert ("data", "identical_images") not in second.findings.counts
     assert "Same image in both tables" not in page_of(second).text
     assert open_table(f"{out}/per_class", "per_class").num_rows == 2 * len(second.names)
@@ -493,9 +499,9 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 def test_a_folder_with_other_things_is_left_alone(evil: Path, tmp_path: Path) -> None:
     (tmp_path / "per_class").mkdir()
     (tmp_path / "per_class" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds files that are not of `inspect`, such as per_class/notes\.txt"):
+    with pytest.raises(UserError, match=r"files that raydet did not write, such as per_class/notes\.txt"):
         inspect(InspectConfig(data=str(evil / "data"), out=str(tmp_path)))
-    with pytest.raises(UserError, match="is a file; out must name a folder"):
+    with pytest.raises(UserError, match="is a file; --out must name a folder"):
         inspect(InspectConfig(data=str(evil / "data"), out=str(tmp_path / "per_class" / "notes.txt")))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
 

@@ -109,7 +109,7 @@ def test_values_are_those_of_evaluate(runs: dict[str, Any]) -> None:
         result = evaluate(EvaluateConfig(truth=runs["truth"], detections=runs[name], bootstrap=0)).result
         for metric, interval in side.overall.items():
             expected = getattr(result, metric)
-            assert interval.value == (None if expected == -1 else pytest.approx(expected, abs=1e-12))
+            assert interval.value == (None if expected is None else pytest.approx(expected, abs=1e-12))
 
 
 def test_a_run_against_itself_differs_nowhere(runs: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ def test_out_that_holds_something_else_is_refused(runs: dict[str, Any], tmp_path
     config = CompareConfig(**runs, bootstrap=5, out=str(out))
     compare(config)
     compare(config)  # the very same may be written again
-    with pytest.raises(UserError, match="holds another comparison"):
+    with pytest.raises(UserError, match=r"already holds another run \(bootstrap: 5 → 6\)"):
         compare(CompareConfig(**runs, bootstrap=6, out=str(out)))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -188,6 +188,6 @@ def test_out_that_holds_something_else_is_refused(runs: dict[str, Any], tmp_path
     mine = tmp_path / "mine" / "comparison"
     mine.mkdir(parents=True)
     (mine / "notes.txt").write_text("keep me")
-    with pytest.raises(UserError, match="files that are not raydet's"):
+    with pytest.raises(UserError, match="files that raydet did not write"):
         compare(CompareConfig(**runs, bootstrap=5, out=str(tmp_path / "mine")))
     assert (mine / "notes.txt").exists()

@@ -76,7 +76,7 @@ def test_shards_are_the_whole_to_the_last_bit(
     scored, result = measure_shards(
         dataclasses.replace(config, ray_address=None, num_shards=num_shards), truth, protocol
     )
-    assert 0 < result.AR1 < 1
+    assert result.AR1 is not None and 0 < result.AR1 < 1
     assert result == expected
     assert np.array_equal(result.precision, expected.precision)
     assert np.array_equal(result.recall, expected.recall)

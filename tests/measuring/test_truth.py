@@ -46,7 +46,7 @@ def test_tables_and_json_give_the_same_columns(test_data: Path, tmp_path: Path) 
     truths = [read_truth(str(file)), read_truth(str(tmp_path / "truth"))]
     assert boxes_of(truths[0].columns) == boxes_of(truths[1].columns)
     assert (np.diff(truths[1].columns.image_ids) > 0).all()
-    assert truths[0].sizes_hw.tolist() == truths[1].sizes_hw.tolist()
+    assert truths[0].images.sizes_hw.tolist() == truths[1].images.sizes_hw.tolist()
     scored = [read_detections(str(tmp_path / name), truth) for name in ("results.json", "found") for truth in truths]
     for other in scored[1:]:
         assert boxes_of(other.columns) == boxes_of(scored[0].columns)
@@ -61,7 +61,7 @@ def test_json_that_is_read_entry_by_entry_gives_the_same_columns(test_data: Path
     (tmp_path / "odd.json").write_text(json.dumps(content))
     right, odd = (read_truth(str(tmp_path / name)) for name in ("right.json", "odd.json"))
     assert boxes_of(right.columns) == boxes_of(odd.columns)
-    assert (right.sizes_hw != odd.sizes_hw).sum() == 1
+    assert (right.images.sizes_hw != odd.images.sizes_hw).sum() == 1
 
 
 def test_an_area_that_is_no_number_is_refused(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_an_empty_table_is_a_mistake(tmp_path: Path, count: int) -> None:
     objects: Row = {"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []}
     write_images(tmp_path / "truth", [{"image_id": 1, "width": 9, "height": 9, "objects": objects}], categories)
     nothing: Row = {"bbox": [], "score": [], "category": []}
-    rows = [{"image_id": 1, "path": "a", "width": 9, "height": 9, "detections": nothing, "error": None}]
+    rows = [{"image_id": 1, "path": "a.png", "width": 9, "height": 9, "detections": nothing, "error": None}]
     write_detections(tmp_path / "found", rows[:count], categories)
     truth = read_truth(str(tmp_path / "truth"))
     if count:
@@ -141,3 +141,22 @@ def test_numbers_come_without_large_packages(test_data: Path, tmp_path: Path, is
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert printed.stdout.strip() == "[]"
+
+
+def test_ids_in_quotes_are_read_as_prepare_reads_them(tmp_path: Path) -> None:
+    def content(quoted: bool) -> Row:
+        def number(value: int) -> Any:
+            return str(value) if quoted else value
+
+        box = {"image_id": number(4), "category_id": number(7), "bbox": [1, 2, 3, 4], "iscrowd": number(1)}
+        image = {"id": number(4), "file_name": "a.jpg", "width": number(9), "height": number(8)}
+        return {"images": [image], "annotations": [box], "categories": [{"id": number(7), "name": "b"}]}
+
+    truths = []
+    for quoted in (False, True):
+        path = tmp_path / f"{quoted}.json"
+        path.write_text(json.dumps(content(quoted)))
+        truths.append(read_truth(str(path)))
+    assert boxes_of(truths[0].columns) == boxes_of(truths[1].columns)
+    assert truths[0].images.sizes_hw.tolist() == truths[1].images.sizes_hw.tolist() == [[8, 9]]
+    assert truths[0].categories == truths[1].categories

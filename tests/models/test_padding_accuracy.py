@@ -114,7 +114,7 @@ def test_padding_does_not_change_ap(tmp_path: Path) -> None:
                 pad_batches=pad_batches,
             )
         )
-        ap[pad_batches] = evaluate(EvaluateConfig(truth=scored, detections=found.out)).result.AP
+        ap[pad_batches] = evaluate(EvaluateConfig(truth=scored, detections=found.out)).result.AP or 0.0
     print(f"AP padded {ap[True]:.4f}, each size by itself {ap[False]:.4f}")
     assert ap[False] > 0.15
     assert ap[True] == pytest.approx(ap[False], abs=0.001)

@@ -35,6 +35,7 @@ from raydet.measuring.evaluate import evaluate
 from raydet.preparation.prepare import prepare_coco, prepare_images, prepare_shapes
 from raydet.preparation.sources.fitting import fit_objects
 from raydet.preparation.sources.source import SourceObjects
+from raydet.tables.output_folder import RUN_FILE
 from raydet.tables.table import MANIFEST_NAME, open_table
 from tests.small_sets import annotation, files_below, rows_of, save_coco, save_image
 
@@ -232,7 +233,7 @@ def test_running_again_does_nothing_and_another_table_is_never_overwritten(tmp_p
     assert {**vars(again), "already_done": False} == vars(first)
     assert "already prepared" in again.lines()[-1]
     other = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), max_pixels=10**7)
-    with pytest.raises(UserError, match="already holds another table; choose another --out or remove it"):
+    with pytest.raises(UserError, match=r"already holds another run \(max_pixels: \d+ → 10000000\)"):
         prepare_images(other)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files_below(tmp_path / "out")} == before
     assert open_table(str(tmp_path / "out"), "images").manifest["config_hash"] == config_hash(config)
@@ -246,7 +247,7 @@ def test_files_of_the_users_are_never_touched(tmp_path: Path, name: str) -> None
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"mine")
-    with pytest.raises(UserError, match=f"files that are not raydet's, such as {name}"):
+    with pytest.raises(UserError, match=f"files that raydet did not write, such as {name}"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out")))
     assert path.read_bytes() == b"mine" and files_below(tmp_path / "out") == [name]
     with pytest.raises(UserError, match="is a file; --out must name a folder"):
@@ -278,12 +279,12 @@ prepare_shapes(PrepareShapesConfig(out=sys.argv[1], num_train=100_000, image_siz
 """
     with subprocess.Popen([sys.executable, "-c", script, str(out)]) as process:
         deadline = time.monotonic() + 60
-        while not (out / "train" / "part-00000.parquet").exists() and time.monotonic() < deadline:
+        while not list((out / "train").glob(".part-00000.parquet.*.partial")) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     left = files_below(out / "train")
-    assert "part-00000.parquet" in left and MANIFEST_NAME not in left
+    assert any("part-00000.parquet" in name for name in left) and MANIFEST_NAME not in left
     with pytest.raises(UserError, match="not a whole raydet table"):
         open_table(str(out / "train"), "images")
     report = prepare_shapes(PrepareShapesConfig(out=str(out), num_train=5, num_val=3))
@@ -294,6 +295,7 @@ prepare_shapes(PrepareShapesConfig(out=sys.argv[1], num_train=100_000, image_siz
         MANIFEST_NAME,
         f"_rejected/{MANIFEST_NAME}",
         "_rejected/part-00000.parquet",
+        RUN_FILE,
         "part-00000.parquet",
     ]
     assert len(rows_of(out / "train")) == 5
@@ -319,7 +321,7 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path: Path) -> None:
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "none"), out=out))
     assert not Path(out).exists()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"cannot write to|is a file"):
+    with pytest.raises(UserError, match=r"cannot be written: Not a directory"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "file" / "out")))
 
 

@@ -1,7 +1,9 @@
 """Splits, parts and executors: the same rows, whoever makes the tables."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +22,9 @@ from raydet.config import PrepareCocoConfig, PrepareImagesConfig, PrepareShapesC
 from raydet.images.files import ImageFolder
 from raydet.preparation import prepare as preparation
 from raydet.preparation import surveying
-from raydet.preparation.prepare import PrepareReport, _write_files, prepare_coco, prepare_images, prepare_shapes
+from raydet.preparation.prepare import PrepareReport, _prepare, prepare_coco, prepare_images, prepare_shapes
 from raydet.preparation.sources.images import read_images
+from raydet.tables.output_folder import RUN_FILE
 from raydet.tables.table import MANIFEST_NAME, open_table
 from tests.small_sets import files_below, rows_of, save_coco, save_image
 
@@ -122,6 +125,12 @@ def test_the_split_follows_the_content_and_not_names_order_or_storage(data_set: 
         return {row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes() for row in rows}
 
     assert held_out("a") == held_out("b") == held_out("c") != held_out("d")
+    prepare(data_set, tmp_path / "whole")
+    spaces = [
+        open_table(str(tmp_path / name), "images").manifest["id_space"]
+        for name in ("whole", "a/train", "a/val", "c/val", "b/val")
+    ]
+    assert [space == spaces[0] for space in spaces] == [True, True, True, True, False]
 
 
 def test_a_class_too_rare_for_validation_is_named(tmp_path: Path) -> None:
@@ -132,7 +141,7 @@ def test_a_class_too_rare_for_validation_is_named(tmp_path: Path) -> None:
     save_coco(tmp_path, images, boxes, CATEGORIES)
     report = prepare(tmp_path, tmp_path / "out", val_fraction=0.2)
     assert report.not_in_val == ["class 6"] and report.splits["train"]["boxes_by_class"]["class 6"] == 1
-    assert any(line == "  not in val, since too few images have them: class 6" for line in report.lines())
+    assert any("val" in line and line.endswith(": class 6") for line in report.lines())
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -182,7 +191,7 @@ def test_an_image_that_changes_under_way_is_no_silent_mistake(data_set: Path, tm
     )
     source = read_images(folder)
     with pytest.raises(RunError, match=r"^05.png changed while it was being prepared; run the same command again$"):
-        _write_files(config, source, folder)
+        _prepare(config, lambda _: (source, folder))
     assert not (tmp_path / "out").exists()
 
 
@@ -201,12 +210,10 @@ def test_what_a_killed_split_leaves_is_cleaned(data_set: Path, tmp_path: Path) -
     before = contents_below(out)
     # As after a kill between the manifests of val and train.
     (out / "train" / MANIFEST_NAME).unlink()
-    (out / "_preparing.json").write_text(json.dumps({"config_hash": "x", "splits": ["train", "val"]}))
     report = prepare(data_set, out, val_fraction=0.25)
     assert not report.already_done and vars(report) == vars(first) and contents_below(out) == before
     # Another run in the same place, without a split, leaves nothing of that one.
     (out / "train" / MANIFEST_NAME).unlink()
-    (out / "_preparing.json").write_text(json.dumps({"config_hash": "x", "splits": ["train", "val"]}))
     prepare(data_set, out)
     assert not (out / "train").exists() and len(rows_of(out)) == 38
 
@@ -215,15 +222,16 @@ def test_tables_of_others_below_out_are_never_touched(data_set: Path, tmp_path: 
     out = tmp_path / "out"
     prepare(data_set, out / "val")
     before = contents_below(out)
-    with pytest.raises(UserError, match=r"holds files that are not raydet's, such as val/_manifest.json"):
+    with pytest.raises(UserError, match=r"files that raydet did not write, such as val/"):
         prepare(data_set, out, val_fraction=0.25)
     prepare(data_set, tmp_path / "whole")
-    with pytest.raises(UserError, match=r"whole already holds another table"):
+    with pytest.raises(UserError, match=r"whole already holds another run \(val_fraction: None → 0.25\)"):
         prepare(data_set, tmp_path / "whole", val_fraction=0.25)
-    # The mark of a run without a split says nothing about the folders below.
-    (out / "_preparing.json").write_text(json.dumps({"config_hash": "x"}))
-    with pytest.raises(UserError, match="not raydet's"):
+    # The record of a killed run without a split says nothing about the folders below.
+    shutil.copy(tmp_path / "whole" / RUN_FILE, out)
+    with pytest.raises(UserError, match=r"did not write, such as val/"):
         prepare(data_set, out, val_fraction=0.25)
+    (out / RUN_FILE).unlink()
     assert contents_below(out) == before
 
 
@@ -284,14 +292,11 @@ def _first_workers(process: "subprocess.Popen[str]", out: Path) -> Iterator[int]
     deadline = time.monotonic() + 170
     while time.monotonic() < deadline and process.poll() is None:
         if list(out.glob("part-*.parquet")):
-            workers = [
-                child.pid
-                for child in psutil.Process(process.pid).children(recursive=True)
-                if "_work_on" in " ".join(child.cmdline())
-            ]
-            if workers:
-                yield workers[0]
-                return
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if "_work_on" in " ".join(child.cmdline()):
+                        yield child.pid
+                        return
         time.sleep(0.005)
     raise AssertionError("no worker was seen at work")
 

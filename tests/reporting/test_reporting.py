@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from raydet.common.errors import UserError
-from raydet.config import ReportConfig
+from raydet.config import EvaluateConfig, ReportConfig
 from raydet.measuring import metrics_folder
 from raydet.reporting.galleries import original_href
 from raydet.reporting.report import report
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category, TableKind, build_schema
 from raydet.tables.table import TableWriter
 
@@ -39,7 +40,8 @@ def write(folder: Path, kind: TableKind, rows: list[Row]) -> None:
 def write_run(out: Path, run: str, tables: dict[TableKind, list[Row]]) -> None:
     """As evaluate does it."""
     content = {kind: pa.Table.from_pylist(rows, schema=build_schema(kind, CATEGORIES)) for kind, rows in tables.items()}
-    metrics_folder.write_run(str(out), run, content, config_hash="x", extra={})
+    config = EvaluateConfig(truth="truth", detections="detections", run=run)
+    metrics_folder.write_run(OutputFolder(str(out), "evaluate"), config, content, extra={})
 
 
 def metric_rows(run: str, ap: float) -> list[Row]:
@@ -47,7 +49,7 @@ def metric_rows(run: str, ap: float) -> list[Row]:
     rows: list[Row] = [
         {**about, "metric": "AP", "value": ap, "low": ap - 0.02, "high": ap + 0.03},
         {**about, "metric": "AP50", "iou": 0.5, "value": 0.75},
-        {**about, "metric": "APs", "value": -1.0},
+        {**about, "metric": "APs", "value": None},
         {**about, "metric": "best_f1_threshold", "iou": 0.5, "value": 0.35},
         {**about, "metric": "AP", "slice": "camera=<rear>", "value": 0.222, "low": 0.2, "high": 0.25},
     ]
@@ -345,7 +347,7 @@ def test_a_wrong_folder_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
         report(ReportConfig(metrics=str(tmp_path)))
     with pytest.raises(UserError, match=f"single table.*perhaps {re.escape(str(folder))}"):
         report(ReportConfig(metrics=str(folder / "metrics")))
-    with pytest.raises(UserError, match="--out must be an HTML file"):
+    with pytest.raises(UserError, match=r"--out must name a file that ends in \.html"):
         report(ReportConfig(metrics=str(folder), out=str(tmp_path)))
 
 

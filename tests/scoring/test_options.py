@@ -20,7 +20,7 @@ from raydet.engines.torch_engine import TorchEngine
 from raydet.images.decode import decode
 from raydet.models.detector import Detections, Detector
 from raydet.models.loading import build_detector, load_detector
-from raydet.tables.run_folder import stored_plan
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.table import MANIFEST_NAME, open_table
 from tests.zero_shot_models import write_zero_shot
 
@@ -102,6 +102,12 @@ def found_in(row: Row) -> Detections:
     return Detections(boxes_xywh, np.array(found["score"]), np.array(found["category"], dtype=np.int64))
 
 
+def plan_of(out: str) -> dict[str, Any]:
+    record = OutputFolder(out, "predict").record()
+    assert record is not None
+    return record.plan
+
+
 def assert_same(found: Detections, expected: Detections, *, scores: float = 1e-5, boxes_px: float = 1e-2) -> None:
     """Both are by falling score; where two scores are closer than the tolerance, either may come first."""
     assert len(found.scores) == len(expected.scores)
@@ -145,14 +151,14 @@ def test_every_file_of_a_folder_has_one_row_whatever_it_is_and_auto_finds_a_batc
     for name in good:
         assert_same(found_in(rows[name]), found_in(plain[1][name]))
 
-    plan = stored_plan(config.out)
-    assert plan is not None and plan["num_rows"] == 29 + NUM_GOOD
+    plan = plan_of(config.out)
+    assert plan["num_rows"] == 29 + NUM_GOOD
     assert isinstance(plan["batch_size"], int) and plan["batch_size"] in (1, 2, 4, 8, 16, 32, 64, 128)
     # As a kill before the very end leaves it: what goes on keeps the plan and does not try sizes once more.
     (Path(config.out) / MANIFEST_NAME).unlink()
     again = predict(config)
     assert (again.num_images, again.num_detections) == (result.num_images, result.num_detections)
-    assert stored_plan(config.out) == plan
+    assert plan_of(config.out) == plan
     assert predict(config).already_done
 
 

@@ -42,6 +42,8 @@ def test_every_image_has_its_row_and_the_rows_are_the_model_s(
 ) -> None:
     config, result = scored
     assert (result.num_images, result.num_errors) == (24, 0)
+    spaces = [open_table(uri, ("images", "detections")).manifest["id_space"] for uri in (config.data, result.out)]
+    assert spaces[0] == spaces[1]
     rows = {row["image_id"]: row for row in open_table(result.out, "detections").read().to_pylist()}
     images = open_table(config.data, "images").read().to_pylist()
     assert sorted(rows) == sorted(image["image_id"] for image in images)

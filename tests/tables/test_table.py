@@ -96,7 +96,7 @@ def test_published_folders_replace_the_old_one_and_recover_from_a_kill(tmp_path:
         storage.publish_folder(str(source), str(tmp_path / "target"))
     assert storage.list_files(str(tmp_path / "target")) == ["file2"]
     (tmp_path / "target").rename(tmp_path / ".target.previous")
-    (tmp_path / ".target.partial").mkdir()
+    (tmp_path / storage.partial_name("target")).mkdir()
     storage.recover_folder(str(tmp_path / "target"))
     assert storage.list_files(str(tmp_path / "target")) == ["file2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source1", "source2", "target"]

@@ -196,7 +196,7 @@ def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> N
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_mistake_that_only_the_workers_see_is_one_line_too(shapes: Path, tmp_path: Path) -> None:
     # 32 pixels are a multiple of 32, but leave fewer places in the picture than the model has queries.
-    with pytest.raises(UserError, match="image_size 32 is too small") as error:
+    with pytest.raises(UserError, match="image-size 32 is too small") as error:
         train(_config(shapes, tmp_path / "run", model="rt_detr_v2_small", image_size=32))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.yaml").exists()

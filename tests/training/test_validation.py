@@ -83,8 +83,7 @@ def _predicted(config: TrainConfig, out: Path, **options: Any) -> tuple[dict[int
         boxes, scores, categories = (row["detections"][name] for name in ("bbox", "score", "category"))
         found[row["image_id"]] = Detections(np.array(boxes).reshape(-1, 4), np.array(scores), np.array(categories))
     evaluation = evaluate(EvaluateConfig(truth=config.val_data, detections=result.out))
-    ap = evaluation.result.AP
-    return found, None if ap == -1 else ap
+    return found, evaluation.result.AP
 
 
 def _assert_close(found: dict[int, Detections], expected: dict[int, Detections], *, score: float, px: float) -> None:

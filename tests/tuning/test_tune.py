@@ -15,7 +15,7 @@ from raydet.cluster.shares import Resources
 from raydet.config import to_yaml
 from raydet.config.options import load, load_file
 from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
-from raydet.tables.run_folder import open_run
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.table import open_table
 from raydet.training.history import EpochRecord
 from raydet.tuning import records
@@ -143,7 +143,7 @@ def test_mistakes_are_found_before_anything_starts(
 def test_another_search_in_the_folder_is_refused_by_name(shapes: Path, tmp_path: Path) -> None:
     config = _config(shapes, tmp_path / "out")
     plan = make_plan(config)
-    open_run(plan.out, _identity(plan), plan={}, what="search")
+    OutputFolder(plan.out, "tune").begin(_identity(plan))
     other = dataclasses.replace(config, num_trials=9, seed=1, train_config={**config.train_config, "epochs": 3})  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"already holds another run \(seed: 0 → 1; train.epochs: 9 → 3\)"):
         tune(other)

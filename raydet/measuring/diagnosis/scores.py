@@ -10,6 +10,8 @@ import pyarrow as pa
 
 from raydet.measuring.numbers.matches import Matches, Protocol, bits_at
 from raydet.measuring.numbers.metrics import CocoResult, accumulate
+from raydet.measuring.numbers.precision import COCO_RECALLS, coco_precision, hits_needed, precision_at
+from raydet.measuring.numbers.values import MetricValue
 from raydet.tables.columns import Flags, Floats, Integers
 from raydet.tables.schema import Category, TableKind, build_schema
 
@@ -17,7 +19,6 @@ Indices = npt.NDArray[np.signedinteger[Any]]
 
 IOU = 0.5
 """From this overlap on a detection has found a box, in everything that is said of errors."""
-_RECALLS = np.linspace(0.0, 1.0, 101)
 _NUM_BINS = 10
 
 
@@ -128,15 +129,15 @@ def average_precision(category: Indices, scores: Floats, is_right: Flags, num_tr
         float64 [C], NaN for a class without boxes.
     """
     order = np.lexsort((-scores, category))
-    starts = np.searchsorted(category[order], np.arange(len(num_truth) + 1))
-    is_right = is_right[order]
+    starts = np.searchsorted(category[order], np.arange(len(num_truth)))
+    hits = np.flatnonzero(is_right[order])
+    own = category[order][hits]
+    hits, own = hits[num_truth[own] > 0], own[num_truth[own] > 0]
+    num_hits, known = np.bincount(own, minlength=len(num_truth)), np.flatnonzero(num_truth)
+    precision = coco_precision(own, hits + 1 - starts[own], num_hits)
     values = np.full(len(num_truth), np.nan)
-    for index in np.flatnonzero(num_truth).tolist():
-        num_right = np.cumsum(is_right[starts[index] : starts[index + 1]], dtype=np.float64)
-        precision = num_right / (np.arange(1.0, len(num_right) + 1) + np.spacing(1))
-        precision = np.maximum.accumulate(precision[::-1])[::-1]
-        places = np.searchsorted(num_right / num_truth[index], _RECALLS, side="left")
-        values[index] = np.append(precision, 0.0)[places].mean()
+    needed = hits_needed(num_truth[known], COCO_RECALLS)
+    values[known] = precision_at(precision, num_hits[known], needed).mean(axis=1)
     return values
 
 
@@ -171,24 +172,24 @@ def pr_curves(
             scores = _scores_at_recalls(outcomes_at(matches, iou))
         for place in range(len(names)):
             column = measured if place == 0 else measured[place - 1 : place]
-            parts["iou"].append(np.full(len(_RECALLS), np.nan if iou is None else iou))
+            parts["iou"].append(np.full(len(COCO_RECALLS), np.nan if iou is None else iou))
             parts["precision"].append(of_classes[:, column].mean(axis=1))
             is_mean = place == 0 and not matches.protocol.class_agnostic
-            parts["score"].append(np.full(len(_RECALLS), np.nan) if is_mean else scores[:, column[0]])
+            parts["score"].append(np.full(len(COCO_RECALLS), np.nan) if is_mean else scores[:, column[0]])
     num_curves = len(parts["iou"])
     num_ious = num_curves // max(len(names), 1)
     columns: dict[str, object] = {name: np.concatenate([*arrays, np.zeros(0)]) for name, arrays in parts.items()}
-    columns["category"] = [name for name in names for _ in _RECALLS] * num_ious
-    columns["recall"] = np.tile(_RECALLS, num_curves)
+    columns["category"] = [name for name in names for _ in COCO_RECALLS] * num_ious
+    columns["recall"] = np.tile(COCO_RECALLS, num_curves)
     return build_table("pr_curves", categories, run, columns)
 
 
 def _scores_at_recalls(outcomes: Outcomes) -> Floats:
     """Of each class the score of the last detection needed for each recall, [101, C]; NaN where it is not reached."""
-    scores_at = np.full((len(_RECALLS), outcomes.num_categories), np.nan)
+    scores_at = np.full((len(COCO_RECALLS), outcomes.num_categories), np.nan)
     for index, scores, is_right, num_truth in outcomes.by_class():
         if num_truth:
-            places = np.searchsorted(np.cumsum(is_right) / num_truth, _RECALLS, side="left")
+            places = np.searchsorted(np.cumsum(is_right) / num_truth, COCO_RECALLS, side="left")
             scores_at[:, index] = np.append(scores, np.nan)[places]
     return scores_at
 
@@ -238,17 +239,14 @@ def _kept_at_thresholds(scores: Floats, is_right: Flags) -> tuple[Floats, Intege
     return scores[last], num_right[last].astype(np.int64), (last + 1).astype(np.int64)
 
 
-def metric_rows(
+def score_values(
     outcomes: Outcomes,
     categories: Sequence[Category],
     *,
-    run: str | None,
-    model: str | None,
-    split: str | None,
     max_detections: int,
     target_precision: float | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of a `metrics` table, over all classes and of each, at IoU 0.5.
+) -> list[MetricValue]:
+    """What the scores are good for, over all classes and of each, at IoU 0.5.
 
     `best_f1`, with `best_f1_threshold`, `best_f1_precision` and `best_f1_recall` at the score where it is reached;
     `ECE`, the expected calibration error (Guo et al. 2017); and, where a precision is wished, the lowest
@@ -256,7 +254,7 @@ def metric_rows(
     """
     over = [(outcomes.scores, outcomes.is_right, int(outcomes.num_truth.sum()))]
     over += [(scores, is_right, num_truth) for _, scores, is_right, num_truth in outcomes.by_class()]
-    rows = []
+    found = []
     # Where classes count as one, the only class is left out.
     named = zip(outcomes.names(categories), over, _calibration_errors(outcomes), strict=not outcomes.class_agnostic)
     for name, (scores, is_right, num_truth), error in named:
@@ -270,13 +268,11 @@ def metric_rows(
         }
         if target_precision is not None:
             values["threshold_at_precision"] = threshold_at_precision(scores, is_right, target_precision)
-        place = {"run": run, "model": model, "split": split, "slice": None}
-        limits = {"iou": IOU, "area": "all", "max_detections": max_detections}
-        for metric, value in values.items():
-            rows.append(
-                {**place, "metric": metric, **limits, "category": name, "value": value, "low": None, "high": None}
-            )
-    return rows
+        found += [
+            MetricValue(metric=metric, value=value, category=name, iou=IOU, area="all", max_detections=max_detections)
+            for metric, value in values.items()
+        ]
+    return found
 
 
 def calibration(outcomes: Outcomes, categories: Sequence[Category], *, run: str | None = None) -> pa.Table:

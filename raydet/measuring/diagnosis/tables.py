@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -15,16 +14,17 @@ from raydet.measuring.diagnosis.scores import (
     Outcomes,
     best_threshold,
     calibration,
-    metric_rows,
     outcomes_at,
     per_image,
     pr_curves,
+    score_values,
     threshold_at_precision,
     threshold_index,
 )
 from raydet.measuring.numbers.matches import Matches
 from raydet.measuring.numbers.matching import match
 from raydet.measuring.numbers.metrics import CocoResult
+from raydet.measuring.numbers.values import MetricValue
 from raydet.tables.columns import DetectionColumns, TruthColumns
 from raydet.tables.schema import Category, TableKind
 
@@ -39,10 +39,10 @@ __all__ = [
     "diagnose",
     "error_shares",
     "gather",
-    "metric_rows",
     "outcomes_at",
     "per_image",
     "pr_curves",
+    "score_values",
     "suspects",
     "threshold_at_precision",
 ]
@@ -54,12 +54,12 @@ class Diagnosis:
 
     Attributes:
         tables: The tables `pr_curves`, `errors`, `confusion`, `calibration`, `suspects` and `per_image`.
-        metric_rows: Further rows of the `metrics` table.
+        values: Further numbers for the `metrics` table.
         best: The score threshold with the best F1 over all classes; `confusion` and `per_image` are at it.
     """
 
     tables: dict[TableKind, pa.Table]
-    metric_rows: list[dict[str, Any]]
+    values: list[MetricValue]
     best: OperatingPoint
 
 
@@ -70,8 +70,6 @@ def diagnose(
     categories: Sequence[Category],
     *,
     run: str | None = None,
-    model: str | None = None,
-    split: str | None = None,
     target_precision: float | None = None,
     unreadable: Mapping[int, str] | None = None,
     result: CocoResult | None = None,
@@ -85,9 +83,7 @@ def diagnose(
         matches: The outcome of matching these very columns. Where IoU 0.5 is not among its thresholds, or it was put
             together from parts and no longer knows the rows, they are matched anew.
         categories: The classes by their indices; where classes count as one, those of the columns all the same.
-        run: Names in the tables.
-        model: As `run`.
-        split: As `run`.
+        run: Its name in the tables.
         target_precision: Also say the lowest score threshold that gives it.
         unreadable: Why an image could not be read, by its id.
         result: What `accumulate` gave for these matches, where it is at hand.
@@ -109,13 +105,10 @@ def diagnose(
         "suspects": suspects(evidence, categories, max_rows=max_suspects, run=run),
         "per_image": per_image(matches, outcomes, threshold=best.threshold, run=run, errors=unreadable),
     }
-    rows = metric_rows(
+    values = score_values(
         outcomes,
         categories,
-        run=run,
-        model=model,
-        split=split,
         max_detections=matches.protocol.max_detections[-1],
         target_precision=target_precision,
     )
-    return Diagnosis(tables=tables, metric_rows=rows, best=best)
+    return Diagnosis(tables=tables, values=values, best=best)

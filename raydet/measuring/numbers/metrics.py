@@ -6,18 +6,17 @@ pycocotools takes them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from raydet.measuring.numbers.matches import COCO, BitSets, Matches, Protocol, bits_at
 from raydet.measuring.numbers.matching import falling_rank, stable_order
+from raydet.measuring.numbers.precision import COCO_RECALLS, coco_precision, hits_needed, precision_at
+from raydet.measuring.numbers.values import Block, MetricValue
 from raydet.tables.columns import Floats, Integers
 from raydet.tables.schema import Category
-
-RECALLS: Floats = np.linspace(0.0, 1.0, 101)
-"""Where COCO reads precision."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,17 @@ class Metric:
     iou: float | None
     area: str
     max_detections: int
+
+    def with_value(self, value: float | None, category: str | None = None) -> MetricValue:
+        """The number as measured, over all classes or of one."""
+        return MetricValue(
+            metric=self.name,
+            value=value,
+            category=category,
+            iou=self.iou,
+            area=self.area,
+            max_detections=self.max_detections,
+        )
 
 
 def metrics_of(protocol: Protocol) -> tuple[Metric, ...]:
@@ -51,32 +61,39 @@ def metrics_of(protocol: Protocol) -> tuple[Metric, ...]:
 METRICS = metrics_of(COCO)
 
 
+class _Named:
+    """A number by its name; None where it is undefined, or where the protocol has no such number."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, numbers: "CocoNumbers", owner: type) -> float | None:
+        return numbers.values.get(self._name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CocoNumbers:
-    """Numbers in [0, 1], or -1 where there is nothing to measure (no truth box of that kind).
+    """Numbers in [0, 1], None where there is nothing to measure (no labelled box of that kind).
 
     Attributes:
-        values: All numbers of the protocol by their names, in the order of `metrics_of`.
-        AP: As the others, one of COCO's twelve; -1 also where the protocol has no such number.
+        values: All numbers of the protocol by their names, in the order of `metrics_of`. COCO's twelve are attributes
+            too.
     """
 
-    values: dict[str, float] = field(repr=False)
-    AP: float = -1.0
-    AP50: float = -1.0
-    AP75: float = -1.0
-    APs: float = -1.0
-    APm: float = -1.0
-    APl: float = -1.0
-    AR1: float = -1.0
-    AR10: float = -1.0
-    AR100: float = -1.0
-    ARs: float = -1.0
-    ARm: float = -1.0
-    ARl: float = -1.0
+    values: dict[str, float | None]
 
-    def numbers(self) -> dict[str, float]:
-        """All numbers of the protocol by their names, in COCO's order."""
-        return dict(self.values)
+    AP = _Named()
+    AP50 = _Named()
+    AP75 = _Named()
+    APs = _Named()
+    APm = _Named()
+    APl = _Named()
+    AR1 = _Named()
+    AR10 = _Named()
+    AR100 = _Named()
+    ARs = _Named()
+    ARm = _Named()
+    ARl = _Named()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +107,9 @@ class CocoResult(CocoNumbers):
         num_truth: Labelled boxes, crowds included.
         num_detections: Detections given, also those beyond the last limit of an image and class.
         num_unreadable: Images that the detector could not read; all their boxes count as missed.
-        precision: At the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 where there is no truth;
-            classes by index.
-        recall: [T thresholds, class, A sizes, limit].
+        precision: As in pycocotools, at the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 where there
+            is no truth; classes by index.
+        recall: Likewise, [T thresholds, class, A sizes, limit].
         protocol: By which rules.
     """
 
@@ -106,32 +123,14 @@ class CocoResult(CocoNumbers):
     recall: Floats = field(repr=False, compare=False)
     protocol: Protocol = COCO
 
-    def table_rows(self, run: str | None, model: str | None, split: str | None) -> list[dict[str, Any]]:
-        """Rows of a `metrics` table: the numbers over all classes, then those of each class.
-
-        A number that is -1 (nothing to measure) becomes null.
-        """
-        over: list[tuple[str | None, CocoNumbers]] = [(None, self)]
-        over += [(category.name, numbers) for category, numbers in zip(self.categories, self.per_class, strict=True)]
-        return [
-            {
-                "run": run,
-                "model": model,
-                "split": split,
-                "slice": None,
-                "metric": metric.name,
-                "iou": metric.iou,
-                "area": metric.area,
-                "max_detections": metric.max_detections,
-                "category": name,
-                "value": None if value == -1 else value,
-                "low": None,
-                "high": None,
-            }
-            for name, numbers in over
-            for metric in metrics_of(self.protocol)
-            for value in [numbers.values[metric.name]]
-        ]
+    def blocks(self) -> tuple[Block, ...]:
+        """The numbers over all classes, then those of each class."""
+        named: list[tuple[str | None, dict[str, float | None]]] = [(None, self.values)]
+        named += [(category.name, own.values) for category, own in zip(self.categories, self.per_class, strict=True)]
+        return tuple(
+            tuple(metric.with_value(values[metric.name], name) for metric in metrics_of(self.protocol))
+            for name, values in named
+        )
 
 
 def accumulate(
@@ -178,19 +177,19 @@ def result_of(
     by_class = tuple(() if protocol.class_agnostic else categories)
     # pycocotools puts classes in the order of the source's ids, and a mean in another order rounds differently.
     by_source_id = sorted(range(len(by_class)), key=lambda index: by_class[index].id) or [0]
-    values: dict[str, float] = {}
-    values_by_class: list[dict[str, float]] = [{} for _ in by_class]
+    values: dict[str, float | None] = {}
+    values_by_class: list[dict[str, float | None]] = [{} for _ in by_class]
     for metric in metrics_of(protocol):
         chosen = cells(precision, recall, protocol, metric)
         values[metric.name] = mean_of(chosen[..., by_source_id])
         # A class has either no -1 or nothing else.
         rows = np.ascontiguousarray(np.moveaxis(chosen, -1, 0)).reshape(chosen.shape[-1], -1)
         for own, value in zip(values_by_class, rows.mean(axis=1).tolist(), strict=bool(by_class)):
-            own[metric.name] = value
+            own[metric.name] = None if value == -1 else value
     return CocoResult(
-        **_numbers(values),
+        values=values,
         categories=by_class,
-        per_class=tuple(CocoNumbers(**_numbers(own)) for own in values_by_class),
+        per_class=tuple(CocoNumbers(values=own) for own in values_by_class),
         num_images=num_images,
         num_truth=num_truth,
         num_detections=num_detections,
@@ -199,10 +198,6 @@ def result_of(
         recall=recall,
         protocol=protocol,
     )
-
-
-def _numbers(values: dict[str, float]) -> dict[str, Any]:
-    return {"values": values, **{metric.name: values[metric.name] for metric in METRICS if metric.name in values}}
 
 
 def cells(precision: Floats, recall: Floats, protocol: Protocol, metric: Metric) -> Floats:
@@ -217,10 +212,10 @@ def cells(precision: Floats, recall: Floats, protocol: Protocol, metric: Metric)
     return recall[thresholds, :, area, protocol.max_detections.index(metric.max_detections)]
 
 
-def mean_of(chosen: Floats) -> float:
-    """The mean in pycocotools' order, without what is -1; -1 where nothing is left."""
+def mean_of(chosen: Floats) -> float | None:
+    """The mean in pycocotools' order, without what is -1; None where nothing is left."""
     defined = chosen[chosen > -1]
-    return float(np.mean(defined)) if defined.size else -1.0
+    return float(np.mean(defined)) if defined.size else None
 
 
 def surest_first(matches: "Matches | Judged") -> Integers:
@@ -283,7 +278,7 @@ def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
     """
     protocol, num_classes = judged.protocol, judged.num_truth.shape[1]
     num_thresholds, limits = len(protocol.iou_thresholds), protocol.max_detections
-    precision = np.full((len(protocol.areas), num_thresholds, num_classes, len(RECALLS)), -1.0)
+    precision = np.full((len(protocol.areas), num_thresholds, num_classes, len(COCO_RECALLS)), -1.0)
     recall = np.full((num_thresholds, num_classes, len(protocol.areas), len(limits)), -1.0)
     order = surest_first(judged)
     category, rank = judged.detection_category[order], judged.rank[order]
@@ -292,55 +287,16 @@ def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
     for area, num_truth in enumerate(judged.num_truth):
         right, ignored = judged.true_positive[area][order], judged.ignored[area][order]
         known = np.flatnonzero(num_truth)
-        needed = _needed(num_truth[known])
+        needed = hits_needed(num_truth[known], COCO_RECALLS)
         for threshold in range(num_thresholds):
             hits = np.flatnonzero(bits_at(right, threshold))
             np.cumsum(~bits_at(ignored, threshold), out=num_before[1:])
             own = category[hits]
             num_judged = num_before[hits + 1] - num_before[begins[own]]
-            precision[area, threshold, known] = _interpolated(own, num_judged, needed, known, num_classes)
+            num_hits = np.bincount(own, minlength=num_classes)
+            at_hits = coco_precision(own, num_judged, num_hits)
+            precision[area, threshold, known] = precision_at(at_hits, num_hits[known], needed)
             for index, limit in enumerate(limits):
                 found = np.bincount(own[rank[hits] < limit], minlength=num_classes)
                 recall[threshold, known, area, index] = found[known] / num_truth[known]
     return precision.transpose(1, 3, 2, 0)[..., None], recall
-
-
-def _needed(num_truth: Integers) -> Integers:
-    """How many boxes must be found for each of the 101 recalls, at least 1: [K] above 0 → [K, 101]."""
-    total = num_truth[:, None].astype(np.float64)
-    needed = np.ceil(RECALLS * total)
-    # The product is rounded; what counts is the quotient that pycocotools compares.
-    needed -= (needed - 1) / total >= RECALLS
-    needed += needed / total < RECALLS
-    return np.maximum(needed, 1).astype(np.int64)
-
-
-def _interpolated(
-    category: npt.NDArray[np.int32], num_judged: Integers, needed: Integers, known: Integers, num_classes: int
-) -> Floats:
-    """The highest precision at each recall or beyond it, which is always that of a right detection.
-
-    Args:
-        category: Of each right detection, by class, then falling score, [N].
-        num_judged: Detections that count up to and with it, in its class, [N].
-        needed: Right detections for each recall, [K, 101].
-        known: Classes with truth, [K].
-        num_classes: All classes.
-
-    Returns:
-        [K, 101], 0 where a recall is not reached.
-    """
-    found = np.bincount(category, minlength=num_classes)
-    first = np.cumsum(found) - found
-    nth = np.arange(len(category)) - first[category] + 1
-    precision = nth / (num_judged + np.spacing(1))
-    result = np.zeros(needed.shape)
-    has_any = found[known] > 0
-    if has_any.any():
-        found, first, needed = found[known][has_any, None], first[known][has_any, None], needed[has_any]
-        # The best from each recall's detection up to the next recall's, then from the right over all recalls.
-        starts = first + np.minimum(needed, found) - 1
-        best = np.maximum.reduceat(precision, starts.ravel()).reshape(starts.shape)
-        best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
-        result[has_any] = np.where(needed <= found, best, 0.0)
-    return result

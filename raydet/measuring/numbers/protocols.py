@@ -1,7 +1,7 @@
 """Numbers of other benchmarks than COCO: Pascal VOC's and LVIS'.
 
 Each has its own way of matching, `match_voc` and `match_lvis`, whose outcome is a `Matches` as any other (of pieces,
-put together by `matches.concatenate`), and its own numbers, `voc_rows` and `lvis_rows`.
+put together by `matches.concatenate`), and its own numbers, `voc_blocks` and `lvis_blocks`.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,15 @@ import numpy as np
 
 from raydet.measuring.numbers.matches import Matches, Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs
-from raydet.measuring.numbers.metrics import accumulate, mean_of, metrics_of, surest_first
+from raydet.measuring.numbers.metrics import accumulate, mean_of, surest_first
+from raydet.measuring.numbers.precision import VOC07_RECALLS, envelope, hits_needed, precision_at
+from raydet.measuring.numbers.values import Block, MetricValue
 from raydet.tables.columns import DetectionColumns, Integers, TruthColumns
 from raydet.tables.schema import Category
-
-Row = tuple[str, str | None, float | None, str | None, int | None, float | None]
-"""Metric, class (None: all), IoU (None: the mean over .50:.05:.95), area, limit of detections, value (None: nothing
-to measure)."""
 
 VOC = Protocol(iou_thresholds=(0.5,), areas=(("all", (0.0, float("inf"))),), max_detections=(2**31 - 1,))
 LVIS = Protocol(max_detections=(300,))
 
-_ELEVEN_RECALLS = np.arange(11) * 0.1
 _MOST_IMAGES_OF_RARE, _MOST_IMAGES_OF_COMMON = 10, 100
 
 
@@ -60,7 +57,7 @@ def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories:
     return replace(matches, true_positive=right, ignored=ignored, truth_found=truth_found)
 
 
-def voc_rows(matches: Matches, categories: Sequence[Category], *, eleven_points: bool) -> list[Row]:
+def voc_blocks(matches: Matches, categories: Sequence[Category], *, eleven_points: bool) -> tuple[Block, ...]:
     """Pascal VOC's average precision, over all classes (their mean) and of each.
 
     Args:
@@ -74,21 +71,24 @@ def voc_rows(matches: Matches, categories: Sequence[Category], *, eleven_points:
     right, judged = bits_at(matches.true_positive[0], 0)[order], ~bits_at(matches.ignored[0], 0)[order]
     begins = np.searchsorted(category, np.arange(len(categories) + 1))
     num_truth = np.bincount(matches.truth_category[~matches.truth_ignored[0]], minlength=len(categories))
-    values = np.full(len(categories), -1.0)
+    values = np.full(len(categories), np.nan)
     for index in np.flatnonzero(num_truth).tolist():
         own = slice(begins[index], begins[index + 1])
         hits = np.flatnonzero(right[own])
-        nth = np.arange(1, len(hits) + 1)
-        precision = nth / np.cumsum(judged[own])[hits]
-        best = np.maximum.accumulate(precision[::-1])[::-1]
+        precision = np.arange(1, len(hits) + 1) / np.cumsum(judged[own])[hits]
         if eleven_points:
-            at = np.searchsorted(nth / num_truth[index], _ELEVEN_RECALLS)
-            values[index] = np.append(best, 0.0)[at].mean()
+            needed = hits_needed(num_truth[index : index + 1], VOC07_RECALLS)
+            values[index] = precision_at(precision, np.array([len(hits)]), needed)[0].mean()
         else:
-            values[index] = best.sum() / num_truth[index]
+            values[index] = envelope(precision).sum() / num_truth[index]
     names = [None, *(category.name for category in categories)]
-    numbers = [mean_of(values), *values.tolist()]
-    return [("AP50", name, 0.5, None, None, _or_none(number)) for name, number in zip(names, numbers, strict=True)]
+    known = np.flatnonzero(num_truth)
+    numbers = [float(np.mean(values[known])) if known.size else None]
+    numbers += [None if np.isnan(value) else value for value in values.tolist()]
+    return tuple(
+        (MetricValue(metric="AP50", value=number, category=name, iou=0.5),)
+        for name, number in zip(names, numbers, strict=True)
+    )
 
 
 def match_lvis(
@@ -155,7 +155,9 @@ def _keys(categories_by_image: Sequence[Sequence[int]], num_categories: int) -> 
     return image * num_categories + np.array(listed, dtype=np.int64)
 
 
-def lvis_rows(matches: Matches, categories: Sequence[Category], frequency: Sequence[str] | None = None) -> list[Row]:
+def lvis_blocks(
+    matches: Matches, categories: Sequence[Category], frequency: Sequence[str] | None = None
+) -> tuple[Block, ...]:
     """LVIS' numbers over all classes, among them those over rare, common and frequent ones, and those of each class.
 
     Args:
@@ -169,20 +171,18 @@ def lvis_rows(matches: Matches, categories: Sequence[Category], frequency: Seque
     groups = frequency or _frequency_by_images(matches)
     by_source_id = sorted(range(len(categories)), key=lambda index: categories[index].id)
     limit = LVIS.max_detections[-1]
-    rows: list[Row] = []
-    for metric in metrics_of(LVIS):
-        if metric.name == f"AR{limit}":
-            for letter in "rcf":
-                members = [index for index in by_source_id if groups[index] == letter]
-                value = _or_none(mean_of(precision[:, :, members]))
-                rows.append((f"AP{letter}", None, None, "all", limit, value))
-        value = _or_none(result.values[metric.name])
-        rows.append((metric.name, None, metric.iou, metric.area, metric.max_detections, value))
-    for category, numbers in zip(categories, result.per_class, strict=True):
-        for metric in metrics_of(LVIS):
-            value = _or_none(numbers.values[metric.name])
-            rows.append((metric.name, category.name, metric.iou, metric.area, metric.max_detections, value))
-    return rows
+    overall, *by_class = result.blocks()
+    by_frequency = [
+        MetricValue(
+            metric=f"AP{letter}",
+            value=mean_of(precision[:, :, [index for index in by_source_id if groups[index] == letter]]),
+            area="all",
+            max_detections=limit,
+        )
+        for letter in "rcf"
+    ]
+    place = next(place for place, value in enumerate(overall) if value.metric == f"AR{limit}")
+    return ((*overall[:place], *by_frequency, *overall[place:]), *by_class)
 
 
 def _frequency_by_images(matches: Matches) -> list[str]:
@@ -190,7 +190,3 @@ def _frequency_by_images(matches: Matches) -> list[str]:
     num_images = np.bincount(keys % matches.num_categories, minlength=matches.num_categories)
     steps = np.searchsorted([_MOST_IMAGES_OF_RARE, _MOST_IMAGES_OF_COMMON], num_images)
     return ["rcf"[step] for step in steps.tolist()]
-
-
-def _or_none(value: float) -> float | None:
-    return None if value == -1 else value

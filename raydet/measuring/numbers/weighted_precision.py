@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.measuring.numbers.matches import Matches, bits_at
+from raydet.measuring.numbers.precision import COCO_RECALLS, envelope
 from raydet.tables.columns import Flags, Floats, Integers
 
 Counts = npt.NDArray[np.int32]
 
-_RECALLS = np.linspace(0.0, 1.0, 101)
 _CHUNK_ENTRIES = 150_000
 
 
@@ -90,7 +90,7 @@ class _Chunk:
         sums = np.zeros(num_areas * num_thresholds * num_classes)
         if self.groups.size:
             sums[self.groups] = self._precision_sums(weights, num_truth)
-        means = (sums / len(_RECALLS)).reshape(self.shape)
+        means = (sums / len(COCO_RECALLS)).reshape(self.shape)
         means[np.broadcast_to(num_truth.reshape(num_areas, 1, num_classes) == 0, self.shape)] = np.nan
         return means.transpose(2, 0, 1)
 
@@ -110,11 +110,11 @@ class _Chunk:
         # Two apart for each group, so that one running maximum from the right serves all of them.
         lowered = np.repeat(2.0 * np.arange(len(self.groups)), self.lengths)
         precision -= lowered
-        envelope = np.maximum.accumulate(precision[::-1])[::-1] + lowered
+        best = envelope(precision) + lowered
         reached = table[found + np.repeat(table_starts[cells], self.lengths)]
         newly = np.diff(reached, prepend=0)
         newly[self.starts] = reached[self.starts]
-        sums: Floats = np.add.reduceat(envelope * newly, self.starts)
+        sums: Floats = np.add.reduceat(best * newly, self.starts)
         return sums
 
     def _cells_of_groups(self) -> Integers:
@@ -136,7 +136,7 @@ def _recalls_reached(num_truth: Counts) -> tuple[Counts, Integers]:
     sizes = num_truth + 1
     starts = np.cumsum(sizes) - sizes
     found = np.arange(sizes.sum()) - np.repeat(starts, sizes)
-    reached = np.searchsorted(_RECALLS, found / np.repeat(np.maximum(num_truth, 1), sizes), side="right")
+    reached = np.searchsorted(COCO_RECALLS, found / np.repeat(np.maximum(num_truth, 1), sizes), side="right")
     reached[starts] = 0
     return reached.astype(np.int32), starts
 

@@ -10,13 +10,9 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from raydet.preparation.sources.source import SourceObjects
+from raydet.tables.coco_json import MAX_INTEGER, BoxXywh
 from raydet.tables.schema import Category
 from raydet.tables.spill import open_database, select
-
-BoxXywh = tuple[float, float, float, float]
-
-MAX_INTEGER = 2**63
-"""What is as large does not fit into a column of 64 bits."""
 
 # Without declared types, SQLite keeps texts and integers apart.
 _TABLES = (

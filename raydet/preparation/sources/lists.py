@@ -188,7 +188,7 @@ def _extras(columns: pa.Table | None, paths: list[str]) -> Iterable[dict[str, ob
 
 
 def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
-    """Refuses folders, and schemes and buckets that are not there, before anything is read."""
+    """Refuse folders, unknown schemes and missing buckets before anything is read."""
     seen: set[str] = set()
     for number, path in enumerate(paths, start=1):
         if path.endswith("/"):

@@ -156,12 +156,12 @@ def test_the_mean_of_each_curve_is_the_ap_and_its_score_just_reaches_the_recall(
     for name, own in numbers.items():
         for iou, metric in ((None, "AP"), (0.5, "AP50"), (0.75, "AP75")):
             curve = rows_of(table, category=name, iou=iou)
-            if getattr(own, metric) == -1:
+            if getattr(own, metric) is None:
                 assert not curve
                 continue
             assert [row["recall"] for row in curve] == np.linspace(0, 1, 101).tolist()
             assert np.mean([row["precision"] for row in curve]) == pytest.approx(getattr(own, metric), abs=1e-12)
-            assert all(row["score"] is None for row in curve) == (name is None or iou is None) or own.AR100 <= 0
+            assert all(row["score"] is None for row in curve) == (name is None or iou is None) or not own.AR100
     for index, category in enumerate(CATEGORIES):
         chosen = outcomes.category == index
         for row in rows_of(table, category=category.name, iou=0.5):
@@ -186,7 +186,7 @@ def test_average_precision_is_that_of_coco_to_the_last_bit(seed: int) -> None:
     outcomes = tables.outcomes_at(matches)
     own = average_precision(outcomes.category, outcomes.scores, outcomes.is_right, outcomes.num_truth)
     expected = [numbers.AP50 for numbers in accumulate(matches, CATEGORIES).per_class]
-    assert np.where(np.isnan(own), -1.0, own).tolist() == expected
+    assert [None if np.isnan(value) else value for value in own.tolist()] == expected
 
 
 # Errors
@@ -371,8 +371,8 @@ def test_calibration_by_hand() -> None:
     assert full[None, 0.9]["precision"] == pytest.approx(1 / 3)
     (empty,) = rows_of(table, category="owl", low=0.9)
     assert (empty["count"], empty["mean_score"], empty["precision"]) == (0, None, None)
-    rows = tables.metric_rows(outcomes, CATEGORIES, run="r", model="m", split="s", max_detections=100)
-    errors = {row["category"]: row["value"] for row in rows if row["metric"] == "ECE"}
+    values = tables.score_values(outcomes, CATEGORIES, max_detections=100)
+    errors = {value.category: value.value for value in values if value.metric == "ECE"}
     assert errors == {
         None: pytest.approx((0.95 + 0.91 + 1.0 - 1 + 0.8) / 4),
         "cat": pytest.approx(0.93 - 0.5),
@@ -393,8 +393,8 @@ def test_the_calibration_error_is_that_of_hotcoco() -> None:
     evaluator = reference(truth, detections)
     expected = evaluator.calibration()
     outcomes = tables.outcomes_at(matched(truth, detections))
-    rows = tables.metric_rows(outcomes, CATEGORIES, run=None, model=None, split=None, max_detections=100)
-    errors = {row["category"]: row["value"] for row in rows if row["metric"] == "ECE"}
+    values = tables.score_values(outcomes, CATEGORIES, max_detections=100)
+    errors = {value.category: value.value for value in values if value.metric == "ECE"}
     assert errors.pop(None) == pytest.approx(expected["ece"])
     assert errors == pytest.approx(expected["per_category"])
 
@@ -429,21 +429,17 @@ def test_thresholds_are_the_best_of_all(detections: list[tuple[int, bool]], num_
     assert tables.threshold_at_precision(scores, is_right, wished) == (good[-1] if good else None)
 
 
-def test_metric_rows_say_the_best_threshold_of_each_class() -> None:
+def test_score_values_say_the_best_threshold_of_each_class() -> None:
     given_columns = columns(
         [[(CAT, BOX), (DOG, (90, 90, 9, 9))]], [[(CAT, BOX, 0.9), (DOG, (90, 90, 9, 9), 0.3), (DOG, BOX, 0.6)]]
     )
-    rows = tables.metric_rows(
+    found = tables.score_values(
         tables.outcomes_at(matched(*given_columns)),
         CATEGORIES,
-        run="r",
-        model="m",
-        split="s",
         max_detections=100,
         target_precision=0.75,
     )
-    assert {tuple(row) for row in rows} == {tuple(build_schema("metrics").names)}
-    values = {(row["metric"], row["category"]): row["value"] for row in rows}
+    values = {(value.metric, value.category): value.value for value in found}
     assert values["best_f1_threshold", None] == 0.3
     assert values["best_f1", None] == pytest.approx(0.8)
     assert (values["best_f1_precision", "dog"], values["best_f1_recall", "dog"]) == (0.5, 1.0)
@@ -451,7 +447,7 @@ def test_metric_rows_say_the_best_threshold_of_each_class() -> None:
     assert values["best_f1_threshold", "owl"] is None
     assert values["threshold_at_precision", "cat"] == 0.9
     assert values["threshold_at_precision", "dog"] is None
-    assert {row["iou"] for row in rows} == {0.5}
+    assert {value.iou for value in found} == {0.5}
 
 
 # Images
@@ -572,7 +568,7 @@ def test_suspects_say_where_and_what() -> None:
 def test_the_diagnosis_has_every_table_in_its_schema() -> None:
     truth, detections = made_up(3, num_images=40)
     matches = matched(truth, detections)
-    found = tables.diagnose(truth, detections, matches, CATEGORIES, run="r", model="m", split="s")
+    found = tables.diagnose(truth, detections, matches, CATEGORIES, run="r")
     assert set(found.tables) == {"pr_curves", "errors", "confusion", "calibration", "suspects", "per_image"}
     for kind, table in found.tables.items():
         assert table.schema.equals(build_schema(kind)), kind
@@ -582,9 +578,9 @@ def test_the_diagnosis_has_every_table_in_its_schema() -> None:
     assert sum(per_image["num_truth"]) == sum(count for (name, _), count in cells.items() if name)
     # Confusion ignores classes while it matches, so it finds no less.
     assert sum(per_image["true_positives"]) <= sum(count for (one, other), count in cells.items() if one and other)
-    (best,) = (row for row in found.metric_rows if row["metric"] == "best_f1" and row["category"] is None)
+    (best,) = (value for value in found.values if value.metric == "best_f1" and value.category is None)
     right, wrong = sum(per_image["true_positives"]), sum(per_image["false_positives"])
-    assert best["value"] == pytest.approx(2 * right / (right + wrong + sum(per_image["num_truth"])))
+    assert best.value == pytest.approx(2 * right / (right + wrong + sum(per_image["num_truth"])))
 
 
 def test_parts_put_together_and_other_thresholds_are_diagnosed_the_same() -> None:
@@ -610,7 +606,7 @@ def test_classes_may_count_as_one() -> None:
     found = tables.diagnose(*given_columns, matched(*given_columns, class_agnostic=True), CATEGORIES)
     for kind in ("errors", "pr_curves", "calibration"):
         assert set(found.tables[kind]["category"].to_pylist()) == {None}, kind
-    assert {row["category"] for row in found.metric_rows} == {None}
+    assert {value.category for value in found.values} == {None}
     counts = {row["error"]: row["count"] for row in found.tables["errors"].to_pylist()}
     assert (counts["class"], counts["background"], counts["missed"]) == (0, 1, 1)
     assert rows_of(found.tables["confusion"], truth="cat", detected="dog")[0]["count"] == 1

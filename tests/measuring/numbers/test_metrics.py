@@ -23,6 +23,7 @@ from raydet.measuring.numbers.matches import COCO as COCO_PROTOCOL
 from raydet.measuring.numbers.matches import COCO_AREAS, COCO_IOU_THRESHOLDS, Matches, Protocol
 from raydet.measuring.numbers.matching import match
 from raydet.measuring.numbers.metrics import METRICS, CocoResult, accumulate, metrics_of
+from raydet.measuring.numbers.values import metric_rows, values_in
 from raydet.tables.columns import DetectionColumns, TruthColumns
 from raydet.tables.schema import Category, build_schema
 
@@ -147,7 +148,7 @@ def result_of_shards(images: list[Image], categories: list[Category], num_shards
 
 def assert_same(result: CocoResult, evaluator: COCOeval, categories: list[Category]) -> None:
     if result.protocol == COCO_PROTOCOL:
-        assert list(result.numbers().values()) == evaluator.stats.tolist()
+        assert list(result.values.values()) == [None if value == -1 else value for value in evaluator.stats.tolist()]
     order = sorted(range(len(result.categories)), key=lambda index: categories[index].id) or [0]
     assert np.array_equal(result.precision[..., 0][:, :, order], evaluator.eval["precision"][..., -1])
     assert np.array_equal(result.recall[:, order], evaluator.eval["recall"])
@@ -204,7 +205,7 @@ def test_numbers_of_each_class_are_means_over_its_part_of_pycocotools_arrays(tes
             array = evaluator.eval[metric.kind][thresholds[metric.iou]]
             values = array[..., index, areas.index(metric.area), limits.index(metric.max_detections)]
             values = values[values > -1]
-            assert numbers.values[metric.name] == (np.mean(values) if values.size else -1)
+            assert numbers.values[metric.name] == (np.mean(values) if values.size else None)
     assert len({numbers.AP for numbers in result.per_class}) == len(categories)
 
 
@@ -306,10 +307,10 @@ def test_numbers_by_other_rules_have_names_of_their_own() -> None:
     assert " ".join(metric.name for metric in METRICS) == coco
     images = [Image(1, ONE_BOX, ONE_HIT)]
     result = accumulate(match_all(images, ONE_CLASS, protocol), ONE_CLASS)
-    assert result.numbers() == pytest.approx({"AP": 1, "AP75": 1, "APs": 1, "AR2": 1, "AR300": 1, "ARs": 1})
+    assert result.values == pytest.approx({"AP": 1, "AP75": 1, "APs": 1, "AR2": 1, "AR300": 1, "ARs": 1})
     fields = [result.AP75, result.AP50]
-    assert fields == pytest.approx([1, -1])
-    assert [row["max_detections"] for row in result.table_rows(None, None, None)][3:5] == [2, 300]
+    assert fields == [pytest.approx(1), None]
+    assert [value.max_detections for value in result.blocks()[0]][3:5] == [2, 300]
 
 
 def test_classes_that_count_as_one_have_no_numbers_of_their_own() -> None:
@@ -319,7 +320,7 @@ def test_classes_that_count_as_one_have_no_numbers_of_their_own() -> None:
     result = accumulate(matches, categories)
     assert result.values["AP"] == pytest.approx(1)
     assert (result.categories, result.per_class) == ((), ())
-    assert {row["category"] for row in result.table_rows("r", None, None)} == {None}
+    assert {value.category for block in result.blocks() for value in block} == {None}
 
 
 def test_categories_must_be_those_that_were_matched() -> None:
@@ -348,14 +349,15 @@ ONE_BOX = image_truth([([10, 10, 20, 20], 0, 400.0, False)])
 ONE_HIT = image_detections([([10, 10, 20, 20], 0.9, 0)])
 
 
-def test_what_cannot_be_measured_is_minus_one_and_null_in_the_table() -> None:
+def test_what_cannot_be_measured_is_none() -> None:
     categories = [*ONE_CLASS, Category(9, "absent")]
     accumulator = CocoAccumulator(categories)
     accumulator.add(1, ONE_BOX, ONE_HIT)
     result = accumulator.result()
-    assert (result.AP, result.APs, result.APl, result.per_class[1].AP) == pytest.approx((1, 1, -1, -1))
-    rows = result.table_rows("run", None, "val")
-    values = {(row["metric"], row["category"]): row["value"] for row in rows}
+    assert [result.AP, result.APs] == pytest.approx([1, 1])
+    assert (result.APl, result.per_class[1].AP) == (None, None)
+    rows = [value for block in result.blocks() for value in block]
+    values = {(value.metric, value.category): value.value for value in rows}
     assert values["AP", None] == result.AP
     assert values["APl", None] is None
     assert values["AP", "cell"] == result.AP
@@ -369,7 +371,10 @@ def test_table_rows_fit_the_schema_and_say_what_each_number_is() -> None:
     accumulator = CocoAccumulator(ONE_CLASS)
     accumulator.add(1, ONE_BOX, ONE_HIT)
     schema = build_schema("metrics", ONE_CLASS)
-    rows = pa.RecordBatch.from_pylist(accumulator.result().table_rows("r", "m", "val"), schema=schema).to_pylist()
+    values = [value for block in accumulator.result().blocks() for value in block]
+    table = pa.Table.from_pylist(metric_rows(values, run="r", model="m", split="val"), schema=schema)
+    assert values_in(table) == values
+    rows = table.to_pylist()
     whole = {row["metric"]: row for row in rows if row["category"] is None}
     assert list(whole) == [metric.name for metric in METRICS]
     assert {name: whole[name]["iou"] for name in ("AP", "AP50", "AP75", "AR1")} == {

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raydet.measuring.numbers.matches import Matches, concatenate
-from raydet.measuring.numbers.protocols import Row, lvis_rows, match_lvis, match_voc, voc_rows
+from raydet.measuring.numbers.protocols import lvis_blocks, match_lvis, match_voc, voc_blocks
+from raydet.measuring.numbers.values import Block
 from raydet.tables.schema import Category
 from tests.measuring.numbers.test_metrics import (
     Image,
@@ -81,14 +82,14 @@ def voc_matches(images: list[Image], categories: list[Category]) -> Matches:
 
 def assert_textbook(images: list[Image], categories: list[Category], matches: Matches) -> None:
     for eleven_points in (True, False):
-        (whole, *by_class) = voc_rows(matches, categories, eleven_points=eleven_points)
+        whole, *by_class = (block[0] for block in voc_blocks(matches, categories, eleven_points=eleven_points))
         expected = [textbook_voc(images, index, eleven_points) for index in range(len(categories))]
-        assert [row[1] for row in by_class] == [category.name for category in categories]
-        for row, value in zip(by_class, expected, strict=True):
-            assert row[5] == (None if value is None else pytest.approx(value, abs=1e-12))
+        assert [found.category for found in by_class] == [category.name for category in categories]
+        for found, value in zip(by_class, expected, strict=True):
+            assert found.value == (None if value is None else pytest.approx(value, abs=1e-12))
         defined = [value for value in expected if value is not None]
-        assert whole[:5] == ("AP50", None, 0.5, None, None)
-        assert whole[5] == (pytest.approx(np.mean(defined), abs=1e-12) if defined else None)
+        assert (whole.metric, whole.category, whole.iou, whole.area) == ("AP50", None, 0.5, None)
+        assert whole.value == (pytest.approx(np.mean(defined), abs=1e-12) if defined else None)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
@@ -110,8 +111,8 @@ def test_voc_gives_a_detection_the_box_it_overlaps_most_even_if_that_is_taken() 
     matches = voc_matches([Image(1, truth, detections)], ONE_CLASS)
     assert matches.true_positive.tolist() == [[1, 0]]
     assert matches.truth_found.tolist() == [1, 0]
-    assert voc_rows(matches, ONE_CLASS, eleven_points=False)[0][5] == 0.5
-    assert voc_rows(matches, ONE_CLASS, eleven_points=True)[0][5] == pytest.approx(6 / 11)
+    assert voc_blocks(matches, ONE_CLASS, eleven_points=False)[0][0].value == 0.5
+    assert voc_blocks(matches, ONE_CLASS, eleven_points=True)[0][0].value == pytest.approx(6 / 11)
 
 
 def test_voc_counts_what_lies_in_a_difficult_box_neither_way() -> None:
@@ -121,7 +122,7 @@ def test_voc_counts_what_lies_in_a_difficult_box_neither_way() -> None:
     small_part = ([0.0, 0.0, 5.0, 5.0], 0.7, 0)  # of a crowd it would be a part; here it overlaps too little
     for rows, expected in (([*in_difficult, hit], 1.0), ([small_part, hit], 0.5)):
         matches = voc_matches([Image(1, truth, image_detections(rows))], ONE_CLASS)
-        assert voc_rows(matches, ONE_CLASS, eleven_points=False)[0][5] == expected
+        assert voc_blocks(matches, ONE_CLASS, eleven_points=False)[0][0].value == expected
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +184,8 @@ def reference_lvis(
     return dict(evaluator.results)
 
 
-def assert_as_lvis(rows: list[Row], expected: dict[str, float]) -> None:
-    whole = {name: -1.0 if value is None else value for name, category, *_, value in rows if category is None}
+def assert_as_lvis(blocks: tuple[Block, ...], expected: dict[str, float]) -> None:
+    whole = {value.metric: -1.0 if value.value is None else value.value for value in blocks[0]}
     names = {"AR@300": "AR300", "ARs@300": "ARs", "ARm@300": "ARm", "ARl@300": "ARl"}
     assert whole == {names.get(name, name): value for name, value in expected.items()}
 
@@ -202,7 +203,7 @@ def test_lvis_is_the_packages_on_random_cases(lvis_package: types.ModuleType, ca
     frequency = data.draw(st.lists(st.sampled_from("rcf"), min_size=len(categories), max_size=len(categories)))
     matches = match_lvis(*columns(images), len(categories), negatives, not_exhaustive)
     expected = reference_lvis(lvis_package, images, categories, negatives, not_exhaustive, frequency)
-    assert_as_lvis(lvis_rows(matches, categories, frequency), expected)
+    assert_as_lvis(lvis_blocks(matches, categories, frequency), expected)
 
 
 def test_lvis_is_the_packages_on_real_truth_in_parts(lvis_package: types.ModuleType, test_data: Path) -> None:
@@ -223,7 +224,7 @@ def test_lvis_is_the_packages_on_real_truth_in_parts(lvis_package: types.ModuleT
     ]
     expected = reference_lvis(lvis_package, crowded, categories, negatives, not_exhaustive, frequency)
     assert 0 < expected["AP"] < 1
-    assert_as_lvis(lvis_rows(concatenate(parts), categories, frequency), expected)
+    assert_as_lvis(lvis_blocks(concatenate(parts), categories, frequency), expected)
 
 
 def test_lvis_judges_only_what_is_known() -> None:
@@ -248,7 +249,8 @@ def test_lvis_frequency_goes_by_the_number_of_images() -> None:
         hits = [([0.0, 0.0, 50.0, 50.0], 0.9, kind) for kind in kinds if kind != 1] * 2
         images.append(Image(number, image_truth(boxes), image_detections(hits)))
     matches = match_lvis(*columns(images), 3, [[]] * 101, [[]] * 101)
-    values = {(name, category): value for name, category, *_, value in lvis_rows(matches, categories)}
+    blocks = lvis_blocks(matches, categories)
+    values = {(value.metric, value.category): value.value for block in blocks for value in block}
     assert [values[name, None] for name in ("APr", "APc", "APf")] == pytest.approx([1, 0, 1])
     assert values["AP", "c1"] == 0
     assert values["AR300", None] == pytest.approx(2 / 3)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from raydet.common.boxes import Boxes
 from raydet.common.errors import UserError
-from raydet.tables import storage
+from raydet.tables import coco_json, storage
 from raydet.tables.columns import DetectionColumns, Integers, TruthColumns
 from raydet.tables.schema import MAX_IMAGE_ID, Category
 
@@ -45,12 +45,14 @@ class Instances:
         categories: By rising id.
         columns: The boxes; images by rising id.
         sizes_hw: Pixels, 0 where unknown, int64 [I, 2].
+        paths: The file names, with `/`; empty where unknown.
         federated: What LVIS adds, if it was asked for.
     """
 
     categories: tuple[Category, ...]
     columns: TruthColumns
     sizes_hw: Integers
+    paths: list[str]
     federated: Federated | None
 
 
@@ -62,6 +64,7 @@ class _Image(msgspec.Struct, gc=False):
     id: _ImageId
     height: _ImageId = 0
     width: _ImageId = 0
+    file_name: str = ""
     neg_category_ids: tuple[int, ...] = ()
     not_exhaustive_category_ids: tuple[int, ...] = ()
 
@@ -134,7 +137,7 @@ def read_instances(uri: str, *, lvis: bool) -> Instances:
             f"{unknown[0]}"
         )
     area = _column((np.nan if item.area is None else item.area for item in annotations), np.float64, count)
-    # NaN is an area that was left out, see `_stated_area`.
+    # NaN is an area that was left out.
     area = np.where(np.isnan(area), boxes_xywh[:, 2] * boxes_xywh[:, 3], area)
     order = np.argsort(image_of, kind="stable")
     columns = TruthColumns(
@@ -147,7 +150,8 @@ def read_instances(uri: str, *, lvis: bool) -> Instances:
     )
     sizes_hw = np.array([(image.height, image.width) for image in images], dtype=np.int64).reshape(-1, 2)
     federated = _federated(images, classes, uri) if lvis else None
-    return Instances(categories, columns, sizes_hw, federated)
+    paths = [coco_json.plain_path(image.file_name) for image in images]
+    return Instances(categories, columns, sizes_hw, paths, federated)
 
 
 def _federated(images: Sequence[_Image], classes: Sequence[_Class], uri: str) -> Federated:
@@ -223,96 +227,69 @@ def _to_indices(category_ids: Sequence[int], categories: Sequence[Category], whe
         raise UserError(f"{where} has category ids that the truth does not have: {names}") from None
 
 
-def _decode(uri: str, type_: type[_T], one_by_one: Callable[[Any, str], _T]) -> _T:
-    data = storage.read_bytes(uri)
+def _decode(uri: str, type_: type[_T], one_by_one: Callable[[str], _T]) -> _T:
+    """Reads the whole file at once; entry by entry where that fails, to be lenient or to report what is wrong."""
     try:
-        return msgspec.json.decode(data, type=type_)
+        return msgspec.json.decode(storage.read_bytes(uri), type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        pass
+        return one_by_one(uri)
+
+
+def _instances_one_by_one(uri: str) -> _Instances:
+    content = _Instances([], [], [])
+    for key, entries in coco_json.read_lists(uri):
+        for entry, place in entries:
+            if key == "images":
+                content.images.append(_image(entry, place))
+            elif key == "annotations":
+                content.annotations.append(_annotation(entry, place))
+            else:
+                category, frequency = coco_json.category(entry, place), entry.get("frequency")
+                content.categories.append(_Class(category.id, category.name, frequency))
+    return content
+
+
+def _image(entry: coco_json.Entry, place: str) -> _Image:
+    sides = (coco_json.integer(entry.get(side)) for side in ("height", "width"))
+    height, width = (side if side is not None and 0 <= side < MAX_IMAGE_ID else 0 for side in sides)
+    lists = (tuple(entry.get(key) or ()) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
+    return _Image(coco_json.image_id(entry, "id", place), height, width, str(entry.get("file_name") or ""), *lists)
+
+
+def _annotation(entry: coco_json.Entry, place: str) -> _Annotation:
+    area = coco_json.stated_area(entry)
+    return _Annotation(
+        image_id=coco_json.image_id(entry, "image_id", place),
+        category_id=coco_json.required_integer(entry, "category_id", place),
+        bbox=coco_json.box_xywh(entry, place),
+        # NaN stands for an area that is left out; one that is stated becomes infinite, which is refused later on.
+        area=math.inf if area is not None and math.isnan(area) else area,
+        iscrowd=coco_json.is_crowd(entry, place),
+    )
+
+
+def _results_one_by_one(uri: str) -> list[_Result]:
     try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{uri} is not valid JSON: {error}") from None
-    return one_by_one(content, uri)
-
-
-def _instances_one_by_one(content: Any, uri: str) -> _Instances:
-    if not isinstance(content, dict) or any(
-        not isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        raise UserError(
-            f"{uri} is no COCO instances JSON: it must be an object with images, annotations and categories"
-        )
-    images, annotations, categories = content["images"], content["annotations"], content["categories"]
-    where = f"{uri}: categories"
-    ids = _checked(categories, "id", _is_integer, "an integer", where)
-    names = _checked(categories, "name", lambda value: isinstance(value, str), "a string", where)
-    image_ids = _checked(images, "id", _is_image_id, _IMAGE_ID, f"{uri}: images")
-    where = f"{uri}: annotations"
-    columns = (
-        _checked(annotations, "image_id", _is_image_id, _IMAGE_ID, where),
-        _checked(annotations, "category_id", _is_integer, "an integer", where),
-        _checked(annotations, "bbox", _is_box, "four numbers: x, y, width, height", where),
-        [_stated_area(item.get("area")) for item in annotations],
-        [bool(item.get("iscrowd")) for item in annotations],
-    )
-    sizes = [[size if _is_image_id(size) else 0 for size in (item.get("height"), item.get("width"))] for item in images]
-    federated = [
-        tuple(tuple(item.get(key) or ()) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
-        for item in images
-    ]
-    return _Instances(
-        [_Image(id_, size[0], size[1], *own) for id_, size, own in zip(image_ids, sizes, federated, strict=True)],
-        [_Annotation(*values) for values in zip(*columns, strict=True)],
-        [_Class(id_, name, item.get("frequency")) for id_, name, item in zip(ids, names, categories, strict=True)],
-    )
-
-
-def _stated_area(area: Any) -> float | None:
-    """An area as the file states it, None for none; one that is NaN becomes infinite, which is refused later on."""
-    if not _is_number(area):
-        return None
-    return math.inf if math.isnan(area) else float(area)
-
-
-def _results_one_by_one(items: Any, uri: str) -> list[_Result]:
+        items = json.loads(storage.read_bytes(uri))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{uri} is not JSON: {error}; expected COCO results, which are a list") from None
     if not isinstance(items, list):
         raise UserError(
-            f"{uri} is no COCO results JSON: it must be a list of objects with image_id, category_id, bbox and score"
+            f"{uri} holds a {type(items).__name__}; COCO results are a list of objects with image_id, category_id, "
+            "bbox and score"
         )
-    columns = (
-        _checked(items, "image_id", _is_image_id, _IMAGE_ID, uri),
-        _checked(items, "category_id", _is_integer, "an integer", uri),
-        _checked(items, "bbox", _is_box, "four numbers: x, y, width, height", uri),
-        _checked(items, "score", _is_number, "a number", uri),
+    return [_result(entry, place) for entry, place in coco_json.placed(items, f"{uri}: results")]
+
+
+def _result(entry: coco_json.Entry, place: str) -> _Result:
+    for key in ("image_id", "category_id", "bbox"):
+        value = entry.get(key)
+        # People write annotations, but programs write results: a number in quotes is a defect of theirs.
+        if any(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{place}: {key} must not be text, got {value!r:.60}")
+    return _Result(
+        coco_json.image_id(entry, "image_id", place),
+        coco_json.required_integer(entry, "category_id", place),
+        coco_json.box_xywh(entry, place),
+        coco_json.score(entry, place),
     )
-    return [_Result(*values) for values in zip(*columns, strict=True)]
-
-
-_IMAGE_ID = "an integer from 0 to below 2**53"
-
-
-def _is_integer(value: object) -> bool:
-    return type(value) is int
-
-
-def _is_image_id(value: object) -> bool:
-    return type(value) is int and 0 <= value < MAX_IMAGE_ID
-
-
-def _is_number(value: object) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < MAX_IMAGE_ID)
-
-
-def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
-
-
-def _checked(items: list[Any], key: str, is_right: Callable[[object], bool], expected: str, where: str) -> list[Any]:
-    values = []
-    for number, item in enumerate(items):
-        value = item.get(key) if isinstance(item, dict) else None
-        if not is_right(value):
-            raise UserError(f"{where}: entry {number} must have `{key}`, {expected}, found {value!r:.60}")
-        values.append(value)
-    return values

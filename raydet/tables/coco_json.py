@@ -1,0 +1,219 @@
+"""COCO JSON → its entries, one at a time, each checked; a mistake is reported with its place in the file.
+
+The file is read piece by piece, so that it may be larger than the memory. Ids written as strings of digits or as whole
+floats are taken for integers; backslashes in file names are slashes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from raydet.common.errors import UserError
+from raydet.tables import storage
+from raydet.tables.json_stream import Elements, JsonError, members
+from raydet.tables.schema import MAX_IMAGE_ID, Category
+
+MAX_INTEGER = 2**63
+"""A larger integer does not fit into a column of 64 bits."""
+
+Entry = dict[str, Any]
+BoxXywh = tuple[float, float, float, float]
+
+_LISTS = ("images", "annotations", "categories")
+
+
+def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
+    """Reads the lists of a COCO instances file in the order in which they stand there.
+
+    Yields:
+        "images", "annotations" or "categories", each once; and the entries of that list, to be consumed before the
+        next list is asked for, each with its place for messages. Masks are left out.
+
+    Raises:
+        UserError: The file is missing, is not JSON, or is not a COCO instances file; also while entries are consumed.
+    """
+    where = storage.absolute_uri(uri)
+    found: set[str] = set()
+    with _errors_in_one_line(uri), storage.open_stream(uri) as stream:
+        for key, value in members(stream, object_hook=_without_masks):
+            if key not in _LISTS:
+                continue
+            if not isinstance(value, Elements):
+                raise UserError(f'{where}: "{key}" must be a list, got a {type(value).__name__}')
+            if key in found:
+                raise UserError(f'{where} has the key "{key}" twice')
+            found.add(key)
+            yield key, _entries(value, uri, f"{where}: {key}")
+    for key in _LISTS:
+        if key not in found:
+            hint = "; for images without labels use `raydet prepare images`" if key == "annotations" else ""
+            raise UserError(
+                f'{where} lacks the key "{key}"; a COCO instances file has images, annotations, categories{hint}'
+            )
+
+
+def _entries(elements: Elements, uri: str, where: str) -> Iterator[tuple[Entry, str]]:
+    with _errors_in_one_line(uri):
+        yield from placed(elements, where)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"no such annotations file: {storage.absolute_uri(uri)}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the annotations file {uri}: {' '.join(str(error).split())}") from None
+    except JsonError as error:
+        raise UserError(f"{uri} {error}; expected a COCO instances file, which is an object") from None
+
+
+def _without_masks(item: Entry) -> Entry:
+    """Masks are most of a COCO file and of no use here."""
+    item.pop("segmentation", None)
+    return item
+
+
+def placed(entries: Iterable[Any], where: str) -> Iterator[tuple[Entry, str]]:
+    """The entries of a list, each with its place for messages.
+
+    Raises:
+        UserError: An entry is not an object.
+    """
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}[{index}] must be an object, got {_shown(entry)}")
+        yield entry, f"{where}[{index}]"
+
+
+# The parts of an entry. All raise a UserError that begins with the place given.
+
+
+def integer(value: object) -> int | None:
+    """An integer, also when written as a string of digits or as a whole float; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and len(value) <= 20 and value.strip().removeprefix("-").isdecimal():
+        return int(value)
+    return None
+
+
+def required_integer(entry: Entry, key: str, place: str) -> int:
+    """The integer under a key."""
+    value = integer(_required(entry, key, place))
+    if value is None:
+        raise UserError(f"{place}: {key} must be an integer, got {_shown(entry[key])}")
+    return value
+
+
+def image_id(entry: Entry, key: str, place: str) -> int:
+    """The id of an image under a key."""
+    value = required_integer(entry, key, place)
+    if not 0 <= value < MAX_IMAGE_ID:
+        raise UserError(f"{place}: {key} must be from 0 to 2**53 - 1 (evaluators hold it in a float), got {value}")
+    return value
+
+
+def file_name(entry: Entry, place: str) -> str:
+    """The file name of an image, with `/`."""
+    name = entry.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{place}: file_name must be a string, got {_shown(name)}")
+    return plain_path(name)
+
+
+def plain_path(name: str) -> str:
+    """A file name with `/` between folders, and without `./` before them."""
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def category(entry: Entry, place: str) -> Category:
+    """A class; its name is as the file has it."""
+    category_id = required_integer(entry, "id", place)
+    if abs(category_id) >= MAX_INTEGER:
+        raise UserError(f"{place}: id {category_id} does not fit into 64 bits")
+    name = entry.get("name")
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise UserError(f"{place}: name must be a string, got {_shown(name)}")
+    return Category(id=category_id, name=str(name))
+
+
+def box_xywh(entry: Entry, place: str) -> BoxXywh:
+    """The box; numbers that are null, and boxes that are null or empty, become NaN."""
+    bbox = _required(entry, "bbox", place)
+    if bbox is None or bbox == []:
+        return (math.nan,) * 4
+    expected = f"{place}: bbox must be four numbers [x, y, width, height], got {_shown(bbox)}"
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        raise UserError(expected)
+    try:
+        x, y, width, height = (math.nan if value is None else _number(value) for value in bbox)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(expected) from None
+    return x, y, width, height
+
+
+def stated_area(entry: Entry) -> float | None:
+    """The area that an annotation states, any number; None where it states none."""
+    try:
+        return _number(entry.get("area"))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def is_crowd(entry: Entry, place: str) -> bool:
+    """Whether an annotation says that its box stands for a crowd."""
+    value = entry.get("iscrowd")
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    number = integer(value)
+    if number not in (0, 1):
+        raise UserError(f"{place}: iscrowd must be 0 or 1, got {_shown(value)}")
+    return number == 1
+
+
+def score(entry: Entry, place: str) -> float:
+    """The score of a detection, any number."""
+    value = _required(entry, "score", place)
+    if isinstance(value, str):
+        raise UserError(f"{place}: score must be a number, got {_shown(value)}")
+    try:
+        return _number(value)
+    except (TypeError, OverflowError):
+        raise UserError(f"{place}: score must be a number, got {_shown(value)}") from None
+
+
+def refuse_repeated(values: list[Any], where: str, key: str) -> None:
+    """Refuses a list in which two entries have the same value under a key.
+
+    Raises:
+        UserError: There are two.
+    """
+    first_seen: dict[Any, int] = {}
+    for index, value in enumerate(values):
+        if value in first_seen:
+            raise UserError(f"{where}[{first_seen[value]}] and [{index}] have the same {key} {_shown(value)}")
+        first_seen[value] = index
+
+
+def _required(entry: Entry, key: str, place: str) -> Any:
+    if key not in entry:
+        raise UserError(f'{place} lacks the key "{key}"')
+    return entry[key]
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,226 @@
+"""Every command that writes keeps a second run out, and never touches files or results that are not its own."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raydet.cli.main import main
+from raydet.config import EvaluateConfig
+from raydet.measuring.evaluate import evaluate
+from raydet.models.loading import build_detector
+from raydet.tables.output_folder import open_folder
+from raydet.tables.schema import build_schema
+from raydet.tables.table import TableWriter, open_table
+from tests.small_sets import files_below, rows_of, save_image
+
+_STOPPING = """
+import os, signal, sys
+from raydet.tables import folder_lock
+lock = folder_lock._lock
+def stop_once_locked(*arguments):
+    locked = lock(*arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return locked
+folder_lock._lock = stop_once_locked
+from raydet.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""A command line that stops at the moment when it has locked its output, until it is told to continue."""
+
+FOLDERS = {
+    "prepare images": ["--max-pixels", "9999999"],
+    "prepare shapes": ["--seed", "3"],
+    "inspect": ["--num-images", "1"],
+    "evaluate": ["--bootstrap", "4"],
+    "compare": ["--bootstrap", "4"],
+}
+"""Commands that write a folder without Ray, with an option that makes another run of it."""
+PLACES = {"export voc": "out", "export yolo": "out", "export coco": "out.json", "export onnx": "out.onnx"}
+PLACES |= {"report": "out.html"}
+"""Commands whose output appears at once, and what it may be called."""
+ON_RAY = ("predict", "train", "tune")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str, list[str]]:
+    """The options of each command but `--out`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for number in range(4):
+        save_image(folder / "images" / f"{number}.png", seed=number)
+    val, found, model = str(shapes / "val"), str(folder / "found"), str(folder / "model")
+    table = open_table(val, "images")
+    with TableWriter(found, build_schema("detections", table.categories), config_hash="x") as writer:
+        for row in rows_of(val):
+            objects = row["objects"]
+            detections = {"bbox": objects["bbox"], "category": objects["category"], "score": [0.5] * len(objects["id"])}
+            writer.write_rows(
+                [{**{key: row[key] for key in ("image_id", "width", "height")}, "detections": detections}]
+            )
+    build_detector("rt_detr_v2_tiny", table.categories, image_size=64, seed=0).save(model)
+    evaluate(EvaluateConfig(truth=val, detections=found, out=str(folder / "metrics"), bootstrap=3))
+    train = {"train_data": str(shapes / "train"), "val_data": val, "model": "rt_detr_v2_tiny", "image_size": 64}
+    train |= {"epochs": 1, "threads_per_worker": 1, "log_images": 0}
+    search = {
+        "train": train,
+        "space": {"learning_rate": {"uniform": [1e-4, 1e-3]}},
+        "num_trials": 1,
+        "search": "random",
+    }
+    for name, content in (("train", train), ("tune", search)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return {
+        "prepare images": ["--images", str(folder / "images")],
+        "prepare shapes": ["--num-train", "8", "--num-val", "3", "--image-size", "64"],
+        "inspect": ["--data", val, "--augmentation", "none", "--num-images", "0"],
+        "evaluate": ["--truth", val, "--detections", found, "--bootstrap", "3"],
+        "compare": ["--truth", val, "--first", found, "--second", found, "--bootstrap", "3"],
+        "report": ["--metrics", str(folder / "metrics"), "--num-images", "1"],
+        "export voc": ["--data", val],
+        "export yolo": ["--data", val],
+        "export coco": ["--data", val],
+        "export onnx": ["--checkpoint", model],
+        "predict": ["--checkpoint", model, "--data", val],
+        "train": ["--config", str(folder / "train.yaml")],
+        "tune": ["--config", str(folder / "tune.yaml")],
+    }
+
+
+@pytest.fixture
+def run(options: dict[str, list[str]], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a command in this process; returns its exit code and what it wrote to stderr."""
+
+    def run_command(command: str, out: Path, *more: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main([*command.split(), *options[command], *more, "--out", str(out)])
+        return code, capsys.readouterr().err.strip()
+
+    return run_command
+
+
+Run = Callable[..., tuple[int, str]]
+
+
+def start_and_stop(command: str, options: list[str], out: Path) -> "subprocess.Popen[str]":
+    """Starts a command, and returns once it has locked its output and stands still."""
+    arguments = [sys.executable, "-c", _STOPPING, *command.split(), *options, "--out", str(out)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait_until_stopped(process)
+    return process
+
+
+def _wait_until_stopped(process: "subprocess.Popen[str]") -> None:
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), f"it ended with {os.waitstatus_to_exitcode(status)} before it had its lock"
+
+
+def assert_refused(answer: tuple[int, str], *words: str) -> None:
+    code, error = answer
+    assert code == 2 and "\n" not in error, error
+    for word in words:
+        assert word in error, error
+
+
+_EXPORT_ONNX = pytest.param("export onnx", marks=pytest.mark.slow)  # which brings up torch and two graphs
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *(name for name in PLACES if name != "export onnx"), _EXPORT_ONNX])
+def test_a_second_run_is_refused_and_the_first_is_whole(
+    command: str, options: dict[str, list[str]], tmp_path: Path, run: Run
+) -> None:
+    out, alone = tmp_path / "both" / PLACES.get(command, "out"), tmp_path / "alone" / PLACES.get(command, "out")
+    process = start_and_stop(command, options[command], out)
+    assert_refused(run(command, out), "in use by another run", command.removesuffix(" images").removesuffix(" shapes"))
+    os.kill(process.pid, signal.SIGCONT)
+    if command == "prepare shapes":  # one lock for each of its two tables
+        _wait_until_stopped(process)
+        os.kill(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert run(command, alone)[0] == 0
+    # The same files as those of a run that was alone, and neither locks nor unfinished files.
+    assert files_below(out.parent) == files_below(alone.parent)
+    assert not [name for name in files_below(tmp_path) if "lock" in name or "partial" in name]
+    for name in files_below(out.parent):
+        if name.endswith((".parquet", ".json", ".xml", ".txt")) and not _says_when(name):
+            assert (out.parent / name).read_bytes() == (alone.parent / name).read_bytes(), name
+
+
+def _says_when(name: str) -> bool:
+    """Holds for files that name the folder or the time of their run."""
+    return name.rpartition("/")[2].startswith("_") or "/runs/" in name
+
+
+@pytest.mark.parametrize("command", ON_RAY)
+def test_a_second_run_on_ray_is_refused_before_ray_starts(
+    command: str, options: dict[str, list[str]], tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    process = start_and_stop(command, options[command], out)
+    try:
+        assert_refused(run(command, out), "in use by another run", f"({command} on")
+    finally:
+        process.kill()
+        process.communicate()
+    # A killed process holds nothing.
+    with open_folder(str(out), command=command) as folder:
+        assert folder.record() is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("command", ON_RAY)
+def test_the_first_run_on_ray_is_whole(command: str, options: dict[str, list[str]], tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    process = start_and_stop(command, options[command], out)
+    assert_refused(run(command, out), "in use by another run")
+    os.kill(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    assert run(command, out) == (0, "")  # says that it is finished
+    assert not [name for name in files_below(out) if name.endswith(("_lock", ".partial"))]
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *ON_RAY])
+def test_files_of_others_are_refused_and_left(command: str, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    mine = out / ("val" if command == "prepare shapes" else ".") / "holiday.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert_refused(run(command, out), "--out", "files that raydet did not write, such as holiday.jpg")
+    assert files_below(out) == [str(mine.relative_to(out))] and mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", FOLDERS)
+def test_another_run_is_refused_with_the_same_words(command: str, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    assert run(command, out)[0] == 0
+    before = {name: (out / name).read_bytes() for name in files_below(out)}
+    option = FOLDERS[command][0].removeprefix("--").replace("-", "_")
+    assert_refused(run(command, out, *FOLDERS[command]), f"already holds another run ({option}: ", "same settings")
+    assert {name: (out / name).read_bytes() for name in files_below(out)} == before
+    assert run(command, out)[0] == 0  # the same run again is no mistake
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY])
+@pytest.mark.parametrize("kind", ["http", "below a file", "linked lock"])
+def test_places_that_cannot_be_written_are_one_line(command: str, kind: str, tmp_path: Path, run: Run) -> None:
+    name, victim = PLACES.get(command, "out"), tmp_path / "victim"
+    victim.write_text("precious")
+    out: Any = tmp_path / "victim" / name if kind == "below a file" else tmp_path / name
+    if kind == "http":
+        out = f"http://127.0.0.1:9/{name}"
+    if kind == "linked lock":
+        lock = tmp_path / f".{name}.lock" if command in PLACES else out / "_lock"
+        if command == "prepare shapes":
+            lock = out / "train" / "_lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.symlink_to(victim)
+    assert_refused(run(command, out), "--out")
+    assert victim.read_text() == "precious"
