@@ -200,7 +200,7 @@ def _train_with_raydet(setting: Setting, is_bf16: bool) -> float:
         )
     timed = result.history[1:-1]
     num_images = open_table(str(setting.folder / "train"), "images").num_rows
-    timed_s: float = sum(entry["seconds"] for entry in timed)
+    timed_s: float = sum(record.seconds for record in timed)
     return num_images * len(timed) / timed_s
 
 
@@ -339,7 +339,7 @@ def _batches_in_memory(setting: Setting, detector: Any) -> list[tuple[Any, Any]]
     examples = []
     view = View(resize_rule=detector.resize_rule)
     for row in open_table(str(setting.folder / "train"), "images").read().to_pylist():
-        seen = view.augmented(row, epoch=0, step=0)
+        seen = view.augmented(row, epoch=0, resize_rule=detector.resize_rule)
         examples.append(Example(row["image_id"], seen.image, seen.original_size_hw, seen.boxes_cxcywh, seen.categories))
     starts = range(0, len(examples), BATCH_SIZE)
     batches = [collate(examples[start : start + BATCH_SIZE]) for start in starts]

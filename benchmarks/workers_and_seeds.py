@@ -75,14 +75,14 @@ def _train(config: TrainConfig) -> Result:
     started = time.perf_counter()
     result = train(config)
     seconds = time.perf_counter() - started
-    rates = [entry["images_per_s"] for entry in result.history]
+    rates = [record.images_per_s for record in result.history]
     peak_kb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
         "images_per_s": round(statistics.median(rates), 2),
         "seconds": round(seconds, 1),
-        "peak_mb": round(max(peak_kb / 1024, max(entry["peak_memory_mb"] for entry in result.history))),
-        "ap": result.best["AP"],
-        "ap_of_last_epoch": result.history[-1]["AP"],
+        "peak_mb": round(max(peak_kb / 1024, max(record.peak_memory_mb or 0 for record in result.history))),
+        "ap": result.best.value("AP"),
+        "ap_of_last_epoch": result.history[-1].value("AP"),
     }
 
 

@@ -109,14 +109,14 @@ class View:
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         return SeenImage(resized(image, self.resize_rule), size_hw, *nothing)
 
-    def augmented(self, row: Mapping[str, Any], *, epoch: int, step: int) -> SeenImage:
+    def augmented(self, row: Mapping[str, Any], *, epoch: int, resize_rule: ResizeRule) -> SeenImage:
         """Decode, augment and resize an image, as a training step does.
 
         Args:
             row: A row of an images table; `image_id`, `image` and `objects` are read and, where they are there,
                 `mosaic` and `mixup`: the rows that the image is mixed with. Unreadable partners are left out.
             epoch: Counted from 0.
-            step: The optimizer step in that epoch, from 0.
+            resize_rule: The resize of the image's training step, see `step_resize_rule`.
 
         Raises:
             DecodeError: The image cannot be read.
@@ -135,7 +135,7 @@ class View:
         # A crowd box covers many objects: no single query can learn it.
         kept = ~sample.iscrowd
         return SeenImage(
-            resized(sample.image, self.step_resize_rule(epoch, step)),
+            resized(sample.image, resize_rule),
             size_hw,
             xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)[kept],
             sample.categories[kept],

@@ -17,41 +17,25 @@ class Board:
     """A notice board: workers pin entries to it and show how far they are; the driver reads it and may ask to stop."""
 
     def __init__(self) -> None:
-        self._entries: list[dict[str, Any]] = []
+        self._entries: list[Any] = []
         self._progress: dict[str, Any] = {}
-        self._mistake = ""
-        self._failure = ""
         self._is_to_stop = False
 
-    def pin(self, entry: dict[str, Any]) -> None:
+    def pin(self, entry: Any) -> None:
         """Adds an entry that stays."""
         self._entries.append(entry)
 
-    def show(self, progress: dict[str, Any]) -> bool:
+    def show(self, progress: dict[str, Any] | None = None) -> bool:
         """Says how far the work is; only the newest counts. Returns whether the driver asks to stop."""
-        self._progress = progress
+        if progress is not None:
+            self._progress = progress
         return self._is_to_stop
 
-    def ask_to_stop(self) -> None:
-        """Has the workers save what they have and end."""
+    def ask_to_stop(self) -> bool:
+        """Has the workers save what they have and end; returns whether they have shown any progress yet."""
         self._is_to_stop = True
+        return bool(self._progress)
 
-    def report_mistake(self, message: str) -> None:
-        """Says that the user's input is wrong, in the one line that the user will read."""
-        self._mistake = message
-
-    def mistake(self) -> str:
-        """The line that `report_mistake` brought, or nothing."""
-        return self._mistake
-
-    def report_failure(self, message: str) -> None:
-        """Says why the run cannot go on, in the one line that the user will read; the first report counts."""
-        self._failure = self._failure or message
-
-    def failure(self) -> str:
-        """The line that `report_failure` brought, or nothing."""
-        return self._failure
-
-    def read(self, start: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def read(self, start: int) -> tuple[list[Any], dict[str, Any]]:
         """The entries from number `start` on, and how far the work is."""
         return self._entries[start:], self._progress

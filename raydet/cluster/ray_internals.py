@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.data.block import BlockMetadata
     from ray.data.exceptions import ExecutionTimeoutError, SystemException
+    from ray.train import UserCallback
     from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
 
@@ -47,6 +48,7 @@ __all__ = [
     "Searcher",
     "SystemException",
     "TrialScheduler",
+    "UserCallback",
 ]
 
 _LOADED_LATE = {
@@ -61,6 +63,9 @@ _LOADED_LATE = {
     # Developer API. What Ray Data raises for its own failures; without them, catch `Exception` and look at the cause.
     "ExecutionTimeoutError": "ray.data.exceptions",
     "SystemException": "ray.data.exceptions",
+    # Developer API. The only way for a worker to end a training for good. Without it Ray Train restarts all workers as
+    # often as `max_failures` says.
+    "UserCallback": "ray.train",
     # Developer API. The only way to a search of one's own in Ray Tune; without it, start the trials as plain tasks.
     "Searcher": "ray.tune.search",
     "TrialScheduler": "ray.tune.schedulers",

@@ -1,5 +1,7 @@
 """The exceptions that the command line prints as a single line; anything else is a bug and keeps its traceback."""
 
+import signal
+
 
 class UserError(ValueError):
     """A mistake in the input: the message says what is wrong, where, and what would be right."""
@@ -14,9 +16,16 @@ class RunError(RuntimeError):
 
 
 class RunStopped(RunError):  # noqa: N818 - it is no error that a run does as it was asked
-    """A run that was asked to stop, and has saved all it needs to go on."""
+    """A run that was asked to stop, and has saved all it needs to resume; its exit code is 128 and the signal's number.
 
-    exit_code = 143
+    Args:
+        message: For the user.
+        signal_number: The signal that asked; SIGTERM by default.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 def one_line(message: object, *, limit: int | None = None) -> str:

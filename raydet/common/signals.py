@@ -42,3 +42,45 @@ def ending_on_sigterm() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+class StopRequest:
+    """The signal that asked a command to stop, if one did."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    def to_error(self, message: str) -> RunStopped:
+        """The exception with the exit code of the signal."""
+        return RunStopped(message, self.signal_number or signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def noting_stop_requests() -> Iterator[StopRequest]:
+    """For the time of a `with`, the first SIGINT or SIGTERM is only noted; the next one acts as it did before.
+
+    Outside the main thread, where signals do not come, nothing is changed.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        request.signal_number = number
+        restore()
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        restore()

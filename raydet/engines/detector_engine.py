@@ -36,16 +36,19 @@ class DetectorEngine(ABC):
         resize_rule: How it resizes.
     """
 
-    def __init__(self, detector: Detector, *, device: torch.device, pad_batches: bool, num_threads: int) -> None:
-        """Takes a detector in evaluation mode.
+    def __init__(
+        self, detector: Detector, *, device: torch.device, pad_batches: bool, num_threads: int | None = None
+    ) -> None:
+        """Keeps the detector; loads nothing.
 
         Args:
             detector: Feeds the model and reads its answer.
             device: Where pixels are normalised and the model's inputs are to be.
             pad_batches: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
-            num_threads: Of torch, in the whole process.
+            num_threads: Of torch, in the whole process; None leaves them as they are.
         """
-        torch.set_num_threads(num_threads)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         self.categories = detector.categories
         self.max_detections = detector.max_detections
         self.resize_rule = detector.resize_rule
@@ -64,13 +67,22 @@ class DetectorEngine(ABC):
             images: RGB, uint8 [H, W, 3] each, of any sizes.
         """
         rule = self.resize_rule
-        places: dict[SizeHW, list[int]] = {}
         examples = []
         for place, image in enumerate(images):
             size_hw = (image.shape[0], image.shape[1])
-            seen = resized(image, rule)
-            examples.append(_example(place, seen, size_hw))
-            places.setdefault(self._batch_size_hw((seen.shape[0], seen.shape[1])), []).append(place)
+            examples.append(_example(place, resized(image, rule), size_hw))
+        return self.prepare_resized(examples)
+
+    def prepare_resized(self, examples: Sequence[Example]) -> list[EngineBatch]:
+        """Puts images into batches of one size each.
+
+        Args:
+            examples: Already resized by `resize_rule`.
+        """
+        places: dict[SizeHW, list[int]] = {}
+        for place, example in enumerate(examples):
+            target_hw = (example.image.shape[0], example.image.shape[1])
+            places.setdefault(self._batch_size_hw(target_hw), []).append(place)
         parts = []
         for batch_hw, numbers in places.items():
             batch = collate([examples[number] for number in numbers], pad_to_hw=batch_hw)

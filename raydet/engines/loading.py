@@ -23,7 +23,7 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
     if config.engine == "torch":
         from raydet.engines.torch_engine import TorchEngine
 
-        return TorchEngine(config, device=device, num_threads=num_threads)
+        return TorchEngine.load(config, device=device, num_threads=num_threads)
     if config.engine == "openvino":
         from raydet.engines.openvino_engine import OpenVinoEngine
 

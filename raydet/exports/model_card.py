@@ -20,10 +20,10 @@ from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.measuring import metrics_folder
 from raydet.measuring.numbers.metrics import METRICS
 from raydet.measuring.numbers.values import values_in
-from raydet.models.checkpoints import HISTORY_FILE, Checkpoint
+from raydet.models.checkpoints import Checkpoint
 from raydet.tables import storage
 from raydet.tables.table import MANIFEST_NAME, Table, is_table
-from raydet.training.history import best_entry
+from raydet.training.history import EpochRecord, best_epoch, read_history
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
@@ -48,7 +48,7 @@ class _TrainedRun:
     """What the training run left beside the checkpoint; empty where it is not there."""
 
     config: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: list[EpochRecord]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
     if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("model", "train_data")):
         return _TrainedRun({}, [])
     try:
-        history = json.loads(storage.read_bytes(storage.join(folder, HISTORY_FILE)))
+        history = read_history(folder)
     except (OSError, ValueError):
         history = []
     return _TrainedRun(config, history)
@@ -144,8 +144,8 @@ def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumb
     """The validation numbers of the epoch that the checkpoint is of."""
     chosen_by = run.config.get("metric_for_best_model") or "AP"
     is_newest = checkpoint.name.rstrip("/").endswith("/last")
-    entry = run.history[-1] if is_newest and run.history else best_entry(run.history, chosen_by)
-    if entry is None or entry.get("AP") is None:
+    epoch = run.history[-1] if is_newest and run.history else best_epoch(run.history, chosen_by)
+    if epoch is None or epoch.validation is None or epoch.value("AP") is None:
         return None
     table = run.config.get("val_data") or ""
     data, num_images = _bare_name(table), _num_images(table, checkpoint)
@@ -153,18 +153,16 @@ def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumb
     images = "the validation images" if part == 1 else f"{part:.0%} of the validation images"
     why = "the newest" if is_newest else f"the best by {_escaped(chosen_by)}"
     origin = (
-        f"Measured in training, on {images} ({_escaped(data)}) after epoch {entry['epoch']} of {len(run.history)}, "
-        f"{why}."
+        f"Measured in training, on {images} ({_escaped(data)}) after epoch {epoch.epoch} of {len(run.history)}, {why}."
     )
     if not is_newest:
         origin += " The checkpoint was chosen by these numbers, so on other images expect somewhat lower ones."
-    by_class = entry.get("AP_by_class") or {}
     return _CardNumbers(
         data,
         num_images if part == 1 else None,
         origin,
-        {metric.name: entry.get(metric.name) for metric in METRICS},
-        {item.name: {"AP": by_class.get(item.name)} for item in checkpoint.categories},
+        {metric.name: epoch.value(metric.name) for metric in METRICS},
+        {item.name: {"AP": epoch.value(f"AP:{item.name}")} for item in checkpoint.categories},
         is_evaluation=False,
     )
 

@@ -136,7 +136,8 @@ class FirstEpoch:
                 row["mosaic"] = [others[other] for other in partners[at].mosaic]
                 row["mixup"] = [others[other] for other in partners[at].mixup]
             try:
-                yield at, row, self.view.augmented(row, epoch=0, step=int(steps[at]))
+                rule = self.view.step_resize_rule(0, int(steps[at]))
+                yield at, row, self.view.augmented(row, epoch=0, resize_rule=rule)
             except DecodeError as error:
                 yield at, row, str(error)
 

@@ -142,43 +142,6 @@ class Detector:
             self._scale = (mean, std)
         return self._scale
 
-    def predict(self, batch: Batch, *, pad_batches: bool = False) -> list[Detections]:
-        """Finds objects, in evaluation mode and without labels.
-
-        Args:
-            batch: On any device.
-            pad_batches: Of a family that pads to the largest, run all images of the batch at once, padded as they
-                are. Scores then depend a little on the padding, by some 1e-3. Without it such images are run with
-                those of their own size only, and the answer for an image does not depend on the others in its batch.
-
-        Returns:
-            One `Detections` for each image, in order; what the image processor's `post_process_object_detection`
-            yields at threshold 0 (scores strictly above it).
-        """
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            results: dict[int, Detections] = {}
-            for numbers, part in self._parts_to_run(batch, pad_batches):
-                results.update(zip(numbers, self._predict_together(part), strict=True))
-            return [results[number] for number in range(len(batch))]
-        finally:
-            self.model.train(was_training)
-
-    def _parts_to_run(self, batch: Batch, pad_batches: bool) -> list[tuple[list[int], Batch]]:
-        """Parts of a batch that are run at once, with their places in it."""
-        if pad_batches or not self.pads_to_largest:
-            return [(list(range(len(batch))), batch)]
-        places: dict[tuple[int, int], list[int]] = {}
-        for number, size_hw in enumerate(batch.sizes_hw):
-            places.setdefault(size_hw, []).append(number)
-        return [(numbers, _without_padding(batch, numbers)) for numbers in places.values()]
-
-    @torch.inference_mode()
-    def _predict_together(self, batch: Batch) -> list[Detections]:
-        outputs = self.model(**self.model_inputs(batch.to(self.device), self.model.dtype))
-        return self.detections(outputs.logits, outputs.pred_boxes, batch.original_sizes_hw)
-
     def detections(self, logits: Tensor, boxes_cxcywh: Tensor, original_sizes_hw: Sequence[SizeHW]) -> list[Detections]:
         """Convert the outputs of any engine to detections, as the image processor does.
 
@@ -214,18 +177,6 @@ def _pixel_mask(batch: Batch) -> Tensor:
     for plane, (height, width) in zip(mask, batch.sizes_hw, strict=True):
         plane[:height, :width] = 1
     return mask
-
-
-def _without_padding(batch: Batch, numbers: list[int]) -> Batch:
-    """The images of a batch at these places, which have one size, cut to it."""
-    height, width = batch.sizes_hw[numbers[0]]
-    return Batch(
-        [batch.image_ids[number] for number in numbers],
-        batch.pixels[numbers, :, :height, :width],
-        [batch.sizes_hw[number] for number in numbers],
-        [batch.original_sizes_hw[number] for number in numbers],
-        [batch.labels[number] for number in numbers],
-    )
 
 
 def _as_detections(found: dict[str, Tensor]) -> Detections:

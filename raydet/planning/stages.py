@@ -246,7 +246,7 @@ class _Training:
 
     def _example(self, row: dict[str, Any]) -> Example | None:
         try:
-            seen = self._view.augmented(row, epoch=0, step=0)
+            seen = self._view.augmented(row, epoch=0, resize_rule=self._view.step_resize_rule(0, 0))
         except DecodeError:
             return None
         self.pixels.add(seen.original_size_hw)

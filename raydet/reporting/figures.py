@@ -1,8 +1,7 @@
 """The tables of a run → what the page shows: rows for the template, and the numbers behind the charts as plain JSON."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.console import shown
-from raydet.common.errors import UserError
 from raydet.measuring.numbers.values import MetricValue
 from raydet.reporting.run_tables import RunTables, indices_in
-from raydet.tables import storage
+from raydet.training.history import EpochRecord
 
 HEADLINE = {
     "AP": "IoU .50 to .95",
@@ -98,12 +96,12 @@ def error_rows(run: RunTables) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return parts[0], parts[1]
 
 
-def charts(run: RunTables, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def charts(run: RunTables, history: Sequence[EpochRecord]) -> dict[str, Any]:
     """The numbers behind all charts; a chart without any is None.
 
     Args:
         run: The tables.
-        history: Of the training run, as its `log/history.json` has it; empty where there is none.
+        history: Of the training run; empty where there is none.
     """
     return {
         "classes": list(run.classes),
@@ -114,22 +112,6 @@ def charts(run: RunTables, history: Sequence[Mapping[str, Any]]) -> dict[str, An
         "images": _f1_histogram(run),
         "training": _training(history),
     }
-
-
-def read_history(train_run: str) -> list[dict[str, Any]]:
-    """The epochs of a training run.
-
-    Raises:
-        UserError: It is no folder of a training run.
-    """
-    uri = storage.join(storage.absolute_uri(train_run), "log", "history.json")
-    if not storage.exists(uri):
-        raise UserError(f"{train_run} has no log/history.json; --train-run must be a folder that `raydet train` wrote")
-    try:
-        history = json.loads(storage.read_bytes(uri))
-    except ValueError:
-        raise UserError(f"{uri} is damaged: it is no JSON; is {train_run} a folder of `raydet train`?") from None
-    return [dict(entry) for entry in history]
 
 
 def _numbers(values: _Floats, digits: int = 4) -> list[float | None]:
@@ -272,12 +254,12 @@ def _f1_histogram(run: RunTables) -> dict[str, Any] | None:
     return {"count": counts.tolist(), "without": table.num_rows - len(f1)}
 
 
-def _training(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _training(history: Sequence[EpochRecord]) -> dict[str, Any] | None:
     """A list for each number that some epoch has, with None where an epoch has it not."""
     if not history:
         return None
-    names = ("epoch", "loss", "AP", "AP50", "AP75")
-    columns = {name: [_finite(entry.get(name)) for entry in history] for name in names}
+    columns: dict[str, list[float | None]] = {"epoch": [record.epoch for record in history]}
+    columns |= {name: [_finite(record.value(name)) for record in history] for name in ("loss", "AP", "AP50", "AP75")}
     return {name: column for name, column in columns.items() if any(value is not None for value in column)}
 
 

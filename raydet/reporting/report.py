@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+from raydet.common.errors import UserError
 from raydet.config import ReportConfig
-from raydet.reporting.figures import charts, read_history
+from raydet.reporting.figures import charts
 from raydet.reporting.galleries import build_galleries
 from raydet.reporting.page import render
 from raydet.reporting.run_tables import read_run
 from raydet.tables import storage
 from raydet.tables.new_output import new_file
+from raydet.training.history import EpochRecord, read_history
 
 __all__ = ["Report", "report"]
 
@@ -51,9 +53,16 @@ def report(config: ReportConfig) -> Report:
     """
     out = storage.absolute_uri(config.out or storage.join(config.metrics, _FILE))
     run = read_run(config.metrics, config.run)
-    history = [] if config.train_run is None else read_history(config.train_run)
+    history = [] if config.train_run is None else _history(config.train_run)
     with new_file(out, command="report", endings=(".html", ".htm")) as file:
         galleries = build_galleries(run, config.num_images)
         data = render(run, charts(run, history), galleries).encode()
         file.write(data)
     return Report(out=out, run=run.run, num_bytes=len(data), problems=galleries.problems)
+
+
+def _history(train_run: str) -> list[EpochRecord]:
+    history = read_history(storage.absolute_uri(train_run))
+    if not history:
+        raise UserError(f"{train_run} has no log/history.json; --train-run must be a folder that `raydet train` wrote")
+    return history

@@ -1,53 +1,210 @@
-"""What the history of a training run says: which epoch is the best, and whether it is time to stop.
+"""The history of a training run: one record an epoch, in OUT/log/history.json.
 
-The history is a list with one entry for each epoch, kept in OUT/log/history.json.
+It decides which epoch is the best and when a run ends. Imports neither torch nor Ray.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-Entry = Mapping[str, Any]
+from raydet.common.errors import UserError
+from raydet.config import COCO_METRICS
+from raydet.models.checkpoints import HISTORY_FILE
+from raydet.tables import storage
 
 
-def metric_value(entry: Entry, metric: str) -> float | None:
-    """A number of an epoch, such that more is better; null where the epoch has not measured it.
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    """The numbers of one validation; None stands for an undefined one, such as the AP of a class without truth.
 
-    Args:
-        entry: Of the history.
-        metric: One of COCO's twelve, `AP:CLASS` for the AP of one class, or `loss`, of which less is better.
+    Attributes:
+        numbers: COCO's twelve, by name.
+        ap_by_class: By class name.
+        num_unreadable: Images that could not be read; all their boxes count as missed.
+        seconds: Wall-clock time of the validation on rank 0; None where an old file lacks it.
     """
-    if metric == "loss":
-        return -float(entry["loss"])
-    if metric.startswith("AP:"):
-        value = (entry.get("AP_by_class") or {}).get(metric.removeprefix("AP:"))
-    else:
-        value = entry.get(metric)
-    return None if value is None else float(value)
+
+    numbers: Mapping[str, float | None] = field(default_factory=dict)
+    ap_by_class: Mapping[str, float | None] = field(default_factory=dict)
+    num_unreadable: int = 0
+    seconds: float | None = None
 
 
-def best_entry(history: Sequence[Entry], metric: str) -> Entry | None:
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """One epoch of a training run.
+
+    Attributes:
+        epoch: Counted from 1.
+        ended: Local time at which its last step ended, ISO 8601.
+        loss: Mean loss of a step.
+        losses: Mean of each loss term of a step; they add up to `loss`.
+        gradient_norm: Mean norm before clipping.
+        learning_rate: Of the first parameter group after the last step.
+        images_per_s: Training images of all workers by `seconds`.
+        seconds: Wall-clock time of the training steps.
+        step_s: Mean seconds of a step, split into `data`, `compute` and `communication`.
+        start_s: Seconds until the first images came, when workers and stream had just started.
+        num_unreadable: Training images that could not be read.
+        peak_memory_mb: Of rank 0's process.
+        peak_device_memory_mb: Of rank 0's GPU; None without one.
+        validation: None where no validation followed the epoch.
+    """
+
+    epoch: int
+    loss: float
+    ended: str = ""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    gradient_norm: float = 0.0
+    learning_rate: float = 0.0
+    images_per_s: float = 0.0
+    seconds: float = 0.0
+    step_s: Mapping[str, float] = field(default_factory=dict)
+    start_s: float = 0.0
+    num_unreadable: int = 0
+    peak_memory_mb: float | None = None
+    peak_device_memory_mb: float | None = None
+    validation: ValidationRecord | None = None
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the whole epoch, with its start and its validation."""
+        validation_s = None if self.validation is None else self.validation.seconds
+        return self.start_s + self.seconds + (validation_s or 0.0)
+
+    def value(self, metric: str) -> float | None:
+        """A number of the epoch; None where it is undefined or was not measured.
+
+        Args:
+            metric: One of COCO's twelve, `AP:CLASS` for the AP of one class, or `loss`.
+        """
+        if metric == "loss":
+            return self.loss
+        if self.validation is None:
+            return None
+        if metric.startswith("AP:"):
+            return self.validation.ap_by_class.get(metric.removeprefix("AP:"))
+        return self.validation.numbers.get(metric)
+
+    def score(self, metric: str) -> float | None:
+        """The same number as `value`, negated for `loss`: more is better."""
+        value = self.value(metric)
+        return -value if metric == "loss" and value is not None else value
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; a number that was not measured has no key."""
+        content: dict[str, Any] = {
+            "epoch": self.epoch,
+            "ended": self.ended,
+            "loss": self.loss,
+            "losses": dict(self.losses),
+            "gradient_norm": self.gradient_norm,
+            "learning_rate": self.learning_rate,
+            "images_per_s": self.images_per_s,
+            "seconds": self.seconds,
+            "step_s": dict(self.step_s),
+            "start_s": self.start_s,
+            "unreadable": self.num_unreadable,
+        }
+        for name in ("peak_memory_mb", "peak_device_memory_mb"):
+            if getattr(self, name) is not None:
+                content[name] = getattr(self, name)
+        if self.validation is not None:
+            content |= {
+                **self.validation.numbers,
+                "AP_by_class": dict(self.validation.ap_by_class),
+                "validation_unreadable": self.validation.num_unreadable,
+                "validation_s": self.validation.seconds,
+            }
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "EpochRecord":
+        """Reads back `to_json`; only `epoch` and `loss` must be there.
+
+        Raises:
+            ValueError: The content is no record of an epoch.
+        """
+        if not isinstance(content, Mapping) or not all(_is_number(content.get(name)) for name in ("epoch", "loss")):
+            raise ValueError("a record of an epoch needs the numbers `epoch` and `loss`")
+        names = ("ended", "losses", "gradient_norm", "learning_rate", "images_per_s", "seconds", "step_s", "start_s")
+        more = (*names, "peak_memory_mb", "peak_device_memory_mb")
+        validation = None
+        numbers = {name: _number(content, name) for name in COCO_METRICS if name in content}
+        by_class = content.get("AP_by_class") or {}
+        if numbers or by_class:
+            validation = ValidationRecord(
+                numbers=numbers,
+                ap_by_class={str(name): _number(by_class, name) for name in by_class},
+                num_unreadable=int(content.get("validation_unreadable") or 0),
+                seconds=_number(content, "validation_s"),
+            )
+        return cls(
+            epoch=int(content["epoch"]),
+            loss=float(content["loss"]),
+            num_unreadable=int(content.get("unreadable") or 0),
+            validation=validation,
+            **{name: content[name] for name in more if content.get(name) is not None},
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(content: Mapping[str, Any], name: str) -> float | None:
+    value = content.get(name)
+    if value is not None and not _is_number(value):
+        raise ValueError(f"{name} is no number: {value!r}")
+    return value
+
+
+def read_history(out: str) -> list[EpochRecord]:
+    """Reads the history of a run folder; it is empty where no epoch has ended.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    uri = storage.join(out, HISTORY_FILE)
+    if not storage.exists(uri):
+        return []
+    try:
+        contents = json.loads(storage.read_bytes(uri))
+        if not isinstance(contents, list):
+            raise ValueError("it must be a list")
+        return [EpochRecord.from_json(content) for content in contents]
+    except ValueError as error:
+        raise UserError(f"{uri} is damaged, it holds no history of a training run: {error}") from None
+
+
+def write_history(out: str, history: Sequence[EpochRecord]) -> None:
+    """Writes the history of a run folder, whole or not at all."""
+    content = json.dumps([record.to_json() for record in history], indent=1)
+    storage.write_bytes(storage.join(out, HISTORY_FILE), content.encode())
+
+
+def best_epoch(history: Sequence[EpochRecord], metric: str) -> EpochRecord | None:
     """The epoch with the best number, of equal ones the newest; the newest of all where none has been measured."""
     if not history:
         return None
-    scored = [
-        (value, number) for number, entry in enumerate(history) if (value := metric_value(entry, metric)) is not None
-    ]
+    scored = [(score, number) for number, record in enumerate(history) if (score := record.score(metric)) is not None]
     return history[max(scored)[1]] if scored else history[-1]
 
 
-def is_best_so_far(history: Sequence[Entry], metric: str) -> bool:
+def is_best_so_far(history: Sequence[EpochRecord], metric: str) -> bool:
     """Whether the newest epoch is the best."""
-    return bool(history) and best_entry(history, metric) is history[-1]
+    return bool(history) and best_epoch(history, metric) is history[-1]
 
 
-def is_out_of_patience(history: Sequence[Entry], metric: str, patience: int | None) -> bool:
+def is_out_of_patience(history: Sequence[EpochRecord], metric: str, patience: int | None) -> bool:
     """Whether the last `patience` measured epochs have brought nothing better than those before them."""
     if patience is None:
         return False
-    values = [value for entry in history if (value := metric_value(entry, metric)) is not None]
-    return len(values) > patience and max(values[-patience:]) <= max(values[:-patience])
+    scores = [score for record in history if (score := record.score(metric)) is not None]
+    return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
 
-def is_over(history: Sequence[Entry], *, epochs: int, metric: str, patience: int | None) -> bool:
+def is_over(history: Sequence[EpochRecord], *, epochs: int, metric: str, patience: int | None) -> bool:
     """Whether a run has no epoch left to do, or is out of patience."""
     return len(history) >= epochs or is_out_of_patience(history, metric, patience)

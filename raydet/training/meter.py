@@ -4,10 +4,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from raydet.training.history import EpochRecord
 
 
 @dataclass
@@ -76,23 +79,31 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def summary(merged: Mapping[str, Any], learning_rate: float) -> dict[str, Any]:
-    """An epoch's line of the history, of all workers' merged sums."""
+def epoch_record(merged: Mapping[str, Any], *, epoch: int, learning_rate: float) -> EpochRecord:
+    """The record of an epoch that ends now, of all workers' merged sums.
+
+    Args:
+        merged: From `merge_states`.
+        epoch: Counted from 1.
+        learning_rate: After the last step.
+    """
     num_steps = max(1, merged["num_steps"])
     terms = {name: value / num_steps for name, value in sorted(merged["losses"].items())}
     seconds = max(merged["seconds"], 1e-9)
-    return {
-        "loss": sum(terms.values()),
-        "losses": terms,
-        "gradient_norm": merged["gradient_norm"] / num_steps,
-        "learning_rate": learning_rate,
-        "images_per_s": merged["num_images"] / seconds,
-        "seconds": seconds,
-        "step_s": {
+    return EpochRecord(
+        epoch=epoch,
+        ended=datetime.now().astimezone().isoformat(timespec="milliseconds"),
+        loss=sum(terms.values()),
+        losses=terms,
+        gradient_norm=merged["gradient_norm"] / num_steps,
+        learning_rate=learning_rate,
+        images_per_s=merged["num_images"] / seconds,
+        seconds=seconds,
+        step_s={
             "data": merged["data_s"] / num_steps,
             "compute": max(0.0, seconds - merged["data_s"] - merged["communication_s"]) / num_steps,
             "communication": merged["communication_s"] / num_steps,
         },
-        "start_s": merged["start_s"],
-        "unreadable": len(merged["unreadable"]),
-    }
+        start_s=merged["start_s"],
+        num_unreadable=len(merged["unreadable"]),
+    )

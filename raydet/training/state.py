@@ -1,13 +1,14 @@
-"""States of a training run: all that it needs to go on, at the end of an epoch or in the middle of one.
+"""States of a training run: everything that resuming needs, at the end of an epoch or in the middle of one.
 
 A state is one file, OUT/states/EPOCH-STEP.pt, so that it is there as a whole or not at all, on a disk and in an object
-store. The newest that can be read is gone on from.
+store. A run resumes from the newest one that can be read, on any number of workers.
 """
 
 import io
 import json
 import logging
 import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.tables import storage
+from raydet.training.meter import merge_states
 
 logger = logging.getLogger("raydet")
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: the next step to take, both counted from 0; `step` may be one past an epoch's last."""
+    """The next step of a run, both counted from 0; `step` may be one past an epoch's last."""
 
     epoch: int
     step: int
@@ -41,14 +43,14 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """All that a run needs to go on.
+    """The `state_dict` of rank 0's trainer with what the other ranks alone know.
 
     Attributes:
         position: The next step to take.
-        history: Entries of the finished epochs.
-        meters: Of each worker, what it has added up in the epoch so far; empty at the start of one.
+        history: The records of the finished epochs, as JSON values.
+        meters: Of each worker, its sums over the epoch so far; empty at the start of one.
         model: The weights that learn.
-        buffers: Of each worker, what its model gathers over its own images: batch-norm statistics. Likewise, as
+        buffers: Of each worker, the batch-norm statistics that its model gathers over its own images; likewise, as
             `average.…`, those of the average.
         parts: State dicts of the optimizer and all else that has one.
     """
@@ -60,12 +62,52 @@ class TrainingState:
     buffers: list[dict[str, Tensor]]
     parts: dict[str, Any]
 
+    @classmethod
+    def of_ranks(cls, first: Mapping[str, Any], locals_of_ranks: Sequence[Mapping[str, Any]]) -> "TrainingState":
+        """Joins the ranks' states.
+
+        Args:
+            first: `Trainer.state_dict()` of rank 0.
+            locals_of_ranks: Of each rank, `meter` and `buffers` of its state dict.
+        """
+        position = first["position"]
+        return cls(
+            position=position,
+            history=first["history"],
+            meters=[each["meter"] for each in locals_of_ranks] if position.step else [],
+            model=first["model"],
+            buffers=[each["buffers"] for each in locals_of_ranks],
+            parts=first["parts"],
+        )
+
+    def of_rank(self, rank: int, world_size: int) -> dict[str, Any]:
+        """The state for `Trainer.load_state_dict` of one rank.
+
+        Where another number of workers resumes, each gets the mean of the buffers, and rank 0 all sums.
+        """
+        meter, buffers = None, self.buffers[0]
+        if len(self.buffers) == world_size:
+            buffers = self.buffers[rank]
+            meter = self.meters[rank] if self.meters else None
+        else:
+            buffers = {name: torch.stack([each[name] for each in self.buffers]).mean(0) for name in buffers}
+            if self.meters and rank == 0:
+                meter = merge_states(self.meters)
+        return {
+            "position": self.position,
+            "history": self.history,
+            "meter": meter,
+            "model": self.model,
+            "buffers": buffers,
+            "parts": self.parts,
+        }
+
 
 def save_state(out: str, state: TrainingState, *, keep: int) -> None:
     """Writes a state, whole or not at all, and then removes all but the newest `keep`.
 
     Raises:
-        OSError: It cannot be written; those that were there are there still.
+        OSError: It cannot be written; the earlier states are still there.
     """
     content = {
         "position": [state.position.epoch, state.position.step],
@@ -89,13 +131,13 @@ def saved_states(out: str) -> list[str]:
 
 
 def newest_state(out: str) -> str | None:
-    """The file name of the newest state that can be read; null where there is none."""
+    """The file name of the newest state that can be read; None where there is none."""
     for name in saved_states(out):
         try:
             load_state(out, name, torch.device("cpu"))
         except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.warning("%s cannot be read (%s), going on from an earlier one", name, reason)
+            logger.warning("%s cannot be read (%s); resuming from the previous state", name, reason)
             continue
         return name
     return None

@@ -7,13 +7,13 @@ epoch waits for a pipeline to start. Every block of it holds one row, a whole mi
 out to the workers in turn and in order, and each worker checks that it got what the plan says.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
@@ -21,9 +21,8 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 
 from raydet.augmentation.view import View
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
-from raydet.common.boxes import as_boxes
 from raydet.images.decode import DecodeError
-from raydet.measuring.numbers.accumulator import ImageTruth
+from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.tables.table import RowGroup, Table
 from raydet.training.ordering import MicroBatch, RunPlan, Segment
@@ -65,40 +64,7 @@ _KEY_FIELDS = [
     ("rank", pa.int64()),
 ]
 _ENCODED_SCHEMA = pa.schema([*_KEY_FIELDS, ("images", pa.list_(_ENCODED_TYPE))])
-_READY_SCHEMA = pa.schema([*_KEY_FIELDS, ("images", pa.large_list(_READY_TYPE))])
-
-
-@dataclass(frozen=True)
-class ReadyImage:
-    """One image as a worker gets it: pixels and normalised boxes, or the reason why it cannot be read.
-
-    Attributes:
-        image_id: As in the table.
-        error: Null, or why there are no pixels.
-        image: uint8 RGB [H, W, 3] at the model's size; null when there is an error.
-        original_size_hw: Of the upright image before augmentation and resizing, in pixels.
-        boxes_cxcywh: Normalised to the image, float32 [N, 4].
-        categories: Category indices, int64 [N].
-        objects: The table's own annotations, untouched; only in validation.
-    """
-
-    image_id: int
-    error: str | None
-    image: npt.NDArray[np.uint8] | None
-    original_size_hw: tuple[int, int]
-    boxes_cxcywh: npt.NDArray[np.float32]
-    categories: npt.NDArray[np.int64]
-    objects: dict[str, Any] | None
-
-    def truth(self) -> ImageTruth:
-        """The table's annotations, as evaluation takes them."""
-        assert self.objects is not None, "only images of a validation carry their annotations"
-        return ImageTruth(
-            as_boxes(self.objects["bbox"]),
-            np.asarray(self.objects["category"], np.int64),
-            np.asarray(self.objects["area"], np.float64),
-            np.asarray(self.objects["iscrowd"], bool),
-        )
+_READY_SCHEMA = pa.schema([*_KEY_FIELDS, ("resize_rule", pa.string()), ("images", pa.large_list(_READY_TYPE))])
 
 
 def run_stream(
@@ -127,7 +93,7 @@ def run_stream(
         cpus_per_task: CPUs that a decoding task asks for; with 0 a few run beside workers that hold all there are.
 
     Returns:
-        One iterator for each rank; read it with `micro_batches`.
+        One iterator for each rank; read it with `raydet.training.batches`.
     """
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
@@ -153,28 +119,8 @@ def run_stream(
     return iterators
 
 
-def micro_batches(iterator: ray.data.DataIterator) -> Iterator[tuple[MicroBatch, list[ReadyImage]]]:
-    """Reads a rank's part of the stream of a run: what each micro-batch is, and its images.
-
-    The images' arrays are read-only views into the object store, valid until the next one is asked for. The rows of
-    the `MicroBatch` are not filled in.
-    """
-    blocks: Iterable[pa.Table] = iterator.iter_batches(
-        batch_size=None,  # type: ignore[arg-type]
-        batch_format="pyarrow",
-        prefetch_batches=2,
-    )
-    for table in blocks:
-        yield _received(table)
-
-
-def _received(table: pa.Table) -> tuple[MicroBatch, list[ReadyImage]]:
-    assert table.num_rows == 1, f"a block of the stream holds one micro-batch, got {table.num_rows}"
-    images = table["images"].combine_chunks()
-    return _key_of(table), [_unpack(scalar) for scalar in images.values]
-
-
-def _key_of(table: pa.Table) -> MicroBatch:
+def key_of(table: pa.Table) -> MicroBatch:
+    """The micro-batch of a block of the stream, without its rows."""
     return MicroBatch(**{name: table[name][0].as_py() for name, _ in _KEY_FIELDS}, rows=())
 
 
@@ -241,28 +187,32 @@ class _TableRows:
         )
 
 
-def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema) -> pa.Table:
-    keys = [pa.array([getattr(micro_batch, name)], dtype) for name, dtype in _KEY_FIELDS]
+def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema, **more: str) -> pa.Table:
+    keys = {name: getattr(micro_batch, name) for name, _ in _KEY_FIELDS} | more
     list_type = schema.field("images").type
     offsets = pa.array([0, len(images)], pa.int64() if pa.types.is_large_list(list_type) else pa.int32())
     array_class = pa.LargeListArray if pa.types.is_large_list(list_type) else pa.ListArray
     nested = array_class.from_arrays(offsets, images.cast(list_type.value_type))
-    return pa.Table.from_arrays([*keys, nested], schema=schema)
+    return pa.table({**{name: [value] for name, value in keys.items()}, "images": nested}, schema=schema)
 
 
 def _prepare_micro_batch(block: pa.Table, view: View) -> pa.Table:
     """Decodes, augments and resizes the images of one micro-batch."""
-    micro_batch = _key_of(block)
+    micro_batch = key_of(block)
     images = block["images"].combine_chunks().values
-    ready = [_prepare_image(row.as_py(), micro_batch, view) for row in images]
-    return _one_row(micro_batch, pa.array(ready, _READY_TYPE), _READY_SCHEMA)
+    rule = view.resize_rule
+    if micro_batch.kind == "train":
+        rule = view.step_resize_rule(micro_batch.epoch, micro_batch.step)
+    ready = [_prepare_image(row.as_py(), micro_batch, view, rule) for row in images]
+    content = json.dumps(rule.to_dict())
+    return _one_row(micro_batch, pa.array(ready, _READY_TYPE), _READY_SCHEMA, resize_rule=content)
 
 
-def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, view: View) -> dict[str, Any]:
+def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, view: View, rule: ResizeRule) -> dict[str, Any]:
     validating = micro_batch.kind == "validate"
     record: dict[str, Any] = {"image_id": row["image_id"], "objects": row["objects"] if validating else None}
     try:
-        seen = view.plain(row) if validating else view.augmented(row, epoch=micro_batch.epoch, step=micro_batch.step)
+        seen = view.plain(row) if validating else view.augmented(row, epoch=micro_batch.epoch, resize_rule=rule)
     except DecodeError as error:
         unread: dict[str, Any] = {"pixels": None, "height": 0, "width": 0, "boxes": [], "categories": []}
         return {
@@ -283,20 +233,3 @@ def _prepare_image(row: dict[str, Any], micro_batch: MicroBatch, view: View) -> 
         "boxes": seen.boxes_cxcywh.reshape(-1),
         "categories": seen.categories,
     }
-
-
-def _unpack(scalar: pa.StructScalar) -> ReadyImage:
-    error = scalar["error"].as_py()
-    height, width = scalar["height"].as_py(), scalar["width"].as_py()
-    image = None
-    if error is None:
-        image = np.frombuffer(scalar["pixels"].as_buffer(), np.uint8).reshape(height, width, 3)
-    return ReadyImage(
-        image_id=scalar["image_id"].as_py(),
-        error=error,
-        image=image,
-        original_size_hw=(scalar["original_height"].as_py(), scalar["original_width"].as_py()),
-        boxes_cxcywh=np.asarray(scalar["boxes"].as_py(), np.float32).reshape(-1, 4),
-        categories=np.asarray(scalar["categories"].as_py(), np.int64),
-        objects=scalar["objects"].as_py(),
-    )

@@ -1,17 +1,10 @@
 """`train()`: checks what it is given, starts the workers with Ray Train, and says where the results are.
 
-It imports no torch, so that a mistake is told in a second; the loop of the workers is in `training_loop.py`.
+It imports no torch, so that a mistake is reported in a second; the loop of the workers is in `loop.py`.
 """
 
-import contextlib
 import dataclasses
-import json
-import os
-import signal
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,22 +16,20 @@ from raydet.cluster.caller import LOG_FILE
 from raydet.cluster.job_record import JobRecord
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
-from raydet.common.errors import RunError, RunStopped, UserError
-from raydet.common.redaction import without_secrets
+from raydet.common.errors import UserError
+from raydet.common.signals import noting_stop_requests
 from raydet.config import TrainConfig, identity, to_yaml
-from raydet.models.checkpoints import HISTORY_FILE, STATES_FOLDER, read_checkpoint
+from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
 from raydet.models.families import family_of
 from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
 from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import MANIFEST_NAME, Table, open_table
-from raydet.training.history import best_entry, is_over
+from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
+from raydet.training.launch import free_workers, run_workers
+from raydet.training.progress import Entry, following
 
-_MINUTES_WAITED_FOR_ROOM = 15
-"""Ray Train gives up once a minute when there is no room for all workers; a cloud may need several for a machine."""
 _FOLDERS = (STATES_FOLDER, "checkpoint", "last")
-_GROUP_FILE = ("log", "placement_group")
-"""In the run folder, while its workers are at work."""
 
 
 @dataclass(frozen=True)
@@ -48,32 +39,33 @@ class TrainResult:
     Attributes:
         out: The run folder.
         checkpoint: The best model, a Hugging Face model folder.
-        history: One entry an epoch: losses, rates, speed and, where it was validated, the COCO numbers.
+        history: One record an epoch.
         metric: What the checkpoint is the best by.
         already_done: Nothing was left to do.
     """
 
     out: str
     checkpoint: str
-    history: list[dict[str, Any]]
+    history: list[EpochRecord]
     metric: str = "AP"
     already_done: bool = False
 
     @property
-    def best(self) -> dict[str, Any]:
+    def best(self) -> EpochRecord:
         """The epoch that the checkpoint is of."""
-        entry = best_entry(self.history, self.metric)
-        assert entry is not None, "a finished run has an epoch"
-        return dict(entry)
+        record = best_epoch(self.history, self.metric)
+        assert record is not None, "a finished run has an epoch"
+        return record
 
     def lines(self) -> list[str]:
         """A summary of the run, for the terminal."""
         best = self.best
-        numbers = ", ".join(f"{name} {best[name]:.3f}" for name in ("AP", "AP50", "AP75") if best.get(name) is not None)
+        values = {name: best.value(name) for name in ("AP", "AP50", "AP75")}
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
         first = ["nothing to do: this run is finished; raise --epochs to continue it"] if self.already_done else []
         return [
             *first,
-            f"best: {numbers}, in epoch {best['epoch']} of {len(self.history)}",
+            f"best: {numbers}, in epoch {best.epoch} of {len(self.history)}",
             f"checkpoint: {self.checkpoint}",
         ]
 
@@ -82,19 +74,21 @@ def train(
     config: TrainConfig,
     *,
     console: Console | None = None,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
     wait_for_folder_s: float = 0.0,
 ) -> TrainResult:
-    """Trains a detector; run again after a kill, it goes on where it was.
+    """Trains a detector; run again after a kill, it resumes.
 
     Args:
         config: What to train.
         console: Where to say how far it is.
-        on_epoch: Is given the entry of each epoch that ends, in a thread of its own.
+        on_epoch: Is given the record of each epoch that ends, in a thread of its own.
         wait_for_folder_s: Time to wait for an earlier run to release the folder.
 
     Raises:
         UserError: Tables, model or run folder are not what they should be. Nothing has been written then.
+        RunError: The run failed on its way.
+        RunStopped: SIGINT or SIGTERM has come; everything is saved.
     """
     console = console or Console()
     tables = _check_tables(config)
@@ -116,7 +110,7 @@ def _train_into(
     config: TrainConfig,
     tables: dict[str, Table],
     console: Console,
-    on_epoch: Callable[[dict[str, Any]], None] | None,
+    on_epoch: Callable[[EpochRecord], None] | None,
 ) -> TrainResult:
     out, history = folder.uri, _check_run_folder(folder, config)
     checkpoint = folder.uri_of("checkpoint")
@@ -147,24 +141,23 @@ def _train_into(
             console.line(resources.remark)
         free_workers(out)
         board = open_board()
-        with (
-            _stopping_on_sigterm(board) as asked_to_stop,
-            console.following_training(_reader(board, on_epoch), epochs=config.epochs),
-        ):
-            _fit(_trainer(config, tables, resources, board), board)
+        with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
+            failure = run_workers(config, tables, resources, board, stop)
         free_workers(out)
         folder.check()
-        mistake, failure = ray.get([board.mistake.remote(), board.failure.remote()])
-        if mistake:
-            if not history:
+        if failure is not None:
+            if failure.is_mistake and not history:
                 folder.delete_file("config.yaml")
                 folder.forget()
-            raise UserError(mistake)
-        if failure:
-            raise RunError(failure)
-    finished = _read_history(out)
-    if asked_to_stop.is_set() and not _is_finished(config, finished):
-        raise RunStopped(f"run stopped after {len(finished)} epochs; run the same command again to resume")
+            raise failure.to_error()
+        _, progress = ray.get(board.read.remote(0))
+    finished = read_history(out)
+    if stop and not _is_finished(config, finished):
+        raise stop.to_error(
+            "stopped after step {step} of epoch {epoch}, everything saved; run the same command again to resume".format(
+                **progress
+            )
+        )
     return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model)
 
 
@@ -187,139 +180,28 @@ def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[s
     return tables
 
 
-def free_workers(out: str) -> None:
-    """Gives back to the cluster what the workers of a run hold whose own process has ended, however that came about."""
-    note_uri = storage.join(out, *_GROUP_FILE)
-    shares.free_noted_group(note_uri)
-    storage.delete_file(note_uri)
-
-
 def _reader(
-    board: Any, on_epoch: Callable[[dict[str, Any]], None] | None
-) -> Callable[[int], tuple[list[dict[str, Any]], dict[str, Any]]]:
+    board: Any, on_epoch: Callable[[EpochRecord], None] | None
+) -> Callable[[int], tuple[list[Entry], dict[str, Any]]]:
     """Reads the board, and passes on each epoch that it tells of."""
 
-    def read(start: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def read(start: int) -> tuple[list[Entry], dict[str, Any]]:
         entries, progress = ray.get(board.read.remote(start))
         for entry in entries:
-            if on_epoch is not None and "epoch" in entry:
+            if on_epoch is not None and isinstance(entry, EpochRecord):
                 on_epoch(entry)
         return entries, progress
 
     return read
 
 
-def _is_finished(config: TrainConfig, history: list[dict[str, Any]]) -> bool:
+def _is_finished(config: TrainConfig, history: list[EpochRecord]) -> bool:
     return is_over(
         history,
         epochs=config.epochs,
         metric=config.metric_for_best_model,
         patience=config.early_stopping_patience,
     )
-
-
-def _fit(trainer: Any, board: Any) -> None:
-    """Runs the workers to their end.
-
-    Raises:
-        RunError: They have died more often than they may.
-    """
-    from ray.train import TrainingFailedError
-
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        if ray.get(board.failure.remote()):
-            return
-        reason = str(error).strip().splitlines()[-1]
-        raise RunError(f"the workers have died too often: {reason}; run the same command again to resume") from error
-
-
-@contextlib.contextmanager
-def _stopping_on_sigterm(board: Any) -> Iterator[threading.Event]:
-    """For the time of a `with`, SIGTERM has the workers save what they have and end; yields whether it came."""
-    asked, is_over = threading.Event(), threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals are for the main thread alone
-        yield asked
-        return
-
-    def pass_on() -> None:
-        asked.wait()
-        if not is_over.is_set():
-            ray.get(board.ask_to_stop.remote())
-
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    thread = threading.Thread(target=pass_on, daemon=True)
-    thread.start()
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        is_over.set()
-        was_asked = asked.is_set()
-        asked.set()  # lets the thread end
-        thread.join(timeout=10)
-        if not was_asked:
-            asked.clear()
-
-
-def _trainer(config: TrainConfig, tables: dict[str, Table], resources: shares.Resources, board: Any) -> Any:
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    fewest, most = config.min_workers, config.max_workers
-    num_workers = most if fewest == most else (fewest, most)
-    return TorchTrainer(
-        _run_worker,
-        train_loop_config={
-            "config": dataclasses.asdict(config),
-            "tables": tables,
-            "resources": resources,
-            "board": board,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,  # type: ignore[arg-type]  # the base class's type, of another scheduler
-            use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
-        ),
-        # The checkpoints are raydet's own, in OUT/last and OUT/checkpoint; Ray keeps only its notes here.
-        run_config=ray.train.RunConfig(
-            storage_path=storage.join(config.out, "log", "ray"),
-            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=config.max_failures, controller_failure_limit=_MINUTES_WAITED_FOR_ROOM
-            ),
-        ),
-    )
-
-
-_BUGS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError, ValueError)
-"""What would come again if the workers were started again, unlike the death of another worker or a broken network."""
-
-
-def _run_worker(job: dict[str, Any]) -> None:
-    import ray.train
-
-    board = job["board"]
-    if ray.get(board.failure.remote()):
-        return  # started anew after a failure that would come again
-
-    from raydet.training.loop import run_worker
-
-    if ray.train.get_context().get_world_rank() == 0:
-        shares.note_own_group(storage.join(job["config"]["out"], *_GROUP_FILE))
-    try:
-        run_worker(job)
-    except UserError as error:
-        # Every worker builds the same model and finds the same mistake: no use in starting them again.
-        ray.get(board.report_mistake.remote(str(error)))
-    except _BUGS as error:
-        log = storage.join(job["config"]["out"], "log", "error.log")
-        storage.write_bytes(log, without_secrets(traceback.format_exc()).encode())
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        line = f"a worker came upon what it cannot handle ({type(error).__name__}: {reason}); {log} has the traceback"
-        ray.get(board.report_failure.remote(line))
-        raise
 
 
 def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -> dict[str, Table]:
@@ -358,21 +240,13 @@ def _check_nodes(config: TrainConfig) -> None:
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, "log")))
 
 
-def _check_run_folder(folder: OutputFolder, config: TrainConfig) -> list[dict[str, Any]]:
+def _check_run_folder(folder: OutputFolder, config: TrainConfig) -> list[EpochRecord]:
     """Reads the history of the run in the folder, empty if there is none; refuses another run's folder."""
     # A run that ended before its first checkpoint has left nothing that other settings could spoil.
     folder.admit(identity(config), folders=_FOLDERS, is_disposable=not folder.list_files(STATES_FOLDER))
     for name in ("last", "checkpoint"):
         storage.recover_folder(folder.uri_of(name))
-    return _read_history(folder.uri)
-
-
-def _read_history(out: str) -> list[dict[str, Any]]:
-    path = storage.join(out, HISTORY_FILE)
-    if not storage.exists(path):
-        return []
-    history: list[dict[str, Any]] = json.loads(storage.read_bytes(path))
-    return history
+    return read_history(folder.uri)
 
 
 def _check_recipe(config: TrainConfig) -> None:

@@ -1,71 +1,87 @@
 """Validation inside training: exact COCO numbers over every validation image once, on any number of workers."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from raydet.common.boxes import Boxes, as_boxes
+from raydet.engines.detector_engine import DetectorEngine
 from raydet.images.drawing import draw_comparison
-from raydet.measuring.numbers.accumulator import NO_DETECTIONS, CocoAccumulator, ImageDetections
+from raydet.measuring.numbers.accumulator import NO_DETECTIONS, CocoAccumulator, ImageDetections, ImageTruth
 from raydet.measuring.numbers.metrics import CocoResult
-from raydet.models.collate import collate
+from raydet.models.collate import Example
 from raydet.models.detector import Detections
-from raydet.models.step import autocast
 from raydet.tables.schema import Category
+from raydet.training.batches import BatchReader, ReadyBatch
+from raydet.training.crew import Crew
+from raydet.training.history import ValidationRecord
 from raydet.training.ordering import RunPlan
-from raydet.training.stream import ReadyImage
-from raydet.training.worker import Stream, Worker, examples_of, next_images
+from raydet.training.tracking.trackers import RunTracker
+
+if TYPE_CHECKING:
+    from raydet.training.trainer import Trainer
 
 Picture = npt.NDArray[np.uint8]
 
 
 def validate(
-    worker: Worker, plan: RunPlan, stream: Stream, categories: tuple[Category, ...], epoch: int
-) -> dict[str, Any]:
-    """Runs the model as it is now over this worker's part and puts all parts together.
+    trainer: "Trainer",
+    crew: Crew,
+    plan: RunPlan,
+    reader: BatchReader,
+    *,
+    categories: tuple[Category, ...],
+    tracker: RunTracker | None,
+) -> ValidationRecord | None:
+    """Runs the model as it is now over every validation image; all ranks take part.
+
+    Args:
+        trainer: Its model is run as `predict` runs a checkpoint.
+        crew: The other workers.
+        plan: Of the run.
+        reader: Stands at the first batch of the validation.
+        categories: The classes, by their indices.
+        tracker: Gets the first pictures; None on all ranks but 0.
 
     Returns:
-        COCO's twelve numbers, AP by class, seconds; the same on every rank.
+        The same on every rank; None when the command asked to stop on the way.
     """
-    started = time.perf_counter()
-    accumulator = CocoAccumulator(categories)
+    started, epoch = time.perf_counter(), trainer.position.epoch
+    engine, accumulator, is_to_stop = trainer.engine(), CocoAccumulator(categories), False
     pictures: dict[str, Picture] = {}
-    worker.detector.model.eval()
-    for number in range(plan.validation_rounds(worker.world_size)):
-        images = next_images(stream, "validate", epoch, number, 0, worker.rank)
-        found = _detect(worker, images)
-        for image in images:
-            accumulator.add(
-                image.image_id,
-                image.truth(),
-                _as_found(found.get(image.image_id)),
-                unreadable=image.error is not None,
-            )
-            if worker.rank == 0 and image.image_id in found and len(pictures) < worker.config.log_images:
-                picture = _picture(image, found[image.image_id], categories)
-                pictures[f"validation/{image.image_id}"] = picture
-    if worker.tracker is not None and pictures:
-        worker.tracker.images((epoch + 1) * plan.steps_per_epoch, pictures)
-    shards = worker.gather(accumulator.to_bytes())
-    numbers: dict[str, Any] | None = None
-    if shards is not None:
+    num_pictures = 0 if tracker is None else trainer.config.log_images
+    for number in range(plan.validation_rounds(crew.world_size)):
+        is_to_stop = crew.is_asked_to_stop()
+        if is_to_stop:  # the others see it by themselves, or come to the end
+            break
+        batch = reader.take("validate", epoch, number, 0)
+        found = detect(engine, batch)
+        for image_id, truth in batch.truths.items():
+            detections = _as_found(found.get(image_id))
+            accumulator.add(image_id, truth, detections, unreadable=image_id in batch.unreadable)
+        for example in batch.examples[: max(0, num_pictures - len(pictures))]:
+            image_id = example.image_id
+            picture = _picture(example, batch.truths[image_id], found[image_id], categories)
+            pictures[f"validation/{image_id}"] = picture
+    shards = crew.gather((is_to_stop, b"" if is_to_stop else accumulator.to_bytes()))
+    record = None
+    if shards is not None and not any(was_cut for was_cut, _ in shards):
         merged = CocoAccumulator(categories)
-        for shard in shards:
+        for _, shard in shards:
             merged.merge(shard)
-        numbers = _numbers(merged.result())
-    return {**worker.share(numbers), "validation_s": time.perf_counter() - started}
+        record = _record(merged.result(), seconds=time.perf_counter() - started)
+    if tracker is not None and pictures and record is not None:
+        tracker.images((epoch + 1) * plan.steps_per_epoch, pictures)
+    shared: ValidationRecord | None = crew.share(record)
+    return shared
 
 
-def _detect(worker: Worker, images: list[ReadyImage]) -> dict[int, Detections]:
-    examples = examples_of(images)
-    if not examples:
-        return {}
-    batch = collate(examples, pad_to_hw=worker.detector.resize_rule.pad_to_hw).to(worker.setting.device)
-    with autocast(worker.setting):
-        detections = worker.detector.predict(batch)
-    return dict(zip(batch.image_ids, detections, strict=True))
+def detect(engine: DetectorEngine, batch: ReadyBatch) -> dict[int, Detections]:
+    """Finds the objects in a batch, by image id; images that could not be read are left out."""
+    found = engine.predict(engine.prepare_resized(batch.examples))
+    return {example.image_id: detections for example, detections in zip(batch.examples, found, strict=True)}
 
 
 def _as_found(detected: Detections | None) -> ImageDetections:
@@ -74,33 +90,31 @@ def _as_found(detected: Detections | None) -> ImageDetections:
     return ImageDetections(detected.boxes_xywh, detected.scores, detected.categories)
 
 
-def _picture(image: ReadyImage, detected: Detections, categories: tuple[Category, ...]) -> Picture:
+def _picture(example: Example, truth: ImageTruth, found: Detections, categories: tuple[Category, ...]) -> Picture:
     """Truth and predictions side by side, at the size that the model sees."""
-    assert image.image is not None
-    scale_hw = np.array(image.image.shape[:2]) / np.array(image.original_size_hw)
-    truth = image.truth()
+    scale_hw = np.array(example.image.shape[:2]) / np.array(example.original_size_hw)
 
     def scaled(boxes_xywh: Boxes) -> Boxes:
         return as_boxes(boxes_xywh * np.array([scale_hw[1], scale_hw[0]] * 2))
 
     return draw_comparison(
-        image.image,
+        example.image,
         scaled(truth.boxes_xywh),
         truth.category,
-        scaled(detected.boxes_xywh),
-        detected.categories,
-        detected.scores,
+        scaled(found.boxes_xywh),
+        found.categories,
+        found.scores,
         [category.name for category in categories],
     )
 
 
-def _numbers(result: CocoResult) -> dict[str, Any]:
-    """What the history keeps of a validation; null where there is nothing to measure."""
-    by_class = {
-        category.name: numbers.AP for category, numbers in zip(result.categories, result.per_class, strict=True)
-    }
-    return {
-        **result.values,
-        "AP_by_class": by_class,
-        "validation_unreadable": result.num_unreadable,
-    }
+def _record(result: CocoResult, *, seconds: float) -> ValidationRecord:
+    """The numbers that the history keeps of a validation."""
+    return ValidationRecord(
+        numbers=result.values,
+        ap_by_class={
+            category.name: numbers.AP for category, numbers in zip(result.categories, result.per_class, strict=True)
+        },
+        num_unreadable=result.num_unreadable,
+        seconds=seconds,
+    )

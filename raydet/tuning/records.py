@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raydet.models.checkpoints import HISTORY_FILE
 from raydet.tables import storage
-from raydet.training.history import best_entry, metric_value
+from raydet.training.history import EpochRecord, best_epoch
+from raydet.training.history import read_history as read_whole_history
 
 State = Literal["unfinished", "finished", "stopped", "failed"]
 Source = Literal["default", "point", "search"]
@@ -32,7 +32,7 @@ class Trial:
         parameters: What differs from the default, by name.
         state: `stopped` by the scheduler, since others were ahead; `unfinished` while it trains, or was cut off.
         error: Why it failed.
-        history: Of its run folder: an entry an epoch.
+        history: Of its run folder: a record an epoch.
     """
 
     number: int
@@ -40,7 +40,7 @@ class Trial:
     parameters: dict[str, Any]
     state: State = "unfinished"
     error: str | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[EpochRecord] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -51,11 +51,9 @@ class Trial:
         """Its run folder."""
         return storage.join(out, TRIALS_FOLDER, self.name)
 
-    def best(self, metric: str) -> dict[str, Any] | None:
+    def best(self, metric: str) -> EpochRecord | None:
         """Its best epoch; None where none has been measured."""
-        scores = self.scores(metric)
-        entry = best_entry(self.history, metric) if scores else None
-        return None if entry is None else dict(entry)
+        return best_epoch(self.history, metric) if self.scores(metric) else None
 
     def score(self, metric: str) -> float | None:
         """The metric at its best epoch, such that more is better; None where none has been measured."""
@@ -67,15 +65,15 @@ class Trial:
         return best_so_far(self.history, metric)
 
 
-def best_so_far(history: Sequence[dict[str, Any]], metric: str) -> dict[int, float]:
+def best_so_far(history: Sequence[EpochRecord], metric: str) -> dict[int, float]:
     """By epoch, counted from 1, the best value until then, such that more is better; only of epochs measured."""
     scores: dict[int, float] = {}
     best = -float("inf")
-    for entry in history:
-        value = metric_value(entry, metric)
-        if value is not None:
-            best = max(best, value)
-            scores[int(entry["epoch"])] = best
+    for record in history:
+        score = record.score(metric)
+        if score is not None:
+            best = max(best, score)
+            scores[record.epoch] = best
     return scores
 
 
@@ -89,13 +87,12 @@ def with_history(trial: Trial, out: str) -> Trial:
     return dataclasses.replace(trial, history=read_history(trial.folder(out)))
 
 
-def read_history(folder: str) -> list[dict[str, Any]]:
+def read_history(folder: str) -> list[EpochRecord]:
     """The epochs of a run folder; none where it has not got so far."""
     try:
-        content = json.loads(storage.read_bytes(storage.join(folder, HISTORY_FILE)))
+        return read_whole_history(folder)
     except (FileNotFoundError, ValueError):
         return []
-    return [dict(entry) for entry in content]
 
 
 def save(trial: Trial, out: str) -> None:

@@ -145,7 +145,7 @@ def _write_table(
 
 
 def _table_row(plan: TuningPlan, trial: Trial) -> dict[str, Any]:
-    entry = trial.best(plan.metric)
+    best = trial.best(plan.metric)
     score = trial.score(plan.metric)
     checkpoint = storage.join(trial.folder(plan.out), "checkpoint")
     values = plan.values(trial.parameters)
@@ -156,12 +156,12 @@ def _table_row(plan: TuningPlan, trial: Trial) -> dict[str, Any]:
         "parameters": json.dumps(values),
         "metric": plan.metric,
         "value": None if score is None else natural(score, plan.metric),
-        "best_epoch": None if entry is None else entry["epoch"],
+        "best_epoch": None if best is None else best.epoch,
         "num_epochs": len(trial.history),
         "seconds": seconds_of(trial),
-        **{name: None if entry is None else entry.get(name) for name in COCO_METRICS},
-        "loss": None if entry is None else entry.get("loss"),
-        "checkpoint": None if entry is None else checkpoint,
+        **{name: None if best is None else best.value(name) for name in COCO_METRICS},
+        "loss": None if best is None else best.loss,
+        "checkpoint": None if best is None else checkpoint,
         "error": trial.error,
         **{f"param_{each.name}": _cell(each, values[each.name]) for each in plan.dimensions},
     }
@@ -180,8 +180,7 @@ def _cell(dimension: Dimension, value: Any) -> Any:
 
 def seconds_of(trial: Trial) -> float:
     """What the epochs of a trial have taken: training, its start and validation."""
-    names = ("start_s", "seconds", "validation_s")
-    return float(sum(entry.get(name) or 0.0 for entry in trial.history for name in names))
+    return sum(record.total_s for record in trial.history)
 
 
 def _page(
@@ -230,7 +229,7 @@ def _text(value: Any) -> str:
 
 
 def _page_row(plan: TuningPlan, trial: Trial) -> TrialRow:
-    entry, score = trial.best(plan.metric), trial.score(plan.metric)
+    best, score = trial.best(plan.metric), trial.score(plan.metric)
     values = plan.values(trial.parameters)
     return TrialRow(
         name=trial.name,
@@ -241,7 +240,7 @@ def _page_row(plan: TuningPlan, trial: Trial) -> TrialRow:
             for each in plan.dimensions
         ),
         value=None if score is None else natural(score, plan.metric),
-        best_epoch=None if entry is None else int(entry["epoch"]),
+        best_epoch=None if best is None else best.epoch,
         num_epochs=len(trial.history),
         seconds=seconds_of(trial),
         error=trial.error,

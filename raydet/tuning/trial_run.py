@@ -5,13 +5,14 @@ and its workers, as actors of this process, end with it when Tune ends it.
 """
 
 import json
-from typing import Any
 
 from ray import tune
 
 from raydet.common.errors import RunError, UserError, one_line
 from raydet.config import TrainConfig
-from raydet.training.train import free_workers, train
+from raydet.training.history import EpochRecord
+from raydet.training.launch import free_workers
+from raydet.training.train import train
 from raydet.tuning.records import best_so_far, load_states, read_history
 
 EPOCH, SCORE, OUTCOME, ERROR = "epoch", "score", "outcome", "error"
@@ -50,12 +51,12 @@ class _Reporter:
         for epoch, score in best_so_far(self._history, config.metric_for_best_model).items():
             self._report(epoch, score)
 
-    def add(self, entry: dict[str, Any]) -> None:
+    def add(self, record: EpochRecord) -> None:
         """Takes in an epoch that has just ended."""
-        self._history.append(entry)
+        self._history.append(record)
         scores = best_so_far(self._history, self._config.metric_for_best_model)
-        if entry["epoch"] in scores:
-            self._report(entry["epoch"], scores[entry["epoch"]])
+        if record.epoch in scores:
+            self._report(record.epoch, scores[record.epoch])
 
     def _report(self, epoch: int, score: float) -> None:
         self._score = score

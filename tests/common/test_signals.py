@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from raydet.common.errors import RunStopped
-from raydet.common.signals import ending_on_sigterm
+from raydet.common.signals import ending_on_sigterm, noting_stop_requests
 
 
 def _work(steps: list[str]) -> None:
@@ -51,3 +51,23 @@ def test_another_thread_changes_nothing() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_request_to_stop_is_noted_and_the_second_acts_as_before(number: int, exit_code: int) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    with noting_stop_requests() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.to_error("stopped").exit_code == exit_code
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_a_noted_request_leaves_the_handlers_as_they_were() -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    with noting_stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal_number == signal.SIGINT
+    assert {each: signal.getsignal(each) for each in before} == before

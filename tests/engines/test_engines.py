@@ -17,9 +17,9 @@ from raydet.common.errors import UserError
 from raydet.config import PredictConfig
 from raydet.engines.engine import check_engine
 from raydet.engines.loading import load_engine
-from raydet.models.collate import Example, collate
-from raydet.models.detector import Detections, Detector
-from raydet.models.geometry import Image, resize
+from raydet.engines.torch_engine import TorchEngine
+from raydet.models.detector import Detections
+from raydet.models.geometry import Image
 from raydet.models.loading import build_detector, load_detector
 from raydet.models.small import SMALL_MODELS
 from raydet.tables.schema import Category
@@ -41,7 +41,8 @@ def tiny(name: str, folder: Path, *, pads_to_largest: bool = False) -> Path:
         for module in detector.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0
-        detector.model.train()(**detector.model_inputs(batch_of(detector, pictures([(96, 96)] * 4))))
+        (part,) = TorchEngine(detector).prepare(pictures([(96, 96)] * 4))
+        detector.model.train()(**detector.model_inputs(part.batch))
     detector.model.eval()
     detector.save(str(folder))
     if pads_to_largest:
@@ -59,16 +60,6 @@ def pictures(sizes_hw: Sequence[tuple[int, int]]) -> list[Image]:
         .repeat(8, axis=1)[:height, :width]
         for height, width in sizes_hw
     ]
-
-
-def batch_of(detector: Detector, images: Sequence[Image]) -> Any:
-    rule = detector.resize_rule
-    examples = []
-    for number, image in enumerate(images):
-        size_hw = (image.shape[0], image.shape[1])
-        resized = resize(image, rule.target_size_hw(size_hw), rule.resample)
-        examples.append(Example(number, resized, size_hw, np.zeros((0, 4), np.float32), np.zeros(0, np.int64)))
-    return collate(examples, pad_to_hw=rule.pad_to_hw)
 
 
 def config_of(folder: Path | str, **options: Any) -> PredictConfig:
@@ -98,11 +89,10 @@ def assert_same(
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TINY])
-def test_all_engines_find_what_the_detector_finds(name: str, tmp_path: Path) -> None:
+def test_all_engines_find_what_torch_finds(name: str, tmp_path: Path) -> None:
     folder, images = tiny(name, tmp_path), pictures(SIZES_HW)
-    detector = load_detector(str(folder))
-    expected = detector.predict(batch_of(detector, images))
-    for engine in ("torch", "openvino", "onnx"):
+    expected = found_by(folder, images, engine="torch")  # equal to plain transformers: tests/models/test_models.py
+    for engine in ("openvino", "onnx"):
         assert_same(found_by(folder, images, engine=engine), expected)
 
 
@@ -112,8 +102,7 @@ def test_all_engines_find_what_the_detector_finds(name: str, tmp_path: Path) -> 
 )
 def test_sizes_that_vary(name: str, engine: Any, tmp_path: Path) -> None:
     folder, images = tiny(name, tmp_path, pads_to_largest=True), pictures(SIZES_HW)
-    detector = load_detector(str(folder))
-    alone = detector.predict(batch_of(detector, images))
+    alone = [found for image in images for found in found_by(folder, [image], pad_batches=False)]
     assert_same(found_by(folder, images, engine=engine, pad_batches=False), alone)
     together = found_by(folder, images, engine=engine, pad_batches=True)
     assert_same(together, found_by(folder, images, engine="torch", pad_batches=True))
@@ -151,18 +140,22 @@ def test_padded_images_are_told_from_their_padding(tmp_path: Path) -> None:
         np.testing.assert_allclose(found.boxes_xywh, whole, atol=0.01)
 
 
-def test_detector_runs_a_padded_batch_at_once_when_asked_to(tmp_path: Path) -> None:
-    detector = load_detector(str(tiny("detr_tiny", tmp_path, pads_to_largest=True)))
-    batch = batch_of(detector, pictures(SIZES_HW))
-    shapes: list[tuple[int, ...]] = []
-    detector.model.register_forward_pre_hook(
-        lambda _, __, inputs: shapes.append(tuple(inputs["pixel_values"].shape)), with_kwargs=True
-    )
-    together = detector.predict(batch, pad_batches=True)
-    assert shapes == [(5, 3, *batch.pixels.shape[-2:])]
-    alone = detector.predict(batch)
-    assert len(shapes) == 1 + len(set(batch.sizes_hw))
-    assert_same(together, alone, score=0.1, box_px=20)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_live_model_is_run_as_it_is_and_left_as_it_was(precision: Any, tmp_path: Path) -> None:
+    folder, images = tiny("conditional_detr_tiny", tmp_path), pictures(SIZES_HW)
+    detector = load_detector(str(folder))
+    detector.model.train()
+    engine = TorchEngine(detector, precision=precision)
+    forwards = {name: vars(module).get("forward") for name, module in detector.model.named_modules()}
+    threads = torch.get_num_threads()
+    found = engine.predict(engine.prepare(images))
+    assert_same(found, found_by(folder, images, precision=precision, channels_last=False), score=0, box_px=0)
+    assert all(module.training for module in detector.model.modules())
+    assert {name: vars(module).get("forward") for name, module in detector.model.named_modules()} == forwards
+    assert torch.get_num_threads() == threads
+    with torch.no_grad():  # the next answer is that of the weights as they are by then
+        next(parameter for name, parameter in detector.model.named_parameters() if "class_labels" in name).mul_(3)
+    assert not np.array_equal(engine.predict(engine.prepare(images))[0].scores, found[0].scores)
 
 
 @pytest.mark.parametrize("name", ["detr_tiny", "yolos_tiny", "conditional_detr_tiny"])

@@ -26,10 +26,12 @@ from raydet.inspection.inspect import inspect
 from raydet.inspection.oddities import Findings, add_oddities, duplicates, same_places
 from raydet.inspection.picks import Picker
 from raydet.inspection.pictures import FirstEpoch
+from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training import stream
+from raydet.training.batches import ready_batch
 from raydet.training.ordering import RunPlan
 from tests.reporting.test_reporting import EVIL, Page
 
@@ -309,28 +311,28 @@ def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: A
     rules = tuple(ResizeRule(mode="fixed", size_hw=(side, side + 32)) for side in sizes)
     view = View.of_training(config, ResizeRule(mode="keep_aspect", limit_hw=(80, 80)), rules)
     plan = RunPlan.of_training(config, photographs, num_val=photographs.num_rows)
-    trained = {}
+    trained: dict[int, Example] = {}
+    unreadable: dict[int, str] = {}
     groups = {"train": photographs.row_groups()}
     source = stream._StreamSource(plan, {"train": photographs}, groups, world_size=2, view=view)
     for segment in plan.segments():
         if segment.kind == "train" and segment.epoch == 0:
             for block in stream._encoded(source, segment):
-                _, images = stream._received(stream._prepare_micro_batch(block, view))
-                trained.update({image.image_id: image for image in images})
+                batch = ready_batch(stream._prepare_micro_batch(block, view))
+                trained |= {example.image_id: example for example in batch.examples}
+                unreadable |= batch.unreadable
     shown = {
         row["image_id"]: seen
         for _, row, seen in FirstEpoch(table=photographs, plan=plan, view=view).rows(range(photographs.num_rows))
     }
-    assert shown.keys() == trained.keys()
-    for image_id, seen in shown.items():
-        image = trained[image_id]
-        if isinstance(seen, str):
-            assert image_id == 1007 and seen == image.error
-            continue
-        assert image.image is not None
-        np.testing.assert_array_equal(seen.image, image.image)
-        np.testing.assert_array_equal(seen.boxes_cxcywh, image.boxes_cxcywh)
-        np.testing.assert_array_equal(seen.categories, image.categories)
+    assert {image_id: seen for image_id, seen in shown.items() if isinstance(seen, str)} == unreadable
+    assert unreadable.keys() == {1007} and shown.keys() == {*trained, 1007}
+    for image_id, example in trained.items():
+        seen = shown[image_id]
+        assert not isinstance(seen, str)
+        np.testing.assert_array_equal(seen.image, example.image)
+        np.testing.assert_array_equal(seen.boxes_cxcywh, example.boxes)
+        np.testing.assert_array_equal(seen.categories, example.categories)
     pictures = [seen for seen in shown.values() if not isinstance(seen, str)]
     assert len({seen.image.shape for seen in pictures}) >= len(sizes)
     is_mixed = [len(seen.categories) > 2 for seen in pictures]

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from raydet.config import BatchNorm
+from raydet.engines.torch_engine import TorchEngine
 from raydet.models.batch_norm import synchronise_batch_norms
 from raydet.models.collate import Batch, Example, collate
 from raydet.models.detector import Detector
@@ -242,9 +243,8 @@ def test_autocast_gives_nearly_the_same_loss(name: str, counts: tuple[int, ...])
     assert float(total.detach()) == pytest.approx(float(precise.detach()), rel=0.1)
     assert total.dtype == torch.float32
     assert {value.dtype for value in terms.values()} == {torch.float32}
-    detector.model.eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = detector.predict(batch)
+    engine = TorchEngine(detector, precision="bf16")
+    found = engine.predict(engine.prepare_resized(examples(counts)))
     assert all(np.isfinite(item.boxes_xywh).all() and len(item.scores) > 0 for item in found)
 
 

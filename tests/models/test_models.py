@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 
 from raydet.common.boxes import xywh_to_xyxy
 from raydet.common.errors import UserError
+from raydet.engines.torch_engine import TorchEngine
 from raydet.models.backbone import backbone_parameter_names, freeze_backbone
 from raydet.models.collate import Batch, Example, collate
 from raydet.models.detector import Detections, Detector
@@ -97,6 +98,11 @@ def as_batch(detector: Detector, pictures: Sequence[Image.Image]) -> Batch:
     return collate(examples, pad_to_hw=rule.pad_to_hw)
 
 
+def found_in(detector: Detector, pictures: Sequence[Image.Image]) -> list[Detections]:
+    engine = TorchEngine(detector, pad_batches=False)
+    return engine.predict(engine.prepare([np.asarray(picture) for picture in pictures]))
+
+
 def plain_transformers(folder: Path, pictures: Sequence[Image.Image]) -> list[dict[str, torch.Tensor]]:
     """The answers of a saved folder without raydet, picture by picture."""
     model = AutoModelForObjectDetection.from_pretrained(folder).eval()
@@ -126,9 +132,9 @@ def assert_same(found: Sequence[Detections], expected: Sequence[dict[str, torch.
 def check_against_transformers(detector: Detector, pictures: Sequence[Image.Image], folder: Path) -> None:
     detector.save(str(folder))
     expected = plain_transformers(folder, pictures)
-    found = detector.predict(as_batch(detector, pictures))
+    found = found_in(detector, pictures)
     assert_same(found, expected)
-    assert_same(load_detector(str(folder)).predict(as_batch(detector, pictures)), expected)
+    assert_same(found_in(load_detector(str(folder)), pictures), expected)
     for item in found:
         assert item.boxes_xywh.dtype == item.scores.dtype == np.float64
         assert item.categories.dtype == np.int64
@@ -190,7 +196,7 @@ def test_a_processor_that_pads_to_the_largest_gives_every_image_its_own_answer(n
     detector = load_detector(str(folder))
     assert detector.resize_rule.pad_to_hw is None
     pictures = random_pictures([(120, 160), (90, 90), (160, 70), (120, 160), (90, 90)])
-    assert_same(detector.predict(as_batch(detector, pictures)), plain_transformers(folder, pictures))
+    assert_same(found_in(detector, pictures), plain_transformers(folder, pictures))
 
 
 @pytest.mark.parametrize("name", ["detr_tiny", "yolos_tiny"])
@@ -203,7 +209,7 @@ def test_boxes_are_relative_to_the_image_not_to_its_padding(name: str) -> None:
         head.weight.zero_()
         head.bias.copy_(torch.logit(torch.tensor([0.5, 0.5, 1 - 1e-6, 1 - 1e-6])))
     pictures = random_pictures([(60, 120), (120, 50), (100, 100)])
-    for picture, found in zip(pictures, detector.predict(as_batch(detector, pictures)), strict=True):
+    for picture, found in zip(pictures, found_in(detector, pictures), strict=True):
         expected = np.tile([0.0, 0.0, picture.width, picture.height], (len(found.scores), 1))
         np.testing.assert_allclose(found.boxes_xywh, expected, atol=0.01)
 
@@ -223,10 +229,9 @@ def test_inputs_equal_the_processors(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_predict_leaves_the_training_mode_as_it_was(name: str) -> None:
     detector = build(name)
-    batch = as_batch(detector, random_pictures([(80, 80)]))
     for mode in (True, False):
         detector.model.train(mode)
-        detector.predict(batch)
+        found_in(detector, random_pictures([(80, 80)]))
         assert all(module.training == mode for module in detector.model.modules())
 
 
@@ -401,7 +406,7 @@ class TestFineTuning:
         assert sorted(changed)[-1] in caplog.text
         assert new.model.config.id2label == {index: item.name for index, item in enumerate(categories)}
         assert new.resize_rule == old.resize_rule
-        new.predict(as_batch(new, random_pictures([(80, 80)])))
+        found_in(new, random_pictures([(80, 80)]))
 
     def test_auxiliary_losses_are_on(self) -> None:
         for name in TINY:

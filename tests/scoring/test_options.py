@@ -16,10 +16,9 @@ from raydet import PredictConfig, predict
 from raydet.common.boxes import clip_xywh, has_area, xyxy_to_xywh
 from raydet.config import DrawIf
 from raydet.engines.tiling import merge, views_of
+from raydet.engines.torch_engine import TorchEngine
 from raydet.images.decode import decode
-from raydet.models.collate import Example, collate
 from raydet.models.detector import Detections, Detector
-from raydet.models.geometry import resize
 from raydet.models.loading import build_detector, load_detector
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.table import MANIFEST_NAME, open_table
@@ -120,11 +119,9 @@ def assert_same(found: Detections, expected: Detections, *, scores: float = 1e-5
 
 
 def by_the_model(detector: Detector, pixels: np.ndarray) -> Detections:
-    """What the model says of one picture, in that picture's pixels, without raydet's pipeline."""
-    rule, size_hw = detector.resize_rule, (pixels.shape[0], pixels.shape[1])
-    resized = resize(pixels, rule.target_size_hw(size_hw), rule.resample)
-    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-    return detector.predict(collate([Example(0, resized, size_hw, *nothing)]))[0]
+    """The model's answer for one picture, in that picture's pixels, without raydet's pipeline."""
+    engine = TorchEngine(detector, pad_batches=False)
+    return engine.predict(engine.prepare([pixels]))[0]
 
 
 def test_every_file_of_a_folder_has_one_row_whatever_it_is_and_auto_finds_a_batch_size(

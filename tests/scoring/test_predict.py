@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydet import EvaluateConfig, PredictConfig, PrepareImagesConfig, UserError, evaluate, predict, prepare_images
+from raydet.engines.torch_engine import TorchEngine
 from raydet.images.decode import decode
-from raydet.models.collate import Example, collate
-from raydet.models.geometry import resize
 from raydet.models.loading import build_detector, load_detector
 from raydet.scoring.predict import PredictResult
 from raydet.tables.schema import Category, build_schema
@@ -48,14 +47,9 @@ def test_every_image_has_its_row_and_the_rows_are_the_model_s(
     rows = {row["image_id"]: row for row in open_table(result.out, "detections").read().to_pylist()}
     images = open_table(config.data, "images").read().to_pylist()
     assert sorted(rows) == sorted(image["image_id"] for image in images)
-    detector = load_detector(checkpoint)
+    engine = TorchEngine(load_detector(checkpoint))
     for image in images[:6]:
-        pixels = decode(image["image"]["bytes"], max_pixels=10**8)
-        size_hw = (pixels.shape[0], pixels.shape[1])
-        rule = detector.resize_rule
-        resized = resize(pixels, rule.target_size_hw(size_hw), rule.resample)
-        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-        found = detector.predict(collate([Example(0, resized, size_hw, *nothing)]))[0]
+        found = engine.predict(engine.prepare([decode(image["image"]["bytes"], max_pixels=10**8)]))[0]
         row = rows[image["image_id"]]["detections"]
         np.testing.assert_allclose(row["score"], found.scores, atol=1e-5)
         np.testing.assert_allclose(row["bbox"][:5], found.boxes_xywh[:5], atol=1e-2)

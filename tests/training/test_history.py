@@ -1,30 +1,63 @@
 """Which epoch is the best, and when a run has got no better for too long."""
 
+import json
 from typing import Any
 
-from raydet.training.history import best_entry, is_best_so_far, is_out_of_patience, metric_value
+import pytest
+
+from raydet.training.history import (
+    EpochRecord,
+    ValidationRecord,
+    best_epoch,
+    is_best_so_far,
+    is_out_of_patience,
+)
 
 
-def _history(*values: float | None, name: str = "AP") -> list[dict[str, Any]]:
-    return [{"epoch": number + 1, "loss": 9.0 - number, name: value} for number, value in enumerate(values)]
+def _history(*values: float | None) -> list[EpochRecord]:
+    return [
+        EpochRecord(epoch=number + 1, loss=9.0 - number, validation=ValidationRecord(numbers={"AP": value}))
+        for number, value in enumerate(values)
+    ]
 
 
 def test_metrics_by_name() -> None:
-    entry = {"loss": 2.5, "AP": 0.25, "AP75": None, "AP_by_class": {"cat": 0.5, "dog": None}}
-    assert metric_value(entry, "AP") == 0.25 and metric_value(entry, "AP75") is None
-    assert metric_value(entry, "AP:cat") == 0.5 and metric_value(entry, "AP:dog") is None
-    assert metric_value(entry, "loss") == -2.5
-    assert metric_value({"loss": 1.0}, "AP:cat") is None
+    validation = ValidationRecord(numbers={"AP": 0.25, "AP75": None}, ap_by_class={"cat": 0.5, "dog": None})
+    record = EpochRecord(epoch=1, loss=2.5, validation=validation)
+    assert record.value("AP") == record.score("AP") == 0.25 and record.value("AP75") is None
+    assert record.value("AP:cat") == 0.5 and record.value("AP:dog") is None
+    assert record.value("loss") == 2.5 and record.score("loss") == -2.5
+    assert EpochRecord(epoch=1, loss=1.0).value("AP:cat") is None
+
+
+def test_a_record_survives_json_and_only_what_was_measured_has_a_key() -> None:
+    plain = EpochRecord(
+        epoch=2, loss=1.5, losses={"loss_vfl": 1.5}, step_s={"data": 0.1}, ended="now", peak_memory_mb=9
+    )
+    validation = ValidationRecord(numbers={"AP": 0.25, "APs": None}, ap_by_class={"cat": None}, seconds=3.0)
+    validated = EpochRecord(**{**vars(plain), "validation": validation})
+    for record in (plain, validated):
+        assert EpochRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+    assert "AP" not in plain.to_json() and "peak_device_memory_mb" not in plain.to_json()
+    content = validated.to_json()
+    assert content["AP"] == 0.25 and content["APs"] is None and content["AP_by_class"] == {"cat": None}
+    assert content["validation_unreadable"] == 0 and content["validation_s"] == 3.0
+
+
+@pytest.mark.parametrize("content", [3, {}, {"epoch": "x", "loss": 1.0}, {"epoch": 1, "loss": 1.0, "AP": "high"}])
+def test_something_else_is_no_record(content: Any) -> None:
+    with pytest.raises(ValueError, match=r"epoch|AP"):
+        EpochRecord.from_json(content)
 
 
 def test_the_best_is_the_newest_of_the_highest() -> None:
     history = _history(0.1, 0.5, None, 0.5, 0.4)
-    best = best_entry(history, "AP")
-    assert best is not None and best["epoch"] == 4
+    best = best_epoch(history, "AP")
+    assert best is not None and best.epoch == 4
     assert [is_best_so_far(history[:n], "AP") for n in range(1, 6)] == [True, True, False, True, False]
-    lowest_loss = best_entry(history, "loss")
-    assert lowest_loss is not None and lowest_loss["epoch"] == 5
-    assert best_entry([], "AP") is None
+    lowest_loss = best_epoch(history, "loss")
+    assert lowest_loss is not None and lowest_loss.epoch == 5
+    assert best_epoch([], "AP") is None
 
 
 def test_without_any_number_the_newest_is_as_good_as_any() -> None:

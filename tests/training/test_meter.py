@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from raydet.training.meter import EpochMeter, merge_states, summary
+from raydet.training.meter import EpochMeter, epoch_record, merge_states
 
 CPU = torch.device("cpu")
 
@@ -35,9 +35,9 @@ def test_workers_losses_add_up_also_when_one_lacks_a_term() -> None:
     first, second = _meter(1.0, 2.0, data_s=0.1), _meter(3.0, 4.0)
     second.add_losses({"loss_vfl_dn_0": torch.tensor(1.0)})
     first.unreadable, second.unreadable = {1}, {1, 2}
-    entry = summary(merge_states([first.to_state(), second.to_state()]), 1e-3)
-    assert entry["losses"] == pytest.approx({"loss_bbox": 5.0, "loss_giou": 10.0, "loss_vfl_dn_0": 0.5})
-    assert entry["loss"] == pytest.approx(15.5)
-    assert entry["images_per_s"] == pytest.approx(16 / 1.0)
-    assert entry["unreadable"] == 2
-    assert entry["step_s"] == pytest.approx({"data": 0.1, "compute": 0.4, "communication": 0.0})
+    record = epoch_record(merge_states([first.to_state(), second.to_state()]), epoch=1, learning_rate=1e-3)
+    assert record.losses == pytest.approx({"loss_bbox": 5.0, "loss_giou": 10.0, "loss_vfl_dn_0": 0.5})
+    assert record.loss == pytest.approx(15.5)
+    assert record.images_per_s == pytest.approx(16 / 1.0)
+    assert record.num_unreadable == 2
+    assert record.step_s == pytest.approx({"data": 0.1, "compute": 0.4, "communication": 0.0})

@@ -1,5 +1,6 @@
 """The stream of a run: the same micro-batches and the same pixels for any number of workers."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -17,12 +18,14 @@ from ray.data import ExecutionResources
 
 from raydet.augmentation.view import View, scale_choice
 from raydet.cluster.shares import Resources, cpus_for_tasks
+from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training import stream
-from raydet.training.ordering import MicroBatch, RunPlan
-from raydet.training.stream import ReadyImage, micro_batches, run_stream
+from raydet.training.batches import ReadyBatch, ready_batch, ready_batches
+from raydet.training.ordering import RunPlan
+from raydet.training.stream import run_stream
 from tests.nodes import wait_until
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
@@ -56,7 +59,7 @@ def _read(
     reserved_cpus: float = 0.5,
     cpus_per_task: float = 0.5,
     **start: int,
-) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
+) -> list[list[ReadyBatch]]:
     """What each rank gets; the ranks read side by side, as the workers of a training do.
 
     Flips differ from image to image as every augmentation does, and need no package that takes each process seconds to
@@ -73,12 +76,11 @@ def _read(
         reserved=ExecutionResources(cpu=reserved_cpus),
         cpus_per_task=cpus_per_task,
     )
-    received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in iterators]
+    received: list[list[ReadyBatch]] = [[] for _ in iterators]
 
     def read(rank: int) -> None:
-        for key, images in micro_batches(iterators[rank]):
-            # The pixels are only lent: keep a copy.
-            received[rank].append((key, [_copy(image) for image in images]))
+        for batch in ready_batches(iterators[rank]):
+            received[rank].append(_copy(batch))  # the pixels are only lent
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -89,27 +91,37 @@ def _read(
     return received
 
 
-def _copy(image: ReadyImage) -> ReadyImage:
-    pixels = None if image.image is None else image.image.copy()
-    return ReadyImage(**{**vars(image), "image": pixels})
+def _copy(batch: ReadyBatch) -> ReadyBatch:
+    examples = [dataclasses.replace(example, image=example.image.copy()) for example in batch.examples]
+    return dataclasses.replace(batch, examples=examples)
 
 
-def _steps(received: list[list[tuple[MicroBatch, list[ReadyImage]]]]) -> dict[tuple[str, int, int], list[str]]:
-    """The images of each global step, as digests of everything about them, in the order of the plan."""
-    steps: dict[tuple[str, int, int], list[tuple[int, int, list[str]]]] = {}
+def _steps(received: list[list[ReadyBatch]]) -> dict[tuple[str, int, int], list[str]]:
+    """The images of each global step, as digests of everything about them, in the order of the plan.
+
+    Those that could not be read come last.
+    """
+    steps: dict[tuple[str, int, int], list[tuple[tuple[int, int], ReadyBatch]]] = {}
     for rank, part in enumerate(received):
-        for key, images in part:
+        for batch in part:
+            key = batch.micro_batch
             assert key.rank == rank
             step = 0 if key.kind == "validate" else key.step
             place = (key.step, rank) if key.kind == "validate" else (rank, key.part)
-            steps.setdefault((key.kind, key.epoch, step), []).append((*place, [_digest(image) for image in images]))
-    return {key: [digest for *_, images in sorted(parts) for digest in images] for key, parts in steps.items()}
+            steps.setdefault((key.kind, key.epoch, step), []).append((place, batch))
+    found: dict[tuple[str, int, int], list[str]] = {}
+    for step_key, parts in steps.items():
+        batches = [batch for _, batch in sorted(parts, key=lambda item: item[0])]
+        found[step_key] = [_digest(batch, example) for batch in batches for example in batch.examples]
+        found[step_key] += [f"{image_id}:{error}" for batch in batches for image_id, error in batch.unreadable.items()]
+    return found
 
 
-def _digest(image: ReadyImage) -> str:
-    content = [image.image_id, image.error, image.boxes_cxcywh.tolist(), image.categories.tolist(), image.objects]
-    pixels = b"" if image.image is None else image.image.tobytes()
-    return f"{image.image_id}:{hashlib.sha256(repr(content).encode() + pixels).hexdigest()}"
+def _digest(batch: ReadyBatch, example: Example) -> str:
+    truth = batch.truths.get(example.image_id)
+    labelled = None if truth is None else [values.tolist() for values in vars(truth).values()]
+    content = [example.image_id, example.boxes.tolist(), example.categories.tolist(), batch.resize_rule, labelled]
+    return f"{example.image_id}:{hashlib.sha256(repr(content).encode() + example.image.tobytes()).hexdigest()}"
 
 
 @pytest.fixture(scope="module")
@@ -184,33 +196,32 @@ def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, sha
     assert [digest.split(":")[0] for digest in mixed["validate", 0, 0]] == ["0", "2", "4", "6", "8"]
     found: dict[int, int] = {}
     sizes = set()
-    for key, image in ((key, image) for rank in received for key, batch in rank for image in batch):
+    for batch in (batch for rank in received for batch in rank):
+        key = batch.micro_batch
         is_mixed = key.kind == "train" and key.epoch == 0
         rule = rules[scale_choice(1, 0, key.step, 3)] if is_mixed else RULE
-        if image.image is None:
-            assert image.image_id == rows[7]["image_id"] and "not an image" in str(image.error)
-            continue
-        assert image.image.shape[:2] == rule.size_hw
+        assert batch.resize_rule == rule
+        assert all(example.image.shape[:2] == rule.size_hw for example in batch.examples)
+        assert all(image_id == rows[7]["image_id"] for image_id in batch.unreadable)
+        assert all("not an image" in error for error in batch.unreadable.values())
         sizes.add(rule.size_hw)
         if key.kind == "train":
-            found[key.epoch] = found.get(key.epoch, 0) + len(image.categories)
+            found[key.epoch] = found.get(key.epoch, 0) + sum(len(example.categories) for example in batch.examples)
     num_objects = sum(len(row["objects"]["id"]) for row in rows) - len(rows[7]["objects"]["id"])
     assert found[1] == num_objects and found[0] > num_objects * 1.3
     assert len(sizes) == 3
 
 
-def _prepared_run(
-    train: Table, val: Table, plan: RunPlan, world_size: int, view: View
-) -> list[list[tuple[MicroBatch, list[ReadyImage]]]]:
+def _prepared_run(train: Table, val: Table, plan: RunPlan, world_size: int, view: View) -> list[list[ReadyBatch]]:
     """What each rank gets, as the tasks of the stream make it, in this process."""
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
     source = stream._StreamSource(plan, tables, groups, world_size, view)
-    received: list[list[tuple[MicroBatch, list[ReadyImage]]]] = [[] for _ in range(world_size)]
+    received: list[list[ReadyBatch]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
         for block in stream._encoded(source, segment):
-            key, images = stream._received(stream._prepare_micro_batch(block, view))
-            received[key.rank].append((key, images))
+            batch = ready_batch(stream._prepare_micro_batch(block, view))
+            received[batch.micro_batch.rank].append(batch)
     return received
 
 
@@ -270,17 +281,19 @@ def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_
         writer.write_rows([{name: row[name] for name in writer_columns()} for row in good])
     table = open_table(str(tmp_path / "t"), "images")
     received = _read(table, table, _plan(table, table, epochs=1), 2)
-    images = {(key.kind, image.image_id): image for rank in received for key, batch in rank for image in batch}
+    batches = [batch for rank in received for batch in rank]
+    trained, validated = ([one for one in batches if one.micro_batch.kind == kind] for kind in ("train", "validate"))
     ids = [row["image_id"] for row in good]
-    assert images["train", ids[0]].categories.tolist() == [2]
-    pixels = images["train", ids[0]].image
-    assert pixels is not None and pixels.shape == (32, 48, 3)
-    assert images["validate", ids[0]].truth().iscrowd.tolist() == [False, True]
-    assert "not an image" in str(images["validate", ids[1]].error) and images["train", ids[1]].image is None
-    assert images["train", ids[2]].error == "the file is not there any more"
-    np.testing.assert_array_equal(
-        images["validate", ids[1]].truth().boxes_xywh, np.array(good[1]["objects"]["bbox"]).reshape(-1, 4)
-    )
+    (example,) = [example for batch in trained for example in batch.examples]
+    assert example.image_id == ids[0] and example.categories.tolist() == [2] and example.image.shape == (32, 48, 3)
+    for part in (trained, validated):
+        unreadable = {image_id: error for batch in part for image_id, error in batch.unreadable.items()}
+        assert sorted(unreadable) == sorted(ids[1:]) and "not an image" in unreadable[ids[1]]
+        assert unreadable[ids[2]] == "the file is not there any more"
+    assert not any(batch.truths for batch in trained)
+    truths = {image_id: truth for batch in validated for image_id, truth in batch.truths.items()}
+    assert sorted(truths) == sorted(ids) and truths[ids[0]].iscrowd.tolist() == [False, True]
+    np.testing.assert_array_equal(truths[ids[1]].boxes_xywh, np.array(good[1]["objects"]["bbox"]).reshape(-1, 4))
 
 
 def writer_columns() -> list[str]:
@@ -306,8 +319,8 @@ for augmentation, side in (("", 64), ("none", 64), ("flip", 64), ("flip", 48), (
     key = dict(kind="train" if augmentation else "validate", epoch=0, step=0, part=0, rank=0, images=rows)
     block = pa.Table.from_pylist([key], schema=stream._ENCODED_SCHEMA)
     view = View(resize_rule=ResizeRule(mode="fixed", size_hw=(side, side)), augmentation=augmentation or "none")
-    images = stream._received(stream._prepare_micro_batch(block, view))[1]
-    assert all(image.image.shape == (side, side, 3) for image in images)
+    images = stream._prepare_micro_batch(block, view)["images"][0].as_py()
+    assert all((image["height"], image["width"]) == (side, side) for image in images)
     print(json.dumps([name for name in heavy if name in sys.modules]))
 """
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)

@@ -87,8 +87,10 @@ def _wait_for(path: Path, driver: "subprocess.Popen[bytes]", timeout_s: float = 
 def _assert_same_run(result: TrainResult, reference: TrainResult) -> None:
     """On workers of one thread every step repeats exactly, whatever happened in between."""
     assert len(result.history) == EPOCHS and not result.already_done
-    for name in ("loss", "losses", "gradient_norm", "learning_rate", "AP", "AP_by_class"):
-        assert [entry[name] for entry in result.history] == [entry[name] for entry in reference.history], name
+    names = ("loss", "losses", "gradient_norm", "learning_rate", "AP", "AP_by_class")
+    for mine, other in zip(result.history, reference.history, strict=True):
+        contents = mine.to_json(), other.to_json()
+        assert [contents[0][name] for name in names] == [contents[1][name] for name in names]
     hashes = [hashlib.sha256(Path(each.checkpoint, "model.safetensors").read_bytes()) for each in (result, reference)]
     assert hashes[0].hexdigest() == hashes[1].hexdigest()
 
@@ -136,9 +138,9 @@ def test_a_dead_worker_is_replaced(
     if num_workers == 2:
         _assert_same_run(result, undisturbed_pair)
     else:  # how many come back is up to the cluster: the batches are the same, the gradients but for rounding
-        assert [entry["epoch"] for entry in result.history] == list(range(1, EPOCHS + 1))
-        for entry, other in zip(result.history[:2], undisturbed_pair.history[:2], strict=True):
-            assert entry["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert [record.epoch for record in result.history] == list(range(1, EPOCHS + 1))
+        for record, other in zip(result.history[:2], undisturbed_pair.history[:2], strict=True):
+            assert record.loss == pytest.approx(other.loss, rel=0.02)
 
 
 def _kill_a_worker(state: Path) -> int:

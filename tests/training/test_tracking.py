@@ -16,6 +16,7 @@ from PIL import Image
 
 from raydet.common.errors import UserError
 from raydet.tables import storage
+from raydet.training.history import EpochRecord, ValidationRecord
 from raydet.training.tracking.trackers import RunTracker, check_trackers, scalars_of, without_secrets
 
 SECRET = "s3cr3t-value-of-a-key"
@@ -70,31 +71,31 @@ def everything_below(folder: Path) -> bytes:
 
 
 def test_an_entry_of_the_history_becomes_tags_in_groups() -> None:
-    entry = {
-        "epoch": 2,
-        "loss": 1.5,
-        "losses": {"loss_bbox": 0.5, "loss_vfl": 1.0},
-        "learning_rate": 1e-4,
-        "images_per_s": 80.0,
-        "seconds": 10.0,
-        "step_s": {"data": 0.1, "compute": 0.2},
-        "AP": 0.25,
-        "APs": None,
-        "AP_by_class": {"cat": 0.5, "dog": None, "bus/coach": 0.1},
-        "validation_s": 3,
-        "validation_unreadable": 0,
-        "is_best": True,
-        "note": "text",
-        "nothing": None,
-    }
-    assert scalars_of(entry) == {
+    record = EpochRecord(
+        epoch=2,
+        loss=1.5,
+        losses={"loss_bbox": 0.5, "loss_vfl": 1.0},
+        learning_rate=1e-4,
+        images_per_s=80.0,
+        seconds=10.0,
+        step_s={"data": 0.1, "compute": 0.2},
+        validation=ValidationRecord(
+            numbers={"AP": 0.25, "APs": None},
+            ap_by_class={"cat": 0.5, "dog": None, "bus/coach": 0.1},
+            seconds=3,
+        ),
+    )
+    assert scalars_of(record) == {
         "train/epoch": 2.0,
         "train/loss": 1.5,
         "train/loss_bbox": 0.5,
         "train/loss_vfl": 1.0,
+        "train/gradient_norm": 0.0,
         "train/learning_rate": 1e-4,
+        "train/unreadable": 0.0,
         "time/images_per_s": 80.0,
         "time/seconds": 10.0,
+        "time/start_s": 0.0,
         "time/step_data_s": 0.1,
         "time/step_compute_s": 0.2,
         "validation/AP": 0.25,

@@ -13,12 +13,12 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeli
 
 from raydet import TrainConfig, UserError, train
 from raydet.common.boxes import Boxes, xywh_to_xyxy
+from raydet.engines.torch_engine import TorchEngine
 from raydet.models.checkpoints import STATES_FOLDER
-from raydet.models.collate import Example, collate
 from raydet.models.detector import Detections
-from raydet.models.geometry import resize
 from raydet.models.loading import build_detector, load_detector
 from raydet.tables.table import open_table
+from raydet.training.history import read_history
 from raydet.training.train import TrainResult
 
 
@@ -60,15 +60,17 @@ def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
     model = AutoModelForObjectDetection.from_pretrained(result.checkpoint)
     AutoImageProcessor.from_pretrained(result.checkpoint)
     assert list(model.config.id2label.values()) == [c.name for c in open_table(config.val_data, "images").categories]
-    assert [entry["epoch"] for entry in result.history] == [1, 2, 3, 4, 5, 6]
-    for entry in result.history:
-        assert entry["loss"] == pytest.approx(sum(entry["losses"].values()))
-        assert {"loss_vfl", "loss_bbox", "loss_giou"} <= set(entry["losses"])
-        assert entry["unreadable"] == 0 and entry["images_per_s"] > 0
-        assert 0 <= entry["AP"] <= 1 and len(entry["AP_by_class"]) == 3
-        assert set(entry["step_s"]) == {"data", "compute", "communication"} and entry["step_s"]["communication"] < 0.1
-        assert entry["peak_memory_mb"] > 100
-    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert [record.epoch for record in result.history] == [1, 2, 3, 4, 5, 6]
+    for record in result.history:
+        assert record.loss == pytest.approx(sum(record.losses.values()))
+        assert {"loss_vfl", "loss_bbox", "loss_giou"} <= set(record.losses)
+        assert record.num_unreadable == 0 and record.images_per_s > 0
+        assert record.validation is not None and len(record.validation.ap_by_class) == 3
+        assert 0 <= (record.value("AP") or 0.0) <= 1
+        assert set(record.step_s) == {"data", "compute", "communication"} and record.step_s["communication"] < 0.1
+        assert (record.peak_memory_mb or 0) > 100
+    assert result.history[-1].loss < result.history[0].loss
+    assert read_history(config.out) == result.history
     assert Path(config.out, "config.yaml").is_file() and Path(config.out, "log", "ray.log").exists() is False
     assert Path(config.out, "last", "model.safetensors").is_file()
     # Four steps an epoch: a state after the third of the last epoch, and one at its end.
@@ -82,16 +84,14 @@ def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
 def test_the_checkpoint_gives_the_same_boxes_without_raydet(trained: Trained) -> None:
     config, result, _ = trained
     rows = open_table(config.val_data, "images").read().to_pylist()
-    detector = load_detector(result.checkpoint)
+    engine = TorchEngine(load_detector(result.checkpoint))
     model = AutoModelForObjectDetection.from_pretrained(result.checkpoint).eval()
     processor = AutoImageProcessor.from_pretrained(result.checkpoint)
     detect = pipeline("object-detection", model=model, image_processor=processor)
     for row in rows[:5]:
         image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
         size_hw = (image.height, image.width)
-        pixels = resize(np.asarray(image), detector.resize_rule.target_size_hw(size_hw), detector.resize_rule.resample)
-        example = Example(0, pixels, size_hw, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-        own = detector.predict(collate([example]))[0]
+        own = engine.predict(engine.prepare([np.asarray(image)]))[0]
         with torch.inference_mode():
             outputs = model(**processor(images=image, return_tensors="pt"))
         plain = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[size_hw])[0]
@@ -129,8 +129,8 @@ def test_two_workers_go_on_where_one_stopped(trained: Trained) -> None:
     config, result, _ = trained
     more = train(dataclasses.replace(config, epochs=7, num_workers=2))
     assert more.history[:6] == result.history
-    assert more.history[6]["epoch"] == 7 and more.history[6]["AP"] is not None
-    assert more.history[6]["loss"] < result.history[0]["loss"]
+    assert more.history[6].epoch == 7 and more.history[6].value("AP") is not None
+    assert more.history[6].loss < result.history[0].loss
 
 
 @pytest.mark.slow
@@ -159,13 +159,10 @@ def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path,
         schedule="one_cycle",
     )
     result = train(config)
-    assert [entry["AP"] is None if "AP" in entry else "not validated" for entry in result.history] == [
-        "not validated",
-        False,
-        False,
-    ]
-    assert all(0 < entry["loss"] < 100 for entry in result.history)
-    assert all(entry["step_s"]["communication"] > 0 for entry in result.history)
+    assert [record.validation is not None for record in result.history] == [False, True, True]
+    assert all(record.value("AP") is not None for record in result.history[1:])
+    assert all(0 < record.loss < 100 for record in result.history)
+    assert all(record.step_s["communication"] > 0 for record in result.history)
     start = build_detector("detr_tiny", load_detector(result.checkpoint).categories, image_size=64, seed=0)
     name = "model.backbone.model.embedder.embedder.convolution.weight"
     assert not torch.equal(start.model.state_dict()[name], load_detector(result.checkpoint).model.state_dict()[name])

@@ -17,6 +17,7 @@ from raydet.config.options import load, load_file
 from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.table import open_table
+from raydet.training.history import EpochRecord
 from raydet.tuning import records
 from raydet.tuning.execution import build_scheduler
 from raydet.tuning.plan import Search, TuningPlan
@@ -43,7 +44,11 @@ def _config(shapes: Path | None, out: Path, **changes: Any) -> TuneConfig:
     return TuneConfig(**{**values, **changes})
 
 
-def _history(*values: float | None) -> list[dict[str, Any]]:
+def _history(*values: float | None) -> list[EpochRecord]:
+    return [EpochRecord.from_json(content) for content in _contents(*values)]
+
+
+def _contents(*values: float | None) -> list[dict[str, Any]]:
     return [
         {"epoch": number, "loss": 9.0 / number, "seconds": 1.5, "start_s": 0.5, **({} if ap is None else {"AP": ap})}
         for number, ap in enumerate(values, start=1)
@@ -55,7 +60,7 @@ def _write_run(plan: TuningPlan, trial: Trial, *values: float | None) -> None:
     records.save(trial, plan.out)
     folder = Path(trial.folder(plan.out))
     (folder / "log").mkdir(parents=True)
-    (folder / "log" / "history.json").write_text(json.dumps(_history(*values)))
+    (folder / "log" / "history.json").write_text(json.dumps(_contents(*values)))
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "model.safetensors").write_text(f"weights of {trial.name}")
 

@@ -183,7 +183,7 @@ def test_a_killed_search_goes_on(shapes: Path, tmp_path: Path, ray_cluster: None
     assert [trial.state for trial in result.trials] == ["finished", "finished"]
     assert result.trials[1].parameters == cut_off.parameters
     assert result.trials[1].history[: len(cut_off.history)] == cut_off.history
-    assert [entry["epoch"] for entry in result.trials[1].history] == [1, 2, 3, 4, 5, 6]
+    assert [record.epoch for record in result.trials[1].history] == [1, 2, 3, 4, 5, 6]
     assert {path: path.stat().st_mtime_ns for path in Path(config.out, "trials", "trial-0000").rglob("*")} == before
 
 

@@ -17,6 +17,7 @@ from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import without_secrets
 from raydet.config import COCO_METRICS, Tracker
 from raydet.tables import storage
+from raydet.training.history import EpochRecord
 from raydet.training.tracking.backends import Backend, LogFolder, MLflow, Picture, TensorBoard, WandB
 
 __all__ = ["RunTracker", "check_trackers", "scalars_of", "without_secrets"]
@@ -49,17 +50,17 @@ def _is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def scalars_of(entry: Mapping[str, Any]) -> dict[str, float]:
-    """Turns an epoch's entry of the history into tags and numbers, in the groups that TensorBoard shows.
+def scalars_of(record: EpochRecord) -> dict[str, float]:
+    """Turns the record of an epoch into tags and numbers, in the groups that TensorBoard shows.
 
     Args:
-        entry: Numbers, and mappings of numbers, by name; nulls, texts and flags are left out.
+        record: Its undefined numbers are left out.
 
     Returns:
         Numbers under `train/…`, `validation/…`, `time/…`, and `GROUP/…` for other mappings, such as `AP_by_class/…`.
     """
     found: dict[str, float] = {}
-    for name, value in entry.items():
+    for name, value in record.to_json().items():
         if isinstance(value, Mapping):
             tags = {_tag_in(name, str(key)): number for key, number in value.items()}
         else:

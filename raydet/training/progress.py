@@ -1,0 +1,101 @@
+"""The progress of a training run on the console: a table with a line an epoch, and a status line below it."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from raydet.common.console import Console, shown
+from raydet.training.history import EpochRecord, ValidationRecord
+
+_COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_MOST_CLASSES_IN_A_LINE = 8
+_DATA_BOUND = 0.15
+"""Share of a step's time spent waiting for images above which faster decoding would speed up the run."""
+
+Entry = EpochRecord | str
+"""An epoch that has ended, or a line from the workers."""
+
+
+@contextlib.contextmanager
+def following(
+    console: Console, read: Callable[[int], tuple[Sequence[Entry], dict[str, Any]]], *, epochs: int
+) -> Iterator[None]:
+    """Print each entry that `read` returns, during a `with` block.
+
+    Args:
+        console: The console to print on.
+        read: Takes a number; returns the entries from that number on, and the progress.
+        epochs: Epochs of the whole run.
+    """
+    stop, table = threading.Event(), _Table(console, epochs)
+
+    def follow(update: Callable[[str], None]) -> None:
+        num_seen = 0
+        while True:
+            is_last = stop.wait(0.5)
+            entries, progress = read(num_seen)
+            num_seen += len(entries)
+            for entry in entries:
+                table.add(entry)
+            if progress:
+                update("epoch {epoch}, step {step} of {num_steps}".format(**progress))
+            if is_last:
+                return
+
+    with console.status("starting workers") as update:
+        thread = threading.Thread(target=follow, args=(update,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=10)
+
+
+class _Table:
+    """Prints records as lines of a table, and its heading again where the columns change."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self._console, self._epochs = console, epochs
+        self._header: list[str] = []
+
+    def add(self, entry: Entry) -> None:
+        if isinstance(entry, str):
+            self._console.line(f"          {entry}")
+            return
+        terms = [name for name in sorted(entry.losses) if not name[-1].isdigit()]
+        names = [name.removeprefix("loss_") for name in terms]
+        header = ["epoch", "loss", *names, *_COCO_COLUMNS, "rate", "images/s", "s"]
+        if header != self._header:
+            self._header = header
+            self._console.title("".join(f"{name:>10}" for name in header))
+        values = [entry.value(name) for name in _COCO_COLUMNS]
+        cells = [f"{entry.epoch}/{self._epochs}", f"{entry.loss:.3f}"]
+        cells += [f"{entry.losses[name]:.3f}" for name in terms]
+        cells += [shown(value) for value in values]
+        cells += [f"{entry.learning_rate:.1e}", f"{entry.images_per_s:.1f}", f"{entry.total_s:.1f}"]
+        self._console.line("".join(f"{cell:>10}" for cell in cells))
+        for remark in _remarks(entry):
+            self._console.line(f"          {remark}")
+
+
+def _remarks(record: EpochRecord) -> list[str]:
+    """Remarks on an epoch: AP by class, unreadable images, a bottleneck."""
+    remarks = []
+    by_class = (record.validation or ValidationRecord()).ap_by_class
+    if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
+        numbers = [f"{name} {shown(value)}" for name, value in by_class.items()]
+        remarks.append(f"AP by class: {', '.join(numbers)}")
+    if record.num_unreadable:
+        remarks.append(f"{record.num_unreadable} training images could not be read; raydet skipped them")
+    step_s = sum(record.step_s.values())
+    data_s = record.step_s.get("data", 0.0)
+    share = data_s / max(step_s, 1e-9)
+    if share > _DATA_BOUND:
+        remarks.append(
+            f"data is the bottleneck: in each step of {step_s:.2f} s the model waited {data_s:.2f} s ({share:.0%}) for "
+            "images; give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), store smaller images, or "
+            "choose a lighter augmentation"
+        )
+    return remarks

@@ -1,0 +1,120 @@
+"""The trainer's state: all of it in `state_dict`, for as many workers as there are and for another number."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from raydet.config import TrainConfig
+from raydet.models.collate import Example
+from raydet.tables.schema import Category
+from raydet.training.batches import ReadyBatch
+from raydet.training.history import EpochRecord, ValidationRecord
+from raydet.training.ordering import MicroBatch
+from raydet.training.state import Position, TrainingState
+from raydet.training.trainer import Trainer
+
+CATEGORIES = (Category(1, "a"), Category(2, "b"))
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _trainer(**changes: Any) -> Trainer:
+    values: dict[str, Any] = {"model": "rt_detr_v2_tiny", "image_size": 64, "epochs": 2, "ema_decay": 0.5}
+    config = TrainConfig(train_data="t", val_data="v", out="o", **{**values, **changes})
+    return Trainer(config, CATEGORIES, steps_per_epoch=3, device=torch.device("cpu"), rank=0, world_size=1)
+
+
+def _step(trainer: Trainer) -> tuple[float, float]:
+    """Takes a step on pictures that its position names; returns loss and norm."""
+    position = trainer.position
+    generator = np.random.default_rng([position.epoch, position.step])
+    examples = [
+        Example(
+            image_id=number,
+            image=generator.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+            original_size_hw=(64, 64),
+            boxes=np.array([[0.5, 0.5, 0.4, 0.3]], np.float32),
+            categories=np.array([number % 2]),
+        )
+        for number in range(2)
+    ]
+    place = MicroBatch("train", position.epoch, position.step, 0, 0, ())
+    batch = ReadyBatch(place, trainer.detector.resize_rule, examples, {}, {})
+    result = trainer.compute_gradients([batch])
+    loss = float(torch.stack(list(result.terms.values())).sum())
+    return loss, trainer.apply_gradients()
+
+
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    """The state after a way through a file."""
+    buffer = io.BytesIO()
+    torch.save({**state, "position": [state["position"].epoch, state["position"].step]}, buffer)
+    loaded: dict[str, Any] = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    return {**loaded, "position": Position(*loaded["position"])}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"schedule": "reduce_lr_on_plateau", "ema_decay": 0.0}], ids=["ema", "plateau"]
+)
+def test_a_trainer_goes_on_from_its_state_to_the_last_bit(changes: dict[str, Any]) -> None:
+    first = _trainer(**changes)
+    assert not first.begin_epoch()
+    for _ in range(3):
+        _step(first)
+    assert first.position == Position(0, 3)
+    first.end_epoch(EpochRecord(epoch=1, loss=1.5, validation=ValidationRecord(numbers={"AP": 0.5})))
+    first.begin_epoch()
+    _step(first)
+    second = _trainer(**changes, seed=7)  # other weights, until the state is there
+    second.config = first.config
+    second.load_state_dict(_saved(first.state_dict()))
+    assert second.position == Position(1, 1) and second.history == first.history
+    assert second.meter.to_state() == first.meter.to_state()
+    second.begin_epoch()
+    assert _step(second) == _step(first)
+    with first.averaged(), second.averaged():
+        mine, theirs = (each.detector.model.state_dict() for each in (second, first))
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_the_average_is_there_for_a_while_only() -> None:
+    trainer = _trainer()
+    trainer.begin_epoch()
+    _step(trainer)
+    before = {name: value.clone() for name, value in trainer.detector.model.state_dict().items()}
+    with trainer.averaged():
+        inside = trainer.detector.model.state_dict()
+        assert any(not torch.equal(inside[name], value) for name, value in before.items())
+    after = trainer.detector.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def _state_of(meters: list[dict[str, Any]], buffers: list[dict[str, torch.Tensor]]) -> TrainingState:
+    first = {"position": Position(1, 2), "history": [], "model": {}, "parts": {}}
+    locals_of_ranks = [{"meter": meter, "buffers": each} for meter, each in zip(meters, buffers, strict=True)]
+    return TrainingState.of_ranks(first, locals_of_ranks)
+
+
+def test_ranks_get_back_their_own_sums_and_statistics_and_other_numbers_of_ranks_what_those_add_up_to() -> None:
+    meter: dict[str, Any] = {"losses": {"a": 1.0}, "num_images": 4, "unreadable": [3], "num_steps": 2}
+    other: dict[str, Any] = {"losses": {"a": 2.0}, "num_images": 3, "unreadable": [5], "num_steps": 2}
+    state = _state_of([meter, other], [{"mean": torch.zeros(2)}, {"mean": torch.ones(2)}])
+    for rank, expected in enumerate((meter, other)):
+        mine = state.of_rank(rank, 2)
+        assert mine["meter"] == expected and mine["buffers"]["mean"].tolist() == [float(rank)] * 2
+    alone = state.of_rank(0, 1)
+    assert alone["meter"] == {"losses": {"a": 3.0}, "num_images": 7, "unreadable": [3, 5], "num_steps": 2}
+    assert alone["buffers"]["mean"].tolist() == [0.5, 0.5]
+    assert state.of_rank(1, 3)["meter"] is None and state.of_rank(2, 3)["buffers"]["mean"].tolist() == [0.5, 0.5]

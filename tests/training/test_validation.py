@@ -1,0 +1,128 @@
+"""An epoch's validation against `predict` and `evaluate` of its checkpoint: one inference path, so one answer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.data import ExecutionResources
+
+from raydet import EvaluateConfig, PredictConfig, TrainConfig, evaluate, predict, train
+from raydet.augmentation.view import View
+from raydet.config import Precision
+from raydet.models.detector import Detections
+from raydet.tables.table import open_table
+from raydet.training.batches import ready_batches
+from raydet.training.ordering import RunPlan
+from raydet.training.state import load_state, newest_state
+from raydet.training.stream import run_stream
+from raydet.training.trainer import Trainer
+from raydet.training.validation import detect
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+BATCH_SIZE = 4
+
+
+def _trained(shapes: Path, out: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "train_data": str(shapes / "train"),
+        "val_data": str(shapes / "val"),
+        "out": str(out),
+        "model": "rt_detr_v2_tiny",
+        "image_size": 64,
+        "epochs": 1,
+        "batch_size": 2,
+        "validate_batch_size": BATCH_SIZE,
+        "learning_rate": 2e-3,
+        "ema_decay": 0.5,
+        "augmentation": "flip",
+        "threads_per_worker": 1,
+        "log_images": 0,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def _validated(config: TrainConfig) -> dict[int, Detections]:
+    """The detections of the validation after the last epoch, by image id."""
+    train_table, val_table = open_table(config.train_data, "images"), open_table(config.val_data, "images")
+    name = newest_state(config.out)
+    assert name is not None
+    cpu = torch.device("cpu")
+    trainer = Trainer(config, val_table.categories, steps_per_epoch=12, device=cpu, rank=0, world_size=1)
+    trainer.load_state_dict(load_state(config.out, name, cpu).of_rank(0, 1))
+    plan = RunPlan.of_training(config, train_table, num_val=val_table.num_rows)
+    (iterator,) = run_stream(
+        plan,
+        train=train_table,
+        val=val_table,
+        view=View.of_training(config, trainer.detector.resize_rule, ()),
+        world_size=1,
+        start_epoch=config.epochs - 1,
+        start_step=plan.steps_per_epoch,
+        reserved=ExecutionResources(cpu=0.5),
+        cpus_per_task=0.5,
+    )
+    found: dict[int, Detections] = {}
+    with trainer.averaged():
+        engine = trainer.engine()
+        for batch in ready_batches(iterator):
+            assert batch.micro_batch.kind == "validate"
+            found |= detect(engine, batch)
+    assert len(found) == val_table.num_rows
+    return found
+
+
+def _predicted(config: TrainConfig, out: Path, **options: Any) -> tuple[dict[int, Detections], float | None]:
+    """The detections of the run's last checkpoint, by image id, and their AP."""
+    values = {"checkpoint": f"{config.out}/last", "data": config.val_data, "threads_per_worker": 1, **options}
+    result = predict(PredictConfig(out=str(out), **values))
+    found = {}
+    for row in open_table(result.out, "detections").read().to_pylist():
+        boxes, scores, categories = (row["detections"][name] for name in ("bbox", "score", "category"))
+        found[row["image_id"]] = Detections(np.array(boxes).reshape(-1, 4), np.array(scores), np.array(categories))
+    evaluation = evaluate(EvaluateConfig(truth=config.val_data, detections=result.out))
+    return found, evaluation.result.AP
+
+
+def _assert_close(found: dict[int, Detections], expected: dict[int, Detections], *, score: float, px: float) -> None:
+    """One to one; where two scores are closer than the tolerance, either may come first."""
+    assert found.keys() == expected.keys()
+    for image_id, mine in found.items():
+        theirs = expected[image_id]
+        assert len(mine.scores) == len(theirs.scores) > 0
+        np.testing.assert_allclose(mine.scores, theirs.scores, atol=score, rtol=0)
+        is_same = np.abs(mine.boxes_xywh[:, None] - theirs.boxes_xywh).max(axis=2) <= px
+        is_same &= np.abs(mine.scores[:, None] - theirs.scores) <= score
+        is_same &= mine.categories[:, None] == theirs.categories
+        assert is_same.any(axis=1).all() and is_same.any(axis=0).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [
+        ("rt_detr_v2_tiny", "fp32"),
+        pytest.param("rt_detr_v2_tiny", "bf16", marks=pytest.mark.slow),
+        pytest.param("conditional_detr_tiny", "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_predict_and_evaluate_give_the_detections_and_ap_of_the_epoch(
+    shapes: Path, tmp_path: Path, model: str, precision: Precision
+) -> None:
+    config = _trained(shapes, tmp_path / "run", model=model, precision=precision)
+    record = train(config).history[-1]
+    validated = _validated(config)
+    # The same batches, threads and memory layout: the same bits.
+    same, ap = _predicted(
+        config, tmp_path / "same", precision=precision, batch_size=BATCH_SIZE, channels_last=False, pad_batches=True
+    )
+    for image_id, found in validated.items():
+        for name, values in vars(found).items():
+            np.testing.assert_array_equal(values, getattr(same[image_id], name), err_msg=name)
+    assert ap == record.value("AP")
+    # Any other batches.
+    tolerance = 1e-2 if precision == "bf16" else 1e-5
+    other, ap = _predicted(config, tmp_path / "other", precision=precision, batch_size=7)
+    _assert_close(validated, other, score=tolerance, px=1.0 if precision == "bf16" else 0.01)
+    assert ap == pytest.approx(record.value("AP"), abs=1e-2 if precision == "bf16" else 1e-4)
