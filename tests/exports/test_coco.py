@@ -261,7 +261,7 @@ def test_mistakes_get_one_line_and_leave_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no scores"):
         _export(images, str(out), score_threshold=0.5)
     (tmp_path / "images" / MANIFEST_NAME).unlink()
-    with pytest.raises(UserError, match="not a whole raydet table"):
+    with pytest.raises(UserError, match="not a complete raydet table"):
         _export(images, str(out))
     assert out.read_bytes() == before
     assert [path.name for path in out.parent.iterdir()] == ["r.json"]

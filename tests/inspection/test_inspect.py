@@ -473,7 +473,7 @@ def test_images_without_labels_have_a_page_too(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--data", "{tmp}/absent"], "no such table"),
-        (["--data", "{tmp}"], "is not a whole raydet table"),
+        (["--data", "{tmp}"], "not a complete raydet table"),
         (["--data", "{tmp}/empty"], "has no rows: there is nothing to inspect"),
         (["--data", "{data}", "--val-data", "{tmp}/absent"], "no such table"),
         (["--data", "{data}", "--augmentation", "[{{HorizontalFlop: {{}}}}]"], "did you mean HorizontalFlip?"),

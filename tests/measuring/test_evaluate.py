@@ -529,7 +529,7 @@ def test_lvis_judges_only_what_is_known(tmp_path: Path) -> None:
     assert pytest.approx(1) == evaluate(config).result.AP
     assert open_table(str(tmp_path / "out" / "runs"), "runs").num_rows == 1
     (tmp_path / "instances.json").write_text(json.dumps(TRUTH_JSON))
-    with pytest.raises(UserError, match="is no LVIS truth"):
+    with pytest.raises(UserError, match="not an LVIS file"):
         evaluate(config)
 
 
@@ -617,8 +617,8 @@ def negative_truth(inputs: Inputs) -> None:
         (change_detections(score=[0.9, 0.8, math.inf]), r"score that is not finite"),
         (change_detections(score=[0.9, 0.8, 1.5]), r"1 detections have a score outside of 0 … 1.*image 2"),
         (change_detections(score=[0.9, -0.1, -0.5]), r"2 detections have a score outside of 0 … 1"),
-        (change_detections(score=[0.9, 0.8]), r"lists in `detections` differ in length or hold nulls"),
-        (change_detections(score=[0.9, 0.8, None]), r"lists in `detections` differ in length or hold nulls"),
+        (change_detections(score=[0.9, 0.8]), r"lists in `detections` differ in length or contain nulls"),
+        (change_detections(score=[0.9, 0.8, None]), r"lists in `detections` differ in length or contain nulls"),
         (change_detections(bbox=boxes_with(0, 0, math.nan, 5)), r"1 detections have a box that is not finite.*image 2"),
         (change_detections(bbox=boxes_with(-math.inf, 0, 5, 5)), r"a box that is not finite"),
         (change_detections(bbox=boxes_with(0, 0, -5, 5)), r"a box of negative width or height"),
@@ -651,7 +651,7 @@ def test_missing_and_unfinished_inputs_get_one_line(inputs: Inputs) -> None:
     with pytest.raises(UserError, match=r"neither a folder nor a \.json file"):
         evaluate(EvaluateConfig(truth=str(inputs.folder / "boxes.csv"), detections=config.detections))
     (inputs.folder / "found" / MANIFEST_NAME).unlink()
-    with pytest.raises(UserError, match="found is not a whole raydet table"):
+    with pytest.raises(UserError, match="found is not a complete raydet table"):
         evaluate(config)
 
 
@@ -660,7 +660,7 @@ def test_a_table_that_lost_rows_or_bytes_gets_one_line(inputs: Inputs) -> None:
     manifest_path = inputs.folder / "found" / MANIFEST_NAME
     manifest = json.loads(manifest_path.read_bytes())
     manifest_path.write_text(json.dumps({**manifest, "files": {"part-00000.parquet": 5}}))
-    with pytest.raises(UserError, match="found is damaged: its files have 4 rows, its manifest says 5"):
+    with pytest.raises(UserError, match=r"found is damaged: .* 4 rows, .* 5"):
         evaluate(config)
     manifest_path.write_text(json.dumps({**manifest, "files": {"part-00000.parquet": 4, "part-00001.parquet": 1}}))
     with pytest.raises(UserError, match=r"found is damaged: .*part-00001") as caught:
@@ -696,7 +696,7 @@ def test_json_may_leave_out_area_and_crowd_and_images_without_detections(tmp_pat
     ("results", "message"),
     [
         ("[{", r"results\.json is not JSON"),
-        ({"annotations": []}, r"results\.json holds a dict; COCO results are a list"),
+        ({"annotations": []}, r"results\.json .*a dict"),
         ([RESULT, "text"], r"results\[1\] must be an object, got 'text'"),
         ([{**RESULT, "image_id": "5"}], r"results\[0\]: image_id .*'5'"),
         ([{**RESULT, "image_id": -5}], r"results\[0\]: image_id .*-5"),
@@ -722,13 +722,13 @@ def test_a_mistake_in_results_json_gets_one_line(tmp_path: Path, results: Any, m
     ("change", "message"),
     [
         ("not json", r"instances\.json is not JSON"),
-        ([], r"instances\.json holds a list; expected a COCO instances file"),
+        ([], r"instances\.json .*a list"),
         ({"annotations": {}}, r'"annotations" must be a list, got a dict'),
-        ({"images": []}, r"annotations of 1 images that the truth"),
+        ({"images": []}, r"annotations of 1 images"),
         ({"images": [], "annotations": []}, r"holds no image"),
         ({"images": [{"id": 5}, {"id": 5}]}, r"has image ids more than once, such as 5"),
         ({"images": [{"id": 2**53}]}, r"images\[0\]: id must be from 0 to 2\*\*53"),
-        ({"categories": [{"id": 8, "name": "a"}, {"id": 8, "name": "b"}]}, r"has category ids more than once"),
+        ({"categories": [{"id": 8, "name": "a"}, {"id": 8, "name": "b"}]}, r"duplicate category ids"),
         ({"categories": [{"id": 8}]}, r"categories\[0\]: name must be a string"),
         ({"categories": [], "annotations": []}, r"has no categories"),
         (

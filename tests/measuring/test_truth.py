@@ -106,7 +106,7 @@ def test_lvis_fields_become_indices(tmp_path: Path) -> None:
     assert read_truth(str(path)).federated is None
     content["images"][0]["neg_category_ids"] = [3]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="names category 3, which is not one of the categories"):
+    with pytest.raises(UserError, match="category id 3"):
         read_truth(str(path), lvis=True)
 
 
