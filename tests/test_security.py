@@ -101,13 +101,13 @@ def test_a_config_is_written_without_secrets_and_known_again(tmp_path: Path) -> 
 
 
 def test_a_password_that_would_have_to_be_kept_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^data has a password in it, .*: s3://bucket/x; leave it out") as caught:
+    with pytest.raises(UserError, match=r"^data contains a password.*: s3://bucket/x;") as caught:
         refuse_password("s3://key:pass@bucket/x", what="data")
     assert "pass@" not in str(caught.value)
     refuse_password("abfss://container@account.dfs.core.windows.net/x", what="data")
     (tmp_path / "list.txt").write_text("a.jpg\ns3://key:pass@bucket/b.jpg\n")
     picture(tmp_path / "a.jpg")
-    with pytest.raises(UserError, match=r"line 2 of .* has a password in it"):
+    with pytest.raises(UserError, match=r"line 2 of .*password"):
         open_collection(str(tmp_path / "list.txt"), index_uri=None)
 
 
@@ -191,7 +191,7 @@ def test_folders_do_not_lead_out_through_links(tmp_path: Path) -> None:
         assert "symbolic link" in str(refusals["b.png"])
         rows = list(open_collection(str(tmp_path / folder), index_uri=None).read(0, 4))
         assert [row.path for row in rows if row.data is None] == refused
-        assert all(row.error and "leads out of its folder" in row.error for row in rows if row.data is None)
+        assert all(row.error and "leaves its folder" in row.error for row in rows if row.data is None)
 
 
 def test_voc_does_not_lead_out(tmp_path: Path) -> None:
@@ -273,9 +273,7 @@ def test_members_of_tar_files_with_names_that_lead_out_are_not_read(tmp_path: Pa
         ("shard.tar//etc/d.png", False),
         ("shard.tar/sub/../../e.png", False),
     ]
-    assert {row.error for row in rows if row.data is None} == {
-        "the file name is not valid text or leads out of its folder"
-    }
+    assert {row.error for row in rows if row.data is None} == {"the file name is not valid text or leaves its folder"}
 
 
 def test_labels_and_pictures_are_never_written_outside_of_the_output(tmp_path: Path) -> None:

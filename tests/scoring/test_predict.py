@@ -108,7 +108,7 @@ def test_awkward_images_in_the_table_and_beside_it_are_all_accounted_for(
     found = open_table(result.out, "detections").read().to_pylist()
     assert sorted(row["image_id"] for row in found) == list(range(len(rows)))
     by_name = {row["path"].rpartition("/")[2]: row for row in found if row["image_id"] >= inline.accepted}
-    assert by_name["3.png"]["error"] == "the file is not there any more"
+    assert by_name["3.png"]["error"] == "the file no longer exists"
     assert by_name["4.png"]["error"] and not by_name["4.png"]["detections"]["score"]
     assert by_name["5.png"]["error"] is None and by_name["5.png"]["detections"]["score"]
 

@@ -289,7 +289,7 @@ def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_
     for part in (trained, validated):
         unreadable = {image_id: error for batch in part for image_id, error in batch.unreadable.items()}
         assert sorted(unreadable) == sorted(ids[1:]) and "not an image" in unreadable[ids[1]]
-        assert unreadable[ids[2]] == "the file is not there any more"
+        assert unreadable[ids[2]] == "the file no longer exists"
     assert not any(batch.truths for batch in trained)
     truths = {image_id: truth for batch in validated for image_id, truth in batch.truths.items()}
     assert sorted(truths) == sorted(ids) and truths[ids[0]].iscrowd.tolist() == [False, True]
