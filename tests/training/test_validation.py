@@ -65,11 +65,16 @@ def _validated(config: TrainConfig) -> dict[int, Detections]:
         cpus_per_task=0.5,
     )
     found: dict[int, Detections] = {}
-    with trainer.averaged():
-        engine = trainer.engine()
-        for batch in ready_batches(iterator):
-            assert batch.micro_batch.kind == "validate"
-            found |= detect(engine, batch)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workers of both commands have
+    try:
+        with trainer.averaged():
+            engine = trainer.engine()
+            for batch in ready_batches(iterator):
+                assert batch.micro_batch.kind == "validate"
+                found |= detect(engine, batch)
+    finally:
+        torch.set_num_threads(num_threads)
     assert len(found) == val_table.num_rows
     return found
 
