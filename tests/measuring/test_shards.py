@@ -164,5 +164,5 @@ def test_what_both_sides_have_can_be_measured(config: EvaluateConfig, ray_cluste
 
 def test_json_is_not_for_clusters(config: EvaluateConfig, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(UserError, match="--address"):
+    with pytest.raises(UserError, match="--ray-address"):
         evaluate(dataclasses.replace(config, detections=str(tmp_path / "results.json")))
