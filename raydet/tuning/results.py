@@ -206,7 +206,7 @@ def _page(
         best=None if best is None else best.name,
         importance=importance,
         facts=facts,
-        remarks=remarks,
+        notes=remarks,
     )
 
 

@@ -405,7 +405,7 @@ def evil_page() -> str:
         best="trial-0003",
         importance={"learning_rate": 0.75, "augmentation": 0.25},
         facts=[("Space", EVIL)],
-        remarks=[EVIL],
+        notes=[EVIL],
     )
 
 
