@@ -147,7 +147,7 @@ def _open_yolo(config: PrepareYoloConfig) -> _Opened:
     else:
         assert config.images is not None and config.labels is not None and config.classes is not None
         files = find_in_folders(config.images, config.labels, config.classes)
-    return read_yolo(files), files.images
+    return read_yolo(files, unlabelled=config.unlabelled), files.images
 
 
 def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
