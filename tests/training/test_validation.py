@@ -1,5 +1,6 @@
 """An epoch's validation against `predict` and `evaluate` of its checkpoint: one inference path, so one answer."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from raydet.training.stream import run_stream
 from raydet.training.trainer import Trainer
 from raydet.training.validation import detect
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("ray_cluster", "one_thread")
 
 BATCH_SIZE = 4
 
@@ -61,6 +62,15 @@ def _config(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
         "log_images": 0,
     }
     return TrainConfig(**{**values, **changes})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads of torch in this process as in those of the commands."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _validated(config: TrainConfig) -> dict[int, Detections]:
