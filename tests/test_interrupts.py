@@ -154,7 +154,7 @@ def test_tune(shapes: Path, tmp_path: Path, run: Callable[..., Terminal]) -> Non
                     **{name: int(training[name]) for name in ("validate_batch_size", "threads_per_worker")},
                     "epochs": 3,
                 },
-                "space": {"learning_rate": [1e-3, 1e-4]},
+                "space": {"learning_rate": {"choice": [1e-3, 1e-4]}},
                 "num_trials": 1,
                 "search": "random",
                 "out": str(out),

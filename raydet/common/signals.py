@@ -1,12 +1,16 @@
-"""Being asked to stop: SIGTERM, as `ray job stop` and schedulers send it, becomes one line and exit code 143."""
+"""Requests to stop: SIGTERM, as `ray job stop` and schedulers send it, and Ctrl-C become one line and an exit code."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 from raydet.common.errors import RunStopped
+
+_REPEAT_AFTER_S = 0.05
 
 STOPPED = "run stopped; run the same command again to resume"
 
@@ -35,13 +39,39 @@ def ending_on_sigterm() -> Iterator[None]:
 
     previous = signal.signal(signal.SIGTERM, ask)
     try:
-        yield
+        with _repeating_dropped_interrupts():
+            yield
     except KeyboardInterrupt:
         if was_asked:
             raise RunStopped(STOPPED) from None
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _repeating_dropped_interrupts() -> Iterator[None]:
+    """For the time of a `with`, a KeyboardInterrupt that Python drops is raised again a moment later.
+
+    Python drops an exception that a callback without a caller raises, such as the cleanup after each import.
+    """
+    timers: list[threading.Timer] = []
+    previous = sys.unraisablehook
+
+    def repeat(dropped: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            previous(dropped)
+            return
+        timers.append(threading.Timer(_REPEAT_AFTER_S, os.kill, (os.getpid(), signal.SIGINT)))
+        timers[-1].start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+        for timer in timers:
+            timer.cancel()
 
 
 class StopRequest:

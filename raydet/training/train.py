@@ -269,7 +269,7 @@ def _check_model(config: TrainConfig) -> None:
     else:
         model_type = read_checkpoint(config.model).model_type
     multiple = family_of(model_type, where=config.model).side_multiple
-    for option, sizes in (("image_size", [config.image_size or multiple]), ("multi_scale", config.multi_scale or [])):
+    for option, sizes in (("image-size", [config.image_size or multiple]), ("multi-scale", config.multi_scale or [])):
         for size in sizes:
             if size % multiple:
-                raise UserError(f"{option} must be a multiple of {multiple} for {config.model}, got {size}")
+                raise UserError(f"--{option} must be a multiple of {multiple} for {config.model}, got {size}")
