@@ -86,7 +86,7 @@ def _average_precision() -> Gauge:
     return _of_this_job(Gauge("raydet_epoch_ap", "AP of the newest epoch that was validated.", ("job_id",)))
 
 
-def passed_on(stats: ProcessStats, num_images: int) -> None:
+def count_stage(stats: ProcessStats, num_images: int) -> None:
     """Counts images that a process of `predict` has done its stage's work for, and the seconds it took."""
     if num_images:
         _images().inc(num_images, {"stage": LAST_STAGE_OF_KIND[stats.kind]})
@@ -95,7 +95,7 @@ def passed_on(stats: ProcessStats, num_images: int) -> None:
             _busy().inc(seconds, {"stage": stage})
 
 
-def written(num_errors: int, num_detections: int) -> None:
+def count_written(num_errors: int, num_detections: int) -> None:
     """Counts what stands in a detections file."""
     if num_errors:
         _errors().inc(num_errors)
