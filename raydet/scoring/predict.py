@@ -194,8 +194,8 @@ def _run(
         resources = _share_out(config)
         log = folder.uri_of(LOG_FOLDER, LOG_FILE)
         console.line(f"{resources.describe(config.num_workers, config.num_workers)}. Ray log: {log}")
-        if resources.remark:
-            console.line(resources.remark)
+        if resources.notice:
+            console.line(resources.notice)
         if resources.use_gpu is False and config.precision == "fp16":
             raise no_fp16_on_cpu(config.engine)
         _check_nodes(config)
