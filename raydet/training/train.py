@@ -137,8 +137,8 @@ def _train_into(
             f"{resources.describe(config.min_workers, config.max_workers)}. Ray log: "
             f"{storage.join(out, 'log', LOG_FILE)}"
         )
-        if resources.remark:
-            console.line(resources.remark)
+        if resources.notice:
+            console.line(resources.notice)
         free_workers(out)
         board = open_board()
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
