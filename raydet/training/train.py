@@ -223,7 +223,9 @@ def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -
         )
     metric = config.metric_for_best_model
     if metric.startswith("AP:") and metric.removeprefix("AP:") not in names["train"]:
-        raise UserError(f"--metric-for-best-model {metric}: no such class; the classes are {', '.join(names['train'])}")
+        raise UserError(
+            f"--metric-for-best-model {metric}: there is no such class; the classes are {', '.join(names['train'])}"
+        )
     return tables
 
 

@@ -1,8 +1,8 @@
 """The loss in units of the global batch, however the batch is cut into ranks and micro-batches.
 
 transformers divides each term by the size of its own micro-batch: the number of boxes or, for softmax families, the
-class weights of the queries. The mean of such quotients over ranks is not the quotient of the whole batch. This module
-therefore multiplies each term by (local divisor / global divisor), after which terms add up over ranks and
+class weights of the queries. The mean of such quotients over ranks is not the quotient of the complete batch. This
+module therefore multiplies each term by (local divisor / global divisor), after which terms add up over ranks and
 micro-batches. Three cases need more:
 
 - The criterion of LW-DETR and RF-DETR sums its divisor over the ranks, so that a forward pass on a single rank would
