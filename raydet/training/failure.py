@@ -98,8 +98,8 @@ def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence
         image_ids: Images of the ranks concerned.
     """
     return _failed(
-        f"the loss is not a number in step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}; images "
-        f"{', '.join(map(str, image_ids))}; check these images, lower --learning-rate or --max-grad-norm, or use "
+        f"the loss is not a number in step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}; "
+        f"images {', '.join(map(str, image_ids))}; check these images, lower --learning-rate or --max-grad-norm, or use "
         "--precision fp32 or bf16"
     )
 
