@@ -99,8 +99,8 @@ def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence
     """
     return _failed(
         f"the loss is not a number in step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}; "
-        f"images {', '.join(map(str, image_ids))}; check these images, lower --learning-rate or --max-grad-norm, or use "
-        "--precision fp32 or bf16"
+        f"images {', '.join(map(str, image_ids))}; check these images, lower --learning-rate or --max-grad-norm, or "
+        "use --precision fp32 or bf16"
     )
 
 
