@@ -1,1 +1,1 @@
-"""The Ray cluster of a job: session, shares, tasks and settings go in, records, metrics and logs come out."""
+"""The Ray cluster of a job: session, resource shares, tasks, settings, records, metrics and logs."""

@@ -1,4 +1,4 @@
-"""The caller's process: what Ray changes in it during a call, and how it is put back when the call returns."""
+"""The caller's process: isolation from Ray's changes to environment, signal handlers, loggers and stderr."""
 
 import contextlib
 import logging
@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from raydet.cluster.ray_internals import remarks_logged
+from raydet.cluster.ray_internals import messages_logged
 from raydet.tables import storage
 
 LOG_FILE = "ray.log"
-REMARKS = logging.getLogger("ray.remarks")
-"""For Ray's log. `ray` itself passes on nothing below an error once Ray has been asked to be quiet."""
-REMARKS.setLevel(logging.WARNING)
+RAY_MESSAGES = logging.getLogger("ray.messages")
+"""Separate logger for Ray's messages: at our log level, the logger `ray` drops everything below an error."""
+RAY_MESSAGES.setLevel(logging.WARNING)
 _LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Those that Ray, Ray Train and Ray Tune set handlers of."""
+"""Signals whose handlers Ray, Ray Train and Ray Tune replace."""
 
 
 @contextlib.contextmanager
 def process_restored() -> Iterator[None]:
-    """Put back environment variables, signal handlers and Ray's loggers at the end of a `with`, as they were before."""
+    """Context manager: restore environment variables, signal handlers and Ray's loggers when the block ends."""
     with _environment_restored(), _signals_restored(), _loggers_restored():
         yield
 
@@ -43,7 +43,7 @@ def _environment_restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_restored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only that one can set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -51,7 +51,7 @@ def _signals_restored() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # None: set by something other than Python, which can only leave it.
+            # None: the handler was not set from Python, which cannot restore it.
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
 
@@ -63,7 +63,7 @@ def _loggers_restored() -> Iterator[None]:
         yield
     finally:
         for name, logger in _ray_loggers().items():
-            # A logger that came to be in between is as a new one.
+            # A logger created meanwhile is reset to defaults.
             level, propagates, is_disabled, handlers, filters = before.get(name, (logging.NOTSET, True, False, [], []))
             logger.setLevel(level)
             logger.propagate, logger.disabled = propagates, is_disabled
@@ -76,7 +76,7 @@ def _ray_loggers() -> dict[str, logging.Logger]:
     return known | {
         name: logger
         for name, logger in loggers.items()
-        if name.startswith("ray.") and logger is not REMARKS and isinstance(logger, logging.Logger)
+        if name.startswith("ray.") and logger is not RAY_MESSAGES and isinstance(logger, logging.Logger)
     }
 
 
@@ -85,28 +85,28 @@ def _state_of(logger: logging.Logger) -> tuple[int, bool, bool, list[logging.Han
 
 
 class _LogHandler(logging.StreamHandler[TextIO]):
-    """Writes what can be written: a full disk is told of once, by the run, and not by a traceback for every line."""
+    """Log handler that ignores write errors: the run reports a full disk once, instead of a traceback per line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Nothing."""
+        """Ignore the error."""
 
 
 @contextlib.contextmanager
 def chatter_logged(log_uri: str) -> Iterator[None]:
-    """Send the output of Ray's processes, its C++ part and its loggers to a file; Python's own stderr stays a screen.
+    """Redirect the output of Ray's processes, C++ code and loggers to a file; `sys.stderr` still reaches the terminal.
 
-    Use it inside `process_restored`, which puts the loggers back.
+    Use inside `process_restored`, which restores the loggers.
 
     Args:
-        log_uri: Folder for `ray.log`; when it is not local, the output is dropped.
+        log_uri: Folder for `ray.log`; if it is not local, the output is dropped.
     """
     path = os.devnull
     if storage.is_local(log_uri):
         storage.make_folder(log_uri)
         path = storage.resolve(storage.join(log_uri, LOG_FILE))[1]
-    with Path(path).open("a") as log, warnings.catch_warnings(), remarks_logged(REMARKS):
+    with Path(path).open("a") as log, warnings.catch_warnings(), messages_logged(RAY_MESSAGES):
         warnings.filterwarnings("ignore", module=r"ray\.")
-        # What Ray Data will have instead for the number of retries is not there yet.
+        # Ray Data has no replacement for limiting retries yet; see `ray_internals.task_retries`.
         warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
         handler = _LogHandler(log)
         handler.setLevel(logging.INFO)
@@ -120,7 +120,7 @@ def chatter_logged(log_uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_redirected(log: TextIO) -> Iterator[None]:
-    """Point file descriptor 2 at a file; `sys.stderr`, where it was the process's own, still writes to the screen."""
+    """Point file descriptor 2 at a file; `sys.stderr`, if it is the process's own, still writes to the terminal."""
     python_stderr = sys.stderr
     python_stderr.flush()
     screen = os.dup(2)

@@ -1,22 +1,22 @@
-"""Numbers for Ray's dashboard and Prometheus, set in the workers while a job is at work.
+"""Metrics for Ray's dashboard and Prometheus, set in the workers while a job runs.
 
-Every node's agent exports them (Ray's `metrics-export-port`), with `ray_` before the name and the labels of node,
-session and worker; `job_id`, Ray's id of the job, is ours. Each call below is for a batch or a step. A gauge is gone
-soon after its worker; of a counter the last seconds before a worker's end may be missing.
+Every node's agent exports them (Ray's `metrics-export-port`) with the prefix `ray_` and Ray's labels for node, session
+and worker; raydet adds `job_id`, Ray's id of the job. Each call below covers a batch or a step. A gauge disappears soon
+after its worker exits; a counter may miss the last seconds before that.
 
 | name | kind | labels | |
 |---|---|---|---|
-| `raydet_images_total` | counter | `stage` | images that a stage of `predict` has passed on (read to write) |
-| `raydet_busy_seconds_total` | counter | `stage` | seconds that a stage's processes were at work, `prepare` too |
-| `raydet_image_errors_total` | counter | | images that could not be read, as they stand in the detections table |
+| `raydet_images_total` | counter | `stage` | images that a stage of `predict` has finished (read to write) |
+| `raydet_busy_seconds_total` | counter | `stage` | busy seconds of a stage's processes, including `prepare` |
+| `raydet_image_errors_total` | counter | | unreadable images in the detections table |
 | `raydet_detections_total` | counter | | boxes written |
-| `raydet_train_images_total` | counter | | images that were learned from |
+| `raydet_train_images_total` | counter | | images trained on |
 | `raydet_train_steps_total` | counter | | optimizer steps |
-| `raydet_train_loss` | gauge | | of the newest step, over the global batch |
-| `raydet_train_epoch` | gauge | | that is being trained, from 1 |
-| `raydet_epoch_ap` | gauge | | AP of the newest epoch that was validated |
+| `raydet_train_loss` | gauge | | loss of the newest step, over the global batch |
+| `raydet_train_epoch` | gauge | | current epoch, from 1 |
+| `raydet_epoch_ap` | gauge | | AP of the newest validated epoch |
 
-Counters count what was done: work done again after a failure counts again.
+Work repeated after a failure counts again.
 """
 
 from functools import lru_cache
@@ -38,14 +38,14 @@ def _of_this_job(metric: AnyMetric) -> AnyMetric:
 @lru_cache(maxsize=1)
 def _images() -> Counter:
     return _of_this_job(
-        Counter("raydet_images_total", "Images that a stage of predict has passed on.", ("job_id", "stage"))
+        Counter("raydet_images_total", "Images that a stage of predict has finished.", ("job_id", "stage"))
     )
 
 
 @lru_cache(maxsize=1)
 def _busy() -> Counter:
     return _of_this_job(
-        Counter("raydet_busy_seconds_total", "Seconds that a stage of predict was at work.", ("job_id", "stage"))
+        Counter("raydet_busy_seconds_total", "Busy seconds of a stage of predict.", ("job_id", "stage"))
     )
 
 
@@ -61,7 +61,7 @@ def _detections() -> Counter:
 
 @lru_cache(maxsize=1)
 def _train_images() -> Counter:
-    return _of_this_job(Counter("raydet_train_images_total", "Images that were learned from.", ("job_id",)))
+    return _of_this_job(Counter("raydet_train_images_total", "Images trained on.", ("job_id",)))
 
 
 @lru_cache(maxsize=1)
@@ -78,16 +78,16 @@ def _loss() -> Gauge:
 
 @lru_cache(maxsize=1)
 def _epoch() -> Gauge:
-    return _of_this_job(Gauge("raydet_train_epoch", "Epoch that is being trained, from 1.", ("job_id",)))
+    return _of_this_job(Gauge("raydet_train_epoch", "Current epoch of training, from 1.", ("job_id",)))
 
 
 @lru_cache(maxsize=1)
 def _average_precision() -> Gauge:
-    return _of_this_job(Gauge("raydet_epoch_ap", "AP of the newest epoch that was validated.", ("job_id",)))
+    return _of_this_job(Gauge("raydet_epoch_ap", "AP of the newest validated epoch.", ("job_id",)))
 
 
-def passed_on(stats: ProcessStats, num_images: int) -> None:
-    """Counts images that a process of `predict` has done its stage's work for, and the seconds it took."""
+def count_stage(stats: ProcessStats, num_images: int) -> None:
+    """Count the images that a process of `predict` has finished, and its busy seconds by stage."""
     if num_images:
         _images().inc(num_images, {"stage": LAST_STAGE_OF_KIND[stats.kind]})
     for stage, seconds in stats.seconds.items():
@@ -95,8 +95,8 @@ def passed_on(stats: ProcessStats, num_images: int) -> None:
             _busy().inc(seconds, {"stage": stage})
 
 
-def written(num_errors: int, num_detections: int) -> None:
-    """Counts what stands in a detections file."""
+def count_written(num_errors: int, num_detections: int) -> None:
+    """Count the unreadable images and the detections of a file."""
     if num_errors:
         _errors().inc(num_errors)
     if num_detections:
@@ -104,18 +104,18 @@ def written(num_errors: int, num_detections: int) -> None:
 
 
 def step_taken(num_images: int) -> None:
-    """Counts a worker's own images of an optimizer step."""
+    """Count a worker's images of an optimizer step."""
     if num_images:
         _train_images().inc(num_images)
 
 
 def step_finished(epoch: int, loss: float) -> None:
-    """Tells of an optimizer step of all workers; for one of them. Epochs count from 1."""
+    """Record an optimizer step; called by one worker for all. Epochs count from 1."""
     _train_steps().inc()
     _epoch().set(epoch)
     _loss().set(loss)
 
 
 def epoch_validated(average_precision: float | None) -> None:
-    """Tells of an epoch's AP; for one of the workers. None, where there is no box to find, is not shown."""
+    """Record an epoch's AP, in [0, 1]; called by one worker for all. None (no ground-truth boxes) shows nothing."""
     _average_precision().set(average_precision)

@@ -1,4 +1,4 @@
-"""The record of a job: its ids, nodes and versions. No environment, no option, nothing that could be a secret."""
+"""The record of a job: ids, nodes and versions. It holds no environment and no options, hence no secrets."""
 
 import contextlib
 import datetime
@@ -16,7 +16,7 @@ from raydet.cluster.ray_internals import alive_nodes, submitted_metadata
 from raydet.tables import storage
 
 JOB_FILE = "job.json"
-"""In the folder of a job's output."""
+"""File name in the output folder of a job."""
 _COMMIT_KEYS = ("commit", "git_commit")
 _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}(-dirty)?")
 _ACCELERATOR = "accelerator_type:"
@@ -25,14 +25,14 @@ _PACKAGES = ("raydet", "ray", "torch", "transformers", "openvino", "onnxruntime"
 
 @dataclass(frozen=True)
 class NodeKind:
-    """Nodes of the cluster that are alike.
+    """A group of identical nodes.
 
     Attributes:
-        count: Number of them.
-        num_cpus: CPUs of each.
-        num_gpus: GPUs of each.
-        accelerator: Ray's name for the kind of GPU.
-        memory_gb: Memory of each that Ray hands out, 2³⁰ bytes.
+        count: Number of nodes.
+        num_cpus: CPUs per node.
+        num_gpus: GPUs per node.
+        accelerator: Ray's name of the GPU type; None without one.
+        memory_gb: Memory per node that Ray schedules, in units of 2³⁰ bytes.
     """
 
     count: int
@@ -47,13 +47,13 @@ class JobRecord:
     """A job and the cluster that it started on.
 
     Attributes:
-        ray_job_id: Ray's id.
-        submission_id: Id of `ray job submit`; null for a job that was not submitted.
-        commit: `commit` in its `--metadata-json`; null without one.
-        started: Time, ISO 8601.
-        num_nodes: Nodes that were alive.
-        nodes: Their kinds, the most frequent first.
-        versions: Of Python and of the installed packages that decide the result.
+        ray_job_id: Ray's id of the job.
+        submission_id: Id from `ray job submit`; None for a job that was not submitted.
+        commit: `commit` from `--metadata-json`; None without one.
+        started: Start time, ISO 8601.
+        num_nodes: Number of live nodes.
+        nodes: Groups of identical nodes, the most frequent first.
+        versions: Versions of Python and of the installed packages that affect the result.
     """
 
     ray_job_id: str
@@ -66,7 +66,7 @@ class JobRecord:
 
     @classmethod
     def of_this_job(cls) -> Self:
-        """The record of the job that this process drives, and of the cluster as it is now."""
+        """Build the record of the job that this process drives, and of the cluster's current nodes."""
         nodes = alive_nodes()
         metadata = submitted_metadata()
         commit = next((metadata[key] for key in _COMMIT_KEYS if key in metadata), "")
@@ -82,11 +82,11 @@ class JobRecord:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
+        """Return plain values that JSON can hold."""
         return asdict(self)
 
     def write(self, folder: str) -> None:
-        """Write the record to `job.json` in a run's log folder, with those of the jobs that the run resumes from."""
+        """Write the record to `job.json` in a run's log folder, keeping the records of earlier jobs of the run."""
         uri = storage.join(folder, JOB_FILE)
         earlier: list[Any] = []
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
@@ -96,7 +96,7 @@ class JobRecord:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that decide the result."""
+    """Return the versions of Python and of the installed packages that affect the result."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,6 +1,6 @@
-"""The report of a scoring job: seconds of every stage, memory, errors, cost → OUT/job.json and lines for the terminal.
+"""The report of a scoring job: seconds per stage, memory, errors, cost → OUT/job.json and lines for the terminal.
 
-Each written file brings its own `FileStats`; `JobStats` adds them up, in any order, to a `JobReport`.
+`JobStats` adds up the `FileStats` of the written files, in any order, and builds a `JobReport`.
 """
 
 import re
@@ -24,9 +24,9 @@ _MOST_REASONS_HELD = 1000
 _MOST_REASONS_SHOWN = 3
 _MOST_REASON_LENGTH = 100
 _BOTTLENECK = 0.8
-"""A stage that is busy for this share of the time or more has no room left."""
+"""A stage busy for at least this share of the time is saturated."""
 _BUSY = 0.5
-"""A stage that is busy for less than this share does not hold up the others."""
+"""A stage busy for less than this share of the time does not limit the others."""
 _DETAILS = (
     (re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`"""), "…"),
     (re.compile(r"(?<!\S)(?=[/\\]|\S*[.:\d])\S*[/\\]\S+?(?=[,;:]?(?:\s|$))"), "…"),
@@ -48,10 +48,10 @@ class StageSeconds:
     Attributes:
         busy_s: Seconds of work.
         num_processes: Processes that worked on it.
-        busy_share: Share of the time after start-up that each of them was busy.
-        images_per_s_of_one: Images per second that one process was busy.
-        images_per_s_at_most: The same of all its processes together, if they never waited. Ray may let many processes
-            take turns, so this is an upper bound; the cores they share are another.
+        busy_share: Mean busy share of its processes in the time after start-up.
+        images_per_s_of_one: Images per busy second of one process.
+        images_per_s_at_most: Images per second of all processes if none ever waited. An upper bound: Ray may run the
+            processes in turns, and they share cores.
     """
 
     busy_s: float
@@ -63,22 +63,22 @@ class StageSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class JobReport:
-    """A scoring job: what `job.json` in its output holds. Only attributes that need a word are listed.
+    """The content of a scoring job's `job.json`. Self-explanatory attributes are not listed.
 
     Attributes:
         errors: Number of unreadable images by reason, the most frequent first.
-        error: Reason why the run ended before its work was done.
+        error: Reason for a premature end of the run; None if it finished.
         wall_s: Seconds since the run started.
-        startup_s: Seconds until the first model took up its first images; rates of stages and `busy_share` refer to
+        startup_s: Seconds until the first model started on its first images; stage rates and `busy_share` refer to
             the time after it.
         model_busy_share: `busy_share` of the stage `model`.
         timeline: See `Timeline.to_dict`.
-        peak_mb: Sum of the highest memory of every process, wherever in the run each had it; a process that reads and
-            decodes counts once here, and with each of its kinds in `peak_mb_by_kind`.
-        peak_mb_of_one: The highest memory of a process.
-        job: Where the run took place.
-        earlier_runs: The runs that this one resumes, the first first.
-        bottleneck: The stage that the others waited for, or `startup`; None where nothing was busy enough to be it.
+        peak_mb: Sum of the processes' peak memory, in units of 2²⁰ bytes. A process that reads and decodes counts once
+            here, and once per kind in `peak_mb_by_kind`.
+        peak_mb_of_one: Highest peak memory of a single process.
+        job: Ids, nodes and versions of the job.
+        earlier_runs: Runs that this one resumes, oldest first.
+        bottleneck: The stage that limits the run, or `startup`; None if no stage was busy enough.
     """
 
     num_images: int
@@ -108,19 +108,19 @@ class JobReport:
     bottleneck: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
+        """Return plain values that JSON can hold."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """A short table for the terminal, what matters most last: where the time went and what to do."""
-        time_spent = f"{_duration(self.wall_s)}, start-up {_duration(self.startup_s)} of it"
+        """Return a short table for the terminal; the last line names the bottleneck and a remedy."""
+        time_spent = f"{_duration(self.wall_s)}, including {_duration(self.startup_s)} start-up"
         rates = f"{rate_text(self.images_per_s_after_startup)} images/s after start-up, {rate_text(self.images_per_s)}"
-        lines = [f"{self.num_images:,} images in {time_spent}: {rates} over all"]
+        lines = [f"{self.num_images:,} images in {time_spent}: {rates} overall"]
         if self.earlier_runs:
             num_images = self.num_images + sum(run["num_images"] for run in self.earlier_runs)
             wall_s = self.wall_s + sum(run["wall_s"] for run in self.earlier_runs)
-            before = "an earlier run" if len(self.earlier_runs) == 1 else f"{len(self.earlier_runs)} earlier runs"
-            lines.append(f"with {before}: {num_images:,} images in {_duration(wall_s)}")
+            before = "1 earlier run" if len(self.earlier_runs) == 1 else f"{len(self.earlier_runs)} earlier runs"
+            lines.append(f"including {before}: {num_images:,} images in {_duration(wall_s)}")
         if self.num_errors:
             lines.append(self._error_line())
         lines += _stage_lines(self.stages)
@@ -129,7 +129,7 @@ class JobReport:
         lines.append(f"{memory} ({by_kind})" if by_kind else memory)
         if self.cost_per_million_images is not None:
             nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
-            price = f"{nodes} at {self.price_per_node_hour:g} an hour"
+            price = f"{nodes} at {self.price_per_node_hour:g} per hour"
             lines.append(f"cost: {self.cost_per_million_images:,.2f} per million images ({price})")
         return [*lines, self._advice()]
 
@@ -137,22 +137,22 @@ class JobReport:
         reasons = list(self.errors.items())
         shown = [f"{count:,} {reason}" for reason, count in reasons[:_MOST_REASONS_SHOWN]]
         rest = sum(count for _, count in reasons[_MOST_REASONS_SHOWN:])
-        return f"{self.num_errors:,} could not be read: {'; '.join([*shown, *([f'{rest:,} others'] if rest else [])])}"
+        return f"{self.num_errors:,} unreadable: {'; '.join([*shown, *([f'{rest:,} others'] if rest else [])])}"
 
     def _advice(self) -> str:
-        """One sentence: what held the run up, and what to change."""
+        """Return one sentence that names the bottleneck and a remedy."""
         if not self.num_images:
             return "no image was scored in this run"
         if self.bottleneck == "startup":
-            return "start-up took more than half of the time: more images in one run make better use of it"
+            return "start-up took more than half of the time: score more images per run"
         model_share = self.model_busy_share or 0.0
         if self.bottleneck is None:
             return (
-                f"no bottleneck stands out: the model was busy {model_share:.0%} of the time and no stage more than "
-                f"{_BUSY:.0%}; a larger --batch-size hands on more at once, and a longer run tells more"
+                f"no clear bottleneck: the model was busy {model_share:.0%} of the time and no stage more than "
+                f"{_BUSY:.0%}; try a larger --batch-size, or measure a longer run"
             )
         share = self.stages[self.bottleneck].busy_share or 0.0
-        while_model = "" if self.bottleneck == "model" else f" while the model was {model_share:.0%}"
+        while_model = "" if self.bottleneck == "model" else f" (model: {model_share:.0%})"
         return (
             f"{'the ' if self.bottleneck == 'model' else ''}{self.bottleneck} is the bottleneck, busy {share:.0%} of "
             f"the time{while_model}: {_ADVICE[self.bottleneck]}"
@@ -160,7 +160,7 @@ class JobReport:
 
 
 def error_kind(reason: str) -> str:
-    """A reason without what is of one file alone: quoted text and paths become `…`, numbers `N`."""
+    """Generalize the reason of one file's error: quoted text and paths become `…`, numbers `N`."""
     kind = one_line(reason)
     for pattern, replacement in _DETAILS:
         kind = pattern.sub(replacement, kind)
@@ -168,7 +168,7 @@ def error_kind(reason: str) -> str:
 
 
 class JobStats:
-    """The sums over the files that a run has written; make one when the run starts."""
+    """Running sums over the files that a run has written; create one when the run starts."""
 
     def __init__(self) -> None:
         self._started_unix_s = time.time()
@@ -181,7 +181,7 @@ class JobStats:
         self._timeline = Timeline(self._started_unix_s)
 
     def add(self, stats: FileStats) -> None:
-        """Takes in a written file."""
+        """Add a written file."""
         self._num_images += stats.num_images
         self._num_detections += stats.num_detections
         for reason, count in Counter(map(error_kind, stats.errors)).most_common():
@@ -190,7 +190,7 @@ class JobStats:
         num_laps = Counter(item.kind for item in stats.processes)
         for item in stats.processes:
             process = (item.node, item.pid)
-            # The parts of a file have the same number of images, but for the last.
+            # All parts of a file but the last have the same number of images.
             num_images = stats.num_images / num_laps[item.kind]
             self._timeline.add(LAST_STAGE_OF_KIND[item.kind], item.ended_unix_s, num_images)
             for stage, seconds in item.seconds.items():
@@ -214,20 +214,20 @@ class JobStats:
         earlier: Mapping[str, Any] | None = None,
         error: str | None = None,
     ) -> JobReport:
-        """The report so far; may be called more than once, and after a failure.
+        """Build the report so far; may be called repeatedly, and after a failure.
 
         Args:
             wall_s: Seconds since the run started.
             num_model_workers: Copies of the model.
-            job: Where the run takes place; all its nodes are paid for.
-            price_per_node_hour: In any currency; costs are in the same one, for this run's images and all its time.
+            job: Record of the job; the cost covers all its nodes.
+            price_per_node_hour: Price in any currency; the cost covers this run's images and wall time.
             config_hash: `raydet.config.config_hash` of the run.
-            earlier: Content of OUT/job.json when the run started, if it resumes an earlier one.
-            error: Reason why the run ended before its work was done.
+            earlier: Content of OUT/job.json at the start, if the run resumes an earlier one.
+            error: Reason for a premature end of the run.
         """
         startup_s = wall_s
         if self._first_batch_unix_s is not None:
-            # Clocks of machines differ a little.
+            # The clocks of machines differ slightly.
             startup_s = min(max(self._first_batch_unix_s - self._started_unix_s, 0.0), wall_s)
         running_s = wall_s - startup_s
         stages = {stage: self._stage(stage, running_s, num_model_workers) for stage in STAGES}
@@ -289,7 +289,7 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 
 def _most_common(errors: Counter[str]) -> dict[str, int]:
-    """The most frequent reasons, by falling number, and all others as one."""
+    """Return the most frequent reasons in descending order, with all others as one."""
     ordered = sorted(errors.items(), key=lambda item: (item[0] == OTHER, -item[1], item[0]))
     kept = dict(ordered[:_MOST_REASONS])
     rest = sum(count for _, count in ordered[_MOST_REASONS:])
@@ -297,7 +297,7 @@ def _most_common(errors: Counter[str]) -> dict[str, int]:
 
 
 def _earlier_runs(earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The runs before this one, the first first."""
+    """List the runs before this one, oldest first."""
     if earlier is None:
         return []
     names = ("num_images", "num_detections", "num_errors", "wall_s", "num_nodes", "num_model_workers", "error", "job")
@@ -315,7 +315,7 @@ def _bottleneck(num_images: int, startup_s: float, wall_s: float, stages: Mappin
 
 
 def _stage_lines(stages: Mapping[str, StageSeconds]) -> list[str]:
-    rows = [("stage", "busy", "seconds", "processes", "images/s of one", "of all at most")]
+    rows = [("stage", "busy", "seconds", "processes", "images/s of one", "of all, at most")]
     rows += [
         (
             stage,
@@ -331,7 +331,7 @@ def _stage_lines(stages: Mapping[str, StageSeconds]) -> list[str]:
 
 
 def rate_text(images_per_s: float | None) -> str:
-    """Images per second with three digits or, above 100, whole; a dash where there are none."""
+    """Format images per second with three significant digits, or as an integer from 100; None becomes a dash."""
     if images_per_s is None:
         return "–"
     return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"

@@ -1,4 +1,4 @@
-"""Settings of Ray Data: each row, which is a whole batch, becomes a block of its own, and blocks keep their order."""
+"""Settings of Ray Data: each row, a complete batch, becomes a separate block, and blocks keep their order."""
 
 import contextlib
 import time
@@ -11,27 +11,26 @@ from raydet.cluster import ray_internals
 from raydet.cluster.ray_internals import BlockMetadata, DataContext, ExecutionCallback, ReadTask
 
 SCHEDULING_PAUSE_S = 0.03
-"""Short beside the decoding of a batch, long beside a turn of Ray Data's scheduling loop (2–3 ms)."""
+"""Short compared to decoding a batch, long compared to an iteration of Ray Data's scheduling loop (2–3 ms)."""
 
 
 @contextlib.contextmanager
 def one_row_blocks(
     *, reserved: ExecutionResources | None = None, watch: type[ExecutionCallback] | None = None
 ) -> Iterator[None]:
-    """Make every row of the data sets that are created inside a block of its own.
+    """Context manager: data sets created while the block runs keep every row in a separate Ray block.
 
-    The caller's `DataContext` is the current one again afterwards. A data set keeps the settings that it was created
-    with.
+    The caller's `DataContext` is restored afterwards; a data set keeps the settings that it was created with.
 
     Args:
-        reserved: CPUs and GPUs that others hold, so that Ray Data leaves them alone.
-        watch: Called at each turn of Ray Data's scheduling loop; what it raises ends the execution.
+        reserved: CPUs and GPUs that Ray Data must leave to others.
+        watch: Callback for each iteration of Ray Data's scheduling loop; an exception in it ends the execution.
     """
     context = DataContext.get_current().copy()
-    # A block ends as soon as it is larger than this, in bytes. It is what makes the dealing out exact.
+    # In bytes; every row exceeds it, so that each row ends its block and the distribution of rows is exact.
     context.target_max_block_size = 1
     context.enable_progress_bars = False
-    # Else what a task raises comes wrapped, and loses its cause on the way to the driver.
+    # Otherwise a task's exception is wrapped and loses its cause on the way to the driver.
     context.raise_original_map_exception = True
     context.execution_options = ray_internals.execution_options(reserved)
     ray_internals.set_callbacks(context, *([_Pace] if watch is None else [_Pace, watch]))
@@ -40,33 +39,33 @@ def one_row_blocks(
 
 
 class _Pace(ExecutionCallback):
-    """Keeps Ray Data's scheduling loop from spinning.
+    """Pause that keeps Ray Data's scheduling loop from spinning.
 
-    While all that is decoded waits for a busy consumer the loop has nothing to wait for itself, and takes more than
-    half of a CPU from those who work. Each turn of it deals with all that happened since the last.
+    While decoded batches wait for a busy consumer, the loop never blocks and uses more than half a CPU. Each iteration
+    handles everything since the last, so a pause loses nothing.
     """
 
     def on_execution_step(self, executor: object) -> None:
-        """Rest after each turn of the loop."""
+        """Sleep after each iteration of the loop."""
         time.sleep(SCHEDULING_PAUSE_S)
 
 
 class TaskSource(Datasource):
-    """A source for Ray Data made of tasks, each of which yields blocks."""
+    """A Ray Data source made of tasks that yield blocks."""
 
     def __init__(self, name: str, tasks: Sequence[Callable[[], Iterator[pa.Table]]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._name, self._tasks = name, tasks
 
     def get_name(self) -> str:
-        """Name for Ray's progress and dashboard."""
+        """Return the name for Ray's progress and dashboard."""
         return self._name
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: it depends on what is left to do."""
+        """Return None: the size is unknown."""
         return None
 
     def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
-        """The tasks as they are, whatever the parallelism."""
+        """Return all tasks unchanged, regardless of the parallelism."""
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(task, metadata) for task in self._tasks]

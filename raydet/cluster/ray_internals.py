@@ -1,7 +1,7 @@
-"""Every private, developer or deprecated API of Ray that raydet uses, and what replaces each when it goes.
+"""Every private, developer or deprecated API of Ray that raydet uses, with its replacement once Ray removes it.
 
-Ray promises nothing about these between minor versions. No other module may use one: a test reads the source of all of
-them. When Ray is upgraded, this is the module to go through.
+Ray does not guarantee these between minor versions. No other module may use one; a test checks the source of all
+modules. Review this module when upgrading Ray.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from ray._private import ray_constants, ray_logging
 from ray._private.state import available_resources_per_node
 from ray._raylet import PlacementGroupID
 
-# Developer API, of a lost connection. Replaced by `RayError`, which it is one of.
+# Developer API; raised for a lost connection. Replacement: its base class `RayError`.
 from ray.exceptions import RpcError
 
-# Developer API, the only way to Ray's metrics. Replaced by OpenTelemetry's own package if Ray stops exporting them.
+# Developer API; the only access to Ray's metrics. Replacement: the OpenTelemetry package.
 from ray.util.metrics import Counter, Gauge, Metric
 from ray.util.placement_group import PlacementGroup
 
@@ -52,45 +52,45 @@ __all__ = [
 ]
 
 _LOADED_LATE = {
-    # Developer API. The only way to set options of Ray Data; settings of a single `Dataset` replace it one day.
+    # Developer API; the only way to set options of Ray Data. Replacement: settings per `Dataset`, once Ray has them.
     "DataContext": "ray.data",
-    # Developer API. What a `Datasource`, which is public, has to return. Without them: `from_items` and a `flat_map`.
+    # Developer API; return types of the public `Datasource`. Replacement: `from_items` and a `flat_map`.
     "ReadTask": "ray.data",
     "BlockMetadata": "ray.data.block",
-    # Private. The only hook into Ray Data's scheduling loop: it slows the loop down and ends a run that lost a node.
-    # Without it: a loop that spins, and a watching thread in the driver.
+    # Private; the only hook into Ray Data's scheduling loop, used to slow it down and to end a run that lost a node.
+    # Replacement: accept the spinning loop, and watch the nodes in a thread of the driver.
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
-    # Developer API. What Ray Data raises for its own failures; without them, catch `Exception` and look at the cause.
+    # Developer API; Ray Data's own failures. Replacement: catch `Exception` and inspect its cause.
     "ExecutionTimeoutError": "ray.data.exceptions",
     "SystemException": "ray.data.exceptions",
-    # Developer API. The only way for a worker to end a training for good. Without it Ray Train restarts all workers as
-    # often as `max_failures` says.
+    # Developer API; the only way for a worker to end a training without restarts. Replacement: let Ray Train
+    # restart the workers `max_failures` times.
     "UserCallback": "ray.train",
-    # Developer API. The only way to a search of one's own in Ray Tune; without it, start the trials as plain tasks.
+    # Developer API; the only way to a custom search in Ray Tune. Replacement: start the trials as plain tasks.
     "Searcher": "ray.tune.search",
     "TrialScheduler": "ray.tune.schedulers",
 }
-"""Classes by the module that has them. Importing Ray Data takes 3 s and Ray Tune 10 more, so only who asks pays."""
+"""Module of each class that is imported on first use: Ray Data takes 3 s to import, Ray Tune 10 s more."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a class of `_LOADED_LATE`."""
+    """Import a class of `_LOADED_LATE`."""
     if name not in _LOADED_LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LOADED_LATE[name]), name)
 
 
-# Starting.
+# Cluster start.
 
 
 def local_cluster_options() -> dict[str, Any]:
-    """Private options of `ray.init` for a cluster on this machine."""
+    """Return private options of `ray.init` for a cluster on this machine."""
     return {
-        # The address that its processes listen on. Replaced by nothing yet; without it Ray chooses the machine's
-        # address on its network.
+        # The address that the cluster listens on; by default Ray chooses the machine's network address. No
+        # replacement yet.
         "_node_ip_address": "127.0.0.1",
-        # Ray ends processes that idle for a second when there are more than CPUs; stages that ask for a fraction of
-        # one are many, and a new process needs seconds before its first task. Replaced by the environment variable
+        # Ray ends processes that idle for a second if there are more of them than CPUs. Stages that use a fraction of
+        # a CPU have more, and a new process takes seconds to its first task. Replacement: the environment variable
         # RAY_num_workers_soft_limit.
         "_system_config": {"num_workers_soft_limit": 16},
     }
@@ -98,11 +98,11 @@ def local_cluster_options() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def listening_on_loopback() -> Iterator[None]:
-    """Make a cluster that starts inside listen on 127.0.0.1 alone, and its token readable by this user alone.
+    """Context manager: a cluster started while the block runs listens on 127.0.0.1 only, with a private token file.
 
-    Private constants. Ray takes 127.0.0.1 for an oversight and puts the machine's own address in its place, and then
-    its processes listen on all addresses, unless clusters of several machines are switched off, as they are on Windows
-    and macOS. Replaced by nothing yet; tests/test_security.py fails when it stops working.
+    Private constants. Ray replaces 127.0.0.1 by the machine's network address, and its processes then listen on all
+    addresses, unless clusters of several machines are disabled, as they are on Windows and macOS. No replacement yet;
+    tests/test_security.py fails if it stops working.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
@@ -122,23 +122,23 @@ def listening_on_loopback() -> Iterator[None]:
 
 
 class _IntoTheLog:
-    """Stands in for a pattern of lines not to print."""
+    """Stand-in for Ray's pattern of suppressed lines."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 
     def search(self, line: str) -> bool:
-        """Log the line, and keep Ray from printing it."""
+        """Log the line and report a match, so that Ray does not print it."""
         self._logger.warning(line)
         return True
 
 
 @contextlib.contextmanager
-def remarks_logged(logger: logging.Logger) -> Iterator[None]:
-    """Send what Ray prints about its processes and nodes to a logger instead of the terminal.
+def messages_logged(logger: logging.Logger) -> Iterator[None]:
+    """Context manager: send Ray's messages about its processes and nodes to a logger instead of the terminal.
 
-    Private. Ray prints it to the driver's stdout whatever `log_to_driver` says. Replaced by that option once it holds
-    for these lines too.
+    Private. Ray prints them to the driver's stdout regardless of `log_to_driver`. Replacement: that option, once it
+    covers these lines.
     """
     deduplicator = ray_logging.stdout_deduplicator
     before = deduplicator.skip_re
@@ -149,47 +149,47 @@ def remarks_logged(logger: logging.Logger) -> Iterator[None]:
         deduplicator.skip_re = before
 
 
-# Asking the cluster.
+# Cluster state.
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """The nodes that are alive, with Ray's own keys: `NodeID`, `NodeManagerAddress`, `Resources`, ….
+    """List the live nodes, with Ray's keys `NodeID`, `NodeManagerAddress`, `Resources`, ….
 
-    Developer API. Replaced by `ray.util.state.list_nodes`, which needs a dashboard.
+    Developer API. Replacement: `ray.util.state.list_nodes`, which requires a dashboard.
     """
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def cluster_cpus() -> float:
-    """CPUs of the whole cluster, at least 1.
+    """Return the total CPUs of the cluster, at least 1.
 
-    Developer API. Replaced by the sum over `alive_nodes`.
+    Developer API. Replacement: the sum over `alive_nodes`.
     """
     return max(float(ray.cluster_resources().get("CPU", 0.0)), 1.0)
 
 
 def most_free_cpus() -> float:
-    """CPUs that are free on the node with the most of them.
+    """Return the free CPUs of the node with the most free CPUs.
 
-    Private. Ray's public `available_resources` sums over the nodes, and no task runs on two. Replaced by nothing yet.
+    Private. Ray's public `available_resources` sums over nodes, but a task runs on one. No replacement yet.
     """
     return max((float(node.get("CPU", 0.0)) for node in available_resources_per_node().values()), default=0.0)
 
 
 def placement_group(group_id: str) -> PlacementGroup:
-    """The placement group with this id in hexadecimal, also when another process made it.
+    """Return the placement group with this hexadecimal id, even if another process created it.
 
-    Private. Ray finds groups by name only, and Ray Train gives its own none. Replaced by a name, once Ray Train sets
-    one, or by its own cleaner, once that outlives the driver.
+    Private. Ray looks up groups by name only, and those of Ray Train have none. Replacement: a name, once Ray Train
+    sets one, or its own cleaner, once that outlives the driver.
     """
     return PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))
 
 
 def submitted_metadata() -> dict[str, str]:
-    """The metadata of `ray job submit --metadata-json`, and Ray's own; empty in a process that no job server started.
+    """Return the metadata of `ray job submit --metadata-json` plus Ray's own; empty unless a job server started this.
 
-    Private. The job server puts it into this variable, for the driver alone. Replaced by `JobSubmissionClient`, which
-    needs the dashboard's address.
+    Private. The job server sets this variable for the driver only. Replacement: `JobSubmissionClient`, which requires
+    the dashboard's address.
     """
     try:
         metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata") or {}
@@ -202,25 +202,25 @@ def submitted_metadata() -> dict[str, str]:
 
 
 def task_retries(number: int) -> dict[str, Any]:
-    """Arguments of `map_batches` that limit how often Ray tries a task again; by default it does so for ever.
+    """Return arguments of `map_batches` that limit a task's retries, which are unlimited by default.
 
-    Deprecated, goes with Ray 2.64. Replaced by an option of the operator's own, which 2.60 does not have.
+    Deprecated; Ray 2.64 removes it. Replacement: an option of the operator, which 2.60 lacks.
     """
     return {"ray_remote_args_fn": lambda: {"max_retries": number}}
 
 
 def call_retries(number: int) -> dict[str, Any]:
-    """The same for the calls of an actor."""
+    """Return arguments of `map_batches` that limit the retries of an actor's calls; see `task_retries`."""
     return {"ray_remote_args_fn": lambda: {"max_task_retries": number}}
 
 
 def execution_options(reserved: "ExecutionResources | None") -> "ExecutionOptions":
-    """Options of an execution that keeps order and leaves some resources of the cluster alone.
+    """Return options of an execution that preserves order and leaves reserved resources free.
 
-    Deprecated. Replaced by `label_selector`, or by the coordinator that Ray Train reports its workers to.
+    Deprecated. Replacement: `label_selector`, or the coordinator that Ray Train reports its workers to.
 
     Args:
-        reserved: CPUs and GPUs to leave alone; None for nothing.
+        reserved: CPUs and GPUs to leave free; None for none.
     """
     from ray.data import ExecutionOptions
 
@@ -228,8 +228,8 @@ def execution_options(reserved: "ExecutionResources | None") -> "ExecutionOption
 
 
 def set_callbacks(context: "DataContext", *callbacks: "type[ExecutionCallback]") -> None:
-    """Have Ray Data call these at each turn of its scheduling loop.
+    """Set the callbacks of Ray Data's scheduling loop.
 
-    Private, as `ExecutionCallback` is, and replaced by the same.
+    Private, with the same replacement as `ExecutionCallback`.
     """
     context.custom_execution_callback_classes = list(callbacks)

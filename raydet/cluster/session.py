@@ -1,4 +1,4 @@
-"""The Ray cluster that a job runs on: connecting to it, or starting one on this machine."""
+"""The Ray session of a job: a connection to a cluster, or a cluster started on this machine."""
 
 import contextlib
 import logging
@@ -10,31 +10,31 @@ from typing import Any
 
 import ray
 
-from raydet.cluster.caller import REMARKS, chatter_logged, process_restored
+from raydet.cluster.caller import RAY_MESSAGES, chatter_logged, process_restored
 from raydet.cluster.ray_internals import listening_on_loopback, local_cluster_options
 from raydet.common.errors import RunError, RunStopped, one_line
 from raydet.common.signals import STOPPED, ending_on_sigterm
 
 START_ATTEMPTS = 3
-"""At starting a cluster on this machine."""
+"""Attempts to start a cluster on this machine."""
 SECONDS_TO_ANSWER = 10.0
-"""For the head of a cluster that is named."""
+"""Time limit for the head of a named cluster to answer."""
 
 
 @contextlib.contextmanager
 def session(log_uri: str, address: str | None = None) -> Iterator[None]:
-    """Connect to a cluster, or start one on this machine, for the time of a `with`; SIGTERM ends what is inside.
+    """Context manager: connect to a cluster, or start one on this machine, while the block runs; SIGTERM ends it.
 
-    Inside another session, or where the caller has connected to Ray, that cluster is used, so that jobs can be strung
-    together. Afterwards the process is as it was: environment variables, signal handlers, Ray's loggers, stderr.
+    A nested session, or one in a process that is already connected to Ray, uses that cluster, so that jobs can be
+    chained. Afterwards environment variables, signal handlers, Ray's loggers and stderr are restored.
 
     Args:
-        log_uri: Folder for `ray.log`, Ray's own output; when it is not local, that output is dropped.
-        address: Of the cluster; "local" starts one. By default RAY_ADDRESS says it, and without that one is started.
+        log_uri: Folder for `ray.log`, Ray's own output; if it is not local, that output is dropped.
+        address: Address of the cluster; "local" starts one. The default is RAY_ADDRESS, and "local" if that is unset.
 
     Raises:
-        RunError: There is no such cluster, or none can be started.
-        RunStopped: SIGTERM has come, as `ray job stop` sends it.
+        RunError: The cluster does not answer, or Ray did not start.
+        RunStopped: The process received SIGTERM, for instance from `ray job stop`.
     """
     with process_restored():
         if ray.is_initialized():
@@ -44,7 +44,7 @@ def session(log_uri: str, address: str | None = None) -> Iterator[None]:
         with chatter_logged(log_uri), ending_on_sigterm():
             _connect(address)
             try:
-                with ending_on_sigterm():  # once more: Ray has put its own handler in place
+                with ending_on_sigterm():  # again, because Ray has replaced the handler
                     yield
             finally:
                 ray.shutdown()
@@ -57,7 +57,7 @@ def _connect(address: str | None) -> None:
     if address == "local":
         options |= {"include_dashboard": False, **local_cluster_options()}
     else:
-        _refuse_silence(address, named)
+        _require_answer(address, named)
     attempts_left = START_ATTEMPTS if address == "local" else 1
     while True:
         attempts_left -= 1
@@ -67,22 +67,22 @@ def _connect(address: str | None) -> None:
             return
         except SystemExit:  # Ray's own handler of SIGTERM
             raise RunStopped(STOPPED) from None
-        except Exception as error:  # Ray raises plain ones, too
+        except Exception as error:  # Ray also raises plain exceptions
             reason = one_line(error, limit=300)
             if not attempts_left:
-                is_own = address == "local"
-                what = "Ray did not start on this machine" if is_own else f"cannot connect to Ray at {named}"
+                is_local = address == "local"
+                what = "Ray did not start on this machine" if is_local else f"cannot connect to Ray at {named}"
                 raise RunError(f"{what}: {reason}") from error
-            # Its processes have some seconds each to come up, which a busy machine may not grant them.
-            REMARKS.warning("Ray did not start, trying again: %s", reason)
+            # Ray gives each of its processes a few seconds to start, which may not suffice on a busy machine.
+            RAY_MESSAGES.warning("Ray did not start, trying again: %s", reason)
             ray.shutdown()
 
 
-def _refuse_silence(address: str, named: str) -> None:
-    """Makes sure that something answers at HOST:PORT, for which Ray itself would wait more than five minutes."""
+def _require_answer(address: str, named: str) -> None:
+    """Check that HOST:PORT accepts connections; Ray itself would wait for more than five minutes."""
     host, colon, port = address.removeprefix("ray://").partition("/")[0].rpartition(":")
     if "://" in host or not colon or not port.isdecimal():
-        return  # auto, or the folder of a session: Ray knows where it is
+        return  # "auto" or a session folder, which Ray resolves
     deadline = time.monotonic() + SECONDS_TO_ANSWER
     while True:
         try:
@@ -91,7 +91,7 @@ def _refuse_silence(address: str, named: str) -> None:
         except (OSError, OverflowError, UnicodeError) as error:
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"cannot connect to Ray at {named}: {getattr(error, 'strerror', None) or error}; is the head "
-                    "running, and is this the port that its `ray start --port` names (6379 by default)?"
+                    f"cannot connect to Ray at {named}: {getattr(error, 'strerror', None) or error}; check that the "
+                    "head runs and that this is its `ray start --port` (default 6379)"
                 ) from None
             time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""A check that all nodes of the cluster see the same files: every node must be able to read what another writes."""
+"""Shared storage check: every node of the cluster must be able to read files that another node writes."""
 
 import contextlib
 import hashlib
@@ -16,20 +16,20 @@ from raydet.common.errors import RunError, UserError, one_line
 from raydet.tables import storage
 
 ANSWER_WITHIN_S = 180.0
-"""A node may have to fetch the job's working directory first, and ask an object store again and again."""
+"""Long, because a node may first fetch the job's working directory, and retry requests to an object store."""
 _BYTES_COMPARED = 2**16
 _MOST_NODES_NAMED = 4
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Something that every node must see.
+    """A file or folder that every node must see.
 
     Attributes:
-        option: As the user knows it, such as `--out`.
-        named: What the user gave for it, for the message.
-        uri: The file or folder to look at.
-        mark: Of this node's own look at it; see `_mark`.
+        option: The command-line option, such as `--out`.
+        named: The option's value as given by the user, for the message.
+        uri: The file or folder to check.
+        mark: Its mark as seen from this node; see `_mark`.
     """
 
     option: str
@@ -40,29 +40,29 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Finding:
-    """Why a node cannot take part: the place that it does not see, and the reason."""
+    """A failed check on a node: the place and the reason."""
 
     place: _Place
     reason: str
 
 
 def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str] | None = None) -> None:
-    """Makes sure that every node that is alive sees the output folder and the inputs of a job, before it begins.
+    """Check that every live node sees the inputs and the output folder of a job, before the job starts.
 
-    This process writes a file of a random name into the output. A task on each node must find it there with its
-    content, and write one of its own: a network file system and an object store pass, a node's own disk and missing
-    credentials do not. Nothing of it stays. On a single machine there is nothing to check. Nodes that join later are
-    not asked.
+    This process writes a randomly named file to the output. A task on each node must find it with the same content
+    and write a file of its own: network file systems and object stores pass, a node's local disk and missing
+    credentials do not. All these files are deleted. A single machine needs no check. Nodes that join later are not
+    checked.
 
     Args:
-        reads: By option, the input as the user gave it, and the URI of the file or folder to look at, which must be
-            there: for a table its manifest.
-        writes: The output as the user gave it, and the folder in it where these files may lie for a moment.
+        reads: By option: the input as given by the user, and the URI of the file or folder to check, which must exist
+            (for a table its manifest).
+        writes: The output as given by the user, and the folder in it for the temporary files.
 
     Raises:
-        UserError: A node does not see what it must.
+        UserError: A node does not see an input or the output.
         RunError: A node cannot run raydet, or does not answer.
-        OSError: A place cannot be read or written from here.
+        OSError: This process cannot read or write one of the places.
     """
     nodes = alive_nodes()
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
@@ -79,13 +79,13 @@ def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str
 
 @contextlib.contextmanager
 def _probe(named: str, folder: str, nodes: Sequence[Mapping[str, Any]]) -> Iterator[_Place]:
-    """A file in the output, for the time of a `with`; the nodes' answers stand beside it."""
+    """Context manager: a probe file in the output while the block runs; the nodes write their answers next to it."""
     uri = storage.join(folder, f"_shared-{uuid.uuid4().hex}")
     try:
         storage.write_bytes(uri, uri.encode())
         yield _Place("--out", named, uri, _mark(uri))
     finally:
-        # A node that has died in the middle has not removed its own.
+        # A node lost meanwhile has not deleted its answer.
         for each in (uri, *(_answer_uri(uri, node["NodeID"]) for node in nodes)):
             with contextlib.suppress(OSError):
                 storage.delete_file(each)
@@ -99,7 +99,7 @@ def _answer_uri(probe_uri: str, node_id: str) -> str:
 def _ask(
     nodes: Sequence[Mapping[str, Any]], places: Sequence[_Place], probe: _Place | None
 ) -> list[tuple[str, _Finding]]:
-    """Findings of the nodes, with their names; a node that has died meanwhile has none."""
+    """Run the check on all nodes and return the name and finding of each that fails; lost nodes are skipped."""
     task = ray.remote(num_cpus=0, max_retries=0)(_look)
     asked = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
@@ -115,14 +115,16 @@ def _ask(
         if node["NodeID"] not in alive:
             continue
         if answer not in ready:
-            raise RunError(f"the node {name} has not answered within {ANSWER_WITHIN_S:.0f} s; see its log, or end it")
+            raise RunError(
+                f"the node {name} did not answer within {ANSWER_WITHIN_S:.0f} s; check its Ray log, or stop the node"
+            )
         try:
             finding = ray.get(answer)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise RunError(
-                f"the node {name} cannot run raydet: {reason}; install the same packages on all nodes, or send them "
-                "with --runtime-env-json"
+                f"the node {name} cannot run raydet: {reason}; install the same packages on all nodes, or pass them in "
+                "--runtime-env-json"
             ) from error
         if finding is not None:
             findings.append((name, finding))
@@ -130,28 +132,28 @@ def _ask(
 
 
 def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Finding | None:
-    """On a node: the first of the places that is not here what it is on the node that asks."""
+    """Return the first place that differs between this node and the driver's, or None."""
     for place in places:
         try:
             here = _mark(place.uri)
         except (OSError, ValueError) as error:
             return _Finding(place, f"cannot read it ({_first_line(error)})")
         if here is None and place.mark is not None:
-            return _Finding(place, "does not see what is there on this one")
+            return _Finding(place, "does not see it")
         if here != place.mark:
-            return _Finding(place, "has something else there")
+            return _Finding(place, "sees different content there")
     if probe is not None:
         uri = _answer_uri(probe.uri, node_id)
         try:
             storage.write_bytes(uri, b"")
             storage.delete_file(uri)
         except (OSError, ValueError) as error:
-            return _Finding(probe, f"cannot write there ({_first_line(error)})")
+            return _Finding(probe, f"cannot write to it ({_first_line(error)})")
     return None
 
 
 def _mark(uri: str) -> str | None:
-    """Size and hash of a file, "folder" for a folder, None for nothing; another file at the same place has another."""
+    """Return a file's size and the hash of its first bytes, "folder" for a folder, or None if nothing exists."""
     filesystem, path = storage.resolve(uri)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
@@ -163,17 +165,18 @@ def _mark(uri: str) -> str | None:
 
 
 def _refusal(findings: Sequence[tuple[str, _Finding]]) -> UserError:
-    """One line for all nodes that the first finding is true of."""
+    """Build the error for all nodes with a finding about the same place as the first."""
     first = findings[0][1]
     place, is_file_tree = first.place, "://" not in first.place.uri or first.place.uri.startswith("file://")
     names = [name for name, finding in findings if finding.place == place]
     shown = ", ".join(names[:_MOST_NODES_NAMED])
     more = f" and {len(names) - _MOST_NODES_NAMED} more" if len(names) > _MOST_NODES_NAMED else ""
     advice = (
-        "on several machines use what all of them see at the same place: s3://, gs://, or a network file system"
+        "on several machines use storage that all of them see under the same path: s3://, gs://, or a network file "
+        "system"
         if is_file_tree
-        else "every node needs the credentials and the endpoint that this one has: a role of the machines, or env_vars "
-        "in --runtime-env-json"
+        else "every node needs the credentials and the endpoint of this one: use an instance role, or env_vars in "
+        "--runtime-env-json"
     )
     return UserError(
         f"not all nodes share {place.option} {place.named}: the node{'s' if len(names) > 1 else ''} {shown}{more} "

@@ -1,4 +1,4 @@
-"""Seconds by stage: what the processes of a scoring run measure, batch by batch, and its records."""
+"""Seconds by stage: measurements of a scoring run's processes, and their records."""
 
 import os
 import socket
@@ -11,9 +11,9 @@ from typing import Any, Self
 import psutil
 
 STAGES = ("read", "decode", "prepare", "model", "write")
-"""Stages of an image, in this order; `prepare` (resizing) and `model` are in the processes of kind `model`."""
+"""Stages of an image, in order; `prepare` (resizing) and `model` run in processes of kind `model`."""
 LAST_STAGE_OF_KIND = {"reader": "read", "decoder": "decode", "model": "model", "writer": "write"}
-"""The stage after which a process of this kind hands its images on."""
+"""Last stage in a process of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,12 @@ class ProcessStats:
     """The work of one process on some images of a file.
 
     Attributes:
-        node: The machine.
-        pid: The process on it.
-        kind: What it does: reader, decoder, model or writer.
-        seconds: Busy with these images, by stage (see `STAGES`).
-        resident_mb: Its memory then, 2²⁰ bytes, best without what it shares with others.
-        ended_unix_s: When it was done with them.
+        node: Host name of the machine.
+        pid: Process id.
+        kind: Task of the process: reader, decoder, model or writer.
+        seconds: Busy seconds by stage (see `STAGES`).
+        resident_mb: Resident memory at the end of the work, in units of 2²⁰ bytes, preferably without shared memory.
+        ended_unix_s: End of the work, Unix time in seconds.
     """
 
     node: str
@@ -39,13 +39,13 @@ class ProcessStats:
 
 @dataclass(frozen=True, kw_only=True)
 class FileStats:
-    """The images of one written file: numbers, errors, and the work of the processes.
+    """Statistics of one written file: counts, errors, and the work of the processes.
 
     Attributes:
         num_images: Rows of the file.
-        num_detections: In all its rows together.
-        errors: Why images could not be read, a reason for each of them.
-        processes: Of all processes that worked on them; one may stand here many times.
+        num_detections: Detections in all rows.
+        errors: The reason for each image that could not be read.
+        processes: Work of all processes involved; a process may occur many times.
     """
 
     num_images: int
@@ -54,28 +54,28 @@ class FileStats:
     processes: Sequence[ProcessStats]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
+        """Return plain values that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Reads back `to_dict`."""
+        """Rebuild the statistics from `to_dict`."""
         return cls(**{**content, "processes": [ProcessStats(**item) for item in content["processes"]]})
 
 
 class Stopwatch:
-    """Adds up the seconds that a process spends on a part, by stage."""
+    """Sum of the seconds that a process spends on a part, by stage."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._seconds: dict[str, float] = {}
 
     def measuring(self, stage: str) -> "_Measurement":
-        """Adds the time of a `with` to a stage."""
+        """Return a context manager that adds the block's duration to a stage."""
         return _Measurement(self._seconds, stage)
 
     def lap(self) -> ProcessStats:
-        """Seconds since the last lap, by stage, and the process's memory."""
+        """Return the seconds by stage since the last lap, and the process's memory."""
         seconds, self._seconds = dict(self._seconds), {}
         return ProcessStats(
             node=_node(), pid=os.getpid(), kind=self._kind, seconds=seconds, resident_mb=_own_memory_mb()
@@ -100,6 +100,6 @@ def _node() -> str:
 
 
 def _own_memory_mb() -> float:
-    """Resident memory without what is shared with others, as the object store is."""
+    """Return the resident memory in units of 2²⁰ bytes, without shared memory such as the object store's."""
     memory = psutil.Process().memory_info()
     return float(memory.rss - getattr(memory, "shared", 0)) / 2**20

@@ -1,4 +1,4 @@
-"""Many pieces of work as Ray tasks: a bounded number waits or runs at any time, and a lost one is tried again."""
+"""Ray tasks over many items: a bounded number of tasks is in flight at any time, and a lost task is retried."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -18,24 +18,23 @@ Result = TypeVar("Result")
 def run_tasks(
     work: Callable[[Item], Result], items: Iterable[Item], *, cpus_per_task: float = 1.0, in_order: bool = True
 ) -> Iterator[Result]:
-    """Do the same to each item in a task of its own, anywhere on the cluster, and yield the results.
+    """Apply a function to each item in a separate task on the cluster, and yield the results.
 
-    As many tasks as can run at once, and as many again, are out at a time: no node waits, a cluster that can grow is
-    asked to, and the object store never fills with results that nobody has fetched. When the reader stops, the rest is
-    cancelled.
+    Twice as many tasks as can run simultaneously are in flight: no node idles, an autoscaling cluster grows, and the
+    object store never fills with unread results. If the caller stops reading, the remaining tasks are cancelled.
 
     Args:
-        work: Goes through the object store once, with all that it holds.
-        items: Taken one at a time; they may be made while they are read.
+        work: Function to apply; sent through the object store once, with everything it holds.
+        items: Items, consumed lazily.
         cpus_per_task: CPUs that each task reserves.
-        in_order: Yield the results in the items' order, not as they come.
+        in_order: True to yield the results in the items' order, False for the order of completion.
 
     Raises:
-        UserError: The work raised it.
-        RunError: The work raised it or something else, or the cluster lost a task too often.
+        UserError: The function raised it.
+        RunError: The function raised it or another exception, or the cluster lost a task too often.
     """
     task = ray.remote(num_cpus=cpus_per_task, max_retries=_RETRIES)(_work_on_item)
-    # In a list, so that the task itself fetches it: what cannot be fetched there is an error of the task's.
+    # In a list, so that the task itself fetches the function and a failed fetch is the task's error.
     shared = [ray.put(work)]
     pending: list[Any] = []
 
@@ -63,7 +62,7 @@ def _work_on_item(shared: list[Any], item: Any) -> Any:
 
 
 def _get(reference: Any) -> Any:
-    """The result of a task, or its error in one line."""
+    """Return the result of a task; its error becomes a one-line `RunError`."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -72,7 +71,7 @@ def _get(reference: Any) -> Any:
         raise RunError(f"a task of the cluster failed: {_one_line(error.cause)}") from error
     except ray.exceptions.RayError as error:
         raise RunError(
-            f"the cluster lost a part of the work: {_one_line(error)}; run the same command again"
+            f"the cluster lost a task too often: {_one_line(error)}; run the same command again to resume"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Images that each stage finished, over the time of a run, in a bounded number of spans."""
+"""The timeline of a run: images that each stage finished, in a bounded number of time spans."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ MOST_SPANS = 240
 
 
 class Timeline:
-    """Counts images by stage and span of time; where there are too many spans, two become one."""
+    """Image counts by stage and time span; too many spans are merged in pairs."""
 
     def __init__(self, started_unix_s: float) -> None:
-        """Begins with spans of a second.
+        """Start with spans of one second.
 
         Args:
-            started_unix_s: When the run began.
+            started_unix_s: Start of the run, Unix time in seconds.
         """
         self._started_unix_s = started_unix_s
         self._span_s = 1.0
         self._counts: dict[str, list[float]] = {}
 
     def add(self, stage: str, unix_s: float, num_images: float) -> None:
-        """A stage was done with so many images."""
-        # Clocks of machines differ a little.
+        """Add images that a stage finished at the given Unix time."""
+        # The clocks of machines differ slightly.
         after_s = max(unix_s - self._started_unix_s, 0.0)
         while after_s >= MOST_SPANS * self._span_s:
             self._span_s *= 2
@@ -38,7 +38,7 @@ class Timeline:
         counts[span] += num_images
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: when the run began, seconds of a span, and images by stage in each span from there on."""
+        """Return plain values: the start of the run, the length of a span in seconds, and images by stage and span."""
         length = max(map(len, self._counts.values()), default=0)
         images = {
             stage: [round(count, 1) for count in counts] + [0.0] * (length - len(counts))
@@ -52,9 +52,9 @@ class Window:
     """The part of a scoring run in which all processes are up and busy.
 
     Attributes:
-        began_unix_s: When all of the first quarter of the images had been through the model.
-        ended_unix_s: Before the last images were.
-        num_images: By stage, images that it was done with in between.
+        began_unix_s: Unix time at which the model had finished the first quarter of the images.
+        ended_unix_s: Unix time shortly before it finished the last images.
+        num_images: Images that each stage finished in between.
     """
 
     began_unix_s: float
@@ -63,12 +63,12 @@ class Window:
 
     @property
     def images_per_s(self) -> float:
-        """Through the model."""
+        """Images per second through the model."""
         return self.num_images["model"] / (self.ended_unix_s - self.began_unix_s)
 
     @classmethod
     def of(cls, timeline: Mapping[str, Any]) -> Self:
-        """Finds it in what `Timeline.to_dict` gave a job's report; of a run too short it is the whole."""
+        """Find the window in the result of `Timeline.to_dict`; a run that is too short yields the complete run."""
         counts = {stage: np.array(values) for stage, values in timeline["images"].items()}
         scored = counts["model"]
         last = int(np.flatnonzero(scored)[-1])

@@ -1,7 +1,7 @@
-"""Logging of raydet's own code in the processes of a cluster: destinations, and the origin of each line.
+"""Logging of raydet's own code in the processes of a cluster, with the origin of each line.
 
-Each process writes them to its stderr, which Ray keeps in its own log of that worker, and where the run's folder is in
-a file tree also to `node-IP.log` in its log folder, one file for all processes of a node.
+Each process logs to its stderr, which Ray keeps in its worker log, and, if the run's log folder is local, also to
+`node-IP.log` in that folder, one file for all processes of a node.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from raydet.tables import storage
 
 
 def log_from_here(folder: str, *, rank: int | None = None) -> None:
-    """Sets up the log of this process, a worker's; calling it again changes folder and rank.
+    """Set up logging in this worker process; another call changes folder and rank.
 
-    A line is time, level, module, then `job=` Ray's id of the job, `node=` its address and the beginning of its id,
-    `pid=`, `rank=` where the process has one, and the message.
+    A line holds time, level, module, `job=` (Ray's id of the job), `node=` (its address and the start of its id),
+    `pid=`, `rank=` if the process has one, and the message.
 
     Args:
         folder: URI of the run's log folder.
-        rank: Of a worker in a training run.
+        rank: Rank of a worker in a training run.
     """
     context = ray.get_runtime_context()
     node_id = context.get_node_id()
@@ -34,9 +34,9 @@ def log_from_here(folder: str, *, rank: int | None = None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if storage.is_local(folder):
         path = Path(storage.resolve(folder)[1], f"node-{address.replace(':', '_')}.log")
-        with contextlib.suppress(OSError):  # a log that cannot be written is no reason to end a run
+        with contextlib.suppress(OSError):  # an unwritable log must not end the run
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Lines are short and appended in one write each, so that those of several processes do not mix.
+            # Each short line is appended in one write, so that lines of several processes do not interleave.
             handlers.append(logging.FileHandler(path, encoding="utf-8"))
     formatter = logging.Formatter(f"%(asctime)s %(levelname)s %(name)s {who}: %(message)s")
     logger = logging.getLogger("raydet")

@@ -1,12 +1,16 @@
-"""Stop requests: SIGTERM from `ray job stop` or a scheduler becomes a one-line error with exit code 143."""
+"""Stop requests: SIGTERM from `ray job stop` or a scheduler, and Ctrl-C, become one line and an exit code."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 from raydet.common.errors import RunStopped
+
+_REPEAT_AFTER_S = 0.05
 
 STOPPED = "run stopped; run the same command again to resume"
 
@@ -35,13 +39,39 @@ def ending_on_sigterm() -> Iterator[None]:
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        with _repeating_dropped_interrupts():
+            yield
     except KeyboardInterrupt:
         if is_requested:
             raise RunStopped(STOPPED) from None
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _repeating_dropped_interrupts() -> Iterator[None]:
+    """Context manager: while the block runs, raise a KeyboardInterrupt that Python drops again a moment later.
+
+    Python drops exceptions raised in callbacks without a caller, such as the cleanup after each import.
+    """
+    timers: list[threading.Timer] = []
+    previous = sys.unraisablehook
+
+    def repeat(dropped: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            previous(dropped)
+            return
+        timers.append(threading.Timer(_REPEAT_AFTER_S, os.kill, (os.getpid(), signal.SIGINT)))
+        timers[-1].start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+        for timer in timers:
+            timer.cancel()
 
 
 class StopRequest:

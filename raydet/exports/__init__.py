@@ -1,1 +1,1 @@
-"""Tables and checkpoints → the formats of others, and the Hub."""
+"""Exports: tables and checkpoints → other formats and the Hugging Face Hub."""

@@ -1,7 +1,7 @@
 """Tables → COCO JSON: detections become a results file, images with their boxes an instances file.
 
-Both are streamed, so that a file of any size needs the memory of some hundred images, and both appear whole or not at
-all. Numbers are written with as many digits as it takes to read the same float64 back.
+Both are streamed, so that a file of any size requires memory for a few hundred images only, and written atomically.
+Numbers have enough digits to read the same float64 back.
 """
 
 import json
@@ -29,60 +29,59 @@ _JSON_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, p
 
 @dataclass(frozen=True)
 class CocoExportReport:
-    """What was exported.
+    """Result of an export to COCO JSON.
 
     Attributes:
         out: The JSON file.
-        kind: Of the table: `detections` became a results file, `images` an instances file.
+        kind: Kind of the table: `detections` became a results file, `images` an instances file.
         num_images: Rows of the table.
-        num_boxes: Entries written: detections, or annotations.
-        num_left_out: Detections at or below the score threshold.
-        images_folder: What the file names in an instances file are relative to, where the table had whole paths.
+        num_boxes: Detections or annotations written.
+        num_omitted: Detections at or below the score threshold.
+        images_folder: Folder that the file names of an instances file are relative to; None unless the table has
+            absolute paths.
     """
 
     out: str
     kind: TableKind
     num_images: int
     num_boxes: int
-    num_left_out: int = 0
+    num_omitted: int = 0
     images_folder: str | None = None
 
     def lines(self) -> list[str]:
-        """What was exported, for the terminal."""
+        """Return a summary for the terminal."""
         what = "detections" if self.kind == "detections" else "annotations"
-        left_out = f", {self.num_left_out:,} at or below the threshold left out" if self.num_left_out else ""
-        lines = [f"{self.num_boxes:,} {what} of {self.num_images:,} images{left_out}"]
+        omitted = f"; {self.num_omitted:,} at or below the threshold omitted" if self.num_omitted else ""
+        lines = [f"{self.num_boxes:,} {what} of {self.num_images:,} images{omitted}"]
         if self.images_folder is not None:
             lines.append(f"file names are relative to {self.images_folder}")
         return [*lines, f"COCO {'results' if self.kind == 'detections' else 'instances'}: {self.out}"]
 
 
 def export_coco(config: ExportCocoConfig) -> CocoExportReport:
-    """Writes a table as COCO JSON; what the table holds decides which.
+    """Write a table as COCO JSON: a results file for detections, an instances file for images.
 
-    A detections table becomes a results file, `[{"image_id", "category_id", "bbox", "score"}, …]`, in the order of the
-    table. The format has no place for images without detections, nor for the reasons why some could not be read.
+    A detections table becomes a results file, `[{"image_id", "category_id", "bbox", "score"}, …]`, in table order. The
+    format cannot represent images without detections or the reasons of unreadable images.
     An images table becomes an instances file with `images`, `annotations` and `categories`: annotations are numbered
-    1…n, further scalar columns (camera, city) become keys of the images. Pictures are not copied; paths that are whole
-    are written relative to the folder they have in common.
+    1…n, and further scalar columns (camera, city) become keys of the images. Images are not copied; absolute paths are
+    written relative to their common folder.
     Boxes are x, y, width, height in absolute pixels of the upright image; category ids are those of the source.
 
-    A file that is there is replaced, whole or not at all.
+    An existing file is replaced atomically.
 
     Raises:
-        UserError: There is no such table, it is damaged, a number in it means nothing, two categories share an id, or
-            `out` is no name of a JSON file. Nothing has been written then.
+        UserError: The table is missing or damaged, a number in it is not finite, two categories share an id, or `out`
+            is not the name of a JSON file. Nothing has been written.
     """
     out, score_threshold = storage.absolute_uri(config.out), config.score_threshold
     uri = storage.absolute_uri(config.data)
     table = open_table(uri, ("images", "detections"))
     if table.kind == "images" and score_threshold > 0:
-        raise UserError(f"{uri} is a table of images, which has no scores; leave out --score-threshold")
+        raise UserError(f"{uri} is an images table, which has no scores; omit --score-threshold")
     ids, counts = np.unique([category.id for category in table.categories], return_counts=True)
     if (counts > 1).any():
-        raise UserError(
-            f"{uri} has categories that share the id {ids[counts > 1][0]}: COCO JSON cannot tell them apart"
-        )
+        raise UserError(f"{uri} has several categories with the id {ids[counts > 1][0]}; COCO JSON requires unique ids")
     with new_file(out, command="export coco", endings=(".json",)) as file:
         return (
             _write_results(file, table, out, score_threshold)
@@ -92,14 +91,14 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
 
 
 class _Entries:
-    """Writes the entries of a JSON list, of which only one piece at a time is in memory."""
+    """Writer of the entries of a JSON list, which holds only one batch in memory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.num_entries = 0
 
     def add(self, texts: pa.StringArray) -> None:
-        """Appends entries that are JSON already."""
+        """Append entries that are JSON already."""
         if len(texts):
             joined = pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], texts), _SEPARATOR)
             self._file.write((_SEPARATOR if self.num_entries else "\n").encode())
@@ -128,12 +127,12 @@ def _write_results(file: BinaryIO, table: Table, out: str, score_threshold: floa
         )
     file.write(b"\n]\n")
     return CocoExportReport(
-        out, "detections", table.num_rows, entries.num_entries, num_left_out=num_found - entries.num_entries
+        out, "detections", table.num_rows, entries.num_entries, num_omitted=num_found - entries.num_entries
     )
 
 
 def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport:
-    """The keys in the order in which they can be streamed: what is small, the images, then the annotations."""
+    """Write an instances file in an order that can be streamed: small keys, images, annotations."""
     categories = [{"id": category.id, "name": category.name, "supercategory": ""} for category in table.categories]
     folder = common_folder(table)
     file.write(b'{"info": {"description": "written by raydet"}, "licenses": [],\n')
@@ -182,7 +181,7 @@ def _image_entry(row: dict[str, Any], folder: str, extra: Sequence[str]) -> str:
 
 
 def _category_ids(table: Table, image_ids: Numbers, indices: Numbers) -> Numbers:
-    """Category indices → the ids that the source used."""
+    """Convert category indices to the ids of the source."""
     refuse_categories(table, image_ids, indices)
     return np.array([category.id for category in table.categories], np.int64)[indices]
 
@@ -194,7 +193,7 @@ def _bbox_text(table: Table, image_ids: Numbers, boxes_xywh: Numbers) -> pa.Stri
 
 
 def _objects(**values: pa.StringArray) -> pa.StringArray:
-    """JSON objects, one for each element of the columns; the values are JSON already."""
+    """Build one JSON object per row from columns of JSON values."""
     parts: list[Any] = []
     for number, (key, column) in enumerate(values.items()):
         parts += [f'{", " if number else "{"}"{key}": ', column]

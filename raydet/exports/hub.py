@@ -1,7 +1,6 @@
-"""Shares a checkpoint on the Hugging Face Hub: the model folder and its model card, as one commit.
+"""Upload of a checkpoint to the Hugging Face Hub: the model folder and its model card, as one commit.
 
-Everything that can be checked here is checked before the Hub is asked for anything. No message repeats a token or
-what signs an address.
+All local checks run before the first request to the Hub. No message contains a token or the signature of a URL.
 """
 
 import contextlib
@@ -38,22 +37,22 @@ _CARD = "README.md"
 _PROCESSOR = "preprocessor_config.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _HOW_TO_LOG_IN = (
-    "set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens), or run `hf auth login`"
+    "set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens), or run `hf auth login`"
 )
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What is on the Hub now.
+    """Result of a push.
 
     Attributes:
         repo: The repository, as owner/name.
-        url: Its page, of the branch that was pushed to.
-        commit: The commit that holds model and card.
-        files: The names of the files that it was made of.
-        num_bytes: Their size together.
-        notes: What a reader of the card should know of and the pusher may have overlooked.
-        already_done: The Hub held these very files before.
+        url: Page of the pushed branch.
+        commit: Id of the commit with model and card.
+        files: Names of the pushed files.
+        num_bytes: Total size of the files in bytes.
+        notes: Warnings about the card's content.
+        already_done: True if the Hub already held identical files.
     """
 
     repo: str
@@ -65,7 +64,7 @@ class PushResult:
     already_done: bool = False
 
     def lines(self) -> list[str]:
-        """What was done, for the terminal."""
+        """Return a summary for the terminal."""
         done = "nothing to do: the Hub already has these files" if self.already_done else "pushed"
         return [
             *(f"note: {note}" for note in self.notes),
@@ -75,24 +74,24 @@ class PushResult:
 
 
 def push(config: PushConfig) -> PushResult:
-    """Uploads a model folder with a model card, in one commit; the repository is made if it is not there.
+    """Upload a model folder with a model card in one commit; a missing repository is created.
 
-    Only the files that make up the model are sent: configuration, image processor and safetensors weights. What an
-    earlier push left of other weights is removed in the same commit, since it could be loaded in the place of these.
+    Only the model's files are sent: configuration, image processor and safetensors weights. Other weights from an
+    earlier push are deleted in the same commit, because they could be loaded instead of these.
 
     Raises:
-        UserError: A name, folder or token is not what it should be, and nothing has been sent; or the Hub cannot be
-            reached or refuses, and no commit has been made.
+        UserError: A name, the folder or the token is invalid, and nothing has been sent; or the Hub is unreachable or
+            refuses, and there is no commit.
     """
     _check_names(config)
     if not storage.exists(config.checkpoint):
-        raise UserError(f"no such model folder: {config.checkpoint}; push takes OUT/checkpoint of train")
+        raise UserError(f"no such model folder: {config.checkpoint}; push requires OUT/checkpoint of a training run")
     checkpoint = read_checkpoint(config.checkpoint)
     files = _model_files(checkpoint)
     card = build_card(config, checkpoint)
     api = _client()
     with tempfile.TemporaryDirectory(prefix="raydet-push-") as folder:
-        # From a copy, so that a training that still goes on cannot change a file between two looks at it.
+        # From a copy, so that a training in progress cannot change a file between two reads.
         for name in files:
             Path(folder, name).write_bytes(storage.read_bytes(storage.join(checkpoint.name, name)))
         Path(folder, _CARD).write_text(card.content, encoding="utf-8")
@@ -103,7 +102,7 @@ def push(config: PushConfig) -> PushResult:
     return PushResult(config.repo, url, commit, (*files, _CARD), num_bytes, card.notes, already_done)
 
 
-# What is checked and read before anything is sent.
+# Local checks.
 
 
 def _check_names(config: PushConfig) -> None:
@@ -114,29 +113,29 @@ def _check_names(config: PushConfig) -> None:
         is_name = False
     if not is_name:
         raise UserError(
-            f"--repo must be owner/name, of letters, digits, `-`, `_` and `.`, got {_safe(config.repo)}; owner is your "
-            "user name or organisation on the Hub"
+            f"--repo must be owner/name with letters, digits, `-`, `_` and `.`, got {_safe(config.repo)}; owner is "
+            "your user name or organisation on the Hub"
         )
     branch = config.revision
     if branch is not None and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", branch) or ".." in branch):
-        raise UserError(f"--revision must be the name of a branch, got {branch}")
+        raise UserError(f"--revision must be a branch name, got {branch}")
     if config.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", config.license):
         raise UserError(
-            f"--license must be spelled as the Hub does, in lower case, such as apache-2.0 or mit; got {config.license}"
+            f"--license must be an identifier of the Hub in lower case, such as apache-2.0 or mit; got {config.license}"
         )
 
 
 def _model_files(checkpoint: Checkpoint) -> list[str]:
-    """The files that make up the model, by an allow-list: a run may have put anything else beside them."""
+    """List the model's files by an allow-list, because the folder may contain anything else."""
     present = storage.list_files(checkpoint.name)
     if _PROCESSOR not in present:
         raise UserError(
-            f"the folder {checkpoint.name} holds no image processor (no {_PROCESSOR}), without which others cannot "
-            "use the model; push OUT/checkpoint of train"
+            f"the folder {checkpoint.name} has no {_PROCESSOR}, the image processor without which the model cannot be "
+            "used; push OUT/checkpoint of a training run"
         )
     weights = [name for name in present if _WEIGHTS.fullmatch(name)]
     if not any(name.endswith(".safetensors") for name in weights):
-        raise UserError(f"the folder {checkpoint.name} holds no weights by the name of model.safetensors")
+        raise UserError(f"the folder {checkpoint.name} has no weights named model.safetensors")
     return ["config.json", _PROCESSOR, *weights]
 
 
@@ -147,21 +146,23 @@ def _client() -> HfApi:
     try:
         token = get_token()
     except Exception as error:
-        raise UserError(f"cannot get a token for the Hugging Face Hub: {_safe(str(error))}; {_HOW_TO_LOG_IN}") from None
+        raise UserError(
+            f"cannot read the token for the Hugging Face Hub: {_safe(str(error))}; {_HOW_TO_LOG_IN}"
+        ) from None
     if token is None:
-        raise UserError(f"there is no token for the Hugging Face Hub: {_HOW_TO_LOG_IN}")
+        raise UserError(f"no token for the Hugging Face Hub: {_HOW_TO_LOG_IN}")
     # The client reads HF_ENDPOINT only when it is first imported.
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     return HfApi(endpoint=endpoint.rstrip("/"), token=token)
 
 
 def _upload(api: HfApi, config: PushConfig, folder: Path, card: str) -> tuple[str, bool]:
-    """Makes the commit; returns its id and whether there was nothing to do."""
+    """Create the commit; return its id, and True if the Hub already held identical files."""
     user = api.whoami()
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"the token may only read from the Hugging Face Hub: {_HOW_TO_LOG_IN}")
+        raise UserError(f"the token has only read access to the Hugging Face Hub: {_HOW_TO_LOG_IN}")
     _validate_card(api, card)
-    # Without --private it is left to the Hub, where an organisation may make all its repositories private.
+    # Without --private the Hub decides: an organisation may default to private repositories.
     api.create_repo(config.repo, private=config.private or None, exist_ok=True)
     branch = config.revision or constants.DEFAULT_REVISION
     if branch != constants.DEFAULT_REVISION:
@@ -169,8 +170,8 @@ def _upload(api: HfApi, config: PushConfig, folder: Path, card: str) -> tuple[st
     before = api.model_info(config.repo, revision=branch)
     if config.private and not before.private:
         raise UserError(
-            f"{config.repo} is there already and public, and --private is for new repositories: make it private in "
-            "its settings on the Hub, or leave --private out"
+            f"{config.repo} already exists and is public, and --private applies to new repositories only: make it "
+            "private in its settings on the Hub, or omit --private"
         )
     names = sorted(path.name for path in folder.iterdir())
     others = [item.rfilename for item in before.siblings or [] if item.rfilename not in names]
@@ -178,7 +179,7 @@ def _upload(api: HfApi, config: PushConfig, folder: Path, card: str) -> tuple[st
         if _offers_xet(api, config.repo, branch):
             additions = [CommitOperationAdd(name, folder / name) for name in names]
         else:
-            # The client sends files by their path to xet, whether or not the server has it, and open files to LFS.
+            # The client sends paths to xet, even if the server lacks it, and open files to LFS.
             files = [stack.enter_context((folder / name).open("rb")) for name in names]
             additions = [CommitOperationAdd(name, file) for name, file in zip(names, files, strict=True)]
         commit = api.create_commit(
@@ -192,7 +193,7 @@ def _upload(api: HfApi, config: PushConfig, folder: Path, card: str) -> tuple[st
 
 
 def _validate_card(api: HfApi, card: str) -> None:
-    """Asks for what the Hub would find wrong with the card later, when an empty repository had been made."""
+    """Have the Hub validate the card before an empty repository is created."""
     response = get_session().post(
         f"{api.endpoint}/api/validate-yaml",
         json={"content": card, "repoType": "model"},
@@ -214,7 +215,10 @@ def _offers_xet(api: HfApi, repo: str, branch: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Keeps the client's warnings off the screen, and its progress bars where there is no terminal."""
+    """Context manager: suppress the client's warnings, and without a terminal its progress bars, while the block runs.
+
+    Logger level, warnings and progress bars are restored afterwards.
+    """
     logger = logging.getLogger("huggingface_hub")
     level, had_bars = logger.level, not are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
@@ -237,7 +241,7 @@ def _errors_in_one_line(api: HfApi, repo: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # What the client raises is of many kinds: its own, those of its HTTP and xet libraries, RuntimeErrors.
+        # The client raises its own errors, those of its HTTP and xet libraries, and RuntimeErrors.
         text = _explain(error, repo, urlsplit(api.endpoint).hostname or api.endpoint)
         raise UserError(_safe(text, secret=str(api.token))) from None
 
@@ -259,24 +263,24 @@ def _explain(error: BaseException, repo: str, host: str) -> str:
 
 def _explain_refusal(error: HfHubHTTPError, repo: str) -> str:
     status = error.response.status_code
-    said = f" (it says: {error.server_message})" if error.server_message else ""
+    detail = f" ({error.server_message})" if error.server_message else ""
     match status:
         case 401:
-            return f"the Hugging Face Hub does not take the token{said}: {_HOW_TO_LOG_IN}"
+            return f"the Hugging Face Hub rejects the token{detail}: {_HOW_TO_LOG_IN}"
         case 403:
-            return f"the token may not write to {repo}{said}; is the owner right? {_HOW_TO_LOG_IN}"
+            return f"the token has no write access to {repo}{detail}; check the owner, or {_HOW_TO_LOG_IN}"
         case 404:
-            return f"the Hub knows no {repo}, or not for this token{said}; check owner and branch"
+            return f"{repo} does not exist on the Hub, or this token cannot see it{detail}; check owner and branch"
         case 409 | 412:
-            return f"{repo} changed on the Hub while it was pushed to{said}; push again"
+            return f"{repo} changed on the Hub during the push{detail}; push again"
         case 429:
-            return f"the Hub asks for fewer requests{said}; push again in some minutes"
+            return f"the Hub limits the rate of requests{detail}; push again in a few minutes"
     if status >= 500:
-        return f"the Hub failed with status {status}{said}; push again later"
-    return f"the Hub refuses the push to {repo} with status {status}{said}"
+        return f"the Hub failed with status {status}{detail}; push again later"
+    return f"the Hub refuses the push to {repo} with status {status}{detail}"
 
 
 def _safe(text: str, secret: str = "") -> str:
-    """One line, in which neither the token nor anything like one is left, nor what signs an address."""
+    """Return one line without the token, anything like a token, or the signature of a URL."""
     line = one_line(text)
     return str(without_secrets(line.replace(secret, "(token)") if secret else line))

@@ -1,6 +1,6 @@
-"""Tables → a folder with one label file for each image, and the pictures where they are wanted.
+"""Tables → a folder with one label file per image and, optionally, the images.
 
-What the formats have in common: names for the files, the pictures, and a folder that appears whole or not at all.
+Shared by the formats: file names, copied images, and a folder that appears atomically.
 """
 
 import unicodedata
@@ -22,56 +22,56 @@ from raydet.tables import storage
 from raydet.tables.columns import flatten, image_ids_in
 from raydet.tables.table import Table
 
-_PICTURES_AT_ONCE = 16
+_IMAGES_AT_ONCE = 16
 _SIDES = ("width", "height")
 
 
 @dataclass(frozen=True)
 class FolderExportReport:
-    """What was exported.
+    """Result of an export to label files.
 
     Attributes:
         out: The folder.
-        num_images: Label files.
-        num_boxes: Boxes in them.
-        num_copied: Pictures copied.
-        pictures_folder: Where the other pictures belong, relative to `out`.
-        num_renamed: Images that got another name, since one of the same name without extension was there before.
-        notes: What the format has no place for, in words, and how often.
+        num_images: Number of images.
+        num_boxes: Number of boxes.
+        num_copied: Number of copied images.
+        images_folder: Folder for the images that were not copied, relative to `out`.
+        num_renamed: Images renamed because another had the same name without extension.
+        notes: Number of items that the format cannot represent, by description.
     """
 
     out: str
     num_images: int
     num_boxes: int
     num_copied: int
-    pictures_folder: str
+    images_folder: str
     num_renamed: int
     notes: dict[str, int]
 
     def lines(self) -> list[str]:
-        """What was exported, for the terminal."""
+        """Return a summary for the terminal."""
         lines = [f"{self.num_boxes:,} boxes of {self.num_images:,} images, {self.num_copied:,} images copied"]
         if self.num_copied < self.num_images:
-            lines.append(f"  copy the other images to {storage.join(self.out, self.pictures_folder)}")
-        notes = {"images renamed, since two had the same name": self.num_renamed, **self.notes}
+            lines.append(f"  copy the other images to {storage.join(self.out, self.images_folder)}")
+        notes = {"images renamed because of equal names": self.num_renamed, **self.notes}
         lines += [f"  {text}: {count:,}" for text, count in notes.items() if count]
         return [*lines, self.out]
 
 
 @dataclass(frozen=True)
 class LabelRows:
-    """Some rows of a table, checked.
+    """Validated rows of a table.
 
     Attributes:
-        names: Of the pictures, relative to their folder, [R].
-        widths: Of the upright images in pixels, [R]; NaN where there is none.
-        heights: Likewise, [R].
-        counts: Boxes of each image, [R].
-        boxes_xywh: Of all images one after the other, absolute pixels, [N, 4].
-        categories: Indices, [N].
-        iscrowd: Of an images table, [N].
-        scores: Of a detections table, [N].
-        errors: Of a detections table: images without an answer, [R].
+        names: File names of the images, relative to their folder, [R].
+        widths: Widths of the upright images in pixels, float64 [R]; NaN if unknown.
+        heights: Heights of the upright images in pixels, float64 [R]; NaN if unknown.
+        counts: Number of boxes of each image, [R].
+        boxes_xywh: Boxes of all images in row order, absolute pixels, [N, 4].
+        categories: Class indices, [N].
+        iscrowd: Crowd flags of an images table, bool [N]; False for detections.
+        scores: Scores of a detections table, [N]; 1 for an images table.
+        errors: True for the unreadable images of a detections table, bool [R].
     """
 
     names: list[str]
@@ -85,14 +85,14 @@ class LabelRows:
     errors: Numbers
 
     def keep(self, kept: Numbers) -> "LabelRows":
-        """The same rows with those boxes that `kept` marks, [N]."""
+        """Return the same rows with the boxes that the mask `kept`, bool [N], selects."""
         owners = np.repeat(np.arange(len(self.counts)), self.counts)
         columns = {name: getattr(self, name)[kept] for name in ("boxes_xywh", "categories", "iscrowd", "scores")}
         counts = np.bincount(owners[kept], minlength=len(self.counts))
         return LabelRows(**{**vars(self), **columns, "counts": counts})
 
     def joined(self, lines: pa.StringArray) -> list[str]:
-        """One line for each box → the lines of each image, each with its line end."""
+        """Join one line per box into one text per image, with a line end after each line."""
         texts, ends = lines.to_pylist(), np.cumsum(self.counts)
         return [
             "".join(f"{line}\n" for line in texts[end - count : end])
@@ -102,7 +102,7 @@ class LabelRows:
 
 @dataclass(frozen=True)
 class WrittenLabels:
-    """What `write_labels` has written: the names of the pictures, and numbers for the report."""
+    """Result of `write_labels`: the file names of the images, and counts for the report."""
 
     names: list[str]
     num_boxes: int
@@ -111,10 +111,10 @@ class WrittenLabels:
 
 
 class FileNames:
-    """Gives every image a name of its own, told apart without its extension and without case, as files are by some.
+    """Unique file names for images, compared without extension and without case, as some file systems do.
 
     Args:
-        folder: What all paths begin with and the names shall not.
+        folder: Common prefix of all paths, to be removed from the names.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -123,9 +123,10 @@ class FileNames:
         self.num_renamed = 0
 
     def take(self, path: str | None, image_id: int) -> str:
-        """The name for an image, relative, with an image's extension; it never leads out of the folder.
+        """Return a unique relative name with an image extension, which never leads out of the folder.
 
-        A folder `images` within the path is left out: by the last one of that name others find the label files.
+        A folder `images` within the path is dropped, because other programs derive the path of the label file from the
+        last folder of that name.
         """
         plain = (path or "").removeprefix(self._folder).rpartition("://")[2].replace("\\", "/")
         parts = [_printable(part) for part in plain.split("/")]
@@ -145,17 +146,18 @@ def _printable(text: str) -> str:
 
 
 def check_class_names(table: Table) -> list[str]:
-    """The names of a table's classes, which can stand in text files.
+    """Return the class names of a table, checked for use in text files.
 
     Raises:
-        UserError: One is empty, appears twice, or has a line break or another control character in it.
+        UserError: A name is empty or not unique, has blanks at its ends, or contains a line break or another control
+            character.
     """
     names = [category.name for category in table.categories]
     for name in names:
         if not name.strip() or _printable(name) != name or names.count(name) > 1:
             raise UserError(
-                f"{table.uri} has a class {name!r}: in text files names must differ, and be without blanks at the "
-                "ends, line breaks and control characters"
+                f"{table.uri} has a class {name!r}: in text files class names must be unique and must not contain "
+                "blanks at the ends, line breaks or control characters"
             )
     return names
 
@@ -164,46 +166,47 @@ def write_labels(
     table: Table,
     folder: Path,
     *,
-    pictures_folder: str,
+    images_folder: str,
     labels_folder: str,
     extension: str,
     copy_images: bool | None,
     make_texts: Callable[[LabelRows], tuple[LabelRows, list[str | None]]],
 ) -> WrittenLabels:
-    """Writes one label file an image, and the pictures.
+    """Write one label file per image, and the images.
 
     Args:
-        table: Of images or detections.
-        folder: The local folder that is being filled.
-        pictures_folder: Where pictures go, relative to it.
-        labels_folder: Where label files go, relative to it.
-        extension: Of the label files, with its dot.
-        copy_images: Copy all pictures, or none; None: those whose bytes are in the table.
-        make_texts: Rows → those boxes of theirs that were taken, and the text of each label file or None for no file.
+        table: An images or detections table.
+        folder: Local folder to write to.
+        images_folder: Folder of the images, relative to `folder`.
+        labels_folder: Folder of the label files, relative to `folder`.
+        extension: Extension of the label files, with its dot.
+        copy_images: True to copy all images, False for none, None for those whose bytes are in the table.
+        make_texts: Function from rows to the rows with the exported boxes, and the text of each label file (None for
+            no file).
 
     Raises:
-        UserError: The table is damaged, a number in it means nothing, or a picture cannot be read.
+        UserError: The table is damaged, a number in it is not finite, or an image cannot be read.
     """
     if table.kind == "detections" and copy_images:
-        raise UserError(f"{table.uri} is a table of detections, which has no pictures; leave out --copy-images")
-    with_pictures = table.kind == "images" and copy_images is not False
+        raise UserError(f"{table.uri} is a detections table, which has no images; omit --copy-images")
+    with_images = table.kind == "images" and copy_images is not False
     columns = ["image_id", "width", "height"]
     columns += ["path", "detections", "error"] if table.kind == "detections" else ["image.path", "objects"]
-    columns += ["image.bytes"] if with_pictures else []
+    columns += ["image.bytes"] if with_images else []
     file_names = FileNames(common_folder(table))
     names: list[str] = []
     num_boxes = num_copied = 0
-    for batch in table.iter_batches(columns, _PICTURES_AT_ONCE if with_pictures else ROWS_AT_ONCE):
+    for batch in table.iter_batches(columns, _IMAGES_AT_ONCE if with_images else ROWS_AT_ONCE):
         rows, texts = make_texts(_label_rows(table, batch, file_names))
         for name, text in zip(rows.names, texts, strict=True):
             if text is not None:
                 label = folder / labels_folder / name
                 _write(label.with_name(f"{label.name.rpartition('.')[0]}{extension}"), text.encode())
-        if with_pictures:
-            num_copied += _copy_pictures(table, batch, rows.names, folder / pictures_folder, all_=bool(copy_images))
+        if with_images:
+            num_copied += _copy_images(table, batch, rows.names, folder / images_folder, all_=bool(copy_images))
         names += rows.names
         num_boxes += len(rows.boxes_xywh)
-    (folder / pictures_folder).mkdir(parents=True, exist_ok=True)
+    (folder / images_folder).mkdir(parents=True, exist_ok=True)
     return WrittenLabels(names, num_boxes, num_copied, file_names.num_renamed)
 
 
@@ -237,8 +240,8 @@ def _label_rows(table: Table, batch: pa.RecordBatch, file_names: FileNames) -> L
     )
 
 
-def _copy_pictures(table: Table, batch: pa.RecordBatch, names: list[str], folder: Path, *, all_: bool) -> int:
-    """Writes the pictures of some rows: those in the table, and all others too where wanted; says how many."""
+def _copy_images(table: Table, batch: pa.RecordBatch, names: list[str], folder: Path, *, all_: bool) -> int:
+    """Copy the images of some rows, only those stored in the table unless `all_`, and return their number."""
     images: list[dict[str, Any]] = batch.column("image").to_pylist()
     pairs = [pair for pair in zip(names, images, strict=True) if all_ or pair[1]["bytes"] is not None]
 
@@ -249,7 +252,7 @@ def _copy_pictures(table: Table, batch: pa.RecordBatch, names: list[str], folder
         try:
             return read_reference(image["path"] or "")
         except ReadError as error:
-            raise UserError(f"{table.uri}: cannot copy the picture {image['path']}: {error}") from None
+            raise UserError(f"{table.uri}: cannot copy the image {image['path']}: {error}") from None
 
     for (name, _), data in zip(pairs, in_order(read, pairs), strict=True):
         _write(folder / name, data)

@@ -1,6 +1,6 @@
-"""The model card of a pushed checkpoint: what it finds, how well, and how it was made, as the Hub shows it.
+"""The model card of a pushed checkpoint: classes, metrics, data and recipe, as shown on the Hub.
 
-Data is named by the last part of its path alone: where it lay, in whose home or bucket, is nobody else's business.
+Data is named by the last part of its path only, because home folders and buckets are private.
 """
 
 import json
@@ -35,8 +35,8 @@ class BuiltCard:
     """A model card.
 
     Attributes:
-        content: Of README.md: metadata in YAML, then markdown.
-        notes: What whoever pushes it may have overlooked.
+        content: Content of README.md: metadata in YAML, then markdown.
+        notes: Warnings for the user who pushes it.
     """
 
     content: str
@@ -45,7 +45,7 @@ class BuiltCard:
 
 @dataclass(frozen=True)
 class _TrainedRun:
-    """What the training run left beside the checkpoint; empty where it is not there."""
+    """Config and history of the training run, next to the checkpoint; empty if missing."""
 
     config: dict[str, Any]
     history: list[EpochRecord]
@@ -53,7 +53,7 @@ class _TrainedRun:
 
 @dataclass(frozen=True)
 class _CardNumbers:
-    """COCO numbers in [0, 1], None where there is nothing to measure, and where they come from."""
+    """COCO metrics in [0, 1], None if undefined, and their origin."""
 
     data: str
     num_images: int | None
@@ -65,12 +65,12 @@ class _CardNumbers:
 
 
 def build_card(config: PushConfig, checkpoint: Checkpoint) -> BuiltCard:
-    """Writes the card of a checkpoint, from what its training run and `raydet evaluate` left.
+    """Build the card of a checkpoint from the files of its training run and of `raydet evaluate`.
 
-    The numbers are those of `config.metrics`, or else of the validation after the epoch that the checkpoint is of.
+    The metrics are those in `config.metrics` or, without it, those of the validation after the checkpoint's epoch.
 
     Raises:
-        UserError: `config.metrics` is no folder of `raydet evaluate`, or was measured on other classes.
+        UserError: `config.metrics` is not a folder of `raydet evaluate`, or was measured on other classes.
     """
     run = _read_run(checkpoint)
     if config.metrics is None:
@@ -97,18 +97,18 @@ def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
 
 
 def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
-    """The numbers that `raydet evaluate` wrote."""
+    """Read the metrics that `raydet evaluate` wrote."""
     uri = storage.absolute_uri(metrics)
     if not is_table(storage.join(uri, "metrics")):
         raise UserError(
-            f"--metrics {metrics} holds no metrics of `raydet evaluate`; give the folder that was its --out"
+            f"--metrics {metrics} holds no metrics of `raydet evaluate`; it must be the --out folder of that command"
         )
     table = _latest_run(uri, checkpoint.name)
     own, names = ([item.name for item in of.categories] for of in (checkpoint, table))
     if own and own != names:
         raise UserError(
-            f"--metrics {metrics} was measured on the classes {', '.join(names)}, but the checkpoint's are "
-            f"{', '.join(own)}; evaluate this checkpoint"
+            f"--metrics {metrics} was measured on the classes {', '.join(names)}, but the checkpoint has "
+            f"{', '.join(own)}; run `raydet evaluate` for this checkpoint"
         )
     rows = table.read()
     numbers: dict[str | None, dict[str, float | None]] = {name: {} for name in (None, *names)}
@@ -116,32 +116,32 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
         if value.slice is None:
             numbers.setdefault(value.category, {})[value.metric] = value.value
     if not numbers[None]:
-        raise UserError(f"--metrics {metrics} holds no numbers over all images; run `raydet evaluate` again")
+        raise UserError(f"--metrics {metrics} holds no metrics over all images; run `raydet evaluate` again")
     data = _bare_name(rows["split"][0].as_py() or "")
     counts = table.manifest["runs"][table.files[0]]
     num_images = counts.get("num_images")
     unreadable = counts.get("num_unreadable") or 0
     origin = f"Measured with `raydet evaluate` on {_escaped(data)}" + (f", {num_images:,} images" if num_images else "")
     if unreadable:
-        origin += f"; {unreadable:,} of them could not be read, and what is in them counts as missed"
+        origin += f"; {unreadable:,} of them were unreadable, and their objects count as missed"
     model = rows["model"][0].as_py()
     note = None
     if model is not None and model != checkpoint.name:
-        note = f"the numbers in {metrics} were measured with {model}; make sure that it is the model you push"
+        note = f"the metrics in {metrics} were measured with {model}; check that this is the model you push"
     return _CardNumbers(
         data, num_images, origin + ".", numbers[None], {name: numbers[name] for name in names}, True, note
     )
 
 
 def _latest_run(uri: str, model: str) -> Table:
-    """The metrics of the last run of this model; of the last one of all where none is of it."""
+    """Return the metrics of this model's latest run, or of the latest run if none is of this model."""
     tables = [table for run in metrics_folder.runs_in(uri) if (table := metrics_folder.open_run(uri, "metrics", run))]
     of_model = [table for table in tables if pc.any(pc.equal(table.read(["model"])["model"], model)).as_py()]
     return (of_model or tables)[-1]
 
 
 def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumbers | None:
-    """The validation numbers of the epoch that the checkpoint is of."""
+    """Return the validation metrics of the checkpoint's epoch."""
     chosen_by = run.config.get("metric_for_best_model") or "AP"
     is_newest = checkpoint.name.rstrip("/").endswith("/last")
     epoch = run.history[-1] if is_newest and run.history else best_epoch(run.history, chosen_by)
@@ -151,12 +151,11 @@ def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumb
     data, num_images = _bare_name(table), _num_images(table, checkpoint)
     part = run.config.get("validate_fraction") or 1.0
     images = "the validation images" if part == 1 else f"{part:.0%} of the validation images"
-    why = "the newest" if is_newest else f"the best by {_escaped(chosen_by)}"
-    origin = (
-        f"Measured in training, on {images} ({_escaped(data)}) after epoch {epoch.epoch} of {len(run.history)}, {why}."
-    )
+    why = "the latest epoch" if is_newest else f"the best by {_escaped(chosen_by)}"
+    when = f"after epoch {epoch.epoch} of {len(run.history)}, {why}"
+    origin = f"Measured during training on {images} ({_escaped(data)}) {when}."
     if not is_newest:
-        origin += " The checkpoint was chosen by these numbers, so on other images expect somewhat lower ones."
+        origin += " The checkpoint was selected by these metrics, so expect somewhat lower ones on other images."
     return _CardNumbers(
         data,
         num_images if part == 1 else None,
@@ -168,9 +167,9 @@ def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumb
 
 
 def _num_images(uri: str, checkpoint: Checkpoint) -> int | None:
-    """How many images a table has, if it is still there and in the store that the checkpoint is in.
+    """Return the number of images in a table; None if it is missing or in another store than the checkpoint.
 
-    Another store may not be within reach from here, and to find that out takes a quarter of a minute.
+    Another store may be unreachable from here, which takes a quarter of a minute to time out.
     """
     if urlsplit(uri).scheme not in ("", "file", urlsplit(checkpoint.name).scheme):
         return None
@@ -198,7 +197,7 @@ def _card(config: PushConfig, checkpoint: Checkpoint, run: _TrainedRun, measured
     if base:
         origin = f", fine-tuned from [{_escaped(base)}](https://huggingface.co/{base})"
     elif model:
-        # A path would say where it lay on one machine, and nothing about the model.
+        # A path names a folder on one machine and says nothing about the model.
         origin = ", fine-tuned from another checkpoint" if "/" in model else f", trained from scratch as `{model}`"
     sections = [
         f"# {_escaped(title)}",
@@ -256,7 +255,7 @@ def _numbers_section(measured: _CardNumbers | None) -> list[str]:
     ]
     sections = [
         "## Evaluation",
-        f"{measured.origin} The numbers are COCO's, as pycocotools gives them.",
+        f"{measured.origin} These are COCO metrics, equal to those of pycocotools.",
         _table(("metric", "value", "IoU", "area", "detections"), rows),
     ]
     return [*sections, _table(("class", *columns), by_class)] if by_class else sections
@@ -269,12 +268,12 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 detector = pipeline("object-detection", model="{config.repo}"{revision})
-print(detector("picture.jpg", threshold=0.3))
+print(detector("image.jpg", threshold=0.3))
 
 # Or step by step:
 processor = AutoImageProcessor.from_pretrained("{config.repo}"{revision})
 model = AutoModelForObjectDetection.from_pretrained("{config.repo}"{revision})
-image = Image.open("picture.jpg").convert("RGB")
+image = Image.open("image.jpg").convert("RGB")
 outputs = model(**processor(images=image, return_tensors="pt"))
 found = processor.post_process_object_detection(
     outputs, threshold=0.3, target_sizes=[(image.height, image.width)]
@@ -300,7 +299,7 @@ def _data_section(checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbe
 
 
 def _recipe_section(run: _TrainedRun) -> list[str]:
-    """The options that decide the result; `epochs`, which may be raised later, is one of them for a reader."""
+    """List the training options that affect the result, and `epochs`, which is operational but informative."""
     names = [
         item.name
         for item in fields_of(TrainConfig)
@@ -329,12 +328,12 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text as itself in a line of markdown, whatever characters it holds."""
+    """Escape text for one line of markdown."""
     return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", one_line(text))
 
 
 def _bare_name(uri: str) -> str:
-    """The last part of a path or URI, without host, credentials, query and the folders above it."""
+    """Return the last part of a path or URI, without host, credentials, query and parent folders."""
     path = urlsplit(uri).path if "://" in uri else uri
     return path.rstrip("/").rpartition("/")[2].rpartition("@")[2] or "images"
 

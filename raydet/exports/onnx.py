@@ -1,4 +1,4 @@
-"""A checkpoint as one ONNX file, checked against torch before it is written."""
+"""Checkpoint → one ONNX file, checked against torch before it is written."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,23 +21,24 @@ from raydet.tables import storage
 from raydet.tables.new_output import new_file
 
 MAX_DIFFERENCE = 1e-3
-"""Between the file's and torch's scores and boxes, the latter in parts of the image's side."""
+"""Largest accepted difference to torch in scores and boxes; boxes are fractions of the image's sides."""
 
 _CHECKED_BATCHES = (1, 3)
 
 
 @dataclass(frozen=True)
 class OnnxExportReport:
-    """What was written.
+    """Result of an export to ONNX.
 
     Attributes:
         path: The file.
-        num_bytes: Its size.
-        opset: Of the ONNX standard.
-        input_names: `pixel_values` float32 [B, 3, H, W] and perhaps `pixel_mask` int64 [B, H, W].
-        image_size_hw: Height and width in pixels that it takes; None where it takes any.
-        num_classes: Classes that it knows; logits may have one more, "no object".
-        max_difference: From torch's scores and boxes (parts of the image's side) on random pictures.
+        num_bytes: Size of the file in bytes.
+        opset: ONNX opset version.
+        input_names: `pixel_values` float32 [B, 3, H, W] and, for some models, `pixel_mask` int64 [B, H, W].
+        image_size_hw: Required height and width in pixels; None if any size works.
+        num_classes: Number of classes; logits may have one more, "no object".
+        max_difference: Largest difference to torch in scores and boxes (fractions of the image's sides) on random
+            images.
     """
 
     path: str
@@ -49,7 +50,7 @@ class OnnxExportReport:
     max_difference: float
 
     def lines(self) -> list[str]:
-        """The report for the screen."""
+        """Return a summary for the terminal."""
         size = (
             "any height and width" if self.image_size_hw is None else f"{self.image_size_hw[0]}×{self.image_size_hw[1]}"
         )
@@ -61,17 +62,18 @@ class OnnxExportReport:
 
 
 def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
-    """Writes a detector as one ONNX file, whole or not at all.
+    """Write a detector as one ONNX file, atomically.
 
-    It takes normalised pixels and gives the raw `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], centre form in parts of
-    the image without its padding; the number of images is free. Its metadata hold, as JSON, what is needed around
-    it: `categories`, `image_size_hw`, `image_mean`, `image_std`, `rescale_factor`, and `raydet_version`.
+    The graph accepts normalised pixels and returns raw `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in
+    fractions of the image without its padding; the batch size B is dynamic. Its metadata hold as JSON the values for
+    pre- and post-processing: `categories`, `image_size_hw`, `image_mean`, `image_std`, `rescale_factor`, and
+    `raydet_version`.
 
-    It runs beside torch on random pictures before it is written. A file that is there is replaced.
+    The graph is compared with torch on random images before it is written. An existing file is replaced.
 
     Raises:
-        UserError: No such model, one that cannot be exported so, or a package is missing.
-        RunError: The graph's answers differ from torch's by more than `MAX_DIFFERENCE`.
+        UserError: The model does not exist or cannot be exported, or a package is missing.
+        RunError: The graph's outputs differ from torch's by more than `MAX_DIFFERENCE`.
     """
     require_packages("onnx")
     checkpoint, out, image_size = config.checkpoint, storage.absolute_uri(config.out), config.image_size
@@ -84,11 +86,11 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
 
 
 def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, float]:
-    """Makes the detector and its ONNX file, and measures how far their answers differ."""
+    """Build the detector and its ONNX graph, and measure the largest difference of their outputs."""
     if image_size is None:
         detector = load_detector(checkpoint)
     else:
-        # Made as for training at this size: position codes and anchors are not laid out for the old one.
+        # Built as for training at this size, because positional encodings and anchors depend on it.
         categories = read_checkpoint(checkpoint).categories
         detector = build_detector(checkpoint, categories, image_size=image_size, seed=0)
         detector.model.eval()
@@ -96,14 +98,14 @@ def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, fl
     difference = _difference(detector, data)
     if not difference <= MAX_DIFFERENCE:
         raise RunError(
-            f"the ONNX graph of {checkpoint} answers otherwise than torch does: scores or boxes differ by "
-            f"{difference:.1e}, more than {MAX_DIFFERENCE:.0e}; nothing was written"
+            f"the ONNX graph of {checkpoint} differs from torch by {difference:.1e} in scores or boxes, more than "
+            f"{MAX_DIFFERENCE:.0e}; nothing was written"
         )
     return detector, data, difference
 
 
 def _difference(detector: Detector, graph: bytes) -> float:
-    """The largest difference between the answers of torch and of a graph, over random batches of 1 and of 3."""
+    """Return the largest difference between the outputs of torch and of a graph, over random batches of 1 and 3."""
     session = open_session(graph, num_threads=torch.get_num_threads())
     worst = 0.0
     for batch_size in _CHECKED_BATCHES:
@@ -121,18 +123,18 @@ def _difference(detector: Detector, graph: bytes) -> float:
 
 
 def _answers(detector: Detector, logits: Tensor, boxes: Tensor) -> Any:
-    """float64 [B, Q, C + 4]: scores of the classes, and boxes."""
+    """Return class scores and cxcywh boxes, float64 [B, Q, C + 4]."""
     scores = logits.softmax(-1)[..., :-1] if detector.family.softmax else logits.sigmoid()
     return torch.cat([scores, boxes], dim=-1).double().numpy()
 
 
 def _distance(mine: Any, other: Any) -> float:
-    """The largest difference between the queries of an image, each with its own partner.
+    """Return the largest difference between the queries of an image after optimal matching.
 
-    Families that choose their queries may list them in another order, and the last ones chosen may be others, where
-    rounding decides; so the lower half by score is left out.
+    Families that select their queries may order them differently, and rounding may change the last ones selected;
+    therefore the lower half by score is ignored.
     """
-    assert mine.shape == other.shape, f"{mine.shape} answers are not {other.shape}"
+    assert mine.shape == other.shape, f"output shapes differ: {mine.shape} and {other.shape}"
     if not np.isfinite(other).all():
         return float("inf")
     between = np.abs(mine[:, None] - other[None]).max(axis=-1)

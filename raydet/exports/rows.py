@@ -1,4 +1,4 @@
-"""The rows of an images or a detections table, for all that is exported from them."""
+"""Rows of an images or detections table: validation and conversion shared by the exports."""
 
 import posixpath
 from typing import Any
@@ -16,47 +16,47 @@ Numbers = npt.NDArray[Any]
 
 
 def refuse(bad: Numbers, image_ids: Numbers, what: str, where: str) -> None:
-    """Refuses a table in which any box is bad.
+    """Refuse a table that contains invalid boxes.
 
     Args:
-        bad: Which boxes, [N].
-        image_ids: Of each box, [N].
-        what: The bad thing that they have.
-        where: The table.
+        bad: Mask of the invalid boxes, bool [N].
+        image_ids: Image id of each box, int64 [N].
+        what: Description of the invalid value.
+        where: URI of the table.
 
     Raises:
-        UserError: There is one.
+        UserError: Any box is invalid.
     """
     if bad.any():
-        raise UserError(f"{where}: {bad.sum()} boxes have {what}, such as one in image {image_ids[bad][0]}")
+        raise UserError(f"{where}: {bad.sum()} boxes have {what}, for instance in image {image_ids[bad][0]}")
 
 
 def refuse_categories(table: Table, image_ids: Numbers, indices: Numbers) -> None:
-    """Refuses a table in which a box has a class that the table does not know.
+    """Refuse a table with a category index outside its categories; `image_ids` and `indices` are int64 [N].
 
     Raises:
-        UserError: There is one.
+        UserError: An index is out of range.
     """
     unknown = (indices < 0) | (indices >= len(table.categories))
-    refuse(unknown, image_ids, f"a category that is not one of the table's {len(table.categories)}", table.uri)
+    refuse(unknown, image_ids, f"a category index outside the table's {len(table.categories)} categories", table.uri)
 
 
 def refuse_boxes(table: Table, image_ids: Numbers, boxes_xywh: Numbers) -> None:
-    """Refuses a table in which a box, [N, 4], has a number that is not finite.
+    """Refuse a table with a coordinate that is not finite; `image_ids` is [N], `boxes_xywh` [N, 4].
 
     Raises:
-        UserError: There is one.
+        UserError: A coordinate is not finite.
     """
     refuse(np.logical_not(np.isfinite(boxes_xywh).all(axis=1)), image_ids, "a number that is not finite", table.uri)
 
 
 def common_folder(table: Table) -> str | None:
-    """The folder, with its final slash, that all paths begin with where they are whole; None for relative ones."""
+    """Return the common folder of all absolute paths, with a trailing slash; None for relative paths."""
     first: str | None = None
     last = ""
     is_images = table.kind == "images"
     for batch in table.iter_batches(["image.path" if is_images else "path"], ROWS_AT_ONCE):
-        # What the first and the last by name have in common, all between them have too.
+        # A common prefix of the first and the last path in sorted order is common to all.
         ends = pc.min_max(pc.struct_field(batch.column("image"), "path") if is_images else batch.column("path"))
         if ends["min"].is_valid:
             first = ends["min"].as_py() if first is None else min(first, ends["min"].as_py())
@@ -68,5 +68,5 @@ def common_folder(table: Table) -> str | None:
 
 
 def as_text(numbers: Numbers) -> pa.StringArray:
-    """Numbers as JSON: Arrow writes the shortest digits that read back to the same float64."""
+    """Format numbers as JSON; Arrow writes the shortest digits that read back to the same float64."""
     return pc.cast(pa.array(numbers), pa.string())

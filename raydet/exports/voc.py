@@ -1,10 +1,10 @@
 """Images tables → Pascal VOC XML files, in the folders of the VOC devkit.
 
-`Annotations` has one XML file an image, `JPEGImages` the pictures, `ImageSets/Main/train.txt` their names. The classes
-stand in `labelmap.txt` for CVAT, and in `classes.txt` in their order. The first pixel is 1, so that xmin = left + 1 and
-xmax = left + width; where it is 0, xmin = left and xmax = left + width. Fractions are written with as many digits as
-it takes to read the same float64 back, whole numbers without any. Counted from 1, the corners of a box narrower than a
-pixel are the wrong way round, which raydet reads back and some programs refuse.
+`Annotations` has one XML file per image, `JPEGImages` the images, `ImageSets/Main/train.txt` their names. The classes
+are listed in `labelmap.txt` for CVAT, and in index order in `classes.txt`. Pixels count from 1, so that xmin = left + 1
+and xmax = left + width; zero-based, xmin = left and xmax = left + width. Fractions have enough digits to read the same
+float64 back, integers have none. Counted from 1, a box narrower than a pixel has xmin > xmax, which raydet reads back
+and some programs refuse.
 """
 
 from pathlib import PurePosixPath
@@ -22,26 +22,26 @@ from raydet.tables import storage
 from raydet.tables.new_output import new_folder
 from raydet.tables.table import open_table
 
-_PICTURES = "JPEGImages"
+_IMAGES = "JPEGImages"
 
 
 def export_voc(config: ExportVocConfig) -> FolderExportReport:
-    """Writes an images table as Pascal VOC XML files.
+    """Write an images table as Pascal VOC XML files.
 
-    Crowds become `difficult` objects. The format has no place for scores, so that a table of detections is refused:
-    read back, guesses would be truth. Ids of images, boxes and classes have no place either: images keep their names.
+    Crowds become `difficult` objects. The format has no scores, so a detections table is refused: read back, its
+    predictions would become ground truth. Ids of images, boxes and classes are lost; images keep their names.
 
     Returns:
-        What was written.
+        Counts and folders of the export.
 
     Raises:
-        UserError: There is no such table, it is one of detections or damaged, a number or the name of a class in it
-            means nothing, a picture cannot be copied, or `out` holds other files. Nothing has been written then.
+        UserError: The table is missing, damaged or holds detections, a number in it is not finite, a class name is
+            invalid, an image cannot be copied, or `out` holds other files. Nothing has been written.
     """
     out, uri = storage.absolute_uri(config.out), storage.absolute_uri(config.data)
     table = open_table(uri, ("images", "detections"))
     if table.kind == "detections":
-        raise UserError(f"{uri} is a table of detections: Pascal VOC has no place for scores; export coco or yolo")
+        raise UserError(f"{uri} is a detections table, but Pascal VOC has no scores; use export coco or export yolo")
     names = check_class_names(table)
     escaped_names = pa.array([escape(name) for name in names], pa.string())
 
@@ -54,7 +54,7 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
         written = write_labels(
             table,
             folder,
-            pictures_folder=_PICTURES,
+            images_folder=_IMAGES,
             labels_folder="Annotations",
             extension=".xml",
             copy_images=config.copy_images,
@@ -70,12 +70,12 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return FolderExportReport(
-        out, len(written.names), written.num_boxes, written.num_copied, _PICTURES, written.num_renamed, {}
+        out, len(written.names), written.num_boxes, written.num_copied, _IMAGES, written.num_renamed, {}
     )
 
 
 def _objects(rows: LabelRows, escaped_names: pa.StringArray, first_pixel: float) -> pa.StringArray:
-    """One `<object>` for each box."""
+    """Build one `<object>` per box."""
     starts = rows.boxes_xywh[:, :2] + first_pixel
     ends = rows.boxes_xywh[:, :2] + rows.boxes_xywh[:, 2:]
     xmin, ymin, xmax, ymax = (as_text(column) for column in np.concatenate([starts, ends], axis=1).T.copy())
@@ -99,7 +99,7 @@ def _objects(rows: LabelRows, escaped_names: pa.StringArray, first_pixel: float)
 
 def _document(name: str, width: float, height: float, objects: str) -> str:
     return (
-        f"<annotation>\n  <folder>{_PICTURES}</folder>\n  <filename>{escape(PurePosixPath(name).name)}</filename>\n"
+        f"<annotation>\n  <folder>{_IMAGES}</folder>\n  <filename>{escape(PurePosixPath(name).name)}</filename>\n"
         f"  <size>\n    <width>{width:.0f}</width>\n    <height>{height:.0f}</height>\n"
         f"    <depth>3</depth>\n  </size>\n"
         f"  <segmented>0</segmented>\n{objects}</annotation>\n"

@@ -1,1 +1,1 @@
-"""An images table → one HTML page about it."""
+"""Images table → HTML page and tables about the data set."""

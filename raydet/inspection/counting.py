@@ -1,4 +1,4 @@
-"""The numbers of a data set, counted batch by batch: memory grows with the classes, not with the rows."""
+"""Statistics of a data set, counted batch by batch; memory grows with the classes, not with the rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ from scipy import sparse
 from raydet.inspection.rows import Floats, Integers, Rows
 
 SMALL_PX2, MEDIUM_PX2 = 32.0**2, 96.0**2
-"""COCO's borders between small, medium and large objects, by area in square pixels."""
+"""COCO's limits between small, medium and large objects, by area in square pixels."""
 GRID = 24
-"""Boxes' centres are counted in so many columns and rows."""
+"""Number of rows and columns of the grid in which box centres are counted."""
 
 _INF = float("inf")
 _RATIOS = (0, 1 / 20, 1 / 10, 1 / 5, 1 / 3, 1 / 2, 2 / 3, 4 / 5, 5 / 4, 3 / 2, 2, 3, 5, 10, 20, _INF)
@@ -19,7 +19,7 @@ _RATIOS = (0, 1 / 20, 1 / 10, 1 / 5, 1 / 3, 1 / 2, 2 / 3, 4 / 5, 5 / 4, 3 / 2, 2
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a histogram is of: name, title, unit, whether boxes or images are counted, and the borders of its bins."""
+    """Histogram definition: name, title, unit, whether boxes or images are counted, and bin edges."""
 
     name: str
     title: str
@@ -48,25 +48,26 @@ QUANTITIES = (
     ),
     Quantity("image_aspect_ratio", "Aspect ratios of images", "width / height", False, _RATIOS),
 )  # fmt: skip
-"""A value on a border belongs to the bin above it; the outermost bins hold all that lies beyond."""
+"""A value on an edge belongs to the upper bin; the outermost bins include all values beyond."""
 
 
 class Counts:
     """Sums over all images and boxes of a table.
 
     Attributes:
-        num_images: Images.
-        num_empty: Images without a box.
-        boxes: Of each class, crowds included, int64 [C].
-        crowds: Boxes that cover many objects, int64 [C].
-        sizes: Small, medium and large boxes of each class by COCO's areas, without crowds, int64 [C, 3].
-        images: Images that hold the class, int64 [C].
-        histograms: By quantity, int64 [C + 1, bins]: a row for each class and, last, for all together. Those of
-            images have a row for a class where it is in the image; `boxes_per_image` then counts the boxes of that
-            class.
-        centres: Boxes by the place of their centre in the image, int64 [C, GRID, GRID]: class, row, column.
-        smallest_wh: Of all images, each side by itself, in pixels.
-        largest_wh: Alike.
+        num_images: Number of images.
+        num_empty: Number of images without boxes.
+        boxes: Number of boxes by class, crowds included, int64 [C].
+        crowds: Number of crowd boxes by class, int64 [C].
+        sizes: Number of small, medium and large boxes by class and COCO's areas, crowds excluded, int64 [C, 3].
+        images: Number of images that contain the class, int64 [C].
+        histograms: Histograms by quantity, int64 [C + 1, bins]: a row per class and, last, one for all classes. The
+            class rows of image quantities count the images that contain the class; `boxes_per_image` then counts
+            only boxes of that class.
+        centres: Number of boxes by the position of their centre in the image, int64 [C, GRID, GRID]: class, row,
+            column.
+        smallest_wh: Smallest width and smallest height of all images, in pixels.
+        largest_wh: Largest width and largest height of all images, in pixels.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -87,16 +88,16 @@ class Counts:
 
     @property
     def num_boxes(self) -> int:
-        """Boxes of all classes, crowds included."""
+        """Number of boxes of all classes, crowds included."""
         return int(self.boxes.sum())
 
     def together(self) -> tuple[Integers, Integers, Integers]:
-        """Pairs of different classes that are ever in one image, first < second, and in how many images they are."""
+        """Return pairs of different classes that share an image, first < second, and the number of such images."""
         upper = sparse.triu(self._together, k=1).tocoo()
         return upper.row.astype(np.int64), upper.col.astype(np.int64), upper.data
 
     def add(self, rows: Rows) -> None:
-        """Counts some images."""
+        """Count some images."""
         self.num_images += len(rows.image_ids)
         self.num_empty += int((rows.num_boxes == 0).sum())
         if len(rows.image_ids):
@@ -145,11 +146,11 @@ class Counts:
             self._count(name, of_class, categories, of_all=value)
 
     def _count(self, name: str, values: Floats, categories: Integers, of_all: Floats | None = None) -> None:
-        """Adds values to a histogram's rows of the classes, and these or others to that of all."""
+        """Add values to a histogram's class rows, and the same or other values to the row of all classes."""
         histogram = self.histograms[name]
         edges = next(quantity.edges for quantity in QUANTITIES if quantity.name == name)
         num_bins = len(edges) - 1
-        # The outermost bins are open: what lies beyond the first or the last edge is theirs.
+        # The outermost bins are open: they include values beyond the first and last edge.
         bins = np.searchsorted(edges[1:-1], values, side="right")
         by_class = np.bincount(categories * num_bins + bins, minlength=self.num_classes * num_bins)
         histogram[:-1] += by_class.reshape(self.num_classes, num_bins)
@@ -158,15 +159,15 @@ class Counts:
 
 
 def _ratio(width: Floats, height: Floats) -> Floats:
-    """Width over height; 1 where both are nothing."""
+    """Return width over height; 1 if both are zero."""
     safe = np.maximum(height, 1e-9)
     return np.asarray(np.where((width <= 0) & (height <= 0), 1.0, np.maximum(width, 0) / safe))
 
 
 def distance(one: Integers, other: Integers) -> float | None:
-    """How far two histograms lie apart, from 0 (the same shares) to 1 (nothing in common); None where one is empty.
+    """Return the distance of two histograms, from 0 (equal shares) to 1 (nothing in common); None if one is empty.
 
-    The total variation distance, half the sum of the differences of the shares.
+    This is the total variation distance: half the sum of the absolute differences of the shares.
     """
     if not one.sum() or not other.sum():
         return None

@@ -1,4 +1,4 @@
-"""Images that stand in two tables: the same bytes, or the same path where a table holds paths only."""
+"""Images that are in two tables: the same bytes, or the same path if a table contains only paths."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from raydet.tables.columns import places_in
 from raydet.tables.table import Table
 
 _BATCH_ROWS = 64
-"""Images at once: their bytes are in memory."""
+"""Number of images per batch; their bytes are in memory."""
 
 _Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Twin:
-    """An image that both tables have: its id and path in the first, and its id in the second."""
+    """Image in both tables: its id and path in the first table, and its id in the second."""
 
     image_id: int
     path: str
@@ -29,17 +29,17 @@ class Twin:
 
 
 def identical_images(data: Table, val: Table) -> Iterator[Twin]:
-    """Finds the images of the first table that are in the second one too, in the first one's order.
+    """Yield the images of the first table that are also in the second one, in the first table's order.
 
-    Bytes are compared by 64 bits of BLAKE2b: of a million images beside a million others, two that differ are taken
-    for the same with a probability of 5e-8. Of the second table 24 bytes an image are kept in memory.
+    Bytes are compared by 64 bits of BLAKE2b: for two tables of a million images each, the probability of a false match
+    is 5e-8. The second table takes 24 bytes of memory per image.
     """
     lengths, hashes, image_ids = _read_all(val)
     order = np.argsort(hashes, kind="stable")
     hashes, image_ids, known_lengths = hashes[order], image_ids[order], np.unique(lengths)
     for batch in data.iter_batches(["image_id", "image"], batch_size=_BATCH_ROWS):
         images = batch.column("image")
-        # Nearly all images are told apart by their length alone, which costs nothing.
+        # Nearly all images differ in length, which is free to compare.
         rows = np.flatnonzero(np.isin(_lengths(images), known_lengths))
         own = _hashes(images.take(pa.array(rows)))
         places, is_known = places_in(hashes, own)
@@ -58,7 +58,7 @@ def _read_all(table: Table) -> tuple[Integers, _Hashes, Integers]:
 
 
 def _lengths(images: pa.StructArray) -> Integers:
-    """Bytes of each image; -1 where the table holds its path only."""
+    """Return the number of bytes of each image; -1 if the table contains only its path."""
     lengths = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), -1)
     return np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
 

@@ -1,4 +1,4 @@
-"""An images table → one HTML page that says what is in it, what is odd, and what a model in training will see of it."""
+"""Images table → HTML page with statistics, findings, and the model's view of the images in training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from raydet.config import InspectConfig, TrainConfig, config_hash, identity
 from raydet.config.options import load_file
 from raydet.inspection.counting import Counts
 from raydet.inspection.identical import identical_images
-from raydet.inspection.oddities import MEANINGS, DataFinding, Findings, add_class_findings, add_oddities
+from raydet.inspection.oddities import MEANINGS, DataFinding, Findings, add_class_findings, add_row_findings
 from raydet.inspection.picks import Picker
 from raydet.inspection.prepared import add_prepared_findings, preparation_of
 from raydet.inspection.rows import stream_rows
@@ -27,16 +27,16 @@ _MOST_CLASSES_IN_LINES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What `inspect` found and wrote.
+    """Result of `inspect`.
 
     Attributes:
-        out: The folder, with inspect.html and the tables.
-        page: The HTML file.
-        num_bytes: Of that file.
-        names: Of the classes, by their indices.
-        counts: By split: `data`, and `val` where there is one.
-        findings: What is odd.
-        num_pictures: Images shown on the page.
+        out: Folder with inspect.html and the tables.
+        page: HTML file.
+        num_bytes: Size of that file.
+        names: Class names by index.
+        counts: Counts by split: `data`, and `val` if given.
+        findings: Findings.
+        num_pictures: Number of images shown on the page.
     """
 
     out: str
@@ -48,7 +48,7 @@ class Inspection:
     num_pictures: int
 
     def lines(self) -> list[str]:
-        """The summary as text."""
+        """Return the summary as text."""
         lines = []
         for split, counts in self.counts.items():
             about = f"{counts.num_images:,} images, {counts.num_boxes:,} boxes, {counts.num_classes:,} classes"
@@ -62,10 +62,10 @@ class Inspection:
         lines += ["", *aligned(rows)] if order else []
         if len(order) > _MOST_CLASSES_IN_LINES:
             lines.append(f"… and {len(order) - _MOST_CLASSES_IN_LINES:,} classes with fewer boxes")
-        lines += ["", *self._odd_lines(), f"page ({self.num_bytes / 1e6:.1f} MB): {self.page}"]
+        lines += ["", *self._finding_lines(), f"page ({self.num_bytes / 1e6:.1f} MB): {self.page}"]
         return lines
 
-    def _odd_lines(self) -> list[str]:
+    def _finding_lines(self) -> list[str]:
         rows = []
         for split, kind in self.findings.sorted_keys():
             title = MEANINGS[kind][0] if kind in MEANINGS else kind
@@ -79,17 +79,17 @@ class Inspection:
 
 
 def inspect(config: InspectConfig) -> Inspection:
-    """Writes OUT/inspect.html and the tables beside it.
+    """Write OUT/inspect.html and the tables next to it.
 
-    The table is streamed without its image bytes, and memory does not grow with its rows; bytes are read of the
-    images that are drawn, and of all only to compare them with those of `val_data`.
+    The table is streamed without its image bytes, and memory does not grow with its rows. Image bytes are read only for
+    the images that are drawn, and for all images to compare them with `val_data`.
 
     Args:
-        config: The table, where to write, and the training whose view of the images is shown.
+        config: Table, output folder, and the training whose view of the images is shown.
 
     Raises:
-        UserError: No images table, one without images, an augmentation, model or training config that cannot be used,
-            or an OUT that holds other things. Nothing has been written then.
+        UserError: The images table is missing or empty, an augmentation, model or training config is invalid, or OUT
+            holds other files. Nothing has been written in that case.
     """
     tables = {"data": _open(config.data)}
     if config.val_data is not None:
@@ -107,7 +107,7 @@ def _inspect_into(
     folder: OutputFolder, own_identity: dict[str, Any], config: InspectConfig, tables: dict[str, Table]
 ) -> Inspection:
     training = _training(config)
-    # Only now: they bring torch, which takes seconds that a wrong option must not cost.
+    # Imported only now: they import torch, which takes seconds that an invalid option should not cost.
     from raydet.augmentation.transforms import check_augmentation
     from raydet.augmentation.view import View
     from raydet.inspection.page import render
@@ -151,12 +151,12 @@ def _inspect_into(
 def _open(uri: str) -> Table:
     table = open_table(uri, "images")
     if not table.num_rows:
-        raise UserError(f"the images table {table.uri} has no rows: there is nothing to inspect")
+        raise UserError(f"the images table {table.uri} has no rows to inspect")
     return table
 
 
 def _training(config: InspectConfig) -> TrainConfig:
-    """The training whose view is shown: the recipe, or train's defaults, with what the options override."""
+    """Return the training whose view is shown: the recipe, or train's defaults, with the overriding options."""
     given = {name: getattr(config, name) for name in ("augmentation", "model", "image_size")}
     given = {name: value for name, value in given.items() if value is not None}
     paths: dict[str, Any] = {"train_data": config.data, "val_data": config.val_data or config.data, "out": config.out}
@@ -170,7 +170,7 @@ def _count(table: Table, split: str, findings: Findings, model_side_px: int, pic
     counts = Counts(len(names))
     for rows in stream_rows(table):
         counts.add(rows)
-        add_oddities(findings, rows, split, names, model_side_px)
+        add_row_findings(findings, rows, split, names, model_side_px)
         if picker is not None:
             picker.add(rows)
     add_class_findings(findings, counts, split, names)
@@ -178,7 +178,7 @@ def _count(table: Table, split: str, findings: Findings, model_side_px: int, pic
 
 
 def _add_prepared(findings: Findings, tables: dict[str, Table]) -> None:
-    """Takes over what `prepare` said, once where both tables come from one preparation."""
+    """Add the findings of `prepare`, only once if both tables come from one preparation."""
     seen: set[str] = set()
     for split, table in tables.items():
         preparation = preparation_of(table)
@@ -189,7 +189,7 @@ def _add_prepared(findings: Findings, tables: dict[str, Table]) -> None:
 
 
 def _compare(data: Table, val: Table, counts: dict[str, Counts], findings: Findings) -> None:
-    """Looks for images that both tables have, and for classes that only one of them has boxes of."""
+    """Add findings for images that both tables have, and for classes with boxes in only one of them."""
     for twin in identical_images(data, val):
         detail = f"image {twin.val_image_id} of the validation data"
         findings.add(

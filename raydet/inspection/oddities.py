@@ -1,4 +1,4 @@
-"""What is odd in a data set: found while it is streamed, counted in full, listed up to a limit."""
+"""Findings about a data set: detected while it is streamed, counted completely, listed up to a limit."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,42 +14,42 @@ from raydet.inspection.rows import Integers, Rows
 EXTREME_RATIO = 20.0
 SAME_PLACE_IOU = 0.95
 FAR_LARGER = 4.0
-"""An image is far larger than a model sees it when its longer side is more than so many times the model's."""
+"""An image is far larger than the model's view if its longer side exceeds the model's by this factor."""
 RARE_SHARE = 0.01
-"""A class is rare with fewer boxes than this share of those of the most frequent class."""
+"""A class is rare if it has fewer boxes than this share of the most frequent class."""
 MOST_LISTED = 1000
-"""Cases of each kind that the table lists."""
+"""Maximum number of cases listed in the table per kind."""
 MEANINGS = {
-    "rejected": ("Images left out", "`prepare` could not take them, for the reasons named"),
-    "identical_images": ("Same image in both tables", "what is learnt from must not be measured on"),
+    "rejected": ("Images left out", "`prepare` rejected them for the reasons given"),
+    "identical_images": ("Same image in both tables", "training images must not be used for validation"),
     "class_only_in_data": ("Class missing in the validation data", "its AP cannot be measured"),
-    "class_only_in_val": ("Class only in the validation data", "it is measured, but never learnt"),
-    "class_without_boxes": ("Class without boxes", "named, but nothing is labelled with it"),
+    "class_only_in_val": ("Class only in the validation data", "it is measured, but never trained"),
+    "class_without_boxes": ("Class without boxes", "listed, but no object has this label"),
     "rare_class": ("Rare class", f"fewer than {RARE_SHARE:.0%} of the boxes of the most frequent class"),
-    "image_without_boxes": ("Image without boxes", "right where nothing is to be found, otherwise labels are missing"),
-    "duplicate_boxes": ("Duplicate box", "the same box of the same class again in an image"),
-    "same_place": ("Two classes in one place", f"boxes of different classes with an IoU from {SAME_PLACE_IOU} on"),
-    "tiny_boxes": ("Box below 1 px²", "nobody can find it"),
+    "image_without_boxes": ("Image without boxes", "correct if it shows no objects, otherwise its labels are missing"),
+    "duplicate_boxes": ("Duplicate box", "repeats a box of the same class in the same image"),
+    "same_place": ("Two classes at one location", f"boxes of different classes with IoU ≥ {SAME_PLACE_IOU}"),
+    "tiny_boxes": ("Box below 1 px²", "too small to detect"),
     "extreme_aspect_ratio": ("Extreme aspect ratio", f"one side is more than {EXTREME_RATIO:.0f} times the other"),
     "large_image": (
-        "Image far larger than the model sees it",
-        f"shrunk by more than {FAR_LARGER:.0f}; small objects are lost, so think of a larger --image-size or of tiles",
+        "Image far larger than the model's view",
+        f"reduced by a factor above {FAR_LARGER:.0f}; small objects vanish, so consider a larger --image-size or tiles",
     ),
 }
-"""Title and meaning of each kind; those that `prepare` found carry their own words."""
+"""Title and meaning of each kind; kinds reported by `prepare` are shown under their own name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFinding:
-    """One case of something odd.
+    """Single finding.
 
     Attributes:
         split: `data` or `val`.
-        kind: What it is, a key of `MEANINGS` or a kind of `prepare`'s.
-        image_id: Where; None where it is no matter of one image.
-        path: Of that image; may be empty.
-        category: Name of the class; None where it is no matter of one class.
-        detail: Numbers, in words.
+        kind: Key of `MEANINGS`, or a kind reported by `prepare`.
+        image_id: Affected image; None if it does not concern a single image.
+        path: Path of that image; may be empty.
+        category: Class name; None if it does not concern a single class.
+        detail: Description with numbers.
     """
 
     split: str
@@ -61,11 +61,11 @@ class DataFinding:
 
 
 class Findings:
-    """All that is odd: how often each kind is met, and its first cases.
+    """All findings: the count of each kind, and its first cases.
 
     Attributes:
-        counts: By split and kind.
-        listed: By split and kind, at most `MOST_LISTED` each.
+        counts: Number of cases by split and kind.
+        listed: Listed cases by split and kind, at most `MOST_LISTED` each.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Findings:
         self.listed: dict[tuple[str, str], list[DataFinding]] = {}
 
     def add(self, finding: DataFinding, *, times: int = 1) -> None:
-        """Adds a case, or several of an image that are listed as one."""
+        """Add a case, or several cases of an image that are listed as one."""
         key = (finding.split, finding.kind)
         self.counts[key] += times
         kept = self.listed.setdefault(key, [])
@@ -81,7 +81,7 @@ class Findings:
             kept.append(finding)
 
     def add_many(self, split: str, kind: str, places: Integers, describe: Callable[[int], DataFinding]) -> None:
-        """Counts all these cases, and describes those that are still listed."""
+        """Count all given cases, and describe those that still fit the list."""
         if len(places):
             key = (split, kind)
             self.counts[key] += len(places)
@@ -89,20 +89,20 @@ class Findings:
             kept.extend(describe(place) for place in places[: MOST_LISTED - len(kept)].tolist())
 
     def sorted_keys(self) -> list[tuple[str, str]]:
-        """Splits and kinds, what matters most first, and what `prepare` found behind it."""
+        """Return splits and kinds, most important first, followed by the findings of `prepare`."""
         order = {kind: number for number, kind in enumerate(MEANINGS)}
         return sorted(self.counts, key=lambda key: (order.get(key[1], len(order)), key[1], key[0]))
 
 
-def add_oddities(findings: Findings, rows: Rows, split: str, names: Sequence[str], model_side_px: int) -> None:
-    """Looks at some images and their boxes.
+def add_row_findings(findings: Findings, rows: Rows, split: str, names: Sequence[str], model_side_px: int) -> None:
+    """Add the findings about some images and their boxes.
 
     Args:
-        findings: Where what is found goes.
-        rows: The images.
+        findings: Findings to extend.
+        rows: Images and boxes.
         split: `data` or `val`.
-        names: Of the classes, by their indices.
-        model_side_px: The longer side of an image as the model sees it.
+        names: Class names by index.
+        model_side_px: Longer side of an image in the model's view, in pixels.
     """
     width, height = rows.boxes_xywh[:, 2], rows.boxes_xywh[:, 3]
     longer, shorter = np.maximum(width, height), np.minimum(width, height)
@@ -118,8 +118,8 @@ def add_oddities(findings: Findings, rows: Rows, split: str, names: Sequence[str
             detail=detail,
         )
 
-    def of_box(kind: str, tell: Callable[[int], str]) -> Callable[[int], DataFinding]:
-        return lambda box: of_image(kind, int(rows.owners[box]), tell(box), int(rows.categories[box]))
+    def of_box(kind: str, describe: Callable[[int], str]) -> Callable[[int], DataFinding]:
+        return lambda box: of_image(kind, int(rows.owners[box]), describe(box), int(rows.categories[box]))
 
     def box_text(box: int) -> str:
         x, y, w, h = rows.boxes_xywh[box]
@@ -155,7 +155,7 @@ def add_oddities(findings: Findings, rows: Rows, split: str, names: Sequence[str
 
 
 def add_class_findings(findings: Findings, counts: Counts, split: str, names: Sequence[str]) -> None:
-    """Looks at how often each class is there."""
+    """Add the findings about the frequency of each class."""
     most = int(counts.boxes.max(initial=0))
     if not most:
         return
@@ -167,7 +167,7 @@ def add_class_findings(findings: Findings, counts: Counts, split: str, names: Se
 
 
 def duplicates(rows: Rows) -> Integers:
-    """The boxes that repeat an earlier one of the same image and class exactly, rising."""
+    """Return the boxes that exactly repeat an earlier box of the same image and class, in ascending order."""
     keys = (*rows.boxes_xywh.T, rows.categories, rows.owners)
     order = np.lexsort((rows.numbers, *keys))
     is_same = np.ones(max(len(order) - 1, 0), bool)
@@ -177,12 +177,12 @@ def duplicates(rows: Rows) -> Integers:
 
 
 def same_places(rows: Rows) -> tuple[Integers, Integers]:
-    """Pairs of boxes of different classes in one image whose IoU is at least `SAME_PLACE_IOU`, without crowds."""
+    """Return pairs of boxes of different classes in one image with an IoU of at least `SAME_PLACE_IOU`, no crowds."""
     usable = np.flatnonzero(~rows.iscrowd & (rows.boxes_xywh[:, 2:] > 0).all(axis=1))
     order = usable[np.lexsort((rows.boxes_xywh[usable, 0], rows.owners[usable]))]
     boxes_xywh, owners, categories = rows.boxes_xywh[order], rows.owners[order], rows.categories[order]
-    # Such boxes begin at nearly the same x: none further along in this order can match once no neighbour at some
-    # distance does. The overlap in x is at least SAME_PLACE_IOU of what both cover together.
+    # Such boxes start at nearly the same x: in this order, once no neighbour at some distance is within reach, none
+    # further along is. The overlap in x is at least SAME_PLACE_IOU of the range that both cover.
     reach = boxes_xywh[:, 0] + boxes_xywh[:, 2] * (1 / SAME_PLACE_IOU - 1) * (1 + 1e-9)
     pairs: list[npt.NDArray[np.int64]] = []
     near = np.arange(len(order))
@@ -202,7 +202,7 @@ def same_places(rows: Rows) -> tuple[Integers, Integers]:
 
 
 def _iou(one_xywh: Boxes, other_xywh: Boxes) -> npt.NDArray[np.float64]:
-    """IoU of boxes in pairs, [N, 4] and [N, 4] → [N]."""
+    """Return the IoU of box pairs, [N, 4] and [N, 4] → [N]."""
     low = np.maximum(one_xywh[:, :2], other_xywh[:, :2])
     high = np.minimum(one_xywh[:, :2] + one_xywh[:, 2:], other_xywh[:, :2] + other_xywh[:, 2:])
     both = np.maximum(high - low, 0).prod(axis=1)

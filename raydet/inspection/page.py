@@ -1,4 +1,4 @@
-"""What `inspect` found → its HTML page."""
+"""Inspection result → HTML page."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from raydet.reporting.page import fill
 from raydet.tables.table import Table
 
 _MOST_CHARTED = 100
-"""Classes with histograms and a heat map of their own on the page; the tables have those of all."""
+"""Maximum number of classes with their own histograms and heat map on the page; the tables have all classes."""
 _MOST_TOGETHER = 60
 _MOST_EXAMPLES = 50
 _DRIFTS = {"classes": "Shares of the classes", **{quantity.name: quantity.title for quantity in QUANTITIES}}
@@ -30,14 +30,14 @@ def render(
     galleries: Sequence[ClassGallery],
     training: TrainConfig,
 ) -> str:
-    """Fills the template.
+    """Render the page.
 
     Args:
-        tables: By split.
-        counts: By split.
-        findings: What is odd.
-        galleries: The pictures.
-        training: What they were made with.
+        tables: Tables by split.
+        counts: Counts by split.
+        findings: Findings.
+        galleries: Image galleries.
+        training: Training config behind the augmented images.
     """
     data = tables["data"]
     names = [category.name for category in data.categories]
@@ -75,7 +75,7 @@ def render(
 
 
 def _class_rows(tables: Mapping[str, Table], counts: Mapping[str, Counts]) -> list[dict[str, Any]]:
-    """A row for each class, most boxes first; numbers of the validation data by the class's name."""
+    """Return a row per class, most boxes first; validation numbers are matched by class name."""
     data, val = counts["data"], counts.get("val")
     total, val_total = max(data.num_boxes, 1), max(val.num_boxes, 1) if val is not None else 1
     val_boxes: dict[str, int] = {}
@@ -108,7 +108,7 @@ def _class_rows(tables: Mapping[str, Table], counts: Mapping[str, Counts]) -> li
 def _finding_rows(findings: Findings) -> list[dict[str, Any]]:
     rows = []
     for split, kind in findings.sorted_keys():
-        title, meaning = MEANINGS.get(kind, (kind, "found by `prepare`"))
+        title, meaning = MEANINGS.get(kind, (kind, "reported by `prepare`"))
         listed = findings.listed[split, kind]
         rows.append(
             {
@@ -141,7 +141,7 @@ def _short(value: float) -> str:
 def _histograms(
     tables: Mapping[str, Table], counts: Mapping[str, Counts], charted: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """By quantity the labels of its bins and, for each split, the counts by class; -1 stands for all classes."""
+    """Return for each quantity its bin labels and, by split, the counts by class; -1 means all classes."""
     names = [category.name for category in tables["data"].categories]
     content = {}
     for quantity in QUANTITIES:
@@ -164,14 +164,14 @@ def _histograms(
 
 
 def _centres(counts: Counts, charted: Sequence[int]) -> dict[str, Any]:
-    """By class the boxes in each cell, row by row; -1 stands for all classes."""
+    """Return the box counts of the grid cells by class, in row-major order; -1 means all classes."""
     every: Integers = counts.centres.sum(axis=0)
     cells = {"-1": every.ravel().tolist(), **{str(index): counts.centres[index].ravel().tolist() for index in charted}}
     return {"grid": GRID, "cells": cells}
 
 
 def _together(counts: Counts, names: Sequence[str]) -> dict[str, Any] | None:
-    """In how many images two classes are together, of the classes with most images; None below two classes."""
+    """Return the number of images that contain each pair of the most frequent classes; None below two classes."""
     shown = np.sort(np.argsort(-counts.images, kind="stable")[:_MOST_TOGETHER])
     shown = shown[counts.images[shown] > 0]
     if len(shown) < 2:

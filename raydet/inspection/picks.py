@@ -1,4 +1,4 @@
-"""Which boxes are shown of each class: its smallest, its median, its largest, and some at random."""
+"""Selection of the boxes to show for each class: smallest, median, largest and random ones."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from raydet.common.hashing import hashes_of
 from raydet.inspection.rows import Floats, Integers, Rows
 
 _SAMPLE = 31
-"""Boxes of a class that are drawn at random; the middle one by size stands for the median of all."""
+"""Number of boxes per class sampled at random; the median of the sample by area represents the median of all."""
 
 
 @dataclass(frozen=True)
 class Pick:
-    """A box to show: class, what it is (smallest, …), its image's position in the table, its place in the image."""
+    """Box to show: class, reason (smallest, …), position of its image in the table, and its index in the image."""
 
     category: int
     kind: str
@@ -23,14 +23,14 @@ class Pick:
 
 
 class Picker:
-    """Chooses while a table is streamed; the same table and seed always give the same boxes."""
+    """Selector of boxes from a streamed table; the same table and seed always yield the same boxes."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._smallest, self._largest, self._sample = _Best(1), _Best(1), _Best(_SAMPLE)
 
     def add(self, rows: Rows) -> None:
-        """Looks at the boxes of some images; crowds are never chosen."""
+        """Consider the boxes of some images; crowds are never selected."""
         kept = np.flatnonzero(~rows.iscrowd)
         areas = rows.boxes_xywh[kept, 2] * rows.boxes_xywh[kept, 3]
         of_image = hashes_of(rows.image_ids, self._seed)[rows.owners[kept]]
@@ -41,7 +41,7 @@ class Picker:
         self._sample.add(shuffled, *about)
 
     def picks(self, count: int) -> dict[int, list[Pick]]:
-        """By class at most `count` boxes, each of another image: smallest, median, largest, then random ones."""
+        """Return up to `count` boxes per class, each of a different image: smallest, median, largest, then random."""
         chosen: dict[int, list[Pick]] = {}
         for category in np.unique(self._sample.categories).tolist():
             sample = self._sample.of_class(category)
@@ -61,7 +61,7 @@ class Picker:
 
 
 class _Best:
-    """Of each class the boxes with the least keys."""
+    """Boxes with the smallest keys, by class."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -79,7 +79,7 @@ class _Best:
         positions: Integers,
         numbers: Integers,
     ) -> None:
-        # An empty array of floats would turn the hashes, whole numbers of 64 bits, into floats.
+        # Concatenating with an empty float array would convert the 64-bit integer hashes to floats.
         keys = np.concatenate([self._keys, keys]) if len(self._keys) else keys
         categories = np.concatenate([self.categories, categories])
         areas = np.concatenate([self._areas, areas])
@@ -92,7 +92,7 @@ class _Best:
         self._positions, self._numbers = positions[order], numbers[order]
 
     def of_class(self, category: int) -> list[tuple[float, int, int]]:
-        """Area, position and number of the boxes of a class, the least key first."""
+        """Return area, position and number of the boxes of a class, in ascending key order."""
         rows = self.categories == category
         return list(
             zip(self._areas[rows].tolist(), self._positions[rows].tolist(), self._numbers[rows].tolist(), strict=True)

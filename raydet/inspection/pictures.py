@@ -1,4 +1,4 @@
-"""The chosen images with their labels, each beside what a model in training is shown of it."""
+"""Selected images with their labels, each next to the model's view of it in training."""
 
 import base64
 import io
@@ -22,9 +22,9 @@ from raydet.tables.table import Table
 from raydet.training.ordering import RunPlan
 
 MOST_PAIRS = 160
-"""Images shown at most, each as a pair of pictures."""
+"""Maximum number of images on the page, each shown as a pair."""
 _BUDGET_BYTES = 6_000_000
-"""Of all pictures as they stand on the page; the chart library adds about two million."""
+"""Maximum size of all images on the page; the chart library adds about two million bytes."""
 _MAX_SIDE = 360
 _QUALITY = 75
 _MOST_BOXES = 200
@@ -32,7 +32,7 @@ _MOST_BOXES = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """The boxes of one class on a picture: name, colour as `#rrggbb`, how many, and their outlines as an SVG path."""
+    """Boxes of one class on an image: name, colour as `#rrggbb`, number, and their outlines as an SVG path."""
 
     name: str
     colour: str
@@ -42,38 +42,38 @@ class Outline:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A small picture: a data URI, its width and height in pixels, the boxes on it, and the one it is about."""
+    """Thumbnail: data URI, width and height in pixels, boxes, and the highlighted box."""
 
     uri: str
     size_wh: tuple[int, int]
     outlines: tuple[Outline, ...]
-    point: Outline | None = None
+    highlighted: Outline | None = None
 
     @property
     def num_boxes(self) -> int:
-        """Boxes on it."""
+        """Number of boxes on the thumbnail."""
         return sum(outline.num_boxes for outline in self.outlines)
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes on the page."""
+        """Approximate size on the page in bytes."""
         return len(self.uri) + sum(2 * len(outline.path) + 120 for outline in self.outlines)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """An image as it is labelled, and as a model in training sees it.
+    """Image as labelled, and as the model sees it in training.
 
     Attributes:
-        kind: Why it was chosen: its box is the smallest of the class, the median, the largest, or a random one.
-        image_id: Its id.
-        path: Where it came from; may be empty.
-        box_wh: Width and height of the chosen box in pixels.
-        size_wh: Of the image in pixels.
-        seen_wh: Of what the model sees, in pixels.
-        labelled: The image; None where it cannot be read.
-        seen: What the model sees.
-        problem: Why there is no picture.
+        kind: Reason for its selection: its box is the smallest, median, largest or a random one of the class.
+        image_id: Image id.
+        path: Original path; may be empty.
+        box_wh: Width and height of the selected box in pixels.
+        size_wh: Image size in pixels.
+        seen_wh: Size of the model's view in pixels.
+        labelled: Labelled image; None if it cannot be read.
+        seen: Model's view.
+        problem: Reason for a missing image.
     """
 
     kind: str
@@ -88,13 +88,13 @@ class Pair:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes on the page."""
+        """Approximate size on the page in bytes."""
         return 500 + sum(drawn.num_bytes for drawn in (self.labelled, self.seen) if drawn is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassGallery:
-    """The pictures of one class."""
+    """Images of one class."""
 
     category: int
     name: str
@@ -103,12 +103,12 @@ class ClassGallery:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstEpoch:
-    """The images of a table as the first epoch of a training sees them.
+    """View of a table's images in the first epoch of a training.
 
     Attributes:
-        table: The training table.
-        plan: Which rows make which step, and which rows an image is mixed with.
-        view: The model's view in that training.
+        table: Training table.
+        plan: Assignment of rows to steps, and of mixing partners to rows.
+        view: Model's view in the training.
     """
 
     table: Table
@@ -116,15 +116,15 @@ class FirstEpoch:
     view: View
 
     def rows(self, positions: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], SeenImage | str]]:
-        """Reads some rows and makes of them what the model is trained on.
+        """Read rows and apply the training's augmentation to them.
 
-        Partners are read before, all at once, and held with their encoded images.
+        Partner rows are read first and held in memory with their encoded images.
 
         Args:
-            positions: Of the rows in the table.
+            positions: Positions of the rows in the table.
 
         Yields:
-            In the order of the table the position, the row, and the seen image, or the reason why there is none.
+            Position, row, and the augmented image or the reason for its absence, in table order.
         """
         steps = self.plan.steps_of_rows(0)
         partners = {at: self.plan.partner_rows(0, int(steps[at]), at) for at in positions} if self.view.mixes(0) else {}
@@ -149,7 +149,7 @@ def _content(row: pa.StructScalar) -> dict[str, Any]:
 def _pairs(
     row: dict[str, Any], seen: SeenImage | str, picks: Sequence[Pick], names: Sequence[str], max_pixels: int
 ) -> list[Pair]:
-    """The pairs of one image, one for each of its picks."""
+    """Return one pair per selected box of an image."""
     about = {"image_id": row["image_id"], "path": row["image"]["path"] or ""}
     if isinstance(seen, str):
         return [Pair(kind=pick.kind, problem=seen, **about) for pick in picks]
@@ -165,7 +165,7 @@ def _pairs(
             box_wh=(float(boxes_xywh[pick.number, 2]), float(boxes_xywh[pick.number, 3])),
             size_wh=(size_hw[1], size_hw[0]),
             seen_wh=(seen_hw[1], seen_hw[0]),
-            labelled=_drawn(image, boxes_xywh, categories, names, point=pick.number),
+            labelled=_drawn(image, boxes_xywh, categories, names, highlighted=pick.number),
             seen=drawn_seen,
             **about,
         )
@@ -178,7 +178,7 @@ def _drawn(
     boxes_xywh: Boxes,
     categories: npt.NDArray[np.int64],
     names: Sequence[str],
-    point: int | None = None,
+    highlighted: int | None = None,
 ) -> Drawn:
     picture = PIL.Image.fromarray(np.ascontiguousarray(image))
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE), PIL.Image.Resampling.BILINEAR)
@@ -193,7 +193,9 @@ def _drawn(
             _outline(names, category, boxes_xywh[:_MOST_BOXES][shown == category])
             for category in np.unique(shown).tolist()
         ),
-        point=None if point is None else _outline(names, int(categories[point]), boxes_xywh[[point]]),
+        highlighted=(
+            None if highlighted is None else _outline(names, int(categories[highlighted]), boxes_xywh[[highlighted]])
+        ),
     )
 
 
@@ -204,21 +206,21 @@ def _outline(names: Sequence[str], category: int, boxes_xywh: Boxes) -> Outline:
 
 
 def hex_colours(names: Sequence[str]) -> dict[str, str]:
-    """The colours of the classes, by name, as `#rrggbb`."""
+    """Return the colours of the classes by name, as `#rrggbb`."""
     return {name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in class_colours(names).items()}
 
 
 def draw_galleries(
     first_epoch: FirstEpoch, picks: Mapping[int, Sequence[Pick]], num_boxes: npt.NDArray[np.int64]
 ) -> tuple[ClassGallery, ...]:
-    """Draws the chosen images of each class; those that would make the page too large are left out.
+    """Draw the selected images of each class, as many as fit the page's size limit.
 
-    Every class gets its first picture before any gets its second; the more boxes a class has, the earlier its turn.
+    Every class gets its first image before any class gets its second; classes with more boxes come first.
 
     Args:
-        first_epoch: The images, and what a model in training sees of them.
-        picks: By class, what to show first.
-        num_boxes: Of each class, [C].
+        first_epoch: Images and their view in training.
+        picks: Selected boxes by class, in order of priority.
+        num_boxes: Number of boxes of each class, [C].
     """
     names = [category.name for category in first_epoch.table.categories]
     classes = sorted(picks, key=lambda category: (-int(num_boxes[category]), category))

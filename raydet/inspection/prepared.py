@@ -1,4 +1,4 @@
-"""What `prepare` left beside a table, or beside the tables of several splits → findings."""
+"""Lists that `prepare` wrote next to a table, or next to the tables of several splits → findings."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS, Table,
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Where `prepare` listed what was odd about a table.
+    """Lists that `prepare` wrote about a table.
 
     Attributes:
-        uri: The folder that holds the lists.
-        is_shared: Whether they are those of several splits, of which the table is one.
-        rejected: The images that were left out; None where there is no such list.
-        findings: What was odd in those that were taken; likewise.
+        uri: Folder that contains the lists.
+        is_shared: The lists cover several splits, including this table.
+        rejected: Images that were left out; None if there is no such list.
+        findings: Findings about the accepted images; None if there is no such list.
     """
 
     uri: str
@@ -29,7 +29,7 @@ class Preparation:
 
 
 def preparation_of(table: Table) -> Preparation | None:
-    """The lists that belong to a table: beside its files, or, for one of several splits, beside the splits."""
+    """Return the lists of a table: next to its files or, for one of several splits, next to the splits."""
     parent, name = _parted(table.uri)
     for uri, is_shared in ((table.uri, False), *([(parent, True)] if name in SPLITS else [])):
         lists = {
@@ -47,15 +47,15 @@ def preparation_of(table: Table) -> Preparation | None:
 def add_prepared_findings(
     findings: Findings, table: Table, split: str, preparation: Preparation, *, with_left_out: bool
 ) -> None:
-    """Adds images that `prepare` left out, and what it found odd in those that it took.
+    """Add the images that `prepare` left out, and its findings about the accepted images.
 
     Args:
-        findings: Where they go.
-        table: The images.
+        findings: Findings to extend.
+        table: Images table.
         split: `data` or `val`.
-        preparation: The lists of `table`.
-        with_left_out: Whether this split also stands for what lies in none: images left out, and what is a matter of
-            no image. Of lists that no splits share, all is taken.
+        preparation: Lists of `table`.
+        with_left_out: Also add entries that belong to no split: images left out and findings about no image. Lists
+            that are not shared between splits are always added completely.
     """
     takes_left_out = with_left_out or not preparation.is_shared
     if takes_left_out:
@@ -84,7 +84,7 @@ def add_prepared_findings(
 
 
 def _parted(uri: str) -> tuple[str, str]:
-    """A URI's folder and its last component."""
+    """Split a URI into its folder and its last component."""
     path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
     parent, _, name = path.rstrip("/").rpartition("/")
     return parent + mark + options, name
@@ -95,6 +95,6 @@ def _ids(batches: Iterator[pa.RecordBatch]) -> pa.Array:
 
 
 def _batches(table: Table | None, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Streams one of the lists, which need not be there."""
+    """Stream one of the lists, if it exists."""
     if table is not None:
         yield from table.iter_batches(columns)

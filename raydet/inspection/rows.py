@@ -1,4 +1,4 @@
-"""Batches of an images table as flat arrays: one entry for each image, or for each box of all of them."""
+"""Batches of an images table as flat arrays, with one entry per image or per box."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ class Rows:
     Attributes:
         first: Position of the first image in the table.
         image_ids: int64 [N].
-        paths: Where the images are or came from, an Arrow array of N strings.
+        paths: Image paths, an Arrow array of N strings.
         sizes_wh: Width and height in pixels, float64 [N, 2].
-        num_boxes: Of each image, int64 [N].
-        owners: Of each box the number of its image among these, int64 [M], rising.
-        numbers: Of each box its place in its image, int64 [M].
+        num_boxes: Number of boxes of each image, int64 [N].
+        owners: Index of each box's image among these images, int64 [M], ascending.
+        numbers: Index of each box in its image, int64 [M].
         boxes_xywh: Absolute pixels, [M, 4].
         categories: Class indices, int64 [M].
-        areas: Of the objects in square pixels, as the labels state them, float64 [M].
+        areas: Object areas from the labels in square pixels, float64 [M].
         iscrowd: bool [M].
     """
 
@@ -52,10 +52,10 @@ class Rows:
 
 
 def stream_rows(table: Table) -> Iterator[Rows]:
-    """Reads a table once from end to end, without its image bytes.
+    """Yield the rows of a table in order, without image bytes.
 
     Raises:
-        UserError: A box has a class that the table does not name.
+        UserError: The class of a box is not in the table's list of classes.
     """
     first = 0
     for batch in table.iter_batches(_COLUMNS, batch_size=_BATCH_ROWS):
@@ -63,8 +63,8 @@ def stream_rows(table: Table) -> Iterator[Rows]:
         wrong = rows.categories[(rows.categories < 0) | (rows.categories >= len(table.categories))]
         if wrong.size:
             raise UserError(
-                f"{table.uri} has a box of class {wrong[0]}, but names only the classes 0 to "
-                f"{len(table.categories) - 1}; write the table again with `raydet prepare`"
+                f"{table.uri} has a box of class {wrong[0]}, but its classes are 0 to {len(table.categories) - 1}; "
+                "write the table again with `raydet prepare`"
             )
         yield rows
         first += batch.num_rows

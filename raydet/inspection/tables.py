@@ -1,4 +1,4 @@
-"""The folder that `inspect` writes: tidy tables of the numbers, each with its manifest."""
+"""Tables that `inspect` writes, each with its manifest."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ FOLDERS: dict[str, TableKind] = {
     "box_centres": "box_centres",
     "findings": "data_findings",
 }
-"""The tables by the names of their folders."""
+"""Table kinds by folder name."""
 
 _OWN_FILE = re.compile(rf"part-\d+\.parquet|{re.escape(MANIFEST_NAME)}")
 _BATCH_ROWS = 2**16
@@ -35,14 +35,14 @@ def write_tables(
     categories: Mapping[str, Sequence[Category]],
     config_hash: str,
 ) -> None:
-    """Writes all tables, in the place of earlier ones.
+    """Write all tables, replacing earlier ones.
 
     Args:
         output: Output folder.
-        counts: By split.
-        findings: What is odd.
-        categories: Of each split.
-        config_hash: Of the inspection.
+        counts: Counts by split.
+        findings: Findings.
+        categories: Classes by split.
+        config_hash: Hash of the inspection config.
     """
     names = {split: [category.name for category in categories[split]] for split in counts}
     tables: dict[str, Iterator[dict[str, Any]]] = {
@@ -54,7 +54,7 @@ def write_tables(
         "findings": _findings(findings),
     }
     for folder, rows in tables.items():
-        # Its manifest first: without one nobody takes the rest for a table.
+        # Delete the manifest first: without it, no reader takes the remaining files for a table.
         for name in sorted(output.list_files(folder), key=lambda name: not name.startswith("_")):
             if _OWN_FILE.fullmatch(name):
                 output.delete_file(folder, name)
@@ -97,7 +97,7 @@ def _summary(counts: Mapping[str, Counts], findings: Findings) -> Iterator[dict[
 
 
 def drifts(counts: Mapping[str, Counts]) -> dict[str, float | None]:
-    """How far the two splits lie apart: their classes by the shares of their boxes, and each histogram; 0 to 1."""
+    """Return the distance between the splits, 0 to 1: of their class shares and of each histogram."""
     if "val" not in counts:
         return {}
     data, val = counts["data"], counts["val"]
@@ -134,7 +134,7 @@ def _histograms(split: str, counts: Counts, names: Sequence[str]) -> Iterator[di
         histogram = counts.histograms[quantity.name]
         for index, name in ((len(names), None), *enumerate(names)):
             for number, count in enumerate(histogram[index].tolist()):
-                # Of all classes together every bin, so that the borders are all there; of one class what it has.
+                # The row of all classes keeps empty bins, so that the table has all edges; single classes omit them.
                 if count or name is None:
                     low, high = quantity.edges[number : number + 2]
                     yield {

@@ -1,13 +1,13 @@
-"""How sure a measured AP is: intervals by drawing the images anew, with replacement, many times over.
+"""Confidence intervals for AP, from bootstrap resamples of the images.
 
-An image that is drawn twice counts twice, so a resample is one weight for each image. AP is COCO's (101 recalls, mean
-over thresholds and classes, classes without truth left out).
+An image drawn twice counts twice, so a resample is one integer weight per image. AP is COCO's: 101 recalls, averaged
+over thresholds and classes; classes without truth are left out.
 
-COCO's AP is too high on few images: it takes the highest precision at or behind each recall, and chance makes maxima
-higher. The resamples tell how far AP varies, but as the images of one are fewer, they lie too high themselves, and
-percentiles of them miss the truth the more surely, the more classes are averaged: what varies shrinks, the bias does
-not. So the bias is measured by itself, from the two halves of random splits: how much higher their mean AP is than
-that of all images. What makes one half easier makes the other harder, and cancels out.
+COCO's AP is biased upwards on few images: it uses the highest precision at or beyond each recall, and noise raises
+maxima. Resamples show the variance of AP, but they contain fewer distinct images and are therefore biased even more,
+so plain percentiles miss the true value. Averaging over more classes makes this worse, because it shrinks the variance
+but not the bias. The bias is therefore estimated separately, from random splits into two halves: the mean AP of both
+halves minus the AP of all images. Using both halves cancels the difference in difficulty between them.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,29 +26,29 @@ from raydet.tables.columns import Floats
 
 _NUM_SPLITS = 50
 _BIAS_OF_HALVES = 2 ** (2 / 3)
-"""How many times as large the bias is on half of the images.
+"""Ratio of the bias on half of the images to the bias on all of them.
 
-A precision that falls with recall is, like any falling curve that is estimated under that condition, off by about
-n ** (-2 / 3) on n images (Prakasa Rao 1969); where it is flat, the bias shrinks more slowly, and the part that comes
-from the last of the found boxes faster, as 1 / n.
+A precision curve estimated under the constraint that it decreases with recall is, like any monotone estimate, biased by
+about n ** (-2 / 3) for n images (Prakasa Rao 1969). Where the curve is flat the bias shrinks more slowly; the part
+caused by the last boxes found shrinks faster, as 1 / n.
 """
 _BLOCK_WEIGHTINGS = 32
 _MIN_IMAGES = 3
-"""Of two images the interval, honestly widened, is nearly all of [0, 1]."""
+"""With two images, the correctly widened interval covers nearly all of [0, 1]."""
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """Numbers with their intervals, by COCO's names: AP, AP50, AP75, APs, APm, APl, as far as the protocol has them.
+    """Metrics with intervals, by COCO name: those of AP, AP50, AP75, APs, APm and APl that the protocol defines.
 
-    An interval is None where fewer than three images have anything to measure.
+    An interval is None if fewer than three images have truth for the metric.
 
     Attributes:
-        level: How often such intervals hold the number that all such images together would give.
-        num_resamples: From how many.
+        level: Fraction of such intervals that contain the value for the whole population of images.
+        num_resamples: Number of resamples.
         overall: Mean over the classes that have truth.
-        per_class: By category index.
+        per_class: Metrics by category index.
     """
 
     level: float
@@ -59,7 +59,7 @@ class Intervals:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifferences:
-    """Two runs on the same images, and second - first, from the same resamples."""
+    """Metrics of two runs on the same images, and second - first from the same resamples."""
 
     first: Intervals
     second: Intervals
@@ -68,7 +68,7 @@ class PairedDifferences:
 
 @dataclass(frozen=True)
 class _Column:
-    """A metric and where it stands among the size classes and thresholds (None: the mean over these)."""
+    """Metric with its position among size classes and thresholds (None: mean over the thresholds)."""
 
     metric: Metric
     area: int
@@ -89,13 +89,13 @@ def _columns(protocol: Protocol) -> tuple[_Column, ...]:
 
 
 def draw(num_images: int, seed: int, resample: int) -> Counts:
-    """How often each image is drawn in one resample, int32 [I]; it depends on nothing else."""
+    """Return how often each image is drawn in one resample, int32 [I]; depends only on the arguments."""
     drawn = np.random.default_rng([seed, resample]).integers(0, num_images, num_images)
     return np.bincount(drawn, minlength=num_images).astype(np.int32)
 
 
 def split(num_images: int, seed: int, number: int) -> Counts:
-    """1 for the images of a random half (rounded down), 0 for those of the other, int32 [I]; as `draw`."""
+    """Return 1 for images of a random half (rounded down), 0 for the others, int32 [I]; deterministic like `draw`."""
     half = np.zeros(num_images, np.int32)
     half[np.random.default_rng([seed, number, 1]).permutation(num_images)[: num_images // 2]] = 1
     return half
@@ -104,19 +104,19 @@ def split(num_images: int, seed: int, number: int) -> Counts:
 def intervals(
     matches: Matches, *, num_resamples: int, seed: int, level: float = 0.95, num_threads: int | None = None
 ) -> Intervals:
-    """Says how far AP may be from what all such images together would give.
+    """Return AP metrics with confidence intervals for the population that the images are a sample of.
 
-    Images are drawn with replacement, as many as there are. The bounds are percentiles of AP over the resamples,
-    moved so that their mean is the measured AP without its bias, and widened as Student's t is beside the normal
-    distribution, for the number of images that have truth. Where that leaves the measured AP outside, the nearer
-    bound is moved to it. A resample without a class leaves that class out.
+    Each resample draws as many images as there are, with replacement. The bounds are percentiles of AP over the
+    resamples, shifted so that their mean is the measured AP minus its bias, and widened by the ratio of Student's t to
+    the normal quantile for the number of images that have truth. If the measured AP then lies outside, the nearer
+    bound is moved to it. A class that is absent from a resample is left out of its mean.
 
     Args:
-        matches: The outcome of the matching.
-        num_resamples: 1,000 give the bounds to about a tenth of the interval's width.
-        seed: The result depends on it, not on the number of threads.
-        level: Part of the time that the interval is to hold the true number.
-        num_threads: As many as there are processors by default.
+        matches: Matches of all images.
+        num_resamples: Number of resamples; 1,000 determine the bounds to about a tenth of the interval's width.
+        seed: Random seed. The result depends on it, not on the number of threads.
+        level: Confidence level in (0, 1).
+        num_threads: Number of threads; by default the number of available processors.
     """
     columns = _columns(matches.protocol)
     sampled = _sample(matches, columns, num_resamples, seed, num_threads)
@@ -132,20 +132,20 @@ def paired_differences(
     level: float = 0.95,
     num_threads: int | None = None,
 ) -> PairedDifferences:
-    """Says how much better the second of two runs on the same images is.
+    """Return the differences in AP between two runs on the same images, with confidence intervals.
 
-    Both are measured on the same resamples, so what makes an image hard for both cancels out.
+    Both runs are measured on the same resamples, so the difficulty that an image has for both cancels out.
 
     Args:
-        first: The outcome of the matching of one run.
-        second: Of the other, with the same truth and protocol.
-        num_resamples: As in `intervals`, and so are the rest.
-        seed: The same resamples as those of `intervals` with this seed.
-        level: Part of the time that an interval is to hold the true number.
-        num_threads: As many as there are processors by default.
+        first: Matches of one run.
+        second: Matches of the other run, with the same truth and protocol.
+        num_resamples: Number of resamples, as in `intervals`.
+        seed: Random seed; gives the same resamples as in `intervals`.
+        level: Confidence level in (0, 1).
+        num_threads: Number of threads; by default the number of available processors.
 
     Raises:
-        ValueError: Protocol, classes, images or labelled boxes are not the same.
+        ValueError: Protocol, classes, images or labelled boxes differ.
     """
     _check_same_truth(first, second)
     columns = _columns(first.protocol)
@@ -159,9 +159,9 @@ def paired_differences(
 
 def _check_same_truth(first: Matches, second: Matches) -> None:
     if (first.protocol, first.num_categories) != (second.protocol, second.num_categories):
-        raise ValueError("the two runs were matched by different protocols or classes")
+        raise ValueError("the two runs were matched with different protocols or classes")
     if not np.array_equal(first.image_ids, second.image_ids):
-        raise ValueError("the two runs are of different images")
+        raise ValueError("the two runs have different images")
     for name in ("truth_image", "truth_category", "truth_ignored"):
         if not np.array_equal(getattr(first, name), getattr(second, name)):
             raise ValueError(f"the two runs were matched with different labelled boxes: {name} differs")
@@ -169,13 +169,13 @@ def _check_same_truth(first: Matches, second: Matches) -> None:
 
 @dataclass(frozen=True)
 class _Sampled:
-    """Metrics by class and over all classes; NaN where there is no truth.
+    """Metrics by class and over all classes; NaN without truth.
 
     Attributes:
-        per_class: In the images as they are (first) and in the resamples, [1 + R, K, metrics].
-        overall: Alike, [1 + R, metrics].
-        bias_per_class: By how much the value in the images as they are is too high, [K, metrics].
-        bias_overall: [metrics].
+        per_class: Values for the original images (first) and the resamples, [1 + R, K, metrics].
+        overall: Values over all classes in the same order, [1 + R, metrics].
+        bias_per_class: Upward bias of the values for the original images, [K, metrics].
+        bias_overall: Upward bias over all classes, [metrics].
     """
 
     per_class: Floats
@@ -184,7 +184,7 @@ class _Sampled:
     bias_overall: Floats
 
     def minus(self, other: "_Sampled") -> "_Sampled":
-        """The difference of two runs, whose biases nearly cancel; to estimate what is left adds more than it takes."""
+        """Return the difference of two runs. Their biases nearly cancel; correcting the rest would add more error."""
         return _Sampled(
             self.per_class - other.per_class,
             self.overall - other.overall,
@@ -212,7 +212,7 @@ def _sample(
     per_class, halves = values[: 1 + num_resamples], values[1 + num_resamples :]
     excess = _mean((halves[0::2] + halves[1::2]) / 2) - per_class[0]
     bias_per_class = excess / (_BIAS_OF_HALVES - 1)
-    # Over the classes' own biases, for the halves need not hold all of them.
+    # Average the per-class biases, because a half need not contain all classes.
     return _Sampled(per_class, _mean(per_class.swapaxes(0, 1)), bias_per_class, _mean(bias_per_class))
 
 
@@ -223,7 +223,7 @@ def _values(
     weights: Callable[[int], Counts],
     num_threads: int | None,
 ) -> Floats:
-    """The metrics of each class, with the images so weighted, [weightings, K, metrics]."""
+    """Return the metrics of each class for each image weighting, [weightings, K, metrics]."""
     precision_of = WeightedPrecision(matches)
     values = np.empty((num_weightings, matches.num_categories, len(columns)))
 
@@ -240,7 +240,7 @@ def _values(
 
 
 def _mean(values: Floats) -> Floats:
-    """Mean over the first axis without what is NaN; NaN where nothing is left."""
+    """Return the mean over the first axis, ignoring NaN; NaN if all values are NaN."""
     defined = ~np.isnan(values)
     counts = defined.sum(axis=0)
     means: Floats = np.full(counts.shape, np.nan)
@@ -281,14 +281,14 @@ def _summary(
 
 
 def _effective_images(per_class: Floats, num_by_class: Floats, num_images: Floats) -> Floats:
-    """How many images of one class would tell as well how much the mean over classes varies, [metrics].
+    """Return the effective number of images behind the mean over classes, [metrics].
 
-    A mean varies mostly by its rare classes, and so does what is known of it (Satterthwaite 1946).
+    The variance of the mean is dominated by rare classes, and so are its degrees of freedom (Satterthwaite 1946).
 
     Args:
-        per_class: Resamples, [R, K, metrics].
-        num_by_class: Images with truth, [K, metrics].
-        num_images: Images with truth of any class, [metrics].
+        per_class: Values of the resamples, [R, K, metrics].
+        num_by_class: Number of images with truth, [K, metrics].
+        num_images: Number of images with truth of any class, [metrics].
     """
     variance = np.nan_to_num(_mean(per_class**2) - _mean(per_class) ** 2)
     spread = (variance**2 / np.maximum(num_by_class - 1, 1)).sum(axis=0)
@@ -298,7 +298,7 @@ def _effective_images(per_class: Floats, num_by_class: Floats, num_images: Float
 
 
 def _num_images_with_truth(matches: Matches) -> tuple[Floats, Floats]:
-    """Images that have a box that counts, by class and size class [K, A], and by size class [A]."""
+    """Return the number of images with a box that counts, by class and size class [K, A], and by size class [A]."""
     num_images, num_classes = len(matches.image_ids), matches.num_categories
     by_class, by_area = [], []
     for ignored in matches.truth_ignored:
@@ -313,12 +313,12 @@ def _num_images_with_truth(matches: Matches) -> tuple[Floats, Floats]:
 def _bounds(
     value: float, samples: Floats, bias: float, num_images: float, level: float, bounds: tuple[float, float] | None
 ) -> tuple[float, float] | tuple[None, None]:
-    """The ends of the interval of a number measured in so many images, None where too few tell it.
+    """Return the bounds of the interval of a metric, (None, None) if too few images have truth.
 
-    `bounds` are the smallest and the largest that the number can be, None for a difference.
+    `bounds` are the smallest and largest possible values, None for a difference.
 
-    See Hesterberg 2015, "What teachers should know about the bootstrap", for the widening: a resample of n images
-    varies less by sqrt((n - 1) / n), and n images do not tell how much they vary.
+    For the widening see Hesterberg 2015, "What teachers should know about the bootstrap": resampling n images
+    underestimates the standard deviation by sqrt((n - 1) / n), and the deviation itself is estimated from n images.
     """
     samples = samples[~np.isnan(samples)]
     if np.isnan(value) or num_images < _MIN_IMAGES or np.isnan(bias) or not samples.size:
@@ -328,7 +328,7 @@ def _bounds(
     low, high = value - bias + wider * (np.quantile(samples, [tail, 1 - tail]) - samples.mean())
     smallest, largest = bounds or (-1.0, 1.0)
     if bounds and np.abs(samples - value).max() < _ROUNDING:
-        # All images say the same; so they would, this often, were it otherwise in that part of all such images.
+        # All images agree; widen by the share of differing images that a sample of this size may miss.
         unseen = 1 - tail ** (1 / num_images)
         low = low - unseen if value > largest - _ROUNDING else low
         high = high + unseen if value < smallest + _ROUNDING else high

@@ -1,4 +1,4 @@
-"""Two runs on the same images beside each other: how much better the second is, how sure that is, and where."""
+"""Compare two runs on the same images: the difference in AP, its significance and the images that changed most."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ _PART = "compare"
 
 @dataclass(frozen=True, kw_only=True)
 class ChangedImage:
-    """An image that one run gets right and the other does not.
+    """Image that one run detects better than the other.
 
     Attributes:
-        image_id: Which.
-        num_truth: Labelled boxes that count.
-        first_f1: Of the first run, at its own best score threshold and IoU 0.5; None where there was nothing to find
-            and nothing was found.
-        second_f1: Of the second run, alike.
-        difference: second - first; nothing found where there is nothing counts as 1.
+        image_id: Image id.
+        num_truth: Number of labelled boxes that count.
+        first_f1: F1 of the first run at its own best score threshold and IoU 0.5; None if the image has neither
+            boxes nor detections.
+        second_f1: F1 of the second run, defined the same way.
+        difference: second - first; an undefined F1 counts as 1.
     """
 
     image_id: int
@@ -49,18 +49,18 @@ class ChangedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `compare` found.
+    """Result of `compare`.
 
     Attributes:
-        names: Of the two runs: the last part of where they are, or as many as it takes to tell them apart.
-        categories: The classes, by their indices.
-        num_images: Images on which both were measured.
-        num_truth: Labelled boxes, crowds included.
-        numbers: AP and its kin of both, and the differences, with intervals.
-        thresholds: Score thresholds of the best F1 of each run.
-        changed_images: Those that changed most, the most first.
-        out: The folder with the tables `comparison` and `changed_images`; None where none was asked for.
-        notes: Lines about how the images were joined, where that is worth one.
+        names: Names of the two runs: the last path component, or as many as distinguish them.
+        categories: Classes by index.
+        num_images: Number of images on which both runs were measured.
+        num_truth: Number of labelled boxes, crowds included.
+        numbers: AP metrics of both runs and their differences, with intervals.
+        thresholds: Score threshold of the best F1 of each run.
+        changed_images: Images with the largest change in F1, largest first.
+        out: Folder with the tables `comparison` and `changed_images`; None if not requested.
+        notes: Lines about how the images were joined, if worth reporting.
     """
 
     names: tuple[str, str]
@@ -74,7 +74,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The comparison as text: over all classes, by class, what is significant, and the images that changed."""
+        """Return the comparison as text: overall, by class, significance and the images that changed most."""
         first, second = self.names
         lines = [f"{self.num_images:,} images, {self.num_truth:,} boxes", f"first: {first}", f"second: {second}"]
         lines += self.notes
@@ -101,7 +101,7 @@ class Comparison:
         return lines
 
     def of(self, name: str, class_index: int | None) -> tuple[MetricValue, MetricValue, MetricValue]:
-        """A metric of the first, of the second, and the difference; over all classes, or of one."""
+        """Return the first value, second value and difference of a metric, over all classes or for one."""
         sides = (self.numbers.first, self.numbers.second, self.numbers.difference)
         first, second, difference = (
             (side.overall if class_index is None else side.per_class[class_index])[name] for side in sides
@@ -115,7 +115,7 @@ class Comparison:
         return shown(first.value), shown(second.value), _signed(difference.value), bounds, verdict
 
     def _verdict(self) -> list[str]:
-        """Sentences that say which differences are more than chance."""
+        """Return sentences that name the significant differences."""
         overall = self.numbers.difference.overall["AP"]
         level = self.numbers.difference.level
         if overall.value is None:
@@ -128,18 +128,18 @@ class Comparison:
             word = "better" if overall.value > 0 else "worse"
             lines = [f"AP: the second is significantly {word}; the interval excludes 0"]
         by_class = [numbers["AP"] for numbers in self.numbers.difference.per_class]
-        num_told = sum(interval.low is not None for interval in by_class)
+        num_measured = sum(interval.low is not None for interval in by_class)
         for word, sign in (("better", 1), ("worse", -1)):
             names = [
                 category.name
                 for category, interval in zip(self.categories, by_class, strict=True)
                 if interval.excludes_zero and sign * (interval.value or 0) > 0
             ]
-            lines.append(f"significantly {word} in {len(names)} of {num_told} classes: {', '.join(names)}")
+            lines.append(f"significantly {word} in {len(names)} of {num_measured} classes: {', '.join(names)}")
         lines[1:] = [line.removesuffix(": ") for line in lines[1:]]
-        by_chance = (1 - level) * num_told
+        by_chance = (1 - level) * num_measured
         if by_chance >= 1:
-            lines.append(f"of {num_told} classes about {by_chance:.0f} would seem significant by chance alone")
+            lines.append(f"about {by_chance:.0f} of {num_measured} classes would appear significant by chance")
         return lines
 
 
@@ -148,13 +148,13 @@ def _signed(value: float | None) -> str:
 
 
 def compare(config: CompareConfig) -> Comparison:
-    """Measures two runs on the same images and says where they differ, and whether by more than chance.
+    """Measure two runs on the same images and report their differences and which are significant.
 
-    With `config.out`, the tables OUT/comparison and OUT/changed_images are written once everything is computed.
+    With `config.out`, the tables OUT/comparison and OUT/changed_images are written after all computation.
 
     Raises:
-        UserError: An input is missing, damaged or not what it should be, or is of other images or classes than the
-            truth, or `config.out` holds something else. Nothing has been written then.
+        UserError: An input is missing, damaged or of the wrong kind, its images or classes differ from those of the
+            truth, or `config.out` holds something else. Nothing has been written in that case.
     """
     config = dataclasses.replace(
         config,
@@ -191,7 +191,7 @@ def _compare(config: CompareConfig) -> Comparison:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run, matched; the threshold is the score of its best F1."""
+    """A matched run; `threshold` is the score threshold of its best F1."""
 
     matches: Matches
     outcomes: Outcomes
@@ -210,7 +210,7 @@ def _match_run(truth: Truth, uri: str, join: JoinKey) -> _Run:
 
 
 def _names(first: str, second: str) -> tuple[str, str]:
-    """The shortest ends of two URIs that tell them apart."""
+    """Return the shortest trailing path components that distinguish two URIs."""
     parts = [uri.rstrip("/").removesuffix(".json").split("/") for uri in (first, second)]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-count:]) for own in parts]
@@ -222,7 +222,7 @@ def _names(first: str, second: str) -> tuple[str, str]:
 
 
 def _changed_images(first: _Run, second: _Run, num_images: int) -> tuple[ChangedImage, ...]:
-    """The images whose F1 differs most; of equal differences those with more boxes first, then by id."""
+    """Return the images with the largest change in F1; ties are ordered by number of boxes (descending), then by id."""
     tables = [per_image(run.matches, run.outcomes, threshold=run.threshold) for run in (first, second)]
     f1 = [table.column("f1").to_pylist() for table in tables]
     image_ids, num_truth = first.matches.image_ids, tables[0].column("num_truth").to_numpy()
@@ -247,10 +247,10 @@ def _with_nothing_as_right(values: Sequence[float | None]) -> Floats:
 
 
 def _write(folder: OutputFolder, config: CompareConfig, comparison: Comparison) -> None:
-    """Writes both tables; `comparison` goes first and comes last, so while it is there, both are whole."""
+    """Write both tables; `comparison` is deleted first and written last, so its presence means both are complete."""
     tables = {"comparison": _comparison_table(comparison), "changed_images": _changed_images_table(comparison)}
     for kind in reversed(_KINDS):
-        # Its manifest first: without one nobody takes the rest for a table.
+        # Delete the manifest first: without it, no reader takes the remaining files for a table.
         for name in sorted(folder.list_files(kind), key=lambda name: name != MANIFEST_NAME):
             if name == MANIFEST_NAME or name.endswith(".parquet"):
                 folder.delete_file(kind, name)

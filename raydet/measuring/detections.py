@@ -1,6 +1,6 @@
-"""Detections, from a table or from COCO results JSON, joined to the truth image by image and checked.
+"""Read detections from a table or COCO results JSON, check them and join them to the truth by image.
 
-Detections stand in the order in which they were given.
+Detections keep their input order within an image.
 """
 
 from collections.abc import Iterable
@@ -40,8 +40,8 @@ class DetectionRows:
     """Rows of a detections table.
 
     Attributes:
-        columns: The detections in each row, in the truth's category indices.
-        errors: Row → why the detector could not read its image.
+        columns: Detections by row, with the truth's category indices.
+        errors: Row → reason why the detector could not read its image.
     """
 
     columns: DetectionColumns
@@ -50,18 +50,18 @@ class DetectionRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Detections joined to the truth: the same images on both sides, in the same order, by rising id.
+    """Detections joined to the truth: the same images on both sides, in ascending id order.
 
     Attributes:
-        uri: Where the detections were read.
-        columns: The detections.
-        truth_columns: The labelled boxes.
-        truth_rows: Rows of the whole truth that are measured, int64 [I].
-        errors: Image id → why the detector could not read it; it has no detections.
-        num_left_out: Images that only one side has, with `allow_partial`.
-        note: A line about how the images were joined, where that is worth one.
-        model: The checkpoint that the detections' table names.
-        num_detections: In all images measured.
+        uri: Source of the detections.
+        columns: Detections.
+        truth_columns: Labelled boxes.
+        truth_rows: Rows of the full truth that are measured, int64 [I].
+        errors: Image id → reason why the detector could not read the image, which then has no detections.
+        num_left_out: Number of images that only one side has, with `allow_partial`.
+        note: Line about how the images were joined, if worth reporting.
+        model: Checkpoint recorded in the detections table.
+        num_detections: Number of detections in all measured images.
     """
 
     uri: str
@@ -76,17 +76,17 @@ class Scored:
 
 
 def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_partial: bool = False) -> Scored:
-    """Reads a detections table, or COCO results JSON, in which an image without detections is not named.
+    """Read a detections table, or COCO results JSON, which omits images without detections.
 
     Args:
-        uri: A table's folder or a JSON file.
-        truth: The labels of the same images.
-        join: Whether the same image has the same id or the same path on both sides.
-        allow_partial: Take the images that both sides have, where they differ.
+        uri: Table folder or JSON file.
+        truth: Labels of the same images.
+        join: Key that identifies an image on both sides: "id" or "path".
+        allow_partial: Measure only the images that both sides have, instead of raising an error.
 
     Raises:
-        UserError: There is no such input or it is damaged, a box or score means nothing, the images or classes are
-            not those of the truth, or no image is on both sides.
+        UserError: The input does not exist or is damaged, a box or score is invalid, the images or classes differ
+            from those of the truth, or the two sides share no image.
     """
     uri = storage.absolute_uri(uri)
     if is_json(uri, "detections", "a detections table or COCO results JSON"):
@@ -115,12 +115,12 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
 
 
 def errors_by_id(errors: dict[int, str], truth_row: Integers, truth: Truth) -> dict[int, str]:
-    """Errors by the truth's image id instead of the row, without those of images that it does not have.
+    """Key errors by the truth's image id instead of the row, dropping images that the truth does not have.
 
     Args:
-        errors: By row.
-        truth_row: For each row that of its image in the truth, -1 for none, int64 [R].
-        truth: The truth.
+        errors: Reasons by row.
+        truth_row: Row of each image in the truth, -1 for none, int64 [R].
+        truth: Ground truth.
     """
     places = truth_row[list(errors)].tolist()
     ids = truth.images.image_ids
@@ -131,21 +131,21 @@ def errors_by_id(errors: dict[int, str], truth_row: Integers, truth: Truth) -> d
 
 
 def model_of(table: Table) -> str | None:
-    """The checkpoint that made a detections table."""
+    """Return the checkpoint that produced a detections table."""
     model: str | None = parse_metadata(table.schema, kind="detections", where=table.uri).get("checkpoint")
     return model
 
 
 def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordBatch]) -> DetectionRows:
-    """Reads some or all rows of a detections table.
+    """Read some or all rows of a detections table.
 
     Args:
-        table: The table.
-        truth: Whose category indices the result has; categories are told apart by their names.
+        table: Detections table.
+        truth: Ground truth whose category indices the result uses; categories are mapped by name.
         batches: Rows of the table with the columns of `DETECTION_FIELDS`.
 
     Raises:
-        UserError: The classes are others, a box or score means nothing, or an image with an error has detections.
+        UserError: The classes differ, a box or score is invalid, or an image with an error has detections.
     """
     to_truth = _map_categories(table, truth)
     lengths, num_rows = [np.zeros(0, np.int64)], 0
@@ -156,13 +156,11 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
         counts, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
         category = columns["category"]
         if category.size and not 0 <= category.min() <= category.max() < len(to_truth):
-            raise UserError(
-                f"{table.uri} has detections of a category that is not one of its {len(to_truth)} categories"
-            )
+            raise UserError(f"{table.uri} has detections whose category is not one of its {len(to_truth)} categories")
         check_detections(table.uri, columns["bbox"], columns["score"], ids, counts)
         has_error = numbers_of(batch.column("error").is_valid())
         if (counts[has_error] > 0).any():
-            raise UserError(f"{table.uri} has an image with detections although its `error` says it has none")
+            raise UserError(f"{table.uri} has an image with both detections and an `error`; expected one or neither")
         bad_rows = (np.flatnonzero(has_error) + num_rows).tolist()
         errors |= dict(zip(bad_rows, batch.column("error").drop_null().to_pylist(), strict=True))
         num_rows += batch.num_rows
@@ -178,20 +176,20 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
 
 
 def check_detections(where: str, boxes_xywh: Boxes, scores: Floats, image_ids: Integers, lengths: Integers) -> None:
-    """Refuses boxes and scores that mean nothing."""
+    """Raise UserError if a box or score is invalid."""
     for bad, what in (
         (~np.isfinite(boxes_xywh).all(axis=1), "a box that is not finite (NaN or infinite)"),
         (~np.isfinite(scores), "a score that is not finite (NaN or infinite)"),
-        ((boxes_xywh[:, 2:] < 0).any(axis=1), "a box of negative width or height; boxes are x, y, width, height"),
-        ((scores < 0) | (scores > 1), "a score outside of 0 … 1"),
+        ((boxes_xywh[:, 2:] < 0).any(axis=1), "a box with a negative width or height; boxes are x, y, width, height"),
+        ((scores < 0) | (scores > 1), "a score outside 0 … 1"),
     ):
         if bad.any():
             image_id = np.repeat(image_ids, lengths)[bad][0]
-            raise UserError(f"{where}: {bad.sum()} detections have {what}, such as one in image {image_id}")
+            raise UserError(f"{where}: {bad.sum()} detections have {what}, for example in image {image_id}")
 
 
 def _map_categories(table: Table, truth: Truth) -> Integers:
-    """For each category of a detections table its index in the truth, by name."""
+    """Return the truth's index of each category of a detections table, mapped by name."""
     names, truth_names = ([category.name for category in side.categories] for side in (table, truth))
     if names == truth_names:
         return np.arange(len(names))
@@ -201,12 +199,12 @@ def _map_categories(table: Table, truth: Truth) -> Integers:
     )
     if set(names) != set(truth_names):
         raise UserError(
-            f"the categories differ: only in the detections {table.uri}: {only_here}; only in the truth {truth.uri}: "
+            f"the categories differ: only in detections {table.uri}: {only_here}; only in truth {truth.uri}: "
             f"{only_there}"
         )
     if len(set(names)) < len(names) or len(names) != len(truth_names):
         raise UserError(
-            f"{table.uri} and {truth.uri} order their categories differently, and some share a name: they cannot be "
-            "told apart; give each category its own name"
+            f"{table.uri} and {truth.uri} order their categories differently and some categories share a name; "
+            "category names must be unique"
         )
     return np.array([truth_names.index(name) for name in names], dtype=np.int64)

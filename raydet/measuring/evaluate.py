@@ -1,4 +1,4 @@
-"""Truth and detections, as tables or as COCO JSON → COCO's numbers, on the screen and as metrics tables."""
+"""Measure detections against the truth (tables or COCO JSON), for the console and as metrics tables."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measures detections against the truth by COCO's rules, or by those of another protocol.
+    """Measure detections against the truth under COCO's rules or those of another protocol.
 
-    COCO's numbers equal pycocotools' to the last bit, for tables and JSON alike, whatever the order of the rows and
-    the number of shards. Of several detections with one score in an image, the one that stands first is matched
-    first. With `config.out`, the run's rows are put into the tables OUT/metrics, OUT/per_image and so on, beside
-    those of other runs, once everything is computed.
+    COCO's numbers equal those of pycocotools to the last bit, for tables and JSON, regardless of the row order and the
+    number of shards. Detections with equal scores in an image are matched in input order. With `config.out`, the rows
+    of the run are written to the tables OUT/metrics, OUT/per_image etc., beside those of other runs, after all
+    computation.
 
     Raises:
-        UserError: An input is missing, damaged or not what it should be, or does not fit the other, or `config.out`
-            holds something else. Nothing has been written then.
+        UserError: An input is missing, damaged or of the wrong kind, the inputs do not fit each other, or
+            `config.out` holds something else. Nothing has been written in that case.
     """
     config = dataclasses.replace(
         config,
@@ -44,10 +44,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         split=config.split or _name_of(config.truth),
     )
     if config.protocol != "coco" and config.max_detections is not None:
-        raise UserError(f"--protocol {config.protocol} has its own rules: leave out --max-detections")
+        raise UserError(f"--max-detections applies only to --protocol coco, not to {config.protocol}; leave it out")
     if config.out is None:
         return _evaluate(config, None)
-    with metrics_folder.opened(config) as folder:
+    with metrics_folder.open_for_run(config) as folder:
         return _evaluate(config, folder)
 
 
@@ -76,7 +76,7 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation
         note=scored.note,
     )
     if folder is not None:
-        # What it needs takes a second to import, and numbers on the screen do not need it.
+        # Imported here because its dependencies take a second to load and console output does not need them.
         from raydet.measuring.result_tables import write_tables
 
         write_tables(folder, config, truth, scored, matches, evaluation)
@@ -84,8 +84,8 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation
 
 
 def _numbers_alone(config: EvaluateConfig, truth: Truth) -> Evaluation:
-    """COCO's numbers over all images; more would need all detections in memory."""
-    # Only tables of detections need it.
+    """Return COCO's metrics over all images without tables or slices, which would need all detections in memory."""
+    # Imported here because only detections tables need it.
     from raydet.measuring.shards import measure_shards
 
     scored, result = measure_shards(config, truth, _protocol_of(config))
@@ -110,11 +110,11 @@ def _protocol_of(config: EvaluateConfig) -> Protocol:
 
 
 def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
-    """Reads the detections and matches them, here or on a cluster."""
+    """Read the detections and match them, locally or on a cluster."""
     protocol = _protocol_of(config)
     if config.ray_address is not None:
         if config.protocol != "coco" or is_json(config.detections, "detections", "a detections table"):
-            raise UserError("address: a cluster matches detections tables by the protocol coco; leave out address")
+            raise UserError("--ray-address requires --protocol coco and a detections table; leave out --ray-address")
         from raydet.measuring.shards import match_on_cluster
 
         return match_on_cluster(config, truth, protocol)
@@ -155,7 +155,7 @@ def _by_protocol(
     categories: Sequence[Category],
     frequency: Sequence[str] | None,
 ) -> _Numbers:
-    """The numbers of a protocol, in a result and as records."""
+    """Return the metrics of a protocol, as a result and as records."""
     if protocol == "coco":
         return _Numbers(result, result.blocks())
     from raydet.measuring.numbers.protocols import lvis_blocks, voc_blocks
@@ -193,7 +193,7 @@ def _areas_of(config: EvaluateConfig) -> tuple[tuple[str, tuple[float, float]], 
 def _measure_slice(
     config: EvaluateConfig, part: "Slice", matches: Matches, whole: Measured, measure: Callable[[Matches], _Numbers]
 ) -> Measured:
-    """The numbers of some images, or those of one size of box that `whole` has already."""
+    """Return the metrics of a subset of the images, or those of one box size, which `whole` already contains."""
     if part.images is not None:
         chosen = take_images(matches, part.images)
         return _with_intervals(config, part.name, measure(chosen).blocks, chosen, part.num_truth)
@@ -210,19 +210,19 @@ def _measure_slice(
 
 
 def _without_size(value: MetricValue) -> str:
-    """The name that a number over one size of box has over all: APs → AP, ARs → AR100."""
+    """Return the overall name of a metric for one box size: APs → AP, ARs → AR100."""
     return "AP" if value.metric.startswith("AP") else f"AR{value.max_detections}"
 
 
 def _with_intervals(
     config: EvaluateConfig, name: str | None, blocks: tuple[Block, ...], matches: Matches, num_truth: int
 ) -> Measured:
-    # The intervals are of COCO's average precision; what is wanted for tables only is not worth half a minute.
+    # Intervals are defined for COCO's AP. They take up to half a minute, so they are computed only for tables.
     if config.out is not None and config.bootstrap and config.protocol == "coco":
         from raydet.measuring.bootstrap import intervals as draw_intervals
 
         drawn = draw_intervals(matches, num_resamples=config.bootstrap, seed=config.seed)
-        # Classes that count as one have no numbers of their own.
+        # If classes count as one, there are no per-class blocks.
         blocks = tuple(
             tuple(_with_interval(value, own.get(value.metric)) for value in block)
             for block, own in zip(blocks, [drawn.overall, *drawn.per_class], strict=False)

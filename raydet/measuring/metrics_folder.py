@@ -1,7 +1,7 @@
-"""The folder that evaluations write: tables of several runs, one Parquet file for each run in each table.
+"""Folder that evaluations write: tables of several runs, with one Parquet file per run in each table.
 
-OUT/metrics, OUT/per_image and so on are tables like any other, with one manifest over all runs. A run's file in
-OUT/metrics goes first and comes last, so while it is there, the run's rows in all other tables are whole.
+OUT/metrics, OUT/per_image etc. are ordinary tables with one manifest over all runs. A run's file in OUT/metrics is
+deleted first and written last, so its presence means that the run's rows in all other tables are complete.
 """
 
 import contextlib
@@ -31,22 +31,22 @@ KINDS: tuple[TableKind, ...] = (
     "runs",
     "metrics",
 )
-"""The tables, in the order in which they are written."""
+"""Tables in the order in which they are written."""
 _LONGEST_NAME = 80
 
 
 def file_name(run: str) -> str:
-    """The Parquet file of a run: its name, or what is safe of it and a few digits that tell it from others."""
+    """Return the Parquet file name of a run: its name, or a filename-safe version with a distinguishing hash."""
     safe = re.sub(r"[^A-Za-z0-9.-]+", "_", run)[:_LONGEST_NAME].lstrip("._")
     if safe != run:
-        # Readers of folders skip files that begin with a dot or an underscore.
+        # Folder readers skip files that start with a dot or an underscore.
         safe = f"{safe or 'run'}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
     return f"{safe}.parquet"
 
 
 @contextlib.contextmanager
-def opened(config: EvaluateConfig) -> Iterator[OutputFolder]:
-    """Opens the metrics folder of an evaluation, whose `run` is named, and begins its run there when all goes well.
+def open_for_run(config: EvaluateConfig) -> Iterator[OutputFolder]:
+    """Open the metrics folder of an evaluation whose `run` is set, and check that the run may be written there.
 
     Raises:
         UserError: The folder holds files that raydet did not write, or this run with other settings.
@@ -59,7 +59,7 @@ def opened(config: EvaluateConfig) -> Iterator[OutputFolder]:
             folders=KINDS,
             part=_part_of(config),
             is_disposable=not is_measured,
-            remedy=f"{config.run} is its name: choose another --run or --out",
+            remedy=f"the run is named {config.run}: choose another --run or --out",
         )
         yield folder
 
@@ -74,10 +74,10 @@ def _part_of(config: EvaluateConfig) -> str:
 
 
 def runs_in(out: str) -> tuple[str, ...]:
-    """The names of the runs in a folder whose `metrics` table is there, the one measured last at the end.
+    """Return the names of the runs in a folder with a `metrics` table, in the order of measurement.
 
     Raises:
-        UserError: An earlier raydet wrote the table, which does not say which runs are in it.
+        UserError: The table was written by an earlier raydet that did not record its runs.
     """
     uri = storage.join(out, "metrics")
     runs = _read_manifest(uri).get("runs")
@@ -87,9 +87,9 @@ def runs_in(out: str) -> tuple[str, ...]:
 
 
 def open_run(out: str, kind: TableKind, run: str) -> Table | None:
-    """The rows of a run in one of the tables, with the run's own classes; None where there are none.
+    """Return the rows of a run in one of the tables, with the run's own classes; None if it has none.
 
-    The manifest is that of the table; its `runs` has an entry for each run, by `file_name`.
+    The manifest is that of the table; its `runs` has an entry for each run, keyed by `file_name`.
 
     Raises:
         UserError: The table is damaged.
@@ -108,13 +108,13 @@ def write_run(
     *,
     extra: Mapping[TableKind, Mapping[str, Any]],
 ) -> None:
-    """Puts the rows of a run beside those of others, in the place of its own earlier ones.
+    """Write the rows of a run beside those of other runs, replacing its own earlier rows.
 
     Args:
         folder: Metrics folder, opened for this evaluation.
-        config: Evaluation, whose `run` is named.
-        tables: Tables to write, `metrics` among them; rows of the run in other tables are removed.
-        extra: Further entries of a table's manifest.
+        config: Evaluation whose `run` is set.
+        tables: Tables to write, including `metrics`; rows of the run in other tables are removed.
+        extra: Additional manifest entries by table.
     """
     run, name = _run_of(config), file_name(_run_of(config))
     _remove(folder.uri_of("metrics"), name)
@@ -125,7 +125,7 @@ def write_run(
             _remove(uri, name)
             continue
         if not is_table(uri):
-            # Left by an evaluation that was killed before its manifest was there.
+            # Left over from an evaluation that was killed before it wrote the manifest.
             for leftover in folder.list_files(kind):
                 if leftover.endswith(".parquet"):
                     folder.delete_file(kind, leftover)
@@ -135,12 +135,12 @@ def write_run(
         manifest = _read_manifest(uri)
         own = {"run": run, "config_hash": config_hash(config), **extra.get(kind, {})}
         files, runs = manifest.get("files", {}), manifest.get("runs", {})
-        runs.pop(name, None)  # the newest run stands last
+        runs.pop(name, None)  # the newest run comes last
         _write(uri, files | {name: tables[kind].num_rows}, runs | {name: own})
 
 
 def _remove(uri: str, name: str) -> None:
-    """Takes a run's file out of a table; the manifest forgets it first."""
+    """Remove a run's file from a table, after removing it from the manifest."""
     manifest = _read_manifest(uri)
     if name in manifest.get("files", {}):
         files, runs = (
@@ -154,7 +154,7 @@ def _remove(uri: str, name: str) -> None:
 
 
 def _write(uri: str, files: dict[str, int], runs: dict[str, dict[str, Any]]) -> None:
-    # The newest run's entries also stand at the top, where readers that know of one run only look for them.
+    # The newest run's entries are repeated at the top level for readers that expect a single run.
     newest = next(reversed(runs.values()))
     others = {key: value for key, value in newest.items() if key != "config_hash"}
     write_manifest(uri, files, config_hash=newest["config_hash"], runs=runs, **others)

@@ -1,4 +1,4 @@
-"""Paths of the same files on two machines: what stands before the part that both have in common."""
+"""Compare paths of the same files on two machines after removing one common prefix from each side."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,31 +11,34 @@ from raydet.tables.columns import Flags, Integers, numbers_of
 _SAMPLED = 32
 
 
-def differ(truth_paths: pa.LargeStringArray, found_paths: pa.LargeStringArray) -> Flags:
-    """Paths that differ once the prefixes that most images suggest are taken off, bool [N]."""
+def paths_differ(truth_paths: pa.LargeStringArray, found_paths: pa.LargeStringArray) -> Flags:
+    """Return a mask of the paths that differ after the most common prefixes are removed, bool [N]."""
     import pyarrow.compute as pc
 
     rows = sampled(np.arange(len(truth_paths)))
     prefixes = common_prefixes((truth_paths[row].as_py(), found_paths[row].as_py()) for row in rows)
-    (in_truth, begins), (in_found, begins_too) = (
-        behind_prefix(paths, prefix)
+    (in_truth, in_truth_starts), (in_found, in_found_starts) = (
+        remove_prefix(paths, prefix)
         for paths, prefix in zip((truth_paths, found_paths), prefixes or ("", ""), strict=True)
     )
-    is_same: Flags = begins & begins_too & numbers_of(pc.equal(in_truth, in_found))
+    is_same: Flags = in_truth_starts & in_found_starts & numbers_of(pc.equal(in_truth, in_found))
     return ~is_same
 
 
 def sampled(rows: Integers) -> list[int]:
-    """Some of the rows, at equal distances."""
+    """Return up to 32 of the rows, evenly spaced."""
     places = np.unique(np.linspace(0, max(len(rows) - 1, 0), _SAMPLED).astype(np.int64))
     chosen: list[int] = rows[places[: len(rows)]].tolist()
     return chosen
 
 
 def common_prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
-    """What most pairs of paths have before the part that is equal in both; None where no pair has the same file name.
+    """Return the most common pair of prefixes that precede the equal part of each pair of paths.
 
-    If any pair of prefixes fits all images, each of these shows it.
+    If one pair of prefixes fits all images, every pair of paths yields it.
+
+    Returns:
+        The prefixes of the first and second paths; None if no pair shares a file name.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for pair in pairs:
@@ -47,7 +50,7 @@ def common_prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
 
 
 def num_equal_parts(first: str, second: str) -> int:
-    """How many parts between slashes, counted from the end, are equal."""
+    """Return the number of equal path components, counted from the end."""
     count = 0
     for one, other in zip(reversed(first.split("/")), reversed(second.split("/")), strict=False):
         if one != other:
@@ -56,9 +59,9 @@ def num_equal_parts(first: str, second: str) -> int:
     return count
 
 
-def behind_prefix(paths: pa.LargeStringArray, prefix: str) -> tuple[pa.LargeStringArray, Flags]:
-    """The paths behind a prefix, and which paths are known and begin with it, bool [N]."""
+def remove_prefix(paths: pa.LargeStringArray, prefix: str) -> tuple[pa.LargeStringArray, Flags]:
+    """Return the paths with the prefix removed, and a mask of the non-empty paths that start with it, bool [N]."""
     import pyarrow.compute as pc
 
-    begins = numbers_of(pc.starts_with(paths, prefix)) & (numbers_of(pc.binary_length(paths)) > 0)
-    return pc.utf8_slice_codeunits(paths, start=len(prefix)), begins
+    starts_with_it = numbers_of(pc.starts_with(paths, prefix)) & (numbers_of(pc.binary_length(paths)) > 0)
+    return pc.utf8_slice_codeunits(paths, start=len(prefix)), starts_with_it

@@ -1,4 +1,4 @@
-"""What an evaluation found, and how it is said."""
+"""Result of an evaluation and its text output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from raydet.measuring.numbers.values import Block, MetricValue
 
 @dataclass(frozen=True)
 class Measured:
-    """The numbers over some images.
+    """Metrics over a set of images.
 
     Attributes:
-        name: Of the slice; None for all images.
-        blocks: Over all classes, then of each class by its index (none of them where classes count as one).
-        num_images: Images in it.
-        num_truth: Labelled boxes in it that count.
+        name: Name of the slice; None for all images.
+        blocks: Values over all classes, then of each class by index (no class blocks if classes count as one).
+        num_images: Number of images.
+        num_truth: Number of labelled boxes that count.
     """
 
     name: str | None
@@ -28,16 +28,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
-        result: The numbers over all images, by the rules of the protocol; None where there is nothing to measure,
-            or where the protocol has no such number.
-        out: The folder with the tables; None where none was asked for.
-        whole: The same numbers with their intervals.
-        slices: Those of the slices.
-        num_left_out: Images that only one side has, which were left out.
-        note: A line about how the images of both sides were joined, where that is worth one.
+        result: Metrics over all images under the protocol's rules; a value is None if it is undefined or the protocol
+            does not define it.
+        out: Folder with the tables; None if not requested.
+        whole: The same metrics with their intervals.
+        slices: Metrics of the slices.
+        num_left_out: Number of images that only one side has, which were left out.
+        note: Line about how the images were joined, if worth reporting.
     """
 
     result: CocoResult
@@ -48,13 +48,11 @@ class Evaluation:
     note: str | None = None
 
     def lines(self) -> list[str]:
-        """The numbers as text: over all classes, then those of each class; "–" where there is nothing to measure."""
+        """Return the metrics as text: over all classes, then by class; "–" for undefined values."""
         result = self.result
         lines = [f"{result.num_images:,} images, {result.num_truth:,} boxes, {result.num_detections:,} detections"]
         if self.num_left_out:
-            lines.insert(
-                0, f"PARTIAL: {self.num_left_out:,} images are in only one of truth and detections, and left out"
-            )
+            lines.insert(0, f"PARTIAL: left out {self.num_left_out:,} images that only one of truth and detections has")
         if self.note is not None:
             lines.append(self.note)
         if result.num_unreadable:

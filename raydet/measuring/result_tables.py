@@ -1,4 +1,4 @@
-"""What an evaluation found → the rows of its run in the metrics folder."""
+"""Evaluation result → rows of its run in the metrics folder."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category, TableKind, build_schema
 
 ANY_CLASS = Category(1, "any")
-"""The class in the tables where all classes count as one."""
+"""Class used in the tables when all classes count as one."""
 _COUNTS = ("num_images", "num_truth", "num_detections", "num_unreadable")
 
 
@@ -37,15 +37,15 @@ def write_tables(
     matches: Matches,
     evaluation: Evaluation,
 ) -> None:
-    """Writes all tables of a run; what goes wrong is not said for LVIS, whose truth does not hold every object.
+    """Write all tables of a run; LVIS gets no error analysis because its truth does not label every object.
 
     Args:
         folder: Metrics folder.
-        config: With absolute URIs and the names of run and split.
-        truth: The whole truth.
-        scored: What was measured.
-        matches: Its outcome.
-        evaluation: The numbers.
+        config: Config with absolute URIs and the names of run and split.
+        truth: Full ground truth.
+        scored: Measured detections and labels.
+        matches: Matches of `scored`.
+        evaluation: Evaluation result.
     """
     assert config.run is not None
     model = without_secrets(config.model or scored.model)
@@ -80,10 +80,10 @@ def write_tables(
 
 
 def _origin(config: EvaluateConfig, scored: Scored) -> dict[str, Any]:
-    """Where the numbers of a run come from."""
+    """Return the `runs` columns that record the inputs of a run."""
     checkpoint_hash = None
     if scored.model is not None:
-        # It may have been deleted since, or lie where this machine cannot reach it.
+        # The checkpoint may have been deleted or be unreachable from this machine.
         with contextlib.suppress(UserError, OSError):
             checkpoint_hash = fingerprint(scored.model)
     return {

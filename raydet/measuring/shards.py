@@ -1,7 +1,7 @@
-"""Matching a detections table shard by shard: each task reads some row groups and matches them where it is.
+"""Match a detections table shard by shard: each task reads and matches some row groups.
 
-Of the detections only those of a few shards are in memory. Tasks are threads on this machine, or spread over a Ray
-cluster, which pays where its nodes read side by side; the truth is in its object store once.
+Only the detections of a few shards are in memory at a time. Tasks are local threads or run on a Ray cluster, which pays
+off if its nodes read in parallel; the truth is stored once in Ray's object store.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ from raydet.tables.columns import Integers, take_detections, take_truth
 from raydet.tables.table import MANIFEST_NAME, RowGroup, Table, open_table, refusing_damage
 
 _BYTES_PER_SHARD = 20 * 2**20
-"""Some 400,000 detections."""
+"""About 400,000 detections."""
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """The work of a task: some row groups, and the row of the truth for each of their rows, -1 for none, int64 [R]."""
+    """Work of one task: row groups, and the truth row of each of their rows, -1 for none, int64 [R]."""
 
     groups: Sequence[RowGroup]
     truth_row: Integers
@@ -48,7 +48,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a task found: where its images stand in the truth, what could not be read, and the matching."""
+    """Result of one task: truth rows of its images, unreadable images, number of detections and matches."""
 
     truth_rows: Integers
     errors: dict[int, str]
@@ -58,7 +58,7 @@ class _Part:
 
 @dataclass
 class _Shards:
-    """A detections table whose images are those of the truth; what is known of it before and after matching."""
+    """Detections table joined to its truth, and what matching its shards found so far."""
 
     table: Table
     truth: Truth
@@ -67,14 +67,14 @@ class _Shards:
     num_detections: int = 0
 
     def take(self, parts: Iterator[_Part]) -> Iterator[_Part]:
-        """Hands parts on and notes what is not in their matching."""
+        """Yield each part after recording the information that its matches do not contain."""
         for part in parts:
             self.errors |= part.errors
             self.num_detections += part.num_detections
             yield part
 
     def scored(self) -> Scored:
-        """All but the detections."""
+        """Return the joined images without their detections."""
         nothing = read_detection_rows(self.table, self.truth, ()).columns
         return Scored(
             uri=self.table.uri,
@@ -90,16 +90,16 @@ class _Shards:
 
 
 def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, CocoResult]:
-    """COCO's numbers of a detections table of any size, to the last bit those of matching it in one piece.
+    """Return COCO's metrics of a detections table of any size, bit-identical to matching it in one piece.
 
-    Neither the detections nor their matches are ever in memory together: what is needed of these is put into the
-    folder for temporary files (TMPDIR), 32 bytes for each detection, and the classes are measured one after another.
+    Neither the detections nor their matches are ever in memory together. The required part of the matches, 32 bytes per
+    detection, is written to the folder for temporary files (TMPDIR), and the classes are measured one after another.
 
     Returns:
-        All that is known but the detections, and the numbers over all images.
+        The joined images without their detections, and the metrics over all images.
 
     Raises:
-        UserError: As `detections.read_detections`.
+        UserError: As in `detections.read_detections`.
         RunError: The cluster cannot be reached.
     """
     shards = _open(config, truth)
@@ -119,13 +119,13 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
 
 
 def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, Matches]:
-    """Matches a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
+    """Match a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
 
-    The outcome is exactly that of matching here. The detections themselves come to this process only where tables
-    are wanted, which say of single boxes what is wrong with them.
+    The result is identical to matching locally. The detections themselves are sent to this process only if tables are
+    written, which describe individual boxes.
 
     Raises:
-        UserError: As `detections.read_detections`.
+        UserError: As in `detections.read_detections`.
         RunError: The cluster cannot be reached.
     """
     shards = _open(config, truth)
@@ -139,7 +139,7 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
 
 
 def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
-    """Joins the images of both sides before anything is matched."""
+    """Join the images of both sides before matching."""
     table = open_table(config.detections, "detections")
     joined = join_images(truth.images, list_images(table), by=config.join, allow_partial=config.allow_partial)
     return _Shards(table, truth, joined)
@@ -152,12 +152,12 @@ def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Itera
     if config.ray_address is not None:
         return _match_on_ray(config.ray_address, shards, match_shard, work)
     num_threads = available_cpus()
-    # More that are ready would only wait in memory.
+    # Results further ahead would only occupy memory.
     return in_order(match_shard, work, num_threads=num_threads, ahead=num_threads + 1)
 
 
 def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
-    """The row groups, in their order, in parts of about as many bytes each."""
+    """Split the row groups, in order, into shards of similar size in bytes."""
     groups = table.row_groups()
     ends = np.cumsum([group.num_bytes for group in groups])
     num_shards = min(num_shards or -(-int(ends[-1]) // _BYTES_PER_SHARD), len(groups)) or 1
@@ -186,7 +186,7 @@ def _match_on_ray(
 
 
 def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard) -> _Part:
-    """Reads and matches some row groups, without the images that the truth does not have."""
+    """Read and match some row groups, dropping images that the truth does not have."""
     rows = read_detection_rows(table, truth, _batches(table, shard.groups))
     own = np.flatnonzero(shard.truth_row >= 0)
     own = own[np.argsort(shard.truth_row[own])]
@@ -206,7 +206,7 @@ def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatc
 
 @contextlib.contextmanager
 def _session(address: str, table: Table) -> Iterator[None]:
-    """The cluster at an address, whose nodes all see the table, for the time of a `with`."""
+    """Context manager: connect to the cluster, and check that all its nodes see the table, while the block runs."""
     from raydet.cluster import session, shared_storage
 
     with tempfile.TemporaryDirectory() as log, session.session(log, address=address):

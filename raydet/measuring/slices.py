@@ -1,4 +1,4 @@
-"""Which images, or which sizes of box, make up a slice: by a column of the images table or by a property."""
+"""Slices of a data set by a column of the images table or by a property of images and boxes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from raydet.measuring.numbers.matches import COCO_AREAS
 from raydet.tables.columns import Flags, Floats, Integers, TruthColumns
 
 PROPERTIES = ("box_size", "crowding", "image_size")
-"""What images can be sliced by without any column; a column of such a name is not looked at."""
+"""Properties that need no column; a column with one of these names is ignored."""
 
 _UNKNOWN = "unknown"
 _MAX_VALUES = 50
@@ -25,13 +25,13 @@ _IMAGE_SIZE = ((640, "up to 640 px"), (1280, "641–1280 px"), (2560, "1281–25
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """A part of the data to be measured apart: some images, or the boxes of one size in all images.
+    """Subset to be measured separately: some images, or the boxes of one size in all images.
 
     Attributes:
-        name: As it stands in the tables, such as `camera=front`.
-        images: Which images, by rising id as in `Matches`, bool [I]; None for a slice by size of box.
-        area: The size class of boxes to measure; "all" for a slice of images.
-        num_truth: Labelled boxes that count in it; without any there is nothing to measure, and values are null.
+        name: Name in the tables, such as `camera=front`.
+        images: Mask of the images, in ascending id order as in `Matches`, bool [I]; None for a box size slice.
+        area: Size class of the boxes to measure; "all" for a slice of images.
+        num_truth: Number of labelled boxes that count in it; if 0, all values are undefined.
     """
 
     name: str
@@ -48,22 +48,22 @@ def slices_of(
     sizes_hw: Integers,
     areas: Mapping[str, tuple[float, float]] = COCO_AREAS,
 ) -> list[Slice]:
-    """All slices by one column or property; those of images hold each image exactly once.
+    """Return all slices by one column or property; slices of images contain each image exactly once.
 
-    A column of text, truth values or up to 12 different numbers gives one slice a value; one of more numbers, of
-    dates or times, up to four of about as many images each, named by their lowest and highest value. Null, and a
-    number that is none, is "unknown". The properties: `box_size`, COCO's size classes of the labelled box;
-    `crowding`, images by their number of boxes, crowds not counted; `image_size`, by their longer side.
+    A column of text, booleans or up to 12 distinct numbers yields one slice per value. A column of more numbers, of
+    dates or of times yields up to four slices with about as many images each, named by their lowest and highest value.
+    Null and NaN are "unknown". Properties: `box_size`, COCO's size classes of the labelled box; `crowding`, number of
+    boxes in the image, crowds excluded; `image_size`, the longer side of the image.
 
     Args:
         name: Column or property.
-        truth: The labelled boxes.
-        columns: Further columns of the images table by their names, in the order of `truth.image_ids`.
-        sizes_hw: Height and width in pixels, 0 where unknown, in that order, int64 [I, 2].
-        areas: Size classes of the protocol by name; "all" is left out.
+        truth: Labelled boxes.
+        columns: Extra columns of the images table by name, in the order of `truth.image_ids`.
+        sizes_hw: Height and width in pixels, 0 if unknown, in the same order, int64 [I, 2].
+        areas: Size classes of the protocol by name; "all" is skipped.
 
     Raises:
-        UserError: There is no such column, its type cannot be grouped, or it has more than 50 different texts.
+        UserError: The column does not exist, its type cannot be grouped, or it has more than 50 distinct texts.
     """
     counted = ~truth.iscrowd
     if name == "box_size":
@@ -101,28 +101,26 @@ def _of_box_sizes(area: Floats, areas: Mapping[str, tuple[float, float]]) -> lis
 
 
 def _in_steps(values: Integers, steps: Sequence[tuple[float, str]]) -> tuple[Integers, list[str]]:
-    """The step of each value, the first whose upper end is not below it, and the names of the steps."""
+    """Return the index of each value's step (the first with an upper end not below the value) and the step names."""
     ends, names = zip(*steps, strict=True)
     return np.searchsorted(ends, values, side="left"), list(names)
 
 
 def _of_column(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> tuple[Integers, list[str]]:
-    """The group of each image, int64 [I], and the names of the groups in a fixed order, "unknown" last."""
+    """Return the group of each image, int64 [I], and the names of the groups in a fixed order, "unknown" last."""
     if name not in columns:
         usable = [column for column, values in columns.items() if _is_usable(values.type)]
-        there = (
-            f"the images table has the columns {', '.join(usable)}"
-            if usable
-            else "the truth has no columns to slice by"
-        )
+        there = f"the images table has the columns {', '.join(usable)}" if usable else "the truth has no extra columns"
         raise UserError(
-            f"--slice-by: no column or property {name}; {there}, the properties are {', '.join(PROPERTIES)}"
+            f"--slice-by: no column or property {name}; {there}; the properties are {', '.join(PROPERTIES)}"
         )
     values = columns[name].combine_chunks() if isinstance(columns[name], pa.ChunkedArray) else columns[name]
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if not _is_usable(values.type):
-        raise UserError(f"--slice-by: column {name} has the type {values.type}; give one of texts, numbers or times")
+        raise UserError(
+            f"--slice-by: column {name} has the type {values.type}; must be text, numbers, booleans, dates or times"
+        )
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), None, values)
     if pa.types.is_decimal(values.type):
@@ -132,8 +130,8 @@ def _of_column(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> 
     is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     if is_text and len(distinct) > _MAX_VALUES:
         raise UserError(
-            f"--slice-by: column {name} has {len(distinct):,} different texts, such as {distinct[0].as_py()!r}; "
-            f"slices need a column of at most {_MAX_VALUES}"
+            f"--slice-by: column {name} has {len(distinct):,} distinct texts, for example {distinct[0].as_py()!r}; "
+            f"the limit is {_MAX_VALUES}"
         )
     place = pc.fill_null(pc.index_in(values, value_set=distinct), -1).to_numpy(zero_copy_only=False).astype(np.int64)
     if is_text or len(distinct) <= _MAX_NUMBERS:
@@ -162,14 +160,14 @@ def _is_usable(dtype: pa.DataType) -> bool:
 
 
 def _quarters(place: Integers, distinct: pa.Array) -> tuple[Integers, list[str]]:
-    """Parts the images into up to four groups of about the same size; equal values stay together.
+    """Split the images into up to four groups of similar size, keeping equal values together.
 
     Args:
-        place: Of each image the index of its value, -1 for none, int64 [I].
-        distinct: The values, rising.
+        place: Index of each image's value, -1 for none, int64 [I].
+        distinct: Values in ascending order.
     """
     known = np.sort(place[place >= 0])
-    # The value that a quarter, a half, three quarters of the images do not exceed ends a group.
+    # A group ends at the value that a quarter, half or three quarters of the images do not exceed.
     ends = np.unique(known[(len(known) * np.arange(1, 5) + 3) // 4 - 1])
     group = np.where(place < 0, -1, np.searchsorted(ends, place, side="left"))
     lows = [0, *(ends[:-1] + 1).tolist()]
@@ -181,7 +179,7 @@ def _quarters(place: Integers, distinct: pa.Array) -> tuple[Integers, list[str]]
 
 
 def _label(value: Any) -> str:
-    """A value as a name: true and false in small letters, numbers short, times as ISO 8601 has them."""
+    """Return a value as a name: lower-case booleans, short numbers, ISO 8601 times."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

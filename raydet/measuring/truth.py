@@ -1,6 +1,6 @@
-"""The labelled boxes of a data set, from an images table or from COCO JSON, as columns that are checked on the way.
+"""Labelled boxes of a data set, read from an images table or COCO JSON as validated columns.
 
-Pictures are never read. Images stand by rising id.
+Image data is never read. Images are in ascending id order.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ class Truth:
     """All labelled boxes of a data set.
 
     Attributes:
-        uri: Where it was read.
-        categories: The classes, by their indices.
-        columns: The boxes; images by rising id.
-        images: The images, by rising id.
-        federated: What the file says in LVIS's fields, if it was asked for.
+        uri: Source of the labels.
+        categories: Classes by index.
+        columns: Boxes; images in ascending id order.
+        images: Images in ascending id order.
+        federated: LVIS fields of the file, if requested.
     """
 
     uri: str
@@ -48,15 +48,15 @@ class Truth:
     federated: Federated | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be measured against."""
+        """Raise UserError if the labels cannot be used as ground truth."""
         columns = self.columns
         if not self.categories:
-            raise UserError(f"{self.uri} has no categories: it holds images without labels")
+            raise UserError(f"{self.uri} has no categories; the truth must have labels")
         if not columns.image_ids.size:
-            raise UserError(f"{self.uri} holds no image")
+            raise UserError(f"{self.uri} has no images")
         repeated = columns.image_ids[1:][np.diff(columns.image_ids) == 0]
         if repeated.size:
-            raise UserError(f"{self.uri} has image ids more than once, such as {repeated[0]}; they must be unique")
+            raise UserError(f"{self.uri} has duplicate image ids, for example {repeated[0]}; they must be unique")
         bad = ~np.isfinite(columns.boxes_xywh).all(axis=1) | ~np.isfinite(columns.area)
         bad |= (columns.boxes_xywh[:, 2:] < 0).any(axis=1)
         bad |= (columns.category < 0) | (columns.category >= len(self.categories))
@@ -64,19 +64,19 @@ class Truth:
             image_id = np.repeat(columns.image_ids, np.diff(columns.starts))[bad][0]
             raise UserError(
                 f"{self.uri}: {bad.sum()} boxes have a number that is not finite, a negative size or an unknown "
-                f"category, such as one in image {image_id}"
+                f"category, for example in image {image_id}"
             )
 
 
 def read_truth(uri: str, *, lvis: bool = False) -> Truth:
-    """Reads the labels of an images table or of COCO instances JSON.
+    """Read the labels of an images table or COCO instances JSON.
 
     Args:
-        uri: A table's folder or a JSON file.
-        lvis: Also read the fields that LVIS adds; only JSON has them.
+        uri: Table folder or JSON file.
+        lvis: Also read the fields that LVIS adds, which only JSON has.
 
     Raises:
-        UserError: There is no such input, or it is damaged or has no labels.
+        UserError: The input does not exist, is damaged or has no labels.
     """
     uri = storage.absolute_uri(uri)
     if is_json(uri, "truth", "an images table or COCO instances JSON"):
@@ -95,25 +95,25 @@ def read_truth(uri: str, *, lvis: bool = False) -> Truth:
         )
     if lvis:
         raise UserError(
-            f"{uri} is an images table, which does not hold neg_category_ids and not_exhaustive_category_ids; give "
-            "LVIS's own JSON as the truth"
+            f"{uri} is an images table, which has no neg_category_ids and not_exhaustive_category_ids; use LVIS's JSON "
+            "as the truth"
         )
     return _read_images_table(open_table(uri, "images"))
 
 
 def is_json(uri: str, what: str, expected: str) -> bool:
-    """Whether an input is a JSON file; otherwise it is a folder."""
+    """Return True if an input is a JSON file, False if it is a folder."""
     filesystem, path = storage.resolve(uri)
     kind = filesystem.get_file_info(path).type
     if kind == pafs.FileType.NotFound:
-        raise UserError(f"no such {what}: {uri}; give {expected}")
+        raise UserError(f"no such {what}: {uri}; expected {expected}")
     if kind == pafs.FileType.File and not path.endswith(".json"):
         raise UserError(f"{uri} is neither a folder nor a .json file; {what} must be {expected}")
     return bool(kind == pafs.FileType.File)
 
 
 def data_hash(uri: str) -> str:
-    """Sixteen hexadecimal digits over a table's manifest, or over a JSON file."""
+    """Return sixteen hexadecimal digits that identify the content: a hash of a table's manifest or of a JSON file."""
     uri = storage.absolute_uri(uri)
     file = uri if uri.partition("?")[0].endswith(".json") else storage.join(uri, MANIFEST_NAME)
     return hashlib.sha256(storage.read_bytes(file)).hexdigest()[:16]
@@ -126,7 +126,7 @@ def _read_images_table(table: Table) -> Truth:
         lengths, columns = flatten(batch, "objects", names, table.uri)
         parts.append({**columns, "lengths": lengths})
     if not parts:
-        raise UserError(f"{table.uri} holds no image")
+        raise UserError(f"{table.uri} has no images")
     images = list_images(table)
     whole = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
     columns_as_read = TruthColumns(
@@ -147,9 +147,9 @@ def _read_images_table(table: Table) -> Truth:
 
 
 def read_extra_columns(truth: Truth) -> dict[str, pa.ChunkedArray]:
-    """The columns that an images table has beyond raydet's own, by name, in the order of the truth's images.
+    """Return the columns that an images table has beyond raydet's own, by name, in the order of the truth's images.
 
-    JSON has none.
+    JSON has no extra columns.
     """
     if truth.uri.partition("?")[0].endswith(".json"):
         return {}

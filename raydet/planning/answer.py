@@ -1,4 +1,4 @@
-"""What a plan says: the result of `plan`, as a table for the terminal and as JSON."""
+"""The result of `plan` as a table for the terminal and as JSON."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,23 +10,23 @@ from raydet.config import PlanConfig
 from raydet.planning.throughput import RAY, Forecast, NodeGroup, Probe, Workers
 
 _NAMES = {
-    "predict": {"decode": "decode", "prepare": "resize", RAY: "Ray and handing on"},
-    "train": {"decode": "decode and augment", "model": "model, a step", RAY: "Ray and handing on"},
+    "predict": {"decode": "decode", "prepare": "resize", RAY: "Ray and transfers"},
+    "train": {"decode": "decode and augment", "model": "model, one step", RAY: "Ray and transfers"},
 }
 _ADVICE = {
-    "CPUs": "more CPU nodes make it faster, more copies of the model do not",
-    "model": "more workers make it faster (GPUs, or more of the CPUs with --num-workers), more decoding does not",
-    "threads": "they hold CPUs while they wait for each other; more workers of fewer threads (--threads-per-worker) "
-    "make it faster, and in training a larger batch",
-    "decoding": "lower --cpus-per-worker, so that more of the CPUs decode, or more CPU nodes make it faster",
-    "CPUs of GPU nodes": "GPU nodes with more CPUs make it faster: they resize what their GPUs see",
-    "reading": "storage nearer to the cluster, or images in tables or tar files, make it faster",
+    "CPUs": "add CPU nodes; more copies of the model do not help",
+    "model": "add workers (GPUs, or more of the CPUs with --num-workers); more decoding does not help",
+    "threads": "they hold CPUs while they wait for each other; use more workers with fewer threads "
+    "(--threads-per-worker), and in training a larger batch",
+    "decoding": "lower --cpus-per-worker so that more CPUs decode, or add CPU nodes",
+    "CPUs of GPU nodes": "use GPU nodes with more CPUs, which resize the images for their GPUs",
+    "reading": "keep the images nearer to the cluster, or in tables or tar files",
 }
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What a cluster would take.
+    """Time and cost of a job on a cluster.
 
     Attributes:
         num_images: In all, over all epochs.
@@ -52,17 +52,17 @@ class PlanResult:
 
     @property
     def storage_mb_per_s(self) -> float:
-        """Megabytes (10⁶ bytes) of encoded images that the storage must deliver in a second."""
+        """Megabytes (10⁶ bytes) of encoded images that the storage must deliver per second."""
         return self.forecast.images_per_s * self.probes[0].image_bytes / 1e6
 
     @property
     def pixels_mb_per_s(self) -> float:
-        """Megabytes of decoded pixels that go from decoders to workers in a second, over the network at the worst."""
+        """Megabytes of decoded pixels that go from decoders to workers per second, at worst over the network."""
         return self.forecast.images_per_s * self.probes[0].pixel_bytes / 1e6
 
     @property
     def cpu_nodes_per_gpu_node(self) -> float | None:
-        """CPU nodes that keep a GPU node busy; null where there are not both."""
+        """CPU nodes that keep a GPU node busy; None unless there are both."""
         gpu_nodes = sum(group.num_nodes for group in self.groups if group.num_gpus)
         of_cpu = [group for group in self.groups if not group.num_gpus]
         cpu_nodes = sum(group.num_nodes for group in of_cpu)
@@ -72,7 +72,7 @@ class PlanResult:
         return self.forecast.cpus_to_balance / cpus_of_a_node / gpu_nodes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "num_images": self.num_images,
             "images_per_s": self.forecast.images_per_s,
@@ -95,14 +95,14 @@ class PlanResult:
         }
 
     def command(self) -> str:
-        """The options that the real job is to be given."""
+        """Return the command with the options for the real job."""
         batch = f"--batch-size {self.config.batch} --precision {self.config.precision}"
         threads = "" if self.workers.on_gpu else f" --threads-per-worker {self.workers.threads}"
         engine = f" --engine {self.config.engine}" if self.config.job == "predict" else ""
         return f"raydet {self.config.job} --num-workers {self.workers.number}{threads}{engine} {batch}"
 
     def lines(self) -> list[str]:
-        """The plan for the terminal."""
+        """Return the plan for the terminal."""
         answer = self.forecast
         nodes = ", ".join(_describe(group) for group in self.groups)
         rate = f"{rate_text(answer.images_per_s)} images/s"
@@ -110,7 +110,7 @@ class PlanResult:
         lines = [
             f"{self.config.job} of {self.num_images:,} images{passes} on {nodes}",
             *self._table(),
-            f"time: {_duration(self.total_s)}, of which start-up {_duration(self.startup_s)}; {rate}",
+            f"time: {_duration(self.total_s)}, including {_duration(self.startup_s)} start-up; {rate}",
         ]
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.2f}, {self.cost / self.num_images * 1e6:,.2f} per million images")
@@ -118,7 +118,7 @@ class PlanResult:
         lines += self._balance()
         lines.append(
             f"storage must deliver {self.storage_mb_per_s:,.1f} MB/s of images; up to {self.pixels_mb_per_s:,.1f} MB/s "
-            "of pixels go from decoders to workers, over the network where these are on other nodes"
+            "of pixels go from decoders to workers, over the network if these are on other nodes"
         )
         lines += [f"assumed: {text}" for text in self.assumptions()]
         lines.append(f"run it with: {self.command()} …")
@@ -127,7 +127,7 @@ class PlanResult:
         return lines
 
     def _table(self) -> list[str]:
-        rows = [("stage", "CPU ms an image", "images/s alone", "busy")]
+        rows = [("stage", "CPU ms per image", "images/s alone", "busy")]
         for name, load in self.forecast.stages.items():
             rows.append(
                 (
@@ -146,33 +146,33 @@ class PlanResult:
         total_s = sum(load.cpu_s for load in answer.stages.values())
         name, load = max(answer.stages.items(), key=lambda item: item[1].cpu_s)
         stage = _NAMES[self.config.job].get(name, name)
-        return f"bottleneck: CPUs, of whose time {stage} takes {load.cpu_s / total_s:.0%}; {_ADVICE['CPUs']}"
+        return f"bottleneck: CPUs, {load.cpu_s / total_s:.0%} of their time for {stage}; {_ADVICE['CPUs']}"
 
     def _balance(self) -> list[str]:
         answer = self.forecast
         if answer.cpus_to_balance is None:
             return []
-        cpus = f"{answer.cpus_to_balance:,.1f} CPUs beside their own keep the GPU nodes busy"
+        cpus = f"{answer.cpus_to_balance:,.1f} CPUs besides their own keep the GPU nodes busy"
         ratio = self.cpu_nodes_per_gpu_node
-        return [f"balance: {cpus}" + ("" if ratio is None else f": {ratio:.2g} such CPU nodes to each GPU node")]
+        return [f"balance: {cpus}" + ("" if ratio is None else f": {ratio:.2g} such CPU nodes per GPU node")]
 
     def assumptions(self) -> list[str]:
-        """What the numbers stand on, beside the formula."""
+        """List the assumptions behind the numbers, besides the formula."""
         of_cpu, of_model = self.probes
         machines = of_cpu.machine if of_cpu == of_model else f"{of_cpu.machine}; the model on {of_model.machine}"
         found = [
             f"a CPU of the cluster is as fast as one of the measured machine ({machines})",
-            "one more CPU, GPU or node brings as much as the one before; all nodes are up, and none is lost",
+            "throughput grows in proportion to CPUs, GPUs and nodes; all nodes are up, and none is lost",
         ]
         if self.config.data is None and not self.config.probe:
             size = self.config.generated_size
-            found.append(f"images are like the generated ones ({size} × {size}); --data measures with real ones")
+            found.append(f"images resemble the generated ones ({size} × {size}); --data measures with real images")
         if self.config.job == "train":
-            found.append("validation and the writing of checkpoints are not counted")
+            found.append("validation and checkpoints are not counted")
             if sum(group.num_nodes for group in self.groups) > 1:
                 found.append(f"{self.config.network_gbit_per_s:g} Gbit/s between nodes")
         if self.cost is not None:
-            found.append("all nodes are paid for from start to end, the head and the traffic are not counted")
+            found.append("all nodes are paid for from start to end; the head and network traffic are not counted")
         return found
 
 

@@ -1,4 +1,4 @@
-"""The cluster that a plan is for: of options, or of Ray's `cluster.yaml`."""
+"""The cluster of a plan, from options or from Ray's `cluster.yaml`."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _AWS_SIZE = re.compile(r"[a-z][a-z0-9-]*\.(?:(\d*)x)?large")
 
 
 def node_groups(config: PlanConfig) -> tuple[NodeGroup, ...]:
-    """The nodes that a config asks for; none where it names none.
+    """Return the nodes that a config requests; an empty list if it names none.
 
     Raises:
         UserError: The cluster.yaml cannot be read, or does not say how many CPUs a node has.
@@ -41,7 +41,7 @@ def node_groups(config: PlanConfig) -> tuple[NodeGroup, ...]:
 
 
 def with_price(config: PlanConfig, group: NodeGroup) -> NodeGroup:
-    """The group with the price that the config has for its kind of nodes."""
+    """Return the group with the config's price for its kind of nodes."""
     price = config.price_per_gpu_node_hour if group.num_gpus else config.price_per_cpu_node_hour
     return NodeGroup(**{**vars(group), "price_per_hour": price})
 
@@ -55,7 +55,7 @@ def _groups_of_yaml(config: PlanConfig, uri: str) -> list[NodeGroup]:
         raise UserError(f"cannot read the cluster file {uri}: {one_line(error)}") from None
     kinds = content.get("available_node_types") if isinstance(content, dict) else None
     if not isinstance(kinds, dict) or not all(isinstance(kind, dict) for kind in kinds.values()):
-        raise UserError(f"{uri} is no cluster.yaml of Ray's: it has no available_node_types")
+        raise UserError(f"{uri} is not a cluster.yaml of Ray: it has no available_node_types")
     groups = []
     for name, kind in kinds.items():
         resources = kind.get("resources") or {}
@@ -69,24 +69,23 @@ def _groups_of_yaml(config: PlanConfig, uri: str) -> list[NodeGroup]:
             num_cpus = (config.cpus_per_gpu_node if num_gpus else config.cpus_per_cpu_node) or _aws_cpus(content, kind)
         if num_cpus is None:
             raise UserError(
-                f"{uri} does not say how many CPUs a node of the group {name} has; write resources: {{CPU: 16}} there, "
-                f"or give --cpus-per-{'gpu' if num_gpus else 'cpu'}-node"
+                f"{uri} does not state the CPUs of a node of the group {name}; write resources: {{CPU: 16}} there, "
+                f"or set --cpus-per-{'gpu' if num_gpus else 'cpu'}-node"
             )
         groups.append(NodeGroup(name=str(name), num_nodes=num_nodes, num_cpus=int(num_cpus), num_gpus=num_gpus))
     if not groups:
-        raise UserError(f"{uri} has no group of nodes that work: each has max_workers 0 or no CPU")
+        raise UserError(f"{uri} has no group of worker nodes: each has max_workers 0 or no CPU")
     most = content.get("max_workers")
     num_workers = sum(group.num_nodes for group in groups if group.name != content.get("head_node_type"))
     if most is not None and num_workers > int(most):
         raise UserError(
-            f"{uri} lets its groups have {num_workers} nodes, but all together {most}; say how many of each it is to "
-            "be, with --cpu-nodes and --gpu-nodes"
+            f"{uri} allows {num_workers} nodes in its groups but only {most} in total; set --cpu-nodes and --gpu-nodes"
         )
     return groups
 
 
 def _aws_cpus(content: Mapping[str, Any], kind: Mapping[str, Any]) -> int | None:
-    """vCPUs by the name of an AWS instance type: 2 for large, 4 for xlarge, 4 N for Nxlarge."""
+    """Return the vCPUs of an AWS instance type: 2 for large, 4 for xlarge, 4 N for Nxlarge."""
     if (content.get("provider") or {}).get("type") != "aws":
         return None
     match = _AWS_SIZE.fullmatch(str((kind.get("node_config") or {}).get("InstanceType")))

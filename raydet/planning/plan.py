@@ -1,4 +1,4 @@
-"""`plan`: what a cluster would take for so many images, from a short measurement. Starts no worker on a cluster.
+"""`plan`: time and cost of a job on a cluster, from a short measurement. Starts no workers on a cluster.
 
 `probe.py` measures, `throughput.py` calculates; `answer.py` words it.
 """
@@ -19,7 +19,7 @@ from raydet.tables import storage
 
 
 def plan(config: PlanConfig, *, console: Console | None = None) -> PlanResult:
-    """Measures on this machine, or takes what was measured elsewhere, and says what a cluster would take.
+    """Estimate time and cost on a cluster from a measurement on this machine or saved ones.
 
     Raises:
         UserError: The model, the images, the cluster or a probe is not what it should be.
@@ -50,7 +50,7 @@ def plan(config: PlanConfig, *, console: Console | None = None) -> PlanResult:
 
 
 def plan_for(config: PlanConfig, groups: Sequence[NodeGroup], probes: Sequence[Probe]) -> PlanResult:
-    """What a cluster would take, calculated of what was measured.
+    """Calculate time and cost on a cluster from measurements.
 
     Raises:
         UserError: The probes do not fit the cluster, or the workers do not.
@@ -83,7 +83,7 @@ def plan_for(config: PlanConfig, groups: Sequence[NodeGroup], probes: Sequence[P
 
 
 def _workers(config: PlanConfig, groups: Sequence[NodeGroup]) -> Workers:
-    """Copies of the model: one a GPU; without GPUs as many as fill the CPUs, in training one a node."""
+    """Return the copies of the model: one per GPU; without GPUs enough to fill the CPUs, in training one per node."""
     num_gpus = sum(group.num_nodes * group.num_gpus for group in groups)
     smallest = min(group.num_cpus for group in groups)
     threads = threads_of_a_worker(config, smallest)
@@ -101,11 +101,11 @@ def _workers(config: PlanConfig, groups: Sequence[NodeGroup]) -> Workers:
             most = sum(group.num_nodes * group.num_cpus for group in groups)
             threads = max(1, most // number)
     if num_gpus and number > num_gpus:
-        raise UserError(f"{number} workers need as many GPUs, the cluster has {num_gpus}; lower --num-workers")
+        raise UserError(f"{number} workers require {number} GPUs, the cluster has {num_gpus}; lower --num-workers")
     if config.job == "train" and number > config.batch:
         raise UserError(
-            f"--batch-size counts the images of all workers together: {config.batch} images cannot keep "
-            f"{number} workers busy; raise --batch-size or lower --num-workers"
+            f"--batch-size counts the images of all workers: {config.batch} images cannot keep {number} "
+            f"workers busy; raise --batch-size or lower --num-workers"
         )
     return Workers(number=number, threads=threads, on_gpu=num_gpus > 0)
 
@@ -116,16 +116,16 @@ def _check_prices(config: PlanConfig, groups: Sequence[NodeGroup]) -> None:
     for group in groups:
         if group.price_per_hour is None:
             kind = "gpu" if group.num_gpus else "cpu"
-            raise UserError(f"the {group.name} have no price; give --price-per-{kind}-node-hour as well")
+            raise UserError(f"the {group.name} have no price; set --price-per-{kind}-node-hour as well")
 
 
 def _read_probe(uri: str, config: PlanConfig) -> Probe:
     try:
         content = json.loads(storage.read_bytes(uri))
     except FileNotFoundError:
-        raise UserError(f"no such probe: {uri}; raydet plan --save-probe FILE makes one") from None
+        raise UserError(f"no such probe: {uri}; raydet plan --save-probe FILE writes one") from None
     except ValueError as error:
-        raise UserError(f"{uri} is no JSON: {error}") from None
+        raise UserError(f"{uri} is not valid JSON: {error}") from None
     probe = Probe.from_dict(content, where=uri)
     if probe.job != config.job:
         raise UserError(f"{uri} was measured for {probe.job}, the job is {config.job}; measure with --job {config.job}")

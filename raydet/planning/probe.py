@@ -1,4 +1,4 @@
-"""Measures on this machine what `plan` calculates with: the stages by themselves, and a short real run.
+"""Measurements on this machine for `plan`: the stages separately, and a short real run.
 
 The stages run in plain processes, as many at once as there are CPUs, since CPUs that are all busy share caches and
 memory and are slower than one alone. What raydet and Ray take beyond the stages is the rest of the real run.
@@ -37,13 +37,13 @@ _MEMORY_OF_A_PROCESS_BYTES = 1.5 * 2**30
 _MOST_THREADS_OF_A_WORKER = 4
 _LEAST_BATCHES = 16
 _TURNS = 4
-"""Turns at most, of what is measured in turn since a machine that others use too is now faster and now slower."""
+"""Maximum alternating turns, because the speed of a shared machine varies."""
 
 Say = Callable[[str], None]
 
 
 def threads_of_a_worker(config: PlanConfig, num_cpus: int) -> int:
-    """Threads of a copy of the model on a machine of so many CPUs."""
+    """Return the threads of one copy of the model on a machine with this many CPUs."""
     if config.threads_per_worker is not None:
         return config.threads_per_worker
     # A training step is shared by few workers, which so need all the threads there are.
@@ -51,7 +51,7 @@ def threads_of_a_worker(config: PlanConfig, num_cpus: int) -> int:
 
 
 def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> Probe:
-    """Measures on this machine; takes some four times `config.seconds` and a minute or two of starting.
+    """Measure on this machine for about four times `config.seconds`, plus one or two minutes of start-up.
 
     Args:
         config: What is to be planned.
@@ -120,7 +120,7 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
 
 @dataclass(frozen=True, kw_only=True)
 class _Stages:
-    """What was measured of the stages by themselves.
+    """Measurements of the separate stages.
 
     Attributes:
         device: That the model ran on.
@@ -153,7 +153,7 @@ def _measure_stages(
     needs_gpu: bool | None,
     say: Say,
 ) -> _Stages:
-    """Runs in turn one process with all threads, and as many with one thread as there are CPUs."""
+    """Run alternately one process with all threads, and one single-threaded process per CPU."""
     job = {
         "job": config.job,
         "table": samples.write(f"{folder}/samples", len(samples.rows)),
@@ -168,7 +168,7 @@ def _measure_stages(
         "with_model": True,
         "seconds": config.seconds / 2 / _TURNS,
     }
-    say(f"measuring the model with {num_cpus} threads or on a GPU, and in turn all stages while all CPUs are busy")
+    say(f"measuring the model with {num_cpus} threads or on a GPU, and alternately all stages with all CPUs busy")
     of_alone: list[dict[str, Any]] = []
     of_busy: list[dict[str, Any]] = []
     with _stage_processes([job], f"{folder}/alone") as [alone]:
@@ -206,7 +206,7 @@ def _measure_stages(
 
 
 def _model_folder(config: PlanConfig, samples: Samples, folder: str) -> str:
-    """The model that is run; for predict, one that is built from scratch must be saved first."""
+    """Return the model to run; for predict, a model built from scratch is saved first."""
     if config.checkpoint is not None:
         return read_checkpoint(config.checkpoint).name
     assert config.model is not None, "the config asks for a checkpoint or a model"
@@ -220,12 +220,12 @@ def _model_folder(config: PlanConfig, samples: Samples, folder: str) -> str:
 
 
 def _copies(num_cpus: int) -> int:
-    """Processes with a model that fit into half of the memory that is free, one for each CPU at most."""
+    """Return the number of model processes that fit into half of the free memory, at most one per CPU."""
     return max(1, min(num_cpus, int(psutil.virtual_memory().available / 2 / _MEMORY_OF_A_PROCESS_BYTES)))
 
 
 def _costs(results: Sequence[Mapping[str, Any]], stages: Sequence[str] | None = None) -> dict[str, StageCost]:
-    """What an image took by stage, over all turns of all processes."""
+    """Return the cost of an image by stage, over all turns of all processes."""
     num_images = sum(result["num_images"] for result in results)
     names = stages or list(results[0]["cpu_s"])
     return {
@@ -239,24 +239,24 @@ def _costs(results: Sequence[Mapping[str, Any]], stages: Sequence[str] | None = 
 
 
 class _StageProcess:
-    """A process that measures stages, and waits for its turns."""
+    """A process that measures stages in turns."""
 
     def __init__(self, process: "subprocess.Popen[str]", errors: IO[str]) -> None:
-        """Takes a process that has been started, and what it writes to stderr."""
+        """Store a started process and the file of its stderr."""
         self._process, self._errors = process, errors
 
     def wait_until_ready(self) -> str:
-        """Returns what its model is on."""
+        """Return the device of its model."""
         return self._next_line(READY).removeprefix(READY).strip()
 
     def begin_turn(self) -> None:
-        """Lets it measure for a while."""
+        """Start a turn of measuring."""
         assert self._process.stdin is not None, "it was started with a pipe"
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
 
     def end_turn(self) -> dict[str, Any]:
-        """Waits for what it has measured."""
+        """Wait for the measurements of the turn."""
         found: dict[str, Any] = json.loads(self._next_line("{"))
         return found
 
@@ -270,7 +270,7 @@ class _StageProcess:
 
 @contextlib.contextmanager
 def _stage_processes(jobs: Sequence[Mapping[str, Any]], logs: str) -> Iterator[list[_StageProcess]]:
-    """Processes that measure stages, for the time of a `with`; the names of their logs begin with `logs`."""
+    """Context manager: processes that measure stages while the block runs; `logs` prefixes their log files."""
     with contextlib.ExitStack() as stack:
         processes = []
         for number, job in enumerate(jobs):
@@ -281,7 +281,7 @@ def _stage_processes(jobs: Sequence[Mapping[str, Any]], logs: str) -> Iterator[l
 
 
 def _turn_of(processes: Sequence[_StageProcess]) -> list[dict[str, Any]]:
-    """Lets processes measure, all at the same time."""
+    """Let all processes measure simultaneously."""
     for process in processes:
         process.begin_turn()
     return [process.end_turn() for process in processes]
@@ -289,7 +289,7 @@ def _turn_of(processes: Sequence[_StageProcess]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _RunSetting:
-    """The real run; `costs` are those of its stages, `rate` is about how many images per second it will do."""
+    """Settings of the real run; `costs` are those of its stages, `rate` is the expected images per second."""
 
     config: PlanConfig
     model: str
@@ -300,7 +300,7 @@ class _RunSetting:
     rate: float
 
     def options(self) -> list[str]:
-        """What predict and train have in common."""
+        """Return the options that predict and train share."""
         values: dict[str, Any] = {
             "precision": self.config.precision,
             "batch_size": self.config.batch,
@@ -314,7 +314,7 @@ class _RunSetting:
 
 @dataclass(frozen=True)
 class _ProbedRun:
-    """What came of a real run.
+    """Result of a real run.
 
     Attributes:
         images_per_s: After start-up.
@@ -330,7 +330,7 @@ class _ProbedRun:
 
 
 def _measure_predict(setting: _RunSetting, samples: Samples) -> _ProbedRun:
-    """Looks into the midst of a run: what starts and ends before and after it, a long run has but once as well."""
+    """Measure the middle of a run, without its start and end, which a long run has only once as well."""
     batch = setting.config.batch
     most = int(setting.rate * setting.config.seconds * 4 / 3)
     num_rows = min(max(most, _LEAST_BATCHES * batch * setting.workers), max(samples.most_rows(), 2 * batch))
@@ -353,7 +353,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples) -> _ProbedRun:
 
 
 def _measure_train(setting: _RunSetting, samples: Samples) -> _ProbedRun:
-    """A run of three epochs, of which the second has neither the first steps nor those for which nothing is decoded."""
+    """Measure the second of three epochs, without the first steps and those for which nothing is decoded."""
     batch = setting.config.batch
     steps = max(4, math.ceil(setting.rate * setting.config.seconds / 2 / batch))
     train = samples.write(f"{setting.folder}/train", min(steps * batch, max(samples.most_rows(), 2 * batch)))

@@ -1,4 +1,4 @@
-"""Processes that are measured: started, ended with whoever waits for them, and their CPU seconds."""
+"""Measured processes: start, termination and CPU seconds."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ import psutil
 from raydet.common.errors import RunError, UserError
 
 READY = "ready"
-"""What a process that measures stages says when it has warmed up."""
+"""Line of a measuring process after its warm-up."""
 _LOOK_EVERY_S = 0.25
 
 
 @contextlib.contextmanager
 def started(command: Sequence[str], errors: IO[str]) -> "Iterator[subprocess.Popen[str]]":
-    """A process, which is ended with the `with` if it has not ended by itself."""
+    """Context manager: start a process and terminate it when the block ends."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "NO_ALBUMENTATIONS_UPDATE": "1"}
     # The plan is made of this machine, not of the cluster that a job would be sent to.
     environment.pop("RAY_ADDRESS", None)
@@ -36,16 +36,16 @@ def started(command: Sequence[str], errors: IO[str]) -> "Iterator[subprocess.Pop
 
 
 def raise_failure(returncode: int, errors: IO[str], what: str) -> NoReturn:
-    """Raises what a process has ended with: its last line, as a mistake of the user's if it says that it is one."""
+    """Raise the last line of a failed process, as UserError if its exit code says so."""
     errors.seek(0)
     lines = [line for line in errors.read().splitlines() if line.strip()]
-    reason = lines[-1].removeprefix("raydet: error: ") if lines else f"it ended with code {returncode}"
+    reason = lines[-1].removeprefix("raydet: error: ") if lines else f"it exited with code {returncode}"
     raise UserError(reason) if returncode == 2 else RunError(f"{what} failed: {reason}")
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A command that was run.
+    """A finished command.
 
     Attributes:
         seconds: It took.
@@ -58,13 +58,13 @@ class Watched:
     cpu_s: Sequence[float]
 
     def cpu_s_between(self, began_unix_s: float, ended_unix_s: float) -> float:
-        """CPU seconds from one time to another."""
+        """Return the CPU seconds between two times."""
         began_s, ended_s = np.interp([began_unix_s, ended_unix_s], self.unix_s, self.cpu_s)
         return float(ended_s - began_s)
 
 
 def run_watched(command: Sequence[str], folder: str, *, not_counted: str | None = None) -> Watched:
-    """Runs a command.
+    """Run a command.
 
     Args:
         command: To run.
@@ -89,7 +89,7 @@ def run_watched(command: Sequence[str], folder: str, *, not_counted: str | None 
 
 
 class _CpuOfTree:
-    """Adds up the CPU seconds of a process and of all that it has started, also those that have ended."""
+    """Sum of the CPU seconds of a process and of all its descendants, including ended ones."""
 
     def __init__(self, pid: int, not_counted: str | None) -> None:
         self._root, self._not_counted = psutil.Process(pid), not_counted

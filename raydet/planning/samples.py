@@ -1,4 +1,4 @@
-"""The images that a plan is measured with: some of the user's, or generated ones."""
+"""Images for the measurements of a plan: samples of the user's, or generated ones."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ from raydet.tables.table import TableWriter, is_table, open_table
 _MOST_SAMPLES = 256
 _NUM_GENERATED = 64
 _STRETCHES = 2
-"""Places of the user's images that samples are taken from; few, since a table is read by whole row groups."""
+"""Positions in the user's images to sample from; few, because a table is read by row groups."""
 _MOST_TABLE_BYTES = 2 * 2**30
 
 
@@ -34,23 +34,23 @@ class Samples:
 
     @property
     def image_bytes(self) -> float:
-        """Of one, encoded, on average."""
+        """Average bytes of an encoded image."""
         return statistics.fmean(len(row["image"]["bytes"]) for row in self.rows)
 
     def write(self, uri: str, num_rows: int) -> str:
-        """Writes an images table of so many rows, with the samples over and over."""
+        """Write an images table with this many rows by repeating the samples."""
         with TableWriter(uri, build_schema("images", self.categories), config_hash="-") as writer:
             for number in range(num_rows):
                 writer.write_rows([{**self.rows[number % len(self.rows)], "image_id": number}])
         return uri
 
     def most_rows(self) -> int:
-        """Of a table that is not too large for a temporary folder."""
+        """Return the maximum rows of a table that fits a temporary folder."""
         return max(1, int(_MOST_TABLE_BYTES / self.image_bytes))
 
 
 def take_samples(config: PlanConfig, folder: str) -> Samples:
-    """Takes some images of those that the config names, or generates some.
+    """Read samples of the config's images, or generate some.
 
     Args:
         config: What is to be planned.
@@ -70,7 +70,7 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
         return Samples(_labelled(table.read().to_pylist()), table.categories, 0.0)
     if not is_table(config.data):
         if config.job == "train":
-            raise UserError(f"{config.data} is no images table; train learns from one, see raydet prepare")
+            raise UserError(f"{config.data} is not an images table; train requires one, see raydet prepare")
         return _read_samples(open_collection(config.data, index_uri=None), config.data, ())
     table = open_table(config.data, "images")
     if config.job == "predict":
@@ -98,7 +98,7 @@ def _labelled(rows: Any) -> list[dict[str, Any]]:
 
 
 def _read_samples(images: Collection, data: str, categories: tuple[Category, ...]) -> Samples:
-    """Reads from several places of the collection, as `predict` does, and takes the time."""
+    """Read from several positions of the collection, as `predict` does, and measure the time."""
     size = max(1, min(_MOST_SAMPLES, images.num_rows) // _STRETCHES)
     starts = sorted({images.num_rows * number // _STRETCHES for number in range(_STRETCHES)})
     began = time.perf_counter()
@@ -117,5 +117,5 @@ def _read_samples(images: Collection, data: str, categories: tuple[Category, ...
         if row.data is not None
     ]
     if not rows:
-        raise UserError(f"none of the images of {data} that were tried can be read: {found[0].error}")
+        raise UserError(f"none of the sampled images of {data} can be read: {found[0].error}")
     return Samples(rows, categories, seconds / len(found))

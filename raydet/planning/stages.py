@@ -1,4 +1,4 @@
-"""What an image costs in each stage, measured in a process of its own, without Ray.
+"""Cost of an image in each stage, measured in a separate process without Ray.
 
 `probe.py` starts it as `python -m raydet.planning.stages JOB`, several at a time, and lets all go at once: the
 process says `ready` and its device when it has warmed up; then it waits for a line, works for a while, prints one JSON
@@ -50,7 +50,7 @@ _MEETING_TIMEOUT = timedelta(minutes=5)
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
-    """What is to be measured.
+    """Settings of a measurement.
 
     Attributes:
         job: predict or train.
@@ -102,7 +102,7 @@ class Clock:
 
     @contextlib.contextmanager
     def measuring(self, stage: str) -> Iterator[None]:
-        """Adds the time of a `with` to a stage."""
+        """Context manager: add the duration of the block to a stage."""
         cpu_s, wall_s = time.process_time(), time.perf_counter()
         yield
         self.cpu_s[stage] = self.cpu_s.get(stage, 0.0) + time.process_time() - cpu_s
@@ -111,7 +111,7 @@ class Clock:
 
 @dataclass
 class _Pixels:
-    """How large the pictures are, once decoded."""
+    """Return the sizes of the decoded images."""
 
     num_images: int = 0
     num_bytes: int = 0
@@ -122,7 +122,7 @@ class _Pixels:
 
 
 class _Scoring:
-    """What `predict` does with a batch."""
+    """The work of `predict` on a batch."""
 
     gradient_bytes = 0
 
@@ -146,7 +146,7 @@ class _Scoring:
             self._schema = build_schema("detections", engine.categories)
 
     def batch(self, clock: Clock) -> int:
-        """Scores a batch; returns its number of images."""
+        """Score a batch and return its number of images."""
         with clock.measuring("read"):
             rows = list(islice(self._rows, self._job.batch_size))
         with clock.measuring("decode"):
@@ -175,7 +175,7 @@ class _Scoring:
         return len(rows)
 
     def goes_on(self, has_time: bool) -> bool:
-        """Each process works by itself."""
+        """Return True while this process has time left."""
         return has_time
 
 
@@ -192,7 +192,7 @@ _TOGETHER = "together"
 
 
 class _Training:
-    """What `train` does with a batch: a step alone, and where processes train together the same step as one of them."""
+    """The work of `train` on a batch: a step alone and, with several processes, the same step as one rank."""
 
     def __init__(self, job: StageJob) -> None:
         self._job, self.pixels = job, _Pixels()
@@ -220,7 +220,7 @@ class _Training:
             self._together = DistributedDataParallel(self._detector.model, broadcast_buffers=False), setting
 
     def batch(self, clock: Clock) -> int:
-        """Takes a step; returns its number of images."""
+        """Take a step and return its number of images."""
         with clock.measuring("read"):
             rows = list(islice(self._rows, self._job.batch_size))
         with clock.measuring("decode"):
@@ -235,7 +235,7 @@ class _Training:
         return len(rows)
 
     def goes_on(self, has_time: bool) -> bool:
-        """Whether any process has time left, since none can take a step without the others."""
+        """Return True while any process has time left, because no rank can take a step alone."""
         return bool(sum_over_ranks(torch.tensor(float(has_time)))) if self._together else has_time
 
     def _step(self, module: nn.Module, setting: StepSetting, examples: list[Example]) -> None:
@@ -260,7 +260,7 @@ class _Training:
 
 
 def _meet(job: StageJob) -> None:
-    """Makes this process one of the ranks that train together, by ports of loopback alone."""
+    """Make this process one of the training ranks, using loopback ports only."""
     loopback = [
         name
         for name, addresses in psutil.net_if_addrs().items()
@@ -280,10 +280,10 @@ def _forever(table: Table) -> Iterator[dict[str, Any]]:
 
 
 class StageWork:
-    """A process's part of what is measured, in as many turns as are asked for."""
+    """The measurements of one process, in turns."""
 
     def __init__(self, job: StageJob) -> None:
-        """Loads the model and warms up.
+        """Load the model and warm up.
 
         Raises:
             UserError: No image can be decoded, or the model cannot be run so.
@@ -294,10 +294,10 @@ class StageWork:
         for _ in range(_WARM_UP_BATCHES):
             self._work.batch(Clock())
         if not self._work.pixels.num_images:
-            raise UserError("none of the images that were tried can be decoded; give others with --data")
+            raise UserError("none of the sampled images can be decoded; set --data to other images")
 
     def take_turn(self) -> dict[str, Any]:
-        """Works for a while.
+        """Measure for one turn.
 
         Returns:
             Of this turn `num_images`, `num_batches`, `cpu_s` and `wall_s` by stage, and `waiting_s`, by which all steps
@@ -325,7 +325,7 @@ class StageWork:
 
 
 def main() -> int:
-    """Measures what the command line asks for, a turn for each line that comes in."""
+    """Measure as the command line requests, one turn per input line."""
     try:
         job = StageJob(**json.loads(sys.argv[1]))
         work = StageWork(job)

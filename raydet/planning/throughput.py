@@ -1,4 +1,4 @@
-"""How fast a cluster would be: what an image costs in each stage, and how much of everything there is.
+"""The throughput of a cluster, from the cost of an image in each stage and the available resources.
 
 The model is as simple as can be, a line of machines without queues that matter:
 
@@ -32,12 +32,12 @@ from raydet.common.errors import UserError
 
 PROBE_VERSION = 3
 RAY = "ray"
-"""The stage of all that the measured run took beyond the others: Ray's processes, and handing on."""
+"""The stage for the remaining time of the measured run: Ray's processes and transfers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What an image costs in a stage.
+    """Cost of an image in a stage.
 
     Attributes:
         cpu_s: CPU seconds, of all threads.
@@ -50,7 +50,7 @@ class StageCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What was measured on one machine.
+    """Measurements on one machine.
 
     Attributes:
         job: predict or train.
@@ -99,28 +99,28 @@ class Probe:
     source_read_s: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
+        """Return plain values that JSON can hold."""
         return {"probe_version": PROBE_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, content: Any, *, where: str) -> Self:
-        """Reads back `to_dict`.
+        """Rebuild a probe from `to_dict`.
 
         Raises:
             UserError: It is something else.
         """
         if not isinstance(content, dict) or content.get("probe_version") != PROBE_VERSION:
-            raise UserError(f"{where} is no probe of this raydet; make one with raydet plan --save-probe FILE")
+            raise UserError(f"{where} is not a probe of this raydet; write one with raydet plan --save-probe FILE")
         values = {name: value for name, value in content.items() if name != "probe_version"}
         try:
             stages = {name: StageCost(**cost) for name, cost in values.pop("stages").items()}
             all_threads = StageCost(**values.pop("model_all_threads"))
             return cls(**values, stages=stages, model_all_threads=all_threads)
         except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{where} is no whole probe ({error}); make it again with --save-probe") from None
+            raise UserError(f"{where} is not a complete probe ({error}); write it again with --save-probe") from None
 
     def model_cost(self, num_threads: int) -> StageCost:
-        """What the model takes with so many threads, from what it takes with one and with all."""
+        """Interpolate the model's cost for a number of threads from its costs with one and with all."""
         one, several = self.stages["model"], self.model_all_threads
         if self.device != "cpu" or self.num_cpus == 1:
             return one
@@ -175,7 +175,7 @@ class StageLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a cluster would do.
+    """Predicted performance of a cluster.
 
     Attributes:
         images_per_s: After start-up.
@@ -193,32 +193,32 @@ class Forecast:
 
 
 def check_devices(devices: Sequence[str], *, needs_gpu: bool) -> None:
-    """Makes sure that the model was measured on what it is to run on.
+    """Check that the model was measured on the device that it will run on.
 
     Raises:
         UserError: It was not.
     """
     if needs_gpu and set(devices) == {"cpu"}:
         raise UserError(
-            "the cluster has GPUs, and the model was not measured on one; on a GPU node run raydet plan with "
-            "--save-probe gpu.json, and give --probe cpu.json,gpu.json here"
+            "the cluster has GPUs, but the model was not measured on one; run raydet plan with --save-probe gpu.json "
+            "on a GPU node, and set --probe cpu.json,gpu.json here"
         )
     if not needs_gpu and "cpu" not in devices:
         raise UserError(
-            "the cluster has no GPU, and the model was measured on one only; measure with --no-use-gpu, or give "
-            "--probe of a machine without one"
+            "the cluster has no GPU, but the model was measured on one; measure with --no-use-gpu, or set "
+            "--probe to a probe of a machine without a GPU"
         )
 
 
 def combine(probes: Sequence[Probe], *, needs_gpu: bool) -> tuple[Probe, Probe]:
-    """Which probe counts for the CPUs, and which for the model.
+    """Return the probe for the CPUs and the probe for the model.
 
     Raises:
         UserError: They are of different jobs, or none is of what the model is to run on.
     """
     jobs = sorted({probe.job for probe in probes})
     if len(jobs) > 1:
-        raise UserError(f"the probes are of different jobs ({' and '.join(jobs)}); measure both with the same --job")
+        raise UserError(f"the probes are for different jobs ({' and '.join(jobs)}); measure both with the same --job")
     check_devices([probe.device for probe in probes], needs_gpu=needs_gpu)
     of_cpu = next((probe for probe in probes if probe.device == "cpu"), probes[0])
     of_gpu = next((probe for probe in probes if probe.device != "cpu"), of_cpu)
@@ -226,7 +226,7 @@ def combine(probes: Sequence[Probe], *, needs_gpu: bool) -> tuple[Probe, Probe]:
 
 
 def startup_s(probe: Probe, groups: Sequence[NodeGroup], workers: Workers) -> float:
-    """Seconds until all workers are at it, and to finish; the module says by which formula.
+    """Return the seconds until all workers run, and to finish, by the module's formula.
 
     Args:
         probe: Whose run it is compared with.
@@ -247,7 +247,7 @@ def forecast(
     batch_size: int,
     network_bytes_per_s: float,
 ) -> Forecast:
-    """What a cluster would do; the module says by which formula.
+    """Predict the performance of a cluster by the module's formula.
 
     Args:
         of_cpu: Probe whose stages count for the CPUs.
@@ -289,7 +289,7 @@ def forecast(
 
 
 def _costs(of_cpu: Probe, of_model: Probe, workers: Workers) -> dict[str, StageCost]:
-    """What an image costs by stage; resizing and the model as they are where the model is."""
+    """Return the cost of an image by stage; resizing and the model as measured on the model's machine."""
     costs = dict(of_cpu.stages)
     if "prepare" in costs:
         costs["prepare"] = of_model.stages["prepare"]
@@ -307,7 +307,7 @@ def _limits(
     batch_size: int,
     network_bytes_per_s: float | None,
 ) -> dict[str, float]:
-    """Images per second by resource, as if every second of it were used."""
+    """Return images per second by resource at full utilization."""
     total_cpus = sum(group.num_nodes * group.num_cpus for group in groups)
     # While the model runs, the next images are resized in the same process.
     beside = costs["prepare"] if "prepare" in costs else StageCost(cpu_s=0.0, wall_s=0.0)
@@ -334,7 +334,7 @@ def _limits(
 
 
 def _decoding_tasks(groups: Sequence[NodeGroup], workers: Workers) -> float:
-    """Decoding tasks at a time, as `cluster.share_out` has it: workers hold half of the CPUs at most."""
+    """Return the concurrent decoding tasks, as in `cluster.share_out`: workers hold at most half of the CPUs."""
     num_cpus = sum(group.num_nodes * group.num_cpus for group in groups)
     reserved = min(num_cpus / 2 / workers.number, max(group.num_cpus for group in groups) / 2)
     if workers.on_gpu:
@@ -344,7 +344,7 @@ def _decoding_tasks(groups: Sequence[NodeGroup], workers: Workers) -> float:
 
 
 def _share_reached(probe: Probe) -> float:
-    """What the real run reached of what the formula says of the machine that it ran on."""
+    """Return the real run's rate relative to the formula's for the same machine."""
     on_gpu = probe.device != "cpu"
     workers = Workers(number=probe.run_workers, threads=probe.run_threads, on_gpu=on_gpu)
     machine = NodeGroup(

@@ -1,1 +1,1 @@
-"""Metrics tables → one HTML page."""
+"""Metrics tables → HTML pages."""

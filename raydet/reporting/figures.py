@@ -1,4 +1,4 @@
-"""The tables of a run → what the page shows: rows for the template, and the numbers behind the charts as plain JSON."""
+"""Tables of a run → rows for the page template, and chart data as plain JSON."""
 
 import math
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ HEADLINE = {
     "APs": "small, up to 32² px",
     "APm": "medium, up to 96² px",
     "APl": "large, over 96² px",
-    "AR100": "100 detections an image",
+    "AR100": "100 detections per image",
 }
-"""The metrics at the top of the page, and what each is measured at."""
+"""Metrics at the top of the page, with their measuring conditions."""
 ERRORS = {
-    "class": ("Wrong class", "found in the right place, called something else"),
-    "location": ("Poor box", "the right class, but the box fits badly"),
-    "both": ("Class and box", "the wrong class, and the box fits badly"),
-    "duplicate": ("Duplicate", "the object had been found already"),
-    "background": ("Background", "nothing labelled is there"),
-    "missed": ("Missed", "a labelled object that nothing found"),
+    "class": ("Wrong class", "right location, wrong class"),
+    "location": ("Poor box", "right class, poorly fitting box"),
+    "both": ("Class and box", "wrong class and poorly fitting box"),
+    "duplicate": ("Duplicate", "the object was already detected"),
+    "background": ("Background", "no labelled object at this location"),
+    "missed": ("Missed", "labelled object without a detection"),
 }
 OVERALL_ERRORS = {
-    "false_positive": ("All false positives", "every detection that is wrong"),
+    "false_positive": ("All false positives", "every wrong detection"),
     "false_negative": ("All false negatives", "every labelled object that was not found"),
 }
 _MOST_IN_CONFUSION = 120
@@ -45,7 +45,7 @@ _Floats = npt.NDArray[np.float64]
 
 
 def headline(run: RunTables) -> list[dict[str, Any]]:
-    """The numbers at the top: name, what it is measured at, and the value with its interval."""
+    """Return the headline metrics: name, measuring conditions, and value with interval."""
     return [
         {"name": name, "detail": detail, "number": run.value(name)}
         for name, detail in HEADLINE.items()
@@ -54,7 +54,7 @@ def headline(run: RunTables) -> list[dict[str, Any]]:
 
 
 def class_rows(run: RunTables) -> list[dict[str, Any]]:
-    """A row for each class: its metrics, and precision and recall at the threshold of its best F1."""
+    """Return a row per class: its metrics, and precision and recall at the threshold of its best F1."""
     boxes = _boxes_by_class(run)
     rows = []
     for name in run.classes:
@@ -65,7 +65,7 @@ def class_rows(run: RunTables) -> list[dict[str, Any]]:
 
 
 def slice_rows(run: RunTables) -> list[dict[str, Any]]:
-    """A row for all images, then one for each slice."""
+    """Return a row for all images, then one per slice."""
     places: list[str | None] = [None, *run.slices]
     return [
         {"name": place, **{metric: run.value(metric, None, place) for metric in _SLICE_METRICS}} for place in places
@@ -73,7 +73,7 @@ def slice_rows(run: RunTables) -> list[dict[str, Any]]:
 
 
 def error_rows(run: RunTables) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The kinds of error over all classes, then the two sums: name, meaning, count, points of AP50, share of a bar."""
+    """Return the kinds of error over all classes, then the two sums: name, meaning, count, AP50 points, bar length."""
     table = run.tables.get("errors")
     found = {} if table is None else {row["error"]: row for row in table.to_pylist() if row["category"] is None}
     longest = max([row["ap_points"] or 0.0 for row in found.values()] + [1e-9])
@@ -97,11 +97,11 @@ def error_rows(run: RunTables) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 
 def charts(run: RunTables, history: Sequence[EpochRecord]) -> dict[str, Any]:
-    """The numbers behind all charts; a chart without any is None.
+    """Return the data of all charts; None for a chart without data.
 
     Args:
-        run: The tables.
-        history: Of the training run; empty where there is none.
+        run: Tables of the run.
+        history: Epochs of the training run; empty without a training run.
     """
     return {
         "classes": list(run.classes),
@@ -115,12 +115,12 @@ def charts(run: RunTables, history: Sequence[EpochRecord]) -> dict[str, Any]:
 
 
 def _numbers(values: _Floats, digits: int = 4) -> list[float | None]:
-    """Short numbers for JSON, which knows neither NaN nor infinity."""
+    """Return rounded numbers for JSON, with None for NaN and infinity."""
     return [round(value, digits) if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _boxes_by_class(run: RunTables) -> dict[str, int]:
-    """Labelled boxes of each class that count."""
+    """Return the number of labelled boxes of each class that count."""
     table = run.tables.get("confusion")
     if table is None:
         return {}
@@ -131,7 +131,7 @@ def _boxes_by_class(run: RunTables) -> dict[str, int]:
 
 
 def _groups(table: pa.Table, classes: Sequence[str]) -> list[tuple[int | None, pa.Table]]:
-    """The rows of each class in a table, by the class's index; None stands for all classes and comes first."""
+    """Return the rows of each class in a table by class index; None represents all classes and comes first."""
     if not table.num_rows:
         return []
     places = np.array([-1 if place is None else place for place in indices_in(table["category"], classes)])
@@ -150,7 +150,7 @@ def _groups(table: pa.Table, classes: Sequence[str]) -> list[tuple[int | None, p
 
 
 def _curves(run: RunTables) -> list[dict[str, Any]] | None:
-    """Precision over recall; where all classes have the same recalls, only the first curve holds them."""
+    """Return the precision-recall curves; recalls that equal those of the first curve are omitted."""
     table = run.tables.get("pr_curves")
     if table is None:
         return None
@@ -193,7 +193,7 @@ def _calibration(run: RunTables) -> list[dict[str, Any]] | None:
 
 
 def _confusion(run: RunTables) -> dict[str, Any] | None:
-    """The counts above 0 as [truth, detected, count]; the place after the last class stands for nothing."""
+    """Return the counts above 0 as [truth, detected, count]; the index after the last class means "none"."""
     table = run.tables.get("confusion")
     if table is None:
         return None
@@ -222,7 +222,7 @@ def _confusion(run: RunTables) -> dict[str, Any] | None:
 
 
 def _errors_by_class(run: RunTables) -> dict[str, Any] | None:
-    """Points of AP50 that each kind of error costs each class, the worst class first."""
+    """Return the AP50 points that each kind of error costs each class, costliest class first."""
     table = run.tables.get("errors")
     if table is None:
         return None
@@ -245,7 +245,7 @@ def _errors_by_class(run: RunTables) -> dict[str, Any] | None:
 
 
 def _f1_histogram(run: RunTables) -> dict[str, Any] | None:
-    """How many images have which F1, in twenty bins of equal width."""
+    """Return the number of images by F1, in twenty bins of equal width."""
     table = run.tables.get("per_image")
     if table is None:
         return None
@@ -255,7 +255,7 @@ def _f1_histogram(run: RunTables) -> dict[str, Any] | None:
 
 
 def _training(history: Sequence[EpochRecord]) -> dict[str, Any] | None:
-    """A list for each number that some epoch has, with None where an epoch has it not."""
+    """Return a list for each metric of the epochs, with None for epochs without it."""
     if not history:
         return None
     columns: dict[str, list[float | None]] = {"epoch": [record.epoch for record in history]}
@@ -268,6 +268,6 @@ def _finite(value: Any) -> float | None:
 
 
 def number(value: MetricValue | float | None, digits: int = 3) -> str:
-    """A number for a person: – where there is none."""
+    """Return a number as text, "–" if undefined."""
     plain = value.value if isinstance(value, MetricValue) else value
     return shown(plain, f".{digits}f")

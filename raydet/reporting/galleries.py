@@ -1,4 +1,4 @@
-"""The images in which most goes wrong: which they are, and small pictures of them with what was labelled and found."""
+"""Galleries of the worst images: selection, and thumbnails with labelled and detected boxes."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from raydet.reporting.judging import JudgedImage, judge
 from raydet.reporting.run_tables import RunTables
 
 _MAX_SIDE = 480
-"""Longest side of a picture in pixels."""
+"""Longest side of a thumbnail in pixels."""
 _QUALITY = 72
 _CANDIDATES_FOR_CLASS = 200
 _MOST_BOXES = 100
@@ -33,15 +33,15 @@ _Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnBox:
-    """A box on a small picture.
+    """Box on a thumbnail.
 
     Attributes:
-        x: Left side, y, width and height in pixels of the small picture.
+        x: Left side, in pixels of the thumbnail like y, width and height.
         y: Top side.
-        width: Of the box.
-        height: Of the box.
-        is_truth: A labelled box; otherwise a detection.
-        is_point: What the gallery is about.
+        width: Box width.
+        height: Box height.
+        is_truth: True for a labelled box, False for a detection.
+        is_highlighted: The box is one of those that the gallery shows.
         label: Class, and score of a detection.
     """
 
@@ -50,23 +50,23 @@ class DrawnBox:
     width: float
     height: float
     is_truth: bool
-    is_point: bool
+    is_highlighted: bool
     label: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """An image in a gallery.
+    """Image in a gallery.
 
     Attributes:
-        image_id: Its id.
-        path: As the table has it; may be empty.
-        href: Where a browser finds the original; None where it cannot.
-        caption: What is wrong with it.
-        picture: A data URI; None where there is none.
-        problem: Why there is no picture.
-        size_wh: Of the small picture, in pixels.
-        boxes: Truth first, what the gallery is about last, so that it lies on top.
+        image_id: Image id.
+        path: Path in the table; may be empty.
+        href: Address of the original for a browser; None if a browser cannot open it.
+        caption: Description of its errors.
+        picture: Thumbnail as a data URI; None if there is none.
+        problem: Reason for a missing thumbnail.
+        size_wh: Size of the thumbnail in pixels.
+        boxes: Truth first, highlighted boxes last, so that they are drawn on top.
     """
 
     image_id: int
@@ -81,7 +81,7 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """One tab of pictures: those with most of one thing first."""
+    """Tab of thumbnails, worst images first."""
 
     key: str
     title: str
@@ -91,7 +91,7 @@ class Gallery:
 
 @dataclass(frozen=True, kw_only=True)
 class Galleries:
-    """All galleries, and why there are none or no pictures in them."""
+    """All galleries, and the reasons for missing galleries or thumbnails."""
 
     galleries: tuple[Gallery, ...]
     problems: tuple[str, ...] = ()
@@ -99,25 +99,25 @@ class Galleries:
 
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
-    """Which images a gallery shows, and which of their boxes it is about."""
+    """Images that a gallery shows, and the boxes that it highlights."""
 
     key: str
     title: str
     meaning: str
     image_ids: list[int]
     captions: dict[int, str] = field(default_factory=dict)
-    boxes: dict[int, list[tuple[list[float], str, bool]]] = field(default_factory=dict)  # in xywh; label; of the truth
+    boxes: dict[int, list[tuple[list[float], str, bool]]] = field(default_factory=dict)  # xywh, label, is_truth
 
 
 def build_galleries(run: RunTables, num_images: int) -> Galleries:
-    """Chooses the worst images and draws them.
+    """Select the worst images and draw them.
 
-    Boxes are judged at IoU 0.5 and the score threshold of the best F1 over all classes. Only the chosen pictures are
-    read; what cannot be read is said and never stops the report.
+    Boxes are judged at IoU 0.5 and the score threshold of the best F1 over all classes. Only selected images are read;
+    failures are reported on the page and never stop the report.
 
     Args:
-        run: The tables.
-        num_images: Pictures in each gallery at most.
+        run: Tables of the run.
+        num_images: Maximum number of images per gallery.
     """
     if num_images == 0:
         return Galleries(galleries=())
@@ -137,9 +137,9 @@ def build_galleries(run: RunTables, num_images: int) -> Galleries:
     choices = [choice for choice in choices if choice.image_ids]
     rows: dict[int, ImageRow] = {}
     try:
-        rows = _read_pictures(run, sorted({image_id for choice in choices for image_id in choice.image_ids}))
+        rows = _read_images(run, sorted({image_id for choice in choices for image_id in choice.image_ids}))
     except (UserError, OSError) as error:
-        problems.append(f"Pictures cannot be shown: {error}")
+        problems.append(f"Images cannot be shown: {error}")
     thumbnails = {image_id: _thumbnail(row) for image_id, row in rows.items()}
     galleries = tuple(
         Gallery(
@@ -161,7 +161,7 @@ def _plural(count: int, what: str) -> str:
 
 
 def _counted_choices(run: RunTables, num_images: int) -> list[_Choice]:
-    """The images with most false alarms, and those with most missed objects."""
+    """Select the images with the most false positives, and those with the most missed objects."""
     table = run.tables.get("per_image")
     if table is None:
         return []
@@ -169,7 +169,7 @@ def _counted_choices(run: RunTables, num_images: int) -> list[_Choice]:
     choices = []
     for key, title, meaning, column, what in (
         ("false", "False positives", "Detections that match no labelled object", "false_positives", "false positive"),
-        ("missed", "Missed", "Labelled objects that nothing found", "false_negatives", "missed object"),
+        ("missed", "Missed", "Labelled objects without a detection", "false_negatives", "missed object"),
     ):
         counts = table[column].fill_null(0).to_numpy()
         rows = [row for row in np.lexsort((image_ids, -counts))[:num_images].tolist() if counts[row] > 0]
@@ -179,7 +179,7 @@ def _counted_choices(run: RunTables, num_images: int) -> list[_Choice]:
 
 
 def _candidates(run: RunTables) -> list[int]:
-    """Images that may have wrong classes: something was missed in them, and something else found."""
+    """Return images that may contain wrong classes: they have both missed objects and false positives."""
     table = run.tables.get("per_image")
     if table is None:
         return []
@@ -202,9 +202,9 @@ def _wrong_class(judged: dict[int, JudgedImage], candidates: Sequence[int], num_
 
 
 def _suspects(run: RunTables, num_images: int) -> _Choice:
-    """The images with the labels that are most probably wrong, in the order of the table."""
+    """Select the images with the labels that are most probably wrong, in table order."""
     choice = _Choice(
-        key="suspects", title="Suspect labels", meaning="Labels that are probably wrong or lacking", image_ids=[]
+        key="suspects", title="Suspect labels", meaning="Labels that are probably wrong or missing", image_ids=[]
     )
     table = run.tables.get("suspects")
     if table is None:
@@ -217,9 +217,9 @@ def _suspects(run: RunTables, num_images: int) -> _Choice:
             choice.image_ids.append(image_id)
             choice.boxes[image_id] = []
         text = {
-            "no_truth": f"no label? {row['category']}",
-            "not_found": f"is it there? {row['category']}",
-            "other_class": f"{row['category']}, or {row['detected']}?",
+            "no_truth": f"missing label? {row['category']}",
+            "not_found": f"really there? {row['category']}",
+            "other_class": f"{row['category']} or {row['detected']}?",
         }.get(row["kind"], row["kind"])
         label = text if row["score"] is None else f"{text} {row['score']:.2f}"
         if row["bbox"] is not None:
@@ -229,8 +229,8 @@ def _suspects(run: RunTables, num_images: int) -> _Choice:
     return choice
 
 
-def _read_pictures(run: RunTables, image_ids: Sequence[int]) -> dict[int, ImageRow]:
-    """The encoded pictures, read from the truth; only the row groups that hold them are loaded."""
+def _read_images(run: RunTables, image_ids: Sequence[int]) -> dict[int, ImageRow]:
+    """Read the encoded images from the truth, loading only the row groups that contain them."""
     if not image_ids:
         return {}
     table = run.truth
@@ -245,9 +245,9 @@ def _read_pictures(run: RunTables, image_ids: Sequence[int]) -> dict[int, ImageR
 
 
 def _thumbnail(row: ImageRow) -> tuple[str, tuple[int, int], tuple[int, int]] | str:
-    """A data URI, its width and height, and those of the original; or why there is none."""
+    """Return a data URI with its size and the original size, each (width, height); or the reason for a failure."""
     if row.data is None:
-        return row.error or "it cannot be read any more"
+        return row.error or "the image can no longer be read"
     try:
         pixels = decode(row.data, max_pixels=DEFAULT_MAX_PIXELS, at_least_hw=(_MAX_SIDE, _MAX_SIDE))
     except DecodeError as error:
@@ -275,33 +275,33 @@ def _card(
         "caption": choice.captions.get(image_id, ""),
     }
     if thumbnail is None or isinstance(thumbnail, str):
-        return Card(**about, problem=thumbnail or "the picture was not found")
+        return Card(**about, problem=thumbnail or "the image was not found")
     picture, (width, height), original_wh = thumbnail
     scale = np.array([width / original_wh[0], height / original_wh[1]] * 2)
     boxes = _boxes(choice, image_id, judged)[-_MOST_BOXES:]
     drawn = tuple(
-        _drawn(np.asarray(box) * scale, is_truth, is_point, label) for box, is_truth, is_point, label in boxes
+        _drawn(np.asarray(box) * scale, is_truth, highlighted, label) for box, is_truth, highlighted, label in boxes
     )
     return Card(**about, picture=picture, size_wh=(width, height), boxes=drawn)
 
 
-def _drawn(box_xywh: npt.NDArray[np.float64], is_truth: bool, is_point: bool, label: str) -> DrawnBox:
+def _drawn(box_xywh: npt.NDArray[np.float64], is_truth: bool, is_highlighted: bool, label: str) -> DrawnBox:
     x, y, width, height = (round(float(value), 1) for value in box_xywh)
-    return DrawnBox(x=x, y=y, width=width, height=height, is_truth=is_truth, is_point=is_point, label=label)
+    return DrawnBox(x=x, y=y, width=width, height=height, is_truth=is_truth, is_highlighted=is_highlighted, label=label)
 
 
 def _boxes(choice: _Choice, image_id: int, judged: JudgedImage | None) -> list[tuple[Any, bool, bool, str]]:
-    """What is drawn on an image, the point of the gallery last: box, whether of the truth, whether the point, label."""
+    """Return the boxes to draw, highlighted ones last: box, is_truth, is_highlighted, label."""
     boxes: list[tuple[Any, bool, bool, str]] = []
     if judged is not None:
-        points = {
+        highlighted = {
             "false": (judged.is_false, None),
             "missed": (None, judged.is_missed),
             "class": (judged.is_other_class, judged.is_taken_for_other),
         }.get(choice.key, (None, None))
         for is_truth, columns in ((True, judged.truth), (False, judged.detections)):
-            chosen = points[1] if is_truth else points[0]
-            # Among suspects, the other detections would only hide what is asked.
+            chosen = highlighted[1] if is_truth else highlighted[0]
+            # Among suspects, the other detections would only hide the label in question.
             if choice.key == "suspects" and not is_truth:
                 continue
             for number, (box, label) in enumerate(columns):
@@ -311,10 +311,10 @@ def _boxes(choice: _Choice, image_id: int, judged: JudgedImage | None) -> list[t
 
 
 def original_href(path: str) -> str | None:
-    """The address under which a browser finds an image; None for a relative path and for schemes it does not open."""
+    """Return the address at which a browser can open an image; None for a relative path or unsupported scheme."""
     if "://" not in path:
         return Path(path).as_uri() if path.startswith("/") else None
-    # What follows the host is not yet escaped: blanks and `#` belong to the name.
+    # The part after the host is not escaped yet: blanks and `#` belong to the name.
     scheme, _, rest = path.partition("://")
     if scheme.lower() not in _LINKED_SCHEMES:
         return None

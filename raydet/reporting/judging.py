@@ -1,4 +1,4 @@
-"""Which boxes of a few images are right, wrong, missed or of another class."""
+"""Judge the boxes of selected images: correct, wrong, missed or of another class."""
 
 import json
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ _Boxed = list[tuple[list[float], str]]
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedImage:
-    """The boxes of one image.
+    """Judged boxes of one image.
 
     Attributes:
         truth: Box (x, y, width, height in pixels of the image) and class of each labelled object [G].
         detections: Box, and class with score, of each detection above the threshold [D].
         is_missed: bool [G].
-        is_taken_for_other: Missed, and a detection of another class lies on it, bool [G].
+        is_taken_for_other: Missed, and overlapped by a detection of another class, bool [G].
         is_false: bool [D].
-        is_other_class: False, and lies on a missed object of another class, bool [D].
+        is_other_class: Wrong, and overlaps a missed object of another class, bool [D].
     """
 
     truth: _Boxed
@@ -47,20 +47,20 @@ class JudgedImage:
 
 
 def score_threshold(run: RunTables) -> float:
-    """The score from which on a detection counts in the galleries: that of the best F1 over all classes."""
+    """Return the minimum score of detections in the galleries, the one with the best F1 over all classes."""
     best = run.value("best_f1_threshold").value
     return _DEFAULT_THRESHOLD if best is None else best
 
 
 def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
-    """Matches truth and detections of a few images anew.
+    """Match truth and detections of selected images again.
 
     Args:
-        run: Says where the tables are.
-        image_ids: Which images; those that are not in the truth are left out.
+        run: Run that names the tables.
+        image_ids: Ids of the images; ids that the truth does not have are skipped.
 
     Raises:
-        UserError: Truth or detections are no longer there, or they are no tables.
+        UserError: Truth or detections no longer exist, or are not tables.
     """
     truth_table, found_table = run.truth, run.detections
     labelled = _rows(truth_table, image_ids, "objects")
@@ -78,7 +78,7 @@ def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
 def _found_rows(
     run: RunTables, truth_table: Table, found_table: Table, image_ids: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
-    """The detections in a few images, by the truth's image id, joined as the evaluation joined them."""
+    """Return the detections in selected images by the truth's image id, joined as in the evaluation."""
     if json.loads(run.facts.get("config") or "{}").get("join") != "path":
         return _rows(found_table, image_ids, "detections")
     truth = list_images(truth_table)
@@ -93,7 +93,7 @@ def _found_rows(
 
 
 def _rows(table: Table, image_ids: Sequence[int], column: str) -> dict[int, dict[str, Any]]:
-    """The boxes of a few images, by image id; the pictures are not read."""
+    """Return the boxes of selected images by image id, without reading image data."""
     wanted = pa.array(image_ids, pa.int64())
     rows: dict[int, dict[str, Any]] = {}
     for batch in table.iter_batches(["image_id", column], batch_size=4096):

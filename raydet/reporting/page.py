@@ -1,4 +1,4 @@
-"""What the page shows → its HTML, with styles, scripts and the chart library inside."""
+"""Report content → HTML, with embedded styles, scripts and chart library."""
 
 import base64
 import gzip
@@ -20,12 +20,12 @@ _FOLDER = "assets"
 
 
 def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> str:
-    """Fills the template of the report.
+    """Render the report.
 
     Args:
-        run: The tables.
-        charts: As `figures.charts` gives them.
-        galleries: The pictures.
+        run: Tables of the run.
+        charts: Result of `figures.charts`.
+        galleries: Image galleries.
     """
     errors, sums = error_rows(run)
     return fill(
@@ -46,16 +46,17 @@ def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> s
 
 
 def fill(template: str, script_name: str, data: Mapping[str, Any], /, **content: Any) -> str:
-    """Fills a template of raydet's pages.
+    """Render one of raydet's page templates.
 
-    The chart library is held compressed and unpacked by the page: a quarter of the bytes, and the page is there
-    before the library is. Every script is named to the browser by its hash, so that nothing else can run.
+    The chart library is embedded compressed and unpacked by the page: this takes a quarter of the bytes, and the page
+    appears before the library is loaded. The content security policy names every script by its hash, so nothing else
+    can run.
 
     Args:
-        template: Its file in `assets`.
-        script_name: Of the page's own script there, which comes after `base.js`, what all pages have in common.
-        data: The numbers behind the charts, which the script finds as `data`; JSON must be able to hold them.
-        content: What the template shows; all of it is escaped.
+        template: Template file in `assets`.
+        script_name: Script file of the page in `assets`, appended to `base.js`, which all pages share.
+        data: Chart data, available to the script as `data`; must be JSON-serialisable.
+        content: Template variables; all of them are escaped.
     """
     environment = Environment(
         loader=PackageLoader("raydet.reporting", _FOLDER),
@@ -82,7 +83,7 @@ def _own_file(name: str) -> str:
 
 
 def _json_for_html(content: Mapping[str, Any]) -> Markup:
-    """JSON that can stand in a script element: without the characters by which one could end or begin."""
+    """Return JSON that is safe inside a script element, with the characters escaped that could end one."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -90,7 +91,7 @@ def _json_for_html(content: Mapping[str, Any]) -> Markup:
 
 
 def _policy(*scripts: bytes) -> str:
-    """A content security policy under which only these scripts run, and nothing is fetched."""
+    """Return a content security policy under which only these scripts run and nothing is fetched."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in scripts)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "

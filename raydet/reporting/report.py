@@ -1,4 +1,4 @@
-"""Metrics tables → one HTML file that says how good a run is, how sure that is, and what goes wrong."""
+"""Metrics tables → one HTML file with metrics, confidence intervals and error analysis."""
 
 from dataclasses import dataclass
 
@@ -19,13 +19,13 @@ _FILE = "report.html"
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` wrote.
+    """Result of `report`.
 
     Attributes:
-        out: The HTML file.
-        run: The run it is about; None where the tables give it no name.
-        num_bytes: Of the file.
-        problems: What could not be shown, one line each.
+        out: HTML file.
+        run: Name of the run; None if the tables do not name it.
+        num_bytes: Size of the file.
+        problems: Parts that could not be shown, one line each.
     """
 
     out: str
@@ -34,22 +34,22 @@ class Report:
     problems: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """What was written, for the terminal."""
+        """Return a summary, for the terminal."""
         of_run = "" if self.run is None else f" of the run {self.run}"
         return [*self.problems, f"report{of_run} ({self.num_bytes / 1e6:.1f} MB): {self.out}"]
 
 
 def report(config: ReportConfig) -> Report:
-    """Writes the report of one run as a single HTML file that needs no network.
+    """Write the report of one run as a single HTML file that needs no network.
 
-    Tables besides `metrics` may be missing; their sections then say so. Pictures are read from the truth that the
-    run names, as far as it is still there.
+    Tables other than `metrics` may be missing; the affected sections then say so. Images are read from the truth that
+    the run names, if it still exists.
 
     Args:
-        config: Where the tables are, and what to show.
+        config: Location of the tables, and options of the page.
 
     Raises:
-        UserError: The folder holds no metrics, or not this run, or `train_run` is no training run.
+        UserError: The folder has no metrics or not this run, or `train_run` is not a training run.
     """
     out = storage.absolute_uri(config.out or storage.join(config.metrics, _FILE))
     run = read_run(config.metrics, config.run)

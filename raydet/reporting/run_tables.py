@@ -1,4 +1,4 @@
-"""The folder that evaluate wrote → the tables of one run."""
+"""Folder written by `evaluate` → the tables of one run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from raydet.tables.table import Table, is_table, open_table
 
 @dataclass(frozen=True, kw_only=True)
 class RunTables:
-    """What evaluate measured of one run.
+    """Tables of one evaluated run.
 
     Attributes:
-        uri: The folder.
-        run: The name of the run.
+        uri: Folder.
+        run: Name of the run.
         runs: All runs in the folder, in the order in which they were measured.
-        facts: The row of the `runs` table; empty where there is none.
-        classes: The names of the classes, by their indices.
-        values: By slice (None: all images), metric and class (None: all classes).
-        slices: The names of the slices in their order.
-        model: As the metrics name it.
-        split: As the metrics name it.
-        tables: The other tables that are there, with the rows of this run.
+        facts: Row of the `runs` table; empty if there is none.
+        classes: Class names by index.
+        values: Metric values by slice (None: all images), metric and class (None: all classes).
+        slices: Names of the slices in order.
+        model: Model name in the metrics.
+        split: Split name in the metrics.
+        tables: The other existing tables, with the rows of this run.
     """
 
     uri: str
@@ -46,40 +46,40 @@ class RunTables:
 
     @cached_property
     def truth(self) -> Table:
-        """The images table that the run was measured against.
+        """Images table that the run was measured against.
 
         Raises:
-            UserError: It is no longer there, or the run does not name one.
+            UserError: It no longer exists, or the run does not name one.
         """
         return self._open("truth", "images")
 
     @cached_property
     def detections(self) -> Table:
-        """The detections table that was measured; raises as `truth` does."""
+        """Detections table that was measured; raises as `truth` does."""
         return self._open("detections", "detections")
 
     def _open(self, name: str, kind: TableKind) -> Table:
         uri = self.facts.get(name)
         if not uri:
-            raise UserError(f"the metrics do not say where the {name} is; measure again to write the `runs` table")
+            raise UserError(f"the metrics do not name the {name}; run `raydet evaluate` again to write `runs`")
         if uri.endswith(".json"):
-            raise UserError(f"{uri} is a JSON file; evaluate tables to see pictures and their boxes")
+            raise UserError(f"{uri} is a JSON file; evaluate tables instead to show images and their boxes")
         return open_table(uri, kind)
 
     def value(self, metric: str, category: str | None = None, slice_name: str | None = None) -> MetricValue:
-        """One metric of a class and slice."""
+        """Return one metric of a class and slice."""
         return self.values.get((slice_name, metric, category), MetricValue(metric=metric, value=None))
 
 
 def read_run(metrics_uri: str, run: str | None) -> RunTables:
-    """Reads the tables of one run.
+    """Read the tables of one run.
 
     Args:
-        metrics_uri: The folder that evaluate wrote.
-        run: Its name; by default the run that was measured last.
+        metrics_uri: Folder that `evaluate` wrote.
+        run: Name of the run; by default the run that was measured last.
 
     Raises:
-        UserError: There is no such folder or run, or it holds no metrics.
+        UserError: The folder or run does not exist, or the folder has no metrics.
     """
     uri = storage.absolute_uri(metrics_uri).rstrip("/")
     if not is_table(storage.join(uri, "metrics")):
@@ -87,7 +87,7 @@ def read_run(metrics_uri: str, run: str | None) -> RunTables:
     runs = metrics_folder.runs_in(uri)
     if run is not None and run not in runs:
         known = ", ".join(repr(name) for name in runs)
-        raise UserError(f"{uri} has no run {run!r}; it holds {known}")
+        raise UserError(f"{uri} has no run {run!r}; its runs are {known}")
     chosen = runs[-1] if run is None else run
     opened = {kind: metrics_folder.open_run(uri, kind, chosen) for kind in metrics_folder.KINDS}
     tables = {kind: table.read() for kind, table in opened.items() if table is not None}
@@ -112,17 +112,17 @@ def read_run(metrics_uri: str, run: str | None) -> RunTables:
 
 def _not_metrics(uri: str) -> str:
     if not storage.exists(uri):
-        return f"no such folder: {uri}; give the folder that `raydet evaluate --out` wrote"
+        return f"no such folder: {uri}; expected the folder that `raydet evaluate --out` wrote"
     if is_table(uri):
         parent = uri.rpartition("/")[0]
-        return f"{uri} is a single table; give the folder that `raydet evaluate --out` wrote, perhaps {parent}"
+        return f"{uri} is a single table; expected the folder that `raydet evaluate --out` wrote, possibly {parent}"
     return (
-        f"{uri} holds no whole metrics table; give the folder that `raydet evaluate --out` wrote, or run that command "
-        "again if it did not finish"
+        f"{uri} has no complete metrics table; expected the folder that `raydet evaluate --out` wrote; run that "
+        "command again if it was interrupted"
     )
 
 
 def indices_in(column: pa.ChunkedArray, names: Sequence[str]) -> list[int | None]:
-    """The place of each value of a column in a list of names; None for null and for what is not in it."""
+    """Return the index of each value of a column in a list of names; None for null and unknown names."""
     places: list[int | None] = pc.index_in(column, pa.array(names, pa.string())).to_pylist()
     return places

@@ -1,4 +1,4 @@
-"""The trials of a search → one HTML file: how good each was, where the good ones lie, what mattered."""
+"""Trials of a search → one HTML page with progress, search space and importance of the options."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ _MOST_TICKS = 9
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """An option that was varied.
+    """Varied option.
 
     Attributes:
-        name: Of the option.
-        is_log: Whether its values were drawn evenly on a logarithmic scale.
-        choices: In their order, as texts, where it was one of a few; None where it is a number.
+        name: Option name.
+        is_log: Values were drawn uniformly on a logarithmic scale.
+        choices: Choices in order, as text; None for a number.
     """
 
     name: str
@@ -27,18 +27,18 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRow:
-    """A trial on the page.
+    """Trial on the page.
 
     Attributes:
-        name: Of its folder.
+        name: Name of its folder.
         state: finished, stopped, failed or unfinished.
         source: default, point or search.
-        values: Of each axis: a number, the text of a choice, or None.
-        value: Of the metric, at the best epoch.
-        best_epoch: Which one that is.
-        num_epochs: That were trained.
-        seconds: They took.
-        error: Why it failed.
+        values: Value on each axis: a number, the text of a choice, or None.
+        value: Metric at the best epoch.
+        best_epoch: Number of the best epoch.
+        num_epochs: Number of trained epochs.
+        seconds: Training time of these epochs.
+        error: Reason for the failure.
     """
 
     name: str
@@ -61,19 +61,19 @@ def render_tuning(
     best: str | None,
     importance: Mapping[str, float] | None,
     facts: Sequence[tuple[str, str]],
-    remarks: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
-    """Makes the page.
+    """Render the page.
 
     Args:
-        metric: What the search was for.
-        is_less_better: Whether its smallest value is the best.
-        axes: What was varied.
-        trials: In the order in which they began.
+        metric: Optimised metric.
+        is_less_better: The smallest value of the metric is the best.
+        axes: Varied options.
+        trials: Trials in the order in which they started.
         best: Name of the best trial.
-        importance: Share of each option; None where it could not be told.
-        facts: Further labels and texts on the search.
-        remarks: What a reader must know.
+        importance: Share of each option; None if unknown.
+        facts: Additional labels and texts about the search.
+        notes: Notices shown at the top of the page.
     """
     return fill(
         "tuning.html",
@@ -87,7 +87,7 @@ def render_tuning(
         counts={state: sum(trial.state == state for trial in trials) for state in sorted({t.state for t in trials})},
         importance=importance,
         facts=facts,
-        remarks=remarks,
+        notes=notes,
         text_of=text_of,
     )
 
@@ -122,12 +122,12 @@ def _pairs(axes: Sequence[Axis], trial: TrialRow) -> list[tuple[int, tuple[Axis,
 
 
 def text_of(value: Any) -> str:
-    """A value as a person would write it."""
+    """Return a value as readable text."""
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _range(axis: Axis, index: int, trials: Sequence[TrialRow]) -> tuple[float, float]:
-    """The lowest and highest value on an axis, on its scale."""
+    """Return the lowest and highest value on an axis, on its scale."""
     found = [trial.values[index] for trial in trials if isinstance(trial.values[index], int | float)]
     scaled = [_scaled(axis, value) for value in found if not axis.is_log or value > 0]
     return (min(scaled), max(scaled)) if scaled else (0.0, 1.0)
@@ -138,7 +138,7 @@ def _scaled(axis: Axis, value: float) -> float:
 
 
 def _place(axis: Axis, value: Any, trials: Sequence[TrialRow], index: int) -> float | None:
-    """Where a value stands on its axis, from 0 to 1; None where it does not."""
+    """Return the position of a value on its axis, from 0 to 1; None if it has none."""
     if axis.choices is not None:
         if value not in axis.choices:
             return None
@@ -150,7 +150,7 @@ def _place(axis: Axis, value: Any, trials: Sequence[TrialRow], index: int) -> fl
 
 
 def _ticks(axis: Axis, index: int, trials: Sequence[TrialRow]) -> list[tuple[float, str]]:
-    """Places on an axis with their texts."""
+    """Return positions on an axis with their labels."""
     if axis.choices is not None:
         step = math.ceil(len(axis.choices) / _MOST_TICKS)
         shown = list(enumerate(axis.choices))[::step]

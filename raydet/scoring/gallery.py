@@ -1,7 +1,7 @@
-"""Some pictures of a scoring run with their boxes drawn, for a person to look at: OUT/_drawn.
+"""The gallery of a scoring run: some of its images with their boxes drawn, in OUT/_drawn.
 
-Which pictures is settled by the detections alone, so that the same table gives the same ones however many workers
-wrote it and in whatever order.
+The selection depends on the detections alone: the same table yields the same pictures, regardless of the number of
+workers that wrote it and of their order.
 """
 
 import csv
@@ -49,14 +49,14 @@ class Chosen:
     """An image to draw.
 
     Attributes:
-        image_id: Its id.
-        position: Its row in the detections table, files by name; the same as its position in the inputs.
-        path: Where it came from.
+        image_id: Id of the image.
+        position: Row in the detections table, with its files in name order; equals the position in the inputs.
+        path: Path or URI of the image.
         size_hw: Height and width in pixels of the upright image.
-        boxes_xywh: The boxes to draw, absolute pixels of that image, float64 [N, 4].
-        scores: float64 [N].
-        categories: Indices, int64 [N].
-        best_score: Of all its detections; None where it has none.
+        boxes_xywh: Boxes to draw, absolute pixels of the upright image, float64 [N, 4].
+        scores: Scores of these boxes, float64 [N].
+        categories: Class indices of these boxes, int64 [N].
+        best_score: Highest score of all detections of the image; None if it has none.
     """
 
     image_id: int
@@ -71,12 +71,12 @@ class Chosen:
 
 @dataclass(frozen=True)
 class GalleryReport:
-    """What was drawn.
+    """Outcome of drawing a gallery.
 
     Attributes:
-        folder: Where the pictures are, with `index.csv`.
-        num_drawn: Pictures.
-        failures: Why some that were chosen are missing, one line each.
+        folder: Folder of the pictures and of `index.csv`.
+        num_drawn: Number of pictures.
+        failures: One line with the reason for each chosen image that could not be drawn.
     """
 
     folder: str
@@ -84,21 +84,21 @@ class GalleryReport:
     failures: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """A summary, for the terminal."""
+        """Return a summary for the terminal."""
         return [*self.failures, f"{self.num_drawn:,} images drawn with their boxes: {self.folder}"]
 
 
 class GalleryPainter:
-    """Chooses images of a finished detections table and draws them.
+    """Selection and drawing of images of a finished detections table.
 
-    Images that could not be read are never chosen. What `draw_if` asks for:
+    Images that could not be read are never chosen. `draw_if` selects:
 
-    - `any`: a random sample, by a hash of seed and image id; images in which nothing was found are among them.
-    - `low_score`: images whose best score is nearest to the threshold, on either side of it, where the model is least
-      sure whether there is anything. That best box is drawn even if it does not reach the threshold.
-    - `many_boxes`: the images with most boxes above the threshold, as long as there are any.
+    - `any`: a random sample by a hash of seed and image id, including images without detections.
+    - `low_score`: images whose best score is nearest to the threshold, on either side, where the model is least
+      certain. The best box is drawn even if it does not exceed the threshold.
+    - `many_boxes`: the images with the most boxes above the threshold; images without any are never chosen.
 
-    The hash settles which of equal ones come first.
+    The hash breaks ties.
     """
 
     def __init__(
@@ -112,16 +112,16 @@ class GalleryPainter:
         *,
         max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> None:
-        """Draws nothing yet.
+        """Store the settings; nothing is drawn yet.
 
         Args:
-            out: Folder or URI of the run; the pictures go into OUT/_drawn.
-            categories: The classes of the detections, by their indices.
-            num_pictures: At most so many.
-            draw_if: Which images, see above.
+            out: Folder or URI of the run; the pictures are written to OUT/_drawn.
+            categories: Classes of the detections, in index order.
+            num_pictures: Maximum number of pictures.
+            draw_if: Selection rule, see the class.
             threshold: Boxes at or below this score are not drawn.
-            seed: Another one gives another sample.
-            max_pixels: Larger pictures are not decoded.
+            seed: Seed of the random sample and of the tie-breaking.
+            max_pixels: Images with more pixels than this are not decoded.
         """
         self.folder = storage.join(out, DRAWN_FOLDER)
         self._names = [category.name for category in categories]
@@ -132,17 +132,17 @@ class GalleryPainter:
         self._max_pixels = max_pixels
 
     def choose(self, table: Table) -> list[Chosen]:
-        """The images to draw, the first to look at first.
+        """Choose the images to draw, in order of rank.
 
-        The ids and scores of the whole table are streamed once; boxes are read of the chosen images only.
+        Ids and scores of all rows are streamed once; boxes are read for the chosen images only.
 
         Args:
-            table: A whole detections table.
+            table: A complete detections table.
         """
         if self._num_pictures == 0:
             return []
         columns = ["image_id", "error", *([] if self._draw_if == "any" else ["detections.score"])]
-        # The worst of the best so far lies on top: (-key, -hash, position), all of them smaller is better without -.
+        # A heap of (-key, -hash, position) with the worst candidate on top: smaller keys and hashes rank higher.
         best: list[tuple[float, int, int]] = []
         start = 0
         for batch in table.iter_batches(columns, batch_size=4096):
@@ -157,7 +157,7 @@ class GalleryPainter:
         return self._read(table, [position for _, _, position in sorted(best, reverse=True)])
 
     def _keys(self, batch: pa.RecordBatch) -> _Floats:
-        """How far down the list each row belongs: less comes first, infinity never. Shape [rows]."""
+        """Compute the sort key of each row, float64 [rows]: smaller ranks higher, infinity excludes the row."""
         is_readable = pc.is_null(batch.column("error")).to_numpy(zero_copy_only=False)
         keys = np.zeros(batch.num_rows)
         if self._draw_if != "any":
@@ -195,13 +195,13 @@ class GalleryPainter:
         )
 
     def draw(self, images: "Collection", chosen: Sequence[Chosen]) -> GalleryReport:
-        """Draws OUT/_drawn/RANK-IMAGE_ID.jpg, each of them whole or not at all, and then OUT/_drawn/index.csv.
+        """Write OUT/_drawn/RANK-IMAGE_ID.jpg, each atomically, and then OUT/_drawn/index.csv.
 
-        Pictures of an earlier drawing are removed. What can no longer be read is left out and reported.
+        Pictures of an earlier gallery are removed. Images that can no longer be read are omitted and reported.
 
         Args:
-            images: What was scored.
-            chosen: As `choose` gives them.
+            images: The collection that was scored.
+            chosen: Result of `choose`.
         """
         for name in storage.list_files(self.folder):
             if _OWN_FILE.fullmatch(name):
@@ -227,14 +227,14 @@ class GalleryPainter:
     def _decoded(self, images: "Collection", item: Chosen) -> Picture:
         row = next(iter(images.read(item.position, item.position + 1)), None)
         if row is None or row.image_id != item.image_id:
-            raise DecodeError("the images are others than those that were scored")
+            raise DecodeError("these are not the images that were scored")
         if row.data is None:
-            raise DecodeError(row.error or "it cannot be read any more")
+            raise DecodeError(row.error or "the image can no longer be read")
         return decode(row.data, max_pixels=self._max_pixels)
 
     def _drawn(self, picture: Picture, item: Chosen) -> Picture:
-        """The picture at a size that suits a screen, with its boxes."""
-        # Boxes refer to the size in the table, which is that of the picture unless it has changed since.
+        """Resize an image to suit a screen and draw its boxes."""
+        # Boxes refer to the size in the table, which equals the image's unless the file has changed since.
         height, width = item.size_hw if all(item.size_hw) else picture.shape[:2]
         resized = at_readable_size(picture, min_side=_MIN_SIDE, max_side=_MAX_SIDE)
         scale = np.array([resized.shape[1] / width, resized.shape[0] / height] * 2)
@@ -244,7 +244,7 @@ class GalleryPainter:
 
 
 def _smallest(keys: _Floats, hashes: npt.NDArray[np.uint64], count: int) -> _Integers:
-    """The rows with the smallest finite keys, of equal ones those with the smallest hashes; at most `count`."""
+    """Return at most `count` rows with the smallest finite keys; the smaller hash breaks ties."""
     order = np.lexsort((hashes, keys))
     return order[: min(count, int(np.isfinite(keys).sum()))]
 

@@ -1,7 +1,7 @@
-"""Batch inference: images and a checkpoint → a detections table, one row for each image, whatever dies on the way.
+"""Batch inference: images and a checkpoint → a detections table with exactly one row per image, despite failures.
 
-This is the driver: it checks what it is given, cuts the images into chunks, has the pipeline score those that are not
-done yet, and counts the result. What runs on the cluster is in `inference_stream.py`.
+This is the driver: it checks the inputs, divides the images into chunks, has the pipeline score the chunks that are
+not done yet, and counts the result. `stream.py` holds the code that runs on the cluster.
 """
 
 import contextlib
@@ -45,14 +45,14 @@ from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import MANIFEST_NAME, is_table, open_table, write_manifest
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Of writing: the disk is full, or may not be written to."""
+"""Write errors of a disk that is full or read-only."""
 INDEX_FILE = "_inputs.parquet"
 MOST_ROWS_PER_FILE = 1024
-"""Rows of a detections file, a few megabytes; what a kill may cost is as much again for each in flight."""
+"""Maximum rows of a detections file, a few megabytes; a kill loses the work on each file in flight."""
 MOST_PARTS_AT_A_TIME = 50_000
-"""Parts of one execution of the pipeline, 800,000 images in batches of 16; then it is started anew."""
+"""Maximum parts of one execution of the pipeline (800,000 images in batches of 16); then it is restarted."""
 _IMAGES_PER_TILED_PART = 4
-"""Pictures large enough to be cut into tiles are many megabytes of pixels each."""
+"""Small, because images large enough for tiling take many megabytes of pixels each."""
 _LOSSES = (
     ConnectionError,
     OSError,
@@ -63,23 +63,23 @@ _LOSSES = (
     RpcError,
     ray.exceptions.WorkerCrashedError,
 )
-"""Of the cluster or of a connection: the rest of the work can go on, unlike with a defect, which would come again."""
+"""Lost nodes, processes and connections: a restart of the pipeline can succeed, unlike after a defect."""
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NO_MEMORY = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
-_WHOLE = "run the same command again to resume"
+_RESUME_HINT = "run the same command again to resume"
 
 
 @dataclass(frozen=True)
 class PredictResult:
-    """What a scoring run came to.
+    """Result of a scoring run.
 
     Attributes:
-        out: The detections table.
-        num_images: Rows of the table, one for each image.
-        num_errors: Those whose image could not be read.
-        num_detections: In all rows together.
-        already_done: Nothing was left to do.
-        report: A table of what it took, for the terminal.
+        out: Folder or URI of the detections table.
+        num_images: Rows of the table, one per image.
+        num_errors: Rows whose image could not be read.
+        num_detections: Detections in all rows.
+        already_done: True if the run was finished before this call.
+        report: Lines of the job report for the terminal.
     """
 
     out: str
@@ -90,7 +90,7 @@ class PredictResult:
     report: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """A summary of the run, for the terminal."""
+        """Return a summary of the run for the terminal."""
         first = ["nothing to do: this run is finished"] if self.already_done else []
         errors = f" ({self.num_errors:,} unreadable)" if self.num_errors else ""
         return [
@@ -103,7 +103,7 @@ class PredictResult:
 
 @dataclass(frozen=True)
 class _ModelFacts:
-    """What is known of a model before it is loaded."""
+    """Facts about a model that are known before it is loaded."""
 
     name: str
     categories: tuple[Category, ...]
@@ -112,15 +112,15 @@ class _ModelFacts:
 
 
 def predict(config: PredictConfig, *, console: Console | None = None) -> PredictResult:
-    """Scores every image; run again after a kill, it does what is left.
+    """Score every image of a collection; an interrupted run resumes.
 
     Raises:
-        UserError: Collection, model or output folder are not what they should be. Nothing has been written then.
-        RunError: The run cannot go on. What was written is whole, and the same command goes on from there.
+        UserError: The collection, the model or the output folder is invalid. Nothing has been written.
+        RunError: The run failed. The files written so far are complete; the same command resumes the run.
     """
     console = console or Console()
     model = _check_model(config)
-    # Workers have other working directories, and a run is the same whichever one it is started from.
+    # Absolute, because workers have other working directories and the run's identity must not depend on this one.
     config = dataclasses.replace(
         config,
         out=storage.absolute_uri(config.out),
@@ -134,7 +134,7 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
 
 def _predict_into(folder: OutputFolder, config: PredictConfig, model: _ModelFacts, console: Console) -> PredictResult:
     folder.refuse_foreign()
-    if folder.record() is None:  # left by a run that ended before it began: files may have come since
+    if folder.record() is None:  # left by a run that stopped before its start; files may have been added since
         folder.delete_file(INDEX_FILE)
     images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE))
     run_identity = {
@@ -166,12 +166,12 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
         family = family_of(checkpoint.model_type, where=config.checkpoint)
         check_engine(config, checkpoint.model_type)
         if not checkpoint.categories:
-            raise UserError(f"the model {checkpoint.name} names no classes (no id2label in its config.json)")
+            raise UserError(f"the model {checkpoint.name} defines no classes: its config.json has no id2label")
         model = _ModelFacts(
             checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint), pads=family.side_multiple == 1
         )
     if config.reduced_decode and (config.tile or config.model):
-        reason = "tiles are cut out of the full picture" if config.tile else "it is for trained detectors"
+        reason = "tiles are cut from the full-size image" if config.tile else "it requires a trained detector"
         raise UserError(
             f"--reduced-decode cannot be combined with {'--tile' if config.tile else 'a zero-shot model'}: {reason}"
         )
@@ -194,8 +194,8 @@ def _run(
         resources = _share_out(config)
         log = folder.uri_of(LOG_FOLDER, LOG_FILE)
         console.line(f"{resources.describe(config.num_workers, config.num_workers)}. Ray log: {log}")
-        if resources.remark:
-            console.line(resources.remark)
+        if resources.notice:
+            console.line(resources.notice)
         if resources.use_gpu is False and config.precision == "fp16":
             raise no_fp16_on_cpu(config.engine)
         _check_nodes(config)
@@ -224,7 +224,7 @@ def _write_report(
     job: JobRecord,
     error: str | None,
 ) -> JobReport:
-    """Writes OUT/job.json, also of a run that has failed; a full disk has a line of its own then."""
+    """Write OUT/job.json, also for a failed run; a full disk is reported elsewhere."""
     earlier = None
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(folder.read_bytes(JOB_FILE))
@@ -243,14 +243,14 @@ def _write_report(
 
 
 def _check_nodes(config: PredictConfig) -> None:
-    """Makes sure that every node sees the images, the checkpoint and the output."""
+    """Check that every node sees the images, the checkpoint and the output."""
     reads = {}
     if is_table(config.data):
         reads["--data"] = (config.data, storage.join(config.data, MANIFEST_NAME))
     elif not is_pattern(config.data):
         reads["--data"] = (config.data, config.data)
     for option, name in (("--checkpoint", config.checkpoint), ("--model", config.model)):
-        if name is not None and storage.exists(storage.join(name, "config.json")):  # or it is a name on the Hub
+        if name is not None and storage.exists(storage.join(name, "config.json")):  # otherwise a Hub name
             reads[option] = (name, storage.join(name, "config.json"))
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, LOG_FOLDER)))
 
@@ -274,7 +274,7 @@ def _work(
     resources: shares.Resources,
     folder: OutputFolder,
 ) -> Work:
-    """Says what the workers need to know; asks one of them where that takes the model itself."""
+    """Build the shared work of the run; a probe on a worker determines the values that require the loaded model."""
     plan = None if earlier is None else earlier.plan
     reduce_to, batch_size = None, config.batch_size
     if config.reduced_decode or (batch_size == "auto" and plan is None):
@@ -282,14 +282,14 @@ def _work(
         try:
             reduce_to, found = ray.get(probe.remote(config, resources))
         except ray.exceptions.RayTaskError as error:
-            _raise_what_will_come_again(error, config)
+            _raise_if_permanent(error, config)
             raise
         batch_size = found if batch_size == "auto" else batch_size
     if plan is None:
-        assert isinstance(batch_size, int), "the probe has found a batch size"
+        assert isinstance(batch_size, int), "the probe returns a batch size"
         plan = dataclasses.asdict(_plan(config, images.num_rows, batch_size))
         folder.begin(run_identity, plan=plan)
-    if isinstance(config.batch_size, int):  # the cut into chunks and parts stays
+    if isinstance(config.batch_size, int):  # chunks and parts stay as planned
         plan = {**plan, "batch_size": config.batch_size}
     return Work(
         config=config,
@@ -304,7 +304,7 @@ def _work(
 
 
 def _probe(config: PredictConfig, resources: shares.Resources) -> tuple[ResizeRule | None, int]:
-    """On a worker: the model's resize, and the batch size that suits it where that is asked for."""
+    """Return the model's resize rule and batch size, measured on this worker if `batch_size` is "auto"."""
     from raydet.engines.batch_size import best_batch_size
     from raydet.engines.loading import load_engine
 
@@ -318,7 +318,7 @@ def _plan(config: PredictConfig, num_rows: int, batch_size: int) -> ScoringPlan:
     images_per_part = max(1, batch_size // 2) if config.flip else batch_size
     if config.tile:
         images_per_part = _IMAGES_PER_TILED_PART
-    # Some files for each worker, so that none is idle while the last ones are made, and not many small ones.
+    # Several files per worker, so that none idles at the end, but not many small ones.
     rows_per_file = config.rows_per_file or min(MOST_ROWS_PER_FILE, math.ceil(num_rows / (4 * config.num_workers)))
     rows_per_file = math.ceil(rows_per_file / images_per_part) * images_per_part
     return ScoringPlan(
@@ -330,7 +330,7 @@ def _share_out(config: PredictConfig) -> shares.Resources:
     return shares.share_out(
         min_workers=config.num_workers,
         max_workers=config.num_workers,
-        # The other engines run on CPUs: a GPU would be held and left idle.
+        # The other engines run on CPUs and would leave a reserved GPU idle.
         use_gpu=config.use_gpu if config.engine == "torch" else False,
         cpus_per_worker=config.cpus_per_worker,
     )
@@ -343,14 +343,14 @@ def _score_all(
     update: Callable[[str], None],
     console: Console,
 ) -> None:
-    """Scores what is left until nothing is; starts the pipeline again when the cluster has lost a part of itself."""
+    """Score all remaining chunks; restart the pipeline when the cluster loses workers or nodes."""
     failures, num_workers = 0, work.config.num_workers
     while True:
         done = done_chunks(work.folder)
         left = [chunk for chunk in range(work.plan.num_chunks) if chunk not in done]
         if not left:
             return
-        # Ray Data keeps some kilobytes for each part that has passed until its execution ends.
+        # Ray Data keeps some kilobytes per finished part until its execution ends.
         left = left[: max(1, MOST_PARTS_AT_A_TIME // work.plan.parts_per_chunk)]
         num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in done)
         try:
@@ -360,22 +360,25 @@ def _score_all(
                 num_rows += file_stats.num_images
                 update(f"{num_rows:,} of {work.plan.num_rows:,} images")
         except (ray.exceptions.RayError, SystemException, ExecutionTimeoutError, OSError) as error:
-            _raise_what_will_come_again(error, work.config, work.plan.batch_size)
+            _raise_if_permanent(error, work.config, work.plan.batch_size)
             reason = _first_line(_causes(error)[-1])
         else:
-            reason = "files are missing"
+            reason = "output files are missing"
             if done_chunks(work.folder).issuperset(left):
                 continue
         failures = 1 if done_chunks(work.folder) > done else failures + 1
         if failures > work.config.max_failures:
-            raise RunError(f"the cluster has failed too often: {reason}; {_WHOLE}")
-        # A cluster that grows by itself may have room again later; one that does not must do with what it has.
+            raise RunError(
+                f"the cluster failed too often ({reason}), the limit is --max-failures {work.config.max_failures}; "
+                f"{_RESUME_HINT}"
+            )
+        # An autoscaling cluster may have room again later; any other continues with the workers that fit.
         num_workers = min(work.config.num_workers, shares.workers_that_fit(resources)) or work.config.num_workers
         console.line(f"the cluster lost workers or nodes ({reason}); continuing with {num_workers} workers")
 
 
-def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_size: int | None = None) -> None:
-    """Ends the run where starting the workers once more would be no use; returns where they or a node were lost."""
+def _raise_if_permanent(error: Exception, config: PredictConfig, batch_size: int | None = None) -> None:
+    """Raise an error if a restart cannot help; return if the cluster lost workers, nodes or connections."""
     chain = _causes(error)
     for cause in chain:
         if isinstance(cause, UserError):
@@ -384,27 +387,25 @@ def _raise_what_will_come_again(error: Exception, config: PredictConfig, batch_s
             raise refusal_of(cause, config.out) from error
         if isinstance(cause, _NO_MEMORY) or "out of memory" in str(cause).lower():
             raise RunError(
-                f"out of memory in batches of {batch_size or 1} with {config.num_workers} workers; choose a smaller "
-                f"--batch-size or fewer workers; {_WHOLE}"
+                f"out of memory with batches of {batch_size or 1} and {config.num_workers} workers: lower --batch-size "
+                f"or --num-workers; {_RESUME_HINT}"
             ) from error
     is_defect = any(getattr(cause, "actor_init_failed", False) for cause in chain)
     if not is_defect and any(isinstance(cause, _LOSSES) for cause in chain):
         return
     log = storage.join(config.out, LOG_FOLDER, "error.log")
     storage.write_bytes(log, without_secrets("".join(traceback.format_exception(error))).encode())
-    raise RunError(
-        f"a worker came upon what it cannot handle ({_first_line(chain[-1])}); {log} has the traceback"
-    ) from error
+    raise RunError(f"a worker failed: {_first_line(chain[-1])}; traceback: {log}") from error
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what it was caused by, outermost first, without Ray's wrapping of what its workers raise."""
+    """List an error and its causes, outermost first, without Ray's wrappers around errors of its workers."""
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
         if not isinstance(following, ray.exceptions.RayTaskError) or following.cause is None:
             chain.append(following)
-        # Of an actor that could not be made, what its constructor raised is the first argument.
+        # If an actor could not be created, the error of its constructor is the first argument.
         inner = [item for item in following.args if isinstance(item, BaseException)]
         following = getattr(following, "cause", None) or following.__cause__ or next(iter(inner), None)
     return chain or [error]
@@ -417,7 +418,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _finish(folder: OutputFolder, config: PredictConfig, plan: ScoringPlan, id_space: str | None) -> None:
-    """Counts what was written against what was asked for and declares the table whole."""
+    """Check that there is one row per image and write the manifest, which marks the table as complete."""
     filesystem, path = storage.resolve(folder.uri)
     rows_by_file: dict[str, int] = {}
     totals = {"num_errors": 0, "num_detections": 0}
@@ -427,7 +428,7 @@ def _finish(folder: OutputFolder, config: PredictConfig, plan: ScoringPlan, id_s
         for key, count in json.loads(footer.metadata[COUNTS_KEY]).items():
             totals[key] += count
     num_rows = sum(rows_by_file.values())
-    assert num_rows == plan.num_rows, f"{num_rows} rows were written for {plan.num_rows} images"
+    assert num_rows == plan.num_rows, f"{num_rows} rows for {plan.num_rows} images"
     write_manifest(folder.uri, rows_by_file, config_hash=config_hash(config), id_space=id_space, **totals)
 
 

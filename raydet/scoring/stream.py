@@ -1,9 +1,8 @@
 """The Ray Data pipeline of a scoring run: images → encoded batches → pixels → detections → files.
 
-The unit of work is a chunk: some rows of the input, in a fixed order, that become one output file with a name of its
-own. A chunk travels as a fixed number of parts, blocks of one row that each hold a batch, in order all the way, so
-that the parts of a chunk arrive side by side at the task that writes it. Whatever runs twice writes the same file
-again.
+The unit of work is a chunk: consecutive rows of the input that become one output file, named by the chunk's number. A
+chunk travels as a fixed number of parts: blocks of one row that each hold a batch. Order is preserved throughout, so
+the parts of a chunk arrive together at the task that writes it. A chunk that is processed twice writes the same file.
 """
 
 import dataclasses
@@ -50,12 +49,12 @@ if TYPE_CHECKING:
     from raydet.models.detector import Detections
 
 LOG_FOLDER = "_log"
-"""In the output; its names that begin with `_` are no part of the table."""
+"""Log folder in OUT; names with a leading `_` are not part of the table."""
 COUNTS_KEY = b"raydet_counts"
 MOST_READ_TASKS = 5_000
-"""Ray Data plans all reading tasks at once; with more chunks than this a task reads several."""
+"""Ray Data plans all read tasks up front; with more chunks than this, a task reads several."""
 _SORT_WINDOW_PARTS = 8
-"""Parts whose images are read together and sorted by their shape."""
+"""Number of parts whose images are read together and sorted by shape."""
 _SORT_WINDOW_BYTES = 256 * 2**20
 _IMAGES_PER_DECODE_TASK = 128
 _LOOK_AT_NODES_EVERY_S = 5.0
@@ -79,13 +78,13 @@ _DECODED_TYPE = pa.struct(
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringPlan:
-    """How the images are cut into chunks and parts; a run that is gone on with keeps the plan of its beginning.
+    """Division of the images into chunks and parts; a resumed run keeps its first plan.
 
     Attributes:
-        num_rows: Images in all.
-        rows_per_file: Images of a chunk; the last one may have fewer.
-        images_per_part: Images that are decoded, and given to the model's actor, together.
-        batch_size: Images or tiles that the model sees at once.
+        num_rows: Number of all images.
+        rows_per_file: Images per chunk; the last chunk may have fewer.
+        images_per_part: Images that are decoded and passed to the model's actor together.
+        batch_size: Images or tiles per forward pass.
     """
 
     num_rows: int
@@ -95,33 +94,33 @@ class ScoringPlan:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks, and so output files, in all."""
+        """Number of chunks, which equals the number of output files."""
         return math.ceil(self.num_rows / self.rows_per_file)
 
     @property
     def parts_per_chunk(self) -> int:
-        """Parts of every chunk but the last, which may have fewer."""
+        """Parts per chunk; the last chunk may have fewer."""
         return math.ceil(self.rows_per_file / self.images_per_part)
 
     def rows_of(self, chunk: int) -> range:
-        """The positions of a chunk's images."""
+        """Return the positions of a chunk's images."""
         start = chunk * self.rows_per_file
         return range(start, min(start + self.rows_per_file, self.num_rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What the tasks and actors of a scoring run share.
+    """Data that the tasks and actors of a scoring run share.
 
     Attributes:
-        config: With absolute paths.
+        config: Options of the run, with absolute paths.
         folder: Output folder.
-        model_fingerprint: Of the checkpoint when the run began.
-        images: What is scored.
-        plan: How it is cut up.
-        schema: Of the detections table.
-        sorts_by_shape: Images of like shape share a part, since their model pads.
-        reduce_to: Where JPEGs may be decoded smaller: the model's resize, below which they must not fall.
+        model_fingerprint: Fingerprint of the checkpoint at the start of the run.
+        images: Images to score.
+        plan: Chunks and parts.
+        schema: Schema of the detections table.
+        sorts_by_shape: True if images of similar shape share a part, to reduce the model's padding.
+        reduce_to: The model's resize rule if JPEGs may be decoded at reduced size, but no smaller than its target.
     """
 
     config: PredictConfig
@@ -135,32 +134,32 @@ class Work:
 
 
 def part_name(chunk: int) -> str:
-    """Names the file that a chunk becomes."""
+    """Return the file name of a chunk."""
     return f"part-{chunk:07d}.parquet"
 
 
 def done_chunks(folder: OutputFolder) -> set[int]:
-    """Lists the chunks whose file is there; files appear complete."""
+    """Return the chunks whose file exists; files appear atomically."""
     matches = map(_PART_NAME.fullmatch, folder.list_files())
     return {int(match[1]) for match in matches if match}
 
 
 class NodeLostError(ConnectionError):
-    """A node has died, and the workers do not all fit on those that are left: some would wait for ever."""
+    """A node was lost and the remaining nodes cannot hold all workers, so that some would wait forever."""
 
 
 def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_workers: int) -> Iterator[FileStats]:
-    """Scores chunks of a run and yields, for each file as it is written, what it took.
+    """Score chunks of a run and yield the statistics of each file once it is written.
 
     Args:
-        work: What the run is.
-        chunks: Those that are left to do, ascending.
-        resources: What the workers and the tasks beside them ask of the cluster.
+        work: Shared data of the run.
+        chunks: Chunks to score, ascending.
+        resources: Resources of each worker and each decoding task.
         num_workers: Copies of the model.
 
     Raises:
-        NodeLostError: The cluster has become too small for so many workers.
-        ray.exceptions.RayError: A task has failed, or something that Ray could not make up for.
+        NodeLostError: The cluster has become too small for this number of workers.
+        ray.exceptions.RayError: A task failed, or Ray could not recover from a loss.
     """
     for row in _pipeline(work, chunks, resources, num_workers).iter_rows():
         yield FileStats.from_dict(json.loads(row["stats"]))
@@ -179,22 +178,22 @@ def _pipeline(work: Work, chunks: Sequence[int], resources: Resources, num_worke
         )
     dataset = dataset.map_batches(
         partial(_decode, max_pixels=work.config.max_pixels, reduce_to=work.reduce_to),
-        # Ray Data looks after its tasks some seven times a second: small ones would wait for it more than they work.
+        # Ray Data polls its tasks about seven times a second: small tasks would mostly wait.
         batch_size=math.ceil(_IMAGES_PER_DECODE_TASK / work.plan.images_per_part),
         batch_format="pyarrow",
         zero_copy_batch=True,
-        # Stages that ask for the same are run in one process by Ray Data: the model's would then decode as well.
+        # Ray Data fuses stages with equal resources into one process: the model's actors would then decode as well.
         num_cpus=resources.cpus_per_task + (0.01 if resources.cpus_per_task == resources.cpus_per_worker else 0.0),
         **task_retries(_RETRIES),
     )
     dataset = dataset.map_batches(
         _ScoringActor,
         fn_constructor_args=(work_ref, resources),
-        # Two calls at once in an actor: while the model runs on one batch the next is resized and laid out.
+        # Two concurrent calls per actor: while the model runs on one batch, the next is resized and collated.
         compute=ActorPoolStrategy(size=num_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
         num_cpus=resources.cpus_per_worker,
         num_gpus=1 if resources.use_gpu else 0,
-        # Blocks as they come, each of one row; where GPUs are asked for, Ray Data wants that as a number.
+        # Each block has one row already; with GPUs Ray Data requires the batch size as a number.
         batch_size=1 if resources.use_gpu else None,
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -204,7 +203,7 @@ def _pipeline(work: Work, chunks: Sequence[int], resources: Resources, num_worke
         partial(_write, folder=work.folder, schema=work.schema),
         batch_size=work.plan.parts_per_chunk,
         batch_format="pyarrow",
-        # Ray Data gives CPUs to the stages in their order: one that asks for any might wait until all is read.
+        # Ray Data assigns CPUs to the stages in order: a write stage that needs one might wait until reading ends.
         num_cpus=0,
         compute=TaskPoolStrategy(size=max(2, num_workers)),
         **task_retries(_RETRIES),
@@ -213,14 +212,14 @@ def _pipeline(work: Work, chunks: Sequence[int], resources: Resources, num_worke
 
 
 def missing_here(work: Work) -> str | None:
-    """Which of the run's places in a file tree this machine does not see; None if it sees them all."""
+    """Return the first local path of the run that this machine does not see, or None."""
     config = work.config
     places = [work.folder.uri_of(RUN_FILE), *([] if is_pattern(config.data) else [config.data])]
     return next((place for place in places if "://" not in place and not storage.exists(place)), None)
 
 
 def _watch_nodes(resources: Resources, num_workers: int) -> type[ExecutionCallback]:
-    """A callback for Ray Data, which would wait for ever for an actor that no node has room for any more."""
+    """Build a callback that fails when nodes are lost; Ray Data would wait forever for an actor that no longer fits."""
 
     class Watch(ExecutionCallback):
         def __init__(self) -> None:
@@ -241,14 +240,14 @@ def _watch_nodes(resources: Resources, num_workers: int) -> type[ExecutionCallba
 def _read(work_ref: "ray.ObjectRef[Work]", chunks: Sequence[int]) -> Iterator[pa.Table]:
     work: Work = ray.get(work_ref)
     missing = missing_here(work)
-    if missing:  # or each of its images would be taken for a file that was deleted
-        raise ConnectionError(f"{missing} is not there on {socket.gethostname()}")
+    if missing:  # otherwise every image would count as a deleted file
+        raise ConnectionError(f"{missing} is missing on {socket.gethostname()}")
     for chunk in chunks:
         yield from _parts_of(work, chunk)
 
 
 def _parts_of(work: Work, chunk: int) -> Iterator[pa.Table]:
-    """A chunk's images with their encoded bytes, in parts of the planned size."""
+    """Yield a chunk's images with their encoded bytes, in parts of the planned size."""
     rows, size = work.plan.rows_of(chunk), work.plan.images_per_part
     num_parts, part = math.ceil(len(rows) / size), 0
     watch = Stopwatch("reader")
@@ -270,7 +269,7 @@ def _parts_of(work: Work, chunk: int) -> Iterator[pa.Table]:
                 yield _block(chunk, part, num_parts, encoded, [watch.lap()])
                 part += 1
             window, num_bytes = [], 0
-    assert part == num_parts, f"{part} parts were made of chunk {chunk}, expected {num_parts}"
+    assert part == num_parts, f"chunk {chunk} has {part} parts, expected {num_parts}"
 
 
 def _aspect(row: ImageRow) -> float:
@@ -297,7 +296,7 @@ def _encoded(position: int, row: ImageRow) -> dict[str, Any]:
 
 
 def _block(chunk: int, part: int, num_parts: int, rows: pa.Array, stats: list[ProcessStats]) -> pa.Table:
-    job_metrics.passed_on(stats[-1], len(rows))
+    job_metrics.count_stage(stats[-1], len(rows))
     return pa.table(
         {
             "chunk": [chunk],
@@ -310,14 +309,14 @@ def _block(chunk: int, part: int, num_parts: int, rows: pa.Array, stats: list[Pr
 
 
 def _next_block(block: pa.Table, rows: pa.Array, stats: ProcessStats) -> pa.Table:
-    """A block of the following stage, with what has happened to the part so far."""
+    """Build the block for the next stage, with the statistics of all stages so far."""
     earlier = [ProcessStats(**item) for item in json.loads(block["stats"][0].as_py())]
     chunk, part, num_parts = (block[name][0].as_py() for name in ("chunk", "part", "num_parts"))
     return _block(chunk, part, num_parts, rows, [*earlier, stats])
 
 
 def _decode(blocks: pa.Table, max_pixels: int, reduce_to: ResizeRule | None) -> Iterator[pa.Table]:
-    """Decodes some parts, and hands on each as soon as it is ready."""
+    """Decode some parts and yield each as soon as it is ready."""
     watch = Stopwatch("decoder")
     for at in range(blocks.num_rows):
         yield _decode_part(blocks.slice(at, 1), watch, max_pixels, reduce_to)
@@ -325,34 +324,34 @@ def _decode(blocks: pa.Table, max_pixels: int, reduce_to: ResizeRule | None) -> 
 
 def _decode_part(block: pa.Table, watch: Stopwatch, max_pixels: int, reduce_to: ResizeRule | None) -> pa.Table:
     records: list[dict[str, Any]] = []
-    pictures: list[npt.NDArray[np.uint8]] = []
+    images: list[npt.NDArray[np.uint8]] = []
     for row in block["rows"].combine_chunks().values:
         record = {name: row[name].as_py() for name, _ in _ENCODED_FIELDS}
         record |= {"pixel_height": None, "pixel_width": None}
-        picture: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        image: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
         if record["error"] is None:
             try:
                 with watch.measuring("decode"):
                     data = row["data"].as_py()
-                    picture, (height, width) = decoded(data, max_pixels=max_pixels, reduce_to=reduce_to)
+                    image, (height, width) = decoded(data, max_pixels=max_pixels, reduce_to=reduce_to)
             except DecodeError as error:
                 record["error"] = str(error)
             else:
                 record |= {"height": height, "width": width}
-                record |= {"pixel_height": picture.shape[0], "pixel_width": picture.shape[1]}
+                record |= {"pixel_height": image.shape[0], "pixel_width": image.shape[1]}
         records.append(record)
-        pictures.append(picture)
+        images.append(image)
     with watch.measuring("decode"):
-        rows = _with_pixels(records, pictures)
+        rows = _with_pixels(records, images)
     return _next_block(block, rows, watch.lap())
 
 
-def _with_pixels(records: list[dict[str, Any]], pictures: list[npt.NDArray[np.uint8]]) -> pa.StructArray:
-    """Puts the pixels of all images into one buffer, which is the one copy between decoder and model."""
-    offsets = np.cumsum([0, *(picture.size for picture in pictures)])
-    flat = np.concatenate([picture.reshape(-1) for picture in pictures]) if pictures else np.zeros(0, np.uint8)
+def _with_pixels(records: list[dict[str, Any]], images: list[npt.NDArray[np.uint8]]) -> pa.StructArray:
+    """Put the pixels of all images into one buffer, the only copy between decoder and model."""
+    offsets = np.cumsum([0, *(image.size for image in images)])
+    flat = np.concatenate([image.reshape(-1) for image in images]) if images else np.zeros(0, np.uint8)
     pixels = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(pictures), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(flat)]
+        pa.large_binary(), len(images), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(flat)]
     )
     columns = [
         pixels if field.name == "pixels" else pa.array([record[field.name] for record in records], field.type)
@@ -375,19 +374,19 @@ class _ScoringActor:
         name = config.checkpoint or config.model
         assert name is not None, "the config asks for a checkpoint or a model"
         if fingerprint(name) != work.model_fingerprint:
-            raise UserError(f"{name} has changed while the run was at work; start it with a model that stays as it is")
+            raise UserError(f"{name} changed during the run; restore the model and run the same command again")
         has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         device, num_threads = "cuda" if has_gpu else "cpu", threads_of(config, resources)
         engine = load_engine(config, device=device, num_threads=num_threads)
         self._scorer = Scorer(engine, config, batch_size=work.plan.batch_size)
         self._row_type = pa.struct([pa.field(name, work.schema.field(name).type) for name in work.schema.names])
-        # All runs of the model in one thread: each thread would have its own set of helpers to compute with.
+        # All forward passes run in one thread: each calling thread would get its own pool of compute threads.
         self._thread = ThreadPoolExecutor(1)
         text = "model loaded on %s in %.1f s, %d threads"
         _LOG.info(text, device, time.perf_counter() - started, num_threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """One decoded part in, its rows of the detections table out."""
+        """Turn one decoded part into rows of the detections table."""
         watch = Stopwatch("model")
         rows = block["rows"].combine_chunks().flatten()
         images = [
@@ -412,9 +411,9 @@ class _ScoringActor:
 
 
 def threads_of(config: PredictConfig, resources: Resources) -> int:
-    """Threads that a copy of the model computes with on its machine, unless told otherwise.
+    """Return the compute threads of one copy of the model: `threads_per_worker`, or this machine's CPUs divided.
 
-    As many as fit beside those of the other workers that a machine of this size has room for.
+    By default the machine's CPUs are divided evenly between the workers that fit on it.
     """
     num_cpus = available_cpus()
     num_here = max(1, min(config.num_workers, int(num_cpus / resources.cpus_per_worker)))
@@ -441,7 +440,7 @@ def _record(row: pa.StructScalar, found: "Iterator[Detections]") -> dict[str, An
 
 
 def _write(blocks: pa.Table, folder: OutputFolder, schema: pa.Schema) -> pa.Table:
-    """Writes the parts of one chunk into its file, whole or not at all."""
+    """Write the parts of one chunk into its file, atomically."""
     watch = Stopwatch("writer")
     chunk, num_parts = blocks["chunk"][0].as_py(), blocks["num_parts"][0].as_py()
     assert set(blocks["chunk"].to_pylist()) == {chunk}, f"parts of several chunks: {blocks['chunk'].to_pylist()}"
@@ -454,15 +453,15 @@ def _write(blocks: pa.Table, folder: OutputFolder, schema: pa.Schema) -> pa.Tabl
             "num_errors": table.num_rows - table["error"].null_count,
             "num_detections": pc.sum(pc.list_value_length(pc.struct_field(table["detections"], "score"))).as_py() or 0,
         }
-        # In the footer, so that counting a finished run reads no detections.
+        # In the footer, so that counting the rows of a finished run reads no detections.
         metadata = {**schema.metadata, COUNTS_KEY: json.dumps(counts)}
         sink = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(metadata), sink)
         folder.write_bytes(sink.getvalue().to_pybytes(), part_name(chunk))
     processes = [item for text in blocks["stats"].to_pylist() for item in json.loads(text)]
     own = watch.lap()
-    job_metrics.passed_on(own, table.num_rows)
-    job_metrics.written(counts["num_errors"], counts["num_detections"])
+    job_metrics.count_stage(own, table.num_rows)
+    job_metrics.count_written(counts["num_errors"], counts["num_detections"])
     stats = FileStats(
         num_images=table.num_rows,
         num_detections=counts["num_detections"],

@@ -167,7 +167,7 @@ def _federated(images: Sequence[_Image], classes: Sequence[_Class], uri: str) ->
     def indices(category_ids: Sequence[int]) -> tuple[int, ...]:
         unknown = [category_id for category_id in category_ids if category_id not in index_of]
         if unknown:
-            raise UserError(f"{uri}: an image refers to category id {unknown[0]}, which is not in `categories`")
+            raise UserError(f"{uri}: an image refers to category {unknown[0]}, which is not in `categories`")
         return tuple(index_of[category_id] for category_id in category_ids)
 
     frequency = tuple(category.frequency or "" for category in classes)

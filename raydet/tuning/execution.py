@@ -1,4 +1,4 @@
-"""The trials of a search, run by Ray Tune: it starts them, hears their epochs and stops those that are behind."""
+"""Execution of a search's trials by Ray Tune, which starts them, follows their epochs and stops weak ones."""
 
 import dataclasses
 import json
@@ -21,29 +21,29 @@ from raydet.tuning.resources import DRIVER_CPUS, Share
 from raydet.tuning.trial_run import EPOCH, ERROR, FAILED, JOB, OUTCOME, SCORE, run_trial
 
 _TIMES_STARTED_AGAIN = 2
-"""A trial whose own process has died, with its node; it goes on from its newest state."""
+"""Retries of a trial whose process died, for instance with its node; it resumes from its newest state."""
 _TUNE_SETTINGS = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the newer one prints a heading at any verbosity
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders have what is worth keeping
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Ctrl+C would look like the end of the search
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # how a trial ended is no epoch
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a heading at any verbosity
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders hold all results
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # otherwise Ctrl+C would look like the end of the search
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's outcome is reported without an epoch
 }
 
 
 def run_trials(search: Search, share: Share, follower: Follower) -> bool:
-    """Does all trials that are left.
+    """Run all remaining trials.
 
     Args:
-        search: Its trials are brought up to date.
-        share: What each of them gets.
-        follower: Is told what happens.
+        search: The search; its trials are updated.
+        share: Resources of each trial.
+        follower: Receives the progress.
 
     Returns:
-        Whether all were done; false when the time limit came first.
+        True if all trials ended, False if the time limit was reached first.
     """
     plan = search.plan
     clock = _TrialClock(plan.config.time_limit_s)
-    notes = storage.join(plan.out, "log", "ray")  # of Tune's own, which nothing reads again
+    notes = storage.join(plan.out, "log", "ray")  # Tune's own records, which raydet never reads
     with _environment(_TUNE_SETTINGS):
         tuner = tune.Tuner(
             tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
@@ -66,11 +66,11 @@ def run_trials(search: Search, share: Share, follower: Follower) -> bool:
         )
         tuner.fit()
     storage.delete_folder(notes)
-    return not clock.is_over
+    return not clock.has_expired
 
 
 def build_scheduler(plan: TuningPlan, ended: Sequence[Trial]) -> TrialScheduler:
-    """Ray Tune's scheduler, told of the trials of earlier runs of the search."""
+    """Build Ray Tune's scheduler and feed it the trials of earlier runs of the search."""
     if plan.config.scheduler == "none":
         return FIFOScheduler()
     factor = plan.config.reduction_factor
@@ -96,17 +96,17 @@ def build_scheduler(plan: TuningPlan, ended: Sequence[Trial]) -> TrialScheduler:
 
 
 class _Halving(ASHAScheduler):
-    """Asynchronous successive halving, which lets the default training finish, as what others are compared with."""
+    """Asynchronous successive halving that lets the default training finish, as the reference for all others."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Says whether a trial goes on."""
+        """Decide if a trial continues or stops."""
         decision = super().on_trial_result(tune_controller, trial, result)
         is_default = hasattr(trial, "config") and _number(trial) == 0
         return str(TrialScheduler.CONTINUE if is_default else decision)
 
 
-class _NotKept:
-    """What Tune cannot store with its notes: there is no need to, as the search can be made of its records again."""
+class _NotPickled:
+    """Object that Tune stores without its state; raydet rebuilds a search from its own records."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -115,15 +115,15 @@ class _NotKept:
         return self
 
 
-class _TrialSource(_NotKept, Searcher):
-    """Hands Tune one trial after the other."""
+class _TrialSource(_NotPickled, Searcher):
+    """Source of trials for Tune."""
 
     def __init__(self, search: Search, share: Share) -> None:
         super().__init__()
         self._search, self._share = search, share
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial, all in one parameter."""
+        """Return the next trial, encoded in one parameter."""
         following = self._search.next()
         if following is None:
             return Searcher.FINISHED
@@ -136,29 +136,29 @@ class _TrialSource(_NotKept, Searcher):
         return {JOB: json.dumps(content)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Nothing: `_Recorder` has what is needed for the search to learn."""
+        """Do nothing: `_Recorder` passes the result to the search."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the records are written anyway."""
+        """Do nothing: raydet writes its own records."""
 
 
-class _Recorder(_NotKept, tune.Callback):
-    """Writes down what becomes of the trials, as Tune tells it, and passes it on."""
+class _Recorder(_NotPickled, tune.Callback):
+    """Callback that records the trials' outcomes and reports their progress."""
 
     def __init__(self, search: Search, follower: Follower) -> None:
         self._search, self._follower = search, follower
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """A trial is about to train."""
+        """Report the start of a trial."""
         self._follower.started(self._search.trials[_number(trial)])
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        """An epoch has ended."""
+        """Report an epoch."""
         if EPOCH in result:
             self._follower.advanced(self._search.trials[_number(trial)], result[EPOCH], result[SCORE])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """A trial has come to its end, or the scheduler has ended it."""
+        """Record a trial that finished or failed, or that the scheduler stopped."""
         last = trial.last_result or {}
         outcome = last.get(OUTCOME)
         if outcome == FAILED:
@@ -167,29 +167,29 @@ class _Recorder(_NotKept, tune.Callback):
             self._end(trial, "stopped" if outcome is None else "finished")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Its process has died too often."""
-        reason = str(trial.get_pickled_error() or "its process has died").strip().splitlines()[-1]
+        """Record the failure of a trial whose process died too often."""
+        reason = str(trial.get_pickled_error() or "its process died").strip().splitlines()[-1]
         self._end(trial, "failed", reason[:500])
 
     def _end(self, trial: Any, state: State, error: str | None = None) -> None:
         self._follower.ended(self._search.end(_number(trial), state, error), self._search.best())
 
 
-class _TrialClock(_NotKept, tune.Stopper):
-    """Ends the search when its time is over; what trains then stays unfinished."""
+class _TrialClock(_NotPickled, tune.Stopper):
+    """Stopper that ends the search at its time limit; running trials stay unfinished."""
 
     def __init__(self, limit_s: float | None) -> None:
         self._deadline = None if limit_s is None else time.monotonic() + limit_s
-        self.is_over = False
+        self.has_expired = False
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Single trials have no limit."""
+        """Return False: single trials have no time limit."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether the time is over."""
-        self.is_over = self.is_over or (self._deadline is not None and time.monotonic() >= self._deadline)
-        return self.is_over
+        """Return True once the time limit is reached."""
+        self.has_expired = self.has_expired or (self._deadline is not None and time.monotonic() >= self._deadline)
+        return self.has_expired
 
 
 def _number(trial: Any) -> int:
@@ -202,7 +202,7 @@ def _name(trial: Any) -> str:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the time of a `with`."""
+    """Context manager: set environment variables while the block runs."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""What a person sees of a search while it runs."""
+"""Progress of a search in the terminal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from raydet.tuning.records import Trial, natural
 
 
 class Follower:
-    """Says how a search goes: a line for each trial that has ended, and on a terminal how far the others are."""
+    """Progress reporter of a search: a line per ended trial, and on a terminal the state of the running ones."""
 
     def __init__(
         self, plan: TuningPlan, *, num_to_do: int, line: Callable[[str], None], update: Callable[[str], None]
@@ -20,18 +20,18 @@ class Follower:
         self._best = ""
 
     def started(self, trial: Trial) -> None:
-        """A trial has begun."""
+        """Report the start of a trial."""
         self._running[trial.name] = f"{trial.name} starts"
         self._show()
 
     def advanced(self, trial: Trial, epoch: int, score: float) -> None:
-        """A trial has done an epoch."""
+        """Report an epoch of a trial, counted from 1, with the trial's best score so far."""
         value = natural(score, self._plan.metric)
         self._running[trial.name] = f"{trial.name} epoch {epoch}, {self._plan.metric} {value:.3f}"
         self._show()
 
     def ended(self, trial: Trial, best: tuple[Trial, float] | None) -> None:
-        """A trial has ended; `best` is the best of all until now, with its score."""
+        """Report the end of a trial; `best` is the best trial so far with its score."""
         self._num_ended += 1
         self._running.pop(trial.name, None)
         if best is not None:
@@ -46,7 +46,7 @@ class Follower:
 
 
 def trial_line(plan: TuningPlan, trial: Trial, *, is_best: bool) -> str:
-    """A trial in one line."""
+    """Format a trial as one line."""
     score = trial.score(plan.metric)
     value = shown(None if score is None else natural(score, plan.metric))
     epochs = f"{len(trial.history)} epoch{'' if len(trial.history) == 1 else 's'}"
@@ -57,5 +57,5 @@ def trial_line(plan: TuningPlan, trial: Trial, *, is_best: bool) -> str:
 
 
 def in_short(value: Any) -> str:
-    """A value as a person would write it."""
+    """Format a value with at most four significant digits; None becomes a dash."""
     return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)

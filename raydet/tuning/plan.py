@@ -1,4 +1,4 @@
-"""What a search is, and all its trials: those there are and those to come."""
+"""The plan of a search, and the search with its existing and future trials."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from raydet.tuning.space import Dimension, Parameters, value_in, with_parameters
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningPlan:
-    """What a search is.
+    """Definition of a search.
 
     Attributes:
-        config: Of the search.
-        base: The training that is varied.
-        dimensions: Over what.
-        points: To be tried before the search begins.
-        metric: What the trials are judged by.
-        out: OUT, absolute.
-        max_epochs: Of the longest trial there can be.
+        config: Options of the search.
+        base: The training that the search varies.
+        dimensions: The options that vary.
+        points: Parameters to try before the search draws its own.
+        metric: Name of the metric to optimize.
+        out: Output folder or URI, absolute.
+        max_epochs: Epochs of the longest possible trial.
     """
 
     config: TuneConfig
@@ -34,7 +34,7 @@ class TuningPlan:
     max_epochs: int
 
     def values(self, parameters: Parameters) -> Parameters:
-        """The value of each dimension in a trial."""
+        """Return the value of each dimension in a trial."""
         return {
             dimension.name: parameters.get(dimension.name, value_in(self.base, dimension.name))
             for dimension in self.dimensions
@@ -42,14 +42,14 @@ class TuningPlan:
 
 
 class Search:
-    """All trials of a search: those there are, and those to come. Every change is written down before it counts."""
+    """All trials of a search, existing and future. Every change is written to disk before it takes effect."""
 
     def __init__(self, plan: TuningPlan, trials: Sequence[Trial]) -> None:
         self.plan = plan
         self.trials = {trial.number: trial for trial in trials}
         again = ("unfinished", "failed") if plan.config.retry_failed else ("unfinished",)
         self._waiting = [trial.number for trial in trials if trial.state in again]
-        self._given = [("default", {}), *(("point", point) for point in plan.points)]
+        self._initial = [("default", {}), *(("point", point) for point in plan.points)]
         self._proposer = _proposer(plan, num_known=len(trials) - len(self._waiting))
         for trial in trials:
             if trial.number not in self._waiting:
@@ -57,13 +57,13 @@ class Search:
 
     @property
     def num_to_do(self) -> int:
-        """Trials that have not ended."""
+        """Number of trials that have not ended."""
         return len(self._waiting) + max(0, self.plan.config.num_trials - len(self.trials))
 
     def next(self) -> tuple[Trial, TrainConfig] | None:
-        """The next trial to train, with its training; None when there are none left.
+        """Return the next trial and its training config, or None if no trials are left.
 
-        What turns out to be no training at all, as values that are each right may be wrong together, fails here.
+        A trial whose parameters are invalid in combination is recorded as failed and skipped.
         """
         while self.num_to_do:
             trial = self._new() if not self._waiting else self.trials[self._waiting.pop(0)]
@@ -78,18 +78,18 @@ class Search:
 
     def _new(self) -> Trial:
         number = max(self.trials, default=-1) + 1
-        if number < len(self._given):
-            source, parameters = self._given[number]
+        if number < len(self._initial):
+            source, parameters = self._initial[number]
             return Trial(number=number, source=source, parameters=parameters)  # type: ignore[arg-type]
         return Trial(number=number, source="search", parameters=self._proposer.propose(number))
 
     def put(self, trial: Trial) -> None:
-        """Writes a trial down."""
+        """Write the record of a trial."""
         records.save(trial, self.plan.out)
         self.trials[trial.number] = trial
 
     def end(self, number: int, state: records.State, error: str | None = None) -> Trial:
-        """Writes down how a trial has ended, and learns from it."""
+        """Record the end of a trial and pass it to the proposer."""
         trial = dataclasses.replace(self.trials[number], state=state, error=error)
         trial = records.with_history(trial, self.plan.out)
         self.put(trial)
@@ -97,7 +97,7 @@ class Search:
         return trial
 
     def best(self) -> tuple[Trial, float] | None:
-        """The best trial so far and its score; of equal ones the earliest."""
+        """Return the best trial so far and its score; the earliest wins ties."""
         metric = self.plan.metric
         scored = [(score, trial) for trial in self.trials.values() if (score := trial.score(metric)) is not None]
         if not scored:

@@ -1,7 +1,7 @@
-"""What a search has tried so far: a small file for each trial, and each trial's own run folder.
+"""Records of a search: a small file and a run folder for each trial.
 
-The files say what was tried and how it ended; the numbers are in the histories of the run folders. So a search that was
-killed goes on with what it had, and nothing is kept twice.
+The files hold parameters and outcome; the metrics are in the histories of the run folders. A killed search resumes from
+these, and nothing is stored twice.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ State = Literal["unfinished", "finished", "stopped", "failed"]
 Source = Literal["default", "point", "search"]
 
 TRIALS_FOLDER = "trials"
-"""In OUT: the table of all trials, and below it the run folder of each."""
+"""Folder in OUT with the table of all trials and their run folders."""
 _RECORDS_FOLDER = ("log", "trials")
 
 
@@ -27,12 +27,13 @@ class Trial:
     """One training of a search.
 
     Attributes:
-        number: From 0, in the order in which they began.
-        source: `default`: `train` as it stands; `point`: given by the user; `search`: drawn.
-        parameters: What differs from the default, by name.
-        state: `stopped` by the scheduler, since others were ahead; `unfinished` while it trains, or was cut off.
-        error: Why it failed.
-        history: Of its run folder: a record an epoch.
+        number: Number in order of creation, from 0.
+        source: `default` for the unchanged training, `point` for a point given by the user, `search` for a drawn one.
+        parameters: Options that differ from the default training, by name.
+        state: `stopped` by the scheduler in favour of better trials; `unfinished` while training or after an
+            interruption.
+        error: Reason of a failure; None otherwise.
+        history: One record per epoch, from the trial's run folder.
     """
 
     number: int
@@ -44,24 +45,24 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the trial and of its folder."""
         return f"trial-{self.number:04d}"
 
     def folder(self, out: str) -> str:
-        """Its run folder."""
+        """Return the run folder of the trial."""
         return storage.join(out, TRIALS_FOLDER, self.name)
 
     def best(self, metric: str) -> EpochRecord | None:
-        """Its best epoch; None where none has been measured."""
+        """Return the record of the best epoch; None without a measured epoch."""
         return best_epoch(self.history, metric) if self.scores(metric) else None
 
     def score(self, metric: str) -> float | None:
-        """The metric at its best epoch, such that more is better; None where none has been measured."""
+        """Return the score of the best epoch (higher is better); None without a measured epoch."""
         scores = self.scores(metric)
         return max(scores.values()) if scores else None
 
     def scores(self, metric: str) -> dict[int, float]:
-        """The best so far after each epoch that was measured, such that more is better."""
+        """Return the best score so far (higher is better) after each measured epoch."""
         return best_so_far(self.history, metric)
 
 
@@ -78,12 +79,12 @@ def best_so_far(history: Sequence[EpochRecord], metric: str) -> dict[int, float]
 
 
 def natural(score: float, metric: str) -> float:
-    """A score as the metric is written: the loss is a score with its sign changed."""
+    """Convert a score back to the metric's value: the score of a loss is its negative."""
     return -score if metric == "loss" else score
 
 
 def with_history(trial: Trial, out: str) -> Trial:
-    """The trial with the history that its run folder has now."""
+    """Return the trial with the current history of its run folder."""
     return dataclasses.replace(trial, history=read_history(trial.folder(out)))
 
 
@@ -96,19 +97,19 @@ def read_history(folder: str) -> list[EpochRecord]:
 
 
 def save(trial: Trial, out: str) -> None:
-    """Writes the file of a trial, whole or not at all."""
+    """Write the record of a trial atomically."""
     content = {name: getattr(trial, name) for name in ("number", "source", "parameters", "state", "error")}
     uri = storage.join(out, *_RECORDS_FOLDER, f"{trial.name}.json")
     storage.write_bytes(uri, json.dumps(content, indent=1).encode())
 
 
 def load(out: str) -> list[Trial]:
-    """All trials of a search so far, by number, with their histories."""
+    """Load all trials of a search in number order, with their histories."""
     return [with_history(trial, out) for trial in load_states(out)]
 
 
 def load_states(out: str) -> list[Trial]:
-    """All trials of a search so far, by number, without what is in their run folders."""
+    """Load all trials of a search in number order, without their histories."""
     folder = storage.join(out, *_RECORDS_FOLDER)
     names = [name for name in storage.list_files(folder) if name.startswith("trial-") and name.endswith(".json")]
     trials = [Trial(**json.loads(storage.read_bytes(storage.join(folder, name)))) for name in names]

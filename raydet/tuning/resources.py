@@ -1,7 +1,7 @@
-"""How many trials train at once, and what each of them gets, so that all of them fit with what decodes for them.
+"""Resources of concurrent trials: their number and the share of each, such that all fit with their decoding tasks.
 
-Ray Tune counts only the small process that drives a trial; the workers of its training ask Ray for themselves. Were
-there more of them than fit, or no CPU left to decode with, trials would wait for each other for ever.
+Ray Tune counts only the small process that drives a trial; the training's workers request their own resources. If more
+workers ran than fit, or no CPU were left for decoding, trials would wait for each other forever.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from raydet.common.errors import UserError
 from raydet.config import TrainConfig
 
 DRIVER_CPUS = 0.01
-"""Of the process that drives a trial."""
+"""CPUs of the process that drives a trial."""
 _OVERHEAD_CPUS = 0.05
-"""Of a trial beside its workers and decoding tasks: its driver, and the readers of its stream."""
+"""CPUs of a trial for its driver and the readers of its stream."""
 
 
 @dataclass(frozen=True)
 class Machines:
-    """What the cluster has: CPUs and GPUs in all, nodes, and the CPUs of the largest of them."""
+    """Resources of the cluster: total CPUs and GPUs, number of nodes, and CPUs of the largest node."""
 
     num_cpus: float
     num_gpus: float
@@ -32,13 +32,13 @@ class Machines:
 
 @dataclass(frozen=True)
 class Share:
-    """What each of the trials at once gets.
+    """The share of each concurrent trial.
 
     Attributes:
-        max_concurrent: Trials at once.
-        use_gpu: Whether each worker gets a GPU.
-        cpus_per_worker: Reserved for each worker of a trial.
-        threads_per_worker: torch threads of a worker; None leaves it to the training.
+        max_concurrent: Number of concurrent trials.
+        use_gpu: True if each worker gets one GPU.
+        cpus_per_worker: CPUs reserved for each worker of a trial.
+        threads_per_worker: torch threads of a worker; None for the training's default.
     """
 
     max_concurrent: int
@@ -47,7 +47,7 @@ class Share:
     threads_per_worker: int | None
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """The training of a trial with its share."""
+        """Return a trial's training config with its share."""
         return dataclasses.replace(
             config,
             use_gpu=self.use_gpu,
@@ -57,15 +57,15 @@ class Share:
 
 
 def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) -> Share:
-    """Divides the cluster that this process is connected to among trials.
+    """Divide the connected cluster among concurrent trials.
 
     Args:
-        base: Of which all trials have the workers.
-        max_concurrent: Trials at once, if that is asked for.
-        num_trials: That are still to be done.
+        base: Training config that sets the workers of all trials.
+        max_concurrent: Requested number of concurrent trials; None for a default.
+        num_trials: Number of remaining trials.
 
     Raises:
-        UserError: Not even one trial fits, or not as many as asked for.
+        UserError: One trial, or the requested number, does not fit.
     """
     one = shares.share_out(
         min_workers=base.min_workers,
@@ -87,17 +87,17 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
 def divide(
     machines: Machines, one: shares.Resources, base: TrainConfig, max_concurrent: int | None, num_trials: int
 ) -> Share:
-    """The arithmetic of `share_out`.
+    """Divide the given resources among concurrent trials.
 
     Args:
-        machines: What there is.
-        one: What a training would get that has the cluster to itself.
-        base: The training.
-        max_concurrent: Trials at once, if that is asked for.
-        num_trials: That are still to be done.
+        machines: Resources of the cluster.
+        one: Share of a single training that uses the complete cluster.
+        base: Training config that sets the workers of all trials.
+        max_concurrent: Requested number of concurrent trials; None for a default.
+        num_trials: Number of remaining trials.
 
     Raises:
-        UserError: Not as many trials fit as asked for.
+        UserError: The requested number of trials does not fit.
     """
     workers = base.max_workers
     room = machines.num_cpus - one.cpus_per_task
@@ -112,7 +112,7 @@ def divide(
         each = f"{workers} worker{'s' if workers > 1 else ''} each"
         raise UserError(
             f"--max-concurrent {max_concurrent}: {machines.num_cpus:g} CPUs and {machines.num_gpus:g} GPUs have room "
-            f"for {max(most, 1)} at once, with {each}; lower it, or num_workers or cpus_per_worker of --train-config"
+            f"for at most {max(most, 1)} with {each}; lower it, or num_workers or cpus_per_worker in --train-config"
         )
     number = max(1, min(max_concurrent or by_default, max(most, 1), num_trials))
     cpus = base.cpus_per_worker

@@ -1,4 +1,4 @@
-"""What a search leaves behind: the table of trials, the best model with its config, and a page."""
+"""Results of a search: the table of trials, the best model with its config, and an HTML page."""
 
 import dataclasses
 import json
@@ -28,21 +28,20 @@ _ARROW_TYPES = {"uniform": pa.float64(), "loguniform": pa.float64(), "randint": 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
-    """What came of a search.
+    """Result of a search.
 
     Attributes:
-        out: OUT.
-        metric: What was searched for.
-        trials: All of them, with their histories.
-        best: The best of them.
-        value: Of the metric in its best epoch.
-        default_value: Of the training as it stands; None where that has failed.
-        parameters: The value of each option that was varied, of the best.
-        importance: The share of each option in what tells the best trials from the others; None where it cannot be
-            told.
+        out: Output folder or URI.
+        metric: Name of the optimized metric.
+        trials: All trials, with their histories.
+        best: The best trial.
+        value: Metric of the best trial in its best epoch.
+        default_value: Metric of the unchanged training; None if it failed.
+        parameters: Value of each varied option in the best trial.
+        importance: Share of each option in separating the best trials from the others; None if it cannot be computed.
         checkpoint: The best model, a Hugging Face model folder.
-        is_over: False when the time limit came before the last trial.
-        already_done: Nothing was left to do.
+        is_over: False if the time limit ended the search early.
+        already_done: True if the search was finished before this call.
     """
 
     out: str
@@ -59,20 +58,20 @@ class TuneResult:
 
     @property
     def config_file(self) -> str:
-        """The training of the best trial, to be trained anew."""
+        """Training config of the best trial, for a longer training."""
         return storage.join(self.out, BEST_FOLDER, "config.yaml")
 
     def lines(self) -> list[str]:
-        """A summary of the search, for the terminal."""
+        """Return a summary of the search for the terminal."""
         first = ["nothing to do: this search is finished; raise --num-trials to continue it"]
         late = ["the time limit ended the search early; run the same command with a higher --time-limit-s to resume"]
         default = "" if self.default_value is None else f"; unchanged training: {self.default_value:.3f}"
         counts = {state: sum(trial.state == state for trial in self.trials) for state in ("stopped", "failed")}
-        told = "".join(f", {number} {state}" for state, number in counts.items() if number)
+        others = "".join(f", {number} {state}" for state, number in counts.items() if number)
         lines = [
             *(first if self.already_done else []),
             *([] if self.is_over else late),
-            f"best: {self.metric} {self.value:.3f}, {self.best.name} of {len(self.trials)} trials{told}{default}",
+            f"best: {self.metric} {self.value:.3f}, {self.best.name} of {len(self.trials)} trials{others}{default}",
             "  " + ", ".join(f"{name} {in_short(value)}" for name, value in self.parameters.items()),
         ]
         if self.importance is not None:
@@ -87,10 +86,10 @@ class TuneResult:
 
 
 def write_results(search: Search, *, is_over: bool, already_done: bool) -> TuneResult | None:
-    """Writes table, page and best model; None where no trial has been measured, and there is no best."""
+    """Write the table, the page and the best model; return None if no trial was measured."""
     plan = search.plan
     for number, trial in search.trials.items():
-        # A trial that was cut off has got further than the last that was heard of it.
+        # An interrupted trial may have finished epochs that were not reported.
         search.trials[number] = with_history(trial, plan.out)
     trials = tuple(search.trials[number] for number in sorted(search.trials))
     best = search.best()
@@ -118,7 +117,7 @@ def write_results(search: Search, *, is_over: bool, already_done: bool) -> TuneR
 
 
 def _write_best(plan: TuningPlan, trial: Trial) -> str:
-    """The best trial's checkpoint with its config, which trains into a folder of its own."""
+    """Copy the best trial's checkpoint and write its config, whose output folder is OUT/final."""
     target = storage.join(plan.out, BEST_FOLDER)
     config = dataclasses.replace(with_parameters(plan.base, trial.parameters), out=storage.join(plan.out, "final"))
     with tempfile.TemporaryDirectory(prefix="raydet-best-") as folder:
@@ -133,7 +132,7 @@ def _write_table(
 ) -> None:
     uri = storage.join(plan.out, TRIALS_FOLDER)
     extra = [pa.field(f"param_{dimension.name}", _ARROW_TYPES[dimension.kind]) for dimension in plan.dimensions]
-    # What is there is of the search before this one; until the new table is whole there is none.
+    # An existing table is from an earlier run of the search; it must not look valid until the new one is complete.
     storage.delete_file(storage.join(uri, MANIFEST_NAME))
     with TableWriter(uri, build_schema("trials", extra_fields=extra), config_hash=config_hash(plan.config)) as writer:
         writer.extra = {
@@ -168,7 +167,7 @@ def _table_row(plan: TuningPlan, trial: Trial) -> dict[str, Any]:
 
 
 def _cell(dimension: Dimension, value: Any) -> Any:
-    """A value in the type of its column; a default may be of another kind than what is drawn."""
+    """Convert a value to its column's type; None if a default does not fit it."""
     if value is None:
         return None
     if dimension.kind == "choice":
@@ -179,7 +178,7 @@ def _cell(dimension: Dimension, value: Any) -> Any:
 
 
 def seconds_of(trial: Trial) -> float:
-    """What the epochs of a trial have taken: training, its start and validation."""
+    """Return the seconds of a trial's epochs: start-up, training and validation."""
     return sum(record.total_s for record in trial.history)
 
 
@@ -187,9 +186,9 @@ def _page(
     plan: TuningPlan, trials: Sequence[Trial], best: Trial | None, importance: dict[str, float] | None, *, is_over: bool
 ) -> str:
     config = plan.config
-    remarks = [] if is_over else ["The time limit was over before all trials were done."]
+    remarks = [] if is_over else ["The time limit ended the search before all trials were done."]
     if any(trial.state == "stopped" for trial in trials):
-        remarks.append("Stopped trials count with what they had reached by then.")
+        remarks.append("Stopped trials count with their best epoch up to then.")
     facts = [
         ("Search", f"{config.search}, seed {config.seed}"),
         ("Scheduler", config.scheduler),
@@ -206,12 +205,12 @@ def _page(
         best=None if best is None else best.name,
         importance=importance,
         facts=facts,
-        remarks=remarks,
+        notes=remarks,
     )
 
 
 def _changed(base: TrainConfig) -> dict[str, Any]:
-    """The options of the training that are not as they are by default."""
+    """Return the training options that differ from their defaults."""
     return {
         item.name: getattr(base, item.name)
         for item in dataclasses.fields(base)

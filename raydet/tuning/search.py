@@ -1,7 +1,7 @@
-"""What to try next, from what has been tried; and which options mattered.
+"""Proposals for the next trials, and the importance of each option.
 
-Both ways of drawing are behind one small interface, `Proposer`. Trials that an earlier run of the search has done are
-told to it as those of this run are, so that no state of it has to be kept.
+Both search methods implement one small interface, `Proposer`. It learns from the trials of earlier runs as from those
+of this one, so that no state has to be stored.
 """
 
 import json
@@ -21,51 +21,51 @@ _FEWEST_TRIALS_FOR_IMPORTANCE = 4
 
 
 class Proposer(Protocol):
-    """Draws the parameters of trials."""
+    """Source of parameters for new trials."""
 
     def propose(self, number: int) -> Parameters:
-        """The parameters of a new trial, by its number."""
+        """Return the parameters of the new trial with this number."""
         ...
 
     def learn(self, trial: Trial, values: Parameters) -> None:
-        """Takes in a trial that has ended.
+        """Learn from an ended trial.
 
         Args:
-            trial: With its history.
-            values: Its value for each dimension, whether it was drawn, given or the default.
+            trial: The trial with its history.
+            values: Its value for each dimension, whether drawn, given or the default.
         """
         ...
 
 
 class RandomProposer:
-    """Draws each trial by itself, from the seed and its number."""
+    """Random search: each trial is drawn independently, from the seed and its number."""
 
     def __init__(self, dimensions: Sequence[Dimension], seed: int) -> None:
         self._dimensions, self._seed = dimensions, seed
 
     def propose(self, number: int) -> Parameters:
-        """Draws all dimensions; the same for the same number, whenever it is asked for."""
+        """Draw all dimensions; equal numbers yield equal parameters."""
         random = np.random.default_rng([self._seed, number])
         return {dimension.name: dimension.sample(random) for dimension in self._dimensions}
 
     def learn(self, trial: Trial, values: Parameters) -> None:
-        """Chance has no memory."""
+        """Do nothing: random search does not learn."""
 
 
 class OptunaProposer:
-    """Draws where good trials were close by: Optuna's tree-structured Parzen estimator."""
+    """Search near good trials by Optuna's tree-structured Parzen estimator."""
 
     def __init__(
         self, dimensions: Sequence[Dimension], seed: int, *, metric: str, num_trials: int, num_known: int
     ) -> None:
-        """Starts anew; trials of an earlier run of the search are then told by `learn`.
+        """Start without knowledge; pass the trials of earlier runs to `learn`.
 
         Args:
-            dimensions: Of the space.
-            seed: Of the search.
-            metric: What the histories are judged by.
-            num_trials: In the whole search: with few, fewer of them are drawn at random before it starts to learn.
-            num_known: Trials of earlier runs, so that a search that goes on does not draw the same again.
+            dimensions: Dimensions of the space.
+            seed: Seed of the search.
+            metric: Name of the metric in the histories.
+            num_trials: Trials of the complete search; determines the number of random trials at its start.
+            num_known: Trials of earlier runs, so that a resumed search does not draw the same values again.
         """
         import optuna
 
@@ -77,19 +77,19 @@ class OptunaProposer:
             sampler = optuna.samplers.TPESampler(
                 seed=seed if num_known == 0 else int(np.random.SeedSequence([seed, num_known]).generate_state(1)[0]),
                 n_startup_trials=max(2, min(_MOST_STARTING_TRIALS, num_trials // 3)),
-                constant_liar=True,  # keeps trials that run side by side apart
+                constant_liar=True,  # spreads concurrent trials
             )
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._asked: dict[int, Any] = {}
 
     def propose(self, number: int) -> Parameters:
-        """Draws from what has been learnt so far."""
+        """Draw parameters based on the trials so far."""
         asked = self._study.ask(self._distributions)
         self._asked[number] = asked
         return {dimension.name: _decoded(dimension, asked.params[dimension.name]) for dimension in self._dimensions}
 
     def learn(self, trial: Trial, values: Parameters) -> None:
-        """A stopped trial counts as worse than all finished ones, and by how far it got, as Optuna has it."""
+        """Learn from an ended trial; Optuna ranks a stopped one below all finished ones, by its progress."""
         import optuna
 
         states = optuna.trial.TrialState
@@ -117,37 +117,36 @@ class OptunaProposer:
 
 
 def check_search(search: str) -> None:
-    """Makes sure that what draws the trials is installed.
+    """Check that the packages of a search method are installed.
 
     Raises:
-        UserError: It is not.
+        UserError: Optuna is required and not installed.
     """
     if search == "optuna" and not has_optuna():
         raise UserError(
-            "search optuna needs Optuna, which is not installed: pip install 'raydet[tune]', or use --search random"
+            "--search optuna requires Optuna, which is not installed: pip install 'raydet[tune]' or use --search random"
         )
 
 
 def has_optuna() -> bool:
-    """Whether Optuna is installed; finding out does not import it."""
+    """Return True if Optuna is installed, without importing it."""
     import importlib.util
 
     return importlib.util.find_spec("optuna") is not None
 
 
 def importances(dimensions: Sequence[Dimension], trials: Sequence[tuple[Parameters, float]]) -> dict[str, float] | None:
-    """How much of what tells the best trials from the others lies in each option.
+    """Compute the share of each option in separating the best trials from the others.
 
-    By Watanabe, Bansal and Hutter, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary
-    Subspaces" (2023), as Optuna has it.
+    Source: Watanabe, Bansal and Hutter, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary
+    Subspaces" (2023), as implemented in Optuna.
 
     Args:
-        dimensions: Of the space.
-        trials: The values of each trial that was measured, and its score, of which more is better.
+        dimensions: Dimensions of the space.
+        trials: Values and score (higher is better) of each measured trial.
 
     Returns:
-        A share for each option, all together 1; None where too few trials, or no differences, tell anything, and
-        where Optuna is not installed.
+        A share for each option, summing to 1; None with too few trials, without differences, or without Optuna.
     """
     inside = [(known, score) for values, score in trials if len(known := _known(dimensions, values)) == len(dimensions)]
     if not has_optuna() or len(inside) < _FEWEST_TRIALS_FOR_IMPORTANCE or len({score for _, score in inside}) < 2:
@@ -175,7 +174,7 @@ def _distributions(dimensions: Sequence[Dimension]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for dimension in dimensions:
         if dimension.kind == "choice":
-            # Lists and mappings are no choices to Optuna; as text they are.
+            # Optuna accepts no lists and mappings as choices, so all are encoded as JSON.
             result[dimension.name] = CategoricalDistribution([_encoded(dimension, value) for value in dimension.values])
         elif dimension.kind == "randint":
             result[dimension.name] = IntDistribution(*dimension.values)
@@ -186,7 +185,7 @@ def _distributions(dimensions: Sequence[Dimension]) -> dict[str, Any]:
 
 
 def _known(dimensions: Sequence[Dimension], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that lie in the space, as Optuna holds them: a default may lie outside."""
+    """Return the values that lie in the space, encoded for Optuna; a default may lie outside."""
     return {
         dimension.name: _encoded(dimension, values[dimension.name])
         for dimension in dimensions

@@ -1,7 +1,7 @@
-"""A trial, in the process that Ray Tune starts for it: one training, whose epochs Tune hears of.
+"""A trial in the process that Ray Tune starts for it: one training that reports its epochs to Tune.
 
-It is `raydet.train` in a run folder of its own. So it goes on by itself where an earlier run of the search was killed,
-and its workers, as actors of this process, end with it when Tune ends it.
+It is `raydet.train` in a separate run folder. A trial of a killed search therefore resumes automatically, and its
+workers, as actors of this process, exit when Tune stops it.
 """
 
 import json
@@ -16,26 +16,26 @@ from raydet.training.train import train
 from raydet.tuning.records import best_so_far, load_states, read_history
 
 EPOCH, SCORE, OUTCOME, ERROR = "epoch", "score", "outcome", "error"
-"""What Tune is told: an epoch with the best score so far, and at the end how it went."""
+"""Keys of the reports to Tune: an epoch with the best score so far, and finally the outcome."""
 _WAIT_FOR_FOLDER_S = 120.0
-"""A network file system may keep the lock of a trial's process for that long after its node was lost."""
+"""A network file system may hold the lock of a trial's process this long after the loss of its node."""
 FINISHED, FAILED = "finished", "failed"
 JOB = "job"
-"""The one parameter that Tune knows of: all that a trial is, as JSON."""
+"""The only parameter known to Tune: the complete trial as JSON."""
 
 
 def run_trial(parameters: dict[str, str]) -> None:
-    """Trains, and reports each epoch as it is validated; a failure is an outcome, too."""
+    """Train and report each validated epoch; a failure is reported as an outcome."""
     job = json.loads(parameters[JOB])
     config = TrainConfig(**job["config"])
     for trial in load_states(job["search"]):
-        if trial.state in ("stopped", "failed"):  # its process may have been ended, which leaves what its workers held
+        if trial.state in ("stopped", "failed"):  # a killed process leaves its workers' placement group behind
             free_workers(trial.folder(job["search"]))
     reporter = _Reporter(config)
     try:
         result = train(config, on_epoch=reporter.add, wait_for_folder_s=_WAIT_FOR_FOLDER_S)
         if not best_so_far(result.history, config.metric_for_best_model):
-            raise RunError(f"no epoch has measured {config.metric_for_best_model}")
+            raise RunError(f"no epoch measured {config.metric_for_best_model}")
     except Exception as error:
         reporter.end(FAILED, _reason(error))
         return
@@ -43,7 +43,7 @@ def run_trial(parameters: dict[str, str]) -> None:
 
 
 class _Reporter:
-    """Tells Tune of epochs, of those of an earlier run first, so that the scheduler sees the whole trial."""
+    """Reporter of epochs to Tune, starting with those of an earlier run, so that the scheduler sees the full trial."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config, self._history = config, read_history(config.out)
@@ -52,7 +52,7 @@ class _Reporter:
             self._report(epoch, score)
 
     def add(self, record: EpochRecord) -> None:
-        """Takes in an epoch that has just ended."""
+        """Add an epoch that has just ended."""
         self._history.append(record)
         scores = best_so_far(self._history, self._config.metric_for_best_model)
         if record.epoch in scores:
@@ -60,11 +60,11 @@ class _Reporter:
 
     def _report(self, epoch: int, score: float) -> None:
         self._score = score
-        if epoch < self._config.epochs:  # after the last one there is nothing left to stop
+        if epoch < self._config.epochs:  # after the last epoch there is nothing to stop
             tune.report({EPOCH: epoch, SCORE: score})
 
     def end(self, outcome: str, error: str | None = None) -> None:
-        """Says how the trial went."""
+        """Report the outcome of the trial."""
         tune.report({OUTCOME: outcome, ERROR: error, SCORE: self._score})
 
 

@@ -1,9 +1,9 @@
-"""`tune()`: many short trainings, by Ray Tune, in search of the options that give the best detector.
+"""`tune()`: a search for the training options of the best detector, by many short trainings with Ray Tune.
 
-It imports no torch, so that a mistake is told in seconds. The modules: `space` (what varies), `search` (what to try
-next, what mattered), `records` (what was tried), `plan` (all of a search together), `resources` (how many at once),
-`trial_run` (a trial, in its own process), `execution` (all trials), `following` (what a person sees of them), `results`
-(table, page, best model).
+It does not import torch, so that user errors are reported in seconds. Modules: `space` (varied options), `search`
+(proposals, importance), `records` (files of the trials), `plan` (the complete search), `resources` (concurrency),
+`trial_run` (one trial in its process), `execution` (all trials), `following` (progress), `results` (table, page, best
+model).
 """
 
 import dataclasses
@@ -24,21 +24,30 @@ from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.resources import Share, share_out
 from raydet.tuning.results import BEST_FOLDER, TuneResult, write_results
 from raydet.tuning.search import check_search
-from raydet.tuning.space import Dimension, check_name, naming, parse_space, typed, value_in, with_parameters, with_value
+from raydet.tuning.space import (
+    Dimension,
+    check_name,
+    naming_value,
+    parse_space,
+    typed,
+    value_in,
+    with_parameters,
+    with_value,
+)
 
 __all__ = ["TuneResult", "tune"]
 
 _FOLDERS = (records.TRIALS_FOLDER, BEST_FOLDER)
-_CHANGE_WHAT_COMES_OUT = ("epochs", "early_stopping_patience")
-"""Options of train that may change when a run goes on, but not between the trials of a search."""
+_FIXED_BETWEEN_TRIALS = ("epochs", "early_stopping_patience")
+"""Train options that may change when a run resumes, but not between the trials of a search."""
 
 
 def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
-    """Searches for the options of training; run again after a kill, it goes on with what it had.
+    """Search for the best training options; an interrupted search resumes.
 
     Raises:
-        UserError: Space, training, tables or folder are not what they should be. Nothing has been written then.
-        RunError: All trials have failed, or none was measured in time; the table of trials says why.
+        UserError: The space, the training, the tables or the output folder is invalid. Nothing has been written.
+        RunError: All trials failed, or none was measured in time; the table of trials holds the reasons.
     """
     console = console or Console()
     plan = make_plan(config)
@@ -70,17 +79,17 @@ def _run(search: Search, console: Console) -> bool:
 
 def _announcement(search: Search, share: Share) -> str:
     workers = search.plan.base.max_workers
-    at_once = "one at a time" if share.max_concurrent == 1 else f"{share.max_concurrent} at a time"
     gpu = " and 1 GPU" if share.use_gpu else ""
-    each = f"{workers} worker{'s' if workers > 1 else ''} with {share.cpus_per_worker:g} CPU{gpu} each"
-    return f"{search.num_to_do} trials, {at_once}, {each}. Logs: {search.plan.out}/log"
+    cpus = f"{share.cpus_per_worker:g} CPU{'s' if share.cpus_per_worker > 1 else ''}{gpu}"
+    each = f"{workers} worker{'s' if workers > 1 else ''} per trial, {cpus} per worker"
+    return f"{search.num_to_do} trials, {share.max_concurrent} at a time; {each}. Logs: {search.plan.out}/log"
 
 
 def make_plan(config: TuneConfig) -> TuningPlan:
-    """Works out what a search is, from its config alone.
+    """Build the plan of a search from its config alone.
 
     Raises:
-        UserError: The space or the training is not what it should be.
+        UserError: The space or the training is invalid.
     """
     out = storage.absolute_uri(config.out)
     base = _base(config, out)
@@ -101,7 +110,7 @@ def make_plan(config: TuneConfig) -> TuningPlan:
 
 
 def _base(config: TuneConfig, out: str) -> TrainConfig:
-    """The training that is varied."""
+    """Return the training config that the search varies."""
     values: dict[str, Any] = {} if isinstance(config.train_config, str) else dict(config.train_config)
     file = config.train_config if isinstance(config.train_config, str) else values.pop("config", None)
     given = {"train_data": config.train_data, "val_data": config.val_data, "metric_for_best_model": config.metric}
@@ -119,42 +128,42 @@ def _base(config: TuneConfig, out: str) -> TrainConfig:
 def _typed_point(
     base: TrainConfig, point: dict[str, Any], dimensions: tuple[Dimension, ...], number: int
 ) -> dict[str, Any]:
-    """A point with its values as train takes them."""
+    """Convert a point's values to the types of the train options."""
     where = f"--points-to-evaluate: point {number + 1}"
     names = [dimension.name for dimension in dimensions]
     for name in point:
         if name not in names:
             check_name(name)
-            raise UserError(f"{where} names {name}, which is not in the space; there are {', '.join(names)}")
+            raise UserError(f"{where} sets {name}, which is not in the space; must be one of {', '.join(names)}")
     try:
         config = with_parameters(base, point)
     except UserError as error:
-        raise UserError(f"{where} cannot be trained with: {error}") from None
+        raise UserError(f"{where} is invalid: {error}") from None
     return {name: value_in(config, name) for name in point}
 
 
 def _check_trainings(plan: TuningPlan) -> None:
-    """What can be told of tables, models and recipes without training: of the base, and of each end of the space."""
+    """Check tables, models and recipes without training, for the base and for representative values of the space."""
     tables = check(plan.base)
     for dimension in plan.dimensions:
         for value in dimension.probes():
             config = with_value(plan.base, dimension, value)
-            with naming(dimension, value):
+            with naming_value(dimension, value):
                 check(config, tables)
 
 
 def _identity(plan: TuningPlan) -> dict[str, Any]:
-    """All that decides what comes out, by names that a person knows."""
+    """Return all settings that affect the result, by names that the user knows."""
     config = identity(plan.config)
     for name in ("train_config", "train_data", "val_data", "metric"):
-        del config[name]  # they are in the training that came of them
-    base = identity(plan.base) | {name: getattr(plan.base, name) for name in _CHANGE_WHAT_COMES_OUT}
+        del config[name]  # they are part of the training config
+    base = identity(plan.base) | {name: getattr(plan.base, name) for name in _FIXED_BETWEEN_TRIALS}
     return config | {f"train.{name}": value for name, value in base.items()}
 
 
 def _why_nothing(trials: list[records.Trial]) -> str:
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed and len(failed) == len(trials):
-        what = "the trial has failed" if len(failed) == 1 else f"all {len(failed)} trials have failed"
+        what = "the only trial failed" if len(failed) == 1 else f"all {len(failed)} trials failed"
         return f"{what}; {failed[0].name}: {failed[0].error}"
     return "no trial was measured within the time limit; run the same command with a higher --time-limit-s to resume"

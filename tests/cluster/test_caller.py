@@ -1,4 +1,4 @@
-"""The caller's process is the same after a call as before, whether the call returns or raises."""
+"""A call leaves the caller's process unchanged, whether it returns or raises."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def snapshot():
 def changes(before, after):
     found = {}
     for kind, value in before.items():
-        # Loggers that have come to be without handlers and levels change nothing.
+        # New loggers without handlers and levels change nothing.
         other = after[kind]
         if kind == "loggers":
             other = {name: state for name, state in other.items() if name in value or state != [0, True, False]}
@@ -94,7 +94,7 @@ from raydet.common.errors import UserError
 train_data, val_data, out = sys.argv[1:]
 model = {"model": "rt_detr_v2_tiny", "image_size": 64, "batch_size": 8, "epochs": 1, "log_images": 0}
 trained = {"train_data": train_data, "val_data": val_data, **model}
-signal.signal(signal.SIGINT, lambda *_: None)  # a caller's own, as in a notebook
+signal.signal(signal.SIGINT, lambda *_: None)  # the caller's own handler, as in a notebook
 logging.getLogger("ray.train").addHandler(logging.StreamHandler())
 DataContext.get_current().target_max_block_size = 12345
 context = {name: repr(value) for name, value in vars(DataContext.get_current()).items()}

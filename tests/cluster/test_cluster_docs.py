@@ -1,4 +1,4 @@
-"""The commands in the documents: those of docs/cluster.md's first section run, all others are ones that there are."""
+"""The commands in the documentation: those in the first section of docs/cluster.md run, all others parse."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def command_lines(path: Path) -> list[str]:
 
 
 def raydet_words(line: str) -> list[str] | None:
-    """The words of `raydet …` or of a job in a line of shell; None where there is none, or a part is left open."""
+    """Return the arguments of `raydet …` or of a job script in a shell line; None without one, or with an ellipsis."""
     job, direct = _JOB.search(line), _RAYDET.search(line)
     if "…" in line or not (job or direct):
         return None
@@ -39,7 +39,7 @@ def raydet_words(line: str) -> list[str] | None:
 
 
 def ray_words(line: str) -> list[str] | None:
-    """The words after `ray` in a line of shell, without what comes after a pipe or a redirection; None without any."""
+    """Return the arguments of `ray` in a shell line, up to a pipe or redirection; None without `ray`."""
     line = re.sub(r"^\((.*)\)$", r"\1", line).rpartition("; ")[2]
     words = shlex.split(line)
     while words and re.fullmatch(r"\w+=.*", words[0]):
@@ -50,7 +50,7 @@ def ray_words(line: str) -> list[str] | None:
 
 
 def check_ray(words: list[str]) -> dict[str, Any]:
-    """Reads a command of Ray's by Ray's own parser, without running it; raises click.UsageError."""
+    """Parse a command with Ray's own parser, without running it; raises click.UsageError."""
     import click
     from ray.scripts.scripts import cli
 
@@ -111,7 +111,7 @@ def blocks_to_try() -> list[str]:
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_the_first_section_runs_as_it_stands() -> None:
-    """As it is but for a HOME, ports, temporary files and a folder for tables of its own."""
+    """The section runs unchanged, except for private HOME, ports, temporary files and table folder."""
     ports = {"6379": str(free_port()), "8265": str(free_port())}
     with tempfile.TemporaryDirectory(prefix="rdd", ignore_cleanup_errors=True) as folder:
         own = {**ports, "/tmp/raydet-first": f"{folder}/first", "source .venv/bin/activate": "true"}

@@ -1,4 +1,4 @@
-"""cluster.yaml passes Ray's own validation, and the checks of what that lets through."""
+"""cluster.yaml passes Ray's validation and further checks that Ray does not make."""
 
 import copy
 import re
@@ -18,7 +18,7 @@ DOCUMENT = PROJECT / "docs" / "cluster.md"
 
 SECRET = re.compile(
     r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|hf_[A-Za-z]{20,}|-----BEGIN"
-    # A file in somebody's home is named, not shown.
+    # A file in the home folder is named but not contained.
     r"|(?i:(secret|token|password|access_key)\w*\s*[:=]\s*(?!~/)\S)"
 )
 NODE_KEYS = {"aws": ("InstanceType", "ImageId"), "gcp": ("machineType",)}
@@ -41,7 +41,7 @@ def validate_with_ray(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_faults(spec: dict[str, Any], text: str = "") -> list[str]:
-    """What Ray accepts though it would not work, or not safely."""
+    """List faults that Ray accepts although the cluster would not work, or not safely."""
     faults = []
     if legacy := {"min_workers", "head_node", "worker_nodes"} & spec.keys():
         faults.append(f"legacy keys: {sorted(legacy)}")
@@ -81,7 +81,7 @@ def find_faults_of_node(name: str, group: dict[str, Any], provider: str) -> list
     machine = node.get(NODE_KEYS[provider][0], "")
     if (re.match(GPU_MACHINES[provider], machine) is not None) != (resources.get("GPU", 0) > 0):
         faults.append(f"{name}: {machine} and its GPU resources do not fit")
-    # Only for AWS does Ray look up what a machine has.
+    # Ray looks up a machine's resources on AWS only.
     if provider == "gcp" and "CPU" not in resources:
         faults.append(f"{name}: Ray will think that it has no CPU")
     return faults
@@ -90,7 +90,7 @@ def find_faults_of_node(name: str, group: dict[str, Any], provider: str) -> list
 def test_ray_accepts_it() -> None:
     prepared = validate_with_ray(load_spec())
     assert prepared["available_node_types"]["head"]["max_workers"] == 0
-    # Ray's default would install a nightly build over the lock.
+    # By default Ray would install a nightly build over the locked version.
     assert not any("ray-wheels" in command for command in prepared["worker_setup_commands"])
 
 
@@ -146,7 +146,7 @@ def test_mounts_are_what_an_installation_needs() -> None:
     assert mounts.pop(TOKEN_FILE) == TOKEN_FILE
     for remote, local in mounts.items():
         assert remote == f"~/raydet/{local}"
-        # Ray reads everything below a mount, so the whole project with its .venv must not be one.
+        # Ray reads everything below a mount, so the project folder with its .venv must not be one.
         assert local not in (".", "", ".venv")
         assert (PROJECT / local).exists(), f"{local} is mounted and not there"
     metadata = (PROJECT / "pyproject.toml").read_text()
@@ -156,7 +156,7 @@ def test_mounts_are_what_an_installation_needs() -> None:
 
 
 def load_spec_for_google() -> dict[str, Any]:
-    """cluster.yaml with the keys in their place that docs/cluster.md gives for Google Cloud."""
+    """cluster.yaml with the replacement keys that docs/cluster.md lists for Google Cloud."""
     (block,) = [block for block in blocks_of(DOCUMENT, "yaml") if "type: gcp" in block]
     return {**load_spec(), **yaml.safe_load(block)}
 
@@ -172,7 +172,7 @@ def test_the_changes_for_google_cloud_pass_the_same_checks() -> None:
             key: googles[name].get(key) for key in ("min_workers", "max_workers")
         }
     assert googles["model"]["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
-    # Only the head may use the bucket by Ray's own doing.
+    # By default Ray gives bucket access to the head only.
     assert all(googles[name]["node_config"]["serviceAccounts"] for name in ("decode", "model"))
     del googles["decode"]["resources"]["CPU"]
     googles["model"]["node_config"]["InstanceType"] = "g6.2xlarge"

@@ -1,4 +1,4 @@
-"""What a node's agent exports to Prometheus while raydet is at work, scraped from it as Prometheus would."""
+"""Metrics that a node's agent exports while raydet runs, scraped as Prometheus would."""
 
 import json
 import os
@@ -34,7 +34,7 @@ SCRIPT = """
         return sum(sample.value for sample in chosen)
 
     class Teller:
-        def tell(self):  # and goes on living: gauges are gone with their worker
+        def tell(self):  # the actor stays alive, because gauges disappear with their worker
             job_metrics.step_finished(3, 1.5)
             job_metrics.epoch_validated(0.25)
 

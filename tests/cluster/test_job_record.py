@@ -1,4 +1,4 @@
-"""What is written down of where a job ran."""
+"""The record of a job's ids, nodes and versions."""
 
 import json
 from pathlib import Path

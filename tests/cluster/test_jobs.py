@@ -1,4 +1,4 @@
-"""The jobs as users run them: `ray job submit` and `ray job stop`, at a local head that asks for a token."""
+"""The jobs as users run them: `ray job submit` and `ray job stop` on a local head that requires a token."""
 
 import json
 import os
@@ -28,7 +28,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 
 class Head:
-    """How a Ray head with a dashboard on loopback is started, and jobs are submitted to it."""
+    """A Ray head with a dashboard on loopback: its start command, and a client for its jobs."""
 
     def __init__(self, folder: str) -> None:
         self.address = f"http://127.0.0.1:{free_port()}"
@@ -50,9 +50,9 @@ class Head:
     def submit(
         self, *words: str, submission_id: str = "", wait: bool = True, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Submits a job, waits for its end unless told not to, and returns what `ray job submit` printed."""
+        """Submit a job, by default wait for its end, and return the output of `ray job submit`."""
         command = [RAY, "job", "submit", "--address", self.address, "--working-dir", str(ROOT)]
-        # What SIGTERM asks for may take longer than the three seconds that Ray grants by default.
+        # Saving on SIGTERM may take longer than Ray's default of three seconds.
         settings = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "SOME_KEY": "a-secret"}}
         command += ["--runtime-env-json", json.dumps(settings)]
         command += ["--metadata-json", json.dumps({"commit": COMMIT, "password": "a-secret"})]
@@ -67,36 +67,36 @@ class Head:
         )
 
     def start(self, *words: str) -> str:
-        """Submits a job and returns its submission id."""
+        """Submit a job and return its submission id."""
         submission_id = f"job_{secrets.token_hex(4)}"
         done = self.submit(*words, submission_id=submission_id, wait=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return submission_id
 
     def stop(self, submission_id: str) -> None:
-        """Has `ray job stop` end a job, and waits until it has."""
+        """Stop a job with `ray job stop` and wait for its end."""
         command = [RAY, "job", "stop", "--address", self.address, submission_id]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert self.job(submission_id)["status"] == "STOPPED", self.logs(submission_id)
 
     def get(self, path: str) -> Any:
-        """What the dashboard answers."""
+        """Return the dashboard's answer to a GET request."""
         request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.token}"})
         return json.load(urllib.request.urlopen(request, timeout=20))
 
     def job(self, submission_id: str) -> dict[str, Any]:
-        """What Ray knows of a job: its status, the exit code of its driver, and so on."""
+        """Return Ray's details of a job: status, exit code of the driver, and more."""
         return dict(self.get(f"/api/jobs/{submission_id}"))
 
     def logs(self, submission_id: str) -> str:
-        """What the job's driver has printed."""
+        """Return the output of the job's driver."""
         return str(self.get(f"/api/jobs/{submission_id}/logs")["logs"])
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A running head; all its processes are ended with it."""
+    """A running head; all its processes stop with it."""
     with tempfile.TemporaryDirectory(prefix="rdj", ignore_cleanup_errors=True) as folder:
         head = Head(folder)
         with running_head(head.command, head.environment, head.address, Path(folder, "head.log")):
@@ -110,14 +110,14 @@ COMMIT = "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
 
 @dataclass(frozen=True)
 class Work:
-    """What the jobs of the undisturbed way left behind: tables, a run, and detections of its training images."""
+    """Outputs of the undisturbed jobs: tables, a training run, and detections on its training images."""
 
     data: Path
     run: Path
     detections: Path
 
     def train(self, out: Path) -> list[str]:
-        """The job that trains, as the undisturbed one but for its output."""
+        """Return the undisturbed training job's command with another output."""
         return [
             "jobs/train.py",
             f"--train-data={self.data}/train",
@@ -127,7 +127,7 @@ class Work:
         ]
 
     def predict(self, out: Path) -> list[str]:
-        """The job that scores, as the undisturbed one but for its output."""
+        """Return the undisturbed scoring job's command with another output."""
         options = ["--rows-per-file=8", "--batch-size=8", "--threads-per-worker=1"]
         return [
             "jobs/predict.py",
@@ -140,7 +140,7 @@ class Work:
 
 @pytest.fixture(scope="module")
 def work(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """All four jobs, one after the other, with nothing that disturbs them."""
+    """All four jobs, run in sequence without disturbance."""
     folder = tmp_path_factory.mktemp("work")
     work = Work(folder / "data", folder / "run", folder / "detections")
     evaluation = [f"--truth={work.data}/train", f"--detections={work.detections}", f"--out={folder}/metrics"]
@@ -167,7 +167,7 @@ def test_the_four_jobs_say_what_ran_where(work: Work) -> None:
         assert job["submission_id"].startswith("raysubmit_") and job["commit"] == COMMIT
         assert len(job["ray_job_id"]) == 8 and job["num_nodes"] == 1 and job["nodes"][0]["num_cpus"] == 2
         assert {"raydet", "ray", "torch"} <= job["versions"].keys()
-        assert "a-secret" not in text, "only the commit is taken from the metadata, and nothing from the environment"
+        assert "a-secret" not in text, "the record holds the commit only, no other metadata and no environment"
     job = json.loads(Path(work.run, "log", "job.json").read_text())["job"]
     (log,) = Path(work.run, "log").glob("node-*.log")
     address = log.stem.removeprefix("node-")
@@ -202,13 +202,13 @@ def test_a_stopped_prediction_leaves_whole_files_and_no_orphan(head: Head, work:
     _wait_for(lambda: len(list(out.glob("part-*.parquet"))) >= 2, head, job)
     head.stop(job)
     files = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
-    assert 2 <= len(files) < 150, "stopped too late to tell"
+    assert 2 <= len(files) < 150, "stopped too late"
     assert all(pq.read_metadata(path).num_rows == 8 for path in files)
     assert not Path(out, "_manifest.json").exists()
     _assert_nothing_is_left(head, job)
     done = head.submit(*work.predict(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path: path.stat().st_mtime_ns for path in files} == files, "what was done is not done again"
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "finished files are not written again"
     tables = [open_table(str(folder), "detections").read() for folder in (out, work.detections)]
     assert tables[0].equals(tables[1])
 
@@ -221,7 +221,7 @@ def test_a_stopped_training_saves_and_goes_on_to_the_same(head: Head, work: Work
     head.stop(job)
     assert "run stopped" in head.logs(job)
     _assert_nothing_is_left(head, job)
-    assert len(json.loads(Path(out, "log", "history.json").read_text())) < 3, "stopped too late to tell"
+    assert len(json.loads(Path(out, "log", "history.json").read_text())) < 3, "stopped too late"
     done = head.submit(*work.train(out))
     assert done.returncode == 0, done.stdout + done.stderr
     histories = [json.loads(Path(folder, "log", "history.json").read_text()) for folder in (out, work.run)]
@@ -258,7 +258,7 @@ def _wait_for(is_there: Callable[[], bool], head: Head, job: str) -> None:
 
 
 def _assert_nothing_is_left(head: Head, job: str) -> None:
-    """Actors and placement groups of the job are gone, but for those that Ray keeps for the cluster's lifetime."""
+    """Check that the job's actors and placement groups are gone, except those that Ray keeps with the cluster."""
     job_id = head.job(job)["job_id"]
     deadline = time.monotonic() + 60
     while True:

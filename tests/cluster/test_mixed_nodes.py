@@ -1,4 +1,4 @@
-"""Scoring on a node with a GPU and one without: images are decoded on the one, the model runs on the other."""
+"""Scoring on a cluster with a CPU node, which decodes, and a GPU node, which runs the model."""
 
 import sys
 import tempfile
@@ -14,7 +14,7 @@ from tests.nodes import nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
 
-# The GPU is one by name alone: the model is told so late that Ray has placed it, and then runs on the CPU.
+# The GPU exists in name only: the actor hides it from the model after Ray has placed it, and runs on the CPU.
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""Every job on a cluster of several nodes while a node, a worker or the driver is killed: the result stays the same.
+"""Every job on a cluster of several nodes survives the loss of a node, a worker or the driver with the same result.
 
-Real nodes, each a set of processes of its own, and real jobs, started from the command line as users start them. What
-comes out is compared with a run on the same nodes that nothing happened to. Each test prints the seconds from the kill
-to the next progress.
+The nodes are real, each a separate set of processes, and so are the jobs, started from the command line. Each outcome
+is compared with an undisturbed run on the same nodes. Each test prints the seconds from the kill to the next progress.
 """
 
 import hashlib
@@ -47,7 +46,7 @@ TRAINING = {
     "threads_per_worker": 1,
     "save_every_steps": 2,
     "log_images": 0,
-    "cpus_per_worker": 1.2,  # of a node's two: no node has room for two workers
+    "cpus_per_worker": 1.2,  # of a node's two CPUs, so that no node has room for two workers
 }
 SMALL_PARTS = """
 import sys
@@ -64,11 +63,11 @@ class Job:
     """A job of the matrix.
 
     Attributes:
-        command: Its words, by its output.
-        title: What the processes that do its work call themselves.
-        progress: How far it is, by its output; only ever grows.
-        begun: The progress at which it is in the middle of its work.
-        outcome: What came of it, by its output.
+        command: Command line for an output folder.
+        title: Process title of its workers.
+        progress: Progress read from an output folder; never decreases.
+        begun: Progress at which the job is in the middle of its work.
+        outcome: Result read from an output folder.
     """
 
     command: Callable[[Path], list[str]]
@@ -80,7 +79,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head and, for each test, another node."""
+    """A head and, for each test, a second node."""
     with (
         tempfile.TemporaryDirectory(prefix="rdn", ignore_cleanup_errors=True) as folder,
         nodes(2, cpus=2, folder=Path(folder)) as cluster,
@@ -90,13 +89,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def second(cluster: Cluster) -> Node:
-    """The node beside the head, anew if it was killed."""
+    """The second node, replaced if it was killed."""
     return cluster.nodes[1] if len(cluster.nodes) > 1 else cluster.add_node()
 
 
 @pytest.fixture(scope="module")
 def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    """All jobs, by name, over data on the storage that the nodes share."""
+    """All jobs by name, with data on storage that the nodes share."""
     data = tmp_path_factory.mktemp("shared")
     prepare_shapes(PrepareShapesConfig(out=f"{data}/few", num_train=24, num_val=10, image_size=64, max_shapes=3))
     prepare_shapes(PrepareShapesConfig(out=f"{data}/many", num_train=NUM_IMAGES, num_val=1, image_size=64))
@@ -145,14 +144,14 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 class Undisturbed:
-    """What comes of the jobs when nothing happens, each run when it is first asked for."""
+    """Outcomes of the undisturbed jobs, each run on first use."""
 
     def __init__(self, cluster: Cluster, jobs: dict[str, Job], folder: Path) -> None:
         self._cluster, self._jobs, self._folder = cluster, jobs, folder
         self._outcomes: dict[str, Any] = {}
 
     def outcome(self, name: str) -> Any:
-        """Of one job."""
+        """Return the outcome of one job."""
         if name not in self._outcomes:
             out = self._folder / name
             done = self._cluster.run(self._jobs[name].command(out), timeout_s=300)
@@ -192,7 +191,7 @@ def test_a_node_is_lost(
         done = job.progress(out)
         cluster.kill_node(second)
         killed = time.monotonic()
-        if name == "train":  # a fixed number of workers, for which one node has no room
+        if name == "train":  # its fixed number of workers does not fit on one node
             cluster.add_node()
         _follow(job, out, driver, tmp_path / "said", done, killed)
     assert job.outcome(out) == expected
@@ -215,7 +214,7 @@ def test_the_driver_is_killed_and_the_job_submitted_again(
     wait_until(lambda: _num_at_work(cluster, job) == 0, lambda: "workers of the killed job live on", timeout_s=60)
 
 
-# Of training, scoring and preparing the files of these jobs have it.
+# The test files of training, scoring and preparation cover those jobs.
 @pytest.mark.parametrize("name", ["tune", "evaluate"])
 def test_a_worker_is_killed(
     cluster: Cluster, second: Node, jobs: dict[str, Job], undisturbed: Undisturbed, name: str, tmp_path: Path
@@ -255,7 +254,7 @@ def test_elastic_training_goes_on_with_the_node_that_is_left(
         _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
     history = json.loads(Path(out, HISTORY_FILE).read_text())
     assert [entry["epoch"] for entry in history] == [*range(1, EPOCHS + 1)]
-    # The same batches; what is drawn for each worker, such as noisy boxes, is not the same with one and with two.
+    # The batches are the same; random draws per worker, such as noisy boxes, differ between one and two workers.
     for entry, other, tolerance in zip(history[:2], expected["history"][:2], (0.02, 0.1), strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=tolerance)
     logs = "\n".join(path.read_text() for path in Path(out, "log").glob("node-*.log"))
@@ -265,7 +264,7 @@ def test_elastic_training_goes_on_with_the_node_that_is_left(
 def test_workers_that_hold_all_cpus_do_not_wait_for_ever_for_images(
     cluster: Cluster, second: Node, jobs: dict[str, Job], tmp_path: Path
 ) -> None:
-    """As it comes about when a node is lost and all workers find room on those that are left."""
+    """This occurs after the loss of a node, when all workers fit on the remaining nodes."""
     tables = {"train_data": _option(jobs["train"], "train_data"), "val_data": _option(jobs["train"], "val_data")}
     done = cluster.run(_train(tmp_path / "out", tables, "2", cpus_per_worker=2.0), timeout_s=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -285,7 +284,7 @@ def _tune(out: Path, train: dict[str, Any]) -> list[str]:
         "space": {"learning_rate": {"loguniform": [1e-4, 1e-3]}},
         "search": "random",
         "scheduler": "none",
-        "metric": "loss",  # so short a training has an AP of 0
+        "metric": "loss",  # such a short training has an AP of 0
         "num_trials": 3,
         "max_concurrent": 2,
     }
@@ -307,7 +306,7 @@ def _save_images(folder: Path) -> None:
 
 
 def _save_boxes(folder: Path) -> None:
-    """The tables `truth` and `detections`, the latter of many row groups, which are matched one by one."""
+    """Write the tables `truth` and `detections`, the latter with many row groups, which are matched one by one."""
     random = np.random.default_rng(0)
     categories = [Category(1, "cat"), Category(2, "dog")]
     schemas = [build_schema(kind, categories) for kind in ("images", "detections")]
@@ -346,25 +345,25 @@ def _num_at_work(cluster: Cluster, job: Job) -> int:
 def _wait_for_work(
     job: Job, out: Path, driver: "subprocess.Popen[bytes]", said: Path, is_ready: Callable[[], bool]
 ) -> None:
-    """Waits until a job is in the middle of its work."""
+    """Wait until a job is in the middle of its work."""
     wait_until(
         lambda: driver.poll() is not None or (job.progress(out) >= job.begun and is_ready()),
         said.read_text,
         timeout_s=250,
     )
-    assert driver.poll() is None, f"over too soon to tell: {said.read_text()}"
+    assert driver.poll() is None, f"finished too early: {said.read_text()}"
 
 
 def _follow(job: Job, out: Path, driver: "subprocess.Popen[bytes]", said: Path, done: int, killed_at_s: float) -> None:
-    """Sees a job to its good end, and prints how long it took to get on."""
+    """Wait for a job to succeed, and print the seconds from the kill to the next progress."""
     wait_until(lambda: driver.poll() is not None or job.progress(out) > done, said.read_text, timeout_s=250)
-    print(f"got on after {time.monotonic() - killed_at_s:.1f} s")
+    print(f"next progress after {time.monotonic() - killed_at_s:.1f} s")
     assert driver.wait(timeout=250) == 0, said.read_text()
     assert "Traceback" not in said.read_text()
 
 
 def _num_states(out: Path) -> int:
-    """States of a training that have been written, of which two are kept: from the newest one's name."""
+    """Return the number of states that a training has written, from the newest one's name; only two are kept."""
     names = sorted(path.stem for path in Path(out, STATES_FOLDER).glob("*.pt"))
     epoch, _, step = names[-1].partition("-") if names else ("0", "", "0")
     return int(epoch) * STEPS + int(step)

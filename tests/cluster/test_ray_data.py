@@ -1,4 +1,4 @@
-"""Settings of Ray Data hold for the data sets that are created inside, and for nothing else."""
+"""Settings of Ray Data apply to data sets created inside the context manager, and to no others."""
 
 import contextlib
 from collections.abc import Iterator

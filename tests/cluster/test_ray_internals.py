@@ -1,4 +1,4 @@
-"""No module but one reaches for what Ray does not promise: private, developer and deprecated API."""
+"""Only `ray_internals` uses Ray's private, developer and deprecated APIs."""
 
 import ast
 import importlib
@@ -20,10 +20,10 @@ OPTIONS_THAT_GO = {
 
 
 def breaches(source: str) -> list[str]:
-    """Names of a module's source that belong into `ray_internals`."""
+    """List the names in a module's source that belong in `ray_internals`."""
     tree = ast.parse(source)
     found: list[str] = []
-    known: dict[str, str] = {}  # a name in this module: Ray's own name for it
+    known: dict[str, str] = {}  # name in this module: Ray's name
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for item in node.names:
@@ -51,12 +51,12 @@ def breaches(source: str) -> list[str]:
 
 
 def is_unstable(name: str) -> bool:
-    """Whether a dotted name of Ray's is private, or marked as one for Ray's own developers or as deprecated."""
+    """Return True if a dotted name of Ray's is private, or annotated as developer API or deprecated."""
     if any(part.startswith("_") for part in name.split(".")):
         return True
     thing = _thing(name)
     own_name = getattr(thing, "__name__", None)
-    if getattr(thing, "_annotated", None) != own_name:  # what a class inherits is said of another one
+    if getattr(thing, "_annotated", None) != own_name:  # an annotation inherited from a base class
         return False
     return getattr(thing, "_annotated_type", None) is not None and thing._annotated_type.value != "PublicAPI"
 

@@ -1,4 +1,4 @@
-"""deploy/rayjob.yaml: the fields are KubeRay's, its commands are raydet's, and nothing in it is a secret."""
+"""deploy/rayjob.yaml has KubeRay's fields and valid raydet commands, and holds no secrets."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def container_of(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_faults(spec: dict[str, Any]) -> list[str]:
-    """What KubeRay accepts though it would not work, or not safely."""
+    """List faults that KubeRay accepts although the job would not work, or not safely."""
     faults = []
     job, cluster = spec["spec"], spec["spec"]["rayClusterSpec"]
     if cluster.get("authOptions", {}).get("mode") != "token":
@@ -144,7 +144,7 @@ def test_one_group_decodes_and_one_has_gpus(spec: dict[str, Any]) -> None:
 
 
 def parse_entrypoint(entrypoint: str) -> Any:
-    """The config that an entrypoint's options make, with the files of the image taken from the project."""
+    """Build the config from an entrypoint's options, with the image's files taken from the project."""
     python, script, *options = [
         str(PROJECT / word.removeprefix(IN_IMAGE)) if word.startswith(IN_IMAGE) else word
         for word in shlex.split(entrypoint)
@@ -159,7 +159,7 @@ def test_the_entrypoint_is_a_job_with_options_that_there_are(spec: dict[str, Any
     assert config.max_workers == groups_of(spec)["model"]["maxReplicas"]
     # Nodes share no disk.
     assert all(uri.startswith("s3://") for uri in (config.train_data, config.val_data, config.out))
-    # What a killed cluster loses is what was not yet saved.
+    # A killed cluster loses everything since the last saved state.
     assert config.save_every_steps
     with pytest.raises(UserError, match="unknown option --epoch;"):
         parse_entrypoint(f"{spec['spec']['entrypoint']} --epoch 3")
@@ -175,7 +175,7 @@ def test_the_image_has_what_the_job_needs(spec: dict[str, Any]) -> None:
         assert all((PROJECT / word).exists() for word in name.split()), name
     assert f":{__version__}" in container_of(groups_of(spec)["head"])["image"]
     assert f"raydet:{__version__}" in lines
-    # What is not root's cannot change what is installed.
+    # A user other than root cannot change the installation.
     assert lines.rstrip().endswith("USER 1000")
 
 

@@ -1,4 +1,4 @@
-"""Connecting to a cluster, or starting one."""
+"""Ray sessions: connecting to a cluster and starting one."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def test_a_start_that_fails_is_tried_again(tmp_path: Path) -> None:
                 if "trying again" in record.getMessage():
                     os.environ.pop("RAY_TMPDIR", None)
                 return True
-            logging.getLogger("ray.remarks").addFilter(mend)
+            logging.getLogger("ray.messages").addFilter(mend)
         try:
             with session.session({str(tmp_path / "log")!r}):
                 import ray
@@ -73,9 +73,7 @@ def test_an_address_that_nobody_answers_at(tmp_path: Path) -> None:
             print(error)
     """
     done = _run(script, RAY_ADDRESS="127.0.0.1:1")
-    assert done.stdout.startswith("cannot connect to Ray at RAY_ADDRESS 127.0.0.1:1: Connection refused; is"), (
-        done.stdout + done.stderr
-    )
+    assert "RAY_ADDRESS 127.0.0.1:1: Connection refused" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -101,7 +99,7 @@ def test_sigterm_ends_a_session_and_its_ray(tmp_path: Path, moment: str) -> None
             assert process.poll() is None
         if moment == "starting":
             deadline = time.monotonic() + 60
-            while not (tmp_path / LOG_FILE).exists():  # it is opened just before Ray is started
+            while not (tmp_path / LOG_FILE).exists():  # opened just before Ray is started
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.01)
             time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""The arithmetic of shares, on clusters that are only described."""
+"""The arithmetic of resource shares, on described clusters."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from raydet.common.errors import UserError
 
 
 def shares(*nodes: tuple[float, float], may_grow: bool = False, num_workers: int = 1, **options: Any) -> Resources:
-    """Shares of a cluster of nodes with so many CPUs and GPUs."""
+    """Compute the shares of a cluster whose nodes are given as (CPUs, GPUs)."""
     return shares_of(
         [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes],
         may_grow=may_grow,
@@ -21,19 +21,19 @@ def shares(*nodes: tuple[float, float], may_grow: bool = False, num_workers: int
 def test_half_of_the_cpus_go_to_the_workers() -> None:
     assert shares((2, 0)) == Resources(0.0, use_gpu=False, cpus_per_worker=1.0, cpus_per_task=0.5)
     assert shares((16, 0), num_workers=2) == Resources(0.0, use_gpu=False, cpus_per_worker=4.0, cpus_per_task=1.0)
-    # A worker fits onto the largest node, and beside those for the other GPUs of a node.
+    # A worker fits on the largest node, together with the workers of the node's other GPUs.
     assert shares((4, 0), (4, 0)).cpus_per_worker == 2.0
     assert shares((32, 8), (8, 0), num_workers=2).cpus_per_worker == 2.0
 
 
 def test_fewer_gpus_than_workers_are_never_passed_over_in_silence() -> None:
-    assert shares((4, 1)).use_gpu and not shares((4, 1)).remark
+    assert shares((4, 1)).use_gpu and not shares((4, 1)).notice
     two = shares((4, 1), num_workers=2)
-    assert not two.use_gpu and "2 workers" in two.remark and "the cluster has 1" in two.remark
-    assert not shares((4, 1), num_workers=2, use_gpu=False).remark
+    assert not two.use_gpu and "2 workers" in two.notice and "the cluster has 1" in two.notice
+    assert not shares((4, 1), num_workers=2, use_gpu=False).notice
     growing = shares((4, 1), num_workers=2, use_gpu=True, may_grow=True)
-    assert growing.use_gpu and "wait until it has grown" in growing.remark
-    with pytest.raises(UserError, match=r"--use-gpu with 2 workers .* has 1"):
+    assert growing.use_gpu and "wait" in growing.notice
+    with pytest.raises(UserError, match=r"--use-gpu .*2 workers .* has 1"):
         shares((4, 1), num_workers=2, use_gpu=True)
 
 
@@ -47,10 +47,10 @@ def test_workers_leave_cpus_for_decoding() -> None:
 def test_a_cluster_that_grows_from_zero(nodes: tuple[tuple[float, float], ...]) -> None:
     guessed = shares(*nodes, may_grow=True, num_workers=4)
     assert (guessed.use_gpu, guessed.cpus_per_worker, guessed.cpus_per_task) == (False, 1.0, 1.0)
-    assert "no node" in guessed.remark and "--use-gpu and --cpus-per-worker" in guessed.remark
+    assert "no node" in guessed.notice and "--use-gpu and --cpus-per-worker" in guessed.notice
     given = shares(*nodes, may_grow=True, num_workers=4, use_gpu=True, cpus_per_worker=6.0)
     assert (given.use_gpu, given.cpus_per_worker) == (True, 6.0)
-    assert "no node" in given.remark and "--" not in given.remark
+    assert "no node" in given.notice and "--" not in given.notice
 
 
 def test_the_cluster_that_is_there_is_shared_out(ray_cluster: None) -> None:

@@ -1,4 +1,4 @@
-"""Bounded Ray tasks: results, their order, errors in one line, and lost tasks."""
+"""Bounded Ray tasks: results, their order, one-line errors, and lost tasks."""
 
 import os
 import time
@@ -36,7 +36,7 @@ def test_a_bounded_number_of_items_is_taken_ahead(ray_cluster: None) -> None:
     results = run_tasks(lambda number: -number, items(), cpus_per_task=0.5)
     for count, result in enumerate(results, 1):
         assert result == 1 - count
-        # Twice the four tasks that two CPUs run at once.
+        # Twice the four tasks that two CPUs run simultaneously.
         assert taken <= count + 7
     assert taken == 100
 

@@ -1,4 +1,4 @@
-"""The log lines of workers say whose they are."""
+"""The log lines of workers name job, node, process and rank."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Out as COCO, VOC or YOLO and in again, a table is the same; and whatever is wrong, every image is accounted for."""
+"""Round trips through COCO, VOC and YOLO preserve a table, and damaged input never loses count of an image."""
 
 import io
 import tempfile
@@ -36,7 +36,7 @@ def bccd(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 def by_name(table: Table) -> dict[str, dict[str, Any]]:
-    """Sizes and boxes of each image by the name of its file; boxes as (name of the class, crowd, x, y, w, h)."""
+    """Return size and boxes of each image by file name; boxes as (class name, crowd, x, y, w, h)."""
     names = [category.name for category in table.categories]
     rows = {}
     for row in table.read(["image", "width", "height", "objects"]).to_pylist():
@@ -159,7 +159,7 @@ def test_voc_with_defects_loses_nothing(images: dict[str, bytes], labels: dict[s
         )
         try:
             report = prepare_voc(config)
-        except UserError:  # nothing can be taken, and nothing is written
+        except UserError:  # no image is usable, and nothing is written
             assert not Path(config.out).exists()
             return
         lonely = {stem for stem in labels if not any(name.rpartition(".")[0] == stem for name in images)}

@@ -1,4 +1,4 @@
-"""An ONNX file says what torch says, holds what is needed around it, and is written whole or not at all."""
+"""An ONNX file matches torch, holds the metadata for pre- and post-processing, and is written atomically."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_a_graph_that_says_something_else_is_not_written(tmp_path: Path, monkeyp
 
     wrong = to_onnx(other, where="other", remedy="")
     monkeypatch.setattr(module, "to_onnx", lambda *_, **__: wrong)
-    with pytest.raises(RunError, match=r"answers otherwise than torch does.*nothing was written"):
+    with pytest.raises(RunError, match=r"differs from torch by .*1e-03"):
         export_onnx(ExportOnnxConfig(checkpoint=folder, out=str(out)))
     assert not out.exists()
 
@@ -116,9 +116,9 @@ def test_a_graph_that_says_something_else_is_not_written(tmp_path: Path, monkeyp
 def test_mistakes_are_one_clear_line(tmp_path: Path) -> None:
     folder = save("rt_detr_v2_tiny", tmp_path / "model")
     for options, message in (
-        ({"out": str(tmp_path / "model.pt")}, r"ends in \.onnx, got .*model\.pt"),
-        ({"image_size": 100}, "--image-size must be a multiple of 32"),
-        ({"image_size": 0}, "--image-size must be above 0"),
+        ({"out": str(tmp_path / "model.pt")}, r"\.onnx.*model\.pt"),
+        ({"image_size": 100}, "--image-size .*32"),
+        ({"image_size": 0}, "--image-size .*0"),
         ({"checkpoint": str(tmp_path)}, "config.json"),
     ):
         arguments: dict[str, Any] = {"checkpoint": folder, "out": str(tmp_path / "a.onnx"), **options}

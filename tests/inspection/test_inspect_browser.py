@@ -1,4 +1,4 @@
-"""The page of `inspect` in a real browser: it draws, switches classes, fits a phone, and asks for nothing."""
+"""The inspection page in a real browser: it draws, switches classes, fits a phone, and makes no requests."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def test_names_stay_text_wherever_they_stand(browser: Any, address: str) -> None
     assert sorted(names) == sorted(NAMES) and dialogs == []
     labels = page.locator("#chart-together .ytick").all_text_contents()
     assert any(label.startswith("</script>") for label in labels)
-    assert page.locator("script").count() == 4  # three of the page's, and the chart library it unpacks
+    assert page.locator("script").count() == 4  # three of the page, and the unpacked chart library
     page.close()
 
 

@@ -1,6 +1,7 @@
-"""Two runs in, differences with intervals out: the numbers, the words, the tables, and the user's mistakes."""
+"""Comparison of two runs: differences with intervals, console output, tables and input errors."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ NUM_IMAGES = 40
 
 
 def truth_rows() -> list[Row]:
-    """Two boxes an image, one of each class; the first image is empty."""
+    """Return two boxes per image, one of each class; the first image is empty."""
     generator = np.random.default_rng(0)
     rows = []
     for image_id in range(NUM_IMAGES):
@@ -36,7 +37,7 @@ def truth_rows() -> list[Row]:
 
 
 def detection_rows(truth: list[Row], *, missed: tuple[int, ...] = (), noise: float = 2.0) -> list[Row]:
-    """Each box found, a little off, with a false alarm in each image; but no person in the images missed."""
+    """Return every box with a small offset and one false positive per image; no persons in the `missed` images."""
     generator = np.random.default_rng(1)
     rows = []
     for row in truth:
@@ -62,7 +63,7 @@ def write(folder: Path, kind: Any, rows: list[Row]) -> str:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> dict[str, Any]:
-    """A truth and two runs, of which the second misses the persons in twelve images."""
+    """Write a truth and two runs, the second of which misses the persons in twelve images."""
     rows = truth_rows()
     return {
         "truth": write(tmp_path / "val", "images", [{**row, "image": {"bytes": b"-", "path": "a"}} for row in rows]),
@@ -82,9 +83,9 @@ def test_a_worse_run_is_said_to_be_worse_and_where(runs: dict[str, Any], tmp_pat
 
     text = "\n".join(found.lines())
     assert "40 images, 78 boxes" in text
-    assert "AP: the second is significantly worse; the interval excludes 0" in text
-    assert "significantly better in 0 of 2 classes\n" in text
-    assert "significantly worse in 1 of 2 classes: person" in text
+    assert re.search("AP: .*worse", text)
+    assert "better in 0 of 2" in text
+    assert re.search("worse in 1 of 2.*person", text)
     assert str(out) in text
 
     table = open_table(str(out / "comparison"), "comparison").read().to_pylist()
@@ -118,8 +119,8 @@ def test_a_run_against_itself_differs_nowhere(runs: dict[str, Any]) -> None:
     assert (overall.value, overall.low, overall.high) == (0, 0, 0)
     assert found.changed_images == ()
     text = "\n".join(found.lines())
-    assert "AP: no significant difference; the interval includes 0" in text
-    assert "F1 of every image is unchanged" in text
+    assert re.search("AP: no significant difference", text)
+    assert "unchanged" in text
     assert "+0.000 … +0.000" in text
 
 
@@ -169,7 +170,7 @@ def test_detections_of_other_images_are_refused(runs: dict[str, Any], tmp_path: 
     rows = detection_rows(truth_rows())
     fewer = write(tmp_path / "fewer", "detections", rows[:-1])
     more = write(tmp_path / "more", "detections", [*rows, {**rows[-1], "image_id": 99}])
-    for uri, what in ((fewer, "no row for 1 of the 40 images"), (more, "such as image 99")):
+    for uri, what in ((fewer, r"fewer .*\b1 of the 40 images"), (more, r"more .*\b1 images .*image 99\b")):
         with pytest.raises(UserError, match=what):
             compare(CompareConfig(**runs | {"second": uri}, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -179,15 +180,15 @@ def test_out_that_holds_something_else_is_refused(runs: dict[str, Any], tmp_path
     out = tmp_path / "out"
     config = CompareConfig(**runs, bootstrap=5, out=str(out))
     compare(config)
-    compare(config)  # the very same may be written again
-    with pytest.raises(UserError, match=r"already holds another run \(--bootstrap: 5 → 6\)"):
+    compare(config)  # an identical comparison may be written again
+    with pytest.raises(UserError, match=r"bootstrap: 5 → 6"):
         compare(CompareConfig(**runs, bootstrap=6, out=str(out)))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match=str(tmp_path / "file")):
         compare(CompareConfig(**runs, bootstrap=5, out=str(tmp_path / "file")))
     mine = tmp_path / "mine" / "comparison"
     mine.mkdir(parents=True)
     (mine / "notes.txt").write_text("keep me")
-    with pytest.raises(UserError, match="files that raydet did not write"):
+    with pytest.raises(UserError, match=r"did not write.*notes\.txt"):
         compare(CompareConfig(**runs, bootstrap=5, out=str(tmp_path / "mine")))
     assert (mine / "notes.txt").exists()

@@ -1,4 +1,4 @@
-"""Detections are measured against labels of the same images, or not at all."""
+"""Detections are measured only against labels of the same images."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def truth_rows() -> list[Row]:
 
 
 def found_rows() -> list[Row]:
-    """Detections in the same images: right in all but the last."""
+    """Return detections in the same images, correct in all but the last."""
     rows = []
     for number in range(NUM_IMAGES):
         box = [10.0, 10, 20, 20] if number < NUM_IMAGES - 1 else [60.0, 60, 20, 20]
@@ -69,7 +69,7 @@ def renumbered(rows: list[Row]) -> list[Row]:
     return [{**row, "image_id": 100 - row["image_id"]} for row in moved(rows)]
 
 
-def other_pictures(rows: list[Row]) -> list[Row]:
+def other_images(rows: list[Row]) -> list[Row]:
     return [{**row, "path": f"val/0/other{row['image_id']}.jpg"} for row in rows]
 
 
@@ -101,7 +101,7 @@ def config(
 
 
 def both_ways(config: EvaluateConfig) -> list[EvaluateConfig]:
-    """In shards, and in one piece as tables need it."""
+    """Return the config without and with `out`: matched in shards, and in one piece as tables require."""
     return [config, dataclasses.replace(config, out=f"{config.detections}-out")]
 
 
@@ -109,7 +109,7 @@ def both_ways(config: EvaluateConfig) -> list[EvaluateConfig]:
 @pytest.mark.parametrize(
     ("change", "facts"),
     [
-        (other_pictures, ["6 of the 6", "image 0", "image 1", "image 2", "val/1/1.jpg", "other1.jpg", "--join path"]),
+        (other_images, ["6 of the 6", "image 0", "image 1", "image 2", "val/1/1.jpg", "other1.jpg", "--join path"]),
         (shifted, ["5 of the 5", "image 1", "--join path"]),
         (one_renamed, ["1 of the 6", "image 4", "4b.jpg"]),
         (other_folder_for_one, ["1 of the 6", "image 2", "x/0/2.jpg"]),
@@ -145,7 +145,7 @@ def test_the_same_images_in_another_folder_or_order_give_the_same_numbers(
 
 def test_images_of_both_sides_are_measured_by_path(tmp_path: Path) -> None:
     partial = config(tmp_path, lambda rows: renumbered(rows)[:4], join="path")
-    with pytest.raises(UserError, match=r"no row for 2 of the 6 images .*--allow-partial"):
+    with pytest.raises(UserError, match=r"\b2 of the 6 images .*--allow-partial"):
         evaluate(partial)
     for own in both_ways(dataclasses.replace(partial, allow_partial=True)):
         evaluation = evaluate(own)
@@ -165,12 +165,12 @@ def test_the_error_of_an_image_goes_to_the_same_image_of_the_truth(tmp_path: Pat
 
 
 def test_nothing_in_common_by_path(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"other0\.jpg.*different data"):
-        evaluate(config(tmp_path, other_pictures, join="path", allow_partial=True))
-    with pytest.raises(UserError, match="found has none"):
+    with pytest.raises(UserError, match=r"\b6 images .*other0\.jpg"):
+        evaluate(config(tmp_path, other_images, join="path", allow_partial=True))
+    with pytest.raises(UserError, match=r"--join path .*found"):
         evaluate(config(tmp_path, no_paths, join="path"))
     repeated = config(tmp_path, lambda rows: [*rows, {**rows[0], "image_id": 77}], join="path")
-    with pytest.raises(UserError, match=r"found has the path 'val/0/0\.jpg' more than once"):
+    with pytest.raises(UserError, match=r"found .*'val/0/0\.jpg'"):
         evaluate(repeated)
 
 
@@ -179,8 +179,8 @@ def test_tables_of_other_id_spaces_are_not_joined_by_ids_alone(tmp_path: Path) -
         assert evaluate(config(tmp_path, same, id_spaces)).note is None
     assert evaluate(config(tmp_path, no_paths, ("a", "a"))).note is None
     note = evaluate(config(tmp_path, no_paths, ("a", None))).note
-    assert note is not None and "only the sizes" in note
-    with pytest.raises(UserError, match="number their images independently"):
+    assert note is not None and "size" in note
+    with pytest.raises(UserError, match="independently"):
         evaluate(config(tmp_path, no_paths, ("a", "b")))
 
 
@@ -202,8 +202,8 @@ def test_json_with_file_names_is_checked_and_results_are_said_to_be_joined_by_id
     assert evaluate(with_json).result == evaluate(own).result
     for truth in (own.truth, str(file)):
         evaluation = evaluate(EvaluateConfig(truth=truth, detections=str(results)))
-        assert any("joined by image id" in line and "no paths" in line for line in evaluation.lines())
-        with pytest.raises(UserError, match="--join path needs the paths"):
+        assert any("joined by image id" in line and str(results) in line for line in evaluation.lines())
+        with pytest.raises(UserError, match=r"--join path .*results\.json"):
             evaluate(EvaluateConfig(truth=truth, detections=str(results), join="path"))
     images[0]["file_name"], images[1]["file_name"] = images[1]["file_name"], images[0]["file_name"]
     file.write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""Matching shard by shard, here or on a cluster, gives the very numbers of matching in one piece."""
+"""Matching shard by shard, locally or on a cluster, is identical to matching in one piece."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +24,7 @@ CATEGORIES = [Category(1, "cat"), Category(2, "dog")]
 
 
 def write_in_groups(folder: Path, rows: list[Row], rows_per_group: int) -> None:
-    """A detections table of many row groups."""
+    """Write a detections table with several row groups."""
     with TableWriter(str(folder), build_schema("detections", CATEGORIES), config_hash="x") as writer:
         for start in range(0, len(rows), rows_per_group):
             writer.write_rows(rows[start : start + rows_per_group])
@@ -164,5 +164,5 @@ def test_what_both_sides_have_can_be_measured(config: EvaluateConfig, ray_cluste
 
 def test_json_is_not_for_clusters(config: EvaluateConfig, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(UserError, match="address: a cluster matches detections tables"):
+    with pytest.raises(UserError, match="--ray-address"):
         evaluate(dataclasses.replace(config, detections=str(tmp_path / "results.json")))

@@ -1,4 +1,4 @@
-"""Columns and properties make slices: every image in one, with names a reader understands."""
+"""Slices by columns and properties: each image is in exactly one slice, and names are readable."""
 
 import datetime
 from typing import Any
@@ -16,7 +16,7 @@ from raydet.tables.columns import TruthColumns
 
 
 def truth_of(num_boxes: list[int], *, area: float = 100.0, crowds: int = 0) -> TruthColumns:
-    """Image ids fall while rows rise; the first `crowds` boxes are crowds."""
+    """Return boxes of images whose ids descend while rows ascend; the first `crowds` boxes are crowds."""
     total = sum(num_boxes)
     return TruthColumns(
         image_ids=np.arange(len(num_boxes), 0, -1),
@@ -37,7 +37,7 @@ def sliced(name: str, values: Any, truth: TruthColumns | None = None) -> dict[st
 
 
 def members(item: Slice) -> list[int]:
-    """The ids of the images; ids are 1 … I."""
+    """Return the ids of the images; ids are 1 … I."""
     assert item.images is not None
     return (np.flatnonzero(item.images) + 1).tolist()
 
@@ -125,12 +125,12 @@ def test_box_size_is_a_size_class_of_the_labelled_box() -> None:
 def test_mistakes_say_what_there_is() -> None:
     columns = {"camera": pa.array(["a"]), "city": pa.array(["b"]), "tags": pa.array([["x"]])}
     truth, sizes_hw = truth_of([1]), np.ones((1, 2), dtype=np.int64)
-    with pytest.raises(UserError, match="no column or property kamera; the images table has the columns camera, city,"):
+    with pytest.raises(UserError, match=r"--slice-by: .*kamera.*camera, city"):
         slices_of("kamera", truth, columns=columns, sizes_hw=sizes_hw)
-    with pytest.raises(UserError, match=r"the truth has no columns.*box_size, crowding, image_size"):
+    with pytest.raises(UserError, match=r"--slice-by: .*camera.*box_size, crowding, image_size"):
         slices_of("camera", truth, columns={}, sizes_hw=sizes_hw)
-    with pytest.raises(UserError, match="column tags has the type list"):
+    with pytest.raises(UserError, match=r"tags.*list"):
         slices_of("tags", truth, columns=columns, sizes_hw=sizes_hw)
     names = {"file": pa.array([f"{index}.jpg" for index in range(51)])}
-    with pytest.raises(UserError, match=r"column file has 51 different texts, such as '0\.jpg'.*at most 50"):
+    with pytest.raises(UserError, match=r"file .*51 .*0\.jpg.* 50"):
         slices_of("file", truth_of([1] * 51), columns=names, sizes_hw=np.ones((51, 2), dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Inputs become columns that stand side by side, whatever their format and the order of their rows."""
+"""Truth and detections are read into the same columns from every format and row order."""
 
 import json
 import subprocess
@@ -57,18 +57,18 @@ def test_tables_and_json_give_the_same_columns(test_data: Path, tmp_path: Path) 
 def test_json_that_is_read_entry_by_entry_gives_the_same_columns(test_data: Path, tmp_path: Path) -> None:
     content = json.loads((test_data / "coco_mini" / "instances_val.json").read_bytes())
     (tmp_path / "right.json").write_text(json.dumps(content))
-    content["images"][0]["height"] = None  # not what the quick way takes, but no mistake
-    (tmp_path / "odd.json").write_text(json.dumps(content))
-    right, odd = (read_truth(str(tmp_path / name)) for name in ("right.json", "odd.json"))
-    assert boxes_of(right.columns) == boxes_of(odd.columns)
-    assert (right.images.sizes_hw != odd.images.sizes_hw).sum() == 1
+    content["images"][0]["height"] = None  # valid, but not accepted by the fast reader
+    (tmp_path / "slow.json").write_text(json.dumps(content))
+    right, slow = (read_truth(str(tmp_path / name)) for name in ("right.json", "slow.json"))
+    assert boxes_of(right.columns) == boxes_of(slow.columns)
+    assert (right.images.sizes_hw != slow.images.sizes_hw).sum() == 1
 
 
 def test_an_area_that_is_no_number_is_refused(tmp_path: Path) -> None:
     annotation = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "area": float("nan")}
     content = {"images": [{"id": 1}], "annotations": [annotation], "categories": [{"id": 1, "name": "a"}]}
     (tmp_path / "truth.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="1 boxes have a number that is not finite"):
+    with pytest.raises(UserError, match=r"\b1 boxes .*not finite.* image 1\b"):
         read_truth(str(tmp_path / "truth.json"))
 
 
@@ -84,7 +84,7 @@ def test_an_empty_table_is_a_mistake(tmp_path: Path, count: int) -> None:
     if count:
         assert read_detections(str(tmp_path / "found"), truth).num_detections == 0
         return
-    with pytest.raises(UserError, match=r"found holds no image; the truth .*truth has 1"):
+    with pytest.raises(UserError, match=r"found .*truth .*\b1$"):
         read_detections(str(tmp_path / "found"), truth)
 
 
@@ -106,7 +106,7 @@ def test_lvis_fields_become_indices(tmp_path: Path) -> None:
     assert read_truth(str(path)).federated is None
     content["images"][0]["neg_category_ids"] = [3]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="category id 3"):
+    with pytest.raises(UserError, match=r"neg_category_ids.*3|category 3\b"):
         read_truth(str(path), lvis=True)
 
 
@@ -124,7 +124,7 @@ def test_the_hash_changes_with_the_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_table", [False, True])
 def test_numbers_come_without_large_packages(test_data: Path, tmp_path: Path, is_table: bool) -> None:
-    """Each takes as long to import as a hundred thousand detections to measure."""
+    """Importing any of them takes as long as measuring a hundred thousand detections."""
     truth, found = test_data / "coco_mini" / "instances_val.json", tmp_path / "results.json"
     content = json.loads(truth.read_bytes())
     rows, categories = coco_to_rows(content)

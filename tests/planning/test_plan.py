@@ -1,4 +1,4 @@
-"""A plan follows from what was measured by the formula that its module states, and what was measured is real."""
+"""A plan follows from its measurements by the formula in its module, and the measurements are real."""
 
 import dataclasses
 import json
@@ -187,7 +187,7 @@ def test_a_gpu_node_needs_cpus_beside_it() -> None:
     assert result.cpu_nodes_per_gpu_node == pytest.approx((500 * 0.0195 - 4) / 4)
     alone = plan_for(config(), [gpu_nodes(1, cpus=4)], [CPU, GPU])
     assert alone.forecast.bottleneck == "CPUs" and alone.cpu_nodes_per_gpu_node is None
-    assert any("5.8 CPUs beside their own keep the GPU nodes busy" in line for line in alone.lines())
+    assert any("5.8 CPUs" in line for line in alone.lines())
 
 
 @given(
@@ -313,11 +313,11 @@ def test_aws_names_tell_the_cpus(tmp_path: Path, instance: str, cpus: int) -> No
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("just text", "no available_node_types"),
-        ("available_node_types: {a: {max_workers: 2, resources: {}}}", "how many CPUs a node of the group a has"),
-        ("available_node_types: {a: {max_workers: 0, resources: {CPU: 4}}}", "no group of nodes that work"),
-        ("max_workers: 3\navailable_node_types: {a: {max_workers: 4, resources: {CPU: 4}}}", "have 4 nodes, but.* 3;"),
-        ("a: [", "cannot read the cluster file"),
+        ("just text", "available_node_types"),
+        ("available_node_types: {a: {max_workers: 2, resources: {}}}", "CPUs of a node of the group a"),
+        ("available_node_types: {a: {max_workers: 0, resources: {CPU: 4}}}", "no group"),
+        ("max_workers: 3\navailable_node_types: {a: {max_workers: 4, resources: {CPU: 4}}}", "4 nodes .* 3 "),
+        ("a: [", r"cluster\.yaml"),
     ],
 )
 def test_a_cluster_file_that_says_too_little_is_refused(tmp_path: Path, content: str, words: str) -> None:
@@ -325,24 +325,24 @@ def test_a_cluster_file_that_says_too_little_is_refused(tmp_path: Path, content:
     path.write_text(content)
     with pytest.raises(UserError, match=words):
         node_groups(config(cluster=str(path)))
-    with pytest.raises(UserError, match="no such cluster file"):
+    with pytest.raises(UserError, match=r"none\.yaml"):
         node_groups(config(cluster=str(tmp_path / "none.yaml")))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"checkpoint": None}, "give one of --checkpoint"),
-        ({"model": "m"}, "give one of --checkpoint"),
-        ({"images": 0}, "--images must be above 0"),
-        ({"image_size": 256}, "--image-size needs --model"),
-        ({"epochs": 3}, "--epochs needs --job train"),
-        ({"cpu_nodes": 2}, "--cpu-nodes needs --cpus-per-cpu-node"),
-        ({"cpus_per_gpu_node": 2}, "--cpus-per-gpu-node needs --gpu-nodes"),
-        ({"cluster": "x", "gpu_nodes": 1, "cpus_per_gpu_node": 8}, "give either --cluster, or"),
-        ({"job": "train", "engine": "openvino"}, "--job train needs --engine torch"),
-        ({"engine": "onnx", "gpu_nodes": 1, "cpus_per_gpu_node": 8}, "engine onnx runs on CPUs"),
-        ({"probe": ["a"], "save_probe": "b"}, "leave out --probe"),
+        ({"checkpoint": None}, "--checkpoint"),
+        ({"model": "m"}, "--checkpoint"),
+        ({"images": 0}, "--images .*0"),
+        ({"image_size": 256}, "--image-size .*--model"),
+        ({"epochs": 3}, "--epochs .*--job train"),
+        ({"cpu_nodes": 2}, "--cpu-nodes .*--cpus-per-cpu-node"),
+        ({"cpus_per_gpu_node": 2}, "--cpus-per-gpu-node .*--gpu-nodes"),
+        ({"cluster": "x", "gpu_nodes": 1, "cpus_per_gpu_node": 8}, "--cluster"),
+        ({"job": "train", "engine": "openvino"}, "--job train .*--engine torch"),
+        ({"engine": "onnx", "gpu_nodes": 1, "cpus_per_gpu_node": 8}, "engine onnx"),
+        ({"probe": ["a"], "save_probe": "b"}, "--probe"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], words: str) -> None:
@@ -353,15 +353,15 @@ def test_options_that_contradict_are_refused(options: dict[str, Any], words: str
 def test_probes_must_fit_the_job_and_the_cluster() -> None:
     with pytest.raises(UserError, match="different jobs"):
         combine([CPU, TRAIN], needs_gpu=False)
-    with pytest.raises(UserError, match="the cluster has GPUs, and the model was not measured on one"):
+    with pytest.raises(UserError, match="the cluster has GPUs"):
         combine([CPU], needs_gpu=True)
     with pytest.raises(UserError, match="the cluster has no GPU"):
         combine([GPU], needs_gpu=False)
     assert combine([GPU, CPU], needs_gpu=True) == (CPU, GPU)
     assert combine([GPU], needs_gpu=True) == (GPU, GPU)
-    with pytest.raises(UserError, match="5 workers need as many GPUs, the cluster has 2"):
+    with pytest.raises(UserError, match=r"5 workers .* the cluster has 2"):
         plan_for(config(num_workers=5), [gpu_nodes(2)], [CPU, GPU])
-    with pytest.raises(UserError, match="8 images cannot keep 9 workers busy"):
+    with pytest.raises(UserError, match=r"--batch-size .*8 images .*9 workers"):
         plan_for(config(job="train", num_workers=9), [cpu_nodes(9)], [TRAIN])
 
 
@@ -371,7 +371,7 @@ def test_the_command_combines_saved_probes(tmp_path: Path, capsys: pytest.Captur
     command = ["plan", "--images", "10_000_000", "--probe", probes, "--cpu-nodes", "8", "--cpus-per-cpu-node", "16"]
     command += ["--gpu-nodes", "2", "--cpus-per-gpu-node", "8", "--price-per-cpu-node-hour", "0.5", "--out", str(out)]
     assert main(command) == 2
-    assert "the GPU nodes have no price; give --price-per-gpu-node-hour" in capsys.readouterr().err
+    assert "--price-per-gpu-node-hour" in capsys.readouterr().err
     assert not out.exists()
     assert main([*command, "--price-per-gpu-node-hour", "1"]) == 0
     shown = capsys.readouterr().out
@@ -381,30 +381,31 @@ def test_the_command_combines_saved_probes(tmp_path: Path, capsys: pytest.Captur
     assert Probe.from_dict(content["probes"]["model"], where="plan") == GPU
     for words in (
         "predict of 10,000,000 images on 8 × 16 CPUs (CPU nodes), 2 × 8 CPUs and 1 GPU (GPU nodes)",
-        "time: 2 h 47 min, of which start-up 20 s; 1,000 images/s",
+        "time: 2 h 47 min, including 20 s start-up; 1,000 images/s",
         "cost: 16.70, 1.67 per million images",
-        "bottleneck: model; more workers make it faster",
-        "balance: 3.5 CPUs beside their own keep the GPU nodes busy: 0.11 such CPU nodes to each GPU node",
-        "storage must deliver 100.0 MB/s of images; up to 1,000.0 MB/s of pixels",
-        "assumed: a CPU of the cluster is as fast as one of the measured machine (a; the model on b)",
-        "run it with: raydet predict --num-workers 2 --engine torch --batch-size 16 --precision fp32",
+        "bottleneck: model; ",
+        "balance: 3.5 CPUs ",
+        ": 0.11 such CPU nodes",
+        "100.0 MB/s of images; up to 1,000.0 MB/s of pixels",
+        "measured machine (a; the model on b)",
+        "raydet predict --num-workers 2 --engine torch --batch-size 16 --precision fp32",
     ):
         assert words in shown
 
 
 def test_a_probe_that_is_none_is_refused(tmp_path: Path) -> None:
     for content, words in (
-        ("{", "is no JSON"),
-        ("[]", "is no probe of this raydet"),
-        (json.dumps({"probe_version": PROBE_VERSION, "stages": {}}), "is no whole probe"),
-        (json.dumps({**CPU.to_dict(), "probe_version": PROBE_VERSION - 1}), "is no probe of this raydet"),
-        (json.dumps(TRAIN.to_dict()), "was measured for train, the job is predict"),
+        ("{", "JSON"),
+        ("[]", "not a probe"),
+        (json.dumps({"probe_version": PROBE_VERSION, "stages": {}}), "not a complete probe"),
+        (json.dumps({**CPU.to_dict(), "probe_version": PROBE_VERSION - 1}), "not a probe"),
+        (json.dumps(TRAIN.to_dict()), "train, .*predict"),
     ):
         path = tmp_path / "probe.json"
         path.write_text(content)
         with pytest.raises(UserError, match=words):
             plan(config(probe=[str(path)]))
-    with pytest.raises(UserError, match="no such probe"):
+    with pytest.raises(UserError, match=r"none\.json"):
         plan(config(probe=[str(tmp_path / "none.json")]))
 
 
@@ -501,7 +502,7 @@ def test_pictures_that_are_none_are_a_mistake(shapes: Path, tmp_path: Path) -> N
         with_model=False,
         seconds=0.1,
     )
-    with pytest.raises(UserError, match="none of the images that were tried can be decoded"):
+    with pytest.raises(UserError, match="can be decoded"):
         StageWork(asked)
 
 

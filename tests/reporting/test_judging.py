@@ -1,4 +1,4 @@
-"""The report judges the detections that the evaluation measured."""
+"""The report judges the same detections that the evaluation measured."""
 
 from pathlib import Path
 

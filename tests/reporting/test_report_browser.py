@@ -1,4 +1,4 @@
-"""The report in a real browser: it draws, sorts, switches and fits a phone, without an error or a request."""
+"""The report in a real browser: it draws, sorts, switches and fits a phone, without errors or requests."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ DESKTOP, PHONE = (1280, 900), (390, 844)
 
 @dataclass
 class Visit:
-    """An open page, with what it complained of and what it asked for."""
+    """Open page with its console messages and requests."""
 
     page: Any
     complaints: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ def visit(browser: Any, address: str, size: tuple[int, int] = DESKTOP, scheme: s
 
 
 def draw_everything(page: Any) -> int:
-    """Scrolls through all charts; returns how many there are."""
+    """Scroll through all charts and return their number."""
     ids: list[str] = page.eval_on_selector_all(".chart", "all => all.map(one => one.id)")
     for chart in ids:
         page.locator(f"#{chart}").scroll_into_view_if_needed()
@@ -66,9 +66,9 @@ def draw_everything(page: Any) -> int:
 
 
 def check_page(browser: Any, address: str, size: Any, scheme: str, *, num_charts: int) -> None:
-    """Draws all of a page in a window of a size, without complaint, request to elsewhere or need to scroll sideways.
+    """Draw a page in a window of the given size; check for console messages, requests and horizontal overflow.
 
-    A script in a name or path would open a dialog, which playwright would report as an error of its own.
+    A script in a name or path would open a dialog, which playwright reports as an error.
     """
     seen = visit(browser, address, size, scheme)
     assert draw_everything(seen.page) == num_charts
@@ -102,7 +102,7 @@ def test_the_table_sorts_by_button_and_filters(browser: Any, address: str) -> No
     assert header.get_attribute("aria-sort") == "descending" and order() == before
     page.keyboard.press("Enter")
     assert header.get_attribute("aria-sort") == "ascending"
-    # The class without a number stays last.
+    # The class without a value stays last.
     assert order() == [before[1], before[0], before[2]]
     page.locator("#filter").fill("CAT")
     assert order() == ["cat"] and page.locator("#filter-count").text_content() == "1 of 3 classes"

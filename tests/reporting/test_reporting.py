@@ -1,4 +1,4 @@
-"""Metrics tables in, one HTML file out: it shows them, says what is missing, and runs nothing but its own scripts."""
+"""The report shows the metrics tables, names missing ones, and runs nothing but its own scripts."""
 
 import base64
 import datetime
@@ -38,7 +38,7 @@ def write(folder: Path, kind: TableKind, rows: list[Row]) -> None:
 
 
 def write_run(out: Path, run: str, tables: dict[TableKind, list[Row]]) -> None:
-    """As evaluate does it."""
+    """Write a run as `evaluate` does."""
     content = {kind: pa.Table.from_pylist(rows, schema=build_schema(kind, CATEGORIES)) for kind, rows in tables.items()}
     config = EvaluateConfig(truth="truth", detections="detections", run=run)
     metrics_folder.write_run(OutputFolder(str(out), "evaluate"), config, content, extra={})
@@ -70,7 +70,7 @@ def picture_bytes() -> bytes:
 
 
 def write_pictures(folder: Path) -> None:
-    """Image 1 has a false alarm and a missed object, image 2 a wrong class, image 3 is broken."""
+    """Write image 1 with a false positive and a missed object, image 2 with a wrong class, and a broken image 3."""
     truths: dict[int, list[tuple[list[float], int]]] = {
         1: [([10.0, 10.0, 40.0, 40.0], 0), ([120.0, 20.0, 50.0, 60.0], 1)],
         2: [([30.0, 30.0, 60.0, 60.0], 1)],
@@ -97,7 +97,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def write_all(folder: Path) -> Path:
-    """A folder as evaluate writes it, of two runs."""
+    """Write a metrics folder with two runs, as `evaluate` does."""
     write_pictures(folder)
     out = folder / "metrics"
     new, old = (
@@ -141,7 +141,7 @@ def write_all(folder: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a browser would see of a page: its elements, texts and scripts."""
+    """Parsed page: elements, texts and scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ def test_the_last_measured_run_is_shown_unless_another_is_named(page: Page, fold
     assert "0.401" not in page.text
     other = page_of(folder, run="old", out=str(folder / "old.html"))
     assert "0.401" in other.texts and "0.512" not in other.text
-    with pytest.raises(UserError, match=r"no run 'odl'; it holds 'old', 'new'"):
+    with pytest.raises(UserError, match=r"'odl'.*'old', 'new'"):
         report(ReportConfig(metrics=str(folder), run="odl"))
 
 
@@ -276,7 +276,7 @@ def test_galleries_show_what_each_is_about(page: Page) -> None:
     assert tabs == ["tab-false", "tab-missed", "tab-class", "tab-suspects"]
     pictures = [image for image in page.all("image") if str(image["href"]).startswith("data:image/webp;base64,")]
     # false: 1 and 2; missed: 1, 2 and the broken 3; class: 2; suspects: 2
-    assert len(pictures) == 6 and "not an image Pillow can read" in page.text
+    assert len(pictures) == 6 and "not an image" in page.text
     data = base64.b64decode(str(pictures[0]["href"]).partition(",")[2])
     assert Image.open(io.BytesIO(data)).size == (200, 100)
     points = [rect for rect in page.all("rect") if rect.get("class") == "box found point" and rect["x"] != "2.5"]
@@ -312,7 +312,7 @@ def test_missing_tables_are_said_in_their_sections(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     for table in ("errors", "pr_curves", "confusion", "per_image"):
         assert table in page.texts
-    assert "it has no runs table" in page.text and "0.512" in page.texts
+    assert "no runs table" in page.text and "0.512" in page.texts
     assert not page.all("image") and page.charts["curves"] is None
 
 
@@ -320,8 +320,8 @@ def test_pictures_that_are_gone_do_not_stop_the_report(tmp_path: Path) -> None:
     metrics = write_all(tmp_path)
     (tmp_path / "truth").rename(tmp_path / "elsewhere")
     result = report(ReportConfig(metrics=str(metrics)))
-    assert len(result.problems) == 2 and all("no such table" in problem for problem in result.problems)
-    assert "Pictures cannot be shown" in Page(Path(result.out).read_text("utf-8")).text
+    assert len(result.problems) == 2 and all(str(tmp_path / "truth") in problem for problem in result.problems)
+    assert all(problem in Page(Path(result.out).read_text("utf-8")).text for problem in result.problems)
 
 
 def test_more_images_than_asked_for_are_left_out(folder: Path) -> None:
@@ -336,18 +336,18 @@ def test_training_curves_come_from_the_run_folder(folder: Path, tmp_path: Path) 
     (tmp_path / "log" / "history.json").write_text(json.dumps(history))
     page = page_of(folder, train_run=str(tmp_path), out=str(tmp_path / "report.html"), num_images=0)
     assert page.charts["training"] == {"epoch": [1, 2], "loss": [3.5, None], "AP": [None, 0.25], "AP50": [None, 0.5]}
-    with pytest.raises(UserError, match=r"--train-run must be a folder that `raydet train` wrote"):
+    with pytest.raises(UserError, match=r"--train-run .*`raydet train`"):
         report(ReportConfig(metrics=str(folder), train_run=str(folder)))
 
 
 def test_a_wrong_folder_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"no such folder.*nowhere"):
         report(ReportConfig(metrics=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match="holds no whole metrics table"):
+    with pytest.raises(UserError, match=r"metrics table.*raydet evaluate --out"):
         report(ReportConfig(metrics=str(tmp_path)))
-    with pytest.raises(UserError, match=f"single table.*perhaps {re.escape(str(folder))}"):
+    with pytest.raises(UserError, match=rf"single table.*{re.escape(str(folder))}$"):
         report(ReportConfig(metrics=str(folder / "metrics")))
-    with pytest.raises(UserError, match=r"--out must name a file that ends in \.html"):
+    with pytest.raises(UserError, match=r"--out .*\.html"):
         report(ReportConfig(metrics=str(folder), out=str(tmp_path)))
 
 

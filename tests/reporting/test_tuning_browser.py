@@ -1,4 +1,4 @@
-"""The page of `tune` in a real browser: it draws, fits a phone, keeps names text, and asks for nothing."""
+"""The tuning page in a real browser: it draws, fits a phone, keeps names as text, and makes no requests."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Scoring survives kills of workers, driver and nodes, a full disk and a failing store, with every row exactly once.
 
-Real processes all of them; what is left after each is compared with a run that nothing happened to.
+All processes are real; each outcome is compared with an undisturbed run.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Rows = dict[int, tuple[str | None, list[float]]]
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[PredictConfig, Rows]:
-    """A run that nothing happens to, and what it wrote."""
+    """An undisturbed run and its rows."""
     folder = tmp_path_factory.mktemp("faults")
     data = PrepareShapesConfig(out=str(folder), num_train=NUM_IMAGES, num_val=4, image_size=64, max_shapes=3)
     prepare_shapes(data)
@@ -75,7 +75,7 @@ def _command(config: PredictConfig) -> list[str]:
 
 
 def _start(config: PredictConfig, output: Path) -> "subprocess.Popen[bytes]":
-    """Starts a run of its own session, with its own Ray."""
+    """Start a run in its own session, with its own Ray."""
     with output.open("wb") as file:
         return subprocess.Popen(_command(config), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -92,7 +92,7 @@ def _num_files(out: str) -> int:
 
 
 def _end(driver: "subprocess.Popen[bytes]") -> None:
-    """The whole session at once: driver, Ray's processes and workers, as when the power goes."""
+    """Kill the complete session at once: driver, Ray's processes and workers, as in a power failure."""
     if driver.poll() is None:
         os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
@@ -120,7 +120,7 @@ def test_only_the_driver_is_killed(reference: tuple[PredictConfig, Rows], tmp_pa
         _wait_until(lambda: _num_files(config.out) >= 0.3 * NUM_FILES, driver, output)
         driver.kill()
         driver.wait()
-        # Whatever its workers still finish is the same file.
+        # Files that its workers still finish are identical.
         predict(config)
     finally:
         _end(driver)
@@ -165,7 +165,7 @@ def test_a_second_run_is_refused_and_a_finished_one_does_nothing(
 
 @pytest.mark.skipif(
     shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
-    reason="needs a small file system of its own, and may not mount one",
+    reason="requires permission to mount a small file system",
 )
 def test_a_full_disk_ends_the_run_with_one_line(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
     disk, kept = tmp_path / "disk", tmp_path / "kept"
@@ -199,7 +199,7 @@ def test_a_store_that_fails_for_a_while(reference: tuple[PredictConfig, Rows], t
         finally:
             _end(driver)
         assert server.num_refused > 0
-        # Read by another process than the one that wrote, as any user would.
+        # This process did not write the table, like any user's.
         _assert_same(config.out, reference[1])
 
 

@@ -1,4 +1,4 @@
-"""The same detections give the same pictures, whoever wrote them; what is drawn can be read."""
+"""The gallery depends on the detections alone, and its pictures are readable."""
 
 import csv
 import io
@@ -124,7 +124,8 @@ def test_pictures_are_drawn_at_a_readable_size_and_listed(tmp_path: Path) -> Non
     assert sorted(path.name for path in (out / "_drawn").iterdir()) == [
         "0001-2.jpg", "0002-1.jpg", "0003-0.jpg", "index.csv",
     ]  # fmt: skip
-    assert report.lines() == [f"3 images drawn with their boxes: {out / '_drawn'}"]
+    (line,) = report.lines()
+    assert line.startswith("3 images") and line.endswith(str(out / "_drawn"))
     assert read_index(out)[0] == {
         "image_id": "2", "path": "2.png", "file": "0001-2.jpg", "best_score": "0.9", "num_boxes": "3",
     }  # fmt: skip
@@ -132,7 +133,7 @@ def test_pictures_are_drawn_at_a_readable_size_and_listed(tmp_path: Path) -> Non
     assert {name: picture.shape[:2] for name, picture in drawn.items()} == {
         "0": (480, 640), "1": (1600, 800), "2": (700, 500),
     }  # fmt: skip
-    # Inside the lower edge of the box at (10, 20, 40, 30), on the picture that is 5 1/3 times as large.
+    # Inside the lower edge of the box at (10, 20, 40, 30), in the picture enlarged by 5 1/3.
     tint = np.array(class_colours(["cat", "dog"])["cat"])
     edge = drawn["0"][round(50 * 16 / 3) - 1, round(30 * 16 / 3)].astype(int)
     assert np.abs(edge - tint).max() < 40
@@ -158,4 +159,4 @@ def test_an_earlier_drawing_goes_and_what_cannot_be_read_is_reported(tmp_path: P
     assert len(report.failures) == 2 and all("not drawn: image" in line for line in report.lines()[:2])
     others = write(tmp_path / "others", [row(number + 50, 0.9) for number in range(4)])
     report = GalleryPainter(str(out), CATEGORIES, 1).draw(images, choose(others, 1))
-    assert report.num_drawn == 0 and "the images are others than those that were scored" in report.lines()[0]
+    assert report.num_drawn == 0 and "not the images that were scored" in report.lines()[0]

@@ -1,4 +1,4 @@
-"""What the options of scoring do to its rows, each held against another way to the same answer."""
+"""Effects of the scoring options on the rows, each compared with an independent computation."""
 
 import csv
 import dataclasses
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> str:
-    """A tiny untrained model that proposes 20 boxes for each picture."""
+    """A tiny untrained model that proposes 20 boxes per image."""
     folder = str(tmp_path_factory.mktemp("checkpoint"))
     categories = open_table(str(shapes / "val"), "images").categories
     build_detector("rt_detr_v2_tiny", categories, image_size=SIDE, seed=3).save(folder)
@@ -44,20 +44,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> str:
 
 @pytest.fixture(scope="module")
 def squares(shapes: Path) -> list[Image.Image]:
-    """Generated pictures of 64 × 64 pixels."""
+    """Generated images of 64 × 64 pixels."""
     rows = open_table(str(shapes / "val"), "images").read(["image"])["image"].to_pylist()
     return [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in rows]
 
 
 @pytest.fixture(scope="module")
 def strip(squares: list[Image.Image]) -> Image.Image:
-    """A picture of 128 × 64 pixels, two tiles wide."""
+    """An image 128 pixels wide and 64 high, two tiles side by side."""
     return Image.fromarray(np.concatenate([np.asarray(square) for square in squares[-2:]], axis=1))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory, squares: list[Image.Image], strip: Image.Image) -> Path:
-    """A folder of squares, and the strip with every window and mirrored window of it as a picture of its own."""
+    """A folder of squares, the strip, and each window and mirrored window of the strip as an image."""
     folder = tmp_path_factory.mktemp("pictures")
     for number, square in enumerate(squares[:NUM_GOOD]):
         square.save(folder / f"good_{number}.png")
@@ -74,7 +74,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, squares: list[Image.Image
 def plain(
     tmp_path_factory: pytest.TempPathFactory, pictures: Path, checkpoint: str, ray_cluster: None
 ) -> tuple[PredictConfig, dict[str, Row]]:
-    """A run with no option but three drawn pictures, which the others are held against, and its rows by file name."""
+    """The reference run, with three drawn pictures and no other option, and its rows by file name."""
     config = PredictConfig(
         checkpoint=checkpoint, data=str(pictures), out=str(tmp_path_factory.mktemp("plain") / "d"), batch_size=5, draw=3
     )
@@ -84,7 +84,7 @@ def plain(
 
 
 def rows_of(out: str) -> dict[str, Row]:
-    """The rows of a detections table by the names of their files."""
+    """Return the rows of a detections table by file name of the image."""
     rows = open_table(out, "detections").read().to_pylist()
     by_name = {str(row["path"]).rpartition("/")[2]: row for row in rows}
     assert len(by_name) == len(rows)
@@ -109,7 +109,7 @@ def plan_of(out: str) -> dict[str, Any]:
 
 
 def assert_same(found: Detections, expected: Detections, *, scores: float = 1e-5, boxes_px: float = 1e-2) -> None:
-    """Both are by falling score; where two scores are closer than the tolerance, either may come first."""
+    """Compare two results in descending score order; scores within the tolerance may swap."""
     assert len(found.scores) == len(expected.scores)
     np.testing.assert_allclose(found.scores, expected.scores, atol=scores)
     off = np.abs(found.boxes_xywh[:, None] - expected.boxes_xywh[None]).max(axis=2) <= boxes_px
@@ -119,7 +119,7 @@ def assert_same(found: Detections, expected: Detections, *, scores: float = 1e-5
 
 
 def by_the_model(detector: Detector, pixels: np.ndarray) -> Detections:
-    """The model's answer for one picture, in that picture's pixels, without raydet's pipeline."""
+    """Run the model on one image without raydet's pipeline; boxes are in pixels of the image."""
     engine = TorchEngine(detector, pad_batches=False)
     return engine.predict(engine.prepare([pixels]))[0]
 
@@ -154,7 +154,7 @@ def test_every_file_of_a_folder_has_one_row_whatever_it_is_and_auto_finds_a_batc
     plan = plan_of(config.out)
     assert plan["num_rows"] == 29 + NUM_GOOD
     assert isinstance(plan["batch_size"], int) and plan["batch_size"] in (1, 2, 4, 8, 16, 32, 64, 128)
-    # As a kill before the very end leaves it: what goes on keeps the plan and does not try sizes once more.
+    # The state after a kill just before the end: the resumed run keeps the plan and its batch size.
     (Path(config.out) / MANIFEST_NAME).unlink()
     again = predict(config)
     assert (again.num_images, again.num_detections) == (result.num_images, result.num_detections)
@@ -171,7 +171,7 @@ def test_large_jpegs_are_decoded_smaller_and_their_boxes_are_in_pixels_of_the_wh
     landscape, portrait = (square.resize((960, 720), Image.Resampling.BICUBIC) for square in squares[:2])
     landscape.save(folder / "landscape.jpg", quality=95)
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored on its side: a quarter turn clockwise makes it upright
+    exif[0x0112] = 6  # stored rotated: upright after a clockwise quarter turn
     portrait.save(folder / "portrait.jpg", quality=95, exif=exif)
     landscape.save(folder / "landscape.png")
     config = PredictConfig(checkpoint=checkpoint, data=str(folder), out=str(tmp_path / "d"), reduced_decode=True)
@@ -189,13 +189,13 @@ def test_large_jpegs_are_decoded_smaller_and_their_boxes_are_in_pixels_of_the_wh
         if name.endswith(".png"):
             assert_same(found_in(row), whole, boxes_px=0.1)
             continue
-        # An eighth is the least that JPEG has and is no smaller than what the model sees.
+        # JPEG decodes at one eighth or more, which is no smaller than the model's input here.
         reduced = decode(data, max_pixels=10**8, at_least_hw=(SIDE, SIDE))
         assert sorted(reduced.shape) == [3, 90, 120]
         expected = by_the_model(detector, reduced)
         expected = dataclasses.replace(expected, boxes_xywh=expected.boxes_xywh * 8)
         assert_same(found_in(row), expected, boxes_px=0.1)
-        # The model does not see quite the same: its best boxes stay where they are, scores move a little.
+        # The input differs slightly: the best boxes stay in place, the scores change a little.
         assert not np.array_equal(found_in(row).scores, whole.scores)
         np.testing.assert_allclose(found_in(row).scores, whole.scores, atol=0.06)
         np.testing.assert_allclose(found_in(row).boxes_xywh[:3], whole.boxes_xywh[:3], atol=1.0)
@@ -205,13 +205,13 @@ def test_large_jpegs_are_decoded_smaller_and_their_boxes_are_in_pixels_of_the_wh
 def test_mirrored_views_add_the_boxes_of_the_mirrored_picture(
     plain: tuple[PredictConfig, dict[str, Row]], pictures: Path, strip: Image.Image, tmp_path: Path
 ) -> None:
-    """One run with tiles and flip: a picture no larger than a tile is looked at twice, a strip of two tiles in four."""
+    """A run with tiles and flip has two views of an image within one tile, and four of a strip of two tiles."""
     reference = {name: found_in(row) for name, row in plain[1].items()}
     data = list_of([pictures / "good_0.png", pictures / "strip.png"], tmp_path / "two.txt")
     config = dataclasses.replace(
         plain[0], data=data, out=str(tmp_path / "d"), draw=0, tile=SIDE, tile_overlap=0.0, whole_image=False, flip=True
     )
-    # At an IoU of 1 nothing is taken for one object, so that every box that went into the merge comes out of it.
+    # At an IoU of 1 no boxes are merged, so that every input box is in the result.
     config = dataclasses.replace(config, merge="nms", merge_iou=1.0, top_k=1000)
     predict(config)
     rows = rows_of(config.out)
@@ -245,9 +245,9 @@ def test_tiles_that_overlap_are_scored_as_pictures_of_their_own_and_fused(
     assert_same(fused, merge(views, of_views, (SIDE, 2 * SIDE), how="wbf", iou=0.4, max_detections=20))
     suppressed = merge(views, of_views, (SIDE, 2 * SIDE), how="nms", iou=0.4, max_detections=20)
     assert len(fused.scores) != len(suppressed.scores) or not np.allclose(fused.scores, suppressed.scores)
-    # A tile shows a quarter of what the whole picture shows: boxes of the right half can only be from the second.
+    # Boxes in the right half show that the tiles' offsets are applied.
     assert (fused.boxes_xywh[:, 0] > SIDE).any() and (fused.boxes_xywh[:, :2] + fused.boxes_xywh[:, 2:]).max() <= 128
-    # A picture that fits into a tile has one view, whose answer stays as it is.
+    # An image that fits into a tile has one view, whose result is unchanged.
     assert_same(found_in(rows["good_0.png"]), reference["good_0.png"])
 
 
@@ -258,7 +258,7 @@ def mirrored(found: Detections, width: int) -> Detections:
 
 
 def united(parts: list[Detections], size_hw: tuple[int, int]) -> Detections:
-    """All boxes of all parts, cut to the picture, by falling score."""
+    """Return the boxes of all parts, clipped to the image, in descending score order."""
     boxes_xywh = clip_xywh(np.concatenate([part.boxes_xywh for part in parts]), size_hw)
     scores = np.concatenate([part.scores for part in parts])
     order = np.argsort(-scores, kind="stable")
@@ -270,14 +270,14 @@ def united(parts: list[Detections], size_hw: tuple[int, int]) -> Detections:
 def test_pictures_are_drawn_with_their_boxes(
     plain: tuple[PredictConfig, dict[str, Row]], pictures: Path, draw_if: DrawIf
 ) -> None:
-    """Drawing is asked for with the run, or of a finished one, which scores nothing anew."""
+    """Pictures are drawn with the run or after it; a finished run scores nothing again."""
     config, rows = plain
     best = {name: row["detections"]["score"][0] for name, row in rows.items()}
-    threshold = float(np.quantile(list(best.values()), 0.37))  # between two of them, and not in their midst
+    threshold = float(np.quantile(list(best.values()), 0.37))  # between two scores, off the middle
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).glob("part-*.parquet")}
     if draw_if != "any":
         result = predict(dataclasses.replace(config, draw=4, draw_if=draw_if, draw_threshold=threshold))
-        assert result.already_done and "4 images drawn with their boxes" in "\n".join(result.report)
+        assert result.already_done and "4 images" in "\n".join(result.report)
     folder = Path(config.out) / "_drawn"
     with (folder / "index.csv").open() as file:
         index = list(csv.DictReader(file))

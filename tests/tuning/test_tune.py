@@ -1,8 +1,9 @@
-"""The parts of a search that need no training: the space, what to try next, sharing the machine, results, the page."""
+"""The parts of a search that require no training: space, proposals, resource shares, results and page."""
 
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,7 @@ def _contents(*values: float | None) -> list[dict[str, Any]]:
 
 
 def _write_run(plan: TuningPlan, trial: Trial, *values: float | None) -> None:
-    """A trial with its record and run folder, as one that has trained leaves them."""
+    """Write the record and the run folder of a trained trial."""
     records.save(trial, plan.out)
     folder = Path(trial.folder(plan.out))
     (folder / "log").mkdir(parents=True)
@@ -67,7 +68,7 @@ def _write_run(plan: TuningPlan, trial: Trial, *values: float | None) -> None:
 
 def test_a_space_of_all_kinds(tmp_path: Path) -> None:
     space = {
-        "learning_rate": {"loguniform": ["1e-4", 1e-2]},  # without a point YAML takes it for text
+        "learning_rate": {"loguniform": ["1e-4", 1e-2]},  # YAML reads a number without a decimal point as text
         "ema_decay": {"uniform": [0, 0.5]},
         "warmup_steps": {"randint": [0, 3]},
         "augmentation": {"choice": ["flip", [{"HorizontalFlip": {"p": 0.5}}]]},
@@ -89,47 +90,41 @@ def test_a_space_of_all_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"learning_rat": {"uniform": [0, 1]}}, "train has no option learning_rat; did you mean learning_rate"),
-        ({"out": {"choice": ["a", "b"]}}, "out cannot vary: each trial has a run folder of its own"),
-        ({"seed.x": {"choice": [1, 2]}}, "there are no options within seed"),
+        ({"learning_rat": {"uniform": [0, 1]}}, r"learning_rat; did you mean learning_rate\?"),
+        ({"out": {"choice": ["a", "b"]}}, "out cannot vary"),
+        ({"seed.x": {"choice": [1, 2]}}, r"seed\.x: seed has no"),
         ({"seed": [1, 2]}, "seed must be one of {uniform"),
-        ({"seed": {"grid": [1, 2]}}, "seed: unknown distribution `grid`; there are uniform, loguniform"),
-        ({"seed": {"choice": 3}}, "choice takes a list"),
-        ({"seed": {"choice": [1, 1]}}, "choice takes two or more different values"),
-        ({"seed": {"randint": [5, 5]}}, "randint takes the lowest value and then the highest"),
-        ({"seed": {"randint": [0.5, 5]}}, "randint takes whole numbers"),
-        ({"ema_decay": {"uniform": [0.9]}}, "uniform takes the lowest"),
-        ({"ema_decay": {"uniform": ["low", 1]}}, "low is no number"),
-        ({"learning_rate": {"loguniform": [0, 1]}}, "loguniform takes values above 0"),
+        ({"seed": {"grid": [1, 2]}}, "seed: .*`grid`.* uniform, loguniform"),
+        ({"seed": {"choice": 3}}, "seed: choice .* list"),
+        ({"seed": {"choice": [1, 1]}}, "seed: choice .* different values"),
+        ({"seed": {"randint": [5, 5]}}, "seed: randint .*lowest .* highest"),
+        ({"seed": {"randint": [0.5, 5]}}, "seed: randint .*integers"),
+        ({"ema_decay": {"uniform": [0.9]}}, "ema_decay: uniform .*lowest"),
+        ({"ema_decay": {"uniform": ["low", 1]}}, "ema_decay: low is not a number"),
+        ({"learning_rate": {"loguniform": [0, 1]}}, "learning_rate: loguniform .*above 0"),
     ],
 )
 def test_mistakes_in_a_space_are_one_line(space: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"--space: .*{message}") as error:
         parse_space(space)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"space": {"ema_decay": {"uniform": [0.5, 1]}}},
-            "space: ema_decay: 1.0 cannot be trained with: --ema-decay must",
-        ),
-        ({"space": {"batch_size": {"uniform": [2, 8]}}}, "space: batch_size: .* --batch-size must be a whole number"),
-        ({"space": {"schedule": {"choice": ["cosine", "sine"]}}}, "space: schedule: sine .* must be one of"),
-        ({"space": {"image_size": {"choice": [64, 100]}}}, "space: image_size: 100 .* multiple of 32"),
-        ({"space": {"model": {"choice": ["rt_detr_v2_tiny", "no_such_model"]}}}, "space: model: no_such_model"),
-        ({"points_to_evaluate": [{"seed": 3}]}, "--points-to-evaluate: point 1 names seed, which is not in the space"),
-        (
-            {"points_to_evaluate": [{"batch_size": 0}]},
-            "--points-to-evaluate: point 1 cannot be trained with: --batch-size must be above 0",
-        ),
-        ({"metric": "AP:unicorn"}, "there is no such class"),
-        ({"train_config": {"epoch": 3}}, "unknown key `epoch` in --train-config; did you mean epochs"),
-        ({"train_config": {"epochs": 3}}, "missing --train-data, --val-data; see raydet tune --help"),
-        ({"train_config": "absent.yaml"}, "no such config file: absent.yaml"),
-        ({"train_data": "absent"}, "no such table: .*absent"),
+        ({"space": {"ema_decay": {"uniform": [0.5, 1]}}}, r"--space: ema_decay: .*1\.0 .*--ema-decay"),
+        ({"space": {"batch_size": {"uniform": [2, 8]}}}, "--space: batch_size: .*--batch-size"),
+        ({"space": {"schedule": {"choice": ["cosine", "sine"]}}}, "--space: schedule: .*sine"),
+        ({"space": {"image_size": {"choice": [64, 100]}}}, "--space: image_size: .*100 .*32"),
+        ({"space": {"model": {"choice": ["rt_detr_v2_tiny", "no_such_model"]}}}, "--space: model: .*no_such_model"),
+        ({"points_to_evaluate": [{"seed": 3}]}, "--points-to-evaluate: point 1 .*seed.* not in the space"),
+        ({"points_to_evaluate": [{"batch_size": 0}]}, "--points-to-evaluate: point 1 .*--batch-size"),
+        ({"metric": "AP:unicorn"}, "unicorn"),
+        ({"train_config": {"epoch": 3}}, "`epoch`.*--train-config.*epochs"),
+        ({"train_config": {"epochs": 3}}, "--train-data, --val-data"),
+        ({"train_config": "absent.yaml"}, r"absent\.yaml"),
+        ({"train_data": "absent"}, "absent"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(
@@ -145,7 +140,7 @@ def test_another_search_in_the_folder_is_refused_by_name(shapes: Path, tmp_path:
     plan = make_plan(config)
     OutputFolder(plan.out, "tune").begin(_identity(plan))
     other = dataclasses.replace(config, num_trials=9, seed=1, train_config={**config.train_config, "epochs": 3})  # type: ignore[dict-item]
-    with pytest.raises(UserError, match=r"already holds another run \(--seed: 0 → 1; train.epochs: 9 → 3\)"):
+    with pytest.raises(UserError, match=r"--seed: 0 → 1; train\.epochs: 9 → 3"):
         tune(other)
 
 
@@ -175,14 +170,14 @@ def test_what_is_wrong_only_together_is_a_failed_trial(tmp_path: Path) -> None:
     train = {"train_data": "a", "val_data": "b", "freeze_backbone": "all"}
     plan = make_plan(_config(tmp_path, tmp_path / "out", train_config=train, space=space, num_trials=3))
     records.save(Trial(number=0, source="default", parameters={}, state="finished"), plan.out)
-    parameters = {"freeze_backbone": "none", "unfreeze_epoch": 2}  # each of them is fine
+    parameters = {"freeze_backbone": "none", "unfreeze_epoch": 2}  # each valid alone
     records.save(Trial(number=1, source="search", parameters=parameters), plan.out)
     search = Search(plan, records.load(plan.out))
     following = search.next()
     assert search.trials[1] == records.load(plan.out)[1]
     failed = search.trials[1]
     assert following is None or following[0].number == 2
-    assert failed.state == "failed" and failed.error is not None and "--unfreeze-epoch needs" in failed.error
+    assert failed.state == "failed" and failed.error is not None and "--unfreeze-epoch" in failed.error
 
 
 def test_going_on_takes_the_unfinished_first_and_repeats_nothing(tmp_path: Path) -> None:
@@ -212,7 +207,7 @@ def test_going_on_takes_the_unfinished_first_and_repeats_nothing(tmp_path: Path)
 
 
 def test_optuna_comes_closer_than_chance(tmp_path: Path) -> None:
-    pytest.importorskip("optuna", reason="Optuna is not installed (the extra `tune`)")
+    pytest.importorskip("optuna", reason="requires Optuna (the extra `tune`)")
     dimensions = (Dimension("learning_rate", "loguniform", (1e-5, 1e-1)), Dimension("schedule", "choice", ("a", ["b"])))
 
     def score(values: dict[str, Any]) -> float:
@@ -231,7 +226,7 @@ def test_optuna_comes_closer_than_chance(tmp_path: Path) -> None:
     assert np.mean([search(each) for each in learning]) > np.mean(
         [search(RandomProposer(dimensions, s)) for s in range(3)]
     )
-    # Trials of an earlier run count: told of 30 good ones close by, it goes there at once.
+    # Trials of an earlier run count: after 30 good ones in one region, all proposals are there.
     resumed = OptunaProposer(dimensions, 0, metric="AP", num_trials=40, num_known=30)
     for number in range(30):
         values = {"learning_rate": 10 ** (-5 + 4 * number / 29), "schedule": ["b"] if number % 2 else "a"}
@@ -246,7 +241,7 @@ def test_optuna_comes_closer_than_chance(tmp_path: Path) -> None:
 
 
 def test_importance_finds_what_mattered() -> None:
-    pytest.importorskip("optuna", reason="Optuna is not installed (the extra `tune`)")
+    pytest.importorskip("optuna", reason="requires Optuna (the extra `tune`)")
     dimensions = (Dimension("learning_rate", "uniform", (0.0, 1.0)), Dimension("warmup_steps", "randint", (0, 9)))
     random = np.random.default_rng(0)
     trials = []
@@ -281,7 +276,7 @@ def test_cpus_are_shared_out_so_that_all_fit(
     base = TrainConfig(train_data="a", val_data="b", out="c", num_workers=workers)
     share = divide(machines, _one(cpus / 2), base, asked, trials)
     assert share == expected
-    # All workers of all trials at once, and a decoding task beside them.
+    # All workers of all concurrent trials fit, together with a decoding task.
     assert share.max_concurrent * (workers * share.cpus_per_worker + 0.05) + 0.5 <= cpus
 
 
@@ -290,14 +285,12 @@ def test_gpus_are_what_counts_where_there_are_some(tmp_path: Path) -> None:
     machines = Machines(num_cpus=32, num_gpus=8, num_nodes=2, largest_node_cpus=16, may_grow=False)
     one = _one(2.0, num_gpus=8, use_gpu=True)
     assert divide(machines, one, base, None, 20) == Share(4, True, 1.0, 4)
-    with pytest.raises(
-        UserError, match="--max-concurrent 5: 32 CPUs and 8 GPUs have room for 4 at once, with 2 workers"
-    ):
+    with pytest.raises(UserError, match=r"--max-concurrent 5: 32 CPUs and 8 GPUs .* 4 with 2 workers"):
         divide(machines, one, base, 5, 20)
-    # Nodes with GPUs may yet be added to a cluster.
+    # A growing cluster may still add nodes with GPUs.
     growing = dataclasses.replace(machines, num_gpus=0, may_grow=True)
     assert divide(growing, _one(2.0, use_gpu=True), base, 5, 20).max_concurrent == 5
-    with pytest.raises(UserError, match="have room for 2 at once"):
+    with pytest.raises(UserError, match=r"--max-concurrent 3: .* at most 2 "):
         divide(
             dataclasses.replace(machines, num_cpus=4, num_gpus=0),
             _one(1.0),
@@ -364,7 +357,7 @@ def test_results_are_a_table_the_best_model_and_a_page(tmp_path: Path) -> None:
     assert again.learning_rate == 0.005 and again.epochs == 50 and again.cpus_per_worker is None
     assert again.out == f"{plan.out}/final"
     text = "\n".join(result.lines())
-    assert "best: AP 0.400, trial-0001 of 4 trials, 1 stopped, 1 failed; unchanged training: 0.300" in text
+    assert re.search(r"AP 0\.400, trial-0001 of 4 trials, 1 stopped, 1 failed; .*0\.300", text)
     page = Path(plan.out, "tune.html").read_text()
     assert EVIL not in page and "trial-0003" in page
 
@@ -381,7 +374,7 @@ def test_of_the_loss_less_is_better(tmp_path: Path) -> None:
 
 
 def evil_page() -> str:
-    """The page of four trials whose names and values would be markup."""
+    """Render the page of four trials whose names and values contain markup."""
     axes = [Axis(name="learning_rate", is_log=True), Axis(name="augmentation", choices=("flip", EVIL))]
     trials = [
         TrialRow(
@@ -405,7 +398,7 @@ def evil_page() -> str:
         best="trial-0003",
         importance={"learning_rate": 0.75, "augmentation": 0.25},
         facts=[("Space", EVIL)],
-        remarks=[EVIL],
+        notes=[EVIL],
     )
 
 
@@ -424,9 +417,9 @@ def test_the_page_escapes_and_needs_nothing_else() -> None:
 def test_a_config_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     for changes, message in (
         ({"space": {}}, "space is empty"),
-        ({"metric": "mAP"}, "--metric must be one of AP, AP50"),
-        ({"reduction_factor": 1}, "--reduction-factor must be at least 2"),
-        ({"num_trials": 0}, "--num-trials must be above 0"),
+        ({"metric": "mAP"}, "--metric .*AP, AP50"),
+        ({"reduction_factor": 1}, "--reduction-factor .*2"),
+        ({"num_trials": 0}, "--num-trials .*0"),
     ):
         with pytest.raises(UserError, match=message):
             _config(tmp_path, tmp_path, **changes)

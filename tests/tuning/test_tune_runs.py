@@ -1,7 +1,8 @@
-"""Searches with real trainings: two at once, one that fails, one that is stopped, a kill in the middle."""
+"""Searches with real trainings: two concurrent trials, one that fails, one that is stopped, a killed search."""
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class _Watched(Console):
-    """Keeps what a terminal would show."""
+    """A console that records its lines and status texts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,13 +62,13 @@ def _config(shapes: Path, out: Path, train: dict[str, Any], **changes: Any) -> T
         "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}},
         "search": "random",
         "scheduler": "none",
-        "metric": "loss",  # so short a training has an AP of 0
+        "metric": "loss",  # such a short training has an AP of 0
     }
     return TuneConfig(**{**values, **changes})
 
 
 def _trainers() -> list[int]:
-    """Processes that train, of whatever run on this machine that is a child of this one."""
+    """List the training processes among this process's descendants."""
     children = psutil.Process().children(recursive=True)
     return [child.pid for child in children if "RayTrainWorker" in " ".join(_command(child))]
 
@@ -88,7 +89,7 @@ def _wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 200) ->
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> None:
-    # A rate at which the loss is no number any more, which only training shows.
+    # A learning rate at which the loss becomes NaN during training.
     config = _config(
         shapes,
         tmp_path / "out",
@@ -102,8 +103,8 @@ def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> 
     assert [trial.state for trial in result.trials] == ["finished", "failed", "finished"]
     assert [trial.source for trial in result.trials] == ["default", "point", "search"]
     assert "the loss is not a number" in (result.trials[1].error or "")
-    assert any("trial-0000" in shown and "trial-0001" in shown for shown in console.shown), "never two at once"
-    assert "3 trials, 2 at a time, 1 worker with 0.47 CPU each" in console.lines[0]
+    assert any("trial-0000" in shown and "trial-0001" in shown for shown in console.shown), "no concurrent trials"
+    assert re.search(r"3 trials, 2 at a time.*1 worker .*0\.47 CPU", console.lines[0])
     assert len([line for line in console.lines if line.startswith("trial-")]) == 3
     rows = open_table(f"{config.out}/trials", "trials").read().to_pylist()
     assert [row["num_epochs"] for row in rows] == [2, 0, 2] and rows[1]["value"] is None
@@ -113,14 +114,14 @@ def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> 
     assert Path(result.checkpoint, "model.safetensors").is_file() and Path(config.out, "tune.html").is_file()
     before = {path: path.stat().st_mtime_ns for path in Path(config.out, "trials").glob("*/**/*")}
     done = tune(config)
-    assert done.already_done and done.value == result.value and "nothing to do" in done.lines()[0]
+    assert done.already_done and done.value == result.value
     assert {path: path.stat().st_mtime_ns for path in Path(config.out, "trials").glob("*/**/*")} == before
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_trial_that_is_behind_is_stopped_with_its_workers(shapes: Path, tmp_path: Path) -> None:
-    # Two that hardly learn, with many epochs that they could go on for. There is room for the second one only if the
-    # first has left nothing behind.
+    # Two trials that hardly learn, with many epochs left. The second one fits only if the first has released its
+    # resources.
     config = _config(
         shapes,
         tmp_path / "out",
@@ -144,7 +145,7 @@ def test_trials_of_two_workers_and_all_that_fail(shapes: Path, tmp_path: Path) -
     result = tune(_config(shapes, tmp_path / "two", {"num_workers": 2, "epochs": 1}, num_trials=1))
     assert result.best.source == "default" and len(result.best.history) == 1
     config = _config(shapes, tmp_path / "bad", {"learning_rate": 1e25, "max_grad_norm": 1e9}, num_trials=1)
-    with pytest.raises(RunError, match="the trial has failed; trial-0000: the loss is not a number"):
+    with pytest.raises(RunError, match="trial-0000: the loss is not a number"):
         tune(config)
     assert open_table(f"{config.out}/trials", "trials").read()["state"].to_pylist() == ["failed"]
 
@@ -165,19 +166,19 @@ def test_a_killed_search_goes_on(shapes: Path, tmp_path: Path, ray_cluster: None
     try:
         _wait_until(
             lambda: len(records.read_history(str(second))) >= 2 or driver.poll() is not None,
-            "the second trial does not get on",
+            "the second trial makes no progress",
             timeout_s=600,
         )
         assert driver.poll() is None, (tmp_path / "output").read_text()
     finally:
-        # The whole session at once, with all of Ray's processes, as when the power goes.
+        # Kill the complete session with all of Ray's processes, as in a power failure.
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     assert "Traceback" not in (tmp_path / "output").read_text()
     first, cut_off = records.load(config.out)
     assert first.state == "finished" and cut_off.state == "unfinished" and len(cut_off.history) < 6
     before = {path: path.stat().st_mtime_ns for path in Path(config.out, "trials", "trial-0000").rglob("*")}
-    with pytest.raises(UserError, match=r"another run \(train.learning_rate: 0.001 → 0.002\)"):
+    with pytest.raises(UserError, match=r"train\.learning_rate: 0\.001 → 0\.002"):
         tune(dataclasses.replace(config, train_config={**config.train_config, "learning_rate": 2e-3}))  # type: ignore[dict-item]
     result = tune(config)
     assert [trial.state for trial in result.trials] == ["finished", "finished"]
@@ -190,7 +191,7 @@ def test_a_killed_search_goes_on(shapes: Path, tmp_path: Path, ray_cluster: None
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_time_limit_leaves_the_rest_for_later(shapes: Path, tmp_path: Path) -> None:
     config = _config(shapes, tmp_path / "out", {"epochs": 1}, num_trials=2, max_concurrent=1, time_limit_s=1)
-    with pytest.raises(RunError, match="no trial was measured before the time limit"):
+    with pytest.raises(RunError, match=r"no trial .*--time-limit-s"):
         tune(config)
     assert [trial.state for trial in records.load(config.out)][:1] == ["unfinished"]
     result = tune(dataclasses.replace(config, time_limit_s=None))

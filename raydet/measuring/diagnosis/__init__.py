@@ -1,1 +1,1 @@
-"""Matches → tables that say what goes wrong."""
+"""Matches → tables of the error analysis."""

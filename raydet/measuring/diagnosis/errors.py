@@ -1,4 +1,4 @@
-"""Why detections are wrong and boxes are missed, and what each kind of error costs (TIDE)."""
+"""Classify the errors of detections and boxes, and measure the AP that each kind of error costs (TIDE)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, Tru
 from raydet.tables.schema import Category
 
 BACKGROUND_IOU = 0.1
-"""Below this overlap a detection has nothing to do with a box."""
+"""Below this overlap, a detection is unrelated to a box."""
 
 ERRORS = ("class", "location", "both", "duplicate", "background")
-"""Of a detection; its index stands in `Errors.kind`."""
+"""Kinds of errors; `Errors.kind` holds the index."""
 _CLASS, _LOCATION, _BOTH, _DUPLICATE, _BACKGROUND = range(len(ERRORS))
 _RIGHT = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """What is wrong with each detection and each box of some `Outcomes`.
+    """Error of each detection and each box of some `Outcomes`.
 
     Attributes:
-        kind: Index in `ERRORS`, -1 for a right one, int8 [D].
-        target: The box that a class or location error meant (its row in the outcomes' truth), else -1, int64 [D].
-        is_missed: Whether no detection found the box and none meant it, bool [G].
+        kind: Index in `ERRORS`, -1 for a correct detection, int8 [D].
+        target: Row in the outcomes' truth of the box that a class or location error refers to, else -1, int64 [D].
+        is_missed: True if no detection found the box and no error refers to it, bool [G].
     """
 
     kind: npt.NDArray[np.int8]
@@ -39,13 +39,13 @@ class Errors:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlaps:
-    """Pairs of a detection and a box that overlap, both as rows in some `Outcomes`; crowds are left out.
+    """Overlapping pairs of a detection and a box, as rows in some `Outcomes`; crowds are excluded.
 
     Attributes:
         detection: int64 [P].
         truth: int64 [P].
         iou: float64 [P].
-        is_same: Whether both have one class, bool [P].
+        is_same: True if both have the same class, bool [P].
     """
 
     detection: Integers
@@ -56,16 +56,16 @@ class Overlaps:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What all that is said of errors and labels starts from; `gather` makes it, once.
+    """Input of the error and label analyses, computed once by `gather`.
 
     Attributes:
-        truth: The labelled boxes.
-        detections: In the same images.
-        matches: The outcome of matching these very columns.
-        outcomes: What counts of it at IoU 0.5.
-        pairs: All detections and boxes that overlap by 0.1 or more, crowds too and whatever their classes, as rows
-            in the columns.
-        overlaps: Those of them of which both count.
+        truth: Labelled boxes.
+        detections: Detections in the same images.
+        matches: Matches of exactly these columns.
+        outcomes: Detections and boxes that count at IoU 0.5.
+        pairs: All pairs with an overlap of at least 0.1, as rows in the columns; includes crowds and different
+            classes.
+        overlaps: Pairs in which both sides count.
     """
 
     truth: TruthColumns
@@ -77,19 +77,19 @@ class Evidence:
 
 
 def gather(truth: TruthColumns, detections: DetectionColumns, matches: Matches) -> Evidence:
-    """Finds what counts and what overlaps.
+    """Determine the detections and boxes that count and the overlapping pairs.
 
     Args:
-        truth: The labelled boxes.
-        detections: In the same images.
-        matches: The outcome of matching these very columns, at IoU 0.5 or more thresholds.
+        truth: Labelled boxes.
+        detections: Detections in the same images.
+        matches: Matches of exactly these columns, with IoU 0.5 among the thresholds.
 
     Raises:
-        ValueError: The matching was not done at IoU 0.5, or was put together from parts and no longer knows the rows.
+        ValueError: IoU 0.5 is not among the thresholds, or the matches were concatenated and have no column rows.
     """
     outcomes = outcomes_at(matches)
     if (outcomes.detection_row < 0).any() or (outcomes.truth_row < 0).any():
-        raise ValueError("matches that were put together do not know the rows of the columns; match them in one piece")
+        raise ValueError("concatenated matches have no column rows; match the columns in one piece")
     pairs = overlapping_pairs(truth, detections, same_category=False, min_iou=BACKGROUND_IOU)
     detection = _places(outcomes.detection_row, len(detections.scores))[pairs.detection]
     box = _places(outcomes.truth_row, len(truth.category))[pairs.truth]
@@ -107,40 +107,41 @@ def gather(truth: TruthColumns, detections: DetectionColumns, matches: Matches) 
 
 
 def _places(rows: Integers, num_rows: int) -> Integers:
-    """Where each row of the columns stands in the outcomes; -1 where it does not count."""
+    """Return the position in the outcomes of each row of the columns, -1 if it does not count."""
     places = np.full(num_rows, -1, dtype=np.int64)
     places[rows] = np.arange(len(rows))
     return places
 
 
 def best_partner(group: Integers, partner: Integers, value: Floats, num_groups: int) -> tuple[Floats, Integers]:
-    """Of each group the highest value and whose it is, the first of equal ones; 0 and -1 for a group without any.
+    """Return the highest value of each group and its partner (the first of equal ones); 0 and -1 for empty groups.
 
     Args:
-        group: Integers [P] below `num_groups`.
-        partner: Integers [P].
-        value: Above 0, float64 [P].
-        num_groups: N.
+        group: Group of each pair, below `num_groups`, integers [P].
+        partner: Partner of each pair, integers [P].
+        value: Value of each pair, above 0, float64 [P].
+        num_groups: Number of groups, N.
 
     Returns:
-        float64 [N] and int64 [N].
+        Values, float64 [N], and partners, int64 [N].
     """
     best = np.zeros(num_groups)
     np.maximum.at(best, group, value)
-    whose = np.full(num_groups, -1, dtype=np.int64)
+    best_partners = np.full(num_groups, -1, dtype=np.int64)
     chosen = np.flatnonzero(value == best[group])[::-1]
-    whose[group[chosen]] = partner[chosen]
-    return best, whose
+    best_partners[group[chosen]] = partner[chosen]
+    return best, best_partners
 
 
 def find_errors(outcomes: Outcomes, pairs: Overlaps) -> Errors:
-    """Says of each wrong detection what is wrong, and of each box whether it is missed.
+    """Classify each wrong detection and determine the missed boxes.
 
-    The kinds are those of Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors" (2020),
-    asked in the order of their program, so that each detection has one: *location*, its best overlap with a box of
-    its class is from 0.1 to below 0.5; *class*, it overlaps a box of another class by 0.5 or more; *duplicate*, a box
-    of its class by 0.5 or more, which another one took; *background*, no box by 0.1; *both*, what is left.
-    A box is missed when no detection found it and no class or location error means it.
+    The kinds are those of Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors" (2020). They
+    are tested in the order of the authors' program, so each detection has exactly one: *location*, its best overlap
+    with a box of its class is at least 0.1 and below 0.5; *class*, it overlaps a box of another class by at least 0.5;
+    *duplicate*, it overlaps a box of its class by at least 0.5, but another detection found that box; *background*,
+    it overlaps no box by 0.1; *both*, all others. A box is missed if no detection found it and no class or location
+    error refers to it.
     """
     num_detections = len(outcomes.scores)
     same, other = (
@@ -163,18 +164,18 @@ def find_errors(outcomes: Outcomes, pairs: Overlaps) -> Errors:
 
 
 def error_shares(evidence: Evidence, categories: Sequence[Category], *, run: str | None = None) -> pa.Table:
-    """How many errors of each kind there are and what they cost, over all classes and of each: an `errors` table.
+    """Count the errors of each kind and measure their cost, overall and by class: an `errors` table.
 
-    `ap_points` is by how much AP50 (from 0 to 1) would rise were errors of this kind alone put right: a class or
-    location error becomes a right detection of the box it means (of all that mean one box the surest, and only where
-    the box is not found; the others of the kind go), both, duplicates and background go, missed boxes were never
-    there. *false_positive*: all wrong detections go; *false_negative*: all boxes that were not found were never there.
-    A class of which no box is left by that keeps its AP. It is null for a class without boxes.
+    `ap_points` is the increase of AP50 (0 to 1) if only the errors of this kind were fixed. A class or location error
+    becomes a correct detection of its box if the box is not found; of several errors with the same box, only the one
+    with the highest score does, and the others are removed. *both*, *duplicate* and *background* detections are
+    removed, and so are missed boxes. *false_positive* removes all wrong detections, *false_negative* all boxes that
+    were not found. A class that loses all its boxes keeps its AP. The value is null for a class without boxes.
 
     Args:
-        evidence: Of the run.
-        categories: The classes by their indices.
-        run: Its name in the table.
+        evidence: Evidence of the run.
+        categories: Classes by index.
+        run: Name of the run in the table.
     """
     outcomes = evidence.outcomes
     errors = find_errors(outcomes, evidence.overlaps)
@@ -200,13 +201,13 @@ def error_shares(evidence: Evidence, categories: Sequence[Category], *, run: str
 
 
 def _class_counts(category: Indices, num_classes: int) -> Floats:
-    """How many there are in all and of each class, [1 + C]."""
+    """Return the count over all classes, then by class, [1 + C]."""
     counts = np.bincount(category, minlength=num_classes)
     return np.append(counts.sum(), counts).astype(np.float64)
 
 
 def _with_mean(values: Floats) -> Floats:
-    """The mean over the classes that have boxes, then each class, [1 + C]."""
+    """Return the mean over the classes that have boxes, then the value of each class, [1 + C]."""
     measured = values[~np.isnan(values)]
     return np.append(measured.mean() if measured.size else np.nan, values)
 
@@ -218,25 +219,25 @@ def _average_precision(outcomes: Outcomes, kept: Flags) -> Floats:
 
 
 def _fixed_detections(outcomes: Outcomes, errors: Errors, kind: int) -> Floats:
-    """AP50 of each class with the detections of one kind of error put right, or gone where they cannot be, [C]."""
+    """Return AP50 of each class with the errors of one kind fixed, or removed if they cannot be fixed, [C]."""
     of_kind = errors.kind == kind
-    # Class and location errors compete for a box even while one kind is put right: so does the authors' program.
+    # As in the authors' program, class and location errors compete for a box even if only one kind is fixed.
     free = np.flatnonzero(errors.target >= 0)
     free = free[~outcomes.is_found[errors.target[free]]]
     by_score = free[np.argsort(-outcomes.scores[free], kind="stable")]
     boxes, first = np.unique(errors.target[by_score], return_index=True)
-    put_right = by_score[first]
-    boxes, put_right = boxes[of_kind[put_right]], put_right[of_kind[put_right]]
+    corrected = by_score[first]
+    boxes, corrected = boxes[of_kind[corrected]], corrected[of_kind[corrected]]
     category, is_right, kept = outcomes.category.copy(), outcomes.is_right.copy(), ~of_kind
-    category[put_right] = outcomes.truth_category[boxes]
-    is_right[put_right] = kept[put_right] = True
+    category[corrected] = outcomes.truth_category[boxes]
+    is_right[corrected] = kept[corrected] = True
     return average_precision(category[kept], outcomes.scores[kept], is_right[kept], outcomes.num_truth)
 
 
-def _without_boxes(outcomes: Outcomes, gone: Flags) -> Floats:
-    """AP50 of each class had some boxes that were not found never been there, [C]."""
+def _without_boxes(outcomes: Outcomes, removed: Flags) -> Floats:
+    """Return AP50 of each class without the given boxes, none of which was found, [C]."""
     num_truth = outcomes.num_truth
-    num_left = num_truth - np.bincount(outcomes.truth_category[gone], minlength=outcomes.num_categories)
+    num_left = num_truth - np.bincount(outcomes.truth_category[removed], minlength=outcomes.num_categories)
     values = average_precision(outcomes.category, outcomes.scores, outcomes.is_right, num_left)
-    # Where no box is left, none was found, and the AP was 0.
+    # A class that loses all its boxes had an AP of 0, because none of them was found.
     return np.where((num_truth > 0) & (num_left == 0), 0.0, values)

@@ -1,4 +1,4 @@
-"""What is taken for what, and which labels are probably wrong."""
+"""Class confusions and labels that are probably wrong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,28 +14,28 @@ from raydet.measuring.numbers.matching import overlapping_pairs
 from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns
 from raydet.tables.schema import Category
 
-SURE = 0.8
-"""A detection is sure when those of its class and score are right this often. Labels of which a fifth is wrong still
-leave sure detections; with a higher bar they would hide each other."""
-_UNLIKELY = 0.1
-"""A detection that is right more seldom does not speak for a label."""
+CONFIDENT_SHARE = 0.8
+"""Minimum share of correct detections among those of the same class and score for a detection to be confident. With a
+fifth of the labels wrong, some detections still reach it; with a higher bar, the wrong labels would hide each other."""
+_MIN_SUPPORT_SHARE = 0.1
+"""Detections that are correct less often than this do not support a label."""
 
 
 def confusion(
     evidence: Evidence, categories: Sequence[Category], *, threshold: float, run: str | None = None
 ) -> pa.Table:
-    """How often each class is taken for which: a `confusion` table of the counts above 0.
+    """Count how often each class is detected as another: a `confusion` table of the counts above 0.
 
-    The detections at or above the score threshold are held against the boxes whatever their classes. By falling
-    score each takes a free box that it overlaps by 0.5 or more: one of its own class if there is one, and of several
-    that which it overlaps most. What lies in a crowd and found nothing is left out, and so are crowds. The counts of
-    a class as truth sum to its boxes, those of a class as detected to its detections that count.
+    Detections at or above the score threshold are matched with the boxes of all classes. In descending score order,
+    each takes a free box that it overlaps by at least 0.5: preferably of its own class, then the one with the largest
+    overlap. Crowds, and unmatched detections inside them, are left out. The counts of a true class sum to its
+    boxes; those of a detected class sum to its detections that count.
 
     Args:
-        evidence: Of the run; its `matches` give the detections that are looked at.
-        categories: The classes by their indices.
-        threshold: Lowest score.
-        run: Its name in the table.
+        evidence: Evidence of the run; the detections are those of its `matches`.
+        categories: Classes by index.
+        threshold: Minimum score.
+        run: Name of the run in the table.
     """
     truth, detections, matches = evidence.truth, evidence.detections, evidence.matches
     kept = np.flatnonzero(matches.scores >= threshold)
@@ -79,20 +79,20 @@ def confusion(
 
 
 def _take_in_turn(chooser: Integers, item: Integers, value: Floats, num_choosers: int, num_items: int) -> Integers:
-    """Each chooser in turn takes the free item of the highest value to it; all images go at once.
+    """Let each chooser in turn take the free item with the highest value to it, for all images simultaneously.
 
-    Every chooser asks for its best item, an item keeps the earliest of those that ask, and the others ask for their
-    next best until nobody asks anew: the stable outcome, which here is that of taking in turn.
+    Each chooser requests its best item, an item keeps the earliest chooser that requests it, and the others request
+    their next best item until nothing changes. This stable matching equals the result of choosing in turn.
 
     Args:
-        chooser: Of each pair, integers [P]; the lower goes first.
-        item: Of each pair, integers [P].
-        value: Of each pair, float64 [P]; of equal ones the first is taken.
-        num_choosers: N.
-        num_items: M.
+        chooser: Chooser of each pair, integers [P]; lower numbers choose first.
+        item: Item of each pair, integers [P].
+        value: Value of each pair, float64 [P]; of equal values, the first pair is preferred.
+        num_choosers: Number of choosers, N.
+        num_items: Number of items, M.
 
     Returns:
-        The item of each chooser or -1, int64 [N].
+        Item of each chooser or -1, int64 [N].
     """
     order = np.lexsort((-value, chooser))
     item = item[order]
@@ -113,11 +113,11 @@ def _take_in_turn(chooser: Integers, item: Integers, value: Floats, num_choosers
 
 @dataclass(frozen=True, kw_only=True)
 class _Suspects:
-    """Candidates of one kind; `doubt` is the higher the more seldom the detector errs in this way, from 0 to 1."""
+    """Suspects of one kind; `doubt` in [0, 1] is higher if the detector makes this kind of error less often."""
 
     kind: str
-    detection: Integers  # rows in the outcomes, -1 without
-    truth: Integers  # rows in the outcomes, -1 without
+    detection: Integers  # rows in the outcomes, -1 for none
+    truth: Integers  # rows in the outcomes, -1 for none
     doubt: Floats
     iou: Floats
 
@@ -125,26 +125,27 @@ class _Suspects:
 def suspects(
     evidence: Evidence, categories: Sequence[Category], *, max_rows: int = 1000, run: str | None = None
 ) -> pa.Table:
-    """The labels that are probably wrong, the most probable first: a `suspects` table.
+    """List the labels that are probably wrong, most probable first: a `suspects` table.
 
-    A detector that is seldom wrong in a way is more likely to be right against a label. How seldom is learnt from the
-    data, for detections by class and score (the higher, the more seldom), for labels by class and size:
+    If the detector rarely makes a kind of error, its disagreement with a label is more likely the label's fault. Error
+    rates are estimated from the data: for detections by class and score (decreasing with the score), for labels by
+    class and size.
 
-    - *no_truth*: a detection that overlaps no label by 0.1, nor a crowd, where among those of its class and score
-      that are right or overlap nothing at least 80 % are right. The box is the detection's.
-    - *other_class*: a detection that overlaps a label of another class by 0.5 or more, and none of its own, where
-      among those of its class and score that are right or do the same at least 80 % are right. Less probable where
-      detections of the labelled class speak for the label.
-    - *not_found*: a label that no detection of any class overlaps by 0.5 or more, those left out that are right in
-      less than one of ten cases; the more probable the more labels of its class and size (COCO's small, medium,
-      large) are found, the less the nearer a detection comes. `detected` and `score` are null, `iou` is the largest
-      overlap.
+    - *no_truth*: a detection that overlaps no label by 0.1 and no crowd. Among the detections of its class and score
+      that are correct or overlap nothing, at least 80 % are correct. The box is the detection's.
+    - *other_class*: a detection that overlaps a label of another class by at least 0.5, and none of its own class.
+      Among the detections of its class and score that are correct or do the same, at least 80 % are correct. Detections
+      of the labelled class that overlap the label reduce the probability.
+    - *not_found*: a label that no detection of any class overlaps by at least 0.5, ignoring detections that are correct
+      less than one time in ten. The probability rises with the share of labels of its class and size (COCO's small,
+      medium, large) that are found, and falls with the largest overlap. `detected` and `score` are null, `iou` is the
+      largest overlap.
 
     Args:
-        evidence: Of the run.
-        categories: The classes by their indices.
-        max_rows: At most so many.
-        run: Its name in the table.
+        evidence: Evidence of the run.
+        categories: Classes by index.
+        max_rows: Maximum number of rows.
+        run: Name of the run in the table.
     """
     truth, detections, outcomes = evidence.truth, evidence.detections, evidence.outcomes
     touches = np.zeros(len(detections.scores), dtype=bool)
@@ -157,7 +158,7 @@ def suspects(
     ]
     doubt = np.concatenate([part.doubt for part in parts])
     detection, box = (np.concatenate([getattr(part, name) for part in parts]) for name in ("detection", "truth"))
-    # A row of -1 takes the last element, which stands for nothing.
+    # A row of -1 selects the last element, which represents "none".
     order = np.lexsort((-np.append(outcomes.scores, 0.0)[detection], -doubt))[:max_rows]
     detection, box = detection[order], box[order]
     kinds = np.repeat([part.kind for part in parts], [len(part.doubt) for part in parts])[order]
@@ -186,10 +187,10 @@ def suspects(
 
 
 def _share_right(outcomes: Outcomes, is_compared: Flags) -> Floats:
-    """Which part of the detections compared, of each one's class and score, is right, [D].
+    """Return the share of correct detections among those compared of the same class and score, [D].
 
-    By isotonic regression, so that a higher score is never worth less; at each level one more wrong detection is
-    imagined, so that a few right ones prove little.
+    Isotonic regression makes the share non-decreasing in the score. One additional wrong detection is assumed at each
+    level, so that a few correct ones are weak evidence.
     """
     shares = np.zeros(len(outcomes.scores))
     order = np.argsort(outcomes.category, kind="stable")
@@ -203,21 +204,21 @@ def _share_right(outcomes: Outcomes, is_compared: Flags) -> Floats:
         share = np.bincount(place, weights=outcomes.is_right[compared]) / counts
         fitted = isotonic_regression(share, weights=counts.astype(np.float64))
         sizes = np.repeat(np.add.reduceat(counts, fitted.blocks[:-1]), np.diff(fitted.blocks))
-        learnt = np.maximum.accumulate(fitted.x * sizes / (sizes + 1))
+        smoothed = np.maximum.accumulate(fitted.x * sizes / (sizes + 1))
         below = np.searchsorted(levels, outcomes.scores[own], side="right") - 1
-        shares[own] = np.where(below >= 0, learnt[np.maximum(below, 0)], 0.0)
+        shares[own] = np.where(below >= 0, smoothed[np.maximum(below, 0)], 0.0)
     return shares
 
 
 def _without_label(detections: DetectionColumns, outcomes: Outcomes, is_alone: Flags) -> _Suspects:
-    """Sure detections without any label; of several of one thing only the surest."""
+    """Return confident detections without a label; of several that overlap, only the most confident."""
     share = _share_right(outcomes, outcomes.is_right | is_alone)
-    chosen = np.flatnonzero(is_alone & (share >= SURE))
+    chosen = np.flatnonzero(is_alone & (share >= CONFIDENT_SHARE))
     chosen = chosen[np.lexsort((-outcomes.scores[chosen], -share[chosen], outcomes.image[chosen]))]
     starts = np.searchsorted(outcomes.image[chosen], np.arange(len(outcomes.image_ids) + 1))
     boxes_xywh = detections.boxes_xywh[outcomes.detection_row[chosen]]
     category = outcomes.category[chosen].astype(np.int64)
-    themselves = TruthColumns(
+    as_truth = TruthColumns(
         image_ids=outcomes.image_ids,
         starts=starts,
         boxes_xywh=boxes_xywh,
@@ -226,7 +227,7 @@ def _without_label(detections: DetectionColumns, outcomes: Outcomes, is_alone: F
         iscrowd=np.zeros(len(chosen), dtype=bool),
     )
     columns = DetectionColumns(starts=starts, boxes_xywh=boxes_xywh, scores=outcomes.scores[chosen], category=category)
-    pairs = overlapping_pairs(themselves, columns, same_category=False, min_iou=IOU)
+    pairs = overlapping_pairs(as_truth, columns, same_category=False, min_iou=IOU)
     is_first = np.ones(len(chosen), dtype=bool)
     is_first[pairs.detection[pairs.truth < pairs.detection]] = False
     chosen = chosen[is_first]
@@ -235,21 +236,21 @@ def _without_label(detections: DetectionColumns, outcomes: Outcomes, is_alone: F
 
 
 def _of_other_class(outcomes: Outcomes, pairs: Overlaps) -> _Suspects:
-    """Labels that a sure detection of another class lies on, each with the surest."""
+    """Return labels that a confident detection of another class overlaps, each with the most confident one."""
     finds = pairs.iou >= IOU
     own, other = finds & pairs.is_same, finds & ~pairs.is_same
-    errs = np.zeros(len(outcomes.scores), dtype=bool)
-    errs[pairs.detection[other]] = True
-    errs[pairs.detection[own]] = False
-    share = _share_right(outcomes, outcomes.is_right | errs)
-    backed, _ = best_partner(
+    is_confused = np.zeros(len(outcomes.scores), dtype=bool)
+    is_confused[pairs.detection[other]] = True
+    is_confused[pairs.detection[own]] = False
+    share = _share_right(outcomes, outcomes.is_right | is_confused)
+    support, _ = best_partner(
         pairs.truth[own], pairs.detection[own], share[pairs.detection[own]], len(outcomes.truth_row)
     )
-    speaks = np.flatnonzero(other & (errs & (share >= SURE))[pairs.detection])
-    doubt = share[pairs.detection[speaks]] * (1 - backed[pairs.truth[speaks]])
-    by_box = np.lexsort((-pairs.iou[speaks], -doubt, pairs.truth[speaks]))
-    _, first = np.unique(pairs.truth[speaks][by_box], return_index=True)
-    chosen = speaks[by_box[first]]
+    contradicts = np.flatnonzero(other & (is_confused & (share >= CONFIDENT_SHARE))[pairs.detection])
+    doubt = share[pairs.detection[contradicts]] * (1 - support[pairs.truth[contradicts]])
+    by_box = np.lexsort((-pairs.iou[contradicts], -doubt, pairs.truth[contradicts]))
+    _, first = np.unique(pairs.truth[contradicts][by_box], return_index=True)
+    chosen = contradicts[by_box[first]]
     return _Suspects(
         kind="other_class",
         detection=pairs.detection[chosen],
@@ -260,9 +261,9 @@ def _of_other_class(outcomes: Outcomes, pairs: Overlaps) -> _Suspects:
 
 
 def _not_found(outcomes: Outcomes, pairs: Overlaps, area: Floats) -> _Suspects:
-    """Labels that no detection speaks for."""
-    speaks = _share_right(outcomes, np.ones(len(outcomes.scores), dtype=bool))[pairs.detection] >= _UNLIKELY
-    nearest, _ = best_partner(pairs.truth[speaks], pairs.detection[speaks], pairs.iou[speaks], len(outcomes.truth_row))
+    """Return labels that no detection supports."""
+    usable = _share_right(outcomes, np.ones(len(outcomes.scores), dtype=bool))[pairs.detection] >= _MIN_SUPPORT_SHARE
+    nearest, _ = best_partner(pairs.truth[usable], pairs.detection[usable], pairs.iou[usable], len(outcomes.truth_row))
     is_found = nearest >= IOU
     size = np.searchsorted([COCO_AREAS["small"][1], COCO_AREAS["medium"][1]], area, side="left")
     group = outcomes.truth_category.astype(np.int64) * 3 + size

@@ -1,4 +1,4 @@
-"""What the outcome of the matching says about scores: curves, thresholds, calibration, and each image's own count."""
+"""Score analysis of the matches: precision-recall curves, thresholds, calibration and counts per image."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,27 +18,27 @@ from raydet.tables.schema import Category, TableKind, build_schema
 Indices = npt.NDArray[np.signedinteger[Any]]
 
 IOU = 0.5
-"""From this overlap on a detection has found a box, in everything that is said of errors."""
+"""Minimum overlap at which a detection finds a box, throughout the error analysis."""
 _NUM_BINS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """What counts at one IoU threshold: crowds are left out, and detections that lie in one.
+    """Detections and boxes that count at one IoU threshold; crowds and detections inside crowds are excluded.
 
     Attributes:
-        num_categories: Classes; 1 where they count as one.
-        class_agnostic: All classes count as one; then nothing is said of each.
+        num_categories: Number of classes; 1 if they count as one.
+        class_agnostic: All classes count as one, so there are no values by class.
         image_ids: All images, ascending, int64 [I].
         image: Row in `image_ids`, int32 [D].
         category: int32 [D].
         scores: float64 [D].
-        is_right: Whether the detection found a box, bool [D].
+        is_right: True if the detection found a box, bool [D].
         detection_row: As in `Matches`, int64 [D].
         truth_image: Row in `image_ids`, int32 [G].
         truth_category: int32 [G].
         truth_row: As in `Matches`, int64 [G].
-        is_found: Whether a detection found the box, bool [G].
+        is_found: True if a detection found the box, bool [G].
     """
 
     num_categories: int
@@ -56,15 +56,15 @@ class Outcomes:
 
     @property
     def num_truth(self) -> Integers:
-        """Boxes of each class that count, int64 [C]."""
+        """Number of boxes of each class that count, int64 [C]."""
         return np.bincount(self.truth_category, minlength=self.num_categories)
 
     def names(self, categories: Sequence[Category]) -> list[str | None]:
-        """For the rows of a table: null, which stands for all classes, then each class that something is said of."""
+        """Return the `category` values of a table: None for all classes, then each class with values of its own."""
         return [None] if self.class_agnostic else [None, *(category.name for category in categories)]
 
     def by_class(self) -> Iterator[tuple[int, Floats, Flags, int]]:
-        """Of each class its index, the scores by falling score, whether each is right, and the number of boxes."""
+        """Yield for each class: index, scores in descending order, correctness of each detection, number of boxes."""
         order = np.lexsort((-self.scores, self.category))
         starts = np.searchsorted(self.category[order], np.arange(self.num_categories + 1))
         for index, num_truth in enumerate(self.num_truth.tolist()):
@@ -73,20 +73,20 @@ class Outcomes:
 
 
 def threshold_index(protocol: Protocol, iou: float) -> int | None:
-    """The place of an IoU among the thresholds of a protocol; None where it is none of them."""
+    """Return the index of an IoU threshold in a protocol; None if the protocol does not have it."""
     found = np.flatnonzero(np.isclose(protocol.iou_thresholds, iou, rtol=0, atol=1e-9))
     return int(found[0]) if found.size else None
 
 
 def outcomes_at(matches: Matches, iou: float = IOU) -> Outcomes:
-    """What counts at one IoU threshold, over boxes of all sizes.
+    """Return the detections and boxes that count at one IoU threshold, for boxes of all sizes.
 
     Raises:
-        ValueError: The matching was not done at this IoU.
+        ValueError: The protocol does not have this IoU threshold.
     """
     index = threshold_index(matches.protocol, iou)
     if index is None:
-        raise ValueError(f"matched at IoU {matches.protocol.iou_thresholds}, not at {iou}")
+        raise ValueError(f"matched at IoU {matches.protocol.iou_thresholds}, which does not include {iou}")
     counts = ~bits_at(matches.ignored[0], index)
     truth_counts = ~matches.truth_ignored[0]
     return Outcomes(
@@ -108,7 +108,7 @@ def outcomes_at(matches: Matches, iou: float = IOU) -> Outcomes:
 def build_table(
     kind: TableKind, categories: Sequence[Category], run: str | None, columns: Mapping[str, object]
 ) -> pa.Table:
-    """A table in its declared schema, with the run in every row; a float that is not a number becomes null."""
+    """Build a table in its declared schema, with the run in every row; NaN becomes null."""
     schema = build_schema(kind, categories)
     arrays = {name: pa.array(column, schema.field(name).type, from_pandas=True) for name, column in columns.items()}
     num_rows = len(next(iter(arrays.values())))
@@ -117,13 +117,13 @@ def build_table(
 
 
 def average_precision(category: Indices, scores: Floats, is_right: Flags, num_truth: Integers) -> Floats:
-    """COCO's average precision of each class at one IoU threshold: the mean of precision over 101 recalls.
+    """Return COCO's average precision of each class at one IoU threshold: mean precision over 101 recalls.
 
     Args:
-        category: Of each detection that counts, integers [D].
-        scores: float64 [D]; of equal ones the earlier goes first.
-        is_right: bool [D].
-        num_truth: Boxes of each class, int64 [C].
+        category: Class of each detection that counts, integers [D].
+        scores: Scores, float64 [D]; ties keep their order.
+        is_right: True for correct detections, bool [D].
+        num_truth: Number of boxes of each class, int64 [C].
 
     Returns:
         float64 [C], NaN for a class without boxes.
@@ -144,17 +144,17 @@ def average_precision(category: Indices, scores: Floats, is_right: Flags, num_tr
 def pr_curves(
     matches: Matches, categories: Sequence[Category], *, run: str | None = None, result: CocoResult | None = None
 ) -> pa.Table:
-    """Precision over 101 recalls from 0 to 1, of each class with boxes and their mean: a `pr_curves` table.
+    """Tabulate precision over 101 recalls from 0 to 1, by class with boxes and for their mean: a `pr_curves` table.
 
-    The curves are those of `accumulate`, over boxes of all sizes and the highest limit of detections; the mean of one
-    is the AP. There is one at IoU 0.5, one at 0.75 where the protocol has them, and the mean over all its thresholds.
-    `score` is the score threshold that just reaches the recall.
+    The curves are those of `accumulate`, for boxes of all sizes and the highest detection limit; the mean of a curve
+    is the AP. There is one curve at IoU 0.5, one at 0.75 if the protocol has it, and the mean over all thresholds.
+    `score` is the highest score threshold that reaches the recall.
 
     Args:
-        matches: The outcome of the matching.
-        categories: The classes by their indices.
-        run: Its name in the table.
-        result: What `accumulate` gave for these very matches, where it is at hand.
+        matches: Matches of all images.
+        categories: Classes by index.
+        run: Name of the run in the table.
+        result: Result of `accumulate` for these matches, if already computed.
     """
     result = result or accumulate(matches, categories)
     precision = result.precision[:, :, :, 0, -1]
@@ -185,7 +185,7 @@ def pr_curves(
 
 
 def _scores_at_recalls(outcomes: Outcomes) -> Floats:
-    """Of each class the score of the last detection needed for each recall, [101, C]; NaN where it is not reached."""
+    """Return the score threshold at which each class reaches each recall, [101, C]; NaN if it does not."""
     scores_at = np.full((len(COCO_RECALLS), outcomes.num_categories), np.nan)
     for index, scores, is_right, num_truth in outcomes.by_class():
         if num_truth:
@@ -196,7 +196,7 @@ def _scores_at_recalls(outcomes: Outcomes) -> Floats:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A score threshold and what keeping the detections at or above it gives; None where nothing can be said."""
+    """Score threshold, and the metrics of the detections at or above it; None if undefined."""
 
     threshold: float
     precision: float | None
@@ -205,12 +205,12 @@ class OperatingPoint:
 
 
 def best_threshold(scores: Floats, is_right: Flags, num_truth: int) -> OperatingPoint:
-    """The score with the highest F1, the higher of several; 0 where no detection is right.
+    """Return the score threshold with the highest F1, the highest of several; 0 if no detection is correct.
 
     Args:
-        scores: Of the detections that count, float64 [D], in any order.
-        is_right: bool [D].
-        num_truth: Boxes that were to be found.
+        scores: Scores of the detections that count, float64 [D], in any order.
+        is_right: True for correct detections, bool [D].
+        num_truth: Number of boxes to find.
     """
     if not is_right.any():
         return OperatingPoint(
@@ -223,7 +223,7 @@ def best_threshold(scores: Floats, is_right: Flags, num_truth: int) -> Operating
 
 
 def threshold_at_precision(scores: Floats, is_right: Flags, target_precision: float) -> float | None:
-    """The lowest score threshold at which the detections kept have at least this precision; None where none does."""
+    """Return the lowest score threshold at which the remaining detections reach this precision; None if none does."""
     if not scores.size:
         return None
     scores, num_right, num_kept = _kept_at_thresholds(scores, is_right)
@@ -232,7 +232,7 @@ def threshold_at_precision(scores: Floats, is_right: Flags, target_precision: fl
 
 
 def _kept_at_thresholds(scores: Floats, is_right: Flags) -> tuple[Floats, Integers, Integers]:
-    """The different scores, falling, and how many detections at or above each are right, and how many there are."""
+    """Return the distinct scores in descending order, and the correct and total detections at or above each."""
     order = np.argsort(-scores, kind="stable")
     scores, num_right = scores[order], np.cumsum(is_right[order])
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
@@ -246,16 +246,16 @@ def score_values(
     max_detections: int,
     target_precision: float | None = None,
 ) -> list[MetricValue]:
-    """What the scores are good for, over all classes and of each, at IoU 0.5.
+    """Return the score metrics at IoU 0.5, over all classes and by class.
 
-    `best_f1`, with `best_f1_threshold`, `best_f1_precision` and `best_f1_recall` at the score where it is reached;
-    `ECE`, the expected calibration error (Guo et al. 2017); and, where a precision is wished, the lowest
+    These are `best_f1`, with `best_f1_threshold`, `best_f1_precision` and `best_f1_recall` at the score that reaches
+    it; `ECE`, the expected calibration error (Guo et al. 2017); and, with a target precision, the lowest
     `threshold_at_precision`.
     """
     over = [(outcomes.scores, outcomes.is_right, int(outcomes.num_truth.sum()))]
     over += [(scores, is_right, num_truth) for _, scores, is_right, num_truth in outcomes.by_class()]
     found = []
-    # Where classes count as one, the only class is left out.
+    # If classes count as one, the only class is skipped.
     named = zip(outcomes.names(categories), over, _calibration_errors(outcomes), strict=not outcomes.class_agnostic)
     for name, (scores, is_right, num_truth), error in named:
         best = best_threshold(scores, is_right, num_truth)
@@ -276,10 +276,10 @@ def score_values(
 
 
 def calibration(outcomes: Outcomes, categories: Sequence[Category], *, run: str | None = None) -> pa.Table:
-    """Whether a score says how often it is right: a `calibration` table over all classes and of each.
+    """Compare scores with the precision they should predict: a `calibration` table, overall and by class.
 
-    Ten bins of equal width over 0 … 1, the lower end included (in the last, 1 too), with the number of detections,
-    their mean score and the part of them that is right; the last two are null in an empty bin.
+    Ten bins of equal width over [0, 1], closed below (the last one also above), with the number of detections, their
+    mean score and the share of correct ones; the last two are null in an empty bin.
     """
     names = outcomes.names(categories)
     counts, score_sums, right_sums = (part[: len(names)].ravel() for part in _bin_sums(outcomes))
@@ -297,7 +297,7 @@ def calibration(outcomes: Outcomes, categories: Sequence[Category], *, run: str 
 
 
 def _bin_sums(outcomes: Outcomes) -> tuple[Floats, ...]:
-    """The number of detections, the sum of their scores and how many are right, over all and of each, [1 + C, 10]."""
+    """Return number of detections, sum of scores and number of correct ones by bin, all then by class, [1 + C, 10]."""
     inner_ends = np.arange(1, _NUM_BINS) / _NUM_BINS
     place = outcomes.category.astype(np.int64) * _NUM_BINS + np.searchsorted(inner_ends, outcomes.scores, side="right")
     sums = []
@@ -309,9 +309,9 @@ def _bin_sums(outcomes: Outcomes) -> tuple[Floats, ...]:
 
 
 def _calibration_errors(outcomes: Outcomes) -> list[float | None]:
-    """The mean distance of precision from score over the bins, by their number of detections, of all and each class.
+    """Return the mean distance of precision from score, weighted by the detections in a bin, overall and by class.
 
-    None where there is no detection.
+    None without detections.
     """
     counts, score_sums, right_sums = _bin_sums(outcomes)
     distances = np.abs(score_sums - right_sums).sum(axis=1).tolist()
@@ -327,17 +327,18 @@ def per_image(
     run: str | None = None,
     errors: Mapping[int, str] | None = None,
 ) -> pa.Table:
-    """Right, wrong and missed of each image at one score threshold and IoU 0.5, by rising id: a `per_image` table.
+    """Count correct, wrong and missed boxes of each image, in ascending id order: a `per_image` table.
 
-    `num_detections` also counts those that lie in a crowd and are neither right nor wrong, but none beyond the
-    highest limit of detections. F1 is null where there is nothing to find and nothing was found.
+    Counts are at one score threshold and IoU 0.5. `num_detections` includes detections inside a crowd, which are
+    neither correct nor wrong, but none beyond the highest detection limit. F1 is null for an image with neither boxes
+    nor detections.
 
     Args:
-        matches: The outcome of the matching.
-        outcomes: What counts of it at IoU 0.5.
-        threshold: Detections of this score or a higher one are kept.
-        run: Its name in the table.
-        errors: Why an image could not be read, by its id.
+        matches: Matches of all images.
+        outcomes: Detections and boxes that count at IoU 0.5.
+        threshold: Minimum score.
+        run: Name of the run in the table.
+        errors: Image id → reason why the image could not be read.
     """
     num_images = len(matches.image_ids)
     kept = outcomes.scores >= threshold

@@ -1,4 +1,4 @@
-"""What goes wrong: everything that is said of errors, scores and labels, from one matching."""
+"""All tables of the error analysis, from one matching."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -50,12 +50,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What `diagnose` found.
+    """Result of `diagnose`.
 
     Attributes:
-        tables: The tables `pr_curves`, `errors`, `confusion`, `calibration`, `suspects` and `per_image`.
-        values: Further numbers for the `metrics` table.
-        best: The score threshold with the best F1 over all classes; `confusion` and `per_image` are at it.
+        tables: Tables `pr_curves`, `errors`, `confusion`, `calibration`, `suspects` and `per_image`.
+        values: Additional values for the `metrics` table.
+        best: Score threshold with the best F1 over all classes, at which `confusion` and `per_image` are computed.
     """
 
     tables: dict[TableKind, pa.Table]
@@ -75,19 +75,19 @@ def diagnose(
     result: CocoResult | None = None,
     max_suspects: int = 1000,
 ) -> Diagnosis:
-    """Says what goes wrong, at IoU 0.5.
+    """Analyse the errors at IoU 0.5.
 
     Args:
-        truth: The labelled boxes.
-        detections: In the same images.
-        matches: The outcome of matching these very columns. Where IoU 0.5 is not among its thresholds, or it was put
-            together from parts and no longer knows the rows, they are matched anew.
-        categories: The classes by their indices; where classes count as one, those of the columns all the same.
-        run: Its name in the tables.
-        target_precision: Also say the lowest score threshold that gives it.
-        unreadable: Why an image could not be read, by its id.
-        result: What `accumulate` gave for these matches, where it is at hand.
-        max_suspects: Rows of `suspects` at most.
+        truth: Labelled boxes.
+        detections: Detections in the same images.
+        matches: Matches of exactly these columns. If IoU 0.5 is not among the thresholds, or the matches were
+            concatenated and have no column rows, the columns are matched again.
+        categories: Classes by index; those of the columns even if classes count as one.
+        run: Name of the run in the tables.
+        target_precision: Also report the lowest score threshold that reaches this precision.
+        unreadable: Image id → reason why the image could not be read.
+        result: Result of `accumulate` for these matches, if already computed.
+        max_suspects: Maximum number of rows of `suspects`.
     """
     curves = pr_curves(matches, categories, run=run, result=result)
     has_rows = not ((matches.detection_row < 0).any() or (matches.truth_row < 0).any())

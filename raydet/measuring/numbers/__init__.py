@@ -1,1 +1,1 @@
-"""Boxes of one image after the other → matches, and the exact numbers of COCO, VOC and LVIS from them."""
+"""Columns of boxes → matches, and the exact metrics of COCO, VOC and LVIS computed from them."""

@@ -1,7 +1,7 @@
-"""COCO's numbers over images that arrive in any order and in any parts.
+"""COCO's metrics over images that arrive in any order and in any number of parts.
 
-`CocoAccumulator` takes images one by one, and states of several processes merge into one. `MatchesByClass` takes what
-was matched in parts and keeps it on disk: of any number of detections, only those of a few classes are in memory.
+`CocoAccumulator` accepts images one by one; states of several processes can be merged. `MatchesByClass` accepts parts
+that are already matched and keeps them on disk, so only the detections of a few classes are in memory at a time.
 """
 
 import json
@@ -35,13 +35,13 @@ _DETECTIONS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class ImageTruth:
-    """The labelled boxes of one image.
+    """Labelled boxes of one image.
 
     Attributes:
         boxes_xywh: Absolute pixels, float64 [N, 4].
         category: Category indices, int64 [N].
-        area: Square pixels, by which COCO tells small from large, float64 [N].
-        iscrowd: Whether the box stands for a crowd; a detection inside one counts neither way, bool [N].
+        area: Square pixels, which determine COCO's size class, float64 [N].
+        iscrowd: True for a crowd; detections inside one do not count, bool [N].
     """
 
     boxes_xywh: Boxes
@@ -52,11 +52,11 @@ class ImageTruth:
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """The detections in one image; among equal scores the earlier one is matched first.
+    """Detections in one image; of equal scores, the earlier detection is matched first.
 
     Attributes:
         boxes_xywh: Absolute pixels, float64 [M, 4].
-        scores: Any finite number, higher is surer, float64 [M].
+        scores: Finite, higher is more confident, float64 [M].
         category: Category indices, int64 [M].
     """
 
@@ -69,20 +69,20 @@ NO_DETECTIONS = ImageDetections(as_boxes([]), np.zeros(0), np.zeros(0, dtype=np.
 
 
 class CocoAccumulator:
-    """Takes images one by one and gives COCO's numbers over all of them.
+    """Accumulator of images, added one by one, for COCO's metrics over all of them.
 
-    The numbers depend neither on the order of the images nor on how they were spread over accumulators; within an
-    image, the order of the detections decides between equal scores, as in pycocotools.
+    The result depends neither on the order of the images nor on their distribution over accumulators. Within an image,
+    the order of the detections decides between equal scores, as in pycocotools.
     """
 
     def __init__(self, categories: Sequence[Category]) -> None:
-        """Starts with no image.
+        """Create an empty accumulator.
 
         Raises:
-            ValueError: There is no category.
+            ValueError: `categories` is empty.
         """
         if not categories:
-            raise ValueError("COCO metrics need at least one category")
+            raise ValueError("COCO metrics require at least one category")
         self._categories = tuple(categories)
         self._pending: list[tuple[int, ImageTruth, ImageDetections]] = []
         self._num_pending_detections = 0
@@ -99,7 +99,7 @@ class CocoAccumulator:
         *,
         unreadable: bool = False,
     ) -> None:
-        """Takes one image with all its boxes and all its detections.
+        """Add one image with all its boxes and all its detections.
 
         Args:
             image_id: 0 ≤ image_id < 2⁵³, each once.
@@ -108,8 +108,8 @@ class CocoAccumulator:
             unreadable: The image could not be read: it has no detections, and all its boxes count as missed.
 
         Raises:
-            ValueError: An image that was there before, arrays that do not fit each other, an index that is no
-                category, a number that is not finite.
+            ValueError: The image was added before, array lengths differ, a category index is out of range or a number
+                is not finite.
         """
         self._check(image_id, truth, detections, unreadable)
         count = len(detections.scores)
@@ -126,7 +126,7 @@ class CocoAccumulator:
         if not 0 <= image_id < MAX_IMAGE_ID:
             raise ValueError(f"{where}: ids must be at least 0 and below 2**53")
         if image_id in self._seen:
-            raise ValueError(f"{where} was added before")
+            raise ValueError(f"{where} has already been added")
         if unreadable and len(detections.scores):
             raise ValueError(f"{where} has detections although it could not be read")
         num_truth, num_detections = len(truth.category), len(detections.category)
@@ -169,7 +169,7 @@ class CocoAccumulator:
         self._pending, self._num_pending_detections = [], 0
 
     def to_bytes(self) -> bytes:
-        """The whole state, for `merge` in another process that runs the same version of raydet."""
+        """Return the full state, for `merge` in another process that runs the same version of raydet."""
         header = {
             "categories": [[category.id, category.name] for category in self._categories],
             "num_detections": self._num_detections,
@@ -180,10 +180,10 @@ class CocoAccumulator:
         return _STATE_MAGIC + size + encoded + to_bytes(self._matches())
 
     def merge(self, state: bytes) -> None:
-        """Takes in all images of another accumulator, given as what its `to_bytes` returned.
+        """Add all images of another accumulator, given the state that its `to_bytes` returned.
 
         Raises:
-            ValueError: It is no such state, it has other categories, or an image is in both.
+            ValueError: The state is invalid, its categories differ, or an image is in both accumulators.
         """
         start = len(_STATE_MAGIC) + 8
         if not state.startswith(_STATE_MAGIC) or len(state) < start:
@@ -192,26 +192,26 @@ class CocoAccumulator:
         header = json.loads(state[start:header_end])
         categories = tuple(Category(id_, name) for id_, name in header["categories"])
         if categories != self._categories:
-            raise ValueError("the states to be merged have different categories")
+            raise ValueError("the states to merge have different categories")
         matches = from_bytes(state[header_end:])
         image_ids = matches.image_ids.tolist()
         both = self._seen.intersection(image_ids)
         if both:
-            raise ValueError(f"{len(both)} images are in both of the states to be merged, such as {min(both)}")
+            raise ValueError(f"{len(both)} images are in both states to merge, for example {min(both)}")
         self._seen.update(image_ids)
         self._num_detections += header["num_detections"]
         self._num_unreadable += header["num_unreadable"]
         self._parts.append(matches)
 
     def _matches(self) -> Matches:
-        """All images so far."""
+        """Return the matches of all images so far."""
         if self._pending or not self._parts:
             self._flush()
         self._parts = [concatenate(self._parts)]
         return self._parts[0]
 
     def result(self) -> CocoResult:
-        """The numbers over all images so far; more may be added afterwards."""
+        """Compute the metrics over all images so far; more may be added afterwards."""
         return accumulate(
             self._matches(),
             self._categories,
@@ -221,19 +221,19 @@ class CocoAccumulator:
 
 
 class MatchesByClass:
-    """Takes matches of disjoint images and gives COCO's numbers over all of them, to the last bit those of one piece.
+    """Accumulator of matches of disjoint images; the metrics are bit-identical to those of matching in one piece.
 
-    A detection takes 32 bytes on disk (by COCO's rules); in memory are those of as many classes as have four million
-    together, or of one class that has more.
+    A detection takes 32 bytes on disk (under COCO's rules). In memory are the detections of as many classes as have
+    four million together, or of one larger class.
     """
 
     def __init__(self, folder: Path, protocol: Protocol, num_classes: int) -> None:
-        """Starts with no image.
+        """Create an empty accumulator.
 
         Args:
-            folder: An empty one, for the files; who calls deletes it.
-            protocol: By which all parts are matched.
-            num_classes: 1 when they count as one.
+            folder: Empty folder for the files; the caller deletes it.
+            protocol: Matching rules of all parts.
+            num_classes: Number of classes, 1 if they count as one.
         """
         self._folder, self._protocol = folder, protocol
         self._num_truth = np.zeros((len(protocol.areas), num_classes), dtype=np.int64)
@@ -243,11 +243,11 @@ class MatchesByClass:
         self._lock = threading.Lock()
 
     def add(self, matches: Matches, places: Integers) -> None:
-        """Takes a part; several threads may do so at once.
+        """Add a part; threads may call this concurrently.
 
         Args:
-            matches: Of some images.
-            places: Where these stand among all images by rising id, int64 [I].
+            matches: Matches of some images.
+            places: Rank of their ids among all images, int64 [I].
         """
         order = stable_order(matches.detection_category.astype(np.int64))
         rows = np.empty(len(order), dtype=self._row_type)
@@ -268,13 +268,13 @@ class MatchesByClass:
     def result(
         self, categories: Sequence[Category], *, num_images: int, num_detections: int, num_unreadable: int
     ) -> CocoResult:
-        """The numbers over all parts; counts are only passed on.
+        """Compute the metrics over all parts; counts are copied to the result.
 
         Args:
-            categories: The classes, by their indices.
-            num_images: Of all parts.
-            num_detections: As given, with those that were not matched.
-            num_unreadable: Images that the detector could not read.
+            categories: Classes by index.
+            num_images: Number of images of all parts.
+            num_detections: Number of detections in the input, including unmatched ones.
+            num_unreadable: Number of images that the detector could not read.
         """
         curves = [precision_and_recall(self._judged(first, last)) for first, last in self._ranges()]
         precision, recall = zip(*curves, strict=True)
@@ -290,7 +290,7 @@ class MatchesByClass:
         )
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        """First and last class (exclusive) of those that are in memory together."""
+        """Yield the first and last class (exclusive) of each range that is loaded into memory together."""
         num_classes = self._num_truth.shape[1]
         ends = sum((ends for _, ends in self._files), np.zeros(num_classes + 1, dtype=np.int64))
         first = 0
@@ -307,7 +307,7 @@ class MatchesByClass:
             pieces.append(np.fromfile(path, self._row_type, count=end - begin, offset=begin * self._row_type.itemsize))
             categories.append(np.repeat(np.arange(last - first, dtype=np.int32), np.diff(ends[first : last + 1])))
         rows, category = np.concatenate(pieces), np.concatenate(categories)
-        # Parts come in any order; what is equally sure counts by rising image.
+        # Parts arrive in any order; detections with equal scores are ordered by image.
         order = stable_order(rows["image"].astype(np.int64))
         columns = {name: rows[name][order].T for name in ("rank", "scores", "true_positive", "ignored")}
         return Judged(
@@ -319,7 +319,7 @@ class MatchesByClass:
 
 
 def _row_type(protocol: Protocol) -> np.dtype[Any]:
-    """A detection on disk; its class follows from where it stands."""
+    """Return the layout of a detection on disk; its class follows from its position."""
     sets = (bits_type(len(protocol.iou_thresholds)), (len(protocol.areas),))
     return np.dtype(
         [

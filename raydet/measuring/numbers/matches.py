@@ -1,6 +1,6 @@
-"""The outcome of a matching: what became of every detection and every labelled box, and by which rules.
+"""Result of matching: the outcome of every detection and every labelled box, and the matching rules.
 
-Everything that is measured starts from one: AP and AR, intervals, slices, comparisons.
+All measurements start from it: AP and AR, intervals, slices, comparisons.
 """
 
 import io
@@ -18,7 +18,7 @@ from raydet.tables.columns import Flags, Floats, Integers
 BitSets = npt.NDArray[np.unsignedinteger]
 
 COCO_IOU_THRESHOLDS: tuple[float, ...] = tuple(np.linspace(0.5, 0.95, 10).tolist())
-"""As pycocotools has them: np.linspace, not multiples of 0.05, which round otherwise."""
+"""As in pycocotools: np.linspace, not multiples of 0.05, which round differently."""
 COCO_AREAS: dict[str, tuple[float, float]] = {
     "all": (0.0, 1e10),
     "small": (0.0, 32.0**2),
@@ -30,13 +30,13 @@ COCO_AREAS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How detections are held against the truth.
+    """Rules by which detections are matched with the truth.
 
     Attributes:
         iou_thresholds: Ascending; at most 64.
-        areas: Names and bounds of the size classes; the first is over all sizes.
-        max_detections: Detections of a class looked at in an image (COCO), those of the highest scores, ascending;
-            the last one decides what is matched at all.
+        areas: Names and bounds of the size classes; the first covers all sizes.
+        max_detections: Limits of detections per class and image, by descending score (COCO), ascending; detections
+            beyond the last limit are not matched.
         class_agnostic: All classes count as one.
     """
 
@@ -51,29 +51,29 @@ COCO = Protocol()
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """What became of every detection and every labelled box of some images.
+    """Outcome of every detection and every labelled box of some images.
 
-    Images stand by rising id. Detections stand by image, in it by category, in that by falling score (ties as given);
-    those beyond the last of `protocol.max_detections` of their class and image are left out.
-    A is the number of size classes, T of IoU thresholds; sets of thresholds are bits, bit t for threshold t, in the
-    smallest unsigned integer that holds T bits.
+    Images are in ascending id order. Detections are ordered by image, category and descending score (ties in input
+    order); those beyond the last of `protocol.max_detections` of their class and image are left out.
+    A is the number of size classes, T the number of IoU thresholds. Sets of thresholds are bits, bit t for threshold t,
+    in the smallest unsigned integer that holds T bits.
 
     Attributes:
-        protocol: By which rules.
-        num_categories: Classes; 1 when they count as one.
-        image_ids: int64 [I], ascending, with all images, also those without any box.
+        protocol: Matching rules.
+        num_categories: Number of classes; 1 if they count as one.
+        image_ids: int64 [I], ascending, all images including those without boxes.
         detection_image: Row in `image_ids`, int32 [D].
-        detection_category: int32 [D]; 0 throughout when classes count as one.
-        detection_row: Row in the `DetectionColumns` given, int64 [D]; -1 after `concatenate`.
+        detection_category: int32 [D]; all 0 if classes count as one.
+        detection_row: Row in the `DetectionColumns`, int64 [D]; -1 after `concatenate`.
         scores: float64 [D].
-        rank: Place among the detections of its image and class, from 0, int32 [D].
+        rank: Position among the detections of its image and class, from 0, int32 [D].
         true_positive: Thresholds at which the detection found a box that counts, unsigned [A, D].
-        ignored: Thresholds at which it counts neither way, unsigned [A, D].
+        ignored: Thresholds at which the detection does not count, unsigned [A, D].
         truth_image: Row in `image_ids`, int32 [G].
         truth_category: int32 [G].
-        truth_row: Row in the `TruthColumns` given, int64 [G]; -1 after `concatenate`.
-        truth_ignored: Whether the box does not count in a size class (crowd, or another size), bool [A, G].
-        truth_found: Thresholds at which some detection was matched with it, over all sizes, unsigned [G].
+        truth_row: Row in the `TruthColumns`, int64 [G]; -1 after `concatenate`.
+        truth_ignored: True if the box does not count in a size class (crowd, or another size), bool [A, G].
+        truth_found: Thresholds at which a detection matched the box, over all sizes, unsigned [G].
     """
 
     protocol: Protocol
@@ -94,7 +94,7 @@ class Matches:
 
 
 def bits_type(num_thresholds: int) -> type[np.unsignedinteger]:
-    """The smallest unsigned integer with a bit for each threshold."""
+    """Return the smallest unsigned integer type with a bit for each threshold."""
     for bits in (np.uint8, np.uint16, np.uint32):
         if num_thresholds <= np.iinfo(bits).bits:
             return bits
@@ -102,7 +102,7 @@ def bits_type(num_thresholds: int) -> type[np.unsignedinteger]:
 
 
 def bits_at(sets: BitSets, threshold_index: int) -> Flags:
-    """Whether each set of thresholds, of any shape, holds the one of that index."""
+    """Return True for each set of thresholds, of any shape, that contains the given threshold."""
     flags: Flags = (sets & sets.dtype.type(1 << threshold_index)) != 0
     return flags
 
@@ -120,11 +120,11 @@ _OF_TRUTH = ("truth_image", "truth_category", "truth_row", "truth_ignored", "tru
 
 
 def take_images(matches: Matches, chosen: Flags) -> Matches:
-    """What became of the boxes of some images only.
+    """Return the matches of a subset of the images.
 
     Args:
-        matches: Of all images.
-        chosen: Which images, bool [I].
+        matches: Matches of all images.
+        chosen: Mask of the images to keep, bool [I].
     """
     new_place = np.cumsum(chosen, dtype=np.int32) - np.int32(1)
     columns: dict[str, Any] = {"image_ids": matches.image_ids[chosen]}
@@ -137,23 +137,23 @@ def take_images(matches: Matches, chosen: Flags) -> Matches:
 
 
 def concatenate(parts: Sequence[Matches]) -> Matches:
-    """Puts together what was matched in several parts; images stand by rising id afterwards, rows are -1.
+    """Concatenate the matches of several parts; images are in ascending id order afterwards, column rows are -1.
 
     Raises:
-        ValueError: There is no part, parts differ in protocol or number of classes, or an image is in two.
+        ValueError: There are no parts, parts differ in protocol or number of classes, or an image is in two parts.
     """
     if not parts:
-        raise ValueError("there is nothing to concatenate")
+        raise ValueError("no matches to concatenate")
     first = parts[0]
     if any((part.protocol, part.num_categories) != (first.protocol, first.num_categories) for part in parts):
-        raise ValueError("parts that were matched by different protocols or classes cannot be put together")
-    # Parts that are ranges of ids then need no sorting.
+        raise ValueError("cannot concatenate matches with different protocols or classes")
+    # After this, parts that are ranges of ids need no further sorting.
     parts = sorted(parts, key=lambda part: int(part.image_ids[0]) if len(part.image_ids) else -1)
     image_ids = np.concatenate([part.image_ids for part in parts])
     order = np.argsort(image_ids, kind="stable")
     twice = np.flatnonzero(np.diff(image_ids[order]) == 0)
     if len(twice):
-        raise ValueError(f"{len(twice)} images are in two parts, such as {image_ids[order[twice[0]]]}")
+        raise ValueError(f"{len(twice)} images are in two parts, for example {image_ids[order[twice[0]]]}")
     place = np.empty(len(order), dtype=np.int32)
     place[order] = np.arange(len(order))
     offsets = np.cumsum([0, *(len(part.image_ids) for part in parts)])
@@ -174,7 +174,7 @@ def concatenate(parts: Sequence[Matches]) -> Matches:
 
 
 def to_bytes(matches: Matches) -> bytes:
-    """The whole of it, for `from_bytes` in another process that runs the same version of raydet."""
+    """Serialise matches, for `from_bytes` in another process that runs the same version of raydet."""
     columns = {name: getattr(matches, name) for name in ("image_ids", *_OF_DETECTIONS, *_OF_TRUTH)}
     header = json.dumps({"protocol": asdict(matches.protocol), "num_categories": matches.num_categories})
     buffer = io.BytesIO()
@@ -183,10 +183,10 @@ def to_bytes(matches: Matches) -> bytes:
 
 
 def from_bytes(state: bytes) -> Matches:
-    """What `to_bytes` was given.
+    """Restore the matches that `to_bytes` serialised.
 
     Raises:
-        ValueError: It is no such state.
+        ValueError: The bytes are not a valid state.
     """
     try:
         with np.load(io.BytesIO(state), allow_pickle=False) as columns:

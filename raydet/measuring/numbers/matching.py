@@ -1,4 +1,4 @@
-"""Which detection found which labelled box, by COCO's greedy rule, for whole columns of images at once."""
+"""Match detections with labelled boxes by COCO's greedy rule, vectorised over many images."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,23 +12,23 @@ from raydet.measuring.numbers.matches import COCO, BitSets, Matches, Protocol, b
 from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns, take_detections, take_truth
 
 Matcher = Callable[[TruthColumns, DetectionColumns, slice], Matches]
-"""Matches the columns of a range of images, given with the range."""
+"""Function that matches the columns of a range of images; the range is its third argument."""
 
 _IMAGES_PER_PART = 20_000
 _BOXES_PER_PART = 400_000
 _PAIRS_AT_ONCE = 1_000_000
-_SURE_IOU = 1 - 1e-10
-"""pycocotools asks for no more than this, so that a threshold of 1 can be met in spite of rounding."""
+_MAX_THRESHOLD = 1 - 1e-10
+"""pycocotools caps thresholds here, so that a threshold of 1 can be met in spite of rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Detections and labelled boxes that overlap, by rising detection, then truth.
+    """Overlapping detections and labelled boxes, by ascending detection, then truth.
 
     Attributes:
-        detection: Row in the `DetectionColumns` given, int64 [P].
-        truth: Row in the `TruthColumns` given, int64 [P].
-        iou: float64 [P]; where the labelled box is a crowd, the part of the detection that lies in it.
+        detection: Row in the `DetectionColumns`, int64 [P].
+        truth: Row in the `TruthColumns`, int64 [P].
+        iou: float64 [P]; for a crowd, the share of the detection that lies in it.
     """
 
     detection: Integers
@@ -38,31 +38,31 @@ class Pairs:
 
 @dataclass(frozen=True)
 class _Boxes:
-    """Boxes of one kind, by group, which is an image and, unless classes count as one, a class of it."""
+    """Boxes of one side, sorted by group: an image or, unless classes count as one, a class of an image."""
 
-    row: Integers  # in the columns given
-    image: Integers  # by rising id
+    row: Integers  # in the input columns
+    image: Integers  # rank of the image id
     category: Integers
     group: Integers
     boxes_xywh: Boxes
 
 
 def match(truth: TruthColumns, detections: DetectionColumns, num_categories: int, protocol: Protocol = COCO) -> Matches:
-    """Matches every detection with at most one labelled box, exactly as pycocotools' `COCOeval.evaluateImg` does.
+    """Match every detection with at most one labelled box, exactly as pycocotools' `COCOeval.evaluateImg` does.
 
-    In each image and class the detections, by falling score, take the free box that counts and that they overlap
-    most, if that reaches the threshold (of equal overlaps the box given last); where there is none, they take such a
-    box that does not count (a crowd as often as they like) and do not count either. A detection that found nothing
-    and is of another size does not count.
+    In each image and class, in descending score order, each detection takes the free box that counts and that it
+    overlaps most, if the overlap reaches the threshold (of equal overlaps, the last box). Otherwise it takes a box that
+    does not count by the same rule (any number of detections may share a crowd) and does not count either. A detection
+    without a match does not count if it belongs to another size class.
 
-    Classes that count as one are matched together; of equal scores, as of equal overlaps, the order of the category
-    indices then decides before that of the rows, as in pycocotools that of the category ids.
+    If classes count as one, they are matched together. Ties between scores and between overlaps are then ordered by
+    category index before row, as pycocotools orders them by category id.
 
     Args:
-        truth: The labelled boxes of all images.
-        detections: The detections in the same images.
-        num_categories: Classes; all indices are below it.
-        protocol: By which rules.
+        truth: Labelled boxes of all images.
+        detections: Detections in the same images.
+        num_categories: Number of classes; all indices are below it.
+        protocol: Matching rules.
     """
     num_classes = 1 if protocol.class_agnostic else num_categories
     order = np.argsort(truth.image_ids)
@@ -82,7 +82,7 @@ def match(truth: TruthColumns, detections: DetectionColumns, num_categories: int
     found_area = found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3]
     bounds = np.array([bound for _, bound in protocol.areas])
     truth_ignored = iscrowd | (area < bounds[:, :1]) | (area > bounds[:, 1:])
-    thresholds = np.minimum(protocol.iou_thresholds, _SURE_IOU)
+    thresholds = np.minimum(protocol.iou_thresholds, _MAX_THRESHOLD)
     bits = bits_type(len(thresholds))
     everything = bits(2 ** len(thresholds) - 1)
     pairs = _overlapping(found, labelled, iscrowd, float(thresholds[0]))
@@ -111,16 +111,16 @@ def match(truth: TruthColumns, detections: DetectionColumns, num_categories: int
 def match_in_parts(
     truth: TruthColumns, detections: DetectionColumns, matcher: Matcher, *, num_parts: int | None = None
 ) -> Matches:
-    """Matches ranges of images side by side in threads, which bounds the memory; the outcome is that of one piece.
+    """Match ranges of images in parallel threads, which bounds memory; the result equals matching in one piece.
 
     Args:
-        truth: The labelled boxes; images by rising id.
-        detections: In the same images.
-        matcher: Matches a range of them.
-        num_parts: How many ranges; by default as few as keep each small.
+        truth: Labelled boxes; images in ascending id order.
+        detections: Detections in the same images.
+        matcher: Function that matches one range.
+        num_parts: Number of ranges; by default the fewest that keep each one small.
     """
     num_images = len(truth.image_ids)
-    # Rows up to each image, so that parts have about equally much in them.
+    # Cumulative number of rows, so that parts have similar amounts of work.
     work = truth.starts + detections.starts + np.arange(num_images + 1)
     if num_parts is None:
         num_parts = max(-(-num_images // _IMAGES_PER_PART), -(-int(work[-1]) // _BOXES_PER_PART))
@@ -140,7 +140,7 @@ def match_in_parts(
         return match_part(0, num_images)
     with ThreadPoolExecutor(available_cpus()) as pool:
         parts = list(pool.map(match_part, bounds[:-1], bounds[1:]))
-    # Parts are ranges of rising ids, so what stands behind each other stays so.
+    # Parts are ranges of ascending ids, so concatenation preserves the order of rows.
     return replace(
         concatenate(parts),
         detection_row=np.concatenate([part.detection_row for part in parts]),
@@ -151,13 +151,13 @@ def match_in_parts(
 def overlapping_pairs(
     truth: TruthColumns, detections: DetectionColumns, *, same_category: bool, min_iou: float
 ) -> Pairs:
-    """All detections and labelled boxes of one image that overlap, as pycocotools computes it.
+    """Return all overlapping detections and labelled boxes of the same image, with pycocotools' IoU.
 
     Args:
-        truth: The labelled boxes of all images.
-        detections: The detections in the same images.
-        same_category: Only those of one class.
-        min_iou: Lowest overlap; what merely touches is left out in any case.
+        truth: Labelled boxes of all images.
+        detections: Detections in the same images.
+        same_category: Return only pairs of the same class.
+        min_iou: Minimum overlap; boxes that merely touch are always excluded.
     """
     labels, guesses = truth.category, detections.category
     if not same_category:
@@ -181,7 +181,7 @@ def _by_group(
     num_classes: int,
     protocol: Protocol,
 ) -> _Boxes:
-    """Sorts by image, class and falling score; what is equal stays in the order given."""
+    """Sort by image, class and descending score, keeping the input order of ties."""
     image = np.repeat(place, np.diff(starts))
     rows = np.arange(len(image))
     if protocol.class_agnostic:
@@ -190,28 +190,28 @@ def _by_group(
     else:
         group, label = image * num_classes + category, category
     if scores is not None:
-        # Detections mostly come by falling score in each image, which what is sorted next leaves as it is.
+        # Scores usually descend within each image already, and the group sort below preserves that order.
         rises = (scores[1:] > scores[:-1]) & (image[1:] == image[:-1])
         if protocol.class_agnostic or rises.any():
-            rows = rows[stable_order(falling_rank(scores[rows]))]
+            rows = rows[stable_order(descending_rank(scores[rows]))]
     rows = rows[stable_order(group[rows])]
     return _Boxes(rows, image[rows], label[rows], group[rows], boxes_xywh[rows])
 
 
 def stable_order(keys: Integers) -> Integers:
-    """As `np.argsort(keys, kind="stable")`; keys are not negative."""
+    """Return `np.argsort(keys, kind="stable")` for non-negative keys."""
     shift = len(keys).bit_length()
     if int(keys.max(initial=0)).bit_length() + shift > 62:
         return np.argsort(keys, kind="stable")
-    # numpy sorts whole numbers many times faster than it finds their order, so each carries its place with it.
+    # numpy sorts integers many times faster than it argsorts them, so pack each position into its key.
     carrying: Integers = (keys << shift) | np.arange(len(keys))
     carrying.sort()
     carrying &= (1 << shift) - 1
     return carrying
 
 
-def falling_rank(scores: Floats) -> Integers:
-    """0 for the highest score, 1 for the next lower one and so on; equal scores have one rank, [D] → [D]."""
+def descending_rank(scores: Floats) -> Integers:
+    """Return the rank of each score, 0 for the highest; equal scores share a rank, [D] → [D]."""
     order = np.argsort(-scores)
     falls = np.diff(scores[order], prepend=scores[order[:1]]) != 0
     ranks = np.empty(len(scores), dtype=np.int64)
@@ -220,16 +220,16 @@ def falling_rank(scores: Floats) -> Integers:
 
 
 def _rank(group: Integers) -> Integers:
-    """Place of each element among those of its group, from 0; groups stand together."""
+    """Return the position of each element in its group, from 0; groups must be contiguous."""
     positions = np.arange(len(group))
     is_first = np.append(True, group[1:] != group[:-1])[: len(group)]
     return positions - np.maximum.accumulate(np.where(is_first, positions, 0))
 
 
 def _overlapping(found: _Boxes, labelled: _Boxes, iscrowd: Flags, min_iou: float) -> tuple[Integers, Integers, Floats]:
-    """Positions of detections, of labelled boxes of the same group, and their overlap where it is at least `min_iou`.
+    """Return positions of detections and labelled boxes of the same group, and their overlap of at least `min_iou`.
 
-    By rising position of the detection, then of the labelled box.
+    Ordered by detection, then by labelled box.
     """
     start = np.searchsorted(labelled.group, found.group, side="left")
     count = np.searchsorted(labelled.group, found.group, side="right") - start
@@ -257,7 +257,7 @@ def _overlapping(found: _Boxes, labelled: _Boxes, iscrowd: Flags, min_iou: float
 
 
 def _sides(boxes_xywh: Boxes) -> tuple[Floats, ...]:
-    """Left, top, right, bottom and area, each [N]."""
+    """Return left, top, right, bottom and area, each [N]."""
     left, top, width, height = np.ascontiguousarray(boxes_xywh.T)
     return left, top, left + width, top + height, width * height
 
@@ -265,7 +265,7 @@ def _sides(boxes_xywh: Boxes) -> tuple[Floats, ...]:
 def _iou(
     first: tuple[Floats, ...], own: Integers, second: tuple[Floats, ...], other: Integers, iscrowd: Flags
 ) -> Floats:
-    """In the order of operations of pycocotools' `bbIou`, so that every bit is the same."""
+    """Return the IoU with pycocotools' `bbIou` order of operations, so that results are bit-identical."""
     width = np.minimum(first[2][own], second[2][other]) - np.maximum(first[0][own], second[0][other])
     height = np.minimum(first[3][own], second[3][other]) - np.maximum(first[1][own], second[1][other])
     shared = np.where((width > 0) & (height > 0), width * height, 0.0)
@@ -273,7 +273,7 @@ def _iou(
     union = area + second[4][other] - shared
     if iscrowd.any():
         union = np.where(iscrowd[other], area, union)
-    # Boxes without area overlap nothing, not even each other.
+    # Boxes without area overlap nothing, including each other.
     iou: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
     return iou
 
@@ -281,25 +281,25 @@ def _iou(
 def _assign(
     pairs: tuple[Integers, Integers, Floats], group: Integers, thresholds: Floats, truth_ignored: Flags, iscrowd: Flags
 ) -> tuple[BitSets, BitSets, BitSets]:
-    """Deals the boxes out to the detections, for all thresholds (as bits) and size classes at once.
+    """Assign boxes to detections for all thresholds (as bits) and size classes simultaneously.
 
-    A round takes one detection of every group, the surest that has not had its turn, so that no two of a round want
-    the same box; in a round each goes through its candidates from the best down, first those that count.
+    Each round processes the next detection of every group in descending score order, so no two detections of a round
+    compete for a box. Within a round, each tries its candidates in descending overlap order, those that count first.
 
     Args:
-        pairs: Positions of detections and labelled boxes, and their overlap, of at least the lowest threshold.
-        group: Of each detection, [D].
+        pairs: Positions of detections and labelled boxes, and their overlap of at least the lowest threshold.
+        group: Group of each detection, [D].
         thresholds: Ascending, [T].
         truth_ignored: [A, G].
         iscrowd: [G].
 
     Returns:
-        Thresholds at which each detection is right [A, D], does not count [A, D], and each box is found [G].
+        Thresholds at which each detection is correct [A, D], does not count [A, D], and each box is found [G].
     """
     bits = bits_type(len(thresholds))
     everything = bits(2 ** len(thresholds) - 1)
     detection, truth, iou = pairs
-    # From the best candidate of each detection down, of equal ones the last first.
+    # Order each detection's candidates by descending overlap; of equal overlaps, the last box comes first.
     order = np.lexsort((-truth, -iou, detection))
     choice = _rank(detection)
     is_first = choice == 0

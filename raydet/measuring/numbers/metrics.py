@@ -1,7 +1,7 @@
-"""COCO's numbers, equal to pycocotools' to the last bit.
+"""COCO's metrics, bit-identical to pycocotools.
 
-`accumulate` turns what `matching.match` found into precision, recall and the means over them, in the order in which
-pycocotools takes them.
+`accumulate` computes precision, recall and their means from the result of `matching.match`, in pycocotools' order of
+operations.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.measuring.numbers.matches import COCO, BitSets, Matches, Protocol, bits_at
-from raydet.measuring.numbers.matching import falling_rank, stable_order
+from raydet.measuring.numbers.matching import descending_rank, stable_order
 from raydet.measuring.numbers.precision import COCO_RECALLS, coco_precision, hits_needed, precision_at
 from raydet.measuring.numbers.values import Block, MetricValue
 from raydet.tables.columns import Floats, Integers
@@ -21,7 +21,7 @@ from raydet.tables.schema import Category
 
 @dataclass(frozen=True)
 class Metric:
-    """A number: its name and what it is taken over (`iou` None is the mean over all thresholds)."""
+    """Definition of a metric; `iou` is None for the mean over all thresholds."""
 
     name: str
     kind: Literal["precision", "recall"]
@@ -30,7 +30,7 @@ class Metric:
     max_detections: int
 
     def with_value(self, value: float | None, category: str | None = None) -> MetricValue:
-        """The number as measured, over all classes or of one."""
+        """Return the metric with a measured value, over all classes or for one."""
         return MetricValue(
             metric=self.name,
             value=value,
@@ -42,9 +42,9 @@ class Metric:
 
 
 def metrics_of(protocol: Protocol) -> tuple[Metric, ...]:
-    """The numbers that a protocol gives, in COCO's order; for COCO's own these are its twelve.
+    """Return the metrics of a protocol in COCO's order; for COCO itself, these are the twelve.
 
-    AP50 and AP75 are there if those thresholds are. Sizes are named by their first letter.
+    AP50 and AP75 are included if the protocol has those thresholds. Size classes are named by their first letter.
     """
     (whole, _), *sizes = protocol.areas
     last = protocol.max_detections[-1]
@@ -62,7 +62,7 @@ METRICS = metrics_of(COCO)
 
 
 class _Named:
-    """A number by its name; None where it is undefined, or where the protocol has no such number."""
+    """Attribute for a metric by name; None if it is undefined or the protocol does not have it."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -73,11 +73,10 @@ class _Named:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoNumbers:
-    """Numbers in [0, 1], None where there is nothing to measure (no labelled box of that kind).
+    """Metric values in [0, 1], None if undefined (no labelled box counts).
 
     Attributes:
-        values: All numbers of the protocol by their names, in the order of `metrics_of`. COCO's twelve are attributes
-            too.
+        values: All metrics of the protocol by name, in the order of `metrics_of`. COCO's twelve are also attributes.
     """
 
     values: dict[str, float | None]
@@ -98,19 +97,19 @@ class CocoNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoResult(CocoNumbers):
-    """The numbers over all classes, and what they were made of.
+    """Metrics over all classes and by class, with the arrays they are computed from.
 
     Attributes:
-        categories: The classes, by their indices; none where classes count as one.
-        per_class: The numbers of each class.
-        num_images: Images, with and without boxes.
-        num_truth: Labelled boxes, crowds included.
-        num_detections: Detections given, also those beyond the last limit of an image and class.
-        num_unreadable: Images that the detector could not read; all their boxes count as missed.
-        precision: As in pycocotools, at the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 where there
-            is no truth; classes by index.
-        recall: Likewise, [T thresholds, class, A sizes, limit].
-        protocol: By which rules.
+        categories: Classes by index; empty if classes count as one.
+        per_class: Metrics of each class.
+        num_images: Number of images, with and without boxes.
+        num_truth: Number of labelled boxes, crowds included.
+        num_detections: Number of detections in the input, including those beyond the limit per image and class.
+        num_unreadable: Number of images that the detector could not read; all their boxes count as missed.
+        precision: As in pycocotools, at the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 without
+            truth; classes by index.
+        recall: As in pycocotools, [T thresholds, class, A sizes, limit], -1 without truth.
+        protocol: Matching rules.
     """
 
     categories: tuple[Category, ...]
@@ -124,7 +123,7 @@ class CocoResult(CocoNumbers):
     protocol: Protocol = COCO
 
     def blocks(self) -> tuple[Block, ...]:
-        """The numbers over all classes, then those of each class."""
+        """Return the values over all classes, then those of each class."""
         named: list[tuple[str | None, dict[str, float | None]]] = [(None, self.values)]
         named += [(category.name, own.values) for category, own in zip(self.categories, self.per_class, strict=True)]
         return tuple(
@@ -136,19 +135,19 @@ class CocoResult(CocoNumbers):
 def accumulate(
     matches: Matches, categories: Sequence[Category], *, num_detections: int | None = None, num_unreadable: int = 0
 ) -> CocoResult:
-    """COCO's numbers over all images of `matches`, equal to pycocotools' to the last bit.
+    """Compute COCO's metrics over all images of `matches`, bit-identical to pycocotools.
 
     Args:
-        matches: All images, in one piece.
-        categories: The classes, by their indices.
-        num_detections: As given, where that is more than what was matched; only passed on.
-        num_unreadable: Only passed on.
+        matches: Matches of all images, in one piece.
+        categories: Classes by index.
+        num_detections: Number of detections in the input, if more than were matched; copied to the result.
+        num_unreadable: Number of unreadable images; copied to the result.
 
     Raises:
-        ValueError: `categories` are not those of `matches`.
+        ValueError: `categories` do not fit `matches`.
     """
     if not matches.protocol.class_agnostic and len(categories) != matches.num_categories:
-        raise ValueError(f"{len(categories)} categories for matches of {matches.num_categories}")
+        raise ValueError(f"{len(categories)} categories for matches with {matches.num_categories}")
     precision, recall = precision_and_recall(judged_of(matches))
     return result_of(
         precision,
@@ -173,16 +172,16 @@ def result_of(
     num_detections: int,
     num_unreadable: int,
 ) -> CocoResult:
-    """The means over what `precision_and_recall` gave for all classes; counts are only passed on."""
+    """Average the arrays of `precision_and_recall` for all classes; counts are copied to the result."""
     by_class = tuple(() if protocol.class_agnostic else categories)
-    # pycocotools puts classes in the order of the source's ids, and a mean in another order rounds differently.
+    # pycocotools orders classes by the source's ids, and a mean in another order rounds differently.
     by_source_id = sorted(range(len(by_class)), key=lambda index: by_class[index].id) or [0]
     values: dict[str, float | None] = {}
     values_by_class: list[dict[str, float | None]] = [{} for _ in by_class]
     for metric in metrics_of(protocol):
         chosen = cells(precision, recall, protocol, metric)
         values[metric.name] = mean_of(chosen[..., by_source_id])
-        # A class has either no -1 or nothing else.
+        # The values of a class are either all -1 or never -1.
         rows = np.ascontiguousarray(np.moveaxis(chosen, -1, 0)).reshape(chosen.shape[-1], -1)
         for own, value in zip(values_by_class, rows.mean(axis=1).tolist(), strict=bool(by_class)):
             own[metric.name] = None if value == -1 else value
@@ -201,7 +200,7 @@ def result_of(
 
 
 def cells(precision: Floats, recall: Floats, protocol: Protocol, metric: Metric) -> Floats:
-    """What a number is the mean of: [threshold, 101 recalls, class], for a recall [threshold, class]."""
+    """Return the array that a metric averages: [threshold, 101 recalls, class], for a recall [threshold, class]."""
     area = [name for name, _ in protocol.areas].index(metric.area)
     thresholds = slice(None)
     if metric.iou is not None:
@@ -213,29 +212,29 @@ def cells(precision: Floats, recall: Floats, protocol: Protocol, metric: Metric)
 
 
 def mean_of(chosen: Floats) -> float | None:
-    """The mean in pycocotools' order, without what is -1; None where nothing is left."""
+    """Return the mean in pycocotools' order, ignoring -1; None if all values are -1."""
     defined = chosen[chosen > -1]
     return float(np.mean(defined)) if defined.size else None
 
 
-def surest_first(matches: "Matches | Judged") -> Integers:
-    """Positions of the detections by class, in it by falling score, of equal ones by rising image id and rank, [D]."""
-    ranks = falling_rank(matches.scores)
+def by_descending_score(matches: "Matches | Judged") -> Integers:
+    """Return positions of the detections by class, descending score, ascending image id and rank, [D]."""
+    ranks = descending_rank(matches.scores)
     return stable_order(matches.detection_category * (ranks.max(initial=0) + 1) + ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What of `Matches` the curves of some classes, counted from 0, are made of; images by rising id.
+    """Part of `Matches` that determines the curves of some classes, numbered from 0; images in ascending id order.
 
     Attributes:
-        protocol: By which rules.
+        protocol: Matching rules.
         detection_category: int32 [D].
         scores: float64 [D].
         rank: int32 [D].
         true_positive: Unsigned [A, D].
         ignored: Unsigned [A, D].
-        num_truth: Labelled boxes that count, of each size and class, int64 [A, K].
+        num_truth: Number of labelled boxes that count, by size and class, int64 [A, K].
     """
 
     protocol: Protocol
@@ -248,7 +247,7 @@ class Judged:
 
 
 def judged_of(matches: Matches) -> Judged:
-    """All classes."""
+    """Return the judged detections of all classes."""
     return Judged(
         protocol=matches.protocol,
         detection_category=matches.detection_category,
@@ -261,7 +260,7 @@ def judged_of(matches: Matches) -> Judged:
 
 
 def count_truth(matches: Matches) -> Integers:
-    """Labelled boxes that count, of each size and class, int64 [A, K]."""
+    """Return the number of labelled boxes that count, by size and class, int64 [A, K]."""
     return np.array(
         [
             np.bincount(matches.truth_category[~ignored], minlength=matches.num_categories)
@@ -271,18 +270,18 @@ def count_truth(matches: Matches) -> Integers:
 
 
 def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
-    """The arrays of pycocotools' `COCOeval.accumulate`; a class does not change those of another.
+    """Compute the arrays of pycocotools' `COCOeval.accumulate`; classes are independent of each other.
 
     Returns:
-        Precision at the last limit, [T, 101, K, A, 1], and recall, [T, K, A, limit]; -1 where a class has no truth.
+        Precision at the last limit, [T, 101, K, A, 1], and recall, [T, K, A, limit]; -1 for a class without truth.
     """
     protocol, num_classes = judged.protocol, judged.num_truth.shape[1]
     num_thresholds, limits = len(protocol.iou_thresholds), protocol.max_detections
     precision = np.full((len(protocol.areas), num_thresholds, num_classes, len(COCO_RECALLS)), -1.0)
     recall = np.full((num_thresholds, num_classes, len(protocol.areas), len(limits)), -1.0)
-    order = surest_first(judged)
+    order = by_descending_score(judged)
     category, rank = judged.detection_category[order], judged.rank[order]
-    begins = np.searchsorted(category, np.arange(num_classes, dtype=np.int32))
+    class_starts = np.searchsorted(category, np.arange(num_classes, dtype=np.int32))
     num_before = np.zeros(len(order) + 1, dtype=np.int64)
     for area, num_truth in enumerate(judged.num_truth):
         right, ignored = judged.true_positive[area][order], judged.ignored[area][order]
@@ -292,7 +291,7 @@ def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
             hits = np.flatnonzero(bits_at(right, threshold))
             np.cumsum(~bits_at(ignored, threshold), out=num_before[1:])
             own = category[hits]
-            num_judged = num_before[hits + 1] - num_before[begins[own]]
+            num_judged = num_before[hits + 1] - num_before[class_starts[own]]
             num_hits = np.bincount(own, minlength=num_classes)
             at_hits = coco_precision(own, num_judged, num_hits)
             precision[area, threshold, known] = precision_at(at_hits, num_hits[known], needed)

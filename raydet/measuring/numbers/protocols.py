@@ -1,7 +1,7 @@
-"""Numbers of other benchmarks than COCO: Pascal VOC's and LVIS'.
+"""Metrics of Pascal VOC and LVIS.
 
-Each has its own way of matching, `match_voc` and `match_lvis`, whose outcome is a `Matches` as any other (of pieces,
-put together by `matches.concatenate`), and its own numbers, `voc_blocks` and `lvis_blocks`.
+Each benchmark has its own matching, `match_voc` and `match_lvis`, which returns ordinary `Matches` (parts can be joined
+with `matches.concatenate`), and its own metrics, `voc_blocks` and `lvis_blocks`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from raydet.measuring.numbers.matches import Matches, Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs
-from raydet.measuring.numbers.metrics import accumulate, mean_of, surest_first
+from raydet.measuring.numbers.metrics import accumulate, by_descending_score, mean_of
 from raydet.measuring.numbers.precision import VOC07_RECALLS, envelope, hits_needed, precision_at
 from raydet.measuring.numbers.values import Block, MetricValue
 from raydet.tables.columns import DetectionColumns, Integers, TruthColumns
@@ -20,21 +20,21 @@ from raydet.tables.schema import Category
 VOC = Protocol(iou_thresholds=(0.5,), areas=(("all", (0.0, float("inf"))),), max_detections=(2**31 - 1,))
 LVIS = Protocol(max_detections=(300,))
 
-_MOST_IMAGES_OF_RARE, _MOST_IMAGES_OF_COMMON = 10, 100
+_MAX_IMAGES_RARE, _MAX_IMAGES_COMMON = 10, 100
 
 
 def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories: int) -> Matches:
-    """Says which detection is right by Pascal VOC's rule, at IoU 0.5.
+    """Match detections by Pascal VOC's rule, at IoU 0.5.
 
-    A detection goes with the box of its class that it overlaps most, of equal ones the first, if that is at least
-    0.5. If the box is difficult the detection does not count; of those that go with another box the surest is right,
-    the rest are wrong, whatever else they overlap.
+    A detection is assigned to the box of its class that it overlaps most (of equal overlaps, the first), if the overlap
+    is at least 0.5. If that box is difficult, the detection does not count. Of the detections assigned to any other
+    box, the one with the highest score is correct and the rest are wrong, regardless of other boxes they overlap.
     Source: the development kit of the challenge (`VOCevaldet.m`, 2007 to 2012).
 
     Args:
-        truth: The labelled boxes; `iscrowd` tells the difficult ones.
-        detections: The detections in the same images, however many.
-        num_categories: Classes; all indices are below it.
+        truth: Labelled boxes; `iscrowd` marks the difficult ones.
+        detections: Detections in the same images, without a limit per image.
+        num_categories: Number of classes; all indices are below it.
     """
     matches = match(truth, detections, num_categories, VOC)
     plain = replace(truth, iscrowd=np.zeros_like(truth.iscrowd))
@@ -45,35 +45,35 @@ def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories:
     box_of[own] = pairs.truth[best_first[is_first]]
 
     box = box_of[matches.detection_row]
-    goes_with_one = np.flatnonzero(box >= 0)
-    # By image, class and falling score, so that the first of each box is the surest.
-    found, surest = np.unique(box[goes_with_one], return_index=True)
+    assigned = np.flatnonzero(box >= 0)
+    # Ordered by image, class and descending score, so the first detection of each box has the highest score.
+    found, first_of_box = np.unique(box[assigned], return_index=True)
     is_counted = ~truth.iscrowd[found]
     right = np.zeros_like(matches.true_positive)
-    right[0, goes_with_one[surest[is_counted]]] = 1
+    right[0, assigned[first_of_box[is_counted]]] = 1
     ignored = np.zeros_like(matches.ignored)
-    ignored[0, goes_with_one[truth.iscrowd[box[goes_with_one]]]] = 1
+    ignored[0, assigned[truth.iscrowd[box[assigned]]]] = 1
     truth_found = np.isin(matches.truth_row, found).astype(matches.truth_found.dtype)
     return replace(matches, true_positive=right, ignored=ignored, truth_found=truth_found)
 
 
 def voc_blocks(matches: Matches, categories: Sequence[Category], *, eleven_points: bool) -> tuple[Block, ...]:
-    """Pascal VOC's average precision, over all classes (their mean) and of each.
+    """Return Pascal VOC's average precision over all classes (their mean) and by class.
 
     Args:
-        matches: Of `match_voc`, all images in one piece.
-        categories: The classes, by their indices.
-        eleven_points: The mean of the best precision at recalls 0, 0.1, … 1, or beyond (VOC 2007); otherwise the area
-            under the curve of the best precision at each recall or beyond it (VOC 2010 and later).
+        matches: Result of `match_voc`, all images in one piece.
+        categories: Classes by index.
+        eleven_points: Mean of the best precision at or beyond recalls 0, 0.1, … 1 (VOC 2007); otherwise the area under
+            the curve of the best precision at or beyond each recall (VOC 2010 and later).
     """
-    order = surest_first(matches)
+    order = by_descending_score(matches)
     category = matches.detection_category[order]
     right, judged = bits_at(matches.true_positive[0], 0)[order], ~bits_at(matches.ignored[0], 0)[order]
-    begins = np.searchsorted(category, np.arange(len(categories) + 1))
+    starts = np.searchsorted(category, np.arange(len(categories) + 1))
     num_truth = np.bincount(matches.truth_category[~matches.truth_ignored[0]], minlength=len(categories))
     values = np.full(len(categories), np.nan)
     for index in np.flatnonzero(num_truth).tolist():
-        own = slice(begins[index], begins[index + 1])
+        own = slice(starts[index], starts[index + 1])
         hits = np.flatnonzero(right[own])
         precision = np.arange(1, len(hits) + 1) / np.cumsum(judged[own])[hits]
         if eleven_points:
@@ -98,18 +98,18 @@ def match_lvis(
     negatives: Sequence[Sequence[int]],
     not_exhaustive: Sequence[Sequence[int]],
 ) -> Matches:
-    """Matches as COCO does, but judges in each image only classes of which it is known whether they are there.
+    """Match as COCO does, but judge in each image only the classes whose presence or absence is known.
 
-    Only the 300 surest detections of an image are looked at; those of a class that is neither labelled in the image
-    nor known to be absent are left out; those that found nothing do not count where not every object of the class is
-    labelled. There are no crowds, and boxes without area are left out. Source: the `lvis` package.
+    Only the 300 detections with the highest scores in an image are used. Detections of a class that is neither labelled
+    in the image nor known to be absent are dropped. Unmatched detections do not count if not every object of their
+    class is labelled. There are no crowds, and boxes without area are dropped. Source: the `lvis` package.
 
     Args:
-        truth: The labelled boxes of all images; `iscrowd` is not looked at.
-        detections: The detections in the same images.
-        num_categories: Classes; all indices are below it.
+        truth: Labelled boxes of all images; `iscrowd` is ignored.
+        detections: Detections in the same images.
+        num_categories: Number of classes; all indices are below it.
         negatives: For each image, in the order of `truth`, the classes known to be absent (`neg_category_ids`).
-        not_exhaustive: For each image the classes of which some objects are not labelled
+        not_exhaustive: For each image, the classes of which not all objects are labelled
             (`not_exhaustive_category_ids`).
     """
     num_images = len(truth.image_ids)
@@ -118,7 +118,7 @@ def match_lvis(
     image = np.repeat(np.arange(num_images), np.diff(detections.starts))
     by_score = np.lexsort((-detections.scores, image))
     place = np.arange(len(image)) - np.repeat(detections.starts[:-1], np.diff(detections.starts))
-    # Rising, so that detections with equal scores keep their order.
+    # Ascending, so that detections with equal scores keep their order.
     kept = np.sort(by_score[place < LVIS.max_detections[-1]])
     key = image * num_categories + detections.category
     labelled = labelled_image * num_categories + truth.category[counted]
@@ -149,7 +149,7 @@ def match_lvis(
 
 
 def _keys(categories_by_image: Sequence[Sequence[int]], num_categories: int) -> Integers:
-    """One number for each class of each image, in one row."""
+    """Return one key for each class of each image, in one array."""
     image = np.repeat(np.arange(len(categories_by_image)), [len(categories) for categories in categories_by_image])
     listed = [category for categories in categories_by_image for category in categories]
     return image * num_categories + np.array(listed, dtype=np.int64)
@@ -158,12 +158,12 @@ def _keys(categories_by_image: Sequence[Sequence[int]], num_categories: int) -> 
 def lvis_blocks(
     matches: Matches, categories: Sequence[Category], frequency: Sequence[str] | None = None
 ) -> tuple[Block, ...]:
-    """LVIS' numbers over all classes, among them those over rare, common and frequent ones, and those of each class.
+    """Return LVIS' metrics over all classes (including rare, common and frequent classes) and by class.
 
     Args:
-        matches: Of `match_lvis`, all images in one piece.
-        categories: The classes, by their indices.
-        frequency: Of each class "r", "c" or "f"; by default by the number of images in which it is labelled: up to
+        matches: Result of `match_lvis`, all images in one piece.
+        categories: Classes by index.
+        frequency: "r", "c" or "f" for each class; by default from the number of images in which it is labelled: up to
             10, up to 100, more.
     """
     result = accumulate(matches, categories)
@@ -188,5 +188,5 @@ def lvis_blocks(
 def _frequency_by_images(matches: Matches) -> list[str]:
     keys = np.unique(matches.truth_image.astype(np.int64) * matches.num_categories + matches.truth_category)
     num_images = np.bincount(keys % matches.num_categories, minlength=matches.num_categories)
-    steps = np.searchsorted([_MOST_IMAGES_OF_RARE, _MOST_IMAGES_OF_COMMON], num_images)
+    steps = np.searchsorted([_MAX_IMAGES_RARE, _MAX_IMAGES_COMMON], num_images)
     return ["rcf"[step] for step in steps.tolist()]

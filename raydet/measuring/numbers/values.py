@@ -1,4 +1,4 @@
-"""The record of one measured number, and how it stands in a metrics table."""
+"""Record of one metric value, and its form in a metrics table."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,18 +10,18 @@ import pyarrow as pa
 
 @dataclass(frozen=True, kw_only=True)
 class MetricValue:
-    """One number of an evaluation: a row of a metrics table without the names of its run.
+    """Value of one metric: a row of a metrics table without the names of its run.
 
     Attributes:
-        metric: COCO's name of the number, such as AP50.
-        value: In [0, 1], a difference in [-1, 1]; None where it is undefined: there is nothing to measure.
-        category: The class; None for the number over all classes.
-        slice: The part of the data; None for all of it.
-        iou: The IoU threshold; None for the mean over those of the protocol.
+        metric: COCO's name of the metric, such as AP50.
+        value: In [0, 1], a difference in [-1, 1]; None if undefined (no labelled box counts).
+        category: Class; None for the value over all classes.
+        slice: Slice of the data; None for all of it.
+        iou: IoU threshold; None for the mean over those of the protocol.
         area: Size class of the boxes.
-        max_detections: Detections of a class that count in an image.
-        low: Lower end of the 95 % interval, at most `value`; None where there is no interval.
-        high: Upper end; None where `low` is.
+        max_detections: Limit of detections per class and image.
+        low: Lower bound of the 95 % interval, at most `value`; None without an interval.
+        high: Upper bound; None if `low` is.
     """
 
     metric: str
@@ -36,22 +36,22 @@ class MetricValue:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference is significant; False where there is no interval."""
+        """True if the interval of a difference excludes 0 (significant); False without an interval."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 Block = tuple[MetricValue, ...]
-"""The numbers over all classes, or of one class."""
+"""Metrics over all classes or for one class."""
 
 
 def metric_rows(
     values: Iterable[MetricValue], *, run: str | None, model: str | None, split: str | None
 ) -> list[dict[str, Any]]:
-    """Rows of a metrics table."""
+    """Return the values as rows of a metrics table."""
     return [{"run": run, "model": model, "split": split, **vars(value)} for value in values]
 
 
 def values_in(metrics: pa.Table) -> list[MetricValue]:
-    """The numbers in a metrics table, in the order of its rows."""
+    """Return the values in a metrics table, in row order."""
     names = [item.name for item in dataclasses.fields(MetricValue)]
     return [MetricValue(**row) for row in metrics.select(names).to_pylist()]

@@ -1,7 +1,7 @@
-"""COCO's AP of images that count more than once, or not at all, from the outcome of one matching.
+"""COCO's AP with integer image weights, from one matching.
 
-Weights are what a resample or a part of a data set is: nothing is matched again, AP over weighted images is a few
-sums and running maxima over what the matching left.
+A resample or a subset of a data set is one weight per image. AP over weighted images needs no new matching, only sums
+and running maxima over the existing matches.
 """
 
 from collections.abc import Iterator
@@ -20,30 +20,30 @@ _CHUNK_ENTRIES = 150_000
 
 
 class WeightedPrecision:
-    """AP of some images, each counted as often as its weight says, for any number of weightings one after another.
+    """AP of images that each count as often as their weight says, for any number of weightings.
 
-    It holds about 60 bytes for each detection.
+    Holds about 60 bytes per detection.
     """
 
     def __init__(self, matches: Matches) -> None:
-        """Puts the outcome of the matching in the order in which AP is summed."""
+        """Sort the matches into the order in which AP is summed."""
         self._num_images = len(matches.image_ids)
         self.shape = (matches.num_categories, len(matches.protocol.areas), len(matches.protocol.iou_thresholds))
         self._chunks = tuple(_chunks(matches))
 
     def __call__(self, weights: npt.NDArray[np.integer]) -> Floats:
-        """AP by class, size class and IoU threshold.
+        """Return AP by class, size class and IoU threshold.
 
         Args:
-            weights: How often each image counts, by rising image id, [I].
+            weights: How often each image counts, in ascending image id order, [I].
 
         Returns:
-            float64 [K, A, T]; NaN where no labelled box counts. It equals pycocotools' AP (to rounding) on a data set
-            with that many copies of each image; the copies of a detection stand beside each other.
+            float64 [K, A, T]; NaN if no labelled box counts. Equals pycocotools' AP (to rounding) on a data set with
+            that many copies of each image, with the copies of a detection next to each other.
         """
         copies: Counts = np.ascontiguousarray(weights, dtype=np.int32)
         if copies.shape != (self._num_images,):
-            raise ValueError(f"{len(weights)} weights for {self._num_images} images")
+            raise ValueError(f"expected {self._num_images} weights, one per image; got {len(weights)}")
         precision = np.empty(self.shape)
         for chunk in self._chunks:
             precision[chunk.classes] = chunk.average_precision(copies)
@@ -52,21 +52,23 @@ class WeightedPrecision:
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """The classes of a range. A cell is a class and size class, a group a cell at one threshold.
+    """A range of classes. A cell is a class and size class; a group is a cell at one threshold.
 
     Attributes:
-        classes: Which.
-        shape: (A, T, classes): the order of the groups; that of the cells is the same without T.
-        truth_image: Of the boxes that count, by cell, int32.
-        truth_starts: By cell, [cells + 1].
-        hit_image: Of the true positives, by group, in it by falling score, int32 [E].
-        groups: Those that have a true positive.
-        starts: Of these groups among the true positives; `lengths` their number of true positives.
-        counted_image: Of the detections that count, as lists: of a cell those that count at every threshold, of a
-            group those that count at this threshold but not at all; in each by class and falling score.
-        always: For each true positive, where in the first list the detections up to it end; [E].
-        sometimes: The same in the second list.
-        always_starts: For each of the groups, where its class starts in the first list; `sometimes_starts` alike.
+        classes: Class range.
+        shape: (A, T, classes): the order of the groups; cells have the same order without T.
+        truth_image: Image of each box that counts, by cell, int32.
+        truth_starts: Start of each cell in `truth_image`, [cells + 1].
+        hit_image: Image of each true positive, by group, then descending score, int32 [E].
+        groups: Groups that have a true positive.
+        starts: Start of each of these groups in `hit_image`.
+        lengths: Number of true positives of each of these groups.
+        counted_image: Images of the detections that count, as concatenated lists: per cell, those that count at every
+            threshold; per group, those that count at this threshold but not at all. Each by class and descending score.
+        always: For each true positive, end of the detections up to it in the list of its cell, [E].
+        sometimes: The same for the list of its group.
+        always_starts: For each of the groups, start of its class in the list of its cell.
+        sometimes_starts: The same for the list of the group.
     """
 
     classes: slice
@@ -84,7 +86,7 @@ class _Chunk:
     sometimes_starts: Integers
 
     def average_precision(self, weights: Counts) -> Floats:
-        """[classes, A, T]."""
+        """Return AP, [classes, A, T]."""
         num_areas, num_thresholds, num_classes = self.shape
         num_truth = np.diff(_running(weights[self.truth_image])[self.truth_starts])
         sums = np.zeros(num_areas * num_thresholds * num_classes)
@@ -95,10 +97,10 @@ class _Chunk:
         return means.transpose(2, 0, 1)
 
     def _precision_sums(self, weights: Counts, num_truth: Counts) -> Floats:
-        """For each group the sum of the interpolated precisions over COCO's recalls.
+        """Return the sum of the interpolated precisions over COCO's recalls for each group.
 
-        Precision is highest at a true positive, so only those are looked at: each is multiplied by the number of
-        recalls that it is the first to reach.
+        Precision peaks at true positives, so it is computed only there and multiplied by the number of recalls that
+        the true positive is the first to reach.
         """
         hits, counted = _running(weights[self.hit_image]), _running(weights[self.counted_image])
         table, table_starts = _recalls_reached(num_truth)
@@ -107,7 +109,7 @@ class _Chunk:
         before = counted[self.always_starts] + counted[self.sometimes_starts]
         up_to = counted[self.always] + counted[self.sometimes] - np.repeat(before, self.lengths)
         precision = found / (up_to + np.spacing(1))
-        # Two apart for each group, so that one running maximum from the right serves all of them.
+        # Offset the groups by 2, so that one running maximum from the right serves all of them.
         lowered = np.repeat(2.0 * np.arange(len(self.groups)), self.lengths)
         precision -= lowered
         best = envelope(precision) + lowered
@@ -125,14 +127,14 @@ class _Chunk:
 
 
 def _running(weights: Counts) -> Counts:
-    """Running sums that start with 0, [n] → [n + 1]."""
+    """Return running sums that start with 0, [n] → [n + 1]."""
     sums = np.zeros(len(weights) + 1, dtype=np.int32)
     np.cumsum(weights, out=sums[1:])
     return sums
 
 
 def _recalls_reached(num_truth: Counts) -> tuple[Counts, Integers]:
-    """How many of COCO's recalls k found boxes of n reach, for k = 0 … n of every n, and where each n starts."""
+    """Return how many of COCO's recalls k of n boxes reach, for k = 0 … n of every n, and the start of each n."""
     sizes = num_truth + 1
     starts = np.cumsum(sizes) - sizes
     found = np.arange(sizes.sum()) - np.repeat(starts, sizes)
@@ -142,7 +144,7 @@ def _recalls_reached(num_truth: Counts) -> tuple[Counts, Integers]:
 
 
 def _chunks(matches: Matches) -> Iterator[_Chunk]:
-    """Splits the classes into ranges of similar work, small enough that a processor's cache holds one."""
+    """Split the classes into ranges of similar work that fit into a processor's cache."""
     num_classes = matches.num_categories
     order = np.lexsort((-matches.scores, matches.detection_category))
     starts = np.searchsorted(matches.detection_category[order], np.arange(num_classes + 1))
@@ -156,7 +158,7 @@ def _chunks(matches: Matches) -> Iterator[_Chunk]:
 
 
 def _chunk(matches: Matches, first: int, last: int, order: Integers) -> _Chunk:
-    """The classes first … last - 1, whose detections, by class and falling score, are the rows `order`."""
+    """Build the chunk of classes first … last - 1; `order` are their detections by class and descending score."""
     num_areas, num_thresholds = len(matches.protocol.areas), len(matches.protocol.iou_thresholds)
     image = matches.detection_image[order]
     class_starts = np.searchsorted(matches.detection_category[order], np.arange(first, last + 1))
@@ -195,7 +197,7 @@ def _chunk(matches: Matches, first: int, last: int, order: Integers) -> _Chunk:
 
 
 class _Lists:
-    """Lists of detections that count, one after another."""
+    """Concatenated lists of detections that count."""
 
     def __init__(self, image: Counts) -> None:
         self.parts: list[Counts] = []
@@ -203,7 +205,7 @@ class _Lists:
         self._length = 0
 
     def append(self, chosen: Flags) -> Integers:
-        """Appends those chosen; how many stand in all lists so far before each detection and behind the last."""
+        """Append the chosen detections; return the length of all lists before each detection and after the last."""
         self.parts.append(self._image[chosen])
         places: Integers = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen)]) + self._length
         self._length += len(self.parts[-1])
@@ -211,7 +213,7 @@ class _Lists:
 
 
 def _truth_by_cell(matches: Matches, first: int, last: int) -> tuple[Counts, Integers]:
-    """Images of the boxes that count, by size class and class, and where each of these cells starts."""
+    """Return the images of the boxes that count, by size class and class, and the start of each of these cells."""
     own = np.flatnonzero((matches.truth_category >= first) & (matches.truth_category < last))
     own = own[np.argsort(matches.truth_category[own], kind="stable")]
     images, lengths = [], []

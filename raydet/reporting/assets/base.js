@@ -4,12 +4,12 @@ const root = document.documentElement;
 const byId = (id) => document.getElementById(id);
 const isDark = () => root.dataset.theme === "dark";
 const colour = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
-// Plotly reads a few HTML tags in texts; names are to be shown as they are.
+// Plotly interprets some HTML tags in texts; names must be shown verbatim.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const short = (text, length = 22) => plain(text.length > length ? text.slice(0, length - 1) + "…" : text);
 const count = (value) => value.toLocaleString("en-US");
 
-/* Theme: the system's, until the reader chooses. */
+/* Theme: the system's until the user chooses one. */
 const systemTheme = matchMedia("(prefers-color-scheme: dark)");
 function storedTheme() { try { return localStorage.getItem("raydet-theme"); } catch { return null; } }
 function setTheme(theme) {
@@ -23,12 +23,12 @@ setTheme(storedTheme() || (systemTheme.matches ? "dark" : "light"));
 systemTheme.addEventListener("change", () => { if (!storedTheme()) { setTheme(systemTheme.matches ? "dark" : "light"); redraw(); } });
 byId("theme").addEventListener("click", () => {
   const theme = isDark() ? "light" : "dark";
-  try { localStorage.setItem("raydet-theme", theme); } catch { /* then it holds for this visit */ }
+  try { localStorage.setItem("raydet-theme", theme); } catch { /* the choice then lasts for this visit */ }
   setTheme(theme);
   redraw();
 });
 
-/* The table of classes: sort and filter. */
+/* Class table: sort and filter. */
 function sortBy(table, column, kind, ascending) {
   const body = table.tBodies[0];
   const key = (row) => {
@@ -66,7 +66,7 @@ if (filter) filter.addEventListener("input", () => {
   byId("filter-count").textContent = shown === rows.length ? `${shown} classes` : `${shown} of ${rows.length} classes`;
 });
 
-/* Tabs: arrow keys move, as in the ARIA pattern. */
+/* Tabs: arrow keys switch between them, as in the ARIA pattern. */
 const tabs = Array.from(document.querySelectorAll('[role="tab"]'));
 function openTab(tab) {
   for (const other of tabs) {
@@ -116,14 +116,13 @@ function say(element, text) {
   element.replaceChildren(line);
 }
 
-
-/* What a page draws: the functions by the ids of their elements, as `start` is given them. */
+/* Drawing functions by element id, set by `start`. */
 let charts = {};
 const drawn = new Set();
 function drawChart(element) { drawn.add(element.id); charts[element.id](element); }
 function redraw() { for (const id of drawn) drawChart(byId(id)); }
 
-/* The chart library comes compressed; charts are drawn when they come near the window. */
+/* The embedded chart library is compressed; charts are drawn when they approach the viewport. */
 async function loadLibrary() {
   const packed = Uint8Array.from(atob(byId("library").textContent), (character) => character.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));

@@ -5,7 +5,7 @@ function drawHistogram(element, name) {
   const { labels, unit: axis, what, splits } = data.histograms[name];
   const parts = splits.map((rows) => rows[shownClass] || labels.map(() => 0));
   const sums = parts.map((values) => values.reduce((one, other) => one + other, 0));
-  if (!sums.some(Boolean)) return say(element, "There is nothing of this class.");
+  if (!sums.some(Boolean)) return say(element, "This class has no data.");
   if (element.querySelector(".absent")) element.replaceChildren();
   const filled = labels.map((_, bin) => parts.some((values) => values[bin]));
   const first = Math.max(0, filled.indexOf(true) - 1);
@@ -22,7 +22,7 @@ function drawHistogram(element, name) {
   });
   return draw(element, traces, {
     height: 270, showlegend: isCompared, bargap: 0.12, xaxis: { type: "category", title: title(axis), tickangle: -45 },
-    yaxis: { title: title(isCompared ? `share of the ${what}` : what), nticks: 5, ...(isCompared ? { tickformat: ".0%" } : { tickformat: "~s" }) },
+    yaxis: { title: title(isCompared ? `share of ${what}` : what), nticks: 5, ...(isCompared ? { tickformat: ".0%" } : { tickformat: "~s" }) },
   });
 }
 function heatmap(z, texts, extra) {
@@ -34,11 +34,11 @@ function heatmap(z, texts, extra) {
 function drawCentres(element) {
   const { grid, cells } = data.centres;
   const values = cells[shownClass];
-  if (!values.some(Boolean)) return say(element, "This class has no box.");
+  if (!values.some(Boolean)) return say(element, "This class has no boxes.");
   if (element.querySelector(".absent")) element.replaceChildren();
   const rows = Array.from({ length: grid }, (_, row) => values.slice(row * grid, (row + 1) * grid));
   const percent = (place) => `${Math.round((100 * place) / grid)}–${Math.round((100 * (place + 1)) / grid)} %`;
-  const texts = rows.map((row, y) => row.map((value, x) => `${count(value)} boxes<br>from the left ${percent(x)}<br>from the top ${percent(y)}`));
+  const texts = rows.map((row, y) => row.map((value, x) => `${count(value)} boxes<br>${percent(x)} from the left<br>${percent(y)} from the top`));
   const bare = { showgrid: false, showticklabels: false, constrain: "domain" };
   return draw(element, [heatmap(rows, texts, { colorbar: { thickness: 10, len: 0.9, outlinewidth: 0, tickformat: "~s" } })], {
     height: 380, margin: { l: 24, r: 12, t: 8, b: 40 }, xaxis: { ...bare, title: title("left to right") }, yaxis: { ...bare, autorange: "reversed", scaleanchor: "x", title: title("top to bottom") },
@@ -72,7 +72,7 @@ inspectCharts["chart-centres"] = drawCentres;
 
 const classChoice = byId("chart-class");
 if (classChoice) {
-  classChoice.value = "-1"; // a browser may bring an old choice back
+  classChoice.value = "-1"; // browsers may restore a previous choice
   classChoice.addEventListener("change", () => {
     shownClass = Number(classChoice.value);
     redraw();

@@ -3,7 +3,7 @@ const ofClass = (items) => items.filter((item) => (item.class === null ? -1 : it
 
 function drawCurves(element) {
   const curves = ofClass(data.curves);
-  if (!curves.length) return say(element, "This class has no labelled box, and so no curve.");
+  if (!curves.length) return say(element, "This class has no labelled boxes and therefore no curve.");
   if (element.querySelector(".absent")) element.replaceChildren();
   const looks = { 0.5: ["IoU .50", "tone-1", "solid"], 0.75: ["IoU .75", "tone-4", "dash"], null: ["mean of .50 to .95", "tone-0", "dot"] };
   const traces = curves.map((curve) => {
@@ -12,20 +12,20 @@ function drawCurves(element) {
     return {
       ...lineOf(curve.precision, name, tone, dash), x: curve.recall || data.curves[0].recall,
       customdata: (curve.score || []).map((score) => (score === null ? "not reached" : score.toFixed(3))),
-      hovertemplate: `recall %{x:.2f}<br>precision %{y:.3f}${hasScore ? "<br>score from %{customdata}" : ""}<extra>${name}</extra>`,
+      hovertemplate: `recall %{x:.2f}<br>precision %{y:.3f}${hasScore ? "<br>score threshold %{customdata}" : ""}<extra>${name}</extra>`,
     };
   });
   return draw(element, traces, { height: 340, xaxis: { ...unit, title: title("recall") }, yaxis: { ...unit, title: title("precision") } });
 }
 function drawCalibration(element) {
   const bins = ofClass(data.calibration)[0];
-  byId("calibration-error").textContent = bins && bins.error !== null ? `expected error (ECE) ${bins.error.toFixed(3)}` : "";
-  if (!bins || !bins.count.some(Boolean)) return say(element, "This class has no detection.");
+  byId("calibration-error").textContent = bins && bins.error !== null ? `expected calibration error (ECE) ${bins.error.toFixed(3)}` : "";
+  if (!bins || !bins.count.some(Boolean)) return say(element, "This class has no detections.");
   if (element.querySelector(".absent")) element.replaceChildren();
   const middle = bins.low.map((low, index) => (low + bins.high[index]) / 2);
   const width = bins.low.map((low, index) => (bins.high[index] - low) * 0.9);
   const texts = bins.low.map((low, index) => `score ${low.toFixed(1)} to ${bins.high[index].toFixed(1)}<br>` + (bins.count[index]
-    ? `right ${bins.precision[index].toFixed(3)}<br>mean score ${bins.mean_score[index].toFixed(3)}<br>` : "") + `${count(bins.count[index])} detections`);
+    ? `precision ${bins.precision[index].toFixed(3)}<br>mean score ${bins.mean_score[index].toFixed(3)}<br>` : "") + `${count(bins.count[index])} detections`);
   const most = Math.max(...bins.count);
   return draw(element, [
     { type: "bar", name: "precision", x: middle, y: bins.precision, width, marker: { color: colour("tone-1") }, text: texts, textposition: "none", hovertemplate: "%{text}<extra></extra>" },
@@ -38,7 +38,7 @@ function drawCalibration(element) {
 }
 function drawErrors(element) {
   const names = data.errors.classes.map((index) => data.classes[index]);
-  if (!names.length) return say(element, "No error was made.");
+  if (!names.length) return say(element, "There are no errors.");
   const places = names.map((_, index) => index);
   const traces = data.errors.kinds.map((kind, number) => ({
     type: "bar", orientation: "h", name: kind.name, y: places, x: kind.points, marker: { color: colour("tone-" + number) },
@@ -59,7 +59,7 @@ function drawConfusion(element) {
     const sum = index < size - 1 ? sums[index] : row.reduce((one, other) => one + other, 0);
     return row.map((value) => (value && sum ? value / sum : null));
   });
-  const rowNames = [...names.map(plain), "nothing there"];
+  const rowNames = [...names.map(plain), "no label"];
   const columnNames = [...names.map(plain), "not found"];
   const texts = counts.map((row, one) => row.map((value, other) => `labelled <b>${rowNames[one]}</b><br>detected <b>${columnNames[other]}</b><br>${count(value)} (${(100 * (shares[one][other] || 0)).toFixed(1)} % of the row)`));
   const cell = size > 40 ? 11 : size > 16 ? 22 : 44;
@@ -94,11 +94,11 @@ function listPairs(names, counts, sums) {
     if (!part.length) continue;
     const list = document.createElement("ul");
     list.className = "pairs";
-    list.setAttribute("aria-label", "Classes most often taken for each other");
+    list.setAttribute("aria-label", "Most frequent confusions");
     for (const [value, row, column] of part) {
       const item = document.createElement("li");
       const words = document.createElement("span");
-      words.textContent = `${names[row]} taken for ${names[column]}`;
+      words.textContent = `${names[row]} detected as ${names[column]}`;
       const figure = document.createElement("span");
       figure.className = "faint";
       figure.textContent = `${count(value)} of ${count(sums[row])}`;
@@ -130,7 +130,7 @@ const reportCharts = {
 };
 
 for (const select of document.querySelectorAll("[data-class-switch]")) {
-  select.value = "-1"; // a browser may bring an old choice back
+  select.value = "-1"; // browsers may restore a previous choice
   select.addEventListener("change", () => {
     chosenClass = Number(select.value);
     for (const id of ["chart-curves", "chart-calibration"]) if (drawn.has(id)) drawChart(byId(id));

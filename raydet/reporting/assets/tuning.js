@@ -23,7 +23,7 @@ function drawProgress(element) {
   return draw(element, traces, { height: 360, xaxis: { title: title("trial"), dtick: data.trials.length > 30 ? undefined : 1 }, yaxis: { title: title(plain(data.metric)) } });
 }
 
-/* From the colour of little to that of much, as the theme has them. */
+/* Interpolate between the theme's low and high colours. */
 function shade(share) {
   const [low, high] = ["accent-soft", "high-colour"].map((name) => colour(name).match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16)));
   return `rgb(${low.map((value, index) => Math.round(value + (high[index] - value) * share)).join(",")})`;

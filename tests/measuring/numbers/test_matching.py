@@ -1,4 +1,4 @@
-"""Which detection found which box: every outcome as pycocotools has it, however the images are cut into parts."""
+"""Matching equals pycocotools for every detection and box, regardless of how images are split into parts."""
 
 import random
 from dataclasses import replace
@@ -65,7 +65,7 @@ def assert_equal(found: Matches, expected: Matches) -> None:
 
 
 def assert_as_pycocotools(matches: Matches, evaluator: COCOeval, num_truth: int, num_detections: int) -> None:
-    """Every threshold of every size class of every detection and box; ids are rows counted from 1."""
+    """Compare every threshold and size class of every detection and box; ids are rows counted from 1."""
     areas, thresholds = len(matches.protocol.areas), len(matches.protocol.iou_thresholds)
     right, ignored, seen = np.zeros((3, areas, thresholds, num_detections), dtype=bool)
     truth_ignored, truth_found = np.zeros((areas, num_truth), bool), np.zeros((thresholds, num_truth), bool)
@@ -161,11 +161,11 @@ def test_other_bytes_are_refused(state: bytes) -> None:
 def test_parts_that_do_not_belong_together_are_refused() -> None:
     one = [Category(7, "cell")]
     matches = match_all([Image(4, ONE_BOX, ONE_HIT)], one)
-    with pytest.raises(ValueError, match="1 images are in two parts, such as 4"):
+    with pytest.raises(ValueError, match=r"\b1 images .* 4$"):
         concatenate([matches, match_all([Image(4, ONE_BOX, ONE_HIT), Image(5, ONE_BOX, ONE_HIT)], one)])
-    with pytest.raises(ValueError, match="different protocols or classes"):
+    with pytest.raises(ValueError, match="protocols or classes"):
         concatenate([matches, match_all([Image(5, ONE_BOX, ONE_HIT)], one, PROTOCOLS[1])])
-    with pytest.raises(ValueError, match="nothing to concatenate"):
+    with pytest.raises(ValueError, match="no matches"):
         concatenate([])
 
 
@@ -191,7 +191,7 @@ def test_it_is_known_which_detection_is_right() -> None:
     )
     detections = image_detections(
         [
-            ([0, 0, 10, 9], 0.4, 0),  # right, were the next not surer
+            ([0, 0, 10, 9], 0.4, 0),  # would be correct if the next score were lower
             ([0, 0, 10, 8], 0.5, 0),
             ([50, 0, 10, 10], 0.9, 1),  # another class
             ([5, 65, 20, 20], 0.3, 0),  # in the crowd

@@ -1,4 +1,4 @@
-"""COCO's numbers: equal to pycocotools' to the last bit, whatever the order and the shards."""
+"""COCO's metrics are bit-identical to pycocotools, regardless of order and shards."""
 
 import contextlib
 import io
@@ -50,7 +50,7 @@ def image_detections(rows: list[tuple[list[float], float, int]]) -> ImageDetecti
 
 
 def columns(images: list[Image]) -> tuple[TruthColumns, DetectionColumns]:
-    """The images in the order given."""
+    """Return the images in the given order."""
     truth, detections = [image.truth for image in images], [image.detections for image in images]
     truth_columns = TruthColumns(
         image_ids=np.array([image.image_id for image in images], dtype=np.int64),
@@ -74,7 +74,7 @@ def match_all(images: list[Image], categories: list[Category], protocol: Protoco
 
 
 def reference(images: list[Image], categories: list[Category], protocol: Protocol = COCO_PROTOCOL) -> COCOeval:
-    """pycocotools on the same boxes, annotations numbered from 1, categories by the source's ids."""
+    """Run pycocotools on the same boxes, with annotations numbered from 1 and categories by the source's ids."""
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for image_id, truth, detections in images:
@@ -107,7 +107,7 @@ def reference(images: list[Image], categories: list[Category], protocol: Protoco
         if results:
             detections_coco = truth_coco.loadRes(results)
         else:
-            # loadRes cannot take an empty list.
+            # loadRes does not accept an empty list.
             detections_coco = COCO()
             detections_coco.dataset = {**truth_coco.dataset, "annotations": []}
             detections_coco.createIndex()
@@ -119,7 +119,7 @@ def reference(images: list[Image], categories: list[Category], protocol: Protoco
         evaluator.params.useCats = int(not protocol.class_agnostic)
         evaluator.evaluate()
         evaluator.accumulate()
-        # It can sum up COCO's own protocol only.
+        # Its summary supports only COCO's own protocol.
         if protocol == COCO_PROTOCOL:
             evaluator.summarize()
     return evaluator
@@ -133,7 +133,7 @@ def accumulator_of(images: list[Image], categories: list[Category]) -> CocoAccum
 
 
 def result_of_shards(images: list[Image], categories: list[Category], num_shards: int, seed: int) -> CocoResult:
-    """Images dealt out to shards at random, whose states are merged at random."""
+    """Distribute images over shards at random and merge their states in random order."""
     shuffler = random.Random(seed)
     shards: list[list[Image]] = [[] for _ in range(num_shards)]
     for image in shuffler.sample(images, len(images)):
@@ -155,7 +155,7 @@ def assert_same(result: CocoResult, evaluator: COCOeval, categories: list[Catego
 
 
 def real_images(path: Path, seed: int) -> tuple[list[Image], list[Category]]:
-    """The boxes of a COCO file with made-up detections: jittered truth, false alarms, ties, more than 100 an image."""
+    """Return a COCO file's boxes and synthetic detections: jittered, false positives, ties, over 100 per image."""
     content = json.loads(path.read_bytes())
     categories = [Category(item["id"], item["name"]) for item in content["categories"]]
     index_of = {category.id: index for index, category in enumerate(categories)}
@@ -249,11 +249,11 @@ SCORES = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5 + 2**-40, 0.9, 1.0])
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Image], list[Category]]:
-    """Small data sets full of corner cases: ties, crowds, nothing, too much."""
+    """Draw small data sets full of corner cases: ties, crowds, no boxes, too many detections."""
     num_categories = draw(st.integers(1, 4))
     source_ids = draw(st.lists(st.integers(0, 99), min_size=num_categories, max_size=num_categories, unique=True))
     categories = [Category(source_id, f"c{source_id}") for source_id in source_ids]
-    # The last category may go without truth.
+    # The last category may have no truth.
     category = st.integers(0, num_categories - 1)
     truth_category = st.integers(0, max(0, num_categories - 2))
     only_crowds, no_detections = draw(st.booleans()) and draw(st.booleans()), draw(st.integers(0, 5)) == 0
@@ -262,7 +262,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Image], list[Category]]:
         boxes = draw(st.lists(st.tuples(BOXES, truth_category, st.booleans()), max_size=6))
         truth = [(box, kind, box[2] * box[3], crowd or only_crowds) for box, kind, crowd in boxes]
         detections = draw(st.lists(st.tuples(BOXES, SCORES, category), max_size=8))
-        # Copies of true boxes, so that something is right and many overlaps tie.
+        # Copies of true boxes, so that some detections are correct and many overlaps tie.
         copies = [(box, draw(SCORES), kind) for box, kind, _ in boxes for _ in range(draw(st.integers(0, 2)))]
         detections = (detections + copies) * draw(st.sampled_from([1, 1, 1, 25]))
         images.append(Image(image_id, image_truth(truth), image_detections([] if no_detections else detections)))
@@ -294,7 +294,7 @@ PROTOCOLS = [
 @given(case=cases())
 def test_equal_to_pycocotools_by_other_rules(protocol: Protocol, case: tuple[list[Image], list[Category]]) -> None:
     images, categories = case
-    # Where classes count as one, their order decides between equal scores: pycocotools goes by the source's ids.
+    # If classes count as one, pycocotools orders equal scores by the source's category ids.
     categories = sorted(categories, key=lambda category: category.id)
     result = accumulate(match_all(images, categories, protocol), categories)
     assert_same(result, reference(images, categories, protocol), categories)
@@ -324,12 +324,12 @@ def test_classes_that_count_as_one_have_no_numbers_of_their_own() -> None:
 
 
 def test_categories_must_be_those_that_were_matched() -> None:
-    with pytest.raises(ValueError, match="2 categories for matches of 1"):
+    with pytest.raises(ValueError, match=r"2 categories .*\b1$"):
         accumulate(match_all([Image(1, ONE_BOX, ONE_HIT)], ONE_CLASS), [*ONE_CLASS, Category(9, "other")])
 
 
 def test_recalls_are_read_where_pycocotools_reads_them() -> None:
-    """All numbers of boxes to 1000, half of them found: whether n/N reaches a recall is a matter of the last bit."""
+    """For all numbers of boxes up to 1000, half of them found; n/N reaching a recall depends on the last bit."""
     for num_truth in (*range(1, 120), 333, 700, 999, 1000):
         boxes = [([30.0 * number, 0.0, 20.0, 20.0], 0, 400.0, False) for number in range(num_truth)]
         hits = [(box, 1 - number / 2000, 0) for number, (box, _, _, _) in enumerate(boxes[::2])]

@@ -1,4 +1,4 @@
-"""The numbers of Pascal VOC and LVIS, held against a textbook implementation and against the `lvis` package."""
+"""Pascal VOC and LVIS metrics, compared with a textbook implementation and the `lvis` package."""
 
 import logging
 import random
@@ -39,7 +39,7 @@ def overlap(first: list[float], second: list[float]) -> float:
 
 
 def textbook_voc(images: list[Image], category: int, eleven_points: bool) -> float | None:
-    """One detection after the other, the surest first; the curve point by point."""
+    """Compute AP detection by detection in descending score order, and point by point along the curve."""
     found: list[tuple[float, int, list[float]]] = []
     boxes: dict[int, list[tuple[list[float], bool]]] = {}
     for image in sorted(images, key=lambda image: image.image_id):
@@ -119,7 +119,7 @@ def test_voc_counts_what_lies_in_a_difficult_box_neither_way() -> None:
     truth = image_truth([([0, 0, 10, 10], 0, 100.0, True), ([50, 0, 10, 10], 0, 100.0, False)])
     hit = ([50.0, 0.0, 10.0, 10.0], 0.5, 0)
     in_difficult = [([0.0, 0.0, 10.0, 9.0], 0.9, 0), ([0.0, 0.0, 10.0, 10.0], 0.8, 0)]
-    small_part = ([0.0, 0.0, 5.0, 5.0], 0.7, 0)  # of a crowd it would be a part; here it overlaps too little
+    small_part = ([0.0, 0.0, 5.0, 5.0], 0.7, 0)  # would count as inside a crowd; here it overlaps too little
     for rows, expected in (([*in_difficult, hit], 1.0), ([small_part, hit], 0.5)):
         matches = voc_matches([Image(1, truth, image_detections(rows))], ONE_CLASS)
         assert voc_blocks(matches, ONE_CLASS, eleven_points=False)[0][0].value == expected
@@ -127,7 +127,7 @@ def test_voc_counts_what_lies_in_a_difficult_box_neither_way() -> None:
 
 @pytest.fixture(scope="module")
 def lvis_package() -> types.ModuleType:
-    """The package as it is, but for its drawing, which needs matplotlib, and for a name that numpy dropped."""
+    """Load the package without its drawing, which needs matplotlib, and with a name that numpy dropped."""
     with pytest.MonkeyPatch.context() as patch:
         drawing = types.ModuleType("lvis.vis")
         drawing.__dict__["LVISVis"] = None
@@ -158,7 +158,7 @@ def reference_lvis(
         found = image.detections
         for box, kind, score in zip(found.boxes_xywh.tolist(), found.category, found.scores.tolist(), strict=True):
             results.append({"image_id": image.image_id, "category_id": ids[kind], "bbox": box, "score": score})
-    # As its constructor does, which reads a file.
+    # As in its constructor, which reads a file.
     peer = package.LVIS.__new__(package.LVIS)
     peer.logger = logging.getLogger("lvis")
     peer.dataset = {
@@ -195,7 +195,7 @@ def assert_as_lvis(blocks: tuple[Block, ...], expected: dict[str, float]) -> Non
 def test_lvis_is_the_packages_on_random_cases(lvis_package: types.ModuleType, case: Case, data: st.DataObject) -> None:
     images, categories = case
     if not any(len(image.detections.scores) for image in images):
-        # The package cannot do without any.
+        # The package fails without any.
         images = [*images, Image(2**53 - 1, image_truth([]), image_detections([([0, 0, 1, 1], 0.5, 0)]))]
         images = list({image.image_id: image for image in images}.values())
     some = st.lists(st.integers(0, len(categories) - 1), max_size=3, unique=True)
