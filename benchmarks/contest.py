@@ -1,7 +1,7 @@
-"""What benchmarks of contestants share: each runs in a process of its own, in rounds, watched from outside.
+"""Shared code of the comparisons: contestants run in separate processes, in rounds, monitored from outside.
 
-A benchmark calls `run_rounds` with its own script; in the child `--child` holds the setting as JSON, and the script
-prints one JSON object with at least `images_per_s` as its last line.
+A benchmark calls `run_rounds` with its own script. In the child process, `--child` holds the setting as JSON, and the
+last line of the output is a JSON object with at least `images_per_s`.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from typing import Any
 RAY_SERVICES = ("gcs_server", "raylet", "log_monitor", "monitor.py", "dashboard", "agent")
 
 Pair = tuple[str, str, float]
-"""Who is compared with whom, and the ratio that the first is to reach; 0 where none is set."""
+"""Two contestants, and the target for the ratio of the first to the second; 0 for no target."""
 
 
 def run_rounds(
     script: str, contestants: Sequence[str], setting: Mapping[str, Any], *, rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Lets the contestants run in turn, round after round, so that a noisy machine slows all of them alike."""
+    """Run the contestants in turn, round after round, so that noise on the machine affects all of them equally."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name in contestants:
@@ -36,7 +36,7 @@ def run_rounds(
 
 
 def run_one(script: str, name: str, setting: Mapping[str, Any]) -> dict[str, Any]:
-    """One run of a contestant in a process of its own: what it printed, its seconds and its memory."""
+    """Run a contestant in a separate process; return its result, its seconds and its memory."""
     command = [sys.executable, script, "--contestants", name, "--child", json.dumps(setting)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "NO_ALBUMENTATIONS_UPDATE": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(Path(setting["folder"]) / "datasets")}
@@ -59,11 +59,11 @@ def run_one(script: str, name: str, setting: Mapping[str, Any]) -> dict[str, Any
 
 
 class MemoryOfTree:
-    """Watches the memory of a process and all of its children.
+    """Monitor of the memory of a process and all its children.
 
     Attributes:
         peak_mb: The largest sum of proportional set sizes, in which shared pages count once.
-        ray_mb: What Ray's own services (not its workers) had of it.
+        ray_mb: The part of `peak_mb` used by Ray's own services, without its workers.
     """
 
     def __init__(self, pid: int, *, interval_s: float = 1.0) -> None:
@@ -74,7 +74,7 @@ class MemoryOfTree:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """Stop monitoring."""
         self._stop.set()
         self._thread.join()
 
@@ -88,16 +88,16 @@ class MemoryOfTree:
 
 
 def memory_mb() -> float:
-    """The memory of this process and all of its children now, shared pages counted once."""
+    """Return the current memory of this process and all its children, counting shared pages once."""
     return sum(_pss_mb(pid) for pid in _tree(os.getpid()))
 
 
 def _tree(root: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Return the ids of a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            # The name, in parentheses, may hold anything; after it come the state and the parent.
+        with contextlib.suppress(OSError):  # the process has just exited
+            # The name in parentheses may contain anything; state and parent follow it.
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
     tree = [root]
@@ -109,7 +109,7 @@ def _tree(root: int) -> list[int]:
 def _pss_mb(pid: int) -> float:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just exited
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
@@ -123,7 +123,7 @@ def _is_ray_service(pid: int) -> bool:
 
 
 def print_results(runs: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequence[Pair]) -> None:
-    """Prints a table of the medians, the ratios round by round, and as the last line one JSON object."""
+    """Print a table of the medians, the ratios per round, and one JSON object as the last line."""
     width = max(len(name) for name in runs) + 2
     print(
         f"{'contestant':<{width}} {'images/s':>9} {'lowest':>7} {'highest':>8} {'run s':>6} {'peak MB':>8} "
@@ -146,10 +146,10 @@ def print_results(runs: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequen
             ratios = [
                 mine["images_per_s"] / its["images_per_s"] for mine, its in zip(runs[first], runs[second], strict=True)
             ]
-            aim = f", wanted {target:.2f}" if target else ""
+            aim = f", target {target:.2f}" if target else ""
             print(
                 f"{first} / {second}: {statistics.median(ratios):.3f} "
-                f"(round by round {min(ratios):.3f} to {max(ratios):.3f}{aim})"
+                f"(per round {min(ratios):.3f} to {max(ratios):.3f}{aim})"
             )
     print(
         json.dumps(

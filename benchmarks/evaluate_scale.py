@@ -1,10 +1,10 @@
-"""Time and memory of `evaluate` on tables, ten detections in an image: time grows as the detections do, memory less.
+"""Time and memory of `evaluate` on tables with ten detections per image, for a growing number of detections.
 
     python benchmarks/evaluate_scale.py [--quick] [--detections 100000 1000000] [--address local]
 
-Each size runs in a process of its own; `peak_mb` is over all of its processes, `cpu_s` is what all threads of
-`evaluate` took, which says more than `seconds` on a machine that others use. `--address local` matches on a Ray
-cluster on this machine instead of in threads.
+Each size runs in a separate process. `peak_mb` covers all its processes. `cpu_s` is the CPU time of all threads of
+`evaluate`, which is more reliable than `seconds` on a busy machine. `--address local` matches on a local Ray cluster
+instead of in threads.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 if TYPE_CHECKING:
     from benchmarks.contest import run_one
     from benchmarks.generated_boxes import Generated, generate, write_tables
-else:  # a script finds its neighbours by their bare names
+else:  # a script imports its neighbours without the package name
     from contest import run_one
     from generated_boxes import Generated, generate, write_tables
 
@@ -29,10 +29,10 @@ _IMAGES_AT_ONCE = 100_000
 
 
 def main() -> None:
-    """Runs one size after another."""
+    """Run one size after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detections", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--address", help="a Ray cluster; `local` starts one here")
+    parser.add_argument("--address", help="Ray cluster; `local` starts one on this machine")
     parser.add_argument("--quick", action="store_true", help="up to 1,000,000 detections")
     parser.add_argument("--contestants", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -76,17 +76,17 @@ def _parts(num_detections: int) -> Iterator[Generated]:
 
 
 def _print_fit(kind: str, sizes: Sequence[int], seconds: Sequence[float]) -> None:
-    """Seconds = start + slope x detections, by least squares of the relative errors; the growth between neighbours."""
+    """Fit seconds = start + slope * detections, by least squares of relative errors; print the growth between sizes."""
     if len(sizes) < 2:
         return
     sides, weights = np.array([sizes, np.ones(len(sizes))]).T, 1 / np.array(seconds)
     (slope, start), *_ = np.linalg.lstsq(sides * weights[:, None], np.ones(len(sizes)), rcond=None)
-    print(f"fit of {kind}: {start:.2f} s + {slope * 1e6:.3f} us for each detection")
+    print(f"fit of {kind}: {start:.2f} s + {slope * 1e6:.3f} us per detection")
     for number in range(1, len(sizes)):
         own = (seconds[number] - seconds[number - 1]) / (sizes[number] - sizes[number - 1])
         measured = seconds[number] / (start + slope * sizes[number])
         print(
-            f"{sizes[number]:>12,}: {own * 1e6:.3f} us for each detection more than {sizes[number - 1]:,}; "
+            f"{sizes[number]:>12,}: {own * 1e6:.3f} us per detection above {sizes[number - 1]:,}; "
             f"{measured:.2f} of the fit"
         )
 

@@ -1,8 +1,8 @@
-"""COCO numbers from files to numbers: raydet beside hotcoco, faster-coco-eval, torchmetrics and pycocotools.
+"""Time from files to COCO numbers: raydet, hotcoco, faster-coco-eval, torchmetrics and pycocotools.
 
-Each contestant runs in a process of its own, imports counted, in rounds one after another. `raydet_parquet` reads the
-same boxes from tables. `difference` is the largest distance of the twelve numbers from pycocotools'. torchmetrics,
-which is slow, runs in the first round only.
+Each contestant runs in a separate process, including imports, in rounds one after another. `raydet_parquet` reads the
+same boxes from tables. `difference` is the largest difference of the twelve numbers from those of pycocotools.
+torchmetrics, which is slow, runs in the first round only.
 
     python benchmarks/evaluate_vs_peers.py [--quick] [--rounds 5] [--contestants raydet hotcoco]
 """
@@ -22,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Nothing that is large: what this process has at its peak, a child that it starts inherits as its own.
+# No large imports here: a child process inherits the peak memory of this process as its own.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 def _as_coco(values: dict[str, float | None]) -> list[float]:
-    """Numbers as the others give them: -1 where there is nothing to measure."""
+    """Return numbers as the peers do, with -1 for undefined ones."""
     return [-1.0 if value is None else value for value in values.values()]
 
 
@@ -117,7 +117,7 @@ PAIRS = (("raydet", "pycocotools", 20.0), ("raydet", "hotcoco", 1 / 1.5), ("rayd
 
 
 def run_one(name: str, folder: Path) -> dict[str, Any]:
-    """One contestant in a process of its own: its numbers, its seconds from start to end, its peak of memory."""
+    """Run one contestant in a separate process; return its numbers, its wall-clock seconds and its peak memory."""
     command = [sys.executable, __file__, "--child", name, "--folder", str(folder)]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -134,7 +134,7 @@ def run_one(name: str, folder: Path) -> dict[str, Any]:
 def _write_inputs(folder: Path, num_images: int, num_boxes: int, num_detections: int) -> None:
     if TYPE_CHECKING:
         from benchmarks.generated_boxes import generate, write_json, write_tables
-    else:  # a script finds its neighbours by their bare names
+    else:  # a script imports its neighbours without the package name
         from generated_boxes import generate, write_json, write_tables
 
     boxes = generate(num_images, num_boxes, num_detections, seed=0)

@@ -1,4 +1,4 @@
-"""Made-up truth and detections of any size, with crowds, near misses and false alarms, as COCO JSON and as tables."""
+"""Generated ground truth and detections of any size, with crowds, near misses and false positives."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ _IMAGES_PER_BATCH = 10_000
 
 @dataclass(frozen=True)
 class Generated:
-    """Images with their boxes, by rising id."""
+    """Images with their boxes, in ascending order of ids."""
 
     truth: TruthColumns
     detections: DetectionColumns
@@ -30,7 +30,7 @@ class Generated:
 
 
 def generate(num_images: int, num_boxes: int, num_detections: int, *, seed: int, first_id: int = 1) -> Generated:
-    """Half of the detections lie near a box of their image, most of these with its class."""
+    """Generate boxes and detections; half of the detections lie near a box of their image, most with its class."""
     random = np.random.default_rng(seed)
     image = np.sort(random.integers(0, num_images, num_boxes))
     category = random.integers(0, NUM_CLASSES, num_boxes)
@@ -63,7 +63,7 @@ def generate(num_images: int, num_boxes: int, num_detections: int, *, seed: int,
 
 
 def write_json(boxes: Generated, folder: Path) -> None:
-    """`truth.json` and `results.json`."""
+    """Write the COCO files `truth.json` and `results.json`."""
     truth, found = boxes.truth, boxes.detections
     truth_image = np.repeat(truth.image_ids, np.diff(truth.starts))
     found_image = np.repeat(truth.image_ids, np.diff(found.starts))
@@ -83,7 +83,7 @@ def write_json(boxes: Generated, folder: Path) -> None:
 
 
 def write_tables(parts: Iterable[Generated], folder: Path) -> None:
-    """The tables `truth` and `detections`; a part at a time is in memory."""
+    """Write the tables `truth` and `detections`, holding one part at a time in memory."""
     images, detections = (build_schema(kind, CATEGORIES) for kind in ("images", "detections"))
     with (
         TableWriter(str(folder / "truth"), images, config_hash="generated") as truth_writer,

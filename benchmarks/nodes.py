@@ -1,13 +1,13 @@
-"""What more workers and more nodes cost, and that they change nothing: train, predict and evaluate on 1 to 3 nodes.
+"""Overhead and equal results of train, predict and evaluate on 1 to 3 nodes.
 
     python benchmarks/nodes.py [--quick] [--jobs train predict evaluate] [--layouts 1x1 1x2 2x2 3x2]
 
-A layout is NODESxWORKERS. Each node is a Ray node of its own, with processes, address and folder of its own, but all
-of them are on this machine: on a few cores more nodes cannot be faster. What the table shows is the overhead, of
-coming up and of passing images and gradients between nodes, and that the outcome is the same on all of them: the AP and
-losses of training on as many workers, the rows of scoring, the AP of evaluation. Losses of one and of two workers part
-by rounding. Seconds are those of the whole command; images/s of training is that of its own log, without coming up. The
-last line is one JSON object.
+A layout is NODESxWORKERS. Each node is a separate Ray node with its own processes, address and folder, but all nodes
+share this machine, so that more nodes cannot be faster. The table shows the overhead of starting nodes and of passing
+images and gradients between them, and that the results are the same: AP and losses of training with the same number of
+workers, the rows of scoring, and the AP of evaluation. Losses of one and of two workers differ by rounding. Seconds are
+those of the complete command; images/s of training come from its own log, without start-up. The last line is one JSON
+object.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from raydet.models.loading import build_detector
 from raydet.tables.table import open_table
 
 PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT))  # the nodes are those of the tests
+sys.path.insert(0, str(PROJECT))  # for tests.nodes
 
 if TYPE_CHECKING:
     from benchmarks.contest import MemoryOfTree
     from benchmarks.generated_boxes import generate, write_tables
-else:  # a script finds its neighbours by their bare names
+else:  # a script imports its neighbours without the package name
     from contest import MemoryOfTree
     from generated_boxes import generate, write_tables
 
@@ -42,7 +42,7 @@ from tests.nodes import Cluster, nodes  # noqa: E402
 
 RAYDET = [sys.executable, "-m", "raydet"]
 CPUS_PER_NODE = 4
-"""Promised to Ray for each node, whatever this machine has."""
+"""CPUs announced to Ray per node, regardless of the hardware."""
 TRAINING = ["--model=rt_detr_v2_tiny", "--image-size=64", "--augmentation=flip", "--learning-rate=1e-3"]
 TRAINING += ["--log-images=0"]
 
@@ -51,7 +51,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much there is to do: images to train on, passes over them, images to score, detections to match."""
+    """Sizes of the jobs: training images, epochs, images to score, detections to match."""
 
     num_train: int
     epochs: int
@@ -61,7 +61,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Job:
-    """A command, by its output, workers and the cluster's address; and, by its output, what came of it."""
+    """A benchmark job.
+
+    Attributes:
+        words: Makes the command from its output folder, the number of workers and the address of the cluster.
+        num_images: Images that the command processes.
+        outcome: Reads the result from the output folder.
+    """
 
     words: Callable[[Path, int, str], list[str]]
     num_images: int
@@ -69,12 +75,12 @@ class Job:
 
 
 def main() -> None:
-    """Runs each job on each layout and prints the table."""
+    """Run each job on each layout and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=("train", "predict", "evaluate"))
     parser.add_argument("--layouts", nargs="+", type=_layout)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="little data, two layouts, one round")
+    parser.add_argument("--quick", action="store_true", help="small data, two layouts, one round")
     options = parser.parse_args()
     sizes = Sizes(24, 2, 200, 20_000) if options.quick else Sizes(400, 4, 4_000, 1_000_000)
     layouts = options.layouts or [(1, 1), (2, 2)] + ([] if options.quick else [(1, 2), (3, 2)])
@@ -98,7 +104,7 @@ def _layout(text: str) -> tuple[int, int]:
 
 
 def _jobs(folder: Path, sizes: Sizes) -> dict[str, Job]:
-    """The data, and what is done with it."""
+    """Prepare the data and make the jobs."""
     few, many = folder / "few", folder / "many"
     prepare_shapes(PrepareShapesConfig(out=str(few), num_train=sizes.num_train, num_val=24, image_size=64))
     prepare_shapes(PrepareShapesConfig(out=str(many), num_train=sizes.num_scored, num_val=1, image_size=64))
@@ -164,7 +170,7 @@ def _outcome_of_training(out: Path) -> Result:
 
 def _outcome_of_scoring(out: Path) -> Result:
     rows = open_table(str(out), "detections").read(["image_id", "detections"])
-    # Sums, rounded: batches of the same images give the same boxes but for the last bits.
+    # Rounded sums, because boxes of different batches differ in their last bits.
     scores = [sum(row["score"]) for row in rows["detections"].to_pylist()]
     return {"ap": None, "outcome": f"{rows.num_rows} rows, scores {sum(scores):.2f}"}
 

@@ -1,14 +1,13 @@
-"""How well `raydet plan` foretells: a probe of this machine, then real runs with one and two workers.
+"""Accuracy of `raydet plan`: a probe of this machine, then real runs with one and two workers.
 
     python benchmarks/plan_vs_measured.py [--quick] [--jobs predict,train] [--images 4000] [--seconds 20] [--rounds 1]
 
-`rt_detr_v2_small` at 256 pixels (random weights) over generated pictures. Each round measures a probe once for a job,
-and plans with it what `raydet predict` or `raydet train` then do, by their command lines: all cores compute, by one
-worker with as many threads or by two that share them. Compared are the seconds of the whole command, and the images per
-second once it is up: of `predict` those of the midst of the run, by its own report, of `train` those of the second of
-three epochs (while the last images are learned from, nothing is decoded any more).
-Aim: within 20 %.
-The last line is one JSON object; `images_per_s` there is over all of the command's time.
+The model is `rt_detr_v2_small` at 256 pixels (random weights), the images are generated. Each round measures a probe
+once per job, plans with it, and runs `raydet predict` or `raydet train` from the command line: all cores compute, with
+one worker or with two that share the threads. The benchmark compares the seconds of the complete command and the images
+per second after start-up: for `predict` those of the middle of the run, from its report; for `train` those of the
+second of three epochs (decoding stops before the end of the last epoch). The target is a difference of at most 20 %.
+The last line is one JSON object; its `images_per_s` covers the complete time of the command.
 """
 
 import argparse
@@ -38,7 +37,7 @@ Numbers = dict[str, float]
 
 
 def main() -> None:
-    """Measures, plans, runs, and prints how far the plans were off."""
+    """Measure, plan, run, and print the differences."""
     options = _parse()
     runs: dict[str, list[tuple[Numbers, Numbers]]] = {}
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
@@ -62,12 +61,12 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=lambda text: text.split(","), help="predict,train; with --quick predict")
     parser.add_argument("--workers", type=lambda text: [int(word) for word in text.split(",")], help="1,2")
-    parser.add_argument("--images", type=int, help="to score: 4000, with --quick 400")
-    parser.add_argument("--train-images", type=int, default=320, help="of each of the three epochs")
-    parser.add_argument("--picture-size", type=int, default=320, help="side of the generated pictures in pixels")
-    parser.add_argument("--seconds", type=float, help="of each measurement of the probe: 20, with --quick 4")
+    parser.add_argument("--images", type=int, help="images to score: 4000, with --quick 400")
+    parser.add_argument("--train-images", type=int, default=320, help="images in each of the three epochs")
+    parser.add_argument("--picture-size", type=int, default=320, help="side of the generated images in pixels")
+    parser.add_argument("--seconds", type=float, help="seconds per measurement of the probe: 20, with --quick 4")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="ends within three minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
     options = parser.parse_args()
     quick = bool(options.quick)
     options.jobs = options.jobs or (["predict"] if quick else ["predict", "train"])
@@ -109,9 +108,9 @@ def _config(job: PlannedJob, folder: str, options: argparse.Namespace) -> PlanCo
 
 def _plan(config: PlanConfig, probe: Probe, workers: int) -> Numbers:
     threads = max(1, probe.num_cpus // workers)
-    asked = PlanConfig(**{**vars(config), "num_workers": workers, "threads_per_worker": threads})
+    requested = PlanConfig(**{**vars(config), "num_workers": workers, "threads_per_worker": threads})
     here = NodeGroup(name="this machine", num_nodes=1, num_cpus=probe.num_cpus)
-    result = plan_for(asked, [here], [probe])
+    result = plan_for(requested, [here], [probe])
     rate, seconds = result.forecast.images_per_s, result.total_s
     return {"images_per_s": round(rate, 2), "seconds": round(seconds, 1), "over_all": result.num_images / seconds}
 
@@ -141,16 +140,16 @@ def _shared_options(workers: int) -> list[str]:
 
 
 def _run(arguments: list[str]) -> float:
-    """Seconds of a raydet command in a process of its own."""
+    """Run a raydet command in a separate process and return its seconds."""
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("RAY_ADDRESS", None)
-    began = time.perf_counter()
+    started = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-m", "raydet", *arguments], capture_output=True, text=True, env=environment
     )
     if result.returncode:
         sys.exit(f"raydet {arguments[0]} failed:\n{result.stderr[-4000:]}")
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 def _print_results(runs: dict[str, list[tuple[Numbers, Numbers]]]) -> None:

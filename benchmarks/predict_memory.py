@@ -1,10 +1,11 @@
-"""Whether scoring needs more memory, or more time for an image, the more images there are.
+"""Memory and time per image of scoring over a growing number of images.
 
     python benchmarks/predict_memory.py [--images 20000]
 
-Scores generated pictures with `rt_detr_v2_small` at 128 pixels (random weights) and watches all processes. Memory from
-a tenth of the images on is to be flat and below 4 GB, and the last four tenths are to take as long as the four before,
-within 10 %; single tenths show the machine's own unrest. The last line is one JSON object.
+The benchmark scores generated images with `rt_detr_v2_small` at 128 pixels (random weights) and monitors all
+processes. Targets: after the first tenth of the images, memory stays flat and below 4 GB, and the last four tenths take
+as long as the four before, within 10 %. Single tenths reflect the noise of the machine. The last line is one JSON
+object.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from raydet.tables.table import open_table
 
 if TYPE_CHECKING:
     from benchmarks.contest import memory_mb
-else:  # a script finds its neighbours by their bare names
+else:  # a script imports its neighbours without the package name
     from contest import memory_mb
 
 IMAGE_SIZE, BATCH_SIZE = 128, 16
@@ -31,7 +32,7 @@ NUM_PARTS = 10
 
 
 def main() -> None:
-    """Scores once and prints memory and time by tenths of the images."""
+    """Score once and print memory and time by tenths of the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--quick", action="store_true", help="2,000 images")
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def _score(folder: str, num_images: int) -> list[tuple[float, int, float]]:
-    """Seconds since the start, images done, and megabytes of all processes, sampled twice a second."""
+    """Return seconds since the start, scored images, and megabytes of all processes, sampled twice a second."""
     out = Path(folder, "detections")
     rows_per_file = BATCH_SIZE * max(1, round(num_images / 200 / BATCH_SIZE))
     samples: list[tuple[float, int, float]] = []
@@ -97,8 +98,8 @@ def _print_results(samples: list[tuple[float, int, float]], num_images: int) -> 
     middle = statistics.median(rates)
     spread = max(abs(rate / middle - 1) for rate in rates)
     earlier_s, later_s = (sum(1 / rate for rate in half) for half in (rates[-8:-4], rates[-4:]))
-    print(f"memory of the last tenth / the second: {growth:.3f}; peak {peak_mb:.0f} MB, wanted below 4096")
-    print(f"time of the last four tenths / the four before: {later_s / earlier_s:.3f}, wanted within 10 % of 1")
+    print(f"memory of the last tenth / the second: {growth:.3f}; peak {peak_mb:.0f} MB, target below 4096")
+    print(f"time of the last four tenths / the four before: {later_s / earlier_s:.3f}, target within 10 % of 1")
     print(f"images/s by tenths: within {spread:.1%} of their median")
     result: dict[str, Any] = {"images_per_s": round(middle, 1), "seconds": round(samples[-1][0], 1)}
     print(json.dumps({"raydet": {**result, "peak_mb": round(peak_mb), "ap": None}}))

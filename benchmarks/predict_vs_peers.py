@@ -1,20 +1,20 @@
-"""Scoring speed of raydet beside the transformers pipeline, a plain loop and the limit: same weights, same images.
+"""Scoring speed of raydet, the transformers pipeline, a plain loop and the limit: same weights, same images.
 
     python benchmarks/predict_vs_peers.py [--quick] [--small-checkpoint DIR] [--large-checkpoint DIR]
         [--contestants raydet,limit]
 
 Two models: RT-DETRv2 with a ResNet-18 at 320 pixels (random weights unless given: speed does not depend on them) and,
-with `small_` before a contestant's name, the 1.8 M `rt_detr_v2_small` at 256. Images are BCCD's test split, repeated
-so often that a contestant is busy for a while. Each runs in a process of its own, in turn, round after round.
+with `small_` before a contestant's name, the 1.8 M `rt_detr_v2_small` at 256. The images are BCCD's test split,
+repeated several times. Each contestant runs in a separate process, in turn, round after round.
 
-- raydet, raydet_bf16, raydet_openvino (bf16, too): `raydet.predict()` through Ray, from an images table to Parquet.
+- raydet, raydet_bf16, raydet_openvino (also bf16): `raydet.predict()` through Ray, from an images table to Parquet.
 - pipeline: `pipeline("object-detection")` one image at a time, from files; larger batches fail for RT-DETRv2.
 - loop: a `DataLoader` with one process that decodes and preprocesses, the model in batches, post-processing.
-- limit, limit_bf16: the model alone, in batches, over tensors that lie in memory, in the memory format that raydet
-  takes by default (channels last), which is faster than the model's own.
+- limit, limit_bf16: only the model, in batches, over tensors in memory, in raydet's default memory format (channels
+  last), which is faster than the model's own.
 
 `images_per_s` is taken after warm-up: for raydet from the first batch on. `ap` is that of the
-detections against BCCD's truth, null where weights are random or nothing is post-processed.
+detections against BCCD's truth, null if weights are random or nothing is post-processed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.contest import Pair, print_results, run_rounds
-else:  # a script finds its neighbours by their bare names
+else:  # a script imports its neighbours without the package name
     from contest import Pair, print_results, run_rounds
 
 KINDS = ("raydet", "raydet_bf16", "raydet_openvino", "pipeline", "loop", "limit", "limit_bf16")
@@ -55,14 +55,14 @@ NUM_SPLIT_IMAGES = 72
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all contestants have in common.
+    """Setting of all contestants.
 
     Attributes:
-        folder: With `table/` and `files/`, BCCD's test split, and the checkpoints `large/` and `small/`.
-        repeats: How often the split is scored, by model.
+        folder: Folder with BCCD's test split as tables and `files/`, and the checkpoints `large/` and `small/`.
+        repeats: Repetitions of the split, by model.
         workers: raydet's copies of the model.
-        threads: That compute, in all.
-        has_weights: Which checkpoints are trained.
+        threads: Total number of compute threads.
+        has_weights: True for trained checkpoints, by model.
     """
 
     folder: Path
@@ -72,18 +72,18 @@ class Setting:
     has_weights: dict[str, bool]
 
     def checkpoint(self, model: str) -> str:
-        """The model folder."""
+        """Return the model folder."""
         return str(self.folder / model)
 
 
 def main() -> None:
-    """Runs the contestants in rounds and prints what came of it."""
+    """Run the contestants in rounds and print the results."""
     options = _parse()
     if options.child:
         content = json.loads(options.child)
         print(json.dumps(_compete(options.contestants[0], Setting(**{**content, "folder": Path(content["folder"])}))))
         return
-    # So that `timeout` ends the contestant as well.
+    # So that `timeout` also stops the contestant.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
         setting = Setting(
@@ -108,10 +108,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--small-checkpoint", help="model folder; rt_detr_v2_small with random weights by default")
     parser.add_argument("--contestants", type=lambda text: text.split(","), help=", ".join(CONTESTANTS))
     parser.add_argument("--rounds", type=int, help="3, with --quick 1")
-    parser.add_argument("--repeats", type=int, help="of the 72 images, six times as often for small: 4, with --quick 1")
+    parser.add_argument(
+        "--repeats", type=int, help="repetitions of the 72 images, six times as many for small: 4, with --quick 1"
+    )
     parser.add_argument("--workers", type=int, default=2, help="raydet's copies of the model")
-    parser.add_argument("--threads", type=int, default=2, help="that compute, for every contestant")
-    parser.add_argument("--quick", action="store_true", help="ends within three minutes on two cores")
+    parser.add_argument("--threads", type=int, default=2, help="compute threads of every contestant")
+    parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     quick = bool(options.quick)
@@ -119,20 +121,20 @@ def _parse() -> argparse.Namespace:
     options.contestants = options.contestants or list(few if quick else CONTESTANTS)
     unknown = set(options.contestants) - set(CONTESTANTS)
     if unknown:
-        parser.error(f"--contestants: no {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+        parser.error(f"--contestants: {', '.join(sorted(unknown))} is unknown; use {', '.join(CONTESTANTS)}")
     if not options.child and not (options.data / "instances_test.json").is_file():
-        parser.error(f"no BCCD in {options.data}; give its folder with --data, or set RAYDET_TEST_DATA")
+        parser.error(f"no BCCD in {options.data}; set --data or RAYDET_TEST_DATA to its folder")
     options.rounds = options.rounds or (1 if quick else 3)
     options.repeats = options.repeats or (1 if quick else 4)
     return options
 
 
 def _prepare(options: argparse.Namespace, setting: Setting) -> None:
-    """Writes the images as a table and as files, repeated, and the checkpoints."""
+    """Write the repeated images as tables and as files, and the checkpoints."""
     from raydet import PrepareCocoConfig, prepare_coco
 
     content = json.loads((options.data / "instances_test.json").read_bytes())
-    # The order of the files' names, which the contestants that read files go by.
+    # In the order of file names, in which other contestants read the files.
     originals = sorted(content["images"], key=lambda image: str(image["file_name"]))
     files = setting.folder / "files"
     files.mkdir()
@@ -174,7 +176,7 @@ def _random_checkpoint(model: str, categories: Sequence[dict[str, Any]]) -> Any:
     from raydet.models.detector import Detector
 
     torch.manual_seed(0)
-    backbone = RTDetrResNetConfig(  # type: ignore[call-arg]  # transformers sets it from its keywords
+    backbone = RTDetrResNetConfig(  # type: ignore[call-arg]  # transformers generates the constructor
         depths=[2, 2, 2, 2],
         hidden_sizes=[64, 128, 256, 512],
         layer_type="basic",
@@ -194,7 +196,7 @@ def _random_checkpoint(model: str, categories: Sequence[dict[str, Any]]) -> Any:
 
 
 def _compete(name: str, setting: Setting) -> dict[str, Any]:
-    """In the contestant's own process: scores all images and returns its images per second and its AP."""
+    """Run a contestant in its own process; return images per second and AP."""
     contestants: dict[str, Callable[[Setting, str, str], dict[str, Any]]] = {
         "raydet": _raydet,
         "pipeline": _pipeline,
@@ -239,7 +241,7 @@ def _ap(setting: Setting, model: str, detections: str) -> float | None:
 
 
 def _ap_of(setting: Setting, model: str, found: Iterator[dict[str, Any]]) -> float | None:
-    """The AP of results as the transformers post-processing gives them, in the order of the table."""
+    """Return the AP of results from the post-processing of transformers, in the order of the table."""
     if not setting.has_weights[model]:
         return None
     from raydet.tables.table import open_table

@@ -1,10 +1,10 @@
-"""How fast a folder of images becomes a table, and what memory that takes: raydet beside `datasets`.
+"""Speed and memory of converting a folder of images to a table: raydet and `datasets`.
 
-Each contestant runs in a process of its own, imports counted, in rounds one after another. All read the same generated
-JPEGs of 640 × 480. `raydet` makes sure that each can be decoded to its end and hashes it; `datasets` (imagefolder,
-then `to_parquet`) copies bytes and looks into none; `read_and_open` reads each file and has Pillow read its header, and
-writes nothing: the floor of any of them. Memory is that of all processes together. With --growth raydet runs once more
-on a quarter of the images, which tells whether memory grows with their number.
+Each contestant runs in a separate process, including imports, in rounds one after another. All read the same generated
+JPEGs of 640 × 480. `raydet` checks that each image can be decoded completely, and hashes it. `datasets` (imagefolder,
+then `to_parquet`) copies bytes without checks. `read_and_open` reads each file, opens its header with Pillow and writes
+nothing, which is a lower bound. Memory is that of all processes. With --growth, raydet also runs on a quarter of the
+images, which shows the growth of memory with their number.
 
     python benchmarks/prepare.py [--quick] [--images 20000] [--rounds 3] [--contestants raydet datasets]
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.contest import Pair, print_results, run_one, run_rounds
-else:  # a script finds its neighbours by their bare names
+else:  # a script imports its neighbours without the package name
     from contest import Pair, print_results, run_one, run_rounds
 
 SIZE = (640, 480)
@@ -50,7 +50,7 @@ def raydet_ray(images: Path, out: Path) -> int:
 
 
 def ray_data(images: Path, out: Path) -> int:
-    """What `raydet_ray` does to each image, as a pipeline of Ray Data, with files as its blocks come."""
+    """Process each image as `raydet_ray` does, in a Ray Data pipeline, with output files in the order of its blocks."""
     import pyarrow as pa
     import ray
 
@@ -121,12 +121,12 @@ STANDARD = ("raydet", "datasets", "read_and_open")
 
 
 def main() -> None:
-    """Makes the images, or, as a child, runs one contestant over them."""
+    """Make the images and run the contestants; in a child process, run one contestant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=STANDARD)
-    parser.add_argument("--growth", action="store_true", help="run raydet on a quarter of the images too")
+    parser.add_argument("--growth", action="store_true", help="also run raydet on a quarter of the images")
     parser.add_argument("--quick", action="store_true", help="2,000 images, one round")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def _run(name: str, images: Path, folder: Path) -> dict[str, Any]:
-    """One contestant; what it wrote is removed, since the next one needs the place."""
+    """Run one contestant and delete its output, to free the disk for the next one."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
@@ -163,7 +163,7 @@ def _run(name: str, images: Path, folder: Path) -> dict[str, Any]:
 
 
 def _make_images(folder: Path, num_images: int) -> None:
-    """Soft and grainy pictures, about as many bytes for a pixel as photographs; each file has a comment of its own."""
+    """Write smooth, grainy images about as large as photographs of this size; a comment makes each file unique."""
     import numpy as np
     from PIL import Image
 

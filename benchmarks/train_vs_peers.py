@@ -1,18 +1,18 @@
-"""Training speed and memory of raydet beside the Hugging Face Trainer and the limit, on the same model and images.
+"""Training speed and memory of raydet, the Hugging Face Trainer and the limit, on the same model and images.
 
     python benchmarks/train_vs_peers.py [--quick] [--augmentation light] [--contestants raydet,limit]
 
 Every contestant trains `rt_detr_v2_small` from scratch at 256 pixels in batches of 8 on blood cells (BCCD), each in a
-process of its own, in turn, round after round, so that a noisy machine slows all of them alike. Only whole epochs
-after the first are timed, without what lies between two epochs (raydet writes a checkpoint there).
+separate process, in turn, round after round, so that noise on the machine affects all of them equally. Only complete
+epochs after the first are timed, without the time between epochs, in which raydet writes a checkpoint.
 
-- raydet, raydet_bf16: `raydet.train()` through Ray on this machine, with workers that share the threads among them.
+- raydet, raydet_bf16: `raydet.train()` through Ray on this machine, with workers that share the threads.
 - hf_trainer, hf_trainer_bf16: the Trainer as the object-detection guide sets it up (albumentations in a `datasets`
-  transform, image processor, collate function), with the number of loader processes (0, 1, 2) that suits it best.
-- limit, limit_bf16: the same model, loss, optimizer and clipping over tensors that lie in memory, nothing else.
+  transform, image processor, collate function), with the fastest number of loader processes (0, 1, 2).
+- limit, limit_bf16: only the same model, loss, optimizer and clipping, over tensors in memory.
 
-`images_per_s` is the median over the rounds. `seconds` is a whole run from the start of its process to its end.
-`peak_mb` is the largest sum of the proportional set sizes (PSS) over all of its processes.
+`images_per_s` is the median over the rounds. `seconds` is the time of the complete process. `peak_mb` is the largest
+sum of the proportional set sizes (PSS) of all its processes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.contest import Pair, print_results, run_one, run_rounds
-else:  # a script finds its neighbours by their bare names
+else:  # a script imports its neighbours without the package name
     from contest import Pair, print_results, run_one, run_rounds
 
 CONTESTANTS = ("raydet", "hf_trainer", "limit", "raydet_bf16", "limit_bf16", "hf_trainer_bf16")
@@ -46,13 +46,13 @@ IMAGE_SIZE, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 256, 8, 1e-
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all contestants have in common.
+    """Setting of all contestants.
 
     Attributes:
-        folder: Where the images tables are and where runs are written.
-        augmentation: `flip`, or `light`, the guide's.
-        timed_epochs: Whole epochs that are timed after one that is not.
-        threads: torch threads, in all workers together.
+        folder: Folder of the images tables and of the runs.
+        augmentation: `flip`, or `light`, that of the guide.
+        timed_epochs: Number of timed epochs after the first one.
+        threads: torch threads over all workers.
         workers: raydet's training workers.
         loaders: The Trainer's loader processes.
     """
@@ -65,18 +65,18 @@ class Setting:
     loaders: int
 
     def to_json(self) -> dict[str, Any]:
-        """As values that JSON can hold."""
+        """Return the setting as JSON values."""
         return {**vars(self), "folder": str(self.folder)}
 
 
 def main() -> None:
-    """Runs the contestants in rounds and prints what came of it."""
+    """Run the contestants in rounds and print the results."""
     options = _parse()
     if options.child:
         content = json.loads(options.child)
         print(json.dumps(_compete(options.contestants[0], Setting(**{**content, "folder": Path(content["folder"])}))))
         return
-    # So that `timeout` ends the contestant as well.
+    # So that `timeout` also stops the contestant.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
         _prepare(options.data, Path(folder), options.images)
@@ -114,18 +114,18 @@ def _parse() -> argparse.Namespace:
         "--loaders",
         type=lambda text: [int(number) for number in text.split(",")],
         default=None,
-        help="numbers of the Trainer's loader processes, of which the fastest competes: 0,1,2, with --quick 1",
+        help="numbers of loader processes for the Trainer, which runs with the fastest: 0,1,2, with --quick 1",
     )
-    parser.add_argument("--quick", action="store_true", help="ends within three minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     quick = bool(options.quick)
     options.contestants = options.contestants or list(CONTESTANTS[: 5 if quick else 6])
     unknown = set(options.contestants) - set(CONTESTANTS)
     if unknown:
-        parser.error(f"--contestants: no {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+        parser.error(f"--contestants: {', '.join(sorted(unknown))} is unknown; use {', '.join(CONTESTANTS)}")
     if not options.child and not (options.data / "instances_train.json").is_file():
-        parser.error(f"no BCCD in {options.data}; give its folder with --data, or set RAYDET_TEST_DATA")
+        parser.error(f"no BCCD in {options.data}; set --data or RAYDET_TEST_DATA to its folder")
     for name, short, full in (
         ("rounds", 1, 3),
         ("timed_epochs", 1, 2),
@@ -138,7 +138,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _prepare(data: Path, folder: Path, num_images: int) -> None:
-    """Writes the images tables `train` (the first images) and `val` (a few: the last epoch must validate)."""
+    """Write the images tables `train` and `val`, which is small but required by the last epoch."""
     from raydet import PrepareCocoConfig, prepare_coco
 
     for split, number in (("train", num_images), ("val", BATCH_SIZE)):
@@ -161,7 +161,7 @@ def _with_best_loaders(setting: Setting, choices: Iterable[int]) -> Setting:
 
 
 def _compete(name: str, setting: Setting) -> dict[str, float]:
-    """In the contestant's own process: trains and returns its images per second."""
+    """Train a contestant in its own process and return its images per second."""
     contestants: dict[str, Callable[[Setting, bool], float]] = {
         "raydet": _train_with_raydet,
         "hf_trainer": _train_with_trainer,
@@ -175,7 +175,7 @@ def _train_with_raydet(setting: Setting, is_bf16: bool) -> float:
     from raydet import TrainConfig, train
     from raydet.tables.table import open_table
 
-    # The first epoch warms up, and the last one ends in a validation.
+    # The first epoch is a warm-up, and the last one ends with a validation.
     epochs = setting.timed_epochs + 2
     with tempfile.TemporaryDirectory(dir=setting.folder) as out:
         result = train(
@@ -205,7 +205,7 @@ def _train_with_raydet(setting: Setting, is_bf16: bool) -> float:
 
 
 def _model(setting: Setting) -> Any:
-    """The detector that all contestants start from, on the CPU."""
+    """Build the detector with which all contestants start, on the CPU."""
     import torch
 
     from raydet.models.loading import build_detector
@@ -245,7 +245,7 @@ def _train_with_trainer(setting: Setting, is_bf16: bool) -> float:
             max_grad_norm=MAX_GRAD_NORM,
             bf16=is_bf16,
             dataloader_num_workers=setting.loaders,
-            # Not in the guide, and in the Trainer's favour: loader processes live on from epoch to epoch.
+            # Not in the guide, but in the Trainer's favour: loader processes persist over epochs.
             dataloader_persistent_workers=setting.loaders > 0,
             remove_unused_columns=False,
             save_strategy="no",
@@ -280,7 +280,7 @@ def _guide_pipeline(setting: Setting) -> Any:
 
 
 def _transform(pipeline: Any, processor: Any, rows: dict[str, list[Any]]) -> dict[str, Any]:
-    """The guide's way from rows to tensors: augment each image, then let the image processor do the rest."""
+    """Convert rows to tensors as in the guide: augment each image, then run the image processor."""
     import numpy as np
 
     images, annotations = [], []
@@ -331,7 +331,7 @@ def _train_at_the_limit(setting: Setting, is_bf16: bool) -> float:
 
 
 def _batches_in_memory(setting: Setting, detector: Any) -> list[tuple[Any, Any]]:
-    """Pixel values and labels of each step, made as raydet makes them, without augmentation."""
+    """Make pixel values and labels of each step as raydet does, without augmentation."""
     from raydet.augmentation.view import View
     from raydet.models.collate import Example, collate
     from raydet.tables.table import open_table

@@ -1,10 +1,10 @@
-"""What a search finds, and what it takes: a few short trainings on generated pictures, the default among them.
+"""Result and cost of a search: a few short trainings on generated images, including the default.
 
     python benchmarks/tune.py [--trials 8] [--epochs 8] [--max-concurrent 1] [--out FOLDER] [--quick]
 
-The default is a training with a cautious learning rate, as one begins with for a pretrained model; the model here is
-small and starts from scratch, so that there is something to find. Seconds are those of the whole search. The last line
-is one JSON object; `epochs_saved` is the share of all epochs that stopping trials early has saved.
+The default has a low learning rate, as for a pretrained model. The model here is small and starts from scratch, so that
+the search can improve on the default. Seconds are those of the complete search. The last line is one JSON object;
+`epochs_saved` is the fraction of all epochs saved by stopping trials early.
 """
 
 import argparse
@@ -22,7 +22,7 @@ IMAGE_SIZE = 96
 
 
 def main() -> None:
-    """Prepares pictures, searches, and prints what came of it."""
+    """Prepare images, search, and print the results."""
     options = _parse()
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
         data, out = Path(folder) / "data", options.out or str(Path(folder) / "tune")
@@ -42,9 +42,11 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--max-concurrent", type=int, help="trials at once; what the machine has room for by default")
-    parser.add_argument("--out", help="folder of the search, kept; a temporary one by default")
-    parser.add_argument("--quick", action="store_true", help="three tiny trials, to see that it runs")
+    parser.add_argument(
+        "--max-concurrent", type=int, help="concurrent trials; as many as the machine has room for by default"
+    )
+    parser.add_argument("--out", help="folder of the search, which is kept; a temporary one by default")
+    parser.add_argument("--quick", action="store_true", help="three tiny trials, as a smoke test")
     options = parser.parse_args()
     if options.quick:
         options.trials, options.epochs = 3, 2

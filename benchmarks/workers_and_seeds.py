@@ -1,11 +1,11 @@
-"""How good a recipe is, how far seeds part, and whether the number of workers changes the result.
+"""AP of a recipe, and its spread over seeds and numbers of workers.
 
     python benchmarks/workers_and_seeds.py [--config jobs/configs/bccd.yaml] [--data TRAIN VAL] [--seeds 0,1,2]
 
-Trains by a recipe, on BCCD unless other images tables are given, with one worker for each seed and with two workers for
-the first of them. Two runs of any kind part after some steps through rounding, so equal APs cannot be asked for: that
-of two workers is to lie within the spread of the seeds. AP is that of the best epoch, which is the one that the run
-keeps. The last line is one JSON object.
+The benchmark trains with a recipe, on BCCD by default, with one worker for each seed and with two workers for the first
+seed. Rounding makes any two runs diverge after some steps, so that APs cannot be equal; the target for two workers is
+an AP within the spread of the seeds. AP is that of the best epoch, which the run keeps. The last line is one JSON
+object.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Result = dict[str, float | None]
 
 
 def main() -> None:
-    """Trains, run after run, and prints what came of it."""
+    """Train the runs one after another and print the results."""
     options = _parse()
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
         data = options.data or _prepare_bccd(folder)
@@ -53,9 +53,11 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(PROJECT / "jobs" / "configs" / "bccd.yaml"), help="the recipe")
+    parser.add_argument(
+        "--config", default=str(PROJECT / "jobs" / "configs" / "bccd.yaml"), help="recipe to train with"
+    )
     parser.add_argument("--data", nargs=2, metavar=("TRAIN", "VAL"), help="images tables; BCCD by default")
-    parser.add_argument("--epochs", type=int, help="the recipe's by default")
+    parser.add_argument("--epochs", type=int, help="those of the recipe by default")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--two-workers", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()

@@ -1,6 +1,6 @@
 """`ray job submit … -- python jobs/inspect_data.py OPTIONS` runs `raydet inspect OPTIONS` on the cluster."""
 
-# Not inspect.py: Python would find it instead of its own module `inspect`.
+# Not named inspect.py, which would shadow the module `inspect` of the standard library.
 
 from raydet.cli.main import run_job
 

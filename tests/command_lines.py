@@ -1,4 +1,4 @@
-"""Command lines as documents and job files give them → what raydet's own parser makes of them."""
+"""Command lines from documents and job files, parsed by raydet's own parser."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ _TWO_WORDS = ("prepare", "export")
 
 
 def config_of(words: Sequence[str]) -> Any:
-    """The config of `raydet WORDS`.
+    """Return the config of `raydet WORDS`.
 
     Raises:
-        UserError: There is no such command or option, or a value is not what it should be.
+        UserError: An option does not exist or has an invalid value.
     """
     name, *options = words
     if name in _TWO_WORDS:
@@ -26,13 +26,13 @@ def config_of(words: Sequence[str]) -> Any:
 
 
 def blocks_of(path: Path, *languages: str) -> Iterator[str]:
-    """The contents of a document's code blocks in one of the languages; "" stands for none."""
+    """Yield the contents of a document's code blocks in one of the languages; "" means no language."""
     for language, content in _BLOCK.findall(path.read_text(encoding="utf-8")):
         if language in languages:
             yield content
 
 
 def commands_of(script: str) -> list[str]:
-    """The commands of a shell script, one each, with continued lines joined and comments left out."""
+    """Return the commands of a shell script, with continued lines joined and comments removed."""
     lines = script.replace("\\\n", " ").splitlines()
     return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]

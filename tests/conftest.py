@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: real images, small generated tables, one Ray cluster, a private HOME."""
+"""Fixtures shared by all tests: real images, small generated tables, one Ray cluster, a private HOME."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# Before anything asks for them: no test may touch the user's home or a cluster that happens to run.
+# Set before any import reads them: no test may touch the user's home or a running cluster.
 _HOME = tempfile.mkdtemp(prefix="raydet-home-")
 os.environ |= {"HOME": _HOME, "HF_HOME": f"{_HOME}/hf", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ.pop("RAY_ADDRESS", None)
@@ -17,7 +17,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 @pytest.hookimpl(tryfirst=True)  # before the marks select tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use the shared Ray cluster, and run them first where there are several processes."""
+    """Mark tests that use the shared Ray cluster, and run them first under xdist."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Has `pytest -n` run the tests of a file in one process, and all files that need the Ray cluster in the same."""
+    """Make `pytest -n` run each test file in one process, and all files that need the Ray cluster in the same one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class _ByRay(LoadScopeScheduling):  # type: ignore[misc]
@@ -51,25 +51,25 @@ _NO_TEST_DATA = "no real images"
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of real images and annotations; see its README."""
+    """Folder of real images and annotations; see its README."""
     if not TEST_DATA.is_dir():
         pytest.skip(f"{_NO_TEST_DATA} in {TEST_DATA}; set RAYDET_TEST_DATA to their folder")
     return TEST_DATA
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say how many tests on real images were skipped, and why."""
+    """Report the number of skipped tests on real images and the reason."""
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if _NO_TEST_DATA in str(report.longrepr)]
     if skipped:
         terminalreporter.write_line(
-            f"{len(skipped)} tests on real images were skipped, because there is no folder {TEST_DATA}; "
-            "set RAYDET_TEST_DATA to where they are"
+            f"{len(skipped)} tests on real images were skipped: there is no folder {TEST_DATA}; "
+            "set RAYDET_TEST_DATA to the folder"
         )
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Generated pictures with labels: images tables `train` (24 rows) and `val` (10 rows) of 64 × 64 pixels."""
+    """Generated images with labels: images tables `train` (24 rows) and `val` (10 rows) of 64 × 64 pixels."""
     from raydet import PrepareShapesConfig, prepare_shapes
 
     folder = tmp_path_factory.mktemp("shapes")
@@ -79,10 +79,10 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this process's own, with two CPUs, for all tests that need one."""
+    """A private Ray cluster with two CPUs, shared by all tests of this process."""
     import ray
 
-    # A short path: the names of Unix sockets are limited to about a hundred characters.
+    # A short path, because names of Unix sockets are limited to about 100 characters.
     with tempfile.TemporaryDirectory(prefix="rdt", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",

@@ -1,4 +1,4 @@
-"""A stand-in for Google Cloud Storage on loopback, for tests that read and write through `storage`."""
+"""A local Google Cloud Storage emulator on loopback, for tests that read and write through `storage`."""
 
 import subprocess
 import sys
@@ -8,18 +8,18 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 
 BUCKET = "gs://anonymous@runs"
-"""Without the name of nobody in it, pyarrow's client first asks Google who it is."""
+"""Without `anonymous`, pyarrow's client first asks Google for credentials."""
 
 
 @contextmanager
 def started() -> Iterator[str]:
-    """The server, with an empty bucket; gives the URL that CLOUD_STORAGE_EMULATOR_ENDPOINT has to name."""
-    # A process of its own: pyarrow keeps Python's lock while it waits for the answer to some requests.
+    """Context manager: run a server with an empty bucket; yield the URL for CLOUD_STORAGE_EMULATOR_ENDPOINT."""
+    # A separate process, because pyarrow holds the GIL while it waits for some responses.
     with subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             port = process.stdout.readline().strip()
-            assert port, "the server has not started"
+            assert port, "the server did not start"
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -32,7 +32,7 @@ def _serve() -> None:
 
     files = Storage(use_memory_fs=True)
     create_bucket(BUCKET.partition("@")[2], files)
-    # The emulator's own server answers one connection at a time, and pyarrow keeps several open.
+    # The emulator's own server handles one connection at a time, but pyarrow keeps several open.
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(RequestHandler, files))
     print(server.server_port, flush=True)
     server.serve_forever()

@@ -1,4 +1,4 @@
-"""A Ray head with a dashboard on loopback, started as a person would start it, for tests that submit jobs."""
+"""A Ray head with a dashboard on loopback, started from the command line, for tests that submit jobs."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listened on just now."""
+    """Return a loopback port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -21,24 +21,24 @@ def free_port() -> int:
 
 @contextmanager
 def running_head(command: Sequence[str], environment: Mapping[str, str], address: str, log: Path) -> Iterator[None]:
-    """Runs `ray start --head --block …` for the time of a `with`, from when its dashboard asks for a token on.
+    """Context manager: run `ray start --head --block …`; enter the block once the dashboard demands a token.
 
     Args:
-        command: The words of the command; it gets temporary files and ports of its own by them.
-        environment: Of all its processes.
-        address: Of the dashboard.
-        log: What it prints.
+        command: Words of the command, including its own ports and folder for temporary files.
+        environment: Environment of all processes.
+        address: Address of the dashboard.
+        log: File for the output.
     """
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
-        while not _asks_for_a_token(address):
+        while not _demands_token(address):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.3)
         yield
     finally:
-        # It and all that it started are a session of their own.
+        # The head and all its processes form a separate session.
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(10)
@@ -47,7 +47,7 @@ def running_head(command: Sequence[str], environment: Mapping[str, str], address
             process.wait()
 
 
-def _asks_for_a_token(address: str) -> bool:
+def _demands_token(address: str) -> bool:
     try:
         urllib.request.urlopen(f"{address}/api/version", timeout=2)
     except urllib.error.HTTPError as error:

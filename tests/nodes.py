@@ -1,7 +1,7 @@
-"""Several Ray nodes on this machine that can be lost as machines are: all processes of one at once, without a goodbye.
+"""Several Ray nodes on this machine that can fail like machines: all processes of a node are killed together.
 
-Each node is a `ray start` of its own with an address of loopback, a working folder, temporary files and ports of its
-own, and all of them ask for a token. What users share on a cluster, the tests share by absolute paths.
+Each node is a separate `ray start` with its own loopback address, working folder, temporary files and ports. All nodes
+require a token. The tests use absolute paths as the storage that nodes of a cluster share.
 """
 
 import contextlib
@@ -22,29 +22,29 @@ from tests.local_head import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 _SETTINGS = {
-    # The head asks every half a second whether a node still lives, so that a loss shows in seconds.
+    # Frequent health checks, so that the head detects the loss of a node within seconds.
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "3",
-    # A busy machine needs longer than Ray grants to bring up a node or a worker.
+    # A busy machine needs more time to start a node or a worker than Ray allows by default.
     "RAY_raylet_start_wait_time_s": "45",
     "RAY_worker_register_timeout_seconds": "150",
-    # On nodes of few CPUs Ray would end every process that idles for a second, and start another for the next task.
+    # On nodes with few CPUs Ray would kill processes after one idle second and start new ones for the next task.
     "RAY_num_workers_soft_limit": "16",
 }
 _PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")
 _START_TIMEOUT_S = 150.0
 _START_ATTEMPTS = 4
-"""Ray gives some processes of a node 15 s to come up, which a busy machine may not grant them."""
+"""Ray allows some processes of a node only 15 s to start, which can be too short on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node.
+    """One Ray node.
 
     Attributes:
-        address: Its own on loopback.
-        folder: Where its processes run, beside their temporary files in `folder/r`.
-        process: `ray start --block`, the leader of a session that all of the node's processes belong to.
+        address: Loopback address of the node.
+        folder: Working folder of its processes; their temporary files are in `folder/r`.
+        process: `ray start --block`, the session leader of all processes of the node.
     """
 
     address: str
@@ -52,29 +52,29 @@ class Node:
     process: "subprocess.Popen[bytes]"
 
     def processes(self) -> list[psutil.Process]:
-        """All processes of the node that live, the one that starts the others first."""
+        """Return all live processes of the node, `ray start` first."""
         return processes_of(self.process.pid)
 
     def workers(self, title: str) -> list[psutil.Process]:
-        """The workers of the node that say of themselves, as Ray has them do, what they are at."""
+        """Return the node's Ray workers with this process title, which names their current task or actor."""
         return [process for process in self.processes() if _title(process).startswith(f"ray::{title}")]
 
 
 class Cluster:
-    """A head and other nodes; made by `nodes`.
+    """A head and other nodes; created by `nodes`.
 
     Attributes:
-        folder: Of the nodes' own folders; short, as names of sockets are limited to about a hundred characters.
-        nodes: Those that live, the head first.
-        address: Of the head, for drivers.
-        environment: Of a driver, as a user would set it.
+        folder: Parent of the nodes' folders; a short path, because socket names are limited to about 100 characters.
+        nodes: Live nodes, the head first.
+        address: Address of the head, for drivers.
+        environment: Environment of a driver, as a user would set it.
     """
 
     def __init__(self, folder: Path, *, cpus: float) -> None:
         self.folder, self._cpus = folder, cpus
         self.nodes: list[Node] = []
         self._num_started = 0
-        # Later ones than 127.0.0.1, which Ray takes for a machine's address on its network.
+        # Node addresses start at 127.0.0.2, because Ray replaces 127.0.0.1 by the machine's network address.
         self.address = ""
         self.environment = {
             **os.environ,
@@ -88,14 +88,14 @@ class Cluster:
 
     @property
     def head(self) -> Node:
-        """The node that drivers run on."""
+        """The node on which drivers run."""
         return self.nodes[0]
 
     def add_node(self, *, gpus: int = 0) -> Node:
-        """Starts a node, the head if there is none, and waits until the cluster counts it.
+        """Start a node, the head if there is none yet, and wait until it has joined the cluster.
 
         Args:
-            gpus: That it promises to Ray, whatever this machine has.
+            gpus: Number of GPUs to announce to Ray, regardless of the hardware.
         """
         for _ in range(_START_ATTEMPTS):
             node = self._start_node(gpus)
@@ -127,29 +127,29 @@ class Cluster:
         return Node(address, folder, process)
 
     def kill_node(self, node: Node) -> None:
-        """Ends all processes of a node at once, as when its power goes."""
+        """Kill all processes of a node together, as in a power failure."""
         kill_session(node.process)
         self.nodes.remove(node)
 
     def alive(self) -> dict[str, str]:
-        """The nodes that the cluster counts: address → the beginning of the id that log lines have."""
+        """Return the live nodes of the cluster: address → start of the node id, as in log lines."""
         done = self.run([sys.executable, "-c", _LIST_NODES])
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
     def run(self, command: Sequence[str], *, timeout_s: float = 200) -> "subprocess.CompletedProcess[str]":
-        """Runs a driver to its end."""
+        """Run a driver until it exits."""
         return subprocess.run(
             command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=timeout_s
         )
 
     @contextlib.contextmanager
     def started(self, command: Sequence[str], output: Path) -> "Iterator[subprocess.Popen[bytes]]":
-        """Starts a driver; whatever is left of it at the end of the `with` is killed.
+        """Context manager: start a driver, and kill its remaining processes at the end of the block.
 
         Args:
-            command: Its words.
-            output: The file for what it prints.
+            command: Words of the command.
+            output: File for its output.
         """
         with output.open("wb") as file:
             driver = subprocess.Popen(
@@ -171,7 +171,7 @@ class Cluster:
 
 
 def _has_failed(node: Node) -> bool:
-    """Whether a node that is being started has ended, or its raylet, for which `ray start` would wait on and on."""
+    """Return True if a starting node or its raylet has exited; `ray start` would wait for the raylet forever."""
     logs = node.folder.glob("r/session_latest/logs/raylet.out")
     return node.process.poll() is not None or any(b"Check failed" in log.read_bytes() for log in logs)
 
@@ -186,12 +186,12 @@ print(json.dumps([(node["NodeManagerAddress"], node["NodeID"][:8]) for node in r
 
 @contextlib.contextmanager
 def nodes(num_nodes: int, *, cpus: float, folder: Path) -> Iterator[Cluster]:
-    """A cluster for the time of a `with`; nothing of it is left, whatever happens inside.
+    """Context manager: run a cluster while the block runs, and kill all its processes afterwards.
 
     Args:
-        num_nodes: The head counted.
-        cpus: Of each node.
-        folder: An empty one with a short path.
+        num_nodes: Number of nodes, including the head.
+        cpus: CPUs of each node.
+        folder: Empty folder with a short path.
     """
     cluster = Cluster(folder, cpus=cpus)
     try:
@@ -204,7 +204,7 @@ def nodes(num_nodes: int, *, cpus: float, folder: Path) -> Iterator[Cluster]:
 
 
 def processes_of(leader: int) -> list[psutil.Process]:
-    """The processes of a session that live, by its leader's id."""
+    """Return the live processes of a session by the process id of its leader, the leader first."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.Error):
@@ -214,10 +214,10 @@ def processes_of(leader: int) -> list[psutil.Process]:
 
 
 def kill_session(leader: "subprocess.Popen[bytes]") -> None:
-    """Kills a process that leads a session, and all that are in it, until none is left."""
+    """Kill all processes of a session, repeatedly until none is left."""
     own = processes_of(leader.pid)
     while own:
-        # Groups first: one call each, so that hardly any process sees another one die.
+        # Groups first, with a single call each, so that few processes can react to the death of another.
         for group in {_group(process.pid) for process in own} - {None, os.getpgrp()}:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(group or 0), signal.SIGKILL)
@@ -244,7 +244,7 @@ def _title(process: psutil.Process) -> str:
 
 
 def wait_until(is_so: Callable[[], bool], explain: Callable[[], str], *, timeout_s: float = 150) -> None:
-    """Looks again and again; fails with what `explain` says when it takes too long."""
+    """Poll a condition; fail with the result of `explain` after a timeout."""
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, explain()

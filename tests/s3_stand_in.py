@@ -1,4 +1,4 @@
-"""A stand-in for S3 on loopback that can be told to fail, for tests that read and write through `storage`."""
+"""A local S3 server on loopback that can simulate failures, for tests that read and write through `storage`."""
 
 import socket
 import threading
@@ -13,7 +13,7 @@ BUCKET = "s3://runs"
 
 
 class StandIn:
-    """An S3 server on loopback that can be told to fail."""
+    """An S3 server on loopback that can simulate failures."""
 
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -27,7 +27,7 @@ class StandIn:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def fail(self, failure: Failure, seconds: float, *, only: str = "") -> None:
-        """From now on, for so long, each request whose query has `only` in it."""
+        """Fail each request whose query contains `only`, for the given number of seconds from now."""
         self._failure, self._until, self._only, self.num_refused = failure, time.monotonic() + seconds, only, 0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -41,11 +41,11 @@ class StandIn:
             time.sleep(max(0.0, self._until - time.monotonic()))
         code = "AccessDenied" if self._failure == "403" else "SlowDown"
         start_response(f"{'403' if self._failure == '403' else '503'} {code}", [("Connection", "close")])
-        return [f"<Error><Code>{code}</Code><Message>as it was told</Message></Error>".encode()]
+        return [f"<Error><Code>{code}</Code><Message>simulated</Message></Error>".encode()]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process must have in its environment to take this server for S3."""
+        """Environment variables with which a process uses this server as S3."""
         return {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.server.port}",
             "AWS_ACCESS_KEY_ID": "stand-in",
@@ -58,7 +58,7 @@ class StandIn:
 
 @contextmanager
 def started() -> Iterator[StandIn]:
-    """A server with an empty bucket, for the time of a `with`."""
+    """Context manager: run a server with an empty bucket while the block runs."""
     stand_in = StandIn()
     urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{stand_in.server.port}/runs", method="PUT"))
     try:

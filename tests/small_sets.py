@@ -1,4 +1,4 @@
-"""Small data sets for tests, and what they need to look at tables."""
+"""Small data sets for tests, and helpers that read tables."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ QUICK_RECIPE: dict[str, Any] = {
     "validate_batch_size": 32,
     "log_images": 0,
 }
-"""Training options by which a small model learns drawn shapes within a few epochs."""
+"""Training options with which a small model learns drawn shapes within a few epochs."""
 
 
 def save_image(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1, seed: int = 0) -> None:
@@ -46,11 +46,11 @@ def annotation(annotation_id: int, bbox: list[float], image_id: int = 1, **more:
 
 
 def write_drawn(uri: Path, pictures: Iterable[tuple[np.ndarray, list[list[float]], Sequence[int]]]) -> str:
-    """An images table of drawn shapes.
+    """Write an images table of drawn shapes and return its URI.
 
     Args:
-        uri: Where it goes.
-        pictures: For each picture its pixels, uint8 [H, W, 3], its boxes (x, y, width, height) and its categories.
+        uri: Folder of the table.
+        pictures: Per image, its pixels, uint8 [H, W, 3], its boxes (x, y, width, height) and its categories.
     """
     with TableWriter(str(uri), build_schema("images", CATEGORIES), config_hash="0" * 12) as writer:
         for number, (pixels, boxes, categories) in enumerate(pictures):

@@ -1,4 +1,4 @@
-"""A command on a terminal of its own, as a person runs it: what it prints, Ctrl-C, and what is left of it."""
+"""A command on a pseudo-terminal, as a user runs it: its output, Ctrl-C, and leftover processes."""
 
 import os
 import pty
@@ -12,16 +12,16 @@ import psutil
 
 
 class Terminal:
-    """Runs `raydet WORDS` on a pseudo-terminal.
+    """A `raydet WORDS` process on a pseudo-terminal.
 
     Attributes:
-        text: Printed so far.
+        text: Output so far.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         self.text = ""
         self._master, slave = pty.openpty()
-        # A session of its own, whose terminal this is: Ctrl-C goes to all its processes in the foreground.
+        # A separate session with this terminal, so that Ctrl-C reaches all its foreground processes.
         self._process = subprocess.Popen(
             [sys.executable, "-c", _ON_TERMINAL, os.ttyname(slave), *words],
             stdin=slave,
@@ -33,41 +33,41 @@ class Terminal:
         self._started: list[psutil.Process] = []
 
     def wait_until(self, condition: Callable[[], bool], *, timeout_s: float = 200) -> None:
-        """Waits, reading what is printed.
+        """Wait for a condition while reading the output.
 
         Raises:
-            AssertionError: The command has ended, or the time is over.
+            AssertionError: The command ended, or the timeout expired.
         """
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert self._process.poll() is None, f"it ended with {self._process.returncode}: {self.text}"
-            assert time.monotonic() < deadline, f"waited in vain: {self.text}"
+            assert self._process.poll() is None, f"the command exited with {self._process.returncode}: {self.text}"
+            assert time.monotonic() < deadline, f"timeout after {timeout_s:.0f} s: {self.text}"
             self._read(0.02)
 
     def press_ctrl_c(self) -> None:
-        """Sends what the key sends."""
+        """Send the character of Ctrl-C."""
         self._note_processes()
         os.write(self._master, b"\x03")
 
     def exit_code(self, *, timeout_s: float = 60) -> int:
-        """Waits for the end and returns the exit code; ends the process when the time is over."""
+        """Wait for the command to exit and return its exit code; kill it after a timeout."""
         deadline = time.monotonic() + timeout_s
         while self._process.poll() is None and time.monotonic() < deadline:
             self._note_processes()
             self._read(0.1)
         if self._process.poll() is None:
             self.close()
-            raise AssertionError(f"it did not end within {timeout_s:.0f} s: {self.text}")
+            raise AssertionError(f"the command did not exit within {timeout_s:.0f} s: {self.text}")
         self._read(0.2)
         return self._process.returncode
 
     def left_over(self, *, timeout_s: float = 20) -> list[str]:
-        """Command lines of the processes it started that are still there after a while."""
+        """Return the command lines of the started processes that still run after a timeout."""
         _, alive = psutil.wait_procs(self._started, timeout=timeout_s)
         return [" ".join(process.cmdline()) for process in alive if process.is_running()]
 
     def close(self) -> None:
-        """Ends whatever is left."""
+        """Kill all remaining processes."""
         self._note_processes()
         for process in self._started:
             if process.is_running():

@@ -1,4 +1,4 @@
-"""One training step on a GPU, without Ray: the gradient of the CPU, in each precision and as often as it is asked."""
+"""Training steps on a GPU, without Ray: the gradient equals that of the CPU, and each precision lowers the loss."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ SIDE = 96
 
 @pytest.fixture(autouse=True)
 def exact_matrix_products() -> Iterator[None]:
-    """TensorFloat-32 keeps ten bits of the mantissa, too few to compare with the CPU."""
+    """Disable TensorFloat-32, whose ten mantissa bits are too few for a comparison with the CPU."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield

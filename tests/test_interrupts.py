@@ -1,4 +1,4 @@
-"""Ctrl-C on a terminal in each phase of the long commands: exit code 130, one line, nothing left, and resuming."""
+"""Ctrl-C on a terminal in each phase of the long commands: exit code 130, one line, no leftovers, resuming."""
 
 import json
 import re
@@ -19,13 +19,13 @@ from tests.terminals import Terminal
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 SECONDS_TO_END = 30
-"""On a machine with a few busy cores, most of it taken by Ray's own shutdown."""
+"""For a machine with few, busy cores; Ray's own shutdown takes most of it."""
 NUM_VALIDATED = 300
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tables `train` (24 rows) and `val`, which takes a tiny model some time."""
+    """Tables `train` (24 rows) and `val`, which is large enough to keep a tiny model busy."""
     folder = tmp_path_factory.mktemp("many")
     prepare_shapes(PrepareShapesConfig(out=str(folder), num_train=24, num_val=NUM_VALIDATED, image_size=64))
     return folder
@@ -33,7 +33,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run() -> Iterator[Callable[..., Terminal]]:
-    """Starts commands on terminals, which the test need not end."""
+    """A function that starts commands on terminals; the fixture closes them."""
     terminals: list[Terminal] = []
 
     def start(*words: str) -> Terminal:
@@ -71,7 +71,7 @@ def _train(data: Path, out: Path, **changes: Any) -> list[str]:
 
 
 def _interrupt(terminal: Terminal, *, presses: int = 1) -> str:
-    """Presses Ctrl-C and checks how the command ends; returns its one line."""
+    """Press Ctrl-C, check that the command stops cleanly, and return its last line."""
     started = len(terminal.text)
     for _ in range(presses):
         terminal.press_ctrl_c()
@@ -111,23 +111,23 @@ def test_train_in_the_midst_of_steps_and_again_while_saving(
     terminal = run(*command)
     terminal.wait_until(lambda: "00000-0000002.pt" in _states(out))
     line = _interrupt(terminal)
-    # The state that was saved is that of the step that the line names.
-    found = re.search(r"stopped after step (\d+) of epoch (\d+), everything saved", line)
+    # The saved state is that of the step in the line.
+    found = re.search(r"stopped after step (\d+) of epoch (\d+)", line)
     assert found is not None, line
     epoch, step = int(found[2]) - 1, int(found[1])
     assert _states(out)[-1] == f"{epoch:05d}-{step:07d}.pt"
     again = run(*command)
     num_epochs = len(read_history(str(out)))
-    again.wait_until(lambda: len(read_history(str(out))) > num_epochs)  # the last file of those that an epoch saves
-    assert "everything saved" in _interrupt(again)
-    assert f"starts after step {step} of epoch {epoch + 1}" in _log(out)
+    again.wait_until(lambda: len(read_history(str(out))) > num_epochs)  # the last file that an epoch writes
+    assert "run the same command again" in _interrupt(again)
+    assert f"after step {step} of epoch {epoch + 1}" in _log(out)
 
 
 def test_train_in_validation(many: Path, tmp_path: Path, run: Callable[..., Terminal]) -> None:
     out = tmp_path / "run"
     terminal = run(*_train(many, out, epochs=1))
     terminal.wait_until(lambda: "epoch 1: 24 images" in _log(out))
-    assert "stopped after step 6 of epoch 1, everything saved" in _interrupt(terminal)
+    assert "stopped after step 6 of epoch 1" in _interrupt(terminal)
     assert _states(out) == ["00000-0000006.pt"] and read_history(str(out)) == []
     again = run(*_train(many, out, epochs=1))
     assert again.exit_code(timeout_s=200) == 0, again.text

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: nothing listens to others, no secret is written, no code of strangers is run."""
+"""The guarantees of SECURITY.md: loopback only, no secrets in files, no execution of foreign code."""
 
 import ast
 import io
@@ -61,7 +61,7 @@ def link(path: Path, target: Path) -> None:
         ('cannot open "gs://u:p@b/c", "gs://b?access_token=t"', 'cannot open "gs://b/c", "gs://b?access_token=***"'),
         ("hf_" + "a1B2" * 6, "***"),
         ("AKIA" + "ABCD" * 4, "***"),
-        # What only looks like one.
+        # Not secrets.
         ("abfss://container@account.dfs.core.windows.net/x", "abfss://container@account.dfs.core.windows.net/x"),
         ("hdfs://user@host/x", "hdfs://user@host/x"),
         ("runs/hf_finetuned_on_many_images", "runs/hf_finetuned_on_many_images"),
@@ -96,18 +96,18 @@ def test_a_config_is_written_without_secrets_and_known_again(tmp_path: Path) -> 
     assert "first" not in folder.read_bytes(RUN_FILE).decode()
     assert folder.admit(identity(rotated)) is not None
     other = TrainConfig(train_data="s3://c/train", val_data="s3://b/val?sig=x", out="run")
-    with pytest.raises(UserError, match=r"\(--train-data: s3://b/train → s3://c/train\)"):
+    with pytest.raises(UserError, match=r"--train-data.*s3://b/train.*s3://c/train"):
         folder.admit(identity(other))
 
 
 def test_a_password_that_would_have_to_be_kept_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^data has a password in it, .*: s3://bucket/x; leave it out") as caught:
+    with pytest.raises(UserError, match=r"data.*password.*s3://bucket/x") as caught:
         refuse_password("s3://key:pass@bucket/x", what="data")
     assert "pass@" not in str(caught.value)
     refuse_password("abfss://container@account.dfs.core.windows.net/x", what="data")
     (tmp_path / "list.txt").write_text("a.jpg\ns3://key:pass@bucket/b.jpg\n")
     picture(tmp_path / "a.jpg")
-    with pytest.raises(UserError, match=r"line 2 of .* has a password in it"):
+    with pytest.raises(UserError, match=r"line 2 .*password"):
         open_collection(str(tmp_path / "list.txt"), index_uri=None)
 
 
@@ -170,11 +170,11 @@ def test_no_secret_is_in_any_file_that_a_run_leaves(tmp_path: Path, shapes: Path
     assert {"config.yaml", "_run.json", "job.json", "report.html", "meta.yaml"} <= {path.name for path in written}
     planted = [secret.encode() for secret in (*SECRETS.values(), PASSWORD)]
     leaks = [(str(path), secret) for path in written for secret in planted if secret in path.read_bytes()]
-    leaks += [("the screen", secret) for secret in planted if secret.decode() in "".join(printed)]
+    leaks += [("the console", secret) for secret in planted if secret.decode() in "".join(printed)]
     assert leaks == []
 
 
-# What strangers' files may lead to.
+# Hostile files.
 
 
 def test_folders_do_not_lead_out_through_links(tmp_path: Path) -> None:
@@ -184,14 +184,14 @@ def test_folders_do_not_lead_out_through_links(tmp_path: Path) -> None:
     link(tmp_path / "images" / "c", tmp_path / "outside")
     link(tmp_path / "images" / "d.png", tmp_path / "images" / "a.png")
     link(tmp_path / "way", tmp_path / "images")
-    for folder in ("images", "way"):  # whoever names a link means what it leads to
+    for folder in ("images", "way"):  # a link named by the user is followed
         refusals = {item.path: item.refusal for item in read_images(ImageFolder(str(tmp_path / folder))).images}
         refused = [path for path, refusal in refusals.items() if refusal is not None]
         assert refused == ["b.png", "c/secret.png"]
         assert "symbolic link" in str(refusals["b.png"])
         rows = list(open_collection(str(tmp_path / folder), index_uri=None).read(0, 4))
         assert [row.path for row in rows if row.data is None] == refused
-        assert all(row.error and "leads out of its folder" in row.error for row in rows if row.data is None)
+        assert all(row.error and "folder" in row.error for row in rows if row.data is None)
 
 
 def test_voc_does_not_lead_out(tmp_path: Path) -> None:
@@ -246,9 +246,10 @@ def test_a_yolo_list_does_not_lead_out(tmp_path: Path) -> None:
     records = list(source.images)
     assert source.num_images == len(records) == 3
     assert [item.path for item in records] == ["a.png", "/etc/secret.png", f"{tmp_path}/outside/secret.png"]
-    assert [item.refusal for item in records] == [None, *["the list names a file outside the data set"] * 2]
+    assert [item.refusal is None for item in records] == [True, False, False]
+    assert all("outside the data set" in str(item.refusal) for item in records[1:])
     (tmp_path / "set" / "list.txt").write_text("\n".join(outside))
-    with pytest.raises(UserError, match=r"`train` lists .*secret\.png, which lies outside the data set in"):
+    with pytest.raises(UserError, match=r"train.*secret\.png.*outside"):
         find_in_data_yaml(str(tmp_path / "set" / "data.yaml"), "train")
 
 
@@ -273,9 +274,7 @@ def test_members_of_tar_files_with_names_that_lead_out_are_not_read(tmp_path: Pa
         ("shard.tar//etc/d.png", False),
         ("shard.tar/sub/../../e.png", False),
     ]
-    assert {row.error for row in rows if row.data is None} == {
-        "the file name is not valid text or leads out of its folder"
-    }
+    assert all(row.error and "file name" in row.error for row in rows if row.data is None)
 
 
 def test_labels_and_pictures_are_never_written_outside_of_the_output(tmp_path: Path) -> None:
@@ -302,14 +301,14 @@ def test_labels_and_pictures_are_never_written_outside_of_the_output(tmp_path: P
 def test_a_file_over_the_limit_is_refused_unread(tmp_path: Path) -> None:
     huge = tmp_path / "huge.jpg"
     with huge.open("wb") as file:
-        file.truncate(2**30 + 1)  # sparse: takes no room
-    with pytest.raises(ReadError, match=r"1,074 MB is over the limit"):
+        file.truncate(2**30 + 1)  # sparse: uses no disk space
+    with pytest.raises(ReadError, match=r"1,074 MB"):
         ImageFolder(str(tmp_path)).read("huge.jpg")
-    with pytest.raises(ReadError, match=r"1,074 MB is over the limit"):
+    with pytest.raises(ReadError, match=r"1,074 MB"):
         FileReader().read(Reference(str(huge)))
 
 
-# What strangers' models may lead to.
+# Hostile models.
 
 _HOSTILE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Hostile: ...\n"
 _SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -320,7 +319,7 @@ _TINY = {
 
 
 def hostile_folder(folder: Path, marker: Path, *, model_type: str) -> str:
-    """A model folder that asks for code of its own to be run."""
+    """Write a model folder that requests the execution of its own code."""
     folder.mkdir()
     (folder / "hostile.py").write_text(_HOSTILE.format(marker=str(marker)))
     names = ("AutoConfig", "AutoModelForObjectDetection", "AutoModelForZeroShotObjectDetection", "AutoProcessor")
@@ -340,7 +339,7 @@ def test_code_in_a_model_folder_is_not_run(
     marker = tmp_path / "was-run"
     folder = hostile_folder(tmp_path / "model", marker, model_type=model_type)
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # what transformers would ask
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # answers to the question of transformers
     if model_type == "hostile":
         from raydet.models.loading import load_detector
 
@@ -357,13 +356,13 @@ def test_code_in_a_model_folder_is_not_run(
 
         with pytest.raises(UserError, match="zero-shot model"):
             load_model(folder)
-    else:  # of a type that transformers knows: its own code is taken, not the folder's
+    else:  # a known model type: transformers runs its own code, not that of the folder
         from raydet.models.loading import build_detector, load_detector
         from raydet.tables.schema import Category
 
         detector = build_detector(folder, [Category(1, "dog")], image_size=64, seed=0)
         assert type(detector.model).__module__.startswith("transformers.")
-        with pytest.raises(UserError, match="is incomplete"):  # there is not one weight in it
+        with pytest.raises(UserError, match="weights"):  # it has none
             load_detector(folder)
     assert not marker.exists()
 
@@ -376,7 +375,7 @@ def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
     folder = Path(hostile_folder(tmp_path / "model", tmp_path / "was-run", model_type="yolos"))
     (folder / "model.safetensors").unlink()
     torch.save({"weights": torch.zeros(1)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot read the model"):
+    with pytest.raises(UserError, match="model"):
         load_detector(str(folder))
 
 
@@ -387,7 +386,7 @@ def calls_in(path: Path) -> list[tuple[str, ast.Call]]:
 
 
 def test_no_option_and_no_call_lets_foreign_code_in() -> None:
-    """What may run code is called nowhere; what could be told to is told not to, in words that no config changes."""
+    """Check the source: nothing that executes code is called, and every loader is told not to, by a constant."""
     loads_models = []
     for path in sorted((PROJECT / "raydet").rglob("*.py")):
         for name, call in calls_in(path):
@@ -408,7 +407,7 @@ def test_no_option_and_no_call_lets_foreign_code_in() -> None:
     assert not {name for name in names if "trust" in name or "remote" in name}
 
 
-# What listens.
+# Listening sockets.
 
 _LISTENERS = """
 import os, psutil, ray
@@ -446,6 +445,6 @@ def test_a_local_cluster_listens_on_loopback_only(tmp_path: Path) -> None:
     assert listeners
     loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
     assert [(ip, name) for ip, _, name in listeners if ip not in loopback] == []
-    # The token that Ray asks for is the user's alone.
+    # Only the user can read the Ray token.
     token = tmp_path / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o077 == 0

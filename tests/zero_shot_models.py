@@ -1,4 +1,4 @@
-"""Tiny zero-shot detectors with random weights, written as the Hugging Face folders that real ones come in."""
+"""Tiny zero-shot detectors with random weights, written as Hugging Face model folders."""
 
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,22 @@ from transformers import (
 )
 
 WORDS = ("cat", "remote", "control", "dog", "st", "bernard", "traffic", "light", "##s", "the", "a")
-"""What the tiny Grounding DINO has a token for; other words are unknown to it."""
+"""Words for which the tiny Grounding DINO has a token; it does not know any other word."""
 
 TINY_ZERO_SHOT = ("owlvit", "owlv2", "grounding-dino", "mm-grounding-dino")
 """Model types that `write_zero_shot` knows."""
 
 
 def write_zero_shot(model_type: str, folder: Path, *, seed: int = 0) -> str:
-    """Writes a model, its image processor and its tokenizer.
+    """Write a model, its image processor and its tokenizer.
 
     Args:
         model_type: One of `TINY_ZERO_SHOT`.
-        folder: Made if it is not there.
-        seed: Of the weights.
+        folder: Folder to write to; created if necessary.
+        seed: Seed of the weights.
 
     Returns:
-        The folder, as `--model` takes it.
+        The folder, as a value for `--model`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, processor = _owl(model_type) if model_type.startswith("owl") else _grounding_dino(model_type)
@@ -54,7 +54,7 @@ def write_zero_shot(model_type: str, folder: Path, *, seed: int = 0) -> str:
 
 
 def _spread(model: Any) -> None:
-    """Gives a model weights with which its answers differ from picture to picture and lie between the extremes."""
+    """Set weights with which scores differ between images and are not saturated."""
     gain = 2 if model.config.model_type.startswith("owl") else 1
     with torch.no_grad():
         for parameter in model.parameters():
@@ -66,10 +66,10 @@ def _spread(model: Any) -> None:
             else:
                 parameter.copy_(torch.randn(parameter.shape) * gain / parameter[0].numel() ** 0.5)
         if model.config.model_type.endswith("grounding-dino"):
-            # Or all its queries would ask for the same label.
+            # Otherwise all queries would prefer the same label.
             model.model.query_position_embeddings.weight.mul_(10)
         if model.config.model_type == "grounding-dino":
-            # Its scores are plain products of these with the tokens', and would all be 1.
+            # Scores are plain products of these features with those of the tokens, and would all be 1.
             model.model.decoder.layer_norm.weight.mul_(0.5)
 
 
@@ -100,7 +100,7 @@ def _owl(model_type: str) -> tuple[PreTrainedConfig, Any]:
 
 
 def _grounding_dino(model_type: str) -> tuple[PreTrainedConfig, Any]:
-    # The model knows the numbers of these tokens by heart.
+    # The ids of these tokens are hard-coded in the model.
     vocabulary = {index: f"[unused{index}]" for index in range(1100)}
     vocabulary |= {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
     vocabulary |= {1030 + index: word for index, word in enumerate(WORDS)}

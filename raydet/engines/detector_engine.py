@@ -1,4 +1,4 @@
-"""The part that all engines of detectors share: images → inputs, outputs → detections."""
+"""The part that all detector engines share: images → inputs, outputs → detections."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from raydet.models.geometry import Image, SizeHW
 
 @dataclass(frozen=True)
 class EngineBatch:
-    """Images that the model sees at once.
+    """Images of one forward pass.
 
     Attributes:
-        places: Where they stood among those given to `prepare`.
-        batch: Their pixels, on the CPU.
+        places: Index of each image among those passed to `prepare`.
+        batch: The images, on the CPU.
     """
 
     places: list[int]
@@ -28,24 +28,24 @@ class EngineBatch:
 
 
 class DetectorEngine(ABC):
-    """An `Engine` around a `Detector`; a subclass says how the model runs.
+    """An `Engine` around a `Detector`; subclasses run the model.
 
     Attributes:
-        categories: Its classes in the order of their indices.
-        max_detections: The most detections that it finds in an image.
-        resize_rule: How it resizes.
+        categories: The classes in the order of their indices.
+        max_detections: Maximum number of detections per image.
+        resize_rule: Resize rule of the image processor.
     """
 
     def __init__(
         self, detector: Detector, *, device: torch.device, pad_batches: bool, num_threads: int | None = None
     ) -> None:
-        """Keeps the detector; loads nothing.
+        """Set up the engine; load nothing.
 
         Args:
-            detector: Feeds the model and reads its answer.
-            device: Where pixels are normalised and the model's inputs are to be.
-            pad_batches: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
-            num_threads: Of torch, in the whole process; None leaves them as they are.
+            detector: Detector that makes the model's inputs and converts its outputs.
+            device: Device of the model's inputs, on which pixels are normalised.
+            pad_batches: Pad images as in `ResizeRule.padded_size_hw`; if False, each size is a separate batch.
+            num_threads: torch threads of the process; None leaves the number unchanged.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -57,14 +57,14 @@ class DetectorEngine(ABC):
         self._pad_batches = pad_batches
 
     def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
-        """Height and width in pixels at which the model sees an image of this size, without padding."""
+        """Return height and width in pixels of the model's input for an image of this size, without padding."""
         return self.resize_rule.target_size_hw(size_hw)
 
     def prepare(self, images: Sequence[Image]) -> list[EngineBatch]:
-        """Resizes as the model's image processor does, and puts images into batches of one size each.
+        """Resize images as the model's image processor does, and batch images of the same size.
 
         Args:
-            images: RGB, uint8 [H, W, 3] each, of any sizes.
+            images: RGB, uint8 [H, W, 3] each, of any size.
         """
         rule = self.resize_rule
         examples = []
@@ -74,10 +74,10 @@ class DetectorEngine(ABC):
         return self.prepare_resized(examples)
 
     def prepare_resized(self, examples: Sequence[Example]) -> list[EngineBatch]:
-        """Puts images into batches of one size each.
+        """Batch images of the same size.
 
         Args:
-            examples: Already resized by `resize_rule`.
+            examples: Images that `resize_rule` has already resized.
         """
         places: dict[SizeHW, list[int]] = {}
         for place, example in enumerate(examples):
@@ -92,26 +92,26 @@ class DetectorEngine(ABC):
         return parts
 
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
-        """Height and width of the batch that an image of this size is put into, padding included."""
-        # A model that is not told where the padding is would take it for a part of the picture.
+        """Return height and width in pixels of the batch for an image of this size, padding included."""
+        # A model without a pixel mask would treat the padding as part of the image.
         pads_together = self._pad_batches and self._detector.family.uses_pixel_mask
         if self._detector.pads_to_largest and not pads_together:
             return target_hw
         return self.resize_rule.padded_size_hw(target_hw)
 
     def predict(self, prepared: Sequence[EngineBatch]) -> list[Detections]:
-        """Finds objects.
+        """Detect objects.
 
         Args:
-            prepared: From `prepare`.
+            prepared: Result of `prepare` or `prepare_resized`.
 
         Returns:
-            One `Detections` for each image, in order, in pixels of the image as it was given to `prepare`.
+            One `Detections` per image, in order, in pixels of the image before the resize.
         """
         found: dict[int, Detections] = {}
         with torch.inference_mode():
             for part in prepared:
-                # Pixels travel as bytes, in one piece; all else is made where the model is.
+                # Only the uint8 pixels are copied to the device; all other inputs are made there.
                 inputs = self._detector.model_inputs(part.batch.to(self._device))
                 logits, boxes_cxcywh = self._run(inputs)
                 answers = self._detector.detections(logits, boxes_cxcywh, part.batch.original_sizes_hw)
@@ -120,13 +120,13 @@ class DetectorEngine(ABC):
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Runs the model.
+        """Run the model.
 
         Args:
-            inputs: From `Detector.model_inputs`.
+            inputs: Result of `Detector.model_inputs`.
 
         Returns:
-            Logits [B, Q, C] and boxes [B, Q, 4], centre form in parts of the image, on any device.
+            Logits [B, Q, C] and boxes [B, Q, 4], centre form relative to the image, on any device.
         """
 
 

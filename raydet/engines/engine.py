@@ -54,13 +54,13 @@ class Engine(Protocol):
             prepared: From `prepare`.
 
         Returns:
-            One `Detections` per image, in order: by falling score, boxes (x, y, width, height) in absolute pixels of
-            the image as given to `prepare`.
+            One `Detections` per image, in order: in descending score order, boxes (x, y, width, height) in absolute
+            pixels of the image passed to `prepare`.
         """
 
 
 def check_engine(config: PredictConfig, model_type: str) -> None:
-    """Refuse a config that its engine does not support, as far as this is known without loading the model.
+    """Refuse a config that its engine does not support, if this can be checked without loading the model.
 
     Args:
         config: With a checkpoint.
@@ -89,12 +89,12 @@ def check_engine(config: PredictConfig, model_type: str) -> None:
 
 
 def no_fp16_on_cpu(engine: str) -> UserError:
-    """Make the error for half precision without a GPU."""
+    """Make the error for fp16 without a GPU."""
     return UserError(f"--precision fp16 needs a GPU, but --engine {engine} runs on the CPU here; use --precision bf16")
 
 
 def _keeps_aspect(checkpoint: str) -> bool:
-    """Tell if a local image processor keeps the aspect ratio; models on the Hub are checked when loaded."""
+    """Return True if a local image processor keeps the aspect ratio; Hub models are checked when loaded."""
     path = storage.join(checkpoint, "preprocessor_config.json")
     if not storage.exists(path):
         return False

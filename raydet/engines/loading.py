@@ -10,7 +10,7 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
     Args:
         config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last` and `pad_batches` are read.
         device: cpu, cuda or cuda:N; openvino and onnx always run on the CPU.
-        num_threads: Threads that compute on the CPU; for torch, in the whole process.
+        num_threads: Compute threads on the CPU; for torch, those of the process.
 
     Raises:
         UserError: The model does not exist, or the engine does not support it or the precision.

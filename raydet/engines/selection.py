@@ -88,7 +88,7 @@ def non_maximum_suppression(
     iou: float,
     categories: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Go through boxes by falling score and drop each that overlaps a kept one by more than `iou`.
+    """Go through boxes in descending score order and drop each that overlaps a kept one by more than `iou`.
 
     Args:
         boxes_xywh: Absolute pixels, [N, 4].

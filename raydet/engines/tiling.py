@@ -282,7 +282,7 @@ def _without_fragments(found: _Found, iou: float) -> _Found:
     for number, window_xyxy in enumerate(found.windows_xyxy):
         is_own = found.windows == number
         cut = np.flatnonzero(found.is_cut & is_own)
-        # The model saw both boxes of one window at once and took them for two objects.
+        # The model saw both boxes in one window and reported them as two objects.
         others = np.flatnonzero(~is_own & (_intersections(boxes_xyxy, window_xyxy) > 0))
         if len(cut) and len(others):
             is_fragment[cut] = _are_parts(found, boxes_xyxy, cut, others, window_xyxy, iou)

@@ -1,4 +1,4 @@
-"""A detector that runs in torch, on the CPU or a GPU: loaded from a checkpoint, or live, such as one in training."""
+"""A detector that runs in torch, on the CPU or a GPU: loaded from a checkpoint, or a live one in training."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ _BOX_LAYERS = ("bbox_embed", "bbox_predictor")
 
 
 class TorchEngine(DetectorEngine):
-    """Autocast for the lower precisions; weights stay in full precision, and so do the layers that place boxes."""
+    """Engine in torch. Lower precisions use autocast; weights and box layers stay in full precision."""
 
     def __init__(
         self,
@@ -28,34 +28,34 @@ class TorchEngine(DetectorEngine):
         pad_batches: bool = True,
         num_threads: int | None = None,
     ) -> None:
-        """Runs a detector as it is, on its own device; between two calls the model is as it was before.
+        """Wrap a detector on its own device. Each call leaves the model's mode and layers unchanged.
 
         Args:
-            detector: In training mode or not: it runs in evaluation mode.
-            precision: fp16 is for GPUs alone.
-            pad_batches: See `ResizeRule.padded_size_hw`; without it each size runs by itself.
-            num_threads: Of torch on the CPU, in the whole process; None leaves them as they are.
+            detector: Detector in any mode; it runs in evaluation mode.
+            precision: Precision of the computation; fp16 requires a GPU.
+            pad_batches: Pad images as in `ResizeRule.padded_size_hw`; if False, each size is a separate batch.
+            num_threads: torch CPU threads of the process; None leaves the number unchanged.
         """
         super().__init__(detector, device=detector.device, pad_batches=pad_batches, num_threads=num_threads)
         self._dtype = _DTYPES[precision]
         self._memory_format = torch.contiguous_format
         self._model: Any = detector.model
-        # Made once: torch.compile would take a new function for a new model.
+        # Built once, because torch.compile would recompile the model for new functions.
         self._box_layers = [] if self._dtype == torch.float32 else _box_layers(detector.model, self._device.type)
 
     @classmethod
     def load(cls, config: PredictConfig, *, device: str, num_threads: int) -> "TorchEngine":
-        """Loads the checkpoint of a config.
+        """Load the checkpoint of a config.
 
         Args:
-            config: `checkpoint`, `precision`, `compile`, `channels_last` and `pad_batches` are read.
+            config: Config; `checkpoint`, `precision`, `compile`, `channels_last` and `pad_batches` are used.
             device: cpu, cuda or cuda:N.
-            num_threads: Of torch on the CPU, in the whole process.
+            num_threads: torch CPU threads of the process.
 
         Raises:
-            UserError: No such model, or a precision that the device does not have.
+            UserError: The model does not exist, or the device does not support the precision.
         """
-        assert config.checkpoint is not None, "a detector comes from a checkpoint"
+        assert config.checkpoint is not None, "the config names no checkpoint"
         where = torch.device(device)
         if config.precision == "fp16" and where.type == "cpu":
             raise no_fp16_on_cpu("torch")
@@ -66,7 +66,7 @@ class TorchEngine(DetectorEngine):
             engine._memory_format = torch.channels_last
             nn.Module.to(detector.model, memory_format=torch.channels_last)
         if config.compile:
-            # Sizes that vary are compiled for once and for all; of a fixed size only the number of images does.
+            # dynamic=True compiles once for all sizes; with a fixed image size only the number of images varies.
             engine._model = torch.compile(detector.model, dynamic=detector.pads_to_largest or None)
         return engine
 
@@ -84,7 +84,7 @@ class TorchEngine(DetectorEngine):
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode for the time of a `with`."""
+    """Context manager: keep a model in evaluation mode while the block runs."""
     was_training = model.training
     if was_training:
         model.eval()
@@ -99,14 +99,14 @@ _Forward = Callable[[Tensor], Any]
 
 
 def _box_layers(model: nn.Module, device_type: str) -> list[tuple[nn.Module, _Forward]]:
-    """The small layers that place boxes, each with a forward that takes it out of autocast.
+    """Return the small layers that predict boxes, each with a forward function that disables autocast.
 
-    bf16 has eight significant bits: a box that leaves its layer in it is off by up to 1/256 of the picture's side.
+    bf16 has eight significant bits, so that its rounding would move a box by up to 1/256 of the image's side.
     """
-    layers: dict[nn.Module, None] = {}  # each once, though some models list one layer several times
+    layers: dict[nn.Module, None] = {}  # without repetitions: some models list a layer several times
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _BOX_LAYERS:
-            # A list of such layers is never called itself.
+            # A ModuleList is never called; its layers are.
             layers |= dict.fromkeys(module if isinstance(module, nn.ModuleList) else [module])
     return [(layer, _full_precision_forward(layer.forward, device_type)) for layer in layers]
 
@@ -121,7 +121,7 @@ def _full_precision_forward(forward: Any, device_type: str) -> _Forward:
 
 @contextlib.contextmanager
 def _in_full_precision(layers: list[tuple[nn.Module, _Forward]]) -> Iterator[None]:
-    """Has layers run with their other forward for the time of a `with`."""
+    """Context manager: replace the forward functions of layers while the block runs."""
     for layer, forward in layers:
         layer.forward = forward
     try:

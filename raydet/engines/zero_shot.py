@@ -1,7 +1,7 @@
 """Zero-shot detectors: models that find objects by their names in plain words.
 
-This module checks a model's name and its labels without torch, so that the driver can refuse a wrong one at once. The
-worker that runs the model imports `raydet.engines.zero_shot_models`.
+This module checks a model's name and its labels without torch, so that the driver can refuse wrong ones immediately.
+The worker that runs the model imports `raydet.engines.zero_shot_models`.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def load_zero_shot(config: PredictConfig, *, device: str, num_threads: int) -> "
     Args:
         config: With `model` and `labels`.
         device: cpu, cuda or cuda:N.
-        num_threads: Of torch on the CPU, in the whole process.
+        num_threads: torch CPU threads of the process.
 
     Raises:
         UserError: The model does not exist, cannot be read or is not a zero-shot detector, it cannot read a label, or

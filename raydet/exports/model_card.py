@@ -152,8 +152,8 @@ def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumb
     part = run.config.get("validate_fraction") or 1.0
     images = "the validation images" if part == 1 else f"{part:.0%} of the validation images"
     why = "the latest epoch" if is_newest else f"the best by {_escaped(chosen_by)}"
-    origin = f"Measured during training on {images} ({_escaped(data)}) after epoch {epoch.epoch} of {len(run.history)}, "
-        f"{why}."
+    when = f"after epoch {epoch.epoch} of {len(run.history)}, {why}"
+    origin = f"Measured during training on {images} ({_escaped(data)}) {when}."
     if not is_newest:
         origin += " The checkpoint was selected by these metrics, so expect somewhat lower ones on other images."
     return _CardNumbers(

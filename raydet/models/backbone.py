@@ -41,9 +41,9 @@ def freeze_backbone(model: nn.Module, part: Backbone, *, where: str = "this mode
 
     Args:
         model: Of any family.
-        part: `none`: the whole backbone learns. `stem`: its first layers do not; in a vision transformer the patch
+        part: `none`: the complete backbone learns. `stem`: its first layers do not; in a vision transformer the patch
             and position embeddings, in a ResNet, HGNet or another network of stages the stem and the first stage, as
-            the authors of DETR freeze `conv1`, `bn1` and `layer1`. `all`: nothing of it learns.
+            the authors of DETR freeze `conv1`, `bn1` and `layer1`. `all`: none of it learns.
         where: The model, for the error message.
 
     Raises:

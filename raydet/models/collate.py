@@ -19,8 +19,8 @@ class Example:
         image_id: As in its table.
         image: uint8 [H, W, 3], RGB, already resized by the model's `ResizeRule`.
         original_size_hw: Height and width in pixels of the upright image before the resize.
-            boxes: float32 [N, 4], centre x, centre y, width, height, relative to the image without its padding.
-        labels: int64 [N], category indices.
+        boxes: float32 [N, 4], centre x, centre y, width, height, relative to the image without its padding.
+        categories: int64 [N], category indices.
     """
 
     image_id: int

@@ -29,7 +29,7 @@ from raydet.tables.schema import Category
 
 @dataclass(frozen=True)
 class Detections:
-    """Detections in one image, by falling score.
+    """Detections in one image, in descending score order.
 
     Attributes:
         boxes_xywh: float64 [K, 4], absolute pixels of the upright image before any resize.
@@ -51,8 +51,8 @@ class Detector:
         categories: The classes in the order of their indices.
         resize_rule: The processor's geometry.
         family: Of its model type.
-        reinitialised: Names, as in the model's `state_dict`, of tensors that were initialised anew: the class head if
-            the classes differ, and weights that the checkpoint lacks. Empty for a model from scratch.
+        reinitialised: Names, as in the model's `state_dict`, of tensors that were reinitialised: the class head if the
+            classes differ, and weights that the checkpoint lacks. Empty for a model from scratch.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ def _as_detections(found: dict[str, Tensor]) -> Detections:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings, reports and progress bars of transformers and the Hub client inside the `with`."""
+    """Context manager: suppress warnings, reports and progress bars of transformers and the Hub client."""
     hub_logger = logging.getLogger("huggingface_hub")
     verbosity, hub_level = transformers.logging.get_verbosity(), hub_logger.level
     had_bars, hub_had_bars = transformers.logging.is_progress_bar_enabled(), not are_progress_bars_disabled()

@@ -164,7 +164,7 @@ class ZeroShotFamily:
 
     Attributes:
         model_type: As in the model's config.
-        reads_labels: `separately`: the text model embeds each label by itself, once (OWL-ViT). `together`: all labels
+        reads_labels: `separately`: the text model embeds each label separately, once (OWL-ViT). `together`: all labels
             form one text, which the model reads with each image (Grounding DINO).
         pads_to_square: Boxes are relative to a square around the image if the image processor pads to one.
     """

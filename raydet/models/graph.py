@@ -68,7 +68,7 @@ def example_inputs(detector: Detector, batch_size: int, *, seed: int) -> tuple[T
 
 @contextlib.contextmanager
 def traceable(detector: Detector) -> Iterator[Graph]:
-    """Yield the graph of a detector, which can be traced inside the `with`."""
+    """Context manager: yield the graph of a detector, which can be traced while the block runs."""
     graph = Graph(detector).eval()
     if not detector.family.resamples_positions:
         yield graph

@@ -52,12 +52,12 @@ def build_detector(
     freeze_backbone: Backbone = "none",
     gradient_checkpointing: bool = False,
 ) -> Detector:
-    """Make a detector ready for training.
+    """Build a detector for training.
 
     Args:
         name: A small model (a key of `SMALL_MODELS`), which is built from scratch; a local model folder; or a Hub name.
         categories: The classes to learn, in the order of their indices. If the class names of a checkpoint differ, its
-            class head is initialised anew.
+            class head is reinitialised.
         image_size: In pixels: the side for families with a fixed input size, the longest side for families that keep
             the aspect ratio. Defaults to the checkpoint's own size, or 256 for small models.
         seed: Determines every weight that is not loaded.
@@ -92,14 +92,14 @@ def build_detector(
             _prepare_for_training(config, categories, family)
             model, fresh = _read_model(name, config)
             names = [category.name for category in categories]
-            # With another number of classes the head has another shape, and transformers has initialised it anew.
+            # With another number of classes the head has another shape, and transformers has reinitialised it.
             if own_names != names and own_number == len(names):
                 fresh |= _reset_class_head(model)
             if image_size is not None:
                 processor = resized_processor(processor, family, image_size)
     detector = Detector(model, processor, categories, where=name, reinitialised=_with_tied_names(model, fresh))
     if detector.reinitialised:
-        logger.info("initialised anew in %s: %s", name, ", ".join(detector.reinitialised))
+        logger.info("reinitialised in %s: %s", name, ", ".join(detector.reinitialised))
     check_image_size(model.config, family, detector.resize_rule, num_queries=detector.num_queries, where=name)
     if batch_norm == "freeze":
         freeze_batch_norms(model)
@@ -156,7 +156,7 @@ def load_detector(name: str) -> Detector:
     if missing:
         raise UserError(
             f"the model in {name} is incomplete: {len(missing)} weights are missing or do not fit its config.json, "
-            f"such as {missing[0]}; give a trained checkpoint"
+            f"such as {missing[0]}; use a trained checkpoint"
         )
     model.eval()
     return Detector(model, processor, categories, where=name)
@@ -241,7 +241,7 @@ def _cannot_read(name: str, error: Exception) -> UserError:
 
 
 def _reset_class_head(model: PreTrainedModel) -> set[str]:
-    """Initialise anew every tensor whose shape depends on the number of classes, and return the names of these."""
+    """Reinitialise every tensor whose shape depends on the number of classes, and return their names."""
     config = model.config
     wider = copy.deepcopy(config)
     wider.num_labels = len(config.id2label or {}) + 1

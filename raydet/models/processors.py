@@ -14,8 +14,8 @@ _SIDE_STEPS: Mapping[str, int] = {"Yolos": 16}
 """Pixels to whose multiples a processor rounds both sides, by the prefix of its class name; 1 for all others."""
 
 _REPLACED: Mapping[str, str] = {"RfDetrImageProcessor": "RTDetrImageProcessor"}
-"""Processors that resize in floating point without antialiasing, which 8-bit images cannot follow, and their
-replacements, which read the model's outputs alike."""
+"""Processors that resize in floating point without antialiasing, which is impossible with 8-bit images, and
+replacements that read the model's outputs in the same way."""
 
 _KEPT_OPTIONS = (
     "size",
@@ -116,7 +116,7 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
         where: The model, for error messages.
 
     Raises:
-        UserError: The size varies, is no multiple of what the model needs, or has fewer cells than queries.
+        UserError: The size varies, is not a multiple of what the model needs, or has fewer cells than queries.
     """
     multiple = _side_multiple(config, family)
     if multiple == 1:

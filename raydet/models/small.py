@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DEFAULT_IMAGE_SIZE = 256
-"""Default image size of small models: side of the input in pixels, or its longer side if the aspect is kept."""
+"""Default image size of small models: side of the input in pixels, or its longer side if the aspect ratio is kept."""
 
 # Every backbone takes this argument, but the constructors do not declare it.
 _LAST_THREE_STAGES: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
@@ -225,7 +225,7 @@ class SmallModel:
 
     Attributes:
         model_type: As in its config; known without importing torch.
-        make_config: Makes the config, whose `num_labels` is still the default.
+        make_config: Makes the config, with the default `num_labels`.
     """
 
     model_type: str

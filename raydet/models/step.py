@@ -152,7 +152,7 @@ def _synchronise(module: nn.Module, *, when: bool) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def autocast(setting: StepSetting) -> Iterator[None]:
-    """Enable the autocast of a setting, if any, inside the `with`."""
+    """Context manager: enable the autocast of a setting, if any, while the block runs."""
     if setting.autocast_dtype is None:
         yield
     else:

@@ -1,1 +1,1 @@
-"""Images tables → a checkpoint."""
+"""Training: images tables → a checkpoint."""

@@ -1,4 +1,4 @@
-"""The blocks of a run's stream, as a worker reads them → batches that are ready for the model."""
+"""Blocks of a run's stream, as a worker reads them → batches that are ready for the model."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -20,14 +20,15 @@ from raydet.training.stream import key_of
 
 @dataclass(frozen=True)
 class ReadyBatch:
-    """One micro-batch as a worker gets it, ready for the model.
+    """One micro-batch as a worker receives it, ready for the model.
 
     Attributes:
-        micro_batch: Its place in the plan; the rows are not filled in.
-        resize_rule: By which all its images were resized.
-        examples: The images that could be read.
-        unreadable: Why each of the others could not, by image id.
-        truths: In validation the table's own annotations of every image, by image id in the order of the rows.
+        micro_batch: Position in the plan; its `rows` are empty.
+        resize_rule: Resize rule of all images in the batch.
+        examples: Images that could be read.
+        unreadable: Reason why an image could not be read, by image id.
+        truths: In validation, the annotations of every image from the table, by image id in the order of the rows;
+            empty in training.
     """
 
     micro_batch: MicroBatch
@@ -38,20 +39,20 @@ class ReadyBatch:
 
     @property
     def num_images(self) -> int:
-        """Images with those that could not be read."""
+        """Number of images, including those that could not be read."""
         return len(self.examples) + len(self.unreadable)
 
     @property
     def image_ids(self) -> list[int]:
-        """Of all images, those that could not be read last."""
+        """Ids of all images; those that could not be read come last."""
         return [*(example.image_id for example in self.examples), *self.unreadable]
 
 
 class BatchReader:
-    """A rank's part of the stream of a run; holds it to the plan.
+    """One rank's part of a run's stream, checked against the plan.
 
     Attributes:
-        has_begun: Whether a batch has come.
+        has_begun: True once the first batch has arrived.
     """
 
     def __init__(self, iterator: ray.data.DataIterator, rank: int) -> None:
@@ -59,7 +60,7 @@ class BatchReader:
         self.has_begun = False
 
     def take(self, kind: Kind, epoch: int, step: int, part: int) -> ReadyBatch:
-        """Waits for the next micro-batch, which must be this one; its arrays are valid until the next call."""
+        """Wait for this micro-batch, which must be the next one; its arrays are valid until the next call."""
         batch = next(self._blocks)
         expected = MicroBatch(kind, epoch, step, part, self._rank, ())
         assert batch.micro_batch == expected, f"the stream is out of step: got {batch.micro_batch}, not {expected}"
@@ -68,9 +69,9 @@ class BatchReader:
 
 
 def ready_batches(iterator: ray.data.DataIterator) -> Iterator[ReadyBatch]:
-    """Reads a rank's part of the stream of a run.
+    """Yield the batches of one rank's part of a run's stream.
 
-    The images' arrays are read-only views into the object store, valid until the next batch is asked for.
+    The image arrays are read-only views into the object store; they are valid until the next batch is requested.
     """
     blocks: Iterable[pa.Table] = iterator.iter_batches(
         batch_size=None,  # type: ignore[arg-type]
@@ -82,7 +83,7 @@ def ready_batches(iterator: ray.data.DataIterator) -> Iterator[ReadyBatch]:
 
 
 def ready_batch(table: pa.Table) -> ReadyBatch:
-    """Reads a block of the stream, without copying its pixels."""
+    """Convert a block of the stream to a batch without copying its pixels."""
     assert table.num_rows == 1, f"a block of the stream holds one micro-batch, got {table.num_rows}"
     batch = ReadyBatch(key_of(table), _rule_of(table["resize_rule"][0].as_py()), [], {}, {})
     for image in table["images"].combine_chunks().values:

@@ -1,7 +1,7 @@
 """A worker's failure: one record, which an exception carries from the worker to the command.
 
-Ray Train hands a worker's exceptions to callbacks in its controller. An error raised there ends the run at once, where
-an exception of a worker alone would have Ray start all workers again.
+After a worker's exception, Ray Train restarts all workers. It first passes the exception to callbacks in its
+controller; an error raised by a callback ends the run immediately.
 """
 
 import errno
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from raydet.training.state import Position
 
 _BUGS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError, TypeError, ValueError)
-"""Errors that new workers would meet again, unlike the death of another worker or a broken network."""
+"""Errors that would recur after a restart, unlike the death of another worker or a network failure."""
 
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """A reason to end a run for good.
+    """A failure that ends a run without a restart.
 
     Attributes:
-        line: For the user.
-        is_mistake: The input is wrong; otherwise the run failed on its way.
-        log: URI of the file with the traceback, for a bug.
+        line: Message for the user.
+        is_user_error: True if the input is wrong; False if the run itself failed.
+        log: URI of the file with the traceback, for a bug; None otherwise.
     """
 
     line: str
-    is_mistake: bool = False
+    is_user_error: bool = False
     log: str | None = None
 
     def to_error(self) -> UserError | RunError:
-        """The exception for the caller of `train`."""
+        """Return the exception for the caller of `train`."""
         line = self.line if self.log is None else f"{self.line}; traceback: {self.log}"
-        return UserError(line) if self.is_mistake else RunError(line)
+        return UserError(line) if self.is_user_error else RunError(line)
 
 
-class WorkerFailed(Exception):  # noqa: N818 - it carries a failure, and is handled as one
-    """Ends the run on all workers; starting them again would fail again."""
+class WorkerFailed(Exception):  # noqa: N818 - the name distinguishes it from the failure that it carries
+    """Ends the run on all workers, because a restart would fail again."""
 
     def __init__(self, failure: WorkerFailure) -> None:
         super().__init__(failure)
@@ -54,16 +54,16 @@ class WorkerFailed(Exception):  # noqa: N818 - it carries a failure, and is hand
 
 
 def failed(error: BaseException, out: str) -> WorkerFailed | None:
-    """Turns a worker's exception into one that ends the run; None where new workers may do better.
+    """Convert a worker's exception to one that ends the run; return None if a restart may succeed.
 
     Args:
-        error: As the worker raised it.
-        out: The run folder; a bug leaves its traceback there, in log/error.log.
+        error: Exception that the worker raised.
+        out: URI of the run folder; the traceback of a bug is written to log/error.log in it.
     """
     if isinstance(error, WorkerFailed):
         return error
     if isinstance(error, UserError):
-        return WorkerFailed(WorkerFailure(str(error), is_mistake=True))
+        return WorkerFailed(WorkerFailure(str(error), is_user_error=True))
     if not isinstance(error, _BUGS):
         return None
     log = storage.join(out, "log", "error.log")
@@ -73,54 +73,67 @@ def failed(error: BaseException, out: str) -> WorkerFailed | None:
     return WorkerFailed(WorkerFailure(f"a worker failed ({type(error).__name__}: {reason})", log=log))
 
 
-class EndForGood(UserCallback):
-    """Has Ray Train's controller end a run that a worker has ended, where it would start the workers again."""
+class EndRunOnFailure(UserCallback):
+    """Callback that makes Ray Train's controller end the run after a `WorkerFailed` instead of restarting workers."""
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-        """Raises the failure of the lowest rank that has one."""
+        """Raise the `WorkerFailed` of the lowest rank, if any."""
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, WorkerFailed):
                 raise error
 
 
 def failure_of(error: TrainingFailedError) -> WorkerFailure | None:
-    """The failure with which a worker ended the run; None where Ray Train gave up by itself."""
+    """Return the failure with which a worker ended the run; None if Ray Train itself ended it."""
     cause = error.controller_failure if isinstance(error, ControllerError) else None
     return cause.failure if isinstance(cause, WorkerFailed) else None
 
 
 def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence[int]) -> WorkerFailed:
-    """A loss that is not finite, in the step at a position, with these terms and images."""
+    """Make the failure for a loss that is not finite.
+
+    Args:
+        position: The step.
+        terms: Names of the loss terms that are not finite.
+        image_ids: Images of the ranks concerned.
+    """
     return _failed(
-        f"the loss is not a number in step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}, with "
-        f"the images {', '.join(map(str, image_ids))}; look at these, lower --learning-rate or --max-grad-norm, or use "
-        "--precision fp32 or bf16"
+        f"the loss is not a number in step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}; "
+        f"images {', '.join(map(str, image_ids))}; check these images, lower --learning-rate or --max-grad-norm, or "
+        "use --precision fp32 or bf16"
     )
 
 
 def out_of_memory(
     position: "Position", config: TrainConfig, *, num_images: int, size_hw: tuple[int, ...]
 ) -> WorkerFailed:
-    """A step that did not fit, with so many images at once of up to this height and width in pixels."""
+    """Make the failure for a step that exceeds the memory.
+
+    Args:
+        position: The step.
+        config: Configuration of the run.
+        num_images: Images in the largest micro-batch.
+        size_hw: Height and width in pixels of the largest image.
+    """
     return _failed(
-        f"out of memory in step {position.step + 1} of epoch {position.epoch + 1}: a worker had {num_images} images at "
-        f"once of up to {size_hw[0]} × {size_hw[1]} pixels (--batch-size {config.batch_size} over all workers, "
+        f"out of memory in step {position.step + 1} of epoch {position.epoch + 1}: a worker held {num_images} images "
+        f"of up to {size_hw[0]} × {size_hw[1]} pixels (--batch-size {config.batch_size} over all workers, "
         f"--gradient-accumulation-steps {config.gradient_accumulation_steps}); raise --gradient-accumulation-steps, "
-        "switch on --gradient-checkpointing, or lower --image-size or --batch-size"
+        "enable --gradient-checkpointing, or lower --image-size or --batch-size"
     )
 
 
 def cannot_write(position: "Position", config: TrainConfig, error: OSError) -> WorkerFailed:
-    """A checkpoint that could not be written."""
+    """Make the failure for a checkpoint that could not be written."""
     reason = "the disk is full" if storage.has_code(error, errno.ENOSPC) else str(error)
     return _failed(
         f"cannot write the checkpoint after step {position.step} of epoch {position.epoch + 1} to {config.out}: "
-        f"{reason}; the earlier states are whole, and the same command resumes from them"
+        f"{reason}; earlier states are intact; run the same command again to resume"
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed, on the CPU or on a GPU."""
+    """Return True if an error reports a failed memory allocation, on the CPU or on a GPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -1,6 +1,6 @@
-"""The history of a training run: one record an epoch, in OUT/log/history.json.
+"""The history of a training run: one record per epoch, in OUT/log/history.json.
 
-It decides which epoch is the best and when a run ends. Imports neither torch nor Ray.
+It determines the best epoch and the end of a run. This module imports neither torch nor Ray.
 """
 
 import json
@@ -16,13 +16,13 @@ from raydet.tables import storage
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord:
-    """The numbers of one validation; None stands for an undefined one, such as the AP of a class without truth.
+    """Results of one validation. None marks an undefined value, such as the AP of a class without ground truth.
 
     Attributes:
-        numbers: COCO's twelve, by name.
-        ap_by_class: By class name.
+        numbers: COCO's twelve metrics by name.
+        ap_by_class: AP by class name.
         num_unreadable: Images that could not be read; all their boxes count as missed.
-        seconds: Wall-clock time of the validation on rank 0; None where an old file lacks it.
+        seconds: Wall-clock time of the validation on rank 0; None if an old file lacks it.
     """
 
     numbers: Mapping[str, float | None] = field(default_factory=dict)
@@ -36,20 +36,20 @@ class EpochRecord:
     """One epoch of a training run.
 
     Attributes:
-        epoch: Counted from 1.
-        ended: Local time at which its last step ended, ISO 8601.
-        loss: Mean loss of a step.
-        losses: Mean of each loss term of a step; they add up to `loss`.
-        gradient_norm: Mean norm before clipping.
-        learning_rate: Of the first parameter group after the last step.
-        images_per_s: Training images of all workers by `seconds`.
+        epoch: Number of the epoch, from 1.
+        ended: Local time at which the last step ended, ISO 8601.
+        loss: Mean loss per step.
+        losses: Mean of each loss term per step; their sum is `loss`.
+        gradient_norm: Mean gradient norm before clipping.
+        learning_rate: Learning rate of the first parameter group after the last step.
+        images_per_s: Training images of all workers per second of `seconds`.
         seconds: Wall-clock time of the training steps.
-        step_s: Mean seconds of a step, split into `data`, `compute` and `communication`.
-        start_s: Seconds until the first images came, when workers and stream had just started.
+        step_s: Mean seconds per step, split into `data`, `compute` and `communication`.
+        start_s: Seconds until the first images arrived, if workers and stream had just started.
         num_unreadable: Training images that could not be read.
-        peak_memory_mb: Of rank 0's process.
-        peak_device_memory_mb: Of rank 0's GPU; None without one.
-        validation: None where no validation followed the epoch.
+        peak_memory_mb: Peak memory of rank 0's process, in MiB.
+        peak_device_memory_mb: Peak memory on rank 0's GPU, in MiB; None without a GPU.
+        validation: Results of the validation after the epoch; None if there was none.
     """
 
     epoch: int
@@ -69,15 +69,15 @@ class EpochRecord:
 
     @property
     def total_s(self) -> float:
-        """Seconds of the whole epoch, with its start and its validation."""
+        """Seconds of the epoch including start and validation."""
         validation_s = None if self.validation is None else self.validation.seconds
         return self.start_s + self.seconds + (validation_s or 0.0)
 
     def value(self, metric: str) -> float | None:
-        """A number of the epoch; None where it is undefined or was not measured.
+        """Return a metric of the epoch; None if it is undefined or was not measured.
 
         Args:
-            metric: One of COCO's twelve, `AP:CLASS` for the AP of one class, or `loss`.
+            metric: One of COCO's twelve metrics, `AP:CLASS` for the AP of one class, or `loss`.
         """
         if metric == "loss":
             return self.loss
@@ -88,12 +88,12 @@ class EpochRecord:
         return self.validation.numbers.get(metric)
 
     def score(self, metric: str) -> float | None:
-        """The same number as `value`, negated for `loss`: more is better."""
+        """Return `value`, negated for `loss`, so that higher is better."""
         value = self.value(metric)
         return -value if metric == "loss" and value is not None else value
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a number that was not measured has no key."""
+        """Return the record as JSON values; values that were not measured have no key."""
         content: dict[str, Any] = {
             "epoch": self.epoch,
             "ended": self.ended,
@@ -121,13 +121,13 @@ class EpochRecord:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "EpochRecord":
-        """Reads back `to_json`; only `epoch` and `loss` must be there.
+        """Read the result of `to_json`; only `epoch` and `loss` are required.
 
         Raises:
-            ValueError: The content is no record of an epoch.
+            ValueError: The content is not an epoch record.
         """
         if not isinstance(content, Mapping) or not all(_is_number(content.get(name)) for name in ("epoch", "loss")):
-            raise ValueError("a record of an epoch needs the numbers `epoch` and `loss`")
+            raise ValueError("an epoch record must have the numbers `epoch` and `loss`")
         names = ("ended", "losses", "gradient_norm", "learning_rate", "images_per_s", "seconds", "step_s", "start_s")
         more = (*names, "peak_memory_mb", "peak_device_memory_mb")
         validation = None
@@ -156,15 +156,15 @@ def _is_number(value: Any) -> bool:
 def _number(content: Mapping[str, Any], name: str) -> float | None:
     value = content.get(name)
     if value is not None and not _is_number(value):
-        raise ValueError(f"{name} is no number: {value!r}")
+        raise ValueError(f"{name} is not a number: {value!r}")
     return value
 
 
 def read_history(out: str) -> list[EpochRecord]:
-    """Reads the history of a run folder; it is empty where no epoch has ended.
+    """Read the history of a run folder; it is empty if no epoch has finished.
 
     Raises:
-        UserError: The file holds something else.
+        UserError: The file does not hold a history.
     """
     uri = storage.join(out, HISTORY_FILE)
     if not storage.exists(uri):
@@ -175,17 +175,17 @@ def read_history(out: str) -> list[EpochRecord]:
             raise ValueError("it must be a list")
         return [EpochRecord.from_json(content) for content in contents]
     except ValueError as error:
-        raise UserError(f"{uri} is damaged, it holds no history of a training run: {error}") from None
+        raise UserError(f"{uri} is damaged: it does not hold the history of a training run: {error}") from None
 
 
 def write_history(out: str, history: Sequence[EpochRecord]) -> None:
-    """Writes the history of a run folder, whole or not at all."""
+    """Write the history of a run folder atomically."""
     content = json.dumps([record.to_json() for record in history], indent=1)
     storage.write_bytes(storage.join(out, HISTORY_FILE), content.encode())
 
 
 def best_epoch(history: Sequence[EpochRecord], metric: str) -> EpochRecord | None:
-    """The epoch with the best number, of equal ones the newest; the newest of all where none has been measured."""
+    """Return the epoch with the best metric, the newest of equal ones; the newest epoch if none was measured."""
     if not history:
         return None
     scored = [(score, number) for number, record in enumerate(history) if (score := record.score(metric)) is not None]
@@ -193,12 +193,12 @@ def best_epoch(history: Sequence[EpochRecord], metric: str) -> EpochRecord | Non
 
 
 def is_best_so_far(history: Sequence[EpochRecord], metric: str) -> bool:
-    """Whether the newest epoch is the best."""
+    """Return True if the newest epoch is the best."""
     return bool(history) and best_epoch(history, metric) is history[-1]
 
 
 def is_out_of_patience(history: Sequence[EpochRecord], metric: str, patience: int | None) -> bool:
-    """Whether the last `patience` measured epochs have brought nothing better than those before them."""
+    """Return True if none of the last `patience` measured epochs is better than all earlier ones."""
     if patience is None:
         return False
     scores = [score for record in history if (score := record.score(metric)) is not None]
@@ -206,5 +206,5 @@ def is_out_of_patience(history: Sequence[EpochRecord], metric: str, patience: in
 
 
 def is_over(history: Sequence[EpochRecord], *, epochs: int, metric: str, patience: int | None) -> bool:
-    """Whether a run has no epoch left to do, or is out of patience."""
+    """Return True if a run has completed all epochs or is out of patience."""
     return len(history) >= epochs or is_out_of_patience(history, metric, patience)

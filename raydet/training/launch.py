@@ -1,4 +1,4 @@
-"""Ray Train's side of a run: starts the workers, passes on a request to stop, and hears how they ended."""
+"""Ray Train's side of a run: starting the workers, passing on a request to stop, collecting their failure."""
 
 import dataclasses
 import os
@@ -14,17 +14,18 @@ from raydet.common.signals import StopRequest
 from raydet.config import TrainConfig
 from raydet.tables import storage
 from raydet.tables.table import Table
-from raydet.training.failure import EndForGood, WorkerFailure, failed, failure_of
+from raydet.training.failure import EndRunOnFailure, WorkerFailure, failed, failure_of
 
-_MINUTES_WAITED_FOR_ROOM = 15
-"""Ray Train gives up once a minute when there is no room for all workers; a cloud may need several for a machine."""
+_MAX_CONTROLLER_FAILURES = 15
+"""Ray Train reports a controller failure once a minute while the workers do not fit; a cloud may need several minutes
+to start a machine."""
 _GROUP_FILE = ("log", "placement_group")
-"""In the run folder, while its workers are at work."""
-_SECONDS_BETWEEN_LOOKS = 0.2
+"""File in the run folder, present while the workers run."""
+_STOP_POLL_S = 0.2
 
 
 def free_workers(out: str) -> None:
-    """Gives back to the cluster what the workers of a run hold whose own process has ended, however that came about."""
+    """Release the cluster resources of a run's workers after its own process has ended, for any reason."""
     note_uri = storage.join(out, *_GROUP_FILE)
     shares.free_noted_group(note_uri)
     storage.delete_file(note_uri)
@@ -33,25 +34,25 @@ def free_workers(out: str) -> None:
 def run_workers(
     config: TrainConfig, tables: dict[str, Table], resources: shares.Resources, board: Any, stop: StopRequest
 ) -> WorkerFailure | None:
-    """Runs the workers to their end; returns the failure with which one of them ended the run.
+    """Run the workers until they finish; return the failure with which one of them ended the run, if any.
 
     Args:
-        config: Of the run, with absolute URIs.
-        tables: `train` and `validate`.
-        resources: What each worker gets.
-        board: See `raydet.cluster.board.Board`.
-        stop: Once noted, the workers save what they have and end.
+        config: Configuration of the run, with absolute URIs.
+        tables: The tables `train` and `validate`.
+        resources: Resources of each worker.
+        board: Actor handle of a `raydet.cluster.board.Board`.
+        stop: Request to stop; once set, the workers save their state and exit.
 
     Raises:
-        RunError: They have died more often than they may.
-        RunStopped: The request to stop came before their first step.
+        RunError: Workers failed more than `max_failures` times, or the cluster had no room for them.
+        RunStopped: The request to stop arrived before the first step.
     """
     from ray.train import TrainingFailedError
 
     trainer = _trainer(config, tables, resources, board)
     try:
         if threading.current_thread() is threading.main_thread():
-            _fit_beside(trainer, board, stop)
+            _fit_in_thread(trainer, board, stop)
         else:
             trainer.fit()
     except TrainingFailedError as error:
@@ -59,27 +60,28 @@ def run_workers(
         if failure is None:
             reason = str(error).strip().splitlines()[-1]
             raise RunError(
-                f"the workers have died too often: {reason}; run the same command again to resume"
+                f"Ray Train gave up (--max-failures {config.max_failures}): {reason}; "
+                "run the same command again to resume"
             ) from error
         return failure
     return None
 
 
-def _fit_beside(trainer: Any, board: Any, stop: StopRequest) -> None:
-    """Runs `fit` in another thread than this, the main one, in which it would put a SIGINT handler of its own."""
+def _fit_in_thread(trainer: Any, board: Any, stop: StopRequest) -> None:
+    """Run `fit` outside the main thread, where it would install its own SIGINT handler."""
     raised: list[BaseException] = []
 
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as error:  # handed on, whatever it is
+        except BaseException as error:  # re-raised in the main thread
             raised.append(error)
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     has_asked = False
     while thread.is_alive():
-        thread.join(_SECONDS_BETWEEN_LOOKS)
+        thread.join(_STOP_POLL_S)
         if stop and not has_asked:
             has_asked = True
             if not ray.get(board.ask_to_stop.remote()):
@@ -103,17 +105,17 @@ def _trainer(config: TrainConfig, tables: dict[str, Table], resources: shares.Re
             "board": board,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,  # type: ignore[arg-type]  # the base class's type, of another scheduler
+            num_workers=num_workers,  # type: ignore[arg-type]  # typed in the base class, for another scheduler
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
         ),
-        # The checkpoints are raydet's own, in OUT/last and OUT/checkpoint; Ray keeps only its notes here.
+        # raydet writes its own checkpoints, OUT/last and OUT/checkpoint; Ray stores only bookkeeping here.
         run_config=ray.train.RunConfig(
             storage_path=storage.join(config.out, "log", "ray"),
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            callbacks=[EndForGood()],  # type: ignore[list-item]  # the base class's type, of another callback
+            callbacks=[EndRunOnFailure()],  # type: ignore[list-item]  # typed in the base class, for another callback
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=config.max_failures, controller_failure_limit=_MINUTES_WAITED_FOR_ROOM
+                max_failures=config.max_failures, controller_failure_limit=_MAX_CONTROLLER_FAILURES
             ),
         ),
     )
@@ -123,7 +125,7 @@ def _run_worker(job: dict[str, Any]) -> None:
     import ray.train
 
     if ray.get(job["board"].show.remote()):
-        return  # asked to stop before anything was begun
+        return  # stop requested before the first step
 
     from raydet.training.loop import run_worker
 
@@ -133,7 +135,7 @@ def _run_worker(job: dict[str, Any]) -> None:
     try:
         run_worker(job)
     except Exception as error:
-        for_good = failed(error, out)
-        if for_good is None:
+        failure = failed(error, out)
+        if failure is None:
             raise
-        raise for_good from error
+        raise failure from error

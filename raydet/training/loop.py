@@ -1,7 +1,7 @@
-"""The training loop, as it runs on every worker, CPU or GPU, one or many.
+"""The training loop that runs on every worker, on CPU or GPU.
 
-Rank 0 starts the stream of the run, every rank reads its part of it, and gradients, losses and detections are put
-together over all ranks. The loop itself is `run_worker`; below it stand its steps, in the order in which it takes them.
+Rank 0 starts the stream of the run, every rank reads its own part, and gradients, losses and detections are combined
+over all ranks. `run_worker` is the loop; its parts follow in the order in which they run.
 """
 
 import logging
@@ -46,13 +46,12 @@ from raydet.training.validation import validate
 
 _LOG = logging.getLogger(__name__)
 _STEPS_BETWEEN_LOGS = 10
-_STEPS_BETWEEN_LOOKS = 20
-"""Steps after which the workers ask Ray whether a node of theirs is about to be taken away."""
+_STEPS_BETWEEN_PREEMPTION_CHECKS = 20
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What the steps of the loop share; of all this only the trainer changes."""
+    """Objects that the parts of the loop share. Only the trainer changes during the run."""
 
     config: TrainConfig
     plan: RunPlan
@@ -74,21 +73,21 @@ class _Run:
 
 
 def run_worker(job: dict[str, Any]) -> None:
-    """Trains from the newest state to the end of the run, or until the command asks to stop."""
+    """Train from the newest state to the end of the run, or until the command asks to stop."""
     run = _start(job)
     if not run.is_over:
         reader = _open_stream(run, job["resources"])
         while not run.is_over and _train_epoch(run, reader) and _finish_epoch(run, reader):
             pass
     if run.crew.rank == 0:
-        # A kill may have come after the last state and before the history was written.
+        # An earlier process may have been killed after saving its last state and before writing the history.
         write_history(run.config.out, run.trainer.history)
     if run.tracker is not None:
         run.tracker.close()
 
 
 def _start(job: dict[str, Any]) -> _Run:
-    """Builds the trainer, as new or as the newest state has it."""
+    """Build the trainer and restore the newest state, if there is one."""
     config, tables, crew = TrainConfig(**job["config"]), job["tables"], Crew(job["board"])
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
     local_size = ray.train.get_context().get_local_world_size()
@@ -102,15 +101,15 @@ def _start(job: dict[str, Any]) -> _Run:
         rank=crew.rank,
         world_size=crew.world_size,
     )
-    # Rank 0 says which state, so that it is the same for all.
+    # Rank 0 picks the state, so that all ranks load the same one.
     name = broadcast_from_rank_zero(newest_state(config.out) if crew.rank == 0 else None)
     if name is not None:
         state = load_state(config.out, name, trainer.device)
         trainer.load_state_dict(state.of_rank(crew.rank, crew.world_size))
     elif trainer.detector.reinitialised:
-        crew.say(f"these weights start anew: {', '.join(trainer.detector.reinitialised)}")
+        crew.say(f"initialised from scratch: {', '.join(trainer.detector.reinitialised)}")
     position, tracker = trainer.position, None
-    text = "one of %d workers, on %s with %d threads, starts after step %d of epoch %d"
+    text = "1 of %d workers, device %s, %d threads; starting after step %d of epoch %d"
     _LOG.info(text, crew.world_size, trainer.device, torch.get_num_threads(), position.step, position.epoch + 1)
     if crew.rank == 0:
         start_step = position.epoch * plan.steps_per_epoch + position.step
@@ -119,7 +118,7 @@ def _start(job: dict[str, Any]) -> _Run:
 
 
 def _open_stream(run: _Run, resources: Resources) -> BatchReader:
-    """Rank 0 starts the stream from where the run stands; every rank gets its part of it."""
+    """Start the stream at the trainer's position on rank 0, and return the reader of this rank's part."""
     crew, reference = run.crew, None
     if crew.rank == 0:
         iterators = run_stream(
@@ -141,7 +140,7 @@ def _open_stream(run: _Run, resources: Resources) -> BatchReader:
 
 
 def _view(config: TrainConfig, detector: Detector) -> View:
-    """The view of the run; with `multi_scale` each step draws one of several resizes."""
+    """Make the view of the run; with `multi_scale`, each step draws one of several resize rules."""
     rules = [
         resize_rule_of(resized_processor(detector.processor, detector.family, size), where=config.model)
         for size in config.multi_scale or ()
@@ -150,13 +149,13 @@ def _view(config: TrainConfig, detector: Detector) -> View:
 
 
 def _train_epoch(run: _Run, reader: BatchReader) -> bool:
-    """Takes the optimizer steps that are left of the epoch; false when the command asked to stop on the way."""
+    """Run the remaining optimizer steps of the epoch; return False if the command asked to stop."""
     trainer, every, num_steps = run.trainer, run.config.save_every_steps, run.plan.steps_per_epoch
     epoch = trainer.position.epoch
     if trainer.begin_epoch():
-        run.crew.say(f"the backbone learns from epoch {epoch + 1} on")
+        run.crew.say(f"the backbone is trained from epoch {epoch + 1} on")
     while trainer.position.step < num_steps:
-        is_to_stop = _take_step(run, reader)
+        is_to_stop = _run_step(run, reader)
         step = trainer.position.step
         if is_to_stop or (every and step % every == 0 and step < num_steps):
             _save_state(run)
@@ -166,8 +165,8 @@ def _train_epoch(run: _Run, reader: BatchReader) -> bool:
     return True
 
 
-def _take_step(run: _Run, reader: BatchReader) -> bool:
-    """One optimizer step; returns whether the run is to stop after it."""
+def _run_step(run: _Run, reader: BatchReader) -> bool:
+    """Run one optimizer step; return True if the run must stop afterwards."""
     trainer, meter = run.trainer, run.trainer.meter
     epoch, step = trainer.position.epoch, trainer.position.step
     is_first, asked = not reader.has_begun, time.perf_counter()
@@ -202,9 +201,9 @@ def _gradients(run: _Run, batches: list[ReadyBatch]) -> StepResult:
     except ValueError as error:
         if not any(text in str(error) for text in ("invalid numeric", "nan", "inf")):
             raise
-        # Boxes or scores that are no numbers cannot even be matched with the truth; transformers refuses them.
+        # transformers refuses to match boxes or scores that are not finite.
         images = [image_id for batch in batches for image_id in batch.image_ids]
-        raise not_a_number(run.trainer.position, ["the matching of boxes"], images) from error
+        raise not_a_number(run.trainer.position, ["box matching"], images) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -214,10 +213,13 @@ def _gradients(run: _Run, batches: list[ReadyBatch]) -> StepResult:
 
 
 def _agree(run: _Run, result: StepResult, batches: list[ReadyBatch]) -> tuple[float, bool]:
-    """The loss of the global batch, and whether the run is to stop after this step.
+    """Combine a step over all ranks.
+
+    Returns:
+        Loss of the global batch; True if the run must stop after this step.
 
     Raises:
-        WorkerFailed: On all ranks, when the loss of one is not a number.
+        WorkerFailed: The loss of any rank is not finite; raised on all ranks.
     """
     loss = float(torch.stack(list(result.terms.values())).sum())
     is_to_stop = _is_to_stop(run)
@@ -232,9 +234,9 @@ def _agree(run: _Run, result: StepResult, batches: list[ReadyBatch]) -> tuple[fl
 
 
 def _is_to_stop(run: _Run) -> bool:
-    """Shows how far the run is and learns, some steps later, whether to stop; saves when a node is to be taken away."""
+    """Report progress and return True if the command asks to stop, a few steps late; save before a preemption."""
     position = run.trainer.position
-    if position.step % _STEPS_BETWEEN_LOOKS == 0 and run.crew.notices_preemption():
+    if position.step % _STEPS_BETWEEN_PREEMPTION_CHECKS == 0 and run.crew.notices_preemption():
         _save_state(run)
     if run.crew.rank != 0:
         return False
@@ -243,7 +245,7 @@ def _is_to_stop(run: _Run) -> bool:
 
 
 def _finish_epoch(run: _Run, reader: BatchReader) -> bool:
-    """Validates, enters the epoch into the history, and saves; false when the command asked to stop on the way."""
+    """Validate, add the epoch to the history, and save; return False if the command asked to stop."""
     trainer, plan, crew, epoch = run.trainer, run.plan, run.crew, run.trainer.position.epoch
     record = _record_of_steps(run)
     with trainer.averaged():
@@ -257,7 +259,7 @@ def _finish_epoch(run: _Run, reader: BatchReader) -> bool:
             if crew.rank == 0:
                 _writing(run, lambda: _publish(run))
     _save_state(run)
-    if is_to_stop:  # the state is that of the epoch's last step: resuming begins with the validation
+    if is_to_stop:  # the state is that after the epoch's last step, so that a resumed run starts with the validation
         crew.show(epoch, plan.steps_per_epoch, plan.steps_per_epoch)
         return False
     if run.tracker is not None:
@@ -271,10 +273,10 @@ def _finish_epoch(run: _Run, reader: BatchReader) -> bool:
 
 
 def _record_of_steps(run: _Run) -> EpochRecord:
-    """The record of the epoch so far, without a validation; the same on all ranks."""
+    """Make the record of the epoch without its validation; the same on all ranks."""
     trainer, crew = run.trainer, run.crew
     meter, epoch = trainer.meter, trainer.position.epoch + 1
-    text = "epoch %d: %d images in %.1f s, of it %.1f s waiting for images, %.1f s for other workers"
+    text = "epoch %d: %d images in %.1f s, including %.1f s waiting for images and %.1f s waiting for other workers"
     _LOG.info(text, epoch, meter.num_images, meter.seconds, meter.data_s, meter.communication_s)
     states = crew.gather(meter.to_state())
     record = None
@@ -294,9 +296,10 @@ def _record_of_steps(run: _Run) -> EpochRecord:
 
 
 def _publish(run: _Run) -> None:
-    """Writes OUT/checkpoint if this epoch is the best so far, then OUT/last.
+    """Write OUT/checkpoint if this epoch is the best so far, then OUT/last.
 
-    The state comes after them: a kill between any two costs nothing, since the run repeats what the state lacks.
+    The state is written afterwards: if the run is killed in between, it resumes from the earlier state and writes both
+    folders again.
     """
     out = run.config.out
     with tempfile.TemporaryDirectory(prefix="raydet-checkpoint-") as folder:
@@ -307,7 +310,7 @@ def _publish(run: _Run) -> None:
 
 
 def _save_state(run: _Run) -> None:
-    """Writes a state to resume from; all ranks take part."""
+    """Save a state to resume from. Collective: every rank must call it."""
     own = run.trainer.state_dict()
     locals_of_ranks = run.crew.gather({"meter": own["meter"], "buffers": own["buffers"]})
     if locals_of_ranks is not None:
@@ -317,7 +320,7 @@ def _save_state(run: _Run) -> None:
 
 
 def _writing(run: _Run, write: Callable[[], None]) -> None:
-    """Ends the run with a clear line when a checkpoint cannot be written."""
+    """Call `write` and convert a failure to write a checkpoint to one that ends the run."""
     try:
         write()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a worker adds up over the steps of an epoch: losses, and where the time went."""
+"""Sums of losses and times that a worker keeps over the steps of an epoch."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +18,15 @@ class EpochMeter:
     """Sums over the steps of an epoch so far, on one worker.
 
     Attributes:
-        losses: Each loss term's sum over steps, in units of the global batches; a worker has its own images' part.
-        gradient_norm: Sum over steps of the norm before clipping.
-        num_steps: Steps taken.
-        start_s: Seconds until the first images came, when workers and stream had just started.
-        data_s: Seconds of waiting for images after that.
-        communication_s: Seconds of waiting for other workers.
-        seconds: In all, since the first images came.
-        unreadable: Ids of images that cannot be read.
+        losses: Sum over steps of each loss term, in units of the global batch; only the part of this worker's images.
+        gradient_norm: Sum over steps of the gradient norm before clipping.
+        num_steps: Completed steps.
+        num_images: Images of these steps on this worker.
+        start_s: Seconds until the first images arrived, if workers and stream had just started.
+        data_s: Seconds spent waiting for images after that.
+        communication_s: Seconds spent waiting for other workers.
+        seconds: Total seconds since the first images arrived.
+        unreadable: Ids of images that could not be read.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -39,26 +40,26 @@ class EpochMeter:
     unreadable: set[int] = field(default_factory=set)
 
     def add_losses(self, terms: Mapping[str, Tensor]) -> None:
-        """Takes in a step's loss terms, without waiting for the device."""
+        """Add the loss terms of a step without synchronising with the device."""
         for name, value in terms.items():
             self.losses[name] = self.losses.get(name, torch.zeros_like(value, dtype=torch.float64)) + value.double()
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
-        """Counts the time of a `with` as waiting for other workers."""
+        """Context manager: count the time of the block as waiting for other workers."""
         started = time.perf_counter()
         yield
         self.communication_s += time.perf_counter() - started
 
     def to_state(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint and for other workers."""
+        """Return plain values, for a checkpoint or for other workers."""
         return {**vars(self), "losses": {name: value.item() for name, value in self.losses.items()}} | {
             "unreadable": sorted(self.unreadable)
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "EpochMeter":
-        """Reads back `to_state`."""
+        """Read the result of `to_state`."""
         losses = {
             name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["losses"].items()
         }
@@ -66,7 +67,7 @@ class EpochMeter:
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sums of all workers as one: losses and images add up, and times are those of the first worker."""
+    """Merge the states of all workers: sum losses and images, and keep the times of the first worker."""
     losses: dict[str, float] = {}
     for state in states:
         for name, value in state["losses"].items():
@@ -80,12 +81,12 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def epoch_record(merged: Mapping[str, Any], *, epoch: int, learning_rate: float) -> EpochRecord:
-    """The record of an epoch that ends now, of all workers' merged sums.
+    """Make the record of an epoch that ends now.
 
     Args:
-        merged: From `merge_states`.
-        epoch: Counted from 1.
-        learning_rate: After the last step.
+        merged: Sums of all workers, from `merge_states`.
+        epoch: Number of the epoch, from 1.
+        learning_rate: Learning rate after the last step.
     """
     num_steps = max(1, merged["num_steps"])
     terms = {name: value / num_steps for name, value in sorted(merged["losses"].items())}

@@ -1,10 +1,9 @@
-"""The order of the data, planned without Ray.
+"""The order of the data: (row groups of the table, seed, epoch, global batch size) → the rows of step *k*.
 
-(row groups of the table, seed, epoch, global batch) → which rows make step *k*. The same plan holds for any number
-of workers: a step is a list of rows, and each worker takes its slice of it.
+The plan is independent of the number of workers: a step is a list of rows, and each worker takes a slice of the list.
 
-Rows are shuffled in windows of whole row groups, so that each row group is read about once an epoch however large
-the table is; a table that fits one window is shuffled as a whole.
+Rows are shuffled within windows of complete row groups, so that each row group of a table of any size is read about
+once per epoch. A table that fits into one window is shuffled globally. This module does not import Ray.
 """
 
 import math
@@ -24,25 +23,25 @@ Rows = npt.NDArray[np.int64]
 Kind = Literal["train", "validate"]
 
 MOSAIC_P = 0.5
-"""Share of the images that become a mosaic, where the augmentation mixes images."""
+"""Fraction of images that become a mosaic, if the augmentation mixes images."""
 MIXUP_P = 0.15
-"""Share of the images that another is blended into, where the augmentation mixes images."""
+"""Fraction of images that are blended with another image, if the augmentation mixes images."""
 
-# The last word of a seed keeps draws for one use apart from those of another with the same numbers; `view` has 2.
+# Last word of a seed: keeps random streams of different uses apart. `raydet.augmentation.view` uses 2.
 _PARTNER_STREAM = 1
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one worker takes in at once.
+    """Images that one worker processes in one forward pass.
 
     Attributes:
-        kind: Whether it is learnt from or validated on.
-        epoch: Counted from 0.
-        step: The optimizer step in the epoch, or the number of the validation round, from 0.
-        part: Which of the parts of the worker's share of the step, from 0.
-        rank: Which worker takes it.
-        rows: Row numbers in the table; none when there are fewer images than workers.
+        kind: Use of the images: training or validation.
+        epoch: Epoch, from 0.
+        step: Optimizer step within the epoch, or validation round, from 0.
+        part: Micro-batch within the worker's share of the step, from 0.
+        rank: Rank of the worker.
+        rows: Row numbers in the table; empty if there are fewer images than workers.
     """
 
     kind: Kind
@@ -55,9 +54,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PartnerRows:
-    """The rows that an image is mixed with in an epoch: three or none for a mosaic, one or none for a mixup.
+    """Rows that an image is mixed with in an epoch: three or none for a mosaic, one or none for a mixup.
 
-    There are fewer where the window has too few other rows.
+    There are fewer if the window has too few other rows.
     """
 
     mosaic: tuple[int, ...]
@@ -66,7 +65,7 @@ class PartnerRows:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of micro-batches that share their row groups, read by one task: steps `first` to `last` (exclusive)."""
+    """Consecutive micro-batches over the same row groups, read by one task: steps `first` to `last` (exclusive)."""
 
     kind: Kind
     epoch: int
@@ -76,19 +75,19 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """Everything a run will read, in order: the steps of each epoch, then its validation.
+    """The reading order of a run: the steps of each epoch, followed by its validation.
 
     Attributes:
-        train_groups: Rows and bytes of each row group of the training table.
+        train_groups: Number of rows and bytes of each row group of the training table.
         num_val: Rows of the validation table.
-        batch_size: Images of an optimizer step, over all workers together.
-        accumulate: Parts of each worker's share of a step.
+        batch_size: Images per optimizer step, over all workers.
+        accumulate: Micro-batches per worker and step.
         epochs: Passes over the training table.
-        seed: Of the shuffling.
-        window_bytes: Row groups of about this many bytes are shuffled together.
-        validate_every: Epochs from one validation to the next; the last epoch always has one.
-        validate_batch_size: Images of a micro-batch in validation, whatever the number of workers.
-        validate_fraction: Part of the validation table that is used, above 0 and at most 1.
+        seed: Seed of the shuffling.
+        window_bytes: Approximate size of the windows of row groups that are shuffled together.
+        validate_every: Epochs between validations; the last epoch is always validated.
+        validate_batch_size: Images per micro-batch in validation, for any number of workers.
+        validate_fraction: Fraction of the validation table in use, above 0 and at most 1.
     """
 
     train_groups: tuple[tuple[int, int], ...]
@@ -104,11 +103,11 @@ class RunPlan:
 
     @classmethod
     def of_training(cls, config: "TrainConfig", train: "Table", *, num_val: int) -> "RunPlan":
-        """Plans a training with this config.
+        """Plan a training run.
 
         Args:
-            config: The training.
-            train: Training table; the footers of its files are read.
+            config: Configuration of the run.
+            train: Training table, of which only the file footers are read.
             num_val: Rows of the validation table.
         """
         return cls(
@@ -131,51 +130,51 @@ class RunPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last one may have fewer images."""
+        """Optimizer steps per epoch; the last one may have fewer images."""
         return -(-self.num_train // self.batch_size)
 
     @property
     def num_validated(self) -> int:
-        """Rows of a validation, rounded up; they lie evenly spread over the table."""
-        # Rounding first, or 0.07 of 100 rows would be 8 of them.
+        """Rows per validation, rounded up; they are spread evenly over the table."""
+        # Without rounding first, 0.07 of 100 rows would be 8.
         return min(self.num_val, max(1, math.ceil(round(self.validate_fraction * self.num_val, 6))))
 
     def validates(self, epoch: int) -> bool:
-        """Whether a validation follows this epoch."""
+        """Return True if a validation follows this epoch."""
         return (epoch + 1) % self.validate_every == 0 or epoch + 1 == self.epochs
 
     def validation_rounds(self, world_size: int) -> int:
-        """Micro-batches that each worker takes in a validation."""
+        """Return the number of micro-batches per worker in a validation."""
         return -(-self.num_validated // (self.validate_batch_size * world_size))
 
     def step_rows(self, epoch: int, step: int) -> Rows:
-        """The rows of an optimizer step, over all workers."""
+        """Return the rows of an optimizer step, over all workers."""
         order, _ = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
         return order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def steps_of_rows(self, epoch: int) -> Rows:
-        """The optimizer step that each row of the training table is in, int64 [num_train]; inverse of `step_rows`."""
+        """Return the optimizer step of each row of the training table, int64 [num_train]; inverse of `step_rows`."""
         order, _ = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
         steps = np.empty(len(order), np.int64)
         steps[order] = np.arange(len(order)) // self.batch_size
         return steps
 
     def partner_rows(self, epoch: int, step: int, row: int) -> PartnerRows:
-        """What an image is mixed with; it depends on nothing but the plan, so not on workers or restarts.
+        """Draw the rows that an image is mixed with. They depend on the plan only, not on workers or restarts.
 
-        Partners come out of the window in which the step begins: its row groups are the ones that are read anyway.
+        Partners come from the window in which the step starts, because its row groups are read anyway.
 
         Args:
-            epoch: Counted from 0.
-            step: The step that the row is in.
-            row: The image's row in the training table.
+            epoch: Epoch, from 0.
+            step: Step of the row.
+            row: Row of the image in the training table.
         """
         order, starts = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
         window = int(np.searchsorted(starts, step * self.batch_size, side="right")) - 1
         pool = order[starts[window] : starts[window + 1] if window + 1 < len(starts) else len(order)]
         rng = np.random.default_rng([self.seed, epoch, row, _PARTNER_STREAM])
         with_mosaic, with_mixup = rng.random(2) < (MOSAIC_P, MIXUP_P)
-        # One more than needed: the row itself may be among them.
+        # One more than needed, because the draw may include the row itself.
         drawn = pool[rng.choice(len(pool), size=min(5, len(pool)), replace=False)].tolist()
         others = [other for other in drawn if other != row]
         return PartnerRows(
@@ -183,7 +182,7 @@ class RunPlan:
         )
 
     def segments(self, *, start_epoch: int = 0, start_step: int = 0) -> Iterator[Segment]:
-        """What is to be read from a step of an epoch to the end of the run, in order."""
+        """Yield the segments to read, in order, from the given step to the end of the run."""
         for epoch in range(start_epoch, self.epochs):
             first = start_step if epoch == start_epoch else 0
             _, window_starts = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
@@ -196,7 +195,7 @@ class RunPlan:
                 yield Segment("validate", epoch, 0, 0)
 
     def micro_batches(self, segment: Segment, world_size: int) -> Iterator[MicroBatch]:
-        """The micro-batches of a segment, in the order in which they are dealt out to the workers in turn."""
+        """Yield the micro-batches of a segment in the order in which workers receive them in turn."""
         if segment.kind == "validate":
             yield from self._validation(segment.epoch, world_size)
             return
@@ -219,7 +218,7 @@ class RunPlan:
 def _epoch_order(
     groups: Sequence[tuple[int, int]], seed: int, window_bytes: int, epoch: int
 ) -> tuple[Rows, tuple[int, ...]]:
-    """Row numbers in the order of an epoch, and the places where its windows start."""
+    """Return the row numbers in the order of an epoch, and the positions at which its windows start."""
     rng = np.random.default_rng([seed, epoch])
     first_rows = np.cumsum([0, *(num_rows for num_rows, _ in groups)])
     parts: list[Rows] = []

@@ -1,4 +1,4 @@
-"""The progress of a training run on the console: a table with a line an epoch, and a status line below it."""
+"""The progress of a training run on the console: a table with one line per epoch, and a status line."""
 
 import contextlib
 import threading
@@ -14,19 +14,19 @@ _DATA_BOUND = 0.15
 """Share of a step's time spent waiting for images above which faster decoding would speed up the run."""
 
 Entry = EpochRecord | str
-"""An epoch that has ended, or a line from the workers."""
+"""A finished epoch, or a line from the workers."""
 
 
 @contextlib.contextmanager
 def following(
     console: Console, read: Callable[[int], tuple[Sequence[Entry], dict[str, Any]]], *, epochs: int
 ) -> Iterator[None]:
-    """Print each entry that `read` returns, during a `with` block.
+    """Context manager: print each entry that `read` returns while the block runs.
 
     Args:
         console: The console to print on.
-        read: Takes a number; returns the entries from that number on, and the progress.
-        epochs: Epochs of the whole run.
+        read: Accepts an index; returns the entries from that index on, and the progress.
+        epochs: Epochs of the complete run.
     """
     stop, table = threading.Event(), _Table(console, epochs)
 
@@ -54,7 +54,7 @@ def following(
 
 
 class _Table:
-    """Prints records as lines of a table, and its heading again where the columns change."""
+    """A table with one line per epoch. Prints the header again when the columns change."""
 
     def __init__(self, console: Console, epochs: int) -> None:
         self._console, self._epochs = console, epochs
@@ -76,26 +76,26 @@ class _Table:
         cells += [shown(value) for value in values]
         cells += [f"{entry.learning_rate:.1e}", f"{entry.images_per_s:.1f}", f"{entry.total_s:.1f}"]
         self._console.line("".join(f"{cell:>10}" for cell in cells))
-        for remark in _remarks(entry):
-            self._console.line(f"          {remark}")
+        for note in _notes(entry):
+            self._console.line(f"          {note}")
 
 
-def _remarks(record: EpochRecord) -> list[str]:
-    """Remarks on an epoch: AP by class, unreadable images, a bottleneck."""
-    remarks = []
+def _notes(record: EpochRecord) -> list[str]:
+    """Return notes on an epoch: AP by class, unreadable images, a bottleneck."""
+    notes = []
     by_class = (record.validation or ValidationRecord()).ap_by_class
     if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
         numbers = [f"{name} {shown(value)}" for name, value in by_class.items()]
-        remarks.append(f"AP by class: {', '.join(numbers)}")
+        notes.append(f"AP by class: {', '.join(numbers)}")
     if record.num_unreadable:
-        remarks.append(f"{record.num_unreadable} training images could not be read; raydet skipped them")
+        notes.append(f"{record.num_unreadable} training images could not be read; raydet skipped them")
     step_s = sum(record.step_s.values())
     data_s = record.step_s.get("data", 0.0)
     share = data_s / max(step_s, 1e-9)
     if share > _DATA_BOUND:
-        remarks.append(
+        notes.append(
             f"data is the bottleneck: in each step of {step_s:.2f} s the model waited {data_s:.2f} s ({share:.0%}) for "
             "images; give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), store smaller images, or "
             "choose a lighter augmentation"
         )
-    return remarks
+    return notes

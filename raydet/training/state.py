@@ -1,7 +1,7 @@
-"""States of a training run: everything that resuming needs, at the end of an epoch or in the middle of one.
+"""States of a training run: everything needed to resume it, at the end or in the middle of an epoch.
 
-A state is one file, OUT/states/EPOCH-STEP.pt, so that it is there as a whole or not at all, on a disk and in an object
-store. A run resumes from the newest one that can be read, on any number of workers.
+A state is a single file, OUT/states/EPOCH-STEP.pt, so that writing it is atomic on a disk and in an object store. A
+run resumes from the newest readable state, on any number of workers.
 """
 
 import io
@@ -24,35 +24,35 @@ logger = logging.getLogger("raydet")
 
 @dataclass(frozen=True)
 class Position:
-    """The next step of a run, both counted from 0; `step` may be one past an epoch's last."""
+    """The next step of a run. Both numbers start at 0; `step` may be one past the last step of an epoch."""
 
     epoch: int
     step: int
 
     @property
     def file_name(self) -> str:
-        """Sorts as positions do."""
+        """Name of the state file; names sort in the order of positions."""
         return f"{self.epoch:05d}-{self.step:07d}.pt"
 
     @classmethod
     def of_file(cls, name: str) -> "Position":
-        """Reads back `file_name`."""
+        """Read the result of `file_name`."""
         epoch, step = name.removesuffix(".pt").split("-")
         return cls(int(epoch), int(step))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """The `state_dict` of rank 0's trainer with what the other ranks alone know.
+    """The `state_dict` of rank 0's trainer, plus the local state of the other ranks.
 
     Attributes:
-        position: The next step to take.
-        history: The records of the finished epochs, as JSON values.
-        meters: Of each worker, its sums over the epoch so far; empty at the start of one.
-        model: The weights that learn.
-        buffers: Of each worker, the batch-norm statistics that its model gathers over its own images; likewise, as
-            `average.…`, those of the average.
-        parts: State dicts of the optimizer and all else that has one.
+        position: The next step.
+        history: Records of the finished epochs, as JSON values.
+        meters: Per worker, its sums over the epoch so far; empty at the start of an epoch.
+        model: State dict of the model.
+        buffers: Per worker, the batch-norm statistics of its own images, and those of the moving average under
+            `average.NAME`.
+        parts: State dicts of the optimizer, the schedule, the gradient scaler and the moving average.
     """
 
     position: Position
@@ -64,11 +64,11 @@ class TrainingState:
 
     @classmethod
     def of_ranks(cls, first: Mapping[str, Any], locals_of_ranks: Sequence[Mapping[str, Any]]) -> "TrainingState":
-        """Joins the ranks' states.
+        """Join the states of all ranks.
 
         Args:
             first: `Trainer.state_dict()` of rank 0.
-            locals_of_ranks: Of each rank, `meter` and `buffers` of its state dict.
+            locals_of_ranks: Per rank, `meter` and `buffers` of its state dict.
         """
         position = first["position"]
         return cls(
@@ -81,9 +81,9 @@ class TrainingState:
         )
 
     def of_rank(self, rank: int, world_size: int) -> dict[str, Any]:
-        """The state for `Trainer.load_state_dict` of one rank.
+        """Return the state for `Trainer.load_state_dict` of one rank.
 
-        Where another number of workers resumes, each gets the mean of the buffers, and rank 0 all sums.
+        If the number of workers has changed, every rank gets the mean of the buffers, and rank 0 gets all sums.
         """
         meter, buffers = None, self.buffers[0]
         if len(self.buffers) == world_size:
@@ -104,10 +104,10 @@ class TrainingState:
 
 
 def save_state(out: str, state: TrainingState, *, keep: int) -> None:
-    """Writes a state, whole or not at all, and then removes all but the newest `keep`.
+    """Write a state atomically, then delete all but the newest `keep` states.
 
     Raises:
-        OSError: It cannot be written; the earlier states are still there.
+        OSError: The state cannot be written; the earlier states are intact.
     """
     content = {
         "position": [state.position.epoch, state.position.step],
@@ -125,13 +125,13 @@ def save_state(out: str, state: TrainingState, *, keep: int) -> None:
 
 
 def saved_states(out: str) -> list[str]:
-    """File names of a run's states, the newest first."""
+    """Return the file names of a run's states, newest first."""
     names = [name for name in storage.list_files(storage.join(out, STATES_FOLDER)) if not name.startswith(".")]
     return sorted((name for name in names if name.endswith(".pt")), reverse=True)
 
 
 def newest_state(out: str) -> str | None:
-    """The file name of the newest state that can be read; None where there is none."""
+    """Return the file name of the newest readable state; None if there is none."""
     for name in saved_states(out):
         try:
             load_state(out, name, torch.device("cpu"))
@@ -144,7 +144,7 @@ def newest_state(out: str) -> str | None:
 
 
 def load_state(out: str, name: str, device: torch.device) -> TrainingState:
-    """Reads a state, with its tensors on a device."""
+    """Read a state, with its tensors on a device."""
     data = storage.read_bytes(storage.join(out, STATES_FOLDER, name))
     content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     return TrainingState(

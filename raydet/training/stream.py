@@ -1,10 +1,8 @@
-"""Ray Data pipelines: the stream of a training run, and the decoding of a table to be scored.
+"""The Ray Data stream of a training run: table → encoded images → micro-batches of decoded images, as Arrow.
 
-Both go table → encoded images → decoded images, and hand on plain Arrow. Pixels stay uint8.
-
-The stream of a run is one Ray Data execution from its first step to its last, validations included, so that no
-epoch waits for a pipeline to start. Every block of it holds one row, a whole micro-batch; Ray Data deals the blocks
-out to the workers in turn and in order, and each worker checks that it got what the plan says.
+A single Ray Data execution covers all steps and validations of a run, so that no epoch waits for a pipeline to start.
+Each block has one row, which is a complete micro-batch. Ray Data distributes the blocks to the workers in turn and in
+order, and each worker checks them against the plan. Pixels stay uint8.
 """
 
 import json
@@ -28,7 +26,7 @@ from raydet.tables.table import RowGroup, Table
 from raydet.training.ordering import MicroBatch, RunPlan, Segment
 
 _TASKS_WITHOUT_CPUS = 3
-"""Decoding tasks at once that reserve nothing; one more than readers, with which Ray Data would make them one stage."""
+"""Concurrent decoding tasks that reserve no CPU; one more than readers, or Ray Data would fuse the two stages."""
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 
 _ROW_TYPE = pa.struct(
@@ -40,7 +38,7 @@ _ROW_TYPE = pa.struct(
         ("objects", OBJECTS_TYPE),
     ]
 )
-# A row of the table with the rows that it is mixed with.
+# A row of the table with the rows that its image is mixed with.
 _ENCODED_TYPE = pa.struct([*_ROW_TYPE, ("mosaic", pa.list_(_ROW_TYPE)), ("mixup", pa.list_(_ROW_TYPE))])
 _READY_TYPE = pa.struct(
     [
@@ -79,21 +77,21 @@ def run_stream(
     reserved: ExecutionResources,
     cpus_per_task: float,
 ) -> list[ray.data.DataIterator]:
-    """Starts the stream of a run and splits it among its workers.
+    """Start the stream of a run and split it among the workers.
 
     Args:
-        plan: Which rows make which step.
+        plan: Assignment of rows to steps.
         train: Training table.
         val: Validation table.
-        view: What the model sees of each image.
+        view: Augmentation and resize of the images.
         world_size: Number of workers.
-        start_epoch: Where to begin, from 0.
-        start_step: The step in that epoch to begin with, from 0.
-        reserved: CPUs and GPUs that the training workers hold, so that Ray Data leaves them alone.
-        cpus_per_task: CPUs that a decoding task asks for; with 0 a few run beside workers that hold all there are.
+        start_epoch: First epoch, from 0.
+        start_step: First step within that epoch, from 0.
+        reserved: CPUs and GPUs of the training workers, which Ray Data must not use.
+        cpus_per_task: CPUs that a decoding task reserves; 0 runs a few tasks beside workers that reserve all CPUs.
 
     Returns:
-        One iterator for each rank; read it with `raydet.training.batches`.
+        One iterator per rank, to be read with `raydet.training.batches`.
     """
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
@@ -102,7 +100,7 @@ def run_stream(
     with one_row_blocks(reserved=reserved):
         dataset = ray.data.read_datasource(
             TaskSource("RunStream", [partial(_read_segment, source, segment) for segment in segments]),
-            # A reader waits for most of its life; a fraction of a CPU keeps it from holding one while it does.
+            # A reader spends most of its time waiting and must not reserve a full CPU.
             num_cpus=min(0.01, cpus_per_task),
             compute=TaskPoolStrategy(size=min(len(segments), 2)),
             override_num_blocks=max(1, len(segments)),
@@ -120,13 +118,13 @@ def run_stream(
 
 
 def key_of(table: pa.Table) -> MicroBatch:
-    """The micro-batch of a block of the stream, without its rows."""
+    """Return the micro-batch of a block of the stream, without its rows."""
     return MicroBatch(**{name: table[name][0].as_py() for name, _ in _KEY_FIELDS}, rows=())
 
 
 @dataclass(frozen=True)
 class _StreamSource:
-    """What all reading tasks of a run share; put into the object store once."""
+    """Data that all reading tasks of a run share, stored once in the object store."""
 
     plan: RunPlan
     tables: dict[str, Table]
@@ -141,11 +139,11 @@ def _read_segment(source_ref: "ray.ObjectRef[_StreamSource]", segment: Segment) 
 
 
 def _encoded(source: _StreamSource, segment: Segment) -> Iterator[pa.Table]:
-    """Reads each row group of a segment when it is first needed and deals its rows into micro-batches."""
+    """Yield the encoded micro-batches of a segment, reading each row group when it is first needed."""
     plan, rows = source.plan, _TableRows(source.tables[segment.kind], source.groups[segment.kind])
     mixes = segment.kind == "train" and source.view.mixes(segment.epoch)
     for micro_batch in plan.micro_batches(segment, source.world_size):
-        if segment.kind == "validate":  # in order: what came before is not needed again
+        if segment.kind == "validate":  # rows are read in order, so earlier row groups are no longer needed
             rows.keep_only_latest()
         mosaics: list[Sequence[int]] = [()] * len(micro_batch.rows)
         mixups = mosaics
@@ -157,7 +155,7 @@ def _encoded(source: _StreamSource, segment: Segment) -> Iterator[pa.Table]:
 
 
 class _TableRows:
-    """The rows of a table by number, each row group read when it is first needed."""
+    """The rows of a table by number. Each row group is read when it is first needed."""
 
     def __init__(self, table: Table, groups: Sequence[RowGroup]) -> None:
         self._table, self._groups = table, groups
@@ -165,11 +163,11 @@ class _TableRows:
         self._loaded: dict[int, pa.StructArray] = {}
 
     def keep_only_latest(self) -> None:
-        """Gives back the memory of all row groups but the one read last."""
+        """Free the memory of all row groups except the one read last."""
         self._loaded = dict(list(self._loaded.items())[-1:])
 
     def take(self, numbers: Sequence[int]) -> pa.StructArray:
-        """The rows of these numbers, in this order, as an array of `_ROW_TYPE`."""
+        """Return the rows with these numbers, in this order, as an array of `_ROW_TYPE`."""
         slices = []
         for row in numbers:
             number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
@@ -180,7 +178,7 @@ class _TableRows:
         return pa.concat_arrays(slices) if slices else pa.array([], _ROW_TYPE)
 
     def take_lists(self, lists: Sequence[Sequence[int]]) -> pa.ListArray:
-        """Several lists of rows, as an array of lists of `_ROW_TYPE`."""
+        """Return several lists of rows as an array of lists of `_ROW_TYPE`."""
         offsets = np.cumsum([0, *(len(numbers) for numbers in lists)])
         return pa.ListArray.from_arrays(
             pa.array(offsets, pa.int32()), self.take([number for numbers in lists for number in numbers])
@@ -197,7 +195,7 @@ def _one_row(micro_batch: MicroBatch, images: pa.Array, schema: pa.Schema, **mor
 
 
 def _prepare_micro_batch(block: pa.Table, view: View) -> pa.Table:
-    """Decodes, augments and resizes the images of one micro-batch."""
+    """Decode, augment and resize the images of one micro-batch."""
     micro_batch = key_of(block)
     images = block["images"].combine_chunks().values
     rule = view.resize_rule

@@ -1,6 +1,6 @@
-"""`train()`: checks what it is given, starts the workers with Ray Train, and says where the results are.
+"""`train()`: check the config, start the workers with Ray Train, and return the results.
 
-It imports no torch, so that a mistake is reported in a second; the loop of the workers is in `loop.py`.
+This module does not import torch, so that input errors are reported within a second. `loop.py` runs on the workers.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ _FOLDERS = (STATES_FOLDER, "checkpoint", "last")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run's results are.
+    """Results of a training run.
 
     Attributes:
-        out: The run folder.
-        checkpoint: The best model, a Hugging Face model folder.
-        history: One record an epoch.
-        metric: What the checkpoint is the best by.
-        already_done: Nothing was left to do.
+        out: URI of the run folder.
+        checkpoint: URI of the best model, a Hugging Face model folder.
+        history: One record per epoch.
+        metric: Metric that selects the best model.
+        already_done: True if the run was already finished.
     """
 
     out: str
@@ -52,20 +52,20 @@ class TrainResult:
 
     @property
     def best(self) -> EpochRecord:
-        """The epoch that the checkpoint is of."""
+        """The epoch of the checkpoint."""
         record = best_epoch(self.history, self.metric)
-        assert record is not None, "a finished run has an epoch"
+        assert record is not None, "a finished run has at least one epoch"
         return record
 
     def lines(self) -> list[str]:
-        """A summary of the run, for the terminal."""
+        """Return a summary of the run for the terminal."""
         best = self.best
         values = {name: best.value(name) for name in ("AP", "AP50", "AP75")}
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
-        first = ["nothing to do: this run is finished; raise --epochs to continue it"] if self.already_done else []
+        first = ["nothing to do: this run is finished; raise --epochs to train longer"] if self.already_done else []
         return [
             *first,
-            f"best: {numbers}, in epoch {best.epoch} of {len(self.history)}",
+            f"best: {numbers} in epoch {best.epoch} of {len(self.history)}",
             f"checkpoint: {self.checkpoint}",
         ]
 
@@ -77,23 +77,23 @@ def train(
     on_epoch: Callable[[EpochRecord], None] | None = None,
     wait_for_folder_s: float = 0.0,
 ) -> TrainResult:
-    """Trains a detector; run again after a kill, it resumes.
+    """Train a detector. An interrupted run resumes when the function is called again with the same config.
 
     Args:
-        config: What to train.
-        console: Where to say how far it is.
-        on_epoch: Is given the record of each epoch that ends, in a thread of its own.
-        wait_for_folder_s: Time to wait for an earlier run to release the folder.
+        config: Configuration of the run.
+        console: Console for progress; by default a new one.
+        on_epoch: Called with the record of each finished epoch, in a separate thread.
+        wait_for_folder_s: Seconds to wait for an earlier run to release the folder.
 
     Raises:
-        UserError: Tables, model or run folder are not what they should be. Nothing has been written then.
-        RunError: The run failed on its way.
-        RunStopped: SIGINT or SIGTERM has come; everything is saved.
+        UserError: A table, the model, an option or the run folder is invalid; nothing has been written.
+        RunError: The run failed.
+        RunStopped: SIGINT or SIGTERM was received; everything is saved.
     """
     console = console or Console()
     tables = _check_tables(config)
     out = storage.absolute_uri(config.out)
-    # Workers have other working directories, and a run is the same whichever one it is started from.
+    # Workers have other working directories, and the identity of a run must not depend on the current directory.
     config = dataclasses.replace(
         config,
         out=out,
@@ -146,7 +146,7 @@ def _train_into(
         free_workers(out)
         folder.check()
         if failure is not None:
-            if failure.is_mistake and not history:
+            if failure.is_user_error and not history:
                 folder.delete_file("config.yaml")
                 folder.forget()
             raise failure.to_error()
@@ -154,7 +154,7 @@ def _train_into(
     finished = read_history(out)
     if stop and not _is_finished(config, finished):
         raise stop.to_error(
-            "stopped after step {step} of epoch {epoch}, everything saved; run the same command again to resume".format(
+            "stopped after step {step} of epoch {epoch}, state saved; run the same command again to resume".format(
                 **progress
             )
         )
@@ -162,17 +162,17 @@ def _train_into(
 
 
 def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[str, Table]:
-    """Finds the mistakes in a new run that can be found before any worker starts; its folder is not looked at.
+    """Check a new run, except its folder, before any worker starts.
 
     Args:
-        config: What to train.
-        tables: Its tables, where an earlier call has opened them.
+        config: Configuration of the run.
+        tables: Tables that an earlier call has opened, to be reused.
 
     Returns:
-        The tables of training and validation.
+        The tables `train` and `validate`.
 
     Raises:
-        UserError: Tables, model, schedule, augmentation or trackers are not what they should be.
+        UserError: A table, the model, the schedule, the augmentation or a tracker is invalid.
     """
     tables = _check_tables(config, tables)
     _check_recipe(config)
@@ -183,7 +183,7 @@ def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[s
 def _reader(
     board: Any, on_epoch: Callable[[EpochRecord], None] | None
 ) -> Callable[[int], tuple[list[Entry], dict[str, Any]]]:
-    """Reads the board, and passes on each epoch that it tells of."""
+    """Return a function that reads the board and calls `on_epoch` with each finished epoch."""
 
     def read(start: int) -> tuple[list[Entry], dict[str, Any]]:
         entries, progress = ray.get(board.read.remote(start))
@@ -212,7 +212,7 @@ def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -
     }
     for option, table in zip(("train-data", "val-data"), tables.values(), strict=True):
         if table.num_rows == 0:
-            raise UserError(f"--{option} {table.uri} has no image")
+            raise UserError(f"--{option} {table.uri} has no images")
         if not table.categories:
             raise UserError(f"--{option} {table.uri} has no classes: it was prepared without labels")
     names = {key: [category.name for category in table.categories] for key, table in tables.items()}
@@ -224,25 +224,25 @@ def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -
     metric = config.metric_for_best_model
     if metric.startswith("AP:") and metric.removeprefix("AP:") not in names["train"]:
         raise UserError(
-            f"--metric-for-best-model {metric}: there is no such class; there are {', '.join(names['train'])}"
+            f"--metric-for-best-model {metric}: there is no such class; the classes are {', '.join(names['train'])}"
         )
     return tables
 
 
 def _check_nodes(config: TrainConfig) -> None:
-    """Makes sure that every node sees the tables, the model and the run folder."""
+    """Check that every node can access the tables, the model and the run folder."""
     reads = {
         "--train-data": (config.train_data, storage.join(config.train_data, MANIFEST_NAME)),
         "--val-data": (config.val_data, storage.join(config.val_data, MANIFEST_NAME)),
     }
-    if storage.exists(storage.join(config.model, "config.json")):  # or it is a small model, or a name on the Hub
+    if storage.exists(storage.join(config.model, "config.json")):  # else a small model or a Hub name
         reads["--model"] = (config.model, storage.join(config.model, "config.json"))
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, "log")))
 
 
 def _check_run_folder(folder: OutputFolder, config: TrainConfig) -> list[EpochRecord]:
-    """Reads the history of the run in the folder, empty if there is none; refuses another run's folder."""
-    # A run that ended before its first checkpoint has left nothing that other settings could spoil.
+    """Check that the folder is new or belongs to this run, and return the run's history, empty if there is none."""
+    # A run that stopped before its first state has left nothing worth protecting from other settings.
     folder.admit(identity(config), folders=_FOLDERS, is_disposable=not folder.list_files(STATES_FOLDER))
     for name in ("last", "checkpoint"):
         storage.recover_folder(folder.uri_of(name))
@@ -250,7 +250,7 @@ def _check_run_folder(folder: OutputFolder, config: TrainConfig) -> list[EpochRe
 
 
 def _check_recipe(config: TrainConfig) -> None:
-    """What can be told of schedule, augmentation and trackers before any worker starts."""
+    """Check schedule, augmentation and trackers before any worker starts."""
     from raydet.models.optim.schedules import check_schedule
     from raydet.training.tracking.trackers import check_trackers
 
@@ -263,7 +263,7 @@ def _check_recipe(config: TrainConfig) -> None:
 
 
 def _check_model(config: TrainConfig) -> None:
-    """What can be told of a model without loading torch; the workers find the rest."""
+    """Check the model without importing torch; the workers check the rest."""
     if config.model in SMALL_MODELS:
         model_type = SMALL_MODELS[config.model].model_type
     else:

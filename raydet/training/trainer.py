@@ -1,4 +1,4 @@
-"""A detector in training, with everything that changes from step to step. Imports no Ray."""
+"""A detector in training, with all state that changes from step to step. This module does not import Ray."""
 
 import contextlib
 import time
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _LastBucket:
-    """Time at which the last gradients were ready to be sent; the backward pass waits for other ranks from then on."""
+    """Time at which the last gradients were ready to send; from then on the backward pass waits for other ranks."""
 
     ready_at: float = 0.0
 
@@ -49,15 +49,15 @@ class Trainer:
     """One rank's model, optimizer and progress; `state_dict` holds all of it.
 
     Attributes:
-        config: Of the run.
-        rank: Of this worker.
-        detector: The model that learns.
-        position: The next step to take.
-        history: The finished epochs.
+        config: Configuration of the run.
+        rank: Rank of this worker.
+        detector: The model in training.
+        position: The next step.
+        history: Records of the finished epochs.
         meter: Sums over the epoch so far.
-        average: Of the weights; None where the config asks for none.
-        optimizer: Its parameter groups have names.
-        schedule: Sets the learning rates after each step.
+        average: Moving average of the weights; None if the config does not request one.
+        optimizer: Optimizer with named parameter groups.
+        schedule: Learning-rate schedule, advanced after each step.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class Trainer:
         rank: int,
         world_size: int,
     ) -> None:
-        """Builds the model and what trains it, at the first step of a run.
+        """Build the model, the optimizer and the schedule, at the first step of a run.
 
         Args:
-            config: What to train.
-            categories: The classes, by their indices.
-            steps_per_epoch: For the schedule.
-            device: Of this worker.
-            rank: Of this worker, from 0.
-            world_size: Number of workers; with more than one, their process group exists.
+            config: Configuration of the run.
+            categories: The classes in the order of their indices.
+            steps_per_epoch: Optimizer steps per epoch, for the schedule.
+            device: Device of this worker.
+            rank: Rank of this worker, from 0.
+            world_size: Number of workers; if above one, their process group must exist.
 
         Raises:
-            UserError: The model cannot be built so.
+            UserError: The model cannot be built with this config.
         """
         self.config, self.rank = config, rank
         self._is_frozen = config.unfreeze_epoch is not None
@@ -107,7 +107,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config, backbone_parameter_names(model))
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
         self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
-        if self._is_frozen:  # after the optimizer was built, which must know everything that will ever learn
+        if self._is_frozen:  # after building the optimizer, which must hold every parameter that will be trained later
             freeze_backbone(model, config.freeze_backbone)
         if config.compile:
             model.compile()
@@ -127,19 +127,19 @@ class Trainer:
         return self._setting.world_size
 
     def begin_epoch(self) -> bool:
-        """Puts the model into training mode; returns whether the backbone starts to learn now."""
+        """Put the model into training mode; return True if the backbone is unfrozen in this epoch."""
         unfreezes = self._is_frozen and self.position.epoch + 1 >= (self.config.unfreeze_epoch or 0)
         if unfreezes:
             freeze_backbone(self.detector.model, "none")
             self._is_frozen = False
         if unfreezes or self._module is None:
-            self._module = None  # lets go of an earlier one, with its hooks, before the next is made
+            self._module = None  # releases the earlier module with its hooks before the next one is built
             self._module = self._synchronised()
         self.detector.model.train()
         return unfreezes
 
     def _synchronised(self) -> nn.Module:
-        """The model, such that the gradients of the parameters that learn now are those of all workers together."""
+        """Wrap the model so that the gradients of its trainable parameters are averaged over all workers."""
         model, device = self.detector.model, self.device
         if self.world_size == 1:
             return model
@@ -150,10 +150,10 @@ class Trainer:
         return module
 
     def compute_gradients(self, batches: "Sequence[ReadyBatch]") -> StepResult:
-        """Runs forward and backward over this rank's micro-batches of the step at `position`."""
+        """Run forward and backward over this rank's micro-batches of the step at `position`."""
         assert self._module is not None, "an epoch must have begun"
         position = self.position
-        # Dropout and denoising draw from (seed, epoch, step, rank), so that a resumed run repeats their draws.
+        # Dropout and denoising are seeded by (seed, epoch, step, rank), so that a resumed run repeats their draws.
         entropy = [self.config.seed, position.epoch, position.step, self.rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         examples, rule = [batch.examples for batch in batches], batches[0].resize_rule
@@ -164,7 +164,7 @@ class Trainer:
         return result
 
     def apply_gradients(self) -> float:
-        """Takes the optimizer's step and moves `position` on; returns the gradient's norm before clipping."""
+        """Take the optimizer step and advance `position`; return the gradient norm before clipping."""
         assert self._module is not None, "an epoch must have begun"
         norm = apply_gradients(
             self._module, self.optimizer, max_grad_norm=self.config.max_grad_norm, scaler=self._setting.scaler
@@ -173,14 +173,14 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.detector.model)
         value = norm.item()
-        self.meter.gradient_norm += value if np.isfinite(value) else 0.0  # fp16 overflows once in a while
+        self.meter.gradient_norm += value if np.isfinite(value) else 0.0  # fp16 overflows occasionally
         self.meter.num_steps += 1
         self.position = Position(self.position.epoch, self.position.step + 1)
         return value
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """For the time of a `with`, the model is the one to validate and save: the average, if there is one."""
+        """Context manager: load the weights to validate and save, the moving average if any, while the block runs."""
         model = self.detector.model
         if self.average is None:
             self._average_statistics()
@@ -195,7 +195,7 @@ class Trainer:
             model.load_state_dict(own_weights)
 
     def _average_statistics(self) -> None:
-        """Makes the batch-norm statistics, which each rank gathers over its own images, the same on all ranks."""
+        """Average the batch-norm statistics, which each rank gathers over its own images, over all ranks."""
         if self.world_size == 1:
             return
         for buffer in self.detector.model.buffers():
@@ -204,17 +204,17 @@ class Trainer:
                 buffer /= self.world_size
 
     def engine(self) -> TorchEngine:
-        """The engine that `predict` runs, around the model as it is now."""
+        """Return the engine that `predict` uses, around the current model."""
         return TorchEngine(self.detector, precision=self.config.precision)
 
     def end_epoch(self, record: EpochRecord) -> None:
-        """Enters a finished epoch into the history and moves `position` to the next."""
+        """Add a finished epoch to the history and move `position` to the next epoch."""
         self.history.append(record)
         after_validation(self.schedule, record.score(self.config.metric_for_best_model))
         self.position, self.meter = Position(self.position.epoch + 1, 0), EpochMeter()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs, as this rank has it; the tensors are the live ones."""
+        """Return this rank's state for resuming. The tensors are not copied."""
         buffers = {name: value for name, value in self.detector.model.named_buffers() if value.is_floating_point()}
         if self.average is not None:
             shadow = self.average.shadow
@@ -224,13 +224,13 @@ class Trainer:
             "history": [record.to_json() for record in self.history],
             "meter": self.meter.to_state(),
             "model": self.detector.model.state_dict(),
-            # One worker has them in the model already.
+            # A single worker already has them in the model.
             "buffers": {name: value.detach().cpu() for name, value in buffers.items()} if self.world_size > 1 else {},
             "parts": {name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state, of `state_dict` or of `TrainingState.of_rank`; a null `meter` starts anew."""
+        """Load a state from `state_dict` or `TrainingState.of_rank`; a `meter` of None starts from zero."""
         self.position = state["position"]
         self.history = [EpochRecord.from_json(content) for content in state["history"]]
         self.detector.model.load_state_dict(state["model"])

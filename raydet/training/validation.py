@@ -1,4 +1,4 @@
-"""Validation inside training: exact COCO numbers over every validation image once, on any number of workers."""
+"""Validation during training: exact COCO numbers over each validation image once, on any number of workers."""
 
 import time
 from typing import TYPE_CHECKING
@@ -35,18 +35,18 @@ def validate(
     categories: tuple[Category, ...],
     tracker: RunTracker | None,
 ) -> ValidationRecord | None:
-    """Runs the model as it is now over every validation image; all ranks take part.
+    """Run the current model over every validation image. Collective: every rank must call it.
 
     Args:
-        trainer: Its model is run as `predict` runs a checkpoint.
-        crew: The other workers.
-        plan: Of the run.
-        reader: Stands at the first batch of the validation.
-        categories: The classes, by their indices.
-        tracker: Gets the first pictures; None on all ranks but 0.
+        trainer: Trainer whose model runs as `predict` runs a checkpoint.
+        crew: Communication with the other workers.
+        plan: Plan of the run.
+        reader: Reader positioned at the first batch of the validation.
+        categories: The classes in the order of their indices.
+        tracker: Tracker that receives the first pictures; None on all ranks but 0.
 
     Returns:
-        The same on every rank; None when the command asked to stop on the way.
+        The results, the same on every rank; None if the command asked to stop.
     """
     started, epoch = time.perf_counter(), trainer.position.epoch
     engine, accumulator, is_to_stop = trainer.engine(), CocoAccumulator(categories), False
@@ -54,7 +54,7 @@ def validate(
     num_pictures = 0 if tracker is None else trainer.config.log_images
     for number in range(plan.validation_rounds(crew.world_size)):
         is_to_stop = crew.is_asked_to_stop()
-        if is_to_stop:  # the others see it by themselves, or come to the end
+        if is_to_stop:  # other ranks either see the request too or finish their part
             break
         batch = reader.take("validate", epoch, number, 0)
         found = detect(engine, batch)
@@ -79,7 +79,7 @@ def validate(
 
 
 def detect(engine: DetectorEngine, batch: ReadyBatch) -> dict[int, Detections]:
-    """Finds the objects in a batch, by image id; images that could not be read are left out."""
+    """Detect objects in the readable images of a batch; return the detections by image id."""
     found = engine.predict(engine.prepare_resized(batch.examples))
     return {example.image_id: detections for example, detections in zip(batch.examples, found, strict=True)}
 
@@ -91,7 +91,7 @@ def _as_found(detected: Detections | None) -> ImageDetections:
 
 
 def _picture(example: Example, truth: ImageTruth, found: Detections, categories: tuple[Category, ...]) -> Picture:
-    """Truth and predictions side by side, at the size that the model sees."""
+    """Draw ground truth and predictions side by side, at the size of the model's input."""
     scale_hw = np.array(example.image.shape[:2]) / np.array(example.original_size_hw)
 
     def scaled(boxes_xywh: Boxes) -> Boxes:
@@ -109,7 +109,7 @@ def _picture(example: Example, truth: ImageTruth, found: Detections, categories:
 
 
 def _record(result: CocoResult, *, seconds: float) -> ValidationRecord:
-    """The numbers that the history keeps of a validation."""
+    """Make the record of a validation for the history."""
     return ValidationRecord(
         numbers=result.values,
         ap_by_class={

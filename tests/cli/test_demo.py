@@ -1,4 +1,4 @@
-"""The demo, and the examples of the help that start from its results."""
+"""The demo, and the examples in the help that use its results."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one line for a mistake, nothing left behind."""
+"""The command line: exit codes, one line per error, no files left behind."""
 
 import os
 import re
@@ -39,34 +39,35 @@ def test_prepare_and_evaluate_say_what_they_did(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["trian"], "unknown command `trian`; did you mean `train`?"),
-        (["prepare", "cocoa"], "unknown command `prepare cocoa`; did you mean `prepare coco`?"),
-        (["qwertz"], "unknown command `qwertz`; raydet --help"),
-        (["train", "--train-data", "absent", "--val-data", "absent", "--out", "OUT"], "no such table"),
-        (["train", "--learning-rat", "1"], "did you mean --learning-rate?"),
+        (["trian"], ("`trian`", "`train`")),
+        (["prepare", "cocoa"], ("`prepare cocoa`", "`prepare coco`")),
+        (["qwertz"], ("`qwertz`", "raydet --help")),
+        (["train", "--train-data", "absent", "--val-data", "absent", "--out", "OUT"], ("absent",)),
+        (["train", "--learning-rat", "1"], ("--learning-rat", "--learning-rate")),
         (
             ["train", "--train-data", "a", "--val-data", "b", "--out", "OUT", "--num-workers", "0"],
-            "must be a number above 0",
+            ("--num-workers", "0"),
         ),
-        (["train", "--config", "absent.yaml"], "no such config file"),
-        (["predict", "--checkpoint", "tests", "--data", "absent", "--out", "OUT"], "holds no model"),
-        (["evaluate", "--truth", "absent", "--detections", "absent"], "absent"),
-        (["prepare", "coco", "--annotations", "absent.json", "--images", ".", "--out", "OUT"], "absent.json"),
-        (["prepare", "images", "--images", "absent", "--out", "OUT"], "absent"),
-        (["push", "--checkpoint", "absent", "--repo", "ann/model"], "no such model folder: absent"),
-        (["push", "--checkpoint", "tests", "--repo", "model"], "--repo must be owner/name"),
-        (["push", "--checkpoint", "tests"], "--repo"),
-        (["demo", "--train-config", "absent.yaml", "--out", "OUT"], "no such config file"),
+        (["train", "--config", "absent.yaml"], ("absent.yaml",)),
+        (["predict", "--checkpoint", "tests", "--data", "absent", "--out", "OUT"], ("tests", "model")),
+        (["evaluate", "--truth", "absent", "--detections", "absent"], ("absent",)),
+        (["prepare", "coco", "--annotations", "absent.json", "--images", ".", "--out", "OUT"], ("absent.json",)),
+        (["prepare", "images", "--images", "absent", "--out", "OUT"], ("absent",)),
+        (["push", "--checkpoint", "absent", "--repo", "ann/model"], ("absent",)),
+        (["push", "--checkpoint", "tests", "--repo", "model"], ("--repo", "owner/name")),
+        (["push", "--checkpoint", "tests"], ("--repo",)),
+        (["demo", "--train-config", "absent.yaml", "--out", "OUT"], ("absent.yaml",)),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], facts: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = _run([str(tmp_path / "out") if word == "OUT" else word for word in arguments], capsys)
     assert code == 2 and out == ""
-    assert message in err and err.startswith("raydet: error: ") and err.count("\n") == 1
+    assert all(fact in err for fact in facts), err
+    assert err.startswith("raydet: error: ") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -83,7 +84,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every option once, required ones first, at the end an example that parses."""
+    """Check that the page lists every option once, required ones first, and ends with a valid example."""
     command = COMMANDS[name]
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help"])
@@ -119,4 +120,4 @@ def test_jobs_run_commands(job: Path) -> None:
     )
     assert command in {name.split()[0] for name in COMMANDS}
     assert run.returncode == 2
-    assert "unknown option --wrong" in run.stderr and run.stderr.count("\n") == 1
+    assert "--wrong" in run.stderr and run.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Options and YAML files become configs, or one clear line."""
+"""Options and YAML files → configs, or an error of one line."""
 
 import dataclasses
 from pathlib import Path
@@ -46,51 +46,51 @@ def test_printed_config_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        ([*REQUIRED, "--num-workers", "0"], "--num-workers must be a number above 0"),
-        ([*REQUIRED, "--num-worker", "2"], "unknown option --num-worker; did you mean --num-workers?"),
-        ([*REQUIRED, "--num-workers", "[4, 1]"], "or the fewest and the most as [1, 4]; got [4, 1]"),
-        ([*REQUIRED, "--num-workers", "few"], "--num-workers must be a whole number or a list; got few"),
+        ([*REQUIRED, "--num-workers", "0"], ("--num-workers", "0")),
+        ([*REQUIRED, "--num-worker", "2"], ("--num-worker", "--num-workers")),
+        ([*REQUIRED, "--num-workers", "[4, 1]"], ("--num-workers", "[1, 4]", "[4, 1]")),
+        ([*REQUIRED, "--num-workers", "few"], ("--num-workers", "few")),
         (
             [*REQUIRED, "--augmentation", "stronk"],
-            "--augmentation must be one of none, flip, light, detr, strong or a list",
+            ("--augmentation", "none, flip, light, detr, strong"),
         ),
-        ([*REQUIRED, "--augmentation", "[{A: {}, B: {}}]"], "must be written as `Name: {argument: value}`"),
-        ([*REQUIRED, "--unfreeze-epoch", "3"], "--unfreeze-epoch needs --freeze-backbone stem or all"),
-        ([*REQUIRED, "--metric-for-best-model", "mAP"], "--metric-for-best-model must be one of AP, AP50"),
-        ([*REQUIRED, "--validate-fraction", "0"], "--validate-fraction must be above 0 and at most 1"),
-        ([*REQUIRED, "--epochs", "many"], "--epochs must be a whole number; got many"),
-        ([*REQUIRED, "--schedule", "cos"], "--schedule must be one of linear, cosine, "),
-        ([*REQUIRED, "--batch-size", "2", "--num-workers", "4"], "2 images cannot keep 4 workers busy"),
-        ([*REQUIRED, "stray"], "unexpected `stray`"),
-        ([*REQUIRED, "--epochs"], "--epochs needs a value"),
-        (["--train-data", "a"], "missing --val-data, --out"),
-        ([*REQUIRED, "--config", "absent.yaml"], "no such config file: absent.yaml"),
+        ([*REQUIRED, "--augmentation", "[{A: {}, B: {}}]"], ("--augmentation", "`Name: {argument: value}`")),
+        ([*REQUIRED, "--unfreeze-epoch", "3"], ("--unfreeze-epoch", "--freeze-backbone stem or all")),
+        ([*REQUIRED, "--metric-for-best-model", "mAP"], ("--metric-for-best-model", "AP, AP50")),
+        ([*REQUIRED, "--validate-fraction", "0"], ("--validate-fraction", "0", "1")),
+        ([*REQUIRED, "--epochs", "many"], ("--epochs", "many")),
+        ([*REQUIRED, "--schedule", "cos"], ("--schedule", "linear, cosine, ")),
+        ([*REQUIRED, "--batch-size", "2", "--num-workers", "4"], ("2 images", "4 workers")),
+        ([*REQUIRED, "stray"], ("`stray`",)),
+        ([*REQUIRED, "--epochs"], ("--epochs",)),
+        (["--train-data", "a"], ("--val-data, --out",)),
+        ([*REQUIRED, "--config", "absent.yaml"], ("absent.yaml",)),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line(arguments: list[str], facts: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as error:
         load(TrainConfig, arguments)
-    assert message in str(error.value)
+    assert all(fact in str(error.value) for fact in facts), error.value
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "facts"),
     [
-        ("batch_sise: 4\n", "unknown key `batch_sise`"),
-        ("batch_size: 3.5\n", "--batch-size must be a whole number; got 3.5"),
-        ("- a\n- b\n", "must hold `option: value` lines, found a list"),
-        ("a: [1\n", "cannot read the config file"),
+        ("batch_sise: 4\n", ("`batch_sise`",)),
+        ("batch_size: 3.5\n", ("--batch-size", "3.5")),
+        ("- a\n- b\n", ("run.yaml", "`option: value`")),
+        ("a: [1\n", ("run.yaml",)),
     ],
 )
-def test_mistakes_in_a_file_name_the_file_or_the_key(tmp_path: Path, text: str, message: str) -> None:
+def test_mistakes_in_a_file_name_the_file_or_the_key(tmp_path: Path, text: str, facts: tuple[str, ...]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         load(TrainConfig, [*REQUIRED, "--config", str(path)])
-    assert message in str(error.value)
+    assert all(fact in str(error.value) for fact in facts), error.value
     assert "\n" not in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""Every engine finds what torch in full precision finds, whatever the sizes of the pictures."""
+"""All engines against torch in full precision, on images of any size."""
 
 import json
 import sys
@@ -27,12 +27,12 @@ from raydet.tables.schema import Category
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"), Category(90, "toothbrush"))
 TINY = sorted(set(SMALL_MODELS) - {"rt_detr_v2_small"})
 QUICK = {"rt_detr_v2_tiny", "detr_tiny", "conditional_detr_tiny", "lw_detr_tiny", "yolos_tiny"}
-"""One of each kind; tracing the others takes as long again."""
+"""One model of each kind; tracing the others would double the time."""
 SIZES_HW = [(120, 160), (90, 90), (160, 70), (120, 160), (96, 128)]
 
 
 def tiny(name: str, folder: Path, *, pads_to_largest: bool = False) -> Path:
-    """A saved model whose answers depend on the picture, unlike those of an untrained one."""
+    """A saved model whose outputs depend on the image, unlike those of an untrained one."""
     detector = build_detector(name, CATEGORIES, image_size=96, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def found_by(folder: Path, images: Sequence[Image], **options: Any) -> list[Dete
 def assert_same(
     found: Sequence[Detections], expected: Sequence[Detections], *, score: float = 1e-4, box_px: float = 0.05
 ) -> None:
-    """One to one, rather than by rank: rounding may swap two detections whose scores are all but equal."""
+    """Check that detections match one to one; rounding may swap two detections with almost equal scores."""
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         assert len(mine.scores) == len(theirs.scores) > 0
@@ -84,7 +84,7 @@ def assert_same(
         is_same &= mine.categories[:, None] == theirs.categories
         pairs = linear_sum_assignment(is_same, maximize=True)
         assert is_same[pairs].all()
-    # The pictures must differ in their answers, or mixed-up images would pass.
+    # Results must differ between images, otherwise mixed-up images would pass.
     assert len({tuple(item.scores) for item in expected}) > 1
 
 
@@ -106,13 +106,13 @@ def test_sizes_that_vary(name: str, engine: Any, tmp_path: Path) -> None:
     assert_same(found_by(folder, images, engine=engine, pad_batches=False), alone)
     together = found_by(folder, images, engine=engine, pad_batches=True)
     assert_same(together, found_by(folder, images, engine="torch", pad_batches=True))
-    # However the images are batched.
+    # For any batching of the images.
     one_by_one = [found_by_one for image in images[:2] for found_by_one in found_by(folder, [image], engine="torch")]
     assert_same(together[:2], one_by_one)
 
 
 def test_padded_images_are_told_from_their_padding(tmp_path: Path) -> None:
-    """A model that answers "the whole image" means the image, however it was padded."""
+    """Check that a box around the complete input is the complete original image, for any padding."""
     detector = build_detector("detr_tiny", CATEGORIES, image_size=96, seed=0)
     model: Any = detector.model
     head = model.bbox_predictor.layers[-1]
@@ -153,7 +153,7 @@ def test_a_live_model_is_run_as_it_is_and_left_as_it_was(precision: Any, tmp_pat
     assert all(module.training for module in detector.model.modules())
     assert {name: vars(module).get("forward") for name, module in detector.model.named_modules()} == forwards
     assert torch.get_num_threads() == threads
-    with torch.no_grad():  # the next answer is that of the weights as they are by then
+    with torch.no_grad():  # the engine must use the current weights
         next(parameter for name, parameter in detector.model.named_parameters() if "class_labels" in name).mul_(3)
     assert not np.array_equal(engine.predict(engine.prepare(images))[0].scores, found[0].scores)
 
@@ -171,7 +171,7 @@ def test_bf16_of_openvino(tmp_path: Path) -> None:
 
 
 def assert_near(close: Sequence[Detections], exact: Sequence[Detections]) -> None:
-    """As near as eight bits allow, and not the same: another precision has really run."""
+    """Check that results are close, as far as eight bits allow, and not equal, which proves the lower precision."""
     for mine, theirs in zip(close, exact, strict=True):
         assert len(mine.scores) == len(theirs.scores)
         np.testing.assert_allclose(mine.scores[:5], theirs.scores[:5], atol=0.05)
@@ -213,15 +213,15 @@ def test_what_an_engine_says_of_its_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"engine": "openvino"}])
 def test_fp16_on_the_cpu_is_refused(options: Any, tmp_path: Path) -> None:
     config = config_of("nowhere", precision="fp16", **options)
-    with pytest.raises(UserError, match=r"fp16 needs a GPU.*bf16"):
+    with pytest.raises(UserError, match=r"--precision fp16.*bf16"):
         check_engine(PredictConfig(**{**vars(config), "use_gpu": False}), "detr")
     folder = tiny("yolos_tiny", tmp_path)
-    with pytest.raises(UserError, match=r"fp16 needs a GPU.*bf16"):
+    with pytest.raises(UserError, match=r"--precision fp16.*bf16"):
         load_engine(config_of(folder, precision="fp16", **options), device="cpu", num_threads=1)
 
 
 def test_onnx_is_for_full_precision() -> None:
-    with pytest.raises(UserError, match=r"onnx runs in fp32 only, .*bf16"):
+    with pytest.raises(UserError, match=r"--engine onnx.*bf16"):
         check_engine(config_of("nowhere", engine="onnx", precision="bf16"), "detr")
 
 
@@ -240,11 +240,11 @@ def test_deformable_detr_needs_one_size(engine: Any, tmp_path: Path) -> None:
     path = folder / "preprocessor_config.json"
     changes = {"size": {"shortest_edge": 64, "longest_edge": 112}, "pad_size": None}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(UserError, match=r"deformable_detr .* one size only.*use --engine torch"):
+    with pytest.raises(UserError, match=r"deformable_detr.*--engine torch"):
         check_engine(config, "deformable_detr")
-    path.unlink()  # As on the Hub: it shows only when the model is there.
+    path.unlink()  # As on the Hub, where the size is known only once the model is loaded.
     check_engine(config, "deformable_detr")
-    with pytest.raises(UserError, match=r"deformable_detr .* one size only.*use --engine torch"):
+    with pytest.raises(UserError, match=r"deformable_detr.*--engine torch"):
         load_engine(config, device="cpu", num_threads=1)
 
 

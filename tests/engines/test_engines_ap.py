@@ -1,4 +1,4 @@
-"""A trained detector has the same AP whatever engine runs it."""
+"""AP of a trained detector with each engine."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ RECIPE = str(Path(__file__).parents[2] / "jobs" / "configs" / "small.yaml")
 
 @pytest.fixture(scope="module")
 def trained(test_data: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[str, str]:
-    """A checkpoint trained on BCCD until it finds most cells, and the validation table."""
+    """A checkpoint trained on BCCD until it detects most cells, and the validation table."""
     folder = tmp_path_factory.mktemp("trained")
     for split in ("train", "val"):
         annotations = str(test_data / "bccd" / f"instances_{split}.json")
@@ -57,7 +57,7 @@ def _ap(trained: tuple[str, str], folder: Path, **options: object) -> float:
         ({"engine": "onnx"}, 0.002),
         ({"channels_last": False}, 0.002),
         ({"batch_size": 3, "num_workers": 2}, 0.002),
-        # Eight significant bits move scores by some hundredths, and so the order of a few detections.
+        # With eight significant bits, scores change by a few hundredths, and so does the order of some detections.
         ({"precision": "bf16"}, 0.01),
         ({"engine": "openvino", "precision": "bf16"}, 0.01),
     ],

@@ -1,4 +1,4 @@
-"""What of a model's answer is handed out, and which classes may be asked for."""
+"""Selection of detections, and valid class names."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ FOUND = detections(
 
 
 def chosen(**options: object) -> list[int]:
-    """Which rows of FOUND are left, by their left and top edges."""
+    """Return the left and top edges of the rows of FOUND that remain."""
     left = select(FOUND, **{**ALL_OFF, **options})  # type: ignore[arg-type]
     places = [tuple(box) for box in FOUND.boxes_xywh.tolist()]
     rows = [places.index(tuple(box)) for box in left.boxes_xywh.tolist()]
@@ -100,12 +100,12 @@ def test_names_of_classes_become_their_indices() -> None:
 
 
 def test_an_unknown_class_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="no class cow, Cat; its classes are: cat, dog, remote control"):
+    with pytest.raises(UserError, match=r"cow, Cat.*cat, dog, remote control"):
         check_classes(["dog", "cow", "Cat"], CATEGORIES)
-    with pytest.raises(UserError, match="--classes is empty"):
+    with pytest.raises(UserError, match="--classes"):
         check_classes([], CATEGORIES)
     many = [Category(number, f"c{number}") for number in range(365)]
-    with pytest.raises(UserError, match=r"c99 … and 265 more$"):
+    with pytest.raises(UserError, match=r"c99 .*265"):
         check_classes(["c365"], many)
 
 

@@ -1,4 +1,4 @@
-"""Views of a picture cover it, and what is found in them becomes one answer: nothing twice, nothing in parts."""
+"""Views of an image cover it, and their detections are merged without duplicates or parts."""
 
 import time
 
@@ -81,9 +81,9 @@ def test_views_cover_the_picture_and_overlap_as_asked(
     for starts, length in ((lefts, width), (tops, height)):
         assert starts[0] == 0 and starts[-1] + min(tile, length) == length
         steps = np.diff(starts)
-        assert (tile - steps >= overlap * tile).all(), "at least the overlap asked for, and so no gap"
+        assert (tile - steps >= overlap * tile).all(), "at least the requested overlap, and so no gap"
         assert len(steps) == 0 or steps.max() - steps.min() <= 1, "evenly spread"
-        # One tile fewer could not keep the overlap.
+        # With one tile fewer the overlap would be too small.
         assert len(steps) < 2 or (length - tile) / (len(steps) - 1) > tile - overlap * tile - 1
 
 
@@ -135,7 +135,7 @@ def test_an_object_that_two_tiles_show_whole_is_one(how: Merge) -> None:
 def test_a_part_of_an_object_gives_way_to_the_whole_however_well_it_scores(
     how: Merge, part_score: float, part_width: int
 ) -> None:
-    # The object starts so far left of the first tile's right edge, which cuts it; the second tile shows all of it.
+    # The object starts this far left of the first tile's right edge, which cuts it; the second tile contains it.
     left = 100 - part_width
     part = detections((left, 20, part_width - 0.5, 25, part_score, 0))
     whole = detections((left - 80, 20, 22, 25, 0.5, 0))
@@ -153,7 +153,7 @@ def test_parts_of_an_object_larger_than_a_tile_give_way_to_the_whole_picture(how
 
 
 def test_a_thin_part_off_by_a_pixel_still_belongs_to_its_object() -> None:
-    # Three pixels of the object are in the tile; its box is four wide, so that a quarter lies outside the object.
+    # The tile contains three pixels of the object, but its box is four pixels wide: a quarter lies outside the object.
     part, whole = detections((96, 20, 4, 12, 0.9, 0)), detections((97 - 80, 20, 12, 12, 0.6, 0))
     assert merged_rows([LEFT, RIGHT], [part, whole], SIZE_HW) == [(97, 20, 12, 12, 0.6, 0)]
 
@@ -167,7 +167,7 @@ def test_what_is_no_part_stays(how: Merge) -> None:
         "the other one is faint": (part, (*whole[:4], 0.1, 0)),
         "the other one is elsewhere": (part, (17, 40, 40, 12, 0.6, 0)),
         "no edge cuts it": ((85, 20, 4, 12, 0.9, 0), (3, 18, 40, 30, 0.6, 0)),
-        "the edge is the picture's border": ((82, 0, 10, 5, 0.9, 0), (1, 0, 40, 30, 0.6, 0)),
+        "the edge is the image's border": ((82, 0, 10, 5, 0.9, 0), (1, 0, 40, 30, 0.6, 0)),
     }
     for name, (first, second) in cases.items():
         rows = merged_rows([LEFT, RIGHT], [detections(first), detections(second)], SIZE_HW, how)
@@ -194,7 +194,7 @@ def test_the_answer_is_inside_the_picture_by_falling_score_and_not_too_long(how:
 
 
 def random_detections(rng: np.random.Generator, view: TileView, number: int, *, num_categories: int) -> Detections:
-    """Some boxes overshoot their view, as a model's do."""
+    """Check boxes that extend beyond their view, as those of real models do."""
     sides = rng.uniform(4, 60, (number, 2))
     corners = rng.uniform(-5, 1, (number, 2)) + rng.uniform(0, 1, (number, 2)) * (view.width, view.height) - sides / 2
     scores = np.sort(rng.uniform(0.01, 0.99, number))[::-1]
@@ -227,7 +227,7 @@ def test_a_box_that_one_of_two_twins_shows_loses_half_and_tiles_take_nothing_awa
 def test_fused_boxes_are_weighted_by_their_scores() -> None:
     mirrored = TileView(0, 0, 180, 100, is_mirrored=True, is_whole=True)
     found = [detections((20, 10, 40, 40, 0.9, 0)), detections((180 - 60 - 4, 10, 40, 40, 0.3, 0))]
-    # The second box, turned back, starts at 24: (0.9 · 20 + 0.3 · 24) / 1.2.
+    # The second box, mirrored back, starts at 24: (0.9 · 20 + 0.3 · 24) / 1.2.
     assert merged_rows([WHOLE, mirrored], found, SIZE_HW, "wbf") == [(21, 10, 40, 40, 0.6, 0)]
 
 
@@ -255,14 +255,14 @@ def test_fusion_equals_the_paper_s_algorithm_written_out(seed: int) -> None:
 
 
 def separate_boxes(rng: np.random.Generator, number: int) -> Boxes:
-    """Boxes on a jittered grid, which never overlap each other enough to be suppressed, and overlap another set's."""
+    """Make boxes on a jittered grid, which overlap those of another set but never suppress each other."""
     places = rng.permutation(30)[:number]
     corners = np.stack([places % 6 * 60 + 20, places // 6 * 55 + 12], axis=1) + rng.uniform(-8, 8, (number, 2))
     return np.concatenate([corners, rng.uniform(30, 48, (number, 2))], axis=1)
 
 
 def fused_as_in_the_paper(boxes_xyxy: list[Boxes], scores: list[np.ndarray], *, iou: float) -> list[list[float]]:
-    """Section 3 of the paper, step by step; the number of boxes in a cluster is taken for that of models."""
+    """Follow section 3 of the paper step by step; the number of boxes in a cluster stands for the number of models."""
     rows = sorted(
         ((s, *b) for part, values in zip(boxes_xyxy, scores, strict=True) for b, s in zip(part, values, strict=True)),
         reverse=True,

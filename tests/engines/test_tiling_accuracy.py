@@ -1,4 +1,4 @@
-"""What tiles are for, measured: shapes of 12 px in pictures of 4000 × 3000, found by a detector trained on crops."""
+"""Benefit of tiles: shapes of 12 px in images of 4000 × 3000, detected by a model trained on crops."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ GAP_PX = 4
 def satellite_picture(
     rng: np.random.Generator, size_hw: tuple[int, int], num_shapes: int
 ) -> tuple[np.ndarray, list[list[float]], list[int]]:
-    """Bright or dark shapes of 11 to 13 px on soft ground, none touching another.
+    """Draw separate bright or dark shapes of 11 to 13 px on a smooth background.
 
     Returns:
         Pixels, uint8 [H, W, 3]; boxes (x, y, width, height), [N, 4]; indices into `CATEGORIES`, [N].
@@ -54,7 +54,7 @@ def satellite_picture(
 
 
 def write_pictures(uri: Path, size_hw: tuple[int, int], num_images: int, shapes: tuple[int, int], seed: int) -> str:
-    """An images table of so many pictures, each with a number of shapes between the two given."""
+    """Write an images table; the number of shapes per image lies between the two limits."""
 
     def picture(number: int) -> tuple[np.ndarray, list[list[float]], list[int]]:
         rng = np.random.default_rng((seed, number))
@@ -64,7 +64,7 @@ def write_pictures(uri: Path, size_hw: tuple[int, int], num_images: int, shapes:
 
 
 def recipe(folder: Path, *, num_train: int, epochs: int) -> TrainConfig:
-    """A small model that learns from crops as large as the tiles it will see, at their own size."""
+    """A small model trained on crops of the size of the tiles, without a resize."""
     crop_hw = (CROP_PX, CROP_PX)
     return TrainConfig(
         train_data=write_pictures(folder / "train", crop_hw, num_train, (0, 8), seed=1),
@@ -103,7 +103,7 @@ def test_pictures_have_the_shapes_that_their_boxes_say(tmp_path: Path) -> None:
 def test_small_objects_are_found_with_tiles_and_not_without(tmp_path: Path) -> None:
     trained = train(recipe(tmp_path, num_train=1600, epochs=8))
     ap_on_crops = float(trained.history[-1].value("AP") or 0.0)
-    # At most 80 shapes in a picture: COCO counts an image's best hundred detections.
+    # At most 80 shapes per image, because COCO counts the best hundred detections of an image.
     truth = write_pictures(tmp_path / "satellite", (3000, 4000), 4, (60, 80), seed=3)
     ap: dict[int | None, float] = {}
     for tile in (None, CROP_PX):

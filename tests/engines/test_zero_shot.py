@@ -1,4 +1,4 @@
-"""Zero-shot detectors find what plain transformers finds with them, and each detection carries its own label."""
+"""Zero-shot detectors against plain transformers; each detection has its own label."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def plain_model(folder: str) -> tuple[Any, Any]:
 
 
 def by_transformers(folder: str, images: Sequence[Image], labels: Sequence[str]) -> tuple[Any, Any, list[Any]]:
-    """The model's outputs, its inputs, and what its processor reads out of them at threshold 0."""
+    """Return the model's outputs, its inputs, and the processor's detections at threshold 0."""
     model, processor = plain_model(folder)
     inputs = processor(text=[list(labels)] * len(images), images=list(images), return_tensors="pt")
     with torch.inference_mode():
@@ -77,7 +77,7 @@ def by_transformers(folder: str, images: Sequence[Image], labels: Sequence[str])
 
 
 def in_picture(boxes_xyxy: Any, scores: Any, size_hw: SizeHW) -> tuple[Boxes, Any, Any]:
-    """Boxes cut to the picture and scores, by falling score, and the places they had."""
+    """Return boxes clipped to the image and scores, in descending score order, and their original indices."""
     boxes_xywh = clip_xywh(xyxy_to_xywh(boxes_xyxy.numpy().astype(np.float64)), size_hw)
     order = np.argsort(-scores.numpy(), kind="stable")
     order = order[has_area(boxes_xywh)[order]]
@@ -96,7 +96,7 @@ def test_finds_what_transformers_finds(model_type: str, folders: dict[str, str])
     images = pictures(SIZES_HW)
     found = engine.predict(engine.prepare(images))
     assert [(category.id, category.name) for category in engine.categories] == list(enumerate(LABELS))
-    # One by one: in a batch transformers pads pictures to the largest, which changes what the model finds.
+    # One by one: in a batch, transformers pads to the largest image, which changes the detections.
     expected = [by_transformers(folders[model_type], [image], LABELS)[2][0] for image in images]
     for detections, item, size_hw in zip(found, expected, SIZES_HW, strict=True):
         boxes_xywh, scores, order = in_picture(item["boxes"], item["scores"], size_hw)
@@ -115,13 +115,13 @@ def test_phrases_become_their_labels(model_type: str, folders: dict[str, str]) -
         (detections,) = engine.predict(engine.prepare([image]))
         outputs, inputs, (item,) = by_transformers(folders[model_type], [image], LABELS)
         _, _, order = in_picture(item["boxes"], item["scores"], image.shape[:2])
-        # Another way to the label than the one under test: by counting the full stops before a token.
+        # An independent way to determine the label: count the full stops before a token.
         ids = inputs["input_ids"][0].tolist()
         blocks = [ids[:place].count(1012) for place in range(len(ids))]
         for category, query in zip(detections.categories, order, strict=True):
             best = int(outputs.logits[0, query, 1 : len(ids) - 1].argmax()) + 1
             assert category == blocks[best]
-        # What the processor spells out of the best token is a word of the label.
+        # The processor's text for the best token is a word of the label.
         _, processor = plain_model(folders[model_type])
         for category, query in zip(detections.categories, order, strict=True):
             top = float(outputs.logits[0, query].sigmoid().max()) - 1e-6
@@ -157,7 +157,7 @@ def test_sees_pictures_at_the_size_that_it_says(model_type: str, folders: dict[s
         else:
             assert tuple(pixels.shape[-2:]) == (64, 64)
             assert (height, width) == (64, 64) or (max(height, width) == 64 and model_type == "owlv2")
-            # Padding has the colour of black; at its edge resizing mixes the two.
+            # Padding is black; at its edge the resize mixes it with the image.
             black = pixels[:, :, min(height + 2, 64) :, :], pixels[:, :, :, min(width + 2, 64) :]
             assert all((part == part[:, :, :1, :1]).all() for part in black if part.numel())
             assert pixels[:, :, height - 1].std() > 0.1
@@ -196,7 +196,7 @@ def test_in_half_precision(model_type: str, folders: dict[str, str]) -> None:
     (first,), (second,) = (engine.predict(engine.prepare(images)) for engine in (whole, half))
     assert first.scores[0] == pytest.approx(second.scores[0], abs=0.1)
     assert not np.array_equal(first.scores[:5], second.scores[:5])
-    with pytest.raises(UserError, match="precision fp16 needs a GPU"):
+    with pytest.raises(UserError, match="--precision fp16"):
         load(folders[model_type], precision="fp16")
 
 
@@ -236,10 +236,10 @@ def test_order_of_labels_is_that_of_categories(folders: dict[str, str]) -> None:
             ["Remote  control", "remote control"],
             "--labels: 'Remote  control' and 'remote control'",
         ),
-        ("owlv2", ["cat", "a very long label indeed"], "the label .* is too long: .* 22 tokens .* 16; shorten it"),
-        ("grounding-dino", ["cat", "zebra"], "the label 'zebra' has no word that"),
-        ("grounding-dino", ["cat", "..."], "the label '...' has no word that"),
-        ("grounding-dino", ["cat" + " cat" * index for index in range(8)], "too many labels: .* 46 tokens .* 32"),
+        ("owlv2", ["cat", "a very long label indeed"], "label.*22.*16"),
+        ("grounding-dino", ["cat", "zebra"], "zebra"),
+        ("grounding-dino", ["cat", "..."], r"'\.\.\.'"),
+        ("grounding-dino", ["cat" + " cat" * index for index in range(8)], "labels.*46.*32"),
     ],
 )
 def test_unfit_labels(model_type: str, labels: list[str], message: str, folders: dict[str, str]) -> None:
@@ -258,10 +258,10 @@ def test_check_tells_the_model_type(folders: dict[str, str]) -> None:
     [
         (
             "rt_detr_v2",
-            "is a rt_detr_v2 detector .* --checkpoint .* omit --labels",
+            "rt_detr_v2.*--checkpoint.*--labels",
         ),
-        ("clip", r"is a clip model, not a zero-shot detector .* OWL-ViT, OWLv2 and Grounding DINO \("),
-        ("omdet-turbo", "is a omdet-turbo model, not a zero-shot detector"),
+        ("clip", r"clip.*OWL-ViT, OWLv2 and Grounding DINO"),
+        ("omdet-turbo", "omdet-turbo"),
     ],
 )
 def test_other_models(model_type: str, message: str, tmp_path: Path) -> None:
@@ -272,22 +272,22 @@ def test_other_models(model_type: str, message: str, tmp_path: Path) -> None:
 
 
 def test_broken_models(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="absent"):
         check_zero_shot(str(tmp_path / "absent"))
     folder = write_zero_shot("owlvit", tmp_path / "model")
     processor = Path(folder, "processor_config.json")
     content = processor.read_text()
     processor.write_text(content.replace('"height": 64', '"height": 32'))
-    with pytest.raises(UserError, match=r"32 × 64 pixels, .* 64 × 64"):
+    with pytest.raises(UserError, match=r"32 × 64.*64 × 64"):
         load(folder)
     processor.write_text(content)
     weights = load_file(f"{folder}/model.safetensors")
     weights["class_head.dense0.bias"] = torch.zeros(7)
     save_file({name: value for name, value in weights.items() if "box_head" not in name}, f"{folder}/model.safetensors")
-    with pytest.raises(UserError, match=r"incomplete: 7 weights are missing .* as box_head\.dense0"):
+    with pytest.raises(UserError, match=r"7 weights.*box_head\.dense0"):
         load(folder)
     Path(folder, "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="cannot read the zero-shot model"):
+    with pytest.raises(UserError, match="cannot read"):
         load(folder)
 
 

@@ -1,4 +1,4 @@
-"""Batch norms on one rank; over several ranks they are measured with the gradients in `test_loss.py`."""
+"""Batch norms on one rank; `test_loss.py` tests them over several ranks together with the gradients."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def network() -> nn.Sequential:
 
 
 def run(model: nn.Module, pixels: Tensor) -> list[Tensor]:
-    """Output, gradients and statistics of a step."""
+    """Return output, gradients and statistics of a step."""
     output = model(pixels)
     (output**3).sum().backward()
     return [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
@@ -43,7 +43,7 @@ def test_without_other_ranks_nothing_changes() -> None:
 def test_over_one_rank_it_is_a_batch_norm() -> None:
     plain, ours = network(), network()
     synchronise_batch_norms(ours, CPU)
-    assert type(ours[1]) is nn.BatchNorm2d  # there is nobody to share with
+    assert type(ours[1]) is nn.BatchNorm2d  # a single rank keeps the plain batch norm
     group: Any = dist.group.WORLD
     for module in ours.modules():
         if isinstance(module, nn.BatchNorm2d):

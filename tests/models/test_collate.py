@@ -1,4 +1,4 @@
-"""Padding goes to the bottom and the right; boxes stay relative to the image."""
+"""Padding at the bottom and on the right; boxes relative to the image."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The resize is that of the Hugging Face image processors: same sizes, same bits."""
+"""The resize against the Hugging Face image processors: same sizes, same bits."""
 
 import json
 import math
@@ -33,7 +33,7 @@ PROCESSORS: dict[str, Any] = {
 
 
 def processed(processor: Any, image: np.ndarray) -> np.ndarray:
-    """What the processor makes of a picture before it normalises, as uint8 [H, W, 3]."""
+    """Return the processor's output before normalisation, uint8 [H, W, 3]."""
     result = processor(
         images=Image.fromarray(image), do_rescale=False, do_normalize=False, do_pad=False, return_tensors="pt"
     )["pixel_values"][0]
@@ -78,7 +78,7 @@ def test_resize_of_real_pictures(test_data: Path) -> None:
 @example(height=100, width=80)
 @example(height=80, width=100)
 def test_target_size_is_the_processors(name: str, height: int, width: int) -> None:
-    assume(max(height, width) < 8 * min(height, width))  # a YOLOS processor leaves narrower images no side
+    assume(max(height, width) < 8 * min(height, width))  # a YOLOS processor rounds a side of narrower images to zero
     image = torch.zeros((3, height, width), dtype=torch.uint8)
     expected = tuple(PROCESSORS[name].resize(image, size=PROCESSORS[name].size, resample=0).shape[-2:])
     assert resize_rule_of(PROCESSORS[name], where=name).target_size_hw((height, width)) == expected

@@ -1,4 +1,4 @@
-"""The gradient of a batch is the same however it is cut, and its loss is transformers' own."""
+"""The gradient of a batch does not depend on its division, and the loss is that of transformers."""
 
 import copy
 import datetime
@@ -33,7 +33,7 @@ from tests.local_head import free_port
 CATEGORIES = (Category(1, "circle"), Category(2, "square"), Category(3, "star"))
 TINY = sorted(set(SMALL_MODELS) - {"rt_detr_v2_small"})
 WITH_DENOISING = ("rt_detr", "d_fine", "deimv2")
-# transformers computes their targets in single precision whatever the model's, so they cannot run in double.
+# transformers always computes their targets in single precision, so they cannot run in double precision.
 SINGLE_ONLY = ("d_fine_tiny", "deimv2_tiny")
 SIDE = 96
 UNEVEN = (1, 1, 2, 0, 5, 0, 3, 4)
@@ -43,7 +43,7 @@ Gradient = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny models are faster without the traffic between threads."""
+    """Use one thread; tiny models are faster without thread synchronisation."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def double_precision() -> Iterator[None]:
-    """transformers makes the class weights of its criterion in the default type."""
+    """Set the default dtype, in which transformers creates the class weights of its criterion."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -61,20 +61,20 @@ def double_precision() -> Iterator[None]:
 def build(
     name: str, *, is_deterministic: bool = True, is_additive: bool = True, batch_norm: BatchNorm | None = None
 ) -> Detector:
-    """A detector in training mode.
+    """Build a detector in training mode.
 
-    Deterministic means without dropout, denoising and batch statistics; additive, without what is not exact over
-    several micro-batches.
+    Deterministic means without dropout, denoising and batch statistics; additive, without terms that are not exact
+    over several micro-batches.
     """
     detector = build_detector(
         name, CATEGORIES, image_size=SIDE, seed=0, batch_norm=batch_norm or ("freeze" if is_deterministic else "as_is")
     )
-    with torch.no_grad():  # away from the symmetry of new heads, where matching is a draw
+    with torch.no_grad():  # breaks the symmetry of new heads, with which matching is ambiguous
         generator = torch.Generator().manual_seed(1)
         for key, parameter in detector.model.named_parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-                # DEIMv2's decoder layers must come to different matches, for their union to matter.
+                # DEIMv2's decoder layers must match differently, so that the union of their matches matters.
                 scale = 0.3 if name == "deimv2_tiny" and "decoder.bbox_embed" in key else 0.05
                 parameter.add_(noise.to(parameter.dtype) * scale)
     if is_deterministic:
@@ -93,7 +93,7 @@ def build(
 
 
 def examples(counts: Sequence[int], seed: int = 0) -> list[Example]:
-    """Pictures of one size with so many boxes each."""
+    """Make images of one size with these numbers of boxes."""
     generator = np.random.default_rng(seed)
     return [
         Example(
@@ -114,7 +114,7 @@ def whole(detector: Detector, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def gradient(detector: Detector, parts: Sequence[Batch]) -> tuple[Gradient, dict[str, float]]:
-    """Gradient and loss terms of one optimizer step over these micro-batches."""
+    """Return gradient and loss terms of one optimizer step over these micro-batches."""
     model = detector.model
     model.zero_grad(set_to_none=True)
     locals_ = [local_normaliser(detector, part) for part in parts]
@@ -133,7 +133,7 @@ def gradient_of(model: nn.Module) -> Gradient:
 
 
 def relative_difference(first: Gradient, second: Gradient) -> float:
-    """‖g₁ − g₂‖ / ‖g₁‖ over all parameters."""
+    """Return ‖g₁ − g₂‖ / ‖g₁‖ over all parameters."""
     names = first.keys() | second.keys()
     reference = {name: first.get(name, second.get(name)) for name in names}
     zeros = {name: torch.zeros_like(value) for name, value in reference.items() if value is not None}
@@ -150,7 +150,7 @@ def test_loss_of_one_batch_is_transformers_own(name: str, counts: tuple[int, ...
 
 
 def transformers_own(detector: Detector, batch: Batch) -> Tensor:
-    """What transformers' own loss function makes of a batch, and for the proposals of two stages what it leaves out."""
+    """Return transformers' own loss of a batch, plus the proposal loss that it lacks for two-stage models."""
     model = copy.deepcopy(detector.model)
     model.__dict__.pop("_loss_function", None)
     outputs = model(**detector.model_inputs(batch), labels=batch.labels)
@@ -159,9 +159,9 @@ def transformers_own(detector: Detector, batch: Batch) -> Tensor:
 
 
 def loss_of_proposals(outputs: Any, batch: Batch) -> Tensor:
-    """Deformable DETR's loss of its first stage, written down anew: objects of any class are of the first one.
+    """Reimplement the loss of Deformable DETR's first stage, which treats every object as the first class.
 
-    Weights are the config's own by default: 1 for classes, 5 for corners, 2 for overlap.
+    Weights are the config's defaults: 1 for classes, 5 for corners, 2 for overlap.
     """
     boxes, logits = outputs.enc_outputs_coord_logits.sigmoid(), outputs.enc_outputs_class
     num_boxes = max(sum(len(label["boxes"]) for label in batch.labels), 1)
@@ -183,7 +183,7 @@ def loss_of_proposals(outputs: Any, batch: Batch) -> Tensor:
 
 
 def test_proposals_of_two_stages_learn() -> None:
-    """transformers has no term for them: their scores, by which queries are chosen, would stay as they began."""
+    """Check that proposal scores, which select the queries, are trained; transformers has no term for them."""
     detector = build("deformable_detr_two_stage_tiny")
     of_proposals, terms = gradient(detector, [collate(examples((2, 3)))])
     assert {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"} < terms.keys()
@@ -257,7 +257,7 @@ CUTS = [
 ]
 
 
-# One of each kind: weights of classes, sums over boxes with denoising and without, groups of queries.
+# One model of each kind: class weights, sums over boxes with and without denoising, groups of queries.
 OF_EACH_KIND = ("detr_tiny", "conditional_detr_tiny", "rt_detr_v2_tiny", "lw_detr_tiny")
 
 
@@ -283,7 +283,7 @@ def test_gradient_of_a_cut_batch_in_double_precision(name: str, counts: tuple[in
 
 @pytest.mark.parametrize("name", SINGLE_ONLY)
 def test_distillation_is_divided_by_the_whole_batch(name: str) -> None:
-    """Its share in the gradient of an untrained model is too small for the other tests to see."""
+    """Check the distillation term separately, because its share of an untrained model's gradient is small."""
     detector = build(name)
     detector.model.config.weight_loss_ddf = 1e5
     detector.model.config.use_dense_one_to_one = False
@@ -295,7 +295,7 @@ def test_distillation_is_divided_by_the_whole_batch(name: str) -> None:
 
 
 def test_dense_matching_of_deimv2_is_nearly_additive_over_micro_batches() -> None:
-    """Its divisor is only known after the forward pass, so that several micro-batches can only come close."""
+    """Check DEIMv2's dense terms, whose divisor is known only after the forward pass of each micro-batch."""
     detector = build("deimv2_tiny")
     detector.model.config.use_dense_one_to_one = True
     items = examples(UNEVEN)
@@ -316,7 +316,7 @@ def check_cut(name: str, counts: tuple[int, ...], cut: int, tolerance: float) ->
 
 
 def test_plain_averaging_would_fail_these_tests() -> None:
-    """Guards the comparison itself: the local normalisers must matter on this data."""
+    """Check that the comparison is sensitive: local normalisers must matter on this data."""
     detector = build("detr_tiny")
     items = examples((1, 1, 2, 0, 5, 0, 3, 4))
     once, _ = gradient(detector, [collate(items)])
@@ -327,7 +327,7 @@ def test_plain_averaging_would_fail_these_tests() -> None:
 
 
 def test_padded_families_learn_boxes_of_the_image() -> None:
-    """The same target boxes reach the criterion whether or not the image is padded."""
+    """Check that the criterion gets the same target boxes with and without padding."""
     detector = build("detr_tiny")
     item = examples((2,))[0]
     narrow = Example(0, item.image[:, :48], item.original_size_hw, item.boxes, item.categories)
@@ -357,7 +357,7 @@ ONE_RANK_EMPTY = (0, 0, 0, 0, 5, 0, 3, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """A step of two ranks: the boxes of each picture, how many pictures are the first rank's, and in how many parts."""
+    """A step of two ranks: boxes per image, number of images of the first rank, and number of micro-batches."""
 
     name: str
     counts: tuple[int, ...] = UNEVEN
@@ -387,7 +387,7 @@ CASES = [*EXACT_CASES, WITHOUT_BOXES, *LIVE_NORMS]
 
 
 def run_rank(rank: int, port: int, out: str) -> None:
-    """One of two ranks that take real distributed steps; runs in a process of its own."""
+    """Run one of two ranks, which take real distributed steps in separate processes."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     timeout = datetime.timedelta(seconds=60)
@@ -397,7 +397,7 @@ def run_rank(rank: int, port: int, out: str) -> None:
         torch.set_default_dtype(case.dtype)
         items = examples(case.counts)[case.num_first :] if rank else examples(case.counts)[: case.num_first]
         found.append(distributed_gradient(case, items))
-    if rank == 0:  # the other rank takes no part: this must not wait for it
+    if rank == 0:  # the other rank does not take part, so this call must not wait for it
         whole(build("lw_detr_tiny"), collate(examples((2, 1))))
     torch.save(found, f"{out}/{rank}.pt")
     torch.save(differences_along_a_training(rank), f"{out}/training-{rank}.pt")
@@ -405,9 +405,9 @@ def run_rank(rank: int, port: int, out: str) -> None:
 
 
 def differences_along_a_training(rank: int) -> list[float]:
-    """At steps 0, 10, … 50 of a training, how far the two ranks' gradient is from that of the whole batch.
+    """Return, at steps 0, 10, … 50 of a training, the difference of the two ranks' gradient from the batch's gradient.
 
-    Both ranks train on whole batches, and so have the same state whenever they compare.
+    Both ranks train on complete batches, so that they have the same state at each comparison.
     """
     torch.set_default_dtype(torch.float64)
     detector = build("rt_detr_v2_tiny")
@@ -432,7 +432,7 @@ def differences_along_a_training(rank: int) -> list[float]:
 
 
 def distributed_gradient(case: Case, items: Sequence[Example]) -> Gradient:
-    """This rank's share of a step, and what its batch norms have seen."""
+    """Return the gradient of this rank's share of a step, and the statistics of its batch norms."""
     detector = build_case(case)
     if case.batch_norm == "sync":
         synchronise_batch_norms(detector.model, torch.device("cpu"))
@@ -441,7 +441,7 @@ def distributed_gradient(case: Case, items: Sequence[Example]) -> Gradient:
         device=torch.device("cpu"), autocast_dtype=None, world_size=2, sum_over_ranks=_sum_over_two_ranks
     )
     parts = [items[number :: case.num_parts] for number in range(case.num_parts)]
-    # A parameter without a gradient makes a second round fail or hang.
+    # With a parameter that has no gradient, a second round would fail or hang.
     for _ in range(2 if case.counts != UNEVEN else 1):
         module.zero_grad(set_to_none=True)
         compute_gradients(detector, module, parts, setting)
@@ -468,7 +468,7 @@ def _sum_over_two_ranks(tensor: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks have written; they start once, for importing torch takes long."""
+    """Folder with the results of two ranks, which start only once, because importing torch is slow."""
     out = tmp_path_factory.mktemp("ranks")
     port = free_port()
     context = multiprocessing.get_context("spawn")
@@ -495,7 +495,7 @@ def of_ranks(ranks_folder: Path) -> Mapping[Case, list[Gradient]]:
 
 @pytest.mark.parametrize("case", EXACT_CASES, ids=lambda case: f"{case.name}-{case.counts}-{case.num_parts}")
 def test_two_real_ranks_have_the_gradient_of_one(case: Case, of_ranks: Mapping[Case, list[Gradient]]) -> None:
-    """In one part each and in two."""
+    """Check one and two micro-batches per rank."""
     torch.set_default_dtype(case.dtype)
     try:
         detector = build_case(case)
@@ -530,7 +530,7 @@ def test_synchronised_batch_norms_have_the_gradient_of_one_rank(
 
 
 def test_a_rank_without_boxes_does_not_hang_the_others(of_ranks: Mapping[Case, list[Gradient]]) -> None:
-    """With denoising, whose class embedding a rank without boxes never touches."""
+    """Check a rank without boxes with denoising, whose class embedding that rank never uses."""
     first, second = of_ranks[WITHOUT_BOXES]
     assert first["model.denoising_class_embed.weight"].abs().sum() > 0
     assert all(torch.equal(value, second[key]) for key, value in first.items() if "running_" not in key)
@@ -538,7 +538,7 @@ def test_a_rank_without_boxes_does_not_hang_the_others(of_ranks: Mapping[Case, l
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_has_a_gradient(name: str) -> None:
-    """Also where no box needs it, on one rank as on several: an optimizer treats zero otherwise than none."""
+    """Check that every parameter has a gradient, also without boxes: an optimizer treats zero differently from none."""
     detector = build(name, is_deterministic=False)
     whole(detector, collate(examples((0, 0))))[0].backward()
     assert [key for key, p in detector.model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -546,7 +546,7 @@ def test_every_parameter_has_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lw_detr_tiny", "rf_detr_tiny"])
 def test_loss_of_query_groups_means_something_in_evaluation_mode(name: str) -> None:
-    """One group of queries then stands for all; transformers' own criterion goes on to split it."""
+    """Check evaluation mode, which has a single group of queries; transformers' own criterion still splits it."""
     detector = build(name)
     batch = collate(examples((2, 3, 0, 1)))
     detector.model.eval()

@@ -1,4 +1,4 @@
-"""Learning rates step by step against formulas written anew, parameter groups, and the average of the weights."""
+"""Learning rates against independent formulas, parameter groups, and the moving average of the weights."""
 
 import io
 import math
@@ -101,7 +101,7 @@ def _start(config: TrainConfig) -> tuple[_Small, torch.optim.Optimizer, LRSchedu
 
 
 def _take_step(model: _Small, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> dict[str, float]:
-    """One real step; returns the rate of each group in it."""
+    """Take one real step and return the learning rate of each group in it."""
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     model(torch.randn(4, 3)).square().sum().backward()
     optimizer.step()
@@ -128,7 +128,7 @@ def test_rates_follow_the_formula_also_through_a_resume_and_beyond_the_end(name:
         for group, value in rate.items():
             assert value == pytest.approx(RATES[group.removesuffix("_no_decay")] * factor, rel=1e-9, abs=1e-15), step
     if name != "inverse_sqrt":
-        # A schedule that is laid out for fewer epochs than there are stays where it ended.
+        # A schedule for fewer epochs than the run has keeps its last rate.
         assert rates[-1] == pytest.approx(rates[NUM_STEPS]) and rates[-1]["head"] <= RATES["head"]
         assert rates[NUM_STEPS]["head"] <= rates[NUM_STEPS - 1]["head"] + 1e-12
 
@@ -202,19 +202,19 @@ def test_schedule_epochs_lay_out_the_schedule() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schedule": "linear", "schedule_options": {"power": 2}}, "linear has no option power; it has none"),
-        ({"schedule": "polynomial", "schedule_options": {"pwr": 2}}, "has no option pwr; it has lr_end, power"),
-        ({"schedule": "warmup_stable_decay"}, "warmup_stable_decay needs num_decay_steps"),
-        ({"schedule": "one_cycle", "warmup_steps": 5}, "one_cycle has its own warm-up"),
-        ({"schedule": "constant", "warmup_steps": 5}, "use constant_with_warmup"),
-        ({"schedule": "one_cycle", "schedule_options": {"pct_start": 1.0}}, "pct_start must be below 1, got 1.0"),
-        ({"schedule": "one_cycle", "schedule_options": {"div_factor": 0}}, "div_factor must be above 0"),
-        ({"schedule": "one_cycle", "schedule_options": {"anneal_strategy": "x"}}, "must be one of cos, linear, got x"),
-        ({"schedule": "cosine", "schedule_options": {"num_cycles": "3"}}, "num_cycles must be a number"),
-        ({"schedule": "polynomial", "schedule_options": {"lr_end": 1.0}}, "lr_end must be below --learning-rate 0.001"),
+        ({"schedule": "linear", "schedule_options": {"power": 2}}, "linear.*power"),
+        ({"schedule": "polynomial", "schedule_options": {"pwr": 2}}, "polynomial.*pwr.*lr_end, power"),
+        ({"schedule": "warmup_stable_decay"}, "warmup_stable_decay.*num_decay_steps"),
+        ({"schedule": "one_cycle", "warmup_steps": 5}, "one_cycle"),
+        ({"schedule": "constant", "warmup_steps": 5}, "constant_with_warmup"),
+        ({"schedule": "one_cycle", "schedule_options": {"pct_start": 1.0}}, r"pct_start.*1\.0"),
+        ({"schedule": "one_cycle", "schedule_options": {"div_factor": 0}}, "div_factor.*0"),
+        ({"schedule": "one_cycle", "schedule_options": {"anneal_strategy": "x"}}, "anneal_strategy.*cos, linear.*x"),
+        ({"schedule": "cosine", "schedule_options": {"num_cycles": "3"}}, "num_cycles.*3"),
+        ({"schedule": "polynomial", "schedule_options": {"lr_end": 1.0}}, r"lr_end.*--learning-rate.*0\.001"),
         (
             {"schedule": "cosine_with_min_lr", "schedule_options": {"min_lr": 1e-5, "min_lr_rate": 0.1}},
-            "min_lr or min_lr_rate, not both",
+            "min_lr.*min_lr_rate",
         ),
     ],
 )
@@ -227,7 +227,7 @@ def test_wrong_options_are_told_in_one_line(changes: dict[str, Any], message: st
 def test_a_decay_longer_than_the_run_is_refused() -> None:
     config = _config(schedule="warmup_stable_decay", schedule_options={"num_decay_steps": 500})
     check_schedule(config)
-    with pytest.raises(UserError, match=r"500 steps, .* only 40"):
+    with pytest.raises(UserError, match=r"500.*40"):
         _start(config)
 
 
@@ -285,7 +285,7 @@ def test_the_average_follows_its_formula_and_goes_on_from_a_saved_state() -> Non
     average = MovingAverage(model, 0.9, rise_steps=5.0)
     expected = {name: value.double().clone() for name, value in model.state_dict().items()}
     for step in range(1, 13):
-        model(torch.randn(4, 3))  # moves the statistics of the batch norm and counts the batch
+        model(torch.randn(4, 3))  # updates the statistics and the counter of the batch norm
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))

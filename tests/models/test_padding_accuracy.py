@@ -1,4 +1,4 @@
-"""What padding does to the AP of a trained model, measured on pictures of many sizes."""
+"""Effect of padding on the AP of a trained model, measured on images of many sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ DRAWN_PX = 192
 
 
 def stretched_picture(split: Split, number: int) -> tuple[np.ndarray, list[list[float]], tuple[int, ...]]:
-    """A generated picture at a size and an aspect of its own: pixels, boxes (x, y, width, height), categories."""
+    """Draw an image of random size and aspect ratio; return pixels, boxes (x, y, width, height), categories."""
     drawn = draw(1, split, number, image_size=DRAWN_PX, max_shapes=6)
     rng = np.random.default_rng((1, number))
     height = int(rng.integers(110, 260))
@@ -37,12 +37,12 @@ def stretched_picture(split: Split, number: int) -> tuple[np.ndarray, list[list[
 
 
 def write_pictures(uri: Path, split: Split, num_images: int) -> str:
-    """An images table of such pictures."""
+    """Write an images table of such images."""
     return write_drawn(uri, (stretched_picture(split, number) for number in range(num_images)))
 
 
 def save_model(folder: Path) -> str:
-    """A model that pads to the largest image of a batch, as those on the Hub do; its weights are random."""
+    """Build a model with random weights that pads to the largest image of a batch, like those on the Hub."""
     stages: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
     backbone = ResNetConfig(
         embedding_size=32,

@@ -1,4 +1,4 @@
-"""One optimizer step without Ray: precisions, loss scaling, another size, compiling, recomputed activations."""
+"""Optimizer steps without Ray: precisions, loss scaling, another size, compilation, recomputed activations."""
 
 import numpy as np
 import pytest
@@ -75,6 +75,6 @@ def test_a_step_of_another_size_pads_to_that_size(name: str) -> None:
     detector.model.register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(tuple(kwargs["pixel_values"].shape[-2:])), with_kwargs=True
     )
-    # The second micro-batch is empty: its stand-in must have the size of the step, too.
+    # The second micro-batch is empty; its placeholder image must also have the size of the step.
     compute_gradients(detector, detector.model, [_examples(96), []], _setting(), rule=rule)
     assert seen == [(96, 96), (96, 96)]

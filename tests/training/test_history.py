@@ -1,4 +1,4 @@
-"""Which epoch is the best, and when a run has got no better for too long."""
+"""Epoch records, the best epoch, and early stopping."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sums over an epoch, through a checkpoint and over workers."""
+"""The sums over an epoch: saved and restored, and merged over workers."""
 
 import json
 

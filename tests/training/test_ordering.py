@@ -1,4 +1,4 @@
-"""The plan of a run: every row once an epoch, the same steps for any number of workers."""
+"""The plan of a run: every row once per epoch, the same steps for any number of workers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""States of a run: whole or not there, the newest kept, a broken one passed over."""
+"""States of a run: written atomically, the newest ones kept, damaged ones skipped."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_no_state(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     save_state(str(tmp_path), _state(1, 0), keep=1)
-    # A folder in the place of the new file: the last step of the write, the renaming, fails.
+    # A folder instead of the new file: the rename, the last step of the write, fails.
     (tmp_path / STATES_FOLDER / "00002-0000000.pt" / "x").mkdir(parents=True)
     with pytest.raises(OSError, match="00002-0000000"):
         save_state(str(tmp_path), _state(2, 0), keep=1)

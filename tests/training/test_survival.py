@@ -1,6 +1,6 @@
-"""A run survives what happens on clusters: a kill, a signal, a dead worker, a full disk, other workers, a bad step.
+"""Failures of real runs: a kill, a signal, a dead worker, a full disk, a changed number of workers, a bad step.
 
-All of it on real runs; what comes out is compared with a run that nothing happened to.
+The results are compared with those of an undisturbed run.
 """
 
 import dataclasses
@@ -53,18 +53,18 @@ def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def undisturbed(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> TrainResult:
-    """A run on one worker that nothing happens to."""
+    """An undisturbed run on one worker."""
     return train(_config(shapes, tmp_path_factory.mktemp("undisturbed") / "run"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed_pair(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> TrainResult:
-    """The same on two workers."""
+    """An undisturbed run on two workers."""
     return train(_config(shapes, tmp_path_factory.mktemp("undisturbed") / "run", num_workers=2))
 
 
 def _command(config: TrainConfig) -> list[str]:
-    """The command line of a run, every option given."""
+    """Return the command line of a run with every option."""
     arguments = [sys.executable, "-m", "raydet", "train"]
     for name, value in dataclasses.asdict(config).items():
         arguments += [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
@@ -72,7 +72,7 @@ def _command(config: TrainConfig) -> list[str]:
 
 
 def _start(config: TrainConfig, output: Path) -> "subprocess.Popen[bytes]":
-    """Starts a run of its own session, with its own Ray."""
+    """Start a run in its own session, with its own Ray."""
     with output.open("wb") as file:
         return subprocess.Popen(_command(config), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -80,12 +80,12 @@ def _start(config: TrainConfig, output: Path) -> "subprocess.Popen[bytes]":
 def _wait_for(path: Path, driver: "subprocess.Popen[bytes]", timeout_s: float = 200) -> None:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
-        assert driver.poll() is None and time.monotonic() < deadline, f"{path.name} did not come"
+        assert driver.poll() is None and time.monotonic() < deadline, f"{path.name} did not appear"
         time.sleep(0.02)
 
 
 def _assert_same_run(result: TrainResult, reference: TrainResult) -> None:
-    """On workers of one thread every step repeats exactly, whatever happened in between."""
+    """Check that all numbers and the weights are identical: single-threaded workers repeat every step exactly."""
     assert len(result.history) == EPOCHS and not result.already_done
     names = ("loss", "losses", "gradient_norm", "learning_rate", "AP", "AP_by_class")
     for mine, other in zip(result.history, reference.history, strict=True):
@@ -101,10 +101,10 @@ def test_a_killed_run_goes_on_in_mid_epoch(shapes: Path, tmp_path: Path, undistu
     try:
         _wait_for(tmp_path / "killed" / STATES_FOLDER / "00001-0000002.pt", driver)
     finally:
-        # The whole session at once: driver, Ray's processes and workers, as when the power goes.
+        # Kill the complete session: driver, Ray's processes and workers, as in a power failure.
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-    assert len(_history(config.out)) < EPOCHS, "killed too late to tell"
+    assert len(_history(config.out)) < EPOCHS, "killed too late: the run had finished"
     _assert_same_run(train(config), undisturbed)
 
 
@@ -137,14 +137,14 @@ def test_a_dead_worker_is_replaced(
     assert killed and killed[0] > 0
     if num_workers == 2:
         _assert_same_run(result, undisturbed_pair)
-    else:  # how many come back is up to the cluster: the batches are the same, the gradients but for rounding
+    else:  # the cluster chooses the number of workers: the batches are the same, and the gradients up to rounding
         assert [record.epoch for record in result.history] == list(range(1, EPOCHS + 1))
         for record, other in zip(result.history[:2], undisturbed_pair.history[:2], strict=True):
             assert record.loss == pytest.approx(other.loss, rel=0.02)
 
 
 def _kill_a_worker(state: Path) -> int:
-    """Once this state is there, kills one of the processes that train; returns its id."""
+    """Wait for a state file, kill one training process and return its id; return 0 after a timeout."""
     import psutil
 
     deadline = time.monotonic() + 200
@@ -160,13 +160,13 @@ def _kill_a_worker(state: Path) -> int:
 
 @pytest.mark.skipif(
     shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
-    reason="needs a small file system of its own, and may not mount one",
+    reason="requires permission to mount a file system",
 )
 def test_a_full_disk_ends_the_run_with_one_line(shapes: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     kept = tmp_path / "kept"
-    # Room for the first checkpoints (weights, and a state three times their size), not for all.
+    # Room for the first checkpoints (weights, and a state three times their size) only.
     config = _config(shapes, disk / "run", keep_states=10)
     script = tmp_path / "script.sh"
     script.write_text(
@@ -183,13 +183,13 @@ def test_a_full_disk_ends_the_run_with_one_line(shapes: Path, tmp_path: Path) ->
 
 def test_a_loss_that_is_no_number_names_step_images_and_terms(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
     config = _config(shapes, tmp_path / "run", learning_rate=1e25, max_grad_norm=1e9, schedule="constant")
-    with pytest.raises(RunError, match=r"the loss is not a number in step \d of epoch 1: \w+.*images \d+, \d+"):
+    with pytest.raises(RunError, match=r"loss.*step \d of epoch 1: \w+.*images \d+, \d+"):
         train(config)
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URI of an empty bucket on a stand-in for S3 that speaks its protocol."""
+    """URI of an empty bucket on a local S3 server."""
     import boto3
     from moto.server import ThreadedMotoServer
 

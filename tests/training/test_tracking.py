@@ -43,7 +43,7 @@ def picture(colour: int = 200) -> npt.NDArray[np.uint8]:
 
 
 def read_events(folder: str) -> Iterator[Any]:
-    """The events of all files of a folder (or URI), in the order in which TensorBoard reads them."""
+    """Yield the events of all files of a folder or URI, in the order in which TensorBoard reads them."""
     from tensorboardX.proto.event_pb2 import Event
 
     for name in storage.list_files(folder):
@@ -55,7 +55,7 @@ def read_events(folder: str) -> Iterator[Any]:
 
 
 def shown(folder: str) -> dict[str, list[tuple[int, Any]]]:
-    """Tag → steps and values, after a start of a session has hidden what was logged of its step and later ones."""
+    """Return steps and values by tag; the start of a session hides earlier values from its step on."""
     found: dict[str, list[tuple[int, Any]]] = {}
     for event in read_events(folder):
         if event.HasField("session_log") and event.session_log.status == event.session_log.START:
@@ -132,9 +132,9 @@ def test_secrets_are_replaced_and_nothing_else() -> None:
 def test_a_tracker_that_is_not_there_is_told_of_without_importing_any(tmp_path: Path) -> None:
     check_trackers([])
     check_trackers(["mlflow", "wandb"])
-    with pytest.raises(UserError, match="neptune is not known; there are mlflow, wandb"):
+    with pytest.raises(UserError, match=r"neptune.*mlflow.*wandb"):
         check_trackers(["neptune"])
-    (tmp_path / "wandb").mkdir()  # such a folder is what W&B leaves; Python takes it for a package
+    (tmp_path / "wandb").mkdir()  # W&B creates such a folder; Python takes it for a namespace package
     code = (
         "import sys; from raydet.training.tracking.trackers import check_trackers, RunTracker, UserError\n"
         f"sys.path[:] = [{str(tmp_path)!r}]\n"
@@ -143,10 +143,8 @@ def test_a_tracker_that_is_not_there_is_told_of_without_importing_any(tmp_path: 
         "print(sorted({'mlflow', 'wandb', 'tensorboardX', 'torch', 'ray'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        "trackers: wandb not installed; install with: pip install 'raydet[wandb]'",
-        "[]",
-    ]
+    message, imported = done.stdout.splitlines()
+    assert "pip install 'raydet[wandb]'" in message and imported == "[]"
 
 
 def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path: Path) -> None:
@@ -156,7 +154,7 @@ def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path: Path) -> None:
         first.scalars(step, {"train/loss": 1 / step, "train/rate": step * 10.0})
     first.images(2, {"validation/7": picture(90)})
     first.images(3, {"validation/7": picture(90)})
-    first.flush()  # and no close: the process was killed, its last state was that after step 2
+    first.flush()  # no close: the process was killed, and its last state is that after step 2
     assert [step for step, _ in shown(folder)["train/loss"]] == [1, 2, 3]
 
     second = RunTracker(str(tmp_path), [], CONFIG, start_step=2)
@@ -201,7 +199,7 @@ def test_a_place_that_cannot_be_written_is_told_of_once(tmp_path: Path) -> None:
     tracker.images(1, {"validation/7": picture()})
     tracker.flush()
     tracker.close()
-    assert len(warnings) == 1 and "tensorboard" in warnings[0] and "training goes on" in warnings[0]
+    assert len(warnings) == 1 and "tensorboard" in warnings[0] and "training continues" in warnings[0]
 
 
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
@@ -214,11 +212,11 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
     warnings: list[str] = []
     second = RunTracker(out, ["mlflow"], CONFIG | {"epochs": 5}, start_step=1, warn=warnings.append)
     second.scalars(2, {"train/loss": 0.25})
-    shutil.move(folder, tmp_path / "gone")  # as a server that is down for a while
+    shutil.move(folder, tmp_path / "gone")  # like a server that is down for a while
     second.flush()
     second.scalars(3, {"train/loss": 0.125})
     second.flush()
-    assert len(warnings) == 1 and warnings[0].startswith("mlflow cannot be written")
+    assert len(warnings) == 1 and "mlflow" in warnings[0]
     shutil.rmtree(folder, ignore_errors=True)
     shutil.move(tmp_path / "gone", folder)
     second.close()

@@ -1,4 +1,4 @@
-"""Training on generated pictures: what it leaves behind, going on after a kill, one worker and two."""
+"""Training on generated images: the run folder, the checkpoint, resuming, one worker and two."""
 
 import dataclasses
 import hashlib
@@ -43,7 +43,7 @@ def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
 
 
 Trained = tuple[TrainConfig, TrainResult, str]
-"""A run's config, its result, and the hash of its best weights."""
+"""Config and result of a run, and the hash of its best weights."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
     assert read_history(config.out) == result.history
     assert Path(config.out, "config.yaml").is_file() and Path(config.out, "log", "ray.log").exists() is False
     assert Path(config.out, "last", "model.safetensors").is_file()
-    # Four steps an epoch: a state after the third of the last epoch, and one at its end.
+    # Four steps per epoch: a state after the third step of the last epoch, and one at its end.
     assert sorted(path.name for path in Path(config.out, STATES_FOLDER).iterdir()) == [
         "00005-0000003.pt",
         "00006-0000000.pt",
@@ -119,7 +119,7 @@ def test_a_finished_run_says_so_and_another_run_is_refused(trained: Trained) -> 
     again = train(dataclasses.replace(config, num_workers=2))
     assert again.already_done and again.history == result.history
     assert "nothing to do" in again.lines()[0]
-    with pytest.raises(UserError, match=r"already holds another run \(--learning-rate: 0.001 → 0.002\)"):
+    with pytest.raises(UserError, match=r"--learning-rate.*0\.001.*0\.002"):
         train(dataclasses.replace(config, learning_rate=2e-3))
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
 
@@ -136,7 +136,7 @@ def test_two_workers_go_on_where_one_stopped(trained: Trained) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path, tmp_path: Path) -> None:
-    # 24 images in steps of 23: the last step has one image for two workers with two parts each.
+    # 24 images in steps of 23: the last step has one image for two workers with two micro-batches each.
     config = _config(
         shapes,
         tmp_path / "run",
@@ -171,10 +171,10 @@ def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_data": "absent"}, "no such table: .*absent"),
+        ({"train_data": "absent"}, "absent"),
         ({"model": "no_such_model"}, "no_such_model"),
-        ({"model": "."}, "holds no model"),
-        ({"image_size": 100}, "--image-size must be a multiple of 32"),
+        ({"model": "."}, "config.json"),
+        ({"image_size": 100}, "--image-size.*32.*100"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(
@@ -187,7 +187,7 @@ def test_mistakes_are_found_before_anything_is_written(
 
 def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="files that raydet did not write"):
+    with pytest.raises(UserError, match=r"thesis\.txt"):
         train(_config(shapes, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -195,8 +195,8 @@ def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_mistake_that_only_the_workers_see_is_one_line_too(shapes: Path, tmp_path: Path) -> None:
-    # 32 pixels are a multiple of 32, but leave fewer places in the picture than the model has queries.
-    with pytest.raises(UserError, match="image-size 32 is too small") as error:
+    # A side of 32 pixels leaves fewer feature map cells than the model has queries.
+    with pytest.raises(UserError, match="--image-size 32") as error:
         train(_config(shapes, tmp_path / "run", model="rt_detr_v2_small", image_size=32))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -205,7 +205,7 @@ def test_a_mistake_that_only_the_workers_see_is_one_line_too(shapes: Path, tmp_p
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"use_gpu": True}, "this machine has 0"), ({"cpus_per_worker": 2.0}, "leave none of this machine's 2")],
+    [({"use_gpu": True}, "GPU"), ({"cpus_per_worker": 2.0}, "CPU")],
 )
 def test_more_than_the_machine_has_is_refused_instead_of_waited_for(
     shapes: Path, tmp_path: Path, changes: dict[str, object], message: str

@@ -1,4 +1,4 @@
-"""The trainer's state: all of it in `state_dict`, for as many workers as there are and for another number."""
+"""The trainer's state: complete in `state_dict`, and restored on the same and on another number of workers."""
 
 import io
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ CATEGORIES = (Category(1, "a"), Category(2, "b"))
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
+    """A process group with a single rank."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -37,7 +37,7 @@ def _trainer(**changes: Any) -> Trainer:
 
 
 def _step(trainer: Trainer) -> tuple[float, float]:
-    """Takes a step on pictures that its position names; returns loss and norm."""
+    """Take a step on random images seeded by the position; return loss and gradient norm."""
     position = trainer.position
     generator = np.random.default_rng([position.epoch, position.step])
     examples = [
@@ -58,7 +58,7 @@ def _step(trainer: Trainer) -> tuple[float, float]:
 
 
 def _saved(state: dict[str, Any]) -> dict[str, Any]:
-    """The state after a way through a file."""
+    """Return the state after a round trip through a file."""
     buffer = io.BytesIO()
     torch.save({**state, "position": [state["position"].epoch, state["position"].step]}, buffer)
     loaded: dict[str, Any] = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
@@ -77,7 +77,7 @@ def test_a_trainer_goes_on_from_its_state_to_the_last_bit(changes: dict[str, Any
     first.end_epoch(EpochRecord(epoch=1, loss=1.5, validation=ValidationRecord(numbers={"AP": 0.5})))
     first.begin_epoch()
     _step(first)
-    second = _trainer(**changes, seed=7)  # other weights, until the state is there
+    second = _trainer(**changes, seed=7)  # other weights until the state is loaded
     second.config = first.config
     second.load_state_dict(_saved(first.state_dict()))
     assert second.position == Position(1, 1) and second.history == first.history

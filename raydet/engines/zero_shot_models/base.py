@@ -81,7 +81,7 @@ class ZeroShotEngine(ABC):
             labels: At least one, stripped, all different.
             config: `precision`, `compile`, `channels_last` and `engine` are read.
             device: cpu, cuda or cuda:N.
-            num_threads: Of torch on the CPU, in the whole process.
+            num_threads: torch CPU threads of the process.
 
         Raises:
             UserError: The model or a label cannot be read, or the device does not support the precision.

@@ -25,7 +25,7 @@ DENSE_TERMS = ("loss_bbox", "loss_giou", "loss_fgl")
 
 
 def is_dense(detector: Detector) -> bool:
-    """Tell if a query learns every box that any layer matches it to, as in DEIMv2."""
+    """Return True if a query learns every box that any layer matches it to, as in DEIMv2."""
     return bool(getattr(detector.model.config, "use_dense_one_to_one", False))
 
 
@@ -55,8 +55,8 @@ def distillation_terms(
 ) -> dict[str, Tensor]:
     """Compute the loss of each decoder layer's corners against those of the last layer, for the global batch.
 
-    The loss weights the mean over matched queries by the square root of their number, and likewise the mean over the
-    other queries. With both numbers taken from the global batch, the two sums add up over micro-batches.
+    The loss weights the mean over matched queries by the square root of their number, and the mean over the other
+    queries in the same way. With both numbers taken from the global batch, the two sums add up over micro-batches.
 
     Args:
         detector: Of a family that distils.

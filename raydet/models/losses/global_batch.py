@@ -1,13 +1,13 @@
 """The loss in units of the global batch, however the batch is cut into ranks and micro-batches.
 
 transformers divides each term by the size of its own micro-batch: the number of boxes or, for softmax families, the
-class weights of the queries. The mean of such quotients over ranks is not the quotient of the whole batch. This module
-therefore multiplies each term by (local divisor / global divisor), after which terms add up over ranks and
+class weights of the queries. The mean of such quotients over ranks is not the quotient of the complete batch. This
+module therefore multiplies each term by (local divisor / global divisor), after which terms add up over ranks and
 micro-batches. Three cases need more:
 
 - The criterion of LW-DETR and RF-DETR sums its divisor over the ranks, so that a forward pass on a single rank would
   hang, and it always assumes training mode. `grouped.py` replaces it.
-- The distillation term of D-FINE and DEIMv2 is no such quotient. `distillation.py` computes it anew.
+- The distillation term of D-FINE and DEIMv2 is not such a quotient. `distillation.py` recomputes it.
 - DEIMv2 divides the box terms by the number of queries that any decoder layer matches to a box, which is known only
   after the forward pass; the ranks then sum it. A step of several micro-batches would need the numbers of all of them
   before the first backward pass. Here, and only here, each micro-batch is divided by its own number and weighted by

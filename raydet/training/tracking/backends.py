@@ -1,4 +1,4 @@
-"""The trackers themselves: TensorBoard's event files, MLflow, Weights & Biases. Any call to one may raise."""
+"""Tracker backends: TensorBoard event files, MLflow, Weights & Biases. Any call may raise any exception."""
 
 import io
 import json
@@ -24,23 +24,23 @@ Picture = npt.NDArray[np.uint8]
 
 
 class Backend(Protocol):
-    """What a tracker does; any of it may raise."""
+    """Interface of a tracker. Any method may raise any exception."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers under their tags, after so many optimizer steps."""
+        """Log numbers by tag, after `step` optimizer steps."""
 
     def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Logs pictures, uint8 RGB [H, W, 3], under their tags."""
+        """Log pictures, uint8 RGB [H, W, 3], by tag."""
 
     def flush(self) -> None:
-        """Brings what was logged to where it can be seen."""
+        """Send or write buffered data."""
 
     def close(self) -> None:
-        """Ends the run as finished."""
+        """Mark the run as finished."""
 
 
 class LogFolder:
-    """OUT/log as trackers need it, a folder of this machine: the place itself, or a copy to be sent to a URI."""
+    """OUT/log as a local folder: the folder itself, or a temporary copy that `publish` uploads to a URI."""
 
     def __init__(self, out: str) -> None:
         self.uri = storage.join(out, "log")
@@ -49,14 +49,14 @@ class LogFolder:
         self._sent: dict[Path, tuple[int, int]] = {}
 
     def fetch(self, name: str) -> Path:
-        """A folder below, with what an earlier process has put there."""
+        """Return a local subfolder with the files that an earlier process wrote."""
         folder = self.path / name
         if self.is_remote:
             storage.fetch_folder(storage.join(self.uri, name), str(folder))
         return folder
 
     def publish(self) -> None:
-        """Sends what has changed since the last time."""
+        """Upload the files that have changed since the last call."""
         if not self.is_remote:
             return
         for path in sorted(self.path.rglob("*")):
@@ -70,13 +70,13 @@ class LogFolder:
                 self._sent[path] = version
 
     def remove(self) -> None:
-        """Removes the copy."""
+        """Delete the temporary copy."""
         if self.is_remote:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
 class TensorBoard:
-    """One event file, written as things come."""
+    """One TensorBoard event file, written incrementally."""
 
     def __init__(self, folder: Path, config: dict[str, Any], start_step: int) -> None:
         from tensorboardX.event_file_writer import EventsWriter
@@ -86,7 +86,7 @@ class TensorBoard:
 
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder by the order of their names, and two may start in the same second.
+        # TensorBoard reads files in the order of their names, and two processes may start in the same second.
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
         lines = [f"    {name}: {json.dumps(value, default=str)}" for name, value in config.items()]
@@ -97,13 +97,13 @@ class TensorBoard:
         self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers under their tags."""
+        """Log numbers by tag."""
         summary = self._summary
         numbers = [summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
         self._write(step, summary=summary(value=numbers))
 
     def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Logs pictures under their tags."""
+        """Log pictures by tag."""
         summary = self._summary
         for tag, picture in pictures.items():
             encoded = io.BytesIO()
@@ -117,21 +117,21 @@ class TensorBoard:
             self._write(step, summary=summary(value=[summary.Value(tag=tag, image=image)]))
 
     def flush(self) -> None:
-        """Writes to the disk what is still in memory."""
+        """Write buffered data to the disk."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends the run."""
+        """Close the run."""
         self._writer.close()
 
 
 class MLflow:
-    """A run at MLFLOW_TRACKING_URI, or in files in OUT/log/mlflow; numbers wait for the next flush."""
+    """A run at MLFLOW_TRACKING_URI, or in files in OUT/log/mlflow. Numbers are buffered until the next flush."""
 
     def __init__(
         self, folder: LogFolder, run_id: str | None, run_name: str, config: dict[str, Any], start_step: int
     ) -> None:
-        # A server that is gone must not hold up the workers for minutes, which is how long MLflow would try.
+        # By default MLflow retries for minutes; an unreachable server must not delay the workers.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -167,7 +167,7 @@ class MLflow:
         return str(self._client.create_run(experiment_id, run_name=run_name).info.run_id)
 
     def _log_config(self, config: dict[str, Any], start_step: int) -> None:
-        """Parameters cannot change in MLflow: what does, such as a raised `epochs`, becomes a tag."""
+        """Log the config. MLflow parameters are immutable, so changed values, such as raised `epochs`, become tags."""
         from mlflow.entities import Param
 
         logged = self._client.get_run(self.run_id).data.params
@@ -183,51 +183,51 @@ class MLflow:
                 self._client.set_tag(self.run_id, f"{name} from step {start_step}", value)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers under their tags."""
+        """Log numbers by tag."""
         now_ms = int(time.time() * 1000)
         self._waiting += [self._metric(_mlflow_name(tag), float(value), now_ms, step) for tag, value in values.items()]
-        del self._waiting[:-100_000]  # of a server that never comes back
+        del self._waiting[:-100_000]  # bounds the memory if the server stays unreachable
 
     def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Logs pictures under their tags."""
+        """Log pictures by tag."""
         for tag, picture in pictures.items():
             key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", _mlflow_name(tag))
             self._client.log_image(self.run_id, picture, key=key, step=step, synchronous=True)
 
     def flush(self) -> None:
-        """Sends the numbers that wait; what cannot be sent waits on."""
+        """Send buffered numbers; those that cannot be sent stay buffered."""
         while self._waiting:
             self._client.log_batch(self.run_id, metrics=self._waiting[:1000])
             del self._waiting[:1000]
 
     def close(self) -> None:
-        """Ends the run."""
+        """Close the run."""
         self._client.set_terminated(self.run_id)
 
 
 def _mlflow_files(folder: LogFolder) -> str:
-    """Where MLflow keeps files of its own: OUT/log/mlflow, or a copy of it that MLflow takes for its own."""
+    """Return the URI of MLflow's file store: OUT/log/mlflow, or a local copy adapted to its new path."""
     path = folder.fetch("mlflow")
     if folder.is_remote:
         for meta in path.rglob("meta.yaml"):
-            # The place of each copy is written in it.
+            # Each meta.yaml contains the path of its folder.
             content = meta.read_text()
             meta.write_text(re.sub(r"file://\S*?/raydet-log-\w+/mlflow", path.as_uri(), content))
         for meta in path.glob("*/*/meta.yaml"):
-            # A URI has no empty folders; without one of these MLflow does not take it for a run.
+            # Object stores do not keep empty folders, but MLflow does not recognise a run that lacks one of these.
             for name in ("artifacts", "metrics", "params", "tags"):
                 (meta.parent / name).mkdir(exist_ok=True)
     return path.absolute().as_uri()
 
 
 def _mlflow_name(tag: str) -> str:
-    """What MLflow takes as a name: it becomes a file's, of letters, digits and few signs."""
+    """Convert a tag to a valid MLflow name, which may contain only characters that are safe in file names."""
     parts = [re.sub(r"[^\w.\- ]", "_", part).strip() for part in tag.split("/")]
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)
 
 
 class WandB:
-    """A run at Weights & Biases, or without a key in files in OUT/log/wandb, which `wandb sync` sends later."""
+    """A Weights & Biases run. Without a key it is written to OUT/log/wandb, which `wandb sync` can upload later."""
 
     def __init__(
         self, folder: LogFolder, run_id: str | None, run_name: str, config: dict[str, Any], start_step: int
@@ -249,7 +249,7 @@ class WandB:
             config=config,
             allow_val_change=True,
             mode=mode,
-            # The command line and the screen, which W&B would send, may hold passwords.
+            # W&B would upload the command line and the console output, which may contain passwords.
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -262,26 +262,26 @@ class WandB:
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers under their tags."""
+        """Log numbers by tag."""
         self._log(step, dict(values))
 
     def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Logs pictures under their tags."""
+        """Log pictures by tag."""
         self._log(step, {tag: self._image(picture) for tag, picture in pictures.items()})
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        # W&B's steps only rise: of steps that are done again the first numbers stay.
+        # W&B steps only increase, so repeated steps keep their first numbers.
         if step >= self._run.step:
             self._run.log(values, step=step)
 
     def flush(self) -> None:
-        """W&B sends by itself."""
+        """Do nothing: W&B sends data automatically."""
 
     def close(self) -> None:
-        """Ends the run."""
+        """Close the run."""
         self._run.finish()
         if self._is_offline:
-            # W&B writes with a process of its own, which may come to the last lines after `finish` has returned.
+            # W&B writes in a separate process, which may still be writing the last lines when `finish` returns.
             self._teardown()
 
 

@@ -1,7 +1,7 @@
-"""Where a training run can be watched: TensorBoard always, MLflow and Weights & Biases on request.
+"""Trackers of a training run: TensorBoard always, MLflow and Weights & Biases on request.
 
-Imports no Ray, and each tracker's own package only when a run starts. Steps are counted as optimizer steps done, so
-that a run which goes on after step 100 does all that was logged above 100 again.
+Steps are completed optimizer steps, so that a run that resumes after step 100 repeats everything logged above 100.
+This module does not import Ray, and imports a tracker's package only when a run starts.
 """
 
 import importlib.util
@@ -29,32 +29,32 @@ _STATE_FILE = "trackers.json"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Makes sure, without importing them, that the packages of the trackers are there.
+    """Check that the packages of the trackers are installed, without importing them.
 
     Raises:
         UserError: A tracker is unknown or not installed.
     """
     unknown = [name for name in names if name not in _PACKAGES]
     if unknown:
-        raise UserError(f"trackers: {', '.join(unknown)} is not known; there are {', '.join(_PACKAGES)}")
+        raise UserError(f"--trackers: {', '.join(unknown)} is unknown; use {' or '.join(_PACKAGES)}")
     missing = [name for name in dict.fromkeys(names) if not _is_installed(_PACKAGES[name])]
     if missing:
         raise UserError(
-            f"trackers: {' and '.join(missing)} not installed; install with: pip install 'raydet[{','.join(missing)}]'"
+            f"--trackers: {' and '.join(missing)} not installed; run: pip install 'raydet[{','.join(missing)}]'"
         )
 
 
 def _is_installed(package: str) -> bool:
     spec = importlib.util.find_spec(package)
-    # A folder of that name, such as the one W&B leaves where it runs, is found as well, but without an origin.
+    # A plain folder of that name, such as the one that W&B creates, is also found, but without an origin.
     return spec is not None and spec.origin is not None
 
 
 def scalars_of(record: EpochRecord) -> dict[str, float]:
-    """Turns the record of an epoch into tags and numbers, in the groups that TensorBoard shows.
+    """Convert an epoch record to numbers by tag, grouped as TensorBoard shows them.
 
     Args:
-        record: Its undefined numbers are left out.
+        record: Epoch record; undefined numbers are omitted.
 
     Returns:
         Numbers under `train/…`, `validation/…`, `time/…`, and `GROUP/…` for other mappings, such as `AP_by_class/…`.
@@ -82,7 +82,7 @@ def _tag(name: str) -> str:
 
 
 def _tag_in(group: str, name: str) -> str:
-    name = name.replace("/", "_")  # a slash would open a further group
+    name = name.replace("/", "_")  # a slash would start another group
     if group == "losses":
         return f"train/{name}"
     if group.endswith("_s"):
@@ -91,10 +91,10 @@ def _tag_in(group: str, name: str) -> str:
 
 
 class RunTracker:
-    """Logs a run to TensorBoard's event files in OUT/log/tensorboard and to the trackers that are asked for.
+    """Logger of a run to TensorBoard event files in OUT/log/tensorboard and to the requested trackers.
 
-    It belongs to one process, the one of rank 0. A tracker that fails is told of once and tried again some minutes
-    later; training never ends for it. What is logged of the config holds no passwords, keys or tokens.
+    Only rank 0 has one. If a tracker fails, a warning is shown once and the tracker is retried a few minutes later; a
+    tracker failure never stops training. Passwords, keys and tokens are removed from the logged config.
     """
 
     def __init__(
@@ -106,15 +106,14 @@ class RunTracker:
         start_step: int,
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        """Starts the trackers, or takes up the runs that were logged to before.
+        """Start the trackers, or resume the tracker runs of an earlier process.
 
         Args:
-            out: The run's folder or URI. What trackers write for a URI is kept in a temporary folder, and copied to
-                the URI by `flush`.
-            trackers: Besides TensorBoard.
+            out: Folder or URI of the run. For a URI, trackers write to a temporary folder, which `flush` uploads.
+            trackers: Trackers in addition to TensorBoard.
             config: The resolved config of the run.
-            start_step: Optimizer steps already done. What an earlier process logged of later steps is hidden.
-            warn: Called with one line when a tracker fails for the first time; by default it is logged.
+            start_step: Completed optimizer steps. Later steps that an earlier process logged are hidden.
+            warn: Called with one line when a tracker fails for the first time; by default the line is logged.
         """
         self._warn = warn or logging.getLogger(__name__).warning
         self._warned: set[str] = set()
@@ -143,11 +142,11 @@ class RunTracker:
             self._guarded(name, lambda name=name: start(name))  # type: ignore[misc]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers under their tags; now and then it flushes.
+        """Log numbers by tag, and flush from time to time.
 
         Args:
-            step: Optimizer steps done.
-            values: By tag, as `GROUP/NAME`.
+            step: Completed optimizer steps.
+            values: Numbers by tag, as `GROUP/NAME`.
         """
         for name, backend in self._backends.items():
             self._guarded(name, lambda backend=backend: backend.scalars(step, values))  # type: ignore[misc]
@@ -155,15 +154,15 @@ class RunTracker:
             self.flush()
 
     def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Logs pictures, uint8 RGB [H, W, 3], under their tags."""
+        """Log pictures, uint8 RGB [H, W, 3], by tag."""
         for name, backend in self._backends.items():
-            # MLflow keeps pictures elsewhere than numbers: where one place fails, the other is still written to.
+            # MLflow stores pictures and numbers separately: if one store fails, the other is still written.
             place = f"{name} images"
             if not self._is_paused(place):
                 self._guarded(place, lambda backend=backend: backend.images(step, pictures))  # type: ignore[misc]
 
     def flush(self) -> None:
-        """Brings what was logged to where it can be seen."""
+        """Send or write buffered data."""
         for name, backend in self._backends.items():
             if not self._is_paused(name):
                 self._guarded(name, backend.flush)
@@ -172,7 +171,7 @@ class RunTracker:
         self._flushed_at = time.monotonic()
 
     def close(self) -> None:
-        """Flushes and ends the trackers' runs."""
+        """Flush and close all trackers."""
         for name, backend in self._backends.items():
             self._guarded(name, backend.flush)
             self._guarded(name, backend.close)
@@ -186,12 +185,12 @@ class RunTracker:
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # whatever a tracker or its server does wrong
+        except Exception as error:  # a tracker or its server may raise anything
             self._retry_at[name] = time.monotonic() + _RETRY_AFTER_S
             if name not in self._warned:
                 self._warned.add(name)
                 reason = without_secrets(one_line(f"{type(error).__name__}: {error}"))
-                self._warn(f"{name} cannot be written, training goes on: {reason[:400]}")
+                self._warn(f"cannot write to {name}; training continues: {reason[:400]}")
 
 
 def _read_state(uri: str) -> dict[str, str]:
