@@ -49,7 +49,7 @@ def _options(**options: Any) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
 
 
-def _train(data: Path, out: Path, **changes: Any) -> list[str]:
+def _training(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "train_data": str(data / "train"),
         "val_data": str(data / "val"),
@@ -63,7 +63,11 @@ def _train(data: Path, out: Path, **changes: Any) -> list[str]:
         "threads_per_worker": 1,
         "log_images": 0,
     }
-    return ["train", *_options(**{**values, **changes})]
+    return {**values, **changes}
+
+
+def _train(data: Path, out: Path, **changes: Any) -> list[str]:
+    return ["train", *_options(**_training(data, out, **changes))]
 
 
 def _interrupt(terminal: Terminal, *, presses: int = 1) -> str:
@@ -144,23 +148,15 @@ def test_train_twice_at_once(many: Path, tmp_path: Path, run: Callable[..., Term
 def test_tune(shapes: Path, tmp_path: Path, run: Callable[..., Terminal]) -> None:
     out = tmp_path / "out"
     file = tmp_path / "tune.yaml"
-    training = dict(option.removeprefix("--").split("=", 1) for option in _train(shapes, out)[1:])
-    file.write_text(
-        json.dumps(
-            {
-                "train": {
-                    **{name: value for name, value in training.items() if name not in ("out", "epochs")},
-                    **{name: int(training[name]) for name in ("image_size", "batch_size", "log_images")},
-                    **{name: int(training[name]) for name in ("validate_batch_size", "threads_per_worker")},
-                    "epochs": 3,
-                },
-                "space": {"learning_rate": {"choice": [1e-3, 1e-4]}},
-                "num_trials": 1,
-                "search": "random",
-                "out": str(out),
-            }
-        )
-    )
+    training = {name: value for name, value in _training(shapes, out, epochs=3).items() if name != "out"}
+    content = {
+        "train_config": training,
+        "space": {"learning_rate": {"choice": [1e-3, 1e-4]}},
+        "num_trials": 1,
+        "search": "random",
+        "out": str(out),
+    }
+    file.write_text(json.dumps(content))
     terminal = run("tune", "--config", str(file))
     terminal.wait_until(lambda: bool(list(out.glob("trials/trial-0000/states/*.pt"))))
     assert "run the same command again" in _interrupt(terminal)
