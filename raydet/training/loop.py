@@ -109,7 +109,7 @@ def _start(job: dict[str, Any]) -> _Run:
     elif trainer.detector.reinitialised:
         crew.say(f"initialised from scratch: {', '.join(trainer.detector.reinitialised)}")
     position, tracker = trainer.position, None
-    text = "1 of %d workers, device %s, %d threads; starting after step %d of epoch %d"
+    text = "one of %d workers, device %s, %d threads; starting after step %d of epoch %d"
     _LOG.info(text, crew.world_size, trainer.device, torch.get_num_threads(), position.step, position.epoch + 1)
     if crew.rank == 0:
         start_step = position.epoch * plan.steps_per_epoch + position.step
