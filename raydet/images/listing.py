@@ -190,7 +190,7 @@ def _choices(inside: str, pattern: str) -> list[str]:
         width = len(first) if first.startswith("0") else 0
         return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
     if "," not in inside:
-        raise UserError(f"{{{inside}}} in {pattern} is neither a range such as {{000..012}} nor a choice such as {{a,b}}")
+        raise UserError(f"{{{inside}}} in {pattern} must be a range such as {{000..012}} or a choice such as {{a,b}}")
     return inside.split(",")
 
 
