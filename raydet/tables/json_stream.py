@@ -26,7 +26,7 @@ class JsonError(Exception):
     """The file is not JSON or not an object; the message continues a sentence that starts with the file name."""
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """A readable binary file."""
 
     def read(self, size: int, /) -> bytes:
@@ -43,7 +43,9 @@ class Elements:
         return self._iterator
 
 
-def members(stream: Stream, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Iterator[tuple[str, Any]]:
+def members(
+    stream: ByteStream, *, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Read the members of the JSON object in a file.
 
     Args:
@@ -78,7 +80,7 @@ def members(stream: Stream, *, object_hook: Callable[[dict[str, Any]], Any] | No
 class _Text:
     """Buffered text from the read position to the end of the fetched data."""
 
-    def __init__(self, stream: Stream, decoder: json.JSONDecoder) -> None:
+    def __init__(self, stream: ByteStream, decoder: json.JSONDecoder) -> None:
         self._stream, self._decode = stream, decoder.raw_decode
         head = b""
         while len(head) < _ENCODING_BYTES and (data := stream.read(CHUNK_BYTES)):
