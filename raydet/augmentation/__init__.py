@@ -1,1 +1,1 @@
-"""A decoded image and its boxes → what a model sees of them."""
+"""A decoded image and its boxes → model input."""

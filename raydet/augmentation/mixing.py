@@ -1,7 +1,7 @@
-"""Samples, and what makes one of several or of a part of one: mosaic, mixup, copies of small objects, crop, flip.
+"""Samples and geometric operations on them: mosaic, mixup, copies of small objects, crop, flip.
 
-Every function takes samples and gives a new one; the arrays of what it was given are left as they are, and an image
-may come back as a view of the old one. A box that a crop hides is dropped by the share of it that is still visible.
+Each function returns a new sample and leaves its arguments unchanged; the new image may be a view of the old one. Boxes
+that a crop hides are dropped by their visible share.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,42 +14,42 @@ import numpy.typing as npt
 
 from raydet.common.boxes import Boxes, as_boxes, clip_xywh, has_area
 
-# One image is too little work to share among threads, and the workers fill the cores already.
+# One image is too little work for several threads, and the workers already use all cores.
 cv2.setNumThreads(0)
 
 MIN_AREA_PX = 25.0
-"""Boxes smaller than this after augmentation are dropped, as the Hugging Face guide does."""
+"""Minimum area of a box after augmentation, as in the Hugging Face guide."""
 MIN_VISIBLE = 0.25
-"""Boxes of which a crop leaves a smaller share are dropped: too little to be recognised."""
+"""Minimum visible share of a box after a crop; less would be hard to recognise."""
 FILL = 114
-"""Grey of a mosaic's empty tile and of what an affine transform uncovers."""
+"""Grey value for a mosaic's empty tiles and the areas uncovered by an affine transform."""
 MOSAIC_CENTRE = (0.35, 0.65)
-"""The four tiles of a mosaic meet between these shares of its width and of its height."""
+"""Range of the point where a mosaic's tiles meet, as fractions of width and height."""
 TILE_ZOOM = (1.0, 1.5)
-"""A tile is scaled to cover its cell, and then by a factor between these; what runs over is cut off."""
+"""Range of the extra zoom after a tile is scaled to cover its cell; the overhang is cropped."""
 MIXUP_BETA = 8.0
-"""The share of an image in a mixup is drawn from Beta(8, 8): near one half, so that both are to be seen."""
+"""Images of a mixup are weighted by Beta(8, 8), near one half, so that both remain visible."""
 SMALL_SIDE = 0.1
-"""An object is small below this side (the root of its area), as a share of the image's."""
+"""Upper limit of the side (root of the area) of a small object, as a fraction of the image's side."""
 MAX_COPIES = 4
-"""Most copies of small objects that an image gets at once."""
+"""Maximum number of copied small objects per image."""
 _PLACING_TRIES = 10
-# DETR's own numbers: an image is scaled to one of these short sides, and its crop measures this many pixels.
+# DETR's recipe: an image is scaled to one of these short sides, and the sides of its crop are in this range, in pixels.
 _DETR_SHORT_SIDES = (400, 500, 600)
 _DETR_CROP = (384, 600)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and its boxes; row i of each array belongs to box i.
+    """An image with its boxes; row i of each array belongs to box i.
 
     Attributes:
         image: uint8 RGB, [H, W, 3].
         boxes_xywh: Absolute pixels, float64 [N, 4].
         categories: Category indices, int64 [N].
-        areas: Areas of the objects in pixels, which may be less than those of their boxes, float64 [N].
+        areas: Areas of the objects in square pixels, which may be smaller than their boxes, float64 [N].
         iscrowd: Whether a box covers many objects, bool [N].
-        ids: The annotations' own numbers, int64 [N]; a copied object keeps its original's.
+        ids: Annotation ids, int64 [N]; a copied object keeps the id of its original.
     """
 
     image: npt.NDArray[np.uint8]
@@ -61,7 +61,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         lengths = {len(self.boxes_xywh), len(self.categories), len(self.areas), len(self.iscrowd), len(self.ids)}
-        assert len(lengths) == 1, f"every box has one category, area, crowd flag and id; got {lengths} of them"
+        assert len(lengths) == 1, f"every box needs one category, area, crowd flag and id; got lengths {lengths}"
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -70,7 +70,7 @@ class Sample:
 
 
 def sample_of(image: npt.NDArray[np.uint8], objects: Mapping[str, Any]) -> Sample:
-    """A decoded image with the `objects` of its row in an images table."""
+    """Build a sample from a decoded image and the `objects` of its row in an images table."""
     return Sample(
         image,
         as_boxes(objects["bbox"]),
@@ -83,11 +83,11 @@ def sample_of(image: npt.NDArray[np.uint8], objects: Mapping[str, Any]) -> Sampl
 
 @dataclass(frozen=True)
 class Partners:
-    """The other images that one is mixed with; those that cannot be read are left out.
+    """Images to mix with another image; unreadable ones are omitted.
 
     Attributes:
-        mosaic: Up to three, which fill the other tiles; without any there is no mosaic.
-        mixup: One that is blended in, or none.
+        mosaic: Up to three images for the other tiles; empty disables the mosaic.
+        mixup: One image to blend in; empty disables mixup.
     """
 
     mosaic: tuple[Sample, ...] = ()
@@ -95,29 +95,29 @@ class Partners:
 
 
 def moved(sample: Sample, image: npt.NDArray[np.uint8], boxes_xywh: Boxes, rows: npt.NDArray[np.int64]) -> Sample:
-    """A sample's objects in a new image; areas change as the areas of their boxes do.
+    """Move a sample's objects to a new image; object areas scale with their boxes.
 
     Args:
-        sample: Where the objects come from.
+        sample: Source of the objects.
         image: The new image.
-        boxes_xywh: What is to be seen of them there, in its pixels, [M, 4].
-        rows: Which row of the sample each of these boxes was, [M].
+        boxes_xywh: Visible parts of the boxes in pixels of the new image, [M, 4].
+        rows: Row of the sample for each of these boxes, [M].
     """
     old, new, areas = _area(sample.boxes_xywh[rows]), _area(boxes_xywh), sample.areas[rows]
-    # Where the area is that of the box it stays so exactly, whatever rounding there is.
+    # An area equal to its box's area stays exactly equal, despite rounding.
     scaled = np.where(areas == old, new, areas * np.divide(new, old, out=np.ones_like(new), where=old > 0))
     return Sample(image, boxes_xywh, sample.categories[rows], scaled, sample.iscrowd[rows], sample.ids[rows])
 
 
 def clipped(sample: Sample) -> Sample:
-    """Cuts boxes to the image and leaves out those without area in it."""
+    """Clip boxes to the image and drop those without area."""
     boxes_xywh = clip_xywh(sample.boxes_xywh, sample.size_hw)
     rows = np.flatnonzero(has_area(boxes_xywh))
     return moved(sample, sample.image, boxes_xywh[rows], rows)
 
 
 def flip(sample: Sample) -> Sample:
-    """Mirrors left and right."""
+    """Mirror a sample horizontally."""
     boxes_xywh = sample.boxes_xywh.copy()
     boxes_xywh[:, 0] = sample.size_hw[1] - boxes_xywh[:, 0] - boxes_xywh[:, 2]
     return Sample(sample.image[:, ::-1], boxes_xywh, sample.categories, sample.areas, sample.iscrowd, sample.ids)
@@ -126,16 +126,16 @@ def flip(sample: Sample) -> Sample:
 def cut(
     sample: Sample, left_top: tuple[int, int], window_hw: tuple[int, int], size_hw: tuple[int, int] | None = None
 ) -> Sample:
-    """Cuts a window out and, on request, scales it.
+    """Crop a window and optionally resize it.
 
-    Boxes with less than `MIN_VISIBLE` of their area in the window, or less than `MIN_AREA_PX` left in the result, are
-    dropped; the others are cut to the window.
+    Boxes with less than `MIN_VISIBLE` of their area in the window, or less than `MIN_AREA_PX` of area in the result,
+    are dropped; the others are clipped to the window.
 
     Args:
-        sample: Where to cut.
-        left_top: The window's corner in whole pixels, inside the image.
-        window_hw: Its height and width in whole pixels.
-        size_hw: Height and width to scale it to; the window's own by default.
+        sample: Sample to crop.
+        left_top: Upper left corner of the window in pixels, inside the image.
+        window_hw: Height and width of the window in pixels.
+        size_hw: Height and width of the result; the window's size by default.
     """
     (left, top), (height, width) = left_top, window_hw
     image = sample.image[top : top + height, left : left + width]
@@ -152,9 +152,9 @@ def cut(
 
 
 def detr_crop(sample: Sample, rng: np.random.Generator) -> Sample:
-    """DETR's random crop: after scaling to a short side of 400, 500 or 600, from 384 to 600 pixels a side.
+    """Apply DETR's random crop: 384 to 600 pixels per side, at a short side of 400, 500 or 600 pixels.
 
-    The scaling itself is left to the model's own resize, which follows: the crop is the same part of the image.
+    The image is not scaled here, since the model's resize follows; the crop selects the same part of the image.
     """
     scale = float(rng.choice(_DETR_SHORT_SIDES)) / min(sample.size_hw)
     sides, corner = [], []
@@ -167,12 +167,12 @@ def detr_crop(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def mosaic(sample: Sample, partners: Sequence[Sample], rng: np.random.Generator) -> Sample:
-    """Four images as the tiles of one, which has the first one's size.
+    """Combine up to four images as tiles of one image with the size of the first.
 
     Args:
-        sample: The image itself; its tile is drawn.
-        partners: Up to three others; a tile for which there is none stays grey.
-        rng: Draws where the tiles meet, which image is where, and which part of each is to be seen.
+        sample: The first image.
+        partners: Up to three other images; tiles without an image stay grey.
+        rng: Source of the meeting point, the order of the tiles, and the visible part of each image.
     """
     height, width = sample.size_hw
     if min(height, width) < 2:
@@ -189,21 +189,21 @@ def mosaic(sample: Sample, partners: Sequence[Sample], rng: np.random.Generator)
         canvas[top : tops[row + 1], left : lefts[column + 1]] = piece.image
         boxes_xywh = piece.boxes_xywh + np.array([left, top, 0, 0], np.float64)
         pieces.append(Sample(canvas, boxes_xywh, piece.categories, piece.areas, piece.iscrowd, piece.ids))
-    return _together(canvas, pieces)
+    return _merged(canvas, pieces)
 
 
 def mixup(sample: Sample, partner: Sample, rng: np.random.Generator) -> Sample:
-    """Two images blended; the objects of both count in full."""
+    """Blend two images; the objects of both are kept."""
     other = _tile(partner, sample.size_hw, rng)
     share = float(rng.beta(MIXUP_BETA, MIXUP_BETA))
     image = cv2.addWeighted(np.ascontiguousarray(sample.image), share, other.image, 1 - share, 0.0)
-    return _together(np.asarray(image, np.uint8), [sample, other])
+    return _merged(np.asarray(image, np.uint8), [sample, other])
 
 
 def copy_small(sample: Sample, rng: np.random.Generator) -> Sample:
-    """Copies up to `MAX_COPIES` small objects, with the rectangle around them, to where there is none yet.
+    """Copy up to `MAX_COPIES` small objects, with their bounding rectangles, to positions without objects.
 
-    Only objects are copied whose rectangle touches no other box, since a part of another object would come along.
+    Only objects whose rectangle overlaps no other box are candidates, so that no part of another object is copied.
     """
     height, width = sample.size_hw
     low = np.floor(sample.boxes_xywh[:, :2]).astype(np.int64)
@@ -233,7 +233,7 @@ def copy_small(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def _tile(sample: Sample, cell_hw: tuple[int, int], rng: np.random.Generator) -> Sample:
-    """A drawn part of an image with the cell's proportions, scaled to the cell."""
+    """Return a random part of an image with the cell's aspect ratio, scaled to the cell."""
     (height, width), (cell_height, cell_width) = sample.size_hw, cell_hw
     scale = max(cell_height / height, cell_width / width) * rng.uniform(*TILE_ZOOM)
     window_hw = (min(max(round(cell_height / scale), 1), height), min(max(round(cell_width / scale), 1), width))
@@ -241,8 +241,8 @@ def _tile(sample: Sample, cell_hw: tuple[int, int], rng: np.random.Generator) ->
     return cut(sample, (left, top), window_hw, cell_hw)
 
 
-def _together(image: npt.NDArray[np.uint8], pieces: Sequence[Sample]) -> Sample:
-    """The objects of several samples in one image."""
+def _merged(image: npt.NDArray[np.uint8], pieces: Sequence[Sample]) -> Sample:
+    """Merge the objects of several samples into one image."""
     return Sample(
         image,
         np.concatenate([piece.boxes_xywh for piece in pieces]),
@@ -263,6 +263,6 @@ def _overlaps(
     others_low: npt.NDArray[np.int64],
     others_high: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.bool_]:
-    """Which rectangles, by their corners (x, y), share a pixel: [N, 2] and [M, 2] → [N, M]."""
+    """Return a mask of the rectangles, given by corners (x, y), that share a pixel: [N, 2] and [M, 2] → [N, M]."""
     meet = (low[:, None] < others_high[None]) & (others_low[None] < high[:, None])
     return np.asarray(meet.all(axis=2))

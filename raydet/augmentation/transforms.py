@@ -1,7 +1,7 @@
-"""Augmentation: one image with its boxes, its partners and one seed → one image with its boxes.
+"""Augmentation: an image with its boxes, its mixing partners and a seed → an augmented image with its boxes.
 
-The resize to the model's size, which is the image processor's own, comes after it. albumentations is imported only
-for what needs it (`light`, `strong` and pipelines of one's own), since that costs seconds in every new worker.
+The image processor's resize to the model's size comes afterwards. albumentations is imported only where needed
+(`light`, `strong` and custom pipelines), since importing it takes seconds in every new worker.
 """
 
 import difflib
@@ -33,46 +33,46 @@ from raydet.common.boxes import as_boxes
 from raydet.common.errors import UserError, one_line
 from raydet.config import Augmentation, AugmentationSpec
 
-# Or albumentations asks the network for a newer version at each import.
+# Otherwise albumentations checks for a newer version over the network at each import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 COPY_SMALL_P = 0.3
-"""Share of the images of `strong` that get copies of their small objects; `ordering` has those of its partners."""
+"""Probability that `strong` copies small objects; `ordering` has the probabilities of mosaic and mixup."""
 CROP_P = 0.3
-"""Share of the images of `strong` that are cropped."""
+"""Probability that `strong` crops."""
 
 Step = Callable[[Sample, np.random.Generator, Partners], Sample]
 
 
 class Augmenter:
-    """A preset or a pipeline of one's own, deterministic by the seed given with each image.
+    """A preset or custom pipeline, deterministic given the seed passed with each image.
 
-    The presets: `none`; `flip` (left and right); `light` (the Hugging Face guide's: perspective, flip, brightness,
-    contrast, hue); `detr` (flip, and DETR's random crop for every second image; its random sizes are
-    `multi_scale`, since the model's own resize comes last); `strong` (mosaic of four, copies of small objects,
-    mixup, crop, flip, affine, colour, blur or noise).
+    Presets: `none`; `flip` (horizontal); `light` (from the Hugging Face guide: perspective, flip, brightness, contrast,
+    hue); `detr` (flip, and DETR's random crop with probability 0.5; its random sizes are `multi_scale`, since the
+    model's resize comes last); `strong` (mosaic of four, copies of small objects, mixup, crop, flip, affine, colour,
+    blur or noise).
 
-    Boxes that a crop hides are dropped by the share of them that is still visible, at each step by itself.
+    Each step separately drops boxes of which a crop leaves too small a share visible.
     """
 
     def __init__(self, spec: AugmentationSpec) -> None:
-        """Builds the pipeline.
+        """Build the pipeline.
 
         Raises:
-            UserError: No such preset or transform, or one with wrong arguments.
+            UserError: The preset or a transform is unknown, or an argument is invalid.
         """
         self._steps = _steps(spec)
 
     def __call__(self, sample: Sample, *, seed: int, partners: Partners | None = None) -> Sample:
-        """Augments one image.
+        """Augment one image.
 
         Args:
-            sample: The image as decoded; it is not changed.
-            seed: The same seed, image and partners give the same result.
-            partners: What the image is mixed with; only `strong` mixes.
+            sample: The decoded image; it is not modified.
+            seed: Seed; the result depends only on seed, sample and partners.
+            partners: Images to mix with, used only by `strong`.
 
         Returns:
-            The new image with the boxes that are still to be seen in it. Its pixels may be a view.
+            The augmented image with the boxes that remain visible. Its pixels may be a view.
         """
         rng, others = np.random.default_rng(seed), partners or Partners()
         others = Partners(*(tuple(clipped(other) for other in role) for role in (others.mosaic, others.mixup)))
@@ -83,29 +83,29 @@ class Augmenter:
 
 
 def check_augmentation(spec: AugmentationSpec) -> None:
-    """Builds a pipeline and tries each of its transforms once; imports albumentations only for a list.
+    """Build a pipeline and try each of its transforms once; imports albumentations only for a list.
 
     Args:
-        spec: A preset's name, or a list of `{TransformName: {argument: value} | None}`. The arguments of `OneOf`,
-            `SomeOf`, `Sequential` and their like hold such a list themselves, named `transforms`.
+        spec: A preset's name, or a list of `{TransformName: {argument: value} | None}`. Groups such as
+            `OneOf`, `SomeOf` and `Sequential` have such a list as argument `transforms`.
 
     Raises:
-        UserError: No such preset or transform, a wrong argument, or a transform that cannot work here; the message
-            names the transform and what is wrong.
+        UserError: The preset or a transform is unknown, an argument is invalid, or a transform does not work on images
+            with boxes; the message names the transform and the problem.
     """
     if isinstance(spec, str):
         _require_preset(spec)
         return
     for transform, path in [leaf for item in spec for leaf in _leaves(item, "augmentation")]:
         _try(transform, path)
-    _own_pipeline(spec)
+    _custom_pipeline(spec)
 
 
 def plain_of(spec: AugmentationSpec) -> AugmentationSpec:
-    """What the last epochs do instead (`close_mosaic`): flips, where the pipeline flips at all."""
+    """Return the augmentation of the last epochs (`close_mosaic`): `flip` if the pipeline flips, otherwise `none`."""
     if isinstance(spec, str):
         return "none" if spec == "none" else "flip"
-    # What a flip would spoil, such as writing, has a pipeline without one.
+    # A pipeline without a flip suggests images, such as text, that must not be mirrored.
     return "flip" if "HorizontalFlip" in _names(spec) else "none"
 
 
@@ -118,12 +118,12 @@ def _names(spec: list[dict[str, Any]]) -> Iterator[str]:
 
 def _require_preset(name: str) -> None:
     if name not in get_args(Augmentation):
-        raise UserError(f"no augmentation `{name}`; there are {', '.join(get_args(Augmentation))}")
+        raise UserError(f"unknown augmentation `{name}`; choose from {', '.join(get_args(Augmentation))}")
 
 
 def _steps(spec: AugmentationSpec) -> list[Step]:
     if not isinstance(spec, str):
-        return [_own_pipeline(spec)]
+        return [_custom_pipeline(spec)]
     _require_preset(spec)
     if spec == "light":
         return [_Pipeline(_light(), min_visible=0.0)]
@@ -151,7 +151,7 @@ def _mix(sample: Sample, rng: np.random.Generator, partners: Partners) -> Sample
 
 
 class _Pipeline:
-    """A pipeline of albumentations as a step."""
+    """Step that applies a pipeline of albumentations."""
 
     def __init__(self, transforms: list[Any], *, min_visible: float) -> None:
         import albumentations as A
@@ -160,7 +160,7 @@ class _Pipeline:
             format="coco", label_fields=["row"], clip=True, min_area=MIN_AREA_PX, min_visibility=min_visible
         )
         with warnings.catch_warnings():
-            # It wonders about pipelines that change colours only.
+            # albumentations warns about pipelines that change only colours.
             warnings.filterwarnings("ignore", message="Got processor for bboxes")
             self._compose = A.Compose(transforms, bbox_params=boxes)
 
@@ -168,7 +168,7 @@ class _Pipeline:
         self._compose.set_random_seed(int(rng.integers(2**32)))
         rows = np.arange(len(sample.ids), dtype=np.int64)
         result = self._compose(image=np.ascontiguousarray(sample.image), bboxes=sample.boxes_xywh, row=rows)
-        # Which rows are left comes back beside the boxes, and all else follows by row.
+        # albumentations returns the row of each remaining box; the other arrays are selected by row.
         rows = np.asarray(result["row"], dtype=np.int64).reshape(-1)
         return clipped(moved(sample, result["image"], as_boxes(result["bboxes"]), rows))
 
@@ -195,13 +195,13 @@ def _strong() -> list[Any]:
     ]
 
 
-def _own_pipeline(spec: list[dict[str, Any]]) -> _Pipeline:
+def _custom_pipeline(spec: list[dict[str, Any]]) -> _Pipeline:
     return _Pipeline([_build(item, "augmentation") for item in spec], min_visible=MIN_VISIBLE)
 
 
 @lru_cache(maxsize=1)
 def _catalogue() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The transforms of albumentations that move boxes with their image or leave both in place, and its groups."""
+    """Return the usable transforms of albumentations, which keep boxes and image consistent, and its groups."""
     import albumentations as A
 
     classes = {name: value for name, value in vars(A).items() if inspect.isclass(value) and not name.startswith("_")}
@@ -220,15 +220,15 @@ def _catalogue() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _parse(item: Any, where: str) -> tuple[str, Any, dict[str, Any], bool]:
-    """The name, class and arguments of a transform, and whether it is a group, all of them checked for spelling."""
+    """Return name, class and arguments of a transform, and whether it is a group, after checking all names."""
     if not isinstance(item, dict) or len(item) != 1:
         raise UserError(f"{where}: each transform must be written as `Name: {{argument: value}}`, got {item}")
     name, arguments = next(iter(item.items()))
     transforms, groups = _catalogue()
     if name not in transforms | groups:
         close = difflib.get_close_matches(str(name), [*transforms, *groups], n=1)
-        hint = f"did you mean {close[0]}?" if close else "its names are those of albumentations' classes"
-        raise UserError(f"{where}: no transform `{name}` for images with boxes; {hint}")
+        hint = f"did you mean {close[0]}?" if close else "names are those of albumentations' classes"
+        raise UserError(f"{where}: unknown transform `{name}` for images with boxes; {hint}")
     if not isinstance(arguments, dict | None):
         raise UserError(f"{where}: the arguments of {name} must be written as {{argument: value}}, got {arguments}")
     kind = (transforms | groups)[name]
@@ -236,21 +236,23 @@ def _parse(item: Any, where: str) -> tuple[str, Any, dict[str, Any], bool]:
     for argument in arguments or {}:
         if argument not in known:
             close = difflib.get_close_matches(str(argument), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
             raise UserError(f"{where}: {name} has no argument `{argument}`; {hint}")
     return name, kind, arguments or {}, name in groups
 
 
 def _build(item: Any, where: str) -> Any:
-    """One transform of albumentations, with all those inside it."""
+    """Build a transform of albumentations, including nested ones."""
     name, kind, arguments, is_group = _parse(item, where)
     if is_group:
         inner = arguments.get("transforms")
         if not isinstance(inner, list) or not inner:
-            raise UserError(f"{where}: {name} needs `transforms`, a list of `Name: {{argument: value}}`; got {inner}")
+            raise UserError(
+                f"{where}: {name} requires `transforms`, a list of `Name: {{argument: value}}`; got {inner}"
+            )
         p = arguments.get("p", 0.5)
         if not isinstance(p, int | float) or not 0 <= p <= 1:
-            raise UserError(f"{where}: {name}: p must be from 0 to 1, got {p}")
+            raise UserError(f"{where}: {name}: p must be between 0 and 1, got {p}")
         arguments = {**arguments, "transforms": [_build(one, f"{where}: {name}") for one in inner]}
     try:
         return kind(**arguments)
@@ -259,7 +261,7 @@ def _build(item: Any, where: str) -> Any:
 
 
 def _leaves(item: Any, where: str) -> Iterator[tuple[Any, str]]:
-    """The transforms of an item that are no groups, each with p of 1 and where it stands."""
+    """Yield the transforms of an item except groups, built with p = 1, and the path to each for messages."""
     name, kind, arguments, is_group = _parse(item, where)
     if not is_group:
         _build(item, where)
@@ -272,12 +274,12 @@ def _leaves(item: Any, where: str) -> Iterator[tuple[Any, str]]:
 
 
 def _try(transform: Any, where: str) -> None:
-    """Runs a transform once, so that what it cannot do shows before any worker starts."""
+    """Run a transform once, so that failures appear before any worker starts."""
     from albumentations.augmentations.crops.transforms import CropSizeError
 
     missing = set(transform.targets_as_params) - {"image", "bboxes"}
     if missing:
-        raise UserError(f"{where} needs {', '.join(sorted(missing))}, which a table of images with boxes does not have")
+        raise UserError(f"{where} requires {', '.join(sorted(missing))}, which images tables do not contain")
     image = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     box = np.array([[100.0, 100.0, 200.0, 200.0]])
     one = np.array([1])
@@ -286,14 +288,14 @@ def _try(transform: Any, where: str) -> None:
         result = _Pipeline([transform], min_visible=MIN_VISIBLE)(sample, np.random.default_rng(0), Partners())
     except Exception as error:
         if isinstance(error, CropSizeError) or "image sizes" in str(error):
-            return  # too large for this picture, which says nothing about the user's
+            return  # too large for the test image, but perhaps not for the user's images
         raise UserError(f"{where}: {_reason(error)}") from None
     if not isinstance(result.image, np.ndarray) or result.image.dtype != np.uint8 or result.image.shape[2:] != (3,):
-        raise UserError(f"{where} does not leave an RGB picture of 8 bits; the model's own normalisation comes later")
+        raise UserError(f"{where} must return an 8-bit RGB image; the model's image processor normalises later")
 
 
 def _reason(error: Exception) -> str:
-    """albumentations' message in one line: of a failed validation, what is wrong with which argument."""
+    """Return albumentations' message on one line; for failed validations, each argument and its problem."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     if not lines or "validation error" not in lines[0]:
         return one_line(error)
@@ -303,9 +305,9 @@ def _reason(error: Exception) -> str:
         if not line.startswith(" "):
             place = line.split(".")[0] + ": "
         elif "[type=" in line:
-            said, _, details = line.strip().partition(" [type=")
+            problem, _, details = line.strip().partition(" [type=")
             value = re.search(r"input_value=(.*), input_type=", details)
-            # Of a missing argument, as of arguments that do not go together, the value is all of them.
+            # For missing or incompatible arguments, the value is a dictionary of all arguments.
             shown = "" if value is None or value[1].startswith("{") else f", got {value[1]}"
-            faults.setdefault(place, said.removeprefix("Value error, ") + shown)
-    return "; ".join(place + said for place, said in faults.items())
+            faults.setdefault(place, problem.removeprefix("Value error, ") + shown)
+    return "; ".join(place + problem for place, problem in faults.items())

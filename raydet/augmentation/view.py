@@ -1,8 +1,7 @@
-"""The view: what a model sees of an image. Encoded image → decode → (augment) → resize → pixels at the model's size.
+"""The view: encoded image → decode → (augment) → resize → model input.
 
-Training, validation, scoring, inspection, planning and the benchmarks all see images through this module, so that
-they see the same pixels. OpenCV and albumentations are imported only for an augmentation that needs them, torch only
-to resize.
+Training, validation, scoring, inspection, planning and the benchmarks all use this module, so they see the same pixels.
+OpenCV and albumentations are imported only for augmentations that need them, torch only to resize.
 """
 
 import contextlib
@@ -26,17 +25,17 @@ if TYPE_CHECKING:
     from raydet.augmentation.transforms import Augmenter
 
 _SCALE_STREAM = 2
-"""Last word of the seed that chooses a step's size; `ordering` has those of other draws."""
+"""Last word of the seed for a step's image size; `ordering` has those of other random choices."""
 
 
 @dataclass(frozen=True)
 class SeenImage:
-    """An image as a model sees it.
+    """Model input for one image, with its targets.
 
     Attributes:
         image: uint8 RGB [H, W, 3] at the model's size, without padding.
         original_size_hw: Height and width in pixels of the upright image before augmentation and resize.
-        boxes_cxcywh: Normalised to the image, float32 [N, 4]; without crowd boxes.
+        boxes_cxcywh: Boxes normalised to the image, float32 [N, 4]; crowd boxes are excluded.
         categories: Category indices, int64 [N].
     """
 
@@ -48,16 +47,15 @@ class SeenImage:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """The path of an image from its table to the model, in training and validation.
+    """Conversion of table rows to model input, in training and validation.
 
     Attributes:
-        resize_rule: The model's own resize.
-        max_pixels: Larger pictures count as unreadable.
-        augmentation: A preset's name, or a pipeline of albumentations.
+        resize_rule: The model's resize.
+        max_pixels: Larger images count as unreadable.
+        augmentation: Name of a preset, or a pipeline of albumentations.
         seed: Seed of the augmentation and of the choice among `step_resize_rules`.
-        plain_from_epoch: From this epoch on, counted from 0, images are only flipped and have one size; None for
-            never.
-        step_resize_rules: Each earlier training step draws one of these; empty means `resize_rule`.
+        plain_from_epoch: First epoch, counted from 0, with at most flips and a fixed size; None disables it.
+        step_resize_rules: Resizes from which each training step before that epoch draws; empty means `resize_rule`.
     """
 
     resize_rule: ResizeRule
@@ -71,10 +69,10 @@ class View:
     def of_training(
         cls, config: TrainConfig, resize_rule: ResizeRule, step_resize_rules: tuple[ResizeRule, ...]
     ) -> Self:
-        """Builds the view that a training with this config has.
+        """Build the view of a training run.
 
         Args:
-            config: The training.
+            config: Configuration of the run.
             resize_rule: The model's resize at `image_size`.
             step_resize_rules: The model's resize at each size of `multi_scale`.
         """
@@ -87,20 +85,20 @@ class View:
         )
 
     def mixes(self, epoch: int) -> bool:
-        """Return whether images are mixed with partners in this epoch."""
+        """Return True if images are mixed with partners in an epoch."""
         return self.augmentation == "strong" and not self._is_plain(epoch)
 
     def step_resize_rule(self, epoch: int, step: int) -> ResizeRule:
-        """Return the resize of all images of a training step, the same on all ranks."""
+        """Return the resize for all images of a training step, equal on all ranks."""
         if self._is_plain(epoch) or not self.step_resize_rules:
             return self.resize_rule
         return self.step_resize_rules[scale_choice(self.seed, epoch, step, len(self.step_resize_rules))]
 
     def plain(self, row: Mapping[str, Any]) -> SeenImage:
-        """Decode and resize an image without augmentation, as validation and scoring do; boxes are left out.
+        """Decode and resize an image without augmentation, as in validation and scoring; the result has no boxes.
 
         Args:
-            row: A row of an images table; `image` is read.
+            row: A row of an images table, with `image`.
 
         Raises:
             DecodeError: The image cannot be read.
@@ -110,13 +108,13 @@ class View:
         return SeenImage(resized(image, self.resize_rule), size_hw, *nothing)
 
     def augmented(self, row: Mapping[str, Any], *, epoch: int, resize_rule: ResizeRule) -> SeenImage:
-        """Decode, augment and resize an image, as a training step does.
+        """Decode, augment and resize an image, as in a training step.
 
         Args:
-            row: A row of an images table; `image_id`, `image` and `objects` are read and, where they are there,
-                `mosaic` and `mixup`: the rows that the image is mixed with. Unreadable partners are left out.
-            epoch: Counted from 0.
-            resize_rule: The resize of the image's training step, see `step_resize_rule`.
+            row: A row of an images table, with `image_id`, `image` and `objects`; optionally with `mosaic` and `mixup`,
+                the rows of the partners. Unreadable partners are omitted.
+            epoch: Epoch, counted from 0.
+            resize_rule: The resize of the training step, see `step_resize_rule`.
 
         Raises:
             DecodeError: The image cannot be read.
@@ -132,7 +130,7 @@ class View:
             seed=augmentation_seed(self.seed, epoch, row["image_id"]),
             partners=partners,
         )
-        # A crowd box covers many objects: no single query can learn it.
+        # A crowd box covers many objects, so it is not a target for a single query.
         kept = ~sample.iscrowd
         return SeenImage(
             resized(sample.image, resize_rule),
@@ -145,7 +143,7 @@ class View:
         return self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
 
     def _readable(self, rows: Sequence[Mapping[str, Any]] | None) -> "tuple[Sample, ...]":
-        """The partners that can be read; the others are reported when it is their own turn."""
+        """Return the readable partners; unreadable images are reported at their own turn."""
         from raydet.augmentation.mixing import sample_of
 
         samples = []
@@ -157,15 +155,15 @@ class View:
 
 
 def decoded(data: bytes, *, max_pixels: int, reduce_to: ResizeRule | None = None) -> tuple[Image, SizeHW]:
-    """Decode an image, on request only as large as a model needs it.
+    """Decode an image, optionally at a reduced size.
 
     Args:
         data: The encoded image.
-        max_pixels: Larger pictures are refused.
-        reduce_to: With a rule, JPEGs may come smaller, but not below the size that the rule resizes them to.
+        max_pixels: Larger images are refused.
+        reduce_to: If given, JPEGs may be decoded at a smaller size, but not below the target size of this rule.
 
     Returns:
-        uint8 RGB [H, W, 3], and height and width in pixels of the upright image, of which a reduced JPEG has fewer.
+        uint8 RGB [H, W, 3], and height and width in pixels of the full-size upright image.
 
     Raises:
         DecodeError: The image cannot be read.
@@ -178,20 +176,20 @@ def decoded(data: bytes, *, max_pixels: int, reduce_to: ResizeRule | None = None
 
 
 def resized(image: Image, rule: ResizeRule) -> Image:
-    """Resize an image, uint8 [H, W, 3], to the size at which the model sees it."""
+    """Resize an image, uint8 [H, W, 3], to the model's input size."""
     return resize(image, rule.target_size_hw((image.shape[0], image.shape[1])), rule.resample)
 
 
 def augmentation_seed(seed: int, epoch: int, image_id: int) -> int:
-    """Return the seed of an image's augmentation: it depends on nothing else, so not on workers or order."""
+    """Return the seed of an image's augmentation, which is independent of workers and order."""
     return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1)[0])
 
 
 def scale_choice(seed: int, epoch: int, step: int, num_scales: int) -> int:
-    """Choose one of several image sizes for an optimizer step, the same on all ranks.
+    """Choose the image size of an optimizer step, equal on all ranks.
 
     Returns:
-        A number from 0 to `num_scales` - 1.
+        An index from 0 to `num_scales` - 1.
     """
     return int(np.random.default_rng([seed, epoch, step, _SCALE_STREAM]).integers(num_scales))
 

@@ -1,1 +1,1 @@
-"""What every other package may use and that uses none of them: errors, console, threads, signals, box arithmetic."""
+"""Foundations without dependencies on other packages: errors, console, threads, signals, box arithmetic."""

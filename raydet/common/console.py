@@ -1,4 +1,4 @@
-"""Lines, tables and progress on the terminal. Imports no Ray."""
+"""Lines, tables and progress on the terminal."""
 
 import contextlib
 import os
@@ -9,21 +9,21 @@ from raydet.common.redaction import without_secrets
 
 
 def write_out(text: str) -> None:
-    """Write a page of text to stdout; a reader such as `head` may close the pipe before the end."""
+    """Write text to stdout, tolerating a reader such as `head` that closes the pipe early."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit.
+        # The interpreter flushes stdout again at exit, which would raise a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def shown(value: float | None, spec: str = ".3f") -> str:
-    """A number as a person sees it; "–" where it is undefined."""
+    """Format a number for display; "–" stands for None."""
     return "–" if value is None else format(value, spec)
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lay out a table: the first column flush left, the others flush right."""
+    """Align a table's cells: the first column left, the others right."""
     first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -33,10 +33,10 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 class Console:
-    """Plain lines, and on a terminal a status line below them with the progress."""
+    """Console output: plain lines, and on a terminal a status line with the progress below them."""
 
     def __init__(self) -> None:
-        # Imported late: layout alone does not need it.
+        # Imported late: `aligned` and `shown` do not need it.
         from rich.console import Console as RichConsole
 
         self._rich = RichConsole(highlight=False, markup=False, soft_wrap=True)
@@ -52,7 +52,7 @@ class Console:
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Show a status line during a `with` block; yields the function that changes it."""
+        """Show a status line while the block runs; yield the function that updates it."""
         if not self._is_terminal:
             yield lambda _: None
             return

@@ -1,26 +1,26 @@
-"""The exceptions that the command line prints as a single line; anything else is a bug and keeps its traceback."""
+"""Exceptions that the command line prints as one line; any other exception is a bug and keeps its traceback."""
 
 import signal
 
 
 class UserError(ValueError):
-    """A mistake in the input: the message says what is wrong, where, and what would be right."""
+    """Invalid input; the message says what is wrong, where, and what would be right."""
 
     exit_code = 2
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, though its input was right: the message says where it stands and what can be done."""
+    """Failure of a run with valid input; the message says what failed and how to proceed."""
 
     exit_code = 1
 
 
-class RunStopped(RunError):  # noqa: N818 - it is no error that a run does as it was asked
-    """A run that was asked to stop, and has saved all it needs to resume; its exit code is 128 and the signal's number.
+class RunStopped(RunError):  # noqa: N818 - stopping on request is not an error
+    """Stop requested by a signal, after saving everything needed to resume; the exit code is 128 + the signal number.
 
     Args:
         message: For the user.
-        signal_number: The signal that asked; SIGTERM by default.
+        signal_number: The signal that requested the stop; SIGTERM by default.
     """
 
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
@@ -29,11 +29,11 @@ class RunStopped(RunError):  # noqa: N818 - it is no error that a run does as it
 
 
 def one_line(message: object, *, limit: int | None = None) -> str:
-    """Put a message on one line.
+    """Collapse a message into one line.
 
     Args:
-        message: Text, or an exception: its message then, or the name of its type where it has none.
-        limit: Most characters; a longer message ends in an ellipsis.
+        message: Text, or an exception; one without a message is shown by the name of its type.
+        limit: Maximum number of characters; a longer message is cut and ends in an ellipsis.
     """
     text = " ".join(str(message).split())
     if not text and isinstance(message, BaseException):

@@ -1,4 +1,4 @@
-"""Optional packages that an extra of raydet installs."""
+"""Checks for optional packages that raydet's extras install."""
 
 import importlib.util
 
@@ -8,14 +8,14 @@ _PACKAGES = {"openvino": ("openvino",), "onnx": ("onnx", "onnxruntime")}
 
 
 def require_packages(extra: str) -> None:
-    """Makes sure that the packages of one of raydet's extras are there, without importing them.
+    """Check that the packages of an extra are installed, without importing them.
 
     Args:
-        extra: openvino or onnx.
+        extra: "openvino" or "onnx".
 
     Raises:
-        UserError: One is missing.
+        UserError: A package is missing.
     """
     missing = [name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'{extra} needs the package {", ".join(missing)}: pip install "raydet[{extra}]"')
+        raise UserError(f'{extra} requires the package {", ".join(missing)}: pip install "raydet[{extra}]"')

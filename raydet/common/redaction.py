@@ -1,4 +1,4 @@
-"""Passwords, keys and tokens, and how they stay out of what is printed, logged and written."""
+"""Redaction of passwords, keys and tokens from everything that is printed, logged or written."""
 
 import os
 import re
@@ -11,42 +11,42 @@ _SECRET_NAME = re.compile(
     r"secret|passw|credential|signature|(api|access|private|account)[_-]?key|(^|[^a-z])(token|sig)([^a-z]|$)", re.I
 )
 _PLACE_NAME = re.compile(r"(file|path|dir)$", re.I)
-"""Variables named so hold where a secret is, and not the secret."""
+"""Environment variables with these suffixes hold the location of a secret, not the secret."""
 _USER_IN_URL = re.compile(
     r"(?<=://)[^/@\s?#\"']*:[^/@\s?#\"']*@|(?<=http://)[^/@\s?#\"']+@|(?<=https://)[^/@\s?#\"']+@"
 )
-"""User and password; a name alone is, but on the web, the container of Azure's or the user of Hadoop's storage."""
+"""User and password. A user name alone counts only on the web: elsewhere it names an Azure container or Hadoop user."""
 _QUERY_ITEM = re.compile(r"(?<=[?&;])([^=&#\s\"']+)=[^&#\s\"']*")
 _KNOWN_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b|\b(AKIA|ASIA)[0-9A-Z]{16}\b")
 _SHORTEST_SECRET = 8
-"""Characters; shorter values of the environment would be found within ordinary words."""
+"""In characters; shorter environment values would match ordinary words."""
 _HIDDEN = "***"
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy of nested dicts, lists and texts in which passwords, keys and tokens are replaced by `***`.
+    """Return a copy of nested dicts, lists and strings with passwords, keys and tokens replaced by `***`.
 
-    Those are: what stands under a name such as `api_key`; secret arguments of a URL; the values of environment
-    variables with such a name; tokens of a known form. User and password in a URL are left out of it, so that what
-    remains still names the place, to whoever has the keys in the environment.
+    Redacted are: values under a key such as `api_key`; secret query parameters of a URL; values of environment
+    variables with such a name; tokens of a known form. User and password are removed from URLs, so that the URL still
+    works for anyone with credentials in the environment.
     """
     return _without_secrets(value, _secrets_of_environment())
 
 
 def refuse_password(uri: str, *, what: str) -> None:
-    """Refuses a URI with a password in it, where it would have to be written down to be used later.
+    """Refuse a URI that contains a password, where raydet would have to store the URI.
 
     Args:
         uri: A path or URI.
-        what: What it is, for the message.
+        what: Description of the URI for the message.
 
     Raises:
-        UserError: It has one.
+        UserError: The URI contains a password.
     """
     if _USER_IN_URL.search(uri):
         raise UserError(
-            f"{what} has a password in it, which would be written beside the data: {without_secrets(uri)}; leave it "
-            "out and give the keys in the environment (such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            f"{what} contains a password, which raydet would have to store beside the data: {without_secrets(uri)}; "
+            "pass credentials in the environment instead (such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
         )
 
 

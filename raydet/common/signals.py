@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, as `ray job stop` and schedulers send it, and Ctrl-C become one line and an exit code."""
+"""Stop requests: SIGTERM from `ray job stop` or a scheduler, and Ctrl-C, become one line and an exit code."""
 
 import contextlib
 import os
@@ -17,32 +17,32 @@ STOPPED = "run stopped; run the same command again to resume"
 
 @contextlib.contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """For the time of a `with`, SIGTERM ends what is inside: it drops what is in flight and cleans up after itself.
+    """Context manager: SIGTERM interrupts the block while it runs, so that the block can clean up.
 
-    Inside it looks like Ctrl-C, a KeyboardInterrupt: code that makes up for failures lets that pass, and while Ray
-    waits for its workers it hands on no other exception that a handler raises. A second SIGTERM does what it did
-    before the `with`. Outside the main thread, where signals do not come, nothing is changed.
+    Inside the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does: handlers of `Exception` do not swallow it, and it
+    is the only exception from a signal handler that Ray propagates while it waits for workers. A second SIGTERM is
+    handled as before the block. Outside the main thread, which receives no signals, the context manager does nothing.
 
     Raises:
-        RunStopped: SIGTERM has come.
+        RunStopped: SIGTERM arrived.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    was_asked = False
+    is_requested = False
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        nonlocal was_asked
-        was_asked = True
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal is_requested
+        is_requested = True
         signal.signal(signal.SIGTERM, previous)
         raise KeyboardInterrupt("SIGTERM")
 
-    previous = signal.signal(signal.SIGTERM, ask)
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         with _repeating_dropped_interrupts():
             yield
     except KeyboardInterrupt:
-        if was_asked:
+        if is_requested:
             raise RunStopped(STOPPED) from None
         raise
     finally:
@@ -51,9 +51,9 @@ def ending_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _repeating_dropped_interrupts() -> Iterator[None]:
-    """For the time of a `with`, a KeyboardInterrupt that Python drops is raised again a moment later.
+    """Context manager: while the block runs, raise a KeyboardInterrupt that Python drops again a moment later.
 
-    Python drops an exception that a callback without a caller raises, such as the cleanup after each import.
+    Python drops exceptions raised in callbacks without a caller, such as the cleanup after each import.
     """
     timers: list[threading.Timer] = []
     previous = sys.unraisablehook
@@ -75,7 +75,7 @@ def _repeating_dropped_interrupts() -> Iterator[None]:
 
 
 class StopRequest:
-    """The signal that asked a command to stop, if one did."""
+    """The signal that asked a command to stop; falsy until one arrives."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -84,15 +84,15 @@ class StopRequest:
         return self.signal_number is not None
 
     def to_error(self, message: str) -> RunStopped:
-        """The exception with the exit code of the signal."""
+        """Return a RunStopped with the exit code of the signal."""
         return RunStopped(message, self.signal_number or signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def noting_stop_requests() -> Iterator[StopRequest]:
-    """For the time of a `with`, the first SIGINT or SIGTERM is only noted; the next one acts as it did before.
+    """Context manager: record the first SIGINT or SIGTERM while the block runs; handle the next one as before.
 
-    Outside the main thread, where signals do not come, nothing is changed.
+    Outside the main thread, which receives no signals, the context manager does nothing.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

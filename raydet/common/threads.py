@@ -1,6 +1,6 @@
-"""Threads: as many as this process has CPUs for, and the same work on many items side by side.
+"""Parallel work in threads, and the number of CPUs available to this process.
 
-Threads pay where the work waits (for storage) or lets go of the interpreter.
+Threads pay off where the work waits for storage or releases the interpreter lock.
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 NUM_READ_THREADS = 16
-"""Enough to make up for how late remote storage answers."""
+"""Enough to hide the latency of remote storage."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,20 +25,20 @@ def in_order(
     num_threads: int = NUM_READ_THREADS,
     ahead: int | None = None,
 ) -> Iterator[Result]:
-    """Does the same to each item in threads and yields the results in the items' order.
+    """Apply a function to each item in threads and yield the results in the order of the items.
 
-    Items are taken, one at a time, in the thread of the reader. When the reader stops, what has not begun is dropped,
-    and what has is waited for.
+    The consumer's thread fetches the items, one at a time. When the consumer stops early, queued items are dropped and
+    running ones are awaited.
 
     Args:
-        work: What to do; several threads call it at once.
-        items: Of any number; they may be made while they are read.
-        num_threads: As many work at once.
-        ahead: Items at most whose results have not been handed on, at work, done or waiting, which bounds the memory;
-            twice `num_threads` by default.
+        work: Function to apply; several threads call it concurrently.
+        items: Items; may be generated lazily.
+        num_threads: Number of threads.
+        ahead: Maximum number of items fetched but not yet yielded (queued, running or finished), which bounds the
+            memory; twice `num_threads` by default.
 
     Raises:
-        Exception: What the work raised, in place of the result of the first item for which it did.
+        Exception: The exception of the first item for which `work` failed, raised instead of its result.
     """
     ahead = ahead or 2 * num_threads
     pending: deque[Future[Result]] = deque()
@@ -56,29 +56,29 @@ def in_order(
 
 
 def available_cpus(*, system: Path = Path("/")) -> int:
-    """CPUs that this process may use, at least 1.
+    """Return the number of CPUs that this process may use, at least 1.
 
-    Those of its CPU affinity, and no more than the CPU quota of its control groups, which is how containers are
-    limited (Linux, cgroup v1 and v2); a quota of a fraction is rounded up.
+    This is the size of the CPU affinity mask, capped by the CPU quota of the control groups (Linux cgroup v1 and v2),
+    which is how containers are limited. A fractional quota is rounded up.
 
     Args:
-        system: Root of the file system.
+        system: Root folder of the file system.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(affinity, _cpu_quota(system))))
 
 
 def _cpu_quota(system: Path) -> float:
-    """The smallest quota of this process's control groups and of those that they lie in, in CPUs."""
+    """Return the smallest CPU quota of this process's control groups and their ancestors, in CPUs."""
     quotas = [math.inf]
     for line in _words(system / "proc/self/cgroup", separator="\n"):
         _, controllers, group = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        mount = system / "sys/fs/cgroup" / controllers  # v2 names no controllers
+        mount = system / "sys/fs/cgroup" / controllers  # empty in v2
         if not mount.is_dir():
             mount = system / "sys/fs/cgroup/cpu"
-        # In a container the group may be named as its host sees it; then only the mount itself is there.
+        # In a container the group may carry the host's name; then only the mount itself exists.
         inside = Path(group.lstrip("/"))
         for folder in (mount / inside, *(mount / parent for parent in inside.parents), mount):
             limits = _words(folder / "cpu.max") or [

@@ -1,3 +1,3 @@
-"""The version of the package, declared once: `pyproject.toml` reads it from here."""
+"""Package version, declared once; `pyproject.toml` reads it from here."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""References to image files → upright RGB pixels, or the reason why not; boxes drawn on them."""
+"""References to image files → upright RGB pixels, or a reason for failure; drawing of boxes."""

@@ -1,8 +1,8 @@
-"""What there is to be scored: images of a table, a folder, a list of paths or tar files, in a fixed order.
+"""Collections of images to score: a table, a folder, a list of paths or tar files, in a fixed order.
 
-An images table is its own index. For all else the images are listed once, into a small Parquet file; whoever goes on
-with a run reads that file, and so sees the same images in the same order even if files have come since. Reading needs
-pyarrow alone: no Ray, no torch.
+An images table is its own index. The images of other collections are listed once, in a small Parquet file; a resumed
+run reads that file, so it sees the same images in the same order even if files were added meanwhile. Reading requires
+pyarrow, but neither Ray nor torch.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from raydet.tables import storage
 from raydet.tables.table import Table, is_table, open_table
 
 INDEX_GROUP_ROWS = 2**16
-"""Rows of a row group of an index: what reading a few of them must load."""
+"""Rows per row group of an index, the minimum that a read loads."""
 _INDEX_SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
@@ -44,15 +44,15 @@ _TABLE_COLUMNS = ("image_id", "image", "width", "height")
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image, undecoded.
+    """One encoded image.
 
     Attributes:
-        image_id: The table's, or the number of the row from 0.
-        path: Of a table what it says; of a folder relative to it; of a list as the line says; of a tar file the path
-            of the shard and the name in it.
-        data: The encoded image; None where it cannot be read.
-        error: None, or one short reason why there are no data.
-        size_hw: Height and width in pixels as the table states them; None where nothing does.
+        image_id: Id in the table, or the row number from 0.
+        path: In a table, the stated path; in a folder, relative to the folder; in a list, the line; in a tar file, path
+            of the shard and name of the member.
+        data: Encoded image; None if it cannot be read.
+        error: Short reason for missing data; otherwise None.
+        size_hw: Height and width in pixels as stated by the table; None if unknown.
     """
 
     image_id: int
@@ -64,13 +64,13 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Collection(ABC):
-    """A collection of images, by position; holds no pixels and can be sent to any worker.
+    """A sequence of images by position; contains no pixels and can be pickled to any worker.
 
     Attributes:
-        kind: What it was made from.
-        num_rows: How many images there are.
-        fingerprint: 16 hex digits that change when the collection does: a table's manifest, or the paths and places
-            of all images. The content of files is not looked at.
+        kind: Kind of source.
+        num_rows: Number of images.
+        fingerprint: 16 hex digits that change with the collection: hash of a table's manifest, or of the paths and
+            references of all images. File contents are not hashed.
     """
 
     kind: Literal["table", "folder", "list", "tar"]
@@ -80,48 +80,47 @@ class Collection(ABC):
     @property
     @abstractmethod
     def id_space(self) -> str | None:
-        """Names what the image ids count: a table's own id space, or one of this listing. None where unknown."""
+        """Identifier of the image ids' id space: the table's, or this listing's; None if unknown."""
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
-        """Reads the rows from position `start` to `stop` (exclusive), as a slice does, in order, while they are taken.
+        """Yield the rows from position `start` to `stop` (exclusive) in order, reading lazily.
 
         Raises:
-            OSError: The storage fails, which says nothing about one image; what is wrong with one image stands in its
-                row.
+            OSError: The storage failed. Failures of single images are reported in their rows instead.
         """
 
 
 @dataclass(frozen=True)
 class TableCollection(Collection):
-    """The rows of an images table.
+    """Collection of the rows of an images table.
 
     Attributes:
-        table: The table, with its categories.
+        table: The images table.
     """
 
     table: Table
 
     @classmethod
     def of(cls, table: Table) -> Self:
-        """Make a collection of an opened images table.
+        """Create a collection from an opened images table.
 
         Raises:
-            UserError: It has no rows.
+            UserError: The table has no rows.
         """
         if table.num_rows == 0:
-            raise UserError(f"the images table {table.uri} has no rows: there is no image to score")
+            raise UserError(f"the images table {table.uri} has no rows, so there is no image to score")
         manifest = json.dumps(table.manifest, sort_keys=True).encode()
         return cls("table", table.num_rows, hashlib.sha256(manifest).hexdigest()[:16], table)
 
     @property
     def id_space(self) -> str | None:
-        """As `Collection.id_space`."""
+        """See `Collection.id_space`."""
         found: str | None = self.table.manifest.get("id_space")
         return found
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
-        """As `Collection.read`; opens and loads only the files and row groups that hold these rows, one at a time."""
+        """Read rows as `Collection.read` does, loading only the required row groups, one at a time."""
         reader = FileReader()
         first = 0
         for name in self.table.files:
@@ -135,22 +134,22 @@ class TableCollection(Collection):
 
 @dataclass(frozen=True)
 class IndexedCollection(Collection):
-    """Images that an index lists.
+    """Collection of the images listed in an index.
 
     Attributes:
-        index: Where the index is; or itself, where it was not to be kept.
+        index: URI of the index, or its content if it is not stored.
     """
 
     index: str | bytes
 
     @property
     def id_space(self) -> str:
-        """As `Collection.id_space`."""
+        """See `Collection.id_space`."""
         return self.fingerprint
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
-        """As `Collection.read`; a few files are read ahead, side by side, since remote storage answers late."""
-        # Nobody has looked for the files of a list before.
+        """Read rows as `Collection.read` does, prefetching files in parallel to hide storage latency."""
+        # Unlike files found by listing, files named in a list may never have existed.
         reader = FileReader(missing="no such file") if self.kind == "list" else FileReader()
         yield from in_order(lambda item: _filled(item, reader), self._rows(start, stop))
 
@@ -162,20 +161,19 @@ class IndexedCollection(Collection):
 
 
 def open_collection(data: str, *, index_uri: str | None) -> Collection:
-    """Opens what is to be scored.
+    """Open a collection of images to score.
 
     Args:
-        data: Path or URI of an images table; of a folder of images, with its subfolders; of a list file (`.txt` or
-            `.lst`, UTF-8: a path or URI a line, relative ones starting from the list's folder; blank lines and lines
-            that begin with `#` are left out); of a `.tar`, or of a folder that holds tar files and no image. Or a
-            pattern of tar files, with `*`, `?`, `[…]`, `{a,b}` and `{000..012}`. A folder that holds both a table and
-            images is a table.
-        index_uri: Where the index is, or is to be written; the object itself holds it where this is None. Not used
-            for a table.
+        data: Path or URI of an images table; a folder of images, including subfolders; a list file (`.txt` or `.lst`,
+            UTF-8, one path or URI per line, relative to the folder of the list; blank lines and lines that start with
+            `#` are ignored); a `.tar`; or a folder of tar files without images. Or a pattern of tar files, with `*`,
+            `?`, `[…]`, `{a,b}` and `{000..012}`. A folder that contains both a table and images is a table.
+        index_uri: Location of the index, which is written if missing; None keeps the index in the returned object.
+            Unused for a table.
 
     Raises:
-        UserError: There is no such thing, no image in it, or a tar file is damaged or compressed; or the index there
-            is of other data; or there is a password in a URI that the index would hold. Nothing is written then.
+        UserError: The data does not exist or contains no image, a tar file is damaged or compressed, the existing
+            index belongs to other data, or a URI for the index contains a password. Nothing is written then.
     """
     uri = storage.absolute_uri(data).rstrip("/") or "/"
     if uri.startswith("file://") and not is_pattern(uri):
@@ -183,10 +181,12 @@ def open_collection(data: str, *, index_uri: str | None) -> Collection:
     try:
         if not is_pattern(uri):
             if not storage.exists(uri):
-                raise UserError(f"no such path: {uri}; data must name a table, a folder of images, a list or tar files")
+                raise UserError(
+                    f"no such path: {uri}; --data must name a table, a folder of images, a list or tar files"
+                )
             if is_table(uri):
                 return TableCollection.of(open_table(uri, "images"))
-        refuse_password(uri, what="data")
+        refuse_password(uri, what="--data")
         if index_uri is None:
             return _indexed(_build_index(list_images(uri), uri), uri)
         if not storage.exists(index_uri):
@@ -197,7 +197,7 @@ def open_collection(data: str, *, index_uri: str | None) -> Collection:
 
 
 def _build_index(listing: Listing, uri: str) -> bytes:
-    """Lists the images into a Parquet file, which holds the fingerprint of all rows in its metadata."""
+    """Build the index: a Parquet file of all images, with their fingerprint in its metadata."""
     digest = hashlib.sha256(listing.kind.encode())
     sink = pa.BufferOutputStream()
     num_rows = 0
@@ -208,7 +208,7 @@ def _build_index(listing: Listing, uri: str) -> bytes:
             arrays = [pa.array(column, field.type) for column, field in zip(columns, _INDEX_SCHEMA, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=_INDEX_SCHEMA), row_group_size=INDEX_GROUP_ROWS)
             for path, reference in entries:
-                # Lengths keep apart what separators could not: a path may hold any character.
+                # The length makes the encoding unambiguous: a path may contain any separator.
                 digest.update(f"{len(path)} {path} {reference}".encode())
             num_rows += len(entries)
         content = {"kind": listing.kind, "data": uri, "fingerprint": digest.hexdigest()[:16]}
@@ -229,10 +229,10 @@ def _indexed(index: str | bytes, uri: str) -> IndexedCollection:
             metadata = file.metadata
             content = json.loads((metadata.metadata or {})[_INDEX_KEY])
     except (pa.ArrowInvalid, KeyError):
-        raise UserError(f"{where} is no index of images, or damaged; name another output folder") from None
+        raise UserError(f"{where} is not an index of images, or is damaged; choose another output folder") from None
     if content["data"] != uri:
         raise UserError(
-            f"{where} lists the images of {content['data']}, not those of {uri}; name another output folder"
+            f"{where} lists the images of {content['data']}, not those of {uri}; choose another output folder"
         )
     return IndexedCollection(content["kind"], metadata.num_rows, content["fingerprint"], index)
 
@@ -249,13 +249,13 @@ def _open_parquet(source: str | bytes) -> Iterator[pq.ParquetFile]:
 
 
 def _overlapping(file: pq.ParquetFile, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows from `start` to `stop` of a Parquet file; loads one row group at a time, and none without such rows."""
+    """Yield the rows from `start` to `stop` of a Parquet file, loading one overlapping row group at a time."""
     first = 0
     for group in range(file.metadata.num_row_groups):
         num_rows = file.metadata.row_group(group).num_rows
         low, high = max(start - first, 0), min(stop - first, num_rows)
         if low < high:
-            # Batches, since a column of more than 2 GiB of bytes cannot be one array.
+            # In batches, since a binary column of more than 2 GiB does not fit into one array.
             yield from file.read_row_group(group, columns=list(columns)).slice(low, high - low).to_batches()
         first += num_rows
 
@@ -276,14 +276,14 @@ def _table_row(rows: pa.RecordBatch, number: int) -> tuple[ImageRow, Reference]:
         image_id=rows["image_id"][number].as_py(),
         path=path or "",
         data=image["bytes"],
-        error=None if path or image["bytes"] is not None else "the table has neither its bytes nor its path",
+        error=None if path or image["bytes"] is not None else "the table has neither bytes nor a path for this image",
         size_hw=size_hw if all(size_hw) else None,
     )
     return row, Reference(path)
 
 
 def _filled(item: tuple[ImageRow, Reference], reader: FileReader) -> ImageRow:
-    """The row with its data, or with the reason why it has none."""
+    """Return the row with its data, or with the reason why they cannot be read."""
     row, reference = item
     if row.data is not None or row.error is not None:
         return row

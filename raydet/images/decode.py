@@ -1,9 +1,9 @@
-"""Bytes of an image file → upright RGB pixels, or one short reason why not.
+"""Bytes of an image file → upright RGB pixels, or a short reason for failure.
 
-What comes out is what a person sees: the EXIF orientation is applied, transparent parts lie on white, palettes, CMYK
-and grey become RGB, 16-bit and float samples are scaled to 8 bits, and of an animation the first frame is taken.
-Decode workers import this module, so it needs numpy and Pillow alone. Of what a broken TIFF provokes, libtiff's own
-lines still reach stderr.
+The result looks like the image in a viewer: the EXIF orientation is applied, transparency is composed onto white,
+palette, CMYK and grey images become RGB, 16-bit and float samples are scaled to 8 bits, and an animation yields its
+first frame. Decode workers import this module, so it depends on numpy and Pillow only. libtiff prints its own messages
+about broken TIFFs to stderr.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from PIL import (
 from raydet.common.errors import one_line
 from raydet.images.jpeg_scan import without_scan
 
-# Pillow reports damage that it can live with through `warnings` and `logging`; here every file is either decoded or
-# refused with a reason. Filters are per process, since `warnings.catch_warnings` is not safe among threads.
+# Pillow reports tolerable damage through `warnings` and `logging`; this module either decodes a file or refuses it with
+# a reason. The filters apply to the process, since `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-# Formats are named, not looked up by Image.open, for three reasons: its late loading of plugins races among threads,
-# some plugins start other programs (Ghostscript), and its size limit is global. JPEG comes without its MPO and
-# Ultra HDR siblings: those begin with a whole JPEG, which is the picture wanted.
+# An explicit list instead of Image.open, for three reasons: its lazy loading of plugins is not thread-safe, some
+# plugins start other programs (Ghostscript), and its size limit is global. MPO and Ultra HDR files start with a
+# complete JPEG, which is the image to decode, so their plugins are not needed.
 _FORMATS = (
     ("JPEG", JpegImagePlugin.JpegImageFile),
     ("PNG", PngImagePlugin.PngImageFile),
@@ -68,35 +68,36 @@ _PNG_EXIF_KEYS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _WHITE = (255, 255, 255)
 _END_OF_JPEG = b"\xff\xd9"
 _TRUNCATED = re.compile("truncated|unexpected end|not enough|requires a buffer|but only got", re.IGNORECASE)
-_SAY_NOTHING = ("", "not identified by this driver")
+_UNINFORMATIVE = ("", "not identified by this driver")
 
 
 class DecodeError(Exception):
-    """These bytes give no picture; the message is one short reason that a person understands."""
+    """The bytes cannot be decoded; the message is one short, human-readable reason."""
 
 
 class TruncatedError(DecodeError):
-    """The file ends before the picture does; `mend` may save what there is of it."""
+    """The file is truncated; `repair` may recover a part of the image."""
 
 
 def decode(data: bytes, *, max_pixels: int, at_least_hw: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Decodes one image file.
+    """Decode one image file.
 
     Args:
-        data: The whole file.
-        max_pixels: Pictures of more pixels are refused by their header, before any pixel is decoded.
-        at_least_hw: Height and width, in pixels of the upright picture, that the caller needs at least. A JPEG is
-            then decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its size (rounded up) that is no smaller on either
-            side, which leaves out most of the work; other formats come at full size, and so does a JPEG that is
-            smaller already. `upright_size_hw` gives the full size. The last row and column of a reduced picture may
-            stand for fewer pixels than the others, so that places in it are true to one of its own pixels.
+        data: Content of the file.
+        max_pixels: Larger images are refused by their header, before any pixel is decoded.
+        at_least_hw: Minimum height and width in pixels of the upright image. A JPEG is decoded at the smallest of 1,
+            1/2, 1/4 and 1/8 of its size (rounded up) that meets the minimum on both sides, which saves most of the
+            work; other formats, and JPEGs below the minimum, are decoded at full size. `upright_size_hw` returns the
+            full size. The last row and column of a reduced image may cover fewer source pixels than the others, so
+            positions are accurate to one reduced pixel.
 
     Returns:
-        RGB pixels of the upright picture, uint8 [height, width, 3], contiguous and writable.
+        RGB pixels of the upright image, uint8 [height, width, 3], contiguous and writable.
 
     Raises:
-        TruncatedError: The file ends before the picture does.
-        DecodeError: The file is empty, broken, too large, or no image. Nothing else is ever raised.
+        TruncatedError: The file is truncated.
+        DecodeError: The file is empty, broken, too large, or not an image. No other exception is raised, except
+            MemoryError.
     """
     try:
         image = _open(data, max_pixels)
@@ -104,27 +105,27 @@ def decode(data: bytes, *, max_pixels: int, at_least_hw: tuple[int, int] | None 
             _reduce(image, at_least_hw)
         image.load()
         return _upright_rgb(image)
-    except (DecodeError, MemoryError):  # want of memory is not the file's fault
+    except (DecodeError, MemoryError):  # lack of memory is not a property of the file
         raise
     except Exception as error:
         raise _error(error, data, max_pixels) from None
 
 
 def check(data: bytes, *, max_pixels: int) -> tuple[int, int]:
-    """Makes sure that `decode` gives a picture, at less cost where that can be.
+    """Check that `decode` succeeds, at lower cost where possible.
 
-    Of a JPEG the coded picture need not be decoded where its markers tell that it can be (`jpeg_scan.py`). Another
-    one is decoded at an eighth of its size: libjpeg then reads every coded coefficient as it does at full size, so that
-    whatever is cut off or broken comes to light, and leaves out most of the arithmetic behind.
+    The scan of a JPEG need not be decoded if its markers show that it is decodable (`jpeg_scan.py`). Other JPEGs are
+    decoded at 1/8 of their size: libjpeg still reads every coefficient, so truncation and corruption are detected, but
+    skips most of the arithmetic.
 
     Returns:
-        Height and width in pixels of the upright picture.
+        Height and width in pixels of the upright image.
 
     Raises:
-        DecodeError: As `decode` raises it.
+        DecodeError: As raised by `decode`.
     """
     if _accepts("JPEG", data) and (rest := without_scan(data)) is not None:
-        with contextlib.suppress(DecodeError):  # of the whole file, the reason is that which `decode` gives
+        with contextlib.suppress(DecodeError):  # checking the complete file gives the same reason as `decode`
             return _check(rest, max_pixels)
     return _check(data, max_pixels)
 
@@ -148,63 +149,64 @@ def _check(data: bytes, max_pixels: int) -> tuple[int, int]:
         raise _error(error, data, max_pixels) from None
 
 
-def mend(data: bytes, *, max_pixels: int) -> bytes:
-    """A truncated image file → a whole one that shows what there is of the picture.
+def repair(data: bytes, *, max_pixels: int) -> bytes:
+    """Convert a truncated image file to a complete one that shows the available part of the image.
 
-    A JPEG gets the end mark that it lacks and is the same file else: every decoder then shows the rest in grey, or as
-    coarse as the last scan of a progressive one left it. Of a PNG, GIF, BMP, PPM or uncompressed TIFF what is there
-    goes into a new PNG, upright; the rest is black, or white where the picture has transparency. Pillow shows the same
-    under its switch LOAD_TRUNCATED_IMAGES, which is one for all threads of a process and for that reason not used here.
+    A JPEG only gets the missing end marker: decoders show the missing part in grey, or at the resolution of the last
+    complete scan of a progressive JPEG. The available part of a PNG, GIF, BMP, PPM or uncompressed TIFF is written to a
+    new upright PNG; the missing part is black, or white in images with transparency. Pillow's LOAD_TRUNCATED_IMAGES has
+    the same effect but applies to all threads of the process.
 
     Args:
-        data: The file, for which `decode` or `check` raised TruncatedError.
+        data: File content for which `decode` or `check` raised TruncatedError.
         max_pixels: As for `decode`.
 
     Raises:
-        DecodeError: Nothing of the picture is there, or its format (WebP, AVIF, JPEG 2000) gives no part of it.
+        DecodeError: No part of the image is available, or the format (WebP, AVIF, JPEG 2000) cannot be partially
+            decoded.
     """
     try:
         if _accepts("JPEG", data):
-            whole = data + _END_OF_JPEG
-            pixels = decode(whole, max_pixels=max_pixels)
+            repaired = data + _END_OF_JPEG
+            pixels = decode(repaired, max_pixels=max_pixels)
         else:
             pixels = _part_of(_open(data, max_pixels))
             stream = io.BytesIO()
             Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
-            whole = stream.getvalue()
+            repaired = stream.getvalue()
     except (DecodeError, MemoryError):
         raise
     except Exception as error:
         raise _error(error, data, max_pixels) from None
     if (pixels == pixels[0, 0]).all():
-        raise TruncatedError("truncated: nothing of the picture is there")
-    return whole
+        raise TruncatedError("truncated: no part of the image can be decoded")
+    return repaired
 
 
 def _part_of(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
-    """The upright RGB pixels of a truncated picture."""
+    """Return the upright RGB pixels of a truncated image, with a filler for the missing part."""
     try:
         image.load()
     except OSError as error:
         if not _TRUNCATED.search(str(error)):
             raise
-        # What was decoded until then is in the picture; without tiles to decode, Pillow takes it for loaded.
+        # The pixels decoded so far are in the image; without pending tiles, Pillow considers it loaded.
         image.tile = []
     return _upright_rgb(image)
 
 
 def upright_size_hw(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels of the upright picture, as `decode` gives them, from the header of the file alone.
+    """Return height and width in pixels of the upright image, from the file's header.
 
     Raises:
-        DecodeError: The file is no image. One whose header is whole has a size even if its pixels cannot be decoded.
+        DecodeError: The file is not an image. Undecodable pixels behind an intact header do not raise.
     """
     try:
         image = _open(data, sys.maxsize)
-        # A PNG may carry its EXIF behind its pixels, so that Pillow decodes those to look for it.
+        # A PNG may store EXIF after its pixels, so Pillow decodes the pixels to find it.
         is_plain_png = isinstance(image, PngImagePlugin.PngImageFile) and not any(key in data for key in _PNG_EXIF_KEYS)
         is_turned = not is_plain_png and _orientation_of(image) in _SIDEWAYS
-        # Of a TIFF that lies on its side Pillow states the upright size from the start.
+        # For a rotated TIFF Pillow reports the upright size.
         if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_ORIENTATION_TAG) in _SIDEWAYS:
             is_turned = False
         return (image.width, image.height) if is_turned else (image.height, image.width)
@@ -215,10 +217,10 @@ def upright_size_hw(data: bytes) -> tuple[int, int]:
 
 
 def orientation(data: bytes) -> int:
-    """The EXIF orientation of an image file, 1 (stored as it is seen) to 8; 1 where none is stated.
+    """Return the EXIF orientation of an image file, 1 (upright) to 8; 1 if not stated.
 
     Raises:
-        DecodeError: The file is no image.
+        DecodeError: The file is not an image.
     """
     try:
         return _orientation_of(_open(data, sys.maxsize))
@@ -235,7 +237,7 @@ def _upright_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
 
 
 def _reduce(image: JpegImagePlugin.JpegImageFile, at_least_hw: tuple[int, int]) -> None:
-    """Sets a JPEG up to be decoded at a part of its size."""
+    """Configure a JPEG to be decoded at reduced size."""
     least_height, least_width = at_least_hw if _orientation_of(image) not in _SIDEWAYS else at_least_hw[::-1]
     for part in (8, 4, 2):
         # Rounded up, as libjpeg does.
@@ -245,7 +247,7 @@ def _reduce(image: JpegImagePlugin.JpegImageFile, at_least_hw: tuple[int, int]) 
 
 
 def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    """Reads the header; refuses what is no image or has too many pixels."""
+    """Read the header; refuse files that are not images or have too many pixels."""
     if not data:
         raise DecodeError("empty file")
     for name, factory in _FORMATS:
@@ -259,7 +261,7 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
 
 
 def _refuse_empty_side(name: str, data: bytes) -> None:
-    """Pillow takes a picture without width or height for an unknown format; this names the true reason."""
+    """Refuse images with zero width or height, which Pillow reports as an unknown format."""
     if name == "GIF" and len(data) >= 10:
         size = (int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little"))
     elif name == "PNG" and data[12:16] == b"IHDR" and len(data) >= 24:
@@ -278,7 +280,7 @@ def _too_large(num_pixels: int, max_pixels: int) -> str:
 
 
 def _orientation_of(image: ImageFile.ImageFile) -> int:
-    with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
+    with contextlib.suppress(Exception):  # broken EXIF does not affect the pixels
         value = image.getexif().get(_ORIENTATION_TAG, 1)
         if value in _TRANSPOSE:
             return int(value)
@@ -286,7 +288,7 @@ def _orientation_of(image: ImageFile.ImageFile) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow's → RGB, 8 bits a sample."""
+    """Convert an image of any Pillow mode to 8-bit RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -306,10 +308,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits → RGB, scaled and not clipped.
+    """Convert grey of more than 8 bits to RGB, scaled instead of clipped.
 
-    Whole 16-bit samples have their full range. 32-bit and float samples state no range: theirs is the smallest usual
-    one that holds the greatest value (1 and 255 for floats; 65535; 2³¹ - 1).
+    16-bit integers use their full range. 32-bit and float samples state no range, so the smallest common range that
+    contains the maximum is used (1 and 255 for floats; 65535; 2³¹ - 1).
     """
     samples = np.asarray(image).astype(np.float64)
     samples[~np.isfinite(samples)] = 0.0
@@ -324,12 +326,12 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _error(error: Exception, data: bytes, max_pixels: int) -> DecodeError:
-    """Whatever Pillow raised, as one short line."""
+    """Convert an exception of Pillow to a one-line error."""
     name = next((name for name, _ in _FORMATS if _accepts(name, data)), "image")
     is_cut_webp = name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
-    is_of_the_file = not isinstance(error, (Image.DecompressionBombError, MemoryError))
-    if is_of_the_file and (is_cut_webp or _TRUNCATED.search(str(error))):
-        return TruncatedError(f"truncated: the {name} file ends before the picture does")
+    is_file_error = not isinstance(error, (Image.DecompressionBombError, MemoryError))
+    if is_file_error and (is_cut_webp or _TRUNCATED.search(str(error))):
+        return TruncatedError(f"truncated: the {name} file ends in the middle of the image data")
     return DecodeError(_reason(error, name, max_pixels))
 
 
@@ -337,27 +339,27 @@ def _reason(error: Exception, name: str, max_pixels: int) -> str:
     message = one_line(str(error))
     if isinstance(error, Image.DecompressionBombError):
         num_pixels = int((re.findall(r"\d+", message) or ["0"])[0])
-        return _too_large(num_pixels, max_pixels) if num_pixels > max_pixels else f"{message} (Pillow's own limit)"
+        return _too_large(num_pixels, max_pixels) if num_pixels > max_pixels else f"{message} (Pillow's limit)"
     if isinstance(error, MemoryError):
-        return "not enough memory to decode it"
+        return "not enough memory to decode the image"
     if (
         not isinstance(error, (OSError, SyntaxError, ValueError, RuntimeError))
-        or message in _SAY_NOTHING
+        or message in _UNINFORMATIVE
         or message.isdigit()
     ):
-        return f"broken {name}: its header makes no sense"
+        return f"broken {name}: invalid header"
     message = "".join(character for character in message if character.isprintable())[:160]
     return message if message.startswith(f"broken {name}") else f"broken {name}: {message}"
 
 
 def _accepts(name: str, data: bytes) -> bool:
-    """Whether the file begins as one of this format does."""
+    """Return True if the file starts with the signature of a format."""
     accept = Image.OPEN[name][1]
     return accept is not None and accept(data[:16].ljust(16, b"\0")) is True
 
 
 def _looks_like(data: bytes) -> str:
-    """What a file without a known signature may be instead, in brackets."""
+    """Guess the type of a file without a known signature, in parentheses for a message."""
     if data[4:8] == b"ftyp":
         brand = data[8:12].decode("ascii", "replace").strip()
         return f" (an ISO media file of type {brand})" if brand.isprintable() else " (an ISO media file)"

@@ -1,4 +1,4 @@
-"""Boxes with their class names drawn on pictures, for a person to look at."""
+"""Drawing of boxes with class names on images."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Colour = tuple[int, int, int]
 _Rectangle = tuple[float, float, float, float]
 _Font = ImageFont.FreeTypeFont
 
-# Apart from each other for the common kinds of colour blindness too, and on photographs.
+# Distinct on photographs and with common colour vision deficiencies.
 _COLOURS: tuple[Colour, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (60, 80, 220),
     (150, 220, 60), (220, 30, 60), (140, 60, 180), (0, 220, 210), (150, 90, 40),
@@ -28,9 +28,9 @@ _MIN_SIDE = 320
 
 
 def class_colours(names: Sequence[str]) -> dict[str, Colour]:
-    """A colour for each class, by its place in the list: the same list always gives the same colours.
+    """Assign a colour to each class by its position in the list.
 
-    The first twelve are told apart most easily; a thousand still differ from each other.
+    The first twelve colours are the easiest to distinguish; a thousand are pairwise different.
     """
     return {name: _colour(number) for number, name in enumerate(names)}
 
@@ -38,7 +38,7 @@ def class_colours(names: Sequence[str]) -> dict[str, Colour]:
 def _colour(number: int) -> Colour:
     if number < len(_COLOURS):
         return _COLOURS[number]
-    # Steps of the golden angle never come back to the same hue; lightness and strength change along.
+    # Steps of the golden angle never repeat a hue; brightness and saturation vary as well.
     rest = number - len(_COLOURS)
     hue = (0.11 + rest * 0.6180339887) % 1.0
     value, saturation = (1.0, 0.75, 0.9)[rest % 3], (0.85, 0.6)[rest // 3 % 2]
@@ -55,15 +55,14 @@ def draw_boxes(
     scores: Sequence[float] | npt.NDArray[np.float64] | None = None,
     colours: Mapping[str, Colour] | None = None,
 ) -> Picture:
-    """Draws labelled boxes; the picture that is given stays as it is.
+    """Draw labelled boxes on a copy of an image.
 
     Args:
         image: uint8 RGB [H, W, 3].
-        boxes_xywh: Absolute pixels of this picture, [N, 4]; what runs out of it is cut, boxes without area are left
-            out.
-        class_names: Of each box; long ones are shortened.
-        scores: Written behind the names, [N]; where boxes overlap, the surest lies on top.
-        colours: Of the classes, as from `class_colours`; a class that is not in it gets one made of its name.
+        boxes_xywh: Boxes in pixels of the image, [N, 4]; clipped to the image, and skipped if without area.
+        class_names: Class name of each box; long names are shortened.
+        scores: Scores shown after the names, [N]; boxes with higher scores are drawn on top.
+        colours: Colours by class name, see `class_colours`; other classes get a colour derived from their name.
 
     Returns:
         uint8 RGB [H, W, 3].
@@ -89,7 +88,7 @@ def draw_boxes(
     font = _font(_font_size(width, height))
     texts = [_fitted(text, font, width - 2 * _MARGIN) for text in texts]
     places: dict[int, _Rectangle] = {}
-    # The surest choose their place first, and lie on top where there is too little of it.
+    # Boxes with higher scores choose their label position first.
     for number in reversed(drawn):
         size_wh = font.getlength(texts[number]) + 2 * _MARGIN, sum(font.getmetrics()) + _MARGIN
         places[number] = _place(size_wh, corners[number].tolist(), (width, height), list(places.values()))
@@ -109,17 +108,17 @@ def draw_comparison(
     *,
     score_threshold: float = 0.3,
 ) -> Picture:
-    """Puts the picture with its true boxes to the left of the same picture with what was detected.
+    """Draw an image with its true boxes beside the same image with its detections.
 
     Args:
-        image: uint8 RGB [H, W, 3]; very large ones are made smaller and very small ones larger.
-        truth_boxes_xywh: Absolute pixels of this picture, [N, 4].
-        truth_categories: Category indices, [N].
-        boxes_xywh: Of the detections, absolute pixels of this picture, [M, 4].
+        image: uint8 RGB [H, W, 3]; scaled to a readable size.
+        truth_boxes_xywh: True boxes in pixels of the image, [N, 4].
+        truth_categories: Category indices of the true boxes, [N].
+        boxes_xywh: Detected boxes in pixels of the image, [M, 4].
         categories: Category indices of the detections, [M].
-        scores: Of the detections, [M].
-        names: Of the classes, by category index.
-        score_threshold: Detections at or below it are left out.
+        scores: Scores of the detections, [M].
+        names: Class names by category index.
+        score_threshold: Detections with this score or less are not drawn.
 
     Returns:
         uint8 RGB [H', 2 W' + gap, 3] with a title above each half.
@@ -159,25 +158,25 @@ def _side_by_side(halves: Sequence[Picture], titles: Sequence[str]) -> Picture:
 
 def _checked(image: Picture) -> Picture:
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (
-        f"a picture must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
+        f"an image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
     )
     return image
 
 
 def at_readable_size(image: Picture, *, min_side: int = _MIN_SIDE, max_side: int = _MAX_SIDE) -> Picture:
-    """Scale a picture so that its longest side is neither too small for labels nor too large to look at.
+    """Scale an image so that its longest side suits labels and a page.
 
     Args:
         image: uint8 RGB [H, W, 3].
-        min_side: Shortest allowed length of the longest side in pixels.
-        max_side: Longest allowed length.
+        min_side: Minimum length of the longest side in pixels.
+        max_side: Maximum length of the longest side in pixels.
     """
     height, width = _checked(image).shape[:2]
     longest = max(height, width)
     scale = float(np.clip(longest, min_side, max_side)) / longest
     if scale == 1:
         return image
-    # Enlarged pixels stay pixels: blur would look like something the model sees.
+    # Nearest neighbour when enlarging: blur could be mistaken for the model's input.
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
     size_wh = max(1, round(width * scale)), max(1, round(height * scale))
     return np.array(Image.fromarray(image).resize(size_wh, method))
@@ -210,16 +209,16 @@ def _place(
     picture_wh: tuple[int, int],
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
-    """Where a label goes: at an edge of its box, inside the picture, apart from other labels where that is possible.
+    """Choose the position of a label: at an edge of its box, inside the picture, clear of other labels if possible.
 
     Args:
-        size_wh: Of the label, in pixels.
+        size_wh: Width and height of the label in pixels.
         corners: Left, top, right and bottom of the box.
-        picture_wh: Of the picture.
-        taken: The places of other labels.
+        picture_wh: Width and height of the picture in pixels.
+        taken: Rectangles of other labels.
 
     Returns:
-        Left, top, right and bottom.
+        Left, top, right and bottom of the label.
     """
     (width, height), (left, top, right, bottom) = size_wh, corners
 
@@ -246,7 +245,7 @@ def _overlap(one: _Rectangle, other: _Rectangle) -> bool:
 
 
 def _fitted(text: str, font: _Font, width: float) -> str:
-    """Cuts a text's end off until it is no wider than `width` pixels."""
+    """Shorten a text until it is at most `width` pixels wide."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -1,4 +1,4 @@
-"""Files of a stranger's data: which are images, what a folder holds, and their bytes, or why not."""
+"""Untrusted image files: recognition by name, listing of folders, bounded reading."""
 
 import math
 import os
@@ -15,31 +15,31 @@ from raydet.tables import storage
 _COMMON = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff")
 _RARE = ("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm", "heic", "heif")
 IMAGE_EXTENSIONS = frozenset(_COMMON + _RARE)
-"""Files named so count as found; HEIC is among them to be reported, since Pillow alone does not read it."""
+"""Extensions of image files; HEIC is included so that it is reported, although Pillow alone cannot read it."""
 LIST_SUFFIXES = (".txt", ".lst")
-"""Of files that list images, a path a line."""
+"""Extensions of list files, with one path per line."""
 MAX_FILE_BYTES = 2**30
-"""Larger files are refused unread: one would not fit into a column of bytes, and no picture needs it."""
+"""Larger files are refused unread: they do not fit into a binary column, and no image needs that size."""
 
 
 class ReadError(Exception):
-    """This one file cannot be read; the message is one short reason that a person understands."""
+    """A single file cannot be read; the message is one short, human-readable reason."""
 
 
 class MissingFileError(ReadError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 def readable(text: str) -> str:
-    """Text that UTF-8 can hold: lone surrogates and NUL, which file names and JSON may contain, become escapes."""
+    """Make text valid UTF-8: escape lone surrogates and NUL, which file names and JSON may contain."""
     return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
 
 
 def refuse_size(num_bytes: int, max_bytes: int | None = None) -> None:
-    """Refuses a file by its size; the limit is `MAX_FILE_BYTES` unless another is given.
+    """Refuse a file larger than `max_bytes`, by default `MAX_FILE_BYTES`.
 
     Raises:
-        ReadError: It is too large.
+        ReadError: The file is too large.
     """
     max_bytes = MAX_FILE_BYTES if max_bytes is None else max_bytes
     if num_bytes > max_bytes:
@@ -48,14 +48,14 @@ def refuse_size(num_bytes: int, max_bytes: int | None = None) -> None:
 
 
 def read_file(filesystem: pafs.FileSystem, path: str) -> bytes:
-    """Reads one file.
+    """Read a file.
 
     Raises:
-        ReadError: It is too large.
-        OSError: As pyarrow raises it.
+        ReadError: The file is too large.
+        OSError: As raised by pyarrow.
     """
     if isinstance(filesystem, pafs.GcsFileSystem):
-        # Its client opens files for reading at any place one after the other, and streams side by side.
+        # Google's client opens random-access files one at a time, but streams in parallel.
         with filesystem.open_input_stream(path, compression=None) as file:
             refuse_size(int(file.metadata()["size"]))
             data: bytes = file.readall()
@@ -67,34 +67,34 @@ def read_file(filesystem: pafs.FileSystem, path: str) -> bytes:
 
 
 def refuse_name(path: str) -> str | None:
-    """Why a path cannot stand in a table; None where it can."""
+    """Return the reason why a path cannot be stored in a table; None if it can."""
     return "the file name is not valid text" if readable(path) != path else None
 
 
 class ImageFolder:
-    """A folder of images or of their labels, on disk or in object storage, opened once and read by many threads.
+    """A folder of images or label files, on disk or in object storage, opened once and read by many threads.
 
     Attributes:
-        uri: Its absolute path or URI.
-        path: Its path inside its file system.
-        is_local: Whether it is on this machine's own disks.
+        uri: Absolute path or URI of the folder.
+        path: Path inside the folder's file system.
+        is_local: Whether the folder is on a local file system.
     """
 
     def __init__(self, uri: str, *, what: str = "image") -> None:
-        """Opens the folder.
+        """Open the folder.
 
         Args:
-            uri: Where it is.
-            what: Its files, in one word, for messages.
+            uri: Path or URI of the folder.
+            what: Kind of its files, in one word, for messages.
 
         Raises:
-            UserError: There is no such folder.
+            UserError: The folder does not exist or cannot be opened.
         """
         self._given_uri, self._what = storage.absolute_uri(uri), what
         if storage.is_web(uri):
             raise UserError(
-                f"{uri} is on the web, where no folder can be listed; copy it to a folder or store, or give "
-                "`raydet prepare images` a list of addresses"
+                f"{uri} is on the web, where no folder can be listed; copy it to a local folder or object store, or "
+                "pass a list of addresses to `raydet prepare images`"
             )
         try:
             self._filesystem, self.path = storage.resolve(uri)
@@ -107,35 +107,35 @@ class ImageFolder:
         if kind == pafs.FileType.NotFound:
             raise UserError(f"no such {what} folder: {self.uri}")
         if kind != pafs.FileType.Directory:
-            raise UserError(f"{self.uri} is a file; {what}s must name the folder or URI that holds the {what} files")
+            raise UserError(f"{self.uri} is a file; {what}s must name the folder that contains the {what} files")
 
     def __reduce__(self) -> tuple[Callable[[], "ImageFolder"], tuple[()]]:
-        # Opened anew in the process that it is sent to: S3's file system would arrive without its patience.
+        # Reopened in the receiving process: an S3 file system loses its retry strategy when pickled.
         return partial(ImageFolder, self._given_uri, what=self._what), ()
 
     def uri_of(self, path: str) -> str:
-        """The absolute path or URI of a file in it."""
+        """Return the absolute path or URI of a file in the folder."""
         return storage.join(self.uri, path)
 
     def size_of(self, path: str) -> int | None:
-        """Bytes of a file in it; None where there is none."""
+        """Return the size of a file in bytes; None if it does not exist."""
         size: int | None = self._filesystem.get_file_info(f"{self.path}/{path}").size
         return size
 
     def refuse_outside(self, path: str) -> str | None:
-        """Why a relative path must not be followed because it leads out of the folder; None where it stays inside."""
+        """Return the reason why a relative path leaves the folder; None if it stays inside."""
         if refuse_name(path):
             return refuse_name(path)
         if "://" in path or path.startswith("/") or path[1:3] == ":/":
             return "the file name is not relative to the image folder"
         if ".." in path.split("/"):
-            return "the file name climbs out of the image folder"
+            return "the file name leaves the image folder through `..`"
         if self.is_local and not self._stays_inside(path):
-            return "the file name leads out of the image folder through a symbolic link"
+            return "the file name leaves the image folder through a symbolic link"
         return None
 
     def _stays_inside(self, path: str) -> bool:
-        """Whether a path without `..` stays in the folder when links are followed; asks once for each subfolder."""
+        """Return True if a path without `..` stays in the folder after resolving links; cached per subfolder."""
         full = f"{self.path}/{path}"
         if Path(full).is_symlink():
             return self._is_inside(os.path.realpath(full))
@@ -148,11 +148,11 @@ class ImageFolder:
         return Path(real_path).is_relative_to(os.path.realpath(self.path))
 
     def read(self, path: str) -> bytes:
-        """Reads one file.
+        """Read a file.
 
         Raises:
             ReadError: This file cannot be read.
-            OSError: The remote storage fails, which says nothing about this file.
+            OSError: The remote storage failed, independently of this file.
         """
         try:
             return read_file(self._filesystem, f"{self.path}/{path}")
@@ -167,26 +167,26 @@ class ImageFolder:
 
 
 def detail_of(error: Exception) -> str:
-    """Say on one line why a file cannot be read, without its name."""
+    """Return the reason of a read error on one line, without the file name."""
     return one_line(os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error)
 
 
 def is_image_name(path: str) -> bool:
-    """Whether a file is named as an image is."""
+    """Return True if a file has the extension of an image."""
     return PurePosixPath(path).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
 def beside(folder: str, path: str) -> str:
-    """What a relative path in a list means, for a list in this folder."""
+    """Resolve a relative path of a list file in `folder`."""
     if "://" not in folder:
         return f"{folder}/{path}"
-    # In object storage `..` is a name like any other.
+    # Object stores do not resolve `..`.
     scheme, _, place = folder.partition("://")
     return f"{scheme}://{posixpath.normpath(f'{place}/{path}')}"
 
 
 def list_below(folder: ImageFolder) -> list[str]:
-    """All files below a folder, relative to it, also those to which links lead.
+    """List all files below a folder as relative paths, following links.
 
     Raises:
         UserError: A subfolder cannot be listed.
@@ -195,7 +195,7 @@ def list_below(folder: ImageFolder) -> list[str]:
 
 
 def image_files_below(folder: ImageFolder) -> list[str]:
-    """The image files below a folder, sorted by their relative path; other files are left out by their extension.
+    """List the image files below a folder, selected by extension and sorted by relative path.
 
     Raises:
         UserError: There is no image file, or a subfolder cannot be listed.
@@ -204,14 +204,14 @@ def image_files_below(folder: ImageFolder) -> list[str]:
     paths = sorted(path for path in files if is_image_name(path))
     if not paths:
         raise UserError(
-            f"no image file below {folder.uri} (but {len(files)} others); "
+            f"no image file below {folder.uri} ({len(files)} other files); "
             f"image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
         )
     return paths
 
 
 def _list_local(root: str) -> list[str]:
-    """Files below a local folder; links are followed, but not in circles, and dangling ones are listed."""
+    """List the files below a local folder, following links except cycles; dangling links are included."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot list {error.filename}: {error.strerror}")
@@ -220,12 +220,12 @@ def _list_local(root: str) -> list[str]:
     for name, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
         folder = Path(name)
         here = folder.resolve()
-        subfolders[:] = [name for name in subfolders if not _leads_back(folder / name, here)]
+        subfolders[:] = [name for name in subfolders if not _is_cycle(folder / name, here)]
         paths = [folder / name for name in files]
         found += [str(path.relative_to(root)) for path in paths if path.is_file() or path.is_symlink()]
     return found
 
 
-def _leads_back(path: Path, here: Path) -> bool:
-    """Whether a path is a link to the folder `here` or to one that contains it."""
+def _is_cycle(path: Path, here: Path) -> bool:
+    """Return True if a path is a link to the folder `here` or to one of its parents."""
     return path.is_symlink() and here.is_relative_to(path.resolve())

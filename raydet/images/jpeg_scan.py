@@ -1,9 +1,9 @@
-"""Whether a JPEG can be decoded to its end, told from its markers.
+"""Check of a JPEG's decodability from its markers, without entropy decoding.
 
-A sequential JPEG of one scan fails in libjpeg for two reasons: what stands before the scan makes no sense, or the file
-ends before the scan does. Inside the scan nothing is fatal: coefficients that make no sense are a warning, and a
-marker that comes too early fills the rest with grey. So where the next marker after the scan, restarts aside, is that
-of the end of the image, the scan itself need not be decoded; entropy decoding is most of the work of a small picture.
+libjpeg fails on a sequential JPEG with one scan for two reasons: invalid data before the scan, or a file that ends
+inside the scan. Inside the scan nothing is fatal: invalid coefficients cause a warning, and an early marker fills the
+rest with grey. So if the first marker after the scan, apart from restarts, is the end of the image, the scan itself
+need not be decoded. Entropy decoding is most of the work for a small image.
 """
 
 import re
@@ -11,17 +11,17 @@ import re
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
 _SEQUENTIAL_FRAMES = (0xC0, 0xC1)
 _OTHER_FRAMES = frozenset(range(0xC2, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Progressive, lossless and arithmetic ones; the three left out define tables."""
-# Neither a stuffed zero nor a restart; several 0xFF in a row are filling.
+"""Progressive, lossless and arithmetic frames; the three excluded markers define tables."""
+# Neither a stuffed zero nor a restart; repeated 0xFF bytes are padding.
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
 
 def without_scan(data: bytes) -> bytes | None:
-    """A JPEG without the coded picture: it can be decoded, to nothing but grey, if and only if the whole file can.
+    """Remove the scan of a JPEG; the result decodes, to plain grey, if and only if the complete file does.
 
     Returns:
-        What stands before the scan, and the end mark; None where nothing can be told so: the file has several scans,
-        is coded otherwise, or its scan does not end as it should.
+        The data before the scan and the end marker; None if the check does not apply: the file has several scans,
+        another coding, or no end marker after the scan.
     """
     try:
         start = _find_scan(data)
@@ -36,7 +36,7 @@ def without_scan(data: bytes) -> bytes | None:
 
 
 def _find_scan(data: bytes) -> int | None:
-    """Where the coded picture begins, if it is sequential and its first scan has all components."""
+    """Return the offset of the scan if the JPEG is sequential and its first scan contains all components."""
     place, num_frames, num_components = 2, 0, 0
     while data[place] == 0xFF:
         marker, size = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
@@ -46,6 +46,6 @@ def _find_scan(data: bytes) -> int | None:
             num_frames, num_components = num_frames + 1, data[place + 9]
         place += 2 + size
         if marker == _START_OF_SCAN:
-            is_whole = num_frames == 1 and data[place - size + 2] == num_components
-            return place if is_whole else None
+            has_all_components = num_frames == 1 and data[place - size + 2] == num_components
+            return place if has_all_components else None
     return None

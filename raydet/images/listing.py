@@ -1,4 +1,4 @@
-"""A folder, a list file, tar files → one entry for each image, in an order that does not change."""
+"""A folder, a list file or tar files → one entry per image, in a fixed order."""
 
 import io
 import itertools
@@ -20,7 +20,7 @@ from raydet.tables import storage
 from raydet.tables.table import open_table
 
 CHECKED_LINES = 1000
-"""So many lines of a list are looked up before a run starts; to look up millions would take longer than it helps."""
+"""Number of lines of a list that are checked before a run starts; checking millions would take too long."""
 MAX_SHARDS = 1_000_000
 _OPTIONS = re.compile(r"\?(?=\w+=)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -30,7 +30,7 @@ ListedKind = Literal["folder", "list", "tar"]
 
 
 class Entry(NamedTuple):
-    """One image: the path that people know it by, and where its bytes are."""
+    """One image: its displayed path, and the reference to its bytes."""
 
     path: str
     reference: Reference
@@ -38,16 +38,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """What there is: its kind, and the images, listed while they are asked for (which may raise UserError)."""
+    """Kind and images of a collection; iterating over the entries lists them lazily and may raise UserError."""
 
     kind: ListedKind
     entries: Iterable[Entry]
 
 
 def is_pattern(uri: str) -> bool:
-    """Whether it stands for several files: it has `*`, `?`, `[…]` or `{…}`, and there is no file of that very name.
+    """Return True for a pattern: a name with `*`, `?`, `[…]` or `{…}` that is not the literal name of a file.
 
-    What follows a `?` as `name=value` are options of a URI.
+    `?name=value` introduces the options of a URI and is not a pattern.
     """
     if "://" not in uri:
         return any(character in uri for character in "*?[{") and not Path(uri).exists()
@@ -55,13 +55,13 @@ def is_pattern(uri: str) -> bool:
 
 
 def list_images(uri: str) -> Listing:
-    """Lists the images of a folder, a list file, a tar file, or a pattern of tar files.
+    """List the images of a folder, a list file, a tar file, or a pattern of tar files.
 
     Args:
-        uri: Absolute path or URI of something that is there, or a pattern.
+        uri: Absolute path or URI that exists, or a pattern.
 
     Raises:
-        UserError: It is none of these, or there is no image in it.
+        UserError: The data is none of these, or contains no image.
     """
     name = uri.lower()
     refuse_compressed(uri)
@@ -86,7 +86,7 @@ def _is_file(uri: str) -> bool:
 
 
 def _list_folder(uri: str) -> Listing:
-    """A folder with any image in it is a folder of images; only one without may hold tar files, or half a table."""
+    """List a folder of images; a folder without images may contain tar files, or an incomplete table."""
     folder = ImageFolder(uri)
     try:
         paths = image_files_below(folder)
@@ -95,7 +95,7 @@ def _list_folder(uri: str) -> Listing:
         with suppress(OSError):
             files = storage.list_files(uri, recursive=True)
         if any(file.endswith(".parquet") for file in files):
-            open_table(uri, "images")  # says what is wrong with it
+            open_table(uri, "images")  # raises the specific error
         for file in files:
             if file.lower().endswith(COMPRESSED_SUFFIXES):
                 refuse_compressed(storage.join(uri, file))
@@ -115,7 +115,7 @@ def _tars(folder: str, shards: list[str]) -> Listing:
 
 
 def _list_tars(folder: str, shards: list[str]) -> Iterator[Entry]:
-    """Images in tar files, these in the order given as paths relative to a folder."""
+    """List the images in tar files, given as paths relative to a folder, in order."""
     reader = FileReader()
 
     def entries_of(shard: str) -> list[Entry]:
@@ -126,7 +126,9 @@ def _list_tars(folder: str, shards: list[str]) -> Iterator[Entry]:
         except FileNotFoundError:
             raise UserError(f"no such tar file: {uri}") from None
         return [
-            Entry(f"{shard}/{member.name}", Reference(None if member.leads_out else uri, member.offset, member.size))
+            Entry(
+                f"{shard}/{member.name}", Reference(None if member.leaves_folder else uri, member.offset, member.size)
+            )
             for member in members
         ]
 
@@ -140,7 +142,7 @@ def _list_tars(folder: str, shards: list[str]) -> Iterator[Entry]:
 
 
 def _matching(pattern: str) -> tuple[str, list[str]]:
-    """The folder that a pattern begins with, and the tar files that it means, relative to that folder."""
+    """Return the folder that a pattern starts with, and the matching tar files relative to it."""
     first = min(place for character in "*?[{" if (place := pattern.find(character)) >= 0)
     folder, rest = pattern[:first].rpartition("/")[0], pattern[pattern.rindex("/", 0, first) + 1 :]
     shards: list[str] = []
@@ -157,8 +159,8 @@ def _matching(pattern: str) -> tuple[str, list[str]]:
         if not shard.lower().endswith(".tar"):
             refuse_compressed(storage.join(folder, shard))
             raise UserError(
-                f"{pattern} means {storage.join(folder, shard)}, which is no .tar file; a pattern stands for "
-                "tar files, for images name their folder, or a list of paths"
+                f"{pattern} matches {storage.join(folder, shard)}, which is not a .tar file; a pattern must match "
+                "only tar files; for images, name their folder or a list of paths"
             )
     return folder, shards
 
@@ -168,14 +170,14 @@ def _matches(path: list[str], pattern: list[str]) -> bool:
 
 
 def _expand_braces(text: str, whole: str) -> list[str]:
-    """`a-{08..10}` → a-08, a-09, a-10; `{a,b}` → a, b; several braces in all combinations, the last one fastest."""
+    """Expand braces: `a-{08..10}` → a-08, a-09, a-10; `{a,b}` → a, b; several braces in all combinations, in order."""
     pieces = _BRACES.split(text)
     choices = [[piece] if number % 2 == 0 else _choices(piece, whole) for number, piece in enumerate(pieces)]
     num_shards = 1
     for options in choices:
         num_shards *= len(options)
     if num_shards > MAX_SHARDS:
-        raise UserError(f"{whole} means {num_shards:,} files, more than {MAX_SHARDS:,}")
+        raise UserError(f"{whole} stands for {num_shards:,} files; the limit is {MAX_SHARDS:,}")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -184,7 +186,7 @@ def _choices(inside: str, whole: str) -> list[str]:
     if limits:
         first, last = limits.groups()
         if int(last) < int(first) or int(last) - int(first) >= MAX_SHARDS:
-            raise UserError(f"{{{inside}}} in {whole} must count upwards, and at most {MAX_SHARDS:,} files")
+            raise UserError(f"{{{inside}}} in {whole} must count upwards, over at most {MAX_SHARDS:,} files")
         width = len(first) if first.startswith("0") else 0
         return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
     if "," not in inside:
@@ -193,45 +195,47 @@ def _choices(inside: str, whole: str) -> list[str]:
 
 
 def _read_list(uri: str) -> Iterator[Entry]:
-    """The paths and URIs of a list file, one a line; relative ones start from the list's folder."""
+    """Read the paths and URIs of a list file; relative paths are resolved from the folder of the list."""
     folder = uri.rpartition("/")[0]
     roots: set[str] = set()
-    num_lines, num_there, first_missing = 0, 0, ""
+    num_lines, num_found, first_missing = 0, 0, ""
     for number, path in _lines(uri):
         full = path if "://" in path or path.startswith("/") else beside(folder, path)
         if path.endswith("/") or (num_lines < CHECKED_LINES and Path(full).is_dir()):
             raise UserError(f"line {number} of {uri} names a folder: {path}; a list names image files")
         root = "/".join(full.split("/")[:3]) if "://" in full else ""
         if storage.is_web(root):
-            # A server of the web that is down could not be told from a picture that is gone.
-            raise UserError(f"line {number} of {uri} is on the web: {path}; copy the images to a folder or store first")
+            # A web server that is down could not be distinguished from a missing image.
+            raise UserError(
+                f"line {number} of {uri} is on the web: {path}; copy the images to a folder or object store first"
+            )
         if root not in roots:
             refuse_password(root, what=f"line {number} of {uri}")
             roots.add(root)
-            storage.resolve(root or "/")  # refuses an unknown scheme before the run starts
+            storage.resolve(root or "/")  # refuse an unknown scheme before the run starts
         if num_lines < CHECKED_LINES:
-            is_there = bool(root) or Path(full).exists()
-            num_there += is_there
-            first_missing = first_missing or ("" if is_there else full)
+            exists = bool(root) or Path(full).exists()
+            num_found += exists
+            first_missing = first_missing or ("" if exists else full)
         num_lines += 1
         if num_lines == CHECKED_LINES:
-            _require_any(uri, num_there, num_lines, first_missing)
+            _require_any(uri, num_found, num_lines, first_missing)
         yield Entry(path, Reference(full))
     if num_lines == 0:
-        raise UserError(f"{uri} is an empty list: it names no image; write one path or URI a line")
-    _require_any(uri, num_there, num_lines, first_missing)
+        raise UserError(f"{uri} is an empty list: it names no image; write one path or URI per line")
+    _require_any(uri, num_found, num_lines, first_missing)
 
 
-def _require_any(uri: str, num_there: int, num_lines: int, first_missing: str) -> None:
-    if num_there == 0:
+def _require_any(uri: str, num_found: int, num_lines: int, first_missing: str) -> None:
+    if num_found == 0:
         raise UserError(
-            f"of the first {num_lines:,} files that {uri} names none is there, such as {first_missing}; "
-            "relative paths start from the folder of the list"
+            f"none of the first {num_lines:,} files in {uri} exists, such as {first_missing}; "
+            "relative paths are resolved from the folder of the list"
         )
 
 
 def _lines(uri: str) -> Iterator[tuple[int, str]]:
-    """Numbers, from 1, and contents of the lines that name something."""
+    """Yield number, from 1, and content of each line that names an image."""
     with FileReader().open(uri) as file:
         text = io.TextIOWrapper(io.BufferedReader(cast(io.RawIOBase, file)), encoding="utf-8-sig")
         try:
@@ -240,4 +244,4 @@ def _lines(uri: str) -> Iterator[tuple[int, str]]:
                 if path and not path.startswith("#"):
                     yield number, path
         except UnicodeDecodeError:
-            raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or URI a line") from None
+            raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or URI per line") from None

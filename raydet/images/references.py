@@ -1,4 +1,4 @@
-"""A reference to a file, or to a part of one → its bytes."""
+"""References to files, or to parts of files → bytes."""
 
 import errno
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from raydet.images.files import ReadError, detail_of, read_file, refuse_size
 from raydet.tables import storage
 
 _OPEN_FILES = 16
-_NOT_THE_FILES_FAULT = {
+_ENVIRONMENT_ERRORS = {
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,
@@ -26,11 +26,13 @@ _NOT_THE_FILES_FAULT = {
 
 
 class Reference(NamedTuple):
-    """Where an image's bytes are: a whole file, or `size` bytes from `offset` on (of a tar file).
+    """Location of an image's bytes: a complete file, or `size` bytes at `offset` of a tar file.
 
-    `uri` is an absolute path or a URI. What follows the bucket is taken as it stands: blanks, `?`, `#` and `%` belong
-    to the name. It is None where there is no way to say it, since the name is no valid text, and where the file must
-    not be read, since its name leads out of the folder or tar file that it was found in.
+    Attributes:
+        uri: Absolute path or URI. After the bucket it is literal: blanks, `?`, `#` and `%` belong to the name. None if
+            the name is not valid text, or leaves the folder or tar file in which it was found.
+        offset: Start of the bytes in a tar file; None for a complete file.
+        size: Number of bytes in a tar file; None for a complete file.
     """
 
     uri: str | None
@@ -39,38 +41,38 @@ class Reference(NamedTuple):
 
 
 class FileReader:
-    """Reads references; safe among threads. File systems and the last few tar files stay open while it lives.
+    """Thread-safe reader of references; it keeps file systems and the most recent tar files open.
 
     Args:
-        missing: The reason for a file that is not there.
+        missing: Error message for a missing file.
     """
 
-    def __init__(self, *, missing: str = "the file is not there any more") -> None:
+    def __init__(self, *, missing: str = "the file no longer exists") -> None:
         self._missing = missing
         self._filesystems: dict[str, tuple[pafs.FileSystem, str]] = {}
-        # A file that falls out is closed as soon as no thread reads from it any more.
+        # An evicted file is closed when the last thread that reads from it is done.
         self._shared_file = lru_cache(maxsize=_OPEN_FILES)(self.open)
 
     def open(self, uri: str) -> pa.NativeFile:
-        """Opens a file for reading at any place in it.
+        """Open a file for random access.
 
         Raises:
-            ReadError: No file system is known for the scheme.
-            OSError: As pyarrow raises it.
+            ReadError: The scheme is unknown.
+            OSError: As raised by pyarrow.
         """
         filesystem, path = self._locate(uri)
         return filesystem.open_input_file(path)
 
     def read(self, reference: Reference) -> bytes:
-        """Reads the bytes behind a reference.
+        """Read the bytes of a reference.
 
         Raises:
-            ReadError: They cannot be read, and will not be the next time.
-            OSError: The storage fails, which says nothing about this file.
+            ReadError: The bytes cannot be read, and a retry would not help.
+            OSError: The storage failed, independently of this file.
         """
         uri, offset, size = reference
         if uri is None:
-            raise ReadError("the file name is not valid text or leads out of its folder")
+            raise ReadError("the file name is not valid text or leaves its folder")
         try:
             if offset is None or size is None:
                 return read_file(*self._locate(uri))
@@ -87,7 +89,7 @@ class FileReader:
                 raise
             raise ReadError(f"cannot be read: {detail_of(error)}") from None
         if len(data) < size:
-            raise ReadError("the tar file has become shorter than it was when it was listed")
+            raise ReadError("the tar file is shorter than when it was listed")
         return data
 
     def _locate(self, uri: str) -> tuple[pafs.FileSystem, str]:
@@ -96,7 +98,7 @@ class FileReader:
             return pafs.LocalFileSystem(), uri
         if scheme == "file":
             return pafs.LocalFileSystem(), unquote(rest)
-        # Only the root is read as a URI: in a whole one, blanks are refused and `%` and `?` have a meaning.
+        # Only the root is parsed as a URI: a complete URI may not contain blanks, and `%` and `?` are special in it.
         authority, _, name = rest.partition("/")
         root = f"{scheme}://{authority}"
         if root not in self._filesystems:
@@ -109,16 +111,16 @@ class FileReader:
 
     def _is_about_the_file(self, error: OSError, uri: str) -> bool:
         is_local = uri.partition("://")[0] == "file" or "://" not in uri
-        return is_local and error.errno not in _NOT_THE_FILES_FAULT
+        return is_local and error.errno not in _ENVIRONMENT_ERRORS
 
 
 def read_reference(uri: str) -> bytes:
-    """Reads one whole file by its absolute path or URI; raises as `FileReader.read` does."""
+    """Read a file by its absolute path or URI; raises as `FileReader.read` does."""
     return FileReader().read(Reference(uri))
 
 
 def image_bytes(image: Mapping[str, Any]) -> bytes:
-    """The encoded image of a table's row: the bytes that it holds, or those that its path leads to.
+    """Return the encoded image of a table's row: its stored bytes, or the content of the file at its path.
 
     Raises:
         DecodeError: The file cannot be read.

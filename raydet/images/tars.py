@@ -1,7 +1,7 @@
-"""Tar files → where each image in them begins and how long it is; only the headers are read.
+"""Tar files → offset and size of each image; only headers are read.
 
-A shard that ends early, or in which something else stands where a header belongs, is refused as a whole: whatever
-comes after that place would be left out without a word.
+A shard that ends early, or lacks a header where one is expected, is refused as a whole: the images after that position
+would be lost silently.
 """
 
 import io
@@ -28,45 +28,45 @@ COMPRESSED_SUFFIXES = (
 )
 _COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 _READ_BYTES = 32 * 2**10
-"""One request of remote storage: holds the headers of several small members, and is no longer than a large one."""
+"""Size of a request to remote storage: covers the headers of several small members, but little of a large one."""
 _MAX_PADDING_BYTES = 2**20
-"""Writers fill a tar up with zeros to a multiple of their record, by default 10 KiB."""
+"""Limit of the zeros at the end; writers pad a tar to a multiple of their record size, by default 10 KiB."""
 
 
 class Member(NamedTuple):
-    """An image in a tar file: its name, where its bytes begin in the file, and how many they are."""
+    """An image in a tar file: name, offset of its bytes in the file, and their number."""
 
     name: str
     offset: int
     size: int
 
     @property
-    def leads_out(self) -> bool:
-        """Whether whoever unpacks it would write elsewhere than below the folder; here nothing is ever unpacked."""
+    def leaves_folder(self) -> bool:
+        """True if unpacking would write outside the target folder; raydet never unpacks."""
         return self.name.startswith("/") or ".." in self.name.split("/")
 
 
 def refuse_compressed(name: str) -> None:
-    """Refuses a compressed tar by its name.
+    """Refuse a compressed tar by its name.
 
     Raises:
-        UserError: It is named as one.
+        UserError: The name ends like that of a compressed tar.
     """
     if name.lower().endswith(COMPRESSED_SUFFIXES):
         raise UserError(_compressed(name))
 
 
 def image_members(file: pa.NativeFile, name: str) -> list[Member]:
-    """Lists the images in a tar file, in the order in which they stand in it.
+    """List the images in a tar file, in file order.
 
-    Members count as images by their extension, as files in a folder do. Folders, links and sparse files are left out.
+    Images are recognised by extension, as in a folder. Folders, links and sparse files are skipped.
 
     Args:
         file: The tar file, seekable.
-        name: What messages call it.
+        name: Name of the tar file for messages.
 
     Raises:
-        UserError: It is compressed, damaged, cut off, or no tar file.
+        UserError: The file is compressed, damaged, truncated, or not a tar file.
     """
     num_bytes = file.size()
     members = []
@@ -74,7 +74,7 @@ def image_members(file: pa.NativeFile, name: str) -> list[Member]:
         stream = io.BufferedReader(_Stream(file, num_bytes), _READ_BYTES)
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                # It would keep all of them, a kilobyte each.
+                # tarfile would keep all headers in memory, a kilobyte each.
                 tar.members.clear()  # type: ignore[attr-defined]
                 if member.isreg() and not member.issparse() and _is_image(member.name):
                     members.append(Member(_clean(member.name), member.offset_data, member.size))
@@ -82,13 +82,13 @@ def image_members(file: pa.NativeFile, name: str) -> list[Member]:
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         if any(file.read_at(8, 0).startswith(start) for start in _COMPRESSED_STARTS):
             raise UserError(_compressed(name)) from None
-        raise UserError(f"{name} is damaged or no tar file: {one_line(error)}") from None
+        raise UserError(f"{name} is damaged or not a tar file: {one_line(error)}") from None
     _check_end(file, name, end, num_bytes)
     return members
 
 
 class _Stream(io.RawIOBase):
-    """A file of pyarrow's as tarfile wants it: one may go beyond its end, where there is nothing to read."""
+    """Adapter from a pyarrow file to the interface of tarfile; seeking past the end is allowed."""
 
     def __init__(self, file: pa.NativeFile, num_bytes: int) -> None:
         self._file, self._num_bytes, self._place = file, num_bytes, 0
@@ -114,16 +114,16 @@ class _Stream(io.RawIOBase):
 
 
 def _check_end(file: pa.NativeFile, name: str, end: int, num_bytes: int) -> None:
-    """tarfile takes anything but a header for the end."""
+    """Check the end of the archive, since tarfile takes anything but a header for the end."""
     tail = file.read_at(min(num_bytes - end, _MAX_PADDING_BYTES), end) if end < num_bytes else b""
     if len(tail) < tarfile.BLOCKSIZE:
-        raise UserError(f"{name} is cut off: it has no end mark after its {end:,} bytes; copy or make it again")
+        raise UserError(f"{name} is truncated: it has no end marker after its {end:,} bytes; copy or create it again")
     if any(tail[: tarfile.BLOCKSIZE]):
-        raise UserError(f"{name} is damaged: there is no header at byte {end:,}, where one must be")
+        raise UserError(f"{name} is damaged: expected a header at byte {end:,}; copy or create it again")
     if any(tail) or num_bytes - end > _MAX_PADDING_BYTES:
         raise UserError(
-            f"{name} goes on after its end mark at byte {end:,}: it seems to be several tar files put together; "
-            "keep them apart"
+            f"{name} continues after its end marker at byte {end:,}: it may be a concatenation of several tar files; "
+            "store them separately"
         )
 
 
@@ -136,4 +136,4 @@ def _clean(name: str) -> str:
 
 
 def _compressed(name: str) -> str:
-    return f"{name} is a compressed tar, which cannot be read by range; unpack it, or store it as a plain .tar"
+    return f"{name} is a compressed tar, which does not support random access; unpack it, or store it as a plain .tar"

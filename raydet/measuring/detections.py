@@ -17,7 +17,7 @@ from raydet.measuring.truth import Truth, is_json
 from raydet.tables import storage
 from raydet.tables.coco_columns import read_results
 from raydet.tables.columns import (
-    ROWS_AT_ONCE,
+    BATCH_ROWS,
     DetectionColumns,
     Floats,
     Integers,
@@ -98,7 +98,7 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
     else:
         table = open_table(uri, "detections")
         joined = join_images(truth.images, list_images(table), by=join, allow_partial=allow_partial)
-        rows = read_detection_rows(table, truth, table.iter_batches(DETECTION_FIELDS, ROWS_AT_ONCE))
+        rows = read_detection_rows(table, truth, table.iter_batches(DETECTION_FIELDS, BATCH_ROWS))
         model = model_of(table)
     columns = take_detections(rows.columns, joined.rows_of(len(truth.images.image_ids))[joined.truth_rows])
     return Scored(

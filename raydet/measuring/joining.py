@@ -13,7 +13,7 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.config.measuring import JoinKey
 from raydet.measuring.paths import common_prefixes, num_equal_parts, paths_differ, remove_prefix, sampled
-from raydet.tables.columns import ROWS_AT_ONCE, Flags, Integers, image_ids_in, numbers_of, places_in, take_rows
+from raydet.tables.columns import BATCH_ROWS, Flags, Integers, image_ids_in, numbers_of, places_in, take_rows
 from raydet.tables.table import Table
 
 _MAX_NAMESAKES = 1000
@@ -79,7 +79,7 @@ def list_images(table: Table) -> ImageList:
     is_images = table.kind == "images"
     ids, sizes, paths = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)], []
     columns = ["image_id", "image.path" if is_images else "path", "height", "width"]
-    for batch in table.iter_batches(columns, ROWS_AT_ONCE):
+    for batch in table.iter_batches(columns, BATCH_ROWS):
         ids.append(image_ids_in(batch))
         sizes.append(np.stack([numbers_of(batch.column(name)) for name in ("height", "width")], axis=1))
         path = pc.struct_field(batch.column("image"), "path") if is_images else batch.column("path")

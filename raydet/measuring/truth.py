@@ -18,7 +18,7 @@ from raydet.measuring.joining import ImageList, list_images
 from raydet.tables import storage
 from raydet.tables.coco_columns import Federated, read_instances
 from raydet.tables.columns import (
-    ROWS_AT_ONCE,
+    BATCH_ROWS,
     TruthColumns,
     flatten,
     starts_of,
@@ -122,7 +122,7 @@ def data_hash(uri: str) -> str:
 def _read_images_table(table: Table) -> Truth:
     names = ("bbox", "category", "area", "iscrowd")
     parts: list[dict[str, npt.NDArray[Any]]] = []
-    for batch in table.iter_batches([f"objects.{name}" for name in names], ROWS_AT_ONCE):
+    for batch in table.iter_batches([f"objects.{name}" for name in names], BATCH_ROWS):
         lengths, columns = flatten(batch, "objects", names, table.uri)
         parts.append({**columns, "lengths": lengths})
     if not parts:
@@ -158,5 +158,5 @@ def read_extra_columns(truth: Truth) -> dict[str, pa.ChunkedArray]:
     names = [name for name in table.schema.names if name not in own]
     if not names:
         return {}
-    rows = pa.Table.from_batches(table.iter_batches(["image_id", *names], ROWS_AT_ONCE)).sort_by("image_id")
+    rows = pa.Table.from_batches(table.iter_batches(["image_id", *names], BATCH_ROWS)).sort_by("image_id")
     return {name: rows[name] for name in names}

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from raydet.common.errors import RunError
 from raydet.config import PrepareShapesConfig
-from raydet.images.decode import DecodeError, TruncatedError, check, mend, orientation, upright_size_hw
+from raydet.images.decode import DecodeError, TruncatedError, check, orientation, repair, upright_size_hw
 from raydet.images.files import ReadError
 from raydet.preparation.sources import shapes
 from raydet.preparation.sources.fitting import fit_objects
@@ -136,8 +136,8 @@ def _whole(data: bytes, *, max_pixels: int, keep_truncated: bool, is_known: bool
     except TruncatedError:
         if not keep_truncated:
             raise
-        mended = mend(data, max_pixels=max_pixels)
-        return mended, upright_size_hw(mended)
+        repaired = repair(data, max_pixels=max_pixels)
+        return repaired, upright_size_hw(repaired)
 
 
 def _refuse_changed(image: SourceImage, content_hash: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Where `prepare` writes: the tables below OUT, and what a killed run left of them."""
+"""Target of `prepare`: the tables below OUT, and removal of the files of a killed run."""
 
 import contextlib
 import json
@@ -16,12 +16,12 @@ _OWN_FILE = re.compile(rf"part-\d{{5,}}\.parquet|{re.escape(MANIFEST_NAME)}|_sha
 
 @dataclass(frozen=True)
 class Target:
-    """Where a run writes to.
+    """Output of a run.
 
     Attributes:
         folder: OUT.
-        splits: Folders of the tables below OUT; none where OUT itself is the table. The first becomes whole last, and
-            so tells whether all are.
+        splits: Subfolders of OUT that hold the tables; empty if OUT itself is the table. The first is completed last,
+            so it shows whether all are complete.
     """
 
     folder: OutputFolder
@@ -34,12 +34,12 @@ class Target:
 
     @property
     def mark(self) -> str:
-        """URI of a file that is there from the beginning of the run to its end."""
+        """URI of a file that exists from the start of the run to its end."""
         return self.folder.uri_of(RUN_FILE)
 
     @property
     def tables(self) -> dict[str, str]:
-        """The tables by the names of their splits, or the only one by no name."""
+        """URIs of the tables by split name; a single table has the name `""`."""
         return {split: self.folder.uri_of(split) for split in self.splits} or {"": self.out}
 
     @property
@@ -48,25 +48,25 @@ class Target:
         return (REJECTED_FOLDER, FINDINGS_FOLDER, *self.splits)
 
     def manifest(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Reads the manifest of the table that becomes whole last; returns None if OUT is free to be written.
+        """Read the manifest of the table that is completed last; return None if OUT is free to be written.
 
         Raises:
-            UserError: OUT holds tables of another configuration, or files that raydet did not write.
+            UserError: OUT contains tables of another configuration, or files that raydet did not write.
         """
-        self.folder.admit(identity, folders=self.folders, is_disposable=not self._is_whole())
-        if not self._is_whole():
+        self.folder.admit(identity, folders=self.folders, is_disposable=not self._is_complete())
+        if not self._is_complete():
             return None
         last = next(iter(self.tables.values()))
         manifest: dict[str, Any] = json.loads(storage.read_bytes(storage.join(last, MANIFEST_NAME)))
         return manifest
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Removes what an earlier run left, and writes the record of this one."""
+        """Remove the files of an earlier run and write the record of this one."""
         self.clean()
         self.folder.begin(identity, folders=self.folders)
 
     def clean(self) -> None:
-        """Removes what a run left in OUT, its record last, and the folders in which nothing else is."""
+        """Remove the files of a run in OUT, its record last, and the folders that are then empty."""
         record = self.folder.record()
         if record is None:
             return
@@ -79,8 +79,8 @@ class Target:
                     Path(storage.resolve(self.folder.uri_of(*folder))[1]).rmdir()
         self.folder.forget()
 
-    def _is_whole(self) -> bool:
-        """Returns True when the run in OUT has written all its tables, whichever run that is."""
+    def _is_complete(self) -> bool:
+        """Return True if the run recorded in OUT, whichever it is, has completed all its tables."""
         record = self.folder.record()
         if record is None:
             return False

@@ -128,7 +128,7 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
         checkpoint=model.name if config.checkpoint else None,
         model=model.name if config.model else None,
     )
-    with open_folder(config.out, command="predict", tell=console.line) as folder:
+    with open_folder(config.out, command="predict", notify=console.line) as folder:
         return _predict_into(folder, config, model, console)
 
 

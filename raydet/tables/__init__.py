@@ -1,1 +1,1 @@
-"""Folders of Parquet files at URIs: schemas, columns, storage, the table reader and writer, the output folder."""
+"""Tables (folders of Parquet files at URIs): schemas, columns, storage, reader and writer, output folders."""

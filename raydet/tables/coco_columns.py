@@ -1,4 +1,7 @@
-"""COCO JSON → columns of boxes: read in one go; where something is wrong, entry by entry, to say what."""
+"""COCO JSON → columns of boxes.
+
+A file is decoded in one step; if that fails, entry by entry, to accept lenient spellings or report the faulty entry.
+"""
 
 import contextlib
 import gc
@@ -24,12 +27,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class Federated:
-    """What LVIS says of its labels, which are not exhaustive; categories are indices.
+    """LVIS's statements about its non-exhaustive labels; categories are indices.
 
     Attributes:
-        negatives: For each image the classes known to be absent from it.
-        not_exhaustive: For each image the classes of which not every object is labelled.
-        frequency: For each class "r", "c" or "f" (rare, common, frequent); None where the truth does not say.
+        negatives: For each image, the classes known to be absent from it.
+        not_exhaustive: For each image, the classes whose objects are not all labelled.
+        frequency: For each class "r", "c" or "f" (rare, common, frequent); None unless the file states all of them.
     """
 
     negatives: tuple[tuple[int, ...], ...]
@@ -39,14 +42,14 @@ class Federated:
 
 @dataclass(frozen=True)
 class Instances:
-    """What a COCO instances JSON holds.
+    """Contents of a COCO instances file.
 
     Attributes:
-        categories: By rising id.
-        columns: The boxes; images by rising id.
-        sizes_hw: Pixels, 0 where unknown, int64 [I, 2].
-        paths: The file names, with `/`; empty where unknown.
-        federated: What LVIS adds, if it was asked for.
+        categories: Classes in ascending order of id.
+        columns: Boxes; images in ascending order of id.
+        sizes_hw: Heights and widths in pixels, 0 where unknown, int64 [I, 2].
+        paths: File names with `/`; empty where unknown.
+        federated: LVIS's additions, if requested.
     """
 
     categories: tuple[Category, ...]
@@ -97,8 +100,8 @@ class _Result(msgspec.Struct, gc=False):
 
 
 @contextlib.contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Keeps Python from looking, again and again, for circles among all the tuples of a file, which has none."""
+def _gc_disabled() -> Iterator[None]:
+    """Disable the garbage collector while the block runs: millions of new tuples would trigger it again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -108,22 +111,22 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-@_without_collecting()
+@_gc_disabled()
 def read_instances(uri: str, *, lvis: bool) -> Instances:
-    """Reads COCO instances JSON.
+    """Read a COCO instances file.
 
     Args:
-        uri: The file.
-        lvis: Also what LVIS adds.
+        uri: Path or URI of the file.
+        lvis: Also read LVIS's additions.
 
     Raises:
-        UserError: It is no such file, or an entry is not what it should be.
+        UserError: The file is not COCO instances JSON, or an entry is invalid.
     """
     content = _decode(uri, _Instances, _instances_one_by_one)
     images, annotations = sorted(content.images, key=lambda image: image.id), content.annotations
     classes = sorted(content.categories, key=lambda category: category.id)
     if any(first.id == second.id for first, second in itertools.pairwise(classes)):
-        raise UserError(f"{uri} has category ids more than once")
+        raise UserError(f"{uri} has duplicate category ids")
     categories = tuple(Category(category.id, category.name) for category in classes)
     image_ids = _column((image.id for image in images), np.int64, len(images))
     count = len(annotations)
@@ -133,11 +136,10 @@ def read_instances(uri: str, *, lvis: bool) -> Instances:
     unknown = np.setdiff1d(image_of, image_ids)
     if unknown.size:
         raise UserError(
-            f"{uri} has annotations of {unknown.size:,} images that the truth {uri} does not have, such as image "
-            f"{unknown[0]}"
+            f"{uri} has annotations of {unknown.size:,} images that it does not list, such as image {unknown[0]}"
         )
     area = _column((np.nan if item.area is None else item.area for item in annotations), np.float64, count)
-    # NaN is an area that was left out.
+    # NaN marks a missing area.
     area = np.where(np.isnan(area), boxes_xywh[:, 2] * boxes_xywh[:, 3], area)
     order = np.argsort(image_of, kind="stable")
     columns = TruthColumns(
@@ -157,15 +159,15 @@ def read_instances(uri: str, *, lvis: bool) -> Instances:
 def _federated(images: Sequence[_Image], classes: Sequence[_Class], uri: str) -> Federated:
     if not any(image.neg_category_ids or image.not_exhaustive_category_ids for image in images):
         raise UserError(
-            f"{uri} is no LVIS truth: none of its images has neg_category_ids or not_exhaustive_category_ids; leave "
-            "out --protocol lvis"
+            f"{uri} is not an LVIS file: none of its images has neg_category_ids or not_exhaustive_category_ids; "
+            "remove --protocol lvis"
         )
     index_of = {category.id: index for index, category in enumerate(classes)}
 
     def indices(category_ids: Sequence[int]) -> tuple[int, ...]:
         unknown = [category_id for category_id in category_ids if category_id not in index_of]
         if unknown:
-            raise UserError(f"{uri}: an image names category {unknown[0]}, which is not one of the categories")
+            raise UserError(f"{uri}: an image refers to category {unknown[0]}, which is not in `categories`")
         return tuple(index_of[category_id] for category_id in category_ids)
 
     frequency = tuple(category.frequency or "" for category in classes)
@@ -176,19 +178,19 @@ def _federated(images: Sequence[_Image], classes: Sequence[_Class], uri: str) ->
     )
 
 
-@_without_collecting()
+@_gc_disabled()
 def read_results(uri: str, categories: Sequence[Category]) -> tuple[Integers, DetectionColumns]:
-    """Reads COCO results JSON.
+    """Read a COCO results file.
 
     Args:
-        uri: The file.
-        categories: The truth's, by the ids of which the file names classes.
+        uri: Path or URI of the file.
+        categories: Classes of the truth; their ids are the file's category ids.
 
     Returns:
-        The images that have detections, by rising id, int64 [R]; and their detections.
+        Ids of the images that have detections, ascending, int64 [R]; and their detections.
 
     Raises:
-        UserError: It is no such file, an entry is not what it should be, or a class is not among those given.
+        UserError: The file is not COCO results JSON, an entry is invalid, or a category id is not in `categories`.
     """
     results = _decode(uri, list[_Result], _results_one_by_one)
     image_of = _column((item.image_id for item in results), np.int64, len(results))
@@ -211,14 +213,14 @@ def _column(values: Iterable[Any], dtype: Any, count: int) -> npt.NDArray[Any]:
 
 
 def _boxes_column(boxes: Sequence[_Box]) -> Boxes:
-    # Several times as fast as np.array, which looks at each tuple first.
+    # Several times as fast as np.array, which inspects each tuple first.
     return np.fromiter(itertools.chain.from_iterable(boxes), np.float64, 4 * len(boxes)).reshape(-1, 4)
 
 
 def _to_indices(category_ids: Sequence[int], categories: Sequence[Category], where: str) -> Integers:
     index_of = {category.id: index for index, category in enumerate(categories)}
     if len(index_of) < len(categories):
-        raise UserError(f"{where}: the truth uses category ids more than once, so category_id cannot tell them apart")
+        raise UserError(f"{where}: the truth has duplicate category ids, so category_id is ambiguous")
     try:
         return _column((index_of[category_id] for category_id in category_ids), np.int64, len(category_ids))
     except KeyError:
@@ -228,7 +230,7 @@ def _to_indices(category_ids: Sequence[int], categories: Sequence[Category], whe
 
 
 def _decode(uri: str, type_: type[_T], one_by_one: Callable[[str], _T]) -> _T:
-    """Reads the whole file at once; entry by entry where that fails, to be lenient or to report what is wrong."""
+    """Decode the complete file; if that fails, entry by entry."""
     try:
         return msgspec.json.decode(storage.read_bytes(uri), type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -262,7 +264,7 @@ def _annotation(entry: coco_json.Entry, place: str) -> _Annotation:
         image_id=coco_json.image_id(entry, "image_id", place),
         category_id=coco_json.required_integer(entry, "category_id", place),
         bbox=coco_json.box_xywh(entry, place),
-        # NaN stands for an area that is left out; one that is stated becomes infinite, which is refused later on.
+        # NaN marks a missing area, so a stated NaN becomes infinity, which is refused later.
         area=math.inf if area is not None and math.isnan(area) else area,
         iscrowd=coco_json.is_crowd(entry, place),
     )
@@ -272,10 +274,10 @@ def _results_one_by_one(uri: str) -> list[_Result]:
     try:
         items = json.loads(storage.read_bytes(uri))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{uri} is not JSON: {error}; expected COCO results, which are a list") from None
+        raise UserError(f"{uri} is not JSON: {error}; expected COCO results, a list") from None
     if not isinstance(items, list):
         raise UserError(
-            f"{uri} holds a {type(items).__name__}; COCO results are a list of objects with image_id, category_id, "
+            f"{uri} contains a {type(items).__name__}; COCO results are a list of objects with image_id, category_id, "
             "bbox and score"
         )
     return [_result(entry, place) for entry, place in coco_json.placed(items, f"{uri}: results")]
@@ -284,9 +286,9 @@ def _results_one_by_one(uri: str) -> list[_Result]:
 def _result(entry: coco_json.Entry, place: str) -> _Result:
     for key in ("image_id", "category_id", "bbox"):
         value = entry.get(key)
-        # People write annotations, but programs write results: a number in quotes is a defect of theirs.
+        # Annotations may be hand-written, but results come from programs: a quoted number is a bug there.
         if any(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
-            raise UserError(f"{place}: {key} must not be text, got {value!r:.60}")
+            raise UserError(f"{place}: {key} must not be a string, got {value!r:.60}")
     return _Result(
         coco_json.image_id(entry, "image_id", place),
         coco_json.required_integer(entry, "category_id", place),

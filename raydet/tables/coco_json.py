@@ -1,7 +1,7 @@
-"""COCO JSON → its entries, one at a time, each checked; a mistake is reported with its place in the file.
+"""COCO JSON → validated entries, one at a time; errors state the position in the file.
 
-The file is read piece by piece, so that it may be larger than the memory. Ids written as strings of digits or as whole
-floats are taken for integers; backslashes in file names are slashes.
+The file is read in chunks, so it may be larger than memory. Ids written as digit strings or as integral floats are
+accepted as integers; backslashes in file names become slashes.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from raydet.tables.json_stream import Elements, JsonError, members
 from raydet.tables.schema import MAX_IMAGE_ID, Category
 
 MAX_INTEGER = 2**63
-"""A larger integer does not fit into a column of 64 bits."""
+"""Integers from here on do not fit into an int64 column."""
 
 Entry = dict[str, Any]
 BoxXywh = tuple[float, float, float, float]
@@ -24,11 +24,11 @@ _LISTS = ("images", "annotations", "categories")
 
 
 def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
-    """Reads the lists of a COCO instances file in the order in which they stand there.
+    """Read the lists of a COCO instances file in file order.
 
     Yields:
-        "images", "annotations" or "categories", each once; and the entries of that list, to be consumed before the
-        next list is asked for, each with its place for messages. Masks are left out.
+        "images", "annotations" or "categories", each once, with an iterator over the entries of that list, each with
+        its position for error messages. Consume an iterator before requesting the next list. Masks are removed.
 
     Raises:
         UserError: The file is missing, is not JSON, or is not a COCO instances file; also while entries are consumed.
@@ -49,7 +49,7 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
         if key not in found:
             hint = "; for images without labels use `raydet prepare images`" if key == "annotations" else ""
             raise UserError(
-                f'{where} lacks the key "{key}"; a COCO instances file has images, annotations, categories{hint}'
+                f'{where} lacks the key "{key}"; a COCO instances file has images, annotations and categories{hint}'
             )
 
 
@@ -67,17 +67,17 @@ def _errors_in_one_line(uri: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot read the annotations file {uri}: {' '.join(str(error).split())}") from None
     except JsonError as error:
-        raise UserError(f"{uri} {error}; expected a COCO instances file, which is an object") from None
+        raise UserError(f"{uri} {error}; expected a COCO instances file, a JSON object") from None
 
 
 def _without_masks(item: Entry) -> Entry:
-    """Masks are most of a COCO file and of no use here."""
+    """Remove masks, which make up most of a COCO file and are not used."""
     item.pop("segmentation", None)
     return item
 
 
 def placed(entries: Iterable[Any], where: str) -> Iterator[tuple[Entry, str]]:
-    """The entries of a list, each with its place for messages.
+    """Yield the entries of a list, each with its position for error messages.
 
     Raises:
         UserError: An entry is not an object.
@@ -88,11 +88,11 @@ def placed(entries: Iterable[Any], where: str) -> Iterator[tuple[Entry, str]]:
         yield entry, f"{where}[{index}]"
 
 
-# The parts of an entry. All raise a UserError that begins with the place given.
+# Fields of an entry. Each function raises a UserError that starts with the given position.
 
 
 def integer(value: object) -> int | None:
-    """An integer, also when written as a string of digits or as a whole float; None for anything else."""
+    """Return an integer, also from a digit string or an integral float; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -105,7 +105,7 @@ def integer(value: object) -> int | None:
 
 
 def required_integer(entry: Entry, key: str, place: str) -> int:
-    """The integer under a key."""
+    """Return the integer under a key."""
     value = integer(_required(entry, key, place))
     if value is None:
         raise UserError(f"{place}: {key} must be an integer, got {_shown(entry[key])}")
@@ -113,15 +113,15 @@ def required_integer(entry: Entry, key: str, place: str) -> int:
 
 
 def image_id(entry: Entry, key: str, place: str) -> int:
-    """The id of an image under a key."""
+    """Return the image id under a key."""
     value = required_integer(entry, key, place)
     if not 0 <= value < MAX_IMAGE_ID:
-        raise UserError(f"{place}: {key} must be from 0 to 2**53 - 1 (evaluators hold it in a float), got {value}")
+        raise UserError(f"{place}: {key} must be from 0 to 2**53 - 1 (evaluators store it in a float), got {value}")
     return value
 
 
 def file_name(entry: Entry, place: str) -> str:
-    """The file name of an image, with `/`."""
+    """Return the file name of an image, with `/` as separator."""
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
         raise UserError(f"{place}: file_name must be a string, got {_shown(name)}")
@@ -129,12 +129,12 @@ def file_name(entry: Entry, place: str) -> str:
 
 
 def plain_path(name: str) -> str:
-    """A file name with `/` between folders, and without `./` before them."""
+    """Normalise a file name: `/` as separator, no leading `./`."""
     return name.replace("\\", "/").removeprefix("./")
 
 
 def category(entry: Entry, place: str) -> Category:
-    """A class; its name is as the file has it."""
+    """Return a class with its name unchanged."""
     category_id = required_integer(entry, "id", place)
     if abs(category_id) >= MAX_INTEGER:
         raise UserError(f"{place}: id {category_id} does not fit into 64 bits")
@@ -145,7 +145,7 @@ def category(entry: Entry, place: str) -> Category:
 
 
 def box_xywh(entry: Entry, place: str) -> BoxXywh:
-    """The box; numbers that are null, and boxes that are null or empty, become NaN."""
+    """Return the box in pixels; null coordinates and null or empty boxes become NaN."""
     bbox = _required(entry, "bbox", place)
     if bbox is None or bbox == []:
         return (math.nan,) * 4
@@ -160,7 +160,7 @@ def box_xywh(entry: Entry, place: str) -> BoxXywh:
 
 
 def stated_area(entry: Entry) -> float | None:
-    """The area that an annotation states, any number; None where it states none."""
+    """Return the stated area, any number; None if it is missing or not a number."""
     try:
         return _number(entry.get("area"))
     except (TypeError, ValueError, OverflowError):
@@ -168,7 +168,7 @@ def stated_area(entry: Entry) -> float | None:
 
 
 def is_crowd(entry: Entry, place: str) -> bool:
-    """Whether an annotation says that its box stands for a crowd."""
+    """Return True if an annotation is marked as a crowd."""
     value = entry.get("iscrowd")
     if value is None or isinstance(value, bool):
         return bool(value)
@@ -179,7 +179,7 @@ def is_crowd(entry: Entry, place: str) -> bool:
 
 
 def score(entry: Entry, place: str) -> float:
-    """The score of a detection, any number."""
+    """Return the score of a detection, any number."""
     value = _required(entry, "score", place)
     if isinstance(value, str):
         raise UserError(f"{place}: score must be a number, got {_shown(value)}")
@@ -190,10 +190,15 @@ def score(entry: Entry, place: str) -> float:
 
 
 def refuse_repeated(values: list[Any], where: str, key: str) -> None:
-    """Refuses a list in which two entries have the same value under a key.
+    """Refuse a list with duplicate values.
+
+    Args:
+        values: The values under `key` of the entries of a list.
+        where: Name of the list for the message.
+        key: Name of the values for the message.
 
     Raises:
-        UserError: There are two.
+        UserError: Two values are equal.
     """
     first_seen: dict[Any, int] = {}
     for index, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""The boxes of many images as columns: whole arrays, in which those of an image stand together."""
+"""Boxes of many images as columns: flat arrays in which the boxes of an image are contiguous."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-ROWS_AT_ONCE = 65_536
-"""Rows of a table that become columns at once."""
+BATCH_ROWS = 65_536
+"""Rows of a table converted to columns per batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruthColumns:
-    """The labelled boxes of some images; those of image i are the rows from starts[i] to starts[i + 1].
+    """Labelled boxes of some images; rows starts[i] to starts[i + 1] (exclusive) belong to image i.
 
     Attributes:
-        image_ids: int64 [I], each once, in any order.
+        image_ids: int64 [I], unique, in any order.
         starts: int64 [I + 1].
         boxes_xywh: Absolute pixels, float64 [G, 4].
-        category: Indices, int64 [G].
-        area: Square pixels, by which small is told from large, float64 [G].
+        category: Category indices, int64 [G].
+        area: Areas in square pixels, which define the size classes, float64 [G].
         iscrowd: bool [G].
     """
 
@@ -42,13 +42,13 @@ class TruthColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionColumns:
-    """The detections in the same images as a `TruthColumns`, in the same order of the images.
+    """Detections in the images of a `TruthColumns`, in the same order of images.
 
     Attributes:
         starts: int64 [I + 1].
         boxes_xywh: Absolute pixels, float64 [D, 4].
-        scores: Finite, higher is surer, float64 [D]. Of equal ones in an image the earlier is matched first.
-        category: Indices, int64 [D].
+        scores: Finite confidence scores, float64 [D]. Among equal scores in an image, the earlier is matched first.
+        category: Category indices, int64 [D].
     """
 
     starts: Integers
@@ -58,7 +58,7 @@ class DetectionColumns:
 
 
 def take_truth(columns: TruthColumns, rows: Integers) -> TruthColumns:
-    """The boxes of some images, in the order given; where these stand together nothing is copied but the starts."""
+    """Select the boxes of some images, in the given order; consecutive images are sliced without copying the boxes."""
     starts, taken = _rows_of_images(columns.starts, rows)
     return TruthColumns(
         image_ids=columns.image_ids[rows],
@@ -71,7 +71,7 @@ def take_truth(columns: TruthColumns, rows: Integers) -> TruthColumns:
 
 
 def take_detections(columns: DetectionColumns, rows: Integers) -> DetectionColumns:
-    """The detections in some images, as `take_truth` does it; none where the row is -1."""
+    """Select the detections of some images as `take_truth` does; row -1 yields an image without detections."""
     starts, taken = _rows_of_images(columns.starts, rows)
     return DetectionColumns(
         starts=starts,
@@ -82,7 +82,7 @@ def take_detections(columns: DetectionColumns, rows: Integers) -> DetectionColum
 
 
 def _rows_of_images(starts: Integers, images: Integers) -> tuple[Integers, Integers | slice]:
-    """New starts, and the rows of the boxes, for some images of columns (-1 for an image without any)."""
+    """Return new starts and the box rows of some images (-1: an image without boxes)."""
     if len(images) and images[0] >= 0 and (np.diff(images) == 1).all():
         first, last = int(images[0]), int(images[-1]) + 1
         return starts[first : last + 1] - starts[first], slice(int(starts[first]), int(starts[last]))
@@ -93,19 +93,20 @@ def _rows_of_images(starts: Integers, images: Integers) -> tuple[Integers, Integ
 
 
 def starts_of(lengths: Integers) -> Integers:
-    """Where each of several lists, one behind the other, begins, and where the last one ends: [N] → [N + 1]."""
+    """Return the start offsets of consecutive lists, followed by the end of the last: [N] → [N + 1]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def places_in(known: npt.NDArray[Any], values: npt.NDArray[Any]) -> tuple[Integers, Flags]:
-    """Where values stand among known ones.
+    """Look up the positions of values in a sorted array.
 
     Args:
-        known: Integers, ascending, at least one, [K].
+        known: Integers in ascending order, at least one, [K].
         values: Integers, [N].
 
     Returns:
-        The place of each value, of equal ones the first, int64 [N], of meaning only where it is known, bool [N].
+        Positions, int64 [N], of the first of equal entries; and a mask, bool [N], of the values found. Positions of
+        other values are meaningless.
     """
     places = np.minimum(np.searchsorted(known, values), len(known) - 1)
     return places, known[places] == values
@@ -115,19 +116,19 @@ def places_in(known: npt.NDArray[Any], values: npt.NDArray[Any]) -> tuple[Intege
 
 
 def image_ids_in(batch: pa.RecordBatch) -> Integers:
-    """The ids of the images in some rows of a table, int64 [R]."""
+    """Return the image ids of some rows of a table, int64 [R]."""
     return numbers_of(batch.column("image_id"))
 
 
 def flatten(
     batch: pa.RecordBatch, column: str, names: Sequence[str], where: str
 ) -> tuple[Integers, dict[str, npt.NDArray[Any]]]:
-    """The lists in a struct column → the number of elements in each row, and all elements of each list in one array.
+    """Flatten the lists of a struct column: the list length of each row, and all elements of each field in one array.
 
     Raises:
-        UserError: The lists of a row differ in length, or hold nulls.
+        UserError: The lists of a row differ in length or contain nulls.
     """
-    import pyarrow.compute as pc  # takes a while to import, and JSON has no need of it
+    import pyarrow.compute as pc  # slow to import, and JSON does not need it
 
     struct = batch.column(column)
     columns: dict[str, npt.NDArray[Any]] = {}
@@ -139,7 +140,7 @@ def flatten(
         numbers = values.flatten() if name == "bbox" else values
         lengths = own if lengths is None else lengths
         if values.null_count or numbers.null_count or not np.array_equal(own, lengths):
-            raise UserError(f"{where}: the lists in `{column}` differ in length or hold nulls")
+            raise UserError(f"{where}: the lists in `{column}` differ in length or contain nulls")
         array = numbers_of(numbers)
         columns[name] = as_boxes(array) if name == "bbox" else array
     assert lengths is not None
@@ -147,23 +148,23 @@ def flatten(
 
 
 def take_rows(array: pa.Array, rows: Integers) -> pa.Array:
-    """Some elements of an array, by their places, int64; without pandas, as `numbers_of`."""
+    """Select elements of an array by position, int64; avoids pandas, see `numbers_of`."""
     rows = np.ascontiguousarray(rows, np.int64)
     return array.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
 
 
 def texts_of(texts: Sequence[str]) -> pa.LargeStringArray:
-    """An array of texts; without pandas, as `numbers_of`."""
+    """Build an array of strings; avoids pandas, see `numbers_of`."""
     encoded = [text.encode() for text in texts]
     ends = starts_of(np.fromiter(map(len, encoded), np.int64, len(encoded)))
     return pa.LargeStringArray.from_buffers(len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
 
 
 def numbers_of(array: pa.Array) -> npt.NDArray[Any]:
-    """The numbers or booleans of an array, 0 for null.
+    """Return the numbers or booleans of an array, 0 for null.
 
-    They are taken from its memory as they lie there: `to_numpy` and whatever takes a Python number import pandas where
-    it is installed, which takes longer than reading a hundred thousand images.
+    The values are read from the Arrow buffer directly: `to_numpy`, and any call with Python numbers, imports pandas if
+    installed, which takes longer than reading a hundred thousand images.
     """
     if pa.types.is_boolean(array.type):
         return numbers_of(array.cast(pa.uint8())).astype(np.bool_)

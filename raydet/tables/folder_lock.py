@@ -1,8 +1,8 @@
-"""Locks that keep a second run out of an output: a kernel lock where there is a file system, else a lease.
+"""Locks against two runs writing one output: a kernel lock on file systems, a lease on object stores.
 
-A file system that can lock files, which NFS can, drops the lock with the process that holds it, however it ends. An
-object store has no locks: there a run keeps a lease, a small object that it renews every few seconds. The clocks of
-the machines need not agree, since a lease counts as alive while its content changes.
+A file system with locks, including NFS, releases a lock when the process that holds it dies. Object stores have no
+locks, so a run keeps a lease there: a small object that it renews every few seconds. A lease is alive while its content
+changes, so the clocks of the machines need not agree.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ from raydet.common.errors import RunError, UserError
 from raydet.tables import storage
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_MOST_BYTES = 2**16
-_TRY_AGAIN_S = 0.5
-_TRIES = 100
+_MAX_LOCK_BYTES = 2**16
+_RETRY_INTERVAL_S = 0.5
+_MAX_ATTEMPTS = 100
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseTimes:
-    """Times of a lease, in seconds.
+    """Timing of a lease, in seconds.
 
     Attributes:
-        renew_s: Time between two renewals.
-        watch_s: A lease that has not changed for so long belongs to a run that is dead.
-        settle_s: Two runs that start at once both write their lease; after this time both see whose it is.
+        renew_s: Interval between renewals.
+        watch_s: A lease unchanged for this long belongs to a dead run.
+        settle_s: Two runs that start simultaneously both write a lease; after this time both see who owns it.
     """
 
     renew_s: float = 5.0
@@ -48,10 +48,10 @@ class LeaseTimes:
 
 
 class Hold:
-    """The right to write an output, while `hold` lasts."""
+    """The exclusive right to write an output, valid inside `hold`."""
 
     def check(self) -> None:
-        """Makes sure that the output still belongs to this run.
+        """Check that the output still belongs to this run.
 
         Raises:
             RunError: Another run has taken it.
@@ -65,26 +65,26 @@ def hold(
     *,
     out: str,
     command: str,
-    tell: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
     wait_s: float = 0.0,
     times: LeaseTimes | None = None,
 ) -> Iterator[Hold]:
-    """Keeps other runs out of an output for the time of a `with` block, and removes the lock file afterwards.
+    """Context manager: keep other runs out of an output while the block runs; remove the lock file afterwards.
 
     Args:
-        folder: Folder or URI for the lock file; it is created.
-        name: Name of the lock file. The lease in an object store is called the same with `.json` added.
-        out: Output, as error messages name it.
-        command: Command at work, for the message to whoever is kept out.
-        tell: Receives one line when it takes time to start.
-        wait_s: Time to wait for another run on a file system to end before it counts as an error.
-        times: Times of a lease.
+        folder: Folder or URI for the lock file; created if missing.
+        name: Name of the lock file; the lease in an object store has `.json` appended.
+        out: Output as named in error messages.
+        command: Running command, shown to a run that is refused.
+        notify: Receives one line if acquiring the lock takes time.
+        wait_s: Time to wait for another run to release a file-system lock before raising.
+        times: Timing of a lease.
 
     Yields:
-        The hold, whose `check` a long run calls now and then.
+        The hold; long runs call its `check` periodically.
 
     Raises:
-        UserError: Another run is writing the output, or a link or device stands where the lock file belongs.
+        UserError: Another run is writing the output, or the lock file is a link, device or other special file.
         OSError: The lock file cannot be written.
     """
     me = {
@@ -104,43 +104,43 @@ def hold(
             return
     lease = _Lease(storage.join(folder, f"{name}.json"), out, me, times or LeaseTimes())
     try:
-        lease.take(tell)
+        lease.take(notify)
         yield lease
     finally:
         lease.release()
 
 
 class _Lock:
-    """An open, locked file."""
+    """A locked, open file."""
 
     def __init__(self, path: Path, descriptor: int, *, is_new_folder: bool) -> None:
         self._path, self._descriptor, self._is_new_folder = path, descriptor, is_new_folder
 
     def release(self) -> None:
-        """Removes the file before unlocking it, so that whoever waits for it sees that it is gone."""
+        """Remove the file, then unlock it, so that a waiting run notices the removal."""
         with contextlib.suppress(OSError):
             if _is_same_file(self._path, self._descriptor):
                 self._path.unlink()
-                if self._is_new_folder:  # fails unless it is still empty: a run that found a mistake leaves nothing
+                if self._is_new_folder:  # fails unless empty; a refused run leaves no folder behind
                     self._path.parent.rmdir()
-        # Unlocked explicitly: a forked child may have a copy of the descriptor, and closing one keeps the lock.
+        # Unlock explicitly: a forked child may hold a copy of the descriptor, and closing ours keeps the lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
 
 
 def _lock(path: Path, out: str, me: dict[str, Any], wait_s: float) -> _Lock | None:
-    """Locks a local file; returns None where its file system has no locks."""
+    """Lock a local file; return None if its file system has no locks."""
     deadline, is_new_folder = time.monotonic() + wait_s, not path.parent.exists()
     while True:
         descriptor = _open_lock_file(path, out)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            other = _parsed(os.pread(descriptor, _MOST_BYTES, 0)) or {}
+            other = _parsed(os.pread(descriptor, _MAX_LOCK_BYTES, 0)) or {}
             os.close(descriptor)
             if time.monotonic() >= deadline:
                 raise _in_use(out, other) from None
-            time.sleep(_TRY_AGAIN_S)
+            time.sleep(_RETRY_INTERVAL_S)
             continue
         except OSError as error:
             os.close(descriptor)
@@ -148,7 +148,7 @@ def _lock(path: Path, out: str, me: dict[str, Any], wait_s: float) -> _Lock | No
                 return None
             raise
         lock = _Lock(path, descriptor, is_new_folder=is_new_folder)
-        if not _is_same_file(path, descriptor):  # the run that held it has just ended and removed it
+        if not _is_same_file(path, descriptor):  # the previous owner has just removed it
             lock.release()
             continue
         try:
@@ -161,15 +161,15 @@ def _lock(path: Path, out: str, me: dict[str, Any], wait_s: float) -> _Lock | No
 
 
 def _open_lock_file(path: Path, out: str) -> int:
-    for _ in range(_TRIES):
+    for _ in range(_MAX_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Started processes do not inherit the descriptor: Python opens files that way.
+            # Python opens files non-inheritable, so child processes do not keep the lock.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except (FileExistsError, FileNotFoundError):
             if path.parent.is_file():
                 raise
-            continue  # another run that made the folder has just removed it
+            continue  # another run has just removed the folder
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise _no_lock_file(path, out) from None
@@ -182,7 +182,7 @@ def _open_lock_file(path: Path, out: str) -> int:
 
 
 def _is_plain(descriptor: int) -> bool:
-    """Tells a plain file from a device, a pipe, and a second name of another file."""
+    """Return True for a regular file with one name; False for devices, pipes and hard links."""
     state = os.fstat(descriptor)
     return stat.S_ISREG(state.st_mode) and state.st_nlink < 2
 
@@ -195,7 +195,7 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
 
 
 class _Lease(Hold):
-    """A right that must be renewed: the object names its owner and counts the renewals."""
+    """A hold that must be renewed: the object names its owner and counts the renewals."""
 
     def __init__(self, uri: str, out: str, me: dict[str, Any], times: LeaseTimes) -> None:
         self._uri, self._out, self._times = uri, out, times
@@ -203,15 +203,15 @@ class _Lease(Hold):
         self._stop, self._taken_by = threading.Event(), ""
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
-    def take(self, tell: Callable[[str], None]) -> None:
-        """Takes the lease and starts to renew it.
+    def take(self, notify: Callable[[str], None]) -> None:
+        """Acquire the lease and start to renew it.
 
         Raises:
             UserError: Another run is alive.
         """
         other = self._read()
         if other is not None and not _is_dead_here(other):
-            tell(f"{self._out} may be in use by {_who(other)}: watching it for up to {self._times.watch_s:.0f} s")
+            notify(f"{self._out} may be in use by {_who(other)}; watching it for up to {self._times.watch_s:.0f} s")
             self._watch(other)
         self._write()
         time.sleep(self._times.settle_s)
@@ -223,12 +223,12 @@ class _Lease(Hold):
     def check(self) -> None:
         if self._taken_by:
             raise RunError(
-                f"{self._taken_by} has taken the output {self._out}, so this run has stopped: it must have been "
-                f"paused, or cut off from the store, for more than {self._times.watch_s:.0f} s; what it wrote is whole"
+                f"{self._taken_by} has taken over the output {self._out}, so this run stopped: it was paused or "
+                f"disconnected from the store for over {self._times.watch_s:.0f} s; the files it wrote are complete"
             )
 
     def release(self) -> None:
-        """Gives the output back, if it still belongs to this run."""
+        """Release the output, if it still belongs to this run."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=self._times.watch_s)
@@ -253,12 +253,12 @@ class _Lease(Hold):
             try:
                 found = self._read()
                 if not self._is_mine(found):
-                    self._taken_by = _who(found) if found else "another run, which has ended,"
+                    self._taken_by = _who(found) if found else "another run, now finished,"
                     return
                 self._content["renewals"] += 1
                 self._write()
             except Exception as error:
-                # The next renewal may succeed; if another run takes the lease meanwhile, it will notice that.
+                # The next renewal may succeed, and it notices if another run has taken the lease meanwhile.
                 _LOG.warning("cannot renew %s: %s", self._uri, error)
 
     def _is_mine(self, content: dict[str, Any] | None) -> bool:
@@ -275,7 +275,7 @@ class _Lease(Hold):
 
 
 def _this_machine() -> list[str]:
-    """Names host, boot and container: processes that read the same here can look each other up by their ids."""
+    """Return host, boot and PID namespace; processes with equal values can look each other up by process id."""
     names = [socket.gethostname()]
     with contextlib.suppress(OSError):
         names.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -296,13 +296,13 @@ def _is_dead_here(lease: dict[str, Any]) -> bool:
 
 
 def _in_use(out: str, other: dict[str, Any]) -> UserError:
-    return UserError(f"--out {out} is in use by {_who(other)}; wait for it to finish, end it, or choose another --out")
+    return UserError(f"--out {out} is in use by {_who(other)}; wait for it to finish, stop it, or choose another --out")
 
 
 def _no_lock_file(path: Path, out: str) -> UserError:
     return UserError(
-        f"--out {out}: {path} is a link or no plain file, and raydet locks a file of its own there; remove it, or "
-        "choose another --out"
+        f"--out {out}: {path} is a link or special file where raydet needs its lock file; remove it, or choose another "
+        "--out"
     )
 
 
@@ -314,7 +314,7 @@ def _who(other: dict[str, Any]) -> str:
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:
-    """Returns None for what is no JSON object: empty, or just being written."""
+    """Parse a JSON object; return None for other content, such as a file still being written."""
     try:
         content = json.loads(data)
     except ValueError:

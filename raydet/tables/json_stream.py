@@ -1,7 +1,7 @@
-"""A JSON object of any size → its members one by one, arrays element by element: files of labels outgrow the memory.
+"""Incremental JSON reader: the members of an object one by one, arrays element by element.
 
-The parsing itself is that of the standard library, as for a whole file (`NaN` and lone surrogates included); what is
-added here is that only a piece of the text is in memory at a time.
+The standard library parses each value (including `NaN` and lone surrogates). This module keeps only a chunk of the text
+in memory, since label files may be larger than memory.
 """
 
 import codecs
@@ -12,29 +12,29 @@ from typing import Any, Protocol
 
 CHUNK_BYTES = 4 * 2**20
 MAX_ENTRY_CHARS = 64 * 2**20
-"""Of one element, or of one member that is no array: so much is in memory at once."""
+"""Maximum length of one array element, or of one non-array member, held in memory."""
 
 _ENCODING_BYTES = 4
 _LONGEST_TAIL = 2
-"""Of a number that is cut off, behind what is taken for a whole one: `1e+`."""
+"""Characters by which a truncated number such as `1e+` may extend beyond the number parsed so far (`1`)."""
 _LONGEST_CUT = 16
-"""What is wrong so near to the end of the text may only be cut off: a literal such as `-Infinity`, or an escape."""
+"""An error this close to the end of the text may be a truncated literal such as `-Infinity`, or a truncated escape."""
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class JsonError(Exception):
-    """A file is not JSON, or not an object; the message continues the file's name."""
+    """The file is not JSON or not an object; the message continues a sentence that starts with the file name."""
 
 
 class Stream(Protocol):
-    """A file of bytes."""
+    """A readable binary file."""
 
     def read(self, size: int, /) -> bytes:
-        """The next bytes, none at the end."""
+        """Return the next bytes; none at the end."""
 
 
 class Elements:
-    """The elements of an array, to be gone through once, before the next member is asked for."""
+    """Single-use iterator over the elements of an array; consume it before requesting the next member."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
@@ -44,23 +44,23 @@ class Elements:
 
 
 def members(stream: Stream, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Iterator[tuple[str, Any]]:
-    """Reads the members of the object that a file holds.
+    """Read the members of the JSON object in a file.
 
     Args:
-        stream: The file: UTF-8, UTF-16 or UTF-32.
-        object_hook: What is done to each object in it, as in `json.loads`.
+        stream: The file, in UTF-8, UTF-16 or UTF-32.
+        object_hook: Function applied to each nested object, as in `json.loads`.
 
     Yields:
-        The name of each member, and its value; that of an array is `Elements`. What is left of these is skipped.
+        Name and value of each member; an array is yielded as `Elements`, whose unconsumed elements are skipped.
 
     Raises:
-        JsonError: The file is not JSON, or not an object; also while elements are gone through.
+        JsonError: The file is not JSON or not an object; also raised while elements are consumed.
     """
     text = _Text(stream, json.JSONDecoder(object_hook=object_hook))
     if text.peek() == "[":
-        raise JsonError("holds a list")
+        raise JsonError("contains a list")
     if text.peek() != "{":
-        raise JsonError(f"holds a {type(text.value()).__name__}")
+        raise JsonError(f"contains a {type(text.value()).__name__}")
     for _ in text.entries("{", "}"):
         text.expect('"')
         name = text.value()
@@ -76,7 +76,7 @@ def members(stream: Stream, *, object_hook: Callable[[dict[str, Any]], Any] | No
 
 
 class _Text:
-    """The text from where reading stands up to the end of what has been fetched."""
+    """Buffered text from the read position to the end of the fetched data."""
 
     def __init__(self, stream: Stream, decoder: json.JSONDecoder) -> None:
         self._stream, self._decode = stream, decoder.raw_decode
@@ -84,11 +84,11 @@ class _Text:
         while len(head) < _ENCODING_BYTES and (data := stream.read(CHUNK_BYTES)):
             head += data
         self._decoder = codecs.getincrementaldecoder(json.detect_encoding(head))(errors="surrogatepass")
-        self._at, self._num_before, self._num_bytes, self._is_whole = 0, 0, 0, False
+        self._at, self._num_before, self._num_bytes, self._is_at_end = 0, 0, 0, False
         self._text = self._characters(head)
 
     def peek(self) -> str:
-        """The next character that is not blank; none at the end."""
+        """Return the next non-blank character; an empty string at the end."""
         while True:
             match = _BLANKS.match(self._text, self._at)
             assert match is not None
@@ -99,7 +99,7 @@ class _Text:
                 return ""
 
     def expect(self, *wanted: str) -> str:
-        """The next character that is not blank, which must be one of these."""
+        """Return the next non-blank character, which must be one of `wanted`."""
         found = self.peek()
         if found not in wanted:
             what = " or ".join(f"'{character}'" for character in wanted)
@@ -107,13 +107,13 @@ class _Text:
         return found
 
     def take(self, *wanted: str) -> str:
-        """Passes one of these characters and says which it was."""
+        """Consume the next non-blank character, which must be one of `wanted`, and return it."""
         found = self.expect(*wanted)
         self._at += 1
         return found
 
     def entries(self, opening: str, closing: str) -> Iterator[None]:
-        """Stops before each entry of an object or array."""
+        """Iterate over an object or array, pausing before each entry."""
         self.take(opening)
         if self.peek() == closing:
             self.take(closing)
@@ -124,7 +124,7 @@ class _Text:
                 return
 
     def value(self) -> Any:
-        """The next value, whole."""
+        """Return the next complete value."""
         self.peek()
         while True:
             try:
@@ -142,7 +142,7 @@ class _Text:
             return value
 
     def finish(self) -> None:
-        """Refuses further text."""
+        """Check that no text is left."""
         if self.peek():
             raise _not_json(f"extra data, {self._place(self._at)}")
 
@@ -150,14 +150,14 @@ class _Text:
         return f"character {self._num_before + at:,}"
 
     def _fetch(self) -> bool:
-        """Fetches at least as much again, so that a long value is not begun anew for each piece; False at the end."""
-        if self._is_whole:
+        """Fetch at least as much text as is buffered, so that parsing restarts rarely; return False at the end."""
+        if self._is_at_end:
             return False
         rest = self._text[self._at :]
         if len(rest) > MAX_ENTRY_CHARS:
             raise _not_json(f"an entry of more than {MAX_ENTRY_CHARS:,} characters, {self._place(self._at)}")
         data = self._stream.read(max(CHUNK_BYTES, len(rest)))
-        self._is_whole = not data
+        self._is_at_end = not data
         self._num_before, self._at = self._num_before + self._at, 0
         self._text = rest + self._characters(data)
         return True
@@ -165,10 +165,10 @@ class _Text:
     def _characters(self, data: bytes) -> str:
         undecoded, _ = self._decoder.getstate()
         try:
-            text = self._decoder.decode(data, final=self._is_whole)
+            text = self._decoder.decode(data, final=self._is_at_end)
         except UnicodeDecodeError as error:
             place = self._num_bytes - len(undecoded) + error.start
-            raise _not_json(f"no text in {error.encoding}: {error.reason}, byte {place:,}") from None
+            raise _not_json(f"invalid {error.encoding}: {error.reason}, byte {place:,}") from None
         self._num_bytes += len(data)
         return text
 

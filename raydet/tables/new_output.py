@@ -1,6 +1,6 @@
-"""Outputs that appear at once and complete: a page, a JSON or ONNX file, an exported folder.
+"""Atomic outputs that appear complete or not at all: a page, a JSON or ONNX file, an exported folder.
 
-They are locked by a file beside them, so that several can be written into one folder, one after another or at once.
+A lock file beside each output allows several outputs in one folder, written one after another or simultaneously.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from raydet.tables import storage
 from raydet.tables.folder_lock import Hold, hold
 from raydet.tables.output_errors import one_line_errors, refuse_place
 
-_COPIED_AT_ONCE = 2**20
+_COPY_CHUNK_BYTES = 2**20
 
 
 @contextlib.contextmanager
 def new_folder(out: str, *, command: str) -> Iterator[Path]:
-    """A local folder to fill, which appears at `out` when the `with` block ends well; else nothing does.
+    """Context manager: yield a local folder to fill, which appears at `out` only if the block succeeds.
 
     Raises:
-        UserError: There are files at `out`, another run is writing it, or its name is not usable.
-        RunError: The disk is full, or `out` may not be written.
+        UserError: `out` already contains files, another run is writing it, or its name is invalid.
+        RunError: The disk is full, or there is no permission to write `out`.
     """
     out = storage.absolute_uri(out)
     with one_line_errors(out):
@@ -52,16 +52,16 @@ def new_folder(out: str, *, command: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(out: str, *, command: str, endings: Sequence[str]) -> Iterator[BinaryIO]:
-    """A file to write, which appears at `out` when the `with` block ends well; else what was there before stays.
+    """Context manager: yield a file to write, which replaces `out` only if the block succeeds.
 
     Args:
-        out: Path or URI of the file; a file that is there is replaced.
-        command: Command at work.
-        endings: Endings that the name may have, such as `.json`.
+        out: Path or URI of the file; an existing file is replaced.
+        command: Running command, shown to a run that is refused.
+        endings: Allowed endings of the name, such as `.json`.
 
     Raises:
-        UserError: `out` has another ending or is a folder, another run is writing it, or its name is not usable.
-        RunError: The disk is full, or `out` may not be written.
+        UserError: `out` has another ending or is a folder, another run is writing it, or its name is invalid.
+        RunError: The disk is full, or there is no permission to write `out`.
     """
     out = storage.absolute_uri(out)
     if not out.partition("?")[0].endswith(tuple(endings)):
@@ -74,17 +74,17 @@ def new_file(out: str, *, command: str, endings: Sequence[str]) -> Iterator[Bina
                 with storage.open_output(out, sync=True) as file:
                     yield file
                 return
-            # An upload cannot be taken back half way, so the file is made here and uploaded when it is complete.
+            # A partial upload cannot be undone, so the file is written locally and uploaded when complete.
             with tempfile.TemporaryFile() as local:
                 yield local
                 local.seek(0)
                 with storage.open_output(out) as file:
-                    shutil.copyfileobj(local, file, _COPIED_AT_ONCE)
+                    shutil.copyfileobj(local, file, _COPY_CHUNK_BYTES)
 
 
 @contextlib.contextmanager
 def _hold_place(out: str, command: str) -> Iterator[Hold]:
-    """Locks what appears at once and complete, by a file beside it, so that several may be written into one folder."""
+    """Lock an output by a lock file beside it."""
     path, mark, options = out.partition("?") if "://" in out else (out, "", "")
     folder, _, name = path.rstrip("/").rpartition("/")
     with hold(f"{folder or '/'}{mark}{options}", f".{name}.lock", out=out, command=command) as held:
@@ -107,7 +107,7 @@ def _refuse_content(out: str) -> None:
     else:
         names = storage.list_files(out, recursive=True)
     if names:
-        raise UserError(f"--out {out} already holds files, such as {names[0]}; choose another --out, or remove it")
+        raise UserError(f"--out {out} already contains files, such as {names[0]}; choose another --out, or remove it")
 
 
 def _upload(folder: Path, filesystem: pafs.FileSystem, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Errors of file systems and object stores while a command writes its output, each as one line."""
+"""One-line errors for failures of file systems and object stores while a command writes its output."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @contextlib.contextmanager
 def one_line_errors(out: str) -> Iterator[None]:
-    """Raises an OSError in the `with` block as UserError or RunError, in one line."""
+    """Context manager: convert an OSError of the block to a one-line UserError or RunError."""
     try:
         yield
     except OSError as error:
@@ -24,24 +24,29 @@ def one_line_errors(out: str) -> Iterator[None]:
 
 
 def refusal_of(error: OSError, out: str) -> UserError | RunError:
-    """Says in one line what an error of a file system or object store means for a run that writes `out`."""
+    """Convert an error of a file system or object store to a one-line error of the run that writes `out`."""
     reason = " ".join(str(error.strerror or error).split()) or type(error).__name__
     place = str(error.filename) if error.filename else out
     if storage.has_code(error, *_NO_ROOM):
-        return RunError(f"cannot write to {out}: {reason}; make room and run the same command again")
+        return RunError(f"cannot write to {out}: {reason}; free space and run the same command again")
     if storage.has_code(error, *_NO_RIGHT):
-        advice = "get it, or choose another --out" if place.startswith(out) else "get it and run the same command again"
-        return RunError(f"no permission for {place}: {reason}; {advice}")
+        advice = "or choose another --out" if place.startswith(out) else "and run the same command again"
+        return RunError(f"no permission for {place}: {reason}; grant it {advice}")
     if error.errno in _WRONG_NAME and (place.startswith(out) or out.startswith(place)):
         return UserError(f"--out {out} cannot be written: {reason}; choose another --out")
     return RunError(f"cannot read or write {place}: {reason}; run the same command again")
 
 
 def refuse_place(out: str, kind: pafs.FileType, reason: str) -> None:
-    """Refuses an output that is a web address, or in whose place there is something of the wrong kind.
+    """Refuse an output that is a web address or already exists as the wrong kind.
+
+    Args:
+        out: Path or URI of the output.
+        kind: The kind to refuse: a file where a folder is expected, or a folder where a file is expected.
+        reason: Continuation of the message after `--out OUT`.
 
     Raises:
-        UserError: It is one.
+        UserError: The output is refused.
     """
     if storage.is_web(out):
         raise UserError(f"--out {out} is a web address, which raydet cannot write; use a path, s3:// or gs://")

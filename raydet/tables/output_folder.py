@@ -1,8 +1,8 @@
-"""The guard of everything that a command writes: who may write, what is there already, and whether it may be resumed.
+"""Guard of output folders: exclusive access, ownership of existing files, and resuming.
 
-`open_folder` locks a folder for one run and yields an `OutputFolder`, which the command hands on. Its `admit` refuses
-files that raydet did not write and the results of another run. `new_output.py` has the same for a folder or file that
-appears at once and complete.
+`open_folder` locks a folder for one run and yields an `OutputFolder`, which the command passes on. `OutputFolder.admit`
+refuses files that raydet did not write and results of another run. `new_output.py` guards folders and files that appear
+only when complete.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ _FINGERPRINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What the run in a folder is: the content of OUT/_run.json.
+    """Identity of the run in a folder: the content of OUT/_run.json.
 
     Attributes:
         command: Command that writes the folder.
-        identity: Everything that decides what comes out, by name, without passwords and keys.
-        plan: How the run does its work, as decided when it began.
-        folders: Subfolders whose content the run writes.
-        raydet: Version that began the run.
+        identity: All settings that determine the result, by name, without passwords and keys.
+        plan: Decisions made at the start that a resumed run must keep.
+        folders: Subfolders that the run writes.
+        raydet: raydet version that started the run.
         schema: Version of this record.
     """
 
@@ -53,17 +53,17 @@ class RunRecord:
 
 
 class OutputFolder:
-    """A folder that this run alone may write, while the `with` block of `open_folder` lasts.
+    """A folder that only this run may write, inside the block of `open_folder`.
 
-    Pickling keeps the place and leaves the lock with the process that holds it.
+    Pickling keeps the location; the lock stays with the process that holds it.
 
     Attributes:
         uri: Absolute path or URI.
-        command: Command that writes it.
+        command: Command that writes the folder.
     """
 
     def __init__(self, uri: str, command: str, held: Hold | None = None) -> None:
-        """Names the folder; `open_folder` also locks it."""
+        """Refer to a folder without locking it; `open_folder` also locks it."""
         self.uri = uri
         self.command = command
         self._held = held or Hold()
@@ -72,31 +72,31 @@ class OutputFolder:
         return OutputFolder, (self.uri, self.command)
 
     def uri_of(self, *names: str) -> str:
-        """Returns the URI of something in the folder."""
+        """Return the URI of a file or subfolder."""
         return storage.join(self.uri, *names)
 
     def exists(self, *names: str) -> bool:
-        """Returns True where a file or folder of that name is there."""
+        """Return True if the file or subfolder exists."""
         return storage.exists(self.uri_of(*names))
 
     def read_bytes(self, *names: str) -> bytes:
-        """Reads one whole file of the folder."""
+        """Read a file of the folder."""
         return storage.read_bytes(self.uri_of(*names))
 
     def write_bytes(self, data: bytes, *names: str) -> None:
-        """Writes one file of the folder, whole or not at all."""
+        """Write a file of the folder atomically."""
         storage.write_bytes(self.uri_of(*names), data)
 
     def delete_file(self, *names: str) -> None:
-        """Removes a file of the folder; an absent one is fine."""
+        """Remove a file of the folder, if it exists."""
         storage.delete_file(self.uri_of(*names))
 
     def list_files(self, *names: str) -> list[str]:
-        """Lists the files of the folder, or of a subfolder; an absent one has none."""
+        """List the files of the folder or of a subfolder; an absent one has none."""
         return storage.list_files(self.uri_of(*names))
 
     def check(self) -> None:
-        """Makes sure that the folder still belongs to this run.
+        """Check that the folder still belongs to this run.
 
         Raises:
             RunError: Another run has taken it.
@@ -104,31 +104,32 @@ class OutputFolder:
         self._held.check()
 
     def record(self, part: str | None = None) -> RunRecord | None:
-        """Reads what the run in the folder is; returns None where none has begun.
+        """Read the record of the run in the folder; return None if no run has started.
 
         Args:
-            part: Name of the run, in a folder that several runs share.
+            part: Name of the run, for a folder that several runs share.
 
         Raises:
-            UserError: The record is damaged or of another version of raydet.
+            UserError: The record is damaged or was written by an incompatible version of raydet.
         """
         return _read_record(self.uri, _record_name(part))
 
     def refuse_foreign(self, folders: Sequence[str] = ()) -> None:
-        """Refuses files that raydet did not write: any in a folder without a run, and those in new subfolders.
+        """Refuse files that raydet did not write.
 
-        Files of OUT whose names begin with `_` or `.` do not count.
+        These are all files in a folder without a run record, except those whose names start with `_` or `.`, and all
+        files in subfolders that no recorded run writes.
 
         Args:
-            folders: Subfolders whose content this run writes.
+            folders: Subfolders that this run writes.
 
         Raises:
-            UserError: There is such a file, or a link in the place of a subfolder or log.
+            UserError: There is such a file, or a subfolder or log is a symbolic link.
         """
         self._refuse_links(folders)
         own = self.record()
         if own is not None and set(folders) <= set(own.folders):
-            return  # without a list of all files, which may be long
+            return  # avoids listing all files, which may be many
         names = self.list_files()
         records = [record for name in names if _is_record(name) and (record := _read_record(self.uri, name))]
         foreign = [name for name in names if not name.startswith(("_", "."))] if not records else []
@@ -138,7 +139,7 @@ class OutputFolder:
                 foreign += [f"{folder}/{name}" for name in names]
         if foreign:
             raise UserError(
-                f"--out {self.uri} holds files that raydet did not write, such as {foreign[0]}; choose another --out"
+                f"--out {self.uri} contains files that raydet did not write, such as {foreign[0]}; choose another --out"
             )
 
     def admit(
@@ -150,20 +151,22 @@ class OutputFolder:
         is_disposable: bool = False,
         remedy: str = "choose another --out",
     ) -> RunRecord | None:
-        """Refuses foreign files and another run, and removes unfinished files that a killed run left.
+        """Refuse foreign files and results of another run; remove partial files of a killed run.
 
         Args:
-            identity: Everything that decides what comes out, by name; JSON must be able to hold it.
-            folders: Subfolders whose content this run writes.
-            part: Name of the run, in a folder that several runs share.
-            is_disposable: An earlier run of this command has left nothing that other settings could spoil.
-            remedy: Advice for the case that the folder holds another run.
+            identity: All settings that determine the result, by name; must be JSON-serialisable.
+            folders: Subfolders that this run writes.
+            part: Name of the run, for a folder that several runs share.
+            is_disposable: An earlier run of this command has no results worth keeping, so other settings may
+                replace it.
+            remedy: Advice for the user if the folder contains another run.
 
         Returns:
-            The record of the run to resume; None where a new one may begin.
+            The record of the run to resume; None if a new run may start.
 
         Raises:
-            UserError: The folder holds another run, with each difference, or files that raydet did not write.
+            UserError: The folder contains another run (the message lists the differences), or files that raydet did
+                not write.
         """
         self.refuse_foreign(folders)
         earlier = self.record(part)
@@ -173,10 +176,10 @@ class OutputFolder:
                 changes = [f"command: {earlier.command} → {self.command}"]
             if changes:
                 raise UserError(
-                    f"--out {self.uri} already holds another run ({'; '.join(changes)}); {remedy}, or the same "
-                    "settings to resume it"
+                    f"--out {self.uri} already holds another run ({'; '.join(changes)}); {remedy}, or use the "
+                    "same settings to resume it"
                 )
-        if storage.is_local(self.uri):  # object stores have no unfinished files
+        if storage.is_local(self.uri):  # object stores have no partial files
             for place in (*((folder,) for folder in folders), *([()] if part is None else [])):
                 for name in self.list_files(*place):
                     if storage.is_partial(name):
@@ -191,16 +194,16 @@ class OutputFolder:
         folders: Sequence[str] = (),
         part: str | None = None,
     ) -> None:
-        """Writes the record of a new run; `admit` comes before it."""
+        """Write the record of a new run; call `admit` first."""
         record = RunRecord(command=self.command, identity=_plain(identity), plan=plan or {}, folders=tuple(folders))
         self.write_bytes(json.dumps(asdict(record), indent=1).encode(), _record_name(part))
 
     def forget(self, part: str | None = None) -> None:
-        """Removes the record of a run that has left nothing."""
+        """Remove the record of a run without results."""
         self.delete_file(_record_name(part))
 
     def _refuse_links(self, folders: Sequence[str]) -> None:
-        """Refuses links in the places that are not replaced as a whole: subfolders, and logs that grow."""
+        """Refuse symbolic links where raydet writes in place: subfolders, and logs opened for appending."""
         if not storage.is_local(self.uri):
             return
         root = Path(storage.resolve(self.uri)[1])
@@ -210,7 +213,7 @@ class OutputFolder:
         for path in paths:
             if path.is_symlink():
                 raise UserError(
-                    f"--out {self.uri} holds a link where raydet writes, {path.relative_to(root)}; remove it, or "
+                    f"--out {self.uri} contains a link where raydet writes, {path.relative_to(root)}; remove it, or "
                     "choose another --out"
                 )
 
@@ -220,27 +223,27 @@ def open_folder(
     out: str,
     *,
     command: str,
-    tell: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
     wait_s: float = 0.0,
     times: LeaseTimes | None = None,
 ) -> Iterator[OutputFolder]:
-    """Locks an output folder for one run, and turns what goes wrong with writing it into one line.
+    """Context manager: lock an output folder for one run, and convert write failures to one-line errors.
 
     Args:
-        out: Folder or URI; it is created. A local one that was created and stays empty is removed again.
-        command: Command at work.
-        tell: Receives one line when it takes time to start.
-        wait_s: Time to wait for another run on a file system to end before it counts as an error.
-        times: Times of the lease that keeps others out of an object store.
+        out: Folder or URI; created if missing. A local folder created here is removed again if it stays empty.
+        command: Running command, shown to a run that is refused.
+        notify: Receives one line if acquiring the lock takes time.
+        wait_s: Time to wait for another run to release a file-system lock before raising.
+        times: Timing of the lease in an object store.
 
     Raises:
-        UserError: Another run is writing into the folder, it is a file, or its name is not usable.
-        RunError: The disk is full, or the folder may not be written.
+        UserError: Another run is writing the folder, it is a file, or its name is invalid.
+        RunError: The disk is full, or there is no permission to write the folder.
     """
     out = storage.absolute_uri(out)
     with one_line_errors(out):
         refuse_place(out, pafs.FileType.File, "is a file; --out must name a folder")
-        with hold(out, LOCK_FILE, out=out, command=command, tell=tell, wait_s=wait_s, times=times) as held:
+        with hold(out, LOCK_FILE, out=out, command=command, notify=notify, wait_s=wait_s, times=times) as held:
             yield OutputFolder(out, command, held)
 
 
@@ -259,13 +262,13 @@ def _read_record(folder: str, name: str) -> RunRecord | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{uri}, which says what the run in this folder is, is damaged ({error})") from None
+        raise UserError(f"the run record {uri} is damaged ({error}); choose another --out") from None
     if not isinstance(content, dict) or content.get("schema") != _RECORD_SCHEMA:
-        raise UserError(f"--out {folder} holds a run of another version of raydet; choose another --out")
+        raise UserError(f"--out {folder} holds a run of an incompatible version of raydet; choose another --out")
     try:
         return RunRecord(**{**content, "folders": tuple(content["folders"])})
     except (KeyError, TypeError) as error:
-        raise UserError(f"{uri}, which says what the run in this folder is, is damaged ({error})") from None
+        raise UserError(f"the run record {uri} is damaged ({error}); choose another --out") from None
 
 
 def _plain(identity: dict[str, Any]) -> dict[str, Any]:
@@ -274,7 +277,7 @@ def _plain(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(name: str) -> str:
-    """Spells an option as on the command line; what is none, such as `source` or `train.epochs`, stays as it is."""
+    """Spell an option as on the command line; `source` and dotted names such as `train.epochs` are not options."""
     return name if name == "source" or "." in name else f"--{name.replace('_', '-')}"
 
 

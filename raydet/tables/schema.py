@@ -1,7 +1,7 @@
-"""The Arrow schemas of the tables, the categories, and the metadata that carries them.
+"""Arrow schemas of all tables, and the metadata that stores kind, version and categories.
 
-Boxes are (x, y, width, height) in absolute pixels of the upright image. Categories are indices from 0; the ids and
-names that the source used stand in the schema's metadata.
+Boxes are (x, y, width, height) in absolute pixels of the upright image. Categories are indices from 0; the
+source's ids and names are stored in the schema's metadata.
 """
 
 import json
@@ -14,10 +14,10 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 
 SCHEMA_VERSION = 1
-"""Raised when a reader of the old version would misread the new tables."""
+"""Incremented when a reader of the old version would misread new tables."""
 
 MAX_IMAGE_ID = 2**53
-"""COCO evaluators hold image ids in a float64, which is exact below this."""
+"""Exclusive limit: COCO evaluators store image ids in a float64, which is exact below it."""
 
 TableKind = Literal[
     "images",
@@ -48,7 +48,7 @@ _METADATA_KEY = b"raydet"
 
 @dataclass(frozen=True)
 class Category:
-    """A class: its place in the tables is its index; `id` and `name` are the source's."""
+    """A class as named by the source; tables refer to it by its index in the list of categories."""
 
     id: int
     name: str
@@ -119,19 +119,19 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("iou", pa.float64()),  # null: the mean over .50:.95
         ("recall", pa.float64()),
         ("precision", pa.float64()),
-        ("score", pa.float64()),  # of the last detection needed for this recall; null for a mean and beyond the last
+        ("score", pa.float64()),  # of the last detection needed for this recall; null for means and unreached recalls
     ],
     "errors": [
         ("run", pa.string()),
         ("category", pa.string()),  # null: all classes
         ("error", pa.string()),  # class, location, both, duplicate, background, missed; false_positive, false_negative
         ("count", pa.int64()),  # detections, or labelled boxes for missed; null for the last two
-        ("ap_points", pa.float64()),  # by how much AP50 would rise were this error not there
+        ("ap_points", pa.float64()),  # gain in AP50 if these errors were fixed
     ],
     "confusion": [
         ("run", pa.string()),
-        ("truth", pa.string()),  # null: nothing is there
-        ("detected", pa.string()),  # null: nothing was found
+        ("truth", pa.string()),  # null: background
+        ("detected", pa.string()),  # null: missed
         ("count", pa.int64()),
     ],
     "calibration": [
@@ -143,11 +143,11 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("mean_score", pa.float64()),
         ("precision", pa.float64()),
     ],
-    "suspects": [  # labels that are probably wrong, the most probable first
+    "suspects": [  # probable label errors, most probable first
         ("run", pa.string()),
         ("image_id", pa.int64()),
-        ("kind", pa.string()),  # no_truth: a sure detection of what is not labelled; not_found; other_class
-        ("category", pa.string()),  # of the labelled box, or of the detection where there is none
+        ("kind", pa.string()),  # no_truth (confident detection without a label), not_found, other_class
+        ("category", pa.string()),  # of the labelled box; of the detection for no_truth
         ("detected", pa.string()),  # of the detection; null for not_found
         ("bbox", pa.list_(pa.float64(), 4)),
         ("score", pa.float64()),
@@ -188,15 +188,15 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("num_truth", pa.int64()),
         ("num_detections", pa.int64()),
         ("num_unreadable", pa.int64()),
-        ("num_left_out", pa.int64()),  # images of the truth without a row in the detections, or the other way round
+        ("num_left_out", pa.int64()),  # images in the truth but not in the detections, or vice versa
     ],
-    "trials": [  # of a search, one row each; an option NAME that was varied has its column param_NAME
-        ("trial", pa.string()),  # the name of its run folder
+    "trials": [  # one row per trial; a searched option NAME has a column param_NAME
+        ("trial", pa.string()),  # name of the run folder
         ("state", pa.string()),  # finished, stopped (by the scheduler), failed, unfinished
         ("source", pa.string()),  # default, point (given by the user), search
-        ("parameters", pa.string()),  # JSON: the value of each option that was varied
+        ("parameters", pa.string()),  # JSON: value of each searched option
         ("metric", pa.string()),
-        ("value", pa.float64()),  # of the metric in the best epoch, of which also those that follow are
+        ("value", pa.float64()),  # of the metric in the best epoch, as are the metrics below
         ("best_epoch", pa.int64()),
         ("num_epochs", pa.int64()),
         ("seconds", pa.float64()),
@@ -213,14 +213,14 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
     ],
     "findings": [
         ("kind", pa.string()),
-        ("path", pa.string()),  # of the image or the file of annotations; null where it is about neither
+        ("path", pa.string()),  # image or annotation file; null if the finding concerns neither
         ("image_id", pa.int64()),
         ("annotation_id", pa.int64()),
         ("count", pa.int64()),
         ("detail", pa.string()),
     ],
     "data_summary": [
-        ("split", pa.string()),  # data, val; null: what is between the two
+        ("split", pa.string()),  # data, val; null: concerns both
         ("name", pa.string()),
         ("value", pa.float64()),
     ],
@@ -230,9 +230,9 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("boxes", pa.int64()),  # crowds included
         ("share", pa.float64()),  # of all boxes
         ("images", pa.int64()),
-        ("boxes_per_image", pa.float64()),  # of the images that have the class
+        ("boxes_per_image", pa.float64()),  # over images that contain the class
         ("crowd_boxes", pa.int64()),
-        ("small_boxes", pa.int64()),  # COCO's areas, without crowds
+        ("small_boxes", pa.int64()),  # COCO's area limits, crowds excluded
         ("medium_boxes", pa.int64()),
         ("large_boxes", pa.int64()),
     ],
@@ -240,20 +240,20 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("split", pa.string()),
         ("quantity", pa.string()),
         ("category", pa.string()),  # null: all classes
-        ("low", pa.float64()),  # this value and above
-        ("high", pa.float64()),  # below this value; the outermost bins also hold what lies beyond them
+        ("low", pa.float64()),  # inclusive
+        ("high", pa.float64()),  # exclusive; the outermost bins include values beyond their limits
         ("count", pa.int64()),
     ],
     "co_occurrence": [
         ("split", pa.string()),
         ("first", pa.string()),
         ("second", pa.string()),
-        ("images", pa.int64()),  # that have both classes
+        ("images", pa.int64()),  # images that contain both classes
     ],
     "box_centres": [
         ("split", pa.string()),
         ("category", pa.string()),
-        ("left", pa.float64()),  # of a cell, as a part of the image's width
+        ("left", pa.float64()),  # of a cell, as a fraction of the image width
         ("top", pa.float64()),
         ("boxes", pa.int64()),
     ],
@@ -275,13 +275,13 @@ def build_schema(
     extra_fields: Sequence[pa.Field] = (),
     extra_metadata: Mapping[str, Any] | None = None,
 ) -> pa.Schema:
-    """Builds the Arrow schema of a table, with the categories and the schema version in its metadata.
+    """Build the Arrow schema of a table, with the categories and the schema version in its metadata.
 
     Args:
-        kind: Which table.
-        categories: The classes, in the order of their indices.
-        extra_fields: Further scalar columns, such as camera or city, carried through as they are.
-        extra_metadata: Anything JSON can hold, kept beside the categories.
+        kind: Kind of the table.
+        categories: Classes in index order.
+        extra_fields: Further scalar columns, such as camera or city.
+        extra_metadata: Further JSON-serialisable metadata.
     """
     fields = [pa.field(name, dtype) for name, dtype in _FIELDS[kind]] + list(extra_fields)
     content = {
@@ -297,18 +297,23 @@ def build_schema(
 
 
 def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...], where: str) -> dict[str, Any]:
-    """Reads back what `build_schema` put into the metadata.
+    """Parse the metadata that `build_schema` wrote.
+
+    Args:
+        schema: Schema of the table.
+        kind: Expected kind, or the accepted kinds.
+        where: URI of the table for messages.
 
     Raises:
-        UserError: It is not a raydet table of this kind, or one of these, and of this schema version.
+        UserError: The table was not written by raydet, or has another kind or schema version.
     """
     raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
-        raise UserError(f"{where} is not a raydet table (no raydet metadata); make one with `raydet prepare`")
+        raise UserError(f"{where} is not a raydet table (no raydet metadata); create one with `raydet prepare`")
     content: dict[str, Any] = json.loads(raw)
     if content["schema_version"] != SCHEMA_VERSION:
         raise UserError(
-            f"{where} has schema version {content['schema_version']}, this raydet reads version {SCHEMA_VERSION}; "
+            f"{where} has schema version {content['schema_version']}, but this raydet reads version {SCHEMA_VERSION}; "
             "write the table again with this version"
         )
     kinds = (kind,) if isinstance(kind, str) else kind
@@ -322,12 +327,12 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...]
 
 
 def categories_of(content: Mapping[str, Any]) -> tuple[Category, ...]:
-    """The categories in parsed metadata, in the order of their indices."""
+    """Return the categories in parsed metadata, in index order."""
     return tuple(Category(id=item["id"], name=item["name"]) for item in content["categories"])
 
 
 def _huggingface_features(fields: Sequence[pa.Field], categories: Sequence[Category]) -> dict[str, Any]:
-    """The `huggingface` schema metadata, by which `datasets.load_dataset("parquet", …)` sees images and class names."""
+    """Build the `huggingface` metadata, so that `datasets.load_dataset("parquet", …)` finds images and class names."""
 
     def value(dtype: str) -> dict[str, str]:
         return {"dtype": dtype, "_type": "Value"}

@@ -1,7 +1,7 @@
-"""What a source knows of its images, on this machine's disk: labels by the million do not belong into the memory.
+"""Temporary storage on this machine's disk for data that may be larger than memory, such as millions of labels.
 
-It lies in SQLite's nameless databases: files in TMPDIR, or else in /var/tmp, that are already unlinked, so that nothing
-of them is left however the process ends.
+The data lives in anonymous SQLite databases: files in TMPDIR, or else /var/tmp, that are unlinked immediately, so
+nothing is left behind when the process dies.
 """
 
 import contextlib
@@ -14,66 +14,66 @@ import msgspec
 from raydet.common.errors import RunError
 
 CACHE_BYTES = 32 * 2**20
-"""Of a database: what is in memory of it."""
+"""Page cache of a database, in memory."""
 
-_ROWS_AT_ONCE = 256
+_FETCH_ROWS = 256
 
 Item = TypeVar("Item")
 
 
 def open_database() -> sqlite3.Connection:
-    """A database of this process alone, which several threads may read; empty, and gone when it is closed."""
+    """Open an empty temporary database, private to this process; several threads may read it."""
     connection = sqlite3.connect("", check_same_thread=False, isolation_level=None)
     cache = f"cache_size = -{CACHE_BYTES >> 10}"
     for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", cache):
         connection.execute(f"PRAGMA {setting}")
-    # Never committed, as nobody else reads this: a commit for each row would take most of the time.
+    # Never committed, since nothing else reads it: a commit per row would dominate the run time.
     connection.execute("BEGIN")
     return connection
 
 
 @contextlib.contextmanager
 def spill_errors() -> Iterator[None]:
-    """Says what to do when a database cannot be written to, which even reading may have to.
+    """Context manager: convert a failed write of a temporary database, which reading can cause too, to a RunError.
 
     Raises:
-        RunError: The disk is full, or as good as full.
+        RunError: The disk is full or the file cannot grow.
     """
     try:
         yield
     except sqlite3.OperationalError as error:
         raise RunError(
-            f"cannot keep the labels in a temporary file: {error}; TMPDIR (or else /var/tmp) must be a folder with room"
+            f"cannot store labels in a temporary file: {error}; set TMPDIR to a folder with free space"
         ) from error
 
 
 def select(database: sqlite3.Connection, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
-    """The rows that a query finds, a few of them at a time in memory.
+    """Yield the rows of a query, fetched in small batches.
 
     Raises:
-        RunError: As `spill_errors` says.
+        RunError: See `spill_errors`.
     """
     with spill_errors():
         cursor = database.execute(query, values)
-        rows = cursor.fetchmany(_ROWS_AT_ONCE)
+        rows = cursor.fetchmany(_FETCH_ROWS)
     while rows:
         yield from rows
         with spill_errors():
-            rows = cursor.fetchmany(_ROWS_AT_ONCE)
+            rows = cursor.fetchmany(_FETCH_ROWS)
 
 
 class Spilled(Generic[Item]):
-    """A list that only grows, and is read in order or at any place."""
+    """Append-only list on disk with sequential and random access."""
 
     def __init__(self, kind: type[Item], items: Iterable[Item] = ()) -> None:
-        """Writes the items, one at a time.
+        """Create the list.
 
         Args:
-            kind: What they are, in types that MessagePack can tell from each other.
-            items: The first ones.
+            kind: Type of the items, which MessagePack must be able to encode and decode.
+            items: Initial items, written one at a time.
 
         Raises:
-            RunError: As `spill_errors` says.
+            RunError: See `spill_errors`.
         """
         self._encode, self._decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(kind).decode
         self._database = open_database()
@@ -83,7 +83,7 @@ class Spilled(Generic[Item]):
             self.append(item)
 
     def append(self, item: Item) -> None:
-        """Adds an item at the end."""
+        """Append an item."""
         row = (self._num_items, self._encode(item))
         with spill_errors():
             self._database.execute("INSERT INTO items VALUES (?, ?)", row)

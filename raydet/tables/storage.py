@@ -1,9 +1,9 @@
-"""Where bytes live: a URI or local path → a pyarrow file system and a path in it.
+"""File access at URIs and local paths through pyarrow file systems.
 
-A server of an object store that answers with errors of its own (500, 503, "slow down"), drops connections or does not
-answer is asked again, for about a minute in each request; then its error is raised, as an OSError. This is done by the
-clients within pyarrow's file systems, so that it holds for everything that is read or written through `resolve`, the
-ranges of a Parquet file and the parts of an upload too. What is not there or not allowed is said at once.
+If an object store returns a server error (500, 503, "slow down"), drops the connection or does not respond, each
+request is retried for about a minute; then its error is raised as an OSError. The clients inside pyarrow's file systems
+retry, so this holds for everything read or written through `resolve`, including ranges of a Parquet file and parts of
+an upload. Missing files and missing permissions are not retried.
 """
 
 import contextlib
@@ -22,44 +22,44 @@ from pyarrow import fs as pafs
 from raydet.common.errors import UserError
 
 S3_ATTEMPTS = 11
-"""Of a request to S3. The client waits 25 ms, 50 ms, … 25.6 s between them, 51 s in all.
+"""Attempts per S3 request. The client waits 25 ms, 50 ms, … 25.6 s between them, 51 s in total.
 
-Its "standard" strategy, the other one to choose, has jitter but gives up for all threads together once some hundred
-attempts have failed: thirty reads side by side did not live through ten seconds of 503.
+Its "standard" strategy, the alternative, has jitter, but about a hundred failed attempts exhaust a retry budget that
+all threads share: thirty concurrent reads did not survive ten seconds of 503.
 """
 GCS_RETRY_S = 60
-"""For how long a request to Google Cloud Storage is tried; its client adds the jitter."""
+"""Retry time per request to Google Cloud Storage; its client adds jitter."""
 REMOTE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
-"""Of stores that pyarrow itself speaks to over a network."""
+"""Schemes of remote stores that pyarrow supports natively."""
 WEB_SCHEMES = ("http", "https")
 _TOKEN_BYTES = 8
-_S3_OPTIONS_OUT_OF_REACH = {"smart_defaults", "tls_verify_certificates", "tls_ca_dir_path"}
+_S3_OPTIONS_LOST_ON_COPY = {"smart_defaults", "tls_verify_certificates", "tls_ca_dir_path"}
 
 
 def is_web(uri: str) -> bool:
-    """Whether a URI begins with http:// or https://, in whatever case."""
+    """Return True if a URI starts with http:// or https://, ignoring case."""
     return uri.partition("://")[0].lower() in WEB_SCHEMES and "://" in uri
 
 
 def absolute_uri(uri: str) -> str:
-    """Makes a local path absolute, so that workers with another working directory find it; URIs stay as they are."""
+    """Make a local path absolute, for workers with another working directory; return URIs unchanged."""
     if "://" in uri:
         return uri
     return os.path.abspath(os.path.expanduser(uri))
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Opens the file system behind a URI.
+    """Open the file system of a URI.
 
     Args:
-        uri: A local path, ``file://``, ``s3://``, ``gs://`` or anything else that pyarrow or fsspec knows.
+        uri: A local path, ``file://``, ``s3://``, ``gs://`` or any other scheme that pyarrow or fsspec supports.
 
     Returns:
-        The file system and the path inside it, without a trailing slash. Pickling the one of S3 loses its patience:
-        resolve the URI where it is used.
+        The file system and the path inside it, without a trailing slash. An S3 file system loses its
+        retry strategy when pickled, so resolve the URI in the process that uses it.
 
     Raises:
-        UserError: No file system is known for the scheme.
+        UserError: The scheme is unknown.
         OSError: The store cannot be reached.
     """
     uri = absolute_uri(uri)
@@ -70,7 +70,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(_with_gcs_retries(uri))
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and scheme in REMOTE_SCHEMES:
-            raise  # where a bucket is has to be asked for, and that may fail as any request may
+            raise  # looking up the bucket's region is a request, which may fail
         try:
             import fsspec
 
@@ -80,7 +80,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
             raise UserError(f"cannot open {uri}: {error}") from None
     if (
         isinstance(filesystem, pafs.S3FileSystem)
-        and not _S3_OPTIONS_OUT_OF_REACH & parse_qs(urlsplit(uri).query).keys()
+        and not _S3_OPTIONS_LOST_ON_COPY & parse_qs(urlsplit(uri).query).keys()
     ):
         filesystem = _with_s3_retries(filesystem)
     return filesystem, path.rstrip("/")
@@ -91,7 +91,7 @@ def _query_names(uri: str) -> set[str]:
 
 
 def _with_s3_retries(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
-    # As from_uri makes it, it gives up after six seconds, and there is no parameter of the URI that changes this.
+    # from_uri creates a client that gives up after six seconds, and no URI option changes that.
     _, (options,) = filesystem.__reduce__()
     return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=S3_ATTEMPTS))
 
@@ -104,45 +104,45 @@ def _with_gcs_retries(uri: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether the URI names a place in this machine's own file tree."""
+    """Return True if a URI refers to this machine's file system."""
     return isinstance(resolve(uri)[0], pafs.LocalFileSystem)
 
 
 def join(uri: str, *parts: str) -> str:
-    """Appends path components to a URI, before the options that may stand behind a `?`."""
+    """Append path components to a URI, before any options after `?`."""
     path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
     return "/".join([path.rstrip("/"), *parts]) + mark + options
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Return True if the file or folder exists."""
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def open_stream(uri: str) -> pa.NativeFile:
-    """Opens a file to be read from its beginning, as it is."""
+    """Open a file for sequential reading, without decompression."""
     filesystem, path = resolve(uri)
     return filesystem.open_input_stream(path, compression=None)
 
 
 def read_bytes(uri: str) -> bytes:
-    """Reads one whole file."""
+    """Read a file."""
     with open_stream(uri) as stream:
         data: bytes = stream.readall()
     return data
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
-    """Reads a part of a file.
+    """Read a byte range of a file.
 
     Args:
-        uri: The file.
-        offset: Bytes before the part.
-        size: Bytes of the part.
+        uri: Path or URI of the file.
+        offset: Start of the range in bytes.
+        size: Length of the range in bytes.
 
     Returns:
-        The part; shorter than asked for, where the file ends within it.
+        The bytes; fewer than `size` if the file ends within the range.
     """
     filesystem, path = resolve(uri)
     with filesystem.open_input_file(path) as file:
@@ -151,30 +151,30 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
 
 
 def file_size(uri: str) -> int:
-    """Bytes of a file.
+    """Return the size of a file in bytes.
 
     Raises:
-        FileNotFoundError: There is no file of that name.
+        FileNotFoundError: The file does not exist.
     """
     filesystem, path = resolve(uri)
     info = filesystem.get_file_info(path)
     if info.type != pafs.FileType.File:
-        raise FileNotFoundError(f"there is no file {uri}")
+        raise FileNotFoundError(f"no such file: {uri}")
     return int(info.size)
 
 
 @contextlib.contextmanager
 def open_output(uri: str, *, sync: bool = False) -> Iterator[BinaryIO]:
-    """Opens a new file that appears at `uri`, complete, when the `with` block ends without an exception.
+    """Context manager: yield a new file that replaces `uri` when the block succeeds.
 
-    Until then a reader sees the old content or none. A local file is written under an unpredictable name beside its
-    place and then renamed, so that a link in that place is replaced and never written through.
-    An upload to an object store that was killed leaves no object. Its parts stay with the store, invisible, until
-    a rule of the bucket for incomplete uploads removes them.
+    Until then readers see the old content, or no file. A local file is written under an unpredictable name in the same
+    folder and then renamed, so an existing symbolic link is replaced and never followed. A killed upload to an object
+    store leaves no object; its parts stay in the store, invisible, until a lifecycle rule for incomplete uploads
+    removes them.
 
     Args:
         uri: Path or URI of the file; missing parent folders are created.
-        sync: Flush a local file to the disk before it is renamed, so that it survives a loss of power.
+        sync: Flush a local file to disk before renaming, so that it survives a power failure.
     """
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
@@ -189,7 +189,7 @@ def open_output(uri: str, *, sync: bool = False) -> Iterator[BinaryIO]:
     except OSError:
         raise
     except BaseException:
-        # Interrupted: dropping the stream closes it, and that makes an object of what has been written so far.
+        # Garbage collection would close the stream and publish the partial object, so close and delete it here.
         with contextlib.suppress(OSError):
             if stream is not None:
                 stream.close()
@@ -220,62 +220,62 @@ def _local_output(path: Path, *, sync: bool) -> Iterator[BinaryIO]:
 
 
 def partial_name(name: str) -> str:
-    """Returns an unpredictable name under which to write a file or folder before it is renamed to `name`."""
-    return f".{_beginning(name)}.{secrets.token_hex(_TOKEN_BYTES)}.partial"
+    """Return an unpredictable temporary name for a file or folder that is renamed to `name` when complete."""
+    return f".{_truncated(name)}.{secrets.token_hex(_TOKEN_BYTES)}.partial"
 
 
 def is_partial(name: str, *, of: str | None = None) -> bool:
-    """Returns True for names that `partial_name` gives: for the file or folder `of`, or for any."""
-    beginning = ".+" if of is None else re.escape(_beginning(of))
-    return re.fullmatch(rf"\.{beginning}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}\.partial", name, re.S) is not None
+    """Return True for names made by `partial_name`, for the file or folder `of` or for any."""
+    prefix = ".+" if of is None else re.escape(_truncated(of))
+    return re.fullmatch(rf"\.{prefix}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}\.partial", name, re.S) is not None
 
 
-def _beginning(name: str) -> str:
-    # A name may have 255 bytes on most file systems.
+def _truncated(name: str) -> str:
+    # Most file systems limit names to 255 bytes.
     return name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes one whole file: a reader sees the old content or the new, never half of it."""
+    """Write a file atomically: readers see either the old or the new content."""
     with open_output(uri, sync=True) as file:
         file.write(data)
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[str]:
-    """Lists the files below a folder, as sorted paths relative to it; an absent folder has none."""
+    """List the files in a folder as sorted relative paths; an absent folder has none."""
     filesystem, path = resolve(uri)
     infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=recursive))
-    # fsspec's own file systems may list with a leading slash what was asked for without.
+    # Some fsspec file systems return paths with a leading slash.
     prefix = path.strip("/") + "/"
     return sorted(info.path.lstrip("/").removeprefix(prefix) for info in infos if info.type == pafs.FileType.File)
 
 
 def make_folder(uri: str) -> None:
-    """Creates a folder with its parents; object stores need none."""
+    """Create a folder and its parents; a no-op on object stores."""
     filesystem, path = resolve(uri)
     filesystem.create_dir(path, recursive=True)
 
 
 def delete_file(uri: str) -> None:
-    """Removes a file; an absent one is fine."""
+    """Remove a file, if it exists."""
     filesystem, path = resolve(uri)
     if filesystem.get_file_info(path).type == pafs.FileType.File:
         filesystem.delete_file(path)
 
 
 def delete_folder(uri: str) -> None:
-    """Removes a folder and what is in it; an absent one is fine."""
+    """Remove a folder with its contents, if it exists."""
     filesystem, path = resolve(uri)
     if filesystem.get_file_info(path).type == pafs.FileType.Directory:
         filesystem.delete_dir(path)
 
 
 def publish_folder(local_folder: str, uri: str) -> None:
-    """Puts a finished local folder in the place of the one at a URI.
+    """Replace the folder at a URI by a finished local folder.
 
-    On a local disk the change is two renames, and `recover_folder` mends what a kill between them leaves. Files and
-    folders get the permissions of the umask, whatever those of `local_folder` are. Object stores have no rename: the
-    files are copied, each of them whole.
+    On a local disk the swap takes two renames; `recover_folder` repairs the state after a kill between them. Files and
+    folders get permissions from the umask, not from `local_folder`. Object stores have no rename: the files are copied,
+    each atomically.
     """
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
@@ -306,7 +306,7 @@ def _copy_contents(source: Path, target: Path) -> None:
 
 
 def recover_folder(uri: str) -> None:
-    """Undoes a `publish_folder` that was killed before the new folder stood in its place."""
+    """Undo a `publish_folder` that was killed before the new folder was in place, and remove its partial folders."""
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
         return
@@ -328,7 +328,7 @@ def _previous(path: str) -> Path:
 
 
 def fetch_folder(uri: str, local_folder: str) -> None:
-    """Copies a folder, from wherever it is, to this machine."""
+    """Copy a folder from a URI to this machine."""
     filesystem, path = resolve(uri)
     for name in list_files(uri, recursive=True):
         target = Path(local_folder, name)
@@ -337,5 +337,5 @@ def fetch_folder(uri: str, local_folder: str) -> None:
 
 
 def has_code(error: OSError, *codes: int) -> bool:
-    """Whether an error is of one of these kinds (`errno.ENOSPC`, …); by way of Ray only its text may be left."""
+    """Return True if an error has one of the codes (`errno.ENOSPC`, …), also if only its text survived Ray."""
     return error.errno in codes or any(os.strerror(code) in str(error) for code in codes)

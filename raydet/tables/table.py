@@ -1,7 +1,7 @@
-"""A table on disk: a folder of Parquet files, whole once its manifest is there.
+"""Tables on disk: a folder of Parquet files, complete once its manifest exists.
 
-The manifest (`_manifest.json`) is written last and holds the number of rows of each file, the schema version and
-the hash of the configuration that made it. Readers refuse a folder without one.
+The manifest (`_manifest.json`) is written last. It states the number of rows per file, the schema version and the hash
+of the configuration that produced the table. Readers refuse a folder without a manifest.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from raydet.tables.schema import SCHEMA_VERSION, Category, TableKind, categories
 
 MANIFEST_NAME = "_manifest.json"
 FINDINGS_FOLDER, REJECTED_FOLDER = "_findings", "_rejected"
-"""Of the lists that `prepare` leaves beside an images table, or beside those of its splits."""
+"""Subfolders for the lists that `prepare` writes beside an images table, or beside the tables of its splits."""
 SPLITS = ("train", "val")
 ROW_GROUP_BYTES = 16 * 2**20
-"""A row group is what is read at once; small enough to shuffle, large enough to stream from object storage."""
+"""Size of a row group, the unit of reading: small enough to shuffle, large enough to stream from object storage."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group of a table: file name, its number in the file, its rows, and its compressed size in bytes."""
+    """One row group of a table: file name, index in the file, number of rows, size in bytes."""
 
     file: str
     index: int
@@ -39,7 +39,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Table:
-    """A whole table that can be read; cheap to pickle, since it holds no data."""
+    """A complete, readable table; cheap to pickle, since it contains no rows."""
 
     uri: str
     kind: TableKind
@@ -50,11 +50,11 @@ class Table:
 
     @property
     def num_rows(self) -> int:
-        """Rows in all files together."""
+        """Number of rows in all files."""
         return sum(self.manifest["files"].values())
 
     def only(self, name: str) -> Self:
-        """One of its files as a table of its own, with the categories that this file names."""
+        """Return one file as a separate table, with the categories in that file's metadata."""
         filesystem, path = storage.resolve(self.uri)
         schema = pq.read_schema(f"{path}/{name}", filesystem=filesystem)
         content = parse_metadata(schema, kind=self.kind, where=self.uri)
@@ -62,7 +62,7 @@ class Table:
         return replace(self, schema=schema, categories=categories_of(content), manifest=manifest, files=(name,))
 
     def row_groups(self) -> tuple[RowGroup, ...]:
-        """The row groups of all files, in the order of the rows."""
+        """Return the row groups of all files, in row order."""
         groups = []
         filesystem, path = storage.resolve(self.uri)
         for name in self.files:
@@ -73,16 +73,16 @@ class Table:
         return tuple(groups)
 
     def read_row_group(self, group: RowGroup, columns: Sequence[str] | None = None) -> pa.Table:
-        """Reads one row group, all columns or those named."""
+        """Read one row group: all columns, or the given ones."""
         filesystem, path = storage.resolve(self.uri)
         with pq.ParquetFile(f"{path}/{group.file}", filesystem=filesystem) as file:
             return file.read_row_group(group.index, columns=None if columns is None else list(columns))
 
     def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 1024) -> Iterator[pa.RecordBatch]:
-        """Streams the rows in order, a batch at a time.
+        """Stream the rows in order, in batches.
 
         Raises:
-            UserError: A file is damaged or gone, or there are not as many rows as the manifest says.
+            UserError: A file is damaged or missing, or the number of rows differs from the manifest.
         """
         filesystem, path = storage.resolve(self.uri)
         names, num_rows = None if columns is None else list(columns), 0
@@ -92,10 +92,10 @@ class Table:
                     num_rows += batch.num_rows
                     yield batch
         if num_rows != self.num_rows:
-            raise UserError(f"{self.uri} is damaged: its files have {num_rows} rows, its manifest says {self.num_rows}")
+            raise UserError(f"{self.uri} is damaged: its files have {num_rows} rows, its manifest {self.num_rows}")
 
     def rows_at(self, positions: Sequence[int]) -> Iterator[tuple[int, pa.StructScalar]]:
-        """Some rows, by their positions, in the order of the table; only the row groups that hold them are read."""
+        """Yield the rows at some positions, in table order, reading only the row groups that contain them."""
         filesystem, path = storage.resolve(self.uri)
         left, start = sorted(positions), 0
         for name in self.files:
@@ -113,14 +113,14 @@ class Table:
             start += self.manifest["files"][name]
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Reads the whole table into memory, all columns or those named; raises as `iter_batches` does."""
+        """Read the table into memory: all columns, or the given ones; raises as `iter_batches` does."""
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches([batch.cast(schema) for batch in self.iter_batches(columns)], schema=schema)
 
 
 @contextlib.contextmanager
 def refusing_damage(uri: str) -> Iterator[None]:
-    """Where a file of a table cannot be read inside the `with`, that becomes a UserError that names the table."""
+    """Context manager: convert a failure to read a table's file to a UserError that names the table."""
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
@@ -129,19 +129,19 @@ def refusing_damage(uri: str) -> Iterator[None]:
 
 
 def is_table(uri: str) -> bool:
-    """Whether there is a whole raydet table, of whatever kind."""
+    """Return True if the folder is a complete raydet table of any kind."""
     return storage.exists(storage.join(uri, MANIFEST_NAME))
 
 
 def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
-    """Opens a table for reading.
+    """Open a table for reading.
 
     Args:
-        uri: The folder.
-        kind: What it must hold, or may.
+        uri: Path or URI of the folder.
+        kind: Expected kind, or the accepted kinds.
 
     Raises:
-        UserError: There is no such folder, it is not whole, or it is of another kind or schema version.
+        UserError: The folder does not exist, is not a complete table, or has another kind or schema version.
     """
     uri = storage.absolute_uri(uri)
     if not storage.exists(uri):
@@ -149,42 +149,49 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     if not is_table(uri):
         _refuse_folder_of_tables(uri)
         raise UserError(
-            f"{uri} is not a whole raydet table (no {MANIFEST_NAME}): the command that writes it did not finish, "
-            "or it was never a table; run that command again"
+            f"{uri} is not a complete raydet table (no {MANIFEST_NAME}): it is another kind of folder, or the command "
+            "that writes it did not finish; run that command again"
         )
     manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
     if manifest["schema_version"] != SCHEMA_VERSION:
         raise UserError(
-            f"{uri} has schema version {manifest['schema_version']}, this raydet reads version {SCHEMA_VERSION}; "
+            f"{uri} has schema version {manifest['schema_version']}, but this raydet reads version {SCHEMA_VERSION}; "
             "write the table again with this version"
         )
     files = tuple(sorted(manifest["files"]))
     if not files:
-        raise UserError(f"{uri} is an empty table: it has no file")
+        raise UserError(f"{uri} is an empty table: its manifest lists no file")
     filesystem, path = storage.resolve(uri)
     try:
         schema = pq.read_schema(f"{path}/{files[0]}", filesystem=filesystem)
     except FileNotFoundError:
-        raise UserError(f"{uri} lacks the file {files[0]} that its manifest names") from None
+        raise UserError(f"{uri} lacks the file {files[0]}, which its manifest lists") from None
     except (pa.ArrowInvalid, OSError) as error:
         reason = one_line(error)
-        raise UserError(f"{uri} is damaged: {files[0]} is no whole Parquet file ({reason})") from None
+        raise UserError(f"{uri} is damaged: {files[0]} is not a complete Parquet file ({reason})") from None
     content = parse_metadata(schema, kind=kind, where=uri)
     return Table(uri, content["kind"], schema, categories_of(content), manifest, files)
 
 
 def _refuse_folder_of_tables(uri: str) -> None:
-    """Refuse a folder that holds the tables of the splits, as `prepare --val-fraction` writes them."""
+    """Refuse a folder that contains the tables of splits, as written by `prepare --val-fraction`."""
     tables = [split for split in SPLITS if is_table(storage.join(uri, split))]
     if tables:
         raise UserError(
-            f"{uri} is not a table but holds the table{'s' * (len(tables) > 1)} {' and '.join(tables)}; name one, such "
-            f"as {storage.join(uri, tables[0])}"
+            f"{uri} is not a table but contains the table{'s' * (len(tables) > 1)} {' and '.join(tables)}; name one, "
+            f"such as {storage.join(uri, tables[0])}"
         )
 
 
 def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: str, **extra: Any) -> None:
-    """Declares a table whole. `extra` is anything JSON can hold that readers may like to know."""
+    """Write the manifest, which marks a table as complete.
+
+    Args:
+        uri: Path or URI of the table.
+        num_rows_by_file: Number of rows of each file, by file name.
+        config_hash: Hash of the configuration that produced the table.
+        **extra: Further JSON-serialisable entries.
+    """
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "config_hash": config_hash,
@@ -196,14 +203,13 @@ def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: s
 
 
 class FileWriter:
-    """Writes batches into one Parquet file, in row groups of `ROW_GROUP_BYTES` or a batch more.
+    """Writer of one Parquet file, in row groups of at least `ROW_GROUP_BYTES`, except the last.
 
-    Use it as a context manager, or call `close`. The file appears when it is closed, complete; a file without rows
-    does not appear.
+    Use it as a context manager, or call `close`. The file appears on closing; without rows no file is created.
 
     Attributes:
-        num_rows: Rows in the row groups that are written.
-        num_bytes: Of these rows in memory.
+        num_rows: Number of rows written so far, without pending ones.
+        num_bytes: Size of these rows in memory.
     """
 
     def __init__(self, uri: str, schema: pa.Schema) -> None:
@@ -219,18 +225,18 @@ class FileWriter:
         return self
 
     def write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Appends rows, given as dictionaries with the names of the schema's columns."""
+        """Append rows given as dictionaries by column name."""
         self.write(pa.RecordBatch.from_pylist(list(rows), schema=self._schema))
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Appends a batch in the schema."""
+        """Append a batch with the file's schema."""
         self._pending.append(batch)
         self._pending_bytes += batch.nbytes
         if self._pending_bytes >= ROW_GROUP_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending as a row group; does nothing where no batch is."""
+        """Write the pending rows as a row group, if there are any."""
         if not self._pending:
             return
         table = pa.Table.from_batches(self._pending, schema=self._schema)
@@ -243,7 +249,7 @@ class FileWriter:
         self._pending, self._pending_bytes = [], 0
 
     def close(self) -> None:
-        """Finishes the file, without the rows that were not flushed."""
+        """Finish the file, without pending rows."""
         with self._output:
             if self._writer is not None:
                 self._writer.close()
@@ -266,13 +272,13 @@ class FileWriter:
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
-            self._writer.is_open = False  # or it would try again when it is collected
+            self._writer.is_open = False  # or it would close again on garbage collection
         self._writer = None
         self._output.__exit__(*error)
 
 
 def _column_options(schema: pa.Schema) -> dict[str, Any]:
-    """How `pq.ParquetWriter` stores the columns: encoded images are compressed already, and none repeats another."""
+    """Build options of `pq.ParquetWriter`: encoded images, which do not compress or repeat, are stored plainly."""
     if "image" not in schema.names:
         return {}
     sink = pa.BufferOutputStream()
@@ -284,9 +290,9 @@ def _column_options(schema: pa.Schema) -> dict[str, Any]:
 
 
 class TableWriter:
-    """Writes rows into Parquet files of sensible size and, when all went well, the manifest.
+    """Writer of a table: Parquet files of limited size and, on success, the manifest.
 
-    Use it as a context manager: an exception inside leaves no manifest, so no reader takes the rest for a table.
+    Use it as a context manager: an exception in the block leaves no manifest, so readers refuse the folder.
     """
 
     def __init__(
@@ -305,11 +311,11 @@ class TableWriter:
         return self
 
     def write_rows(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Appends rows, given as dictionaries with the names of the schema's columns."""
+        """Append rows given as dictionaries by column name."""
         self.write(pa.RecordBatch.from_pylist(list(rows), schema=self._schema))
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Appends a batch in the table's schema."""
+        """Append a batch with the table's schema."""
         newest = next(reversed(self._files.values()), None)
         if newest is None or newest.num_bytes >= self._file_bytes:
             if newest is not None:
@@ -319,7 +325,7 @@ class TableWriter:
         newest.write(batch)
 
     def flush(self) -> None:
-        """Writes what is pending as a row group, however small."""
+        """Write the pending rows as a row group, however small."""
         if self._files:
             next(reversed(self._files.values())).flush()
 
@@ -327,7 +333,7 @@ class TableWriter:
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error_type is None and not self._files:
-            # A table without rows still has a file, which carries the schema.
+            # A table without rows still needs a file for its schema.
             self.write(pa.RecordBatch.from_pylist([], schema=self._schema))
         for file in self._files.values():
             file.__exit__(error_type, error, traceback)

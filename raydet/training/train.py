@@ -101,7 +101,7 @@ def train(
         val_data=tables["validate"].uri,
         model=storage.absolute_uri(config.model) if storage.exists(config.model) else config.model,
     )
-    with open_folder(out, command="train", tell=console.line, wait_s=wait_for_folder_s) as folder:
+    with open_folder(out, command="train", notify=console.line, wait_s=wait_for_folder_s) as folder:
         return _train_into(folder, config, tables, console, on_epoch)
 
 

@@ -52,7 +52,7 @@ def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
     console = console or Console()
     plan = make_plan(config)
     check_search(config.search)
-    with open_folder(plan.out, command="tune", tell=console.line) as folder:
+    with open_folder(plan.out, command="tune", notify=console.line) as folder:
         folder.refuse_foreign(_FOLDERS)
         _check_trainings(plan)
         if folder.admit(_identity(plan), folders=_FOLDERS) is None:

@@ -1,4 +1,4 @@
-"""Mosaic, mixup, copies, crop and flip: every box lands exactly where its pixels do."""
+"""Mosaic, mixup, copies, crop and flip move boxes together with their pixels."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def _colour(number: int) -> tuple[int, int, int]:
 
 
 def _sample(size_hw: tuple[int, int], boxes_xywh: list[list[float]], *, first_id: int = 1) -> Sample:
-    """Every box is filled with its id's colour; its area is half of the box's."""
+    """Build a sample whose boxes are filled with the colour of their id; object areas are half the box areas."""
     image = np.full((*size_hw, 3), 90, np.uint8)
     boxes = np.array(boxes_xywh, np.float64).reshape(-1, 4)
     ids = np.arange(first_id, first_id + len(boxes))
@@ -40,7 +40,7 @@ def _sample(size_hw: tuple[int, int], boxes_xywh: list[list[float]], *, first_id
 
 
 def _assert_paired(result: Sample) -> None:
-    """Labels, crowd flags and areas are those of their ids, whatever became of the order."""
+    """Check that labels, crowd flags and areas belong to their ids, in any order."""
     assert result.boxes_xywh.shape == (len(result.ids), 4)
     np.testing.assert_array_equal(result.categories, result.ids * 7)
     np.testing.assert_array_equal(result.iscrowd, result.ids % 5 == 0)
@@ -48,7 +48,7 @@ def _assert_paired(result: Sample) -> None:
 
 
 def _extent(image: npt.NDArray[np.uint8], number: int) -> list[int]:
-    """(left, top, right, bottom) of the pixels of a box's colour, give or take the blur of a resize."""
+    """Return (left, top, right, bottom) of the pixels with a box's colour, allowing for resize blur."""
     near = np.abs(image.astype(int) - _colour(int(number))).max(axis=2) <= 15
     rows, columns = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
@@ -74,7 +74,7 @@ def test_flipping_twice_gives_the_same_and_once_the_mirror_image() -> None:
 
 @pytest.mark.parametrize(("width", "is_kept"), [(24, False), (25, True), (100, True)])
 def test_boxes_are_dropped_by_the_share_that_is_visible(width: int, is_kept: bool) -> None:
-    """Of a box of 100 × 20 pixels a window shows the left `width` columns."""
+    """A window shows the left `width` columns of a box of 100 × 20 pixels."""
     sample = _sample((60, 200), [[50, 10, 100, 20], [0, 30, 10, 10]])
     result = cut(sample, (50 + width - 200 if width > 150 else 0, 0), (60, 50 + width))
     assert MIN_VISIBLE == 0.25
@@ -88,7 +88,7 @@ def test_boxes_too_small_after_scaling_are_dropped() -> None:
     sample = _sample((100, 100), [[10, 10, 9, 9], [40, 40, 20, 20]])
     half = cut(sample, (0, 0), (100, 100), (50, 50))
     assert half.ids.tolist() == [2] and half.boxes_xywh.tolist() == [[20, 20, 10, 10]]
-    # An area that is the box's own is so afterwards too, to the last bit.
+    # An area equal to the box area remains exactly equal.
     equal = dataclasses.replace(sample, areas=sample.boxes_xywh[:, 2] * sample.boxes_xywh[:, 3])
     third = cut(equal, (0, 0), (100, 100), (33, 33))
     np.testing.assert_array_equal(third.areas, third.boxes_xywh[:, 2] * third.boxes_xywh[:, 3])
@@ -142,7 +142,7 @@ def test_a_box_in_a_tile_lands_where_its_pixels_do(num_partners: int) -> None:
 
 
 def test_mosaic_tiles_meet_at_one_point_and_fill_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without zoom, images of the canvas's own size fill their cells: the geometry is known to the last digit."""
+    """Without zoom, images of the canvas size fill their cells, so the geometry is known exactly."""
     monkeypatch.setattr(mixing, "TILE_ZOOM", (1.0, 1.0))
     monkeypatch.setattr(mixing, "MOSAIC_CENTRE", (0.5, 0.5))
     sources = [_sample((80, 80), [[20, 10, 40, 60]], first_id=10 * number) for number in range(1, 5)]
@@ -204,7 +204,7 @@ def test_the_crop_of_detr_is_a_part_of_the_image_within_its_limits() -> None:
         for number, corners in zip(result.ids, _corners(result.boxes_xywh), strict=True):
             np.testing.assert_allclose(_extent(result.image, number), corners, atol=1e-9)
     heights, widths = np.array(shares).T
-    # A short side of 600: at least 384 of 600 and of 800 pixels, at most 600 of 800; of 400: all of it but 16 pixels.
+    # Short side 600: sides of 384 to 600 of 600 and 800 pixels; short side 400: at least 384 of 400 pixels.
     assert heights.min() >= 384 / 600 - 0.01 and widths.min() >= 384 / 800 - 0.01
     assert 0.98 < heights.max() <= 1.0 and 0.98 < widths.max() <= 1.0
     assert heights.min() < 0.75 and widths.min() < 0.6

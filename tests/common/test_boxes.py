@@ -1,4 +1,4 @@
-"""Box formats there and back, clipping, boxes without area."""
+"""Conversion between box formats, clipping, and area checks."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Messages on one line."""
+"""One-line messages."""
 
 from raydet.common.errors import one_line
 

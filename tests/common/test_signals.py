@@ -1,4 +1,4 @@
-"""SIGTERM ends what is at work, in one line."""
+"""Stop requests by signal."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ from raydet.common.signals import ending_on_sigterm, noting_stop_requests
 def _work(steps: list[str]) -> None:
     with ending_on_sigterm():
         try:
-            with contextlib.suppress(Exception):  # as code does that makes up for failures
+            with contextlib.suppress(Exception):  # like code that tolerates failures
                 os.kill(os.getpid(), signal.SIGTERM)
                 signal.pause()
         finally:
             steps.append("cleaned up")
-        steps.append("went on")
+        steps.append("continued")
 
 
 def test_what_is_inside_is_unwound_and_the_handler_put_back() -> None:
@@ -29,7 +29,7 @@ def test_what_is_inside_is_unwound_and_the_handler_put_back() -> None:
     steps: list[str] = []
     with ending_on_sigterm():
         within = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(RunStopped, match="run stopped") as stopped:  # of the innermost alone
+        with pytest.raises(RunStopped, match="stopped") as stopped:  # raised by the inner block only
             _work(steps)
         assert signal.getsignal(signal.SIGTERM) == within
     assert stopped.value.exit_code == 143

@@ -23,7 +23,7 @@ def test_results_stand_as_the_items_do_whichever_is_done_first(
     is_done = [threading.Event() for _ in range(num_items)]
 
     def work(number: int) -> int:
-        # Where two can be at work, the first of each pair ends last.
+        # With two or more threads, the first item of each pair finishes last.
         if number % 2 == 0 and number + 1 < num_items and num_threads > 1 and (ahead is None or ahead > 1):
             is_done[number + 1].wait(timeout=0.02)
         is_done[number].set()
@@ -40,7 +40,7 @@ def test_as_many_work_side_by_side_as_there_are_threads() -> None:
 
         def work(number: int, barrier: threading.Barrier = all_threads, names: set[str] = names) -> int:
             names.add(threading.current_thread().name)
-            barrier.wait(timeout=20)  # that many must be at work together, or this fails
+            barrier.wait(timeout=20)  # times out unless all threads run concurrently
             return number
 
         assert list(in_order(work, range(2 * num_threads), num_threads=num_threads)) == list(range(2 * num_threads))
@@ -60,27 +60,27 @@ def test_no_more_items_are_taken_than_may_be_in_flight() -> None:
         assert len(taken) - (count - 1) <= 7
     taken.clear()
     results = in_order(lambda number: number, numbers(), num_threads=3)
-    assert not taken, "nothing begins before the first result is asked for"
+    assert not taken, "nothing starts before the first result is requested"
     next(results)
     assert len(taken) == 6, "twice the threads by default"
 
 
 def test_what_waits_is_dropped_when_the_reader_stops_and_no_thread_stays() -> None:
-    begun: list[int] = []
-    may_go_on = threading.Event()
+    started: list[int] = []
+    may_continue = threading.Event()
 
     def work(number: int) -> int:
-        begun.append(number)
+        started.append(number)
         if number:
-            may_go_on.wait(timeout=20)
+            may_continue.wait(timeout=20)
         return number
 
     results = cast(Generator[int], in_order(work, range(100), num_threads=2, ahead=20))
     assert next(results) == 0
-    # The two at work are held until the reader is inside `close`, where the waiting ones are dropped first.
-    threading.Timer(0.5, may_go_on.set).start()
+    # The two running items block until `close` has dropped the queued ones.
+    threading.Timer(0.5, may_continue.set).start()
     results.close()
-    assert len(begun) <= 1 + 2
+    assert len(started) <= 1 + 2
     assert not any(thread.name.startswith("in-order") for thread in threading.enumerate())
 
 
@@ -90,15 +90,15 @@ def test_the_first_failure_is_raised_in_its_turn() -> None:
     def fail(number: int) -> int:
         if number == 7:
             later_failed.set()
-            raise ValueError("the later one, although it comes first")
+            raise ValueError("a later item that fails first")
         if number == 5:
             later_failed.wait(timeout=20)
-            raise OSError("the storage is away")
+            raise OSError("storage is unavailable")
         return number
 
     results = in_order(fail, range(100), num_threads=4, ahead=20)
     assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(OSError, match="the storage is away"):
+    with pytest.raises(OSError, match="storage is unavailable"):
         next(results)
     with pytest.raises(StopIteration):
         next(results)
@@ -132,8 +132,8 @@ _V1 = {"proc/self/cgroup": "5:memory:/mine\n4:cpu,cpuacct:/mine\n1:name=systemd:
         ({**_V2, "sys/fs/cgroup/pods/mine/cpu.max": "max 100000\n"}, None),
         ({**_V2, "sys/fs/cgroup/pods/mine/cpu.max": "150000 100000\n"}, 2),
         ({**_V2, "sys/fs/cgroup/pods/mine/cpu.max": "20000 100000\n"}, 1),
-        ({**_V2, "sys/fs/cgroup/pods/cpu.max": "300000 100000\n"}, 3),  # of the group that it lies in
-        ({**_V2, "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),  # of a container, whose host names the group
+        ({**_V2, "sys/fs/cgroup/pods/cpu.max": "300000 100000\n"}, 3),  # the quota of the parent group
+        ({**_V2, "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),  # in a container, where the group has the host's name
         ({**_V1, "sys/fs/cgroup/cpu,cpuacct/mine/cpu.cfs_quota_us": "-1\n"}, None),
         (
             {

@@ -126,7 +126,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     data = write_images(tmp_path / "table", [image(1, "a.jpg")])
     (tmp_path / "out").mkdir()
     export(data, tmp_path / "out")
-    with pytest.raises(UserError, match="already holds files"):
+    with pytest.raises(UserError, match="already contains files"):
         export(data, tmp_path / "out")
     with pytest.raises(UserError, match="is a file"):
         export(data, tmp_path / "out" / "data.yaml")
@@ -149,5 +149,5 @@ def test_a_store_gets_the_whole_folder(tmp_path: Path) -> None:
     out = f"memory://bucket/{tmp_path.name}"
     export_yolo(ExportYoloConfig(data=data, out=out))
     assert storage.list_files(out, recursive=True) == ["data.yaml", "images/train/a.jpg", "labels/train/a.txt"]
-    with pytest.raises(UserError, match="already holds files"):
+    with pytest.raises(UserError, match="already contains files"):
         export_yolo(ExportYoloConfig(data=data, out=out))

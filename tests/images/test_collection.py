@@ -32,7 +32,7 @@ def all_rows(images: Collection) -> list[ImageRow]:
 
 
 def write_files(folder: Path, *names: str) -> dict[str, bytes]:
-    """Files that each hold their own name; inputs do not look into images."""
+    """Write files whose content is derived from their name; collections do not decode images."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +50,11 @@ def write_tar(path: Path, members: dict[str, bytes], file_format: int = tarfile.
 
 
 def write_table(folder: Path, rows: Sequence[tuple[bytes | None, str | None]], *, rows_per_file: int = 4) -> None:
-    """An images table of row groups of two rows."""
+    """Write an images table with row groups of two rows."""
     schema = build_schema("images")
     with TableWriter(str(folder), schema, config_hash="x", file_bytes=1) as writer:
         for start in range(0, len(rows), rows_per_file):
-            # A file of its own for each of these, since any byte is more than one may hold.
+            # A separate file per batch, since any byte exceeds the file size limit.
             writer.write_rows(
                 [
                     {
@@ -74,7 +74,7 @@ def write_table(folder: Path, rows: Sequence[tuple[bytes | None, str | None]], *
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URI of an empty bucket on a stand-in for S3 that speaks its protocol."""
+    """Yield the URI of an empty bucket on a stand-in for S3."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -134,7 +134,7 @@ def test_a_folder_is_listed_by_sorted_path_with_its_subfolders(tmp_path: Path) -
 def test_what_cannot_be_read_is_a_row_with_its_reason(tmp_path: Path) -> None:
     write_files(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     (tmp_path / "4.jpg").symlink_to(tmp_path / "nowhere")
-    with open(os.fsencode(tmp_path) + b"/5\xff.jpg", "wb") as file:  # noqa: PTH123 - a name that is no text
+    with open(os.fsencode(tmp_path) + b"/5\xff.jpg", "wb") as file:  # noqa: PTH123 - the name is not valid text
         file.write(b"x")
     images = open_collection(str(tmp_path), index_uri=None)
     (tmp_path / "2.jpg").unlink()
@@ -143,10 +143,10 @@ def test_what_cannot_be_read_is_a_row_with_its_reason(tmp_path: Path) -> None:
     rows = all_rows(images)
     assert [row.path for row in rows] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "5\\udcff.jpg"]
     assert [row.data is None for row in rows] == [False, True, True, True, True]
-    assert [row.error for row in rows[:2]] == [None, "the file is not there any more"]
-    assert rows[2].error is not None and rows[2].error.startswith("cannot be read: ") and "directory" in rows[2].error
-    assert rows[3].error == "the file is not there any more"
-    assert rows[4].error == "the file name is not valid text or leads out of its folder"
+    assert [row.error for row in rows[:2]] == [None, "the file no longer exists"]
+    assert rows[2].error is not None and "directory" in rows[2].error
+    assert rows[3].error == "the file no longer exists"
+    assert rows[4].error is not None and "not valid text" in rows[4].error
 
 
 def test_a_list_says_which_and_in_which_order(tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_a_table_by_reference_keeps_its_order_and_names_what_is_missing(tmp_path
     wanted[7], wanted[8], wanted[70] = b"inline", None, None
     assert [row.data for row in rows] == wanted
     assert {number: row.error for number, row in enumerate(rows) if row.error} == {
-        8: "the table has neither its bytes nor its path",
-        70: "the file is not there any more",
+        8: "the table has neither bytes nor a path for this image",
+        70: "the file no longer exists",
     }
 
 
@@ -393,35 +393,35 @@ def test_data_that_give_no_images_are_refused_in_one_line(tmp_path: Path) -> Non
     pq.write_table(build_schema("images").empty_table(), tmp_path / "empty" / "part-00000.parquet")
     write_table(tmp_path / "no_rows", [])
     for path, words in {
-        "nowhere": f"no such path: {tmp_path}/nowhere",
-        "empty": "is not a whole raydet table (no _manifest.json)",
+        "nowhere": f"{tmp_path}/nowhere",
+        "empty": "no _manifest.json",
         "no_rows": "has no rows",
-        "texts": "no image file below",
+        "texts": "no image file",
         "packed": "packed/s-0.tar.gz is a compressed tar",
         "packed/s-0.tar.gz": "s-0.tar.gz is a compressed tar",
         "packed/*": "s-0.tar.gz is a compressed tar",
         "many": "many/1.tar is damaged",
         "many/{0..4}.tar": "many/1.tar is damaged",
-        "many/{2..4}.tar": f"no such tar file: {tmp_path}/many/3.tar",
+        "many/{2..4}.tar": f"{tmp_path}/many/3.tar",
         "many/{2}.tar": "{2} in",
-        "many/{4..2}.tar": "must count upwards",
-        "many/{0..999}-{0..9999}.tar": "means 10,000,000 files",
+        "many/{4..2}.tar": "upwards",
+        "many/{0..999}-{0..9999}.tar": "10,000,000 files",
         "many/x*.tar": "no file matches",
-        "*.jpg": "a.jpg, which is no .tar file",
-        "a.jpg": "a.jpg is a file, but neither a list",
-        "x.parquet": "x.parquet is a file, but neither a list",
+        "*.jpg": "a.jpg, which is not a .tar file",
+        "a.jpg": "a.jpg is a file",
+        "x.parquet": "x.parquet is a file",
         "cut.tar": "cut.tar is ",
-        "twice.tar": "twice.tar goes on after its end mark at byte",
+        "twice.tar": "twice.tar continues after its end marker",
         "zip.tar": "zip.tar is a compressed tar",
-        "text.tar": "text.tar is damaged or no tar file",
-        "zero.tar": "zero.tar is damaged or no tar file",
+        "text.tar": "text.tar is damaged",
+        "zero.tar": "zero.tar is damaged",
         "none.tar": "no image in",
-        "flipped.tar": "flipped.tar is damaged: there is no header at byte 2,048",
+        "flipped.tar": "at byte 2,048",
         "blank.txt": "blank.txt is an empty list",
         "folder.txt": "line 2 of",
         "slash.txt": "line 2 of",
-        "lost.txt": f"none is there, such as {tmp_path}/images/1.jpg",
-        "latin.txt": "is not text in UTF-8",
+        "lost.txt": f"such as {tmp_path}/images/1.jpg",
+        "latin.txt": "UTF-8",
         "scheme.txt": "cannot open foo://x",
         "web.txt": "line 2 of",
     }.items():
@@ -454,10 +454,10 @@ def test_a_run_that_is_gone_on_with_sees_the_same_images(tmp_path: Path) -> None
     assert len(pickle.dumps(again)) < 1000
     assert all_rows(pickle.loads(pickle.dumps(again))) == rows
     write_files(tmp_path / "others", "a.jpg")
-    with pytest.raises(UserError, match=r"index.parquet lists the images of .*/images, not those of .*/others; name"):
+    with pytest.raises(UserError, match=r"index.parquet .*/images, .*/others"):
         open_collection(str(tmp_path / "others"), index_uri=index)
     Path(index).write_bytes(Path(index).read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"index.parquet is no index of images, or damaged"):
+    with pytest.raises(UserError, match=r"index.parquet .*damaged"):
         open_collection(str(tmp_path / "images"), index_uri=index)
 
 
@@ -481,9 +481,9 @@ def test_a_tar_that_has_changed_since_is_noticed(tmp_path: Path) -> None:
     with (tmp_path / "a.tar").open("r+b") as file:
         file.truncate(1537)
     first, second = all_rows(images)
-    assert (first.data, second.error) == (b"one", "the tar file has become shorter than it was when it was listed")
+    assert (first.data, second.error) == (b"one", "the tar file is shorter than when it was listed")
     (tmp_path / "a.tar").unlink()
-    assert [row.error for row in all_rows(images)] == ["the file is not there any more"] * 2
+    assert [row.error for row in all_rows(images)] == ["the file no longer exists"] * 2
 
 
 def test_object_storage_is_as_good_as_a_disk(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,18 +529,18 @@ def test_object_storage_is_as_good_as_a_disk(tmp_path: Path, bucket: str, monkey
     table = open_collection(f"{bucket}/t", index_uri=None)
     assert [(row.data, row.error) for row in all_rows(table)] == [
         (b"odd", None),
-        (None, "the file is not there any more"),
+        (None, "the file no longer exists"),
     ]
     for data, words in [
-        ("nothing", "no such path"),
+        ("nothing", "pictures/nothing"),
         ("bad", "s3://pictures/bad/s-00.tar is"),
-        ("shards/s-{01..02}.tar", "no such tar file: s3://pictures/shards/s-02.tar"),
+        ("shards/s-{01..02}.tar", "s3://pictures/shards/s-02.tar"),
         ("none/*.tar", "no file matches"),
     ]:
         with pytest.raises(UserError, match=words):
             open_collection(f"{bucket}/{data}", index_uri=f"{bucket}/refused")
     assert not storage.exists(f"{bucket}/refused")
-    # A storage that does not answer says nothing about any image.
+    # Unreachable storage is not reported as an error of single images.
     local = open_collection(f"{bucket}/images", index_uri=str(tmp_path / "index"))
     monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""`check` looks at a file with less work than `decode` needs, and must come to the same verdict."""
+"""`check` is cheaper than `decode` and must reach the same verdict."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ MAX_PIXELS = 10**7
 
 
 def verdicts(data: bytes) -> tuple[str | tuple[int, int], str | tuple[int, int]]:
-    """What `check` and what `decode` say: the size, or the reason."""
+    """Return the results of `check` and `decode`: the size or the reason."""
     try:
         checked: str | tuple[int, int] = check(data, max_pixels=MAX_PIXELS)
     except DecodeError as error:
@@ -32,7 +32,7 @@ def encode(mode: str, file_format: str = "JPEG", orientation: int = 1, **options
     rng = np.random.default_rng(0)
     channels = {"L": 1, "RGB": 3, "CMYK": 4}[mode]
     pixels = rng.integers(0, 256, (61, 83, channels), dtype=np.uint8)
-    pixels[10:40] //= 8  # long runs of zeros too
+    pixels[10:40] //= 8  # include long runs of zeros
     exif = Image.Exif()
     exif[0x0112] = orientation
     stream = io.BytesIO()

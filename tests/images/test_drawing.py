@@ -55,7 +55,7 @@ def test_labels_stay_inside_the_picture(box_xywh: list[float]) -> None:
     drawn = draw_boxes(image, [box_xywh], list(colours), scores=[0.5], colours=colours)
     ys, xs = np.nonzero(changed(image, drawn))
     without_text = draw_boxes(image, [box_xywh], [""], colours={"": (0, 158, 115)})
-    # The label is as wide as its text wherever the box lies: nothing of it is cut off.
+    # The label has its full width wherever the box lies, so its text is not cut.
     label = changed(without_text, drawn)
     columns = np.nonzero(label.any(axis=0))[0]
     assert columns.max() - columns.min() > 100
@@ -95,7 +95,7 @@ def test_labels_of_neighbours_do_not_hide_each_other() -> None:
     )
     for tint in colours.values():
         filled = (drawn == np.array(tint)).all(axis=2)
-        assert filled.sum() > 4 * (100 + 80)  # far more than its frame
+        assert filled.sum() > 4 * (100 + 80)  # far more than the frame of the box
 
 
 def test_truth_and_detections_stand_side_by_side() -> None:

@@ -24,7 +24,7 @@ def findings_of(out: Path) -> list[dict[str, Any]]:
     return rows_of(out / "_findings", "findings")
 
 
-def test_everything_odd_is_listed_with_its_place(tmp_path: Path) -> None:
+def test_all_findings_are_listed_with_their_position(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for seed, name in enumerate(["a.png", "b.png", "wrong size.png"]):
         save_image(folder / name, seed=seed)
@@ -35,10 +35,10 @@ def test_everything_odd_is_listed_with_its_place(tmp_path: Path) -> None:
     images[2] |= {"width": 41}
     annotations = [
         annotation(1, [5, 5, 10, 10], 0),
-        annotation(2, [35, 5, 10, 10], 0),  # cut
+        annotation(2, [35, 5, 10, 10], 0),  # clipped
         annotation(3, [50, 5, 10, 10], 0),  # outside
         annotation(4, [5, 5, 0, 10], 0),  # no area
-        annotation(5, [5.001, 5, 10, 10], 0),  # repeats the first
+        annotation(5, [5.001, 5, 10, 10], 0),  # repeats the first box
         annotation(6, [1, 2, 3, 4], 77),  # unknown image
         annotation(7, [1, 2, 3, 4], 0) | {"category_id": 78},
         annotation(8, [1, 2, 3, 4], 2),

@@ -106,7 +106,7 @@ def test_awkward_files_are_all_accounted_for(test_data: Path, tmp_path: Path) ->
     lines = report.lines()
     out = str(tmp_path / "out")
     assert lines[0] == f"29 images found, 17 accepted, 12 rejected (listed in {out}/_rejected)" and lines[-1] == out
-    assert any("truncated: the JPEG file ends before the picture does: 2" in line for line in lines)
+    assert any("truncated: the JPEG file" in line and line.endswith(": 2") for line in lines)
 
 
 def test_pixel_limit_rejects(tmp_path: Path) -> None:
@@ -121,13 +121,13 @@ def test_pixel_limit_rejects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("orientation", "expected"),
-    # The box (2, 3, 10, 5) on 40 × 30 stored pixels, by the EXIF standard's table of rows and columns.
+    # The box (2, 3, 10, 5) on 40 × 30 stored pixels, by the table of rows and columns in the EXIF standard.
     [(5, [3, 2, 5, 10]), (6, [22, 2, 5, 10]), (7, [22, 28, 5, 10]), (8, [3, 28, 5, 10])],
 )
 def test_boxes_drawn_before_the_exif_rotation_are_turned(
     tmp_path: Path, orientation: int, expected: list[float]
 ) -> None:
-    # White where the box is, so that the picture itself tells where the box must come to lie.
+    # White inside the box, so the pixels show the expected position.
     pixels = np.zeros((30, 40, 3), np.uint8)
     pixels[3:8, 2:12] = 255
     exif = Image.Exif()
@@ -167,10 +167,10 @@ def test_boxes_are_clipped_dropped_and_their_areas_follow() -> None:
     objects = SourceObjects(
         ids=[1, 2, 3, 4, 5, 6, 7],
         boxes_xywh=[
-            (0.1, 0.2, 0.3, 0.4),  # inside: not touched
-            (-10, 0, 20, 10),  # half outside, area of the box
-            (-10, 0, 20, 10),  # half outside, area of a mask that still fits
-            (-10, 0, 20, 10),  # half outside, area of a mask larger than what is left
+            (0.1, 0.2, 0.3, 0.4),  # inside: unchanged
+            (-10, 0, 20, 10),  # half outside; area of the box
+            (-10, 0, 20, 10),  # half outside; area of a mask smaller than the rest
+            (-10, 0, 20, 10),  # half outside; area of a mask larger than the rest
             (200, 5, 10, 10),  # outside
             (5, 5, 0, 10),  # no width
             (float("nan"), 5, 5, float("inf")),
@@ -233,7 +233,7 @@ def test_running_again_does_nothing_and_another_table_is_never_overwritten(tmp_p
     assert {**vars(again), "already_done": False} == vars(first)
     assert "already prepared" in again.lines()[-1]
     other = PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out"), max_pixels=10**7)
-    with pytest.raises(UserError, match=r"already holds another run \(--max-pixels: \d+ → 10000000\)"):
+    with pytest.raises(UserError, match=r"--max-pixels: \d+ → 10000000"):
         prepare_images(other)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files_below(tmp_path / "out")} == before
     assert open_table(str(tmp_path / "out"), "images").manifest["config_hash"] == config_hash(config)
@@ -247,10 +247,10 @@ def test_files_of_the_users_are_never_touched(tmp_path: Path, name: str) -> None
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"mine")
-    with pytest.raises(UserError, match=f"files that raydet did not write, such as {name}"):
+    with pytest.raises(UserError, match=f"such as {name}"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out")))
     assert path.read_bytes() == b"mine" and files_below(tmp_path / "out") == [name]
-    with pytest.raises(UserError, match="is a file; --out must name a folder"):
+    with pytest.raises(UserError, match="is a file"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(path)))
 
 
@@ -266,7 +266,7 @@ def test_the_folder_of_two_tables_is_refused_where_one_is_wanted(tmp_path: Path)
         partial(evaluate, EvaluateConfig(truth=out, detections=str(found))),
     )
     for command in commands:
-        with pytest.raises(UserError, match=r"holds the tables train and val; name one, such as .*/out/train"):
+        with pytest.raises(UserError, match=r"tables train and val; .*/out/train"):
             command()
 
 
@@ -285,7 +285,7 @@ prepare_shapes(PrepareShapesConfig(out=sys.argv[1], num_train=100_000, image_siz
         process.send_signal(signal.SIGKILL)
     left = files_below(out / "train")
     assert any("part-00000.parquet" in name for name in left) and MANIFEST_NAME not in left
-    with pytest.raises(UserError, match="not a whole raydet table"):
+    with pytest.raises(UserError, match="not a complete raydet table"):
         open_table(str(out / "train"), "images")
     report = prepare_shapes(PrepareShapesConfig(out=str(out), num_train=5, num_val=3))
     assert (report.found, report.accepted) == (8, 8)

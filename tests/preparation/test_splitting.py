@@ -8,11 +8,11 @@ from raydet.preparation.splitting import Labels, choose_validation
 from raydet.preparation.surveying import find_duplicates
 
 IMAGES = st.lists(st.tuples(st.integers(0, 25), st.sets(st.integers(0, 5), max_size=3)), min_size=2, max_size=40)
-"""Contents, of which some are repeated, and the classes of each image."""
+"""Content id and classes of each image; some contents are repeated."""
 
 
 def hashes_of(contents: list[int]) -> np.ndarray:
-    # Spread over all 128 bits, as the hashes of files are.
+    # Spread over all 128 bits, like file hashes.
     numbers = np.asarray(contents, np.uint64)
     return np.stack([numbers * np.uint64(0x9E3779B97F4A7C15), numbers * np.uint64(0xC2B2AE3D27D4EB4F)], axis=1)
 
@@ -34,7 +34,7 @@ def test_the_choice_depends_on_the_set_of_images_alone(
 ) -> None:
     contents = [content for content, _ in images]
     if len(set(contents)) < 2:
-        with pytest.raises(UserError, match="two different images, found 1"):
+        with pytest.raises(UserError, match=r"two .* found 1"):
             choose(images, fraction, seed)
         return
     is_val = choose(images, fraction, seed)
@@ -50,10 +50,10 @@ def test_the_choice_depends_on_the_set_of_images_alone(
     classes_of = {content: {item for item, own in present.items() if content in own} for content in set(contents)}
     is_only = {content: any(present[item] == {content} for item in own) for content, own in classes_of.items()}
     for item, own in present.items():
-        # Where each content is the only one of some class, one of them has to be given up.
+        # If each content is the only one of some class, one class must lose its training content.
         assert own & train or all(is_only.values()), f"class {item} is not in training"
         if len(own) > 1 and not own & val:
-            # No content of it could be moved without taking some class out of training.
+            # Moving any content of the class would remove some class from training.
             assert all(any(len(present[other] & train) == 1 for other in classes_of[content]) for content in own)
 
 
@@ -63,7 +63,7 @@ def test_images_without_labels_are_held_out_by_the_fraction() -> None:
     assert sum(first) == sum(second) == 150
     assert 5 < sum(one and other for one, other in zip(first, second, strict=True)) < 60
     assert first == choose(images, 0.15, seed=1337)
-    # Of a few images neither part goes empty-handed.
+    # Even with few images neither split is empty.
     assert sum(choose(images[:2], 0.01)) == sum(choose(images[:2], 0.99)) == 1
 
 
@@ -75,7 +75,7 @@ def test_every_class_keeps_its_share() -> None:
     is_val = np.array(choose(images, 0.2))
     shares = present[is_val].sum(axis=0) / present.sum(axis=0)
     counts = present.sum(axis=0)
-    assert counts[5] < 12  # so rare that chance alone would often leave it out
+    assert counts[5] < 12  # so rare that a random split would often miss it
     assert (np.abs(shares[:4] - 0.2) < 0.01).all() and (np.abs(shares[4:] - 0.2) < 0.12).all()
     assert abs(is_val.mean() - 0.2) < 0.01
 

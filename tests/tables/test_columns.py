@@ -1,4 +1,4 @@
-"""Boxes of many images as columns: some images of them, and numbers out of Arrow's memory."""
+"""Columns of boxes: selection of images, and values read from Arrow buffers."""
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +39,7 @@ def test_images_are_taken_in_any_order() -> None:
 def test_images_that_stand_together_are_not_copied(first: int, last: int) -> None:
     truth, found = made_columns()
     images = np.arange(first, last)
-    # Backwards they are copied: the other way to the same boxes.
+    # Reversed images take the copying path to the same boxes.
     for taken, copied in (
         (take_truth(truth, images), take_truth(take_truth(truth, images[::-1]), np.arange(len(images))[::-1])),
         (take_detections(found, images), take_detections(take_detections(found, images[::-1]), images[::-1] - first)),

@@ -1,4 +1,4 @@
-"""What is read and written through `storage` survives a server that fails for a while, on a stand-in for S3."""
+"""Reads and writes through `storage` survive temporary server failures, on a stand-in for S3."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from raydet.tables import storage
 from tests.s3_stand_in import BUCKET, Failure, StandIn, started
 
 PART_BYTES = 10 * 2**20
-"""Of an upload; larger files come in several parts."""
+"""Part size of an upload; larger files are uploaded in several parts."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def _read_row_group(uri: str) -> list[int]:
     return column
 
 
-# The client alone gives up after six seconds.
+# Without raydet's retry settings the client gives up after six seconds.
 @pytest.mark.parametrize(("failure", "seconds"), [("503", 8.0), ("drop", 2.0)])
 def test_whatever_is_done_outlasts_a_server_that_fails(server: StandIn, failure: Failure, seconds: float) -> None:
     storage.write_bytes(f"{BUCKET}/in/bytes", b"0123456789")
@@ -81,7 +81,7 @@ def test_many_readers_outlast_it_together(server: StandIn) -> None:
     with ThreadPoolExecutor(100) as pool:
         contents = list(pool.map(lambda _: filesystem.open_input_file(path).read(), range(100)))
     assert contents == [b"0123456789"] * 100
-    # More than the client's other strategy has for all of them.
+    # More than the shared retry budget of the client's "standard" strategy.
     assert server.num_refused > 500 / 5
 
 

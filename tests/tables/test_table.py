@@ -1,4 +1,4 @@
-"""Tables: whole or refused, with their classes and their version."""
+"""Tables: complete or refused, with classes and version."""
 
 import json
 from pathlib import Path
@@ -74,13 +74,13 @@ def test_an_empty_table_keeps_its_schema(tmp_path: Path) -> None:
 
 def test_refuses_other_versions_other_kinds_and_what_is_no_table(tmp_path: Path) -> None:
     uri = _write(tmp_path / "t")
-    with pytest.raises(UserError, match="expected a table of detections"):
+    with pytest.raises(UserError, match=r"images.*detections"):
         open_table(uri, "detections")
-    with pytest.raises(UserError, match="no such table"):
+    with pytest.raises(UserError, match="absent"):
         open_table(str(tmp_path / "absent"), "images")
     manifest = json.loads((tmp_path / "t" / MANIFEST_NAME).read_text())
     (tmp_path / "t" / MANIFEST_NAME).write_text(json.dumps({**manifest, "schema_version": 99}))
-    with pytest.raises(UserError, match="schema version 99"):
+    with pytest.raises(UserError, match="version 99"):
         open_table(uri, "images")
     (tmp_path / "t" / MANIFEST_NAME).write_text(json.dumps(manifest))
     pq.write_table(pa.table({"a": [1]}), tmp_path / "t" / "part-00000.parquet")

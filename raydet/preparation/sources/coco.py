@@ -1,8 +1,8 @@
 """COCO instances JSON → records.
 
-What the format leaves open is settled so: category indices are contiguous, by rising source id; a missing `area` is
-that of the box and a missing `iscrowd` is false. Annotations of unknown images or categories are left out and counted.
-The entries wait on this machine's disk, so that a file may be larger than the memory.
+Conventions where the format is silent: category indices are contiguous, in ascending order of source id; a missing
+`area` is the area of the box, and a missing `iscrowd` is false. Annotations of unknown images or categories are dropped
+and counted. Entries are buffered on this machine's disk, so a file may be larger than memory.
 """
 
 import math
@@ -24,31 +24,31 @@ _KNOWN_IMAGE_KEYS = frozenset(["id", "file_name", "width", "height"])
 
 
 def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
-    """Reads a COCO instances file.
+    """Read a COCO instances file.
 
     Args:
-        annotations_uri: The JSON file.
-        folder: What the file names in it are relative to.
+        annotations_uri: Path or URI of the JSON file.
+        folder: Folder to which the file names in it are relative.
 
     Returns:
-        One record for each entry of `images`, in their order. Further scalar keys of those entries (weather, licence)
-        become extra columns. Boxes refer to an image of the size that the entry states, if any.
+        One record per entry of `images`, in file order. Further scalar keys of the entries (weather, licence) become
+        extra columns. Boxes refer to the image size that the entry states, if any.
 
     Raises:
-        UserError: The file is missing, is not JSON, or not COCO; the message names the place in it.
+        UserError: The file is missing, is not JSON, or is not COCO; the message states the position in the file.
     """
     where = storage.absolute_uri(annotations_uri)
     index, extra_columns = CocoIndex(), _ExtraColumns()
     with spill_errors():
         categories = _read_entries(annotations_uri, index, extra_columns)
     if not index.num_images:
-        raise UserError(f'{where} lists no image: "images" is empty')
+        raise UserError(f'{where} has no image: "images" is empty')
     findings = FindingLog()
     with spill_errors():
         keeps_ids = index.join(categories)
     if not keeps_ids:
-        findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are numbered anew"))
-    _note_lost(index, findings)
+        findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are renumbered"))
+    _note_orphans(index, findings)
     fields = extra_columns.fields()
     texts = {field.name for field in fields if field.type == pa.string()}
 
@@ -69,7 +69,7 @@ def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
 
 
 def _read_entries(uri: str, index: CocoIndex, extra_columns: "_ExtraColumns") -> tuple[Category, ...]:
-    """Puts images and annotations into the index; returns the categories."""
+    """Add images and annotations to the index; return the categories."""
     where = storage.absolute_uri(uri)
     categories: tuple[Category, ...] = ()
     for key, entries in coco_json.read_lists(uri):
@@ -104,20 +104,20 @@ def _annotation(entry: dict[str, Any], place: str) -> AnnotationEntry:
     return AnnotationEntry(coco_json.integer(entry.get("id")), image_id, category_id, box_xywh, area, iscrowd)
 
 
-def _note_lost(index: CocoIndex, findings: FindingLog) -> None:
-    for lost in index.lost():
-        if lost.path is None:
-            kind, detail = "annotations of an unknown image, left out", f"its image_id is {lost.image_id}"
-            findings.note(Finding(kind, annotation_id=lost.annotation_id, detail=detail))
+def _note_orphans(index: CocoIndex, findings: FindingLog) -> None:
+    for orphan in index.orphans():
+        if orphan.path is None:
+            kind, detail = "annotations of an unknown image, left out", f"its image_id is {orphan.image_id}"
+            findings.note(Finding(kind, annotation_id=orphan.annotation_id, detail=detail))
         else:
-            kind, detail = "annotations of an unknown category, left out", f"its category_id is {lost.category_id}"
-            findings.note(Finding(kind, readable(lost.path), lost.image_id, lost.annotation_id, detail=detail))
+            kind, detail = "annotations of an unknown category, left out", f"its category_id is {orphan.category_id}"
+            findings.note(Finding(kind, readable(orphan.path), orphan.image_id, orphan.annotation_id, detail=detail))
 
 
 def _categories(entries: Iterable[tuple[dict[str, Any], str]], where: str) -> tuple[Category, ...]:
     found = [coco_json.category(entry, place) for entry, place in entries]
     if not found:
-        raise UserError(f'{where} lists no class: "categories" is empty')
+        raise UserError(f'{where} has no class: "categories" is empty')
     categories = [Category(category.id, readable(category.name)) for category in found]
     coco_json.refuse_repeated([category.id for category in categories], f"{where}: categories", "id")
     coco_json.refuse_repeated([category.name for category in categories], f"{where}: categories", "name")
@@ -130,7 +130,7 @@ def _stated_size_hw(entry: dict[str, Any]) -> tuple[int, int] | None:
 
 
 class _ExtraColumns:
-    """Further keys of images whose values are all scalars: a column for each; mixed types become text."""
+    """Extra columns from further keys of the image entries; only keys with scalar values, mixed types become text."""
 
     def __init__(self) -> None:
         self._types: dict[str, set[type]] = {}
@@ -138,7 +138,7 @@ class _ExtraColumns:
         self._taken = _KNOWN_IMAGE_KEYS | set(build_schema("images").names)
 
     def take(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """Takes note of the types of an image's values, and returns those that may stand in a column."""
+        """Record the types of an image's values, and return the scalar values."""
         values = {}
         for key, value in entry.items():
             if value is None or key in self._taken:
@@ -151,7 +151,7 @@ class _ExtraColumns:
         return values
 
     def fields(self) -> list[pa.Field]:
-        """The columns of all that was taken."""
+        """Return the columns of the recorded keys."""
         scalars = {bool, int, float, str}
         return [pa.field(readable(key), self._type(key)) for key, kinds in self._types.items() if kinds <= scalars]
 

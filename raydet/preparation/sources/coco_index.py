@@ -1,6 +1,6 @@
-"""The entries of a COCO file, in whatever order they come → image by image, without having them in memory.
+"""On-disk index of a COCO file: entries in any order → images with their annotations.
 
-Nothing here knows what is a mistake: `coco` says that, entry by entry, before it puts one in.
+Entries must be valid; `coco` checks them before adding them.
 """
 
 import json
@@ -32,7 +32,7 @@ class ImageEntry(NamedTuple):
 
 
 class AnnotationEntry(NamedTuple):
-    """An entry of `annotations`; its ids are whatever integers the file has, its own may be missing."""
+    """An entry of `annotations`; ids are arbitrary integers, and `annotation_id` may be missing."""
 
     annotation_id: int | None
     image_id: int
@@ -42,8 +42,8 @@ class AnnotationEntry(NamedTuple):
     iscrowd: bool
 
 
-class LostAnnotation(NamedTuple):
-    """An annotation of an image (then `path` is None) or of a category that is not there."""
+class OrphanAnnotation(NamedTuple):
+    """An annotation of an unknown image (`path` is None) or of an unknown category."""
 
     annotation_id: int | None
     image_id: int
@@ -52,24 +52,24 @@ class LostAnnotation(NamedTuple):
 
 
 class CocoIndex:
-    """Images, and the annotations of each.
+    """On-disk index of images and their annotations.
 
     Attributes:
-        num_images: How many there are.
+        num_images: Number of images added.
     """
 
     def __init__(self) -> None:
         self.num_images = 0
         self._num_annotations = 0
-        self._num_lost = 0
+        self._num_orphans = 0
         self._has_own_ids = True
         self._database = open_database()
         for table in _TABLES:
             self._database.execute(f"CREATE TABLE {table}")
 
     def add_image(self, entry: ImageEntry) -> int | None:
-        """Adds an image, or says at which place there is one of its id already."""
-        # Lone surrogates, which JSON may hold, are no text to SQLite.
+        """Add an image; if its id is taken, return the position of the existing image instead."""
+        # JSON may contain lone surrogates, which SQLite does not accept as text.
         path = entry.path.encode(errors="surrogatepass")
         height, width = map(_storable, entry.size_hw or (None, None))
         row = (self.num_images, entry.image_id, path, height, width, json.dumps(entry.extra))
@@ -81,7 +81,7 @@ class CocoIndex:
         return place
 
     def add_annotations(self, entries: Iterable[AnnotationEntry]) -> None:
-        """Adds annotations, one at a time."""
+        """Add annotations, consuming the iterable lazily."""
         self._database.executemany("INSERT INTO annotations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows(entries))
 
     def _rows(self, entries: Iterable[AnnotationEntry]) -> Iterator[tuple[Any, ...]]:
@@ -92,10 +92,11 @@ class CocoIndex:
             yield number, *ids, *entry.box_xywh, entry.area, entry.iscrowd
 
     def join(self, categories: tuple[Category, ...]) -> bool:
-        """Gives each image its annotations; to be called once, when all is there.
+        """Assign annotations to images; call once, after all entries are added.
 
         Returns:
-            Whether the annotations keep their ids: all are there, unique and above 0. Else they are numbered from 1.
+            True if the annotations keep their ids, because all are present, unique and positive. Otherwise they are
+            numbered from 1.
         """
         self._database.executemany(
             "INSERT INTO categories VALUES (?, ?)", [(category.id, place) for place, category in enumerate(categories)]
@@ -113,12 +114,12 @@ class CocoIndex:
             """
         )
         ((num_boxes,),) = select(self._database, "SELECT COUNT(*) FROM boxes")
-        self._num_lost = self._num_annotations - num_boxes
+        self._num_orphans = self._num_annotations - num_boxes
         return keep
 
-    def lost(self) -> Iterator[LostAnnotation]:
-        """The annotations that no image has after `join`, in their order."""
-        if not self._num_lost:
+    def orphans(self) -> Iterator[OrphanAnnotation]:
+        """Yield the annotations that `join` did not assign, in file order."""
+        if not self._num_orphans:
             return
         query = """
             SELECT annotations.id, image_id, category_id, path
@@ -128,10 +129,10 @@ class CocoIndex:
             """
         for annotation_id, image_id, category_id, path in select(self._database, query):
             shown = None if path is None else path.decode(errors="surrogatepass")
-            yield LostAnnotation(annotation_id, int(image_id), int(category_id), shown)
+            yield OrphanAnnotation(annotation_id, int(image_id), int(category_id), shown)
 
     def images(self) -> Iterator[tuple[ImageEntry, SourceObjects]]:
-        """All images in their order, each with its boxes in theirs, after `join`."""
+        """Yield all images with their boxes, both in file order; call `join` first."""
         boxes = groupby(select(self._database, "SELECT * FROM boxes ORDER BY rowid"), key=lambda row: int(row[0]))
         place_of_boxes, rows = next(boxes, (-1, iter(())))
         images = select(self._database, "SELECT * FROM images ORDER BY place")
@@ -145,14 +146,14 @@ class CocoIndex:
 
 
 def _storable(value: int | None) -> int | str | None:
-    """An integer as it is if it fits into 64 bits, else as text."""
+    """Return an integer unchanged if it fits into 64 bits, otherwise as text."""
     return value if value is None or abs(value) < MAX_INTEGER else str(value)
 
 
 def _objects(rows: Iterable[tuple[Any, ...]]) -> SourceObjects:
     objects = SourceObjects()
     for _, annotation_id, category, *box_xywh, area, iscrowd in rows:
-        # SQLite has no NaN and holds null in its place.
+        # SQLite stores NaN as null.
         left, top, width, height = (math.nan if number is None else float(number) for number in box_xywh)
         objects.ids.append(annotation_id)
         objects.boxes_xywh.append((left, top, width, height))

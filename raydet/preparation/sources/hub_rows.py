@@ -161,7 +161,7 @@ def _scan(
     all_ids = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     keeps_ids = not num_without_id and bool((all_ids > 0).all()) and len(np.unique(all_ids)) == len(all_ids)
     if not keeps_ids and len(all_ids):
-        findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are numbered anew"))
+        findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are renumbered"))
     if stated is not None and index_of is not None:
         return stated, index_of, keeps_ids
     categories = _occurring_categories(counts)

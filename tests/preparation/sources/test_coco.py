@@ -81,11 +81,11 @@ def test_annotations_of_unknown_images_and_categories_are_counted(tmp_path: Path
 
 
 @pytest.mark.parametrize("ids", [[0, 1], [4, 4], [-1, 2], [None, 2], ["x", 2]])
-def test_annotation_ids_that_evaluators_misread_are_numbered_anew(tmp_path: Path, ids: list[Any]) -> None:
+def test_annotation_ids_that_evaluators_misread_are_renumbered(tmp_path: Path, ids: list[Any]) -> None:
     source = read(tmp_path, coco([image()], [box(annotation_id) for annotation_id in ids]))
     (record,) = source.images
     assert record.objects is not None and record.objects.ids == [1, 2]
-    assert any("numbered anew" in finding for finding in source.findings)
+    assert any("renumbered" in finding for finding in source.findings)
 
 
 def test_integers_beyond_64_bits_and_lone_surrogates_are_kept_apart(tmp_path: Path) -> None:
@@ -145,38 +145,38 @@ def test_links_that_leave_the_folder_are_refused_and_others_followed(tmp_path: P
         ("{", "is not JSON"),
         ("", "is not JSON"),
         ('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "fi', "is not JSON: .* character 55"),
-        ('{"images": [], "images": []}', 'has the key "images" twice'),
+        ('{"images": [], "images": []}', '"images" twice'),
         ('{"a": ' + "[" * 100_000, "is not JSON"),
         ('{"images": [{"id": 1, "file_name": "a.jpg", "seed": ' + "1" * 5000 + "}]}", "is not JSON: .*digit"),
-        ('{"images": "a.jpg"}', '"images" must be a list, got a str'),
-        ("[1]", "holds a list"),
-        ("3", "holds a int"),
-        ({"images": [], "annotations": []}, 'lacks the key "categories"'),
-        ({"images": [image()], "categories": CATEGORIES}, 'lacks the key "annotations".*prepare images'),
-        (coco({"id": 1}, []), '"images" must be a list, got a dict'),  # type: ignore[arg-type]
-        (coco(["a.jpg"], []), r"images\[0\] must be an object, got 'a.jpg'"),
-        (coco([], []), "lists no image"),
-        (coco([image()], [], []), "lists no class"),
-        (coco([image(), image(2, None)], []), r"images\[1\]: file_name must be a string, got None"),
-        (coco([{"file_name": "a.jpg"}], []), r'images\[0\] lacks the key "id"'),
-        (coco([image("a7")], []), r"images\[0\]: id must be an integer, got 'a7'"),
-        (coco([image(True)], []), r"images\[0\]: id must be an integer"),
-        (coco([image(-1)], []), r"images\[0\]: id must be from 0"),
-        (coco([image(2**53)], []), r"images\[0\]: id must be from 0 to 2\*\*53 - 1"),
+        ('{"images": "a.jpg"}', '"images" .*got a str'),
+        ("[1]", "a list"),
+        ("3", "a int"),
+        ({"images": [], "annotations": []}, '"categories"'),
+        ({"images": [image()], "categories": CATEGORIES}, '"annotations".*prepare images'),
+        (coco({"id": 1}, []), '"images" .*got a dict'),  # type: ignore[arg-type]
+        (coco(["a.jpg"], []), r"images\[0\] .*got 'a.jpg'"),
+        (coco([], []), "no image"),
+        (coco([image()], [], []), "no class"),
+        (coco([image(), image(2, None)], []), r"images\[1\]: file_name .*got None"),
+        (coco([{"file_name": "a.jpg"}], []), r'images\[0\] .*"id"'),
+        (coco([image("a7")], []), r"images\[0\]: id .*integer, got 'a7'"),
+        (coco([image(True)], []), r"images\[0\]: id .*integer"),
+        (coco([image(-1)], []), r"images\[0\]: id .*-1"),
+        (coco([image(2**53)], []), r"images\[0\]: id .*2\*\*53 - 1"),
         (coco([image(), image(2), image("1")], []), r"images\[0\] and \[2\] have the same id 1"),
         (
             coco([image()], [], [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]),
             r"categories\[0\] and \[1\].*same id 1",
         ),
         (coco([image()], [], [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]), "same name 'a'"),
-        (coco([image()], [], [{"id": 1}]), r"categories\[0\]: name must be a string"),
-        (coco([image()], [box(), {"id": 2}]), r'annotations\[1\] lacks the key "image_id"'),
-        (coco([image()], [box(category_id=None)]), r"annotations\[0\]: category_id must be an integer, got None"),
-        (coco([image()], [{"id": 1, "image_id": 1, "category_id": 7}]), r'annotations\[0\] lacks the key "bbox"'),
-        (coco([image()], [box(bbox=[1, 2, 3])]), r"annotations\[0\]: bbox must be four numbers"),
-        (coco([image()], [box(bbox=[1, 2, 3, "wide"])]), r"annotations\[0\]: bbox must be four numbers"),
-        (coco([image()], [box(bbox={"x": 1})]), r"annotations\[0\]: bbox must be four numbers"),
-        (coco([image()], [box(iscrowd=2)]), r"annotations\[0\]: iscrowd must be 0 or 1, got 2"),
+        (coco([image()], [], [{"id": 1}]), r"categories\[0\]: name .*string"),
+        (coco([image()], [box(), {"id": 2}]), r'annotations\[1\] .*"image_id"'),
+        (coco([image()], [box(category_id=None)]), r"annotations\[0\]: category_id .*got None"),
+        (coco([image()], [{"id": 1, "image_id": 1, "category_id": 7}]), r'annotations\[0\] .*"bbox"'),
+        (coco([image()], [box(bbox=[1, 2, 3])]), r"annotations\[0\]: bbox .*four numbers"),
+        (coco([image()], [box(bbox=[1, 2, 3, "wide"])]), r"annotations\[0\]: bbox .*four numbers"),
+        (coco([image()], [box(bbox={"x": 1})]), r"annotations\[0\]: bbox .*four numbers"),
+        (coco([image()], [box(iscrowd=2)]), r"annotations\[0\]: iscrowd .*got 2"),
     ],
 )
 def test_mistakes_get_one_line_that_names_the_place(tmp_path: Path, content: Any, words: str) -> None:
@@ -194,7 +194,7 @@ def test_a_file_is_read_in_pieces_and_not_kept(tmp_path: Path, monkeypatch: pyte
         for number in range(10 * num_images)
     ]
     path = tmp_path / "instances.json"
-    # What the boxes are of comes after them, and so does what their classes are.
+    # Annotations come before the images and categories that they refer to.
     path.write_text(json.dumps({"annotations": boxes, "images": images, "categories": CATEGORIES}))
     del boxes, images
     assert path.stat().st_size > 10_000_000
@@ -207,7 +207,7 @@ def test_a_file_is_read_in_pieces_and_not_kept(tmp_path: Path, monkeypatch: pyte
     for number in range(10 * num_images):
         wanted[number * 7919 % num_images].append(number + 1)
     assert found == list(wanted.items())
-    assert peak_bytes < 4_000_000  # a third of it for `found`
+    assert peak_bytes < 4_000_000  # one third of which is `found`
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,12 +217,12 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return database
 
     monkeypatch.setattr(coco_index, "open_database", full)
-    with pytest.raises(RunError, match=r"cannot keep the labels in a temporary file: database or disk is full; TMPDIR"):
+    with pytest.raises(RunError, match=r"disk is full.*TMPDIR"):
         read(tmp_path, coco([image()], [box(number) for number in range(1, 3_000)]))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such annotations file: .*none.json"):
+    with pytest.raises(UserError, match=r"none\.json"):
         read_coco(str(tmp_path / "none.json"), ImageFolder(str(tmp_path)))
 
 

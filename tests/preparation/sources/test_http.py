@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Site:
-    """What a server serves, and how often it was asked for each."""
+    """A test server: its files, and the number of requests for each."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -180,7 +180,7 @@ def test_a_server_that_never_ends_is_left(site: Site) -> None:
 def test_busy_servers_are_asked_again(site: Site) -> None:
     assert QUICK.read(f"{site.url}/busy") == b"at last"
     assert QUICK.read(f"{site.url}/short") == b"whole"
-    # It asks to be left alone for a day; that is cut to `longest_wait_s`.
+    # The requested wait of a day is cut to `longest_wait_s`.
     assert QUICK.read(f"{site.url}/limited") == b"at last"
     assert (site.asked["/busy"], site.asked["/short"], site.asked["/limited"]) == (3, 2, 2)
 
@@ -327,9 +327,9 @@ def test_the_web_has_no_folders_and_nothing_to_refer_to(
     coco = ["prepare", "coco", "--annotations", "x.json", "--images", site.url]
     for command, words in [
         (["prepare", "images", "--images", f"{site.url}/images/"], "is not a list: name a list of addresses"),
-        (coco, "is on the web, where no folder can be listed"),
+        (coco, "is on the web"),
         (["prepare", "images", "--images", str(tmp_path / "list.txt"), "--image-storage", "reference"], "needs files"),
-        (["prepare", "images", "--images", str(tmp_path / "secret.txt")], "has a password in it"),
+        (["prepare", "images", "--images", str(tmp_path / "secret.txt")], "contains a password"),
     ]:
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Hugging Face data sets → records and images tables, made here with `datasets` itself from real pictures."""
+"""Hugging Face data sets → records and images tables, created with `datasets` from real images."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ NAMES = ["Platelets", "RBC", "WBC"]
 
 @pytest.fixture(scope="module")
 def bccd(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `images`, `instances.json` of the first twelve of BCCD's val, and `table`, which COCO gives."""
+    """Build a folder with `images` and `instances.json` of the first twelve images of BCCD's val, and their `table`."""
     folder = tmp_path_factory.mktemp("bccd")
     content = json.loads((test_data / "bccd" / "instances_val.json").read_text())
     content["images"] = content["images"][:12]
@@ -46,7 +46,7 @@ def bccd(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cppe_rows(bccd: Path) -> list[dict[str, Any]]:
-    """The rows as CPPE-5 has them, without `iscrowd`, and with the path of each image."""
+    """Return the rows in CPPE-5's layout, without `iscrowd`, with the path of each image."""
     content = json.loads((bccd / "instances.json").read_text())
     index_of = {entry["id"]: NAMES.index(entry["name"]) for entry in content["categories"]}
     rows = []
@@ -245,7 +245,7 @@ def test_awkward_rows_are_rejected_or_counted_and_none_is_lost(bccd: Path, tmp_p
     assert report.reasons == {
         "the row has neither the bytes of an image nor a path": 2,
         "not an image Pillow can read (it is text)": 1,
-        "truncated: the JPEG file ends before the picture does": 1,
+        "truncated: the JPEG file ends in the middle of the image data": 1,
         "no such file": 1,
         "its objects have lists of different lengths": 1,
     }

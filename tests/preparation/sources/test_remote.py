@@ -1,4 +1,4 @@
-"""Images and labels from S3 and Google Cloud Storage: what is there is read, what cannot be is one line."""
+"""Images and labels from S3 and Google Cloud Storage, and one-line errors."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ SOURCES = ("voc", "yolo", "coco", "images")
 
 
 def fill(bucket: str, test_data: Path) -> None:
-    """Two real pictures with a box each, as VOC, YOLO and COCO have them."""
+    """Upload two real images with one box each, in VOC, YOLO and COCO format."""
     images: list[dict[str, Any]] = []
     for path in sorted((test_data / "bccd/images").iterdir())[:2]:
         storage.write_bytes(f"{bucket}/voc/images/{path.name}", path.read_bytes())
@@ -42,7 +42,7 @@ def s3(test_data: Path) -> Iterator[s3_stand_in.StandIn]:
     with pytest.MonkeyPatch.context() as patch, s3_stand_in.started() as stand_in:
         for name, value in stand_in.environment.items():
             patch.setenv(name, value)
-        # The patience for servers in trouble is tested elsewhere; here it would only take its time.
+        # Retries are tested elsewhere and would only slow this down.
         patch.setattr(storage, "S3_ATTEMPTS", 1)
         fill(s3_stand_in.BUCKET, test_data)
         yield stand_in
@@ -59,7 +59,7 @@ def gs(test_data: Path) -> Iterator[None]:
 
 @pytest.fixture(params=["s3", "gs"])
 def bucket(request: pytest.FixtureRequest) -> str:
-    """What the bucket of a store is named, whose server is up."""
+    """Return the URI of a bucket on a running stand-in server."""
     request.getfixturevalue(request.param)
     return {"s3": s3_stand_in.BUCKET, "gs": gcs_stand_in.BUCKET}[request.param]
 

@@ -31,7 +31,7 @@ def test_numbers_sizes_and_classes_are_spread() -> None:
 def test_boxes_are_tight_around_what_is_seen() -> None:
     num_shapes = 0
     for index in range(60):
-        # The ground is drawn first, so that a picture without shapes shows the ground of the one with a shape.
+        # The background is drawn first, so an image without shapes has the background of the one with a shape.
         with_shape, ground = (draw(1, "train", index, image_size=128, max_shapes=count) for count in (1, 0))
         assert ground.objects.ids == []
         changed = np.linalg.norm(with_shape.pixels.astype(float) - ground.pixels, axis=2) > 30
@@ -40,7 +40,7 @@ def test_boxes_are_tight_around_what_is_seen() -> None:
             num_shapes += 1
             rows, columns = np.nonzero(changed)
             seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            # Of smoothed edges, less than half covered pixels lie outside the box.
+            # Pixels of smoothed edges that are less than half covered lie outside the box.
             assert np.abs(np.subtract(seen, (left, top, left + width, top + height))).max() <= 2
     assert num_shapes > 15
 
@@ -53,7 +53,7 @@ def test_shapes_hardly_cover_one_another() -> None:
         for (*_, width, height), category, area in zip(
             item.objects.boxes_xywh, item.objects.categories, item.objects.areas, strict=True
         ):
-            # The visible box is at most the whole one, so this bounds the visible part from above.
+            # The visible box lies within the complete one, so this is an upper bound of the visible part.
             assert area >= 0.85 * fill[category] * width * height - 8
 
 

@@ -1,4 +1,4 @@
-"""Pascal VOC files of all sorts become records, and every image and XML file is accounted for."""
+"""Pascal VOC files of all kinds become records; every image and XML file is accounted for."""
 
 from pathlib import Path
 
@@ -243,7 +243,7 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     assert (report.found, report.accepted, report.rejected) == (4, 2, 2)
     assert (report.boxes, report.clipped, report.dropped, report.size_mismatches) == (2, 1, 1, 1)
     assert report.without_boxes == 1 and report.boxes_by_class == {"dog": 2}
-    # The torn image has no XML file either.
+    # The truncated image has no XML file either.
     assert report.unlabelled_kept == 2 and "2 without a label file" in report.lines()[1]
     assert prepare(tmp_path, unlabelled="keep").already_done
 

@@ -1,4 +1,4 @@
-"""YOLO data sets of all sorts become records: every image is named, every odd line counted."""
+"""YOLO data sets of all kinds become records; every image is listed, every invalid line counted."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def picture(path: Path, size: tuple[int, int] = (40, 20), orientation: int = 1) 
 
 
 def read_lines(folder: Path, text: str) -> tuple[SourceObjects, dict[str, int]]:
-    """The objects of one label file among the classes 0 and 1, and the findings that are not 0."""
+    """Return the objects of one label file, for classes 0 and 1, and the non-zero findings."""
     write(folder, {"images/a.jpg": "", "labels/a.txt": text})
     source = read_yolo(find_in_folders(str(folder / "images"), str(folder / "labels"), ["dog", "cat"]))
     (record,) = source.images
@@ -73,7 +73,7 @@ def test_boxes_and_polygons_are_parts_of_the_image(tmp_path: Path) -> None:
         ("\0\ufffd", "no finite number"),
     ],
 )
-def test_odd_lines_are_left_out_and_counted(tmp_path: Path, line: str, words: str) -> None:
+def test_invalid_lines_are_dropped_and_counted(tmp_path: Path, line: str, words: str) -> None:
     objects, findings = read_lines(tmp_path, f"0 .5 .5 .3 .3\n{line}\n1 .5 .5 .2 .2\n")
     assert objects.categories == [0, 1]
     ((finding, count),) = findings.items()
@@ -87,7 +87,7 @@ def test_rounding_over_the_edge_is_no_cut(tmp_path: Path) -> None:
     assert left >= 0 and left + width <= 1 + 1e-12
     assert objects.boxes_xywh[1][0] == pytest.approx(
         -0.05
-    )  # it really runs out: cut and counted where the size is known
+    )  # really outside: clipped and counted once the size is known
 
 
 def prepare(data: Path, out: Path, **options: object) -> PrepareReport:
@@ -112,7 +112,7 @@ def test_boxes_are_pixels_of_the_upright_image(tmp_path: Path) -> None:
     assert (report.found, report.accepted, report.rejected) == (4, 3, 1)
     assert (report.boxes, report.clipped, report.dropped, report.without_boxes) == (4, 2, 2, 1)
     assert report.findings["label files without an image"] == 1
-    # The torn image has no label file either.
+    # The truncated image has no label file either.
     assert report.unlabelled_kept == 2 and "--unlabelled reject" in report.lines()[1]
     again = prepare(tmp_path / "data.yaml", tmp_path / "labelled", unlabelled="reject")
     assert (again.found, again.accepted, again.rejected) == (4, 2, 2) and again.reasons == {UNLABELLED: 2}
