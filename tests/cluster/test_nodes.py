@@ -52,8 +52,8 @@ SMALL_PARTS = """
 import sys
 from raydet.preparation import prepare
 from raydet.config import PrepareImagesConfig
-prepare.FILE_BYTES = 60_000
-prepare.prepare_images(PrepareImagesConfig(images=sys.argv[1], out=sys.argv[2], use_ray=True))
+config = PrepareImagesConfig(images=sys.argv[1], out=sys.argv[2], use_ray=True)
+prepare._prepare(config, prepare._open_images, file_bytes=60_000)
 """
 NUM_IMAGES, NUM_GROUPS, IMAGES_PER_GROUP, BOXES_PER_IMAGE = 400, 300, 20, 40
 
