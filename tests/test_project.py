@@ -1,5 +1,6 @@
-"""The project: light imports, the lock file, run files, import order, and make targets."""
+"""The project: light imports, layout, docstrings, the lock file, run files, import order, and make targets."""
 
+import ast
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,29 @@ def test_help_of_the_installed_command(capsys: pytest.CaptureFixture[str]) -> No
     assert result.returncode == 0, result.stderr
     for name in ("prepare", "train", "predict", "evaluate", "demo"):
         assert name in result.stdout
+
+
+MOST_MODULES = 14
+"""Per package, not counting `__init__.py`."""
+QUESTION = re.compile(r"(What|Where|Whether|How|Who|When|Why|Which)\b")
+
+
+def test_packages_are_small() -> None:
+    assert {path.name for path in (PROJECT / "raydet").glob("*.py")} == {"__init__.py", "__main__.py"}
+    num_modules = Counter(path.parent for path in (PROJECT / "raydet").rglob("*.py") if path.name != "__init__.py")
+    assert {str(folder): number for folder, number in num_modules.items() if number > MOST_MODULES} == {}
+
+
+def test_docstrings_are_statements() -> None:
+    found = [
+        f"{path.relative_to(PROJECT)}:{node.lineno}: {node.value.value.splitlines()[0]}"
+        for path in sorted((PROJECT / "raydet").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        # Besides docstrings, these are the texts below attributes.
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if QUESTION.match(node.value.value.lstrip())
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=[path.stem for path in RUN_FILES])

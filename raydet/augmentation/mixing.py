@@ -166,26 +166,35 @@ def detr_crop(sample: Sample, rng: np.random.Generator) -> Sample:
     return cut(sample, (corner[1], corner[0]), (sides[0], sides[1]))
 
 
-def mosaic(sample: Sample, partners: Sequence[Sample], rng: np.random.Generator) -> Sample:
+def mosaic(
+    sample: Sample,
+    partners: Sequence[Sample],
+    rng: np.random.Generator,
+    *,
+    centre: tuple[float, float] = MOSAIC_CENTRE,
+    zoom: tuple[float, float] = TILE_ZOOM,
+) -> Sample:
     """Combine up to four images as tiles of one image with the size of the first.
 
     Args:
         sample: The first image.
         partners: Up to three other images; tiles without an image stay grey.
         rng: Source of the meeting point, the order of the tiles, and the visible part of each image.
+        centre: Range of the meeting point, as in `MOSAIC_CENTRE`.
+        zoom: Range of the extra zoom, as in `TILE_ZOOM`.
     """
     height, width = sample.size_hw
     if min(height, width) < 2:
         return sample
-    middle_y = min(max(round(height * rng.uniform(*MOSAIC_CENTRE)), 1), height - 1)
-    middle_x = min(max(round(width * rng.uniform(*MOSAIC_CENTRE)), 1), width - 1)
+    middle_y = min(max(round(height * rng.uniform(*centre)), 1), height - 1)
+    middle_x = min(max(round(width * rng.uniform(*centre)), 1), width - 1)
     tops, lefts = (0, middle_y, height), (0, middle_x, width)
     canvas = np.full((height, width, 3), FILL, np.uint8)
     pieces = []
     for cell, source in zip(rng.permutation(4)[: 1 + len(partners)], [sample, *partners], strict=True):
         row, column = divmod(int(cell), 2)
         top, left = tops[row], lefts[column]
-        piece = _tile(source, (tops[row + 1] - top, lefts[column + 1] - left), rng)
+        piece = _tile(source, (tops[row + 1] - top, lefts[column + 1] - left), rng, zoom)
         canvas[top : tops[row + 1], left : lefts[column + 1]] = piece.image
         boxes_xywh = piece.boxes_xywh + np.array([left, top, 0, 0], np.float64)
         pieces.append(Sample(canvas, boxes_xywh, piece.categories, piece.areas, piece.iscrowd, piece.ids))
@@ -232,10 +241,12 @@ def copy_small(sample: Sample, rng: np.random.Generator) -> Sample:
     return moved(sample, image, np.array(boxes), np.array(rows, np.int64))
 
 
-def _tile(sample: Sample, cell_hw: tuple[int, int], rng: np.random.Generator) -> Sample:
+def _tile(
+    sample: Sample, cell_hw: tuple[int, int], rng: np.random.Generator, zoom: tuple[float, float] = TILE_ZOOM
+) -> Sample:
     """Return a random part of an image with the cell's aspect ratio, scaled to the cell."""
     (height, width), (cell_height, cell_width) = sample.size_hw, cell_hw
-    scale = max(cell_height / height, cell_width / width) * rng.uniform(*TILE_ZOOM)
+    scale = max(cell_height / height, cell_width / width) * rng.uniform(*zoom)
     window_hw = (min(max(round(cell_height / scale), 1), height), min(max(round(cell_width / scale), 1), width))
     left, top = int(rng.integers(width - window_hw[1] + 1)), int(rng.integers(height - window_hw[0] + 1))
     return cut(sample, (left, top), window_hw, cell_hw)

@@ -51,14 +51,18 @@ class Rows:
     iscrowd: npt.NDArray[np.bool_]
 
 
-def stream_rows(table: Table) -> Iterator[Rows]:
+def stream_rows(table: Table, *, batch_rows: int = _BATCH_ROWS) -> Iterator[Rows]:
     """Yield the rows of a table in order, without image bytes.
+
+    Args:
+        table: An images table.
+        batch_rows: Maximum number of images per batch.
 
     Raises:
         UserError: The class of a box is not in the table's list of classes.
     """
     first = 0
-    for batch in table.iter_batches(_COLUMNS, batch_size=_BATCH_ROWS):
+    for batch in table.iter_batches(_COLUMNS, batch_size=batch_rows):
         rows = _rows(batch, first)
         wrong = rows.categories[(rows.categories < 0) | (rows.categories >= len(table.categories))]
         if wrong.size:

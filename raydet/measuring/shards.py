@@ -156,11 +156,13 @@ def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Itera
     return in_order(match_shard, work, num_threads=num_threads, ahead=num_threads + 1)
 
 
-def _row_groups(table: Table, num_shards: int | None) -> list[list[RowGroup]]:
+def _row_groups(
+    table: Table, num_shards: int | None, *, bytes_per_shard: int = _BYTES_PER_SHARD
+) -> list[list[RowGroup]]:
     """Split the row groups, in order, into shards of similar size in bytes."""
     groups = table.row_groups()
     ends = np.cumsum([group.num_bytes for group in groups])
-    num_shards = min(num_shards or -(-int(ends[-1]) // _BYTES_PER_SHARD), len(groups)) or 1
+    num_shards = min(num_shards or -(-int(ends[-1]) // bytes_per_shard), len(groups)) or 1
     shard_of = np.minimum((ends - 1) * num_shards // max(int(ends[-1]), 1), num_shards - 1)
     shards = [
         [group for group, own in zip(groups, shard_of, strict=True) if own == index] for index in range(num_shards)

@@ -58,15 +58,16 @@ def read_checkpoint(name: str) -> Checkpoint:
     return Checkpoint(absolute, content["model_type"], categories_in(content))
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str:
     """Identify a model by its weights, its config and its processor.
 
     Args:
         name: A model folder, local or in an object store, or a name on the Hub.
+        most_remote_bytes: Size of the largest file that is read from an object store.
 
     Returns:
         For a folder, the first 16 hex digits of the SHA-256 over the names and contents of its `.safetensors`, `.json`
-        and `.txt` files; files above `MOST_REMOTE_BYTES` in an object store enter with size and modification time. For
+        and `.txt` files; files above `most_remote_bytes` in an object store enter with size and modification time. For
         the Hub, the current commit, without fetching weights.
 
     Raises:
@@ -78,15 +79,15 @@ def fingerprint(name: str) -> str:
     digest = hashlib.sha256()
     files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES)]
     for file in files:
-        digest.update(f"{file}\n{_file_digest(storage.join(name, file))}\n".encode())
+        digest.update(f"{file}\n{_file_digest(storage.join(name, file), most_remote_bytes)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _file_digest(uri: str) -> str:
+def _file_digest(uri: str, most_remote_bytes: int) -> str:
     filesystem, path = storage.resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
         info = filesystem.get_file_info(path)
-        if info.size is None or info.size > MOST_REMOTE_BYTES:
+        if info.size is None or info.size > most_remote_bytes:
             return f"{info.size} bytes of {info.mtime_ns}"
     digest = hashlib.sha256()
     with filesystem.open_input_stream(path, compression=None) as stream:

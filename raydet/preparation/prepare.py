@@ -42,7 +42,7 @@ from raydet.config import (
 )
 from raydet.images.files import ImageFolder
 from raydet.preparation.examining import ImageReader, draw_row, read_row
-from raydet.preparation.parts import FILE_BYTES
+from raydet.preparation.parts import FILE_BYTES, SURVEY_IMAGES
 from raydet.preparation.report import PrepareReport, sum_reports
 from raydet.preparation.sources import shapes
 from raydet.preparation.sources.coco import read_coco
@@ -196,14 +196,18 @@ def _open_images(config: PrepareImagesConfig) -> _Opened:
     return read_images(folder), folder
 
 
-def prepare_shapes(config: PrepareShapesConfig) -> PrepareReport:
+def prepare_shapes(config: PrepareShapesConfig, *, file_bytes: int = FILE_BYTES) -> PrepareReport:
     """Draw two images tables, OUT/train and OUT/val; the report counts both together.
+
+    Args:
+        config: Options of the command.
+        file_bytes: Average size of the images in a file.
 
     Raises:
         UserError: OUT/train or OUT/val is not free.
     """
     sizes: dict[shapes.Split, int] = {"train": config.num_train, "val": config.num_val}
-    images_per_part = max(1, FILE_BYTES // config.image_size**2)
+    images_per_part = max(1, file_bytes // config.image_size**2)
     plan = PreparationPlan(
         config_hash=config_hash(config),
         identity=_identity(config),
@@ -228,12 +232,20 @@ def _name_shapes(split: shapes.Split, num_images: int) -> Any:
     return (SourceImage(index, f"{split}/{index:06d}.jpg") for index in range(num_images))
 
 
-def _prepare(config: PrepareConfig, open_source: Callable[[Any], _Opened]) -> PrepareReport:
+def _prepare(
+    config: PrepareConfig,
+    open_source: Callable[[Any], _Opened],
+    *,
+    file_bytes: int = FILE_BYTES,
+    survey_images: int = SURVEY_IMAGES,
+) -> PrepareReport:
     """Writes the tables of a source into OUT, unless this configuration has written them before."""
     splits = SPLITS if config.val_fraction is not None else ()
     with open_folder(config.out, command=_COMMAND) as folder:
         target = Target(folder, splits)
-        return _report_of(target, config) or _write_files(config, target, *open_source(config))
+        return _report_of(target, config) or _write_files(
+            config, target, *open_source(config), file_bytes=file_bytes, survey_images=survey_images
+        )
 
 
 def _identity(config: Any) -> dict[str, Any]:
@@ -248,7 +260,9 @@ def _report_of(target: Target, config: Any) -> PrepareReport | None:
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
 
 
-def _write_files(config: PrepareConfig, target: Target, source: Source, reader: ImageReader) -> PrepareReport:
+def _write_files(
+    config: PrepareConfig, target: Target, source: Source, reader: ImageReader, *, file_bytes: int, survey_images: int
+) -> PrepareReport:
     """Writes the tables of a source whose images are read one by one."""
     inline = config.image_storage == "inline"
     if not inline:
@@ -259,7 +273,8 @@ def _write_files(config: PrepareConfig, target: Target, source: Source, reader: 
     plan = PreparationPlan(
         config_hash=config_hash(config),
         identity=_identity(config),
-        images_per_part=max(1, FILE_BYTES // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
+        images_per_part=max(1, file_bytes // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
+        images_per_survey_part=survey_images,
         num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),
         use_ray=use_ray,
         images_uri=reader.uri if isinstance(reader, ImageFolder) else None,

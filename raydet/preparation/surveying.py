@@ -36,10 +36,16 @@ class Survey:
     reasons: dict[int, str]
 
 
-def survey(images: Iterable[SourceImage], examine: Examine, execute: Executor, num_threads: int | None) -> Survey:
+def survey(
+    images: Iterable[SourceImage],
+    examine: Examine,
+    execute: Executor,
+    num_threads: int | None,
+    images_per_part: int = SURVEY_IMAGES,
+) -> Survey:
     """Examine all images of a source except those with a refusal."""
     look = partial(_survey_part, examine=examine, num_threads=num_threads)
-    parts = list(execute(look, cut(images, SURVEY_IMAGES)))
+    parts = list(execute(look, cut(images, images_per_part)))
     starts = np.cumsum([0, *(len(part.image_ids) for part in parts[:-1])]).tolist()
     placed = list(zip(parts, starts, strict=True))
     return Survey(

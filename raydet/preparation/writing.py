@@ -19,7 +19,16 @@ import numpy as np
 
 from raydet.common.errors import UserError
 from raydet.preparation.examining import Examine
-from raydet.preparation.parts import Answer, Executor, PartOutcome, SourcePart, cut, part_name, write_part
+from raydet.preparation.parts import (
+    SURVEY_IMAGES,
+    Answer,
+    Executor,
+    PartOutcome,
+    SourcePart,
+    cut,
+    part_name,
+    write_part,
+)
 from raydet.preparation.report import REPEATED_IMAGES_DROPPED, REPEATED_IMAGES_KEPT, PrepareReport, make_report
 from raydet.preparation.sources.source import Finding, Source, SourceImage
 from raydet.preparation.splitting import Flags, Hashes, Integers
@@ -43,6 +52,7 @@ class PreparationPlan:
         config_hash: Of the configuration.
         identity: Everything that decides what comes out, by name.
         images_per_part: Images of a file.
+        images_per_survey_part: Images that one task of the survey examines.
         num_threads: Of each part; all CPUs by default.
         use_ray: Whether to work in Ray tasks.
         images_uri: The folder of the images, where they are in one.
@@ -54,6 +64,7 @@ class PreparationPlan:
     config_hash: str
     identity: dict[str, Any]
     images_per_part: int
+    images_per_survey_part: int = SURVEY_IMAGES
     num_threads: int | None = None
     use_ray: bool = False
     images_uri: str | None = None
@@ -174,7 +185,7 @@ class _PreparationRun:
     def _write_surveyed(self) -> None:
         plan, source = self._plan, self._source
         images = _with_progress(self._numbered(source.images), source.num_images, "looking at the images")
-        found = survey(images, self._examine, self._execute, plan.num_threads)
+        found = survey(images, self._examine, self._execute, plan.num_threads, plan.images_per_survey_part)
         self._refuse_nothing(int(found.is_accepted.sum()), len(found.is_accepted), Counter(found.reasons.values()))
         accepted = np.flatnonzero(found.is_accepted)
         repeated = accepted[self._find_duplicates(found.image_ids[accepted], found.hashes[accepted])]

@@ -44,13 +44,19 @@ class Elements:
 
 
 def members(
-    stream: ByteStream, *, object_hook: Callable[[dict[str, Any]], Any] | None = None
+    stream: ByteStream,
+    *,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    max_entry_chars: int = MAX_ENTRY_CHARS,
 ) -> Iterator[tuple[str, Any]]:
     """Read the members of the JSON object in a file.
 
     Args:
         stream: The file, in UTF-8, UTF-16 or UTF-32.
         object_hook: Function applied to each nested object, as in `json.loads`.
+        chunk_bytes: Bytes that are read at a time.
+        max_entry_chars: Maximum size in memory of one array element, or of one member that is not an array.
 
     Yields:
         Name and value of each member; an array is yielded as `Elements`, whose unconsumed elements are skipped.
@@ -58,7 +64,7 @@ def members(
     Raises:
         JsonError: The file is not JSON or not an object; also raised while elements are consumed.
     """
-    text = _Text(stream, json.JSONDecoder(object_hook=object_hook))
+    text = _Text(stream, json.JSONDecoder(object_hook=object_hook), chunk_bytes, max_entry_chars)
     if text.peek() == "[":
         raise JsonError("contains a list")
     if text.peek() != "{":
@@ -80,10 +86,11 @@ def members(
 class _Text:
     """Buffered text from the read position to the end of the fetched data."""
 
-    def __init__(self, stream: ByteStream, decoder: json.JSONDecoder) -> None:
+    def __init__(self, stream: ByteStream, decoder: json.JSONDecoder, chunk_bytes: int, max_entry_chars: int) -> None:
         self._stream, self._decode = stream, decoder.raw_decode
+        self._chunk_bytes, self._max_entry_chars = chunk_bytes, max_entry_chars
         head = b""
-        while len(head) < _ENCODING_BYTES and (data := stream.read(CHUNK_BYTES)):
+        while len(head) < _ENCODING_BYTES and (data := stream.read(chunk_bytes)):
             head += data
         self._decoder = codecs.getincrementaldecoder(json.detect_encoding(head))(errors="surrogatepass")
         self._at, self._num_before, self._num_bytes, self._is_at_end = 0, 0, 0, False
@@ -156,9 +163,9 @@ class _Text:
         if self._is_at_end:
             return False
         rest = self._text[self._at :]
-        if len(rest) > MAX_ENTRY_CHARS:
-            raise _not_json(f"an entry of more than {MAX_ENTRY_CHARS:,} characters, {self._place(self._at)}")
-        data = self._stream.read(max(CHUNK_BYTES, len(rest)))
+        if len(rest) > self._max_entry_chars:
+            raise _not_json(f"an entry of more than {self._max_entry_chars:,} characters, {self._place(self._at)}")
+        data = self._stream.read(max(self._chunk_bytes, len(rest)))
         self._is_at_end = not data
         self._num_before, self._at = self._num_before + self._at, 0
         self._text = rest + self._characters(data)

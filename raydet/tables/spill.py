@@ -21,10 +21,10 @@ _FETCH_ROWS = 256
 Item = TypeVar("Item")
 
 
-def open_database() -> sqlite3.Connection:
+def open_database(*, cache_bytes: int = CACHE_BYTES) -> sqlite3.Connection:
     """Open an empty temporary database, private to this process; several threads may read it."""
     connection = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-    cache = f"cache_size = -{CACHE_BYTES >> 10}"
+    cache = f"cache_size = -{cache_bytes >> 10}"
     for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", cache):
         connection.execute(f"PRAGMA {setting}")
     # Never committed, since nothing else reads it: a commit per row would dominate the run time.
@@ -65,18 +65,19 @@ def select(database: sqlite3.Connection, query: str, *values: object) -> Iterato
 class Spilled(Generic[Item]):
     """Append-only list on disk with sequential and random access."""
 
-    def __init__(self, kind: type[Item], items: Iterable[Item] = ()) -> None:
+    def __init__(self, kind: type[Item], items: Iterable[Item] = (), *, cache_bytes: int = CACHE_BYTES) -> None:
         """Create the list.
 
         Args:
             kind: Type of the items, which MessagePack must be able to encode and decode.
             items: Initial items, written one at a time.
+            cache_bytes: Size up to which items stay in memory.
 
         Raises:
             RunError: See `spill_errors`.
         """
         self._encode, self._decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(kind).decode
-        self._database = open_database()
+        self._database = open_database(cache_bytes=cache_bytes)
         self._database.execute("CREATE TABLE items (place INTEGER PRIMARY KEY, item BLOB)")
         self._num_items = 0
         for item in items:

@@ -150,19 +150,6 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
     return data
 
 
-def file_size(uri: str) -> int:
-    """Return the size of a file in bytes.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-    """
-    filesystem, path = resolve(uri)
-    info = filesystem.get_file_info(path)
-    if info.type != pafs.FileType.File:
-        raise FileNotFoundError(f"no such file: {uri}")
-    return int(info.size)
-
-
 @contextlib.contextmanager
 def open_output(uri: str, *, sync: bool = False) -> Iterator[BinaryIO]:
     """Context manager: yield a new file that replaces `uri` when the block succeeds.

@@ -34,12 +34,6 @@ class Position:
         """Name of the state file; names sort in the order of positions."""
         return f"{self.epoch:05d}-{self.step:07d}.pt"
 
-    @classmethod
-    def of_file(cls, name: str) -> "Position":
-        """Read the result of `file_name`."""
-        epoch, step = name.removesuffix(".pt").split("-")
-        return cls(int(epoch), int(step))
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydet.augmentation import mixing
 from raydet.augmentation.mixing import (
     FILL,
     MIN_VISIBLE,
@@ -141,12 +140,10 @@ def test_a_box_in_a_tile_lands_where_its_pixels_do(num_partners: int) -> None:
     assert num_seen > 25 * (num_partners + 1)
 
 
-def test_mosaic_tiles_meet_at_one_point_and_fill_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mosaic_tiles_meet_at_one_point_and_fill_their_cells() -> None:
     """Without zoom, images of the canvas size fill their cells, so the geometry is known exactly."""
-    monkeypatch.setattr(mixing, "TILE_ZOOM", (1.0, 1.0))
-    monkeypatch.setattr(mixing, "MOSAIC_CENTRE", (0.5, 0.5))
     sources = [_sample((80, 80), [[20, 10, 40, 60]], first_id=10 * number) for number in range(1, 5)]
-    result = mosaic(sources[0], sources[1:], np.random.default_rng(3))
+    result = mosaic(sources[0], sources[1:], np.random.default_rng(3), centre=(0.5, 0.5), zoom=(1.0, 1.0))
     cells = {tuple(np.floor_divide(box[:2], 40).tolist()) for box in result.boxes_xywh}
     assert cells == {(0, 0), (0, 1), (1, 0), (1, 1)}
     for box in result.boxes_xywh:

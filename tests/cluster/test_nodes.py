@@ -4,8 +4,6 @@ The nodes are real, each a separate set of processes, and so are the jobs, start
 is compared with an undisturbed run on the same nodes. Each test prints the seconds from the kill to the next progress.
 """
 
-import hashlib
-import json
 import signal
 import subprocess
 import sys
@@ -23,12 +21,14 @@ import yaml
 from PIL import Image
 
 from raydet import PrepareShapesConfig, prepare_shapes
-from raydet.models.checkpoints import HISTORY_FILE, STATES_FOLDER
+from raydet.models.checkpoints import STATES_FOLDER
 from raydet.models.loading import build_detector
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 from raydet.tuning import records
 from tests.nodes import Cluster, Node, nodes, wait_until
+from tests.outcomes import Rows, assert_same_rows, epochs_of, outcome_of_training, weights_hash
+from tests.small_sets import rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -52,8 +52,8 @@ SMALL_PARTS = """
 import sys
 from raydet.preparation import prepare
 from raydet.config import PrepareImagesConfig
-prepare.FILE_BYTES = 60_000
-prepare.prepare_images(PrepareImagesConfig(images=sys.argv[1], out=sys.argv[2], use_ray=True))
+config = PrepareImagesConfig(images=sys.argv[1], out=sys.argv[2], use_ray=True)
+prepare._prepare(config, prepare._open_images, file_bytes=60_000)
 """
 NUM_IMAGES, NUM_GROUPS, IMAGES_PER_GROUP, BOXES_PER_IMAGE = 400, 300, 20, 40
 
@@ -67,14 +67,14 @@ class Job:
         title: Process title of its workers.
         progress: Progress read from an output folder; never decreases.
         begun: Progress at which the job is in the middle of its work.
-        outcome: Result read from an output folder.
+        outcome: Complete result read from an output folder.
     """
 
     command: Callable[[Path], list[str]]
     title: str
     progress: Callable[[Path], int]
     begun: int
-    outcome: Callable[[Path], Any]
+    outcome: Callable[[Path], Rows]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     matching = [f"--num-shards={NUM_GROUPS}", "--bootstrap=0"]
     return {
         "train": Job(
-            lambda out: _train(out, tables, "2"), "RayTrainWorker", _num_states, STEPS + 2, _outcome_of_training
+            lambda out: _train(out, tables, "2"), "RayTrainWorker", _num_states, STEPS + 2, outcome_of_training
         ),
         "predict": Job(
             lambda out: [
@@ -118,7 +118,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             "MapWorker",
             _num_parts,
             10,
-            lambda out: [(row["image_id"], row["detections"]) for row in _rows(out, "detections")],
+            lambda out: rows_of(out, "detections"),
         ),
         "tune": Job(
             lambda out: _tune(out, {**tables, **TRAINING}), "RayTrainWorker", _num_trial_epochs, 3, _outcome_of_search
@@ -128,7 +128,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             "_work_on",
             _num_parts,
             2,
-            lambda out: _rows(out, "images"),
+            lambda out: rows_of(out, "images"),
         ),
         "evaluate": Job(
             lambda out: [
@@ -138,7 +138,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             "_match_or_say_why_not",
             lambda out: len(list(out.glob("*"))),
             0,
-            lambda out: repr([row["value"] for row in _rows(out / "metrics", "metrics")]),
+            lambda out: [row for kind in ("metrics", "per_image") for row in rows_of(out / kind, kind)],
         ),
     }
 
@@ -148,9 +148,9 @@ class Undisturbed:
 
     def __init__(self, cluster: Cluster, jobs: dict[str, Job], folder: Path) -> None:
         self._cluster, self._jobs, self._folder = cluster, jobs, folder
-        self._outcomes: dict[str, Any] = {}
+        self._outcomes: dict[str, Rows] = {}
 
-    def outcome(self, name: str) -> Any:
+    def outcome(self, name: str) -> Rows:
         """Return the outcome of one job."""
         if name not in self._outcomes:
             out = self._folder / name
@@ -194,7 +194,7 @@ def test_a_node_is_lost(
         if name == "train":  # its fixed number of workers does not fit on one node
             cluster.add_node()
         _follow(job, out, driver, tmp_path / "said", done, killed)
-    assert job.outcome(out) == expected
+    assert_same_rows(job.outcome(out), expected)
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -210,7 +210,7 @@ def test_the_driver_is_killed_and_the_job_submitted_again(
         killed = time.monotonic()
     with cluster.started(job.command(out), tmp_path / "again") as driver:
         _follow(job, out, driver, tmp_path / "again", done, killed)
-    assert job.outcome(out) == expected
+    assert_same_rows(job.outcome(out), expected)
     wait_until(lambda: _num_at_work(cluster, job) == 0, lambda: "workers of the killed job live on", timeout_s=60)
 
 
@@ -225,7 +225,7 @@ def test_a_worker_is_killed(
         done = job.progress(out)
         next(process for node in cluster.nodes for process in _at_work(node, job)).kill()
         _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
-    assert job.outcome(out) == expected
+    assert_same_rows(job.outcome(out), expected)
 
 
 def test_a_trials_own_process_is_killed(
@@ -239,7 +239,7 @@ def test_a_trials_own_process_is_killed(
         assert trials, "no trial has a process"
         trials[0].kill()
         _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
-    assert job.outcome(out) == expected
+    assert_same_rows(job.outcome(out), expected)
 
 
 def test_elastic_training_goes_on_with_the_node_that_is_left(
@@ -252,10 +252,10 @@ def test_elastic_training_goes_on_with_the_node_that_is_left(
         done = job.progress(out)
         cluster.kill_node(second)
         _follow(job, out, driver, tmp_path / "said", done, time.monotonic())
-    history = json.loads(Path(out, HISTORY_FILE).read_text())
+    history = epochs_of(out)
     assert [entry["epoch"] for entry in history] == [*range(1, EPOCHS + 1)]
     # The batches are the same; random draws per worker, such as noisy boxes, differ between one and two workers.
-    for entry, other, tolerance in zip(history[:2], expected["history"][:2], (0.02, 0.1), strict=True):
+    for entry, other, tolerance in zip(history[:2], expected[:2], (0.02, 0.1), strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=tolerance)
     logs = "\n".join(path.read_text() for path in Path(out, "log").glob("node-*.log"))
     assert "one of 2 workers" in logs and "one of 1 workers" in logs, logs
@@ -377,20 +377,13 @@ def _num_trial_epochs(out: Path) -> int:
     return sum(len(trial.history) for trial in records.load(str(out)))
 
 
-def _rows(out: Path, kind: Any) -> list[dict[str, Any]]:
-    return list(open_table(str(out), kind).read().to_pylist())
-
-
-def _outcome_of_training(out: Path) -> dict[str, Any]:
-    history = json.loads(Path(out, HISTORY_FILE).read_text())
-    names = ("epoch", "loss", "losses", "gradient_norm", "learning_rate", "AP", "AP_by_class")
-    weights = Path(out, "checkpoint", "model.safetensors").read_bytes()
-    return {
-        "history": [{name: entry[name] for name in names} for entry in history],
-        "weights": hashlib.sha256(weights).hexdigest(),
-    }
-
-
-def _outcome_of_search(out: Path) -> list[dict[str, Any]]:
-    rows = open_table(str(out / "trials"), "trials").read().to_pylist()
-    return [{name: row[name] for name in ("trial", "state", "num_epochs", "value")} for row in rows]
+def _outcome_of_search(out: Path) -> Rows:
+    """Return the rows of all trials but their times, with the numbers of their epochs and their weights."""
+    return [
+        {
+            **{name: value for name, value in row.items() if name not in ("seconds", "checkpoint")},
+            "epochs": epochs_of(out / "trials" / row["trial"]),
+            "weights": weights_hash(row["checkpoint"]),
+        }
+        for row in rows_of(out / "trials", "trials")
+    ]

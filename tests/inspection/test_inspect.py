@@ -86,9 +86,9 @@ def random_rows(seed: int, num_images: int = 40) -> list[Row]:
     return content
 
 
-def count(table: Table) -> Counts:
+def count(table: Table, batch_rows: int = 4096) -> Counts:
     counts = Counts(len(table.categories))
-    for part in rows.stream_rows(table):
+    for part in rows.stream_rows(table, batch_rows=batch_rows):
         counts.add(part)
     return counts
 
@@ -106,12 +106,9 @@ def page_of(result: Any) -> Page:
 
 
 @pytest.mark.parametrize("batch_rows", [7, 4096])
-def test_numbers_are_those_of_counting_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
-) -> None:
-    monkeypatch.setattr(rows, "_BATCH_ROWS", batch_rows)
+def test_numbers_are_those_of_counting_one_by_one(tmp_path: Path, batch_rows: int) -> None:
     content = random_rows(3)
-    counts = count(write(tmp_path / "t", content))
+    counts = count(write(tmp_path / "t", content), batch_rows)
     boxes: Counter[int] = Counter()
     crowds: Counter[int] = Counter()
     images: Counter[int] = Counter()
@@ -226,16 +223,13 @@ def test_a_class_that_is_not_named_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_picks_do_not_depend_on_batches_and_hold_the_extremes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_picks_do_not_depend_on_batches_and_hold_the_extremes(tmp_path: Path, seed: int) -> None:
     content = random_rows(11, num_images=60)
     table = write(tmp_path / "t", content)
     results = []
     for batch_rows in (5, 4096):
-        monkeypatch.setattr(rows, "_BATCH_ROWS", batch_rows)
         picker = Picker(seed)
-        for part in rows.stream_rows(table):
+        for part in rows.stream_rows(table, batch_rows=batch_rows):
             picker.add(part)
         results.append(picker.picks(6))
     assert results[0] == results[1] and sorted(results[0]) == [0, 1, 2]

@@ -126,11 +126,10 @@ def test_recalls_that_rounding_moves_are_reached_as_in_pycocotools() -> None:
         np.testing.assert_allclose(ours, pycocotools_precision(truth, detections, np.ones(num, np.int64)), atol=1e-12)
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_nothing() -> None:
     matches = simulated(100, np.random.default_rng(0))
     whole = WeightedPrecision(matches)(draw(100, 0, 1))
-    monkeypatch.setattr("raydet.measuring.numbers.weighted_precision._CHUNK_ENTRIES", 1)
-    np.testing.assert_allclose(WeightedPrecision(matches)(draw(100, 0, 1)), whole, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(WeightedPrecision(matches, chunk_entries=1)(draw(100, 0, 1)), whole, rtol=0, atol=1e-13)
 
 
 def simulated(num_images: int, generator: np.random.Generator, *, skill: float = 0.0) -> Matches:

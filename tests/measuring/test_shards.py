@@ -62,9 +62,8 @@ def config(tmp_path: Path) -> EvaluateConfig:
 @pytest.mark.parametrize("protocol", [COCO, Protocol(class_agnostic=True, max_detections=(1, 5))])
 @pytest.mark.parametrize("num_shards", [None, 1, 3, 99])
 def test_shards_are_the_whole_to_the_last_bit(
-    config: EvaluateConfig, num_shards: int | None, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
+    config: EvaluateConfig, num_shards: int | None, protocol: Protocol
 ) -> None:
-    monkeypatch.setattr("raydet.measuring.numbers.accumulator._DETECTIONS_AT_ONCE", 100)
     truth = read_truth(config.truth)
     whole = read_detections(config.detections, truth)
     expected = accumulate(
@@ -83,19 +82,18 @@ def test_shards_are_the_whole_to_the_last_bit(
     assert (scored.errors, scored.truth_rows.tolist()) == (whole.errors, whole.truth_rows.tolist())
 
 
-def test_shards_hold_about_as_many_bytes_and_every_row_group_once(
-    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_hold_about_as_many_bytes_and_every_row_group_once(config: EvaluateConfig) -> None:
     table = open_table(config.detections, "detections")
     groups = table.row_groups()
     for num_shards in (1, 2, 4, 1000):
         shards = raydet.measuring.shards._row_groups(table, num_shards)
         assert [group for shard in shards for group in shard] == list(groups)
         assert min(num_shards, len(groups) // 2) <= len(shards) <= min(num_shards, len(groups))
-    monkeypatch.setattr(raydet.measuring.shards, "_BYTES_PER_SHARD", 2 * max(group.num_bytes for group in groups))
-    sizes = [sum(group.num_bytes for group in shard) for shard in raydet.measuring.shards._row_groups(table, None)]
+    most_bytes = max(group.num_bytes for group in groups)
+    shards = raydet.measuring.shards._row_groups(table, None, bytes_per_shard=2 * most_bytes)
+    sizes = [sum(group.num_bytes for group in shard) for shard in shards]
     assert len(sizes) > 2
-    assert max(sizes) <= 3 * max(group.num_bytes for group in groups)
+    assert max(sizes) <= 3 * most_bytes
 
 
 def test_nothing_is_left_in_the_folder_for_temporary_files(

@@ -7,7 +7,6 @@ import fsspec
 import pytest
 
 from raydet.common.errors import UserError
-from raydet.models import checkpoints
 from raydet.models.checkpoints import fingerprint
 
 FILES = {
@@ -42,21 +41,20 @@ def test_it_stays_with_a_copy_at_another_time_and_a_text_for_people(tmp_path: Pa
     assert fingerprint(copy) == before
 
 
-def test_a_store_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_read_up_to_a_limit() -> None:
     memory = fsspec.filesystem("memory")
 
     def save(weights: bytes) -> None:
         for name, content in {**FILES, "model.safetensors": weights}.items():
             memory.pipe(f"/fingerprints/{name}", content)
 
-    def of(weights: bytes) -> str:
+    def of(weights: bytes, **options: int) -> str:
         save(weights)
-        return fingerprint("memory://fingerprints")
+        return fingerprint("memory://fingerprints", **options)
 
     assert of(b"weights") == of(b"weights")
     assert of(b"WEIGHTS") != of(b"weights")
-    monkeypatch.setattr(checkpoints, "MOST_REMOTE_BYTES", 6)
-    assert of(b"longer weights") != of(b"weights")
+    assert of(b"longer weights", most_remote_bytes=6) != of(b"weights", most_remote_bytes=6)
 
 
 def test_a_name_on_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raydet.common.errors import UserError
 from raydet.config import PrepareCocoConfig, PrepareImagesConfig
 from raydet.preparation.prepare import PrepareReport, prepare_coco, prepare_images
-from raydet.preparation.sources.fitting import REPEATED_DROPPED, REPEATED_KEPT, fit_objects
+from raydet.preparation.sources.fitting import CLIPPED, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT, fit_objects
 from raydet.preparation.sources.source import SourceObjects
 from tests.small_sets import annotation, rows_of, save_coco, save_image
 
@@ -111,8 +111,9 @@ def test_boxes_repeat_each_other_only_within_their_class_and_crowd_flag() -> Non
     assert kept.objects["id"] == [1, 2, 3, 4, 5]
     assert [number for number, _ in kept.oddities[REPEATED_KEPT]] == [4]
     dropped = fit_objects(objects, (50, 50), drop_duplicates=True)
-    assert dropped.objects["id"] == [1, 2, 3, 5] and dropped.num_dropped == 1
+    assert dropped.objects["id"] == [1, 2, 3, 5]
     assert [number for number, _ in dropped.oddities[REPEATED_DROPPED]] == [4]
+    assert [number for number, _ in dropped.oddities[OUTSIDE]] == [6]
 
 
 STATES = st.sampled_from(["ok", "ok", "copy", "rotated", "missing", "empty", "truncated", "outside"])
@@ -226,5 +227,6 @@ def test_fitting_many_boxes_gives_what_fitting_each_alone_gives(seed: int) -> No
     ]
     for key, values in together.objects.items():
         assert values == [value for one in singly for value in one.objects[key]]
-    assert together.num_clipped == sum(one.num_clipped for one in singly) > 0
-    assert together.num_dropped == sum(one.num_dropped for one in singly) > 0
+    assert together.oddities[CLIPPED] and together.oddities[OUTSIDE]
+    for kind, cases in together.oddities.items():
+        assert cases == [case for one in singly for case in one.oddities.get(kind, [])]

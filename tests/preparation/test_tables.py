@@ -20,9 +20,7 @@ from PIL import Image
 from raydet.common.errors import RunError, UserError
 from raydet.config import PrepareCocoConfig, PrepareImagesConfig, PrepareShapesConfig
 from raydet.images.files import ImageFolder
-from raydet.preparation import prepare as preparation
-from raydet.preparation import surveying
-from raydet.preparation.prepare import PrepareReport, _prepare, prepare_coco, prepare_images, prepare_shapes
+from raydet.preparation.prepare import PrepareReport, _open_coco, _prepare, prepare_images, prepare_shapes
 from raydet.preparation.sources.images import read_images
 from raydet.tables.output_folder import RUN_FILE
 from raydet.tables.table import MANIFEST_NAME, open_table
@@ -52,23 +50,20 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepare(data_set: Path, out: Path, **options: Any) -> PrepareReport:
+SMALL_PARTS = {"file_bytes": 20_000, "survey_images": 7}
+"""Sizes at which the data set takes several files of a few images each."""
+
+
+def prepare(data_set: Path, out: Path, sizes: dict[str, int] | None = None, **options: Any) -> PrepareReport:
     config = PrepareCocoConfig(
         annotations=str(data_set / "instances.json"), images=str(data_set / "images"), out=str(out), **options
     )
-    return prepare_coco(config)
+    return _prepare(config, _open_coco, **(sizes or {}))
 
 
 def contents_below(folder: Path) -> dict[str, bytes]:
     """Return the content of all Parquet files by relative path."""
     return {name: (folder / name).read_bytes() for name in files_below(folder) if name.endswith(".parquet")}
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write several files with a few images each."""
-    monkeypatch.setattr(preparation, "FILE_BYTES", 20_000)
-    monkeypatch.setattr(surveying, "SURVEY_IMAGES", 7)
 
 
 def test_a_split_parts_the_rows_of_the_whole(data_set: Path, tmp_path: Path) -> None:
@@ -144,14 +139,11 @@ def test_a_class_too_rare_for_validation_is_named(tmp_path: Path) -> None:
     assert any("val" in line and line.endswith(": class 6") for line in report.lines())
 
 
-@pytest.mark.usefixtures("small_parts")
-def test_parts_do_not_change_the_rows(data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_do_not_change_the_rows(data_set: Path, tmp_path: Path) -> None:
     for options in ({}, {"val_fraction": 0.25}, {"duplicate_images": "drop"}):
         name = "-".join(options) or "plain"
-        prepare(data_set, tmp_path / name / "parts", **options)
-        with monkeypatch.context() as context:
-            context.setattr(preparation, "FILE_BYTES", 2**28)
-            prepare(data_set, tmp_path / name / "one", **options)
+        prepare(data_set, tmp_path / name / "parts", SMALL_PARTS, **options)
+        prepare(data_set, tmp_path / name / "one", **options)
         for split in ("train", "val") if "val_fraction" in options else ("",):
             one, parts = tmp_path / name / "one" / split, tmp_path / name / "parts" / split
             assert rows_of(one) == rows_of(parts)
@@ -163,12 +155,12 @@ def test_parts_do_not_change_the_rows(data_set: Path, tmp_path: Path, monkeypatc
             )
 
 
-@pytest.mark.usefixtures("small_parts", "ray_cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_ray_tasks_write_the_same_bytes_as_threads(data_set: Path, tmp_path: Path) -> None:
     for options in ({}, {"val_fraction": 0.25, "image_storage": "reference"}):
         name = "-".join(options) or "plain"
-        here = prepare(data_set, tmp_path / name / "here", use_ray=False, **options)
-        there = prepare(data_set, tmp_path / name / "there", use_ray=True, **options)
+        here = prepare(data_set, tmp_path / name / "here", SMALL_PARTS, use_ray=False, **options)
+        there = prepare(data_set, tmp_path / name / "there", SMALL_PARTS, use_ray=True, **options)
         files = contents_below(tmp_path / name / "here")
         assert len(files) > 6 and files == contents_below(tmp_path / name / "there")
         assert {**vars(here), "out": "", "tables": {}} == {**vars(there), "out": "", "tables": {}}
@@ -262,9 +254,8 @@ SLOW_TASKS = """
 import sys, time
 from raydet.preparation import prepare
 from raydet.config import PrepareImagesConfig
-prepare.FILE_BYTES = 100_000
 config = PrepareImagesConfig(images=sys.argv[1], out=sys.argv[2], use_ray=True)
-print(prepare.prepare_images(config).accepted, flush=True)
+print(prepare._prepare(config, prepare._open_images, file_bytes=100_000).accepted, flush=True)
 """
 
 
@@ -315,9 +306,9 @@ cluster = Cluster(initialize_head=True, head_node_args={**options, "temp_dir": t
 cluster.add_node(**options)
 cluster.wait_for_nodes()
 ray.init(address=cluster.address, log_to_driver=False)
-prepare.FILE_BYTES = 100_000
 config = PrepareImagesConfig(images=sys.argv[1], out=sys.argv[2], val_fraction=0.2, use_ray=True)
-print(prepare.prepare_images(config).accepted, len(ray.nodes()), flush=True)
+report = prepare._prepare(config, prepare._open_images, file_bytes=100_000)
+print(report.accepted, len(ray.nodes()), flush=True)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -335,10 +326,10 @@ cluster.shutdown()
         assert rows_of(tmp_path / "one" / split) == rows_of(tmp_path / "two" / split)
 
 
-def test_shapes_in_several_files_are_those_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_in_several_files_are_those_in_one(tmp_path: Path) -> None:
     prepare_shapes(PrepareShapesConfig(out=str(tmp_path / "one"), num_train=12, num_val=3, image_size=32))
-    monkeypatch.setattr(preparation, "FILE_BYTES", 5 * 32**2)
-    report = prepare_shapes(PrepareShapesConfig(out=str(tmp_path / "parts"), num_train=12, num_val=3, image_size=32))
+    config = PrepareShapesConfig(out=str(tmp_path / "parts"), num_train=12, num_val=3, image_size=32)
+    report = prepare_shapes(config, file_bytes=5 * 32**2)
     assert len(open_table(f"{tmp_path}/parts/train", "images").files) == 3 and report.found == 15
     assert rows_of(tmp_path / "one" / "train") == rows_of(tmp_path / "parts" / "train")
     assert Counter(report.reasons) == Counter()

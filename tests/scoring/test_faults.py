@@ -1,6 +1,7 @@
 """Scoring survives kills of workers, driver and nodes, a full disk and a failing store, with every row exactly once.
 
-All processes are real; each outcome is compared with an undisturbed run.
+All processes are real; each table is compared with that of an undisturbed run, which is equal to the last bit: batches
+follow from the plan, and each worker has one thread.
 """
 
 import dataclasses
@@ -22,15 +23,15 @@ from raydet import PredictConfig, PrepareShapesConfig, predict, prepare_shapes
 from raydet.models.loading import build_detector
 from raydet.tables import storage
 from raydet.tables.table import open_table
+from tests.outcomes import Rows, assert_same_rows
 from tests.s3_stand_in import BUCKET, started
+from tests.small_sets import rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUM_IMAGES = 600
 ROWS_PER_FILE = 12
 NUM_FILES = NUM_IMAGES // ROWS_PER_FILE
-
-Rows = dict[int, tuple[str | None, list[float]]]
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +50,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tu
         rows_per_file=ROWS_PER_FILE,
         threads_per_worker=1,
     )
-    return config, _rows(predict(config).out)
-
-
-def _rows(out: str) -> Rows:
-    rows = open_table(out, "detections").read().to_pylist()
-    assert len(rows) == NUM_IMAGES
-    return {row["image_id"]: (row["error"], row["detections"]["score"]) for row in rows}
+    rows = rows_of(predict(config).out, "detections")
+    assert len(rows) == NUM_IMAGES and all(row["detections"]["score"] for row in rows)
+    return config, rows
 
 
 def _assert_same(out: str, expected: Rows) -> None:
-    found = _rows(out)
-    assert found.keys() == expected.keys()
-    for image_id, (error, scores) in expected.items():
-        assert found[image_id][0] == error
-        assert found[image_id][1] == pytest.approx(scores, abs=1e-5)
+    assert_same_rows(rows_of(out, "detections"), expected)
 
 
 def _command(config: PredictConfig) -> list[str]:

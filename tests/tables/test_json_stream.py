@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydet.tables import json_stream
 from raydet.tables.json_stream import Elements, JsonError, members
 
 TEXTS = st.text(st.characters(codec="utf-8") | st.characters(categories=["Cs"]), max_size=6)
@@ -37,9 +36,7 @@ def test_pieces_of_any_length_give_what_the_whole_gives(
     content: dict[str, Any], chunk_bytes: int, indent: int | None, encoding: str, is_ascii: bool
 ) -> None:
     data = json.dumps(content, indent=indent, ensure_ascii=is_ascii).encode(encoding, errors="surrogatepass")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_stream, "CHUNK_BYTES", chunk_bytes)
-        assert read(data) == json.loads(data)
+    assert read(data, chunk_bytes=chunk_bytes) == json.loads(data)
 
 
 @given(
@@ -53,16 +50,14 @@ def test_what_the_standard_library_refuses_is_refused(
 ) -> None:
     text = json.dumps(content)
     data = (text[: int(len(text) * cut)] + added).encode()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_stream, "CHUNK_BYTES", chunk_bytes)
-        try:
-            expected = json.loads(data)
-        except ValueError:
-            with pytest.raises(JsonError, match="not JSON"):
-                read(data)
-        else:
-            assert isinstance(expected, dict)
-            assert read(data) == expected
+    try:
+        expected = json.loads(data)
+    except ValueError:
+        with pytest.raises(JsonError, match="not JSON"):
+            read(data, chunk_bytes=chunk_bytes)
+    else:
+        assert isinstance(expected, dict)
+        assert read(data, chunk_bytes=chunk_bytes) == expected
 
 
 def test_elements_that_are_left_are_skipped() -> None:
@@ -92,26 +87,20 @@ def test_constants_and_hooks_are_those_of_the_standard_library() -> None:
     ],
 )
 @pytest.mark.parametrize("chunk_bytes", [16, 2**20])
-def test_mistakes_are_named_with_their_place(
-    data: bytes, words: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk_bytes)
+def test_mistakes_are_named_with_their_place(data: bytes, words: str, chunk_bytes: int) -> None:
     with pytest.raises(JsonError, match=words):
-        read(data)
+        read(data, chunk_bytes=chunk_bytes)
 
 
-def test_a_broken_file_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 64)
+def test_a_broken_file_is_not_read_to_its_end() -> None:
     stream = io.BytesIO(b'{"a": [1, 2, {"b": tru}, ' + b"7, " * 100_000 + b"8]}")
     with pytest.raises(JsonError, match="Expecting value, character 19"):
-        read_all(stream)
+        read_all(stream, chunk_bytes=64)
     assert stream.tell() < 200
 
 
-def test_an_entry_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(json_stream, "MAX_ENTRY_CHARS", 1000)
+def test_an_entry_that_would_fill_the_memory_is_refused() -> None:
     stream = io.BytesIO(b'{"a": [1, "' + b"x" * 100_000 + b'"]}')
     with pytest.raises(JsonError, match="1,000 characters, character 10"):
-        read_all(stream)
+        read_all(stream, chunk_bytes=64, max_entry_chars=1000)
     assert stream.tell() < 5000

@@ -53,10 +53,9 @@ def test_two_readers_do_not_disturb_each_other() -> None:
     assert all(left == right == spilled[left] for left, right in zip(spilled, spilled, strict=True))
 
 
-def test_what_exceeds_the_cache_is_on_disk_and_gone_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spill, "CACHE_BYTES", 2**16)
+def test_what_exceeds_the_cache_is_on_disk_and_gone_with_the_list() -> None:
     before = bytes_on_disk()
-    spilled = Spilled(str, (KILOBYTE for _ in range(2000)))
+    spilled = Spilled(str, (KILOBYTE for _ in range(2000)), cache_bytes=2**16)
     assert bytes_on_disk() - before > 1_900_000
     num_bytes = sum(map(len, spilled))
     assert num_bytes == 2_000_000

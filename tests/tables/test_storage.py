@@ -50,11 +50,10 @@ def test_whatever_is_done_outlasts_a_server_that_fails(server: StandIn, failure:
     storage.write_bytes(f"{BUCKET}/in/table.parquet", sink.getvalue().to_pybytes())
     large = np.arange(PART_BYTES // 7).tobytes()
     server.fail(failure, seconds)
-    with ThreadPoolExecutor(7) as pool:
+    with ThreadPoolExecutor(6) as pool:
         done: list[Future[Any]] = [
             pool.submit(lambda: storage.read_bytes(f"{BUCKET}/in/bytes")),
             pool.submit(lambda: storage.read_range(f"{BUCKET}/in/bytes", 4, 3)),
-            pool.submit(lambda: storage.file_size(f"{BUCKET}/in/bytes")),
             pool.submit(lambda: storage.list_files(f"{BUCKET}/in")),
             pool.submit(lambda: _read_row_group(f"{BUCKET}/in/table.parquet")),
             pool.submit(lambda: storage.write_bytes(f"{BUCKET}/out/small", b"small")),
@@ -64,7 +63,6 @@ def test_whatever_is_done_outlasts_a_server_that_fails(server: StandIn, failure:
     assert [future.result() for future in done] == [
         b"0123456789",
         b"456",
-        10,
         ["bytes", "table.parquet"],
         list(range(30_000, 40_000)),
         None,
@@ -105,8 +103,6 @@ def test_what_is_absent_or_forbidden_is_said_at_once(server: StandIn, tmp_path: 
             storage.read_bytes(uri)
         with pytest.raises(FileNotFoundError):
             storage.read_range(uri, 0, 1)
-        with pytest.raises(FileNotFoundError):
-            storage.file_size(uri)
     server.fail("403", 100)
     with pytest.raises(OSError, match=r"ACCESS_DENIED|403"):
         storage.read_bytes(f"{BUCKET}/in/bytes")
@@ -164,6 +160,3 @@ def test_google_cloud_storage_is_asked_for_a_minute_unless_the_uri_says_otherwis
 def test_a_part_of_a_local_file(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "file"), b"0123456789")
     assert storage.read_range(str(tmp_path / "file"), 8, 5) == b"89"
-    assert storage.file_size(str(tmp_path / "file")) == 10
-    with pytest.raises(FileNotFoundError):
-        storage.file_size(str(tmp_path))

@@ -23,7 +23,7 @@ def _state(epoch: int, step: int) -> TrainingState:
 def test_what_is_saved_is_what_comes_back(tmp_path: Path) -> None:
     save_state(str(tmp_path), _state(2, 7), keep=2)
     name = newest_state(str(tmp_path))
-    assert name == "00002-0000007.pt" and Position.of_file(name) == Position(2, 7)
+    assert name == "00002-0000007.pt"
     state = load_state(str(tmp_path), name, torch.device("cpu"))
     assert state.position == Position(2, 7) and state.history == [{"epoch": 1, "AP": None}]
     assert state.meters == _state(2, 7).meters and torch.equal(state.model["w"], torch.full((3,), 2.0))

@@ -1,7 +1,6 @@
 """Training on generated images: the run folder, the checkpoint, resuming, one worker and two."""
 
 import dataclasses
-import hashlib
 import io
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from raydet.models.loading import build_detector, load_detector
 from raydet.tables.table import open_table
 from raydet.training.history import read_history
 from raydet.training.train import TrainResult
+from tests.outcomes import weights_hash
 
 
 def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
@@ -51,7 +51,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster:
     """A finished run of six epochs."""
     config = _config(shapes, tmp_path_factory.mktemp("run") / "a")
     result = train(config)
-    return config, result, _weights_hash(result.checkpoint)
+    return config, result, weights_hash(result.checkpoint)
 
 
 def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
@@ -213,7 +213,3 @@ def test_more_than_the_machine_has_is_refused_instead_of_waited_for(
     with pytest.raises(UserError, match=message):
         train(_config(shapes, tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def _weights_hash(folder: str) -> str:
-    return hashlib.sha256(Path(folder, "model.safetensors").read_bytes()).hexdigest()

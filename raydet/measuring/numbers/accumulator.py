@@ -227,15 +227,18 @@ class MatchesByClass:
     four million together, or of one larger class.
     """
 
-    def __init__(self, folder: Path, protocol: Protocol, num_classes: int) -> None:
+    def __init__(
+        self, folder: Path, protocol: Protocol, num_classes: int, *, detections_at_once: int = _DETECTIONS_AT_ONCE
+    ) -> None:
         """Create an empty accumulator.
 
         Args:
             folder: Empty folder for the files; the caller deletes it.
             protocol: Matching rules of all parts.
             num_classes: Number of classes, 1 if they count as one.
+            detections_at_once: Maximum number of detections in memory, unless one class has more.
         """
-        self._folder, self._protocol = folder, protocol
+        self._folder, self._protocol, self._detections_at_once = folder, protocol, detections_at_once
         self._num_truth = np.zeros((len(protocol.areas), num_classes), dtype=np.int64)
         self._num_boxes = 0
         self._row_type = _row_type(protocol)
@@ -295,7 +298,7 @@ class MatchesByClass:
         ends = sum((ends for _, ends in self._files), np.zeros(num_classes + 1, dtype=np.int64))
         first = 0
         while first < num_classes:
-            last = int(np.searchsorted(ends, ends[first] + _DETECTIONS_AT_ONCE, side="right")) - 1
+            last = int(np.searchsorted(ends, ends[first] + self._detections_at_once, side="right")) - 1
             last = min(max(last, first + 1), num_classes)
             yield first, last
             first = last

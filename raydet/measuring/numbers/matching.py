@@ -47,7 +47,14 @@ class _Boxes:
     boxes_xywh: Boxes
 
 
-def match(truth: TruthColumns, detections: DetectionColumns, num_categories: int, protocol: Protocol = COCO) -> Matches:
+def match(
+    truth: TruthColumns,
+    detections: DetectionColumns,
+    num_categories: int,
+    protocol: Protocol = COCO,
+    *,
+    pairs_at_once: int = _PAIRS_AT_ONCE,
+) -> Matches:
     """Match every detection with at most one labelled box, exactly as pycocotools' `COCOeval.evaluateImg` does.
 
     In each image and class, in descending score order, each detection takes the free box that counts and that it
@@ -63,6 +70,7 @@ def match(truth: TruthColumns, detections: DetectionColumns, num_categories: int
         detections: Detections in the same images.
         num_categories: Number of classes; all indices are below it.
         protocol: Matching rules.
+        pairs_at_once: Number of pairs of boxes whose overlap is computed together, which bounds the memory.
     """
     num_classes = 1 if protocol.class_agnostic else num_categories
     order = np.argsort(truth.image_ids)
@@ -85,7 +93,7 @@ def match(truth: TruthColumns, detections: DetectionColumns, num_categories: int
     thresholds = np.minimum(protocol.iou_thresholds, _MAX_THRESHOLD)
     bits = bits_type(len(thresholds))
     everything = bits(2 ** len(thresholds) - 1)
-    pairs = _overlapping(found, labelled, iscrowd, float(thresholds[0]))
+    pairs = _overlapping(found, labelled, iscrowd, float(thresholds[0]), pairs_at_once)
     true_positive, ignored, truth_found = _assign(pairs, found.group, thresholds, truth_ignored, iscrowd)
     other_size = (found_area < bounds[:, :1]) | (found_area > bounds[:, 1:])
     ignored |= np.where(other_size, everything, bits(0)) & ~true_positive
@@ -226,7 +234,9 @@ def _rank(group: Integers) -> Integers:
     return positions - np.maximum.accumulate(np.where(is_first, positions, 0))
 
 
-def _overlapping(found: _Boxes, labelled: _Boxes, iscrowd: Flags, min_iou: float) -> tuple[Integers, Integers, Floats]:
+def _overlapping(
+    found: _Boxes, labelled: _Boxes, iscrowd: Flags, min_iou: float, pairs_at_once: int = _PAIRS_AT_ONCE
+) -> tuple[Integers, Integers, Floats]:
     """Return positions of detections and labelled boxes of the same group, and their overlap of at least `min_iou`.
 
     Ordered by detection, then by labelled box.
@@ -241,7 +251,7 @@ def _overlapping(found: _Boxes, labelled: _Boxes, iscrowd: Flags, min_iou: float
     begin = 0
     while begin < len(count):
         done = int(ends[begin - 1]) if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, done + _PAIRS_AT_ONCE, side="right")))
+        end = max(begin + 1, int(np.searchsorted(ends, done + pairs_at_once, side="right")))
         own = np.repeat(np.arange(begin, end), count[begin:end])
         other = np.arange(len(own)) + np.repeat(
             start[begin:end] - (ends[begin:end] - count[begin:end] - done), count[begin:end]

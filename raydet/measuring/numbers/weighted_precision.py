@@ -25,11 +25,16 @@ class WeightedPrecision:
     Holds about 60 bytes per detection.
     """
 
-    def __init__(self, matches: Matches) -> None:
-        """Sort the matches into the order in which AP is summed."""
+    def __init__(self, matches: Matches, *, chunk_entries: int = _CHUNK_ENTRIES) -> None:
+        """Sort the matches into the order in which AP is summed.
+
+        Args:
+            matches: Matches of all images.
+            chunk_entries: Work per range of classes, which should fit into a processor's cache.
+        """
         self._num_images = len(matches.image_ids)
         self.shape = (matches.num_categories, len(matches.protocol.areas), len(matches.protocol.iou_thresholds))
-        self._chunks = tuple(_chunks(matches))
+        self._chunks = tuple(_chunks(matches, chunk_entries))
 
     def __call__(self, weights: npt.NDArray[np.integer]) -> Floats:
         """Return AP by class, size class and IoU threshold.
@@ -143,7 +148,7 @@ def _recalls_reached(num_truth: Counts) -> tuple[Counts, Integers]:
     return reached.astype(np.int32), starts
 
 
-def _chunks(matches: Matches) -> Iterator[_Chunk]:
+def _chunks(matches: Matches, chunk_entries: int) -> Iterator[_Chunk]:
     """Split the classes into ranges of similar work that fit into a processor's cache."""
     num_classes = matches.num_categories
     order = np.lexsort((-matches.scores, matches.detection_category))
@@ -152,7 +157,7 @@ def _chunks(matches: Matches) -> Iterator[_Chunk]:
     work = np.concatenate([np.zeros(1, np.int64), np.cumsum(hits + 1)])[starts]
     first = 0
     while first < num_classes:
-        last = max(first + 1, int(np.searchsorted(work, work[first] + _CHUNK_ENTRIES, side="right")) - 1)
+        last = max(first + 1, int(np.searchsorted(work, work[first] + chunk_entries, side="right")) - 1)
         yield _chunk(matches, first, last, order[starts[first] : starts[last]])
         first = last
 

@@ -36,16 +36,6 @@ class FittedObjects:
     objects: dict[str, list[Any]]
     oddities: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
 
-    @property
-    def num_clipped(self) -> int:
-        """Number of boxes clipped to the image."""
-        return len(self.oddities.get(CLIPPED, []))
-
-    @property
-    def num_dropped(self) -> int:
-        """Number of boxes dropped because they have no area inside the image."""
-        return len(self.oddities.get(NO_AREA, [])) + len(self.oddities.get(OUTSIDE, []))
-
 
 def fit_objects(
     objects: SourceObjects, size_hw: tuple[int, int], *, turn: int = 1, drop_duplicates: bool = False

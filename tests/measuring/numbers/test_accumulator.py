@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import raydet.measuring.numbers.accumulator
 from raydet.common.boxes import as_boxes
 from raydet.measuring.numbers.accumulator import (
     NO_DETECTIONS,
@@ -120,7 +119,14 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
 
 
 def by_class_of(
-    images: list[Image], categories: list[Category], protocol: Protocol, folder: Path, *, num_parts: int, seed: int
+    images: list[Image],
+    categories: list[Category],
+    protocol: Protocol,
+    folder: Path,
+    *,
+    num_parts: int,
+    seed: int,
+    at_once: int = 4_000_000,
 ) -> CocoResult:
     """Measure images that are distributed at random over parts, some of them empty, added in any order."""
     shuffler = random.Random(seed)
@@ -129,7 +135,8 @@ def by_class_of(
         shuffler.choice(parts).append(image)
     image_ids = np.sort([image.image_id for image in images])
     folder.mkdir()
-    by_class = MatchesByClass(folder, protocol, 1 if protocol.class_agnostic else len(categories))
+    num_classes = 1 if protocol.class_agnostic else len(categories)
+    by_class = MatchesByClass(folder, protocol, num_classes, detections_at_once=at_once)
     for part in parts:
         if part:
             matches = match_all(part, categories, protocol)
@@ -147,12 +154,9 @@ def assert_equal_bits(found: CocoResult, expected: CocoResult) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 40, 4_000_000])
 @pytest.mark.parametrize("num_parts", [1, 5])
-def test_by_class_is_the_whole_to_the_last_bit(
-    test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, num_parts: int
-) -> None:
-    monkeypatch.setattr(raydet.measuring.numbers.accumulator, "_DETECTIONS_AT_ONCE", at_once)
+def test_by_class_is_the_whole_to_the_last_bit(test_data: Path, tmp_path: Path, at_once: int, num_parts: int) -> None:
     images, categories = real_images(test_data / "coco_mini" / "instances_val.json", seed=2)
-    found = by_class_of(images, categories, COCO, tmp_path / "rows", num_parts=num_parts, seed=5)
+    found = by_class_of(images, categories, COCO, tmp_path / "rows", num_parts=num_parts, seed=5, at_once=at_once)
     expected = accumulate(match_all(images, categories), categories)
     assert expected.AP is not None and 0 < expected.AP < 1
     assert_equal_bits(found, expected)
@@ -165,9 +169,7 @@ def test_by_class_is_the_whole_on_random_cases(
 ) -> None:
     images, categories = case
     folder = tmp_path_factory.mktemp("rows") / "rows"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(raydet.measuring.numbers.accumulator, "_DETECTIONS_AT_ONCE", at_once)
-        found = by_class_of(images, categories, protocol, folder, num_parts=3, seed=seed)
+    found = by_class_of(images, categories, protocol, folder, num_parts=3, seed=seed, at_once=at_once)
     assert_equal_bits(found, accumulate(match_all(images, categories, protocol), categories))
 
 

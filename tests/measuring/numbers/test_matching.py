@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
 
-import raydet.measuring.numbers.matching
 from raydet.measuring.numbers.matches import (
     COCO,
     Matches,
@@ -104,15 +103,14 @@ def test_every_outcome_is_pycocotools_own(protocol: Protocol, case: Case) -> Non
 
 
 @pytest.mark.parametrize("protocol", [COCO, PROTOCOLS[0], PROTOCOLS[-1]], ids=["coco", "as one", "64 thresholds"])
-def test_every_outcome_on_real_truth(test_data: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_outcome_on_real_truth(test_data: Path, protocol: Protocol) -> None:
     images, categories = real_images(test_data / "bccd/instances_val.json", seed=1)
     categories = sorted(categories, key=lambda category: category.id)
     truth, detections = columns(images)
     matches = match(truth, detections, len(categories), protocol)
     evaluator = reference(images, categories, protocol)
     assert_as_pycocotools(matches, evaluator, len(truth.category), len(detections.category))
-    monkeypatch.setattr(raydet.measuring.numbers.matching, "_PAIRS_AT_ONCE", 7)
-    assert_equal(match(truth, detections, len(categories), protocol), matches)
+    assert_equal(match(truth, detections, len(categories), protocol, pairs_at_once=7), matches)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=SLOW)

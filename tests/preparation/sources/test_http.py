@@ -13,7 +13,9 @@ import pytest
 
 from raydet.cli.main import main
 from raydet.common.errors import UserError
+from raydet.config import PrepareImagesConfig
 from raydet.images.files import MissingFileError, ReadError
+from raydet.preparation.prepare import _prepare
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
 from raydet.preparation.sources.web import WebReader
 from raydet.tables.storage import is_web
@@ -297,14 +299,13 @@ def test_a_list_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_table_is_made_of_a_list_and_what_fails_is_rejected(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(ImageList.__init__, "__kwdefaults__", {"web": QUICK})
+def test_a_table_is_made_of_a_list_and_what_fails_is_rejected(site: Site, tmp_path: Path) -> None:
     site.files["/page.html"] = b"<html>not found, says a server with code 200</html>"
     names = ["a.jpg", "none.jpg", "busy.jpg", "always503", "page.html", "redirect", "b.jpg", "a.jpg"]
     (tmp_path / "list.txt").write_text("\n".join(f"{site.url}/{name}" for name in names))
-    assert main(["prepare", "images", "--images", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out")]) == 0
+    images = ImageList(str(tmp_path / "list.txt"), web=QUICK)
+    config = PrepareImagesConfig(images=str(tmp_path / "list.txt"), out=str(tmp_path / "out"))
+    report = _prepare(config, lambda _: (read_list(images), images))
     rows = open_table(str(tmp_path / "out"), "images").read().to_pylist()
     assert [row["image_id"] for row in rows] == [0, 5, 6, 7]
     assert [row["image"]["path"] for row in rows] == [f"{site.url}/{names[place]}" for place in (0, 5, 6, 7)]
@@ -316,7 +317,7 @@ def test_a_table_is_made_of_a_list_and_what_fails_is_rejected(
         "always503": "the server answers 503, after 5 attempts",
         "page.html": "not an image Pillow can read (it is text)",
     }
-    assert "8 images found, 4 accepted, 4 rejected" in capsys.readouterr().out
+    assert (report.found, report.accepted, report.rejected) == (8, 4, 4)
 
 
 def test_the_web_has_no_folders_and_nothing_to_refer_to(
