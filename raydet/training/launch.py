@@ -85,7 +85,7 @@ def _fit_in_thread(trainer: Any, board: Any, stop: StopRequest) -> None:
         if stop and not has_asked:
             has_asked = True
             if not ray.get(board.ask_to_stop.remote()):
-                raise stop.to_error("stopped before the first step; run the same command again to resume")
+                raise stop.to_error("run stopped before the first step; run the same command again to resume")
     if raised:
         raise raised[0]
 

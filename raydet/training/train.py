@@ -154,7 +154,7 @@ def _train_into(
     finished = read_history(out)
     if stop and not _is_finished(config, finished):
         raise stop.to_error(
-            "stopped after step {step} of epoch {epoch}, state saved; run the same command again to resume".format(
+            "run stopped after step {step} of epoch {epoch}, state saved; run the same command again to resume".format(
                 **progress
             )
         )
