@@ -13,7 +13,7 @@ from raydet import PrepareImagesConfig, PrepareShapesConfig, prepare_images, pre
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.training.history import read_history
 from tests.outcomes import assert_same_rows, outcome_of_training
-from tests.small_sets import rows_of, save_image
+from tests.small_sets import rows_of, save_image, tiny_training
 from tests.terminals import Terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -50,20 +50,8 @@ def _options(**options: Any) -> list[str]:
 
 
 def _train(data: Path, out: Path, **changes: Any) -> list[str]:
-    values: dict[str, Any] = {
-        "train_data": str(data / "train"),
-        "val_data": str(data / "val"),
-        "out": str(out),
-        "model": "rt_detr_v2_tiny",
-        "image_size": 64,
-        "epochs": 500,
-        "batch_size": 4,
-        "validate_batch_size": 1,
-        "augmentation": "flip",
-        "threads_per_worker": 1,
-        "log_images": 0,
-    }
-    return ["train", *_options(**{**values, **changes})]
+    options = tiny_training(data, **{"epochs": 500, "validate_batch_size": 1, **changes})
+    return ["train", *_options(out=str(out), **options)]
 
 
 def _interrupt(terminal: Terminal, *, presses: int = 1) -> str:
@@ -147,16 +135,10 @@ def test_train_twice_at_once(many: Path, tmp_path: Path, run: Callable[..., Term
 def test_tune(shapes: Path, tmp_path: Path, run: Callable[..., Terminal]) -> None:
     out = tmp_path / "out"
     file = tmp_path / "tune.yaml"
-    training = dict(option.removeprefix("--").split("=", 1) for option in _train(shapes, out)[1:])
     file.write_text(
         json.dumps(
             {
-                "train": {
-                    **{name: value for name, value in training.items() if name not in ("out", "epochs")},
-                    **{name: int(training[name]) for name in ("image_size", "batch_size", "log_images")},
-                    **{name: int(training[name]) for name in ("validate_batch_size", "threads_per_worker")},
-                    "epochs": 3,
-                },
+                "train": tiny_training(shapes, epochs=3, validate_batch_size=1),
                 "space": {"learning_rate": {"choice": [1e-3, 1e-4]}},
                 "num_trials": 1,
                 "search": "random",
