@@ -20,8 +20,8 @@ setup: $(READY) ## Install everything into .venv (each command below does it whe
 demo: $(READY) ## The whole pipeline on generated images: prepare, train, predict, evaluate
 	@$(BIN)/raydet demo
 
-test-unit: $(READY) ## The tests that start no Ray, under 90 seconds
-	@$(BIN)/pytest -q -m "$(FAST) and not ray" -n logical --maxprocesses 4
+test-unit: $(READY) ## The tests that need neither Ray nor a model, under 90 seconds
+	@$(BIN)/pytest -q -m "$(FAST) and not ray and not integration" -n logical --maxprocesses 4
 
 test: $(READY) ## The fast tests
 	@$(BIN)/pytest -q -m "$(FAST)" -n logical --maxprocesses 4 --no-loadscope-reorder

@@ -15,12 +15,24 @@ os.environ |= {"HOME": _HOME, "HF_HOME": f"{_HOME}/hf", "HF_HUB_OFFLINE": "1", "
 os.environ.pop("RAY_ADDRESS", None)
 
 
+_INTEGRATION_TESTS = (
+    "tests/cli/test_output_guard.py",
+    "tests/engines/",
+    "tests/exports/test_onnx.py",
+    "tests/models/",
+    "tests/planning/",
+    "tests/training/test_trainer.py",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before the marks select tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use the shared Ray cluster, and run them first under xdist."""
+    """Mark tests by what they need, and run those on Ray first under xdist."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+        if item.nodeid.startswith(_INTEGRATION_TESTS):
+            item.add_marker("integration")
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: _process_group(item.nodeid) != "ray")
 

@@ -135,17 +135,14 @@ def test_train_twice_at_once(many: Path, tmp_path: Path, run: Callable[..., Term
 def test_tune(shapes: Path, tmp_path: Path, run: Callable[..., Terminal]) -> None:
     out = tmp_path / "out"
     file = tmp_path / "tune.yaml"
-    file.write_text(
-        json.dumps(
-            {
-                "train": tiny_training(shapes, epochs=3, validate_batch_size=1),
-                "space": {"learning_rate": {"choice": [1e-3, 1e-4]}},
-                "num_trials": 1,
-                "search": "random",
-                "out": str(out),
-            }
-        )
-    )
+    content = {
+        "train_config": tiny_training(shapes, epochs=3, validate_batch_size=1),
+        "space": {"learning_rate": {"choice": [1e-3, 1e-4]}},
+        "num_trials": 1,
+        "search": "random",
+        "out": str(out),
+    }
+    file.write_text(json.dumps(content))
     terminal = run("tune", "--config", str(file))
     terminal.wait_until(lambda: bool(list(out.glob("trials/trial-0000/states/*.pt"))))
     assert "run the same command again" in _interrupt(terminal)

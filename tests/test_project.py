@@ -187,6 +187,14 @@ def test_the_order_of_imports_is_enforced(tmp_path: Path) -> None:
         assert evidence in result.stdout + "\n"
 
 
+def test_a_name_of_a_type_is_used_once() -> None:
+    names: dict[str, list[str]] = {}
+    for path in (PROJECT / "raydet").rglob("*.py"):
+        for name in re.findall(r"^class _?(\w+)", path.read_text("utf-8"), re.M):
+            names.setdefault(name, []).append(str(path.relative_to(PROJECT)))
+    assert {name: paths for name, paths in names.items() if len(paths) > 1} == {}
+
+
 def test_make_help_lists_the_commands() -> None:
     listed = make("help")
     for target in ("demo", "test", "test-all", "test-gpu", "lint", "format", "lock", "clean"):

@@ -145,9 +145,9 @@ def cut(
         method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         image = np.asarray(cv2.resize(np.ascontiguousarray(image), size_hw[::-1], interpolation=method), np.uint8)
         boxes_xywh = boxes_xywh * (np.array([size_hw[1], size_hw[0]] * 2) / np.array([width, height] * 2))
-    whole, visible_xywh = _area(boxes_xywh), clip_xywh(boxes_xywh, (image.shape[0], image.shape[1]))
+    areas, visible_xywh = _area(boxes_xywh), clip_xywh(boxes_xywh, (image.shape[0], image.shape[1]))
     visible = np.where(has_area(visible_xywh), _area(visible_xywh), 0.0)
-    rows = np.flatnonzero((visible >= MIN_VISIBLE * whole) & (visible >= MIN_AREA_PX))
+    rows = np.flatnonzero((visible >= MIN_VISIBLE * areas) & (visible >= MIN_AREA_PX))
     return moved(sample, image, visible_xywh[rows], rows)
 
 

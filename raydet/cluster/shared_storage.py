@@ -39,7 +39,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Finding:
+class _FailedCheck:
     """A failed check on a node: the place and the reason."""
 
     place: _Place
@@ -98,7 +98,7 @@ def _answer_uri(probe_uri: str, node_id: str) -> str:
 
 def _ask(
     nodes: Sequence[Mapping[str, Any]], places: Sequence[_Place], probe: _Place | None
-) -> list[tuple[str, _Finding]]:
+) -> list[tuple[str, _FailedCheck]]:
     """Run the check on all nodes and return the name and finding of each that fails; lost nodes are skipped."""
     task = ray.remote(num_cpus=0, max_retries=0)(_look)
     asked = [
@@ -131,24 +131,24 @@ def _ask(
     return findings
 
 
-def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Finding | None:
+def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _FailedCheck | None:
     """Return the first place that differs between this node and the driver's, or None."""
     for place in places:
         try:
             here = _mark(place.uri)
         except (OSError, ValueError) as error:
-            return _Finding(place, f"cannot read it ({_first_line(error)})")
+            return _FailedCheck(place, f"cannot read it ({_first_line(error)})")
         if here is None and place.mark is not None:
-            return _Finding(place, "does not see it")
+            return _FailedCheck(place, "does not see it")
         if here != place.mark:
-            return _Finding(place, "sees different content there")
+            return _FailedCheck(place, "sees different content there")
     if probe is not None:
         uri = _answer_uri(probe.uri, node_id)
         try:
             storage.write_bytes(uri, b"")
             storage.delete_file(uri)
         except (OSError, ValueError) as error:
-            return _Finding(probe, f"cannot write to it ({_first_line(error)})")
+            return _FailedCheck(probe, f"cannot write to it ({_first_line(error)})")
     return None
 
 
@@ -164,7 +164,7 @@ def _mark(uri: str) -> str | None:
     return f"{info.size} {hashlib.sha256(beginning).hexdigest()}"
 
 
-def _refusal(findings: Sequence[tuple[str, _Finding]]) -> UserError:
+def _refusal(findings: Sequence[tuple[str, _FailedCheck]]) -> UserError:
     """Build the error for all nodes with a finding about the same place as the first."""
     first = findings[0][1]
     place, is_file_tree = first.place, "://" not in first.place.uri or first.place.uri.startswith("file://")

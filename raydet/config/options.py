@@ -162,7 +162,7 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
             if not rest:
                 raise UserError(f"--{key} needs a value")
             rest.insert(0, f"--{name}={rest.pop(0)}")
-        elif name in elements and not value.startswith("[") and ("," in value or name not in mixed):
+        elif name in elements and not value.startswith("[") and value != "null" and ("," in value or name not in mixed):
             words = [word.strip() for word in value.split(",")]
             is_number = elements[name] in (int, float)
             written = f"[{value}]" if is_number else json.dumps(words, ensure_ascii=False)

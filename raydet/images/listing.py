@@ -169,28 +169,28 @@ def _matches(path: list[str], pattern: list[str]) -> bool:
     return len(path) == len(pattern) and all(fnmatchcase(*pair) for pair in zip(path, pattern, strict=True))
 
 
-def _expand_braces(text: str, whole: str) -> list[str]:
+def _expand_braces(text: str, pattern: str) -> list[str]:
     """Expand braces: `a-{08..10}` → a-08, a-09, a-10; `{a,b}` → a, b; several braces in all combinations, in order."""
     pieces = _BRACES.split(text)
-    choices = [[piece] if number % 2 == 0 else _choices(piece, whole) for number, piece in enumerate(pieces)]
+    choices = [[piece] if number % 2 == 0 else _choices(piece, pattern) for number, piece in enumerate(pieces)]
     num_shards = 1
     for options in choices:
         num_shards *= len(options)
     if num_shards > MAX_SHARDS:
-        raise UserError(f"{whole} stands for {num_shards:,} files; the limit is {MAX_SHARDS:,}")
+        raise UserError(f"{pattern} stands for {num_shards:,} files; the limit is {MAX_SHARDS:,}")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
-def _choices(inside: str, whole: str) -> list[str]:
+def _choices(inside: str, pattern: str) -> list[str]:
     limits = _RANGE.fullmatch(inside)
     if limits:
         first, last = limits.groups()
         if int(last) < int(first) or int(last) - int(first) >= MAX_SHARDS:
-            raise UserError(f"{{{inside}}} in {whole} must count upwards, over at most {MAX_SHARDS:,} files")
+            raise UserError(f"{{{inside}}} in {pattern} must count upwards, over at most {MAX_SHARDS:,} files")
         width = len(first) if first.startswith("0") else 0
         return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
     if "," not in inside:
-        raise UserError(f"{{{inside}}} in {whole} is neither a range such as {{000..012}} nor a choice such as {{a,b}}")
+        raise UserError(f"{{{inside}}} in {pattern} must be a range such as {{000..012}} or a choice such as {{a,b}}")
     return inside.split(",")
 
 

@@ -71,7 +71,7 @@ def image_members(file: pa.NativeFile, name: str) -> list[Member]:
     num_bytes = file.size()
     members = []
     try:
-        stream = io.BufferedReader(_Stream(file, num_bytes), _READ_BYTES)
+        stream = io.BufferedReader(_SeekableFile(file, num_bytes), _READ_BYTES)
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 # tarfile would keep all headers in memory, a kilobyte each.
@@ -87,7 +87,7 @@ def image_members(file: pa.NativeFile, name: str) -> list[Member]:
     return members
 
 
-class _Stream(io.RawIOBase):
+class _SeekableFile(io.RawIOBase):
     """Adapter from a pyarrow file to the interface of tarfile; seeking past the end is allowed."""
 
     def __init__(self, file: pa.NativeFile, num_bytes: int) -> None:

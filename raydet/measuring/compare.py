@@ -190,7 +190,7 @@ def _compare(config: CompareConfig) -> Comparison:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _ComparedRun:
     """A matched run; `threshold` is the score threshold of its best F1."""
 
     matches: Matches
@@ -199,14 +199,14 @@ class _Run:
     note: str | None
 
 
-def _match_run(truth: Truth, uri: str, join: JoinKey) -> _Run:
+def _match_run(truth: Truth, uri: str, join: JoinKey) -> _ComparedRun:
     scored, num_categories = read_detections(uri, truth, join=join), len(truth.categories)
     matches = match_in_parts(
         scored.truth_columns, scored.columns, lambda labelled, found, _: match(labelled, found, num_categories)
     )
     outcomes = outcomes_at(matches)
     best = best_threshold(outcomes.scores, outcomes.is_right, len(outcomes.truth_row))
-    return _Run(matches, outcomes, best.threshold, scored.note)
+    return _ComparedRun(matches, outcomes, best.threshold, scored.note)
 
 
 def _names(first: str, second: str) -> tuple[str, str]:
@@ -221,7 +221,7 @@ def _names(first: str, second: str) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def _changed_images(first: _Run, second: _Run, num_images: int) -> tuple[ChangedImage, ...]:
+def _changed_images(first: _ComparedRun, second: _ComparedRun, num_images: int) -> tuple[ChangedImage, ...]:
     """Return the images with the largest change in F1; ties are ordered by number of boxes (descending), then by id."""
     tables = [per_image(run.matches, run.outcomes, threshold=run.threshold) for run in (first, second)]
     f1 = [table.column("f1").to_pylist() for table in tables]

@@ -12,7 +12,7 @@ import pyarrow as pa
 from raydet.common.boxes import Boxes, as_boxes
 from raydet.common.errors import UserError
 from raydet.config.measuring import JoinKey
-from raydet.measuring.joining import ImageList, join_images, list_images
+from raydet.measuring.joining import ImageKeys, join_images, list_images
 from raydet.measuring.truth import Truth, is_json
 from raydet.tables import storage
 from raydet.tables.coco_columns import read_results
@@ -93,7 +93,7 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
         image_ids, columns = read_results(uri, truth.categories)
         check_detections(uri, columns.boxes_xywh, columns.scores, image_ids, np.diff(columns.starts))
         rows, model = DetectionRows(columns=columns, errors={}), None
-        found = ImageList(uri=uri, image_ids=image_ids, sizes_hw=np.zeros((len(image_ids), 2), np.int64))
+        found = ImageKeys(uri=uri, image_ids=image_ids, sizes_hw=np.zeros((len(image_ids), 2), np.int64))
         joined = join_images(truth.images, found, by=join, allow_partial=allow_partial, has_every_image=False)
     else:
         table = open_table(uri, "detections")

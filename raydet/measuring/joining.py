@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageList:
+class ImageKeys:
     """Images of a truth or of detections, one entry per row.
 
     Attributes:
@@ -72,7 +72,7 @@ class Join:
         return rows
 
 
-def list_images(table: Table) -> ImageList:
+def list_images(table: Table) -> ImageKeys:
     """List the images of an images or detections table in row order, without reading boxes."""
     import pyarrow.compute as pc  # slow to import, and JSON input does not need it
 
@@ -84,7 +84,7 @@ def list_images(table: Table) -> ImageList:
         sizes.append(np.stack([numbers_of(batch.column(name)) for name in ("height", "width")], axis=1))
         path = pc.struct_field(batch.column("image"), "path") if is_images else batch.column("path")
         paths.append(path.cast(pa.large_string()))
-    return ImageList(
+    return ImageKeys(
         uri=table.uri,
         image_ids=np.concatenate(ids),
         sizes_hw=np.concatenate(sizes),
@@ -94,7 +94,7 @@ def list_images(table: Table) -> ImageList:
 
 
 def join_images(
-    truth: ImageList, found: ImageList, *, by: JoinKey, allow_partial: bool, has_every_image: bool = True
+    truth: ImageKeys, found: ImageKeys, *, by: JoinKey, allow_partial: bool, has_every_image: bool = True
 ) -> Join:
     """Join detections to the images of the truth and check that both describe the same images.
 
@@ -133,7 +133,7 @@ def join_images(
 
 
 def _refuse_unknown(
-    truth: ImageList, found: ImageList, truth_row: Integers, by: JoinKey, *, has_every_image: bool, allow: bool
+    truth: ImageKeys, found: ImageKeys, truth_row: Integers, by: JoinKey, *, has_every_image: bool, allow: bool
 ) -> int:
     """Return the number of detection images unknown to the truth; raise UserError unless they may be left out."""
     if has_every_image and not found.image_ids.size:
@@ -158,7 +158,7 @@ def _refuse_unknown(
 # Joining by id and by path.
 
 
-def _rows_by_id(truth: ImageList, found: ImageList) -> Integers:
+def _rows_by_id(truth: ImageKeys, found: ImageKeys) -> Integers:
     ids, counts = np.unique(found.image_ids, return_counts=True)
     if len(ids) < len(found.image_ids):
         raise UserError(
@@ -168,7 +168,7 @@ def _rows_by_id(truth: ImageList, found: ImageList) -> Integers:
     return np.where(is_known, places, -1)
 
 
-def _rows_by_path(truth: ImageList, found: ImageList) -> Integers:
+def _rows_by_path(truth: ImageKeys, found: ImageKeys) -> Integers:
     import pyarrow.compute as pc
 
     for side in (truth, found):
@@ -195,7 +195,7 @@ def _rows_by_path(truth: ImageList, found: ImageList) -> Integers:
     return truth_row
 
 
-def _namesakes(truth: ImageList, found: ImageList) -> Iterator[tuple[str, str]]:
+def _namesakes(truth: ImageKeys, found: ImageKeys) -> Iterator[tuple[str, str]]:
     """Yield pairs of a truth path and a detection path with the longest equal ending, likely the same image."""
     import pyarrow.compute as pc
 
@@ -214,7 +214,7 @@ def _namesakes(truth: ImageList, found: ImageList) -> Iterator[tuple[str, str]]:
 # Consistency checks.
 
 
-def _check_same(truth: ImageList, found: ImageList, in_truth: Integers, in_found: Integers, by: JoinKey) -> str | None:
+def _check_same(truth: ImageKeys, found: ImageKeys, in_truth: Integers, in_found: Integers, by: JoinKey) -> str | None:
     """Check that the paths and sizes of joined images agree; return a note about what could not be checked.
 
     Args:
@@ -262,11 +262,11 @@ def _check_same(truth: ImageList, found: ImageList, in_truth: Integers, in_found
     return f"joined by image id{known}: {_without_paths(truth, found)} has no paths"
 
 
-def _without_paths(truth: ImageList, found: ImageList) -> str:
+def _without_paths(truth: ImageKeys, found: ImageKeys) -> str:
     return found.uri if found.paths is None or not _has_path(found).any() else truth.uri
 
 
-def _difference(truth: ImageList, found: ImageList, in_truth: int, in_found: int) -> str:
+def _difference(truth: ImageKeys, found: ImageKeys, in_truth: int, in_found: int) -> str:
     """Describe an image as recorded on both sides."""
     texts = []
     for side, row in ((truth, in_truth), (found, in_found)):
@@ -276,7 +276,7 @@ def _difference(truth: ImageList, found: ImageList, in_truth: int, in_found: int
     return f"image {truth.image_ids[in_truth]} is {texts[0]} in the truth, {texts[1]} in the detections"
 
 
-def _has_path(side: ImageList) -> Flags:
+def _has_path(side: ImageKeys) -> Flags:
     import pyarrow.compute as pc
 
     if side.paths is None:
@@ -285,5 +285,5 @@ def _has_path(side: ImageList) -> Flags:
     return has_path
 
 
-def _path_at(side: ImageList, row: int) -> str:
+def _path_at(side: ImageKeys, row: int) -> str:
     return "" if side.paths is None else side.paths[row].as_py() or ""

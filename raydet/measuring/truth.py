@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
 from raydet.images.files import readable
-from raydet.measuring.joining import ImageList, list_images
+from raydet.measuring.joining import ImageKeys, list_images
 from raydet.tables import storage
 from raydet.tables.coco_columns import Federated, read_instances
 from raydet.tables.columns import (
@@ -44,7 +44,7 @@ class Truth:
     uri: str
     categories: tuple[Category, ...]
     columns: TruthColumns
-    images: ImageList
+    images: ImageKeys
     federated: Federated | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ def read_truth(uri: str, *, lvis: bool = False) -> Truth:
             uri=uri,
             categories=content.categories,
             columns=content.columns,
-            images=ImageList(
+            images=ImageKeys(
                 uri=uri,
                 image_ids=content.columns.image_ids,
                 sizes_hw=content.sizes_hw,

@@ -26,7 +26,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Labels:
+class UnitLabels:
     """Pairs of a unit and a class that is present in it, without repetition.
 
     Attributes:
@@ -38,7 +38,7 @@ class Labels:
     classes: Integers
 
 
-def choose_validation(hashes: Hashes, labels: Labels, *, num_classes: int, val_fraction: float, seed: int) -> Flags:
+def choose_validation(hashes: Hashes, labels: UnitLabels, *, num_classes: int, val_fraction: float, seed: int) -> Flags:
     """Choose images for validation.
 
     Args:
@@ -63,7 +63,7 @@ def choose_validation(hashes: Hashes, labels: Labels, *, num_classes: int, val_f
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     # From here on a unit is its rank by hash, so that the first units are those that the hash prefers.
-    ranked = Labels(rank[pairs[:, 0]], pairs[:, 1])
+    ranked = UnitLabels(rank[pairs[:, 0]], pairs[:, 1])
     is_val = _deal(ranked, len(unique), num_classes, val_fraction)
     return np.asarray(is_val[rank[unit_of_image]])
 
@@ -78,7 +78,7 @@ def _keys(unique: Hashes, seed: int) -> npt.NDArray[np.bytes_]:
 class _Deal:
     """The assignment of units to the two parts; a lower index is taken first."""
 
-    def __init__(self, labels: Labels, num_units: int, num_classes: int) -> None:
+    def __init__(self, labels: UnitLabels, num_units: int, num_classes: int) -> None:
         order = np.lexsort((labels.units, labels.classes))
         self._units = labels.units[order]
         self._class_starts = np.searchsorted(labels.classes[order], np.arange(num_classes + 1))
@@ -114,7 +114,7 @@ class _Deal:
         self.num_val[self.classes_of(unit)] += 1 if self.is_val[unit] else -1
 
 
-def _deal(labels: Labels, num_units: int, num_classes: int, val_fraction: float) -> Flags:
+def _deal(labels: UnitLabels, num_units: int, num_classes: int, val_fraction: float) -> Flags:
     deal = _Deal(labels, num_units, num_classes)
     wanted = np.clip(np.rint(deal.totals * val_fraction), 1, deal.totals - 1)
     wanted[deal.totals < 2] = 0

@@ -14,7 +14,7 @@ import numpy as np
 from raydet.preparation.examining import HASH_BYTES, Examine, Rejected
 from raydet.preparation.parts import SURVEY_IMAGES, Executor, SourcePart, as_hashes, cut, examine_all
 from raydet.preparation.sources.source import SourceImage
-from raydet.preparation.splitting import Flags, Hashes, Integers, Labels, choose_validation
+from raydet.preparation.splitting import Flags, Hashes, Integers, UnitLabels, choose_validation
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Survey:
     image_ids: Integers
     is_accepted: Flags
     hashes: Hashes
-    labels: Labels
+    labels: UnitLabels
     reasons: dict[int, str]
 
 
@@ -52,7 +52,7 @@ def survey(
         image_ids=np.concatenate([part.image_ids for part in parts]),
         is_accepted=np.concatenate([part.is_accepted for part in parts]),
         hashes=np.concatenate([part.hashes for part in parts]),
-        labels=Labels(
+        labels=UnitLabels(
             np.concatenate([part.labels.units + start for part, start in placed]),
             np.concatenate([part.labels.classes for part in parts]),
         ),
@@ -79,7 +79,7 @@ def _survey_part(part: SourcePart, examine: Examine, num_threads: int | None) ->
         classes += present
     is_accepted = np.ones(len(hashes), np.bool_)
     is_accepted[list(reasons)] = False
-    labels = Labels(np.asarray(units, np.int64), np.asarray(classes, np.int64))
+    labels = UnitLabels(np.asarray(units, np.int64), np.asarray(classes, np.int64))
     return Survey(np.asarray(image_ids, np.int64), is_accepted, as_hashes(hashes), labels, reasons)
 
 
@@ -97,7 +97,7 @@ def without(found: Survey, places: Integers, reason: str) -> Survey:
     is_accepted[places] = False
     reasons = {**found.reasons, **dict.fromkeys(places.tolist(), reason)}
     kept = is_accepted[found.labels.units]
-    labels = Labels(found.labels.units[kept], found.labels.classes[kept])
+    labels = UnitLabels(found.labels.units[kept], found.labels.classes[kept])
     return dataclasses.replace(found, is_accepted=is_accepted, labels=labels, reasons=reasons)
 
 
@@ -108,7 +108,7 @@ def hold_out(found: Survey, *, num_classes: int, val_fraction: float, seed: int)
         UserError: There are too few images.
     """
     number_of = np.cumsum(found.is_accepted) - 1
-    labels = Labels(number_of[found.labels.units], found.labels.classes)
+    labels = UnitLabels(number_of[found.labels.units], found.labels.classes)
     is_val = np.zeros(len(found.is_accepted), np.bool_)
     is_val[found.is_accepted] = choose_validation(
         found.hashes[found.is_accepted], labels, num_classes=num_classes, val_fraction=val_fraction, seed=seed

@@ -72,7 +72,7 @@ class _Image(msgspec.Struct, gc=False):
     not_exhaustive_category_ids: tuple[int, ...] = ()
 
 
-class _Annotation(msgspec.Struct, gc=False):
+class _AnnotationStruct(msgspec.Struct, gc=False):
     image_id: _ImageId
     category_id: int
     bbox: _Box
@@ -86,9 +86,9 @@ class _Class(msgspec.Struct, gc=False):
     frequency: str | None = None
 
 
-class _Instances(msgspec.Struct):
+class _InstancesFile(msgspec.Struct):
     images: list[_Image]
-    annotations: list[_Annotation]
+    annotations: list[_AnnotationStruct]
     categories: list[_Class]
 
 
@@ -122,7 +122,7 @@ def read_instances(uri: str, *, lvis: bool) -> Instances:
     Raises:
         UserError: The file is not COCO instances JSON, or an entry is invalid.
     """
-    content = _decode(uri, _Instances, _instances_one_by_one)
+    content = _decode(uri, _InstancesFile, _instances_one_by_one)
     images, annotations = sorted(content.images, key=lambda image: image.id), content.annotations
     classes = sorted(content.categories, key=lambda category: category.id)
     if any(first.id == second.id for first, second in itertools.pairwise(classes)):
@@ -237,8 +237,8 @@ def _decode(uri: str, type_: type[_T], one_by_one: Callable[[str], _T]) -> _T:
         return one_by_one(uri)
 
 
-def _instances_one_by_one(uri: str) -> _Instances:
-    content = _Instances([], [], [])
+def _instances_one_by_one(uri: str) -> _InstancesFile:
+    content = _InstancesFile([], [], [])
     for key, entries in coco_json.read_lists(uri):
         for entry, place in entries:
             if key == "images":
@@ -258,9 +258,9 @@ def _image(entry: coco_json.Entry, place: str) -> _Image:
     return _Image(coco_json.image_id(entry, "id", place), height, width, str(entry.get("file_name") or ""), *lists)
 
 
-def _annotation(entry: coco_json.Entry, place: str) -> _Annotation:
+def _annotation(entry: coco_json.Entry, place: str) -> _AnnotationStruct:
     area = coco_json.stated_area(entry)
-    return _Annotation(
+    return _AnnotationStruct(
         image_id=coco_json.image_id(entry, "image_id", place),
         category_id=coco_json.required_integer(entry, "category_id", place),
         bbox=coco_json.box_xywh(entry, place),

@@ -26,7 +26,7 @@ class JsonError(Exception):
     """The file is not JSON or not an object; the message continues a sentence that starts with the file name."""
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """A readable binary file."""
 
     def read(self, size: int, /) -> bytes:
@@ -44,7 +44,7 @@ class Elements:
 
 
 def members(
-    stream: Stream,
+    stream: ByteStream,
     *,
     object_hook: Callable[[dict[str, Any]], Any] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
@@ -86,7 +86,7 @@ def members(
 class _Text:
     """Buffered text from the read position to the end of the fetched data."""
 
-    def __init__(self, stream: Stream, decoder: json.JSONDecoder, chunk_bytes: int, max_entry_chars: int) -> None:
+    def __init__(self, stream: ByteStream, decoder: json.JSONDecoder, chunk_bytes: int, max_entry_chars: int) -> None:
         self._stream, self._decode = stream, decoder.raw_decode
         self._chunk_bytes, self._max_entry_chars = chunk_bytes, max_entry_chars
         head = b""

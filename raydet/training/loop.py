@@ -50,7 +50,7 @@ _STEPS_BETWEEN_PREEMPTION_CHECKS = 20
 
 
 @dataclass(frozen=True)
-class _Run:
+class _TrainingRun:
     """Objects that the parts of the loop share. Only the trainer changes during the run."""
 
     config: TrainConfig
@@ -86,7 +86,7 @@ def run_worker(job: dict[str, Any]) -> None:
         run.tracker.close()
 
 
-def _start(job: dict[str, Any]) -> _Run:
+def _start(job: dict[str, Any]) -> _TrainingRun:
     """Build the trainer and restore the newest state, if there is one."""
     config, tables, crew = TrainConfig(**job["config"]), job["tables"], Crew(job["board"])
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
@@ -109,15 +109,15 @@ def _start(job: dict[str, Any]) -> _Run:
     elif trainer.detector.reinitialised:
         crew.say(f"initialised from scratch: {', '.join(trainer.detector.reinitialised)}")
     position, tracker = trainer.position, None
-    text = "1 of %d workers, device %s, %d threads; starting after step %d of epoch %d"
+    text = "one of %d workers, device %s, %d threads; starting after step %d of epoch %d"
     _LOG.info(text, crew.world_size, trainer.device, torch.get_num_threads(), position.step, position.epoch + 1)
     if crew.rank == 0:
         start_step = position.epoch * plan.steps_per_epoch + position.step
         tracker = RunTracker(config.out, config.trackers, job["config"], start_step=start_step, warn=crew.say)
-    return _Run(config, plan, tables["train"], tables["validate"], trainer, crew, tracker)
+    return _TrainingRun(config, plan, tables["train"], tables["validate"], trainer, crew, tracker)
 
 
-def _open_stream(run: _Run, resources: Resources) -> BatchReader:
+def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
     """Start the stream at the trainer's position on rank 0, and return the reader of this rank's part."""
     crew, reference = run.crew, None
     if crew.rank == 0:
@@ -148,7 +148,7 @@ def _view(config: TrainConfig, detector: Detector) -> View:
     return View.of_training(config, detector.resize_rule, tuple(rules))
 
 
-def _train_epoch(run: _Run, reader: BatchReader) -> bool:
+def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     """Run the remaining optimizer steps of the epoch; return False if the command asked to stop."""
     trainer, every, num_steps = run.trainer, run.config.save_every_steps, run.plan.steps_per_epoch
     epoch = trainer.position.epoch
@@ -165,7 +165,7 @@ def _train_epoch(run: _Run, reader: BatchReader) -> bool:
     return True
 
 
-def _run_step(run: _Run, reader: BatchReader) -> bool:
+def _run_step(run: _TrainingRun, reader: BatchReader) -> bool:
     """Run one optimizer step; return True if the run must stop afterwards."""
     trainer, meter = run.trainer, run.trainer.meter
     epoch, step = trainer.position.epoch, trainer.position.step
@@ -195,7 +195,7 @@ def _run_step(run: _Run, reader: BatchReader) -> bool:
     return is_to_stop
 
 
-def _gradients(run: _Run, batches: list[ReadyBatch]) -> StepResult:
+def _gradients(run: _TrainingRun, batches: list[ReadyBatch]) -> StepResult:
     try:
         return run.trainer.compute_gradients(batches)
     except ValueError as error:
@@ -212,7 +212,7 @@ def _gradients(run: _Run, batches: list[ReadyBatch]) -> StepResult:
         raise out_of_memory(run.trainer.position, run.config, num_images=most, size_hw=largest) from error
 
 
-def _agree(run: _Run, result: StepResult, batches: list[ReadyBatch]) -> tuple[float, bool]:
+def _agree(run: _TrainingRun, result: StepResult, batches: list[ReadyBatch]) -> tuple[float, bool]:
     """Combine a step over all ranks.
 
     Returns:
@@ -233,7 +233,7 @@ def _agree(run: _Run, result: StepResult, batches: list[ReadyBatch]) -> tuple[fl
     return total, num_stopping > 0
 
 
-def _is_to_stop(run: _Run) -> bool:
+def _is_to_stop(run: _TrainingRun) -> bool:
     """Report progress and return True if the command asks to stop, a few steps late; save before a preemption."""
     position = run.trainer.position
     if position.step % _STEPS_BETWEEN_PREEMPTION_CHECKS == 0 and run.crew.notices_preemption():
@@ -244,7 +244,7 @@ def _is_to_stop(run: _Run) -> bool:
     return run.crew.is_asked_to_stop(progress)
 
 
-def _finish_epoch(run: _Run, reader: BatchReader) -> bool:
+def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     """Validate, add the epoch to the history, and save; return False if the command asked to stop."""
     trainer, plan, crew, epoch = run.trainer, run.plan, run.crew, run.trainer.position.epoch
     record = _record_of_steps(run)
@@ -272,7 +272,7 @@ def _finish_epoch(run: _Run, reader: BatchReader) -> bool:
     return True
 
 
-def _record_of_steps(run: _Run) -> EpochRecord:
+def _record_of_steps(run: _TrainingRun) -> EpochRecord:
     """Make the record of the epoch without its validation; the same on all ranks."""
     trainer, crew = run.trainer, run.crew
     meter, epoch = trainer.meter, trainer.position.epoch + 1
@@ -295,7 +295,7 @@ def _record_of_steps(run: _Run) -> EpochRecord:
     return shared
 
 
-def _publish(run: _Run) -> None:
+def _publish(run: _TrainingRun) -> None:
     """Write OUT/checkpoint if this epoch is the best so far, then OUT/last.
 
     The state is written afterwards: if the run is killed in between, it resumes from the earlier state and writes both
@@ -309,7 +309,7 @@ def _publish(run: _Run) -> None:
         storage.publish_folder(folder, storage.join(out, "last"))
 
 
-def _save_state(run: _Run) -> None:
+def _save_state(run: _TrainingRun) -> None:
     """Save a state to resume from. Collective: every rank must call it."""
     own = run.trainer.state_dict()
     locals_of_ranks = run.crew.gather({"meter": own["meter"], "buffers": own["buffers"]})
@@ -319,7 +319,7 @@ def _save_state(run: _Run) -> None:
         _writing(run, lambda: write_history(run.config.out, run.trainer.history))
 
 
-def _writing(run: _Run, write: Callable[[], None]) -> None:
+def _writing(run: _TrainingRun, write: Callable[[], None]) -> None:
     """Call `write` and convert a failure to write a checkpoint to one that ends the run."""
     try:
         write()

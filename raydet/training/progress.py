@@ -28,7 +28,7 @@ def following(
         read: Accepts an index; returns the entries from that index on, and the progress.
         epochs: Epochs of the complete run.
     """
-    stop, table = threading.Event(), _Table(console, epochs)
+    stop, table = threading.Event(), _EpochTable(console, epochs)
 
     def follow(update: Callable[[str], None]) -> None:
         num_seen = 0
@@ -53,7 +53,7 @@ def following(
             thread.join(timeout=10)
 
 
-class _Table:
+class _EpochTable:
     """A table with one line per epoch. Prints the header again when the columns change."""
 
     def __init__(self, console: Console, epochs: int) -> None:

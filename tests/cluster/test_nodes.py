@@ -271,7 +271,7 @@ def _train(data: Path, out: Path, num_workers: str, **changes: object) -> list[s
 def _tune(data: Path, out: Path) -> list[str]:
     config = {
         "out": str(out),
-        "train": tiny_training(data, **TRAINING),
+        "train_config": tiny_training(data, **TRAINING),
         "space": {"learning_rate": {"loguniform": [1e-4, 1e-3]}},
         "search": "random",
         "scheduler": "none",

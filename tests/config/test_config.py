@@ -26,6 +26,9 @@ def test_lists_are_written_with_commas_or_brackets() -> None:
     options = ["--trackers", "[wandb]", "--multi-scale", "[64]", "--num-workers", "2"]
     config = load(TrainConfig, [*REQUIRED, *options])
     assert (config.trackers, config.multi_scale, config.num_workers) == (["wandb"], [64], 2)
+    options = ["--multi-scale", "null"]
+    config = load(TrainConfig, [*REQUIRED, *options])
+    assert config.multi_scale is None
 
 
 def test_options_override_the_file_wherever_they_stand(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from raydet.common.errors import UserError
 from raydet.config import CompareConfig, EvaluateConfig
 from raydet.measuring.compare import compare
 from raydet.measuring.evaluate import evaluate
-from raydet.measuring.joining import ImageList, join_images
+from raydet.measuring.joining import ImageKeys, join_images
 from raydet.tables.schema import Category, TableKind, build_schema
 from raydet.tables.table import TableWriter
 
@@ -211,10 +211,10 @@ def test_json_with_file_names_is_checked_and_results_are_said_to_be_joined_by_id
         evaluate(with_json)
 
 
-def listed(paths: list[str]) -> ImageList:
+def listed(paths: list[str]) -> ImageKeys:
     count = len(paths)
     sizes_hw = np.full((count, 2), 9)
-    return ImageList(uri="x", image_ids=np.arange(count), sizes_hw=sizes_hw, paths=pa.array(paths, pa.large_string()))
+    return ImageKeys(uri="x", image_ids=np.arange(count), sizes_hw=sizes_hw, paths=pa.array(paths, pa.large_string()))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydet.common.errors import UserError
-from raydet.preparation.splitting import Labels, choose_validation
+from raydet.preparation.splitting import UnitLabels, choose_validation
 from raydet.preparation.surveying import find_duplicates
 
 IMAGES = st.lists(st.tuples(st.integers(0, 25), st.sets(st.integers(0, 5), max_size=3)), min_size=2, max_size=40)
@@ -21,7 +21,7 @@ def choose(images: list[tuple[int, set[int]]], fraction: float, seed: int = 0, n
     pairs = [(number, item) for number, (_, classes) in enumerate(images) for item in sorted(classes)]
     units, classes = np.array(pairs, np.int64).reshape(-1, 2).T
     hashes = hashes_of([content for content, _ in images])
-    labels = Labels(units, classes)
+    labels = UnitLabels(units, classes)
     chosen = choose_validation(hashes, labels, num_classes=num_classes, val_fraction=fraction, seed=seed)
     assert chosen.dtype == np.bool_ and chosen.shape == (len(images),)
     return [bool(item) for item in chosen]

@@ -1,4 +1,4 @@
-"""Validation of an epoch against `predict` and `evaluate` of its checkpoint, which share one inference path."""
+"""An epoch's validation against `predict` and `evaluate` of its checkpoint: one inference path, so one answer."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def _config(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
 
 
 def _validated(config: TrainConfig) -> dict[int, Detections]:
-    """Return the detections of the validation after the last epoch, by image id."""
+    """The detections of the validation after the last epoch, by image id."""
     train_table, val_table = open_table(config.train_data, "images"), open_table(config.val_data, "images")
     name = newest_state(config.out)
     assert name is not None
@@ -94,7 +94,7 @@ def _validated(config: TrainConfig) -> dict[int, Detections]:
 
 
 def _predicted(config: TrainConfig, out: Path, **options: Any) -> tuple[dict[int, Detections], float | None]:
-    """Return the detections of the run's last checkpoint, by image id, and their AP."""
+    """The detections of the run's last checkpoint, by image id, and their AP."""
     values = {"checkpoint": f"{config.out}/last", "data": config.val_data, "threads_per_worker": 1, **options}
     result = predict(PredictConfig(out=str(out), **values))
     found = {}
@@ -106,7 +106,7 @@ def _predicted(config: TrainConfig, out: Path, **options: Any) -> tuple[dict[int
 
 
 def _assert_close(found: dict[int, Detections], expected: dict[int, Detections], *, score: float, px: float) -> None:
-    """Check that detections match one to one; scores within the tolerance may come in any order."""
+    """One to one; where two scores are closer than the tolerance, either may come first."""
     assert found.keys() == expected.keys()
     for image_id, mine in found.items():
         theirs = expected[image_id]
@@ -133,7 +133,7 @@ def test_predict_and_evaluate_give_the_detections_and_ap_of_the_epoch(
     record = train(config).history[-1]
     assert (record.value("AP") or 0.0) > 0, "too little was learnt to tell"
     validated = _validated(config)
-    # With the same batches, threads and memory layout, results are bit-identical.
+    # The same batches, threads and memory layout: the same bits.
     same, ap = _predicted(
         config, tmp_path / "same", precision=precision, batch_size=BATCH_SIZE, channels_last=False, pad_batches=True
     )
@@ -141,8 +141,8 @@ def test_predict_and_evaluate_give_the_detections_and_ap_of_the_epoch(
         for name, values in vars(found).items():
             np.testing.assert_array_equal(values, getattr(same[image_id], name), err_msg=name)
     assert ap == record.value("AP")
-    # Other batches.
-    tolerance = 1e-2 if precision == "bf16" else 1e-5
+    # Other batches in another layout; in bf16 rounding may choose other queries, so that only AP can be compared.
     other, ap = _predicted(config, tmp_path / "other", precision=precision, batch_size=7)
-    _assert_close(validated, other, score=tolerance, px=1.0 if precision == "bf16" else 0.01)
-    assert ap == pytest.approx(record.value("AP"), abs=1e-2 if precision == "bf16" else 1e-4)
+    if precision == "fp32":
+        _assert_close(validated, other, score=1e-5, px=0.01)
+    assert ap == pytest.approx(record.value("AP"), abs=1e-4 if precision == "fp32" else 1e-2)

@@ -58,7 +58,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 @dataclass(frozen=True)
-class _Annotation:
+class _VocFile:
     """One XML file: its objects by class name, or the reason why it cannot be read."""
 
     file_name: str = ""
@@ -70,14 +70,14 @@ class _Annotation:
     refusal: str | None = None
 
 
-class _Annotations(Mapping[str, _Annotation]):
+class _Annotations(Mapping[str, _VocFile]):
     """The annotations by path without extension, on disk."""
 
-    def __init__(self, stems: Sequence[str], annotations: Iterable[_Annotation]) -> None:
+    def __init__(self, stems: Sequence[str], annotations: Iterable[_VocFile]) -> None:
         self._place_of = {stem: place for place, stem in enumerate(stems)}
-        self._annotations = Spilled(_Annotation, annotations)
+        self._annotations = Spilled(_VocFile, annotations)
 
-    def __getitem__(self, stem: str) -> _Annotation:
+    def __getitem__(self, stem: str) -> _VocFile:
         return self._annotations[self._place_of[stem]]
 
     def __iter__(self) -> Iterator[str]:
@@ -149,7 +149,7 @@ def read_voc(
         for image_id, (path, stem, refusal) in enumerate(pairs):
             if stem not in xml_paths and refusal is None:
                 findings.note(Finding(UNLABELLED_KEPT, readable(path), image_id))
-    without = _Annotation(refusal=UNLABELLED if unlabelled == "reject" else None)
+    without = _VocFile(refusal=UNLABELLED if unlabelled == "reject" else None)
 
     def records() -> Iterator[SourceImage]:
         next_id = 1
@@ -222,7 +222,7 @@ def _check_match(
     raise UserError(f"{text}; {holds}: did you mean {meant}?")
 
 
-def _no_class(annotations: ImageFolder, xml_paths: Mapping[str, str], found: Mapping[str, _Annotation]) -> UserError:
+def _no_class(annotations: ImageFolder, xml_paths: Mapping[str, str], found: Mapping[str, _VocFile]) -> UserError:
     """Explain why the XML files name no class."""
     refusals = {stem: item.refusal for stem, item in found.items() if item.refusal is not None}
     if len(refusals) < len(found):
@@ -244,7 +244,7 @@ def _pair(
     stem: str,
     image_paths: Mapping[str, list[str]],
     xml_paths: Mapping[str, str],
-    read_files: Mapping[str, _Annotation],
+    read_files: Mapping[str, _VocFile],
 ) -> Iterator[tuple[str, str, str | None]]:
     """Yield the images of one path, each with the path without extension and its refusal."""
     paths = image_paths.get(stem, [])
@@ -280,17 +280,17 @@ def _read_split(
     return set(stems)
 
 
-def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Annotation:
+def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _VocFile:
     """Read one XML file, in a thread."""
     refusal = folder.refuse_outside(path)
     if refusal is not None:
-        return _Annotation(refusal=f"its XML file: {refusal}")
+        return _VocFile(refusal=f"its XML file: {refusal}")
     try:
         root = _parse(folder.read(path))
     except (ReadError, _XmlError) as error:
         text = str(error)
-        return _Annotation(refusal=text if isinstance(error, _XmlError) else f"its XML file: {text}")
-    result = _Annotation(file_name=_text(root, "filename"), size_hw=_size_hw(root))
+        return _VocFile(refusal=text if isinstance(error, _XmlError) else f"its XML file: {text}")
+    result = _VocFile(file_name=_text(root, "filename"), size_hw=_size_hw(root))
     findings: Counter[str] = Counter()
     for item in root.findall("object"):
         name, corners = readable(_text(item, "name")), _corners(item)
@@ -310,7 +310,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _An
     findings["`filename` tags that name another image"] += stated not in own_names and (
         PurePosixPath(stated).stem not in own_names
     )
-    return _Annotation(**{**vars(result), "findings": findings})
+    return _VocFile(**{**vars(result), "findings": findings})
 
 
 def _parse(data: bytes) -> ElementTree.Element:
@@ -350,7 +350,7 @@ def _number(text: str | None) -> float:
         return math.nan
 
 
-def _add_findings(annotation: _Annotation, path: str, index_of: Mapping[str, int], findings: FindingLog) -> None:
+def _add_findings(annotation: _VocFile, path: str, index_of: Mapping[str, int], findings: FindingLog) -> None:
     for kind, count in annotation.findings.items():
         findings.note(Finding(kind, path, count=count))
     for name, count in Counter(name for name in annotation.names if name not in index_of).items():
@@ -358,7 +358,7 @@ def _add_findings(annotation: _Annotation, path: str, index_of: Mapping[str, int
         findings.note(Finding(kind, path, count=count, detail=f"their class is {name}"))
 
 
-def _objects(annotation: _Annotation, index_of: Mapping[str, int], first_id: int) -> SourceObjects:
+def _objects(annotation: _VocFile, index_of: Mapping[str, int], first_id: int) -> SourceObjects:
     kept = [place for place, name in enumerate(annotation.names) if name in index_of]
     boxes_xywh = [annotation.boxes_xywh[place] for place in kept]
     return SourceObjects(

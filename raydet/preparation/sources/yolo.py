@@ -43,7 +43,7 @@ _Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class _Labels:
+class _LabelFile:
     """One label file, or the reason why it cannot be read."""
 
     classes: list[int] = field(default_factory=list)
@@ -70,7 +70,7 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
     """
     index_of = {category.id: index for index, category in enumerate(files.categories)}
     read = partial(_read_labels, files.labels, index_of)
-    labels = Spilled(_Labels, in_order(read, (label for _, label in files.pairs)))
+    labels = Spilled(_LabelFile, in_order(read, (label for _, label in files.pairs)))
     if all(item.is_missing for item in labels):
         raise _no_label_file(files)
     findings = FindingLog()
@@ -109,7 +109,7 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
     return Source(Records(records), num_images, files.categories, (pa.field("source_id", pa.string()),), findings)
 
 
-def _refuse_unlabelled(labels: _Labels, unlabelled: Unlabelled) -> str | None:
+def _refuse_unlabelled(labels: _LabelFile, unlabelled: Unlabelled) -> str | None:
     return UNLABELLED if labels.is_missing and unlabelled == "reject" else None
 
 
@@ -141,17 +141,17 @@ def _no_label_file(files: YoloFiles) -> UserError:
     return UserError(f"{text}, but names agree for the {' and the '.join(places)}; give these folders")
 
 
-def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _Labels:
+def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _LabelFile:
     """Read one label file, in a thread."""
     refusal = folder.refuse_outside(path)
     if refusal is not None:
-        return _Labels(refusal=f"its label file: {refusal}")
+        return _LabelFile(refusal=f"its label file: {refusal}")
     try:
         text = folder.read(path).decode("utf-8-sig", errors="replace")
     except MissingFileError:
-        return _Labels(is_missing=True)
+        return _LabelFile(is_missing=True)
     except ReadError as error:
-        return _Labels(refusal=f"its label file: {error}")
+        return _LabelFile(refusal=f"its label file: {error}")
     classes: list[int] = []
     boxes_xywh: list[_Box] = []
     findings: Counter[str] = Counter()
@@ -172,7 +172,7 @@ def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) ->
             seen.add(numbers)
             classes.append(index_of[int(numbers[0])])
             boxes_xywh.append(box_xywh)
-    return _Labels(classes, boxes_xywh, findings)
+    return _LabelFile(classes, boxes_xywh, findings)
 
 
 def _numbers(words: list[str]) -> tuple[float, ...] | None:
