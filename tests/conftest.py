@@ -107,3 +107,24 @@ def ray_cluster() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URI of an empty bucket on a stand-in for S3."""
+    from tests import s3_stand_in
+
+    with s3_stand_in.started() as stand_in:
+        stand_in.use(monkeypatch)
+        yield s3_stand_in.BUCKET
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch: results are reproducible, and tiny models are faster without thread synchronisation."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

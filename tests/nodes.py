@@ -8,16 +8,15 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from tests.drivers import kill_session, processes_of, started, wait_until
 from tests.local_head import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -151,14 +150,8 @@ class Cluster:
             command: Words of the command.
             output: File for its output.
         """
-        with output.open("wb") as file:
-            driver = subprocess.Popen(
-                command, env=self.environment, cwd=self.folder, stdout=file, stderr=file, start_new_session=True
-            )
-        try:
+        with started(command, output, env=self.environment, cwd=self.folder) as driver:
             yield driver
-        finally:
-            kill_session(driver)
 
     def _is_up(self, node: Node) -> bool:
         log = Path(node.folder, "ray.out")
@@ -203,49 +196,8 @@ def nodes(num_nodes: int, *, cpus: float, folder: Path) -> Iterator[Cluster]:
             kill_session(node.process)
 
 
-def processes_of(leader: int) -> list[psutil.Process]:
-    """Return the live processes of a session by the process id of its leader, the leader first."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.Error):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid != leader)
-
-
-def kill_session(leader: "subprocess.Popen[bytes]") -> None:
-    """Kill all processes of a session, repeatedly until none is left."""
-    own = processes_of(leader.pid)
-    while own:
-        # Groups first, with a single call each, so that few processes can react to the death of another.
-        for group in {_group(process.pid) for process in own} - {None, os.getpgrp()}:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(group or 0), signal.SIGKILL)
-        for process in own:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(own, timeout=10)
-        own = processes_of(leader.pid)
-    leader.wait()
-
-
-def _group(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
-
-
 def _title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def wait_until(is_so: Callable[[], bool], explain: Callable[[], str], *, timeout_s: float = 150) -> None:
-    """Poll a condition; fail with the result of `explain` after a timeout."""
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.02)

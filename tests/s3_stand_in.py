@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
+import pytest
+
 Failure = Literal["503", "403", "drop", "hang"]
 BUCKET = "s3://runs"
 
@@ -55,12 +57,21 @@ class StandIn:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    def use(self, patch: pytest.MonkeyPatch) -> None:
+        """Make this process use the server as S3 until the patch is undone."""
+        for name, value in self.environment.items():
+            patch.setenv(name, value)
+
 
 @contextmanager
 def started() -> Iterator[StandIn]:
     """Context manager: run a server with an empty bucket while the block runs."""
     stand_in = StandIn()
-    urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{stand_in.server.port}/runs", method="PUT"))
+    # All servers of a process share their content.
+    for method, path in (("POST", "moto-api/reset"), ("PUT", "runs")):
+        urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{stand_in.server.port}/{path}", method=method)
+        ).close()
     try:
         yield stand_in
     finally:

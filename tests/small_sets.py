@@ -25,6 +25,26 @@ QUICK_RECIPE: dict[str, Any] = {
 """Training options with which a small model learns drawn shapes within a few epochs."""
 
 
+def tiny_training(data: Path | str, **options: Any) -> dict[str, Any]:
+    """Return options of a training run that takes seconds and, repeated, gives the same weights.
+
+    Args:
+        data: Folder of the images tables `train` and `val`.
+        options: Further or other options.
+    """
+    return {
+        "train_data": f"{data}/train",
+        "val_data": f"{data}/val",
+        "model": "rt_detr_v2_tiny",
+        "image_size": 64,
+        "batch_size": 4,
+        "augmentation": "flip",
+        "threads_per_worker": 1,
+        "log_images": 0,
+        **options,
+    }
+
+
 def save_image(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1, seed: int = 0) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from raydet.models.collate import Example
 from raydet.models.detector import Detector
 from raydet.models.loading import build_detector
 from raydet.models.step import StepSetting, apply_gradients, compute_gradients
 from raydet.tables.schema import Category
+from tests.random_examples import random_examples
 
 pytestmark = pytest.mark.gpu
 
@@ -26,20 +26,6 @@ def exact_matrix_products() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def _examples() -> list[Example]:
-    generator = np.random.default_rng(0)
-    return [
-        Example(
-            number,
-            generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8),
-            (SIDE, SIDE),
-            generator.uniform(0.2, 0.5, (2, 4)).astype(np.float32),
-            generator.integers(0, 2, 2),
-        )
-        for number in range(4)
-    ]
 
 
 def _build(name: str, device: str) -> Detector:
@@ -64,7 +50,7 @@ def _setting(device: str, dtype: torch.dtype | None = None) -> StepSetting:
 
 def _gradient(name: str, device: str) -> torch.Tensor:
     detector = _build(name, device)
-    compute_gradients(detector, detector.model, [_examples()], _setting(device))
+    compute_gradients(detector, detector.model, [random_examples(4, SIDE)], _setting(device))
     gradients = [p.grad.flatten().cpu().double() for p in detector.model.parameters() if p.grad is not None]
     return torch.cat(gradients)
 
@@ -81,7 +67,7 @@ def test_steps_lower_the_loss(dtype: torch.dtype | None) -> None:
     optimizer = torch.optim.AdamW(detector.model.parameters(), 1e-3)
     losses = []
     for _ in range(12):
-        result = compute_gradients(detector, detector.model, [_examples()], setting)
+        result = compute_gradients(detector, detector.model, [random_examples(4, SIDE)], setting)
         apply_gradients(detector.model, optimizer, max_grad_norm=0.1, scaler=setting.scaler)
         losses.append(float(torch.stack(list(result.terms.values())).sum()))
     assert np.isfinite(losses).all() and losses[-1] < losses[0]

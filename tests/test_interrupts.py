@@ -13,7 +13,7 @@ from raydet import PrepareImagesConfig, PrepareShapesConfig, prepare_images, pre
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.training.history import read_history
 from tests.outcomes import assert_same_rows, outcome_of_training
-from tests.small_sets import rows_of, save_image
+from tests.small_sets import rows_of, save_image, tiny_training
 from tests.terminals import Terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -49,25 +49,9 @@ def _options(**options: Any) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
 
 
-def _training(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "train_data": str(data / "train"),
-        "val_data": str(data / "val"),
-        "out": str(out),
-        "model": "rt_detr_v2_tiny",
-        "image_size": 64,
-        "epochs": 500,
-        "batch_size": 4,
-        "validate_batch_size": 1,
-        "augmentation": "flip",
-        "threads_per_worker": 1,
-        "log_images": 0,
-    }
-    return {**values, **changes}
-
-
 def _train(data: Path, out: Path, **changes: Any) -> list[str]:
-    return ["train", *_options(**_training(data, out, **changes))]
+    options = tiny_training(data, **{"epochs": 500, "validate_batch_size": 1, **changes})
+    return ["train", *_options(out=str(out), **options)]
 
 
 def _interrupt(terminal: Terminal, *, presses: int = 1) -> str:
@@ -151,9 +135,8 @@ def test_train_twice_at_once(many: Path, tmp_path: Path, run: Callable[..., Term
 def test_tune(shapes: Path, tmp_path: Path, run: Callable[..., Terminal]) -> None:
     out = tmp_path / "out"
     file = tmp_path / "tune.yaml"
-    training = {name: value for name, value in _training(shapes, out, epochs=3).items() if name != "out"}
     content = {
-        "train_config": training,
+        "train_config": tiny_training(shapes, epochs=3, validate_batch_size=1),
         "space": {"learning_rate": {"choice": [1e-3, 1e-4]}},
         "num_trials": 1,
         "search": "random",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_sets import tiny_training
+
 SCRIPT = """
     import json, sys, tempfile, time, urllib.request
     import ray
@@ -59,16 +61,7 @@ def test_the_numbers_of_a_run_are_exported(shapes: Path, tmp_path: Path) -> None
     for number in range(10):
         (images / f"{number}.ppm").write_bytes(b"P6 64 64 255 " + bytes(64 * 64 * 3))
     (images / "damaged.jpg").write_bytes(b"no picture")
-    train = {
-        "train_data": str(shapes / "train"),
-        "val_data": str(shapes / "val"),
-        "out": str(tmp_path / "run"),
-        "model": "rt_detr_v2_tiny",
-        "image_size": 64,
-        "epochs": 2,
-        "batch_size": 4,
-        "augmentation": "flip",
-    }
+    train = tiny_training(shapes, out=str(tmp_path / "run"), epochs=2)
     predict = {"checkpoint": f"{tmp_path}/run/checkpoint", "data": str(images), "out": str(tmp_path / "detections")}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps([train, predict])],

@@ -26,9 +26,10 @@ from raydet.models.loading import build_detector
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 from raydet.tuning import records
-from tests.nodes import Cluster, Node, nodes, wait_until
+from tests.drivers import wait_until
+from tests.nodes import Cluster, Node, nodes
 from tests.outcomes import Rows, assert_same_rows, epochs_of, outcome_of_training, weights_hash
-from tests.small_sets import rows_of
+from tests.small_sets import rows_of, tiny_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -36,16 +37,10 @@ EPOCHS, STEPS = 4, 6
 JOBS = ("train", "predict", "tune", "prepare", "evaluate")
 RAYDET = [sys.executable, "-m", "raydet"]
 TRAINING = {
-    "model": "rt_detr_v2_tiny",
-    "image_size": 64,
     "epochs": EPOCHS,
-    "batch_size": 4,
     "learning_rate": 1e-3,
     "ema_decay": 0.9,
-    "augmentation": "flip",
-    "threads_per_worker": 1,
     "save_every_steps": 2,
-    "log_images": 0,
     "cpus_per_worker": 1.2,  # of a node's two CPUs, so that no node has room for two workers
 }
 SMALL_PARTS = """
@@ -103,12 +98,11 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     build_detector("rt_detr_v2_tiny", categories, image_size=64, seed=3).save(f"{data}/checkpoint")
     _save_images(data / "images")
     _save_boxes(data)
-    tables = {"train_data": f"{data}/few/train", "val_data": f"{data}/few/val"}
     scoring = ["--batch-size=4", "--rows-per-file=8", "--threads-per-worker=1", "--cpus-per-worker=1.5"]
     matching = [f"--num-shards={NUM_GROUPS}", "--bootstrap=0"]
     return {
         "train": Job(
-            lambda out: _train(out, tables, "2"), "RayTrainWorker", _num_states, STEPS + 2, outcome_of_training
+            lambda out: _train(data / "few", out, "2"), "RayTrainWorker", _num_states, STEPS + 2, outcome_of_training
         ),
         "predict": Job(
             lambda out: [
@@ -120,9 +114,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             10,
             lambda out: rows_of(out, "detections"),
         ),
-        "tune": Job(
-            lambda out: _tune(out, {**tables, **TRAINING}), "RayTrainWorker", _num_trial_epochs, 3, _outcome_of_search
-        ),
+        "tune": Job(lambda out: _tune(data / "few", out), "RayTrainWorker", _num_trial_epochs, 3, _outcome_of_search),
         "prepare": Job(
             lambda out: [sys.executable, "-c", SMALL_PARTS, f"{data}/images", str(out)],
             "_work_on",
@@ -246,8 +238,7 @@ def test_elastic_training_goes_on_with_the_node_that_is_left(
     cluster: Cluster, second: Node, jobs: dict[str, Job], undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     job, out, expected = jobs["train"], tmp_path / "out", undisturbed.outcome("train")
-    tables = {"train_data": _option(job, "train_data"), "val_data": _option(job, "val_data")}
-    with cluster.started(_train(out, tables, "[1, 2]"), tmp_path / "said") as driver:
+    with cluster.started(_train(_data_of(job), out, "[1, 2]"), tmp_path / "said") as driver:
         _wait_for_work(job, out, driver, tmp_path / "said", lambda: bool(_at_work(second, job)))
         done = job.progress(out)
         cluster.kill_node(second)
@@ -265,22 +256,22 @@ def test_workers_that_hold_all_cpus_do_not_wait_for_ever_for_images(
     cluster: Cluster, second: Node, jobs: dict[str, Job], tmp_path: Path
 ) -> None:
     """This occurs after the loss of a node, when all workers fit on the remaining nodes."""
-    tables = {"train_data": _option(jobs["train"], "train_data"), "val_data": _option(jobs["train"], "val_data")}
-    done = cluster.run(_train(tmp_path / "out", tables, "2", cpus_per_worker=2.0), timeout_s=300)
+    command = _train(_data_of(jobs["train"]), tmp_path / "out", "2", cpus_per_worker=2.0)
+    done = cluster.run(command, timeout_s=300)
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [path.read_text() for path in Path(tmp_path, "out", "log").glob("node-*.log")]
     assert len(logs) == 2 and all("one of 2 workers" in log for log in logs), "a worker on each node"
 
 
-def _train(out: Path, tables: dict[str, str], num_workers: str, **changes: object) -> list[str]:
-    options = {**tables, **TRAINING, "out": out, "num_workers": num_workers, **changes}
+def _train(data: Path, out: Path, num_workers: str, **changes: object) -> list[str]:
+    options = tiny_training(data, **{**TRAINING, "out": out, "num_workers": num_workers, **changes})
     return [*RAYDET, "train", *(f"--{name}={value}" for name, value in options.items())]
 
 
-def _tune(out: Path, train: dict[str, Any]) -> list[str]:
+def _tune(data: Path, out: Path) -> list[str]:
     config = {
         "out": str(out),
-        "train": train,
+        "train_config": tiny_training(data, **TRAINING),
         "space": {"learning_rate": {"loguniform": [1e-4, 1e-3]}},
         "search": "random",
         "scheduler": "none",
@@ -293,8 +284,10 @@ def _tune(out: Path, train: dict[str, Any]) -> list[str]:
     return [*RAYDET, "tune", f"--config={file}"]
 
 
-def _option(job: Job, name: str) -> str:
-    return next(word.partition("=")[2] for word in job.command(Path("out")) if word.startswith(f"--{name}="))
+def _data_of(job: Job) -> Path:
+    """Return the folder of the tables on which a training job runs."""
+    option = next(word for word in job.command(Path("out")) if word.startswith("--train_data="))
+    return Path(option.partition("=")[2]).parent
 
 
 def _save_images(folder: Path) -> None:

@@ -22,6 +22,8 @@ from raydet.models.detector import Detections
 from raydet.models.geometry import Image, SizeHW
 from tests.zero_shot_models import TINY_ZERO_SHOT, write_zero_shot
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LABELS = ["cat", "Remote control", "traffic light"]
 GROUNDING = [model_type for model_type in TINY_ZERO_SHOT if model_type.endswith("grounding-dino")]
 OWL = [model_type for model_type in TINY_ZERO_SHOT if model_type.startswith("owl")]
@@ -33,14 +35,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny model of each type."""
     root = tmp_path_factory.mktemp("zero_shot")
     return {model_type: write_zero_shot(model_type, root / model_type) for model_type in TINY_ZERO_SHOT}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def load(folder: str, labels: Sequence[str] = LABELS, **options: Any) -> Any:

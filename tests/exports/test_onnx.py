@@ -21,14 +21,6 @@ from raydet.tables.schema import Category
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"), Category(90, "toothbrush"))
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def save(name: str, folder: Path) -> str:
     build_detector(name, CATEGORIES, image_size=96, seed=0).save(str(folder))
     return str(folder)

@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,29 +70,6 @@ def write_table(folder: Path, rows: Sequence[tuple[bytes | None, str | None]], *
             writer.flush()
     for file in folder.glob("*.parquet"):
         pq.write_table(pq.read_table(file), file, row_group_size=2)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Yield the URI of an empty bucket on a stand-in for S3."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "stand-in",
-        "AWS_SECRET_ACCESS_KEY": "stand-in",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="pictures")
-    yield "s3://pictures"
-    server.stop()
 
 
 def upload(bucket: str, files: dict[str, bytes]) -> None:
@@ -497,7 +474,7 @@ def test_object_storage_is_as_good_as_a_disk(tmp_path: Path, bucket: str, monkey
             "shards/s-00.tar": (tmp_path / "x.tar").read_bytes(),
             "shards/s-01.tar": (tmp_path / "x.tar").read_bytes(),
             "bad/s-00.tar": (tmp_path / "x.tar").read_bytes()[:700],
-            "lists/x.txt": b"../images/b.jpg\ns3://pictures/images/sub/a \xc3\xa4%41 #1.jpg\ns3://pictures/gone.jpg\nc.jpg\n",
+            "lists/x.txt": b"../images/b.jpg\ns3://runs/images/sub/a \xc3\xa4%41 #1.jpg\ns3://runs/gone.jpg\nc.jpg\n",
             "lists/c.jpg": b"c",
         },
     )
@@ -512,7 +489,7 @@ def test_object_storage_is_as_good_as_a_disk(tmp_path: Path, bucket: str, monkey
             ("shards/s-00.tar", shards[:2], tars[:2]),
             (
                 "lists/x.txt",
-                ["../images/b.jpg", "s3://pictures/images/sub/a ä%41 #1.jpg", "s3://pictures/gone.jpg", "c.jpg"],
+                ["../images/b.jpg", "s3://runs/images/sub/a ä%41 #1.jpg", "s3://runs/gone.jpg", "c.jpg"],
                 [b"b", b"odd", None, b"c"],
             ),
         ]
@@ -532,9 +509,9 @@ def test_object_storage_is_as_good_as_a_disk(tmp_path: Path, bucket: str, monkey
         (None, "the file no longer exists"),
     ]
     for data, words in [
-        ("nothing", "pictures/nothing"),
-        ("bad", "s3://pictures/bad/s-00.tar is"),
-        ("shards/s-{01..02}.tar", "s3://pictures/shards/s-02.tar"),
+        ("nothing", "runs/nothing"),
+        ("bad", "s3://runs/bad/s-00.tar is"),
+        ("shards/s-{01..02}.tar", "s3://runs/shards/s-02.tar"),
         ("none/*.tar", "no file matches"),
     ]:
         with pytest.raises(UserError, match=words):

@@ -30,6 +30,8 @@ from raydet.models.step import StepSetting, compute_gradients
 from raydet.tables.schema import Category
 from tests.local_head import free_port
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CATEGORIES = (Category(1, "circle"), Category(2, "square"), Category(3, "star"))
 TINY = sorted(set(SMALL_MODELS) - {"rt_detr_v2_small"})
 WITH_DENOISING = ("rt_detr", "d_fine", "deimv2")
@@ -39,15 +41,6 @@ SIDE = 96
 UNEVEN = (1, 1, 2, 0, 5, 0, 3, 4)
 
 Gradient = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread; tiny models are faster without thread synchronisation."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

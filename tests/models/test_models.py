@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,10 @@ from raydet.models.loading import build_detector, load_detector
 from raydet.models.small import SMALL_MODELS
 from raydet.tables.schema import Category
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"), Category(90, "toothbrush"))
 TINY = sorted(set(SMALL_MODELS) - {"rt_detr_v2_small"})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread; tiny models are faster without thread synchronisation."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def build(name: str, image_size: int = 96, **options: Any) -> Detector:

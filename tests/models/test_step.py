@@ -4,28 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from raydet.models.collate import Example
 from raydet.models.detector import Detector
 from raydet.models.loading import build_detector
 from raydet.models.processors import resize_rule_of, resized_processor
 from raydet.models.step import StepSetting, apply_gradients, compute_gradients
 from raydet.tables.schema import Category
+from tests.random_examples import random_examples
 
 SIDE = 64
-
-
-def _examples(side: int = SIDE) -> list[Example]:
-    generator = np.random.default_rng(0)
-    return [
-        Example(
-            number,
-            generator.integers(0, 256, (side, side, 3), dtype=np.uint8),
-            (side, side),
-            generator.uniform(0.2, 0.5, (2, 4)).astype(np.float32),
-            generator.integers(0, 2, 2),
-        )
-        for number in range(3)
-    ]
 
 
 def _detector(name: str = "rt_detr_v2_tiny") -> Detector:
@@ -48,7 +34,7 @@ def test_steps_lower_the_loss_in_every_precision(dtype: torch.dtype | None) -> N
     losses = []
     for _ in range(8):
         torch.manual_seed(0)
-        result = compute_gradients(detector, detector.model, [_examples()], setting)
+        result = compute_gradients(detector, detector.model, [random_examples(3, SIDE)], setting)
         apply_gradients(detector.model, optimizer, max_grad_norm=0.1, scaler=scaler)
         losses.append(float(torch.stack(list(result.terms.values())).sum()))
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
@@ -60,7 +46,7 @@ def test_a_gradient_that_overflows_is_left_out_and_the_scale_falls() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     optimizer = torch.optim.AdamW(detector.model.parameters(), 1e-3)
     before = [parameter.detach().clone() for parameter in detector.model.parameters()]
-    compute_gradients(detector, detector.model, [_examples()], _setting(torch.float16, scaler))
+    compute_gradients(detector, detector.model, [random_examples(3, SIDE)], _setting(torch.float16, scaler))
     norm = apply_gradients(detector.model, optimizer, max_grad_norm=0.1, scaler=scaler)
     assert not torch.isfinite(norm)
     assert all(torch.equal(old, new) for old, new in zip(before, detector.model.parameters(), strict=True))
@@ -76,5 +62,5 @@ def test_a_step_of_another_size_pads_to_that_size(name: str) -> None:
         lambda _, __, kwargs: seen.append(tuple(kwargs["pixel_values"].shape[-2:])), with_kwargs=True
     )
     # The second micro-batch is empty; its placeholder image must also have the size of the step.
-    compute_gradients(detector, detector.model, [_examples(96), []], _setting(), rule=rule)
+    compute_gradients(detector, detector.model, [random_examples(3, 96), []], _setting(), rule=rule)
     assert seen == [(96, 96), (96, 96)]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -409,35 +408,26 @@ def test_a_probe_that_is_none_is_refused(tmp_path: Path) -> None:
         plan(config(probe=[str(tmp_path / "none.json")]))
 
 
+def _stage_job(**options: Any) -> Any:
+    from raydet.planning.stages import StageJob
+
+    fixed: dict[str, Any] = {"engine": "torch", "precision": "fp32", "augmentation": "flip"}
+    return StageJob(**fixed, threads=1, use_gpu=False, **options)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("job", ["predict", "train"])
 def test_stages_are_measured_on_real_images(shapes: Path, tmp_path: Path, job: PlannedJob) -> None:
     from raydet.models.loading import build_detector
-    from raydet.planning.stages import StageJob, StageWork
+    from raydet.planning.stages import StageWork
 
     table = str(shapes / "train")
     model = "rt_detr_v2_tiny"
     if job == "predict":
         model = str(tmp_path / "checkpoint")
         build_detector("rt_detr_v2_tiny", open_table(table, "images").categories, image_size=64, seed=0).save(model)
-    asked = StageJob(
-        job=job,
-        table=table,
-        model=model,
-        image_size=64,
-        engine="torch",
-        precision="fp32",
-        augmentation="flip",
-        batch_size=4,
-        threads=1,
-        use_gpu=False,
-        with_model=True,
-        seconds=0.3,
-    )
-    num_threads = torch.get_num_threads()
-    try:
-        found = StageWork(asked).take_turn()
-    finally:
-        torch.set_num_threads(num_threads)
+    asked = _stage_job(job=job, table=table, model=model, image_size=64, batch_size=4, with_model=True, seconds=0.3)
+    found = StageWork(asked).take_turn()
     assert found["num_images"] == 4 * found["num_batches"] > 0 and found["waiting_s"] == 0.0
     stages = {"read", "decode", "model", *(("prepare", "write") if job == "predict" else ())}
     assert set(found["cpu_s"]) == set(found["wall_s"]) == stages
@@ -482,23 +472,18 @@ def test_all_processes_of_a_command_are_watched(tmp_path: Path) -> None:
 
 
 def test_pictures_that_are_none_are_a_mistake(shapes: Path, tmp_path: Path) -> None:
-    from raydet.planning.stages import StageJob, StageWork
+    from raydet.planning.stages import StageWork
 
     table = open_table(str(shapes / "train"), "images")
     rows = table.read().to_pylist()[:3]
     with TableWriter(str(tmp_path / "broken"), table.schema, config_hash="-") as writer:
         writer.write_rows([{**row, "image": {"bytes": b"no picture", "path": "x.jpg"}} for row in rows])
-    asked = StageJob(
+    asked = _stage_job(
         job="predict",
         table=str(tmp_path / "broken"),
         model="",
         image_size=None,
-        engine="torch",
-        precision="fp32",
-        augmentation="flip",
         batch_size=2,
-        threads=1,
-        use_gpu=False,
         with_model=False,
         seconds=0.1,
     )

@@ -7,13 +7,9 @@ follow from the plan, and each worker has one thread.
 import dataclasses
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,8 +19,10 @@ from raydet import PredictConfig, PrepareShapesConfig, predict, prepare_shapes
 from raydet.models.loading import build_detector
 from raydet.tables import storage
 from raydet.tables.table import open_table
+from tests import s3_stand_in
+from tests.drivers import command_of, needs_small_disk, run_on_small_disk, started, wait_for_progress
 from tests.outcomes import Rows, assert_same_rows
-from tests.s3_stand_in import BUCKET, started
+from tests.s3_stand_in import BUCKET
 from tests.small_sets import rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -59,46 +57,16 @@ def _assert_same(out: str, expected: Rows) -> None:
     assert_same_rows(rows_of(out, "detections"), expected)
 
 
-def _command(config: PredictConfig) -> list[str]:
-    arguments = [sys.executable, "-m", "raydet", "predict"]
-    for name, value in dataclasses.asdict(config).items():
-        if value is not None:
-            arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
-    return arguments
-
-
-def _start(config: PredictConfig, output: Path) -> "subprocess.Popen[bytes]":
-    """Start a run in its own session, with its own Ray."""
-    with output.open("wb") as file:
-        return subprocess.Popen(_command(config), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def _wait_until(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]", output: Path) -> None:
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert driver.poll() is None and time.monotonic() < deadline, output.read_text()
-        time.sleep(0.01)
-
-
 def _num_files(out: str) -> int:
     return len(list(Path(out).glob("part-*.parquet")))
-
-
-def _end(driver: "subprocess.Popen[bytes]") -> None:
-    """Kill the complete session at once: driver, Ray's processes and workers, as in a power failure."""
-    if driver.poll() is None:
-        os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9])
 def test_a_killed_run_goes_on(reference: tuple[PredictConfig, Rows], tmp_path: Path, part: float) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
-    driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
-    try:
-        _wait_until(lambda: _num_files(config.out) >= part * NUM_FILES, driver, output)
-    finally:
-        _end(driver)
+    output = tmp_path / "output"
+    with started(command_of("predict", config), output) as driver:
+        wait_for_progress(lambda: _num_files(config.out) >= part * NUM_FILES, driver, output)
     done = {path.name: path.stat().st_mtime_ns for path in Path(config.out).glob("part-*.parquet")}
     assert len(done) < NUM_FILES, "killed too late to tell"
     predict(config)
@@ -108,23 +76,21 @@ def test_a_killed_run_goes_on(reference: tuple[PredictConfig, Rows], tmp_path: P
 
 def test_only_the_driver_is_killed(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
-    driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
-    try:
-        _wait_until(lambda: _num_files(config.out) >= 0.3 * NUM_FILES, driver, output)
+    output = tmp_path / "output"
+    with started(command_of("predict", config), output) as driver:
+        wait_for_progress(lambda: _num_files(config.out) >= 0.3 * NUM_FILES, driver, output)
         driver.kill()
         driver.wait()
         # Files that its workers still finish are identical.
         predict(config)
-    finally:
-        _end(driver)
     _assert_same(config.out, reference[1])
 
 
 def test_a_killed_actor_is_replaced(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"), num_workers=2)
-    driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
-    try:
-        _wait_until(lambda: _num_files(config.out) >= 0.3 * NUM_FILES, driver, output)
+    output = tmp_path / "output"
+    with started(command_of("predict", config), output) as driver:
+        wait_for_progress(lambda: _num_files(config.out) >= 0.3 * NUM_FILES, driver, output)
         actors = [
             process
             for process in psutil.Process(driver.pid).children(recursive=True)
@@ -133,8 +99,6 @@ def test_a_killed_actor_is_replaced(reference: tuple[PredictConfig, Rows], tmp_p
         assert len(actors) == 2, [process.cmdline() for process in actors]
         actors[0].kill()
         assert driver.wait(timeout=200) == 0, output.read_text()
-    finally:
-        _end(driver)
     _assert_same(config.out, reference[1])
 
 
@@ -142,55 +106,42 @@ def test_a_second_run_is_refused_and_a_finished_one_does_nothing(
     reference: tuple[PredictConfig, Rows], tmp_path: Path
 ) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
-    driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
-    try:
-        _wait_until(lambda: _num_files(config.out) >= 1, driver, output)
-        second = subprocess.run(_command(config), capture_output=True, text=True, timeout=60)
+    output = tmp_path / "output"
+    with started(command_of("predict", config), output) as driver:
+        wait_for_progress(lambda: _num_files(config.out) >= 1, driver, output)
+        second = subprocess.run(command_of("predict", config), capture_output=True, text=True, timeout=60)
         assert second.returncode == 2 and "is in use by another run" in second.stderr, second.stderr
         assert driver.wait(timeout=200) == 0, output.read_text()
-    finally:
-        _end(driver)
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*.parquet")}
     assert predict(config).already_done
     assert {path: path.stat().st_mtime_ns for path in before} == before
     _assert_same(config.out, reference[1])
 
 
-@pytest.mark.skipif(
-    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
-    reason="requires permission to mount a small file system",
-)
+@needs_small_disk
 def test_a_full_disk_ends_the_run_with_one_line(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
     disk, kept = tmp_path / "disk", tmp_path / "kept"
-    disk.mkdir()
     config = dataclasses.replace(reference[0], out=str(disk / "d"))
-    script = tmp_path / "script.sh"
-    script.write_text(
-        f'mount -t tmpfs -o size=200k none {disk} || exit 99\n"$@"\ncode=$?\ncp -r {disk}/d {kept}\nexit $code\n'
-    )
-    command = ["unshare", "-rm", "sh", str(script), *_command(config)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = run_on_small_disk(command_of("predict", config), disk, size="200k", kept=kept)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "cannot write to" in result.stderr and "No space left on device" in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
-    assert 0 < _num_files(str(kept)) < NUM_FILES
-    predict(dataclasses.replace(config, out=str(kept)))
-    _assert_same(str(kept), reference[1])
+    config = dataclasses.replace(config, out=str(kept / "d"))
+    assert 0 < _num_files(config.out) < NUM_FILES
+    predict(config)
+    _assert_same(config.out, reference[1])
 
 
 def test_a_store_that_fails_for_a_while(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
-    with started() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with s3_stand_in.started() as server, pytest.MonkeyPatch.context() as patch:
+        server.use(patch)
         storage.publish_folder(reference[0].data, f"{BUCKET}/images")
         config = dataclasses.replace(reference[0], data=f"{BUCKET}/images", out=f"{BUCKET}/detections")
-        driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
-        try:
-            _wait_until(lambda: len(storage.list_files(config.out)) > 0.2 * NUM_FILES, driver, output)
+        output = tmp_path / "output"
+        with started(command_of("predict", config), output) as driver:
+            wait_for_progress(lambda: len(storage.list_files(config.out)) > 0.2 * NUM_FILES, driver, output)
             server.fail("503", 15)
             assert driver.wait(timeout=250) == 0, output.read_text()
-        finally:
-            _end(driver)
         assert server.num_refused > 0
         # This process did not write the table, like any user's.
         _assert_same(config.out, reference[1])

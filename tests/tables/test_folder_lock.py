@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from raydet.common.errors import RunError, UserError
 from raydet.tables import folder_lock, storage
 from raydet.tables.folder_lock import Hold, LeaseTimes
-from tests import gcs_stand_in
+from tests import gcs_stand_in, s3_stand_in
 
 QUICK = LeaseTimes(renew_s=0.2, watch_s=1.5, settle_s=0.3)
 LOCK_FILE, LEASE_FILE = "_lock", "_lock.json"
@@ -55,15 +54,9 @@ def start() -> Iterator[Callable[[str], tuple[subprocess.Popen[str], int]]]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/runs", method="PUT"))
-    yield f"http://{host}:{port}"
-    server.stop()
+def s3_server() -> Iterator[s3_stand_in.StandIn]:
+    with s3_stand_in.started() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +70,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> s
     if request.param == "gs":
         monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", request.getfixturevalue("gcs_server"))
         return f"{gcs_stand_in.BUCKET}/{request.node.originalname}"
-    for name, value in {
-        "AWS_ENDPOINT_URL": request.getfixturevalue("server"),
-        "AWS_ACCESS_KEY_ID": "stand-in",
-        "AWS_SECRET_ACCESS_KEY": "stand-in",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://runs/{request.node.originalname}"
+    request.getfixturevalue("s3_server").use(monkeypatch)
+    return f"{s3_stand_in.BUCKET}/{request.node.originalname}"
 
 
 Start = Callable[[str], tuple[subprocess.Popen[str], int]]

@@ -28,8 +28,7 @@ def stand_in() -> Iterator[StandIn]:
 
 @pytest.fixture
 def server(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    for name, value in stand_in.environment.items():
-        monkeypatch.setenv(name, value)
+    stand_in.use(monkeypatch)
     yield stand_in
     stand_in.fail("503", 0)
 

@@ -26,7 +26,7 @@ from raydet.training import stream
 from raydet.training.batches import ReadyBatch, ready_batch, ready_batches
 from raydet.training.ordering import RunPlan
 from raydet.training.stream import run_stream
-from tests.nodes import wait_until
+from tests.drivers import wait_until
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
 

@@ -5,14 +5,8 @@ The results are compared with those of an undisturbed run.
 
 import dataclasses
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +18,24 @@ from raydet.models.checkpoints import STATES_FOLDER
 from raydet.models.loading import load_detector
 from raydet.tables import storage
 from raydet.training.train import TrainResult
+from tests.drivers import command_of, needs_small_disk, run_on_small_disk, started, wait_for_progress
 from tests.outcomes import assert_same_rows, outcome_of_training
+from tests.small_sets import tiny_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 EPOCHS = 4
 
 
-def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
-    values: dict[str, object] = {
-        "train_data": str(shapes / "train"),
-        "val_data": str(shapes / "val"),
-        "out": str(out),
-        "model": "rt_detr_v2_tiny",
-        "image_size": 64,
+def _config(shapes: Path, out: Path, **changes: Any) -> TrainConfig:
+    options: dict[str, Any] = {
         "epochs": EPOCHS,
-        "batch_size": 4,
         "validate_batch_size": 4,
         "learning_rate": 1e-3,
         "ema_decay": 0.9,
-        "augmentation": "flip",
-        "threads_per_worker": 1,
         "save_every_steps": 2,
-        "log_images": 0,
     }
-    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return TrainConfig(out=str(out), **tiny_training(shapes, **{**options, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +50,6 @@ def undisturbed_pair(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray
     return train(_config(shapes, tmp_path_factory.mktemp("undisturbed") / "run", num_workers=2))
 
 
-def _command(config: TrainConfig) -> list[str]:
-    """Return the command line of a run with every option."""
-    arguments = [sys.executable, "-m", "raydet", "train"]
-    for name, value in dataclasses.asdict(config).items():
-        arguments += [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return arguments
-
-
-def _start(config: TrainConfig, output: Path) -> "subprocess.Popen[bytes]":
-    """Start a run in its own session, with its own Ray."""
-    with output.open("wb") as file:
-        return subprocess.Popen(_command(config), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def _wait_for(path: Path, driver: "subprocess.Popen[bytes]", timeout_s: float = 200) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        assert driver.poll() is None and time.monotonic() < deadline, f"{path.name} did not appear"
-        time.sleep(0.02)
-
-
 def _assert_same_run(result: TrainResult, reference: TrainResult) -> None:
     """Check that all numbers and the weights are identical: single-threaded workers repeat every step exactly."""
     assert len(result.history) == EPOCHS and not result.already_done
@@ -92,27 +58,20 @@ def _assert_same_run(result: TrainResult, reference: TrainResult) -> None:
 
 def test_a_killed_run_goes_on_in_mid_epoch(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
     config = _config(shapes, tmp_path / "killed")
-    driver = _start(config, tmp_path / "output")
-    try:
-        _wait_for(tmp_path / "killed" / STATES_FOLDER / "00001-0000002.pt", driver)
-    finally:
-        # Kill the complete session: driver, Ray's processes and workers, as in a power failure.
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
+    state = tmp_path / "killed" / STATES_FOLDER / "00001-0000002.pt"
+    with started(command_of("train", config), tmp_path / "output") as driver:
+        wait_for_progress(state.exists, driver, tmp_path / "output")
     assert len(_history(config.out)) < EPOCHS, "killed too late: the run had finished"
     _assert_same_run(train(config), undisturbed)
 
 
 def test_sigterm_saves_what_there_is(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
     config = _config(shapes, tmp_path / "stopped", save_every_steps=None)
-    driver = _start(config, tmp_path / "output")
-    try:
-        _wait_for(tmp_path / "stopped" / STATES_FOLDER / "00001-0000000.pt", driver)
-        os.kill(driver.pid, signal.SIGTERM)
+    state = tmp_path / "stopped" / STATES_FOLDER / "00001-0000000.pt"
+    with started(command_of("train", config), tmp_path / "output") as driver:
+        wait_for_progress(state.exists, driver, tmp_path / "output")
+        driver.terminate()
         assert driver.wait(timeout=60) == 143
-    finally:
-        if driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGKILL)
     text = (tmp_path / "output").read_text()
     assert "run stopped" in text and "Traceback" not in text
     _assert_same_run(train(config), undisturbed)
@@ -153,55 +112,22 @@ def _kill_a_worker(state: Path) -> int:
     return 0
 
 
-@pytest.mark.skipif(
-    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
-    reason="requires permission to mount a file system",
-)
+@needs_small_disk
 def test_a_full_disk_ends_the_run_with_one_line(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    kept = tmp_path / "kept"
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
     # Room for the first checkpoints (weights, and a state three times their size) only.
     config = _config(shapes, disk / "run", keep_states=10)
-    script = tmp_path / "script.sh"
-    script.write_text(
-        f'mount -t tmpfs -o size=14m none {disk} || exit 99\n"$@"\ncode=$?\ncp -r {disk}/run {kept}\nexit $code\n'
-    )
-    command = ["unshare", "-rm", "sh", str(script), *_command(config)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = run_on_small_disk(command_of("train", config), disk, size="14m", kept=kept)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "cannot write the checkpoint" in result.stderr and "the disk is full" in result.stderr
     assert "Traceback" not in result.stderr
-    _assert_same_run(train(dataclasses.replace(config, out=str(kept), keep_states=2)), undisturbed)
+    _assert_same_run(train(dataclasses.replace(config, out=str(kept / "run"), keep_states=2)), undisturbed)
 
 
 def test_a_loss_that_is_no_number_names_step_images_and_terms(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
     config = _config(shapes, tmp_path / "run", learning_rate=1e25, max_grad_norm=1e9, schedule="constant")
     with pytest.raises(RunError, match=r"loss.*step \d of epoch 1: \w+.*images \d+, \d+"):
         train(config)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URI of an empty bucket on a local S3 server."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "stand-in",
-        "AWS_SECRET_ACCESS_KEY": "stand-in",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="runs")
-    yield "s3://runs"
-    server.stop()
 
 
 def test_an_object_store_holds_the_tables_and_the_run(shapes: Path, tmp_path: Path, bucket: str) -> None:
@@ -214,8 +140,8 @@ def test_an_object_store_holds_the_tables_and_the_run(shapes: Path, tmp_path: Pa
         out=f"{bucket}/run",
     )
     for epochs in (1, 2):
-        driver = _start(dataclasses.replace(config, epochs=epochs), tmp_path / "output")
-        assert driver.wait(timeout=180) == 0, (tmp_path / "output").read_text()
+        with started(command_of("train", dataclasses.replace(config, epochs=epochs)), tmp_path / "output") as driver:
+            assert driver.wait(timeout=180) == 0, (tmp_path / "output").read_text()
     files = storage.list_files(f"{bucket}/run", recursive=True)
     assert {"config.yaml", "log/history.json", "checkpoint/model.safetensors", "last/config.json"} <= set(files)
     assert [name for name in files if name.startswith(STATES_FOLDER)] == [

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,26 +21,20 @@ from raydet.tables.table import open_table
 from raydet.training.history import read_history
 from raydet.training.train import TrainResult
 from tests.outcomes import weights_hash
+from tests.small_sets import tiny_training
 
 
-def _config(shapes: Path, out: Path, **changes: object) -> TrainConfig:
-    values: dict[str, object] = {
-        "train_data": str(shapes / "train"),
-        "val_data": str(shapes / "val"),
-        "out": str(out),
-        "model": "rt_detr_v2_tiny",
-        "image_size": 64,
+def _config(shapes: Path, out: Path, **changes: Any) -> TrainConfig:
+    options: dict[str, Any] = {
         "epochs": 6,
         "batch_size": 6,
         "validate_batch_size": 4,
         "learning_rate": 1e-3,
         "ema_decay": 0.9,
-        "augmentation": "flip",
-        "threads_per_worker": 1,
         "save_every_steps": 3,
         "log_images": 2,
     }
-    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return TrainConfig(out=str(out), **tiny_training(shapes, **{**options, **changes}))
 
 
 Trained = tuple[TrainConfig, TrainResult, str]

@@ -1,6 +1,5 @@
 """An epoch's validation against `predict` and `evaluate` of its checkpoint: one inference path, so one answer."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from raydet.training.state import load_state, newest_state
 from raydet.training.stream import run_stream
 from raydet.training.trainer import Trainer
 from raydet.training.validation import detect
+from tests.small_sets import tiny_training
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "one_thread")
 
@@ -44,12 +44,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "train_data": str(pictures / "train"),
-        "val_data": str(pictures / "val"),
-        "out": str(out),
-        "model": "rt_detr_v2_tiny",
-        "image_size": 64,
+    options: dict[str, Any] = {
         "epochs": 1,
         "batch_size": 8,
         "validate_batch_size": BATCH_SIZE,
@@ -57,20 +52,8 @@ def _config(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
         "backbone_learning_rate": 1e-3,
         "warmup_steps": 20,
         "ema_decay": 0.9,
-        "augmentation": "flip",
-        "threads_per_worker": 1,
-        "log_images": 0,
     }
-    return TrainConfig(**{**values, **changes})
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads of torch in this process as in those of the commands."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return TrainConfig(out=str(out), **tiny_training(pictures, **{**options, **changes}))
 
 
 def _validated(config: TrainConfig) -> dict[int, Detections]:

@@ -3,10 +3,7 @@
 import dataclasses
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +19,8 @@ from raydet.config import to_yaml
 from raydet.config.options import load_file
 from raydet.tables.table import open_table
 from raydet.tuning import records
+from tests.drivers import started, wait_until
+from tests.small_sets import tiny_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -43,22 +42,10 @@ class _Watched(Console):
 
 
 def _config(shapes: Path, out: Path, train: dict[str, Any], **changes: Any) -> TuneConfig:
-    base = {
-        "train_data": str(shapes / "train"),
-        "val_data": str(shapes / "val"),
-        "model": "rt_detr_v2_tiny",
-        "image_size": 64,
-        "epochs": 2,
-        "batch_size": 6,
-        "learning_rate": 1e-3,
-        "schedule": "constant",
-        "augmentation": "flip",
-        "threads_per_worker": 1,
-        "log_images": 0,
-    }
+    base = {"epochs": 2, "batch_size": 6, "learning_rate": 1e-3, "schedule": "constant"}
     values: dict[str, Any] = {
         "out": str(out),
-        "train_config": {**base, **train},
+        "train_config": tiny_training(shapes, **{**base, **train}),
         "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}},
         "search": "random",
         "scheduler": "none",
@@ -78,13 +65,6 @@ def _command(process: psutil.Process) -> list[str]:
         return list(process.cmdline())
     except psutil.Error:
         return []
-
-
-def _wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 200) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -137,7 +117,7 @@ def test_a_trial_that_is_behind_is_stopped_with_its_workers(shapes: Path, tmp_pa
     assert [trial.state for trial in result.trials] == ["finished", "stopped", "stopped"]
     assert result.best.number == 0 and len(result.trials[0].history) == 12
     assert all(3 <= len(trial.history) < 12 for trial in result.trials[1:])
-    _wait_until(lambda: not _trainers(), "workers of a stopped trial live on", timeout_s=60)
+    wait_until(lambda: not _trainers(), lambda: "workers of a stopped trial live on", timeout_s=60)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -155,25 +135,14 @@ def test_a_killed_search_goes_on(shapes: Path, tmp_path: Path, ray_cluster: None
     file = tmp_path / "tune.yaml"
     file.write_text(to_yaml(config))
     second = Path(config.out, "trials", "trial-0001")
-    with (tmp_path / "output").open("wb") as output:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "raydet", "tune", "--config", str(file)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "COLUMNS": "200"},
-        )
-    try:
-        _wait_until(
+    command = [sys.executable, "-m", "raydet", "tune", "--config", str(file)]
+    with started(command, tmp_path / "output", env={**os.environ, "COLUMNS": "200"}) as driver:
+        wait_until(
             lambda: len(records.read_history(str(second))) >= 2 or driver.poll() is not None,
-            "the second trial makes no progress",
+            lambda: "the second trial makes no progress",
             timeout_s=600,
         )
         assert driver.poll() is None, (tmp_path / "output").read_text()
-    finally:
-        # Kill the complete session with all of Ray's processes, as in a power failure.
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
     assert "Traceback" not in (tmp_path / "output").read_text()
     first, cut_off = records.load(config.out)
     assert first.state == "finished" and cut_off.state == "unfinished" and len(cut_off.history) < 6

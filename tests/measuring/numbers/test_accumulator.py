@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydet.common.boxes import as_boxes
@@ -25,6 +25,8 @@ from tests.measuring.numbers.test_metrics import (
     ONE_CLASS,
     ONE_HIT,
     PROTOCOLS,
+    SLOW,
+    Case,
     Image,
     cases,
     image_detections,
@@ -32,9 +34,6 @@ from tests.measuring.numbers.test_metrics import (
     match_all,
     real_images,
 )
-
-Case = tuple[list[Image], list[Category]]
-SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 
 
 def test_an_unreadable_image_counts_as_missed() -> None:

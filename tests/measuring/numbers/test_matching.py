@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask
 from pycocotools.cocoeval import COCOeval
@@ -28,6 +28,8 @@ from tests.measuring.numbers.test_metrics import (
     ONE_BOX,
     ONE_HIT,
     PROTOCOLS,
+    SLOW,
+    Case,
     Image,
     cases,
     columns,
@@ -38,8 +40,6 @@ from tests.measuring.numbers.test_metrics import (
     reference,
 )
 
-Case = tuple[list[Image], list[Category]]
-SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 COLUMNS = (
     "image_ids",
     "detection_image",

@@ -34,6 +34,10 @@ class Image(NamedTuple):
     detections: ImageDetections
 
 
+Case = tuple[list[Image], list[Category]]
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
 def image_truth(rows: list[tuple[list[float], int, float, bool]]) -> ImageTruth:
     boxes, categories, areas, crowds = zip(*rows, strict=True) if rows else ((), (), (), ())
     return ImageTruth(
@@ -269,7 +273,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Image], list[Category]]:
     return images, categories
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
 @given(case=cases(), num_shards=st.sampled_from([1, 2, 7, 64]), seed=st.integers(0, 2**16))
 def test_equal_to_pycocotools_on_random_cases(
     case: tuple[list[Image], list[Category]], num_shards: int, seed: int
@@ -290,7 +294,7 @@ PROTOCOLS = [
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=range(len(PROTOCOLS)))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=15, deadline=None, suppress_health_check=SLOW)
 @given(case=cases())
 def test_equal_to_pycocotools_by_other_rules(protocol: Protocol, case: tuple[list[Image], list[Category]]) -> None:
     images, categories = case

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydet.measuring.numbers.matches import Matches, concatenate
@@ -17,6 +17,8 @@ from raydet.measuring.numbers.protocols import lvis_blocks, match_lvis, match_vo
 from raydet.measuring.numbers.values import Block
 from raydet.tables.schema import Category
 from tests.measuring.numbers.test_metrics import (
+    SLOW,
+    Case,
     Image,
     cases,
     columns,
@@ -25,8 +27,6 @@ from tests.measuring.numbers.test_metrics import (
     real_images,
 )
 
-Case = tuple[list[Image], list[Category]]
-SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 ONE_CLASS = [Category(7, "cell")]
 
 

@@ -40,8 +40,7 @@ def fill(bucket: str, test_data: Path) -> None:
 @pytest.fixture(scope="module")
 def s3(test_data: Path) -> Iterator[s3_stand_in.StandIn]:
     with pytest.MonkeyPatch.context() as patch, s3_stand_in.started() as stand_in:
-        for name, value in stand_in.environment.items():
-            patch.setenv(name, value)
+        stand_in.use(patch)
         # Retries are tested elsewhere and would only slow this down.
         patch.setattr(storage, "S3_ATTEMPTS", 1)
         fill(s3_stand_in.BUCKET, test_data)
