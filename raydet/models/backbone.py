@@ -40,7 +40,7 @@ def freeze_backbone(model: nn.Module, part: Backbone, *, where: str = "this mode
     model afterwards, and any optimizer that holds trainable parameters only.
 
     Args:
-        model: Of any family.
+        model: Model of any family.
         part: `none`: the complete backbone learns. `stem`: its first layers do not; in a vision transformer the patch
             and position embeddings, in a ResNet, HGNet or another network of stages the stem and the first stage, as
             the authors of DETR freeze `conv1`, `bn1` and `layer1`. `all`: none of it learns.

@@ -30,7 +30,7 @@ class Family:
             `side_multiple`.
         query_grid: Source of the cells that queries start from; read only where `side_multiple` is above 1.
         num_queries_field: Field of the model's config that holds the number of queries.
-        resizes_by_edges: The image processor rounds to whole patches only if its size is given as edges, so that
+        resizes_by_edges: The image processor rounds to complete patches only if its size is given as edges, so that
             `--image-size` sets edges rather than limits.
         auxiliary_loss: Each decoder layer can have a loss of its own.
         distils: Boxes are distributions, which decoder layers learn from the last layer (`loss_ddf`).

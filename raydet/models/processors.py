@@ -109,9 +109,9 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
     """Refuse input sizes at which the model would fail in the middle of a run.
 
     Args:
-        config: The model's.
-        family: The model's.
-        rule: Of its image processor.
+        config: Config of the model.
+        family: Family of the model.
+        rule: Resize rule of its image processor.
         num_queries: Boxes that the model proposes per image.
         where: The model, for error messages.
 

@@ -15,11 +15,11 @@ ROUNDING_PX = 1e-6
 DUPLICATE_PX = 0.01
 """Boxes are equal if their numbers, rounded to this, are; files have at least two decimals."""
 
-CLIPPED = "boxes that ran out of their image, cut to it"
-NO_AREA = "boxes without area, left out"
-OUTSIDE = "boxes outside their image, left out"
+CLIPPED = "boxes clipped to their image"
+NO_AREA = "boxes without area, dropped"
+OUTSIDE = "boxes outside their image, dropped"
 REPEATED_KEPT = "boxes that repeat another of their class, kept"
-REPEATED_DROPPED = "boxes that repeat another of their class, left out"
+REPEATED_DROPPED = "boxes that repeat another of their class, dropped"
 
 Flags = npt.NDArray[np.bool_]
 
@@ -30,21 +30,21 @@ class FittedObjects:
 
     Attributes:
         objects: Lists of equal length, of the kept boxes.
-        oddities: By kind of finding, the source's ids of the boxes and their particulars.
+        findings: Annotation id and detail of each affected box, by kind of finding.
     """
 
     objects: dict[str, list[Any]]
-    oddities: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    findings: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
 
     @property
     def num_clipped(self) -> int:
         """Number of boxes clipped to the image."""
-        return len(self.oddities.get(CLIPPED, []))
+        return len(self.findings.get(CLIPPED, []))
 
     @property
     def num_dropped(self) -> int:
         """Number of boxes dropped because they have no area inside the image."""
-        return len(self.oddities.get(NO_AREA, [])) + len(self.oddities.get(OUTSIDE, []))
+        return len(self.findings.get(NO_AREA, [])) + len(self.findings.get(OUTSIDE, []))
 
 
 def fit_objects(

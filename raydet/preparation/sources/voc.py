@@ -45,7 +45,7 @@ from raydet.tables.spill import Spilled
 MAX_XML_BYTES = 16 * 2**20
 """Larger XML files are refused: each is parsed in memory, and a thousand boxes take a quarter of a megabyte."""
 
-_NO_IMAGE = "no such file: there is no image of this name"
+_NO_IMAGE = "no such file: no image has this name"
 
 
 class _XmlError(Exception):
@@ -180,7 +180,7 @@ def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: Fin
         raise UserError(f"--annotations {annotations.uri} holds 0 XML files and {len(files)} others; {hint}")
     paths = {_stem(path): path for path in xml_files}
     for path in sorted(set(xml_files) - set(paths.values())):
-        findings.note(Finding("XML files of the same name as another, not read", readable(path)))
+        findings.note(Finding("XML files with the same name as another, skipped", readable(path)))
     return paths
 
 
@@ -276,7 +276,7 @@ def _read_split(
     if not stems:
         raise UserError(f"the split file {uri} names no image; it must hold a name per line, as in ImageSets/Main")
     for stem, count in Counter(stems).items():
-        findings.note(Finding("repeated lines in the split, of which one is used", readable(stem), count=count - 1))
+        findings.note(Finding("repeated lines in the split file, skipped", readable(stem), count=count - 1))
     return set(stems)
 
 
@@ -295,7 +295,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _An
     for item in root.findall("object"):
         name, corners = readable(_text(item, "name")), _corners(item)
         if not name or corners is None:
-            findings["objects without a name or four numbers as box, left out"] += 1
+            findings["objects without a name or a box of four numbers, dropped"] += 1
             continue
         left, top, right, bottom = corners
         offset = 0.0 if zero_based else 1.0
@@ -354,7 +354,7 @@ def _add_findings(annotation: _Annotation, path: str, index_of: Mapping[str, int
     for kind, count in annotation.findings.items():
         findings.note(Finding(kind, path, count=count))
     for name, count in Counter(name for name in annotation.names if name not in index_of).items():
-        kind = "objects of classes that are not among `classes`, left out"
+        kind = "objects of classes that are not in --classes, dropped"
         findings.note(Finding(kind, path, count=count, detail=f"their class is {name}"))
 
 
