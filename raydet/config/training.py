@@ -178,7 +178,8 @@ class TrainConfig(WorkersConfig):
         workers = [self.num_workers] * 2 if isinstance(self.num_workers, int) else self.num_workers
         require(
             len(workers) == 2 and 0 < workers[0] <= workers[1],
-            f"--num-workers must be a number above 0, or a minimum and a maximum such as 1,4; got {self.num_workers}",
+            f"--num-workers must be a positive number, or a minimum and a maximum such as [1, 4]; "
+            f"got {self.num_workers}",
         )
         require_positive(self, "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate")
         require_positive(self, "backbone_learning_rate", "validate_every", "validate_batch_size", "shuffle_window_mb")

@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         split=config.split or _name_of(config.truth),
     )
     if config.protocol != "coco" and config.max_detections is not None:
-        raise UserError(f"--max-detections applies only to --protocol coco, not to {config.protocol}; leave it out")
+        raise UserError(f"--max-detections applies only to --protocol coco, not to {config.protocol}; omit it")
     if config.out is None:
         return _evaluate(config, None)
     with metrics_folder.open_for_run(config) as folder:

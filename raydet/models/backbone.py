@@ -47,13 +47,13 @@ def freeze_backbone(model: nn.Module, part: Backbone, *, where: str = "this mode
         where: The model, for the error message.
 
     Raises:
-        UserError: raydet does not know the stem of this backbone.
+        UserError: raydet cannot identify the stem of this backbone.
     """
     names = backbone_parameter_names(model)
     stem = {name for name in names if _STEM.search(name)}
     if part == "stem" and not stem:
         raise UserError(
-            f"--freeze-backbone stem: raydet does not know the stem of the backbone of {where}; use none or all"
+            f"--freeze-backbone stem: raydet cannot identify the stem of the backbone of {where}; use none or all"
         )
     frozen = {"none": set(), "stem": stem, "all": names}[part]
     norms = {

@@ -199,11 +199,12 @@ def family_of(model_type: str, *, where: str) -> Family:
     for prefix, product in _UNTRAINABLE.items():
         if model_type.startswith(prefix):
             raise UserError(
-                f"{where} is {product} ({model_type}), which transformers cannot train; raydet knows {known}"
+                f"{where} is {product} ({model_type}), which transformers cannot train; raydet supports {known}"
             )
     if model_type not in FAMILIES:
         raise UserError(
-            f"{where} is a {model_type or 'nameless'} model, not a detector that raydet can train; raydet knows {known}"
+            f"{where} is a {model_type or 'nameless'} model, not a detector that raydet can train; "
+            f"raydet supports {known}"
         )
     return FAMILIES[model_type]
 
@@ -212,7 +213,7 @@ def check_graph_sizes(family: Family, *, keeps_aspect: bool, where: str, remedy:
     """Refuse to trace a model whose images vary in size if its graph works at one size only.
 
     Args:
-        family: The model's.
+        family: Family of the model.
         keeps_aspect: The image processor keeps the aspect ratio and does not pad to a fixed size.
         where: The checkpoint, for the error message.
         remedy: The end of the error message: what the user can do instead.

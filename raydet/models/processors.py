@@ -50,7 +50,7 @@ def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
 
     Args:
         processor: A Hugging Face image processor.
-        family: The model's.
+        family: Family of the model.
         image_size: In pixels. For families with a fixed input size, the side of the square input. For families that
             keep the aspect ratio, the longest side; every image is then padded to a square of this side, so that its
             padding does not depend on the other images of the batch.

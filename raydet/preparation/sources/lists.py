@@ -201,7 +201,8 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
             )
         if storage.is_web(images.uri) and not storage.is_web(uri):
             raise UserError(
-                f"image {number} of {images.uri} is not on the web: {path}; a list there may name no others"
+                f"image {number} of {images.uri} is not on the web: {path}; "
+                "a list on the web can only name images on the web"
             )
         if "@" in uri:
             refuse_password(uri, what=f"image {number} of {images.uri}")

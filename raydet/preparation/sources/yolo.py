@@ -124,8 +124,8 @@ def _no_label_file(files: YoloFiles) -> UserError:
     )
     if not label_paths:
         return UserError(
-            f"{text}, but {files.labels.uri} holds 0 .txt files and {len(others)} others; without labels use "
-            "`raydet prepare images`"
+            f"{text}, but {files.labels.uri} holds 0 .txt files and {len(others)} others; for images without "
+            "labels, use `raydet prepare images`"
         )
     folders = aligned_folders(label_paths, image_paths)
     if folders is None:

@@ -197,7 +197,7 @@ def test_several_folders_and_labels_beside_the_images(tmp_path: Path) -> None:
         ("train: images\nnames: [dog]\nkpt_shape: [17, 3]\n", "keypoints"),
         ("train: bare\nnames: [dog]\n", "none of the 1 images"),
         ("train: void\nnames: [dog]\n", "no image file"),
-        ("train: data.yaml.txt\nnames: [dog]\n", "not named like an image"),
+        ("train: data.yaml.txt\nnames: [dog]\n", "image file extension"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path: Path, text: str, words: str) -> None:
