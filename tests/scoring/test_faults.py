@@ -99,7 +99,7 @@ def _end(driver: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9])
-def test_a_killed_run_goes_on(reference: tuple[PredictConfig, Rows], tmp_path: Path, part: float) -> None:
+def test_a_killed_run_resumes(reference: tuple[PredictConfig, Rows], tmp_path: Path, part: float) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
     driver, output = _start(config, tmp_path / "output"), tmp_path / "output"
     try:

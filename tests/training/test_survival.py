@@ -95,7 +95,7 @@ def _assert_same_run(result: TrainResult, reference: TrainResult) -> None:
     assert hashes[0].hexdigest() == hashes[1].hexdigest()
 
 
-def test_a_killed_run_goes_on_in_mid_epoch(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
+def test_a_killed_run_resumes_in_mid_epoch(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
     config = _config(shapes, tmp_path / "killed")
     driver = _start(config, tmp_path / "output")
     try:
