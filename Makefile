@@ -17,7 +17,7 @@ help: ## List the commands
 
 setup: $(READY) ## Install everything into .venv (each command below does it when needed)
 
-demo: $(READY) ## The whole pipeline on generated images: prepare, train, predict, evaluate
+demo: $(READY) ## The complete pipeline on generated images: prepare, train, predict, evaluate
 	@$(BIN)/raydet demo
 
 test-unit: $(READY) ## The tests that need neither Ray nor a model, under 90 seconds

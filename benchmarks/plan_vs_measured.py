@@ -63,7 +63,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=lambda text: [int(word) for word in text.split(",")], help="1,2")
     parser.add_argument("--images", type=int, help="images to score: 4000, with --quick 400")
     parser.add_argument("--train-images", type=int, default=320, help="images in each of the three epochs")
-    parser.add_argument("--picture-size", type=int, default=320, help="side of the generated images in pixels")
+    parser.add_argument("--image-size", type=int, default=320, help="side of the generated images in pixels")
     parser.add_argument("--seconds", type=float, help="seconds per measurement of the probe: 20, with --quick 4")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
@@ -82,9 +82,7 @@ def _prepare(folder: Path, options: argparse.Namespace) -> None:
 
     for name, num_images in (("scored", options.images), ("learned", options.train_images)):
         prepare_shapes(
-            PrepareShapesConfig(
-                out=str(folder / name), num_train=num_images, num_val=8, image_size=options.picture_size
-            )
+            PrepareShapesConfig(out=str(folder / name), num_train=num_images, num_val=8, image_size=options.image_size)
         )
     categories = open_table(str(folder / "scored" / "train"), "images").categories
     build_detector(MODEL, categories, image_size=IMAGE_SIZE, seed=0).save(str(folder / "checkpoint"))

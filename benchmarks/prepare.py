@@ -28,7 +28,7 @@ else:  # a script imports its neighbours without the package name
     from contest import Pair, print_results, run_one, run_rounds
 
 SIZE = (640, 480)
-NUM_PICTURES = 500
+NUM_DISTINCT = 500
 PAIRS: tuple[Pair, ...] = (
     ("raydet", "datasets", 1.0),
     ("raydet", "read_and_open", 0.0),
@@ -177,12 +177,12 @@ def _make_images(folder: Path, num_images: int) -> None:
         return stream.getvalue()
 
     with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(make, range(min(NUM_PICTURES, num_images))))
+        encoded = list(pool.map(make, range(min(NUM_DISTINCT, num_images))))
     for number in range(num_images):
         path = folder / f"{number // 1000:03d}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = pictures[number % NUM_PICTURES]
-        path.write_bytes(picture[:2] + b"\xff\xfe\x00\x0a" + f"{number:08d}".encode() + picture[2:])
+        data = encoded[number % NUM_DISTINCT]
+        path.write_bytes(data[:2] + b"\xff\xfe\x00\x0a" + f"{number:08d}".encode() + data[2:])
 
 
 if __name__ == "__main__":

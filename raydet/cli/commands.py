@@ -31,12 +31,12 @@ class Command:
     """One command.
 
     Attributes:
-        name: As typed, such as `prepare coco`.
-        config: Its options.
-        module: Where its function is.
+        name: Name as typed, such as `prepare coco`.
+        config: Config class with its options.
+        module: Module of its function.
         summary: One line for the list of commands.
-        example: Options of a command line that works; after `raydet demo` where it names `runs/demo`.
-        shows_progress: The function takes a `console` to print its progress on.
+        example: Options of a working command line, which may use the results of `raydet demo` in `runs/demo`.
+        shows_progress: Whether the function takes a `console` for its progress.
     """
 
     name: str
@@ -114,7 +114,7 @@ _COMMANDS = (
         "tune",
         TuneConfig,
         "raydet.tuning.tune",
-        "many short trainings → the training options that give the best detector",
+        "many short training runs → the training options that give the best detector",
         "--train-config runs/demo/config.yaml --space '{learning_rate: {loguniform: [1e-4, 1e-2]}}' --num-trials 4 "
         "--search random --out runs/tune",
         shows_progress=True,
@@ -187,7 +187,7 @@ _COMMANDS = (
         "plan",
         PlanConfig,
         "raydet.planning.plan",
-        "a short measurement here → time, cost and bottleneck of a job on a cluster",
+        "a short measurement on this machine → time, cost and bottleneck of a job on a cluster",
         "--images 10_000_000 --checkpoint runs/demo/checkpoint --cpu-nodes 8 --cpus-per-cpu-node 16",
         shows_progress=True,
     ),
@@ -195,7 +195,7 @@ _COMMANDS = (
         "demo",
         DemoConfig,
         "raydet.cli.demo",
-        "the whole pipeline on generated images, in a few minutes",
+        "the complete pipeline on generated images, in a few minutes",
         "--out runs/demo",
         shows_progress=True,
     ),

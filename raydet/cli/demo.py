@@ -1,4 +1,4 @@
-"""The whole pipeline on generated images: prepare → train → predict → evaluate → report, on one Ray cluster."""
+"""The complete pipeline on generated images: prepare → train → predict → evaluate → report, on one Ray cluster."""
 
 import time
 from dataclasses import dataclass

@@ -60,7 +60,7 @@ def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str
         writes: The output as given by the user, and the folder in it for the temporary files.
 
     Raises:
-        UserError: A node does not see an input or the output.
+        UserError: A node cannot see an input or the output.
         RunError: A node cannot run raydet, or does not answer.
         OSError: This process cannot read or write one of the places.
     """
@@ -139,7 +139,7 @@ def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Fail
         except (OSError, ValueError) as error:
             return _FailedCheck(place, f"cannot read it ({_first_line(error)})")
         if here is None and place.mark is not None:
-            return _FailedCheck(place, "does not see it")
+            return _FailedCheck(place, "cannot see it")
         if here != place.mark:
             return _FailedCheck(place, "sees different content there")
     if probe is not None:

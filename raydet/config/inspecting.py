@@ -25,7 +25,7 @@ class InspectConfig:
     )
     model: str | None = option("model whose resize the images are shown with; overrides that of --train-config", None)
     image_size: int | None = option("input side in pixels; overrides that of --train-config", None)
-    num_images: int = option("images per class, as far as they fit on the page; 0 shows none", 6)
+    num_images: int = option("maximum images per class, limited by the page's size; 0 shows none", 6)
     seed: int = option("seed of the sample of images", 0)
 
     def __post_init__(self) -> None:

@@ -41,7 +41,9 @@ class EvaluateConfig:
         "IoU thresholds of AP; by default COCO's 0.50 to 0.95 in steps of 0.05", None, group="Measurement"
     )
     max_detections: list[int] | None = option(
-        "numbers of detections per class and image to count; by default COCO's 1, 10, 100", None, group="Measurement"
+        "limits on the number of detections per class and image; by default COCO's 1, 10, 100",
+        None,
+        group="Measurement",
     )
     class_agnostic: bool = option("treat all classes as one", False, group="Measurement")
     bootstrap: int = option(
@@ -83,11 +85,11 @@ class EvaluateConfig:
                 and 0 < thresholds[0] <= 1
                 and thresholds[-1] <= 1
             ),
-            f"--iou-thresholds must be up to 64 rising numbers above 0 and at most 1, got {thresholds}",
+            f"--iou-thresholds must be at most 64 increasing numbers above 0 and at most 1, got {thresholds}",
         )
         require(
             limits is None or (len(limits) > 0 and limits == sorted(set(limits)) and limits[0] > 0),
-            f"--max-detections must be rising numbers above 0, got {limits}",
+            f"--max-detections must be increasing numbers above 0, got {limits}",
         )
         require(
             self.target_precision is None or 0 < self.target_precision <= 1,
@@ -95,7 +97,7 @@ class EvaluateConfig:
         )
         require(
             self.protocol == "coco" or (thresholds is None and not self.class_agnostic),
-            f"--protocol {self.protocol} has its own rules: leave out --iou-thresholds and --class-agnostic",
+            f"--protocol {self.protocol} has its own rules: omit --iou-thresholds and --class-agnostic",
         )
 
 
@@ -110,7 +112,7 @@ class CompareConfig:
     bootstrap: int = option("resamples of the images for 95 % intervals", 1000)
     seed: int = option("seed of the resampling", 0)
     join: JoinKey = option(_JOIN, "id")
-    num_images: int = option("images to list, those that changed most", 20)
+    num_images: int = option("number of images to list, those with the largest change", 20)
 
     def __post_init__(self) -> None:
         require_positive(self, "bootstrap", "num_images")

@@ -17,7 +17,7 @@ from raydet.config.help import help_page
 
 Config = TypeVar("Config")
 
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
 
 
 def load(config_class: type[Config], arguments: Sequence[str], *, program: str = "raydet", example: str = "") -> Config:

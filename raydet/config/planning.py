@@ -15,7 +15,7 @@ PlannedJob = Literal["predict", "train"]
 class PlanConfig:
     """A short measurement on this machine → time, cost and bottleneck of a job on a cluster."""
 
-    images: int = option("images to score, or to train on in an epoch, such as 10_000_000")
+    images: int = option("images to score, or to train on per epoch, such as 10_000_000")
     job: PlannedJob = option("job to plan", "predict")
     epochs: int = option("with --job train: passes over the images", 1)
     checkpoint: str | None = option("model folder, or a Hub name; required without --model or --probe", None)
@@ -68,7 +68,7 @@ class PlanConfig:
     generated_size: int = option("side in pixels of the generated images", 640, group="Measurement")
     seconds: float = option("length of each measurement, without start-up", 20.0, group="Measurement")
     probe: list[str] | None = option(
-        "instead of measuring: files of --save-probe, from a CPU node, a GPU node, or one of each",
+        "instead of measuring: files written by --save-probe, from a CPU node, a GPU node, or one of each",
         None,
         group="Measurement",
     )
@@ -87,7 +87,7 @@ class PlanConfig:
         require(self.epochs == 1 or self.job == "train", "--epochs needs --job train")
         self._check_nodes()
         if self.probe:
-            require(self.save_probe is None, "--save-probe needs a measurement: leave out --probe")
+            require(self.save_probe is None, "--save-probe needs a measurement: omit --probe")
             return
         require(
             (self.checkpoint is None) != (self.model is None),
@@ -100,7 +100,7 @@ class PlanConfig:
         require(self.engine == "torch" or self.job == "predict", f"--job train needs --engine torch, got {self.engine}")
         require(
             self.engine == "torch" or not self.use_gpu,
-            f"--engine {self.engine} runs on CPUs: leave out --use-gpu, or choose --engine torch",
+            f"--engine {self.engine} runs on CPUs: omit --use-gpu, or choose --engine torch",
         )
 
     @property
@@ -124,5 +124,5 @@ class PlanConfig:
         require(self.gpus_per_gpu_node is None or self.gpu_nodes is not None, "--gpus-per-gpu-node needs --gpu-nodes")
         require(
             self.gpu_nodes is None or self.engine == "torch",
-            f"--engine {self.engine} runs on CPUs: leave out --gpu-nodes, or choose --engine torch",
+            f"--engine {self.engine} runs on CPUs: omit --gpu-nodes, or choose --engine torch",
         )

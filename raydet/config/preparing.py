@@ -28,9 +28,7 @@ class PrepareConfig:
     seed: int = option("seed of the choice of images for OUT/val", 1337)
 
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
-    truncated: Truncated = option(
-        "images whose files end early: reject them, or keep the part that is there", "reject", group="Input"
-    )
+    truncated: Truncated = option("truncated images: reject them, or keep the readable part", "reject", group="Input")
     duplicate_boxes: Duplicates = option(
         "boxes that repeat another box of their class in the same image", "keep", group="Input"
     )
@@ -105,7 +103,7 @@ class PrepareYoloConfig(PrepareConfig):
     """A data set in the layout of Ultralytics, or folders of images and labels → an images table."""
 
     data: str | None = option("data.yaml of the data set; required without --images, --labels and --classes", None)
-    split: Literal["train", "val", "test"] = option("part of data.yaml to use", "train")
+    split: Literal["train", "val", "test"] = option("split of data.yaml to use", "train")
     images: str | None = option("without --data: folder or URI of the images, with its subfolders", None)
     labels: str | None = option("without --data: folder or URI of the .txt files, laid out like the images", None)
     classes: list[str] | None = option(
@@ -159,7 +157,7 @@ class PrepareShapesConfig:
     num_train: int = option("training images", 1000)
     num_val: int = option("held-out images", 200)
     image_size: int = option("side of the square images in pixels", 128)
-    max_shapes: int = option("most shapes in an image; some images have none", 6)
+    max_shapes: int = option("maximum shapes per image; some images have none", 6)
     seed: int = option("seed of the images; the same seed gives the same pixels", 0)
     num_threads: int | None = option("threads that encode; by default one per core", None, operational=True)
 

@@ -25,12 +25,12 @@ class PredictConfig(WorkersConfig):
     model: str | None = option(
         "instead of --checkpoint: a zero-shot model (OWL-ViT, OWLv2, Grounding DINO), as folder or Hub name", None
     )
-    labels: list[str] | None = option('with --model: things to look for, such as "cat,remote control"', None)
+    labels: list[str] | None = option('with --model: objects to look for, such as "cat,remote control"', None)
     num_workers: int = option("parallel workers, each with a copy of the model", 1, operational=True)
     batch_size: int | Literal["auto"] = option(
         "images (or tiles) per forward pass; auto measures; may differ when a run resumes", 16, operational=True
     )
-    score_threshold: float = option("leave out detections at or below this score; AP needs 0, which keeps all", 0.0)
+    score_threshold: float = option("drop detections at or below this score; AP requires 0, which keeps all", 0.0)
 
     engine: Engine = option(
         'engine that runs the model; openvino and onnx run on CPUs and need pip install "raydet[openvino]" or '
@@ -77,11 +77,13 @@ class PredictConfig(WorkersConfig):
     )
 
     top_k: int | None = option(
-        "most detections per image, the best ones; by default the model's own number", None, group="Detections"
+        "maximum detections per image, the best-scoring ones; by default the model's own limit",
+        None,
+        group="Detections",
     )
     classes: list[str] | None = option("classes to keep, by name; by default all", None, group="Detections")
     class_agnostic_nms: float | None = option(
-        "leave out a box that overlaps a better one of any class by more than this IoU; off by default",
+        "drop a box that overlaps a better one of any class by more than this IoU; off by default",
         None,
         group="Detections",
     )
@@ -129,7 +131,7 @@ class PredictConfig(WorkersConfig):
         )
         require(
             (self.model is None) == (self.labels is None),
-            "--model (a zero-shot model) and --labels (the things to look for) need each other",
+            "--model (a zero-shot model) and --labels (the objects to look for) must be given together",
         )
         require(self.tile is None or self.tile >= 64, f"--tile must be at least 64, got {self.tile}")
         require(0 <= self.tile_overlap <= 0.75, f"--tile-overlap must be from 0 to 0.75, got {self.tile_overlap}")
@@ -147,7 +149,7 @@ class PredictConfig(WorkersConfig):
         )
         require(
             self.engine == "torch" or not self.use_gpu,
-            f"--engine {self.engine} runs on CPUs: leave out --use-gpu, or choose --engine torch",
+            f"--engine {self.engine} runs on CPUs: omit --use-gpu, or choose --engine torch",
         )
         require(
             self.engine == "torch" or self.model is None,

@@ -24,7 +24,7 @@ class ExportCocoConfig:
 
     data: str = option("detections table or images table")
     out: str = option("JSON file or URI to write", operational=True)
-    score_threshold: float = option("leave out detections at or below this score", 0.0)
+    score_threshold: float = option("drop detections at or below this score", 0.0)
 
     def __post_init__(self) -> None:
         require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")
@@ -34,8 +34,8 @@ class ExportCocoConfig:
 class _ExportFolderConfig:
     """Options of the exports that write one file per image."""
 
-    out: str = option("folder or URI to write, which must not exist or be empty", operational=True)
-    split: Literal["train", "val", "test"] = option("name of the part of the data set in the layout", "train")
+    out: str = option("folder or URI to write; must be absent or empty", operational=True)
+    split: Literal["train", "val", "test"] = option("name of the split in the exported layout", "train")
     copy_images: bool | None = option("copy the images too; by default those whose bytes are in the table", None)
 
 
@@ -52,7 +52,7 @@ class ExportYoloConfig(_ExportFolderConfig):
     """Images table or detections table → YOLO label files in the layout of Ultralytics."""
 
     data: str = option("images table or detections table")
-    score_threshold: float = option("leave out detections at or below this score", 0.0)
+    score_threshold: float = option("drop detections at or below this score", 0.0)
 
     def __post_init__(self) -> None:
         require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")

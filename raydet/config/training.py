@@ -1,4 +1,4 @@
-"""`train`, and `demo`, which runs the whole pipeline."""
+"""`train`, and `demo`, which runs the complete pipeline."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,14 +105,14 @@ class TrainConfig(WorkersConfig):
         group="Augmentation",
     )
     close_mosaic: int = option(
-        "last epochs, which train with flips as the only augmentation and without --multi-scale",
+        "final epochs that train with flips as the only augmentation and without --multi-scale",
         0,
         group="Augmentation",
     )
     shuffle_window_mb: int = option("megabytes of compressed images that are shuffled together", 256, group="Input")
 
     validate_every: int = option(
-        "epochs from one validation to the next; the last epoch always has one", 1, group="Validation"
+        "epochs between validations; the last epoch is always validated", 1, group="Validation"
     )
     validate_fraction: float = option(
         "fraction of the validation images to use, spread evenly over the table", 1.0, group="Validation"
@@ -143,10 +143,10 @@ class TrainConfig(WorkersConfig):
         "validation images logged with truth and predictions at each validation", 8, group="Output", operational=True
     )
     keep_states: int = option(
-        "training states to keep, the newest ones; a run resumes from the newest", 2, group="Output", operational=True
+        "number of newest training states to keep; a run resumes from the newest", 2, group="Output", operational=True
     )
     save_every_steps: int | None = option(
-        "steps from one saved state to the next within an epoch; by default only the end of an epoch saves one",
+        "steps between saved states within an epoch; by default a state is saved only at the end of an epoch",
         None,
         group="Output",
         operational=True,
@@ -165,7 +165,7 @@ class TrainConfig(WorkersConfig):
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers that the run continues with."""
+        """Minimum number of workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
@@ -178,7 +178,8 @@ class TrainConfig(WorkersConfig):
         workers = [self.num_workers] * 2 if isinstance(self.num_workers, int) else self.num_workers
         require(
             len(workers) == 2 and 0 < workers[0] <= workers[1],
-            f"--num-workers must be a number above 0, or the fewest and the most as [1, 4]; got {self.num_workers}",
+            f"--num-workers must be a positive number, or a minimum and a maximum such as [1, 4]; "
+            f"got {self.num_workers}",
         )
         require_positive(self, "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate")
         require_positive(self, "backbone_learning_rate", "validate_every", "validate_batch_size", "shuffle_window_mb")
@@ -227,7 +228,7 @@ def require_metric(name: str, metric: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole pipeline on generated images: prepare, train, predict, evaluate, report."""
+    """The complete pipeline on generated images: prepare, train, predict, evaluate, report."""
 
     out: str = option("run folder", "runs/demo", operational=True)
     train_config: str | None = option("training config (YAML); by default the demo's own", None)

@@ -12,7 +12,7 @@ Scheduler = Literal["asha", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Search for the training options that give the best detector, by many short trainings in parallel."""
+    """Search for the training options that give the best detector, by many short training runs in parallel."""
 
     out: str = option(
         "folder to write: OUT/best is the best model, OUT/trials the table of all trials", operational=True
@@ -27,7 +27,7 @@ class TuneConfig:
     )
     train_data: str | None = option("images table to train on; by default that of --train-config", None)
     val_data: str | None = option("images table for validation; by default that of --train-config", None)
-    num_trials: int = option("number of trainings; the first one is --train-config unchanged", 20, operational=True)
+    num_trials: int = option("number of training runs; the first is --train-config unchanged", 20, operational=True)
     metric: str | None = option(
         "metric to optimise: one of COCO's twelve, AP:CLASS for one class, or loss (lower is better); by default the "
         "metric_for_best_model of --train-config",
@@ -42,7 +42,7 @@ class TuneConfig:
         "sets of values to try before the search starts", group="Search", default_factory=list
     )
     grace_epochs: int | None = option(
-        "epochs before a trial may be stopped; by default chosen such that asha compares a trial twice",
+        "epochs before a trial may be stopped; by default chosen so that asha compares each trial twice",
         None,
         group="Search",
     )
@@ -56,7 +56,7 @@ class TuneConfig:
         operational=True,
     )
     time_limit_s: float | None = option(
-        "seconds after which the search ends with the trials it has; the same command resumes it",
+        "seconds after which the search ends with the trials so far; the same command resumes it",
         None,
         group="Compute and cluster",
         operational=True,

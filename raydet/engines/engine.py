@@ -25,9 +25,9 @@ class Engine(Protocol):
     """A model that is ready to run.
 
     Attributes:
-        categories: Its classes in the order of their indices.
+        categories: The classes in the order of their indices.
         max_detections: Maximum number of detections per image.
-        resize_rule: Of its image processor.
+        resize_rule: Resize rule of the image processor.
     """
 
     categories: tuple[Category, ...]
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Detect objects.
 
         Args:
-            prepared: From `prepare`.
+            prepared: Result of `prepare`.
 
         Returns:
             One `Detections` per image, in order: in descending score order, boxes (x, y, width, height) in absolute
@@ -63,8 +63,8 @@ def check_engine(config: PredictConfig, model_type: str) -> None:
     """Refuse a config that its engine does not support, if this can be checked without loading the model.
 
     Args:
-        config: With a checkpoint.
-        model_type: Of the checkpoint, one of `raydet.models.families.FAMILIES`.
+        config: Config that names a checkpoint.
+        model_type: Model type of the checkpoint, one of `raydet.models.families.FAMILIES`.
 
     Raises:
         UserError: The engine's package is not installed, or the engine does not support the precision or the model.

@@ -108,7 +108,7 @@ class Scorer:
         """Run the model on prepared images, while a thread prepares the next batch.
 
         Returns:
-            The requested detections of each image, in order: by falling score, in pixels of the image.
+            The requested detections of each image, in order: in descending score order, in pixels of the image.
         """
         found: list[dict[int, Detections]] = [{} for _ in prepared.sizes_hw]
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare") as thread:

@@ -58,7 +58,7 @@ def select(
     """Drop detections that were not requested.
 
     Args:
-        found: Of one image, by falling score.
+        found: Detections of one image, in descending score order.
         score_threshold: Detections at or below it are dropped.
         top_k: Number of the remaining detections to keep, the best ones; None keeps all.
         categories: Indices of the classes to keep; None keeps all.

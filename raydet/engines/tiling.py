@@ -132,21 +132,21 @@ def merge(
     """Merge the detections of an image's views.
 
     A box cut off by the edge of a tile is dropped if another window shows more of the object. Then, among overlapping
-    boxes of a class, `nms` keeps the best and `wbf` averages them. An object that no window shows whole remains in
-    parts, one per tile. To avoid this, make the overlap as wide as the objects or include the whole image, of which
+    boxes of a class, `nms` keeps the best and `wbf` averages them. An object that no window shows completely remains
+    in parts, one per tile. To avoid this, make the overlap as wide as the objects or include the whole image, of which
     only boxes larger than the overlap are used.
 
     Args:
-        views: Of one image.
-        detections: For each view, by falling score, in pixels of that view.
+        views: Views of one image.
+        detections: Detections in each view, in descending score order, in pixels of that view.
         size_hw: Height and width of the image in pixels.
         how: Greedy suppression, or weighted box fusion (Solovyev, Wang, Gabruseva 2019, arXiv 1910.13302).
         iou: Boxes of one class that overlap by more than this are one object.
         max_detections: Number of detections to keep, the best ones.
 
     Returns:
-        By falling score, in pixels of the image and clipped to it. The detections of a single unmirrored view are
-        returned unchanged.
+        Detections in descending score order, in pixels of the image and clipped to it. The detections of a single
+        unmirrored view are returned unchanged.
     """
     if len(views) == 1 and not views[0].is_mirrored:
         return detections[0]
@@ -163,7 +163,7 @@ def merge(
 
 @dataclass(frozen=True)
 class _Found:
-    """The boxes of all views in pixels of the image, by falling score.
+    """The boxes of all views in pixels of the image, in descending score order.
 
     Attributes:
         boxes_xywh: [N, 4].
@@ -209,7 +209,7 @@ def _gather(
         _best_of(found, least_side=least_side if view.is_whole else 0.0, is_fused=is_fused, iou=iou)
         for found, view in zip(detections, views, strict=True)
     ]
-    boxes = [_to_picture(found.boxes_xywh, view) for found, view in zip(best, views, strict=True)]
+    boxes = [_to_image(found.boxes_xywh, view) for found, view in zip(best, views, strict=True)]
     view_numbers = np.repeat(np.arange(len(views)), [len(found.scores) for found in best])
     scores = np.concatenate([found.scores for found in best])
     gathered = _Found(
@@ -226,7 +226,7 @@ def _gather(
 
 
 def _shared_by_tiles(views: Sequence[TileView]) -> float:
-    """Return the minimum overlap of tiles in pixels. A smaller object is whole in at least one tile."""
+    """Return the minimum overlap of tiles in pixels. A smaller object is complete in at least one tile."""
     tiles = [view for view in views if not view.is_whole]
     if not tiles:
         return 0.0
@@ -258,7 +258,7 @@ def _take(found: Detections, kept: Integers) -> Detections:
     return Detections(found.boxes_xywh[kept], found.scores[kept], found.categories[kept])
 
 
-def _to_picture(boxes_xywh: Boxes, view: TileView) -> Boxes:
+def _to_image(boxes_xywh: Boxes, view: TileView) -> Boxes:
     moved = boxes_xywh.copy()
     if view.is_mirrored:
         moved[:, 0] = view.width - boxes_xywh[:, 0] - boxes_xywh[:, 2]
@@ -356,7 +356,7 @@ def _fuse(found: _Found, iou: float) -> Detections:
 
 
 def _cluster(boxes_xyxy: Boxes, scores: Floats, iou: float) -> Integers:
-    """Assign boxes of one class, by falling score, to clusters.
+    """Assign boxes of one class, in descending score order, to clusters.
 
     A box joins the cluster whose fused box it overlaps most, if by more than `iou`, or starts a new one.
 

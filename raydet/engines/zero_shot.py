@@ -36,8 +36,8 @@ def check_zero_shot(name: str) -> str:
         )
     if model_type not in ZERO_SHOT_FAMILIES:
         raise UserError(
-            f"--model {name} is a {model_type} model, not a zero-shot detector that raydet knows; it knows OWL-ViT, "
-            f"OWLv2 and Grounding DINO ({', '.join(ZERO_SHOT_FAMILIES)})"
+            f"--model {name} is a {model_type} model, not a supported zero-shot detector; raydet supports "
+            f"OWL-ViT, OWLv2 and Grounding DINO ({', '.join(ZERO_SHOT_FAMILIES)})"
         )
     return model_type
 

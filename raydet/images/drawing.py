@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from raydet.common.boxes import as_boxes, clip_xywh, has_area, xywh_to_xyxy
 from raydet.common.errors import one_line
 
-Picture = npt.NDArray[np.uint8]
+RgbImage = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
 _Rectangle = tuple[float, float, float, float]
@@ -48,13 +48,13 @@ def _colour(number: int) -> Colour:
 
 
 def draw_boxes(
-    image: Picture,
+    image: RgbImage,
     boxes_xywh: object,
     class_names: Sequence[str],
     *,
     scores: Sequence[float] | npt.NDArray[np.float64] | None = None,
     colours: Mapping[str, Colour] | None = None,
-) -> Picture:
+) -> RgbImage:
     """Draw labelled boxes on a copy of an image.
 
     Args:
@@ -67,9 +67,9 @@ def draw_boxes(
     Returns:
         uint8 RGB [H, W, 3].
     """
-    picture = Image.fromarray(_checked(image))
-    draw = ImageDraw.Draw(picture)
-    width, height = picture.size
+    canvas = Image.fromarray(_checked(image))
+    draw = ImageDraw.Draw(canvas)
+    width, height = canvas.size
     boxes = as_boxes(boxes_xywh)
     order = range(len(boxes)) if scores is None else np.argsort(np.asarray(scores), kind="stable").tolist()
     texts = [_shortened(name) for name in class_names]
@@ -94,11 +94,11 @@ def draw_boxes(
         places[number] = _place(size_wh, corners[number].tolist(), (width, height), list(places.values()))
     for number in drawn:
         _draw_label(draw, texts[number], places[number], tints[number], font)
-    return np.array(picture)
+    return np.array(canvas)
 
 
 def draw_comparison(
-    image: Picture,
+    image: RgbImage,
     truth_boxes_xywh: object,
     truth_categories: Sequence[int] | npt.NDArray[np.int64],
     boxes_xywh: object,
@@ -107,7 +107,7 @@ def draw_comparison(
     names: Sequence[str],
     *,
     score_threshold: float = 0.3,
-) -> Picture:
+) -> RgbImage:
     """Draw an image with its true boxes beside the same image with its detections.
 
     Args:
@@ -143,7 +143,7 @@ def draw_comparison(
     )
 
 
-def _side_by_side(halves: Sequence[Picture], titles: Sequence[str]) -> Picture:
+def _side_by_side(halves: Sequence[RgbImage], titles: Sequence[str]) -> RgbImage:
     height, width = halves[0].shape[:2]
     size = _font_size(width, height) + 2
     bar, gap = size + 8, max(4, width // 100)
@@ -156,14 +156,14 @@ def _side_by_side(halves: Sequence[Picture], titles: Sequence[str]) -> Picture:
     return np.array(sheet)
 
 
-def _checked(image: Picture) -> Picture:
+def _checked(image: RgbImage) -> RgbImage:
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (
         f"an image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
     )
     return image
 
 
-def at_readable_size(image: Picture, *, min_side: int = _MIN_SIDE, max_side: int = _MAX_SIDE) -> Picture:
+def at_readable_size(image: RgbImage, *, min_side: int = _MIN_SIDE, max_side: int = _MAX_SIDE) -> RgbImage:
     """Scale an image so that its longest side suits labels and a page.
 
     Args:
@@ -206,15 +206,15 @@ def _tint(label: str, colours: Mapping[str, Colour] | None) -> Colour:
 def _place(
     size_wh: tuple[float, float],
     corners: Sequence[float],
-    picture_wh: tuple[int, int],
+    image_wh: tuple[int, int],
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
-    """Choose the position of a label: at an edge of its box, inside the picture, clear of other labels if possible.
+    """Choose the position of a label: at an edge of its box, inside the image, clear of other labels if possible.
 
     Args:
         size_wh: Width and height of the label in pixels.
         corners: Left, top, right and bottom of the box.
-        picture_wh: Width and height of the picture in pixels.
+        image_wh: Width and height of the image in pixels.
         taken: Rectangles of other labels.
 
     Returns:
@@ -223,11 +223,11 @@ def _place(
     (width, height), (left, top, right, bottom) = size_wh, corners
 
     def at(x: float, y: float) -> _Rectangle:
-        x = max(0.0, min(x, picture_wh[0] - width))
+        x = max(0.0, min(x, image_wh[0] - width))
         return x, y, x + width, y + height
 
     places = [at(left, top - height), at(left, top), at(left, bottom), at(left, bottom - height), at(right, top)]
-    inside = [place for place in places if place[1] >= 0 and place[3] <= picture_wh[1]]
+    inside = [place for place in places if place[1] >= 0 and place[3] <= image_wh[1]]
     free = [place for place in inside if not any(_overlap(place, other) for other in taken)]
     return (free or inside or [at(left, 0.0)])[0]
 

@@ -1,6 +1,6 @@
 """Tar files → offset and size of each image; only headers are read.
 
-A shard that ends early, or lacks a header where one is expected, is refused as a whole: the images after that position
+A shard that ends early, or lacks a header where one is expected, is refused entirely: the images after that position
 would be lost silently.
 """
 

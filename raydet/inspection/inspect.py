@@ -10,8 +10,8 @@ from raydet.common.errors import UserError
 from raydet.config import InspectConfig, TrainConfig, config_hash, identity
 from raydet.config.options import load_file
 from raydet.inspection.counting import Counts
+from raydet.inspection.findings import MEANINGS, DataFinding, Findings, add_class_findings, add_row_findings
 from raydet.inspection.identical import identical_images
-from raydet.inspection.oddities import MEANINGS, DataFinding, Findings, add_class_findings, add_row_findings
 from raydet.inspection.picks import Picker
 from raydet.inspection.prepared import add_prepared_findings, preparation_of
 from raydet.inspection.rows import stream_rows
@@ -36,7 +36,7 @@ class Inspection:
         names: Class names by index.
         counts: Counts by split: `data`, and `val` if given.
         findings: Findings.
-        num_pictures: Number of images shown on the page.
+        num_images_shown: Number of images shown on the page.
     """
 
     out: str
@@ -45,7 +45,7 @@ class Inspection:
     names: tuple[str, ...]
     counts: dict[str, Counts]
     findings: Findings
-    num_pictures: int
+    num_images_shown: int
 
     def lines(self) -> list[str]:
         """Return the summary as text."""
@@ -110,8 +110,8 @@ def _inspect_into(
     # Imported only now: they import torch, which takes seconds that an invalid option should not cost.
     from raydet.augmentation.transforms import check_augmentation
     from raydet.augmentation.view import View
+    from raydet.inspection.galleries import FirstEpoch, draw_galleries
     from raydet.inspection.page import render
-    from raydet.inspection.pictures import FirstEpoch, draw_galleries
     from raydet.models.loading import resize_rule_for
 
     check_augmentation(training.augmentation)
@@ -144,7 +144,7 @@ def _inspect_into(
         names=tuple(category.name for category in tables["data"].categories),
         counts=counts,
         findings=findings,
-        num_pictures=sum(len(gallery.pairs) for gallery in galleries),
+        num_images_shown=sum(len(gallery.pairs) for gallery in galleries),
     )
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from raydet.common.version import __version__
 from raydet.config import TrainConfig
 from raydet.inspection.counting import GRID, QUANTITIES, Counts, Quantity
-from raydet.inspection.oddities import MEANINGS, Findings
-from raydet.inspection.pictures import ClassGallery, hex_colours
+from raydet.inspection.findings import MEANINGS, Findings
+from raydet.inspection.galleries import ClassGallery, hex_colours
 from raydet.inspection.rows import Integers
 from raydet.inspection.tables import drifts
 from raydet.reporting.page import fill

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydet.inspection.counting import GRID, QUANTITIES, Counts, distance
-from raydet.inspection.oddities import Findings
+from raydet.inspection.findings import Findings
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category, TableKind, build_schema
 from raydet.tables.table import MANIFEST_NAME, TableWriter

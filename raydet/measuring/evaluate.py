@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         split=config.split or _name_of(config.truth),
     )
     if config.protocol != "coco" and config.max_detections is not None:
-        raise UserError(f"--max-detections applies only to --protocol coco, not to {config.protocol}; leave it out")
+        raise UserError(f"--max-detections applies only to --protocol coco, not to {config.protocol}; omit it")
     if config.out is None:
         return _evaluate(config, None)
     with metrics_folder.open_for_run(config) as folder:
@@ -114,7 +114,7 @@ def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
     protocol = _protocol_of(config)
     if config.ray_address is not None:
         if config.protocol != "coco" or is_json(config.detections, "detections", "a detections table"):
-            raise UserError("--ray-address requires --protocol coco and a detections table; leave out --ray-address")
+            raise UserError("--ray-address requires --protocol coco and a detections table; omit --ray-address")
         from raydet.measuring.shards import match_on_cluster
 
         return match_on_cluster(config, truth, protocol)

@@ -173,7 +173,7 @@ def _rows_by_path(truth: ImageKeys, found: ImageKeys) -> Integers:
 
     for side in (truth, found):
         if side.paths is None or not _has_path(side).any():
-            raise UserError(f"--join path requires image paths, but {side.uri} has none; leave out --join")
+            raise UserError(f"--join path requires image paths, but {side.uri} has none; omit --join")
     prefixes = common_prefixes(_namesakes(truth, found))
     if prefixes is None:
         return np.full(len(found.image_ids), -1)

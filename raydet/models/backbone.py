@@ -40,20 +40,20 @@ def freeze_backbone(model: nn.Module, part: Backbone, *, where: str = "this mode
     model afterwards, and any optimizer that holds trainable parameters only.
 
     Args:
-        model: Of any family.
+        model: Model of any family.
         part: `none`: the complete backbone learns. `stem`: its first layers do not; in a vision transformer the patch
             and position embeddings, in a ResNet, HGNet or another network of stages the stem and the first stage, as
             the authors of DETR freeze `conv1`, `bn1` and `layer1`. `all`: none of it learns.
         where: The model, for the error message.
 
     Raises:
-        UserError: raydet does not know the stem of this backbone.
+        UserError: raydet cannot identify the stem of this backbone.
     """
     names = backbone_parameter_names(model)
     stem = {name for name in names if _STEM.search(name)}
     if part == "stem" and not stem:
         raise UserError(
-            f"--freeze-backbone stem: raydet does not know the stem of the backbone of {where}; use none or all"
+            f"--freeze-backbone stem: raydet cannot identify the stem of the backbone of {where}; use none or all"
         )
     frozen = {"none": set(), "stem": stem, "all": names}[part]
     norms = {

@@ -30,9 +30,9 @@ class Checkpoint:
     """A model on disk or on the Hub.
 
     Attributes:
-        name: Absolute folder, or the name on the Hub.
-        model_type: Of the model, as in its config.
-        categories: Its classes by index, with the ids that they had in the training data; empty if the checkpoint does
+        name: Absolute path of the folder, or the name on the Hub.
+        model_type: Model type, as in the model's config.
+        categories: The classes by index, with the ids that they had in the training data; empty if the checkpoint does
             not name them.
     """
 

@@ -35,7 +35,7 @@ class Batch:
     """Images of one forward pass.
 
     Attributes:
-        image_ids: Of the B images, as in their table.
+        image_ids: Ids of the B images, as in their table.
         pixels: uint8 [B, 3, H, W], RGB, padded with zeros at the bottom and on the right.
         sizes_hw: Height and width in pixels of each image without its padding.
         original_sizes_hw: Height and width in pixels of each upright image before the resize.

@@ -50,7 +50,7 @@ class Detector:
         processor: Its Hugging Face image processor.
         categories: The classes in the order of their indices.
         resize_rule: The processor's geometry.
-        family: Of its model type.
+        family: Family of the model type.
         reinitialised: Names, as in the model's `state_dict`, of tensors that were reinitialised: the class head if the
             classes differ, and weights that the checkpoint lacks. Empty for a model from scratch.
     """
@@ -105,7 +105,7 @@ class Detector:
 
         Args:
             batch: Already on the model's device.
-            dtype: Of the pixel values.
+            dtype: Dtype of the pixel values.
 
         Returns:
             `pixel_values` [B, 3, H, W], zero in the padding, and, for families that use it, `pixel_mask` int64
@@ -153,7 +153,7 @@ class Detector:
         Returns:
             One `Detections` for each image, in order.
         """
-        # On the CPU and in full precision: half-precision pixels would be off by whole pixels.
+        # On the CPU and in full precision: half-precision boxes would be off by more than a pixel.
         answer = SimpleNamespace(logits=logits.cpu().float(), pred_boxes=boxes_cxcywh.cpu().float())
         found = self.processor.post_process_object_detection(
             answer, threshold=0.0, target_sizes=list(original_sizes_hw)

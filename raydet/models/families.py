@@ -30,7 +30,7 @@ class Family:
             `side_multiple`.
         query_grid: Source of the cells that queries start from; read only where `side_multiple` is above 1.
         num_queries_field: Field of the model's config that holds the number of queries.
-        resizes_by_edges: The image processor rounds to whole patches only if its size is given as edges, so that
+        resizes_by_edges: The image processor rounds to complete patches only if its size is given as edges, so that
             `--image-size` sets edges rather than limits.
         auxiliary_loss: Each decoder layer can have a loss of its own.
         distils: Boxes are distributions, which decoder layers learn from the last layer (`loss_ddf`).
@@ -199,11 +199,12 @@ def family_of(model_type: str, *, where: str) -> Family:
     for prefix, product in _UNTRAINABLE.items():
         if model_type.startswith(prefix):
             raise UserError(
-                f"{where} is {product} ({model_type}), which transformers cannot train; raydet knows {known}"
+                f"{where} is {product} ({model_type}), which transformers cannot train; raydet supports {known}"
             )
     if model_type not in FAMILIES:
         raise UserError(
-            f"{where} is a {model_type or 'nameless'} model, not a detector that raydet can train; raydet knows {known}"
+            f"{where} is a {model_type or 'nameless'} model, not a detector that raydet can train; "
+            f"raydet supports {known}"
         )
     return FAMILIES[model_type]
 
@@ -212,7 +213,7 @@ def check_graph_sizes(family: Family, *, keeps_aspect: bool, where: str, remedy:
     """Refuse to trace a model whose images vary in size if its graph works at one size only.
 
     Args:
-        family: The model's.
+        family: Family of the model.
         keeps_aspect: The image processor keeps the aspect ratio and does not pad to a fixed size.
         where: The checkpoint, for the error message.
         remedy: The end of the error message: what the user can do instead.

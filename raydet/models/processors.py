@@ -50,7 +50,7 @@ def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
 
     Args:
         processor: A Hugging Face image processor.
-        family: The model's.
+        family: Family of the model.
         image_size: In pixels. For families with a fixed input size, the side of the square input. For families that
             keep the aspect ratio, the longest side; every image is then padded to a square of this side, so that its
             padding does not depend on the other images of the batch.
@@ -109,9 +109,9 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
     """Refuse input sizes at which the model would fail in the middle of a run.
 
     Args:
-        config: The model's.
-        family: The model's.
-        rule: Of its image processor.
+        config: Config of the model.
+        family: Family of the model.
+        rule: Resize rule of its image processor.
         num_queries: Boxes that the model proposes per image.
         where: The model, for error messages.
 

@@ -1,4 +1,4 @@
-"""Small detectors that raydet builds from scratch: one to try training on a CPU, and a tiny one per family.
+"""Small detectors that raydet builds from scratch: one for training on a CPU, and a tiny one per family.
 
 The tiny ones (50,000 to 400,000 parameters) differ from real models in size only; tests train them.
 """

@@ -33,7 +33,7 @@ class StepResult:
     Attributes:
         terms: Each loss term in units of the global batch, summed over this rank's micro-batches; the sum over ranks
             is the value of the global batch. Scalars on the device.
-        normaliser: Of the global batch.
+        normaliser: Normaliser of the global batch.
     """
 
     terms: dict[str, Tensor]

@@ -29,15 +29,15 @@ class PlanResult:
     """Time and cost of a job on a cluster.
 
     Attributes:
-        num_images: In all, over all epochs.
-        groups: The nodes.
+        num_images: Total number of images over all epochs.
+        groups: Nodes of the cluster.
         workers: Copies of the model.
         forecast: Speed, limits and stages.
-        startup_s: Until the first images are done, and to finish.
-        total_s: From start to end.
-        cost: In the currency of the prices; null without them.
-        probes: What it was calculated from: for the CPUs, and for the model.
-        config: What was asked.
+        startup_s: Seconds of start-up and shutdown.
+        total_s: Seconds from start to end.
+        cost: Total cost in the currency of the prices; None without prices.
+        probes: Probe for the CPUs and probe for the model.
+        config: Options of the plan.
     """
 
     num_images: int
@@ -57,7 +57,7 @@ class PlanResult:
 
     @property
     def pixels_mb_per_s(self) -> float:
-        """Megabytes of decoded pixels that go from decoders to workers per second, at worst over the network."""
+        """Megabytes of decoded pixels that go from decoders to workers per second, at worst all over the network."""
         return self.forecast.images_per_s * self.probes[0].pixel_bytes / 1e6
 
     @property

@@ -15,20 +15,20 @@ _AWS_SIZE = re.compile(r"[a-z][a-z0-9-]*\.(?:(\d*)x)?large")
 
 
 def node_groups(config: PlanConfig) -> tuple[NodeGroup, ...]:
-    """Return the nodes that a config requests; an empty list if it names none.
+    """Return the node groups that a config requests; empty if it requests none.
 
     Raises:
-        UserError: The cluster.yaml cannot be read, or does not say how many CPUs a node has.
+        UserError: The cluster.yaml cannot be read, or does not state the CPUs of a node.
     """
     if config.cluster is not None:
         groups = _groups_of_yaml(config, config.cluster)
     else:
         groups = []
         if config.cpu_nodes is not None:
-            assert config.cpus_per_cpu_node is not None, "the config asks for it"
+            assert config.cpus_per_cpu_node is not None, "the config requires it"
             groups.append(NodeGroup(name="CPU nodes", num_nodes=config.cpu_nodes, num_cpus=config.cpus_per_cpu_node))
         if config.gpu_nodes is not None:
-            assert config.cpus_per_gpu_node is not None, "the config asks for it"
+            assert config.cpus_per_gpu_node is not None, "the config requires it"
             groups.append(
                 NodeGroup(
                     name="GPU nodes",

@@ -1,6 +1,6 @@
-"""`plan`: time and cost of a job on a cluster, from a short measurement. Starts no workers on a cluster.
+"""`plan`: time and cost of a job on a cluster, from a short measurement on this machine.
 
-`probe.py` measures, `throughput.py` calculates; `answer.py` words it.
+`probe.py` measures, `throughput.py` calculates, and `answer.py` formats the result.
 """
 
 import json
@@ -22,7 +22,7 @@ def plan(config: PlanConfig, *, console: Console | None = None) -> PlanResult:
     """Estimate time and cost on a cluster from a measurement on this machine or saved ones.
 
     Raises:
-        UserError: The model, the images, the cluster or a probe is not what it should be.
+        UserError: The model, the images, the cluster file or a probe is invalid.
         RunError: A measurement failed.
     """
     groups = node_groups(config)
@@ -53,7 +53,7 @@ def plan_for(config: PlanConfig, groups: Sequence[NodeGroup], probes: Sequence[P
     """Calculate time and cost on a cluster from measurements.
 
     Raises:
-        UserError: The probes do not fit the cluster, or the workers do not.
+        UserError: The probes do not suit the cluster, or the workers do not fit on it.
     """
     of_cpu, of_model = combine(probes, needs_gpu=any(group.num_gpus for group in groups))
     workers = _workers(config, groups)
@@ -66,15 +66,15 @@ def plan_for(config: PlanConfig, groups: Sequence[NodeGroup], probes: Sequence[P
         network_bytes_per_s=config.network_gbit_per_s * 1e9 / 8,
     )
     num_images = config.images * config.epochs
-    coming_up_s = max(startup_s(probe, groups, workers) for probe in (of_cpu, of_model))
-    total_s = coming_up_s + num_images / answer.images_per_s
+    starting_s = max(startup_s(probe, groups, workers) for probe in (of_cpu, of_model))
+    total_s = starting_s + num_images / answer.images_per_s
     prices = [group.num_nodes * group.price_per_hour for group in groups if group.price_per_hour is not None]
     return PlanResult(
         num_images=num_images,
         groups=tuple(groups),
         workers=workers,
         forecast=answer,
-        startup_s=coming_up_s,
+        startup_s=starting_s,
         total_s=total_s,
         cost=sum(prices) * total_s / 3600 if prices else None,
         probes=(of_cpu, of_model),

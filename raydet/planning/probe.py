@@ -1,7 +1,7 @@
 """Measurements on this machine for `plan`: the stages separately, and a short real run.
 
-The stages run in plain processes, as many at once as there are CPUs, since CPUs that are all busy share caches and
-memory and are slower than one alone. What raydet and Ray take beyond the stages is the rest of the real run.
+The stages run in plain processes, one per CPU at the same time, because CPUs that are all busy share caches and memory
+and are each slower than a single busy one. The real run determines the overhead of raydet and Ray beyond the stages.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def threads_of_a_worker(config: PlanConfig, num_cpus: int) -> int:
     """Return the threads of one copy of the model on a machine with this many CPUs."""
     if config.threads_per_worker is not None:
         return config.threads_per_worker
-    # A training step is shared by few workers, which so need all the threads there are.
+    # Few workers share a training step, so each needs many threads.
     return num_cpus if config.job == "train" else min(_MOST_THREADS_OF_A_WORKER, num_cpus)
 
 
@@ -54,12 +54,12 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
     """Measure on this machine for about four times `config.seconds`, plus one or two minutes of start-up.
 
     Args:
-        config: What is to be planned.
-        needs_gpu: Whether the plan is for GPUs; null where it is for this machine as it is.
-        say: Is told what is measured.
+        config: Job to plan.
+        needs_gpu: Whether the plan is for GPUs; None to plan for this machine.
+        say: Called with a line of text before each measurement.
 
     Raises:
-        UserError: The model or the images are not what they should be.
+        UserError: The model or the images cannot be used.
         RunError: A measurement failed.
     """
     num_cpus = available_cpus()
@@ -95,7 +95,7 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
         )
         say(f"measuring a short run of raydet {config.job}")
         measure_run = _measure_predict if config.job == "predict" else _measure_train
-        # What the model takes depends on its threads.
+        # The model's cost depends on its number of threads.
         costs = {**stages.costs, "model": probe.model_cost(threads)}
         cpu_s = sum(cost.cpu_s for cost in costs.values())
         expected_rate = min(num_cpus / cpu_s, probe.run_workers / costs["model"].wall_s)
@@ -123,14 +123,14 @@ class _Stages:
     """Measurements of the separate stages.
 
     Attributes:
-        device: That the model ran on.
-        costs: By name, while all CPUs are busy.
-        model_all_threads: Of the model with as many threads as CPUs.
-        num_processes: That were at it.
-        startup_cpu_s: Of each of them, until it could begin.
-        waiting_s: By which a step of training was longer where all took it together.
-        pixel_bytes: Of a decoded image, on average.
-        gradient_bytes: Of the model's parameters that learn.
+        device: Device of the model.
+        costs: Cost of an image by stage, while all CPUs are busy.
+        model_all_threads: Cost of an image in the model with as many threads as CPUs.
+        num_processes: Number of concurrent processes.
+        startup_cpu_s: CPU seconds of each process until it was ready.
+        waiting_s: Additional seconds of a training step when all processes take it together.
+        pixel_bytes: Average bytes of a decoded image.
+        gradient_bytes: Bytes of the gradients of all trainable parameters.
     """
 
     device: str
@@ -209,7 +209,7 @@ def _model_folder(config: PlanConfig, samples: Samples, folder: str) -> str:
     """Return the model to run; for predict, a model built from scratch is saved first."""
     if config.checkpoint is not None:
         return read_checkpoint(config.checkpoint).name
-    assert config.model is not None, "the config asks for a checkpoint or a model"
+    assert config.model is not None, "the config requires a checkpoint or a model"
     if config.job == "train":
         return storage.absolute_uri(config.model) if storage.exists(config.model) else config.model
     from raydet.models.loading import build_detector
@@ -317,10 +317,10 @@ class _ProbedRun:
     """Result of a real run.
 
     Attributes:
-        images_per_s: After start-up.
-        startup_s: All else that it took.
-        ray_cpu_s: CPU seconds an image beyond those of the stages.
-        decoded_ahead: Share of the images that had been decoded before the time that `images_per_s` is of.
+        images_per_s: Images per second after start-up.
+        startup_s: Remaining seconds of the run: start-up and shutdown.
+        ray_cpu_s: CPU seconds per image beyond those of the stages.
+        decoded_ahead: Share of the images that were decoded before the interval that `images_per_s` refers to.
     """
 
     images_per_s: float
@@ -330,7 +330,7 @@ class _ProbedRun:
 
 
 def _measure_predict(setting: _RunSetting, samples: Samples) -> _ProbedRun:
-    """Measure the middle of a run, without its start and end, which a long run has only once as well."""
+    """Measure the middle of a run; start and end do not grow with the number of images."""
     batch = setting.config.batch
     most = int(setting.rate * setting.config.seconds * 4 / 3)
     num_rows = min(max(most, _LEAST_BATCHES * batch * setting.workers), max(samples.most_rows(), 2 * batch))
@@ -340,7 +340,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples) -> _ProbedRun:
     watched = run_watched(command, setting.folder)
     window = Window.of(json.loads(Path(out, JOB_FILE).read_text())["timeline"])
     num_scored = window.num_images["model"]
-    # Decoding runs ahead while the model is loaded, until nothing or little of it is left.
+    # Decoding runs ahead while the model is loaded, and may then be almost complete.
     shares = {stage: num_images / num_scored for stage, num_images in window.num_images.items()}
     stages_cpu_s = sum(cost.cpu_s * shares.get(stage, 1.0) for stage, cost in setting.costs.items())
     cpu_s = watched.cpu_s_between(window.began_unix_s, window.ended_unix_s) / num_scored
@@ -353,7 +353,7 @@ def _measure_predict(setting: _RunSetting, samples: Samples) -> _ProbedRun:
 
 
 def _measure_train(setting: _RunSetting, samples: Samples) -> _ProbedRun:
-    """Measure the second of three epochs, without the first steps and those for which nothing is decoded."""
+    """Measure the second of three epochs: the first includes start-up, and decoding ends during the last."""
     batch = setting.config.batch
     steps = max(4, math.ceil(setting.rate * setting.config.seconds / 2 / batch))
     train = samples.write(f"{setting.folder}/train", min(steps * batch, max(samples.most_rows(), 2 * batch)))
@@ -367,7 +367,7 @@ def _measure_train(setting: _RunSetting, samples: Samples) -> _ProbedRun:
     watched = run_watched(command, setting.folder, not_counted="ray::RayTrainWorker")
     history = json.loads(Path(out, "log", "history.json").read_text())
     midst = history[1]
-    # What the workers take depends on their threads, which also wait; all else is counted.
+    # The CPU time of the workers is excluded: it depends on their threads, which also spin while they wait.
     ended_unix_s = datetime.fromisoformat(midst["ended"]).timestamp()
     others_cpu_s = watched.cpu_s_between(ended_unix_s - midst["seconds"], ended_unix_s)
     stages_cpu_s = sum(cost.cpu_s for stage, cost in setting.costs.items() if stage != "model")

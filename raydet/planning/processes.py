@@ -24,7 +24,7 @@ _LOOK_EVERY_S = 0.25
 def started(command: Sequence[str], errors: IO[str]) -> "Iterator[subprocess.Popen[str]]":
     """Context manager: start a process and terminate it when the block ends."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    # The plan is made of this machine, not of the cluster that a job would be sent to.
+    # Measure on this machine, not on the cluster that RAY_ADDRESS selects.
     environment.pop("RAY_ADDRESS", None)
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment) as process:
@@ -36,7 +36,7 @@ def started(command: Sequence[str], errors: IO[str]) -> "Iterator[subprocess.Pop
 
 
 def raise_failure(returncode: int, errors: IO[str], what: str) -> NoReturn:
-    """Raise the last line of a failed process, as UserError if its exit code says so."""
+    """Raise the last line of a failed process, as UserError if its exit code is 2."""
     errors.seek(0)
     lines = [line for line in errors.read().splitlines() if line.strip()]
     reason = lines[-1].removeprefix("raydet: error: ") if lines else f"it exited with code {returncode}"
@@ -48,9 +48,9 @@ class Watched:
     """A finished command.
 
     Attributes:
-        seconds: It took.
-        unix_s: When its CPU seconds were read, ascending.
-        cpu_s: At each of these times, the CPU seconds so far of it and of all that it started and that count.
+        seconds: Duration.
+        unix_s: Times at which its CPU seconds were read, ascending.
+        cpu_s: Cumulative CPU seconds at these times, of the command and all its descendants that count.
     """
 
     seconds: float
@@ -64,16 +64,16 @@ class Watched:
 
 
 def run_watched(command: Sequence[str], folder: str, *, not_counted: str | None = None) -> Watched:
-    """Run a command.
+    """Run a command and record its CPU seconds over time.
 
     Args:
-        command: To run.
-        folder: For its log.
-        not_counted: Processes whose title begins so do not count, from the moment on at which it does.
+        command: Command line to run.
+        folder: Folder for its log.
+        not_counted: Prefix of titles of processes that do not count.
 
     Raises:
-        UserError: It ended with the exit code of a user's mistake.
-        RunError: It failed.
+        UserError: The command exited with code 2, a user error.
+        RunError: The command failed.
     """
     with Path(folder, "run.log").open("w+") as errors, started(command, errors) as process:
         began = time.perf_counter()

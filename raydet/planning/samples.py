@@ -1,4 +1,4 @@
-"""Images for the measurements of a plan: samples of the user's, or generated ones."""
+"""Images for the measurements of a plan: samples of the user's images, or generated ones."""
 
 import statistics
 import time
@@ -23,9 +23,9 @@ class Samples:
     """Some of the user's images, encoded, with their labels if they have any.
 
     Attributes:
-        rows: Of an images table.
-        categories: The table's.
-        source_read_s: Seconds to read one from where they are.
+        rows: Rows of an images table.
+        categories: Classes of the table.
+        source_read_s: Seconds to read one image from its storage.
     """
 
     rows: list[dict[str, Any]]
@@ -45,7 +45,7 @@ class Samples:
         return uri
 
     def most_rows(self) -> int:
-        """Return the maximum rows of a table that fits a temporary folder."""
+        """Return the maximum number of rows of a table in a temporary folder."""
         return max(1, int(_MOST_TABLE_BYTES / self.image_bytes))
 
 
@@ -53,11 +53,11 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
     """Read samples of the config's images, or generate some.
 
     Args:
-        config: What is to be planned.
-        folder: For what is generated.
+        config: Job to plan.
+        folder: Folder for generated images.
 
     Raises:
-        UserError: There are no such images, none can be read, or train cannot learn from them.
+        UserError: The images do not exist, none can be read, or train cannot use them.
     """
     if config.data is None:
         from raydet.preparation.prepare import prepare_shapes
@@ -80,9 +80,7 @@ def take_samples(config: PlanConfig, folder: str) -> Samples:
     began = time.perf_counter()
     rows = _labelled(row for batch in table.iter_batches(batch_size=32) for row in batch.to_pylist())
     if not rows:
-        raise UserError(
-            f"--data {table.uri} holds no image with its bytes in it; prepare it with --image-storage inline"
-        )
+        raise UserError(f"--data {table.uri} stores no image files; prepare it with --image-storage inline")
     return Samples(rows, table.categories, (time.perf_counter() - began) / len(rows))
 
 

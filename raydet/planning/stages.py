@@ -1,8 +1,8 @@
 """Cost of an image in each stage, measured in a separate process without Ray.
 
-`probe.py` starts it as `python -m raydet.planning.stages JOB`, several at a time, and lets all go at once: the
-process says `ready` and its device when it has warmed up; then it waits for a line, works for a while, prints one JSON
-object, and waits for the next.
+`probe.py` starts several processes `python -m raydet.planning.stages JOB` and synchronises them. After its warm-up, a
+process prints `ready` and its device. For each line that it then receives, it works for a while and prints one JSON
+object.
 """
 
 import contextlib
@@ -54,20 +54,20 @@ class StageJob:
 
     Attributes:
         job: predict or train.
-        table: Images table, with the bytes in it.
-        model: Folder or name.
-        image_size: In training, in pixels; null for the model's own.
-        engine: Of predict.
+        table: Images table that stores its image files.
+        model: Model folder or name.
+        image_size: Input side in pixels, in training; None for the model's own.
+        engine: Engine of predict.
         precision: fp32, bf16 or fp16.
-        augmentation: Of train.
-        batch_size: Images at once.
-        threads: To compute with.
-        use_gpu: Whether the model is to be on a GPU; null for where there is one.
-        with_model: Without it only what happens before the model.
-        seconds: How long to work at a turn.
-        num_ranks: Processes that train together, if more than one.
-        rank: Of this one among them.
-        meeting: File by which they find each other; null where there is one.
+        augmentation: Augmentation of train.
+        batch_size: Images per batch.
+        threads: Number of threads.
+        use_gpu: Whether the model runs on a GPU; None uses one if there is one.
+        with_model: Whether to run the model; if False, only the stages before it are measured.
+        seconds: Length of a turn.
+        num_ranks: Number of processes that train together.
+        rank: Rank of this process.
+        meeting: File through which the ranks find each other; None for a single process.
     """
 
     job: str
@@ -88,14 +88,14 @@ class StageJob:
 
     @property
     def device(self) -> str:
-        """cpu or cuda."""
+        """Device of the model: cpu or cuda."""
         wanted = torch.cuda.is_available() if self.use_gpu is None else self.use_gpu
         return "cuda" if wanted and self.engine == "torch" else "cpu"
 
 
 @dataclass
 class Clock:
-    """Seconds by stage: of CPU, all threads of the process, and of time."""
+    """CPU seconds (all threads of the process) and wall-clock seconds by stage."""
 
     cpu_s: dict[str, float] = field(default_factory=dict)
     wall_s: dict[str, float] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Clock:
 
 @dataclass
 class _Pixels:
-    """Return the sizes of the decoded images."""
+    """Number and size of the decoded images."""
 
     num_images: int = 0
     num_bytes: int = 0
@@ -174,7 +174,7 @@ class _Scoring:
                 pq.write_table(pa.Table.from_pylist(records, self._schema), pa.BufferOutputStream())
         return len(rows)
 
-    def goes_on(self, has_time: bool) -> bool:
+    def continues(self, has_time: bool) -> bool:
         """Return True while this process has time left."""
         return has_time
 
@@ -188,7 +188,7 @@ def _readable(rows: list[ImageRow]) -> list[Image]:
 
 
 _TOGETHER = "together"
-"""No stage: the step of the model once more, taken together with the other processes."""
+"""Not a stage: the same training step repeated in all processes together."""
 
 
 class _Training:
@@ -234,7 +234,7 @@ class _Training:
                     self._step(*self._together, examples)
         return len(rows)
 
-    def goes_on(self, has_time: bool) -> bool:
+    def continues(self, has_time: bool) -> bool:
         """Return True while any process has time left, because no rank can take a step alone."""
         return bool(sum_over_ranks(torch.tensor(float(has_time)))) if self._together else has_time
 
@@ -286,7 +286,7 @@ class StageWork:
         """Load the model and warm up.
 
         Raises:
-            UserError: No image can be decoded, or the model cannot be run so.
+            UserError: No image can be decoded, or the model cannot run with these settings.
         """
         self._job = job
         self._work = _Scoring(job) if job.job == "predict" else _Training(job)
@@ -300,13 +300,13 @@ class StageWork:
         """Measure for one turn.
 
         Returns:
-            Of this turn `num_images`, `num_batches`, `cpu_s` and `wall_s` by stage, and `waiting_s`, by which all steps
-            were longer where several processes took them together. For good the mean `pixel_bytes`, `gradient_bytes`,
-            and `startup_cpu_s`, what the process took until it could begin.
+            For this turn: `num_images`, `num_batches`, `cpu_s` and `wall_s` by stage, and `waiting_s`, the additional
+            time of all steps when several processes take them together. For the process: the mean `pixel_bytes`,
+            `gradient_bytes`, and `startup_cpu_s`, the CPU seconds until it was ready.
         """
         clock, num_images, num_batches = Clock(), 0, 0
         began = time.perf_counter()
-        while self._work.goes_on(num_batches == 0 or time.perf_counter() - began < self._job.seconds):
+        while self._work.continues(num_batches == 0 or time.perf_counter() - began < self._job.seconds):
             num_images += self._work.batch(clock)
             num_batches += 1
         clock.cpu_s.pop(_TOGETHER, None)

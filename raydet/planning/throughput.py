@@ -1,26 +1,25 @@
 """The throughput of a cluster, from the cost of an image in each stage and the available resources.
 
-The model is as simple as can be, a line of machines without queues that matter:
+The model is deliberately simple, a pipeline whose queues do not matter:
 
-    images/s = min( CPUs      : c / Σ s               which all stages share
-                    threads   : c / (T w(T) + Σ' s)   which hold their CPUs, over all stages but the model
-                    workers   : W / w(T)              copies of the model with T threads, or on a GPU each
-                    decoding  : d / s_d               decoding tasks, which fit beside what is reserved for the workers
-                    GPU nodes : g / Σ" s              over what only their own CPUs can do: resizing, feeding the GPU
+    images/s = min( CPUs      : c / Σ s               all stages share the CPUs
+                    threads   : c / (T w(T) + Σ' s)   threads hold their CPUs; Σ' is over all stages but the model
+                    workers   : W / w(T)              W copies of the model with T threads, or one GPU, each
+                    decoding  : d / s_d               d decoding tasks on the CPUs that workers do not reserve
+                    GPU nodes : g / Σ" s              Σ" is over the stages that only they run: resizing, the model
                     reading   : r / q )               r reading tasks that wait q seconds for the storage
     seconds = start-up + max(0, W / c - W' / c') u + images / (images/s)
 
-with s a stage's CPU seconds an image, c all CPUs and g those of GPU nodes. w(T) = a + b / T is Amdahl's law (1967)
-through the measured w(1) and w(all CPUs of the measured machine). The threads of a worker hold their CPUs also where
-they wait, for each other or for another worker. W workers that train take B / W · w(T) + h + 2 (W - 1) / W · p / n
-seconds for a step over a batch of B images, of which an image's w is the part W / B. In h, which is measured with as
-many workers as the machine has CPUs and goes with (W - 1) / W as well, they wait for the slowest and pass gradients
-within a node. The last part, on several nodes, is a ring's all-reduce of p bytes of gradients at n bytes a second
-(Patarasuk and Yuan 2009), as if none of it were hidden. To bring up a copy of the model takes u CPU seconds; start-up
-is that of a run of W' copies on the c' CPUs of the measured machine.
+where s is a stage's CPU seconds per image, c the number of all CPUs and g that of the GPU nodes' CPUs.
+w(T) = a + b / T is Amdahl's law (1967), fitted to the measured w(1) and w(all CPUs of the measured machine). The
+threads of a worker hold their CPUs even while they wait for each other or for another worker. A training step of
+W workers over a batch of B images takes B / W · w(T) + h + 2 (W - 1) / W · p / n seconds; divided by the B / W images
+of a worker, this is its w. The term h is the wait for the slowest worker and the exchange of gradients within a node;
+it is measured with one worker per CPU and scales with (W - 1) / W, too. The last term, on several nodes, is a ring
+all-reduce of p bytes of gradients at n bytes per second (Patarasuk and Yuan, 2009), with no overlap assumed. Starting
+a copy of the model takes u CPU seconds; start-up is that of the measured run, with W' copies on c' CPUs.
 
-A real run on the measured machine, set against the formula for that machine, gives the share of it that is reached,
-by which the limits are multiplied.
+All limits are multiplied by the ratio of a real run's rate on the measured machine to the formula's.
 """
 
 import dataclasses
@@ -40,8 +39,8 @@ class StageCost:
     """Cost of an image in a stage.
 
     Attributes:
-        cpu_s: CPU seconds, of all threads.
-        wall_s: Seconds that one process is at it.
+        cpu_s: CPU seconds of all threads.
+        wall_s: Wall-clock seconds of one process.
     """
 
     cpu_s: float
@@ -54,26 +53,26 @@ class Probe:
 
     Attributes:
         job: predict or train.
-        model: What was run, in words.
-        device: That the model ran on, cpu or cuda.
-        machine: In words.
-        num_cpus: Its CPUs.
-        stages: By name, each in a process with one thread while all CPUs are busy with the same.
-        model_all_threads: Of the model in one process with as many threads as CPUs; on a GPU as in `stages`.
-        ray_cpu_s: CPU seconds an image of the real run beyond those of the stages: Ray's processes, and handing on.
-        run_images_per_s: Of the real run, start-up not counted.
-        run_workers: Copies of the model in it.
-        run_threads: Threads of each.
-        run_decoded_ahead: Share of its images that had been decoded before, while the model was loaded.
-        startup_s: Of the real run, and what it took to finish.
-        worker_startup_cpu_s: CPU seconds until a copy of the model can begin.
-        image_bytes: Of an encoded image, on average.
-        pixel_bytes: Of a decoded image, on average.
-        gradient_bytes: Of the model's parameters that learn.
-        waiting_s: By which a step of training takes longer where several processes of the machine take it together.
-        waiting_workers: How many these were.
-        batch_size: Images that the model saw at once.
-        source_read_s: Seconds to wait for an image from where the user's data are, one at a time.
+        model: Description of the model.
+        device: Device of the model, cpu or cuda.
+        machine: Description of the machine.
+        num_cpus: CPUs of the machine.
+        stages: Cost by stage, in single-threaded processes that keep all CPUs busy.
+        model_all_threads: Cost of the model in one process with as many threads as CPUs; on a GPU as in `stages`.
+        ray_cpu_s: CPU seconds per image of the real run beyond those of the stages: Ray's processes and transfers.
+        run_images_per_s: Images per second of the real run after start-up.
+        run_workers: Copies of the model in the real run.
+        run_threads: Threads of each copy.
+        run_decoded_ahead: Share of the real run's images that were decoded while the model was loaded.
+        startup_s: Seconds of start-up and shutdown of the real run.
+        worker_startup_cpu_s: CPU seconds until a copy of the model is ready.
+        image_bytes: Average bytes of an encoded image.
+        pixel_bytes: Average bytes of a decoded image.
+        gradient_bytes: Bytes of the gradients of all trainable parameters.
+        waiting_s: Additional seconds of a training step when several processes of the machine take it together.
+        waiting_workers: Number of these processes.
+        batch_size: Images per batch of the model.
+        source_read_s: Seconds to read one image from the user's storage, one at a time.
     """
 
     job: str
@@ -99,7 +98,7 @@ class Probe:
     source_read_s: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Return JSON-compatible values."""
         return {"probe_version": PROBE_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
@@ -107,7 +106,7 @@ class Probe:
         """Rebuild a probe from `to_dict`.
 
         Raises:
-            UserError: It is something else.
+            UserError: `content` is not a probe of this version, or is incomplete.
         """
         if not isinstance(content, dict) or content.get("probe_version") != PROBE_VERSION:
             raise UserError(f"{where} is not a probe of this raydet; write one with raydet plan --save-probe FILE")
@@ -135,11 +134,11 @@ class NodeGroup:
     """Nodes of one kind.
 
     Attributes:
-        name: For the table.
-        num_nodes: How many.
-        num_cpus: CPUs of each.
-        num_gpus: GPUs of each.
-        price_per_hour: Of each, in any currency.
+        name: Name for the user.
+        num_nodes: Number of nodes.
+        num_cpus: CPUs of each node.
+        num_gpus: GPUs of each node.
+        price_per_hour: Price of a node, in any currency.
     """
 
     name: str
@@ -160,12 +159,12 @@ class Workers:
 
 @dataclass(frozen=True, kw_only=True)
 class StageLoad:
-    """A stage on a cluster.
+    """Load of a stage on a cluster.
 
     Attributes:
-        cpu_s: CPU seconds an image.
-        images_per_s: If the stage had the cluster to itself; null where it costs nothing.
-        busy_share: Of the CPUs, or of the workers where it is the model's, at the rate of the whole.
+        cpu_s: CPU seconds per image.
+        images_per_s: Images per second if no other stage used the cluster; None if the stage costs nothing.
+        busy_share: Share of the CPUs, or of the workers for the model, that is busy at the rate of the job.
     """
 
     cpu_s: float
@@ -178,11 +177,11 @@ class Forecast:
     """Predicted performance of a cluster.
 
     Attributes:
-        images_per_s: After start-up.
-        limits: Images per second that each resource allows for, by its name.
-        bottleneck: The name of the lowest limit.
-        stages: By name.
-        cpus_to_balance: CPUs beside those of the GPU nodes with which these would be just busy; null without GPUs.
+        images_per_s: Images per second after start-up.
+        limits: Images per second that each resource allows, by resource.
+        bottleneck: Name of the lowest limit.
+        stages: Load by stage.
+        cpus_to_balance: CPUs outside the GPU nodes that just keep the GPUs busy; None without GPUs.
     """
 
     images_per_s: float
@@ -196,7 +195,7 @@ def check_devices(devices: Sequence[str], *, needs_gpu: bool) -> None:
     """Check that the model was measured on the device that it will run on.
 
     Raises:
-        UserError: It was not.
+        UserError: It was measured on another device.
     """
     if needs_gpu and set(devices) == {"cpu"}:
         raise UserError(
@@ -214,7 +213,7 @@ def combine(probes: Sequence[Probe], *, needs_gpu: bool) -> tuple[Probe, Probe]:
     """Return the probe for the CPUs and the probe for the model.
 
     Raises:
-        UserError: They are of different jobs, or none is of what the model is to run on.
+        UserError: The probes are for different jobs, or none was measured on the required device.
     """
     jobs = sorted({probe.job for probe in probes})
     if len(jobs) > 1:
@@ -226,12 +225,12 @@ def combine(probes: Sequence[Probe], *, needs_gpu: bool) -> tuple[Probe, Probe]:
 
 
 def startup_s(probe: Probe, groups: Sequence[NodeGroup], workers: Workers) -> float:
-    """Return the seconds until all workers run, and to finish, by the module's formula.
+    """Return the seconds of start-up and shutdown by the module's formula.
 
     Args:
-        probe: Whose run it is compared with.
-        groups: The cluster's nodes.
-        workers: Copies of the model, which come up on the nodes that have what they compute on.
+        probe: Measurements of the real run.
+        groups: Nodes of the cluster.
+        workers: Copies of the model; with GPUs they start on the GPU nodes only.
     """
     num_cpus = sum(group.num_nodes * group.num_cpus for group in groups if group.num_gpus or not workers.on_gpu)
     more_a_cpu = workers.number / num_cpus - probe.run_workers / probe.num_cpus
@@ -250,12 +249,12 @@ def forecast(
     """Predict the performance of a cluster by the module's formula.
 
     Args:
-        of_cpu: Probe whose stages count for the CPUs.
-        of_model: Probe whose model counts, and whatever runs beside it on the same nodes.
-        groups: The cluster's nodes.
+        of_cpu: Probe for the stages on CPUs.
+        of_model: Probe for the model and the stages that run on the model's nodes.
+        groups: Nodes of the cluster.
         workers: Copies of the model.
-        batch_size: In training, images of a step over all workers.
-        network_bytes_per_s: In training, between nodes.
+        batch_size: Images per training step over all workers.
+        network_bytes_per_s: Bandwidth between nodes, in training.
     """
     num_nodes = sum(group.num_nodes for group in groups)
     step_bytes_per_s = network_bytes_per_s if num_nodes > 1 else None
@@ -307,7 +306,7 @@ def _limits(
     batch_size: int,
     network_bytes_per_s: float | None,
 ) -> dict[str, float]:
-    """Return images per second by resource at full utilization."""
+    """Return the images per second that each resource allows at full utilisation."""
     total_cpus = sum(group.num_nodes * group.num_cpus for group in groups)
     # While the model runs, the next images are resized in the same process.
     beside = costs["prepare"] if "prepare" in costs else StageCost(cpu_s=0.0, wall_s=0.0)
@@ -355,5 +354,5 @@ def _share_reached(probe: Probe) -> float:
         share = 1 - probe.run_decoded_ahead
         costs[stage] = StageCost(cpu_s=costs[stage].cpu_s * share, wall_s=costs[stage].wall_s * share)
     limits = _limits(costs, probe, [machine], workers, batch_size=probe.batch_size, network_bytes_per_s=None)
-    # Where it was faster than is possible, the stages were measured in slower minutes of a machine that others use too.
+    # A ratio above 1 means that the machine was slower while the stages were measured, as shared machines may be.
     return min(1.0, probe.run_images_per_s / min(limits.values()))

@@ -18,10 +18,10 @@ from raydet.preparation.sources.source import Finding, SourceImage, SourceObject
 
 HASH_BYTES = 16
 
-SIZE_MISMATCH = "images of another size than the annotations say"
-ROTATED = "images whose boxes were turned upright with them"
+SIZE_MISMATCH = "images whose size differs from the annotations"
+ROTATED = "images whose boxes were rotated with them"
 WITHOUT_BOXES = "images without boxes"
-KEPT_IN_PART = "truncated images of which a part was kept"
+KEPT_IN_PART = "truncated images whose readable part was kept"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Row:
     """A finished row of the images table.
 
     Attributes:
-        values: By column name.
+        values: Values by column name.
         content_hash: The first `HASH_BYTES` of the SHA-256 of the image's bytes.
         findings: Anomalies of the image and its boxes.
     """
@@ -113,7 +113,7 @@ def read_row(
     }
     findings = [
         Finding(kind, image.path, image.image_id, annotation_id, detail=detail)
-        for kind, boxes in fitted.oddities.items()
+        for kind, boxes in fitted.findings.items()
         for annotation_id, detail in boxes
     ]
     if is_mismatch and image.size_hw is not None:

@@ -1,7 +1,7 @@
 """Parts as Ray tasks, on all nodes of a cluster.
 
-Plain tasks, since the parts need nothing of each other and each writes its own file: what goes through Ray is the
-index of a part and the few numbers that come of it, never an image.
+Plain tasks suffice, because parts are independent and each writes its own file: only the index of a part and a few
+numbers pass through Ray, never an image.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ _SMALL_CLUSTER_CPUS = 4
 
 @contextlib.contextmanager
 def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
-    """The session that is open, or one of its own, for the time of a `with`.
+    """Context manager: yield an executor on the open Ray session, or on a new one that ends with the block.
 
     Args:
-        target: What is written.
-        images_uri: The folder of the images, which all nodes must see.
+        target: Tables to write.
+        images_uri: Folder of the images, which all nodes must be able to read; None if they are not in a folder.
 
     Raises:
-        UserError: A node does not see it, or cannot write to the target.
+        UserError: A node cannot read the images or write to the target.
         RunError: The cluster cannot be reached.
     """
 
     def execute(work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
-        # A fraction, where others may hold some of the few CPUs there are.
+        # On a small cluster a fraction, because other jobs may hold some of its few CPUs.
         cpus_per_task = 1.0 if cluster_cpus() >= _SMALL_CLUSTER_CPUS else 0.5
         own = (SourcePart(part.index, list(part.images)) for part in parts)
         return run_tasks(partial(_work_on, work=work, mark=target.mark), own, cpus_per_task=cpus_per_task)
@@ -48,8 +48,10 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
 
 
 def _work_on(part: SourcePart, *, work: Callable[[SourcePart], Answer], mark: str) -> Answer:
-    """Works on a part, on whatever node."""
+    """Process a part in a Ray task, after checking that its node sees the output."""
     if not storage.exists(mark):
         node = socket.gethostname()
-        raise RunError(f"{node} does not see {mark}; on a cluster, --out and the images must be on storage it shares")
+        raise RunError(
+            f"{node} cannot see {mark}; on a cluster, --out and the images must be on storage that all nodes share"
+        )
     return work(part)

@@ -50,7 +50,7 @@ class Executor(Protocol):
     """Apply a function to all parts and yield its results in order."""
 
     def __call__(self, work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
-        """Hold a few parts at a time, however many there are."""
+        """Hold only a few parts at a time."""
 
 
 @dataclass
@@ -58,11 +58,11 @@ class PartOutcome:
     """Result of writing a part.
 
     Attributes:
-        num_rows: Of the file; 0 if there is no file.
-        counts: found, accepted, boxes, crowd_boxes, without_boxes.
-        boxes_by_class: [C].
-        image_ids: Of the rows, [N].
-        hashes: Of the image contents, [N, 2].
+        num_rows: Number of rows in the file; 0 if there is no file.
+        counts: Numbers named found, accepted, boxes, crowd_boxes and without_boxes.
+        boxes_by_class: Number of boxes per class, int64 [C].
+        image_ids: Image ids of the rows, [N].
+        hashes: Hashes of the image contents, [N, 2].
         rejected: Images without a row.
         findings: Anomalies of the images and their boxes.
     """

@@ -12,7 +12,7 @@ Anomalies are handled as follows:
   outside is dropped, and so are annotations of an unknown image or category.
 - A box that repeats another of its class is kept, because COCO's numbers are computed against the annotations as they
   are. `duplicate_boxes: drop` drops it.
-- An image with the same bytes as an earlier one is kept, since it has a path, an id and labels of its own.
+- An image with the same bytes as an earlier one is kept, since its path, id and labels are its own.
   `duplicate_images: drop` rejects it. A split never separates the two.
 - An image without boxes is kept as a negative example.
 
@@ -239,7 +239,7 @@ def _prepare(
     file_bytes: int = FILE_BYTES,
     survey_images: int = SURVEY_IMAGES,
 ) -> PrepareReport:
-    """Writes the tables of a source into OUT, unless this configuration has written them before."""
+    """Write the tables of a source into OUT, unless this configuration has written them before."""
     splits = SPLITS if config.val_fraction is not None else ()
     with open_folder(config.out, command=_COMMAND) as folder:
         target = Target(folder, splits)
@@ -263,7 +263,7 @@ def _report_of(target: Target, config: Any) -> PrepareReport | None:
 def _write_files(
     config: PrepareConfig, target: Target, source: Source, reader: ImageReader, *, file_bytes: int, survey_images: int
 ) -> PrepareReport:
-    """Writes the tables of a source whose images are read one by one."""
+    """Write the tables of a source whose images are read one by one."""
     inline = config.image_storage == "inline"
     if not inline:
         refuse_password(getattr(reader, "uri", ""), what="--images")

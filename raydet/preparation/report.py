@@ -12,8 +12,8 @@ from raydet.preparation.target import Target
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 
-REPEATED_IMAGES_KEPT = "images with the content of one before them, kept"
-REPEATED_IMAGES_DROPPED = "images with the content of one before them, left out"
+REPEATED_IMAGES_KEPT = "images with the same content as an earlier one, kept"
+REPEATED_IMAGES_DROPPED = "images with the same content as an earlier one, dropped"
 
 _MOST_CLASSES_SHOWN = 20
 
@@ -125,8 +125,8 @@ class PrepareReport:
             "boxes clipped to their image": self.clipped,
             "boxes without area, dropped": self.dropped - self.outside,
             "boxes outside their image, dropped": self.outside,
-            "boxes that repeat another of their class in their image": self.duplicate_boxes,
-            "images with the content of an earlier one": self.duplicate_images,
+            "boxes that repeat another of their class in the same image": self.duplicate_boxes,
+            "images with the same content as an earlier one": self.duplicate_images,
             "images whose size differs from the annotations": self.size_mismatches,
             "images whose boxes were rotated with them": self.rotated,
             **self.findings,
@@ -151,10 +151,10 @@ def make_report(
 
     Args:
         target: The tables.
-        counts: found, accepted, without_boxes, boxes, crowd_boxes.
+        counts: Numbers named found, accepted, without_boxes, boxes and crowd_boxes.
         kinds: Number of findings by kind.
         reasons: Number of rejected images by reason.
-        class_names: In the order of the categories.
+        class_names: Class names in the order of the categories.
         boxes_by_class: Boxes of each category, by split.
         images: Rows of each table, by split.
     """

@@ -7,8 +7,8 @@ paper assigns at random, here a hash of the image's content decides, keyed with 
 only on the set of images, their classes and the seed.
 
 It differs from the paper in two points. The units are contents rather than files, so that identical images stay
-together. And a class with at least two contents has one in each part, as far as the assignment for rarer classes
-allows; the only content of a class stays in training.
+together. And a class with at least two contents has one in each part, unless the assignment for rarer classes
+prevents it; the only content of a class stays in training.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def choose_validation(hashes: Hashes, labels: UnitLabels, *, num_classes: int, v
     """Choose images for validation.
 
     Args:
-        hashes: Of each image's content, [N, 2].
+        hashes: Hash of each image's content, [N, 2].
         labels: The classes present in each image.
         num_classes: Number of categories.
         val_fraction: Requested fraction of the contents, between 0 and 1.

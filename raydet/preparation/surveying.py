@@ -22,9 +22,9 @@ class Survey:
     """Facts about all images of a source, or about those of a part.
 
     Attributes:
-        image_ids: As in the images table, [N].
+        image_ids: Ids in the images table, [N].
         is_accepted: True for images that can be read, [N].
-        hashes: Of their contents, [N, 2]; zeros for images that cannot be read.
+        hashes: Hashes of the contents, [N, 2]; zeros for images that cannot be read.
         labels: The classes present in each image, by its index.
         reasons: Reasons of rejection, by index of the image.
     """

@@ -38,8 +38,8 @@ from raydet.tables import storage
 from raydet.tables.schema import build_schema
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_manifest
 
-LOST = "boxes of rejected images, left out"
-REPEATED_CONTENT = "the same content as an image before it"
+LOST = "boxes of rejected images, dropped"
+REPEATED_CONTENT = "the same content as an earlier image"
 """Reason of rejection of a duplicate, with `--duplicate-images drop`."""
 _FINDINGS_AT_ONCE = 10_000
 
@@ -49,16 +49,16 @@ class PreparationPlan:
     """Settings for writing the tables of a source.
 
     Attributes:
-        config_hash: Of the configuration.
-        identity: Everything that decides what comes out, by name.
-        images_per_part: Images of a file.
-        images_per_survey_part: Images that one task of the survey examines.
-        num_threads: Of each part; all CPUs by default.
-        use_ray: Whether to work in Ray tasks.
-        images_uri: The folder of the images, where they are in one.
-        val_fraction: SourcePart of the images for OUT/val; None: all are in OUT.
-        seed: Of the choice of these.
-        drop_duplicate_images: Whether images of the same content as one before them are rejected.
+        config_hash: Hash of the configuration.
+        identity: All settings that determine the result, by name.
+        images_per_part: Images per file.
+        images_per_survey_part: Images per task of the survey.
+        num_threads: Threads per part; one per CPU by default.
+        use_ray: Whether to run the parts as Ray tasks.
+        images_uri: Folder of the images; None if they are not in a folder.
+        val_fraction: Fraction of the images for OUT/val; None writes all to OUT.
+        seed: Seed of the choice of images for OUT/val.
+        drop_duplicate_images: Whether images with the same content as an earlier one are rejected.
     """
 
     config_hash: str
@@ -125,7 +125,7 @@ class _PreparationRun:
     """One run, from the survey to the report.
 
     Attributes:
-        files: Rows per file, by name of the split.
+        files: Number of rows per file, by split.
     """
 
     def __init__(
@@ -142,13 +142,13 @@ class _PreparationRun:
 
     @property
     def id_space(self) -> str:
-        """16 hex digits over which image of the source has which id; the same for all splits."""
+        """Hash over the ids and paths of all images, 16 hex digits; the same for all splits."""
         return self._id_digest.hexdigest()[:16]
 
     def _numbered(self, images: Iterable[SourceImage]) -> Iterator[SourceImage]:
-        """Passes on all images of the source, once."""
+        """Yield all images of the source, adding each to the digest of the id space; call once."""
         for image in images:
-            # Lengths keep apart what separators could not: a path may hold any character.
+            # Lengths make the digest unambiguous: a path may contain any separator.
             self._id_digest.update(f"{image.image_id} {len(image.path)} {image.path}".encode())
             yield image
 
@@ -184,7 +184,7 @@ class _PreparationRun:
 
     def _write_surveyed(self) -> None:
         plan, source = self._plan, self._source
-        images = _with_progress(self._numbered(source.images), source.num_images, "looking at the images")
+        images = _with_progress(self._numbered(source.images), source.num_images, "examining the images")
         found = survey(images, self._examine, self._execute, plan.num_threads, plan.images_per_survey_part)
         self._refuse_nothing(int(found.is_accepted.sum()), len(found.is_accepted), Counter(found.reasons.values()))
         accepted = np.flatnonzero(found.is_accepted)
@@ -193,7 +193,7 @@ class _PreparationRun:
             found = without(found, repeated, REPEATED_CONTENT)
         is_val = self._hold_out(found)
         for split in self._target.tables:
-            # Rejected images are processed with those of the first table, and are listed then.
+            # Rejected images are processed, and so listed, with the first table.
             wanted = is_val if split == "val" else ~is_val
             images = with_outcome(source.images, found, wanted)
             for _ in self._write_table(split, images, int(wanted.sum())):

@@ -63,7 +63,7 @@ class Card:
         path: Path in the table; may be empty.
         href: Address of the original for a browser; None if a browser cannot open it.
         caption: Description of its errors.
-        picture: Thumbnail as a data URI; None if there is none.
+        thumbnail: Thumbnail as a data URI; None if there is none.
         problem: Reason for a missing thumbnail.
         size_wh: Size of the thumbnail in pixels.
         boxes: Truth first, highlighted boxes last, so that they are drawn on top.
@@ -73,7 +73,7 @@ class Card:
     path: str = ""
     href: str | None = None
     caption: str = ""
-    picture: str | None = None
+    thumbnail: str | None = None
     problem: str | None = None
     size_wh: tuple[int, int] = (0, 0)
     boxes: tuple[DrawnBox, ...] = ()
@@ -252,12 +252,12 @@ def _thumbnail(row: ImageRow) -> tuple[str, tuple[int, int], tuple[int, int]] | 
         pixels = decode(row.data, max_pixels=DEFAULT_MAX_PIXELS, at_least_hw=(_MAX_SIDE, _MAX_SIDE))
     except DecodeError as error:
         return str(error)
-    picture = Image.fromarray(pixels)
-    original_wh = (row.size_hw[1], row.size_hw[0]) if row.size_hw else picture.size
-    picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+    image = Image.fromarray(pixels)
+    original_wh = (row.size_hw[1], row.size_hw[0]) if row.size_hw else image.size
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=_QUALITY, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", picture.size, original_wh
+    image.save(buffer, "WEBP", quality=_QUALITY, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", image.size, original_wh
 
 
 def _card(
@@ -276,13 +276,13 @@ def _card(
     }
     if thumbnail is None or isinstance(thumbnail, str):
         return Card(**about, problem=thumbnail or "the image was not found")
-    picture, (width, height), original_wh = thumbnail
+    data_uri, (width, height), original_wh = thumbnail
     scale = np.array([width / original_wh[0], height / original_wh[1]] * 2)
     boxes = _boxes(choice, image_id, judged)[-_MOST_BOXES:]
     drawn = tuple(
         _drawn(np.asarray(box) * scale, is_truth, highlighted, label) for box, is_truth, highlighted, label in boxes
     )
-    return Card(**about, picture=picture, size_wh=(width, height), boxes=drawn)
+    return Card(**about, thumbnail=data_uri, size_wh=(width, height), boxes=drawn)
 
 
 def _drawn(box_xywh: npt.NDArray[np.float64], is_truth: bool, is_highlighted: bool, label: str) -> DrawnBox:

@@ -1,6 +1,6 @@
 """The gallery of a scoring run: some of its images with their boxes drawn, in OUT/_drawn.
 
-The selection depends on the detections alone: the same table yields the same pictures, regardless of the number of
+The selection depends on the detections alone: the same table yields the same images, regardless of the number of
 workers that wrote it and of their order.
 """
 
@@ -22,7 +22,7 @@ from raydet.common.boxes import Boxes, as_boxes
 from raydet.common.hashing import hashes_of
 from raydet.config import DEFAULT_MAX_PIXELS, DrawIf
 from raydet.images.decode import DecodeError, decode
-from raydet.images.drawing import Picture, at_readable_size, class_colours, draw_boxes
+from raydet.images.drawing import RgbImage, at_readable_size, class_colours, draw_boxes
 from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.table import Table
@@ -37,7 +37,7 @@ _COLUMNS = ("image_id", "path", "file", "best_score", "num_boxes")
 _OWN_FILE = re.compile(r"\d{4,}-\d+\.jpg|" + re.escape(INDEX_FILE))
 _MIN_SIDE = 640
 _MAX_SIDE = 1600
-"""Longest side of a drawn picture in pixels; `draw_boxes` fits its labels to it, so that they can be read."""
+"""Longest side of a drawn image in pixels; `draw_boxes` fits its labels to it, so that they can be read."""
 _JPEG_QUALITY = 90
 
 _Floats = npt.NDArray[np.float64]
@@ -74,8 +74,8 @@ class GalleryReport:
     """Outcome of drawing a gallery.
 
     Attributes:
-        folder: Folder of the pictures and of `index.csv`.
-        num_drawn: Number of pictures.
+        folder: Folder of the drawn images and of `index.csv`.
+        num_drawn: Number of drawn images.
         failures: One line with the reason for each chosen image that could not be drawn.
     """
 
@@ -105,7 +105,7 @@ class GalleryPainter:
         self,
         out: str,
         categories: Sequence[Category],
-        num_pictures: int,
+        max_images: int,
         draw_if: DrawIf = "any",
         threshold: float = 0.3,
         seed: int = 0,
@@ -115,9 +115,9 @@ class GalleryPainter:
         """Store the settings; nothing is drawn yet.
 
         Args:
-            out: Folder or URI of the run; the pictures are written to OUT/_drawn.
+            out: Folder or URI of the run; the drawn images are written to OUT/_drawn.
             categories: Classes of the detections, in index order.
-            num_pictures: Maximum number of pictures.
+            max_images: Maximum number of images to draw.
             draw_if: Selection rule, see the class.
             threshold: Boxes at or below this score are not drawn.
             seed: Seed of the random sample and of the tie-breaking.
@@ -125,7 +125,7 @@ class GalleryPainter:
         """
         self.folder = storage.join(out, DRAWN_FOLDER)
         self._names = [category.name for category in categories]
-        self._num_pictures = num_pictures
+        self._max_images = max_images
         self._draw_if = draw_if
         self._threshold = threshold
         self._seed = seed
@@ -139,7 +139,7 @@ class GalleryPainter:
         Args:
             table: A complete detections table.
         """
-        if self._num_pictures == 0:
+        if self._max_images == 0:
             return []
         columns = ["image_id", "error", *([] if self._draw_if == "any" else ["detections.score"])]
         # A heap of (-key, -hash, position) with the worst candidate on top: smaller keys and hashes rank higher.
@@ -147,9 +147,9 @@ class GalleryPainter:
         start = 0
         for batch in table.iter_batches(columns, batch_size=4096):
             keys, hashes = self._keys(batch), hashes_of(batch.column("image_id").to_numpy(), self._seed)
-            for row in _smallest(keys, hashes, self._num_pictures):
+            for row in _smallest(keys, hashes, self._max_images):
                 item = (-float(keys[row]), -int(hashes[row]), start + int(row))
-                if len(best) < self._num_pictures:
+                if len(best) < self._max_images:
                     heapq.heappush(best, item)
                 else:
                     heapq.heappushpop(best, item)
@@ -197,7 +197,7 @@ class GalleryPainter:
     def draw(self, images: "Collection", chosen: Sequence[Chosen]) -> GalleryReport:
         """Write OUT/_drawn/RANK-IMAGE_ID.jpg, each atomically, and then OUT/_drawn/index.csv.
 
-        Pictures of an earlier gallery are removed. Images that can no longer be read are omitted and reported.
+        Drawn images of an earlier gallery are removed. Images that can no longer be read are omitted and reported.
 
         Args:
             images: The collection that was scored.
@@ -224,7 +224,7 @@ class GalleryPainter:
         storage.write_bytes(storage.join(self.folder, INDEX_FILE), text.getvalue().encode())
         return GalleryReport(self.folder, len(entries), tuple(failures))
 
-    def _decoded(self, images: "Collection", item: Chosen) -> Picture:
+    def _decoded(self, images: "Collection", item: Chosen) -> RgbImage:
         row = next(iter(images.read(item.position, item.position + 1)), None)
         if row is None or row.image_id != item.image_id:
             raise DecodeError("these are not the images that were scored")
@@ -232,11 +232,11 @@ class GalleryPainter:
             raise DecodeError(row.error or "the image can no longer be read")
         return decode(row.data, max_pixels=self._max_pixels)
 
-    def _drawn(self, picture: Picture, item: Chosen) -> Picture:
+    def _drawn(self, image: RgbImage, item: Chosen) -> RgbImage:
         """Resize an image to suit a screen and draw its boxes."""
         # Boxes refer to the size in the table, which equals the image's unless the file has changed since.
-        height, width = item.size_hw if all(item.size_hw) else picture.shape[:2]
-        resized = at_readable_size(picture, min_side=_MIN_SIDE, max_side=_MAX_SIDE)
+        height, width = item.size_hw if all(item.size_hw) else image.shape[:2]
+        resized = at_readable_size(image, min_side=_MIN_SIDE, max_side=_MAX_SIDE)
         scale = np.array([resized.shape[1] / width, resized.shape[0] / height] * 2)
         labels = [self._names[category] for category in item.categories]
         colours = class_colours(self._names)
@@ -249,7 +249,7 @@ def _smallest(keys: _Floats, hashes: npt.NDArray[np.uint64], count: int) -> _Int
     return order[: min(count, int(np.isfinite(keys).sum()))]
 
 
-def _jpeg(picture: Picture) -> bytes:
+def _jpeg(image: RgbImage) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    Image.fromarray(image).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()

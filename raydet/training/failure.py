@@ -46,7 +46,7 @@ class WorkerFailure:
 
 
 class WorkerFailed(Exception):  # noqa: N818 - the name distinguishes it from the failure that it carries
-    """Ends the run on all workers, because a restart would fail again."""
+    """Failure that ends the run on all workers, because a restart would fail again."""
 
     def __init__(self, failure: WorkerFailure) -> None:
         super().__init__(failure)

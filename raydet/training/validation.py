@@ -23,7 +23,7 @@ from raydet.training.tracking.trackers import RunTracker
 if TYPE_CHECKING:
     from raydet.training.trainer import Trainer
 
-Picture = npt.NDArray[np.uint8]
+RgbImage = npt.NDArray[np.uint8]
 
 
 def validate(
@@ -43,15 +43,15 @@ def validate(
         plan: Plan of the run.
         reader: Reader positioned at the first batch of the validation.
         categories: The classes in the order of their indices.
-        tracker: Tracker that receives the first pictures; None on all ranks but 0.
+        tracker: Tracker that receives the first images, drawn; None on all ranks but 0.
 
     Returns:
         The results, the same on every rank; None if the command asked to stop.
     """
     started, epoch = time.perf_counter(), trainer.position.epoch
     engine, accumulator, is_to_stop = trainer.engine(), CocoAccumulator(categories), False
-    pictures: dict[str, Picture] = {}
-    num_pictures = 0 if tracker is None else trainer.config.log_images
+    drawn: dict[str, RgbImage] = {}
+    num_drawn = 0 if tracker is None else trainer.config.log_images
     for number in range(plan.validation_rounds(crew.world_size)):
         is_to_stop = crew.is_asked_to_stop()
         if is_to_stop:  # other ranks either see the request too or finish their part
@@ -61,10 +61,10 @@ def validate(
         for image_id, truth in batch.truths.items():
             detections = _as_found(found.get(image_id))
             accumulator.add(image_id, truth, detections, unreadable=image_id in batch.unreadable)
-        for example in batch.examples[: max(0, num_pictures - len(pictures))]:
+        for example in batch.examples[: max(0, num_drawn - len(drawn))]:
             image_id = example.image_id
-            picture = _picture(example, batch.truths[image_id], found[image_id], categories)
-            pictures[f"validation/{image_id}"] = picture
+            tag = f"validation/{image_id}"
+            drawn[tag] = _comparison(example, batch.truths[image_id], found[image_id], categories)
     shards = crew.gather((is_to_stop, b"" if is_to_stop else accumulator.to_bytes()))
     record = None
     if shards is not None and not any(was_cut for was_cut, _ in shards):
@@ -72,8 +72,8 @@ def validate(
         for _, shard in shards:
             merged.merge(shard)
         record = _record(merged.result(), seconds=time.perf_counter() - started)
-    if tracker is not None and pictures and record is not None:
-        tracker.images((epoch + 1) * plan.steps_per_epoch, pictures)
+    if tracker is not None and drawn and record is not None:
+        tracker.images((epoch + 1) * plan.steps_per_epoch, drawn)
     shared: ValidationRecord | None = crew.share(record)
     return shared
 
@@ -90,7 +90,7 @@ def _as_found(detected: Detections | None) -> ImageDetections:
     return ImageDetections(detected.boxes_xywh, detected.scores, detected.categories)
 
 
-def _picture(example: Example, truth: ImageTruth, found: Detections, categories: tuple[Category, ...]) -> Picture:
+def _comparison(example: Example, truth: ImageTruth, found: Detections, categories: tuple[Category, ...]) -> RgbImage:
     """Draw ground truth and predictions side by side, at the size of the model's input."""
     scale_hw = np.array(example.image.shape[:2]) / np.array(example.original_size_hw)
 

@@ -1,1 +1,1 @@
-"""Many short trainings → a trials table and the best checkpoint."""
+"""Many short training runs → a trials table and the best checkpoint."""

@@ -89,7 +89,7 @@ def with_history(trial: Trial, out: str) -> Trial:
 
 
 def read_history(folder: str) -> list[EpochRecord]:
-    """The epochs of a run folder; none where it has not got so far."""
+    """The epochs in a run folder; empty before the first epoch has ended."""
     try:
         return read_whole_history(folder)
     except (FileNotFoundError, ValueError):

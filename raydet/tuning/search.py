@@ -49,7 +49,7 @@ class RandomProposer:
         return {dimension.name: dimension.sample(random) for dimension in self._dimensions}
 
     def learn(self, trial: Trial, values: Parameters) -> None:
-        """Do nothing: random search does not learn."""
+        """Do nothing: random search does not learn from results."""
 
 
 class OptunaProposer:

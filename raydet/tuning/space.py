@@ -104,7 +104,7 @@ def _dimension(name: str, spec: Any) -> Dimension:
         return Dimension(name, kind, tuple(values))
     numbers = [_number(value, where) for value in values]
     if len(numbers) != 2 or not numbers[0] < numbers[1]:
-        raise UserError(f"{where}: {kind} requires the lowest value and then the highest, got {list(values)}")
+        raise UserError(f"{where}: {kind} requires [low, high] with low < high, got {list(values)}")
     low, high = numbers
     if kind == "loguniform" and low <= 0:
         raise UserError(f"{where}: loguniform requires values above 0, got {list(values)}")

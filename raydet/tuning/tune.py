@@ -1,4 +1,4 @@
-"""`tune()`: a search for the training options of the best detector, by many short trainings with Ray Tune.
+"""`tune()`: a search for the training options of the best detector, by many short training runs with Ray Tune.
 
 It does not import torch, so that user errors are reported in seconds. Modules: `space` (varied options), `search`
 (proposals, importance), `records` (files of the trials), `plan` (the complete search), `resources` (concurrency),

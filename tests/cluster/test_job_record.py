@@ -37,7 +37,7 @@ def test_what_is_no_commit_is_not_taken_for_one(
     assert record.submission_id is None and record.commit is None
 
 
-def test_a_run_keeps_the_jobs_that_it_goes_on_from(
+def test_a_run_keeps_the_jobs_that_it_resumes_from(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("first", "second", "third"):

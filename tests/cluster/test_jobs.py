@@ -214,7 +214,7 @@ def test_a_stopped_prediction_leaves_whole_files_and_no_orphan(head: Head, work:
 
 
 @pytest.mark.timeout(290)
-def test_a_stopped_training_saves_and_goes_on_to_the_same(head: Head, work: Work, tmp_path: Path) -> None:
+def test_a_stopped_training_saves_and_resumes_to_the_same(head: Head, work: Work, tmp_path: Path) -> None:
     out = tmp_path / "run"
     job = head.start(*work.train(out))
     _wait_for(Path(out, STATES_FOLDER, "00001-0000000.pt").exists, head, job)

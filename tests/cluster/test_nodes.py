@@ -234,7 +234,7 @@ def test_a_trials_own_process_is_killed(
     assert_same_rows(job.outcome(out), expected)
 
 
-def test_elastic_training_goes_on_with_the_node_that_is_left(
+def test_elastic_training_continues_with_the_node_that_is_left(
     cluster: Cluster, second: Node, jobs: dict[str, Job], undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     job, out, expected = jobs["train"], tmp_path / "out", undisturbed.outcome("train")

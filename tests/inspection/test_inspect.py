@@ -21,11 +21,11 @@ from raydet.common.errors import UserError
 from raydet.config import InspectConfig, TrainConfig
 from raydet.inspection import rows
 from raydet.inspection.counting import QUANTITIES, Counts, distance
+from raydet.inspection.findings import Findings, add_row_findings, duplicates, same_places
+from raydet.inspection.galleries import FirstEpoch
 from raydet.inspection.identical import identical_images
 from raydet.inspection.inspect import inspect
-from raydet.inspection.oddities import Findings, add_row_findings, duplicates, same_places
 from raydet.inspection.picks import Picker
-from raydet.inspection.pictures import FirstEpoch
 from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
@@ -365,7 +365,7 @@ def test_nothing_of_the_users_becomes_markup(inspected: Any) -> None:
 def test_pictures_stand_in_pairs_and_a_broken_one_says_why(inspected: Any) -> None:
     page = page_of(inspected)
     links = [str(image["href"]) for image in page.all("image")]
-    assert inspected.num_pictures == 9 and len(links) == 16
+    assert inspected.num_images_shown == 9 and len(links) == 16
     assert all(link.startswith("data:image/jpeg;base64,") for link in links)
     assert "not an image" in page.text
     assert "120 × 90 px → 2 boxes, 64 × 64 px" in page.text
@@ -402,7 +402,7 @@ def test_findings_of_prepare_are_taken_over_whatever_else_is_in_their_table(evil
     config = InspectConfig(data=table.uri, out=str(tmp_path / "out"), augmentation="none", num_images=0)
     result = inspect(config)
     assert (result.findings.counts["data", "box cut"], result.findings.counts["data", "stray file"]) == (3, 1)
-    assert result.num_pictures == 0 and "box cut" in page_of(result).text
+    assert result.num_images_shown == 0 and "box cut" in page_of(result).text
 
 
 def test_findings_beside_splits_are_told_of_the_split_whose_images_they_are_about(tmp_path: Path) -> None:
@@ -530,5 +530,5 @@ def test_a_page_of_many_classes_stays_below_ten_megabytes(tmp_path: Path) -> Non
     table = write(tmp_path / "data", content, names)
     result = inspect(InspectConfig(data=table.uri, out=str(tmp_path / "out"), augmentation="flip", image_size=320))
     # Noise takes the most bytes: not even every class has an image, and the page says so.
-    assert result.num_bytes < 10e6 and 80 > result.num_pictures > 10
+    assert result.num_bytes < 10e6 and 80 > result.num_images_shown > 10
     assert "of 80 classes have images" in page_of(result).text

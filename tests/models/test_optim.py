@@ -279,7 +279,7 @@ def test_the_optimizer_steps_as_adamw_is_defined() -> None:
         np.testing.assert_allclose(model.head.weight.detach().numpy(), weight, rtol=1e-5, atol=1e-7)
 
 
-def test_the_average_follows_its_formula_and_goes_on_from_a_saved_state() -> None:
+def test_the_average_follows_its_formula_and_resumes_from_a_saved_state() -> None:
     torch.manual_seed(0)
     model = _Small()
     average = MovingAverage(model, 0.9, rise_steps=5.0)

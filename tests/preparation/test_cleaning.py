@@ -56,27 +56,27 @@ def test_all_findings_are_listed_with_their_position(tmp_path: Path) -> None:
     found = findings_of(tmp_path / "out")
     places = {(row["kind"], row["path"], row["image_id"], row["annotation_id"]) for row in found}
     assert places == {
-        ("annotations of an unknown image, left out", None, None, 6),
-        ("annotations of an unknown category, left out", "a.png", 0, 7),
-        ("boxes that ran out of their image, cut to it", "a.png", 0, 2),
-        ("boxes outside their image, left out", "a.png", 0, 3),
-        ("boxes without area, left out", "a.png", 0, 4),
+        ("annotations of an unknown image, dropped", None, None, 6),
+        ("annotations of an unknown category, dropped", "a.png", 0, 7),
+        ("boxes clipped to their image", "a.png", 0, 2),
+        ("boxes outside their image, dropped", "a.png", 0, 3),
+        ("boxes without area, dropped", "a.png", 0, 4),
         ("boxes that repeat another of their class, kept", "a.png", 0, 5),
-        ("boxes of rejected images, left out", "broken.png", 4, None),
+        ("boxes of rejected images, dropped", "broken.png", 4, None),
         ("images without boxes", "b.png", 1, None),
         ("images without boxes", "copy.png", 3, None),
-        ("images of another size than the annotations say", "wrong size.png", 2, None),
-        ("images with the content of one before them, kept", "copy.png", 3, None),
+        ("images whose size differs from the annotations", "wrong size.png", 2, None),
+        ("images with the same content as an earlier one, kept", "copy.png", 3, None),
     }
     assert all(row["count"] == 1 for row in found)
     details = {(row["kind"].split(",")[0], row["image_id"]): row["detail"] for row in found}
-    assert details["boxes that ran out of their image", 0] == "35, 5, 10, 10 in 40 × 30"
-    assert details["images of another size than the annotations say", 2] == "annotations: 41 × 30, file: 40 × 30"
-    assert details["images with the content of one before them", 3] == "the same as a.png, image 0"
+    assert details["boxes clipped to their image", 0] == "35, 5, 10, 10 in 40 × 30"
+    assert details["images whose size differs from the annotations", 2] == "annotations: 41 × 30, file: 40 × 30"
+    assert details["images with the same content as an earlier one", 3] == "the same as a.png, image 0"
     lines = report.lines()
     assert f"findings, listed in {tmp_path}/out/_findings:" in lines
     assert (
-        "  boxes outside their image, dropped: 1" in lines and "  annotations of an unknown image, left out: 1" in lines
+        "  boxes outside their image, dropped: 1" in lines and "  annotations of an unknown image, dropped: 1" in lines
     )
 
 
@@ -93,10 +93,10 @@ def test_duplicates_can_be_left_out(tmp_path: Path) -> None:
     (row,) = rows_of(tmp_path / "out")
     assert row["image_id"] == 7 and row["objects"]["id"] == [1]
     (rejected,) = rows_of(tmp_path / "out" / "_rejected", "rejected")
-    assert rejected == {"path": "a.png", "image_id": 3, "reason": "the same content as an image before it"}
+    assert rejected == {"path": "a.png", "image_id": 3, "reason": "the same content as an earlier image"}
     kinds = {row["kind"]: row["detail"] for row in findings_of(tmp_path / "out")}
-    assert kinds["images with the content of one before them, left out"] == "the same as b.png, image 7"
-    assert kinds["boxes that repeat another of their class, left out"] == "1, 1, 5, 5 in 40 × 30"
+    assert kinds["images with the same content as an earlier one, dropped"] == "the same as b.png, image 7"
+    assert kinds["boxes that repeat another of their class, dropped"] == "1, 1, 5, 5 in 40 × 30"
 
 
 def test_boxes_repeat_each_other_only_within_their_class_and_crowd_flag() -> None:
@@ -109,11 +109,11 @@ def test_boxes_repeat_each_other_only_within_their_class_and_crowd_flag() -> Non
     )
     kept = fit_objects(objects, (50, 50))
     assert kept.objects["id"] == [1, 2, 3, 4, 5]
-    assert [number for number, _ in kept.oddities[REPEATED_KEPT]] == [4]
+    assert [number for number, _ in kept.findings[REPEATED_KEPT]] == [4]
     dropped = fit_objects(objects, (50, 50), drop_duplicates=True)
     assert dropped.objects["id"] == [1, 2, 3, 5]
-    assert [number for number, _ in dropped.oddities[REPEATED_DROPPED]] == [4]
-    assert [number for number, _ in dropped.oddities[OUTSIDE]] == [6]
+    assert [number for number, _ in dropped.findings[REPEATED_DROPPED]] == [4]
+    assert [number for number, _ in dropped.findings[OUTSIDE]] == [6]
 
 
 STATES = st.sampled_from(["ok", "ok", "copy", "rotated", "missing", "empty", "truncated", "outside"])
@@ -190,13 +190,13 @@ def test_random_defects_are_all_accounted_for(
     left_out = report.dropped + (report.duplicate_boxes if duplicates == "drop" else 0)
     assert report.boxes + left_out == len(known)
     lost = [item for item in boxes if item[0] < len(states) and item[0] not in accepted and item[1] != 9]
-    assert kinds["boxes of rejected images, left out"] == len(lost)
+    assert kinds["boxes of rejected images, dropped"] == len(lost)
     assert report.boxes == sum(len(row["objects"]["id"]) for row in rows) == sum(report.boxes_by_class.values())
-    assert kinds["boxes outside their image, left out"] == report.outside
-    assert kinds["boxes without area, left out"] == report.dropped - report.outside
+    assert kinds["boxes outside their image, dropped"] == report.outside
+    assert kinds["boxes without area, dropped"] == report.dropped - report.outside
     assert kinds["images without boxes"] == report.without_boxes
-    assert kinds["annotations of an unknown image, left out"] == sum(item[0] >= len(states) for item in boxes)
-    assert kinds["annotations of an unknown category, left out"] == sum(
+    assert kinds["annotations of an unknown image, dropped"] == sum(item[0] >= len(states) for item in boxes)
+    assert kinds["annotations of an unknown category, dropped"] == sum(
         item[1] == 9 and item[0] < len(states) for item in boxes
     )
 

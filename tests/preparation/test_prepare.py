@@ -404,7 +404,7 @@ def test_random_defects_lose_nothing(
     assert report.rotated == states.count("rotated")
     of_readable = sum(image_id in readable for image_id, _ in boxes)
     assert report.boxes + report.dropped == of_readable
-    assert report.findings.get("annotations of an unknown image, left out", 0) == sum(
+    assert report.findings.get("annotations of an unknown image, dropped", 0) == sum(
         image_id >= len(states) for image_id, _ in boxes
     )
     for row in rows:

@@ -62,7 +62,7 @@ def _num_files(out: str) -> int:
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9])
-def test_a_killed_run_goes_on(reference: tuple[PredictConfig, Rows], tmp_path: Path, part: float) -> None:
+def test_a_killed_run_resumes(reference: tuple[PredictConfig, Rows], tmp_path: Path, part: float) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
     output = tmp_path / "output"
     with started(command_of("predict", config), output) as driver:

@@ -66,7 +66,7 @@ def test_validation_takes_every_row_once_in_batches_that_do_not_depend_on_worker
     assert len(batches) == plan.validation_rounds(world_size) * world_size
 
 
-def test_resuming_goes_on_with_the_same_steps() -> None:
+def test_resuming_continues_with_the_same_steps() -> None:
     plan = _plan()
 
     def steps(**start: int) -> list[tuple[int, int, tuple[int, ...]]]:

@@ -56,7 +56,7 @@ def _assert_same_run(result: TrainResult, reference: TrainResult) -> None:
     assert_same_rows(outcome_of_training(result.out), outcome_of_training(reference.out))
 
 
-def test_a_killed_run_goes_on_in_mid_epoch(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
+def test_a_killed_run_resumes_in_mid_epoch(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
     config = _config(shapes, tmp_path / "killed")
     state = tmp_path / "killed" / STATES_FOLDER / "00001-0000002.pt"
     with started(command_of("train", config), tmp_path / "output") as driver:

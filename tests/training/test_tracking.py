@@ -202,7 +202,7 @@ def test_a_place_that_cannot_be_written_is_told_of_once(tmp_path: Path) -> None:
     assert len(warnings) == 1 and "tensorboard" in warnings[0] and "training continues" in warnings[0]
 
 
-def test_mlflow_goes_on_in_the_same_run(tmp_path: Path) -> None:
+def test_mlflow_continues_in_the_same_run(tmp_path: Path) -> None:
     out, folder = str(tmp_path / "my-run"), tmp_path / "my-run" / "log" / "mlflow"
     first = RunTracker(out, ["mlflow"], CONFIG, start_step=0)
     first.scalars(1, {"train/loss": 0.5, "AP_by_class/traffic: light": 0.25})

@@ -68,7 +68,7 @@ def _saved(state: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "changes", [{}, {"schedule": "reduce_lr_on_plateau", "ema_decay": 0.0}], ids=["ema", "plateau"]
 )
-def test_a_trainer_goes_on_from_its_state_to_the_last_bit(changes: dict[str, Any]) -> None:
+def test_a_trainer_resumes_from_its_state_to_the_last_bit(changes: dict[str, Any]) -> None:
     first = _trainer(**changes)
     assert not first.begin_epoch()
     for _ in range(3):

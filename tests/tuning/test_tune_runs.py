@@ -130,7 +130,7 @@ def test_trials_of_two_workers_and_all_that_fail(shapes: Path, tmp_path: Path) -
     assert open_table(f"{config.out}/trials", "trials").read()["state"].to_pylist() == ["failed"]
 
 
-def test_a_killed_search_goes_on(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
+def test_a_killed_search_resumes(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
     config = _config(shapes, tmp_path / "out", {"epochs": 6, "save_every_steps": 2}, num_trials=2, max_concurrent=1)
     file = tmp_path / "tune.yaml"
     file.write_text(to_yaml(config))

@@ -24,7 +24,7 @@ from raydet.models.processors import resize_rule_of
 from raydet.tables.schema import Category
 
 MAX_DETECTIONS = 300
-"""Detections kept per image, by falling score. OWLv2 proposes 3,600 boxes per image, nearly all of them noise."""
+"""Detections kept per image, the best-scoring ones. OWLv2 proposes 3,600 boxes per image, nearly all of them noise."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,9 +62,9 @@ class ZeroShotEngine(ABC):
     """A zero-shot detector with its labels.
 
     Attributes:
-        categories: The labels, each with its place as id.
-        max_detections: The most detections that an image can have.
-        resize_rule: Of the image processor, without its padding.
+        categories: The labels; the id of a label is its position.
+        max_detections: Maximum number of detections per image.
+        resize_rule: Resize rule of the image processor, without its padding.
     """
 
     categories: tuple[Category, ...]
@@ -144,7 +144,7 @@ class ZeroShotEngine(ABC):
         """Find the labels in images.
 
         Args:
-            prepared: From `prepare`.
+            prepared: Result of `prepare`.
 
         Returns:
             One `Detections` per image, in order: for each proposed box its best label, as the model's processor

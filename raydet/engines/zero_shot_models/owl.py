@@ -68,7 +68,7 @@ class OwlEngine(ZeroShotEngine):
         feature_map, _ = self._model.image_embedder(inputs["pixel_values"])
         features = feature_map.flatten(1, 2).float()
         label_embeddings = self._label_embeddings.expand(len(features), -1, -1)
-        # In half precision boxes would be off by whole pixels. The heads are small.
+        # In half precision boxes would be off by more than a pixel. The heads are small.
         with torch.autocast(self._device.type, enabled=False):
             logits, _ = self._model.class_predictor(features, label_embeddings)
             boxes_cxcywh = self._model.box_predictor(features, feature_map)

@@ -59,10 +59,10 @@ def distillation_terms(
     queries in the same way. With both numbers taken from the global batch, the two sums add up over micro-batches.
 
     Args:
-        detector: Of a family that distils.
-        outputs: Of the forward pass, in training mode.
+        detector: Detector of a family that distils.
+        outputs: Outputs of the forward pass, in training mode.
         labels: Per image.
-        matchings: Of `match_layers`, one per auxiliary output.
+        matchings: Result of `match_layers`, one per auxiliary output.
         num_matched: Matched queries in the global batch.
         num_queries: All queries in the global batch.
     """

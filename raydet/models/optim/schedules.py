@@ -122,7 +122,7 @@ def after_validation(schedule: "LRScheduler", metric: float | None) -> None:
     """Report the result of a validation to the schedule; only reduce_lr_on_plateau uses it.
 
     Args:
-        schedule: From `build_schedule`.
+        schedule: Schedule from `build_schedule`.
         metric: The value of `metric_for_best_model`; None if there was nothing to measure, which changes nothing.
     """
     factors = getattr(schedule, "lr_lambdas", [])

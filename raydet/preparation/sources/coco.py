@@ -107,10 +107,10 @@ def _annotation(entry: dict[str, Any], place: str) -> AnnotationEntry:
 def _note_orphans(index: CocoIndex, findings: FindingLog) -> None:
     for orphan in index.orphans():
         if orphan.path is None:
-            kind, detail = "annotations of an unknown image, left out", f"its image_id is {orphan.image_id}"
+            kind, detail = "annotations of an unknown image, dropped", f"its image_id is {orphan.image_id}"
             findings.note(Finding(kind, annotation_id=orphan.annotation_id, detail=detail))
         else:
-            kind, detail = "annotations of an unknown category, left out", f"its category_id is {orphan.category_id}"
+            kind, detail = "annotations of an unknown category, dropped", f"its category_id is {orphan.category_id}"
             findings.note(Finding(kind, readable(orphan.path), orphan.image_id, orphan.annotation_id, detail=detail))
 
 

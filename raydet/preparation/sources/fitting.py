@@ -15,11 +15,11 @@ ROUNDING_PX = 1e-6
 DUPLICATE_PX = 0.01
 """Boxes are equal if their numbers, rounded to this, are; files have at least two decimals."""
 
-CLIPPED = "boxes that ran out of their image, cut to it"
-NO_AREA = "boxes without area, left out"
-OUTSIDE = "boxes outside their image, left out"
+CLIPPED = "boxes clipped to their image"
+NO_AREA = "boxes without area, dropped"
+OUTSIDE = "boxes outside their image, dropped"
 REPEATED_KEPT = "boxes that repeat another of their class, kept"
-REPEATED_DROPPED = "boxes that repeat another of their class, left out"
+REPEATED_DROPPED = "boxes that repeat another of their class, dropped"
 
 Flags = npt.NDArray[np.bool_]
 
@@ -30,11 +30,11 @@ class FittedObjects:
 
     Attributes:
         objects: Lists of equal length, of the kept boxes.
-        oddities: By kind of finding, the source's ids of the boxes and their particulars.
+        findings: Annotation id and detail of each affected box, by kind of finding.
     """
 
     objects: dict[str, list[Any]]
-    oddities: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    findings: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
 
 
 def fit_objects(

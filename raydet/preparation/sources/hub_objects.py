@@ -59,8 +59,8 @@ def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
     """Read the objects of one row.
 
     Args:
-        value: From Arrow: a dictionary of lists, a list of dictionaries, JSON text, or None for no objects.
-        bbox_format: Of the boxes.
+        value: Value from Arrow: a dictionary of lists, a list of dictionaries, JSON text, or None for no objects.
+        bbox_format: Format of the boxes.
     """
     if isinstance(value, str):
         try:
@@ -120,9 +120,9 @@ def _kept(lists: Mapping[str, list[Any]], bbox_format: BboxFormat) -> RowObjects
         numbers = _four_numbers(bbox)
         known = _integer(category) if not isinstance(category, str) else category
         if numbers is None:
-            findings["boxes that are not four numbers, left out"] += 1
+            findings["boxes that are not four numbers, dropped"] += 1
         elif known is None:
-            findings["boxes without a class, left out"] += 1
+            findings["boxes without a class, dropped"] += 1
         else:
             box_xywh = _TO_XYWH[bbox_format](numbers)
             result.ids.append(_integer(annotation_id))

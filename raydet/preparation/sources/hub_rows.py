@@ -47,10 +47,10 @@ def read_hub(
     """Read the rows of an opened data set and set `images.column` to the column of the images.
 
     Args:
-        images: From `load_hub`.
+        images: Images from `load_hub`.
         image_column: The column of the images; by default `image`, or else the only column of that type.
         objects_column: The column of the boxes; by default `objects`. Without it the images have no labels.
-        bbox_format: Of the boxes, see `raydet.preparation.sources.hub_objects`.
+        bbox_format: Format of the boxes, see `raydet.preparation.sources.hub_objects`.
         classes: Names in order, or one .txt file of names; by default those of the column's ClassLabel, or else all
             names or numbers that occur, sorted.
 
@@ -155,7 +155,7 @@ def _scan(
         given = [item for item in parsed.ids if item is not None]
         num_without_id += len(parsed.ids) - len(given)
         ids.append(np.array(given, np.int64))
-        unknown = {"boxes of an unknown class, left out": len(parsed.categories) - len(known)}
+        unknown = {"boxes of an unknown class, dropped": len(parsed.categories) - len(known)}
         for kind, count in {**parsed.findings, **unknown}.items():
             findings.note(Finding(kind, row[_PATH], image_id, count=count))
     all_ids = np.concatenate(ids) if ids else np.zeros(0, np.int64)
@@ -280,7 +280,7 @@ def _extra_columns(features: Mapping[str, Any], taken: set[str | None], findings
         elif kind == "Value" and _is_scalar(dtype):
             extras[name] = pa.string() if pa.types.is_large_string(dtype) or pa.types.is_null(dtype) else dtype, None
         else:
-            findings.note(Finding("columns that hold no scalars, left out", detail=name))
+            findings.note(Finding("columns without scalar values, dropped", detail=name))
     return extras
 
 

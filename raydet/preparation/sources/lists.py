@@ -26,7 +26,7 @@ CSV_COLUMNS = ("url", "uri", "path", "file_name", "filename", "image")
 
 
 def is_list(uri: str) -> bool:
-    """Tell if a URI names a list of images, by its suffix; on the web, where there are no folders, always."""
+    """Return True if a URI names a list of images by its suffix; always on the web, where there are no folders."""
     if storage.is_web(uri):
         return True
     return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not Path(uri).is_dir()
@@ -36,14 +36,14 @@ class ImageList:
     """Reader for the files that a list names, local or remote; thread-safe.
 
     Attributes:
-        uri: Of the list.
+        uri: Absolute path or URI of the list.
     """
 
     def __init__(self, uri: str, *, web: WebReader | None = None) -> None:
         """Make a reader without opening anything.
 
         Args:
-            uri: Of the list.
+            uri: Path or URI of the list.
             web: Reader for addresses on the web.
         """
         self.uri = uri if storage.is_web(uri) else storage.absolute_uri(uri)
@@ -51,7 +51,7 @@ class ImageList:
         self._roots: dict[str, ImageFolder] = {}
 
     def __reduce__(self) -> tuple[Callable[[], "ImageList"], tuple[()]]:
-        # The receiving process opens it anew, like image folders.
+        # The receiving process opens the folders itself.
         return partial(ImageList, self.uri, web=self._web), ()
 
     def uri_of(self, path: str) -> str:
@@ -201,7 +201,8 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
             )
         if storage.is_web(images.uri) and not storage.is_web(uri):
             raise UserError(
-                f"image {number} of {images.uri} is not on the web: {path}; a list there may name no others"
+                f"image {number} of {images.uri} is not on the web: {path}; "
+                "a list on the web can only name images on the web"
             )
         if "@" in uri:
             refuse_password(uri, what=f"image {number} of {images.uri}")

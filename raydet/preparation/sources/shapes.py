@@ -49,9 +49,9 @@ def draw(seed: int, split: Split, index: int, *, image_size: int, max_shapes: in
     earlier one.
 
     Args:
-        seed: Of the whole data set.
+        seed: Seed of the data set.
         split: Each split has independent random numbers.
-        index: Of the image in its split.
+        index: Index of the image in its split.
         image_size: Side of the square image in pixels.
         max_shapes: Maximum number of shapes; the minimum is none.
     """

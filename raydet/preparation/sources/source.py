@@ -27,8 +27,8 @@ class Finding:
     Attributes:
         kind: The same text for all findings of a kind.
         path: The image or annotation file, relative to its folder; None if the finding is about neither.
-        image_id: As in the images table, if known.
-        annotation_id: Of a single box, if known.
+        image_id: Id in the images table, if known.
+        annotation_id: Annotation id, if the finding is about a single box and the id is known.
         count: Number of occurrences.
         detail: Particulars of this finding.
     """
@@ -42,7 +42,7 @@ class Finding:
 
 
 class FindingLog(Counter[str]):
-    """Counts of findings by kind, and the findings themselves in `rows`, which are on disk."""
+    """Counter of findings by kind; `rows` holds the findings themselves, on disk."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class SourceImage:
         size_hw: Height and width in pixels as the source states them, possibly wrong; None if it states none.
         extra: Values of the source's extra columns.
         refusal: Reason of rejection without reading the image; None if it may be read.
-        content_hash: Of its bytes, if a survey has read and decoded them; None otherwise.
+        content_hash: Hash of its bytes if a survey has read and decoded them; None otherwise.
         locator: Key by which the source reads the image; None if that is the path.
     """
 
@@ -102,7 +102,7 @@ class SourceImage:
 
 
 class Records(Iterable[SourceImage]):
-    """The records of a source, generated anew on each iteration."""
+    """The records of a source, generated again for each iteration."""
 
     def __init__(self, make: Callable[[], Iterator[SourceImage]]) -> None:
         self._make = make

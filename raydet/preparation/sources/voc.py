@@ -45,7 +45,7 @@ from raydet.tables.spill import Spilled
 MAX_XML_BYTES = 16 * 2**20
 """Larger XML files are refused: each is parsed in memory, and a thousand boxes take a quarter of a megabyte."""
 
-_NO_IMAGE = "no such file: there is no image of this name"
+_NO_IMAGE = "no such file: no image has this name"
 
 
 class _XmlError(Exception):
@@ -176,11 +176,15 @@ def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: Fin
     xml_files = sorted(path for path in files if path.lower().endswith(".xml"))
     if not xml_files:
         elsewhere = sum(path.lower().endswith(".xml") for path in list_below(images))
-        hint = f"--images {images.uri} holds {elsewhere}" if elsewhere else "without labels use `raydet prepare images`"
+        hint = (
+            f"--images {images.uri} holds {elsewhere}"
+            if elsewhere
+            else "for images without labels, use `raydet prepare images`"
+        )
         raise UserError(f"--annotations {annotations.uri} holds 0 XML files and {len(files)} others; {hint}")
     paths = {_stem(path): path for path in xml_files}
     for path in sorted(set(xml_files) - set(paths.values())):
-        findings.note(Finding("XML files of the same name as another, not read", readable(path)))
+        findings.note(Finding("XML files with the same name as another, skipped", readable(path)))
     return paths
 
 
@@ -208,7 +212,7 @@ def _check_match(
     )
     folders = aligned_folders(xml_paths.values(), sorted(chain(*image_paths.values())))
     if folders is None:
-        raise UserError(f"{text}; without labels use `raydet prepare images`")
+        raise UserError(f"{text}; for images without labels, use `raydet prepare images`")
     options = [
         (option, folder, subfolder, paths)
         for option, folder, subfolder, paths in (
@@ -227,7 +231,7 @@ def _no_class(annotations: ImageFolder, xml_paths: Mapping[str, str], found: Map
     refusals = {stem: item.refusal for stem, item in found.items() if item.refusal is not None}
     if len(refusals) < len(found):
         return UserError(
-            f"no object in any XML file below {annotations.uri}; without labels use `raydet prepare images`"
+            f"no object in any XML file below {annotations.uri}; for images without labels, use `raydet prepare images`"
         )
     stem, refusal = next(iter(refusals.items()))
     text = f"none of the {len(refusals)} XML files below {annotations.uri} can be read; {xml_paths[stem]}: {refusal}"
@@ -274,9 +278,9 @@ def _read_split(
         known = [name for name in candidates if name in image_paths or name in xml_paths]
         stems.append(known[0] if known else candidates[1])
     if not stems:
-        raise UserError(f"the split file {uri} names no image; it must hold a name per line, as in ImageSets/Main")
+        raise UserError(f"the split file {uri} names no image; it must contain one name per line, as in ImageSets/Main")
     for stem, count in Counter(stems).items():
-        findings.note(Finding("repeated lines in the split, of which one is used", readable(stem), count=count - 1))
+        findings.note(Finding("repeated lines in the split file, skipped", readable(stem), count=count - 1))
     return set(stems)
 
 
@@ -295,7 +299,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
     for item in root.findall("object"):
         name, corners = readable(_text(item, "name")), _corners(item)
         if not name or corners is None:
-            findings["objects without a name or four numbers as box, left out"] += 1
+            findings["objects without a name or a box of four numbers, dropped"] += 1
             continue
         left, top, right, bottom = corners
         offset = 0.0 if zero_based else 1.0
@@ -354,7 +358,7 @@ def _add_findings(annotation: _VocFile, path: str, index_of: Mapping[str, int], 
     for kind, count in annotation.findings.items():
         findings.note(Finding(kind, path, count=count))
     for name, count in Counter(name for name in annotation.names if name not in index_of).items():
-        kind = "objects of classes that are not among `classes`, left out"
+        kind = "objects of classes that are not in --classes, dropped"
         findings.note(Finding(kind, path, count=count, detail=f"their class is {name}"))
 
 

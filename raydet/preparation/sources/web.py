@@ -42,10 +42,10 @@ class WebReader:
     `no_proxy`).
 
     Attributes:
-        connect_timeout_s: To establish the connection.
-        silence_timeout_s: Between received bytes.
-        total_timeout_s: Per attempt, as a limit for servers that send a byte per second.
-        first_wait_s: Before the second attempt; each further wait is twice as long, ± 25 %.
+        connect_timeout_s: Time limit for establishing the connection.
+        silence_timeout_s: Time limit between received bytes.
+        total_timeout_s: Time limit per attempt, for servers that send a byte per second.
+        first_wait_s: Wait before the second attempt; each further wait is twice as long, ± 25 %.
         longest_wait_s: Limit for every wait, including those that the server requests.
         max_bytes: Larger files are refused, by their announced or received size.
     """

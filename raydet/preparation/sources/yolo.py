@@ -124,8 +124,8 @@ def _no_label_file(files: YoloFiles) -> UserError:
     )
     if not label_paths:
         return UserError(
-            f"{text}, but {files.labels.uri} holds 0 .txt files and {len(others)} others; without labels use "
-            "`raydet prepare images`"
+            f"{text}, but {files.labels.uri} holds 0 .txt files and {len(others)} others; for images without "
+            "labels, use `raydet prepare images`"
         )
     folders = aligned_folders(label_paths, image_paths)
     if folders is None:
@@ -159,15 +159,15 @@ def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) ->
     for line in filter(None, map(str.split, text.splitlines())):
         numbers = _numbers(line)
         if numbers is None:
-            findings["lines with what is no finite number, left out"] += 1
+            findings["lines with a value that is not a finite number, dropped"] += 1
         elif len(numbers) != 5 and (len(numbers) < 7 or len(numbers) % 2 == 0):
-            findings["lines of a wrong number of columns, left out"] += 1
+            findings["lines with a wrong number of columns, dropped"] += 1
         elif numbers[0] not in index_of:
-            findings["lines of an unknown class, left out"] += 1
+            findings["lines of an unknown class, dropped"] += 1
         elif (box_xywh := _box_xywh(numbers[1:])) is None:
-            findings["lines with numbers outside 0 to 1, left out"] += 1
+            findings["lines with numbers outside 0 to 1, dropped"] += 1
         elif numbers in seen:
-            findings["repeated lines, of which one is kept"] += 1
+            findings["repeated lines, dropped"] += 1
         else:
             seen.add(numbers)
             classes.append(index_of[int(numbers[0])])

@@ -173,7 +173,7 @@ def _read_list(uri: str, root: str) -> list[str]:
         raise UserError(f"{uri} lists no image")
     others = [name for name in names if not is_image_name(name)]
     if others:
-        raise UserError(f"{uri} lists {others[0]}, which is not named like an image")
+        raise UserError(f"{uri} lists {others[0]}, which has no image file extension")
     homes = [posixpath.dirname(uri), root]
     home = next((home for home in homes if storage.exists(_joined(home, names[0]))), homes[0])
     return [_joined(home, name) for name in names]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from raydet.tables import storage
 
-Picture = npt.NDArray[np.uint8]
+RgbImage = npt.NDArray[np.uint8]
 
 
 class Backend(Protocol):
@@ -29,8 +29,8 @@ class Backend(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers by tag, after `step` optimizer steps."""
 
-    def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Log pictures, uint8 RGB [H, W, 3], by tag."""
+    def images(self, step: int, images: Mapping[str, RgbImage]) -> None:
+        """Log images, uint8 RGB [H, W, 3], by tag."""
 
     def flush(self) -> None:
         """Send or write buffered data."""
@@ -102,15 +102,15 @@ class TensorBoard:
         numbers = [summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
         self._write(step, summary=summary(value=numbers))
 
-    def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Log pictures by tag."""
+    def images(self, step: int, images: Mapping[str, RgbImage]) -> None:
+        """Log images by tag."""
         summary = self._summary
-        for tag, picture in pictures.items():
+        for tag, pixels in images.items():
             encoded = io.BytesIO()
-            Image.fromarray(picture).save(encoded, "JPEG", quality=90, subsampling=0)
+            Image.fromarray(pixels).save(encoded, "JPEG", quality=90, subsampling=0)
             image = summary.Image(
-                height=picture.shape[0],
-                width=picture.shape[1],
+                height=pixels.shape[0],
+                width=pixels.shape[1],
                 colorspace=3,
                 encoded_image_string=encoded.getvalue(),
             )
@@ -188,11 +188,11 @@ class MLflow:
         self._waiting += [self._metric(_mlflow_name(tag), float(value), now_ms, step) for tag, value in values.items()]
         del self._waiting[:-100_000]  # bounds the memory if the server stays unreachable
 
-    def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Log pictures by tag."""
-        for tag, picture in pictures.items():
+    def images(self, step: int, images: Mapping[str, RgbImage]) -> None:
+        """Log images by tag."""
+        for tag, image in images.items():
             key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", _mlflow_name(tag))
-            self._client.log_image(self.run_id, picture, key=key, step=step, synchronous=True)
+            self._client.log_image(self.run_id, image, key=key, step=step, synchronous=True)
 
     def flush(self) -> None:
         """Send buffered numbers; those that cannot be sent stay buffered."""
@@ -265,9 +265,9 @@ class WandB:
         """Log numbers by tag."""
         self._log(step, dict(values))
 
-    def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Log pictures by tag."""
-        self._log(step, {tag: self._image(picture) for tag, picture in pictures.items()})
+    def images(self, step: int, images: Mapping[str, RgbImage]) -> None:
+        """Log images by tag."""
+        self._log(step, {tag: self._image(image) for tag, image in images.items()})
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         # W&B steps only increase, so repeated steps keep their first numbers.

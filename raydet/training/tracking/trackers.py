@@ -18,7 +18,7 @@ from raydet.common.redaction import without_secrets
 from raydet.config import COCO_METRICS, Tracker
 from raydet.tables import storage
 from raydet.training.history import EpochRecord
-from raydet.training.tracking.backends import Backend, LogFolder, MLflow, Picture, TensorBoard, WandB
+from raydet.training.tracking.backends import Backend, LogFolder, MLflow, RgbImage, TensorBoard, WandB
 
 __all__ = ["RunTracker", "check_trackers", "scalars_of", "without_secrets"]
 
@@ -153,13 +153,13 @@ class RunTracker:
         if time.monotonic() - self._flushed_at > _FLUSH_EVERY_S:
             self.flush()
 
-    def images(self, step: int, pictures: Mapping[str, Picture]) -> None:
-        """Log pictures, uint8 RGB [H, W, 3], by tag."""
+    def images(self, step: int, images: Mapping[str, RgbImage]) -> None:
+        """Log images, uint8 RGB [H, W, 3], by tag."""
         for name, backend in self._backends.items():
-            # MLflow stores pictures and numbers separately: if one store fails, the other is still written.
+            # MLflow stores images and numbers separately: if one store fails, the other is still written.
             place = f"{name} images"
             if not self._is_paused(place):
-                self._guarded(place, lambda backend=backend: backend.images(step, pictures))  # type: ignore[misc]
+                self._guarded(place, lambda backend=backend: backend.images(step, images))  # type: ignore[misc]
 
     def flush(self) -> None:
         """Send or write buffered data."""

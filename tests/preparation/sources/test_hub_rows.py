@@ -249,8 +249,8 @@ def test_awkward_rows_are_rejected_or_counted_and_none_is_lost(bccd: Path, tmp_p
         "no such file": 1,
         "its objects have lists of different lengths": 1,
     }
-    assert report.findings["boxes of an unknown class, left out"] == 1
-    assert report.findings["boxes that are not four numbers, left out"] == 1
+    assert report.findings["boxes of an unknown class, dropped"] == 1
+    assert report.findings["boxes that are not four numbers, dropped"] == 1
     assert {row["source_id"]: row["objects"]["category"] for row in rows_of(report.out)} == {
         "ok.jpg": [0],
         "nan.jpg": [1],
@@ -334,7 +334,7 @@ def test_ids_and_further_columns() -> None:
     assert first.extra == {"camera": "south", "weather": "rain", "exposure": 0.5}
     assert second.extra["camera"] is None
     assert [str(field.type) for field in source.extra_fields] == ["string", "string", "float"]
-    assert list(source.findings) == ["columns that hold no scalars, left out"]
+    assert list(source.findings) == ["columns without scalar values, dropped"]
     for ids in ([7, 7], [None, 1], [-1, 2]):
         source = read_hub(opened(features, [row | {"image_id": item} for item in ids]))
         assert [record.image_id for record in source.images] == [0, 1]

@@ -132,7 +132,7 @@ def test_a_split_takes_its_images_only_but_all_classes(tmp_path: Path) -> None:
     assert list(found) == ["a.jpg", "b 1.jpg", "missing"]
     assert "no such file" in str(found["missing"].refusal)
     assert [category.name for category in source.categories] == ["cat", "dog", "owl"]
-    assert source.findings["repeated lines in the split, of which one is used"] == 1
+    assert source.findings["repeated lines in the split file, skipped"] == 1
 
 
 def test_given_classes_keep_their_order_and_others_are_counted(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_given_classes_keep_their_order_and_others_are_counted(tmp_path: Path) -
         (record,) = source.images
         assert [category.name for category in source.categories] == ["owl", "cat"]
         assert record.objects is not None and record.objects.categories == [0, 1]
-        assert source.findings["objects of classes that are not among `classes`, left out"] == 1
+        assert source.findings["objects of classes that are not in --classes, dropped"] == 1
     with pytest.raises(UserError, match="distinct names, got 'cat'"):
         read(tmp_path, classes=["cat", "cat"])
 

@@ -56,9 +56,9 @@ def test_boxes_and_polygons_are_parts_of_the_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("0 nan .5 .1 .1", "no finite number"),
-        ("0 inf .5 .1 .1", "no finite number"),
-        ("dog .5 .5 .1 .1", "no finite number"),
+        ("0 nan .5 .1 .1", "not a finite number"),
+        ("0 inf .5 .1 .1", "not a finite number"),
+        ("dog .5 .5 .1 .1", "not a finite number"),
         ("0 .5 .5 .1", "number of columns"),
         ("0 .5 .5 .1 .1 .9", "number of columns"),
         ("0 .5 .5 .1 .1 .9 .1 .2", "number of columns"),
@@ -70,7 +70,7 @@ def test_boxes_and_polygons_are_parts_of_the_image(tmp_path: Path) -> None:
         ("0 100 50 20 20", "outside 0 to 1"),
         ("0 .1 .1 .2 .2 .3 1.2", "outside 0 to 1"),
         ("0 .50 .5 .3 .3", "repeated"),
-        ("\0\ufffd", "no finite number"),
+        ("\0\ufffd", "not a finite number"),
     ],
 )
 def test_invalid_lines_are_dropped_and_counted(tmp_path: Path, line: str, words: str) -> None:
@@ -127,7 +127,7 @@ def test_names_may_be_a_mapping_with_gaps(tmp_path: Path) -> None:
     assert [(category.id, category.name) for category in source.categories] == [(0, "dog"), (7, "cat")]
     (record,) = source.images
     assert record.objects is not None and record.objects.categories == [1]
-    assert source.findings["lines of an unknown class, left out"] == 1
+    assert source.findings["lines of an unknown class, dropped"] == 1
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_several_folders_and_labels_beside_the_images(tmp_path: Path) -> None:
         ("train: images\nnames: [dog]\nkpt_shape: [17, 3]\n", "keypoints"),
         ("train: bare\nnames: [dog]\n", "none of the 1 images"),
         ("train: void\nnames: [dog]\n", "no image file"),
-        ("train: data.yaml.txt\nnames: [dog]\n", "not named like an image"),
+        ("train: data.yaml.txt\nnames: [dog]\n", "image file extension"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path: Path, text: str, words: str) -> None:

@@ -180,15 +180,15 @@ def _drawn(
     names: Sequence[str],
     highlighted: int | None = None,
 ) -> Drawn:
-    picture = PIL.Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((_MAX_SIDE, _MAX_SIDE), PIL.Image.Resampling.BILINEAR)
+    thumbnail = PIL.Image.fromarray(np.ascontiguousarray(image))
+    thumbnail.thumbnail((_MAX_SIDE, _MAX_SIDE), PIL.Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_QUALITY)
-    boxes_xywh = boxes_xywh * np.array([picture.width / image.shape[1], picture.height / image.shape[0]] * 2)
+    thumbnail.save(buffer, "JPEG", quality=_QUALITY)
+    boxes_xywh = boxes_xywh * np.array([thumbnail.width / image.shape[1], thumbnail.height / image.shape[0]] * 2)
     shown = categories[:_MOST_BOXES]
     return Drawn(
         uri=f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-        size_wh=picture.size,
+        size_wh=thumbnail.size,
         outlines=tuple(
             _outline(names, category, boxes_xywh[:_MOST_BOXES][shown == category])
             for category in np.unique(shown).tolist()
