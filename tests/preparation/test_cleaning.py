@@ -227,6 +227,6 @@ def test_fitting_many_boxes_gives_what_fitting_each_alone_gives(seed: int) -> No
     ]
     for key, values in together.objects.items():
         assert values == [value for one in singly for value in one.objects[key]]
-    assert together.oddities[CLIPPED] and together.oddities[OUTSIDE]
-    for kind, cases in together.oddities.items():
-        assert cases == [case for one in singly for case in one.oddities.get(kind, [])]
+    assert together.findings[CLIPPED] and together.findings[OUTSIDE]
+    for kind, cases in together.findings.items():
+        assert cases == [case for one in singly for case in one.findings.get(kind, [])]

@@ -180,7 +180,7 @@ def test_boxes_are_clipped_dropped_and_their_areas_follow() -> None:
         iscrowd=[False, True, False, False, False, False, False],
     )
     fitted = fit_objects(objects, (100, 100))
-    assert [len(fitted.oddities[kind]) for kind in (CLIPPED, OUTSIDE, NO_AREA)] == [3, 1, 2]
+    assert [len(fitted.findings[kind]) for kind in (CLIPPED, OUTSIDE, NO_AREA)] == [3, 1, 2]
     assert fitted.objects["id"] == [1, 2, 3, 4]
     assert fitted.objects["bbox"] == [[0.1, 0.2, 0.3, 0.4]] + [[0, 0, 10, 10]] * 3
     assert fitted.objects["area"] == [0.05, 100.0, 60.0, 100.0]
@@ -341,7 +341,7 @@ def test_shapes_are_the_same_whatever_the_threads(tmp_path: Path) -> None:
         limits = fit_objects(
             SourceObjects(*(row["objects"][key] for key in ("id", "bbox", "category", "area", "iscrowd"))), (128, 128)
         )
-        assert limits.oddities.keys().isdisjoint((CLIPPED, OUTSIDE, NO_AREA))
+        assert limits.findings.keys().isdisjoint((CLIPPED, OUTSIDE, NO_AREA))
 
 
 def test_row_groups_stay_small(tmp_path: Path) -> None:
