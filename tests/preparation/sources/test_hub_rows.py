@@ -427,7 +427,7 @@ def test_truncated_images_are_kept_on_demand(bccd: Path, tmp_path: Path) -> None
     assert prepare(tmp_path / "rejected", tmp_path / "train.parquet").rejected == 2
     report = prepare(tmp_path / "kept", tmp_path / "train.parquet", truncated="keep")
     assert (report.accepted, report.rejected) == (3, 0)
-    assert report.findings["truncated images of which a part was kept"] == 2
+    assert report.findings["truncated images whose readable part was kept"] == 2
     whole, most, half = rows_of(report.out)
     assert whole["image"]["bytes"] == data
     for row in (most, half):
