@@ -170,6 +170,10 @@ class OutputFolder:
         """
         self.refuse_foreign(folders)
         earlier = self.record(part)
+        if earlier is None and part is None:
+            # A folder of `evaluate` or `compare` has one record per run and none of its own.
+            shared = next((name for name in self.list_files() if _is_record(name)), None)
+            earlier = None if shared is None else _read_record(self.uri, shared)
         if earlier is not None:
             changes = [] if is_disposable else _changes(earlier.identity, _plain(identity))
             if earlier.command != self.command:

@@ -289,3 +289,14 @@ def test_a_table_that_fails_leaves_no_file_and_names_may_be_long(tmp_path: Path)
     name = "é" * 127
     storage.write_bytes(str(tmp_path / name), json.dumps({}).encode())
     assert storage.is_partial(storage.partial_name(name), of=name) and (tmp_path / name).exists()
+
+
+def test_a_folder_of_shared_runs_is_refused_to_other_commands(tmp_path: Path) -> None:
+    with open_folder(str(tmp_path / "out"), command="evaluate") as folder:
+        folder.admit({"seed": 0}, folders=["metrics"], part="a")
+        folder.begin({"seed": 0}, folders=["metrics"], part="a")
+    with (
+        open_folder(str(tmp_path / "out"), command="train") as folder,
+        pytest.raises(UserError, match="command: evaluate → train"),
+    ):
+        folder.admit({"seed": 0}, folders=["states"])
