@@ -137,7 +137,7 @@ def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Fail
         try:
             here = _mark(place.uri)
         except (OSError, ValueError) as error:
-            return _FailedCheck(place, f"cannot read it ({_first_line(error)})")
+            return _FailedCheck(place, f"cannot read it ({_reason(error)})")
         if here is None and place.mark is not None:
             return _FailedCheck(place, "cannot see it")
         if here != place.mark:
@@ -148,7 +148,7 @@ def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Fail
             storage.write_bytes(uri, b"")
             storage.delete_file(uri)
         except (OSError, ValueError) as error:
-            return _FailedCheck(probe, f"cannot write to it ({_first_line(error)})")
+            return _FailedCheck(probe, f"cannot write to it ({_reason(error)})")
     return None
 
 
@@ -184,5 +184,5 @@ def _refusal(findings: Sequence[tuple[str, _FailedCheck]]) -> UserError:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return one_line(getattr(error, "strerror", None) or error, limit=300)

@@ -7,7 +7,7 @@ import ray
 import ray.exceptions
 
 from raydet.cluster.ray_internals import cluster_cpus
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError, one_line
 
 _RETRIES = 3
 
@@ -68,12 +68,12 @@ def _get(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, (UserError, RunError)):
             raise error.cause from None
-        raise RunError(f"a task of the cluster failed: {_one_line(error.cause)}") from error
+        raise RunError(f"a task of the cluster failed: {_reason(error.cause)}") from error
     except ray.exceptions.RayError as error:
         raise RunError(
-            f"the cluster lost a task too often: {_one_line(error)}; run the same command again to resume"
+            f"the cluster lost a task too often: {_reason(error)}; run the same command again to resume"
         ) from error
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error, limit=300)}"

@@ -28,6 +28,18 @@ class RunStopped(RunError):  # noqa: N818 - stopping on request is not an error
         self.exit_code = 128 + signal_number
 
 
+def first_line(message: object, *, otherwise: str | None = None) -> str:
+    """Return the first line of a message that is not blank.
+
+    Args:
+        message: Text, or an exception.
+        otherwise: Result for a blank message; by default the name of the type of an exception.
+    """
+    lines = (line.strip() for line in str(message).splitlines())
+    blank = type(message).__name__ if otherwise is None else otherwise
+    return next((line for line in lines if line), blank)
+
+
 def one_line(message: object, *, limit: int | None = None) -> str:
     """Collapse a message into one line.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, first_line
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
@@ -142,5 +142,5 @@ def _hub_config_path(name: str) -> str:
         raise UserError(f"no such checkpoint: there is no folder {name}, and the Hub cannot be reached") from None
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"no such checkpoint: there is no folder {name}, and the Hub says: {str(error).splitlines()[0]}"
+            f"no such checkpoint: there is no folder {name}, and the Hub says: {first_line(error)}"
         ) from None

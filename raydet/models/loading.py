@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, first_line
 from raydet.config import Backbone, BatchNorm
 from raydet.models import backbone
 from raydet.models.batch_norm import (
@@ -231,7 +231,7 @@ def _read_processor(name: str, family: Family) -> Any:
 
 
 def _cannot_read(name: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if Path(name).exists():
         return UserError(f"cannot read the model in {name}: {reason}")
     return UserError(

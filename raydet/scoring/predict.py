@@ -26,7 +26,7 @@ from raydet.cluster.job_report import JobReport, JobStats
 from raydet.cluster.ray_internals import ExecutionTimeoutError, RpcError, SystemException
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
 from raydet.config import PredictConfig, config_hash, identity
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
@@ -205,7 +205,7 @@ def _run(
             with console.status("starting workers") as update:
                 _score_all(work, resources, stats, update, console)
         except BaseException as error:
-            reason = _first_line(error)
+            reason = _reason(error)
             raise
         finally:
             wall_s = time.perf_counter() - started
@@ -361,7 +361,7 @@ def _score_all(
                 update(f"{num_rows:,} of {work.plan.num_rows:,} images")
         except (ray.exceptions.RayError, SystemException, ExecutionTimeoutError, OSError) as error:
             _raise_if_permanent(error, work.config, work.plan.batch_size)
-            reason = _first_line(_causes(error)[-1])
+            reason = _reason(_causes(error)[-1])
         else:
             reason = "output files are missing"
             if done_chunks(work.folder).issuperset(left):
@@ -395,7 +395,7 @@ def _raise_if_permanent(error: Exception, config: PredictConfig, batch_size: int
         return
     log = storage.join(config.out, LOG_FOLDER, "error.log")
     storage.write_bytes(log, without_secrets("".join(traceback.format_exception(error))).encode())
-    raise RunError(f"a worker failed: {_first_line(chain[-1])}; traceback: {log}") from error
+    raise RunError(f"a worker failed: {_reason(chain[-1])}; traceback: {log}") from error
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -411,10 +411,9 @@ def _causes(error: BaseException) -> list[BaseException]:
     return chain or [error]
 
 
-def _first_line(error: BaseException) -> str:
-    text = _TERMINAL_COLOURS.sub("", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def _reason(error: BaseException) -> str:
+    line = first_line(_TERMINAL_COLOURS.sub("", str(error)), otherwise="no message")
+    return f"{type(error).__name__}: {line}"
 
 
 def _finish(folder: OutputFolder, config: PredictConfig, plan: ScoringPlan, id_space: str | None) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.tables import storage
 from raydet.tables.json_stream import Elements, JsonError, members
 from raydet.tables.schema import MAX_IMAGE_ID, Category
@@ -65,7 +65,7 @@ def _errors_in_one_line(uri: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"no such annotations file: {storage.absolute_uri(uri)}") from None
     except OSError as error:
-        raise UserError(f"cannot read the annotations file {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the annotations file {uri}: {one_line(error)}") from None
     except JsonError as error:
         raise UserError(f"{uri} {error}; expected a COCO instances file, a JSON object") from None
 

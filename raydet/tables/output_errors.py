@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pyarrow import fs as pafs
 
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError, one_line
 from raydet.tables import storage
 
 _WRONG_NAME = (errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
@@ -25,7 +25,7 @@ def one_line_errors(out: str) -> Iterator[None]:
 
 def refusal_of(error: OSError, out: str) -> UserError | RunError:
     """Convert an error of a file system or object store to a one-line error of the run that writes `out`."""
-    reason = " ".join(str(error.strerror or error).split()) or type(error).__name__
+    reason = one_line(error.strerror or error)
     place = str(error.filename) if error.filename else out
     if storage.has_code(error, *_NO_ROOM):
         return RunError(f"cannot write to {out}: {reason}; free space and run the same command again")

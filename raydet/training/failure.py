@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray.train import ControllerError, TrainingFailedError
 
 from raydet.cluster.ray_internals import UserCallback
-from raydet.common.errors import RunError, UserError
+from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
 from raydet.config import TrainConfig
 from raydet.tables import storage
@@ -69,7 +69,7 @@ def failed(error: BaseException, out: str) -> WorkerFailed | None:
     log = storage.join(out, "log", "error.log")
     content = "".join(traceback.format_exception(error))
     storage.write_bytes(log, without_secrets(content).encode())
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    reason = first_line(error, otherwise="no message")
     return WorkerFailed(WorkerFailure(f"a worker failed ({type(error).__name__}: {reason})", log=log))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raydet.common.errors import first_line
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.tables import storage
 from raydet.training.meter import merge_states
@@ -130,8 +131,7 @@ def newest_state(out: str) -> str | None:
         try:
             load_state(out, name, torch.device("cpu"))
         except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.warning("%s cannot be read (%s); resuming from the previous state", name, reason)
+            logger.warning("%s cannot be read (%s); resuming from the previous state", name, first_line(error))
             continue
         return name
     return None
