@@ -53,8 +53,9 @@ class Target:
         Raises:
             UserError: OUT contains tables of another configuration, or files that raydet did not write.
         """
-        self.folder.admit(identity, folders=self.folders, is_disposable=not self._is_complete())
-        if not self._is_complete():
+        is_complete = self._is_complete()
+        self.folder.admit(identity, folders=self.folders, is_disposable=not is_complete)
+        if not is_complete:
             return None
         last = next(iter(self.tables.values()))
         manifest: dict[str, Any] = json.loads(storage.read_bytes(storage.join(last, MANIFEST_NAME)))

@@ -133,8 +133,7 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
 
 
 def _predict_into(folder: OutputFolder, config: PredictConfig, model: _ModelFacts, console: Console) -> PredictResult:
-    folder.refuse_foreign()
-    if folder.record() is None:  # left by a run that stopped before its start; files may have been added since
+    if not folder.refuse_foreign():  # left by a run that stopped before its start; files may have been added since
         folder.delete_file(INDEX_FILE)
     images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE))
     run_identity = {

@@ -114,7 +114,7 @@ class OutputFolder:
         """
         return _read_record(self.uri, _record_name(part))
 
-    def refuse_foreign(self, folders: Sequence[str] = ()) -> None:
+    def refuse_foreign(self, folders: Sequence[str] = ()) -> list[RunRecord]:
         """Refuse files that raydet did not write.
 
         These are all files in a folder without a run record, except those whose names start with `_` or `.`, and all
@@ -123,15 +123,19 @@ class OutputFolder:
         Args:
             folders: Subfolders that this run writes.
 
+        Returns:
+            The records of the runs in the folder, that of a run of the whole folder first.
+
         Raises:
             UserError: There is such a file, or a subfolder or log is a symbolic link.
         """
         self._refuse_links(folders)
         own = self.record()
+        records = [] if own is None else [own]
         if own is not None and set(folders) <= set(own.folders):
-            return  # avoids listing all files, which may be many
+            return records  # avoids listing all files, which may be many
         names = self.list_files()
-        records = [record for name in names if _is_record(name) and (record := _read_record(self.uri, name))]
+        records += [record for name in names if _is_part(name) and (record := _read_record(self.uri, name))]
         foreign = [name for name in names if not name.startswith(("_", "."))] if not records else []
         for folder in folders:
             if not any(folder in record.folders for record in records):
@@ -141,6 +145,7 @@ class OutputFolder:
             raise UserError(
                 f"--out {self.uri} contains files that raydet did not write, such as {foreign[0]}; choose another --out"
             )
+        return records
 
     def admit(
         self,
@@ -168,12 +173,9 @@ class OutputFolder:
             UserError: The folder contains another run (the message lists the differences), or files that raydet did
                 not write.
         """
-        self.refuse_foreign(folders)
-        earlier = self.record(part)
-        if earlier is None and part is None:
-            # A folder of `evaluate` or `compare` has one record per run and none of its own.
-            shared = next((name for name in self.list_files() if _is_record(name)), None)
-            earlier = None if shared is None else _read_record(self.uri, shared)
+        records = self.refuse_foreign(folders)
+        # Any run excludes a run of the whole folder, also one that shares the folder with others.
+        earlier = next(iter(records), None) if part is None else self.record(part)
         if earlier is not None:
             changes = [] if is_disposable else _changes(earlier.identity, _plain(identity))
             if earlier.command != self.command:
@@ -255,8 +257,8 @@ def _record_name(part: str | None) -> str:
     return RUN_FILE if part is None else f"_run-{part}.json"
 
 
-def _is_record(name: str) -> bool:
-    return name == RUN_FILE or (name.startswith("_run-") and name.endswith(".json"))
+def _is_part(name: str) -> bool:
+    return name.startswith("_run-") and name.endswith(".json")
 
 
 def _read_record(folder: str, name: str) -> RunRecord | None:
