@@ -111,18 +111,29 @@ class View:
         """Decode, augment and resize an image, as in a training step.
 
         Args:
-            row: A row of an images table, with `image_id`, `image` and `objects`; optionally with `mosaic` and `mixup`,
-                the rows of the partners. Unreadable partners are omitted.
+            row: A row of an images table, with `image`, and as for `augment`.
             epoch: Epoch, counted from 0.
             resize_rule: The resize of the training step, see `step_resize_rule`.
 
         Raises:
             DecodeError: The image cannot be read.
         """
+        image, _ = decoded(image_bytes(row["image"]), max_pixels=self.max_pixels)
+        return self.augment(image, row, epoch=epoch, resize_rule=resize_rule)
+
+    def augment(self, image: Image, row: Mapping[str, Any], *, epoch: int, resize_rule: ResizeRule) -> SeenImage:
+        """Augment and resize a decoded image, as in a training step.
+
+        Args:
+            image: The upright image at full size, uint8 RGB [H, W, 3]; left unchanged.
+            row: Its row of an images table, with `image_id` and `objects`; optionally with `mosaic` and `mixup`, the
+                rows of the partners. Unreadable partners are omitted.
+            epoch: Epoch, counted from 0.
+            resize_rule: The resize of the training step, see `step_resize_rule`.
+        """
         from raydet.augmentation.mixing import Partners, sample_of
         from raydet.augmentation.transforms import plain_of
 
-        image, size_hw = decoded(image_bytes(row["image"]), max_pixels=self.max_pixels)
         spec = plain_of(self.augmentation) if self._is_plain(epoch) else self.augmentation
         partners = Partners(mosaic=self._readable(row.get("mosaic")), mixup=self._readable(row.get("mixup")))
         sample = _augmenter(json.dumps(spec))(
@@ -134,7 +145,7 @@ class View:
         kept = ~sample.iscrowd
         return SeenImage(
             resized(sample.image, resize_rule),
-            size_hw,
+            (image.shape[0], image.shape[1]),
             xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)[kept],
             sample.categories[kept],
         )

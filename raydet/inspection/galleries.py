@@ -115,7 +115,9 @@ class FirstEpoch:
     plan: RunPlan
     view: View
 
-    def rows(self, positions: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], SeenImage | str]]:
+    def rows(
+        self, positions: Sequence[int]
+    ) -> Iterator[tuple[int, dict[str, Any], Image, SeenImage] | tuple[int, dict[str, Any], None, str]]:
         """Read rows and apply the training's augmentation to them.
 
         Partner rows are read first and held in memory with their encoded images.
@@ -124,7 +126,8 @@ class FirstEpoch:
             positions: Positions of the rows in the table.
 
         Yields:
-            Position, row, and the augmented image or the reason for its absence, in table order.
+            Position, row, decoded image and augmented image, in table order; None and the reason for an image that
+            cannot be read.
         """
         steps = self.plan.steps_of_rows(0)
         partners = {at: self.plan.partner_rows(0, int(steps[at]), at) for at in positions} if self.view.mixes(0) else {}
@@ -136,10 +139,12 @@ class FirstEpoch:
                 row["mosaic"] = [others[other] for other in partners[at].mosaic]
                 row["mixup"] = [others[other] for other in partners[at].mixup]
             try:
-                rule = self.view.step_resize_rule(0, int(steps[at]))
-                yield at, row, self.view.augmented(row, epoch=0, resize_rule=rule)
+                image, _ = decoded(image_bytes(row["image"]), max_pixels=self.view.max_pixels)
             except DecodeError as error:
-                yield at, row, str(error)
+                yield at, row, None, str(error)
+                continue
+            rule = self.view.step_resize_rule(0, int(steps[at]))
+            yield at, row, image, self.view.augment(image, row, epoch=0, resize_rule=rule)
 
 
 def _content(row: pa.StructScalar) -> dict[str, Any]:
@@ -147,13 +152,12 @@ def _content(row: pa.StructScalar) -> dict[str, Any]:
 
 
 def _pairs(
-    row: dict[str, Any], seen: SeenImage | str, picks: Sequence[Pick], names: Sequence[str], max_pixels: int
+    row: dict[str, Any], image: Image | None, seen: SeenImage | str, picks: Sequence[Pick], names: Sequence[str]
 ) -> list[Pair]:
     """Return one pair per selected box of an image."""
     about = {"image_id": row["image_id"], "path": row["image"]["path"] or ""}
-    if isinstance(seen, str):
-        return [Pair(kind=pick.kind, problem=seen, **about) for pick in picks]
-    image, size_hw = decoded(image_bytes(row["image"]), max_pixels=max_pixels)
+    if image is None or isinstance(seen, str):
+        return [Pair(kind=pick.kind, problem=str(seen), **about) for pick in picks]
     boxes_xywh = as_boxes(row["objects"]["bbox"])
     categories = np.asarray(row["objects"]["category"], np.int64)
     seen_hw = (seen.image.shape[0], seen.image.shape[1])
@@ -163,7 +167,7 @@ def _pairs(
         Pair(
             kind=pick.kind,
             box_wh=(float(boxes_xywh[pick.number, 2]), float(boxes_xywh[pick.number, 3])),
-            size_wh=(size_hw[1], size_hw[0]),
+            size_wh=(image.shape[1], image.shape[0]),
             seen_wh=(seen_hw[1], seen_hw[0]),
             labelled=_drawn(image, boxes_xywh, categories, names, highlighted=pick.number),
             seen=drawn_seen,
@@ -231,9 +235,9 @@ def draw_galleries(
     for pick in turns:
         by_position.setdefault(pick.position, []).append(pick)
     drawn: dict[Pick, Pair] = {}
-    for position, row, seen in first_epoch.rows(sorted(by_position)):
+    for position, row, image, seen in first_epoch.rows(sorted(by_position)):
         of_image = by_position[position]
-        drawn.update(zip(of_image, _pairs(row, seen, of_image, names, first_epoch.view.max_pixels), strict=True))
+        drawn.update(zip(of_image, _pairs(row, image, seen, of_image, names), strict=True))
     galleries: dict[int, list[Pair]] = {}
     left = _BUDGET_BYTES
     for pick in turns:

@@ -317,7 +317,7 @@ def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: A
                 unreadable |= batch.unreadable
     shown = {
         row["image_id"]: seen
-        for _, row, seen in FirstEpoch(table=photographs, plan=plan, view=view).rows(range(photographs.num_rows))
+        for _, row, _, seen in FirstEpoch(table=photographs, plan=plan, view=view).rows(range(photographs.num_rows))
     }
     assert {image_id: seen for image_id, seen in shown.items() if isinstance(seen, str)} == unreadable
     assert unreadable.keys() == {1007} and shown.keys() == {*trained, 1007}
