@@ -26,7 +26,6 @@ from raydet.tables import storage
 from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import MANIFEST_NAME, Table, open_table
 from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
-from raydet.training.launch import free_workers, run_workers
 from raydet.training.progress import Entry, following
 
 _FOLDERS = (STATES_FOLDER, "checkpoint", "last")
@@ -121,6 +120,8 @@ def _train_into(
     _check_recipe(config)
     if not history:
         _check_model(config)
+
+    from raydet.training.launch import free_workers, run_workers  # imports ray.train, after all checks of the input
 
     with session.session(storage.join(out, "log")):
         resources = shares.share_out(
