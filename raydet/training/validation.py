@@ -50,6 +50,7 @@ def validate(
     """
     started, epoch = time.perf_counter(), trainer.position.epoch
     engine, accumulator, is_to_stop = trainer.engine(), CocoAccumulator(categories), False
+    trainer.detector.model.eval()  # once, not for every batch; the next epoch begins in training mode
     drawn: dict[str, RgbImage] = {}
     num_drawn = 0 if tracker is None else trainer.config.log_images
     for number in range(plan.validation_rounds(crew.world_size)):
