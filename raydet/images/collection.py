@@ -110,8 +110,7 @@ class TableCollection(Collection):
         """
         if table.num_rows == 0:
             raise UserError(f"the images table {table.uri} has no rows, so there is no image to score")
-        manifest = json.dumps(table.manifest, sort_keys=True).encode()
-        return cls("table", table.num_rows, hashlib.sha256(manifest).hexdigest()[:16], table)
+        return cls("table", table.num_rows, table.fingerprint, table)
 
     @property
     def id_space(self) -> str | None:
@@ -122,14 +121,12 @@ class TableCollection(Collection):
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Read rows as `Collection.read` does, loading only the required row groups, one at a time."""
         reader = FileReader()
-        first = 0
-        for name in self.table.files:
-            num_rows = self.table.manifest["files"][name]
-            if first < stop and start < first + num_rows:
-                with _open_parquet(storage.join(self.table.uri, name)) as file:
-                    for rows in _overlapping(file, start - first, stop - first, _TABLE_COLUMNS):
-                        yield from _table_rows(rows, reader)
-            first += num_rows
+        groups = self.table.row_groups(start, stop)
+        for group, content in zip(groups, self.table.read_row_groups(groups, _TABLE_COLUMNS), strict=True):
+            low, high = max(start - group.first_row, 0), min(stop - group.first_row, group.num_rows)
+            # In batches, since a binary column of more than 2 GiB does not fit into one array.
+            for rows in content.slice(low, high - low).to_batches():
+                yield from _table_rows(rows, reader)
 
 
 @dataclass(frozen=True)

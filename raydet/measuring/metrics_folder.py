@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from raydet.common.errors import UserError
 from raydet.config import EvaluateConfig, config_hash, identity
 from raydet.tables import storage
+from raydet.tables.layout import FileGroups, groups_of
 from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.schema import TableKind
 from raydet.tables.table import MANIFEST_NAME, Table, is_table, open_table, write_manifest
@@ -130,13 +131,14 @@ def write_run(
                 if leftover.endswith(".parquet"):
                     folder.delete_file(kind, leftover)
         data = pa.BufferOutputStream()
-        pq.write_table(tables[kind], data)
+        footers: list[pq.FileMetaData] = []
+        pq.write_table(tables[kind], data, metadata_collector=footers)
         folder.write_bytes(data.getvalue().to_pybytes(), kind, name)
         manifest = _read_manifest(uri)
         own = {"run": run, "config_hash": config_hash(config), **extra.get(kind, {})}
         files, runs = manifest.get("files", {}), manifest.get("runs", {})
         runs.pop(name, None)  # the newest run comes last
-        _write(uri, files | {name: tables[kind].num_rows}, runs | {name: own})
+        _write(uri, files | {name: groups_of(footers[0])}, runs | {name: own})
 
 
 def _remove(uri: str, name: str) -> None:
@@ -153,7 +155,7 @@ def _remove(uri: str, name: str) -> None:
     storage.delete_file(storage.join(uri, name))
 
 
-def _write(uri: str, files: dict[str, int], runs: dict[str, dict[str, Any]]) -> None:
+def _write(uri: str, files: dict[str, FileGroups], runs: dict[str, dict[str, Any]]) -> None:
     # The newest run's entries are repeated at the top level for readers that expect a single run.
     newest = next(reversed(runs.values()))
     others = {key: value for key, value in newest.items() if key != "config_hash"}

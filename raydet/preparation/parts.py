@@ -19,6 +19,7 @@ from raydet.preparation.examining import Examine, Rejected, Row
 from raydet.preparation.sources.source import Finding, SourceImage
 from raydet.preparation.splitting import Hashes, Integers
 from raydet.tables import storage
+from raydet.tables.layout import FileGroups
 from raydet.tables.table import FileWriter
 
 FILE_BYTES = 256 * 2**20
@@ -58,7 +59,7 @@ class PartOutcome:
     """Result of writing a part.
 
     Attributes:
-        num_rows: Number of rows in the file; 0 if there is no file.
+        row_groups: Row groups of the file; empty if there is no file.
         counts: Numbers named found, accepted, boxes, crowd_boxes and without_boxes.
         boxes_by_class: Number of boxes per class, int64 [C].
         image_ids: Image ids of the rows, [N].
@@ -67,7 +68,7 @@ class PartOutcome:
         findings: Anomalies of the images and their boxes.
     """
 
-    num_rows: int
+    row_groups: FileGroups
     counts: Counter[str]
     boxes_by_class: Integers
     image_ids: Integers
@@ -139,7 +140,7 @@ def write_part(
         if pending:
             file.write_rows(pending)
     return PartOutcome(
-        num_rows=file.num_rows,
+        row_groups=file.row_groups,
         counts=counts,
         boxes_by_class=np.bincount(np.asarray(categories, np.int64), minlength=num_classes),
         image_ids=np.asarray(image_ids, np.int64),

@@ -35,6 +35,7 @@ from raydet.preparation.splitting import Flags, Hashes, Integers
 from raydet.preparation.surveying import Survey, find_duplicates, hold_out, survey, with_outcome, without
 from raydet.preparation.target import Target
 from raydet.tables import storage
+from raydet.tables.layout import FileGroups
 from raydet.tables.schema import build_schema
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_manifest
 
@@ -125,7 +126,7 @@ class _PreparationRun:
     """One run, from the survey to the report.
 
     Attributes:
-        files: Number of rows per file, by split.
+        files: Row groups of each file, by split.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class _PreparationRun:
         self._reasons: Counter[str] = Counter()
         num_classes = len(source.categories)
         self._boxes_by_class = {split: np.zeros(num_classes, np.int64) for split in target.tables}
-        self.files: dict[str, dict[str, int]] = {split: {} for split in target.tables}
+        self.files: dict[str, dict[str, FileGroups]] = {split: {} for split in target.tables}
         self._id_digest = hashlib.sha256()
 
     @property
@@ -179,7 +180,10 @@ class _PreparationRun:
             self._reasons,
             class_names=[category.name for category in self._source.categories],
             boxes_by_class={split: counts.tolist() for split, counts in self._boxes_by_class.items()},
-            images={split: sum(files.values()) for split, files in self.files.items()},
+            images={
+                split: sum(num_rows for groups in files.values() for num_rows, _ in groups)
+                for split, files in self.files.items()
+            },
         )
 
     def _write_surveyed(self) -> None:
@@ -225,8 +229,8 @@ class _PreparationRun:
             yield written.image_ids, written.hashes
 
     def _take(self, split: str, name: str, written: PartOutcome) -> None:
-        if written.num_rows:
-            self.files[split][name] = written.num_rows
+        if written.row_groups:
+            self.files[split][name] = written.row_groups
         self._counts += written.counts
         self._boxes_by_class[split] += written.boxes_by_class
         self._reasons.update(item.reason for item in written.rejected)

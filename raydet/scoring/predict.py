@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 
 from raydet.cluster import session, shares
@@ -39,10 +38,11 @@ from raydet.models.geometry import ResizeRule
 from raydet.scoring.gallery import GalleryPainter, GalleryReport
 from raydet.scoring.stream import COUNTS_KEY, LOG_FOLDER, ScoringPlan, Work, done_chunks, part_name, score, threads_of
 from raydet.tables import storage
+from raydet.tables.layout import FileGroups, groups_of
 from raydet.tables.output_errors import refusal_of
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category, build_schema
-from raydet.tables.table import MANIFEST_NAME, is_table, open_table, write_manifest
+from raydet.tables.table import MANIFEST_NAME, is_table, open_table, read_footers, write_manifest
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Write errors of a disk that is full or read-only."""
@@ -417,17 +417,16 @@ def _reason(error: BaseException) -> str:
 
 def _finish(folder: OutputFolder, config: PredictConfig, plan: ScoringPlan, id_space: str | None) -> None:
     """Check that there is one row per image and write the manifest, which marks the table as complete."""
-    filesystem, path = storage.resolve(folder.uri)
-    rows_by_file: dict[str, int] = {}
+    names = [part_name(chunk) for chunk in range(plan.num_chunks)]
+    groups_by_file: dict[str, FileGroups] = {}
     totals = {"num_errors": 0, "num_detections": 0}
-    for name in map(part_name, range(plan.num_chunks)):
-        footer = pq.read_metadata(f"{path}/{name}", filesystem=filesystem)
-        rows_by_file[name] = footer.num_rows
+    for name, footer in zip(names, read_footers(folder.uri, names), strict=True):
+        groups_by_file[name] = groups_of(footer)
         for key, count in json.loads(footer.metadata[COUNTS_KEY]).items():
             totals[key] += count
-    num_rows = sum(rows_by_file.values())
+    num_rows = sum(num_rows for groups in groups_by_file.values() for num_rows, _ in groups)
     assert num_rows == plan.num_rows, f"{num_rows} rows for {plan.num_rows} images"
-    write_manifest(folder.uri, rows_by_file, config_hash=config_hash(config), id_space=id_space, **totals)
+    write_manifest(folder.uri, groups_by_file, config_hash=config_hash(config), id_space=id_space, **totals)
 
 
 def _result(folder: OutputFolder, *, already_done: bool = False) -> PredictResult:

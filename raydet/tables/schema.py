@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Incremented when a reader of the old version would misread new tables."""
 
 MAX_IMAGE_ID = 2**53

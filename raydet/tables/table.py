@@ -1,22 +1,28 @@
 """Tables on disk: a folder of Parquet files, complete once its manifest exists.
 
-The manifest (`_manifest.json`) is written last. It states the number of rows per file, the schema version and the hash
-of the configuration that produced the table. Readers refuse a folder without a manifest.
+The manifest (`_manifest.json`) is written last. It states the row groups of each file, the schema version and the hash
+of the configuration that produced the table. Readers refuse a folder without a manifest, plan by its numbers instead of
+opening all files, and compare them with each file that they read.
 """
 
 import contextlib
+import hashlib
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydet.common.errors import UserError, one_line
+from raydet.common.threads import in_order
 from raydet.tables import storage
+from raydet.tables.layout import FileGroups, Layout, groups_of
 from raydet.tables.schema import SCHEMA_VERSION, Category, TableKind, categories_of, parse_metadata
 
 MANIFEST_NAME = "_manifest.json"
@@ -29,93 +35,147 @@ ROW_GROUP_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group of a table: file name, index in the file, number of rows, size in bytes."""
+    """One row group of a table, as the manifest states it.
+
+    Attributes:
+        file: Name of its file.
+        index: Position in the file, from 0.
+        first_row: Position of its first row in the table, from 0.
+        num_rows: Number of rows.
+        num_bytes: Uncompressed size in bytes.
+    """
 
     file: str
     index: int
+    first_row: int
     num_rows: int
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class Table:
-    """A complete, readable table; cheap to pickle, since it contains no rows."""
+    """A complete, readable table; cheap to pickle, since it contains no rows.
+
+    Attributes:
+        uri: URI of the folder.
+        kind: Kind of the table.
+        schema: Schema of the rows.
+        categories: Classes of the boxes.
+        manifest: Content of the manifest, without the files.
+        layout: Row groups of the files, from the manifest.
+        fingerprint: 16 hex digits that change with the manifest.
+    """
 
     uri: str
     kind: TableKind
     schema: pa.Schema
     categories: tuple[Category, ...]
     manifest: dict[str, Any]
-    files: tuple[str, ...]
+    layout: Layout
+    fingerprint: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files, ascending, which is the order of their rows."""
+        return self.layout.files
 
     @property
     def num_rows(self) -> int:
         """Number of rows in all files."""
-        return sum(self.manifest["files"].values())
+        return int(self.layout.num_rows.sum())
 
     def only(self, name: str) -> Self:
         """Return one file as a separate table, with the categories in that file's metadata."""
         filesystem, path = storage.resolve(self.uri)
         schema = pq.read_schema(f"{path}/{name}", filesystem=filesystem)
         content = parse_metadata(schema, kind=self.kind, where=self.uri)
-        manifest = self.manifest | {"files": {name: self.manifest["files"][name]}}
-        return replace(self, schema=schema, categories=categories_of(content), manifest=manifest, files=(name,))
+        return replace(self, schema=schema, categories=categories_of(content), layout=self.layout.only(name))
 
-    def row_groups(self) -> tuple[RowGroup, ...]:
-        """Return the row groups of all files, in row order."""
-        groups = []
-        filesystem, path = storage.resolve(self.uri)
-        for name in self.files:
-            metadata = pq.read_metadata(f"{path}/{name}", filesystem=filesystem)
-            for index in range(metadata.num_row_groups):
-                group = metadata.row_group(index)
-                groups.append(RowGroup(name, index, group.num_rows, group.total_byte_size))
-        return tuple(groups)
+    def row_groups(self, start: int = 0, stop: int | None = None) -> tuple[RowGroup, ...]:
+        """Return the row groups in row order, from the manifest: all, or those with rows `start` to `stop`."""
+        layout = self.layout
+        return self._groups(range(len(layout.num_rows)) if stop is None else layout.groups_between(start, stop))
+
+    def _groups(self, numbers: Sequence[int]) -> tuple[RowGroup, ...]:
+        layout = self.layout
+        firsts = np.cumsum(layout.num_rows) - layout.num_rows
+        files = np.searchsorted(layout.starts, numbers, side="right") - 1
+        return tuple(
+            RowGroup(
+                layout.files[file],
+                number - int(layout.starts[file]),
+                int(firsts[number]),
+                int(layout.num_rows[number]),
+                int(layout.num_bytes[number]),
+            )
+            for number, file in zip(numbers, files.tolist(), strict=True)
+        )
 
     def read_row_group(self, group: RowGroup, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read one row group: all columns, or the given ones."""
-        filesystem, path = storage.resolve(self.uri)
-        with pq.ParquetFile(f"{path}/{group.file}", filesystem=filesystem) as file:
-            return file.read_row_group(group.index, columns=None if columns is None else list(columns))
+        """Read one row group: all columns, or the given ones; raises as `read_row_groups` does."""
+        return next(self.read_row_groups([group], columns))
+
+    def read_row_groups(self, groups: Iterable[RowGroup], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Read row groups one by one, opening the file of successive ones once.
+
+        Raises:
+            UserError: A file is missing, or has other row groups than the manifest states.
+            OSError: The storage failed.
+        """
+        for name, own in itertools.groupby(groups, lambda group: group.file):
+            with self._open(name) as file:
+                for group in own:
+                    yield file.read_row_group(group.index, columns=None if columns is None else list(columns))
 
     def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 1024) -> Iterator[pa.RecordBatch]:
         """Stream the rows in order, in batches.
 
         Raises:
-            UserError: A file is damaged or missing, or the number of rows differs from the manifest.
+            UserError: A file is damaged or missing, or has other row groups than the manifest states.
         """
-        filesystem, path = storage.resolve(self.uri)
-        names, num_rows = None if columns is None else list(columns), 0
+        names = None if columns is None else list(columns)
         for name in self.files:
-            with refusing_damage(self.uri), pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
-                for batch in file.iter_batches(batch_size=batch_size, columns=names):
-                    num_rows += batch.num_rows
-                    yield batch
-        if num_rows != self.num_rows:
-            raise UserError(f"{self.uri} is damaged: its files have {num_rows} rows, its manifest {self.num_rows}")
+            with refusing_damage(self.uri), self._open(name) as file:
+                yield from file.iter_batches(batch_size=batch_size, columns=names)
 
     def rows_at(self, positions: Sequence[int]) -> Iterator[tuple[int, pa.StructScalar]]:
         """Yield the rows at some positions, in table order, reading only the row groups that contain them."""
+        left = sorted(positions)
+        if not left:
+            return
+        ends = np.cumsum(self.layout.num_rows)
+        groups = self._groups(np.unique(np.searchsorted(ends, left, side="right")).tolist())
+        for group, content in zip(groups, self.read_row_groups(groups), strict=True):
+            rows = content.to_struct_array().combine_chunks()
+            while left and left[0] < group.first_row + group.num_rows:
+                position = left.pop(0)
+                yield position, rows[position - group.first_row]
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[pq.ParquetFile]:
+        """Context manager: open a file and compare its row groups with the manifest."""
         filesystem, path = storage.resolve(self.uri)
-        left, start = sorted(positions), 0
-        for name in self.files:
-            if left and left[0] < start + self.manifest["files"][name]:
-                with pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) as file:
-                    group_start = start
-                    for group in range(file.num_row_groups):
-                        group_end = group_start + file.metadata.row_group(group).num_rows
-                        if left and left[0] < group_end:
-                            rows = file.read_row_group(group).to_struct_array().combine_chunks()
-                            while left and left[0] < group_end:
-                                position = left.pop(0)
-                                yield position, rows[position - group_start]
-                        group_start = group_end
-            start += self.manifest["files"][name]
+        try:
+            opened = pq.ParquetFile(f"{path}/{name}", filesystem=filesystem)
+        except FileNotFoundError:
+            raise UserError(f"{self.uri} lacks the file {name}, which its manifest lists") from None
+        with opened as file:
+            found, stated = Layout.of({name: groups_of(file.metadata)}), self.layout.only(name)
+            if not np.array_equal(found.num_rows, stated.num_rows):
+                raise UserError(
+                    f"{self.uri} is damaged: {name} has {_described(found)}, its manifest states {_described(stated)}; "
+                    "run the command that writes it again"
+                )
+            yield file
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the table into memory: all columns, or the given ones; raises as `iter_batches` does."""
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches([batch.cast(schema) for batch in self.iter_batches(columns)], schema=schema)
+
+
+def _described(layout: Layout) -> str:
+    return f"{layout.num_rows.sum()} rows in {len(layout.num_rows)} row groups"
 
 
 @contextlib.contextmanager
@@ -152,15 +212,9 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
             f"{uri} is not a complete raydet table (no {MANIFEST_NAME}): it is another kind of folder, or the command "
             "that writes it did not finish; run that command again"
         )
-    manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        raise UserError(
-            f"{uri} has schema version {manifest['schema_version']}, but this raydet reads version {SCHEMA_VERSION}; "
-            "write the table again with this version"
-        )
-    files = tuple(sorted(manifest["files"]))
-    if not files:
-        raise UserError(f"{uri} is an empty table: its manifest lists no file")
+    data = storage.read_bytes(storage.join(uri, MANIFEST_NAME))
+    manifest, layout = _parse_manifest(data, uri)
+    files = layout.files
     filesystem, path = storage.resolve(uri)
     try:
         schema = pq.read_schema(f"{path}/{files[0]}", filesystem=filesystem)
@@ -170,7 +224,29 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
         reason = one_line(error)
         raise UserError(f"{uri} is damaged: {files[0]} is not a complete Parquet file ({reason})") from None
     content = parse_metadata(schema, kind=kind, where=uri)
-    return Table(uri, content["kind"], schema, categories_of(content), manifest, files)
+    fingerprint = hashlib.sha256(data).hexdigest()[:16]
+    return Table(uri, content["kind"], schema, categories_of(content), manifest, layout, fingerprint)
+
+
+def _parse_manifest(data: bytes, uri: str) -> tuple[dict[str, Any], Layout]:
+    """Return the content of a manifest without its files, and their layout."""
+    try:
+        manifest = json.loads(data)
+        version = manifest["schema_version"]
+        layout = Layout.of(manifest.pop("files")) if version == SCHEMA_VERSION else None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{uri} is damaged: {MANIFEST_NAME} is not the manifest of a table ({one_line(error)}); run the command "
+            "that writes it again"
+        ) from None
+    if layout is None:
+        raise UserError(
+            f"{uri} has schema version {version}, but this raydet reads version {SCHEMA_VERSION}; "
+            "write the table again with this version"
+        )
+    if not layout.files:
+        raise UserError(f"{uri} is an empty table: its manifest lists no file")
+    return manifest, layout
 
 
 def _refuse_folder_of_tables(uri: str) -> None:
@@ -183,23 +259,35 @@ def _refuse_folder_of_tables(uri: str) -> None:
         )
 
 
-def write_manifest(uri: str, num_rows_by_file: dict[str, int], *, config_hash: str, **extra: Any) -> None:
+def write_manifest(uri: str, groups_by_file: Mapping[str, FileGroups], *, config_hash: str, **extra: Any) -> None:
     """Write the manifest, which marks a table as complete.
 
     Args:
         uri: Path or URI of the table.
-        num_rows_by_file: Number of rows of each file, by file name.
+        groups_by_file: Row groups of each file, by file name, as `FileWriter`, `groups_of` and `read_footers` return
+            them.
         config_hash: Hash of the configuration that produced the table.
         **extra: Further JSON-serialisable entries.
     """
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "config_hash": config_hash,
-        "num_rows": sum(num_rows_by_file.values()),
-        "files": num_rows_by_file,
+        "num_rows": sum(num_rows for groups in groups_by_file.values() for num_rows, _ in groups),
         **extra,
     }
-    storage.write_bytes(storage.join(uri, MANIFEST_NAME), json.dumps(manifest, indent=1).encode())
+    # One line per file, because a large table has many.
+    files = ",\n".join(f"  {json.dumps(name)}: {json.dumps(groups)}" for name, groups in groups_by_file.items())
+    text = f'{json.dumps(manifest, indent=1)[:-2]},\n "files": {{\n{files}\n }}\n}}\n'
+    storage.write_bytes(storage.join(uri, MANIFEST_NAME), text.encode())
+
+
+def read_footers(uri: str, names: Sequence[str]) -> Iterator[pq.FileMetaData]:
+    """Read the footers of a folder's Parquet files in parallel, in the given order.
+
+    For files whose row groups are no longer known, since an earlier process wrote them.
+    """
+    filesystem, path = storage.resolve(uri)
+    return in_order(lambda name: pq.read_metadata(f"{path}/{name}", filesystem=filesystem), names)
 
 
 class FileWriter:
@@ -210,6 +298,7 @@ class FileWriter:
     Attributes:
         num_rows: Number of rows written so far, without pending ones.
         num_bytes: Size of these rows in memory.
+        row_groups: Row groups of the finished file.
     """
 
     def __init__(self, uri: str, schema: pa.Schema) -> None:
@@ -220,6 +309,8 @@ class FileWriter:
         self._pending_bytes = 0
         self._writer: pq.ParquetWriter | None = None
         self.num_rows = self.num_bytes = 0
+        self.row_groups: FileGroups = ()
+        self._footers: list[pq.FileMetaData] = []
 
     def __enter__(self) -> Self:
         return self
@@ -242,7 +333,8 @@ class FileWriter:
         table = pa.Table.from_batches(self._pending, schema=self._schema)
         if self._writer is None:
             file = self._output.enter_context(storage.open_output(self._uri))
-            self._writer = pq.ParquetWriter(file, self._schema, **_column_options(self._schema))
+            options = _column_options(self._schema)
+            self._writer = pq.ParquetWriter(file, self._schema, metadata_collector=self._footers, **options)
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self.num_rows += table.num_rows
         self.num_bytes += self._pending_bytes
@@ -253,6 +345,7 @@ class FileWriter:
         with self._output:
             if self._writer is not None:
                 self._writer.close()
+                self.row_groups = groups_of(self._footers[0])
         self._writer = None
 
     def __exit__(
@@ -338,5 +431,5 @@ class TableWriter:
         for file in self._files.values():
             file.__exit__(error_type, error, traceback)
         if error_type is None:
-            rows = {name: file.num_rows for name, file in self._files.items()}
-            write_manifest(self.uri, rows, config_hash=self._config_hash, **self.extra)
+            groups = {name: file.row_groups for name, file in self._files.items()}
+            write_manifest(self.uri, groups, config_hash=self._config_hash, **self.extra)

@@ -21,8 +21,9 @@ from raydet.images.collection import INDEX_GROUP_ROWS, Collection, ImageRow, Tab
 from raydet.images.listing import is_pattern
 from raydet.images.tars import Member, image_members
 from raydet.tables import storage
+from raydet.tables.layout import groups_of
 from raydet.tables.schema import build_schema
-from raydet.tables.table import TableWriter
+from raydet.tables.table import TableWriter, read_footers, write_manifest
 
 NO_OBJECTS: dict[str, list[float]] = {"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []}
 
@@ -68,8 +69,11 @@ def write_table(folder: Path, rows: Sequence[tuple[bytes | None, str | None]], *
                 ]
             )
             writer.flush()
-    for file in folder.glob("*.parquet"):
-        pq.write_table(pq.read_table(file), file, row_group_size=2)
+    names = sorted(file.name for file in folder.glob("*.parquet"))
+    for name in names:
+        pq.write_table(pq.read_table(folder / name), folder / name, row_group_size=2)
+    groups = map(groups_of, read_footers(str(folder), names))
+    write_manifest(str(folder), dict(zip(names, groups, strict=True)), config_hash="x")
 
 
 def upload(bucket: str, files: dict[str, bytes]) -> None:

@@ -657,11 +657,12 @@ def test_a_table_that_lost_rows_or_bytes_gets_one_line(inputs: Inputs) -> None:
     config = inputs.config()
     manifest_path = inputs.folder / "found" / MANIFEST_NAME
     manifest = json.loads(manifest_path.read_bytes())
-    manifest_path.write_text(json.dumps({**manifest, "files": {"part-00000.parquet": 5}}))
-    with pytest.raises(UserError, match=r"found is damaged.*\b4 .*\b5\b"):
+    manifest_path.write_text(json.dumps({**manifest, "files": {"part-00000.parquet": [[5, 99]]}}))
+    with pytest.raises(UserError, match=r"found is damaged.*part-00000.*\b4 .*\b5\b"):
         evaluate(config)
-    manifest_path.write_text(json.dumps({**manifest, "files": {"part-00000.parquet": 4, "part-00001.parquet": 1}}))
-    with pytest.raises(UserError, match=r"found is damaged: .*part-00001") as caught:
+    manifest["files"]["part-00001.parquet"] = [[1, 99]]
+    manifest_path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"found lacks the file part-00001") as caught:
         evaluate(config)
     assert "\n" not in str(caught.value)
 

@@ -9,6 +9,7 @@ import pytest
 
 from raydet.common.errors import UserError
 from raydet.tables import storage
+from raydet.tables.layout import groups_of
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import MANIFEST_NAME, TableWriter, is_table, open_table
 
@@ -52,6 +53,61 @@ def test_large_rows_make_several_row_groups_and_files(tmp_path: Path) -> None:
         image_id for group in groups for image_id in table.read_row_group(group, ["image_id"])["image_id"].to_pylist()
     ]
     assert ids == list(range(12))
+    footers = [pq.read_metadata(f"{tmp_path}/t/{name}") for name in table.files]
+    stated = [(group.file, group.index, group.num_rows, group.num_bytes) for group in groups]
+    assert stated == [
+        (name, index, *group)
+        for name, footer in zip(table.files, footers, strict=True)
+        for index, group in enumerate(groups_of(footer))
+    ]
+    for first in (0, 1, 5, 11):
+        for stop in range(first + 1, 13):
+            found = table.row_groups(first, stop)
+            assert found == tuple(
+                group for group in groups if group.first_row < stop and first < group.first_row + group.num_rows
+            )
+    rows = [(position, row["image_id"].as_py()) for position, row in table.rows_at([11, 3, 4])]
+    assert rows == [(3, 3), (4, 4), (11, 11)]
+
+
+def test_planning_opens_no_file(tmp_path: Path) -> None:
+    uri = _write(tmp_path / "t")
+    table = open_table(uri, "images")
+    (tmp_path / "t" / "part-00000.parquet").unlink()
+    (group,) = table.row_groups()
+    assert table.num_rows == group.num_rows == 3
+    with pytest.raises(UserError, match=r"lacks the file part-00000\.parquet"):
+        table.read_row_group(group)
+
+
+def test_files_that_differ_from_the_manifest_are_refused(tmp_path: Path) -> None:
+    table = open_table(_write(tmp_path / "t"), "images")
+    other = Path(_write(tmp_path / "other", num_rows=2), "part-00000.parquet")
+    other.replace(tmp_path / "t" / "part-00000.parquet")
+    match = r"damaged: part-00000\.parquet has 2 rows .* states 3 rows"
+    for read in (
+        lambda: table.read_row_group(table.row_groups()[0]),
+        lambda: list(table.iter_batches()),
+        lambda: list(table.rows_at([1])),
+    ):
+        with pytest.raises(UserError, match=match):
+            read()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        *(5, None, "a", ["a"], {"a": 5}, {"a": [5]}, {"a": [[5]]}, {"a": [[1, 2, 3]]}, {"a": {"b": 1}}),
+        *({"a": [[1, 2], [3]]}, {"a": [["x", 1]]}, {"a": [[1, -1]]}, {"a": [[2**70, 1]]}),
+    ],
+    ids=json.dumps,
+)
+def test_manifests_of_another_form_are_refused(tmp_path: Path, files: object) -> None:
+    uri = _write(tmp_path / "t")
+    path = tmp_path / "t" / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": files}))
+    with pytest.raises(UserError, match=MANIFEST_NAME):
+        open_table(uri, "images")
 
 
 def test_a_writer_that_fails_leaves_no_table(tmp_path: Path) -> None:
