@@ -11,12 +11,14 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
+import yaml
 from ray._private import ray_constants, ray_logging
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
 from ray._raylet import PlacementGroupID
 
 # Developer API; raised for a lost connection. Replacement: its base class `RayError`.
@@ -25,6 +27,8 @@ from ray.exceptions import RpcError
 # Developer API; the only access to Ray's metrics. Replacement: the OpenTelemetry package.
 from ray.util.metrics import Counter, Gauge, Metric
 from ray.util.placement_group import PlacementGroup
+
+from raydet.common.threads import available_cpus
 
 if TYPE_CHECKING:
     from ray.data import DataContext, ExecutionOptions, ExecutionResources, ReadTask
@@ -84,8 +88,10 @@ def __getattr__(name: str) -> Any:
 
 
 def local_cluster_options() -> dict[str, Any]:
-    """Return private options of `ray.init` for a cluster on this machine."""
+    """Return options of `ray.init` for a cluster on this machine, some of them private."""
     return {
+        # Unlike Ray's own count, this respects the CPU affinity and the quotas of all enclosing control groups.
+        "num_cpus": available_cpus(),
         # The address that the cluster listens on; by default Ray chooses the machine's network address. No
         # replacement yet.
         "_node_ip_address": "127.0.0.1",
@@ -160,6 +166,56 @@ def alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+@dataclass(frozen=True)
+class NodeType:
+    """A kind of nodes that an autoscaler may start.
+
+    Attributes:
+        resources: Resources of a node, by Ray's names (CPU, GPU, …).
+        max_nodes: Most nodes of this kind; None for no limit.
+    """
+
+    resources: dict[str, float]
+    max_nodes: int | None
+
+
+def node_types() -> list[NodeType]:
+    """List the kinds of nodes that the cluster's autoscaler may start; empty without one, or if it is unknown.
+
+    Private. Some autoscalers store their configuration in the cluster. `ray up` copies its own, with the resources of
+    each kind, to the head, where submitted jobs run; other nodes do not have that file, and KubeRay's autoscaler
+    publishes nothing. No replacement yet.
+    """
+    config = state.get_cluster_config()
+    if config is not None and config.node_group_configs:
+        return [
+            NodeType(dict(group.resources), None if group.max_count < 0 else group.max_count)
+            for group in config.node_group_configs
+        ]
+    return _types_in(Path("~/ray_bootstrap_config.yaml").expanduser()) if _is_on_head() else []
+
+
+def _is_on_head() -> bool:
+    own_id = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == own_id and "node:__internal_head__" in node["Resources"] for node in alive_nodes())
+
+
+def _types_in(path: Path) -> list[NodeType]:
+    try:
+        config = yaml.safe_load(path.read_bytes())
+        types = config["available_node_types"]
+        return [
+            NodeType(
+                {name: float(amount) for name, amount in (kind.get("resources") or {}).items()},
+                # As Ray does: the head is started once, other kinds are limited by the whole cluster only.
+                int(kind.get("max_workers", 0 if name == config.get("head_node_type") else config["max_workers"])),
+            )
+            for name, kind in types.items()
+        ]
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
+        return []
+
+
 def cluster_cpus() -> float:
     """Return the total CPUs of the cluster, at least 1.
 
@@ -174,6 +230,16 @@ def most_free_cpus() -> float:
     Private. Ray's public `available_resources` sums over nodes, but a task runs on one. No replacement yet.
     """
     return max((float(node.get("CPU", 0.0)) for node in available_resources_per_node().values()), default=0.0)
+
+
+def away_from_empty_nodes() -> dict[str, Any]:
+    """Return options of a task that reserves no CPUs, so that it does not run on a node without CPUs.
+
+    Ray would place it on any node, also on a head that only coordinates. Developer API: the ids of the nodes.
+    Replacement: none needed once such heads carry a label.
+    """
+    empty = [node["NodeID"] for node in alive_nodes() if not node["Resources"].get("CPU")]
+    return {"label_selector": {"ray.io/node-id": f"!in({','.join(empty)})"}} if empty else {}
 
 
 def placement_group(group_id: str) -> PlacementGroup:

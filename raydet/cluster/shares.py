@@ -8,9 +8,12 @@ import ray
 from ray.util.placement_group import remove_placement_group
 
 from raydet.cluster import ray_internals
+from raydet.cluster.ray_internals import NodeType
 from raydet.common.errors import UserError
 from raydet.tables import storage
 
+_MOST_NODES = 1000
+"""Nodes assumed of a kind that has no limit."""
 _DECODER_BYTES = 700 * 2**20
 """Memory of a decode process: Python with albumentations, and the images of one task."""
 
@@ -20,7 +23,7 @@ class Resources:
     """The share of each worker and each decoding task of a job.
 
     Attributes:
-        num_gpus: GPUs of the cluster.
+        num_gpus: GPUs of the cluster, with those of nodes that it may still start.
         use_gpu: True if each worker gets one GPU.
         cpus_per_worker: CPUs reserved for each worker.
         cpus_per_task: CPUs that a decoding task requests.
@@ -47,6 +50,32 @@ def resources_of_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray_internals.alive_nodes()]
 
 
+def nodes_of_cluster() -> list[Mapping[str, float]]:
+    """Return the resources of each live node, and of each node that the cluster's autoscaler may still start."""
+    return with_future_nodes(resources_of_nodes(), ray_internals.node_types() if may_grow() else [])
+
+
+def with_future_nodes(
+    nodes: Sequence[Mapping[str, float]], node_types: Sequence[NodeType]
+) -> list[Mapping[str, float]]:
+    """Return the nodes, followed by those that may still be started: of each kind as many as are not live."""
+    future: list[Mapping[str, float]] = []
+    for kind in node_types:
+        most = _MOST_NODES if kind.max_nodes is None else min(kind.max_nodes, _MOST_NODES)
+        live = sum(_cpus_and_gpus(node) == _cpus_and_gpus(kind.resources) for node in nodes)
+        future += [kind.resources] * (most - live)
+    return [*nodes, *future]
+
+
+def _cpus_and_gpus(node: Mapping[str, float]) -> tuple[float, float]:
+    return node.get("CPU", 0.0), node.get("GPU", 0.0)
+
+
+def may_grow() -> bool:
+    """Return True if the cluster may gain nodes; one that the job itself has started does not."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
 def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
     """Divide the connected cluster between the job's workers and its decoding tasks.
 
@@ -61,8 +90,8 @@ def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_
     """
     return shares_of(
         resources_of_nodes(),
-        # A cluster that the job itself has started does not grow.
-        may_grow=os.environ.get("RAY_ADDRESS", "") not in ("", "local"),
+        node_types=ray_internals.node_types() if may_grow() else [],
+        may_grow=may_grow(),
         min_workers=min_workers,
         max_workers=max_workers,
         use_gpu=use_gpu,
@@ -73,6 +102,7 @@ def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_
 def shares_of(
     nodes: Sequence[Mapping[str, float]],
     *,
+    node_types: Sequence[NodeType] = (),
     may_grow: bool,
     min_workers: int,
     max_workers: int,
@@ -81,12 +111,14 @@ def shares_of(
 ) -> Resources:
     """Divide the given nodes between workers and decoding tasks.
 
-    By default half of the CPUs go to the workers, so that decoding always has some; fractional CPUs prevent a deadlock
-    on two CPUs. If no node has a CPU yet, as on a cluster that grows from zero, a worker and a decoding task get one
-    CPU each, which fits any future node.
+    Nodes that the autoscaler may still start count like live ones: a cluster often starts with none. A worker with a
+    GPU holds one or two CPUs, which its model and its input need; the others decode. Workers without a GPU hold half
+    of the CPUs, fractions on two CPUs. If no kind of node is known, a worker and a decoding task get one CPU each,
+    which fits any future node.
 
     Args:
-        nodes: Resources of each node, by Ray's names.
+        nodes: Resources of each live node, by Ray's names.
+        node_types: Kinds of nodes that may be added.
         may_grow: True if nodes may be added.
         min_workers: See `share_out`.
         max_workers: See `share_out`.
@@ -96,8 +128,10 @@ def shares_of(
     Raises:
         UserError: See `share_out`.
     """
-    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    live_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    all_nodes = with_future_nodes(nodes, node_types)
+    total_cpus = sum(node.get("CPU", 0.0) for node in all_nodes)
+    num_gpus = sum(node.get("GPU", 0.0) for node in all_nodes)
     if not total_cpus:
         return Resources(
             num_gpus=num_gpus,
@@ -108,23 +142,34 @@ def shares_of(
         )
     if len(nodes) == 1 and not may_grow:
         _require_available(min_workers, use_gpu, cpus_per_worker, total_cpus, num_gpus)
+    notice = _notice(min_workers, use_gpu, live_gpus, num_gpus)
+    use_gpu = num_gpus >= min_workers if use_gpu is None else use_gpu
     if cpus_per_worker is None:
-        largest_node = max(node.get("CPU", 0.0) for node in nodes)
-        cpus_per_worker = max(min(total_cpus / 2 / max_workers, max(largest_node / 2, 0.5)), 0.1)
-        if use_gpu or (use_gpu is None and num_gpus >= min_workers):
-            # A worker must fit on a GPU node together with the workers of the node's other GPUs.
-            room = [node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU", 0.0) >= 1]
-            cpus_per_worker = min([cpus_per_worker, *(max(share / 2, 0.1) for share in room)])
-        if cpus_per_worker > 1:
-            cpus_per_worker = float(int(cpus_per_worker))
+        cpus_per_worker = _cpus_of_worker(all_nodes, max_workers, use_gpu=use_gpu)
     left = total_cpus - cpus_per_worker * max_workers
     return Resources(
         num_gpus=num_gpus,
-        use_gpu=num_gpus >= min_workers if use_gpu is None else use_gpu,
+        use_gpu=use_gpu,
         cpus_per_worker=cpus_per_worker,
         cpus_per_task=1.0 if left >= 4 else 0.5,
-        notice=_notice(min_workers, use_gpu, num_gpus),
+        notice=notice,
     )
+
+
+def _cpus_of_worker(nodes: Sequence[Mapping[str, float]], max_workers: int, *, use_gpu: bool) -> float:
+    """Return the CPUs that each worker holds by default.
+
+    A worker with a GPU holds two where its node has at least four for each GPU, otherwise one, and half of the share
+    of a GPU if that is below two CPUs. Workers without a GPU share half of all CPUs, at most half of a node each.
+    """
+    per_gpu = [node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU", 0.0) >= 1]
+    if use_gpu and per_gpu:
+        fewest = min(per_gpu)
+        return 2.0 if fewest >= 4 else 1.0 if fewest >= 2 else max(fewest / 2, 0.1)
+    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    largest_node = max(node.get("CPU", 0.0) for node in nodes)
+    cpus = max(min(total_cpus / 2 / max_workers, max(largest_node / 2, 0.5)), 0.1)
+    return float(int(cpus)) if cpus > 1 else cpus
 
 
 def _notice_without_nodes(use_gpu: bool | None, cpus_per_worker: float | None) -> str:
@@ -134,18 +179,20 @@ def _notice_without_nodes(use_gpu: bool | None, cpus_per_worker: float | None) -
     return f"the cluster has no node with CPUs yet: workers wait until it grows{advice}"
 
 
-def _notice(num_workers: int, use_gpu: bool | None, num_gpus: float) -> str:
-    if use_gpu and num_gpus < num_workers:
-        return (
-            f"--use-gpu with {num_workers} workers requires {num_workers} GPUs, the cluster has {num_gpus:g}: workers "
-            "wait until it grows"
-        )
+def _notice(num_workers: int, use_gpu: bool | None, live_gpus: float, num_gpus: float) -> str:
     if use_gpu is None and 0 < num_gpus < num_workers:
         return (
             f"no GPU is used: {num_workers} workers would require {num_workers} GPUs, the cluster has {num_gpus:g}; "
             "lower --num-workers to use them"
         )
-    return ""
+    if use_gpu is False or live_gpus >= num_workers or (use_gpu is None and not num_gpus):
+        return ""
+    # Nodes can also be added by hand, so a request beyond the autoscaler's limit is no error.
+    limit = f", at most {num_gpus:g} with the nodes that it may start" if live_gpus < num_gpus else ""
+    return (
+        f"{num_workers} worker{'s' * (num_workers > 1)} with a GPU each: the cluster has {live_gpus:g} GPUs{limit}; "
+        "workers wait until it grows"
+    )
 
 
 def decoders_of(

@@ -6,14 +6,14 @@ pyarrow, but neither Ray nor torch.
 """
 
 import hashlib
-import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,22 +22,15 @@ from raydet.common.errors import UserError
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import in_order
 from raydet.images.files import ReadError
-from raydet.images.listing import Listing, is_pattern, list_images
+from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
 from raydet.images.references import FileReader, Reference
 from raydet.tables import storage
+from raydet.tables.columns import numbers_of
 from raydet.tables.table import Table, is_table, open_table
 
 INDEX_GROUP_ROWS = 2**16
 """Rows per row group of an index, the minimum that a read loads."""
-_INDEX_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.int64()),
-        ("path", pa.string()),
-        ("uri", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-    ]
-)
+_INDEX_SCHEMA = pa.schema([pa.field("image_id", pa.int64()), *LISTING_SCHEMA])
 _INDEX_KEY = b"raydet_index"
 _TABLE_COLUMNS = ("image_id", "image", "width", "height")
 
@@ -185,38 +178,61 @@ def open_collection(data: str, *, index_uri: str | None) -> Collection:
                 return TableCollection.of(open_table(uri, "images"))
         refuse_password(uri, what="--data")
         if index_uri is None:
-            return _indexed(_build_index(list_images(uri), uri), uri)
+            sink = pa.BufferOutputStream()
+            _write_index(list_images(uri), uri, sink)
+            return _indexed(sink.getvalue().to_pybytes(), uri)
         if not storage.exists(index_uri):
-            storage.write_bytes(index_uri, _build_index(list_images(uri), uri))
+            listing = list_images(uri)
+            with storage.open_output(index_uri, sync=True) as file:
+                _write_index(listing, uri, file)
         return _indexed(storage.absolute_uri(index_uri), uri)
     except PermissionError as error:
         raise UserError(f"cannot read {error.filename or uri}: no permission") from None
 
 
-def _build_index(listing: Listing, uri: str) -> bytes:
-    """Build the index: a Parquet file of all images, with their fingerprint in its metadata."""
+def _write_index(listing: Listing, uri: str, file: pa.NativeFile | BinaryIO) -> None:
+    """Write the index: a Parquet file of all images, with their fingerprint in its metadata.
+
+    Only one row group is in memory at a time.
+    """
     digest = hashlib.sha256(listing.kind.encode())
-    sink = pa.BufferOutputStream()
     num_rows = 0
-    with pq.ParquetWriter(sink, _INDEX_SCHEMA, compression="zstd") as writer:
-        for entries in _in_chunks(iter(listing.entries), INDEX_GROUP_ROWS):
-            columns: list[Any] = [range(num_rows, num_rows + len(entries)), [path for path, _ in entries]]
-            columns += zip(*(reference for _, reference in entries), strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, _INDEX_SCHEMA, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=_INDEX_SCHEMA), row_group_size=INDEX_GROUP_ROWS)
-            for path, reference in entries:
-                # The length makes the encoding unambiguous: a path may contain any separator.
-                digest.update(f"{len(path)} {path} {reference}".encode())
-            num_rows += len(entries)
+    with pq.ParquetWriter(file, _INDEX_SCHEMA, compression="zstd") as writer:
+        for rows in _row_groups(listing.batches):
+            ids = pa.array(np.arange(num_rows, num_rows + rows.num_rows))
+            writer.write_table(pa.Table.from_arrays([ids, *rows.columns], schema=_INDEX_SCHEMA))
+            for column in rows.columns:
+                _add_to_digest(digest, column)
+            num_rows += rows.num_rows
         content = {"kind": listing.kind, "data": uri, "fingerprint": digest.hexdigest()[:16]}
         writer.add_key_value_metadata({_INDEX_KEY: json.dumps(content).encode()})
-    index: bytes = sink.getvalue().to_pybytes()
-    return index
 
 
-def _in_chunks(entries: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while chunk := list(itertools.islice(entries, size)):
-        yield chunk
+def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Cut batches of any size into row groups of `INDEX_GROUP_ROWS` rows, except the last."""
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        pending.append(batch)
+        if sum(own.num_rows for own in pending) >= INDEX_GROUP_ROWS:
+            rows = pa.Table.from_batches(pending).combine_chunks()
+            while rows.num_rows >= INDEX_GROUP_ROWS:
+                yield rows.slice(0, INDEX_GROUP_ROWS)
+                rows = rows.slice(INDEX_GROUP_ROWS)
+            pending = rows.to_batches()
+    if pending:
+        yield pa.Table.from_batches(pending)
+
+
+def _add_to_digest(digest: Any, column: pa.ChunkedArray) -> None:
+    """Hash a column of texts or numbers, independently of its chunks; lengths make texts unambiguous."""
+    array = column.combine_chunks()
+    if pa.types.is_integer(array.type):
+        digest.update(numbers_of(array).tobytes())
+        return
+    digest.update(numbers_of(pc.binary_length(array)).tobytes())
+    texts = pc.fill_null(array, "").cast(pa.large_string())
+    ends = np.frombuffer(texts.buffers()[1], np.int64, count=len(texts) + 1, offset=8 * texts.offset)
+    digest.update((texts.buffers()[2] or pa.py_buffer(b"")).slice(int(ends[0]), int(ends[-1] - ends[0])))
 
 
 def _indexed(index: str | bytes, uri: str) -> IndexedCollection:

@@ -3,13 +3,15 @@
 import math
 import os
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError, one_line
+from raydet.images.remote_listing import files_below
 from raydet.tables import storage
 
 _COMMON = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff")
@@ -113,6 +115,10 @@ class ImageFolder:
         # Reopened in the receiving process: an S3 file system loses its retry strategy when pickled.
         return partial(ImageFolder, self._given_uri, what=self._what), ()
 
+    def remote_files(self) -> Iterator[pa.LargeStringArray]:
+        """List the files below a folder that is not local: relative paths in ascending order, in parts."""
+        return files_below(self._filesystem, self.path)
+
     def uri_of(self, path: str) -> str:
         """Return the absolute path or URI of a file in the folder."""
         return storage.join(self.uri, path)
@@ -191,7 +197,9 @@ def list_below(folder: ImageFolder) -> list[str]:
     Raises:
         UserError: A subfolder cannot be listed.
     """
-    return _list_local(folder.path) if folder.is_local else storage.list_files(folder.uri, recursive=True)
+    if folder.is_local:
+        return _list_local(folder.path)
+    return [path for files in folder.remote_files() for path in files.to_pylist()]
 
 
 def image_files_below(folder: ImageFolder) -> list[str]:
@@ -203,11 +211,16 @@ def image_files_below(folder: ImageFolder) -> list[str]:
     files = list_below(folder)
     paths = sorted(path for path in files if is_image_name(path))
     if not paths:
-        raise UserError(
-            f"no image file below {folder.uri} ({len(files)} other files); "
-            f"image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
-        )
+        raise no_image_below(folder, len(files))
     return paths
+
+
+def no_image_below(folder: ImageFolder, num_files: int) -> UserError:
+    """Return the error for a folder without images but with some other files."""
+    return UserError(
+        f"no image file below {folder.uri} ({num_files} other files); "
+        f"image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
+    )
 
 
 def _list_local(root: str) -> list[str]:

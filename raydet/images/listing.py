@@ -1,4 +1,4 @@
-"""A folder, a list file or tar files → one entry per image, in a fixed order."""
+"""A folder, a list file or tar files → one row per image, in a fixed order, in Arrow batches."""
 
 import io
 import itertools
@@ -8,12 +8,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import in_order
-from raydet.images.files import IMAGE_EXTENSIONS, LIST_SUFFIXES, ImageFolder, beside, image_files_below, readable
+from raydet.images.files import (
+    IMAGE_EXTENSIONS,
+    LIST_SUFFIXES,
+    ImageFolder,
+    beside,
+    image_files_below,
+    no_image_below,
+    readable,
+)
 from raydet.images.references import FileReader, Reference
 from raydet.images.tars import COMPRESSED_SUFFIXES, image_members, refuse_compressed
 from raydet.tables import storage
@@ -26,7 +37,16 @@ _OPTIONS = re.compile(r"\?(?=\w+=)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
+_IMAGE_NAME = rf"[^/]\.(?:{'|'.join(sorted(IMAGE_EXTENSIONS))})$"
+_OUTSIDE = r"\x00|://|^/|^.:/|(?:^|/)\.\.(?:/|$)"
+"""The relative paths that `ImageFolder.refuse_outside` refuses in a remote folder."""
+
 ListedKind = Literal["folder", "list", "tar"]
+
+
+LISTING_SCHEMA = pa.schema([("path", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+"""The displayed path of an image, and the reference to its bytes."""
+_BATCH_ROWS = 2**16
 
 
 class Entry(NamedTuple):
@@ -38,10 +58,13 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """Kind and images of a collection; iterating over the entries lists them lazily and may raise UserError."""
+    """Kind and images of a collection, with the columns of `LISTING_SCHEMA`.
+
+    Iterating over the batches lists the images lazily and may raise UserError. The first batch is listed already.
+    """
 
     kind: ListedKind
-    entries: Iterable[Entry]
+    batches: Iterator[pa.RecordBatch]
 
 
 def is_pattern(uri: str) -> bool:
@@ -71,7 +94,7 @@ def list_images(uri: str) -> Listing:
         folder, _, file = uri.rpartition("/")
         return _tars(folder, [file])
     if name.endswith(LIST_SUFFIXES):
-        return Listing("list", _read_list(uri))
+        return _listing("list", _batches(_read_list(uri)))
     if _is_file(uri):
         raise UserError(
             f"{uri} is a file, but neither a list of paths ({' or '.join(LIST_SUFFIXES)}) nor a .tar; "
@@ -89,7 +112,7 @@ def _list_folder(uri: str) -> Listing:
     """List a folder of images; a folder without images may contain tar files, or an incomplete table."""
     folder = ImageFolder(uri)
     try:
-        paths = image_files_below(folder)
+        return _listing("folder", _local_images(folder) if folder.is_local else _remote_images(folder))
     except UserError:
         files: list[str] = []
         with suppress(OSError):
@@ -103,15 +126,49 @@ def _list_folder(uri: str) -> Listing:
         if not shards:
             raise
         return _tars(uri, shards)
-    entries = (
+
+
+def _listing(kind: ListedKind, batches: Iterator[pa.RecordBatch]) -> Listing:
+    first = next(batches)  # raises the error of invalid data before anything is written
+    return Listing(kind, itertools.chain([first], batches))
+
+
+def _local_images(folder: ImageFolder) -> Iterator[pa.RecordBatch]:
+    return _batches(
         Entry(readable(path), Reference(folder.uri_of(path) if folder.refuse_outside(path) is None else None))
-        for path in paths
+        for path in image_files_below(folder)
     )
-    return Listing("folder", entries)
+
+
+def _remote_images(folder: ImageFolder) -> Iterator[pa.RecordBatch]:
+    """List the images of a remote folder without a Python object for each."""
+    start, _, end = folder.uri_of("\n").partition("\n")
+    num_files = num_images = 0
+    for files in folder.remote_files():
+        num_files += len(files)
+        paths = files.filter(pc.match_substring_regex(files, _IMAGE_NAME, ignore_case=True))
+        num_images += len(paths)
+        for at in range(0, len(paths), _BATCH_ROWS):
+            own = paths.slice(at, _BATCH_ROWS).cast(pa.string())
+            uris = pc.binary_join_element_wise(start, own, end, "")
+            uris = pc.if_else(pc.match_substring_regex(own, _OUTSIDE), None, uris)
+            none = pa.nulls(len(own), pa.int64())
+            columns = [pc.replace_substring(own, "\0", "\\0"), uris, none, none]
+            yield pa.RecordBatch.from_arrays(columns, schema=LISTING_SCHEMA)
+    if not num_images:
+        raise no_image_below(folder, num_files)
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[pa.RecordBatch]:
+    entries = iter(entries)
+    while chunk := list(itertools.islice(entries, _BATCH_ROWS)):
+        columns: list[Any] = [[path for path, _ in chunk], *zip(*(reference for _, reference in chunk), strict=True)]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, LISTING_SCHEMA, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=LISTING_SCHEMA)
 
 
 def _tars(folder: str, shards: list[str]) -> Listing:
-    return Listing("tar", _list_tars(folder, shards))
+    return _listing("tar", _batches(_list_tars(folder, shards)))
 
 
 def _list_tars(folder: str, shards: list[str]) -> Iterator[Entry]:

@@ -16,9 +16,6 @@ from raydet.tables import storage
 from raydet.tables.table import Table
 from raydet.training.failure import EndRunOnFailure, WorkerFailure, failed, failure_of
 
-_MAX_CONTROLLER_FAILURES = 15
-"""Ray Train reports a controller failure once a minute while the workers do not fit; a cloud may need several minutes
-to start a machine."""
 _GROUP_FILE = ("log", "placement_group")
 """File in the run folder, present while the workers run."""
 _STOP_POLL_S = 0.2
@@ -44,7 +41,7 @@ def run_workers(
         stop: Request to stop; once set, the workers save their state and exit.
 
     Raises:
-        RunError: Workers failed more than `max_failures` times, or the cluster had no room for them.
+        RunError: Workers failed more than `max_failures` times.
         RunStopped: The request to stop arrived before the first step.
     """
     from ray.train import TrainingFailedError
@@ -114,8 +111,10 @@ def _trainer(config: TrainConfig, tables: dict[str, Table], resources: shares.Re
             storage_path=storage.join(config.out, "log", "ray"),
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             callbacks=[EndRunOnFailure()],  # type: ignore[list-item]  # typed in the base class, for another callback
+            # Ray Train counts a controller failure for each minute in which the workers find no room, also while an
+            # autoscaler waits for a machine, which may take hours for a spot machine: no limit (-1).
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=config.max_failures, controller_failure_limit=_MAX_CONTROLLER_FAILURES
+                max_failures=config.max_failures, controller_failure_limit=-1
             ),
         ),
     )

@@ -6,7 +6,6 @@ workers ran than fit, or no CPU were left for decoding, trials would wait for ea
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 
 from raydet.cluster import shares
@@ -21,7 +20,7 @@ _OVERHEAD_CPUS = 0.05
 
 @dataclass(frozen=True)
 class Machines:
-    """Resources of the cluster: total CPUs and GPUs, number of nodes, and CPUs of the largest node."""
+    """Resources of the cluster, with nodes that it may still start: CPUs, GPUs, nodes, CPUs of the largest node."""
 
     num_cpus: float
     num_gpus: float
@@ -73,13 +72,13 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
         use_gpu=base.use_gpu,
         cpus_per_worker=base.cpus_per_worker,
     )
-    nodes = shares.resources_of_nodes()
+    nodes = shares.nodes_of_cluster()
     machines = Machines(
         num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
         num_gpus=one.num_gpus,
         num_nodes=len(nodes),
         largest_node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=1.0),
-        may_grow=bool(os.environ.get("RAY_ADDRESS")),
+        may_grow=shares.may_grow(),
     )
     return divide(machines, one, base, None if max_concurrent is None else min(max_concurrent, num_trials), num_trials)
 

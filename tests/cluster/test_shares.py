@@ -1,19 +1,31 @@
 """The arithmetic of resource shares, on described clusters."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from raydet.cluster.ray_internals import NodeType, node_types
 from raydet.cluster.shares import Resources, decoders_of, share_out, shares_of
 from raydet.common.errors import UserError
 
+Type = tuple[float, float, int | None]
 
-def shares(*nodes: tuple[float, float], may_grow: bool = False, num_workers: int = 1, **options: Any) -> Resources:
-    """Compute the shares of a cluster whose nodes are given as (CPUs, GPUs)."""
+
+def shares(
+    *nodes: tuple[float, float],
+    types: Sequence[Type] = (),
+    may_grow: bool = False,
+    num_workers: int = 1,
+    **options: Any,
+) -> Resources:
+    """Compute the shares of a cluster of nodes (CPUs, GPUs) that may start nodes (CPUs, GPUs, maximum number)."""
     return shares_of(
         [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes],
-        may_grow=may_grow,
+        node_types=[NodeType({"CPU": cpus, "GPU": gpus}, most) for cpus, gpus, most in types],
+        may_grow=may_grow or bool(types),
         **{"min_workers": num_workers, "max_workers": num_workers, "use_gpu": None, "cpus_per_worker": None, **options},
     )
 
@@ -21,9 +33,80 @@ def shares(*nodes: tuple[float, float], may_grow: bool = False, num_workers: int
 def test_half_of_the_cpus_go_to_the_workers() -> None:
     assert shares((2, 0)) == Resources(0.0, use_gpu=False, cpus_per_worker=1.0, cpus_per_task=0.5)
     assert shares((16, 0), num_workers=2) == Resources(0.0, use_gpu=False, cpus_per_worker=4.0, cpus_per_task=1.0)
-    # A worker fits on the largest node, together with the workers of the node's other GPUs.
+    # A worker fits on the largest node.
     assert shares((4, 0), (4, 0)).cpus_per_worker == 2.0
-    assert shares((32, 8), (8, 0), num_workers=2).cpus_per_worker == 2.0
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [((96, 8), 2.0), ((8, 1), 2.0), ((4, 1), 2.0), ((2, 1), 1.0), ((12, 4), 1.0), ((1, 1), 0.5), ((4, 8), 0.25)],
+)
+def test_a_worker_with_a_gpu_holds_few_cpus(node: tuple[float, float], expected: float) -> None:
+    assert shares(node).cpus_per_worker == shares(node, num_workers=int(node[1])).cpus_per_worker == expected
+    # The smallest share of a GPU counts, so that a worker fits on any GPU node; CPU nodes change nothing.
+    assert shares(node, (96, 8), (64, 0)).cpus_per_worker == expected
+
+
+AWS: list[Type] = [(0, 0, 0), (16, 0, 16), (8, 1, 4)]
+"""The node types of cluster.yaml."""
+
+
+def test_a_cluster_without_nodes_is_divided_by_its_node_types() -> None:
+    empty = shares((0, 0), types=AWS, num_workers=4)
+    assert (empty.use_gpu, empty.num_gpus, empty.cpus_per_worker, empty.cpus_per_task) == (True, 4.0, 2.0, 1.0)
+    assert "0 GPUs" in empty.notice and "wait" in empty.notice
+    on_cpus = shares((0, 0), types=AWS, num_workers=4, use_gpu=False)
+    assert (on_cpus.use_gpu, on_cpus.cpus_per_worker, on_cpus.notice) == (False, 8.0, "")
+    # More workers than the cluster may ever have GPUs.
+    many = shares((0, 0), types=AWS, num_workers=8)
+    assert not many.use_gpu and "8 workers" in many.notice and "has 4" in many.notice
+    forced = shares((0, 0), types=AWS, num_workers=8, use_gpu=True)
+    assert forced.use_gpu and "at most 4" in forced.notice
+    # Nodes that run are not counted twice; a kind without a limit has enough for anyone.
+    running = shares((0, 0), (16, 0), *[(8, 1)] * 4, types=AWS, num_workers=4)
+    assert (running.num_gpus, running.use_gpu, running.notice) == (4.0, True, "")
+    assert shares((0, 0), types=[(8, 1, None)], num_workers=500).use_gpu
+
+
+CLUSTER_YAML = """
+max_workers: 5
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 0}}
+  decode: {max_workers: 16, resources: {CPU: 16}}
+  model: {resources: {CPU: 8, GPU: 1}, node_config: {}}
+"""
+
+
+def test_node_types_are_found_on_the_head(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert node_types() == []
+    for damaged in ("", "[1]", "max_workers: 5", CLUSTER_YAML.replace("GPU: 1", "GPU: x"), "{"):
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(damaged)
+        assert node_types() == []
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(CLUSTER_YAML)
+    expected = [NodeType({"CPU": 0}, 0), NodeType({"CPU": 16}, 16), NodeType({"CPU": 8, "GPU": 1}, 5)]
+    assert node_types() == expected
+
+
+def test_node_types_are_found_in_the_cluster(ray_cluster: None) -> None:
+    from ray.core.generated import autoscaler_pb2
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+
+    ray_names: Any = ray._raylet
+    messages: Any = autoscaler_pb2
+    config = messages.ClusterConfig()
+    config.node_group_configs.add(name="model", resources={"CPU": 8, "GPU": 1}, min_count=0, max_count=-1)
+    config.node_group_configs.add(name="decode", resources={"CPU": 16}, min_count=0, max_count=4)
+    where = {
+        "key": ray_names.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY,
+        "namespace": ray_names.GCS_AUTOSCALER_STATE_NAMESPACE,
+    }
+    _internal_kv_put(value=config.SerializeToString(), **where)
+    try:
+        assert node_types() == [NodeType({"CPU": 8, "GPU": 1}, None), NodeType({"CPU": 16}, 4)]
+    finally:
+        _internal_kv_del(**where)
 
 
 def test_fewer_gpus_than_workers_are_never_passed_over_in_silence() -> None:
