@@ -141,16 +141,7 @@ def print_results(runs: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequen
             f"{name:<{width}} {middle['images_per_s']:>9.2f} {min(speeds):>7.2f} {max(speeds):>8.2f} "
             f"{middle['seconds']:>6.0f} {middle['peak_mb']:>8.0f} {middle['ray_mb']:>7.0f} {ap:>7}"
         )
-    for first, second, target in pairs:
-        if first in runs and second in runs:
-            ratios = [
-                mine["images_per_s"] / its["images_per_s"] for mine, its in zip(runs[first], runs[second], strict=True)
-            ]
-            aim = f", target {target:.2f}" if target else ""
-            print(
-                f"{first} / {second}: {statistics.median(ratios):.3f} "
-                f"(per round {min(ratios):.3f} to {max(ratios):.3f}{aim})"
-            )
+    print_ratios(runs, pairs)
     print(
         json.dumps(
             {
@@ -164,3 +155,17 @@ def print_results(runs: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequen
             }
         )
     )
+
+
+def print_ratios(runs: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequence[Pair]) -> None:
+    """Print the median over the rounds of the ratio of each pair that took part."""
+    for first, second, target in pairs:
+        if first in runs and second in runs:
+            ratios = [
+                mine["images_per_s"] / its["images_per_s"] for mine, its in zip(runs[first], runs[second], strict=True)
+            ]
+            aim = f", target {target:.2f}" if target else ""
+            print(
+                f"{first} / {second}: {statistics.median(ratios):.3f} "
+                f"(per round {min(ratios):.3f} to {max(ratios):.3f}{aim})"
+            )

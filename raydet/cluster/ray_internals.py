@@ -27,7 +27,7 @@ from ray.util.metrics import Counter, Gauge, Metric
 from ray.util.placement_group import PlacementGroup
 
 if TYPE_CHECKING:
-    from ray.data import DataContext, ExecutionOptions, ExecutionResources, ReadTask
+    from ray.data import DataContext, ReadTask
     from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.data.block import BlockMetadata
     from ray.data.exceptions import ExecutionTimeoutError, SystemException
@@ -212,19 +212,6 @@ def task_retries(number: int) -> dict[str, Any]:
 def call_retries(number: int) -> dict[str, Any]:
     """Return arguments of `map_batches` that limit the retries of an actor's calls; see `task_retries`."""
     return {"ray_remote_args_fn": lambda: {"max_task_retries": number}}
-
-
-def execution_options(reserved: "ExecutionResources | None") -> "ExecutionOptions":
-    """Return options of an execution that preserves order and leaves reserved resources free.
-
-    Deprecated. Replacement: `label_selector`, or the coordinator that Ray Train reports its workers to.
-
-    Args:
-        reserved: CPUs and GPUs to leave free; None for none.
-    """
-    from ray.data import ExecutionOptions
-
-    return ExecutionOptions(preserve_order=True, exclude_resources=reserved)
 
 
 def set_callbacks(context: "DataContext", *callbacks: "type[ExecutionCallback]") -> None:
