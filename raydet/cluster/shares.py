@@ -11,6 +11,9 @@ from raydet.cluster import ray_internals
 from raydet.common.errors import UserError
 from raydet.tables import storage
 
+_DECODER_BYTES = 700 * 2**20
+"""Memory of a decode process: Python with albumentations, and the images of one task."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -143,6 +146,40 @@ def _notice(num_workers: int, use_gpu: bool | None, num_gpus: float) -> str:
             "lower --num-workers to use them"
         )
     return ""
+
+
+def decoders_of(
+    nodes: Sequence[Mapping[str, float]], *, workers: Sequence[int], cpus_per_worker: float, executions: int = 1
+) -> tuple[int, ...]:
+    """Return the number of decode processes that one execution runs on each node.
+
+    Decode processes reserve no CPUs: they wait as soon as their consumer has enough, so the operating system divides
+    the cores between them and the workers. A node runs one for each CPU that its workers do not hold, but at least
+    two if it has two CPUs: whenever decoding is too slow the workers wait, and their CPUs are free. All decode
+    processes of a node fit into half of the memory that Ray may use there. If several executions (trainings,
+    validations, trials) share the cluster, each gets an equal part. In any case each execution has one decode process
+    on every node with CPUs, and none on a node without, such as a head that only coordinates.
+
+    Args:
+        nodes: Resources of each live node, by Ray's names.
+        workers: Number of workers on each node, of all executions.
+        cpus_per_worker: CPUs that each worker holds.
+        executions: Number of executions that decode on the cluster at the same time.
+
+    Returns:
+        Number of decode processes of each node, in the order of `nodes`.
+    """
+    return tuple(
+        _decoders_on(node, num_workers * cpus_per_worker) // executions or int(node.get("CPU", 0.0) > 0)
+        for node, num_workers in zip(nodes, workers, strict=True)
+    )
+
+
+def _decoders_on(node: Mapping[str, float], held_cpus: float) -> int:
+    """Return the number of decode processes on a node, over all executions; 0 if it has neither CPUs nor memory."""
+    cpus = int(node.get("CPU", 0.0))
+    fitting = int(node["memory"] / 2 / _DECODER_BYTES) if "memory" in node else cpus
+    return min(max(int(cpus - held_cpus + 1e-9), min(2, cpus)), fitting)
 
 
 def workers_that_fit(resources: Resources) -> int:

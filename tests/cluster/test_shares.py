@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import ray
 
-from raydet.cluster.shares import Resources, share_out, shares_of
+from raydet.cluster.shares import Resources, decoders_of, share_out, shares_of
 from raydet.common.errors import UserError
 
 
@@ -51,6 +51,45 @@ def test_a_cluster_that_grows_from_zero(nodes: tuple[tuple[float, float], ...]) 
     given = shares(*nodes, may_grow=True, num_workers=4, use_gpu=True, cpus_per_worker=6.0)
     assert (given.use_gpu, given.cpus_per_worker) == (True, 6.0)
     assert "no node" in given.notice and "--" not in given.notice
+
+
+def decoders(*nodes: tuple[float, int], memory_gb: float = 1000, held: float = 1.0, executions: int = 1) -> list[int]:
+    """Compute the decode processes of nodes given as (CPUs, workers)."""
+    return list(
+        decoders_of(
+            [{"CPU": cpus, "memory": memory_gb * 2**30} for cpus, _ in nodes],
+            workers=[workers for _, workers in nodes],
+            cpus_per_worker=held,
+            executions=executions,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "expected"), [(0.5, 1), (1, 1), (2, 2), (3, 2), (4, 3), (8, 7)], ids=lambda value: f"{value}"
+)
+def test_decoders_of_a_laptop(num_cpus: float, expected: int) -> None:
+    assert decoders((num_cpus, 1)) == [expected]
+    # As many executions as there may be: each has a decoder, so that none waits for another.
+    assert decoders((num_cpus, 1), executions=20) == [1]
+
+
+def test_decoders_of_large_clusters() -> None:
+    assert decoders((96, 8), held=2.0) == [80]
+    fifty = [(96.0, 8)] * 50
+    assert decoders(*fifty, held=2.0) == [80] * 50
+    # Two trials and a validation share the nodes.
+    assert decoders(*fifty, held=2.0, executions=3) == [26] * 50
+    # A head without CPUs runs none; a node without workers decodes for the others with all of its CPUs.
+    assert decoders((0, 0), (8, 1), (16, 0), held=2.0) == [0, 6, 16]
+    # Workers that hold all CPUs, as after the loss of a node.
+    assert decoders((4, 4), (4, 0)) == [2, 4]
+    assert decoders() == []
+
+
+def test_decoders_fit_into_the_memory() -> None:
+    assert decoders((16, 1), memory_gb=8) == [5]
+    assert decoders((16, 1), memory_gb=1) == [1]
 
 
 def test_the_cluster_that_is_there_is_shared_out(ray_cluster: None) -> None:
