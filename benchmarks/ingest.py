@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import signal
 import statistics
@@ -123,8 +124,9 @@ def view_of(name: str) -> Any:
     from raydet.augmentation.view import View
     from raydet.models.geometry import ResizeRule
 
-    side, augmentation = {"128": (128, "flip"), "vga": (640, "light")}[name]
-    return View(resize_rule=ResizeRule(mode="fixed", size_hw=(side, side)), augmentation=augmentation)
+    side = {"128": 128, "vga": 640}[name]
+    rule = ResizeRule(mode="fixed", size_hw=(side, side))
+    return View(resize_rule=rule, augmentation="flip" if name == "128" else "light")
 
 
 def _compete(contestant: str, *, folder: str, name: str, num_images: int) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _cluster(*, is_default: bool) -> Iterator[None]:
 
     with tempfile.TemporaryDirectory() as log:
         if is_default:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         with session(log):
             yield
         ray.shutdown()
@@ -189,6 +191,7 @@ def _raydet(table_uri: str, name: str, num_images: int, *, world_size: int) -> f
         val=table,
         view=view_of(name),
         world_size=world_size,
+        ranks=range(world_size),
         start_epoch=0,
         start_step=0,
         decoders=[alive_nodes()[0]["NodeID"]] * NUM_PROCESSES,
@@ -274,7 +277,7 @@ def _limit(table_uri: str, name: str, num_images: int) -> float:
     processes = [context.Process(target=_call_view, args=arguments) for _ in range(NUM_PROCESSES)]
     for process in processes:
         process.start()
-    answers = [seconds.get(timeout=600) for _ in processes]
+    answers: list[float] = [seconds.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     return share * NUM_PROCESSES / max(answers)

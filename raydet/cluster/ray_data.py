@@ -15,9 +15,7 @@ SCHEDULING_PAUSE_S = 0.03
 
 
 @contextlib.contextmanager
-def one_row_blocks(
-    *, most_bytes: int | None = None, watch: type[ExecutionCallback] | None = None
-) -> Iterator[None]:
+def one_row_blocks(*, most_bytes: int | None = None, watch: type[ExecutionCallback] | None = None) -> Iterator[None]:
     """Context manager: data sets created while the block runs keep every row in a separate Ray block.
 
     The caller's `DataContext` is restored afterwards; a data set keeps the settings that it was created with.

@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray._private import ray_constants, ray_logging
-from ray._private.state import available_resources_per_node
 from ray._raylet import PlacementGroupID
 
 # Developer API; raised for a lost connection. Replacement: its base class `RayError`.
@@ -25,6 +25,7 @@ from ray.exceptions import RpcError
 # Developer API; the only access to Ray's metrics. Replacement: the OpenTelemetry package.
 from ray.util.metrics import Counter, Gauge, Metric
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from ray.data import DataContext, ReadTask
@@ -168,14 +169,6 @@ def cluster_cpus() -> float:
     return max(float(ray.cluster_resources().get("CPU", 0.0)), 1.0)
 
 
-def most_free_cpus() -> float:
-    """Return the free CPUs of the node with the most free CPUs.
-
-    Private. Ray's public `available_resources` sums over nodes, but a task runs on one. No replacement yet.
-    """
-    return max((float(node.get("CPU", 0.0)) for node in available_resources_per_node().values()), default=0.0)
-
-
 def placement_group(group_id: str) -> PlacementGroup:
     """Return the placement group with this hexadecimal id, even if another process created it.
 
@@ -212,6 +205,21 @@ def task_retries(number: int) -> dict[str, Any]:
 def call_retries(number: int) -> dict[str, Any]:
     """Return arguments of `map_batches` that limit the retries of an actor's calls; see `task_retries`."""
     return {"ray_remote_args_fn": lambda: {"max_task_retries": number}}
+
+
+def actors_on(nodes: Sequence[str]) -> dict[str, Any]:
+    """Return arguments of `map_batches` that place its actors on nodes in turn, or on others if one is lost.
+
+    The function for each actor is deprecated, see `task_retries`. Replacement: one execution for each node.
+
+    Args:
+        nodes: Node of each actor, by Ray's id.
+    """
+    strategies = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
+    if len(set(nodes)) == 1:
+        return {"scheduling_strategy": strategies[0]}
+    places = cycle(strategies)
+    return {"ray_remote_args_fn": lambda: {"scheduling_strategy": next(places)}}
 
 
 def set_callbacks(context: "DataContext", *callbacks: "type[ExecutionCallback]") -> None:

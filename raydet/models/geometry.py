@@ -163,4 +163,4 @@ def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
     # Contiguous planes: torchvision rounds differently for interleaved channels.
     source = torch.from_numpy(np.array(planes, order="C"))
     resized = functional.resize(source, list(size_hw), interpolation=interpolations[resample], antialias=True)
-    return resized.numpy()
+    return np.asarray(resized.numpy())

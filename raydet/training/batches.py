@@ -36,7 +36,7 @@ ROW_TYPE = pa.struct(
     ]
 )
 # A row of the table with the rows that its image is mixed with.
-_ENCODED_TYPE = pa.struct([*ROW_TYPE, ("mosaic", pa.list_(ROW_TYPE)), ("mixup", pa.list_(ROW_TYPE))])
+ENCODED_TYPE = pa.struct([*ROW_TYPE, ("mosaic", pa.list_(ROW_TYPE)), ("mixup", pa.list_(ROW_TYPE))])
 _INTS = pa.list_(pa.int64())
 _KEY_FIELDS = [
     ("kind", pa.string()),
@@ -47,7 +47,7 @@ _KEY_FIELDS = [
     ("part", _INTS),
     ("num_images", _INTS),
 ]
-_ENCODED_SCHEMA = pa.schema([*_KEY_FIELDS, ("images", pa.list_(_ENCODED_TYPE))])
+_ENCODED_SCHEMA = pa.schema([*_KEY_FIELDS, ("images", pa.list_(ENCODED_TYPE))])
 _DECODED_SCHEMA = pa.schema(
     [
         *_KEY_FIELDS,
@@ -148,7 +148,7 @@ def encoded_chunk(micro_batches: Sequence[MicroBatch], images: Sequence[pa.Array
     Returns:
         A table of one row, for `decoded_chunk`.
     """
-    rows = pa.StructArray.from_arrays(list(images), fields=list(_ENCODED_TYPE))
+    rows = pa.StructArray.from_arrays(list(images), fields=list(ENCODED_TYPE))
     nested = pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)
     return pa.table({**_keys(micro_batches), "images": nested}, schema=_ENCODED_SCHEMA)
 
@@ -231,7 +231,8 @@ def _joined(arrays: list[Any], dtype: Any) -> Any:
 def _canvas(images: Sequence[SeenImage], rule: ResizeRule) -> npt.NDArray[np.uint8]:
     """Put images into one array, uint8 [B, 3, H, W], padded with zeros at the bottom and on the right."""
     sizes_hw: list[SizeHW] = [(image.planes.shape[1], image.planes.shape[2]) for image in images]
-    largest_hw = (max((height for height, _ in sizes_hw), default=1), max((width for _, width in sizes_hw), default=1))
+    # A rank without images runs a black one, whose size does not matter.
+    largest_hw = tuple(max(sides) for sides in zip(*(sizes_hw or [rule.target_size_hw((64, 64))]), strict=True))
     height, width = rule.pad_to_hw or largest_hw
     is_padded = any(size_hw != (height, width) for size_hw in sizes_hw)
     canvas = (np.zeros if is_padded else np.empty)((len(images), 3, height, width), np.uint8)
@@ -242,7 +243,9 @@ def _canvas(images: Sequence[SeenImage], rule: ResizeRule) -> npt.NDArray[np.uin
 
 def _micro_batches(chunk: pa.Table) -> Iterator[tuple[MicroBatch, int]]:
     kind, epoch, rank = (chunk[name][0].as_py() for name in ("kind", "epoch", "rank"))
-    for step, part, num_images in zip(*(chunk[name][0].as_py() for name in ("step", "part", "num_images")), strict=True):
+    for step, part, num_images in zip(
+        *(chunk[name][0].as_py() for name in ("step", "part", "num_images")), strict=True
+    ):
         yield MicroBatch(kind, epoch, step, part, rank, ()), num_images
 
 
@@ -288,7 +291,15 @@ def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
     assert chunk.num_rows == 1, f"a block of the stream holds one chunk, got {chunk.num_rows}"
     numbers = {
         name: chunk[name][0].values.to_numpy()
-        for name in ("batch_shape", "image_id", "size_hw", "original_size_hw", "num_boxes", "boxes_cxcywh", "categories")
+        for name in (
+            "batch_shape",
+            "image_id",
+            "size_hw",
+            "original_size_hw",
+            "num_boxes",
+            "boxes_cxcywh",
+            "categories",
+        )
     }
     errors, rules, objects = (chunk[name][0].values for name in ("error", "resize_rule", "objects"))
     errors, rules = errors.to_pylist(), rules.to_pylist()

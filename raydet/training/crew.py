@@ -12,7 +12,9 @@ from raydet.training.history import EpochRecord
 
 
 class Crew:
-    """One worker's view of all workers. `gather`, `share` and `all_sum` are collective: every rank must call them.
+    """One worker's view of all workers.
+
+    `gather`, `share`, `exchange` and `all_sum` are collective: every rank must call them.
 
     Attributes:
         rank: Rank of this worker, from 0.
@@ -44,6 +46,12 @@ class Crew:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return every worker's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers element by element over all workers, in float64."""

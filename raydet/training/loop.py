@@ -1,7 +1,8 @@
 """The training loop that runs on every worker, on CPU or GPU.
 
-Rank 0 starts the stream of the run, every rank reads its own part, and gradients, losses and detections are combined
-over all ranks. `run_worker` is the loop; its parts follow in the order in which they run.
+The first rank of each node starts the stream for the ranks of that node, every rank reads its own part, and gradients,
+losses and detections are combined over all ranks. `run_worker` is the loop; its parts follow in the order in which they
+run.
 """
 
 import logging
@@ -17,13 +18,12 @@ import numpy as np
 import ray
 import ray.train
 import torch
-from ray.data import ExecutionResources
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
 from raydet.augmentation.view import View
 from raydet.cluster import job_metrics
-from raydet.cluster.shares import Resources, cpus_for_tasks
+from raydet.cluster.shares import Resources, decoders_near
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
@@ -39,7 +39,7 @@ from raydet.training.history import EpochRecord, is_best_so_far, is_over, write_
 from raydet.training.meter import epoch_record, merge_states
 from raydet.training.ordering import RunPlan
 from raydet.training.state import TrainingState, load_state, newest_state, save_state
-from raydet.training.stream import run_stream
+from raydet.training.stream import read_stream, run_stream
 from raydet.training.tracking.trackers import RunTracker, scalars_of
 from raydet.training.trainer import Trainer
 from raydet.training.validation import validate
@@ -118,25 +118,26 @@ def _start(job: dict[str, Any]) -> _TrainingRun:
 
 
 def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
-    """Start the stream at the trainer's position on rank 0, and return the reader of this rank's part."""
-    crew, reference = run.crew, None
-    if crew.rank == 0:
+    """Start the stream at the trainer's position, one for each node, and return the reader of this rank's part."""
+    crew = run.crew
+    nodes = crew.exchange(ray.get_runtime_context().get_node_id())
+    ranks = [rank for rank, node in enumerate(nodes) if node == nodes[crew.rank]]
+    reference = None
+    if crew.rank == ranks[0]:
         iterators = run_stream(
             run.plan,
             train=run.train_table,
             val=run.val_table,
             view=_view(run.config, run.trainer.detector),
             world_size=crew.world_size,
+            ranks=ranks,
             start_epoch=run.trainer.position.epoch,
             start_step=run.trainer.position.step,
-            reserved=ExecutionResources(
-                cpu=resources.cpus_per_worker * crew.world_size,
-                gpu=float(crew.world_size) if resources.use_gpu else 0.0,
-            ),
-            cpus_per_task=cpus_for_tasks(resources),
+            decoders=decoders_near(nodes[crew.rank], nodes, cpus_per_worker=resources.cpus_per_worker),
         )
-        reference = [ray.put(iterators)]
-    return BatchReader(ray.get(broadcast_from_rank_zero(reference)[0])[crew.rank], crew.rank)
+        reference = ray.put(iterators)
+    iterator = ray.get(crew.exchange(reference)[ranks[0]])[ranks.index(crew.rank)]
+    return BatchReader(read_stream(iterator), crew.rank)
 
 
 def _view(config: TrainConfig, detector: Detector) -> View:
@@ -207,8 +208,8 @@ def _gradients(run: _TrainingRun, batches: list[ReadyBatch]) -> StepResult:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        largest = max((example.image.shape[:2] for batch in batches for example in batch.examples), default=(0, 0))
-        most = max(len(batch.examples) for batch in batches)
+        largest = max((batch.batch.pixels.shape[2:] for batch in batches if len(batch.batch)), default=(0, 0))
+        most = max(len(batch.batch) for batch in batches)
         raise out_of_memory(run.trainer.position, run.config, num_images=most, size_hw=largest) from error
 
 

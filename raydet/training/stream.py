@@ -1,6 +1,7 @@
 """The Ray Data stream of a training run: table → chunks of encoded images → chunks of decoded micro-batches, as Arrow.
 
 A single Ray Data execution covers all steps and validations of a run, so that no epoch waits for a pipeline to start.
+Each node with training workers has one, for these workers: their pixels do not cross the network.
 Each block has one row, which is a chunk: consecutive micro-batches of one worker. Readers fetch row groups and cut them
 into chunks; decoders, which live as long as the run, turn each chunk into pixels in one call. Ray Data distributes the
 blocks to the workers in turn and in order, and each worker checks them against the plan. Pixels stay uint8.
@@ -13,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydet.augmentation.view import SeenImage, View
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
+from raydet.cluster.ray_internals import actors_on
 from raydet.models.geometry import ResizeRule
 from raydet.tables.table import RowGroup, Table
 from raydet.training.batches import ROW_TYPE, ReadyBatch, decoded_chunk, encoded_chunk, ready_batches
@@ -48,36 +48,33 @@ def run_stream(
     val: Table,
     view: View,
     world_size: int,
+    ranks: Sequence[int],
     start_epoch: int,
     start_step: int,
     decoders: Sequence[str],
 ) -> list[ray.data.DataIterator]:
-    """Start the stream of a run and split it among the workers.
+    """Start the stream of a run for some of its workers, and split it among them.
 
     Args:
         plan: Assignment of rows to steps.
         train: Training table.
         val: Validation table.
         view: Augmentation and resize of the images.
-        world_size: Number of workers.
+        world_size: Number of workers of the run.
+        ranks: The workers to serve.
         start_epoch: First epoch, from 0.
         start_step: First step within that epoch, from 0.
         decoders: Node of each decoder, by Ray's id; another node takes over if it is lost.
 
     Returns:
-        One iterator per rank, to be read with `read_stream`.
+        One iterator for each of the ranks, to be read with `read_stream`.
     """
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = ray.put(_StreamSource(plan, tables, groups, world_size, view))
+    source = ray.put(StreamSource(plan, tables, groups, world_size, tuple(ranks), view))
     tasks = [partial(_read_segment, source, segment, ramp=number == 0) for number, segment in enumerate(segments)]
-    places = cycle(decoders)
-
-    def place() -> dict[str, Any]:
-        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(next(places), soft=True), "max_task_retries": -1}
-
-    most_bytes = (len(decoders) * _CHUNKS_PER_DECODER + 2 * world_size) * _MOST_CHUNK_BYTES * 2
+    most_bytes = (len(decoders) * _CHUNKS_PER_DECODER + 2 * len(ranks)) * _MOST_CHUNK_BYTES * 2
     with one_row_blocks(most_bytes=most_bytes):
         dataset = ray.data.read_datasource(
             TaskSource("RunStream", tasks),
@@ -93,9 +90,9 @@ def run_stream(
         zero_copy_batch=True,
         num_cpus=0,
         compute=ActorPoolStrategy(size=len(decoders), max_tasks_in_flight_per_actor=_CHUNKS_PER_DECODER),
-        ray_remote_args_fn=place,
+        **actors_on(decoders),
     )
-    iterators: list[ray.data.DataIterator] = dataset.streaming_split(world_size, equal=False)
+    iterators: list[ray.data.DataIterator] = dataset.streaming_split(len(ranks), equal=False)
     return iterators
 
 
@@ -138,13 +135,14 @@ def decode_chunk(chunk: pa.Table, view: View) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class _StreamSource:
+class StreamSource:
     """Data that all reading tasks of a run share, stored once in the object store."""
 
     plan: RunPlan
     tables: dict[str, Table]
     groups: dict[str, tuple[RowGroup, ...]]
     world_size: int
+    ranks: tuple[int, ...]
     view: View
 
     def images_per_chunk(self, segment: Segment) -> int:
@@ -158,17 +156,17 @@ class _StreamSource:
         return max(1, min(_MOST_IMAGES, *(int(limit) for limit in limits)))
 
 
-def _read_segment(source_ref: "ray.ObjectRef[_StreamSource]", segment: Segment, *, ramp: bool) -> Iterator[pa.Table]:
-    source: _StreamSource = ray.get(source_ref)
+def _read_segment(source_ref: "ray.ObjectRef[StreamSource]", segment: Segment, *, ramp: bool) -> Iterator[pa.Table]:
+    source: StreamSource = ray.get(source_ref)
     yield from read_segment(source, segment, ramp=ramp)
 
 
-def read_segment(source: _StreamSource, segment: Segment, *, ramp: bool = False) -> Iterator[pa.Table]:
+def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) -> Iterator[pa.Table]:
     """Yield the encoded chunks of a segment, reading row groups ahead."""
     plan = source.plan
     mixes = segment.kind == "train" and source.view.mixes(segment.epoch)
     most_images = source.images_per_chunk(segment)
-    chunks = plan.chunks(segment, source.world_size, most_images=most_images, ramp=ramp)
+    chunks = plan.chunks(segment, source.world_size, ranks=source.ranks, most_images=most_images, ramp=ramp)
     with _TableRows(source.tables[segment.kind], source.groups[segment.kind]) as rows:
         for chunk in chunks:
             numbers = [row for micro_batch in chunk for row in micro_batch.rows]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from raydet.config import TrainConfig
-from raydet.models.collate import Example
+from raydet.models.collate import Example, collate
 from raydet.tables.schema import Category
 from raydet.training.batches import ReadyBatch
 from raydet.training.history import EpochRecord, ValidationRecord
@@ -51,7 +51,7 @@ def _step(trainer: Trainer) -> tuple[float, float]:
         for number in range(2)
     ]
     place = MicroBatch("train", position.epoch, position.step, 0, 0, ())
-    batch = ReadyBatch(place, trainer.detector.resize_rule, examples, {}, {})
+    batch = ReadyBatch(place, trainer.detector.resize_rule, collate(examples), {}, {})
     result = trainer.compute_gradients([batch])
     loss = float(torch.stack(list(result.terms.values())).sum())
     return loss, trainer.apply_gradients()
