@@ -277,9 +277,11 @@ def _limit(table_uri: str, name: str, num_images: int) -> float:
     processes = [context.Process(target=_call_view, args=arguments) for _ in range(NUM_PROCESSES)]
     for process in processes:
         process.start()
-    answers: list[float] = [seconds.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
+        if process.exitcode:
+            sys.exit(f"a process of the limit failed with exit code {process.exitcode}")
+    answers: list[float] = [seconds.get() for _ in processes]
     return share * NUM_PROCESSES / max(answers)
 
 
@@ -290,7 +292,7 @@ def _call_view(table_uri: str, name: str, num_images: int, barrier: threading.Ba
     dataset = _Dataset(table_uri, name, num_images)
     for number in range(20):
         dataset[number]
-    barrier.wait()
+    barrier.wait(timeout=120)
     started = time.perf_counter()
     for number in range(num_images):
         dataset[number]

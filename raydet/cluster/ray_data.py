@@ -10,7 +10,7 @@ from ray.data import Datasource, ExecutionOptions, ExecutionResources
 from raydet.cluster import ray_internals
 from raydet.cluster.ray_internals import BlockMetadata, DataContext, ExecutionCallback, ReadTask
 
-SCHEDULING_PAUSE_S = 0.03
+SCHEDULING_PAUSE_S = 0.08
 """Short compared to decoding a batch, long compared to an iteration of Ray Data's scheduling loop (2–3 ms)."""
 
 

@@ -5,6 +5,7 @@ model takes, so that a worker gets them without a copy. This module does not imp
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -165,19 +166,50 @@ def _keys(micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
     }
 
 
-def decoded_chunk(chunk: pa.Table, see: "Callable[[dict[str, Any], MicroBatch], SeenImage]", rule_of: Any) -> pa.Table:
+class PixelBuffer:
+    """Memory for the pixels of one chunk, used again for the next: fresh pages cost more than the pixels' copy."""
+
+    def __init__(self) -> None:
+        self._memory, self._size = np.empty(0, np.uint8), 0
+
+    def clear(self) -> None:
+        """Start the next chunk; the arrays of the last one become invalid."""
+        self._size = 0
+
+    def append(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """Return an array of the next bytes, with any content; valid until the next call."""
+        start, self._size = self._size, self._size + math.prod(shape)
+        if self._size > len(self._memory):
+            grown = np.empty(max(self._size, 2 * len(self._memory)), np.uint8)
+            grown[:start] = self._memory[:start]
+            self._memory = grown
+        return self._memory[start : self._size].reshape(shape)
+
+    @property
+    def content(self) -> npt.NDArray[np.uint8]:
+        """All bytes since the last `clear`."""
+        return self._memory[: self._size]
+
+
+def decoded_chunk(
+    chunk: pa.Table,
+    see: Callable[[dict[str, Any], MicroBatch], SeenImage],
+    rule_of: Callable[[MicroBatch], ResizeRule],
+    buffer: PixelBuffer,
+) -> pa.Table:
     """Decode, augment and resize the images of a chunk.
 
     Args:
         chunk: Result of `encoded_chunk`.
         see: Function from a row of the images table and its micro-batch to the model's input; may raise DecodeError.
         rule_of: Function from a micro-batch to the resize rule of its images.
+        buffer: Memory of the pixels.
 
     Returns:
-        A table of one row, for `ready_batches`.
+        A table of one row, for `ready_batches`; valid until the next call with this buffer.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _DECODED_SCHEMA.names}
-    canvases: list[npt.NDArray[np.uint8]] = []
+    buffer.clear()
     images = chunk["images"][0].values
     objects = images.field("objects")
     rows = rows_of(images)
@@ -203,11 +235,9 @@ def decoded_chunk(chunk: pa.Table, see: "Callable[[dict[str, Any], MicroBatch], 
             columns["num_boxes"].append(len(seen.categories))
             columns["boxes_cxcywh"].append(seen.boxes_cxcywh.reshape(-1))
             columns["categories"].append(seen.categories)
-        canvas = _canvas(readable, rule)
-        canvases.append(canvas.reshape(-1))
-        columns["batch_shape"] += (len(readable), *canvas.shape[2:])
+        columns["batch_shape"] += _append(readable, rule, buffer)
         columns["resize_rule"].append(json.dumps(rule.to_dict()))
-    pixels = np.concatenate(canvases) if len(canvases) > 1 else canvases[0]
+    pixels = buffer.content
     columns["boxes_cxcywh"] = _joined(columns["boxes_cxcywh"], np.float32)
     columns["categories"] = _joined(columns["categories"], np.int64)
     arrays = {
@@ -228,17 +258,22 @@ def _joined(arrays: list[Any], dtype: Any) -> Any:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
 
 
-def _canvas(images: Sequence[SeenImage], rule: ResizeRule) -> npt.NDArray[np.uint8]:
-    """Put images into one array, uint8 [B, 3, H, W], padded with zeros at the bottom and on the right."""
+def _append(images: Sequence[SeenImage], rule: ResizeRule, buffer: PixelBuffer) -> tuple[int, int, int]:
+    """Append images to a buffer as one array [B, 3, H, W], padded with zeros at the bottom and on the right.
+
+    Returns:
+        B, H and W.
+    """
     sizes_hw: list[SizeHW] = [(image.planes.shape[1], image.planes.shape[2]) for image in images]
     # A rank without images runs a black one, whose size does not matter.
-    largest_hw = tuple(max(sides) for sides in zip(*(sizes_hw or [rule.target_size_hw((64, 64))]), strict=True))
+    largest_hw = [max(sides) for sides in zip(*(sizes_hw or [rule.target_size_hw((64, 64))]), strict=True)]
     height, width = rule.pad_to_hw or largest_hw
-    is_padded = any(size_hw != (height, width) for size_hw in sizes_hw)
-    canvas = (np.zeros if is_padded else np.empty)((len(images), 3, height, width), np.uint8)
+    canvas = buffer.append((len(images), 3, height, width))
+    if any(size_hw != (height, width) for size_hw in sizes_hw):
+        canvas[:] = 0
     for place, (image, size_hw) in enumerate(zip(images, sizes_hw, strict=True)):
         canvas[place, :, : size_hw[0], : size_hw[1]] = image.planes
-    return canvas
+    return len(images), height, width
 
 
 def _micro_batches(chunk: pa.Table) -> Iterator[tuple[MicroBatch, int]]:

@@ -27,17 +27,19 @@ from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.cluster.ray_internals import actors_on
 from raydet.models.geometry import ResizeRule
 from raydet.tables.table import RowGroup, Table
-from raydet.training.batches import ROW_TYPE, ReadyBatch, decoded_chunk, encoded_chunk, ready_batches
+from raydet.training.batches import ROW_TYPE, PixelBuffer, ReadyBatch, decoded_chunk, encoded_chunk, ready_batches
 from raydet.training.ordering import MicroBatch, RunPlan, Segment
 
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
-_MOST_IMAGES = 128
-"""Images per chunk: about the most that still arrives without a pause, and few blocks per second for Ray Data."""
-_MOST_CHUNK_BYTES = 64 * 2**20
-"""Pixels per chunk."""
+_MOST_IMAGES = 256
+_MOST_CHUNK_BYTES = 96 * 2**20
+"""Decoded pixels of a chunk. Ray Data looks at its tasks about eight times a second: small chunks would mostly wait."""
 _MOST_ENCODED_BYTES = 256 * 2**20
-_CHUNKS_PER_DECODER = 2
-"""The chunk in work and the next one."""
+_CHUNKS_PER_DECODER = 4
+"""Chunks that are sent to a decoder before it has finished the first, so that it never waits for Ray Data."""
+_CHUNKS_PER_WORKER = 2
+_READERS = 2
+_IMAGES_PER_READ_TASK = 2_000
 _READ_THREADS = 4
 
 
@@ -72,15 +74,16 @@ def run_stream(
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = ray.put(StreamSource(plan, tables, groups, world_size, tuple(ranks), view))
-    tasks = [partial(_read_segment, source, segment, ramp=number == 0) for number, segment in enumerate(segments)]
-    most_bytes = (len(decoders) * _CHUNKS_PER_DECODER + 2 * len(ranks)) * _MOST_CHUNK_BYTES * 2
-    with one_row_blocks(most_bytes=most_bytes):
+    stream = StreamSource(plan, tables, groups, world_size, tuple(ranks), view)
+    source = ray.put(stream)
+    tasks = [partial(_read, source, part, ramp=number == 0) for number, part in enumerate(_parts(plan, segments))]
+    num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
+    with one_row_blocks(most_bytes=num_chunks * stream.chunk_bytes):
         dataset = ray.data.read_datasource(
             TaskSource("RunStream", tasks),
             num_cpus=0,
-            compute=TaskPoolStrategy(size=min(len(segments), 2)),
-            override_num_blocks=max(1, len(segments)),
+            compute=TaskPoolStrategy(size=max(1, min(len(tasks), _READERS))),
+            override_num_blocks=max(1, len(tasks)),
         )
     dataset = dataset.map_batches(
         _Decoder,
@@ -111,15 +114,21 @@ class _Decoder:
     """Decoder of chunks, in a process that lives as long as the stream, so that its imports are paid for once."""
 
     def __init__(self, view: View) -> None:
-        self._view = view
+        self._view, self._buffer = view, PixelBuffer()
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Decode, augment and resize the images of one chunk."""
-        return decode_chunk(chunk, self._view)
+        return decode_chunk(chunk, self._view, self._buffer)
 
 
-def decode_chunk(chunk: pa.Table, view: View) -> pa.Table:
-    """Decode, augment and resize the images of one chunk, as the epoch and the step of each micro-batch require."""
+def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None) -> pa.Table:
+    """Decode, augment and resize the images of one chunk, as the epoch and the step of each micro-batch require.
+
+    Args:
+        chunk: A chunk from `read_segment`.
+        view: Augmentation and resize of the images.
+        buffer: Memory of the pixels; the result is valid until its next use. By default new memory.
+    """
 
     def rule_of(micro_batch: MicroBatch) -> ResizeRule:
         if micro_batch.kind == "validate":
@@ -131,7 +140,7 @@ def decode_chunk(chunk: pa.Table, view: View) -> pa.Table:
             return view.plain(row)
         return view.augmented(row, epoch=micro_batch.epoch, resize_rule=rule_of(micro_batch))
 
-    return decoded_chunk(chunk, see, rule_of)
+    return decoded_chunk(chunk, see, rule_of, buffer or PixelBuffer())
 
 
 @dataclass(frozen=True)
@@ -145,20 +154,44 @@ class StreamSource:
     ranks: tuple[int, ...]
     view: View
 
+    @property
+    def chunk_bytes(self) -> int:
+        """About the most bytes of a decoded chunk."""
+        return max(self._image_bytes, min(_MOST_IMAGES * self._image_bytes, _MOST_CHUNK_BYTES)) + 2**20
+
     def images_per_chunk(self, segment: Segment) -> int:
         """Return the number of images of a chunk, limited by their pixels and by their encoded size."""
         mixes = segment.kind == "train" and self.view.mixes(segment.epoch)
         groups = self.groups[segment.kind]
         encoded = sum(group.num_bytes for group in groups) / max(1, sum(group.num_rows for group in groups))
-        rules = (self.view.resize_rule, *self.view.step_resize_rules)
-        pixels = max(3 * rule.most_pixels() for rule in rules)
-        limits = _MOST_CHUNK_BYTES / pixels, _MOST_ENCODED_BYTES / max(encoded * (5 if mixes else 1), 1.0)
+        limits = _MOST_CHUNK_BYTES / self._image_bytes, _MOST_ENCODED_BYTES / max(encoded * (5 if mixes else 1), 1.0)
         return max(1, min(_MOST_IMAGES, *(int(limit) for limit in limits)))
 
+    @property
+    def _image_bytes(self) -> int:
+        return max(3 * rule.most_pixels() for rule in (self.view.resize_rule, *self.view.step_resize_rules))
 
-def _read_segment(source_ref: "ray.ObjectRef[StreamSource]", segment: Segment, *, ramp: bool) -> Iterator[pa.Table]:
+
+def _parts(plan: RunPlan, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Yield the segments in groups that are worth a task each."""
+    part: list[Segment] = []
+    num_images = 0
+    for segment in segments:
+        part.append(segment)
+        num_images += (
+            plan.num_validated if segment.kind == "validate" else (segment.last - segment.first) * plan.batch_size
+        )
+        if num_images >= _IMAGES_PER_READ_TASK:
+            yield part
+            part, num_images = [], 0
+    if part:
+        yield part
+
+
+def _read(source_ref: "ray.ObjectRef[StreamSource]", segments: Sequence[Segment], *, ramp: bool) -> Iterator[pa.Table]:
     source: StreamSource = ray.get(source_ref)
-    yield from read_segment(source, segment, ramp=ramp)
+    for number, segment in enumerate(segments):
+        yield from read_segment(source, segment, ramp=ramp and number == 0)
 
 
 def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) -> Iterator[pa.Table]:
