@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -12,7 +13,9 @@ from raydet.training.history import EpochRecord
 
 
 class Crew:
-    """One worker's view of all workers. `gather`, `share` and `all_sum` are collective: every rank must call them.
+    """One worker's view of all workers.
+
+    `gather`, `share`, `share_bytes` and `all_sum` are collective: every rank must call them.
 
     Attributes:
         rank: Rank of this worker, from 0.
@@ -44,6 +47,17 @@ class Crew:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
+
+    def share_bytes(self, data: bytes | None) -> bytes | None:
+        """Return rank 0's bytes, if any, on every rank, without pickling them."""
+        size = self.share(None if data is None else len(data))
+        if size is None or self.world_size == 1:
+            return data
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if data is not None:
+            buffer.numpy()[:] = np.frombuffer(data, np.uint8)
+        dist.broadcast(buffer, src=0, group=self._group)
+        return buffer.numpy().tobytes() if data is None else data
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers element by element over all workers, in float64."""
