@@ -28,6 +28,7 @@ from raydet.models.checkpoints import categories_in
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
 from raydet.models.geometry import ResizeRule
+from raydet.models.losses.distillation import keep_matchings
 from raydet.models.losses.grouped import keep_loss_local
 from raydet.models.processors import (
     check_image_size,
@@ -217,6 +218,7 @@ def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_read(name, error) from error
     keep_loss_local(model)
+    keep_matchings(model)
     fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
     return model, fresh | set(report["missing_keys"])
 
@@ -265,4 +267,5 @@ def _with_tied_names(model: nn.Module, names: set[str]) -> list[str]:
 def _new_model(config: PreTrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForObjectDetection.from_config(config)
     keep_loss_local(model)
+    keep_matchings(model)
     return model

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -14,7 +15,7 @@ from raydet.training.history import EpochRecord
 class Crew:
     """One worker's view of all workers.
 
-    `gather`, `share`, `exchange` and `all_sum` are collective: every rank must call them.
+    `gather`, `share`, `share_bytes`, `exchange` and `all_sum` are collective: every rank must call them.
 
     Attributes:
         rank: Rank of this worker, from 0.
@@ -52,6 +53,17 @@ class Crew:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def share_bytes(self, data: bytes | None) -> bytes | None:
+        """Return rank 0's bytes, if any, on every rank, without pickling them."""
+        size = self.share(None if data is None else len(data))
+        if size is None or self.world_size == 1:
+            return data
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if data is not None:
+            buffer.numpy()[:] = np.frombuffer(data, np.uint8)
+        dist.broadcast(buffer, src=0, group=self._group)
+        return buffer.numpy().tobytes() if data is None else data
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers element by element over all workers, in float64."""

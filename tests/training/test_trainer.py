@@ -52,9 +52,8 @@ def _step(trainer: Trainer) -> tuple[float, float]:
     ]
     place = MicroBatch("train", position.epoch, position.step, 0, 0, ())
     batch = ReadyBatch(place, trainer.detector.resize_rule, collate(examples), {}, {})
-    result = trainer.compute_gradients([batch])
-    loss = float(torch.stack(list(result.terms.values())).sum())
-    return loss, trainer.apply_gradients()
+    values = trainer.step(trainer.prepare([batch])).read()
+    return values.loss, values.gradient_norm
 
 
 def _saved(state: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from raydet.config import Precision
 from raydet.models.detector import Detections
 from raydet.tables.table import open_table
 from raydet.training.ordering import RunPlan
-from raydet.training.state import load_state, newest_state
+from raydet.training.state import newest_state, parse_state
 from raydet.training.stream import read_stream, run_stream
 from raydet.training.trainer import Trainer
 from raydet.training.validation import detect
@@ -58,14 +58,14 @@ def _config(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
 def _validated(config: TrainConfig) -> dict[int, Detections]:
     """The detections of the validation after the last epoch, by image id."""
     train_table, val_table = open_table(config.train_data, "images"), open_table(config.val_data, "images")
-    name = newest_state(config.out)
-    assert name is not None
+    data = newest_state(config.out)
+    assert data is not None
     cpu = torch.device("cpu")
     plan = RunPlan.of_training(config, train_table, num_val=val_table.num_rows)
     trainer = Trainer(
         config, val_table.categories, steps_per_epoch=plan.steps_per_epoch, device=cpu, rank=0, world_size=1
     )
-    trainer.load_state_dict(load_state(config.out, name, cpu).of_rank(0, 1))
+    trainer.load_state_dict(parse_state(data, cpu).of_rank(0, 1))
     (iterator,) = run_stream(
         plan,
         train=train_table,

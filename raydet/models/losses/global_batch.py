@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from raydet.models.collate import Batch
 from raydet.models.detector import Detector
-from raydet.models.losses.distillation import DENSE_TERMS, Matching, distillation_terms, is_dense, match_layers
+from raydet.models.losses.distillation import DENSE_TERMS, Matching, distillation_terms, is_dense, matchings_of_layers
+from raydet.models.losses.left_out import zero_over_left_out_parameters
 from raydet.models.losses.terms import proposal_terms, weighted_terms
 
 
@@ -111,7 +112,7 @@ def compute_loss(
     values = weighted_terms(detector, outputs.loss_dict | proposal_terms(detector, outputs, labels))
     ratios = _ratios(detector, values, global_normaliser, local)
     if detector.family.distils:
-        matchings, num_matched = match_layers(detector, outputs, labels), global_normaliser.num_matched
+        matchings, num_matched = matchings_of_layers(detector, outputs), global_normaliser.num_matched
         if is_dense(detector):
             ratio, num_matched = _dense_ratio(matchings[0], local, global_normaliser, world_size)
             ratios |= {name: ratio for name in values if name.startswith(DENSE_TERMS) and "_dn_" not in name}
@@ -126,7 +127,9 @@ def compute_loss(
         values |= exact
         ratios |= dict.fromkeys(exact, 1.0)
     scaled = {name: value * ratios[name] for name, value in values.items()}
-    total = torch.stack(list(scaled.values())).sum() * world_size + _no_loss_over_all_parameters(detector.model)
+    total = torch.stack(list(scaled.values())).sum() * world_size
+    if total.requires_grad:
+        total = total + zero_over_left_out_parameters(detector, total)
     return LossTerms(total, {name: value.detach() for name, value in scaled.items()})
 
 
@@ -169,13 +172,3 @@ def _dense_ratio(
     rounds = global_normaliser.num_boxes / num_boxes_round if num_boxes_round else 1.0
     num_matched = min(num_round * rounds, global_normaliser.num_queries)
     return max(num_local, 1.0) / max(num_matched, 1.0), num_matched
-
-
-def _no_loss_over_all_parameters(model: nn.Module) -> Tensor:
-    """Return a zero that depends on every trainable parameter, so that each has a gradient.
-
-    DistributedDataParallel waits for every gradient on every rank, but a rank without boxes never uses some
-    parameters, such as the class embedding of the denoising queries. A single rank needs it too, because an optimizer
-    treats a gradient of zero differently from none.
-    """
-    return torch.stack([parameter.sum() for parameter in model.parameters() if parameter.requires_grad]).sum() * 0.0
