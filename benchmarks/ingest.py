@@ -64,7 +64,7 @@ def main() -> None:
             setting = {"folder": folder, "name": name, "num_images": timed}
             runs = run_rounds(__file__, options.contestants, setting, rounds=options.rounds)
         print(f"\n{name}:")
-        print_ratios(runs, [*TARGETS[name], *SAME])
+        print_ratios(runs, [*TARGETS[name], *SAME], "images_per_s", "target")
         for contestant, rounds in runs.items():
             speed = statistics.median(run["images_per_s"] for run in rounds)
             peak_mb = statistics.median(run["peak_mb"] for run in rounds)
