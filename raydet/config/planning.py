@@ -32,7 +32,7 @@ class PlanConfig:
         "with --model: input side in pixels; by default the model's own", None, group="Model"
     )
     engine: Engine = option("engine that runs the model in predict", "torch", group="Model")
-    precision: Precision = option("fp32, or bf16 or fp16 where engine and hardware support it", "fp32", group="Model")
+    precision: Precision = option("fp32; or bf16 or fp16, if engine and hardware support it", "fp32", group="Model")
     batch_size: int | None = option(
         "images per batch; by default 16 for predict, and 8 over all workers together for train", None, group="Model"
     )
@@ -91,7 +91,7 @@ class PlanConfig:
             return
         require(
             (self.checkpoint is None) != (self.model is None),
-            "give one of --checkpoint (a trained detector), --model (the model that train would start from) or --probe",
+            "set one of --checkpoint (a trained detector), --model (the model that train would start from) or --probe",
         )
         require(
             self.image_size is None or self.model is not None,
@@ -119,7 +119,7 @@ class PlanConfig:
             )
         require(
             self.cluster is None or (self.cpu_nodes is None and self.gpu_nodes is None),
-            "give either --cluster, or --cpu-nodes and --gpu-nodes",
+            "set either --cluster, or --cpu-nodes and --gpu-nodes",
         )
         require(self.gpus_per_gpu_node is None or self.gpu_nodes is not None, "--gpus-per-gpu-node needs --gpu-nodes")
         require(

@@ -100,7 +100,7 @@ class PrepareVocConfig(PrepareConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareYoloConfig(PrepareConfig):
-    """A data set in the layout of Ultralytics, or folders of images and labels → an images table."""
+    """A data set in Ultralytics layout, or folders of images and labels → an images table."""
 
     data: str | None = option("data.yaml of the data set; required without --images, --labels and --classes", None)
     split: Literal["train", "val", "test"] = option("split of data.yaml to use", "train")
@@ -116,7 +116,7 @@ class PrepareYoloConfig(PrepareConfig):
         parts = (self.images, self.labels, self.classes)
         require(
             all(part is None for part in parts) if self.data is not None else all(part is not None for part in parts),
-            "give either --data (the data.yaml of the data set), or all of --images, --labels and --classes",
+            "set either --data (the data.yaml of the data set), or all of --images, --labels and --classes",
         )
 
 
