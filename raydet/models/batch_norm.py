@@ -11,7 +11,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     """A batch norm that stays in evaluation mode. Its weights keep their names, and so do those of a saved folder."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
-        """Stay in evaluation mode, whatever `mode` says."""
+        """Stay in evaluation mode, regardless of `mode`."""
         return super().train(False)
 
 

@@ -50,7 +50,7 @@ class GroundingDinoEngine(ZeroShotEngine):
         if len(offsets) > limit:
             raise UserError(
                 f"too many labels: together they have {len(offsets)} tokens and {self._name} reads at most {limit}; "
-                "give fewer, or score in several runs"
+                "pass fewer, or score in several runs"
             )
         # Special tokens have an empty span and belong to no label; they get a column behind the labels.
         label_of_token = torch.full((len(offsets),), len(labels))

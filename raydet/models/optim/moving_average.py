@@ -18,7 +18,7 @@ class MovingAverage:
         self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     def update(self, model: nn.Module) -> None:
-        """Add the weights after an optimizer step."""
+        """Update the average with the weights after an optimizer step."""
         self.num_updates += 1
         decay = self.decay * (1.0 - math.exp(-self.num_updates / self.rise_steps))
         averaged: tuple[list[Tensor], list[Tensor]] = [], []

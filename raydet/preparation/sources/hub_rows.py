@@ -194,7 +194,7 @@ def _image_column(features: Mapping[str, Any], wanted: str | None) -> str:
     if "image" in features:
         return "image"
     if len(typed) != 1:
-        raise UserError(f"name the column of the images with --image-column; the data set has {columns}")
+        raise UserError(f"cannot identify the column of the images: the data set has {columns}; set --image-column")
     return typed[0]
 
 
