@@ -1,4 +1,4 @@
-"""YAML files and command-line options → a config, or one clear line about the mistake in them."""
+"""YAML files and command-line options → a config, or a one-line error."""
 
 import difflib
 import json

@@ -32,7 +32,7 @@ class PlanConfig:
         "with --model: input side in pixels; by default the model's own", None, group="Model"
     )
     engine: Engine = option("engine that runs the model in predict", "torch", group="Model")
-    precision: Precision = option("fp32; or bf16 or fp16, if engine and hardware support it", "fp32", group="Model")
+    precision: Precision = option("fp32; bf16 or fp16 if engine and hardware support it", "fp32", group="Model")
     batch_size: int | None = option(
         "images per batch; by default 16 for predict, and 8 over all workers together for train", None, group="Model"
     )

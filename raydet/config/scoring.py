@@ -17,7 +17,7 @@ class PredictConfig(WorkersConfig):
     """Run a detector over any number of images → a detections table, one row per image."""
 
     data: str = option(
-        "images table, folder of images, list of paths (.txt), or tar files (a .tar, or a folder of them); or URIs"
+        "path or URI of an images table, a folder of images, a list of paths (.txt), a .tar, or a folder of .tar files"
     )
     out: str = option("folder or URI of the detections table to write", operational=True)
 
@@ -40,7 +40,7 @@ class PredictConfig(WorkersConfig):
         "torch",
         group="Model",
     )
-    precision: Precision = option("fp32; or bf16 or fp16, if engine and hardware support it", "fp32", group="Model")
+    precision: Precision = option("fp32; bf16 or fp16 if engine and hardware support it", "fp32", group="Model")
     compile: bool = option("compile the model with torch.compile", False, group="Model")
     channels_last: bool = option(
         "with --engine torch: use the channels-last memory format, which is faster", True, group="Model"
