@@ -283,7 +283,7 @@ def _table_row(rows: pa.RecordBatch, number: int) -> tuple[ImageRow, Reference]:
 
 
 def _filled(item: tuple[ImageRow, Reference], reader: FileReader) -> ImageRow:
-    """Return the row with its data, or with the reason why they cannot be read."""
+    """Return the row with its data, or with the reason for missing data."""
     row, reference = item
     if row.data is not None or row.error is not None:
         return row

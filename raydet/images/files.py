@@ -23,11 +23,11 @@ MAX_FILE_BYTES = 2**30
 
 
 class ReadError(Exception):
-    """A single file cannot be read; the message is one short, human-readable reason."""
+    """Failure to read a single file; the message is one short, human-readable reason."""
 
 
 class MissingFileError(ReadError):
-    """The file does not exist."""
+    """Failure caused by a missing file."""
 
 
 def readable(text: str) -> str:

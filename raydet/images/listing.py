@@ -229,7 +229,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
 def _require_any(uri: str, num_found: int, num_lines: int, first_missing: str) -> None:
     if num_found == 0:
         raise UserError(
-            f"none of the first {num_lines:,} files in {uri} exists, such as {first_missing}; "
+            f"none of the first {num_lines:,} files listed in {uri} exists, such as {first_missing}; "
             "relative paths are resolved from the folder of the list"
         )
 

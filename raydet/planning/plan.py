@@ -19,7 +19,7 @@ from raydet.tables import storage
 
 
 def plan(config: PlanConfig, *, console: Console | None = None) -> PlanResult:
-    """Estimate time and cost on a cluster from a measurement on this machine or saved ones.
+    """Estimate time and cost on a cluster from a measurement on this machine, or saved measurements.
 
     Raises:
         UserError: The model, the images, the cluster file or a probe is invalid.

@@ -176,7 +176,7 @@ def _open_hub(config: PrepareHubConfig) -> _Opened:
 
 
 def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
-    """Make an images table, without boxes, from all image files below a folder or from those that a list names.
+    """Make an images table, without boxes, from all image files below a folder, or from a list.
 
     A list (`sources/lists.py`) may contain URLs. An image that a server does not deliver is rejected and
     does not end the run.

@@ -89,7 +89,7 @@ def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
 
 
 def names_in(fields: Iterable[str]) -> dict[str, str | None]:
-    """Return the field of `objects` for each key of `NAMES`; None if there is none."""
+    """Return the field of `objects` for each key of `NAMES`; None for an absent field."""
     return _names(tuple(fields))
 
 

@@ -247,7 +247,7 @@ def _numbered(names: Sequence[str], first: int) -> tuple[Category, ...]:
 
 
 def _indices(categories: Sequence[Category], numbers: Sequence[int]) -> dict[_Key, int]:
-    """Map the name of a class and its number in the data set to its index."""
+    """Return the index of each class, by its name and by its number in the data set."""
     by_name: dict[_Key, int] = {category.name: index for index, category in enumerate(categories)}
     return by_name | {number: index for index, number in enumerate(numbers)}
 

@@ -1,4 +1,4 @@
-"""A list of images without labels: a text file with a path or URL per line, or a CSV file with a column of them.
+"""A list of images without labels: a text file with a path or URL per line, or a CSV file with such a column.
 
 The conventions are those of `predict`'s lists: UTF-8; blank lines and lines that start with `#` are ignored; relative
 paths start at the list's folder; each line is an image, in order, repetitions included. The list itself may be on the

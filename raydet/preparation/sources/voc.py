@@ -49,7 +49,7 @@ _NO_IMAGE = "no such file: no image has this name"
 
 
 class _XmlError(Exception):
-    """This XML file cannot be used; the message is a short reason."""
+    """Unusable XML file; the message is a short reason."""
 
 
 class _NoDoctype(ElementTree.TreeBuilder):

@@ -26,7 +26,7 @@ _HOSTS_AT_ONCE = 64
 
 
 class _TransientError(Exception):
-    """A failure that may pass; the message is the reason to report if it does not."""
+    """Failure that a retry may fix; the message is reported if all attempts fail."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)

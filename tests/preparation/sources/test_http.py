@@ -329,7 +329,10 @@ def test_the_web_has_no_folders_and_nothing_to_refer_to(
     for command, words in [
         (["prepare", "images", "--images", f"{site.url}/images/"], "is not a list: name a list of URLs"),
         (coco, "is a web URL"),
-        (["prepare", "images", "--images", str(tmp_path / "list.txt"), "--image-storage", "reference"], "requires files"),
+        (
+            ["prepare", "images", "--images", str(tmp_path / "list.txt"), "--image-storage", "reference"],
+            "requires files",
+        ),
         (["prepare", "images", "--images", str(tmp_path / "secret.txt")], "contains a password"),
     ]:
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
