@@ -49,10 +49,10 @@ class PlanConfig:
     gpus_per_gpu_node: int | None = option("GPUs of each GPU node; by default 1", None, group="Compute and cluster")
     cpus_per_gpu_node: int | None = option("CPUs (vCPUs) of each GPU node", None, group="Compute and cluster")
     price_per_cpu_node_hour: float | None = option(
-        "price of a CPU node, for the cost", None, group="Compute and cluster"
+        "price of a CPU node, to estimate the cost", None, group="Compute and cluster"
     )
     price_per_gpu_node_hour: float | None = option(
-        "price of a GPU node, for the cost", None, group="Compute and cluster"
+        "price of a GPU node, to estimate the cost", None, group="Compute and cluster"
     )
     num_workers: int | None = option(
         "copies of the model; by default one per GPU, or as many as fill the CPUs", None, group="Compute and cluster"

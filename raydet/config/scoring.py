@@ -63,9 +63,9 @@ class PredictConfig(WorkersConfig):
     tile_overlap: float = option(
         "with --tile: fraction of a tile that it shares with its neighbour", 0.2, group="Tiles and merging"
     )
-    whole_image: bool = option("with --tile: score the whole image too", True, group="Tiles and merging")
+    whole_image: bool = option("with --tile: also score the whole image", True, group="Tiles and merging")
     flip: bool = option(
-        "score each image mirrored too, and merge the best 100 boxes of both", False, group="Tiles and merging"
+        "also score each image mirrored, and merge the best 100 boxes of both", False, group="Tiles and merging"
     )
     merge: Merge = option(
         "with --tile or --flip: nms keeps the best of overlapping boxes; wbf averages them (weighted box fusion)",

@@ -138,7 +138,7 @@ def _scan(
     image_ids: NDArray[np.int64] | None,
     findings: FindingLog,
 ) -> tuple[tuple[Category, ...], Mapping[_Key, int], bool]:
-    """Go through all boxes once and note the findings, which must be known before the first row is written.
+    """Scan all boxes once and note the findings, which must be known before the first row is written.
 
     Returns:
         The classes, their indices by number and name, and True if the ids of the boxes can be kept.

@@ -38,8 +38,8 @@ class WebReader:
     """Reader for files on web servers; thread-safe and cheap to pickle.
 
     If a server is busy (429, 503 and the like), drops the connection or sends less than announced, the reader retries
-    after 0.5, 1, 2 and 4 seconds, or when the server says so. It uses the proxies of the environment (`https_proxy`,
-    `no_proxy`).
+    after 0.5, 1, 2 and 4 seconds, or at the time that the server requests. It uses the proxies of the environment
+    (`https_proxy`, `no_proxy`).
 
     Attributes:
         connect_timeout_s: Time limit for establishing the connection.
