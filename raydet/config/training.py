@@ -219,7 +219,7 @@ class TrainConfig(WorkersConfig):
 
 
 def require_metric(name: str, metric: str) -> None:
-    """Raise UserError unless the metric is one that validation measures; `name` is the option's."""
+    """Raise UserError unless the metric is one that validation measures; `name` is the option in the message."""
     require(
         metric in (*COCO_METRICS, "loss") or metric.startswith("AP:"),
         f"{name} must be one of {', '.join(COCO_METRICS)}, AP:CLASS or loss, got {metric}",

@@ -234,7 +234,7 @@ def _agree(run: _TrainingRun, result: StepResult, batches: list[ReadyBatch]) -> 
 
 
 def _is_to_stop(run: _TrainingRun) -> bool:
-    """Report progress and return True if the command asks to stop, a few steps late; save before a preemption."""
+    """Report progress; return True, possibly a few steps late, if the command asked to stop; save before preemption."""
     position = run.trainer.position
     if position.step % _STEPS_BETWEEN_PREEMPTION_CHECKS == 0 and run.crew.notices_preemption():
         _save_state(run)
