@@ -94,7 +94,7 @@ class View:
         return self.augmentation == "strong" and not self._is_plain(epoch)
 
     def step_resize_rule(self, epoch: int, step: int) -> ResizeRule:
-        """Return the resize for all images of a training step, equal on all ranks."""
+        """Return the resize for all images of a training step, the same on all ranks."""
         if self._is_plain(epoch) or not self.step_resize_rules:
             return self.resize_rule
         return self.step_resize_rules[scale_choice(self.seed, epoch, step, len(self.step_resize_rules))]
@@ -206,7 +206,7 @@ def augmentation_seed(seed: int, epoch: int, image_id: int) -> int:
 
 
 def scale_choice(seed: int, epoch: int, step: int, num_scales: int) -> int:
-    """Choose the image size of an optimizer step, equal on all ranks.
+    """Choose the image size of an optimizer step, the same on all ranks.
 
     Returns:
         An index from 0 to `num_scales` - 1.

@@ -1,4 +1,4 @@
-"""Every private, developer or deprecated API of Ray that raydet uses, with its replacement once Ray removes it.
+"""Every private, developer or deprecated API of Ray that raydet uses, with the replacement once Ray removes it.
 
 Ray does not guarantee these between minor versions. No other module may use one; a test checks the source of all
 modules. Review this module when upgrading Ray.

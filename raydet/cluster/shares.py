@@ -137,13 +137,13 @@ def _notice_without_nodes(use_gpu: bool | None, cpus_per_worker: float | None) -
 def _notice(num_workers: int, use_gpu: bool | None, num_gpus: float) -> str:
     if use_gpu and num_gpus < num_workers:
         return (
-            f"--use-gpu with {num_workers} workers requires {num_workers} GPUs, the cluster has {num_gpus:g}: workers "
+            f"--use-gpu with {num_workers} workers requires {num_workers} GPUs; the cluster has {num_gpus:g}: workers "
             "wait until it grows"
         )
     if use_gpu is None and 0 < num_gpus < num_workers:
         return (
-            f"no GPU is used: {num_workers} workers would require {num_workers} GPUs, the cluster has {num_gpus:g}; "
-            "lower --num-workers to use them"
+            f"no GPU is used: {num_workers} workers would require {num_workers} GPUs, but the cluster has "
+            f"{num_gpus:g}; lower --num-workers to use them"
         )
     return ""
 
@@ -242,7 +242,7 @@ def _require_available(
 ) -> None:
     if use_gpu and num_gpus < num_workers:
         raise UserError(
-            f"--use-gpu with {num_workers} workers requires {num_workers} GPUs, this machine has {num_gpus:g}; lower "
+            f"--use-gpu with {num_workers} workers requires {num_workers} GPUs; this machine has {num_gpus:g}; lower "
             "--num-workers, or omit --use-gpu"
         )
     if cpus_per_worker and cpus_per_worker * num_workers > total_cpus - 0.5:

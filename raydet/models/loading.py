@@ -149,7 +149,7 @@ def load_detector(name: str) -> Detector:
         config, family = _read_config(name)
         categories = categories_in(config.to_dict())
         if not categories:
-            raise UserError(f"the config.json of {name} does not name the classes; give it an id2label")
+            raise UserError(f"the config.json of {name} does not name the classes; add id2label")
         model, fresh = _read_model(name, config)
         processor = _read_processor(name, family)
     # Only training uses the embedding of noisy boxes; a checkpoint may omit it.
@@ -188,10 +188,10 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
     folder = Path(name)
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{name} holds no model (no config.json); give the folder of a checkpoint")
+            raise UserError(f"{name} holds no model (no config.json); use the folder of a checkpoint")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
-            f"no model {name}: it is neither a folder nor a Hub name (owner/name) nor one of the small models "
+            f"no such model: {name} is neither a folder nor a Hub name (owner/name) nor one of the small models "
             f"{', '.join(SMALL_MODELS)}"
         )
     try:
@@ -238,7 +238,7 @@ def _cannot_read(name: str, error: Exception) -> UserError:
         return UserError(f"cannot read the model in {name}: {reason}")
     return UserError(
         f"{name} is not a local folder and cannot be loaded from the Hugging Face Hub: {reason} Check the name and the "
-        "connection, or give a local model folder"
+        "connection, or use a local model folder"
     )
 
 

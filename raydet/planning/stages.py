@@ -63,8 +63,8 @@ class StageJob:
         augmentation: Augmentation of train.
         batch_size: Images per batch.
         threads: Number of threads.
-        use_gpu: Whether the model runs on a GPU; None uses one if there is one.
-        with_model: Whether to run the model; if False, only the stages before it are measured.
+        use_gpu: True to run the model on a GPU; None to use one if available.
+        with_model: True to run the model; False to measure only the stages before it.
         seconds: Length of a turn.
         num_ranks: Number of processes that train together.
         rank: Rank of this process.

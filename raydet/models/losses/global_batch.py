@@ -9,7 +9,7 @@ micro-batches. Three cases need more:
   hang, and it always assumes training mode. `grouped.py` replaces it.
 - The distillation term of D-FINE and DEIMv2 is not such a quotient. `distillation.py` recomputes it.
 - DEIMv2 divides the box terms by the number of queries that any decoder layer matches to a box, which is known only
-  after the forward pass; the ranks then sum it. A step of several micro-batches would need the numbers of all of them
+  after the forward pass; the ranks then sum it. A step of several micro-batches would need the counts of all of them
   before the first backward pass. Here, and only here, each micro-batch is divided by its own number and weighted by
   its boxes. With `use_dense_one_to_one: false` in the model's config the exception does not apply.
 """
@@ -136,7 +136,7 @@ def compute_loss(
 def _ratios(
     detector: Detector, names: Iterable[str], global_normaliser: Normaliser, local: Normaliser
 ) -> dict[str, float]:
-    """Return, for each term, the divisor that transformers uses for this micro-batch over that of the global batch."""
+    """Return, for each term, the ratio of transformers' divisor for this micro-batch to that of the global batch."""
     config = detector.model.config
     num_groups = float(getattr(config, "group_detr", 1)) if detector.model.training else 1.0
     box_ratio = max(num_groups * local.num_boxes, 1.0) / max(num_groups * global_normaliser.num_boxes, 1.0)
