@@ -17,6 +17,9 @@ Image = npt.NDArray[np.uint8]
 
 SizeHW = tuple[int, int]
 
+_TORCH_MODES = {2: "bilinear", 3: "bicubic"}
+_NATIVE_UINT8 = ("AVX2", "AVX512")
+"""CPUs on which torch resizes uint8 images without a detour through floats."""
 _LARGEST_PADDING_STEP = 32
 _PADDING_STEPS_OF_A_SIDE = 16
 
@@ -152,15 +155,18 @@ def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
     if image.shape[:2] == tuple(size_hw):
         return planes
     import torch
-    from torchvision.transforms.v2 import InterpolationMode, functional
 
-    interpolations = {
-        0: InterpolationMode.NEAREST_EXACT,
-        1: InterpolationMode.LANCZOS,
-        2: InterpolationMode.BILINEAR,
-        3: InterpolationMode.BICUBIC,
-    }
-    # Contiguous planes: torchvision rounds differently for interleaved channels.
+    # Contiguous planes: torch rounds differently for interleaved channels.
     source = torch.from_numpy(np.array(planes, order="C"))
-    resized = functional.resize(source, list(size_hw), interpolation=interpolations[resample], antialias=True)
+    if resample in _TORCH_MODES and torch.backends.cpu.get_cpu_capability() in _NATIVE_UINT8:
+        # The same call as torchvision's, whose import takes seconds in every decoder.
+        mode = _TORCH_MODES[resample]
+        resized = torch.nn.functional.interpolate(
+            source[None], list(size_hw), mode=mode, align_corners=False, antialias=True
+        )[0]
+    else:
+        from torchvision.transforms.v2 import InterpolationMode, functional
+
+        interpolation = InterpolationMode.NEAREST_EXACT if resample == 0 else resample
+        resized = functional.resize(source, list(size_hw), interpolation=interpolation, antialias=True)
     return np.asarray(resized.numpy())
