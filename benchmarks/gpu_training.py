@@ -78,23 +78,25 @@ def measure_raydet(checkpoint: str, precision: str, setting: Setting) -> Result:
     trainer = Trainer(config, setting.categories, steps_per_epoch=10_000, device=setting.device, rank=0, world_size=1)
     trainer.begin_epoch()
     batches: list[Any] = [
-        SimpleNamespace(examples=_examples(seed, setting), resize_rule=trainer.detector.resize_rule)
+        SimpleNamespace(examples=_examples(seed, setting), resize_rule=trainer.detector.resize_rule, image_ids=[])
         for seed in range(NUM_WARM_UPS)
     ]
     clock = _StepClock(setting.device)
+    upcoming, earlier = trainer.prepare(batches[:1]), None
 
     def step() -> None:
+        nonlocal upcoming, earlier
         clock.start()
-        result = trainer.compute_gradients([batches[trainer.position.step % len(batches)]])
-        loss = float(torch.stack(list(result.terms.values())).sum())  # as the training loop does
-        assert np.isfinite(loss), "the loss is not finite"
-        trainer.apply_gradients()
+        outcome = trainer.step(upcoming)
+        # As the training loop does, copy the next batch and read the last result while the device works.
+        upcoming = trainer.prepare([batches[trainer.position.step % len(batches)]])
+        assert earlier is None or not earlier.read().is_skipped, "the gradient is not finite"
+        earlier = outcome
         clock.mark()
 
-    # The compiled model would contain the marks.
-    with contextlib.nullcontext() if is_compiled else clock.watching(trainer.detector.model):
+    with clock.watching(trainer.detector.model):
         result = _measure(step, setting)
-    return result if is_compiled else {**result, **clock.medians()}
+    return {**result, **clock.medians()}
 
 
 def measure_bare(checkpoint: str, precision: str, setting: Setting) -> Result:
@@ -169,17 +171,13 @@ class _StepClock:
         """Context manager: mark forward, loss and backward of a transformers model while the block runs."""
         loss_function, backward = model.loss_function, torch.autograd.backward
 
-        def marked_loss(*args: Any, **kwargs: Any) -> Any:
-            self.mark()
-            return loss_function(*args, **kwargs)
-
         def marked_backward(*args: Any, **kwargs: Any) -> None:
             self.mark()
             backward(*args, **kwargs)
             self.mark()
 
         hook = nn.Module.register_forward_pre_hook(model, lambda *_: self.mark())
-        model.loss_function, torch.autograd.backward = marked_loss, marked_backward
+        model.loss_function, torch.autograd.backward = _MarkedLoss(loss_function, self.mark), marked_backward
         try:
             yield
         finally:
@@ -196,6 +194,20 @@ class _StepClock:
             torch.cuda.synchronize()
             device = [[start[1].elapsed_time(end[1]) for start, end in itertools.pairwise(marks)] for marks in steps]
         return {"parts_ms": _by_part(device), "host_ms": _by_part(host)}
+
+
+class _MarkedLoss:
+    """A loss function that first calls another function; its attributes are those of the original."""
+
+    def __init__(self, loss_function: Any, mark: Step) -> None:
+        self._loss_function, self._mark = loss_function, mark
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._mark()
+        return self._loss_function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss_function, name)
 
 
 def _by_part(steps: Sequence[Sequence[float]]) -> dict[str, float]:

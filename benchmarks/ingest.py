@@ -170,8 +170,8 @@ def _raydet(table_uri: str, name: str, num_images: int, *, world_size: int) -> f
 
     from raydet.cluster.ray_internals import alive_nodes
     from raydet.tables.table import open_table
-    from raydet.training.ordering import RunPlan
-    from raydet.training.stream import read_stream, run_stream
+    from raydet.training.feeding.ordering import RunPlan
+    from raydet.training.feeding.stream import read_stream, run_stream
 
     table = open_table(table_uri, "images")
     plan = RunPlan(

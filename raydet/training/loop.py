@@ -15,9 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import ray.train
 import torch
-from ray.train.torch import get_device
 
 from raydet.augmentation.view import View
 from raydet.cluster import job_metrics
@@ -29,16 +27,16 @@ from raydet.models.detector import Detector
 from raydet.models.processors import resize_rule_of, resized_processor
 from raydet.tables import storage
 from raydet.tables.table import Table
-from raydet.training.batches import BatchReader
 from raydet.training.crew import Crew
 from raydet.training.failure import is_out_of_memory, not_a_number, out_of_memory
+from raydet.training.feeding.batches import BatchReader
+from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.stream import read_stream, run_stream
 from raydet.training.history import EpochRecord, is_over, write_history
 from raydet.training.in_flight import LateResult, LateResults, StepInputs, StepOutcome
 from raydet.training.meter import epoch_record, merge_states
-from raydet.training.ordering import RunPlan
 from raydet.training.saving import Saver, Write
 from raydet.training.state import Position, TrainingState, newest_state, parse_state
-from raydet.training.stream import read_stream, run_stream
 from raydet.training.tracking.trackers import RunTracker, scalars_of
 from raydet.training.trainer import Trainer
 from raydet.training.validation import validate
@@ -75,9 +73,9 @@ class _TrainingRun:
         )
 
 
-def run_worker(job: dict[str, Any]) -> None:
+def run_worker(job: dict[str, Any], crew: Crew) -> None:
     """Train from the newest state to the end of the run, or until the command asks to stop."""
-    run = _start(job)
+    run = _start(job, crew)
     try:
         if not run.is_over:
             reader = _open_stream(run, job["resources"])
@@ -93,18 +91,17 @@ def run_worker(job: dict[str, Any]) -> None:
         run.tracker.close()
 
 
-def _start(job: dict[str, Any]) -> _TrainingRun:
+def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     """Build the trainer and restore the newest state, if there is one."""
-    config, tables, crew = TrainConfig(**job["config"]), job["tables"], Crew(job["board"])
+    config, tables = TrainConfig(**job["config"]), job["tables"]
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
-    local_size = ray.train.get_context().get_local_world_size()
-    torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // local_size))
+    torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // crew.local_world_size))
     plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)
     trainer = Trainer(
         config,
         tables["train"].categories,
         steps_per_epoch=plan.steps_per_epoch,
-        device=get_device(),
+        device=crew.device,
         rank=crew.rank,
         world_size=crew.world_size,
     )
@@ -322,7 +319,7 @@ def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     if crew.rank == 0:
         job_metrics.epoch_validated(record.value("AP"))
     crew.announce(record)
-    ray.train.report({"epoch": record.epoch})
+    crew.report({"epoch": record.epoch})
     return True
 
 

@@ -35,7 +35,7 @@ from raydet.training.meter import EpochMeter
 from raydet.training.state import Position
 
 if TYPE_CHECKING:
-    from raydet.training.batches import ReadyBatch
+    from raydet.training.feeding.batches import ReadyBatch
 
 
 @dataclass

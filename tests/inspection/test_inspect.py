@@ -30,9 +30,9 @@ from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
-from raydet.training import stream
-from raydet.training.batches import ready_batches
-from raydet.training.ordering import RunPlan
+from raydet.training.feeding import stream
+from raydet.training.feeding.batches import ready_batches
+from raydet.training.feeding.ordering import RunPlan
 from tests.reporting.test_reporting import EVIL, Page
 
 Row = dict[str, Any]

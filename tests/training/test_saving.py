@@ -15,9 +15,9 @@ from raydet.models.checkpoints import STATES_FOLDER
 from raydet.models.collate import collate
 from raydet.tables import storage
 from raydet.tables.schema import Category
-from raydet.training.batches import ReadyBatch
 from raydet.training.failure import WorkerFailed
-from raydet.training.ordering import MicroBatch
+from raydet.training.feeding.batches import ReadyBatch
+from raydet.training.feeding.ordering import MicroBatch
 from raydet.training.saving import Saver
 from raydet.training.state import Position, TrainingState, newest_state, parse_state, saved_states
 from raydet.training.trainer import Trainer
@@ -71,7 +71,7 @@ def test_a_failed_write_is_one_line_at_the_next_step(tmp_path: Path) -> None:
         return ""
 
     lines: list[str] = []
-    wait_until(lambda: bool(lines.append(failure()) or lines[-1]), lambda: "no failure was reported", timeout_s=20)
+    wait_until(lambda: bool(lines.append(failure())) or bool(lines[-1]), lambda: "no failure was reported", timeout_s=20)
     assert "cannot write the checkpoint after step 2 of epoch 1" in lines[-1]
     saver.close()
     assert _newest(str(tmp_path)).position == Position(0, 1)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from raydet.config import TrainConfig
 from raydet.models.collate import Example, collate
 from raydet.tables.schema import Category
-from raydet.training.batches import ReadyBatch
+from raydet.training.feeding.batches import ReadyBatch
+from raydet.training.feeding.ordering import MicroBatch
 from raydet.training.history import EpochRecord, ValidationRecord
-from raydet.training.ordering import MicroBatch
 from raydet.training.state import Position, TrainingState
 from raydet.training.trainer import Trainer
 

@@ -22,9 +22,9 @@ from raydet.augmentation.view import View
 from raydet.config import Precision
 from raydet.models.detector import Detections
 from raydet.tables.table import open_table
-from raydet.training.ordering import RunPlan
+from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.stream import read_stream, run_stream
 from raydet.training.state import newest_state, parse_state
-from raydet.training.stream import read_stream, run_stream
 from raydet.training.trainer import Trainer
 from raydet.training.validation import detect
 from tests.small_sets import tiny_training

@@ -27,8 +27,15 @@ from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.cluster.ray_internals import actors_on
 from raydet.models.geometry import ResizeRule
 from raydet.tables.table import RowGroup, Table
-from raydet.training.batches import ROW_TYPE, PixelBuffer, ReadyBatch, decoded_chunk, encoded_chunk, ready_batches
-from raydet.training.ordering import MicroBatch, RunPlan, Segment
+from raydet.training.feeding.batches import (
+    ROW_TYPE,
+    PixelBuffer,
+    ReadyBatch,
+    decoded_chunk,
+    encoded_chunk,
+    ready_batches,
+)
+from raydet.training.feeding.ordering import MicroBatch, RunPlan, Segment
 
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 256

@@ -22,7 +22,7 @@ from raydet.images.decode import DecodeError
 from raydet.measuring.numbers.accumulator import ImageTruth
 from raydet.models.geometry import ResizeRule, SizeHW
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
-from raydet.training.ordering import Kind, MicroBatch
+from raydet.training.feeding.ordering import Kind, MicroBatch
 
 if TYPE_CHECKING:
     from raydet.models.collate import Batch, Example

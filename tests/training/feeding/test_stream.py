@@ -19,10 +19,10 @@ from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
-from raydet.training import stream
-from raydet.training.batches import ENCODED_TYPE, ReadyBatch, encoded_chunk, ready_batches
-from raydet.training.ordering import Kind, MicroBatch, RunPlan
-from raydet.training.stream import read_stream, run_stream
+from raydet.training.feeding import stream
+from raydet.training.feeding.batches import ENCODED_TYPE, ReadyBatch, encoded_chunk, ready_batches
+from raydet.training.feeding.ordering import Kind, MicroBatch, RunPlan
+from raydet.training.feeding.stream import read_stream, run_stream
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
 
@@ -296,9 +296,9 @@ from pathlib import Path
 import pyarrow as pa
 from raydet.augmentation.view import View
 from raydet.models.geometry import ResizeRule
-from raydet.training import stream
-from raydet.training.batches import ENCODED_TYPE, encoded_chunk
-from raydet.training.ordering import MicroBatch
+from raydet.training.feeding import stream
+from raydet.training.feeding.batches import ENCODED_TYPE, encoded_chunk
+from raydet.training.feeding.ordering import MicroBatch
 
 rows = pickle.loads(Path({str(tmp_path / "rows.pkl")!r}).read_bytes())
 heavy = ("torch", "torchvision", "transformers", "albumentations", "cv2")
