@@ -1,7 +1,8 @@
 """Shared code of the comparisons: contestants run in separate processes, in rounds, monitored from outside.
 
 A benchmark calls `run_rounds` with its own script. In the child process, `--child` holds the setting as JSON, and the
-last line of the output is a JSON object with at least `images_per_s`.
+last line of the output is a JSON object with at least `images_per_s`. A benchmark of complete commands calls
+`run_in_turn` with a function that calls `run_command`.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,48 +27,106 @@ Pair = tuple[str, str, float]
 def run_rounds(
     script: str, contestants: Sequence[str], setting: Mapping[str, Any], *, rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run the contestants in turn, round after round, so that noise on the machine affects all of them equally."""
+    """Run a script's contestants in turn, as `run_in_turn` does."""
+    return run_in_turn(
+        contestants,
+        lambda name: run_one(script, name, setting),
+        lambda run: f"{run['images_per_s']:.2f} images/s",
+        rounds=rounds,
+    )
+
+
+def run_in_turn(
+    contestants: Sequence[str],
+    run: Callable[[str], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+    *,
+    rounds: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Run the contestants in turn, round after round, so that noise on the machine affects all of them equally.
+
+    Args:
+        contestants: Their names.
+        run: Runs a contestant.
+        describe: Makes the text that is printed after each run.
+        rounds: Number of rounds.
+    """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name in contestants:
-            runs[name].append(run_one(script, name, setting))
-            print(f"round {number + 1}: {name} {runs[name][-1]['images_per_s']:.2f} images/s", flush=True)
+            runs[name].append(run(name))
+            print(f"round {number + 1}: {name} {describe(runs[name][-1])}", flush=True)
     return runs
 
 
 def run_one(script: str, name: str, setting: Mapping[str, Any]) -> dict[str, Any]:
     """Run a contestant in a separate process; return its result, its seconds and its memory."""
     command = [sys.executable, script, "--contestants", name, "--child", json.dumps(setting)]
+    environment = child_environment() | {"HF_DATASETS_CACHE": str(Path(setting["folder"]) / "datasets")}
+    output, cost = run_command(name, command, environment)
+    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return result | cost
+
+
+def child_environment() -> dict[str, str]:
+    """Return an environment in which no contestant uses the network or a running cluster."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "NO_ALBUMENTATIONS_UPDATE": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(Path(setting["folder"]) / "datasets")}
-    environment |= {"PYTHONWARNINGS": "ignore", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
+    return environment
+
+
+def run_command(
+    name: str, command: Sequence[str], environment: Mapping[str, str], *, folder: Path | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Run a command in its own session, and exit if it fails.
+
+    Args:
+        name: Name of the contestant, for the message.
+        command: The command and its arguments.
+        environment: Its environment.
+        folder: Its working folder; by default the current one.
+
+    Returns:
+        Its output, and its cost: `seconds`, `peak_mb`, `ray_mb` and `processes`, the largest number of processes.
+    """
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
+        )
         memory = MemoryOfTree(process.pid)
         try:
             output, _ = process.communicate()
         finally:
             memory.stop()
             process.terminate()
+        seconds = time.perf_counter() - started
         if process.returncode:
             errors.seek(0)
-            sys.exit(f"{name} failed:\n{errors.read()[-4000:]}")
-    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return {**result, "seconds": time.perf_counter() - started, "peak_mb": memory.peak_mb, "ray_mb": memory.ray_mb}
+            sys.exit(f"{name} failed:\n{output[-2000:]}\n{errors.read()[-4000:]}")
+    cost = {"peak_mb": memory.peak_mb, "ray_mb": memory.ray_mb, "processes": memory.num_processes}
+    return output, {"seconds": seconds, **cost}
 
 
 class MemoryOfTree:
-    """Monitor of the memory of a process and all its children.
+    """Monitor of the memory of a process, all its descendants, and all processes of the session that it leads.
 
     Attributes:
         peak_mb: The largest sum of proportional set sizes, in which shared pages count once.
         ray_mb: The part of `peak_mb` used by Ray's own services, without its workers.
+        num_processes: The largest number of processes.
     """
 
     def __init__(self, pid: int, *, interval_s: float = 1.0) -> None:
         self.peak_mb = self.ray_mb = 0.0
+        self.num_processes = 0
         self._root, self._interval_s = pid, interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -81,6 +140,7 @@ class MemoryOfTree:
     def _watch(self) -> None:
         while not self._stop.wait(self._interval_s):
             sizes_mb = {pid: _pss_mb(pid) for pid in _tree(self._root)}
+            self.num_processes = max(self.num_processes, len(sizes_mb))
             total_mb = sum(sizes_mb.values())
             if total_mb > self.peak_mb:
                 self.peak_mb = total_mb
@@ -93,17 +153,22 @@ def memory_mb() -> float:
 
 
 def _tree(root: int) -> list[int]:
-    """Return the ids of a process and all its descendants."""
+    """Return the ids of a process, of the processes of the session that it leads, and of all their descendants."""
     children: dict[int, list[int]] = {}
+    tree = {root: None}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # the process has just exited
-            # The name in parentheses may contain anything; state and parent follow it.
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(path.parent.name))
-    tree = [root]
-    for pid in tree:
-        tree += children.get(pid, [])
-    return tree
+            # The name in parentheses may contain anything; state, parent, process group and session follow it.
+            _, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            children.setdefault(int(parent), []).append(int(path.parent.name))
+            if int(session) == root:
+                tree[int(path.parent.name)] = None
+    unvisited = list(tree)
+    while unvisited:
+        found = [pid for pid in children.get(unvisited.pop(), ()) if pid not in tree]
+        tree |= dict.fromkeys(found)
+        unvisited += found
+    return list(tree)
 
 
 def _pss_mb(pid: int) -> float:
@@ -141,16 +206,7 @@ def print_results(runs: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequen
             f"{name:<{width}} {middle['images_per_s']:>9.2f} {min(speeds):>7.2f} {max(speeds):>8.2f} "
             f"{middle['seconds']:>6.0f} {middle['peak_mb']:>8.0f} {middle['ray_mb']:>7.0f} {ap:>7}"
         )
-    for first, second, target in pairs:
-        if first in runs and second in runs:
-            ratios = [
-                mine["images_per_s"] / its["images_per_s"] for mine, its in zip(runs[first], runs[second], strict=True)
-            ]
-            aim = f", target {target:.2f}" if target else ""
-            print(
-                f"{first} / {second}: {statistics.median(ratios):.3f} "
-                f"(per round {min(ratios):.3f} to {max(ratios):.3f}{aim})"
-            )
+    print_ratios(runs, pairs, "images_per_s", "target")
     print(
         json.dumps(
             {
@@ -164,3 +220,17 @@ def print_results(runs: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequen
             }
         )
     )
+
+
+def print_ratios(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequence[Pair], key: str, target_words: str
+) -> None:
+    """Print the ratio of two contestants' values in the same round: median, range and target."""
+    for first, second, target in pairs:
+        if first in runs and second in runs:
+            ratios = [mine[key] / its[key] for mine, its in zip(runs[first], runs[second], strict=True)]
+            aim = f", {target_words} {target:.2f}" if target else ""
+            print(
+                f"{first} / {second}: {statistics.median(ratios):.3f} "
+                f"(per round {min(ratios):.3f} to {max(ratios):.3f}{aim})"
+            )

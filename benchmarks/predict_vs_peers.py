@@ -33,8 +33,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.contest import Pair, print_results, run_rounds
+    from benchmarks.published_models import published_detector
 else:  # a script imports its neighbours without the package name
     from contest import Pair, print_results, run_rounds
+    from published_models import published_detector
 
 KINDS = ("raydet", "raydet_bf16", "raydet_openvino", "pipeline", "loop", "limit", "limit_bf16")
 CONTESTANTS = (*KINDS, *(f"small_{kind}" for kind in KINDS))
@@ -170,29 +172,7 @@ def _random_checkpoint(model: str, categories: Sequence[dict[str, Any]]) -> Any:
     classes = [Category(id=item["id"], name=item["name"]) for item in categories]
     if model == "small":
         return build_detector("rt_detr_v2_small", classes, image_size=256, seed=0)
-    import torch
-    from transformers import RTDetrImageProcessor, RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
-
-    from raydet.models.detector import Detector
-
-    torch.manual_seed(0)
-    backbone = RTDetrResNetConfig(  # type: ignore[call-arg]  # transformers generates the constructor
-        depths=[2, 2, 2, 2],
-        hidden_sizes=[64, 128, 256, 512],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    config = RTDetrV2Config(  # type: ignore[call-arg]
-        backbone_config=backbone,
-        encoder_in_channels=[128, 256, 512],
-        hidden_expansion=0.5,
-        decoder_layers=3,
-        num_labels=len(classes),
-        id2label={index: category.name for index, category in enumerate(classes)},
-        label2id={category.name: index for index, category in enumerate(classes)},
-    )
-    processor = RTDetrImageProcessor(size={"height": 320, "width": 320})
-    return Detector(RTDetrV2ForObjectDetection(config), processor, classes, where="the benchmark's model")
+    return published_detector("rt_detr_v2_r18", classes, image_size=320)
 
 
 def _compete(name: str, setting: Setting) -> dict[str, Any]:

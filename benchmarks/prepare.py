@@ -18,16 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.contest import Pair, print_results, run_one, run_rounds
+    from benchmarks.generated_jpegs import SIZE, jpegs
 else:  # a script imports its neighbours without the package name
     from contest import Pair, print_results, run_one, run_rounds
+    from generated_jpegs import SIZE, jpegs
 
-SIZE = (640, 480)
 NUM_DISTINCT = 500
 PAIRS: tuple[Pair, ...] = (
     ("raydet", "datasets", 1.0),
@@ -163,21 +163,8 @@ def _run(name: str, images: Path, folder: Path) -> dict[str, Any]:
 
 
 def _make_images(folder: Path, num_images: int) -> None:
-    """Write smooth, grainy images about as large as photographs of this size; a comment makes each file unique."""
-    import numpy as np
-    from PIL import Image
-
-    def make(number: int) -> bytes:
-        rng = np.random.default_rng(number)
-        soft = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
-        grain = rng.integers(-12, 13, (SIZE[1], SIZE[0], 1), dtype=np.int16)
-        pixels = np.clip(np.asarray(soft, np.int16) + grain, 0, 255).astype(np.uint8)
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "JPEG", quality=85)
-        return stream.getvalue()
-
-    with ThreadPoolExecutor() as pool:
-        encoded = list(pool.map(make, range(min(NUM_DISTINCT, num_images))))
+    """Write generated images; a comment makes each file unique."""
+    encoded = jpegs(min(NUM_DISTINCT, num_images))
     for number in range(num_images):
         path = folder / f"{number // 1000:03d}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

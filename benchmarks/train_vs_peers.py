@@ -29,9 +29,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from benchmarks.coco_folder import prepare_first
     from benchmarks.contest import Pair, print_results, run_one, run_rounds
+    from benchmarks.guide_trainer import collate as collate_rows
+    from benchmarks.guide_trainer import pipeline, transform
 else:  # a script imports its neighbours without the package name
+    from coco_folder import prepare_first
     from contest import Pair, print_results, run_one, run_rounds
+    from guide_trainer import collate as collate_rows
+    from guide_trainer import pipeline, transform
 
 CONTESTANTS = ("raydet", "hf_trainer", "limit", "raydet_bf16", "limit_bf16", "hf_trainer_bf16")
 PAIRS: "tuple[Pair, ...]" = (
@@ -79,7 +85,8 @@ def main() -> None:
     # So that `timeout` also stops the contestant.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as folder:
-        _prepare(options.data, Path(folder), options.images)
+        # The validation split is small, but the last epoch requires one.
+        prepare_first(options.data, Path(folder), {"train": options.images, "val": BATCH_SIZE})
         setting = Setting(
             folder=Path(folder),
             augmentation=options.augmentation,
@@ -135,20 +142,6 @@ def _parse() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, short if quick else full)
     return options
-
-
-def _prepare(data: Path, folder: Path, num_images: int) -> None:
-    """Write the images tables `train` and `val`, which is small but required by the last epoch."""
-    from raydet import PrepareCocoConfig, prepare_coco
-
-    for split, number in (("train", num_images), ("val", BATCH_SIZE)):
-        content = json.loads((data / f"instances_{split}.json").read_bytes())
-        content["images"] = content["images"][:number]
-        kept = {image["id"] for image in content["images"]}
-        content["annotations"] = [item for item in content["annotations"] if item["image_id"] in kept]
-        path = folder / f"{split}.json"
-        path.write_text(json.dumps(content))
-        prepare_coco(PrepareCocoConfig(images=str(data / "images"), annotations=str(path), out=str(folder / split)))
 
 
 def _with_best_loaders(setting: Setting, choices: Iterable[int]) -> Setting:
@@ -224,7 +217,7 @@ def _train_with_trainer(setting: Setting, is_bf16: bool) -> float:
     datasets.disable_progress_bars()
     detector = _model(setting)
     dataset = datasets.load_dataset("parquet", data_files=str(setting.folder / "train" / "*.parquet"), split="train")
-    dataset = dataset.with_transform(functools.partial(_transform, _guide_pipeline(setting), detector.processor))
+    dataset = dataset.with_transform(functools.partial(transform, pipeline(setting.augmentation), detector.processor))
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -260,50 +253,12 @@ def _train_with_trainer(setting: Setting, is_bf16: bool) -> float:
             args=arguments,
             train_dataset=dataset,
             processing_class=detector.processor,
-            data_collator=_collate,
+            data_collator=collate_rows,
             callbacks=[Clock()],
         )
         torch.set_num_threads(setting.threads)
         trainer.train()
     return len(dataset) * setting.timed_epochs / sum(seconds[1:])
-
-
-def _guide_pipeline(setting: Setting) -> Any:
-    import albumentations as A
-
-    flip = A.HorizontalFlip(p=0.5)
-    light = [A.Perspective(p=0.1), flip, A.RandomBrightnessContrast(p=0.5), A.HueSaturationValue(p=0.1)]
-    return A.Compose(
-        light if setting.augmentation == "light" else [flip],
-        bbox_params=A.BboxParams(format="coco", label_fields=["category"], clip=True, min_area=25),
-    )
-
-
-def _transform(pipeline: Any, processor: Any, rows: dict[str, list[Any]]) -> dict[str, Any]:
-    """Convert rows to tensors as in the guide: augment each image, then run the image processor."""
-    import numpy as np
-
-    images, annotations = [], []
-    for image_id, image, objects in zip(rows["image_id"], rows["image"], rows["objects"], strict=True):
-        pixels = np.array(image.convert("RGB"))
-        augmented = pipeline(image=pixels, bboxes=objects["bbox"], category=objects["category"])
-        boxes = [
-            {"image_id": image_id, "category_id": int(label), "iscrowd": 0, "area": box[2] * box[3], "bbox": list(box)}
-            for label, box in zip(augmented["category"], augmented["bboxes"], strict=True)
-        ]
-        images.append(augmented["image"])
-        annotations.append({"image_id": image_id, "annotations": boxes})
-    result: dict[str, Any] = processor(images=images, annotations=annotations, return_tensors="pt")
-    return {name: result[name] for name in ("pixel_values", "labels")}
-
-
-def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    import torch
-
-    return {
-        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-        "labels": [item["labels"] for item in items],
-    }
 
 
 def _train_at_the_limit(setting: Setting, is_bf16: bool) -> float:

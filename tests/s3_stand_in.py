@@ -15,7 +15,11 @@ BUCKET = "s3://runs"
 
 
 class StandIn:
-    """An S3 server on loopback that can simulate failures."""
+    """An S3 server on loopback that can simulate failures.
+
+    Attributes:
+        put_delay_s: Seconds that each upload of an object, or of a part of one, takes longer.
+    """
 
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -24,6 +28,7 @@ class StandIn:
         self._app = DomainDispatcherApplication(create_backend_app)
         self._failure: Failure = "503"
         self._until, self._only = 0.0, ""
+        self.put_delay_s = 0.0
         self.num_refused = 0
         self.server = make_server("127.0.0.1", 0, self, threaded=True)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -33,6 +38,8 @@ class StandIn:
         self._failure, self._until, self._only, self.num_refused = failure, time.monotonic() + seconds, only, 0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] == "PUT":
+            time.sleep(self.put_delay_s)
         if time.monotonic() >= self._until or self._only not in environ["QUERY_STRING"]:
             return cast(Iterable[bytes], self._app(environ, start_response))
         self.num_refused += 1

@@ -48,7 +48,7 @@ class Sample:
         boxes_xywh: Absolute pixels, float64 [N, 4].
         categories: Category indices, int64 [N].
         areas: Areas of the objects in square pixels, which may be smaller than their boxes, float64 [N].
-        iscrowd: Whether a box covers many objects, bool [N].
+        iscrowd: True if a box covers many objects, bool [N].
         ids: Annotation ids, int64 [N]; a copied object keeps the id of its original.
     """
 

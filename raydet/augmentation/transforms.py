@@ -220,7 +220,7 @@ def _catalogue() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _parse(item: Any, where: str) -> tuple[str, Any, dict[str, Any], bool]:
-    """Return name, class and arguments of a transform, and whether it is a group, after checking all names."""
+    """Check all names in a transform; return its name, class and arguments, and True if it is a group."""
     if not isinstance(item, dict) or len(item) != 1:
         raise UserError(f"{where}: each transform must be written as `Name: {{argument: value}}`, got {item}")
     name, arguments = next(iter(item.items()))

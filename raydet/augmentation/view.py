@@ -18,7 +18,7 @@ from raydet.common.boxes import xywh_to_normalised_cxcywh
 from raydet.config import DEFAULT_MAX_PIXELS, AugmentationSpec, TrainConfig
 from raydet.images.decode import DecodeError, decode, upright_size_hw
 from raydet.images.references import image_bytes
-from raydet.models.geometry import Image, ResizeRule, SizeHW, resize
+from raydet.models.geometry import Image, ResizeRule, SizeHW, resize, resized_planes
 
 if TYPE_CHECKING:
     from raydet.augmentation.mixing import Sample
@@ -33,16 +33,21 @@ class SeenImage:
     """Model input for one image, with its targets.
 
     Attributes:
-        image: uint8 RGB [H, W, 3] at the model's size, without padding.
+        planes: uint8 RGB [3, H, W] at the model's size, without padding.
         original_size_hw: Height and width in pixels of the upright image before augmentation and resize.
         boxes_cxcywh: Boxes normalised to the image, float32 [N, 4]; crowd boxes are excluded.
         categories: Category indices, int64 [N].
     """
 
-    image: Image
+    planes: Image
     original_size_hw: SizeHW
     boxes_cxcywh: npt.NDArray[np.float32]
     categories: npt.NDArray[np.int64]
+
+    @property
+    def image(self) -> Image:
+        """The pixels as uint8 RGB [H, W, 3]."""
+        return self.planes.transpose(1, 2, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ class View:
         return self.augmentation == "strong" and not self._is_plain(epoch)
 
     def step_resize_rule(self, epoch: int, step: int) -> ResizeRule:
-        """Return the resize for all images of a training step, equal on all ranks."""
+        """Return the resize for all images of a training step, the same on all ranks."""
         if self._is_plain(epoch) or not self.step_resize_rules:
             return self.resize_rule
         return self.step_resize_rules[scale_choice(self.seed, epoch, step, len(self.step_resize_rules))]
@@ -105,7 +110,7 @@ class View:
         """
         image, size_hw = decoded(image_bytes(row["image"]), max_pixels=self.max_pixels)
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-        return SeenImage(resized(image, self.resize_rule), size_hw, *nothing)
+        return SeenImage(_planes(image, self.resize_rule), size_hw, *nothing)
 
     def augmented(self, row: Mapping[str, Any], *, epoch: int, resize_rule: ResizeRule) -> SeenImage:
         """Decode, augment and resize an image, as in a training step.
@@ -144,7 +149,7 @@ class View:
         # A crowd box covers many objects, so it is not a target for a single query.
         kept = ~sample.iscrowd
         return SeenImage(
-            resized(sample.image, resize_rule),
+            _planes(sample.image, resize_rule),
             (image.shape[0], image.shape[1]),
             xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)[kept],
             sample.categories[kept],
@@ -191,13 +196,17 @@ def resized(image: Image, rule: ResizeRule) -> Image:
     return resize(image, rule.target_size_hw((image.shape[0], image.shape[1])), rule.resample)
 
 
+def _planes(image: Image, rule: ResizeRule) -> Image:
+    return resized_planes(image, rule.target_size_hw((image.shape[0], image.shape[1])), rule.resample)
+
+
 def augmentation_seed(seed: int, epoch: int, image_id: int) -> int:
     """Return the seed of an image's augmentation, which is independent of workers and order."""
     return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1)[0])
 
 
 def scale_choice(seed: int, epoch: int, step: int, num_scales: int) -> int:
-    """Choose the image size of an optimizer step, equal on all ranks.
+    """Choose the image size of an optimizer step, the same on all ranks.
 
     Returns:
         An index from 0 to `num_scales` - 1.

@@ -1,4 +1,4 @@
-"""The table of commands, from which the public functions, the command line, its help and `jobs/` are made."""
+"""The table of commands, which defines the public functions, the command line, its help and `jobs/`."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class Command:
         module: Module of its function.
         summary: One line for the list of commands.
         example: Options of a working command line, which may use the results of `raydet demo` in `runs/demo`.
-        shows_progress: Whether the function takes a `console` for its progress.
+        shows_progress: True if the function accepts a `console` for its progress.
     """
 
     name: str
@@ -71,7 +71,7 @@ _COMMANDS = (
         "prepare yolo",
         PrepareYoloConfig,
         "raydet.preparation.prepare",
-        "a data set in the layout of Ultralytics → an images table",
+        "a data set in Ultralytics layout → an images table",
         "--data data.yaml --split train --out data/train",
     ),
     Command(

@@ -21,7 +21,7 @@ TRAIN_CONFIG = Path(__file__).with_name("demo.yaml")
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results of each step, and the time they took."""
+    """Result and duration of each step."""
 
     trained: TrainResult
     predicted: PredictResult
@@ -30,7 +30,7 @@ class DemoResult:
     seconds: float
 
     def lines(self) -> list[str]:
-        """The locations of all results, for the terminal."""
+        """Return the locations of all results, for the terminal."""
         return [
             "",
             f"checkpoint  {self.trained.checkpoint}",

@@ -65,7 +65,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _usage(group: str = "") -> str:
-    """The list of commands, or of those whose names begin with `group`."""
+    """Return the list of commands, or of those whose names begin with `group`."""
     lines = [f"usage: raydet {group or 'COMMAND '}{'FORMAT ' if group else ''}[options]", ""]
     lines += [f"  {name:<16} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
     lines += [

@@ -117,5 +117,5 @@ def step_finished(epoch: int, loss: float) -> None:
 
 
 def epoch_validated(average_precision: float | None) -> None:
-    """Record an epoch's AP, in [0, 1]; called by one worker for all. None (no ground-truth boxes) shows nothing."""
+    """Record an epoch's AP, in [0, 1]; called by one worker for all. None (no ground truth) changes nothing."""
     _average_precision().set(average_precision)

@@ -5,25 +5,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
-from ray.data import Datasource, ExecutionResources
+from ray.data import Datasource, ExecutionOptions, ExecutionResources
 
 from raydet.cluster import ray_internals
 from raydet.cluster.ray_internals import BlockMetadata, DataContext, ExecutionCallback, ReadTask
 
-SCHEDULING_PAUSE_S = 0.03
+SCHEDULING_PAUSE_S = 0.08
 """Short compared to decoding a batch, long compared to an iteration of Ray Data's scheduling loop (2–3 ms)."""
 
 
 @contextlib.contextmanager
-def one_row_blocks(
-    *, reserved: ExecutionResources | None = None, watch: type[ExecutionCallback] | None = None
-) -> Iterator[None]:
+def one_row_blocks(*, most_bytes: int | None = None, watch: type[ExecutionCallback] | None = None) -> Iterator[None]:
     """Context manager: data sets created while the block runs keep every row in a separate Ray block.
 
     The caller's `DataContext` is restored afterwards; a data set keeps the settings that it was created with.
 
     Args:
-        reserved: CPUs and GPUs that Ray Data must leave to others.
+        most_bytes: Limit of the blocks that wait in the object store; by default half of the store.
         watch: Callback for each iteration of Ray Data's scheduling loop; an exception in it ends the execution.
     """
     context = DataContext.get_current().copy()
@@ -32,7 +30,8 @@ def one_row_blocks(
     context.enable_progress_bars = False
     # Otherwise a task's exception is wrapped and loses its cause on the way to the driver.
     context.raise_original_map_exception = True
-    context.execution_options = ray_internals.execution_options(reserved)
+    limits = ExecutionResources.for_limits(object_store_memory=most_bytes) if most_bytes else None
+    context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limits)
     ray_internals.set_callbacks(context, *([_Pace] if watch is None else [_Pace, watch]))
     with DataContext.current(context):
         yield

@@ -1,4 +1,4 @@
-"""Every private, developer or deprecated API of Ray that raydet uses, with its replacement once Ray removes it.
+"""Every private, developer or deprecated API of Ray that raydet uses, with the replacement once Ray removes it.
 
 Ray does not guarantee these between minor versions. No other module may use one; a test checks the source of all
 modules. Review this module when upgrading Ray.
@@ -10,15 +10,16 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import yaml
 from ray._private import ray_constants, ray_logging
-from ray._private.state import available_resources_per_node, state
+from ray._private.state import state
 from ray._raylet import PlacementGroupID
 
 # Developer API; raised for a lost connection. Replacement: its base class `RayError`.
@@ -27,11 +28,12 @@ from ray.exceptions import RpcError
 # Developer API; the only access to Ray's metrics. Replacement: the OpenTelemetry package.
 from ray.util.metrics import Counter, Gauge, Metric
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydet.common.threads import available_cpus
 
 if TYPE_CHECKING:
-    from ray.data import DataContext, ExecutionOptions, ExecutionResources, ReadTask
+    from ray.data import DataContext, ReadTask
     from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.data.block import BlockMetadata
     from ray.data.exceptions import ExecutionTimeoutError, SystemException
@@ -224,14 +226,6 @@ def cluster_cpus() -> float:
     return max(float(ray.cluster_resources().get("CPU", 0.0)), 1.0)
 
 
-def most_free_cpus() -> float:
-    """Return the free CPUs of the node with the most free CPUs.
-
-    Private. Ray's public `available_resources` sums over nodes, but a task runs on one. No replacement yet.
-    """
-    return max((float(node.get("CPU", 0.0)) for node in available_resources_per_node().values()), default=0.0)
-
-
 def away_from_empty_nodes() -> dict[str, Any]:
     """Return options of a task that reserves no CPUs, so that it does not run on a node without CPUs.
 
@@ -280,17 +274,19 @@ def call_retries(number: int) -> dict[str, Any]:
     return {"ray_remote_args_fn": lambda: {"max_task_retries": number}}
 
 
-def execution_options(reserved: "ExecutionResources | None") -> "ExecutionOptions":
-    """Return options of an execution that preserves order and leaves reserved resources free.
+def actors_on(nodes: Sequence[str]) -> dict[str, Any]:
+    """Return arguments of `map_batches` that place its actors on nodes in turn, or on others if one is lost.
 
-    Deprecated. Replacement: `label_selector`, or the coordinator that Ray Train reports its workers to.
+    The function for each actor is deprecated, see `task_retries`. Replacement: one execution for each node.
 
     Args:
-        reserved: CPUs and GPUs to leave free; None for none.
+        nodes: Node of each actor, by Ray's id.
     """
-    from ray.data import ExecutionOptions
-
-    return ExecutionOptions(preserve_order=True, exclude_resources=reserved)
+    strategies = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
+    if len(set(nodes)) == 1:
+        return {"scheduling_strategy": strategies[0]}
+    places = cycle(strategies)
+    return {"ray_remote_args_fn": lambda: {"scheduling_strategy": next(places)}}
 
 
 def set_callbacks(context: "DataContext", *callbacks: "type[ExecutionCallback]") -> None:

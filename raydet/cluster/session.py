@@ -50,11 +50,16 @@ def session(log_uri: str, address: str | None = None) -> Iterator[None]:
                 ray.shutdown()
 
 
+def starts_cluster(address: str | None = None) -> bool:
+    """Return True if a session at this address starts a cluster on this machine."""
+    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
 def _connect(address: str | None) -> None:
     named = address or f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
+    if starts_cluster(address):
         options |= {"include_dashboard": False, **local_cluster_options()}
     else:
         _require_answer(address, named)

@@ -165,7 +165,7 @@ def _mark(uri: str) -> str | None:
 
 
 def _refusal(findings: Sequence[tuple[str, _FailedCheck]]) -> UserError:
-    """Build the error for all nodes with a finding about the same place as the first."""
+    """Build the error for all nodes whose finding concerns the same place as the first finding."""
     first = findings[0][1]
     place, is_file_tree = first.place, "://" not in first.place.uri or first.place.uri.startswith("file://")
     names = [name for name, finding in findings if finding.place == place]

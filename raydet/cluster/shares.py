@@ -163,8 +163,8 @@ def _cpus_of_worker(nodes: Sequence[Mapping[str, float]], max_workers: int, *, u
     of a GPU if that is below two CPUs. Workers without a GPU share half of all CPUs, at most half of a node each.
     """
     per_gpu = [node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU", 0.0) >= 1]
-    if use_gpu and per_gpu:
-        fewest = min(per_gpu)
+    if use_gpu:
+        fewest = min(per_gpu, default=2.0)
         return 2.0 if fewest >= 4 else 1.0 if fewest >= 2 else max(fewest / 2, 0.1)
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     largest_node = max(node.get("CPU", 0.0) for node in nodes)
@@ -182,8 +182,8 @@ def _notice_without_nodes(use_gpu: bool | None, cpus_per_worker: float | None) -
 def _notice(num_workers: int, use_gpu: bool | None, live_gpus: float, num_gpus: float) -> str:
     if use_gpu is None and 0 < num_gpus < num_workers:
         return (
-            f"no GPU is used: {num_workers} workers would require {num_workers} GPUs, the cluster has {num_gpus:g}; "
-            "lower --num-workers to use them"
+            f"no GPU is used: {num_workers} workers would require {num_workers} GPUs, but the cluster has "
+            f"{num_gpus:g}; lower --num-workers to use them"
         )
     if use_gpu is False or live_gpus >= num_workers or (use_gpu is None and not num_gpus):
         return ""
@@ -229,6 +229,26 @@ def _decoders_on(node: Mapping[str, float], held_cpus: float) -> int:
     return min(max(int(cpus - held_cpus + 1e-9), min(2, cpus)), fitting)
 
 
+def decoders_near(node_id: str, node_of_worker: Sequence[str], *, cpus_per_worker: float) -> list[str]:
+    """Return the node of each decode process that serves the training workers of one node.
+
+    These are the processes of that node, and an equal part of those of the nodes without training workers.
+
+    Args:
+        node_id: The node to serve, by Ray's id.
+        node_of_worker: Node of each training worker.
+        cpus_per_worker: CPUs that each worker holds.
+    """
+    nodes = {node["NodeID"]: node["Resources"] for node in ray_internals.alive_nodes()}
+    workers = [node_of_worker.count(node) for node in nodes]
+    numbers = dict(
+        zip(nodes, decoders_of([*nodes.values()], workers=workers, cpus_per_worker=cpus_per_worker), strict=True)
+    )
+    served = sorted(set(node_of_worker))
+    others = [node for node, number in numbers.items() if node not in served for _ in range(number)]
+    return [node_id] * max(1, numbers.get(node_id, 1)) + others[served.index(node_id) :: len(served)]
+
+
 def workers_that_fit(resources: Resources) -> int:
     """Return the number of workers that fit on the live nodes while one decoding task still finds its CPUs.
 
@@ -244,16 +264,6 @@ def workers_that_fit(resources: Resources) -> int:
     while fitting and total_cpus - fitting * resources.cpus_per_worker < resources.cpus_per_task - 1e-9:
         fitting -= 1
     return fitting
-
-
-def cpus_for_tasks(resources: Resources) -> float:
-    """Return the CPUs that a decoding task may request while the workers hold theirs; 0 if no node has enough free.
-
-    After the loss of a node the workers may leave no CPUs on the others: tasks that requested some would wait forever
-    for the workers, and the workers for the tasks.
-    """
-    is_room = ray_internals.most_free_cpus() >= resources.cpus_per_task - 1e-9
-    return resources.cpus_per_task if is_room else 0.0
 
 
 def note_own_group(uri: str) -> None:
@@ -279,7 +289,7 @@ def _require_available(
 ) -> None:
     if use_gpu and num_gpus < num_workers:
         raise UserError(
-            f"--use-gpu with {num_workers} workers requires {num_workers} GPUs, this machine has {num_gpus:g}; lower "
+            f"--use-gpu with {num_workers} workers requires {num_workers} GPUs; this machine has {num_gpus:g}; lower "
             "--num-workers, or omit --use-gpu"
         )
     if cpus_per_worker and cpus_per_worker * num_workers > total_cpus - 0.5:

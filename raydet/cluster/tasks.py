@@ -68,7 +68,7 @@ def _get(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, (UserError, RunError)):
             raise error.cause from None
-        raise RunError(f"a task of the cluster failed: {_reason(error.cause)}") from error
+        raise RunError(f"a task on the cluster failed: {_reason(error.cause)}") from error
     except ray.exceptions.RayError as error:
         raise RunError(
             f"the cluster lost a task too often: {_reason(error)}; run the same command again to resume"

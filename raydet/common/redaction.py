@@ -26,9 +26,9 @@ _HIDDEN = "***"
 def without_secrets(value: Any) -> Any:
     """Return a copy of nested dicts, lists and strings with passwords, keys and tokens replaced by `***`.
 
-    Redacted are: values under a key such as `api_key`; secret query parameters of a URL; values of environment
-    variables with such a name; tokens of a known form. User and password are removed from URLs, so that the URL still
-    works for anyone with credentials in the environment.
+    The function redacts values under keys such as `api_key`, secret query parameters of URLs, values of environment
+    variables with such names, and tokens of a known form. It removes user and password from URLs, so that they still
+    work for anyone with credentials in the environment.
     """
     return _without_secrets(value, _secrets_of_environment())
 

@@ -54,7 +54,7 @@ def option(
 
 
 def flag(name: str) -> str:
-    """The spelling of an option in help and messages, such as `--batch-size`."""
+    """Return the spelling of an option in help and messages, such as `--batch-size`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -79,40 +79,40 @@ def require_not_negative(config: Any, *names: str) -> None:
 
 
 def field_names(config_class: type) -> list[str]:
-    """The names of a config's options, in the order of their declaration."""
+    """Return the names of a config's options, in the order of their declaration."""
     return [item.name for item in fields_of(config_class)]
 
 
 def fields_of(config_class: type) -> tuple[dataclasses.Field[Any], ...]:
-    """The declarations of a config's options, in order."""
+    """Return the declarations of a config's options, in order."""
     return dataclasses.fields(config_class)
 
 
 def is_required(item: "dataclasses.Field[Any]") -> bool:
-    """Tell whether an option has no default."""
+    """Return True if an option has no default."""
     return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def default_of(item: "dataclasses.Field[Any]") -> Any:
-    """The value of an option that is not given."""
+    """Return the default value of an option."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields that determine the result, without the operational ones."""
+    """Return the fields that determine the result, without the operational ones."""
     return {
         item.name: getattr(config, item.name) for item in dataclasses.fields(config) if not item.metadata["operational"]
     }
 
 
 def config_hash(config: Any) -> str:
-    """Twelve hexadecimal digits that identify a config by its identity fields."""
+    """Return twelve hexadecimal digits that identify a config by its identity fields."""
     content = json.dumps([type(config).__name__, identity(config)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config as YAML: every field with its value, passwords and keys masked."""
+    """Format the resolved config as YAML: every field with its value, passwords and keys masked."""
     # Imported late: most callers only build a config.
     import yaml
 

@@ -56,7 +56,7 @@ def _entry(item: Any, hint: Any) -> str:
 
 
 def _spelling(item: Any, hint: Any) -> str:
-    """An option with the form of its value; a switch with its opposite, unless it is off by default."""
+    """Return an option with the form of its value; a switch with its opposite, unless it is off by default."""
     if bool in _members(hint):
         return flag(item.name) if default_of(item) is False else f"{flag(item.name)} | {flag('no_' + item.name)}"
     return f"{flag(item.name)} {item.metadata['value'] or _value(item.name, hint)}"
@@ -74,13 +74,13 @@ def _wrapped(text: str, first: int, further: int) -> str:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """The types of a union without None, or the type itself."""
+    """Return the types of a union without None, or the type itself."""
     is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     return tuple(member for member in (typing.get_args(hint) if is_union else (hint,)) if member is not type(None))
 
 
 def _value(name: str, hint: Any) -> str:
-    """The form of an option's value: its choices, a number, a list, or the last word of the option's name."""
+    """Return the form of an option's value: its choices, a number, a list, or the last word of the option's name."""
     forms = []
     for member in _members(hint):
         origin = typing.get_origin(member)

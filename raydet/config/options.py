@@ -1,4 +1,4 @@
-"""YAML files and command-line options → a config, or one clear line about the mistake in them."""
+"""YAML files and command-line options → a config, or a one-line error."""
 
 import difflib
 import json
@@ -23,7 +23,7 @@ _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "st
 def load(config_class: type[Config], arguments: Sequence[str], *, program: str = "raydet", example: str = "") -> Config:
     """Make a config from command-line options.
 
-    `--config FILE` may stand anywhere among them; options override the file. An option may be written with `-` or
+    `--config FILE` may appear anywhere among them; options override the file. An option may be written with `-` or
     `_`. A switch needs no value and takes the prefix `no-`; a list of words or numbers is written `a,b`.
 
     Args:
@@ -33,7 +33,7 @@ def load(config_class: type[Config], arguments: Sequence[str], *, program: str =
         example: Options of a command line that works, for the help.
 
     Raises:
-        UserError: An unknown option, a wrong value, a missing one, a file that cannot be read.
+        UserError: An option is unknown, invalid or missing, or a file cannot be read.
         SystemExit: After `--help` or `--print-config`, with code 0.
     """
     tokens, config_files, print_config = _normalise(config_class, arguments)
@@ -74,7 +74,7 @@ def _parse(config_class: type[Config], values: dict[str, Any], tokens: Sequence[
 
 
 def _wrong_value(message: str) -> str:
-    """jsonargparse's message in one line, without the spelling of Python's types."""
+    """Return jsonargparse's message in one line, without the spelling of Python's types."""
     line = one_line(message)
     union = re.match(
         r'Parser key "?(\w+)"?: Does not validate .*?Errors: (.*) Given value type: .*? Given value: (.*)', line
@@ -117,7 +117,7 @@ def build(
         file: YAML file with further values; `values` override it.
 
     Raises:
-        UserError: An unknown option, a wrong value, a missing one, a file that cannot be read.
+        UserError: An option is unknown, invalid or missing, or a file cannot be read.
     """
     for name in values:
         if name not in field_names(config_class):
@@ -127,7 +127,7 @@ def build(
 
 
 def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """Spell options with `_`, give switches a value, write lists as JSON; take out `--config` and `--print-config`."""
+    """Spell options with `_`, add values to switches, write lists as JSON; remove `--config` and `--print-config`."""
     hints = typing.get_type_hints(config_class)
     switches = {name for name, hint in hints.items() if hint is bool or _is_optional_bool(hint)}
     elements = {name: element for name, hint in hints.items() if (element := _list_element(hint)) is not None}
@@ -177,7 +177,7 @@ def _is_optional_bool(hint: Any) -> bool:
 
 
 def _list_element(hint: Any) -> Any:
-    """The element type of a list of words or numbers, or of a union with one; None for any other type."""
+    """Return the element type of a list of words or numbers, or of a union with one; None for any other type."""
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     element = next((typing.get_args(member)[0] for member in members if typing.get_origin(member) is list), None)
     return element if element in (str, int, float) or typing.get_origin(element) is Literal else None

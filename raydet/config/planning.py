@@ -32,7 +32,7 @@ class PlanConfig:
         "with --model: input side in pixels; by default the model's own", None, group="Model"
     )
     engine: Engine = option("engine that runs the model in predict", "torch", group="Model")
-    precision: Precision = option("fp32, or bf16 or fp16 where engine and hardware support it", "fp32", group="Model")
+    precision: Precision = option("fp32; bf16 or fp16 if engine and hardware support it", "fp32", group="Model")
     batch_size: int | None = option(
         "images per batch; by default 16 for predict, and 8 over all workers together for train", None, group="Model"
     )
@@ -49,10 +49,10 @@ class PlanConfig:
     gpus_per_gpu_node: int | None = option("GPUs of each GPU node; by default 1", None, group="Compute and cluster")
     cpus_per_gpu_node: int | None = option("CPUs (vCPUs) of each GPU node", None, group="Compute and cluster")
     price_per_cpu_node_hour: float | None = option(
-        "price of a CPU node, for the cost", None, group="Compute and cluster"
+        "price of a CPU node, to estimate the cost", None, group="Compute and cluster"
     )
     price_per_gpu_node_hour: float | None = option(
-        "price of a GPU node, for the cost", None, group="Compute and cluster"
+        "price of a GPU node, to estimate the cost", None, group="Compute and cluster"
     )
     num_workers: int | None = option(
         "copies of the model; by default one per GPU, or as many as fill the CPUs", None, group="Compute and cluster"
@@ -91,7 +91,7 @@ class PlanConfig:
             return
         require(
             (self.checkpoint is None) != (self.model is None),
-            "give one of --checkpoint (a trained detector), --model (the model that train would start from) or --probe",
+            "set one of --checkpoint (a trained detector), --model (the model that train would start from) or --probe",
         )
         require(
             self.image_size is None or self.model is not None,
@@ -119,7 +119,7 @@ class PlanConfig:
             )
         require(
             self.cluster is None or (self.cpu_nodes is None and self.gpu_nodes is None),
-            "give either --cluster, or --cpu-nodes and --gpu-nodes",
+            "set either --cluster, or --cpu-nodes and --gpu-nodes",
         )
         require(self.gpus_per_gpu_node is None or self.gpu_nodes is not None, "--gpus-per-gpu-node needs --gpu-nodes")
         require(

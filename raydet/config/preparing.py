@@ -30,9 +30,11 @@ class PrepareConfig:
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
     truncated: Truncated = option("truncated images: reject them, or keep the readable part", "reject", group="Input")
     duplicate_boxes: Duplicates = option(
-        "boxes that repeat another box of their class in the same image", "keep", group="Input"
+        "keep or drop boxes that repeat another box of their class in the same image", "keep", group="Input"
     )
-    duplicate_images: Duplicates = option("images with the same content as an earlier one", "keep", group="Input")
+    duplicate_images: Duplicates = option(
+        "keep or drop images with the same content as an earlier one", "keep", group="Input"
+    )
 
     num_threads: int | None = option(
         "threads that read and decode; by default one per core (on Ray: per core of each task)",
@@ -100,7 +102,7 @@ class PrepareVocConfig(PrepareConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareYoloConfig(PrepareConfig):
-    """A data set in the layout of Ultralytics, or folders of images and labels → an images table."""
+    """A data set in Ultralytics layout, or folders of images and labels → an images table."""
 
     data: str | None = option("data.yaml of the data set; required without --images, --labels and --classes", None)
     split: Literal["train", "val", "test"] = option("split of data.yaml to use", "train")
@@ -116,7 +118,7 @@ class PrepareYoloConfig(PrepareConfig):
         parts = (self.images, self.labels, self.classes)
         require(
             all(part is None for part in parts) if self.data is not None else all(part is not None for part in parts),
-            "give either --data (the data.yaml of the data set), or all of --images, --labels and --classes",
+            "set either --data (the data.yaml of the data set), or all of --images, --labels and --classes",
         )
 
 
@@ -125,7 +127,7 @@ class PrepareHubConfig(PrepareConfig):
     """A data set on the Hugging Face Hub, or a local one that `datasets` opens → an images table."""
 
     dataset: str = option(
-        "name on the Hugging Face Hub, or a path: imagefolder, Parquet files, a folder of save_to_disk, an images table"
+        "name on the Hugging Face Hub, or a path: imagefolder, Parquet files, a save_to_disk folder, an images table"
     )
     split: str = option("split to use, such as train or train[:10%]", "train")
     subset: str | None = option("configuration of a data set that has several", None)

@@ -17,7 +17,7 @@ class PredictConfig(WorkersConfig):
     """Run a detector over any number of images → a detections table, one row per image."""
 
     data: str = option(
-        "images table, folder of images, list of paths (.txt), or tar files (a .tar, or a folder of them); or URIs"
+        "path or URI of an images table, a folder of images, a list of paths (.txt), a .tar, or a folder of .tar files"
     )
     out: str = option("folder or URI of the detections table to write", operational=True)
 
@@ -28,7 +28,9 @@ class PredictConfig(WorkersConfig):
     labels: list[str] | None = option('with --model: objects to look for, such as "cat,remote control"', None)
     num_workers: int = option("parallel workers, each with a copy of the model", 1, operational=True)
     batch_size: int | Literal["auto"] = option(
-        "images (or tiles) per forward pass; auto measures; may differ when a run resumes", 16, operational=True
+        "images (or tiles) per forward pass; auto chooses the fastest; may differ when a run resumes",
+        16,
+        operational=True,
     )
     score_threshold: float = option("drop detections at or below this score; AP requires 0, which keeps all", 0.0)
 
@@ -38,7 +40,7 @@ class PredictConfig(WorkersConfig):
         "torch",
         group="Model",
     )
-    precision: Precision = option("fp32, or bf16 or fp16 where engine and hardware support it", "fp32", group="Model")
+    precision: Precision = option("fp32; bf16 or fp16 if engine and hardware support it", "fp32", group="Model")
     compile: bool = option("compile the model with torch.compile", False, group="Model")
     channels_last: bool = option(
         "with --engine torch: use the channels-last memory format, which is faster", True, group="Model"
@@ -61,12 +63,12 @@ class PredictConfig(WorkersConfig):
     tile_overlap: float = option(
         "with --tile: fraction of a tile that it shares with its neighbour", 0.2, group="Tiles and merging"
     )
-    whole_image: bool = option("with --tile: score the whole image too", True, group="Tiles and merging")
+    whole_image: bool = option("with --tile: also score the whole image", True, group="Tiles and merging")
     flip: bool = option(
-        "score each image mirrored too, and merge the best 100 boxes of both", False, group="Tiles and merging"
+        "also score each image mirrored, and merge the best 100 boxes of both", False, group="Tiles and merging"
     )
     merge: Merge = option(
-        "with --tile or --flip: nms keeps the best of overlapping boxes, wbf averages them (weighted box fusion)",
+        "with --tile or --flip: nms keeps the best of overlapping boxes; wbf averages them (weighted box fusion)",
         "nms",
         group="Tiles and merging",
     )
@@ -127,11 +129,11 @@ class PredictConfig(WorkersConfig):
         )
         require(
             (self.checkpoint is None) != (self.model is None),
-            "give either --checkpoint (a trained detector), or --model with --labels (a zero-shot model)",
+            "set either --checkpoint (a trained detector), or --model with --labels (a zero-shot model)",
         )
         require(
             (self.model is None) == (self.labels is None),
-            "--model (a zero-shot model) and --labels (the objects to look for) must be given together",
+            "--model (a zero-shot model) and --labels (the objects to look for) must be set together",
         )
         require(self.tile is None or self.tile >= 64, f"--tile must be at least 64, got {self.tile}")
         require(0 <= self.tile_overlap <= 0.75, f"--tile-overlap must be from 0 to 0.75, got {self.tile_overlap}")

@@ -49,7 +49,7 @@ class ExportVocConfig(_ExportFolderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportYoloConfig(_ExportFolderConfig):
-    """Images table or detections table → YOLO label files in the layout of Ultralytics."""
+    """Images table or detections table → YOLO label files in Ultralytics layout."""
 
     data: str = option("images table or detections table")
     score_threshold: float = option("drop detections at or below this score", 0.0)

@@ -57,7 +57,7 @@ class TrainConfig(WorkersConfig):
         group="Model",
     )
     multi_scale: list[int] | None = option(
-        "input sides in pixels; each training step draws one, validation uses --image-size", None, group="Model"
+        "input sides in pixels; each training step draws one; validation uses --image-size", None, group="Model"
     )
     freeze_backbone: Backbone = option("part of the backbone that keeps its loaded weights", "none", group="Model")
     unfreeze_epoch: int | None = option(
@@ -170,7 +170,7 @@ class TrainConfig(WorkersConfig):
 
     @property
     def max_workers(self) -> int:
-        """The most workers that the run uses."""
+        """Maximum number of workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     def __post_init__(self) -> None:
@@ -219,7 +219,7 @@ class TrainConfig(WorkersConfig):
 
 
 def require_metric(name: str, metric: str) -> None:
-    """Raise UserError unless the metric is one that validation measures; `name` is the option's."""
+    """Raise UserError unless the metric is one that validation measures; `name` is the option in the message."""
     require(
         metric in (*COCO_METRICS, "loss") or metric.startswith("AP:"),
         f"{name} must be one of {', '.join(COCO_METRICS)}, AP:CLASS or loss, got {metric}",

@@ -34,10 +34,8 @@ class TuneConfig:
         None,
     )
 
-    search: Search = option("optuna learns from earlier trials (TPE), random does not", "optuna", group="Search")
-    scheduler: Scheduler = option(
-        "asha stops trials early that fall behind, none lets all finish", "asha", group="Search"
-    )
+    search: Search = option("optuna learns from earlier trials (TPE); random does not", "optuna", group="Search")
+    scheduler: Scheduler = option("asha stops trials that fall behind; none lets all finish", "asha", group="Search")
     points_to_evaluate: list[dict[str, Any]] = option(
         "sets of values to try before the search starts", group="Search", default_factory=list
     )

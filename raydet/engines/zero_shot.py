@@ -31,7 +31,7 @@ def check_zero_shot(name: str) -> str:
     model_type = read_checkpoint(name).model_type
     if model_type in FAMILIES:
         raise UserError(
-            f"--model {name} is a {model_type} detector with its own classes; give it as --checkpoint {name} and omit "
+            f"--model {name} is a {model_type} detector with its own classes; pass it as --checkpoint {name} and omit "
             "--labels"
         )
     if model_type not in ZERO_SHOT_FAMILIES:
@@ -52,7 +52,9 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     for label in labels:
         plain = " ".join(label.lower().split())
         if plain in seen:
-            raise UserError(f"--labels: {seen[plain]!r} and {label.strip()!r} are one label to the model; drop one")
+            raise UserError(
+                f"--labels: {seen[plain]!r} and {label.strip()!r} are the same label to the model; remove one"
+            )
         seen[plain] = label.strip()
     return tuple(seen.values())
 

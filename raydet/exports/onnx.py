@@ -65,7 +65,7 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
     """Write a detector as one ONNX file, atomically.
 
     The graph accepts normalised pixels and returns raw `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in
-    fractions of the image without its padding; the batch size B is dynamic. Its metadata hold as JSON the values for
+    fractions of the image without its padding; the batch size B is dynamic. Its metadata holds, as JSON, the values for
     pre- and post-processing: `categories`, `image_size_hw`, `image_mean`, `image_std`, `rescale_factor`, and
     `raydet_version`.
 
@@ -94,7 +94,7 @@ def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, fl
         categories = read_checkpoint(checkpoint).categories
         detector = build_detector(checkpoint, categories, image_size=image_size, seed=0)
         detector.model.eval()
-    data = to_onnx(detector, where=checkpoint, remedy="give --image-size")
+    data = to_onnx(detector, where=checkpoint, remedy="set --image-size")
     difference = _difference(detector, data)
     if not difference <= MAX_DIFFERENCE:
         raise RunError(

@@ -1,4 +1,4 @@
-"""Tables → YOLO label files in the layout of Ultralytics, which CVAT reads too.
+"""Tables → YOLO label files in Ultralytics layout, which CVAT reads too.
 
 `images/train/a.jpg` has its labels in `labels/train/a.txt`, one line per box: `class cx cy width height` in fractions
 of the upright image, followed by the score for detections. Numbers have enough digits to read the same float64 back.

@@ -157,7 +157,7 @@ def open_collection(data: str, *, index_uri: str | None) -> Collection:
         data: Path or URI of an images table; a folder of images, including subfolders; a list file (`.txt` or `.lst`,
             UTF-8, one path or URI per line, relative to the folder of the list; blank lines and lines that start with
             `#` are ignored); a `.tar`; or a folder of tar files without images. Or a pattern of tar files, with `*`,
-            `?`, `[…]`, `{a,b}` and `{000..012}`. A folder that contains both a table and images is a table.
+            `?`, `[…]`, `{a,b}` and `{000..012}`. A folder with both a table and images counts as a table.
         index_uri: Location of the index, which is written if missing; None keeps the index in the returned object.
             Unused for a table.
 
@@ -296,7 +296,7 @@ def _table_row(rows: pa.RecordBatch, number: int) -> tuple[ImageRow, Reference]:
 
 
 def _filled(item: tuple[ImageRow, Reference], reader: FileReader) -> ImageRow:
-    """Return the row with its data, or with the reason why they cannot be read."""
+    """Return the row with its data, or with the reason for missing data."""
     row, reference = item
     if row.data is not None or row.error is not None:
         return row

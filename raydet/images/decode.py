@@ -72,11 +72,11 @@ _UNINFORMATIVE = ("", "not identified by this driver")
 
 
 class DecodeError(Exception):
-    """The bytes cannot be decoded; the message is one short, human-readable reason."""
+    """Failure to decode an image; the message is one short, human-readable reason."""
 
 
 class TruncatedError(DecodeError):
-    """The file is truncated; `repair` may recover a part of the image."""
+    """Failure caused by a truncated file; `repair` may recover a part of the image."""
 
 
 def decode(data: bytes, *, max_pixels: int, at_least_hw: tuple[int, int] | None = None) -> NDArray[np.uint8]:

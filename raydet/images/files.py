@@ -25,11 +25,11 @@ MAX_FILE_BYTES = 2**30
 
 
 class ReadError(Exception):
-    """A single file cannot be read; the message is one short, human-readable reason."""
+    """Failure to read a single file; the message is one short, human-readable reason."""
 
 
 class MissingFileError(ReadError):
-    """The file does not exist."""
+    """Failure caused by a missing file."""
 
 
 def readable(text: str) -> str:
@@ -79,7 +79,7 @@ class ImageFolder:
     Attributes:
         uri: Absolute path or URI of the folder.
         path: Path inside the folder's file system.
-        is_local: Whether the folder is on a local file system.
+        is_local: True if the folder is on a local file system.
     """
 
     def __init__(self, uri: str, *, what: str = "image") -> None:
@@ -95,8 +95,8 @@ class ImageFolder:
         self._given_uri, self._what = storage.absolute_uri(uri), what
         if storage.is_web(uri):
             raise UserError(
-                f"{uri} is on the web, where no folder can be listed; copy it to a local folder or object store, or "
-                "pass a list of addresses to `raydet prepare images`"
+                f"{uri} is a web URL, and raydet cannot list folders on the web; copy it to a local folder or object "
+                "store, or pass a list of URLs to `raydet prepare images`"
             )
         try:
             self._filesystem, self.path = storage.resolve(uri)

@@ -234,7 +234,7 @@ def _expand_braces(text: str, pattern: str) -> list[str]:
     for options in choices:
         num_shards *= len(options)
     if num_shards > MAX_SHARDS:
-        raise UserError(f"{pattern} stands for {num_shards:,} files; the limit is {MAX_SHARDS:,}")
+        raise UserError(f"{pattern} expands to {num_shards:,} files; the limit is {MAX_SHARDS:,}")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -264,7 +264,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
         if storage.is_web(root):
             # A web server that is down could not be distinguished from a missing image.
             raise UserError(
-                f"line {number} of {uri} is on the web: {path}; copy the images to a folder or object store first"
+                f"line {number} of {uri} is a web URL: {path}; copy the images to a folder or object store first"
             )
         if root not in roots:
             refuse_password(root, what=f"line {number} of {uri}")
@@ -286,7 +286,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
 def _require_any(uri: str, num_found: int, num_lines: int, first_missing: str) -> None:
     if num_found == 0:
         raise UserError(
-            f"none of the first {num_lines:,} files in {uri} exists, such as {first_missing}; "
+            f"none of the first {num_lines:,} files listed in {uri} exists, such as {first_missing}; "
             "relative paths are resolved from the folder of the list"
         )
 

@@ -19,7 +19,7 @@ from raydet.images.references import image_bytes
 from raydet.inspection.picks import Pick
 from raydet.models.geometry import Image
 from raydet.tables.table import Table
-from raydet.training.ordering import RunPlan
+from raydet.training.feeding.ordering import RunPlan
 
 MOST_PAIRS = 160
 """Maximum number of images on the page, each shown as a pair."""

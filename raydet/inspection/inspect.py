@@ -18,7 +18,7 @@ from raydet.inspection.rows import stream_rows
 from raydet.inspection.tables import FOLDERS, PAGE_FILE, drifts, write_tables
 from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import Table, open_table
-from raydet.training.ordering import RunPlan
+from raydet.training.feeding.ordering import RunPlan
 
 __all__ = ["Inspection", "inspect"]
 

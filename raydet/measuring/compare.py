@@ -148,7 +148,7 @@ def _signed(value: float | None) -> str:
 
 
 def compare(config: CompareConfig) -> Comparison:
-    """Measure two runs on the same images and report their differences and which are significant.
+    """Measure two runs on the same images and report their differences, with significance.
 
     With `config.out`, the tables OUT/comparison and OUT/changed_images are written after all computation.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measure detections against the truth under COCO's rules or those of another protocol.
+    """Measure detections against the truth under the rules of COCO or another protocol.
 
     COCO's numbers equal those of pycocotools to the last bit, for tables and JSON, regardless of the row order and the
     number of shards. Detections with equal scores in an image are matched in input order. With `config.out`, the rows

@@ -88,7 +88,7 @@ def runs_in(out: str) -> tuple[str, ...]:
 
 
 def open_run(out: str, kind: TableKind, run: str) -> Table | None:
-    """Return the rows of a run in one of the tables, with the run's own classes; None if it has none.
+    """Return the rows of a run in one of the tables, with the run's own classes; None without rows.
 
     The manifest is that of the table; its `runs` has an entry for each run, keyed by `file_name`.
 

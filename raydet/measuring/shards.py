@@ -58,7 +58,7 @@ class _Part:
 
 @dataclass
 class _Shards:
-    """Detections table joined to its truth, and what matching its shards found so far."""
+    """Detections table joined to its truth, and the results of the shards matched so far."""
 
     table: Table
     truth: Truth

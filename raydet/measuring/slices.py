@@ -101,7 +101,7 @@ def _of_box_sizes(area: Floats, areas: Mapping[str, tuple[float, float]]) -> lis
 
 
 def _in_steps(values: Integers, steps: Sequence[tuple[float, str]]) -> tuple[Integers, list[str]]:
-    """Return the index of each value's step (the first with an upper end not below the value) and the step names."""
+    """Return the index of each value's step (the first whose upper end is at least the value) and the step names."""
     ends, names = zip(*steps, strict=True)
     return np.searchsorted(ends, values, side="left"), list(names)
 

@@ -56,7 +56,7 @@ class Truth:
             raise UserError(f"{self.uri} has no images")
         repeated = columns.image_ids[1:][np.diff(columns.image_ids) == 0]
         if repeated.size:
-            raise UserError(f"{self.uri} has duplicate image ids, for example {repeated[0]}; they must be unique")
+            raise UserError(f"{self.uri} has duplicate image ids, for example {repeated[0]}; ids must be unique")
         bad = ~np.isfinite(columns.boxes_xywh).all(axis=1) | ~np.isfinite(columns.area)
         bad |= (columns.boxes_xywh[:, 2:] < 0).any(axis=1)
         bad |= (columns.category < 0) | (columns.category >= len(self.categories))

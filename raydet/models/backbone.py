@@ -1,4 +1,4 @@
-"""The pretrained backbone of a model: the names of its parameters, and freezing a part of it."""
+"""The pretrained backbone of a model: names of its parameters, and partial freezing."""
 
 import re
 from typing import Any
@@ -32,7 +32,7 @@ def backbone_parameter_names(model: nn.Module) -> set[str]:
 
 
 def freeze_backbone(model: nn.Module, part: Backbone, *, where: str = "this model") -> None:
-    """Freeze a part of the backbone and let the rest of it learn. Can be called again at any time.
+    """Freeze a part of the backbone and unfreeze the rest. Can be called again at any time.
 
     The function sets `requires_grad` of parameters and overrides the default of transformers, which freezes all of
     the backbone or none of it depending on its origin. It leaves the statistics of batch norms alone (see

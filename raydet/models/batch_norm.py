@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm that stays in evaluation mode. Its weights keep their names, and so do those of a saved folder."""
+    """A batch norm that stays in evaluation mode. Its weights keep their names, also in a saved folder."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
-        """Stay in evaluation mode, whatever `mode` says."""
+        """Stay in evaluation mode, regardless of `mode`."""
         return super().train(False)
 
 
@@ -111,7 +111,7 @@ class _RanksBatchNorm2d(nn.BatchNorm2d):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over ranks. Its gradient is the sum of the gradients of all ranks, each of its own loss."""
+    """Sum of a tensor over ranks. Its gradient is the sum of the gradients of all ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:

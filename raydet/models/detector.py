@@ -53,6 +53,7 @@ class Detector:
         family: Family of the model type.
         reinitialised: Names, as in the model's `state_dict`, of tensors that were reinitialised: the class head if the
             classes differ, and weights that the checkpoint lacks. Empty for a model from scratch.
+        left_out: Parameters that the training loss may leave out; None until `raydet.models.losses` has found them.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Detector:
         self.family: Family = family_of(model.config.model_type, where=where)
         self.resize_rule = resize_rule_of(processor, where=where)
         self.reinitialised = tuple(reinitialised)
+        self.left_out: tuple[nn.Parameter, ...] | None = None
         self._scale: tuple[Tensor, Tensor] | None = None
         model.config.raydet = {"categories": [{"id": item.id, "name": item.name} for item in self.categories]}
 
@@ -94,6 +96,21 @@ class Detector:
         """Move the model to a device and return the detector."""
         nn.Module.to(self.model, device)
         return self
+
+    def compile(self, *, num_sizes: int = 1, **options: Any) -> None:
+        """Compile backbone and encoder, with one graph for each shape of their input.
+
+        The rest of the model stays as it is: its shapes change with the number of boxes in each batch, and matching
+        runs on the CPU.
+
+        Args:
+            num_sizes: Number of input sizes; beyond it, parts of the model may run uncompiled.
+            options: Passed to `torch.compile`.
+        """
+        # For each size: complete and last batches, in training and in validation.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * num_sizes)
+        for name in self.family.compiled_modules:
+            self.model.get_submodule(name).compile(dynamic=False, **options)
 
     @property
     def pads_to_largest(self) -> bool:

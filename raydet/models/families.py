@@ -44,6 +44,10 @@ class Family:
             they are constant.
         backbone_prefixes: Names of the backbone's parameters start with one of these.
         head_tokens: Parameters whose name contains this belong to the head although they match `backbone_prefixes`.
+        denoises: In training, queries around the labelled boxes join the others. Their class embedding has no gradient
+            in a batch without boxes.
+        compiled_modules: Parts of the model, in the order of the forward pass, that `--compile` compiles: backbone and
+            encoder, whose shapes depend on the size of the input only.
     """
 
     model_type: str
@@ -66,6 +70,8 @@ class Family:
     resamples_positions: bool = False
     backbone_prefixes: tuple[str, ...] = ("model.backbone.",)
     head_tokens: str | None = None
+    denoises: bool = False
+    compiled_modules: tuple[str, ...] = ("model.backbone", "model.encoder")
 
 
 def _detr_like(model_type: str, processor: str, *, softmax: bool) -> Family:
@@ -80,7 +86,11 @@ def _detr_like(model_type: str, processor: str, *, softmax: bool) -> Family:
 
 
 def _rt_detr_like(
-    model_type: str, *, distils: bool = False, backbone_prefixes: tuple[str, ...] = ("model.backbone.",)
+    model_type: str,
+    *,
+    distils: bool = False,
+    backbone_prefixes: tuple[str, ...] = ("model.backbone.",),
+    compiled_modules: tuple[str, ...] = ("model.backbone", "model.encoder"),
 ) -> Family:
     return Family(
         model_type=model_type,
@@ -89,6 +99,8 @@ def _rt_detr_like(
         side_multiple=32,
         distils=distils,
         backbone_prefixes=backbone_prefixes,
+        denoises=True,
+        compiled_modules=compiled_modules,
     )
 
 
@@ -105,6 +117,7 @@ _LW_DETR = Family(
     local_criterion=True,
     # The projector beside it is not pretrained.
     backbone_prefixes=("model.backbone.backbone.",),
+    compiled_modules=("model.backbone",),
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -124,7 +137,10 @@ FAMILIES: Mapping[str, Family] = {
         _rt_detr_like("d_fine", distils=True),
         # The backbone is an HGNetV2 or a DINOv3.
         _rt_detr_like(
-            "deimv2", distils=True, backbone_prefixes=("model.conv_encoder.model.", "model.conv_encoder.backbone.")
+            "deimv2",
+            distils=True,
+            backbone_prefixes=("model.conv_encoder.model.", "model.conv_encoder.backbone."),
+            compiled_modules=("model.conv_encoder", "model.encoder"),
         ),
         _LW_DETR,
         replace(
@@ -150,6 +166,7 @@ FAMILIES: Mapping[str, Family] = {
             auxiliary_loss=False,
             backbone_prefixes=("vit.",),
             head_tokens="detection_tokens",
+            compiled_modules=("vit",),
         ),
     )
 }

@@ -17,6 +17,9 @@ Image = npt.NDArray[np.uint8]
 
 SizeHW = tuple[int, int]
 
+_TORCH_MODES = {2: "bilinear", 3: "bicubic"}
+_NATIVE_UINT8 = ("AVX2", "AVX512")
+"""CPUs on which torch resizes uint8 images without a detour through floats."""
 _LARGEST_PADDING_STEP = 32
 _PADDING_STEPS_OF_A_SIDE = 16
 
@@ -66,6 +69,13 @@ class ResizeRule:
             height, width = self._by_edges(size_hw)
         # The processor fails on a very narrow image whose side would round to zero; a batch job must not.
         return max(height, self.multiple_of), max(width, self.multiple_of)
+
+    def most_pixels(self) -> int:
+        """Return the most pixels that an image has after the resize."""
+        if self.pad_to_hw or self.size_hw or self.limit_hw:
+            height, width = self.pad_to_hw or self.size_hw or self.limit_hw or (0, 0)
+            return height * width
+        return (self.shortest or 0) * (self.longest or 0)
 
     def padded_size_hw(self, target_hw: SizeHW) -> SizeHW:
         """Return the padded size in pixels of an image, independent of the other images of its batch.
@@ -134,20 +144,29 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
 
     Returns:
         uint8 [height, width, 3], bit for bit equal to the result of the image processor on a CPU; the image itself if
-        it already has this size.
+        it already has this size. Its memory may be in the order of `resized_planes`.
     """
-    if image.shape[:2] == tuple(size_hw):
-        return image
-    import torch
-    from torchvision.transforms.v2 import InterpolationMode, functional
+    return resized_planes(image, size_hw, resample).transpose(1, 2, 0)
 
-    interpolations = {
-        0: InterpolationMode.NEAREST_EXACT,
-        1: InterpolationMode.LANCZOS,
-        2: InterpolationMode.BILINEAR,
-        3: InterpolationMode.BICUBIC,
-    }
-    # Contiguous planes: torchvision rounds differently for interleaved channels.
-    planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
-    resized = functional.resize(planes, list(size_hw), interpolation=interpolations[resample], antialias=True)
-    return np.ascontiguousarray(resized.numpy().transpose(1, 2, 0))
+
+def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
+    """Resize as `resize` does, but return uint8 [3, height, width], the layout in which models take images."""
+    planes = image.transpose(2, 0, 1)
+    if image.shape[:2] == tuple(size_hw):
+        return planes
+    import torch
+
+    # Contiguous planes: torch rounds differently for interleaved channels.
+    source = torch.from_numpy(np.array(planes, order="C"))
+    if resample in _TORCH_MODES and torch.backends.cpu.get_cpu_capability() in _NATIVE_UINT8:
+        # The same call as torchvision's, whose import takes seconds in every decoder.
+        mode = _TORCH_MODES[resample]
+        resized = torch.nn.functional.interpolate(
+            source[None], list(size_hw), mode=mode, align_corners=False, antialias=True
+        )[0]
+    else:
+        from torchvision.transforms.v2 import InterpolationMode, functional
+
+        interpolation = InterpolationMode.NEAREST_EXACT if resample == 0 else resample
+        resized = functional.resize(source, list(size_hw), interpolation=interpolation, antialias=True)
+    return np.asarray(resized.numpy())

@@ -28,6 +28,7 @@ from raydet.models.checkpoints import categories_in
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
 from raydet.models.geometry import ResizeRule
+from raydet.models.losses.distillation import keep_matchings
 from raydet.models.losses.grouped import keep_loss_local
 from raydet.models.processors import (
     check_image_size,
@@ -148,7 +149,7 @@ def load_detector(name: str) -> Detector:
         config, family = _read_config(name)
         categories = categories_in(config.to_dict())
         if not categories:
-            raise UserError(f"the config.json of {name} does not name the classes; give it an id2label")
+            raise UserError(f"the config.json of {name} does not name the classes; add id2label")
         model, fresh = _read_model(name, config)
         processor = _read_processor(name, family)
     # Only training uses the embedding of noisy boxes; a checkpoint may omit it.
@@ -187,10 +188,10 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
     folder = Path(name)
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{name} holds no model (no config.json); give the folder of a checkpoint")
+            raise UserError(f"{name} holds no model (no config.json); use the folder of a checkpoint")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
-            f"no model {name}: it is neither a folder nor a Hub name (owner/name) nor one of the small models "
+            f"no such model: {name} is neither a folder nor a Hub name (owner/name) nor one of the small models "
             f"{', '.join(SMALL_MODELS)}"
         )
     try:
@@ -217,6 +218,7 @@ def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_read(name, error) from error
     keep_loss_local(model)
+    keep_matchings(model)
     fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
     return model, fresh | set(report["missing_keys"])
 
@@ -236,7 +238,7 @@ def _cannot_read(name: str, error: Exception) -> UserError:
         return UserError(f"cannot read the model in {name}: {reason}")
     return UserError(
         f"{name} is not a local folder and cannot be loaded from the Hugging Face Hub: {reason} Check the name and the "
-        "connection, or give a local model folder"
+        "connection, or use a local model folder"
     )
 
 
@@ -265,4 +267,5 @@ def _with_tied_names(model: nn.Module, names: set[str]) -> list[str]:
 def _new_model(config: PreTrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForObjectDetection.from_config(config)
     keep_loss_local(model)
+    keep_matchings(model)
     return model

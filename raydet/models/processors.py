@@ -125,7 +125,7 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
     if size_hw is None:
         raise UserError(
             f"the image processor of {where} keeps the aspect ratio of each image, but the model needs sides that are "
-            f"a multiple of {multiple}; give --image-size"
+            f"a multiple of {multiple}; set --image-size"
         )
     height, width = size_hw
     if height % multiple or width % multiple:
@@ -134,7 +134,7 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
     if num_cells < num_queries:
         raise UserError(
             f"--image-size {height} is too small for {where}: the model picks {num_queries} queries from the cells of "
-            f"its feature maps and there are only {num_cells}; raise --image-size"
+            f"its feature maps, but there are only {num_cells}; raise --image-size"
         )
 
 

@@ -19,7 +19,7 @@ from raydet.tables import storage
 
 
 def plan(config: PlanConfig, *, console: Console | None = None) -> PlanResult:
-    """Estimate time and cost on a cluster from a measurement on this machine or saved ones.
+    """Estimate time and cost on a cluster from a measurement on this machine, or saved measurements.
 
     Raises:
         UserError: The model, the images, the cluster file or a probe is invalid.
@@ -101,7 +101,7 @@ def _workers(config: PlanConfig, groups: Sequence[NodeGroup]) -> Workers:
             most = sum(group.num_nodes * group.num_cpus for group in groups)
             threads = max(1, most // number)
     if num_gpus and number > num_gpus:
-        raise UserError(f"{number} workers require {number} GPUs, the cluster has {num_gpus}; lower --num-workers")
+        raise UserError(f"{number} workers require {number} GPUs, but the cluster has {num_gpus}; lower --num-workers")
     if config.job == "train" and number > config.batch:
         raise UserError(
             f"--batch-size counts the images of all workers: {config.batch} images cannot keep {number} "
@@ -128,5 +128,7 @@ def _read_probe(uri: str, config: PlanConfig) -> Probe:
         raise UserError(f"{uri} is not valid JSON: {error}") from None
     probe = Probe.from_dict(content, where=uri)
     if probe.job != config.job:
-        raise UserError(f"{uri} was measured for {probe.job}, the job is {config.job}; measure with --job {config.job}")
+        raise UserError(
+            f"{uri} was measured for {probe.job}, but the job is {config.job}; measure with --job {config.job}"
+        )
     return probe

@@ -55,7 +55,7 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
 
     Args:
         config: Job to plan.
-        needs_gpu: Whether the plan is for GPUs; None to plan for this machine.
+        needs_gpu: True if the plan is for GPUs; None to plan for this machine.
         say: Called with a line of text before each measurement.
 
     Raises:
@@ -64,7 +64,7 @@ def measure(config: PlanConfig, *, needs_gpu: bool | None = None, say: Say) -> P
     """
     num_cpus = available_cpus()
     with tempfile.TemporaryDirectory(prefix="raydet-plan-", ignore_cleanup_errors=True) as folder:
-        say("taking samples of the images")
+        say("sampling the images")
         samples = take_samples(config, folder)
         model = _model_folder(config, samples, folder)
         stages = _measure_stages(config, samples, model, folder, num_cpus=num_cpus, needs_gpu=needs_gpu, say=say)

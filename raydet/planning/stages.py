@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.augmentation.view import View, decoded
@@ -34,11 +34,12 @@ from raydet.engines.scorer import Scorer
 from raydet.images.collection import ImageRow, open_collection
 from raydet.images.decode import DecodeError
 from raydet.models.backbone import backbone_parameter_names
-from raydet.models.collate import Example
+from raydet.models.collate import Example, collate
 from raydet.models.geometry import Image, SizeHW
 from raydet.models.loading import build_detector
+from raydet.models.losses.global_batch import Normaliser
 from raydet.models.optim.optimizer import build_optimizer
-from raydet.models.step import AUTOCAST_DTYPES, StepSetting, apply_gradients, compute_gradients, sum_over_ranks
+from raydet.models.step import AUTOCAST_DTYPES, StepSetting, apply_gradients, compute_gradients, step_normaliser
 from raydet.planning.processes import READY
 from raydet.tables.schema import build_schema
 from raydet.tables.table import Table, open_table
@@ -62,8 +63,8 @@ class StageJob:
         augmentation: Augmentation of train.
         batch_size: Images per batch.
         threads: Number of threads.
-        use_gpu: Whether the model runs on a GPU; None uses one if there is one.
-        with_model: Whether to run the model; if False, only the stages before it are measured.
+        use_gpu: True to run the model on a GPU; None to use one if available.
+        with_model: True to run the model; False to measure only the stages before it.
         seconds: Length of a turn.
         num_ranks: Number of processes that train together.
         rank: Rank of this process.
@@ -191,6 +192,11 @@ _TOGETHER = "together"
 """Not a stage: the same training step repeated in all processes together."""
 
 
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    dist.all_reduce(tensor)
+    return tensor
+
+
 class _Training:
     """The work of `train` on a batch: a step alone and, with several processes, the same step as one rank."""
 
@@ -210,13 +216,12 @@ class _Training:
             device=torch.device(job.device),
             autocast_dtype=AUTOCAST_DTYPES[job.precision],
             world_size=1,
-            sum_over_ranks=lambda value: value,
             scaler=torch.amp.GradScaler(job.device) if job.precision == "fp16" else None,
         )
         self._together: tuple[nn.Module, StepSetting] | None = None
         if job.num_ranks > 1:
             _meet(job)
-            setting = dataclasses.replace(self._setting, world_size=job.num_ranks, sum_over_ranks=sum_over_ranks)
+            setting = dataclasses.replace(self._setting, world_size=job.num_ranks)
             self._together = DistributedDataParallel(self._detector.model, broadcast_buffers=False), setting
 
     def batch(self, clock: Clock) -> int:
@@ -236,10 +241,14 @@ class _Training:
 
     def continues(self, has_time: bool) -> bool:
         """Return True while any process has time left, because no rank can take a step alone."""
-        return bool(sum_over_ranks(torch.tensor(float(has_time)))) if self._together else has_time
+        return bool(_sum_over_ranks(torch.tensor(float(has_time)))) if self._together else has_time
 
     def _step(self, module: nn.Module, setting: StepSetting, examples: list[Example]) -> None:
-        compute_gradients(self._detector, module, [examples], setting)
+        batch = collate(examples, pad_to_hw=self._detector.resize_rule.pad_to_hw)
+        total = step_normaliser(self._detector, [batch])
+        if setting.world_size > 1:
+            total = Normaliser.from_tensor(_sum_over_ranks(total.to_tensor()))
+        compute_gradients(self._detector, module, [batch], setting, total=total)
         apply_gradients(self._detector.model, self._optimizer, max_grad_norm=0.1, scaler=setting.scaler)
         if setting.device.type == "cuda":
             torch.cuda.synchronize()

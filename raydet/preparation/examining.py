@@ -1,4 +1,4 @@
-"""One image of a source → its row in the images table, or the reason why it has none.
+"""One image of a source → its row in the images table, or the reason for its rejection.
 
 Threads and Ray tasks do this work: read the file, check that it can be decoded, hash it, and fit the boxes.
 """
@@ -60,7 +60,7 @@ class ImageReader(Protocol):
         """Read one image; raise ReadError if it cannot be read."""
 
     def uri_of(self, path: str, /) -> str:
-        """Return the absolute path or URI of one image; raise ReadError if it has none."""
+        """Return the absolute path or URI of one image; raise ReadError if there is none."""
 
 
 def hash_content(data: bytes) -> bytes:

@@ -48,7 +48,7 @@ class SourcePart:
 
 
 class Executor(Protocol):
-    """Apply a function to all parts and yield its results in order."""
+    """Function that applies another one to all parts and yields the results in order."""
 
     def __call__(self, work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
         """Hold only a few parts at a time."""

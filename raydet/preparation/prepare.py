@@ -91,7 +91,7 @@ def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
     difference in size is counted and leaves the boxes unchanged.
 
     Raises:
-        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT is not free.
+        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
     return _prepare(config, _open_coco)
@@ -109,7 +109,7 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
 
     Raises:
         UserError: A folder or the split is missing or invalid, no XML file belongs to an image, no class is named, no
-            image can be read, or OUT is not free.
+            image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
     return _prepare(config, _open_voc)
@@ -135,7 +135,7 @@ def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
 
     Raises:
         UserError: data.yaml, a folder or a list is missing or invalid, no image has a label file, no image can be
-            read, or OUT is not free.
+            read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
     return _prepare(config, _open_yolo)
@@ -154,7 +154,7 @@ def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
     """Make an images table from a data set that `datasets` opens; see `raydet.preparation.sources.hub`.
 
     Raises:
-        UserError: There is no such data set, split or column, no image can be read, or OUT is not free.
+        UserError: There is no such data set, split or column, no image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
     return _prepare(config, _open_hub)
@@ -176,13 +176,13 @@ def _open_hub(config: PrepareHubConfig) -> _Opened:
 
 
 def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
-    """Make an images table, without boxes, from all image files below a folder or from those that a list names.
+    """Make an images table, without boxes, from all image files below a folder, or from a list.
 
-    A list (`sources/lists.py`) may name addresses on the web. An image that a server does not deliver is rejected and
+    A list (`sources/lists.py`) may contain URLs. An image that a server does not deliver is rejected and
     does not end the run.
 
     Raises:
-        UserError: The folder or list is missing or holds no image that can be read, or OUT is not free.
+        UserError: The folder or list is missing or holds no image that can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
     return _prepare(config, _open_images)
@@ -204,7 +204,7 @@ def prepare_shapes(config: PrepareShapesConfig, *, file_bytes: int = FILE_BYTES)
         file_bytes: Average size of the images in a file.
 
     Raises:
-        UserError: OUT/train or OUT/val is not free.
+        UserError: OUT/train or OUT/val holds other files.
     """
     sizes: dict[shapes.Split, int] = {"train": config.num_train, "val": config.num_val}
     images_per_part = max(1, file_bytes // config.image_size**2)

@@ -81,7 +81,7 @@ class Target:
         self.folder.forget()
 
     def _is_complete(self) -> bool:
-        """Return True if the run recorded in OUT, whichever it is, has completed all its tables."""
+        """Return True if the run recorded in OUT, of any configuration, has completed all its tables."""
         record = self.folder.record()
         if record is None:
             return False

@@ -55,11 +55,11 @@ class PreparationPlan:
         images_per_part: Images per file.
         images_per_survey_part: Images per task of the survey.
         num_threads: Threads per part; one per CPU by default.
-        use_ray: Whether to run the parts as Ray tasks.
+        use_ray: True to run the parts as Ray tasks.
         images_uri: Folder of the images; None if they are not in a folder.
         val_fraction: Fraction of the images for OUT/val; None writes all to OUT.
         seed: Seed of the choice of images for OUT/val.
-        drop_duplicate_images: Whether images with the same content as an earlier one are rejected.
+        drop_duplicate_images: True to reject images with the same content as an earlier one.
     """
 
     config_hash: str

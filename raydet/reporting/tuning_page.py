@@ -138,7 +138,7 @@ def _scaled(axis: Axis, value: float) -> float:
 
 
 def _place(axis: Axis, value: Any, trials: Sequence[TrialRow], index: int) -> float | None:
-    """Return the position of a value on its axis, from 0 to 1; None if it has none."""
+    """Return the position of a value on its axis, from 0 to 1; None for a missing value."""
     if axis.choices is not None:
         if value not in axis.choices:
             return None

@@ -56,7 +56,7 @@ class Chosen:
         boxes_xywh: Boxes to draw, absolute pixels of the upright image, float64 [N, 4].
         scores: Scores of these boxes, float64 [N].
         categories: Class indices of these boxes, int64 [N].
-        best_score: Highest score of all detections of the image; None if it has none.
+        best_score: Highest score of all detections of the image; None without detections.
     """
 
     image_id: int

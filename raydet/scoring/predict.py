@@ -368,7 +368,7 @@ def _score_all(
         failures = 1 if done_chunks(work.folder) > done else failures + 1
         if failures > work.config.max_failures:
             raise RunError(
-                f"the cluster failed too often ({reason}), the limit is --max-failures {work.config.max_failures}; "
+                f"the cluster failed too often ({reason}); the limit is --max-failures {work.config.max_failures}; "
                 f"{_RESUME_HINT}"
             )
         # An autoscaling cluster may have room again later; any other continues with the workers that fit.

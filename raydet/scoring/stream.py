@@ -145,7 +145,7 @@ def done_chunks(folder: OutputFolder) -> set[int]:
 
 
 class NodeLostError(ConnectionError):
-    """A node was lost and the remaining nodes cannot hold all workers, so that some would wait forever."""
+    """Loss of a node after which the remaining nodes cannot hold all workers, so that some would wait forever."""
 
 
 def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_workers: int) -> Iterator[FileStats]:
@@ -411,7 +411,7 @@ class _ScoringActor:
 
 
 def threads_of(config: PredictConfig, resources: Resources) -> int:
-    """Return the compute threads of one copy of the model: `threads_per_worker`, or this machine's CPUs divided.
+    """Return the compute threads of one copy of the model: `threads_per_worker`, or its default.
 
     By default the machine's CPUs are divided evenly between the workers that fit on it.
     """

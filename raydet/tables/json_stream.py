@@ -23,7 +23,7 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class JsonError(Exception):
-    """The file is not JSON or not an object; the message continues a sentence that starts with the file name."""
+    """Invalid JSON, or JSON other than an object; the message continues a sentence that starts with the file name."""
 
 
 class ByteStream(Protocol):

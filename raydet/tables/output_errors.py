@@ -38,7 +38,7 @@ def refusal_of(error: OSError, out: str) -> UserError | RunError:
 
 
 def refuse_place(out: str, kind: pafs.FileType, reason: str) -> None:
-    """Refuse an output that is a web address or already exists as the wrong kind.
+    """Refuse an output that is a web URL or already exists as the wrong kind.
 
     Args:
         out: Path or URI of the output.
@@ -49,7 +49,7 @@ def refuse_place(out: str, kind: pafs.FileType, reason: str) -> None:
         UserError: The output is refused.
     """
     if storage.is_web(out):
-        raise UserError(f"--out {out} is a web address, which raydet cannot write; use a path, s3:// or gs://")
+        raise UserError(f"--out {out} is a web URL, which raydet cannot write; use a path, s3:// or gs://")
     filesystem, path = storage.resolve(out)
     if filesystem.get_file_info(path).type == kind:
         raise UserError(f"--out {out} {reason}")

@@ -222,7 +222,7 @@ def _truncated(name: str) -> str:
     return name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write a file atomically: readers see either the old or the new content."""
     with open_output(uri, sync=True) as file:
         file.write(data)

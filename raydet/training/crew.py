@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
-import ray.train
 import torch
 import torch.distributed as dist
 
@@ -12,38 +12,96 @@ from raydet.training.history import EpochRecord
 
 
 class Crew:
-    """One worker's view of all workers. `gather`, `share` and `all_sum` are collective: every rank must call them.
+    """One worker's view of all workers.
+
+    `gather`, `share`, `share_bytes`, `exchange` and `all_sum` are collective: every rank must call them.
 
     Attributes:
         rank: Rank of this worker, from 0.
         world_size: Number of workers.
+        local_world_size: Number of workers on this node.
+        device: Device of this worker.
     """
 
-    def __init__(self, board: Any) -> None:
-        """Join the workers of this Ray Train run.
+    def __init__(
+        self, board: Any, *, rank: int, world_size: int, local_world_size: int, device: "torch.device"
+    ) -> None:
+        """Join the workers; with several, their process group must exist.
 
         Args:
             board: Actor handle of the command's `raydet.cluster.board.Board`.
+            rank: Rank of this worker, from 0.
+            world_size: Number of workers.
+            local_world_size: Number of workers on this node.
+            device: Device of this worker.
         """
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world_size = rank, world_size
+        self.local_world_size, self.device = local_world_size, device
         self._board = board
-        self._group: Any = dist.new_group(backend="gloo")  # for plain objects and flags, whatever the device
+        # For plain objects and flags, whatever the device.
+        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._is_in_ray_train = False
         self._answer: ray.ObjectRef[bool] | None = None
         self._is_asked = False
         self._has_noticed_preemption = False
 
+    @classmethod
+    def of_ray_train(cls, board: Any) -> "Crew":
+        """Join the workers of this Ray Train run."""
+        import ray.train
+        from ray.train.torch import get_device
+
+        context = ray.train.get_context()
+        crew = cls(
+            board,
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            local_world_size=context.get_local_world_size(),
+            device=get_device(),
+        )
+        crew._is_in_ray_train = True
+        return crew
+
+    @classmethod
+    def alone(cls, board: Any, *, use_gpu: bool) -> "Crew":
+        """Make the crew of a single worker outside Ray Train."""
+        device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+        return cls(board, rank=0, world_size=1, local_world_size=1, device=device)
+
     def gather(self, value: Any) -> list[Any] | None:
         """Return every worker's value, in rank order, on rank 0; return None on the other ranks."""
+        if self.world_size == 1:
+            return [value]
         gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(value, gathered, dst=0, group=self._group)
         return gathered
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return every worker's value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def share_bytes(self, data: bytes | None) -> bytes | None:
+        """Return rank 0's bytes, if any, on every rank, without pickling them."""
+        size = self.share(None if data is None else len(data))
+        if size is None or self.world_size == 1:
+            return data
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if data is not None:
+            buffer.numpy()[:] = np.frombuffer(data, np.uint8)
+        dist.broadcast(buffer, src=0, group=self._group)
+        return buffer.numpy().tobytes() if data is None else data
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers element by element over all workers, in float64."""
@@ -61,6 +119,13 @@ class Crew:
         """Report a finished epoch to the command. Only rank 0 sends it."""
         if self.rank == 0:
             self._board.pin.remote(record)
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Report numbers of a finished epoch to Ray Train, if it runs the workers. Collective."""
+        if self._is_in_ray_train:
+            import ray.train
+
+            ray.train.report(metrics)
 
     def show(self, epoch: int, step: int, num_steps: int) -> None:
         """Report the progress of a run that is about to stop, and wait until the command can read it."""
@@ -83,7 +148,11 @@ class Crew:
 
     def notices_preemption(self) -> bool:
         """Return True the first time that Ray reports the preemption of a worker's node; False afterwards."""
-        if self._has_noticed_preemption or ray.train.get_preemption_info() is None:
+        if self._has_noticed_preemption or not self._is_in_ray_train:
+            return False
+        import ray.train
+
+        if ray.train.get_preemption_info() is None:
             return False
         self._has_noticed_preemption = True
         return True

@@ -1,18 +1,11 @@
-"""A worker's failure: one record, which an exception carries from the worker to the command.
-
-After a worker's exception, Ray Train restarts all workers. It first passes the exception to callbacks in its
-controller; an error raised by a callback ends the run immediately.
-"""
+"""A worker's failure: one record, which an exception carries from the worker to the command."""
 
 import errno
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray.train import ControllerError, TrainingFailedError
-
-from raydet.cluster.ray_internals import UserCallback
 from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
 from raydet.config import TrainConfig
@@ -71,22 +64,6 @@ def failed(error: BaseException, out: str) -> WorkerFailed | None:
     storage.write_bytes(log, without_secrets(content).encode())
     reason = first_line(error, otherwise="no message")
     return WorkerFailed(WorkerFailure(f"a worker failed ({type(error).__name__}: {reason})", log=log))
-
-
-class EndRunOnFailure(UserCallback):
-    """Callback that makes Ray Train's controller end the run after a `WorkerFailed` instead of restarting workers."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-        """Raise the `WorkerFailed` of the lowest rank, if any."""
-        for _, error in sorted(worker_exceptions.items()):
-            if isinstance(error, WorkerFailed):
-                raise error
-
-
-def failure_of(error: TrainingFailedError) -> WorkerFailure | None:
-    """Return the failure with which a worker ended the run; None if Ray Train itself ended it."""
-    cause = error.controller_failure if isinstance(error, ControllerError) else None
-    return cause.failure if isinstance(cause, WorkerFailed) else None
 
 
 def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence[int]) -> WorkerFailed:

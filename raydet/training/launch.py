@@ -1,20 +1,20 @@
-"""Ray Train's side of a run: starting the workers, passing on a request to stop, collecting their failure."""
+"""Start of the workers of a run: passing on a request to stop, collecting their failure."""
 
 import dataclasses
-import os
 import threading
-import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 
 from raydet.cluster import shares
-from raydet.common.errors import RunError
+from raydet.common.errors import RunError, first_line
 from raydet.common.signals import StopRequest
 from raydet.config import TrainConfig
 from raydet.tables import storage
 from raydet.tables.table import Table
-from raydet.training.failure import EndRunOnFailure, WorkerFailure, failed, failure_of
+from raydet.training.crew import Crew
+from raydet.training.failure import WorkerFailed, WorkerFailure, failed
 
 _GROUP_FILE = ("log", "placement_group")
 """File in the run folder, present while the workers run."""
@@ -29,7 +29,13 @@ def free_workers(out: str) -> None:
 
 
 def run_workers(
-    config: TrainConfig, tables: dict[str, Table], resources: shares.Resources, board: Any, stop: StopRequest
+    config: TrainConfig,
+    tables: dict[str, Table],
+    resources: shares.Resources,
+    board: Any,
+    stop: StopRequest,
+    *,
+    is_alone: bool,
 ) -> WorkerFailure | None:
     """Run the workers until they finish; return the failure with which one of them ended the run, if any.
 
@@ -39,38 +45,34 @@ def run_workers(
         resources: Resources of each worker.
         board: Actor handle of a `raydet.cluster.board.Board`.
         stop: Request to stop; once set, the workers save their state and exit.
+        is_alone: True for a single worker on this machine, which needs neither Ray Train nor a process group.
 
     Raises:
         RunError: Workers failed more than `max_failures` times.
         RunStopped: The request to stop arrived before the first step.
     """
-    from ray.train import TrainingFailedError
+    job = {"config": dataclasses.asdict(config), "tables": tables, "resources": resources, "board": board}
 
-    trainer = _trainer(config, tables, resources, board)
-    try:
-        if threading.current_thread() is threading.main_thread():
-            _fit_in_thread(trainer, board, stop)
-        else:
-            trainer.fit()
-    except TrainingFailedError as error:
-        failure = failure_of(error)
-        if failure is None:
-            reason = str(error).strip().splitlines()[-1]
-            raise RunError(
-                f"Ray Train gave up (--max-failures {config.max_failures}): {reason}; "
-                "run the same command again to resume"
-            ) from error
-        return failure
-    return None
+    def run() -> WorkerFailure | None:
+        if is_alone:
+            return _run_alone(job, config, resources)
+        from raydet.training.ray_train import fit  # takes seconds to import
+
+        return fit(_run_worker, job, config, resources)
+
+    if threading.current_thread() is threading.main_thread():
+        return _in_thread(run, board, stop)
+    return run()
 
 
-def _fit_in_thread(trainer: Any, board: Any, stop: StopRequest) -> None:
-    """Run `fit` outside the main thread, where it would install its own SIGINT handler."""
+def _in_thread(run: Callable[[], WorkerFailure | None], board: Any, stop: StopRequest) -> WorkerFailure | None:
+    """Run outside the main thread, where Ray Train would install its own SIGINT handler."""
     raised: list[BaseException] = []
+    failures: list[WorkerFailure | None] = []
 
     def fit() -> None:
         try:
-            trainer.fit()
+            failures.append(run())
         except BaseException as error:  # re-raised in the main thread
             raised.append(error)
 
@@ -85,54 +87,51 @@ def _fit_in_thread(trainer: Any, board: Any, stop: StopRequest) -> None:
                 raise stop.to_error("run stopped before the first step; run the same command again to resume")
     if raised:
         raise raised[0]
+    return failures[0]
 
 
-def _trainer(config: TrainConfig, tables: dict[str, Table], resources: shares.Resources, board: Any) -> Any:
-    import ray.train
-    from ray.train.torch import TorchTrainer
+@ray.remote
+class _LoneWorker:
+    """The only worker of a run."""
 
-    fewest, most = config.min_workers, config.max_workers
-    num_workers = most if fewest == most else (fewest, most)
-    return TorchTrainer(
-        _run_worker,
-        train_loop_config={
-            "config": dataclasses.asdict(config),
-            "tables": tables,
-            "resources": resources,
-            "board": board,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,  # type: ignore[arg-type]  # typed in the base class, for another scheduler
-            use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
-        ),
-        # raydet writes its own checkpoints, OUT/last and OUT/checkpoint; Ray stores only bookkeeping here.
-        run_config=ray.train.RunConfig(
-            storage_path=storage.join(config.out, "log", "ray"),
-            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            callbacks=[EndRunOnFailure()],  # type: ignore[list-item]  # typed in the base class, for another callback
-            # Ray Train counts a controller failure for each minute in which the workers find no room, also while an
-            # autoscaler waits for a machine, which may take hours for a spot machine: no limit (-1).
-            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=config.max_failures, controller_failure_limit=-1
-            ),
-        ),
-    )
+    def train(self, job: dict[str, Any]) -> None:
+        _run_worker(job, Crew.alone(job["board"], use_gpu=job["resources"].use_gpu))
 
 
-def _run_worker(job: dict[str, Any]) -> None:
-    import ray.train
+def _run_alone(job: dict[str, Any], config: TrainConfig, resources: shares.Resources) -> WorkerFailure | None:
+    """Run a single worker, and a new one in its place as often as `max_failures` allows."""
+    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": 1 if resources.use_gpu else 0}
+    failures_left = config.max_failures
+    while True:
+        worker = _LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
+        try:
+            ray.get(worker.train.remote(job))
+            return None
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, WorkerFailed):
+                return cause.failure
+            if not failures_left:
+                raise RunError(
+                    f"the worker failed more than --max-failures {config.max_failures} times: "
+                    f"{first_line(cause or error, otherwise='no message')}; run the same command again to resume"
+                ) from error
+            failures_left -= 1
+        finally:
+            ray.kill(worker)
 
+
+def _run_worker(job: dict[str, Any], crew: Crew) -> None:
     if ray.get(job["board"].show.remote()):
         return  # stop requested before the first step
 
     from raydet.training.loop import run_worker
 
     out = job["config"]["out"]
-    if ray.train.get_context().get_world_rank() == 0:
+    if crew.rank == 0:
         shares.note_own_group(storage.join(out, *_GROUP_FILE))
     try:
-        run_worker(job)
+        run_worker(job, crew)
     except Exception as error:
         failure = failed(error, out)
         if failure is None:

@@ -1,45 +1,42 @@
 """The training loop that runs on every worker, on CPU or GPU.
 
-Rank 0 starts the stream of the run, every rank reads its own part, and gradients, losses and detections are combined
-over all ranks. `run_worker` is the loop; its parts follow in the order in which they run.
+The first rank of each node starts the stream for the ranks of that node, every rank reads its own part, and gradients,
+losses and detections are combined over all ranks. `run_worker` is the loop; its parts follow in the order in which they
+run.
 """
 
 import logging
+import re
 import resource
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
-import ray.train
 import torch
-from ray.data import ExecutionResources
-from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import get_device
 
 from raydet.augmentation.view import View
 from raydet.cluster import job_metrics
-from raydet.cluster.shares import Resources, cpus_for_tasks
+from raydet.cluster.shares import Resources, decoders_near
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
 from raydet.models.detector import Detector
 from raydet.models.processors import resize_rule_of, resized_processor
-from raydet.models.step import StepResult
 from raydet.tables import storage
 from raydet.tables.table import Table
-from raydet.training.batches import BatchReader, ReadyBatch
 from raydet.training.crew import Crew
-from raydet.training.failure import cannot_write, is_out_of_memory, not_a_number, out_of_memory
-from raydet.training.history import EpochRecord, is_best_so_far, is_over, write_history
+from raydet.training.failure import is_out_of_memory, not_a_number, out_of_memory
+from raydet.training.feeding.batches import BatchReader
+from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.stream import read_stream, run_stream
+from raydet.training.history import EpochRecord, is_over, write_history
+from raydet.training.in_flight import LateResult, LateResults, StepInputs, StepOutcome
 from raydet.training.meter import epoch_record, merge_states
-from raydet.training.ordering import RunPlan
-from raydet.training.state import TrainingState, load_state, newest_state, save_state
-from raydet.training.stream import run_stream
+from raydet.training.saving import Saver, Write
+from raydet.training.state import Position, TrainingState, newest_state, parse_state
 from raydet.training.tracking.trackers import RunTracker, scalars_of
 from raydet.training.trainer import Trainer
 from raydet.training.validation import validate
@@ -47,11 +44,13 @@ from raydet.training.validation import validate
 _LOG = logging.getLogger(__name__)
 _STEPS_BETWEEN_LOGS = 10
 _STEPS_BETWEEN_PREEMPTION_CHECKS = 20
+_NOT_FINITE = re.compile(r"invalid numeric|infeasible|\b(nan|inf)\b")
+"""Texts of the errors that scipy and transformers raise for boxes or scores that are not finite."""
 
 
 @dataclass(frozen=True)
 class _TrainingRun:
-    """Objects that the parts of the loop share. Only the trainer changes during the run."""
+    """Objects that the parts of the loop share."""
 
     config: TrainConfig
     plan: RunPlan
@@ -60,6 +59,8 @@ class _TrainingRun:
     trainer: Trainer
     crew: Crew
     tracker: RunTracker | None
+    results: LateResults
+    saver: Saver
 
     @property
     def is_over(self) -> bool:
@@ -72,13 +73,17 @@ class _TrainingRun:
         )
 
 
-def run_worker(job: dict[str, Any]) -> None:
+def run_worker(job: dict[str, Any], crew: Crew) -> None:
     """Train from the newest state to the end of the run, or until the command asks to stop."""
-    run = _start(job)
-    if not run.is_over:
-        reader = _open_stream(run, job["resources"])
-        while not run.is_over and _train_epoch(run, reader) and _finish_epoch(run, reader):
-            pass
+    run = _start(job, crew)
+    try:
+        if not run.is_over:
+            reader = _open_stream(run, job["resources"])
+            while not run.is_over and _train_epoch(run, reader) and _finish_epoch(run, reader):
+                pass
+        run.saver.wait()
+    finally:
+        run.saver.close()
     if run.crew.rank == 0:
         # An earlier process may have been killed after saving its last state and before writing the history.
         write_history(run.config.out, run.trainer.history)
@@ -86,26 +91,24 @@ def run_worker(job: dict[str, Any]) -> None:
         run.tracker.close()
 
 
-def _start(job: dict[str, Any]) -> _TrainingRun:
+def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     """Build the trainer and restore the newest state, if there is one."""
-    config, tables, crew = TrainConfig(**job["config"]), job["tables"], Crew(job["board"])
+    config, tables = TrainConfig(**job["config"]), job["tables"]
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
-    local_size = ray.train.get_context().get_local_world_size()
-    torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // local_size))
+    torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // crew.local_world_size))
     plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)
     trainer = Trainer(
         config,
         tables["train"].categories,
         steps_per_epoch=plan.steps_per_epoch,
-        device=get_device(),
+        device=crew.device,
         rank=crew.rank,
         world_size=crew.world_size,
     )
-    # Rank 0 picks the state, so that all ranks load the same one.
-    name = broadcast_from_rank_zero(newest_state(config.out) if crew.rank == 0 else None)
-    if name is not None:
-        state = load_state(config.out, name, trainer.device)
-        trainer.load_state_dict(state.of_rank(crew.rank, crew.world_size))
+    # Rank 0 reads the state, so that all ranks have the same one and the store is read once.
+    data = crew.share_bytes(newest_state(config.out) if crew.rank == 0 else None)
+    if data is not None:
+        trainer.load_state_dict(parse_state(data, trainer.device).of_rank(crew.rank, crew.world_size))
     elif trainer.detector.reinitialised:
         crew.say(f"initialised from scratch: {', '.join(trainer.detector.reinitialised)}")
     position, tracker = trainer.position, None
@@ -114,29 +117,40 @@ def _start(job: dict[str, Any]) -> _TrainingRun:
     if crew.rank == 0:
         start_step = position.epoch * plan.steps_per_epoch + position.step
         tracker = RunTracker(config.out, config.trackers, job["config"], start_step=start_step, warn=crew.say)
-    return _TrainingRun(config, plan, tables["train"], tables["validate"], trainer, crew, tracker)
+    return _TrainingRun(
+        config=config,
+        plan=plan,
+        train_table=tables["train"],
+        val_table=tables["validate"],
+        trainer=trainer,
+        crew=crew,
+        tracker=tracker,
+        results=LateResults(),
+        saver=Saver(config),
+    )
 
 
 def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
-    """Start the stream at the trainer's position on rank 0, and return the reader of this rank's part."""
-    crew, reference = run.crew, None
-    if crew.rank == 0:
+    """Start the stream at the trainer's position, one for each node, and return the reader of this rank's part."""
+    crew = run.crew
+    nodes = crew.exchange(ray.get_runtime_context().get_node_id())
+    ranks = [rank for rank, node in enumerate(nodes) if node == nodes[crew.rank]]
+    reference = None
+    if crew.rank == ranks[0]:
         iterators = run_stream(
             run.plan,
             train=run.train_table,
             val=run.val_table,
             view=_view(run.config, run.trainer.detector),
             world_size=crew.world_size,
+            ranks=ranks,
             start_epoch=run.trainer.position.epoch,
             start_step=run.trainer.position.step,
-            reserved=ExecutionResources(
-                cpu=resources.cpus_per_worker * crew.world_size,
-                gpu=float(crew.world_size) if resources.use_gpu else 0.0,
-            ),
-            cpus_per_task=cpus_for_tasks(resources),
+            decoders=decoders_near(nodes[crew.rank], nodes, cpus_per_worker=resources.cpus_per_worker),
         )
-        reference = [ray.put(iterators)]
-    return BatchReader(ray.get(broadcast_from_rank_zero(reference)[0])[crew.rank], crew.rank)
+        reference = ray.put(iterators)
+    iterator = ray.get(crew.exchange(reference)[ranks[0]])[ranks.index(crew.rank)]
+    return BatchReader(read_stream(iterator), crew.rank)
 
 
 def _view(config: TrainConfig, detector: Detector) -> View:
@@ -149,105 +163,141 @@ def _view(config: TrainConfig, detector: Detector) -> View:
 
 
 def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
-    """Run the remaining optimizer steps of the epoch; return False if the command asked to stop."""
+    """Run the remaining optimizer steps of the epoch; return False if the command asked to stop.
+
+    While the device computes a step, the images of the next one arrive. The results of a step are read while the device
+    computes the one after it.
+    """
     trainer, every, num_steps = run.trainer, run.config.save_every_steps, run.plan.steps_per_epoch
-    epoch = trainer.position.epoch
     if trainer.begin_epoch():
-        run.crew.say(f"the backbone is trained from epoch {epoch + 1} on")
-    while trainer.position.step < num_steps:
-        is_to_stop = _run_step(run, reader)
+        run.crew.say(f"the backbone is trained from epoch {trainer.position.epoch + 1} on")
+    inputs = _take(run, reader) if trainer.position.step < num_steps else None
+    while inputs is not None:
+        started = time.perf_counter()
+        if _agree(run, inputs):
+            return _stop(run, inputs)
+        if trainer.position.step % _STEPS_BETWEEN_PREEMPTION_CHECKS == 0 and run.crew.notices_preemption():
+            _save_state(run, inputs)
+            run.saver.wait()
+        run.results.add(_step(run, inputs))
+        trainer.meter.num_images += len(inputs.image_ids)
+        trainer.meter.seconds += time.perf_counter() - started
+        job_metrics.step_taken(len(inputs.image_ids))
         step = trainer.position.step
-        if is_to_stop or (every and step % every == 0 and step < num_steps):
-            _save_state(run)
-        if is_to_stop:
-            run.crew.show(epoch, step, num_steps)
-            return False
+        inputs = _take(run, reader) if step < num_steps else None
+        run.saver.check()
+        if every and step % every == 0 and step < num_steps:
+            _save_state(run, inputs)
+    _settle(run, None)
     return True
 
 
-def _run_step(run: _TrainingRun, reader: BatchReader) -> bool:
-    """Run one optimizer step; return True if the run must stop afterwards."""
+def _take(run: _TrainingRun, reader: BatchReader) -> StepInputs:
+    """Wait for the images of the next step, start their way to the device, and report the step before the latest."""
     trainer, meter = run.trainer, run.trainer.meter
-    epoch, step = trainer.position.epoch, trainer.position.step
+    position = trainer.position
     is_first, asked = not reader.has_begun, time.perf_counter()
-    batches = [reader.take("train", epoch, step, part) for part in range(run.config.gradient_accumulation_steps)]
-    started = time.perf_counter()
-    if is_first:
-        meter.start_s += started - asked
-        asked = started
-    meter.data_s += started - asked
+    parts = range(run.config.gradient_accumulation_steps)
+    batches = [reader.take("train", position.epoch, position.step, part) for part in parts]
+    waited_s = time.perf_counter() - asked
     for batch in batches:
         meter.unreadable.update(batch.unreadable)
-    result = _gradients(run, batches)
-    with meter.communicating():
-        loss, is_to_stop = _agree(run, result, batches)
-    learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
-    norm = trainer.apply_gradients()
-    num_images = sum(batch.num_images for batch in batches)
-    meter.num_images += num_images
+    inputs = trainer.prepare(batches, others=[float(_is_asked_to_stop(run)), *run.results.report(keep=1)])
+    if is_first:
+        meter.start_s += waited_s
+        asked += waited_s
+    else:
+        meter.data_s += waited_s
     meter.seconds += time.perf_counter() - asked
-    job_metrics.step_taken(num_images)
-    if run.crew.rank == 0:
-        job_metrics.step_finished(epoch + 1, loss)
-    global_step = epoch * run.plan.steps_per_epoch + step
-    if run.tracker is not None and global_step % _STEPS_BETWEEN_LOGS == 0:
-        run.tracker.scalars(global_step + 1, {"step/loss": loss, "step/gradient_norm": norm, **learning_rates})
-    return is_to_stop
+    return inputs
 
 
-def _gradients(run: _TrainingRun, batches: list[ReadyBatch]) -> StepResult:
-    try:
-        return run.trainer.compute_gradients(batches)
-    except ValueError as error:
-        if not any(text in str(error) for text in ("invalid numeric", "nan", "inf")):
-            raise
-        # transformers refuses to match boxes or scores that are not finite.
-        images = [image_id for batch in batches for image_id in batch.image_ids]
-        raise not_a_number(run.trainer.position, ["box matching"], images) from error
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        largest = max((example.image.shape[:2] for batch in batches for example in batch.examples), default=(0, 0))
-        most = max(len(batch.examples) for batch in batches)
-        raise out_of_memory(run.trainer.position, run.config, num_images=most, size_hw=largest) from error
+def _is_asked_to_stop(run: _TrainingRun) -> bool:
+    """Report progress and return True if the command asks to stop, a few steps late."""
+    if run.crew.rank != 0:
+        return False
+    position = run.trainer.position
+    progress = {"epoch": position.epoch + 1, "step": position.step, "num_steps": run.plan.steps_per_epoch}
+    return run.crew.is_asked_to_stop(progress)
 
 
-def _agree(run: _TrainingRun, result: StepResult, batches: list[ReadyBatch]) -> tuple[float, bool]:
-    """Combine a step over all ranks.
+def _agree(run: _TrainingRun, inputs: StepInputs) -> bool:
+    """Conclude an earlier step, whose results came with the inputs; return True if all ranks must stop now."""
+    with run.trainer.meter.communicating():
+        num_stopping, *sums = inputs.others
+    _conclude(run, run.results.conclude(sums))
+    return num_stopping > 0
 
-    Returns:
-        Loss of the global batch; True if the run must stop after this step.
+
+def _settle(run: _TrainingRun, inputs: StepInputs | None) -> None:
+    """Conclude all steps taken so far. Collective: every rank must call it.
+
+    Args:
+        run: The run.
+        inputs: The next step, if it has been prepared.
+    """
+    if inputs is not None:
+        _agree(run, inputs)
+    while len(run.results):
+        _conclude(run, run.results.conclude(run.crew.all_sum(run.results.report(keep=0))))
+
+
+def _conclude(run: _TrainingRun, result: LateResult | None) -> None:
+    """Record a step whose results all ranks know.
 
     Raises:
         WorkerFailed: The loss of any rank is not finite; raised on all ranks.
     """
-    loss = float(torch.stack(list(result.terms.values())).sum())
-    is_to_stop = _is_to_stop(run)
-    num_bad, num_stopping, total = run.crew.all_sum([float(not np.isfinite(loss)), float(is_to_stop), loss])
-    if num_bad:
-        bad = [name for name, value in result.terms.items() if not torch.isfinite(value)]
-        gathered = run.crew.gather((bad, [image_id for batch in batches for image_id in batch.image_ids])) or []
+    if result is None:
+        return
+    outcome, values, position = result.outcome, result.values, result.outcome.position
+    if result.num_bad:
+        gathered = run.crew.share(run.crew.gather((outcome.bad_terms(), outcome.image_ids)))
         names = sorted({name for names, _ in gathered for name in names})
         images = [image_id for names, ids in gathered if names for image_id in ids]
-        raise not_a_number(run.trainer.position, names, images)
-    return total, num_stopping > 0
+        raise not_a_number(position, names, images)
+    run.trainer.meter.gradient_norm += 0.0 if values.is_skipped else values.gradient_norm
+    if run.crew.rank == 0:
+        job_metrics.step_finished(position.epoch + 1, result.loss)
+    global_step = position.epoch * run.plan.steps_per_epoch + position.step
+    if run.tracker is not None and global_step % _STEPS_BETWEEN_LOGS == 0:
+        scalars = {"step/loss": result.loss, "step/gradient_norm": values.gradient_norm, **outcome.learning_rates}
+        run.tracker.scalars(global_step + 1, scalars)
 
 
-def _is_to_stop(run: _TrainingRun) -> bool:
-    """Report progress and return True if the command asks to stop, a few steps late; save before a preemption."""
-    position = run.trainer.position
-    if position.step % _STEPS_BETWEEN_PREEMPTION_CHECKS == 0 and run.crew.notices_preemption():
-        _save_state(run)
-    if run.crew.rank != 0:
-        return False
-    progress = {"epoch": position.epoch + 1, "step": position.step + 1, "num_steps": run.plan.steps_per_epoch}
-    return run.crew.is_asked_to_stop(progress)
+def _stop(run: _TrainingRun, inputs: StepInputs) -> bool:
+    """Save the state and report the last step; return False."""
+    _save_state(run, inputs)
+    run.saver.wait()
+    position, num_steps = run.trainer.position, run.plan.steps_per_epoch
+    if position.step == 0 and position.epoch > 0:
+        position = Position(position.epoch - 1, num_steps)
+    run.crew.show(position.epoch, position.step, num_steps)
+    return False
+
+
+def _step(run: _TrainingRun, inputs: StepInputs) -> StepOutcome:
+    try:
+        return run.trainer.step(inputs)
+    except ValueError as error:
+        if not _NOT_FINITE.search(str(error)):
+            raise
+        # transformers refuses to match boxes or scores that are not finite.
+        raise not_a_number(run.trainer.position, ["box matching"], inputs.image_ids) from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        batches = inputs.batches.use()
+        largest = max((size_hw for batch in batches for size_hw in batch.sizes_hw), default=(0, 0))
+        most = max(len(batch) for batch in batches)
+        raise out_of_memory(run.trainer.position, run.config, num_images=most, size_hw=largest) from error
 
 
 def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     """Validate, add the epoch to the history, and save; return False if the command asked to stop."""
     trainer, plan, crew, epoch = run.trainer, run.plan, run.crew, run.trainer.position.epoch
     record = _record_of_steps(run)
+    model: list[Write] = []
     with trainer.averaged():
         validation = None
         if plan.validates(epoch):
@@ -257,9 +307,10 @@ def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
             record = replace(record, validation=validation)
             trainer.end_epoch(record)
             if crew.rank == 0:
-                _writing(run, lambda: _publish(run))
-    _save_state(run)
+                model = run.saver.model(trainer.detector, trainer.history, trainer.position)
+    _save_state(run, None, after=model)
     if is_to_stop:  # the state is that after the epoch's last step, so that a resumed run starts with the validation
+        run.saver.wait()
         crew.show(epoch, plan.steps_per_epoch, plan.steps_per_epoch)
         return False
     if run.tracker is not None:
@@ -268,7 +319,7 @@ def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     if crew.rank == 0:
         job_metrics.epoch_validated(record.value("AP"))
     crew.announce(record)
-    ray.train.report({"epoch": record.epoch})
+    crew.report({"epoch": record.epoch})
     return True
 
 
@@ -295,33 +346,16 @@ def _record_of_steps(run: _TrainingRun) -> EpochRecord:
     return shared
 
 
-def _publish(run: _TrainingRun) -> None:
-    """Write OUT/checkpoint if this epoch is the best so far, then OUT/last.
+def _save_state(run: _TrainingRun, inputs: StepInputs | None, *, after: Sequence[Write] = ()) -> None:
+    """Save a state to resume from, which is written while training goes on. Collective: every rank must call it.
 
-    The state is written afterwards: if the run is killed in between, it resumes from the earlier state and writes both
-    folders again.
+    Args:
+        run: The run.
+        inputs: The next step, if it has been prepared.
+        after: What is written before the state.
     """
-    out = run.config.out
-    with tempfile.TemporaryDirectory(prefix="raydet-checkpoint-") as folder:
-        run.trainer.detector.save(folder)
-        if is_best_so_far(run.trainer.history, run.config.metric_for_best_model):
-            storage.publish_folder(folder, storage.join(out, "checkpoint"))
-        storage.publish_folder(folder, storage.join(out, "last"))
-
-
-def _save_state(run: _TrainingRun) -> None:
-    """Save a state to resume from. Collective: every rank must call it."""
+    _settle(run, inputs)
     own = run.trainer.state_dict()
     locals_of_ranks = run.crew.gather({"meter": own["meter"], "buffers": own["buffers"]})
     if locals_of_ranks is not None:
-        state = TrainingState.of_ranks(own, locals_of_ranks)
-        _writing(run, lambda: save_state(run.config.out, state, keep=run.config.keep_states))
-        _writing(run, lambda: write_history(run.config.out, run.trainer.history))
-
-
-def _writing(run: _TrainingRun, write: Callable[[], None]) -> None:
-    """Call `write` and convert a failure to write a checkpoint to one that ends the run."""
-    try:
-        write()
-    except OSError as error:
-        raise cannot_write(run.trainer.position, run.config, error) from error
+        run.saver.save(TrainingState.of_ranks(own, locals_of_ranks), run.trainer.history, after=after)

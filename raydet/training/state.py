@@ -4,6 +4,8 @@ A state is a single file, OUT/states/EPOCH-STEP.pt, so that writing it is atomic
 run resumes from the newest readable state, on any number of workers.
 """
 
+import copy
+import dataclasses
 import io
 import json
 import logging
@@ -98,6 +100,60 @@ class TrainingState:
         }
 
 
+class HostMemory:
+    """A copy of a state in host memory, which stays as it is while training goes on.
+
+    The memory is kept for the next state: pinned memory of this size takes long to allocate.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, ...], Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def copy(self, state: TrainingState) -> TrainingState:
+        """Copy a state and return the copy, which is valid until the next call.
+
+        A GPU copies beside its computation: it delays only what follows, and `wait` must precede the first use.
+        """
+        device = next((value.device for value in state.model.values() if value.is_cuda), None)
+        if device is None:
+            return self._copied(state)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            copied = self._copied(state)
+            self._event = self._stream.record_event()
+        current.wait_stream(self._stream)  # the next step must not change what is being copied
+        return copied
+
+    def wait(self) -> None:
+        """Wait until the copy is complete; called in another thread than `copy`."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def _copied(self, state: TrainingState) -> TrainingState:
+        return dataclasses.replace(
+            state,
+            model=self._held(state.model, ("model",)),
+            buffers=self._held(state.buffers, ("buffers",)),
+            parts=self._held(state.parts, ("parts",)),
+        )
+
+    def _held(self, value: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._held(each, (*path, str(key))) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._held(each, (*path, str(number))) for number, each in enumerate(value))
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        held = self._buffers.get(path)
+        if held is None or held.shape != value.shape or held.dtype != value.dtype:
+            held = self._buffers[path] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return held.copy_(value.detach(), non_blocking=True)
+
+
 def save_state(out: str, state: TrainingState, *, keep: int) -> None:
     """Write a state atomically, then delete all but the newest `keep` states.
 
@@ -114,7 +170,7 @@ def save_state(out: str, state: TrainingState, *, keep: int) -> None:
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    storage.write_bytes(storage.join(out, STATES_FOLDER, state.position.file_name), buffer.getvalue())
+    storage.write_bytes(storage.join(out, STATES_FOLDER, state.position.file_name), buffer.getbuffer())
     for name in saved_states(out)[keep:]:
         storage.delete_file(storage.join(out, STATES_FOLDER, name))
 
@@ -125,21 +181,21 @@ def saved_states(out: str) -> list[str]:
     return sorted((name for name in names if name.endswith(".pt")), reverse=True)
 
 
-def newest_state(out: str) -> str | None:
-    """Return the file name of the newest readable state; None if there is none."""
+def newest_state(out: str) -> bytes | None:
+    """Return the content of the newest readable state, for `parse_state`; None if there is none."""
     for name in saved_states(out):
         try:
-            load_state(out, name, torch.device("cpu"))
+            data = storage.read_bytes(storage.join(out, STATES_FOLDER, name))
+            parse_state(data, torch.device("cpu"))
         except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
             logger.warning("%s cannot be read (%s); resuming from the previous state", name, first_line(error))
             continue
-        return name
+        return data
     return None
 
 
-def load_state(out: str, name: str, device: torch.device) -> TrainingState:
-    """Read a state, with its tensors on a device."""
-    data = storage.read_bytes(storage.join(out, STATES_FOLDER, name))
+def parse_state(data: bytes, device: torch.device) -> TrainingState:
+    """Parse the content of a state file, with its tensors on a device."""
     content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     return TrainingState(
         position=Position(*content["position"]),

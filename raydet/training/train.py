@@ -121,8 +121,10 @@ def _train_into(
     if not history:
         _check_model(config)
 
-    from raydet.training.launch import free_workers, run_workers  # imports ray.train, after all checks of the input
+    from raydet.training.launch import free_workers, run_workers  # imports torch, after all checks of the input
 
+    # A cluster of this command's own has one machine, where a single worker needs nobody to look after it.
+    is_alone = config.max_workers == 1 and not ray.is_initialized() and session.starts_cluster()
     with session.session(storage.join(out, "log")):
         resources = shares.share_out(
             min_workers=config.min_workers,
@@ -143,7 +145,7 @@ def _train_into(
         free_workers(out)
         board = open_board()
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
-            failure = run_workers(config, tables, resources, board, stop)
+            failure = run_workers(config, tables, resources, board, stop, is_alone=is_alone)
         free_workers(out)
         folder.check()
         if failure is not None:

@@ -23,19 +23,19 @@ from raydet.models.optim.optimizer import build_optimizer
 from raydet.models.optim.schedules import after_validation, build_schedule
 from raydet.models.step import (
     AUTOCAST_DTYPES,
-    StepResult,
     StepSetting,
     apply_gradients,
     compute_gradients,
-    sum_over_ranks,
+    step_normaliser,
 )
 from raydet.tables.schema import Category
 from raydet.training.history import EpochRecord
+from raydet.training.in_flight import DeviceCopy, StepInputs, StepOutcome, SumOverRanks
 from raydet.training.meter import EpochMeter
 from raydet.training.state import Position
 
 if TYPE_CHECKING:
-    from raydet.training.batches import ReadyBatch
+    from raydet.training.feeding.batches import ReadyBatch
 
 
 @dataclass
@@ -95,13 +95,14 @@ class Trainer:
             gradient_checkpointing=config.gradient_checkpointing,
         ).to(device)
         model = self.detector.model
+        if device.type == "cuda":  # the layout of the fast convolutions
+            nn.Module.to(model, memory_format=torch.channels_last)
         if config.batch_norm == "sync" and world_size > 1:
             synchronise_batch_norms(model, device)
         self._setting = StepSetting(
             device=device,
             autocast_dtype=AUTOCAST_DTYPES[config.precision],
             world_size=world_size,
-            sum_over_ranks=sum_over_ranks,
             scaler=torch.amp.GradScaler(device.type) if config.precision == "fp16" else None,
         )
         self.optimizer = build_optimizer(model, config, backbone_parameter_names(model))
@@ -110,7 +111,10 @@ class Trainer:
         if self._is_frozen:  # after building the optimizer, which must hold every parameter that will be trained later
             freeze_backbone(model, config.freeze_backbone)
         if config.compile:
-            model.compile()
+            self.detector.compile(num_sizes=len(config.multi_scale or ()) + 1)
+        self._copy = DeviceCopy(device)
+        # A CPU group of its own, whose sums run beside the collectives of a step.
+        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
         self.position, self.meter = Position(0, 0), EpochMeter()
         self.history: list[EpochRecord] = []
         self._module: nn.Module | None = None
@@ -144,39 +148,63 @@ class Trainer:
         if self.world_size == 1:
             return model
         module = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
         )
         module.register_comm_hook(self._last_bucket, _all_reduce)
         return module
 
-    def compute_gradients(self, batches: "Sequence[ReadyBatch]") -> StepResult:
-        """Run forward and backward over this rank's micro-batches of the step at `position`."""
+    def prepare(self, batches: "Sequence[ReadyBatch]", *, others: Sequence[float] = ()) -> StepInputs:
+        """Start to copy this rank's micro-batches of a step to the device, and to sum their counts over the ranks.
+
+        Collective: every rank must call it for the same steps in the same order. It waits for nothing, so call it while
+        the device computes the step before.
+
+        Args:
+            batches: The micro-batches.
+            others: Further numbers to sum over the ranks.
+        """
+        collated = [batch.batch for batch in batches]
+        counts = step_normaliser(self.detector, collated).to_tensor().tolist()
+        return StepInputs(
+            batches=self._copy.start(collated),
+            image_ids=[image_id for batch in batches for image_id in batch.image_ids],
+            sums=SumOverRanks([*counts, *others], self._group),
+        )
+
+    def step(self, inputs: StepInputs) -> StepOutcome:
+        """Take the optimizer step at `position` and advance `position`, without waiting for the device.
+
+        If the gradient is not finite, the step changes neither the weights nor the moving average.
+        """
         assert self._module is not None, "an epoch must have begun"
         position = self.position
+        with self.meter.communicating():
+            normaliser = inputs.normaliser
         # Dropout and denoising are seeded by (seed, epoch, step, rank), so that a resumed run repeats their draws.
         entropy = [self.config.seed, position.epoch, position.step, self.rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        examples, rule = [batch.examples for batch in batches], batches[0].resize_rule
-        result = compute_gradients(self.detector, self._module, examples, self._setting, rule=rule)
+        with _fast_matrix_products(self.device):
+            result = compute_gradients(
+                self.detector, self._module, inputs.batches.use(), self._setting, total=normaliser
+            )
         if self.world_size > 1:
             self.meter.communication_s += time.perf_counter() - self._last_bucket.ready_at
         self.meter.add_losses(result.terms)
-        return result
-
-    def apply_gradients(self) -> float:
-        """Take the optimizer step and advance `position`; return the gradient norm before clipping."""
-        assert self._module is not None, "an epoch must have begun"
+        learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         norm = apply_gradients(
-            self._module, self.optimizer, max_grad_norm=self.config.max_grad_norm, scaler=self._setting.scaler
+            self._module,
+            self.optimizer,
+            max_grad_norm=self.config.max_grad_norm,
+            scaler=self._setting.scaler,
+            average=self.average,
         )
         self.schedule.step()
-        if self.average is not None:
-            self.average.update(self.detector.model)
-        value = norm.item()
-        self.meter.gradient_norm += value if np.isfinite(value) else 0.0  # fp16 overflows occasionally
         self.meter.num_steps += 1
-        self.position = Position(self.position.epoch, self.position.step + 1)
-        return value
+        self.position = Position(position.epoch, position.step + 1)
+        return StepOutcome(position, inputs.image_ids, learning_rates, result.terms, norm)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -253,6 +281,20 @@ class Trainer:
             "average": self.average,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+
+@contextlib.contextmanager
+def _fast_matrix_products(device: torch.device) -> Iterator[None]:
+    """Context manager: allow TensorFloat-32 on a GPU while the block runs; validation stays in full precision."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _all_reduce(

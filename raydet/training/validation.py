@@ -14,10 +14,10 @@ from raydet.measuring.numbers.metrics import CocoResult
 from raydet.models.collate import Example
 from raydet.models.detector import Detections
 from raydet.tables.schema import Category
-from raydet.training.batches import BatchReader, ReadyBatch
 from raydet.training.crew import Crew
+from raydet.training.feeding.batches import BatchReader, ReadyBatch
+from raydet.training.feeding.ordering import RunPlan
 from raydet.training.history import ValidationRecord
-from raydet.training.ordering import RunPlan
 from raydet.training.tracking.trackers import RunTracker
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ class TuningPlan:
         base: The training that the search varies.
         dimensions: The options that vary.
         points: Parameters to try before the search draws its own.
-        metric: Name of the metric to optimize.
+        metric: Name of the metric to optimise.
         out: Output folder or URI, absolute.
         max_epochs: Epochs of the longest possible trial.
     """

@@ -67,7 +67,7 @@ class Trial:
 
 
 def best_so_far(history: Sequence[EpochRecord], metric: str) -> dict[int, float]:
-    """By epoch, counted from 1, the best value until then, such that more is better; only of epochs measured."""
+    """Return the best score so far (higher is better) after each measured epoch, by epoch number from 1."""
     scores: dict[int, float] = {}
     best = -float("inf")
     for record in history:
@@ -89,7 +89,7 @@ def with_history(trial: Trial, out: str) -> Trial:
 
 
 def read_history(folder: str) -> list[EpochRecord]:
-    """The epochs in a run folder; empty before the first epoch has ended."""
+    """Read the epochs in a run folder; empty before the first epoch has ended."""
     try:
         return read_whole_history(folder)
     except (FileNotFoundError, ValueError):

@@ -32,7 +32,7 @@ class TuneResult:
 
     Attributes:
         out: Output folder or URI.
-        metric: Name of the optimized metric.
+        metric: Name of the optimised metric.
         trials: All trials, with their histories.
         best: The best trial.
         value: Metric of the best trial in its best epoch.

@@ -47,6 +47,10 @@ def test_a_worker_with_a_gpu_holds_few_cpus(node: tuple[float, float], expected:
     assert shares(node, (96, 8), (64, 0)).cpus_per_worker == expected
 
 
+def test_a_gpu_worker_on_unknown_nodes_holds_one_cpu() -> None:
+    assert shares((16, 0), may_grow=True, use_gpu=True).cpus_per_worker == 1.0
+
+
 AWS: list[Type] = [(0, 0, 0), (16, 0, 16), (8, 1, 4)]
 """The node types of cluster.yaml."""
 

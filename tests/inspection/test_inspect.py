@@ -30,9 +30,9 @@ from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
-from raydet.training import stream
-from raydet.training.batches import ready_batch
-from raydet.training.ordering import RunPlan
+from raydet.training.feeding import stream
+from raydet.training.feeding.batches import ready_batches
+from raydet.training.feeding.ordering import RunPlan
 from tests.reporting.test_reporting import EVIL, Page
 
 Row = dict[str, Any]
@@ -308,13 +308,13 @@ def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: A
     trained: dict[int, Example] = {}
     unreadable: dict[int, str] = {}
     groups = {"train": photographs.row_groups()}
-    source = stream._StreamSource(plan, {"train": photographs}, groups, world_size=2, view=view)
+    source = stream.StreamSource(plan, {"train": photographs}, groups, world_size=2, ranks=(0, 1), view=view)
     for segment in plan.segments():
         if segment.kind == "train" and segment.epoch == 0:
-            for block in stream._encoded(source, segment):
-                batch = ready_batch(stream._prepare_micro_batch(block, view))
-                trained |= {example.image_id: example for example in batch.examples}
-                unreadable |= batch.unreadable
+            for chunk in stream.read_segment(source, segment):
+                for batch in ready_batches(stream.decode_chunk(chunk, view)):
+                    trained |= {example.image_id: example for example in batch.examples}
+                    unreadable |= batch.unreadable
     shown = {
         row["image_id"]: seen
         for _, row, _, seen in FirstEpoch(table=photographs, plan=plan, view=view).rows(range(photographs.num_rows))

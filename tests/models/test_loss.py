@@ -15,8 +15,10 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
+from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
 from raydet.config import BatchNorm
 from raydet.engines.torch_engine import TorchEngine
@@ -26,7 +28,7 @@ from raydet.models.detector import Detector
 from raydet.models.loading import build_detector
 from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
 from raydet.models.small import SMALL_MODELS
-from raydet.models.step import StepSetting, compute_gradients
+from raydet.models.step import StepSetting, compute_gradients, empty_batch, step_normaliser
 from raydet.tables.schema import Category
 from tests.local_head import free_port
 
@@ -405,16 +407,15 @@ def differences_along_a_training(rank: int) -> list[float]:
     torch.set_default_dtype(torch.float64)
     detector = build("rt_detr_v2_tiny")
     module = DistributedDataParallel(detector.model, broadcast_buffers=False)
-    setting = StepSetting(
-        device=torch.device("cpu"), autocast_dtype=None, world_size=2, sum_over_ranks=_sum_over_two_ranks
-    )
+    setting = StepSetting(device=torch.device("cpu"), autocast_dtype=None, world_size=2)
     optimizer = torch.optim.AdamW(detector.model.parameters(), 1e-3)
     differences = []
     for step in range(51):
         items = examples(UNEVEN, seed=step % 4)
         if step % 10 == 0:
             module.zero_grad(set_to_none=True)
-            compute_gradients(detector, module, [items[4:] if rank else items[:4]], setting)
+            mine = [collate(items[4:] if rank else items[:4])]
+            compute_gradients(detector, module, mine, setting, total=normaliser_of_ranks(detector, mine))
             ours = gradient_of(detector.model)
         once, _ = gradient(detector, [collate(items)])
         if step % 10 == 0:
@@ -430,14 +431,13 @@ def distributed_gradient(case: Case, items: Sequence[Example]) -> Gradient:
     if case.batch_norm == "sync":
         synchronise_batch_norms(detector.model, torch.device("cpu"))
     module = DistributedDataParallel(detector.model, broadcast_buffers=False)
-    setting = StepSetting(
-        device=torch.device("cpu"), autocast_dtype=None, world_size=2, sum_over_ranks=_sum_over_two_ranks
-    )
-    parts = [items[number :: case.num_parts] for number in range(case.num_parts)]
+    setting = StepSetting(device=torch.device("cpu"), autocast_dtype=None, world_size=2)
+    shares = [items[number :: case.num_parts] for number in range(case.num_parts)]
+    parts = [collate(share) if share else empty_batch((SIDE, SIDE)) for share in shares]
     # With a parameter that has no gradient, a second round would fail or hang.
     for _ in range(2 if case.counts != UNEVEN else 1):
         module.zero_grad(set_to_none=True)
-        compute_gradients(detector, module, parts, setting)
+        compute_gradients(detector, module, parts, setting, total=normaliser_of_ranks(detector, parts))
     return gradient_of(detector.model) | statistics_of(detector.model)
 
 
@@ -454,9 +454,10 @@ def statistics_of(model: nn.Module) -> Gradient:
     return {name: value.clone() for name, value in model.named_buffers() if "running_" in name}
 
 
-def _sum_over_two_ranks(tensor: Tensor) -> Tensor:
-    torch.distributed.all_reduce(tensor)
-    return tensor
+def normaliser_of_ranks(detector: Detector, batches: Sequence[Batch]) -> Normaliser:
+    counts = step_normaliser(detector, batches).to_tensor()
+    torch.distributed.all_reduce(counts)
+    return Normaliser.from_tensor(counts)
 
 
 @pytest.fixture(scope="module")
@@ -529,12 +530,43 @@ def test_a_rank_without_boxes_does_not_hang_the_others(of_ranks: Mapping[Case, l
     assert all(torch.equal(value, second[key]) for key, value in first.items() if "running_" not in key)
 
 
+LEFT_OUT = {name: ["model.denoising_class_embed.weight"] for name in TINY if name.startswith(WITH_DENOISING)}
+LEFT_OUT["rf_detr_tiny"] = ["model.backbone.backbone.embeddings.mask_token"]
+
+
 @pytest.mark.parametrize("name", TINY)
-def test_every_parameter_has_a_gradient(name: str) -> None:
+@pytest.mark.parametrize("counts", [((2, 3), (0, 0)), ((0, 0), (2, 3))], ids=["boxes first", "boxes later"])
+def test_the_zero_covers_only_what_a_loss_may_leave_out(name: str, counts: tuple[tuple[int, ...], ...]) -> None:
     """Check that every parameter has a gradient, also without boxes: an optimizer treats zero differently from none."""
     detector = build(name, is_deterministic=False)
-    whole(detector, collate(examples((0, 0))))[0].backward()
-    assert [key for key, p in detector.model.named_parameters() if p.requires_grad and p.grad is None] == []
+    for each in counts:
+        detector.model.zero_grad(set_to_none=True)
+        whole(detector, collate(examples(each)))[0].backward()
+        assert [key for key, p in detector.model.named_parameters() if p.requires_grad and p.grad is None] == []
+    left_out = {id(parameter) for parameter in detector.left_out or ()}
+    assert [key for key, p in detector.model.named_parameters() if id(p) in left_out] == LEFT_OUT.get(name, [])
+
+
+def test_the_zero_covers_everything_if_training_skips_layers() -> None:
+    detector = build("table_transformer_tiny", is_deterministic=False)
+    detector.model.config.encoder_layerdrop = 0.5
+    whole(detector, collate(examples((2, 3))))
+    assert len(detector.left_out or ()) == len(list(detector.model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["d_fine_tiny", "deimv2_tiny"])
+def test_each_output_is_matched_once(name: str) -> None:
+    detector = build(name, is_deterministic=False, is_additive=False)
+    matched: list[object] = []
+    hook = register_module_forward_hook(
+        lambda module, _, output: matched.append(output) if isinstance(module, RTDetrHungarianMatcher) else None
+    )
+    try:
+        whole(detector, collate(examples((2, 3))))
+    finally:
+        hook.remove()
+    num_layers = detector.model.config.decoder_layers
+    assert len(matched) == num_layers + 1  # and the proposals of the encoder
 
 
 @pytest.mark.parametrize("name", ["lw_detr_tiny", "rf_detr_tiny"])

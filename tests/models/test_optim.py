@@ -289,7 +289,7 @@ def test_the_average_follows_its_formula_and_resumes_from_a_saved_state() -> Non
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        average.update(model)
+        average.update()
         decay = 0.9 * (1 - math.exp(-step / 5))
         for name, value in model.state_dict().items():
             if value.is_floating_point():
@@ -298,10 +298,21 @@ def test_the_average_follows_its_formula_and_resumes_from_a_saved_state() -> Non
             saved = io.BytesIO()
             torch.save(average.state_dict(), saved)
             saved.seek(0)
-            average = MovingAverage(_Small(), 0.9, rise_steps=5.0)
+            average = MovingAverage(model, 0.9, rise_steps=5.0)
             average.load_state_dict(torch.load(saved, weights_only=True))
     assert average.shadow["norm.num_batches_tracked"] == model.norm.num_batches_tracked == 12
     for name, value in average.shadow.items():
         if value.is_floating_point():
             assert not value.requires_grad and value.data_ptr() != model.state_dict()[name].data_ptr()
             np.testing.assert_allclose(value.numpy(), expected[name].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_leaves_out_a_step_that_was_skipped() -> None:
+    model = _Small()
+    average = MovingAverage(model, 0.9, rise_steps=5.0)
+    before = {name: value.clone() for name, value in average.shadow.items()}
+    with torch.no_grad():
+        model.head.weight.fill_(torch.inf)
+    average.update(where=torch.tensor(False))
+    assert average.num_updates == 1
+    assert all(torch.equal(average.shadow[name], value) for name, value in before.items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raydet.models.checkpoints import STATES_FOLDER
-from raydet.training.state import Position, TrainingState, load_state, newest_state, save_state, saved_states
+from raydet.training.state import Position, TrainingState, newest_state, parse_state, save_state, saved_states
 
 
 def _state(epoch: int, step: int) -> TrainingState:
@@ -20,11 +20,16 @@ def _state(epoch: int, step: int) -> TrainingState:
     )
 
 
+def _newest(out: Path) -> TrainingState:
+    data = newest_state(str(out))
+    assert data is not None
+    return parse_state(data, torch.device("cpu"))
+
+
 def test_what_is_saved_is_what_comes_back(tmp_path: Path) -> None:
     save_state(str(tmp_path), _state(2, 7), keep=2)
-    name = newest_state(str(tmp_path))
-    assert name == "00002-0000007.pt"
-    state = load_state(str(tmp_path), name, torch.device("cpu"))
+    assert saved_states(str(tmp_path)) == ["00002-0000007.pt"]
+    state = _newest(tmp_path)
     assert state.position == Position(2, 7) and state.history == [{"epoch": 1, "AP": None}]
     assert state.meters == _state(2, 7).meters and torch.equal(state.model["w"], torch.full((3,), 2.0))
     assert [float(each["mean"][0]) for each in state.buffers] == [0.0, 1.0]
@@ -44,7 +49,7 @@ def test_a_broken_state_is_passed_over(tmp_path: Path, damage: str) -> None:
     path = tmp_path / STATES_FOLDER / "00002-0000000.pt"
     data = path.read_bytes()
     path.write_bytes({"cut": data[: len(data) // 2], "emptied": b"", "scribbled": b"no state" * 100}[damage])
-    assert newest_state(str(tmp_path)) == "00001-0000000.pt"
+    assert _newest(tmp_path).position == Position(1, 0)
 
 
 def test_no_state(tmp_path: Path) -> None:
@@ -57,5 +62,5 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / STATES_FOLDER / "00002-0000000.pt" / "x").mkdir(parents=True)
     with pytest.raises(OSError, match="00002-0000000"):
         save_state(str(tmp_path), _state(2, 0), keep=1)
-    assert newest_state(str(tmp_path)) == "00001-0000000.pt"
+    assert _newest(tmp_path).position == Position(1, 0)
     assert [path.name for path in (tmp_path / STATES_FOLDER).iterdir() if path.is_file()] == ["00001-0000000.pt"]

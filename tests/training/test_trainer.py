@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from raydet.config import TrainConfig
-from raydet.models.collate import Example
+from raydet.models.collate import Example, collate
 from raydet.tables.schema import Category
-from raydet.training.batches import ReadyBatch
+from raydet.training.feeding.batches import ReadyBatch
+from raydet.training.feeding.ordering import MicroBatch
 from raydet.training.history import EpochRecord, ValidationRecord
-from raydet.training.ordering import MicroBatch
 from raydet.training.state import Position, TrainingState
 from raydet.training.trainer import Trainer
 
@@ -51,10 +51,9 @@ def _step(trainer: Trainer) -> tuple[float, float]:
         for number in range(2)
     ]
     place = MicroBatch("train", position.epoch, position.step, 0, 0, ())
-    batch = ReadyBatch(place, trainer.detector.resize_rule, examples, {}, {})
-    result = trainer.compute_gradients([batch])
-    loss = float(torch.stack(list(result.terms.values())).sum())
-    return loss, trainer.apply_gradients()
+    batch = ReadyBatch(place, trainer.detector.resize_rule, collate(examples), {}, {})
+    values = trainer.step(trainer.prepare([batch])).read()
+    return values.loss, values.gradient_norm
 
 
 def _saved(state: dict[str, Any]) -> dict[str, Any]:

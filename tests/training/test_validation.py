@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
-from ray.data import ExecutionResources
 
 from raydet import (
     EvaluateConfig,
@@ -22,10 +22,9 @@ from raydet.augmentation.view import View
 from raydet.config import Precision
 from raydet.models.detector import Detections
 from raydet.tables.table import open_table
-from raydet.training.batches import ready_batches
-from raydet.training.ordering import RunPlan
-from raydet.training.state import load_state, newest_state
-from raydet.training.stream import run_stream
+from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.stream import read_stream, run_stream
+from raydet.training.state import newest_state, parse_state
 from raydet.training.trainer import Trainer
 from raydet.training.validation import detect
 from tests.small_sets import tiny_training
@@ -59,24 +58,24 @@ def _config(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
 def _validated(config: TrainConfig) -> dict[int, Detections]:
     """The detections of the validation after the last epoch, by image id."""
     train_table, val_table = open_table(config.train_data, "images"), open_table(config.val_data, "images")
-    name = newest_state(config.out)
-    assert name is not None
+    data = newest_state(config.out)
+    assert data is not None
     cpu = torch.device("cpu")
     plan = RunPlan.of_training(config, train_table, num_val=val_table.num_rows)
     trainer = Trainer(
         config, val_table.categories, steps_per_epoch=plan.steps_per_epoch, device=cpu, rank=0, world_size=1
     )
-    trainer.load_state_dict(load_state(config.out, name, cpu).of_rank(0, 1))
+    trainer.load_state_dict(parse_state(data, cpu).of_rank(0, 1))
     (iterator,) = run_stream(
         plan,
         train=train_table,
         val=val_table,
         view=View.of_training(config, trainer.detector.resize_rule, ()),
         world_size=1,
+        ranks=[0],
         start_epoch=config.epochs - 1,
         start_step=plan.steps_per_epoch,
-        reserved=ExecutionResources(cpu=0.5),
-        cpus_per_task=0.5,
+        decoders=[ray.get_runtime_context().get_node_id()],
     )
     found: dict[int, Detections] = {}
     num_threads = torch.get_num_threads()
@@ -84,7 +83,7 @@ def _validated(config: TrainConfig) -> dict[int, Detections]:
     try:
         with trainer.averaged():
             engine = trainer.engine()
-            for batch in ready_batches(iterator):
+            for batch in read_stream(iterator):
                 assert batch.micro_batch.kind == "validate"
                 found |= detect(engine, batch)
     finally:

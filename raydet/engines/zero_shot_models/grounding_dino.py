@@ -49,8 +49,8 @@ class GroundingDinoEngine(ZeroShotEngine):
         offsets = tokens.pop("offset_mapping")[0].tolist()
         if len(offsets) > limit:
             raise UserError(
-                f"too many labels: together they have {len(offsets)} tokens and {self._name} reads at most {limit}; "
-                "give fewer, or score in several runs"
+                f"too many labels: {len(offsets)} tokens in total, but {self._name} reads at most {limit}; "
+                "pass fewer, or score in several runs"
             )
         # Special tokens have an empty span and belong to no label; they get a column behind the labels.
         label_of_token = torch.full((len(offsets),), len(labels))

@@ -1,4 +1,4 @@
-"""Loading a zero-shot model and its processor."""
+"""Loading of a zero-shot model and its processor."""
 
 import tempfile
 from typing import Any
@@ -51,6 +51,6 @@ def _load_local(source: str, *, where: str) -> tuple[PreTrainedModel, Any]:
     if missing:
         raise UserError(
             f"the zero-shot model {where} is incomplete: {len(missing)} weights are missing or do not fit its "
-            f"config.json, such as {missing[0]}; give a trained model"
+            f"config.json, such as {missing[0]}; use a trained model"
         )
     return model, processor

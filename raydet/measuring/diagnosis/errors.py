@@ -107,7 +107,7 @@ def gather(truth: TruthColumns, detections: DetectionColumns, matches: Matches) 
 
 
 def _places(rows: Integers, num_rows: int) -> Integers:
-    """Return the position in the outcomes of each row of the columns, -1 if it does not count."""
+    """Return the position in the outcomes of each row of the columns, -1 for rows that do not count."""
     places = np.full(num_rows, -1, dtype=np.int64)
     places[rows] = np.arange(len(rows))
     return places

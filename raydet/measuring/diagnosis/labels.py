@@ -187,7 +187,7 @@ def suspects(
 
 
 def _share_right(outcomes: Outcomes, is_compared: Flags) -> Floats:
-    """Return the share of correct detections among those compared of the same class and score, [D].
+    """Return, for each detection, the share of correct ones among its peers in class and score, [D].
 
     Isotonic regression makes the share non-decreasing in the score. One additional wrong detection is assumed at each
     level, so that a few correct ones are weak evidence.

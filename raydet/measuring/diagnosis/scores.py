@@ -185,7 +185,7 @@ def pr_curves(
 
 
 def _scores_at_recalls(outcomes: Outcomes) -> Floats:
-    """Return the score threshold at which each class reaches each recall, [101, C]; NaN if it does not."""
+    """Return the score threshold at which each class reaches each recall, [101, C]; NaN for unreached recalls."""
     scores_at = np.full((len(COCO_RECALLS), outcomes.num_categories), np.nan)
     for index, scores, is_right, num_truth in outcomes.by_class():
         if num_truth:
@@ -297,7 +297,7 @@ def calibration(outcomes: Outcomes, categories: Sequence[Category], *, run: str 
 
 
 def _bin_sums(outcomes: Outcomes) -> tuple[Floats, ...]:
-    """Return number of detections, sum of scores and number of correct ones by bin, all then by class, [1 + C, 10]."""
+    """Return the number, score sum and correct number of detections by bin, overall and by class, [1 + C, 10]."""
     inner_ends = np.arange(1, _NUM_BINS) / _NUM_BINS
     place = outcomes.category.astype(np.int64) * _NUM_BINS + np.searchsorted(inner_ends, outcomes.scores, side="right")
     sums = []

@@ -72,7 +72,7 @@ class CocoAccumulator:
     """Accumulator of images, added one by one, for COCO's metrics over all of them.
 
     The result depends neither on the order of the images nor on their distribution over accumulators. Within an image,
-    the order of the detections decides between equal scores, as in pycocotools.
+    the order of the detections breaks ties between equal scores, as in pycocotools.
     """
 
     def __init__(self, categories: Sequence[Category]) -> None:

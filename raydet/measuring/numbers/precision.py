@@ -37,7 +37,6 @@ def precision_at(precision: Floats, num_hits: Integers, needed: Integers) -> Flo
 
     Returns:
         [K, R], 0 for a recall that is not reached.
-        [K, R], 0 where a recall is not reached.
     """
     result = np.zeros(needed.shape)
     has_any = num_hits > 0

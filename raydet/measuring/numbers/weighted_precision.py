@@ -20,7 +20,7 @@ _CHUNK_ENTRIES = 150_000
 
 
 class WeightedPrecision:
-    """AP of images that each count as often as their weight says, for any number of weightings.
+    """AP over weighted images, for any number of weightings.
 
     Holds about 60 bytes per detection.
     """
@@ -69,7 +69,8 @@ class _Chunk:
         starts: Start of each of these groups in `hit_image`.
         lengths: Number of true positives of each of these groups.
         counted_image: Images of the detections that count, as concatenated lists: per cell, those that count at every
-            threshold; per group, those that count at this threshold but not at all. Each by class and descending score.
+            threshold; per group, those that count at this threshold but not at every one. Each by class and descending
+            score.
         always: For each true positive, end of the detections up to it in the list of its cell, [E].
         sometimes: The same for the list of its group.
         always_starts: For each of the groups, start of its class in the list of its cell.
@@ -139,7 +140,7 @@ def _running(weights: Counts) -> Counts:
 
 
 def _recalls_reached(num_truth: Counts) -> tuple[Counts, Integers]:
-    """Return how many of COCO's recalls k of n boxes reach, for k = 0 … n of every n, and the start of each n."""
+    """Return the number of COCO's recalls that k of n boxes reach, for k = 0 … n of every n; and each n's start."""
     sizes = num_truth + 1
     starts = np.cumsum(sizes) - sizes
     found = np.arange(sizes.sum()) - np.repeat(starts, sizes)

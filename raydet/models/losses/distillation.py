@@ -1,17 +1,20 @@
 """The distillation loss of D-FINE and DEIMv2, whose decoder layers learn box distributions from the last layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
 from torchvision.ops import box_convert, box_iou
+from transformers import PreTrainedModel
 from transformers.loss.loss_deimv2 import Deimv2Loss
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
 from raydet.models.detector import Detector
+from raydet.models.families import family_of
 from raydet.models.losses.terms import Labels
 
 _DISTILLATION_TEMPERATURE = 5.0
@@ -29,18 +32,51 @@ def is_dense(detector: Detector) -> bool:
     return bool(getattr(detector.model.config, "use_dense_one_to_one", False))
 
 
-def match_layers(detector: Detector, outputs: Any, labels: Labels) -> list[Matching]:
-    """Match the queries of each auxiliary output to the boxes that its box and distribution terms learn."""
-    config = detector.model.config
-    matcher = RTDetrHungarianMatcher(config)
-    own: list[Matching] = [matcher(auxiliary, labels) for auxiliary in outputs.auxiliary_outputs]
+def keep_matchings(model: PreTrainedModel) -> None:
+    """Make the loss of a family that distils keep its matchings; leave other models alone."""
+    if family_of(model.config.model_type, where="this model").distils:
+        model.loss_function = _MatchingKeeper(model.loss_function)
+
+
+class _MatchingKeeper:
+    """The loss function of transformers, which also keeps the matchings that its criterion makes.
+
+    Matching runs on the CPU and waits for the device, so the distillation term must not repeat it.
+
+    Attributes:
+        matchings: Of the latest call: those of the last decoder layer, then those of each auxiliary output.
+    """
+
+    def __init__(self, loss: Callable[..., Any]) -> None:
+        self._loss = loss
+        self.matchings: list[Matching] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.matchings = []
+        hook = register_module_forward_hook(self._keep)
+        try:
+            return self._loss(*args, **kwargs)
+        finally:
+            hook.remove()
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, RTDetrHungarianMatcher):
+            self.matchings.append(output)
+
+
+def matchings_of_layers(detector: Detector, outputs: Any) -> list[Matching]:
+    """Return the matching that the box and distribution terms of each auxiliary output learn.
+
+    Args:
+        detector: Detector of a family that distils.
+        outputs: Outputs of the model's latest forward pass with labels.
+    """
+    keeper: Any = detector.model.loss_function
+    last, *own = keeper.matchings
+    assert len(own) == len(outputs.auxiliary_outputs), "the criterion matches each output once, in order"
     if not is_dense(detector):
-        return own
-    last = {"logits": outputs.logits, "pred_boxes": outputs.pred_boxes.clamp(0, 1)}
-    if outputs.denoising_meta_values is not None:
-        num_split = outputs.denoising_meta_values["dn_num_split"]
-        last = {name: value.split(num_split, dim=1)[1] for name, value in last.items()}
-    union: Matching = Deimv2Loss(config)._get_dense_o2o_indices(matcher(last, labels), own)
+        return list(own)
+    union: Matching = Deimv2Loss(detector.model.config)._get_dense_o2o_indices(last, own)
     return [union] * len(own)
 
 
@@ -62,7 +98,7 @@ def distillation_terms(
         detector: Detector of a family that distils.
         outputs: Outputs of the forward pass, in training mode.
         labels: Per image.
-        matchings: Result of `match_layers`, one per auxiliary output.
+        matchings: Result of `matchings_of_layers`, one per auxiliary output.
         num_matched: Matched queries in the global batch.
         num_queries: All queries in the global batch.
     """

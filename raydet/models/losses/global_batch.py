@@ -9,7 +9,7 @@ micro-batches. Three cases need more:
   hang, and it always assumes training mode. `grouped.py` replaces it.
 - The distillation term of D-FINE and DEIMv2 is not such a quotient. `distillation.py` recomputes it.
 - DEIMv2 divides the box terms by the number of queries that any decoder layer matches to a box, which is known only
-  after the forward pass; the ranks then sum it. A step of several micro-batches would need the numbers of all of them
+  after the forward pass; the ranks then sum it. A step of several micro-batches would need the counts of all of them
   before the first backward pass. Here, and only here, each micro-batch is divided by its own number and weighted by
   its boxes. With `use_dense_one_to_one: false` in the model's config the exception does not apply.
 """
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from raydet.models.collate import Batch
 from raydet.models.detector import Detector
-from raydet.models.losses.distillation import DENSE_TERMS, Matching, distillation_terms, is_dense, match_layers
+from raydet.models.losses.distillation import DENSE_TERMS, Matching, distillation_terms, is_dense, matchings_of_layers
+from raydet.models.losses.left_out import zero_over_left_out_parameters
 from raydet.models.losses.terms import proposal_terms, weighted_terms
 
 
@@ -111,7 +112,7 @@ def compute_loss(
     values = weighted_terms(detector, outputs.loss_dict | proposal_terms(detector, outputs, labels))
     ratios = _ratios(detector, values, global_normaliser, local)
     if detector.family.distils:
-        matchings, num_matched = match_layers(detector, outputs, labels), global_normaliser.num_matched
+        matchings, num_matched = matchings_of_layers(detector, outputs), global_normaliser.num_matched
         if is_dense(detector):
             ratio, num_matched = _dense_ratio(matchings[0], local, global_normaliser, world_size)
             ratios |= {name: ratio for name in values if name.startswith(DENSE_TERMS) and "_dn_" not in name}
@@ -126,14 +127,16 @@ def compute_loss(
         values |= exact
         ratios |= dict.fromkeys(exact, 1.0)
     scaled = {name: value * ratios[name] for name, value in values.items()}
-    total = torch.stack(list(scaled.values())).sum() * world_size + _no_loss_over_all_parameters(detector.model)
+    total = torch.stack(list(scaled.values())).sum() * world_size
+    if total.requires_grad:
+        total = total + zero_over_left_out_parameters(detector, total)
     return LossTerms(total, {name: value.detach() for name, value in scaled.items()})
 
 
 def _ratios(
     detector: Detector, names: Iterable[str], global_normaliser: Normaliser, local: Normaliser
 ) -> dict[str, float]:
-    """Return, for each term, the divisor that transformers uses for this micro-batch over that of the global batch."""
+    """Return, for each term, the ratio of transformers' divisor for this micro-batch to that of the global batch."""
     config = detector.model.config
     num_groups = float(getattr(config, "group_detr", 1)) if detector.model.training else 1.0
     box_ratio = max(num_groups * local.num_boxes, 1.0) / max(num_groups * global_normaliser.num_boxes, 1.0)
@@ -169,13 +172,3 @@ def _dense_ratio(
     rounds = global_normaliser.num_boxes / num_boxes_round if num_boxes_round else 1.0
     num_matched = min(num_round * rounds, global_normaliser.num_queries)
     return max(num_local, 1.0) / max(num_matched, 1.0), num_matched
-
-
-def _no_loss_over_all_parameters(model: nn.Module) -> Tensor:
-    """Return a zero that depends on every trainable parameter, so that each has a gradient.
-
-    DistributedDataParallel waits for every gradient on every rank, but a rank without boxes never uses some
-    parameters, such as the class embedding of the denoising queries. A single rank needs it too, because an optimizer
-    treats a gradient of zero differently from none.
-    """
-    return torch.stack([parameter.sum() for parameter in model.parameters() if parameter.requires_grad]).sum() * 0.0

@@ -14,23 +14,41 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float, *, rise_steps: float = 300.0) -> None:
-        self.decay, self.rise_steps, self.num_updates = decay, rise_steps, 0
-        self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        """Start from the current weights.
 
-    def update(self, model: nn.Module) -> None:
-        """Add the weights after an optimizer step."""
+        Args:
+            model: Already on its device: `update` reads the tensors that it has now.
+            decay: Between 0 and 1.
+            rise_steps: Time constant of the decay's rise.
+        """
+        self.decay, self.rise_steps, self.num_updates = decay, rise_steps, 0
+        state = {name: value.detach() for name, value in model.state_dict().items()}
+        self.shadow = {name: value.clone() for name, value in state.items()}
+        averaged = [name for name, value in state.items() if value.is_floating_point()]
+        copied = [name for name in state if name not in set(averaged)]
+        self._averaged = [self.shadow[name] for name in averaged], [state[name] for name in averaged]
+        self._copied = [self.shadow[name] for name in copied], [state[name] for name in copied]
+
+    def update(self, *, where: Tensor | None = None) -> None:
+        """Add the weights after an optimizer step.
+
+        Args:
+            where: Boolean scalar on the device of the model. If it is False, the average keeps its value; the step
+                counts for the decay all the same.
+        """
         self.num_updates += 1
-        decay = self.decay * (1.0 - math.exp(-self.num_updates / self.rise_steps))
-        averaged: tuple[list[Tensor], list[Tensor]] = [], []
-        copied: tuple[list[Tensor], list[Tensor]] = [], []
-        for name, value in model.state_dict().items():
-            shadows, values = averaged if value.is_floating_point() else copied
-            shadows.append(self.shadow[name])
-            values.append(value)
+        part = 1.0 - self.decay * (1.0 - math.exp(-self.num_updates / self.rise_steps))
+        shadows, values = self._averaged
         with torch.no_grad():
-            torch._foreach_lerp_(*averaged, 1.0 - decay)
-            if copied[0]:
-                torch._foreach_copy_(*copied)
+            if where is None or where.device.type == "cpu":
+                if where is None or where:
+                    torch._foreach_lerp_(shadows, values, part)
+            else:  # the host must not wait for the value of `where`
+                changes = torch._foreach_sub(values, shadows)
+                torch._foreach_mul_(changes, where * part)
+                torch._foreach_add_(shadows, changes)
+            if self._copied[0]:
+                torch._foreach_copy_(*self._copied)
 
     def state_dict(self) -> dict[str, object]:
         """Return the state that a resumed run needs."""

@@ -63,7 +63,7 @@ def check_schedule(config: TrainConfig) -> None:
             "--schedule-options: warmup_stable_decay needs num_decay_steps, for example {num_decay_steps: 500}"
         )
     if set(options) >= _MIN_RATE:
-        raise UserError(f"--schedule-options: {name} takes min_lr or min_lr_rate, not both")
+        raise UserError(f"--schedule-options: {name} accepts min_lr or min_lr_rate, not both")
     for key, value in options.items():
         if key in _CHOICES:
             if value not in _CHOICES[key]:

@@ -83,7 +83,7 @@ class HubImages:
         return readable(Path(path).name)
 
     def _cell(self, row: str) -> tuple[bytes | None, str | None]:
-        """Return the bytes and the path in a row, which stores a struct of both or one of them."""
+        """Return the bytes and the path in a row, which stores a struct of both, or only one."""
         number = int(row)
         value = self.dataset[number : number + 1][self.column][0].as_py()
         if isinstance(value, dict):

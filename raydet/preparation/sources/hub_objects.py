@@ -89,7 +89,7 @@ def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
 
 
 def names_in(fields: Iterable[str]) -> dict[str, str | None]:
-    """Return the field of `objects` for each key of `NAMES`; None if there is none."""
+    """Return the field of `objects` for each key of `NAMES`; None for an absent field."""
     return _names(tuple(fields))
 
 
@@ -169,6 +169,6 @@ def _integer(value: Any) -> int | None:
 
 
 def _area(area: Any, box_xywh: _Box, bbox_format: BboxFormat) -> float:
-    """As stated; that of the box where nothing sensible is, and for boxes in parts of the image always."""
+    """Return the stated area; that of the box if none is valid, and always for boxes relative to the image."""
     is_stated = bbox_format != "yolo" and isinstance(area, int | float) and math.isfinite(area) and area >= 0
     return float(area) if is_stated else box_xywh[2] * box_xywh[3]

@@ -138,7 +138,7 @@ def _scan(
     image_ids: NDArray[np.int64] | None,
     findings: FindingLog,
 ) -> tuple[tuple[Category, ...], Mapping[_Key, int], bool]:
-    """Go through all boxes once and note the findings, which must be known before the first row is written.
+    """Scan all boxes once and note the findings, which must be known before the first row is written.
 
     Returns:
         The classes, their indices by number and name, and True if the ids of the boxes can be kept.
@@ -194,7 +194,7 @@ def _image_column(features: Mapping[str, Any], wanted: str | None) -> str:
     if "image" in features:
         return "image"
     if len(typed) != 1:
-        raise UserError(f"name the column of the images with --image-column; the data set has {columns}")
+        raise UserError(f"cannot identify the column of the images: the data set has {columns}; set --image-column")
     return typed[0]
 
 
@@ -247,7 +247,7 @@ def _numbered(names: Sequence[str], first: int) -> tuple[Category, ...]:
 
 
 def _indices(categories: Sequence[Category], numbers: Sequence[int]) -> dict[_Key, int]:
-    """Map the name of a class and its number in the data set to its index."""
+    """Return the index of each class, by its name and by its number in the data set."""
     by_name: dict[_Key, int] = {category.name: index for index, category in enumerate(categories)}
     return by_name | {number: index for index, number in enumerate(numbers)}
 

@@ -1,4 +1,4 @@
-"""A list of images without labels: a text file with a path or address per line, or a CSV file with a column of them.
+"""A list of images without labels: a text file with a path or URL per line, or a CSV file with such a column.
 
 The conventions are those of `predict`'s lists: UTF-8; blank lines and lines that start with `#` are ignored; relative
 paths start at the list's folder; each line is an image, in order, repetitions included. The list itself may be on the
@@ -26,7 +26,7 @@ CSV_COLUMNS = ("url", "uri", "path", "file_name", "filename", "image")
 
 
 def is_list(uri: str) -> bool:
-    """Return True if a URI names a list of images by its suffix; always on the web, where there are no folders."""
+    """Return True if a URI names a list of images by its suffix; always for URLs, because the web has no folders."""
     if storage.is_web(uri):
         return True
     return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not Path(uri).is_dir()
@@ -44,7 +44,7 @@ class ImageList:
 
         Args:
             uri: Path or URI of the list.
-            web: Reader for addresses on the web.
+            web: Reader for http and https URLs.
         """
         self.uri = uri if storage.is_web(uri) else storage.absolute_uri(uri)
         self._web = web or WebReader()
@@ -63,7 +63,7 @@ class ImageList:
         return beside(self.uri.rpartition("/")[0], path)
 
     def check_root(self, uri: str) -> None:
-        """Open the bucket of a URI; local files and addresses on the web need nothing.
+        """Open the bucket of a URI; local files and web URLs need nothing.
 
         Raises:
             UserError: The scheme is unknown, or there is no such bucket.
@@ -106,24 +106,20 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
 
     Returns:
         One record per line, its id the index of the image; the column `source_id` holds the line, without the
-        signature of a signed address. The files themselves are not opened.
+        signature of a signed URL. The files themselves are not opened.
 
     Raises:
         UserError: The list cannot be read, is not text, or names no image, a folder or an unknown scheme.
     """
     name = (images.uri.partition("?")[0] if storage.is_web(images.uri) else images.uri).lower()
     if not name.endswith((*LIST_SUFFIXES, ".csv")):
-        hint = (
-            "name a list of addresses"
-            if storage.is_web(images.uri)
-            else "name a folder, or a list of paths or addresses"
-        )
+        hint = "name a list of URLs" if storage.is_web(images.uri) else "name a folder, or a list of paths or URLs"
         raise UserError(f"{images.uri} is not a list: {hint} ({', '.join(LIST_SUFFIXES)} or .csv)")
     data = _read_bytes(images.uri)
     columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
     paths = _lines(data, images.uri) if columns is None else columns["source_id"].to_pylist()
     if not paths:
-        raise UserError(f"{images.uri} is an empty list: it names no image; write one path or address per line")
+        raise UserError(f"{images.uri} is an empty list: it names no image; write one path or URL per line")
     _check(paths, images, for_reference)
     fields = [pa.field("source_id", pa.string())] if columns is None else list(columns.schema)
 
@@ -154,7 +150,7 @@ def _lines(data: bytes, uri: str) -> list[str]:
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or address per line") from None
+        raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or URL per line") from None
     named = (line.strip() for line in lines)
     return [readable(line) for line in named if line and not line.startswith("#")]
 
@@ -168,7 +164,9 @@ def _read_csv(data: bytes, uri: str) -> pa.Table:
     by_name = {name.lower(): name for name in reversed(table.column_names)}
     chosen = next((by_name[name] for name in CSV_COLUMNS if name in by_name), None)
     if chosen is None:
-        raise UserError(f"{uri} has no column named {', '.join(CSV_COLUMNS)}; it has {', '.join(table.column_names)}")
+        raise UserError(
+            f"{uri} has none of the columns {', '.join(CSV_COLUMNS)}; it has {', '.join(table.column_names)}"
+        )
     paths = table[chosen].cast(pa.string())
     if paths.null_count or "" in paths.unique().to_pylist():
         raise UserError(f"the column {chosen} of {uri} has rows without an image; each row must name one")
@@ -196,13 +194,12 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
         uri = images.uri_of(path)
         if for_reference and storage.is_web(uri):
             raise UserError(
-                f"image {number} of {images.uri} is on the web: {path}; --image-storage reference needs files or "
+                f"image {number} of {images.uri} is a web URL: {path}; --image-storage reference requires files or "
                 "objects of a store, since every later step reads the images again"
             )
         if storage.is_web(images.uri) and not storage.is_web(uri):
             raise UserError(
-                f"image {number} of {images.uri} is not on the web: {path}; "
-                "a list on the web can only name images on the web"
+                f"image {number} of {images.uri} is not a web URL: {path}; a list on the web can only name URLs"
             )
         if "@" in uri:
             refuse_password(uri, what=f"image {number} of {images.uri}")

@@ -1,12 +1,12 @@
 """Pascal VOC XML files → records.
 
 Coordinates are those of the VOC devkit: the first pixel is 1, and a box extends from the left edge of pixel `xmin` to
-the right edge of pixel `xmax`. Hence left = xmin - 1 and width = xmax - xmin + 1, and likewise vertically; fractions
+the right edge of pixel `xmax`. Hence left = xmin - 1 and width = xmax - xmin + 1, and the same vertically; fractions
 are allowed. Files whose first pixel is 0 state edges rather than pixels: left = xmin, width = xmax - xmin.
 
 An XML file belongs to the image with the same path apart from the extension. The tag `filename` is often wrong or left
 over from another data set; it decides only between several images with this path. `difficult` objects become crowds:
-a detector need not find either, and finding them is no error. Parts of objects, poses and `truncated` are not read. An
+neither finding nor missing one is an error. Parts of objects, poses and `truncated` are not read. An
 XML file with a DOCTYPE is refused, because a DOCTYPE can declare entities that fill the memory.
 """
 
@@ -49,7 +49,7 @@ _NO_IMAGE = "no such file: no image has this name"
 
 
 class _XmlError(Exception):
-    """This XML file cannot be used; the message is a short reason."""
+    """Unusable XML file; the message is a short reason."""
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -102,7 +102,7 @@ def read_voc(
         annotations: Folder of the XML files.
         images: Folder of the images; may be the same.
         split_uri: File with the name of an image per line, without extension. A second column, which in the devkit
-            tells if a class is in the image, is ignored. Without a split, every image is taken.
+            states the presence of a class, is ignored. Without a split, all images are used.
         classes: Names in order, or one .txt file of names. Objects of other classes are dropped and counted. By
             default, all classes of all XML files, sorted by name; files outside the split count too, so that all
             splits of a folder have the same classes.
@@ -110,9 +110,9 @@ def read_voc(
         unlabelled: Reject images without an XML file, or keep them without objects.
 
     Returns:
-        One record per image, sorted by path, its id the rank; category ids start at 1. A broken XML file, one without
-        an image and a line of the split without one are refused. The column `source_id` holds the path without
-        extension.
+        One record per image, sorted by path, its id the rank; category ids start at 1. Broken XML files, XML files
+        without an image, and lines of the split without an image are refused. The column `source_id` holds the path
+        without extension.
 
     Raises:
         UserError: A folder or the split cannot be read, no XML file belongs to an image, or there is no class.
@@ -177,11 +177,11 @@ def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: Fin
     if not xml_files:
         elsewhere = sum(path.lower().endswith(".xml") for path in list_below(images))
         hint = (
-            f"--images {images.uri} holds {elsewhere}"
+            f"--images {images.uri} holds {elsewhere} XML files"
             if elsewhere
             else "for images without labels, use `raydet prepare images`"
         )
-        raise UserError(f"--annotations {annotations.uri} holds 0 XML files and {len(files)} others; {hint}")
+        raise UserError(f"--annotations {annotations.uri} holds no XML files, but {len(files)} others; {hint}")
     paths = {_stem(path): path for path in xml_files}
     for path in sorted(set(xml_files) - set(paths.values())):
         findings.note(Finding("XML files with the same name as another, skipped", readable(path)))
@@ -236,7 +236,7 @@ def _no_class(annotations: ImageFolder, xml_paths: Mapping[str, str], found: Map
     stem, refusal = next(iter(refusals.items()))
     text = f"none of the {len(refusals)} XML files below {annotations.uri} can be read; {xml_paths[stem]}: {refusal}"
     if annotations.refuse_outside(xml_paths[stem]) is not None:
-        text += "; copy the folder with its links resolved, as `cp -rL` does, and give the copy"
+        text += "; copy the folder with its links resolved, as `cp -rL` does, and use the copy"
     return UserError(text)
 
 
@@ -305,7 +305,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
         offset = 0.0 if zero_based else 1.0
         findings["boxes that begin before pixel 1, as if counted from 0 (see --zero-based)"] += min(left, top) < offset
         is_difficult = _text(item, "difficult") or "0"
-        findings["objects whose `difficult` is neither 0 nor 1, taken for 0"] += is_difficult not in ("0", "1")
+        findings["objects whose `difficult` is neither 0 nor 1, treated as 0"] += is_difficult not in ("0", "1")
         result.names.append(name)
         result.boxes_xywh.append((left - offset, top - offset, right - (left - offset), bottom - (top - offset)))
         result.difficult.append(is_difficult == "1")

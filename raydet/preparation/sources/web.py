@@ -1,6 +1,6 @@
-"""An address on the web → the bytes of the file, with retries for busy servers and limits for hostile ones.
+"""A URL → the bytes of the file, with retries for busy servers and limits for hostile ones.
 
-A list of addresses can name any host that this machine reaches, including those of its own network. Do not prepare a
+A list of URLs can name any host that this machine reaches, including those of its own network. Do not prepare a
 stranger's list on a machine whose internal hosts must not be contacted. At most five redirects are followed, to http
 and https only.
 """
@@ -26,7 +26,7 @@ _HOSTS_AT_ONCE = 64
 
 
 class _TransientError(Exception):
-    """A failure that may pass; the message is the reason to report if it does not."""
+    """Failure that a retry may fix; the message is reported if all attempts fail."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -38,8 +38,8 @@ class WebReader:
     """Reader for files on web servers; thread-safe and cheap to pickle.
 
     If a server is busy (429, 503 and the like), drops the connection or sends less than announced, the reader retries
-    after 0.5, 1, 2 and 4 seconds, or when the server says so. It uses the proxies of the environment (`https_proxy`,
-    `no_proxy`).
+    after 0.5, 1, 2 and 4 seconds, or at the time that the server requests. It uses the proxies of the environment
+    (`https_proxy`, `no_proxy`).
 
     Attributes:
         connect_timeout_s: Time limit for establishing the connection.
@@ -106,11 +106,11 @@ class WebReader:
                 refuse_size(int(stated), self.max_bytes)
             return
         if status in (404, 410):
-            raise MissingFileError(f"no such file: the server answers {status}")
+            raise MissingFileError(f"no such file: the server answered {status}")
         if status in _BUSY:
             after = response.headers.get("Retry-After", "")
-            raise _TransientError(f"the server answers {status}", float(after) if after.isdecimal() else None)
-        raise ReadError(f"the server answers {status}")
+            raise _TransientError(f"the server answered {status}", float(after) if after.isdecimal() else None)
+        raise ReadError(f"the server answered {status}")
 
     def _body(self, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
         chunks: list[bytes] = []
@@ -146,19 +146,19 @@ def _reason(error: BaseException) -> Exception:
     """Convert an error of urllib3 or the network to one short line."""
     names = urllib3.exceptions
     if isinstance(error, names.ResponseError) and "redirect" in str(error):
-        return ReadError(f"the server redirects more than {_MAX_REDIRECTS} times")
-    if isinstance(error, ValueError):  # all errors of urllib3 about addresses are ValueErrors too
-        return ReadError("the address, or one that the server redirects to, is not an http or https address")
+        return ReadError(f"more than {_MAX_REDIRECTS} redirects")
+    if isinstance(error, ValueError):  # all errors of urllib3 about URLs are ValueErrors too
+        return ReadError("the URL, or one that the server redirects to, is not an http or https URL")
     if isinstance(error, names.SSLError):
         return ReadError("the server's certificate or encryption cannot be trusted")
     if isinstance(error, names.NameResolutionError):
-        return _TransientError("no server of this name")
+        return _TransientError("unknown host")
     if isinstance(error, names.NewConnectionError):
-        return _TransientError("no connection to the server")
+        return _TransientError("cannot connect to the server")
     if isinstance(error, names.TimeoutError | TimeoutError):
-        return _TransientError("the server does not answer in time")
+        return _TransientError("the server did not answer in time")
     if isinstance(error, names.ProtocolError | names.IncompleteRead | OSError):
-        return _TransientError("the connection breaks off")
+        return _TransientError("the connection was dropped")
     return ReadError(f"cannot be read: {type(error).__name__}")
 
 

@@ -124,7 +124,7 @@ def _no_label_file(files: YoloFiles) -> UserError:
     )
     if not label_paths:
         return UserError(
-            f"{text}, but {files.labels.uri} holds 0 .txt files and {len(others)} others; for images without "
+            f"{text}, but {files.labels.uri} holds no .txt files and {len(others)} others; for images without "
             "labels, use `raydet prepare images`"
         )
     folders = aligned_folders(label_paths, image_paths)
@@ -138,7 +138,7 @@ def _no_label_file(files: YoloFiles) -> UserError:
         )
         if subfolder
     ]
-    return UserError(f"{text}, but names agree for the {' and the '.join(places)}; give these folders")
+    return UserError(f"{text}, but names agree for the {' and the '.join(places)}; use these folders")
 
 
 def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _LabelFile:

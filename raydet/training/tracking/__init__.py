@@ -1,1 +1,1 @@
-"""Numbers of a run → the trackers that people watch."""
+"""Metrics of a run → trackers."""

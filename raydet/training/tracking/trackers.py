@@ -40,7 +40,7 @@ def check_trackers(names: Sequence[str]) -> None:
     missing = [name for name in dict.fromkeys(names) if not _is_installed(_PACKAGES[name])]
     if missing:
         raise UserError(
-            f"--trackers: {' and '.join(missing)} not installed; run: pip install 'raydet[{','.join(missing)}]'"
+            f"--trackers requires the package {' and '.join(missing)}; run: pip install 'raydet[{','.join(missing)}]'"
         )
 
 

@@ -151,13 +151,13 @@ def test_a_file_is_read_by_its_address(site: Site) -> None:
 @pytest.mark.parametrize(
     ("path", "reason", "num_asked"),
     [
-        ("/none.jpg", "no such file: the server answers 404", 1),
-        ("/forbidden", "the server answers 403", 1),
-        ("/always503", "the server answers 503, after 5 attempts", 5),
-        ("/silent", "the server does not answer in time, after 5 attempts", 5),
+        ("/none.jpg", "no such file: the server answered 404", 1),
+        ("/forbidden", "the server answered 403", 1),
+        ("/always503", "the server answered 503, after 5 attempts", 5),
+        ("/silent", "the server did not answer in time, after 5 attempts", 5),
         ("/large", "a file of 1,099,512 MB is over the limit of 1,074 MB", 1),
-        ("/circle", "the server redirects more than 5 times", 6),
-        ("/file", "the address, or one that the server redirects to, is not an http or https address", 1),
+        ("/circle", "more than 5 redirects", 6),
+        ("/file", "the URL, or one that the server redirects to, is not an http or https URL", 1),
     ],
 )
 @pytest.mark.timeout(60)
@@ -191,10 +191,10 @@ def test_servers_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     gone = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     gone.server_close()
-    with pytest.raises(ReadError, match=r"^no connection to the server, after 5 attempts$"):
+    with pytest.raises(ReadError, match=r"^cannot connect to the server, after 5 attempts$"):
         QUICK.read(f"http://127.0.0.1:{gone.server_address[1]}/a.jpg")
     for address in ("http://", "http://[", "http://host:port/"):
-        with pytest.raises(ReadError, match=r"is not an http or https address|no server of this name"):
+        with pytest.raises(ReadError, match=r"is not an http or https URL|unknown host"):
             QUICK.read(address)
 
 
@@ -250,7 +250,7 @@ def test_a_list_on_the_web_and_its_relative_paths(site: Site) -> None:
     images = ImageList(f"{site.url}/lists/new.txt?token=7")
     records = list(read_list(images).images)
     assert [images.read(record.path) for record in records[:2]] == [site.files["/a.jpg"], b"beside the list"]
-    with pytest.raises(UserError, match=r"cannot read .*/none.txt: no such file: the server answers 404"):
+    with pytest.raises(UserError, match=r"cannot read .*/none.txt: no such file: the server answered 404"):
         read_list(ImageList(f"{site.url}/none.txt"))
 
 
@@ -276,7 +276,7 @@ def test_a_csv_names_images_and_carries_further_columns(tmp_path: Path) -> None:
         ("a.txt", b"x.jpg\nnews://host/x.jpg\n", "image 2 of .*a.txt: cannot open news://host"),
         ("a.lst", b"\xff\xfe\x00", "is not text in UTF-8"),
         ("a.csv", b"", "is not a CSV file"),
-        ("a.csv", b"name,size\nx,1\n", "has no column named url, .*; it has name, size"),
+        ("a.csv", b"name,size\nx,1\n", "has none of the columns url, .*; it has name, size"),
         ("a.csv", b"path,size\nx.jpg,1\n,2\n", "the column path of .* has rows without an image"),
         ("a.csv", b"path,size\nx.jpg\n", "is not a CSV file"),
         ("a.json", b"[]", "is not a list: name a folder, or a list"),
@@ -294,7 +294,7 @@ def test_lists_of_no_use_are_named(tmp_path: Path, name: str, content: bytes, wo
 def test_a_list_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such list: .*none.txt"):
         read_list(ImageList(str(tmp_path / "none.txt")))
-    with pytest.raises(UserError, match=r"is not a list: name a list of addresses"):
+    with pytest.raises(UserError, match=r"is not a list: name a list of URLs"):
         read_list(ImageList("https://127.0.0.1/images/"))
 
 
@@ -312,9 +312,9 @@ def test_a_table_is_made_of_a_list_and_what_fails_is_rejected(site: Site, tmp_pa
     assert rows[1]["image"]["bytes"] == rows[0]["image"]["bytes"] == site.files["/a.jpg"]
     rejected = open_table(str(tmp_path / "out" / "_rejected"), "rejected").read().to_pylist()
     assert {row["path"].rpartition("/")[2]: row["reason"] for row in rejected} == {
-        "none.jpg": "no such file: the server answers 404",
+        "none.jpg": "no such file: the server answered 404",
         "busy.jpg": "not an image Pillow can read (it is text)",
-        "always503": "the server answers 503, after 5 attempts",
+        "always503": "the server answered 503, after 5 attempts",
         "page.html": "not an image Pillow can read (it is text)",
     }
     assert (report.found, report.accepted, report.rejected) == (8, 4, 4)
@@ -327,14 +327,17 @@ def test_the_web_has_no_folders_and_nothing_to_refer_to(
     (tmp_path / "secret.txt").write_text("https://me:geheim@127.0.0.1/a.jpg")
     coco = ["prepare", "coco", "--annotations", "x.json", "--images", site.url]
     for command, words in [
-        (["prepare", "images", "--images", f"{site.url}/images/"], "is not a list: name a list of addresses"),
-        (coco, "is on the web"),
-        (["prepare", "images", "--images", str(tmp_path / "list.txt"), "--image-storage", "reference"], "needs files"),
+        (["prepare", "images", "--images", f"{site.url}/images/"], "is not a list: name a list of URLs"),
+        (coco, "is a web URL"),
+        (
+            ["prepare", "images", "--images", str(tmp_path / "list.txt"), "--image-storage", "reference"],
+            "requires files",
+        ),
         (["prepare", "images", "--images", str(tmp_path / "secret.txt")], "contains a password"),
     ]:
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and "geheim" not in error
     site.files["/list.txt"] = b"a.jpg\nfile:///etc/hostname"
-    with pytest.raises(UserError, match=r"image 2 of .* is not on the web"):
+    with pytest.raises(UserError, match=r"image 2 of .* is not a web URL"):
         read_list(ImageList(f"{site.url}/list.txt"))

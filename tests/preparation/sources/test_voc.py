@@ -270,8 +270,8 @@ def test_every_image_with_an_xml_file_needs_no_word_about_labels(tmp_path: Path)
 @pytest.mark.parametrize(
     ("annotations", "images", "facts"),
     [
-        ("img", "img", ["--annotations", "0 XML files and 2 others"]),
-        ("img/val", "all", ["0 XML files", "--images", "all holds 2"]),
+        ("img", "img", ["--annotations", "no XML files, but 2 others"]),
+        ("img/val", "all", ["no XML files", "--images", "all holds 2"]),
         ("all", "all", ["--annotations {0}/all/xml --images {0}/all/img"]),
         ("all", "all/img", ["--annotations holds xml/", "did you mean --annotations {0}/all/xml?"]),
         ("flat", "img", ["--images holds train/ and val/", "--images {0}/img/train?"]),

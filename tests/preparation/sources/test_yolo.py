@@ -217,9 +217,9 @@ def test_the_folder_of_data_yaml_is_refused_with_its_path(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("images", "labels", "facts"),
     [
-        ("images", "labels/train", ["images/train (", "holds test/, train/ and val/", "give these folders"]),
+        ("images", "labels/train", ["images/train (", "holds test/, train/ and val/", "use these folders"]),
         ("images/train", "labels", ["label files in {0}/labels/train", "labels holds train/"]),
-        ("images/train", "images", ["0 .txt files and 3 others", "prepare images"]),
+        ("images/train", "images", ["no .txt files and 3 others", "prepare images"]),
         ("images/test", "labels/train", ["first .txt file there is a.txt"]),
     ],
 )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydet.augmentation.view import augmentation_seed, scale_choice
-from raydet.training.ordering import MIXUP_P, MOSAIC_P, RunPlan
+from raydet.training.feeding.ordering import MIXUP_P, MOSAIC_P, RunPlan
 
 
 def _plan(**changes: object) -> RunPlan:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -205,6 +206,33 @@ class RunPlan:
                 for rank in range(world_size):
                     rows = tuple(shares[rank * self.accumulate + part].tolist())
                     yield MicroBatch("train", segment.epoch, step, part, rank, rows)
+
+    def chunks(
+        self, segment: Segment, world_size: int, *, ranks: Sequence[int], most_images: int, ramp: bool = False
+    ) -> Iterator[tuple[MicroBatch, ...]]:
+        """Yield the micro-batches of a segment in chunks: consecutive micro-batches of one rank, decoded by one task.
+
+        Args:
+            segment: Segment to divide.
+            world_size: Number of workers.
+            ranks: The workers to yield chunks for.
+            most_images: Images per chunk; a chunk holds at least one step of its rank.
+            ramp: Start with chunks of one step, and double their length, so that the first images arrive early.
+
+        Yields:
+            A chunk for each rank in turn, all over the same steps; then those of the next steps.
+        """
+        if segment.kind == "validate":
+            images_per_step, per_step = self.validate_batch_size, world_size
+        else:
+            images_per_step, per_step = -(-self.batch_size // world_size), world_size * self.accumulate
+        longest = max(1, most_images // images_per_step)
+        length = 1 if ramp else longest
+        micro_batches = self.micro_batches(segment, world_size)
+        while upcoming := tuple(islice(micro_batches, length * per_step)):
+            for rank in ranks:
+                yield tuple(one for one in upcoming if one.rank == rank)
+            length = min(2 * length, longest)
 
     def _validation(self, epoch: int, world_size: int) -> Iterator[MicroBatch]:
         size, used = self.validate_batch_size, self.num_validated

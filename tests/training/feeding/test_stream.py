@@ -1,6 +1,5 @@
 """The stream of a run: the same micro-batches and the same pixels for any number of workers."""
 
-import dataclasses
 import hashlib
 import json
 import pickle
@@ -14,19 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from ray.data import ExecutionResources
 
 from raydet.augmentation.view import View, scale_choice
-from raydet.cluster.shares import Resources, cpus_for_tasks
 from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
-from raydet.training import stream
-from raydet.training.batches import ReadyBatch, ready_batch, ready_batches
-from raydet.training.ordering import RunPlan
-from raydet.training.stream import run_stream
-from tests.drivers import wait_until
+from raydet.training.feeding import stream
+from raydet.training.feeding.batches import ENCODED_TYPE, ReadyBatch, encoded_chunk, ready_batches
+from raydet.training.feeding.ordering import Kind, MicroBatch, RunPlan
+from raydet.training.feeding.stream import read_stream, run_stream
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
 
@@ -55,9 +51,6 @@ def _read(
     val: Table,
     plan: RunPlan,
     world_size: int,
-    *,
-    reserved_cpus: float = 0.5,
-    cpus_per_task: float = 0.5,
     **start: int,
 ) -> list[list[ReadyBatch]]:
     """Return the batches of each rank. All ranks read concurrently, as training workers do.
@@ -70,16 +63,15 @@ def _read(
         val=val,
         view=_view(augmentation="flip"),
         world_size=world_size,
+        ranks=range(world_size),
         start_epoch=start.get("start_epoch", 0),
         start_step=start.get("start_step", 0),
-        reserved=ExecutionResources(cpu=reserved_cpus),
-        cpus_per_task=cpus_per_task,
+        decoders=[ray.get_runtime_context().get_node_id()] * 2,
     )
     received: list[list[ReadyBatch]] = [[] for _ in iterators]
 
     def read(rank: int) -> None:
-        for batch in ready_batches(iterators[rank]):
-            received[rank].append(_copy(batch))  # the pixels are valid until the next batch only
+        received[rank].extend(read_stream(iterators[rank]))
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -88,11 +80,6 @@ def _read(
         thread.join(timeout=250)
         assert not thread.is_alive(), "the stream hangs"
     return received
-
-
-def _copy(batch: ReadyBatch) -> ReadyBatch:
-    examples = [dataclasses.replace(example, image=example.image.copy()) for example in batch.examples]
-    return dataclasses.replace(batch, examples=examples)
 
 
 def _steps(received: list[list[ReadyBatch]]) -> dict[tuple[str, int, int], list[str]]:
@@ -140,12 +127,10 @@ def test_images_come_to_workers_that_hold_all_cpus(
     shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
 ) -> None:
     train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
-    resources = Resources(num_gpus=0, use_gpu=False, cpus_per_worker=2, cpus_per_task=0.5)
     holder = _Holder.remote()  # type: ignore[attr-defined]
     assert ray.get(holder.is_there.remote())
     try:
-        wait_until(lambda: cpus_for_tasks(resources) == 0, lambda: "the held CPUs still count as free", timeout_s=30)
-        received = _read(train, val, _plan(train, val), 1, reserved_cpus=2, cpus_per_task=0)
+        received = _read(train, val, _plan(train, val), 1)
     finally:
         ray.kill(holder)
     assert _steps(received) == one_worker
@@ -212,12 +197,12 @@ def _prepared_run(train: Table, val: Table, plan: RunPlan, world_size: int, view
     """Return the batches of each rank, made by the functions of the stream's tasks in this process."""
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = stream._StreamSource(plan, tables, groups, world_size, view)
+    source = stream.StreamSource(plan, tables, groups, world_size, tuple(range(world_size)), view)
     received: list[list[ReadyBatch]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
-        for block in stream._encoded(source, segment):
-            batch = ready_batch(stream._prepare_micro_batch(block, view))
-            received[batch.micro_batch.rank].append(batch)
+        for chunk in stream.read_segment(source, segment):
+            for batch in ready_batches(stream.decode_chunk(chunk, view)):
+                received[batch.micro_batch.rank].append(batch)
     return received
 
 
@@ -232,7 +217,6 @@ def test_partners_that_cannot_be_read_are_left_out(shapes: Path) -> None:
     assert alone == without
     assert len({alone["pixels"], two["pixels"], all_three["pixels"]}) == 3
     assert two == _prepared({**rows[0], "mosaic": rows[2:], "mixup": []})
-    assert two["error"] is None
 
 
 def test_crowds_are_augmented_along_but_not_learnt(shapes: Path) -> None:
@@ -250,14 +234,19 @@ def test_crowds_are_augmented_along_but_not_learnt(shapes: Path) -> None:
     np.testing.assert_allclose(flipped[1], [38 / 64, 26 / 64, 16 / 64, 16 / 64], rtol=1e-5)
 
 
+def _chunk(rows: list[dict[str, Any]], kind: Kind = "train") -> pa.Table:
+    """Return a chunk of one micro-batch, as a reader makes it."""
+    rows = [{**row, **{name: row.get(name, []) for name in ("mosaic", "mixup")}} for row in rows]
+    images = pa.array(rows, ENCODED_TYPE).flatten()
+    return encoded_chunk([MicroBatch(kind, 0, 0, 0, 0, tuple(range(len(rows))))], images)
+
+
 def _prepared(row: dict[str, Any], *, augmentation: Any = "strong") -> dict[str, Any]:
-    """Return one image as a decode task makes it."""
-    block = pa.Table.from_pylist(
-        [{"kind": "train", "epoch": 0, "step": 0, "part": 0, "rank": 0, "images": [row]}], schema=stream._ENCODED_SCHEMA
-    )
-    ready = stream._prepare_micro_batch(block, _view(augmentation=augmentation))
-    images: list[dict[str, Any]] = ready["images"][0].as_py()
-    return images[0]
+    """Return one image as a decoder makes it."""
+    (batch,) = ready_batches(stream.decode_chunk(_chunk([row]), _view(augmentation=augmentation)))
+    (example,) = batch.examples
+    values = {name: value.tolist() for name, value in vars(example).items() if name in ("boxes", "categories")}
+    return {**values, "pixels": example.image.tobytes()}
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -298,7 +287,7 @@ def writer_columns() -> list[str]:
 
 
 def test_what_decodes_imports_neither_torch_nor_albumentations_without_need(shapes: Path, tmp_path: Path) -> None:
-    """Check the imports of a decode task: only a resize imports torch, and only `light` imports albumentations."""
+    """Check the imports of a decoder: only a resize imports torch, and only `light` imports albumentations."""
     rows = open_table(str(shapes / "train"), "images").read(writer_columns()).to_pylist()[:2]
     (tmp_path / "rows.pkl").write_bytes(pickle.dumps(rows))
     program = f"""
@@ -307,19 +296,22 @@ from pathlib import Path
 import pyarrow as pa
 from raydet.augmentation.view import View
 from raydet.models.geometry import ResizeRule
-from raydet.training import stream
+from raydet.training.feeding import stream
+from raydet.training.feeding.batches import ENCODED_TYPE, encoded_chunk
+from raydet.training.feeding.ordering import MicroBatch
 
 rows = pickle.loads(Path({str(tmp_path / "rows.pkl")!r}).read_bytes())
 heavy = ("torch", "torchvision", "transformers", "albumentations", "cv2")
 for augmentation, side in (("", 64), ("none", 64), ("flip", 64), ("flip", 48), ("light", 64)):
-    key = dict(kind="train" if augmentation else "validate", epoch=0, step=0, part=0, rank=0, images=rows)
-    block = pa.Table.from_pylist([key], schema=stream._ENCODED_SCHEMA)
+    kind = "train" if augmentation else "validate"
+    encoded = pa.array([{{**row, "mosaic": [], "mixup": []}} for row in rows], ENCODED_TYPE).flatten()
+    chunk = encoded_chunk([MicroBatch(kind, 0, 0, 0, 0, (0, 1))], encoded)
     view = View(resize_rule=ResizeRule(mode="fixed", size_hw=(side, side)), augmentation=augmentation or "none")
-    images = stream._prepare_micro_batch(block, view)["images"][0].as_py()
-    assert all((image["height"], image["width"]) == (side, side) for image in images)
+    decoded = stream.decode_chunk(chunk, view)
+    assert decoded["size_hw"][0].as_py() == [side] * 4
     print(json.dumps([name for name in heavy if name in sys.modules]))
 """
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     lines = [json.loads(line) for line in answer.stdout.splitlines()]
     assert lines[:3] == [[], ["cv2"], ["cv2"]]
-    assert lines[3] == ["torch", "torchvision", "cv2"] and "albumentations" in lines[4]
+    assert lines[3] == ["torch", "cv2"] and "albumentations" in lines[4]

@@ -1,0 +1,144 @@
+"""Scoring on one device, for `gpu.py`: from pixels on the device and from JPEG bytes, with the engine of `predict`."""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import InterpolationMode, functional
+
+from raydet.augmentation.view import View, decoded
+from raydet.config import DEFAULT_MAX_PIXELS, PredictConfig
+from raydet.engines.detector_engine import EngineBatch
+from raydet.engines.torch_engine import TorchEngine
+from raydet.models.collate import Batch, Example
+from raydet.models.geometry import Image, ResizeRule
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_training import Result, Setting, device_share, seconds_per_call
+else:  # a script imports its neighbours without the package name
+    from gpu_training import Result, Setting, device_share, seconds_per_call
+
+NUM_THREADS = len(os.sched_getaffinity(0))
+BATCHES_AHEAD = 3
+_NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+
+
+def measure_engine(checkpoint: str, precision: str, jpegs: Sequence[bytes], setting: Setting) -> dict[str, Result]:
+    """Measure one engine with each source of images.
+
+    Args:
+        checkpoint: Model folder.
+        precision: fp32, bf16 or bf16_compile.
+        jpegs: Encoded images, which are repeated.
+        setting: The benchmark's setting.
+    """
+    amount, _, is_compiled = precision.partition("_")
+    config = PredictConfig(
+        data="-",
+        out="-",
+        checkpoint=checkpoint,
+        precision=amount,  # type: ignore[arg-type]
+        compile=bool(is_compiled),
+    )
+    # On a GPU the threads decode, one image each.
+    num_threads = 1 if setting.device.type == "cuda" else torch.get_num_threads()
+    engine = TorchEngine.load(config, device=str(setting.device), num_threads=num_threads)
+    view, size = View(resize_rule=engine.resize_rule), setting.predict_batch
+    seen = [_resized_example(view, data) for data in itertools.islice(itertools.cycle(jpegs), size)]
+    on_device = [EngineBatch(part.places, part.batch.to(setting.device)) for part in engine.prepare_resized(seen)]
+
+    def predict() -> None:
+        engine.predict(on_device)
+
+    for _ in range(2):
+        predict()
+    call_s = seconds_per_call(predict, setting)
+    results = {"tensors": _rate(size, call_s) | {"device_share": device_share(predict, call_s, setting)}}
+    results["jpegs"] = _measure_jpegs(
+        engine, jpegs, lambda data: _resized_example(view, data), engine.prepare_resized, setting
+    )
+    results["jpegs_device_resize"] = _measure_jpegs(
+        engine,
+        jpegs,
+        lambda data: decoded(data, max_pixels=DEFAULT_MAX_PIXELS)[0],
+        lambda images: _resized_on_device(images, engine.resize_rule, setting),
+        setting,
+    )
+    return results
+
+
+def measure_threads(rule: ResizeRule, jpegs: Sequence[bytes], setting: Setting) -> dict[str, Result]:
+    """Measure decoding alone, and decoding with the resize of the view, in all threads."""
+    view = View(resize_rule=rule)
+    works: dict[str, Callable[[bytes], Any]] = {
+        "decode": lambda data: decoded(data, max_pixels=DEFAULT_MAX_PIXELS),
+        "decode_resize": lambda data: _resized_example(view, data),
+    }
+    some = list(itertools.islice(itertools.cycle(jpegs), NUM_THREADS * 4))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+
+            def rate(work: Callable[[bytes], Any]) -> Result:
+                call_s = seconds_per_call(lambda: list(pool.map(work, some)), setting)
+                return _rate(len(some), call_s) | {"threads": NUM_THREADS}
+
+            return {name: rate(work) for name, work in works.items()}
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _measure_jpegs(
+    engine: TorchEngine,
+    jpegs: Sequence[bytes],
+    read: Callable[[bytes], Any],
+    assemble: Callable[[list[Any]], list[EngineBatch]],
+    setting: Setting,
+) -> Result:
+    """Measure scoring in which threads read images and assemble the next batches while the device runs one."""
+    source = itertools.cycle(jpegs)
+    with ThreadPoolExecutor(NUM_THREADS) as readers, ThreadPoolExecutor(1) as assembler:
+
+        def submit() -> "Future[list[EngineBatch]]":
+            images = [readers.submit(read, data) for data in itertools.islice(source, setting.predict_batch)]
+            return assembler.submit(lambda: assemble([image.result() for image in images]))
+
+        ahead = deque(submit() for _ in range(BATCHES_AHEAD))
+
+        def predict() -> None:
+            prepared = ahead.popleft().result()
+            ahead.append(submit())
+            engine.predict(prepared)
+
+        for _ in range(BATCHES_AHEAD):  # until the first batches, prepared before the clock starts, are used up
+            predict()
+        return _rate(setting.predict_batch, seconds_per_call(predict, setting))
+
+
+def _resized_example(view: View, data: bytes) -> Example:
+    seen = view.plain({"image": {"bytes": data, "path": None}})
+    return Example(0, seen.image, seen.original_size_hw, *_NO_BOXES)
+
+
+def _resized_on_device(images: Sequence[Image], rule: ResizeRule, setting: Setting) -> list[EngineBatch]:
+    """Copy full-size images of one size to the device and resize them there, with antialiasing."""
+    size_hw = (images[0].shape[0], images[0].shape[1])
+    stacked = torch.from_numpy(np.stack(images))
+    if setting.device.type == "cuda":
+        stacked = stacked.pin_memory()
+    pixels = stacked.to(setting.device, non_blocking=True).permute(0, 3, 1, 2)
+    target_hw = rule.target_size_hw(size_hw)
+    resized = functional.resize(pixels, list(target_hw), InterpolationMode.BILINEAR, antialias=True)
+    places = list(range(len(images)))
+    batch = Batch(places, resized, [target_hw] * len(places), [size_hw] * len(places), [])
+    return [EngineBatch(places, batch)]
+
+
+def _rate(num_images: int, seconds: float) -> Result:
+    return {"images_per_s": round(num_images / seconds, 1)}

@@ -1,0 +1,275 @@
+"""The Ray Data stream of a training run: table → chunks of encoded images → chunks of decoded micro-batches, as Arrow.
+
+A single Ray Data execution covers all steps and validations of a run, so that no epoch waits for a pipeline to start.
+Each node with training workers has one, for these workers: their pixels do not cross the network.
+Each block has one row, which is a chunk: consecutive micro-batches of one worker. Readers fetch row groups and cut them
+into chunks; decoders, which live as long as the run, turn each chunk into pixels in one call. Ray Data distributes the
+blocks to the workers in turn and in order, and each worker checks them against the plan. Pixels stay uint8.
+
+Neither readers nor decoders reserve CPUs: Ray Data would divide the free ones by the number of executions in the
+cluster and might end at none. raydet computes their number instead, and the operating system shares the CPUs.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from raydet.augmentation.view import SeenImage, View
+from raydet.cluster.ray_data import TaskSource, one_row_blocks
+from raydet.cluster.ray_internals import actors_on
+from raydet.models.geometry import ResizeRule
+from raydet.tables.table import RowGroup, Table
+from raydet.training.feeding.batches import (
+    ROW_TYPE,
+    PixelBuffer,
+    ReadyBatch,
+    decoded_chunk,
+    encoded_chunk,
+    ready_batches,
+)
+from raydet.training.feeding.ordering import MicroBatch, RunPlan, Segment
+
+READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
+_MOST_IMAGES = 256
+_MOST_CHUNK_BYTES = 96 * 2**20
+"""Decoded pixels of a chunk. Ray Data looks at its tasks about eight times a second: small chunks would mostly wait."""
+_MOST_ENCODED_BYTES = 256 * 2**20
+_CHUNKS_PER_DECODER = 4
+"""Chunks that are sent to a decoder before it has finished the first, so that it never waits for Ray Data."""
+_CHUNKS_PER_WORKER = 2
+_READERS = 2
+_IMAGES_PER_READ_TASK = 2_000
+_READ_THREADS = 4
+
+
+def run_stream(
+    plan: RunPlan,
+    *,
+    train: Table,
+    val: Table,
+    view: View,
+    world_size: int,
+    ranks: Sequence[int],
+    start_epoch: int,
+    start_step: int,
+    decoders: Sequence[str],
+) -> list[ray.data.DataIterator]:
+    """Start the stream of a run for some of its workers, and split it among them.
+
+    Args:
+        plan: Assignment of rows to steps.
+        train: Training table.
+        val: Validation table.
+        view: Augmentation and resize of the images.
+        world_size: Number of workers of the run.
+        ranks: The workers to serve.
+        start_epoch: First epoch, from 0.
+        start_step: First step within that epoch, from 0.
+        decoders: Node of each decoder, by Ray's id; another node takes over if it is lost.
+
+    Returns:
+        One iterator for each of the ranks, to be read with `read_stream`.
+    """
+    segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
+    tables = {"train": train, "validate": val}
+    groups = {kind: table.row_groups() for kind, table in tables.items()}
+    stream = StreamSource(plan, tables, groups, world_size, tuple(ranks), view)
+    source = ray.put(stream)
+    tasks = [partial(_read, source, part, ramp=number == 0) for number, part in enumerate(_parts(plan, segments))]
+    num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
+    with one_row_blocks(most_bytes=num_chunks * stream.chunk_bytes):
+        dataset = ray.data.read_datasource(
+            TaskSource("RunStream", tasks),
+            num_cpus=0,
+            compute=TaskPoolStrategy(size=max(1, min(len(tasks), _READERS))),
+            override_num_blocks=max(1, len(tasks)),
+        )
+    dataset = dataset.map_batches(
+        _Decoder,
+        fn_constructor_args=(view,),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=0,
+        compute=ActorPoolStrategy(size=len(decoders), max_tasks_in_flight_per_actor=_CHUNKS_PER_DECODER),
+        **actors_on(decoders),
+    )
+    iterators: list[ray.data.DataIterator] = dataset.streaming_split(len(ranks), equal=False)
+    return iterators
+
+
+def read_stream(iterator: ray.data.DataIterator) -> Iterator[ReadyBatch]:
+    """Yield the batches of one rank's part of a run's stream; their pixels are views into the object store."""
+    blocks = iterator.iter_batches(
+        batch_size=None,  # type: ignore[arg-type]
+        batch_format="pyarrow",
+        prefetch_batches=1,
+    )
+    for block in blocks:
+        yield from ready_batches(block)
+
+
+class _Decoder:
+    """Decoder of chunks, in a process that lives as long as the stream, so that its imports are paid for once."""
+
+    def __init__(self, view: View) -> None:
+        self._view, self._buffer = view, PixelBuffer()
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        """Decode, augment and resize the images of one chunk."""
+        return decode_chunk(chunk, self._view, self._buffer)
+
+
+def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None) -> pa.Table:
+    """Decode, augment and resize the images of one chunk, as the epoch and the step of each micro-batch require.
+
+    Args:
+        chunk: A chunk from `read_segment`.
+        view: Augmentation and resize of the images.
+        buffer: Memory of the pixels; the result is valid until its next use. By default new memory.
+    """
+
+    def rule_of(micro_batch: MicroBatch) -> ResizeRule:
+        if micro_batch.kind == "validate":
+            return view.resize_rule
+        return view.step_resize_rule(micro_batch.epoch, micro_batch.step)
+
+    def see(row: dict[str, Any], micro_batch: MicroBatch) -> SeenImage:
+        if micro_batch.kind == "validate":
+            return view.plain(row)
+        return view.augmented(row, epoch=micro_batch.epoch, resize_rule=rule_of(micro_batch))
+
+    return decoded_chunk(chunk, see, rule_of, buffer or PixelBuffer())
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """Data that all reading tasks of a run share, stored once in the object store."""
+
+    plan: RunPlan
+    tables: dict[str, Table]
+    groups: dict[str, tuple[RowGroup, ...]]
+    world_size: int
+    ranks: tuple[int, ...]
+    view: View
+
+    @property
+    def chunk_bytes(self) -> int:
+        """About the most bytes of a decoded chunk."""
+        return max(self._image_bytes, min(_MOST_IMAGES * self._image_bytes, _MOST_CHUNK_BYTES)) + 2**20
+
+    def images_per_chunk(self, segment: Segment) -> int:
+        """Return the number of images of a chunk, limited by their pixels and by their encoded size."""
+        mixes = segment.kind == "train" and self.view.mixes(segment.epoch)
+        groups = self.groups[segment.kind]
+        encoded = sum(group.num_bytes for group in groups) / max(1, sum(group.num_rows for group in groups))
+        limits = _MOST_CHUNK_BYTES / self._image_bytes, _MOST_ENCODED_BYTES / max(encoded * (5 if mixes else 1), 1.0)
+        return max(1, min(_MOST_IMAGES, *(int(limit) for limit in limits)))
+
+    @property
+    def _image_bytes(self) -> int:
+        return max(3 * rule.most_pixels() for rule in (self.view.resize_rule, *self.view.step_resize_rules))
+
+
+def _parts(plan: RunPlan, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Yield the segments in groups that are worth a task each."""
+    part: list[Segment] = []
+    num_images = 0
+    for segment in segments:
+        part.append(segment)
+        num_images += (
+            plan.num_validated if segment.kind == "validate" else (segment.last - segment.first) * plan.batch_size
+        )
+        if num_images >= _IMAGES_PER_READ_TASK:
+            yield part
+            part, num_images = [], 0
+    if part:
+        yield part
+
+
+def _read(source_ref: "ray.ObjectRef[StreamSource]", segments: Sequence[Segment], *, ramp: bool) -> Iterator[pa.Table]:
+    source: StreamSource = ray.get(source_ref)
+    for number, segment in enumerate(segments):
+        yield from read_segment(source, segment, ramp=ramp and number == 0)
+
+
+def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) -> Iterator[pa.Table]:
+    """Yield the encoded chunks of a segment, reading row groups ahead."""
+    plan = source.plan
+    mixes = segment.kind == "train" and source.view.mixes(segment.epoch)
+    most_images = source.images_per_chunk(segment)
+    chunks = plan.chunks(segment, source.world_size, ranks=source.ranks, most_images=most_images, ramp=ramp)
+    with _TableRows(source.tables[segment.kind], source.groups[segment.kind]) as rows:
+        for chunk in chunks:
+            numbers = [row for micro_batch in chunk for row in micro_batch.rows]
+            if segment.kind == "validate":  # rows are read in order, so earlier row groups are no longer needed
+                rows.keep_from(min(numbers, default=0))
+            mosaics: list[Sequence[int]] = [()] * len(numbers)
+            mixups = mosaics
+            if mixes:
+                partners = [
+                    plan.partner_rows(segment.epoch, micro_batch.step, row)
+                    for micro_batch in chunk
+                    for row in micro_batch.rows
+                ]
+                mosaics, mixups = [one.mosaic for one in partners], [one.mixup for one in partners]
+            columns = [*rows.take(numbers).flatten(), rows.take_lists(mosaics), rows.take_lists(mixups)]
+            yield encoded_chunk(chunk, columns)
+
+
+class _TableRows:
+    """The rows of a table by number. Row groups are read when first needed, several at a time, by threads."""
+
+    def __init__(self, table: Table, groups: Sequence[RowGroup]) -> None:
+        self._table, self._groups = table, groups
+        self._first_rows = np.cumsum([0, *(group.num_rows for group in groups)])
+        self._loaded: dict[int, Future[pa.StructArray]] = {}
+
+    def __enter__(self) -> "_TableRows":
+        self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def keep_from(self, row: int) -> None:
+        """Free the memory of all row groups before the one of this row."""
+        first = self._groups_of([row])[0] if self._groups else 0
+        self._loaded = {number: rows for number, rows in self._loaded.items() if number >= first}
+
+    def take(self, numbers: Sequence[int]) -> pa.StructArray:
+        """Return the rows with these numbers, in this order, as an array of `ROW_TYPE`."""
+        if not numbers:
+            return pa.array([], ROW_TYPE)
+        groups = self._groups_of(numbers)
+        for group in dict.fromkeys(groups):
+            if group not in self._loaded:
+                self._loaded[group] = self._pool.submit(self._read, group)
+        places = np.asarray(numbers) - self._first_rows[groups]
+        slices = [
+            self._loaded[group].result().slice(place, 1) for group, place in zip(groups, places.tolist(), strict=True)
+        ]
+        return pa.concat_arrays(slices)
+
+    def take_lists(self, lists: Sequence[Sequence[int]]) -> pa.ListArray:
+        """Return several lists of rows as an array of lists of `ROW_TYPE`."""
+        offsets = np.cumsum([0, *(len(numbers) for numbers in lists)])
+        return pa.ListArray.from_arrays(
+            pa.array(offsets, pa.int32()), self.take([number for numbers in lists for number in numbers])
+        )
+
+    def _groups_of(self, numbers: Sequence[int]) -> list[int]:
+        groups: list[int] = (np.searchsorted(self._first_rows, numbers, side="right") - 1).tolist()
+        return groups
+
+    def _read(self, group: int) -> pa.StructArray:
+        rows = self._table.read_row_group(self._groups[group], READ_COLUMNS).to_struct_array()
+        return pa.concat_arrays(rows.chunks).cast(ROW_TYPE)

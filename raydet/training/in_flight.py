@@ -1,0 +1,221 @@
+"""Steps in flight: inputs prepared one step ahead, results read one step late, so that the device never waits for us.
+
+While the device computes a step, the host copies the images of the next one to it, and sums the counts of the next one
+over the ranks. The same sum carries the results of the step before. This module does not import Ray.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raydet.models.collate import Batch
+from raydet.models.losses.global_batch import Normaliser
+from raydet.training.state import Position
+
+_NUM_DIVISORS = 4
+
+
+class SumOverRanks:
+    """A sum of numbers over all ranks, on its way. Every rank must start the same sums in the same order."""
+
+    def __init__(self, values: Sequence[float], group: "dist.ProcessGroup | None") -> None:
+        """Start the sum.
+
+        Args:
+            values: This rank's numbers.
+            group: Group of a CPU backend; None for a single rank.
+        """
+        self._values = torch.tensor(values, dtype=torch.float64)
+        self._work = None if group is None else dist.all_reduce(self._values, group=group, async_op=True)
+
+    def wait(self) -> list[float]:
+        """Return the sums, on every rank the same."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        values: list[float] = self._values.tolist()
+        return values
+
+
+class DeviceCopy:
+    """Copies of batches to the device, beside its computation. On the CPU nothing is copied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, batches: Sequence[Batch]) -> "CopiedBatches":
+        """Start to copy batches from pinned memory."""
+        if self._stream is None:
+            return CopiedBatches(list(batches), None)
+        with torch.cuda.stream(self._stream):
+            copies = [self._copied(batch) for batch in batches]
+            return CopiedBatches(copies, self._stream.record_event())
+
+    def _copied(self, batch: Batch) -> Batch:
+        """Copy a batch in three parts, however many images it has."""
+        counts = [len(label["class_labels"]) for label in batch.labels]
+        pixels = self._moved(batch.pixels)
+        labels = []
+        if counts:
+            classes = self._moved(torch.cat([label["class_labels"] for label in batch.labels])).split(counts)
+            boxes = self._moved(torch.cat([label["boxes"] for label in batch.labels])).split(counts)
+            labels = [{"class_labels": one, "boxes": other} for one, other in zip(classes, boxes, strict=True)]
+        return Batch(batch.image_ids, pixels, batch.sizes_hw, batch.original_sizes_hw, labels)
+
+    def _moved(self, values: Tensor) -> Tensor:
+        return values.pin_memory().to(self._device, non_blocking=True)
+
+
+class CopiedBatches:
+    """Batches on their way to the device."""
+
+    def __init__(self, batches: list[Batch], event: "torch.cuda.Event | None") -> None:
+        self._batches, self._event = batches, event
+
+    def use(self) -> list[Batch]:
+        """Return the batches. The device waits until they have arrived; the host does not."""
+        if self._event is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._event)
+            for batch in self._batches:  # their memory may be reused only when the computation has read it
+                for values in (batch.pixels, *(value for label in batch.labels for value in label.values())):
+                    values.record_stream(stream)
+        return self._batches
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that this rank needs to compute a step.
+
+    Attributes:
+        batches: The micro-batches.
+        image_ids: Ids of all images of the step on this rank, including those that could not be read.
+        sums: Sum over ranks of the divisors of the loss, followed by other numbers.
+    """
+
+    batches: CopiedBatches
+    image_ids: list[int]
+    sums: SumOverRanks
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """Divisors of the loss for the global batch; waits for all ranks."""
+        return Normaliser(*self.sums.wait()[:_NUM_DIVISORS])
+
+    @property
+    def others(self) -> list[float]:
+        """The other numbers, summed over all ranks; waits for all ranks."""
+        return self.sums.wait()[_NUM_DIVISORS:]
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the host learns of a step.
+
+    Attributes:
+        loss: Loss of this rank's images, in units of the global batch.
+        gradient_norm: Norm of the global gradient before clipping. If it is not finite, the step changed nothing.
+    """
+
+    loss: float
+    gradient_norm: float
+
+    @property
+    def is_skipped(self) -> bool:
+        """True if the gradient was not finite, so that the step changed neither weights nor moving average."""
+        return not np.isfinite(self.gradient_norm)
+
+
+class StepOutcome:
+    """Results of a step that the device may not have computed yet.
+
+    Attributes:
+        position: The step.
+        image_ids: Ids of its images on this rank.
+        learning_rates: Learning rate of the step by parameter group.
+        terms: Each loss term of this rank, on the device.
+    """
+
+    def __init__(
+        self,
+        position: Position,
+        image_ids: list[int],
+        learning_rates: dict[str, float],
+        terms: dict[str, Tensor],
+        gradient_norm: Tensor,
+    ) -> None:
+        self.position, self.image_ids = position, image_ids
+        self.learning_rates, self.terms = learning_rates, terms
+        loss = torch.stack(list(terms.values())).sum()
+        # To pinned memory, if the values are on a GPU.
+        self._values = torch.stack([loss, gradient_norm.detach()]).to("cpu", non_blocking=True)
+        self._event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+
+    def read(self) -> StepValues:
+        """Wait for the device and return the values."""
+        if self._event is not None:
+            self._event.synchronize()
+        return StepValues(*self._values.tolist())
+
+    def bad_terms(self) -> list[str]:
+        """Return the names of the loss terms that are not finite on this rank."""
+        return [name for name, value in self.terms.items() if not torch.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class LateResult:
+    """A step whose results all ranks know.
+
+    Attributes:
+        outcome: The step on this rank.
+        values: Its values on this rank.
+        loss: Loss of the global batch.
+        num_bad: Number of ranks whose loss is not finite.
+    """
+
+    outcome: StepOutcome
+    values: StepValues
+    loss: float
+    num_bad: int
+
+
+class LateResults:
+    """Results of the latest steps, in order. Each is first read, then summed over the ranks, then known to all."""
+
+    def __init__(self) -> None:
+        self._computing: deque[StepOutcome] = deque()
+        self._summing: tuple[StepOutcome, StepValues] | None = None
+
+    def __len__(self) -> int:
+        return len(self._computing)
+
+    def add(self, outcome: StepOutcome) -> None:
+        """Add a step that the device has just been given."""
+        self._computing.append(outcome)
+
+    def report(self, *, keep: int) -> list[float]:
+        """Read the earliest step; return two numbers that the caller sums over all ranks and gives to `conclude`.
+
+        Args:
+            keep: Number of steps that the device may still be computing, which are left alone.
+        """
+        assert self._summing is None, "the sum of the earlier step comes first"
+        if len(self._computing) <= keep:
+            return [0.0, 0.0]
+        outcome = self._computing.popleft()
+        values = outcome.read()
+        self._summing = outcome, values
+        return [0.0, values.loss] if np.isfinite(values.loss) else [1.0, 0.0]
+
+    def conclude(self, sums: Sequence[float]) -> LateResult | None:
+        """Return the step of the latest `report`, now that the sums are known; None if it reported no step."""
+        if self._summing is None:
+            return None
+        (outcome, values), self._summing = self._summing, None
+        return LateResult(outcome, values, loss=sums[1], num_bad=round(sums[0]))

@@ -1,0 +1,94 @@
+"""Writing of checkpoints beside the training: in a thread, from a copy of the state in host memory."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from raydet.config import TrainConfig
+from raydet.models.detector import Detector
+from raydet.tables import storage
+from raydet.training.failure import cannot_write
+from raydet.training.history import EpochRecord, is_best_so_far, write_history
+from raydet.training.state import HostMemory, Position, TrainingState, save_state
+
+Write = Callable[[], object]
+"""A part of a checkpoint that remains to be written."""
+
+
+class Saver:
+    """Writes one checkpoint at a time. A kill at any moment leaves the checkpoint before it.
+
+    Every method may raise `WorkerFailed`, if this or an earlier checkpoint could not be written.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._memory = config, HostMemory()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write: Future[None] | None = None
+        self._position = Position(0, 0)
+
+    def model(self, detector: Detector, history: Sequence[EpochRecord], position: Position) -> list[Write]:
+        """Save the current weights to a local folder.
+
+        Args:
+            detector: The detector to save.
+            history: Records of the finished epochs, including the current one.
+            position: The next step.
+
+        Returns:
+            What remains, for `save`: OUT/checkpoint is written if the newest epoch is the best so far, then OUT/last.
+        """
+        self._position = position
+        folder = tempfile.TemporaryDirectory(prefix="raydet-checkpoint-")
+        try:
+            detector.save(folder.name)
+        except OSError as error:
+            raise cannot_write(position, self._config, error) from error
+        is_best = is_best_so_far(history, self._config.metric_for_best_model)
+        uris = [storage.join(self._config.out, name) for name in (["checkpoint", "last"] if is_best else ["last"])]
+        return [*(partial(storage.publish_folder, folder.name, uri) for uri in uris), folder.cleanup]
+
+    def save(self, state: TrainingState, history: Sequence[EpochRecord], *, after: Sequence[Write] = ()) -> None:
+        """Copy a state and let it be written. Waits for the checkpoint before, and for nothing else.
+
+        Args:
+            state: The state, whose tensors may change after the call.
+            history: Records of the finished epochs.
+            after: What is written before the state, the result of `model`: if the run is killed in between, it resumes
+                from the earlier state and writes all again.
+        """
+        self.wait()
+        self._position = state.position
+        copy, out = self._memory.copy(state), self._config.out
+        writes: list[Callable[[], object]] = [
+            *after,
+            self._memory.wait,
+            partial(save_state, out, copy, keep=self._config.keep_states),
+            partial(write_history, out, list(history)),
+        ]
+        self._write = self._executor.submit(_call_all, writes)
+
+    def check(self) -> None:
+        """Raise the failure of the latest checkpoint, if it has failed by now."""
+        if self._write is not None and self._write.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the latest checkpoint is written."""
+        write, self._write = self._write, None
+        if write is None:
+            return
+        try:
+            write.result()
+        except OSError as error:
+            raise cannot_write(self._position, self._config, error) from error
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end, without raising its failure."""
+        self._executor.shutdown()
+
+
+def _call_all(writes: Sequence[Write]) -> None:
+    for write in writes:
+        write()
