@@ -8,12 +8,12 @@ import platform
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import ray
-
-from raydet.cluster.ray_internals import alive_nodes, submitted_metadata
 from raydet.tables import storage
+
+if TYPE_CHECKING:
+    from raydet.cluster.shares import Resources
 
 JOB_FILE = "job.json"
 """File name in the output folder of a job."""
@@ -51,6 +51,8 @@ class JobRecord:
         submission_id: Id from `ray job submit`; None for a job that was not submitted.
         commit: `commit` from `--metadata-json`; None without one.
         started: Start time, ISO 8601.
+        num_workers: Copies of the model; the maximum number if it may change.
+        use_gpu: True if each worker has a GPU.
         num_nodes: Number of live nodes.
         nodes: Groups of identical nodes, the most frequent first.
         versions: Versions of Python and of the installed packages that affect the result.
@@ -60,13 +62,25 @@ class JobRecord:
     submission_id: str | None
     commit: str | None
     started: str
+    num_workers: int
+    use_gpu: bool
     num_nodes: int
     nodes: list[NodeKind]
     versions: dict[str, str]
 
     @classmethod
-    def of_this_job(cls) -> Self:
-        """Build the record of the job that this process drives, and of the cluster's current nodes."""
+    def of_this_job(cls, *, num_workers: int, resources: "Resources") -> Self:
+        """Build the record of the job that this process drives, and of the cluster's current nodes.
+
+        Args:
+            num_workers: Maximum number of copies of the model.
+            resources: Share of each worker.
+        """
+        # Imported late: `plan` reads records without Ray.
+        import ray
+
+        from raydet.cluster.ray_internals import alive_nodes, submitted_metadata
+
         nodes = alive_nodes()
         metadata = submitted_metadata()
         commit = next((metadata[key] for key in _COMMIT_KEYS if key in metadata), "")
@@ -76,6 +90,8 @@ class JobRecord:
             submission_id=metadata.get("job_submission_id"),
             commit=commit if _COMMIT.fullmatch(commit) else None,
             started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            num_workers=num_workers,
+            use_gpu=resources.use_gpu,
             num_nodes=len(nodes),
             nodes=[NodeKind(count, *kind) for kind, count in kinds],
             versions=versions(),

@@ -133,7 +133,7 @@ def _train_into(
         _check_nodes(config)
         folder.begin(identity(config), folders=_FOLDERS)
         folder.write_bytes(to_yaml(config).encode(), "config.yaml")
-        JobRecord.of_this_job().write(storage.join(out, "log"))
+        JobRecord.of_this_job(num_workers=config.max_workers, resources=resources).write(storage.join(out, "log"))
         console.line(
             f"{resources.describe(config.min_workers, config.max_workers)}. Ray log: "
             f"{storage.join(out, 'log', LOG_FILE)}"
