@@ -208,6 +208,8 @@ def _run(
             raise
         finally:
             wall_s = time.perf_counter() - started
+            if reason is None:
+                job = job.with_joined_nodes()
             report = _write_report(folder, config, stats, wall_s=wall_s, job=job, error=reason)
     _finish(folder, config, work.plan, images.id_space)
     drawn = _draw(config, model, images)

@@ -35,7 +35,7 @@ from raydet.tables.table import Table
 from raydet.training.batches import BatchReader, ReadyBatch
 from raydet.training.crew import Crew
 from raydet.training.failure import cannot_write, is_out_of_memory, not_a_number, out_of_memory
-from raydet.training.history import EpochRecord, is_best_so_far, is_over, write_history
+from raydet.training.history import EpochRecord, is_best_so_far, is_over, write_history, write_stopped_epoch
 from raydet.training.meter import epoch_record, merge_states
 from raydet.training.ordering import RunPlan
 from raydet.training.state import TrainingState, load_state, newest_state, save_state
@@ -160,6 +160,7 @@ def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
         if is_to_stop or (every and step % every == 0 and step < num_steps):
             _save_state(run)
         if is_to_stop:
+            _write_stopped_epoch(run)
             run.crew.show(epoch, step, num_steps)
             return False
     return True
@@ -317,6 +318,12 @@ def _save_state(run: _TrainingRun) -> None:
         state = TrainingState.of_ranks(own, locals_of_ranks)
         _writing(run, lambda: save_state(run.config.out, state, keep=run.config.keep_states))
         _writing(run, lambda: write_history(run.config.out, run.trainer.history))
+
+
+def _write_stopped_epoch(run: _TrainingRun) -> None:
+    record = _record_of_steps(run)
+    if run.crew.rank == 0:
+        _writing(run, lambda: write_stopped_epoch(run.config.out, record))
 
 
 def _writing(run: _TrainingRun, write: Callable[[], None]) -> None:

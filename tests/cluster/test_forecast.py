@@ -41,7 +41,7 @@ def scored(folder: Path, *nodes: dict[str, Any], use_gpu: bool = False, **change
 def trained(folder: Path, *, data_s: float = 0.02, epochs: int = 3, **changes: Any) -> str:
     """Write the records of a training: 40 s start-up, slower steps first, 20 s of validation and saving per epoch."""
     (folder / "log").mkdir()
-    (folder / "config.yaml").write_text("batch_size: 8\n")
+    (folder / "config.yaml").write_text("batch_size: 8\nnum_workers: [1, 2]\n")
     record = {"job": job(started="2026-01-01T00:00:00+00:00", **changes), "earlier_jobs": []}
     (folder / "log" / "job.json").write_text(json.dumps(record))
     seconds = [150.0, *[100.0] * (epochs - 1)]
@@ -137,6 +137,7 @@ def test_training_counts_start_up_and_validation_apart(tmp_path: Path) -> None:
     assert measured.overhead_s == pytest.approx(90)
     result = plan(PlanConfig(run=run, images=1000))
     assert (result.num_images, result.bottleneck) == (3000, "model")
+    assert any("fewer workers" in note for note in result.notes())
     assert result.total_s == pytest.approx(90 + 300 + 3 * 20)
     longer = plan(PlanConfig(run=run, images=10_000, epochs=2))
     assert longer.total_s == pytest.approx(90 + 2000 + 2 * 20)
@@ -144,6 +145,18 @@ def test_training_counts_start_up_and_validation_apart(tmp_path: Path) -> None:
     assert double.images_per_s == pytest.approx(20) and double.is_extrapolated
     with pytest.raises(UserError, match=r"batch of 8 .*9 workers"):
         plan(PlanConfig(run=run, images=1000, num_workers=9))
+
+
+def test_a_training_that_was_stopped_after_some_steps_is_measured(tmp_path: Path) -> None:
+    run = trained(tmp_path, epochs=1)
+    (tmp_path / "log" / "history.json").rename(tmp_path / "log" / "steps.json")
+    [steps] = json.loads((tmp_path / "log" / "steps.json").read_text())
+    del steps["validation_s"]
+    (tmp_path / "log" / "steps.json").write_text(json.dumps(steps))
+    result = plan(PlanConfig(run=run, images=10_000, epochs=3))
+    assert result.images_per_s == pytest.approx(1000 / 150)
+    assert result.total_s == pytest.approx(40 + 30_000 / result.images_per_s)
+    assert any("validated no epoch" in note for note in result.notes())
 
 
 def test_training_that_waits_for_images_needs_cpus(tmp_path: Path) -> None:
@@ -189,8 +202,10 @@ def test_what_the_run_says_nothing_about_is_refused(tmp_path: Path) -> None:
 
 
 def test_records_that_hold_no_measurement_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="scored no image"):
+    with pytest.raises(UserError, match=r"scored no image.*2000`$"):
         read_run(scored(tmp_path, num_images=0))
+    with pytest.raises(UserError, match="no node with CPUs"):
+        read_run(scored(tmp_path, {**CPU_NODE, "num_cpus": 0.0}))
     for content, words in (("{", "JSON"), ('{"num_images": 5}', "measure again"), ("[]", "measure again")):
         (tmp_path / "job.json").write_text(content)
         with pytest.raises(UserError, match=words):
@@ -198,7 +213,7 @@ def test_records_that_hold_no_measurement_are_refused(tmp_path: Path) -> None:
     (tmp_path / "job.json").unlink()
     run = trained(tmp_path)
     (tmp_path / "log" / "history.json").write_text("[]")
-    with pytest.raises(UserError, match=r"no epoch .*--epochs 2"):
+    with pytest.raises(UserError, match=r"no step .*Ctrl-C"):
         read_run(run)
 
 

@@ -1,5 +1,6 @@
 """The record of a job's ids, nodes and versions."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -38,6 +39,16 @@ def test_what_is_no_commit_is_not_taken_for_one(
     monkeypatch.setenv(JOB_VARIABLE, content)
     record = JobRecord.of_this_job(num_workers=2, resources=RESOURCES)
     assert record.submission_id is None and record.commit is None
+
+
+def test_nodes_that_join_later_are_recorded(ray_cluster: None, tmp_path: Path) -> None:
+    record = JobRecord.of_this_job(num_workers=2, resources=RESOURCES)
+    assert record.with_joined_nodes() == record
+    before = dataclasses.replace(record, num_nodes=0, nodes=[])
+    before.write(str(tmp_path))
+    before.with_joined_nodes().write(str(tmp_path))
+    content = json.loads((tmp_path / "job.json").read_text())
+    assert content == {"job": record.to_dict(), "earlier_jobs": []}
 
 
 def test_a_run_keeps_the_jobs_that_it_resumes_from(

@@ -13,7 +13,7 @@ from raydet.cluster.forecast.nodes import NodeGroup, groups_of_record, total_cpu
 from raydet.cluster.job_record import JOB_FILE
 from raydet.cluster.timeline import steady_rate
 from raydet.common.errors import UserError
-from raydet.models.checkpoints import HISTORY_FILE
+from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
 
 DATA_BOUND = 0.1
@@ -21,7 +21,7 @@ DATA_BOUND = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredRun:
     """A measured run.
 
     Attributes:
@@ -39,7 +39,7 @@ class Measured:
         stage_s: Seconds per image by stage, of one process in predict, and of all workers together in training.
         model_busy: Share of the time in which the workers ran the model.
         cpus_busy: Share of the CPUs that the other stages used, and the model if it ran on CPUs; None if unknown.
-        was_complete: False if the run was stopped or failed.
+        notes: Doubts about the measurement.
     """
 
     job: Literal["predict", "train"]
@@ -56,7 +56,7 @@ class Measured:
     stage_s: Mapping[str, float]
     model_busy: float
     cpus_busy: float | None
-    was_complete: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def cpus_per_gpu(self) -> float | None:
@@ -66,14 +66,14 @@ class Measured:
         return self.cpus_busy * total_cpus(self.groups) / (self.model_busy * self.num_workers)
 
 
-def read_run(out: str) -> Measured:
+def read_run(out: str) -> MeasuredRun:
     """Read the measurements of a run from its output folder.
 
     Raises:
         UserError: The folder holds no measured run of `predict` or `train`.
     """
     report, uri = _read_json(out, JOB_FILE), storage.join(out, JOB_FILE)
-    record, history = _read_json(out, f"log/{JOB_FILE}"), _read_json(out, HISTORY_FILE)
+    record = _read_json(out, f"log/{JOB_FILE}")
     if report is None and record is None:
         raise UserError(
             f"--run {out} has neither {JOB_FILE} nor log/{JOB_FILE}: it must be the output folder of `raydet predict` "
@@ -82,8 +82,13 @@ def read_run(out: str) -> Measured:
     try:
         if report is not None:
             return _of_predict(report, uri)
-        uri = storage.join(out, HISTORY_FILE)
+        uri, stopped = storage.join(out, HISTORY_FILE), _read_json(out, STEPS_FILE)
+        history = _read_json(out, HISTORY_FILE) or ([stopped] if stopped else [])
+        if not history:
+            raise UserError(f"{uri}: no step was measured; train for an epoch, or stop the run by Ctrl-C later")
         return _of_train(record, history, yaml.safe_load(storage.read_bytes(storage.join(out, "config.yaml"))), uri)
+    except UserError:
+        raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise UserError(
             f"{uri} is not the record of a run of this version of raydet ({type(error).__name__}: {error}); measure "
@@ -91,18 +96,18 @@ def read_run(out: str) -> Measured:
         ) from None
 
 
-def _of_predict(report: Mapping[str, Any], uri: str) -> Measured:
+def _of_predict(report: Mapping[str, Any], uri: str) -> MeasuredRun:
     num_images, wall_s, startup_s = report["num_images"], float(report["wall_s"]), float(report["startup_s"])
     if not num_images:
         raise UserError(f"{uri}: the run scored no image; measure one that does, such as `raydet predict --limit 2000`")
     steady = steady_rate(report["timeline"])
     rate, measured_s = steady or (num_images / max(wall_s - startup_s, 1e-3), wall_s - startup_s)
-    groups, num_workers = groups_of_record(report["job"]["nodes"]), report["num_model_workers"]
+    groups, num_workers = _groups(report["job"], uri), report["num_model_workers"]
     num_cpus, use_gpu = total_cpus(groups), report["job"]["use_gpu"]
     stage_s = {name: stage["busy_s"] / num_images for name, stage in report["stages"].items()}
     model_busy = min(rate * stage_s["model"] / num_workers, 1.0)
     cpus_busy = rate * sum(seconds for name, seconds in stage_s.items() if name != "model") / num_cpus
-    return Measured(
+    return MeasuredRun(
         job="predict",
         num_images=num_images,
         images_per_s=rate,
@@ -116,23 +121,16 @@ def _of_predict(report: Mapping[str, Any], uri: str) -> Measured:
         model_busy=model_busy,
         # On CPUs the workers together have one thread for each CPU.
         cpus_busy=min(cpus_busy + (0.0 if use_gpu else model_busy), 1.0),
-        was_complete=report["error"] is None,
+        notes=() if report["error"] is None else (f"the measured run failed: {report['error']}",),
     )
 
 
 def _of_train(
-    record: Mapping[str, Any], history: Sequence[Mapping[str, Any]] | None, config: Mapping[str, Any], uri: str
-) -> Measured:
-    if not history:
-        raise UserError(
-            f"{uri}: no epoch of the run is finished; train one on a part of the images, with --epochs 2 so that the "
-            "second is measured without start-up"
-        )
+    record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], config: Mapping[str, Any], uri: str
+) -> MeasuredRun:
+    ended = [_unix_s(epoch["ended"]) for epoch in history]
     jobs = [*record["earlier_jobs"], record["job"]]
-    ended = [datetime.datetime.fromisoformat(epoch["ended"]).timestamp() for epoch in history]
-    first_s = ended[0] - history[0]["seconds"] - history[0]["start_s"]
-    job = [job for job in jobs if datetime.datetime.fromisoformat(job["started"]).timestamp() <= first_s + 1][-1]
-    started = datetime.datetime.fromisoformat(job["started"]).timestamp()
+    job = [job for job in jobs if _unix_s(job["started"]) <= ended[0]][-1]
     # The first steps are slower; a run of one epoch has no others.
     steady = history[1:] or history
     seconds = sum(epoch["seconds"] for epoch in steady)
@@ -149,23 +147,44 @@ def _of_train(
     validated = [epoch["validation_s"] for epoch in history if epoch.get("validation_s") is not None]
     between_s = sum(between) / len(between) if between else sum(validated) / len(history)
     is_data_bound = shares["data"] >= DATA_BOUND
-    return Measured(
+    return MeasuredRun(
         job="train",
         num_images=round(sum(images)),
         images_per_s=rate,
         measured_s=seconds,
         # The slower steps of the first epoch belong to the start.
-        overhead_s=max(ended[0] - started - images[0] / rate, history[0]["start_s"], 0.0),
+        overhead_s=max(ended[0] - _unix_s(job["started"]) - images[0] / rate, history[0]["start_s"]),
         epoch_overhead_s=max(between_s, 0.0),
         epochs=len(history),
         batch_size=config["batch_size"],
         num_workers=job["num_workers"],
         use_gpu=job["use_gpu"],
-        groups=groups_of_record(job["nodes"]),
+        groups=_groups(job, uri),
         stage_s={name: share / rate for name, share in shares.items()},
         model_busy=1.0 - shares["data"] if is_data_bound else 1.0,
         cpus_busy=1.0 if is_data_bound else None,
+        notes=_notes_of_train(config, validated),
     )
+
+
+def _groups(job: Mapping[str, Any], uri: str) -> list[NodeGroup]:
+    groups = groups_of_record(job["nodes"])
+    if not total_cpus(groups):  # a cluster that grows from zero, and a run that ended before its nodes were counted
+        raise UserError(f"{uri}: the run recorded no node with CPUs; measure one that finishes")
+    return groups
+
+
+def _notes_of_train(config: Mapping[str, Any], validated: Sequence[float]) -> tuple[str, ...]:
+    notes = []
+    if isinstance(config["num_workers"], list):
+        notes.append("the measured run may have had fewer workers for a time: its number was not fixed")
+    if not validated:
+        notes.append("the measured run validated no epoch: validation and checkpoints are not counted")
+    return tuple(notes)
+
+
+def _unix_s(time_iso: str) -> float:
+    return datetime.datetime.fromisoformat(time_iso).timestamp()
 
 
 def _read_json(out: str, name: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raydet.cluster.forecast.measured import Measured, read_run
+from raydet.cluster.forecast.measured import MeasuredRun, read_run
 from raydet.cluster.forecast.nodes import NodeGroup, groups_of_yaml, total_cpus, total_gpus, with_prices
 from raydet.cluster.job_report import duration_text, rate_text
 from raydet.common.console import aligned
@@ -29,7 +29,7 @@ _ADVICE = {
     "decoding": "add CPU nodes, or store smaller images",
     "resizing": "add CPU nodes, or store smaller images",
     "reading and decoding": "add CPU nodes, or choose a lighter augmentation",
-    "model": "add GPUs (on CPUs: nodes), or try another --precision, --engine or --batch-size",
+    "model": "add GPUs, or nodes if it runs on CPUs, or try another --precision, --engine or --batch-size",
     "writing": "write to faster storage, or write less (--score-threshold, --top-k)",
 }
 
@@ -53,7 +53,7 @@ class PlanResult:
     """
 
     config: PlanConfig
-    measured: Measured
+    measured: MeasuredRun
     groups: Sequence[NodeGroup]
     num_workers: int
     num_images: int
@@ -145,8 +145,7 @@ class PlanResult:
             )
         if measured.measured_s < _SHORT_S:
             found.append(f"the speed comes from {measured.measured_s:.1f} s of work; measure a longer run")
-        if not measured.was_complete:
-            found.append("the measured run ended early")
+        found += measured.notes
         if measured.job == "train":
             found.append("validation and checkpoints are assumed to take as long per epoch as in the measured run")
             if measured.cpus_busy is None:
@@ -193,7 +192,7 @@ def plan(config: PlanConfig) -> PlanResult:
     )
 
 
-def _num_workers(config: PlanConfig, measured: Measured, groups: Sequence[NodeGroup]) -> int:
+def _num_workers(config: PlanConfig, measured: MeasuredRun, groups: Sequence[NodeGroup]) -> int:
     num_gpus = int(total_gpus(groups))
     if measured.use_gpu and not num_gpus:
         raise UserError(f"{config.run} was measured on GPUs, and the cluster has none; measure a run with --no-use-gpu")
@@ -217,7 +216,7 @@ def _num_workers(config: PlanConfig, measured: Measured, groups: Sequence[NodeGr
     return number
 
 
-def _growth(measured: Measured, groups: Sequence[NodeGroup], num_workers: int) -> tuple[float, str | None]:
+def _growth(measured: MeasuredRun, groups: Sequence[NodeGroup], num_workers: int) -> tuple[float, str | None]:
     """Return the rate of the plan relative to the measured one, and its bottleneck."""
     cpus = total_cpus(groups) / total_cpus(measured.groups)
     if measured.use_gpu:
@@ -236,7 +235,7 @@ def _cpus_in_reach(groups: Sequence[NodeGroup], num_workers: int) -> float:
     return min(total_cpus(groups), num_workers * max(group.num_cpus for group in groups))
 
 
-def _heaviest_stage(measured: Measured) -> str:
+def _heaviest_stage(measured: MeasuredRun) -> str:
     """Return the stage that takes most of the CPUs; the model's seconds count for all threads of its worker."""
     if measured.job == "train":
         return "reading and decoding"
