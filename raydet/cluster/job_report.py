@@ -113,14 +113,14 @@ class JobReport:
 
     def lines(self) -> list[str]:
         """Return a short table for the terminal; the last line names the bottleneck and a remedy."""
-        time_spent = f"{_duration(self.wall_s)}, including {_duration(self.startup_s)} start-up"
+        time_spent = f"{duration_text(self.wall_s)}, including {duration_text(self.startup_s)} start-up"
         rates = f"{rate_text(self.images_per_s_after_startup)} images/s after start-up, {rate_text(self.images_per_s)}"
         lines = [f"{self.num_images:,} images in {time_spent}: {rates} overall"]
         if self.earlier_runs:
             num_images = self.num_images + sum(run["num_images"] for run in self.earlier_runs)
             wall_s = self.wall_s + sum(run["wall_s"] for run in self.earlier_runs)
             before = "1 earlier run" if len(self.earlier_runs) == 1 else f"{len(self.earlier_runs)} earlier runs"
-            lines.append(f"including {before}: {num_images:,} images in {_duration(wall_s)}")
+            lines.append(f"including {before}: {num_images:,} images in {duration_text(wall_s)}")
         if self.num_errors:
             lines.append(self._error_line())
         lines += _stage_lines(self.stages)
@@ -341,7 +341,8 @@ def _size(megabytes: float) -> str:
     return f"{megabytes / 1024:.1f} GB" if megabytes >= 1000 else f"{megabytes:.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Format seconds for the terminal, such as "3 min 20 s" or "2 h 5 min"."""
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -135,7 +135,7 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
 def _predict_into(folder: OutputFolder, config: PredictConfig, model: _ModelFacts, console: Console) -> PredictResult:
     if not folder.refuse_foreign():  # left by a run that stopped before its start; files may have been added since
         folder.delete_file(INDEX_FILE)
-    images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE))
+    images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE)).first(config.limit)
     run_identity = {
         **identity(config),
         "checkpoint_fingerprint": model.fingerprint,
@@ -199,7 +199,7 @@ def _run(
             raise no_fp16_on_cpu(config.engine)
         _check_nodes(config)
         work = _work(config, model, images, run_identity, earlier, resources, folder)
-        reason, job = None, JobRecord.of_this_job()
+        reason, job = None, JobRecord.of_this_job(num_workers=config.num_workers, resources=resources)
         try:
             with console.status("starting workers") as update:
                 _score_all(work, resources, stats, update, console)
@@ -208,6 +208,8 @@ def _run(
             raise
         finally:
             wall_s = time.perf_counter() - started
+            if reason is None:
+                job = job.with_joined_nodes()
             report = _write_report(folder, config, stats, wall_s=wall_s, job=job, error=reason)
     _finish(folder, config, work.plan, images.id_space)
     drawn = _draw(config, model, images)

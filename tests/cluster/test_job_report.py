@@ -11,7 +11,7 @@ import pytest
 from raydet.cluster.job_record import JobRecord, NodeKind, versions
 from raydet.cluster.job_report import OTHER, JobReport, JobStats, error_kind
 from raydet.cluster.stopwatch import STAGES, FileStats, ProcessStats
-from raydet.cluster.timeline import MOST_SPANS, Timeline
+from raydet.cluster.timeline import MOST_SPANS, Timeline, steady_rate
 
 
 def process(kind: str, pid: int, mb: float = 100.0, *, at_s: float = 10.0, node: str = "n1", **seconds: float) -> Any:
@@ -37,6 +37,8 @@ def report_of(stats: JobStats, *, num_nodes: int = 1, **changes: Any) -> JobRepo
         submission_id=None,
         commit=None,
         started="",
+        num_workers=2,
+        use_gpu=False,
         num_nodes=num_nodes,
         nodes=[NodeKind(num_nodes, 4.0, 0.0, None, 8)],
         versions=versions(),
@@ -74,14 +76,14 @@ def test_images_by_stage_and_second(monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = finished(job(5.0, *FILES, monkeypatch=monkeypatch))["timeline"]
     assert (timeline["started_unix_s"], timeline["span_s"], set(timeline["images"])) == (
         5.0,
-        1.0,
+        0.5,
         {"read", "decode", "model", "write"},
     )
     counts = timeline["images"]
-    assert {len(values) for values in counts.values()} == {91}
+    assert {len(values) for values in counts.values()} == {181}
     # Two parts of one file, and the only part of another.
-    assert {second: images for second, images in enumerate(counts["model"]) if images} == {10: 50, 85: 50, 90: 300}
-    assert counts["decode"][5] == sum(counts["decode"]) == 400
+    assert {second: images for second, images in enumerate(counts["model"]) if images} == {20: 50, 170: 50, 180: 300}
+    assert counts["decode"][10] == sum(counts["decode"]) == 400
 
 
 def test_a_long_run_has_no_more_spans_than_a_short_one() -> None:
@@ -93,6 +95,23 @@ def test_a_long_run_has_no_more_spans_than_a_short_one() -> None:
     assert content["span_s"] == 64.0 and len(content["images"]["model"]) == math.ceil(10_000 / 64) <= MOST_SPANS
     assert content["images"]["model"][:-1] == [128.0] * 156 and sum(content["images"]["model"]) == 20_000
     assert content["images"]["write"] == [5.0] + [0.0] * 156
+
+
+@pytest.mark.parametrize("size", [1, 16, 250])
+def test_the_steady_rate_does_not_depend_on_the_size_of_the_blocks(size: int) -> None:
+    """40 s of start-up, 1,000 images decoded ahead, then 50 images/s, and a slow end."""
+    timeline = Timeline(0.0)
+    for number in range(1, 5000 // size + 1):
+        done = number * size
+        late_s = max(0.0, done - 4700) / 10
+        timeline.add("model", 40.0 + max(0.0, done - 1000) / 50 + late_s, size)
+    rate, seconds = steady_rate(timeline.to_dict()) or (0.0, 0.0)
+    assert rate == pytest.approx(50, rel=0.05) and seconds > 60
+
+
+@pytest.mark.parametrize("images", [{}, {"model": []}, {"model": [0.0, 16.0]}])
+def test_a_run_that_is_too_short_has_no_steady_rate(images: dict[str, list[float]]) -> None:
+    assert steady_rate({"span_s": 0.5, "images": images}) is None
 
 
 def test_sums_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
