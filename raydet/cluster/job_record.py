@@ -10,9 +10,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import ray
-
-from raydet.cluster.ray_internals import alive_nodes, submitted_metadata
 from raydet.tables import storage
 
 JOB_FILE = "job.json"
@@ -67,6 +64,11 @@ class JobRecord:
     @classmethod
     def of_this_job(cls) -> Self:
         """Build the record of the job that this process drives, and of the cluster's current nodes."""
+        # Imported late: `plan` reads records without Ray.
+        import ray
+
+        from raydet.cluster.ray_internals import alive_nodes, submitted_metadata
+
         nodes = alive_nodes()
         metadata = submitted_metadata()
         commit = next((metadata[key] for key in _COMMIT_KEYS if key in metadata), "")

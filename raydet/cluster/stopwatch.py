@@ -42,12 +42,14 @@ class FileStats:
     """Statistics of one written file: counts, errors, and the work of the processes.
 
     Attributes:
+        file: Name of the file.
         num_images: Rows of the file.
         num_detections: Detections in all rows.
         errors: The reason for each image that could not be read.
         processes: Work of all processes involved; a process may occur many times.
     """
 
+    file: str
     num_images: int
     num_detections: int
     errors: Sequence[str]

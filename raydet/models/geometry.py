@@ -134,10 +134,16 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
 
     Returns:
         uint8 [height, width, 3], bit for bit equal to the result of the image processor on a CPU; the image itself if
-        it already has this size.
+        it already has this size. Its memory may be in the order of `resized_planes`.
     """
+    return resized_planes(image, size_hw, resample).transpose(1, 2, 0)
+
+
+def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
+    """Resize as `resize` does, but return uint8 [3, height, width], the layout in which models take images."""
+    planes = image.transpose(2, 0, 1)
     if image.shape[:2] == tuple(size_hw):
-        return image
+        return planes
     import torch
     from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -148,6 +154,7 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
         3: InterpolationMode.BICUBIC,
     }
     # Contiguous planes: torchvision rounds differently for interleaved channels.
-    planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
-    resized = functional.resize(planes, list(size_hw), interpolation=interpolations[resample], antialias=True)
-    return np.ascontiguousarray(resized.numpy().transpose(1, 2, 0))
+    source = torch.from_numpy(np.array(planes, order="C"))
+    resized = functional.resize(source, list(size_hw), interpolation=interpolations[resample], antialias=True)
+    pixels: Image = resized.numpy()
+    return pixels

@@ -19,7 +19,13 @@ def process(kind: str, pid: int, mb: float = 100.0, *, at_s: float = 10.0, node:
 
 
 def file(num_images: int = 100, errors: tuple[str, ...] = (), *processes: ProcessStats) -> FileStats:
-    return FileStats(num_images=num_images, num_detections=7, errors=list(errors), processes=list(processes))
+    return FileStats(
+        file="part-0000000.parquet",
+        num_images=num_images,
+        num_detections=7,
+        errors=list(errors),
+        processes=list(processes),
+    )
 
 
 def job(started_s: float, *files: FileStats, monkeypatch: pytest.MonkeyPatch) -> JobStats:
