@@ -17,21 +17,24 @@ from raydet.engines.views import crop, planned_views
 from raydet.images.collection import ImageRow
 from raydet.images.decode import DecodeError
 from raydet.models.geometry import Image, ResizeRule, SizeHW, resized_planes
-from raydet.scoring.plan import Work
+from raydet.scoring.plan import ScoringPlan, Work
 
 MOST_BLOCK_BYTES = 32 * 2**20
-"""A block of at least this many bytes of pixels ends with its current batch, and one of twice as many immediately."""
 
 _Bytes = npt.NDArray[np.uint8]
 
 
-def blocks_of(work: Work, rows: range, rule: ResizeRule | None) -> Iterator[tuple[pa.Table, ProcessStats]]:
+def blocks_of(
+    work: Work, rows: range, rule: ResizeRule | None, *, most_bytes: int = MOST_BLOCK_BYTES
+) -> Iterator[tuple[pa.Table, ProcessStats]]:
     """Decode consecutive rows of a chunk and yield blocks, each with the seconds that it took.
 
     Args:
         work: Data of the run.
         rows: Positions of the images; the start of a chunk, or the row after a block of it.
         rule: Resize rule of the model; None leaves the images at full size.
+        most_bytes: A block of at least this many bytes of pixels ends with its current batch, and one of twice as many
+            immediately.
 
     Yields:
         Tables with the columns `image_id`, `path`, `error`, `height` and `width` of the upright image, `pixel_height`
@@ -44,7 +47,7 @@ def blocks_of(work: Work, rows: range, rule: ResizeRule | None) -> Iterator[tupl
     plan, position = work.plan, rows.start
     while position < rows.stop:
         block = _Block(work.config, rule, watch)
-        while position < rows.stop and not block.is_full(plan.images_per_block, plan.images_per_batch):
+        while position < rows.stop and not block.is_full(plan, most_bytes):
             with watch.measuring("read"):
                 row = next(images)
             block.add(row)
@@ -65,11 +68,11 @@ class _Block:
         self._ends: list[int] = []
         self._num_bytes = 0
 
-    def is_full(self, most_images: int, images_per_batch: int) -> bool:
+    def is_full(self, plan: ScoringPlan, most_bytes: int) -> bool:
         num_images = len(self._rows)
-        if self._num_bytes >= 2 * MOST_BLOCK_BYTES or num_images == most_images:
+        if self._num_bytes >= 2 * most_bytes or num_images == plan.images_per_block:
             return True
-        return self._num_bytes >= MOST_BLOCK_BYTES and num_images % images_per_batch == 0
+        return self._num_bytes >= most_bytes and num_images % plan.images_per_batch == 0
 
     def add(self, row: ImageRow) -> None:
         error, size_hw, decoded_hw = row.error, row.size_hw, None

@@ -51,12 +51,6 @@ class ThisProcess:
         self.num_decode_threads = available_cpus()
         self.num_threads = config.threads_per_worker or self.num_decode_threads
 
-    def describe(self) -> str:
-        """Return a summary for the terminal."""
-        device = "1 GPU" if self.device == "cuda" else "no GPU"
-        threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
-        return f"few images: scoring in this process without Ray, {threads}, {device}"
-
     def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
         """Score chunks and yield the statistics of each file once it is written, in any order."""
         scorer = ChunkScorer(work, device=self.device, num_threads=self.num_threads)
@@ -104,10 +98,10 @@ def this_process(config: PredictConfig, console: Console) -> Iterator[ThisProces
     Afterwards torch has as many threads as before.
     """
     with ending_on_sigterm():
+        console.line("few images: scoring in this process, without Ray; loading the model")
         import torch
 
         here, num_threads_before = ThisProcess(config), torch.get_num_threads()
-        console.line(here.describe())
         try:
             yield here
         finally:

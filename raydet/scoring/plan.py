@@ -22,8 +22,8 @@ LOG_FOLDER = "_log"
 """Log folder in OUT; names with a leading `_` are not part of the table."""
 _MOST_ROWS_PER_FILE = 1024
 """Maximum rows of a detections file, a few megabytes; a kill loses the work on each file in flight."""
-_LEAST_FILES_PER_WORKER = 4
-"""Several files per worker, so that none idles at the end."""
+_LEAST_FILES_PER_WORKER = 16
+"""A chunk is decoded in one thread, so a worker needs several at a time, and none may idle at the end."""
 _IMAGES_PER_BLOCK = 64
 """Enough to make the cost of a call to another process negligible, few enough to start the model soon."""
 _PART_NAME = re.compile(r"part-(\d{7,})\.parquet")
@@ -57,7 +57,9 @@ class ScoringPlan:
         if config.tile:
             images_per_batch = 1
         least_files = _LEAST_FILES_PER_WORKER * config.num_workers
-        rows_per_file = config.rows_per_file or min(_MOST_ROWS_PER_FILE, math.ceil(num_rows / least_files))
+        rows_per_file = config.rows_per_file or min(
+            _MOST_ROWS_PER_FILE, max(_IMAGES_PER_BLOCK // 2, math.ceil(num_rows / least_files))
+        )
         return cls(
             num_rows=num_rows,
             rows_per_file=_rounded_up(rows_per_file, images_per_batch),

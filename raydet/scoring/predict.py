@@ -177,15 +177,13 @@ def _predict_into(
 
 def _suits_this_process(config: PredictConfig, images: Collection) -> bool:
     """Return True for a small collection on one machine, unless the caller has a cluster or reserves CPUs of one."""
-    has_cluster = bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and _is_connected())
     is_small = images.num_rows <= MOST_IMAGES_IN_PROCESS and config.num_workers == 1
-    return is_small and not has_cluster and config.cpus_per_worker is None
+    return is_small and not os.environ.get("RAY_ADDRESS") and not _is_connected() and config.cpus_per_worker is None
 
 
 def _is_connected() -> bool:
-    import ray
-
-    return bool(ray.is_initialized())
+    """Return True if this process is connected to Ray, without importing it."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 @contextlib.contextmanager
@@ -197,6 +195,9 @@ def _place(config: PredictConfig, console: Console, in_process: bool) -> Iterato
         with local.this_process(config, console) as here:
             yield here
     else:
+        if not _is_connected():
+            is_local = os.environ.get("RAY_ADDRESS", "local") in ("", "local")
+            console.line("starting Ray on this machine" if is_local else "connecting to the Ray cluster")
         from raydet.scoring import distributed
 
         with distributed.connected(config, console) as cluster:

@@ -35,6 +35,8 @@ from raydet.tables import storage
 
 _LOOK_AT_NODES_EVERY_S = 5.0
 _TRIES = 3
+_MOST_CHUNKS = 64
+"""Maximum number of chunks that a scoring actor works on at the same time."""
 _THREADS_PER_DECODER = 4
 """Python's lock limits a process with more threads."""
 _LOG = logging.getLogger(__name__)
@@ -101,7 +103,7 @@ class _Decoders:
                 self._free.put((decoder, place))
         # One more than decode, since one is usually about to write its file or to wait for the model.
         self._free.put(decoders[0])
-        self.num_slots = sum(place.num_threads for place in places) + 1
+        self.num_slots = min(sum(place.num_threads for place in places) + 1, _MOST_CHUNKS)
 
     def _start(self, place: DecoderPlace) -> Any:
         # A decoder waits as soon as its consumer has enough, so it needs no CPU of its own and never waits for one.
@@ -271,8 +273,8 @@ class _Scorers:
             .options(
                 num_cpus=self._resources.cpus_per_worker,
                 num_gpus=1 if self._resources.use_gpu else 0,
-                # Chunks block a thread each until their file is written.
-                max_concurrency=_MOST_SLOTS,
+                # Each chunk blocks a thread until its file is written.
+                max_concurrency=_MOST_CHUNKS,
             )
             .remote(self._work_ref, self._resources, self._num_workers, places)
         )
@@ -292,11 +294,13 @@ class _Scorers:
                 num_free = 1
                 try:
                     result = ray.get(call)
+                except ray.exceptions.RayTaskError:  # even if its cause is the loss of decoders
+                    raise
                 except ray.exceptions.RayActorError:
                     if chunk is not None:
                         tries[chunk] = tries.get(chunk, 0) + 1
                         waiting.appendleft(chunk)
-                    if (chunk is None) or tries[chunk] == _TRIES:
+                    if chunk is None or tries[chunk] == _TRIES:
                         raise
                     if actor in self._alive:
                         self._start(self._alive.pop(actor))
@@ -314,9 +318,6 @@ class _Scorers:
         """End all actors; their decoders end with them."""
         for actor in self._alive:
             ray.kill(actor)
-
-
-_MOST_SLOTS = 1000
 
 
 class _NodeWatch:

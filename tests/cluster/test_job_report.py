@@ -15,7 +15,7 @@ from raydet.cluster.timeline import MOST_SPANS, Timeline
 
 
 def process(kind: str, pid: int, mb: float = 100.0, *, at_s: float = 10.0, node: str = "n1", **seconds: float) -> Any:
-    return ProcessStats(node=node, pid=pid, kind=kind, seconds=seconds, resident_mb=mb, ended_unix_s=at_s)
+    return ProcessStats(node=node, pid=pid, thread=pid, kind=kind, seconds=seconds, resident_mb=mb, ended_unix_s=at_s)
 
 
 def file(num_images: int = 100, errors: tuple[str, ...] = (), *processes: ProcessStats) -> FileStats:
@@ -33,7 +33,7 @@ def job(started_s: float, *files: FileStats, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("raydet.cluster.job_report.time.time", lambda: started_s)
     stats = JobStats()
     for item in files:
-        stats.add(FileStats.from_dict(json.loads(json.dumps(item.to_dict()))))
+        stats.add(item)
     return stats
 
 
@@ -61,17 +61,16 @@ FILES = (
     file(
         100,
         ("empty file",),
-        process("reader", 1, 50, read=5.0),
-        process("decoder", 2, 200, decode=20.0),
-        process("model", 9, 900, at_s=15.0, prepare=1.0, model=4.0),
-        process("model", 9, 1000, at_s=90.0, prepare=9.0, model=66.0),
+        process("decoder", 2, 200, read=5.0, decode=20.0, prepare=10.0),
+        process("model", 9, 900, at_s=15.0, model=5.0),
+        process("model", 9, 1000, at_s=90.0, model=75.0),
         process("writer", 2, 150, write=2.0),
     ),
     file(
         300,
         (),
-        process("decoder", 3, 300, decode=20.0),
-        process("model", 9, 800, at_s=95.0, node="n2", prepare=10.0, model=70.0),
+        process("decoder", 3, 300, decode=20.0, prepare=10.0),
+        process("model", 9, 800, at_s=95.0, node="n2", model=80.0),
     ),
 )
 
@@ -81,7 +80,7 @@ def test_images_by_stage_and_second(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (timeline["started_unix_s"], timeline["span_s"], set(timeline["images"])) == (
         5.0,
         1.0,
-        {"read", "decode", "model", "write"},
+        {"decode", "model", "write"},
     )
     counts = timeline["images"]
     assert {len(values) for values in counts.values()} == {91}
@@ -107,7 +106,7 @@ def test_sums_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first model started at 15 s - 5 s of work; 100 s remain, for two workers.
     assert (report["startup_s"], report["images_per_s_after_startup"]) == (10.0, 4.0)
     assert report["images_per_s"] == pytest.approx(400 / 110)
-    assert report["model_busy_share"] == pytest.approx(140 / 200)
+    assert report["model_busy_share"] == pytest.approx(160 / 200)
     stages = report["stages"]
     assert list(stages) == list(STAGES)
     assert stages["decode"] == {
@@ -125,8 +124,8 @@ def test_sums_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_counts_each_process_once_with_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     report = finished(job(0.0, *FILES, monkeypatch=monkeypatch))
     # Process 2 decodes and writes; process 9 on the other node is a different process.
-    assert report["peak_mb_by_kind"] == {"decoder": 500, "model": 1800, "reader": 50, "writer": 150}
-    assert (report["peak_mb"], report["peak_mb_of_one"], report["num_processes"]) == (2350, 1000, 5)
+    assert report["peak_mb_by_kind"] == {"decoder": 500, "model": 1800, "writer": 150}
+    assert (report["peak_mb"], report["peak_mb_of_one"], report["num_processes"]) == (2300, 1000, 4)
 
 
 def test_the_order_of_the_files_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +172,7 @@ def test_at_most_twenty_reasons_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
         ({"model": 170.0, "decode": 99.0}, "model", "model is the bottleneck.* 85% .*--num-workers"),
         ({"model": 60.0, "decode": 95.0}, "decode", "decode is the bottleneck.* 95% .*30%.*--cpus-per-worker"),
         ({"model": 60.0, "read": 90.0, "decode": 40.0}, "read", "read is the bottleneck.*large files"),
-        ({"model": 60.0, "prepare": 170.0}, "prepare", "prepare is the bottleneck.* 85%"),
+        ({"model": 60.0, "prepare": 85.0}, "prepare", "prepare is the bottleneck.* 85%"),
         ({"model": 60.0, "write": 80.0}, "write", "write is the bottleneck.*faster storage"),
         ({"model": 60.0, "decode": 30.0}, None, "no .*bottleneck.* 30%"),
     ],
@@ -181,10 +180,16 @@ def test_at_most_twenty_reasons_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
 def test_the_last_line_names_the_bottleneck(
     busy: dict[str, float], bottleneck: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = {"read": "reader", "decode": "decoder", "prepare": "model", "model": "model", "write": "writer"}
+    kinds = {"read": "decoder", "decode": "decoder", "prepare": "decoder", "model": "model", "write": "writer"}
     processes = [
         ProcessStats(
-            node="n1", pid=1, kind=kinds[stage], seconds={stage: seconds}, resident_mb=9.0, ended_unix_s=10 + seconds
+            node="n1",
+            pid=1,
+            thread=1,
+            kind=kinds[stage],
+            seconds={stage: seconds},
+            resident_mb=9.0,
+            ended_unix_s=10 + seconds,
         )
         for stage, seconds in busy.items()
     ]
