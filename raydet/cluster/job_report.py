@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from raydet.cluster.stopwatch import STAGE_OF_KIND, STAGES, FileStats
+from raydet.cluster.stopwatch import STAGES, STAGES_OF_KIND, FileStats
 from raydet.cluster.timeline import Timeline
 from raydet.common.console import aligned
 from raydet.common.errors import one_line
@@ -192,7 +192,8 @@ class JobStats:
             process = (item.node, item.pid)
             # Blocks of a file differ little in their number of images.
             num_images = stats.num_images / num_laps[item.kind]
-            self._timeline.add(STAGE_OF_KIND[item.kind], item.ended_unix_s, num_images)
+            for stage in STAGES_OF_KIND[item.kind]:
+                self._timeline.add(stage, item.ended_unix_s, num_images)
             for stage, seconds in item.seconds.items():
                 self._busy_s[stage] += seconds
                 self._threads[stage].add((*process, item.thread))

@@ -12,8 +12,8 @@ import psutil
 
 STAGES = ("read", "decode", "prepare", "model", "write")
 """Stages of an image, in order; decoders read, decode and prepare (cut views and resize)."""
-STAGE_OF_KIND = {"decoder": "decode", "model": "model", "writer": "write"}
-"""Stage that counts the images of each kind of process."""
+STAGES_OF_KIND = {"decoder": ("read", "decode", "prepare"), "model": ("model",), "writer": ("write",)}
+"""Stages in a thread of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from raydet.tables.table import MANIFEST_NAME, is_table
 class RayLosses(Losses):
     """See `Losses`."""
 
-    kinds = (
-        *Losses.kinds,
+    no_memory = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
+    _kinds = (
         ray.exceptions.NodeDiedError,
         ray.exceptions.ObjectLostError,
         ray.exceptions.RayActorError,
@@ -35,7 +35,13 @@ class RayLosses(Losses):
         RpcError,
         ray.exceptions.WorkerCrashedError,
     )
-    no_memory = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
+
+    def is_loss(self, chain: Sequence[BaseException]) -> bool:
+        """See `Losses.is_loss`."""
+        if super().is_loss(chain):
+            return True
+        is_defect = any(getattr(cause, "actor_init_failed", False) for cause in chain)
+        return not is_defect and any(isinstance(cause, self._kinds) for cause in chain)
 
     def causes(self, error: BaseException) -> list[BaseException]:
         """List an error and its causes, outermost first, without Ray's wrappers around errors of its workers."""

@@ -10,9 +10,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -33,7 +33,7 @@ from raydet.models.families import family_of
 from raydet.scoring.chunks import COUNTS_KEY
 from raydet.scoring.gallery import GalleryPainter, GalleryReport
 from raydet.scoring.plan import ScoringPlan, Work, part_name
-from raydet.scoring.recovery import Losses, raise_if_permanent, reason_of, score_all
+from raydet.scoring.recovery import FileCounts, Place, raise_if_permanent, reason_of, score_all
 from raydet.tables import storage
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category, build_schema
@@ -83,26 +83,6 @@ class _ModelFacts:
     name: str
     categories: tuple[Category, ...]
     fingerprint: str
-
-
-class Place(Protocol):
-    """The place where a run computes: `local.ThisProcess` or `distributed.Cluster`."""
-
-    @property
-    def losses(self) -> Losses:
-        """Errors after which another attempt follows."""
-
-    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
-        """Score chunks and yield the statistics of each file once it is written, in any order."""
-
-    def prepare_again(self, reason: str) -> str:
-        """Prepare for another attempt after a loss, and return a line for the terminal."""
-
-    def best_batch_size(self, config: PredictConfig, load: EngineLoader) -> int:
-        """Measure the fastest batch size."""
-
-    def job_record(self) -> JobRecord:
-        """Build the record of the job."""
 
 
 def predict(config: PredictConfig, *, console: Console | None = None) -> PredictResult:
@@ -245,13 +225,7 @@ def _run(work: Work, place: Place, console: Console, started: float) -> JobRepor
                 num_rows += file.num_images
                 update(f"{num_rows:,} of {work.plan.num_rows:,} images")
 
-            written = score_all(
-                work,
-                lambda chunks: place.attempt(work, chunks),
-                place.losses,
-                note=note,
-                again=lambda reason: console.line(place.prepare_again(reason)),
-            )
+            written = score_all(work, place, note=note, notify=console.line)
     except BaseException as error:
         reason = reason_of(error)
         raise
@@ -341,32 +315,30 @@ def _work(
     return work(plan)
 
 
-def _finish(work: Work, written: dict[str, FileStats]) -> None:
+def _finish(work: Work, written: dict[str, FileCounts]) -> None:
     """Check that there is one row per image and write the manifest, which marks the table as complete.
 
     The footers of files that an earlier run has written are read in parallel.
     """
     filesystem, path = storage.resolve(work.folder.uri)
 
-    def counts_of(name: str) -> tuple[str, int, int, int]:
+    def counts_of(name: str) -> FileCounts:
         if name in written:
-            stats = written[name]
-            return name, stats.num_images, len(stats.errors), stats.num_detections
+            return written[name]
         footer = pq.read_metadata(f"{path}/{name}", filesystem=filesystem)
-        counts = json.loads(footer.metadata[COUNTS_KEY])
-        return name, footer.num_rows, counts["num_errors"], counts["num_detections"]
+        return FileCounts(footer.num_rows, **json.loads(footer.metadata[COUNTS_KEY]))
 
-    files = list(in_order(counts_of, map(part_name, range(work.plan.num_chunks))))
-    rows_by_file = {name: num_rows for name, num_rows, _, _ in files}
-    num_rows = sum(rows_by_file.values())
+    names = [part_name(chunk) for chunk in range(work.plan.num_chunks)]
+    counts = dict(zip(names, in_order(counts_of, names), strict=True))
+    num_rows = sum(file.num_images for file in counts.values())
     assert num_rows == work.plan.num_rows, f"{num_rows} rows for {work.plan.num_rows} images"
     write_manifest(
         work.folder.uri,
-        rows_by_file,
+        {name: file.num_images for name, file in counts.items()},
         config_hash=config_hash(work.config),
         id_space=work.images.id_space,
-        num_errors=sum(num_errors for _, _, num_errors, _ in files),
-        num_detections=sum(num_detections for _, _, _, num_detections in files),
+        num_errors=sum(file.num_errors for file in counts.values()),
+        num_detections=sum(file.num_detections for file in counts.values()),
     )
 
 

@@ -4,10 +4,14 @@ import errno
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
+from raydet.cluster.job_record import JobRecord
 from raydet.cluster.stopwatch import FileStats
 from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
+from raydet.config import PredictConfig
+from raydet.engines.loading import EngineLoader
 from raydet.scoring.plan import LOG_FOLDER, Work, done_chunks
 from raydet.tables import storage
 from raydet.tables.output_errors import refusal_of
@@ -17,20 +21,31 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _RESUME_HINT = "run the same command again to resume"
 
-Attempt = Callable[[Sequence[int]], Iterator[FileStats]]
-"""A function that scores chunks and yields the statistics of each file once it is written."""
+
+class FileCounts(NamedTuple):
+    """Numbers of a file of detections."""
+
+    num_images: int
+    num_errors: int
+    num_detections: int
 
 
 class Losses:
     """Errors of lost nodes, processes and connections: another attempt can succeed, unlike after a defect.
 
     Attributes:
-        kinds: Their classes.
         no_memory: Classes of errors that report exhausted memory.
     """
 
-    kinds: tuple[type[BaseException], ...] = (ConnectionError, OSError)
     no_memory: tuple[type[BaseException], ...] = (MemoryError,)
+
+    def is_loss(self, chain: Sequence[BaseException]) -> bool:
+        """Return True if another attempt can succeed.
+
+        Args:
+            chain: Result of `causes`.
+        """
+        return any(isinstance(cause, OSError) for cause in chain)
 
     def causes(self, error: BaseException) -> list[BaseException]:
         """List an error and its causes, outermost first."""
@@ -42,40 +57,60 @@ class Losses:
         return chain
 
 
+class Place(Protocol):
+    """The place where a run computes: `local.ThisProcess` or `distributed.Cluster`."""
+
+    @property
+    def losses(self) -> Losses:
+        """Errors after which another attempt follows."""
+
+    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
+        """Score chunks and yield the statistics of each file once it is written, in any order."""
+
+    def prepare_again(self, reason: str) -> str:
+        """Prepare for another attempt after a loss, and return a line for the terminal."""
+
+    def best_batch_size(self, config: PredictConfig, load: EngineLoader) -> int:
+        """Measure the fastest batch size."""
+
+    def job_record(self) -> JobRecord:
+        """Build the record of the job."""
+
+
 def score_all(
-    work: Work, attempt: Attempt, losses: Losses, *, note: Callable[[FileStats], None], again: Callable[[str], None]
-) -> dict[str, FileStats]:
+    work: Work, place: Place, *, note: Callable[[FileStats], None], notify: Callable[[str], None]
+) -> dict[str, FileCounts]:
     """Score all remaining chunks, in several attempts if the cluster loses workers or nodes.
 
     Args:
         work: Data of the run.
-        attempt: Scores chunks.
-        losses: The errors after which another attempt follows.
+        place: The place where it computes.
         note: Receives the statistics of each file once it is written.
-        again: Receives the reason for another attempt.
+        notify: Receives a line before another attempt.
 
     Returns:
-        The statistics of each file that this run has written, by its name.
+        The numbers of each file that this run has written, by its name.
 
     Raises:
         UserError: The model or the images changed.
         RunError: The run failed.
     """
     failures = 0
-    written: dict[str, FileStats] = {}
+    written: dict[str, FileCounts] = {}
     while True:
         done = done_chunks(work.folder)
         left = [chunk for chunk in range(work.plan.num_chunks) if chunk not in done]
         if not left:
             return written
         try:
-            for stats in attempt(left):
+            for stats in place.attempt(work, left):
                 work.folder.check()
-                written[stats.file] = stats
+                # Not the statistics themselves, which would grow with the number of images.
+                written[stats.file] = FileCounts(stats.num_images, len(stats.errors), stats.num_detections)
                 note(stats)
         except Exception as error:
-            raise_if_permanent(error, work, losses)
-            reason = reason_of(losses.causes(error)[-1])
+            raise_if_permanent(error, work, place.losses)
+            reason = reason_of(place.losses.causes(error)[-1])
         else:
             reason = "output files are missing"
             if done_chunks(work.folder).issuperset(left):
@@ -86,7 +121,7 @@ def score_all(
                 f"the run failed too often ({reason}), the limit is --max-failures {work.config.max_failures}; "
                 f"{_RESUME_HINT}"
             )
-        again(reason)
+        notify(place.prepare_again(reason))
 
 
 def raise_if_permanent(error: Exception, work: Work, losses: Losses) -> None:
@@ -102,7 +137,7 @@ def raise_if_permanent(error: Exception, work: Work, losses: Losses) -> None:
                 f"out of memory with batches of {work.plan.batch_size} and {config.num_workers} workers: lower "
                 f"--batch-size or --num-workers; {_RESUME_HINT}"
             ) from error
-    if any(isinstance(cause, losses.kinds) for cause in chain):
+    if losses.is_loss(chain):
         return
     log = storage.join(config.out, LOG_FOLDER, "error.log")
     storage.write_bytes(log, without_secrets("".join(traceback.format_exception(error))).encode())

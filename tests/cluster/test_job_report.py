@@ -80,7 +80,7 @@ def test_images_by_stage_and_second(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (timeline["started_unix_s"], timeline["span_s"], set(timeline["images"])) == (
         5.0,
         1.0,
-        {"decode", "model", "write"},
+        set(STAGES),
     )
     counts = timeline["images"]
     assert {len(values) for values in counts.values()} == {91}

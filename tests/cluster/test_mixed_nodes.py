@@ -22,7 +22,7 @@ from pathlib import Path
 import ray
 
 from raydet import PredictConfig, predict
-from raydet.scoring import stream
+from raydet.scoring import decoders, stream
 
 data, checkpoint, out, seen, use_gpu = sys.argv[1:]
 
@@ -31,7 +31,7 @@ def note(stage):
     Path(seen, f"{stage} {ray.util.get_node_ip_address()}").touch()
 
 
-class Decoder(stream.Decoder):
+class Decoder(decoders.Decoder):
     def decode(self, *arguments):
         note("decode")
         return super().decode(*arguments)
@@ -43,7 +43,7 @@ class Model(stream.ScoringActor):
         assert bool(context.get_accelerator_ids()["GPU"]) == (use_gpu == "True")
         note("model")
         type(context).get_accelerator_ids = lambda self: {}
-        stream.Decoder = Decoder
+        decoders.Decoder = Decoder
         super().__init__(*arguments)
 
 

@@ -34,4 +34,4 @@ def test_they_equal_the_image_processor_s(family: Family, dtype: torch.dtype) ->
         assert one.categories.tolist() == other["labels"].numpy()[order].tolist()
         boxes_xywh = xyxy_to_xywh(other["boxes"].numpy().astype(np.float64)[order])
         assert one.boxes_xywh.tolist() == boxes_xywh.tolist()
-        assert (one.boxes_xywh.dtype, one.categories.dtype) == (np.float64, np.int64)
+        assert str(one.boxes_xywh.dtype) == "float64" and str(one.categories.dtype) == "int64"
