@@ -239,7 +239,5 @@ def test_the_table_is_short_and_aligned(monkeypatch: pytest.MonkeyPatch) -> None
     table = lines[3:9]
     assert [line.split()[0] for line in table] == ["stage", *STAGES]
     assert len({len(line) for line in table}) == 1
-    assert (
-        lines[9] == "memory: at most 2.3 GB in 5 processes (decoder 500 MB, model 1.8 GB, reader 50 MB, writer 150 MB)"
-    )
+    assert lines[9] == "memory: at most 2.2 GB in 4 processes (decoder 500 MB, model 1.8 GB, writer 150 MB)"
     assert re.match(r"cost: 357\.43 per million images .*1 node at 3\.5", lines[10])
