@@ -21,6 +21,9 @@ from raydet.scoring.chunks import ChunkScorer
 from raydet.scoring.plan import Work
 from raydet.scoring.recovery import Losses
 
+_MOST_DECODE_THREADS = 16
+"""More would fill the memory with blocks, and Python's lock would not let them decode faster."""
+
 
 class ThisProcess:
     """This process as the place of a scoring run.
@@ -48,8 +51,8 @@ class ThisProcess:
         if config.precision == "fp16" and not has_gpu:
             raise no_fp16_on_cpu(config.engine)
         self.device = "cuda" if has_gpu else "cpu"
-        self.num_decode_threads = available_cpus()
-        self.num_threads = config.threads_per_worker or self.num_decode_threads
+        self.num_threads = config.threads_per_worker or available_cpus()
+        self.num_decode_threads = min(available_cpus(), _MOST_DECODE_THREADS)
 
     def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
         """Score chunks and yield the statistics of each file once it is written, in any order."""
