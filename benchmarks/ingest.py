@@ -47,6 +47,7 @@ IMAGES = {"128": 800, "vga": 200}
 TIMED = {"128": 12_000, "vga": 1_600}
 """Images that a contestant delivers."""
 BATCH_SIZE, NUM_PROCESSES = 8, 2
+_NUM_FILES = 400
 
 
 def main() -> None:
@@ -87,25 +88,34 @@ def _parse() -> argparse.Namespace:
     return options
 
 
-def write_table(folder: Path, *, num_images: int, size_hw: tuple[int, int]) -> None:
-    """Write an images table of generated JPEGs with a few boxes each."""
-    from PIL import Image, ImageFilter
+def write_table(folder: Path, *, num_images: int, size_hw: tuple[int, int], files: Path | None = None) -> None:
+    """Write an images table of generated JPEGs with a few boxes each.
 
+    Args:
+        folder: Folder of the table.
+        num_images: Rows of the table.
+        size_hw: Height and width of the images in pixels.
+        files: If given, a folder for a few image files, to which all rows refer; by default rows hold their own bytes.
+    """
     from raydet.tables.schema import Category, build_schema
     from raydet.tables.table import TableWriter
 
     rng = np.random.default_rng(0)
     height, width = size_hw
-    with TableWriter(str(folder), build_schema("images", (Category(0, "thing"),)), config_hash="benchmark") as writer:
+    if files is not None and not files.is_dir():
+        files.mkdir()
+        for number in range(_NUM_FILES):
+            (files / f"{number}.jpg").write_bytes(_jpeg(rng, size_hw))
+    categories = (Category(0, "thing"),)
+    with TableWriter(str(folder), build_schema("images", categories), config_hash="benchmark") as writer:
         for number in range(num_images):
-            noise = rng.integers(0, 256, (height // 4, width // 4, 3), np.uint8)
-            image = Image.fromarray(noise).resize((width, height)).filter(ImageFilter.GaussianBlur(1))
-            stream = io.BytesIO()
-            image.save(stream, "JPEG", quality=90)
+            image: dict[str, Any] = {"bytes": None, "path": f"{files}/{number % _NUM_FILES}.jpg"}
+            if files is None:
+                image = {"bytes": _jpeg(rng, size_hw), "path": f"{number}.jpg"}
             boxes = np.column_stack([rng.uniform(0, side / 2, (5, 1)) for side in (width, height)] * 2) + 4
             row = {
                 "image_id": number,
-                "image": {"bytes": stream.getvalue(), "path": f"{number}.jpg"},
+                "image": image,
                 "width": width,
                 "height": height,
                 "objects": {
@@ -119,20 +129,31 @@ def write_table(folder: Path, *, num_images: int, size_hw: tuple[int, int]) -> N
             writer.write_rows([row])
 
 
+def _jpeg(rng: np.random.Generator, size_hw: tuple[int, int]) -> bytes:
+    from PIL import Image, ImageFilter
+
+    height, width = size_hw
+    noise = rng.integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    stream = io.BytesIO()
+    image = Image.fromarray(noise).resize((width, height)).filter(ImageFilter.GaussianBlur(1))
+    image.save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
 def view_of(name: str) -> Any:
     """Return the view of a setting."""
     from raydet.augmentation.view import View
     from raydet.models.geometry import ResizeRule
 
-    side = {"128": 128, "vga": 640}[name]
+    side = {"128": 128, "vga": 640, "accelerator": 320}[name]
     rule = ResizeRule(mode="fixed", size_hw=(side, side))
-    return View(resize_rule=rule, augmentation="flip" if name == "128" else "light")
+    return View(resize_rule=rule, augmentation="light" if name == "vga" else "flip")
 
 
 def _compete(contestant: str, *, folder: str, name: str, num_images: int) -> dict[str, Any]:
     table = str(Path(folder) / "table")
     if contestant == "limit":
-        return {"images_per_s": _limit(table, name, num_images)}
+        return {"images_per_s": limit_of(table, name, num_images)}
     if contestant == "dataloader":
         return {"images_per_s": _speed_of(_dataloader(table, name, num_images), num_images)}
     with _cluster(is_default=contestant == "raydet_default_ray"):
@@ -268,7 +289,7 @@ def _ray_data(table_uri: str, name: str, num_images: int) -> Iterator[int]:
             left -= len(batch["pixels"])
 
 
-def _limit(table_uri: str, name: str, num_images: int) -> float:
+def limit_of(table_uri: str, name: str, num_images: int) -> float:
     """Return the images per second of processes that call the view concurrently."""
     context = multiprocessing.get_context("spawn")
     barrier, seconds = context.Barrier(NUM_PROCESSES), context.Queue()

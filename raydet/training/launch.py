@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -15,6 +15,9 @@ from raydet.tables import storage
 from raydet.tables.table import Table
 from raydet.training.crew import Crew
 from raydet.training.failure import WorkerFailed, WorkerFailure, failed
+
+if TYPE_CHECKING:
+    from raydet.training.trainer import Trainer
 
 _GROUP_FILE = ("log", "placement_group")
 """File in the run folder, present while the workers run."""
@@ -36,6 +39,7 @@ def run_workers(
     stop: StopRequest,
     *,
     is_alone: bool,
+    make_trainer: "Callable[..., Trainer] | None" = None,
 ) -> WorkerFailure | None:
     """Run the workers until they finish; return the failure with which one of them ended the run, if any.
 
@@ -45,6 +49,7 @@ def run_workers(
         resources: Resources of each worker.
         board: Actor handle of a `raydet.cluster.board.Board`.
         stop: Request to stop; once set, the workers save their state and exit.
+        make_trainer: See `raydet.train`.
         is_alone: True for a single worker on this machine, which needs neither Ray Train nor a process group.
 
     Raises:
@@ -52,6 +57,7 @@ def run_workers(
         RunStopped: The request to stop arrived before the first step.
     """
     job = {"config": dataclasses.asdict(config), "tables": tables, "resources": resources, "board": board}
+    job["make_trainer"] = make_trainer
 
     def run() -> WorkerFailure | None:
         if is_alone:

@@ -97,7 +97,7 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
     torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // crew.local_world_size))
     plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)
-    trainer = Trainer(
+    trainer = (job["make_trainer"] or Trainer)(
         config,
         tables["train"].categories,
         steps_per_epoch=plan.steps_per_epoch,

@@ -6,7 +6,7 @@ This module does not import torch, so that input errors are reported within a se
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -27,6 +27,9 @@ from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import MANIFEST_NAME, Table, open_table
 from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, following
+
+if TYPE_CHECKING:
+    from raydet.training.trainer import Trainer
 
 _FOLDERS = (STATES_FOLDER, "checkpoint", "last")
 
@@ -75,6 +78,7 @@ def train(
     console: Console | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     wait_for_folder_s: float = 0.0,
+    make_trainer: "Callable[..., Trainer] | None" = None,
 ) -> TrainResult:
     """Train a detector. An interrupted run resumes when the function is called again with the same config.
 
@@ -83,6 +87,8 @@ def train(
         console: Console for progress; by default a new one.
         on_epoch: Called with the record of each finished epoch, in a separate thread.
         wait_for_folder_s: Seconds to wait for an earlier run to release the folder.
+        make_trainer: Builds the trainer in each worker, with the arguments of `Trainer`, which is the default; must be
+            picklable.
 
     Raises:
         UserError: A table, the model, an option or the run folder is invalid; nothing has been written.
@@ -101,7 +107,7 @@ def train(
         model=storage.absolute_uri(config.model) if storage.exists(config.model) else config.model,
     )
     with open_folder(out, command="train", notify=console.line, wait_s=wait_for_folder_s) as folder:
-        return _train_into(folder, config, tables, console, on_epoch)
+        return _train_into(folder, config, tables, console, on_epoch, make_trainer)
 
 
 def _train_into(
@@ -110,6 +116,7 @@ def _train_into(
     tables: dict[str, Table],
     console: Console,
     on_epoch: Callable[[EpochRecord], None] | None,
+    make_trainer: "Callable[..., Trainer] | None",
 ) -> TrainResult:
     out, history = folder.uri, _check_run_folder(folder, config)
     checkpoint = folder.uri_of("checkpoint")
@@ -146,7 +153,7 @@ def _train_into(
         free_workers(out)
         board = open_board()
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
-            failure = run_workers(config, tables, resources, board, stop, is_alone=is_alone)
+            failure = run_workers(config, tables, resources, board, stop, is_alone=is_alone, make_trainer=make_trainer)
         free_workers(out)
         folder.check()
         job.with_joined_nodes().write(storage.join(out, "log"))

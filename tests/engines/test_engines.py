@@ -207,7 +207,7 @@ def test_what_an_engine_says_of_its_model(tmp_path: Path) -> None:
         assert engine.categories == CATEGORIES
         assert engine.max_detections == 20
         assert engine.input_size_hw((300, 200)) == (96, 64)
-        assert engine.predict(engine.prepare([])) == []
+        assert engine.start(engine.prepare([]))() == []
 
 
 @pytest.mark.parametrize("options", [{}, {"engine": "openvino"}])

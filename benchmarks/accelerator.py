@@ -1,0 +1,141 @@
+"""Utilization of a simulated accelerator in `train` and `predict`: a model that waits without using the CPU.
+
+    python benchmarks/accelerator.py [--quick] [--jobs train predict predict_ceiling]
+
+JPEGs of 640 × 480 are resized to 320; batches have 16 images. First two plain processes measure the limit: images per
+second that they decode and resize. The simulated model takes as long for a batch as the feeding of two batches takes at
+that limit, so that feeding it needs half of the cores.
+
+- train: utilization from the first step of each epoch to its last, without validation and checkpoints.
+- predict: utilization from 10 s after the first batch to the last.
+- predict_ceiling: images per second of a model that takes no time, as a part of the limit.
+
+Utilization is the time inside simulated computations, divided by the wall time. The last line is one JSON object.
+"""
+
+import argparse
+import functools
+import json
+import signal
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.ingest import limit_of, write_table
+    from benchmarks.simulated import SimulatedTrainer, load_simulated
+else:  # a script imports its neighbours without the package name
+    from ingest import limit_of, write_table
+    from simulated import SimulatedTrainer, load_simulated
+
+JOBS = ("train", "predict", "predict_ceiling")
+SIDE, BATCH_SIZE = 320, 16
+NUM_FILES = 400
+WARM_UP_S = 10.0
+
+Span = tuple[int, float, float, int]
+"""Label, start, end and number of images of a simulated computation."""
+
+
+def main() -> None:
+    """Run the jobs and print their utilization."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--rounds", type=int, default=None, help="3, with --quick 1")
+    parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    results: dict[str, list[dict[str, float]]] = {job: [] for job in options.jobs}
+    for _ in range(options.rounds or (1 if options.quick else 3)):
+        with tempfile.TemporaryDirectory(prefix="rdb", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            write_table(folder / "train", num_images=NUM_FILES, size_hw=(480, 640))
+            limit = limit_of(str(folder / "train"), "accelerator", 2_000)
+            seconds = 2 * BATCH_SIZE / limit
+            print(f"limit {limit:.0f} images/s, {1000 * seconds:.1f} ms a batch", flush=True)
+            for job in options.jobs:
+                if job == "train":
+                    result = _train(folder, seconds, epochs=4 if options.quick else 10)
+                else:
+                    is_ceiling = job == "predict_ceiling"
+                    num_images = round(limit * (20 if options.quick else 40) * (1 if is_ceiling else 0.5))
+                    result = _predict(folder, job, 0.0 if is_ceiling else seconds, num_images, limit)
+                results[job].append(result)
+                print(job, json.dumps(result), flush=True)
+    print(json.dumps({job: _medians(rounds) for job, rounds in results.items()}))
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]}
+
+
+def _train(folder: Path, seconds: float, *, epochs: int) -> dict[str, float]:
+    from raydet import TrainConfig
+    from raydet.training.train import train
+
+    write_table(folder / "val", num_images=BATCH_SIZE, size_hw=(480, 640))
+    log = folder / "train-log"
+    log.mkdir()
+    config = TrainConfig(
+        model="rt_detr_v2_tiny",
+        train_data=str(folder / "train"),
+        val_data=str(folder / "val"),
+        out=str(folder / "run"),
+        image_size=SIDE,
+        batch_size=BATCH_SIZE,
+        epochs=epochs,
+        validate_every=epochs,
+        augmentation="flip",
+        log_images=0,
+        trackers=[],
+    )
+    train(config, make_trainer=functools.partial(SimulatedTrainer, seconds=seconds, folder=str(log)))
+    (spans,) = _spans(log).values()
+    utilizations = []
+    for epoch in range(1, epochs):  # the first one starts before its images are there
+        own = [span for span in spans if span[0] == epoch]
+        utilizations.append(_utilization(own))
+    return {"utilization": statistics.median(utilizations)}
+
+
+def _predict(folder: Path, job: str, seconds: float, num_images: int, limit: float) -> dict[str, float]:
+    from raydet import PredictConfig
+    from raydet.models.loading import build_detector
+    from raydet.scoring.predict import predict_with
+    from raydet.tables.schema import Category
+
+    model, log = folder / "model", folder / f"{job}-log"
+    log.mkdir()
+    if not model.is_dir():
+        build_detector("rt_detr_v2_tiny", (Category(0, "thing"),), image_size=SIDE, seed=0).save(str(model))
+    data = folder / f"{job}-images"
+    write_table(data, num_images=num_images, size_hw=(480, 640), files=folder / "files")
+    config = PredictConfig(checkpoint=str(model), data=str(data), out=str(folder / job), batch_size=BATCH_SIZE)
+    load = functools.partial(load_simulated, seconds=seconds, folder=str(log))
+    predict_with(config, in_process=False, load=load)
+    (spans,) = _spans(log).values()
+    started = spans[0][1] + WARM_UP_S
+    own = [span for span in spans if span[1] >= started]
+    if seconds:
+        return {"utilization": _utilization(own)}
+    speed = sum(span[3] for span in own[1:]) / (own[-1][2] - own[0][2])
+    return {"images_per_s": speed, "of_limit": speed / limit}
+
+
+def _spans(folder: Path) -> dict[str, list[Span]]:
+    """Return the computations of each simulated device, in order."""
+    return {
+        path.name: sorted((tuple(json.loads(line)) for line in path.read_text().splitlines()), key=lambda span: span[1])
+        for path in folder.iterdir()
+        if path.stat().st_size
+    }
+
+
+def _utilization(spans: list[Span]) -> float:
+    return sum(end - start for _, start, end, _ in spans) / (spans[-1][2] - spans[0][1])
+
+
+if __name__ == "__main__":
+    main()
