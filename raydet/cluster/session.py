@@ -50,6 +50,13 @@ def session(log_uri: str, address: str | None = None) -> Iterator[None]:
                 ray.shutdown()
 
 
+def announcement(address: str | None = None) -> str:
+    """Return a line for the terminal that says what a session at this address waits for first."""
+    if starts_cluster(address):
+        return "starting Ray on this machine"
+    return f"connecting to Ray at {address or os.environ.get('RAY_ADDRESS')}"
+
+
 def starts_cluster(address: str | None = None) -> bool:
     """Return True if a session at this address starts a cluster on this machine."""
     return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"

@@ -106,7 +106,11 @@ class _LoneWorker:
 
 def _run_alone(job: dict[str, Any], config: TrainConfig, resources: shares.Resources) -> WorkerFailure | None:
     """Run a single worker, and a new one in its place as often as `max_failures` allows."""
-    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": 1 if resources.use_gpu else 0}
+    options = {
+        "num_cpus": resources.cpus_per_worker,
+        "num_gpus": 1 if resources.use_gpu else 0,
+        "scheduling_strategy": "DEFAULT",  # outside of the placement group of a trial, which holds no room for it
+    }
     failures_left = config.max_failures
     while True:
         worker = _LoneWorker.options(**options).remote()  # type: ignore[attr-defined]

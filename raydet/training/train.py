@@ -130,8 +130,10 @@ def _train_into(
 
     from raydet.training.launch import free_workers, run_workers  # imports torch, after all checks of the input
 
-    # A cluster of this command's own has one machine, where a single worker needs nobody to look after it.
-    is_alone = config.max_workers == 1 and not ray.is_initialized() and session.starts_cluster()
+    # A single worker needs Ray Train only on a named cluster, for the notice that its node will be taken away.
+    is_alone = config.max_workers == 1 and (ray.is_initialized() or session.starts_cluster())
+    if not ray.is_initialized():
+        console.line(session.announcement())
     with session.session(storage.join(out, "log")):
         resources = shares.share_out(
             min_workers=config.min_workers,
