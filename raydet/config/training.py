@@ -155,7 +155,13 @@ class TrainConfig(WorkersConfig):
     gradient_checkpointing: bool = option(
         "recompute activations instead of keeping them in memory", False, group="Compute and cluster", operational=True
     )
-    compile: bool = option("compile the model with torch.compile", False, group="Compute and cluster", operational=True)
+    compile: bool = option(
+        "compile backbone and encoder with torch.compile, once per size of the input; worth its minutes on a GPU, for "
+        "models with a fixed input size",
+        False,
+        group="Compute and cluster",
+        operational=True,
+    )
     max_failures: int = option(
         "failures of workers or nodes to recover from before giving up",
         3,

@@ -99,8 +99,9 @@ def compute_gradients(
                 )
             scaled = loss.total * weight
             (scaled if setting.scaler is None else setting.scaler.scale(scaled)).backward()
-        for name, value in loss.terms.items():
-            terms[name] = terms.get(name, torch.zeros((), device=setting.device)) + value.float() * weight
+        weighted = torch._foreach_mul([value.float() for value in loss.terms.values()], weight)
+        for name, value in zip(loss.terms, weighted, strict=True):
+            terms[name] = terms[name] + value if name in terms else value
     return StepResult(terms)
 
 

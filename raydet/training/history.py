@@ -46,6 +46,7 @@ class EpochRecord:
         seconds: Wall-clock time of the training steps.
         step_s: Mean seconds per step, split into `data`, `compute` and `communication`.
         start_s: Seconds until the first images arrived, if workers and stream had just started.
+        num_skipped_steps: Steps that changed nothing, because their gradient was not finite.
         num_unreadable: Training images that could not be read.
         peak_memory_mb: Peak memory of rank 0's process, in MiB.
         peak_device_memory_mb: Peak memory on rank 0's GPU, in MiB; None without a GPU.
@@ -62,6 +63,7 @@ class EpochRecord:
     seconds: float = 0.0
     step_s: Mapping[str, float] = field(default_factory=dict)
     start_s: float = 0.0
+    num_skipped_steps: int = 0
     num_unreadable: int = 0
     peak_memory_mb: float | None = None
     peak_device_memory_mb: float | None = None
@@ -105,6 +107,7 @@ class EpochRecord:
             "seconds": self.seconds,
             "step_s": dict(self.step_s),
             "start_s": self.start_s,
+            "skipped_steps": self.num_skipped_steps,
             "unreadable": self.num_unreadable,
         }
         for name in ("peak_memory_mb", "peak_device_memory_mb"):
@@ -143,6 +146,7 @@ class EpochRecord:
         return cls(
             epoch=int(content["epoch"]),
             loss=float(content["loss"]),
+            num_skipped_steps=int(content.get("skipped_steps") or 0),
             num_unreadable=int(content.get("unreadable") or 0),
             validation=validation,
             **{name: content[name] for name in more if content.get(name) is not None},

@@ -256,7 +256,11 @@ def _conclude(run: _TrainingRun, result: LateResult | None) -> None:
         names = sorted({name for names, _ in gathered for name in names})
         images = [image_id for names, ids in gathered if names for image_id in ids]
         raise not_a_number(position, names, images)
-    run.trainer.meter.gradient_norm += 0.0 if values.is_skipped else values.gradient_norm
+    meter = run.trainer.meter
+    if values.is_skipped:
+        meter.num_skipped += 1
+    else:
+        meter.gradient_norm += values.gradient_norm
     if run.crew.rank == 0:
         job_metrics.step_finished(position.epoch + 1, result.loss)
     global_step = position.epoch * run.plan.steps_per_epoch + position.step
@@ -351,7 +355,7 @@ def _record_of_steps(run: _TrainingRun) -> EpochRecord:
 
 
 def _save_state(run: _TrainingRun, inputs: StepInputs | None, *, after: Sequence[Write] = ()) -> None:
-    """Save a state to resume from, which is written while training goes on. Collective: every rank must call it.
+    """Save a state to resume from, which a thread writes. Collective: every rank must call it.
 
     Args:
         run: The run.

@@ -21,6 +21,7 @@ class EpochMeter:
         losses: Sum over steps of each loss term, in units of the global batch; only the part of this worker's images.
         gradient_norm: Sum over steps of the gradient norm before clipping.
         num_steps: Completed steps.
+        num_skipped: Steps among them that changed nothing, because their gradient was not finite.
         num_images: Images of these steps on this worker.
         start_s: Seconds until the first images arrived, if workers and stream had just started.
         data_s: Seconds spent waiting for images after that.
@@ -32,6 +33,7 @@ class EpochMeter:
     losses: dict[str, Tensor] = field(default_factory=dict)
     gradient_norm: float = 0.0
     num_steps: int = 0
+    num_skipped: int = 0
     num_images: int = 0
     start_s: float = 0.0
     data_s: float = 0.0
@@ -42,7 +44,11 @@ class EpochMeter:
     def add_losses(self, terms: Mapping[str, Tensor]) -> None:
         """Add the loss terms of a step without synchronising with the device."""
         for name, value in terms.items():
-            self.losses[name] = self.losses.get(name, torch.zeros_like(value, dtype=torch.float64)) + value.double()
+            if name not in self.losses:
+                self.losses[name] = torch.zeros_like(value, dtype=torch.float64)
+        # A call for all terms: with one for each, a GPU would wait for the host.
+        sums = [self.losses[name] for name in terms]
+        torch._foreach_add_(sums, list(torch.stack(list(terms.values())).double().unbind()))
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
@@ -106,5 +112,6 @@ def epoch_record(merged: Mapping[str, Any], *, epoch: int, learning_rate: float)
             "communication": merged["communication_s"] / num_steps,
         },
         start_s=merged["start_s"],
+        num_skipped_steps=merged["num_skipped"],
         num_unreadable=len(merged["unreadable"]),
     )

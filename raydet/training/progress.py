@@ -87,6 +87,8 @@ def _notes(record: EpochRecord) -> list[str]:
     if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
         numbers = [f"{name} {shown(value)}" for name, value in by_class.items()]
         notes.append(f"AP by class: {', '.join(numbers)}")
+    if record.num_skipped_steps:
+        notes.append(f"{record.num_skipped_steps} steps had a gradient that is not finite; raydet skipped them")
     if record.num_unreadable:
         notes.append(f"{record.num_unreadable} training images could not be read; raydet skipped them")
     step_s = sum(record.step_s.values())

@@ -61,7 +61,7 @@ class Saver:
         self.wait()
         self._position = state.position
         copy, out = self._memory.copy(state), self._config.out
-        writes: list[Callable[[], object]] = [
+        writes: list[Write] = [
             *after,
             self._memory.wait,
             partial(save_state, out, copy, keep=self._config.keep_states),

@@ -101,7 +101,7 @@ class TrainingState:
 
 
 class HostMemory:
-    """A copy of a state in host memory, which stays as it is while training goes on.
+    """A copy of a state in host memory, which later steps do not change.
 
     The memory is kept for the next state: pinned memory of this size takes long to allocate.
     """

@@ -125,8 +125,12 @@ def test_a_full_disk_ends_the_run_with_one_line(shapes: Path, tmp_path: Path, un
     _assert_same_run(train(dataclasses.replace(config, out=str(kept / "run"), keep_states=2)), undisturbed)
 
 
-def test_a_loss_that_is_no_number_names_step_images_and_terms(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
-    config = _config(shapes, tmp_path / "run", learning_rate=1e25, max_grad_norm=1e9, schedule="constant")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_loss_that_is_no_number_names_step_images_and_terms(
+    shapes: Path, tmp_path: Path, ray_cluster: None, num_workers: int
+) -> None:
+    changes = {"learning_rate": 1e25, "max_grad_norm": 1e9, "schedule": "constant", "num_workers": num_workers}
+    config = _config(shapes, tmp_path / "run", **changes)
     with pytest.raises(RunError, match=r"loss.*step \d of epoch 1: \w+.*images \d+, \d+"):
         train(config)
 

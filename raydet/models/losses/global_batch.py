@@ -126,11 +126,11 @@ def compute_loss(
         )
         values |= exact
         ratios |= dict.fromkeys(exact, 1.0)
-    scaled = {name: value * ratios[name] for name, value in values.items()}
-    total = torch.stack(list(scaled.values())).sum() * world_size
+    scaled = torch._foreach_mul(list(values.values()), [ratios[name] for name in values])
+    total = torch.stack(scaled).sum() * world_size
     if total.requires_grad:
         total = total + zero_over_left_out_parameters(detector, total)
-    return LossTerms(total, {name: value.detach() for name, value in scaled.items()})
+    return LossTerms(total, {name: value.detach() for name, value in zip(values, scaled, strict=True)})
 
 
 def _ratios(
