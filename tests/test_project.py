@@ -37,7 +37,7 @@ LIGHT_MODULES = (
     "tables.schema",
     "tables.storage",
     "tables.table",
-    "training.ordering",
+    "training.feeding.ordering",
 )
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
-from ray.data import Datasource, ExecutionOptions, ExecutionResources
+from ray.data import Datasource
 
 from raydet.cluster import ray_internals
 from raydet.cluster.ray_internals import BlockMetadata, DataContext, ExecutionCallback, ReadTask
@@ -30,8 +30,7 @@ def one_row_blocks(*, most_bytes: int | None = None, watch: type[ExecutionCallba
     context.enable_progress_bars = False
     # Otherwise a task's exception is wrapped and loses its cause on the way to the driver.
     context.raise_original_map_exception = True
-    limits = ExecutionResources.for_limits(object_store_memory=most_bytes) if most_bytes else None
-    context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limits)
+    context.execution_options = ray_internals.execution_options(most_bytes)
     ray_internals.set_callbacks(context, *([_Pace] if watch is None else [_Pace, watch]))
     with DataContext.current(context):
         yield

@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydet.common.threads import available_cpus
 
 if TYPE_CHECKING:
-    from ray.data import DataContext, ReadTask
+    from ray.data import DataContext, ExecutionOptions, ReadTask
     from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.data.block import BlockMetadata
     from ray.train import UserCallback
@@ -253,6 +253,20 @@ def submitted_metadata() -> dict[str, str]:
 
 
 # Ray Data.
+
+
+def execution_options(most_bytes: int | None) -> "ExecutionOptions":
+    """Return options of an execution that preserves order and limits the blocks that wait in the object store.
+
+    Developer API. No replacement yet.
+
+    Args:
+        most_bytes: Limit in bytes; by default half of the object store.
+    """
+    from ray.data import ExecutionOptions, ExecutionResources
+
+    limits = ExecutionResources.for_limits(object_store_memory=most_bytes) if most_bytes else None
+    return ExecutionOptions(preserve_order=True, resource_limits=limits)
 
 
 def actors_on(nodes: Sequence[str]) -> dict[str, Any]:

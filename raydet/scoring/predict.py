@@ -33,7 +33,7 @@ from raydet.models.families import family_of
 from raydet.scoring.chunks import COUNTS_KEY
 from raydet.scoring.gallery import GalleryPainter, GalleryReport
 from raydet.scoring.plan import ScoringPlan, Work, part_name
-from raydet.scoring.recovery import FileCounts, Place, raise_if_permanent, reason_of, score_all
+from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
 from raydet.tables import storage
 from raydet.tables.layout import groups_of
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
@@ -168,7 +168,7 @@ def _is_connected() -> bool:
 
 
 @contextlib.contextmanager
-def _place(config: PredictConfig, console: Console, in_process: bool) -> Iterator[Place]:
+def _place(config: PredictConfig, console: Console, in_process: bool) -> Iterator[ScoringPlace]:
     """Context manager: the place of a run, which does not import Ray if that is this process."""
     if in_process:
         from raydet.scoring import local
@@ -213,7 +213,7 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
     return model
 
 
-def _run(work: Work, place: Place, console: Console, started: float) -> JobReport:
+def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> JobReport:
     """Score what is left and write the manifest; write OUT/job.json in any case."""
     stats, reason, job = JobStats(), None, place.job_record()
     num_rows = 0
@@ -282,7 +282,7 @@ def _work(
     images: Collection,
     run_identity: dict[str, Any],
     earlier: RunRecord | None,
-    place: Place,
+    place: ScoringPlace,
     folder: OutputFolder,
     load: EngineLoader,
 ) -> Work:

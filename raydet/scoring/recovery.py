@@ -63,7 +63,7 @@ class Losses:
         return chain
 
 
-class Place(Protocol):
+class ScoringPlace(Protocol):
     """The place where a run computes: `local.ThisProcess` or `distributed.Cluster`."""
 
     @property
@@ -87,7 +87,7 @@ class Place(Protocol):
 
 
 def score_all(
-    work: Work, place: Place, *, note: Callable[[FileStats], None], notify: Callable[[str], None]
+    work: Work, place: ScoringPlace, *, note: Callable[[FileStats], None], notify: Callable[[str], None]
 ) -> dict[str, FileCounts]:
     """Score all remaining chunks, in several attempts if the cluster loses workers or nodes.
 

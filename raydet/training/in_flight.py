@@ -20,7 +20,7 @@ from raydet.training.state import Position
 _NUM_DIVISORS = 4
 
 
-class SumOverRanks:
+class PendingSum:
     """A sum of numbers over all ranks, on its way. Every rank must start the same sums in the same order."""
 
     def __init__(self, values: Sequence[float], group: "dist.ProcessGroup | None") -> None:
@@ -101,7 +101,7 @@ class StepInputs:
 
     batches: CopiedBatches
     image_ids: list[int]
-    sums: SumOverRanks
+    sums: PendingSum
 
     @property
     def normaliser(self) -> Normaliser:
@@ -116,7 +116,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepValues:
-    """What the host learns of a step.
+    """Values of a step that the host reads.
 
     Attributes:
         loss: Loss of this rank's images, in units of the global batch.

@@ -30,7 +30,7 @@ from raydet.models.step import (
 )
 from raydet.tables.schema import Category
 from raydet.training.history import EpochRecord
-from raydet.training.in_flight import DeviceCopy, StepInputs, StepOutcome, SumOverRanks
+from raydet.training.in_flight import DeviceCopy, PendingSum, StepInputs, StepOutcome
 from raydet.training.meter import EpochMeter
 from raydet.training.state import Position
 
@@ -171,7 +171,7 @@ class Trainer:
         return StepInputs(
             batches=self._copy.start(collated),
             image_ids=[image_id for batch in batches for image_id in batch.image_ids],
-            sums=SumOverRanks([*counts, *others], self._group),
+            sums=PendingSum([*counts, *others], self._group),
         )
 
     def step(self, inputs: StepInputs) -> StepOutcome:

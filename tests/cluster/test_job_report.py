@@ -81,7 +81,7 @@ def test_images_by_stage_and_second(monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = finished(job(5.0, *FILES, monkeypatch=monkeypatch))["timeline"]
     assert (timeline["started_unix_s"], timeline["span_s"], set(timeline["images"])) == (
         5.0,
-        1.0,
+        0.5,
         set(STAGES),
     )
     counts = timeline["images"]

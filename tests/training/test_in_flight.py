@@ -6,7 +6,7 @@ import torch
 
 from raydet.models.collate import collate
 from raydet.models.losses.global_batch import Normaliser
-from raydet.training.in_flight import DeviceCopy, LateResults, StepInputs, StepOutcome, SumOverRanks
+from raydet.training.in_flight import DeviceCopy, LateResults, PendingSum, StepInputs, StepOutcome
 from raydet.training.state import Position
 from tests.random_examples import random_examples
 
@@ -48,7 +48,7 @@ def test_inputs_hold_the_divisors_and_what_else_was_summed() -> None:
     inputs = StepInputs(
         batches=DeviceCopy(torch.device("cpu")).start(batches),
         image_ids=[0, 1],
-        sums=SumOverRanks([4.0, 4.5, 3.0, 20.0, 1.0, 7.5], None),
+        sums=PendingSum([4.0, 4.5, 3.0, 20.0, 1.0, 7.5], None),
     )
     assert inputs.normaliser == Normaliser(4.0, 4.5, 3.0, 20.0) and inputs.others == [1.0, 7.5]
     assert inputs.batches.use() == batches

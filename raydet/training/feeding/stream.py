@@ -93,7 +93,7 @@ def run_stream(
             override_num_blocks=max(1, len(tasks)),
         )
     dataset = dataset.map_batches(
-        _Decoder,
+        _ChunkDecoder,
         fn_constructor_args=(view,),
         batch_size=None,
         batch_format="pyarrow",
@@ -117,7 +117,7 @@ def read_stream(iterator: ray.data.DataIterator) -> Iterator[ReadyBatch]:
         yield from ready_batches(block)
 
 
-class _Decoder:
+class _ChunkDecoder:
     """Decoder of chunks, in a process that lives as long as the stream, so that its imports are paid for once."""
 
     def __init__(self, view: View) -> None:
