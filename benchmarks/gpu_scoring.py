@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from raydet.augmentation.view import View, decoded
 from raydet.config import DEFAULT_MAX_PIXELS, PredictConfig
 from raydet.engines.detector_engine import EngineBatch
 from raydet.engines.torch_engine import TorchEngine
-from raydet.models.collate import Batch, Example
-from raydet.models.geometry import Image, ResizeRule
+from raydet.models.collate import Batch
+from raydet.models.geometry import Image, ResizeRule, SizeHW, resized_planes
 
 if TYPE_CHECKING:
     from benchmarks.gpu_training import Result, Setting, device_share, seconds_per_call
@@ -25,7 +25,7 @@ else:  # a script imports its neighbours without the package name
 
 NUM_THREADS = len(os.sched_getaffinity(0))
 BATCHES_AHEAD = 3
-_NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+BATCHES_IN_FLIGHT = 2
 
 
 def measure_engine(checkpoint: str, precision: str, jpegs: Sequence[bytes], setting: Setting) -> dict[str, Result]:
@@ -49,18 +49,14 @@ def measure_engine(checkpoint: str, precision: str, jpegs: Sequence[bytes], sett
     num_threads = 1 if setting.device.type == "cuda" else torch.get_num_threads()
     engine = TorchEngine.load(config, device=str(setting.device), num_threads=num_threads)
     view, size = View(resize_rule=engine.resize_rule), setting.predict_batch
-    seen = [_resized_example(view, data) for data in itertools.islice(itertools.cycle(jpegs), size)]
-    on_device = [EngineBatch(part.places, part.batch.to(setting.device)) for part in engine.prepare_resized(seen)]
-
-    def predict() -> None:
-        engine.predict(on_device)
-
-    for _ in range(2):
+    seen = [_planes(view, data) for data in itertools.islice(itertools.cycle(jpegs), size)]
+    predict = _in_flight(engine, itertools.repeat(_assembled(engine, seen)))
+    for _ in range(2 * BATCHES_IN_FLIGHT):
         predict()
     call_s = seconds_per_call(predict, setting)
     results = {"tensors": _rate(size, call_s) | {"device_share": device_share(predict, call_s, setting)}}
     results["jpegs"] = _measure_jpegs(
-        engine, jpegs, lambda data: _resized_example(view, data), engine.prepare_resized, setting
+        engine, jpegs, lambda data: _planes(view, data), lambda images: _assembled(engine, images), setting
     )
     results["jpegs_device_resize"] = _measure_jpegs(
         engine,
@@ -77,7 +73,7 @@ def measure_threads(rule: ResizeRule, jpegs: Sequence[bytes], setting: Setting) 
     view = View(resize_rule=rule)
     works: dict[str, Callable[[bytes], Any]] = {
         "decode": lambda data: decoded(data, max_pixels=DEFAULT_MAX_PIXELS),
-        "decode_resize": lambda data: _resized_example(view, data),
+        "decode_resize": lambda data: _planes(view, data),
     }
     some = list(itertools.islice(itertools.cycle(jpegs), NUM_THREADS * 4))
     num_threads = torch.get_num_threads()
@@ -109,21 +105,38 @@ def _measure_jpegs(
             images = [readers.submit(read, data) for data in itertools.islice(source, setting.predict_batch)]
             return assembler.submit(lambda: assemble([image.result() for image in images]))
 
-        ahead = deque(submit() for _ in range(BATCHES_AHEAD))
+        def batches() -> Iterator[list[EngineBatch]]:
+            ahead = deque(submit() for _ in range(BATCHES_AHEAD))
+            while True:
+                yield ahead.popleft().result()
+                ahead.append(submit())
 
-        def predict() -> None:
-            prepared = ahead.popleft().result()
-            ahead.append(submit())
-            engine.predict(prepared)
-
+        predict = _in_flight(engine, batches())
         for _ in range(BATCHES_AHEAD):  # until the first batches, prepared before the clock starts, are used up
             predict()
         return _rate(setting.predict_batch, seconds_per_call(predict, setting))
 
 
-def _resized_example(view: View, data: bytes) -> Example:
-    seen = view.plain({"image": {"bytes": data, "path": None}})
-    return Example(0, seen.image, seen.original_size_hw, *_NO_BOXES)
+def _in_flight(engine: TorchEngine, batches: Iterator[list[EngineBatch]]) -> Callable[[], object]:
+    """Return a function that starts a batch, then fetches the results of an earlier one, as `Scorer` does."""
+    started: deque[Callable[[], object]] = deque()
+
+    def predict() -> None:
+        started.append(engine.start(next(batches)))
+        if len(started) == BATCHES_IN_FLIGHT:
+            started.popleft()()
+
+    return predict
+
+
+def _planes(view: View, data: bytes) -> tuple[Image, SizeHW]:
+    image, size_hw = decoded(data, max_pixels=view.max_pixels)
+    rule = view.resize_rule
+    return resized_planes(image, rule.target_size_hw(size_hw), rule.resample), size_hw
+
+
+def _assembled(engine: TorchEngine, images: Sequence[tuple[Image, SizeHW]]) -> list[EngineBatch]:
+    return engine.prepare_planes([planes for planes, _ in images], [size_hw for _, size_hw in images])
 
 
 def _resized_on_device(images: Sequence[Image], rule: ResizeRule, setting: Setting) -> list[EngineBatch]:

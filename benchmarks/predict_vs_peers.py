@@ -12,6 +12,8 @@ repeated several times. Each contestant runs in a separate process, in turn, rou
 - loop: a `DataLoader` with one process that decodes and preprocesses, the model in batches, post-processing.
 - limit, limit_bf16: only the model, in batches, over tensors in memory, in raydet's default memory format (channels
   last), which is faster than the model's own.
+- limit_from_files: as many plain processes as raydet has workers, with one model each, which decode and resize files
+  and run the model in batches, but neither post-process nor write anything.
 
 `images_per_s` is taken after warm-up: for raydet from the first batch on. `ap` is that of the
 detections against BCCD's truth, null if weights are random or nothing is post-processed.
@@ -21,6 +23,7 @@ import argparse
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -38,15 +41,17 @@ else:  # a script imports its neighbours without the package name
     from contest import Pair, print_results, run_rounds
     from published_models import published_detector
 
-KINDS = ("raydet", "raydet_bf16", "raydet_openvino", "pipeline", "loop", "limit", "limit_bf16")
+KINDS = ("raydet", "raydet_bf16", "raydet_openvino", "pipeline", "loop", "limit", "limit_bf16", "limit_from_files")
 CONTESTANTS = (*KINDS, *(f"small_{kind}" for kind in KINDS))
 PAIRS: "tuple[Pair, ...]" = (
-    ("raydet", "limit", 0.9),
+    ("raydet", "limit", 0.0),
+    ("raydet", "limit_from_files", 0.9),
     ("raydet_bf16", "pipeline", 2.3),
-    ("raydet_openvino", "pipeline", 2.3),
+    ("raydet_openvino", "pipeline", 3.0),
     ("raydet_bf16", "limit_bf16", 0.0),
     ("raydet", "loop", 0.0),
-    ("small_raydet", "small_limit", 0.8),
+    ("small_raydet", "small_limit", 0.0),
+    ("small_raydet", "small_limit_from_files", 0.9),
     ("small_raydet", "small_pipeline", 0.0),
     ("small_raydet_openvino", "small_pipeline", 0.0),
     ("small_raydet", "small_loop", 0.0),
@@ -119,7 +124,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     quick = bool(options.quick)
-    few = ("raydet", "pipeline", "limit", "small_raydet", "small_pipeline", "small_limit")
+    few = ("raydet", "pipeline", "limit_from_files", "small_raydet", "small_pipeline", "small_limit_from_files")
     options.contestants = options.contestants or list(few if quick else CONTESTANTS)
     unknown = set(options.contestants) - set(CONTESTANTS)
     if unknown:
@@ -182,10 +187,12 @@ def _compete(name: str, setting: Setting) -> dict[str, Any]:
         "pipeline": _pipeline,
         "loop": _loop,
         "limit": _limit,
+        "limit_from_files": _limit_from_files,
     }
     model = "small" if name.startswith("small_") else "large"
-    kind, _, variant = name.removeprefix("small_").partition("_")
-    return contestants[kind](setting, model, variant)
+    kind = name.removeprefix("small_")
+    variant = next((variant for variant in ("bf16", "openvino") if kind.endswith(f"_{variant}")), "")
+    return contestants[kind.removesuffix(f"_{variant}")](setting, model, variant)
 
 
 def _raydet(setting: Setting, model: str, variant: str) -> dict[str, Any]:
@@ -202,7 +209,6 @@ def _raydet(setting: Setting, model: str, variant: str) -> dict[str, Any]:
                 threads_per_worker=max(1, setting.threads // setting.workers),
                 engine="openvino" if variant == "openvino" else "torch",
                 precision="bf16" if variant else "fp32",
-                rows_per_file=2 * BATCH_SIZE,
                 use_gpu=False,
             )
         )
@@ -329,6 +335,46 @@ def _limit(setting: Setting, model: str, variant: str) -> dict[str, Any]:
         for batch in itertools.chain.from_iterable([batches] * setting.repeats[model]):
             detector(pixel_values=batch)
     return {"images_per_s": len(pixels) * setting.repeats[model] / (time.perf_counter() - started), "ap": None}
+
+
+def _limit_from_files(setting: Setting, model: str, _: str) -> dict[str, Any]:
+    files = _files(setting, model)
+    context = multiprocessing.get_context("spawn")
+    barrier, ends = context.Barrier(setting.workers + 1), context.SimpleQueue()
+    processes = [
+        context.Process(
+            target=_score_files, args=(setting, model, files[number :: setting.workers], barrier, ends), daemon=True
+        )
+        for number in range(setting.workers)
+    ]
+    for process in processes:
+        process.start()
+    barrier.wait()
+    started = time.perf_counter()
+    seconds = [ends.get() - started for _ in processes][-1]
+    return {"images_per_s": len(files) / seconds, "ap": None}
+
+
+def _score_files(setting: Setting, model: str, paths: Sequence[Path], barrier: Any, ends: Any) -> None:
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    torch.set_num_threads(max(1, setting.threads // setting.workers))
+    folder = setting.checkpoint(model)
+    detector: Any = AutoModelForObjectDetection.from_pretrained(folder).eval()
+    detector.to(memory_format=torch.channels_last)
+    processor = AutoImageProcessor.from_pretrained(folder)
+
+    def score(part: Sequence[Path]) -> None:
+        inputs, _ = _open_and_process(processor, part)
+        detector(pixel_values=inputs["pixel_values"].contiguous(memory_format=torch.channels_last))
+
+    with torch.inference_mode():
+        score(paths[:BATCH_SIZE])
+        barrier.wait()
+        for start in range(0, len(paths), BATCH_SIZE):
+            score(paths[start : start + BATCH_SIZE])
+    ends.put(time.perf_counter())
 
 
 if __name__ == "__main__":

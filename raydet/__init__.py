@@ -13,6 +13,7 @@ from raydet.common.version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; a test holds these names against the table of commands
     from raydet.cli.demo import demo as demo
+    from raydet.cluster.forecast.plan import plan as plan
     from raydet.config import CompareConfig as CompareConfig
     from raydet.config import DemoConfig as DemoConfig
     from raydet.config import EvaluateConfig as EvaluateConfig
@@ -41,7 +42,6 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.inspection.inspect import inspect as inspect
     from raydet.measuring.compare import compare as compare
     from raydet.measuring.evaluate import evaluate as evaluate
-    from raydet.planning.plan import plan as plan
     from raydet.preparation.prepare import prepare_coco as prepare_coco
     from raydet.preparation.prepare import prepare_hub as prepare_hub
     from raydet.preparation.prepare import prepare_images as prepare_images

@@ -20,7 +20,6 @@ _INTEGRATION_TESTS = (
     "tests/engines/",
     "tests/exports/test_onnx.py",
     "tests/models/",
-    "tests/planning/",
     "tests/training/test_trainer.py",
 )
 

@@ -27,6 +27,7 @@ HEAVY = ("torch", "torchvision", "transformers", "albumentations", "torchmetrics
 
 # Modules that every decode worker imports. Each heavy package would cost seconds and most of a gigabyte.
 LIGHT_MODULES = (
+    "cluster.forecast.plan",
     "common.boxes",
     "common.errors",
     "config",

@@ -1,6 +1,6 @@
 """The view: encoded image → decode → (augment) → resize → model input.
 
-Training, validation, scoring, inspection, planning and the benchmarks all use this module, so they see the same pixels.
+Training, validation, scoring, inspection and the benchmarks all use this module, so they see the same pixels.
 OpenCV and albumentations are imported only for augmentations that need them, torch only to resize.
 """
 

@@ -186,10 +186,9 @@ _COMMANDS = (
     Command(
         "plan",
         PlanConfig,
-        "raydet.planning.plan",
-        "a short measurement on this machine → time, cost and bottleneck of a job on a cluster",
-        "--images 10_000_000 --checkpoint runs/demo/checkpoint --cpu-nodes 8 --cpus-per-cpu-node 16",
-        shows_progress=True,
+        "raydet.cluster.forecast.plan",
+        "a measured run → time, cost and bottleneck of a larger one",
+        "--run runs/demo/detections --images 10_000_000 --price 0.71",
     ),
     Command(
         "demo",

@@ -106,8 +106,6 @@ def chatter_logged(log_uri: str) -> Iterator[None]:
         path = storage.resolve(storage.join(log_uri, LOG_FILE))[1]
     with Path(path).open("a") as log, warnings.catch_warnings(), messages_logged(RAY_MESSAGES):
         warnings.filterwarnings("ignore", module=r"ray\.")
-        # Ray Data has no replacement for limiting retries yet; see `ray_internals.task_retries`.
-        warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
         handler = _LogHandler(log)
         handler.setLevel(logging.INFO)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -7,7 +7,7 @@ after its worker exits; a counter may miss the last seconds before that.
 | name | kind | labels | |
 |---|---|---|---|
 | `raydet_images_total` | counter | `stage` | images that a stage of `predict` has finished (read to write) |
-| `raydet_busy_seconds_total` | counter | `stage` | busy seconds of a stage's processes, including `prepare` |
+| `raydet_busy_seconds_total` | counter | `stage` | busy seconds of a stage's threads |
 | `raydet_image_errors_total` | counter | | unreadable images in the detections table |
 | `raydet_detections_total` | counter | | boxes written |
 | `raydet_train_images_total` | counter | | images trained on |
@@ -25,7 +25,7 @@ from typing import TypeVar
 import ray
 
 from raydet.cluster.ray_internals import Counter, Gauge, Metric
-from raydet.cluster.stopwatch import LAST_STAGE_OF_KIND, ProcessStats
+from raydet.cluster.stopwatch import STAGES_OF_KIND, ProcessStats
 
 AnyMetric = TypeVar("AnyMetric", bound=Metric)
 
@@ -87,9 +87,10 @@ def _average_precision() -> Gauge:
 
 
 def count_stage(stats: ProcessStats, num_images: int) -> None:
-    """Count the images that a process of `predict` has finished, and its busy seconds by stage."""
+    """Count the images that a thread of `predict` has finished, and its busy seconds by stage."""
     if num_images:
-        _images().inc(num_images, {"stage": LAST_STAGE_OF_KIND[stats.kind]})
+        for stage in STAGES_OF_KIND[stats.kind]:
+            _images().inc(num_images, {"stage": stage})
     for stage, seconds in stats.seconds.items():
         if seconds > 0:
             _busy().inc(seconds, {"stage": stage})

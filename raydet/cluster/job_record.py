@@ -7,13 +7,14 @@ import json
 import platform
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
-import ray
-
-from raydet.cluster.ray_internals import alive_nodes, submitted_metadata
 from raydet.tables import storage
+
+if TYPE_CHECKING:
+    from raydet.cluster.shares import Resources
 
 JOB_FILE = "job.json"
 """File name in the output folder of a job."""
@@ -51,7 +52,9 @@ class JobRecord:
         submission_id: Id from `ray job submit`; None for a job that was not submitted.
         commit: `commit` from `--metadata-json`; None without one.
         started: Start time, ISO 8601.
-        num_nodes: Number of live nodes.
+        num_workers: Copies of the model; the maximum number if it may change.
+        use_gpu: True if each worker has a GPU.
+        num_nodes: Number of live nodes at the start, or later if more have joined (see `with_joined_nodes`).
         nodes: Groups of identical nodes, the most frequent first.
         versions: Versions of Python and of the installed packages that affect the result.
     """
@@ -60,38 +63,65 @@ class JobRecord:
     submission_id: str | None
     commit: str | None
     started: str
+    num_workers: int
+    use_gpu: bool
     num_nodes: int
     nodes: list[NodeKind]
     versions: dict[str, str]
 
     @classmethod
-    def of_this_job(cls) -> Self:
-        """Build the record of the job that this process drives, and of the cluster's current nodes."""
+    def of_this_job(cls, *, num_workers: int, resources: "Resources") -> Self:
+        """Build the record of the job that this process drives, and of the cluster's current nodes.
+
+        Args:
+            num_workers: Maximum number of copies of the model.
+            resources: Share of each worker.
+        """
+        # Imported late: `plan` reads records without Ray.
+        import ray
+
+        from raydet.cluster.ray_internals import alive_nodes, submitted_metadata
+
         nodes = alive_nodes()
         metadata = submitted_metadata()
         commit = next((metadata[key] for key in _COMMIT_KEYS if key in metadata), "")
-        kinds = Counter(_kind(node["Resources"]) for node in nodes).most_common()
         return cls(
             ray_job_id=ray.get_runtime_context().get_job_id(),
             submission_id=metadata.get("job_submission_id"),
             commit=commit if _COMMIT.fullmatch(commit) else None,
-            started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            started=datetime.datetime.now().astimezone().isoformat(timespec="microseconds"),
+            num_workers=num_workers,
+            use_gpu=resources.use_gpu,
             num_nodes=len(nodes),
-            nodes=[NodeKind(count, *kind) for kind, count in kinds],
+            nodes=_kinds(nodes),
             versions=versions(),
         )
+
+    def with_joined_nodes(self) -> Self:
+        """Return the record with the cluster's current nodes if it has grown, as a cluster without nodes does."""
+        from raydet.cluster.ray_internals import alive_nodes
+
+        nodes = alive_nodes()
+        return self if len(nodes) <= self.num_nodes else replace(self, num_nodes=len(nodes), nodes=_kinds(nodes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
         return asdict(self)
 
     def write(self, folder: str) -> None:
-        """Write the record to `job.json` in a run's log folder, keeping the records of earlier jobs of the run."""
+        """Write the record to `job.json` in a run's log folder, keeping the records of earlier jobs of the run.
+
+        A second record of the same job replaces the first.
+        """
         uri = storage.join(folder, JOB_FILE)
         earlier: list[Any] = []
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             content = json.loads(storage.read_bytes(uri))
-            earlier = [*content["earlier_jobs"], content["job"]]
+            earlier = [
+                job
+                for job in [*content["earlier_jobs"], content["job"]]
+                if (job["ray_job_id"], job["started"]) != (self.ray_job_id, self.started)
+            ]
         storage.write_bytes(uri, json.dumps({"job": self.to_dict(), "earlier_jobs": earlier}, indent=1).encode())
 
 
@@ -102,6 +132,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def _kinds(nodes: Sequence[Mapping[str, Any]]) -> list[NodeKind]:
+    kinds = Counter(_kind(node["Resources"]) for node in nodes).most_common()
+    return [NodeKind(count, *kind) for kind, count in kinds]
 
 
 def _kind(resources: dict[str, float]) -> tuple[float, float, str | None, int]:

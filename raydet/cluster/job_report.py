@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from raydet.cluster.stopwatch import LAST_STAGE_OF_KIND, STAGES, FileStats
+from raydet.cluster.stopwatch import STAGES, STAGES_OF_KIND, FileStats
 from raydet.cluster.timeline import Timeline
 from raydet.common.console import aligned
 from raydet.common.errors import one_line
@@ -35,7 +35,7 @@ _DETAILS = (
 _ADVICE = {
     "read": "keep the images near the cluster and in few large files (an images table or tar files), or add nodes",
     "decode": "give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), or try --reduced-decode",
-    "prepare": "use more workers (--num-workers), or store smaller images",
+    "prepare": "give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), or store smaller images",
     "model": "add workers or nodes (--num-workers), or try another --engine, --precision or --batch-size",
     "write": "write to faster storage, or write less (--score-threshold, --top-k)",
 }
@@ -47,11 +47,11 @@ class StageSeconds:
 
     Attributes:
         busy_s: Seconds of work.
-        num_processes: Processes that worked on it.
-        busy_share: Mean busy share of its processes in the time after start-up.
-        images_per_s_of_one: Images per busy second of one process.
-        images_per_s_at_most: Images per second of all processes if none ever waited. An upper bound: Ray may run the
-            processes in turns, and they share cores.
+        num_processes: Threads that worked on it, in all processes.
+        busy_share: Mean busy share of its threads in the time after start-up.
+        images_per_s_of_one: Images per busy second of one thread.
+        images_per_s_at_most: Images per second of all threads if none ever waited. An upper bound, since they share
+            cores.
     """
 
     busy_s: float
@@ -73,7 +73,7 @@ class JobReport:
             the time after it.
         model_busy_share: `busy_share` of the stage `model`.
         timeline: See `Timeline.to_dict`.
-        peak_mb: Sum of the processes' peak memory, in units of 2²⁰ bytes. A process that reads and decodes counts once
+        peak_mb: Sum of the processes' peak memory, in units of 2²⁰ bytes. A process that decodes and writes counts once
             here, and once per kind in `peak_mb_by_kind`.
         peak_mb_of_one: Highest peak memory of a single process.
         job: Ids, nodes and versions of the job.
@@ -113,14 +113,14 @@ class JobReport:
 
     def lines(self) -> list[str]:
         """Return a short table for the terminal; the last line names the bottleneck and a remedy."""
-        time_spent = f"{_duration(self.wall_s)}, including {_duration(self.startup_s)} start-up"
+        time_spent = f"{duration_text(self.wall_s)}, including {duration_text(self.startup_s)} start-up"
         rates = f"{rate_text(self.images_per_s_after_startup)} images/s after start-up, {rate_text(self.images_per_s)}"
         lines = [f"{self.num_images:,} images in {time_spent}: {rates} overall"]
         if self.earlier_runs:
             num_images = self.num_images + sum(run["num_images"] for run in self.earlier_runs)
             wall_s = self.wall_s + sum(run["wall_s"] for run in self.earlier_runs)
             before = "1 earlier run" if len(self.earlier_runs) == 1 else f"{len(self.earlier_runs)} earlier runs"
-            lines.append(f"including {before}: {num_images:,} images in {_duration(wall_s)}")
+            lines.append(f"including {before}: {num_images:,} images in {duration_text(wall_s)}")
         if self.num_errors:
             lines.append(self._error_line())
         lines += _stage_lines(self.stages)
@@ -176,7 +176,7 @@ class JobStats:
         self._num_images = self._num_detections = 0
         self._errors: Counter[str] = Counter()
         self._busy_s = dict.fromkeys(STAGES, 0.0)
-        self._processes: dict[str, set[tuple[str, int]]] = {stage: set() for stage in STAGES}
+        self._threads: dict[str, set[tuple[str, int, int]]] = {stage: set() for stage in STAGES}
         self._peak_mb: dict[tuple[str, int], dict[str, float]] = {}
         self._timeline = Timeline(self._started_unix_s)
 
@@ -190,12 +190,13 @@ class JobStats:
         num_laps = Counter(item.kind for item in stats.processes)
         for item in stats.processes:
             process = (item.node, item.pid)
-            # All parts of a file but the last have the same number of images.
+            # Blocks of a file differ little in their number of images.
             num_images = stats.num_images / num_laps[item.kind]
-            self._timeline.add(LAST_STAGE_OF_KIND[item.kind], item.ended_unix_s, num_images)
+            for stage in STAGES_OF_KIND[item.kind]:
+                self._timeline.add(stage, item.ended_unix_s, num_images)
             for stage, seconds in item.seconds.items():
                 self._busy_s[stage] += seconds
-                self._processes[stage].add(process)
+                self._threads[stage].add((*process, item.thread))
             peaks = self._peak_mb.setdefault(process, {})
             peaks[item.kind] = max(peaks.get(item.kind, 0.0), item.resident_mb)
             if item.kind == "model":
@@ -265,8 +266,7 @@ class JobStats:
 
     def _stage(self, stage: str, running_s: float, num_model_workers: int) -> StageSeconds:
         busy_s = self._busy_s[stage]
-        is_in_model = stage in ("prepare", "model")
-        num_processes = num_model_workers if is_in_model else len(self._processes[stage])
+        num_processes = num_model_workers if stage == "model" else len(self._threads[stage])
         rate = _ratio(self._num_images, busy_s)
         return StageSeconds(
             busy_s=busy_s,
@@ -315,7 +315,7 @@ def _bottleneck(num_images: int, startup_s: float, wall_s: float, stages: Mappin
 
 
 def _stage_lines(stages: Mapping[str, StageSeconds]) -> list[str]:
-    rows = [("stage", "busy", "seconds", "processes", "images/s of one", "of all, at most")]
+    rows = [("stage", "busy", "seconds", "threads", "images/s of one", "of all, at most")]
     rows += [
         (
             stage,
@@ -341,7 +341,8 @@ def _size(megabytes: float) -> str:
     return f"{megabytes / 1024:.1f} GB" if megabytes >= 1000 else f"{megabytes:.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Format seconds for the terminal, such as "3 min 20 s" or "2 h 5 min"."""
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ray.data import DataContext, ReadTask
     from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.data.block import BlockMetadata
-    from ray.data.exceptions import ExecutionTimeoutError, SystemException
     from ray.train import UserCallback
     from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
@@ -46,13 +45,11 @@ __all__ = [
     "Counter",
     "DataContext",
     "ExecutionCallback",
-    "ExecutionTimeoutError",
     "Gauge",
     "Metric",
     "ReadTask",
     "RpcError",
     "Searcher",
-    "SystemException",
     "TrialScheduler",
     "UserCallback",
 ]
@@ -66,9 +63,6 @@ _LOADED_LATE = {
     # Private; the only hook into Ray Data's scheduling loop, used to slow it down and to end a run that lost a node.
     # Replacement: accept the spinning loop, and watch the nodes in a thread of the driver.
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
-    # Developer API; Ray Data's own failures. Replacement: catch `Exception` and inspect its cause.
-    "ExecutionTimeoutError": "ray.data.exceptions",
-    "SystemException": "ray.data.exceptions",
     # Developer API; the only way for a worker to end a training without restarts. Replacement: let Ray Train
     # restart the workers `max_failures` times.
     "UserCallback": "ray.train",
@@ -261,23 +255,10 @@ def submitted_metadata() -> dict[str, str]:
 # Ray Data.
 
 
-def task_retries(number: int) -> dict[str, Any]:
-    """Return arguments of `map_batches` that limit a task's retries, which are unlimited by default.
-
-    Deprecated; Ray 2.64 removes it. Replacement: an option of the operator, which 2.60 lacks.
-    """
-    return {"ray_remote_args_fn": lambda: {"max_retries": number}}
-
-
-def call_retries(number: int) -> dict[str, Any]:
-    """Return arguments of `map_batches` that limit the retries of an actor's calls; see `task_retries`."""
-    return {"ray_remote_args_fn": lambda: {"max_task_retries": number}}
-
-
 def actors_on(nodes: Sequence[str]) -> dict[str, Any]:
     """Return arguments of `map_batches` that place its actors on nodes in turn, or on others if one is lost.
 
-    The function for each actor is deprecated, see `task_retries`. Replacement: one execution for each node.
+    The function for each actor is deprecated, and Ray 2.64 removes it. Replacement: one execution for each node.
 
     Args:
         nodes: Node of each actor, by Ray's id.

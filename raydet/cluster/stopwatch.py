@@ -2,28 +2,31 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Self
 
 import psutil
 
+from raydet.tables.layout import FileGroups
+
 STAGES = ("read", "decode", "prepare", "model", "write")
-"""Stages of an image, in order; `prepare` (resizing) and `model` run in processes of kind `model`."""
-LAST_STAGE_OF_KIND = {"reader": "read", "decoder": "decode", "model": "model", "writer": "write"}
-"""Last stage in a process of each kind."""
+"""Stages of an image, in order; decoders read, decode and prepare (cut views and resize)."""
+STAGES_OF_KIND = {"decoder": ("read", "decode", "prepare"), "model": ("model",), "writer": ("write",)}
+"""Stages in a thread of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessStats:
-    """The work of one process on some images of a file.
+    """The work of one thread on some images of a file.
 
     Attributes:
         node: Host name of the machine.
         pid: Process id.
-        kind: Task of the process: reader, decoder, model or writer.
+        thread: Id of the thread within its process.
+        kind: Task of the thread: decoder, model or writer.
         seconds: Busy seconds by stage (see `STAGES`).
         resident_mb: Resident memory at the end of the work, in units of 2²⁰ bytes, preferably without shared memory.
         ended_unix_s: End of the work, Unix time in seconds.
@@ -31,6 +34,7 @@ class ProcessStats:
 
     node: str
     pid: int
+    thread: int
     kind: str
     seconds: Mapping[str, float]
     resident_mb: float
@@ -39,32 +43,27 @@ class ProcessStats:
 
 @dataclass(frozen=True, kw_only=True)
 class FileStats:
-    """Statistics of one written file: counts, errors, and the work of the processes.
+    """Statistics of one written file: counts, errors, and the work that it took.
 
     Attributes:
+        file: Name of the file.
         num_images: Rows of the file.
         num_detections: Detections in all rows.
         errors: The reason for each image that could not be read.
-        processes: Work of all processes involved; a process may occur many times.
+        processes: Work of all threads involved; a thread may occur many times.
+        groups: Row groups of the file, for the manifest.
     """
 
+    file: str
     num_images: int
     num_detections: int
     errors: Sequence[str]
     processes: Sequence[ProcessStats]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Rebuild the statistics from `to_dict`."""
-        return cls(**{**content, "processes": [ProcessStats(**item) for item in content["processes"]]})
+    groups: FileGroups = ()
 
 
 class Stopwatch:
-    """Sum of the seconds that a process spends on a part, by stage."""
+    """Sum of the seconds that a thread spends on a part, by stage."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -78,7 +77,12 @@ class Stopwatch:
         """Return the seconds by stage since the last lap, and the process's memory."""
         seconds, self._seconds = dict(self._seconds), {}
         return ProcessStats(
-            node=_node(), pid=os.getpid(), kind=self._kind, seconds=seconds, resident_mb=_own_memory_mb()
+            node=_node(),
+            pid=os.getpid(),
+            thread=threading.get_native_id(),
+            kind=self._kind,
+            seconds=seconds,
+            resident_mb=_own_memory_mb(),
         )
 
 

@@ -1,8 +1,7 @@
 """The timeline of a run: images that each stage finished, in a bounded number of time spans."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +12,13 @@ class Timeline:
     """Image counts by stage and time span; too many spans are merged in pairs."""
 
     def __init__(self, started_unix_s: float) -> None:
-        """Start with spans of one second.
+        """Start with spans of an eighth of a second.
 
         Args:
             started_unix_s: Start of the run, Unix time in seconds.
         """
         self._started_unix_s = started_unix_s
-        self._span_s = 1.0
+        self._span_s = 0.125
         self._counts: dict[str, list[float]] = {}
 
     def add(self, stage: str, unix_s: float, num_images: float) -> None:
@@ -47,34 +46,21 @@ class Timeline:
         return {"started_unix_s": self._started_unix_s, "span_s": self._span_s, "images": images}
 
 
-@dataclass(frozen=True)
-class Window:
-    """The part of a scoring run in which all processes are up and busy.
+def steady_rate(timeline: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the images per second while all processes are up and busy, and the seconds over which they were measured.
 
-    Attributes:
-        began_unix_s: Unix time at which the model had finished the first quarter of the images.
-        ended_unix_s: Unix time shortly before it finished the last images.
-        num_images: Images that each stage finished in between.
+    Both ends of the measured time are ends of work, so that blocks of many images do not distort the rate: from the
+    time at which the model had finished the first quarter of the images to that at which it had finished nine tenths.
+
+    Args:
+        timeline: Result of `Timeline.to_dict`.
+
+    Returns:
+        None if the run was too short.
     """
-
-    began_unix_s: float
-    ended_unix_s: float
-    num_images: Mapping[str, float]
-
-    @property
-    def images_per_s(self) -> float:
-        """Images per second through the model."""
-        return self.num_images["model"] / (self.ended_unix_s - self.began_unix_s)
-
-    @classmethod
-    def of(cls, timeline: Mapping[str, Any]) -> Self:
-        """Find the window in the result of `Timeline.to_dict`; a run that is too short yields the complete run."""
-        counts = {stage: np.array(values) for stage, values in timeline["images"].items()}
-        scored = counts["model"]
-        last = int(np.flatnonzero(scored)[-1])
-        first = int(np.searchsorted(scored.cumsum(), scored.sum() / 4)) + 1
-        if first >= last:
-            first, last = int(np.flatnonzero(scored)[0]), last + 1
-        began_unix_s = timeline["started_unix_s"] + first * timeline["span_s"]
-        ended_unix_s = timeline["started_unix_s"] + last * timeline["span_s"]
-        return cls(began_unix_s, ended_unix_s, {stage: float(one[first:last].sum()) for stage, one in counts.items()})
+    finished = np.cumsum(timeline["images"].get("model", ()))
+    if not len(finished):
+        return None
+    first, last = (int(np.searchsorted(finished, share * finished[-1])) for share in (0.25, 0.9))
+    seconds = (last - first) * timeline["span_s"]
+    return (float(finished[last] - finished[first]) / seconds, seconds) if seconds else None

@@ -15,7 +15,7 @@ from raydet.config.fields import (
 )
 from raydet.config.inspecting import InspectConfig
 from raydet.config.measuring import CompareConfig, EvaluateConfig, EvaluationProtocol, ReportConfig
-from raydet.config.planning import PlanConfig, PlannedJob
+from raydet.config.planning import PlanConfig
 from raydet.config.preparing import (
     DEFAULT_MAX_PIXELS,
     ImageStorage,
@@ -64,7 +64,6 @@ __all__ = [
     "InspectConfig",
     "Merge",
     "PlanConfig",
-    "PlannedJob",
     "Precision",
     "PredictConfig",
     "PrepareCocoConfig",

@@ -55,6 +55,7 @@ class PredictConfig(WorkersConfig):
     reduced_decode: bool = option(
         "decode large JPEGs at half, quarter or eighth resolution, which is faster", False, group="Input"
     )
+    limit: int | None = option("score only the first images, this many; by default all", None, group="Input")
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
 
     tile: int | None = option(
@@ -122,7 +123,7 @@ class PredictConfig(WorkersConfig):
             self.batch_size == "auto" or (isinstance(self.batch_size, int) and self.batch_size > 0),
             f"--batch-size must be a number above 0, or auto; got {self.batch_size}",
         )
-        require_positive(self, "num_workers", "max_pixels", "top_k", "rows_per_file", "price_per_node_hour")
+        require_positive(self, "num_workers", "limit", "max_pixels", "top_k", "rows_per_file", "price_per_node_hour")
         require(
             self.labels is None or (len(self.labels) > 0 and all(label.strip() for label in self.labels)),
             f'--labels must be words such as "cat,remote control", got {self.labels}',

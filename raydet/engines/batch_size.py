@@ -46,7 +46,7 @@ def _images_per_s(engine: Engine, images: list[npt.NDArray[np.uint8]]) -> float 
         for _ in range(3):
             prepared = engine.prepare(images)
             started = time.perf_counter()
-            engine.predict(prepared)
+            engine.start(prepared)()
             seconds.append(time.perf_counter() - started)
     except (torch.OutOfMemoryError, MemoryError):
         torch.cuda.empty_cache()

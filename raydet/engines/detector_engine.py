@@ -1,17 +1,16 @@
 """The part that all detector engines share: images → inputs, outputs → detections."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from raydet.augmentation.view import resized
-from raydet.models.collate import Batch, Example, collate
+from raydet.engines.best import best_detections
+from raydet.models.collate import Batch, Example
 from raydet.models.detector import Detections, Detector
-from raydet.models.geometry import Image, SizeHW
+from raydet.models.geometry import Image, SizeHW, resized_planes
 
 
 @dataclass(frozen=True)
@@ -20,11 +19,13 @@ class EngineBatch:
 
     Attributes:
         places: Index of each image among those passed to `prepare`.
-        batch: The images, on the CPU.
+        batch: The images, on the model's device.
+        is_there: Event after the copy to a GPU; None on the CPU.
     """
 
     places: list[int]
     batch: Batch
+    is_there: torch.cuda.Event | None = None
 
 
 class DetectorEngine(ABC):
@@ -55,6 +56,7 @@ class DetectorEngine(ABC):
         self._detector = detector
         self._device = device
         self._pad_batches = pad_batches
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
         """Return height and width in pixels of the model's input for an image of this size, without padding."""
@@ -67,29 +69,51 @@ class DetectorEngine(ABC):
             images: RGB, uint8 [H, W, 3] each, of any size.
         """
         rule = self.resize_rule
-        examples = []
-        for place, image in enumerate(images):
-            size_hw = (image.shape[0], image.shape[1])
-            examples.append(_example(place, resized(image, rule), size_hw))
-        return self.prepare_resized(examples)
+        sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
+        planes = [
+            resized_planes(image, rule.target_size_hw(size_hw), rule.resample)
+            for image, size_hw in zip(images, sizes_hw, strict=True)
+        ]
+        return self.prepare_planes(planes, sizes_hw)
 
     def prepare_resized(self, examples: Sequence[Example]) -> list[EngineBatch]:
-        """Batch images of the same size.
+        """Batch examples of a training table, which `resize_rule` has already resized."""
+        planes = [example.image.transpose(2, 0, 1) for example in examples]
+        return self.prepare_planes(planes, [example.original_size_hw for example in examples])
+
+    def prepare_planes(self, planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]) -> list[EngineBatch]:
+        """Batch images of the same size, and start their copy to the device.
 
         Args:
-            examples: Images that `resize_rule` has already resized.
+            planes: RGB, uint8 [3, H, W] each, resized by `resize_rule`.
+            original_sizes_hw: Height and width in pixels of each image before the resize.
         """
         places: dict[SizeHW, list[int]] = {}
-        for place, example in enumerate(examples):
-            target_hw = (example.image.shape[0], example.image.shape[1])
-            places.setdefault(self._batch_size_hw(target_hw), []).append(place)
-        parts = []
-        for batch_hw, numbers in places.items():
-            batch = collate([examples[number] for number in numbers], pad_to_hw=batch_hw)
-            if self._device.type == "cuda":
-                batch.pixels = batch.pixels.pin_memory()
-            parts.append(EngineBatch(numbers, batch))
-        return parts
+        for place, image in enumerate(planes):
+            places.setdefault(self._batch_size_hw((image.shape[1], image.shape[2])), []).append(place)
+        return [
+            self._batch(batch_hw, numbers, [planes[number] for number in numbers], original_sizes_hw)
+            for batch_hw, numbers in places.items()
+        ]
+
+    def _batch(
+        self, batch_hw: SizeHW, numbers: list[int], planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]
+    ) -> EngineBatch:
+        is_padded = any(image.shape[1:] != batch_hw for image in planes)
+        pixels = (torch.zeros if is_padded else torch.empty)(
+            (len(planes), 3, *batch_hw), dtype=torch.uint8, pin_memory=self._copies is not None
+        )
+        for target, image in zip(pixels.numpy(), planes, strict=True):
+            target[:, : image.shape[1], : image.shape[2]] = image
+        is_there = None
+        if self._copies is not None:
+            # On a stream of its own, so that the copy runs beside the model's work on the previous batch.
+            with torch.cuda.stream(self._copies):
+                pixels = pixels.to(self._device, non_blocking=True)
+                is_there = self._copies.record_event()
+        sizes_hw = [(image.shape[1], image.shape[2]) for image in planes]
+        batch = Batch(numbers, pixels, sizes_hw, [original_sizes_hw[number] for number in numbers], labels=[])
+        return EngineBatch(numbers, batch, is_there)
 
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
         """Return height and width in pixels of the batch for an image of this size, padding included."""
@@ -100,23 +124,39 @@ class DetectorEngine(ABC):
         return self.resize_rule.padded_size_hw(target_hw)
 
     def predict(self, prepared: Sequence[EngineBatch]) -> list[Detections]:
-        """Detect objects.
+        """Detect objects; see `start`."""
+        return self.start(prepared)()
+
+    def start(self, prepared: Sequence[EngineBatch]) -> Callable[[], list[Detections]]:
+        """Start to detect objects; a GPU computes after the call returns.
 
         Args:
-            prepared: Result of `prepare` or `prepare_resized`.
+            prepared: Result of `prepare` or `prepare_planes`.
 
         Returns:
-            One `Detections` per image, in order, in pixels of the image before the resize.
+            A function that waits for the result: one `Detections` per image, in order, in pixels of the image before
+            the resize.
         """
-        found: dict[int, Detections] = {}
+        started = []
         with torch.inference_mode():
             for part in prepared:
+                if part.is_there is not None:
+                    stream = torch.cuda.current_stream(self._device)
+                    stream.wait_event(part.is_there)
+                    part.batch.pixels.record_stream(stream)
                 # Only the uint8 pixels are copied to the device; all other inputs are made there.
-                inputs = self._detector.model_inputs(part.batch.to(self._device))
-                logits, boxes_cxcywh = self._run(inputs)
-                answers = self._detector.detections(logits, boxes_cxcywh, part.batch.original_sizes_hw)
-                found.update(zip(part.places, answers, strict=True))
-        return [found[place] for place in range(len(found))]
+                logits, boxes_cxcywh = self._run(self._detector.model_inputs(part.batch))
+                started.append(
+                    best_detections(self._detector.family, logits, boxes_cxcywh, part.batch.original_sizes_hw)
+                )
+
+        def finish() -> list[Detections]:
+            found: dict[int, Detections] = {}
+            for part, fetch in zip(prepared, started, strict=True):
+                found.update(zip(part.places, fetch(), strict=True))
+            return [found[place] for place in range(len(found))]
+
+        return finish
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -128,7 +168,3 @@ class DetectorEngine(ABC):
         Returns:
             Logits [B, Q, C] and boxes [B, Q, 4], centre form relative to the image, on any device.
         """
-
-
-def _example(place: int, image: Image, original_size_hw: SizeHW) -> Example:
-    return Example(place, image, original_size_hw, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))

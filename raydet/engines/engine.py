@@ -4,7 +4,7 @@ A driver that only checks a config imports neither torch nor the package of an e
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raydet.common.errors import UserError
@@ -38,24 +38,37 @@ class Engine(Protocol):
         """Return height and width in pixels of the model's input for an image of this size, without padding."""
 
     def prepare(self, images: Sequence[Image]) -> Any:
-        """Resize images and batch them; may run in another thread than `predict`.
+        """Resize images and batch them; may run in another thread than `start`.
 
         Args:
             images: RGB, uint8 [H, W, 3] each.
 
         Returns:
-            The argument of `predict`.
+            The argument of `start`.
         """
 
-    def predict(self, prepared: Any) -> "list[Detections]":
-        """Detect objects.
+    def prepare_planes(self, planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]) -> Any:
+        """Batch images that `resize_rule` has resized; may run in another thread than `start`.
+
+        Never called if `raydet.engines.loading.resize_rule_before` returns None for the config.
 
         Args:
-            prepared: Result of `prepare`.
+            planes: RGB, uint8 [3, H, W] each.
+            original_sizes_hw: Height and width in pixels of each image before the resize.
 
         Returns:
-            One `Detections` per image, in order: in descending score order, boxes (x, y, width, height) in absolute
-            pixels of the image passed to `prepare`.
+            The argument of `start`.
+        """
+
+    def start(self, prepared: Any) -> "Callable[[], list[Detections]]":
+        """Start to detect objects; an asynchronous device computes after the call returns.
+
+        Args:
+            prepared: Result of `prepare` or `prepare_planes`.
+
+        Returns:
+            A function that waits for the result, one `Detections` per image, in order: in descending score order,
+            boxes (x, y, width, height) in absolute pixels of the image before the resize.
         """
 
 

@@ -1,7 +1,29 @@
 """Load the engine of a config, importing only its own package."""
 
+from collections.abc import Callable
+
 from raydet.config import PredictConfig
 from raydet.engines.engine import Engine
+from raydet.models.geometry import ResizeRule
+
+EngineLoader = Callable[..., Engine]
+"""A function with the signature of `load_engine`."""
+
+
+def resize_rule_before(config: PredictConfig) -> ResizeRule | None:
+    """Return the resize rule of a config's engine without loading its weights.
+
+    Returns:
+        None if the engine must receive images at full size, as zero-shot models do, whose own image processors resize.
+
+    Raises:
+        UserError: The model does not exist or cannot be read.
+    """
+    if config.checkpoint is None:
+        return None
+    from raydet.models.loading import resize_rule_for
+
+    return resize_rule_for(config.checkpoint, None)
 
 
 def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engine:

@@ -4,7 +4,8 @@ The work has two halves, `prepare` on the CPU and `predict` on the model's devic
 images while the model runs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from raydet.config import PredictConfig
 from raydet.engines.selection import check_classes, select
-from raydet.engines.tiling import TileView, crop, merge, views_of
+from raydet.engines.tiling import merge
+from raydet.engines.views import TileView, crop, planned_views
 from raydet.models.detector import Detections
 from raydet.models.geometry import Image, SizeHW
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from raydet.engines.engine import Engine
 
 _BATCHES_AT_ONCE = 2
-"""Maximum number of prepared batches: the resized tiles of an image take several times its memory."""
+"""Maximum number of prepared batches, and of batches that the device has not finished."""
 
 
 @dataclass(frozen=True)
@@ -81,43 +83,67 @@ class Scorer:
         Args:
             images: RGB, uint8 [H, W, 3], of any sizes; kept in memory until `predict` returns.
         """
-        config = self._config
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
-        views = [
-            views_of(
-                size_hw, tile=config.tile, overlap=config.tile_overlap, whole_image=config.whole_image, flip=config.flip
+        views = [planned_views(size_hw, self._config) for size_hw in sizes_hw]
+
+        def prepare(jobs: Sequence[_Job]) -> Any:
+            return self._engine.prepare([crop(images[job.image], views[job.image][job.view]) for job in jobs])
+
+        return self._prepare(sizes_hw, views, prepare)
+
+    def prepare_resized(self, sizes_hw: Sequence[SizeHW], planes: Sequence[Sequence[Image]]) -> PreparedImages:
+        """Prepare images whose views are cut and resized already.
+
+        Args:
+            sizes_hw: Height and width in pixels of each image.
+            planes: For each image its views in the order of `planned_views`, each resized by the engine's
+                `resize_rule`, uint8 [3, height, width]; kept in memory until `predict` returns.
+        """
+        views = [planned_views(size_hw, self._config) for size_hw in sizes_hw]
+
+        def prepare(jobs: Sequence[_Job]) -> Any:
+            return self._engine.prepare_planes(
+                [planes[job.image][job.view] for job in jobs], [views[job.image][job.view].size_hw for job in jobs]
             )
-            for size_hw in sizes_hw
-        ]
+
+        return self._prepare(sizes_hw, views, prepare)
+
+    def _prepare(
+        self, sizes_hw: Sequence[SizeHW], views: list[list[TileView]], prepare: Callable[[Sequence[_Job]], Any]
+    ) -> PreparedImages:
         jobs = [_Job(image, view) for image, planned in enumerate(views) for view in range(len(planned))]
-        if config.pad_batches and len(jobs) > self._batch_size:
+        if self._config.pad_batches and len(jobs) > self._batch_size:
             # Views of similar size share a batch, which keeps the padding small.
             jobs.sort(key=lambda job: self._engine.input_size_hw(views[job.image][job.view].size_hw))
-        batches = self._prepare_batches(images, views, jobs)
-        return PreparedImages(sizes_hw, views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
-
-    def _prepare_batches(
-        self, images: Sequence[Image], views: Sequence[Sequence[TileView]], jobs: Sequence[_Job]
-    ) -> Iterator[_TileBatch]:
-        for start in range(0, len(jobs), self._batch_size):
-            part = list(jobs[start : start + self._batch_size])
-            crops = [crop(images[job.image], views[job.image][job.view]) for job in part]
-            yield _TileBatch(part, self._engine.prepare(crops))
+        parts = (jobs[start : start + self._batch_size] for start in range(0, len(jobs), self._batch_size))
+        batches = (_TileBatch(part, prepare(part)) for part in parts)
+        return PreparedImages(list(sizes_hw), views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
 
     def predict(self, prepared: PreparedImages) -> list[Detections]:
         """Run the model on prepared images, while a thread prepares the next batch.
+
+        On a device that works asynchronously, a batch starts before the results of the previous one are fetched.
 
         Returns:
             The requested detections of each image, in order: in descending score order, in pixels of the image.
         """
         found: list[dict[int, Detections]] = [{} for _ in prepared.sizes_hw]
+        started: deque[tuple[list[_Job], Callable[[], list[Detections]]]] = deque()
+
+        def fetch() -> None:
+            jobs, answers = started.popleft()
+            for job, answer in zip(jobs, answers(), strict=True):
+                found[job.image][job.view] = answer
+
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare") as thread:
             upcoming = thread.submit(next, prepared.batches, None)
             while (batch := upcoming.result()) is not None:
                 upcoming = thread.submit(next, prepared.batches, None)
-                answers = self._engine.predict(batch.prepared)
-                for job, answer in zip(batch.jobs, answers, strict=True):
-                    found[job.image][job.view] = answer
+                started.append((batch.jobs, self._engine.start(batch.prepared)))
+                if len(started) == _BATCHES_AT_ONCE:
+                    fetch()
+        while started:
+            fetch()
         return [
             self._finish(views, [of_view[number] for number in range(len(views))], size_hw)
             for views, of_view, size_hw in zip(prepared.views, found, prepared.sizes_hw, strict=True)

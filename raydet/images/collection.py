@@ -75,6 +75,10 @@ class Collection(ABC):
     def id_space(self) -> str | None:
         """Identifier of the image ids' id space: the table's, or this listing's; None if unknown."""
 
+    def first(self, limit: int | None) -> Self:
+        """Return the collection of the first `limit` images, which keeps the fingerprint; None means all."""
+        return self if limit is None else replace(self, num_rows=min(limit, self.num_rows))
+
     @abstractmethod
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Yield the rows from position `start` to `stop` (exclusive) in order, reading lazily.

@@ -19,6 +19,8 @@ STATES_FOLDER = "states"
 """Folder in OUT of a training run: the states from which the run can resume."""
 HISTORY_FILE = "log/history.json"
 """File in OUT of a training run: one entry per epoch."""
+STEPS_FILE = "log/steps.json"
+"""File in OUT of a training run that was stopped within an epoch: the entry of that epoch so far."""
 MOST_REMOTE_BYTES = 512 * 2**20
 """The fingerprint of larger files in an object store uses their size and time instead of their content."""
 

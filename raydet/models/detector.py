@@ -1,4 +1,4 @@
-"""A detection model with its image processor and classes: pixels → inputs, outputs → boxes.
+"""A detection model with its image processor and classes: pixels → inputs.
 
 It is saved as a plain Hugging Face model folder.
 """
@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,9 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raydet.common.boxes import Boxes, xyxy_to_xywh
+from raydet.common.boxes import Boxes
 from raydet.models.collate import Batch
 from raydet.models.families import Family, family_of
-from raydet.models.geometry import SizeHW
 from raydet.models.processors import resize_rule_of
 from raydet.tables.schema import Category
 
@@ -159,24 +157,6 @@ class Detector:
             self._scale = (mean, std)
         return self._scale
 
-    def detections(self, logits: Tensor, boxes_cxcywh: Tensor, original_sizes_hw: Sequence[SizeHW]) -> list[Detections]:
-        """Convert the outputs of any engine to detections, as the image processor does.
-
-        Args:
-            logits: [B, Q, C], from the model, on any device and in any precision.
-            boxes_cxcywh: [B, Q, 4], centre form relative to the image without its padding.
-            original_sizes_hw: Height and width in pixels of each upright image before the resize, B of them.
-
-        Returns:
-            One `Detections` for each image, in order.
-        """
-        # On the CPU and in full precision: half-precision boxes would be off by more than a pixel.
-        answer = SimpleNamespace(logits=logits.cpu().float(), pred_boxes=boxes_cxcywh.cpu().float())
-        found = self.processor.post_process_object_detection(
-            answer, threshold=0.0, target_sizes=list(original_sizes_hw)
-        )
-        return [_as_detections(item) for item in found]
-
     def save(self, folder: str) -> None:
         """Write a Hugging Face model folder: safetensors weights, config, image processor.
 
@@ -194,13 +174,6 @@ def _pixel_mask(batch: Batch) -> Tensor:
     for plane, (height, width) in zip(mask, batch.sizes_hw, strict=True):
         plane[:height, :width] = 1
     return mask
-
-
-def _as_detections(found: dict[str, Tensor]) -> Detections:
-    scores = found["scores"].numpy().astype(np.float64)
-    order = np.argsort(-scores, kind="stable")
-    boxes_xyxy = found["boxes"].numpy().astype(np.float64)[order]
-    return Detections(xyxy_to_xywh(boxes_xyxy), scores[order], found["labels"].numpy().astype(np.int64)[order])
 
 
 @contextlib.contextmanager

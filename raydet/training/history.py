@@ -10,7 +10,7 @@ from typing import Any
 
 from raydet.common.errors import UserError
 from raydet.config import COCO_METRICS
-from raydet.models.checkpoints import HISTORY_FILE
+from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
 
 
@@ -182,6 +182,11 @@ def write_history(out: str, history: Sequence[EpochRecord]) -> None:
     """Write the history of a run folder atomically."""
     content = json.dumps([record.to_json() for record in history], indent=1)
     storage.write_bytes(storage.join(out, HISTORY_FILE), content.encode())
+
+
+def write_stopped_epoch(out: str, record: EpochRecord) -> None:
+    """Write the record of an epoch that was stopped, for `plan`."""
+    storage.write_bytes(storage.join(out, STEPS_FILE), json.dumps(record.to_json()).encode())
 
 
 def best_epoch(history: Sequence[EpochRecord], metric: str) -> EpochRecord | None:

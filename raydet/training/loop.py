@@ -32,7 +32,7 @@ from raydet.training.failure import is_out_of_memory, not_a_number, out_of_memor
 from raydet.training.feeding.batches import BatchReader
 from raydet.training.feeding.ordering import RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
-from raydet.training.history import EpochRecord, is_over, write_history
+from raydet.training.history import EpochRecord, is_over, write_history, write_stopped_epoch
 from raydet.training.in_flight import LateResult, LateResults, StepInputs, StepOutcome
 from raydet.training.meter import epoch_record, merge_states
 from raydet.training.saving import Saver, Write
@@ -270,6 +270,10 @@ def _stop(run: _TrainingRun, inputs: StepInputs) -> bool:
     _save_state(run, inputs)
     run.saver.wait()
     position, num_steps = run.trainer.position, run.plan.steps_per_epoch
+    if position.step:
+        record = _record_of_steps(run)
+        if run.crew.rank == 0:
+            write_stopped_epoch(run.config.out, record)
     if position.step == 0 and position.epoch > 0:
         position = Position(position.epoch - 1, num_steps)
     run.crew.show(position.epoch, position.step, num_steps)

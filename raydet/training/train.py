@@ -135,7 +135,8 @@ def _train_into(
         _check_nodes(config)
         folder.begin(identity(config), folders=_FOLDERS)
         folder.write_bytes(to_yaml(config).encode(), "config.yaml")
-        JobRecord.of_this_job().write(storage.join(out, "log"))
+        job = JobRecord.of_this_job(num_workers=config.max_workers, resources=resources)
+        job.write(storage.join(out, "log"))
         console.line(
             f"{resources.describe(config.min_workers, config.max_workers)}. Ray log: "
             f"{storage.join(out, 'log', LOG_FILE)}"
@@ -148,6 +149,7 @@ def _train_into(
             failure = run_workers(config, tables, resources, board, stop, is_alone=is_alone)
         free_workers(out)
         folder.check()
+        job.with_joined_nodes().write(storage.join(out, "log"))
         if failure is not None:
             if failure.is_user_error and not history:
                 folder.delete_file("config.yaml")

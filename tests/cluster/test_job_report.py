@@ -11,15 +11,21 @@ import pytest
 from raydet.cluster.job_record import JobRecord, NodeKind, versions
 from raydet.cluster.job_report import OTHER, JobReport, JobStats, error_kind
 from raydet.cluster.stopwatch import STAGES, FileStats, ProcessStats
-from raydet.cluster.timeline import MOST_SPANS, Timeline
+from raydet.cluster.timeline import MOST_SPANS, Timeline, steady_rate
 
 
 def process(kind: str, pid: int, mb: float = 100.0, *, at_s: float = 10.0, node: str = "n1", **seconds: float) -> Any:
-    return ProcessStats(node=node, pid=pid, kind=kind, seconds=seconds, resident_mb=mb, ended_unix_s=at_s)
+    return ProcessStats(node=node, pid=pid, thread=pid, kind=kind, seconds=seconds, resident_mb=mb, ended_unix_s=at_s)
 
 
 def file(num_images: int = 100, errors: tuple[str, ...] = (), *processes: ProcessStats) -> FileStats:
-    return FileStats(num_images=num_images, num_detections=7, errors=list(errors), processes=list(processes))
+    return FileStats(
+        file="part-0000000.parquet",
+        num_images=num_images,
+        num_detections=7,
+        errors=list(errors),
+        processes=list(processes),
+    )
 
 
 def job(started_s: float, *files: FileStats, monkeypatch: pytest.MonkeyPatch) -> JobStats:
@@ -27,7 +33,7 @@ def job(started_s: float, *files: FileStats, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("raydet.cluster.job_report.time.time", lambda: started_s)
     stats = JobStats()
     for item in files:
-        stats.add(FileStats.from_dict(json.loads(json.dumps(item.to_dict()))))
+        stats.add(item)
     return stats
 
 
@@ -37,6 +43,8 @@ def report_of(stats: JobStats, *, num_nodes: int = 1, **changes: Any) -> JobRepo
         submission_id=None,
         commit=None,
         started="",
+        num_workers=2,
+        use_gpu=False,
         num_nodes=num_nodes,
         nodes=[NodeKind(num_nodes, 4.0, 0.0, None, 8)],
         versions=versions(),
@@ -55,17 +63,16 @@ FILES = (
     file(
         100,
         ("empty file",),
-        process("reader", 1, 50, read=5.0),
-        process("decoder", 2, 200, decode=20.0),
-        process("model", 9, 900, at_s=15.0, prepare=1.0, model=4.0),
-        process("model", 9, 1000, at_s=90.0, prepare=9.0, model=66.0),
+        process("decoder", 2, 200, read=5.0, decode=20.0, prepare=10.0),
+        process("model", 9, 900, at_s=15.0, model=5.0),
+        process("model", 9, 1000, at_s=90.0, model=75.0),
         process("writer", 2, 150, write=2.0),
     ),
     file(
         300,
         (),
-        process("decoder", 3, 300, decode=20.0),
-        process("model", 9, 800, at_s=95.0, node="n2", prepare=10.0, model=70.0),
+        process("decoder", 3, 300, decode=20.0, prepare=10.0),
+        process("model", 9, 800, at_s=95.0, node="n2", model=80.0),
     ),
 )
 
@@ -75,13 +82,13 @@ def test_images_by_stage_and_second(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (timeline["started_unix_s"], timeline["span_s"], set(timeline["images"])) == (
         5.0,
         1.0,
-        {"read", "decode", "model", "write"},
+        set(STAGES),
     )
     counts = timeline["images"]
-    assert {len(values) for values in counts.values()} == {91}
+    assert {len(values) for values in counts.values()} == {181}
     # Two parts of one file, and the only part of another.
-    assert {second: images for second, images in enumerate(counts["model"]) if images} == {10: 50, 85: 50, 90: 300}
-    assert counts["decode"][5] == sum(counts["decode"]) == 400
+    assert {second: images for second, images in enumerate(counts["model"]) if images} == {20: 50, 170: 50, 180: 300}
+    assert counts["decode"][10] == sum(counts["decode"]) == 400
 
 
 def test_a_long_run_has_no_more_spans_than_a_short_one() -> None:
@@ -95,13 +102,30 @@ def test_a_long_run_has_no_more_spans_than_a_short_one() -> None:
     assert content["images"]["write"] == [5.0] + [0.0] * 156
 
 
+@pytest.mark.parametrize("size", [1, 16, 250])
+def test_the_steady_rate_does_not_depend_on_the_size_of_the_blocks(size: int) -> None:
+    """40 s of start-up, 1,000 images decoded ahead, then 50 images/s, and a slow end."""
+    timeline = Timeline(0.0)
+    for number in range(1, 5000 // size + 1):
+        done = number * size
+        late_s = max(0.0, done - 4700) / 10
+        timeline.add("model", 40.0 + max(0.0, done - 1000) / 50 + late_s, size)
+    rate, seconds = steady_rate(timeline.to_dict()) or (0.0, 0.0)
+    assert rate == pytest.approx(50, rel=0.05) and seconds > 60
+
+
+@pytest.mark.parametrize("images", [{}, {"model": []}, {"model": [0.0, 16.0]}])
+def test_a_run_that_is_too_short_has_no_steady_rate(images: dict[str, list[float]]) -> None:
+    assert steady_rate({"span_s": 0.5, "images": images}) is None
+
+
 def test_sums_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     report = finished(job(0.0, *FILES, monkeypatch=monkeypatch), num_nodes=3, price_per_node_hour=2.0, config_hash="ab")
     assert (report["num_images"], report["num_detections"], report["errors"]) == (400, 14, {"empty file": 1})
     # The first model started at 15 s - 5 s of work; 100 s remain, for two workers.
     assert (report["startup_s"], report["images_per_s_after_startup"]) == (10.0, 4.0)
     assert report["images_per_s"] == pytest.approx(400 / 110)
-    assert report["model_busy_share"] == pytest.approx(140 / 200)
+    assert report["model_busy_share"] == pytest.approx(160 / 200)
     stages = report["stages"]
     assert list(stages) == list(STAGES)
     assert stages["decode"] == {
@@ -119,8 +143,8 @@ def test_sums_rates_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_counts_each_process_once_with_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     report = finished(job(0.0, *FILES, monkeypatch=monkeypatch))
     # Process 2 decodes and writes; process 9 on the other node is a different process.
-    assert report["peak_mb_by_kind"] == {"decoder": 500, "model": 1800, "reader": 50, "writer": 150}
-    assert (report["peak_mb"], report["peak_mb_of_one"], report["num_processes"]) == (2350, 1000, 5)
+    assert report["peak_mb_by_kind"] == {"decoder": 500, "model": 1800, "writer": 150}
+    assert (report["peak_mb"], report["peak_mb_of_one"], report["num_processes"]) == (2300, 1000, 4)
 
 
 def test_the_order_of_the_files_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +191,7 @@ def test_at_most_twenty_reasons_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
         ({"model": 170.0, "decode": 99.0}, "model", "model is the bottleneck.* 85% .*--num-workers"),
         ({"model": 60.0, "decode": 95.0}, "decode", "decode is the bottleneck.* 95% .*30%.*--cpus-per-worker"),
         ({"model": 60.0, "read": 90.0, "decode": 40.0}, "read", "read is the bottleneck.*large files"),
-        ({"model": 60.0, "prepare": 170.0}, "prepare", "prepare is the bottleneck.* 85%"),
+        ({"model": 60.0, "prepare": 85.0}, "prepare", "prepare is the bottleneck.* 85%"),
         ({"model": 60.0, "write": 80.0}, "write", "write is the bottleneck.*faster storage"),
         ({"model": 60.0, "decode": 30.0}, None, "no .*bottleneck.* 30%"),
     ],
@@ -175,10 +199,16 @@ def test_at_most_twenty_reasons_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
 def test_the_last_line_names_the_bottleneck(
     busy: dict[str, float], bottleneck: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = {"read": "reader", "decode": "decoder", "prepare": "model", "model": "model", "write": "writer"}
+    kinds = {"read": "decoder", "decode": "decoder", "prepare": "decoder", "model": "model", "write": "writer"}
     processes = [
         ProcessStats(
-            node="n1", pid=1, kind=kinds[stage], seconds={stage: seconds}, resident_mb=9.0, ended_unix_s=10 + seconds
+            node="n1",
+            pid=1,
+            thread=1,
+            kind=kinds[stage],
+            seconds={stage: seconds},
+            resident_mb=9.0,
+            ended_unix_s=10 + seconds,
         )
         for stage, seconds in busy.items()
     ]
@@ -228,7 +258,5 @@ def test_the_table_is_short_and_aligned(monkeypatch: pytest.MonkeyPatch) -> None
     table = lines[3:9]
     assert [line.split()[0] for line in table] == ["stage", *STAGES]
     assert len({len(line) for line in table}) == 1
-    assert (
-        lines[9] == "memory: at most 2.3 GB in 5 processes (decoder 500 MB, model 1.8 GB, reader 50 MB, writer 150 MB)"
-    )
+    assert lines[9] == "memory: at most 2.2 GB in 4 processes (decoder 500 MB, model 1.8 GB, writer 150 MB)"
     assert re.match(r"cost: 357\.43 per million images .*1 node at 3\.5", lines[10])

@@ -22,7 +22,7 @@ from pathlib import Path
 import ray
 
 from raydet import PredictConfig, predict
-from raydet.scoring import stream as inference_stream
+from raydet.scoring import decoders, stream
 
 data, checkpoint, out, seen, use_gpu = sys.argv[1:]
 
@@ -31,21 +31,23 @@ def note(stage):
     Path(seen, f"{stage} {ray.util.get_node_ip_address()}").touch()
 
 
-class Model(inference_stream._ScoringActor):
-    def __init__(self, work_ref, resources):
+class Decoder(decoders.Decoder):
+    def decode(self, *arguments):
+        note("decode")
+        return super().decode(*arguments)
+
+
+class Model(stream.ScoringActor):
+    def __init__(self, *arguments):
         context = ray.get_runtime_context()
         assert bool(context.get_accelerator_ids()["GPU"]) == (use_gpu == "True")
         note("model")
         type(context).get_accelerator_ids = lambda self: {}
-        super().__init__(work_ref, resources)
+        decoders.Decoder = Decoder
+        super().__init__(*arguments)
 
 
-def decode(batch, *, decode=inference_stream._decode, **options):
-    note("decode")
-    return decode(batch, **options)
-
-
-inference_stream._ScoringActor, inference_stream._decode = Model, decode
+stream.ScoringActor = Model
 predict(PredictConfig(
     data=data, checkpoint=checkpoint, out=out, use_gpu=use_gpu == "True", batch_size=4, threads_per_worker=1))
 """

@@ -109,7 +109,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
                 *[*RAYDET, "predict", f"--data={data}/many/train", f"--checkpoint={data}/checkpoint"],
                 *[f"--out={out}", "--num-workers=2", *scoring],
             ],
-            "MapWorker",
+            "ScoringActor",
             _num_parts,
             10,
             lambda out: rows_of(out, "detections"),

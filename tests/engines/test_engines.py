@@ -68,7 +68,7 @@ def config_of(folder: Path | str, **options: Any) -> PredictConfig:
 
 def found_by(folder: Path, images: Sequence[Image], **options: Any) -> list[Detections]:
     engine = load_engine(config_of(folder, **options), device="cpu", num_threads=1)
-    return engine.predict(engine.prepare(images))
+    return engine.start(engine.prepare(images))()
 
 
 def assert_same(
@@ -135,7 +135,7 @@ def test_padded_images_are_told_from_their_padding(tmp_path: Path) -> None:
     assert engine.input_size_hw((120, 160)) == parts[0].batch.sizes_hw[0] == (64, 85)
     assert inputs["pixel_mask"][0, :, :85].all() and not inputs["pixel_mask"][0, :, 85:].any()
     assert not inputs["pixel_values"][0, :, :, 85:].any()
-    for image, found in zip(images, engine.predict(parts), strict=True):
+    for image, found in zip(images, engine.start(parts)(), strict=True):
         whole = np.tile([0.0, 0.0, image.shape[1], image.shape[0]], (len(found.scores), 1))
         np.testing.assert_allclose(found.boxes_xywh, whole, atol=0.01)
 

@@ -1,7 +1,7 @@
 """Small objects in large images: tiles detect each one once; batching, preparation and merging of views."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,9 +51,16 @@ class BlobEngine:
         resized = [resize(image, self.input_size_hw(size), 2) for image, size in zip(images, sizes_hw, strict=True)]
         return list(zip(resized, sizes_hw, strict=True))
 
+    def prepare_planes(self, planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]) -> Any:
+        return [(image.transpose(1, 2, 0), size) for image, size in zip(planes, original_sizes_hw, strict=True)]
+
     def predict(self, prepared: Any) -> list[Detections]:
+        return self.start(prepared)()
+
+    def start(self, prepared: Any) -> Callable[[], list[Detections]]:
         self.num_predicted += 1
-        return [self._find(image, size_hw) for image, size_hw in prepared]
+        found = [self._find(image, size_hw) for image, size_hw in prepared]
+        return lambda: found
 
     def _find(self, image: Image, size_hw: SizeHW) -> Detections:
         scale = np.array([size_hw[1] / image.shape[1], size_hw[0] / image.shape[0]])

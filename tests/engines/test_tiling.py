@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from raydet.common.boxes import Boxes, xywh_to_xyxy
 from raydet.config import Merge
-from raydet.engines.tiling import BEST_OF_VIEW, TileView, crop, merge, views_of
+from raydet.engines.tiling import BEST_OF_VIEW, merge
+from raydet.engines.views import TileView, crop, views_of
 from raydet.models.detector import Detections
 
 Row = tuple[float, float, float, float, float, int]

@@ -30,6 +30,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 NUM_IMAGES = 600
 ROWS_PER_FILE = 12
 NUM_FILES = NUM_IMAGES // ROWS_PER_FILE
+PLACES = ("cluster", "process")
+"""A Ray cluster on this machine, or the process of the command."""
+
+
+def environment(place: str) -> dict[str, str]:
+    """Return the environment of a command that scores in a place."""
+    return {**os.environ, "RAY_ADDRESS": "local" if place == "cluster" else ""}
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +68,12 @@ def _num_files(out: str) -> int:
     return len(list(Path(out).glob("part-*.parquet")))
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("part", [0.3, 0.9])
-def test_a_killed_run_resumes(reference: tuple[PredictConfig, Rows], tmp_path: Path, part: float) -> None:
+def test_a_killed_run_resumes(reference: tuple[PredictConfig, Rows], tmp_path: Path, part: float, place: str) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
     output = tmp_path / "output"
-    with started(command_of("predict", config), output) as driver:
+    with started(command_of("predict", config), output, env=environment(place)) as driver:
         wait_for_progress(lambda: _num_files(config.out) >= part * NUM_FILES, driver, output)
     done = {path.name: path.stat().st_mtime_ns for path in Path(config.out).glob("part-*.parquet")}
     assert len(done) < NUM_FILES, "killed too late to tell"
@@ -77,7 +85,7 @@ def test_a_killed_run_resumes(reference: tuple[PredictConfig, Rows], tmp_path: P
 def test_only_the_driver_is_killed(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"))
     output = tmp_path / "output"
-    with started(command_of("predict", config), output) as driver:
+    with started(command_of("predict", config), output, env=environment("cluster")) as driver:
         wait_for_progress(lambda: _num_files(config.out) >= 0.3 * NUM_FILES, driver, output)
         driver.kill()
         driver.wait()
@@ -86,7 +94,8 @@ def test_only_the_driver_is_killed(reference: tuple[PredictConfig, Rows], tmp_pa
     _assert_same(config.out, reference[1])
 
 
-def test_a_killed_actor_is_replaced(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
+@pytest.mark.parametrize("title", ["ray::ScoringActor", "ray::Decoder"])
+def test_a_killed_actor_is_replaced(reference: tuple[PredictConfig, Rows], tmp_path: Path, title: str) -> None:
     config = dataclasses.replace(reference[0], out=str(tmp_path / "d"), num_workers=2)
     output = tmp_path / "output"
     with started(command_of("predict", config), output) as driver:
@@ -94,11 +103,12 @@ def test_a_killed_actor_is_replaced(reference: tuple[PredictConfig, Rows], tmp_p
         actors = [
             process
             for process in psutil.Process(driver.pid).children(recursive=True)
-            if "MapWorker" in " ".join(process.cmdline())
+            if " ".join(process.cmdline()).startswith(title)
         ]
         assert len(actors) == 2, [process.cmdline() for process in actors]
         actors[0].kill()
         assert driver.wait(timeout=200) == 0, output.read_text()
+    assert "lost" not in output.read_text()
     _assert_same(config.out, reference[1])
 
 
@@ -119,7 +129,11 @@ def test_a_second_run_is_refused_and_a_finished_one_does_nothing(
 
 
 @needs_small_disk
-def test_a_full_disk_ends_the_run_with_one_line(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_full_disk_ends_the_run_with_one_line(
+    reference: tuple[PredictConfig, Rows], tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", environment(place)["RAY_ADDRESS"])
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     config = dataclasses.replace(reference[0], out=str(disk / "d"))
     result = run_on_small_disk(command_of("predict", config), disk, size="200k", kept=kept)
@@ -132,13 +146,14 @@ def test_a_full_disk_ends_the_run_with_one_line(reference: tuple[PredictConfig, 
     _assert_same(config.out, reference[1])
 
 
-def test_a_store_that_fails_for_a_while(reference: tuple[PredictConfig, Rows], tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_store_that_fails_for_a_while(reference: tuple[PredictConfig, Rows], tmp_path: Path, place: str) -> None:
     with s3_stand_in.started() as server, pytest.MonkeyPatch.context() as patch:
         server.use(patch)
         storage.publish_folder(reference[0].data, f"{BUCKET}/images")
         config = dataclasses.replace(reference[0], data=f"{BUCKET}/images", out=f"{BUCKET}/detections")
         output = tmp_path / "output"
-        with started(command_of("predict", config), output) as driver:
+        with started(command_of("predict", config), output, env=environment(place)) as driver:
             wait_for_progress(lambda: len(storage.list_files(config.out)) > 0.2 * NUM_FILES, driver, output)
             server.fail("503", 15)
             assert driver.wait(timeout=250) == 0, output.read_text()

@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from raydet import PredictConfig, predict
 from raydet.common.boxes import clip_xywh, has_area, xyxy_to_xywh
 from raydet.config import DrawIf
-from raydet.engines.tiling import merge, views_of
+from raydet.engines.tiling import merge
 from raydet.engines.torch_engine import TorchEngine
+from raydet.engines.views import views_of
 from raydet.images.decode import decode
 from raydet.models.detector import Detections, Detector
 from raydet.models.loading import build_detector, load_detector

@@ -9,7 +9,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raydet import EvaluateConfig, PredictConfig, PrepareImagesConfig, UserError, evaluate, predict, prepare_images
+from raydet import (
+    EvaluateConfig,
+    PlanConfig,
+    PredictConfig,
+    PrepareImagesConfig,
+    UserError,
+    evaluate,
+    plan,
+    predict,
+    prepare_images,
+)
 from raydet.engines.torch_engine import TorchEngine
 from raydet.images.decode import decode
 from raydet.models.loading import build_detector, load_detector
@@ -79,6 +89,21 @@ def test_running_again_does_what_is_left_and_then_nothing(
     assert predict(dataclasses.replace(config, num_workers=2)).already_done
     with pytest.raises(UserError, match=r"--score-threshold.*0\.0 → 0\.5"):
         predict(dataclasses.replace(config, score_threshold=0.5))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_limit_scores_the_first_images(
+    scored: tuple[PredictConfig, PredictResult], shapes: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(scored[0], out=str(tmp_path / "d"), limit=6)
+    result = predict(config)
+    assert result.num_images == 6
+    assert_same_rows(rows_of(result.out, "detections"), rows_of(scored[1].out, "detections")[:6])
+    with pytest.raises(UserError, match=r"--limit.*6 → 9"):
+        predict(dataclasses.replace(config, limit=9))
+    # The report is the measurement of a plan.
+    forecast = plan(PlanConfig(run=result.out, images=10_000_000))
+    assert forecast.measured.num_images == 6 and forecast.total_s > 0 and not forecast.is_extrapolated
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -63,17 +63,16 @@ def test_a_failed_write_is_one_line_at_the_next_step(tmp_path: Path) -> None:
     saver.save(_state(1, torch.zeros(3)), [])
     saver.save(_state(2, torch.zeros(3)), [])
 
-    def failure() -> str:
+    lines: list[str] = []
+
+    def has_failed() -> bool:
         try:
             saver.check()
         except WorkerFailed as error:
-            return error.failure.line
-        return ""
+            lines.append(error.failure.line)
+        return bool(lines)
 
-    lines: list[str] = []
-    wait_until(
-        lambda: bool(lines.append(failure())) or bool(lines[-1]), lambda: "no failure was reported", timeout_s=20
-    )
+    wait_until(has_failed, lambda: "no failure was reported", timeout_s=20)
     assert "cannot write the checkpoint after step 2 of epoch 1" in lines[-1]
     saver.close()
     assert _newest(str(tmp_path)).position == Position(0, 1)

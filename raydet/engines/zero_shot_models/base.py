@@ -5,7 +5,7 @@ read once, when the model is loaded, and passed to the model verbatim, as in tra
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,15 @@ class ZeroShotEngine(ABC):
     @abstractmethod
     def _box_extent_hw(self, size_hw: SizeHW) -> SizeHW:
         """Return height and width in pixels of the area that boxes are relative to, for an image of this size."""
+
+    def prepare_planes(self, planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]) -> Prepared:
+        """Raise an error: the model's own processor resizes."""
+        raise AssertionError("zero-shot models take images at full size")
+
+    def start(self, prepared: Prepared) -> Callable[[], list[Detections]]:
+        """Run the model; see `predict`."""
+        found = self.predict(prepared)
+        return lambda: found
 
     @torch.inference_mode()
     def predict(self, prepared: Prepared) -> list[Detections]:

@@ -1,1 +1,0 @@
-"""A short measurement here → time and cost of a job on a cluster."""

@@ -1,0 +1,176 @@
+"""Decoded blocks of a chunk → detections → the chunk's file."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raydet.cluster.stopwatch import FileStats, ProcessStats, Stopwatch
+from raydet.common.errors import UserError
+from raydet.engines.loading import resize_rule_before
+from raydet.models.checkpoints import fingerprint
+from raydet.models.geometry import ResizeRule
+from raydet.scoring.blocks import images_in, planes_in
+from raydet.scoring.plan import Work, part_name
+from raydet.tables.layout import groups_of
+from raydet.tables.schema import DETECTIONS_TYPE
+
+COUNTS_KEY = b"raydet_counts"
+_LOG = logging.getLogger(__name__)
+
+_Found = list[Any]
+"""`Detections` of images; their class cannot be imported before torch."""
+
+
+class ChunkScorer:
+    """A copy of the model that scores chunks; several threads may call `score` for different chunks.
+
+    The model loads in a thread, so that the first blocks are decoded meanwhile. All forward passes run in that thread,
+    since each calling thread would get its own pool of compute threads. While the model runs on a block, the calling
+    threads batch the next one, convert the previous one to Arrow, or write a file.
+
+    Attributes:
+        rule: Resize rule of the model, once it is known; None if the model takes images at full size. `result()` raises
+            UserError if the model cannot be read.
+    """
+
+    def __init__(self, work: Work, *, device: str, num_threads: int) -> None:
+        self._work, self._device, self._num_threads = work, device, num_threads
+        self.rule: Future[ResizeRule | None] = Future()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._scorer = self._thread.submit(self._load)
+        self._is_closed = threading.Event()
+
+    def _load(self) -> Any:
+        work = self._work
+        try:
+            if fingerprint(work.model_name) != work.model_fingerprint:
+                raise UserError(
+                    f"{work.model_name} changed during the run; restore the model and run the same command again"
+                )
+            self.rule.set_result(resize_rule_before(work.config))
+        except BaseException as error:
+            self.rule.set_exception(error)
+            raise
+        from raydet.engines.scorer import Scorer
+
+        started = time.perf_counter()
+        engine = work.load_engine(work.config, device=self._device, num_threads=self._num_threads)
+        text = "model loaded on %s in %.1f s, %d threads"
+        _LOG.info(text, self._device, time.perf_counter() - started, self._num_threads)
+        return Scorer(engine, work.config, batch_size=work.plan.batch_size)
+
+    def close(self) -> None:
+        """Stop: drop what has not started; the next block of each chunk in flight raises an error."""
+        self._is_closed.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def score(self, chunk: int, blocks: Iterable[tuple[pa.Table, ProcessStats]]) -> FileStats:
+        """Score a chunk and write its file, atomically.
+
+        Args:
+            chunk: Number of the chunk.
+            blocks: Result of `blocks_of` for its rows and `rule`.
+        """
+        processes: list[ProcessStats] = []
+        tables: list[pa.Table] = []
+        waiting: tuple[pa.Table, Future[tuple[_Found, ProcessStats]]] | None = None
+
+        def finish(block: pa.Table, found: "Future[tuple[_Found, ProcessStats]]") -> None:
+            detections, stats = found.result()
+            processes.append(stats)
+            tables.append(_rows(block, detections, self._work.schema))
+
+        for block, stats in blocks:
+            if self._is_closed.is_set():
+                raise InterruptedError("the run is ending")
+            processes.append(stats)
+            upcoming = block, self._thread.submit(self._predict, self._prepare(block))
+            if waiting is not None:
+                finish(*waiting)
+            waiting = upcoming
+        if waiting is not None:
+            finish(*waiting)
+        return self._write(chunk, pa.concat_tables(tables), processes)
+
+    def _prepare(self, block: pa.Table) -> Any:
+        scorer, rule = self._scorer.result(), self.rule.result()
+        sizes_hw, pixels = images_in(block)
+        if rule is None:
+            images = [flat.reshape(*size_hw, 3) for flat, size_hw in zip(pixels, sizes_hw, strict=True)]
+            return scorer.prepare(images)
+        planes = [
+            planes_in(flat, size_hw, self._work.config, rule) for flat, size_hw in zip(pixels, sizes_hw, strict=True)
+        ]
+        return scorer.prepare_resized(sizes_hw, planes)
+
+    def _predict(self, prepared: Any) -> tuple[_Found, ProcessStats]:
+        watch = Stopwatch("model")
+        with watch.measuring("model"):
+            found = self._scorer.result().predict(prepared)
+        return found, watch.lap()
+
+    def _write(self, chunk: int, table: pa.Table, processes: list[ProcessStats]) -> FileStats:
+        watch = Stopwatch("writer")
+        errors = [reason for reason in table["error"].to_pylist() if reason is not None]
+        lengths = pc.list_value_length(pc.struct_field(table["detections"], "score"))
+        num_detections = pc.sum(lengths).as_py() or 0
+        with watch.measuring("write"):
+            # In the footer, so that a resumed run counts the rows of finished files without reading detections.
+            counts = {"num_errors": len(errors), "num_detections": num_detections}
+            metadata = {**self._work.schema.metadata, COUNTS_KEY: json.dumps(counts)}
+            sink = pa.BufferOutputStream()
+            pq.write_table(table.replace_schema_metadata(metadata), sink)
+            content = sink.getvalue()
+            groups = groups_of(pq.read_metadata(pa.BufferReader(content)))
+            self._work.folder.write_bytes(content.to_pybytes(), part_name(chunk))
+        return FileStats(
+            file=part_name(chunk),
+            groups=groups,
+            num_images=table.num_rows,
+            num_detections=num_detections,
+            errors=errors,
+            processes=[*processes, watch.lap()],
+        )
+
+
+def _rows(block: pa.Table, found: Sequence[Any], schema: pa.Schema) -> pa.Table:
+    """Build the rows of a block from the detections of its readable images."""
+    is_readable = pc.is_valid(block["pixel_height"]).to_numpy(zero_copy_only=False)
+    counts = np.zeros(block.num_rows, np.int64)
+    counts[is_readable] = [len(one.scores) for one in found]
+    boxes, scores, categories = np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64)
+    if found:
+        boxes = np.concatenate([one.boxes_xywh for one in found])
+        scores = np.concatenate([one.scores for one in found])
+        categories = np.concatenate([one.categories for one in found])
+        boxes = _at_full_size(block, boxes, counts)
+    offsets = pa.array(np.concatenate([[0], counts.cumsum()]), pa.int32())
+    values = {
+        "bbox": pa.FixedSizeListArray.from_arrays(pa.array(boxes.reshape(-1), pa.float64()), 4),
+        "score": pa.array(scores, pa.float64()),
+        "category": pa.array(categories, pa.int64()),
+    }
+    lists = [pa.ListArray.from_arrays(offsets, values[field.name]) for field in DETECTIONS_TYPE]
+    detections = pa.StructArray.from_arrays(lists, fields=list(DETECTIONS_TYPE))
+    columns = {name: block[name] for name in schema.names if name != "detections"}
+    return pa.table({**columns, "detections": detections}).select(schema.names).cast(schema)
+
+
+def _at_full_size(block: pa.Table, boxes_xywh: Any, counts: Any) -> Any:
+    """Convert boxes in pixels of images that were decoded at reduced size."""
+    sizes = [block[name].to_numpy().astype(np.float64) for name in ("width", "height", "pixel_width", "pixel_height")]
+    width, height, pixel_width, pixel_height = (np.repeat(size, counts) for size in sizes)
+    is_reduced = (width != pixel_width) | (height != pixel_height)
+    if is_reduced.any():
+        scale = np.stack([width / pixel_width, height / pixel_height] * 2, axis=1)
+        boxes_xywh = np.where(is_reduced[:, None], boxes_xywh * scale, boxes_xywh)
+    return boxes_xywh

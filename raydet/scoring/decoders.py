@@ -1,0 +1,149 @@
+"""Decode actors on a Ray cluster, and the part of a scoring actor that uses them."""
+
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raydet.cluster import job_metrics
+from raydet.cluster.stopwatch import ProcessStats
+from raydet.cluster.worker_log import log_from_here
+from raydet.models.geometry import ResizeRule
+from raydet.scoring.blocks import blocks_of
+from raydet.scoring.plan import LOG_FOLDER, Work, missing_here
+from raydet.tables import storage
+
+_TRIES = 3
+_THREADS_PER_DECODER = 4
+"""Python's lock limits a process with more threads."""
+_LOG = logging.getLogger(__name__)
+
+_Block = tuple[pa.Table, ProcessStats]
+WorkRef = list["ray.ObjectRef[Work]"]
+"""In a list, so that the actor fetches the work itself and a failed fetch is its error."""
+
+
+@dataclass(frozen=True)
+class DecoderPlace:
+    """The place of a decoder: its node and the number of its threads."""
+
+    node_id: str
+    num_threads: int
+
+
+class Decoder:
+    """A process that reads, decodes and resizes, in several threads, a chunk in each."""
+
+    def __init__(self, work_ref: WorkRef, num_threads: int) -> None:
+        self._work: Work = ray.get(work_ref[0])
+        log_from_here(storage.join(self._work.config.out, LOG_FOLDER))
+        require_paths(self._work)
+        import torch
+        import torchvision.transforms.v2  # noqa: F401 - takes seconds, which would count as work on the first images
+
+        torch.set_num_threads(1)  # of each of the threads
+        self._open: dict[int, Iterator[_Block]] = {}
+        _LOG.info("decoding in %d threads", num_threads)
+
+    def decode(self, start: int, stop: int, rule: ResizeRule | None) -> _Block:
+        """Return the block of a chunk that starts at a position.
+
+        Args:
+            start: Position of the first image.
+            stop: Position after the last image of the chunk.
+            rule: Resize rule of the model.
+        """
+        blocks = self._open.pop(start, None) or blocks_of(self._work, range(start, stop), rule)
+        block, stats = next(blocks)
+        if start + block.num_rows < stop:
+            self._open[start + block.num_rows] = blocks
+        job_metrics.count_stage(stats, block.num_rows)
+        return block, stats
+
+
+class Decoders:
+    """The decoders of a scoring actor; its threads share them."""
+
+    def __init__(self, work_ref: WorkRef, places: Sequence[DecoderPlace]) -> None:
+        self._work_ref = work_ref
+        self._free: queue.SimpleQueue[tuple[Any, DecoderPlace]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._replacements: dict[Any, Any] = {}
+        first = self.add(places)
+        # One more than decode, since one is usually about to write its file or to wait for the model.
+        self._free.put(first)
+
+    def add(self, places: Sequence[DecoderPlace]) -> tuple[Any, DecoderPlace]:
+        """Start decoders, and return the first."""
+        decoders = [(self._start(place), place) for place in places]
+        for decoder, place in decoders:
+            for _ in range(place.num_threads):
+                self._free.put((decoder, place))
+        return decoders[0]
+
+    def _start(self, place: DecoderPlace) -> Any:
+        # A decoder waits as soon as its consumer has enough, so it needs no CPU of its own and never waits for one.
+        actor = ray.remote(Decoder).options(
+            num_cpus=0,
+            max_concurrency=place.num_threads,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=True),
+        )
+        return actor.remote(self._work_ref, place.num_threads)
+
+    def blocks(self, rows: range, rule: ResizeRule | None) -> Iterator[_Block]:
+        """Yield the blocks of a chunk in order, while a decoder works on the next one."""
+        position, tries = rows.start, 0
+        decoder, place = self._free.get()
+        try:
+            upcoming = decoder.decode.remote(position, rows.stop, rule)
+            while position < rows.stop:
+                try:
+                    block, stats = ray.get(upcoming)
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                    tries += 1
+                    if tries == _TRIES:
+                        raise
+                    if isinstance(error, ray.exceptions.RayActorError):
+                        decoder, place = self._replaced(decoder, place)
+                    upcoming = decoder.decode.remote(position, rows.stop, rule)
+                    continue
+                position, tries = position + block.num_rows, 0
+                if position < rows.stop:
+                    upcoming = decoder.decode.remote(position, rows.stop, rule)
+                yield block, stats
+        finally:
+            self._free.put((decoder, place))
+
+    def _replaced(self, dead: Any, place: DecoderPlace) -> tuple[Any, DecoderPlace]:
+        """Return the replacement of a decoder that died, on this node, which sees the input for certain."""
+        here = DecoderPlace(own_node_id(), place.num_threads)
+        with self._lock:
+            if dead not in self._replacements:
+                self._replacements[dead] = self._start(here)
+            return self._replacements[dead], here
+
+
+def require_paths(work: Work) -> None:
+    """Raise ConnectionError if this machine does not see the paths of the run."""
+    missing = missing_here(work)
+    if missing:  # otherwise every image would count as a deleted file
+        raise ConnectionError(f"{missing} is missing on {socket.gethostname()}")
+
+
+def own_node_id() -> str:
+    """Return Ray's id of the node of this process."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def places_on(node_id: str, num_threads: int) -> list[DecoderPlace]:
+    """Divide decode threads between processes."""
+    whole, rest = divmod(num_threads, _THREADS_PER_DECODER)
+    sizes = [_THREADS_PER_DECODER] * whole + ([rest] if rest else [])
+    return [DecoderPlace(node_id, size) for size in sizes]

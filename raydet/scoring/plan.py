@@ -1,0 +1,131 @@
+"""The division of a scoring run into chunks, and what all its processes share.
+
+The unit of work is a chunk: consecutive rows of the input that become one output file, named by the chunk's number. A
+chunk is done when its file exists, and one that is processed twice writes the same file. Within a chunk images travel
+in blocks, which are consecutive rows too.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from raydet.config import PredictConfig
+from raydet.engines.loading import EngineLoader
+from raydet.images.collection import Collection
+from raydet.images.listing import is_pattern
+from raydet.tables import storage
+from raydet.tables.output_folder import RUN_FILE, OutputFolder
+
+LOG_FOLDER = "_log"
+"""Log folder in OUT; names with a leading `_` are not part of the table."""
+_MOST_ROWS_PER_FILE = 1024
+"""Maximum rows of a detections file, a few megabytes; a kill loses the work on each file in flight."""
+_LEAST_FILES_PER_WORKER = 16
+"""A chunk is decoded in one thread, so a worker needs several at a time, and none may idle at the end."""
+_IMAGES_PER_BLOCK = 64
+"""Enough to make the cost of a call to another process negligible, few enough to start the model soon."""
+_PART_NAME = re.compile(r"part-(\d{7,})\.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringPlan:
+    """Division of the images into chunks and blocks; a resumed run keeps its first plan.
+
+    The batches of the model follow from the plan and from the images, never from timing.
+
+    Attributes:
+        num_rows: Number of all images.
+        rows_per_file: Images per chunk; the last chunk may have fewer.
+        images_per_block: Maximum number of images that are decoded and passed to the model together; blocks of large
+            images are shorter.
+        images_per_batch: Images that fill a batch of the model, if they have one size and are not cut into tiles.
+        batch_size: Images or tiles per forward pass.
+    """
+
+    num_rows: int
+    rows_per_file: int
+    images_per_block: int
+    images_per_batch: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, config: PredictConfig, num_rows: int, batch_size: int) -> "ScoringPlan":
+        """Plan a new run."""
+        images_per_batch = max(1, batch_size // 2) if config.flip else batch_size
+        if config.tile:
+            images_per_batch = 1
+        least_files = _LEAST_FILES_PER_WORKER * config.num_workers
+        rows_per_file = config.rows_per_file or min(
+            _MOST_ROWS_PER_FILE, max(_IMAGES_PER_BLOCK // 2, math.ceil(num_rows / least_files))
+        )
+        return cls(
+            num_rows=num_rows,
+            rows_per_file=_rounded_up(rows_per_file, images_per_batch),
+            images_per_block=_rounded_up(_IMAGES_PER_BLOCK, images_per_batch),
+            images_per_batch=images_per_batch,
+            batch_size=batch_size,
+        )
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks, which equals the number of output files."""
+        return math.ceil(self.num_rows / self.rows_per_file)
+
+    def rows_of(self, chunk: int) -> range:
+        """Return the positions of a chunk's images."""
+        start = chunk * self.rows_per_file
+        return range(start, min(start + self.rows_per_file, self.num_rows))
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return math.ceil(number / step) * step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Data that the processes of a scoring run share.
+
+    Attributes:
+        config: Options of the run, with absolute paths.
+        folder: Output folder.
+        model_fingerprint: Fingerprint of the checkpoint at the start of the run.
+        images: Images to score.
+        plan: Chunks and blocks.
+        schema: Schema of the detections table.
+        load_engine: Loads the engine; benchmarks replace it.
+    """
+
+    config: PredictConfig
+    folder: OutputFolder
+    model_fingerprint: str
+    images: Collection
+    plan: ScoringPlan
+    schema: pa.Schema
+    load_engine: EngineLoader
+
+    @property
+    def model_name(self) -> str:
+        """Folder or name of the model."""
+        name = self.config.checkpoint or self.config.model
+        assert name is not None, "the config asks for a checkpoint or a model"
+        return name
+
+
+def part_name(chunk: int) -> str:
+    """Return the file name of a chunk."""
+    return f"part-{chunk:07d}.parquet"
+
+
+def done_chunks(folder: OutputFolder) -> set[int]:
+    """Return the chunks whose file exists; files appear atomically."""
+    matches = map(_PART_NAME.fullmatch, folder.list_files())
+    return {int(match[1]) for match in matches if match}
+
+
+def missing_here(work: Work) -> str | None:
+    """Return the first local path of the run that this machine does not see, or None."""
+    config = work.config
+    places = [work.folder.uri_of(RUN_FILE), *([] if is_pattern(config.data) else [config.data])]
+    return next((place for place in places if "://" not in place and not storage.exists(place)), None)

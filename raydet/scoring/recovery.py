@@ -1,0 +1,159 @@
+"""Repeated attempts to score all chunks of a run, and the distinction between a loss and a failure."""
+
+import errno
+import re
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from raydet.cluster.job_record import JobRecord
+from raydet.cluster.stopwatch import FileStats
+from raydet.common.errors import RunError, UserError, first_line
+from raydet.common.redaction import without_secrets
+from raydet.config import PredictConfig
+from raydet.engines.loading import EngineLoader
+from raydet.scoring.plan import LOG_FOLDER, Work, done_chunks
+from raydet.tables import storage
+from raydet.tables.layout import FileGroups
+from raydet.tables.output_errors import refusal_of
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Write errors of a disk that is full or read-only."""
+_TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_RESUME_HINT = "run the same command again to resume"
+
+
+class FileCounts(NamedTuple):
+    """Numbers of a file of detections."""
+
+    groups: FileGroups
+    num_errors: int
+    num_detections: int
+
+    @property
+    def num_images(self) -> int:
+        """Number of rows."""
+        return sum(num_rows for num_rows, _ in self.groups)
+
+
+class Losses:
+    """Errors of lost nodes, processes and connections: another attempt can succeed, unlike after a defect.
+
+    Attributes:
+        no_memory: Classes of errors that report exhausted memory.
+    """
+
+    no_memory: tuple[type[BaseException], ...] = (MemoryError,)
+
+    def is_loss(self, chain: Sequence[BaseException]) -> bool:
+        """Return True if another attempt can succeed.
+
+        Args:
+            chain: Result of `causes`.
+        """
+        return any(isinstance(cause, OSError) for cause in chain)
+
+    def causes(self, error: BaseException) -> list[BaseException]:
+        """List an error and its causes, outermost first."""
+        chain: list[BaseException] = []
+        following: BaseException | None = error
+        while following is not None and following not in chain:
+            chain.append(following)
+            following = following.__cause__
+        return chain
+
+
+class Place(Protocol):
+    """The place where a run computes: `local.ThisProcess` or `distributed.Cluster`."""
+
+    @property
+    def losses(self) -> Losses:
+        """Errors after which another attempt follows."""
+
+    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
+        """Score chunks and yield the statistics of each file once it is written, in any order."""
+
+    def prepare_again(self, reason: str) -> str:
+        """Prepare for another attempt after a loss, and return a line for the terminal."""
+
+    def best_batch_size(self, config: PredictConfig, load: EngineLoader) -> int:
+        """Measure the fastest batch size."""
+
+    def job_record(self) -> JobRecord:
+        """Build the record of the job."""
+
+    def with_joined_nodes(self, record: JobRecord) -> JobRecord:
+        """Return the record at the end of the job, with the nodes that have joined since its start."""
+
+
+def score_all(
+    work: Work, place: Place, *, note: Callable[[FileStats], None], notify: Callable[[str], None]
+) -> dict[str, FileCounts]:
+    """Score all remaining chunks, in several attempts if the cluster loses workers or nodes.
+
+    Args:
+        work: Data of the run.
+        place: The place where it computes.
+        note: Receives the statistics of each file once it is written.
+        notify: Receives a line before another attempt.
+
+    Returns:
+        The numbers of each file that this run has written, by its name.
+
+    Raises:
+        UserError: The model or the images changed.
+        RunError: The run failed.
+    """
+    failures = 0
+    written: dict[str, FileCounts] = {}
+    while True:
+        done = done_chunks(work.folder)
+        left = [chunk for chunk in range(work.plan.num_chunks) if chunk not in done]
+        if not left:
+            return written
+        try:
+            for stats in place.attempt(work, left):
+                work.folder.check()
+                # Not the statistics themselves, which would grow with the number of images.
+                written[stats.file] = FileCounts(stats.groups, len(stats.errors), stats.num_detections)
+                note(stats)
+        except Exception as error:
+            raise_if_permanent(error, work, place.losses)
+            reason = reason_of(place.losses.causes(error)[-1])
+        else:
+            reason = "output files are missing"
+            if done_chunks(work.folder).issuperset(left):
+                continue
+        failures = 1 if done_chunks(work.folder) > done else failures + 1
+        if failures > work.config.max_failures:
+            raise RunError(
+                f"the run failed too often ({reason}), the limit is --max-failures {work.config.max_failures}; "
+                f"{_RESUME_HINT}"
+            )
+        notify(place.prepare_again(reason))
+
+
+def raise_if_permanent(error: Exception, work: Work, losses: Losses) -> None:
+    """Raise an error if another attempt cannot help; return if workers, nodes or connections were lost."""
+    config, chain = work.config, losses.causes(error)
+    for cause in chain:
+        if isinstance(cause, (UserError, RunError)):
+            raise cause from None
+        if isinstance(cause, OSError) and (storage.has_code(cause, *_REFUSALS) or isinstance(cause, PermissionError)):
+            raise refusal_of(cause, config.out) from error
+        if isinstance(cause, losses.no_memory) or "out of memory" in str(cause).lower():
+            raise RunError(
+                f"out of memory with batches of {work.plan.batch_size} and {config.num_workers} workers: lower "
+                f"--batch-size or --num-workers; {_RESUME_HINT}"
+            ) from error
+    if losses.is_loss(chain):
+        return
+    log = storage.join(config.out, LOG_FOLDER, "error.log")
+    storage.write_bytes(log, without_secrets("".join(traceback.format_exception(error))).encode())
+    raise RunError(f"a worker failed: {reason_of(chain[-1])}; traceback: {log}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Describe an error in one line."""
+    line = first_line(_TERMINAL_COLOURS.sub("", str(error)), otherwise="no message")
+    return f"{type(error).__name__}: {line}"
