@@ -148,6 +148,8 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
             start_step=run.trainer.position.step,
             decoders=decoders_near(nodes[crew.rank], nodes, cpus_per_worker=resources.cpus_per_worker),
         )
+        if crew.world_size == 1:
+            return BatchReader(read_stream(iterators[0]), crew.rank)
         reference = ray.put(iterators)
     iterator = ray.get(crew.exchange(reference)[ranks[0]])[ranks.index(crew.rank)]
     return BatchReader(read_stream(iterator), crew.rank)

@@ -76,7 +76,7 @@ def run_stream(
         decoders: Node of each decoder, by Ray's id; another node takes over if it is lost.
 
     Returns:
-        One iterator for each of the ranks, to be read with `read_stream`.
+        One iterator for each of the ranks, to be read with `read_stream`; with a single worker, in this process only.
     """
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
@@ -102,6 +102,8 @@ def run_stream(
         compute=ActorPoolStrategy(size=len(decoders), max_tasks_in_flight_per_actor=_CHUNKS_PER_DECODER),
         **actors_on(decoders),
     )
+    if world_size == 1:  # runs in the worker's process, without a coordinator
+        return [dataset.iterator()]
     iterators: list[ray.data.DataIterator] = dataset.streaming_split(len(ranks), equal=False)
     return iterators
 
