@@ -14,15 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from raydet.cluster.job_record import JOB_FILE, JobRecord
 from raydet.cluster.job_report import JobReport, JobStats
 from raydet.cluster.stopwatch import FileStats
 from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
-from raydet.common.threads import in_order
 from raydet.config import PredictConfig, config_hash, identity
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
@@ -38,7 +35,7 @@ from raydet.tables import storage
 from raydet.tables.layout import groups_of
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category, build_schema
-from raydet.tables.table import MANIFEST_NAME, is_table, open_table, write_manifest
+from raydet.tables.table import MANIFEST_NAME, is_table, open_table, read_footers, write_manifest
 
 INDEX_FILE = "_inputs.parquet"
 MOST_IMAGES_IN_PROCESS = 2_000
@@ -323,16 +320,11 @@ def _finish(work: Work, written: dict[str, FileCounts]) -> None:
 
     The footers of files that an earlier run has written are read in parallel.
     """
-    filesystem, path = storage.resolve(work.folder.uri)
-
-    def counts_of(name: str) -> FileCounts:
-        if name in written:
-            return written[name]
-        footer = pq.read_metadata(f"{path}/{name}", filesystem=filesystem)
-        return FileCounts(groups_of(footer), **json.loads(footer.metadata[COUNTS_KEY]))
-
     names = [part_name(chunk) for chunk in range(work.plan.num_chunks)]
-    counts = dict(zip(names, in_order(counts_of, names), strict=True))
+    earlier = [name for name in names if name not in written]
+    for name, footer in zip(earlier, read_footers(work.folder.uri, earlier), strict=True):
+        written[name] = FileCounts(groups_of(footer), **json.loads(footer.metadata[COUNTS_KEY]))
+    counts = {name: written[name] for name in names}
     num_rows = sum(file.num_images for file in counts.values())
     assert num_rows == work.plan.num_rows, f"{num_rows} rows for {work.plan.num_rows} images"
     write_manifest(
