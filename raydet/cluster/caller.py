@@ -106,6 +106,8 @@ def chatter_logged(log_uri: str) -> Iterator[None]:
         path = storage.resolve(storage.join(log_uri, LOG_FILE))[1]
     with Path(path).open("a") as log, warnings.catch_warnings(), messages_logged(RAY_MESSAGES):
         warnings.filterwarnings("ignore", module=r"ray\.")
+        # Ray Data has no replacement yet; see `ray_internals.actors_on`.
+        warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
         handler = _LogHandler(log)
         handler.setLevel(logging.INFO)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -46,7 +46,6 @@ class Decoder:
         log_from_here(storage.join(self._work.config.out, LOG_FOLDER))
         require_paths(self._work)
         import torch
-        import torchvision.transforms.v2  # noqa: F401 - takes seconds, which would count as work on the first images
 
         torch.set_num_threads(1)  # of each of the threads
         self._open: dict[int, Iterator[_Block]] = {}

@@ -322,9 +322,9 @@ def _finish(work: Work, written: dict[str, FileCounts]) -> None:
     """
     names = [part_name(chunk) for chunk in range(work.plan.num_chunks)]
     earlier = [name for name in names if name not in written]
-    footers = zip(earlier, read_footers(work.folder.uri, earlier), strict=True)
-    found = {name: FileCounts(groups_of(file), **json.loads(file.metadata[COUNTS_KEY])) for name, file in footers}
-    counts = {name: written.get(name) or found[name] for name in names}
+    for name, footer in zip(earlier, read_footers(work.folder.uri, earlier), strict=True):
+        written[name] = FileCounts(groups_of(footer), **json.loads(footer.metadata[COUNTS_KEY]))
+    counts = {name: written[name] for name in names}
     num_rows = sum(file.num_images for file in counts.values())
     assert num_rows == work.plan.num_rows, f"{num_rows} rows for {work.plan.num_rows} images"
     write_manifest(
