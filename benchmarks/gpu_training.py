@@ -78,8 +78,7 @@ def measure_raydet(checkpoint: str, precision: str, setting: Setting) -> Result:
     trainer = Trainer(config, setting.categories, steps_per_epoch=10_000, device=setting.device, rank=0, world_size=1)
     trainer.begin_epoch()
     batches: list[Any] = [
-        SimpleNamespace(examples=_examples(seed, setting), resize_rule=trainer.detector.resize_rule, image_ids=[])
-        for seed in range(NUM_WARM_UPS)
+        SimpleNamespace(batch=collate(_examples(seed, setting)), image_ids=[]) for seed in range(NUM_WARM_UPS)
     ]
     clock = _StepClock(setting.device)
     upcoming, earlier = trainer.prepare(batches[:1]), None

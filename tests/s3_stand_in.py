@@ -38,7 +38,7 @@ class StandIn:
         self._failure, self._until, self._only, self.num_refused = failure, time.monotonic() + seconds, only, 0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["REQUEST_METHOD"] == "PUT":
+        if self.put_delay_s and environ["REQUEST_METHOD"] == "PUT":
             time.sleep(self.put_delay_s)
         if time.monotonic() >= self._until or self._only not in environ["QUERY_STRING"]:
             return cast(Iterable[bytes], self._app(environ, start_response))

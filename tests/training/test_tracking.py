@@ -92,6 +92,7 @@ def test_an_entry_of_the_history_becomes_tags_in_groups() -> None:
         "train/loss_vfl": 1.0,
         "train/gradient_norm": 0.0,
         "train/learning_rate": 1e-4,
+        "train/skipped_steps": 0.0,
         "train/unreadable": 0.0,
         "time/images_per_s": 80.0,
         "time/seconds": 10.0,
