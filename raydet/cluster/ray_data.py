@@ -10,8 +10,10 @@ from ray.data import Datasource
 from raydet.cluster import ray_internals
 from raydet.cluster.ray_internals import BlockMetadata, DataContext, ExecutionCallback, ReadTask
 
-SCHEDULING_PAUSE_S = 0.08
+SCHEDULING_PAUSE_S = 0.02
 """Short compared to decoding a batch, long compared to an iteration of Ray Data's scheduling loop (2–3 ms)."""
+_BLOCKS_AHEAD = 8
+"""Blocks that a task may yield before Ray Data takes them, which it does a few times a second."""
 
 
 @contextlib.contextmanager
@@ -31,6 +33,7 @@ def one_row_blocks(*, most_bytes: int | None = None, watch: type[ExecutionCallba
     # Otherwise a task's exception is wrapped and loses its cause on the way to the driver.
     context.raise_original_map_exception = True
     context.execution_options = ray_internals.execution_options(most_bytes)
+    ray_internals.set_blocks_ahead(context, _BLOCKS_AHEAD)
     ray_internals.set_callbacks(context, *([_Pace] if watch is None else [_Pace, watch]))
     with DataContext.current(context):
         yield

@@ -294,6 +294,8 @@ def rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
         return
     ids, heights, widths = (images.field(name).to_numpy() for name in ("image_id", "height", "width"))
     contents, paths = images.field("image").field("bytes"), images.field("image").field("path")
+    is_null = contents.is_null().to_numpy(zero_copy_only=False)
+    data, starts = _bytes_of(contents)
     objects = images.field("objects")
     lists = {name: objects.field(name) for name in ("id", "bbox", "category", "area", "iscrowd")}
     offsets = {name: values.offsets.to_numpy() for name, values in lists.items()}
@@ -303,18 +305,30 @@ def rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
     partner_names = [name for name in ("mosaic", "mixup") if name in images.type.names]
     partners = {name: images.field(name) for name in partner_names}
     for at in range(len(images)):
-        content = contents[at]
         row = {
             "image_id": int(ids[at]),
             "height": int(heights[at]),
             "width": int(widths[at]),
-            # `bytes` copies the buffer once, as any file object around it would.
-            "image": {"bytes": bytes(content.as_buffer()) if content.is_valid else None, "path": paths[at].as_py()},
+            "image": {
+                "bytes": None if is_null[at] else bytes(data[starts[at] : starts[at + 1]]),
+                "path": paths[at].as_py(),
+            },
             "objects": {name: flat[name][offsets[name][at] : offsets[name][at + 1]] for name in flat},
         }
         for name, one in partners.items():
             row[name] = list(rows_of(one[at].values)) if len(one[at].values) else []
         yield row
+
+
+def _bytes_of(values: pa.BinaryArray | pa.LargeBinaryArray) -> tuple[memoryview, list[int]]:
+    """Return the bytes of all values without a copy, and the position at which each starts, and the last one ends.
+
+    Arrow's own access to a value copies it.
+    """
+    _, offsets, data = values.buffers()
+    dtype = np.int64 if pa.types.is_large_binary(values.type) else np.int32
+    starts = np.frombuffer(offsets, dtype)[values.offset : values.offset + len(values) + 1]
+    return memoryview(data or b""), starts.tolist()
 
 
 def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
@@ -338,7 +352,8 @@ def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
     }
     errors, rules, objects = (chunk[name][0].values for name in ("error", "resize_rule", "objects"))
     errors, rules = errors.to_pylist(), rules.to_pylist()
-    pixels = np.frombuffer(chunk["pixels"][0].as_buffer(), np.uint8)
+    data, (start, stop) = _bytes_of(chunk["pixels"].chunk(0))
+    pixels = np.frombuffer(data[start:stop], np.uint8)
     sizes_hw, originals_hw = (numbers[name].reshape(-1, 2).tolist() for name in ("size_hw", "original_size_hw"))
     ends = np.cumsum([0, *numbers["num_boxes"]])
     boxes, categories = numbers["boxes_cxcywh"].reshape(-1, 4), numbers["categories"]

@@ -39,14 +39,14 @@ from raydet.training.feeding.ordering import MicroBatch, RunPlan, Segment
 
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 256
-_MOST_CHUNK_BYTES = 96 * 2**20
+_MOST_CHUNK_BYTES = 64 * 2**20
 """Decoded pixels of a chunk. Ray Data looks at its tasks about eight times a second: small chunks would mostly wait."""
 _MOST_ENCODED_BYTES = 256 * 2**20
-_CHUNKS_PER_DECODER = 4
+_CHUNKS_PER_DECODER = 6
 """Chunks that are sent to a decoder before it has finished the first, so that it never waits for Ray Data."""
 _CHUNKS_PER_WORKER = 2
 _READERS = 2
-_IMAGES_PER_READ_TASK = 2_000
+_IMAGES_PER_READ_TASK = 10_000
 _READ_THREADS = 4
 
 
@@ -85,7 +85,8 @@ def run_stream(
     source = ray.put(stream)
     tasks = [partial(_read, source, part, ramp=number == 0) for number, part in enumerate(_parts(plan, segments))]
     num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
-    with one_row_blocks(most_bytes=num_chunks * stream.chunk_bytes):
+    # Ray Data divides half of the limit between the stages, and the readers need little of theirs.
+    with one_row_blocks(most_bytes=2 * num_chunks * stream.chunk_bytes):
         dataset = ray.data.read_datasource(
             TaskSource("RunStream", tasks),
             num_cpus=0,
