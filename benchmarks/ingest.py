@@ -235,6 +235,7 @@ class _Dataset:
 
         self._rows = open_table(table_uri, "images").read().to_pylist()
         self._view, self._num_images = view_of(name), num_images
+        self._is_plain = name == "accelerator"  # as predict sees images
 
     def __len__(self) -> int:
         return self._num_images
@@ -242,7 +243,10 @@ class _Dataset:
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self._rows[number % len(self._rows)]
         epoch = number // len(self._rows)
-        seen = self._view.augmented(row, epoch=epoch, resize_rule=self._view.step_resize_rule(epoch, 0))
+        if self._is_plain:
+            seen = self._view.plain(row)
+        else:
+            seen = self._view.augmented(row, epoch=epoch, resize_rule=self._view.step_resize_rule(epoch, 0))
         return {"pixels": np.ascontiguousarray(seen.planes), "boxes": seen.boxes_cxcywh}
 
 

@@ -13,10 +13,10 @@ from raydet.common.signals import StopRequest
 from raydet.config import TrainConfig
 from raydet.tables import storage
 from raydet.tables.table import Table
-from raydet.training.crew import Crew
 from raydet.training.failure import WorkerFailed, WorkerFailure, failed
 
 if TYPE_CHECKING:
+    from raydet.training.crew import Crew
     from raydet.training.trainer import Trainer
 
 _GROUP_FILE = ("log", "placement_group")
@@ -101,6 +101,8 @@ class _LoneWorker:
     """The only worker of a run."""
 
     def train(self, job: dict[str, Any]) -> None:
+        from raydet.training.crew import Crew  # imports torch
+
         _run_worker(job, Crew.alone(job["board"], use_gpu=job["resources"].use_gpu))
 
 
@@ -131,7 +133,7 @@ def _run_alone(job: dict[str, Any], config: TrainConfig, resources: shares.Resou
             ray.kill(worker)
 
 
-def _run_worker(job: dict[str, Any], crew: Crew) -> None:
+def _run_worker(job: dict[str, Any], crew: "Crew") -> None:
     if ray.get(job["board"].show.remote()):
         return  # stop requested before the first step
 
