@@ -152,6 +152,7 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
             return BatchReader(read_stream(iterators[0]), crew.rank)
         reference = ray.put(iterators)
     iterator = ray.get(crew.exchange(reference)[ranks[0]])[ranks.index(crew.rank)]
+    crew.exchange(None)  # Ray does not count a reference that was sent like this: keep it until all have used it
     return BatchReader(read_stream(iterator), crew.rank)
 
 
