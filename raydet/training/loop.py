@@ -135,7 +135,7 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
     crew = run.crew
     nodes = crew.exchange(ray.get_runtime_context().get_node_id())
     ranks = [rank for rank, node in enumerate(nodes) if node == nodes[crew.rank]]
-    reference = None
+    content = None
     if crew.rank == ranks[0]:
         iterators = run_stream(
             run.plan,
@@ -150,10 +150,10 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
         )
         if crew.world_size == 1:
             return BatchReader(read_stream(iterators[0]), crew.rank)
-        reference = ray.put(iterators)
-    iterator = ray.get(crew.exchange(reference)[ranks[0]])[ranks.index(crew.rank)]
-    crew.exchange(None)  # Ray does not count a reference that was sent like this: keep it until all have used it
-    return BatchReader(read_stream(iterator), crew.rank)
+        # Not a reference to an object: Ray does not know of references that are sent without it.
+        content = ray.cloudpickle.dumps(iterators)
+    iterators = ray.cloudpickle.loads(crew.exchange(content)[ranks[0]])
+    return BatchReader(read_stream(iterators[ranks.index(crew.rank)]), crew.rank)
 
 
 def _view(config: TrainConfig, detector: Detector) -> View:
