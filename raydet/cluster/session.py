@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -50,11 +50,17 @@ def session(log_uri: str, address: str | None = None) -> Iterator[None]:
                 ray.shutdown()
 
 
-def announcement(address: str | None = None) -> str:
-    """Return a line for the terminal that says what a session at this address waits for first."""
-    if starts_cluster(address):
-        return "starting Ray on this machine"
-    return f"connecting to Ray at {address or os.environ.get('RAY_ADDRESS')}"
+def announce(line: Callable[[str], None], address: str | None = None) -> None:
+    """Say what a session at this address waits for first; nothing if this process is already connected.
+
+    Args:
+        line: Prints a line on the terminal.
+        address: As for `session`.
+    """
+    if ray.is_initialized():
+        return
+    named = address or os.environ.get("RAY_ADDRESS")
+    line("starting Ray on this machine" if starts_cluster(address) else f"connecting to Ray at {named}")
 
 
 def starts_cluster(address: str | None = None) -> bool:

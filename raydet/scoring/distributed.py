@@ -99,8 +99,7 @@ class Cluster:
 def connected(config: PredictConfig, console: Console) -> Iterator[Cluster]:
     """Context manager: connect to the cluster, or start one, and check it for a run."""
     log_folder = storage.join(config.out, LOG_FOLDER)
-    if not ray.is_initialized():
-        console.line(session.announcement())
+    session.announce(console.line)
     with session.session(log_folder):
         resources = shares.share_out(
             min_workers=config.num_workers,

@@ -132,8 +132,7 @@ def _train_into(
 
     # A single worker needs Ray Train only on a named cluster, for the notice that its node will be taken away.
     is_alone = config.max_workers == 1 and (ray.is_initialized() or session.starts_cluster())
-    if not ray.is_initialized():
-        console.line(session.announcement())
+    session.announce(console.line)
     with session.session(storage.join(out, "log")):
         resources = shares.share_out(
             min_workers=config.min_workers,

@@ -69,7 +69,7 @@ def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
 
 def _run(search: Search, console: Console) -> bool:
     plan, config = search.plan, search.plan.config
-    console.line(session.announcement())
+    session.announce(console.line)
     with session.session(storage.join(plan.out, "log")):
         share = share_out(plan.base, config.max_concurrent, search.num_to_do)
         console.line(_announcement(search, share))
