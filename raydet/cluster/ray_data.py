@@ -17,14 +17,13 @@ _BLOCKS_AHEAD = 8
 
 
 @contextlib.contextmanager
-def one_row_blocks(*, most_bytes: int | None = None, watch: type[ExecutionCallback] | None = None) -> Iterator[None]:
+def one_row_blocks(*, most_bytes: int | None = None) -> Iterator[None]:
     """Context manager: data sets created while the block runs keep every row in a separate Ray block.
 
     The caller's `DataContext` is restored afterwards; a data set keeps the settings that it was created with.
 
     Args:
         most_bytes: Limit of the blocks that wait in the object store; by default half of the store.
-        watch: Callback for each iteration of Ray Data's scheduling loop; an exception in it ends the execution.
     """
     context = DataContext.get_current().copy()
     # In bytes; every row exceeds it, so that each row ends its block and the distribution of rows is exact.
@@ -34,7 +33,7 @@ def one_row_blocks(*, most_bytes: int | None = None, watch: type[ExecutionCallba
     context.raise_original_map_exception = True
     context.execution_options = ray_internals.execution_options(most_bytes)
     ray_internals.set_blocks_ahead(context, _BLOCKS_AHEAD)
-    ray_internals.set_callbacks(context, *([_Pace] if watch is None else [_Pace, watch]))
+    ray_internals.set_callbacks(context, _Pace)
     with DataContext.current(context):
         yield
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from raydet.engines.best import best_detections
 from raydet.models.collate import Batch, Example
 from raydet.models.detector import Detections, Detector
-from raydet.models.geometry import Image, SizeHW, resized_planes
+from raydet.models.geometry import Image, SizeHW, fill_padded, resized_planes
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,8 @@ class DetectorEngine(ABC):
     def _batch(
         self, batch_hw: SizeHW, numbers: list[int], planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]
     ) -> EngineBatch:
-        is_padded = any(image.shape[1:] != batch_hw for image in planes)
-        pixels = (torch.zeros if is_padded else torch.empty)(
-            (len(planes), 3, *batch_hw), dtype=torch.uint8, pin_memory=self._copies is not None
-        )
-        for target, image in zip(pixels.numpy(), planes, strict=True):
-            target[:, : image.shape[1], : image.shape[2]] = image
+        pixels = torch.empty((len(planes), 3, *batch_hw), dtype=torch.uint8, pin_memory=self._copies is not None)
+        fill_padded(pixels.numpy(), planes)
         is_there = None
         if self._copies is not None:
             # On a stream of its own, so that the copy runs beside the model's work on the previous batch.

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raydet.models.geometry import SizeHW
+from raydet.models.geometry import SizeHW, fill_padded
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,8 @@ def collate(examples: Sequence[Example], *, pad_to_hw: SizeHW | None = None) -> 
     largest_hw = (max(height for height, _ in sizes_hw), max(width for _, width in sizes_hw))
     height, width = pad_to_hw or largest_hw
     assert largest_hw[0] <= height and largest_hw[1] <= width, f"an image of {largest_hw} exceeds {pad_to_hw}"
-    is_padded = any(size_hw != (height, width) for size_hw in sizes_hw)
-    pixels = (torch.zeros if is_padded else torch.empty)((len(examples), 3, height, width), dtype=torch.uint8)
-    canvas = pixels.numpy()
-    for plane, example, size_hw in zip(canvas, examples, sizes_hw, strict=True):
-        plane[:, : size_hw[0], : size_hw[1]] = example.image.transpose(2, 0, 1)
+    pixels = torch.empty((len(examples), 3, height, width), dtype=torch.uint8)
+    fill_padded(pixels.numpy(), [example.image.transpose(2, 0, 1) for example in examples])
     labels = [
         {
             "class_labels": torch.tensor(example.categories, dtype=torch.int64).reshape(-1),

@@ -6,7 +6,7 @@ pixels. A rule is plain data, so that workers that decode images can compute siz
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,6 +132,19 @@ class ResizeRule:
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
         }
         return cls(**values)
+
+
+def fill_padded(canvas: Image, planes: Sequence[Image]) -> None:
+    """Copy images into a batch, each at the upper left, with zeros at the bottom and on the right.
+
+    Args:
+        canvas: uint8 [B, 3, H, W], with any content.
+        planes: B images, uint8 [3, h, w], no larger than the batch.
+    """
+    if any(image.shape[1:] != canvas.shape[2:] for image in planes):
+        canvas[:] = 0
+    for target, image in zip(canvas, planes, strict=True):
+        target[:, : image.shape[1], : image.shape[2]] = image
 
 
 def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:

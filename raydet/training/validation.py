@@ -82,7 +82,7 @@ def validate(
 def detect(engine: DetectorEngine, batch: ReadyBatch) -> dict[int, Detections]:
     """Detect objects in the readable images of a batch; return the detections by image id."""
     found = engine.predict(engine.prepare_resized(batch.examples))
-    return {example.image_id: detections for example, detections in zip(batch.examples, found, strict=True)}
+    return dict(zip(batch.batch.image_ids, found, strict=True))
 
 
 def _as_found(detected: Detections | None) -> ImageDetections:

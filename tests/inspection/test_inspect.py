@@ -31,7 +31,7 @@ from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training.feeding import stream
-from raydet.training.feeding.batches import ready_batches
+from raydet.training.feeding.batches import decode_chunk, ready_batches
 from raydet.training.feeding.ordering import RunPlan
 from tests.reporting.test_reporting import EVIL, Page
 
@@ -312,7 +312,7 @@ def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: A
     for segment in plan.segments():
         if segment.kind == "train" and segment.epoch == 0:
             for chunk in stream.read_segment(source, segment):
-                for batch in ready_batches(stream.decode_chunk(chunk, view)):
+                for batch in ready_batches(decode_chunk(chunk, view)):
                     trained |= {example.image_id: example for example in batch.examples}
                     unreadable |= batch.unreadable
     shown = {

@@ -7,7 +7,7 @@ model takes, so that a worker gets them without a copy. This module does not imp
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raydet.augmentation.view import SeenImage
+from raydet.augmentation.view import SeenImage, View
 from raydet.common.boxes import as_boxes
 from raydet.images.decode import DecodeError
 from raydet.measuring.numbers.accumulator import ImageTruth
-from raydet.models.geometry import ResizeRule, SizeHW
+from raydet.models.geometry import ResizeRule, SizeHW, fill_padded
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.training.feeding.ordering import Kind, MicroBatch
 
@@ -147,7 +147,7 @@ def encoded_chunk(micro_batches: Sequence[MicroBatch], images: Sequence[pa.Array
         images: Arrays of all their images: the fields of `ROW_TYPE`, then lists of mosaic and of mixup partners.
 
     Returns:
-        A table of one row, for `decoded_chunk`.
+        A table of one row, for `decode_chunk`.
     """
     rows = pa.StructArray.from_arrays(list(images), fields=list(ENCODED_TYPE))
     nested = pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)
@@ -191,23 +191,18 @@ class PixelBuffer:
         return self._memory[: self._size]
 
 
-def decoded_chunk(
-    chunk: pa.Table,
-    see: Callable[[dict[str, Any], MicroBatch], SeenImage],
-    rule_of: Callable[[MicroBatch], ResizeRule],
-    buffer: PixelBuffer,
-) -> pa.Table:
-    """Decode, augment and resize the images of a chunk.
+def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None) -> pa.Table:
+    """Decode, augment and resize the images of a chunk, as the epoch and the step of each micro-batch require.
 
     Args:
         chunk: Result of `encoded_chunk`.
-        see: Function from a row of the images table and its micro-batch to the model's input; may raise DecodeError.
-        rule_of: Function from a micro-batch to the resize rule of its images.
-        buffer: Memory of the pixels.
+        view: Augmentation and resize of the images.
+        buffer: Memory of the pixels; the result is valid until its next use. By default new memory.
 
     Returns:
-        A table of one row, for `ready_batches`; valid until the next call with this buffer.
+        A table of one row, for `ready_batches`.
     """
+    buffer = buffer or PixelBuffer()
     columns: dict[str, list[Any]] = {name: [] for name in _DECODED_SCHEMA.names}
     buffer.clear()
     images = chunk["images"][0].values
@@ -215,13 +210,14 @@ def decoded_chunk(
     rows = rows_of(images)
     validates = chunk["kind"][0].as_py() == "validate"
     for micro_batch, num_images in _micro_batches(chunk):
-        rule = rule_of(micro_batch)
+        epoch = micro_batch.epoch
+        rule = view.resize_rule if validates else view.step_resize_rule(epoch, micro_batch.step)
         readable: list[SeenImage] = []
         for _ in range(num_images):
             row = next(rows)
             columns["image_id"].append(row["image_id"])
             try:
-                seen = see(row, micro_batch)
+                seen = view.plain(row) if validates else view.augmented(row, epoch=epoch, resize_rule=rule)
             except DecodeError as error:
                 columns["error"].append(str(error))
                 columns["size_hw"] += (0, 0)
@@ -268,11 +264,7 @@ def _append(images: Sequence[SeenImage], rule: ResizeRule, buffer: PixelBuffer) 
     # A rank without images runs a black one, whose size does not matter.
     largest_hw = [max(sides) for sides in zip(*(sizes_hw or [rule.target_size_hw((64, 64))]), strict=True)]
     height, width = rule.pad_to_hw or largest_hw
-    canvas = buffer.append((len(images), 3, height, width))
-    if any(size_hw != (height, width) for size_hw in sizes_hw):
-        canvas[:] = 0
-    for place, (image, size_hw) in enumerate(zip(images, sizes_hw, strict=True)):
-        canvas[place, :, : size_hw[0], : size_hw[1]] = image.planes
+    fill_padded(buffer.append((len(images), 3, height, width)), [image.planes for image in images])
     return len(images), height, width
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,20 +21,19 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from raydet.augmentation.view import SeenImage, View
+from raydet.augmentation.view import View
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.cluster.ray_internals import actors_on
-from raydet.models.geometry import ResizeRule
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.batches import (
     ROW_TYPE,
     PixelBuffer,
     ReadyBatch,
-    decoded_chunk,
+    decode_chunk,
     encoded_chunk,
     ready_batches,
 )
-from raydet.training.feeding.ordering import MicroBatch, RunPlan, Segment
+from raydet.training.feeding.ordering import RunPlan, Segment
 
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 256
@@ -129,28 +127,6 @@ class _ChunkDecoder:
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Decode, augment and resize the images of one chunk."""
         return decode_chunk(chunk, self._view, self._buffer)
-
-
-def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None) -> pa.Table:
-    """Decode, augment and resize the images of one chunk, as the epoch and the step of each micro-batch require.
-
-    Args:
-        chunk: A chunk from `read_segment`.
-        view: Augmentation and resize of the images.
-        buffer: Memory of the pixels; the result is valid until its next use. By default new memory.
-    """
-
-    def rule_of(micro_batch: MicroBatch) -> ResizeRule:
-        if micro_batch.kind == "validate":
-            return view.resize_rule
-        return view.step_resize_rule(micro_batch.epoch, micro_batch.step)
-
-    def see(row: dict[str, Any], micro_batch: MicroBatch) -> SeenImage:
-        if micro_batch.kind == "validate":
-            return view.plain(row)
-        return view.augmented(row, epoch=micro_batch.epoch, resize_rule=rule_of(micro_batch))
-
-    return decoded_chunk(chunk, see, rule_of, buffer or PixelBuffer())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training.feeding import stream
-from raydet.training.feeding.batches import ENCODED_TYPE, ReadyBatch, encoded_chunk, ready_batches
+from raydet.training.feeding.batches import ENCODED_TYPE, ReadyBatch, decode_chunk, encoded_chunk, ready_batches
 from raydet.training.feeding.ordering import Kind, MicroBatch, RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
 
@@ -201,7 +201,7 @@ def _prepared_run(train: Table, val: Table, plan: RunPlan, world_size: int, view
     received: list[list[ReadyBatch]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
         for chunk in stream.read_segment(source, segment):
-            for batch in ready_batches(stream.decode_chunk(chunk, view)):
+            for batch in ready_batches(decode_chunk(chunk, view)):
                 received[batch.micro_batch.rank].append(batch)
     return received
 
@@ -243,7 +243,7 @@ def _chunk(rows: list[dict[str, Any]], kind: Kind = "train") -> pa.Table:
 
 def _prepared(row: dict[str, Any], *, augmentation: Any = "strong") -> dict[str, Any]:
     """Return one image as a decoder makes it."""
-    (batch,) = ready_batches(stream.decode_chunk(_chunk([row]), _view(augmentation=augmentation)))
+    (batch,) = ready_batches(decode_chunk(_chunk([row]), _view(augmentation=augmentation)))
     (example,) = batch.examples
     values = {name: value.tolist() for name, value in vars(example).items() if name in ("boxes", "categories")}
     return {**values, "pixels": example.image.tobytes()}
@@ -297,7 +297,7 @@ import pyarrow as pa
 from raydet.augmentation.view import View
 from raydet.models.geometry import ResizeRule
 from raydet.training.feeding import stream
-from raydet.training.feeding.batches import ENCODED_TYPE, encoded_chunk
+from raydet.training.feeding.batches import ENCODED_TYPE, decode_chunk, encoded_chunk
 from raydet.training.feeding.ordering import MicroBatch
 
 rows = pickle.loads(Path({str(tmp_path / "rows.pkl")!r}).read_bytes())
@@ -307,7 +307,7 @@ for augmentation, side in (("", 64), ("none", 64), ("flip", 64), ("flip", 48), (
     encoded = pa.array([{{**row, "mosaic": [], "mixup": []}} for row in rows], ENCODED_TYPE).flatten()
     chunk = encoded_chunk([MicroBatch(kind, 0, 0, 0, 0, (0, 1))], encoded)
     view = View(resize_rule=ResizeRule(mode="fixed", size_hw=(side, side)), augmentation=augmentation or "none")
-    decoded = stream.decode_chunk(chunk, view)
+    decoded = decode_chunk(chunk, view)
     assert decoded["size_hw"][0].as_py() == [side] * 4
     print(json.dumps([name for name in heavy if name in sys.modules]))
 """
