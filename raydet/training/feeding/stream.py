@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from raydet.augmentation.view import View
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
-from raydet.cluster.ray_internals import actors_on
+from raydet.cluster.ray_internals import actors_on, away_from_empty_nodes
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.batches import (
     ROW_TYPE,
@@ -90,6 +90,7 @@ def run_stream(
             num_cpus=0,
             compute=TaskPoolStrategy(size=max(1, min(len(tasks), _READERS))),
             override_num_blocks=max(1, len(tasks)),
+            **away_from_empty_nodes(),
         )
     dataset = dataset.map_batches(
         _ChunkDecoder,
