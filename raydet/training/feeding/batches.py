@@ -21,6 +21,7 @@ from raydet.common.boxes import as_boxes
 from raydet.images.decode import DecodeError
 from raydet.measuring.numbers.accumulator import ImageTruth
 from raydet.models.geometry import ResizeRule, SizeHW, fill_padded
+from raydet.tables.columns import bytes_of
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.training.feeding.ordering import Kind, MicroBatch
 
@@ -287,7 +288,7 @@ def rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
     ids, heights, widths = (images.field(name).to_numpy() for name in ("image_id", "height", "width"))
     contents, paths = images.field("image").field("bytes"), images.field("image").field("path")
     is_null = contents.is_null().to_numpy(zero_copy_only=False)
-    data, starts = _bytes_of(contents)
+    data, starts = bytes_of(contents)
     objects = images.field("objects")
     lists = {name: objects.field(name) for name in ("id", "bbox", "category", "area", "iscrowd")}
     offsets = {name: values.offsets.to_numpy() for name, values in lists.items()}
@@ -312,17 +313,6 @@ def rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _bytes_of(values: pa.BinaryArray | pa.LargeBinaryArray) -> tuple[memoryview, list[int]]:
-    """Return the bytes of all values without a copy, and the position at which each starts, and the last one ends.
-
-    Arrow's own access to a value copies it.
-    """
-    _, offsets, data = values.buffers()
-    dtype = np.int64 if pa.types.is_large_binary(values.type) else np.int32
-    starts = np.frombuffer(offsets, dtype)[values.offset : values.offset + len(values) + 1]
-    return memoryview(data or b""), starts.tolist()
-
-
 def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
     """Yield the micro-batches of a decoded chunk without copying their pixels, which are read-only."""
     import torch
@@ -344,7 +334,7 @@ def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
     }
     errors, rules, objects = (chunk[name][0].values for name in ("error", "resize_rule", "objects"))
     errors, rules = errors.to_pylist(), rules.to_pylist()
-    data, (start, stop) = _bytes_of(chunk["pixels"].chunk(0))
+    data, (start, stop) = bytes_of(chunk["pixels"].chunk(0))
     pixels = np.frombuffer(data[start:stop], np.uint8)
     sizes_hw, originals_hw = (numbers[name].reshape(-1, 2).tolist() for name in ("size_hw", "original_size_hw"))
     ends = np.cumsum([0, *numbers["num_boxes"]])
