@@ -259,9 +259,6 @@ def execution_options(most_bytes: int | None) -> "ExecutionOptions":
     """Return options of an execution that preserves order and limits the blocks that wait in the object store.
 
     Developer API. No replacement yet.
-
-    Args:
-        most_bytes: Limit in bytes; by default half of the object store.
     """
     from ray.data import ExecutionOptions, ExecutionResources
 
@@ -281,9 +278,6 @@ def actors_on(nodes: Sequence[str]) -> dict[str, Any]:
     """Return arguments of `map_batches` that place its actors on nodes in turn, or on others if one is lost.
 
     The function for each actor is deprecated, and Ray 2.64 removes it. Replacement: one execution for each node.
-
-    Args:
-        nodes: Node of each actor, by Ray's id.
     """
     strategies = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
     if len(set(nodes)) == 1:

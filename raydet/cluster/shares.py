@@ -75,17 +75,7 @@ def may_grow() -> bool:
 
 
 def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
-    """Divide the connected cluster among the job's workers.
-
-    Args:
-        min_workers: Fewest workers of the job.
-        max_workers: Most workers of the job.
-        use_gpu: True for one GPU per worker; None to use GPUs if there are enough.
-        cpus_per_worker: CPUs to reserve for each worker; None for a share of the cluster's.
-
-    Raises:
-        UserError: The cluster is this machine alone and lacks the requested resources.
-    """
+    """Divide the connected cluster among the job's workers; for arguments and errors see `shares_of`."""
     return shares_of(
         resources_of_nodes(),
         node_types=ray_internals.node_types() if may_grow() else [],
@@ -117,13 +107,13 @@ def shares_of(
         nodes: Resources of each live node, by Ray's names.
         node_types: Kinds of nodes that may be added.
         may_grow: True if nodes may be added.
-        min_workers: See `share_out`.
-        max_workers: See `share_out`.
-        use_gpu: See `share_out`.
-        cpus_per_worker: See `share_out`.
+        min_workers: Fewest workers of the job.
+        max_workers: Most workers of the job.
+        use_gpu: True for one GPU per worker; None to use GPUs if there are enough.
+        cpus_per_worker: CPUs to reserve for each worker; None for a share of the cluster's.
 
     Raises:
-        UserError: See `share_out`.
+        UserError: There is one node, none may be added, and it lacks the requested resources.
     """
     live_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     all_nodes = with_future_nodes(nodes, node_types)
@@ -219,14 +209,9 @@ def _decoders_on(node: Mapping[str, float], held_cpus: float) -> int:
 
 
 def decoders_near(node_id: str, node_of_worker: Sequence[str], *, cpus_per_worker: float) -> list[str]:
-    """Return the node of each decode process that serves the training workers of one node.
+    """Return the node of each decode process that serves the training workers of one node, by Ray's ids.
 
     These are the processes of that node, and an equal part of those of the nodes without training workers.
-
-    Args:
-        node_id: The node to serve, by Ray's id.
-        node_of_worker: Node of each training worker.
-        cpus_per_worker: CPUs that each worker holds.
     """
     nodes = {node["NodeID"]: node["Resources"] for node in ray_internals.alive_nodes()}
     workers = [node_of_worker.count(node) for node in nodes]

@@ -12,11 +12,7 @@ class Timeline:
     """Image counts by stage and time span; too many spans are merged in pairs."""
 
     def __init__(self, started_unix_s: float) -> None:
-        """Start with spans of an eighth of a second.
-
-        Args:
-            started_unix_s: Start of the run, Unix time in seconds.
-        """
+        """Start with spans of an eighth of a second at a Unix time in seconds."""
         self._started_unix_s = started_unix_s
         self._span_s = 0.125
         self._counts: dict[str, list[float]] = {}
@@ -51,12 +47,7 @@ def steady_rate(timeline: Mapping[str, Any]) -> tuple[float, float] | None:
 
     Both ends of the measured time are ends of work, so that blocks of many images do not distort the rate: from the
     time at which the model had finished the first quarter of the images to that at which it had finished nine tenths.
-
-    Args:
-        timeline: Result of `Timeline.to_dict`.
-
-    Returns:
-        None if the run was too short.
+    None if the run was too short.
     """
     finished = np.cumsum(timeline["images"].get("model", ()))
     if not len(finished):

@@ -112,11 +112,7 @@ def _aws_cpus(content: Mapping[str, Any], kind: Mapping[str, Any]) -> int | None
 
 
 def with_prices(groups: Sequence[NodeGroup], prices: Sequence[str]) -> list[NodeGroup]:
-    """Return the groups with prices per node and hour.
-
-    Args:
-        groups: Nodes of the plan.
-        prices: One number for all nodes, or `NAME=NUMBER` for each node type.
+    """Return the groups with prices per node and hour: one number for all, or `NAME=NUMBER` for each node type.
 
     Raises:
         UserError: A price is not a number, names an unknown node type, or a node type that works has no price.
