@@ -54,12 +54,7 @@ class Share:
 
 
 def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) -> Share:
-    """Divide the connected cluster among concurrent trials.
-
-    Args:
-        base: Training config that sets the workers of all trials.
-        max_concurrent: Requested number of concurrent trials; None for a default.
-        num_trials: Number of remaining trials.
+    """Divide the connected cluster among concurrent trials, of which the user may request a number.
 
     Raises:
         UserError: One trial, or the requested number, does not fit.
@@ -84,18 +79,7 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
 def divide(
     machines: Machines, one: shares.Resources, base: TrainConfig, max_concurrent: int | None, num_trials: int
 ) -> Share:
-    """Divide the given resources among concurrent trials.
-
-    Args:
-        machines: Resources of the cluster.
-        one: Share of a single training that uses the complete cluster.
-        base: Training config that sets the workers of all trials.
-        max_concurrent: Requested number of concurrent trials; None for a default.
-        num_trials: Number of remaining trials.
-
-    Raises:
-        UserError: The requested number of trials does not fit.
-    """
+    """Divide the given resources as `share_out` does; `one` is the share of a training that has the whole cluster."""
     workers = base.max_workers
     fewest_cpus = base.cpus_per_worker or 0.1
     most = int(machines.num_cpus / (workers * fewest_cpus + DRIVER_CPUS) + 1e-9)
