@@ -20,8 +20,6 @@ from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import Table, open_table
 from raydet.training.feeding.ordering import RunPlan
 
-__all__ = ["Inspection", "inspect"]
-
 _MOST_CLASSES_IN_LINES = 20
 
 
@@ -83,9 +81,6 @@ def inspect(config: InspectConfig) -> Inspection:
 
     The table is streamed without its image bytes, and memory does not grow with its rows. Image bytes are read only for
     the images that are drawn, and for all images to compare them with `val_data`.
-
-    Args:
-        config: Table, output folder, and the training whose view of the images is shown.
 
     Raises:
         UserError: The images table is missing or empty, an augmentation, model or training config is invalid, or OUT
