@@ -58,13 +58,10 @@ def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories:
 
 
 def voc_blocks(matches: Matches, categories: Sequence[Category], *, eleven_points: bool) -> tuple[Block, ...]:
-    """Return Pascal VOC's average precision over all classes (their mean) and by class.
+    """Return Pascal VOC's average precision over all classes (their mean) and by class, from all images in one piece.
 
-    Args:
-        matches: Result of `match_voc`, all images in one piece.
-        categories: Classes by index.
-        eleven_points: Mean of the best precision at or beyond recalls 0, 0.1, … 1 (VOC 2007); otherwise the area under
-            the curve of the best precision at or beyond each recall (VOC 2010 and later).
+    With eleven points it is the mean of the best precision at or beyond recalls 0, 0.1, … 1 (VOC 2007), otherwise the
+    area under the curve of the best precision at or beyond each recall (VOC 2010 and later).
     """
     order = by_descending_score(matches)
     category = matches.detection_category[order]
@@ -160,11 +157,8 @@ def lvis_blocks(
 ) -> tuple[Block, ...]:
     """Return LVIS' metrics over all classes (including rare, common and frequent classes) and by class.
 
-    Args:
-        matches: Result of `match_lvis`, all images in one piece.
-        categories: Classes by index.
-        frequency: "r", "c" or "f" for each class; by default from the number of images in which it is labelled: up to
-            10, up to 100, more.
+    The frequency of each class is "r", "c" or "f"; by default it follows from the number of images in which it is
+    labelled: up to 10, up to 100, more.
     """
     result = accumulate(matches, categories)
     precision = result.precision[:, :, :, 0, 0]
