@@ -16,12 +16,7 @@ OPSET = 17
 
 
 def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
-    """Trace a detector on the CPU.
-
-    Args:
-        detector: In evaluation mode.
-        where: Its checkpoint, for the error message.
-        remedy: The end of the error message: what the user can do instead.
+    """Trace a detector, in evaluation mode, on the CPU; for `where` and `remedy` see `check_graph_sizes`.
 
     Returns:
         Content of an ONNX file, with metadata.
@@ -59,12 +54,7 @@ def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
 
 
 def open_session(graph: bytes, *, num_threads: int) -> Any:
-    """Open an ONNX Runtime session on the CPU.
-
-    Args:
-        graph: Content of an ONNX file.
-        num_threads: Threads that compute.
-    """
+    """Open an ONNX Runtime session on the CPU."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()

@@ -65,12 +65,7 @@ class _MatchingKeeper:
 
 
 def matchings_of_layers(detector: Detector, outputs: Any) -> list[Matching]:
-    """Return the matching that the box and distribution terms of each auxiliary output learn.
-
-    Args:
-        detector: Detector of a family that distils.
-        outputs: Outputs of the model's latest forward pass with labels.
-    """
+    """Return the matching that the box and distribution terms of each auxiliary output of the latest pass learn."""
     keeper: Any = detector.model.loss_function
     last, *own = keeper.matchings
     assert len(own) == len(outputs.auxiliary_outputs), "the criterion matches each output once, in order"
@@ -93,14 +88,7 @@ def distillation_terms(
 
     The loss weights the mean over matched queries by the square root of their number, and the mean over the other
     queries in the same way. With both numbers taken from the global batch, the two sums add up over micro-batches.
-
-    Args:
-        detector: Detector of a family that distils.
-        outputs: Outputs of the forward pass, in training mode.
-        labels: Per image.
-        matchings: Result of `matchings_of_layers`, one per auxiliary output.
-        num_matched: Matched queries in the global batch.
-        num_queries: All queries in the global batch.
+    Each auxiliary output has a matching.
     """
     config = detector.model.config
     root_matched, root_others = math.sqrt(num_matched), math.sqrt(num_queries - num_matched)

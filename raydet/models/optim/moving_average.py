@@ -14,13 +14,7 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float, *, rise_steps: float = 300.0) -> None:
-        """Start from the current weights.
-
-        Args:
-            model: Already on its device: `update` reads the tensors that it has now.
-            decay: Between 0 and 1.
-            rise_steps: Time constant of the decay's rise.
-        """
+        """Start from the current weights of a model on its device: `update` reads the tensors that it has now."""
         self.decay, self.rise_steps, self.num_updates = decay, rise_steps, 0
         state = {name: value.detach() for name, value in model.state_dict().items()}
         self.shadow = {name: value.clone() for name, value in state.items()}
@@ -32,9 +26,8 @@ class MovingAverage:
     def update(self, *, where: Tensor | None = None) -> None:
         """Add the weights after an optimizer step.
 
-        Args:
-            where: Boolean scalar on the device of the model. If it is False, the average keeps its value; the step
-                counts for the decay all the same.
+        If `where`, a boolean scalar on the model's device, is False, the average keeps its value; the step counts for
+        the decay all the same.
         """
         self.num_updates += 1
         part = 1.0 - self.decay * (1.0 - math.exp(-self.num_updates / self.rise_steps))
