@@ -100,16 +100,6 @@ class LabelRows:
         ]
 
 
-@dataclass(frozen=True)
-class WrittenLabels:
-    """Result of `write_labels`: the file names of the images, and counts for the report."""
-
-    names: list[str]
-    num_boxes: int
-    num_copied: int
-    num_renamed: int
-
-
 class FileNames:
     """Unique file names for images, compared without extension and without case, as some file systems do.
 
@@ -166,23 +156,27 @@ def write_labels(
     table: Table,
     folder: Path,
     *,
+    out: str,
     images_folder: str,
     labels_folder: str,
     extension: str,
     copy_images: bool | None,
     make_texts: Callable[[LabelRows], tuple[LabelRows, list[str | None]]],
-) -> WrittenLabels:
-    """Write one label file per image, and the images.
+    notes: dict[str, int],
+) -> tuple[list[str], FolderExportReport]:
+    """Write one label file per image, and the images; return the file names of the images and the report.
 
     Args:
         table: An images or detections table.
-        folder: Local folder to write to.
+        folder: Local folder to write to, which becomes `out`.
+        out: Folder of the report.
         images_folder: Folder of the images, relative to `folder`.
         labels_folder: Folder of the label files, relative to `folder`.
         extension: Extension of the label files, with its dot.
         copy_images: True to copy all images, False for none, None for those whose bytes are in the table.
         make_texts: Function from rows to the rows with the exported boxes, and the text of each label file (None for
             no file).
+        notes: Notes of the report, which `make_texts` may fill.
 
     Raises:
         UserError: The table is damaged, a number in it is not finite, or an image cannot be read.
@@ -207,7 +201,8 @@ def write_labels(
         names += rows.names
         num_boxes += len(rows.boxes_xywh)
     (folder / images_folder).mkdir(parents=True, exist_ok=True)
-    return WrittenLabels(names, num_boxes, num_copied, file_names.num_renamed)
+    renamed = file_names.num_renamed
+    return names, FolderExportReport(out, len(names), num_boxes, num_copied, images_folder, renamed, notes)
 
 
 def _label_rows(table: Table, batch: pa.RecordBatch, file_names: FileNames) -> LabelRows:

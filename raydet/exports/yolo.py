@@ -58,25 +58,19 @@ def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
 
     images_folder = f"images/{config.split}"
     with new_folder(out, command="export yolo") as folder:
-        written = write_labels(
+        _, report = write_labels(
             table,
             folder,
+            out=out,
             images_folder=images_folder,
             labels_folder=f"labels/{config.split}",
             extension=".txt",
             copy_images=config.copy_images,
             make_texts=make_texts,
+            notes=notes,
         )
         _write_data_yaml(folder / "data.yaml", images_folder, config.split, names)
-    return FolderExportReport(
-        out,
-        len(written.names),
-        written.num_boxes,
-        written.num_copied,
-        images_folder,
-        written.num_renamed,
-        notes,
-    )
+    return report
 
 
 def _texts(rows: LabelRows, *, with_scores: bool) -> list[str]:
