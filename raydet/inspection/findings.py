@@ -101,50 +101,40 @@ def add_row_findings(findings: Findings, rows: Rows, split: str, names: Sequence
     longer, shorter = np.maximum(width, height), np.minimum(width, height)
     sides = rows.sizes_wh.max(axis=1, initial=0.0)
 
-    def of_image(kind: str, row: int, detail: str = "", category: int | None = None) -> DataFinding:
-        return DataFinding(
-            split=split,
-            kind=kind,
-            image_id=int(rows.image_ids[row]),
-            path=rows.paths[row].as_py(),
-            category=None if category is None else names[category],
-            detail=detail,
-        )
+    def note(kind: str, places: Integers, describe: Callable[[int], tuple[int, str, int | None]]) -> None:
+        def finding(place: int) -> DataFinding:
+            row, detail, category = describe(place)
+            return DataFinding(
+                split=split,
+                kind=kind,
+                image_id=int(rows.image_ids[row]),
+                path=rows.paths[row].as_py(),
+                category=None if category is None else names[category],
+                detail=detail,
+            )
 
-    def of_box(kind: str, describe: Callable[[int], str]) -> Callable[[int], DataFinding]:
-        return lambda box: of_image(kind, int(rows.owners[box]), describe(box), int(rows.categories[box]))
+        findings.add_many(split, kind, places, finding)
 
-    def box_text(box: int) -> str:
+    def of_large_image(row: int) -> tuple[int, str, None]:
+        return row, f"{rows.sizes_wh[row, 0]:.0f} × {rows.sizes_wh[row, 1]:.0f} px for {model_side_px} px", None
+
+    def of_box(box: int, before: str = "") -> tuple[int, str, int]:
         x, y, w, h = rows.boxes_xywh[box]
-        return f"{w:.4g} × {h:.4g} px at {x:.4g}, {y:.4g}"
+        text = f"{before}{w:.4g} × {h:.4g} px at {x:.4g}, {y:.4g}"
+        return int(rows.owners[box]), text, int(rows.categories[box])
 
-    findings.add_many(
-        split,
-        "image_without_boxes",
-        np.flatnonzero(rows.num_boxes == 0),
-        lambda row: of_image("image_without_boxes", row),
-    )
-    findings.add_many(
-        split,
-        "large_image",
-        np.flatnonzero(sides > FAR_LARGER * model_side_px),
-        lambda row: of_image(
-            "large_image", row, f"{rows.sizes_wh[row, 0]:.0f} × {rows.sizes_wh[row, 1]:.0f} px for {model_side_px} px"
-        ),
-    )
-    findings.add_many(split, "tiny_boxes", np.flatnonzero(width * height < 1), of_box("tiny_boxes", box_text))
-    extreme = np.flatnonzero((longer > EXTREME_RATIO * shorter) & (width * height >= 1))
-    findings.add_many(split, "extreme_aspect_ratio", extreme, of_box("extreme_aspect_ratio", box_text))
-    findings.add_many(split, "duplicate_boxes", duplicates(rows), of_box("duplicate_boxes", box_text))
     first, second = same_places(rows)
-    findings.add_many(
-        split,
-        "same_place",
-        np.arange(len(first)),
-        lambda pair: of_box("same_place", lambda box: f"and {names[rows.categories[second[pair]]]}: {box_text(box)}")(
-            int(first[pair])
-        ),
-    )
+
+    def of_pair(pair: int) -> tuple[int, str, int]:
+        return of_box(int(first[pair]), f"and {names[rows.categories[second[pair]]]}: ")
+
+    note("image_without_boxes", np.flatnonzero(rows.num_boxes == 0), lambda row: (row, "", None))
+    note("large_image", np.flatnonzero(sides > FAR_LARGER * model_side_px), of_large_image)
+    note("tiny_boxes", np.flatnonzero(width * height < 1), of_box)
+    is_extreme = (longer > EXTREME_RATIO * shorter) & (width * height >= 1)
+    note("extreme_aspect_ratio", np.flatnonzero(is_extreme), of_box)
+    note("duplicate_boxes", duplicates(rows), of_box)
+    note("same_place", np.arange(len(first)), of_pair)
 
 
 def add_class_findings(findings: Findings, counts: Counts, split: str, names: Sequence[str]) -> None:

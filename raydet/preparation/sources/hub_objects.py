@@ -11,7 +11,7 @@ Boxes come as a struct of lists (`{"bbox": [[…], …], "category": […]}`), a
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -67,7 +67,7 @@ def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
         return RowObjects(refusal="its objects are neither lists in a struct nor structs in a list")
     if not columns:
         return RowObjects()
-    names = _names(tuple(columns))
+    names = names_in(tuple(columns))
     if names["bbox"] is None or names["category"] is None:
         missing = "boxes (bbox)" if names["bbox"] is None else "classes (category)"
         return RowObjects(refusal=f"its objects have no {missing}")
@@ -83,13 +83,9 @@ def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
     return _kept(lists, bbox_format)
 
 
-def names_in(fields: Iterable[str]) -> dict[str, str | None]:
-    """Return the field of `objects` for each key of `NAMES`; None for an absent field."""
-    return _names(tuple(fields))
-
-
 @lru_cache(maxsize=64)
-def _names(fields: tuple[str, ...]) -> dict[str, str | None]:
+def names_in(fields: tuple[str, ...]) -> dict[str, str | None]:
+    """Return the field of `objects` for each key of `NAMES`; None for an absent field."""
     by_lower = {field.lower(): field for field in reversed(fields)}
     return {key: next((by_lower[name] for name in names if name in by_lower), None) for key, names in NAMES.items()}
 

@@ -208,7 +208,7 @@ def _objects_column(features: Mapping[str, Any], wanted: str | None) -> str | No
         raise UserError(
             f"the column {name} is neither a struct of lists nor a list of structs, nor JSON of one of them"
         )
-    found = names_in(fields or ("bbox", "category"))
+    found = names_in(tuple(fields or ("bbox", "category")))
     for key in ("bbox", "category"):
         if found[key] is None:
             raise UserError(f"the column {name} has no field {key}; it has {', '.join(fields or ())}")
@@ -230,7 +230,7 @@ def _stated_categories(images: HubImages, feature: Any, classes: Sequence[str] |
     if images.folder is not None and is_table(images.folder):
         return open_table(images.folder, "images").categories
     fields = _fields_of(feature)
-    name = names_in(fields)["category"] if fields else None
+    name = names_in(tuple(fields))["category"] if fields else None
     names = getattr(fields[name], "names", None) if fields and name else None
     return _numbered([readable(item) for item in names], 0) if names else None
 
