@@ -10,6 +10,7 @@ Neither readers nor decoders reserve CPUs: Ray Data would divide the free ones b
 cluster and might end at none. raydet computes their number instead, and the operating system shares the CPUs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from raydet.augmentation.view import View
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
-from raydet.cluster.ray_internals import actors_on
+from raydet.cluster.ray_internals import actors_on, alive_nodes
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.batches import ReadyBatch, ready_batches
 from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, PixelBuffer, decode_chunk, encoded_chunk
@@ -34,7 +35,8 @@ READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 1024
 """Images of a chunk. Ray spends about 20 ms of CPU on each chunk, which small images would not be worth."""
 _MOST_CHUNK_BYTES = 64 * 2**20
-"""Decoded pixels of a chunk. Ray Data looks at its tasks about eight times a second: small chunks would mostly wait."""
+"""Decoded pixels of a chunk, less if the object store is small. Ray Data looks at its tasks about eight times a second:
+small chunks would mostly wait."""
 _MOST_ENCODED_BYTES = 256 * 2**20
 _CHUNKS_PER_DECODER = 6
 """Chunks that are sent to a decoder before it has finished the first, so that it never waits for Ray Data."""
@@ -75,10 +77,12 @@ def run_stream(
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    stream = StreamSource(plan, tables, groups, world_size, tuple(ranks), view)
+    num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
+    stores = [node["Resources"].get("object_store_memory", math.inf) for node in alive_nodes()]
+    most_bytes = int(min(_MOST_CHUNK_BYTES, min(stores) / (2 * num_chunks)))
+    stream = StreamSource(plan, tables, groups, world_size, tuple(ranks), view, most_bytes)
     source = ray.put(stream)
     tasks = [partial(_read, source, part, ramp=number == 0) for number, part in enumerate(_parts(plan, segments))]
-    num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
     # Ray Data divides half of the limit between the stages, and the readers need little of theirs.
     with one_row_blocks(most_bytes=2 * num_chunks * stream.chunk_bytes):
         dataset = ray.data.read_datasource(
@@ -135,18 +139,22 @@ class StreamSource:
     world_size: int
     ranks: tuple[int, ...]
     view: View
+    most_chunk_bytes: int = _MOST_CHUNK_BYTES
 
     @property
     def chunk_bytes(self) -> int:
         """About the most bytes of a decoded chunk."""
-        return max(self._image_bytes, min(_MOST_IMAGES * self._image_bytes, _MOST_CHUNK_BYTES)) + 2**20
+        return max(self._image_bytes, min(_MOST_IMAGES * self._image_bytes, self.most_chunk_bytes)) + 2**20
 
     def images_per_chunk(self, segment: Segment) -> int:
         """Return the number of images of a chunk, limited by their pixels and by their encoded size."""
         mixes = segment.kind == "train" and self.view.mixes(segment.epoch)
         groups = self.groups[segment.kind]
         encoded = sum(group.num_bytes for group in groups) / max(1, sum(group.num_rows for group in groups))
-        limits = _MOST_CHUNK_BYTES / self._image_bytes, _MOST_ENCODED_BYTES / max(encoded * (5 if mixes else 1), 1.0)
+        limits = (
+            self.most_chunk_bytes / self._image_bytes,
+            _MOST_ENCODED_BYTES / max(encoded * (5 if mixes else 1), 1.0),
+        )
         return max(1, min(_MOST_IMAGES, *(int(limit) for limit in limits)))
 
     @property
