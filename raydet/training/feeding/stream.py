@@ -182,6 +182,7 @@ def _read(source_ref: "ray.ObjectRef[StreamSource]", segments: Sequence[Segment]
     source: StreamSource = ray.get(source_ref)
     for number, segment in enumerate(segments):
         yield from read_segment(source, segment, ramp=ramp and number == 0)
+        pa.default_memory_pool().release_unused()  # the process lives on, and the next reader may be another
 
 
 def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) -> Iterator[pa.Table]:
