@@ -101,7 +101,7 @@ def _train(folder: Path, job: str, seconds: float, *, epochs: int) -> dict[str, 
     # The first epoch starts before its images are there.
     utilizations = [
         [_utilization([span for span in spans if span[0] == epoch]) for epoch in range(1, setting["epochs"])]
-        for spans in _spans(log).values()
+        for spans in spans_of(log).values()
     ]
     assert len(utilizations) == setting["num_workers"], f"{len(utilizations)} workers trained"
     return {"utilization": min(statistics.median(one) for one in utilizations)}
@@ -144,7 +144,7 @@ def _predict(folder: Path, job: str, seconds: float, num_images: int, limit: flo
     config = PredictConfig(checkpoint=str(model), data=str(data), out=str(folder / job), batch_size=BATCH_SIZE)
     load = functools.partial(load_simulated, seconds=seconds, folder=str(log))
     predict_with(config, in_process=False, load=load)
-    (spans,) = _spans(log).values()
+    (spans,) = spans_of(log).values()
     started = spans[0][1] + WARM_UP_S
     own = [span for span in spans if span[1] >= started]
     if seconds:
@@ -153,7 +153,7 @@ def _predict(folder: Path, job: str, seconds: float, num_images: int, limit: flo
     return {"images_per_s": speed, "of_limit": speed / limit}
 
 
-def _spans(folder: Path) -> dict[str, list[Span]]:
+def spans_of(folder: Path) -> dict[str, list[Span]]:
     """Return the computations of each simulated device, in order."""
     return {
         path.name: sorted((tuple(json.loads(line)) for line in path.read_text().splitlines()), key=lambda span: span[1])
