@@ -241,7 +241,7 @@ class DemoConfig:
     num_train: int = option("training images", 800)
     num_val: int = option("held-out images", 100)
     epochs: int | None = option("passes over the training images; by default those of --train-config", None)
-    num_workers: int = option("training workers", 1, operational=True)
+    num_workers: int = option("training workers", 2, operational=True)
 
     def __post_init__(self) -> None:
         require_positive(self, "num_train", "num_val", "epochs", "num_workers")
