@@ -5,8 +5,8 @@
 The default has a low learning rate, as for a pretrained model. The model here is small and starts from scratch, so that
 the search can improve on the default. Seconds are those of the complete search. The last line is one JSON object;
 `epochs_saved` is the fraction of all epochs saved by stopping trials early; `between_trials_s` the seconds from the end
-of a trial to the first step of the next (median, with `--max-concurrent 1`); `waited_for_images` the largest part of the
-time of a trial's steps in which it waited for images.
+of a trial to the first step of the next (median, with `--max-concurrent 1`); `waited_for_images` the largest part of
+the time of a trial's steps in which it waited for images.
 """
 
 import argparse
