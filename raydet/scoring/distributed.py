@@ -24,7 +24,7 @@ from raydet.tables.table import MANIFEST_NAME, is_table
 
 
 class RayLosses(Losses):
-    """See `Losses`."""
+    """Losses on a Ray cluster: also those that Ray reports of nodes, processes and objects."""
 
     no_memory = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
     _kinds = (

@@ -2,8 +2,8 @@
 
 The driver hands chunks to scoring actors, as many at a time as their decoders can work on. Each scoring actor has
 decoders of its own, on its node and on nodes without a model. A decoder keeps the input of a chunk open and returns it
-block by block, one block ahead of the model. Plain actors, because the blocks of a chunk must meet in one place to
-become one file, and because nothing but chunk numbers and statistics ever reaches the driver.
+block by block, one block ahead of the model. These are plain actors, because the blocks of a chunk must meet in one
+place to become one file; nothing but chunk numbers and statistics ever reaches the driver.
 """
 
 import itertools
@@ -193,7 +193,7 @@ class _Scorers:
             self._start()
 
     def _use_other_nodes(self) -> None:
-        """Start decoders on nodes without a model once all models have their place, also on nodes that join later."""
+        """Once all models have a node, start decoders on the nodes without a model, including those that join later."""
         hosts = list(self._actors.values())
         if None in hosts:
             return
