@@ -98,7 +98,7 @@ class JobRecord:
         )
 
     def with_joined_nodes(self) -> Self:
-        """Return the record with the cluster's current nodes if it has grown, as a cluster without nodes does."""
+        """Return the record with the cluster's current nodes if there are now more of them."""
         from raydet.cluster.ray_internals import alive_nodes
 
         nodes = alive_nodes()

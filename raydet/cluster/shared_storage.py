@@ -141,7 +141,7 @@ def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Fail
         if here is None and place.mark is not None:
             return _FailedCheck(place, "cannot see it")
         if here != place.mark:
-            return _FailedCheck(place, "sees different content there")
+            return _FailedCheck(place, "found different content there")
     if probe is not None:
         uri = _answer_uri(probe.uri, node_id)
         try:

@@ -24,7 +24,7 @@ from raydet.tables.table import MANIFEST_NAME, is_table
 
 
 class RayLosses(Losses):
-    """Losses on a Ray cluster: also those that Ray reports of nodes, processes and objects."""
+    """Losses on a Ray cluster, including the lost nodes, processes and objects that Ray reports."""
 
     no_memory = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
     _kinds = (
