@@ -258,7 +258,7 @@ def delete_folder(uri: str) -> None:
 
 
 def publish_folder(local_folder: str, uri: str) -> None:
-    """Replace the folder at a URI by a finished local folder.
+    """Replace the folder at a URI with a finished local folder.
 
     On a local disk the swap takes two renames; `recover_folder` repairs the state after a kill between them. Files and
     folders get permissions from the umask, not from `local_folder`. Object stores have no rename: the files are copied,
