@@ -93,8 +93,8 @@ def non_maximum_suppression(
     Args:
         boxes_xywh: Absolute pixels, [N, 4].
         scores: [N], descending; of equal scores the first has priority.
-        iou: Intersection over union, 0 to 1.
-        categories: Only boxes of one category are compared, [N]; None compares all.
+        iou: Threshold of the intersection over union, 0 to 1.
+        categories: Category of each box, [N]; only boxes of the same category are compared. None compares all.
 
     Returns:
         Ascending indices of the boxes to keep.
