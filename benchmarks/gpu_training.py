@@ -55,7 +55,7 @@ class Setting:
 
 
 def measure_raydet(checkpoint: str, precision: str, setting: Setting) -> Result:
-    """Measure raydet's training step, from batches in the host's memory.
+    """Measure raydet's training step, from batches in host memory.
 
     Args:
         checkpoint: Model folder.
@@ -248,7 +248,8 @@ def synchronise(setting: Setting) -> None:
 def device_share(call: Step, call_s: float, setting: Setting) -> float:
     """Return the fraction of a call's time in which the device is busy.
 
-    On a GPU, the profiler's kernels and copies, counting overlapping ones once; on a CPU, CPU time by threads.
+    On a GPU, it is busy with the kernels and copies that the profiler reports, overlapping ones counted once. On a
+    CPU, the result is the CPU time divided by the wall time and the number of threads.
 
     Args:
         call: A call that has been warmed up.

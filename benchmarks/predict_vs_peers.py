@@ -15,8 +15,8 @@ repeated several times. Each contestant runs in a separate process, in turn, rou
 - limit_from_files: as many plain processes as raydet has workers, with one model each, which decode and resize files
   and run the model in batches, but neither post-process nor write anything.
 
-`images_per_s` is taken after warm-up: for raydet from the first batch on. `ap` is that of the
-detections against BCCD's truth, null if weights are random or nothing is post-processed.
+`images_per_s` is measured after warm-up, for raydet from the first batch onwards. `ap` is that of the detections
+against BCCD's truth; null if weights are random or nothing is post-processed.
 """
 
 import argparse
@@ -114,9 +114,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--large-checkpoint", help="model folder; an RT-DETRv2-R18 with random weights by default")
     parser.add_argument("--small-checkpoint", help="model folder; rt_detr_v2_small with random weights by default")
     parser.add_argument("--contestants", type=lambda text: text.split(","), help=", ".join(CONTESTANTS))
-    parser.add_argument("--rounds", type=int, help="3, with --quick 1")
+    parser.add_argument("--rounds", type=int, help="default: 3, or 1 with --quick")
     parser.add_argument(
-        "--repeats", type=int, help="repetitions of the 72 images, six times as many for small: 4, with --quick 1"
+        "--repeats",
+        type=int,
+        help="repetitions of the 72 images, six times as many for small; default: 4, or 1 with --quick",
     )
     parser.add_argument("--workers", type=int, default=2, help="raydet's copies of the model")
     parser.add_argument("--threads", type=int, default=2, help="compute threads of every contestant")
@@ -128,7 +130,7 @@ def _parse() -> argparse.Namespace:
     options.contestants = options.contestants or list(few if quick else CONTESTANTS)
     unknown = set(options.contestants) - set(CONTESTANTS)
     if unknown:
-        parser.error(f"--contestants: {', '.join(sorted(unknown))} is unknown; use {', '.join(CONTESTANTS)}")
+        parser.error(f"--contestants: unknown: {', '.join(sorted(unknown))}; use {', '.join(CONTESTANTS)}")
     if not options.child and not (options.data / "instances_test.json").is_file():
         parser.error(f"no BCCD in {options.data}; set --data or RAYDET_TEST_DATA to its folder")
     options.rounds = options.rounds or (1 if quick else 3)
