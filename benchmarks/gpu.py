@@ -121,7 +121,7 @@ def _parse() -> argparse.Namespace:
     names = [*PUBLISHED, *SMALL_MODELS]
     parser.add_argument("--models", nargs="+", choices=names, metavar="MODEL", help=", ".join(PUBLISHED))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
-    parser.add_argument("--device", help="default: cuda, or cpu with --quick")
+    parser.add_argument("--device", help="device of the model; default: cuda, or cpu with --quick")
     parser.add_argument(
         "--image-size", type=int, help="side in pixels of the model's input; default: 640, or 64 with --quick"
     )

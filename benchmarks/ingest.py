@@ -80,7 +80,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS), help=", ".join(CONTESTANTS)
     )
-    parser.add_argument("--rounds", type=int, default=None, help="default: 3, or 1 with --quick")
+    parser.add_argument("--rounds", type=int, default=None, help="number of rounds; default: 3, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="a quarter of the images, in one round")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()

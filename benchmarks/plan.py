@@ -32,13 +32,15 @@ def main() -> None:
     """Measure, plan, run, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--jobs", type=lambda text: text.split(","), help="default: predict,train, or predict with --quick"
+        "--jobs",
+        type=lambda text: text.split(","),
+        help="commands to measure; default: predict,train, or predict with --quick",
     )
     parser.add_argument(
         "--images", type=int, help="images of the short run of predict; default: 300, or 100 with --quick"
     )
     parser.add_argument("--train-images", type=int, default=40, help="images per epoch of the short training run")
-    parser.add_argument("--rounds", type=int, help="default: 3, or 1 with --quick")
+    parser.add_argument("--rounds", type=int, help="number of rounds; default: 3, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two idle cores")
     options = parser.parse_args()
     jobs = options.jobs or (["predict"] if options.quick else ["predict", "train"])

@@ -112,8 +112,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=data, help="folder with BCCD's images and instances_*.json")
     parser.add_argument("--contestants", type=lambda text: text.split(","), default=None, help=", ".join(CONTESTANTS))
     parser.add_argument("--augmentation", choices=("flip", "light"), default="flip")
-    parser.add_argument("--rounds", type=int, default=None, help="default: 3, or 1 with --quick")
-    parser.add_argument("--timed-epochs", type=int, default=None, help="default: 2, or 1 with --quick")
+    parser.add_argument("--rounds", type=int, default=None, help="number of rounds; default: 3, or 1 with --quick")
+    parser.add_argument(
+        "--timed-epochs", type=int, default=None, help="epochs to time after the first; default: 2, or 1 with --quick"
+    )
     parser.add_argument("--images", type=int, default=None, help="training images; default: 200, or 64 with --quick")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of every contestant")
     parser.add_argument("--workers", type=int, default=2, help="raydet's workers, which share the threads")

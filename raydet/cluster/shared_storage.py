@@ -50,7 +50,7 @@ def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str
     """Check that every live node sees the inputs and the output folder of a job, before the job starts.
 
     This process writes a randomly named file to the output. A task on each node must find it with the same content
-    and write a file of its own: network file systems and object stores pass, a node's local disk and missing
+    and write a file of its own: network file systems and object stores pass, but a node's local disk and missing
     credentials do not. All these files are deleted. A single machine needs no check. Nodes that join later are not
     checked.
 

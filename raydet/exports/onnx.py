@@ -21,7 +21,7 @@ from raydet.tables import storage
 from raydet.tables.new_output import new_file
 
 MAX_DIFFERENCE = 1e-3
-"""Largest accepted difference to torch in scores and boxes; boxes are fractions of the image's sides."""
+"""Largest accepted difference from torch in scores and boxes; boxes are fractions of the image's sides."""
 
 _CHECKED_BATCHES = (1, 3)
 
@@ -37,8 +37,8 @@ class OnnxExportReport:
         input_names: `pixel_values` float32 [B, 3, H, W] and, for some models, `pixel_mask` int64 [B, H, W].
         image_size_hw: Required height and width in pixels; None if any size works.
         num_classes: Number of classes; logits may have one more, "no object".
-        max_difference: Largest difference to torch in scores and boxes (fractions of the image's sides) on random
-            images.
+        max_difference: Largest difference from torch in scores and boxes (fractions of the image's sides) on random
+                images.
     """
 
     path: str

@@ -13,7 +13,7 @@ from pyarrow import fs as pafs
 from raydet.common.threads import in_order
 
 _MIN_FOLDERS = 1024
-"""More folders bound the memory of each result, fewer save requests."""
+"""More folders limit the memory of each result; fewer save requests."""
 
 
 def files_below(

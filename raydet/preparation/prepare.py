@@ -294,7 +294,7 @@ def _write_files(
 
 
 def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
-    """Decide on Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
+    """Decide whether to use Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
     if wanted is not None:
         return wanted
     if os.environ.get("RAY_ADDRESS") or _is_in_session():

@@ -324,5 +324,5 @@ def fetch_folder(uri: str, local_folder: str) -> None:
 
 
 def has_code(error: OSError, *codes: int) -> bool:
-    """Return True if an error has one of the codes (`errno.ENOSPC`, …), also if only its text survived Ray."""
+    """Return True if an error has one of the codes (`errno.ENOSPC`, …), even if only its text survived Ray."""
     return error.errno in codes or any(os.strerror(code) in str(error) for code in codes)

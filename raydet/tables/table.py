@@ -163,7 +163,7 @@ class Table:
             found, stated = Layout.of({name: groups_of(file.metadata)}), self.layout.only(name)
             if not np.array_equal(found.num_rows, stated.num_rows):
                 raise UserError(
-                    f"{self.uri} is damaged: {name} has {_described(found)}, its manifest states {_described(stated)}; "
+                    f"{self.uri} is damaged: {name} has {_described(found)}, but its manifest states {_described(stated)}; "
                     "run the command that writes it again"
                 )
             yield file
@@ -284,7 +284,7 @@ def write_manifest(uri: str, groups_by_file: Mapping[str, FileGroups], *, config
 def read_footers(uri: str, names: Sequence[str]) -> Iterator[pq.FileMetaData]:
     """Read the footers of a folder's Parquet files in parallel, in the given order.
 
-    For files whose row groups are no longer known, since an earlier process wrote them.
+    Needed for files whose row groups are no longer known, since an earlier process wrote them.
     """
     filesystem, path = storage.resolve(uri)
     return in_order(lambda name: pq.read_metadata(f"{path}/{name}", filesystem=filesystem), names)

@@ -158,7 +158,7 @@ def _keys(categories_by_image: Sequence[Sequence[int]], num_categories: int) -> 
 def lvis_blocks(
     matches: Matches, categories: Sequence[Category], frequency: Sequence[str] | None = None
 ) -> tuple[Block, ...]:
-    """Return LVIS' metrics over all classes (including rare, common and frequent classes) and by class.
+    """Return LVIS's metrics over all classes (including rare, common and frequent classes) and by class.
 
     Args:
         matches: Result of `match_lvis`, all images in one piece.
