@@ -75,7 +75,7 @@ def _prepare(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def _run(job: str, folder: Path, size: int, workers: int) -> tuple[str, float]:
-    """Run a command in a separate process; return its folder and the seconds by its own records."""
+    """Run a command in a separate process; return its output folder, and the seconds according to its own records."""
     out, threads = tempfile.mkdtemp(dir=folder) + "/out", max(1, (os.cpu_count() or 1) // workers)
     command = [sys.executable, "-m", "raydet", job, f"--out={out}", f"--num-workers={workers}", "--use-gpu=false"]
     command.append(f"--threads-per-worker={threads}")

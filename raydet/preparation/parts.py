@@ -23,7 +23,7 @@ from raydet.tables.layout import FileGroups
 from raydet.tables.table import FileWriter
 
 FILE_BYTES = 256 * 2**20
-"""Average size of the images in a file."""
+"""Average total size of the images in a file, in bytes."""
 SURVEY_IMAGES = 1024
 """Images per part of a survey, which writes no file."""
 

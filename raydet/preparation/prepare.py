@@ -201,7 +201,7 @@ def prepare_shapes(config: PrepareShapesConfig, *, file_bytes: int = FILE_BYTES)
 
     Args:
         config: Options of the command.
-        file_bytes: Average size of the images in a file.
+        file_bytes: Average total size of the images in a file, in bytes.
 
     Raises:
         UserError: OUT/train or OUT/val holds other files.

@@ -163,8 +163,8 @@ class Table:
             found, stated = Layout.of({name: groups_of(file.metadata)}), self.layout.only(name)
             if not np.array_equal(found.num_rows, stated.num_rows):
                 raise UserError(
-                    f"{self.uri} is damaged: {name} has {_described(found)}, but its manifest states {_described(stated)}; "
-                    "run the command that writes it again"
+                    f"{self.uri} is damaged: {name} has {_described(found)}, but its manifest states "
+                    f"{_described(stated)}; run the command that writes it again"
                 )
             yield file
 
