@@ -173,7 +173,7 @@ class ImageFolder:
 
 
 def detail_of(error: Exception) -> str:
-    """Return the reason of a read error on one line, without the file name."""
+    """Return the reason for a read error on one line, without the file name."""
     return one_line(os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error)
 
 

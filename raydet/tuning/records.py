@@ -32,7 +32,7 @@ class Trial:
         parameters: Options that differ from the unchanged config, by name.
         state: `stopped` by the scheduler in favour of better trials; `unfinished` while training or after an
             interruption.
-        error: Reason of a failure; None otherwise.
+        error: Reason for the failure; None otherwise.
         history: One record per epoch, from the trial's run folder.
     """
 
