@@ -130,7 +130,7 @@ def _parse() -> argparse.Namespace:
         "--predict-batch", type=int, help="images per forward pass of scoring; default: 32, or 4 with --quick"
     )
     parser.add_argument("--case-seconds", type=float, help="time to measure a case; default: 2, or 0.3 with --quick")
-    parser.add_argument("--seconds", type=float, default=240.0, help="time limit")
+    parser.add_argument("--seconds", type=float, default=240.0, help="time limit of all cases together")
     parser.add_argument("--quick", action="store_true", help="tiny models on the CPU, without torch.compile")
     options = parser.parse_args()
     quick = bool(options.quick)

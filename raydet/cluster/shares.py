@@ -72,7 +72,7 @@ def _cpus_and_gpus(node: Mapping[str, float]) -> tuple[float, float]:
 
 
 def may_grow() -> bool:
-    """Return True if the cluster may gain nodes; one that the job itself has started does not."""
+    """Return True if the cluster may gain nodes; a cluster that the job itself started does not."""
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 

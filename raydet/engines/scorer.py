@@ -125,7 +125,8 @@ class Scorer:
         On a device that works asynchronously, a batch starts before the results of the previous one are fetched.
 
         Returns:
-            The requested detections of each image, in order: in descending score order, in pixels of the image.
+            The requested detections of each image, in order; those of an image are in descending score order, in pixels
+            of the image.
         """
         found: list[dict[int, Detections]] = [{} for _ in prepared.sizes_hw]
         started: deque[tuple[list[_Job], Callable[[], list[Detections]]]] = deque()

@@ -64,7 +64,7 @@ class OnnxExportReport:
 def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
     """Write a detector as one ONNX file, atomically.
 
-    The graph accepts normalised pixels and returns raw `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in
+    The graph accepts normalised pixels and returns raw `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh as
     fractions of the image without its padding; the batch size B is dynamic. Its metadata holds, as JSON, the values for
     pre- and post-processing: `categories`, `image_size_hw`, `image_mean`, `image_std`, `rescale_factor`, and
     `raydet_version`.
@@ -86,7 +86,7 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
 
 
 def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, float]:
-    """Build the detector and its ONNX graph, and measure the largest difference of their outputs."""
+    """Build the detector and its ONNX graph, and measure the largest difference between their outputs."""
     if image_size is None:
         detector = load_detector(checkpoint)
     else:
