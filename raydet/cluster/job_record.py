@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raydet.cluster.shares import Resources
 
 JOB_FILE = "job.json"
-"""File name in the output folder of a job."""
+"""Name of the file about a job in the output folder or the log folder of a run."""
 _COMMIT_KEYS = ("commit", "git_commit")
 _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}(-dirty)?")
 _ACCELERATOR = "accelerator_type:"

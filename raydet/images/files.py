@@ -116,7 +116,7 @@ class ImageFolder:
         return partial(ImageFolder, self._given_uri, what=self._what), ()
 
     def remote_files(self) -> Iterator[pa.LargeStringArray]:
-        """List the files below a folder that is not local: relative paths in ascending order, in parts."""
+        """Yield arrays of the files below a folder that is not local, as relative paths in ascending order."""
         return files_below(self._filesystem, self.path)
 
     def uri_of(self, path: str) -> str:

@@ -1,7 +1,7 @@
 """`raydet prepare`: a source of images → images tables, with anomalies listed in OUT/_rejected and OUT/_findings.
 
-Every image is read and decoded once, so that each image in a table is readable and has the stated size. Every image
-found is either accepted or rejected, rows keep the source's order, and the user's files are never written to.
+Every image is read and checked, so that each image in a table is readable and has the stated size. Every image found is
+either accepted or rejected, rows keep the source's order, and the user's files are never written to.
 
 Anomalies are handled as follows:
 

@@ -81,7 +81,7 @@ class ScoringActor:
 
 
 def threads_of(config: PredictConfig, resources: Resources) -> int:
-    """Return the compute threads of one copy of the model: `threads_per_worker`, or its default.
+    """Return the number of compute threads of one copy of the model: `threads_per_worker`, or its default.
 
     By default the machine's CPUs are divided evenly between the workers that fit on it.
     """

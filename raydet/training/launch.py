@@ -49,8 +49,8 @@ def run_workers(
         resources: Resources of each worker.
         board: Actor handle of a `raydet.cluster.board.Board`.
         stop: Request to stop; once set, the workers save their state and exit.
-        make_trainer: See `raydet.train`.
         is_alone: True for a single worker on this machine, which needs neither Ray Train nor a process group.
+        make_trainer: See `raydet.train`.
 
     Raises:
         RunError: Workers failed more than `max_failures` times.
