@@ -102,7 +102,7 @@ def without(found: Survey, places: Integers, reason: str) -> Survey:
 
 
 def hold_out(found: Survey, *, num_classes: int, val_fraction: float, seed: int) -> Flags:
-    """Choose the images for validation, [N]; rejected images are not among them.
+    """Choose the images for validation, as a mask [N]; rejected images are never chosen.
 
     Raises:
         UserError: There are too few images.

@@ -216,7 +216,7 @@ class RunPlan:
             segment: Segment to divide.
             world_size: Number of workers.
             ranks: The workers to yield chunks for.
-            most_images: Images per chunk; a chunk holds at least one step of its rank.
+            most_images: Maximum number of images per chunk; a chunk holds at least one step of its rank.
             ramp: Start with chunks of one step, and double their length, so that the first images arrive early.
 
         Yields:
