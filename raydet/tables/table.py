@@ -116,7 +116,7 @@ class Table:
         return next(self.read_row_groups([group], columns))
 
     def read_row_groups(self, groups: Iterable[RowGroup], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Read row groups one by one, opening the file of successive ones once.
+        """Read row groups one by one, opening a file only once for its successive row groups.
 
         Raises:
             UserError: A file is missing, or has other row groups than the manifest states.

@@ -105,7 +105,7 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
         for_reference: The table will refer to the images, which must therefore be files.
 
     Returns:
-        One record per line, its id the index of the image; the column `source_id` holds the line, without the
+        One record per line, whose id is the index of the image; the column `source_id` holds the line, without the
         signature of a signed URL. The files themselves are not opened.
 
     Raises:

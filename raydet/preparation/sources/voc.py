@@ -110,7 +110,7 @@ def read_voc(
         unlabelled: Reject images without an XML file, or keep them without objects.
 
     Returns:
-        One record per image, sorted by path, its id the rank; category ids start at 1. Broken XML files, XML files
+        One record per image, sorted by path, whose id is the rank; category ids start at 1. Broken XML files, XML files
         without an image, and lines of the split without an image are refused. The column `source_id` holds the path
         without extension.
 

@@ -61,8 +61,8 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
         unlabelled: Keep images without a label file as images without objects, or reject them.
 
     Returns:
-        One record per image, sorted by path, its id the rank; boxes are normalised. Images outside the data set come
-        last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
+        One record per image, sorted by path, whose id is the rank; boxes are normalised. Images outside the data set
+        come last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
         path.
 
     Raises:
