@@ -186,7 +186,9 @@ class _StepClock:
     def medians(self) -> Result:
         """Return the median milliseconds of each part: `parts_ms` on the device, `host_ms` on the host."""
         steps = self._steps[NUM_WARM_UPS:-NUM_PROFILED]
-        assert all(len(marks) == len(PARTS) + 1 for marks in steps), "a step has other parts than the benchmark knows"
+        assert all(len(marks) == len(PARTS) + 1 for marks in steps), (
+            "the parts of a step are not those that the benchmark knows"
+        )
         host = [[(end[0] - start[0]) * 1e3 for start, end in itertools.pairwise(marks)] for marks in steps]
         device = host
         if self._on_gpu:

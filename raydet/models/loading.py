@@ -93,7 +93,7 @@ def build_detector(
             _prepare_for_training(config, categories, family)
             model, fresh = _read_model(name, config)
             names = [category.name for category in categories]
-            # With another number of classes the head has another shape, and transformers has reinitialised it.
+            # With a different number of classes the head has a different shape, and transformers has reinitialised it.
             if own_names != names and own_number == len(names):
                 fresh |= _reset_class_head(model)
             if image_size is not None:
@@ -202,7 +202,7 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
 
 
 def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set[str]]:
-    """Load a model; also return the names of weights that the checkpoint lacks or has in another shape."""
+    """Load a model; also return the names of weights that the checkpoint lacks or has in a different shape."""
     try:
         model, report = AutoModelForObjectDetection.from_pretrained(
             name,

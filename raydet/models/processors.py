@@ -46,7 +46,7 @@ def supported_processor(processor: Any) -> Any:
 
 
 def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
-    """Copy an image processor so that it works at another size.
+    """Copy an image processor so that it works at a different size.
 
     Args:
         processor: A Hugging Face image processor.

@@ -305,7 +305,7 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...]
         where: URI of the table for messages.
 
     Raises:
-        UserError: The table was not written by raydet, or has another kind or schema version.
+        UserError: The table was not written by raydet, or has a different kind or schema version.
     """
     raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:

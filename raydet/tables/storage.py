@@ -42,7 +42,7 @@ def is_web(uri: str) -> bool:
 
 
 def absolute_uri(uri: str) -> str:
-    """Make a local path absolute, for workers with another working directory; return URIs unchanged."""
+    """Make a local path absolute, for workers with different working directories; return URIs unchanged."""
     if "://" in uri:
         return uri
     return os.path.abspath(os.path.expanduser(uri))

@@ -119,7 +119,7 @@ class Table:
         """Read row groups one by one, opening a file only once for its successive row groups.
 
         Raises:
-            UserError: A file is missing, or has other row groups than the manifest states.
+            UserError: A file is missing, or its row groups differ from the manifest.
             OSError: The storage failed.
         """
         for name, own in itertools.groupby(groups, lambda group: group.file):
@@ -131,7 +131,7 @@ class Table:
         """Stream the rows in order, in batches.
 
         Raises:
-            UserError: A file is damaged or missing, or has other row groups than the manifest states.
+            UserError: A file is damaged or missing, or its row groups differ from the manifest.
         """
         names = None if columns is None else list(columns)
         for name in self.files:
@@ -201,7 +201,7 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
         kind: Expected kind, or the accepted kinds.
 
     Raises:
-        UserError: The folder does not exist, is not a complete table, or has another kind or schema version.
+        UserError: The folder does not exist, is not a complete table, or has a different kind or schema version.
     """
     uri = storage.absolute_uri(uri)
     if not storage.exists(uri):

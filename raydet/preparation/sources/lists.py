@@ -119,7 +119,7 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
     columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
     paths = _lines(data, images.uri) if columns is None else columns["source_id"].to_pylist()
     if not paths:
-        raise UserError(f"{images.uri} is an empty list: it names no image; write one path or URL per line")
+        raise UserError(f"{images.uri} is an empty list: it names no images; write one path or URL per line")
     _check(paths, images, for_reference)
     fields = [pa.field("source_id", pa.string())] if columns is None else list(columns.schema)
 

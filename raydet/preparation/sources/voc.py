@@ -278,7 +278,9 @@ def _read_split(
         known = [name for name in candidates if name in image_paths or name in xml_paths]
         stems.append(known[0] if known else candidates[1])
     if not stems:
-        raise UserError(f"the split file {uri} names no image; it must contain one name per line, as in ImageSets/Main")
+        raise UserError(
+            f"the split file {uri} names no images; it must contain one name per line, as in ImageSets/Main"
+        )
     for stem, count in Counter(stems).items():
         findings.note(Finding("repeated lines in the split file, skipped", readable(stem), count=count - 1))
     return set(stems)
