@@ -4,8 +4,8 @@
         [--contestants raydet,limit]
 
 Two models: RT-DETRv2 with a ResNet-18 at 320 pixels (random weights unless given: speed does not depend on them) and,
-with `small_` before a contestant's name, the 1.8 M `rt_detr_v2_small` at 256. The images are BCCD's test split,
-repeated several times. Each contestant runs in a separate process, in turn, round after round.
+with `small_` before a contestant's name, `rt_detr_v2_small` (1.8 M parameters) at 256. The images are BCCD's test
+split, repeated several times. Each contestant runs in a separate process, in turn, round after round.
 
 - raydet, raydet_bf16, raydet_openvino (also bf16): `raydet.predict()` through Ray, from an images table to Parquet.
 - pipeline: `pipeline("object-detection")` one image at a time, from files; larger batches fail for RT-DETRv2.
