@@ -208,7 +208,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context manager: while the block runs, the model holds the moving average of the weights, if there is one."""
+        """Context manager: while the block runs, the model holds the state to validate and save. Collective.
+
+        This is the moving average, if there is one, and always with batch-norm statistics averaged over all ranks.
+        """
         model = self.detector.model
         if self.average is None:
             self._average_statistics()
