@@ -102,7 +102,7 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
 
     Args:
         images: The list.
-        for_reference: The table will refer to the images, which must therefore be files.
+        for_reference: True if the table will refer to the images, which must therefore be files.
 
     Returns:
         One record per line, whose id is the index of the image; the column `source_id` holds the line, without the
