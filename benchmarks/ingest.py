@@ -228,7 +228,7 @@ def _raydet(table_uri: str, name: str, num_images: int, *, world_size: int) -> f
 
 
 class _Dataset:
-    """The table as a dataset of torch, decoded by the same view."""
+    """The table as a torch dataset, decoded by the same view."""
 
     def __init__(self, table_uri: str, name: str, num_images: int) -> None:
         from raydet.tables.table import open_table

@@ -2,11 +2,11 @@
 
     python benchmarks/plan.py [--quick] [--jobs predict,train] [--images 300] [--train-images 40] [--rounds 3]
 
-The model is `rt_detr_v2_small` at 256 pixels (random weights), the images are generated. In each round a short run with
-one worker is measured; plans for ten times the images with one and with two workers (the latter an extrapolation) are
-compared with real runs of the same commands on the same machine. Seconds are those of the run's own records; training
-with two workers is left out. The aim with the same number of workers is an error of at most 25 % as the median of all
-rounds. The last line is one JSON object.
+The model is `rt_detr_v2_small` at 256 pixels (random weights), and the images are generated. In each round a short run
+with one worker is measured; plans for ten times the images with one and with two workers (the latter an extrapolation)
+are compared with real runs of the same commands on the same machine. Seconds are those of the run's own records;
+training with two workers is left out. The aim with the same number of workers is a median error of at most 25 % over
+all rounds. The last line is one JSON object.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from raydet.common.errors import RunError, UserError, one_line
 from raydet.tables import storage
 
 ANSWER_WITHIN_S = 180.0
-"""Long, because a node may first fetch the job's working directory, and retry requests to an object store."""
+"""Long, because a node may first have to fetch the job's working directory and retry requests to an object store."""
 _BYTES_COMPARED = 2**16
 _MOST_NODES_NAMED = 4
 

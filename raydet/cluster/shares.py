@@ -232,7 +232,7 @@ def _decoders_on(node: Mapping[str, float], held_cpus: float) -> int:
 def decoders_near(node_id: str, node_of_worker: Sequence[str], *, cpus_per_worker: float) -> list[str]:
     """Return the node of each decode process that serves the training workers of one node.
 
-    These are the processes of that node, and an equal part of those of the nodes without training workers.
+    These are the processes on that node, and an equal share of those on the nodes without training workers.
 
     Args:
         node_id: Ray's id of the node to serve.

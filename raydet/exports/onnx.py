@@ -38,7 +38,7 @@ class OnnxExportReport:
         image_size_hw: Required height and width in pixels; None if any size works.
         num_classes: Number of classes; logits may have one more, "no object".
         max_difference: Largest difference from torch in scores and boxes (fractions of the image's sides) on random
-                images.
+            images.
     """
 
     path: str

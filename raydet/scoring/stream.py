@@ -220,7 +220,7 @@ class _NodeWatch:
     """Check for lost nodes; an actor that no longer fits anywhere would wait forever.
 
     Attributes:
-        nodes: The live nodes at the last look.
+        nodes: The live nodes at the last check.
     """
 
     def __init__(self, resources: Resources, num_workers: int) -> None:
@@ -230,7 +230,7 @@ class _NodeWatch:
         self.look()
 
     def look(self) -> None:
-        """Look at the nodes every few seconds.
+        """Check the nodes, at most once every few seconds.
 
         Raises:
             NodeLostError: See the class.

@@ -172,7 +172,7 @@ def _of_train(
 def _groups(job: Mapping[str, Any], uri: str) -> list[NodeGroup]:
     groups = groups_of_record(job["nodes"])
     if not total_cpus(groups):  # a cluster that grows from zero, and a run that ended before its nodes were counted
-        raise UserError(f"{uri}: the run recorded no node with CPUs; measure one that finishes")
+        raise UserError(f"{uri}: the run recorded no node with CPUs; measure a run that finishes")
     return groups
 
 

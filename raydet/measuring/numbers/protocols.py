@@ -164,7 +164,7 @@ def lvis_blocks(
         matches: Result of `match_lvis`, all images in one piece.
         categories: Classes by index.
         frequency: "r", "c" or "f" for each class; by default from the number of images in which it is labelled: up to
-                10, up to 100, or more.
+            10, up to 100, or more.
     """
     result = accumulate(matches, categories)
     precision = result.precision[:, :, :, 0, 0]

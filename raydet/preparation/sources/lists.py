@@ -76,8 +76,8 @@ class ImageList:
 
         Raises:
             ReadError: This file cannot be read.
-            OSError: The remote storage failed, for reasons that do not concern this file. For web servers this is a
-                ReadError.
+            OSError: The remote storage failed, for reasons that do not concern this file. A failing web server raises a
+                ReadError instead.
         """
         uri = self.uri_of(path)
         if storage.is_web(uri):
