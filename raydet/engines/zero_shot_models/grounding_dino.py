@@ -1,4 +1,4 @@
-"""Grounding DINO and MM Grounding DINO."""
+"""Zero-shot engine for Grounding DINO and MM Grounding DINO."""
 
 from collections.abc import Mapping, Sequence
 
