@@ -119,7 +119,9 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*PUBLISHED, *SMALL_MODELS]
-    parser.add_argument("--models", nargs="+", choices=names, metavar="MODEL", help=", ".join(PUBLISHED))
+    parser.add_argument(
+        "--models", nargs="+", choices=names, metavar="MODEL", help="models to measure: " + ", ".join(PUBLISHED)
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
     parser.add_argument("--device", help="device of the model; default: cuda, or cpu with --quick")
     parser.add_argument(

@@ -76,9 +76,14 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", type=lambda text: text.split(","), default=list(SIDES), help="128, vga")
     parser.add_argument(
-        "--contestants", type=lambda text: text.split(","), default=list(CONTESTANTS), help=", ".join(CONTESTANTS)
+        "--settings", type=lambda text: text.split(","), default=list(SIDES), help="settings to measure: 128,vga"
+    )
+    parser.add_argument(
+        "--contestants",
+        type=lambda text: text.split(","),
+        default=list(CONTESTANTS),
+        help="contestants to run: " + ", ".join(CONTESTANTS),
     )
     parser.add_argument("--rounds", type=int, default=None, help="number of rounds; default: 3, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="a quarter of the images, in one round")

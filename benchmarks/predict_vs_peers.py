@@ -113,7 +113,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=data, help="folder with BCCD's images and instances_test.json")
     parser.add_argument("--large-checkpoint", help="model folder; an RT-DETRv2-R18 with random weights by default")
     parser.add_argument("--small-checkpoint", help="model folder; rt_detr_v2_small with random weights by default")
-    parser.add_argument("--contestants", type=lambda text: text.split(","), help=", ".join(CONTESTANTS))
+    parser.add_argument(
+        "--contestants", type=lambda text: text.split(","), help="contestants to run: " + ", ".join(CONTESTANTS)
+    )
     parser.add_argument("--rounds", type=int, help="number of rounds; default: 3, or 1 with --quick")
     parser.add_argument(
         "--repeats",

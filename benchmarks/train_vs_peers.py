@@ -110,7 +110,12 @@ def _parse() -> argparse.Namespace:
     shared = Path(__file__).parents[2] / "shared" / "data"
     data = Path(os.environ.get("RAYDET_TEST_DATA", shared)) / "bccd"
     parser.add_argument("--data", type=Path, default=data, help="folder with BCCD's images and instances_*.json")
-    parser.add_argument("--contestants", type=lambda text: text.split(","), default=None, help=", ".join(CONTESTANTS))
+    parser.add_argument(
+        "--contestants",
+        type=lambda text: text.split(","),
+        default=None,
+        help="contestants to run: " + ", ".join(CONTESTANTS),
+    )
     parser.add_argument("--augmentation", choices=("flip", "light"), default="flip")
     parser.add_argument("--rounds", type=int, default=None, help="number of rounds; default: 3, or 1 with --quick")
     parser.add_argument(
