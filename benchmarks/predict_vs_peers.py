@@ -132,7 +132,7 @@ def _parse() -> argparse.Namespace:
     options.contestants = options.contestants or list(few if quick else CONTESTANTS)
     unknown = set(options.contestants) - set(CONTESTANTS)
     if unknown:
-        parser.error(f"--contestants: unknown: {', '.join(sorted(unknown))}; use {', '.join(CONTESTANTS)}")
+        parser.error(f"--contestants does not have {', '.join(sorted(unknown))}; use {', '.join(CONTESTANTS)}")
     if not options.child and not (options.data / "instances_test.json").is_file():
         parser.error(f"no BCCD in {options.data}; set --data or RAYDET_TEST_DATA to its folder")
     options.rounds = options.rounds or (1 if quick else 3)

@@ -137,7 +137,7 @@ def _parse() -> argparse.Namespace:
     options.contestants = options.contestants or list(CONTESTANTS[: 5 if quick else 6])
     unknown = set(options.contestants) - set(CONTESTANTS)
     if unknown:
-        parser.error(f"--contestants: unknown: {', '.join(sorted(unknown))}; use {', '.join(CONTESTANTS)}")
+        parser.error(f"--contestants does not have {', '.join(sorted(unknown))}; use {', '.join(CONTESTANTS)}")
     if not options.child and not (options.data / "instances_train.json").is_file():
         parser.error(f"no BCCD in {options.data}; set --data or RAYDET_TEST_DATA to its folder")
     for name, short, full in (

@@ -132,7 +132,7 @@ def _ask(
 
 
 def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _FailedCheck | None:
-    """Return the first place that differs between this node and the driver's, or None."""
+    """Return the first failed check, of a place that this node sees differently from the driver's, or None."""
     for place in places:
         try:
             here = _mark(place.uri)

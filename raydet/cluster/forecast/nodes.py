@@ -119,7 +119,7 @@ def with_prices(groups: Sequence[NodeGroup], prices: Sequence[str]) -> list[Node
         prices: One number for all nodes, or `NAME=NUMBER` for each node type.
 
     Raises:
-        UserError: A price is not a number, names an unknown node type, or a node type that works has no price.
+        UserError: A price is not a number or names an unknown node type, or a node type with CPUs has no price.
     """
     by_name: dict[str, float] = {}
     names = ", ".join(group.name for group in groups)
