@@ -129,7 +129,7 @@ class ImageFolder:
         return size
 
     def refuse_outside(self, path: str) -> str | None:
-        """Return the reason why a relative path leaves the folder; None if it stays inside."""
+        """Return how a relative path leaves the folder, as a reason to refuse it; None if it stays inside."""
         if refuse_name(path):
             return refuse_name(path)
         if "://" in path or path.startswith("/") or path[1:3] == ":/":

@@ -48,7 +48,7 @@ class SourcePart:
 
 
 class Executor(Protocol):
-    """Function that applies another one to all parts and yields the results in order."""
+    """Function that applies a given function to all parts and yields the results in order."""
 
     def __call__(self, work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
         """Hold only a few parts at a time."""

@@ -129,7 +129,7 @@ class HostMemory:
         return copied
 
     def wait(self) -> None:
-        """Wait until the copy is complete; called in another thread than `copy`."""
+        """Wait until the copy is complete; called in a different thread from `copy`."""
         if self._event is not None:
             self._event.synchronize()
 
