@@ -3,13 +3,13 @@
     python benchmarks/accelerator.py [--quick] [--jobs train predict predict_ceiling]
 
 JPEGs of 640 × 480 are resized to 320; batches have 16 images. First two plain processes measure the limit: images per
-second that they decode and resize. The simulated model takes as long for a batch as the feeding of two batches takes at
-that limit, so that feeding it needs half of the cores.
+second that they decode and resize. The simulated model takes as long for one batch as those processes take for two, so
+that feeding it needs half of the cores.
 
 - train: utilization from the first step of each epoch to its last, without validation and checkpoints.
 - train_nodes: the same for four workers on four local nodes, together at the rate of one; the lowest of the four.
 - predict: utilization from 10 s after the first batch to the last.
-- predict_ceiling: images per second of a model that takes no time, as a part of the limit.
+- predict_ceiling: images per second of a model that takes no time, as a fraction of the limit.
 
 Utilization is the time inside simulated computations, divided by the wall time. The last line is one JSON object.
 """
@@ -50,7 +50,7 @@ def main() -> None:
     """Run the jobs and print their utilization."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
-    parser.add_argument("--rounds", type=int, default=None, help="3, with --quick 1")
+    parser.add_argument("--rounds", type=int, default=None, help="number of rounds; default: 3, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -65,7 +65,7 @@ def main() -> None:
             write_table(folder / "train", num_images=NUM_FILES, size_hw=(480, 640))
             limit = limit_of(str(folder / "train"), "accelerator", 2_000)
             seconds = 2 * BATCH_SIZE / limit
-            print(f"limit {limit:.0f} images/s, {1000 * seconds:.1f} ms a batch", flush=True)
+            print(f"limit {limit:.0f} images/s, {1000 * seconds:.1f} ms per batch", flush=True)
             for job in options.jobs:
                 if job.startswith("train"):
                     result = _train(folder, job, seconds, epochs=4 if options.quick else 10)

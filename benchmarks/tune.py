@@ -1,4 +1,4 @@
-"""Result and cost of a search: a few short trainings on generated images, including the default.
+"""Result and cost of a search: a few short training runs on generated images, including the default.
 
     python benchmarks/tune.py [--trials 8] [--epochs 8] [--max-concurrent 1] [--out FOLDER] [--quick]
 

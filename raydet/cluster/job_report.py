@@ -160,7 +160,7 @@ class JobReport:
 
 
 def error_kind(reason: str) -> str:
-    """Generalise the reason of one file's error: quoted text and paths become `…`, numbers `N`."""
+    """Generalise the reason for one file's error: quoted text and paths become `…`, numbers `N`."""
     kind = one_line(reason)
     for pattern, replacement in _DETAILS:
         kind = pattern.sub(replacement, kind)

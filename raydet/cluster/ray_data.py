@@ -23,7 +23,7 @@ def one_row_blocks(*, most_bytes: int | None = None) -> Iterator[None]:
     The caller's `DataContext` is restored afterwards; a data set keeps the settings that it was created with.
 
     Args:
-        most_bytes: Limit of the blocks that wait in the object store; by default half of the store.
+        most_bytes: Limit in bytes of the blocks that wait in the object store; by default half of the store.
     """
     context = DataContext.get_current().copy()
     # In bytes; every row exceeds it, so that each row ends its block and the distribution of rows is exact.

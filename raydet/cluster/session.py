@@ -51,7 +51,7 @@ def session(log_uri: str, address: str | None = None) -> Iterator[None]:
 
 
 def announce(line: Callable[[str], None], address: str | None = None) -> None:
-    """Say what a session at this address waits for first; nothing if this process is already connected.
+    """Announce what a session at this address waits for first, unless this process is already connected.
 
     Args:
         line: Prints a line on the terminal.
@@ -110,6 +110,6 @@ def _require_answer(address: str, named: str) -> None:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"cannot connect to Ray at {named}: {getattr(error, 'strerror', None) or error}; check that the "
-                    "head runs and that this is its `ray start --port` (default 6379)"
+                    "head is running and that this is its `ray start --port` (default 6379)"
                 ) from None
             time.sleep(0.5)

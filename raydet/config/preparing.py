@@ -11,7 +11,7 @@ Truncated = Literal["reject", "keep"]
 Unlabelled = Literal["keep", "reject"]
 BboxFormat = Literal["coco", "voc", "yolo"]
 DEFAULT_MAX_PIXELS = 178_956_970
-"""Larger images are rejected as decompression bombs; Pillow's own limit (a quarter gigabyte of RGB)."""
+"""Larger images are rejected as decompression bombs; the same limit as Pillow's own, half a gigabyte of RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class PrepareHubConfig(PrepareConfig):
     subset: str | None = option("configuration of a data set that has several", None)
     revision: str | None = option("branch, tag or commit on the Hub", None)
     image_column: str | None = option(
-        "column of the images; by default `image`, or the only one of that type", None, group="Input"
+        "column of the images; by default `image`, or the only column of images", None, group="Input"
     )
     objects_column: str | None = option(
         "column of boxes and classes; by default `objects`; a data set without it has no labels", None, group="Input"

@@ -47,7 +47,7 @@ class PredictConfig(WorkersConfig):
     )
     pad_batches: bool = option(
         "for models that keep the aspect ratio: pad images of similar shape to one size; otherwise each size is a "
-        "batch of its own",
+        "separate batch",
         True,
         group="Model",
     )
@@ -55,7 +55,7 @@ class PredictConfig(WorkersConfig):
     reduced_decode: bool = option(
         "decode large JPEGs at half, quarter or eighth resolution, which is faster", False, group="Input"
     )
-    limit: int | None = option("score only the first images, this many; by default all", None, group="Input")
+    limit: int | None = option("score only this many images, the first ones; by default all", None, group="Input")
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
 
     tile: int | None = option(

@@ -75,7 +75,7 @@ class TrainConfig(WorkersConfig):
     )
     weight_decay: float = option("weight decay, not applied to biases and norms", 1e-4, group="Optimisation")
     schedule: Schedule = option(
-        "learning-rate schedule: a name of transformers.get_scheduler, or one_cycle", "cosine", group="Optimisation"
+        "learning-rate schedule: any of transformers.get_scheduler, or one_cycle", "cosine", group="Optimisation"
     )
     schedule_options: dict[str, Any] | None = option(
         "further arguments of the schedule, such as {num_cycles: 3} or {num_decay_steps: 500}",
@@ -156,8 +156,8 @@ class TrainConfig(WorkersConfig):
         "recompute activations instead of keeping them in memory", False, group="Compute and cluster", operational=True
     )
     compile: bool = option(
-        "compile backbone and encoder with torch.compile, once per size of the input; worth its minutes on a GPU, for "
-        "models with a fixed input size",
+        "compile backbone and encoder with torch.compile, once per input size; takes minutes, which pay off on a GPU "
+        "for models with a fixed input size",
         False,
         group="Compute and cluster",
         operational=True,

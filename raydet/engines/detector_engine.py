@@ -103,7 +103,7 @@ class DetectorEngine(ABC):
         fill_padded(pixels.numpy(), planes)
         is_there = None
         if self._copies is not None:
-            # On a stream of its own, so that the copy runs beside the model's work on the previous batch.
+            # On a separate stream, so that the copy runs while the model works on the previous batch.
             with torch.cuda.stream(self._copies):
                 pixels = pixels.to(self._device, non_blocking=True)
                 is_there = self._copies.record_event()
@@ -124,7 +124,7 @@ class DetectorEngine(ABC):
         return self.start(prepared)()
 
     def start(self, prepared: Sequence[EngineBatch]) -> Callable[[], list[Detections]]:
-        """Start to detect objects; a GPU computes after the call returns.
+        """Start detecting objects; a GPU computes after the call returns.
 
         Args:
             prepared: Result of `prepare` or `prepare_planes`.

@@ -38,7 +38,7 @@ class Engine(Protocol):
         """Return height and width in pixels of the model's input for an image of this size, without padding."""
 
     def prepare(self, images: Sequence[Image]) -> Any:
-        """Resize images and batch them; may run in another thread than `start`.
+        """Resize images and batch them; may run in a different thread from `start`.
 
         Args:
             images: RGB, uint8 [H, W, 3] each.
@@ -48,7 +48,7 @@ class Engine(Protocol):
         """
 
     def prepare_planes(self, planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]) -> Any:
-        """Batch images that `resize_rule` has resized; may run in another thread than `start`.
+        """Batch images that `resize_rule` has resized; may run in a different thread from `start`.
 
         Never called if `raydet.engines.loading.resize_rule_before` returns None for the config.
 
@@ -61,14 +61,14 @@ class Engine(Protocol):
         """
 
     def start(self, prepared: Any) -> "Callable[[], list[Detections]]":
-        """Start to detect objects; an asynchronous device computes after the call returns.
+        """Start detecting objects; an asynchronous device computes after the call returns.
 
         Args:
             prepared: Result of `prepare` or `prepare_planes`.
 
         Returns:
-            A function that waits for the result, one `Detections` per image, in order: in descending score order,
-            boxes (x, y, width, height) in absolute pixels of the image before the resize.
+            A function that waits for the result, one `Detections` per image, in order. Boxes are in descending score
+            order, as (x, y, width, height) in absolute pixels of the image before the resize.
         """
 
 

@@ -62,7 +62,7 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
     """Write a table as COCO JSON: a results file for detections, an instances file for images.
 
     A detections table becomes a results file, `[{"image_id", "category_id", "bbox", "score"}, …]`, in table order. The
-    format cannot represent images without detections or the reasons of unreadable images.
+    format cannot represent images without detections, or the reasons why images could not be read.
     An images table becomes an instances file with `images`, `annotations` and `categories`: annotations are numbered
     1…n, and further scalar columns (camera, city) become keys of the images. Images are not copied; absolute paths are
     written relative to their common folder.

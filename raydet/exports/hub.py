@@ -91,7 +91,7 @@ def push(config: PushConfig) -> PushResult:
     card = build_card(config, checkpoint)
     api = _client()
     with tempfile.TemporaryDirectory(prefix="raydet-push-") as folder:
-        # From a copy, so that a training in progress cannot change a file between two reads.
+        # From a copy, so that a training run in progress cannot change a file between two reads.
         for name in files:
             Path(folder, name).write_bytes(storage.read_bytes(storage.join(checkpoint.name, name)))
         Path(folder, _CARD).write_text(card.content, encoding="utf-8")

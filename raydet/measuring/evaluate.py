@@ -32,7 +32,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     computation.
 
     Raises:
-        UserError: An input is missing, damaged or of the wrong kind, the inputs do not fit each other, or
+        UserError: An input is missing, damaged or of the wrong kind, the inputs do not match each other, or
             `config.out` holds something else. Nothing has been written in that case.
     """
     config = dataclasses.replace(

@@ -105,7 +105,7 @@ class Detector:
             num_sizes: Number of input sizes; beyond it, parts of the model may run uncompiled.
             options: Passed to `torch.compile`.
         """
-        # For each size: complete and last batches, in training and in validation.
+        # Four graphs per size: for full and for last batches, in training and in validation.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * num_sizes)
         for name in self.family.compiled_modules:
             self.model.get_submodule(name).compile(dynamic=False, **options)
@@ -119,7 +119,7 @@ class Detector:
         """Normalise pixels on their device, as the image processor does.
 
         Args:
-            batch: Already on the model's device.
+            batch: The batch, already on the model's device.
             dtype: Dtype of the pixel values.
 
         Returns:
@@ -160,7 +160,7 @@ class Detector:
     def save(self, folder: str) -> None:
         """Write a Hugging Face model folder: safetensors weights, config, image processor.
 
-        The write is not atomic; a caller that needs this must write elsewhere and rename.
+        The write is not atomic; a caller that needs an atomic one must write elsewhere and rename.
         """
         with quiet():
             self.model.save_pretrained(folder)

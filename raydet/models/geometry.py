@@ -71,7 +71,7 @@ class ResizeRule:
         return max(height, self.multiple_of), max(width, self.multiple_of)
 
     def most_pixels(self) -> int:
-        """Return the most pixels that an image has after the resize."""
+        """Return the maximum number of pixels of a resized image."""
         if self.pad_to_hw or self.size_hw or self.limit_hw:
             height, width = self.pad_to_hw or self.size_hw or self.limit_hw or (0, 0)
             return height * width
@@ -81,7 +81,7 @@ class ResizeRule:
         """Return the padded size in pixels of an image, independent of the other images of its batch.
 
         Without `pad_to_hw`, sides are padded to a multiple of 32 or, for small images, of the largest power of two
-        that is at most a sixteenth of the shorter side. Images of similar shape thus share a size at little padding.
+        that is at most a sixteenth of the shorter side. Images of similar shape thus share a size with little padding.
 
         Args:
             target_hw: Result of `target_size_hw` for the image.
@@ -127,7 +127,7 @@ class ResizeRule:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ResizeRule":
-        """Read the result of `to_dict`, also after JSON has turned its tuples into lists."""
+        """Build a rule from the result of `to_dict`, even after JSON has turned its tuples into lists."""
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
         }
@@ -135,7 +135,7 @@ class ResizeRule:
 
 
 def fill_padded(canvas: Image, planes: Sequence[Image]) -> None:
-    """Copy images into a batch, each at the upper left, with zeros at the bottom and on the right.
+    """Copy images into the upper left corners of a batch, with zeros at the bottom and on the right.
 
     Args:
         canvas: uint8 [B, 3, H, W], with any content.
@@ -157,7 +157,7 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
 
     Returns:
         uint8 [height, width, 3], bit for bit equal to the result of the image processor on a CPU; the image itself if
-        it already has this size. Its memory may be in the order of `resized_planes`.
+        it already has this size. Its memory layout may be that of `resized_planes`.
     """
     return resized_planes(image, size_hw, resample).transpose(1, 2, 0)
 

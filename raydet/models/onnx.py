@@ -12,14 +12,14 @@ from raydet.models.families import check_graph_sizes
 from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
 
 OPSET = 17
-"""Of 2022: supported by current runtimes, and recent enough to sample between pixels."""
+"""From 2022: supported by current runtimes, and recent enough to sample between pixels."""
 
 
 def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
     """Trace a detector on the CPU.
 
     Args:
-        detector: In evaluation mode.
+        detector: Detector in evaluation mode.
         where: Its checkpoint, for the error message.
         remedy: The end of the error message: what the user can do instead.
 
@@ -63,7 +63,7 @@ def open_session(graph: bytes, *, num_threads: int) -> Any:
 
     Args:
         graph: Content of an ONNX file.
-        num_threads: Threads that compute.
+        num_threads: Number of compute threads.
     """
     import onnxruntime
 

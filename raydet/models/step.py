@@ -115,8 +115,8 @@ def apply_gradients(
 ) -> Tensor:
     """Clip the gradient, take the optimizer's step, clear the gradient, and return the norm before clipping.
 
-    A gradient that is not finite, which all ranks have alike, changes neither the weights nor the moving average. The
-    device decides this, without the host. With a scaler, it also lowers the scale of the next loss.
+    A gradient that is not finite, which every rank then sees, changes neither the weights nor the moving average. The
+    device decides this, without the host. With a scaler, such a gradient also lowers the scale of the next loss.
 
     Args:
         module: The model in training.

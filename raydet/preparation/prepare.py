@@ -1,7 +1,7 @@
 """`raydet prepare`: a source of images → images tables, with anomalies listed in OUT/_rejected and OUT/_findings.
 
-Every image is read and decoded once, so that each image in a table is readable and has the stated size. Every image
-found is either accepted or rejected, rows keep the source's order, and the user's files are never written to.
+Every image is read and checked, so that each image in a table is readable and has the stated size. Every image found is
+either accepted or rejected, rows keep the source's order, and the user's files are never written to.
 
 Anomalies are handled as follows:
 
@@ -201,7 +201,7 @@ def prepare_shapes(config: PrepareShapesConfig, *, file_bytes: int = FILE_BYTES)
 
     Args:
         config: Options of the command.
-        file_bytes: Average size of the images in a file.
+        file_bytes: Average total size of the images in a file, in bytes.
 
     Raises:
         UserError: OUT/train or OUT/val holds other files.
@@ -294,7 +294,7 @@ def _write_files(
 
 
 def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
-    """Decide on Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
+    """Decide whether to use Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
     if wanted is not None:
         return wanted
     if os.environ.get("RAY_ADDRESS") or _is_in_session():

@@ -24,7 +24,7 @@ class PrepareReport:
 
     Attributes:
         out: Folder of the table or of the tables.
-        already_done: The same configuration had written everything before; nothing was done.
+        already_done: True if the same configuration had already written everything, so that nothing was done.
         found: Images in the source; always accepted + rejected.
         accepted: Rows of the tables.
         rejected: Rows of OUT/_rejected.
@@ -37,7 +37,7 @@ class PrepareReport:
         outside: Dropped boxes that have an area, but outside their image.
         duplicate_boxes: Boxes that repeat another of their class in their image; kept by default.
         duplicate_images: Images with the content of an earlier one; kept by default.
-        size_mismatches: Accepted images whose size differs from that in the annotations, without `rotated`.
+        size_mismatches: Accepted images whose size differs from that in the annotations, excluding `rotated`.
         rotated: Accepted images whose boxes were rotated, because they were drawn before the EXIF rotation.
         boxes_by_class: Boxes by class name.
         reasons: Rejected images by reason.

@@ -24,7 +24,7 @@ from raydet.tables.table import MANIFEST_NAME, is_table
 
 
 class RayLosses(Losses):
-    """See `Losses`."""
+    """Losses on a Ray cluster, including the lost nodes, processes and objects that Ray reports."""
 
     no_memory = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
     _kinds = (

@@ -15,7 +15,7 @@ from raydet.tables.json_stream import Elements, JsonError, members
 from raydet.tables.schema import MAX_IMAGE_ID, Category
 
 MAX_INTEGER = 2**63
-"""Integers from here on do not fit into an int64 column."""
+"""Integers of this size or more do not fit into an int64 column."""
 
 Entry = dict[str, Any]
 BoxXywh = tuple[float, float, float, float]
@@ -31,7 +31,8 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
         its position for error messages. Consume an iterator before requesting the next list. Masks are removed.
 
     Raises:
-        UserError: The file is missing, is not JSON, or is not a COCO instances file; also while entries are consumed.
+        UserError: The file is missing, is not JSON, or is not a COCO instances file; also raised while entries are
+            consumed.
     """
     where = storage.absolute_uri(uri)
     found: set[str] = set()
@@ -92,7 +93,7 @@ def placed(entries: Iterable[Any], where: str) -> Iterator[tuple[Entry, str]]:
 
 
 def integer(value: object) -> int | None:
-    """Return an integer, also from a digit string or an integral float; None for anything else."""
+    """Convert an integer, a digit string or an integral float to an integer; return None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

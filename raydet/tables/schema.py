@@ -305,7 +305,7 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...]
         where: URI of the table for messages.
 
     Raises:
-        UserError: The table was not written by raydet, or has another kind or schema version.
+        UserError: The table was not written by raydet, or has a different kind or schema version.
     """
     raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
@@ -319,7 +319,7 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...]
     kinds = (kind,) if isinstance(kind, str) else kind
     if content["kind"] not in kinds:
         expected = " or ".join(kinds)
-        raise UserError(f"{where} is a table of {content['kind']}, expected a table of {expected}")
+        raise UserError(f"{where} is a table of {content['kind']}; expected a table of {expected}")
     missing = [name for name, _ in _FIELDS[content["kind"]] if name not in schema.names]
     if missing:
         raise UserError(f"{where} lacks the columns {', '.join(missing)}")

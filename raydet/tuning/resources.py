@@ -1,6 +1,6 @@
 """Resources of concurrent trials: their number and the share of each, such that all fit with their decoding tasks.
 
-Ray Tune counts only the small process that drives a trial; the training's workers request their own resources. If more
+Ray Tune counts only the small process that drives a trial; the trial's workers request their own resources. If more
 workers ran than fit, or no CPU were left for decoding, trials would wait for each other forever.
 """
 
@@ -20,7 +20,7 @@ _OVERHEAD_CPUS = 0.05
 
 @dataclass(frozen=True)
 class Machines:
-    """Resources of the cluster, with nodes that it may still start: CPUs, GPUs, nodes, CPUs of the largest node."""
+    """Resources of the cluster, including nodes that it may still start."""
 
     num_cpus: float
     num_gpus: float
@@ -37,7 +37,7 @@ class Share:
         max_concurrent: Number of concurrent trials.
         use_gpu: True if each worker gets one GPU.
         cpus_per_worker: CPUs reserved for each worker of a trial.
-        threads_per_worker: torch threads of a worker; None for the training's default.
+        threads_per_worker: torch threads of a worker; None for the default of `train`.
     """
 
     max_concurrent: int
@@ -90,7 +90,7 @@ def divide(
 
     Args:
         machines: Resources of the cluster.
-        one: Share of a single training that uses the complete cluster.
+        one: Share of a single training run that uses the complete cluster.
         base: Training config that sets the workers of all trials.
         max_concurrent: Requested number of concurrent trials; None for a default.
         num_trials: Number of remaining trials.

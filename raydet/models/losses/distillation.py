@@ -18,7 +18,7 @@ from raydet.models.families import family_of
 from raydet.models.losses.terms import Labels
 
 _DISTILLATION_TEMPERATURE = 5.0
-"""Of D-FINE and DEIMv2; transformers has it as a default argument rather than in the config."""
+"""Temperature of D-FINE and DEIMv2; transformers has it as a default argument rather than in the config."""
 
 Matching = list[tuple[Tensor, Tensor]]
 """Per image: the matched queries and the boxes that they are matched to."""
@@ -97,7 +97,7 @@ def distillation_terms(
     Args:
         detector: Detector of a family that distils.
         outputs: Outputs of the forward pass, in training mode.
-        labels: Per image.
+        labels: Labels of each image.
         matchings: Result of `matchings_of_layers`, one per auxiliary output.
         num_matched: Matched queries in the global batch.
         num_queries: All queries in the global batch.

@@ -17,7 +17,7 @@ def zero_over_left_out_parameters(detector: Detector, loss: Tensor) -> Tensor:
     optimizer treats a gradient of zero differently from none.
 
     Args:
-        detector: The detector in training. The first call notes the parameters on it.
+        detector: The detector in training. The first call stores the parameters in it.
         loss: Loss of a micro-batch, with its graph.
     """
     if detector.left_out is None:

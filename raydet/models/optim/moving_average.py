@@ -17,7 +17,7 @@ class MovingAverage:
         """Start from the current weights.
 
         Args:
-            model: Already on its device: `update` reads the tensors that it has now.
+            model: The model, already on its device, because `update` reads the tensors that it has now.
             decay: Between 0 and 1.
             rise_steps: Time constant of the decay's rise.
         """
@@ -30,7 +30,7 @@ class MovingAverage:
         self._copied = [self.shadow[name] for name in copied], [state[name] for name in copied]
 
     def update(self, *, where: Tensor | None = None) -> None:
-        """Add the weights after an optimizer step.
+        """Update the average with the weights after an optimizer step.
 
         Args:
             where: Boolean scalar on the device of the model. If it is False, the average keeps its value; the step

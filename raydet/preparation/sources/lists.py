@@ -76,8 +76,8 @@ class ImageList:
 
         Raises:
             ReadError: This file cannot be read.
-            OSError: The remote storage failed, for reasons that do not concern this file. For web servers this is a
-                ReadError.
+            OSError: The remote storage failed, for reasons that do not concern this file. A failing web server raises a
+                ReadError instead.
         """
         uri = self.uri_of(path)
         if storage.is_web(uri):
@@ -102,10 +102,10 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
 
     Args:
         images: The list.
-        for_reference: The table will refer to the images, which must therefore be files.
+        for_reference: True if the table will refer to the images, which must therefore be files.
 
     Returns:
-        One record per line, its id the index of the image; the column `source_id` holds the line, without the
+        One record per line, whose id is the index of the image; the column `source_id` holds the line, without the
         signature of a signed URL. The files themselves are not opened.
 
     Raises:
@@ -119,7 +119,7 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
     columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
     paths = _lines(data, images.uri) if columns is None else columns["source_id"].to_pylist()
     if not paths:
-        raise UserError(f"{images.uri} is an empty list: it names no image; write one path or URL per line")
+        raise UserError(f"{images.uri} is an empty list: it names no images; write one path or URL per line")
     _check(paths, images, for_reference)
     fields = [pa.field("source_id", pa.string())] if columns is None else list(columns.schema)
 

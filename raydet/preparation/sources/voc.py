@@ -110,7 +110,7 @@ def read_voc(
         unlabelled: Reject images without an XML file, or keep them without objects.
 
     Returns:
-        One record per image, sorted by path, its id the rank; category ids start at 1. Broken XML files, XML files
+        One record per image, sorted by path, whose id is the rank; category ids start at 1. Broken XML files, XML files
         without an image, and lines of the split without an image are refused. The column `source_id` holds the path
         without extension.
 
@@ -278,7 +278,9 @@ def _read_split(
         known = [name for name in candidates if name in image_paths or name in xml_paths]
         stems.append(known[0] if known else candidates[1])
     if not stems:
-        raise UserError(f"the split file {uri} names no image; it must contain one name per line, as in ImageSets/Main")
+        raise UserError(
+            f"the split file {uri} names no images; it must contain one name per line, as in ImageSets/Main"
+        )
     for stem, count in Counter(stems).items():
         findings.note(Finding("repeated lines in the split file, skipped", readable(stem), count=count - 1))
     return set(stems)

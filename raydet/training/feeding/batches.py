@@ -26,7 +26,7 @@ class ReadyBatch:
         micro_batch: Position in the plan; its `rows` are empty.
         resize_rule: Resize rule of all images in the batch.
         batch: Images that could be read, with their targets; possibly none.
-        unreadable: Reason why an image could not be read, by image id.
+        unreadable: Reasons why images could not be read, by image id.
         truths: In validation, the annotations of every image from the table, by image id in the order of the rows;
             empty in training.
     """

@@ -69,7 +69,7 @@ def encoded_chunk(micro_batches: Sequence[MicroBatch], images: pa.StructArray) -
 
 
 class PixelBuffer:
-    """Memory for the pixels of one chunk, used again for the next: fresh pages cost more than the pixels' copy."""
+    """Memory for the pixels of one chunk, reused for the next: fresh pages cost more than the copy itself."""
 
     def __init__(self) -> None:
         self._memory, self._size = np.empty(0, np.uint8), 0
@@ -79,7 +79,7 @@ class PixelBuffer:
         self._size = 0
 
     def append(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-        """Return an array of the next bytes, with any content; valid until the next call."""
+        """Return the next bytes as an uninitialised array of this shape; valid until the next call."""
         start, self._size = self._size, self._size + math.prod(shape)
         if self._size > len(self._memory):
             grown = np.empty(max(self._size, 2 * len(self._memory)), np.uint8)
@@ -240,7 +240,7 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
 
 
 def _bytes_of(values: pa.BinaryArray | pa.LargeBinaryArray) -> tuple[memoryview, list[int]]:
-    """Return the bytes of all values without a copy, and the position at which each starts, and the last one ends.
+    """Return the bytes of all values without a copy, and the offsets at which each starts and the last one ends.
 
     Arrow's own access to a value copies it.
     """

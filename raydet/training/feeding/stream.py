@@ -1,7 +1,7 @@
 """The Ray Data stream of a training run: table → chunks of encoded images → chunks of decoded micro-batches, as Arrow.
 
 A single Ray Data execution covers all steps and validations of a run, so that no epoch waits for a pipeline to start.
-Each node with training workers has one, for these workers: their pixels do not cross the network.
+Each node with training workers has one, for its own workers, so their pixels do not cross the network.
 Each block has one row, which is a chunk: consecutive micro-batches of one worker. Readers fetch row groups and cut them
 into chunks; decoders, which live as long as the run, turn each chunk into pixels in one call. Ray Data distributes the
 blocks to the workers in turn and in order, and each worker checks them against the plan. Pixels stay uint8.
@@ -33,9 +33,9 @@ from raydet.training.feeding.ordering import RunPlan, Segment
 
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 1024
-"""Images of a chunk. Ray spends about 20 ms of CPU on each chunk, which small images would not be worth."""
+"""Images of a chunk. Ray spends about 20 ms of CPU time on each chunk, so chunks of small images must hold many."""
 _MOST_CHUNK_BYTES = 64 * 2**20
-"""Decoded pixels of a chunk, less if the object store is small. Ray Data looks at its tasks about eight times a second:
+"""Decoded pixels of a chunk, fewer if the object store is small. Ray Data polls its tasks five to ten times a second:
 small chunks would mostly wait."""
 _MOST_ENCODED_BYTES = 256 * 2**20
 _CHUNKS_PER_DECODER = 6
@@ -69,7 +69,7 @@ def run_stream(
         ranks: The workers to serve.
         start_epoch: First epoch, from 0.
         start_step: First step within that epoch, from 0.
-        decoders: Node of each decoder, by Ray's id; another node takes over if it is lost.
+        decoders: Ray's node id for each decoder; another node takes over if it is lost.
 
     Returns:
         One iterator for each of the ranks, to be read with `read_stream`; with a single worker, in this process only.
@@ -143,7 +143,7 @@ class StreamSource:
 
     @property
     def chunk_bytes(self) -> int:
-        """About the most bytes of a decoded chunk."""
+        """Approximate upper bound of the size of a decoded chunk, in bytes."""
         return max(self._image_bytes, min(_MOST_IMAGES * self._image_bytes, self.most_chunk_bytes)) + 2**20
 
     def images_per_chunk(self, segment: Segment) -> int:
@@ -163,7 +163,7 @@ class StreamSource:
 
 
 def _parts(plan: RunPlan, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Yield the segments in groups that are worth a task each."""
+    """Yield the segments in groups, each large enough to be worth a task."""
     part: list[Segment] = []
     num_images = 0
     for segment in segments:

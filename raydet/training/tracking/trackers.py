@@ -36,12 +36,10 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     unknown = [name for name in names if name not in _PACKAGES]
     if unknown:
-        raise UserError(f"--trackers: {', '.join(unknown)} is unknown; use {' or '.join(_PACKAGES)}")
+        raise UserError(f"--trackers does not support {', '.join(unknown)}; use {' or '.join(_PACKAGES)}")
     missing = [name for name in dict.fromkeys(names) if not _is_installed(_PACKAGES[name])]
     if missing:
-        raise UserError(
-            f"--trackers requires the package {' and '.join(missing)}; run: pip install 'raydet[{','.join(missing)}]'"
-        )
+        raise UserError(f"--trackers requires {' and '.join(missing)}; run: pip install 'raydet[{','.join(missing)}]'")
 
 
 def _is_installed(package: str) -> bool:
