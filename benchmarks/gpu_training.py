@@ -17,9 +17,8 @@ from transformers import AutoModelForObjectDetection
 
 from raydet.config import TrainConfig
 from raydet.models.collate import Example, collate
-from raydet.models.detector import Detector
+from raydet.models.detector import AUTOCAST_DTYPES, Detector
 from raydet.models.loading import load_detector
-from raydet.models.step import AUTOCAST_DTYPES
 from raydet.tables.schema import Category
 from raydet.training.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""Resource shares of a cluster: CPUs and GPUs for each worker of a job, and the CPUs left for decoding."""
+"""Resource shares of a cluster: CPUs and GPUs for each worker of a job, and its decode processes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,20 +20,18 @@ _DECODER_BYTES = 700 * 2**20
 
 @dataclass(frozen=True)
 class Resources:
-    """The share of each worker and each decoding task of a job.
+    """The share of each worker of a job.
 
     Attributes:
         num_gpus: GPUs of the cluster, including those of nodes that it may still start.
         use_gpu: True if each worker gets one GPU.
         cpus_per_worker: CPUs reserved for each worker.
-        cpus_per_task: CPUs that a decoding task requests.
         notice: A line for the terminal if GPUs stay idle or workers must wait; empty otherwise.
     """
 
     num_gpus: float
     use_gpu: bool
     cpus_per_worker: float
-    cpus_per_task: float
     notice: str = ""
 
     def describe(self, min_workers: int, max_workers: int) -> str:
@@ -77,7 +75,7 @@ def may_grow() -> bool:
 
 
 def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
-    """Divide the connected cluster between the job's workers and its decoding tasks.
+    """Divide the connected cluster among the job's workers.
 
     Args:
         min_workers: Minimum number of workers of the job.
@@ -109,12 +107,11 @@ def shares_of(
     use_gpu: bool | None,
     cpus_per_worker: float | None,
 ) -> Resources:
-    """Divide the given nodes between workers and decoding tasks.
+    """Divide the given nodes among workers; the CPUs that no worker holds decode.
 
     Nodes that the autoscaler may still start count like live ones: a cluster often starts with none. A worker with a
-    GPU holds one or two CPUs, which its model and its input need; the others decode. Workers without a GPU hold half
-    of the CPUs, fractions on two CPUs. If no kind of node is known, a worker and a decoding task get one CPU each,
-    which fits any future node.
+    GPU holds one or two CPUs, which its model and its input need. Workers without a GPU hold half of the CPUs,
+    fractions on two CPUs. If no kind of node is known, a worker gets one CPU, which fits any future node.
 
     Args:
         nodes: Resources of each live node, by Ray's names.
@@ -137,7 +134,6 @@ def shares_of(
             num_gpus=num_gpus,
             use_gpu=bool(use_gpu),
             cpus_per_worker=cpus_per_worker or 1.0,
-            cpus_per_task=1.0,
             notice=_notice_without_nodes(use_gpu, cpus_per_worker),
         )
     if len(nodes) == 1 and not may_grow:
@@ -146,14 +142,7 @@ def shares_of(
     use_gpu = num_gpus >= min_workers if use_gpu is None else use_gpu
     if cpus_per_worker is None:
         cpus_per_worker = _cpus_of_worker(all_nodes, max_workers, use_gpu=use_gpu)
-    left = total_cpus - cpus_per_worker * max_workers
-    return Resources(
-        num_gpus=num_gpus,
-        use_gpu=use_gpu,
-        cpus_per_worker=cpus_per_worker,
-        cpus_per_task=1.0 if left >= 4 else 0.5,
-        notice=notice,
-    )
+    return Resources(num_gpus=num_gpus, use_gpu=use_gpu, cpus_per_worker=cpus_per_worker, notice=notice)
 
 
 def _cpus_of_worker(nodes: Sequence[Mapping[str, float]], max_workers: int, *, use_gpu: bool) -> float:
@@ -250,19 +239,15 @@ def decoders_near(node_id: str, node_of_worker: Sequence[str], *, cpus_per_worke
 
 
 def workers_that_fit(resources: Resources) -> int:
-    """Return the number of workers that fit on the live nodes while one decoding task still finds its CPUs.
+    """Return the number of workers that fit on the live nodes.
 
     Resources in use count as available: Ray does not report who holds them, and the holders include this job's own
     workers. If other jobs hold them, the workers wait, as they always do for CPUs.
     """
-    nodes = resources_of_nodes()
-    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     fitting = 0
-    for node in nodes:
+    for node in resources_of_nodes():
         by_cpus = int(node.get("CPU", 0.0) / resources.cpus_per_worker + 1e-9)
         fitting += min(by_cpus, int(node.get("GPU", 0.0))) if resources.use_gpu else by_cpus
-    while fitting and total_cpus - fitting * resources.cpus_per_worker < resources.cpus_per_task - 1e-9:
-        fitting -= 1
     return fitting
 
 

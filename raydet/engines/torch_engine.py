@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from raydet.config import Precision, PredictConfig
 from raydet.engines.detector_engine import DetectorEngine
 from raydet.engines.engine import no_fp16_on_cpu
-from raydet.models.detector import Detector
+from raydet.models.detector import AUTOCAST_DTYPES, Detector
 from raydet.models.loading import load_detector
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BOX_LAYERS = ("bbox_embed", "bbox_predictor")
 
 
@@ -37,11 +36,11 @@ class TorchEngine(DetectorEngine):
             num_threads: torch CPU threads of the process; None leaves the number unchanged.
         """
         super().__init__(detector, device=detector.device, pad_batches=pad_batches, num_threads=num_threads)
-        self._dtype = _DTYPES[precision]
+        self._dtype = AUTOCAST_DTYPES[precision]
         self._memory_format = torch.contiguous_format
         self._model: Any = detector.model
         # Built once, because torch.compile would recompile the model for new functions.
-        self._box_layers = [] if self._dtype == torch.float32 else _box_layers(detector.model, self._device.type)
+        self._box_layers = [] if self._dtype is None else _box_layers(detector.model, self._device.type)
 
     @classmethod
     def load(cls, config: PredictConfig, *, device: str, num_threads: int) -> "TorchEngine":
@@ -72,11 +71,10 @@ class TorchEngine(DetectorEngine):
 
     def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         pixels = inputs["pixel_values"].contiguous(memory_format=self._memory_format)
-        is_lower = self._dtype != torch.float32
         with (
             _evaluating(self._detector.model),
             _in_full_precision(self._box_layers),
-            torch.autocast(self._device.type, self._dtype, enabled=is_lower),
+            torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None),
         ):
             outputs = self._model(**{**inputs, "pixel_values": pixels})
         return outputs.logits, outputs.pred_boxes

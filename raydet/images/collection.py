@@ -25,7 +25,7 @@ from raydet.images.files import ReadError
 from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
 from raydet.images.references import FileReader, Reference
 from raydet.tables import storage
-from raydet.tables.columns import numbers_of
+from raydet.tables.columns import bytes_of, numbers_of
 from raydet.tables.table import Table, is_table, open_table
 
 INDEX_GROUP_ROWS = 2**16
@@ -278,25 +278,28 @@ def _overlapping(file: pq.ParquetFile, start: int, stop: int, columns: Sequence[
 
 
 def _table_rows(rows: pa.RecordBatch, reader: FileReader) -> Iterator[ImageRow]:
-    found = (_table_row(rows, number) for number in range(rows.num_rows))
-    if pc.struct_field(rows["image"], "bytes").null_count == 0:
+    contents, paths = (pc.struct_field(rows["image"], name) for name in ("bytes", "path"))
+    found = _with_bytes(rows, contents, paths)
+    if contents.null_count == 0:
         yield from (row for row, _ in found)
     else:
         yield from in_order(lambda item: _filled(item, reader), found)
 
 
-def _table_row(rows: pa.RecordBatch, number: int) -> tuple[ImageRow, Reference]:
-    image = rows["image"][number].as_py() or {"bytes": None, "path": None}
-    size_hw = rows["height"][number].as_py(), rows["width"][number].as_py()
-    path = image["path"]
-    row = ImageRow(
-        image_id=rows["image_id"][number].as_py(),
-        path=path or "",
-        data=image["bytes"],
-        error=None if path or image["bytes"] is not None else "the table has neither bytes nor a path for this image",
-        size_hw=size_hw if all(size_hw) else None,
-    )
-    return row, Reference(path)
+def _with_bytes(rows: pa.RecordBatch, contents: pa.Array, paths: pa.Array) -> Iterator[tuple[ImageRow, Reference]]:
+    ids, heights, widths = (numbers_of(rows[name]).tolist() for name in ("image_id", "height", "width"))
+    is_valid = numbers_of(contents.is_valid())
+    data, starts = bytes_of(contents)
+    for number, path in enumerate(paths.to_pylist()):
+        height, width = heights[number], widths[number]
+        row = ImageRow(
+            image_id=ids[number],
+            path=path or "",
+            data=bytes(data[starts[number] : starts[number + 1]]) if is_valid[number] else None,
+            error=None if path or is_valid[number] else "the table has neither bytes nor a path for this image",
+            size_hw=(height, width) if height and width else None,
+        )
+        yield row, Reference(path)
 
 
 def _filled(item: tuple[ImageRow, Reference], reader: FileReader) -> ImageRow:

@@ -22,7 +22,6 @@ from raydet.measuring.detections import (
     errors_by_id,
     model_of,
     read_detection_rows,
-    read_detections,
 )
 from raydet.measuring.joining import Join, join_images, list_images
 from raydet.measuring.numbers.accumulator import MatchesByClass
@@ -31,7 +30,13 @@ from raydet.measuring.numbers.matching import match
 from raydet.measuring.numbers.metrics import CocoResult
 from raydet.measuring.truth import Truth
 from raydet.tables import storage
-from raydet.tables.columns import Integers, take_detections, take_truth
+from raydet.tables.columns import (
+    DetectionColumns,
+    Integers,
+    concatenate_detections,
+    take_detections,
+    take_truth,
+)
 from raydet.tables.table import MANIFEST_NAME, RowGroup, Table, open_table, refusing_damage
 
 _BYTES_PER_SHARD = 20 * 2**20
@@ -48,12 +53,13 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Part:
-    """Result of one task: truth rows of its images, unreadable images, number of detections and matches."""
+    """Result of one task: truth rows of its images, unreadable images, number of detections, matches and detections."""
 
     truth_rows: Integers
     errors: dict[int, str]
     num_detections: int
     matches: Matches
+    detections: DetectionColumns | None
 
 
 @dataclass
@@ -129,13 +135,13 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
         RunError: The cluster cannot be reached.
     """
     shards = _open(config, truth)
-    matches = concatenate([part.matches for part in shards.take(_match(config, shards, protocol))])
+    parts = list(shards.take(_match(config, shards, protocol)))
+    scored = shards.scored()
     if config.out is not None:
-        return (
-            read_detections(config.detections, truth, join=config.join, allow_partial=config.allow_partial),
-            matches,
-        )
-    return shards.scored(), matches
+        order = np.argsort(np.concatenate([part.truth_rows for part in parts]))
+        detections = concatenate_detections([part.detections for part in parts if part.detections is not None])
+        scored = replace(scored, columns=take_detections(detections, order))
+    return scored, concatenate([part.matches for part in parts])
 
 
 def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
@@ -148,7 +154,7 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
     work = list(_with_truth_rows(shards, _row_groups(shards.table, config.num_shards)))
     truth = replace(shards.truth, images=replace(shards.truth.images, paths=None))
-    match_shard = partial(_match_shard, shards.table, truth, protocol)
+    match_shard = partial(_match_shard, shards.table, truth, protocol, with_detections=config.out is not None)
     if config.ray_address is not None:
         return _match_on_ray(config.ray_address, shards, match_shard, work)
     num_threads = available_cpus()
@@ -187,7 +193,7 @@ def _match_on_ray(
         yield from run_tasks(match_shard, work, in_order=False)
 
 
-def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard) -> _Part:
+def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard, *, with_detections: bool) -> _Part:
     """Read and match some row groups, dropping images that the truth does not have."""
     rows = read_detection_rows(table, truth, _batches(table, shard.groups))
     own = np.flatnonzero(shard.truth_row >= 0)
@@ -196,7 +202,7 @@ def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard) 
     detections = take_detections(rows.columns, own)
     matches = match(take_truth(truth.columns, truth_rows), detections, len(truth.categories), protocol)
     errors = errors_by_id(rows.errors, shard.truth_row, truth)
-    return _Part(truth_rows, errors, len(detections.scores), matches)
+    return _Part(truth_rows, errors, len(detections.scores), matches, detections if with_detections else None)
 
 
 def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatch]:

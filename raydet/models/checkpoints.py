@@ -135,13 +135,16 @@ def _hub_config(name: str) -> dict[str, Any]:
 
 def _hub_config_path(name: str) -> str:
     """Return the path in the cache of the `config.json` of a model on the Hub, after downloading it if necessary."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        # No detector on the Hub has a name without an owner: a mistyped folder is refused without asking the Hub.
+        if "/" not in name and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise HFValidationError
         return hf_hub_download(name, "config.json")
     except HFValidationError:
-        raise UserError(f"no such checkpoint: {name} is neither a folder nor a name on the Hub") from None
+        raise UserError(f"no such checkpoint: {name} is neither a folder nor a Hub name (owner/name)") from None
     except LocalEntryNotFoundError:
         raise UserError(f"no such checkpoint: there is no folder {name}, and the Hub cannot be reached") from None
     except (HfHubHTTPError, OSError) as error:

@@ -24,6 +24,9 @@ from raydet.models.families import Family, family_of
 from raydet.models.processors import resize_rule_of
 from raydet.tables.schema import Category
 
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""dtype of autocast by precision; None for no autocast."""
+
 
 @dataclass(frozen=True)
 class Detections:

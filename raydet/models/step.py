@@ -6,7 +6,7 @@ loss.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,6 @@ from raydet.models.detector import Detector
 from raydet.models.geometry import SizeHW
 from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
 from raydet.models.optim.moving_average import MovingAverage
-
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""dtype of autocast by precision; None for no autocast."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,8 @@ def compute_gradients(
     for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
         is_last = number == len(batches) - 1
         with _synchronise(module, when=is_last):
-            with autocast(setting):
+            dtype = setting.autocast_dtype
+            with torch.autocast(setting.device.type, dtype, enabled=dtype is not None):
                 loss = compute_loss(
                     detector,
                     batch.to(setting.device),
@@ -152,13 +150,3 @@ def _synchronise(module: nn.Module, *, when: bool) -> contextlib.AbstractContext
     if isinstance(module, DistributedDataParallel) and not when:
         return module.no_sync()
     return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def autocast(setting: StepSetting) -> Iterator[None]:
-    """Context manager: enable the autocast of a setting, if any, while the block runs."""
-    if setting.autocast_dtype is None:
-        yield
-    else:
-        with torch.autocast(setting.device.type, dtype=setting.autocast_dtype):
-            yield

@@ -81,6 +81,16 @@ def take_detections(columns: DetectionColumns, rows: Integers) -> DetectionColum
     )
 
 
+def concatenate_detections(parts: Sequence[DetectionColumns]) -> DetectionColumns:
+    """Return the detections of the images of all parts, at least one, in the order of the parts."""
+    return DetectionColumns(
+        starts=starts_of(np.concatenate([np.diff(part.starts) for part in parts])),
+        boxes_xywh=np.concatenate([part.boxes_xywh for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        category=np.concatenate([part.category for part in parts]),
+    )
+
+
 def _rows_of_images(starts: Integers, images: Integers) -> tuple[Integers, Integers | slice]:
     """Return new starts and the box rows of some images (-1: an image without boxes)."""
     if len(images) and images[0] >= 0 and (np.diff(images) == 1).all():
@@ -158,6 +168,17 @@ def texts_of(texts: Sequence[str]) -> pa.LargeStringArray:
     encoded = [text.encode() for text in texts]
     ends = starts_of(np.fromiter(map(len, encoded), np.int64, len(encoded)))
     return pa.LargeStringArray.from_buffers(len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
+
+
+def bytes_of(values: pa.BinaryArray | pa.LargeBinaryArray) -> tuple[memoryview, list[int]]:
+    """Return the bytes of all values without a copy, and the position at which each starts, and the last one ends.
+
+    Arrow's own access to a value copies it.
+    """
+    _, offsets, data = values.buffers()
+    dtype = np.int64 if pa.types.is_large_binary(values.type) else np.int32
+    starts = np.frombuffer(offsets, dtype)[values.offset : values.offset + len(values) + 1]
+    return memoryview(data or b""), starts.tolist()
 
 
 def numbers_of(array: pa.Array) -> npt.NDArray[Any]:

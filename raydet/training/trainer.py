@@ -17,17 +17,12 @@ from raydet.config import TrainConfig
 from raydet.engines.torch_engine import TorchEngine
 from raydet.models.backbone import backbone_parameter_names, freeze_backbone
 from raydet.models.batch_norm import synchronise_batch_norms
+from raydet.models.detector import AUTOCAST_DTYPES
 from raydet.models.loading import build_detector
 from raydet.models.optim.moving_average import MovingAverage
 from raydet.models.optim.optimizer import build_optimizer
 from raydet.models.optim.schedules import after_validation, build_schedule
-from raydet.models.step import (
-    AUTOCAST_DTYPES,
-    StepSetting,
-    apply_gradients,
-    compute_gradients,
-    step_normaliser,
-)
+from raydet.models.step import StepSetting, apply_gradients, compute_gradients, step_normaliser
 from raydet.tables.schema import Category
 from raydet.training.history import EpochRecord
 from raydet.training.in_flight import DeviceCopy, PendingSum, StepInputs, StepOutcome

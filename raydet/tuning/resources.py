@@ -1,7 +1,7 @@
-"""Resources of concurrent trials: their number and the share of each, such that all fit with their decoding tasks.
+"""Resources of concurrent trials: their number and the share of each, such that all of them fit.
 
 Ray Tune counts only the small process that drives a trial; the trial's workers request their own resources. If more
-workers ran than fit, or no CPU were left for decoding, trials would wait for each other forever.
+workers started than fit, trials would wait for each other forever.
 """
 
 import dataclasses
@@ -14,8 +14,6 @@ from raydet.config import TrainConfig
 
 DRIVER_CPUS = 0.01
 """CPUs of the process that drives a trial."""
-_OVERHEAD_CPUS = 0.05
-"""CPUs of a trial for its driver and the readers of its stream."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,8 @@ def divide(
         UserError: The requested number of trials does not fit.
     """
     workers = base.max_workers
-    room = machines.num_cpus - one.cpus_per_task
     fewest_cpus = base.cpus_per_worker or 0.1
-    most = int(room / (workers * fewest_cpus + _OVERHEAD_CPUS) + 1e-9)
+    most = int(machines.num_cpus / (workers * fewest_cpus + DRIVER_CPUS) + 1e-9)
     by_default = most if base.cpus_per_worker else int(machines.num_cpus / 2 / workers)
     if one.use_gpu and not machines.may_grow:
         most = min(most, int(machines.num_gpus / workers))
@@ -118,7 +115,7 @@ def divide(
     if cpus is None and not machines.num_cpus:  # a cluster that grows from zero
         cpus = one.cpus_per_worker
     if cpus is None:
-        cpus = min(one.cpus_per_worker, (machines.num_cpus - number * _OVERHEAD_CPUS) / 2 / (number * workers))
+        cpus = min(one.cpus_per_worker, (machines.num_cpus - number * DRIVER_CPUS) / 2 / (number * workers))
         cpus = max(0.1, float(int(cpus)) if cpus > 1 else math.floor(cpus * 100) / 100)
     threads = None
     if number > 1:

@@ -10,7 +10,7 @@ from raydet.cluster.job_record import JobRecord
 from raydet.cluster.shares import Resources
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-RESOURCES = Resources(num_gpus=0, use_gpu=False, cpus_per_worker=0.5, cpus_per_task=0.5)
+RESOURCES = Resources(num_gpus=0, use_gpu=False, cpus_per_worker=0.5)
 
 
 def test_a_submitted_job_is_named_and_nothing_else_of_it(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:

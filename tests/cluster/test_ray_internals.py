@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import raydet
+from raydet.cluster.ray_internals import away_from_empty_nodes
 
 PACKAGE = Path(raydet.__file__).parent
 ALLOWED = PACKAGE / "cluster" / "ray_internals.py"
@@ -107,3 +109,14 @@ def test_every_class_that_is_loaded_late_is_there() -> None:
         assert getattr(ray_internals, name).__name__ == name
     with pytest.raises(AttributeError):
         _ = ray_internals.Nothing
+
+
+def test_tasks_without_cpus_name_the_nodes_to_avoid(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"NodeID": name, "Alive": True, "Resources": resources}
+        for name, resources in (("head", {"memory": 1.0}), ("idle", {"CPU": 0.0}), ("work", {"CPU": 4.0}))
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert away_from_empty_nodes() == {"label_selector": {"ray.io/node-id": "!in(head,idle)"}}
+    del nodes[:2]
+    assert away_from_empty_nodes() == {}

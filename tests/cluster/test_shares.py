@@ -31,8 +31,8 @@ def shares(
 
 
 def test_half_of_the_cpus_go_to_the_workers() -> None:
-    assert shares((2, 0)) == Resources(0.0, use_gpu=False, cpus_per_worker=1.0, cpus_per_task=0.5)
-    assert shares((16, 0), num_workers=2) == Resources(0.0, use_gpu=False, cpus_per_worker=4.0, cpus_per_task=1.0)
+    assert shares((2, 0)) == Resources(0.0, use_gpu=False, cpus_per_worker=1.0)
+    assert shares((16, 0), num_workers=2) == Resources(0.0, use_gpu=False, cpus_per_worker=4.0)
     # A worker fits on the largest node.
     assert shares((4, 0), (4, 0)).cpus_per_worker == 2.0
 
@@ -57,7 +57,7 @@ AWS: list[Type] = [(0, 0, 0), (16, 0, 16), (8, 1, 4)]
 
 def test_a_cluster_without_nodes_is_divided_by_its_node_types() -> None:
     empty = shares((0, 0), types=AWS, num_workers=4)
-    assert (empty.use_gpu, empty.num_gpus, empty.cpus_per_worker, empty.cpus_per_task) == (True, 4.0, 2.0, 1.0)
+    assert (empty.use_gpu, empty.num_gpus, empty.cpus_per_worker) == (True, 4.0, 2.0)
     assert "0 GPUs" in empty.notice and "wait" in empty.notice
     on_cpus = shares((0, 0), types=AWS, num_workers=4, use_gpu=False)
     assert (on_cpus.use_gpu, on_cpus.cpus_per_worker, on_cpus.notice) == (False, 8.0, "")
@@ -133,7 +133,7 @@ def test_workers_leave_cpus_for_decoding() -> None:
 @pytest.mark.parametrize("nodes", [(), ((0, 0),)], ids=["no node", "a head without CPUs"])
 def test_a_cluster_that_grows_from_zero(nodes: tuple[tuple[float, float], ...]) -> None:
     guessed = shares(*nodes, may_grow=True, num_workers=4)
-    assert (guessed.use_gpu, guessed.cpus_per_worker, guessed.cpus_per_task) == (False, 1.0, 1.0)
+    assert (guessed.use_gpu, guessed.cpus_per_worker) == (False, 1.0)
     assert "no node" in guessed.notice and "--use-gpu and --cpus-per-worker" in guessed.notice
     given = shares(*nodes, may_grow=True, num_workers=4, use_gpu=True, cpus_per_worker=6.0)
     assert (given.use_gpu, given.cpus_per_worker) == (True, 6.0)

@@ -69,3 +69,8 @@ def test_a_name_on_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
         assert fingerprint("owner/model") == commit
     with pytest.raises(UserError, match="owner/other"):
         fingerprint("owner/other")
+    # Names without an owner are old: the Hub is never asked for one.
+    with pytest.raises(UserError, match=r"model is neither a folder nor a Hub name \(owner/name\)"):
+        fingerprint("model")
+    repository.rename(tmp_path / "models--model")
+    assert fingerprint("model") == "b" * 40

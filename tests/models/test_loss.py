@@ -336,7 +336,7 @@ class TestNormaliser:
     def test_adds_and_survives_the_tensor(self) -> None:
         first, second = Normaliser(3.0, 4.5, 2.0, 20.0), Normaliser(1.0, 0.25, 1.0, 20.0)
         assert first + second == Normaliser(4.0, 4.75, 3.0, 40.0)
-        assert Normaliser.from_tensor(first.to_tensor() + second.to_tensor()) == first + second
+        assert Normaliser(*(first.to_tensor() + second.to_tensor()).tolist()) == first + second
         assert first.to_tensor().dtype == torch.float64
 
     def test_counts_boxes_and_class_weights(self) -> None:
@@ -457,7 +457,7 @@ def statistics_of(model: nn.Module) -> Gradient:
 def normaliser_of_ranks(detector: Detector, batches: Sequence[Batch]) -> Normaliser:
     counts = step_normaliser(detector, batches).to_tensor()
     torch.distributed.all_reduce(counts)
-    return Normaliser.from_tensor(counts)
+    return Normaliser(*counts.tolist())
 
 
 @pytest.fixture(scope="module")

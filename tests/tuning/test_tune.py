@@ -23,7 +23,7 @@ from raydet.tuning import records
 from raydet.tuning.execution import build_scheduler
 from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.records import Trial
-from raydet.tuning.resources import Machines, Share, divide
+from raydet.tuning.resources import DRIVER_CPUS, Machines, Share, divide
 from raydet.tuning.results import write_results
 from raydet.tuning.search import OptunaProposer, RandomProposer, importances
 from raydet.tuning.space import Dimension, parse_space, value_in, with_parameters
@@ -255,16 +255,16 @@ def test_importance_finds_what_mattered() -> None:
 
 
 def _one(cpus_per_worker: float, *, num_gpus: float = 0.0, use_gpu: bool = False) -> Resources:
-    return Resources(num_gpus=num_gpus, use_gpu=use_gpu, cpus_per_worker=cpus_per_worker, cpus_per_task=0.5)
+    return Resources(num_gpus=num_gpus, use_gpu=use_gpu, cpus_per_worker=cpus_per_worker)
 
 
 @pytest.mark.parametrize(
     ("cpus", "workers", "asked", "trials", "expected"),
     [
-        (2, 1, None, 9, Share(1, False, 0.97, None)),
-        (2, 1, 2, 9, Share(2, False, 0.47, 1)),
-        (2, 2, None, 9, Share(1, False, 0.48, None)),
-        (16, 1, None, 9, Share(8, False, 0.97, 2)),
+        (2, 1, None, 9, Share(1, False, 0.99, None)),
+        (2, 1, 2, 9, Share(2, False, 0.49, 1)),
+        (2, 2, None, 9, Share(1, False, 0.49, None)),
+        (16, 1, None, 9, Share(8, False, 0.99, 2)),
         (16, 1, None, 3, Share(3, False, 2.0, 5)),
         (16, 4, 2, 9, Share(2, False, 0.99, 2)),
     ],
@@ -276,8 +276,8 @@ def test_cpus_are_shared_out_so_that_all_fit(
     base = TrainConfig(train_data="a", val_data="b", out="c", num_workers=workers)
     share = divide(machines, _one(cpus / 2), base, asked, trials)
     assert share == expected
-    # All workers of all concurrent trials fit, together with a decoding task.
-    assert share.max_concurrent * (workers * share.cpus_per_worker + 0.05) + 0.5 <= cpus
+    # All workers of all concurrent trials fit, together with the processes that drive them.
+    assert share.max_concurrent * (workers * share.cpus_per_worker + DRIVER_CPUS) <= cpus
 
 
 def test_gpus_are_what_counts_where_there_are_some(tmp_path: Path) -> None:

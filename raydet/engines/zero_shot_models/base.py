@@ -18,15 +18,13 @@ from raydet.common.boxes import clip_xywh, has_area
 from raydet.config import PredictConfig
 from raydet.engines.engine import no_fp16_on_cpu
 from raydet.engines.zero_shot_models.loading import load_model
-from raydet.models.detector import Detections
+from raydet.models.detector import AUTOCAST_DTYPES, Detections
 from raydet.models.geometry import Image, ResizeRule, SizeHW
 from raydet.models.processors import resize_rule_of
 from raydet.tables.schema import Category
 
 MAX_DETECTIONS = 300
 """Detections kept per image, the best-scoring ones. OWLv2 proposes 3,600 boxes per image, nearly all of them noise."""
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class ZeroShotEngine(ABC):
             raise no_fp16_on_cpu(config.engine)
         torch.set_num_threads(num_threads)
         self._name = name
-        self._dtype = _DTYPES[config.precision]
+        self._dtype = AUTOCAST_DTYPES[config.precision]
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self._model: Any
         self._model, self._processor = load_model(name)
@@ -164,7 +162,7 @@ class ZeroShotEngine(ABC):
         for numbers, inputs in prepared.parts:
             on_device = {name: value.to(self._device, non_blocking=True) for name, value in inputs.items()}
             on_device["pixel_values"] = on_device["pixel_values"].contiguous(memory_format=self._memory_format)
-            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
                 answer = self._answer(on_device)
             arrays = (answer.scores.cpu().numpy(), answer.categories.cpu().numpy(), answer.boxes_cxcywh.cpu().numpy())
             for number, scores, categories, boxes_cxcywh in zip(numbers, *arrays, strict=True):

@@ -49,11 +49,6 @@ class Normaliser:
         """Return the divisors as float64 [4] on the CPU, to be summed over ranks."""
         return torch.tensor(astuple(self), dtype=torch.float64)
 
-    @classmethod
-    def from_tensor(cls, values: Tensor) -> "Normaliser":
-        """Read the result of `to_tensor`."""
-        return cls(*values.tolist())
-
     def __add__(self, other: "Normaliser") -> "Normaliser":
         return Normaliser(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 from raydet.augmentation.view import SeenImage, View
 from raydet.images.decode import DecodeError
 from raydet.models.geometry import ResizeRule, SizeHW, fill_padded
+from raydet.tables.columns import bytes_of
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.training.feeding.ordering import MicroBatch
 
@@ -222,7 +223,7 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
     contents = images.field("image").field("bytes")
     paths = images.field("image").field("path").to_pylist()
     is_null = contents.is_null().to_pylist()
-    data, starts = _bytes_of(contents)
+    data, starts = bytes_of(contents)
     objects = images.field("objects")
     lists = {name: objects.field(name) for name in ("id", "bbox", "category", "area", "iscrowd")}
     offsets = {name: values.offsets.to_pylist() for name, values in lists.items()}
@@ -237,14 +238,3 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
         for name, one in partners.items():
             row[name] = list(_rows_of(one[at].values)) if len(one[at].values) else []
         yield row
-
-
-def _bytes_of(values: pa.BinaryArray | pa.LargeBinaryArray) -> tuple[memoryview, list[int]]:
-    """Return the bytes of all values without a copy, and the offsets at which each starts and the last one ends.
-
-    Arrow's own access to a value copies it.
-    """
-    _, offsets, data = values.buffers()
-    dtype = np.int64 if pa.types.is_large_binary(values.type) else np.int32
-    starts = np.frombuffer(offsets, dtype)[values.offset : values.offset + len(values) + 1]
-    return memoryview(data or b""), starts.tolist()

@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from raydet.augmentation.view import View
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
-from raydet.cluster.ray_internals import actors_on, alive_nodes
+from raydet.cluster.ray_internals import actors_on, alive_nodes, away_from_empty_nodes
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.batches import ReadyBatch, ready_batches
 from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, PixelBuffer, decode_chunk, encoded_chunk
@@ -90,6 +90,7 @@ def run_stream(
             num_cpus=0,
             compute=TaskPoolStrategy(size=max(1, min(len(tasks), _READERS))),
             override_num_blocks=max(1, len(tasks)),
+            **away_from_empty_nodes(),
         )
     dataset = dataset.map_batches(
         _ChunkDecoder,
