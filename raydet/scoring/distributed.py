@@ -99,7 +99,6 @@ class Cluster:
 def connected(config: PredictConfig, console: Console) -> Iterator[Cluster]:
     """Context manager: connect to the cluster, or start one, and check it for a run."""
     log_folder = storage.join(config.out, LOG_FOLDER)
-    session.announce(console.line)
     with session.session(log_folder):
         resources = shares.share_out(
             min_workers=config.num_workers,
