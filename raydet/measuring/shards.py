@@ -121,8 +121,8 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
 def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, Matches]:
     """Match a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
 
-    The result is identical to matching locally. The detections themselves are sent to this process only if tables are
-    written, which describe individual boxes.
+    The result is identical to matching locally. This process reads the detections themselves only to write tables,
+    which describe individual boxes, or to verify the result.
 
     Raises:
         UserError: As in `detections.read_detections`.
@@ -130,7 +130,7 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
     """
     shards = _open(config, truth)
     matches = concatenate([part.matches for part in shards.take(_match(config, shards, protocol))])
-    if config.out is not None:
+    if config.out is not None or config.verify:
         return (
             read_detections(config.detections, truth, join=config.join, allow_partial=config.allow_partial),
             matches,
