@@ -1,7 +1,7 @@
 """raydet: fine-tune, run and measure DETR-family object detectors at scale on Ray.
 
-One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`. Functions are loaded on first
-use, because torch and ray take seconds to import.
+One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`. `raydet.CocoAP` measures AP in
+any evaluation loop. Functions are loaded on first use, because torch and ray take seconds to import.
 """
 
 import importlib
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.exports.voc import export_voc as export_voc
     from raydet.exports.yolo import export_yolo as export_yolo
     from raydet.inspection.inspect import inspect as inspect
+    from raydet.measuring.coco_ap import CocoAP as CocoAP
     from raydet.measuring.compare import compare as compare
     from raydet.measuring.evaluate import evaluate as evaluate
     from raydet.preparation.prepare import prepare_coco as prepare_coco
@@ -53,15 +54,21 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.training.train import train as train
     from raydet.tuning.tune import tune as tune
 
+_OTHERS = {"CocoAP": "raydet.measuring.coco_ap"}
+"""Public names that are not part of a command, and their modules."""
+
 __all__ = [  # noqa: PLE0604
     "UserError",
     "__version__",
     *(command.config.__name__ for command in _COMMANDS.values()),
     *(command.function for command in _COMMANDS.values()),
+    *_OTHERS,
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OTHERS:
+        return getattr(importlib.import_module(_OTHERS[name]), name)
     for command in _COMMANDS.values():
         if name == command.config.__name__:
             return command.config

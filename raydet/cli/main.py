@@ -61,7 +61,7 @@ def _run(arguments: list[str]) -> int:
     result = call(config, console=console) if command.shows_progress else call(config)
     for line in result.lines():
         console.line(line)
-    return 0
+    return int(getattr(result, "exit_code", 0))
 
 
 def _usage(group: str = "") -> str:
