@@ -5,7 +5,7 @@ Exit codes: 0 success, 1 a failure, 2 a mistake in the input, 130 or 143 stopped
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import raydet
@@ -21,10 +21,23 @@ _HELP = ("-h", "--help", "help")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    return _exit_code(lambda: _run(words))
+
+
+def run_function(function: Callable[[], int | None]) -> None:
+    """Run a function with the error messages and exit codes of a command, and end the process.
+
+    Args:
+        function: A script of its own, which may return an exit code.
+    """
+    raise SystemExit(_exit_code(function))
+
+
+def _exit_code(function: Callable[[], int | None]) -> int:
     try:
         with ending_on_sigterm():
-            return _run(list(arguments))
+            return function() or 0
     except (UserError, RunError) as error:
         print(f"raydet: error: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -67,7 +80,7 @@ def _run(arguments: list[str]) -> int:
 def _usage(group: str = "") -> str:
     """Return the list of commands, or of those whose names begin with `group`."""
     lines = [f"usage: raydet {group or 'COMMAND '}{'FORMAT ' if group else ''}[options]", ""]
-    lines += [f"  {name:<16} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
+    lines += [f"  {name:<20} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
     lines += [
         "",
         "raydet COMMAND --help lists the options of a command. Every command reads options from --config FILE.yaml,",

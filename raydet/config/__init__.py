@@ -21,14 +21,24 @@ from raydet.config.preparing import (
     ImageStorage,
     PrepareCocoConfig,
     PrepareConfig,
+    PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
+    PrepareLabelStudioConfig,
     PrepareShapesConfig,
     PrepareVocConfig,
     PrepareYoloConfig,
 )
 from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig
-from raydet.config.sharing import ExportCocoConfig, ExportOnnxConfig, ExportVocConfig, ExportYoloConfig, PushConfig
+from raydet.config.sharing import (
+    ExportCocoConfig,
+    ExportCvatConfig,
+    ExportLabelStudioConfig,
+    ExportOnnxConfig,
+    ExportVocConfig,
+    ExportYoloConfig,
+    PushConfig,
+)
 from raydet.config.training import (
     COCO_METRICS,
     Augmentation,
@@ -57,6 +67,8 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationProtocol",
     "ExportCocoConfig",
+    "ExportCvatConfig",
+    "ExportLabelStudioConfig",
     "ExportOnnxConfig",
     "ExportVocConfig",
     "ExportYoloConfig",
@@ -68,8 +80,10 @@ __all__ = [
     "PredictConfig",
     "PrepareCocoConfig",
     "PrepareConfig",
+    "PrepareCvatConfig",
     "PrepareHubConfig",
     "PrepareImagesConfig",
+    "PrepareLabelStudioConfig",
     "PrepareShapesConfig",
     "PrepareVocConfig",
     "PrepareYoloConfig",

@@ -159,6 +159,8 @@ def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport
                 bbox=_bbox_text(table, image_ids, columns["bbox"]),
                 area=as_text(columns["area"]),
                 iscrowd=as_text(columns["iscrowd"].astype(np.int64)),
+                # Empty, as for boxes everywhere: Datumaro and others complain if it is missing.
+                segmentation=pa.array(["[]"] * len(image_ids), pa.string()),
             )
         )
     file.write(b"\n]}\n")

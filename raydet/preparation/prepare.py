@@ -7,7 +7,7 @@ Anomalies are handled as follows:
 
 - An image that cannot be read or decoded, whose path leads out of its folder, or whose own labels cannot be read is
   rejected.
-- An image without a label file, of a format that has one per image, is kept or rejected as `unlabelled` says.
+- An image without labels, of a format that cannot mark it as empty, is kept or rejected as `unlabelled` says.
 - A box that extends beyond its image is clipped. A box without area, with a number that is not finite, or entirely
   outside is dropped, and so are annotations of an unknown image or category.
 - A box that repeats another of its class is kept, because COCO's numbers are computed against the annotations as they
@@ -32,8 +32,10 @@ from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
     PrepareCocoConfig,
     PrepareConfig,
+    PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
+    PrepareLabelStudioConfig,
     PrepareShapesConfig,
     PrepareVocConfig,
     PrepareYoloConfig,
@@ -49,6 +51,8 @@ from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
 from raydet.preparation.sources.source import Records, Source, SourceImage
+from raydet.preparation.sources.tools.cvat import read_cvat
+from raydet.preparation.sources.tools.label_studio import read_label_studio
 from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
@@ -63,8 +67,10 @@ __all__ = [
     "REJECTED_FOLDER",
     "PrepareReport",
     "prepare_coco",
+    "prepare_cvat",
     "prepare_hub",
     "prepare_images",
+    "prepare_label_studio",
     "prepare_shapes",
     "prepare_voc",
     "prepare_yolo",
@@ -148,6 +154,48 @@ def _open_yolo(config: PrepareYoloConfig) -> _Opened:
         assert config.images is not None and config.labels is not None and config.classes is not None
         files = find_in_folders(config.images, config.labels, config.classes)
     return read_yolo(files, unlabelled=config.unlabelled), files.images
+
+
+def prepare_cvat(config: PrepareCvatConfig) -> PrepareReport:
+    """Make an images table from CVAT's XML and its images; `sources/tools/cvat.py` describes the format.
+
+    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
+
+    Raises:
+        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
+        RunError: Storage or cluster failed.
+    """
+    return _prepare(config, _open_cvat)
+
+
+def _open_cvat(config: PrepareCvatConfig) -> _Opened:
+    folder = ImageFolder(config.images)
+    return read_cvat(config.annotations, folder), folder
+
+
+def prepare_label_studio(config: PrepareLabelStudioConfig) -> PrepareReport:
+    """Make an images table from Label Studio's JSON; `sources/tools/label_studio.py` describes the format.
+
+    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
+
+    Raises:
+        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
+        RunError: Storage or cluster failed.
+    """
+    return _prepare(config, _open_label_studio)
+
+
+def _open_label_studio(config: PrepareLabelStudioConfig) -> _Opened:
+    folder = ImageFolder(config.images)
+    source = read_label_studio(
+        config.annotations,
+        folder,
+        classes=config.classes,
+        labels=config.labels,
+        score_threshold=config.score_threshold,
+        unlabelled=config.unlabelled,
+    )
+    return source, folder
 
 
 def prepare_hub(config: PrepareHubConfig) -> PrepareReport:

@@ -29,7 +29,7 @@ class PrepareReport:
         accepted: Rows of the tables.
         rejected: Rows of OUT/_rejected.
         without_boxes: Accepted images that have no box.
-        unlabelled_kept: Images without a label file that were kept; those rejected are among the `reasons`.
+        unlabelled_kept: Unlabelled images that were kept; those rejected are among the `reasons`.
         boxes: Boxes in the tables, crowds included.
         crowd_boxes: Boxes in the tables that mark a crowd.
         clipped: Boxes that extended beyond their image and were clipped to it.
@@ -92,9 +92,9 @@ class PrepareReport:
     def _lines_of_unlabelled(self) -> list[str]:
         rejected, kept = self.reasons.get(UNLABELLED, 0), self.unlabelled_kept
         if rejected:
-            return [f"  {rejected:,} without a label file were rejected; --unlabelled keep keeps them without objects"]
+            return [f"  {rejected:,} without labels were rejected; --unlabelled keep keeps them without objects"]
         if kept:
-            return [f"  {kept:,} without a label file were kept without objects; --unlabelled reject rejects them"]
+            return [f"  {kept:,} without labels were kept without objects; --unlabelled reject rejects them"]
         return []
 
     def _lines_of_classes(self) -> list[str]:

@@ -20,6 +20,7 @@ MAX_INTEGER = 2**63
 Entry = dict[str, Any]
 BoxXywh = tuple[float, float, float, float]
 
+_EXPECTED = "a COCO instances file, a JSON object"
 _LISTS = ("images", "annotations", "categories")
 
 
@@ -36,7 +37,7 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
     """
     where = storage.absolute_uri(uri)
     found: set[str] = set()
-    with _errors_in_one_line(uri), storage.open_stream(uri) as stream:
+    with errors_in_one_line(uri, _EXPECTED), storage.open_stream(uri) as stream:
         for key, value in members(stream, object_hook=_without_masks):
             if key not in _LISTS:
                 continue
@@ -55,12 +56,21 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
 
 
 def _entries(elements: Elements, uri: str, where: str) -> Iterator[tuple[Entry, str]]:
-    with _errors_in_one_line(uri):
+    with errors_in_one_line(uri, _EXPECTED):
         yield from placed(elements, where)
 
 
 @contextlib.contextmanager
-def _errors_in_one_line(uri: str) -> Iterator[None]:
+def errors_in_one_line(uri: str, expected: str) -> Iterator[None]:
+    """Context manager: convert a failure to read an annotations file.
+
+    Args:
+        uri: Path or URI of the file.
+        expected: Format of the file, for the message.
+
+    Raises:
+        UserError: The file is missing, cannot be read, or is not JSON.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -68,7 +78,7 @@ def _errors_in_one_line(uri: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot read the annotations file {uri}: {one_line(error)}") from None
     except JsonError as error:
-        raise UserError(f"{uri} {error}; expected a COCO instances file, a JSON object") from None
+        raise UserError(f"{uri} {error}; expected {expected}") from None
 
 
 def _without_masks(item: Entry) -> Entry:

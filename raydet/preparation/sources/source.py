@@ -13,9 +13,9 @@ from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
-UNLABELLED_KEPT = "images without a label file, kept without objects"
+UNLABELLED_KEPT = "unlabelled images, kept without objects"
 """Kind of finding, with `--unlabelled keep`."""
-UNLABELLED = "no label file"
+UNLABELLED = "no labels"
 """Reason for rejection, with `--unlabelled reject`."""
 _MOST_FOLDERS_SHOWN = 5
 

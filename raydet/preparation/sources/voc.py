@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
 from raydet.common.threads import in_order
+from raydet.common.xml import NoDoctype, XmlError
 from raydet.config.preparing import Unlabelled
 from raydet.images.files import ImageFolder, ReadError, image_files_below, is_image_name, list_below, readable
 from raydet.preparation.sources.source import (
@@ -48,13 +49,8 @@ MAX_XML_BYTES = 16 * 2**20
 _NO_IMAGE = "no such file: no image has this name"
 
 
-class _XmlError(Exception):
-    """Unusable XML file; the message is a short reason."""
-
-
-class _NoDoctype(ElementTree.TreeBuilder):
-    def doctype(self, *_: str | None) -> None:
-        raise _XmlError("broken XML: it has a DOCTYPE, which may declare entities")
+class _TreeTarget(NoDoctype, ElementTree.TreeBuilder):
+    """An element tree, from XML without a DOCTYPE."""
 
 
 @dataclass(frozen=True)
@@ -293,9 +289,9 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
         return _VocFile(refusal=f"its XML file: {refusal}")
     try:
         root = _parse(folder.read(path))
-    except (ReadError, _XmlError) as error:
+    except (ReadError, XmlError) as error:
         text = str(error)
-        return _VocFile(refusal=text if isinstance(error, _XmlError) else f"its XML file: {text}")
+        return _VocFile(refusal=text if isinstance(error, XmlError) else f"its XML file: {text}")
     result = _VocFile(file_name=_text(root, "filename"), size_hw=_size_hw(root))
     findings: Counter[str] = Counter()
     for item in root.findall("object"):
@@ -321,14 +317,14 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
 
 def _parse(data: bytes) -> ElementTree.Element:
     if len(data) > MAX_XML_BYTES:
-        raise _XmlError(f"an XML file of {len(data) / 1e6:,.0f} MB is over the limit of {MAX_XML_BYTES / 1e6:,.0f} MB")
+        raise XmlError(f"an XML file of {len(data) / 1e6:,.0f} MB is over the limit of {MAX_XML_BYTES / 1e6:,.0f} MB")
     try:
         # Safe here: without a DOCTYPE there are no entities, and the parser never opens other files.
-        root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_NoDoctype()))
+        root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_TreeTarget()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise _XmlError(f"broken XML: {one_line(error)}") from None
+        raise XmlError(f"broken XML: {one_line(error)}") from None
     if root.tag != "annotation":
-        raise _XmlError(f"broken XML: its root is <{readable(root.tag)[:40]}>, not <annotation>")
+        raise XmlError(f"broken XML: its root is <{readable(root.tag)[:40]}>, not <annotation>")
     return root
 
 
