@@ -154,7 +154,9 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
     work = list(_with_truth_rows(shards, _row_groups(shards.table, config.num_shards)))
     truth = replace(shards.truth, images=replace(shards.truth.images, paths=None))
-    match_shard = partial(_match_shard, shards.table, truth, protocol, with_detections=config.out is not None)
+    match_shard = partial(
+        _match_shard, shards.table, truth, protocol, with_detections=config.out is not None or config.verify
+    )
     if config.ray_address is not None:
         return _match_on_ray(config.ray_address, shards, match_shard, work)
     num_threads = available_cpus()
