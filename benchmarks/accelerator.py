@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT))  # for tests.nodes
@@ -87,7 +87,7 @@ def _train(folder: Path, job: str, seconds: float, *, epochs: int) -> dict[str, 
     log.mkdir()
     if not (folder / "val").is_dir():
         write_table(folder / "val", num_images=BATCH_SIZE, size_hw=(480, 640))
-    setting = {"folder": str(folder), "job": job, "seconds": seconds, "epochs": epochs, "num_workers": 1}
+    setting: dict[str, Any] = {"folder": str(folder), "job": job, "seconds": seconds, "epochs": epochs, "num_workers": 1}
     if job == "train":
         _run_training(**setting)
     else:
