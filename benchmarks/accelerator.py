@@ -87,7 +87,8 @@ def _train(folder: Path, job: str, seconds: float, *, epochs: int) -> dict[str, 
     log.mkdir()
     if not (folder / "val").is_dir():
         write_table(folder / "val", num_images=BATCH_SIZE, size_hw=(480, 640))
-    setting: dict[str, Any] = {"folder": str(folder), "job": job, "seconds": seconds, "epochs": epochs, "num_workers": 1}
+    setting: dict[str, Any] = {"folder": str(folder), "job": job, "seconds": seconds, "epochs": epochs}
+    setting["num_workers"] = 1
     if job == "train":
         _run_training(**setting)
     else:

@@ -114,7 +114,7 @@ def _between_trials_s(result: TuneResult) -> float | None:
     spans = []
     for trial in result.trials:
         first, last = trial.history[0], trial.history[-1]
-        validation_s = last.validation.seconds if last.validation else 0.0
+        validation_s = (last.validation and last.validation.seconds) or 0.0
         spans.append(
             (
                 datetime.fromisoformat(first.ended).timestamp() - first.seconds,
