@@ -2,25 +2,32 @@
 
     ray job submit … -- python jobs/release_gate.py --truth s3://…/test --current s3://…/current --candidate s3://…/new
 
-Both are detections of the same images. Exit code 0: release; 3: do not; 1 and 2: a failure or a mistake, as ever.
+Exit code 0: release; 3: do not; 1 and 2: a failure or a mistake, as ever.
 """
 
-import argparse
+from dataclasses import dataclass
 
 import raydet
 from raydet.cli.main import run_function
+from raydet.config.fields import option
 
 REFUSED = 3
 """Differs from the exit codes of failures and mistakes, so that a pipeline can tell a worse model from a broken job."""
 
 
-def gate() -> int:
-    parser = argparse.ArgumentParser()
-    for name in ("truth", "current", "candidate"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--max-loss", type=float, default=0.01, help="loss of AP that is acceptable")
-    options = parser.parse_args()
-    result = raydet.compare(raydet.CompareConfig(truth=options.truth, first=options.current, second=options.candidate))
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Detections of two models on the same images → release the second, or not."""
+
+    truth: str = option("images table with the truth")
+    current: str = option("detections of the current model")
+    candidate: str = option("detections of the candidate")
+    max_loss: float = option("loss of AP that is acceptable", 0.01)
+
+
+def gate(options: Gate) -> int:
+    config = raydet.CompareConfig(truth=options.truth, first=options.current, second=options.candidate)
+    result = raydet.compare(config)
     print(*result.lines(), sep="\n")
     difference = result.numbers.difference.overall["AP"]
     # The interval decides, not the difference itself, which may be chance: with few images the interval is wide, and
@@ -32,4 +39,4 @@ def gate() -> int:
     return 0 if passes else REFUSED
 
 
-run_function(gate)
+run_function(gate, Gate)

@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a failure, 2 a mistake in the input, 130 or 143 stopped
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import raydet
@@ -25,13 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _exit_code(lambda: _run(words))
 
 
-def run_function(function: Callable[[], int | None]) -> None:
-    """Run a function with the error messages and exit codes of a command, and end the process.
+def run_function(function: Callable[[Any], int | None], config_class: type) -> None:
+    """Run a function as a command of its own, with the options of this process; end the process.
 
     Args:
-        function: A script of its own, which may return an exit code.
+        function: Function of the config, which may return an exit code.
+        config_class: Dataclass of its options.
     """
-    raise SystemExit(_exit_code(function))
+    program = PurePath(sys.argv[0]).name
+    raise SystemExit(_exit_code(lambda: function(load(config_class, sys.argv[1:], program=program))))
 
 
 def _exit_code(function: Callable[[], int | None]) -> int:

@@ -267,7 +267,7 @@ def test_a_sweep_ends_with_a_long_run_of_the_best_options(head: Head, shapes: Pa
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config))
     data = [f"--train-data={shapes}/train", f"--val-data={shapes}/val", f"--out={tmp_path}/sweep"]
-    done = head.submit("jobs/sweep.py", f"--config={tmp_path}/sweep.yaml", "--epochs=2", *data)
+    done = head.submit("jobs/sweep.py", f"--search={tmp_path}/sweep.yaml", "--epochs=2", *data)
     assert done.returncode == 0, done.stdout + done.stderr
     assert open_table(str(tmp_path / "sweep/search/trials"), "trials").num_rows == 2
     assert len(json.loads((tmp_path / "sweep/train/log/history.json").read_text())) == 2
@@ -277,7 +277,8 @@ def test_a_sweep_ends_with_a_long_run_of_the_best_options(head: Head, shapes: Pa
 def test_every_night_scores_what_is_new(head: Head, shapes: Path, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "scored"
     build_detector("rt_detr_v2_tiny", CATEGORIES, image_size=64, seed=0).save(str(tmp_path / "model"))
-    words = ["jobs/nightly.py", f"--checkpoint={tmp_path}/model", f"--images={images}", f"--out={out}"]
+    (tmp_path / "predict.yaml").write_text(f"checkpoint: {tmp_path}/model\nthreads_per_worker: 1\n")
+    words = ["jobs/nightly.py", f"--predict={tmp_path}/predict.yaml", f"--images={images}", f"--out={out}"]
     for night, names in (("monday", ["a", "sub/b"]), ("tuesday", ["c"]), ("wednesday", [])):
         for name in names:
             save_image(images / f"{name}.jpg")
