@@ -37,7 +37,6 @@ from raydet.config.training import (
     BatchNorm,
     DemoConfig,
     Schedule,
-    Tracker,
     TrainConfig,
 )
 from raydet.config.tuning import Scheduler, Search, TuneConfig
@@ -78,7 +77,6 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Search",
-    "Tracker",
     "TrainConfig",
     "TuneConfig",
     "config_hash",
