@@ -47,7 +47,6 @@ from raydet.config.training import (
     BatchNorm,
     DemoConfig,
     Schedule,
-    Tracker,
     TrainConfig,
 )
 from raydet.config.tuning import Scheduler, Search, TuneConfig
@@ -92,7 +91,6 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Search",
-    "Tracker",
     "TrainConfig",
     "TuneConfig",
     "config_hash",

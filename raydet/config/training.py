@@ -11,7 +11,6 @@ AugmentationSpec = Augmentation | list[dict[str, Any]]
 """A named preset, or an albumentations pipeline: a list of `Name: {argument: value}`."""
 Backbone = Literal["none", "stem", "all"]
 BatchNorm = Literal["as_is", "freeze", "sync"]
-Tracker = Literal["mlflow", "wandb"]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -133,8 +132,9 @@ class TrainConfig(WorkersConfig):
         operational=True,
     )
 
-    trackers: list[Tracker] = option(
-        "trackers to log to besides TensorBoard; each must be installed",
+    trackers: list[str] = option(
+        "trackers to log to besides TensorBoard: reporting integrations of transformers (mlflow, trackio, wandb, …), "
+        "whose packages must be installed, or MODULE:CLASS of a TrainerCallback",
         group="Output",
         default_factory=list,
         operational=True,

@@ -116,7 +116,14 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     _LOG.info(text, crew.world_size, trainer.device, torch.get_num_threads(), position.step, position.epoch + 1)
     if crew.rank == 0:
         start_step = position.epoch * plan.steps_per_epoch + position.step
-        tracker = RunTracker(config.out, config.trackers, job["config"], start_step=start_step, warn=crew.say)
+        tracker = RunTracker(
+            config.out,
+            config.trackers,
+            job["config"],
+            start_step=start_step,
+            steps_per_epoch=plan.steps_per_epoch,
+            warn=crew.say,
+        )
     return _TrainingRun(
         config=config,
         plan=plan,

@@ -265,7 +265,7 @@ def _check_run_folder(folder: OutputFolder, config: TrainConfig) -> list[EpochRe
 def _check_recipe(config: TrainConfig) -> None:
     """Check schedule, augmentation and trackers before any worker starts."""
     from raydet.models.optim.schedules import check_schedule
-    from raydet.training.tracking.trackers import check_trackers
+    from raydet.training.tracking.integrations import check_trackers
 
     check_schedule(config)
     check_trackers(config.trackers)
