@@ -27,7 +27,7 @@ from raydet.config.preparing import (
     PrepareVocConfig,
     PrepareYoloConfig,
 )
-from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig
+from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig, ResizeOn
 from raydet.config.sharing import ExportCocoConfig, ExportOnnxConfig, ExportVocConfig, ExportYoloConfig, PushConfig
 from raydet.config.training import (
     COCO_METRICS,
@@ -75,6 +75,7 @@ __all__ = [
     "PrepareYoloConfig",
     "PushConfig",
     "ReportConfig",
+    "ResizeOn",
     "Schedule",
     "Scheduler",
     "Search",
