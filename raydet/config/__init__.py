@@ -29,7 +29,7 @@ from raydet.config.preparing import (
     PrepareVocConfig,
     PrepareYoloConfig,
 )
-from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig
+from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig, ResizeOn
 from raydet.config.sharing import (
     ExportCocoConfig,
     ExportCvatConfig,
@@ -88,6 +88,7 @@ __all__ = [
     "PrepareYoloConfig",
     "PushConfig",
     "ReportConfig",
+    "ResizeOn",
     "Schedule",
     "Scheduler",
     "Search",

@@ -8,15 +8,20 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Image = npt.NDArray[np.uint8]
 
 SizeHW = tuple[int, int]
 
+LANCZOS = 1
+"""PIL's resampling code of the only mode that torch does not have on GPUs."""
 _TORCH_MODES = {2: "bilinear", 3: "bicubic"}
 _NATIVE_UINT8 = ("AVX2", "AVX512")
 """CPUs on which torch resizes uint8 images without a detour through floats."""
@@ -178,8 +183,33 @@ def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
             source[None], list(size_hw), mode=mode, align_corners=False, antialias=True
         )[0]
     else:
-        from torchvision.transforms.v2 import InterpolationMode, functional
-
-        interpolation = InterpolationMode.NEAREST_EXACT if resample == 0 else resample
-        resized = functional.resize(source, list(size_hw), interpolation=interpolation, antialias=True)
+        resized = _resized_by_torchvision(source, size_hw, resample)
     return np.asarray(resized.numpy())
+
+
+def resized_on_device(planes: "Tensor", size_hw: SizeHW, resample: int) -> "Tensor":
+    """Resize in float32 on the device that holds an image, as the Hugging Face image processors do on a GPU.
+
+    Args:
+        planes: uint8 [3, H, W].
+        size_hw: New height and width in pixels.
+        resample: PIL's resampling code; on a GPU not `LANCZOS`.
+
+    Returns:
+        uint8 [3, height, width]; the image itself if it already has this size. Bilinear values are within 1 of those
+        of `resized_planes`, which rounds after each of two passes; bicubic ones may differ more where they overshoot.
+    """
+    if tuple(planes.shape[1:]) == tuple(size_hw):
+        return planes
+    import torch
+
+    values = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    return _resized_by_torchvision(values, size_hw, resample).clamp_(0, 255).round_().to(torch.uint8)
+
+
+def _resized_by_torchvision(planes: "Tensor", size_hw: SizeHW, resample: int) -> "Tensor":
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    interpolation = InterpolationMode.NEAREST_EXACT if resample == 0 else resample
+    resized: Tensor = functional.resize(planes, list(size_hw), interpolation=interpolation, antialias=True)
+    return resized

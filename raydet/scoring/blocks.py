@@ -32,15 +32,15 @@ def blocks_of(
     Args:
         work: Data of the run.
         rows: Positions of the images; they begin at the start of a chunk or after one of its blocks.
-        rule: Resize rule of the model; None leaves the images at full size.
+        rule: Resize rule of the model; None leaves the images at full size, as does `resize_on`.
         most_bytes: A block of at least this many bytes of pixels ends with its current batch, and one of twice as many
             immediately.
 
     Yields:
         Tables with the columns `image_id`, `path`, `error`, `height` and `width` of the upright image, `pixel_height`
         and `pixel_width` of the decoded one, null if it cannot be read, and `pixels`: the views of the image one after
-        the other, each uint8 [3, height, width] as resized by the rule; without a rule the image, uint8 [height,
-        width, 3].
+        the other, each uint8 [3, height, width] as resized by the rule; the image, uint8 [height, width, 3], if the
+        decoder does not resize.
     """
     watch = Stopwatch("decoder")
     images = iter(work.images.read(rows.start, rows.stop))
@@ -124,7 +124,7 @@ def _columns(sizes_hw: Sequence[SizeHW | None]) -> tuple[pa.Array, pa.Array]:
 
 
 def _resized_views(image: Image, size_hw: SizeHW, config: PredictConfig, rule: ResizeRule | None) -> Iterator[Image]:
-    if rule is None:
+    if rule is None or config.resize_on == "device":
         yield image
         return
     for view in planned_views(size_hw, config):

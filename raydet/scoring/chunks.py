@@ -104,7 +104,7 @@ class ChunkScorer:
     def _prepare(self, block: pa.Table) -> Any:
         scorer, rule = self._scorer.result(), self.rule.result()
         sizes_hw, pixels = images_in(block)
-        if rule is None:
+        if rule is None or self._work.config.resize_on == "device":
             images = [flat.reshape(*size_hw, 3) for flat, size_hw in zip(pixels, sizes_hw, strict=True)]
             return scorer.prepare(images)
         planes = [
