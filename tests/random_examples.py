@@ -1,8 +1,9 @@
-"""Random training examples, for tests of optimizer steps."""
+"""Random training examples and batches without any, for tests of optimizer steps."""
 
 import numpy as np
+import torch
 
-from raydet.models.collate import Example
+from raydet.models.collate import Batch, Example
 
 
 def random_examples(num_examples: int, side: int) -> list[Example]:
@@ -18,3 +19,8 @@ def random_examples(num_examples: int, side: int) -> list[Example]:
         )
         for number in range(num_examples)
     ]
+
+
+def empty_batch(side: int) -> Batch:
+    """Return a micro-batch without images, which would have this side."""
+    return Batch([], torch.zeros((0, 3, side, side), dtype=torch.uint8), [], [], [])

@@ -95,10 +95,8 @@ class _LogHandler(logging.StreamHandler[TextIO]):
 def chatter_logged(log_uri: str) -> Iterator[None]:
     """Redirect the output of Ray's processes, C++ code and loggers to a file; `sys.stderr` still reaches the terminal.
 
-    Use inside `process_restored`, which restores the loggers.
-
-    Args:
-        log_uri: Folder for `ray.log`; if it is not local, the output is dropped.
+    Use inside `process_restored`, which restores the loggers. The file is `ray.log` in a folder; if that is not local,
+    the output is dropped.
     """
     path = os.devnull
     if storage.is_local(log_uri):

@@ -71,12 +71,7 @@ class JobRecord:
 
     @classmethod
     def of_this_job(cls, *, num_workers: int, resources: "Resources") -> Self:
-        """Build the record of the job that this process drives, and of the cluster's current nodes.
-
-        Args:
-            num_workers: Maximum number of copies of the model.
-            resources: Share of each worker.
-        """
+        """Build the record of the job that this process drives, and of the cluster's current nodes."""
         # Imported late: `plan` reads records without Ray.
         import ray
 

@@ -218,14 +218,8 @@ class JobStats:
     ) -> JobReport:
         """Build the report so far; may be called repeatedly, and after a failure.
 
-        Args:
-            wall_s: Seconds since the run started.
-            num_model_workers: Copies of the model.
-            job: Record of the job; the cost covers all its nodes.
-            price_per_node_hour: Price in any currency; the cost covers this run's images and wall time.
-            config_hash: `raydet.config.config_hash` of the run.
-            earlier: Content of OUT/job.json at the start, if the run resumes an earlier one.
-            error: Reason for a premature end of the run.
+        The cost covers all nodes of the job, and this run's images and wall time, in any currency. `earlier` is the
+        content of OUT/job.json at the start, if the run resumes an earlier one.
         """
         startup_s = wall_s
         if self._first_batch_unix_s is not None:

@@ -259,9 +259,6 @@ def execution_options(most_bytes: int | None) -> "ExecutionOptions":
     """Return options of an execution that preserves order and limits the blocks that wait in the object store.
 
     Developer API. No replacement yet.
-
-    Args:
-        most_bytes: Limit in bytes; by default half of the object store.
     """
     from ray.data import ExecutionOptions, ExecutionResources
 

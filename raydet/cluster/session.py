@@ -50,17 +50,11 @@ def session(log_uri: str, address: str | None = None) -> Iterator[None]:
                 ray.shutdown()
 
 
-def announce(line: Callable[[str], None], address: str | None = None) -> None:
-    """Announce what a session at this address waits for first, unless this process is already connected.
-
-    Args:
-        line: Prints a line on the terminal.
-        address: As for `session`.
-    """
-    if ray.is_initialized():
-        return
-    named = address or os.environ.get("RAY_ADDRESS")
-    line("starting Ray on this machine" if starts_cluster(address) else f"connecting to Ray at {named}")
+def announce(line: Callable[[str], None]) -> None:
+    """Say what a session waits for first, unless this process is already connected."""
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        line("starting Ray on this machine" if starts_cluster() else f"connecting to Ray at {address}")
 
 
 def starts_cluster(address: str | None = None) -> bool:
@@ -71,16 +65,17 @@ def starts_cluster(address: str | None = None) -> bool:
 def _connect(address: str | None) -> None:
     named = address or f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    is_local = starts_cluster(address)
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if starts_cluster(address):
+    if is_local:
         options |= {"include_dashboard": False, **local_cluster_options()}
     else:
         _require_answer(address, named)
-    attempts_left = START_ATTEMPTS if address == "local" else 1
+    attempts_left = START_ATTEMPTS if is_local else 1
     while True:
         attempts_left -= 1
         try:
-            with listening_on_loopback() if address == "local" else contextlib.nullcontext():
+            with listening_on_loopback() if is_local else contextlib.nullcontext():
                 ray.init(**options)
             return
         except SystemExit:  # Ray's own handler of SIGTERM
@@ -88,7 +83,6 @@ def _connect(address: str | None) -> None:
         except Exception as error:  # Ray also raises plain exceptions
             reason = one_line(error, limit=300)
             if not attempts_left:
-                is_local = address == "local"
                 what = "Ray did not start on this machine" if is_local else f"cannot connect to Ray at {named}"
                 raise RunError(f"{what}: {reason}") from error
             # Ray gives each of its processes a few seconds to start, which may not suffice on a busy machine.

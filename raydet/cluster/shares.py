@@ -117,13 +117,13 @@ def shares_of(
         nodes: Resources of each live node, by Ray's names.
         node_types: Kinds of nodes that may be added.
         may_grow: True if nodes may be added.
-        min_workers: See `share_out`.
-        max_workers: See `share_out`.
-        use_gpu: See `share_out`.
-        cpus_per_worker: See `share_out`.
+        min_workers: Fewest workers of the job.
+        max_workers: Most workers of the job.
+        use_gpu: True for one GPU per worker; None to use GPUs if there are enough.
+        cpus_per_worker: CPUs to reserve for each worker; None for a share of the cluster's.
 
     Raises:
-        UserError: See `share_out`.
+        UserError: There is one node, none may be added, and it lacks the requested resources.
     """
     live_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     all_nodes = with_future_nodes(nodes, node_types)
@@ -219,7 +219,7 @@ def _decoders_on(node: Mapping[str, float], held_cpus: float) -> int:
 
 
 def decoders_near(node_id: str, node_of_worker: Sequence[str], *, cpus_per_worker: float) -> list[str]:
-    """Return the node of each decode process that serves the training workers of one node.
+    """Return the node of each decode process that serves the training workers of one node, by Ray's ids.
 
     These are the processes on that node, and an equal share of those on the nodes without training workers.
 

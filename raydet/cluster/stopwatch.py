@@ -1,12 +1,12 @@
 """Seconds by stage: measurements in a scoring run's processes, and their records."""
 
+import contextlib
 import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import psutil
 
@@ -69,38 +69,26 @@ class Stopwatch:
         self._kind = kind
         self._seconds: dict[str, float] = {}
 
-    def measuring(self, stage: str) -> "_Measurement":
-        """Return a context manager that adds the block's duration to a stage."""
-        return _Measurement(self._seconds, stage)
+    @contextlib.contextmanager
+    def measuring(self, stage: str) -> Iterator[None]:
+        """Context manager: add the block's duration to a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def lap(self) -> ProcessStats:
         """Return the seconds by stage since the last lap, and the process's memory."""
         seconds, self._seconds = dict(self._seconds), {}
         return ProcessStats(
-            node=_node(),
+            node=socket.gethostname(),
             pid=os.getpid(),
             thread=threading.get_native_id(),
             kind=self._kind,
             seconds=seconds,
             resident_mb=_own_memory_mb(),
         )
-
-
-class _Measurement:
-    def __init__(self, seconds: dict[str, float], stage: str) -> None:
-        self._seconds, self._stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        elapsed = time.perf_counter() - self._started
-        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + elapsed
-
-
-@lru_cache(maxsize=1)
-def _node() -> str:
-    return socket.gethostname()
 
 
 def _own_memory_mb() -> float:

@@ -23,11 +23,8 @@ def run_tasks(
     Twice as many tasks as can run simultaneously are in flight: no node idles, an autoscaling cluster grows, and the
     object store never fills with unread results. If the caller stops reading, the remaining tasks are cancelled.
 
-    Args:
-        work: Function to apply; sent through the object store once, with everything it holds.
-        items: Items, consumed lazily.
-        cpus_per_task: CPUs that each task reserves.
-        in_order: True to yield the results in the items' order, False for the order of completion.
+    The function is sent through the object store once, with everything it holds. The results come in the order of the
+    items, or else in that of completion.
 
     Raises:
         UserError: The function raised it.

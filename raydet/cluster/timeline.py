@@ -12,11 +12,7 @@ class Timeline:
     """Image counts by stage and time span; too many spans are merged in pairs."""
 
     def __init__(self, started_unix_s: float) -> None:
-        """Start with spans of an eighth of a second.
-
-        Args:
-            started_unix_s: Start of the run, Unix time in seconds.
-        """
+        """Start with spans of an eighth of a second at a Unix time in seconds."""
         self._started_unix_s = started_unix_s
         self._span_s = 0.125
         self._counts: dict[str, list[float]] = {}

@@ -16,14 +16,10 @@ from raydet.tables import storage
 
 
 def log_from_here(folder: str, *, rank: int | None = None) -> None:
-    """Set up logging in this worker process; another call changes folder and rank.
+    """Set up logging in this worker process to the run's log folder; another call changes folder and rank.
 
     A line holds time, level, module, `job=` (Ray's id of the job), `node=` (its address and the start of its id),
     `pid=`, `rank=` if the process has one, and the message.
-
-    Args:
-        folder: URI of the run's log folder.
-        rank: Rank of a worker in a training run.
     """
     context = ray.get_runtime_context()
     node_id = context.get_node_id()

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from raydet.inspection.rows import Floats, Integers, Rows
+from raydet.inspection.rows import Rows
+from raydet.tables.columns import Floats, Integers
 
 SMALL_PX2, MEDIUM_PX2 = 32.0**2, 96.0**2
 """COCO's limits between small, medium and large objects, by area in square pixels."""

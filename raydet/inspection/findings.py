@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from raydet.common.boxes import Boxes
 from raydet.inspection.counting import Counts
-from raydet.inspection.rows import Integers, Rows
+from raydet.inspection.rows import Rows
+from raydet.tables.columns import Integers
 
 EXTREME_RATIO = 20.0
 SAME_PLACE_IOU = 0.95
@@ -95,15 +96,7 @@ class Findings:
 
 
 def add_row_findings(findings: Findings, rows: Rows, split: str, names: Sequence[str], model_side_px: int) -> None:
-    """Add the findings about some images and their boxes.
-
-    Args:
-        findings: Findings to extend.
-        rows: Images and boxes.
-        split: `data` or `val`.
-        names: Class names by index.
-        model_side_px: Longer side of an image in the model's view, in pixels.
-    """
+    """Add the findings about some images and their boxes; the model sees images with this longer side in pixels."""
     width, height = rows.boxes_xywh[:, 2], rows.boxes_xywh[:, 3]
     longer, shorter = np.maximum(width, height), np.minimum(width, height)
     sides = rows.sizes_wh.max(axis=1, initial=0.0)

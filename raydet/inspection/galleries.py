@@ -122,9 +122,6 @@ class FirstEpoch:
 
         Partner rows are read first and held in memory with their encoded images.
 
-        Args:
-            positions: Positions of the rows in the table.
-
         Yields:
             Position, row, decoded image and augmented image, in table order; None and the reason for an image that
             cannot be read.
@@ -220,11 +217,6 @@ def draw_galleries(
     """Draw the selected images of each class, as many as fit the page's size limit.
 
     Every class gets its first image before any class gets its second; classes with more boxes come first.
-
-    Args:
-        first_epoch: Images and their view in training.
-        picks: Selected boxes by class, in order of priority.
-        num_boxes: Number of boxes of each class, [C].
     """
     names = [category.name for category in first_epoch.table.categories]
     classes = sorted(picks, key=lambda category: (-int(num_boxes[category]), category))

@@ -9,8 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydet.inspection.rows import Integers
-from raydet.tables.columns import places_in
+from raydet.tables.columns import Integers, places_in
 from raydet.tables.table import Table
 
 _BATCH_ROWS = 64

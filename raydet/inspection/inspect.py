@@ -20,8 +20,6 @@ from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import Table, open_table
 from raydet.training.feeding.ordering import RunPlan
 
-__all__ = ["Inspection", "inspect"]
-
 _MOST_CLASSES_IN_LINES = 20
 
 

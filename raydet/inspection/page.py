@@ -11,9 +11,9 @@ from raydet.config import TrainConfig
 from raydet.inspection.counting import GRID, QUANTITIES, Counts, Quantity
 from raydet.inspection.findings import MEANINGS, Findings
 from raydet.inspection.galleries import ClassGallery, hex_colours
-from raydet.inspection.rows import Integers
-from raydet.inspection.tables import drifts
+from raydet.inspection.tables import drifts, per_class
 from raydet.reporting.page import fill
+from raydet.tables.columns import Integers
 from raydet.tables.table import Table
 
 _MOST_CHARTED = 100
@@ -30,17 +30,9 @@ def render(
     galleries: Sequence[ClassGallery],
     training: TrainConfig,
 ) -> str:
-    """Render the page.
-
-    Args:
-        tables: Tables by split.
-        counts: Counts by split.
-        findings: Findings.
-        galleries: Image galleries.
-        training: Training config behind the augmented images.
-    """
+    """Render the page; tables and counts are by split."""
     data = tables["data"]
-    names = [category.name for category in data.categories]
+    names = _names(data)
     parts = data.uri.rstrip("/").split("/")
     charted = np.argsort(-counts["data"].boxes, kind="stable")[:_MOST_CHARTED].tolist()
     charts = {
@@ -76,33 +68,19 @@ def render(
 
 def _class_rows(tables: Mapping[str, Table], counts: Mapping[str, Counts]) -> list[dict[str, Any]]:
     """Return a row per class, most boxes first; validation numbers are matched by class name."""
-    data, val = counts["data"], counts.get("val")
-    total, val_total = max(data.num_boxes, 1), max(val.num_boxes, 1) if val is not None else 1
-    val_boxes: dict[str, int] = {}
-    if val is not None:
-        val_names = [category.name for category in tables["val"].categories]
-        val_boxes = dict(zip(val_names, val.boxes.tolist(), strict=True))
-    names = [category.name for category in tables["data"].categories]
-    most = max(int(data.boxes.max(initial=0)), 1)
-    rows = []
-    for index in np.argsort(-data.boxes, kind="stable").tolist():
-        boxes, images = int(data.boxes[index]), int(data.images[index])
-        val_count = val_boxes.get(names[index], 0)
-        rows.append(
-            {
-                "name": names[index],
-                "boxes": boxes,
-                "length": boxes / most,
-                "share": boxes / total,
-                "val_boxes": val_count,
-                "val_share": val_count / val_total,
-                "images": images,
-                "mean": boxes / images if images else None,
-                **dict(zip(("small", "medium", "large"), data.sizes[index].tolist(), strict=True)),
-                "crowds": int(data.crowds[index]),
-            }
-        )
+    val: dict[str, dict[str, Any]] = {}
+    if "val" in counts:
+        val = {row["category"]: row for row in per_class("val", counts["val"], _names(tables["val"]))}
+    rows = sorted(per_class("data", counts["data"], _names(tables["data"])), key=lambda row: -int(row["boxes"]))
+    most = max([1, *(row["boxes"] for row in rows)])
+    for row in rows:
+        in_val = val.get(row["category"], {"boxes": 0, "share": 0.0})
+        row |= {"length": row["boxes"] / most, "val_boxes": in_val["boxes"], "val_share": in_val["share"]}
     return rows
+
+
+def _names(table: Table) -> list[str]:
+    return [category.name for category in table.categories]
 
 
 def _finding_rows(findings: Findings) -> list[dict[str, Any]]:
@@ -142,13 +120,13 @@ def _histograms(
     tables: Mapping[str, Table], counts: Mapping[str, Counts], charted: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Return for each quantity its bin labels and, by split, the counts by class; -1 means all classes."""
-    names = [category.name for category in tables["data"].categories]
+    names = _names(tables["data"])
     content = {}
     for quantity in QUANTITIES:
         splits = []
         for split, of_split in counts.items():
             histogram = of_split.histograms[quantity.name]
-            place = {category.name: index for index, category in enumerate(tables[split].categories)}
+            place = {name: index for index, name in enumerate(_names(tables[split]))}
             rows = {"-1": histogram[-1].tolist()}
             for index in charted:
                 if names[index] in place:

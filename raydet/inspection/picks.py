@@ -1,12 +1,14 @@
 """Selection of the boxes to show for each class: smallest, median, largest and random ones."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from raydet.common.hashing import hashes_of
-from raydet.inspection.rows import Floats, Integers, Rows
+from raydet.inspection.rows import Rows
+from raydet.tables.columns import Integers
 
 _SAMPLE = 31
 """Number of boxes per class sampled at random; the median of the sample by area represents the median of all."""
@@ -65,35 +67,23 @@ class _Best:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self.categories: Integers = np.empty(0, np.int64)
-        self._keys: npt.NDArray[np.generic] = np.empty(0)
-        self._areas: Floats = np.empty(0)
-        self._positions: Integers = np.empty(0, np.int64)
-        self._numbers: Integers = np.empty(0, np.int64)
+        self._columns: tuple[npt.NDArray[Any], ...] = ()
 
-    def add(
-        self,
-        keys: npt.NDArray[np.generic],
-        categories: Integers,
-        areas: Floats,
-        positions: Integers,
-        numbers: Integers,
-    ) -> None:
-        # Concatenating with an empty float array would convert the 64-bit integer hashes to floats.
-        keys = np.concatenate([self._keys, keys]) if len(self._keys) else keys
-        categories = np.concatenate([self.categories, categories])
-        areas = np.concatenate([self._areas, areas])
-        positions = np.concatenate([self._positions, positions])
-        numbers = np.concatenate([self._numbers, numbers])
+    @property
+    def categories(self) -> Integers:
+        return self._columns[1] if self._columns else np.empty(0, np.int64)
+
+    def add(self, *columns: npt.NDArray[Any]) -> None:
+        """Consider boxes given by key, category, area, position and number, [N] each."""
+        if self._columns:
+            columns = tuple(np.concatenate(pair) for pair in zip(self._columns, columns, strict=True))
+        keys, categories, _, positions, numbers = columns
         order = np.lexsort((numbers, positions, keys, categories))
         starts = np.searchsorted(categories[order], categories[order], side="left")
         order = order[np.arange(len(order)) - starts < self._count]
-        self.categories, self._keys, self._areas = categories[order], keys[order], areas[order]
-        self._positions, self._numbers = positions[order], numbers[order]
+        self._columns = tuple(column[order] for column in columns)
 
     def of_class(self, category: int) -> list[tuple[float, int, int]]:
         """Return area, position and number of the boxes of a class, in ascending key order."""
         rows = self.categories == category
-        return list(
-            zip(self._areas[rows].tolist(), self._positions[rows].tolist(), self._numbers[rows].tolist(), strict=True)
-        )
+        return list(zip(*(column[rows].tolist() for column in self._columns[2:]), strict=True))

@@ -30,7 +30,7 @@ class Preparation:
 
 def preparation_of(table: Table) -> Preparation | None:
     """Return the lists of a table: next to its files or, for one of several splits, next to the splits."""
-    parent, name = _parted(table.uri)
+    parent, name = storage.split(table.uri)
     for uri, is_shared in ((table.uri, False), *([(parent, True)] if name in SPLITS else [])):
         lists = {
             folder: open_table(place, ("findings", "rejected")) if is_table(place) else None
@@ -49,13 +49,8 @@ def add_prepared_findings(
 ) -> None:
     """Add the images that `prepare` left out, and its findings about the accepted images.
 
-    Args:
-        findings: Findings to extend.
-        table: Images table.
-        split: `data` or `val`.
-        preparation: Lists of `table`.
-        with_left_out: Also add entries that belong to no split: images left out and findings about no image. Lists
-            that are not shared between splits are always added completely.
+    `with_left_out` also adds entries that belong to no split: images left out and findings about no image. Lists that
+    are not shared between splits are always added completely.
     """
     takes_left_out = with_left_out or not preparation.is_shared
     if takes_left_out:
@@ -81,13 +76,6 @@ def add_prepared_findings(
                 detail=row["detail"] or "",
             )
             findings.add(found, times=row["count"])
-
-
-def _parted(uri: str) -> tuple[str, str]:
-    """Split a URI into its folder and its last component."""
-    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
-    parent, _, name = path.rstrip("/").rpartition("/")
-    return parent + mark + options, name
 
 
 def _ids(batches: Iterator[pa.RecordBatch]) -> pa.Array:

@@ -2,22 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.boxes import Boxes
 from raydet.common.errors import UserError
+from raydet.tables.columns import Flags, Floats, Integers, numbers_of
 from raydet.tables.table import Table
 
 _BATCH_ROWS = 4096
 _COLUMNS = ("image_id", "image.path", "width", "height", "objects")
-
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +44,11 @@ class Rows:
     boxes_xywh: Boxes
     categories: Integers
     areas: Floats
-    iscrowd: npt.NDArray[np.bool_]
+    iscrowd: Flags
 
 
 def stream_rows(table: Table, *, batch_rows: int = _BATCH_ROWS) -> Iterator[Rows]:
     """Yield the rows of a table in order, without image bytes.
-
-    Args:
-        table: An images table.
-        batch_rows: Maximum number of images per batch.
 
     Raises:
         UserError: The class of a box is not in the table's list of classes.
@@ -77,7 +69,7 @@ def stream_rows(table: Table, *, batch_rows: int = _BATCH_ROWS) -> Iterator[Rows
 def _rows(batch: pa.RecordBatch, first: int) -> Rows:
     objects = batch.column("objects")
     lists = {name: pc.struct_field(objects, name) for name in ("bbox", "category", "area", "iscrowd")}
-    num_boxes = pc.fill_null(pc.list_value_length(lists["category"]), 0).to_numpy().astype(np.int64)
+    num_boxes = numbers_of(pc.list_value_length(lists["category"])).astype(np.int64)
     owners = np.repeat(np.arange(len(num_boxes)), num_boxes)
     starts = np.cumsum(num_boxes) - num_boxes
     boxes_xywh = lists["bbox"].flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
@@ -85,16 +77,12 @@ def _rows(batch: pa.RecordBatch, first: int) -> Rows:
         first=first,
         image_ids=batch.column("image_id").to_numpy(),
         paths=pc.fill_null(pc.struct_field(batch.column("image"), "path"), ""),
-        sizes_wh=np.stack([_floats(batch.column(name)) for name in ("width", "height")], axis=1),
+        sizes_wh=np.stack([numbers_of(batch.column(name)) for name in ("width", "height")], axis=1).astype(np.float64),
         num_boxes=num_boxes,
         owners=owners,
         numbers=np.arange(len(owners)) - starts[owners],
         boxes_xywh=boxes_xywh,
         categories=lists["category"].flatten().to_numpy().astype(np.int64),
-        areas=_floats(lists["area"].flatten()),
-        iscrowd=pc.fill_null(lists["iscrowd"].flatten(), False).to_numpy(zero_copy_only=False),
+        areas=numbers_of(lists["area"].flatten()).astype(np.float64),
+        iscrowd=numbers_of(lists["iscrowd"].flatten()),
     )
-
-
-def _floats(column: Any) -> Floats:
-    return np.asarray(pc.fill_null(column, 0).to_numpy(zero_copy_only=False), np.float64)

@@ -1,17 +1,16 @@
 """Tables that `inspect` writes, each with its manifest."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from raydet.inspection.counting import GRID, QUANTITIES, Counts, distance
 from raydet.inspection.findings import Findings
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category, TableKind, build_schema
-from raydet.tables.table import MANIFEST_NAME, TableWriter
+from raydet.tables.table import TableWriter
 
 PAGE_FILE = "inspect.html"
 FOLDERS: dict[str, TableKind] = {
@@ -24,7 +23,6 @@ FOLDERS: dict[str, TableKind] = {
 }
 """Table kinds by folder name."""
 
-_OWN_FILE = re.compile(rf"part-\d+\.parquet|{re.escape(MANIFEST_NAME)}")
 _BATCH_ROWS = 2**16
 
 
@@ -35,43 +33,22 @@ def write_tables(
     categories: Mapping[str, Sequence[Category]],
     config_hash: str,
 ) -> None:
-    """Write all tables, replacing earlier ones.
-
-    Args:
-        output: Output folder.
-        counts: Counts by split.
-        findings: Findings.
-        categories: Classes by split.
-        config_hash: Hash of the inspection config.
-    """
+    """Write all tables, replacing earlier ones."""
     names = {split: [category.name for category in categories[split]] for split in counts}
     tables: dict[str, Iterator[dict[str, Any]]] = {
         "summary": _summary(counts, findings),
-        "per_class": (row for split in counts for row in _per_class(split, counts[split], names[split])),
+        "per_class": (row for split in counts for row in per_class(split, counts[split], names[split])),
         "histograms": (row for split in counts for row in _histograms(split, counts[split], names[split])),
         "co_occurrence": (row for split in counts for row in _co_occurrence(split, counts[split], names[split])),
         "box_centres": (row for split in counts for row in _centres(split, counts[split], names[split])),
         "findings": _findings(findings),
     }
     for folder, rows in tables.items():
-        # Delete the manifest first: without it, no reader takes the remaining files for a table.
-        for name in sorted(output.list_files(folder), key=lambda name: not name.startswith("_")):
-            if _OWN_FILE.fullmatch(name):
-                output.delete_file(folder, name)
+        output.delete_table(folder)
         schema = build_schema(FOLDERS[folder], categories["data"])
         with TableWriter(output.uri_of(folder), schema, config_hash=config_hash) as writer:
-            for batch in _batches(rows, schema):
-                writer.write(batch)
-
-
-def _batches(rows: Iterator[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    pending: list[dict[str, Any]] = []
-    for row in rows:
-        pending.append(row)
-        if len(pending) == _BATCH_ROWS:
-            yield pa.RecordBatch.from_pylist(pending, schema=schema)
-            pending = []
-    yield pa.RecordBatch.from_pylist(pending, schema=schema)
+            while some := list(islice(rows, _BATCH_ROWS)):
+                writer.write_rows(some)
 
 
 def _summary(counts: Mapping[str, Counts], findings: Findings) -> Iterator[dict[str, Any]]:
@@ -110,7 +87,8 @@ def drifts(counts: Mapping[str, Counts]) -> dict[str, float | None]:
     }
 
 
-def _per_class(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def per_class(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the table `per_class`."""
     total = max(counts.num_boxes, 1)
     for index, name in enumerate(names):
         boxes, images = int(counts.boxes[index]), int(counts.images[index])
@@ -165,12 +143,4 @@ def _centres(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[
 
 def _findings(findings: Findings) -> Iterator[dict[str, Any]]:
     for key in findings.sorted_keys():
-        for item in findings.listed[key]:
-            yield {
-                "split": item.split,
-                "kind": item.kind,
-                "image_id": item.image_id,
-                "path": item.path,
-                "category": item.category,
-                "detail": item.detail,
-            }
+        yield from map(vars, findings.listed[key])

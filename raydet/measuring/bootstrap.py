@@ -134,15 +134,8 @@ def paired_differences(
 ) -> PairedDifferences:
     """Return the differences in AP between two runs on the same images, with confidence intervals.
 
-    Both runs are measured on the same resamples, so the difficulty that an image has for both cancels out.
-
-    Args:
-        first: Matches of one run.
-        second: Matches of the other run, with the same truth and protocol.
-        num_resamples: Number of resamples, as in `intervals`.
-        seed: Random seed; gives the same resamples as in `intervals`.
-        level: Confidence level in (0, 1).
-        num_threads: Number of threads; by default the number of available processors.
+    Both runs have the same truth and protocol, and are measured on the same resamples, so the difficulty that an image
+    has for both cancels out. For the other arguments see `intervals`.
 
     Raises:
         ValueError: Protocol, classes, images or labelled boxes differ.
@@ -283,12 +276,8 @@ def _summary(
 def _effective_images(per_class: Floats, num_by_class: Floats, num_images: Floats) -> Floats:
     """Return the effective number of images behind the mean over classes, [metrics].
 
-    The variance of the mean is dominated by rare classes, and so are its degrees of freedom (Satterthwaite 1946).
-
-    Args:
-        per_class: Values of the resamples, [R, K, metrics].
-        num_by_class: Number of images with truth, [K, metrics].
-        num_images: Number of images with truth of any class, [metrics].
+    The variance of the mean is dominated by rare classes, and so are its degrees of freedom (Satterthwaite 1946). The
+    values are those of the resamples, [R, K, metrics]; the numbers count images with truth, [K, metrics] and [metrics].
     """
     variance = np.nan_to_num(_mean(per_class**2) - _mean(per_class) ** 2)
     spread = (variance**2 / np.maximum(num_by_class - 1, 1)).sum(axis=0)

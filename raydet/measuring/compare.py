@@ -1,7 +1,6 @@
 """Compare two runs on the same images: the difference in AP, its significance and the images that changed most."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +11,15 @@ from raydet.config import CompareConfig, config_hash, identity
 from raydet.config.measuring import JoinKey
 from raydet.measuring.bootstrap import PairedDifferences, paired_differences
 from raydet.measuring.detections import read_detections
-from raydet.measuring.diagnosis.tables import Outcomes, best_threshold, outcomes_at, per_image
+from raydet.measuring.diagnosis.scores import Outcomes, best_threshold, outcomes_at, per_image
 from raydet.measuring.numbers.matches import Matches
 from raydet.measuring.numbers.matching import match, match_in_parts
 from raydet.measuring.numbers.values import MetricValue
 from raydet.measuring.truth import Truth, read_truth
 from raydet.tables import storage
-from raydet.tables.columns import Floats
 from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.schema import Category, TableKind, build_schema
-from raydet.tables.table import MANIFEST_NAME, TableWriter, is_table
+from raydet.tables.table import TableWriter, is_table
 
 _KINDS: tuple[TableKind, ...] = ("changed_images", "comparison")
 _PART = "compare"
@@ -226,7 +224,7 @@ def _changed_images(first: _ComparedRun, second: _ComparedRun, num_images: int) 
     tables = [per_image(run.matches, run.outcomes, threshold=run.threshold) for run in (first, second)]
     f1 = [table.column("f1").to_pylist() for table in tables]
     image_ids, num_truth = first.matches.image_ids, tables[0].column("num_truth").to_numpy()
-    before, after = (_with_nothing_as_right(values) for values in f1)
+    before, after = (np.array([1.0 if value is None else value for value in values]) for values in f1)
     difference = after - before
     order = np.lexsort((image_ids, -num_truth, -np.abs(difference)))
     order = order[difference[order] != 0][:num_images]
@@ -242,18 +240,11 @@ def _changed_images(first: _ComparedRun, second: _ComparedRun, num_images: int) 
     )
 
 
-def _with_nothing_as_right(values: Sequence[float | None]) -> Floats:
-    return np.array([1.0 if value is None else value for value in values])
-
-
 def _write(folder: OutputFolder, config: CompareConfig, comparison: Comparison) -> None:
     """Write both tables; `comparison` is deleted first and written last, so its presence means both are complete."""
     tables = {"comparison": _comparison_table(comparison), "changed_images": _changed_images_table(comparison)}
     for kind in reversed(_KINDS):
-        # Delete the manifest first: without it, no reader takes the remaining files for a table.
-        for name in sorted(folder.list_files(kind), key=lambda name: name != MANIFEST_NAME):
-            if name == MANIFEST_NAME or name.endswith(".parquet"):
-                folder.delete_file(kind, name)
+        folder.delete_table(kind)
     folder.begin(identity(config), folders=_KINDS, part=_PART)
     for kind in _KINDS:
         with TableWriter(folder.uri_of(kind), tables[kind].schema, config_hash=config_hash(config)) as writer:

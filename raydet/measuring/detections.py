@@ -22,6 +22,7 @@ from raydet.tables.columns import (
     Floats,
     Integers,
     TruthColumns,
+    concatenate_detections,
     flatten,
     image_ids_in,
     numbers_of,
@@ -115,13 +116,7 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
 
 
 def errors_by_id(errors: dict[int, str], truth_row: Integers, truth: Truth) -> dict[int, str]:
-    """Key errors by the truth's image id instead of the row, dropping images that the truth does not have.
-
-    Args:
-        errors: Reasons by row.
-        truth_row: Row of each image in the truth, -1 for none, int64 [R].
-        truth: Ground truth.
-    """
+    """Key errors by image id instead of the row; `truth_row` is each row's place in the truth, -1 if it has none."""
     places = truth_row[list(errors)].tolist()
     ids = truth.images.image_ids
     return {int(ids[place]): reason for place, reason in zip(places, errors.values(), strict=True) if place >= 0}
@@ -137,20 +132,16 @@ def model_of(table: Table) -> str | None:
 
 
 def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordBatch]) -> DetectionRows:
-    """Read some or all rows of a detections table.
-
-    Args:
-        table: Detections table.
-        truth: Ground truth whose category indices the result uses; categories are mapped by name.
-        batches: Rows of the table with the columns of `DETECTION_FIELDS`.
+    """Read batches of a detections table with `DETECTION_FIELDS`; categories become those of the truth, by name.
 
     Raises:
         UserError: The classes differ, a box or score is invalid, or an image with an error has detections.
     """
     to_truth = _map_categories(table, truth)
-    lengths, num_rows = [np.zeros(0, np.int64)], 0
     errors: dict[int, str] = {}
-    parts: list[tuple[Boxes, Floats, Integers]] = [(as_boxes([]), np.zeros(0), np.zeros(0, np.int64))]
+    nothing = np.zeros(0, np.int64)
+    parts = [DetectionColumns(starts=starts_of(nothing), boxes_xywh=as_boxes([]), scores=np.zeros(0), category=nothing)]
+    num_rows = 0
     for batch in batches:
         ids = image_ids_in(batch)
         counts, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
@@ -164,15 +155,13 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
         bad_rows = (np.flatnonzero(has_error) + num_rows).tolist()
         errors |= dict(zip(bad_rows, batch.column("error").drop_null().to_pylist(), strict=True))
         num_rows += batch.num_rows
-        lengths.append(counts)
-        parts.append((columns["bbox"], columns["score"], to_truth[category]))
-    boxes_xywh, scores, category = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return DetectionRows(
-        columns=DetectionColumns(
-            starts=starts_of(np.concatenate(lengths)), boxes_xywh=boxes_xywh, scores=scores, category=category
-        ),
-        errors=errors,
-    )
+        boxes_xywh, scores = columns["bbox"], columns["score"]
+        parts.append(
+            DetectionColumns(
+                starts=starts_of(counts), boxes_xywh=boxes_xywh, scores=scores, category=to_truth[category]
+            )
+        )
+    return DetectionRows(columns=concatenate_detections(parts), errors=errors)
 
 
 def check_detections(where: str, boxes_xywh: Boxes, scores: Floats, image_ids: Integers, lengths: Integers) -> None:

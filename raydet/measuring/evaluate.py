@@ -182,7 +182,7 @@ def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> "list[Slice
 
     columns = read_extra_columns(truth) if set(config.slice_by) - set(PROPERTIES) else {}
     columns = {name: column.take(scored.truth_rows) for name, column in columns.items()}
-    areas = dict(_areas_of(config))
+    areas = dict(COCO.areas) if config.protocol in ("coco", "lvis") else {}
     return [
         part
         for name in config.slice_by
@@ -190,10 +190,6 @@ def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> "list[Slice
             name, scored.truth_columns, columns=columns, sizes_hw=truth.images.sizes_hw[scored.truth_rows], areas=areas
         )
     ]
-
-
-def _areas_of(config: EvaluateConfig) -> tuple[tuple[str, tuple[float, float]], ...]:
-    return COCO.areas if config.protocol in ("coco", "lvis") else ()
 
 
 def _measure_slice(

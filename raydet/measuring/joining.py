@@ -217,12 +217,7 @@ def _namesakes(truth: ImageKeys, found: ImageKeys) -> Iterator[tuple[str, str]]:
 def _check_same(truth: ImageKeys, found: ImageKeys, in_truth: Integers, in_found: Integers, by: JoinKey) -> str | None:
     """Check that the paths and sizes of joined images agree; return a note about what could not be checked.
 
-    Args:
-        truth: Images of the truth.
-        found: Images of the detections.
-        in_truth: Rows of the joined images in `truth`, int64 [J].
-        in_found: Rows of the joined images in `found`, int64 [J].
-        by: Join key.
+    `in_truth` and `in_found` are the rows of the joined images on both sides, int64 [J].
 
     Raises:
         UserError: Paths or sizes differ, or nothing shows that the images are the same.
@@ -259,11 +254,8 @@ def _check_same(truth: ImageKeys, found: ImageKeys, in_truth: Integers, in_found
     if has_path.any() or is_known or not len(in_found):
         return None
     known = "; checked by size only" if has_size.any() else ", unchecked"
-    return f"joined by image id{known}: {_without_paths(truth, found)} has no paths"
-
-
-def _without_paths(truth: ImageKeys, found: ImageKeys) -> str:
-    return found.uri if found.paths is None or not _has_path(found).any() else truth.uri
+    without = found if not _has_path(found).any() else truth
+    return f"joined by image id{known}: {without.uri} has no paths"
 
 
 def _difference(truth: ImageKeys, found: ImageKeys, in_truth: int, in_found: int) -> str:

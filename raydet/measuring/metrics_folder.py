@@ -109,13 +109,9 @@ def write_run(
     *,
     extra: Mapping[TableKind, Mapping[str, Any]],
 ) -> None:
-    """Write the rows of a run beside those of other runs, replacing its own earlier rows.
+    """Write the rows of a run beside those of other runs, replacing its own earlier rows, also in tables not given.
 
-    Args:
-        folder: Metrics folder, opened for this evaluation.
-        config: Evaluation whose `run` is set.
-        tables: Tables to write, including `metrics`; rows of the run in other tables are removed.
-        extra: Additional manifest entries by table.
+    `extra` holds additional manifest entries by table.
     """
     run, name = _run_of(config), file_name(_run_of(config))
     _remove(folder.uri_of("metrics"), name)

@@ -37,16 +37,7 @@ def write_tables(
     matches: Matches,
     evaluation: Evaluation,
 ) -> None:
-    """Write all tables of a run; LVIS gets no error analysis because its truth does not label every object.
-
-    Args:
-        folder: Metrics folder.
-        config: Config with absolute URIs and the names of run and split.
-        truth: Full ground truth.
-        scored: Measured detections and labels.
-        matches: Matches of `scored`.
-        evaluation: Evaluation result.
-    """
+    """Write all tables of a run; LVIS gets no error analysis because its truth does not label every object."""
     assert config.run is not None
     model = without_secrets(config.model or scored.model)
     categories = (ANY_CLASS,) if config.class_agnostic else truth.categories

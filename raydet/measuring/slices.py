@@ -145,26 +145,15 @@ def _of_column(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> 
 
 def _is_usable(dtype: pa.DataType) -> bool:
     types = pa.types
-    kinds = (
-        types.is_string,
-        types.is_large_string,
-        types.is_boolean,
-        types.is_integer,
-        types.is_floating,
-        types.is_decimal,
-        types.is_date,
-        types.is_timestamp,
-        types.is_dictionary,
-    )
-    return any(kind(dtype) for kind in kinds)
+    kinds = (types.is_string, types.is_large_string, types.is_boolean, types.is_integer, types.is_floating)
+    more = (types.is_decimal, types.is_date, types.is_timestamp, types.is_dictionary)
+    return any(kind(dtype) for kind in (*kinds, *more))
 
 
 def _quarters(place: Integers, distinct: pa.Array) -> tuple[Integers, list[str]]:
     """Split the images into up to four groups of similar size, keeping equal values together.
 
-    Args:
-        place: Index of each image's value, -1 for none, int64 [I].
-        distinct: Values in ascending order.
+    `place` is the index of each image's value in `distinct`, which is ascending; -1 for none.
     """
     known = np.sort(place[place >= 0])
     # A group ends at the value that a quarter, half or three quarters of the images do not exceed.

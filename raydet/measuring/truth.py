@@ -69,11 +69,7 @@ class Truth:
 
 
 def read_truth(uri: str, *, lvis: bool = False) -> Truth:
-    """Read the labels of an images table or COCO instances JSON.
-
-    Args:
-        uri: Table folder or JSON file.
-        lvis: Also read the fields that LVIS adds, which only JSON has.
+    """Read the labels of an images table or COCO instances JSON, with the fields that LVIS adds if requested.
 
     Raises:
         UserError: The input does not exist, is damaged or has no labels.

@@ -44,16 +44,15 @@ class Checkpoint:
 
 
 def read_checkpoint(name: str) -> Checkpoint:
-    """Read the description of a checkpoint.
-
-    Args:
-        name: A local model folder, or a name on the Hub.
+    """Read the description of a local model folder, or of a name on the Hub.
 
     Raises:
         UserError: There is no model there.
     """
     is_folder = storage.exists(name)
-    content = _folder_config(name) if is_folder else _hub_config(name)
+    content: dict[str, Any] = (
+        _folder_config(name) if is_folder else json.loads(storage.read_bytes(_hub_config_path(name)))
+    )
     if "model_type" not in content:
         raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
     absolute = storage.absolute_uri(name) if is_folder else name
@@ -125,11 +124,6 @@ def _folder_config(folder: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(storage.read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    return content
-
-
-def _hub_config(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(storage.read_bytes(_hub_config_path(name)))
     return content
 
 

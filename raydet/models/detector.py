@@ -5,7 +5,6 @@ It is saved as a plain Hugging Face model folder.
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raydet.common.boxes import Boxes
+from raydet.common.hub_client import quiet_client
 from raydet.models.collate import Batch
 from raydet.models.families import Family, family_of
 from raydet.models.processors import resize_rule_of
@@ -102,11 +101,7 @@ class Detector:
         """Compile backbone and encoder, with one graph for each shape of their input.
 
         The rest of the model stays as it is: its shapes change with the number of boxes in each batch, and matching
-        runs on the CPU.
-
-        Args:
-            num_sizes: Number of input sizes; beyond it, parts of the model may run uncompiled.
-            options: Passed to `torch.compile`.
+        runs on the CPU. With more input sizes than stated, parts of the model may run uncompiled.
         """
         # Four graphs per size: for full and for last batches, in training and in validation.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * num_sizes)
@@ -182,21 +177,13 @@ def _pixel_mask(batch: Batch) -> Tensor:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Context manager: suppress warnings, reports and progress bars of transformers and the Hub client."""
-    hub_logger = logging.getLogger("huggingface_hub")
-    verbosity, hub_level = transformers.logging.get_verbosity(), hub_logger.level
-    had_bars, hub_had_bars = transformers.logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    verbosity, had_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    disable_progress_bars()
-    hub_logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_client():
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        hub_logger.setLevel(hub_level)
         if had_bars:
             transformers.logging.enable_progress_bar()
-        if hub_had_bars:
-            enable_progress_bars()

@@ -74,36 +74,19 @@ class Family:
     compiled_modules: tuple[str, ...] = ("model.backbone", "model.encoder")
 
 
-def _detr_like(model_type: str, processor: str, *, softmax: bool) -> Family:
-    return Family(
-        model_type=model_type,
-        processor=processor,
-        softmax=softmax,
-        weights_in_config=True,
-        top_k=None if softmax else 100,
-        uses_pixel_mask=True,
-    )
-
-
-def _rt_detr_like(
-    model_type: str,
-    *,
-    distils: bool = False,
-    backbone_prefixes: tuple[str, ...] = ("model.backbone.",),
-    compiled_modules: tuple[str, ...] = ("model.backbone", "model.encoder"),
-) -> Family:
-    return Family(
-        model_type=model_type,
-        processor="RTDetrImageProcessor",
-        # The encoder adds neighbouring levels of the feature pyramid; the coarsest level has a stride of 32.
-        side_multiple=32,
-        distils=distils,
-        backbone_prefixes=backbone_prefixes,
-        denoises=True,
-        compiled_modules=compiled_modules,
-    )
-
-
+_DETR = Family(
+    model_type="detr", processor="DetrImageProcessor", softmax=True, weights_in_config=True, uses_pixel_mask=True
+)
+_CONDITIONAL_DETR = replace(
+    _DETR, model_type="conditional_detr", processor="ConditionalDetrImageProcessor", softmax=False, top_k=100
+)
+_RT_DETR = Family(
+    model_type="rt_detr",
+    processor="RTDetrImageProcessor",
+    # The encoder adds neighbouring levels of the feature pyramid; the coarsest level has a stride of 32.
+    side_multiple=32,
+    denoises=True,
+)
 _LW_DETR = Family(
     model_type="lw_detr",
     processor="DeformableDetrImageProcessor",
@@ -123,21 +106,24 @@ _LW_DETR = Family(
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        _detr_like("detr", "DetrImageProcessor", softmax=True),
-        _detr_like("table-transformer", "DetrImageProcessor", softmax=True),
-        _detr_like("conditional_detr", "ConditionalDetrImageProcessor", softmax=False),
+        _DETR,
+        replace(_DETR, model_type="table-transformer"),
+        _CONDITIONAL_DETR,
         replace(
-            _detr_like("deformable_detr", "DeformableDetrImageProcessor", softmax=False),
+            _CONDITIONAL_DETR,
+            model_type="deformable_detr",
+            processor="DeformableDetrImageProcessor",
             scores_proposals=True,
             graph_has_one_size=True,
         ),
-        _detr_like("dab-detr", "ConditionalDetrImageProcessor", softmax=False),
-        _rt_detr_like("rt_detr"),
-        _rt_detr_like("rt_detr_v2"),
-        _rt_detr_like("d_fine", distils=True),
+        replace(_CONDITIONAL_DETR, model_type="dab-detr"),
+        _RT_DETR,
+        replace(_RT_DETR, model_type="rt_detr_v2"),
+        replace(_RT_DETR, model_type="d_fine", distils=True),
         # The backbone is an HGNetV2 or a DINOv3.
-        _rt_detr_like(
-            "deimv2",
+        replace(
+            _RT_DETR,
+            model_type="deimv2",
             distils=True,
             backbone_prefixes=("model.conv_encoder.model.", "model.conv_encoder.backbone."),
             compiled_modules=("model.conv_encoder", "model.encoder"),
@@ -203,11 +189,7 @@ ZERO_SHOT_FAMILIES: Mapping[str, ZeroShotFamily] = {
 
 
 def family_of(model_type: str, *, where: str) -> Family:
-    """Look up the family of a model type.
-
-    Args:
-        model_type: As in the model's config.
-        where: The model, for the error message.
+    """Look up the family of a model type; `where` names the model in the error message.
 
     Raises:
         UserError: raydet cannot train this model type.
@@ -227,13 +209,9 @@ def family_of(model_type: str, *, where: str) -> Family:
 
 
 def check_graph_sizes(family: Family, *, keeps_aspect: bool, where: str, remedy: str) -> None:
-    """Refuse to trace a model whose images vary in size if its graph works at one size only.
+    """Refuse to trace a model whose images vary in size, as they keep their aspect ratio, if its graph has one size.
 
-    Args:
-        family: Family of the model.
-        keeps_aspect: The image processor keeps the aspect ratio and does not pad to a fixed size.
-        where: The checkpoint, for the error message.
-        remedy: The end of the error message: what the user can do instead.
+    `where` names the checkpoint in the message, which ends in `remedy`.
 
     Raises:
         UserError: The sizes vary and `family.graph_has_one_size`.

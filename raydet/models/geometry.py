@@ -83,7 +83,7 @@ class ResizeRule:
         return (self.shortest or 0) * (self.longest or 0)
 
     def padded_size_hw(self, target_hw: SizeHW) -> SizeHW:
-        """Return the padded size in pixels of an image, independent of the other images of its batch.
+        """Return the padded size of an image, in pixels, from its target size; other images do not matter.
 
         Without `pad_to_hw`, sides are padded to a multiple of 32 or, for small images, of the largest power of two
         that is at most a sixteenth of the shorter side. Images of similar shape thus share a size with little padding.
@@ -153,12 +153,7 @@ def fill_padded(canvas: Image, planes: Sequence[Image]) -> None:
 
 
 def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
-    """Resize with the resampling and antialiasing of the Hugging Face image processors (torchvision's).
-
-    Args:
-        image: uint8 [H, W, 3].
-        size_hw: New height and width in pixels.
-        resample: PIL's resampling code.
+    """Resize uint8 [H, W, 3] as the Hugging Face image processors (torchvision's) do, with PIL's resampling code.
 
     Returns:
         uint8 [height, width, 3], bit for bit equal to the result of the image processor on a CPU; the image itself if

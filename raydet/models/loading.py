@@ -114,10 +114,6 @@ def build_detector(
 def resize_rule_for(name: str, image_size: int | None) -> ResizeRule:
     """Return the resize rule of the detector that `build_detector` would make, without making the model.
 
-    Args:
-        name: As for `build_detector`.
-        image_size: As for `build_detector`.
-
     Raises:
         UserError: The model does not exist or cannot be read.
     """

@@ -10,8 +10,8 @@ from raydet.common.errors import UserError
 from raydet.models.families import Family
 from raydet.models.geometry import ResizeRule
 
-_SIDE_STEPS: Mapping[str, int] = {"Yolos": 16}
-"""Multiple in pixels to which a processor rounds both sides, by the prefix of its class name; 1 for all others."""
+_YOLOS_STEP = 16
+"""Pixels to whose multiples the processor of YOLOS rounds both sides; the others do not round."""
 
 _REPLACED: Mapping[str, str] = {"RfDetrImageProcessor": "RTDetrImageProcessor"}
 """Processors that resize in floating point without antialiasing, which is impossible with 8-bit images, and
@@ -68,10 +68,6 @@ def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
 def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
     """Read the resize rule of a Hugging Face image processor.
 
-    Args:
-        processor: A Hugging Face image processor.
-        where: The model, for error messages.
-
     Raises:
         UserError: The processor does not resize, or does so in a way that raydet does not support.
     """
@@ -92,7 +88,7 @@ def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
             mode="keep_aspect",
             shortest=size.shortest_edge,
             longest=size.longest_edge,
-            multiple_of=_side_step(processor),
+            multiple_of=_YOLOS_STEP if type(processor).__name__.startswith("Yolos") else 1,
             **common,
         )
     if size.max_height and size.max_width:
@@ -107,13 +103,6 @@ def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
 
 def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queries: int, where: str) -> None:
     """Refuse input sizes at which the model would fail in the middle of a run.
-
-    Args:
-        config: Config of the model.
-        family: Family of the model.
-        rule: Resize rule of its image processor.
-        num_queries: Boxes that the model proposes per image.
-        where: The model, for error messages.
 
     Raises:
         UserError: The size varies, is not a multiple of what the model needs, or has fewer cells than queries.
@@ -154,11 +143,6 @@ def _side_multiple(config: Any, family: Family) -> int:
         return family.side_multiple
     first, second = (getattr(config.backbone_config, name) for name in family.backbone_side_fields)
     return int(first * second)
-
-
-def _side_step(processor: Any) -> int:
-    name = type(processor).__name__
-    return next((step for prefix, step in _SIDE_STEPS.items() if name.startswith(prefix)), 1)
 
 
 def _changed(processor: Any, changes: Mapping[str, Any]) -> Any:

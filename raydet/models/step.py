@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydet.models.collate import Batch
 from raydet.models.detector import Detector
-from raydet.models.geometry import SizeHW
 from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
 from raydet.models.optim.moving_average import MovingAverage
 
@@ -43,15 +42,6 @@ class StepSetting:
     """Prevents small gradients from vanishing in fp16; None for other precisions."""
 
 
-def empty_batch(size_hw: SizeHW) -> Batch:
-    """Return a micro-batch without images.
-
-    Args:
-        size_hw: Height and width in pixels of the images in the other micro-batches of the step.
-    """
-    return Batch([], torch.zeros((0, 3, *size_hw), dtype=torch.uint8), [], [], [])
-
-
 def step_normaliser(detector: Detector, batches: Sequence[Batch]) -> Normaliser:
     """Count the divisors of this rank's micro-batches; the sum over ranks is the normaliser of the step."""
     return sum((local_normaliser(detector, batch) for batch in batches if len(batch)), Normaliser(0.0, 0.0))
@@ -71,7 +61,7 @@ def compute_gradients(
         detector: The detector in training.
         module: Its model, or the DistributedDataParallel around it.
         batches: This rank's micro-batches, equally many on every rank. A micro-batch may have no image, if there are
-            fewer images than ranks or none could be read (see `empty_batch`).
+            fewer images than ranks or none could be read.
         setting: Device, precision, ranks.
         total: Sum of `step_normaliser` over all ranks; by default that of this rank, which is right for a single one.
     """

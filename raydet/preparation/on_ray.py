@@ -26,9 +26,7 @@ _SMALL_CLUSTER_CPUS = 4
 def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
     """Context manager: yield an executor on the open Ray session, or on a new one that ends with the block.
 
-    Args:
-        target: Tables to write.
-        images_uri: Folder of the images, which all nodes must be able to read; None if they are not in a folder.
+    All nodes must be able to read the folder of the images, if they are in one.
 
     Raises:
         UserError: A node cannot read the images or write to the target.

@@ -17,8 +17,9 @@ from raydet.common.errors import RunError, one_line
 from raydet.common.threads import available_cpus, in_order
 from raydet.preparation.examining import Examine, Rejected, Row
 from raydet.preparation.sources.source import Finding, SourceImage
-from raydet.preparation.splitting import Hashes, Integers
+from raydet.preparation.splitting import Hashes
 from raydet.tables import storage
+from raydet.tables.columns import Integers
 from raydet.tables.layout import FileGroups
 from raydet.tables.table import FileWriter
 

@@ -50,7 +50,7 @@ from raydet.preparation.sources import shapes
 from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
-from raydet.preparation.sources.source import Records, Source, SourceImage
+from raydet.preparation.sources.source import Source, SourceImage
 from raydet.preparation.sources.tools.cvat import read_cvat
 from raydet.preparation.sources.tools.label_studio import read_label_studio
 from raydet.preparation.sources.voc import read_voc
@@ -60,21 +60,7 @@ from raydet.preparation.target import Target
 from raydet.preparation.writing import PreparationPlan, write_tables
 from raydet.tables import storage
 from raydet.tables.output_folder import open_folder
-from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS
-
-__all__ = [
-    "FINDINGS_FOLDER",
-    "REJECTED_FOLDER",
-    "PrepareReport",
-    "prepare_coco",
-    "prepare_cvat",
-    "prepare_hub",
-    "prepare_images",
-    "prepare_label_studio",
-    "prepare_shapes",
-    "prepare_voc",
-    "prepare_yolo",
-]
+from raydet.tables.table import SPLITS
 
 _Opened = tuple[Source, ImageReader]
 _COMMAND = "prepare"
@@ -270,7 +256,7 @@ def prepare_shapes(config: PrepareShapesConfig, *, file_bytes: int = FILE_BYTES)
         done = {split: _report_of(target, config) for split, target in targets.items()}
         reports = []
         for split, num_images in sizes.items():
-            source = Source(Records(partial(_name_shapes, split, num_images)), num_images, shapes.CATEGORIES)
+            source = Source(partial(_name_shapes, split, num_images), num_images, shapes.CATEGORIES)
             draw = partial(draw_row, split=split, config=config)
             reports.append(done[split] or write_tables(targets[split], source, draw, plan))
     return sum_reports(config.out, reports, {split: target.out for split, target in targets.items()})

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from raydet.common.console import aligned
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
 from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT
@@ -108,11 +109,7 @@ class PrepareReport:
             (f"  {name}", *(f"{split['boxes_by_class'][name]:,}" for split in self.splits.values()))
             for name, _ in ranked[:_MOST_CLASSES_SHOWN]
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  " + "  ".join([row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in range(1, len(row))])
-            for row in rows
-        ]
+        lines = [f"  {line}" for line in aligned(rows)]
         if len(ranked) > _MOST_CLASSES_SHOWN:
             lines.append(f"    … and {len(ranked) - _MOST_CLASSES_SHOWN} further classes")
         if self.not_in_val:
@@ -147,17 +144,7 @@ def make_report(
     boxes_by_class: Mapping[str, Sequence[int]],
     images: Mapping[str, int],
 ) -> PrepareReport:
-    """Make the report of a run.
-
-    Args:
-        target: The tables.
-        counts: Numbers named found, accepted, without_boxes, boxes and crowd_boxes.
-        kinds: Number of findings by kind.
-        reasons: Number of rejected images by reason.
-        class_names: Class names in the order of the categories.
-        boxes_by_class: Boxes of each category, by split.
-        images: Rows of each table, by split.
-    """
+    """Make the report of a run from its counts, its findings by kind, and boxes and images by split."""
     rest = Counter(kinds)
     outside = rest.pop(OUTSIDE, 0)
     totals = [sum(numbers) for numbers in zip(*boxes_by_class.values(), strict=True)]

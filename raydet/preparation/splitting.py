@@ -18,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.common.errors import UserError
+from raydet.tables.columns import Flags, Integers
 
-Integers = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 """[N, 2]: the two halves of 16 bytes."""
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,9 @@ class UnitLabels:
 
 
 def choose_validation(hashes: Hashes, labels: UnitLabels, *, num_classes: int, val_fraction: float, seed: int) -> Flags:
-    """Choose images for validation.
+    """Choose images for validation, [N], from the hash of each image's content, [N, 2], and the classes present in it.
 
-    Args:
-        hashes: Hash of each image's content, [N, 2].
-        labels: The classes present in each image.
-        num_classes: Number of categories.
-        val_fraction: Requested fraction of the contents, between 0 and 1.
-        seed: Determines the choice.
-
-    Returns:
-        True for images held out for validation, [N].
+    `val_fraction` is the requested fraction of the contents, between 0 and 1.
 
     Raises:
         UserError: There are fewer than two different images.

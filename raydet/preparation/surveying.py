@@ -14,7 +14,8 @@ import numpy as np
 from raydet.preparation.examining import HASH_BYTES, Examine, Rejected
 from raydet.preparation.parts import SURVEY_IMAGES, Executor, SourcePart, as_hashes, cut, examine_all
 from raydet.preparation.sources.source import SourceImage
-from raydet.preparation.splitting import Flags, Hashes, Integers, UnitLabels, choose_validation
+from raydet.preparation.splitting import Hashes, UnitLabels, choose_validation
+from raydet.tables.columns import Flags, Integers
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,11 @@ from raydet.preparation.parts import (
 )
 from raydet.preparation.report import REPEATED_IMAGES_DROPPED, REPEATED_IMAGES_KEPT, PrepareReport, make_report
 from raydet.preparation.sources.source import Finding, Source, SourceImage
-from raydet.preparation.splitting import Flags, Hashes, Integers
+from raydet.preparation.splitting import Hashes
 from raydet.preparation.surveying import Survey, find_duplicates, hold_out, survey, with_outcome, without
 from raydet.preparation.target import Target
 from raydet.tables import storage
+from raydet.tables.columns import Flags, Integers
 from raydet.tables.layout import FileGroups
 from raydet.tables.schema import build_schema
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_manifest

@@ -113,11 +113,7 @@ def _gc_disabled() -> Iterator[None]:
 
 @_gc_disabled()
 def read_instances(uri: str, *, lvis: bool) -> Instances:
-    """Read a COCO instances file.
-
-    Args:
-        uri: Path or URI of the file.
-        lvis: Also read LVIS's additions.
+    """Read a COCO instances file, with LVIS's additions if requested.
 
     Raises:
         UserError: The file is not COCO instances JSON, or an entry is invalid.
@@ -180,11 +176,7 @@ def _federated(images: Sequence[_Image], classes: Sequence[_Class], uri: str) ->
 
 @_gc_disabled()
 def read_results(uri: str, categories: Sequence[Category]) -> tuple[Integers, DetectionColumns]:
-    """Read a COCO results file.
-
-    Args:
-        uri: Path or URI of the file.
-        categories: Classes of the truth; their ids are the file's category ids.
+    """Read a COCO results file, whose category ids are those of the truth.
 
     Returns:
         Ids of the images that have detections, ascending, int64 [R]; and their detections.

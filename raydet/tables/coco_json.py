@@ -11,7 +11,7 @@ from typing import Any
 
 from raydet.common.errors import UserError, one_line
 from raydet.tables import storage
-from raydet.tables.json_stream import Elements, JsonError, members
+from raydet.tables.json_stream import JsonError, members
 from raydet.tables.schema import MAX_IMAGE_ID, Category
 
 MAX_INTEGER = 2**63
@@ -41,7 +41,7 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
         for key, value in members(stream, object_hook=_without_masks):
             if key not in _LISTS:
                 continue
-            if not isinstance(value, Elements):
+            if not isinstance(value, Iterator):
                 raise UserError(f'{where}: "{key}" must be a list, got a {type(value).__name__}')
             if key in found:
                 raise UserError(f'{where} has the key "{key}" twice')
@@ -55,7 +55,7 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
             )
 
 
-def _entries(elements: Elements, uri: str, where: str) -> Iterator[tuple[Entry, str]]:
+def _entries(elements: Iterator[Any], uri: str, where: str) -> Iterator[tuple[Entry, str]]:
     with errors_in_one_line(uri, _EXPECTED):
         yield from placed(elements, where)
 
@@ -201,12 +201,7 @@ def score(entry: Entry, place: str) -> float:
 
 
 def refuse_repeated(values: list[Any], where: str, key: str) -> None:
-    """Refuse a list with duplicate values.
-
-    Args:
-        values: The values under `key` of the entries of a list.
-        where: Name of the list for the message.
-        key: Name of the values for the message.
+    """Refuse a list whose entries have duplicate values under a key; `where` names the list in the message.
 
     Raises:
         UserError: Two values are equal.

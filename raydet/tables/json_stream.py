@@ -33,16 +33,6 @@ class ByteStream(Protocol):
         """Return the next bytes; none at the end."""
 
 
-class Elements:
-    """Single-use iterator over the elements of an array; consume it before requesting the next member."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._iterator
-
-
 def members(
     stream: ByteStream,
     *,
@@ -59,7 +49,7 @@ def members(
         max_entry_chars: Maximum size in memory of one array element, or of one member that is not an array.
 
     Yields:
-        Name and value of each member; an array is yielded as `Elements`, whose unconsumed elements are skipped.
+        Name and value of each member; an array is an iterator over its elements, of which unconsumed ones are skipped.
 
     Raises:
         JsonError: The file is not JSON or not an object; also raised while elements are consumed.
@@ -75,7 +65,7 @@ def members(
         text.take(":")
         if text.peek() == "[":
             elements = (text.value() for _ in text.entries("[", "]"))
-            yield name, Elements(elements)
+            yield name, elements
             for _ in elements:
                 pass
         else:

@@ -54,10 +54,7 @@ def new_folder(out: str, *, command: str) -> Iterator[Path]:
 def new_file(out: str, *, command: str, endings: Sequence[str]) -> Iterator[BinaryIO]:
     """Context manager: yield a file to write, which replaces `out` only if the block succeeds.
 
-    Args:
-        out: Path or URI of the file; an existing file is replaced.
-        command: Running command, shown to a run that is refused.
-        endings: Allowed endings of the name, such as `.json`.
+    The name of `out` must end in one of the given endings, such as `.json`.
 
     Raises:
         UserError: `out` has a different ending or is a folder, another run is writing it, or its name is invalid.
@@ -85,9 +82,8 @@ def new_file(out: str, *, command: str, endings: Sequence[str]) -> Iterator[Bina
 @contextlib.contextmanager
 def _hold_place(out: str, command: str) -> Iterator[Hold]:
     """Lock an output by a lock file beside it."""
-    path, mark, options = out.partition("?") if "://" in out else (out, "", "")
-    folder, _, name = path.rstrip("/").rpartition("/")
-    with hold(f"{folder or '/'}{mark}{options}", f".{name}.lock", out=out, command=command) as held:
+    folder, name = storage.split(out)
+    with hold(folder, f".{name}.lock", out=out, command=command) as held:
         yield held
 
 

@@ -38,12 +38,7 @@ def refusal_of(error: OSError, out: str) -> UserError | RunError:
 
 
 def refuse_place(out: str, kind: pafs.FileType, reason: str) -> None:
-    """Refuse an output that is a web URL or already exists as the wrong kind.
-
-    Args:
-        out: Path or URI of the output.
-        kind: The kind to refuse: a file where a folder is expected, or a folder where a file is expected.
-        reason: Continuation of the message after `--out OUT`.
+    """Refuse an output that is a web URL or already exists as the wrong kind; the reason follows `--out OUT`.
 
     Raises:
         UserError: The output is refused.

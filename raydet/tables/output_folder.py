@@ -7,6 +7,7 @@ only when complete.
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from raydet.common.version import __version__
 from raydet.tables import storage
 from raydet.tables.folder_lock import Hold, LeaseTimes, hold
 from raydet.tables.output_errors import one_line_errors, refuse_place
+from raydet.tables.table import MANIFEST_NAME
 
 LOCK_FILE = "_lock"
 RUN_FILE = "_run.json"
@@ -95,6 +97,12 @@ class OutputFolder:
         """List the files of the folder or of a subfolder; an absent one has none."""
         return storage.list_files(self.uri_of(*names))
 
+    def delete_table(self, name: str) -> None:
+        """Remove the table in a subfolder; first its manifest, without which no reader takes the rest for a table."""
+        for file in sorted(self.list_files(name), key=lambda file: file != MANIFEST_NAME):
+            if file == MANIFEST_NAME or re.fullmatch(r"part-\d+\.parquet", file):
+                self.delete_file(name, file)
+
     def check(self) -> None:
         """Check that the folder still belongs to this run.
 
@@ -104,10 +112,7 @@ class OutputFolder:
         self._held.check()
 
     def record(self, part: str | None = None) -> RunRecord | None:
-        """Read the record of the run in the folder; return None if no run has started.
-
-        Args:
-            part: Name of the run, for a folder that several runs share.
+        """Read the record of the run in the folder, or of one of several runs; return None if it has not started.
 
         Raises:
             UserError: The record is damaged or was written by an incompatible version of raydet.
@@ -115,16 +120,10 @@ class OutputFolder:
         return _read_record(self.uri, _record_name(part))
 
     def refuse_foreign(self, folders: Sequence[str] = ()) -> list[RunRecord]:
-        """Refuse files that raydet did not write.
+        """Refuse files that raydet did not write, and return the records of the runs, that of the whole folder first.
 
         These are all files in a folder without a run record, except those whose names start with `_` or `.`, and all
-        files in subfolders that no recorded run writes.
-
-        Args:
-            folders: Subfolders that this run writes.
-
-        Returns:
-            The records of the runs in the folder, that of a run of the whole folder first.
+        files in the given subfolders that no recorded run writes.
 
         Raises:
             UserError: There is such a file, or a subfolder or log is a symbolic link.
@@ -135,7 +134,8 @@ class OutputFolder:
         if own is not None and set(folders) <= set(own.folders):
             return records  # avoids listing all files, which may be many
         names = self.list_files()
-        records += [record for name in names if _is_part(name) and (record := _read_record(self.uri, name))]
+        parts = [name for name in names if name.startswith("_run-") and name.endswith(".json")]
+        records += [record for name in parts if (record := _read_record(self.uri, name))]
         foreign = [name for name in names if not name.startswith(("_", "."))] if not records else []
         for folder in folders:
             if not any(folder in record.folders for record in records):
@@ -235,12 +235,7 @@ def open_folder(
 ) -> Iterator[OutputFolder]:
     """Context manager: lock an output folder for one run, and convert write failures to one-line errors.
 
-    Args:
-        out: Folder or URI; created if missing. A local folder created here is removed again if it stays empty.
-        command: Running command, shown to a run that is refused.
-        notify: Receives one line if acquiring the lock takes time.
-        wait_s: Time to wait for another run to release a file-system lock before raising.
-        times: Timing of the lease in an object store.
+    A missing folder is created; a local one is removed again if it stays empty. For the other arguments see `hold`.
 
     Raises:
         UserError: Another run is writing the folder, it is a file, or its name is invalid.
@@ -255,10 +250,6 @@ def open_folder(
 
 def _record_name(part: str | None) -> str:
     return RUN_FILE if part is None else f"_run-{part}.json"
-
-
-def _is_part(name: str) -> bool:
-    return name.startswith("_run-") and name.endswith(".json")
 
 
 def _read_record(folder: str, name: str) -> RunRecord | None:

@@ -299,11 +299,6 @@ def build_schema(
 def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...], where: str) -> dict[str, Any]:
     """Parse the metadata that `build_schema` wrote.
 
-    Args:
-        schema: Schema of the table.
-        kind: Expected kind, or the accepted kinds.
-        where: URI of the table for messages.
-
     Raises:
         UserError: The table was not written by raydet, or has a different kind or schema version.
     """

@@ -66,12 +66,7 @@ class Spilled(Generic[Item]):
     """Append-only list on disk with sequential and random access."""
 
     def __init__(self, kind: type[Item], items: Iterable[Item] = (), *, cache_bytes: int = CACHE_BYTES) -> None:
-        """Create the list.
-
-        Args:
-            kind: Type of the items, which MessagePack must be able to encode and decode.
-            items: Initial items, written one at a time.
-            cache_bytes: Size up to which items stay in memory.
+        """Create the list of items of one type, which MessagePack can encode; `cache_bytes` of them stay in memory.
 
         Raises:
             RunError: See `spill_errors`.

@@ -86,10 +86,6 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, path.rstrip("/")
 
 
-def _query_names(uri: str) -> set[str]:
-    return set(parse_qs(urlsplit(uri).query))
-
-
 def _with_s3_retries(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
     # from_uri creates a client that gives up after six seconds, and no URI option changes that.
     _, (options,) = filesystem.__reduce__()
@@ -97,10 +93,10 @@ def _with_s3_retries(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
 
 
 def _with_gcs_retries(uri: str) -> str:
-    names = _query_names(uri)
-    if urlsplit(uri).scheme not in ("gs", "gcs") or "retry_limit_seconds" in names:
+    query = urlsplit(uri).query
+    if urlsplit(uri).scheme not in ("gs", "gcs") or "retry_limit_seconds" in parse_qs(query):
         return uri
-    return f"{uri}{'&' if names else '?'}retry_limit_seconds={GCS_RETRY_S}"
+    return f"{uri}{'&' if query else '?'}retry_limit_seconds={GCS_RETRY_S}"
 
 
 def is_local(uri: str) -> bool:
@@ -112,6 +108,13 @@ def join(uri: str, *parts: str) -> str:
     """Append path components to a URI, before any options after `?`."""
     path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
     return "/".join([path.rstrip("/"), *parts]) + mark + options
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Return the parent folder of a URI, with its options, and its last component."""
+    path, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return f"{folder or '/'}{mark}{options}", name
 
 
 def exists(uri: str) -> bool:
@@ -134,16 +137,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
-    """Read a byte range of a file.
-
-    Args:
-        uri: Path or URI of the file.
-        offset: Start of the range in bytes.
-        size: Length of the range in bytes.
-
-    Returns:
-        The bytes; fewer than `size` if the file ends within the range.
-    """
+    """Read up to `size` bytes of a file from an offset; fewer if the file ends within this range."""
     filesystem, path = resolve(uri)
     with filesystem.open_input_file(path) as file:
         data: bytes = file.read_at(size, offset)
@@ -157,11 +151,8 @@ def open_output(uri: str, *, sync: bool = False) -> Iterator[BinaryIO]:
     Until then readers see the old content, or no file. A local file is written under an unpredictable name in the same
     folder and then renamed, so an existing symbolic link is replaced and never followed. A killed upload to an object
     store leaves no object; its parts stay in the store, invisible, until a lifecycle rule for incomplete uploads
-    removes them.
-
-    Args:
-        uri: Path or URI of the file; missing parent folders are created.
-        sync: Flush a local file to disk before renaming, so that it survives a power failure.
+    removes them. Missing parent folders are created. `sync` flushes a local file to disk before renaming, so that it
+    survives a power failure.
     """
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):

@@ -196,10 +196,6 @@ def is_table(uri: str) -> bool:
 def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     """Open a table for reading.
 
-    Args:
-        uri: Path or URI of the folder.
-        kind: Expected kind, or the accepted kinds.
-
     Raises:
         UserError: The folder does not exist, is not a complete table, or has a different kind or schema version.
     """
@@ -260,14 +256,9 @@ def _refuse_folder_of_tables(uri: str) -> None:
 
 
 def write_manifest(uri: str, groups_by_file: Mapping[str, FileGroups], *, config_hash: str, **extra: Any) -> None:
-    """Write the manifest, which marks a table as complete.
+    """Write the manifest, which marks a table as complete, with further JSON-serialisable entries.
 
-    Args:
-        uri: Path or URI of the table.
-        groups_by_file: Row groups of each file, by file name, as `FileWriter`, `groups_of` and `read_footers` return
-            them.
-        config_hash: Hash of the configuration that produced the table.
-        **extra: Further JSON-serialisable entries.
+    `FileWriter`, `groups_of` and `read_footers` return the row groups of a file.
     """
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -388,14 +379,11 @@ class TableWriter:
     Use it as a context manager: an exception in the block leaves no manifest, so readers refuse the folder.
     """
 
-    def __init__(
-        self, uri: str, schema: pa.Schema, *, config_hash: str, file_bytes: int = 256 * 2**20, prefix: str = "part"
-    ) -> None:
+    def __init__(self, uri: str, schema: pa.Schema, *, config_hash: str, file_bytes: int = 256 * 2**20) -> None:
         self.uri = storage.absolute_uri(uri)
         self._schema = schema
         self._config_hash = config_hash
         self._file_bytes = file_bytes
-        self._prefix = prefix
         self._files: dict[str, FileWriter] = {}
         self.extra: dict[str, Any] = {}
 
@@ -413,7 +401,7 @@ class TableWriter:
         if newest is None or newest.num_bytes >= self._file_bytes:
             if newest is not None:
                 newest.close()
-            name = f"{self._prefix}-{len(self._files):05d}.parquet"
+            name = f"part-{len(self._files):05d}.parquet"
             newest = self._files[name] = FileWriter(storage.join(self.uri, name), self._schema)
         newest.write(batch)
 

@@ -4,8 +4,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -33,38 +32,32 @@ _TUNE_SETTINGS = {
 def run_trials(search: Search, share: Share, follower: Follower) -> bool:
     """Run all remaining trials.
 
-    Args:
-        search: The search; its trials are updated.
-        share: Resources of each trial.
-        follower: Receives the progress.
-
-    Returns:
-        True if all trials ended, False if the time limit was reached first.
+    The trials of the search are updated. Returns True if all of them ended, False if the time limit was reached first.
     """
     plan = search.plan
     clock = _TrialClock(plan.config.time_limit_s)
     notes = storage.join(plan.out, "log", "ray")  # Tune's own records, which raydet never reads
-    with _environment(_TUNE_SETTINGS):
-        tuner = tune.Tuner(
-            tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
-            tune_config=tune.TuneConfig(
-                search_alg=_TrialSource(search, share),
-                scheduler=build_scheduler(plan, list(search.trials.values())),
-                num_samples=search.num_to_do,
-                max_concurrent_trials=share.max_concurrent,
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
-            ),
-            run_config=tune.RunConfig(
-                storage_path=notes,
-                name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-                stop=clock,
-                callbacks=[_Recorder(search, follower)],
-                failure_config=tune.FailureConfig(max_failures=_TIMES_STARTED_AGAIN),
-                verbose=0,
-            ),
-        )
-        tuner.fit()
+    os.environ.update(_TUNE_SETTINGS)  # the session restores the environment
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
+        tune_config=tune.TuneConfig(
+            search_alg=_TrialSource(search, share),
+            scheduler=build_scheduler(plan, list(search.trials.values())),
+            num_samples=search.num_to_do,
+            max_concurrent_trials=share.max_concurrent,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            storage_path=notes,
+            name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            stop=clock,
+            callbacks=[_Recorder(search, follower)],
+            failure_config=tune.FailureConfig(max_failures=_TIMES_STARTED_AGAIN),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
     storage.delete_folder(notes)
     return not clock.has_expired
 
@@ -198,18 +191,3 @@ def _number(trial: Any) -> int:
 
 def _name(trial: Any) -> str:
     return f"trial-{_number(trial):04d}"
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Context manager: set environment variables while the block runs."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -7,7 +7,7 @@ from raydet.common.errors import UserError
 from raydet.config import TrainConfig, TuneConfig
 from raydet.tuning import records
 from raydet.tuning.records import Trial
-from raydet.tuning.search import OptunaProposer, Proposer, RandomProposer
+from raydet.tuning.search import OptunaProposer, RandomProposer
 from raydet.tuning.space import Dimension, Parameters, value_in, with_parameters
 
 
@@ -106,7 +106,7 @@ class Search:
         return trial, score
 
 
-def _proposer(plan: TuningPlan, num_known: int) -> Proposer:
+def _proposer(plan: TuningPlan, num_known: int) -> RandomProposer | OptunaProposer:
     if plan.config.search == "random":
         return RandomProposer(plan.dimensions, plan.config.seed)
     return OptunaProposer(

@@ -54,12 +54,7 @@ class Share:
 
 
 def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) -> Share:
-    """Divide the connected cluster among concurrent trials.
-
-    Args:
-        base: Training config that sets the workers of all trials.
-        max_concurrent: Requested number of concurrent trials; None for a default.
-        num_trials: Number of remaining trials.
+    """Divide the connected cluster among concurrent trials, of which the user may request a number.
 
     Raises:
         UserError: One trial, or the requested number, does not fit.

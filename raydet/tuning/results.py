@@ -228,19 +228,12 @@ def _text(value: Any) -> str:
 
 
 def _page_row(plan: TuningPlan, trial: Trial) -> TrialRow:
-    best, score = trial.best(plan.metric), trial.score(plan.metric)
-    values = plan.values(trial.parameters)
+    row, values = _table_row(plan, trial), plan.values(trial.parameters)
+    same = ("state", "source", "value", "best_epoch", "num_epochs", "seconds", "error")
     return TrialRow(
         name=trial.name,
-        state=trial.state,
-        source=trial.source,
         values=tuple(
-            _text(values[each.name]) if each.kind == "choice" else _cell(each, values[each.name])
-            for each in plan.dimensions
+            _text(values[each.name]) if each.kind == "choice" else row[f"param_{each.name}"] for each in plan.dimensions
         ),
-        value=None if score is None else natural(score, plan.metric),
-        best_epoch=None if best is None else best.epoch,
-        num_epochs=len(trial.history),
-        seconds=seconds_of(trial),
-        error=trial.error,
+        **{name: row[name] for name in same},
     )

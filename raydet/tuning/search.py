@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,23 +18,6 @@ from raydet.tuning.space import Dimension, Parameters
 
 _MOST_STARTING_TRIALS = 10
 _FEWEST_TRIALS_FOR_IMPORTANCE = 4
-
-
-class Proposer(Protocol):
-    """Source of parameters for new trials."""
-
-    def propose(self, number: int) -> Parameters:
-        """Return the parameters of the new trial with this number."""
-        ...
-
-    def learn(self, trial: Trial, values: Parameters) -> None:
-        """Learn from an ended trial.
-
-        Args:
-            trial: The trial with its history.
-            values: Its value for each dimension, whether drawn, given or the default.
-        """
-        ...
 
 
 class RandomProposer:
@@ -60,12 +43,8 @@ class OptunaProposer:
     ) -> None:
         """Start without knowledge; pass the trials of earlier runs to `learn`.
 
-        Args:
-            dimensions: Dimensions of the space.
-            seed: Seed of the search.
-            metric: Name of the metric in the histories.
-            num_trials: Trials of the complete search; determines the number of random trials at its start.
-            num_known: Trials of earlier runs, so that a resumed search does not draw the same values again.
+        The length of the complete search determines the number of random trials at its start. A resumed search with
+        other known trials does not draw the same values again.
         """
         import optuna
 
@@ -89,7 +68,10 @@ class OptunaProposer:
         return {dimension.name: _decoded(dimension, asked.params[dimension.name]) for dimension in self._dimensions}
 
     def learn(self, trial: Trial, values: Parameters) -> None:
-        """Learn from an ended trial; Optuna ranks a stopped one below all finished ones, by its progress."""
+        """Learn from an ended trial and its value for each dimension, whether drawn, given or the default.
+
+        Optuna ranks a stopped trial below all finished ones, by its progress.
+        """
         import optuna
 
         states = optuna.trial.TrialState
@@ -142,12 +124,8 @@ def importances(dimensions: Sequence[Dimension], trials: Sequence[tuple[Paramete
     Source: Watanabe, Bansal and Hutter, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary
     Subspaces" (2023), as implemented in Optuna.
 
-    Args:
-        dimensions: Dimensions of the space.
-        trials: Values and score (higher is better) of each measured trial.
-
-    Returns:
-        A share for each option, summing to 1; None with too few trials, without differences, or without Optuna.
+    The trials are given by their values and score (higher is better). The shares sum to 1; there are none (None) with
+    too few trials, without differences, or without Optuna.
     """
     inside = [(known, score) for values, score in trials if len(known := _known(dimensions, values)) == len(dimensions)]
     if not has_optuna() or len(inside) < _FEWEST_TRIALS_FOR_IMPORTANCE or len({score for _, score in inside}) < 2:

@@ -129,12 +129,9 @@ def check_name(name: str) -> None:
         raise UserError(f"--space: train has no option {top}; {hint}")
     if top in _NOT_TO_VARY:
         raise UserError(f"--space: {top} cannot vary: {_NOT_TO_VARY[top]}; set it in --train-config")
-    if dot and not any(typing.get_origin(part) is dict for part in _parts(typing.get_type_hints(TrainConfig)[top])):
+    hint = typing.get_type_hints(TrainConfig)[top]
+    if dot and not any(typing.get_origin(part) is dict for part in (hint, *typing.get_args(hint))):
         raise UserError(f"--space: {name}: {top} has no nested options")
-
-
-def _parts(hint: Any) -> tuple[Any, ...]:
-    return (hint, *typing.get_args(hint))
 
 
 def _number(value: Any, where: str) -> float:

@@ -23,7 +23,8 @@ from raydet.config import (
 from raydet.exports.coco import export_coco
 from raydet.exports.voc import export_voc
 from raydet.exports.yolo import export_yolo
-from raydet.preparation.prepare import PrepareReport, prepare_coco, prepare_voc, prepare_yolo
+from raydet.preparation.prepare import prepare_coco, prepare_voc, prepare_yolo
+from raydet.preparation.report import PrepareReport
 from raydet.tables.table import Table, open_table
 
 

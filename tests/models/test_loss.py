@@ -28,9 +28,10 @@ from raydet.models.detector import Detector
 from raydet.models.loading import build_detector
 from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
 from raydet.models.small import SMALL_MODELS
-from raydet.models.step import StepSetting, compute_gradients, empty_batch, step_normaliser
+from raydet.models.step import StepSetting, compute_gradients, step_normaliser
 from raydet.tables.schema import Category
 from tests.local_head import free_port
+from tests.random_examples import empty_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -433,7 +434,7 @@ def distributed_gradient(case: Case, items: Sequence[Example]) -> Gradient:
     module = DistributedDataParallel(detector.model, broadcast_buffers=False)
     setting = StepSetting(device=torch.device("cpu"), autocast_dtype=None, world_size=2)
     shares = [items[number :: case.num_parts] for number in range(case.num_parts)]
-    parts = [collate(share) if share else empty_batch((SIDE, SIDE)) for share in shares]
+    parts = [collate(share) if share else empty_batch(SIDE) for share in shares]
     # With a parameter that has no gradient, a second round would fail or hang.
     for _ in range(2 if case.counts != UNEVEN else 1):
         module.zero_grad(set_to_none=True)

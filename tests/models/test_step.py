@@ -14,9 +14,9 @@ from raydet.models.detector import Detector
 from raydet.models.loading import build_detector
 from raydet.models.optim.moving_average import MovingAverage
 from raydet.models.processors import resize_rule_of, resized_processor
-from raydet.models.step import StepSetting, apply_gradients, compute_gradients, empty_batch
+from raydet.models.step import StepSetting, apply_gradients, compute_gradients
 from raydet.tables.schema import Category
-from tests.random_examples import random_examples
+from tests.random_examples import empty_batch, random_examples
 
 SIDE = 64
 
@@ -122,6 +122,6 @@ def test_a_step_of_another_size_pads_to_that_size(name: str) -> None:
         lambda _, __, kwargs: seen.append(tuple(kwargs["pixel_values"].shape[-2:])), with_kwargs=True
     )
     # The second micro-batch is empty; its placeholder image must have the size of the step.
-    batches = [collate(random_examples(3, 96), pad_to_hw=rule.pad_to_hw), empty_batch((96, 96))]
+    batches = [collate(random_examples(3, 96), pad_to_hw=rule.pad_to_hw), empty_batch(96)]
     compute_gradients(detector, detector.model, batches, _setting())
     assert seen == [(96, 96), (96, 96)]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from raydet.common.errors import UserError
 from raydet.config import PrepareCocoConfig, PrepareImagesConfig
-from raydet.preparation.prepare import PrepareReport, prepare_coco, prepare_images
+from raydet.preparation.prepare import prepare_coco, prepare_images
+from raydet.preparation.report import PrepareReport
 from raydet.preparation.sources.fitting import CLIPPED, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT, fit_objects
 from raydet.preparation.sources.source import SourceObjects
 from tests.small_sets import annotation, rows_of, save_coco, save_image

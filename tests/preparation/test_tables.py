@@ -20,7 +20,8 @@ from PIL import Image
 from raydet.common.errors import RunError, UserError
 from raydet.config import PrepareCocoConfig, PrepareImagesConfig, PrepareShapesConfig
 from raydet.images.files import ImageFolder
-from raydet.preparation.prepare import PrepareReport, _open_coco, _prepare, prepare_images, prepare_shapes
+from raydet.preparation.prepare import _open_coco, _prepare, prepare_images, prepare_shapes
+from raydet.preparation.report import PrepareReport
 from raydet.preparation.sources.images import read_images
 from raydet.tables.output_folder import RUN_FILE
 from raydet.tables.table import MANIFEST_NAME, open_table

@@ -2,13 +2,14 @@
 
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydet.tables.json_stream import Elements, JsonError, elements, members
+from raydet.tables.json_stream import JsonError, elements, members
 
 TEXTS = st.text(st.characters(codec="utf-8") | st.characters(categories=["Cs"]), max_size=6)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
@@ -22,7 +23,7 @@ def read(data: bytes, **options: Any) -> dict[str, Any]:
 
 def read_all(stream: io.BytesIO, **options: Any) -> dict[str, Any]:
     found = members(stream, **options)
-    return {name: list(value) if isinstance(value, Elements) else value for name, value in found}
+    return {name: list(value) if isinstance(value, Iterator) else value for name, value in found}
 
 
 @given(

@@ -84,7 +84,7 @@ def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> 
     assert [trial.source for trial in result.trials] == ["default", "point", "search"]
     assert "the loss is not finite" in (result.trials[1].error or "")
     assert any("trial-0000" in shown and "trial-0001" in shown for shown in console.shown), "no concurrent trials"
-    assert re.search(r"3 trials, 2 at a time.*1 worker .*0\.47 CPU", console.lines[0])
+    assert re.search(r"3 trials, 2 at a time.*1 worker .*0\.49 CPU", console.lines[0])
     assert len([line for line in console.lines if line.startswith("trial-")]) == 3
     rows = open_table(f"{config.out}/trials", "trials").read().to_pylist()
     assert [row["num_epochs"] for row in rows] == [2, 0, 2] and rows[1]["value"] is None

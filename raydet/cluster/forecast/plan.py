@@ -64,16 +64,11 @@ class PlanResult:
     nodes_per_gpu_node: float | None
     is_extrapolated: bool
 
-    @property
-    def startup_s(self) -> float:
-        """Seconds of start-up and of the end of the run."""
-        return self.measured.overhead_s
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
             **asdict(self),
-            "startup_s": self.startup_s,
+            "startup_s": self.measured.overhead_s,
             "cpus_per_gpu": self.measured.cpus_per_gpu,
             "notes": self.notes(),
         }
@@ -99,7 +94,7 @@ class PlanResult:
             "",
             *aligned(stage_rows),
             "",
-            f"time: {duration_text(self.total_s)}, including {duration_text(self.startup_s)} for start and end"
+            f"time: {duration_text(self.total_s)}, including {duration_text(measured.overhead_s)} for start and end"
             + (f" and {duration_text(measured.epoch_overhead_s)} per epoch for validation and checkpoints")
             * (measured.job == "train"),
         ]
@@ -140,8 +135,8 @@ class PlanResult:
         found = []
         if self.is_extrapolated:
             found.append(
-                f"extrapolated from {_workers(measured.num_workers)} on {nodes}, assuming that the model scales with "
-                "workers, everything else scales with CPUs, and network and storage keep up"
+                f"extrapolated from {measured.num_workers} worker{'s' * (measured.num_workers > 1)} on {nodes}, "
+                "assuming that the model scales with workers, everything else scales with CPUs, and network and storage keep up"
             )
         if measured.measured_s < _SHORT_S:
             found.append(f"the rate was measured over only {measured.measured_s:.1f} s of work; measure a longer run")
@@ -259,7 +254,3 @@ def _nodes_per_gpu_node(cpus_per_gpu: float | None, groups: Sequence[NodeGroup])
 
 def _sizes(groups: Sequence[NodeGroup]) -> list[tuple[float, float, int]]:
     return sorted((group.num_cpus, group.num_gpus, group.num_nodes) for group in groups if group.num_cpus)
-
-
-def _workers(number: int) -> str:
-    return "1 worker" if number == 1 else f"{number} workers"

@@ -77,12 +77,7 @@ class Evidence:
 
 
 def gather(truth: TruthColumns, detections: DetectionColumns, matches: Matches) -> Evidence:
-    """Determine the detections and boxes that count and the overlapping pairs.
-
-    Args:
-        truth: Labelled boxes.
-        detections: Detections in the same images.
-        matches: Matches of exactly these columns, with IoU 0.5 among the thresholds.
+    """Determine the detections and boxes that count and the overlapping pairs; the matches are of these columns.
 
     Raises:
         ValueError: IoU 0.5 is not among the thresholds, or the matches were concatenated and have no column rows.
@@ -171,11 +166,6 @@ def error_shares(evidence: Evidence, categories: Sequence[Category], *, run: str
     with the highest score does, and the others are removed. *both*, *duplicate* and *background* detections are
     removed, and so are missed boxes. *false_positive* removes all wrong detections, *false_negative* all boxes that
     were not found. A class that loses all its boxes keeps its AP. The value is null for a class without boxes.
-
-    Args:
-        evidence: Evidence of the run.
-        categories: Classes by index.
-        run: Name of the run in the table.
     """
     outcomes = evidence.outcomes
     errors = find_errors(outcomes, evidence.overlaps)

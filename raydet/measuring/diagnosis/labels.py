@@ -30,12 +30,6 @@ def confusion(
     each takes a free box that it overlaps by at least 0.5: preferably of its own class, then the one with the largest
     overlap. Crowds, and unmatched detections inside them, are left out. The counts of a true class sum to its
     boxes; those of a detected class sum to its detections that count.
-
-    Args:
-        evidence: Evidence of the run; the detections are those of its `matches`.
-        categories: Classes by index.
-        threshold: Minimum score.
-        run: Name of the run in the table.
     """
     truth, detections, matches = evidence.truth, evidence.detections, evidence.matches
     kept = np.flatnonzero(matches.scores >= threshold)
@@ -140,12 +134,6 @@ def suspects(
       less than one time in ten. The probability rises with the share of labels of its class and size (COCO's small,
       medium, large) that are found, and falls with the largest overlap. `detected` and `score` are null, `iou` is the
       largest overlap.
-
-    Args:
-        evidence: Evidence of the run.
-        categories: Classes by index.
-        max_rows: Maximum number of rows.
-        run: Name of the run in the table.
     """
     truth, detections, outcomes = evidence.truth, evidence.detections, evidence.outcomes
     touches = np.zeros(len(detections.scores), dtype=bool)

@@ -148,13 +148,7 @@ def pr_curves(
 
     The curves are those of `accumulate`, for boxes of all sizes and the highest detection limit; the mean of a curve
     is the AP. There is one curve at IoU 0.5, one at 0.75 if the protocol has it, and the mean over all thresholds.
-    `score` is the highest score threshold that reaches the recall.
-
-    Args:
-        matches: Matches of all images.
-        categories: Classes by index.
-        run: Name of the run in the table.
-        result: Result of `accumulate` for these matches, if already computed.
+    `score` is the highest score threshold that reaches the recall. `result` is that of `accumulate`, if known.
     """
     result = result or accumulate(matches, categories)
     precision = result.precision[:, :, :, 0, -1]
@@ -207,10 +201,7 @@ class OperatingPoint:
 def best_threshold(scores: Floats, is_right: Flags, num_truth: int) -> OperatingPoint:
     """Return the score threshold with the highest F1, the highest of several; 0 if no detection is correct.
 
-    Args:
-        scores: Scores of the detections that count, float64 [D], in any order.
-        is_right: True for correct detections, bool [D].
-        num_truth: Number of boxes to find.
+    The scores and flags, [D], are those of the detections that count, in any order.
     """
     if not is_right.any():
         return OperatingPoint(
@@ -331,14 +322,7 @@ def per_image(
 
     Counts are at one score threshold and IoU 0.5. `num_detections` includes detections inside a crowd, which are
     neither correct nor wrong, but none beyond the highest detection limit. F1 is null for an image with neither boxes
-    nor detections.
-
-    Args:
-        matches: Matches of all images.
-        outcomes: Detections and boxes that count at IoU 0.5.
-        threshold: Minimum score.
-        run: Name of the run in the table.
-        errors: Image id → reason why the image could not be read.
+    nor detections. `errors` are the reasons why images could not be read, by image id.
     """
     num_images = len(matches.image_ids)
     kept = outcomes.scores >= threshold

@@ -6,19 +6,16 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from raydet.measuring.diagnosis.errors import Evidence, error_shares, gather
+from raydet.measuring.diagnosis.errors import error_shares, gather
 from raydet.measuring.diagnosis.labels import confusion, suspects
 from raydet.measuring.diagnosis.scores import (
     IOU,
     OperatingPoint,
-    Outcomes,
     best_threshold,
     calibration,
-    outcomes_at,
     per_image,
     pr_curves,
     score_values,
-    threshold_at_precision,
     threshold_index,
 )
 from raydet.measuring.numbers.matches import Matches
@@ -27,25 +24,6 @@ from raydet.measuring.numbers.metrics import CocoResult
 from raydet.measuring.numbers.values import MetricValue
 from raydet.tables.columns import DetectionColumns, TruthColumns
 from raydet.tables.schema import Category, TableKind
-
-__all__ = [
-    "Diagnosis",
-    "Evidence",
-    "OperatingPoint",
-    "Outcomes",
-    "best_threshold",
-    "calibration",
-    "confusion",
-    "diagnose",
-    "error_shares",
-    "gather",
-    "outcomes_at",
-    "per_image",
-    "pr_curves",
-    "score_values",
-    "suspects",
-    "threshold_at_precision",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +55,10 @@ def diagnose(
 ) -> Diagnosis:
     """Analyse the errors at IoU 0.5.
 
-    Args:
-        truth: Labelled boxes.
-        detections: Detections in the same images.
-        matches: Matches of exactly these columns. If IoU 0.5 is not among the thresholds, or the matches were
-            concatenated and have no column rows, the columns are matched again.
-        categories: Classes by index; those of the columns even if classes count as one.
-        run: Name of the run in the tables.
-        target_precision: Also report the lowest score threshold that reaches this precision.
-        unreadable: Image id → reason why the image could not be read.
-        result: Result of `accumulate` for these matches, if already computed.
-        max_suspects: Maximum number of rows of `suspects`.
+    The matches are of exactly these columns. If IoU 0.5 is not among the thresholds, or the matches were concatenated
+    and have no column rows, the columns are matched again. `target_precision` adds the lowest score threshold that
+    reaches it, and `unreadable` the reasons why images could not be read, by image id. `result` is that of
+    `accumulate`, if known.
     """
     curves = pr_curves(matches, categories, run=run, result=result)
     has_rows = not ((matches.detection_row < 0).any() or (matches.truth_row < 0).any())

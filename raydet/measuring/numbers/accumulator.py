@@ -279,7 +279,7 @@ class MatchesByClass:
             num_detections: Number of detections in the input, including unmatched ones.
             num_unreadable: Number of images that the detector could not read.
         """
-        curves = [precision_and_recall(self._judged(first, last)) for first, last in self._ranges()]
+        curves = [precision_and_recall(*self._judged(first, last)) for first, last in self._ranges()]
         precision, recall = zip(*curves, strict=True)
         return result_of(
             np.concatenate(precision, axis=2),
@@ -303,7 +303,7 @@ class MatchesByClass:
             yield first, last
             first = last
 
-    def _judged(self, first: int, last: int) -> Judged:
+    def _judged(self, first: int, last: int) -> tuple[Judged, Integers]:
         pieces, categories = [np.zeros(0, self._row_type)], [np.zeros(0, np.int32)]
         for path, ends in self._files:
             begin, end = int(ends[first]), int(ends[last])
@@ -313,12 +313,8 @@ class MatchesByClass:
         # Parts arrive in any order; detections with equal scores are ordered by image.
         order = stable_order(rows["image"].astype(np.int64))
         columns = {name: rows[name][order].T for name in ("rank", "scores", "true_positive", "ignored")}
-        return Judged(
-            protocol=self._protocol,
-            detection_category=category[order],
-            num_truth=self._num_truth[:, first:last],
-            **columns,
-        )
+        judged = Judged(protocol=self._protocol, detection_category=category[order], **columns)
+        return judged, self._num_truth[:, first:last]
 
 
 def _row_type(protocol: Protocol) -> np.dtype[Any]:

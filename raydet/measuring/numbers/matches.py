@@ -120,12 +120,7 @@ _OF_TRUTH = ("truth_image", "truth_category", "truth_row", "truth_ignored", "tru
 
 
 def take_images(matches: Matches, chosen: Flags) -> Matches:
-    """Return the matches of a subset of the images.
-
-    Args:
-        matches: Matches of all images.
-        chosen: Mask of the images to keep, bool [I].
-    """
+    """Return the matches of the images that a mask, bool [I], selects."""
     new_place = np.cumsum(chosen, dtype=np.int32) - np.int32(1)
     columns: dict[str, Any] = {"image_ids": matches.image_ids[chosen]}
     for names, image in ((_OF_DETECTIONS, matches.detection_image), (_OF_TRUTH, matches.truth_image)):

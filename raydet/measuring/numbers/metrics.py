@@ -148,7 +148,7 @@ def accumulate(
     """
     if not matches.protocol.class_agnostic and len(categories) != matches.num_categories:
         raise ValueError(f"{len(categories)} categories for matches with {matches.num_categories}")
-    precision, recall = precision_and_recall(judged_of(matches))
+    precision, recall = precision_and_recall(matches, count_truth(matches))
     return result_of(
         precision,
         recall,
@@ -225,17 +225,7 @@ def by_descending_score(matches: "Matches | Judged") -> Integers:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Part of `Matches` that determines the curves of some classes, numbered from 0; images in ascending id order.
-
-    Attributes:
-        protocol: Matching rules.
-        detection_category: int32 [D].
-        scores: float64 [D].
-        rank: int32 [D].
-        true_positive: Unsigned [A, D].
-        ignored: Unsigned [A, D].
-        num_truth: Number of labelled boxes that count, by size and class, int64 [A, K].
-    """
+    """Fields of `Matches` that determine the curves of some classes, numbered from 0; images in ascending id order."""
 
     protocol: Protocol
     detection_category: npt.NDArray[np.int32]
@@ -243,20 +233,6 @@ class Judged:
     rank: npt.NDArray[np.int32]
     true_positive: BitSets
     ignored: BitSets
-    num_truth: Integers
-
-
-def judged_of(matches: Matches) -> Judged:
-    """Return the judged detections of all classes."""
-    return Judged(
-        protocol=matches.protocol,
-        detection_category=matches.detection_category,
-        scores=matches.scores,
-        rank=matches.rank,
-        true_positive=matches.true_positive,
-        ignored=matches.ignored,
-        num_truth=count_truth(matches),
-    )
 
 
 def count_truth(matches: Matches) -> Integers:
@@ -269,13 +245,13 @@ def count_truth(matches: Matches) -> Integers:
     )
 
 
-def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
-    """Compute the arrays of pycocotools' `COCOeval.accumulate`; classes are independent of each other.
+def precision_and_recall(judged: Matches | Judged, num_truth: Integers) -> tuple[Floats, Floats]:
+    """Compute the arrays of pycocotools' `COCOeval.accumulate` for some classes, which are independent of each other.
 
     Returns:
         Precision at the last limit, [T, 101, K, A, 1], and recall, [T, K, A, limit]; -1 for a class without truth.
     """
-    protocol, num_classes = judged.protocol, judged.num_truth.shape[1]
+    protocol, num_classes = judged.protocol, num_truth.shape[1]
     num_thresholds, limits = len(protocol.iou_thresholds), protocol.max_detections
     precision = np.full((len(protocol.areas), num_thresholds, num_classes, len(COCO_RECALLS)), -1.0)
     recall = np.full((num_thresholds, num_classes, len(protocol.areas), len(limits)), -1.0)
@@ -283,10 +259,10 @@ def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
     category, rank = judged.detection_category[order], judged.rank[order]
     class_starts = np.searchsorted(category, np.arange(num_classes, dtype=np.int32))
     num_before = np.zeros(len(order) + 1, dtype=np.int64)
-    for area, num_truth in enumerate(judged.num_truth):
+    for area, total in enumerate(num_truth):
         right, ignored = judged.true_positive[area][order], judged.ignored[area][order]
-        known = np.flatnonzero(num_truth)
-        needed = hits_needed(num_truth[known], COCO_RECALLS)
+        known = np.flatnonzero(total)
+        needed = hits_needed(total[known], COCO_RECALLS)
         for threshold in range(num_thresholds):
             hits = np.flatnonzero(bits_at(right, threshold))
             np.cumsum(~bits_at(ignored, threshold), out=num_before[1:])
@@ -297,5 +273,5 @@ def precision_and_recall(judged: Judged) -> tuple[Floats, Floats]:
             precision[area, threshold, known] = precision_at(at_hits, num_hits[known], needed)
             for index, limit in enumerate(limits):
                 found = np.bincount(own[rank[hits] < limit], minlength=num_classes)
-                recall[threshold, known, area, index] = found[known] / num_truth[known]
+                recall[threshold, known, area, index] = found[known] / total[known]
     return precision.transpose(1, 3, 2, 0)[..., None], recall

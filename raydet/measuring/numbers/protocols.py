@@ -58,13 +58,10 @@ def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories:
 
 
 def voc_blocks(matches: Matches, categories: Sequence[Category], *, eleven_points: bool) -> tuple[Block, ...]:
-    """Return Pascal VOC's average precision over all classes (their mean) and by class.
+    """Return Pascal VOC's average precision over all classes (their mean) and by class, from all images in one piece.
 
-    Args:
-        matches: Result of `match_voc`, all images in one piece.
-        categories: Classes by index.
-        eleven_points: Mean of the best precision at or beyond recalls 0, 0.1, … 1 (VOC 2007); otherwise the area under
-            the curve of the best precision at or beyond each recall (VOC 2010 and later).
+    With eleven points it is the mean of the best precision at or beyond recalls 0, 0.1, … 1 (VOC 2007), otherwise the
+    area under the curve of the best precision at or beyond each recall (VOC 2010 and later).
     """
     order = by_descending_score(matches)
     category = matches.detection_category[order]

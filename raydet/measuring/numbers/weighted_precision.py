@@ -26,12 +26,7 @@ class WeightedPrecision:
     """
 
     def __init__(self, matches: Matches, *, chunk_entries: int = _CHUNK_ENTRIES) -> None:
-        """Sort the matches into the order in which AP is summed.
-
-        Args:
-            matches: Matches of all images.
-            chunk_entries: Work per range of classes, which should fit into a processor's cache.
-        """
+        """Sort the matches into the order in which AP is summed, in ranges of classes that fit into the cache."""
         self._num_images = len(matches.image_ids)
         self.shape = (matches.num_categories, len(matches.protocol.areas), len(matches.protocol.iou_thresholds))
         self._chunks = tuple(_chunks(matches, chunk_entries))

@@ -65,12 +65,7 @@ class _MatchingKeeper:
 
 
 def matchings_of_layers(detector: Detector, outputs: Any) -> list[Matching]:
-    """Return the matching that the box and distribution terms of each auxiliary output learn.
-
-    Args:
-        detector: Detector of a family that distils.
-        outputs: Outputs of the model's latest forward pass with labels.
-    """
+    """Return the matching that the box and distribution terms of each auxiliary output of the latest pass learn."""
     keeper: Any = detector.model.loss_function
     last, *own = keeper.matchings
     assert len(own) == len(outputs.auxiliary_outputs), "the criterion matches each output once, in order"

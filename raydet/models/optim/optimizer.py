@@ -12,11 +12,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig, backbone_names: Iter
     """Split the trainable parameters by learning rate (backbone or head) and by weight decay.
 
     One-dimensional parameters (biases and the weights of norms) have no weight decay.
-
-    Args:
-        model: The detector's model.
-        config: Learning rates and weight decay.
-        backbone_names: Names of the backbone's parameters, from `backbone_parameter_names`.
     """
     backbone = set(backbone_names)
     backbone_rate = config.backbone_learning_rate

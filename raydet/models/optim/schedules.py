@@ -90,11 +90,6 @@ def build_schedule(optimizer: "torch.optim.Optimizer", config: TrainConfig, step
     AdamW alone), and reduce_lr_on_plateau those of torch's `ReduceLROnPlateau` after a linear warm-up. Steps beyond
     the length of a schedule keep its last rate.
 
-    Args:
-        optimizer: Its groups hold their peak rates.
-        config: Names the schedule and its options.
-        steps_per_epoch: Optimizer steps per epoch.
-
     Raises:
         UserError: See `check_schedule`; or warm-up and decay are longer than the run.
     """
@@ -119,11 +114,9 @@ def build_schedule(optimizer: "torch.optim.Optimizer", config: TrainConfig, step
 
 
 def after_validation(schedule: "LRScheduler", metric: float | None) -> None:
-    """Report the result of a validation to the schedule; only reduce_lr_on_plateau uses it.
+    """Report the `metric_for_best_model` of a validation to the schedule; only reduce_lr_on_plateau uses it.
 
-    Args:
-        schedule: Schedule from `build_schedule`.
-        metric: The value of `metric_for_best_model`; None if there was nothing to measure, which changes nothing.
+    None, if there was nothing to measure, changes nothing.
     """
     factors = getattr(schedule, "lr_lambdas", [])
     if metric is None or not factors or not isinstance(factors[0], _Plateau):

@@ -14,7 +14,7 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.images.files import ImageFolder, readable
 from raydet.preparation.sources.coco_index import AnnotationEntry, CocoIndex, ImageEntry
-from raydet.preparation.sources.source import Finding, FindingLog, Records, Source, SourceImage
+from raydet.preparation.sources.source import Finding, FindingLog, Source, SourceImage
 from raydet.tables import coco_json, storage
 from raydet.tables.coco_json import MAX_INTEGER
 from raydet.tables.schema import Category, build_schema
@@ -24,11 +24,7 @@ _KNOWN_IMAGE_KEYS = frozenset(["id", "file_name", "width", "height"])
 
 
 def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
-    """Read a COCO instances file.
-
-    Args:
-        annotations_uri: Path or URI of the JSON file.
-        folder: Folder to which the file names in it are relative.
+    """Read a COCO instances file, whose file names are relative to a folder.
 
     Returns:
         One record per entry of `images`, in file order. Further scalar keys of the entries (weather, licence) become
@@ -65,7 +61,7 @@ def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
                 refusal=folder.refuse_outside(entry.path),
             )
 
-    return Source(Records(records), index.num_images, categories, tuple(fields), findings)
+    return Source(records, index.num_images, categories, tuple(fields), findings)
 
 
 def _read_entries(uri: str, index: CocoIndex, extra_columns: "_ExtraColumns") -> tuple[Category, ...]:

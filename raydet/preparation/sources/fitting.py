@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from raydet.common.boxes import Boxes, as_boxes, clip_xywh, has_area
 from raydet.preparation.sources.source import SourceObjects
+from raydet.tables.columns import Flags
 
 ROUNDING_PX = 1e-6
 """A box that exceeds the image by no more than this is clipped but not counted: the source rounded its numbers."""
@@ -20,8 +20,6 @@ NO_AREA = "boxes without area, dropped"
 OUTSIDE = "boxes outside their image, dropped"
 REPEATED_KEPT = "boxes that repeat another of their class, kept"
 REPEATED_DROPPED = "boxes that repeat another of their class, dropped"
-
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,7 @@ class HubImages:
 
 
 def load_hub(dataset: str, *, split: str, subset: str | None = None, revision: str | None = None) -> HubImages:
-    """Open a data set.
-
-    Args:
-        dataset: A name on the Hub, or a path.
-        split: Name of the split, or a slice such as `train[:10%]`.
-        subset: The configuration, for data sets with several.
-        revision: Branch, tag or commit on the Hub.
+    """Open a data set on the Hub or at a path; the split may be a slice such as `train[:10%]`.
 
     Raises:
         UserError: There is no such data set or split, or the Hub cannot be reached.

@@ -56,12 +56,7 @@ class RowObjects:
 
 
 def parse_objects(value: Any, bbox_format: BboxFormat) -> RowObjects:
-    """Read the objects of one row.
-
-    Args:
-        value: Value from Arrow: a dictionary of lists, a list of dictionaries, JSON text, or None for no objects.
-        bbox_format: Format of the boxes.
-    """
+    """Read the objects of one row from Arrow: a dict of lists, a list of dicts, JSON text, or None for no objects."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

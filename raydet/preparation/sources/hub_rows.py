@@ -20,7 +20,6 @@ from raydet.preparation.sources.hub_objects import BboxFormat, RowObjects, names
 from raydet.preparation.sources.source import (
     Finding,
     FindingLog,
-    Records,
     Source,
     SourceImage,
     SourceObjects,
@@ -103,7 +102,7 @@ def read_hub(
 
     fields = [pa.field(name, dtype) for name, (dtype, _) in extras.items()]
     fields += [pa.field("source_id", pa.string())] if names_rows else []
-    return Source(Records(records), len(images.dataset), categories, tuple(fields), findings)
+    return Source(records, len(images.dataset), categories, tuple(fields), findings)
 
 
 class _HubRows:

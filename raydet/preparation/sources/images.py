@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from raydet.images.files import ImageFolder, image_files_below, readable
-from raydet.preparation.sources.source import Records, Source, SourceImage
+from raydet.preparation.sources.source import Source, SourceImage
 
 
 def read_images(folder: ImageFolder) -> Source:
@@ -17,7 +17,7 @@ def read_images(folder: ImageFolder) -> Source:
     """
     paths = image_files_below(folder)
     return Source(
-        images=Records(lambda: (_record(folder, rank, path) for rank, path in enumerate(paths))),
+        lambda: (_record(folder, rank, path) for rank, path in enumerate(paths)),
         num_images=len(paths),
         extra_fields=(pa.field("source_id", pa.string()),),
     )

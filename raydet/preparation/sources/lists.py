@@ -16,7 +16,7 @@ from pyarrow import csv as pa_csv
 from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import refuse_password, without_secrets
 from raydet.images.files import LIST_SUFFIXES, ImageFolder, beside, readable, refuse_name
-from raydet.preparation.sources.source import Records, Source, SourceImage
+from raydet.preparation.sources.source import Source, SourceImage
 from raydet.preparation.sources.web import WebReader, read_web_list
 from raydet.tables import storage
 from raydet.tables.schema import build_schema
@@ -40,12 +40,7 @@ class ImageList:
     """
 
     def __init__(self, uri: str, *, web: WebReader | None = None) -> None:
-        """Make a reader without opening anything.
-
-        Args:
-            uri: Path or URI of the list.
-            web: Reader for http and https URLs.
-        """
+        """Make a reader without opening anything."""
         self.uri = uri if storage.is_web(uri) else storage.absolute_uri(uri)
         self._web = web or WebReader()
         self._roots: dict[str, ImageFolder] = {}
@@ -132,7 +127,7 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
                 number, shown, extra={**extra, "source_id": shown}, refusal=refuse_name(path), locator=path
             )
 
-    return Source(images=Records(records), num_images=len(paths), extra_fields=tuple(fields))
+    return Source(records, num_images=len(paths), extra_fields=tuple(fields))
 
 
 def _read_bytes(uri: str) -> bytes:

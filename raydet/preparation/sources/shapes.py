@@ -45,15 +45,8 @@ class DrawnImage:
 def draw(seed: int, split: Split, index: int, *, image_size: int, max_shapes: int) -> DrawnImage:
     """Draw one image.
 
-    The width and height of a shape are 15 % to 45 % of the image's side. Later shapes cover at most a tenth of an
-    earlier one.
-
-    Args:
-        seed: Seed of the data set.
-        split: Each split has independent random numbers.
-        index: Index of the image in its split.
-        image_size: Side of the square image in pixels.
-        max_shapes: Maximum number of shapes; the minimum is none.
+    The image is square with this side in pixels. The width and height of a shape are 15 % to 45 % of it. Later shapes
+    cover at most a tenth of an earlier one. Each split has independent random numbers.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAM_OF_SPLIT[split], index)))
     ground_rgb = rng.uniform(70, 185, 3).astype(np.float32)

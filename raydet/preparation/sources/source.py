@@ -101,33 +101,28 @@ class SourceImage:
     locator: str | None = None
 
 
-class Records(Iterable[SourceImage]):
-    """The records of a source, generated again for each iteration."""
-
-    def __init__(self, make: Callable[[], Iterator[SourceImage]]) -> None:
-        self._make = make
-
-    def __iter__(self) -> Iterator[SourceImage]:
-        return self._make()
-
-
 @dataclass(frozen=True)
 class Source:
     """A data set before it becomes a table.
 
     Attributes:
-        images: One record per image, in the order of the rows; can be iterated more than once.
+        records: Generates one record per image, in the order of the rows.
         num_images: Number of images.
         categories: The classes, in the order of their indices.
         extra_fields: Arrow fields of the records' `extra` values.
         findings: Anomalies in the annotations.
     """
 
-    images: Iterable[SourceImage]
+    records: Callable[[], Iterator[SourceImage]]
     num_images: int
     categories: tuple[Category, ...] = ()
     extra_fields: tuple[pa.Field, ...] = ()
     findings: FindingLog = field(default_factory=FindingLog)
+
+    @property
+    def images(self) -> Iterator[SourceImage]:
+        """The records from the first one on, generated again for each use."""
+        return self.records()
 
 
 def read_class_names(classes: Sequence[str]) -> list[str]:
@@ -150,15 +145,9 @@ def read_class_names(classes: Sequence[str]) -> list[str]:
 
 
 def aligned_folders(label_paths: Iterable[str], image_paths: Iterable[str]) -> tuple[str, str] | None:
-    """Find the subfolders below which a label file and an image have the same path.
+    """Find the subfolders of labels and of images below which a label file and an image have the same relative path.
 
-    Args:
-        label_paths: Relative paths of label files.
-        image_paths: Relative paths of images.
-
-    Returns:
-        The subfolder of the labels and that of the images, either may be empty; None if no label file is named like
-        an image.
+    Either may be empty; None if no label file is named like an image.
     """
     label_of = {PurePosixPath(path).stem: path for path in label_paths}
     for path in image_paths:

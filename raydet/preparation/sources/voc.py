@@ -31,7 +31,6 @@ from raydet.preparation.sources.source import (
     UNLABELLED_KEPT,
     Finding,
     FindingLog,
-    Records,
     Source,
     SourceImage,
     SourceObjects,
@@ -163,7 +162,7 @@ def read_voc(
             )
 
     categories = tuple(Category(id=index + 1, name=name) for name, index in index_of.items())
-    return Source(Records(records), len(pairs), categories, (pa.field("source_id", pa.string()),), findings)
+    return Source(records, len(pairs), categories, (pa.field("source_id", pa.string()),), findings)
 
 
 def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: FindingLog) -> dict[str, str]:

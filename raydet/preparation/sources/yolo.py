@@ -24,7 +24,6 @@ from raydet.preparation.sources.source import (
     UNLABELLED_KEPT,
     Finding,
     FindingLog,
-    Records,
     Source,
     SourceImage,
     SourceObjects,
@@ -54,11 +53,7 @@ class _LabelFile:
 
 
 def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
-    """Read the label files.
-
-    Args:
-        files: The images and their label files.
-        unlabelled: Keep images without a label file as images without objects, or reject them.
+    """Read the label files; images without one are kept as images without objects, or rejected.
 
     Returns:
         One record per image, sorted by path, whose id is the rank; boxes are normalised. Images outside the data set
@@ -94,23 +89,20 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
                 is_normalised=True,
             )
             next_id += num_boxes
+            unlabelled_refusal = UNLABELLED if item.is_missing and unlabelled == "reject" else None
             yield SourceImage(
                 image_id=image_id,
                 path=readable(path),
                 objects=objects,
                 extra={"source_id": readable(path)},
-                refusal=files.images.refuse_outside(path) or item.refusal or _refuse_unlabelled(item, unlabelled),
+                refusal=files.images.refuse_outside(path) or item.refusal or unlabelled_refusal,
             )
         for image_id, path in enumerate(files.outside, start=len(files.pairs)):
             name = readable(path)
             yield SourceImage(image_id, name, extra={"source_id": name}, refusal=_OUTSIDE)
 
     num_images = len(files.pairs) + len(files.outside)
-    return Source(Records(records), num_images, files.categories, (pa.field("source_id", pa.string()),), findings)
-
-
-def _refuse_unlabelled(labels: _LabelFile, unlabelled: Unlabelled) -> str | None:
-    return UNLABELLED if labels.is_missing and unlabelled == "reject" else None
+    return Source(records, num_images, files.categories, (pa.field("source_id", pa.string()),), findings)
 
 
 def _no_label_file(files: YoloFiles) -> UserError:

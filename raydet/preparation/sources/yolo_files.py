@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from raydet.common.errors import UserError, one_line
-from raydet.images.files import ImageFolder, is_image_name, list_below, readable
+from raydet.images.files import ImageFolder, image_files_below, is_image_name, list_below, readable
 from raydet.preparation.sources.source import read_class_names
 from raydet.tables import storage
 from raydet.tables.schema import Category
@@ -46,8 +46,7 @@ def find_in_folders(images_uri: str, labels_uri: str, classes: Sequence[str]) ->
         UserError: There is no such folder, no image, or no class.
     """
     images, labels = ImageFolder(images_uri), ImageFolder(labels_uri, what="label")
-    paths = _list_images(images)
-    pairs = [(path, str(PurePosixPath(path).with_suffix(".txt"))) for path in paths]
+    pairs = [(path, str(PurePosixPath(path).with_suffix(".txt"))) for path in image_files_below(images)]
     categories = tuple(Category(index, name) for index, name in enumerate(read_class_names(classes)))
     return YoloFiles(images, labels, pairs, categories, _count_orphans(labels, pairs))
 
@@ -177,13 +176,6 @@ def _read_list(uri: str, root: str) -> list[str]:
     homes = [posixpath.dirname(uri), root]
     home = next((home for home in homes if storage.exists(_joined(home, names[0]))), homes[0])
     return [_joined(home, name) for name in names]
-
-
-def _list_images(folder: ImageFolder) -> list[str]:
-    paths = sorted(path for path in list_below(folder) if is_image_name(path))
-    if not paths:
-        raise UserError(f"no image file below {folder.uri}")
-    return paths
 
 
 def _count_orphans(labels: ImageFolder, pairs: Sequence[tuple[str, str]]) -> int:

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from raydet.common.boxes import as_boxes
 from raydet.measuring.diagnosis import tables
-from raydet.measuring.diagnosis.scores import average_precision
+from raydet.measuring.diagnosis.errors import Evidence, error_shares, gather
+from raydet.measuring.diagnosis.labels import confusion, suspects
+from raydet.measuring.diagnosis.scores import (
+    average_precision,
+    best_threshold,
+    calibration,
+    outcomes_at,
+    per_image,
+    pr_curves,
+    score_values,
+    threshold_at_precision,
+)
 from raydet.measuring.numbers.matches import Matches, Protocol, concatenate
 from raydet.measuring.numbers.matching import match
 from raydet.measuring.numbers.metrics import CocoNumbers, accumulate
@@ -89,8 +100,8 @@ def matched(truth: TruthColumns, detections: DetectionColumns, **protocol: Any) 
     return match(truth, detections, len(CATEGORIES), Protocol(**protocol))
 
 
-def gathered(truth: TruthColumns, detections: DetectionColumns) -> tables.Evidence:
-    return tables.gather(truth, detections, matched(truth, detections))
+def gathered(truth: TruthColumns, detections: DetectionColumns) -> Evidence:
+    return gather(truth, detections, matched(truth, detections))
 
 
 def reference(truth: TruthColumns, detections: DetectionColumns) -> hotcoco.COCOeval:
@@ -149,8 +160,8 @@ def test_the_mean_of_each_curve_is_the_ap_and_its_score_just_reaches_the_recall(
     truth, detections = made_up(seed)
     matches = matched(truth, detections)
     result = accumulate(matches, CATEGORIES)
-    table = tables.pr_curves(matches, CATEGORIES, run="r")
-    outcomes = tables.outcomes_at(matches)
+    table = pr_curves(matches, CATEGORIES, run="r")
+    outcomes = outcomes_at(matches)
     numbers: dict[str | None, CocoNumbers] = {None: result}
     numbers |= {c.name: own for c, own in zip(CATEGORIES, result.per_class, strict=True)}
     for name, own in numbers.items():
@@ -183,7 +194,7 @@ def test_the_mean_of_each_curve_is_the_ap_and_its_score_just_reaches_the_recall(
 def test_average_precision_is_that_of_coco_to_the_last_bit(seed: int) -> None:
     truth, detections = made_up(seed)
     matches = matched(truth, detections)
-    outcomes = tables.outcomes_at(matches)
+    outcomes = outcomes_at(matches)
     own = average_precision(outcomes.category, outcomes.scores, outcomes.is_right, outcomes.num_truth)
     expected = [numbers.AP50 for numbers in accumulate(matches, CATEGORIES).per_class]
     assert [None if np.isnan(value) else value for value in own.tolist()] == expected
@@ -215,7 +226,7 @@ KINDS: dict[str, tuple[list[Labelled], list[Detected], dict[str, int]]] = {
 def test_each_kind_of_error(name: str) -> None:
     truth, detections, expected = KINDS[name]
     given_columns = columns([truth], [detections])
-    table = tables.error_shares(gathered(*given_columns), CATEGORIES, run="r")
+    table = error_shares(gathered(*given_columns), CATEGORIES, run="r")
     counts = {row["error"]: row["count"] for row in rows_of(table, category=None) if row["count"]}
     assert counts == expected
     by_class = Counter({row["error"]: 0 for row in table.to_pylist()})
@@ -227,7 +238,7 @@ def test_each_kind_of_error(name: str) -> None:
 def test_what_an_error_costs_by_hand() -> None:
     """Two cats, one found below a false positive: half of the recalls (51 of 101) have a precision of 1/2."""
     given_columns = columns([[(CAT, BOX), (CAT, (90, 90, 9, 9))]], [[(CAT, (50, 50, 9, 9), 0.95), (CAT, BOX, 0.9)]])
-    table = tables.error_shares(gathered(*given_columns), CATEGORIES)
+    table = error_shares(gathered(*given_columns), CATEGORIES)
     points = {row["error"]: row["ap_points"] for row in rows_of(table, category="cat")}
     base = 51 / 101 / 2
     expected = {
@@ -244,7 +255,7 @@ def test_what_an_error_costs_by_hand() -> None:
 def test_putting_a_class_right_helps_both_classes() -> None:
     """A cat detected as a dog scores above the real dog; fixed, it is the cat's only detection."""
     given_columns = columns([[(CAT, BOX), (DOG, (90, 90, 9, 9))]], [[(DOG, BOX, 0.95), (DOG, (90, 90, 9, 9), 0.9)]])
-    table = tables.error_shares(gathered(*given_columns), CATEGORIES)
+    table = error_shares(gathered(*given_columns), CATEGORIES)
     points = {row["category"]: row["ap_points"] for row in rows_of(table, error="class")}
     assert points == pytest.approx({None: 0.75, "cat": 1.0, "dog": 0.5, "owl": None})
     assert {row["category"]: row["count"] for row in rows_of(table, error="class")} == {
@@ -254,7 +265,7 @@ def test_putting_a_class_right_helps_both_classes() -> None:
 
 def test_only_the_surest_of_several_detections_is_moved_onto_a_box() -> None:
     given_columns = columns([[(CAT, BOX)]], [[(CAT, moved(12), 0.9), (CAT, moved(11), 0.95)]])
-    table = tables.error_shares(gathered(*given_columns), CATEGORIES)
+    table = error_shares(gathered(*given_columns), CATEGORIES)
     (row,) = rows_of(table, category="cat", error="location")
     assert row["count"] == 2
     assert row["ap_points"] == pytest.approx(1.0)
@@ -278,7 +289,7 @@ def test_errors_are_those_of_hotcoco(seed: int) -> None:
         scores=detections.scores + np.arange(len(detections.scores)) * 1e-6,
     )
     truth = dataclasses.replace(truth, iscrowd=np.zeros_like(truth.iscrowd))
-    table = tables.error_shares(gathered(truth, detections), CATEGORIES)
+    table = error_shares(gathered(truth, detections), CATEGORIES)
     expected = reference(truth, detections).tide_errors()
     over_all = {row["error"]: row for row in rows_of(table, category=None)}
     for theirs, ours in HOTCOCO_NAMES.items():
@@ -300,7 +311,7 @@ def test_confusion_by_hand() -> None:
             [(OWL, moved(12), 0.7)],
         ],
     )
-    table = tables.confusion(gathered(*given_columns), CATEGORIES, threshold=0.5, run="r")
+    table = confusion(gathered(*given_columns), CATEGORIES, threshold=0.5, run="r")
     cells = {(row["truth"], row["detected"]): row["count"] for row in table.to_pylist()}
     assert cells == {("cat", "cat"): 1, ("dog", "owl"): 1, ("owl", None): 2, (None, "owl"): 1}
 
@@ -347,7 +358,7 @@ def test_confusion_is_that_of_a_loop_over_detections(seed: int, threshold: float
     # Equal overlaps may be resolved either way; individual shifts avoid them.
     shift = np.random.default_rng(seed).random(detections.boxes_xywh.shape) / 10
     detections = dataclasses.replace(detections, boxes_xywh=detections.boxes_xywh + shift)
-    table = tables.confusion(gathered(truth, detections), CATEGORIES, threshold=threshold)
+    table = confusion(gathered(truth, detections), CATEGORIES, threshold=threshold)
     cells = {(row["truth"], row["detected"]): row["count"] for row in table.to_pylist()}
     assert cells == dict(confusion_one_by_one(truth, detections, threshold))
 
@@ -361,8 +372,8 @@ def test_calibration_by_hand() -> None:
         [[(CAT, BOX), (DOG, far), (OWL, (50, 50, 30, 30), True)]],
         [[(CAT, BOX, 0.95), (CAT, far, 0.91), (DOG, far, 0.2), (OWL, (55, 55, 9, 9), 1.0), (DOG, BOX, 1.0)]],
     )
-    outcomes = tables.outcomes_at(matched(*given_columns))
-    table = tables.calibration(outcomes, CATEGORIES, run="r")
+    outcomes = outcomes_at(matched(*given_columns))
+    table = calibration(outcomes, CATEGORIES, run="r")
     assert table.num_rows == 40
     full = {(row["category"], row["low"]): row for row in table.to_pylist() if row["count"]}
     assert set(full) == {(None, 0.2), (None, 0.9), ("cat", 0.9), ("dog", 0.2), ("dog", 0.9)}
@@ -371,7 +382,7 @@ def test_calibration_by_hand() -> None:
     assert full[None, 0.9]["precision"] == pytest.approx(1 / 3)
     (empty,) = rows_of(table, category="owl", low=0.9)
     assert (empty["count"], empty["mean_score"], empty["precision"]) == (0, None, None)
-    values = tables.score_values(outcomes, CATEGORIES, max_detections=100)
+    values = score_values(outcomes, CATEGORIES, max_detections=100)
     errors = {value.category: value.value for value in values if value.metric == "ECE"}
     assert errors == {
         None: pytest.approx((0.95 + 0.91 + 1.0 - 1 + 0.8) / 4),
@@ -392,8 +403,8 @@ def test_the_calibration_error_is_that_of_hotcoco() -> None:
     )
     evaluator = reference(truth, detections)
     expected = evaluator.calibration()
-    outcomes = tables.outcomes_at(matched(truth, detections))
-    values = tables.score_values(outcomes, CATEGORIES, max_detections=100)
+    outcomes = outcomes_at(matched(truth, detections))
+    values = score_values(outcomes, CATEGORIES, max_detections=100)
     errors = {value.category: value.value for value in values if value.metric == "ECE"}
     assert errors.pop(None) == pytest.approx(expected["ece"])
     assert errors == pytest.approx(expected["per_category"])
@@ -408,7 +419,7 @@ def test_thresholds_are_the_best_of_all(detections: list[tuple[int, bool]], num_
     scores = np.array([score / 10 for score, _ in detections], dtype=np.float64)
     is_right = np.array([right for _, right in detections], dtype=bool)
     num_truth = int(is_right.sum()) + num_missed
-    best = tables.best_threshold(scores, is_right, num_truth)
+    best = best_threshold(scores, is_right, num_truth)
 
     def at(threshold: float) -> tuple[float, float, float]:
         kept = scores >= threshold
@@ -426,15 +437,15 @@ def test_thresholds_are_the_best_of_all(detections: list[tuple[int, bool]], num_
         assert best.recall == (0.0 if num_truth else None)
         assert best.precision == (0.0 if detections else None)
     good = [threshold for threshold, (precision, _, _) in tried.items() if precision >= target]
-    assert tables.threshold_at_precision(scores, is_right, target) == (good[-1] if good else None)
+    assert threshold_at_precision(scores, is_right, target) == (good[-1] if good else None)
 
 
 def test_score_values_say_the_best_threshold_of_each_class() -> None:
     given_columns = columns(
         [[(CAT, BOX), (DOG, (90, 90, 9, 9))]], [[(CAT, BOX, 0.9), (DOG, (90, 90, 9, 9), 0.3), (DOG, BOX, 0.6)]]
     )
-    found = tables.score_values(
-        tables.outcomes_at(matched(*given_columns)),
+    found = score_values(
+        outcomes_at(matched(*given_columns)),
         CATEGORIES,
         max_detections=100,
         target_precision=0.75,
@@ -459,8 +470,8 @@ def test_each_image_is_counted_at_the_threshold_and_classes_are_kept_apart() -> 
         [[(CAT, BOX, 0.9), (CAT, (90, 90, 9, 9), 0.7), (DOG, BOX, 0.1)], [], [], [(OWL, moved(2), 0.8)]],
     )
     matches = matched(*given_columns)
-    outcomes = tables.outcomes_at(matches)
-    table = tables.per_image(matches, outcomes, threshold=0.5, run="r", errors={6: "it is broken"})
+    outcomes = outcomes_at(matches)
+    table = per_image(matches, outcomes, threshold=0.5, run="r", errors={6: "it is broken"})
     assert table.schema.equals(build_schema("per_image"))
     assert b'"score_threshold": 0.5' in table.schema.metadata[b"raydet"]
     assert [tuple(row.values()) for row in table.to_pylist()] == [
@@ -524,7 +535,7 @@ def detector_and_labels(seed: int, share: float) -> tuple[TruthColumns, Detectio
 @pytest.mark.parametrize(("share", "least"), [(0.01, 0.4), (0.05, 0.8)])
 def test_suspects_put_wrong_labels_on_top(share: float, least: float) -> None:
     truth, detections, wrong = detector_and_labels(1, share)
-    table = tables.suspects(gathered(truth, detections), CATEGORIES, run="r")
+    table = suspects(gathered(truth, detections), CATEGORIES, run="r")
     rows = table.to_pylist()
     assert {row["kind"] for row in rows} == set(wrong)
     num_wrong = sum(map(len, wrong.values()))
@@ -551,14 +562,14 @@ def test_suspects_say_where_and_what() -> None:
         [(CAT, (202, 202, 5, 5), 0.95), (DOG, farther, 0.95)],
     ]
     given_columns = columns(images, found)
-    table = tables.suspects(gathered(*given_columns), CATEGORIES, run="r")
+    table = suspects(gathered(*given_columns), CATEGORIES, run="r")
     assert table.schema.equals(build_schema("suspects"))
     assert [tuple(row.values()) for row in table.to_pylist()] == [
         ("r", 6, "other_class", "dog", "cat", list(BOX), 0.9, pytest.approx(19 / 21)),
         ("r", 6, "not_found", "cat", None, list(far), None, 0.0),
         ("r", 6, "no_truth", "cat", "cat", list(farther), 0.95, 0.0),
     ]
-    two = tables.suspects(gathered(*given_columns), CATEGORIES, run="r", max_rows=2)
+    two = suspects(gathered(*given_columns), CATEGORIES, run="r", max_rows=2)
     assert two.to_pylist() == table.to_pylist()[:2]
 
 
@@ -595,9 +606,9 @@ def test_parts_put_together_and_other_thresholds_are_diagnosed_the_same() -> Non
         assert other.tables[kind].equals(table) == (kind != "pr_curves"), kind
     assert set(other.tables["pr_curves"]["iou"].to_pylist()) == {0.75, None}
     with pytest.raises(ValueError, match=r"0\.6, 0\.75.*0\.5"):
-        tables.gather(truth, detections, strict)
+        gather(truth, detections, strict)
     with pytest.raises(ValueError, match="column rows"):
-        tables.gather(truth, detections, put_together)
+        gather(truth, detections, put_together)
 
 
 def test_classes_may_count_as_one() -> None:

@@ -10,7 +10,8 @@ from raydet.common.errors import UserError
 from raydet.config import PrepareVocConfig
 from raydet.config.preparing import Unlabelled
 from raydet.images.files import ImageFolder
-from raydet.preparation.prepare import PrepareReport, prepare_voc
+from raydet.preparation.prepare import prepare_voc
+from raydet.preparation.report import PrepareReport
 from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT, Source, SourceImage
 from raydet.preparation.sources.voc import read_voc
 from raydet.tables.table import open_table

@@ -8,7 +8,8 @@ from PIL import Image
 
 from raydet.common.errors import UserError
 from raydet.config import PrepareYoloConfig
-from raydet.preparation.prepare import PrepareReport, prepare_yolo
+from raydet.preparation.prepare import prepare_yolo
+from raydet.preparation.report import PrepareReport
 from raydet.preparation.sources.source import UNLABELLED, Source, SourceObjects
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders

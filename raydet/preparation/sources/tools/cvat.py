@@ -24,7 +24,7 @@ from raydet.common.boxes import enclosing_xywh
 from raydet.common.errors import UserError, one_line
 from raydet.common.xml import NoDoctype, XmlError
 from raydet.images.files import ImageFolder, readable
-from raydet.preparation.sources.source import Finding, FindingLog, Records, Source, SourceImage, SourceObjects
+from raydet.preparation.sources.source import Finding, FindingLog, Source, SourceImage, SourceObjects
 from raydet.tables import storage
 from raydet.tables.coco_json import BoxXywh, errors_in_one_line, integer, plain_path
 from raydet.tables.schema import MAX_IMAGE_ID, Category
@@ -116,7 +116,7 @@ def read_cvat(annotations_uri: str, folder: ImageFolder) -> Source:
             )
 
     categories = tuple(Category(index + 1, readable(name)) for name, index in index_of.items())
-    return Source(Records(records), len(images), categories, findings=findings)
+    return Source(records, len(images), categories, findings=findings)
 
 
 def _read_images(uri: str, labels: dict[str, None]) -> Iterator[_CvatImage]:

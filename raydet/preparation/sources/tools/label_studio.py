@@ -31,7 +31,6 @@ from raydet.preparation.sources.source import (
     UNLABELLED_KEPT,
     Finding,
     FindingLog,
-    Records,
     Source,
     SourceImage,
     SourceObjects,
@@ -138,7 +137,7 @@ def read_label_studio(
             )
 
     categories = tuple(Category(index + 1, name) for name, index in index_of.items())
-    return Source(Records(records), len(tasks), categories, findings=findings)
+    return Source(records, len(tasks), categories, findings=findings)
 
 
 def _read_tasks(uri: str, parse: Any) -> Iterator[_LabelStudioTask]:
