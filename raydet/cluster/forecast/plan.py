@@ -136,7 +136,8 @@ class PlanResult:
         if self.is_extrapolated:
             found.append(
                 f"extrapolated from {measured.num_workers} worker{'s' * (measured.num_workers > 1)} on {nodes}, "
-                "assuming that the model scales with workers, everything else scales with CPUs, and network and storage keep up"
+                "assuming that the model scales with workers, everything else scales with CPUs, and network and "
+                "storage keep up"
             )
         if measured.measured_s < _SHORT_S:
             found.append(f"the rate was measured over only {measured.measured_s:.1f} s of work; measure a longer run")
