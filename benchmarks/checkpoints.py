@@ -1,10 +1,11 @@
-"""Cost of checkpoints every 20 steps on a slow object store, beside the same training without them.
+"""Cost of checkpoints every 20 steps on a slow object store, compared with the same training without them.
 
     python benchmarks/checkpoints.py [--quick] [--put-seconds 2]
 
-The store is a local S3 server whose every upload takes some seconds longer. The training is real, except that a step
-only waits, as with an accelerator. Both trainings run in turn in each round. The cost is the additional time from the
-first step of an epoch to its last, as a part of the time without checkpoints. The last line is one JSON object.
+The store is a local S3 server that delays each upload by `--put-seconds`. The training is real, except that a step
+only waits, as with an accelerator. Each round trains once without checkpoints and once with them. The cost is the
+additional time from the first step of an epoch to its last, as a fraction of the time without checkpoints. The last
+line is one JSON object.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Gate a release: fail unless the candidate is, with 95 % confidence, no worse than the current model.
+"""Gate a release: fail unless the candidate, with 95 % confidence, loses less than `--max-loss` AP to the current one.
 
     ray job submit … -- python jobs/release_gate.py --truth s3://…/test --current s3://…/current --candidate s3://…/new
 
-Exit code 0: release; 3: do not; 1 and 2: a failure or a mistake, as ever.
+Exit code 0: release; 3: do not release; 1 and 2: a failure or a mistake, as in every command.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Gate:
     truth: str = option("images table with the truth")
     current: str = option("detections of the current model")
     candidate: str = option("detections of the candidate")
-    max_loss: float = option("loss of AP that is acceptable", 0.01)
+    max_loss: float = option("loss of AP, from 0 to 1, below which the candidate passes", 0.01)
 
 
 def gate(options: Gate) -> int:

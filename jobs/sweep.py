@@ -3,7 +3,7 @@ r"""Sweep, then train: many short trials find good training options, and one lon
     ray job submit … -- python jobs/sweep.py --search jobs/configs/tune.yaml --epochs 60 \
         --train-data s3://…/train --val-data s3://…/val --out s3://…/sweep
 
-The same command again resumes whichever of the two was interrupted.
+Submit the same command again to resume whichever of the two was interrupted.
 """
 
 from dataclasses import dataclass

@@ -52,8 +52,8 @@ class EvaluateConfig:
     seed: int = option("seed of the resampling", 0, group="Measurement")
 
     verify: bool = option(
-        "also run pycocotools on the same boxes, or on a sample of many images, and compare the twelve numbers; exit "
-        "code 1 if a bit differs",
+        "also run pycocotools on the same boxes (of large data, on a random sample of the images) and compare the "
+        "twelve numbers; exit with code 1 if a bit differs",
         False,
         group="Measurement",
         operational=True,

@@ -138,7 +138,7 @@ class PrepareLabelStudioConfig(PrepareConfig):
     annotations: str = option("JSON file, in Label Studio's export format JSON")
     images: str = option("folder or URI of the images, found by the ends of their addresses in Label Studio")
     classes: list[str] | None = option(
-        "the classes in order, or a .txt file with one name per line; by default those of the file, by name",
+        "the classes in order, or a .txt file with one name per line; by default those of the file, sorted by name",
         None,
         group="Input",
     )
@@ -147,7 +147,9 @@ class PrepareLabelStudioConfig(PrepareConfig):
     )
     score_threshold: float = option("drop predictions at or below this score", 0.0, group="Input")
     unlabelled: Unlabelled = option(
-        "tasks without annotations: reject them, or keep them as images without objects", "reject", group="Input"
+        "tasks without annotations or predictions: reject them, or keep them as images without objects",
+        "reject",
+        group="Input",
     )
 
     def __post_init__(self) -> None:

@@ -57,8 +57,8 @@ class PredictConfig(WorkersConfig):
         "decode large JPEGs at half, quarter or eighth resolution, which is faster", False, group="Input"
     )
     resize_on: ResizeOn = option(
-        "cpu resizes in the decoders, bit for bit as the image processor; device resizes in float32 where the model "
-        "runs, which spares CPUs and changes scores slightly",
+        "cpu resizes in the decoders, bit for bit as the image processor does; device resizes in float32 where the "
+        "model runs, which spares CPUs and changes scores slightly",
         "cpu",
         group="Input",
     )

@@ -156,7 +156,7 @@ class TrainConfig(WorkersConfig):
         "recompute activations instead of keeping them in memory", False, group="Compute and cluster", operational=True
     )
     compile: bool = option(
-        "compile backbone and encoder with torch.compile, once per input size; takes minutes, which pay off on a GPU "
+        "compile backbone and encoder with torch.compile, once per input size; takes minutes, which pays off on a GPU "
         "for models with a fixed input size",
         False,
         group="Compute and cluster",

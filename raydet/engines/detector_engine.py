@@ -56,7 +56,7 @@ class DetectorEngine(ABC):
             device: Device of the model's inputs, on which pixels are normalised.
             pad_batches: Pad images as in `ResizeRule.padded_size_hw`; if False, each size is a separate batch.
             num_threads: torch threads of the process; None leaves the number unchanged.
-            resize_on: Place where `prepare` resizes.
+            resize_on: Where `prepare` resizes: in the caller on the CPU, or on `device`.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -111,7 +111,7 @@ class DetectorEngine(ABC):
         original_sizes_hw: Sequence[SizeHW],
         assemble: Callable[[list[Image], SizeHW], Tensor],
     ) -> list[EngineBatch]:
-        """Group images by the size of their batch, and let `assemble` make the pixels of each batch on the device."""
+        """Group images by the size of their batch, and let `assemble` build the pixels of each batch on the device."""
         places: dict[SizeHW, list[int]] = {}
         for place, size_hw in enumerate(sizes_hw):
             places.setdefault(self._batch_size_hw(size_hw), []).append(place)
@@ -143,7 +143,7 @@ class DetectorEngine(ABC):
         return pixels
 
     def _staging(self, shape: tuple[int, ...]) -> Tensor:
-        """Make a buffer from which a copy to a GPU runs beside the host's work."""
+        """Return an uninitialised uint8 buffer, pinned if a GPU copies from it asynchronously."""
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._copies is not None)
 
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:

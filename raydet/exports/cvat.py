@@ -2,7 +2,7 @@
 
 `annotations.xml` lists all images of the folder `images`, with their boxes as corners in pixels of the upright image.
 `labels.json` holds the classes, to paste into the raw label editor of a new task, since CVAT ignores attributes that
-its task does not have. Corners have enough digits to read the same float64 back.
+its task does not define. Corners have enough digits to read the same float64 back.
 """
 
 import json
@@ -29,7 +29,7 @@ def export_cvat(config: ExportCvatConfig) -> FolderExportReport:
 
     Image ids are kept; CVAT itself numbers the images of a task and matches them by name. Crowds have the attribute
     `is_crowd`. Detections become boxes of source `auto` with the attribute `score`, for people to correct. Unreadable
-    images of a detections table are omitted. Ids of boxes and classes and areas are lost; classes keep their order.
+    images of a detections table are omitted. Box ids, class ids and areas are lost; classes keep their order.
 
     Returns:
         Counts and folders of the export.

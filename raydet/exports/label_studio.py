@@ -1,8 +1,8 @@
 """Tables → Label Studio's JSON: one task per image, with an annotation, or with a prediction and its scores.
 
 `tasks.json` is for Label Studio's import, `label_config.xml` for the labelling interface of the project, and
-`classes.txt` lists the classes in index order, which the JSON cannot. Boxes are percentages of the upright image, with
-enough digits to read the same box back within rounding.
+`classes.txt` lists the classes in index order, which the JSON does not hold. Boxes are percentages of the upright
+image, with enough digits to read the same box back within rounding.
 """
 
 import json
@@ -29,7 +29,7 @@ def export_label_studio(config: ExportLabelStudioConfig) -> FolderExportReport:
 
     An images table becomes tasks with annotations, in which crowds have the choice `crowd`; a detections table becomes
     tasks with predictions, for people to correct, without its unreadable images. Image ids are the ids of the tasks and
-    `data.image_id`, which Label Studio keeps; ids of boxes are ids of regions. Ids of classes and areas are lost.
+    `data.image_id`, which Label Studio keeps; ids of boxes are ids of regions. Class ids and areas are lost.
 
     Returns:
         Counts and folders of the export.
@@ -98,7 +98,7 @@ def _task_text(image_id: int, address: str, regions: str, is_images: bool, score
 
 
 def _regions(rows: LabelRows, ids: Numbers, quoted_names: pa.StringArray, *, with_scores: bool) -> pa.StringArray:
-    """Build the results of each box: its rectangle, and for a crowd the choice that says so."""
+    """Build the results of each box: its rectangle, and for a crowd the choice that marks it."""
     sizes = np.repeat(np.stack([rows.widths, rows.heights], axis=1), rows.counts, axis=0)
     percentages = rows.boxes_xywh / np.tile(sizes, 2) * 100
     x, y, width, height = (as_text(column) for column in percentages.T.copy())

@@ -22,14 +22,14 @@ def open_for_tool(uri: str, score_threshold: float) -> Table:
 
 
 class ToolNotes:
-    """Filter by score, and counter of what an export omits."""
+    """Score filter that counts the items an export omits."""
 
     def __init__(self, score_threshold: float) -> None:
         self._score_threshold = score_threshold
         self._num_low = self._num_unreadable = 0
 
     def keep(self, rows: LabelRows) -> LabelRows:
-        """Return the rows with the boxes above the threshold."""
+        """Return the rows with the boxes above the threshold, or all boxes if it is 0."""
         is_low = (rows.scores <= self._score_threshold) & (self._score_threshold > 0)
         self._num_low += int(is_low.sum())
         self._num_unreadable += int(rows.errors.sum())

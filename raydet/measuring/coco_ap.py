@@ -163,7 +163,7 @@ class CocoAP(Metric):
         return {**values, "classes": torch.from_numpy(labels.astype(np.int64))}
 
     def _whole(self, name: str) -> Tensor:
-        """Return all rows of a state, float64 [N, columns] on the CPU, also if there are none."""
+        """Return all rows of a state, float64 [N, columns] on the CPU, even if there are none."""
         rows = getattr(self, name)
         if isinstance(rows, Tensor):
             return rows
@@ -264,7 +264,9 @@ def _each_once(truth: TruthColumns) -> tuple[TruthColumns, Integers]:
         rows = np.arange(len(ids))
         return replace(truth, image_ids=rows), rows
     if (ids < 0).any():
-        raise ValueError(f"{(ids < 0).sum()} of {len(ids)} images have no image_id; either all images have one or none")
+        raise ValueError(
+            f"{(ids < 0).sum()} of {len(ids)} images have no image_id; either all images must have one, or none"
+        )
     # The last of equal ids counts: if `reset` was forgotten, these are the detections of the last epoch.
     known, from_the_end = np.unique(ids[::-1], return_index=True)
     rows = len(ids) - 1 - from_the_end
@@ -273,13 +275,13 @@ def _each_once(truth: TruthColumns) -> tuple[TruthColumns, Integers]:
         if not all(np.array_equal(getattr(truth, name), getattr(kept, name)) for name in ("starts", "boxes_xywh")):
             raise ValueError("images with the same image_id have different labelled boxes; image_id must be unique")
         rank_zero_warn(
-            f"{len(ids) - len(rows)} images were added again, as a sampler that pads does, and count once; "
+            f"{len(ids) - len(rows)} images were added more than once, as by a sampler that pads, and count once; "
             "call reset() between epochs"
         )
     return take_truth(truth, rows), rows
 
 
 def _values(numbers: Sequence[CocoNumbers], metric: str) -> Tensor:
-    """Return a metric of each, float64 [N], -1 if undefined."""
+    """Return one metric of several results, float64 [N], -1 if undefined."""
     found = [item.values.get(metric) for item in numbers]
     return torch.tensor([-1.0 if value is None else value for value in found], dtype=torch.float64)

@@ -18,7 +18,7 @@ from raydet.tables.schema import Category
 
 _MAX_IMAGES = 5_000
 _MAX_BOXES = 600_000
-"""Labelled boxes and detections together; pycocotools takes about a minute and 3 GB for as many."""
+"""Labelled boxes and detections together; pycocotools takes about a minute and 3 GB for that many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Verification:
     Attributes:
         num_images: Number of images compared.
         num_measured: Number of images of the evaluation; if it is larger, the compared ones are a random sample.
-        numbers: Number of raydet and of pycocotools by metric, in COCO's order; None if undefined.
+        numbers: raydet's and pycocotools' value by metric, in COCO's order; None if undefined.
         version: Version of pycocotools.
     """
 
@@ -64,7 +64,7 @@ class Verification:
 def verify(
     scored: Scored, matches: Matches, result: CocoResult, categories: Sequence[Category], *, seed: int
 ) -> Verification:
-    """Run pycocotools on the measured boxes and compare its twelve numbers; of many images, on a random sample.
+    """Run pycocotools on the measured boxes and compare its twelve numbers; large data are sampled by image.
 
     Args:
         scored: Measured labels and detections.

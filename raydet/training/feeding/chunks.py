@@ -1,4 +1,4 @@
-"""Chunks of images: encoded, from the readers to the decoders, and decoded, from these to the training workers.
+"""Chunks of images: encoded, from readers to decoders, and decoded, from decoders to training workers.
 
 A chunk holds consecutive micro-batches of one rank. It is a block of one row with few columns, since Ray serializes
 every array of a block in Python: a header as JSON, the rows of the images as an Arrow stream, and the pixels in one
@@ -100,7 +100,7 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
     Args:
         chunk: Result of `encoded_chunk`.
         view: Augmentation and resize of the images.
-        buffer: Memory of the pixels; the result is valid until its next use. By default new memory.
+        buffer: Memory of the pixels; the result is valid until its next use. By default, new memory is allocated.
 
     Returns:
         A table of one row, for `raydet.training.feeding.batches.ready_batches`: the header with two more entries for
@@ -187,7 +187,7 @@ def header_of(chunk: pa.Table) -> dict[str, Any]:
 
 
 def micro_batches_of(header: dict[str, Any]) -> Iterator[tuple[MicroBatch, int]]:
-    """Yield the micro-batches of a chunk, without their rows, and the number of their images."""
+    """Yield each micro-batch of a chunk, without its rows, and its number of images."""
     for step, part, num_images in zip(header["step"], header["part"], header["num_images"], strict=True):
         yield MicroBatch(header["kind"], header["epoch"], step, part, header["rank"], ()), num_images
 

@@ -33,10 +33,10 @@ from raydet.training.feeding.ordering import RunPlan, Segment
 
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 1024
-"""Images of a chunk. Ray spends about 20 ms of CPU time on each chunk, so chunks of small images must hold many."""
+"""Most images in a chunk. Each chunk costs Ray about 20 ms of CPU time, so chunks of small images must hold many."""
 _MOST_CHUNK_BYTES = 64 * 2**20
-"""Decoded pixels of a chunk, fewer if the object store is small. Ray Data polls its tasks five to ten times a second:
-small chunks would mostly wait."""
+"""Most bytes of decoded pixels in a chunk, fewer if the object store is small. Ray Data polls its tasks five to ten
+times a second: small chunks would mostly wait."""
 _MOST_ENCODED_BYTES = 256 * 2**20
 _CHUNKS_PER_DECODER = 6
 """Chunks that are sent to a decoder before it has finished the first, so that it never waits for Ray Data."""

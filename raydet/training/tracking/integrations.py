@@ -26,12 +26,12 @@ _MODULES: dict[str, tuple[str, ...]] = {
 }
 """Modules that each integration imports; TensorBoard is always on."""
 _REQUIREMENTS = {"azureml.core": "azureml-core", "mlflow": "raydet[mlflow]", "wandb": "raydet[wandb]"}
-"""Names that pip installs, where they differ from the module."""
+"""Names of the packages to install, if they differ from the module's."""
 _UPLOADS = """
     CLEARML_LOG_MODEL COMET_LOG_ASSETS HF_DAGSHUB_LOG_ARTIFACTS HF_DVCLIVE_LOG_MODEL HF_MLFLOW_LOG_ARTIFACTS
     WANDB_LOG_MODEL WANDB_WATCH
 """
-"""Environment variables that switch on uploads of a model, which the callbacks do not get: always false."""
+"""Environment variables that make callbacks upload the model, which they do not get: always set to false."""
 _DEFAULTS = """
     CLEARML_PROJECT=raydet COMET_PROJECT_NAME=raydet SWANLAB_PROJECT=raydet WANDB_PROJECT=raydet
     SWANLAB_RESUME=allow WANDB_RESUME=allow
@@ -41,7 +41,7 @@ _DEFAULTS = """
     WANDB_INIT_TIMEOUT=60 WANDB_FINISH_TIMEOUT=60 MLFLOW_HTTP_REQUEST_MAX_RETRIES=2 MLFLOW_HTTP_REQUEST_TIMEOUT=20
     MLFLOW_ALLOW_FILE_STORE=true
 """
-"""Environment variables, unless the user has set them: command line, console output and source code may contain
+"""Environment variables set unless the user has set them: the command line, console output and source code may contain
 passwords, and by default an unreachable server delays the workers for minutes."""
 _FINISHING = {"comet_ml": ("end",), "swanlab": ("finish",), "wandb": ("finish", "teardown")}
 """Functions that end a run and send its data, which these integrations leave to the end of the process."""
@@ -115,7 +115,7 @@ class Integration:
     def __init__(
         self, name: str, arguments: Arguments, *, ids: dict[str, str], start_step: int, steps_per_epoch: int
     ) -> None:
-        """Start the tracker, or resume the run of `ids`, to which the id that MLflow chooses is added."""
+        """Start the tracker, or resume the run of `ids`, and add the id that MLflow chooses to `ids`."""
         _prepare_environment(name, arguments, ids, is_resumed=start_step > 0)
         from transformers import TrainerControl, TrainerState
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -131,7 +131,7 @@ class Integration:
             ids["mlflow"] = importlib.import_module("mlflow").active_run().info.run_id
 
     def _call(self, event: str, **content: Any) -> None:
-        # Without a model, which could only be uploaded.
+        # No model: all that a tracker could do with it is upload it.
         getattr(self._callback, event)(self._arguments, self._state, self._control, model=None, **content)
 
     def _at(self, step: int) -> None:

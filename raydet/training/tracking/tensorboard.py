@@ -28,7 +28,7 @@ class LogFolder:
         self._sent: dict[Path, tuple[int, int]] = {}
 
     def fetch(self, *names: str) -> None:
-        """Copy subfolders that an earlier process uploaded to the temporary copy."""
+        """Download subfolders that an earlier process uploaded into the temporary copy."""
         for name in names if self.is_remote else ():
             storage.fetch_folder(storage.join(self.uri, name), str(self.path / name))
 

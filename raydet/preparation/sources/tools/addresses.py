@@ -25,7 +25,7 @@ class FolderFiles:
         self._paths = set(list_below(folder))
 
     def __call__(self, address: str) -> str | None:
-        """Return the file with the most components in common with the end of an address, or None."""
+        """Return the file whose path matches the longest end of an address, or None."""
         for path in dict.fromkeys((address_path(address), unquote(address_path(address)))):
             parts = [part for part in path.split("/") if part][-_MOST_PARTS:]
             original = _HASH_PREFIX.sub("", parts[-1], count=1) if parts else ""

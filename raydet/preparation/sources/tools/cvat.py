@@ -169,7 +169,9 @@ class _CvatTarget(NoDoctype):
         self.silent_bytes = 0
         self._names |= {tag, *attributes}
         if len(self._path) >= _MAX_DEPTH or len(self._names) > _MAX_NAMES:
-            raise XmlError(f"broken XML: elements nested over {_MAX_DEPTH} deep, or over {_MAX_NAMES} different names")
+            raise XmlError(
+                f"broken XML: more than {_MAX_DEPTH} nested elements, or more than {_MAX_NAMES} different names"
+            )
         parent = tuple(self._path)
         self._path.append(tag)
         if not parent and tag != "annotations":

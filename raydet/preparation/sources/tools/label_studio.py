@@ -8,8 +8,9 @@ that it had. A region with the choice `crowd` becomes a crowd. Polygons, masks, 
 counted, and so are rectangles without a label.
 
 Image ids are `data.image_id`, which raydet's export writes, or else the ids of the tasks. Region ids are kept if all
-are positive integers, as raydet's export writes them. Ids that repeat are replaced by numbers. The format has no list
-of classes. Label Studio's addresses of images are matched with the files of a folder by their last components.
+are positive integers, as raydet's export writes them. If ids are missing or repeated, images are numbered from 0 and
+regions from 1. The format has no list of classes. Label Studio's addresses of images are matched with the files of a
+folder by their last components.
 """
 
 from array import array
@@ -156,12 +157,14 @@ def _task(
     texts = [value for value in (data.get("image"), *data.values()) if isinstance(value, str)]
     address = next((text for text in texts if is_image_name(address_path(text))), texts[0] if texts else None)
     if address is None:
-        raise UserError(f'{place}: its "data" has no address of an image')
+        raise UserError(f'{place}: its "data" has no image address')
     path = find(address)
     task = _LabelStudioTask(
         (_valid_id(data.get("image_id")), _valid_id(entry.get("id"))),
         readable(address_path(address) if path is None else path),
-        refusal="no such file: no image has the end of its address" if path is None else find.refuse_outside(path),
+        refusal="no such file: no image path matches the end of its address"
+        if path is None
+        else find.refuse_outside(path),
     )
     found = [item for item in _list(entry.get(labels)) if isinstance(item, dict) and not item.get("was_cancelled")]
     if not found:
@@ -263,7 +266,7 @@ def _names(value: object) -> list[str]:
 
 
 def _percentages(value: Any) -> BoxXywh | None:
-    """Return the box of a region in percent of its image."""
+    """Return the box of a region as percentages of its image, or None."""
     if not isinstance(value, dict):
         return None
     left, top, width, height = (_number(value.get(key)) for key in ("x", "y", "width", "height"))

@@ -143,7 +143,7 @@ def test_what_is_no_box_is_counted(tmp_path: Path) -> None:
         ([], "no tasks"),
         ([3], "must be an object"),
         ([{"image": "a.jpg", "label": []}], "JSON-MIN"),
-        ([{"data": {"text": 3}}], "no address of an image"),
+        ([{"data": {"text": 3}}], "no image address"),
         ([task("a.jpg")], "no labelled rectangle"),
     ],
 )
