@@ -12,7 +12,7 @@ from raydet.models.families import check_graph_sizes
 from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
 
 OPSET = 17
-"""From 2022: supported by current runtimes, and recent enough to sample between pixels."""
+"""From 2022: supported by current runtimes, and recent enough to have the operator GridSample."""
 
 
 def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:

@@ -32,7 +32,7 @@ def blocks_of(
     Args:
         work: Data of the run.
         rows: Positions of the images; they begin at the start of a chunk or after one of its blocks.
-        rule: Resize rule of the model; None leaves the images at full size, as does `resize_on`.
+        rule: Resize rule of the model; None leaves the images at full size, as does `resize_on` = "device".
         most_bytes: A block of at least this many bytes of pixels ends with its current batch, and one of twice as many
             immediately.
 

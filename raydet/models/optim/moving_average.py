@@ -32,8 +32,8 @@ class MovingAverage:
     def update(self, *, where: Tensor | None = None) -> None:
         """Update the average with the weights after an optimizer step.
 
-        If `where`, a boolean scalar on the model's device, is False, the average keeps its value; the step counts for
-        the decay all the same.
+        If `where`, a boolean scalar on the model's device, is False, the average keeps its value, but the step still
+        counts for the decay.
         """
         self.num_updates += 1
         part = 1.0 - self.decay * (1.0 - math.exp(-self.num_updates / self.rise_steps))

@@ -26,7 +26,7 @@ CSV_COLUMNS = ("url", "uri", "path", "file_name", "filename", "image")
 
 
 def is_list(uri: str) -> bool:
-    """Return True if a URI names a list of images by its suffix; always for URLs, because the web has no folders."""
+    """Return True if the suffix of a URI marks a list of images; a web URL always is one, as the web has no folders."""
     if storage.is_web(uri):
         return True
     return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not Path(uri).is_dir()

@@ -170,7 +170,7 @@ class _CvatTarget(NoDoctype):
         self._names |= {tag, *attributes}
         if len(self._path) >= _MAX_DEPTH or len(self._names) > _MAX_NAMES:
             raise XmlError(
-                f"broken XML: more than {_MAX_DEPTH} nested elements, or more than {_MAX_NAMES} different names"
+                f"broken XML: elements more than {_MAX_DEPTH} deep, or more than {_MAX_NAMES:,} different names"
             )
         parent = tuple(self._path)
         self._path.append(tag)
