@@ -3,12 +3,13 @@
     python benchmarks/accelerator.py [--quick] [--jobs train predict predict_ceiling]
 
 JPEGs of 640 × 480 are resized to 320; batches have 16 images. First two plain processes measure the limit: images per
-second that they decode and resize. The simulated model takes as long for a batch as the feeding of two batches takes at
-that limit, so that feeding it needs half of the cores.
+second that they decode and resize. The simulated model takes as long for one batch as those processes take for two, so
+that feeding it needs half of the cores.
 
 - train: utilization from the first step of each epoch to its last, without validation and checkpoints.
+- train_nodes: the same for four workers on four local nodes, together at the rate of one; the lowest of the four.
 - predict: utilization from 10 s after the first batch to the last.
-- predict_ceiling: images per second of a model that takes no time, as a part of the limit.
+- predict_ceiling: images per second of a model that takes no time, as a fraction of the limit.
 
 Utilization is the time inside simulated computations, divided by the wall time. The last line is one JSON object.
 """
@@ -21,7 +22,10 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT))  # for tests.nodes
 
 if TYPE_CHECKING:
     from benchmarks.ingest import limit_of, write_table
@@ -30,9 +34,12 @@ else:  # a script imports its neighbours without the package name
     from ingest import limit_of, write_table
     from simulated import SimulatedTrainer, load_simulated
 
-JOBS = ("train", "predict", "predict_ceiling")
+from tests.nodes import nodes  # noqa: E402
+
+JOBS = ("train", "train_nodes", "predict", "predict_ceiling")
 SIDE, BATCH_SIZE = 320, 16
 NUM_FILES = 400
+NUM_NODES = 4
 WARM_UP_S = 10.0
 
 Span = tuple[int, float, float, int]
@@ -43,9 +50,13 @@ def main() -> None:
     """Run the jobs and print their utilization."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
-    parser.add_argument("--rounds", type=int, default=None, help="3, with --quick 1")
+    parser.add_argument("--rounds", type=int, default=None, help="number of rounds; default: 3, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.child:
+        _run_training(**json.loads(options.child))
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results: dict[str, list[dict[str, float]]] = {job: [] for job in options.jobs}
     for _ in range(options.rounds or (1 if options.quick else 3)):
@@ -54,10 +65,10 @@ def main() -> None:
             write_table(folder / "train", num_images=NUM_FILES, size_hw=(480, 640))
             limit = limit_of(str(folder / "train"), "accelerator", 2_000)
             seconds = 2 * BATCH_SIZE / limit
-            print(f"limit {limit:.0f} images/s, {1000 * seconds:.1f} ms a batch", flush=True)
+            print(f"limit {limit:.0f} images/s, {1000 * seconds:.1f} ms per batch", flush=True)
             for job in options.jobs:
-                if job == "train":
-                    result = _train(folder, seconds, epochs=4 if options.quick else 10)
+                if job.startswith("train"):
+                    result = _train(folder, job, seconds, epochs=4 if options.quick else 10)
                 else:
                     is_ceiling = job == "predict_ceiling"
                     num_images = round(limit * (20 if options.quick else 40) * (1 if is_ceiling else 0.5))
@@ -71,33 +82,52 @@ def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {key: round(statistics.median(one[key] for one in rounds), 3) for key in rounds[0]}
 
 
-def _train(folder: Path, seconds: float, *, epochs: int) -> dict[str, float]:
+def _train(folder: Path, job: str, seconds: float, *, epochs: int) -> dict[str, float]:
+    log = folder / f"{job}-log"
+    log.mkdir()
+    if not (folder / "val").is_dir():
+        write_table(folder / "val", num_images=BATCH_SIZE, size_hw=(480, 640))
+    setting: dict[str, Any] = {"folder": str(folder), "job": job, "seconds": seconds, "epochs": epochs}
+    setting["num_workers"] = 1
+    if job == "train":
+        _run_training(**setting)
+    else:
+        setting |= {"seconds": NUM_NODES * seconds, "epochs": NUM_NODES * epochs, "num_workers": NUM_NODES}
+        # Each worker reserves the CPU of its node, so that no node gets two.
+        (folder / "c").mkdir()
+        with nodes(NUM_NODES, cpus=1, folder=folder / "c") as cluster:
+            done = cluster.run([sys.executable, __file__, "--child", json.dumps(setting)], timeout_s=600)
+        if done.returncode:
+            sys.exit(f"{job} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    # The first epoch starts before its images are there.
+    utilizations = [
+        [_utilization([span for span in spans if span[0] == epoch]) for epoch in range(1, setting["epochs"])]
+        for spans in spans_of(log).values()
+    ]
+    assert len(utilizations) == setting["num_workers"], f"{len(utilizations)} workers trained"
+    return {"utilization": min(statistics.median(one) for one in utilizations)}
+
+
+def _run_training(folder: str, job: str, seconds: float, epochs: int, num_workers: int) -> None:
     from raydet import TrainConfig
     from raydet.training.train import train
 
-    write_table(folder / "val", num_images=BATCH_SIZE, size_hw=(480, 640))
-    log = folder / "train-log"
-    log.mkdir()
     config = TrainConfig(
         model="rt_detr_v2_tiny",
-        train_data=str(folder / "train"),
-        val_data=str(folder / "val"),
-        out=str(folder / "run"),
+        train_data=f"{folder}/train",
+        val_data=f"{folder}/val",
+        out=f"{folder}/run-{job}",
         image_size=SIDE,
-        batch_size=BATCH_SIZE,
+        batch_size=BATCH_SIZE * num_workers,
+        num_workers=num_workers,
+        cpus_per_worker=None if num_workers == 1 else 1,
         epochs=epochs,
         validate_every=epochs,
         augmentation="flip",
         log_images=0,
         trackers=[],
     )
-    train(config, make_trainer=functools.partial(SimulatedTrainer, seconds=seconds, folder=str(log)))
-    (spans,) = _spans(log).values()
-    utilizations = []
-    for epoch in range(1, epochs):  # the first one starts before its images are there
-        own = [span for span in spans if span[0] == epoch]
-        utilizations.append(_utilization(own))
-    return {"utilization": statistics.median(utilizations)}
+    train(config, make_trainer=functools.partial(SimulatedTrainer, seconds=seconds, folder=f"{folder}/{job}-log"))
 
 
 def _predict(folder: Path, job: str, seconds: float, num_images: int, limit: float) -> dict[str, float]:
@@ -115,7 +145,7 @@ def _predict(folder: Path, job: str, seconds: float, num_images: int, limit: flo
     config = PredictConfig(checkpoint=str(model), data=str(data), out=str(folder / job), batch_size=BATCH_SIZE)
     load = functools.partial(load_simulated, seconds=seconds, folder=str(log))
     predict_with(config, in_process=False, load=load)
-    (spans,) = _spans(log).values()
+    (spans,) = spans_of(log).values()
     started = spans[0][1] + WARM_UP_S
     own = [span for span in spans if span[1] >= started]
     if seconds:
@@ -124,7 +154,7 @@ def _predict(folder: Path, job: str, seconds: float, num_images: int, limit: flo
     return {"images_per_s": speed, "of_limit": speed / limit}
 
 
-def _spans(folder: Path) -> dict[str, list[Span]]:
+def spans_of(folder: Path) -> dict[str, list[Span]]:
     """Return the computations of each simulated device, in order."""
     return {
         path.name: sorted((tuple(json.loads(line)) for line in path.read_text().splitlines()), key=lambda span: span[1])

@@ -16,7 +16,7 @@ BOXES_PER_IMAGE = 13
 
 
 def generate(folder: Path, num_images: Mapping[str, int]) -> None:
-    """Write a set like BCCD: 640 × 480 JPEGs, but with random boxes.
+    """Write a data set like BCCD, of 640 × 480 JPEGs, but with random boxes.
 
     Args:
         folder: Folder to write to, which must exist.

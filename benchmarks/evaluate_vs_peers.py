@@ -206,10 +206,10 @@ def _print(runs: dict[str, list[dict[str, Any]]], num_images: int) -> None:
     for first, second, target in PAIRS:
         if first in runs and second in runs:
             ratios = [its["seconds"] / mine["seconds"] for mine, its in zip(runs[first], runs[second], strict=True)]
-            aim = f", wanted {target:.2f}" if target else ""
+            aim = f", target {target:.2f}" if target else ""
             print(
                 f"{first} / {second}: {statistics.median(ratios):.2f} times as fast "
-                f"(round by round {min(ratios):.2f} to {max(ratios):.2f}{aim})"
+                f"(per round {min(ratios):.2f} to {max(ratios):.2f}{aim})"
             )
     print(json.dumps(summary))
 

@@ -1,4 +1,4 @@
-"""A training step and scoring on one GPU, without Ray, beside a bare loop.
+"""A training step and scoring on one GPU, without Ray, compared with a bare loop.
 
     python benchmarks/gpu.py [--models rt_detr_v2_r18 rt_detr_v2_r50 d_fine_s] [--precisions bf16 fp32 bf16_compile]
         [--seconds 240] [--quick]
@@ -7,7 +7,7 @@ The benchmark runs from a checkout and requires only torch, torchvision, transfo
 Pillow. The models have the values of the published configs and random weights. Every case is measured for
 `--case-seconds`. Cases run in order of importance, and those that would exceed `--seconds` are skipped and listed.
 
-- MODEL_PRECISION_step: raydet's training step, from a batch in the host's memory to the moving average. `parts_ms`
+- MODEL_PRECISION_step: raydet's training step, from a batch in host memory to the moving average. `parts_ms`
   splits the device's time line at the points at which the host starts each part: `copy` (collate, copy to the device),
   `forward`, `loss` (with matching), `backward`, `update` (clipping, optimizer, moving average). `host_ms` splits the
   host's time at the same points.
@@ -18,7 +18,8 @@ Pillow. The models have the values of the published configs and random weights. 
 - decode, decode_resize: the threads alone.
 
 `bf16_compile` is bf16 with `torch.compile`. `device_share` is the fraction of the time in which the device runs a
-kernel or a copy; on a CPU, CPU time by wall time and threads. The last line is one JSON object.
+kernel or a copy; on a CPU, the CPU time divided by the wall time and the number of threads. The last line is one JSON
+object.
 """
 
 import argparse
@@ -68,8 +69,8 @@ class Case:
 
     Attributes:
         name: Start of the names of its results.
-        needs_s: The case is skipped if less than this is left.
-        run: Makes the results, by the end of their names.
+        needs_s: Seconds that the case needs; it is skipped if less time is left.
+        run: Produces the results, by the end of their names.
     """
 
     name: str
@@ -98,7 +99,7 @@ def main() -> None:
     results: dict[str, Result] = {}
     skipped: dict[str, str] = {}
     signal.signal(signal.SIGALRM, _stop_case)
-    # As in each worker of a training.
+    # As in each training worker.
     store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not exported explicitly
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     transformers.logging.disable_progress_bar()
@@ -118,14 +119,20 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*PUBLISHED, *SMALL_MODELS]
-    parser.add_argument("--models", nargs="+", choices=names, metavar="MODEL", help=", ".join(PUBLISHED))
+    parser.add_argument(
+        "--models", nargs="+", choices=names, metavar="MODEL", help="models to measure: " + ", ".join(PUBLISHED)
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
-    parser.add_argument("--device", help="cuda; with --quick cpu")
-    parser.add_argument("--image-size", type=int, help="side in pixels of the model's input: 640, with --quick 64")
-    parser.add_argument("--train-batch", type=int, help="images per training step: 16, with --quick 2")
-    parser.add_argument("--predict-batch", type=int, help="images per forward pass of scoring: 32, with --quick 4")
-    parser.add_argument("--case-seconds", type=float, help="time to measure a case: 2, with --quick 0.3")
-    parser.add_argument("--seconds", type=float, default=240.0, help="time limit")
+    parser.add_argument("--device", help="device of the model; default: cuda, or cpu with --quick")
+    parser.add_argument(
+        "--image-size", type=int, help="side in pixels of the model's input; default: 640, or 64 with --quick"
+    )
+    parser.add_argument("--train-batch", type=int, help="images per training step; default: 16, or 2 with --quick")
+    parser.add_argument(
+        "--predict-batch", type=int, help="images per forward pass of scoring; default: 32, or 4 with --quick"
+    )
+    parser.add_argument("--case-seconds", type=float, help="time to measure a case; default: 2, or 0.3 with --quick")
+    parser.add_argument("--seconds", type=float, default=240.0, help="time limit of all cases together")
     parser.add_argument("--quick", action="store_true", help="tiny models on the CPU, without torch.compile")
     options = parser.parse_args()
     quick = bool(options.quick)

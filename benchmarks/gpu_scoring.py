@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torchvision.transforms.v2 import InterpolationMode, functional
 
 from raydet.augmentation.view import View, decoded
 from raydet.config import DEFAULT_MAX_PIXELS, PredictConfig
 from raydet.engines.detector_engine import EngineBatch
 from raydet.engines.torch_engine import TorchEngine
-from raydet.models.collate import Batch
 from raydet.models.geometry import Image, ResizeRule, SizeHW, resized_planes
 
 if TYPE_CHECKING:
@@ -44,6 +41,7 @@ def measure_engine(checkpoint: str, precision: str, jpegs: Sequence[bytes], sett
         checkpoint=checkpoint,
         precision=amount,  # type: ignore[arg-type]
         compile=bool(is_compiled),
+        resize_on="device",  # of images that are not resized yet
     )
     # On a GPU the threads decode, one image each.
     num_threads = 1 if setting.device.type == "cuda" else torch.get_num_threads()
@@ -62,7 +60,7 @@ def measure_engine(checkpoint: str, precision: str, jpegs: Sequence[bytes], sett
         engine,
         jpegs,
         lambda data: decoded(data, max_pixels=DEFAULT_MAX_PIXELS)[0],
-        lambda images: _resized_on_device(images, engine.resize_rule, setting),
+        engine.prepare,
         setting,
     )
     return results
@@ -137,20 +135,6 @@ def _planes(view: View, data: bytes) -> tuple[Image, SizeHW]:
 
 def _assembled(engine: TorchEngine, images: Sequence[tuple[Image, SizeHW]]) -> list[EngineBatch]:
     return engine.prepare_planes([planes for planes, _ in images], [size_hw for _, size_hw in images])
-
-
-def _resized_on_device(images: Sequence[Image], rule: ResizeRule, setting: Setting) -> list[EngineBatch]:
-    """Copy full-size images of one size to the device and resize them there, with antialiasing."""
-    size_hw = (images[0].shape[0], images[0].shape[1])
-    stacked = torch.from_numpy(np.stack(images))
-    if setting.device.type == "cuda":
-        stacked = stacked.pin_memory()
-    pixels = stacked.to(setting.device, non_blocking=True).permute(0, 3, 1, 2)
-    target_hw = rule.target_size_hw(size_hw)
-    resized = functional.resize(pixels, list(target_hw), InterpolationMode.BILINEAR, antialias=True)
-    places = list(range(len(images)))
-    batch = Batch(places, resized, [target_hw] * len(places), [size_hw] * len(places), [])
-    return [EngineBatch(places, batch)]
 
 
 def _rate(num_images: int, seconds: float) -> Result:

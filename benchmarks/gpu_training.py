@@ -54,7 +54,7 @@ class Setting:
 
 
 def measure_raydet(checkpoint: str, precision: str, setting: Setting) -> Result:
-    """Measure raydet's training step, from batches in the host's memory.
+    """Measure raydet's training step, from batches in host memory.
 
     Args:
         checkpoint: Model folder.
@@ -185,7 +185,9 @@ class _StepClock:
     def medians(self) -> Result:
         """Return the median milliseconds of each part: `parts_ms` on the device, `host_ms` on the host."""
         steps = self._steps[NUM_WARM_UPS:-NUM_PROFILED]
-        assert all(len(marks) == len(PARTS) + 1 for marks in steps), "a step has other parts than the benchmark knows"
+        assert all(len(marks) == len(PARTS) + 1 for marks in steps), (
+            "the parts of a step are not those that the benchmark knows"
+        )
         host = [[(end[0] - start[0]) * 1e3 for start, end in itertools.pairwise(marks)] for marks in steps]
         device = host
         if self._on_gpu:
@@ -247,7 +249,8 @@ def synchronise(setting: Setting) -> None:
 def device_share(call: Step, call_s: float, setting: Setting) -> float:
     """Return the fraction of a call's time in which the device is busy.
 
-    On a GPU, the profiler's kernels and copies, counting overlapping ones once; on a CPU, CPU time by threads.
+    On a GPU, it is busy with the kernels and copies that the profiler reports, overlapping ones counted once. On a
+    CPU, the result is the CPU time divided by the wall time and the number of threads.
 
     Args:
         call: A call that has been warmed up.

@@ -2,8 +2,8 @@
 
     python benchmarks/guide_trainer.py --model FOLDER --train "TRAIN/*.parquet" --val "VAL/*.parquet" --out FOLDER
 
-As in the guide, the model is validated and saved after every epoch. The pieces that convert images and boxes are those
-of `train_vs_peers.py` too.
+As in the guide, the model is validated and saved after every epoch. `train_vs_peers.py` converts images and boxes with
+the same functions.
 """
 
 import argparse

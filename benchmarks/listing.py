@@ -1,4 +1,4 @@
-"""Speed and memory of listing a large folder of an object store, simulated: raydet and a plain listing.
+"""Speed and memory of listing a large folder of a simulated object store: raydet and a plain listing.
 
 Each contestant runs in a separate process. The store makes up its keys, in folders of 5,000, and waits for each page of
 1,000 keys as long as S3 takes. `raydet` lists folders in parallel and writes the index of a collection. `plain` lists

@@ -1,13 +1,13 @@
-"""Overhead and equal results of train, predict and evaluate on 1 to 3 nodes.
+"""Overhead of `train`, `predict` and `evaluate` on 1 to 3 nodes, and equality of their results.
 
     python benchmarks/nodes.py [--quick] [--jobs train predict evaluate] [--layouts 1x1 1x2 2x2 3x2]
 
 A layout is NODESxWORKERS. Each node is a separate Ray node with its own processes, address and folder, but all nodes
 share this machine, so that more nodes cannot be faster. The table shows the overhead of starting nodes and of passing
 images and gradients between them, and that the results are the same: AP and losses of training with the same number of
-workers, the rows of scoring, and the AP of evaluation. Losses of one and of two workers differ by rounding. Seconds are
-those of the complete command; images/s of training come from its own log, without start-up. The last line is one JSON
-object.
+workers, the rows of scoring, and the AP of the evaluation. Losses with one and with two workers differ by rounding.
+Seconds are those of the complete command; images/s of training come from its own log, without start-up. The last line
+is one JSON object.
 """
 
 import argparse

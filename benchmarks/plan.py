@@ -2,11 +2,11 @@
 
     python benchmarks/plan.py [--quick] [--jobs predict,train] [--images 300] [--train-images 40] [--rounds 3]
 
-The model is `rt_detr_v2_small` at 256 pixels (random weights), the images are generated. In each round a short run with
-one worker is measured; plans for ten times the images with one and with two workers (the latter an extrapolation) are
-compared with real runs of the same commands on the same machine. Seconds are those of the run's own records; training
-with two workers is left out. The aim with the same number of workers is an error of at most 25 % as the median of all
-rounds. The last line is one JSON object.
+The model is `rt_detr_v2_small` at 256 pixels (random weights), and the images are generated. In each round a short run
+with one worker is measured; plans for ten times the images with one and with two workers (the latter an extrapolation)
+are compared with real runs of the same commands on the same machine. Seconds are those of the run's own records;
+training with two workers is left out. The aim with the same number of workers is a median error of at most 25 % over
+all rounds. The last line is one JSON object.
 """
 
 import argparse
@@ -31,10 +31,16 @@ TIMES, EPOCHS = 10, 2
 def main() -> None:
     """Measure, plan, run, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=lambda text: text.split(","), help="predict,train; with --quick predict")
-    parser.add_argument("--images", type=int, help="images of the short run of predict: 300, with --quick 100")
-    parser.add_argument("--train-images", type=int, default=40, help="images per epoch of the short training")
-    parser.add_argument("--rounds", type=int, help="3, with --quick 1")
+    parser.add_argument(
+        "--jobs",
+        type=lambda text: text.split(","),
+        help="commands to measure; default: predict,train, or predict with --quick",
+    )
+    parser.add_argument(
+        "--images", type=int, help="images of the short run of predict; default: 300, or 100 with --quick"
+    )
+    parser.add_argument("--train-images", type=int, default=40, help="images per epoch of the short training run")
+    parser.add_argument("--rounds", type=int, help="number of rounds; default: 3, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two idle cores")
     options = parser.parse_args()
     jobs = options.jobs or (["predict"] if options.quick else ["predict", "train"])
@@ -69,7 +75,7 @@ def _prepare(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def _run(job: str, folder: Path, size: int, workers: int) -> tuple[str, float]:
-    """Run a command in a separate process; return its folder and the seconds by its own records."""
+    """Run a command in a separate process; return its output folder, and the seconds according to its own records."""
     out, threads = tempfile.mkdtemp(dir=folder) + "/out", max(1, (os.cpu_count() or 1) // workers)
     command = [sys.executable, "-m", "raydet", job, f"--out={out}", f"--num-workers={workers}", "--use-gpu=false"]
     command.append(f"--threads-per-worker={threads}")

@@ -4,8 +4,8 @@
         [--contestants raydet,limit]
 
 Two models: RT-DETRv2 with a ResNet-18 at 320 pixels (random weights unless given: speed does not depend on them) and,
-with `small_` before a contestant's name, the 1.8 M `rt_detr_v2_small` at 256. The images are BCCD's test split,
-repeated several times. Each contestant runs in a separate process, in turn, round after round.
+with `small_` before a contestant's name, `rt_detr_v2_small` (1.8 M parameters) at 256. The images are BCCD's test
+split, repeated several times. Each contestant runs in a separate process, in turn, round after round.
 
 - raydet, raydet_bf16, raydet_openvino (also bf16): `raydet.predict()` through Ray, from an images table to Parquet.
 - pipeline: `pipeline("object-detection")` one image at a time, from files; larger batches fail for RT-DETRv2.
@@ -15,8 +15,8 @@ repeated several times. Each contestant runs in a separate process, in turn, rou
 - limit_from_files: as many plain processes as raydet has workers, with one model each, which decode and resize files
   and run the model in batches, but neither post-process nor write anything.
 
-`images_per_s` is taken after warm-up: for raydet from the first batch on. `ap` is that of the
-detections against BCCD's truth, null if weights are random or nothing is post-processed.
+`images_per_s` is measured after warm-up, for raydet from the first batch onwards. `ap` is that of the detections
+against BCCD's truth; null if weights are random or nothing is post-processed.
 """
 
 import argparse
@@ -113,10 +113,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=data, help="folder with BCCD's images and instances_test.json")
     parser.add_argument("--large-checkpoint", help="model folder; an RT-DETRv2-R18 with random weights by default")
     parser.add_argument("--small-checkpoint", help="model folder; rt_detr_v2_small with random weights by default")
-    parser.add_argument("--contestants", type=lambda text: text.split(","), help=", ".join(CONTESTANTS))
-    parser.add_argument("--rounds", type=int, help="3, with --quick 1")
     parser.add_argument(
-        "--repeats", type=int, help="repetitions of the 72 images, six times as many for small: 4, with --quick 1"
+        "--contestants", type=lambda text: text.split(","), help="contestants to run: " + ", ".join(CONTESTANTS)
+    )
+    parser.add_argument("--rounds", type=int, help="number of rounds; default: 3, or 1 with --quick")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="repetitions of the 72 images, six times as many for small; default: 4, or 1 with --quick",
     )
     parser.add_argument("--workers", type=int, default=2, help="raydet's copies of the model")
     parser.add_argument("--threads", type=int, default=2, help="compute threads of every contestant")
@@ -128,7 +132,7 @@ def _parse() -> argparse.Namespace:
     options.contestants = options.contestants or list(few if quick else CONTESTANTS)
     unknown = set(options.contestants) - set(CONTESTANTS)
     if unknown:
-        parser.error(f"--contestants: {', '.join(sorted(unknown))} is unknown; use {', '.join(CONTESTANTS)}")
+        parser.error(f"--contestants does not have {', '.join(sorted(unknown))}; use {', '.join(CONTESTANTS)}")
     if not options.child and not (options.data / "instances_test.json").is_file():
         parser.error(f"no BCCD in {options.data}; set --data or RAYDET_TEST_DATA to its folder")
     options.rounds = options.rounds or (1 if quick else 3)

@@ -20,7 +20,7 @@ from raydet.training.trainer import Trainer
 
 
 class Device:
-    """A device that computes one thing after another, each for the same time, and logs when."""
+    """A device that runs computations of equal length one after another, and logs their times."""
 
     def __init__(self, seconds: float, log: Path) -> None:
         self._seconds, self._free_at = seconds, 0.0

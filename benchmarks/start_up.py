@@ -1,4 +1,4 @@
-"""Seconds, memory and processes of complete commands, beside plain scripts that do the same.
+"""Seconds, memory and processes of complete commands, compared with plain scripts that do the same.
 
     python benchmarks/start_up.py [--bccd FOLDER] [--rounds 3] [--contestants raydet_predict script_predict] [--quick]
 
@@ -66,10 +66,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bccd", type=Path, help="folder with BCCD's images/ and instances_*.json")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
-    parser.add_argument("--rounds", type=int, help="3, with --quick 1")
-    parser.add_argument("--train-images", type=int, help="104, with --quick 24")
-    parser.add_argument("--predict-images", type=int, help="100, with --quick 24")
-    parser.add_argument("--epochs", type=int, help="3, with --quick 1")
+    parser.add_argument("--rounds", type=int, help="number of rounds; default: 3, or 1 with --quick")
+    parser.add_argument("--train-images", type=int, help="training images; default: 104, or 24 with --quick")
+    parser.add_argument("--predict-images", type=int, help="images to score; default: 100, or 24 with --quick")
+    parser.add_argument("--epochs", type=int, help="epochs of training; default: 3, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
     options = parser.parse_args()
     if options.bccd and not (options.bccd / "instances_train.json").is_file():

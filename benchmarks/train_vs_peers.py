@@ -110,18 +110,25 @@ def _parse() -> argparse.Namespace:
     shared = Path(__file__).parents[2] / "shared" / "data"
     data = Path(os.environ.get("RAYDET_TEST_DATA", shared)) / "bccd"
     parser.add_argument("--data", type=Path, default=data, help="folder with BCCD's images and instances_*.json")
-    parser.add_argument("--contestants", type=lambda text: text.split(","), default=None, help=", ".join(CONTESTANTS))
+    parser.add_argument(
+        "--contestants",
+        type=lambda text: text.split(","),
+        default=None,
+        help="contestants to run: " + ", ".join(CONTESTANTS),
+    )
     parser.add_argument("--augmentation", choices=("flip", "light"), default="flip")
-    parser.add_argument("--rounds", type=int, default=None, help="3, with --quick 1")
-    parser.add_argument("--timed-epochs", type=int, default=None, help="2, with --quick 1")
-    parser.add_argument("--images", type=int, default=None, help="training images: 200, with --quick 64")
+    parser.add_argument("--rounds", type=int, default=None, help="number of rounds; default: 3, or 1 with --quick")
+    parser.add_argument(
+        "--timed-epochs", type=int, default=None, help="epochs to time after the first; default: 2, or 1 with --quick"
+    )
+    parser.add_argument("--images", type=int, default=None, help="training images; default: 200, or 64 with --quick")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of every contestant")
     parser.add_argument("--workers", type=int, default=2, help="raydet's workers, which share the threads")
     parser.add_argument(
         "--loaders",
         type=lambda text: [int(number) for number in text.split(",")],
         default=None,
-        help="numbers of loader processes for the Trainer, which runs with the fastest: 0,1,2, with --quick 1",
+        help="loader processes to try, of which the Trainer uses the fastest; default: 0,1,2, or 1 with --quick",
     )
     parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -130,7 +137,7 @@ def _parse() -> argparse.Namespace:
     options.contestants = options.contestants or list(CONTESTANTS[: 5 if quick else 6])
     unknown = set(options.contestants) - set(CONTESTANTS)
     if unknown:
-        parser.error(f"--contestants: {', '.join(sorted(unknown))} is unknown; use {', '.join(CONTESTANTS)}")
+        parser.error(f"--contestants does not have {', '.join(sorted(unknown))}; use {', '.join(CONTESTANTS)}")
     if not options.child and not (options.data / "instances_train.json").is_file():
         parser.error(f"no BCCD in {options.data}; set --data or RAYDET_TEST_DATA to its folder")
     for name, short, full in (

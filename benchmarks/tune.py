@@ -1,21 +1,28 @@
-"""Result and cost of a search: a few short trainings on generated images, including the default.
+"""Result and cost of a search: a few short training runs on generated images, including the default.
 
     python benchmarks/tune.py [--trials 8] [--epochs 8] [--max-concurrent 1] [--out FOLDER] [--quick]
 
 The default has a low learning rate, as for a pretrained model. The model here is small and starts from scratch, so that
 the search can improve on the default. Seconds are those of the complete search. The last line is one JSON object;
-`epochs_saved` is the fraction of all epochs saved by stopping trials early.
+`epochs_saved` is the fraction of all epochs saved by stopping trials early; `between_trials_s` the seconds from the end
+of a trial to the first step of the next (median, with `--max-concurrent 1`); `waited_for_images` the largest part of
+the time of a trial's steps in which it waited for images.
 """
 
 import argparse
+import itertools
 import json
 import resource
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from raydet import PrepareShapesConfig, TuneConfig, prepare_shapes, tune
 from raydet.common.console import Console
+from raydet.training.history import EpochRecord
 from raydet.tuning.results import TuneResult
 
 IMAGE_SIZE = 96
@@ -96,8 +103,32 @@ def _numbers(result: TuneResult, seconds: float, epochs: int) -> dict[str, dict[
             "stopped": states.count("stopped"),
             "failed": states.count("failed"),
             "epochs_saved": round(1 - trained / (epochs * len(result.trials)), 3),
+            "between_trials_s": _between_trials_s(result),
+            "waited_for_images": round(max(_waited_for_images(trial.history) for trial in result.trials), 3),
         },
     }
+
+
+def _between_trials_s(result: TuneResult) -> float | None:
+    """Return the seconds from the end of a trial to the first step of the next one, median; None if trials overlap."""
+    spans = []
+    for trial in result.trials:
+        first, last = trial.history[0], trial.history[-1]
+        validation_s = (last.validation and last.validation.seconds) or 0.0
+        spans.append(
+            (
+                datetime.fromisoformat(first.ended).timestamp() - first.seconds,
+                datetime.fromisoformat(last.ended).timestamp() + validation_s,
+            )
+        )
+    spans.sort()
+    gaps = [start - end for (_, end), (start, _) in itertools.pairwise(spans)]
+    return round(statistics.median(gaps), 1) if gaps and min(gaps) > 0 else None
+
+
+def _waited_for_images(history: Sequence[EpochRecord]) -> float:
+    later = history[1:] or history  # the first epoch starts before its images are there
+    return sum(one.step_s["data"] for one in later) / sum(sum(one.step_s.values()) for one in later)
 
 
 if __name__ == "__main__":

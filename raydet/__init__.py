@@ -1,7 +1,7 @@
 """raydet: fine-tune, run and measure DETR-family object detectors at scale on Ray.
 
-One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`. Functions are loaded on first
-use, because torch and ray take seconds to import.
+One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`. `raydet.CocoAP` measures AP in
+any evaluation loop. Functions are loaded on first use, because torch and ray take seconds to import.
 """
 
 import importlib
@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import DemoConfig as DemoConfig
     from raydet.config import EvaluateConfig as EvaluateConfig
     from raydet.config import ExportCocoConfig as ExportCocoConfig
+    from raydet.config import ExportCvatConfig as ExportCvatConfig
+    from raydet.config import ExportLabelStudioConfig as ExportLabelStudioConfig
     from raydet.config import ExportOnnxConfig as ExportOnnxConfig
     from raydet.config import ExportVocConfig as ExportVocConfig
     from raydet.config import ExportYoloConfig as ExportYoloConfig
@@ -25,8 +27,10 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import PlanConfig as PlanConfig
     from raydet.config import PredictConfig as PredictConfig
     from raydet.config import PrepareCocoConfig as PrepareCocoConfig
+    from raydet.config import PrepareCvatConfig as PrepareCvatConfig
     from raydet.config import PrepareHubConfig as PrepareHubConfig
     from raydet.config import PrepareImagesConfig as PrepareImagesConfig
+    from raydet.config import PrepareLabelStudioConfig as PrepareLabelStudioConfig
     from raydet.config import PrepareShapesConfig as PrepareShapesConfig
     from raydet.config import PrepareVocConfig as PrepareVocConfig
     from raydet.config import PrepareYoloConfig as PrepareYoloConfig
@@ -35,16 +39,21 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import TrainConfig as TrainConfig
     from raydet.config import TuneConfig as TuneConfig
     from raydet.exports.coco import export_coco as export_coco
+    from raydet.exports.cvat import export_cvat as export_cvat
     from raydet.exports.hub import push as push
+    from raydet.exports.label_studio import export_label_studio as export_label_studio
     from raydet.exports.onnx import export_onnx as export_onnx
     from raydet.exports.voc import export_voc as export_voc
     from raydet.exports.yolo import export_yolo as export_yolo
     from raydet.inspection.inspect import inspect as inspect
+    from raydet.measuring.coco_ap import CocoAP as CocoAP
     from raydet.measuring.compare import compare as compare
     from raydet.measuring.evaluate import evaluate as evaluate
     from raydet.preparation.prepare import prepare_coco as prepare_coco
+    from raydet.preparation.prepare import prepare_cvat as prepare_cvat
     from raydet.preparation.prepare import prepare_hub as prepare_hub
     from raydet.preparation.prepare import prepare_images as prepare_images
+    from raydet.preparation.prepare import prepare_label_studio as prepare_label_studio
     from raydet.preparation.prepare import prepare_shapes as prepare_shapes
     from raydet.preparation.prepare import prepare_voc as prepare_voc
     from raydet.preparation.prepare import prepare_yolo as prepare_yolo
@@ -53,15 +62,21 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.training.train import train as train
     from raydet.tuning.tune import tune as tune
 
+_OTHERS = {"CocoAP": "raydet.measuring.coco_ap"}
+"""Public names that are not part of a command, and their modules."""
+
 __all__ = [  # noqa: PLE0604
     "UserError",
     "__version__",
     *(command.config.__name__ for command in _COMMANDS.values()),
     *(command.function for command in _COMMANDS.values()),
+    *_OTHERS,
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OTHERS:
+        return getattr(importlib.import_module(_OTHERS[name]), name)
     for command in _COMMANDS.values():
         if name == command.config.__name__:
             return command.config

@@ -19,6 +19,7 @@ _INTEGRATION_TESTS = (
     "tests/cli/test_output_guard.py",
     "tests/engines/",
     "tests/exports/test_onnx.py",
+    "tests/measuring/test_coco_ap",
     "tests/models/",
     "tests/training/test_trainer.py",
 )

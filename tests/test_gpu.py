@@ -1,4 +1,4 @@
-"""Training steps on a GPU, without Ray: the gradient equals that of the CPU, and each precision lowers the loss."""
+"""A GPU against the CPU, without Ray: the gradient and the resize are the same, and each precision lowers the loss."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from raydet.engines.torch_engine import TorchEngine
 from raydet.models.collate import collate
 from raydet.models.detector import Detector
 from raydet.models.loading import build_detector
@@ -58,6 +59,22 @@ def _gradient(name: str, device: str) -> torch.Tensor:
 def test_the_gradient_is_that_of_the_cpu(name: str) -> None:
     cpu, gpu = _gradient(name, "cpu"), _gradient(name, "cuda")
     assert float((cpu - gpu).norm() / cpu.norm()) <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2_tiny", "detr_tiny"])
+def test_the_resize_is_that_of_the_cpu(name: str) -> None:
+    generator = np.random.default_rng(0)
+    sizes_hw = [(120, 160), (90, 90), (480, 640), (120, 160), (300, 70)]
+    images = [generator.integers(0, 256, (*size_hw, 3), dtype=np.uint8) for size_hw in sizes_hw]
+    cpu, gpu = (TorchEngine(_build(name, device), resize_on="device") for device in ("cpu", "cuda"))
+    for _ in range(3):  # buffers are used again
+        (expected,), (found,) = cpu.prepare(images), gpu.prepare(images)
+        detections = gpu.predict([found])
+        assert [len(one.scores) > 0 for one in detections] == [True] * len(images)
+        assert (found.places, found.batch.sizes_hw) == (expected.places, expected.batch.sizes_hw)
+        difference = found.batch.pixels.cpu().int() - expected.batch.pixels.int()
+        assert int(difference.abs().max()) <= 1
+        assert float(difference.ne(0).float().mean()) < 1e-3  # sums in another order round up instead of down
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=["bf16", "fp16", "fp32"])

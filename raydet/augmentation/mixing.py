@@ -1,7 +1,7 @@
 """Samples and geometric operations on them: mosaic, mixup, copies of small objects, crop, flip.
 
 Each function returns a new sample and leaves its arguments unchanged; the new image may be a view of the old one. Boxes
-that a crop hides are dropped by their visible share.
+of which a crop leaves too little visible are dropped.
 """
 
 from collections.abc import Mapping, Sequence

@@ -52,7 +52,7 @@ class Augmenter:
     model's resize comes last); `strong` (mosaic of four, copies of small objects, mixup, crop, flip, affine, colour,
     blur or noise).
 
-    Each step separately drops boxes of which a crop leaves too small a share visible.
+    Each step by itself drops boxes whose visible share after a crop is too small.
     """
 
     def __init__(self, spec: AugmentationSpec) -> None:
@@ -151,7 +151,7 @@ def _mix(sample: Sample, rng: np.random.Generator, partners: Partners) -> Sample
 
 
 class _Pipeline:
-    """Step that applies a pipeline of albumentations."""
+    """Step that applies an albumentations pipeline."""
 
     def __init__(self, transforms: list[Any], *, min_visible: float) -> None:
         import albumentations as A
@@ -242,7 +242,7 @@ def _parse(item: Any, where: str) -> tuple[str, Any, dict[str, Any], bool]:
 
 
 def _build(item: Any, where: str) -> Any:
-    """Build a transform of albumentations, including nested ones."""
+    """Build an albumentations transform, including nested ones."""
     name, kind, arguments, is_group = _parse(item, where)
     if is_group:
         inner = arguments.get("transforms")

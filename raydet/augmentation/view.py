@@ -57,7 +57,7 @@ class View:
     Attributes:
         resize_rule: The model's resize.
         max_pixels: Larger images count as unreadable.
-        augmentation: Name of a preset, or a pipeline of albumentations.
+        augmentation: Name of a preset, or an albumentations pipeline.
         seed: Seed of the augmentation and of the choice among `step_resize_rules`.
         plain_from_epoch: First epoch, counted from 0, with at most flips and a fixed size; None disables it.
         step_resize_rules: Resizes from which each training step before that epoch draws; empty means `resize_rule`.
@@ -116,7 +116,7 @@ class View:
         """Decode, augment and resize an image, as in a training step.
 
         Args:
-            row: A row of an images table, with `image`, and as for `augment`.
+            row: A row of an images table, with `image` and the fields that `augment` needs.
             epoch: Epoch, counted from 0.
             resize_rule: The resize of the training step, see `step_resize_rule`.
 
@@ -130,8 +130,8 @@ class View:
         """Augment and resize a decoded image, as in a training step.
 
         Args:
-            image: The upright image at full size, uint8 RGB [H, W, 3]; left unchanged.
-            row: Its row of an images table, with `image_id` and `objects`; optionally with `mosaic` and `mixup`, the
+            image: The upright image at full size, uint8 RGB [H, W, 3]; it is not modified.
+            row: Its row in the images table, with `image_id` and `objects`; optionally with `mosaic` and `mixup`, the
                 rows of the partners. Unreadable partners are omitted.
             epoch: Epoch, counted from 0.
             resize_rule: The resize of the training step, see `step_resize_rule`.
@@ -159,7 +159,7 @@ class View:
         return self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
 
     def _readable(self, rows: Sequence[Mapping[str, Any]] | None) -> "tuple[Sample, ...]":
-        """Return the readable partners; unreadable images are reported at their own turn."""
+        """Return the readable partners; unreadable images are reported when their own turn comes."""
         from raydet.augmentation.mixing import sample_of
 
         samples = []

@@ -7,6 +7,8 @@ from raydet.config import (
     DemoConfig,
     EvaluateConfig,
     ExportCocoConfig,
+    ExportCvatConfig,
+    ExportLabelStudioConfig,
     ExportOnnxConfig,
     ExportVocConfig,
     ExportYoloConfig,
@@ -14,8 +16,10 @@ from raydet.config import (
     PlanConfig,
     PredictConfig,
     PrepareCocoConfig,
+    PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
+    PrepareLabelStudioConfig,
     PrepareShapesConfig,
     PrepareVocConfig,
     PrepareYoloConfig,
@@ -49,7 +53,7 @@ class Command:
     @property
     def function(self) -> str:
         """Name of the function, in its module and in `raydet`."""
-        return self.name.replace(" ", "_")
+        return self.name.replace(" ", "_").replace("-", "_")
 
 
 _COMMANDS = (
@@ -80,6 +84,20 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "a data set on the Hugging Face Hub, or a local one → an images table",
         "--dataset rishitdagli/cppe-5 --split train --out data/train",
+    ),
+    Command(
+        "prepare cvat",
+        PrepareCvatConfig,
+        "raydet.preparation.prepare",
+        "CVAT's XML for images, and its images → an images table",
+        "--annotations annotations.xml --images images --out data --val-fraction 0.2",
+    ),
+    Command(
+        "prepare label-studio",
+        PrepareLabelStudioConfig,
+        "raydet.preparation.prepare",
+        "Label Studio's JSON and its images → an images table",
+        "--annotations project.json --images images --out data --val-fraction 0.2",
     ),
     Command(
         "prepare images",
@@ -168,6 +186,20 @@ _COMMANDS = (
         "raydet.exports.yolo",
         "images table or detections → YOLO label files",
         "--data runs/demo/data/val --out runs/yolo --split val",
+    ),
+    Command(
+        "export cvat",
+        ExportCvatConfig,
+        "raydet.exports.cvat",
+        "images table or detections → CVAT's XML for images",
+        "--data runs/demo/data/val --out runs/cvat",
+    ),
+    Command(
+        "export label-studio",
+        ExportLabelStudioConfig,
+        "raydet.exports.label_studio",
+        "images table or detections → Label Studio's JSON",
+        "--data runs/demo/data/val --out runs/label-studio",
     ),
     Command(
         "export onnx",

@@ -68,6 +68,7 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
         image_size=training.image_size or 128,
     )
     _show(console, prepare_shapes(shapes).lines())
+    session.announce(console.line)
     with session.session(storage.join(out, "log")):
         console.title("\ntrain: a small RT-DETRv2 from scratch")
         trained = train(training, console=console)

@@ -5,7 +5,8 @@ Exit codes: 0 success, 1 a failure, 2 a mistake in the input, 130 or 143 stopped
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import raydet
@@ -21,10 +22,25 @@ _HELP = ("-h", "--help", "help")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    return _exit_code(lambda: _run(words))
+
+
+def run_function(function: Callable[[Any], int | None], config_class: type) -> None:
+    """Run a function as a command of its own, with the options of this process; end the process.
+
+    Args:
+        function: Function of the config, which may return an exit code.
+        config_class: Dataclass of its options.
+    """
+    program = PurePath(sys.argv[0]).name
+    raise SystemExit(_exit_code(lambda: function(load(config_class, sys.argv[1:], program=program))))
+
+
+def _exit_code(function: Callable[[], int | None]) -> int:
     try:
         with ending_on_sigterm():
-            return _run(list(arguments))
+            return function() or 0
     except (UserError, RunError) as error:
         print(f"raydet: error: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -61,13 +77,13 @@ def _run(arguments: list[str]) -> int:
     result = call(config, console=console) if command.shows_progress else call(config)
     for line in result.lines():
         console.line(line)
-    return 0
+    return int(getattr(result, "exit_code", 0))
 
 
 def _usage(group: str = "") -> str:
     """Return the list of commands, or of those whose names begin with `group`."""
     lines = [f"usage: raydet {group or 'COMMAND '}{'FORMAT ' if group else ''}[options]", ""]
-    lines += [f"  {name:<16} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
+    lines += [f"  {name:<20} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
     lines += [
         "",
         "raydet COMMAND --help lists the options of a command. Every command reads options from --config FILE.yaml,",

@@ -37,5 +37,5 @@ class Board:
         return bool(self._progress)
 
     def read(self, start: int) -> tuple[list[Any], dict[str, Any]]:
-        """Return the entries from index `start` on, and the progress."""
+        """Return the entries from index `start` onwards, and the progress."""
         return self._entries[start:], self._progress

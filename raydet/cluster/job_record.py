@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raydet.cluster.shares import Resources
 
 JOB_FILE = "job.json"
-"""File name in the output folder of a job."""
+"""Name of the file about a job in the output folder or the log folder of a run."""
 _COMMIT_KEYS = ("commit", "git_commit")
 _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}(-dirty)?")
 _ACCELERATOR = "accelerator_type:"
@@ -93,7 +93,7 @@ class JobRecord:
         )
 
     def with_joined_nodes(self) -> Self:
-        """Return the record with the cluster's current nodes if it has grown, as a cluster without nodes does."""
+        """Return the record with the cluster's current nodes if there are now more of them."""
         from raydet.cluster.ray_internals import alive_nodes
 
         nodes = alive_nodes()

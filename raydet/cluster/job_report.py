@@ -35,7 +35,8 @@ _DETAILS = (
 _ADVICE = {
     "read": "keep the images near the cluster and in few large files (an images table or tar files), or add nodes",
     "decode": "give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), or try --reduced-decode",
-    "prepare": "give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), or store smaller images",
+    "prepare": "give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), store smaller images, or try "
+    "--resize-on device with GPUs",
     "model": "add workers or nodes (--num-workers), or try another --engine, --precision or --batch-size",
     "write": "write to faster storage, or write less (--score-threshold, --top-k)",
 }
@@ -160,7 +161,7 @@ class JobReport:
 
 
 def error_kind(reason: str) -> str:
-    """Generalise the reason of one file's error: quoted text and paths become `…`, numbers `N`."""
+    """Generalise the reason for one file's error: quoted text and paths become `…`, numbers `N`."""
     kind = one_line(reason)
     for pattern, replacement in _DETAILS:
         kind = pattern.sub(replacement, kind)

@@ -20,8 +20,10 @@ _BLOCKS_AHEAD = 8
 def one_row_blocks(*, most_bytes: int | None = None) -> Iterator[None]:
     """Context manager: data sets created while the block runs keep every row in a separate Ray block.
 
-    The caller's `DataContext` is restored afterwards; a data set keeps the settings that it was created with. Blocks
-    that wait in the object store take `most_bytes` at most, by default half of the store.
+    The caller's `DataContext` is restored afterwards; a data set keeps the settings that it was created with.
+
+    Args:
+        most_bytes: Limit in bytes of the blocks that wait in the object store; by default half of the store.
     """
     context = DataContext.get_current().copy()
     # In bytes; every row exceeds it, so that each row ends its block and the distribution of rows is exact.

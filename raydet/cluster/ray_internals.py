@@ -63,10 +63,10 @@ _LOADED_LATE = {
     # Private; the only hook into Ray Data's scheduling loop, used to slow it down and to end a run that lost a node.
     # Replacement: accept the spinning loop, and watch the nodes in a thread of the driver.
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
-    # Developer API; the only way for a worker to end a training without restarts. Replacement: let Ray Train
+    # Developer API; the only way for a worker to end a run without restarts. Replacement: let Ray Train
     # restart the workers `max_failures` times.
     "UserCallback": "ray.train",
-    # Developer API; the only way to a custom search in Ray Tune. Replacement: start the trials as plain tasks.
+    # Developer API; the only way to plug a custom search into Ray Tune. Replacement: start the trials as plain tasks.
     "Searcher": "ray.tune.search",
     "TrialScheduler": "ray.tune.schedulers",
 }
@@ -102,7 +102,7 @@ def local_cluster_options() -> dict[str, Any]:
 def listening_on_loopback() -> Iterator[None]:
     """Context manager: a cluster started while the block runs listens on 127.0.0.1 only, with a private token file.
 
-    Private constants. Ray replaces 127.0.0.1 by the machine's network address, and its processes then listen on all
+    Private constants. Ray replaces 127.0.0.1 with the machine's network address, and its processes then listen on all
     addresses, unless clusters of several machines are disabled, as they are on Windows and macOS. No replacement yet;
     tests/test_security.py fails if it stops working.
     """
@@ -164,11 +164,11 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of nodes that an autoscaler may start.
+    """A kind of node that an autoscaler may start.
 
     Attributes:
         resources: Resources of a node, by Ray's names (CPU, GPU, …).
-        max_nodes: Most nodes of this kind; None for no limit.
+        max_nodes: Maximum number of nodes of this kind; None for no limit.
     """
 
     resources: dict[str, float]
@@ -223,7 +223,7 @@ def cluster_cpus() -> float:
 def away_from_empty_nodes() -> dict[str, Any]:
     """Return options of a task that reserves no CPUs, so that it does not run on a node without CPUs.
 
-    Ray would place it on any node, also on a head that only coordinates. Developer API: the ids of the nodes.
+    Ray would place it on any node, even on a head that only coordinates. Developer API: the ids of the nodes.
     Replacement: none needed once such heads carry a label.
     """
     empty = [node["NodeID"] for node in alive_nodes() if not node["Resources"].get("CPU")]
@@ -278,6 +278,9 @@ def actors_on(nodes: Sequence[str]) -> dict[str, Any]:
     """Return arguments of `map_batches` that place its actors on nodes in turn, or on others if one is lost.
 
     The function for each actor is deprecated, and Ray 2.64 removes it. Replacement: one execution for each node.
+
+    Args:
+        nodes: Ray's node id for each actor.
     """
     strategies = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
     if len(set(nodes)) == 1:

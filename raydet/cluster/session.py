@@ -104,6 +104,6 @@ def _require_answer(address: str, named: str) -> None:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"cannot connect to Ray at {named}: {getattr(error, 'strerror', None) or error}; check that the "
-                    "head runs and that this is its `ray start --port` (default 6379)"
+                    "head is running and that this is its `ray start --port` (default 6379)"
                 ) from None
             time.sleep(0.5)

@@ -16,7 +16,7 @@ from raydet.common.errors import RunError, UserError, one_line
 from raydet.tables import storage
 
 ANSWER_WITHIN_S = 180.0
-"""Long, because a node may first fetch the job's working directory, and retry requests to an object store."""
+"""Long, because a node may first have to fetch the job's working directory and retry requests to an object store."""
 _BYTES_COMPARED = 2**16
 _MOST_NODES_NAMED = 4
 
@@ -50,7 +50,7 @@ def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str
     """Check that every live node sees the inputs and the output folder of a job, before the job starts.
 
     This process writes a randomly named file to the output. A task on each node must find it with the same content
-    and write a file of its own: network file systems and object stores pass, a node's local disk and missing
+    and write a file of its own: network file systems and object stores pass, but a node's local disk and missing
     credentials do not. All these files are deleted. A single machine needs no check. Nodes that join later are not
     checked.
 
@@ -132,7 +132,7 @@ def _ask(
 
 
 def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _FailedCheck | None:
-    """Return the first place that differs between this node and the driver's, or None."""
+    """Return the first failed check, of a place that this node sees differently from the driver's, or None."""
     for place in places:
         try:
             here = _mark(place.uri)
@@ -141,7 +141,7 @@ def _look(places: Sequence[_Place], probe: _Place | None, node_id: str) -> _Fail
         if here is None and place.mark is not None:
             return _FailedCheck(place, "cannot see it")
         if here != place.mark:
-            return _FailedCheck(place, "sees different content there")
+            return _FailedCheck(place, "found different content there")
     if probe is not None:
         uri = _answer_uri(probe.uri, node_id)
         try:

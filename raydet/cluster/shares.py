@@ -13,7 +13,7 @@ from raydet.common.errors import UserError
 from raydet.tables import storage
 
 _MOST_NODES = 1000
-"""Nodes assumed of a kind that has no limit."""
+"""Number of nodes to assume for a kind without a limit."""
 _DECODER_BYTES = 700 * 2**20
 """Memory of a decode process: Python with albumentations, and the images of one task."""
 
@@ -23,7 +23,7 @@ class Resources:
     """The share of each worker of a job.
 
     Attributes:
-        num_gpus: GPUs of the cluster, with those of nodes that it may still start.
+        num_gpus: GPUs of the cluster, including those of nodes that it may still start.
         use_gpu: True if each worker gets one GPU.
         cpus_per_worker: CPUs reserved for each worker.
         notice: A line for the terminal if GPUs stay idle or workers must wait; empty otherwise.
@@ -56,7 +56,7 @@ def nodes_of_cluster() -> list[Mapping[str, float]]:
 def with_future_nodes(
     nodes: Sequence[Mapping[str, float]], node_types: Sequence[NodeType]
 ) -> list[Mapping[str, float]]:
-    """Return the nodes, followed by those that may still be started: of each kind as many as are not live."""
+    """Return the nodes, followed by those that may still be started: of each kind, as many as are not yet live."""
     future: list[Mapping[str, float]] = []
     for kind in node_types:
         most = _MOST_NODES if kind.max_nodes is None else min(kind.max_nodes, _MOST_NODES)
@@ -70,12 +70,22 @@ def _cpus_and_gpus(node: Mapping[str, float]) -> tuple[float, float]:
 
 
 def may_grow() -> bool:
-    """Return True if the cluster may gain nodes; one that the job itself has started does not."""
+    """Return True if the cluster may gain nodes; a cluster that the job itself started does not."""
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
-    """Divide the connected cluster among the job's workers; for arguments and errors see `shares_of`."""
+    """Divide the connected cluster among the job's workers.
+
+    Args:
+        min_workers: Minimum number of workers of the job.
+        max_workers: Maximum number of workers of the job.
+        use_gpu: True for one GPU per worker; None to use GPUs if there are enough.
+        cpus_per_worker: CPUs to reserve for each worker; None for a share of the cluster's.
+
+    Raises:
+        UserError: The cluster is this machine alone and lacks the requested resources.
+    """
     return shares_of(
         resources_of_nodes(),
         node_types=ray_internals.node_types() if may_grow() else [],
@@ -138,8 +148,8 @@ def shares_of(
 def _cpus_of_worker(nodes: Sequence[Mapping[str, float]], max_workers: int, *, use_gpu: bool) -> float:
     """Return the CPUs that each worker holds by default.
 
-    A worker with a GPU holds two where its node has at least four for each GPU, otherwise one, and half of the share
-    of a GPU if that is below two CPUs. Workers without a GPU share half of all CPUs, at most half of a node each.
+    A worker with a GPU holds two CPUs if its node has at least four per GPU, one if it has at least two, and otherwise
+    half of the CPUs per GPU. Workers without a GPU share half of all CPUs, each at most half of a node.
     """
     per_gpu = [node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU", 0.0) >= 1]
     if use_gpu:
@@ -182,7 +192,7 @@ def decoders_of(
     Decode processes reserve no CPUs: they wait as soon as their consumer has enough, so the operating system divides
     the cores between them and the workers. A node runs one for each CPU that its workers do not hold, but at least
     two if it has two CPUs: whenever decoding is too slow the workers wait, and their CPUs are free. All decode
-    processes of a node fit into half of the memory that Ray may use there. If several executions (trainings,
+    processes of a node fit into half of the memory that Ray may use there. If several executions (training runs,
     validations, trials) share the cluster, each gets an equal part. In any case each execution has one decode process
     on every node with CPUs, and none on a node without, such as a head that only coordinates.
 
@@ -211,7 +221,12 @@ def _decoders_on(node: Mapping[str, float], held_cpus: float) -> int:
 def decoders_near(node_id: str, node_of_worker: Sequence[str], *, cpus_per_worker: float) -> list[str]:
     """Return the node of each decode process that serves the training workers of one node, by Ray's ids.
 
-    These are the processes of that node, and an equal part of those of the nodes without training workers.
+    These are the processes on that node, and an equal share of those on the nodes without training workers.
+
+    Args:
+        node_id: Ray's id of the node to serve.
+        node_of_worker: Node of each training worker.
+        cpus_per_worker: CPUs that each worker holds.
     """
     nodes = {node["NodeID"]: node["Resources"] for node in ray_internals.alive_nodes()}
     workers = [node_of_worker.count(node) for node in nodes]
@@ -227,7 +242,7 @@ def workers_that_fit(resources: Resources) -> int:
     """Return the number of workers that fit on the live nodes.
 
     Resources in use count as available: Ray does not report who holds them, and the holders include this job's own
-    workers. If other jobs hold them, the workers wait, as always for CPUs.
+    workers. If other jobs hold them, the workers wait, as they always do for CPUs.
     """
     fitting = 0
     for node in resources_of_nodes():
@@ -244,7 +259,7 @@ def note_own_group(uri: str) -> None:
 
 
 def free_noted_group(uri: str) -> None:
-    """Release the recorded placement group of a training whose driver process was killed or lost.
+    """Release the recorded placement group of a training run whose driver process was killed or lost.
 
     Ray releases it only at the end of the job, which for a trial is the end of the search. Ray Train's cleaner requires
     a dashboard, and does not survive the loss of its node. A group that is already released, or belongs to another
@@ -259,11 +274,11 @@ def _require_available(
 ) -> None:
     if use_gpu and num_gpus < num_workers:
         raise UserError(
-            f"--use-gpu with {num_workers} workers requires {num_workers} GPUs; this machine has {num_gpus:g}; lower "
+            f"--use-gpu requires a GPU for each worker, {num_workers} in total; this machine has {num_gpus:g}; lower "
             "--num-workers, or omit --use-gpu"
         )
     if cpus_per_worker and cpus_per_worker * num_workers > total_cpus - 0.5:
         raise UserError(
-            f"{num_workers} workers with --cpus-per-worker {cpus_per_worker:g} leave none of this machine's "
+            f"--num-workers {num_workers} with --cpus-per-worker {cpus_per_worker:g} leaves none of this machine's "
             f"{total_cpus:g} CPUs for decoding; lower --cpus-per-worker or --num-workers"
         )

@@ -1,4 +1,4 @@
-"""Seconds by stage: measurements of a scoring run's processes, and their records."""
+"""Seconds by stage: measurements in a scoring run's processes, and their records."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from raydet.tables.layout import FileGroups
 STAGES = ("read", "decode", "prepare", "model", "write")
 """Stages of an image, in order; decoders read, decode and prepare (cut views and resize)."""
 STAGES_OF_KIND = {"decoder": ("read", "decode", "prepare"), "model": ("model",), "writer": ("write",)}
-"""Stages in a thread of each kind."""
+"""Stages that a thread of each kind performs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class FileStats:
 
 
 class Stopwatch:
-    """Sum of the seconds that a thread spends on a part, by stage."""
+    """Busy seconds of a thread by stage, summed since the last lap."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind

@@ -45,9 +45,14 @@ class Timeline:
 def steady_rate(timeline: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the images per second while all processes are up and busy, and the seconds over which they were measured.
 
-    Both ends of the measured time are ends of work, so that blocks of many images do not distort the rate: from the
-    time at which the model had finished the first quarter of the images to that at which it had finished nine tenths.
-    None if the run was too short.
+    The measured time runs from the moment at which the model had finished the first quarter of the images to that at
+    which it had finished nine tenths. Both are ends of blocks, so that blocks of many images do not distort the rate.
+
+    Args:
+        timeline: Result of `Timeline.to_dict`.
+
+    Returns:
+        None if the run was too short.
     """
     finished = np.cumsum(timeline["images"].get("model", ()))
     if not len(finished):

@@ -4,6 +4,8 @@ The suffix of a name states the format: ``xywh`` is COCO's (left, top, width, he
 the centre, width and height. Arrays are float64 [N, 4], in absolute pixels unless the name contains ``normalised``.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -60,3 +62,23 @@ def has_area(boxes_xywh: Boxes) -> npt.NDArray[np.bool_]:
     """Return a mask of the boxes that are finite and have positive width and height, [N]."""
     finite = np.isfinite(boxes_xywh).all(axis=1)
     return np.asarray(finite & (boxes_xywh[:, 2] > 0) & (boxes_xywh[:, 3] > 0))
+
+
+def enclosing_xywh(
+    box_xywh: tuple[float, float, float, float], degrees: float, pivot: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """Return the upright box around a rotated one; without rotation, exactly the same box.
+
+    Args:
+        box_xywh: Box before the rotation, absolute pixels.
+        degrees: Clockwise rotation, as seen on the image.
+        pivot: Point (x, y) that the rotation leaves in place, absolute pixels.
+    """
+    if degrees % 360 == 0:
+        return box_xywh
+    left, top, width, height = box_xywh
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    offsets = [(x - pivot[0], y - pivot[1]) for x in (left, left + width) for y in (top, top + height)]
+    xs = [pivot[0] + x * cosine - y * sine for x, y in offsets]
+    ys = [pivot[1] + x * sine + y * cosine for x, y in offsets]
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)

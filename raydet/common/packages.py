@@ -18,4 +18,4 @@ def require_packages(extra: str) -> None:
     """
     missing = [name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'{extra} requires the package {", ".join(missing)}: pip install "raydet[{extra}]"')
+        raise UserError(f'{extra} requires {", ".join(missing)}; run: pip install "raydet[{extra}]"')

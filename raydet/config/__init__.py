@@ -21,14 +21,24 @@ from raydet.config.preparing import (
     ImageStorage,
     PrepareCocoConfig,
     PrepareConfig,
+    PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
+    PrepareLabelStudioConfig,
     PrepareShapesConfig,
     PrepareVocConfig,
     PrepareYoloConfig,
 )
-from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig
-from raydet.config.sharing import ExportCocoConfig, ExportOnnxConfig, ExportVocConfig, ExportYoloConfig, PushConfig
+from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig, ResizeOn
+from raydet.config.sharing import (
+    ExportCocoConfig,
+    ExportCvatConfig,
+    ExportLabelStudioConfig,
+    ExportOnnxConfig,
+    ExportVocConfig,
+    ExportYoloConfig,
+    PushConfig,
+)
 from raydet.config.training import (
     COCO_METRICS,
     Augmentation,
@@ -37,7 +47,6 @@ from raydet.config.training import (
     BatchNorm,
     DemoConfig,
     Schedule,
-    Tracker,
     TrainConfig,
 )
 from raydet.config.tuning import Scheduler, Search, TuneConfig
@@ -57,6 +66,8 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationProtocol",
     "ExportCocoConfig",
+    "ExportCvatConfig",
+    "ExportLabelStudioConfig",
     "ExportOnnxConfig",
     "ExportVocConfig",
     "ExportYoloConfig",
@@ -68,17 +79,19 @@ __all__ = [
     "PredictConfig",
     "PrepareCocoConfig",
     "PrepareConfig",
+    "PrepareCvatConfig",
     "PrepareHubConfig",
     "PrepareImagesConfig",
+    "PrepareLabelStudioConfig",
     "PrepareShapesConfig",
     "PrepareVocConfig",
     "PrepareYoloConfig",
     "PushConfig",
     "ReportConfig",
+    "ResizeOn",
     "Schedule",
     "Scheduler",
     "Search",
-    "Tracker",
     "TrainConfig",
     "TuneConfig",
     "config_hash",

@@ -51,6 +51,14 @@ class EvaluateConfig:
     )
     seed: int = option("seed of the resampling", 0, group="Measurement")
 
+    verify: bool = option(
+        "also run pycocotools on the same boxes (of large data, on a random sample of the images) and compare the "
+        "twelve numbers; exit with code 1 if a bit differs",
+        False,
+        group="Measurement",
+        operational=True,
+    )
+
     run: str | None = option(
         "name of this run in the tables; by default the name of the detections' folder", None, group="Output"
     )
@@ -98,6 +106,12 @@ class EvaluateConfig:
         require(
             self.protocol == "coco" or (thresholds is None and not self.class_agnostic),
             f"--protocol {self.protocol} has its own rules: omit --iou-thresholds and --class-agnostic",
+        )
+        require(
+            not self.verify
+            or (self.protocol == "coco" and thresholds is None and limits is None and not self.class_agnostic),
+            "--verify compares COCO's twelve numbers: omit --protocol, --iou-thresholds, --max-detections and "
+            "--class-agnostic",
         )
 
 

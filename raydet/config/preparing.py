@@ -9,9 +9,10 @@ ImageStorage = Literal["inline", "reference"]
 Duplicates = Literal["keep", "drop"]
 Truncated = Literal["reject", "keep"]
 Unlabelled = Literal["keep", "reject"]
+TaskLabels = Literal["annotations", "predictions"]
 BboxFormat = Literal["coco", "voc", "yolo"]
 DEFAULT_MAX_PIXELS = 178_956_970
-"""Larger images are rejected as decompression bombs; Pillow's own limit (a quarter gigabyte of RGB)."""
+"""Larger images are rejected as decompression bombs; the same limit as Pillow's own, half a gigabyte of RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,44 @@ class PrepareYoloConfig(PrepareConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrepareCvatConfig(PrepareConfig):
+    """CVAT's XML 1.1 ("CVAT for images") and its images → an images table."""
+
+    annotations: str = option("XML file; its image names are relative to --images")
+    images: str = option("folder or URI of the images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareLabelStudioConfig(PrepareConfig):
+    """Label Studio's JSON export and its images → an images table."""
+
+    annotations: str = option("JSON file, in Label Studio's export format JSON")
+    images: str = option("folder or URI of the images, found by the ends of their addresses in Label Studio")
+    classes: list[str] | None = option(
+        "the classes in order, or a .txt file with one name per line; by default those of the file, sorted by name",
+        None,
+        group="Input",
+    )
+    labels: TaskLabels = option(
+        "annotations: what people drew; predictions: what models found", "annotations", group="Input"
+    )
+    score_threshold: float = option("drop predictions at or below this score", 0.0, group="Input")
+    unlabelled: Unlabelled = option(
+        "tasks without annotations or predictions: reject them, or keep them as images without objects",
+        "reject",
+        group="Input",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")
+        require(
+            self.labels == "predictions" or self.score_threshold == 0,
+            "--score-threshold needs --labels predictions: annotations have no scores",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareHubConfig(PrepareConfig):
     """A data set on the Hugging Face Hub, or a local one that `datasets` opens → an images table."""
 
@@ -133,7 +172,7 @@ class PrepareHubConfig(PrepareConfig):
     subset: str | None = option("configuration of a data set that has several", None)
     revision: str | None = option("branch, tag or commit on the Hub", None)
     image_column: str | None = option(
-        "column of the images; by default `image`, or the only one of that type", None, group="Input"
+        "column of the images; by default `image`, or the only column of images", None, group="Input"
     )
     objects_column: str | None = option(
         "column of boxes and classes; by default `objects`; a data set without it has no labels", None, group="Input"

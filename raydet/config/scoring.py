@@ -8,6 +8,7 @@ from raydet.config.preparing import DEFAULT_MAX_PIXELS
 from raydet.config.workers import Precision, WorkersConfig
 
 Engine = Literal["torch", "openvino", "onnx"]
+ResizeOn = Literal["cpu", "device"]
 Merge = Literal["nms", "wbf"]
 DrawIf = Literal["any", "low_score", "many_boxes"]
 
@@ -47,7 +48,7 @@ class PredictConfig(WorkersConfig):
     )
     pad_batches: bool = option(
         "for models that keep the aspect ratio: pad images of similar shape to one size; otherwise each size is a "
-        "batch of its own",
+        "separate batch",
         True,
         group="Model",
     )
@@ -55,7 +56,13 @@ class PredictConfig(WorkersConfig):
     reduced_decode: bool = option(
         "decode large JPEGs at half, quarter or eighth resolution, which is faster", False, group="Input"
     )
-    limit: int | None = option("score only the first images, this many; by default all", None, group="Input")
+    resize_on: ResizeOn = option(
+        "cpu resizes in the decoders, bit for bit as the image processor does; device resizes in float32 where the "
+        "model runs, which spares CPUs and changes scores slightly",
+        "cpu",
+        group="Input",
+    )
+    limit: int | None = option("score only this many images, the first ones; by default all", None, group="Input")
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
 
     tile: int | None = option(
@@ -149,6 +156,14 @@ class PredictConfig(WorkersConfig):
         require(
             self.engine == "torch" or not self.compile,
             f"--compile needs --engine torch, got {self.engine}",
+        )
+        require(
+            self.resize_on == "cpu" or self.engine == "torch",
+            f"--resize-on device needs --engine torch, got {self.engine}",
+        )
+        require(
+            self.resize_on == "cpu" or self.model is None,
+            "--resize-on device needs --checkpoint: a zero-shot model resizes with its own image processor",
         )
         require(
             self.engine == "torch" or not self.use_gpu,

@@ -32,11 +32,36 @@ class ExportCocoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _ExportFolderConfig:
-    """Options of the exports that write one file per image."""
+    """Options of the exports that write a folder with labels and images."""
 
     out: str = option("folder or URI to write; must be absent or empty", operational=True)
-    split: Literal["train", "val", "test"] = option("name of the split in the exported layout", "train")
     copy_images: bool | None = option("copy the images too; by default those whose bytes are in the table", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExportToolConfig(_ExportFolderConfig):
+    """Options of the exports to annotation tools."""
+
+    data: str = option("images table, or detections table for boxes to correct")
+    score_threshold: float = option("drop detections at or below this score", 0.0)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCvatConfig(_ExportToolConfig):
+    """Images table or detections table → CVAT's XML 1.1 ("CVAT for images")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportLabelStudioConfig(_ExportToolConfig):
+    """Images table or detections table → Label Studio's JSON: annotations, or predictions with scores."""
+
+    image_prefix: str = option(
+        "start of the image addresses, before the file name: a bucket, a URL, or by default Label Studio's local files",
+        "/data/local-files/?d=images/",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +69,7 @@ class ExportVocConfig(_ExportFolderConfig):
     """Images table → Pascal VOC XML files."""
 
     data: str = option("images table")
+    split: Literal["train", "val", "test"] = option("name of the split in the exported layout", "train")
     zero_based: bool = option("number pixels from 0; the VOC devkit numbers them from 1", False)
 
 
@@ -52,6 +78,7 @@ class ExportYoloConfig(_ExportFolderConfig):
     """Images table or detections table → YOLO label files in Ultralytics layout."""
 
     data: str = option("images table or detections table")
+    split: Literal["train", "val", "test"] = option("name of the split in the exported layout", "train")
     score_threshold: float = option("drop detections at or below this score", 0.0)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,6 @@ AugmentationSpec = Augmentation | list[dict[str, Any]]
 """A named preset, or an albumentations pipeline: a list of `Name: {argument: value}`."""
 Backbone = Literal["none", "stem", "all"]
 BatchNorm = Literal["as_is", "freeze", "sync"]
-Tracker = Literal["mlflow", "wandb"]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -75,7 +74,7 @@ class TrainConfig(WorkersConfig):
     )
     weight_decay: float = option("weight decay, not applied to biases and norms", 1e-4, group="Optimisation")
     schedule: Schedule = option(
-        "learning-rate schedule: a name of transformers.get_scheduler, or one_cycle", "cosine", group="Optimisation"
+        "learning-rate schedule: any of transformers.get_scheduler, or one_cycle", "cosine", group="Optimisation"
     )
     schedule_options: dict[str, Any] | None = option(
         "further arguments of the schedule, such as {num_cycles: 3} or {num_decay_steps: 500}",
@@ -133,8 +132,9 @@ class TrainConfig(WorkersConfig):
         operational=True,
     )
 
-    trackers: list[Tracker] = option(
-        "trackers to log to besides TensorBoard; each must be installed",
+    trackers: list[str] = option(
+        "trackers to log to besides TensorBoard: reporting integrations of transformers (mlflow, trackio, wandb, …), "
+        "whose packages must be installed, or MODULE:CLASS of a TrainerCallback",
         group="Output",
         default_factory=list,
         operational=True,
@@ -156,8 +156,8 @@ class TrainConfig(WorkersConfig):
         "recompute activations instead of keeping them in memory", False, group="Compute and cluster", operational=True
     )
     compile: bool = option(
-        "compile backbone and encoder with torch.compile, once per size of the input; worth its minutes on a GPU, for "
-        "models with a fixed input size",
+        "compile backbone and encoder with torch.compile, once per input size; takes minutes, which pays off on a GPU "
+        "for models with a fixed input size",
         False,
         group="Compute and cluster",
         operational=True,
@@ -241,7 +241,7 @@ class DemoConfig:
     num_train: int = option("training images", 800)
     num_val: int = option("held-out images", 100)
     epochs: int | None = option("passes over the training images; by default those of --train-config", None)
-    num_workers: int = option("training workers", 1, operational=True)
+    num_workers: int = option("training workers", 2, operational=True)
 
     def __post_init__(self) -> None:
         require_positive(self, "num_train", "num_val", "epochs", "num_workers")

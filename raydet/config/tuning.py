@@ -18,8 +18,8 @@ class TuneConfig:
         "folder to write: OUT/best is the best model, OUT/trials the table of all trials", operational=True
     )
     train_config: str | dict[str, Any] = option(
-        "training to vary: a config file of train, or its options as a mapping; the mapping's key `config` may name a "
-        "file that the other keys override"
+        "training config to vary: a config file of train, or its options as a mapping; the mapping's key `config` may "
+        "name a file that the other keys override"
     )
     space: dict[str, Any] = option(
         "search space: options of train, with dots for nested ones (schedule_options.num_cycles), each with "

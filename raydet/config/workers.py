@@ -13,14 +13,14 @@ class WorkersConfig:
     """Resources of each worker; none of these options changes the result."""
 
     use_gpu: bool | None = option(
-        "give each worker one GPU; on by default if the cluster has a GPU",
+        "give each worker one GPU; on by default if there are enough GPUs",
         None,
         group="Compute and cluster",
         operational=True,
     )
     cpus_per_worker: float | None = option(
-        "CPUs reserved for each worker; by default the workers share half of the cluster's CPUs, and the rest decode "
-        "images",
+        "CPUs reserved for each worker; by default one or two with a GPU, otherwise an equal share of half of the "
+        "cluster's CPUs; the rest decode images",
         None,
         group="Compute and cluster",
         operational=True,

@@ -10,7 +10,7 @@ from raydet.engines.engine import Engine
 
 LARGEST = 128
 _WORTH_IT = 1.03
-"""Minimum speed-up for doubling the batch: larger batches cost memory and make the pipeline coarser."""
+"""Minimum speed-up that justifies doubling the batch: larger batches cost memory and make the pipeline coarser."""
 _SPARE_MEMORY = 0.5
 """Fraction of the initially free memory that must stay free."""
 _TYPICAL_SIZE_HW = (480, 640)

@@ -15,7 +15,7 @@ from raydet.models.geometry import SizeHW
 def best_detections(
     family: Family, logits: Tensor, boxes_cxcywh: Tensor, original_sizes_hw: Sequence[SizeHW]
 ) -> Callable[[], list[Detections]]:
-    """Start to choose the best detections of each image, as the family's image processor does at threshold 0.
+    """Start choosing the best detections of each image, as the family's image processor does at threshold 0.
 
     The order of the operations is the processor's, so that scores and boxes equal its own to the last bit.
 

@@ -1,16 +1,19 @@
 """The part that all detector engines share: images → inputs, outputs → detections."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from raydet.config import ResizeOn
 from raydet.engines.best import best_detections
 from raydet.models.collate import Batch, Example
 from raydet.models.detector import Detections, Detector
-from raydet.models.geometry import Image, SizeHW, fill_padded, resized_planes
+from raydet.models.geometry import Image, SizeHW, fill_padded, resized_on_device, resized_planes
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,13 @@ class DetectorEngine(ABC):
     """
 
     def __init__(
-        self, detector: Detector, *, device: torch.device, pad_batches: bool, num_threads: int | None = None
+        self,
+        detector: Detector,
+        *,
+        device: torch.device,
+        pad_batches: bool,
+        num_threads: int | None = None,
+        resize_on: ResizeOn = "cpu",
     ) -> None:
         """Set up the engine; load nothing.
 
@@ -47,6 +56,7 @@ class DetectorEngine(ABC):
             device: Device of the model's inputs, on which pixels are normalised.
             pad_batches: Pad images as in `ResizeRule.padded_size_hw`; if False, each size is a separate batch.
             num_threads: torch threads of the process; None leaves the number unchanged.
+            resize_on: Where `prepare` resizes: in the caller on the CPU, or on `device`.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -56,6 +66,7 @@ class DetectorEngine(ABC):
         self._detector = detector
         self._device = device
         self._pad_batches = pad_batches
+        self._resize_on = resize_on
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
@@ -68,11 +79,13 @@ class DetectorEngine(ABC):
         Args:
             images: RGB, uint8 [H, W, 3] each, of any size.
         """
-        rule = self.resize_rule
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
+        targets_hw = [self.input_size_hw(size_hw) for size_hw in sizes_hw]
+        if self._resize_on == "device":
+            return self._batches(images, targets_hw, sizes_hw, self._resized_there)
         planes = [
-            resized_planes(image, rule.target_size_hw(size_hw), rule.resample)
-            for image, size_hw in zip(images, sizes_hw, strict=True)
+            resized_planes(image, target_hw, self.resize_rule.resample)
+            for image, target_hw in zip(images, targets_hw, strict=True)
         ]
         return self.prepare_planes(planes, sizes_hw)
 
@@ -88,28 +101,50 @@ class DetectorEngine(ABC):
             planes: RGB, uint8 [3, H, W] each, resized by `resize_rule`.
             original_sizes_hw: Height and width in pixels of each image before the resize.
         """
-        places: dict[SizeHW, list[int]] = {}
-        for place, image in enumerate(planes):
-            places.setdefault(self._batch_size_hw((image.shape[1], image.shape[2])), []).append(place)
-        return [
-            self._batch(batch_hw, numbers, [planes[number] for number in numbers], original_sizes_hw)
-            for batch_hw, numbers in places.items()
-        ]
-
-    def _batch(
-        self, batch_hw: SizeHW, numbers: list[int], planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]
-    ) -> EngineBatch:
-        pixels = torch.empty((len(planes), 3, *batch_hw), dtype=torch.uint8, pin_memory=self._copies is not None)
-        fill_padded(pixels.numpy(), planes)
-        is_there = None
-        if self._copies is not None:
-            # On a stream of its own, so that the copy runs beside the model's work on the previous batch.
-            with torch.cuda.stream(self._copies):
-                pixels = pixels.to(self._device, non_blocking=True)
-                is_there = self._copies.record_event()
         sizes_hw = [(image.shape[1], image.shape[2]) for image in planes]
-        batch = Batch(numbers, pixels, sizes_hw, [original_sizes_hw[number] for number in numbers], labels=[])
-        return EngineBatch(numbers, batch, is_there)
+        return self._batches(planes, sizes_hw, original_sizes_hw, self._padded)
+
+    def _batches(
+        self,
+        images: Sequence[Image],
+        sizes_hw: Sequence[SizeHW],
+        original_sizes_hw: Sequence[SizeHW],
+        assemble: Callable[[list[Image], SizeHW], Tensor],
+    ) -> list[EngineBatch]:
+        """Group images by the size of their batch, and let `assemble` build the pixels of each batch on the device."""
+        places: dict[SizeHW, list[int]] = {}
+        for place, size_hw in enumerate(sizes_hw):
+            places.setdefault(self._batch_size_hw(size_hw), []).append(place)
+        batches = []
+        for batch_hw, numbers in places.items():
+            # On a separate stream, so that copy and resize run while the model works on the previous batch.
+            with contextlib.nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
+                pixels = assemble([images[number] for number in numbers], batch_hw)
+                is_there = None if self._copies is None else self._copies.record_event()
+            kept = [sizes_hw[number] for number in numbers], [original_sizes_hw[number] for number in numbers]
+            batches.append(EngineBatch(numbers, Batch(numbers, pixels, *kept, labels=[]), is_there))
+        return batches
+
+    def _padded(self, planes: list[Image], batch_hw: SizeHW) -> Tensor:
+        pixels = self._staging((len(planes), 3, *batch_hw))
+        fill_padded(pixels.numpy(), planes)
+        return pixels.to(self._device, non_blocking=True)
+
+    def _resized_there(self, images: list[Image], batch_hw: SizeHW) -> Tensor:
+        sizes = [image.size for image in images]
+        staged = self._staging((sum(sizes),))
+        np.concatenate([image.reshape(-1) for image in images], out=staged.numpy())
+        pixels = torch.zeros((len(images), 3, *batch_hw), dtype=torch.uint8, device=self._device)
+        sources = staged.to(self._device, non_blocking=True).split(sizes)
+        for target, source, image in zip(pixels, sources, images, strict=True):
+            height, width = self.input_size_hw((image.shape[0], image.shape[1]))
+            planes = source.view(image.shape).permute(2, 0, 1)
+            target[:, :height, :width] = resized_on_device(planes, (height, width), self.resize_rule.resample)
+        return pixels
+
+    def _staging(self, shape: tuple[int, ...]) -> Tensor:
+        """Return an uninitialised uint8 buffer, pinned if a GPU copies from it asynchronously."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._copies is not None)
 
     def _batch_size_hw(self, target_hw: SizeHW) -> SizeHW:
         """Return height and width in pixels of the batch for an image of this size, padding included."""
@@ -124,7 +159,7 @@ class DetectorEngine(ABC):
         return self.start(prepared)()
 
     def start(self, prepared: Sequence[EngineBatch]) -> Callable[[], list[Detections]]:
-        """Start to detect objects; a GPU computes after the call returns.
+        """Start detecting objects; a GPU computes after the call returns.
 
         Args:
             prepared: Result of `prepare` or `prepare_planes`.

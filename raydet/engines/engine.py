@@ -4,14 +4,14 @@ A driver that only checks a config imports neither torch nor the package of an e
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raydet.common.errors import UserError
 from raydet.common.packages import require_packages
 from raydet.config import PredictConfig
 from raydet.models.families import FAMILIES, check_graph_sizes
-from raydet.models.geometry import Image, ResizeRule, SizeHW
+from raydet.models.geometry import LANCZOS, Image, ResizeRule, SizeHW
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
@@ -38,7 +38,7 @@ class Engine(Protocol):
         """Return height and width in pixels of the model's input for an image of this size, without padding."""
 
     def prepare(self, images: Sequence[Image]) -> Any:
-        """Resize images and batch them; may run in another thread than `start`.
+        """Resize images and batch them; may run in a different thread from `start`.
 
         Args:
             images: RGB, uint8 [H, W, 3] each.
@@ -48,9 +48,9 @@ class Engine(Protocol):
         """
 
     def prepare_planes(self, planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]) -> Any:
-        """Batch images that `resize_rule` has resized; may run in another thread than `start`.
+        """Batch images that `resize_rule` has resized; may run in a different thread from `start`.
 
-        Never called if `raydet.engines.loading.resize_rule_before` returns None for the config.
+        Never called with `--resize-on device`, or if `raydet.engines.loading.resize_rule_before` returns None.
 
         Args:
             planes: RGB, uint8 [3, H, W] each.
@@ -61,14 +61,14 @@ class Engine(Protocol):
         """
 
     def start(self, prepared: Any) -> "Callable[[], list[Detections]]":
-        """Start to detect objects; an asynchronous device computes after the call returns.
+        """Start detecting objects; an asynchronous device computes after the call returns.
 
         Args:
             prepared: Result of `prepare` or `prepare_planes`.
 
         Returns:
-            A function that waits for the result, one `Detections` per image, in order: in descending score order,
-            boxes (x, y, width, height) in absolute pixels of the image before the resize.
+            A function that waits for the result, one `Detections` per image, in order. Boxes are in descending score
+            order, as (x, y, width, height) in absolute pixels of the image before the resize.
         """
 
 
@@ -86,6 +86,8 @@ def check_engine(config: PredictConfig, model_type: str) -> None:
     if engine == "torch":
         if precision == "fp16" and config.use_gpu is False:
             raise no_fp16_on_cpu(engine)
+        if config.resize_on == "device" and _processor(config).get("resample") == LANCZOS:
+            raise no_lanczos_on_device(config.checkpoint)
         return
     if engine == "openvino" and precision == "fp16":
         raise no_fp16_on_cpu(engine)
@@ -96,9 +98,8 @@ def check_engine(config: PredictConfig, model_type: str) -> None:
     require_packages(engine)
     family = FAMILIES[model_type]
     if family.graph_has_one_size:
-        assert config.checkpoint is not None, "the config names a model instead of a checkpoint"
-        keeps_aspect = _keeps_aspect(config.checkpoint)
-        check_graph_sizes(family, keeps_aspect=keeps_aspect, where=config.checkpoint, remedy=TORCH_INSTEAD)
+        keeps_aspect, where = _keeps_aspect(_processor(config)), str(config.checkpoint)
+        check_graph_sizes(family, keeps_aspect=keeps_aspect, where=where, remedy=TORCH_INSTEAD)
 
 
 def no_fp16_on_cpu(engine: str) -> UserError:
@@ -106,12 +107,23 @@ def no_fp16_on_cpu(engine: str) -> UserError:
     return UserError(f"--precision fp16 needs a GPU, but --engine {engine} runs on the CPU here; use --precision bf16")
 
 
-def _keeps_aspect(checkpoint: str) -> bool:
-    """Return True if a local image processor keeps the aspect ratio; Hub models are checked when loaded."""
-    path = storage.join(checkpoint, "preprocessor_config.json")
-    if not storage.exists(path):
-        return False
-    content = json.loads(storage.read_bytes(path))
+def no_lanczos_on_device(checkpoint: str | None) -> UserError:
+    """Make the error for a resize that only the CPU supports."""
+    return UserError(f"{checkpoint} resizes with Lanczos, which torch lacks on GPUs; omit --resize-on device")
+
+
+def _processor(config: PredictConfig) -> dict[str, Any]:
+    """Read the config of a local image processor; empty for Hub models, which are checked when loaded."""
+    assert config.checkpoint is not None, "the config names a model instead of a checkpoint"
+    path = storage.join(config.checkpoint, "preprocessor_config.json")
+    try:
+        content: dict[str, Any] = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    except ValueError:  # the model loads with the default processor of its family
+        return {}
+    return content
+
+
+def _keeps_aspect(content: Mapping[str, Any]) -> bool:
     size = content.get("size")
     is_fixed = isinstance(size, dict) and {"height", "width"} <= size.keys()
-    return not is_fixed and not (content.get("do_pad", True) and content.get("pad_size"))
+    return bool(content) and not is_fixed and not (content.get("do_pad", True) and content.get("pad_size"))

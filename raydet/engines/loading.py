@@ -30,7 +30,8 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
     """Load the engine of a config.
 
     Args:
-        config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last` and `pad_batches` are read.
+        config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last`, `pad_batches` and
+            `resize_on` are read.
         device: cpu, cuda or cuda:N; openvino and onnx always run on the CPU.
         num_threads: Compute threads on the CPU; for torch, those of the process.
 

@@ -22,7 +22,7 @@ class OnnxEngine(DetectorEngine):
 
         Args:
             config: `checkpoint`, `precision` and `pad_batches` are read.
-            num_threads: Threads that compute.
+            num_threads: Number of compute threads.
 
         Raises:
             UserError: The model does not exist, this engine does not support it, or ONNX Runtime is not installed.

@@ -28,7 +28,7 @@ class OpenVinoEngine(DetectorEngine):
 
         Args:
             config: `checkpoint`, `precision` and `pad_batches` are read.
-            num_threads: Threads that compute.
+            num_threads: Number of compute threads.
 
         Raises:
             UserError: The model does not exist, this engine does not support it, or OpenVINO is not installed.

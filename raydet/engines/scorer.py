@@ -48,7 +48,7 @@ class PreparedImages:
     Attributes:
         sizes_hw: Height and width of each image in pixels.
         views: The views of each image.
-        batches: The first ones are prepared, the others on demand.
+        batches: Batches for the engine; the first ones are ready, the others are prepared on demand.
     """
 
     sizes_hw: list[SizeHW]
@@ -77,8 +77,8 @@ class Scorer:
     def prepare(self, images: Sequence[Image]) -> PreparedImages:
         """Plan the views of images and prepare the first batches for the model.
 
-        May run in another thread than `predict`. Without tiles this is usually all of the CPU's work. Tiles make many
-        batches, most of which are prepared during `predict`.
+        May run in a different thread from `predict`. Without tiles this is usually all of the CPU's work. Tiles make
+        many batches, most of which are prepared during `predict`.
 
         Args:
             images: RGB, uint8 [H, W, 3], of any sizes; kept in memory until `predict` returns.
@@ -125,7 +125,8 @@ class Scorer:
         On a device that works asynchronously, a batch starts before the results of the previous one are fetched.
 
         Returns:
-            The requested detections of each image, in order: in descending score order, in pixels of the image.
+            The requested detections of each image, in order; those of an image are in descending score order, in pixels
+            of the image.
         """
         found: list[dict[int, Detections]] = [{} for _ in prepared.sizes_hw]
         started: deque[tuple[list[_Job], Callable[[], list[Detections]]]] = deque()

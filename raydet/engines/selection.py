@@ -63,7 +63,7 @@ def select(
         top_k: Number of the remaining detections to keep, the best ones; None keeps all.
         categories: Indices of the classes to keep; None keeps all.
         class_agnostic_nms: Of two boxes of any classes with an IoU above this, only the first is kept; None keeps
-            both. Boxes of other classes than `categories` or below the threshold suppress nothing.
+            both. Boxes of classes outside `categories`, or below the threshold, suppress nothing.
 
     Returns:
         The remaining detections in the same order; `found` itself if nothing is dropped.
@@ -93,8 +93,8 @@ def non_maximum_suppression(
     Args:
         boxes_xywh: Absolute pixels, [N, 4].
         scores: [N], descending; of equal scores the first has priority.
-        iou: Intersection over union, 0 to 1.
-        categories: Only boxes of one category are compared, [N]; None compares all.
+        iou: Threshold of the intersection over union, 0 to 1.
+        categories: Category of each box, [N]; only boxes of the same category are compared. None compares all.
 
     Returns:
         Ascending indices of the boxes to keep.

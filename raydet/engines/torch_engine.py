@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydet.config import Precision, PredictConfig
+from raydet.config import Precision, PredictConfig, ResizeOn
 from raydet.engines.detector_engine import DetectorEngine
-from raydet.engines.engine import no_fp16_on_cpu
+from raydet.engines.engine import no_fp16_on_cpu, no_lanczos_on_device
 from raydet.models.detector import AUTOCAST_DTYPES, Detector
+from raydet.models.geometry import LANCZOS
 from raydet.models.loading import load_detector
 
 _BOX_LAYERS = ("bbox_embed", "bbox_predictor")
@@ -26,6 +27,7 @@ class TorchEngine(DetectorEngine):
         precision: Precision = "fp32",
         pad_batches: bool = True,
         num_threads: int | None = None,
+        resize_on: ResizeOn = "cpu",
     ) -> None:
         """Wrap a detector on its own device. Each call leaves the model's mode and layers unchanged.
 
@@ -34,8 +36,11 @@ class TorchEngine(DetectorEngine):
             precision: Precision of the computation; fp16 requires a GPU.
             pad_batches: Pad images as in `ResizeRule.padded_size_hw`; if False, each size is a separate batch.
             num_threads: torch CPU threads of the process; None leaves the number unchanged.
+            resize_on: Place where `prepare` resizes; `device` is the detector's own.
         """
-        super().__init__(detector, device=detector.device, pad_batches=pad_batches, num_threads=num_threads)
+        super().__init__(
+            detector, device=detector.device, pad_batches=pad_batches, num_threads=num_threads, resize_on=resize_on
+        )
         self._dtype = AUTOCAST_DTYPES[precision]
         self._memory_format = torch.contiguous_format
         self._model: Any = detector.model
@@ -47,20 +52,29 @@ class TorchEngine(DetectorEngine):
         """Load the checkpoint of a config.
 
         Args:
-            config: Config; `checkpoint`, `precision`, `compile`, `channels_last` and `pad_batches` are used.
+            config: Config; `checkpoint`, `precision`, `compile`, `channels_last`, `pad_batches` and `resize_on` are
+                used.
             device: cpu, cuda or cuda:N.
             num_threads: torch CPU threads of the process.
 
         Raises:
-            UserError: The model does not exist, or the device does not support the precision.
+            UserError: The model does not exist, or the device does not support the precision or the resize.
         """
         assert config.checkpoint is not None, "the config names no checkpoint"
         where = torch.device(device)
         if config.precision == "fp16" and where.type == "cpu":
             raise no_fp16_on_cpu("torch")
         detector = load_detector(config.checkpoint).to(where)
+        if config.resize_on == "device" and detector.resize_rule.resample == LANCZOS:
+            raise no_lanczos_on_device(config.checkpoint)
         detector.model.eval()
-        engine = cls(detector, precision=config.precision, pad_batches=config.pad_batches, num_threads=num_threads)
+        engine = cls(
+            detector,
+            precision=config.precision,
+            pad_batches=config.pad_batches,
+            num_threads=num_threads,
+            resize_on=config.resize_on,
+        )
         if config.channels_last:
             engine._memory_format = torch.channels_last
             nn.Module.to(detector.model, memory_format=torch.channels_last)

@@ -85,7 +85,7 @@ def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: 
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Return the offsets of tiles along one side; the last tile ends at its end."""
+    """Return the offsets of tiles along one side; the last tile ends at the end of the side."""
     if length <= tile:
         return [0]
     most_apart = max(1, tile - math.ceil(tile * overlap))

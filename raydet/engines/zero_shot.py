@@ -65,7 +65,7 @@ def load_zero_shot(config: PredictConfig, *, device: str, num_threads: int) -> "
     Its categories are the labels in order; the id of each is its index.
 
     Args:
-        config: With `model` and `labels`.
+        config: Config with `model` and `labels`.
         device: cpu, cuda or cuda:N.
         num_threads: torch CPU threads of the process.
 

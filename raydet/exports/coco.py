@@ -62,7 +62,7 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
     """Write a table as COCO JSON: a results file for detections, an instances file for images.
 
     A detections table becomes a results file, `[{"image_id", "category_id", "bbox", "score"}, …]`, in table order. The
-    format cannot represent images without detections or the reasons of unreadable images.
+    format cannot represent images without detections, or the reasons why images could not be read.
     An images table becomes an instances file with `images`, `annotations` and `categories`: annotations are numbered
     1…n, and further scalar columns (camera, city) become keys of the images. Images are not copied; absolute paths are
     written relative to their common folder.
@@ -159,6 +159,8 @@ def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport
                 bbox=_bbox_text(table, image_ids, columns["bbox"]),
                 area=as_text(columns["area"]),
                 iscrowd=as_text(columns["iscrowd"].astype(np.int64)),
+                # Empty, as for boxes everywhere: Datumaro and others complain if it is missing.
+                segmentation=pa.array(["[]"] * len(image_ids), pa.string()),
             )
         )
     file.write(b"\n]}\n")

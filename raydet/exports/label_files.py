@@ -1,6 +1,6 @@
-"""Tables → a folder with one label file per image and, optionally, the images.
+"""Tables → a folder with labels and, optionally, the images.
 
-Shared by the formats: file names, copied images, and a folder that appears atomically.
+Shared by the formats: validated rows, file names, copied images, and one label file per image.
 """
 
 import unicodedata
@@ -63,22 +63,26 @@ class LabelRows:
     """Validated rows of a table.
 
     Attributes:
+        image_ids: Ids of the images, int64 [R].
         names: File names of the images, relative to their folder, [R].
         widths: Widths of the upright images in pixels, float64 [R]; NaN if unknown.
         heights: Heights of the upright images in pixels, float64 [R]; NaN if unknown.
         counts: Number of boxes of each image, [R].
         boxes_xywh: Boxes of all images in row order, absolute pixels, [N, 4].
+        ids: Annotation ids of an images table, [N]; 0 for detections.
         categories: Class indices, [N].
         iscrowd: Crowd flags of an images table, bool [N]; False for detections.
         scores: Scores of a detections table, [N]; 1 for an images table.
         errors: True for the unreadable images of a detections table, bool [R].
     """
 
+    image_ids: Numbers
     names: list[str]
     widths: Numbers
     heights: Numbers
     counts: Numbers
     boxes_xywh: Numbers
+    ids: Numbers
     categories: Numbers
     iscrowd: Numbers
     scores: Numbers
@@ -87,7 +91,7 @@ class LabelRows:
     def keep(self, kept: Numbers) -> "LabelRows":
         """Return the same rows with the boxes that the mask `kept`, bool [N], selects."""
         owners = np.repeat(np.arange(len(self.counts)), self.counts)
-        columns = {name: getattr(self, name)[kept] for name in ("boxes_xywh", "categories", "iscrowd", "scores")}
+        columns = {name: getattr(self, name)[kept] for name in ("boxes_xywh", "ids", "categories", "iscrowd", "scores")}
         counts = np.bincount(owners[kept], minlength=len(self.counts))
         return LabelRows(**{**vars(self), **columns, "counts": counts})
 
@@ -98,6 +102,16 @@ class LabelRows:
             "".join(f"{line}\n" for line in texts[end - count : end])
             for end, count in zip(ends.tolist(), self.counts.tolist(), strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class WrittenLabels:
+    """Result of `write_labels`: the file names of the images, and counts for the report."""
+
+    names: list[str]
+    num_boxes: int
+    num_copied: int
+    num_renamed: int
 
 
 class FileNames:
@@ -156,27 +170,50 @@ def write_labels(
     table: Table,
     folder: Path,
     *,
-    out: str,
     images_folder: str,
     labels_folder: str,
     extension: str,
     copy_images: bool | None,
     make_texts: Callable[[LabelRows], tuple[LabelRows, list[str | None]]],
-    notes: dict[str, int],
-) -> tuple[list[str], FolderExportReport]:
-    """Write one label file per image, and the images; return the file names of the images and the report.
+) -> WrittenLabels:
+    """Write one label file per image, and the images.
 
     Args:
         table: An images or detections table.
-        folder: Local folder to write to, which becomes `out`.
-        out: Folder of the report.
+        folder: Local folder to write to.
         images_folder: Folder of the images, relative to `folder`.
         labels_folder: Folder of the label files, relative to `folder`.
         extension: Extension of the label files, with its dot.
-        copy_images: True to copy all images, False for none, None for those whose bytes are in the table.
+        copy_images: As in `write_rows`.
         make_texts: Function from rows to the rows with the exported boxes, and the text of each label file (None for
             no file).
-        notes: Notes of the report, which `make_texts` may fill.
+
+    Raises:
+        UserError: As in `write_rows`.
+    """
+
+    def write_files(rows: LabelRows) -> int:
+        rows, texts = make_texts(rows)
+        for name, text in zip(rows.names, texts, strict=True):
+            if text is not None:
+                label = folder / labels_folder / name
+                _write(label.with_name(f"{label.name.rpartition('.')[0]}{extension}"), text.encode())
+        return len(rows.boxes_xywh)
+
+    return write_rows(table, folder, images_folder=images_folder, copy_images=copy_images, write=write_files)
+
+
+def write_rows(
+    table: Table, folder: Path, *, images_folder: str, copy_images: bool | None, write: Callable[[LabelRows], int]
+) -> WrittenLabels:
+    """Pass the rows of a table to a function that writes their labels, and copy the images.
+
+    Args:
+        table: An images or detections table.
+        folder: Local folder to write to.
+        images_folder: Folder of the images, relative to `folder`.
+        copy_images: True to copy all images, False for none, None for those whose bytes are in the table.
+        write: Function that writes the labels of some rows and returns the number of boxes written.
 
     Raises:
         UserError: The table is damaged, a number in it is not finite, or an image cannot be read.
@@ -191,24 +228,19 @@ def write_labels(
     names: list[str] = []
     num_boxes = num_copied = 0
     for batch in table.iter_batches(columns, _IMAGES_AT_ONCE if with_images else ROWS_AT_ONCE):
-        rows, texts = make_texts(_label_rows(table, batch, file_names))
-        for name, text in zip(rows.names, texts, strict=True):
-            if text is not None:
-                label = folder / labels_folder / name
-                _write(label.with_name(f"{label.name.rpartition('.')[0]}{extension}"), text.encode())
+        rows = _label_rows(table, batch, file_names)
+        num_boxes += write(rows)
         if with_images:
             num_copied += _copy_images(table, batch, rows.names, folder / images_folder, all_=bool(copy_images))
         names += rows.names
-        num_boxes += len(rows.boxes_xywh)
     (folder / images_folder).mkdir(parents=True, exist_ok=True)
-    renamed = file_names.num_renamed
-    return names, FolderExportReport(out, len(names), num_boxes, num_copied, images_folder, renamed, notes)
+    return WrittenLabels(names, num_boxes, num_copied, file_names.num_renamed)
 
 
 def _label_rows(table: Table, batch: pa.RecordBatch, file_names: FileNames) -> LabelRows:
     is_images = table.kind == "images"
-    column, flag = ("objects", "iscrowd") if is_images else ("detections", "score")
-    counts, values = flatten(batch, column, ("bbox", "category", flag), table.uri)
+    column, *more = ("objects", "iscrowd", "id") if is_images else ("detections", "score")
+    counts, values = flatten(batch, column, ("bbox", "category", *more), table.uri)
     owners = np.repeat(image_ids_in(batch), counts)
     refuse_boxes(table, owners, values["bbox"])
     refuse_categories(table, owners, values["category"])
@@ -221,11 +253,13 @@ def _label_rows(table: Table, batch: pa.RecordBatch, file_names: FileNames) -> L
     paths = pc.struct_field(batch.column("image"), "path") if is_images else batch.column("path")
     image_ids = batch.column("image_id").to_pylist()
     return LabelRows(
+        image_ids=np.asarray(image_ids, np.int64),
         names=[file_names.take(path, id_) for path, id_ in zip(paths.to_pylist(), image_ids, strict=True)],
         widths=widths,
         heights=heights,
         counts=counts,
         boxes_xywh=values["bbox"],
+        ids=values["id"] if is_images else np.zeros(num_boxes, np.int64),
         categories=values["category"],
         iscrowd=values["iscrowd"].astype(bool) if is_images else np.zeros(num_boxes, bool),
         scores=np.ones(num_boxes) if is_images else values["score"],

@@ -167,9 +167,9 @@ def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumb
 
 
 def _num_images(uri: str, checkpoint: Checkpoint) -> int | None:
-    """Return the number of images in a table; None if it is missing or in another store than the checkpoint.
+    """Return the number of images in a table; None if it is missing or in a different store from the checkpoint.
 
-    Another store may be unreachable from here, which takes a quarter of a minute to time out.
+    A different store is not tried: if it is unreachable from here, a request takes about 15 s to time out.
     """
     if urlsplit(uri).scheme not in ("", "file", urlsplit(checkpoint.name).scheme):
         return None

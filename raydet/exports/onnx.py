@@ -21,7 +21,7 @@ from raydet.tables import storage
 from raydet.tables.new_output import new_file
 
 MAX_DIFFERENCE = 1e-3
-"""Largest accepted difference to torch in scores and boxes; boxes are fractions of the image's sides."""
+"""Largest accepted difference from torch in scores and boxes; boxes are fractions of the image's sides."""
 
 _CHECKED_BATCHES = (1, 3)
 
@@ -37,7 +37,7 @@ class OnnxExportReport:
         input_names: `pixel_values` float32 [B, 3, H, W] and, for some models, `pixel_mask` int64 [B, H, W].
         image_size_hw: Required height and width in pixels; None if any size works.
         num_classes: Number of classes; logits may have one more, "no object".
-        max_difference: Largest difference to torch in scores and boxes (fractions of the image's sides) on random
+        max_difference: Largest difference from torch in scores and boxes (fractions of the image's sides) on random
             images.
     """
 
@@ -64,7 +64,7 @@ class OnnxExportReport:
 def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
     """Write a detector as one ONNX file, atomically.
 
-    The graph accepts normalised pixels and returns raw `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in
+    The graph accepts normalised pixels and returns raw `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh as
     fractions of the image without its padding; the batch size B is dynamic. Its metadata holds, as JSON, the values for
     pre- and post-processing: `categories`, `image_size_hw`, `image_mean`, `image_std`, `rescale_factor`, and
     `raydet_version`.
@@ -86,7 +86,7 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
 
 
 def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, float]:
-    """Build the detector and its ONNX graph, and measure the largest difference of their outputs."""
+    """Build the detector and its ONNX graph, and measure the largest difference between their outputs."""
     if image_size is None:
         detector = load_detector(checkpoint)
     else:

@@ -16,7 +16,13 @@ Numbers = npt.NDArray[Any]
 
 
 def refuse(bad: Numbers, image_ids: Numbers, what: str, where: str) -> None:
-    """Refuse a table that contains invalid boxes: `bad`, bool [N], with the image id of each, int64 [N].
+    """Refuse a table that contains invalid boxes.
+
+    Args:
+        bad: Mask of the invalid boxes, bool [N].
+        image_ids: Image id of each box, int64 [N].
+        what: Description of the invalid value.
+        where: URI of the table.
 
     Raises:
         UserError: Any box is invalid.

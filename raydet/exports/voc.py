@@ -51,18 +51,16 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
         return rows, [_document(*size) for size in sizes]
 
     with new_folder(out, command="export voc") as folder:
-        names_of_images, report = write_labels(
+        written = write_labels(
             table,
             folder,
-            out=out,
             images_folder=_IMAGES,
             labels_folder="Annotations",
             extension=".xml",
             copy_images=config.copy_images,
             make_texts=make_texts,
-            notes={},
         )
-        stems = [name.rpartition(".")[0] for name in names_of_images]
+        stems = [name.rpartition(".")[0] for name in written.names]
         labels = ["# label:color_rgb:parts:actions", *(f"{name}:::" for name in names)]
         for path, lines in {
             f"ImageSets/Main/{config.split}.txt": stems,
@@ -71,7 +69,9 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
         }.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return report
+    return FolderExportReport(
+        out, len(written.names), written.num_boxes, written.num_copied, _IMAGES, written.num_renamed, {}
+    )
 
 
 def _objects(rows: LabelRows, escaped_names: pa.StringArray, first_pixel: float) -> pa.StringArray:

@@ -1,6 +1,6 @@
 """Tables → YOLO label files in Ultralytics layout, which CVAT reads too.
 
-`images/train/a.jpg` has its labels in `labels/train/a.txt`, one line per box: `class cx cy width height` in fractions
+`images/train/a.jpg` has its labels in `labels/train/a.txt`, one line per box: `class cx cy width height` as fractions
 of the upright image, followed by the score for detections. Numbers have enough digits to read the same float64 back.
 `data.yaml` lists the classes in index order. It has no `path`, which would be relative to the working directory, and
 both `train` and `val`, because Ultralytics requires both.
@@ -58,19 +58,25 @@ def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
 
     images_folder = f"images/{config.split}"
     with new_folder(out, command="export yolo") as folder:
-        _, report = write_labels(
+        written = write_labels(
             table,
             folder,
-            out=out,
             images_folder=images_folder,
             labels_folder=f"labels/{config.split}",
             extension=".txt",
             copy_images=config.copy_images,
             make_texts=make_texts,
-            notes=notes,
         )
         _write_data_yaml(folder / "data.yaml", images_folder, config.split, names)
-    return report
+    return FolderExportReport(
+        out,
+        len(written.names),
+        written.num_boxes,
+        written.num_copied,
+        images_folder,
+        written.num_renamed,
+        notes,
+    )
 
 
 def _texts(rows: LabelRows, *, with_scores: bool) -> list[str]:
@@ -80,7 +86,7 @@ def _texts(rows: LabelRows, *, with_scores: bool) -> list[str]:
 
 
 def _normalised_cxcywh(rows: LabelRows) -> Numbers:
-    """Return cxcywh boxes in fractions of their image, float64 [N, 4]."""
+    """Return cxcywh boxes as fractions of their image, float64 [N, 4]."""
     sizes_wh = np.repeat(np.stack([rows.widths, rows.heights], axis=1), rows.counts, axis=0)
     centres = rows.boxes_xywh[:, :2] + rows.boxes_xywh[:, 2:] / 2
     return np.asarray(np.concatenate([centres / sizes_wh, rows.boxes_xywh[:, 2:] / sizes_wh], axis=1))

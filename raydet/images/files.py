@@ -116,7 +116,7 @@ class ImageFolder:
         return partial(ImageFolder, self._given_uri, what=self._what), ()
 
     def remote_files(self) -> Iterator[pa.LargeStringArray]:
-        """List the files below a folder that is not local: relative paths in ascending order, in parts."""
+        """Yield arrays of the files below a folder that is not local, as relative paths in ascending order."""
         return files_below(self._filesystem, self.path)
 
     def uri_of(self, path: str) -> str:
@@ -129,7 +129,7 @@ class ImageFolder:
         return size
 
     def refuse_outside(self, path: str) -> str | None:
-        """Return the reason why a relative path leaves the folder; None if it stays inside."""
+        """Return how a relative path leaves the folder, as a reason to refuse it; None if it stays inside."""
         if refuse_name(path):
             return refuse_name(path)
         if "://" in path or path.startswith("/") or path[1:3] == ":/":
@@ -173,7 +173,7 @@ class ImageFolder:
 
 
 def detail_of(error: Exception) -> str:
-    """Return the reason of a read error on one line, without the file name."""
+    """Return the reason for a read error on one line, without the file name."""
     return one_line(os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error)
 
 

@@ -21,7 +21,7 @@ def without_scan(data: bytes) -> bytes | None:
 
     Returns:
         The data before the scan and the end marker; None if the check does not apply: the file has several scans,
-        another coding, or no end marker after the scan.
+        a different coding, or no end marker after the scan.
     """
     try:
         start = _find_scan(data)

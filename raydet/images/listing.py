@@ -279,7 +279,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
             _require_any(uri, num_found, num_lines, first_missing)
         yield Entry(path, Reference(full))
     if num_lines == 0:
-        raise UserError(f"{uri} is an empty list: it names no image; write one path or URI per line")
+        raise UserError(f"{uri} is an empty list: it names no images; write one path or URI per line")
     _require_any(uri, num_found, num_lines, first_missing)
 
 

@@ -1,7 +1,7 @@
-"""Listing of an object store in parallel: a prefix with millions of keys → sorted Arrow arrays of file paths.
+"""Parallel listing of an object store: a prefix with millions of keys → sorted Arrow arrays of file paths.
 
-A store lists the keys of one prefix one page after another. Several prefixes are listed at the same time, and each
-result becomes an Arrow array immediately, because lists of Python strings take several times its memory.
+A store lists the keys of one prefix page by page. Several prefixes are listed at the same time, and each result becomes
+an Arrow array immediately, because a list of Python strings takes several times as much memory.
 """
 
 import bisect
@@ -13,7 +13,7 @@ from pyarrow import fs as pafs
 from raydet.common.threads import in_order
 
 _MIN_FOLDERS = 1024
-"""More folders bound the memory of each result, fewer save requests."""
+"""More folders limit the memory of each result; fewer save requests."""
 
 
 def files_below(
@@ -28,7 +28,7 @@ def files_below(
     Args:
         filesystem: File system, used by many threads.
         root: Folder inside the file system, without a trailing slash.
-        min_folders: Number of folders from which each is listed in one go.
+        min_folders: Number of folders at which the search by levels ends, and each folder is listed in one go.
     """
     places: list[str | pa.LargeStringArray] = [""]
     while 0 < sum(isinstance(place, str) for place in places) < min_folders:
@@ -38,7 +38,7 @@ def files_below(
 
 
 def _all_below(filesystem: pafs.FileSystem, root: str, place: str | pa.LargeStringArray) -> pa.LargeStringArray:
-    """List all files below a folder, which ends with `/`; return files that are already listed."""
+    """List all files below a folder, which ends with `/`; return an array of listed files as it is."""
     if not isinstance(place, str):
         return place
     files, _ = _list(filesystem, root, place, recursive=True)
@@ -55,7 +55,7 @@ def _level(filesystem: pafs.FileSystem, root: str, place: str | pa.LargeStringAr
     level: list[str | pa.LargeStringArray] = []
     start = 0
     for folder in folders:
-        # What is below `a/` stands between the files `a-1.jpg` and `a0.jpg`.
+        # Files below `a/` sort between the files `a-1.jpg` and `a0.jpg`.
         stop = bisect.bisect(files, folder)
         level += [_as_array(files[start:stop]), folder] if start < stop else [folder]
         start = stop

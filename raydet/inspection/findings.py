@@ -160,7 +160,7 @@ def duplicates(rows: Rows) -> Integers:
 
 
 def same_places(rows: Rows) -> tuple[Integers, Integers]:
-    """Return pairs of boxes of different classes in one image with an IoU of at least `SAME_PLACE_IOU`, no crowds."""
+    """Return pairs of non-crowd boxes of different classes in one image, with an IoU of at least `SAME_PLACE_IOU`."""
     usable = np.flatnonzero(~rows.iscrowd & (rows.boxes_xywh[:, 2:] > 0).all(axis=1))
     order = usable[np.lexsort((rows.boxes_xywh[usable, 0], rows.owners[usable]))]
     boxes_xywh, owners, categories = rows.boxes_xywh[order], rows.owners[order], rows.categories[order]

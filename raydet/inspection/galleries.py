@@ -103,12 +103,12 @@ class ClassGallery:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstEpoch:
-    """View of a table's images in the first epoch of a training.
+    """View of a table's images in the first epoch of a training run.
 
     Attributes:
         table: Training table.
         plan: Assignment of rows to steps, and of mixing partners to rows.
-        view: Model's view in the training.
+        view: View of the model in that run.
     """
 
     table: Table

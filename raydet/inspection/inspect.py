@@ -82,6 +82,9 @@ def inspect(config: InspectConfig) -> Inspection:
     The table is streamed without its image bytes, and memory does not grow with its rows. Image bytes are read only for
     the images that are drawn, and for all images to compare them with `val_data`.
 
+    Args:
+        config: Table, output folder, and the training run whose view of the images is shown.
+
     Raises:
         UserError: The images table is missing or empty, an augmentation, model or training config is invalid, or OUT
             holds other files. Nothing has been written in that case.
@@ -151,7 +154,7 @@ def _open(uri: str) -> Table:
 
 
 def _training(config: InspectConfig) -> TrainConfig:
-    """Return the training whose view is shown: the recipe, or train's defaults, with the overriding options."""
+    """Return the training config whose view is shown: the recipe, or train's defaults, with the overriding options."""
     given = {name: getattr(config, name) for name in ("augmentation", "model", "image_size")}
     given = {name: value for name, value in given.items() if value is not None}
     paths: dict[str, Any] = {"train_data": config.data, "val_data": config.val_data or config.data, "out": config.out}

@@ -29,7 +29,7 @@ class Preparation:
 
 
 def preparation_of(table: Table) -> Preparation | None:
-    """Return the lists of a table: next to its files or, for one of several splits, next to the splits."""
+    """Return the findings and rejected images of a table, from its folder or, for a split, from the parent folder."""
     parent, name = storage.split(table.uri)
     for uri, is_shared in ((table.uri, False), *([(parent, True)] if name in SPLITS else [])):
         lists = {

@@ -27,7 +27,7 @@ _PART = "compare"
 
 @dataclass(frozen=True, kw_only=True)
 class ChangedImage:
-    """Image that one run detects better than the other.
+    """Image on which one run detects better than the other.
 
     Attributes:
         image_id: Image id.

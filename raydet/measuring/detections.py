@@ -87,7 +87,7 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
 
     Raises:
         UserError: The input does not exist or is damaged, a box or score is invalid, the images or classes differ
-            from those of the truth, or the two sides share no image.
+            from those of the truth, or the two sides share no images.
     """
     uri = storage.absolute_uri(uri)
     if is_json(uri, "detections", "a detections table or COCO results JSON"):

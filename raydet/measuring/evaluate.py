@@ -32,7 +32,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     computation.
 
     Raises:
-        UserError: An input is missing, damaged or of the wrong kind, the inputs do not fit each other, or
+        UserError: An input is missing, damaged or of the wrong kind, the inputs do not match each other, or
             `config.out` holds something else. Nothing has been written in that case.
     """
     config = dataclasses.replace(
@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation:
     truth = read_truth(config.truth, lvis=config.protocol == "lvis")
     is_table = not is_json(config.detections, "detections", "a detections table or COCO results JSON")
-    if is_table and config.protocol == "coco" and config.out is None and not config.slice_by:
+    if is_table and config.protocol == "coco" and config.out is None and not config.slice_by and not config.verify:
         return _numbers_alone(config, truth)
     scored, matches = _match(config, truth)
     slices = _slices(config, truth, scored)
@@ -67,6 +67,11 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation
 
     whole = measure(matches, num_detections=scored.num_detections, num_unreadable=len(scored.errors))
     measured = _with_intervals(config, None, whole.blocks, matches, int((~scored.truth_columns.iscrowd).sum()))
+    verification = None
+    if config.verify:
+        from raydet.measuring.verification import verify
+
+        verification = verify(scored, matches, whole.result, categories, seed=config.seed)
     evaluation = Evaluation(
         result=whole.result,
         out=config.out,
@@ -74,6 +79,7 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation
         slices=tuple(_measure_slice(config, part, matches, measured, measure) for part in slices),
         num_left_out=scored.num_left_out,
         note=scored.note,
+        verification=verification,
     )
     if folder is not None:
         # Imported here because its dependencies take a second to load and console output does not need them.

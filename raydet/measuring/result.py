@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from raydet.common.console import aligned, shown
 from raydet.measuring.numbers.matches import Protocol
 from raydet.measuring.numbers.metrics import CocoResult
 from raydet.measuring.numbers.values import Block, MetricValue
+
+if TYPE_CHECKING:
+    from raydet.measuring.verification import Verification
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Evaluation:
         slices: Metrics of the slices.
         num_left_out: Number of images that only one side has, which were left out.
         note: Line about how the images were joined, if worth reporting.
+        verification: Comparison with pycocotools, if requested.
     """
 
     result: CocoResult
@@ -46,6 +51,12 @@ class Evaluation:
     slices: tuple[Measured, ...] = ()
     num_left_out: int = 0
     note: str | None = None
+    verification: "Verification | None" = None
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command: 1 if pycocotools computed another number."""
+        return int(self.verification is not None and bool(self.verification.differing))
 
     def lines(self) -> list[str]:
         """Return the metrics as text: over all classes, then by class; "–" for undefined values."""
@@ -74,6 +85,8 @@ class Evaluation:
             lines += ["", *aligned(class_rows)]
         if self.slices:
             lines += ["", *aligned(_slice_rows(self.slices))]
+        if self.verification is not None:
+            lines += ["", *self.verification.lines()]
         if self.out is not None:
             lines += ["", f"metrics: {self.out}"]
         return lines

@@ -45,7 +45,15 @@ def write_tables(
     values = [value for part in (evaluation.whole, *evaluation.slices) for block in part.blocks for value in block]
     tables: dict[TableKind, pa.Table] = {}
     counts = {name: getattr(evaluation.result, name) for name in _COUNTS}
-    extra: dict[TableKind, dict[str, Any]] = {"metrics": {**counts, "num_left_out": scored.num_left_out}}
+    verification = evaluation.verification
+    extra: dict[TableKind, dict[str, Any]] = {
+        "metrics": {
+            **counts,
+            "num_left_out": scored.num_left_out,
+            "verified": None if verification is None else not verification.differing,
+            "verification": None if verification is None else verification.outcome,
+        }
+    }
     if config.protocol != "lvis":
         labelled, found = scored.truth_columns, scored.columns
         if config.class_agnostic:

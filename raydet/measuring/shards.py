@@ -127,8 +127,8 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
 def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, Matches]:
     """Match a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
 
-    The result is identical to matching locally. The detections themselves are sent to this process only if tables are
-    written, which describe individual boxes.
+    The result is identical to matching locally. This process reads the detections themselves only to write tables,
+    which describe individual boxes, or to verify the result.
 
     Raises:
         UserError: As in `detections.read_detections`.
@@ -137,7 +137,7 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
     shards = _open(config, truth)
     parts = list(shards.take(_match(config, shards, protocol)))
     scored = shards.scored()
-    if config.out is not None:
+    if config.out is not None or config.verify:
         order = np.argsort(np.concatenate([part.truth_rows for part in parts]))
         detections = concatenate_detections([part.detections for part in parts if part.detections is not None])
         scored = replace(scored, columns=take_detections(detections, order))
@@ -154,7 +154,9 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
     work = list(_with_truth_rows(shards, _row_groups(shards.table, config.num_shards)))
     truth = replace(shards.truth, images=replace(shards.truth.images, paths=None))
-    match_shard = partial(_match_shard, shards.table, truth, protocol, with_detections=config.out is not None)
+    match_shard = partial(
+        _match_shard, shards.table, truth, protocol, with_detections=config.out is not None or config.verify
+    )
     if config.ray_address is not None:
         return _match_on_ray(config.ray_address, shards, match_shard, work)
     num_threads = available_cpus()

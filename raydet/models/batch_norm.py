@@ -1,4 +1,4 @@
-"""Batch norms: frozen, or with statistics over the images of all ranks, and two repairs of their defaults."""
+"""Batch norms: frozen, or with statistics over the images of all ranks, and two workarounds."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm that stays in evaluation mode. Its weights keep their names, also in a saved folder."""
+    """A batch norm that stays in evaluation mode. Its weights keep their names, in saved folders too."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
         """Stay in evaluation mode, regardless of `mode`."""
@@ -34,9 +34,9 @@ def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
     other micro-batches of the same step. On a single rank the function does nothing.
 
     Args:
-        model: On `device`.
-        device: CUDA uses torch's own `SyncBatchNorm`. torch has none for the CPU, which uses an implementation of
-            raydet's.
+        model: The model, already on `device`.
+        device: Its device. CUDA uses torch's own `SyncBatchNorm`; torch has none for the CPU, where raydet uses its
+            own.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return

@@ -68,8 +68,8 @@ def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str
 
     Returns:
         For a folder, the first 16 hex digits of the SHA-256 over the names and contents of its `.safetensors`, `.json`
-        and `.txt` files; files above `most_remote_bytes` in an object store enter with size and modification time. For
-        the Hub, the current commit, without fetching weights.
+        and `.txt` files; files above `most_remote_bytes` in an object store count with their size and modification
+        time. For the Hub, the current commit, without fetching weights.
 
     Raises:
         UserError: There is no model there.
@@ -114,7 +114,9 @@ def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
 def _folder_config(folder: str) -> dict[str, Any]:
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
-        raise UserError(f"the folder {folder} holds no model (no config.json); a checkpoint is OUT/checkpoint of train")
+        raise UserError(
+            f"the folder {folder} holds no model (no config.json); use the OUT/checkpoint of a training run"
+        )
     weights = [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
     if not weights:
         raise UserError(f"the folder {folder} holds no model weights (no .safetensors file)")

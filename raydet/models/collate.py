@@ -16,7 +16,7 @@ class Example:
     """One image with its boxes, resized for the model.
 
     Attributes:
-        image_id: As in its table.
+        image_id: Id of the image, as in its table.
         image: uint8 [H, W, 3], RGB, already resized by the model's `ResizeRule`.
         original_size_hw: Height and width in pixels of the upright image before the resize.
         boxes: float32 [N, 4], centre x, centre y, width, height, relative to the image without its padding.
@@ -62,7 +62,7 @@ def collate(examples: Sequence[Example], *, pad_to_hw: SizeHW | None = None) -> 
     """Batch images in one padded tensor, copying their pixels once.
 
     Args:
-        examples: At least one.
+        examples: The images; at least one.
         pad_to_hw: Height and width of the batch in pixels; by default the largest height and width of its images.
     """
     assert examples, "a batch needs at least one image"

@@ -103,7 +103,7 @@ class Detector:
         The rest of the model stays as it is: its shapes change with the number of boxes in each batch, and matching
         runs on the CPU. With more input sizes than stated, parts of the model may run uncompiled.
         """
-        # For each size: complete and last batches, in training and in validation.
+        # Four graphs per size: for full and for last batches, in training and in validation.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * num_sizes)
         for name in self.family.compiled_modules:
             self.model.get_submodule(name).compile(dynamic=False, **options)
@@ -114,7 +114,11 @@ class Detector:
         return self.resize_rule.mode == "keep_aspect" and self.resize_rule.pad_to_hw is None
 
     def model_inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Normalise the pixels of a batch on the model's device, as the image processor does.
+        """Normalise pixels on their device, as the image processor does.
+
+        Args:
+            batch: The batch, already on the model's device.
+            dtype: Dtype of the pixel values.
 
         Returns:
             `pixel_values` [B, 3, H, W], zero in the padding, and, for families that use it, `pixel_mask` int64
@@ -154,7 +158,7 @@ class Detector:
     def save(self, folder: str) -> None:
         """Write a Hugging Face model folder: safetensors weights, config, image processor.
 
-        The write is not atomic; a caller that needs this must write elsewhere and rename.
+        The write is not atomic; a caller that needs an atomic one must write elsewhere and rename.
         """
         with quiet():
             self.model.save_pretrained(folder)

@@ -8,15 +8,20 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Image = npt.NDArray[np.uint8]
 
 SizeHW = tuple[int, int]
 
+LANCZOS = 1
+"""PIL's resampling code of the only mode that torch does not have on GPUs."""
 _TORCH_MODES = {2: "bilinear", 3: "bicubic"}
 _NATIVE_UINT8 = ("AVX2", "AVX512")
 """CPUs on which torch resizes uint8 images without a detour through floats."""
@@ -71,7 +76,7 @@ class ResizeRule:
         return max(height, self.multiple_of), max(width, self.multiple_of)
 
     def most_pixels(self) -> int:
-        """Return the most pixels that an image has after the resize."""
+        """Return the maximum number of pixels of a resized image."""
         if self.pad_to_hw or self.size_hw or self.limit_hw:
             height, width = self.pad_to_hw or self.size_hw or self.limit_hw or (0, 0)
             return height * width
@@ -81,7 +86,10 @@ class ResizeRule:
         """Return the padded size of an image, in pixels, from its target size; other images do not matter.
 
         Without `pad_to_hw`, sides are padded to a multiple of 32 or, for small images, of the largest power of two
-        that is at most a sixteenth of the shorter side. Images of similar shape thus share a size at little padding.
+        that is at most a sixteenth of the shorter side. Images of similar shape thus share a size with little padding.
+
+        Args:
+            target_hw: Result of `target_size_hw` for the image.
         """
         if self.pad_to_hw is not None:
             return self.pad_to_hw
@@ -124,7 +132,7 @@ class ResizeRule:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ResizeRule":
-        """Read the result of `to_dict`, also after JSON has turned its tuples into lists."""
+        """Build a rule from the result of `to_dict`, even after JSON has turned its tuples into lists."""
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
         }
@@ -132,7 +140,7 @@ class ResizeRule:
 
 
 def fill_padded(canvas: Image, planes: Sequence[Image]) -> None:
-    """Copy images into a batch, each at the upper left, with zeros at the bottom and on the right.
+    """Copy images into the upper left corners of a batch, with zeros at the bottom and on the right.
 
     Args:
         canvas: uint8 [B, 3, H, W], with any content.
@@ -149,7 +157,7 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
 
     Returns:
         uint8 [height, width, 3], bit for bit equal to the result of the image processor on a CPU; the image itself if
-        it already has this size. Its memory may be in the order of `resized_planes`.
+        it already has this size. Its memory layout may be that of `resized_planes`.
     """
     return resized_planes(image, size_hw, resample).transpose(1, 2, 0)
 
@@ -170,8 +178,33 @@ def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
             source[None], list(size_hw), mode=mode, align_corners=False, antialias=True
         )[0]
     else:
-        from torchvision.transforms.v2 import InterpolationMode, functional
-
-        interpolation = InterpolationMode.NEAREST_EXACT if resample == 0 else resample
-        resized = functional.resize(source, list(size_hw), interpolation=interpolation, antialias=True)
+        resized = _resized_by_torchvision(source, size_hw, resample)
     return np.asarray(resized.numpy())
+
+
+def resized_on_device(planes: "Tensor", size_hw: SizeHW, resample: int) -> "Tensor":
+    """Resize in float32 on the device that holds an image, as the Hugging Face image processors do on a GPU.
+
+    Args:
+        planes: uint8 [3, H, W].
+        size_hw: New height and width in pixels.
+        resample: PIL's resampling code; on a GPU not `LANCZOS`.
+
+    Returns:
+        uint8 [3, height, width]; the image itself if it already has this size. Bilinear values are within 1 of those
+        of `resized_planes`, which rounds after each of two passes; bicubic ones may differ more where they overshoot.
+    """
+    if tuple(planes.shape[1:]) == tuple(size_hw):
+        return planes
+    import torch
+
+    values = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    return _resized_by_torchvision(values, size_hw, resample).clamp_(0, 255).round_().to(torch.uint8)
+
+
+def _resized_by_torchvision(planes: "Tensor", size_hw: SizeHW, resample: int) -> "Tensor":
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    interpolation = InterpolationMode.NEAREST_EXACT if resample == 0 else resample
+    resized: Tensor = functional.resize(planes, list(size_hw), interpolation=interpolation, antialias=True)
+    return resized

@@ -52,7 +52,7 @@ def input_names(detector: Detector) -> tuple[str, ...]:
 
 
 def example_inputs(detector: Detector, batch_size: int, *, seed: int) -> tuple[Tensor, ...]:
-    """Make plausible random inputs in the order of `input_names`; of several images the last is padded."""
+    """Make plausible random inputs in the order of `input_names`; if there are several images, the last is padded."""
     height, width = fixed_size_hw(detector) or detector.resize_rule.target_size_hw(_EXAMPLE_IMAGE_HW)
     generator = torch.Generator().manual_seed(seed)
     # Coarse blocks, because all parts of white noise look alike and give the model nothing to select.

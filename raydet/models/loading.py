@@ -61,7 +61,7 @@ def build_detector(
             class head is reinitialised.
         image_size: In pixels: the side for families with a fixed input size, the longest side for families that keep
             the aspect ratio. Defaults to the checkpoint's own size, or 256 for small models.
-        seed: Determines every weight that is not loaded.
+        seed: Seed of every weight that is not loaded.
         batch_norm: `as_is` leaves batch norms as the model has them. `freeze` keeps their statistics and weights
             fixed, in training too. `sync` does the same as `as_is` here; the training loop calls
             `synchronise_batch_norms` once the model is on its device.
@@ -74,7 +74,7 @@ def build_detector(
     """
     name = os.path.expanduser(name)
     if not categories:
-        raise UserError(f"cannot train {name} without categories: the images table names no class")
+        raise UserError(f"cannot train {name} without classes: the images table names none")
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh: set[str] = set()
@@ -93,7 +93,7 @@ def build_detector(
             _prepare_for_training(config, categories, family)
             model, fresh = _read_model(name, config)
             names = [category.name for category in categories]
-            # With another number of classes the head has another shape, and transformers has reinitialised it.
+            # With a different number of classes the head has a different shape, and transformers has reinitialised it.
             if own_names != names and own_number == len(names):
                 fresh |= _reset_class_head(model)
             if image_size is not None:
@@ -198,7 +198,7 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
 
 
 def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set[str]]:
-    """Load a model; also return the names of weights that the checkpoint lacks or has in another shape."""
+    """Load a model; also return the names of weights that the checkpoint lacks or has in a different shape."""
     try:
         model, report = AutoModelForObjectDetection.from_pretrained(
             name,
@@ -233,8 +233,8 @@ def _cannot_read(name: str, error: Exception) -> UserError:
     if Path(name).exists():
         return UserError(f"cannot read the model in {name}: {reason}")
     return UserError(
-        f"{name} is not a local folder and cannot be loaded from the Hugging Face Hub: {reason} Check the name and the "
-        "connection, or use a local model folder"
+        f"{name} is not a local folder and cannot be loaded from the Hugging Face Hub ({reason}); check the name and "
+        "the connection, or use a local model folder"
     )
 
 

@@ -12,11 +12,16 @@ from raydet.models.families import check_graph_sizes
 from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names, traceable
 
 OPSET = 17
-"""Of 2022: supported by current runtimes, and recent enough to sample between pixels."""
+"""From 2022: supported by current runtimes, and recent enough to have the operator GridSample."""
 
 
 def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
-    """Trace a detector, in evaluation mode, on the CPU; for `where` and `remedy` see `check_graph_sizes`.
+    """Trace a detector on the CPU.
+
+    Args:
+        detector: Detector in evaluation mode.
+        where: Its checkpoint, for the error message.
+        remedy: The end of the error message: what the user can do instead.
 
     Returns:
         Content of an ONNX file, with metadata.
@@ -54,7 +59,12 @@ def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
 
 
 def open_session(graph: bytes, *, num_threads: int) -> Any:
-    """Open an ONNX Runtime session on the CPU."""
+    """Open an ONNX Runtime session on the CPU.
+
+    Args:
+        graph: Content of an ONNX file.
+        num_threads: Number of compute threads.
+    """
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()

@@ -37,7 +37,7 @@ def default_processor(family: Family) -> Any:
 
 
 def supported_processor(processor: Any) -> Any:
-    """Return an image processor that resizes as raydet can: the processor itself, or its replacement."""
+    """Return an image processor whose resize raydet can reproduce: the processor itself, or its replacement."""
     replacement = _REPLACED.get(type(processor).__name__)
     if replacement is None:
         return processor
@@ -46,7 +46,7 @@ def supported_processor(processor: Any) -> Any:
 
 
 def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
-    """Copy an image processor so that it works at another size.
+    """Copy an image processor so that it works at a different size.
 
     Args:
         processor: A Hugging Face image processor.

@@ -103,9 +103,15 @@ def apply_gradients(
 ) -> Tensor:
     """Clip the gradient, take the optimizer's step, clear the gradient, and return the norm before clipping.
 
-    A gradient that is not finite, which all ranks have alike, changes neither the weights nor the moving average. The
-    device decides this, without the host. With a scaler, for fp16, it also lowers the scale of the next loss. The
-    optimizer must be a fused one.
+    A gradient that is not finite, which every rank then sees, changes neither the weights nor the moving average. The
+    device decides this, without the host. With a scaler, such a gradient also lowers the scale of the next loss.
+
+    Args:
+        module: The model in training.
+        optimizer: A fused optimizer.
+        max_grad_norm: Norm to which the gradient is clipped.
+        scaler: Scaler of the loss, in fp16.
+        average: Moving average to update.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)

@@ -24,7 +24,7 @@ from raydet.tables.layout import FileGroups
 from raydet.tables.table import FileWriter
 
 FILE_BYTES = 256 * 2**20
-"""Average size of the images in a file."""
+"""Average total size of the images in a file, in bytes."""
 SURVEY_IMAGES = 1024
 """Images per part of a survey, which writes no file."""
 
@@ -49,7 +49,7 @@ class SourcePart:
 
 
 class Executor(Protocol):
-    """Function that applies another one to all parts and yields the results in order."""
+    """Function that applies a given function to all parts and yields the results in order."""
 
     def __call__(self, work: Callable[[SourcePart], Answer], parts: Iterable[SourcePart], /) -> Iterator[Answer]:
         """Hold only a few parts at a time."""

@@ -1,13 +1,13 @@
 """`raydet prepare`: a source of images → images tables, with anomalies listed in OUT/_rejected and OUT/_findings.
 
-Every image is read and decoded once, so that each image in a table is readable and has the stated size. Every image
-found is either accepted or rejected, rows keep the source's order, and the user's files are never written to.
+Every image is read and checked, so that each image in a table is readable and has the stated size. Every image found is
+either accepted or rejected, rows keep the source's order, and the user's files are never written to.
 
 Anomalies are handled as follows:
 
 - An image that cannot be read or decoded, whose path leads out of its folder, or whose own labels cannot be read is
   rejected.
-- An image without a label file, of a format that has one per image, is kept or rejected as `unlabelled` says.
+- An image without labels, of a format that cannot mark it as empty, is kept or rejected as `unlabelled` says.
 - A box that extends beyond its image is clipped. A box without area, with a number that is not finite, or entirely
   outside is dropped, and so are annotations of an unknown image or category.
 - A box that repeats another of its class is kept, because COCO's numbers are computed against the annotations as they
@@ -32,8 +32,10 @@ from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
     PrepareCocoConfig,
     PrepareConfig,
+    PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
+    PrepareLabelStudioConfig,
     PrepareShapesConfig,
     PrepareVocConfig,
     PrepareYoloConfig,
@@ -49,6 +51,8 @@ from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
 from raydet.preparation.sources.source import Source, SourceImage
+from raydet.preparation.sources.tools.cvat import read_cvat
+from raydet.preparation.sources.tools.label_studio import read_label_studio
 from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
@@ -138,6 +142,48 @@ def _open_yolo(config: PrepareYoloConfig) -> _Opened:
     return read_yolo(files, unlabelled=config.unlabelled), files.images
 
 
+def prepare_cvat(config: PrepareCvatConfig) -> PrepareReport:
+    """Make an images table from CVAT's XML and its images; `sources/tools/cvat.py` describes the format.
+
+    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
+
+    Raises:
+        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
+        RunError: Storage or cluster failed.
+    """
+    return _prepare(config, _open_cvat)
+
+
+def _open_cvat(config: PrepareCvatConfig) -> _Opened:
+    folder = ImageFolder(config.images)
+    return read_cvat(config.annotations, folder), folder
+
+
+def prepare_label_studio(config: PrepareLabelStudioConfig) -> PrepareReport:
+    """Make an images table from Label Studio's JSON; `sources/tools/label_studio.py` describes the format.
+
+    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
+
+    Raises:
+        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
+        RunError: Storage or cluster failed.
+    """
+    return _prepare(config, _open_label_studio)
+
+
+def _open_label_studio(config: PrepareLabelStudioConfig) -> _Opened:
+    folder = ImageFolder(config.images)
+    source = read_label_studio(
+        config.annotations,
+        folder,
+        classes=config.classes,
+        labels=config.labels,
+        score_threshold=config.score_threshold,
+        unlabelled=config.unlabelled,
+    )
+    return source, folder
+
+
 def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
     """Make an images table from a data set that `datasets` opens; see `raydet.preparation.sources.hub`.
 
@@ -185,7 +231,11 @@ def _open_images(config: PrepareImagesConfig) -> _Opened:
 
 
 def prepare_shapes(config: PrepareShapesConfig, *, file_bytes: int = FILE_BYTES) -> PrepareReport:
-    """Draw two images tables, OUT/train and OUT/val; the report counts both together. A file has about `file_bytes`.
+    """Draw two images tables, OUT/train and OUT/val; the report counts both together.
+
+    Args:
+        config: Options of the command.
+        file_bytes: Average total size of the images in a file, in bytes.
 
     Raises:
         UserError: OUT/train or OUT/val holds other files.
@@ -278,7 +328,7 @@ def _write_files(
 
 
 def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
-    """Decide on Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
+    """Decide whether to use Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
     if wanted is not None:
         return wanted
     if os.environ.get("RAY_ADDRESS") or _is_in_session():

@@ -25,12 +25,12 @@ class PrepareReport:
 
     Attributes:
         out: Folder of the table or of the tables.
-        already_done: The same configuration had written everything before; nothing was done.
+        already_done: True if the same configuration had already written everything, so that nothing was done.
         found: Images in the source; always accepted + rejected.
         accepted: Rows of the tables.
         rejected: Rows of OUT/_rejected.
         without_boxes: Accepted images that have no box.
-        unlabelled_kept: Images without a label file that were kept; those rejected are among the `reasons`.
+        unlabelled_kept: Unlabelled images that were kept; those rejected are among the `reasons`.
         boxes: Boxes in the tables, crowds included.
         crowd_boxes: Boxes in the tables that mark a crowd.
         clipped: Boxes that extended beyond their image and were clipped to it.
@@ -38,7 +38,7 @@ class PrepareReport:
         outside: Dropped boxes that have an area, but outside their image.
         duplicate_boxes: Boxes that repeat another of their class in their image; kept by default.
         duplicate_images: Images with the content of an earlier one; kept by default.
-        size_mismatches: Accepted images whose size differs from that in the annotations, without `rotated`.
+        size_mismatches: Accepted images whose size differs from that in the annotations, excluding `rotated`.
         rotated: Accepted images whose boxes were rotated, because they were drawn before the EXIF rotation.
         boxes_by_class: Boxes by class name.
         reasons: Rejected images by reason.
@@ -93,9 +93,9 @@ class PrepareReport:
     def _lines_of_unlabelled(self) -> list[str]:
         rejected, kept = self.reasons.get(UNLABELLED, 0), self.unlabelled_kept
         if rejected:
-            return [f"  {rejected:,} without a label file were rejected; --unlabelled keep keeps them without objects"]
+            return [f"  {rejected:,} without labels were rejected; --unlabelled keep keeps them without objects"]
         if kept:
-            return [f"  {kept:,} without a label file were kept without objects; --unlabelled reject rejects them"]
+            return [f"  {kept:,} without labels were kept without objects; --unlabelled reject rejects them"]
         return []
 
     def _lines_of_classes(self) -> list[str]:

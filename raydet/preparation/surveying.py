@@ -27,7 +27,7 @@ class Survey:
         is_accepted: True for images that can be read, [N].
         hashes: Hashes of the contents, [N, 2]; zeros for images that cannot be read.
         labels: The classes present in each image, by its index.
-        reasons: Reasons of rejection, by index of the image.
+        reasons: Reasons for rejection, by index of the image.
     """
 
     image_ids: Integers
@@ -103,7 +103,7 @@ def without(found: Survey, places: Integers, reason: str) -> Survey:
 
 
 def hold_out(found: Survey, *, num_classes: int, val_fraction: float, seed: int) -> Flags:
-    """Choose the images for validation, [N]; rejected images are not among them.
+    """Choose the images for validation, as a mask [N]; rejected images are never chosen.
 
     Raises:
         UserError: There are too few images.
@@ -118,7 +118,7 @@ def hold_out(found: Survey, *, num_classes: int, val_fraction: float, seed: int)
 
 
 def with_outcome(images: Iterable[SourceImage], found: Survey, wanted: Flags) -> Iterator[SourceImage]:
-    """Yield the wanted images, each with its hash from the survey or its reason of rejection."""
+    """Yield the wanted images, each with its hash from the survey or its reason for rejection."""
     for number, image in enumerate(images):
         if wanted[number]:
             reason = found.reasons.get(number)

@@ -42,7 +42,7 @@ from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, w
 
 LOST = "boxes of rejected images, dropped"
 REPEATED_CONTENT = "the same content as an earlier image"
-"""Reason of rejection of a duplicate, with `--duplicate-images drop`."""
+"""Reason for rejecting a duplicate, with `--duplicate-images drop`."""
 _FINDINGS_AT_ONCE = 10_000
 
 

@@ -120,7 +120,7 @@ def _numbers(values: _Floats, digits: int = 4) -> list[float | None]:
 
 
 def _boxes_by_class(run: RunTables) -> dict[str, int]:
-    """Return the number of labelled boxes of each class that count."""
+    """Return the number of labelled boxes that count, by class."""
     table = run.tables.get("confusion")
     if table is None:
         return {}

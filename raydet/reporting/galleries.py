@@ -36,7 +36,7 @@ class DrawnBox:
     """Box on a thumbnail.
 
     Attributes:
-        x: Left side, in pixels of the thumbnail like y, width and height.
+        x: Left side, in pixels of the thumbnail, as are y, width and height.
         y: Top side.
         width: Box width.
         height: Box height.

@@ -25,6 +25,7 @@ class RunTables:
         run: Name of the run.
         runs: All runs in the folder, in the order in which they were measured.
         facts: Row of the `runs` table; empty if there is none.
+        entry: Entry of the run in the manifest of its metrics, with the outcome of `--verify`.
         classes: Class names by index.
         values: Metric values by slice (None: all images), metric and class (None: all classes).
         slices: Names of the slices in order.
@@ -37,6 +38,7 @@ class RunTables:
     run: str
     runs: tuple[str, ...]
     facts: dict[str, Any]
+    entry: dict[str, Any]
     classes: tuple[str, ...]
     values: dict[tuple[str | None, str, str | None], MetricValue]
     slices: tuple[str, ...]
@@ -101,6 +103,7 @@ def read_run(metrics_uri: str, run: str | None) -> RunTables:
         run=chosen,
         runs=runs,
         facts=facts[-1] if facts else {},
+        entry=metrics.manifest["runs"][metrics_folder.file_name(chosen)],
         classes=tuple(category.name for category in metrics.categories),
         values=values,
         slices=tuple(dict.fromkeys(name for name, _, _ in values if name is not None)),

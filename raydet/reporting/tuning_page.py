@@ -37,7 +37,7 @@ class TrialRow:
         value: Metric at the best epoch.
         best_epoch: Number of the best epoch.
         num_epochs: Number of trained epochs.
-        seconds: Training time of these epochs.
+        seconds: Seconds of these epochs, including start-up and validation.
         error: Reason for the failure.
     """
 

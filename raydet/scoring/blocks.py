@@ -1,7 +1,7 @@
-"""Rows of the input → blocks of decoded images: cut into views and resized to the size that the model wants.
+"""Rows of the input → blocks of decoded images, cut into views and resized to the model's input size.
 
-A block is one Arrow table. Its pixels lie in one buffer, the only copy between decoder and model. Decode processes
-import this module: torch and torchvision are imported only to resize, transformers never.
+A block is one Arrow table. Its pixels are copied into one buffer, the only copy between decoder and model. Decode
+processes import this module: torch and torchvision are imported only to resize, transformers never.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,16 +31,16 @@ def blocks_of(
 
     Args:
         work: Data of the run.
-        rows: Positions of the images; the start of a chunk, or the row after a block of it.
-        rule: Resize rule of the model; None leaves the images at full size.
+        rows: Positions of the images; they begin at the start of a chunk or after one of its blocks.
+        rule: Resize rule of the model; None leaves the images at full size, as does `resize_on` = "device".
         most_bytes: A block of at least this many bytes of pixels ends with its current batch, and one of twice as many
             immediately.
 
     Yields:
         Tables with the columns `image_id`, `path`, `error`, `height` and `width` of the upright image, `pixel_height`
         and `pixel_width` of the decoded one, null if it cannot be read, and `pixels`: the views of the image one after
-        the other, each uint8 [3, height, width] as resized by the rule; without a rule the image, uint8 [height,
-        width, 3].
+        the other, each uint8 [3, height, width] as resized by the rule; the image, uint8 [height, width, 3], if the
+        decoder does not resize.
     """
     watch = Stopwatch("decoder")
     images = iter(work.images.read(rows.start, rows.stop))
@@ -124,7 +124,7 @@ def _columns(sizes_hw: Sequence[SizeHW | None]) -> tuple[pa.Array, pa.Array]:
 
 
 def _resized_views(image: Image, size_hw: SizeHW, config: PredictConfig, rule: ResizeRule | None) -> Iterator[Image]:
-    if rule is None:
+    if rule is None or config.resize_on == "device":
         yield image
         return
     for view in planned_views(size_hw, config):
@@ -132,7 +132,7 @@ def _resized_views(image: Image, size_hw: SizeHW, config: PredictConfig, rule: R
 
 
 def images_in(block: pa.Table) -> tuple[list[SizeHW], list[_Bytes]]:
-    """Return height and width of each readable image of a block as decoded, and its bytes, without a copy."""
+    """Return the decoded height and width of each readable image of a block, and its bytes without a copy."""
     block = block.combine_chunks()
     pixels = block["pixels"].chunk(0)
     offsets = np.frombuffer(pixels.buffers()[1], np.int64)[pixels.offset : pixels.offset + len(pixels) + 1]
@@ -148,10 +148,10 @@ def planes_in(pixels: _Bytes, size_hw: SizeHW, config: PredictConfig, rule: Resi
     """Split an image's bytes into its resized views, uint8 [3, height, width] each, without a copy.
 
     Args:
-        pixels: One of `images_in`.
-        size_hw: Its size.
+        pixels: Bytes of one image, from `images_in`.
+        size_hw: Its decoded height and width.
         config: Config that determines the views.
-        rule: Rule by which they were resized.
+        rule: Rule by which the views were resized.
     """
     planes, start = [], 0
     for view in planned_views(size_hw, config):

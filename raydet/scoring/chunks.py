@@ -27,7 +27,7 @@ COUNTS_KEY = b"raydet_counts"
 _LOG = logging.getLogger(__name__)
 
 _Found = list[Any]
-"""`Detections` of images; their class cannot be imported before torch."""
+"""`Detections` of several images; importing their class would import torch."""
 
 
 class ChunkScorer:
@@ -104,7 +104,7 @@ class ChunkScorer:
     def _prepare(self, block: pa.Table) -> Any:
         scorer, rule = self._scorer.result(), self.rule.result()
         sizes_hw, pixels = images_in(block)
-        if rule is None:
+        if rule is None or self._work.config.resize_on == "device":
             images = [flat.reshape(*size_hw, 3) for flat, size_hw in zip(pixels, sizes_hw, strict=True)]
             return scorer.prepare(images)
         planes = [
@@ -166,7 +166,7 @@ def _rows(block: pa.Table, found: Sequence[Any], schema: pa.Schema) -> pa.Table:
 
 
 def _at_full_size(block: pa.Table, boxes_xywh: Any, counts: Any) -> Any:
-    """Convert boxes in pixels of images that were decoded at reduced size."""
+    """Scale the boxes of images that were decoded at reduced size to pixels of the full-size images."""
     sizes = [block[name].to_numpy().astype(np.float64) for name in ("width", "height", "pixel_width", "pixel_height")]
     width, height, pixel_width, pixel_height = (np.repeat(size, counts) for size in sizes)
     is_reduced = (width != pixel_width) | (height != pixel_height)

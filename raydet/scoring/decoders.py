@@ -22,7 +22,7 @@ from raydet.tables import storage
 
 _TRIES = 3
 _THREADS_PER_DECODER = 4
-"""Python's lock limits a process with more threads."""
+"""With more threads, the GIL would limit the process."""
 _LOG = logging.getLogger(__name__)
 
 _Block = tuple[pa.Table, ProcessStats]
@@ -39,7 +39,7 @@ class DecoderPlace:
 
 
 class Decoder:
-    """A process that reads, decodes and resizes, in several threads, a chunk in each."""
+    """A process that reads, decodes and resizes images in several threads, with one chunk per thread."""
 
     def __init__(self, work_ref: WorkRef, num_threads: int) -> None:
         self._work: Work = ray.get(work_ref[0])
@@ -47,12 +47,12 @@ class Decoder:
         require_paths(self._work)
         import torch
 
-        torch.set_num_threads(1)  # of each of the threads
+        torch.set_num_threads(1)  # in each thread
         self._open: dict[int, Iterator[_Block]] = {}
         _LOG.info("decoding in %d threads", num_threads)
 
     def decode(self, start: int, stop: int, rule: ResizeRule | None) -> _Block:
-        """Return the block of a chunk that starts at a position.
+        """Return the block that starts at a position.
 
         Args:
             start: Position of the first image.
@@ -76,7 +76,7 @@ class Decoders:
         self._lock = threading.Lock()
         self._replacements: dict[Any, Any] = {}
         first = self.add(places)
-        # One more than decode, since one is usually about to write its file or to wait for the model.
+        # One slot more than threads, since one chunk is usually about to be written or waiting for the model.
         self._free.put(first)
 
     def add(self, places: Sequence[DecoderPlace]) -> tuple[Any, DecoderPlace]:
@@ -121,7 +121,7 @@ class Decoders:
             self._free.put((decoder, place))
 
     def _replaced(self, dead: Any, place: DecoderPlace) -> tuple[Any, DecoderPlace]:
-        """Return the replacement of a decoder that died, on this node, which sees the input for certain."""
+        """Return the replacement of a decoder that died; it runs on this node, which is known to see the input."""
         here = DecoderPlace(own_node_id(), place.num_threads)
         with self._lock:
             if dead not in self._replacements:
@@ -137,7 +137,7 @@ def require_paths(work: Work) -> None:
 
 
 def own_node_id() -> str:
-    """Return Ray's id of the node of this process."""
+    """Return Ray's id of the node on which this process runs."""
     return str(ray.get_runtime_context().get_node_id())
 
 

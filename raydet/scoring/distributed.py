@@ -24,7 +24,7 @@ from raydet.tables.table import MANIFEST_NAME, is_table
 
 
 class RayLosses(Losses):
-    """See `Losses`."""
+    """Losses on a Ray cluster, including the lost nodes, processes and objects that Ray reports."""
 
     no_memory = (MemoryError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectStoreFullError)
     _kinds = (
@@ -99,7 +99,6 @@ class Cluster:
 def connected(config: PredictConfig, console: Console) -> Iterator[Cluster]:
     """Context manager: connect to the cluster, or start one, and check it for a run."""
     log_folder = storage.join(config.out, LOG_FOLDER)
-    session.announce(console.line)
     with session.session(log_folder):
         resources = shares.share_out(
             min_workers=config.num_workers,

@@ -22,7 +22,7 @@ from raydet.scoring.plan import Work
 from raydet.scoring.recovery import Losses
 
 _MOST_DECODE_THREADS = 16
-"""More would fill the memory with blocks, and Python's lock would not let them decode faster."""
+"""More would fill the memory with blocks, and the GIL would not let them decode faster."""
 
 
 class ThisProcess:
@@ -47,7 +47,7 @@ class ThisProcess:
 
         has_gpu = config.engine == "torch" and config.use_gpu is not False and torch.cuda.is_available()
         if config.use_gpu and not has_gpu:
-            raise UserError("--use-gpu requires a GPU, this machine has 0; omit --use-gpu")
+            raise UserError("--use-gpu requires a GPU, but this machine has none; omit --use-gpu")
         if config.precision == "fp16" and not has_gpu:
             raise no_fp16_on_cpu(config.engine)
         self.device = "cuda" if has_gpu else "cpu"
@@ -61,7 +61,7 @@ class ThisProcess:
         def score(chunk: int) -> FileStats:
             return scorer.score(chunk, blocks_of(work, work.plan.rows_of(chunk), scorer.rule.result()))
 
-        # One more than decode, since one is usually about to write its file or to wait for the model.
+        # One thread more than decode, since one is usually writing its file or waiting for the model.
         pool = ThreadPoolExecutor(min(len(chunks), self.num_decode_threads + 1), thread_name_prefix="chunk")
         try:
             for future in as_completed([pool.submit(score, chunk) for chunk in chunks]):

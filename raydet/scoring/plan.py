@@ -1,6 +1,6 @@
-"""The division of a scoring run into chunks, and what all its processes share.
+"""The division of a scoring run into chunks, and the data that its processes share.
 
-The unit of work is a chunk: consecutive rows of the input that become one output file, named by the chunk's number. A
+The unit of work is a chunk: consecutive rows of the input that become one output file, named after its number. A
 chunk is done when its file exists, and one that is processed twice writes the same file. Within a chunk images travel
 in blocks, which are consecutive rows too.
 """

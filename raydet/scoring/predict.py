@@ -1,7 +1,7 @@
 """Batch inference: images and a checkpoint → a detections table with exactly one row per image, despite failures.
 
-This is the driver: it checks the inputs, divides the images into chunks, has the chunks scored that are not done yet,
-and counts the result. `stream.py` scores on a Ray cluster, `local.py` in this process.
+This is the driver: it checks the inputs, divides the images into chunks, has the remaining chunks scored, and counts
+the results. `stream.py` scores on a Ray cluster, `local.py` in this process.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from raydet.tables.table import MANIFEST_NAME, is_table, open_table, read_footer
 
 INDEX_FILE = "_inputs.parquet"
 MOST_IMAGES_IN_PROCESS = 2_000
-"""Starting Ray would take longer than it saves for fewer images."""
+"""For no more images than this, starting Ray takes longer than it saves."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def predict_with(
         config: Options of the run.
         console: Receives lines and progress.
         in_process: True to score in this process, False to score on a Ray cluster; None scores small collections in
-            this process unless a cluster is at hand.
+            this process unless a cluster is available.
         load: Loads the engine, in each process that runs it; must be picklable.
     """
     console = console or Console()
@@ -131,7 +131,7 @@ def _predict_into(
     in_process: bool | None,
     load: EngineLoader,
 ) -> PredictResult:
-    if not folder.refuse_foreign():  # left by a run that stopped before its start; files may have been added since
+    if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
         folder.delete_file(INDEX_FILE)
     images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE)).first(config.limit)
     run_identity = {
@@ -245,7 +245,7 @@ def _write_report(
     job: JobRecord,
     error: str | None,
 ) -> JobReport:
-    """Write OUT/job.json, also for a failed run; a full disk is reported elsewhere."""
+    """Write OUT/job.json, even for a failed run; a full disk is reported elsewhere."""
     earlier = None
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(folder.read_bytes(JOB_FILE))
@@ -318,7 +318,7 @@ def _work(
 def _finish(work: Work, written: dict[str, FileCounts]) -> None:
     """Check that there is one row per image and write the manifest, which marks the table as complete.
 
-    The footers of files that an earlier run has written are read in parallel.
+    The footers of files that an earlier run wrote are read in parallel.
     """
     names = [part_name(chunk) for chunk in range(work.plan.num_chunks)]
     earlier = [name for name in names if name not in written]

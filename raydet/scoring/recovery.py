@@ -24,7 +24,7 @@ _RESUME_HINT = "run the same command again to resume"
 
 
 class FileCounts(NamedTuple):
-    """Numbers of a file of detections."""
+    """Counts of one detections file."""
 
     groups: FileGroups
     num_errors: int
@@ -98,7 +98,7 @@ def score_all(
         notify: Receives a line before another attempt.
 
     Returns:
-        The numbers of each file that this run has written, by its name.
+        The counts of each file that this run wrote, by file name.
 
     Raises:
         UserError: The model or the images changed.
@@ -114,7 +114,7 @@ def score_all(
         try:
             for stats in place.attempt(work, left):
                 work.folder.check()
-                # Not the statistics themselves, which would grow with the number of images.
+                # Counts, not the statistics themselves, whose size grows with the number of images.
                 written[stats.file] = FileCounts(stats.groups, len(stats.errors), stats.num_detections)
                 note(stats)
         except Exception as error:
@@ -127,8 +127,7 @@ def score_all(
         failures = 1 if done_chunks(work.folder) > done else failures + 1
         if failures > work.config.max_failures:
             raise RunError(
-                f"the run failed too often ({reason}), the limit is --max-failures {work.config.max_failures}; "
-                f"{_RESUME_HINT}"
+                f"the run failed more than --max-failures {work.config.max_failures} times ({reason}); {_RESUME_HINT}"
             )
         notify(place.prepare_again(reason))
 

@@ -2,8 +2,8 @@
 
 The driver hands chunks to scoring actors, as many at a time as their decoders can work on. Each scoring actor has
 decoders of its own, on its node and on nodes without a model. A decoder keeps the input of a chunk open and returns it
-block by block, one block ahead of the model. Plain actors, because the blocks of a chunk must meet in one place to
-become one file, and because nothing but chunk numbers and statistics ever reaches the driver.
+block by block, one block ahead of the model. These are plain actors, because the blocks of a chunk must meet in one
+place to become one file; nothing but chunk numbers and statistics ever reaches the driver.
 """
 
 import itertools
@@ -81,7 +81,7 @@ class ScoringActor:
 
 
 def threads_of(config: PredictConfig, resources: Resources) -> int:
-    """Return the compute threads of one copy of the model: `threads_per_worker`, or its default.
+    """Return the number of compute threads of one copy of the model: `threads_per_worker`, or its default.
 
     By default the machine's CPUs are divided evenly between the workers that fit on it.
     """
@@ -193,7 +193,7 @@ class _Scorers:
             self._start()
 
     def _use_other_nodes(self) -> None:
-        """Start decoders on nodes without a model once all models have their place, also on nodes that join later."""
+        """Once all models have a node, start decoders on the nodes without a model, including those that join later."""
         hosts = list(self._actors.values())
         if None in hosts:
             return
@@ -220,7 +220,7 @@ class _NodeWatch:
     """Check for lost nodes; an actor that no longer fits anywhere would wait forever.
 
     Attributes:
-        nodes: The live nodes at the last look.
+        nodes: The live nodes at the last check.
     """
 
     def __init__(self, resources: Resources, num_workers: int) -> None:
@@ -230,7 +230,7 @@ class _NodeWatch:
         self.look()
 
     def look(self) -> None:
-        """Look at the nodes every few seconds.
+        """Check the nodes, at most once every few seconds.
 
         Raises:
             NodeLostError: See the class.

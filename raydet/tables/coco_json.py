@@ -15,11 +15,12 @@ from raydet.tables.json_stream import JsonError, members
 from raydet.tables.schema import MAX_IMAGE_ID, Category
 
 MAX_INTEGER = 2**63
-"""Integers from here on do not fit into an int64 column."""
+"""Integers of this size or more do not fit into an int64 column."""
 
 Entry = dict[str, Any]
 BoxXywh = tuple[float, float, float, float]
 
+_EXPECTED = "a COCO instances file, a JSON object"
 _LISTS = ("images", "annotations", "categories")
 
 
@@ -31,11 +32,12 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
         its position for error messages. Consume an iterator before requesting the next list. Masks are removed.
 
     Raises:
-        UserError: The file is missing, is not JSON, or is not a COCO instances file; also while entries are consumed.
+        UserError: The file is missing, is not JSON, or is not a COCO instances file; also raised while entries are
+            consumed.
     """
     where = storage.absolute_uri(uri)
     found: set[str] = set()
-    with _errors_in_one_line(uri), storage.open_stream(uri) as stream:
+    with errors_in_one_line(uri, _EXPECTED), storage.open_stream(uri) as stream:
         for key, value in members(stream, object_hook=_without_masks):
             if key not in _LISTS:
                 continue
@@ -54,12 +56,21 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
 
 
 def _entries(elements: Iterator[Any], uri: str, where: str) -> Iterator[tuple[Entry, str]]:
-    with _errors_in_one_line(uri):
+    with errors_in_one_line(uri, _EXPECTED):
         yield from placed(elements, where)
 
 
 @contextlib.contextmanager
-def _errors_in_one_line(uri: str) -> Iterator[None]:
+def errors_in_one_line(uri: str, expected: str) -> Iterator[None]:
+    """Context manager: convert a failure to read an annotations file.
+
+    Args:
+        uri: Path or URI of the file.
+        expected: Format of the file, for the message.
+
+    Raises:
+        UserError: The file is missing, cannot be read, or is not JSON.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -67,7 +78,7 @@ def _errors_in_one_line(uri: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot read the annotations file {uri}: {one_line(error)}") from None
     except JsonError as error:
-        raise UserError(f"{uri} {error}; expected a COCO instances file, a JSON object") from None
+        raise UserError(f"{uri} {error}; expected {expected}") from None
 
 
 def _without_masks(item: Entry) -> Entry:
@@ -92,7 +103,7 @@ def placed(entries: Iterable[Any], where: str) -> Iterator[tuple[Entry, str]]:
 
 
 def integer(value: object) -> int | None:
-    """Return an integer, also from a digit string or an integral float; None for anything else."""
+    """Convert an integer, a digit string or an integral float to an integer; return None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

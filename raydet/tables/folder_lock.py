@@ -204,7 +204,7 @@ class _Lease(Hold):
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def take(self, notify: Callable[[str], None]) -> None:
-        """Acquire the lease and start to renew it.
+        """Acquire the lease and start renewing it.
 
         Raises:
             UserError: Another run is alive.

@@ -23,7 +23,7 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class JsonError(Exception):
-    """Invalid JSON, or JSON other than an object; the message continues a sentence that starts with the file name."""
+    """Invalid JSON, or JSON of another kind; the message continues a sentence that starts with the file name."""
 
 
 class ByteStream(Protocol):
@@ -70,6 +70,18 @@ def members(
                 pass
         else:
             yield name, text.value()
+    text.finish()
+
+
+def elements(
+    stream: ByteStream, *, chunk_bytes: int = CHUNK_BYTES, max_entry_chars: int = MAX_ENTRY_CHARS
+) -> Iterator[Any]:
+    """Read the elements of the JSON array in a file, one at a time; parameters and errors are those of `members`."""
+    text = _Text(stream, json.JSONDecoder(), chunk_bytes, max_entry_chars)
+    if text.peek() != "[":
+        raise JsonError("contains no list")
+    for _ in text.entries("[", "]"):
+        yield text.value()
     text.finish()
 
 

@@ -1,4 +1,4 @@
-"""The row groups of a table's files, as its manifest states them; compact, since a table may have millions."""
+"""The row groups of a table's files, as its manifest states them, stored compactly, since there may be millions."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class Layout:
         """Build the layout from the row groups of each file, by file name.
 
         Raises:
-            ValueError: A number is negative, or the content, which may come from a stranger's JSON, has another form.
+            ValueError: A number is negative, or the content, which may come from an untrusted file, is malformed.
         """
         files = tuple(sorted(groups_by_file))
         groups: list[Any] = [groups_by_file[name] for name in files]

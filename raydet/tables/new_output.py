@@ -57,7 +57,7 @@ def new_file(out: str, *, command: str, endings: Sequence[str]) -> Iterator[Bina
     The name of `out` must end in one of the given endings, such as `.json`.
 
     Raises:
-        UserError: `out` has another ending or is a folder, another run is writing it, or its name is invalid.
+        UserError: `out` has a different ending or is a folder, another run is writing it, or its name is invalid.
         RunError: The disk is full, or there is no permission to write `out`.
     """
     out = storage.absolute_uri(out)

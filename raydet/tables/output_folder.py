@@ -174,7 +174,7 @@ class OutputFolder:
                 not write.
         """
         records = self.refuse_foreign(folders)
-        # Any run excludes a run of the whole folder, also one that shares the folder with others.
+        # Any run excludes a run of the whole folder, even one that shares the folder with others.
         earlier = next(iter(records), None) if part is None else self.record(part)
         if earlier is not None:
             changes = [] if is_disposable else _changes(earlier.identity, _plain(identity))

@@ -291,7 +291,7 @@ def build_schema(
         **(extra_metadata or {}),
     }
     metadata = {_METADATA_KEY: json.dumps(content).encode()}
-    if kind == "images":
+    if kind in ("images", "detections"):
         metadata[b"huggingface"] = json.dumps(_huggingface_features(fields, categories)).encode()
     return pa.schema(fields, metadata=metadata)
 
@@ -300,7 +300,7 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...]
     """Parse the metadata that `build_schema` wrote.
 
     Raises:
-        UserError: The table was not written by raydet, or has another kind or schema version.
+        UserError: The table was not written by raydet, or has a different kind or schema version.
     """
     raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
@@ -314,7 +314,7 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...]
     kinds = (kind,) if isinstance(kind, str) else kind
     if content["kind"] not in kinds:
         expected = " or ".join(kinds)
-        raise UserError(f"{where} is a table of {content['kind']}, expected a table of {expected}")
+        raise UserError(f"{where} is a table of {content['kind']}; expected a table of {expected}")
     missing = [name for name, _ in _FIELDS[content["kind"]] if name not in schema.names]
     if missing:
         raise UserError(f"{where} lacks the columns {', '.join(missing)}")
@@ -335,9 +335,10 @@ def _huggingface_features(fields: Sequence[pa.Field], categories: Sequence[Categ
     def sequence(feature: dict[str, Any], length: int = -1) -> dict[str, Any]:
         return {"feature": feature, "length": length, "_type": "List"}
 
-    label = (
-        {"names": [category.name for category in categories], "_type": "ClassLabel"} if categories else value("int64")
-    )
+    names = [category.name for category in categories]
+    # `datasets` refuses repeated names, which a checkpoint may have.
+    is_label = 0 < len(names) == len(set(names))
+    label = {"names": names, "_type": "ClassLabel"} if is_label else value("int64")
     special: dict[str, Any] = {
         "image": {"_type": "Image"},
         "objects": {
@@ -346,6 +347,11 @@ def _huggingface_features(fields: Sequence[pa.Field], categories: Sequence[Categ
             "category": sequence(label),
             "area": sequence(value("float64")),
             "iscrowd": sequence(value("bool")),
+        },
+        "detections": {
+            "bbox": sequence(sequence(value("float64"), 4)),
+            "score": sequence(value("float64")),
+            "category": sequence(label),
         },
     }
     features = {field.name: special.get(field.name) or value(_huggingface_dtype(field.type)) for field in fields}

@@ -42,7 +42,7 @@ def is_web(uri: str) -> bool:
 
 
 def absolute_uri(uri: str) -> str:
-    """Make a local path absolute, for workers with another working directory; return URIs unchanged."""
+    """Make a local path absolute, for workers with different working directories; return URIs unchanged."""
     if "://" in uri:
         return uri
     return os.path.abspath(os.path.expanduser(uri))
@@ -249,7 +249,7 @@ def delete_folder(uri: str) -> None:
 
 
 def publish_folder(local_folder: str, uri: str) -> None:
-    """Replace the folder at a URI by a finished local folder.
+    """Replace the folder at a URI with a finished local folder.
 
     On a local disk the swap takes two renames; `recover_folder` repairs the state after a kill between them. Files and
     folders get permissions from the umask, not from `local_folder`. Object stores have no rename: the files are copied,
@@ -315,5 +315,5 @@ def fetch_folder(uri: str, local_folder: str) -> None:
 
 
 def has_code(error: OSError, *codes: int) -> bool:
-    """Return True if an error has one of the codes (`errno.ENOSPC`, …), also if only its text survived Ray."""
+    """Return True if an error has one of the codes (`errno.ENOSPC`, …), even if only its text survived Ray."""
     return error.errno in codes or any(os.strerror(code) in str(error) for code in codes)

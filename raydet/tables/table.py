@@ -116,10 +116,10 @@ class Table:
         return next(self.read_row_groups([group], columns))
 
     def read_row_groups(self, groups: Iterable[RowGroup], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Read row groups one by one, opening the file of successive ones once.
+        """Read row groups one by one, opening a file only once for its successive row groups.
 
         Raises:
-            UserError: A file is missing, or has other row groups than the manifest states.
+            UserError: A file is missing, or its row groups differ from the manifest.
             OSError: The storage failed.
         """
         for name, own in itertools.groupby(groups, lambda group: group.file):
@@ -131,7 +131,7 @@ class Table:
         """Stream the rows in order, in batches.
 
         Raises:
-            UserError: A file is damaged or missing, or has other row groups than the manifest states.
+            UserError: A file is damaged or missing, or its row groups differ from the manifest.
         """
         names = None if columns is None else list(columns)
         for name in self.files:
@@ -163,8 +163,8 @@ class Table:
             found, stated = Layout.of({name: groups_of(file.metadata)}), self.layout.only(name)
             if not np.array_equal(found.num_rows, stated.num_rows):
                 raise UserError(
-                    f"{self.uri} is damaged: {name} has {_described(found)}, its manifest states {_described(stated)}; "
-                    "run the command that writes it again"
+                    f"{self.uri} is damaged: {name} has {_described(found)}, but its manifest states "
+                    f"{_described(stated)}; run the command that writes it again"
                 )
             yield file
 
@@ -197,7 +197,7 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     """Open a table for reading.
 
     Raises:
-        UserError: The folder does not exist, is not a complete table, or has another kind or schema version.
+        UserError: The folder does not exist, is not a complete table, or has a different kind or schema version.
     """
     uri = storage.absolute_uri(uri)
     if not storage.exists(uri):
@@ -275,7 +275,7 @@ def write_manifest(uri: str, groups_by_file: Mapping[str, FileGroups], *, config
 def read_footers(uri: str, names: Sequence[str]) -> Iterator[pq.FileMetaData]:
     """Read the footers of a folder's Parquet files in parallel, in the given order.
 
-    For files whose row groups are no longer known, since an earlier process wrote them.
+    Needed for files whose row groups are no longer known, since an earlier process wrote them.
     """
     filesystem, path = storage.resolve(uri)
     return in_order(lambda name: pq.read_metadata(f"{path}/{name}", filesystem=filesystem), names)

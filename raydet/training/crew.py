@@ -1,4 +1,4 @@
-"""Communication of a worker with the other workers and with the command that started the run."""
+"""A worker's communication with the other workers and with the command that started the run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from raydet.training.history import EpochRecord
 class Crew:
     """One worker's view of all workers.
 
-    `gather`, `share`, `share_bytes`, `exchange` and `all_sum` are collective: every rank must call them.
+    `gather`, `share`, `share_bytes`, `exchange`, `all_sum` and `report` are collective: every rank must call them.
 
     Attributes:
         rank: Rank of this worker, from 0.
@@ -26,7 +26,7 @@ class Crew:
     def __init__(
         self, board: Any, *, rank: int, world_size: int, local_world_size: int, device: "torch.device"
     ) -> None:
-        """Join the workers; with several, their process group must exist.
+        """Join the workers. If there are several, their process group must already exist.
 
         Args:
             board: Actor handle of the command's `raydet.cluster.board.Board`.
@@ -38,7 +38,7 @@ class Crew:
         self.rank, self.world_size = rank, world_size
         self.local_world_size, self.device = local_world_size, device
         self._board = board
-        # For plain objects and flags, whatever the device.
+        # For plain objects and flags, on any device.
         self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
         self._is_in_ray_train = False
         self._answer: ray.ObjectRef[bool] | None = None
@@ -121,7 +121,7 @@ class Crew:
             self._board.pin.remote(record)
 
     def report(self, metrics: dict[str, Any]) -> None:
-        """Report numbers of a finished epoch to Ray Train, if it runs the workers. Collective."""
+        """Report the metrics of a finished epoch to Ray Train, if it runs the workers. Collective."""
         if self._is_in_ray_train:
             import ray.train
 
@@ -133,7 +133,7 @@ class Crew:
             ray.get(self._board.show.remote({"epoch": epoch + 1, "step": step, "num_steps": num_steps}))
 
     def is_asked_to_stop(self, progress: dict[str, int] | None = None) -> bool:
-        """Return True if the command asks to stop. Never blocks: the answer may be that to an earlier call.
+        """Return True if the command has asked to stop. Never blocks: the answer may belong to an earlier call.
 
         Args:
             progress: Progress to show to the user: `epoch`, `step` and `num_steps`.

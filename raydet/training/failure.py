@@ -70,12 +70,12 @@ def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence
     """Make the failure for a loss that is not finite.
 
     Args:
-        position: The step.
+        position: Position of the step.
         terms: Names of the loss terms that are not finite.
-        image_ids: Images of the ranks concerned.
+        image_ids: Ids of the images on the ranks concerned.
     """
     return _failed(
-        f"the loss is not a number in step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}; "
+        f"the loss is not finite at step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}; "
         f"images {', '.join(map(str, image_ids))}; check these images, lower --learning-rate or --max-grad-norm, or "
         "use --precision fp32 or bf16"
     )
@@ -84,16 +84,16 @@ def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence
 def out_of_memory(
     position: "Position", config: TrainConfig, *, num_images: int, size_hw: tuple[int, ...]
 ) -> WorkerFailed:
-    """Make the failure for a step that exceeds the memory.
+    """Make the failure for a step that needs more memory than there is.
 
     Args:
-        position: The step.
+        position: Position of the step.
         config: Configuration of the run.
         num_images: Images in the largest micro-batch.
         size_hw: Height and width in pixels of the largest image.
     """
     return _failed(
-        f"out of memory in step {position.step + 1} of epoch {position.epoch + 1}: a worker held {num_images} images "
+        f"out of memory at step {position.step + 1} of epoch {position.epoch + 1}: a worker held {num_images} images "
         f"of up to {size_hw[0]} × {size_hw[1]} pixels (--batch-size {config.batch_size} over all workers, "
         f"--gradient-accumulation-steps {config.gradient_accumulation_steps}); raise --gradient-accumulation-steps, "
         "enable --gradient-checkpointing, or lower --image-size or --batch-size"

@@ -71,7 +71,7 @@ class EpochRecord:
 
     @property
     def total_s(self) -> float:
-        """Seconds of the epoch including start and validation."""
+        """Seconds of the epoch, including start-up and validation."""
         validation_s = None if self.validation is None else self.validation.seconds
         return self.start_s + self.seconds + (validation_s or 0.0)
 

@@ -1,7 +1,7 @@
-"""Steps in flight: inputs prepared one step ahead, results read one step late, so that the device never waits for us.
+"""Steps in flight: inputs prepared one step ahead, results read one step late, so that the device never waits for them.
 
-While the device computes a step, the host copies the images of the next one to it, and sums the counts of the next one
-over the ranks. The same sum carries the results of the step before. This module does not import Ray.
+While the device computes a step, the host copies the next step's images to it and sums the next step's counts over the
+ranks. The same sum carries the results of the previous step. This module does not import Ray.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ _NUM_DIVISORS = 4
 
 
 class PendingSum:
-    """A sum of numbers over all ranks, on its way. Every rank must start the same sums in the same order."""
+    """A sum of numbers over all ranks, in progress. Every rank must start the same sums in the same order."""
 
     def __init__(self, values: Sequence[float], group: "dist.ProcessGroup | None") -> None:
         """Start the sum.
@@ -34,7 +34,7 @@ class PendingSum:
         self._work = None if group is None else dist.all_reduce(self._values, group=group, async_op=True)
 
     def wait(self) -> list[float]:
-        """Return the sums, on every rank the same."""
+        """Wait for all ranks and return the sums, which are the same on every rank."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -43,14 +43,14 @@ class PendingSum:
 
 
 class DeviceCopy:
-    """Copies of batches to the device, beside its computation. On the CPU nothing is copied."""
+    """Copies of batches to the device, which continues to compute meanwhile. On the CPU nothing is copied."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, batches: Sequence[Batch]) -> "CopiedBatches":
-        """Start to copy batches from pinned memory."""
+        """Start copying batches, through pinned memory."""
         if self._stream is None:
             return CopiedBatches(list(batches), None)
         with torch.cuda.stream(self._stream):
@@ -58,7 +58,7 @@ class DeviceCopy:
             return CopiedBatches(copies, self._stream.record_event())
 
     def _copied(self, batch: Batch) -> Batch:
-        """Copy a batch in three parts, however many images it has."""
+        """Copy a batch in three transfers, however many images it has."""
         counts = [len(label["class_labels"]) for label in batch.labels]
         pixels = self._moved(batch.pixels)
         labels = []
@@ -73,7 +73,7 @@ class DeviceCopy:
 
 
 class CopiedBatches:
-    """Batches on their way to the device."""
+    """Batches that are being copied to the device."""
 
     def __init__(self, batches: list[Batch], event: "torch.cuda.Event | None") -> None:
         self._batches, self._event = batches, event
@@ -83,7 +83,7 @@ class CopiedBatches:
         if self._event is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(self._event)
-            for batch in self._batches:  # their memory may be reused only when the computation has read it
+            for batch in self._batches:  # their memory may be reused only after the computation has read it
                 for values in (batch.pixels, *(value for label in batch.labels for value in label.values())):
                     values.record_stream(stream)
         return self._batches
@@ -136,7 +136,7 @@ class StepOutcome:
     """Results of a step that the device may not have computed yet.
 
     Attributes:
-        position: The step.
+        position: Position of the step.
         image_ids: Ids of its images on this rank.
         learning_rates: Learning rate of the step by parameter group.
         terms: Each loss term of this rank, on the device.
@@ -196,14 +196,14 @@ class LateResults:
         return len(self._computing)
 
     def add(self, outcome: StepOutcome) -> None:
-        """Add a step that the device has just been given."""
+        """Add a step that has just been queued on the device."""
         self._computing.append(outcome)
 
     def report(self, *, keep: int) -> list[float]:
-        """Read the earliest step; return two numbers that the caller sums over all ranks and gives to `conclude`.
+        """Read the earliest step; return two numbers that the caller sums over all ranks and passes to `conclude`.
 
         Args:
-            keep: Number of steps that the device may still be computing, which are left alone.
+            keep: Number of latest steps to leave alone, because the device may still be computing them.
         """
         assert self._summing is None, "the sum of the earlier step comes first"
         if len(self._computing) <= keep:

@@ -1,4 +1,4 @@
-"""Start of the workers of a run: passing on a request to stop, collecting their failure."""
+"""Start the workers of a run, pass on a stop request, and collect their failure."""
 
 import dataclasses
 import threading
@@ -25,7 +25,7 @@ _STOP_POLL_S = 0.2
 
 
 def free_workers(out: str) -> None:
-    """Release the cluster resources of a run's workers after its own process has ended, for any reason."""
+    """Release the cluster resources that a run's workers still hold after its process has ended for any reason."""
     note_uri = storage.join(out, *_GROUP_FILE)
     shares.free_noted_group(note_uri)
     storage.delete_file(note_uri)
@@ -41,7 +41,7 @@ def run_workers(
     is_alone: bool,
     make_trainer: "Callable[..., Trainer] | None" = None,
 ) -> WorkerFailure | None:
-    """Run the workers until they finish; return the failure with which one of them ended the run, if any.
+    """Run the workers until they finish; return the failure that ended the run, if any.
 
     Args:
         config: Configuration of the run, with absolute URIs.
@@ -49,8 +49,8 @@ def run_workers(
         resources: Resources of each worker.
         board: Actor handle of a `raydet.cluster.board.Board`.
         stop: Request to stop; once set, the workers save their state and exit.
-        make_trainer: See `raydet.train`.
         is_alone: True for a single worker on this machine, which needs neither Ray Train nor a process group.
+        make_trainer: See `raydet.train`.
 
     Raises:
         RunError: Workers failed more than `max_failures` times.
@@ -107,11 +107,11 @@ class _LoneWorker:
 
 
 def _run_alone(job: dict[str, Any], config: TrainConfig, resources: shares.Resources) -> WorkerFailure | None:
-    """Run a single worker, and a new one in its place as often as `max_failures` allows."""
+    """Run a single worker, and replace it after a failure, up to `max_failures` times."""
     options = {
         "num_cpus": resources.cpus_per_worker,
         "num_gpus": 1 if resources.use_gpu else 0,
-        "scheduling_strategy": "DEFAULT",  # outside of the placement group of a trial, which holds no room for it
+        "scheduling_strategy": "DEFAULT",  # outside the placement group of a trial, which has no room for it
     }
     failures_left = config.max_failures
     while True:

@@ -45,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 _STEPS_BETWEEN_LOGS = 10
 _STEPS_BETWEEN_PREEMPTION_CHECKS = 20
 _NOT_FINITE = re.compile(r"invalid numeric|infeasible|\b(nan|inf)\b")
-"""Texts of the errors that scipy and transformers raise for boxes or scores that are not finite."""
+"""Pattern of the errors that scipy and transformers raise for boxes or scores that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,14 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     _LOG.info(text, crew.world_size, trainer.device, torch.get_num_threads(), position.step, position.epoch + 1)
     if crew.rank == 0:
         start_step = position.epoch * plan.steps_per_epoch + position.step
-        tracker = RunTracker(config.out, config.trackers, job["config"], start_step=start_step, warn=crew.say)
+        tracker = RunTracker(
+            config.out,
+            config.trackers,
+            job["config"],
+            start_step=start_step,
+            steps_per_epoch=plan.steps_per_epoch,
+            warn=crew.say,
+        )
     return _TrainingRun(
         config=config,
         plan=plan,
@@ -131,7 +138,7 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
 
 
 def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
-    """Start the stream at the trainer's position, one for each node, and return the reader of this rank's part."""
+    """Start this node's stream at the trainer's position, and return the reader of this rank's part."""
     crew = run.crew
     nodes = crew.exchange(ray.get_runtime_context().get_node_id())
     ranks = [rank for rank, node in enumerate(nodes) if node == nodes[crew.rank]]
@@ -150,7 +157,7 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
         )
         if crew.world_size == 1:
             return BatchReader(read_stream(iterators[0]), crew.rank)
-        # Not a reference to an object: Ray does not know of references that are sent without it.
+        # Pickled, not in the object store: Ray does not track references that travel outside it.
         content = ray.cloudpickle.dumps(iterators)
     iterators = ray.cloudpickle.loads(crew.exchange(content)[ranks[0]])
     return BatchReader(read_stream(iterators[ranks.index(crew.rank)]), crew.rank)
@@ -173,7 +180,7 @@ def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     """
     trainer, every, num_steps = run.trainer, run.config.save_every_steps, run.plan.steps_per_epoch
     if trainer.begin_epoch():
-        run.crew.say(f"the backbone is trained from epoch {trainer.position.epoch + 1} on")
+        run.crew.say(f"the backbone is trained from epoch {trainer.position.epoch + 1} onwards")
     inputs = _take(run, reader) if trainer.position.step < num_steps else None
     while inputs is not None:
         started = time.perf_counter()
@@ -196,7 +203,7 @@ def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
 
 
 def _take(run: _TrainingRun, reader: BatchReader) -> StepInputs:
-    """Wait for the images of the next step, start their way to the device, and report the step before the latest."""
+    """Wait for the images of the next step, start copying them to the device, and report the step before the latest."""
     trainer, meter = run.trainer, run.trainer.meter
     position = trainer.position
     is_first, asked = not reader.has_begun, time.perf_counter()
@@ -216,7 +223,7 @@ def _take(run: _TrainingRun, reader: BatchReader) -> StepInputs:
 
 
 def _is_asked_to_stop(run: _TrainingRun) -> bool:
-    """Report progress and return True if the command asks to stop, a few steps late."""
+    """Report progress and return True if the command has asked to stop, possibly a few steps late."""
     if run.crew.rank != 0:
         return False
     position = run.trainer.position
@@ -358,12 +365,12 @@ def _record_of_steps(run: _TrainingRun) -> EpochRecord:
 
 
 def _save_state(run: _TrainingRun, inputs: StepInputs | None, *, after: Sequence[Write] = ()) -> None:
-    """Save a state to resume from, which a thread writes. Collective: every rank must call it.
+    """Hand a state to resume from to the thread that writes it. Collective: every rank must call it.
 
     Args:
         run: The run.
         inputs: The next step, if it has been prepared.
-        after: What is written before the state.
+        after: Writes to perform before the state is written.
     """
     _settle(run, inputs)
     own = run.trainer.state_dict()

@@ -46,7 +46,7 @@ class EpochMeter:
         for name, value in terms.items():
             if name not in self.losses:
                 self.losses[name] = torch.zeros_like(value, dtype=torch.float64)
-        # A call for all terms: with one for each, a GPU would wait for the host.
+        # One call for all terms: with one call per term, a GPU would wait for the host.
         sums = [self.losses[name] for name in terms]
         torch._foreach_add_(sums, list(torch.stack(list(terms.values())).double().unbind()))
 
@@ -65,7 +65,7 @@ class EpochMeter:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "EpochMeter":
-        """Read the result of `to_state`."""
+        """Restore a meter from the result of `to_state`."""
         losses = {
             name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["losses"].items()
         }

@@ -25,7 +25,7 @@ def following(
 
     Args:
         console: The console to print on.
-        read: Accepts an index; returns the entries from that index on, and the progress.
+        read: Takes an index; returns the entries from that index onwards, and the progress.
         epochs: Epochs of the complete run.
     """
     stop, table = threading.Event(), _EpochTable(console, epochs)
@@ -88,9 +88,9 @@ def _notes(record: EpochRecord) -> list[str]:
         numbers = [f"{name} {shown(value)}" for name, value in by_class.items()]
         notes.append(f"AP by class: {', '.join(numbers)}")
     if record.num_skipped_steps:
-        notes.append(f"{record.num_skipped_steps} steps had a gradient that is not finite; raydet skipped them")
+        notes.append(f"steps skipped because their gradient was not finite: {record.num_skipped_steps}")
     if record.num_unreadable:
-        notes.append(f"{record.num_unreadable} training images could not be read; raydet skipped them")
+        notes.append(f"training images skipped because they could not be read: {record.num_unreadable}")
     step_s = sum(record.step_s.values())
     data_s = record.step_s.get("data", 0.0)
     share = data_s / max(step_s, 1e-9)

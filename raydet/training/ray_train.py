@@ -35,10 +35,10 @@ class EndRunOnFailure(UserCallback):
 def fit(
     run: Callable[[dict[str, Any], Crew], None], job: dict[str, Any], config: TrainConfig, resources: shares.Resources
 ) -> WorkerFailure | None:
-    """Run the workers until they finish; return the failure with which one of them ended the run, if any.
+    """Run the workers until they finish; return the failure that ended the run, if any.
 
     Args:
-        run: Function of each worker.
+        run: Function that each worker calls.
         job: Its first argument.
         config: Configuration of the run.
         resources: Resources of each worker.
@@ -56,12 +56,12 @@ def fit(
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
         ),
-        # raydet writes its own checkpoints, OUT/last and OUT/checkpoint; Ray stores only bookkeeping here.
+        # raydet writes its own checkpoints, OUT/last and OUT/checkpoint; Ray stores only its bookkeeping here.
         run_config=ray.train.RunConfig(
             storage_path=storage.join(config.out, "log", "ray"),
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             callbacks=[EndRunOnFailure()],  # type: ignore[list-item]  # typed in the base class, for another callback
-            # Ray Train counts a controller failure for each minute in which the workers find no room, also while an
+            # Ray Train counts a controller failure for each minute in which the workers find no room, even while an
             # autoscaler waits for a machine, which may take hours for a spot machine: no limit (-1).
             failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
                 max_failures=config.max_failures, controller_failure_limit=-1

@@ -1,4 +1,4 @@
-"""Writing of checkpoints beside the training: in a thread, from a copy of the state in host memory."""
+"""Checkpoints, written in the background: by a thread, from a copy of the state in host memory."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Write = Callable[[], object]
 
 
 class Saver:
-    """Writes one checkpoint at a time. A kill at any moment leaves the checkpoint before it.
+    """Writer of one checkpoint at a time. A kill at any moment leaves the previous checkpoint intact.
 
     Every method may raise `WorkerFailed`, if this or an earlier checkpoint could not be written.
     """
@@ -37,7 +37,7 @@ class Saver:
             position: The next step.
 
         Returns:
-            What remains, for `save`: OUT/checkpoint is written if the newest epoch is the best so far, then OUT/last.
+            The remaining writes, for `save`: OUT/checkpoint if the newest epoch is the best so far, then OUT/last.
         """
         self._position = position
         folder = tempfile.TemporaryDirectory(prefix="raydet-checkpoint-")
@@ -50,13 +50,13 @@ class Saver:
         return [*(partial(storage.publish_folder, folder.name, uri) for uri in uris), folder.cleanup]
 
     def save(self, state: TrainingState, history: Sequence[EpochRecord], *, after: Sequence[Write] = ()) -> None:
-        """Copy a state and let it be written. Waits for the checkpoint before, and for nothing else.
+        """Copy a state and start writing it. Waits for the previous checkpoint, and for nothing else.
 
         Args:
             state: The state, whose tensors may change after the call.
             history: Records of the finished epochs.
-            after: What is written before the state, the result of `model`: if the run is killed in between, it resumes
-                from the earlier state and writes all again.
+            after: Writes to perform before the state, from `model`: a run that is killed in between resumes from the
+                earlier state and repeats them.
         """
         self.wait()
         self._position = state.position
@@ -85,7 +85,7 @@ class Saver:
             raise cannot_write(self._position, self._config, error) from error
 
     def close(self) -> None:
-        """Let a checkpoint that is being written come to its end, without raising its failure."""
+        """Finish the checkpoint that is being written, without raising its failure."""
         self._executor.shutdown()
 
 

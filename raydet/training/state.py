@@ -101,9 +101,9 @@ class TrainingState:
 
 
 class HostMemory:
-    """A copy of a state in host memory, which later steps do not change.
+    """A copy of a state in host memory, unaffected by later steps.
 
-    The memory is kept for the next state: pinned memory of this size takes long to allocate.
+    The memory is kept for the next state, because allocating pinned memory of this size is slow.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class HostMemory:
     def copy(self, state: TrainingState) -> TrainingState:
         """Copy a state and return the copy, which is valid until the next call.
 
-        A GPU copies beside its computation: it delays only what follows, and `wait` must precede the first use.
+        A GPU copies asynchronously: only its later work waits for the copy, and `wait` must precede the first use.
         """
         device = next((value.device for value in state.model.values() if value.is_cuda), None)
         if device is None:
@@ -129,7 +129,7 @@ class HostMemory:
         return copied
 
     def wait(self) -> None:
-        """Wait until the copy is complete; called in another thread than `copy`."""
+        """Wait until the copy is complete; called in a different thread from `copy`."""
         if self._event is not None:
             self._event.synchronize()
 

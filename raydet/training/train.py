@@ -1,4 +1,4 @@
-"""`train()`: check the config, start the workers with Ray Train, and return the results.
+"""`train()`: check the config, start the workers, and return the results.
 
 This module does not import torch, so that input errors are reported within a second. `loop.py` runs on the workers.
 """
@@ -130,7 +130,7 @@ def _train_into(
 
     from raydet.training.launch import free_workers, run_workers  # imports torch, after all checks of the input
 
-    # A single worker needs Ray Train only on a named cluster, for the notice that its node will be taken away.
+    # A single worker needs Ray Train only on a named cluster, to be told that its node is about to be reclaimed.
     is_alone = config.max_workers == 1 and (ray.is_initialized() or session.starts_cluster())
     session.announce(console.line)
     with session.session(storage.join(out, "log")):
@@ -179,7 +179,7 @@ def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[s
 
     Args:
         config: Configuration of the run.
-        tables: Tables that an earlier call has opened, to be reused.
+        tables: Tables opened by an earlier call, to reuse.
 
     Returns:
         The tables `train` and `validate`.
@@ -265,7 +265,7 @@ def _check_run_folder(folder: OutputFolder, config: TrainConfig) -> list[EpochRe
 def _check_recipe(config: TrainConfig) -> None:
     """Check schedule, augmentation and trackers before any worker starts."""
     from raydet.models.optim.schedules import check_schedule
-    from raydet.training.tracking.trackers import check_trackers
+    from raydet.training.tracking.integrations import check_trackers
 
     check_schedule(config)
     check_trackers(config.trackers)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _LastBucket:
-    """Time at which the last gradients were ready to send; from then on the backward pass waits for other ranks."""
+    """Time at which the last gradients were ready to send, after which the backward pass waits for other ranks."""
 
     ready_at: float = 0.0
 
@@ -65,7 +65,7 @@ class Trainer:
         rank: int,
         world_size: int,
     ) -> None:
-        """Build the model, the optimizer and the schedule, at the first step of a run.
+        """Build the model, the optimizer and the schedule, positioned at the first step of a run.
 
         Args:
             config: Configuration of the run.
@@ -103,12 +103,12 @@ class Trainer:
         self.optimizer = build_optimizer(model, config, backbone_parameter_names(model))
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
         self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
-        if self._is_frozen:  # after building the optimizer, which must hold every parameter that will be trained later
+        if self._is_frozen:  # after the optimizer, which must hold every parameter that will be trained later
             freeze_backbone(model, config.freeze_backbone)
         if config.compile:
             self.detector.compile(num_sizes=len(config.multi_scale or ()) + 1)
         self._copy = DeviceCopy(device)
-        # A CPU group of its own, whose sums run beside the collectives of a step.
+        # A separate CPU group, whose sums run concurrently with the collectives of a step.
         self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
         self.position, self.meter = Position(0, 0), EpochMeter()
         self.history: list[EpochRecord] = []
@@ -152,14 +152,14 @@ class Trainer:
         return module
 
     def prepare(self, batches: "Sequence[ReadyBatch]", *, others: Sequence[float] = ()) -> StepInputs:
-        """Start to copy this rank's micro-batches of a step to the device, and to sum their counts over the ranks.
+        """Start copying this rank's micro-batches of a step to the device, and summing their counts over the ranks.
 
-        Collective: every rank must call it for the same steps in the same order. It waits for nothing, so call it while
-        the device computes the step before.
+        Collective: every rank must call it for the same steps in the same order. It does not block; call it while the
+        device computes the previous step.
 
         Args:
             batches: The micro-batches.
-            others: Further numbers to sum over the ranks.
+            others: Other numbers to sum over the ranks.
         """
         collated = [batch.batch for batch in batches]
         counts = step_normaliser(self.detector, collated).to_tensor().tolist()
@@ -203,7 +203,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context manager: load the weights to validate and save, the moving average if any, while the block runs."""
+        """Context manager: while the block runs, the model holds the state to validate and save. Collective.
+
+        This is the moving average, if there is one, and always with batch-norm statistics averaged over all ranks.
+        """
         model = self.detector.model
         if self.average is None:
             self._average_statistics()
@@ -227,7 +230,7 @@ class Trainer:
                 buffer /= self.world_size
 
     def engine(self) -> TorchEngine:
-        """Return the engine that `predict` uses, around the current model."""
+        """Wrap the current model in the engine that `predict` uses."""
         return TorchEngine(self.detector, precision=self.config.precision)
 
     def end_epoch(self, record: EpochRecord) -> None:

@@ -1,4 +1,4 @@
-"""Validation during training: exact COCO numbers over each validation image once, on any number of workers."""
+"""Validation during training: exact COCO numbers, counting each image once, on any number of workers."""
 
 import time
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ def validate(
     """Run the current model over every validation image. Collective: every rank must call it.
 
     Args:
-        trainer: Trainer whose model runs as `predict` runs a checkpoint.
+        trainer: Trainer whose model runs in the same way as a checkpoint in `predict`.
         crew: Communication with the other workers.
         plan: Plan of the run.
         reader: Reader positioned at the first batch of the validation.

@@ -89,10 +89,10 @@ def build_scheduler(plan: TuningPlan, ended: Sequence[Trial]) -> TrialScheduler:
 
 
 class _Halving(ASHAScheduler):
-    """Asynchronous successive halving that lets the default training finish, as the reference for all others."""
+    """Asynchronous successive halving that lets the default trial finish, as the reference for all others."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide if a trial continues or stops."""
+        """Decide whether a trial continues or stops."""
         decision = super().on_trial_result(tune_controller, trial, result)
         is_default = hasattr(trial, "config") and _number(trial) == 0
         return str(TrialScheduler.CONTINUE if is_default else decision)

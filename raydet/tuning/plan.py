@@ -17,7 +17,7 @@ class TuningPlan:
 
     Attributes:
         config: Options of the search.
-        base: The training that the search varies.
+        base: The training config that the search varies.
         dimensions: The options that vary.
         points: Parameters to try before the search draws its own.
         metric: Name of the metric to optimise.

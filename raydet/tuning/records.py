@@ -24,15 +24,15 @@ _RECORDS_FOLDER = ("log", "trials")
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One training of a search.
+    """One training run of a search.
 
     Attributes:
         number: Number in order of creation, from 0.
-        source: `default` for the unchanged training, `point` for a point given by the user, `search` for a drawn one.
-        parameters: Options that differ from the default training, by name.
+        source: `default` for the unchanged config, `point` for a point given by the user, `search` for a drawn one.
+        parameters: Options that differ from the unchanged config, by name.
         state: `stopped` by the scheduler in favour of better trials; `unfinished` while training or after an
             interruption.
-        error: Reason of a failure; None otherwise.
+        error: Reason for the failure; None otherwise.
         history: One record per epoch, from the trial's run folder.
     """
 

@@ -1,6 +1,6 @@
 """Resources of concurrent trials: their number and the share of each, such that all of them fit.
 
-Ray Tune counts only the small process that drives a trial; the training's workers request their own resources. If more
+Ray Tune counts only the small process that drives a trial; the trial's workers request their own resources. If more
 workers started than fit, trials would wait for each other forever.
 """
 
@@ -18,7 +18,7 @@ DRIVER_CPUS = 0.01
 
 @dataclass(frozen=True)
 class Machines:
-    """Resources of the cluster, with nodes that it may still start: CPUs, GPUs, nodes, CPUs of the largest node."""
+    """Resources of the cluster, including nodes that it may still start."""
 
     num_cpus: float
     num_gpus: float
@@ -35,7 +35,7 @@ class Share:
         max_concurrent: Number of concurrent trials.
         use_gpu: True if each worker gets one GPU.
         cpus_per_worker: CPUs reserved for each worker of a trial.
-        threads_per_worker: torch threads of a worker; None for the training's default.
+        threads_per_worker: torch threads of a worker; None for the default of `train`.
     """
 
     max_concurrent: int
@@ -79,7 +79,18 @@ def share_out(base: TrainConfig, max_concurrent: int | None, num_trials: int) ->
 def divide(
     machines: Machines, one: shares.Resources, base: TrainConfig, max_concurrent: int | None, num_trials: int
 ) -> Share:
-    """Divide the given resources as `share_out` does; `one` is the share of a training that has the whole cluster."""
+    """Divide the given resources among concurrent trials.
+
+    Args:
+        machines: Resources of the cluster.
+        one: Share of a single training run that uses the complete cluster.
+        base: Training config that sets the workers of all trials.
+        max_concurrent: Requested number of concurrent trials; None for a default.
+        num_trials: Number of remaining trials.
+
+    Raises:
+        UserError: The requested number of trials does not fit.
+    """
     workers = base.max_workers
     fewest_cpus = base.cpus_per_worker or 0.1
     most = int(machines.num_cpus / (workers * fewest_cpus + DRIVER_CPUS) + 1e-9)

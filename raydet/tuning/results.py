@@ -36,7 +36,7 @@ class TuneResult:
         trials: All trials, with their histories.
         best: The best trial.
         value: Metric of the best trial in its best epoch.
-        default_value: Metric of the unchanged training; None if it failed.
+        default_value: Metric of the unchanged config; None if that trial failed.
         parameters: Value of each varied option in the best trial.
         importance: Share of each option in separating the best trials from the others; None if it cannot be computed.
         checkpoint: The best model, a Hugging Face model folder.
@@ -58,14 +58,14 @@ class TuneResult:
 
     @property
     def config_file(self) -> str:
-        """Training config of the best trial, for a longer training."""
+        """Training config of the best trial, for a longer run."""
         return storage.join(self.out, BEST_FOLDER, "config.yaml")
 
     def lines(self) -> list[str]:
         """Return a summary of the search for the terminal."""
         first = ["nothing to do: this search is finished; raise --num-trials to continue it"]
         late = ["the time limit ended the search early; run the same command with a higher --time-limit-s to resume"]
-        default = "" if self.default_value is None else f"; unchanged training: {self.default_value:.3f}"
+        default = "" if self.default_value is None else f"; unchanged config: {self.default_value:.3f}"
         counts = {state: sum(trial.state == state for trial in self.trials) for state in ("stopped", "failed")}
         others = "".join(f", {number} {state}" for state, number in counts.items() if number)
         lines = [
@@ -188,7 +188,7 @@ def _page(
     config = plan.config
     remarks = [] if is_over else ["The time limit ended the search before all trials were done."]
     if any(trial.state == "stopped" for trial in trials):
-        remarks.append("Stopped trials count with their best epoch up to then.")
+        remarks.append("A stopped trial counts with its best epoch before the stop.")
     facts = [
         ("Search", f"{config.search}, seed {config.seed}"),
         ("Scheduler", config.scheduler),

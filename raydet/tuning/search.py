@@ -1,7 +1,7 @@
 """Proposals for the next trials, and the importance of each option.
 
-Both search methods have the same two methods. They learn from the trials of earlier runs as from those of this one, so
-that no state has to be stored.
+Both search methods implement one small interface, `Proposer`. It learns from the trials of earlier runs just as from
+those of this one, so that no state has to be stored.
 """
 
 import json
@@ -102,11 +102,12 @@ def check_search(search: str) -> None:
     """Check that the packages of a search method are installed.
 
     Raises:
-        UserError: Optuna is required and not installed.
+        UserError: Optuna is required but not installed.
     """
     if search == "optuna" and not has_optuna():
         raise UserError(
-            "--search optuna requires Optuna, which is not installed: pip install 'raydet[tune]' or use --search random"
+            "--search optuna requires Optuna, which is not installed; run: pip install 'raydet[tune]', or use --search "
+            "random"
         )
 
 

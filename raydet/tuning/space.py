@@ -18,7 +18,7 @@ from raydet.config.options import build
 
 Kind = Literal["uniform", "loguniform", "randint", "choice"]
 Parameters = dict[str, Any]
-"""Values by name of a train option; a dot separates an option from a nested one."""
+"""Values by the name of a `train` option; a dot separates an option from a nested one."""
 
 _KINDS = typing.get_args(Kind)
 _NOT_TO_VARY = {
@@ -35,7 +35,7 @@ _NOT_TO_VARY = {
 
 @dataclass(frozen=True)
 class Dimension:
-    """A train option that varies.
+    """An option of `train` that varies.
 
     Attributes:
         name: Name of the option, with a dot before a nested one.
@@ -70,7 +70,7 @@ class Dimension:
         if self.kind == "choice":
             return self.values
         low, high = self.values
-        # Also one in between: an option that accepts only integers may have two of them as its bounds.
+        # One in between too: an option that accepts only integers may have two of them as its bounds.
         between = () if self.kind == "randint" else (low + (high - low) * 0.317,)
         return (low, *between, high)
 

@@ -1,4 +1,4 @@
-"""A trial in the process that Ray Tune starts for it: one training that reports its epochs to Tune.
+"""A trial in the process that Ray Tune starts for it: one training run that reports its epochs to Tune.
 
 It is `raydet.train` in a separate run folder. A trial of a killed search therefore resumes automatically, and its
 workers, as actors of this process, exit when Tune stops it.

@@ -46,7 +46,7 @@ def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
     """Search for the best training options; an interrupted search resumes.
 
     Raises:
-        UserError: The space, the training, the tables or the output folder is invalid. Nothing has been written.
+        UserError: The space, the training config, a table or the output folder is invalid. Nothing has been written.
         RunError: All trials failed, or none was measured in time; the table of trials holds the reasons.
     """
     console = console or Console()
@@ -83,14 +83,15 @@ def _announcement(search: Search, share: Share) -> str:
     gpu = " and 1 GPU" if share.use_gpu else ""
     cpus = f"{share.cpus_per_worker:g} CPU{'s' if share.cpus_per_worker > 1 else ''}{gpu}"
     each = f"{workers} worker{'s' if workers > 1 else ''} per trial, {cpus} per worker"
-    return f"{search.num_to_do} trials, {share.max_concurrent} at a time; {each}. Logs: {search.plan.out}/log"
+    trials = f"{search.num_to_do} trial{'s' if search.num_to_do > 1 else ''}, {share.max_concurrent} at a time"
+    return f"{trials}; {each}. Logs: {search.plan.out}/log"
 
 
 def make_plan(config: TuneConfig) -> TuningPlan:
     """Build the plan of a search from its config alone.
 
     Raises:
-        UserError: The space or the training is invalid.
+        UserError: The space or the training config is invalid.
     """
     out = storage.absolute_uri(config.out)
     base = _base(config, out)

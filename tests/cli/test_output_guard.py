@@ -43,7 +43,7 @@ FOLDERS = {
 }
 """Commands that write a folder without Ray, each with an option that changes the identity of the run."""
 PLACES = {"export voc": "out", "export yolo": "out", "export coco": "out.json", "export onnx": "out.onnx"}
-PLACES |= {"report": "out.html"}
+PLACES |= {"report": "out.html", "export cvat": "out", "export label-studio": "out"}
 """Commands that write their output atomically, each with a valid name for it."""
 ON_RAY = ("predict", "train", "tune")
 
@@ -85,6 +85,8 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
         "export voc": ["--data", val],
         "export yolo": ["--data", val],
         "export coco": ["--data", val],
+        "export cvat": ["--data", val],
+        "export label-studio": ["--data", val],
         "export onnx": ["--checkpoint", model],
         "predict": ["--checkpoint", model, "--data", val],
         "train": ["--config", str(folder / "train.yaml")],

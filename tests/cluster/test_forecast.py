@@ -97,7 +97,7 @@ def test_on_cpus_all_stages_share_the_cores(tmp_path: Path) -> None:
     result = plan(PlanConfig(run=scored(tmp_path), images=10**6, cluster=cluster(tmp_path, work=nodes(10, 4))))
     assert result.is_extrapolated and result.num_workers == 10
     assert result.images_per_s == pytest.approx(1000) and result.bottleneck == "model"
-    assert any("extrapolation from 1 worker" in note for note in result.notes())
+    assert any("extrapolated from 1 worker" in note for note in result.notes())
     # One worker has the cores of one node.
     one = plan(PlanConfig(run=str(tmp_path), images=10**6, cluster=result.config.cluster, num_workers=1))
     assert one.images_per_s < 200 and one.bottleneck == "model"
@@ -195,7 +195,7 @@ def test_what_the_run_says_nothing_about_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"predict.*train"):
         plan(PlanConfig(run=str(tmp_path / "none"), images=1))
     run = scored(tmp_path, GPU_NODE, use_gpu=True)
-    with pytest.raises(UserError, match="2 GPUs, the cluster has 1"):
+    with pytest.raises(UserError, match="2 GPUs, but the cluster has 1"):
         plan(PlanConfig(run=run, images=1, num_workers=2))
     with pytest.raises(UserError, match="measured on GPUs"):
         plan(PlanConfig(run=run, images=1, cluster=cluster(tmp_path, work=nodes(1, 8))))

@@ -16,10 +16,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from raydet.models.checkpoints import STATES_FOLDER
-from raydet.tables.table import open_table
+from raydet.models.loading import build_detector
+from raydet.preparation.sources.shapes import CATEGORIES
+from raydet.tables.schema import build_schema
+from raydet.tables.table import TableWriter, open_table
 from tests.local_head import free_port, running_head
+from tests.small_sets import rows_of, save_image, tiny_training
 
 pytestmark = pytest.mark.cluster
 
@@ -248,6 +253,62 @@ def test_without_the_token_nothing_is_run(head: Head) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5)
     assert refused.value.code == 401
+
+
+@pytest.mark.timeout(290)
+def test_a_sweep_ends_with_a_long_run_of_the_best_options(head: Head, shapes: Path, tmp_path: Path) -> None:
+    config = {
+        "train_config": {**tiny_training(shapes), "epochs": 1},
+        "space": {"learning_rate": {"choice": [1e-4, 1e-3]}},
+        "num_trials": 2,
+        "search": "random",
+        "scheduler": "none",
+        "out": "unused",
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config))
+    data = [f"--train-data={shapes}/train", f"--val-data={shapes}/val", f"--out={tmp_path}/sweep"]
+    done = head.submit("jobs/sweep.py", f"--search={tmp_path}/sweep.yaml", "--epochs=2", *data)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert open_table(str(tmp_path / "sweep/search/trials"), "trials").num_rows == 2
+    assert len(json.loads((tmp_path / "sweep/train/log/history.json").read_text())) == 2
+
+
+@pytest.mark.timeout(290)
+def test_every_night_scores_what_is_new(head: Head, shapes: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "scored"
+    build_detector("rt_detr_v2_tiny", CATEGORIES, image_size=64, seed=0).save(str(tmp_path / "model"))
+    (tmp_path / "predict.yaml").write_text(f"checkpoint: {tmp_path}/model\nthreads_per_worker: 1\n")
+    words = ["jobs/nightly.py", f"--predict={tmp_path}/predict.yaml", f"--images={images}", f"--out={out}"]
+    for night, names in (("monday", ["a", "sub/b"]), ("tuesday", ["c"]), ("wednesday", [])):
+        for name in names:
+            save_image(images / f"{name}.jpg")
+        done = head.submit(*words, f"--night={night}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "no new images" in done.stdout and not (out / "wednesday").exists()
+    scored = {night: open_table(str(out / night), "detections").read() for night in ("monday", "tuesday")}
+    assert {night: len(table) for night, table in scored.items()} == {"monday": 2, "tuesday": 1}
+    assert scored["tuesday"]["path"].to_pylist() == [str(images / "c.jpg")]
+    again = head.submit(*words, "--night=monday")
+    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stdout + again.stderr
+
+
+@pytest.mark.timeout(290)
+def test_the_gate_stays_closed_for_a_worse_model(head: Head, shapes: Path, tmp_path: Path) -> None:
+    truth = str(shapes / "val")
+    for name, share in (("current", 1.0), ("worse", 0.5)):
+        with TableWriter(str(tmp_path / name), build_schema("detections", CATEGORIES), config_hash="x") as writer:
+            for row in rows_of(truth):
+                kept = int(len(row["objects"]["id"]) * share)
+                found = {key: row["objects"][key][:kept] for key in ("bbox", "category")} | {"score": [0.5] * kept}
+                size = {key: row[key] for key in ("image_id", "width", "height")}
+                writer.write_rows([{**size, "path": row["image"]["path"], "detections": found}])
+    words = ["jobs/release_gate.py", f"--truth={truth}", f"--current={tmp_path}/current"]
+    done = head.submit(*words, f"--candidate={tmp_path}/current")
+    assert done.returncode == 0 and "release: the difference" in done.stdout, done.stdout + done.stderr
+    head.submit(*words, f"--candidate={tmp_path}/worse", submission_id="gated")
+    job = head.job("gated")
+    assert job["status"] == "FAILED" and job["driver_exit_code"] == 3, job
+    assert "do not release" in head.logs("gated")
 
 
 def _wait_for(is_there: Callable[[], bool], head: Head, job: str) -> None:

@@ -120,7 +120,7 @@ def test_fewer_gpus_than_workers_are_never_passed_over_in_silence() -> None:
     assert not shares((4, 1), num_workers=2, use_gpu=False).notice
     growing = shares((4, 1), num_workers=2, use_gpu=True, may_grow=True)
     assert growing.use_gpu and "wait" in growing.notice
-    with pytest.raises(UserError, match=r"--use-gpu .*2 workers .* has 1"):
+    with pytest.raises(UserError, match=r"--use-gpu .* 2 in total; .* has 1"):
         shares((4, 1), num_workers=2, use_gpu=True)
 
 

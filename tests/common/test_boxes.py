@@ -4,7 +4,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydet.common.boxes import as_boxes, clip_xywh, has_area, xywh_to_normalised_cxcywh, xywh_to_xyxy, xyxy_to_xywh
+from raydet.common.boxes import (
+    as_boxes,
+    clip_xywh,
+    enclosing_xywh,
+    has_area,
+    xywh_to_normalised_cxcywh,
+    xywh_to_xyxy,
+    xyxy_to_xywh,
+)
 
 _side = st.floats(0, 2000, allow_nan=False)
 _boxes = st.lists(st.tuples(st.floats(-500, 2000), st.floats(-500, 2000), _side, _side), max_size=8).map(as_boxes)
@@ -42,3 +50,11 @@ def test_normalised_centres() -> None:
 
 def test_no_boxes_keep_their_shape() -> None:
     assert as_boxes([]).shape == clip_xywh(as_boxes([]), (5, 5)).shape == (0, 4)
+
+
+def test_the_box_around_a_rotated_one() -> None:
+    box = (4.0, 6.0, 8.0, 4.0)
+    assert enclosing_xywh(box, 360, (0, 0)) == box
+    # A quarter turn clockwise around its own corner: what was right is below, what was below is left.
+    np.testing.assert_allclose(enclosing_xywh(box, 90, (4, 6)), (0, 6, 4, 8))
+    np.testing.assert_allclose(enclosing_xywh((-1, -1, 2, 2), 45, (0, 0)), (-(2**0.5), -(2**0.5), 8**0.5, 8**0.5))

@@ -111,6 +111,25 @@ def test_sizes_that_vary(name: str, engine: Any, tmp_path: Path) -> None:
     assert_same(together[:2], one_by_one)
 
 
+@pytest.mark.parametrize(
+    ("name", "pads_to_largest"), [("detr_tiny", False), ("conditional_detr_tiny", True), ("yolos_tiny", True)]
+)
+def test_the_device_resizes_into_the_same_batches(name: str, pads_to_largest: bool, tmp_path: Path) -> None:
+    folder, images = tiny(name, tmp_path, pads_to_largest=pads_to_largest), pictures(SIZES_HW)
+    engines: list[Any] = [
+        load_engine(config_of(folder, resize_on=place), device="cpu", num_threads=1) for place in ("cpu", "device")
+    ]
+    here, there = (engine.prepare(images) for engine in engines)
+    for mine, theirs in zip(there, here, strict=True):
+        assert (mine.places, mine.batch.sizes_hw) == (theirs.places, theirs.batch.sizes_hw)
+        assert mine.batch.original_sizes_hw == theirs.batch.original_sizes_hw
+        assert mine.batch.pixels.dtype == torch.uint8
+        assert int((mine.batch.pixels.int() - theirs.batch.pixels.int()).abs().max()) == 1
+        for pixels, (height, width) in zip(mine.batch.pixels, mine.batch.sizes_hw, strict=True):
+            assert not pixels[:, height:].any() and not pixels[:, :, width:].any()
+    assert_same(engines[1].predict(there), engines[0].predict(here), score=1e-3, box_px=0.1)
+
+
 def test_padded_images_are_told_from_their_padding(tmp_path: Path) -> None:
     """Check that a box around the complete input is the complete original image, for any padding."""
     detector = build_detector("detr_tiny", CATEGORIES, image_size=96, seed=0)

@@ -57,11 +57,12 @@ def _ap(trained: tuple[str, str], folder: Path, **options: object) -> float:
         ({"engine": "onnx"}, 0.002),
         ({"channels_last": False}, 0.002),
         ({"batch_size": 3, "num_workers": 2}, 0.002),
+        ({"resize_on": "device"}, 0.001),
         # With eight significant bits, scores change by a few hundredths, and so does the order of some detections.
         ({"precision": "bf16"}, 0.01),
         ({"engine": "openvino", "precision": "bf16"}, 0.01),
     ],
-    ids=["openvino", "onnx", "plain", "other batches", "bf16", "openvino bf16"],
+    ids=["openvino", "onnx", "plain", "other batches", "device resize", "bf16", "openvino bf16"],
 )
 def test_the_ap_is_that_of_torch(
     trained: tuple[str, str], ap_of_torch: float, tmp_path: Path, options: dict[str, object], tolerance: float

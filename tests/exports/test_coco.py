@@ -176,9 +176,17 @@ def test_instances_have_sizes_areas_crowds_and_the_further_columns(tmp_path: Pat
         {"id": 6, "file_name": "b/3.png", "width": 64, "height": 48, "city": "Ulm", "lux": None},
     ]
     assert content["annotations"] == [
-        {"id": 1, "image_id": 9, "category_id": 2, "bbox": [1.5, 2, 6, 5], "area": 10, "iscrowd": 1},
-        {"id": 2, "image_id": 9, "category_id": 7, "bbox": [0, 0, 1, 3], "area": 1, "iscrowd": 0},
-        {"id": 3, "image_id": 6, "category_id": 7, "bbox": [3, 3, 3, 3], "area": 3, "iscrowd": 0},
+        {
+            "id": 1,
+            "image_id": 9,
+            "category_id": 2,
+            "bbox": [1.5, 2, 6, 5],
+            "area": 10,
+            "iscrowd": 1,
+            "segmentation": [],
+        },
+        {"id": 2, "image_id": 9, "category_id": 7, "bbox": [0, 0, 1, 3], "area": 1, "iscrowd": 0, "segmentation": []},
+        {"id": 3, "image_id": 6, "category_id": 7, "bbox": [3, 3, 3, 3], "area": 3, "iscrowd": 0, "segmentation": []},
     ]
     first, last = report.lines()
     assert first == "3 annotations of 3 images" and last.endswith(str(tmp_path / "instances.json"))

@@ -31,7 +31,8 @@ from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training.feeding import stream
-from raydet.training.feeding.batches import decode_chunk, ready_batches
+from raydet.training.feeding.batches import ready_batches
+from raydet.training.feeding.chunks import decode_chunk
 from raydet.training.feeding.ordering import RunPlan
 from tests.reporting.test_reporting import EVIL, Page
 

@@ -122,6 +122,11 @@ def test_the_numbers_are_those_of_one_process(
     assert there.lines() == here.lines()
 
 
+def test_they_can_be_verified(config: EvaluateConfig, ray_cluster: None) -> None:
+    found = evaluate(dataclasses.replace(config, verify=True)).verification
+    assert found is not None and found.differing == () and found.num_images == 60
+
+
 def test_the_tables_are_those_of_one_process(config: EvaluateConfig, ray_cluster: None, tmp_path: Path) -> None:
     for name, address in {"here": None, "there": "local"}.items():
         evaluate(dataclasses.replace(config, ray_address=address, out=str(tmp_path / name), bootstrap=20, run="r"))

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import ConditionalDetrImageProcessor, DetrImageProcessor, RTDetrImageProcessor, YolosImageProcessor
 
 from raydet.models.families import FAMILIES
-from raydet.models.geometry import ResizeRule, resize
+from raydet.models.geometry import ResizeRule, resize, resized_on_device
 from raydet.models.processors import resize_rule_of, resized_processor
 
 PROCESSORS: dict[str, Any] = {
@@ -57,6 +57,20 @@ def test_every_resampling_code_means_what_it_means_to_the_processor(resample: in
     image = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     processor = RTDetrImageProcessor(size={"height": 32, "width": 96}, resample=resample)
     np.testing.assert_array_equal(resize(image, (32, 96), resample), processed(processor, image))
+
+
+@pytest.mark.parametrize(("resample", "most_levels"), [(0, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize("size_hw", [(375, 500), (97, 131), (640, 100)])
+def test_resize_on_a_device_is_that_of_the_decoders(size_hw: tuple[int, int], resample: int, most_levels: int) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (size_hw[0] // 16 + 2, size_hw[1] // 16 + 2, 3), dtype=np.uint8)
+    image = np.ascontiguousarray(resize(coarse, size_hw, 3))
+    planes = torch.from_numpy(image).permute(2, 0, 1)
+    for new_hw in ((96, 128), (200, 160)):
+        resized = resized_on_device(planes, new_hw, resample)
+        assert resized.dtype == torch.uint8
+        expected = resize(image, new_hw, resample).astype(int)
+        assert np.abs(resized.permute(1, 2, 0).numpy() - expected).max() <= most_levels
+    assert resized_on_device(planes, size_hw, resample) is planes
 
 
 def test_resize_of_real_pictures(test_data: Path) -> None:

@@ -515,7 +515,7 @@ class TestMistakes:
         build_detector(str(tmp_path), CATEGORIES, image_size=128, seed=0)
 
     def test_no_categories(self) -> None:
-        with pytest.raises(UserError, match="categories"):
+        with pytest.raises(UserError, match="without classes"):
             build_detector("detr_tiny", [], image_size=None, seed=0)
 
     def test_weights_are_only_read_as_safetensors(self, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Effect of padding on the AP of a trained model, measured on images of many sizes."""
+"""Effect of padding and of the place of the resize on the AP of a trained model, on images of many sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def test_pictures_have_many_sizes_and_the_boxes_of_their_shapes(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("ray_cluster")
-def test_padding_does_not_change_ap(tmp_path: Path) -> None:
+def test_neither_padding_nor_the_place_of_the_resize_changes_ap(tmp_path: Path) -> None:
     scored = write_pictures(tmp_path / "val", "val", 2000)
     trained = train(
         TrainConfig(
@@ -104,17 +104,13 @@ def test_padding_does_not_change_ap(tmp_path: Path) -> None:
             **QUICK_RECIPE,
         )
     )
+    runs: dict[str, dict[str, Any]] = {"padded": {}, "alone": {"pad_batches": False}, "device": {"resize_on": "device"}}
     ap = {}
-    for pad_batches in (True, False):
-        found = predict(
-            PredictConfig(
-                checkpoint=trained.checkpoint,
-                data=scored,
-                out=str(tmp_path / f"detections-{pad_batches}"),
-                pad_batches=pad_batches,
-            )
-        )
-        ap[pad_batches] = evaluate(EvaluateConfig(truth=scored, detections=found.out)).result.AP or 0.0
-    print(f"AP padded {ap[True]:.4f}, each size by itself {ap[False]:.4f}")
-    assert ap[False] > 0.15
-    assert ap[True] == pytest.approx(ap[False], abs=0.001)
+    for name, options in runs.items():
+        out = str(tmp_path / f"detections-{name}")
+        found = predict(PredictConfig(checkpoint=trained.checkpoint, data=scored, out=out, **options))
+        ap[name] = evaluate(EvaluateConfig(truth=scored, detections=found.out)).result.AP or 0.0
+    print(f"AP padded {ap['padded']:.4f}, each size by itself {ap['alone']:.4f}, resized there {ap['device']:.4f}")
+    assert ap["alone"] > 0.15
+    assert ap["padded"] == pytest.approx(ap["alone"], abs=0.001)
+    assert ap["device"] == pytest.approx(ap["padded"], abs=0.001)

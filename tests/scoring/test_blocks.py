@@ -61,9 +61,12 @@ def test_views_are_cut_and_resized_as_an_engine_would(tmp_path: Path, options: d
             np.testing.assert_array_equal(found, expected.transpose(2, 0, 1))
 
 
-def test_without_a_rule_images_stay_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rule", "options"), [(None, {}), (RULE, {"resize_on": "device", "flip": True})])
+def test_images_that_the_decoder_does_not_resize_stay_as_they_are(
+    tmp_path: Path, rule: ResizeRule | None, options: dict[str, Any]
+) -> None:
     save_image(tmp_path / "0.png", (30, 20), seed=1)
-    ((block, _),) = blocks_of(work_on(tmp_path), range(1), None)
+    ((block, _),) = blocks_of(work_on(tmp_path, **options), range(1), rule)
     ((size_hw,), (flat,)) = images_in(block)
     expected = decode((tmp_path / "0.png").read_bytes(), max_pixels=10**6)
     np.testing.assert_array_equal(flat.reshape(*size_hw, 3), expected)
@@ -80,6 +83,9 @@ def test_blocks_of_large_images_are_shorter_but_hold_whole_batches(shapes: Path)
     assert lengths(64) == [24] and lengths(8) == [8, 8, 8] and lengths(8, start=16) == [8]
     assert lengths(64, most_bytes=5 * 3 * 64 * 64) == [8, 8, 8]
     assert lengths(64, most_bytes=1) == [1] * 24
+    work = dataclasses.replace(work, config=dataclasses.replace(work.config, resize_on="device"))
+    rule = ResizeRule(mode="fixed", size_hw=(640, 640))
+    assert lengths(64, most_bytes=5 * 3 * 64 * 64) == [8, 8, 8]  # the images are 64 × 64
 
 
 def test_decode_processes_import_neither_torch_nor_ray() -> None:

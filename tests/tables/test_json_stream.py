@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydet.tables.json_stream import JsonError, members
+from raydet.tables.json_stream import JsonError, elements, members
 
 TEXTS = st.text(st.characters(codec="utf-8") | st.characters(categories=["Cs"]), max_size=6)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
@@ -105,3 +105,12 @@ def test_an_entry_that_would_fill_the_memory_is_refused() -> None:
     with pytest.raises(JsonError, match="1,000 characters, character 10"):
         read_all(stream, chunk_bytes=64, max_entry_chars=1000)
     assert stream.tell() < 5000
+
+
+@given(content=st.lists(VALUES, max_size=5), chunk_bytes=st.integers(4, 40))
+def test_a_list_is_read_element_by_element(content: list[Any], chunk_bytes: int) -> None:
+    data = json.dumps(content).encode(errors="surrogatepass")
+    assert list(elements(io.BytesIO(data), chunk_bytes=chunk_bytes)) == content
+    for damaged in (data[:-1], data + b"]", b"{}", b""):
+        with pytest.raises(JsonError):
+            list(elements(io.BytesIO(damaged), chunk_bytes=chunk_bytes))

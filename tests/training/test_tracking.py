@@ -1,6 +1,9 @@
+import ast
+import dataclasses
+import importlib
+import inspect
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -15,9 +18,11 @@ import pytest
 from PIL import Image
 
 from raydet.common.errors import UserError
+from raydet.common.redaction import without_secrets
 from raydet.tables import storage
 from raydet.training.history import EpochRecord, ValidationRecord
-from raydet.training.tracking.trackers import RunTracker, check_trackers, scalars_of, without_secrets
+from raydet.training.tracking.integrations import _MODULES, Arguments, check_trackers
+from raydet.training.tracking.trackers import RunTracker, scalars_of
 
 SECRET = "s3cr3t-value-of-a-key"
 CONFIG: dict[str, Any] = {
@@ -29,11 +34,22 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Remove the variables that a tracker sets for its process, before and after the test."""
+    saved = dict(os.environ)
     for name in list(os.environ):
         if name.startswith(("MLFLOW_", "WANDB_")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("SOME_API_KEY", SECRET)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def started(out: str, trackers: list[str], *, start_step: int = 0, **options: Any) -> RunTracker:
+    config = CONFIG | options.pop("changes", {})
+    return RunTracker(out, trackers, config, start_step=start_step, steps_per_epoch=2, **options)
 
 
 def picture(colour: int = 200) -> npt.NDArray[np.uint8]:
@@ -132,25 +148,115 @@ def test_secrets_are_replaced_and_nothing_else() -> None:
 
 def test_a_tracker_that_is_not_there_is_told_of_without_importing_any(tmp_path: Path) -> None:
     check_trackers([])
-    check_trackers(["mlflow", "wandb"])
-    with pytest.raises(UserError, match=r"neptune.*mlflow.*wandb"):
-        check_trackers(["neptune"])
+    check_trackers(["mlflow", "wandb", "kubeflow", "transformers:TrainerCallback"])
+    for name, facts in {
+        "trackio": "requires trackio; run: pip install trackio",
+        "azure_ml": "run: pip install azureml-core",
+        "tensorboard": "does not support tensorboard; use azure_ml, clearml, .* or MODULE:CLASS",
+        "raydet:NoSuchCallback": "cannot import raydet:NoSuchCallback",
+        "no_such_module:Callback": "cannot import no_such_module:Callback",
+        "raydet:train": "is not a class",
+    }.items():
+        with pytest.raises(UserError, match=facts):
+            check_trackers([name])
     (tmp_path / "wandb").mkdir()  # W&B creates such a folder; Python takes it for a namespace package
     code = (
-        "import sys; from raydet.training.tracking.trackers import check_trackers, RunTracker, UserError\n"
+        "import sys; from raydet.training.tracking.integrations import check_trackers, UserError\n"
         f"sys.path[:] = [{str(tmp_path)!r}]\n"
         "try: check_trackers(['wandb'])\n"
         "except UserError as error: print(error)\n"
-        "print(sorted({'mlflow', 'wandb', 'tensorboardX', 'torch', 'ray'} & set(sys.modules)))"
+        "print(sorted({'mlflow', 'wandb', 'tensorboardX', 'torch', 'transformers', 'ray'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     message, imported = done.stdout.splitlines()
     assert "pip install 'raydet[wandb]'" in message and imported == "[]"
 
 
+def test_callbacks_of_transformers_find_what_they_read() -> None:
+    """The packages of most integrations are not installed here, so their source is checked."""
+    from transformers import TrainerControl, TrainerState
+    from transformers.integrations import integration_utils
+
+    callbacks = {
+        name: made for name, made in integration_utils.INTEGRATION_TO_CALLBACK.items() if name != "tensorboard"
+    }
+    assert set(callbacks) == set(_MODULES)
+    arguments = Arguments({}, "out", "run")
+    given = {"args": arguments, "training_args": arguments, "state": TrainerState(), "control": TrainerControl()}
+    classes = {made.__name__ for made in callbacks.values()}
+    read = {
+        (node.value.id, node.attr)
+        for part in ast.parse(inspect.getsource(integration_utils)).body
+        if isinstance(part, ast.ClassDef) and part.name in classes
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in given
+    }
+    assert {("args", "to_dict"), ("args", "trackio_space_id"), ("state", "global_step")} <= read
+    assert [item for item in sorted(read) if not hasattr(given[item[0]], item[1])] == []
+    assert dataclasses.is_dataclass(arguments)  # ClearML reads its fields
+
+
+CALLBACK = """
+from transformers import TrainerCallback
+
+seen = []
+
+class Recorder(TrainerCallback):
+    def on_train_begin(self, args, state, control, **_):
+        seen.append(("begin", args.to_dict()["model"], state.global_step, state.max_steps, state.is_world_process_zero))
+
+    def on_log(self, args, state, control, logs, **_):
+        seen.append((state.global_step, state.epoch, logs))
+
+    def on_train_end(self, args, state, control, **_):
+        seen.append("end")
+
+class Failing(Recorder):
+    def on_log(self, args, state, control, logs, **_):
+        seen.append("failing")
+        raise ConnectionError(f"no answer from https://me:password@host\\n{args.run_name}")
+
+class NotStarting(Recorder):
+    def on_train_begin(self, args, state, control, **_):
+        raise SystemError("no key")
+"""
+
+
+def test_callbacks_of_the_user_are_driven_and_their_failures_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_trackers.py").write_text(CALLBACK)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = [f"my_trackers:{name}" for name in ("Failing", "NotStarting", "Recorder")]
+    check_trackers(names)
+    warnings: list[str] = []
+    tracker = started(str(tmp_path / "my-run"), names, start_step=2, warn=warnings.append)
+    tracker.scalars(3, {"train/loss": 0.5, "validation/AP": 0.25, "AP_by_class/cat": 0.125, "time/seconds": 2.0})
+    tracker.images(4, {"validation/7": picture()})
+    tracker.scalars(4, {"step/loss": 1.0, "learning_rate/head": 0.1})
+    tracker.close()
+
+    seen = importlib.import_module("my_trackers").seen
+    begin = ("begin", "rt_detr_v2_small", 2, 6, True)
+    logs = {"loss": 0.5, "eval_AP": 0.25, "eval_AP_by_class/cat": 0.125, "time/seconds": 2.0}
+    assert seen == [
+        begin,
+        begin,
+        "failing",
+        (3, 1.5, logs),
+        (4, 2.0, {"step/loss": 1.0, "learning_rate/head": 0.1}),
+        "end",
+        "end",
+    ]
+    assert len(warnings) == 2 and "my_trackers:NotStarting" in warnings[0] and "no key" in warnings[0]
+    assert "my_trackers:Failing" in warnings[1] and "training continues" in warnings[1]
+    assert "password" not in warnings[1] and "my-run" in warnings[1]
+    assert [step for step, _ in shown(str(tmp_path / "my-run" / "log" / "tensorboard"))["step/loss"]] == [4]
+
+
 def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path: Path) -> None:
     folder = str(tmp_path / "log" / "tensorboard")
-    first = RunTracker(str(tmp_path), [], CONFIG, start_step=0)
+    first = started(str(tmp_path), [], start_step=0)
     for step in (1, 2, 3):
         first.scalars(step, {"train/loss": 1 / step, "train/rate": step * 10.0})
     first.images(2, {"validation/7": picture(90)})
@@ -158,7 +264,7 @@ def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path: Path) -> None:
     first.flush()  # no close: the process was killed, and its last state is that after step 2
     assert [step for step, _ in shown(folder)["train/loss"]] == [1, 2, 3]
 
-    second = RunTracker(str(tmp_path), [], CONFIG, start_step=2)
+    second = started(str(tmp_path), [], start_step=2)
     second.scalars(3, {"train/loss": 7.0})
     second.scalars(4, {"train/loss": 8.0})
     second.images(4, {"validation/7": picture(200)})
@@ -179,14 +285,14 @@ def test_tensorboard_shows_each_step_once_after_a_crash(tmp_path: Path) -> None:
 def test_what_is_logged_arrives_at_a_uri_with_each_flush() -> None:
     out = "memory://tracked/run"
     folder = f"{out}/log/tensorboard"
-    tracker = RunTracker(out, [], CONFIG, start_step=0)
+    tracker = started(out, [], start_step=0)
     tracker.scalars(1, {"train/loss": 0.5})
     tracker.flush()
     assert shown(folder)["train/loss"] == [(1, 0.5)]
     tracker.scalars(2, {"train/loss": 0.25})
     tracker.close()
     assert shown(folder)["train/loss"] == [(1, 0.5), (2, 0.25)]
-    resumed = RunTracker(out, [], CONFIG, start_step=1)
+    resumed = started(out, [], start_step=1)
     resumed.scalars(2, {"train/loss": 0.125})
     resumed.close()
     assert shown(folder)["train/loss"] == [(1, 0.5), (2, 0.125)]
@@ -195,7 +301,7 @@ def test_what_is_logged_arrives_at_a_uri_with_each_flush() -> None:
 def test_a_place_that_cannot_be_written_is_told_of_once(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a file where a folder should be")
     warnings: list[str] = []
-    tracker = RunTracker(str(tmp_path), [], CONFIG, start_step=0, warn=warnings.append)
+    tracker = started(str(tmp_path), [], start_step=0, warn=warnings.append)
     tracker.scalars(1, {"train/loss": 0.5})
     tracker.images(1, {"validation/7": picture()})
     tracker.flush()
@@ -205,22 +311,15 @@ def test_a_place_that_cannot_be_written_is_told_of_once(tmp_path: Path) -> None:
 
 def test_mlflow_continues_in_the_same_run(tmp_path: Path) -> None:
     out, folder = str(tmp_path / "my-run"), tmp_path / "my-run" / "log" / "mlflow"
-    first = RunTracker(out, ["mlflow"], CONFIG, start_step=0)
-    first.scalars(1, {"train/loss": 0.5, "AP_by_class/traffic: light": 0.25})
-    first.images(1, {"validation/7": picture()})
-    first.flush()
-
     warnings: list[str] = []
-    second = RunTracker(out, ["mlflow"], CONFIG | {"epochs": 5}, start_step=1, warn=warnings.append)
+    first = started(out, ["mlflow"], warn=warnings.append)
+    first.scalars(1, {"train/loss": 0.5, "AP_by_class/traffic (light)": 0.25})
+    first.images(1, {"validation/7": picture()})
+    first.close()
+    second = started(out, ["mlflow"], start_step=1, changes={"epochs": 5}, warn=warnings.append)
     second.scalars(2, {"train/loss": 0.25})
-    shutil.move(folder, tmp_path / "gone")  # like a server that is down for a while
-    second.flush()
-    second.scalars(3, {"train/loss": 0.125})
-    second.flush()
-    assert len(warnings) == 1 and "mlflow" in warnings[0]
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.move(tmp_path / "gone", folder)
     second.close()
+    assert warnings == []
 
     from mlflow.tracking import MlflowClient
 
@@ -230,31 +329,28 @@ def test_mlflow_continues_in_the_same_run(tmp_path: Path) -> None:
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("my-run", "FINISHED")
     assert run.info.run_id == json.loads((folder.parent / "trackers.json").read_text())["mlflow"]
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.25), (3, 0.125)]
-    assert run.data.metrics["AP_by_class/traffic_ light"] == 0.25
-    assert run.data.params["epochs"] == "3" and run.data.tags["epochs from step 1"] == "5"
-    assert run.data.params["train_data"] == "s3://bucket/train"
-    assert [Path(item.path).suffix for item in client.list_artifacts(run.info.run_id, "images")] == [".webp", ".png"]
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.25)]
+    assert run.data.metrics["eval_AP_by_class/traffic _light_"] == 0.25
+    assert run.data.params["epochs"] == "3" and run.data.params["train_data"] == "s3://bucket/train"
+    assert client.list_artifacts(run.info.run_id) == []
     assert SECRET.encode() not in everything_below(tmp_path)
 
 
-def test_mlflow_files_at_a_uri_are_taken_up_again() -> None:
+def test_mlflow_files_at_a_uri_are_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     out = "memory://tracked/mlflow-run"
-    first = RunTracker(out, ["mlflow"], CONFIG, start_step=0)
-    first.images(1, {"validation/7": picture()})
-    first.close()
-    for start_step in (1, 2):
-        tracker = RunTracker(out, ["mlflow"], CONFIG, start_step=start_step)
+    for start_step in (0, 1):
+        tracker = started(out, ["mlflow"], start_step=start_step)
         tracker.scalars(start_step + 1, {"train/loss": 0.5})
         tracker.close()
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_MAX_LOG_PARAMS"):  # like a new process
+            monkeypatch.delenv(name, raising=False)
     names = storage.list_files(f"{out}/log/mlflow", recursive=True)
     (run_id,) = {name.split("/")[1] for name in names if name.count("/") > 1}
-    assert json.loads(storage.read_bytes(f"{out}/log/trackers.json")) == {"mlflow": run_id}
-    assert len([name for name in names if name.endswith(".png")]) == 1
-    (losses,) = [name for name in names if name.endswith("metrics/train/loss")]
+    assert json.loads(storage.read_bytes(f"{out}/log/trackers.json"))["mlflow"] == run_id
+    (losses,) = [name for name in names if name.endswith("metrics/loss")]
     lines = storage.read_bytes(f"{out}/log/mlflow/{losses}").decode().splitlines()
-    assert [line.split()[1:] for line in lines] == [["0.5", "2"], ["0.5", "3"]]
+    assert [line.split()[1:] for line in lines] == [["0.5", "1"], ["0.5", "2"]]
 
 
 def test_wandb_without_a_key_is_logged_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,20 +358,20 @@ def test_wandb_without_a_key_is_logged_to_files(tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "my-run"
     warnings: list[str] = []
     for start_step in (0, 1):
-        tracker = RunTracker(str(out), ["wandb"], CONFIG, start_step=start_step, warn=warnings.append)
-        tracker.scalars(start_step + 1, {"train/loss": 0.5})
+        tracker = started(str(out), ["wandb"], start_step=start_step, warn=warnings.append)
+        tracker.scalars(start_step + 1, {"train/loss": 0.5, "validation/AP": 0.25})
         tracker.images(start_step + 1, {"validation/7": picture()})
         tracker.close()
         monkeypatch.setenv("WANDB_API_KEY", key := "0123456789abcdef" * 3)
         monkeypatch.setenv("WANDB_MODE", "offline")
     assert warnings == []
-    run_id = json.loads((out / "log" / "trackers.json").read_text())["wandb"]
+    run_id = json.loads((out / "log" / "trackers.json").read_text())["id"]
     files = sorted((out / "log" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
     assert len(files) == 2
     for file in files:
         content = file.read_bytes()
-        assert b"rt_detr_v2_small" in content and b"train/loss" in content
-        assert len(list(file.parent.glob("files/media/images/validation/*.png"))) == 1
+        assert all(name in content for name in (b"rt_detr_v2_small", b"train/loss", b"eval/AP", b"my-run"))
+        assert len(list(file.parent.glob("files/media/images/eval/*.png"))) == 1
     assert SECRET.encode() not in everything_below(tmp_path)
     assert key.encode() not in everything_below(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["my-run"]

@@ -170,6 +170,7 @@ def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path,
         ({"model": "no_such_model"}, "no_such_model"),
         ({"model": "."}, "config.json"),
         ({"image_size": 100}, "--image-size.*32.*100"),
+        ({"trackers": ["wandb", "trackio"]}, "--trackers requires trackio; run: pip install trackio"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(

@@ -82,7 +82,7 @@ def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> 
     result = tune(config, console=console)
     assert [trial.state for trial in result.trials] == ["finished", "failed", "finished"]
     assert [trial.source for trial in result.trials] == ["default", "point", "search"]
-    assert "the loss is not a number" in (result.trials[1].error or "")
+    assert "the loss is not finite" in (result.trials[1].error or "")
     assert any("trial-0000" in shown and "trial-0001" in shown for shown in console.shown), "no concurrent trials"
     assert re.search(r"3 trials, 2 at a time.*1 worker .*0\.49 CPU", console.lines[0])
     assert len([line for line in console.lines if line.startswith("trial-")]) == 3
@@ -125,7 +125,7 @@ def test_trials_of_two_workers_and_all_that_fail(shapes: Path, tmp_path: Path) -
     result = tune(_config(shapes, tmp_path / "two", {"num_workers": 2, "epochs": 1}, num_trials=1))
     assert result.best.source == "default" and len(result.best.history) == 1
     config = _config(shapes, tmp_path / "bad", {"learning_rate": 1e25, "max_grad_norm": 1e9}, num_trials=1)
-    with pytest.raises(RunError, match="trial-0000: the loss is not a number"):
+    with pytest.raises(RunError, match="trial-0000: the loss is not finite"):
         tune(config)
     assert open_table(f"{config.out}/trials", "trials").read()["state"].to_pylist() == ["failed"]
 

@@ -17,7 +17,7 @@ from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
 
 DATA_BOUND = 0.1
-"""A training that waits for images for at least this share of its steps is limited by reading and decoding."""
+"""A training run that waits for images for at least this share of its time is limited by reading and decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +27,16 @@ class MeasuredRun:
     Attributes:
         job: Command of the run.
         num_images: Images that the run scored, or trained on, over all epochs.
-        images_per_s: Images per second, start-up, validation and the end of the run left out.
+        images_per_s: Images per second, excluding start-up, validation and the end of the run.
         measured_s: Seconds over which `images_per_s` was measured.
-        overhead_s: Seconds of the run besides: start-up, first images and the end of the run.
-        epoch_overhead_s: In training: seconds per epoch besides its steps, for validation and checkpoints.
-        epochs: Epochs of the run; 1 for predict.
+        overhead_s: The other seconds of the run: start-up, first images and the end of the run.
+        epoch_overhead_s: In training: seconds per epoch in addition to its steps, for validation and checkpoints.
+        epochs: Epochs of the run; 1 for `predict`.
         batch_size: In training: images per step over all workers.
         num_workers: Copies of the model.
         use_gpu: True if each worker had a GPU.
         groups: Nodes of the cluster.
-        stage_s: Seconds per image by stage, of one process in predict, and of all workers together in training.
+        stage_s: Seconds per image by stage: of one process in `predict`, of all workers together in training.
         model_busy: Share of the time in which the workers ran the model.
         cpus_busy: Share of the CPUs that the other stages used, and the model if it ran on CPUs; None if unknown.
         notes: Doubts about the measurement.
@@ -85,7 +85,7 @@ def read_run(out: str) -> MeasuredRun:
         uri, stopped = storage.join(out, HISTORY_FILE), _read_json(out, STEPS_FILE)
         history = _read_json(out, HISTORY_FILE) or ([stopped] if stopped else [])
         if not history:
-            raise UserError(f"{uri}: no step was measured; train for an epoch, or stop the run by Ctrl-C later")
+            raise UserError(f"{uri}: no step was measured; train for an epoch, or stop the run with Ctrl-C later")
         return _of_train(record, history, yaml.safe_load(storage.read_bytes(storage.join(out, "config.yaml"))), uri)
     except UserError:
         raise
@@ -99,7 +99,9 @@ def read_run(out: str) -> MeasuredRun:
 def _of_predict(report: Mapping[str, Any], uri: str) -> MeasuredRun:
     num_images, wall_s, startup_s = report["num_images"], float(report["wall_s"]), float(report["startup_s"])
     if not num_images:
-        raise UserError(f"{uri}: the run scored no image; measure one that does, such as `raydet predict --limit 2000`")
+        raise UserError(
+            f"{uri}: the run scored no images; measure one that does, such as `raydet predict --limit 2000`"
+        )
     steady = steady_rate(report["timeline"])
     rate, measured_s = steady or (num_images / max(wall_s - startup_s, 1e-3), wall_s - startup_s)
     groups, num_workers = _groups(report["job"], uri), report["num_model_workers"]
@@ -170,14 +172,14 @@ def _of_train(
 def _groups(job: Mapping[str, Any], uri: str) -> list[NodeGroup]:
     groups = groups_of_record(job["nodes"])
     if not total_cpus(groups):  # a cluster that grows from zero, and a run that ended before its nodes were counted
-        raise UserError(f"{uri}: the run recorded no node with CPUs; measure one that finishes")
+        raise UserError(f"{uri}: the run recorded no node with CPUs; measure a run that finishes")
     return groups
 
 
 def _notes_of_train(config: Mapping[str, Any], validated: Sequence[float]) -> tuple[str, ...]:
     notes = []
     if isinstance(config["num_workers"], list):
-        notes.append("the measured run may have had fewer workers for a time: its number was not fixed")
+        notes.append("the measured run may have had fewer workers at times, because --num-workers was a range")
     if not validated:
         notes.append("the measured run validated no epoch: validation and checkpoints are not counted")
     return tuple(notes)

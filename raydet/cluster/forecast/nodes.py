@@ -34,7 +34,7 @@ class NodeGroup:
     def describe(self) -> str:
         """Return a text such as "4 × model (8 CPUs, 1 GPU)"."""
         gpus = f", {self.num_gpus:g} GPU{'s' if self.num_gpus > 1 else ''}" if self.num_gpus else ""
-        return f"{self.num_nodes} × {self.name} ({self.num_cpus:g} CPUs{gpus})"
+        return f"{self.num_nodes} × {self.name} ({self.num_cpus:g} CPU{'s' * (self.num_cpus != 1)}{gpus})"
 
 
 def total_cpus(groups: Sequence[NodeGroup]) -> float:
@@ -75,12 +75,12 @@ def groups_of_yaml(uri: str) -> list[NodeGroup]:
         raise UserError(f"cannot read the cluster file {uri}: {one_line(error)}") from None
     kinds = content.get("available_node_types") if isinstance(content, dict) else None
     if not isinstance(kinds, dict) or not all(isinstance(kind, dict) for kind in kinds.values()):
-        raise UserError(f"{uri} is not a cluster.yaml of Ray: it has no available_node_types")
+        raise UserError(f"{uri} is not a Ray cluster.yaml: it has no available_node_types")
     head = content.get("head_node_type")
     groups = [_group(uri, content, str(name), kind, is_head=name == head) for name, kind in kinds.items()]
     groups = [group for group in groups if group.num_nodes]
     if not total_cpus(groups):
-        raise UserError(f"{uri} has no nodes that work: each node type has max_workers 0 or no CPU")
+        raise UserError(f"{uri} has no nodes that can work: each node type has max_workers 0 or no CPUs")
     most, num_workers = content.get("max_workers"), sum(group.num_nodes for group in groups if group.name != head)
     if most is not None and num_workers > int(most):
         raise UserError(
@@ -112,10 +112,14 @@ def _aws_cpus(content: Mapping[str, Any], kind: Mapping[str, Any]) -> int | None
 
 
 def with_prices(groups: Sequence[NodeGroup], prices: Sequence[str]) -> list[NodeGroup]:
-    """Return the groups with prices per node and hour: one number for all, or `NAME=NUMBER` for each node type.
+    """Return the groups with a price per node and hour.
+
+    Args:
+        groups: Nodes of the plan.
+        prices: One number for all nodes, or `NAME=NUMBER` for each node type.
 
     Raises:
-        UserError: A price is not a number, names an unknown node type, or a node type that works has no price.
+        UserError: A price is not a number or names an unknown node type, or a node type with CPUs has no price.
     """
     by_name: dict[str, float] = {}
     names = ", ".join(group.name for group in groups)
@@ -132,5 +136,5 @@ def with_prices(groups: Sequence[NodeGroup], prices: Sequence[str]) -> list[Node
         by_name |= {name: price} if equals else dict.fromkeys((group.name for group in groups), price)
     missing = [group.name for group in groups if group.num_cpus and group.name not in by_name]
     if prices and missing:
-        raise UserError(f"--price has no price for {', '.join(missing)}; the node types are {names}")
+        raise UserError(f"--price gives no price for {', '.join(missing)}; the node types are {names}")
     return [replace(group, price_per_hour=by_name.get(group.name)) for group in groups]

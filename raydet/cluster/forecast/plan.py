@@ -1,9 +1,9 @@
-"""`plan`: time, cost, bottleneck and balance of a larger run, calculated from a measured one.
+"""`plan`: time, cost, bottleneck and balance of a larger run, estimated from a measured one.
 
     time = start and end + images ÷ rate (+ epochs × validation and checkpoints)
-    rate = measured rate × the smallest growth of what limits it: workers for the model, CPUs for everything else
+    rate = measured rate × the growth of the scarcer resource: workers for the model, CPUs for everything else
 
-The growth of a resource is counted from its full use: workers that were busy half of the time can do twice the work.
+The growth of a resource is relative to its full use: workers that were busy half of the time can do twice the work.
 """
 
 import json
@@ -114,7 +114,7 @@ class PlanResult:
     def _bottleneck_line(self) -> str:
         if self.bottleneck is None:
             return (
-                f"bottleneck: unknown, no stage was busy for more than {_UNUSED:.0%} of the measured run; measure a "
+                f"bottleneck: unknown; no stage was busy for more than {_UNUSED:.0%} of the measured run, so measure a "
                 "longer run, or one with a larger --batch-size"
             )
         return f"bottleneck: {self.bottleneck}; {_ADVICE[self.bottleneck]}"
@@ -135,36 +135,37 @@ class PlanResult:
         found = []
         if self.is_extrapolated:
             found.append(
-                f"extrapolation from {measured.num_workers} worker{'s' * (measured.num_workers > 1)} on {nodes}: the "
-                "model grows with workers, all else with CPUs, and network and storage keep up"
+                f"extrapolated from {measured.num_workers} worker{'s' * (measured.num_workers > 1)} on {nodes}, "
+                "assuming that the model scales with workers, everything else scales with CPUs, and network and "
+                "storage keep up"
             )
         if measured.measured_s < _SHORT_S:
-            found.append(f"the speed comes from {measured.measured_s:.1f} s of work; measure a longer run")
+            found.append(f"the rate was measured over only {measured.measured_s:.1f} s of work; measure a longer run")
         found += measured.notes
         if measured.job == "train":
             found.append("validation and checkpoints are assumed to take as long per epoch as in the measured run")
             if measured.cpus_busy is None:
-                found.append("the model never waited for images: how many CPUs per GPU are enough is unknown")
+                found.append("the model never waited for images, so how many CPUs per GPU are enough is unknown")
         found.append(
-            "unknown here: other instance types, images, models or options than the measured ones; the time until "
-            "nodes have started; spot interruptions; other jobs on the cluster"
+            "not included: the effect of other instance types, images, models or options than the measured ones; the "
+            "time until nodes have started; spot interruptions; other jobs on the cluster"
         )
         unpaid = [group.name for group in self.groups if group.price_per_hour is None]
         if self.cost is not None:
             without = f", without {', '.join(unpaid)}" if unpaid else ""
-            found.append(f"the cost is that of all nodes from start to end{without}; storage and network not counted")
+            found.append(f"the cost covers all nodes from start to end{without}; storage and network are not counted")
         return found
 
 
 def plan(config: PlanConfig) -> PlanResult:
-    """Calculate time and cost of a run from a measured one. Starts nothing.
+    """Estimate the time and cost of a run from a measured one. Starts nothing.
 
     Raises:
         UserError: The run has no measurements, the cluster file is invalid, or the run says nothing about the cluster.
     """
     measured = read_run(config.run)
     if config.epochs is not None and measured.job == "predict":
-        raise UserError(f"--epochs is for training, and {config.run} is a run of predict")
+        raise UserError(f"--epochs is for training, but {config.run} is a run of `predict`")
     groups = with_prices(groups_of_yaml(config.cluster) if config.cluster else measured.groups, config.price or ())
     num_workers = _num_workers(config, measured, groups)
     growth, bottleneck = _growth(measured, groups, num_workers)
@@ -190,7 +191,7 @@ def plan(config: PlanConfig) -> PlanResult:
 def _num_workers(config: PlanConfig, measured: MeasuredRun, groups: Sequence[NodeGroup]) -> int:
     num_gpus = int(total_gpus(groups))
     if measured.use_gpu and not num_gpus:
-        raise UserError(f"{config.run} was measured on GPUs, and the cluster has none; measure a run with --no-use-gpu")
+        raise UserError(f"{config.run} was measured on GPUs, but the cluster has none; measure a run with --no-use-gpu")
     if not measured.use_gpu and num_gpus and config.cluster:
         raise UserError(
             f"{config.run} was measured without a GPU, which says nothing about the cluster's GPUs; measure a run on a "
@@ -199,7 +200,7 @@ def _num_workers(config: PlanConfig, measured: MeasuredRun, groups: Sequence[Nod
     if measured.use_gpu:
         number = config.num_workers or (num_gpus if config.cluster else measured.num_workers)
         if number > num_gpus:
-            raise UserError(f"{number} workers need {number} GPUs, the cluster has {num_gpus}; lower --num-workers")
+            raise UserError(f"--num-workers {number} requires {number} GPUs, but the cluster has {num_gpus}; lower it")
     else:
         scaled = measured.num_workers * total_cpus(groups) / total_cpus(measured.groups)
         number = config.num_workers or max(1, round(scaled))

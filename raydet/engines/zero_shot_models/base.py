@@ -33,7 +33,7 @@ class Prepared:
 
     Attributes:
         sizes_hw: Height and width in pixels of each image as given.
-        parts: Batches of the model: positions of images, and for them `pixel_values` float32 [B, 3, H, W] and, for
+        parts: Batches for the model: the positions of their images, and `pixel_values` float32 [B, 3, H, W] and, for
             models that use it, `pixel_mask` int64 [B, H, W].
     """
 
@@ -76,7 +76,7 @@ class ZeroShotEngine(ABC):
 
         Args:
             name: A model folder or URI, or a name on the Hub.
-            labels: At least one, stripped, all different.
+            labels: Labels, at least one, stripped and all different.
             config: `precision`, `compile`, `channels_last` and `engine` are read.
             device: cpu, cuda or cuda:N.
             num_threads: torch CPU threads of the process.
@@ -155,8 +155,8 @@ class ZeroShotEngine(ABC):
 
         Returns:
             One `Detections` per image, in order: for each proposed box its best label, as the model's processor
-            returns at threshold 0. Boxes are clipped to the image and dropped if nothing is left; of the rest the
-            `max_detections` best are kept.
+            returns at threshold 0. Boxes are clipped to the image and dropped if nothing is left; of the rest, the
+            best `max_detections` are kept.
         """
         results: dict[int, Detections] = {}
         for numbers, inputs in prepared.parts:

@@ -1,4 +1,4 @@
-"""Grounding DINO and MM Grounding DINO."""
+"""Zero-shot engine for Grounding DINO and MM Grounding DINO."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,8 +18,8 @@ class GroundingDinoEngine(ZeroShotEngine):
     the closing full stop included. The processor would instead spell out all tokens above a threshold, which may
     belong to several labels or to none.
 
-    The text model runs with each batch, because the model mixes image and text from the first layer on; its cost is
-    small compared with the backbone's.
+    The text model runs with each batch, because the model mixes image and text from the first layer onwards; its cost
+    is small compared with the backbone's.
     """
 
     def prepare(self, images: Sequence[Image]) -> Prepared:

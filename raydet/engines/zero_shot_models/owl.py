@@ -1,4 +1,4 @@
-"""OWL-ViT and OWLv2."""
+"""Zero-shot engine for OWL-ViT and OWLv2."""
 
 from collections.abc import Mapping, Sequence
 

@@ -77,7 +77,7 @@ class Evidence:
 
 
 def gather(truth: TruthColumns, detections: DetectionColumns, matches: Matches) -> Evidence:
-    """Determine the detections and boxes that count and the overlapping pairs; the matches are of these columns.
+    """Determine the detections and boxes that count and the overlapping pairs; `matches` belongs to these columns.
 
     Raises:
         ValueError: IoU 0.5 is not among the thresholds, or the matches were concatenated and have no column rows.

@@ -108,7 +108,7 @@ def outcomes_at(matches: Matches, iou: float = IOU) -> Outcomes:
 def build_table(
     kind: TableKind, categories: Sequence[Category], run: str | None, columns: Mapping[str, object]
 ) -> pa.Table:
-    """Build a table in its declared schema, with the run in every row; NaN becomes null."""
+    """Build a table in its declared schema, with the name of the run in every row; NaN becomes null."""
     schema = build_schema(kind, categories)
     arrays = {name: pa.array(column, schema.field(name).type, from_pandas=True) for name, column in columns.items()}
     num_rows = len(next(iter(arrays.values())))

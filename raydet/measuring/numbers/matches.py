@@ -132,7 +132,7 @@ def take_images(matches: Matches, chosen: Flags) -> Matches:
 
 
 def concatenate(parts: Sequence[Matches]) -> Matches:
-    """Concatenate the matches of several parts; images are in ascending id order afterwards, column rows are -1.
+    """Concatenate the matches of several parts, with images in ascending id order and -1 as column rows.
 
     Raises:
         ValueError: There are no parts, parts differ in protocol or number of classes, or an image is in two parts.

@@ -144,7 +144,7 @@ def match_in_parts(
             truth_row=part.truth_row + truth.starts[first],
         )
 
-    if len(bounds) == 2:
+    if len(bounds) <= 2:
         return match_part(0, num_images)
     with ThreadPoolExecutor(available_cpus()) as pool:
         parts = list(pool.map(match_part, bounds[:-1], bounds[1:]))

@@ -155,10 +155,13 @@ def _keys(categories_by_image: Sequence[Sequence[int]], num_categories: int) -> 
 def lvis_blocks(
     matches: Matches, categories: Sequence[Category], frequency: Sequence[str] | None = None
 ) -> tuple[Block, ...]:
-    """Return LVIS' metrics over all classes (including rare, common and frequent classes) and by class.
+    """Return LVIS's metrics over all classes (including rare, common and frequent classes) and by class.
 
-    The frequency of each class is "r", "c" or "f"; by default it follows from the number of images in which it is
-    labelled: up to 10, up to 100, more.
+    Args:
+        matches: Result of `match_lvis`, all images in one piece.
+        categories: Classes by index.
+        frequency: "r", "c" or "f" for each class; by default from the number of images in which it is labelled: up to
+            10, up to 100, or more.
     """
     result = accumulate(matches, categories)
     precision = result.precision[:, :, :, 0, 0]

@@ -14,7 +14,7 @@ class MetricValue:
 
     Attributes:
         metric: COCO's name of the metric, such as AP50.
-        value: In [0, 1], a difference in [-1, 1]; None if undefined (no labelled box counts).
+        value: In [0, 1], or in [-1, 1] for a difference; None if undefined (no labelled box counts).
         category: Class; None for the value over all classes.
         slice: Slice of the data; None for all of it.
         iou: IoU threshold; None for the mean over those of the protocol.

@@ -18,7 +18,7 @@ from raydet.models.families import family_of
 from raydet.models.losses.terms import Labels
 
 _DISTILLATION_TEMPERATURE = 5.0
-"""Of D-FINE and DEIMv2; transformers has it as a default argument rather than in the config."""
+"""Temperature of D-FINE and DEIMv2; transformers has it as a default argument rather than in the config."""
 
 Matching = list[tuple[Tensor, Tensor]]
 """Per image: the matched queries and the boxes that they are matched to."""
@@ -88,7 +88,14 @@ def distillation_terms(
 
     The loss weights the mean over matched queries by the square root of their number, and the mean over the other
     queries in the same way. With both numbers taken from the global batch, the two sums add up over micro-batches.
-    Each auxiliary output has a matching.
+
+    Args:
+        detector: Detector of a family that distils.
+        outputs: Outputs of the forward pass, in training mode.
+        labels: Labels of each image.
+        matchings: Result of `matchings_of_layers`, one per auxiliary output.
+        num_matched: Matched queries in the global batch.
+        num_queries: All queries in the global batch.
     """
     config = detector.model.config
     root_matched, root_others = math.sqrt(num_matched), math.sqrt(num_queries - num_matched)

@@ -152,7 +152,7 @@ def _ratios(
 def _dense_ratio(
     union: Matching, local: Normaliser, global_normaliser: Normaliser, world_size: int
 ) -> tuple[float, float]:
-    """Return local over global divisor of DEIMv2's dense terms, and the number of matched queries in the global batch.
+    """Return the local divisor of DEIMv2's dense terms over the global one, and the global number of matched queries.
 
     The ranks sum their matched queries. With one micro-batch per step this is the number for the global batch. With
     several, the function assumes that the global batch has as many matched queries per box as this round.

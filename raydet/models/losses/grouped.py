@@ -12,7 +12,7 @@ from raydet.models.losses.terms import at_least_single, term_kind, term_weights
 
 
 def keep_loss_local(model: PreTrainedModel) -> None:
-    """Replace a criterion that sums over ranks by one that does not; leave other models alone."""
+    """Replace a criterion that sums over ranks with one that does not; leave other models alone."""
     if family_of(model.config.model_type, where="this model").local_criterion:
         model.loss_function = _grouped_loss
 

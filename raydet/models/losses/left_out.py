@@ -14,7 +14,11 @@ def zero_over_left_out_parameters(detector: Detector, loss: Tensor) -> Tensor:
 
     DistributedDataParallel waits for every gradient on every rank, but a rank without boxes never uses some
     parameters, such as the class embedding of the denoising queries. A single rank needs the zero too, because an
-    optimizer treats a gradient of zero differently from none. The first call notes the parameters on the detector.
+    optimizer treats a gradient of zero differently from none.
+
+    Args:
+        detector: The detector in training. The first call stores the parameters in it.
+        loss: Loss of a micro-batch, with its graph.
     """
     if detector.left_out is None:
         detector.left_out = _left_out(detector, loss)

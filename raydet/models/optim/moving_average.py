@@ -14,7 +14,13 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float, *, rise_steps: float = 300.0) -> None:
-        """Start from the current weights of a model on its device: `update` reads the tensors that it has now."""
+        """Start from the current weights.
+
+        Args:
+            model: The model, already on its device, because `update` reads the tensors that it has now.
+            decay: Between 0 and 1.
+            rise_steps: Time constant of the decay's rise.
+        """
         self.decay, self.rise_steps, self.num_updates = decay, rise_steps, 0
         state = {name: value.detach() for name, value in model.state_dict().items()}
         self.shadow = {name: value.clone() for name, value in state.items()}
@@ -24,10 +30,10 @@ class MovingAverage:
         self._copied = [self.shadow[name] for name in copied], [state[name] for name in copied]
 
     def update(self, *, where: Tensor | None = None) -> None:
-        """Add the weights after an optimizer step.
+        """Update the average with the weights after an optimizer step.
 
-        If `where`, a boolean scalar on the model's device, is False, the average keeps its value; the step counts for
-        the decay all the same.
+        If `where`, a boolean scalar on the model's device, is False, the average keeps its value, but the step still
+        counts for the decay.
         """
         self.num_updates += 1
         part = 1.0 - self.decay * (1.0 - math.exp(-self.num_updates / self.rise_steps))

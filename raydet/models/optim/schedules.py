@@ -51,7 +51,7 @@ def check_schedule(config: TrainConfig) -> None:
     """Check the schedule of a config and its options, without importing torch.
 
     Raises:
-        UserError: The schedule does not have an option, lacks a required one, or one has an impossible value.
+        UserError: An option is unknown to the schedule, missing, or has an impossible value.
     """
     name, options = config.schedule, config.schedule_options or {}
     unknown = sorted(set(options) - _OPTIONS[name])

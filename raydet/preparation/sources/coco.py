@@ -38,7 +38,7 @@ def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
     with spill_errors():
         categories = _read_entries(annotations_uri, index, extra_columns)
     if not index.num_images:
-        raise UserError(f'{where} has no image: "images" is empty')
+        raise UserError(f'{where} has no images: "images" is empty')
     findings = FindingLog()
     with spill_errors():
         keeps_ids = index.join(categories)
@@ -113,7 +113,7 @@ def _note_orphans(index: CocoIndex, findings: FindingLog) -> None:
 def _categories(entries: Iterable[tuple[dict[str, Any], str]], where: str) -> tuple[Category, ...]:
     found = [coco_json.category(entry, place) for entry, place in entries]
     if not found:
-        raise UserError(f'{where} has no class: "categories" is empty')
+        raise UserError(f'{where} has no classes: "categories" is empty')
     categories = [Category(category.id, readable(category.name)) for category in found]
     coco_json.refuse_repeated([category.id for category in categories], f"{where}: categories", "id")
     coco_json.refuse_repeated([category.name for category in categories], f"{where}: categories", "name")

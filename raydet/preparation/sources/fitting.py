@@ -11,7 +11,7 @@ from raydet.preparation.sources.source import SourceObjects
 from raydet.tables.columns import Flags
 
 ROUNDING_PX = 1e-6
-"""A box that exceeds the image by no more is clipped but not counted, because of rounding in the source."""
+"""A box that exceeds the image by no more than this is clipped but not counted: the source rounded its numbers."""
 DUPLICATE_PX = 0.01
 """Boxes are equal if their numbers, rounded to this, are; files have at least two decimals."""
 

@@ -29,7 +29,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 """Names of the fields of `objects`; the first one present is used."""
 
 MAX_ANNOTATION_ID = 2**63
-"""Ids are stored in an int64 column."""
+"""Exclusive upper limit of annotation ids, which are stored in an int64 column."""
 
 
 @dataclass(frozen=True)

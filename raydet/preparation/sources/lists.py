@@ -26,7 +26,7 @@ CSV_COLUMNS = ("url", "uri", "path", "file_name", "filename", "image")
 
 
 def is_list(uri: str) -> bool:
-    """Return True if a URI names a list of images by its suffix; always for URLs, because the web has no folders."""
+    """Return True if the suffix of a URI marks a list of images; a web URL always is one, as the web has no folders."""
     if storage.is_web(uri):
         return True
     return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not Path(uri).is_dir()
@@ -71,8 +71,8 @@ class ImageList:
 
         Raises:
             ReadError: This file cannot be read.
-            OSError: The remote storage failed, for reasons that do not concern this file. For web servers this is a
-                ReadError.
+            OSError: The remote storage failed, for reasons that do not concern this file. A failing web server raises a
+                ReadError instead.
         """
         uri = self.uri_of(path)
         if storage.is_web(uri):
@@ -93,10 +93,14 @@ class ImageList:
 
 
 def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
-    """Read a list of images, which must be files if the table will refer to them.
+    """Read a list of images.
+
+    Args:
+        images: The list.
+        for_reference: True if the table will refer to the images, which must therefore be files.
 
     Returns:
-        One record per line, its id the index of the image; the column `source_id` holds the line, without the
+        One record per line, whose id is the index of the image; the column `source_id` holds the line, without the
         signature of a signed URL. The files themselves are not opened.
 
     Raises:
@@ -110,7 +114,7 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
     columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
     paths = _lines(data, images.uri) if columns is None else columns["source_id"].to_pylist()
     if not paths:
-        raise UserError(f"{images.uri} is an empty list: it names no image; write one path or URL per line")
+        raise UserError(f"{images.uri} is an empty list: it names no images; write one path or URL per line")
     _check(paths, images, for_reference)
     fields = [pa.field("source_id", pa.string())] if columns is None else list(columns.schema)
 

@@ -13,10 +13,10 @@ from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
-UNLABELLED_KEPT = "images without a label file, kept without objects"
+UNLABELLED_KEPT = "unlabelled images, kept without objects"
 """Kind of finding, with `--unlabelled keep`."""
-UNLABELLED = "no label file"
-"""Reason of rejection, with `--unlabelled reject`."""
+UNLABELLED = "no labels"
+"""Reason for rejection, with `--unlabelled reject`."""
 _MOST_FOLDERS_SHOWN = 5
 
 
@@ -86,7 +86,7 @@ class SourceImage:
         objects: Its boxes; None if the source has no labels.
         size_hw: Height and width in pixels as the source states them, possibly wrong; None if it states none.
         extra: Values of the source's extra columns.
-        refusal: Reason of rejection without reading the image; None if it may be read.
+        refusal: Reason for rejecting the image unread; None if it may be read.
         content_hash: Hash of its bytes if a survey has read and decoded them; None otherwise.
         locator: Key by which the source reads the image; None if that is the path.
     """

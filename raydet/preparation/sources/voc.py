@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
 from raydet.common.threads import in_order
+from raydet.common.xml import NoDoctype, XmlError
 from raydet.config.preparing import Unlabelled
 from raydet.images.files import ImageFolder, ReadError, image_files_below, is_image_name, list_below, readable
 from raydet.preparation.sources.source import (
@@ -47,13 +48,8 @@ MAX_XML_BYTES = 16 * 2**20
 _NO_IMAGE = "no such file: no image has this name"
 
 
-class _XmlError(Exception):
-    """Unusable XML file; the message is a short reason."""
-
-
-class _NoDoctype(ElementTree.TreeBuilder):
-    def doctype(self, *_: str | None) -> None:
-        raise _XmlError("broken XML: it has a DOCTYPE, which may declare entities")
+class _TreeTarget(NoDoctype, ElementTree.TreeBuilder):
+    """An element tree, from XML without a DOCTYPE."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def read_voc(
         unlabelled: Reject images without an XML file, or keep them without objects.
 
     Returns:
-        One record per image, sorted by path, its id the rank; category ids start at 1. Broken XML files, XML files
+        One record per image, sorted by path, whose id is the rank; category ids start at 1. Broken XML files, XML files
         without an image, and lines of the split without an image are refused. The column `source_id` holds the path
         without extension.
 
@@ -277,7 +273,9 @@ def _read_split(
         known = [name for name in candidates if name in image_paths or name in xml_paths]
         stems.append(known[0] if known else candidates[1])
     if not stems:
-        raise UserError(f"the split file {uri} names no image; it must contain one name per line, as in ImageSets/Main")
+        raise UserError(
+            f"the split file {uri} names no images; it must contain one name per line, as in ImageSets/Main"
+        )
     for stem, count in Counter(stems).items():
         findings.note(Finding("repeated lines in the split file, skipped", readable(stem), count=count - 1))
     return set(stems)
@@ -290,9 +288,9 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
         return _VocFile(refusal=f"its XML file: {refusal}")
     try:
         root = _parse(folder.read(path))
-    except (ReadError, _XmlError) as error:
+    except (ReadError, XmlError) as error:
         text = str(error)
-        return _VocFile(refusal=text if isinstance(error, _XmlError) else f"its XML file: {text}")
+        return _VocFile(refusal=text if isinstance(error, XmlError) else f"its XML file: {text}")
     result = _VocFile(file_name=_text(root, "filename"), size_hw=_size_hw(root))
     findings: Counter[str] = Counter()
     for item in root.findall("object"):
@@ -318,14 +316,14 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
 
 def _parse(data: bytes) -> ElementTree.Element:
     if len(data) > MAX_XML_BYTES:
-        raise _XmlError(f"an XML file of {len(data) / 1e6:,.0f} MB is over the limit of {MAX_XML_BYTES / 1e6:,.0f} MB")
+        raise XmlError(f"an XML file of {len(data) / 1e6:,.0f} MB is over the limit of {MAX_XML_BYTES / 1e6:,.0f} MB")
     try:
         # Safe here: without a DOCTYPE there are no entities, and the parser never opens other files.
-        root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_NoDoctype()))
+        root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_TreeTarget()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise _XmlError(f"broken XML: {one_line(error)}") from None
+        raise XmlError(f"broken XML: {one_line(error)}") from None
     if root.tag != "annotation":
-        raise _XmlError(f"broken XML: its root is <{readable(root.tag)[:40]}>, not <annotation>")
+        raise XmlError(f"broken XML: its root is <{readable(root.tag)[:40]}>, not <annotation>")
     return root
 
 

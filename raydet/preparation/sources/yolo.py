@@ -3,8 +3,8 @@
 A line is `class cx cy width height`, relative to the upright image, or `class x1 y1 x2 y2 x3 y3 …`, a polygon of at
 least three points, of which raydet uses the bounding box. Numbers may exceed the range 0 to 1 by `TOLERANCE`, the
 rounding of five digits, and are then clipped. Lines with other numbers are dropped and counted, as are lines with an
-unknown class, another number of columns or a number that is not finite, and repeated lines. Lines of detections end in
-a score, have six columns and are therefore dropped.
+unknown class, a different number of columns or a number that is not finite, and repeated lines. Lines of detections
+end in a score, have six columns and are therefore dropped.
 """
 
 import math
@@ -56,8 +56,8 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
     """Read the label files; images without one are kept as images without objects, or rejected.
 
     Returns:
-        One record per image, sorted by path, its id the rank; boxes are normalised. Images outside the data set come
-        last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
+        One record per image, sorted by path, whose id is the rank; boxes are normalised. Images outside the data set
+        come last and are refused. Category ids are the numbers in the files. The column `source_id` holds the relative
         path.
 
     Raises:

@@ -169,7 +169,7 @@ def _read_list(uri: str, root: str) -> list[str]:
         raise UserError(f"cannot read the list of images {uri}: {one_line(error)}") from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     if not names:
-        raise UserError(f"{uri} lists no image")
+        raise UserError(f"{uri} lists no images")
     others = [name for name in names if not is_image_name(name)]
     if others:
         raise UserError(f"{uri} lists {others[0]}, which has no image file extension")

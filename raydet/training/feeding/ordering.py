@@ -108,7 +108,7 @@ class RunPlan:
 
         Args:
             config: Configuration of the run.
-            train: Training table, of which only the file footers are read.
+            train: Training table, of which only the manifest is read.
             num_val: Rows of the validation table.
         """
         return cls(
@@ -196,7 +196,7 @@ class RunPlan:
                 yield Segment("validate", epoch, 0, 0)
 
     def micro_batches(self, segment: Segment, world_size: int) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of a segment in the order in which workers receive them in turn."""
+        """Yield the micro-batches of a segment in the order in which the workers receive them, in turn."""
         if segment.kind == "validate":
             yield from self._validation(segment.epoch, world_size)
             return
@@ -216,7 +216,7 @@ class RunPlan:
             segment: Segment to divide.
             world_size: Number of workers.
             ranks: The workers to yield chunks for.
-            most_images: Images per chunk; a chunk holds at least one step of its rank.
+            most_images: Maximum number of images per chunk; a chunk holds at least one step of its rank.
             ramp: Start with chunks of one step, and double their length, so that the first images arrive early.
 
         Yields:

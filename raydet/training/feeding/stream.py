@@ -1,7 +1,7 @@
 """The Ray Data stream of a training run: table → chunks of encoded images → chunks of decoded micro-batches, as Arrow.
 
 A single Ray Data execution covers all steps and validations of a run, so that no epoch waits for a pipeline to start.
-Each node with training workers has one, for these workers: their pixels do not cross the network.
+Each node with training workers has one, for its own workers, so their pixels do not cross the network.
 Each block has one row, which is a chunk: consecutive micro-batches of one worker. Readers fetch row groups and cut them
 into chunks; decoders, which live as long as the run, turn each chunk into pixels in one call. Ray Data distributes the
 blocks to the workers in turn and in order, and each worker checks them against the plan. Pixels stay uint8.
@@ -10,12 +10,14 @@ Neither readers nor decoders reserve CPUs: Ray Data would divide the free ones b
 cluster and might end at none. raydet computes their number instead, and the operating system shares the CPUs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
@@ -23,22 +25,18 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from raydet.augmentation.view import View
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
-from raydet.cluster.ray_internals import actors_on, away_from_empty_nodes
+from raydet.cluster.ray_internals import actors_on, alive_nodes, away_from_empty_nodes
 from raydet.tables.table import RowGroup, Table
-from raydet.training.feeding.batches import (
-    ROW_TYPE,
-    PixelBuffer,
-    ReadyBatch,
-    decode_chunk,
-    encoded_chunk,
-    ready_batches,
-)
+from raydet.training.feeding.batches import ReadyBatch, ready_batches
+from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, PixelBuffer, decode_chunk, encoded_chunk
 from raydet.training.feeding.ordering import RunPlan, Segment
 
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
-_MOST_IMAGES = 256
+_MOST_IMAGES = 1024
+"""Most images in a chunk. Each chunk costs Ray about 20 ms of CPU time, so chunks of small images must hold many."""
 _MOST_CHUNK_BYTES = 64 * 2**20
-"""Decoded pixels of a chunk. Ray Data looks at its tasks about eight times a second: small chunks would mostly wait."""
+"""Most bytes of decoded pixels in a chunk, fewer if the object store is small. Ray Data polls its tasks five to ten
+times a second: small chunks would mostly wait."""
 _MOST_ENCODED_BYTES = 256 * 2**20
 _CHUNKS_PER_DECODER = 6
 """Chunks that are sent to a decoder before it has finished the first, so that it never waits for Ray Data."""
@@ -71,7 +69,7 @@ def run_stream(
         ranks: The workers to serve.
         start_epoch: First epoch, from 0.
         start_step: First step within that epoch, from 0.
-        decoders: Node of each decoder, by Ray's id; another node takes over if it is lost.
+        decoders: Ray's node id for each decoder; another node takes over if it is lost.
 
     Returns:
         One iterator for each of the ranks, to be read with `read_stream`; with a single worker, in this process only.
@@ -79,10 +77,12 @@ def run_stream(
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    stream = StreamSource(plan, tables, groups, world_size, tuple(ranks), view)
+    num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
+    stores = [node["Resources"].get("object_store_memory", math.inf) for node in alive_nodes()]
+    most_bytes = int(min(_MOST_CHUNK_BYTES, min(stores) / (2 * num_chunks)))
+    stream = StreamSource(plan, tables, groups, world_size, tuple(ranks), view, most_bytes)
     source = ray.put(stream)
     tasks = [partial(_read, source, part, ramp=number == 0) for number, part in enumerate(_parts(plan, segments))]
-    num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
     # Ray Data divides half of the limit between the stages, and the readers need little of theirs.
     with one_row_blocks(most_bytes=2 * num_chunks * stream.chunk_bytes):
         dataset = ray.data.read_datasource(
@@ -140,18 +140,22 @@ class StreamSource:
     world_size: int
     ranks: tuple[int, ...]
     view: View
+    most_chunk_bytes: int = _MOST_CHUNK_BYTES
 
     @property
     def chunk_bytes(self) -> int:
-        """About the most bytes of a decoded chunk."""
-        return max(self._image_bytes, min(_MOST_IMAGES * self._image_bytes, _MOST_CHUNK_BYTES)) + 2**20
+        """Approximate upper bound of the size of a decoded chunk, in bytes."""
+        return max(self._image_bytes, min(_MOST_IMAGES * self._image_bytes, self.most_chunk_bytes)) + 2**20
 
     def images_per_chunk(self, segment: Segment) -> int:
         """Return the number of images of a chunk, limited by their pixels and by their encoded size."""
         mixes = segment.kind == "train" and self.view.mixes(segment.epoch)
         groups = self.groups[segment.kind]
         encoded = sum(group.num_bytes for group in groups) / max(1, sum(group.num_rows for group in groups))
-        limits = _MOST_CHUNK_BYTES / self._image_bytes, _MOST_ENCODED_BYTES / max(encoded * (5 if mixes else 1), 1.0)
+        limits = (
+            self.most_chunk_bytes / self._image_bytes,
+            _MOST_ENCODED_BYTES / max(encoded * (5 if mixes else 1), 1.0),
+        )
         return max(1, min(_MOST_IMAGES, *(int(limit) for limit in limits)))
 
     @property
@@ -160,7 +164,7 @@ class StreamSource:
 
 
 def _parts(plan: RunPlan, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Yield the segments in groups that are worth a task each."""
+    """Yield the segments in groups, each large enough to be worth a task."""
     part: list[Segment] = []
     num_images = 0
     for segment in segments:
@@ -179,6 +183,7 @@ def _read(source_ref: "ray.ObjectRef[StreamSource]", segments: Sequence[Segment]
     source: StreamSource = ray.get(source_ref)
     for number, segment in enumerate(segments):
         yield from read_segment(source, segment, ramp=ramp and number == 0)
+        pa.default_memory_pool().release_unused()  # the process lives on, and the next reader may be another
 
 
 def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) -> Iterator[pa.Table]:
@@ -202,7 +207,7 @@ def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) 
                 ]
                 mosaics, mixups = [one.mosaic for one in partners], [one.mixup for one in partners]
             columns = [*rows.take(numbers).flatten(), rows.take_lists(mosaics), rows.take_lists(mixups)]
-            yield encoded_chunk(chunk, columns)
+            yield encoded_chunk(chunk, pa.StructArray.from_arrays(columns, fields=list(ENCODED_TYPE)))
 
 
 class _TableRows:
@@ -222,7 +227,7 @@ class _TableRows:
 
     def keep_from(self, row: int) -> None:
         """Free the memory of all row groups before the one of this row."""
-        first = self._groups_of([row])[0] if self._groups else 0
+        first = int(self._groups_of([row])[0]) if self._groups else 0
         self._loaded = {number: rows for number, rows in self._loaded.items() if number >= first}
 
     def take(self, numbers: Sequence[int]) -> pa.StructArray:
@@ -230,14 +235,15 @@ class _TableRows:
         if not numbers:
             return pa.array([], ROW_TYPE)
         groups = self._groups_of(numbers)
-        for group in dict.fromkeys(groups):
+        distinct = np.unique(groups).tolist()
+        for group in distinct:
             if group not in self._loaded:
                 self._loaded[group] = self._pool.submit(self._read, group)
         places = np.asarray(numbers) - self._first_rows[groups]
-        slices = [
-            self._loaded[group].result().slice(place, 1) for group, place in zip(groups, places.tolist(), strict=True)
-        ]
-        return pa.concat_arrays(slices)
+        taken = [self._loaded[group].result().take(pa.array(places[groups == group])) for group in distinct]
+        if len(distinct) == 1:
+            return taken[0]
+        return pa.concat_arrays(taken).take(pa.array(np.argsort(np.argsort(groups, kind="stable"))))
 
     def take_lists(self, lists: Sequence[Sequence[int]]) -> pa.ListArray:
         """Return several lists of rows as an array of lists of `ROW_TYPE`."""
@@ -246,9 +252,8 @@ class _TableRows:
             pa.array(offsets, pa.int32()), self.take([number for numbers in lists for number in numbers])
         )
 
-    def _groups_of(self, numbers: Sequence[int]) -> list[int]:
-        groups: list[int] = (np.searchsorted(self._first_rows, numbers, side="right") - 1).tolist()
-        return groups
+    def _groups_of(self, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+        return np.searchsorted(self._first_rows, numbers, side="right") - 1
 
     def _read(self, group: int) -> pa.StructArray:
         rows = self._table.read_row_group(self._groups[group], READ_COLUMNS).to_struct_array()

@@ -245,7 +245,7 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     assert (report.boxes, report.clipped, report.dropped, report.size_mismatches) == (2, 1, 1, 1)
     assert report.without_boxes == 1 and report.boxes_by_class == {"dog": 2}
     # The truncated image has no XML file either.
-    assert report.unlabelled_kept == 2 and "2 without a label file" in report.lines()[1]
+    assert report.unlabelled_kept == 2 and "2 without labels" in report.lines()[1]
     assert prepare(tmp_path, unlabelled="keep").already_done
 
 

@@ -20,7 +20,8 @@ from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training.feeding import stream
-from raydet.training.feeding.batches import ENCODED_TYPE, ReadyBatch, decode_chunk, encoded_chunk, ready_batches
+from raydet.training.feeding.batches import ReadyBatch, ready_batches
+from raydet.training.feeding.chunks import ENCODED_TYPE, decode_chunk, encoded_chunk
 from raydet.training.feeding.ordering import Kind, MicroBatch, RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
 
@@ -237,7 +238,7 @@ def test_crowds_are_augmented_along_but_not_learnt(shapes: Path) -> None:
 def _chunk(rows: list[dict[str, Any]], kind: Kind = "train") -> pa.Table:
     """Return a chunk of one micro-batch, as a reader makes it."""
     rows = [{**row, **{name: row.get(name, []) for name in ("mosaic", "mixup")}} for row in rows]
-    images = pa.array(rows, ENCODED_TYPE).flatten()
+    images = pa.array(rows, ENCODED_TYPE)
     return encoded_chunk([MicroBatch(kind, 0, 0, 0, 0, tuple(range(len(rows))))], images)
 
 
@@ -297,18 +298,18 @@ import pyarrow as pa
 from raydet.augmentation.view import View
 from raydet.models.geometry import ResizeRule
 from raydet.training.feeding import stream
-from raydet.training.feeding.batches import ENCODED_TYPE, decode_chunk, encoded_chunk
+from raydet.training.feeding.chunks import ENCODED_TYPE, decode_chunk, encoded_chunk, images_of
 from raydet.training.feeding.ordering import MicroBatch
 
 rows = pickle.loads(Path({str(tmp_path / "rows.pkl")!r}).read_bytes())
 heavy = ("torch", "torchvision", "transformers", "albumentations", "cv2")
 for augmentation, side in (("", 64), ("none", 64), ("flip", 64), ("flip", 48), ("light", 64)):
     kind = "train" if augmentation else "validate"
-    encoded = pa.array([{{**row, "mosaic": [], "mixup": []}} for row in rows], ENCODED_TYPE).flatten()
+    encoded = pa.array([{{**row, "mosaic": [], "mixup": []}} for row in rows], ENCODED_TYPE)
     chunk = encoded_chunk([MicroBatch(kind, 0, 0, 0, 0, (0, 1))], encoded)
     view = View(resize_rule=ResizeRule(mode="fixed", size_hw=(side, side)), augmentation=augmentation or "none")
     decoded = decode_chunk(chunk, view)
-    assert decoded["size_hw"][0].as_py() == [side] * 4
+    assert images_of(decoded)["size_hw"].to_pylist() == [[side, side]] * 2
     print(json.dumps([name for name in heavy if name in sys.modules]))
 """
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)

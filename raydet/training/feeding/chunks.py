@@ -1,0 +1,240 @@
+"""Chunks of images: encoded, from readers to decoders, and decoded, from decoders to training workers.
+
+A chunk holds consecutive micro-batches of one rank. It is a block of one row with few columns, since Ray serializes
+every array of a block in Python: a header as JSON, the rows of the images as an Arrow stream, and the pixels in one
+buffer, batched in the layout that the model takes. This module does not import torch.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raydet.augmentation.view import SeenImage, View
+from raydet.images.decode import DecodeError
+from raydet.models.geometry import ResizeRule, SizeHW, fill_padded
+from raydet.tables.columns import bytes_of
+from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
+from raydet.training.feeding.ordering import MicroBatch
+
+ROW_TYPE = pa.struct(
+    [
+        ("image_id", pa.int64()),
+        ("image", IMAGE_TYPE),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("objects", OBJECTS_TYPE),
+    ]
+)
+# A row of the table with the rows that its image is mixed with.
+ENCODED_TYPE = pa.struct([*ROW_TYPE, ("mosaic", pa.list_(ROW_TYPE)), ("mixup", pa.list_(ROW_TYPE))])
+_SIZE_TYPE = pa.list_(pa.int64(), 2)
+_DECODED_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("error", pa.string()),
+        ("size_hw", _SIZE_TYPE),
+        ("original_size_hw", _SIZE_TYPE),
+        ("boxes_cxcywh", pa.list_(pa.float32())),
+        ("categories", pa.list_(pa.int64())),
+        # As in the table; null in training.
+        ("objects", OBJECTS_TYPE),
+    ]
+)
+
+
+def encoded_chunk(micro_batches: Sequence[MicroBatch], images: pa.StructArray) -> pa.Table:
+    """Pack the encoded images of a chunk.
+
+    Args:
+        micro_batches: Consecutive micro-batches of one rank.
+        images: Array of `ENCODED_TYPE` of all their images.
+
+    Returns:
+        A table of one row, for `decode_chunk`.
+    """
+    first = micro_batches[0]
+    header = {
+        "kind": first.kind,
+        "epoch": first.epoch,
+        "rank": first.rank,
+        "step": [one.step for one in micro_batches],
+        "part": [one.part for one in micro_batches],
+        "num_images": [len(one.rows) for one in micro_batches],
+    }
+    return _block(header, pa.RecordBatch.from_struct_array(images))
+
+
+class PixelBuffer:
+    """Memory for the pixels of one chunk, reused for the next: fresh pages cost more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._memory, self._size = np.empty(0, np.uint8), 0
+
+    def clear(self) -> None:
+        """Start the next chunk; the arrays of the last one become invalid."""
+        self._size = 0
+
+    def append(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """Return the next bytes as an uninitialised array of this shape; valid until the next call."""
+        start, self._size = self._size, self._size + math.prod(shape)
+        if self._size > len(self._memory):
+            grown = np.empty(max(self._size, 2 * len(self._memory)), np.uint8)
+            grown[:start] = self._memory[:start]
+            self._memory = grown
+        return self._memory[start : self._size].reshape(shape)
+
+    @property
+    def content(self) -> npt.NDArray[np.uint8]:
+        """All bytes since the last `clear`."""
+        return self._memory[: self._size]
+
+
+def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None) -> pa.Table:
+    """Decode, augment and resize the images of a chunk, as the epoch and the step of each micro-batch require.
+
+    Args:
+        chunk: Result of `encoded_chunk`.
+        view: Augmentation and resize of the images.
+        buffer: Memory of the pixels; the result is valid until its next use. By default, new memory is allocated.
+
+    Returns:
+        A table of one row, for `raydet.training.feeding.batches.ready_batches`: the header with two more entries for
+        each micro-batch, `resize_rule` and `shape` (number of readable images, height and width of the padded batch);
+        the images; and `pixels`, uint8 [B, 3, H, W] of each micro-batch, one after another.
+    """
+    buffer = buffer or PixelBuffer()
+    buffer.clear()
+    header, images = header_of(chunk), images_of(chunk)
+    validates = header["kind"] == "validate"
+    rows = _rows_of(images.to_struct_array())
+    header |= {"resize_rule": [], "shape": []}
+    columns: dict[str, list[Any]] = {name: [] for name in _DECODED_SCHEMA.names}
+    for micro_batch, num_images in micro_batches_of(header):
+        epoch = micro_batch.epoch
+        rule = view.resize_rule if validates else view.step_resize_rule(epoch, micro_batch.step)
+        readable: list[SeenImage] = []
+        for _ in range(num_images):
+            row = next(rows)
+            try:
+                seen = view.plain(row) if validates else view.augmented(row, epoch=epoch, resize_rule=rule)
+            except DecodeError as error:
+                columns["error"].append(str(error))
+                columns["size_hw"] += (0, 0)
+                columns["original_size_hw"] += (row["height"], row["width"])
+                columns["boxes_cxcywh"].append(())
+                columns["categories"].append(())
+                continue
+            readable.append(seen)
+            columns["error"].append(None)
+            columns["size_hw"] += seen.planes.shape[1:]
+            columns["original_size_hw"] += seen.original_size_hw
+            columns["boxes_cxcywh"].append(seen.boxes_cxcywh.reshape(-1))
+            columns["categories"].append(seen.categories)
+        header["resize_rule"].append(rule.to_dict())
+        header["shape"].append(_append(readable, rule, buffer))
+    arrays: dict[str, pa.Array] = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(columns[name], pa.int64()), 2)
+        for name in ("size_hw", "original_size_hw")
+    }
+    arrays |= {name: _lists(columns[name], _DECODED_SCHEMA.field(name).type) for name in ("boxes_cxcywh", "categories")}
+    arrays |= {"image_id": images["image_id"], "error": pa.array(columns["error"], pa.string())}
+    arrays["objects"] = images["objects"] if validates else pa.nulls(len(images), OBJECTS_TYPE)
+    decoded = pa.RecordBatch.from_arrays([arrays[name] for name in _DECODED_SCHEMA.names], schema=_DECODED_SCHEMA)
+    return _block(header, decoded).append_column("pixels", _one_binary(pa.py_buffer(buffer.content)))
+
+
+def _lists(values: Sequence[Any], type_: pa.ListType) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(one) for one in values)], dtype=np.int32)
+    joined = np.concatenate([np.zeros(0, type_.value_type.to_pandas_dtype()), *(one for one in values if len(one))])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(joined, type_.value_type))
+
+
+def _append(images: Sequence[SeenImage], rule: ResizeRule, buffer: PixelBuffer) -> tuple[int, int, int]:
+    """Append images to a buffer as one array [B, 3, H, W], padded with zeros at the bottom and on the right.
+
+    Returns:
+        B, H and W.
+    """
+    sizes_hw: list[SizeHW] = [(image.planes.shape[1], image.planes.shape[2]) for image in images]
+    # A rank without images runs a black one, whose size does not matter.
+    largest_hw = [max(sides) for sides in zip(*(sizes_hw or [rule.target_size_hw((64, 64))]), strict=True)]
+    height, width = rule.pad_to_hw or largest_hw
+    fill_padded(buffer.append((len(images), 3, height, width)), [image.planes for image in images])
+    return len(images), height, width
+
+
+def _block(header: dict[str, Any], images: pa.RecordBatch) -> pa.Table:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, images.schema) as writer:
+        writer.write_batch(images)
+    return pa.table({"header": [json.dumps(header)], "images": _one_binary(sink.getvalue())})
+
+
+def _one_binary(content: pa.Buffer) -> pa.LargeBinaryArray:
+    offsets = pa.py_buffer(np.array([0, content.size], np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, content])
+
+
+def header_of(chunk: pa.Table) -> dict[str, Any]:
+    """Return the header of a chunk: its kind, epoch and rank, and lists with an entry for each micro-batch."""
+    header: dict[str, Any] = json.loads(chunk["header"][0].as_py())
+    return header
+
+
+def micro_batches_of(header: dict[str, Any]) -> Iterator[tuple[MicroBatch, int]]:
+    """Yield each micro-batch of a chunk, without its rows, and its number of images."""
+    for step, part, num_images in zip(header["step"], header["part"], header["num_images"], strict=True):
+        yield MicroBatch(header["kind"], header["epoch"], step, part, header["rank"], ()), num_images
+
+
+def images_of(chunk: pa.Table) -> pa.RecordBatch:
+    """Return one row for each image of a chunk, without a copy."""
+    with pa.ipc.open_stream(_content_of(chunk["images"])) as reader:
+        return reader.read_next_batch()
+
+
+def pixels_of(chunk: pa.Table) -> npt.NDArray[np.uint8]:
+    """Return the bytes of all pixels of a decoded chunk, read-only, without a copy."""
+    return np.frombuffer(_content_of(chunk["pixels"]), np.uint8)
+
+
+def _content_of(column: pa.ChunkedArray) -> pa.Buffer:
+    assert len(column) == 1, f"a block of the stream holds one chunk, got {len(column)}"
+    (array,) = column.chunks
+    _, offsets, data = array.buffers()
+    start, stop = np.frombuffer(offsets, np.int64)[array.offset : array.offset + 2].tolist()
+    return data.slice(start, stop - start)
+
+
+def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
+    """Yield rows of an images table whose numbers are views of Arrow's memory.
+
+    Args:
+        images: Array of `ROW_TYPE`, optionally with the lists `mosaic` and `mixup` of the same type.
+    """
+    if not len(images):
+        return
+    sizes = {name: images.field(name).to_numpy().tolist() for name in ("image_id", "height", "width")}
+    contents = images.field("image").field("bytes")
+    paths = images.field("image").field("path").to_pylist()
+    is_null = contents.is_null().to_pylist()
+    data, starts = bytes_of(contents)
+    objects = images.field("objects")
+    lists = {name: objects.field(name) for name in ("id", "bbox", "category", "area", "iscrowd")}
+    offsets = {name: values.offsets.to_pylist() for name, values in lists.items()}
+    flat = {name: one.values.to_numpy(zero_copy_only=False) for name, one in lists.items() if name != "bbox"}
+    flat["bbox"] = lists["bbox"].values.flatten().to_numpy().reshape(-1, 4)
+    partners = {name: images.field(name) for name in ("mosaic", "mixup") if name in images.type.names}
+    for at, path in enumerate(paths):
+        content = None if is_null[at] else bytes(data[starts[at] : starts[at + 1]])
+        row = {name: values[at] for name, values in sizes.items()}
+        row["image"] = {"bytes": content, "path": path}
+        row["objects"] = {name: flat[name][offsets[name][at] : offsets[name][at + 1]] for name in flat}
+        for name, one in partners.items():
+            row[name] = list(_rows_of(one[at].values)) if len(one[at].values) else []
+        yield row
