@@ -75,17 +75,7 @@ def may_grow() -> bool:
 
 
 def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:
-    """Divide the connected cluster among the job's workers.
-
-    Args:
-        min_workers: Minimum number of workers of the job.
-        max_workers: Maximum number of workers of the job.
-        use_gpu: True for one GPU per worker; None to use GPUs if there are enough.
-        cpus_per_worker: CPUs to reserve for each worker; None for a share of the cluster's.
-
-    Raises:
-        UserError: The cluster is this machine alone and lacks the requested resources.
-    """
+    """Divide the connected cluster among the job's workers; for arguments and errors see `shares_of`."""
     return shares_of(
         resources_of_nodes(),
         node_types=ray_internals.node_types() if may_grow() else [],

@@ -58,15 +58,7 @@ def export_cvat(config: ExportCvatConfig) -> FolderExportReport:
             file.write("</annotations>\n")
         labels = [{"name": name, "attributes": [attribute]} for name in names]
         (folder / "labels.json").write_text(json.dumps(labels, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return FolderExportReport(
-        out,
-        len(written.names),
-        written.num_boxes,
-        written.num_copied,
-        "images",
-        written.num_renamed,
-        notes.counts(),
-    )
+    return written.report(out, "images", notes.counts())
 
 
 def _head(num_images: int, names: list[str], attribute: str, input_type: str) -> str:

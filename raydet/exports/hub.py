@@ -4,12 +4,10 @@ All local checks run before the first request to the Hub. No message contains a 
 """
 
 import contextlib
-import logging
 import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +16,13 @@ from urllib.parse import quote, urlsplit
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    are_progress_bars_disabled,
     build_hf_headers,
-    disable_progress_bars,
-    enable_progress_bars,
     hf_raise_for_status,
     validate_repo_id,
 )
 
 from raydet.common.errors import UserError, one_line
+from raydet.common.hub_client import quiet_client
 from raydet.common.redaction import without_secrets
 from raydet.config import PushConfig
 from raydet.exports.model_card import build_card
@@ -95,7 +91,7 @@ def push(config: PushConfig) -> PushResult:
         for name in files:
             Path(folder, name).write_bytes(storage.read_bytes(storage.join(checkpoint.name, name)))
         Path(folder, _CARD).write_text(card.content, encoding="utf-8")
-        with _quiet_client(), _errors_in_one_line(api, config.repo):
+        with quiet_client(hides_bars=not sys.stderr.isatty()), _errors_in_one_line(api, config.repo):
             commit, already_done = _upload(api, config, Path(folder), card.content)
         num_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
     url = f"{api.endpoint}/{config.repo}" + (f"/tree/{quote(config.revision)}" if config.revision else "")
@@ -211,27 +207,6 @@ def _offers_xet(api: HfApi, repo: str, branch: str) -> bool:
         return False
     hf_raise_for_status(response)
     return constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT in response.headers
-
-
-@contextlib.contextmanager
-def _quiet_client() -> Iterator[None]:
-    """Context manager: suppress the client's warnings, and without a terminal its progress bars, while the block runs.
-
-    Logger level, warnings and progress bars are restored afterwards.
-    """
-    logger = logging.getLogger("huggingface_hub")
-    level, had_bars = logger.level, not are_progress_bars_disabled()
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not sys.stderr.isatty():
-                disable_progress_bars()
-            yield
-    finally:
-        logger.setLevel(level)
-        if had_bars:
-            enable_progress_bars()
 
 
 @contextlib.contextmanager

@@ -113,6 +113,13 @@ class WrittenLabels:
     num_copied: int
     num_renamed: int
 
+    def report(self, out: str, images_folder: str, notes: dict[str, int]) -> FolderExportReport:
+        """Return the report of the export to `out`."""
+        num_images = len(self.names)
+        return FolderExportReport(
+            out, num_images, self.num_boxes, self.num_copied, images_folder, self.num_renamed, notes
+        )
+
 
 class FileNames:
     """Unique file names for images, compared without extension and without case, as some file systems do.

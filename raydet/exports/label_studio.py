@@ -71,15 +71,7 @@ def export_label_studio(config: ExportLabelStudioConfig) -> FolderExportReport:
             file.write("\n]\n" if separator == ",\n" else "[]\n")
         (folder / "label_config.xml").write_text(_label_config(names, has_crowds), encoding="utf-8")
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    return FolderExportReport(
-        out,
-        len(written.names),
-        written.num_boxes,
-        written.num_copied,
-        "images",
-        written.num_renamed,
-        notes.counts(),
-    )
+    return written.report(out, "images", notes.counts())
 
 
 def _address(prefix: str, name: str) -> str:

@@ -69,9 +69,7 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
         }.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return FolderExportReport(
-        out, len(written.names), written.num_boxes, written.num_copied, _IMAGES, written.num_renamed, {}
-    )
+    return written.report(out, _IMAGES, {})
 
 
 def _objects(rows: LabelRows, escaped_names: pa.StringArray, first_pixel: float) -> pa.StringArray:

@@ -68,15 +68,7 @@ def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
             make_texts=make_texts,
         )
         _write_data_yaml(folder / "data.yaml", images_folder, config.split, names)
-    return FolderExportReport(
-        out,
-        len(written.names),
-        written.num_boxes,
-        written.num_copied,
-        images_folder,
-        written.num_renamed,
-        notes,
-    )
+    return written.report(out, images_folder, notes)
 
 
 def _texts(rows: LabelRows, *, with_scores: bool) -> list[str]:
