@@ -29,10 +29,10 @@ sys.path.insert(0, str(PROJECT))  # for tests.nodes
 
 if TYPE_CHECKING:
     from benchmarks.ingest import limit_of, write_table
-    from benchmarks.simulated import SimulatedTrainer, load_simulated
+    from benchmarks.simulated import load_simulated, train_simulated
 else:  # a script imports its neighbours without the package name
     from ingest import limit_of, write_table
-    from simulated import SimulatedTrainer, load_simulated
+    from simulated import load_simulated, train_simulated
 
 from tests.nodes import nodes  # noqa: E402
 
@@ -109,25 +109,18 @@ def _train(folder: Path, job: str, seconds: float, *, epochs: int) -> dict[str, 
 
 
 def _run_training(folder: str, job: str, seconds: float, epochs: int, num_workers: int) -> None:
-    from raydet import TrainConfig
-    from raydet.training.train import train
-
-    config = TrainConfig(
+    train_simulated(
+        Path(folder),
+        Path(folder, f"{job}-log"),
+        seconds=seconds,
         model="rt_detr_v2_tiny",
-        train_data=f"{folder}/train",
-        val_data=f"{folder}/val",
         out=f"{folder}/run-{job}",
         image_size=SIDE,
         batch_size=BATCH_SIZE * num_workers,
         num_workers=num_workers,
         cpus_per_worker=None if num_workers == 1 else 1,
         epochs=epochs,
-        validate_every=epochs,
-        augmentation="flip",
-        log_images=0,
-        trackers=[],
     )
-    train(config, make_trainer=functools.partial(SimulatedTrainer, seconds=seconds, folder=f"{folder}/{job}-log"))
 
 
 def _predict(folder: Path, job: str, seconds: float, num_images: int, limit: float) -> dict[str, float]:

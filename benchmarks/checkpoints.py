@@ -9,7 +9,6 @@ line is one JSON object.
 """
 
 import argparse
-import functools
 import json
 import logging
 import os
@@ -26,11 +25,11 @@ sys.path.insert(0, str(PROJECT))  # for tests.s3_stand_in
 if TYPE_CHECKING:
     from benchmarks.accelerator import spans_of
     from benchmarks.ingest import write_table
-    from benchmarks.simulated import SimulatedTrainer
+    from benchmarks.simulated import train_simulated
 else:  # a script imports its neighbours without the package name
     from accelerator import spans_of
     from ingest import write_table
-    from simulated import SimulatedTrainer
+    from simulated import train_simulated
 
 from tests import s3_stand_in  # noqa: E402
 
@@ -70,26 +69,19 @@ def main() -> None:
 
 def _seconds(folder: Path, name: str, model: str, *, epochs: int, save_every_steps: int | None = None) -> float:
     """Train, and return the seconds from the first step of an epoch to its last, median of all epochs but the first."""
-    from raydet import TrainConfig
-    from raydet.training.train import train
-
     log = folder / f"{name}-log"
     log.mkdir()
-    config = TrainConfig(
+    train_simulated(
+        folder,
+        log,
+        seconds=STEP_S,
         model=model,
-        train_data=str(folder / "train"),
-        val_data=str(folder / "val"),
         out=f"{s3_stand_in.BUCKET}/{name}",
         image_size=SIDE,
         batch_size=BATCH_SIZE,
         epochs=epochs,
-        validate_every=epochs,
         save_every_steps=save_every_steps,
-        augmentation="flip",
-        log_images=0,
-        trackers=[],
     )
-    train(config, make_trainer=functools.partial(SimulatedTrainer, seconds=STEP_S, folder=str(log)))
     (spans,) = spans_of(log).values()
     own = [[span for span in spans if span[0] == epoch] for epoch in range(1, epochs)]
     return statistics.median(one[-1][2] - one[0][1] for one in own)

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from benchmarks.contest import Pair, print_ratios
     from benchmarks.generated_boxes import CATEGORIES, Generated, generate
 else:  # a script imports its neighbours without the package name
+    from contest import Pair, print_ratios
     from generated_boxes import CATEGORIES, Generated, generate
 
 Item = dict[str, torch.Tensor]
@@ -48,8 +50,7 @@ def torchmetrics_faster() -> Any:
 CONTESTANTS: dict[str, Callable[[], Any]] = {
     function.__name__: function for function in (raydet, torchmetrics, torchmetrics_faster)
 }
-TARGETS = {"torchmetrics": 50.0}
-"""How many times as fast raydet should be."""
+PAIRS: "tuple[Pair, ...]" = (("raydet", "torchmetrics", 50.0), ("raydet", "torchmetrics_faster", 0.0))
 
 
 def as_items(boxes: Generated) -> tuple[list[Item], list[Item]]:
@@ -90,7 +91,8 @@ def run(make: Callable[[], Any], preds: list[Item], targets: list[Item]) -> dict
     numbers = metric.compute()
     ended = time.perf_counter()
     values = [float(numbers[name]) for name in NAMES]
-    return {"numbers": values, "update_s": updated - started, "compute_s": ended - updated, "seconds": ended - started}
+    seconds = ended - started
+    return {"numbers": values, "update_s": updated - started, "seconds": seconds, "images_per_s": len(preds) / seconds}
 
 
 def main() -> None:
@@ -112,10 +114,10 @@ def main() -> None:
         for name in options.contestants:
             runs[name].append(run(CONTESTANTS[name], preds, targets))
             print(f"round {number + 1}: {name} {runs[name][-1]['seconds']:.2f} s", flush=True)
-    print_table(runs, reference, len(preds))
+    print_table(runs, reference)
 
 
-def print_table(runs: dict[str, list[dict[str, Any]]], reference: list[float], num_images: int) -> None:
+def print_table(runs: dict[str, list[dict[str, Any]]], reference: list[float]) -> None:
     print(f"\n{'contestant':<20} {'seconds':>8} {'lowest':>7} {'highest':>8} {'update s':>9} {'difference':>11}")
     summary: dict[str, dict[str, Any]] = {}
     for name, results in runs.items():
@@ -125,21 +127,13 @@ def print_table(runs: dict[str, list[dict[str, Any]]], reference: list[float], n
         difference = max(abs(own - its) for own, its in pairs)
         print(f"{name:<20} {middle:>8.2f} {min(seconds):>7.2f} {max(seconds):>8.2f} {update:>9.2f} {difference:>11.1e}")
         summary[name] = {
-            "images_per_s": round(num_images / middle, 1),
+            "images_per_s": round(statistics.median(result["images_per_s"] for result in results), 1),
             "seconds": round(middle, 3),
             "update_s": round(update, 3),
             "ap": results[0]["numbers"][0],
             "difference": difference,
         }
-    for name, results in runs.items():
-        if name != "raydet" and "raydet" in runs:
-            ratios = [its["seconds"] / mine["seconds"] for mine, its in zip(runs["raydet"], results, strict=True)]
-            summary[name]["raydet_times_as_fast"] = round(statistics.median(ratios), 1)
-            aim = f", target {TARGETS[name]:.0f}" if name in TARGETS else ""
-            print(
-                f"raydet / {name}: {statistics.median(ratios):.1f} times as fast "
-                f"(per round {min(ratios):.1f} to {max(ratios):.1f}{aim})"
-            )
+    print_ratios(runs, PAIRS, "images_per_s", "target")
     print(json.dumps(summary))
 
 

@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # No large imports here: a child process inherits the peak memory of this process as its own.
+if TYPE_CHECKING:
+    from benchmarks.contest import print_ratios
+else:  # a script imports its neighbours without the package name
+    from contest import print_ratios
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -172,12 +177,13 @@ def main() -> None:
             for contestant in options.contestants:
                 if number and contestant in ONCE:
                     continue
-                runs[contestant].append(run_one(contestant, folder))
-                print(f"round {number + 1}: {contestant} {runs[contestant][-1]['seconds']:.2f} s", flush=True)
-        _print(runs, sizes[0])
+                run = run_one(contestant, folder)
+                runs[contestant].append({**run, "images_per_s": sizes[0] / run["seconds"]})
+                print(f"round {number + 1}: {contestant} {run['seconds']:.2f} s", flush=True)
+        _print(runs)
 
 
-def _print(runs: dict[str, list[dict[str, Any]]], num_images: int) -> None:
+def _print(runs: dict[str, list[dict[str, Any]]]) -> None:
     reference = runs["pycocotools"][0]["numbers"] if "pycocotools" in runs else None
     print(
         f"\n{'contestant':<18} {'seconds':>8} {'lowest':>7} {'highest':>8} {'peak MB':>8} {'AP':>7} {'difference':>11}"
@@ -197,20 +203,13 @@ def _print(runs: dict[str, list[dict[str, Any]]], num_images: int) -> None:
             f"{shown:>11}"
         )
         summary[name] = {
-            "images_per_s": round(num_images / middle, 1),
+            "images_per_s": round(statistics.median(run["images_per_s"] for run in results), 1),
             "seconds": round(middle, 2),
             "peak_mb": round(peak_mb),
             "ap": values[0],
             "difference": difference,
         }
-    for first, second, target in PAIRS:
-        if first in runs and second in runs:
-            ratios = [its["seconds"] / mine["seconds"] for mine, its in zip(runs[first], runs[second], strict=True)]
-            aim = f", target {target:.2f}" if target else ""
-            print(
-                f"{first} / {second}: {statistics.median(ratios):.2f} times as fast "
-                f"(per round {min(ratios):.2f} to {max(ratios):.2f}{aim})"
-            )
+    print_ratios(runs, PAIRS, "images_per_s", "target")
     print(json.dumps(summary))
 
 

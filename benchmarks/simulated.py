@@ -1,6 +1,7 @@
 """A simulated accelerator: a trainer and an engine whose computations take time but no CPU."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydet.config import PredictConfig
+from raydet.config import PredictConfig, TrainConfig
 from raydet.engines.detector_engine import EngineBatch
 from raydet.engines.torch_engine import TorchEngine
 from raydet.models.detector import Detections
 from raydet.training.in_flight import StepInputs, StepOutcome, StepValues
 from raydet.training.state import Position
+from raydet.training.train import train
 from raydet.training.trainer import Trainer
 
 
@@ -66,6 +68,27 @@ class SimulatedTrainer(Trainer):
         self.meter.num_steps += 1
         self.position = Position(position.epoch, position.step + 1)
         return _Outcome(end, position, inputs.image_ids, {}, {"loss": torch.zeros(())}, torch.zeros(()))
+
+
+def train_simulated(folder: Path, log: Path, *, seconds: float, **options: Any) -> None:
+    """Train on FOLDER/train and FOLDER/val with steps that only wait, and without validation before the last epoch.
+
+    Args:
+        folder: Folder of the tables.
+        log: Folder for the simulated devices' logs; see `raydet.TrainConfig` for the options.
+        seconds: Duration of a step.
+        options: Other options of the training run.
+    """
+    config = TrainConfig(
+        train_data=str(folder / "train"),
+        val_data=str(folder / "val"),
+        validate_every=options["epochs"],
+        augmentation="flip",
+        log_images=0,
+        trackers=[],
+        **options,
+    )
+    train(config, make_trainer=functools.partial(SimulatedTrainer, seconds=seconds, folder=str(log)))
 
 
 class SimulatedEngine(TorchEngine):

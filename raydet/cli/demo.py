@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raydet.cluster import session
 from raydet.common.console import Console
+from raydet.common.ray_address import announce
 from raydet.config import DemoConfig, EvaluateConfig, PredictConfig, PrepareShapesConfig, ReportConfig, TrainConfig
 from raydet.config.options import load_file
 from raydet.measuring.evaluate import evaluate
@@ -68,7 +69,7 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
         image_size=training.image_size or 128,
     )
     _show(console, prepare_shapes(shapes).lines())
-    session.announce(console.line)
+    announce(console.line)
     with session.session(storage.join(out, "log")):
         console.title("\ntrain: a small RT-DETRv2 from scratch")
         trained = train(training, console=console)

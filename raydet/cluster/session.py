@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -13,6 +13,7 @@ import ray
 from raydet.cluster.caller import RAY_MESSAGES, chatter_logged, process_restored
 from raydet.cluster.ray_internals import listening_on_loopback, local_cluster_options
 from raydet.common.errors import RunError, RunStopped, one_line
+from raydet.common.ray_address import starts_cluster
 from raydet.common.signals import STOPPED, ending_on_sigterm
 
 START_ATTEMPTS = 3
@@ -48,18 +49,6 @@ def session(log_uri: str, address: str | None = None) -> Iterator[None]:
                     yield
             finally:
                 ray.shutdown()
-
-
-def announce(line: Callable[[str], None]) -> None:
-    """Say what a session waits for first, unless this process is already connected."""
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        line("starting Ray on this machine" if starts_cluster() else f"connecting to Ray at {address}")
-
-
-def starts_cluster(address: str | None = None) -> bool:
-    """Return True if a session at this address starts a cluster on this machine."""
-    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
 def _connect(address: str | None) -> None:

@@ -1,6 +1,5 @@
 """Resource shares of a cluster: CPUs and GPUs for each worker of a job, and its decode processes."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from ray.util.placement_group import remove_placement_group
 from raydet.cluster import ray_internals
 from raydet.cluster.ray_internals import NodeType
 from raydet.common.errors import UserError
+from raydet.common.ray_address import starts_cluster
 from raydet.tables import storage
 
 _MOST_NODES = 1000
@@ -71,7 +71,7 @@ def _cpus_and_gpus(node: Mapping[str, float]) -> tuple[float, float]:
 
 def may_grow() -> bool:
     """Return True if the cluster may gain nodes; a cluster that the job itself started does not."""
-    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+    return not starts_cluster()
 
 
 def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:

@@ -21,12 +21,12 @@ Each is counted, and listed in OUT/_rejected (images) or OUT/_findings (everythi
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
 
+from raydet.common.ray_address import is_connected
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
@@ -331,15 +331,10 @@ def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
     """Decide whether to use Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
     if wanted is not None:
         return wanted
-    if os.environ.get("RAY_ADDRESS") or _is_in_session():
+    if os.environ.get("RAY_ADDRESS") or is_connected():
         return is_folder and num_images >= _RAY_FROM_IMAGES
     num_cpus = available_cpus()
     return is_folder and num_images >= _OWN_RAY_FROM_IMAGES and num_cpus >= _OWN_RAY_FROM_CPUS
-
-
-def _is_in_session() -> bool:
-    ray = sys.modules.get("ray")  # an open session implies the import
-    return ray is not None and bool(ray.is_initialized())
 
 
 def _mean_bytes(source: Source, reader: ImageReader) -> int:

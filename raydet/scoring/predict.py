@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from raydet.cluster.job_report import JobReport, JobStats
 from raydet.cluster.stopwatch import FileStats
 from raydet.common.console import Console
 from raydet.common.errors import UserError
+from raydet.common.ray_address import announce, is_connected
 from raydet.common.redaction import without_secrets
 from raydet.config import PredictConfig, config_hash, identity
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
@@ -156,12 +156,7 @@ def _predict_into(
 def _suits_this_process(config: PredictConfig, images: Collection) -> bool:
     """Return True for a small collection on one machine, unless the caller has a cluster or reserves CPUs of one."""
     is_small = images.num_rows <= MOST_IMAGES_IN_PROCESS and config.num_workers == 1
-    return is_small and not os.environ.get("RAY_ADDRESS") and not _is_connected() and config.cpus_per_worker is None
-
-
-def _is_connected() -> bool:
-    """Return True if this process is connected to Ray, without importing it."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+    return is_small and not os.environ.get("RAY_ADDRESS") and not is_connected() and config.cpus_per_worker is None
 
 
 @contextlib.contextmanager
@@ -173,9 +168,7 @@ def _place(config: PredictConfig, console: Console, in_process: bool) -> Iterato
         with local.this_process(config, console) as here:
             yield here
     else:
-        if not _is_connected():
-            is_local = os.environ.get("RAY_ADDRESS", "local") in ("", "local")
-            console.line("starting Ray on this machine" if is_local else "connecting to the Ray cluster")
+        announce(console.line)  # before Ray is imported, which takes a second
         from raydet.scoring import distributed
 
         with distributed.connected(config, console) as cluster:

@@ -17,6 +17,7 @@ from raydet.cluster.job_record import JobRecord
 from raydet.cluster.shared_storage import check_shared
 from raydet.common.console import Console
 from raydet.common.errors import UserError
+from raydet.common.ray_address import announce, is_connected, starts_cluster
 from raydet.common.signals import noting_stop_requests
 from raydet.config import TrainConfig, identity, to_yaml
 from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
@@ -131,8 +132,8 @@ def _train_into(
     from raydet.training.launch import free_workers, run_workers  # imports torch, after all checks of the input
 
     # A single worker needs Ray Train only on a named cluster, to be told that its node is about to be reclaimed.
-    is_alone = config.max_workers == 1 and (ray.is_initialized() or session.starts_cluster())
-    session.announce(console.line)
+    is_alone = config.max_workers == 1 and (is_connected() or starts_cluster())
+    announce(console.line)
     with session.session(storage.join(out, "log")):
         resources = shares.share_out(
             min_workers=config.min_workers,

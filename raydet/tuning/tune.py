@@ -12,6 +12,7 @@ from typing import Any
 from raydet.cluster import session
 from raydet.common.console import Console
 from raydet.common.errors import RunError, UserError
+from raydet.common.ray_address import announce
 from raydet.config import TrainConfig, TuneConfig, identity, to_yaml
 from raydet.config.options import build
 from raydet.tables import storage
@@ -69,7 +70,7 @@ def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
 
 def _run(search: Search, console: Console) -> bool:
     plan, config = search.plan, search.plan.config
-    session.announce(console.line)
+    announce(console.line)
     with session.session(storage.join(plan.out, "log")):
         share = share_out(plan.base, config.max_concurrent, search.num_to_do)
         console.line(_announcement(search, share))

@@ -4,7 +4,6 @@ import copy
 import datetime
 import multiprocessing
 import pickle
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from raydet.measuring.numbers.matches import COCO_IOU_THRESHOLDS
 from raydet.measuring.numbers.precision import COCO_RECALLS
 from raydet.tables.schema import Category
 from tests.measuring.numbers.test_metrics import Image, image_detections, image_truth, real_images, reference
+from tests.ranks import run_ranks
 
 Item = dict[str, Tensor]
 Measured = tuple[list[tuple[Item, Item]], dict[str, Tensor]]
@@ -325,17 +325,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> OfRanks:
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")  # imports once for both
     context.set_forkserver_preload([__name__])
-    processes = [context.Process(target=run_rank, args=(rank, str(folder)), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        deadline = time.monotonic() + 240
-        for process in processes:
-            process.join(max(deadline - time.monotonic(), 0.0))
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(context, run_rank, [(rank, str(folder)) for rank in range(2)], timeout_s=240)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -4,7 +4,6 @@ import copy
 import datetime
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from raydet.models.step import StepSetting, compute_gradients, step_normaliser
 from raydet.tables.schema import Category
 from tests.local_head import free_port
 from tests.random_examples import empty_batch
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -467,17 +467,7 @@ def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     port = free_port()
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_rank, args=(rank, port, str(out)), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        deadline = time.monotonic() + 270
-        for process in processes:
-            process.join(max(deadline - time.monotonic(), 0.0))
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(context, run_rank, [(rank, port, str(out)) for rank in range(2)], timeout_s=270)
     return out
 
 

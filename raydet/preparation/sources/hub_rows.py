@@ -23,9 +23,11 @@ from raydet.preparation.sources.source import (
     Source,
     SourceImage,
     SourceObjects,
+    are_image_ids,
+    are_unique,
     read_class_names,
 )
-from raydet.tables.schema import MAX_IMAGE_ID, Category, build_schema
+from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import is_table, open_table
 
 _ROWS_AT_ONCE = 1000
@@ -158,7 +160,7 @@ def _scan(
         for kind, count in {**parsed.findings, **unknown}.items():
             findings.note(Finding(kind, row[_PATH], image_id, count=count))
     all_ids = np.concatenate(ids) if ids else np.zeros(0, np.int64)
-    keeps_ids = not num_without_id and bool((all_ids > 0).all()) and len(np.unique(all_ids)) == len(all_ids)
+    keeps_ids = not num_without_id and bool((all_ids > 0).all()) and are_unique(all_ids)
     if not keeps_ids and len(all_ids):
         findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are renumbered"))
     if stated is not None and index_of is not None:
@@ -260,7 +262,7 @@ def _image_ids(dataset: Any, findings: FindingLog) -> NDArray[np.int64] | None:
     batches = [column[start : start + 2**16]["image_id"] for start in range(0, len(column), 2**16)]
     if not any(batch.null_count for batch in batches):
         ids = np.concatenate([batch.to_numpy() for batch in batches])
-        if ids.min() >= 0 and ids.max() < MAX_IMAGE_ID and len(np.unique(ids)) == len(ids):
+        if are_image_ids(ids):
             return ids.astype(np.int64)
     findings.note(Finding("image ids that are missing, repeated or out of range, so rows are numbered instead"))
     return None

@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
 from raydet.images.files import readable
 from raydet.tables import storage
-from raydet.tables.schema import Category
+from raydet.tables.coco_json import integer
+from raydet.tables.schema import MAX_IMAGE_ID, Category
 from raydet.tables.spill import Spilled
 
 UNLABELLED_KEPT = "unlabelled images, kept without objects"
@@ -18,6 +21,9 @@ UNLABELLED_KEPT = "unlabelled images, kept without objects"
 UNLABELLED = "no labels"
 """Reason for rejection, with `--unlabelled reject`."""
 _MOST_FOLDERS_SHOWN = 5
+_MAX_SIDE = 2**31
+
+Ids = Sequence[int] | npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -167,3 +173,26 @@ def top_folders(paths: Iterable[str]) -> str:
     if len(names) > len(shown):
         return f"{', '.join(shown)} and {len(names) - len(shown)} more folders"
     return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
+
+
+def are_unique(ids: Ids) -> bool:
+    """Return True if no id occurs twice."""
+    return len(np.unique(np.asarray(ids))) == len(ids)
+
+
+def are_image_ids(ids: Ids) -> bool:
+    """Return True if a table can hold these as the ids of its images, of which there is at least one."""
+    array = np.asarray(ids)
+    return bool(array.min() >= 0 and array.max() < MAX_IMAGE_ID) and are_unique(array)
+
+
+def image_id_of(value: object) -> int | None:
+    """Return the image id in a value of a file, or None if a table cannot hold it."""
+    number = integer(value)
+    return number if number is not None and 0 <= number < MAX_IMAGE_ID else None
+
+
+def size_hw_of(height: object, width: object) -> tuple[int, int] | None:
+    """Return the height and width in pixels in two values of a file, or None if these are not a size."""
+    size_hw = integer(height) or 0, integer(width) or 0
+    return size_hw if all(0 < side < _MAX_SIDE for side in size_hw) else None

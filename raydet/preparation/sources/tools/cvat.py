@@ -18,16 +18,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
-import numpy as np
-
 from raydet.common.boxes import enclosing_xywh
 from raydet.common.errors import UserError, one_line
 from raydet.common.xml import NoDoctype, XmlError
 from raydet.images.files import ImageFolder, readable
-from raydet.preparation.sources.source import Finding, FindingLog, Source, SourceImage, SourceObjects
+from raydet.preparation.sources.source import (
+    Finding,
+    FindingLog,
+    Source,
+    SourceImage,
+    SourceObjects,
+    are_image_ids,
+    image_id_of,
+    size_hw_of,
+)
 from raydet.tables import storage
-from raydet.tables.coco_json import BoxXywh, errors_in_one_line, integer, plain_path
-from raydet.tables.schema import MAX_IMAGE_ID, Category
+from raydet.tables.coco_json import BoxXywh, errors_in_one_line, plain_path
+from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
 CROWD_ATTRIBUTES = ("is_crowd", "iscrowd")
@@ -90,7 +97,7 @@ def read_cvat(annotations_uri: str, folder: ImageFolder) -> Source:
         labels[name] = None
     if not labels:
         raise UserError(f"{where} has no classes; for images without labels, use `raydet prepare images`")
-    keeps_ids = min(ids) >= 0 and len(np.unique(np.asarray(ids))) == len(ids)
+    keeps_ids = are_image_ids(ids)
     if not keeps_ids:
         findings.note(Finding("image ids that are missing or repeated, so all are renumbered"))
     for rank, image in enumerate(images):
@@ -210,11 +217,8 @@ class _CvatTarget(NoDoctype):
         path = plain_path(attributes.get("name", ""))
         if not path:
             raise XmlError(f"image {self._num_images + 1} has no name")
-        image_id = integer(attributes.get("id"))
-        height, width = (integer(attributes.get(side)) or 0 for side in ("height", "width"))
-        is_valid = image_id is not None and 0 <= image_id < MAX_IMAGE_ID
-        size_hw = (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else None
-        return _CvatImage(image_id if is_valid else None, path, size_hw)
+        size_hw = size_hw_of(attributes.get("height"), attributes.get("width"))
+        return _CvatImage(image_id_of(attributes.get("id")), path, size_hw)
 
     def _add_box(self, image: _CvatImage, attributes: Mapping[str, str]) -> bool:
         """Add a box to an image, unless it is unusable."""

@@ -21,8 +21,6 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-import numpy as np
-
 from raydet.common.boxes import enclosing_xywh
 from raydet.common.errors import UserError
 from raydet.config.preparing import TaskLabels, Unlabelled
@@ -35,13 +33,17 @@ from raydet.preparation.sources.source import (
     Source,
     SourceImage,
     SourceObjects,
+    are_image_ids,
+    are_unique,
+    image_id_of,
     read_class_names,
+    size_hw_of,
 )
 from raydet.preparation.sources.tools.addresses import FolderFiles, address_path
 from raydet.tables import storage
 from raydet.tables.coco_json import MAX_INTEGER, BoxXywh, Entry, errors_in_one_line, integer, placed
 from raydet.tables.json_stream import elements
-from raydet.tables.schema import MAX_IMAGE_ID, Category
+from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
 CROWD_CHOICE = "crowd"
@@ -160,7 +162,7 @@ def _task(
         raise UserError(f'{place}: its "data" has no image address')
     path = find(address)
     task = _LabelStudioTask(
-        (_valid_id(data.get("image_id")), _valid_id(entry.get("id"))),
+        (image_id_of(data.get("image_id")), image_id_of(entry.get("id"))),
         readable(address_path(address) if path is None else path),
         refusal="no such file: no image path matches the end of its address"
         if path is None
@@ -218,7 +220,7 @@ def _image_ids(tasks: Spilled[_LabelStudioTask], findings: FindingLog) -> Sequen
     """Return `data.image_id` of all tasks if these are unique, or else the tasks' ids, or else their ranks."""
     for source in (0, 1):
         ids = array("q", (-1 if (id_ := task.image_ids[source]) is None else id_ for task in tasks))
-        if min(ids) >= 0 and len(np.unique(np.asarray(ids))) == len(ids):
+        if are_image_ids(ids):
             return ids
     findings.note(Finding("task ids that are missing or repeated, so all images are numbered from 0"))
     return range(len(tasks))
@@ -232,7 +234,7 @@ def _are_unique(tasks: Spilled[_LabelStudioTask]) -> bool:
             if id_ is None:
                 return False
             ids.append(id_)
-    return len(np.unique(np.asarray(ids))) == len(ids)
+    return are_unique(ids)
 
 
 def _add_findings(
@@ -247,14 +249,8 @@ def _add_findings(
         findings.note(Finding(UNLABELLED_KEPT, task.path, image_id))
 
 
-def _valid_id(value: object) -> int | None:
-    number = integer(value)
-    return number if number is not None and 0 <= number < MAX_IMAGE_ID else None
-
-
 def _original_size_hw(item: Entry) -> tuple[int, int] | None:
-    height, width = (integer(item.get(f"original_{side}")) or 0 for side in ("height", "width"))
-    return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else None
+    return size_hw_of(item.get("original_height"), item.get("original_width"))
 
 
 def _names(value: object) -> list[str]:
