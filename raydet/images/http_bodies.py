@@ -40,10 +40,18 @@ def body_of(response: http.client.HTTPResponse, max_bytes: int) -> Iterator[byte
 
 
 def _plain(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    while part := response.read1(_PART_BYTES):
+    """Read a body up to its stated length, or to the end of the connection."""
+    stream: BinaryIO = response.fp
+    left = response.length
+    while left != 0:
+        part = stream.read1(_PART_BYTES if left is None else min(left, _PART_BYTES))  # type: ignore[attr-defined]
+        if not part:
+            if left:
+                raise http.client.IncompleteRead(b"")
+            break
+        left = None if left is None else left - len(part)
         yield part
-    if response.length:
-        raise http.client.IncompleteRead(b"")
+    response.close()
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
