@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from raydet.common.threads import available_cpus
 
-_CPU_S, _BYTES_PER_CPU_S = 10, 25_000_000
+_CPU_S, _BYTES_PER_CPU_S = 5, 50_000_000
 _SPARE_BYTES = 512 * 2**20
 """Address space beside what an image needs: the file, the decoder's tables."""
 _LONGEST_HEADER = 64 * 2**10

@@ -45,35 +45,37 @@ def find_scan(data: bytes) -> int | None:
         return None
 
 
-def has_more_segments(data: bytes, most: int) -> bool:
-    """Return True if a JPEG has more than `most` segments before its first scan."""
-    num_segments = 0
-    for marker in _markers(data):
-        num_segments += 1
-        if marker == _START_OF_SCAN or num_segments > most:
-            break
-    return num_segments > most
+def has_long_header(data: bytes, most_segments: int, most_filling: int) -> bool:
+    """Return True if a JPEG has more segments, or bytes between them, before its first scan; Pillow visits each."""
+    num_segments, filling = 0, 0
+    for marker, gap in _markers(data):
+        num_segments, filling = num_segments + 1, filling + gap
+        if num_segments > most_segments or filling > most_filling:
+            return True
+        if marker == _START_OF_SCAN:
+            return False
+    return len(data) > most_filling and not num_segments
 
 
 def has_more_scans(data: bytes, most: int) -> bool:
     """Return True if a JPEG has more than `most` scans, or more segments than any encoder writes."""
     num_scans = 0
-    for num_segments, marker in enumerate(_markers(data)):
+    for num_segments, (marker, _) in enumerate(_markers(data)):
         num_scans += marker == _START_OF_SCAN
         if num_scans > most or num_segments > _MOST_SEGMENTS_OF_ALL:
             return True
     return False
 
 
-def _markers(data: bytes) -> Iterator[int]:
-    """Yield the markers of a JPEG's segments up to its end, as libjpeg finds them."""
+def _markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the markers of a JPEG's segments up to its end, as libjpeg finds them, each with the bytes before it."""
     place = 0
     while (found := _MARKER.search(data, place)) is not None:
-        marker, place = found.group()[-1], found.end()
+        marker, gap, place = found.group()[-1], found.start() - place, found.end()
         if marker == _END_OF_IMAGE[1]:
             return
         if marker not in (_START_OF_IMAGE, 0x01):
-            yield marker
+            yield marker, gap
             place += max(2, int.from_bytes(data[place : place + 2]))
 
 

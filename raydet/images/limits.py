@@ -4,6 +4,8 @@ A file beyond them is refused. A file that may not be what it states is decoded 
 (`isolation.py`), with limits that the system enforces.
 """
 
+import re
+
 from PIL import ImageFile, TiffImagePlugin
 
 from raydet.images import jpeg_scan
@@ -34,13 +36,14 @@ _SLOW_TILES = ("ppm", "ppm_plain", "bmp_rle")
 _SLOW_PIXELS = 1_000_000
 _MOST_BYTES = {"GIF": 2 * 2**20}
 _MOST_BYTES_OF_OTHERS = 256 * 2**20
-_MAX_PIECES = 1_000
+_MAX_PIECES, _MAX_FILLING = 1_000, 100_000
 _PIECE_BYTES = 64
 _PNG_WALKED_BYTES = 100_000
 _MAX_TIFF_VALUES = 2**20
 _TIFF_TEXTS = (1, 2, 7)
 """Types whose values Pillow keeps as bytes."""
 _HEADER_BYTES = 4096
+_COMMENT = re.compile(rb"#[^\n\r]*")
 
 
 def refusal_of_structure(name: str, data: bytes, scan: int | None) -> str | None:
@@ -51,8 +54,8 @@ def refusal_of_structure(name: str, data: bytes, scan: int | None) -> str | None
         data: Its content.
         scan: Place of a JPEG's only scan from `jpeg_scan.find_scan`; None if there is more to see.
     """
-    if name == "JPEG" and scan is None and jpeg_scan.has_more_segments(data, _MAX_PIECES):
-        return f"broken JPEG: more than {_MAX_PIECES:,} segments before the image"
+    if name == "JPEG" and scan is None and jpeg_scan.has_long_header(data, _MAX_PIECES, _MAX_FILLING):
+        return f"broken JPEG: more than {_MAX_PIECES:,} segments, or much filling, before the image"
     if name == "PNG" and len(data) > _PNG_WALKED_BYTES and _has_tiny_chunks(data):
         return "broken PNG: too many chunks"
     if name == "TIFF":
@@ -177,6 +180,7 @@ def _refusal_of_tiff(data: bytes) -> str | None:
 
 
 def _is_endless(data: bytes) -> bool:
-    """Return True if comments make the header of a PPM longer than `_HEADER_BYTES`."""
-    lines = data[:_HEADER_BYTES].split(b"\n")
-    return len(data) > _HEADER_BYTES and (len(lines) == 1 or all(line.startswith(b"#") for line in lines[1:]))
+    """Return True if comments or blanks make the header of a PPM longer than `_HEADER_BYTES`."""
+    num_words = 3 if data[1:2] in b"14" else 4
+    words = _COMMENT.sub(b"", data[:_HEADER_BYTES]).split(None, num_words)
+    return len(data) > _HEADER_BYTES and len(words) <= num_words - 1

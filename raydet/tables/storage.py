@@ -140,10 +140,17 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     Raises:
         OSError: The file cannot be read, or is larger than `max_bytes`.
     """
-    with open_stream(uri) as stream:
+
+    def refuse_size(num_bytes: int) -> None:
+        if max_bytes is not None and num_bytes > max_bytes:
+            raise OSError(errno.EFBIG, f"it is larger than {max_bytes / 1e6:,.0f} MB")
+
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return ANYWHERE.read(path, refuse_size)
+    with filesystem.open_input_stream(path, compression=None) as stream:
         data: bytes = stream.read() if max_bytes is None else stream.read(max_bytes + 1)
-    if max_bytes is not None and len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"it is larger than {max_bytes / 1e6:,.0f} MB")
+    refuse_size(len(data))
     return data
 
 

@@ -78,7 +78,12 @@ def refusal(data: bytes, max_pixels: int = LIMIT) -> str:
         (lambda: png(1, 89_478), "a side of 89,478 pixels"),
         (lambda: webp(16_383, 10_900), "decoding it takes 3,393 MB, over the limit of 1,790 MB"),
         (lambda: jpeg_of_scans(3_000), "more than 381 scans"),
-        (lambda: encoded(noise(8, 8), "JPEG")[:2] + b"\xff\xfe\x00\x02" * 2_000_000, "more than 1,000 segments"),
+        (
+            lambda: encoded(noise(8, 8), "JPEG")[:2] + b"\xff\xfe\x00\x02" * 2_000_000,
+            "more than 1,000 segments, or much filling",
+        ),
+        (lambda: encoded(noise(8, 8), "JPEG")[:2] + b"\xff" * 10**7 + b"\xc0", "much filling"),
+        (lambda: b"P6\n4 #" + b"x" * 10**6 + b"\n4\n255\n" + bytes(48), "a header of more than 4,096 bytes"),
         (lambda: png(8, 8, before=chunk(b"abCd", b"") * 100_000), "too many chunks"),
         (lambda: png(8, 8, before=chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(10**8)))), "broken PNG"),
         (lambda: b"P6\n#" + b"x" * 10**6 + b"\n2 2\n255\n" + bytes(12), "a header of more than 4,096 bytes"),

@@ -27,7 +27,6 @@ from raydet.common.xml import NoDoctype, XmlError
 from raydet.config.preparing import Unlabelled
 from raydet.images.files import (
     LEAVES_BY_LINK,
-    MAX_FILE_BYTES,
     MAX_LABEL_BYTES,
     ImageFolder,
     ReadError,
@@ -55,6 +54,7 @@ from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
+_MAX_SPLIT_BYTES = 64 * 2**20
 _NO_IMAGE = "no such file: no image has this name"
 
 
@@ -278,7 +278,7 @@ def _read_split(
 ) -> set[str]:
     """Read the names in a split file, without repetitions."""
     try:
-        text = storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES).decode("utf-8-sig")
+        text = storage.read_bytes(uri, max_bytes=_MAX_SPLIT_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no such split file: {storage.absolute_uri(uri)}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -13,7 +13,6 @@ import yaml
 from raydet.common.errors import UserError, one_line
 from raydet.images.files import (
     MAX_FILE_BYTES,
-    MAX_LABEL_BYTES,
     ImageFolder,
     image_files_below,
     images_below,
@@ -25,6 +24,7 @@ from raydet.preparation.sources.source import read_class_names
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
+_MAX_YAML_BYTES = 2**20
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 
 
@@ -123,7 +123,7 @@ def find_in_data_yaml(data_uri: str, split: str, *, allow_root: Sequence[str] | 
 
 def _load_yaml(uri: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(storage.read_bytes(uri, max_bytes=MAX_LABEL_BYTES))
+        content = yaml.safe_load(storage.read_bytes(uri, max_bytes=_MAX_YAML_BYTES))
     except FileNotFoundError:
         raise UserError(f"no such file: {uri}; --data must name the data.yaml of the data set") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
