@@ -42,10 +42,10 @@ from raydet.images.limits import (
     needed_bytes,
     refusal_of_size,
     refusal_of_structure,
+    refusal_of_webp,
     refusal_of_work,
     should_be_isolated,
     too_large,
-    webp_size,
 )
 from raydet.images.pixels import ORIENTATION_TAG, SIDEWAYS, check_conversion, orientation_of, upright_rgb
 
@@ -160,7 +160,12 @@ def _run(
             return _run_isolated(operation, data, max_pixels, at_least_hw)
         _refuse(refusal_of_structure(name, data, scan))
         rest = without_scan(data, scan) if operation == "check" and scan is not None else None
-        image = _open(name, data if rest is None else rest, max_pixels)
+        try:
+            image = _open(name, data if rest is None else rest, max_pixels)
+        except Exception:
+            if rest is None:
+                raise
+            image, rest = _open(name, data, max_pixels), None
         if operation not in _ON_HEADERS:
             _refuse(refusal_of_work(name, image, data, max_pixels, scan))
         needed = needed_bytes(name, image)
@@ -315,9 +320,8 @@ def _format_of(data: bytes) -> str:
 def _open(name: str, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header; refuse images with too many pixels."""
     _refuse_empty_side(name, data)
-    size = webp_size(data) if name == "WEBP" else None
-    if size is not None:
-        _refuse(refusal_of_size(size, max_pixels))
+    if name == "WEBP":
+        _refuse(refusal_of_webp(data, max_pixels))
     image = _FORMATS[name](io.BytesIO(data))
     _refuse(refusal_of_size(image.size, max_pixels))
     return image

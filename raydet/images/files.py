@@ -114,7 +114,9 @@ class ImageFolder:
         try:
             self._filesystem, self.path = storage.resolve(uri)
             kind = self._filesystem.get_file_info(self.path).type
-        except (OSError, ValueError) as error:
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # a path with NUL is a ValueError
             raise UserError(f"cannot open the {what} folder {uri}: {one_line(error)}") from None
         self.is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
         self.uri = self.path if self.is_local else uri.rstrip("/")

@@ -61,8 +61,11 @@ class _Worker:
             self._process.stdin.write(data)
             self._process.stdin.flush()
             answer = json.loads(self._process.stdout.readline(_LONGEST_HEADER))
-            content = self._process.stdout.read(answer["num_bytes"])
-            if len(content) != answer["num_bytes"]:
+            num_bytes = int(answer["num_bytes"])
+            if not 0 <= num_bytes <= len(data) + 4 * question["max_pixels"] + _LONGEST_HEADER:
+                raise ValueError
+            content = self._process.stdout.read(num_bytes)
+            if len(content) != num_bytes:
                 raise EOFError
             return answer, content
         except (OSError, ValueError, EOFError, KeyError):

@@ -28,6 +28,7 @@ _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;1
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 10, "JPEG2000": 12}
 """Bytes that a decoder needs for a pixel beside the image itself: canvases, planes and copies."""
 _PROGRESSIVE_BYTES = 3
+_WEBP_BYTES = 4 + _RESULT_BYTES + _DECODER_BYTES["WEBP"]
 _ALWAYS_ISOLATED = ("AVIF", "JPEG2000")
 """Formats whose header and pixel data each state a size."""
 _PACKED_BYTES, _PACKED_RATIO = 64 * 2**20, 500
@@ -99,16 +100,30 @@ def refusal_of_work(
     name: str, image: ImageFile.ImageFile, data: bytes, max_pixels: int, scan: int | None
 ) -> str | None:
     """Return why decoding an image would take too much memory or time; None if it would not."""
-    limit = max(_BYTES_PER_PIXEL * max_pixels, _LEAST_LIMIT_BYTES)
-    needed = needed_bytes(name, image)
-    if needed > limit:
-        return f"decoding it takes {needed / 1e6:,.0f} MB, over the limit of {limit / 1e6:,.0f} MB (see --max-pixels)"
+    reason = _refusal_of_memory(needed_bytes(name, image), max_pixels)
+    if reason is not None:
+        return reason
     if name == "JPEG" and scan is None:
         num_pixels = image.width * image.height
         most = max(MAX_SCANS, MAX_SCANNED_PIXELS // num_pixels)
         if jpeg_scan.has_more_scans(data, most):
             return f"a JPEG of more than {most:,} scans takes too long to decode"
     return None
+
+
+def refusal_of_webp(data: bytes, max_pixels: int) -> str | None:
+    """Return why a WebP may not even be opened, which allocates its canvas; None if it may."""
+    size = webp_size(data)
+    if size is None:
+        return None
+    return refusal_of_size(size, max_pixels) or _refusal_of_memory(size[0] * size[1] * _WEBP_BYTES, max_pixels)
+
+
+def _refusal_of_memory(needed: int, max_pixels: int) -> str | None:
+    limit = max(_BYTES_PER_PIXEL * max_pixels, _LEAST_LIMIT_BYTES)
+    if needed <= limit:
+        return None
+    return f"decoding it takes {needed / 1e6:,.0f} MB, over the limit of {limit / 1e6:,.0f} MB (see --max-pixels)"
 
 
 def too_large(num_pixels: int, max_pixels: int) -> str:
@@ -123,7 +138,7 @@ def must_be_isolated(name: str, data: bytes) -> bool:
     if name in _ALWAYS_ISOLATED or len(data) > _MOST_BYTES.get(name, _MOST_BYTES_OF_OTHERS):
         return True
     size = webp_size(data) if name == "WEBP" else None
-    return size is not None and _is_packed(size[0] * size[1] * (4 + _RESULT_BYTES + _DECODER_BYTES[name]), len(data))
+    return size is not None and _is_packed(size[0] * size[1] * _WEBP_BYTES, len(data))
 
 
 def should_be_isolated(name: str, image: ImageFile.ImageFile, num_bytes: int) -> bool:

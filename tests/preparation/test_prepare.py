@@ -457,9 +457,9 @@ def test_names_that_lead_to_no_file_are_rejected_one_by_one(tmp_path: Path) -> N
 
 
 def test_a_folder_of_links_is_read_on_demand(tmp_path: Path) -> None:
-    save_image(tmp_path / "store" / "blob")
+    save_image(tmp_path / "store" / "blob.png")
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").symlink_to("../store/blob")
+    (tmp_path / "images" / "a.png").symlink_to("../store/blob.png")
     (tmp_path / "images" / "notes.md").touch()
     with pytest.raises(UserError, match=r"all 1 image files .* lead out of it.*--allow-root .*/store$"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "images"), out=str(tmp_path / "out")))
