@@ -162,10 +162,11 @@ class View:
         """Return the readable partners; unreadable images are reported when their own turn comes."""
         from raydet.augmentation.mixing import sample_of
 
-        samples = []
+        samples, pixels_left = [], self.max_pixels  # all partners are in memory together
         for row in rows or ():
             with contextlib.suppress(DecodeError):
-                image, _ = decoded(image_bytes(row["image"]), max_pixels=self.max_pixels)
+                image, (height, width) = decoded(image_bytes(row["image"]), max_pixels=max(1, pixels_left))
+                pixels_left -= height * width
                 samples.append(sample_of(image, row["objects"]))
         return tuple(samples)
 

@@ -5,11 +5,12 @@ Threads pay off where the work waits for storage or releases the interpreter loc
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 NUM_READ_THREADS = 16
 """Enough to hide the latency of remote storage."""
@@ -24,6 +25,8 @@ def in_order(
     *,
     num_threads: int = NUM_READ_THREADS,
     ahead: int | None = None,
+    weigh: Callable[[Result], int] | None = None,
+    most: int = 0,
 ) -> Iterator[Result]:
     """Apply a function to each item in threads and yield the results in the order of the items.
 
@@ -36,23 +39,46 @@ def in_order(
         num_threads: Number of threads.
         ahead: Maximum number of items fetched but not yet yielded (queued, running or finished), which bounds the
             memory; twice `num_threads` by default.
+        weigh: Size of a result, such as its bytes; with `most`, it bounds the memory for results of any size.
+        most: While finished results that are not yet yielded weigh more in total, no further item is begun.
 
     Raises:
         Exception: The exception of the first item for which `work` failed, raised instead of its result.
     """
     ahead = ahead or 2 * num_threads
     pending: deque[Future[Result]] = deque()
+    waiting = _Load(weigh)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="in-order") as pool:
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
-                if len(pending) >= ahead:
-                    yield pending.popleft().result()
+                if weigh is not None:
+                    pending[-1].add_done_callback(waiting.add)
+                while pending and (len(pending) >= ahead or (weigh is not None and waiting.total > most)):
+                    yield waiting.taken(pending.popleft())
             while pending:
-                yield pending.popleft().result()
+                yield waiting.taken(pending.popleft())
         finally:
             for future in pending:
                 future.cancel()
+
+
+class _Load(Generic[Result]):
+    """Total weight of the results that wait."""
+
+    def __init__(self, weigh: Callable[[Result], int] | None) -> None:
+        self.total = 0
+        self._weigh, self._lock = weigh, threading.Lock()
+
+    def add(self, done: "Future[Result]", sign: int = 1) -> None:
+        if self._weigh is not None and not done.cancelled() and done.exception() is None:
+            with self._lock:
+                self.total += sign * self._weigh(done.result())
+
+    def taken(self, future: "Future[Result]") -> Result:
+        result = future.result()
+        self.add(future, -1)
+        return result
 
 
 def available_cpus(*, system: Path = Path("/")) -> int:

@@ -29,6 +29,11 @@ class PrepareConfig:
     seed: int = option("seed of the choice of images for OUT/val", 1337)
 
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
+    allow_root: list[str] | None = option(
+        "further folders that symbolic links in the named folders may lead to, such as the Hub's cache",
+        None,
+        group="Input",
+    )
     truncated: Truncated = option("truncated images: reject them, or keep the readable part", "reject", group="Input")
     duplicate_boxes: Duplicates = option(
         "keep or drop boxes that repeat another box of their class in the same image", "keep", group="Input"
@@ -188,6 +193,7 @@ class PrepareHubConfig(PrepareConfig):
         None,
         group="Input",
     )
+    allow_web: bool = option("fetch images whose rows hold web URLs instead of rejecting them", False, group="Input")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,11 @@ class PredictConfig(WorkersConfig):
     )
     limit: int | None = option("score only this many images, the first ones; by default all", None, group="Input")
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
+    allow_root: list[str] | None = option(
+        "with a folder as --data: further folders that its symbolic links may lead to, such as the Hub's cache",
+        None,
+        group="Input",
+    )
 
     tile: int | None = option(
         "side in pixels of the tiles that large images are cut into", None, group="Tiles and merging"

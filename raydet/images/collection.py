@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
@@ -19,9 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydet.common.errors import UserError
+from raydet.common.opening import ANYWHERE, LocalRoots
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import in_order
-from raydet.images.files import ReadError
+from raydet.images.files import ReadError, SizeError
 from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
 from raydet.images.references import FileReader, Reference
 from raydet.tables import storage
@@ -32,6 +34,8 @@ INDEX_GROUP_ROWS = 2**16
 """Rows per row group of an index, the minimum that a read loads."""
 _INDEX_SCHEMA = pa.schema([pa.field("image_id", pa.int64()), *LISTING_SCHEMA])
 _INDEX_KEY = b"raydet_index"
+_MOST_BYTES_AHEAD = 16 * 2**20
+"""Larger files are read one at a time."""
 _TABLE_COLUMNS = ("image_id", "image", "width", "height")
 
 
@@ -132,9 +136,13 @@ class IndexedCollection(Collection):
 
     Attributes:
         index: URI of the index, or its content if it is not stored.
+        roots: Folders in which local files must lie: that of a listed folder, with those that the user allows.
+        num_skipped: Number of files in a folder that were skipped because of their extension.
     """
 
     index: str | bytes
+    roots: LocalRoots = ANYWHERE
+    num_skipped: int = 0
 
     @property
     def id_space(self) -> str:
@@ -144,8 +152,9 @@ class IndexedCollection(Collection):
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Read rows as `Collection.read` does, prefetching files in parallel to hide storage latency."""
         # Unlike files found by listing, files named in a list may never have existed.
-        reader = FileReader(missing="no such file") if self.kind == "list" else FileReader()
-        yield from in_order(lambda item: _filled(item, reader), self._rows(start, stop))
+        missing = {"missing": "no such file"} if self.kind == "list" else {}
+        reader = FileReader(roots=self.roots, **missing)
+        yield from _read_ahead(reader, self._rows(start, stop))
 
     def _rows(self, start: int, stop: int) -> Iterator[tuple[ImageRow, Reference]]:
         with _open_parquet(self.index) as file:
@@ -154,7 +163,7 @@ class IndexedCollection(Collection):
                     yield ImageRow(image_id, path, None, None, None), Reference(*reference)
 
 
-def open_collection(data: str, *, index_uri: str | None) -> Collection:
+def open_collection(data: str, *, index_uri: str | None, allow_root: Sequence[str] | None = None) -> Collection:
     """Open a collection of images to score.
 
     Args:
@@ -164,6 +173,7 @@ def open_collection(data: str, *, index_uri: str | None) -> Collection:
             `?`, `[…]`, `{a,b}` and `{000..012}`. A folder with both a table and images counts as a table.
         index_uri: Location of the index, which is written if missing; None keeps the index in the returned object.
             Unused for a table.
+        allow_root: Further local folders that links in a folder of images may lead to.
 
     Raises:
         UserError: The data does not exist or contains no image, a tar file is damaged or compressed, the existing
@@ -183,13 +193,13 @@ def open_collection(data: str, *, index_uri: str | None) -> Collection:
         refuse_password(uri, what="--data")
         if index_uri is None:
             sink = pa.BufferOutputStream()
-            _write_index(list_images(uri), uri, sink)
-            return _indexed(sink.getvalue().to_pybytes(), uri)
+            _write_index(list_images(uri, allow_root), uri, sink)
+            return _indexed(sink.getvalue().to_pybytes(), uri, allow_root)
         if not storage.exists(index_uri):
-            listing = list_images(uri)
+            listing = list_images(uri, allow_root)
             with storage.open_output(index_uri, sync=True) as file:
                 _write_index(listing, uri, file)
-        return _indexed(storage.absolute_uri(index_uri), uri)
+        return _indexed(storage.absolute_uri(index_uri), uri, allow_root)
     except PermissionError as error:
         raise UserError(f"cannot read {error.filename or uri}: no permission") from None
 
@@ -208,7 +218,12 @@ def _write_index(listing: Listing, uri: str, file: pa.NativeFile | BinaryIO) -> 
             for column in rows.columns:
                 _add_to_digest(digest, column)
             num_rows += rows.num_rows
-        content = {"kind": listing.kind, "data": uri, "fingerprint": digest.hexdigest()[:16]}
+        content = {
+            "kind": listing.kind,
+            "data": uri,
+            "fingerprint": digest.hexdigest()[:16],
+            "skipped": listing.skipped.total(),
+        }
         writer.add_key_value_metadata({_INDEX_KEY: json.dumps(content).encode()})
 
 
@@ -239,7 +254,7 @@ def _add_to_digest(digest: Any, column: pa.ChunkedArray) -> None:
     digest.update((texts.buffers()[2] or pa.py_buffer(b"")).slice(int(ends[0]), int(ends[-1] - ends[0])))
 
 
-def _indexed(index: str | bytes, uri: str) -> IndexedCollection:
+def _indexed(index: str | bytes, uri: str, allow_root: Sequence[str] | None) -> IndexedCollection:
     where = "the index" if isinstance(index, bytes) else index
     try:
         with _open_parquet(index) as file:
@@ -251,7 +266,10 @@ def _indexed(index: str | bytes, uri: str) -> IndexedCollection:
         raise UserError(
             f"{where} lists the images of {content['data']}, not those of {uri}; choose another output folder"
         )
-    return IndexedCollection(content["kind"], metadata.num_rows, content["fingerprint"], index)
+    roots = LocalRoots(uri, *(allow_root or ())) if Path(uri).is_dir() else ANYWHERE
+    return IndexedCollection(
+        content["kind"], metadata.num_rows, content["fingerprint"], index, roots, content.get("skipped", 0)
+    )
 
 
 @contextmanager
@@ -283,7 +301,7 @@ def _table_rows(rows: pa.RecordBatch, reader: FileReader) -> Iterator[ImageRow]:
     if contents.null_count == 0:
         yield from (row for row, _ in found)
     else:
-        yield from in_order(lambda item: _filled(item, reader), found)
+        yield from _read_ahead(reader, found)
 
 
 def _with_bytes(rows: pa.RecordBatch, contents: pa.Array, paths: pa.Array) -> Iterator[tuple[ImageRow, Reference]]:
@@ -302,12 +320,21 @@ def _with_bytes(rows: pa.RecordBatch, contents: pa.Array, paths: pa.Array) -> It
         yield row, Reference(path)
 
 
-def _filled(item: tuple[ImageRow, Reference], reader: FileReader) -> ImageRow:
-    """Return the row with its data, or with the reason for missing data."""
-    row, reference = item
+def _read_ahead(reader: FileReader, rows: Iterator[tuple[ImageRow, Reference]]) -> Iterator[ImageRow]:
+    """Yield the rows with their data, or with the reason for missing data; only small files are read ahead."""
+
+    def fill(item: tuple[ImageRow, Reference]) -> tuple[ImageRow, Reference]:
+        return _filled(*item, reader, _MOST_BYTES_AHEAD), item[1]
+
+    for row, reference in in_order(fill, rows):
+        yield _filled(row, reference, reader)
+
+
+def _filled(row: ImageRow, reference: Reference, reader: FileReader, most_bytes: int | None = None) -> ImageRow:
+    """Return the row with its data, or with the reason; unchanged if the file has more than `most_bytes`."""
     if row.data is not None or row.error is not None:
         return row
     try:
-        return replace(row, data=reader.read(reference))
+        return replace(row, data=reader.read(reference, max_bytes=most_bytes))
     except ReadError as error:
-        return replace(row, error=str(error))
+        return row if isinstance(error, SizeError) and most_bytes is not None else replace(row, error=str(error))

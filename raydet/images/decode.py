@@ -11,8 +11,10 @@ import io
 import logging
 import re
 import sys
+import threading
 import warnings
-from typing import cast
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,21 @@ from PIL import (
 )
 
 from raydet.common.errors import one_line
-from raydet.images.jpeg_scan import without_scan
+from raydet.images import isolation as isolated
+from raydet.images.isolation import IsolationError
+from raydet.images.jpeg_scan import find_scan, without_scan
+from raydet.images.limits import (
+    BIG_BYTES,
+    must_be_isolated,
+    needed_bytes,
+    refusal_of_size,
+    refusal_of_structure,
+    refusal_of_webp,
+    refusal_of_work,
+    should_be_isolated,
+    too_large,
+)
+from raydet.images.pixels import ORIENTATION_TAG, SIDEWAYS, check_conversion, orientation_of, upright_rgb
 
 # Pillow reports tolerable damage through `warnings` and `logging`; this module either decodes a file or refuses it with
 # a reason. The filters apply to the process, since `warnings.catch_warnings` is not thread-safe.
@@ -41,34 +57,26 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # An explicit list instead of Image.open, for three reasons: its lazy loading of plugins is not thread-safe, some
 # plugins start other programs (Ghostscript), and its size limit is global. MPO and Ultra HDR files start with a
 # complete JPEG, which is the image to decode, so their plugins are not needed.
-_FORMATS = (
-    ("JPEG", JpegImagePlugin.JpegImageFile),
-    ("PNG", PngImagePlugin.PngImageFile),
-    ("WEBP", WebPImagePlugin.WebPImageFile),
-    ("GIF", GifImagePlugin.GifImageFile),
-    ("BMP", BmpImagePlugin.BmpImageFile),
-    ("TIFF", TiffImagePlugin.TiffImageFile),
-    ("AVIF", AvifImagePlugin.AvifImageFile),
-    ("JPEG2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
-    ("PPM", PpmImagePlugin.PpmImageFile),
-)
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_FORMATS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "JPEG2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
 }
-_SIDEWAYS = (5, 6, 7, 8)
-"""Orientations that swap height and width."""
 _PNG_EXIF_KEYS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-_WHITE = (255, 255, 255)
 _END_OF_JPEG = b"\xff\xd9"
+_ON_HEADERS = ("upright_size_hw", "orientation")
+_big_images = threading.Lock()
 _TRUNCATED = re.compile("truncated|unexpected end|not enough|requires a buffer|but only got", re.IGNORECASE)
 _UNINFORMATIVE = ("", "not identified by this driver")
+
+
+Limit = Callable[[int], None]
 
 
 class DecodeError(Exception):
@@ -84,7 +92,8 @@ def decode(data: bytes, *, max_pixels: int, at_least_hw: tuple[int, int] | None 
 
     Args:
         data: Content of the file.
-        max_pixels: Larger images are refused by their header, before any pixel is decoded.
+        max_pixels: Larger images are refused by their header, before any pixel is decoded. So are images that need more
+            memory or time than those of this size usually do; `limits.py` has the rules.
         at_least_hw: Minimum height and width in pixels of the upright image. A JPEG is decoded at the smallest of 1,
             1/2, 1/4 and 1/8 of its size (rounded up) that meets the minimum on both sides, which saves most of the
             work; other formats, and JPEGs below the minimum, are decoded at full size. `upright_size_hw` returns the
@@ -96,19 +105,11 @@ def decode(data: bytes, *, max_pixels: int, at_least_hw: tuple[int, int] | None 
 
     Raises:
         TruncatedError: The file is truncated.
-        DecodeError: The file is empty, broken, too large, or not an image. No other exception is raised, except
-            MemoryError.
+        DecodeError: The file is empty, broken, too large, or not an image, or memory does not suffice. No other
+            exception is raised.
     """
-    try:
-        image = _open(data, max_pixels)
-        if at_least_hw is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-            _reduce(image, at_least_hw)
-        image.load()
-        return _upright_rgb(image)
-    except (DecodeError, MemoryError):  # lack of memory is not a property of the file
-        raise
-    except Exception as error:
-        raise _error(error, data, max_pixels) from None
+    result: NDArray[np.uint8] = _run("decode", data, max_pixels, at_least_hw)
+    return result
 
 
 def check(data: bytes, *, max_pixels: int) -> tuple[int, int]:
@@ -124,29 +125,100 @@ def check(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     Raises:
         DecodeError: As raised by `decode`.
     """
-    if _accepts("JPEG", data) and (rest := without_scan(data)) is not None:
-        with contextlib.suppress(DecodeError):  # checking the complete file gives the same reason as `decode`
-            return _check(rest, max_pixels)
-    return _check(data, max_pixels)
+    size_hw: tuple[int, int] = _run("check", data, max_pixels)
+    return size_hw
 
 
-def _check(data: bytes, max_pixels: int) -> tuple[int, int]:
+def run_here(operation: str, data: bytes, max_pixels: int, at_least_hw: tuple[int, int] | None, limit: Limit) -> Any:
+    """Apply an operation to an image file in this process, without judging whether that is safe.
+
+    Args:
+        operation: Name of a public function of this module.
+        data: Content of the file.
+        max_pixels: As for `decode`.
+        at_least_hw: As for `decode`.
+        limit: Called with the bytes of memory that the operation needs, before it begins.
+
+    Raises:
+        DecodeError: The file is not what the operation needs.
+    """
+    return _run(operation, data, max_pixels, at_least_hw, limit)
+
+
+def _run(
+    operation: str,
+    data: bytes,
+    max_pixels: int,
+    at_least_hw: tuple[int, int] | None = None,
+    limit: Limit | None = None,
+) -> Any:
+    """Apply an operation to an image file, here or isolated; `limit` is set in an isolated process."""
     try:
-        image = _open(data, max_pixels)
-        full_size = image.size
-        is_jpeg = False
-        if isinstance(image, JpegImagePlugin.JpegImageFile):
-            is_jpeg = True
-            _reduce(image, (1, 1))
-        image.load()
-        is_turned = _orientation_of(image) in _SIDEWAYS
-        _to_rgb(image)
-        width, height = full_size if is_jpeg else image.size
-        return (width, height) if is_turned else (height, width)
-    except (DecodeError, MemoryError):
+        name = _format_of(data)
+        scan = find_scan(data) if name == "JPEG" else None
+        if limit is None and must_be_isolated(name, data):
+            return _run_isolated(operation, data, max_pixels, at_least_hw)
+        _refuse(refusal_of_structure(name, data, scan))
+        rest = without_scan(data, scan) if operation == "check" and scan is not None else None
+        try:
+            image = _open(name, data if rest is None else rest, max_pixels)
+        except Exception:
+            if rest is None:
+                raise
+            image, rest = _open(name, data, max_pixels), None
+        if operation not in _ON_HEADERS:
+            _refuse(refusal_of_work(name, image, data, max_pixels, scan))
+        needed = needed_bytes(name, image)
+        if limit is not None:
+            limit(needed)
+        elif should_be_isolated(name, image, len(data)):
+            return _run_isolated(operation, data, max_pixels, at_least_hw)
+        with _big_images if needed > BIG_BYTES else contextlib.nullcontext():
+            try:
+                return _OPERATIONS[operation](image, data, at_least_hw)
+            except Exception:
+                if rest is None:
+                    raise
+                # Checking the complete file gives the same reason as `decode`.
+                return _OPERATIONS[operation](_open(name, data, max_pixels), data, at_least_hw)
+    except DecodeError:
         raise
+    except IsolationError as error:
+        raise DecodeError(str(error)) from None
     except Exception as error:
         raise _error(error, data, max_pixels) from None
+
+
+def _run_isolated(operation: str, data: bytes, max_pixels: int, at_least_hw: tuple[int, int] | None) -> Any:
+    answer, content = isolated.run(operation, data, max_pixels, at_least_hw)
+    if "error" in answer:
+        raise (TruncatedError if answer.get("is_truncated") else DecodeError)(str(answer["error"]))
+    if operation == "decode":
+        height, width = answer["size_hw"]
+        return np.frombuffer(bytearray(content), np.uint8).reshape(height, width, 3)
+    if operation == "repair":
+        return content
+    return tuple(answer["size_hw"]) if operation != "orientation" else int(answer["value"])
+
+
+def _decode(image: ImageFile.ImageFile, data: bytes, at_least_hw: tuple[int, int] | None) -> NDArray[np.uint8]:
+    if at_least_hw is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+        _reduce(image, at_least_hw)
+    image.load()
+    return upright_rgb(image)
+
+
+def _check(image: ImageFile.ImageFile, *_: object) -> tuple[int, int]:
+    full_size = image.size
+    is_jpeg = False
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        is_jpeg = True
+        _reduce(image, (1, 1))
+    image.load()
+    is_turned = orientation_of(image) in SIDEWAYS
+    check_conversion(image)
+    width, height = full_size if is_jpeg else image.size
+    return (width, height) if is_turned else (height, width)
 
 
 def repair(data: bytes, *, max_pixels: int) -> bytes:
@@ -165,19 +237,19 @@ def repair(data: bytes, *, max_pixels: int) -> bytes:
         DecodeError: No part of the image is available, or the format (WebP, AVIF, JPEG 2000) cannot be partially
             decoded.
     """
-    try:
-        if _accepts("JPEG", data):
-            repaired = data + _END_OF_JPEG
-            pixels = decode(repaired, max_pixels=max_pixels)
-        else:
-            pixels = _part_of(_open(data, max_pixels))
-            stream = io.BytesIO()
-            Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
-            repaired = stream.getvalue()
-    except (DecodeError, MemoryError):
-        raise
-    except Exception as error:
-        raise _error(error, data, max_pixels) from None
+    repaired: bytes = _run("repair", data, max_pixels)
+    return repaired
+
+
+def _repair(image: ImageFile.ImageFile, data: bytes, *_: object) -> bytes:
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        repaired = data + _END_OF_JPEG
+        pixels = _decode(JpegImagePlugin.JpegImageFile(io.BytesIO(repaired)), repaired, None)
+    else:
+        pixels = _part_of(image)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
+        repaired = stream.getvalue()
     if (pixels == pixels[0, 0]).all():
         raise TruncatedError("truncated: no part of the image can be decoded")
     return repaired
@@ -192,7 +264,7 @@ def _part_of(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
             raise
         # The pixels decoded so far are in the image; without pending tiles, Pillow considers it loaded.
         image.tile = []
-    return _upright_rgb(image)
+    return upright_rgb(image)
 
 
 def upright_size_hw(data: bytes) -> tuple[int, int]:
@@ -201,19 +273,18 @@ def upright_size_hw(data: bytes) -> tuple[int, int]:
     Raises:
         DecodeError: The file is not an image. Undecodable pixels behind an intact header do not raise.
     """
-    try:
-        image = _open(data, sys.maxsize)
-        # A PNG may store EXIF after its pixels, so Pillow decodes the pixels to find it.
-        is_plain_png = isinstance(image, PngImagePlugin.PngImageFile) and not any(key in data for key in _PNG_EXIF_KEYS)
-        is_turned = not is_plain_png and _orientation_of(image) in _SIDEWAYS
-        # For a rotated TIFF Pillow reports the upright size.
-        if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_ORIENTATION_TAG) in _SIDEWAYS:
-            is_turned = False
-        return (image.width, image.height) if is_turned else (image.height, image.width)
-    except DecodeError:
-        raise
-    except Exception as error:
-        raise _error(error, data, sys.maxsize) from None
+    size_hw: tuple[int, int] = _run("upright_size_hw", data, sys.maxsize)
+    return size_hw
+
+
+def _upright_size_hw(image: ImageFile.ImageFile, data: bytes, *_: object) -> tuple[int, int]:
+    # A PNG may store EXIF after its pixels, so Pillow decodes the pixels to find it.
+    is_plain_png = isinstance(image, PngImagePlugin.PngImageFile) and not any(key in data for key in _PNG_EXIF_KEYS)
+    is_turned = not is_plain_png and orientation_of(image) in SIDEWAYS
+    # For a rotated TIFF Pillow reports the upright size.
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(ORIENTATION_TAG) in SIDEWAYS:
+        is_turned = False
+    return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
 def orientation(data: bytes) -> int:
@@ -222,23 +293,13 @@ def orientation(data: bytes) -> int:
     Raises:
         DecodeError: The file is not an image.
     """
-    try:
-        return _orientation_of(_open(data, sys.maxsize))
-    except DecodeError:
-        raise
-    except Exception as error:
-        raise _error(error, data, sys.maxsize) from None
-
-
-def _upright_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
-    transpose = _TRANSPOSE.get(_orientation_of(image))
-    rgb = _to_rgb(image)
-    return np.array(rgb if transpose is None else rgb.transpose(transpose), dtype=np.uint8)
+    value: int = _run("orientation", data, sys.maxsize)
+    return value
 
 
 def _reduce(image: JpegImagePlugin.JpegImageFile, at_least_hw: tuple[int, int]) -> None:
     """Configure a JPEG to be decoded at reduced size."""
-    least_height, least_width = at_least_hw if _orientation_of(image) not in _SIDEWAYS else at_least_hw[::-1]
+    least_height, least_width = at_least_hw if orientation_of(image) not in SIDEWAYS else at_least_hw[::-1]
     for part in (8, 4, 2):
         # Rounded up, as libjpeg does.
         if -(-image.height // part) >= least_height and -(-image.width // part) >= least_width:
@@ -246,18 +307,29 @@ def _reduce(image: JpegImagePlugin.JpegImageFile, at_least_hw: tuple[int, int]) 
             return
 
 
-def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    """Read the header; refuse files that are not images or have too many pixels."""
+def _format_of(data: bytes) -> str:
+    """Return the name of the format by the file's signature."""
     if not data:
         raise DecodeError("empty file")
-    for name, factory in _FORMATS:
+    for name in _FORMATS:
         if _accepts(name, data):
-            _refuse_empty_side(name, data)
-            image = factory(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
-                raise DecodeError(_too_large(image.width * image.height, max_pixels))
-            return image
+            return name
     raise DecodeError(f"not an image Pillow can read{_looks_like(data)}")
+
+
+def _open(name: str, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """Read the header; refuse images with too many pixels."""
+    _refuse_empty_side(name, data)
+    if name == "WEBP":
+        _refuse(refusal_of_webp(data, max_pixels))
+    image = _FORMATS[name](io.BytesIO(data))
+    _refuse(refusal_of_size(image.size, max_pixels))
+    return image
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise DecodeError(reason)
 
 
 def _refuse_empty_side(name: str, data: bytes) -> None:
@@ -273,61 +345,9 @@ def _refuse_empty_side(name: str, data: bytes) -> None:
             raise DecodeError(f"zero {word}")
 
 
-def _too_large(num_pixels: int, max_pixels: int) -> str:
-    if min(num_pixels, max_pixels) < 1e6:
-        return f"{num_pixels:,} pixels is over the limit of {max_pixels:,} pixels"
-    return f"{num_pixels / 1e6:,.0f} Mpx is over the limit of {max_pixels / 1e6:,.0f} Mpx"
-
-
-def _orientation_of(image: ImageFile.ImageFile) -> int:
-    with contextlib.suppress(Exception):  # broken EXIF does not affect the pixels
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-        if value in _TRANSPOSE:
-            return int(value)
-    return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any Pillow mode to 8-bit RGB."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _deep_to_rgb(image)
-    if image.has_transparency_data:
-        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-        rgb = Image.new("RGB", image.size, _WHITE)
-        rgb.paste(rgba, mask=rgba)
-        return rgb
-    if image.mode == "LAB":
-        from PIL import ImageCms
-
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-        return cast(Image.Image, converted)
-    return image.convert("RGB")
-
-
-def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert grey of more than 8 bits to RGB, scaled instead of clipped.
-
-    16-bit integers use their full range. 32-bit and float samples state no range, so the smallest common range that
-    contains the maximum is used (1 and 255 for floats; 65535; 2³¹ - 1).
-    """
-    samples = np.asarray(image).astype(np.float64)
-    samples[~np.isfinite(samples)] = 0.0
-    peak = float(samples.max())
-    scales = (1.0, 255.0, 65535.0, 2.0**31 - 1) if image.mode == "F" else (65535.0, 2.0**31 - 1)
-    scale = next((scale for scale in scales if peak <= scale), peak)
-    grey = np.rint(np.clip(samples, 0.0, scale) * (255.0 / scale)).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[samples == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
-
-
 def _error(error: Exception, data: bytes, max_pixels: int) -> DecodeError:
     """Convert an exception of Pillow to a one-line error."""
-    name = next((name for name, _ in _FORMATS if _accepts(name, data)), "image")
+    name = next((name for name in _FORMATS if _accepts(name, data)), "image")
     is_cut_webp = name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
     is_file_error = not isinstance(error, (Image.DecompressionBombError, MemoryError))
     if is_file_error and (is_cut_webp or _TRUNCATED.search(str(error))):
@@ -339,7 +359,7 @@ def _reason(error: Exception, name: str, max_pixels: int) -> str:
     message = one_line(str(error))
     if isinstance(error, Image.DecompressionBombError):
         num_pixels = int((re.findall(r"\d+", message) or ["0"])[0])
-        return _too_large(num_pixels, max_pixels) if num_pixels > max_pixels else f"{message} (Pillow's limit)"
+        return too_large(num_pixels, max_pixels) if num_pixels > max_pixels else f"{message} (Pillow's limit)"
     if isinstance(error, MemoryError):
         return "not enough memory to decode the image"
     if (
@@ -369,3 +389,12 @@ def _looks_like(data: bytes) -> str:
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         return " (it is text)"
     return ""
+
+
+_OPERATIONS: dict[str, Callable[[ImageFile.ImageFile, bytes, tuple[int, int] | None], Any]] = {
+    "decode": _decode,
+    "check": _check,
+    "repair": _repair,
+    "upright_size_hw": _upright_size_hw,
+    "orientation": lambda image, *_: orientation_of(image),
+}

@@ -2,11 +2,14 @@
 
 import io
 import itertools
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -14,16 +17,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
+from raydet.common.opening import ANYWHERE, LocalRoots, NotAFileError, OutsideError
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import in_order
 from raydet.images.files import (
     IMAGE_EXTENSIONS,
     LIST_SUFFIXES,
     ImageFolder,
+    ReadError,
     beside,
     image_files_below,
+    list_below,
     no_image_below,
+    read_error,
     readable,
+    refuse_name,
 )
 from raydet.images.references import FileReader, Reference
 from raydet.images.tars import COMPRESSED_SUFFIXES, image_members, refuse_compressed
@@ -33,6 +41,7 @@ from raydet.tables.table import open_table
 CHECKED_LINES = 1000
 """Number of lines of a list that are checked before a run starts; checking millions would take too long."""
 MAX_SHARDS = 1_000_000
+MAX_LINE_CHARS = 64 * 2**10
 _OPTIONS = re.compile(r"\?(?=\w+=)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -61,10 +70,12 @@ class Listing:
     """Kind and images of a collection, with the columns of `LISTING_SCHEMA`.
 
     Iterating over the batches lists the images lazily and may raise UserError. The first batch is listed already.
+    `skipped` counts the other files of a folder by extension, as far as they are listed.
     """
 
     kind: ListedKind
     batches: Iterator[pa.RecordBatch]
+    skipped: Counter[str] = field(default_factory=Counter)
 
 
 def is_pattern(uri: str) -> bool:
@@ -77,11 +88,12 @@ def is_pattern(uri: str) -> bool:
     return any(character in _OPTIONS.split(uri)[0] for character in "*?[{")
 
 
-def list_images(uri: str) -> Listing:
+def list_images(uri: str, allow_root: Sequence[str] | None = None) -> Listing:
     """List the images of a folder, a list file, a tar file, or a pattern of tar files.
 
     Args:
         uri: Absolute path or URI that exists, or a pattern.
+        allow_root: Further local folders that links in a folder may lead to.
 
     Raises:
         UserError: The data is none of these, or contains no image.
@@ -100,7 +112,7 @@ def list_images(uri: str) -> Listing:
             f"{uri} is a file, but neither a list of paths ({' or '.join(LIST_SUFFIXES)}) nor a .tar; "
             "name an images table, a folder of images, a list or tar files"
         )
-    return _list_folder(uri)
+    return _list_folder(uri, allow_root)
 
 
 def _is_file(uri: str) -> bool:
@@ -108,15 +120,14 @@ def _is_file(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).is_file)
 
 
-def _list_folder(uri: str) -> Listing:
+def _list_folder(uri: str, allow_root: Sequence[str] | None) -> Listing:
     """List a folder of images; a folder without images may contain tar files, or an incomplete table."""
-    folder = ImageFolder(uri)
+    folder, skipped = ImageFolder(uri, allow_root=allow_root), Counter[str]()
     try:
-        return _listing("folder", _local_images(folder) if folder.is_local else _remote_images(folder))
+        batches = _local_images(folder, skipped) if folder.is_local else _remote_images(folder, skipped)
+        return _listing("folder", batches, skipped)
     except UserError:
-        files: list[str] = []
-        with suppress(OSError):
-            files = storage.list_files(uri, recursive=True)
+        files = _files_below(folder)
         if any(file.endswith(".parquet") for file in files):
             open_table(uri, "images")  # raises the specific error
         for file in files:
@@ -125,22 +136,22 @@ def _list_folder(uri: str) -> Listing:
         shards = [file for file in files if file.lower().endswith(".tar")]
         if not shards:
             raise
-        return _tars(uri, shards)
+        return _tars(uri, shards, folder.roots)
 
 
-def _listing(kind: ListedKind, batches: Iterator[pa.RecordBatch]) -> Listing:
+def _listing(kind: ListedKind, batches: Iterator[pa.RecordBatch], skipped: Counter[str] | None = None) -> Listing:
     first = next(batches)  # raises the error of invalid data before anything is written
-    return Listing(kind, itertools.chain([first], batches))
+    return Listing(kind, itertools.chain([first], batches), Counter() if skipped is None else skipped)
 
 
-def _local_images(folder: ImageFolder) -> Iterator[pa.RecordBatch]:
+def _local_images(folder: ImageFolder, skipped: Counter[str]) -> Iterator[pa.RecordBatch]:
     return _batches(
-        Entry(readable(path), Reference(folder.uri_of(path) if folder.refuse_outside(path) is None else None))
-        for path in image_files_below(folder)
+        Entry(readable(path), Reference(folder.uri_of(path) if refuse_name(path) is None else None))
+        for path in image_files_below(folder, skipped)
     )
 
 
-def _remote_images(folder: ImageFolder) -> Iterator[pa.RecordBatch]:
+def _remote_images(folder: ImageFolder, skipped: Counter[str]) -> Iterator[pa.RecordBatch]:
     """List the images of a remote folder without a Python object for each."""
     start, _, end = folder.uri_of("\n").partition("\n")
     num_files = num_images = 0
@@ -148,6 +159,7 @@ def _remote_images(folder: ImageFolder) -> Iterator[pa.RecordBatch]:
         num_files += len(files)
         paths = files.filter(pc.match_substring_regex(files, _IMAGE_NAME, ignore_case=True))
         num_images += len(paths)
+        skipped["any"] = num_files - num_images
         for at in range(0, len(paths), _BATCH_ROWS):
             own = paths.slice(at, _BATCH_ROWS).cast(pa.string())
             uris = pc.binary_join_element_wise(start, own, end, "")
@@ -167,13 +179,13 @@ def _batches(entries: Iterable[Entry]) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_arrays(arrays, schema=LISTING_SCHEMA)
 
 
-def _tars(folder: str, shards: list[str]) -> Listing:
-    return _listing("tar", _batches(_list_tars(folder, shards)))
+def _tars(folder: str, shards: list[str], roots: LocalRoots = ANYWHERE) -> Listing:
+    return _listing("tar", _batches(_list_tars(folder, shards, roots)))
 
 
-def _list_tars(folder: str, shards: list[str]) -> Iterator[Entry]:
+def _list_tars(folder: str, shards: list[str], roots: LocalRoots) -> Iterator[Entry]:
     """List the images in tar files, given as paths relative to a folder, in order."""
-    reader = FileReader()
+    reader = FileReader(roots=roots)
 
     def entries_of(shard: str) -> list[Entry]:
         uri = storage.join(folder, shard)
@@ -182,6 +194,8 @@ def _list_tars(folder: str, shards: list[str]) -> Iterator[Entry]:
                 members = image_members(file, uri)
         except FileNotFoundError:
             raise UserError(f"no such tar file: {uri}") from None
+        except (OutsideError, NotAFileError) as error:
+            raise UserError(f"cannot read the tar file {uri}: {read_error(error)}") from None
         return [
             Entry(
                 f"{shard}/{member.name}", Reference(None if member.leaves_folder else uri, member.offset, member.size)
@@ -208,7 +222,7 @@ def _matching(pattern: str) -> tuple[str, list[str]]:
             shards.append(expanded)
             continue
         parts = expanded.split("/")
-        found = storage.list_files(folder, recursive=len(parts) > 1)
+        found = _files_below(ImageFolder(folder)) if len(parts) > 1 else storage.list_files(folder)
         shards += [path for path in found if _matches(path.split("/"), parts)]
     if not shards:
         raise UserError(f"no file matches {pattern}")
@@ -220,6 +234,12 @@ def _matching(pattern: str) -> tuple[str, list[str]]:
                 "only tar files; for images, name their folder or a list of paths"
             )
     return folder, shards
+
+
+def _files_below(folder: ImageFolder) -> list[str]:
+    with suppress(OSError):
+        return sorted(list_below(folder))
+    return []
 
 
 def _matches(path: list[str], pattern: list[str]) -> bool:
@@ -258,7 +278,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
     num_lines, num_found, first_missing = 0, 0, ""
     for number, path in _lines(uri):
         full = path if "://" in path or path.startswith("/") else beside(folder, path)
-        if path.endswith("/") or (num_lines < CHECKED_LINES and Path(full).is_dir()):
+        if path.endswith("/") or (num_lines < CHECKED_LINES and os.path.isdir(full)):  # noqa: PTH112 long names
             raise UserError(f"line {number} of {uri} names a folder: {path}; a list names image files")
         root = "/".join(full.split("/")[:3]) if "://" in full else ""
         if storage.is_web(root):
@@ -271,7 +291,7 @@ def _read_list(uri: str) -> Iterator[Entry]:
             roots.add(root)
             storage.resolve(root or "/")  # refuse an unknown scheme before the run starts
         if num_lines < CHECKED_LINES:
-            exists = bool(root) or Path(full).exists()
+            exists = bool(root) or os.path.exists(full)  # noqa: PTH110 Path raises for names that are too long
             num_found += exists
             first_missing = first_missing or ("" if exists else full)
         num_lines += 1
@@ -293,10 +313,16 @@ def _require_any(uri: str, num_found: int, num_lines: int, first_missing: str) -
 
 def _lines(uri: str) -> Iterator[tuple[int, str]]:
     """Yield number, from 1, and content of each line that names an image."""
-    with FileReader().open(uri) as file:
+    try:
+        opened = FileReader().open(uri)
+    except (NotAFileError, ReadError) as error:
+        raise UserError(f"cannot read the list {uri}: {read_error(error) or error}") from None
+    with opened as file:
         text = io.TextIOWrapper(io.BufferedReader(cast(io.RawIOBase, file)), encoding="utf-8-sig")
         try:
-            for number, line in enumerate(text, start=1):
+            for number, line in enumerate(iter(partial(text.readline, MAX_LINE_CHARS), ""), start=1):
+                if len(line) == MAX_LINE_CHARS:
+                    raise UserError(f"line {number} of {uri} has more than {MAX_LINE_CHARS:,} characters: not a list")
                 path = line.strip()
                 if path and not path.startswith("#"):
                     yield number, path

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -10,8 +10,9 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
+from raydet.common.opening import ANYWHERE, LocalFile, LocalRoots
 from raydet.images.decode import DecodeError
-from raydet.images.files import ReadError, detail_of, read_file, refuse_size
+from raydet.images.files import MissingFileError, ReadError, detail_of, read_error, read_file, refuse_size
 from raydet.tables import storage
 
 _OPEN_FILES = 16
@@ -45,28 +46,30 @@ class FileReader:
 
     Args:
         missing: Error message for a missing file.
+        roots: Folders in which local files must lie.
     """
 
-    def __init__(self, *, missing: str = "the file no longer exists") -> None:
-        self._missing = missing
+    def __init__(self, *, missing: str = "the file no longer exists", roots: LocalRoots = ANYWHERE) -> None:
+        self._missing, self._roots = missing, roots
         self._filesystems: dict[str, tuple[pafs.FileSystem, str]] = {}
         # An evicted file is closed when the last thread that reads from it is done.
         self._shared_file = lru_cache(maxsize=_OPEN_FILES)(self.open)
 
-    def open(self, uri: str) -> pa.NativeFile:
+    def open(self, uri: str) -> pa.NativeFile | LocalFile:
         """Open a file for random access.
 
         Raises:
             ReadError: The scheme is unknown.
-            OSError: As raised by pyarrow.
+            OSError: As raised by pyarrow or `LocalRoots.open`.
         """
         filesystem, path = self._locate(uri)
-        return filesystem.open_input_file(path)
+        return self._roots.open(path) if filesystem is None else filesystem.open_input_file(path)
 
-    def read(self, reference: Reference) -> bytes:
-        """Read the bytes of a reference.
+    def read(self, reference: Reference, *, max_bytes: int | None = None) -> bytes:
+        """Read the bytes of a reference, at most `max_bytes`, by default `MAX_FILE_BYTES`.
 
         Raises:
+            SizeError: There are more bytes.
             ReadError: The bytes cannot be read, and a retry would not help.
             OSError: The storage failed, independently of this file.
         """
@@ -75,29 +78,32 @@ class FileReader:
             raise ReadError("the file name is not valid text or leaves its folder")
         try:
             if offset is None or size is None:
-                return read_file(*self._locate(uri))
-            refuse_size(size)
+                filesystem, path = self._locate(uri)
+                if filesystem is None:
+                    return self._roots.read(path, partial(refuse_size, max_bytes=max_bytes))
+                return read_file(filesystem, path, max_bytes)
+            refuse_size(size, max_bytes)
             data: bytes = self._shared_file(uri).read_at(size, offset)
-        except FileNotFoundError:
-            raise ReadError(self._missing) from None
-        except PermissionError:
-            raise ReadError("no permission to read it") from None
-        except ValueError as error:
-            raise ReadError(f"cannot be read: {detail_of(error)}") from None
-        except OSError as error:
-            if not self._is_about_the_file(error, uri):
+        except (OSError, ValueError) as error:
+            reason = read_error(error)
+            if isinstance(reason, MissingFileError):
+                raise MissingFileError(self._missing) from None
+            if reason is None and isinstance(error, OSError) and not self._is_about_the_file(error, uri):
                 raise
-            raise ReadError(f"cannot be read: {detail_of(error)}") from None
+            raise reason or ReadError(f"cannot be read: {detail_of(error)}") from None
         if len(data) < size:
             raise ReadError("the tar file is shorter than when it was listed")
         return data
 
-    def _locate(self, uri: str) -> tuple[pafs.FileSystem, str]:
+    def _locate(self, uri: str) -> tuple[pafs.FileSystem | None, str]:
+        """Return the file system, None for the local one, and the path inside it."""
         scheme, separator, rest = uri.partition("://")
         if not separator:
-            return pafs.LocalFileSystem(), uri
+            return None, uri
         if scheme == "file":
-            return pafs.LocalFileSystem(), unquote(rest)
+            return None, unquote(rest)
+        if storage.is_web(uri):
+            raise ReadError("a web URL: only `raydet prepare images` and `raydet prepare hub` read from the web")
         # Only the root is parsed as a URI: a complete URI may not contain blanks, and `%` and `?` are special in it.
         authority, _, name = rest.partition("/")
         root = f"{scheme}://{authority}"

@@ -12,6 +12,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError, first_line
+from raydet.common.opening import refusal_in_folder
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
@@ -23,6 +24,8 @@ STEPS_FILE = "log/steps.json"
 """File in OUT of a training run that was stopped within an epoch: the entry of that epoch so far."""
 MOST_REMOTE_BYTES = 512 * 2**20
 """The fingerprint of larger files in an object store uses their size and time instead of their content."""
+
+_MAX_CONFIG_BYTES = 16 * 2**20
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt")
 
@@ -112,6 +115,10 @@ def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
 
 
 def _folder_config(folder: str) -> dict[str, Any]:
+    # Other libraries open these files by name.
+    reason = refusal_in_folder(storage.resolve(folder)[1]) if storage.is_local(folder) else None
+    if reason is not None:
+        raise UserError(f"the model folder {folder} cannot be used: {reason}")
     path = storage.join(folder, "config.json")
     if not storage.exists(path):
         raise UserError(
@@ -121,9 +128,13 @@ def _folder_config(folder: str) -> dict[str, Any]:
     if not weights:
         raise UserError(f"the folder {folder} holds no model weights (no .safetensors file)")
     try:
-        content: dict[str, Any] = json.loads(storage.read_bytes(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        content: Any = json.loads(storage.read_bytes(path, max_bytes=_MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not the config of a model: it must be an object, got a {type(content).__name__}")
     return content
 
 

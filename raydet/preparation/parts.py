@@ -31,6 +31,7 @@ SURVEY_IMAGES = 1024
 _ROWS_AT_ONCE = 64
 _BYTES_AT_ONCE = 4 * 2**20
 _IMAGES_AHEAD_PER_THREAD = 4
+_MOST_BYTES_AHEAD = 128 * 2**20
 
 Answer = TypeVar("Answer")
 
@@ -101,9 +102,20 @@ def examine_all(part: SourcePart, examine: Examine, num_threads: int | None) -> 
     """
     num_threads = num_threads or available_cpus()
     try:
-        yield from in_order(examine, part.images, num_threads=num_threads, ahead=num_threads * _IMAGES_AHEAD_PER_THREAD)
+        yield from in_order(
+            examine,
+            part.images,
+            num_threads=num_threads,
+            ahead=num_threads * _IMAGES_AHEAD_PER_THREAD,
+            weigh=_bytes_in,
+            most=_MOST_BYTES_AHEAD,
+        )
     except OSError as error:
         raise RunError(f"cannot read the images: {one_line(error)}; run the same command again") from error
+
+
+def _bytes_in(result: Row | Rejected) -> int:
+    return 0 if isinstance(result, Rejected) else len(result.values["image"]["bytes"] or b"")
 
 
 def write_part(

@@ -90,7 +90,7 @@ def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
 
 
 def _open_coco(config: PrepareCocoConfig) -> _Opened:
-    folder = ImageFolder(config.images)
+    folder = ImageFolder(config.images, allow_root=config.allow_root)
     return read_coco(config.annotations, folder), folder
 
 
@@ -108,9 +108,9 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
 
 
 def _open_voc(config: PrepareVocConfig) -> _Opened:
-    folder = ImageFolder(config.images)
+    folder = ImageFolder(config.images, allow_root=config.allow_root)
     source = read_voc(
-        ImageFolder(config.annotations, what="annotation"),
+        ImageFolder(config.annotations, what="annotation", allow_root=config.allow_root),
         folder,
         split_uri=config.split,
         classes=config.classes,
@@ -135,10 +135,10 @@ def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
 
 def _open_yolo(config: PrepareYoloConfig) -> _Opened:
     if config.data is not None:
-        files = find_in_data_yaml(config.data, config.split)
+        files = find_in_data_yaml(config.data, config.split, allow_root=config.allow_root)
     else:
         assert config.images is not None and config.labels is not None and config.classes is not None
-        files = find_in_folders(config.images, config.labels, config.classes)
+        files = find_in_folders(config.images, config.labels, config.classes, allow_root=config.allow_root)
     return read_yolo(files, unlabelled=config.unlabelled), files.images
 
 
@@ -155,7 +155,7 @@ def prepare_cvat(config: PrepareCvatConfig) -> PrepareReport:
 
 
 def _open_cvat(config: PrepareCvatConfig) -> _Opened:
-    folder = ImageFolder(config.images)
+    folder = ImageFolder(config.images, allow_root=config.allow_root)
     return read_cvat(config.annotations, folder), folder
 
 
@@ -172,7 +172,7 @@ def prepare_label_studio(config: PrepareLabelStudioConfig) -> PrepareReport:
 
 
 def _open_label_studio(config: PrepareLabelStudioConfig) -> _Opened:
-    folder = ImageFolder(config.images)
+    folder = ImageFolder(config.images, allow_root=config.allow_root)
     source = read_label_studio(
         config.annotations,
         folder,
@@ -198,7 +198,14 @@ def _open_hub(config: PrepareHubConfig) -> _Opened:
     from raydet.preparation.sources.hub import load_hub
     from raydet.preparation.sources.hub_rows import read_hub
 
-    images = load_hub(config.dataset, split=config.split, subset=config.subset, revision=config.revision)
+    images = load_hub(
+        config.dataset,
+        split=config.split,
+        subset=config.subset,
+        revision=config.revision,
+        allow_root=config.allow_root,
+        allow_web=config.allow_web,
+    )
     source = read_hub(
         images,
         image_column=config.image_column,
@@ -226,7 +233,7 @@ def _open_images(config: PrepareImagesConfig) -> _Opened:
     if is_list(config.images):
         images = ImageList(config.images)
         return read_list(images, for_reference=config.image_storage == "reference"), images
-    folder = ImageFolder(config.images)
+    folder = ImageFolder(config.images, allow_root=config.allow_root)
     return read_images(folder), folder
 
 

@@ -24,7 +24,7 @@ from raydet.config import PredictConfig, config_hash, identity
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
-from raydet.images.collection import Collection, open_collection
+from raydet.images.collection import Collection, IndexedCollection, open_collection
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.scoring.chunks import COUNTS_KEY
@@ -133,7 +133,10 @@ def _predict_into(
 ) -> PredictResult:
     if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
         folder.delete_file(INDEX_FILE)
-    images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE)).first(config.limit)
+    found = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root)
+    if isinstance(found, IndexedCollection) and found.num_skipped:
+        console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
+    images = found.first(config.limit)
     run_identity = {
         **identity(config),
         "checkpoint_fingerprint": model.fingerprint,

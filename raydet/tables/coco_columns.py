@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from raydet.common.boxes import Boxes
 from raydet.common.errors import UserError
-from raydet.tables import coco_json, storage
+from raydet.tables import coco_json
 from raydet.tables.columns import DetectionColumns, Integers, TruthColumns
 from raydet.tables.schema import MAX_IMAGE_ID, Category
 
@@ -224,7 +224,7 @@ def _to_indices(category_ids: Sequence[int], categories: Sequence[Category], whe
 def _decode(uri: str, type_: type[_T], one_by_one: Callable[[str], _T]) -> _T:
     """Decode the complete file; if that fails, entry by entry."""
     try:
-        return msgspec.json.decode(storage.read_bytes(uri), type=type_)
+        return msgspec.json.decode(coco_json.read_whole(uri), type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return one_by_one(uri)
 
@@ -264,7 +264,7 @@ def _annotation(entry: coco_json.Entry, place: str) -> _AnnotationStruct:
 
 def _results_one_by_one(uri: str) -> list[_Result]:
     try:
-        items = json.loads(storage.read_bytes(uri))
+        items = json.loads(coco_json.read_whole(uri))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{uri} is not JSON: {error}; expected COCO results, a list") from None
     if not isinstance(items, list):

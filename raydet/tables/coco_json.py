@@ -20,6 +20,8 @@ MAX_INTEGER = 2**63
 Entry = dict[str, Any]
 BoxXywh = tuple[float, float, float, float]
 
+_LARGE_BYTES, _HEAD_BYTES = 16 * 2**20, 1024
+
 _EXPECTED = "a COCO instances file, a JSON object"
 _LISTS = ("images", "annotations", "categories")
 
@@ -53,6 +55,23 @@ def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
             raise UserError(
                 f'{where} lacks the key "{key}"; a COCO instances file has images, annotations and categories{hint}'
             )
+
+
+def read_whole(uri: str) -> bytes:
+    """Read a JSON file into memory; a large one must begin as JSON does.
+
+    Raises:
+        UserError: It does not.
+        OSError: The file cannot be read.
+    """
+    with storage.open_stream(uri) as stream:
+        head = stream.read(_LARGE_BYTES + 1)
+    if len(head) <= _LARGE_BYTES:
+        return bytes(head)
+    if head[:_HEAD_BYTES].lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")[:1] not in (b"{", b"["):
+        raise UserError(f"{uri} is not JSON: it begins with neither {{ nor [")
+    del head
+    return storage.read_bytes(uri)
 
 
 def _entries(elements: Iterator[Any], uri: str, where: str) -> Iterator[tuple[Entry, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 CHUNK_BYTES = 4 * 2**20
-MAX_ENTRY_CHARS = 64 * 2**20
+MAX_ENTRY_CHARS = 16 * 2**20
 """Maximum length of one array element, or of one non-array member, held in memory."""
 
 _ENCODING_BYTES = 4

@@ -7,6 +7,8 @@ an upload. Missing files and missing permissions are not retried.
 """
 
 import contextlib
+import errno
+import io
 import os
 import re
 import secrets
@@ -20,6 +22,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
+from raydet.common.opening import ANYWHERE
 
 S3_ATTEMPTS = 11
 """Attempts per S3 request. The client waits 25 ms, 50 ms, … 25.6 s between them, 51 s in total.
@@ -123,16 +126,31 @@ def exists(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
-def open_stream(uri: str) -> pa.NativeFile:
-    """Open a file for sequential reading, without decompression."""
+def open_stream(uri: str) -> pa.NativeFile | io.BufferedReader:
+    """Open a file for sequential reading, without decompression; a local one must be a regular file."""
     filesystem, path = resolve(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return io.BufferedReader(ANYWHERE.open(path))
     return filesystem.open_input_stream(path, compression=None)
 
 
-def read_bytes(uri: str) -> bytes:
-    """Read a file."""
-    with open_stream(uri) as stream:
-        data: bytes = stream.readall()
+def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
+    """Read a file.
+
+    Raises:
+        OSError: The file cannot be read, or is larger than `max_bytes`.
+    """
+
+    def refuse_size(num_bytes: int) -> None:
+        if max_bytes is not None and num_bytes > max_bytes:
+            raise OSError(errno.EFBIG, f"it is larger than {max_bytes / 1e6:,.0f} MB")
+
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return ANYWHERE.read(path, refuse_size)
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        data: bytes = stream.read() if max_bytes is None else stream.read(max_bytes + 1)
+    refuse_size(len(data))
     return data
 
 

@@ -430,3 +430,43 @@ def test_remote_folders_and_tables(tmp_path: Path) -> None:
     assert prepare_images(config).already_done
     with pytest.raises(UserError, match="no such image folder: memory://prepare/none"):
         prepare_images(PrepareImagesConfig(images="memory://prepare/none", out="memory://prepare/other"))
+
+
+@pytest.mark.timeout(60)
+def test_names_that_lead_to_no_file_are_rejected_one_by_one(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    save_image(folder / "ok.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "dangling.png").symlink_to("gone.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    names = ["ok.png", "pipe.png", "folder.png", "loop.png", "dangling.png", "device.png"]
+    names += ["x" * 300 + ".png", "y/" * 2_500 + "z.png", "ok.png/inner.png"]
+    path = save_coco(tmp_path, [{"id": rank, "file_name": name} for rank, name in enumerate(names)], [])
+    config = PrepareCocoConfig(annotations=path, images=str(folder), out=str(tmp_path / "out"))
+    report = prepare_coco(config)
+    assert (report.found, report.accepted, report.rejected) == (len(names), 1, len(names) - 1)
+    rejected = rows_of(tmp_path / "out" / "_rejected", "rejected")
+    assert [row["path"] for row in rejected] == names[1:]
+    reasons = [row["reason"] for row in rejected]
+    assert reasons[0] == "it is a named pipe, not a file" and reasons[1] == "it is a directory, not a file"
+    assert "symbolic link; --allow-root" in reasons[4] and all("\n" not in reason for reason in reasons)
+    report = prepare_images(PrepareImagesConfig(images=str(folder), out=str(tmp_path / "listed")))
+    assert (report.found, report.accepted, report.rejected) == (5, 1, 4)
+
+
+def test_a_folder_of_links_is_read_on_demand(tmp_path: Path) -> None:
+    save_image(tmp_path / "store" / "blob.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to("../store/blob.png")
+    (tmp_path / "images" / "notes.md").touch()
+    with pytest.raises(UserError, match=r"all 1 image files .* lead out of it.*--allow-root .*/store$"):
+        prepare_images(PrepareImagesConfig(images=str(tmp_path / "images"), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    config = PrepareImagesConfig(
+        images=str(tmp_path / "images"), out=str(tmp_path / "out"), allow_root=[str(tmp_path / "store")]
+    )
+    report = prepare_images(config)
+    assert report.accepted == 1
+    assert report.findings == {"files skipped because their endings are not those of images": 1}

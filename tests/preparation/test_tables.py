@@ -191,8 +191,8 @@ def test_an_image_that_changes_under_way_is_no_silent_mistake(data_set: Path, tm
 class ImageFolderThatChanges(ImageFolder):
     """Folder in which one image has different content at each read."""
 
-    def read(self, path: str) -> bytes:
-        data = super().read(path)
+    def read(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        data = super().read(path, max_bytes=max_bytes)
         self.num_reads = getattr(self, "num_reads", 0) + 1
         return data if path != "05.png" else data + bytes([self.num_reads % 256])
 

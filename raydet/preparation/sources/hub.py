@@ -10,16 +10,20 @@ written, which would take a second download. Code in a data set is never run. Pr
 
 import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raydet.common.errors import UserError, one_line
-from raydet.images.files import MissingFileError, ReadError, readable, refuse_size
+from raydet.common.opening import LocalRoots, OutsideError, refusal_in_folder, refusal_of_name
+from raydet.images.files import ReadError, read_error, readable, refuse_name, refuse_size
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
 from raydet.tables.table import is_table, open_table
 
 _REMOTE = "hf://"
+_OUTSIDE = "the path leads out of the data set; --allow-root permits folders outside"
 
 
 class HubImages:
@@ -29,14 +33,24 @@ class HubImages:
         dataset: A `datasets.Dataset` that returns Arrow tables.
         folder: Its absolute path; None for a data set on the Hub.
         column: The column of the images.
+        roots: Folders in which the files that rows name must lie.
     """
 
     is_local = True
     """Images are on this machine, mostly in a memory map."""
 
-    def __init__(self, dataset: Any, folder: str | None, *, column: str = "image") -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        folder: str | None,
+        *,
+        column: str = "image",
+        allow_root: Sequence[str] | None = None,
+        allow_web: bool = False,
+    ) -> None:
         self.dataset, self.folder, self.column = dataset, folder, column
-        self._web = WebReader()
+        self.roots = LocalRoots(*(_caches() if folder is None else (folder,)), *(allow_root or ()))
+        self._web = WebReader() if allow_web else None
 
     def read(self, row: str) -> bytes:
         """Read the image of a row.
@@ -51,15 +65,15 @@ class HubImages:
         if not path:
             raise ReadError("the row has neither the bytes of an image nor a path")
         if storage.is_web(path):
+            if self._web is None:
+                raise ReadError("the row names a web URL; --allow-web permits to fetch it")
             return self._web.read(path)
         try:
-            file = Path(self._allowed(path))
-            refuse_size(file.stat().st_size)
-            return file.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise MissingFileError("no such file") from None
+            return self.roots.read(self._absolute(path), refuse_size)
         except OSError as error:
-            raise ReadError(f"cannot be read: {error.strerror}") from None
+            if isinstance(error, OutsideError):
+                raise ReadError(_OUTSIDE) from None
+            raise read_error(error) or ReadError(f"cannot be read: {error.strerror}") from None
 
     def uri_of(self, row: str) -> str:
         """Return the absolute path of a row's image, for a table that refers to it.
@@ -70,7 +84,10 @@ class HubImages:
         data, path = self._cell(row)
         if data is not None or not path or storage.is_web(path) or self.folder is None:
             raise ReadError("there is no file to refer to: the image is embedded, on the web or in a cache")
-        return self._allowed(path)
+        found = self._absolute(path)
+        if not self.roots.contain(os.path.realpath(found)):
+            raise ReadError(_OUTSIDE)
+        return found
 
     def name_of(self, path: str | None, number: int) -> str:
         """Return the name of an image in the table: its path in the folder, its file name, or the row number."""
@@ -90,41 +107,61 @@ class HubImages:
             return value.get("bytes"), value.get("path")
         return (None, value) if isinstance(value, str) else (value, None)
 
-    def _allowed(self, path: str) -> str:
-        """Return the absolute path of a file; a data set on the Hub may only refer to files downloaded with it."""
-        if self.folder is not None:
-            return str(Path(self.folder, path))
-        from datasets import config
-        from huggingface_hub import constants
-
-        real = os.path.realpath(path)
-        roots = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
-        is_inside = any(Path(real).is_relative_to(os.path.realpath(root)) for root in roots)
-        if not Path(path).is_absolute() or not is_inside:
-            raise ReadError("the path leads out of the data set")
-        return real
+    def _absolute(self, path: str) -> str:
+        """Return the absolute path of a file; the paths of a data set on the Hub are those of its cache."""
+        if refuse_name(path):
+            raise ReadError("the file name is not valid text")
+        if self.folder is None and not Path(path).is_absolute():
+            raise ReadError(_OUTSIDE)
+        return path if self.folder is None else str(Path(self.folder, path))
 
 
-def load_hub(dataset: str, *, split: str, subset: str | None = None, revision: str | None = None) -> HubImages:
+def _caches() -> tuple[str, ...]:
+    """Return the folders into which the library downloads."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    return tuple(map(str, (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)))
+
+
+def load_hub(
+    dataset: str,
+    *,
+    split: str,
+    subset: str | None = None,
+    revision: str | None = None,
+    allow_root: Sequence[str] | None = None,
+    allow_web: bool = False,
+) -> HubImages:
     """Open a data set on the Hub or at a path; the split may be a slice such as `train[:10%]`.
+
+    Args:
+        dataset: Name or path.
+        split: Split, or a slice of one.
+        subset: Configuration of a data set that has several.
+        revision: Branch, tag or commit on the Hub.
+        allow_root: Further local folders in which the files that rows name may lie.
+        allow_web: True to fetch the web URLs in rows.
 
     Raises:
         UserError: There is no such data set or split, or the Hub cannot be reached.
     """
     if "://" in dataset and not dataset.startswith(_REMOTE):
         raise UserError(f"{dataset}: --dataset must be a name on the Hugging Face Hub or a path on this machine")
+    opened = partial(HubImages, allow_root=allow_root, allow_web=allow_web)
     path = Path(storage.absolute_uri(dataset))
     is_pattern = "*" in dataset and not path.exists()
     is_path = path.exists() or is_pattern or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
     if not is_path or dataset.startswith(_REMOTE):
-        return HubImages(_opened(dataset, dataset, name=subset, split=split, revision=revision), None)
+        return opened(_opened(dataset, dataset, name=subset, split=split, revision=revision), None)
     if not is_pattern and not path.exists():
         raise UserError(f"no such path: {path}; --dataset must be a path, or a name on the Hugging Face Hub")
     folder = Path(os.path.realpath(path if path.is_dir() else path.parent))
+    _refuse_special_files(path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return HubImages(_saved_to_disk(path, split), str(folder))
+        return opened(_saved_to_disk(path, split), str(folder))
     if path.is_dir() and not is_table(str(path)):
-        return HubImages(_opened(dataset, str(path), name=subset, split=split), str(folder))
+        return opened(_opened(dataset, str(path), name=subset, split=split), str(folder))
     if path.is_dir():
         files = [str(path / name) for name in open_table(str(path), "images").files]
     elif path.suffix == ".parquet":
@@ -132,7 +169,16 @@ def load_hub(dataset: str, *, split: str, subset: str | None = None, revision: s
     else:
         raise UserError(f"{path} is neither a folder nor a Parquet file")
     # The files are given explicitly, so that split names in their file names are ignored.
-    return HubImages(_opened(dataset, "parquet", data_files={"train": files}, split=split), str(folder))
+    return opened(_opened(dataset, "parquet", data_files={"train": files}, split=split), str(folder))
+
+
+def _refuse_special_files(path: Path) -> None:
+    """Refuse pipes and devices, which the library would open and wait for."""
+    reason = refusal_in_folder(str(path)) if path.is_dir() else None
+    if path.exists() and not path.is_dir() and (kind := refusal_of_name(str(path))) is not None:
+        reason = f"it {kind}"
+    if reason is not None:
+        raise UserError(f"cannot load the data set {path}: {one_line(reason)}")
 
 
 def _opened(dataset: str, loader: str, **options: Any) -> Any:

@@ -5,9 +5,11 @@ paths start at the list's folder; each line is an image, in order, repetitions i
 web; a folder there cannot be listed.
 """
 
+import contextlib
+import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from urllib.parse import urljoin
 
 import pyarrow as pa
@@ -15,9 +17,9 @@ from pyarrow import csv as pa_csv
 
 from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import refuse_password, without_secrets
-from raydet.images.files import LIST_SUFFIXES, ImageFolder, beside, readable, refuse_name
+from raydet.images.files import LIST_SUFFIXES, MAX_FILE_BYTES, ImageFolder, beside, readable, refuse_name
 from raydet.preparation.sources.source import Source, SourceImage
-from raydet.preparation.sources.web import WebReader, read_web_list
+from raydet.preparation.sources.web import WebReader, address_of, read_web_list
 from raydet.tables import storage
 from raydet.tables.schema import build_schema
 
@@ -29,7 +31,7 @@ def is_list(uri: str) -> bool:
     """Return True if the suffix of a URI marks a list of images; a web URL always is one, as the web has no folders."""
     if storage.is_web(uri):
         return True
-    return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not Path(uri).is_dir()
+    return uri.lower().endswith((*LIST_SUFFIXES, ".csv")) and not os.path.isdir(uri)  # noqa: PTH112 long names
 
 
 class ImageList:
@@ -48,6 +50,14 @@ class ImageList:
     def __reduce__(self) -> tuple[Callable[[], "ImageList"], tuple[()]]:
         # The receiving process opens the folders itself.
         return partial(ImageList, self.uri, web=self._web), ()
+
+    def name_hosts(self, roots: Iterable[str]) -> None:
+        """Let servers redirect to these hosts (`scheme://host`) although they may be on this machine or its networks.
+
+        They are the hosts that the list names.
+        """
+        named = frozenset(address_of(root).origin for root in roots)
+        self._web = dataclasses.replace(self._web, named=named)
 
     def uri_of(self, path: str) -> str:
         """Return the absolute path or URI of a line of the list."""
@@ -111,11 +121,13 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
         hint = "name a list of URLs" if storage.is_web(images.uri) else "name a folder, or a list of paths or URLs"
         raise UserError(f"{images.uri} is not a list: {hint} ({', '.join(LIST_SUFFIXES)} or .csv)")
     data = _read_bytes(images.uri)
+    if b"\0" in data:
+        raise UserError(f"{images.uri} is not text in UTF-8; save the list as UTF-8, one path or URL per line")
     columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
     paths = _lines(data, images.uri) if columns is None else columns["source_id"].to_pylist()
     if not paths:
         raise UserError(f"{images.uri} is an empty list: it names no images; write one path or URL per line")
-    _check(paths, images, for_reference)
+    images.name_hosts(_check(paths, images, for_reference))
     fields = [pa.field("source_id", pa.string())] if columns is None else list(columns.schema)
 
     def records() -> Iterator[SourceImage]:
@@ -134,7 +146,7 @@ def _read_bytes(uri: str) -> bytes:
     if storage.is_web(uri):
         return read_web_list(uri)
     try:
-        return storage.read_bytes(uri)
+        return storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES)
     except FileNotFoundError:
         raise UserError(f"no such list: {uri}") from None
     except OSError as error:
@@ -180,8 +192,8 @@ def _extras(columns: pa.Table | None, paths: list[str]) -> Iterable[dict[str, ob
     return (row for batch in columns.to_batches(max_chunksize=1024) for row in batch.to_pylist())
 
 
-def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
-    """Refuse folders, unknown schemes and missing buckets before anything is read."""
+def _check(paths: list[str], images: ImageList, for_reference: bool) -> list[str]:
+    """Refuse folders, unknown schemes and missing buckets before anything is read; return the web servers named."""
     seen: set[str] = set()
     for number, path in enumerate(paths, start=1):
         if path.endswith("/"):
@@ -205,3 +217,13 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> None:
                 images.check_root(uri)
             except (UserError, OSError) as error:
                 raise UserError(f"image {number} of {images.uri}: {one_line(error)}") from None
+    return [root for root in seen if _is_server(root)]
+
+
+def _is_server(root: str) -> bool:
+    if not storage.is_web(root):
+        return False
+    with contextlib.suppress(ValueError):  # the address of an image that will be rejected
+        address_of(root)
+        return True
+    return False

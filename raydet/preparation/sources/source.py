@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
-from raydet.images.files import readable
+from raydet.images.files import MAX_LABEL_BYTES, readable
 from raydet.tables import storage
 from raydet.tables.coco_json import integer
 from raydet.tables.schema import MAX_IMAGE_ID, Category
@@ -22,6 +22,8 @@ UNLABELLED = "no labels"
 """Reason for rejection, with `--unlabelled reject`."""
 _MOST_FOLDERS_SHOWN = 5
 _MAX_SIDE = 2**31
+
+SKIPPED = "files skipped because their endings are not those of images"
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 
@@ -140,7 +142,7 @@ def read_class_names(classes: Sequence[str]) -> list[str]:
     names = [name.strip() for name in classes]
     if len(names) == 1 and names[0].endswith(".txt"):
         try:
-            text = storage.read_bytes(names[0]).decode("utf-8-sig")
+            text = storage.read_bytes(names[0], max_bytes=MAX_LABEL_BYTES).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the classes in {names[0]}: {one_line(error)}") from None
         names = [line.strip() for line in text.splitlines() if line.strip()]

@@ -25,8 +25,20 @@ from raydet.common.errors import UserError, one_line
 from raydet.common.threads import in_order
 from raydet.common.xml import NoDoctype, XmlError
 from raydet.config.preparing import Unlabelled
-from raydet.images.files import ImageFolder, ReadError, image_files_below, is_image_name, list_below, readable
+from raydet.images.files import (
+    LEAVES_BY_LINK,
+    MAX_LABEL_BYTES,
+    ImageFolder,
+    ReadError,
+    all_outside,
+    image_files_below,
+    is_image_name,
+    list_below,
+    readable,
+    skipped_detail,
+)
 from raydet.preparation.sources.source import (
+    SKIPPED,
     UNLABELLED,
     UNLABELLED_KEPT,
     Finding,
@@ -42,9 +54,7 @@ from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
-MAX_XML_BYTES = 16 * 2**20
-"""Larger XML files are refused: each is parsed in memory, and a thousand boxes take a quarter of a megabyte."""
-
+_MAX_SPLIT_BYTES = 64 * 2**20
 _NO_IMAGE = "no such file: no image has this name"
 
 
@@ -114,7 +124,7 @@ def read_voc(
     """
     findings = FindingLog()
     xml_paths = _list_xml_files(annotations, images, findings)
-    image_paths = _list_image_files(images)
+    image_paths = _list_image_files(images, findings)
     if split_uri is None:
         _check_match(annotations, images, xml_paths, image_paths)
         stems = sorted({*image_paths, *xml_paths})
@@ -177,17 +187,22 @@ def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: Fin
             else "for images without labels, use `raydet prepare images`"
         )
         raise UserError(f"--annotations {annotations.uri} holds no XML files, but {len(files)} others; {hint}")
+    if all(annotations.refuse_outside(path) == LEAVES_BY_LINK for path in xml_files):
+        raise all_outside(annotations, xml_files, "XML files")
     paths = {_stem(path): path for path in xml_files}
     for path in sorted(set(xml_files) - set(paths.values())):
         findings.note(Finding("XML files with the same name as another, skipped", readable(path)))
     return paths
 
 
-def _list_image_files(images: ImageFolder) -> dict[str, list[str]]:
+def _list_image_files(images: ImageFolder, findings: FindingLog) -> dict[str, list[str]]:
     """List the images by their path without extension."""
     paths: defaultdict[str, list[str]] = defaultdict(list)
-    for path in image_files_below(images):
+    skipped = Counter[str]()
+    for path in image_files_below(images, skipped):
         paths[_stem(path)].append(path)
+    del skipped[".xml"]  # the annotations may lie beside their images
+    findings.note(Finding(SKIPPED, count=skipped.total(), detail=skipped_detail(skipped)))
     return dict(paths)
 
 
@@ -224,15 +239,18 @@ def _check_match(
 def _no_class(annotations: ImageFolder, xml_paths: Mapping[str, str], found: Mapping[str, _VocFile]) -> UserError:
     """Explain why the XML files name no class."""
     refusals = {stem: item.refusal for stem, item in found.items() if item.refusal is not None}
-    if len(refusals) < len(found):
+    if not refusals:
         return UserError(
             f"no object in any XML file below {annotations.uri}; for images without labels, use `raydet prepare images`"
         )
     stem, refusal = next(iter(refusals.items()))
-    text = f"none of the {len(refusals)} XML files below {annotations.uri} can be read; {xml_paths[stem]}: {refusal}"
-    if annotations.refuse_outside(xml_paths[stem]) is not None:
-        text += "; copy the folder with its links resolved, as `cp -rL` does, and use the copy"
-    return UserError(text)
+    text = f"none of the {len(refusals)} XML files below {annotations.uri} can be read"
+    if len(refusals) < len(found):
+        num_read = len(found) - len(refusals)
+        text = (
+            f"no object in the {num_read} XML files below {annotations.uri} that can be read; {len(refusals)} cannot be"
+        )
+    return UserError(f"{text}; {readable(xml_paths[stem])}: {refusal}")
 
 
 def _stem(path: str) -> str:
@@ -260,7 +278,7 @@ def _read_split(
 ) -> set[str]:
     """Read the names in a split file, without repetitions."""
     try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
+        text = storage.read_bytes(uri, max_bytes=_MAX_SPLIT_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no such split file: {storage.absolute_uri(uri)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -287,7 +305,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
     if refusal is not None:
         return _VocFile(refusal=f"its XML file: {refusal}")
     try:
-        root = _parse(folder.read(path))
+        root = _parse(folder.read(path, max_bytes=MAX_LABEL_BYTES))
     except (ReadError, XmlError) as error:
         text = str(error)
         return _VocFile(refusal=text if isinstance(error, XmlError) else f"its XML file: {text}")
@@ -315,8 +333,6 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
 
 
 def _parse(data: bytes) -> ElementTree.Element:
-    if len(data) > MAX_XML_BYTES:
-        raise XmlError(f"an XML file of {len(data) / 1e6:,.0f} MB is over the limit of {MAX_XML_BYTES / 1e6:,.0f} MB")
     try:
         # Safe here: without a DOCTYPE there are no entities, and the parser never opens other files.
         root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_TreeTarget()))

@@ -2,27 +2,45 @@
 
 A list of URLs can name any host that this machine reaches, including those of its own network. Do not prepare a
 stranger's list on a machine whose internal hosts must not be contacted. At most five redirects are followed, to http
-and https only.
+and https only, and to hosts of this machine and its networks only if the list itself names them.
 """
 
+import base64
+import contextlib
+import http.client
 import random
+import ssl
 import threading
 import time
 import urllib.request
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
-
-import urllib3
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from raydet.common.errors import UserError
 from raydet.images.files import MAX_FILE_BYTES, MissingFileError, ReadError, refuse_size
+from raydet.images.http_bodies import PackingError, body_of
+from raydet.images.http_connections import (
+    ConnectError,
+    HttpConnection,
+    HttpsConnection,
+    PrivateAddressError,
+    UnknownHostError,
+    WebDeadline,
+    is_private_host,
+)
 
 _ATTEMPTS = 5
 _BUSY = (408, 429, 500, 502, 503, 504)
+_REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
-_CHUNK_BYTES = 2**20
-_HOSTS_AT_ONCE = 64
+_MOST_UNREAD_BYTES = 64 * 2**10
+_CONNECTIONS_PER_THREAD = 8
+_SAFE = "%/?:=&~+!$,;'@()*[]"
+_PORTS = {"http": 80, "https": 443}
+_HEADERS = {"User-Agent": "raydet", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
 
 
 class _TransientError(Exception):
@@ -31,6 +49,19 @@ class _TransientError(Exception):
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
+
+
+class _Address(NamedTuple):
+    """The parts of a URL that a request needs; `target` is the path with the query, escaped."""
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+    @property
+    def origin(self) -> str:
+        return f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +75,21 @@ class WebReader:
     Attributes:
         connect_timeout_s: Time limit for establishing the connection.
         silence_timeout_s: Time limit between received bytes.
-        total_timeout_s: Time limit per attempt, for servers that send a byte per second.
+        total_timeout_s: Time limit for a file, with all redirects, retries and waits; the connection is cut then.
         first_wait_s: Wait before the second attempt; each further wait is twice as long, ± 25 %.
         longest_wait_s: Limit for every wait, including those that the server requests.
-        max_bytes: Larger files are refused, by their announced or received size.
+        max_bytes: Larger files are refused, by their announced, received or unpacked size.
+        named: Hosts with their ports (`host:port`) that the user's list names; redirects may lead to them although
+            they are on this machine or in its networks.
     """
 
     connect_timeout_s: float = 10.0
     silence_timeout_s: float = 30.0
-    total_timeout_s: float = 300.0
+    total_timeout_s: float = 120.0
     first_wait_s: float = 0.5
     longest_wait_s: float = 30.0
     max_bytes: int = MAX_FILE_BYTES
+    named: frozenset[str] = frozenset()
 
     def read(self, url: str) -> bytes:
         """Read one file.
@@ -66,100 +100,201 @@ class WebReader:
                 files only.
         """
         wait_s = self.first_wait_s
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                return self._read_once(url)
-            except _TransientError as error:
-                if attempt == _ATTEMPTS:
-                    raise ReadError(f"{error}, after {_ATTEMPTS} attempts") from None
-                pause_s = wait_s * random.uniform(0.75, 1.25) if error.wait_s is None else error.wait_s
-                time.sleep(min(pause_s, self.longest_wait_s))
-                wait_s *= 2
+        with WebDeadline(self.total_timeout_s) as deadline:
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    return self._read_once(url, deadline)
+                except _TransientError as error:
+                    pause_s = wait_s * random.uniform(0.75, 1.25) if error.wait_s is None else error.wait_s
+                    pause_s = min(pause_s, self.longest_wait_s)
+                    if deadline.is_over:
+                        received = f"{deadline.num_bytes:,} bytes in {self.total_timeout_s:g} s"
+                        raise ReadError(f"the server is too slow: {received}") from None
+                    if attempt == _ATTEMPTS or pause_s > deadline.left_s:
+                        raise ReadError(f"{error}, after {attempt} attempts") from None
+                    time.sleep(pause_s)
+                    wait_s *= 2
         raise AssertionError("the last attempt returns or raises")
 
-    def _read_once(self, url: str) -> bytes:
-        deadline = time.monotonic() + self.total_timeout_s
-        timeout = urllib3.Timeout(connect=self.connect_timeout_s, read=self.silence_timeout_s)
-        # urllib3 only handles redirects here: it does not retry when a body breaks off.
-        retries = urllib3.Retry(total=None, connect=0, read=0, other=0, status=0, redirect=_MAX_REDIRECTS)
-        response: urllib3.BaseHTTPResponse | None = None
+    def _read_once(self, url: str, deadline: WebDeadline) -> bytes:
         try:
-            response = _pool_for(url).request(
-                "GET", url, headers=_HEADERS, timeout=timeout, retries=retries, preload_content=False
-            )
-            self._check_answer(response)
-            return self._body(response, deadline)
-        except urllib3.exceptions.MaxRetryError as error:
-            raise _reason(error.reason or error) from None
-        except (urllib3.exceptions.HTTPError, ValueError, OSError) as error:
+            address = start = address_of(url)
+            for _ in range(_MAX_REDIRECTS + 1):
+                is_free = address is start or self._is_named(address, start)
+                with self._answer(address, deadline, must_be_public=not is_free) as response:
+                    location = response.getheader("Location")
+                    if response.status not in _REDIRECTS or not location:
+                        self._check_answer(response)
+                        content = self._content(response, deadline)
+                        if deadline.is_over:  # headers that were cut off look like whole ones
+                            raise http.client.IncompleteRead(b"")
+                        return content
+                    url = urljoin(url, location.encode("latin-1").decode(errors="replace"))
+                    address = address_of(url)
+        except (OSError, http.client.HTTPException, ValueError, zlib.error, PackingError) as error:
             raise _reason(error) from None
-        finally:
-            if response is not None:
-                # Needed if the body was not read to its end; otherwise the connection is back in the pool already.
-                response.close()
+        raise ReadError(f"more than {_MAX_REDIRECTS} redirects")
 
-    def _check_answer(self, response: urllib3.BaseHTTPResponse) -> None:
+    def _is_named(self, address: _Address, start: _Address) -> bool:
+        """Return True if a redirect leads to a host that the list names, or from http to https of the same host."""
+        is_same_port = address.port == start.port or {address.port, start.port} == set(_PORTS.values())
+        return (address.host == start.host and is_same_port) or address.origin in self.named
+
+    @contextlib.contextmanager
+    def _answer(
+        self, address: _Address, deadline: WebDeadline, *, must_be_public: bool
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Context manager: request a URL and yield the answer, whose body is not read yet."""
+        connection, target, key = self._connection(address, must_be_public)
+        is_reused = connection.sock is not None
+        try:
+            response = self._request(connection, target, deadline, must_be_public)
+        except (ConnectionError, http.client.RemoteDisconnected, TimeoutError):
+            connection.close()
+            if not is_reused or deadline.is_over:
+                raise
+            response = self._request(connection, target, deadline, must_be_public)  # it was closed while unused
+        except BaseException:
+            connection.close()
+            raise
+        is_whole = False
+        try:
+            yield response
+            if response.fp is not None and not response.chunked and (response.length or 0) <= _MOST_UNREAD_BYTES:
+                response.read(_MOST_UNREAD_BYTES)
+            is_whole = response.isclosed() and not response.will_close
+        finally:
+            response.close()
+            if is_whole:
+                _keep(key, connection)
+            else:
+                connection.close()
+
+    def _request(
+        self, connection: HttpConnection, target: str, deadline: WebDeadline, must_be_public: bool
+    ) -> http.client.HTTPResponse:
+        connection.prepare(deadline, self.connect_timeout_s, self.silence_timeout_s, must_be_public=must_be_public)
+        connection.request("GET", target, headers={**_HEADERS, **connection.proxy_headers})
+        return connection.getresponse()
+
+    def _connection(self, address: _Address, must_be_public: bool) -> tuple[HttpConnection, str, "_Key"]:
+        """Return a connection of this thread, the target of the request, and the key of the connection."""
+        proxy = _proxy_for(address)
+        key = (address.scheme, address.host, address.port, proxy, must_be_public)
+        target = address.target
+        if proxy is not None:
+            if must_be_public and is_private_host(address.host):
+                raise PrivateAddressError
+            if address.scheme == "http":
+                target = f"http://{_bracketed(address.host)}:{address.port}{address.target}"
+        connection = _kept().pop(key, None)
+        if connection is not None:
+            return connection, target, key
+        kind = HttpsConnection if address.scheme == "https" else HttpConnection
+        if proxy is None:
+            return kind(address.host, address.port), target, key
+        parts = urlsplit(proxy)
+        connection = kind(parts.hostname or "", parts.port or 80)
+        connection.is_proxied = True
+        login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()
+        headers = {"Proxy-Authorization": f"Basic {base64.b64encode(login).decode()}"} if parts.username else {}
+        if address.scheme == "https":
+            connection.set_tunnel(address.host, address.port, headers=headers)
+        connection.proxy_headers = headers if address.scheme == "http" else {}
+        return connection, target, key
+
+    def _check_answer(self, response: http.client.HTTPResponse) -> None:
         status = response.status
         if status == 200:
-            stated = response.headers.get("Content-Length", "")
-            if stated.isdecimal():
-                refuse_size(int(stated), self.max_bytes)
+            refuse_size(response.length or 0, self.max_bytes)
             return
         if status in (404, 410):
             raise MissingFileError(f"no such file: the server answered {status}")
         if status in _BUSY:
-            after = response.headers.get("Retry-After", "")
-            raise _TransientError(f"the server answered {status}", float(after) if after.isdecimal() else None)
+            after = response.getheader("Retry-After") or ""
+            is_time = after.isdecimal() and len(after) < 10
+            raise _TransientError(f"the server answered {status}", float(after) if is_time else None)
         raise ReadError(f"the server answered {status}")
 
-    def _body(self, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
-        chunks: list[bytes] = []
+    def _content(self, response: http.client.HTTPResponse, deadline: WebDeadline) -> bytes:
+        """Read the body, unpacked if the server packs it although raydet asks for plain content."""
+        parts: list[bytes] = []
         num_bytes = 0
-        while chunk := response.read1(_CHUNK_BYTES, decode_content=False):
-            num_bytes += len(chunk)
+        for part in body_of(response, self.max_bytes):
+            num_bytes += len(part)
+            deadline.num_bytes = num_bytes
             refuse_size(num_bytes, self.max_bytes)
-            chunks.append(chunk)
-            if time.monotonic() > deadline:
-                raise _TransientError(f"the server is too slow: {num_bytes:,} bytes in {self.total_timeout_s:g} s")
-        return b"".join(chunks)
+            parts.append(part)
+        return b"".join(parts)
 
 
-_HEADERS = {"User-Agent": "raydet", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
-_pools: dict[str | None, urllib3.PoolManager] = {}
-_pools_lock = threading.Lock()
+_Key = tuple[str, str, int, str | None, bool]
+_local = threading.local()
 
 
-def _pool_for(url: str) -> urllib3.PoolManager:
-    """Return the connection pool of this process for a URL, by its proxy."""
-    parts = urlsplit(url)
-    proxy: str | None = None
-    if parts.hostname and not urllib.request.proxy_bypass(parts.hostname):
-        proxy = urllib.request.getproxies().get(parts.scheme.lower())
-    with _pools_lock:
-        if proxy not in _pools:
-            options: dict[str, Any] = {"num_pools": _HOSTS_AT_ONCE, "maxsize": 32, "block": False}
-            _pools[proxy] = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
-        return _pools[proxy]
+def _kept() -> dict[_Key, HttpConnection]:
+    """Return the idle connections of this thread."""
+    connections: dict[_Key, HttpConnection] | None = getattr(_local, "connections", None)
+    if connections is None:
+        connections = _local.connections = {}
+    return connections
+
+
+def _keep(key: _Key, connection: HttpConnection) -> None:
+    connections = _kept()
+    connections[key] = connection
+    if len(connections) > _CONNECTIONS_PER_THREAD:
+        connections.pop(next(iter(connections))).close()
+
+
+def address_of(url: str) -> _Address:
+    """Split an http or https URL for a request.
+
+    Raises:
+        ValueError: It is another URL.
+    """
+    parts = urlsplit(url.strip())
+    scheme, host = parts.scheme.lower(), parts.hostname or ""
+    if scheme not in _PORTS or not host:
+        raise ValueError(url)
+    host = host if host.isascii() else host.encode("idna").decode()
+    target = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE)}" if parts.query else "")
+    port = _PORTS[scheme] if parts.port is None else parts.port
+    return _Address(scheme, host, port, target)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _proxy_for(address: _Address) -> str | None:
+    if urllib.request.proxy_bypass(address.host):
+        return None
+    proxy = urllib.request.getproxies().get(address.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def _reason(error: BaseException) -> Exception:
-    """Convert an error of urllib3 or the network to one short line."""
-    names = urllib3.exceptions
-    if isinstance(error, names.ResponseError) and "redirect" in str(error):
-        return ReadError(f"more than {_MAX_REDIRECTS} redirects")
-    if isinstance(error, ValueError):  # all errors of urllib3 about URLs are ValueErrors too
-        return ReadError("the URL, or one that the server redirects to, is not an http or https URL")
-    if isinstance(error, names.SSLError):
-        return ReadError("the server's certificate or encryption cannot be trusted")
-    if isinstance(error, names.NameResolutionError):
+    """Convert an error of the network or of `http.client` to one short line."""
+    if isinstance(error, PrivateAddressError):
+        return ReadError("the server redirects to an address of this machine or its networks, which the list lacks")
+    if isinstance(error, PackingError):
+        return ReadError("the server packs the file in a way that raydet did not ask for")
+    if isinstance(error, UnknownHostError):
         return _TransientError("unknown host")
-    if isinstance(error, names.NewConnectionError):
+    if isinstance(error, ConnectError):
         return _TransientError("cannot connect to the server")
-    if isinstance(error, names.TimeoutError | TimeoutError):
-        return _TransientError("the server did not answer in time")
-    if isinstance(error, names.ProtocolError | names.IncompleteRead | OSError):
+    if isinstance(error, ssl.SSLError):
+        return ReadError("the server's certificate or encryption cannot be trusted")
+    if isinstance(error, http.client.RemoteDisconnected | http.client.IncompleteRead):
         return _TransientError("the connection was dropped")
-    return ReadError(f"cannot be read: {type(error).__name__}")
+    if isinstance(error, http.client.InvalidURL | ValueError):
+        return ReadError("the URL, or one that the server redirects to, is not an http or https URL")
+    if isinstance(error, TimeoutError):
+        return _TransientError("the server did not answer in time")
+    if isinstance(error, http.client.HTTPException | zlib.error):
+        return _TransientError("the server's answer is not valid HTTP")
+    return _TransientError("the connection was dropped")
 
 
 def read_web_list(url: str) -> bytes:

@@ -18,8 +18,17 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.common.threads import in_order
 from raydet.config.preparing import Unlabelled
-from raydet.images.files import ImageFolder, MissingFileError, ReadError, list_below, readable
+from raydet.images.files import (
+    MAX_LABEL_BYTES,
+    ImageFolder,
+    MissingFileError,
+    ReadError,
+    list_below,
+    readable,
+    skipped_detail,
+)
 from raydet.preparation.sources.source import (
+    SKIPPED,
     UNLABELLED,
     UNLABELLED_KEPT,
     Finding,
@@ -70,6 +79,7 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
         raise _no_label_file(files)
     findings = FindingLog()
     findings.note(Finding("label files without an image", count=files.num_orphans))
+    findings.note(Finding(SKIPPED, count=files.skipped.total(), detail=skipped_detail(files.skipped)))
     for image_id, ((image_path, path), item) in enumerate(zip(files.pairs, labels, strict=True)):
         for kind, count in item.findings.items():
             findings.note(Finding(kind, readable(path), count=count))
@@ -139,7 +149,7 @@ def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) ->
     if refusal is not None:
         return _LabelFile(refusal=f"its label file: {refusal}")
     try:
-        text = folder.read(path).decode("utf-8-sig", errors="replace")
+        text = folder.read(path, max_bytes=MAX_LABEL_BYTES).decode("utf-8-sig", errors="replace")
     except MissingFileError:
         return _LabelFile(is_missing=True)
     except ReadError as error:

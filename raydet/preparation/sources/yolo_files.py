@@ -1,20 +1,30 @@
 """The pairs of image and label file in a YOLO data set, and its classes."""
 
+import os
 import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from raydet.common.errors import UserError, one_line
-from raydet.images.files import ImageFolder, image_files_below, is_image_name, list_below, readable
+from raydet.images.files import (
+    MAX_FILE_BYTES,
+    ImageFolder,
+    image_files_below,
+    images_below,
+    is_image_name,
+    list_below,
+    readable,
+)
 from raydet.preparation.sources.source import read_class_names
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
+_MAX_YAML_BYTES = 2**20
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 
 
@@ -29,6 +39,7 @@ class YoloFiles:
         categories: The classes; their ids are the numbers in the label files.
         num_orphans: Label files without an image; not counted for lists of images.
         outside: Paths of listed images outside the data set, which must not be read.
+        skipped: Number of other files in the folders of images, by extension; without .txt files.
     """
 
     images: ImageFolder
@@ -37,21 +48,29 @@ class YoloFiles:
     categories: tuple[Category, ...]
     num_orphans: int = 0
     outside: tuple[str, ...] = ()
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        del self.skipped[".txt"]
 
 
-def find_in_folders(images_uri: str, labels_uri: str, classes: Sequence[str]) -> YoloFiles:
+def find_in_folders(
+    images_uri: str, labels_uri: str, classes: Sequence[str], *, allow_root: Sequence[str] | None = None
+) -> YoloFiles:
     """Find the images below one folder and the label files with the same relative paths below another.
 
     Raises:
         UserError: There is no such folder, no image, or no class.
     """
-    images, labels = ImageFolder(images_uri), ImageFolder(labels_uri, what="label")
-    pairs = [(path, str(PurePosixPath(path).with_suffix(".txt"))) for path in image_files_below(images)]
+    images = ImageFolder(images_uri, allow_root=allow_root)
+    labels = ImageFolder(labels_uri, what="label", allow_root=allow_root)
+    skipped = Counter[str]()
+    pairs = [(path, str(PurePosixPath(path).with_suffix(".txt"))) for path in image_files_below(images, skipped)]
     categories = tuple(Category(index, name) for index, name in enumerate(read_class_names(classes)))
-    return YoloFiles(images, labels, pairs, categories, _count_orphans(labels, pairs))
+    return YoloFiles(images, labels, pairs, categories, _count_orphans(labels, pairs), skipped=skipped)
 
 
-def find_in_data_yaml(data_uri: str, split: str) -> YoloFiles:
+def find_in_data_yaml(data_uri: str, split: str, *, allow_root: Sequence[str] | None = None) -> YoloFiles:
     """Find the images and label files of one split of an Ultralytics data set.
 
     `path` is relative to the folder of data.yaml, which is its default, or else to the working directory. The split is
@@ -80,28 +99,35 @@ def find_in_data_yaml(data_uri: str, split: str) -> YoloFiles:
             f"{data_uri}: `{split}` lists {outside[0]}, which lies outside the data set in {root}; "
             "`path` must name a folder that holds all its images"
         )
-    images = ImageFolder(_common_folder(folders + [posixpath.dirname(path) for path in listed]))
-    absolute = listed + [storage.join(folder, path) for folder in folders for path in list_below(ImageFolder(folder))]
-    absolute = sorted({path for path in absolute if is_image_name(path)})
+    images = ImageFolder(_common_folder(folders + [posixpath.dirname(path) for path in listed]), allow_root=allow_root)
+    skipped = Counter[str]()
+    absolute = listed + [
+        storage.join(folder, path)
+        for folder in folders
+        for path in images_below(ImageFolder(folder, allow_root=allow_root), skipped)
+    ]
+    absolute = sorted({*absolute})
     if not absolute:
         raise UserError(f"{data_uri}: no image file in `{split}`, {', '.join(entries)}")
     label_paths = [_label_path(path) for path in absolute]
-    labels = ImageFolder(_common_folder([posixpath.dirname(path) for path in label_paths]), what="label")
+    labels = ImageFolder(
+        _common_folder([posixpath.dirname(path) for path in label_paths]), what="label", allow_root=allow_root
+    )
     pairs = [
         (_below(images.uri, image), _below(labels.uri, label))
         for image, label in zip(absolute, label_paths, strict=True)
     ]
     num_orphans = 0 if listed else _count_orphans(labels, pairs)
-    return YoloFiles(images, labels, pairs, _read_names(content, data_uri), num_orphans, outside)
+    return YoloFiles(images, labels, pairs, _read_names(content, data_uri), num_orphans, outside, skipped)
 
 
 def _load_yaml(uri: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(storage.read_bytes(uri))
+        content = yaml.safe_load(storage.read_bytes(uri, max_bytes=_MAX_YAML_BYTES))
     except FileNotFoundError:
         raise UserError(f"no such file: {uri}; --data must name the data.yaml of the data set") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        if storage.exists(storage.join(uri, "data.yaml")):
+        if Path(uri, "data.yaml").is_file():
             raise UserError(f"{uri} is a folder; did you mean --data {storage.join(uri, 'data.yaml')}?") from None
         raise UserError(f"cannot read {uri}: {one_line(error)}") from None
     if not isinstance(content, dict):
@@ -149,13 +175,13 @@ def _dataset_root(content: Mapping[str, Any], data_uri: str) -> str:
         return home
     candidates = [_joined(home, str(path)), _plain(str(path))]
     # A data set that was moved or renamed is still around its data.yaml.
-    return next((folder for folder in candidates if storage.exists(folder)), home)
+    return next((folder for folder in candidates if _exists(folder)), home)
 
 
 def _resolve_entry(root: str, entry: str, where: str) -> str:
     # Some tools export `../train/images` for `train/images`.
     candidates = [_joined(root, entry), _joined(root, entry.removeprefix("../"))]
-    place = next((candidate for candidate in candidates if storage.exists(candidate)), None)
+    place = next((candidate for candidate in candidates if _exists(candidate)), None)
     if place is None:
         raise UserError(f"{where} names {entry}, but there is no {candidates[0]}")
     return place
@@ -164,7 +190,7 @@ def _resolve_entry(root: str, entry: str, where: str) -> str:
 def _read_list(uri: str, root: str) -> list[str]:
     """Read a .txt list of images as absolute paths; its lines are relative to the file, or else to the data set."""
     try:
-        lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
+        lines = storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list of images {uri}: {one_line(error)}") from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
@@ -174,7 +200,7 @@ def _read_list(uri: str, root: str) -> list[str]:
     if others:
         raise UserError(f"{uri} lists {others[0]}, which has no image file extension")
     homes = [posixpath.dirname(uri), root]
-    home = next((home for home in homes if storage.exists(_joined(home, names[0]))), homes[0])
+    home = next((home for home in homes if _exists(_joined(home, names[0]))), homes[0])
     return [_joined(home, name) for name in names]
 
 
@@ -195,6 +221,11 @@ def _common_folder(folders: Sequence[str]) -> str:
     prefix = scheme + separator if separator else ""
     paths = [folder.removeprefix(prefix) for folder in folders]
     return prefix + posixpath.commonpath(paths)
+
+
+def _exists(uri: str) -> bool:
+    """Return True if a file or folder exists; local names may be impossible."""
+    return storage.exists(uri) if "://" in uri else os.path.exists(uri)  # noqa: PTH110 Path raises for long names
 
 
 def _is_below(folder: str, path: str) -> bool:

@@ -1,9 +1,14 @@
 """Images and lists from a web server on loopback that can be slow, busy, wrong or hostile."""
 
+import contextlib
+import gzip
 import pickle
+import re
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,14 +20,17 @@ from raydet.cli.main import main
 from raydet.common.errors import UserError
 from raydet.config import PrepareImagesConfig
 from raydet.images.files import MissingFileError, ReadError
+from raydet.images.http_connections import is_public
 from raydet.preparation.prepare import _prepare
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
 from raydet.preparation.sources.web import WebReader
 from raydet.tables.storage import is_web
 from raydet.tables.table import open_table
 
+_BOMB = zlib.compress(bytes(10**8))
+_CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 QUICK = WebReader(
-    connect_timeout_s=2.0, silence_timeout_s=0.2, total_timeout_s=1.5, first_wait_s=0.01, longest_wait_s=0.05
+    connect_timeout_s=2.0, silence_timeout_s=0.2, total_timeout_s=30.0, first_wait_s=0.01, longest_wait_s=0.05
 )
 
 
@@ -104,6 +112,54 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         return None
 
+    def drip(self, start: bytes, part: bytes) -> None:
+        self.close_connection = True
+        self.wfile.write(start)
+        with contextlib.suppress(OSError):
+            while not self.site.over.wait(0.05):
+                self.wfile.write(part)
+
+    def answer_headers(self, _: int) -> None:
+        self.drip(b"HTTP/1.1 200 OK\r\n", b"X")
+
+    def answer_extension(self, _: int) -> None:
+        self.drip(_CHUNKED + b"5;", b"x")
+
+    def answer_trailers(self, _: int) -> None:
+        self.drip(_CHUNKED + b"1\r\nx\r\n0\r\nX", b"x")
+
+    def answer_chunked(self, _: int) -> None:
+        self.wfile.write(_CHUNKED + b"4;a=b\r\none \r\n3\r\ntwo\r\n0\r\nX: y\r\n\r\n")
+
+    def answer_negative(self, _: int) -> None:
+        self.raw(_CHUNKED + b"-1\r\n" + b"x" * 1000)
+
+    def answer_longline(self, _: int) -> None:
+        self.raw(_CHUNKED + b"1;" + b"x" * 10_000 + b"\r\nx\r\n0\r\n\r\n")
+
+    def answer_manytrailers(self, _: int) -> None:
+        self.raw(_CHUNKED + b"1\r\nx\r\n0\r\n" + b"X: y\r\n" * 1000 + b"\r\n")
+
+    def answer_garbage(self, _: int) -> None:
+        self.raw(b"what is this\r\n\r\n")
+
+    def raw(self, answer: bytes) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.wfile.write(answer)
+
+    def answer_packed(self, _: int) -> None:
+        what = self.path.partition("?")[2]
+        body = b"x" * 1_000_000
+        if what == "bomb":
+            return self.send(200, _BOMB, Content_Encoding="deflate")
+        packed = zlib.compress(body) if what == "deflate" else gzip.compress(body)
+        encoding = {"gzip": "gzip", "deflate": "deflate", "cut": "gzip"}.get(what, "br")
+        return self.send(200, packed[:-20] if what == "cut" else packed, Content_Encoding=encoding)
+
+    def answer_elsewhere(self, _: int) -> None:
+        self.send(302, Location=self.site.files["/target"].decode())
+
     def answer_redirect(self, _: int) -> None:
         self.send(302, Location="/a.jpg")
 
@@ -174,9 +230,97 @@ def test_a_server_that_never_ends_is_left(site: Site) -> None:
     small = WebReader(max_bytes=3 * 2**20, first_wait_s=0.01)
     with pytest.raises(ReadError, match="over the limit of 4 MB"):
         small.read(f"{site.url}/endless")
-    slow = WebReader(silence_timeout_s=5.0, total_timeout_s=0.15, first_wait_s=0.01)
-    with pytest.raises(ReadError, match=r"too slow: \d+ bytes in 0.15 s, after 5 attempts"):
-        slow.read(f"{site.url}/drip")
+    slow = WebReader(silence_timeout_s=30.0, total_timeout_s=0.3, first_wait_s=0.01)
+    for path in ("drip", "headers", "extension", "trailers", "silent"):
+        with pytest.raises(ReadError, match=r"too slow: [\d,]+ bytes in 0.3 s"):
+            slow.read(f"{site.url}/{path}")
+        assert site.asked[f"/{path}"] == 1
+
+
+@pytest.mark.timeout(60)
+def test_waits_and_retries_end_with_the_file_s_own_time(site: Site) -> None:
+    impatient = WebReader(first_wait_s=20.0, total_timeout_s=10.0)
+    with pytest.raises(ReadError, match="the server answered 503, after 1 attempts"):
+        impatient.read(f"{site.url}/always503")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("negative", "the server's answer is not valid HTTP"),
+        ("longline", "the server's answer is not valid HTTP"),
+        ("manytrailers", "the server's answer is not valid HTTP"),
+        ("garbage", "the server's answer is not valid HTTP"),
+        ("packed?brotli", "the server packs the file in a way that raydet did not ask for"),
+        ("packed?bomb", "over the limit of 2 MB"),
+        ("packed?cut", "the connection was dropped"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_answers_that_are_not_what_they_say(site: Site, path: str, reason: str) -> None:
+    with pytest.raises(ReadError, match=re.escape(reason)):
+        replace(QUICK, max_bytes=2_000_000).read(f"{site.url}/{path}")
+
+
+def test_packed_and_chunked_answers_are_read(site: Site) -> None:
+    assert QUICK.read(f"{site.url}/packed?gzip") == b"x" * 1_000_000
+    assert QUICK.read(f"{site.url}/packed?deflate") == b"x" * 1_000_000
+    assert QUICK.read(f"{site.url}/chunked") == b"one two" == QUICK.read(f"{site.url}/chunked")
+
+
+@pytest.mark.timeout(60)
+def test_redirects_lead_into_no_private_network_that_the_list_does_not_name(site: Site, tmp_path: Path) -> None:
+    other = Site()
+    other.files["/secret.jpg"] = b"secret"
+    thread = threading.Thread(target=other.server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    port = other.server.server_address[1]
+    hosts = ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "127.1"]
+    try:
+        for host in hosts:
+            site.files["/target"] = f"http://{host}:{port}/secret.jpg".encode()
+            with pytest.raises(ReadError, match=r"an address of this machine or its networks"):
+                QUICK.read(f"{site.url}/elsewhere")
+        assert not other.asked
+        site.files["/target"] = f"{other.url}/secret.jpg".encode()
+        (tmp_path / "list.txt").write_text(f"{site.url}/elsewhere\n{other.url}/other.jpg\n")
+        images = ImageList(str(tmp_path / "list.txt"), web=QUICK)
+        records = list(read_list(images).images)
+        assert pickle.loads(pickle.dumps(images)).read(records[0].path) == b"secret"
+    finally:
+        other.over.set()
+        other.server.shutdown()
+        thread.join()
+        other.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("8.8.8.8", True),
+        ("2001:4860:4860::8888", True),
+        ("10.1.2.3", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("192.168.0.1", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::a00:1", False),
+        ("64:ff9b::808:808", True),
+        ("2002:a00:1::", False),
+    ],
+)
+def test_public_addresses(address: str, *, expected: bool) -> None:
+    assert is_public(address) == expected
 
 
 def test_busy_servers_are_asked_again(site: Site) -> None:

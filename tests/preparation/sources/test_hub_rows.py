@@ -133,7 +133,7 @@ def test_embedded_images_in_the_layout_of_cppe5_give_the_table_that_coco_gives(
         (source / "data").mkdir(parents=True)
         cppe(bccd).to_parquet(str(source / "data" / "train-00000-of-00001.parquet"))
     names = {"parquet file": "data/train-00000-of-00001.parquet", "parquet pattern": "data/*.parquet"}
-    report = prepare(tmp_path / "out", source / names.get(layout, ""))
+    report = prepare(tmp_path / "out", source / names.get(layout, ""), allow_root=[str(bccd)])
     expected = rows_of(bccd / "table")
     assert without_extras(rows_of(report.out)) == without_extras(expected)
     assert (report.found, report.accepted, report.rejected) == (12, 12, 0)
@@ -370,9 +370,19 @@ def test_a_data_set_of_the_hub_may_not_lead_to_other_files(tmp_path: Path) -> No
             images.read(row)
     local = HubImages(images.dataset, str(tmp_path))
     assert [pickle.loads(pickle.dumps(local)).read(row) for row in ("0", "1")] == [b"secret", b"secret"]
+    (tmp_path / "inside").mkdir()
+    inside = HubImages(images.dataset, str(tmp_path / "inside"))
+    (tmp_path / "inside" / "secret.jpg").symlink_to(secret)
+    for row in ("0", "1"):
+        with pytest.raises(ReadError, match="leads out of the data set; --allow-root"):
+            inside.read(row)
     secret.unlink()
     with pytest.raises(MissingFileError):
         local.read("0")
+    web = [{"image": {"bytes": None, "path": "http://127.0.0.1:9/a.jpg"}}]
+    named = datasets.Dataset.from_list(web, features=features).with_format("arrow")
+    with pytest.raises(ReadError, match="--allow-web permits"):
+        HubImages(named, None).read("0")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +415,7 @@ def test_mistakes_get_one_line(bccd: Path, tmp_path: Path, dataset: str, options
 
 def test_load_hub_takes_parts_of_splits(bccd: Path, tmp_path: Path) -> None:
     cppe(bccd).to_parquet(str(tmp_path / "train.parquet"))
-    images = load_hub(str(tmp_path / "train.parquet"), split="train[4:6]")
+    images = load_hub(str(tmp_path / "train.parquet"), split="train[4:6]", allow_root=[str(bccd)])
     assert [record.image_id for record in read_hub(images).images] == [row["image_id"] for row in cppe_rows(bccd)[4:6]]
     assert images.read("0") == Path(cppe_rows(bccd)[4]["image"]).read_bytes()
 
@@ -413,7 +423,9 @@ def test_load_hub_takes_parts_of_splits(bccd: Path, tmp_path: Path) -> None:
 def test_the_command(bccd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cppe(bccd).to_parquet(str(tmp_path / "train.parquet"))
     command = ["prepare", "hub", "--dataset", str(tmp_path / "train.parquet"), "--out", str(tmp_path / "out")]
-    assert main(command) == 0
+    assert main(command) == 2
+    assert "the path leads out of the data set; --allow-root" in capsys.readouterr().err
+    assert main([*command, "--allow-root", str(bccd)]) == 0
     assert "12 images found, 12 accepted, 0 rejected" in capsys.readouterr().out
     assert main(["prepare", "hub", "--dataset", "someone/none", "--out", str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err

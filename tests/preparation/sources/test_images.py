@@ -31,10 +31,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "images" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "images" / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
     folder = ImageFolder(str(tmp_path / "images"))
-    assert [record.path for record in read_images(folder).images] == ["dangling.jpg", "more/b.jpg", "sub/a.jpg"]
-    assert folder.read("more/b.jpg") == b"x"
+    assert [record.path for record in read_images(folder).images] == ["dangling.jpg", "more", "sub/a.jpg"]
     with pytest.raises(ReadError, match="no such file"):
         folder.read("dangling.jpg")
+    with pytest.raises(ReadError, match="symbolic link; --allow-root"):
+        folder.read("more/b.jpg")
+    folder = ImageFolder(str(tmp_path / "images"), allow_root=[str(tmp_path / "elsewhere")])
+    assert [record.path for record in read_images(folder).images] == ["dangling.jpg", "more/b.jpg", "sub/a.jpg"]
+    assert folder.read("more/b.jpg") == b"x"
 
 
 def test_names_that_are_no_text_are_refused_not_lost(tmp_path: Path) -> None:
