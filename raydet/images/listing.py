@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
 from raydet.common.redaction import refuse_password
+from raydet.common.text import encoding_of
 from raydet.common.threads import in_order
 from raydet.images.files import (
     IMAGE_EXTENSIONS,
@@ -294,7 +295,8 @@ def _require_any(uri: str, num_found: int, num_lines: int, first_missing: str) -
 def _lines(uri: str) -> Iterator[tuple[int, str]]:
     """Yield number, from 1, and content of each line that names an image."""
     with FileReader().open(uri) as file:
-        text = io.TextIOWrapper(io.BufferedReader(cast(io.RawIOBase, file)), encoding="utf-8-sig")
+        buffered = io.BufferedReader(cast(io.RawIOBase, file))
+        text = io.TextIOWrapper(buffered, encoding=encoding_of(buffered.peek(4)))
         try:
             for number, line in enumerate(text, start=1):
                 path = line.strip()

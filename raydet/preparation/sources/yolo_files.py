@@ -1,5 +1,6 @@
 """The pairs of image and label file in a YOLO data set, and its classes."""
 
+import contextlib
 import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from raydet.common.errors import UserError, one_line
+from raydet.common.text import TextError, decode_text
 from raydet.images.files import ImageFolder, image_files_below, is_image_name, list_below, readable
 from raydet.preparation.sources.source import read_class_names
 from raydet.tables import storage
@@ -97,12 +99,13 @@ def find_in_data_yaml(data_uri: str, split: str) -> YoloFiles:
 
 def _load_yaml(uri: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(storage.read_bytes(uri))
+        content = yaml.safe_load(decode_text(storage.read_bytes(uri)))
     except FileNotFoundError:
         raise UserError(f"no such file: {uri}; --data must name the data.yaml of the data set") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        if storage.exists(storage.join(uri, "data.yaml")):
-            raise UserError(f"{uri} is a folder; did you mean --data {storage.join(uri, 'data.yaml')}?") from None
+    except (OSError, yaml.YAMLError, TextError, RecursionError) as error:
+        with contextlib.suppress(OSError):  # the storage, of which `error` tells
+            if storage.exists(storage.join(uri, "data.yaml")):
+                raise UserError(f"{uri} is a folder; did you mean --data {storage.join(uri, 'data.yaml')}?") from None
         raise UserError(f"cannot read {uri}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{uri} must be a mapping with train, val and names, got {type(content).__name__}")
@@ -164,8 +167,8 @@ def _resolve_entry(root: str, entry: str, where: str) -> str:
 def _read_list(uri: str, root: str) -> list[str]:
     """Read a .txt list of images as absolute paths; its lines are relative to the file, or else to the data set."""
     try:
-        lines = storage.read_bytes(uri).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(storage.read_bytes(uri)).splitlines()
+    except (OSError, TextError) as error:
         raise UserError(f"cannot read the list of images {uri}: {one_line(error)}") from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     if not names:
