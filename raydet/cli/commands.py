@@ -16,6 +16,7 @@ from raydet.config import (
     PlanConfig,
     PredictConfig,
     PrepareCocoConfig,
+    PrepareCsvConfig,
     PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
@@ -77,6 +78,13 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "a data set in Ultralytics layout → an images table",
         "--data data.yaml --split train --out data/train",
+    ),
+    Command(
+        "prepare csv",
+        PrepareCsvConfig,
+        "raydet.preparation.prepare",
+        "a CSV file of boxes (VoTT, TensorFlow, RetinaNet) and its images → an images table",
+        "--annotations labels.csv --images images --out data --val-fraction 0.2",
     ),
     Command(
         "prepare hub",

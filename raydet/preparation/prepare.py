@@ -32,6 +32,7 @@ from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
     PrepareCocoConfig,
     PrepareConfig,
+    PrepareCsvConfig,
     PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
@@ -51,6 +52,7 @@ from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
 from raydet.preparation.sources.source import Source, SourceImage
+from raydet.preparation.sources.tools.csv_labels import read_csv
 from raydet.preparation.sources.tools.cvat import read_cvat
 from raydet.preparation.sources.tools.label_studio import read_label_studio
 from raydet.preparation.sources.voc import read_voc
@@ -140,6 +142,30 @@ def _open_yolo(config: PrepareYoloConfig) -> _Opened:
         assert config.images is not None and config.labels is not None and config.classes is not None
         files = find_in_folders(config.images, config.labels, config.classes)
     return read_yolo(files, unlabelled=config.unlabelled), files.images
+
+
+def prepare_csv(config: PrepareCsvConfig) -> PrepareReport:
+    """Make an images table from a CSV file with a box per row; `sources/tools/csv_labels.py` describes the format.
+
+    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
+
+    Raises:
+        UserError: The file or the folder is missing or invalid, no image can be read, or OUT holds other files.
+        RunError: Storage or cluster failed.
+    """
+    return _prepare(config, _open_csv)
+
+
+def _open_csv(config: PrepareCsvConfig) -> _Opened:
+    folder = ImageFolder(config.images)
+    source = read_csv(
+        config.annotations,
+        folder,
+        columns=config.columns,
+        classes=config.classes,
+        fractions=config.fractions,
+    )
+    return source, folder
 
 
 def prepare_cvat(config: PrepareCvatConfig) -> PrepareReport:

@@ -22,6 +22,7 @@ BoxXywh = tuple[float, float, float, float]
 
 _EXPECTED = "a COCO instances file, a JSON object"
 _LISTS = ("images", "annotations", "categories")
+_MOST_SHOWN = 5
 
 
 def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
@@ -76,9 +77,19 @@ def errors_in_one_line(uri: str, expected: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"no such annotations file: {storage.absolute_uri(uri)}") from None
     except OSError as error:
+        with contextlib.suppress(OSError):  # the storage, of which `error` tells
+            if storage.is_folder(uri):
+                raise UserError(f"{storage.absolute_uri(uri)} is a folder; {_files_in(uri, expected)}") from None
         raise UserError(f"cannot read the annotations file {uri}: {one_line(error)}") from None
     except JsonError as error:
         raise UserError(f"{uri} {error}; expected {expected}") from None
+
+
+def _files_in(uri: str, expected: str) -> str:
+    """Name the files of a folder that was given in place of an annotations file."""
+    names = sorted(name for name in storage.list_files(uri) if name.lower().endswith((".json", ".xml", ".csv")))
+    shown = ", ".join(names[:_MOST_SHOWN]) + (" …" if len(names) > _MOST_SHOWN else "")
+    return f"name the file in it, one of {shown}" if names else f"expected {expected}"
 
 
 def _without_masks(item: Entry) -> Entry:

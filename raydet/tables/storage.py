@@ -123,6 +123,12 @@ def exists(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+def is_folder(uri: str) -> bool:
+    """Return True if there is a folder of this name."""
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
+
+
 def open_stream(uri: str) -> pa.NativeFile:
     """Open a file for sequential reading, without decompression."""
     filesystem, path = resolve(uri)
