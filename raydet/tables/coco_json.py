@@ -87,9 +87,10 @@ def errors_in_one_line(uri: str, expected: str) -> Iterator[None]:
 
 def _files_in(uri: str, expected: str) -> str:
     """Name the files of a folder that was given in place of an annotations file."""
-    names = sorted(name for name in storage.list_files(uri) if name.lower().endswith((".json", ".xml", ".csv")))
+    suffix = next((kind for kind in ("json", "xml") if kind.upper() in expected), "csv")
+    names = [name for name in storage.list_files(uri) if name.lower().endswith(f".{suffix}")]
     shown = ", ".join(names[:_MOST_SHOWN]) + (" …" if len(names) > _MOST_SHOWN else "")
-    return f"name the file in it, one of {shown}" if names else f"expected {expected}"
+    return f"name a file in it, such as {shown}" if names else f"expected {expected}"
 
 
 def _without_masks(item: Entry) -> Entry:

@@ -234,6 +234,13 @@ def list_files(uri: str, *, recursive: bool = False) -> list[str]:
     return sorted(info.path.lstrip("/").removeprefix(prefix) for info in infos if info.type == pafs.FileType.File)
 
 
+def list_folders(uri: str) -> list[str]:
+    """List the folders in a folder as sorted names; an absent folder has none."""
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+
 def make_folder(uri: str) -> None:
     """Create a folder and its parents; a no-op on object stores."""
     filesystem, path = resolve(uri)

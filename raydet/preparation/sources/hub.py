@@ -17,7 +17,7 @@ from raydet.common.errors import UserError, one_line
 from raydet.images.files import MissingFileError, ReadError, readable, refuse_size
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
-from raydet.tables.table import is_table, open_table
+from raydet.tables.table import is_table, open_table, refuse_folder_of_tables
 
 _REMOTE = "hf://"
 
@@ -124,6 +124,7 @@ def load_hub(dataset: str, *, split: str, subset: str | None = None, revision: s
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return HubImages(_saved_to_disk(path, split), str(folder))
     if path.is_dir() and not is_table(str(path)):
+        refuse_folder_of_tables(str(path), "images")  # `datasets` would mix them
         return HubImages(_opened(dataset, str(path), name=subset, split=split), str(folder))
     if path.is_dir():
         files = [str(path / name) for name in open_table(str(path), "images").files]

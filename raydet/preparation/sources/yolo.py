@@ -170,10 +170,10 @@ def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) ->
             seen.add(numbers)
             classes.append(index_of[int(numbers[0])])
             boxes_xywh.append(box_xywh)
-    kind, count = next(iter(findings.most_common(1)), ("", 0))
+    kind, _ = next(iter(findings.most_common(1)), ("", 0))
     if not boxes_xywh and kind in _UNUSABLE:
         # Another format, such as detections or pixels: the image has objects, and must not become a negative.
-        return _LabelFile(refusal=f"its label file: no usable line, {count:,} {kind.removesuffix(', dropped')}")
+        return _LabelFile(refusal=f"its label file: no usable line, only {kind.removesuffix(', dropped')}")
     return _LabelFile(classes, boxes_xywh, findings)
 
 

@@ -96,9 +96,9 @@ def test_a_label_file_is_read_in_the_encoding_that_an_editor_gave_it(tmp_path: P
     [
         (b"\x89PNG\r\n\x1a\n", "its label file: not text in UTF-8 or UTF-16: byte 0 is invalid in UTF-8"),
         (b"0 .5 .5 .1 .1\n\0\0\0", "its label file: not text: it contains NUL characters"),
-        (b"dog 1 2 3 4\n", "its label file: no usable line, 1 lines with a value that is not a finite number"),
-        (b"0 .5 .5 .1 .1 .9\n" * 3, "its label file: no usable line, 3 lines with a wrong number of columns"),
-        (b"0 100 50 20 20\n", "its label file: no usable line, 1 lines with numbers outside 0 to 1"),
+        (b"dog 1 2 3 4\n", "its label file: no usable line, only lines with a value that is not a finite number"),
+        (b"0 .5 .5 .1 .1 .9\n" * 3, "its label file: no usable line, only lines with a wrong number of columns"),
+        (b"0 100 50 20 20\n", "its label file: no usable line, only lines with numbers outside 0 to 1"),
     ],
 )
 def test_a_file_that_holds_no_labels_rejects_its_image(tmp_path: Path, content: bytes, reason: str) -> None:
