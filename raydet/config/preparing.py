@@ -165,7 +165,9 @@ class PrepareLabelStudioConfig(PrepareConfig):
 class PrepareCsvConfig(PrepareConfig):
     """A CSV file with a box per row (VoTT, TensorFlow, RetinaNet) and its images → an images table."""
 
-    annotations: str = option("CSV file, whose columns are recognised by their names, or without a header as RetinaNet")
+    annotations: str = option(
+        "CSV file with a box per row; the columns of VoTT, TensorFlow and RetinaNet are recognised"
+    )
     images: str = option("folder or URI of the images, found by the ends of their paths in the file")
     columns: dict[str, str | int] | None = option(
         "columns of another file: image, class, and xmin, ymin, xmax, ymax or x, y, w, h → name in the header, or "

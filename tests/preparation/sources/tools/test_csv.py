@@ -1,9 +1,12 @@
 """CSV files of VoTT, TensorFlow and RetinaNet become records; every image is named, every unusable row counted."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from raydet.common.errors import UserError
@@ -184,3 +187,22 @@ def test_a_large_file_is_read_in_chunks(tmp_path: Path) -> None:
     records = list(source.images)
     assert len(records) == 1000
     assert sum(len(record.objects.ids) for record in records if record.objects is not None) == 30_000
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    head=st.sampled_from([VOTT, TENSORFLOW, RETINANET, OTHER, ""]),
+    rest=st.text(alphabet="ab.jpg/,;\"'\n\r\t01-einf\0é\ud800", max_size=120) | st.binary(max_size=40),
+)
+def test_any_text_is_read_or_refused(head: str, rest: str | bytes) -> None:
+    data = head.encode() + (rest if isinstance(rest, bytes) else rest.encode(errors="surrogatepass"))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            source = read(Path(folder), data, images="a b")
+        except UserError:
+            return
+        records = list(source.images)
+    assert len(records) == source.num_images == len({record.image_id for record in records})
+    for record in records:
+        assert record.objects is not None and len(record.objects.ids) == len(record.objects.boxes_xywh)
+        assert all(0 <= category < len(source.categories) for category in record.objects.categories)
