@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import PlanConfig as PlanConfig
     from raydet.config import PredictConfig as PredictConfig
     from raydet.config import PrepareCocoConfig as PrepareCocoConfig
+    from raydet.config import PrepareCsvConfig as PrepareCsvConfig
     from raydet.config import PrepareCvatConfig as PrepareCvatConfig
     from raydet.config import PrepareHubConfig as PrepareHubConfig
     from raydet.config import PrepareImagesConfig as PrepareImagesConfig
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.measuring.compare import compare as compare
     from raydet.measuring.evaluate import evaluate as evaluate
     from raydet.preparation.prepare import prepare_coco as prepare_coco
+    from raydet.preparation.prepare import prepare_csv as prepare_csv
     from raydet.preparation.prepare import prepare_cvat as prepare_cvat
     from raydet.preparation.prepare import prepare_hub as prepare_hub
     from raydet.preparation.prepare import prepare_images as prepare_images

@@ -6,12 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raydet.common.console import Console
 from raydet.models.checkpoints import HISTORY_FILE
 
 Rows = list[dict[str, Any]]
 
 _MEASURED = ("ended", "images_per_s", "seconds", "step_s", "start_s", "peak_memory_mb", "validation_s")
 """Fields of an epoch that depend on the machine."""
+
+
+class RecordingConsole(Console):
+    """A console that keeps its lines.
+
+    Attributes:
+        lines: All lines so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        """Keep and print a line."""
+        self.lines.append(text)
+        super().line(text)
 
 
 def assert_same_rows(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from raydet.config import (
     PlanConfig,
     PredictConfig,
     PrepareCocoConfig,
+    PrepareCsvConfig,
     PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
@@ -63,6 +64,7 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "COCO instances JSON and its images → an images table",
         "--annotations annotations/instances_train.json --images images/train --out data/train",
+        shows_progress=True,
     ),
     Command(
         "prepare voc",
@@ -70,6 +72,7 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "Pascal VOC XML files and their images → an images table",
         "--annotations Annotations --images JPEGImages --out data --val-fraction 0.2",
+        shows_progress=True,
     ),
     Command(
         "prepare yolo",
@@ -77,6 +80,15 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "a data set in Ultralytics layout → an images table",
         "--data data.yaml --split train --out data/train",
+        shows_progress=True,
+    ),
+    Command(
+        "prepare csv",
+        PrepareCsvConfig,
+        "raydet.preparation.prepare",
+        "a CSV file of boxes (VoTT, TensorFlow, RetinaNet) and its images → an images table",
+        "--annotations labels.csv --images images --out data --val-fraction 0.2",
+        shows_progress=True,
     ),
     Command(
         "prepare hub",
@@ -84,6 +96,7 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "a data set on the Hugging Face Hub, or a local one → an images table",
         "--dataset rishitdagli/cppe-5 --split train --out data/train",
+        shows_progress=True,
     ),
     Command(
         "prepare cvat",
@@ -91,6 +104,7 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "CVAT's XML for images, and its images → an images table",
         "--annotations annotations.xml --images images --out data --val-fraction 0.2",
+        shows_progress=True,
     ),
     Command(
         "prepare label-studio",
@@ -98,6 +112,7 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "Label Studio's JSON and its images → an images table",
         "--annotations project.json --images images --out data --val-fraction 0.2",
+        shows_progress=True,
     ),
     Command(
         "prepare images",
@@ -105,6 +120,7 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "images without labels: a folder, or a list of paths or URLs → an images table",
         "--images photos --out data/photos",
+        shows_progress=True,
     ),
     Command(
         "prepare shapes",
@@ -112,6 +128,7 @@ _COMMANDS = (
         "raydet.preparation.prepare",
         "generated images with labels → two images tables",
         "--out data/shapes",
+        shows_progress=True,
     ),
     Command(
         "inspect",

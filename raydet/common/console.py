@@ -22,6 +22,11 @@ def shown(value: float | None, spec: str = ".3f") -> str:
     return "–" if value is None else format(value, spec)
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Return a number with its noun, such as "1 image" or "2,000 images"; the plural adds an s unless given."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Align a table's cells: the first column left, the others right."""
     first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -167,6 +167,28 @@ class PrepareLabelStudioConfig(PrepareConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrepareCsvConfig(PrepareConfig):
+    """A CSV file with a box per row (VoTT, TensorFlow, RetinaNet) and its images → an images table."""
+
+    annotations: str = option(
+        "CSV file with a box per row; the columns of VoTT, TensorFlow and RetinaNet are recognised"
+    )
+    images: str = option("folder or URI of the images, found by the ends of their paths in the file")
+    columns: dict[str, str | int] | None = option(
+        "columns of another file: image, class, and xmin, ymin, xmax, ymax or x, y, w, h → name in the header, or "
+        "number from 1 without one",
+        None,
+        group="Input",
+    )
+    classes: list[str] | None = option(
+        "the classes in order, or a .txt file with one name per line; by default those of the file, sorted by name",
+        None,
+        group="Input",
+    )
+    fractions: bool = option("boxes are fractions of the image's width and height, not pixels", False, group="Input")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareHubConfig(PrepareConfig):
     """A data set on the Hugging Face Hub, or a local one that `datasets` opens → an images table."""
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from raydet.common.errors import UserError
 from raydet.common.opening import ANYWHERE, LocalRoots, NotAFileError, OutsideError
 from raydet.common.redaction import refuse_password
+from raydet.common.text import encoding_of
 from raydet.common.threads import in_order
 from raydet.images.files import (
     IMAGE_EXTENSIONS,
@@ -318,7 +319,8 @@ def _lines(uri: str) -> Iterator[tuple[int, str]]:
     except (NotAFileError, ReadError) as error:
         raise UserError(f"cannot read the list {uri}: {read_error(error) or error}") from None
     with opened as file:
-        text = io.TextIOWrapper(io.BufferedReader(cast(io.RawIOBase, file)), encoding="utf-8-sig")
+        buffered = io.BufferedReader(cast(io.RawIOBase, file))
+        text = io.TextIOWrapper(buffered, encoding=encoding_of(buffered.peek(4)))
         try:
             for number, line in enumerate(iter(partial(text.readline, MAX_LINE_CHARS), ""), start=1):
                 if len(line) == MAX_LINE_CHARS:

@@ -74,8 +74,8 @@ class Evaluation:
         for value in overall:
             limit = "" if value.max_detections is None else str(value.max_detections)
             row = value.metric, shown(value.value), _iou_text(value.iou, result.protocol), value.area or "", limit
-            rows.append((*row, *([_bounds_text(value)] if has_bounds else [])))
-        lines += ["", *aligned(rows)]
+            rows.append((*row, *([value.bounds_text] if has_bounds else [])))
+        lines += ["", *aligned(rows), *_notes_on_intervals(overall)]
         if by_class:
             names = [value.metric for value in by_class[0] if value.metric not in ("ARs", "ARm", "ARl")]
             class_rows: list[tuple[str, ...]] = [("class", *names)]
@@ -98,8 +98,21 @@ def _slice_rows(slices: Sequence[Measured]) -> list[tuple[str, ...]]:
     for item in slices:
         value = next(value for value in item.blocks[0] if value.metric == first)
         counts = f"{item.num_images:,}", f"{item.num_truth:,}"
-        rows.append((item.name or "", shown(value.value), _bounds_text(value), *counts))
+        rows.append((item.name or "", shown(value.value), value.bounds_text, *counts))
     return rows
+
+
+def _notes_on_intervals(values: Sequence[MetricValue]) -> list[str]:
+    """Explain the intervals below the table."""
+    notes = []
+    if any(value.low is not None and not value.is_limit for value in values):
+        notes.append(
+            "95 %: from resampling the images, corrected for the bias of AP on few images, so a value need not be in "
+            "the middle"
+        )
+    if any(value.is_limit for value in values):
+        notes.append("≤, ≥: all images agree, so this is no spread but the limit of what so few images can exclude")
+    return notes
 
 
 def _iou_text(iou: float | None, protocol: Protocol) -> str:
@@ -107,7 +120,3 @@ def _iou_text(iou: float | None, protocol: Protocol) -> str:
         return f"{iou:.2f}".lstrip("0")
     first, last = (f"{value:.2f}".lstrip("0") for value in (protocol.iou_thresholds[0], protocol.iou_thresholds[-1]))
     return f"{first}:{last}"
-
-
-def _bounds_text(value: MetricValue) -> str:
-    return "" if value.low is None or value.high is None else f"{value.low:.3f}–{value.high:.3f}"

@@ -26,7 +26,7 @@ MOST_REMOTE_BYTES = 512 * 2**20
 """The fingerprint of larger files in an object store uses their size and time instead of their content."""
 
 _MAX_CONFIG_BYTES = 16 * 2**20
-
+_CONFIG = "config.json"
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt")
 
 
@@ -119,11 +119,13 @@ def _folder_config(folder: str) -> dict[str, Any]:
     reason = refusal_in_folder(storage.resolve(folder)[1]) if storage.is_local(folder) else None
     if reason is not None:
         raise UserError(f"the model folder {folder} cannot be used: {reason}")
-    path = storage.join(folder, "config.json")
+    path = storage.join(folder, _CONFIG)
     if not storage.exists(path):
-        raise UserError(
-            f"the folder {folder} holds no model (no config.json); use the OUT/checkpoint of a training run"
-        )
+        inside = [name for name in storage.list_folders(folder) if storage.exists(storage.join(folder, name, _CONFIG))]
+        # A training run holds two: the best model, and the last one.
+        place = storage.join(folder, "checkpoint" if "checkpoint" in inside else inside[0]) if inside else ""
+        hint = f"did you mean {place}?" if inside else "use the OUT/checkpoint of a training run"
+        raise UserError(f"the folder {folder} holds no model (no {_CONFIG}); {hint}")
     weights = [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
     if not weights:
         raise UserError(f"the folder {folder} holds no model weights (no .safetensors file)")
@@ -145,9 +147,9 @@ def _hub_config_path(name: str) -> str:
 
     try:
         # No detector on the Hub has a name without an owner: a mistyped folder is refused without asking the Hub.
-        if "/" not in name and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if "/" not in name and not isinstance(try_to_load_from_cache(name, _CONFIG), str):
             raise HFValidationError
-        return hf_hub_download(name, "config.json")
+        return hf_hub_download(name, _CONFIG)
     except HFValidationError:
         raise UserError(f"no such checkpoint: {name} is neither a folder nor a Hub name (owner/name)") from None
     except LocalEntryNotFoundError:

@@ -26,12 +26,14 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from raydet.common.console import Console
 from raydet.common.ray_address import is_connected
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import NUM_READ_THREADS, available_cpus
 from raydet.config import (
     PrepareCocoConfig,
     PrepareConfig,
+    PrepareCsvConfig,
     PrepareCvatConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
@@ -44,6 +46,7 @@ from raydet.config import (
 )
 from raydet.images.files import ImageFolder
 from raydet.preparation.examining import ImageReader, draw_row, read_row
+from raydet.preparation.locating import refuse_other_folder
 from raydet.preparation.parts import FILE_BYTES, SURVEY_IMAGES
 from raydet.preparation.report import PrepareReport, sum_reports
 from raydet.preparation.sources import shapes
@@ -51,6 +54,7 @@ from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
 from raydet.preparation.sources.source import Source, SourceImage
+from raydet.preparation.sources.tools.csv_labels import read_csv
 from raydet.preparation.sources.tools.cvat import read_cvat
 from raydet.preparation.sources.tools.label_studio import read_label_studio
 from raydet.preparation.sources.voc import read_voc
@@ -75,7 +79,7 @@ _BYTES_OF_REFERENCE = 16 * 2**10
 """Represents the work of reading an image, of which hardly anything is stored."""
 
 
-def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
+def prepare_coco(config: PrepareCocoConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from a COCO instances file and its images.
 
     Boxes refer to the upright image, as annotation tools show it. If the JSON states the size that the file has before
@@ -86,7 +90,7 @@ def prepare_coco(config: PrepareCocoConfig) -> PrepareReport:
         UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
-    return _prepare(config, _open_coco)
+    return _prepare(config, _open_coco, console=console)
 
 
 def _open_coco(config: PrepareCocoConfig) -> _Opened:
@@ -94,7 +98,7 @@ def _open_coco(config: PrepareCocoConfig) -> _Opened:
     return read_coco(config.annotations, folder), folder
 
 
-def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
+def prepare_voc(config: PrepareVocConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from Pascal VOC XML files and their images; `sources/voc.py` describes the format.
 
     Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
@@ -104,7 +108,7 @@ def prepare_voc(config: PrepareVocConfig) -> PrepareReport:
             image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
-    return _prepare(config, _open_voc)
+    return _prepare(config, _open_voc, console=console)
 
 
 def _open_voc(config: PrepareVocConfig) -> _Opened:
@@ -120,7 +124,7 @@ def _open_voc(config: PrepareVocConfig) -> _Opened:
     return source, folder
 
 
-def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
+def prepare_yolo(config: PrepareYoloConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from images and YOLO label files; `sources/yolo.py` describes the format.
 
     Boxes are relative to the upright image, as in Ultralytics.
@@ -130,7 +134,7 @@ def prepare_yolo(config: PrepareYoloConfig) -> PrepareReport:
             read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
-    return _prepare(config, _open_yolo)
+    return _prepare(config, _open_yolo, console=console)
 
 
 def _open_yolo(config: PrepareYoloConfig) -> _Opened:
@@ -142,7 +146,31 @@ def _open_yolo(config: PrepareYoloConfig) -> _Opened:
     return read_yolo(files, unlabelled=config.unlabelled), files.images
 
 
-def prepare_cvat(config: PrepareCvatConfig) -> PrepareReport:
+def prepare_csv(config: PrepareCsvConfig, *, console: Console | None = None) -> PrepareReport:
+    """Make an images table from a CSV file with a box per row; `sources/tools/csv_labels.py` describes the format.
+
+    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
+
+    Raises:
+        UserError: The file or the folder is missing or invalid, no image can be read, or OUT holds other files.
+        RunError: Storage or cluster failed.
+    """
+    return _prepare(config, _open_csv, console=console)
+
+
+def _open_csv(config: PrepareCsvConfig) -> _Opened:
+    folder = ImageFolder(config.images)
+    source = read_csv(
+        config.annotations,
+        folder,
+        columns=config.columns,
+        classes=config.classes,
+        fractions=config.fractions,
+    )
+    return source, folder
+
+
+def prepare_cvat(config: PrepareCvatConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from CVAT's XML and its images; `sources/tools/cvat.py` describes the format.
 
     Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
@@ -151,7 +179,7 @@ def prepare_cvat(config: PrepareCvatConfig) -> PrepareReport:
         UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
-    return _prepare(config, _open_cvat)
+    return _prepare(config, _open_cvat, console=console)
 
 
 def _open_cvat(config: PrepareCvatConfig) -> _Opened:
@@ -159,7 +187,7 @@ def _open_cvat(config: PrepareCvatConfig) -> _Opened:
     return read_cvat(config.annotations, folder), folder
 
 
-def prepare_label_studio(config: PrepareLabelStudioConfig) -> PrepareReport:
+def prepare_label_studio(config: PrepareLabelStudioConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from Label Studio's JSON; `sources/tools/label_studio.py` describes the format.
 
     Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
@@ -168,7 +196,7 @@ def prepare_label_studio(config: PrepareLabelStudioConfig) -> PrepareReport:
         UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
-    return _prepare(config, _open_label_studio)
+    return _prepare(config, _open_label_studio, console=console)
 
 
 def _open_label_studio(config: PrepareLabelStudioConfig) -> _Opened:
@@ -184,14 +212,14 @@ def _open_label_studio(config: PrepareLabelStudioConfig) -> _Opened:
     return source, folder
 
 
-def prepare_hub(config: PrepareHubConfig) -> PrepareReport:
+def prepare_hub(config: PrepareHubConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from a data set that `datasets` opens; see `raydet.preparation.sources.hub`.
 
     Raises:
         UserError: There is no such data set, split or column, no image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
-    return _prepare(config, _open_hub)
+    return _prepare(config, _open_hub, console=console)
 
 
 def _open_hub(config: PrepareHubConfig) -> _Opened:
@@ -216,7 +244,7 @@ def _open_hub(config: PrepareHubConfig) -> _Opened:
     return source, images
 
 
-def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
+def prepare_images(config: PrepareImagesConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table, without boxes, from all image files below a folder, or from a list.
 
     A list (`sources/lists.py`) may contain URLs. An image that a server does not deliver is rejected and
@@ -226,7 +254,7 @@ def prepare_images(config: PrepareImagesConfig) -> PrepareReport:
         UserError: The folder or list is missing or holds no image that can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
-    return _prepare(config, _open_images)
+    return _prepare(config, _open_images, console=console)
 
 
 def _open_images(config: PrepareImagesConfig) -> _Opened:
@@ -237,11 +265,14 @@ def _open_images(config: PrepareImagesConfig) -> _Opened:
     return read_images(folder), folder
 
 
-def prepare_shapes(config: PrepareShapesConfig, *, file_bytes: int = FILE_BYTES) -> PrepareReport:
+def prepare_shapes(
+    config: PrepareShapesConfig, *, console: Console | None = None, file_bytes: int = FILE_BYTES
+) -> PrepareReport:
     """Draw two images tables, OUT/train and OUT/val; the report counts both together.
 
     Args:
         config: Options of the command.
+        console: Receives notices; by default a new one.
         file_bytes: Average total size of the images in a file, in bytes.
 
     Raises:
@@ -255,12 +286,13 @@ def prepare_shapes(config: PrepareShapesConfig, *, file_bytes: int = FILE_BYTES)
         images_per_part=images_per_part,
         num_threads=config.num_threads,
     )
+    console = console or Console()
     with contextlib.ExitStack() as stack:
         targets = {
             split: Target(stack.enter_context(open_folder(storage.join(config.out, split), command=_COMMAND)))
             for split in sizes
         }
-        done = {split: _report_of(target, config) for split, target in targets.items()}
+        done = {split: _report_of(target, config, console) for split, target in targets.items()}
         reports = []
         for split, num_images in sizes.items():
             source = Source(partial(_name_shapes, split, num_images), num_images, shapes.CATEGORIES)
@@ -277,14 +309,16 @@ def _prepare(
     config: PrepareConfig,
     open_source: Callable[[Any], _Opened],
     *,
+    console: Console | None = None,
     file_bytes: int = FILE_BYTES,
     survey_images: int = SURVEY_IMAGES,
 ) -> PrepareReport:
     """Write the tables of a source into OUT, unless this configuration has written them before."""
     splits = SPLITS if config.val_fraction is not None else ()
-    with open_folder(config.out, command=_COMMAND) as folder:
+    console = console or Console()
+    with open_folder(config.out, command=_COMMAND, notify=console.line) as folder:
         target = Target(folder, splits)
-        return _report_of(target, config) or _write_files(
+        return _report_of(target, config, console) or _write_files(
             config, target, *open_source(config), file_bytes=file_bytes, survey_images=survey_images
         )
 
@@ -293,9 +327,11 @@ def _identity(config: Any) -> dict[str, Any]:
     return {"source": type(config).__name__.removeprefix("Prepare").removesuffix("Config").lower(), **identity(config)}
 
 
-def _report_of(target: Target, config: Any) -> PrepareReport | None:
+def _report_of(target: Target, config: Any, console: Console) -> PrepareReport | None:
     manifest = target.manifest(_identity(config))
     if manifest is None:
+        if target.folder.record() is not None:
+            console.line(f"an earlier run left {target.out} unfinished; starting again from the first image")
         return None
     tables = {split: uri for split, uri in target.tables.items() if split}
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
@@ -305,6 +341,8 @@ def _write_files(
     config: PrepareConfig, target: Target, source: Source, reader: ImageReader, *, file_bytes: int, survey_images: int
 ) -> PrepareReport:
     """Write the tables of a source whose images are read one by one."""
+    if isinstance(reader, ImageFolder):
+        refuse_other_folder(source, reader)
     inline = config.image_storage == "inline"
     if not inline:
         refuse_password(getattr(reader, "uri", ""), what="--images")

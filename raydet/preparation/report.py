@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raydet.common.console import aligned
+from raydet.common.console import aligned, counted
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
 from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT
@@ -15,6 +15,9 @@ from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 
 REPEATED_IMAGES_KEPT = "images with the same content as an earlier one, kept"
 REPEATED_IMAGES_DROPPED = "images with the same content as an earlier one, dropped"
+
+MOST_NAMED = 10
+"""For no more rejected images than this, the report names each."""
 
 _MOST_CLASSES_SHOWN = 20
 
@@ -42,6 +45,7 @@ class PrepareReport:
         rotated: Accepted images whose boxes were rotated, because they were drawn before the EXIF rotation.
         boxes_by_class: Boxes by class name.
         reasons: Rejected images by reason.
+        rejected_paths: Reason by path of each rejected image, if there are at most `MOST_NAMED`.
         findings: Other anomalies in the annotations and their counts. OUT/_findings lists these and all counted above.
         splits: By split: `images`, `boxes` and `boxes_by_class`.
         not_in_val: Names of classes that have boxes, but none in the split `val`.
@@ -66,6 +70,7 @@ class PrepareReport:
     rotated: int = 0
     boxes_by_class: Mapping[str, int] = field(default_factory=dict)
     reasons: Mapping[str, int] = field(default_factory=dict)
+    rejected_paths: Mapping[str, str] = field(default_factory=dict)
     findings: Mapping[str, int] = field(default_factory=dict)
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     not_in_val: Sequence[str] = ()
@@ -74,16 +79,19 @@ class PrepareReport:
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         where = f" (listed in {storage.join(self.out, REJECTED_FOLDER)})" if self.rejected else ""
-        lines = [f"{self.found:,} images found, {self.accepted:,} accepted, {self.rejected:,} rejected{where}"]
+        lines = [f"{counted(self.found, 'image')} found, {self.accepted:,} accepted, {self.rejected:,} rejected{where}"]
         lines += self._lines_of_unlabelled()
-        reasons = {reason: count for reason, count in self.reasons.items() if reason != UNLABELLED}
+        lines += [f"  rejected, {path}: {reason}" for path, reason in self.rejected_paths.items()]
+        named = set(self.rejected_paths.values())
+        reasons = {reason: count for reason, count in self.reasons.items() if reason not in (UNLABELLED, *named)}
         lines += [f"  rejected, {reason}: {count:,}" for reason, count in list(reasons.items())[:5]]
         if len(reasons) > 5:
             lines.append(f"  … and {len(reasons) - 5} further reasons")
         if self.boxes_by_class:
             crowds = f", {self.crowd_boxes:,} of them crowds" if self.crowd_boxes else ""
-            empty = f"; {self.without_boxes:,} images have none" if self.without_boxes else ""
-            lines.append(f"{self.boxes:,} boxes of {len(self.boxes_by_class)} classes{crowds}{empty}")
+            empty = f"; {counted(self.without_boxes, 'image has', 'images have')} none" if self.without_boxes else ""
+            classes = counted(len(self.boxes_by_class), "class", "classes")
+            lines.append(f"{counted(self.boxes, 'box', 'boxes')} of {classes}{crowds}{empty}")
             lines += self._lines_of_classes()
         lines += self._lines_of_findings()
         done = "already prepared with the same configuration: " if self.already_done else ""
@@ -140,6 +148,7 @@ def make_report(
     kinds: Mapping[str, int],
     reasons: Counter[str],
     *,
+    rejected_paths: Mapping[str, str],
     class_names: Sequence[str],
     boxes_by_class: Mapping[str, Sequence[int]],
     images: Mapping[str, int],
@@ -170,6 +179,7 @@ def make_report(
         rotated=rest.pop(ROTATED, 0),
         boxes_by_class=dict(zip(class_names, totals, strict=True)),
         reasons=dict(reasons.most_common()),
+        rejected_paths=dict(rejected_paths) if reasons.total() <= MOST_NAMED else {},
         findings=dict(rest),
         splits={
             split: {"images": images[split], "boxes": sum(own.values()), "boxes_by_class": own}

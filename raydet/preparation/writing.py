@@ -29,7 +29,13 @@ from raydet.preparation.parts import (
     part_name,
     write_part,
 )
-from raydet.preparation.report import REPEATED_IMAGES_DROPPED, REPEATED_IMAGES_KEPT, PrepareReport, make_report
+from raydet.preparation.report import (
+    MOST_NAMED,
+    REPEATED_IMAGES_DROPPED,
+    REPEATED_IMAGES_KEPT,
+    PrepareReport,
+    make_report,
+)
 from raydet.preparation.sources.source import Finding, Source, SourceImage
 from raydet.preparation.splitting import Hashes
 from raydet.preparation.surveying import Survey, find_duplicates, hold_out, survey, with_outcome, without
@@ -137,6 +143,7 @@ class _PreparationRun:
         self._counts: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        self._rejected_paths: dict[str, str] = {}
         num_classes = len(source.categories)
         self._boxes_by_class = {split: np.zeros(num_classes, np.int64) for split in target.tables}
         self.files: dict[str, dict[str, FileGroups]] = {split: {} for split in target.tables}
@@ -179,6 +186,7 @@ class _PreparationRun:
             self._counts,
             self._kinds,
             self._reasons,
+            rejected_paths=self._rejected_paths,
             class_names=[category.name for category in self._source.categories],
             boxes_by_class={split: counts.tolist() for split, counts in self._boxes_by_class.items()},
             images={
@@ -235,6 +243,8 @@ class _PreparationRun:
         self._counts += written.counts
         self._boxes_by_class[split] += written.boxes_by_class
         self._reasons.update(item.reason for item in written.rejected)
+        for item in written.rejected[: MOST_NAMED - len(self._rejected_paths)]:
+            self._rejected_paths[item.path] = item.reason
         if written.rejected:
             rows = [{"path": item.path, "image_id": item.image_id, "reason": item.reason} for item in written.rejected]
             self._rejected.write_rows(rows)

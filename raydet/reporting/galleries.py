@@ -14,16 +14,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from raydet.common.console import counted
 from raydet.common.errors import UserError
 from raydet.config import DEFAULT_MAX_PIXELS
 from raydet.images.collection import ImageRow, TableCollection
 from raydet.images.decode import DecodeError, decode
+from raydet.measuring.diagnosis.labels import MIN_AP50
 from raydet.reporting.judging import JudgedImage, judge
 from raydet.reporting.run_tables import RunTables
 
 _MAX_SIDE = 480
 """Longest side of a thumbnail in pixels."""
 _QUALITY = 72
+_MOST_CLASSES_SHOWN = 10
 _CANDIDATES_FOR_CLASS = 200
 _MOST_BOXES = 100
 _LINKED_SCHEMES = ("http", "https", "file")
@@ -91,10 +94,11 @@ class Gallery:
 
 @dataclass(frozen=True, kw_only=True)
 class Galleries:
-    """All galleries, and the reasons for missing galleries or thumbnails."""
+    """All galleries, the reasons for missing galleries or thumbnails, and a note on what is left out."""
 
     galleries: tuple[Gallery, ...]
     problems: tuple[str, ...] = ()
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +157,7 @@ def build_galleries(run: RunTables, num_images: int) -> Galleries:
         )
         for choice in choices
     )
-    return Galleries(galleries=galleries, problems=tuple(problems))
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+    return Galleries(galleries=galleries, problems=tuple(problems), note=_note_on_suspects(run))
 
 
 def _counted_choices(run: RunTables, num_images: int) -> list[_Choice]:
@@ -173,7 +173,7 @@ def _counted_choices(run: RunTables, num_images: int) -> list[_Choice]:
     ):
         counts = table[column].fill_null(0).to_numpy()
         rows = [row for row in np.lexsort((image_ids, -counts))[:num_images].tolist() if counts[row] > 0]
-        captions = {int(image_ids[row]): _plural(int(counts[row]), what) for row in rows}
+        captions = {int(image_ids[row]): counted(int(counts[row]), what) for row in rows}
         choices.append(_Choice(key=key, title=title, meaning=meaning, image_ids=list(captions), captions=captions))
     return choices
 
@@ -197,14 +197,17 @@ def _wrong_class(judged: dict[int, JudgedImage], candidates: Sequence[int], num_
         title="Wrong class",
         meaning="Detections on a labelled object of another class",
         image_ids=best[:num_images],
-        captions={image_id: _plural(counts[image_id], "wrong class").replace("classs", "classes") for image_id in best},
+        captions={image_id: counted(counts[image_id], "wrong class", "wrong classes") for image_id in best},
     )
 
 
 def _suspects(run: RunTables, num_images: int) -> _Choice:
-    """Select the images with the labels that are most probably wrong, in table order."""
+    """Select the images with the labels that the detector contradicts most, in table order."""
     choice = _Choice(
-        key="suspects", title="Suspect labels", meaning="Labels that are probably wrong or missing", image_ids=[]
+        key="suspects",
+        title="Suspect labels",
+        meaning="Labels to check, those first that the detector contradicts most",
+        image_ids=[],
     )
     table = run.tables.get("suspects")
     if table is None:
@@ -225,8 +228,22 @@ def _suspects(run: RunTables, num_images: int) -> _Choice:
         if row["bbox"] is not None:
             choice.boxes[image_id].append((row["bbox"], label, row["kind"] == "not_found"))
     for image_id, boxes in choice.boxes.items():
-        choice.captions[image_id] = _plural(len(boxes), "suspect label")
+        choice.captions[image_id] = counted(len(boxes), "suspect label")
     return choice
+
+
+def _note_on_suspects(run: RunTables) -> str | None:
+    """Name the classes whose labels are not doubted, because the detector is too weak."""
+    known = {name: run.value("AP50", name).value for name in run.classes}
+    weak = [name for name, value in known.items() if value is not None and value < MIN_AP50]
+    if not weak:
+        return None
+    shown = ", ".join(weak[:_MOST_CLASSES_SHOWN]) + (" …" if len(weak) > _MOST_CLASSES_SHOWN else "")
+    of_classes = "" if all(name in weak for name, value in known.items() if value is not None) else f" of {shown}"
+    return (
+        f"Suspect labels{of_classes} are not listed: with an AP50 below {MIN_AP50:g}, most disagreements between "
+        "labels and detections are errors of the detector."
+    )
 
 
 def _read_images(run: RunTables, image_ids: Sequence[int]) -> dict[int, ImageRow]:

@@ -119,6 +119,9 @@ def _not_metrics(uri: str) -> str:
     if is_table(uri):
         parent = uri.rpartition("/")[0]
         return f"{uri} is a single table; expected the folder that `raydet evaluate --out` wrote, possibly {parent}"
+    inside = [name for name in storage.list_folders(uri) if is_table(storage.join(uri, name, "metrics"))]
+    if inside:
+        return f"{uri} is not a metrics folder, but it holds {' and '.join(inside[:5])}; name one of them"
     return (
         f"{uri} has no complete metrics table; expected the folder that `raydet evaluate --out` wrote; run that "
         "command again if it was interrupted"

@@ -20,7 +20,9 @@ from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
 from raydet.scoring.blocks import images_in, planes_in
 from raydet.scoring.plan import Work, part_name
+from raydet.tables import storage
 from raydet.tables.layout import groups_of
+from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import DETECTIONS_TYPE
 
 COUNTS_KEY = b"raydet_counts"
@@ -28,6 +30,16 @@ _LOG = logging.getLogger(__name__)
 
 _Found = list[Any]
 """`Detections` of several images; importing their class would import torch."""
+
+
+def unreadable_in(folder: OutputFolder, names: Iterable[str]) -> dict[str, str]:
+    """Return the reason by path of each image without detections in some files of a detections table."""
+    found: dict[str, str] = {}
+    for name in names:
+        filesystem, path = storage.resolve(folder.uri_of(name))
+        rows = pq.read_table(path, filesystem=filesystem, columns=["path", "error"], partitioning=None)
+        found |= {row["path"]: row["error"] for row in rows.filter(rows["error"].is_valid()).to_pylist()}
+    return found
 
 
 class ChunkScorer:

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,9 @@ DRAWN_FOLDER = "_drawn"
 INDEX_FILE = "index.csv"
 
 _COLUMNS = ("image_id", "path", "file", "best_score", "num_boxes")
-_OWN_FILE = re.compile(r"\d{4,}-\d+\.jpg|" + re.escape(INDEX_FILE))
+_OWN_FILE = re.compile(r"\d{4,}-[\w.-]+\.jpg|" + re.escape(INDEX_FILE))
+_UNSAFE = re.compile(r"[^\w.-]+", re.ASCII)
+_MOST_NAME_CHARS = 80
 _MIN_SIDE = 640
 _MAX_SIDE = 1600
 """Longest side of a drawn image in pixels; `draw_boxes` fits its labels to it, so that they can be read."""
@@ -195,7 +198,7 @@ class GalleryPainter:
         )
 
     def draw(self, images: "Collection", chosen: Sequence[Chosen]) -> GalleryReport:
-        """Write OUT/_drawn/RANK-IMAGE_ID.jpg, each atomically, and then OUT/_drawn/index.csv.
+        """Write OUT/_drawn/RANK-NAME.jpg, each atomically and named like its image, and then OUT/_drawn/index.csv.
 
         Drawn images of an earlier gallery are removed. Images that can no longer be read are omitted and reported.
 
@@ -214,7 +217,7 @@ class GalleryPainter:
             except (DecodeError, OSError) as error:
                 failures.append(f"not drawn: image {item.image_id} ({item.path}): {error}")
                 continue
-            file = f"{rank:04d}-{item.image_id}.jpg"
+            file = f"{rank:04d}-{_plain_name(item)}.jpg"
             storage.write_bytes(storage.join(self.folder, file), _jpeg(drawn))
             best_score = "" if item.best_score is None else item.best_score
             entries.append((item.image_id, item.path, file, best_score, len(item.scores)))
@@ -241,6 +244,12 @@ class GalleryPainter:
         labels = [self._names[category] for category in item.categories]
         colours = class_colours(self._names)
         return draw_boxes(resized, item.boxes_xywh * scale, labels, scores=item.scores, colours=colours)
+
+
+def _plain_name(item: Chosen) -> str:
+    """Return the name of an image without its extension, in characters that every file system and URL accepts."""
+    name = PurePosixPath(item.path.partition("?")[0]).stem
+    return _UNSAFE.sub("_", name)[:_MOST_NAME_CHARS].strip(".") or str(item.image_id)
 
 
 def _smallest(keys: _Floats, hashes: npt.NDArray[np.uint64], count: int) -> _Integers:

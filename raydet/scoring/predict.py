@@ -9,14 +9,14 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from raydet.cluster.job_record import JOB_FILE, JobRecord
 from raydet.cluster.job_report import JobReport, JobStats
 from raydet.cluster.stopwatch import FileStats
-from raydet.common.console import Console
+from raydet.common.console import Console, counted
 from raydet.common.errors import UserError
 from raydet.common.ray_address import announce, is_connected
 from raydet.common.redaction import without_secrets
@@ -27,9 +27,9 @@ from raydet.engines.selection import check_classes
 from raydet.images.collection import Collection, IndexedCollection, open_collection
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
-from raydet.scoring.chunks import COUNTS_KEY
+from raydet.scoring.chunks import COUNTS_KEY, unreadable_in
 from raydet.scoring.gallery import GalleryPainter, GalleryReport
-from raydet.scoring.plan import ScoringPlan, Work, part_name
+from raydet.scoring.plan import ScoringPlan, Work, done_chunks, part_name
 from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
 from raydet.tables import storage
 from raydet.tables.layout import groups_of
@@ -38,6 +38,8 @@ from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import MANIFEST_NAME, is_table, open_table, read_footers, write_manifest
 
 INDEX_FILE = "_inputs.parquet"
+MOST_NAMED = 10
+"""For no more unreadable images than this, the result names each."""
 MOST_IMAGES_IN_PROCESS = 2_000
 """For no more images than this, starting Ray takes longer than it saves."""
 
@@ -51,6 +53,7 @@ class PredictResult:
         num_images: Rows of the table, one per image.
         num_errors: Rows whose image could not be read.
         num_detections: Detections in all rows.
+        unreadable: Reason by path of each unreadable image, if there are at most `MOST_NAMED`.
         already_done: True if the run was finished before this call.
         report: Lines of the job report for the terminal.
     """
@@ -59,6 +62,7 @@ class PredictResult:
     num_images: int
     num_errors: int
     num_detections: int
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     already_done: bool = False
     report: tuple[str, ...] = ()
 
@@ -69,7 +73,8 @@ class PredictResult:
         return [
             *self.report,
             *first,
-            f"{self.num_images:,} images{errors}; {self.num_detections:,} detections",
+            f"{counted(self.num_images, 'image')}{errors}; {counted(self.num_detections, 'detection')}",
+            *(f"  unreadable, {path}: {reason}" for path, reason in self.unreadable.items()),
             f"detections: {self.out}",
         ]
 
@@ -209,7 +214,9 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
 def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> JobReport:
     """Score what is left and write the manifest; write OUT/job.json in any case."""
     stats, reason, job = JobStats(), None, place.job_record()
-    num_rows = 0
+    num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in done_chunks(work.folder))
+    if num_rows:
+        console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} images")
     try:
         with console.status("starting workers") as update:
 
@@ -323,12 +330,15 @@ def _finish(work: Work, written: dict[str, FileCounts]) -> None:
     counts = {name: written[name] for name in names}
     num_rows = sum(file.num_images for file in counts.values())
     assert num_rows == work.plan.num_rows, f"{num_rows} rows for {work.plan.num_rows} images"
+    num_errors = sum(file.num_errors for file in counts.values())
+    named = [name for name, file in counts.items() if file.num_errors] if num_errors <= MOST_NAMED else []
     write_manifest(
         work.folder.uri,
         {name: file.groups for name, file in counts.items()},
         config_hash=config_hash(work.config),
         id_space=work.images.id_space,
-        num_errors=sum(file.num_errors for file in counts.values()),
+        num_errors=num_errors,
+        unreadable=unreadable_in(work.folder, named),
         num_detections=sum(file.num_detections for file in counts.values()),
     )
 
@@ -336,5 +346,10 @@ def _finish(work: Work, written: dict[str, FileCounts]) -> None:
 def _result(folder: OutputFolder, *, already_done: bool = False) -> PredictResult:
     manifest = json.loads(folder.read_bytes(MANIFEST_NAME))
     return PredictResult(
-        folder.uri, manifest["num_rows"], manifest["num_errors"], manifest["num_detections"], already_done=already_done
+        folder.uri,
+        manifest["num_rows"],
+        manifest["num_errors"],
+        manifest["num_detections"],
+        unreadable=manifest.get("unreadable", {}),
+        already_done=already_done,
     )

@@ -24,6 +24,7 @@ _LARGE_BYTES, _HEAD_BYTES = 16 * 2**20, 1024
 
 _EXPECTED = "a COCO instances file, a JSON object"
 _LISTS = ("images", "annotations", "categories")
+_MOST_SHOWN = 5
 
 
 def read_lists(uri: str) -> Iterator[tuple[str, Iterator[tuple[Entry, str]]]]:
@@ -95,9 +96,20 @@ def errors_in_one_line(uri: str, expected: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"no such annotations file: {storage.absolute_uri(uri)}") from None
     except OSError as error:
+        with contextlib.suppress(OSError):  # the storage, of which `error` tells
+            if storage.is_folder(uri):
+                raise UserError(f"{storage.absolute_uri(uri)} is a folder; {_files_in(uri, expected)}") from None
         raise UserError(f"cannot read the annotations file {uri}: {one_line(error)}") from None
     except JsonError as error:
         raise UserError(f"{uri} {error}; expected {expected}") from None
+
+
+def _files_in(uri: str, expected: str) -> str:
+    """Name the files of a folder that was given in place of an annotations file."""
+    suffix = next((kind for kind in ("json", "xml") if kind.upper() in expected), "csv")
+    names = [name for name in storage.list_files(uri) if name.lower().endswith(f".{suffix}")]
+    shown = ", ".join(names[:_MOST_SHOWN]) + (" …" if len(names) > _MOST_SHOWN else "")
+    return f"name a file in it, such as {shown}" if names else f"expected {expected}"
 
 
 def _without_masks(item: Entry) -> Entry:

@@ -126,6 +126,12 @@ def exists(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+def is_folder(uri: str) -> bool:
+    """Return True if there is a folder of this name."""
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
+
+
 def open_stream(uri: str) -> pa.NativeFile | io.BufferedReader:
     """Open a file for sequential reading, without decompression; a local one must be a regular file."""
     filesystem, path = resolve(uri)
@@ -244,6 +250,13 @@ def list_files(uri: str, *, recursive: bool = False) -> list[str]:
     # Some fsspec file systems return paths with a leading slash.
     prefix = path.strip("/") + "/"
     return sorted(info.path.lstrip("/").removeprefix(prefix) for info in infos if info.type == pafs.FileType.File)
+
+
+def list_folders(uri: str) -> list[str]:
+    """List the folders in a folder as sorted names; an absent folder has none."""
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
 
 def make_folder(uri: str) -> None:

@@ -29,6 +29,8 @@ MANIFEST_NAME = "_manifest.json"
 FINDINGS_FOLDER, REJECTED_FOLDER = "_findings", "_rejected"
 """Subfolders for the lists that `prepare` writes beside an images table, or beside the tables of its splits."""
 SPLITS = ("train", "val")
+_MOST_FOLDERS, _MOST_SHOWN = 50, 5
+_SOURCE_SUFFIXES = (".jpg", ".jpeg", ".png", ".json", ".xml", ".csv", ".yaml", ".txt")
 ROW_GROUP_BYTES = 16 * 2**20
 """Size of a row group, the unit of reading: small enough to shuffle, large enough to stream from object storage."""
 
@@ -203,11 +205,9 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     if not storage.exists(uri):
         raise UserError(f"no such table: {uri}")
     if not is_table(uri):
-        _refuse_folder_of_tables(uri)
-        raise UserError(
-            f"{uri} is not a complete raydet table (no {MANIFEST_NAME}): it is another kind of folder, or the command "
-            "that writes it did not finish; run that command again"
-        )
+        if storage.is_folder(uri):
+            refuse_folder_of_tables(uri, kind)
+        raise UserError(_no_table(uri))
     data = storage.read_bytes(storage.join(uri, MANIFEST_NAME))
     manifest, layout = _parse_manifest(data, uri)
     files = layout.files
@@ -245,14 +245,44 @@ def _parse_manifest(data: bytes, uri: str) -> tuple[dict[str, Any], Layout]:
     return manifest, layout
 
 
-def _refuse_folder_of_tables(uri: str) -> None:
-    """Refuse a folder that contains the tables of splits, as written by `prepare --val-fraction`."""
-    tables = [split for split in SPLITS if is_table(storage.join(uri, split))]
+def refuse_folder_of_tables(uri: str, kind: TableKind | tuple[TableKind, ...]) -> None:
+    """Refuse a folder that is no table itself but holds some, such as those of the splits.
+
+    Raises:
+        UserError: The folder holds tables of this kind.
+    """
+    names = storage.list_folders(uri)[:_MOST_FOLDERS]
+    places = [place for name in names for place in (name, *(f"{name}/{split}" for split in SPLITS))]
+    tables = [place for place in places if _is_of_kind(storage.join(uri, place), kind)]
     if tables:
-        raise UserError(
-            f"{uri} is not a table but contains the table{'s' * (len(tables) > 1)} {' and '.join(tables)}; name one, "
-            f"such as {storage.join(uri, tables[0])}"
+        shown = ", ".join(tables[:_MOST_SHOWN]) + (" …" if len(tables) > _MOST_SHOWN else "")
+        shown = " and ".join(tables) if len(tables) == 2 else shown
+        which = f"the table {shown}; name it" if len(tables) == 1 else f"the tables {shown}; name one of them"
+        raise UserError(f"{uri} is not a table, but it holds {which}, such as {storage.join(uri, tables[0])}")
+
+
+def _is_of_kind(uri: str, kind: TableKind | tuple[TableKind, ...]) -> bool:
+    try:
+        return is_table(uri) and bool(open_table(uri, kind).uri)
+    except UserError:
+        return False
+
+
+def _no_table(uri: str) -> str:
+    """Explain why a path is no table."""
+    if not storage.is_folder(uri):
+        return f"{uri} is a file; a table is a folder, which `raydet prepare` writes for images"
+    names = [name for name in storage.list_files(uri) if not name.startswith(("_", "."))]
+    if names and not any(name.endswith(".parquet") for name in names):
+        example = next((name for name in names if name.lower().endswith(_SOURCE_SUFFIXES)), names[0])
+        return (
+            f"{uri} is not a raydet table but a folder of other files, such as {example}; make a table of images and "
+            "labels with `raydet prepare`"
         )
+    return (
+        f"{uri} is not a complete raydet table (no {MANIFEST_NAME}): it is another kind of folder, or the command "
+        "that writes it did not finish; run that command again"
+    )
 
 
 def write_manifest(uri: str, groups_by_file: Mapping[str, FileGroups], *, config_hash: str, **extra: Any) -> None:

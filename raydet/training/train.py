@@ -4,6 +4,7 @@ This module does not import torch, so that input errors are reported within a se
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,8 @@ def _train_into(
         )
         if resources.notice:
             console.line(resources.notice)
+        if place := _place_of_newest_state(folder):
+            console.line(f"resuming after {place} of {config.epochs}")
         free_workers(out)
         board = open_board()
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
@@ -207,6 +210,15 @@ def _reader(
         return entries, progress
 
     return read
+
+
+def _place_of_newest_state(folder: OutputFolder) -> str | None:
+    """Name the newest state's place in the run, by its file: EPOCH-STEP.pt, the next step, both from 0."""
+    states = [match for name in folder.list_files(STATES_FOLDER) if (match := re.fullmatch(r"(\d+)-(\d+)\.pt", name))]
+    if not states:
+        return None
+    epoch, step = map(int, states[-1].groups())
+    return f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
 
 
 def _is_finished(config: TrainConfig, history: list[EpochRecord]) -> bool:

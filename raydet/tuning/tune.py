@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from raydet.cluster import session
-from raydet.common.console import Console
+from raydet.common.console import Console, counted
 from raydet.common.errors import RunError, UserError
 from raydet.common.ray_address import announce
 from raydet.config import TrainConfig, TuneConfig, identity, to_yaml
@@ -84,8 +84,10 @@ def _announcement(search: Search, share: Share) -> str:
     gpu = " and 1 GPU" if share.use_gpu else ""
     cpus = f"{share.cpus_per_worker:g} CPU{'s' if share.cpus_per_worker > 1 else ''}{gpu}"
     each = f"{workers} worker{'s' if workers > 1 else ''} per trial, {cpus} per worker"
-    trials = f"{search.num_to_do} trial{'s' if search.num_to_do > 1 else ''}, {share.max_concurrent} at a time"
-    return f"{trials}; {each}. Logs: {search.plan.out}/log"
+    trials = f"{counted(search.num_to_do, 'trial')}, {share.max_concurrent} at a time"
+    num_over = sum(trial.state != "unfinished" for trial in search.trials.values())
+    before = f"resuming after {num_over} of {search.num_to_do + num_over} trials; " if search.trials else ""
+    return f"{before}{trials}; {each}. Logs: {search.plan.out}/log"
 
 
 def make_plan(config: TuneConfig) -> TuningPlan:

@@ -258,7 +258,13 @@ def test_without_any_detection_everything_is_missed(inputs: Inputs) -> None:
     for row in inputs.detections:
         row["detections"] = NOTHING
     out = inputs.folder / "out"
-    assert evaluate(inputs.config(out=str(out))).result.values["AR100"] == 0.0
+    evaluation = evaluate(inputs.config(out=str(out)))
+    assert evaluation.result.values["AR100"] == 0.0
+    # No image differs from another, so there is no spread that an interval could show.
+    (line,) = (line for line in evaluation.lines() if line.startswith("AP "))
+    assert re.search(r"100  ≤ 0\.\d{3}$", line)
+    assert any(line.startswith("≤, ≥: all images agree") for line in evaluation.lines())
+    assert not any(line.startswith("95 %:") for line in evaluation.lines())
     columns = open_table(str(out / "per_image"), "per_image").read().to_pydict()
     assert columns["false_negatives"] == [2, 2, 2, 0]
 
@@ -412,6 +418,7 @@ def test_numbers_have_intervals(inputs: Inputs) -> None:
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
     interval = f"{rows[0]['low']:.3f}–{rows[0]['high']:.3f}"
     assert any(line.startswith("AP ") and line.endswith(interval) for line in evaluation.lines())
+    assert any(line.startswith("95 %: from resampling the images") for line in evaluation.lines())
     without = evaluate(inputs.config(out=str(inputs.folder / "quick"), bootstrap=0))
     assert {value.low for block in without.whole.blocks for value in block} == {None}
     assert open_table(str(inputs.folder / "quick" / "metrics"), "metrics").read()["low"].null_count > 0

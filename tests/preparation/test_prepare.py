@@ -37,6 +37,7 @@ from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, fit_ob
 from raydet.preparation.sources.source import SourceObjects
 from raydet.tables.output_folder import RUN_FILE
 from raydet.tables.table import MANIFEST_NAME, open_table
+from tests.outcomes import RecordingConsole
 from tests.small_sets import annotation, files_below, rows_of, save_coco, save_image
 
 
@@ -287,8 +288,10 @@ prepare_shapes(PrepareShapesConfig(out=sys.argv[1], num_train=100_000, image_siz
     assert any("part-00000.parquet" in name for name in left) and MANIFEST_NAME not in left
     with pytest.raises(UserError, match="not a complete raydet table"):
         open_table(str(out / "train"), "images")
-    report = prepare_shapes(PrepareShapesConfig(out=str(out), num_train=5, num_val=3))
+    console = RecordingConsole()
+    report = prepare_shapes(PrepareShapesConfig(out=str(out), num_train=5, num_val=3), console=console)
     assert (report.found, report.accepted) == (8, 8)
+    assert console.lines == [f"an earlier run left {out}/train unfinished; starting again from the first image"]
     assert files_below(out / "train") == [
         f"_findings/{MANIFEST_NAME}",
         "_findings/part-00000.parquet",

@@ -55,7 +55,7 @@ SMALL_PARTS = {"file_bytes": 20_000, "survey_images": 7}
 """Sizes at which the data set takes several files of a few images each."""
 
 
-def prepare(data_set: Path, out: Path, sizes: dict[str, int] | None = None, **options: Any) -> PrepareReport:
+def prepare(data_set: Path, out: Path, sizes: dict[str, Any] | None = None, **options: Any) -> PrepareReport:
     config = PrepareCocoConfig(
         annotations=str(data_set / "instances.json"), images=str(data_set / "images"), out=str(out), **options
     )

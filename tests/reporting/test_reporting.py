@@ -345,6 +345,8 @@ def test_a_wrong_folder_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
         report(ReportConfig(metrics=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"metrics table.*raydet evaluate --out"):
         report(ReportConfig(metrics=str(tmp_path)))
+    with pytest.raises(UserError, match=rf"is not a metrics folder, but it holds {folder.name}; name one of them"):
+        report(ReportConfig(metrics=str(folder.parent)))
     with pytest.raises(UserError, match=rf"single table.*{re.escape(str(folder))}$"):
         report(ReportConfig(metrics=str(folder / "metrics")))
     with pytest.raises(UserError, match=r"--out .*\.html"):

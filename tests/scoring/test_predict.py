@@ -26,7 +26,7 @@ from raydet.models.loading import build_detector, load_detector
 from raydet.scoring.predict import PredictResult
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import MANIFEST_NAME, Table, TableWriter, open_table
-from tests.outcomes import assert_same_rows
+from tests.outcomes import RecordingConsole, assert_same_rows
 from tests.small_sets import rows_of
 
 
@@ -82,7 +82,9 @@ def test_running_again_does_what_is_left_and_then_nothing(
         part.unlink()
     kept = {part: part.stat().st_mtime_ns for part in parts[2:]}
     # A different --rows-per-file is ignored: the plan of the first run holds.
-    again = predict(dataclasses.replace(config, rows_per_file=9))
+    console = RecordingConsole()
+    again = predict(dataclasses.replace(config, rows_per_file=9), console=console)
+    assert "resuming at 12 of 24 images" in console.lines
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
     assert (again.num_images, again.num_detections) == (first.num_images, first.num_detections)
     assert_same_rows(rows_of(again.out, "detections"), rows_of(first.out, "detections"))
@@ -133,6 +135,7 @@ def test_awkward_images_in_the_table_and_beside_it_are_all_accounted_for(
     assert (result.num_images, result.num_errors) == (inline.accepted + beside.accepted, 2)
     found = open_table(result.out, "detections").read().to_pylist()
     assert sorted(row["image_id"] for row in found) == list(range(len(rows)))
+    assert result.unreadable == {row["path"]: row["error"] for row in found if row["error"]}
     by_name = {row["path"].rpartition("/")[2]: row for row in found if row["image_id"] >= inline.accepted}
     assert by_name["3.png"]["error"] and not by_name["3.png"]["detections"]["score"]
     assert by_name["4.png"]["error"] and not by_name["4.png"]["detections"]["score"]

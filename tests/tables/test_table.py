@@ -144,6 +144,28 @@ def test_refuses_other_versions_other_kinds_and_what_is_no_table(tmp_path: Path)
         open_table(uri, "images")
 
 
+def test_a_folder_of_tables_is_refused_with_their_names(tmp_path: Path) -> None:
+    _write(tmp_path / "data" / "train")
+    with pytest.raises(UserError, match=r"holds the table train; name it, such as .*/data/train$"):
+        open_table(str(tmp_path / "data"), "images")
+    _write(tmp_path / "data" / "val")
+    with pytest.raises(UserError, match=r"holds the tables train and val; name one of them, such as .*/data/train$"):
+        open_table(str(tmp_path / "data"), "images")
+    # Two levels up, and among folders of other kinds.
+    with pytest.raises(UserError, match=r"holds the tables data/train and data/val"):
+        open_table(str(tmp_path), ("images", "detections"))
+    with pytest.raises(UserError, match="not a complete raydet table"):
+        open_table(str(tmp_path), "detections")
+
+
+def test_other_files_and_folders_are_refused_for_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a folder of other files, such as a.jpg; make a table .* `raydet prepare`"):
+        open_table(str(tmp_path), "images")
+    with pytest.raises(UserError, match=r"a\.jpg is a file; a table is a folder"):
+        open_table(str(tmp_path / "a.jpg"), "images")
+
+
 def test_published_folders_replace_the_old_one_and_recover_from_a_kill(tmp_path: Path) -> None:
     for number in (1, 2):
         source = tmp_path / f"source{number}"

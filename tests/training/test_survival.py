@@ -5,6 +5,7 @@ The results are compared with those of an undisturbed run.
 
 import dataclasses
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from raydet.models.loading import load_detector
 from raydet.tables import storage
 from raydet.training.train import TrainResult
 from tests.drivers import command_of, needs_small_disk, run_on_small_disk, started, wait_for_progress
-from tests.outcomes import assert_same_rows, outcome_of_training
+from tests.outcomes import RecordingConsole, assert_same_rows, outcome_of_training
 from tests.small_sets import tiny_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -62,7 +63,10 @@ def test_a_killed_run_resumes_in_mid_epoch(shapes: Path, tmp_path: Path, undistu
     with started(command_of("train", config), tmp_path / "output") as driver:
         wait_for_progress(state.exists, driver, tmp_path / "output")
     assert len(_history(config.out)) < EPOCHS, "killed too late: the run had finished"
-    _assert_same_run(train(config), undisturbed)
+    console = RecordingConsole()
+    _assert_same_run(train(config, console=console), undisturbed)
+    (line,) = (line for line in console.lines if line.startswith("resuming"))
+    assert re.fullmatch(rf"resuming after (step \d+ of )?epoch \d+ of {EPOCHS}", line)
 
 
 def test_sigterm_saves_what_there_is(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:

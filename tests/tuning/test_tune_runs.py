@@ -149,7 +149,9 @@ def test_a_killed_search_resumes(shapes: Path, tmp_path: Path, ray_cluster: None
     before = {path: path.stat().st_mtime_ns for path in Path(config.out, "trials", "trial-0000").rglob("*")}
     with pytest.raises(UserError, match=r"train\.learning_rate: 0\.001 → 0\.002"):
         tune(dataclasses.replace(config, train_config={**config.train_config, "learning_rate": 2e-3}))  # type: ignore[dict-item]
-    result = tune(config)
+    console = _Watched()
+    result = tune(config, console=console)
+    assert any(line.startswith("resuming after 1 of 2 trials; 1 trial,") for line in console.lines)
     assert [trial.state for trial in result.trials] == ["finished", "finished"]
     assert result.trials[1].parameters == cut_off.parameters
     assert result.trials[1].history[: len(cut_off.history)] == cut_off.history

@@ -1,4 +1,4 @@
-"""Class confusions and labels that are probably wrong."""
+"""Class confusions, and labels that the detector contradicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import pyarrow as pa
 from scipy.optimize import isotonic_regression
 
 from raydet.measuring.diagnosis.errors import Evidence, Overlaps, best_partner
-from raydet.measuring.diagnosis.scores import IOU, Outcomes, build_table
+from raydet.measuring.diagnosis.scores import IOU, Outcomes, average_precision, build_table
 from raydet.measuring.numbers.matches import COCO_AREAS
 from raydet.measuring.numbers.matching import overlapping_pairs
 from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns
@@ -17,6 +17,8 @@ from raydet.tables.schema import Category
 CONFIDENT_SHARE = 0.8
 """Minimum share of correct detections among those of the same class and score for a detection to be confident. With a
 fifth of the labels wrong, some detections still reach it; with a higher bar, the wrong labels would hide each other."""
+MIN_AP50 = 0.5
+"""Minimum AP50 of a class for which labels are doubted. Below it most disagreements are the detector's errors."""
 _MIN_SUPPORT_SHARE = 0.1
 """Detections that are correct less often than this do not support a label."""
 
@@ -119,7 +121,7 @@ class _Suspects:
 def suspects(
     evidence: Evidence, categories: Sequence[Category], *, max_rows: int = 1000, run: str | None = None
 ) -> pa.Table:
-    """List the labels that are probably wrong, most probable first: a `suspects` table.
+    """List the labels that the detector contradicts, the most doubtful first: a `suspects` table.
 
     If the detector rarely makes a kind of error, its disagreement with a label is more likely the label's fault. Error
     rates are estimated from the data: for detections by class and score (decreasing with the score), for labels by
@@ -134,6 +136,9 @@ def suspects(
       less than one time in ten. The probability rises with the share of labels of its class and size (COCO's small,
       medium, large) that are found, and falls with the largest overlap. `detected` and `score` are null, `iou` is the
       largest overlap.
+
+    Left out are suspects of classes whose AP50 is below `MIN_AP50`; the class is that of the label for *not_found*, and
+    that of the detection for the others.
     """
     truth, detections, outcomes = evidence.truth, evidence.detections, evidence.outcomes
     touches = np.zeros(len(detections.scores), dtype=bool)
@@ -146,8 +151,13 @@ def suspects(
     ]
     doubt = np.concatenate([part.doubt for part in parts])
     detection, box = (np.concatenate([getattr(part, name) for part in parts]) for name in ("detection", "truth"))
+    ap50 = average_precision(outcomes.category, outcomes.scores, outcomes.is_right, outcomes.num_truth)
     # A row of -1 selects the last element, which represents "none".
-    order = np.lexsort((-np.append(outcomes.scores, 0.0)[detection], -doubt))[:max_rows]
+    accuser = np.where(
+        detection >= 0, np.append(outcomes.category, 0)[detection], np.append(outcomes.truth_category, 0)[box]
+    )
+    order = np.lexsort((-np.append(outcomes.scores, 0.0)[detection], -doubt))
+    order = order[ap50[accuser[order]] >= MIN_AP50][:max_rows]
     detection, box = detection[order], box[order]
     kinds = np.repeat([part.kind for part in parts], [len(part.doubt) for part in parts])[order]
     names = np.array([*(category.name for category in categories), None], dtype=object)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricValue:
@@ -38,6 +40,20 @@ class MetricValue:
     def excludes_zero(self) -> bool:
         """True if the interval of a difference excludes 0 (significant); False without an interval."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def is_limit(self) -> bool:
+        """True if the interval of a metric is a limit: all images agree on 0 or 1, so resampling shows no spread."""
+        return self.low is not None and self.value is not None and not _ROUNDING < self.value < 1 - _ROUNDING
+
+    @property
+    def bounds_text(self) -> str:
+        """The interval as text: "0.412–0.530", or "≤ 0.088" for a limit; empty without an interval."""
+        if self.low is None or self.high is None or self.value is None:
+            return ""
+        if self.is_limit:
+            return f"≤ {self.high:.3f}" if self.value < 1 - _ROUNDING else f"≥ {self.low:.3f}"
+        return f"{self.low:.3f}–{self.high:.3f}"
 
 
 Block = tuple[MetricValue, ...]

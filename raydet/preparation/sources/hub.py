@@ -20,7 +20,7 @@ from raydet.common.opening import LocalRoots, OutsideError, refusal_in_folder, r
 from raydet.images.files import ReadError, read_error, readable, refuse_name, refuse_size
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
-from raydet.tables.table import is_table, open_table
+from raydet.tables.table import is_table, open_table, refuse_folder_of_tables
 
 _REMOTE = "hf://"
 _OUTSIDE = "the path leads out of the data set; --allow-root permits folders outside"
@@ -161,6 +161,7 @@ def load_hub(
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return opened(_saved_to_disk(path, split), str(folder))
     if path.is_dir() and not is_table(str(path)):
+        refuse_folder_of_tables(str(path), "images")  # `datasets` would mix them
         return opened(_opened(dataset, str(path), name=subset, split=split), str(folder))
     if path.is_dir():
         files = [str(path / name) for name in open_table(str(path), "images").files]

@@ -17,6 +17,7 @@ from pyarrow import csv as pa_csv
 
 from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import refuse_password, without_secrets
+from raydet.common.text import TextError, decode_text
 from raydet.images.files import LIST_SUFFIXES, MAX_FILE_BYTES, ImageFolder, beside, readable, refuse_name
 from raydet.preparation.sources.source import Source, SourceImage
 from raydet.preparation.sources.web import WebReader, address_of, read_web_list
@@ -155,9 +156,9 @@ def _read_bytes(uri: str) -> bytes:
 
 def _lines(data: bytes, uri: str) -> list[str]:
     try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{uri} is not text in UTF-8; save the list as UTF-8, one path or URL per line") from None
+        lines = decode_text(data).split("\n")
+    except TextError as error:
+        raise UserError(f"{uri} is {error}; save the list as UTF-8, one path or URL per line") from None
     named = (line.strip() for line in lines)
     return [readable(line) for line in named if line and not line.startswith("#")]
 
@@ -165,9 +166,9 @@ def _lines(data: bytes, uri: str) -> list[str]:
 def _read_csv(data: bytes, uri: str) -> pa.Table:
     """Read the column of images as `source_id`, and the other columns that a table can hold."""
     try:
-        table = pa_csv.read_csv(pa.BufferReader(data))
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise UserError(f"{uri} is not a CSV file in UTF-8 with a header: {one_line(error)}") from None
+        table = pa_csv.read_csv(pa.BufferReader(decode_text(data).encode()))
+    except (pa.ArrowInvalid, pa.ArrowKeyError, TextError) as error:
+        raise UserError(f"{uri} is not a CSV file with a header: {one_line(error)}") from None
     by_name = {name.lower(): name for name in reversed(table.column_names)}
     chosen = next((by_name[name] for name in CSV_COLUMNS if name in by_name), None)
     if chosen is None:

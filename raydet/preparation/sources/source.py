@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
+from raydet.common.text import TextError, decode_text
 from raydet.images.files import MAX_LABEL_BYTES, readable
 from raydet.tables import storage
 from raydet.tables.coco_json import integer
@@ -142,8 +143,8 @@ def read_class_names(classes: Sequence[str]) -> list[str]:
     names = [name.strip() for name in classes]
     if len(names) == 1 and names[0].endswith(".txt"):
         try:
-            text = storage.read_bytes(names[0], max_bytes=MAX_LABEL_BYTES).decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            text = decode_text(storage.read_bytes(names[0], max_bytes=MAX_LABEL_BYTES))
+        except (OSError, TextError) as error:
             raise UserError(f"cannot read the classes in {names[0]}: {one_line(error)}") from None
         names = [line.strip() for line in text.splitlines() if line.strip()]
     repeated = [name for name, count in Counter(names).items() if count > 1]

@@ -22,6 +22,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
+from raydet.common.text import TextError, decode_text, encoding_of
 from raydet.common.threads import in_order
 from raydet.common.xml import NoDoctype, XmlError
 from raydet.config.preparing import Unlabelled
@@ -56,6 +57,7 @@ from raydet.tables.spill import Spilled
 
 _MAX_SPLIT_BYTES = 64 * 2**20
 _NO_IMAGE = "no such file: no image has this name"
+_NO_BOX = "objects without a name or a box of four numbers, dropped"
 
 
 class _TreeTarget(NoDoctype, ElementTree.TreeBuilder):
@@ -278,10 +280,10 @@ def _read_split(
 ) -> set[str]:
     """Read the names in a split file, without repetitions."""
     try:
-        text = storage.read_bytes(uri, max_bytes=_MAX_SPLIT_BYTES).decode("utf-8-sig")
+        text = decode_text(storage.read_bytes(uri, max_bytes=_MAX_SPLIT_BYTES))
     except FileNotFoundError:
         raise UserError(f"no such split file: {storage.absolute_uri(uri)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, TextError) as error:
         raise UserError(f"cannot read the split file {uri}: {one_line(error)}") from None
     stems = []
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -314,7 +316,7 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
     for item in root.findall("object"):
         name, corners = readable(_text(item, "name")), _corners(item)
         if not name or corners is None:
-            findings["objects without a name or a box of four numbers, dropped"] += 1
+            findings[_NO_BOX] += 1
             continue
         left, top, right, bottom = corners
         offset = 0.0 if zero_based else 1.0
@@ -324,6 +326,8 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
         result.names.append(name)
         result.boxes_xywh.append((left - offset, top - offset, right - (left - offset), bottom - (top - offset)))
         result.difficult.append(is_difficult == "1")
+    if findings[_NO_BOX] and not result.names:
+        return _VocFile(refusal="its XML file: none of its objects has a name and a box of four numbers")
     stated = result.file_name.replace("\\", "/").rsplit("/", 1)[-1]
     own_names = {PurePosixPath(path).stem, ""}
     findings["`filename` tags that name another image"] += stated not in own_names and (
@@ -334,8 +338,12 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
 
 def _parse(data: bytes) -> ElementTree.Element:
     try:
+        # Editors that save as UTF-16 leave a declaration that says UTF-8, which the parser ignores in text.
+        text = data if encoding_of(data).startswith("utf-8") else decode_text(data)
         # Safe here: without a DOCTYPE there are no entities, and the parser never opens other files.
-        root = ElementTree.fromstring(data, parser=ElementTree.XMLParser(target=_TreeTarget()))
+        root = ElementTree.fromstring(text, parser=ElementTree.XMLParser(target=_TreeTarget()))
+    except TextError as error:
+        raise XmlError(f"broken XML: {error}") from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise XmlError(f"broken XML: {one_line(error)}") from None
     if root.tag != "annotation":

@@ -4,7 +4,8 @@ A line is `class cx cy width height`, relative to the upright image, or `class x
 least three points, of which raydet uses the bounding box. Numbers may exceed the range 0 to 1 by `TOLERANCE`, the
 rounding of five digits, and are then clipped. Lines with other numbers are dropped and counted, as are lines with an
 unknown class, a different number of columns or a number that is not finite, and repeated lines. Lines of detections
-end in a score, have six columns and are therefore dropped.
+end in a score, have six columns and are therefore dropped. If none of the lines of a file can be used, because it is in
+another format or encoding, its image is rejected instead of counting as one without objects.
 """
 
 import math
@@ -16,6 +17,7 @@ from functools import partial
 import pyarrow as pa
 
 from raydet.common.errors import UserError
+from raydet.common.text import TextError, decode_text
 from raydet.common.threads import in_order
 from raydet.config.preparing import Unlabelled
 from raydet.images.files import (
@@ -46,6 +48,10 @@ TOLERANCE = 1e-5
 """Relative to the side of the image."""
 
 _OUTSIDE = "the list names a file outside the data set"
+_NOT_NUMBERS = "lines with a value that is not a finite number, dropped"
+_WRONG_COLUMNS = "lines with a wrong number of columns, dropped"
+_OUT_OF_RANGE = "lines with numbers outside 0 to 1, dropped"
+_UNUSABLE = (_NOT_NUMBERS, _WRONG_COLUMNS, _OUT_OF_RANGE)
 
 _Box = tuple[float, float, float, float]
 
@@ -149,10 +155,10 @@ def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) ->
     if refusal is not None:
         return _LabelFile(refusal=f"its label file: {refusal}")
     try:
-        text = folder.read(path, max_bytes=MAX_LABEL_BYTES).decode("utf-8-sig", errors="replace")
+        text = decode_text(folder.read(path, max_bytes=MAX_LABEL_BYTES))
     except MissingFileError:
         return _LabelFile(is_missing=True)
-    except ReadError as error:
+    except (ReadError, TextError) as error:
         return _LabelFile(refusal=f"its label file: {error}")
     classes: list[int] = []
     boxes_xywh: list[_Box] = []
@@ -161,19 +167,23 @@ def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) ->
     for line in filter(None, map(str.split, text.splitlines())):
         numbers = _numbers(line)
         if numbers is None:
-            findings["lines with a value that is not a finite number, dropped"] += 1
+            findings[_NOT_NUMBERS] += 1
         elif len(numbers) != 5 and (len(numbers) < 7 or len(numbers) % 2 == 0):
-            findings["lines with a wrong number of columns, dropped"] += 1
+            findings[_WRONG_COLUMNS] += 1
         elif numbers[0] not in index_of:
             findings["lines of an unknown class, dropped"] += 1
         elif (box_xywh := _box_xywh(numbers[1:])) is None:
-            findings["lines with numbers outside 0 to 1, dropped"] += 1
+            findings[_OUT_OF_RANGE] += 1
         elif numbers in seen:
             findings["repeated lines, dropped"] += 1
         else:
             seen.add(numbers)
             classes.append(index_of[int(numbers[0])])
             boxes_xywh.append(box_xywh)
+    kind, _ = next(iter(findings.most_common(1)), ("", 0))
+    if not boxes_xywh and kind in _UNUSABLE:
+        # Another format, such as detections or pixels: the image has objects, and must not become a negative.
+        return _LabelFile(refusal=f"its label file: no usable line, only {kind.removesuffix(', dropped')}")
     return _LabelFile(classes, boxes_xywh, findings)
 
 

@@ -1,16 +1,18 @@
 """The pairs of image and label file in a YOLO data set, and its classes."""
 
+import contextlib
 import os
 import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from raydet.common.errors import UserError, one_line
+from raydet.common.text import TextError, decode_text
 from raydet.images.files import (
     MAX_FILE_BYTES,
     ImageFolder,
@@ -123,12 +125,13 @@ def find_in_data_yaml(data_uri: str, split: str, *, allow_root: Sequence[str] | 
 
 def _load_yaml(uri: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(storage.read_bytes(uri, max_bytes=_MAX_YAML_BYTES))
+        content = yaml.safe_load(decode_text(storage.read_bytes(uri, max_bytes=_MAX_YAML_BYTES)))
     except FileNotFoundError:
         raise UserError(f"no such file: {uri}; --data must name the data.yaml of the data set") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        if Path(uri, "data.yaml").is_file():
-            raise UserError(f"{uri} is a folder; did you mean --data {storage.join(uri, 'data.yaml')}?") from None
+    except (OSError, yaml.YAMLError, TextError, RecursionError) as error:
+        with contextlib.suppress(OSError):  # the storage, of which `error` tells
+            if storage.exists(storage.join(uri, "data.yaml")):
+                raise UserError(f"{uri} is a folder; did you mean --data {storage.join(uri, 'data.yaml')}?") from None
         raise UserError(f"cannot read {uri}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{uri} must be a mapping with train, val and names, got {type(content).__name__}")
@@ -190,8 +193,8 @@ def _resolve_entry(root: str, entry: str, where: str) -> str:
 def _read_list(uri: str, root: str) -> list[str]:
     """Read a .txt list of images as absolute paths; its lines are relative to the file, or else to the data set."""
     try:
-        lines = storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES)).splitlines()
+    except (OSError, TextError) as error:
         raise UserError(f"cannot read the list of images {uri}: {one_line(error)}") from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     if not names:

@@ -196,6 +196,29 @@ def test_broken_and_dangerous_xml_is_refused_with_a_reason(tmp_path: Path, conte
     assert record.refusal is not None and words in record.refusal and "\n" not in record.refusal
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "latin-1"])
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_xml_is_read_in_the_encoding_that_an_editor_gave_it(tmp_path: Path, encoding: str, is_declared: bool) -> None:
+    declared = "latin-1" if encoding == "latin-1" else "utf-8"  # editors leave the declaration as it was
+    text = f"<?xml version='1.0' encoding='{declared}'?>" * is_declared + xml(item("Köter"))
+    write(tmp_path, {"xml/a.xml": text.encode(encoding), "img/a.jpg": b"x", "xml/b.xml": xml(item()), "img/b.jpg": b""})
+    source = read(tmp_path)
+    record = records(source)["a.jpg"]
+    if encoding == "latin-1" and not is_declared:
+        assert record.refusal is not None and record.refusal.startswith("broken XML")
+    else:
+        assert record.refusal is None and [category.name for category in source.categories] == ["Köter", "dog"]
+
+
+def test_objects_without_a_usable_box_reject_their_image(tmp_path: Path) -> None:
+    bad = "<object><name>dog</name><bndbox><x>1</x></bndbox></object>"
+    write(tmp_path, {"xml/a.xml": xml(bad), "xml/b.xml": xml(bad, item()), "xml/c.xml": xml()})
+    write(tmp_path, {f"img/{name}.jpg": b"" for name in "abc"})
+    found = records(read(tmp_path))
+    assert found["a.jpg"].refusal == "its XML file: none of its objects has a name and a box of four numbers"
+    assert found["b.jpg"].refusal is None and found["c.jpg"].refusal is None
+
+
 def test_of_two_images_of_one_name_the_tag_decides(tmp_path: Path) -> None:
     write(tmp_path, {"img/a.jpg": b"x", "img/a.png": b"x", "xml/a.xml": xml(item(), file_name="a.png")})
     found = records(read(tmp_path))

@@ -71,7 +71,7 @@ def test_boxes_and_polygons_are_parts_of_the_image(tmp_path: Path) -> None:
         ("0 100 50 20 20", "outside 0 to 1"),
         ("0 .1 .1 .2 .2 .3 1.2", "outside 0 to 1"),
         ("0 .50 .5 .3 .3", "repeated"),
-        ("\0\ufffd", "not a finite number"),
+        ("\ufffd\ufffd", "not a finite number"),
     ],
 )
 def test_invalid_lines_are_dropped_and_counted(tmp_path: Path, line: str, words: str) -> None:
@@ -79,6 +79,59 @@ def test_invalid_lines_are_dropped_and_counted(tmp_path: Path, line: str, words:
     assert objects.categories == [0, 1]
     ((finding, count),) = findings.items()
     assert words in finding and count == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_label_file_is_read_in_the_encoding_that_an_editor_gave_it(tmp_path: Path, encoding: str) -> None:
+    write(tmp_path, {"images/a.jpg": "", "labels/a.txt": ""})
+    (tmp_path / "labels" / "a.txt").write_bytes("1 .5 .5 .1 .1\n".encode(encoding))
+    source = read_yolo(find_in_folders(str(tmp_path / "images"), str(tmp_path / "labels"), ["dog", "cat"]))
+    (record,) = source.images
+    assert record.refusal is None and record.objects is not None and record.objects.categories == [1]
+    assert not source.findings
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x89PNG\r\n\x1a\n", "its label file: not text in UTF-8 or UTF-16: byte 0 is invalid in UTF-8"),
+        (b"0 .5 .5 .1 .1\n\0\0\0", "its label file: not text: it contains NUL characters"),
+        (b"dog 1 2 3 4\n", "its label file: no usable line, only lines with a value that is not a finite number"),
+        (b"0 .5 .5 .1 .1 .9\n" * 3, "its label file: no usable line, only lines with a wrong number of columns"),
+        (b"0 100 50 20 20\n", "its label file: no usable line, only lines with numbers outside 0 to 1"),
+    ],
+)
+def test_a_file_that_holds_no_labels_rejects_its_image(tmp_path: Path, content: bytes, reason: str) -> None:
+    for name in "ab":
+        picture(tmp_path / "images" / f"{name}.jpg")
+    write(tmp_path, {"labels/b.txt": "", "labels/a.txt": ""})
+    (tmp_path / "labels" / "a.txt").write_bytes(content)
+    report = prepare_yolo(
+        PrepareYoloConfig(
+            images=str(tmp_path / "images"),
+            labels=str(tmp_path / "labels"),
+            classes=["dog"],
+            out=str(tmp_path / "table"),
+        )
+    )
+    # The empty file says that its image has no object.
+    assert (report.found, report.accepted, report.without_boxes, report.reasons) == (2, 1, 1, {reason: 1})
+
+
+def test_lines_of_other_classes_leave_an_image_without_objects(tmp_path: Path) -> None:
+    objects, findings = read_lines(tmp_path, "7 .5 .5 .1 .1\n")
+    assert not objects.ids and findings == {"lines of an unknown class, dropped": 1}
+
+
+def test_data_yaml_and_lists_may_be_utf_16(tmp_path: Path) -> None:
+    write(tmp_path, {"images/a.jpg": "", "labels/a.txt": "0 .5 .5 .1 .1\n"})
+    (tmp_path / "list.txt").write_text("images/a.jpg\n", encoding="utf-16")
+    (tmp_path / "data.yaml").write_text("train: list.txt\nnames: [Köter]\n", encoding="utf-16")
+    source = read_yolo(find_in_data_yaml(str(tmp_path / "data.yaml"), "train"))
+    assert source.categories[0].name == "Köter" and paths(source) == ["a.jpg"]
+    (tmp_path / "data.yaml").write_bytes("names: [Köter]".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot read .*data.yaml: not text in UTF-8"):
+        find_in_data_yaml(str(tmp_path / "data.yaml"), "train")
 
 
 def test_rounding_over_the_edge_is_no_cut(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Label Studio's addresses of images → files below a folder."""
+"""Paths and Label Studio's addresses of images → files below a folder."""
 
 import re
 from urllib.parse import unquote
@@ -13,7 +13,11 @@ _MOST_PARTS = 64
 
 
 class FolderFiles:
-    """The files of a folder, found by the address that Label Studio has for them."""
+    """The files of a folder, found by a path on another machine or by the address that Label Studio has for them.
+
+    Attributes:
+        paths: Relative paths of the files.
+    """
 
     def __init__(self, folder: ImageFolder) -> None:
         """List the folder.
@@ -22,16 +26,20 @@ class FolderFiles:
             UserError: A subfolder cannot be listed.
         """
         self.refuse_outside = folder.refuse_outside
-        self._paths = set(list_below(folder))
+        self.paths = frozenset(list_below(folder))
+
+    def by_end(self, path: str) -> str | None:
+        """Return the file whose path is the longest end of a path, or None."""
+        parts = [part for part in path.split("/") if part][-_MOST_PARTS:]
+        tails = ("/".join(parts[start:]) for start in range(len(parts)))
+        return next((tail for tail in tails if tail in self.paths), None)
 
     def __call__(self, address: str) -> str | None:
-        """Return the file whose path matches the longest end of an address, or None."""
+        """Return the file whose path matches the longest end of an address of Label Studio, or None."""
         for path in dict.fromkeys((address_path(address), unquote(address_path(address)))):
-            parts = [part for part in path.split("/") if part][-_MOST_PARTS:]
-            original = _HASH_PREFIX.sub("", parts[-1], count=1) if parts else ""
-            for tail in (*("/".join(parts[start:]) for start in range(len(parts))), original):
-                if tail in self._paths:
-                    return tail
+            found = self.by_end(path) or self.by_end(_HASH_PREFIX.sub("", path.rpartition("/")[2], count=1))
+            if found is not None:
+                return found
         return None
 
 

@@ -1,0 +1,34 @@
+"""Text files that other programs wrote: bytes → text, in the encodings that editors and spreadsheets use."""
+
+import json
+
+
+class TextError(Exception):
+    """Bytes that are not text; the message is a short reason."""
+
+
+def encoding_of(head: bytes) -> str:
+    """Return the encoding of a text file: UTF-8, UTF-16 or UTF-32, by its byte order mark or its NUL bytes.
+
+    Args:
+        head: The first four bytes of the file, or all if it has fewer.
+    """
+    # Python's detection for JSON is right for any text that begins with two ASCII characters.
+    return json.detect_encoding(head[:4])
+
+
+def decode_text(data: bytes) -> str:
+    """Decode a text file in UTF-8, UTF-16 or UTF-32, without the byte order mark.
+
+    Raises:
+        TextError: The bytes are not text in one of these encodings.
+    """
+    try:
+        text = data.decode(encoding_of(data))
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"not text in UTF-8 or UTF-16: byte {error.start:,} is invalid in {error.encoding.upper()}"
+        ) from None
+    if "\0" in text:
+        raise TextError("not text: it contains NUL characters")
+    return text
