@@ -3,7 +3,6 @@
 Data is named by the last part of its path only, because home folders and buckets are private.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from raydet.measuring.numbers.metrics import METRICS
 from raydet.measuring.numbers.values import values_in
 from raydet.models.checkpoints import Checkpoint
 from raydet.tables import storage
-from raydet.tables.table import MANIFEST_NAME, Table, is_table
+from raydet.tables.table import Table, is_table, read_manifest
 from raydet.training.history import EpochRecord, best_epoch, read_history
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -174,7 +173,7 @@ def _num_images(uri: str, checkpoint: Checkpoint) -> int | None:
     if urlsplit(uri).scheme not in ("", "file", urlsplit(checkpoint.name).scheme):
         return None
     try:
-        return int(json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))["num_rows"])
+        return int(read_manifest(uri)["num_rows"])
     except (OSError, ValueError, KeyError):
         return None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
+from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import UserError, first_line
 from raydet.tables import storage
 from raydet.tables.schema import Category
@@ -24,6 +25,9 @@ STEPS_FILE = "log/steps.json"
 MOST_REMOTE_BYTES = 512 * 2**20
 """The fingerprint of larger files in an object store uses their size and time instead of their content."""
 
+_ADAPTER_FILE = "adapter_config.json"
+_MOST_CONFIG_BYTES = 8 * 2**20
+_FOREIGN_PARTS = ("quantization_config", "use_kernels", "kernel_config")
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt")
 
 
@@ -50,10 +54,8 @@ def read_checkpoint(name: str) -> Checkpoint:
         UserError: There is no model there.
     """
     is_folder = storage.exists(name)
-    content: dict[str, Any] = (
-        _folder_config(name) if is_folder else json.loads(storage.read_bytes(_hub_config_path(name)))
-    )
-    if "model_type" not in content:
+    content = _folder_config(name) if is_folder else _parsed(storage.read_bytes(_hub_config_path(name)), name)
+    if not isinstance(content.get("model_type"), str):
         raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
     absolute = storage.absolute_uri(name) if is_folder else name
     return Checkpoint(absolute, content["model_type"], categories_in(content))
@@ -103,9 +105,12 @@ def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
     The result is empty if the labels are the placeholders of transformers (LABEL_0 and so on).
     """
     own = content.get("raydet")
-    if own:
-        return tuple(Category(id=item["id"], name=item["name"]) for item in own["categories"])
-    labels = {int(index): str(label) for index, label in (content.get("id2label") or {}).items()}
+    try:
+        if own:
+            return tuple(Category(id=int(item["id"]), name=str(item["name"])) for item in own["categories"])
+        labels = {int(index): str(label) for index, label in (content.get("id2label") or {}).items()}
+    except (TypeError, ValueError, LookupError, AttributeError):
+        raise UserError("the config.json of the model lists its classes in a form that raydet does not know") from None
     if all(label == f"LABEL_{index}" for index, label in labels.items()):
         return ()
     return tuple(Category(id=index, name=labels[index]) for index in sorted(labels))
@@ -120,11 +125,52 @@ def _folder_config(folder: str) -> dict[str, Any]:
     weights = [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
     if not weights:
         raise UserError(f"the folder {folder} holds no model weights (no .safetensors file)")
-    try:
-        content: dict[str, Any] = json.loads(storage.read_bytes(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return check_local_config(folder)
+
+
+def check_local_config(folder: str) -> dict[str, Any]:
+    """Read the `config.json` of a model folder, which must not make transformers fetch anything.
+
+    Raises:
+        UserError: It is damaged, or refers to an adapter, kernels or a quantiser.
+    """
+    path = storage.join(folder, "config.json")
+    content = _parsed(storage.read_bytes(path), path)
+    if storage.exists(storage.join(folder, _ADAPTER_FILE)):
+        raise UserError(f"{folder} holds an adapter of another model ({_ADAPTER_FILE}); merge it into the model first")
+    _refuse_foreign_parts(content, path)
     return content
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = parse_json(data, max_bytes=_MOST_CONFIG_BYTES)
+    except DocumentError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is not the config of a model: expected a JSON object")
+    return content
+
+
+def _refuse_foreign_parts(content: Any, where: str) -> None:
+    """Refuse a local model whose config makes transformers fetch and run code: kernels and quantisers from the Hub.
+
+    Raises:
+        UserError: There is such an entry, at any depth.
+    """
+    if isinstance(content, list):
+        for item in content:
+            _refuse_foreign_parts(item, where)
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        is_kernel = key.endswith("_implementation") and any(mark in json.dumps(value) for mark in "/:|@")
+        if is_kernel or (key in _FOREIGN_PARTS and value):
+            raise UserError(
+                f"{where} has the entry {key}, for which transformers may fetch code from the Hub; remove it, or use a "
+                "plain fp32 checkpoint"
+            )
+        _refuse_foreign_parts(value, where)
 
 
 def _hub_config_path(name: str) -> str:

@@ -19,11 +19,10 @@ from raydet.engines.loading import resize_rule_before
 from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
 from raydet.scoring.blocks import images_in, planes_in
-from raydet.scoring.plan import Work, part_name
+from raydet.scoring.plan import COUNTS_KEY, Work, part_name
 from raydet.tables.layout import groups_of
 from raydet.tables.schema import DETECTIONS_TYPE
 
-COUNTS_KEY = b"raydet_counts"
 _LOG = logging.getLogger(__name__)
 
 _Found = list[Any]

@@ -6,6 +6,7 @@ only when complete.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +21,11 @@ from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
 from raydet.tables import storage
 from raydet.tables.folder_lock import Hold, LeaseTimes, hold
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_errors import one_line_errors, refuse_place
-from raydet.tables.table import MANIFEST_NAME
 
-LOCK_FILE = "_lock"
-RUN_FILE = "_run.json"
+LOCK_FILE = ".lock"
+RUN_FILE = ".run.json"
 _LOG_FOLDER = "log"
 _RECORD_SCHEMA = 2
 _FINGERPRINTS = {
@@ -35,7 +36,7 @@ _FINGERPRINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """Identity of the run in a folder: the content of OUT/_run.json.
+    """Identity of the run in a folder: the content of OUT/.run.json.
 
     Attributes:
         command: Command that writes the folder.
@@ -134,7 +135,7 @@ class OutputFolder:
         if own is not None and set(folders) <= set(own.folders):
             return records  # avoids listing all files, which may be many
         names = self.list_files()
-        parts = [name for name in names if name.startswith("_run-") and name.endswith(".json")]
+        parts = [name for name in names if name.startswith(".run-") and name.endswith(".json")]
         records += [record for name in parts if (record := _read_record(self.uri, name))]
         foreign = [name for name in names if not name.startswith(("_", "."))] if not records else []
         for folder in folders:
@@ -248,8 +249,14 @@ def open_folder(
             yield OutputFolder(out, command, held)
 
 
+def token_of_run(run_identity: dict[str, Any]) -> str:
+    """Return 16 hex digits that the files of a run carry, so that those of other runs never count as its own."""
+    content = json.dumps(_plain(run_identity), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def _record_name(part: str | None) -> str:
-    return RUN_FILE if part is None else f"_run-{part}.json"
+    return RUN_FILE if part is None else f".run-{part}.json"
 
 
 def _read_record(folder: str, name: str) -> RunRecord | None:

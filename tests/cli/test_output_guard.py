@@ -158,7 +158,7 @@ def test_a_second_run_is_refused_and_the_first_is_whole(
 
 def _depends_on_run(name: str) -> bool:
     """Return True for files that contain the folder or the time of their run."""
-    return name.rpartition("/")[2].startswith("_") or "/runs/" in name
+    return name.rpartition("/")[2].startswith(".") or "/runs/" in name
 
 
 @pytest.mark.parametrize("command", ON_RAY)
@@ -188,7 +188,7 @@ def test_the_first_run_on_ray_is_whole(command: str, options: dict[str, list[str
     _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert run(command, out) == (0, "")  # already finished
-    assert not [name for name in files_below(out) if name.endswith(("_lock", ".partial"))]
+    assert not [name for name in files_below(out) if name.endswith((".lock", ".partial"))]
 
 
 @pytest.mark.parametrize("command", [*FOLDERS, *ON_RAY])
@@ -220,9 +220,9 @@ def test_places_that_cannot_be_written_are_one_line(command: str, kind: str, tmp
     if kind == "http":
         out = f"http://127.0.0.1:9/{name}"
     if kind == "linked lock":
-        lock = tmp_path / f".{name}.lock" if command in PLACES else out / "_lock"
+        lock = tmp_path / f".{name}.lock" if command in PLACES else out / ".lock"
         if command == "prepare shapes":
-            lock = out / "train" / "_lock"
+            lock = out / "train" / ".lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.symlink_to(victim)
     assert_refused(run(command, out), "--out")
