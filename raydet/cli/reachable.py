@@ -5,29 +5,32 @@ command that is too long: a mistyped endpoint or a missing network should be tol
 """
 
 import dataclasses
-import http.client
 import os
-import ssl
-import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from raydet.common.errors import RunError, one_line
+from raydet.common.errors import RunError
+from raydet.common.probing import failure_of
+from raydet.config import PrepareHubConfig, PushConfig
 
-TIMEOUT_S = 10.0
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 
 def check_reachable(config: Any) -> None:
-    """Check that the object stores in the fields of a config answer, with whatever status.
+    """Check that the object stores in the fields of a config, and the Hub if needed, answer, with whatever status.
 
     Raises:
         RunError: A store cannot be reached, or does not answer within ten seconds.
     """
+    if isinstance(config, PushConfig) or (isinstance(config, PrepareHubConfig) and not Path(config.dataset).exists()):
+        from raydet.common.hub_client import require_hub
+
+        require_hub()
     places = {place: uri for uri in _uris_in(dataclasses.asdict(config)) if (place := _endpoint_of(uri)) is not None}
     for place, uri in places.items():
-        reason = _failure_of(*place)
+        reason = failure_of(*place)
         if reason is not None:
             host = place[1]
             raise RunError(
@@ -71,38 +74,3 @@ def _endpoint_of(uri: str) -> tuple[bool, str] | None:
         # A proxy may reach what this machine cannot.
         return None if any(os.environ.get(name) for name in _PROXIES) else (True, host)
     return (scheme if separator else options.get("scheme", "https")) == "https", place.rstrip("/")
-
-
-def _failure_of(is_secure: bool, host: str) -> str | None:
-    """Return why a server does not answer, or None if it does."""
-    answers: list[str | None] = []
-
-    def ask() -> None:
-        answers.append(_ask(is_secure, host))
-
-    # In a thread, because resolving a name has no time limit.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT_S)
-    return answers[0] if answers else f"no answer within {TIMEOUT_S:.0f} s"
-
-
-def _ask(is_secure: bool, host: str) -> str | None:
-    connection: http.client.HTTPConnection
-    try:
-        if is_secure:
-            # Nothing is sent or believed here; the store's own client verifies the certificate.
-            context = ssl._create_unverified_context()
-            connection = http.client.HTTPSConnection(host, timeout=TIMEOUT_S, context=context)
-        else:
-            connection = http.client.HTTPConnection(host, timeout=TIMEOUT_S)
-        try:
-            connection.request("HEAD", "/")
-            connection.getresponse()
-        finally:
-            connection.close()
-    except (OSError, http.client.InvalidURL) as error:
-        return one_line(getattr(error, "strerror", None) or error)
-    except http.client.HTTPException:
-        pass  # it answered, if not in HTTP
-    return None

@@ -20,8 +20,8 @@ class DocumentError(ValueError):
     """Unusable document; the message is a short reason."""
 
 
-def parse_json(data: bytes | str, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Parse JSON, with unique keys and finite numbers.
+def parse_json(data: bytes | str, *, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = False) -> Any:
+    """Parse JSON, with unique keys and, unless `allow_nan`, finite numbers.
 
     Raises:
         DocumentError: The text is not JSON, is too large or too deeply nested, repeats a key, or has NaN or Infinity.
@@ -32,7 +32,7 @@ def parse_json(data: bytes | str, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     if raw.count(b"[") + raw.count(b"{") > max(_FREE_BRACKETS, len(raw) // _BYTES_PER_BRACKET):
         raise DocumentError("it has too many lists and objects for its size")
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=float if allow_nan else _refuse_constant)
     except RecursionError:
         raise DocumentError("it is nested too deeply") from None
     except DocumentError:

@@ -186,8 +186,7 @@ def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
     from raydet.tables import storage
 
     try:
-        with storage.open_stream(path) as stream:  # may be a pipe, as in --config <(command)
-            content = parse_yaml(stream.read(MAX_YAML_BYTES + 1))
+        content = parse_yaml(storage.read_start(path, MAX_YAML_BYTES + 1))
     except FileNotFoundError:
         raise UserError(f"no such config file: {path}") from None
     except (DocumentError, OSError) as error:

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from raydet.common.console import shown
+from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.measuring import metrics_folder
@@ -83,8 +84,8 @@ def build_card(config: PushConfig, checkpoint: Checkpoint) -> BuiltCard:
 def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
     folder = checkpoint.name.rstrip("/").rpartition("/")[0]
     try:
-        config = yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml")))
-    except (OSError, yaml.YAMLError):
+        config = parse_yaml(storage.read_start(storage.join(folder, "config.yaml"), MAX_YAML_BYTES + 1))
+    except (OSError, DocumentError):
         config = None
     if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("model", "train_data")):
         return _TrainedRun({}, [])

@@ -12,7 +12,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from raydet.common.documents import DocumentError, parse_json
-from raydet.common.errors import UserError, first_line
+from raydet.common.errors import RunError, UserError, first_line
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
@@ -54,7 +54,7 @@ def read_checkpoint(name: str) -> Checkpoint:
         UserError: There is no model there.
     """
     is_folder = storage.exists(name)
-    content = _folder_config(name) if is_folder else _parsed(storage.read_bytes(_hub_config_path(name)), name)
+    content = _folder_config(name) if is_folder else _parsed(storage.read_bytes(hub_config_path(name)), name)
     if not isinstance(content.get("model_type"), str):
         raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
     absolute = storage.absolute_uri(name) if is_folder else name
@@ -78,7 +78,7 @@ def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str
     """
     if not storage.exists(name):
         # The path in the cache is …/snapshots/COMMIT/config.json.
-        return Path(_hub_config_path(name)).parent.name
+        return Path(hub_config_path(name)).parent.name
     digest = hashlib.sha256()
     files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES)]
     for file in files:
@@ -173,15 +173,29 @@ def _refuse_foreign_parts(content: Any, where: str) -> None:
         _refuse_foreign_parts(value, where)
 
 
-def _hub_config_path(name: str) -> str:
-    """Return the path in the cache of the `config.json` of a model on the Hub, after downloading it if necessary."""
+def hub_config_path(name: str) -> str:
+    """Return the path in the cache of the `config.json` of a model on the Hub, after downloading it if necessary.
+
+    Raises:
+        UserError: There is no such model.
+        RunError: The Hub cannot be reached, and the model is not in the cache.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from raydet.common.hub_client import require_hub
 
     try:
         # No detector on the Hub has a name without an owner: a mistyped folder is refused without asking the Hub.
         if "/" not in name and not isinstance(try_to_load_from_cache(name, "config.json"), str):
             raise HFValidationError
+        is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        try:
+            require_hub()
+        except RunError:
+            if not is_cached:
+                raise
+            return hf_hub_download(name, "config.json", local_files_only=True)
         return hf_hub_download(name, "config.json")
     except HFValidationError:
         raise UserError(f"no such checkpoint: {name} is neither a folder nor a Hub name (owner/name)") from None

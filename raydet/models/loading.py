@@ -26,7 +26,7 @@ from raydet.models.batch_norm import (
     keep_batch_norm_gradients_contiguous,
     reset_batch_norm_scales,
 )
-from raydet.models.checkpoints import categories_in, check_local_config
+from raydet.models.checkpoints import categories_in, check_local_config, hub_config_path
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
 from raydet.models.geometry import ResizeRule
@@ -193,6 +193,8 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
             f"no such model: {name} is neither a folder nor a Hub name (owner/name) nor one of the small models "
             f"{', '.join(SMALL_MODELS)}"
         )
+    else:
+        hub_config_path(name)  # tells at once if the Hub cannot be reached
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
+from raydet.common.documents import MAX_JSON_BYTES, DocumentError, parse_json
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
@@ -28,6 +29,7 @@ LOCK_FILE = ".lock"
 RUN_FILE = ".run.json"
 _LOG_FOLDER = "log"
 _RECORD_SCHEMA = 2
+_FOLDER_NAME = re.compile(r"\w[\w.-]*")
 _FINGERPRINTS = {
     "checkpoint_fingerprint": "the checkpoint's weights or settings have changed since",
     "data_fingerprint": "the images have changed since",
@@ -262,17 +264,21 @@ def _record_name(part: str | None) -> str:
 def _read_record(folder: str, name: str) -> RunRecord | None:
     uri = storage.join(folder, name)
     try:
-        content = json.loads(storage.read_bytes(uri))
+        content = parse_json(storage.read_limited(uri, MAX_JSON_BYTES))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except DocumentError as error:
         raise UserError(f"the run record {uri} is damaged ({error}); choose another --out") from None
     if not isinstance(content, dict) or content.get("schema") != _RECORD_SCHEMA:
         raise UserError(f"--out {folder} holds a run of an incompatible version of raydet; choose another --out")
     try:
-        return RunRecord(**{**content, "folders": tuple(content["folders"])})
+        record = RunRecord(**{**content, "folders": tuple(content["folders"])})
+        is_sound = isinstance(record.identity, dict) and isinstance(record.plan, dict)
+        if not is_sound or not isinstance(record.command, str) or not all(map(_FOLDER_NAME.fullmatch, record.folders)):
+            raise TypeError("a value has the wrong type")
     except (KeyError, TypeError) as error:
         raise UserError(f"the run record {uri} is damaged ({error}); choose another --out") from None
+    return record
 
 
 def _plain(identity: dict[str, Any]) -> dict[str, Any]:

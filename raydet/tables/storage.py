@@ -65,6 +65,8 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         OSError: The store cannot be reached.
     """
     uri = absolute_uri(uri)
+    if "\0" in uri:
+        raise UserError(f"{uri} contains a NUL character, which no name may have")
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri.rstrip("/") or "/"
     scheme = urlsplit(uri).scheme
@@ -135,6 +137,13 @@ def read_bytes(uri: str) -> bytes:
     """Read a file."""
     with open_stream(uri) as stream:
         data: bytes = stream.readall()
+    return data
+
+
+def read_start(uri: str, num_bytes: int) -> bytes:
+    """Read up to `num_bytes` from the start of a file, which may be a pipe."""
+    with open_stream(uri) as stream:
+        data: bytes = stream.read(num_bytes)
     return data
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import yaml
-
+from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
 from raydet.images.files import ImageFolder, image_files_below, is_image_name, list_below, readable
 from raydet.preparation.sources.source import read_class_names
@@ -97,10 +96,10 @@ def find_in_data_yaml(data_uri: str, split: str) -> YoloFiles:
 
 def _load_yaml(uri: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(storage.read_bytes(uri))
+        content = parse_yaml(storage.read_start(uri, MAX_YAML_BYTES + 1))
     except FileNotFoundError:
         raise UserError(f"no such file: {uri}; --data must name the data.yaml of the data set") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, DocumentError) as error:
         if storage.exists(storage.join(uri, "data.yaml")):
             raise UserError(f"{uri} is a folder; did you mean --data {storage.join(uri, 'data.yaml')}?") from None
         raise UserError(f"cannot read {uri}: {one_line(error)}") from None
