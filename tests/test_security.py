@@ -4,6 +4,8 @@ import ast
 import io
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -382,6 +384,57 @@ def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="model"):
         load_detector(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": "facebook/dinov2-small", "backbone_config": None, "use_timm_backbone": False},
+        {"attn_implementation": "someone/evil-kernels"},
+        {"_attn_implementation": "someone/evil-kernels:flash"},
+        {"backbone_config": {"model_type": "resnet", "attn_implementation": {"": "a/b"}}},
+        {"quantization_config": {"quant_method": "fbgemm_fp8"}},
+        {"use_kernels": True},
+        {"adapter": True},
+    ],
+    ids=str,
+)
+def test_a_local_model_fetches_nothing(
+    tmp_path: Path, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that a folder is refused with one line, and that the Hub receives no request."""
+    from raydet.models.loading import build_detector, load_detector
+    from raydet.tables.schema import Category
+
+    with socket.socket() as hub:
+        hub.bind(("127.0.0.1", 0))
+        hub.listen()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        folder = tmp_path / "model"
+        build_detector("conditional_detr_tiny", [Category(1, "dog")], image_size=64, seed=0).save(str(folder))
+        if "adapter" in changes:
+            adapter = {"base_model_name_or_path": "someone/base", "peft_type": "LORA"}
+            (folder / "adapter_config.json").write_text(json.dumps(adapter))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        dog = [Category(1, "dog")]
+        for use in (
+            lambda: load_detector(str(folder)),
+            lambda: build_detector(str(folder), dog, image_size=64, seed=0),
+        ):
+            with pytest.raises(UserError) as caught:
+                use()
+            assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+        hub.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            hub.accept()
+
+
+def test_each_promise_names_a_test_that_exists() -> None:
+    names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (PROJECT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(names) >= 20
+    for path, name in names:
+        assert f"\ndef {name}(" in (PROJECT / path).read_text(encoding="utf-8"), f"{path}::{name}"
 
 
 def calls_in(path: Path) -> list[tuple[str, ast.Call]]:

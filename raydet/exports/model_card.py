@@ -111,6 +111,8 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
             f"{', '.join(own)}; run `raydet evaluate` for this checkpoint"
         )
     rows = table.read()
+    if not rows.num_rows:
+        raise UserError(f"--metrics {metrics} holds no metrics; run `raydet evaluate` again")
     numbers: dict[str | None, dict[str, float | None]] = {name: {} for name in (None, *names)}
     for value in values_in(rows):
         if value.slice is None:

@@ -83,6 +83,10 @@ def runs_in(out: str) -> tuple[str, ...]:
     runs = _read_manifest(uri).get("runs")
     if not runs:
         raise UserError(f"{uri} was written by an earlier raydet; run `raydet evaluate` again")
+    if any(name != file_name(of_run["run"]) for name, of_run in runs.items()):
+        raise UserError(
+            f"{uri} is damaged: its manifest names a run by the file of another; run `raydet evaluate` again"
+        )
     return tuple(of_run["run"] for of_run in runs.values())
 
 
