@@ -36,7 +36,7 @@ def main() -> None:
         parts = [generate(num_detections // 10, num_detections // 2, num_detections, seed=0)]
         write_tables(parts, Path(name))
         for kind, folder in (("detections", "detections"), ("images", "truth")):
-            table = open_table(str(Path(name, folder)), kind)
+            table = open_table(str(Path(name, folder)), ("images", "detections"))
             pairs = [(_seconds(table, checks=False), _seconds(table, checks=True)) for _ in range(options.rounds + 1)]
             plain, checked = zip(*pairs[1:], strict=True)  # the first round reads the disk
             cost = median(after / before for before, after in pairs[1:]) - 1

@@ -32,7 +32,10 @@ def parse_json(data: bytes | str, *, max_bytes: int = MAX_JSON_BYTES, allow_nan:
     if raw.count(b"[") + raw.count(b"{") > max(_FREE_BRACKETS, len(raw) // _BYTES_PER_BRACKET):
         raise DocumentError("it has too many lists and objects for its size")
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=float if allow_nan else _refuse_constant)
+        content = json.loads(data, object_pairs_hook=_unique, parse_constant=float if allow_nan else _refuse_constant)
+        if b"\\u" in raw:
+            json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        return content
     except RecursionError:
         raise DocumentError("it is nested too deeply") from None
     except DocumentError:

@@ -133,6 +133,7 @@ def test_a_hub_that_does_not_answer_is_told_within_its_time(
     from raydet.models.checkpoints import read_checkpoint
 
     monkeypatch.setattr(probing, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     for port in (silent, closed):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
         for config in (PushConfig(checkpoint="x", repo="a/b"), PrepareHubConfig(dataset="a/b", out="x")):

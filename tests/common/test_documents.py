@@ -27,6 +27,7 @@ def test_plain_documents_are_parsed() -> None:
         (parse_json, '{"a": 1, "a": 2}', "repeats"),
         (parse_json, "[Infinity]", "Infinity"),
         (parse_json, "{", ""),
+        (parse_json, r'{"a": "\ud800"}', "surrogates"),
         (parse_json, "9" * 10_000, "digits"),
         (parse_yaml, BOMB, "values"),
         (parse_yaml, "a: &a [*a]", "around it"),

@@ -264,22 +264,12 @@ def test_texts_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
     assert "path" in _refusal(_with_schema(folder, rows.schema, changed))
 
 
-def test_a_row_group_that_claims_billions_of_values_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "t"
-    with TableWriter(str(folder), build_schema("rejected"), config_hash=TOKEN) as writer:
-        writer.write_rows([{"path": "a", "image_id": 1, "reason": "b"}])
-    rows = pq.read_table(folder / PART)
-    many = pa.table({name: pa.repeat(rows[name][0], 2**26 + 1) for name in rows.schema.names}, schema=rows.schema)
-    pq.write_table(many, folder / PART, row_group_size=len(many))
-    assert "larger than any" in _refusal(_with_schema_of_file(folder), "rejected")
-
-
-def _with_schema_of_file(folder: Path) -> Path:
-    group = pq.read_metadata(folder / PART).row_group(0)
-    manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
-    manifest |= {"num_rows": group.num_rows, "files": {PART: [[group.num_rows, group.total_byte_size]]}}
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    return folder
+def test_a_row_group_that_claims_more_values_than_raydet_writes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _write(tmp_path / "t")
+    monkeypatch.setattr("raydet.tables.table._MAX_VALUES", 3)  # of the four numbers of a box in each of three rows
+    assert "larger than any" in _refusal(folder)
 
 
 def test_repeated_ids_are_found_in_any_order() -> None:
