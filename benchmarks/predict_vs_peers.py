@@ -216,7 +216,7 @@ def _raydet(setting: Setting, model: str, variant: str) -> dict[str, Any]:
                 use_gpu=False,
             )
         )
-        report = json.loads(Path(result.out, "job.json").read_text())
+        report = json.loads(Path(result.out, ".job.json").read_text())
         ap = _ap(setting, model, result.out)
     return {"images_per_s": report["images_per_s_after_startup"], "ap": ap}
 

@@ -4,6 +4,8 @@ import ast
 import io
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -55,15 +57,20 @@ def link(path: Path, target: Path) -> None:
         ("https://user@host/x and https://u:p@host/y", "https://host/x and https://host/y"),
         (
             f"{HTTPS}?X-Amz-Credential=A&X-Amz-Signature=b&part=2",
-            f"{HTTPS}?X-Amz-Credential=***&X-Amz-Signature=***&part=2",
+            HTTPS,
         ),
-        (f"{HTTPS}?sv=1&sig=abc", f"{HTTPS}?sv=1&sig=***"),
-        ('cannot open "gs://u:p@b/c", "gs://b?access_token=t"', 'cannot open "gs://b/c", "gs://b?access_token=***"'),
+        (f"see {HTTPS}?sv=1&sig=abc#part.", f"see {HTTPS}."),
+        ("s3://key:p?a#s/s@w@bucket/x?region=eu&token=t", "s3://bucket/x?region=eu"),
+        ("postgresql://u:p?w#d@x/9@db:5432/runs", "postgresql://db:5432/runs"),
+        ("s3://a:b@c/x,s3://d/e?k=1", "s3://c/x,s3://d/e"),
+        ("Server=x;Password=hello", "Server=x;Password=***"),
+        ('cannot open "gs://u:p@b/c", "gs://b?access_token=t"', 'cannot open "gs://b/c", "gs://b"'),
         ("hf_" + "a1B2" * 6, "***"),
         ("AKIA" + "ABCD" * 4, "***"),
         # Not secrets.
         ("abfss://container@account.dfs.core.windows.net/x", "abfss://container@account.dfs.core.windows.net/x"),
         ("hdfs://user@host/x", "hdfs://user@host/x"),
+        ("https://host:8080/a@b.jpg", "https://host:8080/a@b.jpg"),
         ("runs/hf_finetuned_on_many_images", "runs/hf_finetuned_on_many_images"),
         ("a@b.c: 10:30, user:pass@host", "a@b.c: 10:30, user:pass@host"),
     ],
@@ -167,7 +174,7 @@ def test_no_secret_is_in_any_file_that_a_run_leaves(tmp_path: Path, shapes: Path
             assert done.returncode == (2 if "none" in command[1] else 0), f"{command}\n{done.stdout}\n{done.stderr}"
             printed.append(done.stdout + done.stderr)
     written = [path for folder in (out, data) for path in folder.rglob("*") if path.is_file()]
-    assert {"config.yaml", "_run.json", "job.json", "report.html", "meta.yaml"} <= {path.name for path in written}
+    assert {"config.yaml", ".run.json", ".job.json", "report.html", "meta.yaml"} <= {path.name for path in written}
     planted = [secret.encode() for secret in (*SECRETS.values(), PASSWORD)]
     leaks = [(str(path), secret) for path in written for secret in planted if secret in path.read_bytes()]
     leaks += [("the console", secret) for secret in planted if secret.decode() in "".join(printed)]
@@ -382,6 +389,57 @@ def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="model"):
         load_detector(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": "facebook/dinov2-small", "backbone_config": None, "use_timm_backbone": False},
+        {"attn_implementation": "someone/evil-kernels"},
+        {"_attn_implementation": "someone/evil-kernels:flash"},
+        {"backbone_config": {"model_type": "resnet", "attn_implementation": {"": "a/b"}}},
+        {"quantization_config": {"quant_method": "fbgemm_fp8"}},
+        {"use_kernels": True},
+        {"adapter": True},
+    ],
+    ids=str,
+)
+def test_a_local_model_fetches_nothing(
+    tmp_path: Path, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that a folder is refused with one line, and that the Hub receives no request."""
+    from raydet.models.loading import build_detector, load_detector
+    from raydet.tables.schema import Category
+
+    with socket.socket() as hub:
+        hub.bind(("127.0.0.1", 0))
+        hub.listen()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        folder = tmp_path / "model"
+        build_detector("conditional_detr_tiny", [Category(1, "dog")], image_size=64, seed=0).save(str(folder))
+        if "adapter" in changes:
+            adapter = {"base_model_name_or_path": "someone/base", "peft_type": "LORA"}
+            (folder / "adapter_config.json").write_text(json.dumps(adapter))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        dog = [Category(1, "dog")]
+        with pytest.raises(UserError) as loading:
+            load_detector(str(folder))
+        with pytest.raises(UserError) as building:
+            build_detector(str(folder), dog, image_size=64, seed=0)
+        for message in (str(loading.value), str(building.value)):
+            assert "\n" not in message and str(folder) in message
+        hub.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            hub.accept()
+
+
+def test_each_promise_names_a_test_that_exists() -> None:
+    names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (PROJECT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(names) >= 20
+    for path, name in names:
+        assert f"\ndef {name}(" in (PROJECT / path).read_text(encoding="utf-8"), f"{path}::{name}"
 
 
 def calls_in(path: Path) -> list[tuple[str, ast.Call]]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import raydet
 from raydet.cli.commands import COMMANDS
+from raydet.cli.failures import lines_of
+from raydet.cli.reachable import check_reachable
 from raydet.common.console import Console, write_out
-from raydet.common.errors import RunError, UserError
-from raydet.common.redaction import without_secrets
-from raydet.common.signals import ending_on_sigterm
+from raydet.common.errors import UserError, printable
+from raydet.common.signals import INTERRUPTED, ending_on_second_ctrl_c, ending_on_sigterm
 from raydet.config.options import load
 
 _HELP = ("-h", "--help", "help")
@@ -39,13 +40,15 @@ def run_function(function: Callable[[Any], int | None], config_class: type) -> N
 
 def _exit_code(function: Callable[[], int | None]) -> int:
     try:
-        with ending_on_sigterm():
+        with ending_on_second_ctrl_c(), ending_on_sigterm():
             return function() or 0
-    except (UserError, RunError) as error:
-        print(f"raydet: error: {without_secrets(str(error))}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        lines, code = lines_of(error)
+        for line in lines:
+            print(printable(line), file=sys.stderr)
+        return code
     except KeyboardInterrupt:
-        print("raydet: run interrupted; run the same command again to resume", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
 
 
@@ -72,6 +75,7 @@ def _run(arguments: list[str]) -> int:
     if command is None:
         raise UserError(f"unknown command `{name}`; {_suggestion(name)}")
     config: Any = load(command.config, arguments, program=f"raydet {name}", example=command.example)
+    check_reachable(config)
     call = getattr(raydet, command.function)
     console = Console()
     result = call(config, console=console) if command.shows_progress else call(config)

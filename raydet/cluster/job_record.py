@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from raydet.common.redaction import without_secrets
 from raydet.tables import storage
 
 if TYPE_CHECKING:
     from raydet.cluster.shares import Resources
 
-JOB_FILE = "job.json"
+JOB_FILE = ".job.json"
 """Name of the file about a job in the output folder or the log folder of a run."""
 _COMMIT_KEYS = ("commit", "git_commit")
 _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}(-dirty)?")
@@ -104,7 +105,7 @@ class JobRecord:
         return asdict(self)
 
     def write(self, folder: str) -> None:
-        """Write the record to `job.json` in a run's log folder, keeping the records of earlier jobs of the run.
+        """Write the record to `.job.json` in a run's log folder, keeping the records of earlier jobs of the run.
 
         A second record of the same job replaces the first.
         """
@@ -117,7 +118,8 @@ class JobRecord:
                 for job in [*content["earlier_jobs"], content["job"]]
                 if (job["ray_job_id"], job["started"]) != (self.ray_job_id, self.started)
             ]
-        storage.write_bytes(uri, json.dumps({"job": self.to_dict(), "earlier_jobs": earlier}, indent=1).encode())
+        content = {"job": self.to_dict(), "earlier_jobs": earlier}
+        storage.write_bytes(uri, json.dumps(without_secrets(content), indent=1).encode())
 
 
 def versions() -> dict[str, str]:

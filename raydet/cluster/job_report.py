@@ -1,4 +1,4 @@
-"""The report of a scoring job: seconds per stage, memory, errors, cost → OUT/job.json and lines for the terminal.
+"""The report of a scoring job: seconds per stage, memory, errors, cost → OUT/.job.json and lines for the terminal.
 
 `JobStats` adds up the `FileStats` of the written files, in any order, and builds a `JobReport`.
 """
@@ -64,7 +64,7 @@ class StageSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class JobReport:
-    """The content of a scoring job's `job.json`. Self-explanatory attributes are not listed.
+    """The content of a scoring job's `.job.json`. Self-explanatory attributes are not listed.
 
     Attributes:
         errors: Number of unreadable images by reason, the most frequent first.
@@ -219,7 +219,7 @@ class JobStats:
         """Build the report so far; may be called repeatedly, and after a failure.
 
         The cost covers all nodes of the job, and this run's images and wall time, in any currency. `earlier` is the
-        content of OUT/job.json at the start, if the run resumes an earlier one.
+        content of OUT/.job.json at the start, if the run resumes an earlier one.
         """
         startup_s = wall_s
         if self._first_batch_unix_s is not None:

@@ -80,7 +80,7 @@ def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str
 @contextlib.contextmanager
 def _probe(named: str, folder: str, nodes: Sequence[Mapping[str, Any]]) -> Iterator[_Place]:
     """Context manager: a probe file in the output while the block runs; the nodes write their answers next to it."""
-    uri = storage.join(folder, f"_shared-{uuid.uuid4().hex}")
+    uri = storage.join(folder, f".shared-{uuid.uuid4().hex}")
     try:
         storage.write_bytes(uri, uri.encode())
         yield _Place("--out", named, uri, _mark(uri))

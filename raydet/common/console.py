@@ -5,13 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from raydet.common.errors import printable
 from raydet.common.redaction import without_secrets
 
 
 def write_out(text: str) -> None:
     """Write text to stdout, tolerating a reader such as `head` that closes the pipe early."""
     try:
-        print(text, end="", flush=True)
+        print(printable(text), end="", flush=True)
     except BrokenPipeError:
         # The interpreter flushes stdout again at exit, which would raise a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,11 +50,11 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print one line, with passwords and keys masked."""
-        self._rich.print(without_secrets(text))
+        self._rich.print(printable(without_secrets(text)))
 
     def title(self, text: str) -> None:
         """Print the title of the next step."""
-        self._rich.print(text, style="bold" if self._is_terminal else None)
+        self._rich.print(printable(text), style="bold" if self._is_terminal else None)
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[Callable[[str], None]]:
@@ -61,5 +62,5 @@ class Console:
         if not self._is_terminal:
             yield lambda _: None
             return
-        with self._rich.status(text) as status:
-            yield status.update
+        with self._rich.status(printable(text)) as status:
+            yield lambda shown: status.update(printable(shown))

@@ -1,6 +1,11 @@
 """Exceptions that the command line prints as one line; any other exception is a bug and keeps its traceback."""
 
+import re
 import signal
+
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
 
 
 class UserError(ValueError):
@@ -26,6 +31,15 @@ class RunStopped(RunError):  # noqa: N818 - stopping on request is not an error
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def printable(text: str) -> str:
+    """Escape what could control a terminal or disguise text.
+
+    This is all control characters except line breaks and tabs, invisible characters, marks that change the direction of
+    text, separators of lines, and halves of surrogate pairs.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def first_line(message: object, *, otherwise: str | None = None) -> str:

@@ -15,6 +15,42 @@ _REPEAT_AFTER_S = 0.05
 STOPPED = "run stopped; run the same command again to resume"
 
 
+INTERRUPTED = "raydet: run interrupted; run the same command again to resume"
+
+
+class _CtrlC:
+    """Handler of SIGINT: the first press interrupts the command, which cleans up; the second ends the process."""
+
+    def __init__(self) -> None:
+        self.is_pressed = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        if self.is_pressed:
+            with contextlib.suppress(Exception):  # the interrupted code may hold the lock of the stream
+                print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGINT)
+        self.is_pressed = True
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def ending_on_second_ctrl_c() -> Iterator[None]:
+    """Context manager, for commands: a second Ctrl-C in the block ends the process at once, without cleaning up.
+
+    The first one raises KeyboardInterrupt, as ever. A process that ignores Ctrl-C, as in the background of a shell,
+    continues to do so.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _CtrlC())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def ending_on_sigterm() -> Iterator[None]:
     """Context manager: SIGTERM interrupts the block while it runs, so that the block can clean up.
@@ -62,6 +98,7 @@ def _repeating_dropped_interrupts() -> Iterator[None]:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             previous(dropped)
             return
+        _set_pressed(signal.getsignal(signal.SIGINT), False)
         timers.append(threading.Timer(_REPEAT_AFTER_S, os.kill, (os.getpid(), signal.SIGINT)))
         timers[-1].start()
 
@@ -72,6 +109,11 @@ def _repeating_dropped_interrupts() -> Iterator[None]:
         sys.unraisablehook = previous
         for timer in timers:
             timer.cancel()
+
+
+def _set_pressed(handler: object, is_pressed: bool) -> None:
+    if isinstance(handler, _CtrlC):
+        handler.is_pressed = is_pressed
 
 
 class StopRequest:
@@ -92,6 +134,8 @@ class StopRequest:
 def noting_stop_requests() -> Iterator[StopRequest]:
     """Context manager: record the first SIGINT or SIGTERM while the block runs; handle the next one as before.
 
+    In a command, a Ctrl-C after the first request ends the process at once.
+
     Outside the main thread, which receives no signals, the context manager does nothing.
     """
     request = StopRequest()
@@ -107,6 +151,7 @@ def noting_stop_requests() -> Iterator[StopRequest]:
     def note(number: int, _frame: FrameType | None) -> None:
         request.signal_number = number
         restore()
+        _set_pressed(previous[signal.SIGINT], True)
 
     for number in previous:
         signal.signal(number, note)

@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from dataclasses import field
-from typing import Any, Literal, get_args
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args
 
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
@@ -26,6 +27,36 @@ Group = Literal[
 """Headings of the help, in the order they are printed."""
 
 GROUPS: tuple[Group, ...] = get_args(Group)
+
+
+_Config = TypeVar("_Config")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[_Config]) -> type[_Config]:
+    """Make a frozen dataclass of options, which refuses NaN and infinities in any field before its own checks."""
+    own = vars(cls).get("__post_init__")
+
+    def check(self: Any) -> None:
+        for item in dataclasses.fields(self):
+            _refuse_infinities(getattr(self, item.name), item.name)
+        if own is not None:
+            own(self)
+
+    if own is not None or not hasattr(cls, "__post_init__"):
+        cls.__post_init__ = check  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _refuse_infinities(value: Any, name: str) -> None:
+    if isinstance(value, float):
+        require(math.isfinite(value), f"{flag(name)} must be a finite number, got {value}")
+    elif isinstance(value, dict):
+        for item in value.values():
+            _refuse_infinities(item, name)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_infinities(item, name)
 
 
 def option(

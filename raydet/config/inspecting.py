@@ -1,12 +1,10 @@
 """`inspect`: a page about an images table."""
 
-from dataclasses import dataclass
-
-from raydet.config.fields import option, require_not_negative
+from raydet.config.fields import config, option, require_not_negative
 from raydet.config.training import AugmentationSpec
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class InspectConfig:
     """An images table → one HTML page: statistics, suspicious labels, and images as training sees them."""
 

@@ -1,9 +1,8 @@
 """`evaluate`, `compare` and `report`."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from raydet.config.fields import option, require, require_not_negative, require_positive
+from raydet.config.fields import config, option, require, require_not_negative, require_positive
 
 EvaluationProtocol = Literal["coco", "lvis", "voc07", "voc"]
 JoinKey = Literal["id", "path"]
@@ -11,7 +10,7 @@ JoinKey = Literal["id", "path"]
 _JOIN = "match images by id, or by path relative to their folder"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class EvaluateConfig:
     """Labelled images and detections → COCO numbers on the screen, and metrics tables."""
 
@@ -115,7 +114,7 @@ class EvaluateConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class CompareConfig:
     """Two sets of detections of the same images → paired differences with intervals, per class and per image."""
 
@@ -133,7 +132,7 @@ class CompareConfig:
         require_not_negative(self, "seed")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class ReportConfig:
     """Metrics tables → one HTML file that opens offline."""
 

@@ -8,9 +8,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from raydet.common.console import write_out
+from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
 from raydet.config.fields import default_of, field_names, fields_of, flag, is_required, to_yaml
 from raydet.config.help import help_page
@@ -187,10 +186,10 @@ def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
     from raydet.tables import storage
 
     try:
-        content = yaml.safe_load(storage.read_bytes(path))
+        content = parse_yaml(storage.read_start(path, MAX_YAML_BYTES + 1))
     except FileNotFoundError:
         raise UserError(f"no such config file: {path}") from None
-    except (yaml.YAMLError, OSError) as error:
+    except (DocumentError, OSError) as error:
         raise UserError(f"cannot read the config file {path}: {one_line(error)}") from None
     if content is None:
         return {}

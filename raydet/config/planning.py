@@ -1,11 +1,9 @@
 """`plan`: time and cost of a job on a cluster."""
 
-from dataclasses import dataclass
-
-from raydet.config.fields import option, require_positive
+from raydet.config.fields import config, option, require_positive
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PlanConfig:
     """A measured run of predict or train → time, cost and bottleneck of a larger run; starts nothing."""
 

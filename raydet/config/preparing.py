@@ -1,9 +1,8 @@
 """`prepare`: a source of images → an images table."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from raydet.config.fields import option, require, require_not_negative, require_positive
+from raydet.config.fields import config, option, require, require_not_negative, require_positive
 
 ImageStorage = Literal["inline", "reference"]
 Duplicates = Literal["keep", "drop"]
@@ -15,7 +14,7 @@ DEFAULT_MAX_PIXELS = 178_956_970
 """Larger images are rejected as decompression bombs; the same limit as Pillow's own, half a gigabyte of RGB."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareConfig:
     """Options shared by all sources of image files."""
 
@@ -66,7 +65,7 @@ class PrepareConfig:
         require(fraction is None or 0 < fraction < 1, f"--val-fraction must be between 0 and 1, got {fraction}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareImagesConfig(PrepareConfig):
     """Images without labels → an images table."""
 
@@ -76,7 +75,7 @@ class PrepareImagesConfig(PrepareConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareCocoConfig(PrepareConfig):
     """COCO instances JSON and its images → an images table."""
 
@@ -84,7 +83,7 @@ class PrepareCocoConfig(PrepareConfig):
     images: str = option("folder or URI of the images")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareVocConfig(PrepareConfig):
     """Pascal VOC XML files and their images → an images table."""
 
@@ -106,7 +105,7 @@ class PrepareVocConfig(PrepareConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareYoloConfig(PrepareConfig):
     """A data set in Ultralytics layout, or folders of images and labels → an images table."""
 
@@ -128,7 +127,7 @@ class PrepareYoloConfig(PrepareConfig):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareCvatConfig(PrepareConfig):
     """CVAT's XML 1.1 ("CVAT for images") and its images → an images table."""
 
@@ -136,7 +135,7 @@ class PrepareCvatConfig(PrepareConfig):
     images: str = option("folder or URI of the images")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareLabelStudioConfig(PrepareConfig):
     """Label Studio's JSON export and its images → an images table."""
 
@@ -166,7 +165,7 @@ class PrepareLabelStudioConfig(PrepareConfig):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareCsvConfig(PrepareConfig):
     """A CSV file with a box per row (VoTT, TensorFlow, RetinaNet) and its images → an images table."""
 
@@ -188,7 +187,7 @@ class PrepareCsvConfig(PrepareConfig):
     fractions: bool = option("boxes are fractions of the image's width and height, not pixels", False, group="Input")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareHubConfig(PrepareConfig):
     """A data set on the Hugging Face Hub, or a local one that `datasets` opens → an images table."""
 
@@ -218,7 +217,7 @@ class PrepareHubConfig(PrepareConfig):
     allow_web: bool = option("fetch images whose rows hold web URLs instead of rejecting them", False, group="Input")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PrepareShapesConfig:
     """Generated images of rectangles, ellipses and triangles with labels → two images tables."""
 

@@ -1,9 +1,8 @@
 """`predict`: a model and any number of images → a detections table."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from raydet.config.fields import flag, option, require, require_not_negative, require_positive
+from raydet.config.fields import config, flag, option, require, require_not_negative, require_positive
 from raydet.config.preparing import DEFAULT_MAX_PIXELS
 from raydet.config.workers import Precision, WorkersConfig
 
@@ -13,7 +12,7 @@ Merge = Literal["nms", "wbf"]
 DrawIf = Literal["any", "low_score", "many_boxes"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PredictConfig(WorkersConfig):
     """Run a detector over any number of images → a detections table, one row per image."""
 
@@ -110,7 +109,7 @@ class PredictConfig(WorkersConfig):
         group="Output",
         operational=True,
     )
-    draw: int = option("images to draw with their boxes, into OUT/_drawn", 0, group="Output", operational=True)
+    draw: int = option("images to draw with their boxes, into OUT/__drawn", 0, group="Output", operational=True)
     draw_if: DrawIf = option(
         "with --draw: any image, low_score (best box near --draw-threshold), or many_boxes",
         "any",

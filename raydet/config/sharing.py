@@ -1,12 +1,11 @@
 """`export` and `push`: tables and checkpoints → formats that other tools open."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from raydet.config.fields import option, require, require_positive
+from raydet.config.fields import config, option, require, require_positive
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class PushConfig:
     """Upload a checkpoint to the Hugging Face Hub, with a model card; log in with `hf auth login` or set HF_TOKEN."""
 
@@ -18,7 +17,7 @@ class PushConfig:
     license: str | None = option("licence stated in the model card, in the Hub's spelling: apache-2.0, …", None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class ExportCocoConfig:
     """Detections table → COCO results JSON; images table → COCO instances JSON."""
 
@@ -30,7 +29,7 @@ class ExportCocoConfig:
         require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class _ExportFolderConfig:
     """Options of the exports that write a folder with labels and images."""
 
@@ -38,7 +37,7 @@ class _ExportFolderConfig:
     copy_images: bool | None = option("copy the images too; by default those whose bytes are in the table", None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class _ExportToolConfig(_ExportFolderConfig):
     """Options of the exports to annotation tools."""
 
@@ -49,12 +48,12 @@ class _ExportToolConfig(_ExportFolderConfig):
         require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class ExportCvatConfig(_ExportToolConfig):
     """Images table or detections table → CVAT's XML 1.1 ("CVAT for images")."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class ExportLabelStudioConfig(_ExportToolConfig):
     """Images table or detections table → Label Studio's JSON: annotations, or predictions with scores."""
 
@@ -64,7 +63,7 @@ class ExportLabelStudioConfig(_ExportToolConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class ExportVocConfig(_ExportFolderConfig):
     """Images table → Pascal VOC XML files."""
 
@@ -73,7 +72,7 @@ class ExportVocConfig(_ExportFolderConfig):
     zero_based: bool = option("number pixels from 0; the VOC devkit numbers them from 1", False)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class ExportYoloConfig(_ExportFolderConfig):
     """Images table or detections table → YOLO label files in Ultralytics layout."""
 
@@ -85,7 +84,7 @@ class ExportYoloConfig(_ExportFolderConfig):
         require(0 <= self.score_threshold < 1, f"--score-threshold must be in [0, 1), got {self.score_threshold}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class ExportOnnxConfig:
     """Checkpoint → one ONNX file, from normalised pixels to logits and boxes, verified against the checkpoint."""
 

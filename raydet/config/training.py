@@ -1,9 +1,8 @@
 """`train`, and `demo`, which runs the complete pipeline."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydet.config.fields import option, require, require_not_negative, require_positive
+from raydet.config.fields import config, option, require, require_not_negative, require_positive
 from raydet.config.workers import Precision, WorkersConfig
 
 Augmentation = Literal["none", "flip", "light", "detr", "strong"]
@@ -28,7 +27,7 @@ Schedule = Literal[
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class TrainConfig(WorkersConfig):
     """Fine-tune a detector, or train a small one from scratch."""
 
@@ -232,7 +231,7 @@ def require_metric(name: str, metric: str) -> None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class DemoConfig:
     """The complete pipeline on generated images: prepare, train, predict, evaluate, report."""
 

@@ -1,16 +1,15 @@
 """`tune`: a search over the options of `train`."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydet.config.fields import option, require, require_not_negative, require_positive
+from raydet.config.fields import config, option, require, require_not_negative, require_positive
 from raydet.config.training import require_metric
 
 Search = Literal["optuna", "random"]
 Scheduler = Literal["asha", "none"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class TuneConfig:
     """Search for the training options that give the best detector, by many short training runs in parallel."""
 

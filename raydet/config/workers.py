@@ -1,14 +1,13 @@
 """Options shared by the commands that run a model on several workers."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from raydet.config.fields import option, require_positive
+from raydet.config.fields import config, option, require_positive
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class WorkersConfig:
     """Resources of each worker; none of these options changes the result."""
 

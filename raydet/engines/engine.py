@@ -3,10 +3,10 @@
 A driver that only checks a config imports neither torch nor the package of an engine.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import UserError
 from raydet.common.packages import require_packages
 from raydet.config import PredictConfig
@@ -117,8 +117,8 @@ def _processor(config: PredictConfig) -> dict[str, Any]:
     assert config.checkpoint is not None, "the config names a model instead of a checkpoint"
     path = storage.join(config.checkpoint, "preprocessor_config.json")
     try:
-        content: dict[str, Any] = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
-    except ValueError:  # the model loads with the default processor of its family
+        content: dict[str, Any] = parse_json(storage.read_bytes(path)) if storage.exists(path) else {}
+    except DocumentError:  # the model loads with the default processor of its family
         return {}
     return content
 

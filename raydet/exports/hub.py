@@ -89,7 +89,8 @@ def push(config: PushConfig) -> PushResult:
     with tempfile.TemporaryDirectory(prefix="raydet-push-") as folder:
         # From a copy, so that a training run in progress cannot change a file between two reads.
         for name in files:
-            Path(folder, name).write_bytes(storage.read_bytes(storage.join(checkpoint.name, name)))
+            with storage.open_input(storage.join(checkpoint.name, name)) as source:  # refuses links
+                Path(folder, name).write_bytes(source.read())
         Path(folder, _CARD).write_text(card.content, encoding="utf-8")
         with quiet_client(hides_bars=not sys.stderr.isatty()), _errors_in_one_line(api, config.repo):
             commit, already_done = _upload(api, config, Path(folder), card.content)

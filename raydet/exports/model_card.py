@@ -3,7 +3,6 @@
 Data is named by the last part of its path only, because home folders and buckets are private.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from raydet.common.console import shown
+from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.measuring import metrics_folder
@@ -22,7 +22,7 @@ from raydet.measuring.numbers.metrics import METRICS
 from raydet.measuring.numbers.values import values_in
 from raydet.models.checkpoints import Checkpoint
 from raydet.tables import storage
-from raydet.tables.table import MANIFEST_NAME, Table, is_table
+from raydet.tables.table import Table, is_table, read_manifest
 from raydet.training.history import EpochRecord, best_epoch, read_history
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -84,8 +84,8 @@ def build_card(config: PushConfig, checkpoint: Checkpoint) -> BuiltCard:
 def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
     folder = checkpoint.name.rstrip("/").rpartition("/")[0]
     try:
-        config = yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml")))
-    except (OSError, yaml.YAMLError):
+        config = parse_yaml(storage.read_start(storage.join(folder, "config.yaml"), MAX_YAML_BYTES + 1))
+    except (OSError, DocumentError):
         config = None
     if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("model", "train_data")):
         return _TrainedRun({}, [])
@@ -111,6 +111,8 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
             f"{', '.join(own)}; run `raydet evaluate` for this checkpoint"
         )
     rows = table.read()
+    if not rows.num_rows:
+        raise UserError(f"--metrics {metrics} holds no metrics; run `raydet evaluate` again")
     numbers: dict[str | None, dict[str, float | None]] = {name: {} for name in (None, *names)}
     for value in values_in(rows):
         if value.slice is None:
@@ -174,7 +176,7 @@ def _num_images(uri: str, checkpoint: Checkpoint) -> int | None:
     if urlsplit(uri).scheme not in ("", "file", urlsplit(checkpoint.name).scheme):
         return None
     try:
-        return int(json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))["num_rows"])
+        return int(read_manifest(uri)["num_rows"])
     except (OSError, ValueError, KeyError):
         return None
 

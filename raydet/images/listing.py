@@ -287,8 +287,8 @@ def _read_list(uri: str) -> Iterator[Entry]:
             raise UserError(
                 f"line {number} of {uri} is a web URL: {path}; copy the images to a folder or object store first"
             )
-        if root not in roots:
-            refuse_password(root, what=f"line {number} of {uri}")
+        if root not in roots or "?" in full or "#" in full:
+            refuse_password(full if root else "", what=f"line {number} of {uri}")
             roots.add(root)
             storage.resolve(root or "/")  # refuse an unknown scheme before the run starts
         if num_lines < CHECKED_LINES:

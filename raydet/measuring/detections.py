@@ -9,22 +9,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.boxes import Boxes, as_boxes
+from raydet.common.boxes import as_boxes
 from raydet.common.errors import UserError
 from raydet.config.measuring import JoinKey
 from raydet.measuring.joining import ImageKeys, join_images, list_images
 from raydet.measuring.truth import Truth, is_json
 from raydet.tables import storage
+from raydet.tables.checks import check_boxes
 from raydet.tables.coco_columns import read_results
 from raydet.tables.columns import (
     BATCH_ROWS,
     DetectionColumns,
-    Floats,
     Integers,
     TruthColumns,
     concatenate_detections,
     flatten,
-    image_ids_in,
     numbers_of,
     starts_of,
     take_detections,
@@ -92,7 +91,14 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
     uri = storage.absolute_uri(uri)
     if is_json(uri, "detections", "a detections table or COCO results JSON"):
         image_ids, columns = read_results(uri, truth.categories)
-        check_detections(uri, columns.boxes_xywh, columns.scores, image_ids, np.diff(columns.starts))
+        check_boxes(
+            uri,
+            boxes_xywh=columns.boxes_xywh,
+            scores=columns.scores,
+            num_categories=len(truth.categories),
+            image_of=lambda: np.repeat(image_ids, np.diff(columns.starts)),
+            noun="detections",
+        )
         rows, model = DetectionRows(columns=columns, errors={}), None
         found = ImageKeys(uri=uri, image_ids=image_ids, sizes_hw=np.zeros((len(image_ids), 2), np.int64))
         joined = join_images(truth.images, found, by=join, allow_partial=allow_partial, has_every_image=False)
@@ -143,12 +149,8 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
     parts = [DetectionColumns(starts=starts_of(nothing), boxes_xywh=as_boxes([]), scores=np.zeros(0), category=nothing)]
     num_rows = 0
     for batch in batches:
-        ids = image_ids_in(batch)
         counts, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
         category = columns["category"]
-        if category.size and not 0 <= category.min() <= category.max() < len(to_truth):
-            raise UserError(f"{table.uri} has detections whose category is not one of its {len(to_truth)} categories")
-        check_detections(table.uri, columns["bbox"], columns["score"], ids, counts)
         has_error = numbers_of(batch.column("error").is_valid())
         if (counts[has_error] > 0).any():
             raise UserError(f"{table.uri} has an image with both detections and an `error`; expected one or neither")
@@ -162,19 +164,6 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
             )
         )
     return DetectionRows(columns=concatenate_detections(parts), errors=errors)
-
-
-def check_detections(where: str, boxes_xywh: Boxes, scores: Floats, image_ids: Integers, lengths: Integers) -> None:
-    """Raise UserError if a box or score is invalid."""
-    for bad, what in (
-        (~np.isfinite(boxes_xywh).all(axis=1), "a box that is not finite (NaN or infinite)"),
-        (~np.isfinite(scores), "a score that is not finite (NaN or infinite)"),
-        ((boxes_xywh[:, 2:] < 0).any(axis=1), "a box with a negative width or height; boxes are x, y, width, height"),
-        ((scores < 0) | (scores > 1), "a score outside 0 … 1"),
-    ):
-        if bad.any():
-            image_id = np.repeat(image_ids, lengths)[bad][0]
-            raise UserError(f"{where}: {bad.sum()} detections have {what}, for example in image {image_id}")
 
 
 def _map_categories(table: Table, truth: Truth) -> Integers:

@@ -6,7 +6,6 @@ deleted first and written last, so its presence means that the run's rows in all
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,10 +16,10 @@ import pyarrow.parquet as pq
 from raydet.common.errors import UserError
 from raydet.config import EvaluateConfig, config_hash, identity
 from raydet.tables import storage
-from raydet.tables.layout import FileGroups, groups_of
+from raydet.tables.layout import MANIFEST_NAME, FileGroups, groups_of
 from raydet.tables.output_folder import OutputFolder, open_folder
-from raydet.tables.schema import TableKind
-from raydet.tables.table import MANIFEST_NAME, Table, is_table, open_table, write_manifest
+from raydet.tables.schema import TableKind, with_token
+from raydet.tables.table import Table, is_table, open_table, read_manifest, write_manifest
 
 KINDS: tuple[TableKind, ...] = (
     "per_image",
@@ -84,6 +83,10 @@ def runs_in(out: str) -> tuple[str, ...]:
     runs = _read_manifest(uri).get("runs")
     if not runs:
         raise UserError(f"{uri} was written by an earlier raydet; run `raydet evaluate` again")
+    if any(name != file_name(of_run["run"]) for name, of_run in runs.items()):
+        raise UserError(
+            f"{uri} is damaged: its manifest names a run by the file of another; run `raydet evaluate` again"
+        )
     return tuple(of_run["run"] for of_run in runs.values())
 
 
@@ -128,7 +131,8 @@ def write_run(
                     folder.delete_file(kind, leftover)
         data = pa.BufferOutputStream()
         footers: list[pq.FileMetaData] = []
-        pq.write_table(tables[kind], data, metadata_collector=footers)
+        rows = tables[kind].cast(with_token(tables[kind].schema, config_hash(config)))
+        pq.write_table(rows, data, metadata_collector=footers)
         folder.write_bytes(data.getvalue().to_pybytes(), kind, name)
         manifest = _read_manifest(uri)
         own = {"run": run, "config_hash": config_hash(config), **extra.get(kind, {})}
@@ -155,11 +159,11 @@ def _write(uri: str, files: dict[str, FileGroups], runs: dict[str, dict[str, Any
     # The newest run's entries are repeated at the top level for readers that expect a single run.
     newest = next(reversed(runs.values()))
     others = {key: value for key, value in newest.items() if key != "config_hash"}
-    write_manifest(uri, files, config_hash=newest["config_hash"], runs=runs, **others)
+    tokens = {name: own["config_hash"] for name, own in runs.items()}
+    write_manifest(uri, files, config_hash=newest["config_hash"], token=tokens, runs=runs, **others)
 
 
 def _read_manifest(uri: str) -> dict[str, Any]:
     if not is_table(uri):
         return {}
-    content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, MANIFEST_NAME)))
-    return content
+    return read_manifest(uri)

@@ -37,7 +37,8 @@ from raydet.tables.columns import (
     take_detections,
     take_truth,
 )
-from raydet.tables.table import MANIFEST_NAME, RowGroup, Table, open_table, refusing_damage
+from raydet.tables.layout import MANIFEST_NAME
+from raydet.tables.table import RowGroup, Table, open_table, refusing_damage
 
 _BYTES_PER_SHARD = 20 * 2**20
 """About 400,000 detections."""

@@ -16,6 +16,7 @@ from raydet.common.errors import UserError
 from raydet.images.files import readable
 from raydet.measuring.joining import ImageKeys, list_images
 from raydet.tables import storage
+from raydet.tables.checks import check_boxes, check_unique
 from raydet.tables.coco_columns import Federated, read_instances
 from raydet.tables.columns import (
     BATCH_ROWS,
@@ -25,8 +26,9 @@ from raydet.tables.columns import (
     take_truth,
     texts_of,
 )
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.schema import Category, build_schema
-from raydet.tables.table import MANIFEST_NAME, Table, open_table
+from raydet.tables.table import Table, open_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +56,16 @@ class Truth:
             raise UserError(f"{self.uri} has no categories; the truth must have labels")
         if not columns.image_ids.size:
             raise UserError(f"{self.uri} has no images")
-        repeated = columns.image_ids[1:][np.diff(columns.image_ids) == 0]
-        if repeated.size:
-            raise UserError(f"{self.uri} has duplicate image ids, for example {repeated[0]}; ids must be unique")
-        bad = ~np.isfinite(columns.boxes_xywh).all(axis=1) | ~np.isfinite(columns.area)
-        bad |= (columns.boxes_xywh[:, 2:] < 0).any(axis=1)
-        bad |= (columns.category < 0) | (columns.category >= len(self.categories))
-        if bad.any():
-            image_id = np.repeat(columns.image_ids, np.diff(columns.starts))[bad][0]
-            raise UserError(
-                f"{self.uri}: {bad.sum()} boxes have a number that is not finite, a negative size or an unknown "
-                f"category, for example in image {image_id}"
-            )
+        check_unique(columns.image_ids, self.uri)
+        check_boxes(
+            self.uri,
+            boxes_xywh=columns.boxes_xywh,
+            category=columns.category,
+            area=columns.area,
+            num_categories=len(self.categories),
+            image_of=lambda: np.repeat(columns.image_ids, np.diff(columns.starts)),
+            noun="boxes",
+        )
 
 
 def read_truth(uri: str, *, lvis: bool = False) -> Truth:
@@ -118,7 +118,7 @@ def data_hash(uri: str) -> str:
 def _read_images_table(table: Table) -> Truth:
     names = ("bbox", "category", "area", "iscrowd")
     parts: list[dict[str, npt.NDArray[Any]]] = []
-    for batch in table.iter_batches([f"objects.{name}" for name in names], BATCH_ROWS):
+    for batch in table.iter_batches(["image_id", *(f"objects.{name}" for name in names)], BATCH_ROWS):
         lengths, columns = flatten(batch, "objects", names, table.uri)
         parts.append({**columns, "lengths": lengths})
     if not parts:

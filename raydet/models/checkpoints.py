@@ -11,7 +11,8 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from raydet.common.errors import UserError, first_line
+from raydet.common.documents import DocumentError, parse_json
+from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.opening import refusal_in_folder
 from raydet.tables import storage
 from raydet.tables.schema import Category
@@ -25,8 +26,10 @@ STEPS_FILE = "log/steps.json"
 MOST_REMOTE_BYTES = 512 * 2**20
 """The fingerprint of larger files in an object store uses their size and time instead of their content."""
 
-_MAX_CONFIG_BYTES = 16 * 2**20
 _CONFIG = "config.json"
+_ADAPTER_FILE = "adapter_config.json"
+_MOST_CONFIG_BYTES = 8 * 2**20
+_FOREIGN_PARTS = ("quantization_config", "use_kernels", "kernel_config")
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt")
 
 
@@ -53,10 +56,8 @@ def read_checkpoint(name: str) -> Checkpoint:
         UserError: There is no model there.
     """
     is_folder = storage.exists(name)
-    content: dict[str, Any] = (
-        _folder_config(name) if is_folder else json.loads(storage.read_bytes(_hub_config_path(name)))
-    )
-    if "model_type" not in content:
+    content = _folder_config(name) if is_folder else _parsed(storage.read_bytes(hub_config_path(name)), name)
+    if not isinstance(content.get("model_type"), str):
         raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
     absolute = storage.absolute_uri(name) if is_folder else name
     return Checkpoint(absolute, content["model_type"], categories_in(content))
@@ -79,7 +80,7 @@ def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str
     """
     if not storage.exists(name):
         # The path in the cache is …/snapshots/COMMIT/config.json.
-        return Path(_hub_config_path(name)).parent.name
+        return Path(hub_config_path(name)).parent.name
     digest = hashlib.sha256()
     files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES)]
     for file in files:
@@ -106,9 +107,12 @@ def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
     The result is empty if the labels are the placeholders of transformers (LABEL_0 and so on).
     """
     own = content.get("raydet")
-    if own:
-        return tuple(Category(id=item["id"], name=item["name"]) for item in own["categories"])
-    labels = {int(index): str(label) for index, label in (content.get("id2label") or {}).items()}
+    try:
+        if own:
+            return tuple(Category(id=int(item["id"]), name=str(item["name"])) for item in own["categories"])
+        labels = {int(index): str(label) for index, label in (content.get("id2label") or {}).items()}
+    except (TypeError, ValueError, LookupError, AttributeError):
+        raise UserError("the config.json of the model lists its classes in a form that raydet does not know") from None
     if all(label == f"LABEL_{index}" for index, label in labels.items()):
         return ()
     return tuple(Category(id=index, name=labels[index]) for index in sorted(labels))
@@ -129,26 +133,81 @@ def _folder_config(folder: str) -> dict[str, Any]:
     weights = [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
     if not weights:
         raise UserError(f"the folder {folder} holds no model weights (no .safetensors file)")
+    return check_local_config(folder)
+
+
+def check_local_config(folder: str) -> dict[str, Any]:
+    """Read the `config.json` of a model folder, which must not make transformers fetch anything.
+
+    Raises:
+        UserError: It is damaged, or refers to an adapter, kernels or a quantiser.
+    """
+    path = storage.join(folder, _CONFIG)
     try:
-        content: Any = json.loads(storage.read_bytes(path, max_bytes=_MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {first_line(error)}") from None
+        data = storage.read_bytes(path, max_bytes=_MOST_CONFIG_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not the config of a model: it must be an object, got a {type(content).__name__}")
+    content = _parsed(data, path)
+    if storage.exists(storage.join(folder, _ADAPTER_FILE)):
+        raise UserError(f"{folder} holds an adapter of another model ({_ADAPTER_FILE}); merge it into the model first")
+    _refuse_foreign_parts(content, path)
     return content
 
 
-def _hub_config_path(name: str) -> str:
-    """Return the path in the cache of the `config.json` of a model on the Hub, after downloading it if necessary."""
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = parse_json(data, max_bytes=_MOST_CONFIG_BYTES)
+    except DocumentError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is not the config of a model: expected a JSON object")
+    return content
+
+
+def _refuse_foreign_parts(content: Any, where: str) -> None:
+    """Refuse a local model whose config makes transformers fetch and run code: kernels and quantisers from the Hub.
+
+    Raises:
+        UserError: There is such an entry, at any depth.
+    """
+    if isinstance(content, list):
+        for item in content:
+            _refuse_foreign_parts(item, where)
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        is_kernel = key.endswith("_implementation") and any(mark in json.dumps(value) for mark in "/:|@")
+        if is_kernel or (key in _FOREIGN_PARTS and value):
+            raise UserError(
+                f"{where} has the entry {key}, for which transformers may fetch code from the Hub; remove it, or use a "
+                "plain fp32 checkpoint"
+            )
+        _refuse_foreign_parts(value, where)
+
+
+def hub_config_path(name: str) -> str:
+    """Return the path in the cache of the `config.json` of a model on the Hub, after downloading it if necessary.
+
+    Raises:
+        UserError: There is no such model.
+        RunError: The Hub cannot be reached, and the model is not in the cache.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from raydet.common.hub_client import require_hub
 
     try:
         # No detector on the Hub has a name without an owner: a mistyped folder is refused without asking the Hub.
         if "/" not in name and not isinstance(try_to_load_from_cache(name, _CONFIG), str):
             raise HFValidationError
+        is_cached = isinstance(try_to_load_from_cache(name, _CONFIG), str)
+        try:
+            require_hub()
+        except RunError:
+            if not is_cached:
+                raise
+            return hf_hub_download(name, _CONFIG, local_files_only=True)
         return hf_hub_download(name, _CONFIG)
     except HFValidationError:
         raise UserError(f"no such checkpoint: {name} is neither a folder nor a Hub name (owner/name)") from None

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,10 @@ class Detector:
             self.model.save_pretrained(folder)
             # Some model types have no default processor class, so that the folder must name one.
             self.processor.save_pretrained(folder)
+        # safetensors makes files private; the others follow the umask.
+        mode = Path(folder, "config.json").stat().st_mode & 0o777
+        for file in Path(folder).glob("*.safetensors"):
+            file.chmod(mode)
 
 
 def _pixel_mask(batch: Batch) -> Tensor:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from raydet.common.errors import UserError, first_line
+from raydet.common.hub_client import offline_if_local
 from raydet.config import Backbone, BatchNorm
 from raydet.models import backbone
 from raydet.models.batch_norm import (
@@ -24,7 +26,7 @@ from raydet.models.batch_norm import (
     keep_batch_norm_gradients_contiguous,
     reset_batch_norm_scales,
 )
-from raydet.models.checkpoints import categories_in
+from raydet.models.checkpoints import categories_in, check_local_config, hub_config_path
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
 from raydet.models.geometry import ResizeRule
@@ -75,7 +77,7 @@ def build_detector(
     name = os.path.expanduser(name)
     if not categories:
         raise UserError(f"cannot train {name} without classes: the images table names none")
-    with quiet(), torch.random.fork_rng():
+    with quiet(), offline_if_local(name), torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh: set[str] = set()
         if name in SMALL_MODELS:
@@ -118,7 +120,7 @@ def resize_rule_for(name: str, image_size: int | None) -> ResizeRule:
         UserError: The model does not exist or cannot be read.
     """
     name = os.path.expanduser(name)
-    with quiet():
+    with quiet(), offline_if_local(name):
         if name in SMALL_MODELS:
             family = FAMILIES[SMALL_MODELS[name].model_type]
             processor = default_processor(family)
@@ -141,7 +143,7 @@ def load_detector(name: str) -> Detector:
         UserError: The model does not exist, is not a detector, does not name its classes, or lacks weights.
     """
     name = os.path.expanduser(name)
-    with quiet():
+    with quiet(), offline_if_local(name):
         config, family = _read_config(name)
         categories = categories_in(config.to_dict())
         if not categories:
@@ -185,11 +187,14 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise UserError(f"{name} holds no model (no config.json); use the folder of a checkpoint")
+        check_local_config(name)
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
             f"no such model: {name} is neither a folder nor a Hub name (owner/name) nor one of the small models "
             f"{', '.join(SMALL_MODELS)}"
         )
+    else:
+        hub_config_path(name)  # tells at once if the Hub cannot be reached
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -229,6 +234,11 @@ def _read_processor(name: str, family: Family) -> Any:
 
 
 def _cannot_read(name: str, error: Exception) -> UserError:
+    if isinstance(error, OfflineModeIsEnabled) and Path(name).exists():
+        return UserError(
+            f"the model in {name} is incomplete: its config.json refers to another model, which raydet does not fetch "
+            "for a local folder"
+        )
     reason = first_line(error)
     if Path(name).exists():
         return UserError(f"cannot read the model in {name}: {reason}")

@@ -1,4 +1,4 @@
-"""`raydet prepare`: a source of images → images tables, with anomalies listed in OUT/_rejected and OUT/_findings.
+"""`raydet prepare`: a source of images → images tables, with anomalies listed in OUT/__rejected and OUT/__findings.
 
 Every image is read and checked, so that each image in a table is readable and has the stated size. Every image found is
 either accepted or rejected, rows keep the source's order, and the user's files are never written to.
@@ -16,7 +16,7 @@ Anomalies are handled as follows:
   `duplicate_images: drop` rejects it. A split never separates the two.
 - An image without boxes is kept as a negative example.
 
-Each is counted, and listed in OUT/_rejected (images) or OUT/_findings (everything else).
+Each is counted, and listed in OUT/__rejected (images) or OUT/__findings (everything else).
 """
 
 import contextlib

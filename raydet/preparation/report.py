@@ -31,7 +31,7 @@ class PrepareReport:
         already_done: True if the same configuration had already written everything, so that nothing was done.
         found: Images in the source; always accepted + rejected.
         accepted: Rows of the tables.
-        rejected: Rows of OUT/_rejected.
+        rejected: Rows of OUT/__rejected.
         without_boxes: Accepted images that have no box.
         unlabelled_kept: Unlabelled images that were kept; those rejected are among the `reasons`.
         boxes: Boxes in the tables, crowds included.
@@ -46,7 +46,7 @@ class PrepareReport:
         boxes_by_class: Boxes by class name.
         reasons: Rejected images by reason.
         rejected_paths: Reason by path of each rejected image, if there are at most `MOST_NAMED`.
-        findings: Other anomalies in the annotations and their counts. OUT/_findings lists these and all counted above.
+        findings: Other anomalies in the annotations and their counts. OUT/__findings lists these and all counted above.
         splits: By split: `images`, `boxes` and `boxes_by_class`.
         not_in_val: Names of classes that have boxes, but none in the split `val`.
         tables: The tables by split; empty if there is only one, in `out`.

@@ -1,17 +1,17 @@
 """Target of `prepare`: the tables below OUT, and removal of the files of a killed run."""
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydet.tables import storage
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import RUN_FILE, OutputFolder
-from raydet.tables.table import FINDINGS_FOLDER, MANIFEST_NAME, REJECTED_FOLDER, is_table
+from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, is_table, read_manifest
 
-_OWN_FILE = re.compile(rf"part-\d{{5,}}\.parquet|{re.escape(MANIFEST_NAME)}|_shared-[-\w]+")
+_OWN_FILE = re.compile(rf"part-\d{{5,}}\.parquet|{re.escape(MANIFEST_NAME)}|\.shared-[-\w]+")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class Target:
         if not is_complete:
             return None
         last = next(iter(self.tables.values()))
-        manifest: dict[str, Any] = json.loads(storage.read_bytes(storage.join(last, MANIFEST_NAME)))
-        return manifest
+        return read_manifest(last)
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Remove the files of an earlier run and write the record of this one."""

@@ -43,7 +43,7 @@ from raydet.preparation.target import Target
 from raydet.tables import storage
 from raydet.tables.columns import Flags, Integers
 from raydet.tables.layout import FileGroups
-from raydet.tables.schema import build_schema
+from raydet.tables.schema import build_schema, with_token
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, TableWriter, write_manifest
 
 LOST = "boxes of rejected images, dropped"
@@ -224,10 +224,11 @@ class _PreparationRun:
         """Write the files of one table; yield the ids and hashes of the rows of each file."""
         uri = self._target.tables[split]
         storage.make_folder(uri)
+        schema = build_schema("images", self._source.categories, extra_fields=self._source.extra_fields)
         write = partial(
             write_part,
             table_uri=uri,
-            schema=build_schema("images", self._source.categories, extra_fields=self._source.extra_fields),
+            schema=with_token(schema, self._plan.config_hash),
             examine=self._examine,
             num_classes=len(self._source.categories),
             num_threads=self._plan.num_threads,

@@ -96,6 +96,8 @@ def read_run(metrics_uri: str, run: str | None) -> RunTables:
     metrics = opened["metrics"]
     assert metrics is not None, "a run that the manifest names has its file"
     rows = tables.pop("metrics")
+    if not rows.num_rows:
+        raise UserError(f"{uri} has no metrics of the run {chosen}; run `raydet evaluate` again")
     facts = tables.pop("runs").to_pylist() if "runs" in tables else []
     values = {(value.slice, value.metric, value.category): value for value in values_in(rows)}
     return RunTables(

@@ -19,13 +19,14 @@ from raydet.engines.loading import resize_rule_before
 from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
 from raydet.scoring.blocks import images_in, planes_in
-from raydet.scoring.plan import Work, part_name
+from raydet.scoring.plan import COUNTS_KEY, Work, part_name
 from raydet.tables import storage
 from raydet.tables.layout import groups_of
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import DETECTIONS_TYPE
 
-COUNTS_KEY = b"raydet_counts"
+_MOST_ROWS_PER_GROUP = 2**14
+"""Fewer than 2²⁶ numbers in a column, even with 900 detections per image: readers refuse more."""
 _LOG = logging.getLogger(__name__)
 
 _Found = list[Any]
@@ -140,7 +141,7 @@ class ChunkScorer:
             counts = {"num_errors": len(errors), "num_detections": num_detections}
             metadata = {**self._work.schema.metadata, COUNTS_KEY: json.dumps(counts)}
             sink = pa.BufferOutputStream()
-            pq.write_table(table.replace_schema_metadata(metadata), sink)
+            pq.write_table(table.replace_schema_metadata(metadata), sink, row_group_size=_MOST_ROWS_PER_GROUP)
             content = sink.getvalue()
             groups = groups_of(pq.read_metadata(pa.BufferReader(content)))
             self._work.folder.write_bytes(content.to_pybytes(), part_name(chunk))

@@ -20,7 +20,8 @@ from raydet.scoring.plan import LOG_FOLDER, Work
 from raydet.scoring.recovery import Losses
 from raydet.scoring.stream import score, threads_of
 from raydet.tables import storage
-from raydet.tables.table import MANIFEST_NAME, is_table
+from raydet.tables.layout import MANIFEST_NAME
+from raydet.tables.table import is_table
 
 
 class RayLosses(Losses):

@@ -1,4 +1,4 @@
-"""The gallery of a scoring run: some of its images with their boxes drawn, in OUT/_drawn.
+"""The gallery of a scoring run: some of its images with their boxes drawn, in OUT/__drawn.
 
 The selection depends on the detections alone: the same table yields the same images, regardless of the number of
 workers that wrote it and of their order.
@@ -31,7 +31,7 @@ from raydet.tables.table import Table
 if TYPE_CHECKING:
     from raydet.images.collection import Collection
 
-DRAWN_FOLDER = "_drawn"
+DRAWN_FOLDER = "__drawn"
 INDEX_FILE = "index.csv"
 
 _COLUMNS = ("image_id", "path", "file", "best_score", "num_boxes")
@@ -118,7 +118,7 @@ class GalleryPainter:
         """Store the settings; nothing is drawn yet.
 
         Args:
-            out: Folder or URI of the run; the drawn images are written to OUT/_drawn.
+            out: Folder or URI of the run; the drawn images are written to OUT/__drawn.
             categories: Classes of the detections, in index order.
             max_images: Maximum number of images to draw.
             draw_if: Selection rule, see the class.
@@ -198,7 +198,7 @@ class GalleryPainter:
         )
 
     def draw(self, images: "Collection", chosen: Sequence[Chosen]) -> GalleryReport:
-        """Write OUT/_drawn/RANK-NAME.jpg, each atomically and named like its image, and then OUT/_drawn/index.csv.
+        """Write OUT/__drawn/RANK-NAME.jpg, each atomically and named like its image, and then OUT/__drawn/index.csv.
 
         Drawn images of an earlier gallery are removed. Images that can no longer be read are omitted and reported.
 

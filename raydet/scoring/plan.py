@@ -18,7 +18,7 @@ from raydet.images.listing import is_pattern
 from raydet.tables import storage
 from raydet.tables.output_folder import RUN_FILE, OutputFolder
 
-LOG_FOLDER = "_log"
+LOG_FOLDER = "__log"
 """Log folder in OUT; names with a leading `_` are not part of the table."""
 _MOST_ROWS_PER_FILE = 1024
 """Maximum rows of a detections file, a few megabytes; a kill loses the work on each file in flight."""
@@ -28,6 +28,8 @@ _EVEN_ENOUGH = 1.02
 """Larger chunks are preferred to a distribution that saves less than this factor."""
 _IMAGES_PER_BLOCK = 64
 """Enough to make the cost of a call to another process negligible, few enough to start the model soon."""
+COUNTS_KEY = b"raydet_counts"
+"""Metadata of a file with its numbers of errors and detections, JSON."""
 _PART_NAME = re.compile(r"part-(\d{7,})\.parquet")
 
 
@@ -134,10 +136,10 @@ def part_name(chunk: int) -> str:
     return f"part-{chunk:07d}.parquet"
 
 
-def done_chunks(folder: OutputFolder) -> set[int]:
-    """Return the chunks whose file exists; files appear atomically."""
+def files_of_chunks(folder: OutputFolder) -> dict[str, int]:
+    """Return the chunk of each file that has the name of a chunk's; files appear atomically."""
     matches = map(_PART_NAME.fullmatch, folder.list_files())
-    return {int(match[1]) for match in matches if match}
+    return {match[0]: int(match[1]) for match in matches if match}
 
 
 def missing_here(work: Work) -> str | None:

@@ -27,17 +27,16 @@ from raydet.engines.selection import check_classes
 from raydet.images.collection import Collection, IndexedCollection, open_collection
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
-from raydet.scoring.chunks import COUNTS_KEY, unreadable_in
+from raydet.scoring.chunks import unreadable_in
 from raydet.scoring.gallery import GalleryPainter, GalleryReport
 from raydet.scoring.plan import ScoringPlan, Work, done_chunks, part_name
 from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
 from raydet.tables import storage
-from raydet.tables.layout import groups_of
-from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
-from raydet.tables.schema import Category, build_schema
-from raydet.tables.table import MANIFEST_NAME, is_table, open_table, read_footers, write_manifest
+from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder, token_of_run
+from raydet.tables.schema import Category, build_schema, token_of, with_token
+from raydet.tables.table import is_table, open_table, read_manifest, write_manifest
 
-INDEX_FILE = "_inputs.parquet"
+INDEX_FILE = ".inputs.parquet"
 MOST_NAMED = 10
 """For no more unreadable images than this, the result names each."""
 MOST_IMAGES_IN_PROCESS = 2_000
@@ -212,7 +211,7 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
 
 
 def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> JobReport:
-    """Score what is left and write the manifest; write OUT/job.json in any case."""
+    """Score what is left and write the manifest; write OUT/.job.json in any case."""
     stats, reason, job = JobStats(), None, place.job_record()
     num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in done_chunks(work.folder))
     if num_rows:
@@ -248,7 +247,7 @@ def _write_report(
     job: JobRecord,
     error: str | None,
 ) -> JobReport:
-    """Write OUT/job.json, even for a failed run; a full disk is reported elsewhere."""
+    """Write OUT/.job.json, even for a failed run; a full disk is reported elsewhere."""
     earlier = None
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(folder.read_bytes(JOB_FILE))
@@ -287,6 +286,7 @@ def _work(
     load: EngineLoader,
 ) -> Work:
     """Build the shared work of the run, with the plan of the run that it resumes."""
+    schema = build_schema("detections", model.categories, extra_metadata={"checkpoint": without_secrets(model.name)})
 
     def work(plan: ScoringPlan) -> Work:
         return Work(
@@ -295,9 +295,7 @@ def _work(
             model_fingerprint=model.fingerprint,
             images=images,
             plan=plan,
-            schema=build_schema(
-                "detections", model.categories, extra_metadata={"checkpoint": without_secrets(model.name)}
-            ),
+            schema=with_token(schema, token_of_run(run_identity)),
             load_engine=load,
         )
 
@@ -319,15 +317,8 @@ def _work(
 
 
 def _finish(work: Work, written: dict[str, FileCounts]) -> None:
-    """Check that there is one row per image and write the manifest, which marks the table as complete.
-
-    The footers of files that an earlier run wrote are read in parallel.
-    """
-    names = [part_name(chunk) for chunk in range(work.plan.num_chunks)]
-    earlier = [name for name in names if name not in written]
-    for name, footer in zip(earlier, read_footers(work.folder.uri, earlier), strict=True):
-        written[name] = FileCounts(groups_of(footer), **json.loads(footer.metadata[COUNTS_KEY]))
-    counts = {name: written[name] for name in names}
+    """Check that there is one row per image and write the manifest, which marks the table as complete."""
+    counts = {name: written[name] for name in map(part_name, range(work.plan.num_chunks))}
     num_rows = sum(file.num_images for file in counts.values())
     assert num_rows == work.plan.num_rows, f"{num_rows} rows for {work.plan.num_rows} images"
     num_errors = sum(file.num_errors for file in counts.values())
@@ -336,6 +327,7 @@ def _finish(work: Work, written: dict[str, FileCounts]) -> None:
         work.folder.uri,
         {name: file.groups for name, file in counts.items()},
         config_hash=config_hash(work.config),
+        token=token_of(work.schema.metadata),
         id_space=work.images.id_space,
         num_errors=num_errors,
         unreadable=unreadable_in(work.folder, named),
@@ -344,7 +336,7 @@ def _finish(work: Work, written: dict[str, FileCounts]) -> None:
 
 
 def _result(folder: OutputFolder, *, already_done: bool = False) -> PredictResult:
-    manifest = json.loads(folder.read_bytes(MANIFEST_NAME))
+    manifest = read_manifest(folder.uri)
     return PredictResult(
         folder.uri,
         manifest["num_rows"],

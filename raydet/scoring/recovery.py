@@ -6,16 +6,21 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import pyarrow.parquet as pq
+
 from raydet.cluster.job_record import JobRecord
 from raydet.cluster.stopwatch import FileStats
+from raydet.common.documents import parse_json
 from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
 from raydet.config import PredictConfig
 from raydet.engines.loading import EngineLoader
-from raydet.scoring.plan import LOG_FOLDER, Work, done_chunks
+from raydet.scoring.plan import COUNTS_KEY, LOG_FOLDER, Work, files_of_chunks, part_name
 from raydet.tables import storage
-from raydet.tables.layout import FileGroups
+from raydet.tables.layout import FileGroups, groups_of
 from raydet.tables.output_errors import refusal_of
+from raydet.tables.schema import token_of
+from raydet.tables.table import read_footers
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Write errors of a disk that is full or read-only."""
@@ -98,7 +103,7 @@ def score_all(
         notify: Receives a line before another attempt.
 
     Returns:
-        The counts of each file that this run wrote, by file name.
+        The counts of each file of the run, by file name.
 
     Raises:
         UserError: The model or the images changed.
@@ -107,8 +112,9 @@ def score_all(
     failures = 0
     written: dict[str, FileCounts] = {}
     while True:
-        done = done_chunks(work.folder)
-        left = [chunk for chunk in range(work.plan.num_chunks) if chunk not in done]
+        _count_files(work, written)
+        num_done = len(written)
+        left = [chunk for chunk in range(work.plan.num_chunks) if part_name(chunk) not in written]
         if not left:
             return written
         try:
@@ -122,14 +128,37 @@ def score_all(
             reason = reason_of(place.losses.causes(error)[-1])
         else:
             reason = "output files are missing"
-            if done_chunks(work.folder).issuperset(left):
+            if all(part_name(chunk) in written for chunk in left):
                 continue
-        failures = 1 if done_chunks(work.folder) > done else failures + 1
+        _count_files(work, written)
+        failures = 1 if len(written) > num_done else failures + 1
         if failures > work.config.max_failures:
             raise RunError(
                 f"the run failed more than --max-failures {work.config.max_failures} times ({reason}); {_RESUME_HINT}"
             )
         notify(place.prepare_again(reason))
+
+
+def _count_files(work: Work, written: dict[str, FileCounts]) -> None:
+    """Add the counts of the run's finished files that are not in `written` yet.
+
+    A file that lacks the run's token, or has another number of rows, is not the run's; its chunk is scored again.
+    """
+    names = {name: chunk for name, chunk in files_of_chunks(work.folder).items() if name not in written}
+    for (name, chunk), footer in zip(names.items(), read_footers(work.folder.uri, list(names)), strict=True):
+        counts = None if footer is None else _counts_in(footer, work)
+        if counts is not None and counts.num_images == len(work.plan.rows_of(chunk)):
+            written[name] = counts
+
+
+def _counts_in(footer: pq.FileMetaData, work: Work) -> FileCounts | None:
+    metadata = footer.metadata or {}
+    if token_of(metadata) != token_of(work.schema.metadata):
+        return None
+    try:
+        return FileCounts(groups_of(footer), **parse_json(metadata[COUNTS_KEY]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def raise_if_permanent(error: Exception, work: Work, losses: Losses) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import RunError, UserError
 from raydet.tables import storage
 
@@ -316,7 +317,7 @@ def _who(other: dict[str, Any]) -> str:
 def _parsed(data: bytes) -> dict[str, Any] | None:
     """Parse a JSON object; return None for other content, such as a file still being written."""
     try:
-        content = json.loads(data)
-    except ValueError:
+        content = parse_json(data, max_bytes=_MAX_LOCK_BYTES)
+    except DocumentError:
         return None
     return content if isinstance(content, dict) else None

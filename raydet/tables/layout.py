@@ -1,6 +1,10 @@
-"""The row groups of a table's files, as its manifest states them, stored compactly, since there may be millions."""
+"""The manifest of a table: its entries, and the row groups of its files, stored compactly, since there may be millions.
+
+A manifest may come from a stranger, so `parse_manifest` checks all that raydet reads from it.
+"""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,7 +12,27 @@ from typing import Any, Self
 import numpy as np
 import pyarrow.parquet as pq
 
+from raydet.common.documents import DocumentError, parse_json
+from raydet.common.errors import UserError, one_line
 from raydet.tables.columns import Integers, starts_of
+from raydet.tables.schema import SCHEMA_VERSION
+
+MANIFEST_NAME = ".manifest.json"
+"""`datasets` skips only names that start with a dot, or lie in a folder that starts with a dot or two underscores."""
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.parquet")
+_MAX_SUM = 2**53
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "config_hash": str,
+    "id_space": (str, type(None)),
+    "num_detections": int,
+    "num_errors": int,
+    "num_rows": int,
+    "prepare": dict,
+    "runs": dict,
+    "seconds": (int, float),
+    "token": (str, dict),
+}
+"""Types of the entries that raydet reads, if they are there."""
 
 FileGroups = Sequence[tuple[int, int]]
 """Number of rows and bytes of each row group of a file, in order; the bytes are uncompressed."""
@@ -66,3 +90,57 @@ class Layout:
         ends = np.cumsum(self.num_rows)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         return range(int(first), min(int(last) + 1, len(ends)))
+
+
+def parse_manifest(data: bytes, uri: str) -> tuple[dict[str, Any], Layout]:
+    """Parse and check a manifest.
+
+    Args:
+        data: Content of the file.
+        uri: Table, for messages.
+
+    Returns:
+        The entries, `files` included, and the layout of the files.
+
+    Raises:
+        UserError: The manifest is damaged, was written by another version, or names files that are no part of a table.
+    """
+    try:
+        manifest = parse_json(data)
+        if not isinstance(manifest, dict):
+            raise DocumentError("it must be an object")
+        version = manifest["schema_version"]
+        layout = _check_entries(manifest) if version == SCHEMA_VERSION else None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error, limit=200)
+        raise UserError(
+            f"{uri} is damaged: {MANIFEST_NAME} is not the manifest of a table ({reason}); run the command that writes "
+            "it again"
+        ) from None
+    if layout is None:
+        raise UserError(
+            f"{uri} has schema version {version!r:.20}, but this raydet reads version {SCHEMA_VERSION}; "
+            "write the table again with this version"
+        )
+    if not layout.files:
+        raise UserError(f"{uri} is an empty table: its manifest lists no file")
+    return manifest, layout
+
+
+def _check_entries(manifest: dict[str, Any]) -> Layout:
+    for name, kind in _ENTRIES.items():
+        value = manifest.get(name)
+        if name in manifest and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise DocumentError(f"`{name}` has a value of the wrong type")
+    files = manifest["files"]
+    for name in files:
+        if not _FILE_NAME.fullmatch(name):
+            raise DocumentError(f"{name[:80]!r} is not the name of a Parquet file inside the table")
+    for name, own in manifest.get("runs", {}).items():
+        if not isinstance(own, dict) or not isinstance(own.get("run"), str) or name not in files:
+            raise DocumentError(f"the entry of the run {name[:80]!r} is malformed")
+    layout = Layout.of(files)
+    sums = [numbers.sum(dtype=np.float64) for numbers in (layout.num_rows, layout.num_bytes)]
+    if max(sums) >= _MAX_SUM or manifest["num_rows"] != layout.num_rows.sum():
+        raise DocumentError("its numbers of rows contradict each other")
+    return layout

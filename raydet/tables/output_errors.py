@@ -43,6 +43,8 @@ def refuse_place(out: str, kind: pafs.FileType, reason: str) -> None:
     Raises:
         UserError: The output is refused.
     """
+    if "\0" in out:
+        raise UserError(f"--out {out} contains a NUL character, which no name may have; choose another --out")
     if storage.is_web(out):
         raise UserError(f"--out {out} is a web URL, which raydet cannot write; use a path, s3:// or gs://")
     filesystem, path = storage.resolve(out)

@@ -6,6 +6,7 @@ only when complete.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,20 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
+from raydet.common.documents import MAX_JSON_BYTES, DocumentError, parse_json
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
 from raydet.tables import storage
 from raydet.tables.folder_lock import Hold, LeaseTimes, hold
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_errors import one_line_errors, refuse_place
-from raydet.tables.table import MANIFEST_NAME
 
-LOCK_FILE = "_lock"
-RUN_FILE = "_run.json"
+LOCK_FILE = ".lock"
+RUN_FILE = ".run.json"
 _LOG_FOLDER = "log"
 _RECORD_SCHEMA = 2
+_FOLDER_NAME = re.compile(r"\w[\w.-]*")
 _FINGERPRINTS = {
     "checkpoint_fingerprint": "the checkpoint's weights or settings have changed since",
     "data_fingerprint": "the images have changed since",
@@ -35,7 +38,7 @@ _FINGERPRINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """Identity of the run in a folder: the content of OUT/_run.json.
+    """Identity of the run in a folder: the content of OUT/.run.json.
 
     Attributes:
         command: Command that writes the folder.
@@ -134,7 +137,7 @@ class OutputFolder:
         if own is not None and set(folders) <= set(own.folders):
             return records  # avoids listing all files, which may be many
         names = self.list_files()
-        parts = [name for name in names if name.startswith("_run-") and name.endswith(".json")]
+        parts = [name for name in names if name.startswith(".run-") and name.endswith(".json")]
         records += [record for name in parts if (record := _read_record(self.uri, name))]
         foreign = [name for name in names if not name.startswith(("_", "."))] if not records else []
         for folder in folders:
@@ -248,24 +251,34 @@ def open_folder(
             yield OutputFolder(out, command, held)
 
 
+def token_of_run(run_identity: dict[str, Any]) -> str:
+    """Return 16 hex digits that the files of a run carry, so that those of other runs never count as its own."""
+    content = json.dumps(_plain(run_identity), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def _record_name(part: str | None) -> str:
-    return RUN_FILE if part is None else f"_run-{part}.json"
+    return RUN_FILE if part is None else f".run-{part}.json"
 
 
 def _read_record(folder: str, name: str) -> RunRecord | None:
     uri = storage.join(folder, name)
     try:
-        content = json.loads(storage.read_bytes(uri))
+        content = parse_json(storage.read_limited(uri, MAX_JSON_BYTES))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except DocumentError as error:
         raise UserError(f"the run record {uri} is damaged ({error}); choose another --out") from None
     if not isinstance(content, dict) or content.get("schema") != _RECORD_SCHEMA:
         raise UserError(f"--out {folder} holds a run of an incompatible version of raydet; choose another --out")
     try:
-        return RunRecord(**{**content, "folders": tuple(content["folders"])})
+        record = RunRecord(**{**content, "folders": tuple(content["folders"])})
+        is_sound = isinstance(record.identity, dict) and isinstance(record.plan, dict)
+        if not is_sound or not isinstance(record.command, str) or not all(map(_FOLDER_NAME.fullmatch, record.folders)):
+            raise TypeError("a value has the wrong type")
     except (KeyError, TypeError) as error:
         raise UserError(f"the run record {uri} is damaged ({error}); choose another --out") from None
+    return record
 
 
 def _plain(identity: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Incremented when a reader of the old version would misread new tables."""
 
 MAX_IMAGE_ID = 2**53
@@ -44,6 +45,9 @@ TableKind = Literal[
 ]
 
 _METADATA_KEY = b"raydet"
+_TOKEN_KEY = b"raydet_token"
+_MAX_CATEGORIES = 100_000
+_LONGEST_CLASS_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -305,25 +309,57 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...]
     raw = (schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
         raise UserError(f"{where} is not a raydet table (no raydet metadata); create one with `raydet prepare`")
-    content: dict[str, Any] = json.loads(raw)
-    if content["schema_version"] != SCHEMA_VERSION:
+    try:
+        content = parse_json(raw)
+        kinds = (kind,) if isinstance(kind, str) else kind
+        version, found = content["schema_version"], content["kind"]
+        if version == SCHEMA_VERSION and found in kinds:
+            _check_categories(content["categories"])
+        if not isinstance(content.get("checkpoint"), str | None):
+            raise DocumentError("`checkpoint` has a value of the wrong type")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{where} is damaged: its raydet metadata is malformed ({error}); write it again") from None
+    if version != SCHEMA_VERSION:
         raise UserError(
-            f"{where} has schema version {content['schema_version']}, but this raydet reads version {SCHEMA_VERSION}; "
+            f"{where} has schema version {version!r:.20}, but this raydet reads version {SCHEMA_VERSION}; "
             "write the table again with this version"
         )
-    kinds = (kind,) if isinstance(kind, str) else kind
-    if content["kind"] not in kinds:
-        expected = " or ".join(kinds)
-        raise UserError(f"{where} is a table of {content['kind']}; expected a table of {expected}")
-    missing = [name for name, _ in _FIELDS[content["kind"]] if name not in schema.names]
+    if found not in kinds:
+        raise UserError(f"{where} is a table of {found!s:.40}; expected a table of {' or '.join(kinds)}")
+    missing = [name for name, _ in _FIELDS[found] if name not in schema.names]
     if missing:
         raise UserError(f"{where} lacks the columns {', '.join(missing)}")
-    return content
+    parsed: dict[str, Any] = content
+    return parsed
+
+
+def _check_categories(categories: Any) -> None:
+    if not isinstance(categories, list) or len(categories) > _MAX_CATEGORIES:
+        raise DocumentError(f"`categories` must be a list of at most {_MAX_CATEGORIES:,}")
+    for item in categories:
+        if type(item["id"]) is not int or not isinstance(item["name"], str) or len(item["name"]) > _LONGEST_CLASS_NAME:
+            raise DocumentError("a category needs a whole number as id and a name of at most 1,000 characters")
 
 
 def categories_of(content: Mapping[str, Any]) -> tuple[Category, ...]:
     """Return the categories in parsed metadata, in index order."""
     return tuple(Category(id=item["id"], name=item["name"]) for item in content["categories"])
+
+
+def declared_fields(kind: TableKind) -> Sequence[tuple[str, pa.DataType]]:
+    """Return the names and types of the columns that every table of a kind has."""
+    return _FIELDS[kind]
+
+
+def with_token(schema: pa.Schema, token: str) -> pa.Schema:
+    """Return the schema of a run's files: the token in their metadata shows that they belong to the run."""
+    return schema.with_metadata({**(schema.metadata or {}), _TOKEN_KEY: token.encode()})
+
+
+def token_of(metadata: Mapping[bytes, bytes] | None) -> str | None:
+    """Return the token in a file's metadata, None without one."""
+    token = (metadata or {}).get(_TOKEN_KEY)
+    return None if token is None else token.decode(errors="replace")
 
 
 def _huggingface_features(fields: Sequence[pa.Field], categories: Sequence[Category]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -66,6 +67,8 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         OSError: The store cannot be reached.
     """
     uri = absolute_uri(uri)
+    if "\0" in uri:
+        raise UserError(f"{uri} contains a NUL character, which no name may have")
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri.rstrip("/") or "/"
     scheme = urlsplit(uri).scheme
@@ -158,6 +161,53 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
         data: bytes = stream.read() if max_bytes is None else stream.read(max_bytes + 1)
     refuse_size(len(data))
     return data
+
+
+def read_start(uri: str, num_bytes: int) -> bytes:
+    """Read up to `num_bytes` from the start of a file, which may be a pipe."""
+    with open_stream(uri) as stream:
+        data: bytes = stream.read(num_bytes)
+    return data
+
+
+def read_limited(uri: str, max_bytes: int) -> bytes:
+    """Read a file that a stranger may have made: a regular file, not a link, of limited size.
+
+    Raises:
+        UserError: It is something else, or too large.
+        FileNotFoundError: It does not exist.
+    """
+    with open_input(uri) as file:
+        if file.size() > max_bytes:
+            raise UserError(f"{uri} is larger than {max_bytes // 2**20} MiB")
+        data: bytes = file.read(max_bytes)
+    return data
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """Open a file that a stranger may have made, for random access: a regular file, and not a link.
+
+    A local file is judged once it is open, so that nothing can be put in its place; opening waits for no pipe.
+
+    Raises:
+        UserError: It is a link, pipe, device or folder.
+        FileNotFoundError: It does not exist.
+    """
+    filesystem, path = resolve(uri)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        return filesystem.open_input_file(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise UserError(f"{uri} is a link or special file, expected a regular file; copy the file itself") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{uri} is a folder or special file, expected a regular file")
+        return filesystem.open_input_file(f"/dev/fd/{descriptor}")  # opens the same file again
+    finally:
+        os.close(descriptor)
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:

@@ -1,8 +1,8 @@
 """Tables on disk: a folder of Parquet files, complete once its manifest exists.
 
-The manifest (`_manifest.json`) is written last. It states the row groups of each file, the schema version and the hash
-of the configuration that produced the table. Readers refuse a folder without a manifest, plan by its numbers instead of
-opening all files, and compare them with each file that they read.
+The manifest (`.manifest.json`) is written last. It states the row groups of each file, the schema version, the token of
+the run, which its files carry too, and the hash of its configuration. Readers refuse a folder without a manifest, plan
+by its numbers instead of opening all files, compare them with each file that they read, and check every row.
 """
 
 import contextlib
@@ -19,18 +19,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydet.common.documents import MAX_JSON_BYTES
 from raydet.common.errors import UserError, one_line
 from raydet.common.threads import in_order
 from raydet.tables import storage
-from raydet.tables.layout import FileGroups, Layout, groups_of
-from raydet.tables.schema import SCHEMA_VERSION, Category, TableKind, categories_of, parse_metadata
+from raydet.tables.checks import check_rows, check_types, check_unique
+from raydet.tables.columns import image_ids_in
+from raydet.tables.layout import MANIFEST_NAME, FileGroups, Layout, groups_of, parse_manifest
+from raydet.tables.schema import (
+    SCHEMA_VERSION,
+    Category,
+    TableKind,
+    categories_of,
+    parse_metadata,
+    token_of,
+    with_token,
+)
 
-MANIFEST_NAME = "_manifest.json"
-FINDINGS_FOLDER, REJECTED_FOLDER = "_findings", "_rejected"
+FINDINGS_FOLDER, REJECTED_FOLDER = "__findings", "__rejected"
 """Subfolders for the lists that `prepare` writes beside an images table, or beside the tables of its splits."""
 SPLITS = ("train", "val")
 _MOST_FOLDERS, _MOST_SHOWN = 50, 5
 _SOURCE_SUFFIXES = (".jpg", ".jpeg", ".png", ".json", ".xml", ".csv", ".yaml", ".txt")
+_EARLIER_MANIFEST_NAME = "_manifest.json"
+_MAX_ROW_GROUP_BYTES = 2**31
+_MAX_VALUES = 2**26
+"""Limits of a row group that is read: a small file can claim billions of equal values."""
 ROW_GROUP_BYTES = 16 * 2**20
 """Size of a row group, the unit of reading: small enough to shuffle, large enough to stream from object storage."""
 
@@ -88,9 +102,7 @@ class Table:
 
     def only(self, name: str) -> Self:
         """Return one file as a separate table, with the categories in that file's metadata."""
-        filesystem, path = storage.resolve(self.uri)
-        schema = pq.read_schema(f"{path}/{name}", filesystem=filesystem)
-        content = parse_metadata(schema, kind=self.kind, where=self.uri)
+        schema, content = _read_schema(self.uri, name, self.kind)
         return replace(self, schema=schema, categories=categories_of(content), layout=self.layout.only(name))
 
     def row_groups(self, start: int = 0, stop: int | None = None) -> tuple[RowGroup, ...]:
@@ -127,18 +139,31 @@ class Table:
         for name, own in itertools.groupby(groups, lambda group: group.file):
             with self._open(name) as file:
                 for group in own:
-                    yield file.read_row_group(group.index, columns=None if columns is None else list(columns))
+                    rows = file.read_row_group(group.index, columns=None if columns is None else list(columns))
+                    self._check(rows)
+                    yield rows
 
     def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 1024) -> Iterator[pa.RecordBatch]:
         """Stream the rows in order, in batches.
 
         Raises:
-            UserError: A file is damaged or missing, or its row groups differ from the manifest.
+            UserError: A file is damaged or missing, its row groups differ from the manifest, a row is invalid, or an
+                image id is repeated, which is noticed at the end.
         """
         names = None if columns is None else list(columns)
+        ids = [np.zeros(0, np.int64)]
+        has_ids = self.kind in ("images", "detections") and (names is None or "image_id" in names)
         for name in self.files:
             with refusing_damage(self.uri), self._open(name) as file:
-                yield from file.iter_batches(batch_size=batch_size, columns=names)
+                for batch in file.iter_batches(batch_size=batch_size, columns=names):
+                    self._check(batch)
+                    if has_ids:
+                        ids.append(image_ids_in(batch))
+                    yield batch
+        check_unique(np.concatenate(ids), self.uri)
+
+    def _check(self, rows: pa.RecordBatch | pa.Table) -> None:
+        check_rows(rows, self.kind, len(self.categories), self.uri)
 
     def rows_at(self, positions: Sequence[int]) -> Iterator[tuple[int, pa.StructScalar]]:
         """Yield the rows at some positions, in table order, reading only the row groups that contain them."""
@@ -155,20 +180,29 @@ class Table:
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[pq.ParquetFile]:
-        """Context manager: open a file and compare its row groups with the manifest."""
-        filesystem, path = storage.resolve(self.uri)
-        try:
-            opened = pq.ParquetFile(f"{path}/{name}", filesystem=filesystem)
-        except FileNotFoundError:
-            raise UserError(f"{self.uri} lacks the file {name}, which its manifest lists") from None
-        with opened as file:
+        """Context manager: open a file and compare its row groups, columns and token with the manifest."""
+        with _open_part(self.uri, name) as file:
             found, stated = Layout.of({name: groups_of(file.metadata)}), self.layout.only(name)
-            if not np.array_equal(found.num_rows, stated.num_rows):
+            if not (
+                np.array_equal(found.num_rows, stated.num_rows) and np.array_equal(found.num_bytes, stated.num_bytes)
+            ):
                 raise UserError(
                     f"{self.uri} is damaged: {name} has {_described(found)}, but its manifest states "
                     f"{_described(stated)}; run the command that writes it again"
                 )
+            self._check_origin(name, file)
             yield file
+
+    def _check_origin(self, name: str, file: pq.ParquetFile) -> None:
+        if not file.schema_arrow.equals(self.schema):
+            raise UserError(f"{self.uri} is damaged: {name} has other columns than {self.files[0]}")
+        token = self.manifest.get("token")
+        expected = token.get(name) if isinstance(token, dict) else token
+        if token_of(file.metadata.metadata) != expected:
+            raise UserError(
+                f"{self.uri} is damaged: {name} was written by another run than its manifest; run the command that "
+                "writes it again"
+            )
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the table into memory: all columns, or the given ones; raises as `iter_batches` does."""
@@ -177,7 +211,45 @@ class Table:
 
 
 def _described(layout: Layout) -> str:
-    return f"{layout.num_rows.sum()} rows in {len(layout.num_rows)} row groups"
+    num_bytes = int(layout.num_bytes.sum())
+    return f"{layout.num_rows.sum()} rows in {len(layout.num_rows)} row groups, {num_bytes} bytes"
+
+
+@contextlib.contextmanager
+def _open_part(uri: str, name: str) -> Iterator[pq.ParquetFile]:
+    """Context manager: open a file of a table, within limits of memory.
+
+    Raises:
+        UserError: The file is missing or damaged, or a row group claims more values than raydet writes.
+    """
+    try:
+        with storage.open_input(storage.join(uri, name)) as source, pq.ParquetFile(source) as file:
+            _check_row_groups(file.metadata, uri, name)
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{uri} lacks the file {name}, which its manifest lists") from None
+
+
+def _check_row_groups(footer: pq.FileMetaData, uri: str, name: str) -> None:
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        columns = map(group.column, range(group.num_columns))
+        if group.total_byte_size > _MAX_ROW_GROUP_BYTES or any(
+            column.num_values > _MAX_VALUES or column.total_uncompressed_size > _MAX_ROW_GROUP_BYTES
+            for column in columns
+        ):
+            raise UserError(f"{uri} is damaged: a row group of {name} is larger than any that raydet writes")
+
+
+def _read_schema(uri: str, name: str, kind: TableKind | tuple[TableKind, ...]) -> tuple[pa.Schema, dict[str, Any]]:
+    """Read and check the schema of a file and the raydet metadata in it."""
+    try:
+        with _open_part(uri, name) as file:
+            schema = file.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{uri} is damaged: {name} is not a complete Parquet file ({one_line(error)})") from None
+    content = parse_metadata(schema, kind=kind, where=uri)
+    check_types(schema, content["kind"], uri)
+    return schema, content
 
 
 @contextlib.contextmanager
@@ -185,7 +257,7 @@ def refusing_damage(uri: str) -> Iterator[None]:
     """Context manager: convert a failure to read a table's file to a UserError that names the table."""
     try:
         yield
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         reason = one_line(error)
         raise UserError(f"{uri} is damaged: {reason}; run the command that writes it again") from None
 
@@ -205,44 +277,27 @@ def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
     if not storage.exists(uri):
         raise UserError(f"no such table: {uri}")
     if not is_table(uri):
+        if storage.exists(storage.join(uri, _EARLIER_MANIFEST_NAME)):
+            raise UserError(f"{uri} was written by an earlier raydet; write the table again with this version")
         if storage.is_folder(uri):
             refuse_folder_of_tables(uri, kind)
         raise UserError(_no_table(uri))
-    data = storage.read_bytes(storage.join(uri, MANIFEST_NAME))
-    manifest, layout = _parse_manifest(data, uri)
-    files = layout.files
-    filesystem, path = storage.resolve(uri)
-    try:
-        schema = pq.read_schema(f"{path}/{files[0]}", filesystem=filesystem)
-    except FileNotFoundError:
-        raise UserError(f"{uri} lacks the file {files[0]}, which its manifest lists") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = one_line(error)
-        raise UserError(f"{uri} is damaged: {files[0]} is not a complete Parquet file ({reason})") from None
-    content = parse_metadata(schema, kind=kind, where=uri)
+    data = storage.read_limited(storage.join(uri, MANIFEST_NAME), MAX_JSON_BYTES)
+    manifest, layout = parse_manifest(data, uri)
+    del manifest["files"]
+    schema, content = _read_schema(uri, layout.files[0], kind)
     fingerprint = hashlib.sha256(data).hexdigest()[:16]
     return Table(uri, content["kind"], schema, categories_of(content), manifest, layout, fingerprint)
 
 
-def _parse_manifest(data: bytes, uri: str) -> tuple[dict[str, Any], Layout]:
-    """Return the content of a manifest without its files, and their layout."""
-    try:
-        manifest = json.loads(data)
-        version = manifest["schema_version"]
-        layout = Layout.of(manifest.pop("files")) if version == SCHEMA_VERSION else None
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(
-            f"{uri} is damaged: {MANIFEST_NAME} is not the manifest of a table ({one_line(error)}); run the command "
-            "that writes it again"
-        ) from None
-    if layout is None:
-        raise UserError(
-            f"{uri} has schema version {version}, but this raydet reads version {SCHEMA_VERSION}; "
-            "write the table again with this version"
-        )
-    if not layout.files:
-        raise UserError(f"{uri} is an empty table: its manifest lists no file")
-    return manifest, layout
+def read_manifest(uri: str) -> dict[str, Any]:
+    """Read the manifest of a table, with the row groups of its `files`, without opening these.
+
+    Raises:
+        UserError: The manifest is damaged or was written by another version.
+        FileNotFoundError: The table is not complete.
+    """
+    return parse_manifest(storage.read_limited(storage.join(uri, MANIFEST_NAME), MAX_JSON_BYTES), uri)[0]
 
 
 def refuse_folder_of_tables(uri: str, kind: TableKind | tuple[TableKind, ...]) -> None:
@@ -281,18 +336,31 @@ def _no_table(uri: str) -> str:
         )
     return (
         f"{uri} is not a complete raydet table (no {MANIFEST_NAME}): it is another kind of folder, or the command "
-        "that writes it did not finish; run that command again"
+        "that writes it did not finish; run that command again, or copy the folder with its hidden files"
     )
 
 
-def write_manifest(uri: str, groups_by_file: Mapping[str, FileGroups], *, config_hash: str, **extra: Any) -> None:
-    """Write the manifest, which marks a table as complete, with further JSON-serialisable entries.
+def write_manifest(
+    uri: str,
+    groups_by_file: Mapping[str, FileGroups],
+    *,
+    config_hash: str,
+    token: str | Mapping[str, str] | None = None,
+    **extra: Any,
+) -> None:
+    """Write the manifest, which marks a table as complete.
 
-    `FileWriter`, `groups_of` and `read_footers` return the row groups of a file.
+    Args:
+        uri: The table.
+        groups_by_file: Row groups of each file, as returned by `FileWriter`, `groups_of` and `read_footers`.
+        config_hash: Hash of the configuration of the run.
+        token: Token in the metadata of all files, or of each; by default `config_hash`.
+        **extra: Further JSON-serialisable entries.
     """
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "config_hash": config_hash,
+        "token": config_hash if token is None else token,
         "num_rows": sum(num_rows for groups in groups_by_file.values() for num_rows, _ in groups),
         **extra,
     }
@@ -302,13 +370,20 @@ def write_manifest(uri: str, groups_by_file: Mapping[str, FileGroups], *, config
     storage.write_bytes(storage.join(uri, MANIFEST_NAME), text.encode())
 
 
-def read_footers(uri: str, names: Sequence[str]) -> Iterator[pq.FileMetaData]:
-    """Read the footers of a folder's Parquet files in parallel, in the given order.
+def read_footers(uri: str, names: Sequence[str]) -> Iterator[pq.FileMetaData | None]:
+    """Read the footers of a folder's Parquet files in parallel, in the given order; None for other files.
 
     Needed for files whose row groups are no longer known, since an earlier process wrote them.
     """
-    filesystem, path = storage.resolve(uri)
-    return in_order(lambda name: pq.read_metadata(f"{path}/{name}", filesystem=filesystem), names)
+
+    def read(name: str) -> pq.FileMetaData | None:
+        try:
+            with storage.open_input(storage.join(uri, name)) as source:
+                return pq.read_metadata(source)
+        except (pa.ArrowInvalid, UserError):
+            return None
+
+    return in_order(read, names)
 
 
 class FileWriter:
@@ -411,7 +486,7 @@ class TableWriter:
 
     def __init__(self, uri: str, schema: pa.Schema, *, config_hash: str, file_bytes: int = 256 * 2**20) -> None:
         self.uri = storage.absolute_uri(uri)
-        self._schema = schema
+        self._schema = with_token(schema, config_hash)
         self._config_hash = config_hash
         self._file_bytes = file_bytes
         self._files: dict[str, FileWriter] = {}
@@ -433,7 +508,7 @@ class TableWriter:
                 newest.close()
             name = f"part-{len(self._files):05d}.parquet"
             newest = self._files[name] = FileWriter(storage.join(self.uri, name), self._schema)
-        newest.write(batch)
+        newest.write(batch.replace_schema_metadata(self._schema.metadata))
 
     def flush(self) -> None:
         """Write the pending rows as a row group, however small."""

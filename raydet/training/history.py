@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raydet.common.documents import MAX_JSON_BYTES, parse_json
 from raydet.common.errors import UserError
 from raydet.config import COCO_METRICS
 from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
@@ -174,7 +175,7 @@ def read_history(out: str) -> list[EpochRecord]:
     if not storage.exists(uri):
         return []
     try:
-        contents = json.loads(storage.read_bytes(uri))
+        contents = parse_json(storage.read_limited(uri, MAX_JSON_BYTES), allow_nan=True)
         if not isinstance(contents, list):
             raise ValueError("it must be a list")
         return [EpochRecord.from_json(content) for content in contents]

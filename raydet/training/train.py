@@ -25,8 +25,9 @@ from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
 from raydet.models.families import family_of
 from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import OutputFolder, open_folder
-from raydet.tables.table import MANIFEST_NAME, Table, open_table
+from raydet.tables.table import Table, open_table
 from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, following
 

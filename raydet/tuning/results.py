@@ -13,8 +13,9 @@ import pyarrow as pa
 from raydet.config import COCO_METRICS, TrainConfig, config_hash, to_yaml
 from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
 from raydet.tables import storage
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.schema import build_schema
-from raydet.tables.table import MANIFEST_NAME, TableWriter
+from raydet.tables.table import TableWriter
 from raydet.tuning.following import in_short
 from raydet.tuning.plan import Search, TuningPlan
 from raydet.tuning.records import TRIALS_FOLDER, Trial, natural, with_history

@@ -1,10 +1,11 @@
 """Output protection: every command refuses a concurrent run, and never touches foreign files or results."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from raydet.config import EvaluateConfig
 from raydet.measuring.evaluate import evaluate
 from raydet.models.loading import build_detector
 from raydet.tables.output_folder import open_folder
-from raydet.tables.schema import build_schema
+from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 from tests.small_sets import files_below, rows_of, save_image
 
@@ -33,6 +34,21 @@ from raydet.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 """A raydet process that stops itself once it has locked its output, until it receives SIGCONT."""
+
+_STOPPING_WHILE_WRITING = """
+import os, signal, sys
+from raydet.tables import storage
+name, calls = storage.partial_name, []
+def stop_at_the_second_name(*arguments):
+    calls.append(arguments)
+    if len(calls) == 2 or not sys.argv[1].startswith(("prepare", "evaluate", "compare", "inspect")):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return name(*arguments)
+storage.partial_name = stop_at_the_second_name
+from raydet.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""A raydet process that stops itself while it writes: at its second file, or at the only one."""
 
 FOLDERS = {
     "prepare images": ["--max-pixels", "9999999"],
@@ -109,9 +125,9 @@ def run(options: dict[str, list[str]], capsys: pytest.CaptureFixture[str]) -> Ca
 Run = Callable[..., tuple[int, str]]
 
 
-def start_and_stop(command: str, options: list[str], out: Path) -> "subprocess.Popen[str]":
-    """Start a command, and return once it has locked its output and stopped."""
-    arguments = [sys.executable, "-c", _STOPPING, *command.split(), *options, "--out", str(out)]
+def start_and_stop(command: str, options: list[str], out: Path, script: str = _STOPPING) -> "subprocess.Popen[str]":
+    """Start a command, and return once it has locked its output, or begun to write, and stopped."""
+    arguments = [sys.executable, "-c", script, *command.split(), *options, "--out", str(out)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_until_stopped(process)
     return process
@@ -158,7 +174,7 @@ def test_a_second_run_is_refused_and_the_first_is_whole(
 
 def _depends_on_run(name: str) -> bool:
     """Return True for files that contain the folder or the time of their run."""
-    return name.rpartition("/")[2].startswith("_") or "/runs/" in name
+    return name.rpartition("/")[2].startswith(".") or "/runs/" in name
 
 
 @pytest.mark.parametrize("command", ON_RAY)
@@ -188,7 +204,7 @@ def test_the_first_run_on_ray_is_whole(command: str, options: dict[str, list[str
     _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert run(command, out) == (0, "")  # already finished
-    assert not [name for name in files_below(out) if name.endswith(("_lock", ".partial"))]
+    assert not [name for name in files_below(out) if name.endswith((".lock", ".partial"))]
 
 
 @pytest.mark.parametrize("command", [*FOLDERS, *ON_RAY])
@@ -212,18 +228,100 @@ def test_another_run_is_refused_with_the_same_words(command: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY])
-@pytest.mark.parametrize("kind", ["http", "below a file", "linked lock"])
+@pytest.mark.parametrize("kind", ["http", "below a file", "linked lock", "a long name", "a NUL"])
 def test_places_that_cannot_be_written_are_one_line(command: str, kind: str, tmp_path: Path, run: Run) -> None:
     name, victim = PLACES.get(command, "out"), tmp_path / "victim"
     victim.write_text("precious")
     out: Any = tmp_path / "victim" / name if kind == "below a file" else tmp_path / name
+    if kind == "a long name":
+        out = tmp_path / f"{'n' * 300}{name}"
+    if kind == "a NUL":
+        out = tmp_path / f"a\0{name}"
     if kind == "http":
         out = f"http://127.0.0.1:9/{name}"
     if kind == "linked lock":
-        lock = tmp_path / f".{name}.lock" if command in PLACES else out / "_lock"
+        lock = tmp_path / f".{name}.lock" if command in PLACES else out / ".lock"
         if command == "prepare shapes":
-            lock = out / "train" / "_lock"
+            lock = out / "train" / ".lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.symlink_to(victim)
     assert_refused(run(command, out), "--out")
     assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY])
+def test_a_place_without_rights_is_one_line_and_exit_code_1(command: str, tmp_path: Path, run: Run) -> None:
+    folder = Path("/sys")  # not even root may create files there
+    if os.geteuid() != 0:
+        folder = tmp_path / "read-only"
+        folder.mkdir(mode=0o555)
+    code, error = run(command, folder / PLACES.get(command, "raydet-out"))
+    assert code == 1 and error.count("raydet: error") == 1 and "\n" not in error, error
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """A function that makes every write of this process beyond a size fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill(most_bytes: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("most_bytes", [0, 1000])
+@pytest.mark.parametrize("command", [*FOLDERS, *(name for name in PLACES if name != "export onnx")])
+def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(
+    command: str, most_bytes: int, tmp_path: Path, run: Run, full_disk: Callable[[int], None]
+) -> None:
+    out = tmp_path / PLACES.get(command, "out")
+    full_disk(most_bytes)
+    code, error = run(command, out)
+    full_disk(resource.RLIM_INFINITY)
+    if code == 0:  # its only files were small enough
+        assert most_bytes and command in PLACES
+        return
+    assert code == 1 and error.count("raydet: error") == 1 and "\n" not in error, error
+    left = files_below(tmp_path)
+    assert not [name for name in left if name.endswith((".partial", ".html", ".json")) and ".run" not in name], left
+    assert run(command, out)[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", [*FOLDERS, *(name for name in PLACES if name != "export onnx")])
+def test_a_command_ended_while_it_writes_leaves_nothing_that_looks_whole(
+    command: str, ending: signal.Signals, options: dict[str, list[str]], tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "ended" / PLACES.get(command, "out")
+    process = start_and_stop(command, options[command], out, _STOPPING_WHILE_WRITING)
+    process.send_signal(ending)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+    assert process.returncode == expected[ending], errors
+    assert errors.count("\n") == (ending != signal.SIGKILL) and "Traceback" not in errors, errors
+    assert run(command, out)[0] == 0
+    assert run(command, tmp_path / "alone" / out.name)[0] == 0
+    assert files_below(out.parent) == files_below(tmp_path / "alone")
+
+
+def test_files_and_folders_follow_the_umask(options: dict[str, list[str]], tmp_path: Path, run: Run) -> None:
+    commands = [*FOLDERS, *(name for name in PLACES if name != "export onnx")]
+    for umask in (0o022, 0o027):
+        before = os.umask(umask)
+        try:
+            for command in commands:
+                out = tmp_path / f"{umask:o}" / command / PLACES.get(command, "out")
+                assert run(command, out)[0] == 0
+            detector = build_detector("rt_detr_v2_tiny", [Category(1, "dog")], image_size=64, seed=0)
+            detector.save(str(tmp_path / f"{umask:o}" / "checkpoint"))
+        finally:
+            os.umask(before)
+        for path in (tmp_path / f"{umask:o}").rglob("*"):
+            wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+            assert path.stat().st_mode & 0o777 == wanted, f"{path}: {path.stat().st_mode & 0o777:o}"

@@ -34,7 +34,7 @@ def scored(folder: Path, *nodes: dict[str, Any], use_gpu: bool = False, **change
         "job": job(*nodes, use_gpu=use_gpu),
         **changes,
     }
-    (folder / "job.json").write_text(json.dumps(report))
+    (folder / ".job.json").write_text(json.dumps(report))
     return str(folder)
 
 
@@ -43,7 +43,7 @@ def trained(folder: Path, *, data_s: float = 0.02, epochs: int = 3, **changes: A
     (folder / "log").mkdir()
     (folder / "config.yaml").write_text("batch_size: 8\nnum_workers: [1, 2]\n")
     record = {"job": job(started="2026-01-01T00:00:00+00:00", **changes), "earlier_jobs": []}
-    (folder / "log" / "job.json").write_text(json.dumps(record))
+    (folder / "log" / ".job.json").write_text(json.dumps(record))
     seconds = [150.0, *[100.0] * (epochs - 1)]
     ended = [40 + sum(seconds[: number + 1]) + 20 * number for number in range(epochs)]
     history = [
@@ -121,10 +121,10 @@ def test_a_gpu_needs_cpus_beside_it(tmp_path: Path) -> None:
 )
 def test_the_bottleneck_is_a_stage(tmp_path: Path, changes: dict[str, float], bottleneck: str | None) -> None:
     run = scored(tmp_path, GPU_NODE, use_gpu=True)
-    report = json.loads((tmp_path / "job.json").read_text())
+    report = json.loads((tmp_path / ".job.json").read_text())
     for stage, seconds in changes.items():
         report["stages"][stage]["busy_s"] = seconds
-    (tmp_path / "job.json").write_text(json.dumps(report))
+    (tmp_path / ".job.json").write_text(json.dumps(report))
     result = plan(PlanConfig(run=run, images=1000))
     assert result.bottleneck == bottleneck and result.images_per_s == pytest.approx(100)
 
@@ -161,7 +161,7 @@ def test_a_training_that_was_stopped_after_some_steps_is_measured(tmp_path: Path
 
 def test_training_that_waits_for_images_needs_cpus(tmp_path: Path) -> None:
     run = trained(tmp_path, data_s=0.26, epochs=1, use_gpu=True, num_workers=1)
-    (tmp_path / "log" / "job.json").write_text(
+    (tmp_path / "log" / ".job.json").write_text(
         json.dumps({"job": job(GPU_NODE, use_gpu=True, started="2026-01-01T00:00:00+00:00"), "earlier_jobs": []})
     )
     measured = read_run(run)
@@ -207,10 +207,10 @@ def test_records_that_hold_no_measurement_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no node with CPUs"):
         read_run(scored(tmp_path, {**CPU_NODE, "num_cpus": 0.0}))
     for content, words in (("{", "JSON"), ('{"num_images": 5}', "measure again"), ("[]", "measure again")):
-        (tmp_path / "job.json").write_text(content)
+        (tmp_path / ".job.json").write_text(content)
         with pytest.raises(UserError, match=words):
             read_run(str(tmp_path))
-    (tmp_path / "job.json").unlink()
+    (tmp_path / ".job.json").unlink()
     run = trained(tmp_path)
     (tmp_path / "log" / "history.json").write_text("[]")
     with pytest.raises(UserError, match=r"no step .*Ctrl-C"):

@@ -47,7 +47,7 @@ def test_nodes_that_join_later_are_recorded(ray_cluster: None, tmp_path: Path) -
     before = dataclasses.replace(record, num_nodes=0, nodes=[])
     before.write(str(tmp_path))
     before.with_joined_nodes().write(str(tmp_path))
-    content = json.loads((tmp_path / "job.json").read_text())
+    content = json.loads((tmp_path / ".job.json").read_text())
     assert content == {"job": record.to_dict(), "earlier_jobs": []}
 
 
@@ -57,6 +57,6 @@ def test_a_run_keeps_the_jobs_that_it_resumes_from(
     for name in ("first", "second", "third"):
         monkeypatch.setenv(JOB_VARIABLE, json.dumps({"metadata": {"job_submission_id": name}}))
         JobRecord.of_this_job(num_workers=2, resources=RESOURCES).write(str(tmp_path))
-    content = json.loads((tmp_path / "job.json").read_text())
+    content = json.loads((tmp_path / ".job.json").read_text())
     assert content["job"]["submission_id"] == "third"
     assert [job["submission_id"] for job in content["earlier_jobs"]] == ["first", "second"]

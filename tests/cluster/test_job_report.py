@@ -53,7 +53,7 @@ def report_of(stats: JobStats, *, num_nodes: int = 1, **changes: Any) -> JobRepo
 
 
 def finished(stats: JobStats, **changes: Any) -> dict[str, Any]:
-    """Return the content of `job.json`."""
+    """Return the content of `.job.json`."""
     content = report_of(stats, **changes).to_dict()
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     return content

@@ -166,14 +166,14 @@ def work(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Work:
 @pytest.mark.timeout(290)
 def test_the_four_jobs_say_what_ran_where(work: Work) -> None:
     assert open_table(str(work.detections), "detections").num_rows == 1200
-    for path in (work.detections / "job.json", work.run / "log" / "job.json"):
+    for path in (work.detections / ".job.json", work.run / "log" / ".job.json"):
         text = path.read_text()
         job = json.loads(text)["job"]
         assert job["submission_id"].startswith("raysubmit_") and job["commit"] == COMMIT
         assert len(job["ray_job_id"]) == 8 and job["num_nodes"] == 1 and job["nodes"][0]["num_cpus"] == 2
         assert {"raydet", "ray", "torch"} <= job["versions"].keys()
         assert "a-secret" not in text, "the record holds the commit only, no other metadata and no environment"
-    job = json.loads(Path(work.run, "log", "job.json").read_text())["job"]
+    job = json.loads(Path(work.run, "log", ".job.json").read_text())["job"]
     (log,) = Path(work.run, "log").glob("node-*.log")
     address = log.stem.removeprefix("node-")
     lines = log.read_text().splitlines()
@@ -209,7 +209,7 @@ def test_a_stopped_prediction_leaves_whole_files_and_no_orphan(head: Head, work:
     files = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
     assert 2 <= len(files) < 150, "stopped too late"
     assert all(pq.read_metadata(path).num_rows == 8 for path in files)
-    assert not Path(out, "_manifest.json").exists()
+    assert not Path(out, ".manifest.json").exists()
     _assert_nothing_is_left(head, job)
     done = head.submit(*work.predict(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -232,7 +232,7 @@ def test_a_stopped_training_saves_and_resumes_to_the_same(head: Head, work: Work
     histories = [json.loads(Path(folder, "log", "history.json").read_text()) for folder in (out, work.run)]
     for name in ("loss", "gradient_norm", "AP"):
         assert [entry[name] for entry in histories[0]] == [entry[name] for entry in histories[1]], name
-    record = json.loads(Path(out, "log", "job.json").read_text())
+    record = json.loads(Path(out, "log", ".job.json").read_text())
     assert [earlier["submission_id"] for earlier in record["earlier_jobs"]] == [job]
 
 
@@ -242,7 +242,7 @@ def test_a_stopped_preparation_leaves_no_table(head: Head, tmp_path: Path) -> No
     _wait_for(lambda: any(Path(tmp_path, "data").rglob("*.parquet")), head, job)
     head.stop(job)
     assert "run stopped" in head.logs(job)
-    assert list(Path(tmp_path, "data").rglob("_manifest.json")) == []
+    assert list(Path(tmp_path, "data").rglob(".manifest.json")) == []
 
 
 def test_without_the_token_nothing_is_run(head: Head) -> None:

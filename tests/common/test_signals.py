@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from raydet.common.errors import RunStopped
-from raydet.common.signals import ending_on_sigterm, noting_stop_requests
+from raydet.common.signals import INTERRUPTED, ending_on_second_ctrl_c, ending_on_sigterm, noting_stop_requests
 
 
 def _work(steps: list[str]) -> None:
@@ -89,3 +90,36 @@ def test_a_noted_request_leaves_the_handlers_as_they_were() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal_number == signal.SIGINT
     assert {each: signal.getsignal(each) for each in before} == before
+
+
+_CLEANING_UP_FOR_EVER = """
+import os, signal, sys
+from raydet.common.signals import ending_on_second_ctrl_c, ending_on_sigterm, noting_stop_requests
+with ending_on_second_ctrl_c(), ending_on_sigterm(), {more}:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        {then}
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("more", "then"), [("open(os.devnull)", "signal.pause()"), ("noting_stop_requests()", "pass")])
+def test_the_second_ctrl_c_ends_a_command_at_once_with_one_line(more: str, then: str) -> None:
+    script = _CLEANING_UP_FOR_EVER.format(more=more, then=then)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.strip() == INTERRUPTED
+
+
+def test_the_handler_of_ctrl_c_is_put_back_and_an_ignored_one_stays() -> None:
+    with ending_on_second_ctrl_c():
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ending_on_second_ctrl_c():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raydet.common.errors import UserError
-from raydet.config import PredictConfig, TrainConfig, config_hash, to_yaml
+from raydet.config import PredictConfig, TrainConfig, config_hash, is_required, to_yaml
 from raydet.config.options import load, load_file
 
 REQUIRED = ["--train-data", "a", "--val-data", "b", "--out", "c"]
@@ -106,3 +106,34 @@ def test_identity_leaves_out_what_changes_only_the_time() -> None:
 def test_yaml_holds_every_field() -> None:
     config = PredictConfig(checkpoint="m", data="d", out="o")
     assert all(f"{item.name}:" in to_yaml(config) for item in dataclasses.fields(config))
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])
+def test_numbers_that_are_not_finite_are_refused_in_every_field(number: str, tmp_path: Path) -> None:
+    from raydet.cli.commands import COMMANDS
+
+    num_fields = 0
+    for command in COMMANDS.values():
+        required = {item.name: "x" for item in dataclasses.fields(command.config) if is_required(item)}
+        for item in dataclasses.fields(command.config):
+            if "float" not in str(item.type):
+                continue
+            num_fields += 1
+            with pytest.raises(UserError):
+                command.config(**{**required, item.name: float(number.replace(".inf", "inf").replace(".nan", "nan"))})
+            (tmp_path / "c.yaml").write_text(f"{item.name}: {number}\n")
+            with pytest.raises(UserError) as caught:
+                load_file(command.config, str(tmp_path / "c.yaml"), **required)
+            assert "\n" not in str(caught.value)
+    assert num_fields > 20
+
+
+def test_a_config_that_grows_without_bounds_is_refused(tmp_path: Path) -> None:
+    lists = zip("abcdefgh", "bcdefghi", strict=True)
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in lists)
+    for text in (bomb, "[" * 10_000, "a" * 2_000_000):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(UserError, match="cannot read the config file") as caught:
+            load_file(TrainConfig, str(tmp_path / "c.yaml"))
+        assert "\n" not in str(caught.value)

@@ -43,7 +43,7 @@ def _ap(trained: tuple[str, str], folder: Path, **options: object) -> float:
     checkpoint, data = trained
     config = PredictConfig(checkpoint=checkpoint, data=data, out=str(folder / "d"), **options)  # type: ignore[arg-type]
     result = predict(config)
-    assert json.loads(Path(result.out, "job.json").read_text())["num_images"] == 87
+    assert json.loads(Path(result.out, ".job.json").read_text())["num_images"] == 87
     ap = evaluate(EvaluateConfig(truth=data, detections=result.out)).result.AP
     assert ap is not None
     print(f"AP {ap:.4f} with {options or 'torch, fp32'}")

@@ -19,8 +19,9 @@ from raydet.exports.coco import CocoExportReport, export_coco
 from raydet.measuring.evaluate import evaluate
 from raydet.preparation.prepare import prepare_coco
 from raydet.tables import storage
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.schema import Category, build_schema
-from raydet.tables.table import MANIFEST_NAME, TableWriter, open_table
+from raydet.tables.table import TableWriter, open_table
 
 Row = dict[str, Any]
 SPARSE = [Category(7, "cat"), Category(2, "dog")]
@@ -244,7 +245,7 @@ def test_mistakes_get_one_line_and_leave_what_was_there(tmp_path: Path) -> None:
     bad = {
         "id 7": ([], [Category(7, "a"), Category(7, "b")]),
         "score .*not finite.* image 8": ([*many, detections(8, (box, math.nan, 0))], SPARSE),
-        "number .*not finite.* image 8": ([detections(8, ([1.0, math.inf, 1.0, 1.0], 0.5, 0))], SPARSE),
+        "box .*not finite.* image 8": ([detections(8, ([1.0, math.inf, 1.0, 1.0], 0.5, 0))], SPARSE),
         "category .* 2 categories": ([detections(8, (box, 0.5, 2))], SPARSE),
     }
     for number, (message, (rows, categories)) in enumerate(bad.items()):

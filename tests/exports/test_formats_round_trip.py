@@ -135,7 +135,7 @@ def _voc_text(content: Any) -> bytes:
 
 
 def _assert_accounted(report: PrepareReport, out: str, num_found: int) -> None:
-    table, rejected = open_table(out, "images"), open_table(f"{out}/_rejected", "rejected")
+    table, rejected = open_table(out, "images"), open_table(f"{out}/__rejected", "rejected")
     assert report.accepted + report.rejected == report.found == num_found
     assert (table.num_rows, rejected.num_rows) == (report.accepted, report.rejected)
     rows = table.read().to_pylist()

@@ -333,6 +333,16 @@ def test_one_commit_holds_the_model_and_its_card_and_nothing_else(hub: Hub, run:
     assert [item.id for item in load_detector(str(tmp_path)).categories] == [7, 8, 9]
 
 
+def test_links_are_not_pushed(hub: Hub, run: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes((run / "checkpoint" / "model.safetensors").read_bytes())
+    (run / "checkpoint" / "model.safetensors").unlink()
+    (run / "checkpoint" / "model.safetensors").symlink_to(secret)
+    with pytest.raises(UserError, match="link"):
+        raydet.push(_config(run))
+    assert not hub.repos
+
+
 def test_pushing_again_changes_only_what_is_new(hub: Hub, run: Path) -> None:
     first = raydet.push(_config(run))
     again = raydet.push(_config(run))

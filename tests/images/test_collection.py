@@ -375,7 +375,7 @@ def test_data_that_give_no_images_are_refused_in_one_line(tmp_path: Path) -> Non
     write_table(tmp_path / "no_rows", [])
     for path, words in {
         "nowhere": f"{tmp_path}/nowhere",
-        "empty": "no _manifest.json",
+        "empty": "no .manifest.json",
         "no_rows": "has no rows",
         "texts": "no image file",
         "packed": "packed/s-0.tar.gz is a compressed tar",

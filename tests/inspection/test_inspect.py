@@ -336,14 +336,14 @@ def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: A
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a table whose names and paths contain markup, with a broken image and a `_rejected` list."""
+    """Write a table whose names and paths contain markup, with a broken image and a `__rejected` list."""
     folder = tmp_path_factory.mktemp("evil")
     boxes = [((10.0, 10.0, 40.0, 40.0), 0), ((60.0, 20.0, 30.0, 30.0), 1)]
     content = [image_row(number, boxes, data=picture_bytes(number)) for number in range(4)]
     content += [image_row(4, [((1.0, 1.0, 100.0, 80.0), 2)], data=b"no picture"), image_row(5, [])]
     content[0]["image"]["path"] = f'/data/"><img src=x onerror=alert(1)>{EVIL}.png'
     write(folder / "data", content)
-    with TableWriter(str(folder / "data" / "_rejected"), build_schema("rejected"), config_hash="x") as writer:
+    with TableWriter(str(folder / "data" / "__rejected"), build_schema("rejected"), config_hash="x") as writer:
         writer.write_rows([{"path": f"{EVIL}.jpg", "reason": "empty file"}])
     return folder
 
@@ -397,7 +397,7 @@ def test_tables_hold_what_the_page_says(inspected: Any, evil: Path) -> None:
 def test_findings_of_prepare_are_taken_over_whatever_else_is_in_their_table(evil: Path, tmp_path: Path) -> None:
     table = write(tmp_path / "data", [image_row(1, [((10.0, 10.0, 30.0, 30.0), 0)], data=picture_bytes(1))])
     schema = build_schema("findings", extra_fields=[pa.field("more", pa.int64())])
-    with TableWriter(f"{table.uri}/_findings", schema, config_hash="x") as writer:
+    with TableWriter(f"{table.uri}/__findings", schema, config_hash="x") as writer:
         writer.write_rows([{"kind": "box cut", "path": "a.png", "image_id": 1, "count": 3}])
         writer.write_rows([{"kind": "stray file", "count": 1, "detail": "b", "more": 2}])
     config = InspectConfig(data=table.uri, out=str(tmp_path / "out"), augmentation="none", num_images=0)
@@ -411,9 +411,9 @@ def test_findings_beside_splits_are_told_of_the_split_whose_images_they_are_abou
     for split, first in (("train", 0), ("val", 2)):
         numbers = (first, first + 1)
         write(tmp_path / split, [image_row(number, boxes, data=picture_bytes(number)) for number in numbers])
-    with TableWriter(str(tmp_path / "_rejected"), build_schema("rejected"), config_hash="x") as writer:
+    with TableWriter(str(tmp_path / "__rejected"), build_schema("rejected"), config_hash="x") as writer:
         writer.write_rows([{"path": "9.jpg", "image_id": 9, "reason": "empty file"}])
-    with TableWriter(str(tmp_path / "_findings"), build_schema("findings"), config_hash="x") as writer:
+    with TableWriter(str(tmp_path / "__findings"), build_schema("findings"), config_hash="x") as writer:
         writer.write_rows([{"kind": "box cut", "image_id": number, "count": number + 1} for number in (0, 1, 3)])
         writer.write_rows([{"kind": "box lost", "image_id": 9, "count": 5}, {"kind": "stray file", "count": 1}])
 

@@ -27,8 +27,9 @@ from raydet.config import EvaluateConfig
 from raydet.measuring.evaluate import evaluate
 from raydet.measuring.result import Evaluation
 from raydet.tables import storage
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.schema import Category, TableKind, build_schema
-from raydet.tables.table import MANIFEST_NAME, TableWriter, open_table
+from raydet.tables.table import TableWriter, open_table
 
 Row = dict[str, Any]
 
@@ -616,8 +617,8 @@ def negative_truth(inputs: Inputs) -> None:
         (drop_rows, r"\b2 of the 4 images of .*val.* image 2\b.*--allow-partial"),
         (rename_a_category, r"only in .*found: 'wolf'; only in .*val: 'dog'"),
         (share_a_name, r"share a name"),
-        (change_detections(category=[0, 1, 2]), r"found .*category .*\b2 categories"),
-        (change_detections(category=[0, 1, -1]), r"found .*category .*\b2 categories"),
+        (change_detections(category=[0, 1, 2]), r"found: .*category .*\b2 categories"),
+        (change_detections(category=[0, 1, -1]), r"found: .*category .*\b2 categories"),
         (change_detections(score=[0.9, 0.8, math.nan]), r"found: 1 .*score .*finite.*image 2"),
         (change_detections(score=[0.9, 0.8, math.inf]), r"score .*finite"),
         (change_detections(score=[0.9, 0.8, 1.5]), r"\b1 detections .*score .*0 … 1.*image 2"),
@@ -632,7 +633,7 @@ def negative_truth(inputs: Inputs) -> None:
         (repeat_an_image_of_the_truth, r"val .*ids.*\b5\b"),
         (forget_the_categories, r"val .*no categories"),
         (empty_the_truth, r"val .*no images"),
-        (negative_truth, r"val: 1 boxes .*negative size.*image 5"),
+        (negative_truth, r"val: 1 boxes .*negative width.*image 5"),
     ],
 )
 def test_a_mistake_in_the_tables_gets_one_line(inputs: Inputs, spoil: Callable[[Inputs], None], message: str) -> None:
@@ -664,10 +665,10 @@ def test_a_table_that_lost_rows_or_bytes_gets_one_line(inputs: Inputs) -> None:
     config = inputs.config()
     manifest_path = inputs.folder / "found" / MANIFEST_NAME
     manifest = json.loads(manifest_path.read_bytes())
-    manifest_path.write_text(json.dumps({**manifest, "files": {"part-00000.parquet": [[5, 99]]}}))
+    manifest_path.write_text(json.dumps({**manifest, "num_rows": 5, "files": {"part-00000.parquet": [[5, 99]]}}))
     with pytest.raises(UserError, match=r"found is damaged.*part-00000.*\b4 .*\b5\b"):
         evaluate(config)
-    manifest["files"]["part-00001.parquet"] = [[1, 99]]
+    manifest["num_rows"], manifest["files"]["part-00001.parquet"] = 5, [[1, 99]]
     manifest_path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"found lacks the file part-00001") as caught:
         evaluate(config)

@@ -22,7 +22,7 @@ def prepare(folder: Path, annotations: str, out: Path, **options: Any) -> Prepar
 
 
 def findings_of(out: Path) -> list[dict[str, Any]]:
-    return rows_of(out / "_findings", "findings")
+    return rows_of(out / "__findings", "findings")
 
 
 def test_all_findings_are_listed_with_their_position(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_all_findings_are_listed_with_their_position(tmp_path: Path) -> None:
     assert (report.clipped, report.dropped, report.outside, report.duplicate_boxes) == (1, 2, 1, 1)
     assert (report.duplicate_images, report.size_mismatches, report.without_boxes) == (1, 1, 2)
     assert rows_of(tmp_path / "out")[0]["objects"]["id"] == [1, 2, 5]
-    assert [(row["path"], row["image_id"]) for row in rows_of(tmp_path / "out" / "_rejected", "rejected")] == [
+    assert [(row["path"], row["image_id"]) for row in rows_of(tmp_path / "out" / "__rejected", "rejected")] == [
         ("broken.png", 4),
         ("missing.png", 5),
     ]
@@ -75,7 +75,7 @@ def test_all_findings_are_listed_with_their_position(tmp_path: Path) -> None:
     assert details["images whose size differs from the annotations", 2] == "annotations: 41 × 30, file: 40 × 30"
     assert details["images with the same content as an earlier one", 3] == "the same as a.png, image 0"
     lines = report.lines()
-    assert f"findings, listed in {tmp_path}/out/_findings:" in lines
+    assert f"findings, listed in {tmp_path}/out/__findings:" in lines
     assert (
         "  boxes outside their image, dropped: 1" in lines and "  annotations of an unknown image, dropped: 1" in lines
     )
@@ -93,7 +93,7 @@ def test_duplicates_can_be_left_out(tmp_path: Path) -> None:
     assert (report.duplicate_images, report.duplicate_boxes, report.boxes) == (1, 1, 1)
     (row,) = rows_of(tmp_path / "out")
     assert row["image_id"] == 7 and row["objects"]["id"] == [1]
-    (rejected,) = rows_of(tmp_path / "out" / "_rejected", "rejected")
+    (rejected,) = rows_of(tmp_path / "out" / "__rejected", "rejected")
     assert rejected == {"path": "a.png", "image_id": 3, "reason": "the same content as an earlier image"}
     kinds = {row["kind"]: row["detail"] for row in findings_of(tmp_path / "out")}
     assert kinds["images with the same content as an earlier one, dropped"] == "the same as b.png, image 7"
@@ -174,7 +174,7 @@ def test_random_defects_are_all_accounted_for(
     assert report.accepted == len(readable) - (copies if duplicates == "drop" else 0)
     tables = [rows_of(uri) for uri in report.tables.values()] or [rows_of(out)]
     rows = [row for table in tables for row in table]
-    rejected = rows_of(out / "_rejected", "rejected")
+    rejected = rows_of(out / "__rejected", "rejected")
     assert len(rows) == report.accepted and len(rejected) == report.rejected
     assert sorted([row["image_id"] for row in rows + rejected]) == list(range(len(states)))
     accepted = {row["image_id"] for row in rows}

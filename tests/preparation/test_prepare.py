@@ -35,8 +35,9 @@ from raydet.measuring.evaluate import evaluate
 from raydet.preparation.prepare import prepare_coco, prepare_images, prepare_shapes
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, fit_objects
 from raydet.preparation.sources.source import SourceObjects
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import RUN_FILE
-from raydet.tables.table import MANIFEST_NAME, open_table
+from raydet.tables.table import open_table
 from tests.outcomes import RecordingConsole
 from tests.small_sets import annotation, files_below, rows_of, save_coco, save_image
 
@@ -94,7 +95,7 @@ def test_awkward_files_are_all_accounted_for(test_data: Path, tmp_path: Path) ->
     with (folder / "MANIFEST.csv").open() as manifest:
         loads = {row["file"]: row["pillow_13_load"] == "ok" for row in csv.DictReader(manifest)}
     assert report.found == report.accepted + report.rejected == len(loads) == 29
-    rows, rejected = rows_of(report.out), rows_of(tmp_path / "out" / "_rejected", "rejected")
+    rows, rejected = rows_of(report.out), rows_of(tmp_path / "out" / "__rejected", "rejected")
     assert {row["source_id"] for row in rows} == {name for name, ok in loads.items() if ok}
     assert {row["path"] for row in rejected} == {name for name, ok in loads.items() if not ok}
     assert all(len(row["reason"]) > 5 and "\n" not in row["reason"] for row in rejected)
@@ -106,7 +107,7 @@ def test_awkward_files_are_all_accounted_for(test_data: Path, tmp_path: Path) ->
     assert ids == sorted(set(ids)) and ids[-1] < 29
     lines = report.lines()
     out = str(tmp_path / "out")
-    assert lines[0] == f"29 images found, 17 accepted, 12 rejected (listed in {out}/_rejected)" and lines[-1] == out
+    assert lines[0] == f"29 images found, 17 accepted, 12 rejected (listed in {out}/__rejected)" and lines[-1] == out
     assert any("truncated: the JPEG file" in line and line.endswith(": 2") for line in lines)
 
 
@@ -199,7 +200,7 @@ def test_paths_that_leave_the_folder_are_rejected_unread(tmp_path: Path) -> None
     config = PrepareCocoConfig(annotations=path, images=str(tmp_path / "images"), out=str(tmp_path / "out"))
     report = prepare_coco(config)
     assert (report.found, report.accepted, report.rejected) == (6, 1, 5)
-    rejected = rows_of(tmp_path / "out" / "_rejected", "rejected")
+    rejected = rows_of(tmp_path / "out" / "__rejected", "rejected")
     assert [row["path"] for row in rejected][:3] == names[1:4]
     assert all("file name" in row["reason"] for row in rejected)
 
@@ -241,7 +242,7 @@ def test_running_again_does_nothing_and_another_table_is_never_overwritten(tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "part-00000.parquet", "_rejected/part-00000.parquet", "_findings/x", "data.parquet"]
+    "name", ["notes.txt", "part-00000.parquet", "__rejected/part-00000.parquet", "__findings/x", "data.parquet"]
 )
 def test_files_of_the_users_are_never_touched(tmp_path: Path, name: str) -> None:
     save_image(tmp_path / "in" / "a.png")
@@ -293,12 +294,12 @@ prepare_shapes(PrepareShapesConfig(out=sys.argv[1], num_train=100_000, image_siz
     assert (report.found, report.accepted) == (8, 8)
     assert console.lines == [f"an earlier run left {out}/train unfinished; starting again from the first image"]
     assert files_below(out / "train") == [
-        f"_findings/{MANIFEST_NAME}",
-        "_findings/part-00000.parquet",
         MANIFEST_NAME,
-        f"_rejected/{MANIFEST_NAME}",
-        "_rejected/part-00000.parquet",
         RUN_FILE,
+        f"__findings/{MANIFEST_NAME}",
+        "__findings/part-00000.parquet",
+        f"__rejected/{MANIFEST_NAME}",
+        "__rejected/part-00000.parquet",
         "part-00000.parquet",
     ]
     assert len(rows_of(out / "train")) == 5
@@ -403,7 +404,7 @@ def test_random_defects_lose_nothing(
     assert report.found == report.accepted + report.rejected == len(states)
     rows = rows_of(out)
     assert [row["image_id"] for row in rows] == readable
-    assert len(rows_of(out / "_rejected", "rejected")) == report.rejected
+    assert len(rows_of(out / "__rejected", "rejected")) == report.rejected
     assert report.rotated == states.count("rotated")
     of_readable = sum(image_id in readable for image_id, _ in boxes)
     assert report.boxes + report.dropped == of_readable

@@ -23,8 +23,9 @@ from raydet.images.files import ImageFolder
 from raydet.preparation.prepare import _open_coco, _prepare, prepare_images, prepare_shapes
 from raydet.preparation.report import PrepareReport
 from raydet.preparation.sources.images import read_images
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import RUN_FILE
-from raydet.tables.table import MANIFEST_NAME, open_table
+from raydet.tables.table import open_table
 from tests.small_sets import files_below, rows_of, save_coco, save_image
 
 CATEGORIES = (5, 6, 7)
@@ -94,7 +95,7 @@ def test_a_split_parts_the_rows_of_the_whole(data_set: Path, tmp_path: Path) -> 
     words = [line.split() for line in report.lines() if line.startswith("  ")]
     assert ["train", "val"] in words and ["class", "7", "1", "1"] in words
     assert report.lines()[-1] == f"{tmp_path}/out/train, {tmp_path}/out/val"
-    assert len(rows_of(tmp_path / "out" / "_rejected", "rejected")) == 2
+    assert len(rows_of(tmp_path / "out" / "__rejected", "rejected")) == 2
     again = prepare(data_set, tmp_path / "out", val_fraction=0.25, num_threads=1)
     assert again.already_done and {**vars(again), "already_done": False} == vars(report)
     assert open_table(f"{tmp_path}/out/val", "images").manifest["prepare"]["splits"] == report.splits
@@ -151,8 +152,8 @@ def test_parts_do_not_change_the_rows(data_set: Path, tmp_path: Path) -> None:
             assert len(open_table(str(one), "images").files) == 1
             assert len(open_table(str(parts), "images").files) > (1 if split == "val" else 4)
         for kind in ("rejected", "findings"):
-            assert rows_of(tmp_path / name / "one" / f"_{kind}", kind) == rows_of(
-                tmp_path / name / "parts" / f"_{kind}", kind
+            assert rows_of(tmp_path / name / "one" / f"__{kind}", kind) == rows_of(
+                tmp_path / name / "parts" / f"__{kind}", kind
             )
 
 

@@ -108,7 +108,7 @@ def save(path: Path, size_hw: tuple[int, int]) -> None:
 
 
 def read_index(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO((out / "_drawn" / "index.csv").read_text())))
+    return list(csv.DictReader(io.StringIO((out / "__drawn" / "index.csv").read_text())))
 
 
 def test_pictures_are_drawn_at_a_readable_size_and_listed(tmp_path: Path) -> None:
@@ -121,15 +121,15 @@ def test_pictures_are_drawn_at_a_readable_size_and_listed(tmp_path: Path) -> Non
     images = open_collection(str(tmp_path / "images"), index_uri=None)
     gallery = GalleryPainter(str(out), CATEGORIES, 10, "many_boxes", 0.3)
     report = gallery.draw(images, gallery.choose(table))
-    assert sorted(path.name for path in (out / "_drawn").iterdir()) == [
+    assert sorted(path.name for path in (out / "__drawn").iterdir()) == [
         "0001-2.jpg", "0002-1.jpg", "0003-0.jpg", "index.csv",
     ]  # fmt: skip
     (line,) = report.lines()
-    assert line.startswith("3 images") and line.endswith(str(out / "_drawn"))
+    assert line.startswith("3 images") and line.endswith(str(out / "__drawn"))
     assert read_index(out)[0] == {
         "image_id": "2", "path": "2.png", "file": "0001-2.jpg", "best_score": "0.9", "num_boxes": "3",
     }  # fmt: skip
-    drawn = {entry["image_id"]: np.array(Image.open(out / "_drawn" / entry["file"])) for entry in read_index(out)}
+    drawn = {entry["image_id"]: np.array(Image.open(out / "__drawn" / entry["file"])) for entry in read_index(out)}
     assert {name: picture.shape[:2] for name, picture in drawn.items()} == {
         "0": (480, 640), "1": (1600, 800), "2": (700, 500),
     }  # fmt: skip
@@ -149,12 +149,12 @@ def test_an_earlier_drawing_goes_and_what_cannot_be_read_is_reported(tmp_path: P
     images = open_collection(str(folder), index_uri=None)
     GalleryPainter(str(out), CATEGORIES, 4).draw(images, choose(table, 4))
     assert len(read_index(out)) == 4
-    (out / "_drawn" / "notes.txt").write_text("the user's own")
+    (out / "__drawn" / "notes.txt").write_text("the user's own")
     (folder / "1.png").unlink()
     (folder / "2.png").write_bytes(b"")
     report = GalleryPainter(str(out), CATEGORIES, 4).draw(images, choose(table, 4))
     assert sorted(entry["image_id"] for entry in read_index(out)) == ["0", "3"] and report.num_drawn == 2
-    names = {path.name for path in (out / "_drawn").iterdir()}
+    names = {path.name for path in (out / "__drawn").iterdir()}
     assert names == {"index.csv", "notes.txt", *(entry["file"] for entry in read_index(out))}
     assert len(report.failures) == 2 and all("not drawn: image" in line for line in report.lines()[:2])
     others = write(tmp_path / "others", [row(number + 50, 0.9) for number in range(4)])

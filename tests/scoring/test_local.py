@@ -16,8 +16,9 @@ from raydet.models.detector import Detections
 from raydet.models.geometry import Image, ResizeRule, SizeHW
 from raydet.models.loading import build_detector
 from raydet.scoring.predict import predict_with
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.schema import Category
-from raydet.tables.table import MANIFEST_NAME, open_table
+from raydet.tables.table import open_table
 from tests.outcomes import assert_same_rows
 from tests.small_sets import rows_of
 
@@ -90,7 +91,7 @@ def test_ray_is_not_even_imported_and_the_caller_s_threads_stay(config: PredictC
     )
     assert done.returncode == 0, done.stderr
     assert "in this process" in done.stdout and "24 images" in done.stdout
-    assert not (tmp_path / "d" / "_log").exists()
+    assert not (tmp_path / "d" / "__log").exists()
 
 
 @dataclasses.dataclass

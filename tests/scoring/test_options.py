@@ -21,8 +21,9 @@ from raydet.engines.views import views_of
 from raydet.images.decode import decode
 from raydet.models.detector import Detections, Detector
 from raydet.models.loading import build_detector, load_detector
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import OutputFolder
-from raydet.tables.table import MANIFEST_NAME, open_table
+from raydet.tables.table import open_table
 from tests.zero_shot_models import write_zero_shot
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -279,7 +280,7 @@ def test_pictures_are_drawn_with_their_boxes(
     if draw_if != "any":
         result = predict(dataclasses.replace(config, draw=4, draw_if=draw_if, draw_threshold=threshold))
         assert result.already_done and "4 images" in "\n".join(result.report)
-    folder = Path(config.out) / "_drawn"
+    folder = Path(config.out) / "__drawn"
     with (folder / "index.csv").open() as file:
         index = list(csv.DictReader(file))
     names = [str(entry["path"]).rpartition("/")[2] for entry in index]

@@ -24,8 +24,9 @@ from raydet.engines.torch_engine import TorchEngine
 from raydet.images.decode import decode
 from raydet.models.loading import build_detector, load_detector
 from raydet.scoring.predict import PredictResult
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.schema import Category, build_schema
-from raydet.tables.table import MANIFEST_NAME, Table, TableWriter, open_table
+from raydet.tables.table import Table, TableWriter, open_table
 from tests.outcomes import RecordingConsole, assert_same_rows
 from tests.small_sets import rows_of
 

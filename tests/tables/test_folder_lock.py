@@ -20,13 +20,13 @@ from raydet.tables.folder_lock import Hold, LeaseTimes
 from tests import gcs_stand_in, s3_stand_in
 
 QUICK = LeaseTimes(renew_s=0.2, watch_s=1.5, settle_s=0.3)
-LOCK_FILE, LEASE_FILE = "_lock", "_lock.json"
+LOCK_FILE, LEASE_FILE = ".lock", ".lock.json"
 
 _HOLDER = """
 import subprocess, sys, time
 from raydet.tables.folder_lock import LeaseTimes, hold
 times = LeaseTimes(renew_s=0.2, settle_s=0.3)
-with hold(sys.argv[1], "_lock", out=sys.argv[1], command="predict", times=times):
+with hold(sys.argv[1], ".lock", out=sys.argv[1], command="predict", times=times):
     child = subprocess.Popen(["sleep", "60"])
     print(child.pid, flush=True)
     time.sleep(60)
@@ -116,7 +116,7 @@ def test_many_runs_that_start_at_once_never_hold_together(tmp_path: Path) -> Non
         "end = time.monotonic() + 1.0\n"
         "while time.monotonic() < end:\n"
         "    try:\n"
-        "        with hold(sys.argv[1], '_lock', out=sys.argv[1], command='predict'):\n"
+        "        with hold(sys.argv[1], '.lock', out=sys.argv[1], command='predict'):\n"
         "            os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))\n"
         "            os.unlink(sys.argv[2])\n"
         "            taken += 1\n"
@@ -156,7 +156,7 @@ def test_what_is_no_lock_file_is_never_written(tmp_path: Path, kind: str) -> Non
         os.mkfifo(lock)
     else:
         lock.mkdir()
-    with pytest.raises(UserError, match="_lock is a link"):
+    with pytest.raises(UserError, match=r"\.lock is a link"):
         hold(str(lock.parent)).__enter__()
     assert kind == "dangling link" or victim.read_text() == "precious"
     assert victim.exists() == (kind != "dangling link") and os.path.lexists(lock)

@@ -64,7 +64,8 @@ def test_datasets(tables: Path, tmp_path: Path) -> None:
 import sys
 from datasets import load_dataset
 for name, column in (("data/val", "objects"), ("detections", "detections")):
-    rows = load_dataset("parquet", data_files=f"{sys.argv[1]}/{name}/*.parquet", split="train")
+    # The whole folder, with the manifest, the record of the run, and the tables of rejected images and findings.
+    rows = load_dataset("parquet", data_dir=f"{sys.argv[1]}/{name}", split="train")
     assert len(rows) == 10 and len(rows.features[column]["category"].feature.names) == 3, rows.features
     assert len(rows[0][column]["bbox"]) == len(rows[0][column]["category"])
 """
@@ -72,3 +73,11 @@ for name, column in (("data/val", "objects"), ("detections", "detections")):
     command = [sys.executable, "-c", script, str(tables)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_pyarrow_skips_what_is_no_part_of_a_table(tables: Path) -> None:
+    import pyarrow.dataset
+
+    names = {path.name for path in (tables / "data" / "val").iterdir()}
+    assert {".manifest.json", ".run.json", "__rejected", "__findings"} <= names
+    assert pyarrow.dataset.dataset(str(tables / "data" / "val"), format="parquet").count_rows() == 10

@@ -66,7 +66,7 @@ def test_several_runs_share_a_folder_by_name(tmp_path: Path) -> None:
 def test_files_of_others_are_refused_and_left(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "absent")
     folder.refuse_foreign(["states"])
-    (tmp_path / "_lock").touch()
+    (tmp_path / ".lock").touch()
     (tmp_path / ".hidden").touch()
     folder = folder_of(tmp_path)
     folder.refuse_foreign()
@@ -118,13 +118,13 @@ def test_links_are_neither_followed_nor_written_through(tmp_path: Path) -> None:
     victim, out = tmp_path / "victim", tmp_path / "out"
     victim.write_text("precious")
     out.mkdir()
-    for name in ("part-00000.parquet", "_manifest.json", RUN_FILE):
+    for name in ("part-00000.parquet", ".manifest.json", RUN_FILE):
         (out / name).symlink_to(victim)
     with TableWriter(str(out), build_schema("images", [Category(1, "a")]), config_hash="x"):
         pass
     folder_of(out).begin({})
     assert victim.read_text() == "precious" and open_table(str(out), "images").num_rows == 0
-    assert not any((out / name).is_symlink() for name in ("part-00000.parquet", "_manifest.json", RUN_FILE))
+    assert not any((out / name).is_symlink() for name in ("part-00000.parquet", ".manifest.json", RUN_FILE))
 
 
 @pytest.mark.parametrize("name", ["states", "log", "log/ray.log"])

@@ -9,9 +9,9 @@ import pytest
 
 from raydet.common.errors import UserError
 from raydet.tables import storage
-from raydet.tables.layout import groups_of
+from raydet.tables.layout import MANIFEST_NAME, groups_of
 from raydet.tables.schema import Category, build_schema
-from raydet.tables.table import MANIFEST_NAME, TableWriter, is_table, open_table
+from raydet.tables.table import TableWriter, is_table, open_table
 
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"))
 

@@ -1,17 +1,15 @@
 """Measurements of a finished `predict` or `train` run, read from the records in its folder."""
 
 import datetime
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import yaml
-
 from raydet.cluster.forecast.nodes import NodeGroup, groups_of_record, total_cpus
 from raydet.cluster.job_record import JOB_FILE
 from raydet.cluster.timeline import steady_rate
+from raydet.common.documents import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml
 from raydet.common.errors import UserError
 from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
@@ -86,7 +84,8 @@ def read_run(out: str) -> MeasuredRun:
         history = _read_json(out, HISTORY_FILE) or ([stopped] if stopped else [])
         if not history:
             raise UserError(f"{uri}: no step was measured; train for an epoch, or stop the run with Ctrl-C later")
-        return _of_train(record, history, yaml.safe_load(storage.read_bytes(storage.join(out, "config.yaml"))), uri)
+        config = parse_yaml(storage.read_start(storage.join(out, "config.yaml"), MAX_YAML_BYTES + 1))
+        return _of_train(record, history, config, uri)
     except UserError:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -191,7 +190,7 @@ def _unix_s(time_iso: str) -> float:
 
 def _read_json(out: str, name: str) -> Any:
     try:
-        return json.loads(storage.read_bytes(storage.join(out, name)))
+        return parse_json(storage.read_limited(storage.join(out, name), MAX_JSON_BYTES), allow_nan=True)
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
+from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
 from raydet.tables import storage
 
@@ -68,10 +67,10 @@ def groups_of_yaml(uri: str) -> list[NodeGroup]:
         UserError: The file cannot be read, or does not state the CPUs of a node type.
     """
     try:
-        content = yaml.safe_load(storage.read_bytes(uri))
+        content = parse_yaml(storage.read_start(uri, MAX_YAML_BYTES + 1))
     except FileNotFoundError:
         raise UserError(f"no such cluster file: {uri}") from None
-    except (yaml.YAMLError, OSError) as error:
+    except (DocumentError, OSError) as error:
         raise UserError(f"cannot read the cluster file {uri}: {one_line(error)}") from None
     kinds = content.get("available_node_types") if isinstance(content, dict) else None
     if not isinstance(kinds, dict) or not all(isinstance(kind, dict) for kind in kinds.values()):

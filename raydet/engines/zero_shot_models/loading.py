@@ -1,6 +1,7 @@
 """Loading of a zero-shot model and its processor."""
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, PreTrainedModel
 
 from raydet.common.errors import UserError
+from raydet.common.hub_client import offline_if_local
+from raydet.models.checkpoints import check_local_config
 from raydet.models.detector import quiet
 from raydet.tables import storage
 
@@ -33,7 +36,9 @@ def load_model(name: str) -> tuple[PreTrainedModel, Any]:
 def _load_local(source: str, *, where: str) -> tuple[PreTrainedModel, Any]:
     """Load a model and its processor from a local folder or from the Hub."""
     try:
-        with quiet():
+        with quiet(), offline_if_local(source):
+            if Path(source).exists():
+                check_local_config(source)
             model, report = AutoModelForZeroShotObjectDetection.from_pretrained(
                 source,
                 dtype=torch.float32,

@@ -209,7 +209,7 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> list[str
             raise UserError(
                 f"image {number} of {images.uri} is not a web URL: {path}; a list on the web can only name URLs"
             )
-        if "@" in uri:
+        if "@" in uri or (for_reference and "?" in uri):
             refuse_password(uri, what=f"image {number} of {images.uri}")
         root = "/".join(uri.split("/")[:3]) if "://" in uri else ""
         if root not in seen:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-import yaml
-
+from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
 from raydet.common.text import TextError, decode_text
 from raydet.images.files import (
@@ -125,10 +124,10 @@ def find_in_data_yaml(data_uri: str, split: str, *, allow_root: Sequence[str] | 
 
 def _load_yaml(uri: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(decode_text(storage.read_bytes(uri, max_bytes=_MAX_YAML_BYTES)))
+        content = parse_yaml(decode_text(storage.read_bytes(uri, max_bytes=MAX_YAML_BYTES)))
     except FileNotFoundError:
         raise UserError(f"no such file: {uri}; --data must name the data.yaml of the data set") from None
-    except (OSError, yaml.YAMLError, TextError, RecursionError) as error:
+    except (OSError, DocumentError, TextError) as error:
         with contextlib.suppress(OSError):  # the storage, of which `error` tells
             if storage.exists(storage.join(uri, "data.yaml")):
                 raise UserError(f"{uri} is a folder; did you mean --data {storage.join(uri, 'data.yaml')}?") from None

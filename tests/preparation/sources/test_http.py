@@ -384,7 +384,7 @@ def test_signatures_of_addresses_are_used_and_not_kept(site: Site, tmp_path: Pat
         out = str(tmp_path / name.replace(".", "-"))
         assert main(["prepare", "images", "--images", str(tmp_path / name), "--out", out]) == 0
         row = open_table(out, "images").read().to_pylist()[0]
-        shown = f"{site.url}/signed.jpg?size=1&X-Amz-Signature=***&X-Amz-Credential=***&sig=***"
+        shown = f"{site.url}/signed.jpg"
         assert row["image"] == {"bytes": site.files["/a.jpg"], "path": shown} and row["source_id"] == shown
 
 
@@ -454,7 +454,7 @@ def test_a_table_is_made_of_a_list_and_what_fails_is_rejected(site: Site, tmp_pa
     assert [row["image_id"] for row in rows] == [0, 5, 6, 7]
     assert [row["image"]["path"] for row in rows] == [f"{site.url}/{names[place]}" for place in (0, 5, 6, 7)]
     assert rows[1]["image"]["bytes"] == rows[0]["image"]["bytes"] == site.files["/a.jpg"]
-    rejected = open_table(str(tmp_path / "out" / "_rejected"), "rejected").read().to_pylist()
+    rejected = open_table(str(tmp_path / "out" / "__rejected"), "rejected").read().to_pylist()
     assert {row["path"].rpartition("/")[2]: row["reason"] for row in rejected} == {
         "none.jpg": "no such file: the server answered 404",
         "busy.jpg": "not an image Pillow can read (it is text)",

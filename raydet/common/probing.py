@@ -1,0 +1,44 @@
+"""A quick answer whether a server can be reached, for clients that would retry for a minute."""
+
+import http.client
+import ssl
+import threading
+
+from raydet.common.errors import one_line
+
+TIMEOUT_S = 10.0
+
+
+def failure_of(is_secure: bool, host: str) -> str | None:
+    """Return why a server does not answer, or None if it does."""
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        answers.append(_ask(is_secure, host))
+
+    # In a thread, because resolving a name has no time limit.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    return answers[0] if answers else f"no answer within {TIMEOUT_S:.0f} s"
+
+
+def _ask(is_secure: bool, host: str) -> str | None:
+    connection: http.client.HTTPConnection
+    try:
+        if is_secure:
+            # Nothing is sent or believed here; the store's own client verifies the certificate.
+            context = ssl._create_unverified_context()
+            connection = http.client.HTTPSConnection(host, timeout=TIMEOUT_S, context=context)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=TIMEOUT_S)
+        try:
+            connection.request("HEAD", "/")
+            connection.getresponse()
+        finally:
+            connection.close()
+    except (OSError, http.client.InvalidURL) as error:
+        return one_line(getattr(error, "strerror", None) or error)
+    except http.client.HTTPException:
+        pass  # it answered, if not in HTTP
+    return None

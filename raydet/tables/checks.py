@@ -1,0 +1,196 @@
+"""Checks of a table's schema and rows, which may come from a stranger; every row that raydet reads passes them.
+
+The checks read each number once or twice and build no arrays of their own, so they cost a few percent of decoding
+Parquet.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raydet.common.boxes import Boxes
+from raydet.common.errors import UserError, one_line
+from raydet.tables.columns import Floats, Integers, flatten, image_ids_in, numbers_of
+from raydet.tables.schema import MAX_IMAGE_ID, TableKind, declared_fields
+
+_ROWS_FOLDED = 1024
+_BOXES: dict[TableKind, str] = {"images": "objects", "detections": "detections"}
+_FREE_NUMBERS: tuple[TableKind, ...] = ("images", "detections", "trials")
+"""Kinds whose plain numbers may be NaN or infinite: further columns of a source, losses of trainings that diverged."""
+
+
+def check_types(schema: pa.Schema, kind: TableKind, where: str) -> None:
+    """Check the types of a table's own columns; a struct of lists may have further lists.
+
+    Raises:
+        UserError: A column has another type.
+    """
+    for name, expected in declared_fields(kind):
+        if len(schema.get_all_field_indices(name)) != 1:
+            raise UserError(f"{where} is damaged: it must have one column {name}")
+        found = schema.field(name).type
+        if pa.types.is_struct(expected) and pa.types.is_struct(found):
+            by_name = {field.name: field.type for field in found}
+            is_same = len(by_name) == found.num_fields and all(by_name.get(own.name) == own.type for own in expected)
+        else:
+            is_same = found == expected
+        if not is_same:
+            raise UserError(f"{where} is damaged: the column {name} has the type {found}, expected {expected}")
+
+
+def check_rows(rows: pa.RecordBatch | pa.Table, kind: TableKind, num_categories: int, where: str) -> None:
+    """Check rows of a table, of all columns or some.
+
+    Raises:
+        UserError: A text is not UTF-8, an id, a size, a box, a score or a category is out of range, or a number is not
+            finite.
+    """
+    for batch in rows.to_batches() if isinstance(rows, pa.Table) else [rows]:
+        for field in batch.schema:
+            column = batch.column(field.name)
+            if pa.types.is_string(field.type) or pa.types.is_struct(field.type):
+                _check_texts(column, field.name, where)
+            if pa.types.is_floating(field.type) and kind not in _FREE_NUMBERS and not is_finite(numbers_of(column)):
+                raise UserError(f"{where} is damaged: the column {field.name} has numbers that are NaN or infinite")
+        _check_ids_and_sizes(batch, kind, where)
+        if kind in _BOXES and _BOXES[kind] in batch.schema.names:
+            _check_boxes(batch, _BOXES[kind], num_categories, where)
+
+
+def _check_texts(column: pa.Array, name: str, where: str) -> None:
+    if pa.types.is_struct(column.type):
+        for field, values in zip(column.type, column.flatten(), strict=True):
+            if pa.types.is_string(field.type):
+                _check_texts(values, f"{name}.{field.name}", where)
+        return
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{where} is damaged: the column {name}: {one_line(error)}") from None
+
+
+def _check_ids_and_sizes(batch: pa.RecordBatch, kind: TableKind, where: str) -> None:
+    for name, limit in (("image_id", MAX_IMAGE_ID), ("width", 2**31), ("height", 2**31)):
+        if name not in batch.schema.names or not batch.num_rows:
+            continue
+        column = batch.column(name)
+        if column.null_count and kind in _BOXES and (name == "image_id" or kind == "images"):
+            raise UserError(f"{where} is damaged: the column {name} contains nulls")
+        numbers = numbers_of(column)
+        if numbers.min() < 0 or numbers.max() >= limit:
+            bad = numbers[(numbers < 0) | (numbers >= limit)][0]
+            raise UserError(f"{where} has the {name} {bad}, expected 0 … {limit - 1}")
+
+
+def check_unique(image_ids: Integers, where: str) -> None:
+    """Check that image ids are unique; fast if they ascend.
+
+    Raises:
+        UserError: An id is repeated.
+    """
+    if (image_ids[1:] > image_ids[:-1]).all():
+        return
+    ordered = np.sort(image_ids)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if repeated.size:
+        raise UserError(f"{where} has duplicate image ids, for example of image {repeated[0]}; ids must be unique")
+
+
+def _check_boxes(batch: pa.RecordBatch, column: str, num_categories: int, where: str) -> None:
+    present = {field.name for field in batch.schema.field(column).type}
+    names = [name for name in ("bbox", "category", "score", "area", "id", "iscrowd") if name in present]
+    if not names:
+        return
+    lengths, values = flatten(batch, column, names, where)
+
+    def image_of() -> Integers:
+        has_ids = "image_id" in batch.schema.names
+        return np.repeat(image_ids_in(batch) if has_ids else np.full(len(lengths), -1), lengths)
+
+    check_boxes(
+        where,
+        boxes_xywh=values.get("bbox"),
+        category=values.get("category"),
+        scores=values.get("score"),
+        area=values.get("area"),
+        num_categories=num_categories,
+        image_of=image_of,
+        noun="boxes" if column == "objects" else "detections",
+    )
+
+
+def check_boxes(
+    where: str,
+    *,
+    num_categories: int,
+    image_of: Callable[[], Integers],
+    noun: str,
+    boxes_xywh: Boxes | None = None,
+    category: Integers | None = None,
+    scores: Floats | None = None,
+    area: Floats | None = None,
+) -> None:
+    """Check labelled boxes or detections; arrays that are None are not checked.
+
+    Args:
+        where: Their source, for messages.
+        num_categories: Number of classes.
+        image_of: Returns the image id of each box, [N], -1 if unknown; called only for a message.
+        noun: What they are, for messages.
+        boxes_xywh: Absolute pixels, float64 [N, 4].
+        category: Category indices, int64 [N].
+        scores: float64 [N].
+        area: float64 [N].
+
+    Raises:
+        UserError: A number is not finite, a size is negative, or a score or category is out of range.
+    """
+
+    def refuse(bad: Any, what: str) -> None:
+        image_id = image_of()[bad][0]
+        example = f", for example in image {image_id}" if image_id >= 0 else ""
+        raise UserError(f"{where}: {bad.sum()} {noun} have {what}{example}")
+
+    if boxes_xywh is not None and len(boxes_xywh):
+        if not is_finite(boxes_xywh):
+            refuse(~np.isfinite(boxes_xywh).all(axis=1), "a box that is not finite (NaN or infinite)")
+        if _smallest_size(boxes_xywh) < 0:
+            bad = (boxes_xywh[:, 2:] < 0).any(axis=1)
+            refuse(bad, "a box with a negative width or height; boxes are x, y, width, height")
+    if scores is not None and len(scores) and not (scores.min() >= 0 and scores.max() <= 1):
+        bad = ~np.isfinite(scores)
+        if bad.any():
+            refuse(bad, "a score that is not finite (NaN or infinite)")
+        refuse((scores < 0) | (scores > 1), "a score outside 0 … 1")
+    if area is not None and not is_finite(area):
+        refuse(~np.isfinite(area), "an area that is not finite (NaN or infinite)")
+    if category is not None and len(category) and not num_categories:
+        raise UserError(f"{where} has no categories, but {noun} that belong to one")
+    if category is not None and len(category) and not 0 <= category.min() <= category.max() < num_categories:
+        refuse(
+            (category < 0) | (category >= num_categories),
+            f"a category that is not one of the {num_categories} categories",
+        )
+
+
+def is_finite(numbers: npt.NDArray[Any]) -> bool:
+    """Return True if no number is NaN or infinite; one pass without a temporary array, as a rule."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = numbers.sum()
+    return bool(np.isfinite(total) or np.isfinite(numbers).all())
+
+
+def _smallest_size(boxes_xywh: Boxes) -> float:
+    """Return the smallest width or height of boxes [N, 4], N > 0.
+
+    Reducing long rows is vectorised; the minimum over a column of four is not.
+    """
+    whole = len(boxes_xywh) // _ROWS_FOLDED * _ROWS_FOLDED
+    rows = [boxes_xywh[whole:]]
+    if whole:
+        folded = np.minimum.reduce(boxes_xywh[:whole].reshape(-1, 4 * _ROWS_FOLDED), axis=0)
+        rows.append(folded.reshape(-1, 4))
+    return min(float(part[:, 2:].min()) for part in rows if len(part))

@@ -1,0 +1,51 @@
+"""JSON and YAML of strangers: limits of size, depth and references."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from raydet.common.documents import DocumentError, parse_json, parse_yaml
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def test_plain_documents_are_parsed() -> None:
+    assert parse_json(b'{"a": [1, 2.5, null, "x"]}') == {"a": [1, 2.5, None, "x"]}
+    assert parse_json('"\u00e9"') == "\u00e9"
+    assert parse_yaml(b"a: &x {b: 1}\nc: *x\nd: [1, .5]\n") == {"a": {"b": 1}, "c": {"b": 1}, "d": [1, 0.5]}
+    assert parse_yaml(b"") is None
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "reason"),
+    [
+        (parse_json, "[" * 9_000, "nested"),
+        (parse_json, "[" + "[]," * 100_000 + "1]", "too many"),
+        (parse_json, '{"a": 1, "a": 2}', "repeats"),
+        (parse_json, "[Infinity]", "Infinity"),
+        (parse_json, "{", ""),
+        (parse_json, r'{"a": "\ud800"}', "surrogates"),
+        (parse_json, "9" * 10_000, "digits"),
+        (parse_yaml, BOMB, "values"),
+        (parse_yaml, "a: &a [*a]", "around it"),
+        (parse_yaml, "[" * 1000, ""),
+        (parse_yaml, "{a: " * 100 + "1" + "}" * 100, "nested"),
+        (parse_yaml, "!!python/object/apply:os.system [true]", "python"),
+        (parse_yaml, "a: b: c", ""),
+        (parse_yaml, "\0", ""),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bombs_and_broken_documents_are_refused(parse: Callable[[bytes], Any], text: str, reason: str) -> None:
+    with pytest.raises(DocumentError, match=reason) as caught:
+        parse(text.encode())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parse", [parse_json, parse_yaml])
+def test_large_documents_are_refused(parse: Any) -> None:
+    with pytest.raises(DocumentError, match="larger"):
+        parse(b" " * 20_000, max_bytes=10_000)
