@@ -84,6 +84,26 @@ except SystemExit as end:
     assert heavy_imports(code) == []
 
 
+def test_the_libraries_of_other_metrics_are_imported_by_what_uses_them_alone() -> None:
+    code = """
+import importlib, pkgutil, sys
+import raydet
+users = {"raydet.measuring.coco_ap": "torchmetrics", "raydet.measuring.verification": None}
+for module in pkgutil.walk_packages(raydet.__path__, "raydet."):
+    if module.name not in users and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from raydet.models.loading import build_detector
+from raydet.tables.schema import Category
+build_detector("rt_detr_v2_tiny", [Category(1, "cell")], image_size=64, seed=0)
+judges = {"torchmetrics", "pycocotools"}
+assert not judges & set(sys.modules), judges & set(sys.modules)
+for name, library in users.items():
+    importlib.import_module(name)
+    assert (judges & set(sys.modules)) == ({library} if library else {"torchmetrics"}), name
+"""
+    assert {"ray", "torch", "transformers"} <= set(heavy_imports(code))
+
+
 def test_help_of_the_installed_command(capsys: pytest.CaptureFixture[str]) -> None:
     command = Path(sys.executable).with_name("raydet")
     started = time.perf_counter()

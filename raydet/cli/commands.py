@@ -229,7 +229,7 @@ _COMMANDS = (
         "push",
         PushConfig,
         "raydet.exports.hub",
-        "upload a checkpoint to the Hugging Face Hub, with a model card",
+        "upload a checkpoint or tables to the Hugging Face Hub, with a card",
         "--checkpoint runs/demo/checkpoint --repo your-name/shapes --metrics runs/demo/metrics --private",
     ),
     Command(

@@ -7,14 +7,27 @@ from raydet.config.fields import config, option, require, require_positive
 
 @config
 class PushConfig:
-    """Upload a checkpoint to the Hugging Face Hub, with a model card; log in with `hf auth login` or set HF_TOKEN."""
+    """Upload a checkpoint or tables to the Hugging Face Hub; log in with `hf auth login` or set HF_TOKEN."""
 
-    checkpoint: str = option("model folder, as written by train")
     repo: str = option("repository on the Hub, as owner/name; created if it does not exist")
+    checkpoint: str | None = option("model folder, as written by train", None)
+    data: str | None = option(
+        "instead of a checkpoint, what becomes a data set: a table, a folder with the tables train and val, or a "
+        "metrics folder",
+        None,
+    )
     private: bool = option("make a new repository private", False)
     revision: str | None = option("branch to push to; by default main", None)
     metrics: str | None = option("metrics folder, as written by evaluate, for the table in the model card", None)
-    license: str | None = option("licence stated in the model card, in the Hub's spelling: apache-2.0, …", None)
+    license: str | None = option("licence stated in the card, in the Hub's spelling: apache-2.0, …", None)
+
+    def __post_init__(self) -> None:
+        require((self.checkpoint is None) != (self.data is None), "push takes either --checkpoint or --data")
+        require(
+            self.metrics is None or self.data is None,
+            "--metrics is for the model card of a checkpoint; to push the metrics themselves, name their folder with "
+            "--data",
+        )
 
 
 @config

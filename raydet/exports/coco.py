@@ -63,9 +63,9 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
 
     A detections table becomes a results file, `[{"image_id", "category_id", "bbox", "score"}, …]`, in table order. The
     format cannot represent images without detections, or the reasons why images could not be read.
-    An images table becomes an instances file with `images`, `annotations` and `categories`: annotations are numbered
-    1…n, and further scalar columns (camera, city) become keys of the images. Images are not copied; absolute paths are
-    written relative to their common folder.
+    An images table becomes an instances file with `images`, `annotations` and `categories`: annotations keep their ids
+    if these are unique and above 0, and are numbered 1…n otherwise; further scalar columns (camera, city) become keys
+    of the images. Images are not copied; absolute paths are written relative to their common folder.
     Boxes are x, y, width, height in absolute pixels of the upright image; category ids are those of the source.
 
     An existing file is replaced atomically.
@@ -145,15 +145,15 @@ def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport
     for batch in table.iter_batches(["image_id", "image.path", "width", "height", *extra], ROWS_AT_ONCE):
         images.add(pa.array([_image_entry(row, folder or "", extra) for row in batch.to_pylist()], pa.string()))
     file.write(b'\n],\n"annotations": [')
-    annotations = _Entries(file)
+    annotations, ids = _Entries(file), _annotation_ids(table)
     for batch in table.iter_batches(["image_id", "objects"], ROWS_AT_ONCE):
         lengths, columns = flatten(batch, "objects", ("bbox", "category", "area", "iscrowd"), table.uri)
         image_ids = np.repeat(image_ids_in(batch), lengths)
         refuse(~np.isfinite(columns["area"]), image_ids, "an area that is not finite", table.uri)
-        entries_before = annotations.num_entries
+        first, last = annotations.num_entries, annotations.num_entries + len(image_ids)
         annotations.add(
             _objects(
-                id=as_text(np.arange(entries_before + 1, entries_before + 1 + len(image_ids))),
+                id=as_text(np.arange(first + 1, last + 1) if ids is None else ids[first:last]),
                 image_id=as_text(image_ids),
                 category_id=as_text(_category_ids(table, image_ids, columns["category"])),
                 bbox=_bbox_text(table, image_ids, columns["bbox"]),
@@ -165,6 +165,22 @@ def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport
         )
     file.write(b"\n]}\n")
     return CocoExportReport(out, "images", images.num_entries, annotations.num_entries, images_folder=folder)
+
+
+def _annotation_ids(table: Table) -> Numbers | None:
+    """Return the annotation ids of all boxes, int64 [N], or None if a COCO file cannot have them.
+
+    pycocotools takes the id 0 for "not matched", and the last of repeated ids for all of them.
+    """
+    parts: list[Numbers] = [np.zeros(0, np.int64)]
+    for batch in table.iter_batches(["objects.id", "objects.category"]):
+        try:
+            _, columns = flatten(batch, "objects", ("id", "category"), table.uri)
+        except UserError:  # not every box has an id
+            return None
+        parts.append(columns["id"])
+    ids = np.concatenate(parts)
+    return ids if (ids > 0).all() and len(np.unique(ids)) == len(ids) else None
 
 
 def _image_entry(row: dict[str, Any], folder: str, extra: Sequence[str]) -> str:

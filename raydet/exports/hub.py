@@ -1,4 +1,4 @@
-"""Upload of a checkpoint to the Hugging Face Hub: the model folder and its model card, as one commit.
+"""Upload to the Hugging Face Hub: a model folder or the files of tables, and the card, as one commit.
 
 All local checks run before the first request to the Hub. No message contains a token or the signature of a URL.
 """
@@ -6,11 +6,13 @@ All local checks run before the first request to the Hub. No message contains a 
 import contextlib
 import os
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
@@ -25,11 +27,15 @@ from raydet.common.errors import UserError, one_line
 from raydet.common.hub_client import quiet_client
 from raydet.common.redaction import without_secrets
 from raydet.config import PushConfig
+from raydet.exports.hub_data import read_dataset
 from raydet.exports.model_card import build_card
 from raydet.models.checkpoints import Checkpoint, read_checkpoint
 from raydet.tables import storage
 
+RepoKind = Literal["model", "dataset"]
+
 _CARD = "README.md"
+_MESSAGES = {"model": "Push a detector trained with raydet", "dataset": "Push tables written by raydet"}
 _PROCESSOR = "preprocessor_config.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _HOW_TO_LOG_IN = (
@@ -43,8 +49,9 @@ class PushResult:
 
     Attributes:
         repo: The repository, as owner/name.
+        kind: Kind of the repository.
         url: Page of the pushed branch.
-        commit: Id of the commit with model and card.
+        commit: Id of the commit with the files and the card.
         files: Names of the pushed files.
         num_bytes: Total size of the files in bytes.
         notes: Warnings about the card's content.
@@ -52,6 +59,7 @@ class PushResult:
     """
 
     repo: str
+    kind: RepoKind
     url: str
     commit: str
     files: tuple[str, ...]
@@ -65,41 +73,86 @@ class PushResult:
         return [
             *(f"note: {note}" for note in self.notes),
             f"{done}: {len(self.files)} files, {self.num_bytes / 1e6:.1f} MB, commit {self.commit[:12]}",
-            f"model: {self.url}",
+            f"{'model' if self.kind == 'model' else 'data set'}: {self.url}",
         ]
 
 
-def push(config: PushConfig) -> PushResult:
-    """Upload a model folder with a model card in one commit; a missing repository is created.
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """Content of a commit: URIs of files by their names in the repository, and the card.
 
-    Only the model's files are sent: configuration, image processor and safetensors weights. Other weights from an
+    `is_stale` selects files of an earlier push to delete.
+    """
+
+    kind: RepoKind
+    files: Mapping[str, str]
+    card: str
+    notes: tuple[str, ...]
+    is_stale: Callable[[str], bool]
+
+
+def push(config: PushConfig) -> PushResult:
+    """Upload a model folder or tables with a card in one commit; a missing repository is created.
+
+    Of a model, only the configuration, the image processor and safetensors weights are sent. Other weights from an
     earlier push are deleted in the same commit, because they could be loaded instead of these.
+    Tables become a data set. Only the Parquet files that their manifests list are sent, unchanged; Parquet files from
+    an earlier push in the same folders of the repository are deleted.
 
     Raises:
         UserError: A name, the folder or the token is invalid, and nothing has been sent; or the Hub is unreachable or
             refuses, and there is no commit.
     """
     _check_names(config)
-    if not storage.exists(config.checkpoint):
-        raise UserError(f"no such model folder: {config.checkpoint}; push requires OUT/checkpoint of a training run")
-    checkpoint = read_checkpoint(config.checkpoint)
-    files = _model_files(checkpoint)
-    card = build_card(config, checkpoint)
+    content = _model_content(config, config.checkpoint) if config.checkpoint is not None else _data_content(config)
     api = _client()
-    with tempfile.TemporaryDirectory(prefix="raydet-push-") as folder:
-        # From a copy, so that a training run in progress cannot change a file between two reads.
-        for name in files:
-            with storage.open_input(storage.join(checkpoint.name, name)) as source:  # refuses links
-                Path(folder, name).write_bytes(source.read())
-        Path(folder, _CARD).write_text(card.content, encoding="utf-8")
-        with quiet_client(hides_bars=not sys.stderr.isatty()), _errors_in_one_line(api, config.repo):
-            commit, already_done = _upload(api, config, Path(folder), card.content)
-        num_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-    url = f"{api.endpoint}/{config.repo}" + (f"/tree/{quote(config.revision)}" if config.revision else "")
-    return PushResult(config.repo, url, commit, (*files, _CARD), num_bytes, card.notes, already_done)
+    with (
+        tempfile.TemporaryDirectory(prefix="raydet-push-") as folder,
+        quiet_client(hides_bars=not sys.stderr.isatty()),
+        _errors_in_one_line(api, config.repo),
+    ):
+        commit, num_bytes, already_done = _upload(api, config, content, Path(folder))
+    page = f"{api.endpoint}/{'datasets/' if content.kind == 'dataset' else ''}{config.repo}"
+    url = page + (f"/tree/{quote(config.revision)}" if config.revision else "")
+    return PushResult(
+        repo=config.repo,
+        kind=content.kind,
+        url=url,
+        commit=commit,
+        files=(*content.files, _CARD),
+        num_bytes=num_bytes,
+        notes=content.notes,
+        already_done=already_done,
+    )
 
 
 # Local checks.
+
+
+def _model_content(config: PushConfig, folder: str) -> _Content:
+    if not storage.exists(folder):
+        raise UserError(f"no such model folder: {folder}; push requires OUT/checkpoint of a training run")
+    checkpoint = read_checkpoint(folder)
+    files = {name: storage.join(checkpoint.name, name) for name in _model_files(checkpoint)}
+    card = build_card(config, checkpoint)
+    return _Content(
+        kind="model",
+        files=files,
+        card=card.content,
+        notes=card.notes,
+        is_stale=lambda name: _WEIGHTS.fullmatch(name) is not None,
+    )
+
+
+def _data_content(config: PushConfig) -> _Content:
+    data = read_dataset(config)
+    return _Content(
+        kind="dataset",
+        files=data.files,
+        card=data.card,
+        notes=data.notes,
+        is_stale=lambda name: name.partition("/")[0] in data.folders and name.endswith(".parquet"),
+    )
 
 
 def _check_names(config: PushConfig) -> None:
@@ -153,55 +206,69 @@ def _client() -> HfApi:
     return HfApi(endpoint=endpoint.rstrip("/"), token=token)
 
 
-def _upload(api: HfApi, config: PushConfig, folder: Path, card: str) -> tuple[str, bool]:
-    """Create the commit; return its id, and True if the Hub already held identical files."""
+def _upload(api: HfApi, config: PushConfig, content: _Content, folder: Path) -> tuple[str, int, bool]:
+    """Create the commit; return its id, the size of its files, and True if the Hub already held identical files."""
     user = api.whoami()
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"the token has only read access to the Hugging Face Hub: {_HOW_TO_LOG_IN}")
-    _validate_card(api, card)
+    _validate_card(api, content)
     # Without --private the Hub decides: an organisation may default to private repositories.
-    api.create_repo(config.repo, private=config.private or None, exist_ok=True)
+    api.create_repo(config.repo, repo_type=content.kind, private=config.private or None, exist_ok=True)
     branch = config.revision or constants.DEFAULT_REVISION
     if branch != constants.DEFAULT_REVISION:
-        api.create_branch(config.repo, branch=branch, exist_ok=True)
-    before = api.model_info(config.repo, revision=branch)
+        api.create_branch(config.repo, repo_type=content.kind, branch=branch, exist_ok=True)
+    info = api.model_info if content.kind == "model" else api.dataset_info
+    before = info(config.repo, revision=branch)
     if config.private and not before.private:
         raise UserError(
             f"{config.repo} already exists and is public, and --private applies to new repositories only: make it "
             "private in its settings on the Hub, or omit --private"
         )
-    names = sorted(path.name for path in folder.iterdir())
+    names = {*content.files, _CARD}
     others = [item.rfilename for item in before.siblings or [] if item.rfilename not in names]
+    sends_paths, num_bytes = _offers_xet(api, content.kind, config.repo, branch), 0
+    (folder / _CARD).write_text(content.card, encoding="utf-8")
+    additions: list[CommitOperationAdd] = []
     with contextlib.ExitStack() as stack:
-        if _offers_xet(api, config.repo, branch):
-            additions = [CommitOperationAdd(name, folder / name) for name in names]
-        else:
+        for name, uri in {_CARD: str(folder / _CARD), **content.files}.items():
+            path = Path(storage.resolve(uri)[1])
+            is_copied = content.kind == "model" or not storage.is_local(uri)
+            if is_copied and name != _CARD:
+                # From a copy, so that a training run in progress cannot change a file between two reads.
+                path = folder / name.replace("/", "-")
+                with storage.open_input(uri) as source, path.open("wb") as copy:  # refuses links
+                    shutil.copyfileobj(source, copy)
+            num_bytes += path.stat().st_size
             # The client sends paths to xet, even if the server lacks it, and open files to LFS.
-            files = [stack.enter_context((folder / name).open("rb")) for name in names]
-            additions = [CommitOperationAdd(name, file) for name, file in zip(names, files, strict=True)]
+            additions.append(CommitOperationAdd(name, path if sends_paths else stack.enter_context(path.open("rb"))))
+            if is_copied and content.kind == "dataset":
+                # One file at a time, because a data set may be larger than the disk.
+                api.preupload_lfs_files(config.repo, additions[-1:], repo_type=content.kind, revision=branch)
+                path.unlink()
         commit = api.create_commit(
             config.repo,
-            [*additions, *(CommitOperationDelete(name) for name in others if _WEIGHTS.fullmatch(name))],
-            commit_message="Push a detector trained with raydet",
+            [*additions, *(CommitOperationDelete(name) for name in others if content.is_stale(name))],
+            repo_type=content.kind,
+            commit_message=_MESSAGES[content.kind],
             revision=branch,
             parent_commit=before.sha,
         )
-    return commit.oid, commit.oid == before.sha
+    return commit.oid, num_bytes, commit.oid == before.sha
 
 
-def _validate_card(api: HfApi, card: str) -> None:
+def _validate_card(api: HfApi, content: _Content) -> None:
     """Have the Hub validate the card before an empty repository is created."""
     response = get_session().post(
         f"{api.endpoint}/api/validate-yaml",
-        json={"content": card, "repoType": "model"},
+        json={"content": content.card, "repoType": content.kind},
         headers=build_hf_headers(token=api.token),
     )
     hf_raise_for_status(response)
 
 
-def _offers_xet(api: HfApi, repo: str, branch: str) -> bool:
+def _offers_xet(api: HfApi, kind: RepoKind, repo: str, branch: str) -> bool:
     response = get_session().get(
-        f"{api.endpoint}/api/models/{repo}/xet-write-token/{quote(branch, safe='')}",
+        f"{api.endpoint}/api/{kind}s/{repo}/xet-write-token/{quote(branch, safe='')}",
         headers=build_hf_headers(token=api.token),
     )
     if response.status_code in (404, 405, 501):

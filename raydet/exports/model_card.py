@@ -4,7 +4,7 @@ Data is named by the last part of its path only, because home folders and bucket
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,8 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from raydet.common.console import shown
 from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
-from raydet.common.errors import UserError, one_line
+from raydet.common.errors import UserError
 from raydet.config import PushConfig, TrainConfig, fields_of
+from raydet.exports.markdown import escaped, fenced, markdown_table
 from raydet.measuring import metrics_folder
 from raydet.measuring.numbers.metrics import METRICS
 from raydet.measuring.numbers.values import values_in
@@ -123,7 +124,7 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
     counts = table.manifest["runs"][table.files[0]]
     num_images = counts.get("num_images")
     unreadable = counts.get("num_unreadable") or 0
-    origin = f"Measured with `raydet evaluate` on {_escaped(data)}" + (f", {num_images:,} images" if num_images else "")
+    origin = f"Measured with `raydet evaluate` on {escaped(data)}" + (f", {num_images:,} images" if num_images else "")
     if unreadable:
         origin += f"; {unreadable:,} of them were unreadable, and their objects count as missed"
     model = rows["model"][0].as_py()
@@ -153,9 +154,9 @@ def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumb
     data, num_images = _bare_name(table), _num_images(table, checkpoint)
     part = run.config.get("validate_fraction") or 1.0
     images = "the validation images" if part == 1 else f"{part:.0%} of the validation images"
-    why = "the latest epoch" if is_newest else f"the best by {_escaped(chosen_by)}"
+    why = "the latest epoch" if is_newest else f"the best by {escaped(chosen_by)}"
     when = f"after epoch {epoch.epoch} of {len(run.history)}, {why}"
-    origin = f"Measured during training on {images} ({_escaped(data)}) {when}."
+    origin = f"Measured during training on {images} ({escaped(data)}) {when}."
     if not is_newest:
         origin += " The checkpoint was selected by these metrics, so expect somewhat lower ones on other images."
     return _CardNumbers(
@@ -197,12 +198,12 @@ def _card(config: PushConfig, checkpoint: Checkpoint, run: _TrainedRun, measured
     )
     origin = ""
     if base:
-        origin = f", fine-tuned from [{_escaped(base)}](https://huggingface.co/{base})"
+        origin = f", fine-tuned from [{escaped(base)}](https://huggingface.co/{base})"
     elif model:
         # A path names a folder on one machine and says nothing about the model.
         origin = ", fine-tuned from another checkpoint" if "/" in model else f", trained from scratch as `{model}`"
     sections = [
-        f"# {_escaped(title)}",
+        f"# {escaped(title)}",
         f"A `{checkpoint.model_type}` object detector{origin}. Trained with raydet.",
         *_classes_section(checkpoint),
         *_numbers_section(measured),
@@ -233,8 +234,8 @@ def _eval_results(measured: _CardNumbers | None) -> list[EvalResult] | None:
 
 
 def _classes_section(checkpoint: Checkpoint) -> list[str]:
-    names = [(str(index), _escaped(item.name)) for index, item in enumerate(checkpoint.categories)]
-    return ["## Classes", _table(("index", "class"), names)] if names else []
+    names = [(str(index), escaped(item.name)) for index, item in enumerate(checkpoint.categories)]
+    return ["## Classes", markdown_table(("index", "class"), names)] if names else []
 
 
 def _numbers_section(measured: _CardNumbers | None) -> list[str]:
@@ -252,15 +253,15 @@ def _numbers_section(measured: _CardNumbers | None) -> list[str]:
     ]
     columns = [name for name in _CLASS_COLUMNS if any(name in numbers for numbers in measured.by_class.values())]
     by_class = [
-        (_escaped(name), *(shown(numbers.get(column)) for column in columns))
+        (escaped(name), *(shown(numbers.get(column)) for column in columns))
         for name, numbers in measured.by_class.items()
     ]
     sections = [
         "## Evaluation",
         f"{measured.origin} These are COCO metrics, equal to those of pycocotools.",
-        _table(("metric", "value", "IoU", "area", "detections"), rows),
+        markdown_table(("metric", "value", "IoU", "area", "detections"), rows),
     ]
-    return [*sections, _table(("class", *columns), by_class)] if by_class else sections
+    return [*sections, markdown_table(("class", *columns), by_class)] if by_class else sections
 
 
 def _use_section(config: PushConfig) -> list[str]:
@@ -285,7 +286,7 @@ found = processor.post_process_object_detection(
         shell, name = f"hf download {config.repo} --revision {config.revision} --local-dir model\n", "./model"
     shell += "raydet prepare images --images FOLDER --out TABLE\n"
     shell += f"raydet predict --checkpoint {name} --data TABLE --out DETECTIONS"
-    return ["## Use", _fenced(code, "python"), "On many images, with raydet:", _fenced(shell, "bash")]
+    return ["## Use", fenced(code, "python"), "On many images, with raydet:", fenced(shell, "bash")]
 
 
 def _data_section(checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbers | None) -> list[str]:
@@ -294,10 +295,10 @@ def _data_section(checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbe
         for use, key in (("training", "train_data"), ("validation", "val_data"))
         if key in run.config
     ]
-    rows = [(use, _escaped(_bare_name(uri)), shown(_num_images(uri, checkpoint), ",")) for use, uri in uses]
+    rows = [(use, escaped(_bare_name(uri)), shown(_num_images(uri, checkpoint), ",")) for use, uri in uses]
     if measured is not None and measured.is_evaluation:
-        rows.append(("evaluation", _escaped(measured.data), shown(measured.num_images, ",")))
-    return ["## Data", _table(("used for", "images table", "images"), rows)] if rows else []
+        rows.append(("evaluation", escaped(measured.data), shown(measured.num_images, ",")))
+    return ["## Data", markdown_table(("used for", "images table", "images"), rows)] if rows else []
 
 
 def _recipe_section(run: _TrainedRun) -> list[str]:
@@ -315,23 +316,7 @@ def _recipe_section(run: _TrainedRun) -> list[str]:
         {name: _without_paths(run.config[name]) for name in names}, sort_keys=False, allow_unicode=True
     )
     trained = f"Trained for {len(run.history)} epochs" if run.history else "Trained"
-    return ["## Recipe", f"{trained} with these options of `raydet train`:", _fenced(recipe.rstrip("\n"), "yaml")]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _fenced(text: str, language: str) -> str:
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _escaped(text: str) -> str:
-    """Escape text for one line of markdown."""
-    return re.sub(r"([\\`*_\[\]<>#|~&!$])", r"\\\1", one_line(text))
+    return ["## Recipe", f"{trained} with these options of `raydet train`:", fenced(recipe.rstrip("\n"), "yaml")]
 
 
 def _bare_name(uri: str) -> str:

@@ -213,12 +213,7 @@ def test_what_is_exported_can_be_prepared_again(test_data: Path, tmp_path: Path,
         prepare_coco(
             PrepareCocoConfig(images=image_folder, annotations=annotations, out=out, image_storage=storage_kind)
         )
-        contents.append(
-            [
-                {**row, "objects": {**row["objects"], "id": None}}
-                for row in open_table(out, "images").read(columns).to_pylist()
-            ]
-        )
+        contents.append(open_table(out, "images").read(columns).to_pylist())
         annotations = str(tmp_path / f"{name}.json")
         report = _export(out, annotations)
         image_folder = report.images_folder or image_folder

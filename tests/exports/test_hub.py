@@ -63,6 +63,12 @@ class Hub:
     requests: list[tuple[str, bytes]] = field(default_factory=list)
     commits: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
+    def save(self, repo: str, folder: Path, branch: str = "main") -> None:
+        """Write the files of a branch to a folder, as a download does."""
+        for name, content in self.repos[repo].branches[branch].files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
     def asked(self, beginning: str) -> list[tuple[str, bytes]]:
         return [item for item in self.requests if item[0].startswith(beginning)]
 
@@ -91,9 +97,9 @@ class Hub:
                 return 200, {"errors": [], "warnings": []}, {}
             case ["api", "repos", "create"]:
                 return self._create(content)
-            case ["api", "models", owner, name, *rest] if f"{owner}/{name}" in self.repos:
+            case ["api", "models" | "datasets", owner, name, *rest] if f"{owner}/{name}" in self.repos:
                 return self._of_repo(f"{owner}/{name}", [unquote(part) for part in rest], content, body)
-            case [owner, name, "info", "lfs", "objects", "batch"]:
+            case [*_, "info", "lfs", "objects", "batch"]:
                 return 200, self._batch(content), {}
             case ["verify"]:
                 assert len(self.blobs[content["oid"]]) == content["size"]
@@ -138,7 +144,7 @@ class Hub:
         return 404, {"error": "Not found"}, {}
 
     def _preupload(self, branch: Branch, file: dict[str, Any]) -> dict[str, Any]:
-        is_large, held = file["path"].endswith(".safetensors"), branch.files.get(file["path"])
+        is_large, held = file["path"].endswith((".safetensors", ".parquet")), branch.files.get(file["path"])
         answer = {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
         if held is not None:
             answer["oid"] = hashlib.sha256(held).hexdigest() if is_large else sha.git_hash(held)

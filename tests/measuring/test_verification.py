@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.generated_boxes import generate, write_tables
 from raydet.cli.main import main
 from raydet.common.errors import UserError
 from raydet.config import EvaluateConfig, ReportConfig
@@ -82,6 +83,15 @@ def test_of_many_images_a_random_sample_is_compared(
         assert 10 < found.num_images < 40 and f"a random sample of {found.num_images} of 87 images" in found.outcome
         samples.append(found.numbers)
     assert samples[0] == samples[1] != samples[2]
+
+
+@pytest.mark.slow
+def test_fifty_thousand_images_are_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tables([generate(50_000, 350_000, 500_000, seed=3)], tmp_path)
+    assert main(["evaluate", "--truth", f"{tmp_path}/truth", "--detections", f"{tmp_path}/detections", "--verify"]) == 0
+    *_, outcome = capsys.readouterr().out.splitlines()
+    assert outcome.startswith("verified: equal to pycocotools")
+    assert outcome.endswith("over a random sample of 5,000 of 50,000 images")
 
 
 def test_one_different_bit_fails(

@@ -23,6 +23,7 @@ from raydet.tables import storage
 from raydet.training.history import EpochRecord, ValidationRecord
 from raydet.training.tracking.integrations import _MODULES, Arguments, check_trackers
 from raydet.training.tracking.trackers import RunTracker, scalars_of
+from tests.environments import run_with
 
 SECRET = "s3cr3t-value-of-a-key"
 CONFIG: dict[str, Any] = {
@@ -172,6 +173,10 @@ def test_a_tracker_that_is_not_there_is_told_of_without_importing_any(tmp_path: 
     assert "pip install 'raydet[wandb]'" in message and imported == "[]"
 
 
+EVENTS = ("on_init_end", "on_train_begin", "on_step_end", "on_log", "on_train_end")
+"""Events of callbacks that raydet reports."""
+
+
 def test_callbacks_of_transformers_find_what_they_read() -> None:
     """The packages of most integrations are not installed here, so their source is checked."""
     from transformers import TrainerControl, TrainerState
@@ -182,7 +187,8 @@ def test_callbacks_of_transformers_find_what_they_read() -> None:
     }
     assert set(callbacks) == set(_MODULES)
     arguments = Arguments({}, "out", "run")
-    given = {"args": arguments, "training_args": arguments, "state": TrainerState(), "control": TrainerControl()}
+    state, control = TrainerState(), TrainerControl()
+    given = {"args": arguments, "training_args": arguments, "state": state, "control": control}
     classes = {made.__name__ for made in callbacks.values()}
     read = {
         (node.value.id, node.attr)
@@ -194,6 +200,12 @@ def test_callbacks_of_transformers_find_what_they_read() -> None:
     assert {("args", "to_dict"), ("args", "trackio_space_id"), ("state", "global_step")} <= read
     assert [item for item in sorted(read) if not hasattr(given[item[0]], item[1])] == []
     assert dataclasses.is_dataclass(arguments)  # ClearML reads its fields
+    for made in callbacks.values():
+        for event in EVENTS:
+            more: dict[str, Any] = {"logs": {}} if event == "on_log" else {}
+            inspect.signature(getattr(made, event)).bind(None, arguments, state, control, model=None, **more)
+        unused = {event for event in vars(made) if event.startswith("on_")} - set(EVENTS)
+        assert unused <= {"on_save", "on_predict", "on_evaluate", "on_push_begin"}, made  # of models and of `Trainer`
 
 
 CALLBACK = """
@@ -375,3 +387,44 @@ def test_wandb_without_a_key_is_logged_to_files(tmp_path: Path, monkeypatch: pyt
     assert SECRET.encode() not in everything_below(tmp_path)
     assert key.encode() not in everything_below(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["my-run"]
+
+
+@pytest.mark.slow
+def test_trackio_logs_to_its_folder_without_a_server(tmp_path: Path) -> None:
+    """Trackio needs an older Pillow, so it has an environment of its own."""
+    script = f"""
+import os
+seen = []
+sys.addaudithook(lambda event, _: seen.append(event) if event in ("socket.connect", "socket.listen") else None)
+import numpy as np
+from raydet.training.tracking.integrations import check_trackers
+from raydet.training.tracking.trackers import RunTracker
+
+check_trackers(["trackio"])
+for start_step in (0, 1):
+    tracker = RunTracker(
+        sys.argv[1], ["trackio"], {CONFIG!r}, start_step=start_step, steps_per_epoch=2, warn=seen.append
+    )
+    tracker.scalars(start_step + 1, {{"train/loss": 0.5, "validation/AP": 0.25 + start_step, "AP_by_class/cat": 0.125}})
+    tracker.images(start_step + 1, {{"validation/7": np.full((40, 60, 3), 90, np.uint8)}})
+    tracker.close()
+from trackio.sqlite_storage import SQLiteStorage
+runs = {{run: SQLiteStorage.get_logs("raydet", run) for run in SQLiteStorage.get_runs("raydet")}}
+print(json.dumps([runs, SQLiteStorage.get_run_config("raydet", "my-run"), seen]))
+"""
+    out = tmp_path / "my-run"
+    environment = tmp_path / "environment"
+    environment.mkdir()
+    runs, config, seen = run_with(
+        "trackio>=0.21.1", script, environment, cwd=tmp_path, arguments=[str(out)], with_project=True
+    )
+    assert seen == [] and list(runs) == ["my-run"]
+    assert config["model"] == "rt_detr_v2_small" and config["epochs"] == 3
+    numbers = [entry for entry in runs["my-run"] if "train/loss" in entry]
+    assert [
+        (entry["train/global_step"], entry["train/loss"], entry["eval/AP"], entry["eval/AP_by_class/cat"])
+        for entry in numbers
+    ] == [(1, 0.5, 0.25, 0.125), (2, 0.5, 1.25, 0.125)]
+    images = [entry["eval/7"]["file_path"] for entry in runs["my-run"] if "eval/7" in entry]
+    assert len(images) == 2 and all((out / "log" / "trackio" / "media" / image).is_file() for image in images)
+    assert SECRET.encode() not in everything_below(out)
