@@ -58,6 +58,12 @@ class TrainConfig(WorkersConfig):
     multi_scale: list[int] | None = option(
         "input sides in pixels; each training step draws one; validation uses --image-size", None, group="Model"
     )
+    class_mapping: dict[str, str] | None = option(
+        "renamed classes, as {OLD: NEW}: NEW of the training table starts with the weights of OLD of --model; classes "
+        "of the same name need no entry",
+        None,
+        group="Model",
+    )
     freeze_backbone: Backbone = option("part of the backbone that keeps its loaded weights", "none", group="Model")
     unfreeze_epoch: int | None = option(
         "epoch, counted from 1, from which a frozen backbone trains too", None, group="Model"

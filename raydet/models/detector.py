@@ -51,7 +51,7 @@ class Detector:
         categories: The classes in the order of their indices.
         resize_rule: The processor's geometry.
         family: Family of the model type.
-        reinitialised: Names, as in the model's `state_dict`, of tensors that were reinitialised: the class head if the
+        notes: Lines about the weights that differ from those of the checkpoint: the rows of the class heads if the
             classes differ, and weights that the checkpoint lacks. Empty for a model from scratch.
         left_out: Parameters that the training loss may leave out; None until `raydet.models.losses` has found them.
     """
@@ -63,14 +63,14 @@ class Detector:
         categories: Sequence[Category],
         *,
         where: str,
-        reinitialised: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.processor = processor
         self.categories = tuple(categories)
         self.family: Family = family_of(model.config.model_type, where=where)
         self.resize_rule = resize_rule_of(processor, where=where)
-        self.reinitialised = tuple(reinitialised)
+        self.notes = tuple(notes)
         self.left_out: tuple[nn.Parameter, ...] | None = None
         self._scale: tuple[Tensor, Tensor] | None = None
         model.config.raydet = {"categories": [{"id": item.id, "name": item.name} for item in self.categories]}

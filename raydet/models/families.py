@@ -35,6 +35,8 @@ class Family:
         auxiliary_loss: Each decoder layer can have a loss of its own.
         distils: Boxes are distributions, which decoder layers learn from the last layer (`loss_ddf`).
         local_criterion: The criterion of transformers sums over ranks and must be replaced by raydet's own.
+        score_head: The part of the model whose score of each class picks the queries among the encoder's cells; None if
+            there is none. New classes start in it as the mean of the old ones.
         scores_proposals: With `two_stage` in its config, the model picks queries by a score that no loss term of
             transformers trains; raydet adds the term.
         graph_has_one_size: A traced graph works at a single input size, because transformers computes sampling
@@ -65,6 +67,7 @@ class Family:
     auxiliary_loss: bool = True
     distils: bool = False
     local_criterion: bool = False
+    score_head: str | None = None
     scores_proposals: bool = False
     graph_has_one_size: bool = False
     resamples_positions: bool = False
@@ -86,6 +89,7 @@ _RT_DETR = Family(
     # The encoder adds neighbouring levels of the feature pyramid; the coarsest level has a stride of 32.
     side_multiple=32,
     denoises=True,
+    score_head="enc_score_head",
 )
 _LW_DETR = Family(
     model_type="lw_detr",
@@ -98,6 +102,7 @@ _LW_DETR = Family(
     backbone_side_fields=("patch_size", "num_windows_side"),
     query_grid="projector",
     local_criterion=True,
+    score_head="enc_out_class_embed",
     # The projector beside it is not pretrained.
     backbone_prefixes=("model.backbone.backbone.",),
     compiled_modules=("model.backbone",),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -21,6 +22,7 @@ from raydet.augmentation.view import View
 from raydet.cluster import job_metrics
 from raydet.cluster.shares import Resources, decoders_near
 from raydet.cluster.worker_log import log_from_here
+from raydet.common.class_names import match_names
 from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
 from raydet.models.detector import Detector
@@ -29,8 +31,8 @@ from raydet.tables import storage
 from raydet.tables.table import Table
 from raydet.training.crew import Crew
 from raydet.training.failure import is_out_of_memory, not_a_number, out_of_memory
-from raydet.training.feeding.batches import BatchReader
-from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.batches import BatchReader, ClassMap
+from raydet.training.feeding.ordering import Kind, RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
 from raydet.training.history import EpochRecord, is_over, write_history, write_stopped_epoch
 from raydet.training.in_flight import LateResult, LateResults, StepInputs, StepOutcome
@@ -99,7 +101,7 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)
     trainer = (job["make_trainer"] or Trainer)(
         config,
-        tables["train"].categories,
+        job["categories"],
         steps_per_epoch=plan.steps_per_epoch,
         device=crew.device,
         rank=crew.rank,
@@ -109,8 +111,9 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     data = crew.share_bytes(newest_state(config.out) if crew.rank == 0 else None)
     if data is not None:
         trainer.load_state_dict(parse_state(data, trainer.device).of_rank(crew.rank, crew.world_size))
-    elif trainer.detector.reinitialised:
-        crew.say(f"initialised from scratch: {', '.join(trainer.detector.reinitialised)}")
+    else:
+        for note in trainer.detector.notes:
+            crew.say(note)
     position, tracker = trainer.position, None
     text = "one of %d workers, device %s, %d threads; starting after step %d of epoch %d"
     _LOG.info(text, crew.world_size, trainer.device, torch.get_num_threads(), position.step, position.epoch + 1)
@@ -156,11 +159,24 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
             decoders=decoders_near(nodes[crew.rank], nodes, cpus_per_worker=resources.cpus_per_worker),
         )
         if crew.world_size == 1:
-            return BatchReader(read_stream(iterators[0]), crew.rank)
+            return BatchReader(read_stream(iterators[0]), crew.rank, _class_maps(run))
         # Pickled, not in the object store: Ray does not track references that travel outside it.
         content = ray.cloudpickle.dumps(iterators)
     iterators = ray.cloudpickle.loads(crew.exchange(content)[ranks[0]])
-    return BatchReader(read_stream(iterators[ranks.index(crew.rank)]), crew.rank)
+    return BatchReader(read_stream(iterators[ranks.index(crew.rank)]), crew.rank, _class_maps(run))
+
+
+def _class_maps(run: _TrainingRun) -> dict[Kind, ClassMap]:
+    """Return, for each table whose classes have another order than the model's, the model's index of each class."""
+    names = [category.name for category in run.trainer.detector.categories]
+    tables: dict[Kind, Table] = {"train": run.train_table, "validate": run.val_table}
+    maps: dict[Kind, ClassMap] = {}
+    for kind, table in tables.items():
+        own = [category.name for category in table.categories]
+        if own != names:
+            places = match_names(own, names)
+            maps[kind] = np.array([-1 if place is None else place for place in places], np.int64)
+    return maps
 
 
 def _view(config: TrainConfig, detector: Detector) -> View:
@@ -319,7 +335,7 @@ def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     with trainer.averaged():
         validation = None
         if plan.validates(epoch):
-            validation = validate(trainer, crew, plan, reader, categories=run.val_table.categories, tracker=run.tracker)
+            validation = validate(trainer, crew, plan, reader, tracker=run.tracker)
         is_to_stop = plan.validates(epoch) and validation is None
         if not is_to_stop:
             record = replace(record, validation=validation)

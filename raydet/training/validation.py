@@ -32,7 +32,6 @@ def validate(
     plan: RunPlan,
     reader: BatchReader,
     *,
-    categories: tuple[Category, ...],
     tracker: RunTracker | None,
 ) -> ValidationRecord | None:
     """Run the current model over every validation image. Collective: every rank must call it.
@@ -42,13 +41,13 @@ def validate(
         crew: Communication with the other workers.
         plan: Plan of the run.
         reader: Reader positioned at the first batch of the validation.
-        categories: The classes in the order of their indices.
         tracker: Tracker that receives the first images, drawn; None on all ranks but 0.
 
     Returns:
         The results, the same on every rank; None if the command asked to stop.
     """
     started, epoch = time.perf_counter(), trainer.position.epoch
+    categories = trainer.detector.categories
     engine, accumulator, is_to_stop = trainer.engine(), CocoAccumulator(categories), False
     trainer.detector.model.eval()  # once, not for every batch; the next epoch begins in training mode
     drawn: dict[str, RgbImage] = {}
