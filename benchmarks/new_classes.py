@@ -63,7 +63,8 @@ def main() -> None:
 
 def _examples(uri: str, detector: Detector, num_images: int) -> list[Example]:
     """Read the first images of a table that have boxes, resized for the model."""
-    rule, found = detector.resize_rule, []
+    rule = detector.resize_rule
+    found: list[Example] = []
     for row in open_table(uri, "images").read().to_pylist():
         image = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
         boxes = np.array(row["objects"]["bbox"], np.float32).reshape(-1, 4)

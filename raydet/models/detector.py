@@ -4,6 +4,7 @@ It is saved as a plain Hugging Face model folder.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Detector:
         self.notes = tuple(notes)
         self.left_out: tuple[nn.Parameter, ...] | None = None
         self._scale: tuple[Tensor, Tensor] | None = None
+        _keep_boxes_precise(model, self.family)
         model.config.raydet = {"categories": [{"id": item.id, "name": item.name} for item in self.categories]}
 
     @property
@@ -164,6 +166,37 @@ class Detector:
             self.model.save_pretrained(folder)
             # Some model types have no default processor class, so that the folder must name one.
             self.processor.save_pretrained(folder)
+
+
+class _InSinglePrecision(nn.Module):
+    """A layer that computes at least in single precision under autocast. Its parameters keep their names."""
+
+    def forward(self, *inputs: Tensor) -> Any:
+        device_type = inputs[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return super().forward(*inputs)
+        with torch.autocast(device_type, enabled=False):
+            return super().forward(*(at_least_single(value) for value in inputs))
+
+
+@functools.cache
+def _in_single_precision(kind: type) -> type:
+    return type(kind.__name__, (_InSinglePrecision, kind), {})
+
+
+def _keep_boxes_precise(model: nn.Module, family: Family) -> None:
+    """Make the layers that predict boxes and score proposals ignore autocast, in training, validation and scoring."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in family.precise_layers:
+            # A ModuleList is never called; its layers are.
+            for layer in module if isinstance(module, nn.ModuleList) else [module]:
+                if not isinstance(layer, _InSinglePrecision):
+                    layer.__class__ = _in_single_precision(type(layer))
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Convert half precision to single precision; return other values unchanged."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _pixel_mask(batch: Batch) -> Tensor:

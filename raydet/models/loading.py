@@ -28,13 +28,13 @@ from raydet.models.class_heads import change_classes, set_labels, start_at_prior
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
 from raydet.models.geometry import ResizeRule
-from raydet.models.losses.distillation import keep_matchings
-from raydet.models.losses.grouped import keep_loss_local
+from raydet.models.losses.criterion import install_criterion
 from raydet.models.processors import (
     check_image_size,
     default_processor,
     resize_rule_of,
     resized_processor,
+    step_resize_rules,
     supported_processor,
 )
 from raydet.models.small import DEFAULT_IMAGE_SIZE, SMALL_MODELS
@@ -119,8 +119,10 @@ def build_detector(
     return detector
 
 
-def resize_rule_for(name: str, image_size: int | None) -> ResizeRule:
-    """Return the resize rule of the detector that `build_detector` would make, without making the model.
+def resize_rules_for(
+    name: str, image_size: int | None, multi_scale: Sequence[int] = ()
+) -> tuple[ResizeRule, tuple[ResizeRule, ...]]:
+    """Return the resize rule of the detector that `build_detector` would make, and those of the sizes of its steps.
 
     Raises:
         UserError: The model does not exist or cannot be read.
@@ -136,7 +138,7 @@ def resize_rule_for(name: str, image_size: int | None) -> ResizeRule:
             processor = _read_processor(name, family)
         if image_size is not None:
             processor = resized_processor(processor, family, image_size)
-    return resize_rule_of(processor, where=name)
+    return resize_rule_of(processor, where=name), step_resize_rules(processor, family, multi_scale, where=name)
 
 
 def load_detector(name: str) -> Detector:
@@ -224,8 +226,7 @@ def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
         raise UserError(f"{name} has a backbone from the timm package; run: pip install 'raydet[timm]'") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_read(name, error) from error
-    keep_loss_local(model)
-    keep_matchings(model)
+    install_criterion(model)
     fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
     return model, fresh | set(report["missing_keys"])
 
@@ -251,6 +252,5 @@ def _cannot_read(name: str, error: Exception) -> UserError:
 
 def _new_model(config: PreTrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForObjectDetection.from_config(config)
-    keep_loss_local(model)
-    keep_matchings(model)
+    install_criterion(model)
     return model

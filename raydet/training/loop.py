@@ -6,7 +6,6 @@ run.
 """
 
 import logging
-import re
 import resource
 import sys
 import time
@@ -26,7 +25,8 @@ from raydet.common.class_names import match_names
 from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
 from raydet.models.detector import Detector
-from raydet.models.processors import resize_rule_of, resized_processor
+from raydet.models.losses.criterion import NotFiniteError
+from raydet.models.processors import step_resize_rules
 from raydet.tables import storage
 from raydet.tables.table import Table
 from raydet.training.crew import Crew
@@ -46,8 +46,6 @@ from raydet.training.validation import validate
 _LOG = logging.getLogger(__name__)
 _STEPS_BETWEEN_LOGS = 10
 _STEPS_BETWEEN_PREEMPTION_CHECKS = 20
-_NOT_FINITE = re.compile(r"invalid numeric|infeasible|\b(nan|inf)\b")
-"""Pattern of the errors that scipy and transformers raise for boxes or scores that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +179,8 @@ def _class_maps(run: _TrainingRun) -> dict[Kind, ClassMap]:
 
 def _view(config: TrainConfig, detector: Detector) -> View:
     """Make the view of the run; with `multi_scale`, each step draws one of several resize rules."""
-    rules = [
-        resize_rule_of(resized_processor(detector.processor, detector.family, size), where=config.model)
-        for size in config.multi_scale or ()
-    ]
-    return View.of_training(config, detector.resize_rule, tuple(rules))
+    rules = step_resize_rules(detector.processor, detector.family, config.multi_scale or (), where=config.model)
+    return View.of_training(config, detector.resize_rule, rules)
 
 
 def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
@@ -313,10 +308,7 @@ def _stop(run: _TrainingRun, inputs: StepInputs) -> bool:
 def _step(run: _TrainingRun, inputs: StepInputs) -> StepOutcome:
     try:
         return run.trainer.step(inputs)
-    except ValueError as error:
-        if not _NOT_FINITE.search(str(error)):
-            raise
-        # transformers refuses to match boxes or scores that are not finite.
+    except NotFiniteError as error:
         raise not_a_number(run.trainer.position, ["box matching"], inputs.image_ids) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

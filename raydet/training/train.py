@@ -22,7 +22,7 @@ from raydet.common.ray_address import announce, is_connected, starts_cluster
 from raydet.common.signals import noting_stop_requests
 from raydet.config import TrainConfig, identity, to_yaml
 from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
-from raydet.models.families import family_of
+from raydet.models.families import Family, family_of, unfit_size
 from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
 from raydet.tables.output_folder import OutputFolder, open_folder
@@ -317,8 +317,22 @@ def _check_model(config: TrainConfig, classes: Sequence[Category]) -> None:
         checkpoint = read_checkpoint(config.model)
         model_type, known = checkpoint.model_type, [category.name for category in checkpoint.categories]
     check_mapping(config.class_mapping or {}, [category.name for category in classes], known, where=config.model)
-    multiple = family_of(model_type, where=config.model).side_multiple
+    family = family_of(model_type, where=config.model)
+    multiple = family.side_multiple
+    if family.backbone_side_fields is not None:
+        multiple = _side_multiple(config.model, family)
     for option, sizes in (("image-size", [config.image_size or multiple]), ("multi-scale", config.multi_scale or [])):
         for size in sizes:
             if size % multiple:
-                raise UserError(f"--{option} must be a multiple of {multiple} for {config.model}, got {size}")
+                raise unfit_size(option, size, multiple, where=config.model)
+
+
+def _side_multiple(name: str, family: Family) -> int:
+    """Return the multiple that depends on the model's backbone, from its config alone."""
+    from transformers import AutoConfig  # takes a second to import, for two families only
+
+    from raydet.models.processors import side_multiple
+
+    if name in SMALL_MODELS:
+        return side_multiple(SMALL_MODELS[name].make_config(), family)
+    return side_multiple(AutoConfig.from_pretrained(name, trust_remote_code=False), family)
