@@ -96,7 +96,7 @@ class SimulatedEngine(TorchEngine):
 
     device: Device
 
-    def start(self, prepared: Sequence[EngineBatch]) -> Callable[[], list[Detections]]:
+    def start(self, prepared: Sequence[EngineBatch], *, observe: Any = None) -> Callable[[], list[Detections]]:
         """Queue a wait instead of the forward pass."""
         num_images = sum(len(part.places) for part in prepared)
         end = self.device.submit(0, num_images) if num_images else 0.0

@@ -55,7 +55,16 @@ class TrainConfig(WorkersConfig):
         group="Model",
     )
     multi_scale: list[int] | None = option(
-        "input sides in pixels; each training step draws one; validation uses --image-size", None, group="Model"
+        "input sides in pixels (the shortest side for models that keep the aspect ratio), one per training step; "
+        "validation uses --image-size",
+        None,
+        group="Model",
+    )
+    class_mapping: dict[str, str] | None = option(
+        "renamed classes, as {OLD: NEW}: NEW of the training table starts with the weights of OLD of --model; classes "
+        "of the same name need no entry",
+        None,
+        group="Model",
     )
     freeze_backbone: Backbone = option("part of the backbone that keeps its loaded weights", "none", group="Model")
     unfreeze_epoch: int | None = option(
@@ -119,7 +128,8 @@ class TrainConfig(WorkersConfig):
         "images per validation batch; by default --batch-size", None, group="Validation"
     )
     metric_for_best_model: str = option(
-        "metric that chooses OUT/checkpoint: one of COCO's twelve, AP:CLASS for one class, or loss",
+        "metric that chooses OUT/checkpoint: one of COCO's twelve, AP:CLASS for one class, or loss, that of the final "
+        "boxes over the validation images",
         "AP",
         group="Validation",
         value="METRIC",

@@ -158,11 +158,15 @@ class DetectorEngine(ABC):
         """Detect objects; see `start`."""
         return self.start(prepared)()
 
-    def start(self, prepared: Sequence[EngineBatch]) -> Callable[[], list[Detections]]:
+    def start(
+        self, prepared: Sequence[EngineBatch], *, observe: Callable[[EngineBatch, Tensor, Tensor], None] | None = None
+    ) -> Callable[[], list[Detections]]:
         """Start detecting objects; a GPU computes after the call returns.
 
         Args:
             prepared: Result of `prepare` or `prepare_planes`.
+            observe: Called with each batch and its outputs: logits [B, Q, C] and boxes [B, Q, 4], centre form relative
+                to the image.
 
         Returns:
             A function that waits for the result: one `Detections` per image, in order, in pixels of the image before
@@ -177,6 +181,8 @@ class DetectorEngine(ABC):
                     part.batch.pixels.record_stream(stream)
                 # Only the uint8 pixels are copied to the device; all other inputs are made there.
                 logits, boxes_cxcywh = self._run(self._detector.model_inputs(part.batch))
+                if observe is not None:
+                    observe(part, logits, boxes_cxcywh)
                 started.append(
                     best_detections(self._detector.family, logits, boxes_cxcywh, part.batch.original_sizes_hw)
                 )

@@ -21,9 +21,9 @@ def resize_rule_before(config: PredictConfig) -> ResizeRule | None:
     """
     if config.checkpoint is None:
         return None
-    from raydet.models.loading import resize_rule_for
+    from raydet.models.loading import resize_rules_for
 
-    return resize_rule_for(config.checkpoint, None)
+    return resize_rules_for(config.checkpoint, None)[0]
 
 
 def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engine:

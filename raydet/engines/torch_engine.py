@@ -1,7 +1,7 @@
 """A detector that runs in torch, on the CPU or a GPU: loaded from a checkpoint, or a live one in training."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,9 @@ from raydet.models.detector import AUTOCAST_DTYPES, Detector
 from raydet.models.geometry import LANCZOS
 from raydet.models.loading import load_detector
 
-_BOX_LAYERS = ("bbox_embed", "bbox_predictor")
-
 
 class TorchEngine(DetectorEngine):
-    """Engine in torch. Lower precisions use autocast; weights and box layers stay in full precision."""
+    """Engine in torch. Lower precisions use autocast; weights and, by the detector, boxes stay in full precision."""
 
     def __init__(
         self,
@@ -29,7 +27,7 @@ class TorchEngine(DetectorEngine):
         num_threads: int | None = None,
         resize_on: ResizeOn = "cpu",
     ) -> None:
-        """Wrap a detector on its own device. Each call leaves the model's mode and layers unchanged.
+        """Wrap a detector on its own device. Each call leaves the model's mode unchanged.
 
         Args:
             detector: Detector in any mode; it runs in evaluation mode.
@@ -44,8 +42,6 @@ class TorchEngine(DetectorEngine):
         self._dtype = AUTOCAST_DTYPES[precision]
         self._memory_format = torch.contiguous_format
         self._model: Any = detector.model
-        # Built once, because torch.compile would recompile the model for new functions.
-        self._box_layers = [] if self._dtype is None else _box_layers(detector.model, self._device.type)
 
     @classmethod
     def load(cls, config: PredictConfig, *, device: str, num_threads: int) -> "TorchEngine":
@@ -87,7 +83,6 @@ class TorchEngine(DetectorEngine):
         pixels = inputs["pixel_values"].contiguous(memory_format=self._memory_format)
         with (
             _evaluating(self._detector.model),
-            _in_full_precision(self._box_layers),
             torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None),
         ):
             outputs = self._model(**{**inputs, "pixel_values": pixels})
@@ -105,39 +100,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         if was_training:
             model.train()
-
-
-_Forward = Callable[[Tensor], Any]
-
-
-def _box_layers(model: nn.Module, device_type: str) -> list[tuple[nn.Module, _Forward]]:
-    """Return the small layers that predict boxes, each with a forward function that disables autocast.
-
-    bf16 has eight significant bits, so that its rounding would move a box by up to 1/256 of the image's side.
-    """
-    layers: dict[nn.Module, None] = {}  # without repetitions: some models list a layer several times
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in _BOX_LAYERS:
-            # A ModuleList is never called; its layers are.
-            layers |= dict.fromkeys(module if isinstance(module, nn.ModuleList) else [module])
-    return [(layer, _full_precision_forward(layer.forward, device_type)) for layer in layers]
-
-
-def _full_precision_forward(forward: Any, device_type: str) -> _Forward:
-    def run(hidden: Tensor) -> Any:
-        with torch.autocast(device_type, enabled=False):
-            return forward(hidden.float())
-
-    return run
-
-
-@contextlib.contextmanager
-def _in_full_precision(layers: list[tuple[nn.Module, _Forward]]) -> Iterator[None]:
-    """Context manager: replace the forward functions of layers while the block runs."""
-    for layer, forward in layers:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer, _ in layers:
-            del layer.forward

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from raydet.common.class_names import match_names
 from raydet.common.console import shown
 from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError
@@ -106,7 +107,7 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
         )
     table = _latest_run(uri, checkpoint.name)
     own, names = ([item.name for item in of.categories] for of in (checkpoint, table))
-    if own and own != names:
+    if own and own != names and None in match_names(names, own):
         raise UserError(
             f"--metrics {metrics} was measured on the classes {', '.join(names)}, but the checkpoint has "
             f"{', '.join(own)}; run `raydet evaluate` for this checkpoint"

@@ -110,10 +110,10 @@ def _inspect_into(
     from raydet.augmentation.view import View
     from raydet.inspection.galleries import FirstEpoch, draw_galleries
     from raydet.inspection.page import render
-    from raydet.models.loading import resize_rule_for
+    from raydet.models.loading import resize_rules_for
 
     check_augmentation(training.augmentation)
-    rule = resize_rule_for(training.model, training.image_size)
+    rule, step_rules = resize_rules_for(training.model, training.image_size, training.multi_scale or ())
     findings, counts, picker = Findings(), {}, Picker(config.seed)
     for split, table in tables.items():
         chooser = picker if split == "data" and config.num_images else None
@@ -121,7 +121,6 @@ def _inspect_into(
     _add_prepared(findings, tables)
     if "val" in tables:
         _compare(tables["data"], tables["val"], counts, findings)
-    step_rules = tuple(resize_rule_for(training.model, size) for size in training.multi_scale or ())
     first_epoch = FirstEpoch(
         table=tables["data"],
         plan=RunPlan.of_training(training, tables["data"], num_val=0),

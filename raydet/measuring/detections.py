@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydet.common.boxes import as_boxes
+from raydet.common.class_names import is_unused, match_names
 from raydet.common.errors import UserError
 from raydet.config.measuring import JoinKey
 from raydet.measuring.joining import ImageKeys, join_images, list_images
@@ -42,10 +43,12 @@ class DetectionRows:
     Attributes:
         columns: Detections by row, with the truth's category indices.
         errors: Row → reason why the detector could not read its image.
+        num_other_class: Number of detections left out, because the truth lacks their class.
     """
 
     columns: DetectionColumns
     errors: dict[int, str]
+    num_other_class: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class Scored:
         note: Line about how the images were joined, if worth reporting.
         model: Checkpoint recorded in the detections table.
         num_detections: Number of detections in all measured images.
+        num_other_class: Number of detections left out, because the truth lacks their class.
     """
 
     uri: str
@@ -73,6 +77,7 @@ class Scored:
     note: str | None = None
     model: str | None = None
     num_detections: int = 0
+    num_other_class: int = 0
 
 
 def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_partial: bool = False) -> Scored:
@@ -118,6 +123,7 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
         note=joined.note,
         model=model,
         num_detections=len(columns.scores),
+        num_other_class=rows.num_other_class,
     )
 
 
@@ -140,6 +146,8 @@ def model_of(table: Table) -> str | None:
 def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordBatch]) -> DetectionRows:
     """Read batches of a detections table with `DETECTION_FIELDS`; categories become those of the truth, by name.
 
+    Detections of a class that the truth lacks are left out and counted.
+
     Raises:
         UserError: The classes differ, a box or score is invalid, or an image with an error has detections.
     """
@@ -147,7 +155,7 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
     errors: dict[int, str] = {}
     nothing = np.zeros(0, np.int64)
     parts = [DetectionColumns(starts=starts_of(nothing), boxes_xywh=as_boxes([]), scores=np.zeros(0), category=nothing)]
-    num_rows = 0
+    num_rows = num_other_class = 0
     for batch in batches:
         counts, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
         category = columns["category"]
@@ -158,31 +166,39 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
         errors |= dict(zip(bad_rows, batch.column("error").drop_null().to_pylist(), strict=True))
         num_rows += batch.num_rows
         boxes_xywh, scores = columns["bbox"], columns["score"]
+        category = to_truth[category]
+        is_known = category >= 0
+        if not is_known.all():
+            row = np.repeat(np.arange(len(counts)), counts)
+            counts = np.bincount(row[is_known], minlength=len(counts))
+            boxes_xywh, scores, category = boxes_xywh[is_known], scores[is_known], category[is_known]
+            num_other_class += int((~is_known).sum())
         parts.append(
-            DetectionColumns(
-                starts=starts_of(counts), boxes_xywh=boxes_xywh, scores=scores, category=to_truth[category]
-            )
+            DetectionColumns(starts=starts_of(counts), boxes_xywh=boxes_xywh, scores=scores, category=category)
         )
-    return DetectionRows(columns=concatenate_detections(parts), errors=errors)
+    return DetectionRows(columns=concatenate_detections(parts), errors=errors, num_other_class=num_other_class)
 
 
 def _map_categories(table: Table, truth: Truth) -> Integers:
-    """Return the truth's index of each category of a detections table, mapped by name."""
+    """Return the truth's index of each category of a detections table, mapped by name; -1 if the truth lacks it."""
     names, truth_names = ([category.name for category in side.categories] for side in (table, truth))
     if names == truth_names:
         return np.arange(len(names))
-    only_here, only_there = (
-        ", ".join(repr(name) for name in first if name not in set(second)) or "none"
-        for first, second in ((names, truth_names), (truth_names, names))
+    used, truth_used = (
+        [name for index, name in enumerate(side) if not is_unused(name, index)] for side in (names, truth_names)
     )
-    if set(names) != set(truth_names):
-        raise UserError(
-            f"the categories differ: only in detections {table.uri}: {only_here}; only in truth {truth.uri}: "
-            f"{only_there}"
-        )
-    if len(set(names)) < len(names) or len(names) != len(truth_names):
+    places = match_names(names, truth_names)
+    found = {place for place in places if place is not None}
+    missing = [name for index, name in enumerate(truth_names) if index not in found and not is_unused(name, index)]
+    if len(set(used)) < len(used) or len(set(truth_used)) < len(truth_used):
         raise UserError(
             f"{table.uri} and {truth.uri} order their categories differently and some categories share a name; "
             "category names must be unique"
         )
-    return np.array([truth_names.index(name) for name in names], dtype=np.int64)
+    if missing:
+        only_here = [name for name, place in zip(names, places, strict=True) if place is None and name in used]
+        raise UserError(
+            f"the categories differ: only in detections {table.uri}: {', '.join(map(repr, only_here)) or 'none'}; only "
+            f"in truth {truth.uri}: {', '.join(map(repr, missing))}"
+        )
+    return np.array([-1 if place is None else place for place in places], dtype=np.int64)

@@ -78,6 +78,7 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation
         whole=measured,
         slices=tuple(_measure_slice(config, part, matches, measured, measure) for part in slices),
         num_left_out=scored.num_left_out,
+        num_other_class=scored.num_other_class,
         note=scored.note,
         verification=verification,
     )
@@ -97,7 +98,14 @@ def _numbers_alone(config: EvaluateConfig, truth: Truth) -> Evaluation:
     scored, result = measure_shards(config, truth, _protocol_of(config))
     num_truth = int((~scored.truth_columns.iscrowd).sum())
     measured = Measured(None, result.blocks(), len(scored.truth_rows), num_truth)
-    return Evaluation(result=result, out=None, whole=measured, num_left_out=scored.num_left_out, note=scored.note)
+    return Evaluation(
+        result=result,
+        out=None,
+        whole=measured,
+        num_left_out=scored.num_left_out,
+        num_other_class=scored.num_other_class,
+        note=scored.note,
+    )
 
 
 def _name_of(uri: str) -> str:

@@ -41,6 +41,7 @@ class Evaluation:
         whole: The same metrics with their intervals.
         slices: Metrics of the slices.
         num_left_out: Number of images that only one side has, which were left out.
+        num_other_class: Number of detections left out, because the truth lacks their class.
         note: Line about how the images were joined, if worth reporting.
         verification: Comparison with pycocotools, if requested.
     """
@@ -50,6 +51,7 @@ class Evaluation:
     whole: Measured
     slices: tuple[Measured, ...] = ()
     num_left_out: int = 0
+    num_other_class: int = 0
     note: str | None = None
     verification: "Verification | None" = None
 
@@ -64,6 +66,8 @@ class Evaluation:
         lines = [f"{result.num_images:,} images, {result.num_truth:,} boxes, {result.num_detections:,} detections"]
         if self.num_left_out:
             lines.insert(0, f"PARTIAL: left out {self.num_left_out:,} images that only one of truth and detections has")
+        if self.num_other_class:
+            lines.append(f"left out {self.num_other_class:,} detections of classes that the truth lacks")
         if self.note is not None:
             lines.append(self.note)
         if result.num_unreadable:

@@ -50,6 +50,7 @@ def write_tables(
         "metrics": {
             **counts,
             "num_left_out": scored.num_left_out,
+            "num_other_class": scored.num_other_class,
             "verified": None if verification is None else not verification.differing,
             "verification": None if verification is None else verification.outcome,
         }

@@ -54,11 +54,12 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Part:
-    """Result of one task: truth rows of its images, unreadable images, number of detections, matches and detections."""
+    """Result of one task: truth rows of its images, unreadable images, numbers, matches and detections."""
 
     truth_rows: Integers
     errors: dict[int, str]
     num_detections: int
+    num_other_class: int
     matches: Matches
     detections: DetectionColumns | None
 
@@ -72,12 +73,14 @@ class _Shards:
     join: Join
     errors: dict[int, str] = field(default_factory=dict)
     num_detections: int = 0
+    num_other_class: int = 0
 
     def take(self, parts: Iterator[_Part]) -> Iterator[_Part]:
         """Yield each part after recording the information that its matches do not contain."""
         for part in parts:
             self.errors |= part.errors
             self.num_detections += part.num_detections
+            self.num_other_class += part.num_other_class
             yield part
 
     def scored(self) -> Scored:
@@ -93,6 +96,7 @@ class _Shards:
             note=self.join.note,
             model=model_of(self.table),
             num_detections=self.num_detections,
+            num_other_class=self.num_other_class,
         )
 
 
@@ -205,7 +209,14 @@ def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard, 
     detections = take_detections(rows.columns, own)
     matches = match(take_truth(truth.columns, truth_rows), detections, len(truth.categories), protocol)
     errors = errors_by_id(rows.errors, shard.truth_row, truth)
-    return _Part(truth_rows, errors, len(detections.scores), matches, detections if with_detections else None)
+    return _Part(
+        truth_rows,
+        errors,
+        len(detections.scores),
+        rows.num_other_class,
+        matches,
+        detections if with_detections else None,
+    )
 
 
 def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatch]:

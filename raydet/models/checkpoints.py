@@ -11,6 +11,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
+from raydet.common.class_names import UNUSED_NAME
 from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.opening import refusal_in_folder
@@ -104,7 +105,8 @@ def _file_digest(uri: str, most_remote_bytes: int) -> str:
 def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
     """Return the classes in the content of a `config.json`, from raydet's own entry or from `id2label`.
 
-    The result is empty if the labels are the placeholders of transformers (LABEL_0 and so on).
+    The result is empty if the labels are the placeholders of transformers (LABEL_0 and so on). An index that
+    `id2label` skips is named N/A.
     """
     own = content.get("raydet")
     try:
@@ -115,7 +117,7 @@ def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
         raise UserError("the config.json of the model lists its classes in a form that raydet does not know") from None
     if all(label == f"LABEL_{index}" for index, label in labels.items()):
         return ()
-    return tuple(Category(id=index, name=labels[index]) for index in sorted(labels))
+    return tuple(Category(id=index, name=labels.get(index, UNUSED_NAME)) for index in range(len(labels)))
 
 
 def _folder_config(folder: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ It is saved as a plain Hugging Face model folder.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Detector:
         categories: The classes in the order of their indices.
         resize_rule: The processor's geometry.
         family: Family of the model type.
-        reinitialised: Names, as in the model's `state_dict`, of tensors that were reinitialised: the class head if the
+        notes: Lines about the weights that differ from those of the checkpoint: the rows of the class heads if the
             classes differ, and weights that the checkpoint lacks. Empty for a model from scratch.
         left_out: Parameters that the training loss may leave out; None until `raydet.models.losses` has found them.
     """
@@ -64,16 +65,17 @@ class Detector:
         categories: Sequence[Category],
         *,
         where: str,
-        reinitialised: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.processor = processor
         self.categories = tuple(categories)
         self.family: Family = family_of(model.config.model_type, where=where)
         self.resize_rule = resize_rule_of(processor, where=where)
-        self.reinitialised = tuple(reinitialised)
+        self.notes = tuple(notes)
         self.left_out: tuple[nn.Parameter, ...] | None = None
         self._scale: tuple[Tensor, Tensor] | None = None
+        _keep_boxes_precise(model, self.family)
         model.config.raydet = {"categories": [{"id": item.id, "name": item.name} for item in self.categories]}
 
     @property
@@ -169,6 +171,37 @@ class Detector:
         mode = Path(folder, "config.json").stat().st_mode & 0o777
         for file in Path(folder).glob("*.safetensors"):
             file.chmod(mode)
+
+
+class _InSinglePrecision(nn.Module):
+    """A layer that computes at least in single precision under autocast. Its parameters keep their names."""
+
+    def forward(self, *inputs: Tensor) -> Any:
+        device_type = inputs[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return super().forward(*inputs)
+        with torch.autocast(device_type, enabled=False):
+            return super().forward(*(at_least_single(value) for value in inputs))
+
+
+@functools.cache
+def _in_single_precision(kind: type) -> type:
+    return type(kind.__name__, (_InSinglePrecision, kind), {})
+
+
+def _keep_boxes_precise(model: nn.Module, family: Family) -> None:
+    """Make the layers that predict boxes and score proposals ignore autocast, in training, validation and scoring."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in family.precise_layers:
+            # A ModuleList is never called; its layers are.
+            for layer in module if isinstance(module, nn.ModuleList) else [module]:
+                if not isinstance(layer, _InSinglePrecision):
+                    layer.__class__ = _in_single_precision(type(layer))
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Convert half precision to single precision; return other values unchanged."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _pixel_mask(batch: Batch) -> Tensor:

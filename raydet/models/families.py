@@ -10,6 +10,19 @@ QueryGrid = Literal["levels", "projector", "patches"]
 """Source of the cells that queries start from; see `raydet.models.processors.query_strides`."""
 
 
+_PRECISE_LAYERS = (
+    "bbox_embed",
+    "bbox_predictor",
+    "enc_bbox_head",
+    "enc_out_bbox_embed",
+    "enc_out_class_embed",
+    "enc_score_head",
+    "integral",
+    "pre_bbox_head",
+    "reference_points",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One model type of transformers that raydet can train.
@@ -22,6 +35,11 @@ class Family:
             the class loss is a weighted mean over queries. Otherwise scores are sigmoids, and the number of boxes
             divides the sum of their losses.
         weights_in_config: transformers returns unweighted loss terms and applies the weights of the config afterwards.
+        class_weight: Weight of the class loss in the authors' recipe, where transformers always uses 1; None reads
+            `class_loss_coefficient` of the model's config.
+        precise_layers: Last parts of the names of the layers that stay in single precision: those that predict boxes,
+            or points that boxes are relative to, and those that score proposals. bf16 has eight significant bits: a
+            box would move by up to 1/256 of the image's side, and most proposals of a new score head would be equal.
         top_k: Detections kept per image over all queries and classes; None keeps one per query.
         uses_pixel_mask: The model takes a mask that separates the image from its padding.
         side_multiple: Both sides of an input must be a multiple of this, in pixels; 1 for families that keep the
@@ -33,8 +51,12 @@ class Family:
         resizes_by_edges: The image processor rounds to complete patches only if its size is given as edges, so that
             `--image-size` sets edges rather than limits.
         auxiliary_loss: Each decoder layer can have a loss of its own.
+        dense_matching: Every decoder layer learns the boxes that any layer matches to a query, unless
+            `use_dense_one_to_one` in the model's config is false.
         distils: Boxes are distributions, which decoder layers learn from the last layer (`loss_ddf`).
         local_criterion: The criterion of transformers sums over ranks and must be replaced by raydet's own.
+        score_head: The part of the model whose score of each class picks the queries among the encoder's cells; None if
+            there is none. New classes start in it as the mean of the old ones.
         scores_proposals: With `two_stage` in its config, the model picks queries by a score that no loss term of
             transformers trains; raydet adds the term.
         graph_has_one_size: A traced graph works at a single input size, because transformers computes sampling
@@ -55,6 +77,8 @@ class Family:
     processor_options: Mapping[str, Any] = field(default_factory=dict)
     softmax: bool = False
     weights_in_config: bool = False
+    class_weight: float | None = None
+    precise_layers: tuple[str, ...] = _PRECISE_LAYERS
     top_k: int | None = None
     uses_pixel_mask: bool = False
     side_multiple: int = 1
@@ -63,8 +87,10 @@ class Family:
     num_queries_field: str = "num_queries"
     resizes_by_edges: bool = False
     auxiliary_loss: bool = True
+    dense_matching: bool = False
     distils: bool = False
     local_criterion: bool = False
+    score_head: str | None = None
     scores_proposals: bool = False
     graph_has_one_size: bool = False
     resamples_positions: bool = False
@@ -78,7 +104,13 @@ _DETR = Family(
     model_type="detr", processor="DetrImageProcessor", softmax=True, weights_in_config=True, uses_pixel_mask=True
 )
 _CONDITIONAL_DETR = replace(
-    _DETR, model_type="conditional_detr", processor="ConditionalDetrImageProcessor", softmax=False, top_k=100
+    _DETR,
+    model_type="conditional_detr",
+    processor="ConditionalDetrImageProcessor",
+    softmax=False,
+    class_weight=2.0,
+    precise_layers=(*_PRECISE_LAYERS, "ref_point_head"),
+    top_k=100,
 )
 _RT_DETR = Family(
     model_type="rt_detr",
@@ -86,6 +118,7 @@ _RT_DETR = Family(
     # The encoder adds neighbouring levels of the feature pyramid; the coarsest level has a stride of 32.
     side_multiple=32,
     denoises=True,
+    score_head="enc_score_head",
 )
 _LW_DETR = Family(
     model_type="lw_detr",
@@ -98,6 +131,7 @@ _LW_DETR = Family(
     backbone_side_fields=("patch_size", "num_windows_side"),
     query_grid="projector",
     local_criterion=True,
+    score_head="enc_out_class_embed",
     # The projector beside it is not pretrained.
     backbone_prefixes=("model.backbone.backbone.",),
     compiled_modules=("model.backbone",),
@@ -116,15 +150,16 @@ FAMILIES: Mapping[str, Family] = {
             scores_proposals=True,
             graph_has_one_size=True,
         ),
-        replace(_CONDITIONAL_DETR, model_type="dab-detr"),
+        replace(_CONDITIONAL_DETR, model_type="dab-detr", class_weight=1.0, precise_layers=_PRECISE_LAYERS),
         _RT_DETR,
         replace(_RT_DETR, model_type="rt_detr_v2"),
-        replace(_RT_DETR, model_type="d_fine", distils=True),
+        replace(_RT_DETR, model_type="d_fine", distils=True, dense_matching=True),
         # The backbone is an HGNetV2 or a DINOv3.
         replace(
             _RT_DETR,
             model_type="deimv2",
             distils=True,
+            dense_matching=True,
             backbone_prefixes=("model.conv_encoder.model.", "model.conv_encoder.backbone."),
             compiled_modules=("model.conv_encoder", "model.encoder"),
         ),
@@ -206,6 +241,13 @@ def family_of(model_type: str, *, where: str) -> Family:
             f"raydet supports {known}"
         )
     return FAMILIES[model_type]
+
+
+def unfit_size(option: str, size: int, multiple: int, *, where: str) -> UserError:
+    """Make the error for a side that the model cannot divide; `where` names the model."""
+    below = size // multiple * multiple
+    nearest = f"{below} or {below + multiple}" if below else str(multiple)
+    return UserError(f"--{option} must be a multiple of {multiple} for {where}, got {size}; the nearest: {nearest}")
 
 
 def check_graph_sizes(family: Family, *, keeps_aspect: bool, where: str, remedy: str) -> None:

@@ -3,20 +3,19 @@
 All model families end up in one class, `Detector`. Every failure to get a model is one clear line.
 """
 
-import copy
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
+from raydet.common.class_names import check_mapping
 from raydet.common.errors import UserError, first_line
 from raydet.common.hub_client import offline_if_local
 from raydet.config import Backbone, BatchNorm
@@ -27,16 +26,17 @@ from raydet.models.batch_norm import (
     reset_batch_norm_scales,
 )
 from raydet.models.checkpoints import categories_in, check_local_config, hub_config_path
+from raydet.models.class_heads import change_classes, set_labels, start_at_prior
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
 from raydet.models.geometry import ResizeRule
-from raydet.models.losses.distillation import keep_matchings
-from raydet.models.losses.grouped import keep_loss_local
+from raydet.models.losses.criterion import install_criterion
 from raydet.models.processors import (
     check_image_size,
     default_processor,
     resize_rule_of,
     resized_processor,
+    step_resize_rules,
     supported_processor,
 )
 from raydet.models.small import DEFAULT_IMAGE_SIZE, SMALL_MODELS
@@ -51,6 +51,7 @@ def build_detector(
     *,
     image_size: int | None,
     seed: int,
+    class_mapping: Mapping[str, str] | None = None,
     batch_norm: BatchNorm = "as_is",
     freeze_backbone: Backbone = "none",
     gradient_checkpointing: bool = False,
@@ -59,8 +60,9 @@ def build_detector(
 
     Args:
         name: A small model (a key of `SMALL_MODELS`), which is built from scratch; a local model folder; or a Hub name.
-        categories: The classes to learn, in the order of their indices. If the class names of a checkpoint differ, its
-            class head is reinitialised.
+        categories: The classes to learn, in the order of their indices. A class that the checkpoint has keeps its
+            weights, see `raydet.models.class_heads.change_classes`.
+        class_mapping: Class of the checkpoint → class to learn, for classes that have been renamed.
         image_size: In pixels: the side for families with a fixed input size, the longest side for families that keep
             the aspect ratio. Defaults to the checkpoint's own size, or 256 for small models.
         seed: Seed of every weight that is not loaded.
@@ -79,30 +81,36 @@ def build_detector(
         raise UserError(f"cannot train {name} without classes: the images table names none")
     with quiet(), offline_if_local(name), torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh: set[str] = set()
+        names: list[str] = [category.name for category in categories]
+        notes: list[str] = []
         if name in SMALL_MODELS:
+            check_mapping(class_mapping or {}, names, (), where=name)
             config = SMALL_MODELS[name].make_config()
             family = family_of(config.model_type, where=name)
-            _prepare_for_training(config, categories, family)
+            set_labels(config, names)
+            _prepare_for_training(config, family)
             model = _new_model(config)
             reset_batch_norm_scales(model)
+            start_at_prior(model, family, _new_model)
             processor = resized_processor(default_processor(family), family, image_size or DEFAULT_IMAGE_SIZE)
         else:
             config, family = _read_config(name)
             processor = _read_processor(name, family)
-            own_names = [category.name for category in categories_in(config.to_dict())]
-            own_number = config.num_labels
-            _prepare_for_training(config, categories, family)
+            own_names = _class_names(config)
+            check_mapping(class_mapping or {}, names, own_names, where=name)
+            _prepare_for_training(config, family)
             model, fresh = _read_model(name, config)
-            names = [category.name for category in categories]
-            # With a different number of classes the head has a different shape, and transformers has reinitialised it.
-            if own_names != names and own_number == len(names):
-                fresh |= _reset_class_head(model)
+            notes = [f"weights that {name} lacks, which start anew: {', '.join(sorted(fresh))}"] if fresh else []
+            if own_names != names:
+                rows = change_classes(
+                    model, family, own_names, names, mapping=class_mapping, new_model=_new_model, missing=fresh
+                )
+                notes += rows.lines()
             if image_size is not None:
                 processor = resized_processor(processor, family, image_size)
-    detector = Detector(model, processor, categories, where=name, reinitialised=_with_tied_names(model, fresh))
-    if detector.reinitialised:
-        logger.info("reinitialised in %s: %s", name, ", ".join(detector.reinitialised))
+    detector = Detector(model, processor, categories, where=name, notes=notes)
+    for note in notes:
+        logger.info(note)
     check_image_size(model.config, family, detector.resize_rule, num_queries=detector.num_queries, where=name)
     if batch_norm == "freeze":
         freeze_batch_norms(model)
@@ -113,8 +121,10 @@ def build_detector(
     return detector
 
 
-def resize_rule_for(name: str, image_size: int | None) -> ResizeRule:
-    """Return the resize rule of the detector that `build_detector` would make, without making the model.
+def resize_rules_for(
+    name: str, image_size: int | None, multi_scale: Sequence[int] = ()
+) -> tuple[ResizeRule, tuple[ResizeRule, ...]]:
+    """Return the resize rule of the detector that `build_detector` would make, and those of the sizes of its steps.
 
     Raises:
         UserError: The model does not exist or cannot be read.
@@ -130,7 +140,7 @@ def resize_rule_for(name: str, image_size: int | None) -> ResizeRule:
             processor = _read_processor(name, family)
         if image_size is not None:
             processor = resized_processor(processor, family, image_size)
-    return resize_rule_of(processor, where=name)
+    return resize_rule_of(processor, where=name), step_resize_rules(processor, family, multi_scale, where=name)
 
 
 def load_detector(name: str) -> Detector:
@@ -170,10 +180,13 @@ def _checkpoint_gradients(model: PreTrainedModel, *, where: str) -> None:
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _prepare_for_training(config: PreTrainedConfig, categories: Sequence[Category], family: Family) -> None:
-    config.num_labels = len(categories)
-    config.id2label = {index: category.name for index, category in enumerate(categories)}
-    config.label2id = {category.name: index for index, category in enumerate(categories)}
+def _class_names(config: PreTrainedConfig) -> list[str]:
+    """Return the class names of a checkpoint by index, placeholders of transformers included."""
+    named = [category.name for category in categories_in(config.to_dict())]
+    return named or [f"LABEL_{index}" for index in range(config.num_labels or 0)]
+
+
+def _prepare_for_training(config: PreTrainedConfig, family: Family) -> None:
     if family.auxiliary_loss:
         config.auxiliary_loss = True
     # Position codes and anchors computed for one image size would be wrong at any other.
@@ -218,8 +231,7 @@ def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
         raise UserError(f"{name} has a backbone from the timm package; run: pip install 'raydet[timm]'") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_read(name, error) from error
-    keep_loss_local(model)
-    keep_matchings(model)
+    install_criterion(model)
     fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
     return model, fresh | set(report["missing_keys"])
 
@@ -248,30 +260,7 @@ def _cannot_read(name: str, error: Exception) -> UserError:
     )
 
 
-def _reset_class_head(model: PreTrainedModel) -> set[str]:
-    """Reinitialise every tensor whose shape depends on the number of classes, and return their names."""
-    config = model.config
-    wider = copy.deepcopy(config)
-    wider.num_labels = len(config.id2label or {}) + 1
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in _new_model(wider).state_dict().items()}
-    fresh = _new_model(config).state_dict()
-    own = model.state_dict()
-    names = sorted(name for name, value in own.items() if value.shape != shapes[name])
-    for name in names:
-        own[name].copy_(fresh[name])
-    return set(names)
-
-
-def _with_tied_names(model: nn.Module, names: set[str]) -> list[str]:
-    """Return the names of some tensors and of all tensors that share their memory, sorted."""
-    state = model.state_dict()
-    addresses = {state[name].data_ptr() for name in names if name in state}
-    return sorted(name for name, value in state.items() if value.data_ptr() in addresses)
-
-
 def _new_model(config: PreTrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForObjectDetection.from_config(config)
-    keep_loss_local(model)
-    keep_matchings(model)
+    install_criterion(model)
     return model

@@ -7,11 +7,14 @@ from typing import Any
 import transformers
 
 from raydet.common.errors import UserError
-from raydet.models.families import Family
+from raydet.models.families import Family, unfit_size
 from raydet.models.geometry import ResizeRule
 
 _YOLOS_STEP = 16
 """Pixels to whose multiples the processor of YOLOS rounds both sides; the others do not round."""
+
+_SHORTEST_OF_DETR, _LONGEST_OF_DETR = 800, 1333
+"""Sides in pixels to which DETR resizes images, of which the second is a limit."""
 
 _REPLACED: Mapping[str, str] = {"RfDetrImageProcessor": "RTDetrImageProcessor"}
 """Processors that resize in floating point without antialiasing, which is impossible with 8-bit images, and
@@ -65,6 +68,26 @@ def resized_processor(processor: Any, family: Family, image_size: int) -> Any:
     return _changed(processor, {"size": size, "do_pad": True, "pad_size": square})
 
 
+def step_resize_rules(processor: Any, family: Family, sizes: Sequence[int], *, where: str) -> tuple[ResizeRule, ...]:
+    """Return the resize rules from which training steps draw one.
+
+    Args:
+        processor: Image processor of the model.
+        family: Family of the model.
+        sizes: In pixels. For families with a fixed input size, sides of the square input. For families that keep the
+            aspect ratio, lengths of the shortest side, as in DETR's recipe; the longest side is limited to that of the
+            processor or, if `resized_processor` has set limits, to 1333/800 of the largest size.
+        where: The model, for error messages.
+    """
+    if family.side_multiple > 1:
+        return tuple(resize_rule_of(resized_processor(processor, family, size), where=where) for size in sizes)
+    own = processor.size
+    longest = own.longest_edge if own.shortest_edge != own.longest_edge else None
+    longest = longest or round(max(sizes, default=0) * _LONGEST_OF_DETR / _SHORTEST_OF_DETR)
+    edges = [{"shortest_edge": size, "longest_edge": max(size, longest)} for size in sizes]
+    return tuple(resize_rule_of(_changed(processor, {"size": size, "pad_size": None}), where=where) for size in edges)
+
+
 def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
     """Read the resize rule of a Hugging Face image processor.
 
@@ -107,7 +130,7 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
     Raises:
         UserError: The size varies, is not a multiple of what the model needs, or has fewer cells than queries.
     """
-    multiple = _side_multiple(config, family)
+    multiple = side_multiple(config, family)
     if multiple == 1:
         return
     size_hw = rule.size_hw or rule.pad_to_hw
@@ -118,7 +141,7 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
         )
     height, width = size_hw
     if height % multiple or width % multiple:
-        raise UserError(f"--image-size must be a multiple of {multiple} for {where}, got {height}")
+        raise unfit_size("image-size", height, multiple, where=where)
     num_cells = sum(int(height // stride) * int(width // stride) for stride in query_strides(config, family))
     if num_cells < num_queries:
         raise UserError(
@@ -137,7 +160,7 @@ def query_strides(config: Any, family: Family) -> Sequence[float]:
     return strides
 
 
-def _side_multiple(config: Any, family: Family) -> int:
+def side_multiple(config: Any, family: Family) -> int:
     """Return the number of pixels that both sides of an input must be a multiple of; 1 if any size will do."""
     if family.backbone_side_fields is None:
         return family.side_multiple

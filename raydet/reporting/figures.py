@@ -259,7 +259,8 @@ def _training(history: Sequence[EpochRecord]) -> dict[str, Any] | None:
     if not history:
         return None
     columns: dict[str, list[float | None]] = {"epoch": [record.epoch for record in history]}
-    columns |= {name: [_finite(record.value(name)) for record in history] for name in ("loss", "AP", "AP50", "AP75")}
+    columns["loss"] = [_finite(record.loss) for record in history]
+    columns |= {name: [_finite(record.value(name)) for record in history] for name in ("AP", "AP50", "AP75")}
     return {name: column for name, column in columns.items() if any(value is not None for value in column)}
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.boxes import as_boxes
+from raydet.common.class_names import match_names
 from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import UserError
 from raydet.measuring.joining import join_images, list_images
@@ -67,8 +68,8 @@ def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
     labelled = _rows(truth_table, image_ids, "objects")
     found = _found_rows(run, truth_table, found_table, image_ids)
     names = [category.name for category in truth_table.categories]
-    index_of = {name: index for index, name in enumerate(names)}
-    to_truth = [index_of.get(category.name, -1) for category in found_table.categories]
+    places = match_names([category.name for category in found_table.categories], names)
+    to_truth = [-1 if place is None else place for place in places]
     ids = sorted(labelled)
     truth = _truth_columns(ids, [labelled[image_id] for image_id in ids])
     threshold = score_threshold(run)

@@ -23,12 +23,14 @@ class ValidationRecord:
         numbers: COCO's twelve metrics by name.
         ap_by_class: AP by class name.
         num_unreadable: Images that could not be read; all their boxes count as missed.
+        loss: Loss of the final boxes over all images; None if it was not measured or is not finite.
         seconds: Wall-clock time of the validation on rank 0; None if an old file lacks it.
     """
 
     numbers: Mapping[str, float | None] = field(default_factory=dict)
     ap_by_class: Mapping[str, float | None] = field(default_factory=dict)
     num_unreadable: int = 0
+    loss: float | None = None
     seconds: float | None = None
 
 
@@ -80,12 +82,13 @@ class EpochRecord:
         """Return a metric of the epoch; None if it is undefined or was not measured.
 
         Args:
-            metric: One of COCO's twelve metrics, `AP:CLASS` for the AP of one class, or `loss`.
+            metric: One of COCO's twelve metrics, `AP:CLASS` for the AP of one class, or `loss` for the loss of the
+                validation.
         """
-        if metric == "loss":
-            return self.loss
         if self.validation is None:
             return None
+        if metric == "loss":
+            return self.validation.loss
         if metric.startswith("AP:"):
             return self.validation.ap_by_class.get(metric.removeprefix("AP:"))
         return self.validation.numbers.get(metric)
@@ -121,6 +124,8 @@ class EpochRecord:
                 "validation_unreadable": self.validation.num_unreadable,
                 "validation_s": self.validation.seconds,
             }
+            if self.validation.loss is not None:
+                content["validation_loss"] = self.validation.loss
         return content
 
     @classmethod
@@ -142,6 +147,7 @@ class EpochRecord:
                 numbers=numbers,
                 ap_by_class={str(name): _number(by_class, name) for name in by_class},
                 num_unreadable=int(content.get("validation_unreadable") or 0),
+                loss=_number(content, "validation_loss"),
                 seconds=_number(content, "validation_s"),
             )
         return cls(

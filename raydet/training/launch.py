@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -12,6 +12,7 @@ from raydet.common.errors import RunError, first_line
 from raydet.common.signals import StopRequest
 from raydet.config import TrainConfig
 from raydet.tables import storage
+from raydet.tables.schema import Category
 from raydet.tables.table import Table
 from raydet.training.failure import WorkerFailed, WorkerFailure, failed
 
@@ -34,6 +35,7 @@ def free_workers(out: str) -> None:
 def run_workers(
     config: TrainConfig,
     tables: dict[str, Table],
+    categories: Sequence[Category],
     resources: shares.Resources,
     board: Any,
     stop: StopRequest,
@@ -46,6 +48,7 @@ def run_workers(
     Args:
         config: Configuration of the run, with absolute URIs.
         tables: The tables `train` and `validate`.
+        categories: The classes in the order of the model's indices.
         resources: Resources of each worker.
         board: Actor handle of a `raydet.cluster.board.Board`.
         stop: Request to stop; once set, the workers save their state and exit.
@@ -56,8 +59,14 @@ def run_workers(
         RunError: Workers failed more than `max_failures` times.
         RunStopped: The request to stop arrived before the first step.
     """
-    job = {"config": dataclasses.asdict(config), "tables": tables, "resources": resources, "board": board}
-    job["make_trainer"] = make_trainer
+    job = {
+        "config": dataclasses.asdict(config),
+        "tables": tables,
+        "categories": tuple(categories),
+        "resources": resources,
+        "board": board,
+        "make_trainer": make_trainer,
+    }
 
     def run() -> WorkerFailure | None:
         if is_alone:

@@ -6,7 +6,6 @@ run.
 """
 
 import logging
-import re
 import resource
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -22,16 +22,18 @@ from raydet.cluster import job_metrics
 from raydet.cluster.shares import Resources, decoders_near
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.allocator import keep_freed_memory
+from raydet.common.class_names import match_names
 from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
 from raydet.models.detector import Detector
-from raydet.models.processors import resize_rule_of, resized_processor
+from raydet.models.losses.criterion import NotFiniteError
+from raydet.models.processors import step_resize_rules
 from raydet.tables import storage
 from raydet.tables.table import Table
 from raydet.training.crew import Crew
 from raydet.training.failure import is_out_of_memory, not_a_number, out_of_memory
-from raydet.training.feeding.batches import BatchReader
-from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.batches import BatchReader, ClassMap
+from raydet.training.feeding.ordering import Kind, RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
 from raydet.training.history import EpochRecord, is_over, write_history, write_stopped_epoch
 from raydet.training.in_flight import LateResult, LateResults, StepInputs, StepOutcome
@@ -45,8 +47,6 @@ from raydet.training.validation import validate
 _LOG = logging.getLogger(__name__)
 _STEPS_BETWEEN_LOGS = 10
 _STEPS_BETWEEN_PREEMPTION_CHECKS = 20
-_NOT_FINITE = re.compile(r"invalid numeric|infeasible|\b(nan|inf)\b")
-"""Pattern of the errors that scipy and transformers raise for boxes or scores that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)
     trainer = (job["make_trainer"] or Trainer)(
         config,
-        tables["train"].categories,
+        job["categories"],
         steps_per_epoch=plan.steps_per_epoch,
         device=crew.device,
         rank=crew.rank,
@@ -112,8 +112,9 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     data = crew.share_bytes(newest_state(config.out) if crew.rank == 0 else None)
     if data is not None:
         trainer.load_state_dict(parse_state(data, trainer.device).of_rank(crew.rank, crew.world_size))
-    elif trainer.detector.reinitialised:
-        crew.say(f"initialised from scratch: {', '.join(trainer.detector.reinitialised)}")
+    else:
+        for note in trainer.detector.notes:
+            crew.say(note)
     position, tracker = trainer.position, None
     text = "one of %d workers, device %s, %d threads; starting after step %d of epoch %d"
     _LOG.info(text, crew.world_size, trainer.device, torch.get_num_threads(), position.step, position.epoch + 1)
@@ -159,20 +160,30 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
             decoders=decoders_near(nodes[crew.rank], nodes, cpus_per_worker=resources.cpus_per_worker),
         )
         if crew.world_size == 1:
-            return BatchReader(read_stream(iterators[0]), crew.rank)
+            return BatchReader(read_stream(iterators[0]), crew.rank, _class_maps(run))
         # Pickled, not in the object store: Ray does not track references that travel outside it.
         content = ray.cloudpickle.dumps(iterators)
     iterators = ray.cloudpickle.loads(crew.exchange(content)[ranks[0]])
-    return BatchReader(read_stream(iterators[ranks.index(crew.rank)]), crew.rank)
+    return BatchReader(read_stream(iterators[ranks.index(crew.rank)]), crew.rank, _class_maps(run))
+
+
+def _class_maps(run: _TrainingRun) -> dict[Kind, ClassMap]:
+    """Return, for each table whose classes have another order than the model's, the model's index of each class."""
+    names = [category.name for category in run.trainer.detector.categories]
+    tables: dict[Kind, Table] = {"train": run.train_table, "validate": run.val_table}
+    maps: dict[Kind, ClassMap] = {}
+    for kind, table in tables.items():
+        own = [category.name for category in table.categories]
+        if own != names:
+            places = match_names(own, names)
+            maps[kind] = np.array([-1 if place is None else place for place in places], np.int64)
+    return maps
 
 
 def _view(config: TrainConfig, detector: Detector) -> View:
     """Make the view of the run; with `multi_scale`, each step draws one of several resize rules."""
-    rules = [
-        resize_rule_of(resized_processor(detector.processor, detector.family, size), where=config.model)
-        for size in config.multi_scale or ()
-    ]
-    return View.of_training(config, detector.resize_rule, tuple(rules))
+    rules = step_resize_rules(detector.processor, detector.family, config.multi_scale or (), where=config.model)
+    return View.of_training(config, detector.resize_rule, rules)
 
 
 def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
@@ -300,10 +311,7 @@ def _stop(run: _TrainingRun, inputs: StepInputs) -> bool:
 def _step(run: _TrainingRun, inputs: StepInputs) -> StepOutcome:
     try:
         return run.trainer.step(inputs)
-    except ValueError as error:
-        if not _NOT_FINITE.search(str(error)):
-            raise
-        # transformers refuses to match boxes or scores that are not finite.
+    except NotFiniteError as error:
         raise not_a_number(run.trainer.position, ["box matching"], inputs.image_ids) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -322,7 +330,7 @@ def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     with trainer.averaged():
         validation = None
         if plan.validates(epoch):
-            validation = validate(trainer, crew, plan, reader, categories=run.val_table.categories, tracker=run.tracker)
+            validation = validate(trainer, crew, plan, reader, tracker=run.tracker)
         is_to_stop = plan.validates(epoch) and validation is None
         if not is_to_stop:
             record = replace(record, validation=validation)

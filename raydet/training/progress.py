@@ -87,6 +87,8 @@ def _notes(record: EpochRecord) -> list[str]:
     if 1 < len(by_class) <= _MOST_CLASSES_IN_A_LINE:
         numbers = [f"{name} {shown(value)}" for name, value in by_class.items()]
         notes.append(f"AP by class: {', '.join(numbers)}")
+    if record.validation is not None and record.validation.loss is not None:
+        notes.append(f"validation loss: {record.validation.loss:.4f}")
     if record.num_skipped_steps:
         notes.append(f"steps skipped because their gradient was not finite: {record.num_skipped_steps}")
     if record.num_unreadable:

@@ -5,7 +5,7 @@ This module does not import torch, so that input errors are reported within a se
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,19 @@ from raydet.cluster.board import open_board
 from raydet.cluster.caller import LOG_FILE
 from raydet.cluster.job_record import JobRecord
 from raydet.cluster.shared_storage import check_shared
+from raydet.common.class_names import check_mapping, is_unused, match_names
 from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.ray_address import announce, is_connected, starts_cluster
 from raydet.common.signals import noting_stop_requests
 from raydet.config import TrainConfig, identity, to_yaml
 from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
-from raydet.models.families import family_of
+from raydet.models.families import Family, family_of, unfit_size
 from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
 from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import OutputFolder, open_folder
+from raydet.tables.schema import Category
 from raydet.tables.table import Table, open_table
 from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, following
@@ -121,7 +123,8 @@ def _train_into(
     on_epoch: Callable[[EpochRecord], None] | None,
     make_trainer: "Callable[..., Trainer] | None",
 ) -> TrainResult:
-    out, history = folder.uri, _check_run_folder(folder, config)
+    out = folder.uri
+    history, classes = _check_run_folder(folder, config, tables["train"])
     checkpoint = folder.uri_of("checkpoint")
     if _is_finished(config, history) and storage.exists(storage.join(checkpoint, "config.json")):
         return TrainResult(
@@ -129,7 +132,7 @@ def _train_into(
         )
     _check_recipe(config)
     if not history:
-        _check_model(config)
+        _check_model(config, classes)
 
     from raydet.training.launch import free_workers, run_workers  # imports torch, after all checks of the input
 
@@ -144,7 +147,7 @@ def _train_into(
             cpus_per_worker=config.cpus_per_worker,
         )
         _check_nodes(config)
-        folder.begin(identity(config), folders=_FOLDERS)
+        folder.begin(identity(config), folders=_FOLDERS, plan={"classes": [item.name for item in classes]})
         folder.write_bytes(to_yaml(config).encode(), "config.yaml")
         job = JobRecord.of_this_job(num_workers=config.max_workers, resources=resources)
         job.write(storage.join(out, "log"))
@@ -154,12 +157,16 @@ def _train_into(
         )
         if resources.notice:
             console.line(resources.notice)
+        if unlabelled := _classes_without_truth(tables):
+            console.line(f"no validation image can have these classes, which AP leaves out: {', '.join(unlabelled)}")
         if place := _place_of_newest_state(folder):
             console.line(f"resuming after {place} of {config.epochs}")
         free_workers(out)
         board = open_board()
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
-            failure = run_workers(config, tables, resources, board, stop, is_alone=is_alone, make_trainer=make_trainer)
+            failure = run_workers(
+                config, tables, classes, resources, board, stop, is_alone=is_alone, make_trainer=make_trainer
+            )
         free_workers(out)
         folder.check()
         job.with_joined_nodes().write(storage.join(out, "log"))
@@ -194,7 +201,7 @@ def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[s
     """
     tables = _check_tables(config, tables)
     _check_recipe(config)
-    _check_model(config)
+    _check_model(config, tables["train"].categories)
     return tables
 
 
@@ -243,10 +250,14 @@ def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -
         if not table.categories:
             raise UserError(f"--{option} {table.uri} has no classes: it was prepared without labels")
     names = {key: [category.name for category in table.categories] for key, table in tables.items()}
-    if names["train"] != names["validate"]:
+    places = match_names(names["validate"], names["train"])
+    unknown = [
+        name for index, name in enumerate(names["validate"]) if places[index] is None and not is_unused(name, index)
+    ]
+    if unknown and names["train"] != names["validate"]:
         raise UserError(
-            f"the classes of --train-data ({', '.join(names['train'])}) and --val-data "
-            f"({', '.join(names['validate'])}) differ; prepare both from annotations with the same list of categories"
+            f"--val-data has classes that --train-data ({', '.join(names['train'])}) lacks: {', '.join(unknown)}; "
+            "prepare both from annotations with the same list of categories"
         )
     metric = config.metric_for_best_model
     if metric.startswith("AP:") and metric.removeprefix("AP:") not in names["train"]:
@@ -254,6 +265,13 @@ def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -
             f"--metric-for-best-model {metric}: there is no such class; the classes are {', '.join(names['train'])}"
         )
     return tables
+
+
+def _classes_without_truth(tables: dict[str, Table]) -> list[str]:
+    """Return the classes of the training table that the validation table does not list."""
+    train, validate = ([category.name for category in tables[name].categories] for name in ("train", "validate"))
+    places = match_names(train, validate)
+    return [] if train == validate else [name for name, place in zip(train, places, strict=True) if place is None]
 
 
 def _check_nodes(config: TrainConfig) -> None:
@@ -267,13 +285,28 @@ def _check_nodes(config: TrainConfig) -> None:
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, "log")))
 
 
-def _check_run_folder(folder: OutputFolder, config: TrainConfig) -> list[EpochRecord]:
-    """Check that the folder is new or belongs to this run, and return the run's history, empty if there is none."""
+def _check_run_folder(
+    folder: OutputFolder, config: TrainConfig, train_table: Table
+) -> tuple[list[EpochRecord], tuple[Category, ...]]:
+    """Check that the folder is new or belongs to this run.
+
+    Returns:
+        The run's history, empty if there is none, and its classes in the order of the model's indices: that of the
+        training table when the run began.
+    """
     # A run that stopped before its first state has left nothing worth protecting from other settings.
-    folder.admit(identity(config), folders=_FOLDERS, is_disposable=not folder.list_files(STATES_FOLDER))
+    record = folder.admit(identity(config), folders=_FOLDERS, is_disposable=not folder.list_files(STATES_FOLDER))
     for name in ("last", "checkpoint"):
         storage.recover_folder(folder.uri_of(name))
-    return read_history(folder.uri)
+    names = [category.name for category in train_table.categories]
+    begun: list[str] = names if record is None else record.plan.get("classes", names)
+    if sorted(begun) != sorted(names):
+        raise UserError(
+            f"the classes of --train-data have changed since the run in {folder.uri} began: {', '.join(begun)} → "
+            f"{', '.join(names)}; choose another --out"
+        )
+    order = range(len(names)) if begun == names else [names.index(name) for name in begun]
+    return read_history(folder.uri), tuple(train_table.categories[index] for index in order)
 
 
 def _check_recipe(config: TrainConfig) -> None:
@@ -289,14 +322,30 @@ def _check_recipe(config: TrainConfig) -> None:
         check_augmentation(config.augmentation)
 
 
-def _check_model(config: TrainConfig) -> None:
+def _check_model(config: TrainConfig, classes: Sequence[Category]) -> None:
     """Check the model without importing torch; the workers check the rest."""
     if config.model in SMALL_MODELS:
-        model_type = SMALL_MODELS[config.model].model_type
+        model_type, known = SMALL_MODELS[config.model].model_type, []
     else:
-        model_type = read_checkpoint(config.model).model_type
-    multiple = family_of(model_type, where=config.model).side_multiple
+        checkpoint = read_checkpoint(config.model)
+        model_type, known = checkpoint.model_type, [category.name for category in checkpoint.categories]
+    check_mapping(config.class_mapping or {}, [category.name for category in classes], known, where=config.model)
+    family = family_of(model_type, where=config.model)
+    multiple = family.side_multiple
+    if family.backbone_side_fields is not None:
+        multiple = _side_multiple(config.model, family)
     for option, sizes in (("image-size", [config.image_size or multiple]), ("multi-scale", config.multi_scale or [])):
         for size in sizes:
             if size % multiple:
-                raise UserError(f"--{option} must be a multiple of {multiple} for {config.model}, got {size}")
+                raise unfit_size(option, size, multiple, where=config.model)
+
+
+def _side_multiple(name: str, family: Family) -> int:
+    """Return the multiple that depends on the model's backbone, from its config alone."""
+    from transformers import AutoConfig  # takes a second to import, for two families only
+
+    from raydet.models.processors import side_multiple
+
+    if name in SMALL_MODELS:
+        return side_multiple(SMALL_MODELS[name].make_config(), family)
+    return side_multiple(AutoConfig.from_pretrained(name, trust_remote_code=False), family)

@@ -85,6 +85,7 @@ class Trainer:
             categories,
             image_size=config.image_size,
             seed=config.seed,
+            class_mapping=config.class_mapping,
             batch_norm=config.batch_norm,
             freeze_backbone="none" if self._is_frozen else config.freeze_backbone,
             gradient_checkpointing=config.gradient_checkpointing,

@@ -1,18 +1,22 @@
 """Validation during training: exact COCO numbers, counting each image once, on any number of workers."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from raydet.common.boxes import Boxes, as_boxes
-from raydet.engines.detector_engine import DetectorEngine
+from raydet.common.boxes import Boxes, as_boxes, xywh_to_normalised_cxcywh
+from raydet.engines.detector_engine import DetectorEngine, EngineBatch
 from raydet.images.drawing import draw_comparison
 from raydet.measuring.numbers.accumulator import NO_DETECTIONS, CocoAccumulator, ImageDetections, ImageTruth
 from raydet.measuring.numbers.metrics import CocoResult
 from raydet.models.collate import Example
-from raydet.models.detector import Detections
+from raydet.models.detector import Detections, Detector
+from raydet.models.losses.final_boxes import FinalLoss, mean_loss
 from raydet.tables.schema import Category
 from raydet.training.crew import Crew
 from raydet.training.feeding.batches import BatchReader, ReadyBatch
@@ -32,7 +36,6 @@ def validate(
     plan: RunPlan,
     reader: BatchReader,
     *,
-    categories: tuple[Category, ...],
     tracker: RunTracker | None,
 ) -> ValidationRecord | None:
     """Run the current model over every validation image. Collective: every rank must call it.
@@ -42,15 +45,16 @@ def validate(
         crew: Communication with the other workers.
         plan: Plan of the run.
         reader: Reader positioned at the first batch of the validation.
-        categories: The classes in the order of their indices.
         tracker: Tracker that receives the first images, drawn; None on all ranks but 0.
 
     Returns:
         The results, the same on every rank; None if the command asked to stop.
     """
     started, epoch = time.perf_counter(), trainer.position.epoch
+    categories = trainer.detector.categories
     engine, accumulator, is_to_stop = trainer.engine(), CocoAccumulator(categories), False
     trainer.detector.model.eval()  # once, not for every batch; the next epoch begins in training mode
+    loss = FinalLoss() if trainer.config.metric_for_best_model == "loss" else None
     drawn: dict[str, RgbImage] = {}
     num_drawn = 0 if tracker is None else trainer.config.log_images
     for number in range(plan.validation_rounds(crew.world_size)):
@@ -58,7 +62,7 @@ def validate(
         if is_to_stop:  # other ranks either see the request too or finish their part
             break
         batch = reader.take("validate", epoch, number, 0)
-        found = detect(engine, batch)
+        found = detect(engine, batch, observe=None if loss is None else _adding_to(loss, trainer.detector, batch))
         for image_id, truth in batch.truths.items():
             detections = _as_found(found.get(image_id))
             accumulator.add(image_id, truth, detections, unreadable=image_id in batch.unreadable)
@@ -66,23 +70,48 @@ def validate(
             image_id = example.image_id
             tag = f"validation/{image_id}"
             drawn[tag] = _comparison(example, batch.truths[image_id], found[image_id], categories)
-    shards = crew.gather((is_to_stop, b"" if is_to_stop else accumulator.to_bytes()))
+    shards = crew.gather((is_to_stop, b"" if is_to_stop else accumulator.to_bytes(), loss))
     record = None
-    if shards is not None and not any(was_cut for was_cut, _ in shards):
+    if shards is not None and not any(was_cut for was_cut, _, _ in shards):
         merged = CocoAccumulator(categories)
-        for _, shard in shards:
+        for _, shard, _ in shards:
             merged.merge(shard)
-        record = _record(merged.result(), seconds=time.perf_counter() - started)
+        total = None if loss is None else mean_loss(trainer.detector, [part for _, _, part in shards])
+        record = _record(merged.result(), loss=total, seconds=time.perf_counter() - started)
     if tracker is not None and drawn and record is not None:
         tracker.images((epoch + 1) * plan.steps_per_epoch, drawn)
     shared: ValidationRecord | None = crew.share(record)
     return shared
 
 
-def detect(engine: DetectorEngine, batch: ReadyBatch) -> dict[int, Detections]:
+def detect(
+    engine: DetectorEngine,
+    batch: ReadyBatch,
+    *,
+    observe: Callable[[EngineBatch, Tensor, Tensor], None] | None = None,
+) -> dict[int, Detections]:
     """Detect objects in the readable images of a batch; return the detections by image id."""
-    found = engine.predict(engine.prepare_resized(batch.examples))
+    found = engine.start(engine.prepare_resized(batch.examples), observe=observe)()
     return dict(zip(batch.batch.image_ids, found, strict=True))
+
+
+def _adding_to(loss: FinalLoss, detector: Detector, batch: ReadyBatch) -> Callable[[EngineBatch, Tensor, Tensor], None]:
+    """Return a function that adds the loss of a part of this batch, against the truth without crowds."""
+
+    def add(part: EngineBatch, logits: Tensor, boxes_cxcywh: Tensor) -> None:
+        labels = []
+        for place in part.places:
+            truth = batch.truths[batch.batch.image_ids[place]]
+            boxes = xywh_to_normalised_cxcywh(truth.boxes_xywh, batch.batch.original_sizes_hw[place])[~truth.iscrowd]
+            labels.append(
+                {
+                    "class_labels": torch.from_numpy(truth.category[~truth.iscrowd]).to(logits.device),
+                    "boxes": torch.from_numpy(boxes).float().to(logits.device),
+                }
+            )
+        loss.add(detector, logits, boxes_cxcywh, labels)
+
+    return add
 
 
 def _as_found(detected: Detections | None) -> ImageDetections:
@@ -109,7 +138,7 @@ def _comparison(example: Example, truth: ImageTruth, found: Detections, categori
     )
 
 
-def _record(result: CocoResult, *, seconds: float) -> ValidationRecord:
+def _record(result: CocoResult, *, loss: float | None, seconds: float) -> ValidationRecord:
     """Make the record of a validation for the history."""
     return ValidationRecord(
         numbers=result.values,
@@ -117,5 +146,6 @@ def _record(result: CocoResult, *, seconds: float) -> ValidationRecord:
             category.name: numbers.AP for category, numbers in zip(result.categories, result.per_class, strict=True)
         },
         num_unreadable=result.num_unreadable,
+        loss=loss,
         seconds=seconds,
     )

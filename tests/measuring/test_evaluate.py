@@ -144,6 +144,39 @@ def test_tables_and_json_give_the_numbers_of_pycocotools(test_data: Path, tmp_pa
                 assert evaluation.result.num_truth == len(content["annotations"])
 
 
+def test_classes_of_the_model_that_the_truth_lacks_are_left_out_and_counted(test_data: Path, tmp_path: Path) -> None:
+    """Check a model for COCO's 91 ids, which names the unused ones N/A and writes some names in another way."""
+    content = json.loads((test_data / "coco_mini/instances_val.json").read_bytes())
+    results = made_up_results(content, seed=1)
+    rows, categories = coco_to_rows(content)
+    detection_rows = results_to_rows(results, rows, categories)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    name_of = {category.id: category.name.upper().replace(" ", "_") for category in categories}
+    labels = [Category(index, name_of.get(index, "N/A")) for index in range(91)]
+    labels[0] = Category(0, "a class of its own")
+    assert 91 - len(categories) > 1
+    for row in detection_rows:
+        found = row["detections"]
+        found["category"] = [categories[index].id for index in found["category"]]
+        for other in (0, 12) if found["category"] else ():
+            assert other not in name_of
+            found |= {"bbox": [*found["bbox"], [1.0, 1, 9, 9]], "score": [*found["score"], 1e-6]}
+            found["category"] = [*found["category"], other]
+    write_images(tmp_path / "truth", rows, categories)
+    write_detections(tmp_path / "detections", detection_rows, labels)
+    expected = pycocotools_stats(test_data / "coco_mini/instances_val.json", tmp_path / "results.json")
+    num_other = 2 * sum(bool(row["detections"]["category"]) for row in detection_rows)
+    for out in (None, str(tmp_path / "metrics")):
+        config = EvaluateConfig(
+            truth=str(tmp_path / "truth"), detections=str(tmp_path / "detections"), out=out, bootstrap=0
+        )
+        evaluation = evaluate(config)
+        assert numbers(evaluation) == expected
+        assert evaluation.result.num_detections == len(results)
+        assert evaluation.num_other_class == num_other > 0
+        assert f"left out {num_other:,} detections of classes that the truth lacks" in evaluation.lines()
+
+
 CATEGORIES = [Category(3, "cat"), Category(8, "dog")]
 OBJECTS = {"id": [1, 2], "bbox": [[10.0, 10, 20, 20], [50.0, 50, 30, 40]], "category": [0, 1]}
 OBJECTS |= {"area": [400.0, 1200.0], "iscrowd": [False, False]}

@@ -18,7 +18,7 @@ from transformers import ConditionalDetrImageProcessor, DetrImageProcessor, RTDe
 
 from raydet.models.families import FAMILIES
 from raydet.models.geometry import ResizeRule, resize, resized_on_device, resized_planes
-from raydet.models.processors import resize_rule_of, resized_processor
+from raydet.models.processors import resize_rule_of, resized_processor, step_resize_rules
 
 PROCESSORS: dict[str, Any] = {
     "rt_detr": RTDetrImageProcessor(size={"height": 96, "width": 128}),
@@ -180,3 +180,33 @@ def test_the_resize_of_interleaved_channels_has_the_bits_of_planes() -> None:
             resized = resized_planes(image, (target_hw[0], target_hw[1]), resample)
             assert np.array_equal(resized, expected.numpy()), (size_hw, target_hw, mode)
             assert resized.flags.c_contiguous
+
+
+class TestStepRules:
+    """The resize rules of `multi_scale`."""
+
+    def test_fixed_sizes_are_sides(self) -> None:
+        rules = step_resize_rules(PROCESSORS["rt_detr"], FAMILIES["rt_detr"], [64, 96], where="x")
+        assert [rule.size_hw for rule in rules] == [(64, 64), (96, 96)]
+
+    def test_sizes_of_aspect_keeping_families_are_shortest_sides(self) -> None:
+        """Check DETR's recipe: shortest sides from 480 to 800, and the longest at most 1333."""
+        processor, family = DetrImageProcessor(), FAMILIES["detr"]
+        rules = step_resize_rules(processor, family, range(480, 801, 32), where="x")
+        assert [rule.target_size_hw((480, 640)) for rule in rules[:2]] == [(480, 640), (512, 682)]
+        assert (
+            rules[-1].target_size_hw((480, 640))
+            == (800, 1066)
+            == resize_rule_of(processor, where="x").target_size_hw((480, 640))
+        )
+        assert {rule.longest for rule in rules} == {1333}
+        assert max(rules[-1].target_size_hw((100, 400))) == 1333
+        assert all(rule.pad_to_hw is None for rule in rules)
+
+    @pytest.mark.parametrize("model_type", ["detr", "yolos"])
+    def test_limits_of_an_image_size_do_not_flatten_the_sizes(self, model_type: str) -> None:
+        family = FAMILIES[model_type]
+        processor = resized_processor(PROCESSORS["yolos_edges" if model_type == "yolos" else "detr_edges"], family, 128)
+        rules = step_resize_rules(processor, family, [96, 128], where="x")
+        assert [min(rule.target_size_hw((300, 400))) for rule in rules] == [96, 128]
+        assert {rule.longest for rule in rules} == {213}

@@ -16,31 +16,34 @@ from raydet.training.history import (
 
 def _history(*values: float | None) -> list[EpochRecord]:
     return [
-        EpochRecord(epoch=number + 1, loss=9.0 - number, validation=ValidationRecord(numbers={"AP": value}))
+        EpochRecord(epoch=number + 1, loss=9.0, validation=ValidationRecord(numbers={"AP": value}, loss=9.0 - number))
         for number, value in enumerate(values)
     ]
 
 
 def test_metrics_by_name() -> None:
-    validation = ValidationRecord(numbers={"AP": 0.25, "AP75": None}, ap_by_class={"cat": 0.5, "dog": None})
+    by_class = {"cat": 0.5, "dog": None}
+    validation = ValidationRecord(numbers={"AP": 0.25, "AP75": None}, ap_by_class=by_class, loss=1.25)
     record = EpochRecord(epoch=1, loss=2.5, validation=validation)
     assert record.value("AP") == record.score("AP") == 0.25 and record.value("AP75") is None
     assert record.value("AP:cat") == 0.5 and record.value("AP:dog") is None
-    assert record.value("loss") == 2.5 and record.score("loss") == -2.5
-    assert EpochRecord(epoch=1, loss=1.0).value("AP:cat") is None
+    assert record.value("loss") == 1.25 and record.score("loss") == -1.25
+    unvalidated = EpochRecord(epoch=1, loss=1.0)
+    assert unvalidated.value("AP:cat") is unvalidated.value("loss") is unvalidated.score("loss") is None
 
 
 def test_a_record_survives_json_and_only_what_was_measured_has_a_key() -> None:
     plain = EpochRecord(
         epoch=2, loss=1.5, losses={"loss_vfl": 1.5}, step_s={"data": 0.1}, ended="now", peak_memory_mb=9
     )
-    validation = ValidationRecord(numbers={"AP": 0.25, "APs": None}, ap_by_class={"cat": None}, seconds=3.0)
+    validation = ValidationRecord(numbers={"AP": 0.25, "APs": None}, ap_by_class={"cat": None}, loss=0.5, seconds=3.0)
     validated = EpochRecord(**{**vars(plain), "validation": validation})
     for record in (plain, validated):
         assert EpochRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
     assert "AP" not in plain.to_json() and "peak_device_memory_mb" not in plain.to_json()
     content = validated.to_json()
     assert content["AP"] == 0.25 and content["APs"] is None and content["AP_by_class"] == {"cat": None}
+    assert content["validation_loss"] == 0.5 and content["loss"] == 1.5
     assert content["validation_unreadable"] == 0 and content["validation_s"] == 3.0
 
 

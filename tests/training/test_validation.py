@@ -1,5 +1,6 @@
 """An epoch's validation against `predict` and `evaluate` of its checkpoint: one inference path, so one answer."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from PIL import Image
 
 from raydet import (
     EvaluateConfig,
@@ -19,8 +21,13 @@ from raydet import (
     train,
 )
 from raydet.augmentation.view import View
+from raydet.common.boxes import as_boxes, xywh_to_normalised_cxcywh
 from raydet.config import Precision
+from raydet.models.collate import Example, collate
 from raydet.models.detector import Detections
+from raydet.models.geometry import resize
+from raydet.models.loading import load_detector
+from raydet.models.losses.final_boxes import FinalLoss, mean_loss
 from raydet.tables.table import open_table
 from raydet.training.feeding.ordering import RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
@@ -145,3 +152,35 @@ def test_predict_and_evaluate_give_the_detections_and_ap_of_the_epoch(
     if precision == "fp32":
         _assert_close(validated, other, score=1e-5, px=0.01)
     assert ap == pytest.approx(record.value("AP"), abs=1e-4 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.slow
+def test_the_loss_that_selects_is_that_of_the_validation_on_any_number_of_workers(shapes: Path, tmp_path: Path) -> None:
+    """Check runs that hardly move the weights: all epochs have the loss of the untouched model, to the last bit."""
+    losses = []
+    for num_workers in (1, 2):
+        config = _config(
+            shapes,
+            tmp_path / str(num_workers),
+            batch_norm="freeze",
+            ema_decay=0.0,
+            epochs=2,
+            learning_rate=1e-30,
+            backbone_learning_rate=1e-30,
+            metric_for_best_model="loss",
+            num_workers=num_workers,
+        )
+        losses += [record.value("loss") for record in train(config).history]
+    assert len(set(losses)) == 1
+    detector = load_detector(f"{tmp_path}/1/checkpoint")
+    loss, rule = FinalLoss(), detector.resize_rule
+    for row in open_table(f"{shapes}/val", "images").read().to_pylist():  # one image after another
+        image = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
+        size_hw = (image.shape[0], image.shape[1])
+        boxes = xywh_to_normalised_cxcywh(as_boxes(row["objects"]["bbox"]), size_hw).astype(np.float32)
+        resized = resize(image, rule.target_size_hw(size_hw), rule.resample)
+        batch = collate([Example(row["image_id"], resized, size_hw, boxes, np.array(row["objects"]["category"]))])
+        with torch.inference_mode():
+            outputs: Any = detector.model(**detector.model_inputs(batch))
+            loss.add(detector, outputs.logits, outputs.pred_boxes, batch.labels)
+    assert losses[0] == pytest.approx(mean_loss(detector, [loss]), rel=1e-5)

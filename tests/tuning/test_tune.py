@@ -50,10 +50,11 @@ def _history(*values: float | None) -> list[EpochRecord]:
 
 
 def _contents(*values: float | None) -> list[dict[str, Any]]:
-    return [
-        {"epoch": number, "loss": 9.0 / number, "seconds": 1.5, "start_s": 0.5, **({} if ap is None else {"AP": ap})}
-        for number, ap in enumerate(values, start=1)
-    ]
+    contents = []
+    for number, ap in enumerate(values, start=1):
+        validated = {} if ap is None else {"AP": ap, "validation_loss": 9.0 / number}
+        contents.append({"epoch": number, "loss": 9.0 / number, "seconds": 1.5, "start_s": 0.5, **validated})
+    return contents
 
 
 def _write_run(plan: TuningPlan, trial: Trial, *values: float | None) -> None:

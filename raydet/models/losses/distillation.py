@@ -1,67 +1,29 @@
 """The distillation loss of D-FINE and DEIMv2, whose decoder layers learn box distributions from the last layer."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.nn.modules.module import register_module_forward_hook
 from torchvision.ops import box_convert, box_iou
-from transformers import PreTrainedModel
 from transformers.loss.loss_deimv2 import Deimv2Loss
-from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
 from raydet.models.detector import Detector
-from raydet.models.families import family_of
+from raydet.models.losses.criterion import Matching, uses_dense_matching
 from raydet.models.losses.terms import Labels
 
 _DISTILLATION_TEMPERATURE = 5.0
 """Temperature of D-FINE and DEIMv2; transformers has it as a default argument rather than in the config."""
 
-Matching = list[tuple[Tensor, Tensor]]
-"""Per image: the matched queries and the boxes that they are matched to."""
-
 DENSE_TERMS = ("loss_bbox", "loss_giou", "loss_fgl")
-"""Prefixes of DEIMv2's terms that a query learns as soon as any layer has matched it."""
+"""Prefixes of the terms that a query learns as soon as any layer has matched it."""
 
 
 def is_dense(detector: Detector) -> bool:
-    """Return True if a query learns every box that any layer matches it to, as in DEIMv2."""
-    return bool(getattr(detector.model.config, "use_dense_one_to_one", False))
-
-
-def keep_matchings(model: PreTrainedModel) -> None:
-    """Make the loss of a family that distils keep its matchings; leave other models alone."""
-    if family_of(model.config.model_type, where="this model").distils:
-        model.loss_function = _MatchingKeeper(model.loss_function)
-
-
-class _MatchingKeeper:
-    """The loss function of transformers, which also keeps the matchings that its criterion makes.
-
-    Matching runs on the CPU and waits for the device, so the distillation term must not repeat it.
-
-    Attributes:
-        matchings: Of the latest call: those of the last decoder layer, then those of each auxiliary output.
-    """
-
-    def __init__(self, loss: Callable[..., Any]) -> None:
-        self._loss = loss
-        self.matchings: list[Matching] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.matchings = []
-        hook = register_module_forward_hook(self._keep)
-        try:
-            return self._loss(*args, **kwargs)
-        finally:
-            hook.remove()
-
-    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, RTDetrHungarianMatcher):
-            self.matchings.append(output)
+    """Return True if every layer learns the boxes that any layer matches to a query, as in D-FINE and DEIMv2."""
+    return uses_dense_matching(detector.model.config, detector.family)
 
 
 def matchings_of_layers(detector: Detector, outputs: Any) -> list[Matching]:
@@ -71,7 +33,7 @@ def matchings_of_layers(detector: Detector, outputs: Any) -> list[Matching]:
     assert len(own) == len(outputs.auxiliary_outputs), "the criterion matches each output once, in order"
     if not is_dense(detector):
         return list(own)
-    union: Matching = Deimv2Loss(detector.model.config)._get_dense_o2o_indices(last, own)
+    union: Matching = Deimv2Loss._get_dense_o2o_indices(None, last, own)  # type: ignore[arg-type]
     return [union] * len(own)
 
 

@@ -8,14 +8,15 @@ micro-batches. Three cases need more:
 - The criterion of LW-DETR and RF-DETR sums its divisor over the ranks, so that a forward pass on a single rank would
   hang, and it always assumes training mode. `grouped.py` replaces it.
 - The distillation term of D-FINE and DEIMv2 is not such a quotient. `distillation.py` recomputes it.
-- DEIMv2 divides the box terms by the number of queries that any decoder layer matches to a box, which is known only
-  after the forward pass; the ranks then sum it. A step of several micro-batches would need the counts of all of them
-  before the first backward pass. Here, and only here, each micro-batch is divided by its own number and weighted by
-  its boxes. With `use_dense_one_to_one: false` in the model's config the exception does not apply.
+- D-FINE and DEIMv2 divide the box terms by the number of queries that any decoder layer matches to a box, which is
+  known only after the forward pass; the ranks then sum it. A step of several micro-batches would need the counts of all
+  of them before the first backward pass. Here, and only here, each micro-batch is divided by its own number and
+  weighted by its boxes. With `use_dense_one_to_one: false` in the model's config the exception does not apply.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 
 from raydet.models.collate import Batch
 from raydet.models.detector import Detector
-from raydet.models.losses.distillation import DENSE_TERMS, Matching, distillation_terms, is_dense, matchings_of_layers
+from raydet.models.losses.criterion import Matching
+from raydet.models.losses.distillation import DENSE_TERMS, distillation_terms, is_dense, matchings_of_layers
 from raydet.models.losses.left_out import zero_over_left_out_parameters
-from raydet.models.losses.terms import proposal_terms, weighted_terms
+from raydet.models.losses.terms import Labels, proposal_terms, weighted_terms
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ class LossTerms:
 
 def local_normaliser(detector: Detector, batch: Batch) -> Normaliser:
     """Count the divisors of one micro-batch from its labels and the number of queries."""
-    counts = [len(label["class_labels"]) for label in batch.labels]
+    return normaliser_of(detector, [len(label["class_labels"]) for label in batch.labels])
+
+
+def normaliser_of(detector: Detector, counts: Sequence[int]) -> Normaliser:
+    """Count the divisors of images with these numbers of boxes."""
     num_matched = float(sum(min(count, detector.num_queries) for count in counts))
     num_queries = float(len(counts) * detector.num_queries)
     no_object_weight = float(getattr(detector.model.config, "eos_coefficient", 1.0))
@@ -98,12 +104,19 @@ def compute_loss(
         global_normaliser: Sum of `local_normaliser` over all ranks and micro-batches of the optimizer step.
         local: `local_normaliser` of this micro-batch.
         world_size: Ranks over which gradients are averaged. All ranks must call this function equally often, since
-            DEIMv2 sums a number over them.
+            D-FINE and DEIMv2 sum a number over them.
         module: Called instead of `detector.model`: the DistributedDataParallel around it.
     """
     dtype = detector.model.dtype
     labels = [{"class_labels": label["class_labels"], "boxes": label["boxes"].to(dtype)} for label in batch.labels]
     outputs = (module or detector.model)(**detector.model_inputs(batch, dtype), labels=labels)
+    with torch.autocast(detector.device.type, enabled=False):  # the loss is in single precision, whatever the model is
+        return _scaled_terms(detector, outputs, labels, global_normaliser, local, world_size)
+
+
+def _scaled_terms(
+    detector: Detector, outputs: Any, labels: Labels, global_normaliser: Normaliser, local: Normaliser, world_size: int
+) -> LossTerms:
     values = weighted_terms(detector, outputs.loss_dict | proposal_terms(detector, outputs, labels))
     ratios = _ratios(detector, values, global_normaliser, local)
     if detector.family.distils:
@@ -132,27 +145,24 @@ def _ratios(
     detector: Detector, names: Iterable[str], global_normaliser: Normaliser, local: Normaliser
 ) -> dict[str, float]:
     """Return, for each term, the ratio of transformers' divisor for this micro-batch to that of the global batch."""
-    config = detector.model.config
-    num_groups = float(getattr(config, "group_detr", 1)) if detector.model.training else 1.0
-    box_ratio = max(num_groups * local.num_boxes, 1.0) / max(num_groups * global_normaliser.num_boxes, 1.0)
-    class_ratio = local.class_weight / global_normaliser.class_weight
-    image_ratio = local.num_queries / global_normaliser.num_queries
-    ratios = {}
-    for name in names:
-        if detector.family.softmax and name.startswith("loss_ce"):
-            ratios[name] = class_ratio
-        elif name.startswith("loss_ddf"):
-            # The number of denoising queries depends on the micro-batch, so that only their mean can be averaged.
-            ratios[name] = image_ratio
-        else:
-            ratios[name] = box_ratio
-    return ratios
+    return {name: divisor(detector, name, local) / divisor(detector, name, global_normaliser) for name in names}
+
+
+def divisor(detector: Detector, name: str, normaliser: Normaliser) -> float:
+    """Return the number by which transformers divides the sum of a loss term over these images."""
+    if detector.family.softmax and name.startswith("loss_ce"):
+        return normaliser.class_weight
+    if name.startswith("loss_ddf"):
+        # The number of denoising queries depends on the micro-batch, so that only their mean can be averaged.
+        return normaliser.num_queries
+    num_groups = float(getattr(detector.model.config, "group_detr", 1)) if detector.model.training else 1.0
+    return max(num_groups * normaliser.num_boxes, 1.0)
 
 
 def _dense_ratio(
     union: Matching, local: Normaliser, global_normaliser: Normaliser, world_size: int
 ) -> tuple[float, float]:
-    """Return the local divisor of DEIMv2's dense terms over the global one, and the global number of matched queries.
+    """Return the local divisor of the dense terms over the global one, and the global number of matched queries.
 
     The ranks sum their matched queries. With one micro-batch per step this is the number for the global batch. With
     several, the function assumes that the global batch has as many matched queries per box as this round.

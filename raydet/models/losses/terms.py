@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
-from raydet.models.detector import Detector
+from raydet.models.detector import Detector, at_least_single
+from raydet.models.families import Family
 
 Labels = Sequence[Mapping[str, Tensor]]
 """Per image: `class_labels` int64 [N] and `boxes` [N, 4], centre form relative to the image."""
@@ -17,15 +18,16 @@ def weighted_terms(detector: Detector, loss_dict: Mapping[str, Tensor]) -> dict[
     """Return the weighted terms whose sum is transformers' own loss of the micro-batch."""
     if not detector.family.weights_in_config:
         return dict(loss_dict)
-    weights = term_weights(detector.model.config)
+    weights = term_weights(detector.model.config, detector.family)
     # cardinality_error is a metric, not a loss.
     return {name: value * weights[term_kind(name)] for name, value in loss_dict.items() if term_kind(name) in weights}
 
 
-def term_weights(config: Any) -> dict[str, float]:
-    """Return the weights in a model's config by the kind of term."""
+def term_weights(config: Any, family: Family) -> dict[str, float]:
+    """Return the weights of the terms by their kind."""
+    class_weight = family.class_weight
     return {
-        "loss_ce": getattr(config, "class_loss_coefficient", 1.0),
+        "loss_ce": getattr(config, "class_loss_coefficient", 1.0) if class_weight is None else class_weight,
         "loss_bbox": config.bbox_loss_coefficient,
         "loss_giou": config.giou_loss_coefficient,
     }
@@ -53,12 +55,7 @@ def proposal_terms(detector: Detector, outputs: Any, labels: Labels) -> dict[str
     )
     proposals = {
         "logits": at_least_single(outputs.enc_outputs_class),
-        "pred_boxes": at_least_single(outputs.enc_outputs_coord_logits).sigmoid(),
+        "pred_boxes": outputs.enc_outputs_coord_logits.sigmoid(),
     }
     objects = [{**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels]
     return {f"{name}_enc": value for name, value in criterion(proposals, objects).items()}
-
-
-def at_least_single(values: Tensor) -> Tensor:
-    """Convert half precision to single precision; return other values unchanged."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

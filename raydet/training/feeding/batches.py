@@ -1,14 +1,16 @@
 """Chunks of decoded images → batches for the model, in a training worker."""
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.common.boxes import as_boxes
+from raydet.common.errors import UserError
 from raydet.measuring.numbers.accumulator import ImageTruth
 from raydet.models.geometry import ResizeRule
 from raydet.training.feeding.chunks import header_of, images_of, micro_batches_of, pixels_of
@@ -16,6 +18,10 @@ from raydet.training.feeding.ordering import Kind, MicroBatch
 
 if TYPE_CHECKING:
     from raydet.models.collate import Batch, Example
+
+
+ClassMap = npt.NDArray[np.int64]
+"""The model's index of each class of a table; -1 for an unused one, which no box has."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,12 @@ class BatchReader:
         has_begun: True once the first batch has arrived.
     """
 
-    def __init__(self, batches: Iterator[ReadyBatch], rank: int) -> None:
+    def __init__(
+        self, batches: Iterator[ReadyBatch], rank: int, class_maps: Mapping[Kind, ClassMap] | None = None
+    ) -> None:
+        """Read batches; `class_maps` holds the model's index of each class of a table that orders them differently."""
         self._batches, self._rank = batches, rank
+        self._class_maps = class_maps or {}
         self.has_begun = False
 
     def take(self, kind: Kind, epoch: int, step: int, part: int) -> ReadyBatch:
@@ -84,7 +94,21 @@ class BatchReader:
         expected = MicroBatch(kind, epoch, step, part, self._rank, ())
         assert batch.micro_batch == expected, f"the stream is out of step: got {batch.micro_batch}, not {expected}"
         self.has_begun = True
-        return batch
+        class_map = self._class_maps.get(kind)
+        return batch if class_map is None else _with_classes(batch, class_map)
+
+
+def _with_classes(batch: ReadyBatch, class_map: ClassMap) -> ReadyBatch:
+    """Replace the category indices of a table by those of the model."""
+    import torch
+
+    unused = [image_id for image_id, truth in batch.truths.items() if (class_map[truth.category] < 0).any()]
+    if unused:
+        raise UserError(f"--val-data: image {unused[0]} has a box of a class that --train-data lacks")
+    to_model = torch.from_numpy(class_map)
+    labels = [{**label, "class_labels": to_model[label["class_labels"]]} for label in batch.batch.labels]
+    truths = {image_id: replace(truth, category=class_map[truth.category]) for image_id, truth in batch.truths.items()}
+    return replace(batch, batch=replace(batch.batch, labels=labels), truths=truths)
 
 
 def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:

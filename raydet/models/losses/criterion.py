@@ -1,0 +1,119 @@
+"""The criterion of a model: that of transformers, always in single precision, with what raydet needs beside it."""
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import PreTrainedModel
+from transformers.loss.loss_d_fine import DFineForObjectDetectionLoss, DFineLoss
+from transformers.loss.loss_deimv2 import Deimv2Loss
+from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
+
+from raydet.models.detector import at_least_single
+from raydet.models.families import Family, family_of
+from raydet.models.losses.grouped import grouped_loss
+
+Matching = list[tuple[Tensor, Tensor]]
+"""Per image: the matched queries and the boxes that they are matched to."""
+
+
+class NotFiniteError(ArithmeticError):
+    """Boxes or scores of a model are not finite, so that they cannot be matched to labels."""
+
+
+def install_criterion(model: PreTrainedModel) -> None:
+    """Replace the loss function of a model by its `Criterion`."""
+    model.loss_function = Criterion(model)
+
+
+def uses_dense_matching(config: Any, family: Family) -> bool:
+    """Return True if every layer learns the boxes that any layer matches to a query."""
+    return family.dense_matching and bool(getattr(config, "use_dense_one_to_one", True))
+
+
+class Criterion:
+    """A loss function with the arguments and results of transformers'.
+
+    - It computes in single precision under every autocast: a score that half precision rounds to 1 makes the loss
+      infinite, and boxes would move.
+    - For families that distil, it keeps the matchings, which the distillation term must not repeat: matching runs on
+      the CPU and waits for the device.
+    - D-FINE learns boxes by the union of the matchings of all layers, as its authors have it; transformers matches each
+      layer by itself.
+    - The criterion of LW-DETR and RF-DETR does not sum over ranks.
+
+    Attributes:
+        matchings: Of the latest call: those of the last decoder layer, then those of each auxiliary output.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._family = family_of(model.config.model_type, where="this model")
+        self._loss: Callable[..., Any] = grouped_loss if self._family.local_criterion else model.loss_function
+        self.matchings: list[Matching] = []
+
+    def __call__(
+        self, logits: Tensor, labels: Any, device: Any, pred_boxes: Tensor, config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Compute the loss of a micro-batch.
+
+        Raises:
+            NotFiniteError: The outputs cannot be matched, because they are not finite.
+        """
+        self.matchings = []
+        loss = self._loss
+        if self._loss is DFineForObjectDetectionLoss and uses_dense_matching(config, self._family):
+            loss = _d_fine_loss
+        hook = register_module_forward_hook(self._keep) if self._family.distils else None
+        logits, pred_boxes, args, kwargs = _single((logits, pred_boxes, args, kwargs))
+        try:
+            with torch.autocast(logits.device.type, enabled=False):
+                return loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
+        except ValueError as error:
+            if all(bool(torch.isfinite(value).all()) for value in _tensors((logits, pred_boxes, args, kwargs))):
+                raise
+            raise NotFiniteError("boxes or scores are not finite") from error
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, RTDetrHungarianMatcher):
+            self.matchings.append(output)
+
+
+class _DenseDFineLoss(Deimv2Loss):
+    """D-FINE's terms with the matching that DEIMv2 took over from D-FINE."""
+
+    def __init__(self, config: Any) -> None:
+        DFineLoss.__init__(self, config)
+        self.use_dense_one_to_one = True
+
+
+# transformers' function looks up the class of its criterion among its globals.
+_d_fine_loss = types.FunctionType(
+    DFineForObjectDetectionLoss.__code__,
+    {**DFineForObjectDetectionLoss.__globals__, "DFineLoss": _DenseDFineLoss},
+    argdefs=DFineForObjectDetectionLoss.__defaults__,
+)
+
+
+def _single(value: Any) -> Any:
+    """Convert every tensor in half precision, within tuples, lists and dictionaries, to single precision."""
+    if isinstance(value, Tensor):
+        return at_least_single(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_single(each) for each in value)
+    if isinstance(value, dict):
+        return {key: _single(each) for key, each in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
