@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from raydet.common.console import write_out
-from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
+from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.config.fields import default_of, field_names, fields_of, flag, is_required, to_yaml
 from raydet.config.help import help_page
 

@@ -6,9 +6,9 @@ A driver that only checks a config imports neither torch nor the package of an e
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import UserError
 from raydet.common.packages import require_packages
+from raydet.common.untrusted.documents import DocumentError, parse_json
 from raydet.config import PredictConfig
 from raydet.models.families import FAMILIES, check_graph_sizes
 from raydet.models.geometry import LANCZOS, Image, ResizeRule, SizeHW

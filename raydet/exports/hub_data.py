@@ -148,6 +148,7 @@ def _part(config: str, split: str, table: Table) -> _HubTable:
 def _refuse_references(table: Table) -> None:
     """Refuse an images table that refers to its images; the footers state whether there are bytes."""
     for footer in read_footers(table.uri, table.files):
+        assert footer is not None, "the table was examined"
         paths = [footer.schema.column(index).path for index in range(len(footer.schema))]
         for group in map(footer.row_group, range(footer.num_row_groups)):
             statistics = group.column(paths.index("image.bytes")).statistics

@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from raydet.common.class_names import match_names
 from raydet.common.console import shown
-from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError
+from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.exports.markdown import escaped, fenced, markdown_table
 from raydet.measuring import metrics_folder

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydet.common.errors import UserError
-from raydet.common.opening import ANYWHERE, LocalRoots
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import in_order
+from raydet.common.untrusted.opening import ANYWHERE, LocalRoots
 from raydet.images.files import ReadError, SizeError
 from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
 from raydet.images.references import FileReader, Reference

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.opening import LocalRoots, NotAFileError, OutsideError
+from raydet.common.untrusted.opening import LocalRoots, NotAFileError, OutsideError
 from raydet.images.remote_listing import files_below
 from raydet.tables import storage
 

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
-from raydet.common.opening import ANYWHERE, LocalRoots, NotAFileError, OutsideError
 from raydet.common.redaction import refuse_password
-from raydet.common.text import encoding_of
 from raydet.common.threads import in_order
+from raydet.common.untrusted.opening import ANYWHERE, LocalRoots, NotAFileError, OutsideError
+from raydet.common.untrusted.text import encoding_of
 from raydet.images.files import (
     IMAGE_EXTENSIONS,
     LIST_SUFFIXES,

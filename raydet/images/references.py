@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
-from raydet.common.opening import ANYWHERE, LocalFile, LocalRoots
+from raydet.common.untrusted.opening import ANYWHERE, LocalFile, LocalRoots
 from raydet.images.decode import DecodeError
 from raydet.images.files import MissingFileError, ReadError, detail_of, read_error, read_file, refuse_size
 from raydet.tables import storage

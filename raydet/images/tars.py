@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from raydet.common.errors import UserError
-from raydet.common.opening import LocalFile
+from raydet.common.untrusted.opening import LocalFile
 from raydet.images.files import IMAGE_EXTENSIONS, readable
 
 COMPRESSED_SUFFIXES = (

@@ -12,9 +12,9 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from raydet.common.class_names import UNUSED_NAME
-from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import RunError, UserError, first_line
-from raydet.common.opening import refusal_in_folder
+from raydet.common.untrusted.documents import DocumentError, parse_json
+from raydet.common.untrusted.opening import refusal_in_folder
 from raydet.tables import storage
 from raydet.tables.schema import Category
 

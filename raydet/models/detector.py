@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -196,7 +196,7 @@ def _keep_boxes_precise(model: nn.Module, family: Family) -> None:
             # A ModuleList is never called; its layers are.
             for layer in module if isinstance(module, nn.ModuleList) else [module]:
                 if not isinstance(layer, _InSinglePrecision):
-                    layer.__class__ = _in_single_precision(type(layer))
+                    layer.__class__ = _in_single_precision(cast(Any, type(layer)))
 
 
 def at_least_single(values: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from raydet.common.boxes import as_boxes
 from raydet.common.class_names import match_names
-from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import UserError
+from raydet.common.untrusted.documents import DocumentError, parse_json
 from raydet.measuring.joining import join_images, list_images
 from raydet.measuring.numbers.matches import Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs

@@ -29,7 +29,7 @@ from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.scoring.chunks import unreadable_in
 from raydet.scoring.gallery import GalleryPainter, GalleryReport
-from raydet.scoring.plan import ScoringPlan, Work, done_chunks, part_name
+from raydet.scoring.plan import ScoringPlan, Work, files_of_chunks, part_name
 from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
 from raydet.tables import storage
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder, token_of_run
@@ -213,7 +213,7 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
 def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> JobReport:
     """Score what is left and write the manifest; write OUT/.job.json in any case."""
     stats, reason, job = JobStats(), None, place.job_record()
-    num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in done_chunks(work.folder))
+    num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in files_of_chunks(work.folder).values())
     if num_rows:
         console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} images")
     try:

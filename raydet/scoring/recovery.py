@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from raydet.cluster.job_record import JobRecord
 from raydet.cluster.stopwatch import FileStats
-from raydet.common.documents import parse_json
 from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
+from raydet.common.untrusted.documents import parse_json
 from raydet.config import PredictConfig
 from raydet.engines.loading import EngineLoader
 from raydet.scoring.plan import COUNTS_KEY, LOG_FOLDER, Work, files_of_chunks, part_name

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import RunError, UserError
+from raydet.common.untrusted.documents import DocumentError, parse_json
 from raydet.tables import storage
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 import pyarrow.parquet as pq
 
-from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import UserError, one_line
+from raydet.common.untrusted.documents import DocumentError, parse_json
 from raydet.tables.columns import Integers, starts_of
 from raydet.tables.schema import SCHEMA_VERSION
 

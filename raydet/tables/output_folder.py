@@ -16,9 +16,9 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from raydet.common.documents import MAX_JSON_BYTES, DocumentError, parse_json
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
+from raydet.common.untrusted.documents import MAX_JSON_BYTES, DocumentError, parse_json
 from raydet.common.version import __version__
 from raydet.tables import storage
 from raydet.tables.folder_lock import Hold, LeaseTimes, hold

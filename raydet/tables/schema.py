@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from raydet.common.documents import DocumentError, parse_json
 from raydet.common.errors import UserError
+from raydet.common.untrusted.documents import DocumentError, parse_json
 
 SCHEMA_VERSION = 3
 """Incremented when a reader of the old version would misread new tables."""

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
-from raydet.common.opening import ANYWHERE
+from raydet.common.untrusted.opening import ANYWHERE
 
 S3_ATTEMPTS = 11
 """Attempts per S3 request. The client waits 25 ms, 50 ms, … 25.6 s between them, 51 s in total.

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydet.common.documents import MAX_JSON_BYTES
 from raydet.common.errors import UserError, one_line
 from raydet.common.threads import in_order
+from raydet.common.untrusted.documents import MAX_JSON_BYTES
 from raydet.tables import storage
 from raydet.tables.checks import check_rows, check_types, check_unique
 from raydet.tables.columns import image_ids_in

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raydet.common.documents import MAX_JSON_BYTES, parse_json
 from raydet.common.errors import UserError
+from raydet.common.untrusted.documents import MAX_JSON_BYTES, parse_json
 from raydet.config import COCO_METRICS
 from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from raydet.cluster.forecast.nodes import NodeGroup, groups_of_record, total_cpus
 from raydet.cluster.job_record import JOB_FILE
 from raydet.cluster.timeline import steady_rate
-from raydet.common.documents import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml
 from raydet.common.errors import UserError
+from raydet.common.untrusted.documents import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml
 from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
+from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.tables import storage
 
 _AWS_SIZE = re.compile(r"[a-z][a-z0-9-]*\.(?:(\d*)x)?large")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.opening import LocalRoots, OutsideError, refusal_in_folder, refusal_of_name
+from raydet.common.untrusted.opening import LocalRoots, OutsideError, refusal_in_folder, refusal_of_name
 from raydet.images.files import ReadError, read_error, readable, refuse_name, refuse_size
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage

@@ -17,7 +17,7 @@ from pyarrow import csv as pa_csv
 
 from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import refuse_password, without_secrets
-from raydet.common.text import TextError, decode_text
+from raydet.common.untrusted.text import TextError, decode_text
 from raydet.images.files import LIST_SUFFIXES, MAX_FILE_BYTES, ImageFolder, beside, readable, refuse_name
 from raydet.preparation.sources.source import Source, SourceImage
 from raydet.preparation.sources.web import WebReader, address_of, read_web_list

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.text import TextError, decode_text
+from raydet.common.untrusted.text import TextError, decode_text
 from raydet.images.files import MAX_LABEL_BYTES, readable
 from raydet.tables import storage
 from raydet.tables.coco_json import integer

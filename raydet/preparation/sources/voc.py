@@ -22,9 +22,9 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.text import TextError, decode_text, encoding_of
 from raydet.common.threads import in_order
-from raydet.common.xml import NoDoctype, XmlError
+from raydet.common.untrusted.text import TextError, decode_text, encoding_of
+from raydet.common.untrusted.xml import NoDoctype, XmlError
 from raydet.config.preparing import Unlabelled
 from raydet.images.files import (
     LEAVES_BY_LINK,

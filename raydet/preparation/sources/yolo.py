@@ -17,8 +17,8 @@ from functools import partial
 import pyarrow as pa
 
 from raydet.common.errors import UserError
-from raydet.common.text import TextError, decode_text
 from raydet.common.threads import in_order
+from raydet.common.untrusted.text import TextError, decode_text
 from raydet.config.preparing import Unlabelled
 from raydet.images.files import (
     MAX_LABEL_BYTES,

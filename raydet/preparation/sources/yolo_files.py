@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from raydet.common.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.errors import UserError, one_line
-from raydet.common.text import TextError, decode_text
+from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
+from raydet.common.untrusted.text import TextError, decode_text
 from raydet.images.files import (
     MAX_FILE_BYTES,
     ImageFolder,

@@ -23,7 +23,7 @@ from typing import cast
 import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.text import encoding_of
+from raydet.common.untrusted.text import encoding_of
 from raydet.images.files import ImageFolder, is_image_name, readable
 from raydet.preparation.sources.coco_index import AnnotationEntry, CocoIndex, ImageEntry
 from raydet.preparation.sources.source import (

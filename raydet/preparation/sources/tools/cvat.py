@@ -20,7 +20,7 @@ from itertools import count
 
 from raydet.common.boxes import enclosing_xywh
 from raydet.common.errors import UserError, one_line
-from raydet.common.xml import NoDoctype, XmlError
+from raydet.common.untrusted.xml import NoDoctype, XmlError
 from raydet.images.files import ImageFolder, readable
 from raydet.preparation.sources.source import (
     Finding,

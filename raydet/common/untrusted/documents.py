@@ -57,7 +57,7 @@ def _refuse_constant(name: str) -> Any:
     raise DocumentError(f"it contains {name}, which is not a number")
 
 
-def parse_yaml(data: bytes, *, max_bytes: int = MAX_YAML_BYTES) -> Any:
+def parse_yaml(data: bytes | str, *, max_bytes: int = MAX_YAML_BYTES) -> Any:
     """Parse a YAML document of plain values.
 
     Raises:
@@ -77,7 +77,7 @@ def parse_yaml(data: bytes, *, max_bytes: int = MAX_YAML_BYTES) -> Any:
         raise DocumentError(" ".join(str(error).split())) from None
 
 
-def _check_growth(yaml: Any, data: bytes, loader: Any) -> None:
+def _check_growth(yaml: Any, data: bytes | str, loader: Any) -> None:
     """Refuse deep nesting, and aliases whose expansion is large or contains itself, before anything is built."""
     sizes: dict[str, int] = {}  # by anchor, once its node is complete
     open_nodes: list[tuple[str | None, int]] = []  # anchor and number of nodes before it

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from raydet.common import opening
-from raydet.common.opening import ANYWHERE, LocalRoots, NotAFileError, OutsideError, refusal_of_name
+from raydet.common.untrusted import opening
+from raydet.common.untrusted.opening import ANYWHERE, LocalRoots, NotAFileError, OutsideError, refusal_of_name
 
 
 def nothing(_: int) -> None:

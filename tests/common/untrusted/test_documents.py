@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from raydet.common.documents import DocumentError, parse_json, parse_yaml
+from raydet.common.untrusted.documents import DocumentError, parse_json, parse_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raydet.common.text import TextError, decode_text
+from raydet.common.untrusted.text import TextError, decode_text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])

@@ -1,0 +1,1 @@
+"""Documents and files of strangers: opened, decoded and parsed within limits."""
