@@ -23,7 +23,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     validate_repo_id,
 )
 
-from raydet.common.errors import UserError, one_line
+from raydet.common.errors import RunError, UserError, one_line
 from raydet.common.hub_client import quiet_client
 from raydet.common.redaction import without_secrets
 from raydet.config import PushConfig
@@ -102,6 +102,7 @@ def push(config: PushConfig) -> PushResult:
     Raises:
         UserError: A name, the folder or the token is invalid, and nothing has been sent; or the Hub is unreachable or
             refuses, and there is no commit.
+        RunError: A file cannot be copied from its store, or to this disk; there is no commit.
     """
     _check_names(config)
     content = _model_content(config, config.checkpoint) if config.checkpoint is not None else _data_content(config)
@@ -236,15 +237,15 @@ def _upload(api: HfApi, config: PushConfig, content: _Content, folder: Path) -> 
             if is_copied and name != _CARD:
                 # From a copy, so that a training run in progress cannot change a file between two reads.
                 path = folder / name.replace("/", "-")
-                with storage.open_input(uri) as source, path.open("wb") as copy:  # refuses links
-                    shutil.copyfileobj(source, copy)
+                _copy(uri, path)
             num_bytes += path.stat().st_size
             # The client sends paths to xet, even if the server lacks it, and open files to LFS.
-            additions.append(CommitOperationAdd(name, path if sends_paths else stack.enter_context(path.open("rb"))))
+            file = None if sends_paths else stack.enter_context(path.open("rb"))
+            additions.append(CommitOperationAdd(name, file or path))
             if is_copied and content.kind == "dataset":
                 # One file at a time, because a data set may be larger than the disk.
                 api.preupload_lfs_files(config.repo, additions[-1:], repo_type=content.kind, revision=branch)
-                path.unlink()
+                os.truncate(path, 0)
         commit = api.create_commit(
             config.repo,
             [*additions, *(CommitOperationDelete(name) for name in others if content.is_stale(name))],
@@ -254,6 +255,14 @@ def _upload(api: HfApi, config: PushConfig, content: _Content, folder: Path) -> 
             parent_commit=before.sha,
         )
     return commit.oid, num_bytes, commit.oid == before.sha
+
+
+def _copy(uri: str, path: Path) -> None:
+    try:
+        with storage.open_input(uri) as source, path.open("wb") as copy:  # refuses links
+            shutil.copyfileobj(source, copy)
+    except OSError as error:  # not of the Hub
+        raise RunError(f"cannot copy {uri} to {path.parent}: {one_line(error)}") from None
 
 
 def _validate_card(api: HfApi, content: _Content) -> None:
@@ -281,7 +290,7 @@ def _offers_xet(api: HfApi, kind: RepoKind, repo: str, branch: str) -> bool:
 def _errors_in_one_line(api: HfApi, repo: str) -> Iterator[None]:
     try:
         yield
-    except UserError:
+    except (UserError, RunError):
         raise
     except Exception as error:
         # The client raises its own errors, those of its HTTP and xet libraries, and RuntimeErrors.

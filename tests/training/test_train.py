@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ Trained = tuple[TrainConfig, TrainResult, str]
 
 @pytest.fixture(scope="module")
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Trained:
-    """A finished run of six epochs."""
-    config = _config(shapes, tmp_path_factory.mktemp("run") / "a")
+    """A finished run of six epochs with a callback of the user."""
+    config = _config(shapes, tmp_path_factory.mktemp("run") / "a", trackers=["tests.callbacks:Journal"])
     result = train(config)
     return config, result, weights_hash(result.checkpoint)
 
@@ -74,6 +75,13 @@ def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
         "00006-0000000.pt",
     ]
     assert list(Path(config.out, "log", "tensorboard").glob("events.*"))
+
+
+def test_a_callback_by_import_path_sees_each_epoch(trained: Trained) -> None:
+    config, result, _ = trained
+    lines = Path(config.out, "log", "journal.jsonl").read_text().splitlines()
+    values = {step: logs["eval_AP"] for step, logs in map(json.loads, lines) if "eval_AP" in logs}
+    assert values == {4 * record.epoch: record.value("AP") for record in result.history}
 
 
 def test_the_checkpoint_gives_the_same_boxes_without_raydet(trained: Trained) -> None:

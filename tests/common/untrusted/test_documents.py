@@ -37,7 +37,7 @@ def test_plain_documents_are_parsed() -> None:
         (parse_yaml, "a: b: c", ""),
         (parse_yaml, "\0", ""),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: value.__name__ if callable(value) else value[:30],
 )
 def test_bombs_and_broken_documents_are_refused(parse: Callable[[bytes], Any], text: str, reason: str) -> None:
     with pytest.raises(DocumentError, match=reason) as caught:
