@@ -83,16 +83,21 @@ def _run(cases: list[Case], good: Path, options: argparse.Namespace) -> list[Ver
     return verdicts
 
 
-def summary(verdicts: list[Verdict]) -> str:
-    """Return a Markdown table of the outcomes by kind and format."""
-    counts = Counter((*verdict.name.split("/")[:2], verdict.outcome) for verdict in verdicts)
-    rows: list[tuple[str, ...]] = sorted({key[:2] for key in counts})
-    lines = [f"| kind | format | cases | {' | '.join(OUTCOMES)} |", "|---|---|" + "---:|" * (1 + len(OUTCOMES))]
-    for kind, form in rows:
-        numbers = [counts[kind, form, outcome] for outcome in OUTCOMES]
-        lines.append(f"| {kind} | {form} | {sum(numbers)} | {' | '.join(map(str, numbers))} |")
-    totals = [sum(counts[kind, form, outcome] for kind, form in rows) for outcome in OUTCOMES]
-    lines.append(f"| all | | {sum(totals)} | {' | '.join(map(str, totals))} |")
+def summary(verdicts: list[Verdict], *, num_columns: int = 2) -> str:
+    """Return a Markdown table of the outcomes by kind (`num_columns` of 1), or by kind and format."""
+    named = [(tuple(verdict.name.split("/")[:num_columns]), verdict.outcome) for verdict in verdicts]
+    counts, rows = Counter(named), sorted({row for row, _ in named})
+    titles = ("kind", "format")[:num_columns]
+    lines = [
+        f"| {' | '.join(titles)} | cases | {' | '.join(OUTCOMES)} |",
+        "|---" * num_columns + "|---:" * (1 + len(OUTCOMES)) + "|",
+    ]
+    for row in rows:
+        numbers = [counts[row, outcome] for outcome in OUTCOMES]
+        lines.append(f"| {' | '.join(row)} | {sum(numbers):,} | {' | '.join(f'{number:,}' for number in numbers)} |")
+    totals = [sum(counts[row, outcome] for row in rows) for outcome in OUTCOMES]
+    first = " | ".join(["all", *[""] * (num_columns - 1)])
+    lines.append(f"| {first} | {sum(totals):,} | {' | '.join(f'{total:,}' for total in totals)} |")
     return "\n".join(lines)
 
 

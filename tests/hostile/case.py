@@ -100,7 +100,7 @@ class Case:
     thing: str
     build: Callable[[Scene], list[str]]
     survives: bool = False
-    seconds: float = 30
+    seconds: float = 20
     weight: str = "light"
     rights: Rights = "all"
     may_change: tuple[str, ...] = ()

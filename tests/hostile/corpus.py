@@ -1,6 +1,7 @@
 """All cases: each kind of hostile thing × each format that it can stand in."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from tests.hostile import archives, base, models, pictures, servers, tables, tex
 from tests.hostile.case import Case, Scene, unique
 from tests.hostile.formats import FORMATS, Format, changed
 from tests.hostile.options import option_cases, output_cases
+from tests.hostile.rights import Rights
 
 Change = Callable[[Scene], None]
 
@@ -19,8 +21,11 @@ def all_cases(good: Path | None) -> list[Case]:
     return unique(
         [
             *(case for form in FORMATS for make in _KINDS for case in _share(form, make(form, good))),
+            *(Case("controls", form.name, _NOTHING, form.build, True, 60, form.weight) for form in FORMATS),
             *_archives(),
             *_web(),
+            *_coco_structures(),
+            *_on_ray(),
             *_hub_names(),
             *option_cases(),
             *output_cases(),
@@ -52,9 +57,10 @@ def _files(form: Format, _: Path | None) -> Iterator[Case]:
                 things.put(scene, scene.data / form.base / place, thing)
 
             survives = place in form.images or place in form.single
-            more = {"unreadable": {"rights": "owner"}, "growing": {"may_change": ("data",)}}.get(thing, {})
+            rights: Rights = "owner" if thing == "unreadable" else "all"
+            may_change = ("data",) if thing == "growing" else ()
             shown = f"{thing} as {place or 'the folder'}"
-            yield _case(form, "files", shown, change, survives=survives, **more)
+            yield _case(form, "files", shown, change, survives=survives, rights=rights, may_change=may_change)
 
 
 def _whole_texts(form: Format, _: Path | None) -> Iterator[Case]:
@@ -122,7 +128,7 @@ def _names_on_disk(form: Format, _: Path | None) -> Iterator[Case]:
 
             def change(scene: Scene, place: str = place, data: bytes = data) -> None:
                 path = scene.data / form.base / place
-                shutil.copy(path, bytes(path.parent) + b"/" + data)
+                shutil.copy(bytes(path), bytes(path.parent) + b"/" + data)
 
             yield _case(form, "names on disk", name, change, survives=True)
 
@@ -146,6 +152,7 @@ def _models(form: Format, _: Path | None) -> Iterator[Case]:
         yield _case(form, "models", name, lambda scene, damage=damage: damage(scene.data / form.base))  # type: ignore[misc]
 
 
+_NOTHING = "nothing hostile"
 _OWN = ("texts", "values", "names", "class names")
 """Kinds of which each format of annotations has code of its own."""
 _KINDS = (_files, _whole_texts, _values, _pictures, _names_on_disk, _damaged_tables, _models)
@@ -193,6 +200,77 @@ def _web() -> Iterator[Case]:
 
         yield Case("web", "image list", name, listed, survives=True, seconds=60)
         yield Case("web", "list on the web", name, on_the_web, seconds=60)
+
+
+def _coco_structures() -> Iterator[Case]:
+    for name in ("coco", "evaluate json"):
+        form = next(form for form in FORMATS if form.name == name)
+        for thing, make in texts.COCO.items():
+
+            def change(scene: Scene, form: Format = form, make: Callable[[Any], Any] = make) -> None:
+                (scene.data / form.base / "coco.json").write_text(json.dumps(make(base.coco())))
+
+            yield _case(form, "structure", thing, change)
+
+
+_TRAIN = (
+    "train --train-data {data}/images --val-data {data}/images --model rt_detr_v2_tiny --epochs 1 --batch-size 2 "
+    "--image-size 64 --augmentation flip --log-images 0 --threads-per-worker 1 --out {out}"
+)
+_ON_RAY_PICTURES = (
+    "png, 144 Mpx of 16-bit RGBA",
+    "png, 89,478,485 high",
+    "png, a text that is a bomb",
+    "jpeg, 3,000 cheap scans of 100 Mpx",
+    "webp, lossless 13,000 on each side",
+    "tiff, looping directories",
+)
+_ON_RAY_TABLES = (
+    "part outside",
+    "encrypted footer",
+    "changed data 0",
+    "a category of 2",
+    "a category of -1",
+    "a box that is NaN",
+    "a box that is huge",
+    "too many values of category",
+    "the first image_id is -1",
+    "width is 0",
+    "objects is text",
+    "an image that is null",
+    "a path to absolute and outside",
+)
+_ON_RAY_MODELS = ("its own code", "only pickled weights", "a tensor of 2^60 values", "a backbone of another repository")
+
+
+def _on_ray() -> Iterator[Case]:
+    """Yield the few cases that start Ray."""
+    training = Format("train", "tables", _TRAIN, weight="ray", seconds=150)
+    for name in _ON_RAY_PICTURES:
+        make = pictures.PICTURES[name]
+        yield _case(training, "pictures", name, _of_table(lambda make=make: tables.pictured(make())))  # type: ignore[misc]
+    for name in _ON_RAY_TABLES:
+        yield _case(training, "tables", name, _of_table(lambda name=name: tables.damages("images")[name]))  # type: ignore[misc]
+    model = dataclasses.replace(
+        training, base="model", command=_TRAIN.replace("{data}", "{base}/tables").replace("rt_detr_v2_tiny", "{data}")
+    )
+    for name in _ON_RAY_MODELS:
+        damage = models.MODELS[name]
+        yield _case(model, "models", name, lambda scene, damage=damage: damage(scene.data / "model"))  # type: ignore[misc]
+    for form in FORMATS:
+        if form.name not in ("coco", "predict folder"):
+            continue
+        options = " --use-ray true" if form.name == "coco" else " --num-workers 2"
+        on_ray = dataclasses.replace(
+            form, name=f"{form.name} on Ray", command=form.command + options, weight="ray", seconds=150
+        )
+        for case in _pictures(on_ray, None):
+            if case.thing in _ON_RAY_PICTURES:
+                yield case
+
+
+def _of_table(damage: Callable[[], tables.Damage]) -> Change:
+    return lambda scene: damage()(scene.data / "tables" / "images")
 
 
 def _hub_names() -> Iterator[Case]:

@@ -44,7 +44,7 @@ class Format:
     every: int = 1
     follows_links: bool = False
     weight: str = "light"
-    seconds: float = 30
+    seconds: float = 20
 
     def build(self, scene: Scene) -> list[str]:
         """Copy the good input and return the command line."""
@@ -210,6 +210,7 @@ _PREPARE = (
         "prepare hub --dataset {data}/rows.parquet --out {out}",
         files=["rows.parquet"],
         images=["b.png"],
+        tables={"": "rows"},
         every=2,
     ),
 )
@@ -301,6 +302,7 @@ _OTHERS = (
         "plan --run {data} --images 1000",
         texts={"job.json": "json"},
         folders=[""],
+        weight="heavy",
     ),
     Format(
         "report run",

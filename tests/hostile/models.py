@@ -130,7 +130,10 @@ def _sharded(name: str) -> Damage:
 
 
 def _beside(name: str, content: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
 
 
 def _processor(**values: Any) -> Damage:

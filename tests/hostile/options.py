@@ -76,7 +76,13 @@ def _weight(command: str) -> str:
 
 def option_cases() -> Iterator[Case]:
     """Yield a wrong value for each option of each command, and hostile config files."""
-    for command in GOOD_LINES:
+    for command, line in GOOD_LINES.items():
+        if "nothing" not in line and command != "push":  # which has no Hub to speak to
+
+            def good(scene: Scene, command: str = command) -> list[str]:
+                return words_of(command, scene)
+
+            yield Case("controls", f"{command} alone", "nothing hostile", good, True, 60, _weight(command))
         for item in fields_of(COMMANDS[command].config):
             hint = typing.get_type_hints(COMMANDS[command].config)[item.name]
             kinds = {hint, *typing.get_args(hint)}

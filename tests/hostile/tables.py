@@ -35,8 +35,10 @@ def write(folder: Path, table: pa.Table, *, fits: bool = True, **options: Any) -
 
 
 def change_manifest(folder: Path, **values: Any) -> None:
-    """Overwrite entries of the manifest."""
+    """Overwrite entries of the manifest, if the folder has one."""
     path = folder / MANIFEST
+    if not path.exists():
+        return
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
@@ -123,6 +125,11 @@ def _flipped(seed: int, part: float) -> Damage:
         part_of(folder).write_bytes(data)
 
     return damage
+
+
+def pictured(data: bytes) -> Damage:
+    """Return the damage that puts another picture into the first row."""
+    return _each("image", {"bytes": data, "path": "a.png"})
 
 
 def _bytes(change: Callable[[bytes], bytes]) -> Damage:
@@ -232,7 +239,7 @@ _BOXES: dict[str, list[Any] | None] = {
     "of nulls": [None] * 4,
 }
 
-ANY: dict[str, Damage] = {
+FILES: dict[str, Damage] = {
     "empty file": _bytes(lambda _: b""),
     "text for a part": _bytes(lambda _: b"this is no Parquet file"),
     "half a part": _bytes(lambda data: data[: len(data) // 2]),
@@ -245,6 +252,11 @@ ANY: dict[str, Damage] = {
     "Feather": lambda folder: pyarrow.feather.write_feather(read(folder), str(part_of(folder))),
     **{f"changed footer {seed}": _flipped(seed, 0) for seed in range(12)},
     **{f"changed data {seed}": _flipped(seed, 1) for seed in range(6)},
+}
+"""Damage of any Parquet file."""
+
+ANY: dict[str, Damage] = {
+    **FILES,
     "part outside": _part_outside,
     "foreign part": _foreign_part,
     "a part twice": _listed_twice,
@@ -356,5 +368,8 @@ CLASS_NAMES: dict[str, Damage] = {name: _named_class(text) for name, text in thi
 
 def damages(kind: str) -> dict[str, Damage]:
     """Return the damages of a kind of table."""
+    if kind == "rows":  # without metadata and manifest
+        boxes = {name: damage for name, damage in IMAGES_AND_DETECTIONS.items() if name.startswith(("a box", "a cat"))}
+        return {**FILES, **boxes, **IMAGES}
     own = {"images": IMAGES, "detections": DETECTIONS}.get(kind)
     return ANY if own is None else {**ANY, **IMAGES_AND_DETECTIONS, **own}

@@ -58,8 +58,8 @@ def test_representative_cases(
     before = snapshot(scene)
     capfd.readouterr()
     code = main(command)
-    printed = [text.encode("utf-8", "surrogateescape") for text in capfd.readouterr()]
-    verdict = judge(case, scene, before, Ended(code, *printed), command)
+    stdout, stderr = (text.encode("utf-8", "surrogateescape") for text in capfd.readouterr())
+    verdict = judge(case, scene, before, Ended(code, stdout, stderr), command)
     assert verdict.faults == [], verdict.stdout + verdict.stderr
 
 
@@ -73,9 +73,10 @@ def test_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "tests.hostile", "--out", str(out)]
     subprocess.run(command, cwd=PROJECT, env=environment, check=False, stdout=subprocess.DEVNULL)
     verdicts = [Verdict(**json.loads(line)) for line in out.read_text().splitlines()]
-    (out.parent / "summary.md").write_text(summary(verdicts) + "\n")
+    by_kind = summary(verdicts, num_columns=1)
+    (out.parent / "summary.md").write_text(f"{by_kind}\n\n{summary(verdicts)}\n")
     with capsys.disabled():
-        print(f"\n{summary(verdicts)}")
+        print(f"\n{by_kind}")
     assert len(verdicts) >= 3_000
     flagged = {verdict.name: verdict.faults for verdict in verdicts if verdict.faults}
     assert flagged == {}

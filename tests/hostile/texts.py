@@ -13,6 +13,7 @@ MARK = "HOSTILEVALUE"
 """Placeholder of a value in a template."""
 
 Change = Callable[[bytes], bytes]
+Structure = Callable[[dict[str, Any]], dict[str, Any]]
 
 WHOLE: dict[str, Change] = {
     "empty": lambda _: b"",
@@ -168,6 +169,44 @@ def _repeated(text: bytes, times: int) -> bytes:
     match = re.search(rb"<(object|box)\b.*?</\1>", text, re.S)
     return text if match is None else text.replace(match[0], match[0] * times)
 
+
+def _many(content: dict[str, Any], key: str, count: int) -> dict[str, Any]:
+    first = content[key][0]
+    return {**content, key: [{**first, "id": number, "name": f"c{number}"} for number in range(1, count + 1)]}
+
+
+def _twice(key: str) -> Structure:
+    return lambda content: {**content, key: content[key] * 2}
+
+
+def _none(key: str) -> Structure:
+    return lambda content: {**content, key: []}
+
+
+COCO: dict[str, Structure] = {
+    **{f"the same {key} twice": _twice(key) for key in ("images", "annotations", "categories")},
+    **{f"no {key}": _none(key) for key in ("images", "annotations", "categories")},
+    "10^6 categories": lambda content: _many(content, "categories", 10**6),
+    "300,000 boxes of an image": lambda content: _many(content, "annotations", 300_000),
+    "100,000 missing images": lambda content: {
+        **content,
+        "images": content["images"] + [{"id": n, "file_name": f"{n}.png"} for n in range(10, 100_010)],
+    },
+    "the same file 3,000 times": lambda content: {
+        **content,
+        "images": [{**content["images"][0], "id": n} for n in range(1, 3_001)],
+    },
+    "boxes of images that are not listed": lambda content: {
+        **content,
+        "annotations": [{**item, "image_id": 99} for item in content["annotations"]],
+    },
+    "classes that differ in invisible characters": lambda content: {
+        **content,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat\u200b"}],
+    },
+    "the keys backward": lambda content: dict(reversed(content.items())),
+}
+"""Whole COCO files that are wrong in their structure."""
 
 VALUES: dict[str, tuple[str | None, str]] = {
     # name: (in JSON and YAML, in XML and plain text); None: the same as a JSON string
