@@ -162,6 +162,11 @@ def _texts() -> dict[str, str]:
         "voc/classes.txt": "\n".join(CLASSES) + "\n",
         "images/list.txt": "".join(f"{name}\n" for name in IMAGES),
         "images/list.csv": "path,camera\n" + "".join(f"{name},north\n" for name in IMAGES),
+        "csv/boxes.csv": "filename,width,height,class,xmin,ymin,xmax,ymax\n"
+        + "".join(f"{name},{WIDTH},{HEIGHT},{label},2,3,22,13\n" for name, label in zip(IMAGES, CLASSES, strict=True)),
+        "csv/retinanet.csv": "".join(
+            f"{name},2,3,22,13,{label}\n" for name, label in zip(IMAGES, CLASSES, strict=True)
+        ),
         "hub/metadata.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
         "train run/log/history.json": json.dumps([_EPOCH, {**_EPOCH, "epoch": 2}]),
     }
@@ -182,6 +187,7 @@ _IMAGE_FOLDERS = (
     "yolo list/images/train",
     "cvat/images",
     "label-studio/images",
+    "csv/images",
     "images",
     "hub",
     "hub rows",

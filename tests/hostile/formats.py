@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from raydet.cli.commands import COMMANDS
 from tests.hostile.case import Scene
 
 
@@ -169,6 +170,25 @@ _PREPARE = (
         every=4,
     ),
     Format(
+        "csv",
+        "csv",
+        "prepare csv --annotations {data}/boxes.csv --images {data}/images --out {out}",
+        texts={"boxes.csv": "csv"},
+        images=["images/b.png"],
+        folders=["images"],
+        paths={"boxes.csv": ["column 0"]},
+        classes={"boxes.csv": ["column 3"]},
+        every=4,
+    ),
+    Format(
+        "csv without header",
+        "csv",
+        "prepare csv --annotations {data}/retinanet.csv --images {data}/images --out {out}",
+        texts={"retinanet.csv": "csv"},
+        paths={"retinanet.csv": ["column 0"]},
+        classes={"retinanet.csv": ["column 5"]},
+    ),
+    Format(
         "images",
         "images",
         "prepare images --images {data} --out {out}",
@@ -313,4 +333,6 @@ _OTHERS = (
     ),
 )
 
-FORMATS = (*_PREPARE, *_TABLES, *_OTHERS)
+FORMATS = tuple(
+    form for form in (*_PREPARE, *_TABLES, *_OTHERS) if not form.name.startswith("csv") or "prepare csv" in COMMANDS
+)

@@ -19,6 +19,7 @@ GOOD_LINES: dict[str, str] = {
     "prepare cvat": "--annotations {base}/cvat/cvat.xml --images {base}/cvat/images --out {out}",
     "prepare label-studio": "--annotations {base}/label-studio/tasks.json "
     "--images {base}/label-studio/images --out {out}",
+    "prepare csv": "--annotations {base}/csv/boxes.csv --images {base}/csv/images --out {out}",
     "prepare images": "--images {base}/images --out {out}",
     "prepare shapes": "--out {out} --num-train 2 --num-val 2 --image-size 32",
     "inspect": "--data {base}/tables/images --num-images 1 --out {out}",
@@ -77,6 +78,8 @@ def _weight(command: str) -> str:
 def option_cases() -> Iterator[Case]:
     """Yield a wrong value for each option of each command, and hostile config files."""
     for command, line in GOOD_LINES.items():
+        if command not in COMMANDS:
+            continue
         if "nothing" not in line and command != "push":  # which has no Hub to speak to
 
             def good(scene: Scene, command: str = command) -> list[str]:
@@ -239,7 +242,7 @@ _FOLDER_COMMANDS = ("prepare coco", "evaluate", "predict", "inspect", "train")
 def output_cases() -> Iterator[Case]:
     """Yield each place for each command that writes."""
     for command, line in GOOD_LINES.items():
-        if "--out" not in line:
+        if "--out" not in line or command not in COMMANDS:
             continue
         for name, make in PLACES.items():
             if name.startswith("with a ") and command not in _FOLDER_COMMANDS:

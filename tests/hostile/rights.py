@@ -10,7 +10,7 @@ Rights = Literal["all", "owner", "reader"]
 
 The second is for places where root would damage the machine.
 """
-_VERSION_3, _KEEP_CAPABILITIES, _READ_ALL, _NOBODY = 0x20080522, 8, 1 << 2, 65534
+_VERSION_3, _KEEP_CAPABILITIES, _ADOPT, _READ_ALL, _NOBODY = 0x20080522, 8, 36, 1 << 2, 65534
 
 
 def limit(rights: Rights) -> None:
@@ -25,6 +25,11 @@ def limit(rights: Rights) -> None:
     os.setgid(_NOBODY)
     os.setuid(_NOBODY)
     _keep(_READ_ALL)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes whose parents end, so that this process can find and end them."""
+    ctypes.CDLL(None).prctl(_ADOPT, 1, 0, 0, 0)
 
 
 def _keep(capabilities: int) -> None:

@@ -18,10 +18,12 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+
+import psutil
 
 from tests.hostile import rights
 from tests.hostile.case import Case, Scene
@@ -33,6 +35,8 @@ ADDRESS_SPACE = 3 * 2**30
 """Address space that a command may map in addition to that of the process that forked it."""
 _FILE_BYTES = 4 * 2**30
 _JUDGING_S = 60
+_PATIENCE_S = 5
+"""Time for the processes that a command has started to end after it."""
 _ENVIRONMENT = {
     "HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -94,6 +98,7 @@ def run(cases: Iterable[Case], base: Path, *, num_at_once: int = 2, keep: Path |
     running: dict[int, tuple[Case, Path]] = {}
     number = 0
     with temporary_folder("hostile-") as place:
+        os.environ.setdefault("HF_HOME", str(place / "hf"))
         while True:
             while len(running) < num_at_once and (case := next(waiting, None)) is not None:
                 for module in IMPORTS[case.weight]:
@@ -145,6 +150,7 @@ def _keep_case(case: Case, root: Path, base: Path) -> NoReturn:
     """Build, run and judge one case; write root/verdict.json."""
     companions: list[int] = []
     try:
+        rights.adopt_orphans()
         scene = Scene(root, base)
         command = case.build(scene)
         for function in scene.beside:
@@ -161,7 +167,7 @@ def _keep_case(case: Case, root: Path, base: Path) -> NoReturn:
         pid = _fork()
         if pid == 0:
             _run_command(case, scene, command)
-        ended = _wait(pid, scene, case.seconds)
+        ended = _wait(pid, scene, case.seconds, companions)
         for companion in companions:
             os.kill(companion, signal.SIGKILL)
         signal.alarm(_JUDGING_S)
@@ -172,33 +178,26 @@ def _keep_case(case: Case, root: Path, base: Path) -> NoReturn:
     os._exit(0)
 
 
-def _wait(pid: int, scene: Scene, seconds: float) -> Ended:
+def _wait(pid: int, scene: Scene, seconds: float, companions: Sequence[int]) -> Ended:
     """Wait for the command, kill it after its time, and kill what it left."""
     started = time.monotonic()
     descriptor = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     in_time = bool(poll.poll(seconds * 1000))
-    left = False
-    if not in_time:
-        _kill_group(pid)
-    _, status, usage = os.wait4(pid, 0)
     taken = time.monotonic() - started
-    if in_time:
-        left = _kill_group(pid)
+    if not in_time:
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    others = [child for child in psutil.Process().children(recursive=True) if child.pid not in companions]
+    _, left = psutil.wait_procs(others, timeout=_PATIENCE_S if in_time else 0)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     code = os.waitstatus_to_exitcode(status) if in_time else None
     output = [(scene.root / name).read_bytes()[-(2**22) :] for name in ("stdout", "stderr")]
     connections = sorted(set((scene.root / "connections").read_text().splitlines()))
-    return Ended(code, output[0], output[1], taken, usage.ru_maxrss / 1024, left, connections)
-
-
-def _kill_group(pid: int) -> bool:
-    """Kill the processes of a command; return True if there was one."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+    return Ended(code, output[0], output[1], taken, usage.ru_maxrss / 1024, in_time and bool(left), connections)
 
 
 def _run_command(case: Case, scene: Scene, command: list[str]) -> NoReturn:
