@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from raydet.cli.commands import COMMANDS
 from tests.hostile.case import Scene
+from tests.hostile.models import CONFIG_FIELDS
 
 
 @dataclass(frozen=True)
@@ -314,6 +315,7 @@ _OTHERS = (
         files=["model.safetensors"],
         folders=[""],
         classes={"config.json": ["raydet.categories.0.name"]},
+        only={"config.json": CONFIG_FIELDS},
         weight="heavy",
     ),
     Format(

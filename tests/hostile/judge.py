@@ -20,6 +20,8 @@ CODES = {0: "accepted", 1: "failed", 2: "refused", 130: "stopped", 143: "stopped
 _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Control and bidirectional characters; tabs and line ends are allowed."""
 _COUNTS = re.compile(r"^([\d,]+) images found, ([\d,]+) accepted, ([\d,]+) rejected", re.M)
+_MOST_WARNINGS = 3
+"""Lines on stderr of a command that succeeds."""
 _MOST_SCANNED_BYTES = 64 * 2**20
 
 Snapshot = dict[str, tuple[Any, ...]]
@@ -105,6 +107,8 @@ def _faults_of_ending(case: Case, ended: Ended) -> Iterator[str]:
         yield f"hung: not ended after {case.seconds:g} s"
     elif ended.code not in CODES:
         yield f"crashed: exit code {ended.code}"
+    if ended.code == 1 and b"a worker failed" in ended.stderr:
+        yield "a wrong input is called the failure of a worker"
     if case.survives and ended.code not in (None, 0):
         yield f"one image ended the command: exit code {ended.code}"
     if ended.memory_mb > MAX_MEMORY_MB:
@@ -123,8 +127,10 @@ def _faults_of_output(ended: Ended) -> Iterator[str]:
             yield f"{len(lines)} lines on stderr instead of one"
         elif len(lines[0]) > 2000:
             yield f"a line of {len(lines[0]):,} characters"
-    elif ended.code == 0 and ended.stderr.strip():
-        yield f"noise on stderr: {ended.stderr.decode('utf-8', 'replace').strip().splitlines()[-1][:120]}"
+    elif ended.code == 0:
+        lines = [line for line in ended.stderr.decode("utf-8", "replace").split("\n") if line.strip()]
+        if len(lines) > _MOST_WARNINGS or any("Warning: " in line for line in lines):
+            yield f"noise on stderr: {lines[-1][:120]}"
     if found := _FORBIDDEN.search(text) or re.search("[\ud800-\udfff]", text):
         yield f"control character {found[0]!a} in the output"
 
