@@ -64,6 +64,11 @@ class Scene:
         return self.root / "tmp"
 
     @property
+    def ray(self) -> Path:
+        """Folder of Ray's sessions; a short path, since names of Unix sockets are limited to 107 bytes."""
+        return self.root / "r"
+
+    @property
     def here(self) -> Path:
         """Working directory of the command."""
         return self.root / "here"

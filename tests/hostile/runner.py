@@ -13,6 +13,7 @@ import resource
 import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -97,7 +98,7 @@ def run(cases: Iterable[Case], base: Path, *, num_at_once: int = 2, keep: Path |
     waiting = iter(cases)
     running: dict[int, tuple[Case, Path]] = {}
     number = 0
-    with temporary_folder("hostile-") as place:
+    with temporary_folder("hs-") as place:
         os.environ.setdefault("HF_HOME", str(place / "hf"))
         while True:
             while len(running) < num_at_once and (case := next(waiting, None)) is not None:
@@ -214,7 +215,9 @@ def _run_command(case: Case, scene: Scene, command: list[str]) -> NoReturn:
     os.dup2(null, 0)
     _note_connections(scene.root / "connections")
     _hurry()
-    if case.weight != "ray":
+    if case.weight == "ray":
+        os.environ["RAY_TMPDIR"] = str(scene.ray)
+    else:
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_SPACE,) * 2)
@@ -244,7 +247,7 @@ def _note_connections(path: Path) -> None:
     file = path.open("w", buffering=1)
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "socket.connect" and isinstance(arguments[1], tuple):
+        if event == "socket.connect" and isinstance(arguments[1], tuple) and arguments[0].type == socket.SOCK_STREAM:
             file.write(f"{arguments[1][0]} {arguments[1][1]}\n")
 
     sys.addaudithook(note)

@@ -69,7 +69,7 @@ def test_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = PROJECT / "runs" / "hostile" / "verdicts.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-m", "tests.hostile", "--out", str(out)]
     subprocess.run(command, cwd=PROJECT, env=environment, check=False, stdout=subprocess.DEVNULL)
     verdicts = [Verdict(**json.loads(line)) for line in out.read_text().splitlines()]
