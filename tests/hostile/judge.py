@@ -22,6 +22,8 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2
 _COUNTS = re.compile(r"^([\d,]+) images found, ([\d,]+) accepted, ([\d,]+) rejected", re.M)
 _MOST_WARNINGS = 3
 """Lines on stderr of a command that succeeds."""
+_OF_LIBRARIES = ("ray", "torchinductor", ".ses")
+"""Temporary files of Ray, torch.compile and ONNX Runtime."""
 _MOST_SCANNED_BYTES = 64 * 2**20
 
 Snapshot = dict[str, tuple[Any, ...]]
@@ -156,7 +158,7 @@ def _leaks(scene: Scene, ended: Ended) -> Iterator[str]:
             if any(secret in data for secret in secrets):
                 yield f"content of a file outside is in {str(path.relative_to(scene.made))!a}"
                 return
-    left = [path for path in scene.temporary.iterdir() if not path.name.startswith(("ray", "torchinductor"))]
+    left = [path for path in scene.temporary.iterdir() if not path.name.startswith(_OF_LIBRARIES)]
     if left:
         yield f"left a temporary file: {left[0].name}"
 
