@@ -1,7 +1,7 @@
 # `make help` lists what there is. Everything runs from .venv, which the first command sets up from requirements.lock.
 PYTHON ?= python3
 UV_VERSION := 0.13.8
-FAST := not slow and not cluster and not browser and not gpu
+FAST := not slow and not cluster and not browser and not gpu and not hostile
 
 BIN := .venv/bin
 UV := $(BIN)/uv
@@ -10,7 +10,7 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-unit test-all test-cluster test-gpu lint format lock clean
+.PHONY: help setup demo test test-unit test-all test-cluster test-gpu test-hostile lint format lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,13 +27,16 @@ test: $(READY) ## The fast tests
 	@$(BIN)/pytest -q -m "$(FAST)" -n logical --maxprocesses 4 --no-loadscope-reorder
 
 test-all: $(READY) ## Every test that needs no GPU
-	@$(BIN)/pytest -q -m "not gpu"
+	@$(BIN)/pytest -q -m "not gpu and not hostile"
 
 test-cluster: $(READY) ## Jobs on several nodes that are killed, and a job server
 	@$(BIN)/pytest -q -m cluster
 
 test-gpu: $(READY) ## The tests that need a GPU
 	@$(BIN)/pytest -q -m gpu
+
+test-hostile: $(READY) ## Thousands of hostile files and options, in child processes with limits; 40 minutes
+	@$(BIN)/pytest -q -m hostile
 
 lint: $(READY) ## Check style, format, types and the order of imports
 	@$(BIN)/ruff check --quiet --output-format concise

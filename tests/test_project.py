@@ -223,7 +223,7 @@ def test_make_help_lists_the_commands() -> None:
 
 
 def test_make_test_is_the_fast_tier() -> None:
-    assert '-m "not slow and not cluster and not browser and not gpu"' in make("-n", "test")
+    assert '-m "not slow and not cluster and not browser and not gpu and not hostile"' in make("-n", "test")
 
 
 def test_setup_takes_packages_by_hash_only() -> None:
