@@ -18,8 +18,8 @@ from raydet.tables.schema import MAX_IMAGE_ID, TableKind, declared_fields
 
 _ROWS_FOLDED = 1024
 _BOXES: dict[TableKind, str] = {"images": "objects", "detections": "detections"}
-_FREE_NUMBERS: tuple[TableKind, ...] = ("images", "detections", "trials")
-"""Kinds whose plain numbers may be NaN or infinite: further columns of a source, losses of trainings that diverged."""
+_FREE_NUMBERS: tuple[TableKind, ...] = ("images", "detections", "histograms", "trials")
+"""Kinds whose plain numbers may be NaN or infinite: columns of a source, outermost bins, losses that diverged."""
 
 
 def check_types(schema: pa.Schema, kind: TableKind, where: str) -> None:

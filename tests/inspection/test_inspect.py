@@ -219,7 +219,7 @@ def test_of_many_cases_all_are_counted_and_the_first_are_listed(tmp_path: Path) 
 
 def test_a_class_that_is_not_named_is_refused(tmp_path: Path) -> None:
     table = write(tmp_path / "t", [image_row(1, [((1.0, 1.0, 5.0, 5.0), 4)])])
-    with pytest.raises(UserError, match=r"class 4\b.*0 to 3"):
+    with pytest.raises(UserError, match=r"category .*4 categories.*image 1"):
         count(table)
 
 
