@@ -118,7 +118,8 @@ def _public_uri(uri: str) -> str:
     info = _userinfo(rest)
     if ":" in info or (info and scheme.lower() in _WEB):
         rest = rest[len(info) + 1 :]
-    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    # In an object store `#` is a character of a key like any other.
+    place = re.split(r"[?#]" if scheme.lower() in _WEB else r"\?", rest, maxsplit=1)[0]
     extra = rest[len(place) :]
     if not extra:
         return f"{scheme}://{place}"

@@ -187,7 +187,10 @@ def _model_files(checkpoint: Checkpoint) -> list[str]:
     weights = [name for name in present if _WEIGHTS.fullmatch(name)]
     if not any(name.endswith(".safetensors") for name in weights):
         raise UserError(f"the folder {checkpoint.name} has no weights named model.safetensors")
-    return ["config.json", _PROCESSOR, *weights]
+    files = ["config.json", _PROCESSOR, *weights]
+    for name in files:
+        storage.open_input(storage.join(checkpoint.name, name)).close()  # refuses links
+    return files
 
 
 # The Hub.

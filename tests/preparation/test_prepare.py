@@ -451,7 +451,7 @@ def test_names_that_lead_to_no_file_are_rejected_one_by_one(tmp_path: Path) -> N
     config = PrepareCocoConfig(annotations=path, images=str(folder), out=str(tmp_path / "out"))
     report = prepare_coco(config)
     assert (report.found, report.accepted, report.rejected) == (len(names), 1, len(names) - 1)
-    rejected = rows_of(tmp_path / "out" / "_rejected", "rejected")
+    rejected = rows_of(tmp_path / "out" / "__rejected", "rejected")
     assert [row["path"] for row in rejected] == names[1:]
     reasons = [row["reason"] for row in rejected]
     assert reasons[0] == "it is a named pipe, not a file" and reasons[1] == "it is a directory, not a file"

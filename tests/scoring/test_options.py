@@ -293,7 +293,7 @@ def test_pictures_are_drawn_with_their_boxes(
         assert [drawn_above[name] for name in names] == sorted(drawn_above.values(), reverse=True)[:4]
         assert [int(entry["num_boxes"]) for entry in index] == [drawn_above[name] for name in names]
     for rank, (entry, name) in enumerate(zip(index, names, strict=True), start=1):
-        assert entry["file"] == f"{rank:04d}-{rows[name]['image_id']}.jpg"
+        assert entry["file"] == f"{rank:04d}-{Path(name).stem}.jpg"
         assert float(entry["best_score"]) == pytest.approx(best[name])
         with Image.open(pictures / name) as image, Image.open(folder / entry["file"]) as drawn:
             scale = 640 / max(image.size)
