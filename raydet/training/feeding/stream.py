@@ -38,7 +38,7 @@ _MOST_CHUNK_BYTES = 128 * 2**20
 """Most bytes of decoded pixels in a chunk, fewer if the object store is small. Images of 640 px take 5 ms each: in
 chunks of 64 MB, Ray's share was a tenth of the decoding."""
 _MOST_ENCODED_BYTES = 256 * 2**20
-_CHUNKS_PER_DECODER = 4
+_CHUNKS_PER_DECODER = 6
 """Chunks that are sent to a decoder before it has finished the first, so that it never waits for Ray Data."""
 _CHUNKS_PER_WORKER = 2
 _READERS = 2
