@@ -180,7 +180,7 @@ class _InSinglePrecision(nn.Module):
 
 
 @functools.cache
-def _in_single_precision(kind: type) -> type:
+def _in_single_precision(kind: Any) -> Any:
     return type(kind.__name__, (_InSinglePrecision, kind), {})
 
 
@@ -190,8 +190,9 @@ def _keep_boxes_precise(model: nn.Module, family: Family) -> None:
         if name.rpartition(".")[2] in family.precise_layers:
             # A ModuleList is never called; its layers are.
             for layer in module if isinstance(module, nn.ModuleList) else [module]:
-                if not isinstance(layer, _InSinglePrecision):
-                    layer.__class__ = _in_single_precision(type(layer))
+                kind: Any = type(layer)
+                if not issubclass(kind, _InSinglePrecision):
+                    layer.__class__ = _in_single_precision(kind)
 
 
 def at_least_single(values: Tensor) -> Tensor:
