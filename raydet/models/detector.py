@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -185,7 +185,7 @@ class _InSinglePrecision(nn.Module):
 
 
 @functools.cache
-def _in_single_precision(kind: type) -> type:
+def _in_single_precision(kind: Any) -> Any:
     return type(kind.__name__, (_InSinglePrecision, kind), {})
 
 
@@ -195,8 +195,9 @@ def _keep_boxes_precise(model: nn.Module, family: Family) -> None:
         if name.rpartition(".")[2] in family.precise_layers:
             # A ModuleList is never called; its layers are.
             for layer in module if isinstance(module, nn.ModuleList) else [module]:
-                if not isinstance(layer, _InSinglePrecision):
-                    layer.__class__ = _in_single_precision(cast(Any, type(layer)))
+                kind: Any = type(layer)
+                if not issubclass(kind, _InSinglePrecision):
+                    layer.__class__ = _in_single_precision(kind)
 
 
 def at_least_single(values: Tensor) -> Tensor:

@@ -146,12 +146,12 @@ def test_loss_of_one_batch_is_transformers_own(name: str, counts: tuple[int, ...
 
 
 def make_layers_differ(detector: Detector) -> None:
-    """Change the scores of each decoder layer, so that the layers match boxes to different queries."""
+    """Change the boxes of each decoder layer, so that the layers match boxes to different queries."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for key, parameter in detector.model.named_parameters():
-            if "class_embed" in key and key.endswith("weight"):
-                parameter.add_(torch.randn(parameter.shape, generator=generator))
+            if "decoder.bbox_embed" in key:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 def transformers_own(detector: Detector, batch: Batch) -> Tensor:
@@ -230,7 +230,8 @@ def test_loss_with_denoising_and_dropout_is_transformers_own(name: str) -> None:
 def test_a_training_step_keeps_all_finite_and_lowers_the_loss(name: str) -> None:
     detector = build(name)
     batch = collate(examples((3, 0, 2, 1)))
-    optimizer = torch.optim.AdamW(detector.model.parameters(), 1e-3)
+    # Small enough that no step makes the model pick other proposals, with which the loss jumps.
+    optimizer = torch.optim.AdamW(detector.model.parameters(), 3e-4)
     losses = []
     for _ in range(6):
         optimizer.zero_grad()
@@ -310,7 +311,8 @@ def test_distillation_is_divided_by_the_whole_batch(name: str) -> None:
 def test_dense_matching_is_nearly_additive_over_micro_batches(name: str) -> None:
     """Check the dense terms, whose divisor is known only after the forward pass of each micro-batch."""
     detector = build(name)
-    make_layers_differ(detector)
+    if name == "d_fine_tiny":
+        make_layers_differ(detector)
     detector.model.config.use_dense_one_to_one = True
     items = examples(UNEVEN)
     once, _ = gradient(detector, [collate(items)])
