@@ -172,7 +172,7 @@ def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
     if resample in _TORCH_MODES and torch.backends.cpu.get_cpu_capability() in _NATIVE_UINT8:
         # The same call as torchvision's, whose import takes seconds in every decoder. Interleaved channels give the
         # same bits as planes in a third of the time.
-        source = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        source = torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)
         mode = _TORCH_MODES[resample]
         resized = torch.nn.functional.interpolate(
             source[None], list(size_hw), mode=mode, align_corners=False, antialias=True
