@@ -165,8 +165,9 @@ def _lines(data: bytes, uri: str) -> list[str]:
 def _read_csv(data: bytes, uri: str) -> pa.Table:
     """Read the column of images as `source_id`, and the other columns that a table can hold."""
     try:
+        data.decode()  # pyarrow finds invalid text only when it is used
         table = pa_csv.read_csv(pa.BufferReader(data))
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+    except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:
         raise UserError(f"{uri} is not a CSV file in UTF-8 with a header: {one_line(error)}") from None
     by_name = {name.lower(): name for name in reversed(table.column_names)}
     chosen = next((by_name[name] for name in CSV_COLUMNS if name in by_name), None)
