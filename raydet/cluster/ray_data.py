@@ -10,7 +10,7 @@ from ray.data import Datasource
 from raydet.cluster import ray_internals
 from raydet.cluster.ray_internals import BlockMetadata, DataContext, ExecutionCallback, ReadTask
 
-SCHEDULING_PAUSE_S = 0.02
+SCHEDULING_PAUSE_S = 0.05
 """Short compared to decoding a batch, long compared to an iteration of Ray Data's scheduling loop (2–3 ms)."""
 _BLOCKS_AHEAD = 8
 """Blocks that a task may yield before Ray Data takes them, which it does a few times a second."""

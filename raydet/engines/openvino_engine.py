@@ -18,6 +18,8 @@ from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, inp
 from raydet.models.loading import load_detector
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+_IMAGES_PER_RUN = 4
+"""OpenVINO plans a graph of a fixed size better. An RT-DETRv2-R18 is a tenth faster in fours than in sixteens."""
 
 
 class OpenVinoEngine(DetectorEngine):
@@ -52,9 +54,17 @@ class OpenVinoEngine(DetectorEngine):
         nn.Module.to(detector.model, "meta")
 
     def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        results = self._request.infer([inputs[name].numpy() for name in self._names])
-        # A copy, because the next run overwrites the result.
-        logits, boxes_cxcywh = (torch.from_numpy(np.array(results[number])) for number in range(len(OUTPUT_NAMES)))
+        arrays = [inputs[name].numpy() for name in self._names]
+        num_images = len(arrays[0])
+        outputs: list[list[Tensor]] = [[] for _ in OUTPUT_NAMES]
+        for start in range(0, num_images, _IMAGES_PER_RUN):
+            # The last run repeats the last image, and its answers are dropped.
+            rows = np.minimum(np.arange(start, start + _IMAGES_PER_RUN), num_images - 1)
+            results = self._request.infer([array[rows] for array in arrays])
+            for number, output in enumerate(outputs):
+                # A copy, because the next run overwrites the result.
+                output.append(torch.from_numpy(np.array(results[number][: num_images - start])))
+        logits, boxes_cxcywh = (torch.cat(output) for output in outputs)
         return logits, boxes_cxcywh
 
 
@@ -68,11 +78,13 @@ def _openvino() -> Any:
 
 
 def _convert(detector: Detector, where: str) -> Any:
-    """Convert a detector to OpenVINO with a dynamic batch size, and a dynamic image size if sizes vary."""
+    """Convert a detector to OpenVINO with a fixed batch size, and a dynamic image size if sizes vary."""
     openvino = _openvino()
     size_hw = fixed_size_hw(detector)
     check_graph_sizes(detector.family, keeps_aspect=size_hw is None, where=where, remedy=TORCH_INSTEAD)
     examples = example_inputs(detector, 2, seed=0)
-    shapes = [openvino.PartialShape([-1, *example.shape[1:-2], *(size_hw or (-1, -1))]) for example in examples]
+    shapes = [
+        openvino.PartialShape([_IMAGES_PER_RUN, *example.shape[1:-2], *(size_hw or (-1, -1))]) for example in examples
+    ]
     with quiet(), torch.no_grad(), traceable(detector) as graph:
         return openvino.convert_model(graph, example_input=examples, input=shapes)

@@ -169,16 +169,17 @@ def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
         return planes
     import torch
 
-    # Contiguous planes: torch rounds differently for interleaved channels.
-    source = torch.from_numpy(np.array(planes, order="C"))
     if resample in _TORCH_MODES and torch.backends.cpu.get_cpu_capability() in _NATIVE_UINT8:
-        # The same call as torchvision's, whose import takes seconds in every decoder.
+        # The same call as torchvision's, whose import takes seconds in every decoder. Interleaved channels give the
+        # same bits as planes in a third of the time.
+        source = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
         mode = _TORCH_MODES[resample]
         resized = torch.nn.functional.interpolate(
             source[None], list(size_hw), mode=mode, align_corners=False, antialias=True
-        )[0]
+        )[0].contiguous()
     else:
-        resized = _resized_by_torchvision(source, size_hw, resample)
+        # Contiguous planes: torch rounds differently for interleaved channels.
+        resized = _resized_by_torchvision(torch.from_numpy(np.array(planes, order="C")), size_hw, resample)
     return np.asarray(resized.numpy())
 
 

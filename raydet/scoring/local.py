@@ -9,6 +9,7 @@ import psutil
 
 from raydet.cluster.job_record import JobRecord, NodeKind, versions
 from raydet.cluster.stopwatch import FileStats
+from raydet.common.allocator import keeping_freed_memory
 from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.signals import ending_on_sigterm
@@ -112,6 +113,7 @@ def this_process(config: PredictConfig, console: Console) -> Iterator[ThisProces
 
         here, num_threads_before = ThisProcess(config), torch.get_num_threads()
         try:
-            yield here
+            with keeping_freed_memory() if here.device == "cpu" else contextlib.nullcontext():
+                yield here
         finally:
             torch.set_num_threads(num_threads_before)

@@ -24,6 +24,8 @@ _MOST_ROWS_PER_FILE = 1024
 """Maximum rows of a detections file, a few megabytes; a kill loses the work on each file in flight."""
 _LEAST_FILES_PER_WORKER = 16
 """A chunk is decoded in one thread, so a worker needs several at a time, and none may idle at the end."""
+_EVEN_ENOUGH = 1.02
+"""Larger chunks are preferred to a distribution that saves less than this factor."""
 _IMAGES_PER_BLOCK = 64
 """Enough to make the cost of a call to another process negligible, few enough to start the model soon."""
 _PART_NAME = re.compile(r"part-(\d{7,})\.parquet")
@@ -60,9 +62,12 @@ class ScoringPlan:
         rows_per_file = config.rows_per_file or min(
             _MOST_ROWS_PER_FILE, max(_IMAGES_PER_BLOCK // 2, math.ceil(num_rows / least_files))
         )
+        rows_per_file = _rounded_up(rows_per_file, images_per_batch)
+        if not config.rows_per_file:
+            rows_per_file = _even(rows_per_file, num_rows, config.num_workers, step=images_per_batch)
         return cls(
             num_rows=num_rows,
-            rows_per_file=_rounded_up(rows_per_file, images_per_batch),
+            rows_per_file=rows_per_file,
             images_per_block=_rounded_up(_IMAGES_PER_BLOCK, images_per_batch),
             images_per_batch=images_per_batch,
             batch_size=batch_size,
@@ -77,6 +82,17 @@ class ScoringPlan:
         """Return the positions of a chunk's images."""
         start = chunk * self.rows_per_file
         return range(start, min(start + self.rows_per_file, self.num_rows))
+
+
+def _even(most_rows: int, num_rows: int, num_workers: int, *, step: int) -> int:
+    """Return the rows per chunk, at least half of `most_rows`, for which the busiest worker gets the fewest rows."""
+
+    def rows_of_busiest(rows: int) -> int:
+        return math.ceil(math.ceil(num_rows / rows) / num_workers) * rows
+
+    choices = range(most_rows, max(1, most_rows // 2) - 1, -step)
+    fewest = min(map(rows_of_busiest, choices))
+    return next(rows for rows in choices if rows_of_busiest(rows) <= _EVEN_ENOUGH * fewest)
 
 
 def _rounded_up(number: int, step: int) -> int:

@@ -20,6 +20,7 @@ from raydet.cluster.ray_internals import alive_nodes
 from raydet.cluster.shares import Resources, decoders_of, workers_that_fit
 from raydet.cluster.stopwatch import FileStats
 from raydet.cluster.worker_log import log_from_here
+from raydet.common.allocator import keep_freed_memory
 from raydet.common.threads import available_cpus
 from raydet.config import PredictConfig
 from raydet.scoring.chunks import ChunkScorer
@@ -49,13 +50,15 @@ class ScoringActor:
     """A copy of the model with its decoders."""
 
     def __init__(self, work_ref: WorkRef, resources: Resources, num_workers: int) -> None:
+        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+        if not has_gpu:
+            keep_freed_memory()
         work: Work = ray.get(work_ref[0])
         log_from_here(storage.join(work.config.out, LOG_FOLDER))
         require_paths(work)
         self._work = work
         self._places = _own_places(resources, num_workers)
         self._decoders = Decoders(work_ref, self._places)
-        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         num_threads = threads_of(work.config, resources)
         self._scorer = ChunkScorer(work, device="cuda" if has_gpu else "cpu", num_threads=num_threads)
 

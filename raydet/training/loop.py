@@ -21,6 +21,7 @@ from raydet.augmentation.view import View
 from raydet.cluster import job_metrics
 from raydet.cluster.shares import Resources, decoders_near
 from raydet.cluster.worker_log import log_from_here
+from raydet.common.allocator import keep_freed_memory
 from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
 from raydet.models.detector import Detector
@@ -94,6 +95,8 @@ def run_worker(job: dict[str, Any], crew: Crew) -> None:
 def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     """Build the trainer and restore the newest state, if there is one."""
     config, tables = TrainConfig(**job["config"]), job["tables"]
+    if crew.device.type == "cpu":
+        keep_freed_memory()
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
     torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // crew.local_world_size))
     plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import ConditionalDetrImageProcessor, DetrImageProcessor, RTDetrImageProcessor, YolosImageProcessor
 
 from raydet.models.families import FAMILIES
-from raydet.models.geometry import ResizeRule, resize, resized_on_device
+from raydet.models.geometry import ResizeRule, resize, resized_on_device, resized_planes
 from raydet.models.processors import resize_rule_of, resized_processor
 
 PROCESSORS: dict[str, Any] = {
@@ -165,3 +165,18 @@ def test_resized_processor_has_the_longest_side_and_a_fixed_canvas() -> None:
 def test_rules_need_no_torch() -> None:
     code = "import sys, raydet.models.geometry; assert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_resize_of_interleaved_channels_has_the_bits_of_planes() -> None:
+    rng = np.random.default_rng(0)
+    modes = {2: "bilinear", 3: "bicubic"}
+    for number in range(400):
+        size_hw, target_hw = rng.integers(2, 300, 2), [int(side) for side in rng.integers(1, 300, 2)]
+        image = rng.integers(0, 256, (*size_hw, 3), np.uint8)
+        image = image[:, ::-1] if number % 2 else image  # a mirrored view, as augmentation leaves it
+        planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))[None]
+        for resample, mode in modes.items():
+            expected = torch.nn.functional.interpolate(planes, target_hw, mode=mode, antialias=True)[0]
+            resized = resized_planes(image, (target_hw[0], target_hw[1]), resample)
+            assert np.array_equal(resized, expected.numpy()), (size_hw, target_hw, mode)
+            assert resized.flags.c_contiguous

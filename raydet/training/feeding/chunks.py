@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raydet.augmentation.view import SeenImage, View
+from raydet.augmentation.view import View
 from raydet.images.decode import DecodeError
-from raydet.models.geometry import ResizeRule, SizeHW, fill_padded
+from raydet.models.geometry import Image, ResizeRule, SizeHW, fill_padded
 from raydet.tables.columns import bytes_of
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
 from raydet.training.feeding.ordering import MicroBatch
@@ -117,7 +117,7 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
     for micro_batch, num_images in micro_batches_of(header):
         epoch = micro_batch.epoch
         rule = view.resize_rule if validates else view.step_resize_rule(epoch, micro_batch.step)
-        readable: list[SeenImage] = []
+        batch = _BatchBuffer(rule, buffer)
         for _ in range(num_images):
             row = next(rows)
             try:
@@ -129,14 +129,14 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
                 columns["boxes_cxcywh"].append(())
                 columns["categories"].append(())
                 continue
-            readable.append(seen)
+            batch.append(seen.planes)
             columns["error"].append(None)
             columns["size_hw"] += seen.planes.shape[1:]
             columns["original_size_hw"] += seen.original_size_hw
             columns["boxes_cxcywh"].append(seen.boxes_cxcywh.reshape(-1))
             columns["categories"].append(seen.categories)
         header["resize_rule"].append(rule.to_dict())
-        header["shape"].append(_append(readable, rule, buffer))
+        header["shape"].append(batch.finish())
     arrays: dict[str, pa.Array] = {
         name: pa.FixedSizeListArray.from_arrays(pa.array(columns[name], pa.int64()), 2)
         for name in ("size_hw", "original_size_hw")
@@ -154,25 +154,53 @@ def _lists(values: Sequence[Any], type_: pa.ListType) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(joined, type_.value_type))
 
 
-def _append(images: Sequence[SeenImage], rule: ResizeRule, buffer: PixelBuffer) -> tuple[int, int, int]:
-    """Append images to a buffer as one array [B, 3, H, W], padded with zeros at the bottom and on the right.
+class _BatchBuffer:
+    """The images of a micro-batch as one array [B, 3, H, W], padded with zeros at the bottom and on the right.
 
-    Returns:
-        B, H and W.
+    Where the size of the batch does not depend on its images, each is copied at once, while it is still in the cache.
     """
-    sizes_hw: list[SizeHW] = [(image.planes.shape[1], image.planes.shape[2]) for image in images]
-    # A rank without images runs a black one, whose size does not matter.
-    largest_hw = [max(sides) for sides in zip(*(sizes_hw or [rule.target_size_hw((64, 64))]), strict=True)]
-    height, width = rule.pad_to_hw or largest_hw
-    fill_padded(buffer.append((len(images), 3, height, width)), [image.planes for image in images])
-    return len(images), height, width
+
+    def __init__(self, rule: ResizeRule, buffer: PixelBuffer) -> None:
+        self._rule, self._buffer, self._num_images = rule, buffer, 0
+        self._size_hw = rule.pad_to_hw or rule.size_hw
+        self._waiting: list[Image] = []
+
+    def append(self, planes: Image) -> None:
+        """Add an image, uint8 [3, h, w]."""
+        self._num_images += 1
+        self._waiting.append(planes)
+        if self._size_hw:
+            self._write(self._size_hw)
+
+    def finish(self) -> tuple[int, int, int]:
+        """Write what is left; return the number of images, and height and width of the batch."""
+        # A rank without images runs a black one, whose size does not matter.
+        sizes_hw = [planes.shape[1:] for planes in self._waiting] or [self._rule.target_size_hw((64, 64))]
+        height, width = self._size_hw or (max(sides) for sides in zip(*sizes_hw, strict=True))
+        self._write((height, width))
+        return self._num_images, height, width
+
+    def _write(self, size_hw: SizeHW) -> None:
+        fill_padded(self._buffer.append((len(self._waiting), 3, *size_hw)), self._waiting)
+        self._waiting.clear()
 
 
 def _block(header: dict[str, Any], images: pa.RecordBatch) -> pa.Table:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, images.schema) as writer:
-        writer.write_batch(images)
-    return pa.table({"header": [json.dumps(header)], "images": _one_binary(sink.getvalue())})
+    return pa.table({"header": [json.dumps(header)], "images": _one_binary(_stream_of(images))})
+
+
+def _stream_of(batch: pa.RecordBatch) -> pa.Buffer:
+    """Return an Arrow stream of one batch, in memory of exactly its size: a growing buffer would be copied again."""
+    mock = pa.MockOutputStream()
+    _write_stream(batch, mock)
+    content = pa.allocate_buffer(mock.size())
+    _write_stream(batch, pa.FixedSizeBufferWriter(content))
+    return content
+
+
+def _write_stream(batch: pa.RecordBatch, sink: pa.NativeFile) -> None:
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 def _one_binary(content: pa.Buffer) -> pa.LargeBinaryArray:

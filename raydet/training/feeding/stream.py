@@ -34,11 +34,11 @@ from raydet.training.feeding.ordering import RunPlan, Segment
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 1024
 """Most images in a chunk. Each chunk costs Ray about 20 ms of CPU time, so chunks of small images must hold many."""
-_MOST_CHUNK_BYTES = 64 * 2**20
-"""Most bytes of decoded pixels in a chunk, fewer if the object store is small. Ray Data polls its tasks five to ten
-times a second: small chunks would mostly wait."""
+_MOST_CHUNK_BYTES = 128 * 2**20
+"""Most bytes of decoded pixels in a chunk, fewer if the object store is small. Images of 640 px take 5 ms each: in
+chunks of 64 MB, Ray's share was a tenth of the decoding."""
 _MOST_ENCODED_BYTES = 256 * 2**20
-_CHUNKS_PER_DECODER = 6
+_CHUNKS_PER_DECODER = 4
 """Chunks that are sent to a decoder before it has finished the first, so that it never waits for Ray Data."""
 _CHUNKS_PER_WORKER = 2
 _READERS = 2
@@ -183,7 +183,7 @@ def _read(source_ref: "ray.ObjectRef[StreamSource]", segments: Sequence[Segment]
     source: StreamSource = ray.get(source_ref)
     for number, segment in enumerate(segments):
         yield from read_segment(source, segment, ramp=ramp and number == 0)
-        pa.default_memory_pool().release_unused()  # the process lives on, and the next reader may be another
+    pa.default_memory_pool().release_unused()  # the process lives on, and the next reader may be another
 
 
 def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) -> Iterator[pa.Table]:
