@@ -35,7 +35,7 @@ test-cluster: $(READY) ## Jobs on several nodes that are killed, and a job serve
 test-gpu: $(READY) ## The tests that need a GPU
 	@$(BIN)/pytest -q -m gpu
 
-test-hostile: $(READY) ## Thousands of hostile files and options, in child processes with limits; 40 minutes
+test-hostile: $(READY) ## Thousands of hostile files and options, in child processes with limits; an hour
 	@$(BIN)/pytest -q -m hostile
 
 lint: $(READY) ## Check style, format, types and the order of imports

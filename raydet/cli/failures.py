@@ -4,12 +4,12 @@ import errno
 import os
 import traceback
 
-from raydet.common.errors import RunError, UserError, one_line
+from raydet.common.errors import RunError, UserError, one_line, printable, shortened
 from raydet.common.redaction import without_secrets
 
 TRACEBACK_VARIABLE = "RAYDET_TRACEBACK"
 """Environment variable; any value adds the traceback of an unexpected error."""
-_LONGEST_LINE = 2000
+_LONGEST_LINE, _LONGEST_NAME = 1900, 300
 _MISTAKES = (
     *(errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EEXIST),
     *(errno.ENXIO, errno.ENOTEMPTY),
@@ -24,7 +24,9 @@ def lines_of(error: Exception) -> tuple[list[str], int]:
         The lines, one unless a traceback is wanted, and the exit code: 2 for a mistake in the input, 1 for a failure.
     """
     text, code = _description(error)
-    lines = [f"raydet: error: {one_line(without_secrets(text), limit=_LONGEST_LINE)}"]
+    words = printable(one_line(without_secrets(text))).split(" ")
+    line = shortened(" ".join(shortened(word, _LONGEST_NAME) for word in words), _LONGEST_LINE)
+    lines = [f"raydet: error: {line}"]
     if os.environ.get(TRACEBACK_VARIABLE):
         lines.insert(0, without_secrets("".join(traceback.format_exception(error)).rstrip()))
     return lines, code

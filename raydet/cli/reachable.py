@@ -7,7 +7,6 @@ command that is too long: a mistyped endpoint or a missing network should be tol
 import dataclasses
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -22,13 +21,19 @@ def check_reachable(config: Any) -> None:
     """Check that the object stores in the fields of a config, and the Hub if needed, answer, with whatever status.
 
     Raises:
+        UserError: The URI of a store names no bucket.
         RunError: A store cannot be reached, or does not answer within ten seconds.
     """
-    if isinstance(config, PushConfig) or (isinstance(config, PrepareHubConfig) and not Path(config.dataset).exists()):
+    if isinstance(config, PushConfig) or _reads_hub(config):
         from raydet.common.hub_client import require_hub
 
         require_hub()
-    places = {place: uri for uri in _uris_in(dataclasses.asdict(config)) if (place := _endpoint_of(uri)) is not None}
+    uris = list(_uris_in(dataclasses.asdict(config)))
+    if uris:
+        from raydet.tables import storage  # imported late: `raydet --help` needs no file system
+    for uri in uris:
+        storage.refuse_no_place(uri)
+    places = {place: uri for uri in uris if (place := _endpoint_of(uri)) is not None}
     for place, uri in places.items():
         reason = failure_of(*place)
         if reason is not None:
@@ -37,6 +42,14 @@ def check_reachable(config: Any) -> None:
                 f"the store of {uri} cannot be reached: {host}: {reason}; check the network and the address, and run "
                 "the same command again"
             )
+
+
+def _reads_hub(config: Any) -> bool:
+    if not isinstance(config, PrepareHubConfig):
+        return False
+    from raydet.preparation.sources.hub import is_on_hub
+
+    return is_on_hub(config.dataset)
 
 
 def _uris_in(value: Any) -> Iterator[str]:

@@ -65,3 +65,11 @@ def one_line(message: object, *, limit: int | None = None) -> str:
     if not text and isinstance(message, BaseException):
         text = type(message).__name__
     return text if limit is None or len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters: a longer one keeps its start and, as a quarter, its end."""
+    if len(text) <= limit:
+        return text
+    end = limit // 4
+    return f"{text[: limit - end - 1]}…{text[-end:]}"

@@ -83,6 +83,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require_positive(self, "num_shards")
         require_not_negative(self, "bootstrap", "seed")
+        require(self.ray_address is None or bool(self.ray_address.strip()), "--ray-address must not be empty")
         thresholds, limits = self.iou_thresholds, self.max_detections
         require(
             thresholds is None

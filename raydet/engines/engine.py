@@ -117,10 +117,10 @@ def _processor(config: PredictConfig) -> dict[str, Any]:
     assert config.checkpoint is not None, "the config names a model instead of a checkpoint"
     path = storage.join(config.checkpoint, "preprocessor_config.json")
     try:
-        content: dict[str, Any] = parse_json(storage.read_bytes(path)) if storage.exists(path) else {}
-    except DocumentError:  # the model loads with the default processor of its family
+        content = parse_json(storage.read_bytes(path)) if storage.exists(path) else {}
+    except DocumentError:  # refused when the model is loaded
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _keeps_aspect(content: Mapping[str, Any]) -> bool:

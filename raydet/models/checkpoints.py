@@ -30,6 +30,8 @@ MOST_REMOTE_BYTES = 512 * 2**20
 _CONFIG = "config.json"
 _ADAPTER_FILE = "adapter_config.json"
 _MOST_CONFIG_BYTES = 8 * 2**20
+_MOST_JSON_BYTES = 64 * 2**20
+"""Other JSON files, such as vocabularies; transformers reads them into memory."""
 _FOREIGN_PARTS = ("quantization_config", "use_kernels", "kernel_config")
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt")
 
@@ -142,8 +144,9 @@ def check_local_config(folder: str) -> dict[str, Any]:
     """Read the `config.json` of a model folder, which must not make transformers fetch anything.
 
     Raises:
-        UserError: It is damaged, or refers to an adapter, kernels or a quantiser.
+        UserError: It is damaged, or refers to an adapter, kernels or a quantiser, or another JSON file is too large.
     """
+    _refuse_large_files(folder)
     path = storage.join(folder, _CONFIG)
     try:
         data = storage.read_bytes(path, max_bytes=_MOST_CONFIG_BYTES)
@@ -154,6 +157,16 @@ def check_local_config(folder: str) -> dict[str, Any]:
         raise UserError(f"{folder} holds an adapter of another model ({_ADAPTER_FILE}); merge it into the model first")
     _refuse_foreign_parts(content, path)
     return content
+
+
+def _refuse_large_files(folder: str) -> None:
+    filesystem, path = storage.resolve(folder)
+    for info in filesystem.get_file_info(pafs.FileSelector(path)):
+        if info.base_name.endswith(".json") and (info.size or 0) > _MOST_JSON_BYTES:
+            raise UserError(
+                f"the model folder {folder} cannot be used: {info.base_name} is larger than "
+                f"{_MOST_JSON_BYTES // 2**20} MiB"
+            )
 
 
 def _parsed(data: bytes, where: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from raydet.common.class_names import check_mapping
@@ -33,6 +32,7 @@ from raydet.models.geometry import ResizeRule
 from raydet.models.losses.criterion import install_criterion
 from raydet.models.processors import (
     check_image_size,
+    check_normalisation,
     default_processor,
     resize_rule_of,
     resized_processor,
@@ -43,6 +43,7 @@ from raydet.models.small import DEFAULT_IMAGE_SIZE, SMALL_MODELS
 from raydet.tables.schema import Category
 
 logger = logging.getLogger("raydet")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def build_detector(
@@ -210,7 +211,7 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
         hub_config_path(name)  # tells at once if the Hub cannot be reached
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # dozens of types are possible
         raise _cannot_read(name, error) from error
     return config, family_of(config.model_type, where=name)
 
@@ -229,7 +230,9 @@ def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
         )
     except ImportError as error:
         raise UserError(f"{name} has a backbone from the timm package; run: pip install 'raydet[timm]'") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # dozens of types are possible
         raise _cannot_read(name, error) from error
     install_criterion(model)
     fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
@@ -239,9 +242,14 @@ def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
 def _read_processor(name: str, family: Family) -> Any:
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="torchvision", trust_remote_code=False)
-    except (OSError, ValueError):
+    except Exception as error:  # dozens of types are possible
+        if any(Path(name, file).exists() for file in _PROCESSOR_FILES):
+            raise _cannot_read(name, error) from error
+        if not isinstance(error, OSError | ValueError):
+            raise
         logger.warning("%s has no image processor; using the default, %s", name, family.processor)
         return default_processor(family)
+    check_normalisation(processor, where=name)
     return supported_processor(processor)
 
 

@@ -1,5 +1,6 @@
 """Hugging Face image processors: the default of a family, another image size, and the resize rule that they follow."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from raydet.models.geometry import ResizeRule
 
 _YOLOS_STEP = 16
 """Pixels to whose multiples the processor of YOLOS rounds both sides; the others do not round."""
+
+_MOST_SIDE = 16_384
+"""Longest side of a model's input in pixels; more would fill the memory."""
 
 _SHORTEST_OF_DETR, _LONGEST_OF_DETR = 800, 1333
 """Sides in pixels to which DETR resizes images, of which the second is a limit."""
@@ -94,6 +98,44 @@ def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
     Raises:
         UserError: The processor does not resize, or does so in a way that raydet does not support.
     """
+    try:
+        rule = _rule_of(processor, where)
+        shorter = [] if rule.shortest is None or rule.longest is None else [min(rule.shortest, rule.longest)]
+        sides = [*(rule.size_hw or ()), *(rule.limit_hw or ()), *(rule.pad_to_hw or ()), *shorter]
+        if all(1 <= side <= _MOST_SIDE for side in sides):
+            return rule
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        pass
+    raise UserError(
+        f"the image processor of {where} has a size that is not 1 to {_MOST_SIDE:,} pixels; check its config"
+    )
+
+
+def check_normalisation(processor: Any, *, where: str) -> None:
+    """Check the numbers by which an image processor scales pixels.
+
+    Raises:
+        UserError: They are not finite numbers of three channels, or divide by zero.
+    """
+    try:
+        factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
+        mean, std = (
+            [float(number) for number in values] if processor.do_normalize else [1.0] * 3
+            for values in (processor.image_mean, processor.image_std)
+        )
+        if len(mean) == len(std) == 3 and all(map(math.isfinite, (factor, *mean, *std))) and factor * math.prod(std):
+            return
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        pass
+    raise UserError(
+        f"the image processor of {where} has an unusable image_mean, image_std or rescale_factor; expected three "
+        "finite numbers, three that are not 0, and one that is not 0"
+    )
+
+
+def _rule_of(processor: Any, where: str) -> ResizeRule:
     size = processor.size
     pad_size = processor.pad_size if processor.do_pad else None
     common: dict[str, Any] = {

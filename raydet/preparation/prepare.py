@@ -159,7 +159,7 @@ def prepare_csv(config: PrepareCsvConfig, *, console: Console | None = None) -> 
 
 
 def _open_csv(config: PrepareCsvConfig) -> _Opened:
-    folder = ImageFolder(config.images)
+    folder = ImageFolder(config.images, allow_root=config.allow_root)
     source = read_csv(
         config.annotations,
         folder,

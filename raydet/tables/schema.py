@@ -286,7 +286,11 @@ def build_schema(
         categories: Classes in index order.
         extra_fields: Further scalar columns, such as camera or city.
         extra_metadata: Further JSON-serialisable metadata.
+
+    Raises:
+        UserError: The name of a class is too long.
     """
+    check_class_names(categories)
     fields = [pa.field(name, dtype) for name, dtype in _FIELDS[kind]] + list(extra_fields)
     content = {
         "kind": kind,
@@ -298,6 +302,20 @@ def build_schema(
     if kind in ("images", "detections"):
         metadata[b"huggingface"] = json.dumps(_huggingface_features(fields, categories)).encode()
     return pa.schema(fields, metadata=metadata)
+
+
+def check_class_names(categories: Sequence[Category]) -> None:
+    """Refuse classes that no table can hold.
+
+    Raises:
+        UserError: The name of a class is too long.
+    """
+    for category in categories:
+        if len(category.name) > _LONGEST_CLASS_NAME:
+            raise UserError(
+                f"the name of class {category.id} has {len(category.name):,} characters; a table holds names of at "
+                f"most {_LONGEST_CLASS_NAME:,}"
+            )
 
 
 def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...], where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ an upload. Missing files and missing permissions are not retried.
 
 import contextlib
 import errno
+import inspect
 import io
 import os
 import re
@@ -23,7 +24,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
-from raydet.common.untrusted.opening import ANYWHERE
+from raydet.common.untrusted.opening import ANYWHERE, LocalRoots
 
 S3_ATTEMPTS = 11
 """Attempts per S3 request. The client waits 25 ms, 50 ms, … 25.6 s between them, 51 s in total.
@@ -52,6 +53,17 @@ def absolute_uri(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(uri))
 
 
+def refuse_no_place(uri: str) -> None:
+    """Refuse the URI of a remote store that names no bucket.
+
+    Raises:
+        UserError: The URI ends after its scheme.
+    """
+    scheme, separator, place = uri.partition("://")
+    if separator and scheme.lower() in REMOTE_SCHEMES and not place.partition("?")[0].strip("/"):
+        raise UserError(f"{uri} names no bucket; write {scheme}://BUCKET/PATH")
+
+
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """Open the file system of a URI.
 
@@ -63,7 +75,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         retry strategy when pickled, so resolve the URI in the process that uses it.
 
     Raises:
-        UserError: The scheme is unknown.
+        UserError: The scheme is unknown, or the URI is incomplete.
         OSError: The store cannot be reached.
     """
     uri = absolute_uri(uri)
@@ -71,25 +83,39 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         raise UserError(f"{uri} contains a NUL character, which no name may have")
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri.rstrip("/") or "/"
+    refuse_no_place(uri)
     scheme = urlsplit(uri).scheme
     try:
         filesystem, path = pafs.FileSystem.from_uri(_with_gcs_retries(uri))
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and scheme in REMOTE_SCHEMES:
             raise  # looking up the bucket's region is a request, which may fail
-        try:
-            import fsspec
-
-            filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
-            path = uri.split("://", 1)[1]
-        except (ValueError, ImportError):
+        filesystem = _fsspec_file_system(scheme)
+        if filesystem is None:
             raise UserError(f"cannot open {uri}: {error}") from None
+        path = uri.split("://", 1)[1]
     if (
         isinstance(filesystem, pafs.S3FileSystem)
         and not _S3_OPTIONS_LOST_ON_COPY & parse_qs(urlsplit(uri).query).keys()
     ):
         filesystem = _with_s3_retries(filesystem)
     return filesystem, path.rstrip("/")
+
+
+def _fsspec_file_system(scheme: str) -> pafs.FileSystem | None:
+    """Return fsspec's file system for a scheme; None if there is none, or if it needs more than the scheme."""
+    import fsspec
+
+    try:
+        known = fsspec.get_filesystem_class(scheme) if scheme else None
+        if known is None:
+            return None
+        _, *options = inspect.signature(known.__init__).parameters.values()
+        if any(option.default is option.empty and option.kind is option.POSITIONAL_OR_KEYWORD for option in options):
+            return None
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
+    except (ValueError, ImportError):
+        return None
 
 
 def _with_s3_retries(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
@@ -143,8 +169,8 @@ def open_stream(uri: str) -> pa.NativeFile | io.BufferedReader:
     return filesystem.open_input_stream(path, compression=None)
 
 
-def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
-    """Read a file.
+def read_bytes(uri: str, *, max_bytes: int | None = None, roots: LocalRoots = ANYWHERE) -> bytes:
+    """Read a file; a local one must be a regular file in `roots`.
 
     Raises:
         OSError: The file cannot be read, or is larger than `max_bytes`.
@@ -156,7 +182,7 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
 
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
-        return ANYWHERE.read(path, refuse_size)
+        return roots.read(path, refuse_size)
     with filesystem.open_input_stream(path, compression=None) as stream:
         data: bytes = stream.read() if max_bytes is None else stream.read(max_bytes + 1)
     refuse_size(len(data))

@@ -42,7 +42,14 @@ def test_every_exception_is_one_line(error: Exception, code: int, fact: str, mon
     monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
     (line,), found = lines_of(error)
     assert found == code and fact in line and line.startswith("raydet: error: ")
-    assert "\n" not in line and len(line) <= 2100
+    assert "\n" not in line and len(line) <= 2000
+
+
+def test_a_long_name_keeps_its_start_and_end_and_the_advice_stays() -> None:
+    name = f"/data/{'n' * 5_000}.png"
+    (line,), _ = lines_of(UserError(f"no such file: {name}; check --images {'1, ' * 5_000}and run it again"))
+    assert line.startswith("raydet: error: no such file: /data/nnn") and line.endswith("1, and run it again")
+    assert "n.png; check --images 1, 1, " in line and len(line) <= 2000
 
 
 def test_the_traceback_is_there_for_those_who_want_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
     parser.add_argument("--match", default="", help="regular expression that the name of a case must contain")
     parser.add_argument("--weight", choices=runner.IMPORTS, action="append", help="weights to run; by default all")
+    parser.add_argument("--share", type=int, default=1, help="run only one of this many cases, always the same ones")
+    parser.add_argument("--part", type=int, default=0, help="with --share: which of the shares, from 0")
     parser.add_argument("--sample", type=int, help="run this many cases, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample and of the order")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no case after this time")
@@ -38,6 +40,7 @@ def main() -> int:
             _make(good, base.make_model)
         cases = [case for case in corpus.all_cases(good) if case.weight in weights]
         cases = [case for case in cases if re.search(options.match, case.name)]
+        cases = [case for case in cases if case.is_in_part(options.part, options.share)]
         random.Random(options.seed).shuffle(cases)
         cases = cases[: options.sample]
         if options.list:

@@ -1,5 +1,6 @@
 """A hostile case: what is built in a folder of its own, and the command that is run on it."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ class Case:
         seconds: Limit of the wall clock.
         weight: What the process that runs it has imported: `light`, `heavy` (torch and transformers) or `ray`.
         rights: Rights of the process, if the tests run as root.
+        may_read_outside: The command line names a link to what lies outside.
         may_change: Paths below the root, besides `made`, that the command line asks to write.
     """
 
@@ -108,12 +110,19 @@ class Case:
     seconds: float = 20
     weight: str = "light"
     rights: Rights = "all"
+    may_read_outside: bool = False
     may_change: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Name that selects the case on the command line."""
         return f"{self.kind}/{self.format}/{self.thing}"
+
+    def is_in_part(self, part: int, num_parts: int) -> bool:
+        """Return True if a case belongs to one of several equal shares; controls and cases on Ray belong to all."""
+        if self.kind == "controls" or self.weight == "ray":
+            return True
+        return int(hashlib.sha256(self.name.encode("utf-8", "backslashreplace")).hexdigest(), 16) % num_parts == part
 
 
 def unique(cases: Iterable[Case]) -> list[Case]:

@@ -50,8 +50,6 @@ def _files(form: Format, _: Path | None) -> Iterator[Case]:
         for thing in things.FILES:
             if thing == "growing" and place in form.folders:
                 continue
-            if form.follows_links and "link to a file" in thing:
-                continue
 
             def change(scene: Scene, place: str = place, thing: str = thing) -> None:
                 things.put(scene, scene.data / form.base / place, thing)
@@ -59,8 +57,18 @@ def _files(form: Format, _: Path | None) -> Iterator[Case]:
             survives = place in form.images or place in form.single
             rights: Rights = "owner" if thing == "unreadable" else "all"
             may_change = ("data",) if thing == "growing" else ()
+            is_named = form.follows_links or f"{{data}}/{place}".rstrip("/") in form.command.split()
             shown = f"{thing} as {place or 'the folder'}"
-            yield _case(form, "files", shown, change, survives=survives, rights=rights, may_change=may_change)
+            yield _case(
+                form,
+                "files",
+                shown,
+                change,
+                survives=survives,
+                rights=rights,
+                may_read_outside=is_named,
+                may_change=may_change,
+            )
 
 
 def _whole_texts(form: Format, _: Path | None) -> Iterator[Case]:
@@ -106,7 +114,9 @@ def _value_case(form: Format, kind: str, place: str, thing: str, template: str, 
         text = texts.fill(template, value)
         (scene.data / form.base / place).write_bytes(text.replace(b"@OUTSIDE@", bytes(scene.outside)))
 
-    return _case(form, kind, f"{place}: {thing}", change, survives=place in form.single)
+    return _case(
+        form, kind, f"{place}: {thing}", change, survives=place in form.single, may_read_outside=form.follows_links
+    )
 
 
 def _pictures(form: Format, _: Path | None) -> Iterator[Case]:
@@ -136,7 +146,10 @@ def _names_on_disk(form: Format, _: Path | None) -> Iterator[Case]:
 
 def _damaged_tables(form: Format, _: Path | None) -> Iterator[Case]:
     for place, kind in form.tables.items():
-        own = {"tables": tables.damages(kind), "class names": {} if kind == "per_image" else tables.CLASS_NAMES}
+        own = {
+            "tables": tables.damages(kind),
+            "class names": {} if kind in ("per_image", "rows") else tables.CLASS_NAMES,
+        }
         for group, damages in own.items():
             for name, damage in damages.items():
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from raydet.cli.commands import COMMANDS
+from raydet.cluster.job_record import JOB_FILE
+from raydet.tables.layout import MANIFEST_NAME
 from tests.hostile.case import Scene
 from tests.hostile.models import CONFIG_FIELDS
 
@@ -79,7 +80,7 @@ def _table(name: str, kind: str, command: str, *, every: int = 1, weight: str = 
         name,
         "tables",
         command,
-        texts={f"{kind}/_manifest.json": "json"},
+        texts={f"{kind}/{MANIFEST_NAME}": "json"},
         files=[f"{kind}/{_PART}"],
         folders=[kind],
         tables={kind: kind},
@@ -273,7 +274,7 @@ _TABLES = (
         "report",
         "metrics",
         "report --metrics {data} --out {out}/report.html",
-        texts={"metrics/_manifest.json": "json", "runs/_manifest.json": "json"},
+        texts={f"metrics/{MANIFEST_NAME}": "json", f"runs/{MANIFEST_NAME}": "json"},
         files=["metrics/detections.parquet", "per_image/detections.parquet"],
         folders=["", "metrics"],
         tables={"metrics": "metrics", "runs": "runs", "per_image": "per_image"},
@@ -322,7 +323,7 @@ _OTHERS = (
         "plan",
         "run",
         "plan --run {data} --images 1000",
-        texts={"job.json": "json"},
+        texts={JOB_FILE: "json"},
         folders=[""],
         weight="heavy",
     ),
@@ -335,6 +336,4 @@ _OTHERS = (
     ),
 )
 
-FORMATS = tuple(
-    form for form in (*_PREPARE, *_TABLES, *_OTHERS) if not form.name.startswith("csv") or "prepare csv" in COMMANDS
-)
+FORMATS = (*_PREPARE, *_TABLES, *_OTHERS)

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raydet.common.errors import UserError
+from raydet.tables.layout import MANIFEST_NAME
+from raydet.tables.table import REJECTED_FOLDER, open_table
 from tests.hostile.case import SECRET, Case, Scene
 
 MAX_MEMORY_MB = 2048
@@ -87,7 +90,8 @@ def judge(case: Case, scene: Scene, before: Snapshot, ended: Ended, command: lis
         *_faults_of_ending(case, ended),
         *_faults_of_output(ended),
         *_changes(case, before, snapshot(scene)),
-        *_leaks(scene, ended),
+        *(() if case.may_read_outside else _leaks(scene, ended)),
+        *_leftovers(scene),
         *_faults_of_counts(case, scene, ended),
         *_faults_of_connections(case, scene, ended),
     ]
@@ -158,6 +162,9 @@ def _leaks(scene: Scene, ended: Ended) -> Iterator[str]:
             if any(secret in data for secret in secrets):
                 yield f"content of a file outside is in {str(path.relative_to(scene.made))!a}"
                 return
+
+
+def _leftovers(scene: Scene) -> Iterator[str]:
     left = [path for path in scene.temporary.iterdir() if not path.name.startswith(_OF_LIBRARIES)]
     if left:
         yield f"left a temporary file: {left[0].name}"
@@ -179,7 +186,7 @@ def _faults_of_connections(case: Case, scene: Scene, ended: Ended) -> Iterator[s
 
 def _faults_of_counts(case: Case, scene: Scene, ended: Ended) -> Iterator[str]:
     if ended.code != 0:
-        if (scene.out / "_manifest.json").exists():
+        if (scene.out / MANIFEST_NAME).exists():
             yield "a manifest in OUT although the command failed"
         return
     printed = _COUNTS.search(ended.stdout.decode("utf-8", "replace"))
@@ -190,22 +197,23 @@ def _faults_of_counts(case: Case, scene: Scene, ended: Ended) -> Iterator[str]:
         yield f"{found} images found, but {accepted} accepted and {rejected} rejected"
     if case.survives and accepted == 0:
         yield "no image was accepted"
-    manifest = scene.out / "_manifest.json"
+    manifest = scene.out / MANIFEST_NAME
     if manifest.exists():
-        yield from _faults_of_table(scene.out, accepted)
-        rows = _manifest_rows(scene.out / "_rejected")
+        try:
+            yield from _faults_of_table(scene.out, accepted)
+        except UserError as error:
+            yield f"the table cannot be read: {str(error)[-160:]}"
+        rows = _manifest_rows(scene.out / REJECTED_FOLDER)
         if rows != rejected:
-            yield f"{rejected} images rejected, but {rows} rows in _rejected"
+            yield f"{rejected} images rejected, but {rows} rows in {REJECTED_FOLDER}"
 
 
 def _manifest_rows(folder: Path) -> int:
-    return int(json.loads((folder / "_manifest.json").read_bytes())["num_rows"])
+    return int(json.loads((folder / MANIFEST_NAME).read_bytes())["num_rows"])
 
 
 def _faults_of_table(folder: Path, accepted: int) -> Iterator[str]:
     """Check what every images table promises: ids, sizes, boxes inside their image, categories."""
-    from raydet.tables.table import open_table
-
     table = open_table(str(folder), "images")
     rows = table.read(["image_id", "width", "height", "objects"]).to_pylist()
     ids = [row["image_id"] for row in rows]

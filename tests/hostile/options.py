@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from raydet.cli.commands import COMMANDS
+from raydet.cluster.job_record import JOB_FILE
 from raydet.config.fields import fields_of
+from raydet.tables.layout import MANIFEST_NAME
+from raydet.tables.output_folder import LOCK_FILE, RUN_FILE
+from raydet.tables.table import REJECTED_FOLDER
 from tests.hostile import texts, things
 from tests.hostile.case import Case, Scene
 from tests.hostile.rights import Rights
@@ -78,8 +82,6 @@ def _weight(command: str) -> str:
 def option_cases() -> Iterator[Case]:
     """Yield a wrong value for each option of each command, and hostile config files."""
     for command, line in GOOD_LINES.items():
-        if command not in COMMANDS:
-            continue
         if "nothing" not in line and command != "push":  # which has no Hub to speak to
 
             def good(scene: Scene, command: str = command) -> list[str]:
@@ -185,7 +187,15 @@ def _filled(name: str, content: str | None) -> Callable[[Scene], str]:
     return place
 
 
-_OWN_NAMES = ("_lock", "_run.json", "_manifest.json", "config.yaml", "job.json", "part-00000.parquet", "_rejected")
+_OWN_NAMES = (
+    LOCK_FILE,
+    RUN_FILE,
+    MANIFEST_NAME,
+    "config.yaml",
+    JOB_FILE,
+    "part-00000.parquet",
+    REJECTED_FOLDER,
+)
 
 PLACES: dict[str, Callable[[Scene], str]] = {
     "a file": _file,
@@ -242,7 +252,7 @@ _FOLDER_COMMANDS = ("prepare coco", "evaluate", "predict", "inspect", "train")
 def output_cases() -> Iterator[Case]:
     """Yield each place for each command that writes."""
     for command, line in GOOD_LINES.items():
-        if "--out" not in line or command not in COMMANDS:
+        if "--out" not in line:
             continue
         for number, (name, make) in enumerate(PLACES.items()):
             if command not in _FOLDER_COMMANDS and (name.startswith("with a ") or (number + len(command)) % 2):

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 
+from raydet.tables.layout import MANIFEST_NAME
 from tests.hostile import things
 
 Damage = Callable[[Path], None]
 Rows = list[dict[str, Any]]
-MANIFEST = "_manifest.json"
 
 
 def part_of(folder: Path) -> Path:
@@ -36,7 +36,7 @@ def write(folder: Path, table: pa.Table, *, fits: bool = True, **options: Any) -
 
 def change_manifest(folder: Path, **values: Any) -> None:
     """Overwrite entries of the manifest, if the folder has one."""
-    path = folder / MANIFEST
+    path = folder / MANIFEST_NAME
     if not path.exists():
         return
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -148,7 +148,7 @@ def _manifest_name(name: str) -> Damage:
 
 
 def _groups(folder: Path) -> Any:
-    return json.loads((folder / MANIFEST).read_text())["files"][part_of(folder).name]
+    return json.loads((folder / MANIFEST_NAME).read_text())["files"][part_of(folder).name]
 
 
 def _part_outside(folder: Path) -> None:
@@ -158,8 +158,8 @@ def _part_outside(folder: Path) -> None:
 
 
 def _folder_for_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink()
-    (folder / MANIFEST).mkdir()
+    (folder / MANIFEST_NAME).unlink()
+    (folder / MANIFEST_NAME).mkdir()
 
 
 def _thousand_columns(table: pa.Table) -> pa.Table:

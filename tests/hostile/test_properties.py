@@ -21,9 +21,11 @@ from raydet.images.tars import image_members
 from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.lists import ImageList, read_list
 from raydet.preparation.sources.source import Source
+from raydet.preparation.sources.tools.csv_labels import read_csv
 from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_folders
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.table import open_table
 from tests.hostile import base, tables
 from tests.hostile.mutation import (
@@ -201,6 +203,18 @@ def test_csv_text(num_examples: int, good: Path, tmp_path: Path) -> None:
     holds(num_examples, damaged_text("path,camera,number\na.png,north,1\nb.png,south,2\n"), claim)
 
 
+@EXAMPLES
+@pytest.mark.parametrize("place", ["csv/boxes.csv", "csv/retinanet.csv"])
+def test_csv_labels(num_examples: int, place: str, good: Path, tmp_path: Path) -> None:
+    images, path = ImageFolder(str(good / "csv" / "images")), tmp_path / "boxes.csv"
+
+    def claim(text: bytes) -> None:
+        path.write_bytes(text)
+        _consumed(lambda: read_csv(str(path), images))
+
+    holds(num_examples, damaged_text(base.TEXTS[place]), claim)
+
+
 def _read_or_refused(folder: Path, kind: Any) -> None:
     """Check that a table can be read whole, or is refused in one line."""
     try:
@@ -216,11 +230,11 @@ def _read_or_refused(folder: Path, kind: Any) -> None:
 def test_manifests(num_examples: int, good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     shutil.copytree(good / "tables" / "images", folder)
-    text = (folder / tables.MANIFEST).read_text()
+    text = (folder / MANIFEST_NAME).read_text()
     content = json.loads(text)
 
     def claim(changed: bytes) -> None:
-        (folder / tables.MANIFEST).write_bytes(changed)
+        (folder / MANIFEST_NAME).write_bytes(changed)
         _read_or_refused(folder, "images")
 
     foreign = with_foreign_values(content, addresses_of(content)).map(str.encode)

@@ -129,7 +129,7 @@ BY_SYNTAX: dict[str, dict[str, Change]] = {
         "a character that is none": lambda text: text.replace(b"cat", b"&#xd800;&#xffffffff;"),
     },
     "txt": {
-        "10^6 lines": lambda text: text * 500_000,
+        "10^5 lines": lambda text: text * 50_000,
         "10^6 words in a line": lambda _: b"0 " * 1_000_000 + b"\n",
         "escape sequences in a line": lambda text: text + b"\x1b[31m 1 1 1 1\n",
         "a comment": lambda text: b"# comment\n" + text,
@@ -152,7 +152,7 @@ BY_SYNTAX: dict[str, dict[str, Change]] = {
         "the same column twice": lambda text: re.sub(rb"^([^,]*),[^,\n]*", rb"\1,\1", text),
         "semicolons": lambda text: text.replace(b",", b";"),
         "tabs": lambda text: text.replace(b",", b"\t"),
-        "10^6 rows": lambda text: text + text.partition(b"\n")[2].partition(b"\n")[0].join([b"\n"] * 1_000_000),
+        "10^5 rows": lambda text: text + text.partition(b"\n")[2].partition(b"\n")[0].join([b"\n"] * 100_000),
     },
 }
 BY_SYNTAX["jsonl"] = BY_SYNTAX["json"]

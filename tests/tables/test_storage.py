@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raydet.common.errors import UserError
 from raydet.tables import storage
 from tests.s3_stand_in import BUCKET, Failure, StandIn, started
 
@@ -154,6 +155,15 @@ def test_google_cloud_storage_is_asked_for_a_minute_unless_the_uri_says_otherwis
     filesystem, path = storage.resolve(f"gs://anonymous@bucket/file{query}")
     _, (options,) = filesystem.__reduce__()[:2]
     assert (path, options["retry_time_limit"].total_seconds()) == ("bucket/file", limit_s)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://", "gs:///", "s3://?region=eu-west-1", "ftp://host/out", "://", "gopher://host/x"]
+)
+def test_a_uri_that_names_no_place_is_refused(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"names no bucket|cannot open"):
+        storage.resolve(uri)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_part_of_a_local_file(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ A short file can describe a structure that fills the memory: nested lists, or YA
 """
 
 import json
-from typing import Any
+from typing import Any, BinaryIO
+
+import msgspec
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_YAML_BYTES = 2**20
@@ -42,6 +44,40 @@ def parse_json(data: bytes | str, *, max_bytes: int = MAX_JSON_BYTES, allow_nan:
         raise
     except ValueError as error:
         raise DocumentError(str(error)) from None
+
+
+def check_json_lines(file: BinaryIO) -> None:
+    """Check that each line of a file is blank or a JSON object of moderate depth; some parsers crash on others.
+
+    Raises:
+        DocumentError: A line is something else, or too long.
+    """
+    number = 0
+    while line := file.readline(MAX_JSON_BYTES):
+        number += 1
+        if not line.strip():
+            continue
+        try:
+            content = msgspec.json.decode(line)
+        except (msgspec.DecodeError, RecursionError):
+            content = parse_json(line, allow_nan=True)
+        is_deep = line.count(b"[") + line.count(b"{") > _MAX_DEPTH and _is_deep(content)
+        if not isinstance(content, dict) or is_deep:
+            raise DocumentError(f"line {number:,} is not a JSON object of at most {_MAX_DEPTH} levels")
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

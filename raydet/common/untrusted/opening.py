@@ -197,9 +197,14 @@ def _real_path_of(path: str, descriptor: int, status: os.stat_result) -> str:
     return real
 
 
-def refusal_in_folder(folder: str) -> str | None:
-    """Return the first file below a local folder that other libraries must not open, with the reason; None if none."""
-    paths = (str(Path(place, name)) for place, _, names in os.walk(folder) for name in names)
+def refusal_in_folder(folder: str, *, is_opened: Callable[[str], bool] = lambda _: True) -> str | None:
+    """Return the first file below a local folder that other libraries must not open, with the reason; None if none.
+
+    Args:
+        folder: Path of the folder.
+        is_opened: Returns False for the name of a file that they do not open.
+    """
+    paths = (str(Path(place, name)) for place, _, names in os.walk(folder) for name in names if is_opened(name))
     return next((f"{path!r} {reason}" for path in paths if (reason := refusal_of_name(path)) is not None), None)
 
 

@@ -8,6 +8,8 @@ written, which would take a second download. Code in a data set is never run. Pr
 `hf auth login`; an option for a token would end up in logs.
 """
 
+import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.untrusted.opening import LocalRoots, OutsideError, refusal_in_folder, refusal_of_name
-from raydet.images.files import ReadError, read_error, readable, refuse_name, refuse_size
+from raydet.common.untrusted.documents import DocumentError, check_json_lines
+from raydet.common.untrusted.opening import ANYWHERE, LocalRoots, OutsideError, refusal_in_folder, refusal_of_name
+from raydet.images.files import ReadError, is_image_name, read_error, readable, refuse_name, refuse_size
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
 from raydet.tables.table import is_table, open_table, refuse_folder_of_tables
 
 _REMOTE = "hf://"
+_MOST_METADATA_BYTES = 512 * 2**20
+_METADATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".xml")
+"""Text files, which the library reads into memory whole, or by lines of any length."""
 _OUTSIDE = "the path leads out of the data set; --allow-root permits folders outside"
 
 
@@ -150,9 +156,8 @@ def load_hub(
         raise UserError(f"{dataset}: --dataset must be a name on the Hugging Face Hub or a path on this machine")
     opened = partial(HubImages, allow_root=allow_root, allow_web=allow_web)
     path = Path(storage.absolute_uri(dataset))
-    is_pattern = "*" in dataset and not path.exists()
-    is_path = path.exists() or is_pattern or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
-    if not is_path or dataset.startswith(_REMOTE):
+    is_pattern = _is_pattern(dataset)
+    if is_on_hub(dataset):
         return opened(_opened(dataset, dataset, name=subset, split=split, revision=revision), None)
     if not is_pattern and not path.exists():
         raise UserError(f"no such path: {path}; --dataset must be a path, or a name on the Hugging Face Hub")
@@ -173,13 +178,41 @@ def load_hub(
     return opened(_opened(dataset, "parquet", data_files={"train": files}, split=split), str(folder))
 
 
+def is_on_hub(dataset: str) -> bool:
+    """Return True for a name on the Hub, False for a path or a pattern of paths, which need not exist."""
+    is_path = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or _is_pattern(dataset)
+    return dataset.startswith(_REMOTE) or not (is_path or Path(storage.absolute_uri(dataset)).exists())
+
+
+def _is_pattern(dataset: str) -> bool:
+    return "*" in dataset and not Path(storage.absolute_uri(dataset)).exists()
+
+
 def _refuse_special_files(path: Path) -> None:
-    """Refuse pipes and devices, which the library would open and wait for."""
-    reason = refusal_in_folder(str(path)) if path.is_dir() else None
+    """Refuse pipes and devices, for which the library would wait, and text files that would fill the memory."""
+    reason = None
+    if path.is_dir():  # the library leaves images closed; `HubImages` opens them
+        special = refusal_in_folder(str(path), is_opened=lambda name: not is_image_name(name))
+        reason = special or _unusable_text_in(path)
     if path.exists() and not path.is_dir() and (kind := refusal_of_name(str(path))) is not None:
         reason = f"it {kind}"
     if reason is not None:
         raise UserError(f"cannot load the data set {path}: {one_line(reason)}")
+
+
+def _unusable_text_in(folder: Path) -> str | None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            if name.lower().endswith(_METADATA_SUFFIXES) and path.stat().st_size > _MOST_METADATA_BYTES:
+                return f"{str(path)!r} is larger than {_MOST_METADATA_BYTES // 2**20} MiB; write its rows as Parquet"
+            if name.lower().endswith(".jsonl"):
+                try:
+                    with io.BufferedReader(ANYWHERE.open(str(path))) as file:
+                        check_json_lines(file)
+                except (OSError, DocumentError) as error:
+                    return f"{str(path)!r} cannot be read: {one_line(error)}"
+    return None
 
 
 def _opened(dataset: str, loader: str, **options: Any) -> Any:
@@ -204,8 +237,10 @@ def _saved_to_disk(path: Path, split: str) -> Any:
 
 
 def _library() -> Any:
-    """Import the library, which takes seconds; its progress bars are for terminals."""
+    """Import the library, which takes seconds; its progress bars are for terminals, its errors are raised too."""
     import datasets
+
+    datasets.logging.set_verbosity(logging.CRITICAL)
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

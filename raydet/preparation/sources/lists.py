@@ -175,6 +175,8 @@ def _read_csv(data: bytes, uri: str) -> pa.Table:
         raise UserError(
             f"{uri} has none of the columns {', '.join(CSV_COLUMNS)}; it has {', '.join(table.column_names)}"
         )
+    if table.column_names.count(chosen) > 1:
+        raise UserError(f"{uri} has the column {chosen} twice")
     paths = table[chosen].cast(pa.string())
     if paths.null_count or "" in paths.unique().to_pylist():
         raise UserError(f"the column {chosen} of {uri} has rows without an image; each row must name one")

@@ -14,7 +14,7 @@ from raydet.common.untrusted.text import TextError, decode_text
 from raydet.images.files import MAX_LABEL_BYTES, readable
 from raydet.tables import storage
 from raydet.tables.coco_json import integer
-from raydet.tables.schema import MAX_IMAGE_ID, Category
+from raydet.tables.schema import MAX_IMAGE_ID, Category, check_class_names
 from raydet.tables.spill import Spilled
 
 UNLABELLED_KEPT = "unlabelled images, kept without objects"
@@ -127,6 +127,9 @@ class Source:
     categories: tuple[Category, ...] = ()
     extra_fields: tuple[pa.Field, ...] = ()
     findings: FindingLog = field(default_factory=FindingLog)
+
+    def __post_init__(self) -> None:
+        check_class_names(self.categories)
 
     @property
     def images(self) -> Iterator[SourceImage]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
+from raydet.common.untrusted.opening import LocalRoots
 from raydet.common.untrusted.text import TextError, decode_text
 from raydet.images.files import (
     MAX_FILE_BYTES,
@@ -89,7 +90,7 @@ def find_in_data_yaml(data_uri: str, split: str, *, allow_root: Sequence[str] | 
     found: list[tuple[str, list[str]]] = []
     for entry in entries:
         where = _resolve_entry(root, entry, data_uri)
-        found.append((where, []) if not where.endswith(".txt") else ("", _read_list(where, root)))
+        found.append((where, []) if not where.endswith(".txt") else ("", _read_list(where, root, allow_root or ())))
     folders = [folder for folder, _ in found if folder]
     named = [path for _, paths in found for path in paths]
     homes = (root, posixpath.dirname(data_uri))
@@ -189,10 +190,12 @@ def _resolve_entry(root: str, entry: str, where: str) -> str:
     return place
 
 
-def _read_list(uri: str, root: str) -> list[str]:
+def _read_list(uri: str, root: str, allow_root: Sequence[str]) -> list[str]:
     """Read a .txt list of images as absolute paths; its lines are relative to the file, or else to the data set."""
+    # A stranger's data.yaml names it, so it must not be a link to a file elsewhere.
+    roots = LocalRoots(posixpath.dirname(uri), root, *allow_root)
     try:
-        lines = decode_text(storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES)).splitlines()
+        lines = decode_text(storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES, roots=roots)).splitlines()
     except (OSError, TextError) as error:
         raise UserError(f"cannot read the list of images {uri}: {one_line(error)}") from None
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]

@@ -1,11 +1,12 @@
 """JSON and YAML of strangers: limits of size, depth and references."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from raydet.common.untrusted.documents import DocumentError, parse_json, parse_yaml
+from raydet.common.untrusted.documents import DocumentError, check_json_lines, parse_json, parse_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -49,3 +50,14 @@ def test_bombs_and_broken_documents_are_refused(parse: Callable[[bytes], Any], t
 def test_large_documents_are_refused(parse: Any) -> None:
     with pytest.raises(DocumentError, match="larger"):
         parse(b" " * 20_000, max_bytes=10_000)
+
+
+@pytest.mark.parametrize("text", [b"\n\n", b'{"a": [[1, 2]]}\n{"b": NaN}\n', b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}"])
+def test_lines_of_objects_pass(text: bytes) -> None:
+    check_json_lines(io.BytesIO(text))
+
+
+@pytest.mark.parametrize("line", [b"null", b"[1]", b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", b"{" * 50_000, b'{"a"'])
+def test_lines_that_are_no_objects_or_too_deep_are_refused(line: bytes) -> None:
+    with pytest.raises(DocumentError):
+        check_json_lines(io.BytesIO(b'{"a": 1}\n' + line + b"\n"))

@@ -1,6 +1,7 @@
 """Hugging Face data sets → records and images tables, created with `datasets` from real images."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from raydet import PrepareCocoConfig, PrepareHubConfig, UserError
 from raydet.cli.main import main
 from raydet.images.decode import decode
 from raydet.images.files import MissingFileError, ReadError
-from raydet.preparation.sources.hub import HubImages, load_hub
+from raydet.preparation.sources.hub import HubImages, is_on_hub, load_hub
 from raydet.preparation.sources.hub_objects import parse_objects
 from raydet.preparation.sources.hub_rows import read_hub
 from raydet.tables.schema import with_token
@@ -44,6 +45,36 @@ def bccd(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder
+
+
+def test_a_text_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "metadata.jsonl").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(UserError, match=r"metadata\.jsonl' is larger than 512 MiB"):
+        load_hub(str(tmp_path), split="train")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [("owner/name", True), ("name", True), ("hf://datasets/owner/name", True)]
+    + [(place, False) for place in ("/data/set", "./set", "~/set", "data/sets/mine", "parts/*.parquet")],
+)
+def test_names_on_the_hub_differ_from_paths(dataset: str, expected: bool) -> None:
+    assert is_on_hub(dataset) == expected
+
+
+def test_a_pipe_among_the_images_rejects_only_itself(bccd: Path, tmp_path: Path) -> None:
+    shutil.copytree(bccd / "images", tmp_path / "set")
+    os.mkfifo(tmp_path / "set" / "pipe.jpg")
+    prepared = raydet.prepare_hub(PrepareHubConfig(dataset=str(tmp_path / "set"), out=str(tmp_path / "out")))
+    assert (prepared.accepted, prepared.rejected) == (12, 1)
+
+
+def test_an_empty_parquet_file_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot load the data set"):
+        load_hub(str(tmp_path / "rows.parquet"), split="train")
+    assert capfd.readouterr().err == ""
 
 
 def cppe_rows(bccd: Path) -> list[dict[str, Any]]:

@@ -134,6 +134,16 @@ def test_data_yaml_and_lists_may_be_utf_16(tmp_path: Path) -> None:
         find_in_data_yaml(str(tmp_path / "data.yaml"), "train")
 
 
+def test_a_list_that_is_a_link_to_a_file_elsewhere_needs_allow_root(tmp_path: Path) -> None:
+    write(tmp_path, {"set/images/a.jpg": "", "set/labels/a.txt": "0 .5 .5 .1 .1\n", "other/list.txt": "images/a.jpg\n"})
+    (tmp_path / "set" / "list.txt").symlink_to(tmp_path / "other" / "list.txt")
+    data = tmp_path / "set" / "data.yaml"
+    data.write_text("train: list.txt\nnames: [dog]\n")
+    with pytest.raises(UserError, match=r"cannot read the list of images .*outside its folder"):
+        find_in_data_yaml(str(data), "train")
+    assert find_in_data_yaml(str(data), "train", allow_root=[str(tmp_path / "other")]).pairs == [("a.jpg", "a.txt")]
+
+
 def test_rounding_over_the_edge_is_no_cut(tmp_path: Path) -> None:
     objects, findings = read_lines(tmp_path, "0 0.500001 0.5 1.000001 1\n0 .05 .5 .2 .2\n")
     assert not findings
