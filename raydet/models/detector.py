@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raydet.common.boxes import Boxes
+from raydet.common.errors import UserError
 from raydet.common.hub_client import quiet_client
 from raydet.models.collate import Batch
 from raydet.models.families import Family, family_of
 from raydet.models.processors import resize_rule_of
 from raydet.tables.schema import Category
 
+_MOST_QUERIES = 100_000
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """dtype of autocast by precision; None for no autocast."""
 
@@ -71,6 +73,10 @@ class Detector:
         self.processor = processor
         self.categories = tuple(categories)
         self.family: Family = family_of(model.config.model_type, where=where)
+        if not 0 < self.num_queries <= _MOST_QUERIES:
+            raise UserError(
+                f"the config.json of {where} states {self.num_queries} queries; expected 1 to {_MOST_QUERIES:,}"
+            )
         self.resize_rule = resize_rule_of(processor, where=where)
         self.notes = tuple(notes)
         self.left_out: tuple[nn.Parameter, ...] | None = None

@@ -117,21 +117,25 @@ def check_normalisation(processor: Any, *, where: str) -> None:
     """Check the numbers by which an image processor scales pixels.
 
     Raises:
-        UserError: They are not finite numbers of three channels, or divide by zero.
+        UserError: They are not finite, are not one or three, or divide by zero.
     """
     try:
-        factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
+        factor = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = (
-            [float(number) for number in values] if processor.do_normalize else [1.0] * 3
+            (list(values) if isinstance(values, list | tuple) else [values]) if processor.do_normalize else [1.0]
             for values in (processor.image_mean, processor.image_std)
         )
-        if len(mean) == len(std) == 3 and all(map(math.isfinite, (factor, *mean, *std))) and factor * math.prod(std):
+        if (
+            {len(mean), len(std)} <= {1, 3}
+            and all(map(math.isfinite, (factor, *mean, *std)))
+            and factor * math.prod(std)
+        ):
             return
     except (TypeError, ValueError, AttributeError, OverflowError):
         pass
     raise UserError(
-        f"the image processor of {where} has an unusable image_mean, image_std or rescale_factor; expected three "
-        "finite numbers, three that are not 0, and one that is not 0"
+        f"the image processor of {where} has an unusable image_mean, image_std or rescale_factor; expected "
+        "finite numbers, one for each channel or one for all, and none of the last two 0"
     )
 
 
