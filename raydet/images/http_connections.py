@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from functools import lru_cache
-from typing import Self
+from typing import Any, Self
 
 _MAX_ADDRESSES = 4
 """Addresses of a host that are tried."""
@@ -89,33 +89,21 @@ class HttpConnection(http.client.HTTPConnection):
 
     Attributes:
         proxy_headers: Headers for the proxy, if the connection leads to one that passes on plain requests.
+        is_proxied: True if the connection leads to a proxy, which the user chose; set before connecting.
     """
 
-    def __init__(self, host: str, port: int) -> None:
-        super().__init__(host, port)
+    def __init__(self, host: str, port: int, *args: Any, **options: Any) -> None:
+        super().__init__(host, port, *args, **options)
         self.proxy_headers: dict[str, str] = {}
-        self._is_proxied = False
+        self.is_proxied = False
         self._create_connection = self._dial
-
-    @property
-    def is_proxied(self) -> bool:
-        """True if the connection leads to a proxy, which the user chose; set before connecting."""
-        return self._is_proxied
-
-    @is_proxied.setter
-    def is_proxied(self, value: bool) -> None:
-        self._is_proxied = value
 
     def prepare(
         self, deadline: WebDeadline, connect_timeout_s: float, silence_timeout_s: float, *, must_be_public: bool
     ) -> None:
         """Set the limits of the next request."""
-        self._deadline, self._connect_timeout_s, self._silence_timeout_s = (
-            deadline,
-            connect_timeout_s,
-            silence_timeout_s,
-        )
-        self._must_be_public = must_be_public
+        self._deadline, self._must_be_public = deadline, must_be_public
+        self._connect_timeout_s, self._silence_timeout_s = connect_timeout_s, silence_timeout_s
         if self.sock is not None:
             self.sock.settimeout(silence_timeout_s)
             deadline.watch(self.sock)
@@ -125,7 +113,7 @@ class HttpConnection(http.client.HTTPConnection):
             found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise UnknownHostError from None
-        if self._must_be_public and not self._is_proxied and any(not is_public(item[4][0]) for item in found):
+        if self._must_be_public and not self.is_proxied and any(not is_public(item[4][0]) for item in found):
             raise PrivateAddressError
         for family, kind, protocol, _name, place in found[:_MAX_ADDRESSES]:
             dialling = socket.socket(family, kind, protocol)
@@ -145,10 +133,8 @@ class HttpsConnection(http.client.HTTPSConnection, HttpConnection):
     """The same, encrypted."""
 
     def __init__(self, host: str, port: int) -> None:
-        http.client.HTTPSConnection.__init__(self, host, port, context=_tls())
-        self.proxy_headers = {}
-        self._is_proxied = False
-        self._create_connection = self._dial
+        # `http.client` passes what it does not need on to the class above.
+        super().__init__(host, port, context=_tls())
 
 
 @lru_cache(maxsize=1)

@@ -1,9 +1,11 @@
 """Images and lists from a web server on loopback that can be slow, busy, wrong or hostile."""
 
 import contextlib
+import datetime
 import gzip
 import pickle
 import re
+import ssl
 import threading
 import zlib
 from collections import Counter
@@ -15,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from raydet.cli.main import main
 from raydet.common.errors import UserError
 from raydet.config import PrepareImagesConfig
+from raydet.images import http_connections
 from raydet.images.files import MissingFileError, ReadError
 from raydet.images.http_connections import is_public
 from raydet.preparation.prepare import _prepare
@@ -195,6 +202,43 @@ def site(test_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     site.server.shutdown()
     thread.join()
     site.server.server_close()
+
+
+def certificate(folder: Path) -> Path:
+    """Write a certificate of localhost, signed by itself, and its key into one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path = folder / "localhost.pem"
+    path.write_bytes(key.private_bytes(*form) + signed.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+def test_a_file_is_read_over_tls_if_the_certificate_is_trusted(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "localhost")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate(tmp_path))
+    site.server.socket = context.wrap_socket(site.server.socket, server_side=True)
+    url = f"https://localhost:{site.server.server_address[1]}"
+    http_connections._tls.cache_clear()
+    with pytest.raises(ReadError, match="certificate or encryption cannot be trusted"):
+        QUICK.read(f"{url}/a.jpg")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "localhost.pem"))
+    http_connections._tls.cache_clear()
+    try:
+        assert QUICK.read(f"{url}/a.jpg") == QUICK.read(f"{url}/redirect") == site.files["/a.jpg"]
+        with pytest.raises(ReadError, match=r"the server is too slow: \d+ bytes in 0.5 s"):
+            replace(QUICK, total_timeout_s=0.5).read(f"{url}/drip")
+    finally:
+        http_connections._tls.cache_clear()
 
 
 def test_a_file_is_read_by_its_address(site: Site) -> None:
