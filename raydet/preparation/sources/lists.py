@@ -122,8 +122,6 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
         hint = "name a list of URLs" if storage.is_web(images.uri) else "name a folder, or a list of paths or URLs"
         raise UserError(f"{images.uri} is not a list: {hint} ({', '.join(LIST_SUFFIXES)} or .csv)")
     data = _read_bytes(images.uri)
-    if b"\0" in data:
-        raise UserError(f"{images.uri} is not text in UTF-8; save the list as UTF-8, one path or URL per line")
     columns = _read_csv(data, images.uri) if name.endswith(".csv") else None
     paths = _lines(data, images.uri) if columns is None else columns["source_id"].to_pylist()
     if not paths:

@@ -442,6 +442,14 @@ def test_a_list_on_the_web_and_its_relative_paths(site: Site) -> None:
         read_list(ImageList(f"{site.url}/none.txt"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_lists_may_be_in_utf_16(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "list.txt").write_text("Köter.jpg\nb.jpg\n", encoding=encoding)
+    (tmp_path / "list.csv").write_text("path,camera\nKöter.jpg,1\nb.jpg,2\n", encoding=encoding)
+    for name in ("list.txt", "list.csv"):
+        assert [record.path for record in read_list(ImageList(str(tmp_path / name))).images] == ["Köter.jpg", "b.jpg"]
+
+
 def test_a_csv_names_images_and_carries_further_columns(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("camera,URL,night,width\nnorth,a.jpg,true,7\n,b.jpg,false,8\n")
     source = read_list(ImageList(str(tmp_path / "list.csv")))
