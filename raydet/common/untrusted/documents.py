@@ -6,8 +6,6 @@ A short file can describe a structure that fills the memory: nested lists, or YA
 import json
 from typing import Any, BinaryIO
 
-import msgspec
-
 MAX_JSON_BYTES = 64 * 2**20
 MAX_YAML_BYTES = 2**20
 _MAX_DEPTH = 64
@@ -52,6 +50,8 @@ def check_json_lines(file: BinaryIO) -> None:
     Raises:
         DocumentError: A line is something else, or too long.
     """
+    import msgspec  # imported late: only this function needs it, not those who load a model
+
     number = 0
     while line := file.readline(MAX_JSON_BYTES):
         number += 1
