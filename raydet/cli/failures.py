@@ -28,7 +28,7 @@ def lines_of(error: Exception) -> tuple[list[str], int]:
     line = shortened(" ".join(shortened(word, _LONGEST_NAME) for word in words), _LONGEST_LINE)
     lines = [f"raydet: error: {line}"]
     if os.environ.get(TRACEBACK_VARIABLE):
-        lines.insert(0, without_secrets("".join(traceback.format_exception(error)).rstrip()))
+        lines.insert(0, printable(without_secrets("".join(traceback.format_exception(error)).rstrip())))
     return lines, code
 
 

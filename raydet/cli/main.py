@@ -14,7 +14,7 @@ from raydet.cli.commands import COMMANDS
 from raydet.cli.failures import lines_of
 from raydet.cli.reachable import check_reachable
 from raydet.common.console import Console, write_out
-from raydet.common.errors import UserError, printable
+from raydet.common.errors import UserError
 from raydet.common.signals import INTERRUPTED, ending_on_second_ctrl_c, ending_on_sigterm
 from raydet.config.options import load
 
@@ -45,7 +45,7 @@ def _exit_code(function: Callable[[], int | None]) -> int:
     except Exception as error:
         lines, code = lines_of(error)
         for line in lines:
-            print(printable(line), file=sys.stderr)
+            print(line, file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)

@@ -11,10 +11,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from raydet.common.errors import RunError
-from raydet.common.probing import failure_of
+from raydet.common.probing import failure_of, has_proxy
 from raydet.config import PrepareHubConfig, PushConfig
-
-_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 
 def check_reachable(config: Any) -> None:
@@ -85,5 +83,5 @@ def _endpoint_of(uri: str) -> tuple[bool, str] | None:
     scheme, separator, place = override.rpartition("://")
     if not override:
         # A proxy may reach what this machine cannot.
-        return None if any(os.environ.get(name) for name in _PROXIES) else (True, host)
+        return None if has_proxy() else (True, host)
     return (scheme if separator else options.get("scheme", "https")) == "https", place.rstrip("/")

@@ -3,6 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from raydet.common.errors import UserError
 
 UNUSED_NAME = "N/A"
@@ -50,6 +53,11 @@ def match_names(
             place = exact.get(name, alike.get(folded(name)))
         found.append(None if is_unused(name, index) else place)
     return found
+
+
+def indices_in(names: Sequence[str], known: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Return the index in `known` of each name, as `match_names` finds it, int64 [names]; -1 if there is none."""
+    return np.array([-1 if place is None else place for place in match_names(names, known)], np.int64)
 
 
 def check_mapping(mapping: Mapping[str, str], names: Sequence[str], known: Sequence[str], *, where: str) -> None:

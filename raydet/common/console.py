@@ -28,6 +28,10 @@ def counted(number: int, one: str, several: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
+MOST_NAMED = 10
+"""For no more rejected or unreadable images than this, a command names each."""
+
+
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Align a table's cells: the first column left, the others right."""
     first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

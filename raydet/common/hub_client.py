@@ -12,9 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from raydet.common.errors import RunError
-from raydet.common.probing import failure_of
-
-_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+from raydet.common.probing import failure_of, has_proxy
 
 
 def require_hub() -> None:
@@ -24,7 +22,7 @@ def require_hub() -> None:
         RunError: The Hub cannot be reached within ten seconds.
     """
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in _PROXIES):
+    if constants.HF_HUB_OFFLINE or has_proxy():
         return  # the client reports it; a proxy may reach what this machine cannot
     reason = failure_of(endpoint.scheme == "https", endpoint.netloc)
     if reason is not None:

@@ -1,12 +1,19 @@
 """A quick answer whether a server can be reached, for clients that would retry for a minute."""
 
 import http.client
+import os
 import ssl
 import threading
 
 from raydet.common.errors import one_line
 
 TIMEOUT_S = 10.0
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+
+
+def has_proxy() -> bool:
+    """Return True if the environment names a proxy, which may reach what this machine cannot."""
+    return any(os.environ.get(name) for name in _PROXIES)
 
 
 def failure_of(is_secure: bool, host: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from raydet.common.console import write_out
 from raydet.common.errors import UserError, one_line
-from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
+from raydet.common.untrusted.documents import DocumentError
 from raydet.config.fields import default_of, field_names, fields_of, flag, is_required, to_yaml
 from raydet.config.help import help_page
 
@@ -186,7 +186,7 @@ def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
     from raydet.tables import storage
 
     try:
-        content = parse_yaml(storage.read_start(path, MAX_YAML_BYTES + 1))
+        content = storage.read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"no such config file: {path}") from None
     except (DocumentError, OSError) as error:

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from raydet.common.class_names import match_names
 from raydet.common.console import shown
 from raydet.common.errors import UserError
-from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
+from raydet.common.untrusted.documents import DocumentError
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.exports.markdown import escaped, fenced, markdown_table
 from raydet.measuring import metrics_folder
@@ -86,7 +86,7 @@ def build_card(config: PushConfig, checkpoint: Checkpoint) -> BuiltCard:
 def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
     folder = checkpoint.name.rstrip("/").rpartition("/")[0]
     try:
-        config = parse_yaml(storage.read_start(storage.join(folder, "config.yaml"), MAX_YAML_BYTES + 1))
+        config = storage.read_yaml(storage.join(folder, "config.yaml"))
     except (OSError, DocumentError):
         config = None
     if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("model", "train_data")):

@@ -1,6 +1,5 @@
 """A folder, a list file or tar files → one row per image, in a fixed order, in Arrow batches."""
 
-import io
 import itertools
 import os
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,7 +19,7 @@ from raydet.common.errors import UserError
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import in_order
 from raydet.common.untrusted.opening import ANYWHERE, LocalRoots, NotAFileError, OutsideError
-from raydet.common.untrusted.text import encoding_of
+from raydet.common.untrusted.text import text_stream
 from raydet.images.files import (
     IMAGE_EXTENSIONS,
     LIST_SUFFIXES,
@@ -319,8 +318,7 @@ def _lines(uri: str) -> Iterator[tuple[int, str]]:
     except (NotAFileError, ReadError) as error:
         raise UserError(f"cannot read the list {uri}: {read_error(error) or error}") from None
     with opened as file:
-        buffered = io.BufferedReader(cast(io.RawIOBase, file))
-        text = io.TextIOWrapper(buffered, encoding=encoding_of(buffered.peek(4)))
+        text = text_stream(file)
         try:
             for number, line in enumerate(iter(partial(text.readline, MAX_LINE_CHARS), ""), start=1):
                 if len(line) == MAX_LINE_CHARS:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydet.common.boxes import as_boxes
-from raydet.common.class_names import is_unused, match_names
+from raydet.common.class_names import indices_in, is_unused
 from raydet.common.errors import UserError
 from raydet.config.measuring import JoinKey
 from raydet.measuring.joining import ImageKeys, join_images, list_images
@@ -187,8 +187,8 @@ def _map_categories(table: Table, truth: Truth) -> Integers:
     used, truth_used = (
         [name for index, name in enumerate(side) if not is_unused(name, index)] for side in (names, truth_names)
     )
-    places = match_names(names, truth_names)
-    found = {place for place in places if place is not None}
+    places = indices_in(names, truth_names)
+    found = set(places.tolist())
     missing = [name for index, name in enumerate(truth_names) if index not in found and not is_unused(name, index)]
     if len(set(used)) < len(used) or len(set(truth_used)) < len(truth_used):
         raise UserError(
@@ -196,9 +196,9 @@ def _map_categories(table: Table, truth: Truth) -> Integers:
             "category names must be unique"
         )
     if missing:
-        only_here = [name for name, place in zip(names, places, strict=True) if place is None and name in used]
+        only_here = [name for name, place in zip(names, places, strict=True) if place < 0 and name in used]
         raise UserError(
             f"the categories differ: only in detections {table.uri}: {', '.join(map(repr, only_here)) or 'none'}; only "
             f"in truth {truth.uri}: {', '.join(map(repr, missing))}"
         )
-    return np.array([-1 if place is None else place for place in places], dtype=np.int64)
+    return places

@@ -214,9 +214,9 @@ def hub_config_path(name: str) -> str:
 
     try:
         # No detector on the Hub has a name without an owner: a mistyped folder is refused without asking the Hub.
-        if "/" not in name and not isinstance(try_to_load_from_cache(name, _CONFIG), str):
-            raise HFValidationError
         is_cached = isinstance(try_to_load_from_cache(name, _CONFIG), str)
+        if "/" not in name and not is_cached:
+            raise HFValidationError
         try:
             require_hub()
         except RunError:

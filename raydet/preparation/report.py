@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raydet.common.console import aligned, counted
+from raydet.common.console import MOST_NAMED, aligned, counted
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
 from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT
@@ -16,8 +16,6 @@ from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 REPEATED_IMAGES_KEPT = "images with the same content as an earlier one, kept"
 REPEATED_IMAGES_DROPPED = "images with the same content as an earlier one, dropped"
 
-MOST_NAMED = 10
-"""For no more rejected images than this, the report names each."""
 
 _MOST_CLASSES_SHOWN = 20
 

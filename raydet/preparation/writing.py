@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from raydet.common.console import MOST_NAMED
 from raydet.common.errors import UserError
 from raydet.preparation.examining import Examine
 from raydet.preparation.parts import (
@@ -30,7 +31,6 @@ from raydet.preparation.parts import (
     write_part,
 )
 from raydet.preparation.report import (
-    MOST_NAMED,
     REPEATED_IMAGES_DROPPED,
     REPEATED_IMAGES_KEPT,
     PrepareReport,

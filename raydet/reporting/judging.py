@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.boxes import as_boxes
-from raydet.common.class_names import match_names
+from raydet.common.class_names import indices_in
 from raydet.common.errors import UserError
 from raydet.common.untrusted.documents import DocumentError, parse_json
 from raydet.measuring.joining import join_images, list_images
@@ -68,8 +68,7 @@ def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
     labelled = _rows(truth_table, image_ids, "objects")
     found = _found_rows(run, truth_table, found_table, image_ids)
     names = [category.name for category in truth_table.categories]
-    places = match_names([category.name for category in found_table.categories], names)
-    to_truth = [-1 if place is None else place for place in places]
+    to_truth = indices_in([category.name for category in found_table.categories], names)
     ids = sorted(labelled)
     truth = _truth_columns(ids, [labelled[image_id] for image_id in ids])
     threshold = score_threshold(run)
@@ -125,7 +124,7 @@ def _truth_columns(ids: Sequence[int], rows: Sequence[dict[str, Any] | None]) ->
 
 
 def _detection_columns(
-    rows: Sequence[dict[str, Any] | None], to_truth: Sequence[int], threshold: float
+    rows: Sequence[dict[str, Any] | None], to_truth: npt.NDArray[np.int64], threshold: float
 ) -> DetectionColumns:
     kept: list[list[tuple[list[float], float, int]]] = []
     for row in rows:

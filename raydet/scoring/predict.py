@@ -16,7 +16,7 @@ from typing import Any
 from raydet.cluster.job_record import JOB_FILE, JobRecord
 from raydet.cluster.job_report import JobReport, JobStats
 from raydet.cluster.stopwatch import FileStats
-from raydet.common.console import Console, counted
+from raydet.common.console import MOST_NAMED, Console, counted
 from raydet.common.errors import UserError
 from raydet.common.ray_address import announce, is_connected
 from raydet.common.redaction import without_secrets
@@ -37,8 +37,6 @@ from raydet.tables.schema import Category, build_schema, token_of, with_token
 from raydet.tables.table import is_table, open_table, read_manifest, write_manifest
 
 INDEX_FILE = ".inputs.parquet"
-MOST_NAMED = 10
-"""For no more unreadable images than this, the result names each."""
 MOST_IMAGES_IN_PROCESS = 2_000
 """For no more images than this, starting Ray takes longer than it saves."""
 

@@ -18,7 +18,7 @@ from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
-from raydet.common.untrusted.documents import MAX_JSON_BYTES, DocumentError, parse_json
+from raydet.common.untrusted.documents import DocumentError
 from raydet.common.version import __version__
 from raydet.tables import storage
 from raydet.tables.folder_lock import Hold, LeaseTimes, hold
@@ -264,7 +264,7 @@ def _record_name(part: str | None) -> str:
 def _read_record(folder: str, name: str) -> RunRecord | None:
     uri = storage.join(folder, name)
     try:
-        content = parse_json(storage.read_limited(uri, MAX_JSON_BYTES))
+        content = storage.read_json(uri)
     except FileNotFoundError:
         return None
     except DocumentError as error:

@@ -14,17 +14,17 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydet.common.errors import UserError
-from raydet.common.untrusted.opening import ANYWHERE, LocalRoots
+from raydet.common.untrusted.documents import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml
+from raydet.common.untrusted.opening import ANYWHERE, LocalRoots, NotAFileError
 
 S3_ATTEMPTS = 11
 """Attempts per S3 request. The client waits 25 ms, 50 ms, … 25.6 s between them, 51 s in total.
@@ -189,11 +189,20 @@ def read_bytes(uri: str, *, max_bytes: int | None = None, roots: LocalRoots = AN
     return data
 
 
-def read_start(uri: str, num_bytes: int) -> bytes:
-    """Read up to `num_bytes` from the start of a file, which may be a pipe."""
+def read_yaml(uri: str) -> Any:
+    """Read a YAML document of plain values, within the limits of `parse_yaml`.
+
+    Raises:
+        DocumentError: It is not YAML, or exceeds a limit.
+        OSError: The file cannot be read.
+    """
     with open_stream(uri) as stream:
-        data: bytes = stream.read(num_bytes)
-    return data
+        return parse_yaml(stream.read(MAX_YAML_BYTES + 1))
+
+
+def read_json(uri: str, *, allow_nan: bool = False) -> Any:
+    """Read a JSON document, within the limits of `read_limited` and `parse_json`; raises as these do."""
+    return parse_json(read_limited(uri, MAX_JSON_BYTES), allow_nan=allow_nan)
 
 
 def read_limited(uri: str, max_bytes: int) -> bytes:
@@ -223,14 +232,10 @@ def open_input(uri: str) -> pa.NativeFile:
     if not isinstance(filesystem, pafs.LocalFileSystem):
         return filesystem.open_input_file(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise UserError(f"{uri} is a link or special file, expected a regular file; copy the file itself") from None
-        raise
+        descriptor, _ = ANYWHERE.descriptor_of(path, follows_links=False)
+    except NotAFileError as error:
+        raise UserError(f"{uri} cannot be read: {error.strerror}; copy the file itself") from None
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{uri} is a folder or special file, expected a regular file")
         return filesystem.open_input_file(f"/dev/fd/{descriptor}")  # opens the same file again
     finally:
         os.close(descriptor)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydet.common.errors import UserError
-from raydet.common.untrusted.documents import MAX_JSON_BYTES, parse_json
 from raydet.config import COCO_METRICS
 from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
@@ -181,7 +180,7 @@ def read_history(out: str) -> list[EpochRecord]:
     if not storage.exists(uri):
         return []
     try:
-        contents = parse_json(storage.read_limited(uri, MAX_JSON_BYTES), allow_nan=True)
+        contents = storage.read_json(uri, allow_nan=True)
         if not isinstance(contents, list):
             raise ValueError("it must be a list")
         return [EpochRecord.from_json(content) for content in contents]

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -22,7 +21,7 @@ from raydet.cluster import job_metrics
 from raydet.cluster.shares import Resources, decoders_near
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.allocator import keep_freed_memory
-from raydet.common.class_names import match_names
+from raydet.common.class_names import indices_in
 from raydet.common.threads import available_cpus
 from raydet.config import TrainConfig
 from raydet.models.detector import Detector
@@ -175,8 +174,7 @@ def _class_maps(run: _TrainingRun) -> dict[Kind, ClassMap]:
     for kind, table in tables.items():
         own = [category.name for category in table.categories]
         if own != names:
-            places = match_names(own, names)
-            maps[kind] = np.array([-1 if place is None else place for place in places], np.int64)
+            maps[kind] = indices_in(own, names)
     return maps
 
 

@@ -151,7 +151,7 @@ ARCHIVES: dict[str, Make] = {
     "a tar in a tar": lambda good: member("b.png", member("c.png", good) + END),
     "an image that is a bomb": lambda _: member("b.png", saved("PNG")[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1)),
 }
-"""What follows a good image in a tar."""
+"""Bytes that follow a good image in a tar, by name."""
 
 WHOLE_ARCHIVES: dict[str, Make] = {
     "gzip called tar": lambda good: gzip.compress(member("a.png", good) + END),

@@ -36,12 +36,12 @@ class Scene:
 
     @property
     def data(self) -> Path:
-        """What the command line names."""
+        """Folder of the files that the command line names."""
         return self.root / "data"
 
     @property
     def outside(self) -> Path:
-        """What no command may read or write."""
+        """Folder that no command may read or write."""
         return self.root / "outside"
 
     @property

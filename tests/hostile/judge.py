@@ -1,4 +1,4 @@
-"""What may be seen of a command that met something hostile, and what may not."""
+"""Rules for the output, files and processes of a command that met something hostile."""
 
 import json
 import math
@@ -34,7 +34,7 @@ Snapshot = dict[str, tuple[Any, ...]]
 
 @dataclass
 class Ended:
-    """How a command ended.
+    """End of a command.
 
     Attributes:
         code: Exit code; negative for a signal; None if it was killed because its time was over.

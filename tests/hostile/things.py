@@ -109,7 +109,7 @@ FILES: dict[str, Put] = {
     "empty hard link": _hard_link_inside,
     "missing": lambda *_: None,
 }
-"""What stands in place of a file; the good file has been removed, unless the thing needs it."""
+"""Things in place of a file; the good file has been removed, unless the thing needs it."""
 NEED_THE_FILE = ("growing", "unreadable")
 
 

@@ -10,7 +10,6 @@ from raydet.cluster.forecast.nodes import NodeGroup, groups_of_record, total_cpu
 from raydet.cluster.job_record import JOB_FILE
 from raydet.cluster.timeline import steady_rate
 from raydet.common.errors import UserError
-from raydet.common.untrusted.documents import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml
 from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
 
@@ -84,7 +83,7 @@ def read_run(out: str) -> MeasuredRun:
         history = _read_json(out, HISTORY_FILE) or ([stopped] if stopped else [])
         if not history:
             raise UserError(f"{uri}: no step was measured; train for an epoch, or stop the run with Ctrl-C later")
-        config = parse_yaml(storage.read_start(storage.join(out, "config.yaml"), MAX_YAML_BYTES + 1))
+        config = storage.read_yaml(storage.join(out, "config.yaml"))
         return _of_train(record, history, config, uri)
     except UserError:
         raise
@@ -190,7 +189,7 @@ def _unix_s(time_iso: str) -> float:
 
 def _read_json(out: str, name: str) -> Any:
     try:
-        return parse_json(storage.read_limited(storage.join(out, name), MAX_JSON_BYTES), allow_nan=True)
+        return storage.read_json(storage.join(out, name), allow_nan=True)
     except FileNotFoundError:
         return None
     except ValueError as error:

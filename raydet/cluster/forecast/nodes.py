@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
+from raydet.common.untrusted.documents import DocumentError
 from raydet.tables import storage
 
 _AWS_SIZE = re.compile(r"[a-z][a-z0-9-]*\.(?:(\d*)x)?large")
@@ -67,7 +67,7 @@ def groups_of_yaml(uri: str) -> list[NodeGroup]:
         UserError: The file cannot be read, or does not state the CPUs of a node type.
     """
     try:
-        content = parse_yaml(storage.read_start(uri, MAX_YAML_BYTES + 1))
+        content = storage.read_yaml(uri)
     except FileNotFoundError:
         raise UserError(f"no such cluster file: {uri}") from None
     except (DocumentError, OSError) as error:

@@ -23,6 +23,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a symbolic link",
 }
 
 
@@ -68,7 +69,7 @@ class LocalRoots:
             NotAFileError: The path leads to a folder, pipe, socket or device.
             OSError: The file cannot be opened; names that no file can have count too.
         """
-        descriptor, size = self._open(path)
+        descriptor, size = self.descriptor_of(path)
         return LocalFile(descriptor, size)
 
     def read(self, path: str, refuse_size: Callable[[int], None]) -> bytes:
@@ -78,19 +79,27 @@ class LocalRoots:
             path: Path of the file.
             refuse_size: Function that raises if the size in bytes is too large; called before anything is read.
         """
-        descriptor, size = self._open(path)
+        descriptor, size = self.descriptor_of(path)
         try:
             refuse_size(size)
             return _read_at(descriptor, size, 0)
         finally:
             os.close(descriptor)
 
-    def _open(self, path: str) -> tuple[int, int]:
-        """Return the descriptor and the size in bytes of a file that may be read."""
+    def descriptor_of(self, path: str, *, follows_links: bool = True) -> tuple[int, int]:
+        """Return the descriptor, which the caller closes, and the size in bytes of a file that may be read.
+
+        Raises as `open` does; without `follows_links`, a link counts as something other than a file.
+        """
+        flags = (_PATH_FLAGS if _CAN_LOOK_FIRST else _FLAGS) | (0 if follows_links else os.O_NOFOLLOW)
         try:
-            looked_at = os.open(path, _PATH_FLAGS if _CAN_LOOK_FIRST else _FLAGS)
+            looked_at = os.open(path, flags)
         except ValueError:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
+        except OSError as error:
+            if follows_links or error.errno != errno.ELOOP:
+                raise
+            raise NotAFileError(errno.EINVAL, f"it is {_KINDS[stat.S_IFLNK]}, not a file") from None
         is_open = False
         try:
             size = self._judge(path, looked_at)

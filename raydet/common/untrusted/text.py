@@ -1,6 +1,8 @@
 """Text files that other programs wrote: bytes → text, in the encodings that editors and spreadsheets use."""
 
+import io
 import json
+from typing import Any
 
 
 class TextError(Exception):
@@ -15,6 +17,17 @@ def encoding_of(head: bytes) -> str:
     """
     # Python's detection for JSON is right for any text that begins with two ASCII characters.
     return json.detect_encoding(head[:4])
+
+
+def text_stream(file: Any, *, newline: str | None = None) -> io.TextIOWrapper:
+    """Return a text stream over an open binary file, in the encoding that `encoding_of` finds.
+
+    Args:
+        file: A raw or buffered file; closing the text stream closes it.
+        newline: As for `open`.
+    """
+    buffered = io.BufferedReader(file)
+    return io.TextIOWrapper(buffered, encoding=encoding_of(buffered.peek(4)), newline=newline)
 
 
 def decode_text(data: bytes) -> str:

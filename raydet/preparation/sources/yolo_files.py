@@ -26,7 +26,6 @@ from raydet.preparation.sources.source import read_class_names
 from raydet.tables import storage
 from raydet.tables.schema import Category
 
-_MAX_YAML_BYTES = 2**20
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 
 

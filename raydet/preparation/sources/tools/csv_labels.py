@@ -18,12 +18,11 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.untrusted.text import encoding_of
+from raydet.common.untrusted.text import text_stream
 from raydet.images.files import ImageFolder, is_image_name, readable
 from raydet.preparation.sources.coco_index import AnnotationEntry, CocoIndex, ImageEntry
 from raydet.preparation.sources.source import (
@@ -242,10 +241,8 @@ def _box(values: Sequence[str], where: str, line: int) -> BoxXywh | None:
 
 @contextlib.contextmanager
 def _open_text(uri: str) -> Iterator[io.TextIOWrapper]:
-    with storage.open_stream(uri) as stream:
-        buffered = io.BufferedReader(cast(io.RawIOBase, stream))
-        with io.TextIOWrapper(buffered, encoding=encoding_of(buffered.peek(4)), newline="") as text:
-            yield text
+    with storage.open_stream(uri) as stream, text_stream(stream, newline="") as text:
+        yield text
 
 
 def _rows(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, list[str]]]:
