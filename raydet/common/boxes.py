@@ -27,32 +27,30 @@ def xyxy_to_xywh(boxes_xyxy: Boxes) -> Boxes:
     return np.concatenate([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], axis=1)
 
 
-def xywh_to_normalised_cxcywh(boxes_xywh: Boxes, size_hw: tuple[int, int]) -> Boxes:
-    """Convert pixel boxes (left, top, width, height) to normalised centre form, the regression target of DETR models.
+def _sides(size_hw: tuple[int, int]) -> Boxes:
+    """Return width, height, width, height, [4]."""
+    return np.array([size_hw[1], size_hw[0]] * 2, np.float64)
 
-    Args:
-        boxes_xywh: Absolute pixels, [N, 4].
-        size_hw: Height and width of the image in pixels, without padding.
+
+def xywh_to_normalised_cxcywh(boxes_xywh: Boxes, size_hw: tuple[int, int]) -> Boxes:
+    """Convert pixel boxes [N, 4] (left, top, width, height) to normalised centre form, the target of DETR models.
+
+    The size is that of the image in pixels, without padding.
     """
-    height, width = size_hw
-    scale = np.array([width, height, width, height], dtype=np.float64)
     centres = boxes_xywh[:, :2] + boxes_xywh[:, 2:] / 2
-    return np.concatenate([centres, boxes_xywh[:, 2:]], axis=1) / scale
+    return np.concatenate([centres, boxes_xywh[:, 2:]], axis=1) / _sides(size_hw)
 
 
 def normalised_cxcywh_to_xywh(boxes_cxcywh: Boxes, size_hw: tuple[int, int]) -> Boxes:
     """Invert `xywh_to_normalised_cxcywh`, [N, 4] → [N, 4]."""
-    height, width = size_hw
-    boxes = boxes_cxcywh * np.array([width, height, width, height], dtype=np.float64)
+    boxes = boxes_cxcywh * _sides(size_hw)
     return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2:]], axis=1)
 
 
 def clip_xywh(boxes_xywh: Boxes, size_hw: tuple[int, int]) -> Boxes:
     """Clip boxes to the image, [N, 4] → [N, 4]; a box entirely outside gets zero width or height."""
-    height, width = size_hw
-    limits = np.array([width, height, width, height], dtype=np.float64)
-    clipped = np.clip(xywh_to_xyxy(boxes_xywh), 0.0, limits)
-    corners = xywh_to_xyxy(boxes_xywh)
+    limits, corners = _sides(size_hw), xywh_to_xyxy(boxes_xywh)
+    clipped = np.clip(corners, 0.0, limits)
     inside = np.all((corners >= 0) & (corners <= limits), axis=1)
     # Boxes inside the image keep their exact values: (x + w) - x does not always equal w in floating point.
     return np.where(inside.reshape(-1, 1), boxes_xywh, xyxy_to_xywh(clipped))

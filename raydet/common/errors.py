@@ -21,12 +21,7 @@ class RunError(RuntimeError):
 
 
 class RunStopped(RunError):  # noqa: N818 - stopping on request is not an error
-    """Stop requested by a signal, after saving everything needed to resume; the exit code is 128 + the signal number.
-
-    Args:
-        message: For the user.
-        signal_number: The signal that requested the stop; SIGTERM by default.
-    """
+    """Stop requested by a signal, after saving what is needed to resume; the exit code is 128 + the signal number."""
 
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
@@ -43,23 +38,16 @@ def printable(text: str) -> str:
 
 
 def first_line(message: object, *, otherwise: str | None = None) -> str:
-    """Return the first line of a message that is not blank.
-
-    Args:
-        message: Text, or an exception.
-        otherwise: Result for a blank message; by default the name of the type of an exception.
-    """
+    """Return the first line of a text or exception that is not blank, or else `otherwise` or the name of its type."""
     lines = (line.strip() for line in str(message).splitlines())
     blank = type(message).__name__ if otherwise is None else otherwise
     return next((line for line in lines if line), blank)
 
 
 def one_line(message: object, *, limit: int | None = None) -> str:
-    """Collapse a message into one line.
+    """Collapse a text or exception into one line; an exception without a message is shown by the name of its type.
 
-    Args:
-        message: Text, or an exception; one without a message is shown by the name of its type.
-        limit: Maximum number of characters; a longer message is cut and ends in an ellipsis.
+    A line of more than `limit` characters is cut and ends in an ellipsis.
     """
     text = " ".join(str(message).split())
     if not text and isinstance(message, BaseException):

@@ -55,9 +55,6 @@ def offline_if_local(name: str) -> Iterator[None]:
     """Context manager: if a model is a local folder, every request to the Hub in the block raises an error.
 
     The files of a model may name other models, adapters and kernels, which transformers would fetch, and run.
-
-    Args:
-        name: A folder, or a name on the Hub.
     """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or Path(name).exists()

@@ -8,10 +8,7 @@ _PACKAGES = {"openvino": ("openvino",), "onnx": ("onnx", "onnxruntime")}
 
 
 def require_packages(extra: str) -> None:
-    """Check that the packages of an extra are installed, without importing them.
-
-    Args:
-        extra: "openvino" or "onnx".
+    """Check that the packages of an extra, "openvino" or "onnx", are installed, without importing them.
 
     Raises:
         UserError: A package is missing.

@@ -54,10 +54,6 @@ def without_secrets(value: Any) -> Any:
 def refuse_password(uri: str, *, what: str) -> None:
     """Refuse a URI that contains a password, a query or a fragment, where raydet would have to store the URI.
 
-    Args:
-        uri: A path or URI.
-        what: Description of the URI for the message.
-
     Raises:
         UserError: The URI contains more than a place, or than options of a file system.
     """

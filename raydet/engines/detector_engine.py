@@ -49,14 +49,10 @@ class DetectorEngine(ABC):
         num_threads: int | None = None,
         resize_on: ResizeOn = "cpu",
     ) -> None:
-        """Set up the engine; load nothing.
+        """Set up the engine for a loaded detector, with its inputs on `device`.
 
-        Args:
-            detector: Detector that makes the model's inputs and converts its outputs.
-            device: Device of the model's inputs, on which pixels are normalised.
-            pad_batches: Pad images as in `ResizeRule.padded_size_hw`; if False, each size is a separate batch.
-            num_threads: torch threads of the process; None leaves the number unchanged.
-            resize_on: Where `prepare` resizes: in the caller on the CPU, or on `device`.
+        `pad_batches` pads images as in `ResizeRule.padded_size_hw`; without it, each size is a separate batch.
+        `num_threads` are torch's; None leaves their number. `prepare` resizes on the CPU or on `device`.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -74,11 +70,7 @@ class DetectorEngine(ABC):
         return self.resize_rule.target_size_hw(size_hw)
 
     def prepare(self, images: Sequence[Image]) -> list[EngineBatch]:
-        """Resize images as the model's image processor does, and batch images of the same size.
-
-        Args:
-            images: RGB, uint8 [H, W, 3] each, of any size.
-        """
+        """Resize images, RGB uint8 [H, W, 3], as the model's image processor does, and batch those of the same size."""
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         targets_hw = [self.input_size_hw(size_hw) for size_hw in sizes_hw]
         if self._resize_on == "device":
@@ -95,12 +87,7 @@ class DetectorEngine(ABC):
         return self.prepare_planes(planes, [example.original_size_hw for example in examples])
 
     def prepare_planes(self, planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]) -> list[EngineBatch]:
-        """Batch images of the same size, and start their copy to the device.
-
-        Args:
-            planes: RGB, uint8 [3, H, W] each, resized by `resize_rule`.
-            original_sizes_hw: Height and width in pixels of each image before the resize.
-        """
+        """Batch images of the same size, and start their copy to the device; see `Engine.prepare_planes`."""
         sizes_hw = [(image.shape[1], image.shape[2]) for image in planes]
         return self._batches(planes, sizes_hw, original_sizes_hw, self._padded)
 
@@ -161,16 +148,10 @@ class DetectorEngine(ABC):
     def start(
         self, prepared: Sequence[EngineBatch], *, observe: Callable[[EngineBatch, Tensor, Tensor], None] | None = None
     ) -> Callable[[], list[Detections]]:
-        """Start detecting objects; a GPU computes after the call returns.
+        """Start detecting objects, see `Engine.start`; a GPU computes after the call returns.
 
-        Args:
-            prepared: Result of `prepare` or `prepare_planes`.
-            observe: Called with each batch and its outputs: logits [B, Q, C] and boxes [B, Q, 4], centre form relative
-                to the image.
-
-        Returns:
-            A function that waits for the result: one `Detections` per image, in order, in pixels of the image before
-            the resize.
+        `observe` is called with each batch and its outputs: logits [B, Q, C] and boxes [B, Q, 4], centre form relative
+        to the image.
         """
         started = []
         with torch.inference_mode():
@@ -197,10 +178,7 @@ class DetectorEngine(ABC):
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Run the model.
-
-        Args:
-            inputs: Result of `Detector.model_inputs`.
+        """Run the model on the result of `Detector.model_inputs`.
 
         Returns:
             Logits [B, Q, C] and boxes [B, Q, 4], centre form relative to the image, on any device.

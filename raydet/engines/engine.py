@@ -38,33 +38,17 @@ class Engine(Protocol):
         """Return height and width in pixels of the model's input for an image of this size, without padding."""
 
     def prepare(self, images: Sequence[Image]) -> Any:
-        """Resize images and batch them; may run in a different thread from `start`.
-
-        Args:
-            images: RGB, uint8 [H, W, 3] each.
-
-        Returns:
-            The argument of `start`.
-        """
+        """Resize images, RGB uint8 [H, W, 3], and batch them for `start`; may run in another thread than `start`."""
 
     def prepare_planes(self, planes: Sequence[Image], original_sizes_hw: Sequence[SizeHW]) -> Any:
-        """Batch images that `resize_rule` has resized; may run in a different thread from `start`.
+        """Batch images, RGB uint8 [3, H, W], that `resize_rule` has resized, as `prepare` does.
 
         Never called with `--resize-on device`, or if `raydet.engines.loading.resize_rule_before` returns None.
-
-        Args:
-            planes: RGB, uint8 [3, H, W] each.
-            original_sizes_hw: Height and width in pixels of each image before the resize.
-
-        Returns:
-            The argument of `start`.
+        `original_sizes_hw` are height and width in pixels of each image before the resize.
         """
 
     def start(self, prepared: Any) -> "Callable[[], list[Detections]]":
-        """Start detecting objects; an asynchronous device computes after the call returns.
-
-        Args:
-            prepared: Result of `prepare` or `prepare_planes`.
+        """Start detecting objects in what `prepare` returned; an asynchronous device computes after the call returns.
 
         Returns:
             A function that waits for the result, one `Detections` per image, in order. Boxes are in descending score
@@ -73,11 +57,7 @@ class Engine(Protocol):
 
 
 def check_engine(config: PredictConfig, model_type: str) -> None:
-    """Refuse a config that its engine does not support, if this can be checked without loading the model.
-
-    Args:
-        config: Config that names a checkpoint.
-        model_type: Model type of the checkpoint, one of `raydet.models.families.FAMILIES`.
+    """Refuse a config of a checkpoint that its engine does not support, if this can be checked without loading it.
 
     Raises:
         UserError: The engine's package is not installed, or the engine does not support the precision or the model.

@@ -18,11 +18,7 @@ class OnnxEngine(DetectorEngine):
     """The graph that `raydet.exports.onnx` writes, traced when the checkpoint is loaded, which takes a few seconds."""
 
     def __init__(self, config: PredictConfig, *, num_threads: int) -> None:
-        """Load and convert the checkpoint of a config.
-
-        Args:
-            config: `checkpoint`, `precision` and `pad_batches` are read.
-            num_threads: Number of compute threads.
+        """Load and convert the checkpoint of a config; see `load_engine`.
 
         Raises:
             UserError: The model does not exist, this engine does not support it, or ONNX Runtime is not installed.

@@ -26,11 +26,7 @@ class OpenVinoEngine(DetectorEngine):
     """A graph of the checkpoint, traced when it is loaded, which takes a few seconds."""
 
     def __init__(self, config: PredictConfig, *, num_threads: int) -> None:
-        """Load and convert the checkpoint of a config.
-
-        Args:
-            config: `checkpoint`, `precision` and `pad_batches` are read.
-            num_threads: Number of compute threads.
+        """Load and convert the checkpoint of a config; see `load_engine`.
 
         Raises:
             UserError: The model does not exist, this engine does not support it, or OpenVINO is not installed.

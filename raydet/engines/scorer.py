@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raydet.config import PredictConfig
 from raydet.engines.selection import check_classes, select
@@ -25,20 +25,11 @@ _BATCHES_AT_ONCE = 2
 """Maximum number of prepared batches, and of batches that the device has not finished."""
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """One view of one image, by index."""
 
     image: int
     view: int
-
-
-@dataclass(frozen=True)
-class _TileBatch:
-    """One batch of the model: its jobs, and their pixels as the engine prepared them."""
-
-    jobs: list[_Job]
-    prepared: Any
 
 
 @dataclass(frozen=True)
@@ -47,22 +38,19 @@ class PreparedImages:
 
     Attributes:
         sizes_hw: Height and width of each image in pixels.
-        views: The views of each image.
-        batches: Batches for the engine; the first ones are ready, the others are prepared on demand.
+        batches: Jobs of each batch, and their pixels as the engine prepared them; the first ones are ready, the others
+            are prepared on demand.
     """
 
     sizes_hw: list[SizeHW]
     views: list[list[TileView]]
-    batches: Iterator[_TileBatch]
+    batches: Iterator[tuple[list[_Job], Any]]
 
 
 class Scorer:
     """Object detection as a `PredictConfig` describes it: tiles, mirrored views, merging, selection.
 
-    Args:
-        engine: Runs the model.
-        config: Tiles, merging and selection are read; the rest concerns the engine.
-        batch_size: Maximum number of views per batch of the engine.
+    `batch_size` is the maximum number of views per batch of the engine.
 
     Raises:
         UserError: `config.classes` names a class that the engine does not know.
@@ -78,10 +66,8 @@ class Scorer:
         """Plan the views of images and prepare the first batches for the model.
 
         May run in a different thread from `predict`. Without tiles this is usually all of the CPU's work. Tiles make
-        many batches, most of which are prepared during `predict`.
-
-        Args:
-            images: RGB, uint8 [H, W, 3], of any sizes; kept in memory until `predict` returns.
+        many batches, most of which are prepared during `predict`. The images, RGB uint8 [H, W, 3], are kept in memory
+        until then.
         """
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         views = [planned_views(size_hw, self._config) for size_hw in sizes_hw]
@@ -94,10 +80,8 @@ class Scorer:
     def prepare_resized(self, sizes_hw: Sequence[SizeHW], planes: Sequence[Sequence[Image]]) -> PreparedImages:
         """Prepare images whose views are cut and resized already.
 
-        Args:
-            sizes_hw: Height and width in pixels of each image.
-            planes: For each image its views in the order of `planned_views`, each resized by the engine's
-                `resize_rule`, uint8 [3, height, width]; kept in memory until `predict` returns.
+        `planes` holds the views of each image in the order of `planned_views`, each resized by the engine's
+        `resize_rule`, uint8 [3, height, width]; they are kept in memory until `predict` returns.
         """
         views = [planned_views(size_hw, self._config) for size_hw in sizes_hw]
 
@@ -116,7 +100,7 @@ class Scorer:
             # Views of similar size share a batch, which keeps the padding small.
             jobs.sort(key=lambda job: self._engine.input_size_hw(views[job.image][job.view].size_hw))
         parts = (jobs[start : start + self._batch_size] for start in range(0, len(jobs), self._batch_size))
-        batches = (_TileBatch(part, prepare(part)) for part in parts)
+        batches = ((part, prepare(part)) for part in parts)
         return PreparedImages(list(sizes_hw), views, chain(list(islice(batches, _BATCHES_AT_ONCE)), batches))
 
     def predict(self, prepared: PreparedImages) -> list[Detections]:
@@ -140,7 +124,7 @@ class Scorer:
             upcoming = thread.submit(next, prepared.batches, None)
             while (batch := upcoming.result()) is not None:
                 upcoming = thread.submit(next, prepared.batches, None)
-                started.append((batch.jobs, self._engine.start(batch.prepared)))
+                started.append((batch[0], self._engine.start(batch[1])))
                 if len(started) == _BATCHES_AT_ONCE:
                     fetch()
         while started:
@@ -154,10 +138,7 @@ class Scorer:
         """Merge the detections of an image's views and drop those that were not requested."""
         config = self._config
         if self._classes is not None:  # Before the merge, which uses only the best boxes of each view.
-            found = [
-                select(one, score_threshold=0.0, top_k=None, categories=self._classes, class_agnostic_nms=None)
-                for one in found
-            ]
+            found = [select(one, categories=self._classes) for one in found]
         merged = merge(
             views,
             found,
@@ -170,6 +151,5 @@ class Scorer:
             merged,
             score_threshold=config.score_threshold,
             top_k=config.top_k,
-            categories=None,
             class_agnostic_nms=config.class_agnostic_nms,
         )

@@ -21,11 +21,7 @@ _MOST_NAMES_SHOWN = 100
 
 
 def check_classes(classes: Sequence[str] | None, categories: Sequence[Category]) -> tuple[int, ...] | None:
-    """Convert class names to indices.
-
-    Args:
-        classes: Names, as in `--classes`; None for all.
-        categories: The classes of the model, in the order of their indices.
+    """Convert class names, as in `--classes`, to indices.
 
     Returns:
         Ascending indices of these classes; a name that several classes share has several. None for all.
@@ -50,10 +46,10 @@ def check_classes(classes: Sequence[str] | None, categories: Sequence[Category])
 def select(
     found: "Detections",
     *,
-    score_threshold: float,
-    top_k: int | None,
-    categories: Sequence[int] | None,
-    class_agnostic_nms: float | None,
+    score_threshold: float = 0.0,
+    top_k: int | None = None,
+    categories: Sequence[int] | None = None,
+    class_agnostic_nms: float | None = None,
 ) -> "Detections":
     """Drop detections that were not requested.
 

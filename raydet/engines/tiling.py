@@ -1,7 +1,7 @@
 """The merge of the detections in an image's views (`views.py`) into one set of boxes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -64,9 +64,8 @@ def merge(
         merged = Detections(found.boxes_xywh[kept], found.scores[kept], found.categories[kept])
     else:
         merged = _fuse(found, iou)
-    boxes_xywh = clip_xywh(merged.boxes_xywh, size_hw)
-    kept = np.flatnonzero(has_area(boxes_xywh))[:max_detections]
-    return Detections(boxes_xywh[kept], merged.scores[kept], merged.categories[kept])
+    clipped = Detections(clip_xywh(merged.boxes_xywh, size_hw), merged.scores, merged.categories)
+    return _take(clipped, np.flatnonzero(has_area(clipped.boxes_xywh))[:max_detections])
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,8 @@ class _Found:
     num_views: Integers
 
     def take(self, kept: Integers | Flags) -> "_Found":
-        return _Found(
-            self.boxes_xywh[kept],
-            self.scores[kept],
-            self.categories[kept],
-            self.views[kept],
-            self.windows[kept],
-            self.is_cut[kept],
-            self.windows_xyxy,
-            self.num_views,
-        )
+        by_box = ("boxes_xywh", "scores", "categories", "views", "windows", "is_cut")
+        return replace(self, **{name: getattr(self, name)[kept] for name in by_box})
 
 
 def _gather(
@@ -113,10 +104,8 @@ def _gather(
     number_of = {window: number for number, window in enumerate(dict.fromkeys(view.window_xyxy for view in views))}
     window_of_view = np.array([number_of[view.window_xyxy] for view in views])
     least_side = _shared_by_tiles(views)
-    best = [
-        _best_of(found, least_side=least_side if view.is_whole else 0.0, is_fused=is_fused, iou=iou)
-        for found, view in zip(detections, views, strict=True)
-    ]
+    least_sides = [least_side if view.is_whole else 0.0 for view in views]
+    best = [_best_of(*pair, is_fused=is_fused, iou=iou) for pair in zip(detections, least_sides, strict=True)]
     boxes = [_to_image(found.boxes_xywh, view) for found, view in zip(best, views, strict=True)]
     view_numbers = np.repeat(np.arange(len(views)), [len(found.scores) for found in best])
     scores = np.concatenate([found.scores for found in best])
@@ -147,7 +136,7 @@ def _shared_by_tiles(views: Sequence[TileView]) -> float:
     return float(min(shared, default=0))
 
 
-def _best_of(found: Detections, *, least_side: float, is_fused: bool, iou: float) -> Detections:
+def _best_of(found: Detections, least_side: float, *, is_fused: bool, iou: float) -> Detections:
     """Select the boxes of one view that take part in the merge."""
     # Tiles show small objects whole and at a higher resolution than the whole image, whose coarse box, some pixels
     # off, would overlap too little to count as the same object.

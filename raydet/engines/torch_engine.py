@@ -27,14 +27,9 @@ class TorchEngine(DetectorEngine):
         num_threads: int | None = None,
         resize_on: ResizeOn = "cpu",
     ) -> None:
-        """Wrap a detector on its own device. Each call leaves the model's mode unchanged.
+        """Wrap a detector on its own device; see `DetectorEngine`.
 
-        Args:
-            detector: Detector in any mode; it runs in evaluation mode.
-            precision: Precision of the computation; fp16 requires a GPU.
-            pad_batches: Pad images as in `ResizeRule.padded_size_hw`; if False, each size is a separate batch.
-            num_threads: torch CPU threads of the process; None leaves the number unchanged.
-            resize_on: Place where `prepare` resizes; `device` is the detector's own.
+        The detector runs in evaluation mode, and each call leaves its mode unchanged. fp16 requires a GPU.
         """
         super().__init__(
             detector, device=detector.device, pad_batches=pad_batches, num_threads=num_threads, resize_on=resize_on
@@ -45,13 +40,7 @@ class TorchEngine(DetectorEngine):
 
     @classmethod
     def load(cls, config: PredictConfig, *, device: str, num_threads: int) -> "TorchEngine":
-        """Load the checkpoint of a config.
-
-        Args:
-            config: Config; `checkpoint`, `precision`, `compile`, `channels_last`, `pad_batches` and `resize_on` are
-                used.
-            device: cpu, cuda or cuda:N.
-            num_threads: torch CPU threads of the process.
+        """Load the checkpoint of a config; see `load_engine`.
 
         Raises:
             UserError: The model does not exist, or the device does not support the precision or the resize.
@@ -64,13 +53,8 @@ class TorchEngine(DetectorEngine):
         if config.resize_on == "device" and detector.resize_rule.resample == LANCZOS:
             raise no_lanczos_on_device(config.checkpoint)
         detector.model.eval()
-        engine = cls(
-            detector,
-            precision=config.precision,
-            pad_batches=config.pad_batches,
-            num_threads=num_threads,
-            resize_on=config.resize_on,
-        )
+        options: Any = {name: getattr(config, name) for name in ("precision", "pad_batches", "resize_on")}
+        engine = cls(detector, num_threads=num_threads, **options)
         if config.channels_last:
             engine._memory_format = torch.channels_last
             nn.Module.to(detector.model, memory_format=torch.channels_last)

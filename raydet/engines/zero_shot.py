@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_zero_shot(name: str) -> str:
-    """Check from a model's `config.json` that it is a zero-shot detector.
-
-    Args:
-        name: A model folder, or a name on the Hub.
-
-    Returns:
-        Its model type, as transformers calls it.
+    """Check the `config.json` of a model folder, or of a name on the Hub, and return the type of zero-shot detector.
 
     Raises:
         UserError: There is no model, or it is not a zero-shot detector.
@@ -63,11 +57,6 @@ def load_zero_shot(config: PredictConfig, *, device: str, num_threads: int) -> "
     """Load the zero-shot detector of a config.
 
     Its categories are the labels in order; the id of each is its index.
-
-    Args:
-        config: Config with `model` and `labels`.
-        device: cpu, cuda or cuda:N.
-        num_threads: torch CPU threads of the process.
 
     Raises:
         UserError: The model does not exist, cannot be read or is not a zero-shot detector, it cannot read a label, or

@@ -93,7 +93,7 @@ def _refuse_constant(name: str) -> Any:
     raise DocumentError(f"it contains {name}, which is not a number")
 
 
-def parse_yaml(data: bytes | str, *, max_bytes: int = MAX_YAML_BYTES) -> Any:
+def parse_yaml(data: bytes | str) -> Any:
     """Parse a YAML document of plain values.
 
     Raises:
@@ -101,8 +101,8 @@ def parse_yaml(data: bytes | str, *, max_bytes: int = MAX_YAML_BYTES) -> Any:
     """
     import yaml  # imported late: most callers need JSON only
 
-    if len(data) > max_bytes:
-        raise DocumentError(f"it is larger than {max_bytes // 1024:,} KiB")
+    if len(data) > MAX_YAML_BYTES:
+        raise DocumentError(f"it is larger than {MAX_YAML_BYTES // 1024:,} KiB")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_growth(yaml, data, loader)

@@ -75,9 +75,7 @@ class LocalRoots:
     def read(self, path: str, refuse_size: Callable[[int], None]) -> bytes:
         """Read a whole file, as it was when it was opened; raises as `open` does.
 
-        Args:
-            path: Path of the file.
-            refuse_size: Function that raises if the size in bytes is too large; called before anything is read.
+        `refuse_size` raises if the size in bytes is too large; it is called before anything is read.
         """
         descriptor, size = self.descriptor_of(path)
         try:
@@ -209,9 +207,7 @@ def _real_path_of(path: str, descriptor: int, status: os.stat_result) -> str:
 def refusal_in_folder(folder: str, *, is_opened: Callable[[str], bool] = lambda _: True) -> str | None:
     """Return the first file below a local folder that other libraries must not open, with the reason; None if none.
 
-    Args:
-        folder: Path of the folder.
-        is_opened: Returns False for the name of a file that they do not open.
+    `is_opened` returns False for the name of a file that they do not open.
     """
     paths = (str(Path(place, name)) for place, _, names in os.walk(folder) for name in names if is_opened(name))
     return next((f"{path!r} {reason}" for path in paths if (reason := refusal_of_name(path)) is not None), None)

@@ -10,22 +10,13 @@ class TextError(Exception):
 
 
 def encoding_of(head: bytes) -> str:
-    """Return the encoding of a text file: UTF-8, UTF-16 or UTF-32, by its byte order mark or its NUL bytes.
-
-    Args:
-        head: The first four bytes of the file, or all if it has fewer.
-    """
+    """Return the encoding of a text file, UTF-8, UTF-16 or UTF-32, by its first four bytes: mark or NUL bytes."""
     # Python's detection for JSON is right for any text that begins with two ASCII characters.
     return json.detect_encoding(head[:4])
 
 
 def text_stream(file: Any, *, newline: str | None = None) -> io.TextIOWrapper:
-    """Return a text stream over an open binary file, in the encoding that `encoding_of` finds.
-
-    Args:
-        file: A raw or buffered file; closing the text stream closes it.
-        newline: As for `open`.
-    """
+    """Return a text stream over an open binary file, which it closes, in the encoding that `encoding_of` finds."""
     buffered = io.BufferedReader(file)
     return io.TextIOWrapper(buffered, encoding=encoding_of(buffered.peek(4)), newline=newline)
 

@@ -72,14 +72,7 @@ class ZeroShotEngine(ABC):
     def __init__(
         self, name: str, labels: Sequence[str], *, config: PredictConfig, device: str, num_threads: int
     ) -> None:
-        """Load the model and read the labels.
-
-        Args:
-            name: A model folder or URI, or a name on the Hub.
-            labels: Labels, at least one, stripped and all different.
-            config: `precision`, `compile`, `channels_last` and `engine` are read.
-            device: cpu, cuda or cuda:N.
-            num_threads: torch CPU threads of the process.
+        """Load a model by its folder, URI or name on the Hub, and read the labels, stripped and all different.
 
         Raises:
             UserError: The model or a label cannot be read, or the device does not support the precision.
@@ -108,11 +101,7 @@ class ZeroShotEngine(ABC):
 
     @abstractmethod
     def prepare(self, images: Sequence[Image]) -> Prepared:
-        """Resize, normalise and pad images on the CPU, as the model's processor does.
-
-        Args:
-            images: RGB, uint8 [H, W, 3], of any sizes.
-        """
+        """Resize, normalise and pad images, RGB uint8 [H, W, 3], on the CPU, as the model's processor does."""
 
     def _read_resize_rule(self) -> ResizeRule:
         return resize_rule_of(self._processor.image_processor, where=self._name)
@@ -149,9 +138,6 @@ class ZeroShotEngine(ABC):
     @torch.inference_mode()
     def predict(self, prepared: Prepared) -> list[Detections]:
         """Find the labels in images.
-
-        Args:
-            prepared: Result of `prepare`.
 
         Returns:
             One `Detections` per image, in order: for each proposed box its best label, as the model's processor

@@ -23,13 +23,7 @@ class GroundingDinoEngine(ZeroShotEngine):
     """
 
     def prepare(self, images: Sequence[Image]) -> Prepared:
-        """Resize, normalise and pad images on the CPU, as the model's processor does.
-
-        Only images of the same size share a batch, so that no result depends on the other images.
-
-        Args:
-            images: RGB, uint8 [H, W, 3], of any sizes.
-        """
+        """Batch only images of the same size, so that no result depends on the others; see `ZeroShotEngine.prepare`."""
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         # The processor itself fails on images so narrow that a side rounds to zero.
         resized = [

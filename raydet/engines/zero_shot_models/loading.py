@@ -16,10 +16,7 @@ from raydet.tables import storage
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, Any]:
-    """Load a zero-shot model in fp32 and its processor.
-
-    Args:
-        name: A model folder or URI, or a name on the Hub.
+    """Load a zero-shot model in fp32 and its processor, by folder, URI or name on the Hub.
 
     Raises:
         UserError: The model cannot be read or lacks weights.

@@ -19,11 +19,7 @@ class OwlEngine(ZeroShotEngine):
     """
 
     def prepare(self, images: Sequence[Image]) -> Prepared:
-        """Resize, normalise and pad images on the CPU, as the model's processor does.
-
-        Args:
-            images: RGB, uint8 [H, W, 3], of any sizes.
-        """
+        """Make one batch of all images, which the processor resizes to one size; see `ZeroShotEngine.prepare`."""
         sizes_hw = [(image.shape[0], image.shape[1]) for image in images]
         return Prepared(sizes_hw, [self._as_part(images, list(range(len(images))))])
 
