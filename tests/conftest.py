@@ -120,6 +120,14 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture
+def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases on outputs in an object store settle at once, because no other run starts at the same moment."""
+    from raydet.tables import folder_lock
+
+    monkeypatch.setattr(folder_lock, "LeaseTimes", functools.partial(folder_lock.LeaseTimes, settle_s=0.0))
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread for torch: results are reproducible, and tiny models are faster without thread synchronisation."""
     import torch

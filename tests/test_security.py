@@ -1,6 +1,7 @@
 """The guarantees of SECURITY.md: loopback only, no secrets in files, no execution of foreign code."""
 
 import ast
+import dataclasses
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import raydet
 from raydet.cli.main import main
 from raydet.common.errors import UserError
 from raydet.common.redaction import refuse_password, without_secrets
-from raydet.config import PredictConfig, TrainConfig, identity, to_yaml
+from raydet.config import PredictConfig, PrepareVocConfig, TrainConfig, identity, to_yaml
 from raydet.images.collection import open_collection
 from raydet.images.files import ImageFolder, ReadError
 from raydet.images.references import FileReader, Reference
@@ -217,9 +218,10 @@ def test_voc_does_not_lead_out(tmp_path: Path) -> None:
         (tmp_path / "xml" / f"{name}.xml").write_text(XML)
     link(tmp_path / "xml" / "c.xml", tmp_path / "outside" / "secret.xml")
     (tmp_path / "split.txt").write_text(f"a\nb\nc\n../outside/secret\n{tmp_path}/outside/secret\n")
-    folders = ImageFolder(str(tmp_path / "xml")), ImageFolder(str(tmp_path / "img"))
+    config = PrepareVocConfig(annotations=str(tmp_path / "xml"), images=str(tmp_path / "img"), out="unused")
     for split in (None, str(tmp_path / "split.txt")):
-        records = {item.path: item for item in read_voc(*folders, split_uri=split).images}
+        source = read_voc(dataclasses.replace(config, split=split), ImageFolder(config.images))
+        records = {item.path: item for item in source.images}
         accepted = [path for path, item in records.items() if item.refusal is None]
         assert accepted == ["a.png"]
         assert "symbolic link" in str(records["b.png"].refusal)

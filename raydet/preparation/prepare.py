@@ -59,7 +59,7 @@ from raydet.preparation.sources.tools.cvat import read_cvat
 from raydet.preparation.sources.tools.label_studio import read_label_studio
 from raydet.preparation.sources.voc import read_voc
 from raydet.preparation.sources.yolo import read_yolo
-from raydet.preparation.sources.yolo_files import find_in_data_yaml, find_in_folders
+from raydet.preparation.sources.yolo_files import find_files
 from raydet.preparation.target import Target
 from raydet.preparation.writing import PreparationPlan, write_tables
 from raydet.tables import storage
@@ -67,7 +67,6 @@ from raydet.tables.output_folder import open_folder
 from raydet.tables.table import SPLITS
 
 _Opened = tuple[Source, ImageReader]
-_COMMAND = "prepare"
 _RAY_FROM_IMAGES = 5_000
 """On an existing cluster: below this, starting the tasks takes as long as the work."""
 _OWN_RAY_FROM_IMAGES, _OWN_RAY_FROM_CPUS = 50_000, 8
@@ -90,179 +89,96 @@ def prepare_coco(config: PrepareCocoConfig, *, console: Console | None = None) -
         UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
         RunError: Storage or cluster failed.
     """
-    return _prepare(config, _open_coco, console=console)
-
-
-def _open_coco(config: PrepareCocoConfig) -> _Opened:
-    folder = ImageFolder(config.images, allow_root=config.allow_root)
-    return read_coco(config.annotations, folder), folder
+    return _prepare(config, partial(_in_folder, read_coco), console=console)
 
 
 def prepare_voc(config: PrepareVocConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from Pascal VOC XML files and their images; `sources/voc.py` describes the format.
 
-    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
+    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`, which states the other errors too.
 
     Raises:
-        UserError: A folder or the split is missing or invalid, no XML file belongs to an image, no class is named, no
-            image can be read, or OUT holds other files.
-        RunError: Storage or cluster failed.
+        UserError: The split is missing or invalid, no XML file belongs to an image, or no class is named.
     """
-    return _prepare(config, _open_voc, console=console)
-
-
-def _open_voc(config: PrepareVocConfig) -> _Opened:
-    folder = ImageFolder(config.images, allow_root=config.allow_root)
-    source = read_voc(
-        ImageFolder(config.annotations, what="annotation", allow_root=config.allow_root),
-        folder,
-        split_uri=config.split,
-        classes=config.classes,
-        zero_based=config.zero_based,
-        unlabelled=config.unlabelled,
-    )
-    return source, folder
+    return _prepare(config, partial(_in_folder, read_voc), console=console)
 
 
 def prepare_yolo(config: PrepareYoloConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from images and YOLO label files; `sources/yolo.py` describes the format.
 
-    Boxes are relative to the upright image, as in Ultralytics.
+    Boxes are relative to the upright image, as in Ultralytics. `prepare_coco` states the other errors.
 
     Raises:
-        UserError: data.yaml, a folder or a list is missing or invalid, no image has a label file, no image can be
-            read, or OUT holds other files.
-        RunError: Storage or cluster failed.
+        UserError: data.yaml or a list is missing or invalid, or no image has a label file.
     """
     return _prepare(config, _open_yolo, console=console)
-
-
-def _open_yolo(config: PrepareYoloConfig) -> _Opened:
-    if config.data is not None:
-        files = find_in_data_yaml(config.data, config.split, allow_root=config.allow_root)
-    else:
-        assert config.images is not None and config.labels is not None and config.classes is not None
-        files = find_in_folders(config.images, config.labels, config.classes, allow_root=config.allow_root)
-    return read_yolo(files, unlabelled=config.unlabelled), files.images
 
 
 def prepare_csv(config: PrepareCsvConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from a CSV file with a box per row; `sources/tools/csv_labels.py` describes the format.
 
-    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
-
-    Raises:
-        UserError: The file or the folder is missing or invalid, no image can be read, or OUT holds other files.
-        RunError: Storage or cluster failed.
+    Boxes refer to the upright image or are rotated with it, and errors are raised, as in `prepare_coco`.
     """
-    return _prepare(config, _open_csv, console=console)
-
-
-def _open_csv(config: PrepareCsvConfig) -> _Opened:
-    folder = ImageFolder(config.images, allow_root=config.allow_root)
-    source = read_csv(
-        config.annotations,
-        folder,
-        columns=config.columns,
-        classes=config.classes,
-        fractions=config.fractions,
-    )
-    return source, folder
+    return _prepare(config, partial(_in_folder, read_csv), console=console)
 
 
 def prepare_cvat(config: PrepareCvatConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from CVAT's XML and its images; `sources/tools/cvat.py` describes the format.
 
-    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
-
-    Raises:
-        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
-        RunError: Storage or cluster failed.
+    Boxes refer to the upright image or are rotated with it, and errors are raised, as in `prepare_coco`.
     """
-    return _prepare(config, _open_cvat, console=console)
-
-
-def _open_cvat(config: PrepareCvatConfig) -> _Opened:
-    folder = ImageFolder(config.images, allow_root=config.allow_root)
-    return read_cvat(config.annotations, folder), folder
+    return _prepare(config, partial(_in_folder, read_cvat), console=console)
 
 
 def prepare_label_studio(config: PrepareLabelStudioConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from Label Studio's JSON; `sources/tools/label_studio.py` describes the format.
 
-    Boxes refer to the upright image or are rotated with it, as in `prepare_coco`.
-
-    Raises:
-        UserError: The annotations or the folder are missing or invalid, no image can be read, or OUT holds other files.
-        RunError: Storage or cluster failed.
+    Boxes refer to the upright image or are rotated with it, and errors are raised, as in `prepare_coco`.
     """
-    return _prepare(config, _open_label_studio, console=console)
-
-
-def _open_label_studio(config: PrepareLabelStudioConfig) -> _Opened:
-    folder = ImageFolder(config.images, allow_root=config.allow_root)
-    source = read_label_studio(
-        config.annotations,
-        folder,
-        classes=config.classes,
-        labels=config.labels,
-        score_threshold=config.score_threshold,
-        unlabelled=config.unlabelled,
-    )
-    return source, folder
+    return _prepare(config, partial(_in_folder, read_label_studio), console=console)
 
 
 def prepare_hub(config: PrepareHubConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from a data set that `datasets` opens; see `raydet.preparation.sources.hub`.
 
-    Raises:
-        UserError: There is no such data set, split or column, no image can be read, or OUT holds other files.
-        RunError: Storage or cluster failed.
+    Errors are those of `prepare_coco`, of which a missing split or column is one too.
     """
     return _prepare(config, _open_hub, console=console)
+
+
+def prepare_images(config: PrepareImagesConfig, *, console: Console | None = None) -> PrepareReport:
+    """Make an images table, without boxes, from all image files below a folder, or from a list.
+
+    A list (`sources/lists.py`) may contain URLs. An image that a server does not deliver is rejected and does not end
+    the run. Errors are those of `prepare_coco`.
+    """
+    return _prepare(config, _open_images, console=console)
+
+
+def _in_folder(read: Callable[[Any, ImageFolder], Source], config: Any) -> _Opened:
+    """Read a source whose images lie below `config.images`."""
+    folder = ImageFolder(config.images, allow_root=config.allow_root)
+    return read(config, folder), folder
+
+
+def _open_yolo(config: PrepareYoloConfig) -> _Opened:
+    files = find_files(config)
+    return read_yolo(files, unlabelled=config.unlabelled), files.images
 
 
 def _open_hub(config: PrepareHubConfig) -> _Opened:
     from raydet.preparation.sources.hub import load_hub
     from raydet.preparation.sources.hub_rows import read_hub
 
-    images = load_hub(
-        config.dataset,
-        split=config.split,
-        subset=config.subset,
-        revision=config.revision,
-        allow_root=config.allow_root,
-        allow_web=config.allow_web,
-    )
-    source = read_hub(
-        images,
-        image_column=config.image_column,
-        objects_column=config.objects_column,
-        bbox_format=config.bbox_format,
-        classes=config.classes,
-    )
-    return source, images
-
-
-def prepare_images(config: PrepareImagesConfig, *, console: Console | None = None) -> PrepareReport:
-    """Make an images table, without boxes, from all image files below a folder, or from a list.
-
-    A list (`sources/lists.py`) may contain URLs. An image that a server does not deliver is rejected and
-    does not end the run.
-
-    Raises:
-        UserError: The folder or list is missing or holds no image that can be read, or OUT holds other files.
-        RunError: Storage or cluster failed.
-    """
-    return _prepare(config, _open_images, console=console)
+    images = load_hub(config)
+    return read_hub(images, config), images
 
 
 def _open_images(config: PrepareImagesConfig) -> _Opened:
     if is_list(config.images):
         images = ImageList(config.images)
         return read_list(images, for_reference=config.image_storage == "reference"), images
-    folder = ImageFolder(config.images, allow_root=config.allow_root)
-    return read_images(folder), folder
+    return _in_folder(lambda _, folder: read_images(folder), config)
 
 
 def prepare_shapes(
@@ -270,26 +186,20 @@ def prepare_shapes(
 ) -> PrepareReport:
     """Draw two images tables, OUT/train and OUT/val; the report counts both together.
 
-    Args:
-        config: Options of the command.
-        console: Receives notices; by default a new one.
-        file_bytes: Average total size of the images in a file, in bytes.
-
     Raises:
         UserError: OUT/train or OUT/val holds other files.
     """
     sizes: dict[shapes.Split, int] = {"train": config.num_train, "val": config.num_val}
-    images_per_part = max(1, file_bytes // config.image_size**2)
     plan = PreparationPlan(
         config_hash=config_hash(config),
         identity=_identity(config),
-        images_per_part=images_per_part,
+        images_per_part=max(1, file_bytes // config.image_size**2),
         num_threads=config.num_threads,
     )
     console = console or Console()
     with contextlib.ExitStack() as stack:
         targets = {
-            split: Target(stack.enter_context(open_folder(storage.join(config.out, split), command=_COMMAND)))
+            split: Target(stack.enter_context(open_folder(storage.join(config.out, split), command="prepare")))
             for split in sizes
         }
         done = {split: _report_of(target, config, console) for split, target in targets.items()}
@@ -314,13 +224,42 @@ def _prepare(
     survey_images: int = SURVEY_IMAGES,
 ) -> PrepareReport:
     """Write the tables of a source into OUT, unless this configuration has written them before."""
-    splits = SPLITS if config.val_fraction is not None else ()
     console = console or Console()
-    with open_folder(config.out, command=_COMMAND, notify=console.line) as folder:
-        target = Target(folder, splits)
-        return _report_of(target, config, console) or _write_files(
-            config, target, *open_source(config), file_bytes=file_bytes, survey_images=survey_images
+    with open_folder(config.out, command="prepare", notify=console.line) as out:
+        target = Target(out, SPLITS if config.val_fraction is not None else ())
+        if (done := _report_of(target, config, console)) is not None:
+            return done
+        source, reader = open_source(config)
+        folder = reader if isinstance(reader, ImageFolder) else None
+        if folder is not None:
+            refuse_other_folder(source, folder)
+        inline = config.image_storage == "inline"
+        if not inline:
+            refuse_password(getattr(reader, "uri", ""), what="--images")
+        use_ray = _use_ray(config.use_ray, source.num_images, folder is not None)
+        num_threads = _THREADS_PER_TASK if use_ray else available_cpus()
+        is_remote = not getattr(reader, "is_local", False)
+        plan = PreparationPlan(
+            config_hash=config_hash(config),
+            identity=_identity(config),
+            images_per_part=max(1, file_bytes // (_mean_bytes(source, folder) if inline else _BYTES_OF_REFERENCE)),
+            images_per_survey_part=survey_images,
+            num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),
+            use_ray=use_ray,
+            images_uri=None if folder is None else folder.uri,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+            drop_duplicate_images=config.duplicate_images == "drop",
         )
+        examine = partial(
+            read_row,
+            reader=reader,
+            inline=inline,
+            max_pixels=config.max_pixels,
+            drop_duplicate_boxes=config.duplicate_boxes == "drop",
+            keep_truncated=config.truncated == "keep",
+        )
+        return write_tables(target, source, examine, plan)
 
 
 def _identity(config: Any) -> dict[str, Any]:
@@ -337,59 +276,23 @@ def _report_of(target: Target, config: Any, console: Console) -> PrepareReport |
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
 
 
-def _write_files(
-    config: PrepareConfig, target: Target, source: Source, reader: ImageReader, *, file_bytes: int, survey_images: int
-) -> PrepareReport:
-    """Write the tables of a source whose images are read one by one."""
-    if isinstance(reader, ImageFolder):
-        refuse_other_folder(source, reader)
-    inline = config.image_storage == "inline"
-    if not inline:
-        refuse_password(getattr(reader, "uri", ""), what="--images")
-    use_ray = _use_ray(config.use_ray, source.num_images, isinstance(reader, ImageFolder))
-    is_remote = not getattr(reader, "is_local", False)
-    num_threads = _THREADS_PER_TASK if use_ray else available_cpus()
-    plan = PreparationPlan(
-        config_hash=config_hash(config),
-        identity=_identity(config),
-        images_per_part=max(1, file_bytes // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
-        images_per_survey_part=survey_images,
-        num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),
-        use_ray=use_ray,
-        images_uri=reader.uri if isinstance(reader, ImageFolder) else None,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        drop_duplicate_images=config.duplicate_images == "drop",
-    )
-    examine = partial(
-        read_row,
-        reader=reader,
-        inline=inline,
-        max_pixels=config.max_pixels,
-        drop_duplicate_boxes=config.duplicate_boxes == "drop",
-        keep_truncated=config.truncated == "keep",
-    )
-    return write_tables(target, source, examine, plan)
-
-
 def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
     """Decide whether to use Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
     if wanted is not None:
         return wanted
     if os.environ.get("RAY_ADDRESS") or is_connected():
         return is_folder and num_images >= _RAY_FROM_IMAGES
-    num_cpus = available_cpus()
-    return is_folder and num_images >= _OWN_RAY_FROM_IMAGES and num_cpus >= _OWN_RAY_FROM_CPUS
+    return is_folder and num_images >= _OWN_RAY_FROM_IMAGES and available_cpus() >= _OWN_RAY_FROM_CPUS
 
 
-def _mean_bytes(source: Source, reader: ImageReader) -> int:
+def _mean_bytes(source: Source, folder: ImageFolder | None) -> int:
     """Estimate the mean size of the images in bytes from a regular sample."""
-    if not isinstance(reader, ImageFolder):
+    if folder is None:
         return _BYTES_UNKNOWN
     num_looked_at = min(source.num_images, _MOST_LOOKED_AT)
     step = max(1, num_looked_at // _SIZES_SAMPLED)
     sizes = [
-        reader.size_of(image.locator or image.path)
+        folder.size_of(image.locator or image.path)
         for image in islice(source.images, 0, num_looked_at, step)
         if image.refusal is None
     ]

@@ -16,8 +16,18 @@ from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER
 REPEATED_IMAGES_KEPT = "images with the same content as an earlier one, kept"
 REPEATED_IMAGES_DROPPED = "images with the same content as an earlier one, dropped"
 
-
 _MOST_CLASSES_SHOWN = 20
+_KINDS_BY_FIELD = {
+    "outside": (OUTSIDE,),
+    "unlabelled_kept": (UNLABELLED_KEPT,),
+    "dropped": (NO_AREA,),
+    "clipped": (CLIPPED,),
+    "duplicate_boxes": (REPEATED_KEPT, REPEATED_DROPPED),
+    "duplicate_images": (REPEATED_IMAGES_KEPT, REPEATED_IMAGES_DROPPED),
+    "size_mismatches": (SIZE_MISMATCH,),
+    "rotated": (ROTATED,),
+}
+"""Fields of the report that count findings, and their kinds."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +135,13 @@ class PrepareReport:
 
     def _lines_of_findings(self) -> list[str]:
         notes = {
-            "boxes clipped to their image": self.clipped,
-            "boxes without area, dropped": self.dropped - self.outside,
-            "boxes outside their image, dropped": self.outside,
+            CLIPPED: self.clipped,
+            NO_AREA: self.dropped - self.outside,
+            OUTSIDE: self.outside,
             "boxes that repeat another of their class in the same image": self.duplicate_boxes,
             "images with the same content as an earlier one": self.duplicate_images,
-            "images whose size differs from the annotations": self.size_mismatches,
-            "images whose boxes were rotated with them": self.rotated,
+            SIZE_MISMATCH: self.size_mismatches,
+            ROTATED: self.rotated,
             **self.findings,
         }
         lines = [f"  {text}: {count:,}" for text, count in notes.items() if count]
@@ -153,28 +163,17 @@ def make_report(
 ) -> PrepareReport:
     """Make the report of a run from its counts, its findings by kind, and boxes and images by split."""
     rest = Counter(kinds)
-    outside = rest.pop(OUTSIDE, 0)
+    del rest[WITHOUT_BOXES]
+    noted: dict[str, Any] = {field: sum(rest.pop(kind, 0) for kind in own) for field, own in _KINDS_BY_FIELD.items()}
+    noted |= {name: counts[name] for name in ("found", "accepted", "without_boxes", "boxes", "crowd_boxes")}
+    noted["dropped"] += noted["outside"]
     totals = [sum(numbers) for numbers in zip(*boxes_by_class.values(), strict=True)]
-    rest.pop(WITHOUT_BOXES, 0)
     by_name = {split: dict(zip(class_names, numbers, strict=True)) for split, numbers in boxes_by_class.items()}
     in_val = by_name.get("val", {})
-    missing = [name for name, total in zip(class_names, totals, strict=True) if total and in_val.get(name) == 0]
     return PrepareReport(
         out=target.out,
-        found=counts["found"],
-        accepted=counts["accepted"],
-        without_boxes=counts["without_boxes"],
-        boxes=counts["boxes"],
-        crowd_boxes=counts["crowd_boxes"],
+        **noted,
         rejected=reasons.total(),
-        outside=outside,
-        unlabelled_kept=rest.pop(UNLABELLED_KEPT, 0),
-        dropped=rest.pop(NO_AREA, 0) + outside,
-        clipped=rest.pop(CLIPPED, 0),
-        duplicate_boxes=rest.pop(REPEATED_KEPT, 0) + rest.pop(REPEATED_DROPPED, 0),
-        duplicate_images=rest.pop(REPEATED_IMAGES_KEPT, 0) + rest.pop(REPEATED_IMAGES_DROPPED, 0),
-        size_mismatches=rest.pop(SIZE_MISMATCH, 0),
-        rotated=rest.pop(ROTATED, 0),
         boxes_by_class=dict(zip(class_names, totals, strict=True)),
         reasons=dict(reasons.most_common()),
         rejected_paths=dict(rejected_paths) if reasons.total() <= MOST_NAMED else {},
@@ -184,7 +183,7 @@ def make_report(
             for split, own in by_name.items()
             if split
         },
-        not_in_val=missing,
+        not_in_val=[name for name, total in zip(class_names, totals, strict=True) if total and in_val.get(name) == 0],
         tables={split: uri for split, uri in target.tables.items() if split},
     )
 

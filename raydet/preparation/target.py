@@ -19,7 +19,6 @@ class Target:
     """Output of a run.
 
     Attributes:
-        folder: OUT.
         splits: Subfolders of OUT that hold the tables; empty if OUT itself is the table. The first is completed last,
             so it shows whether all are complete.
     """

@@ -57,7 +57,6 @@ class PreparationPlan:
     """Settings for writing the tables of a source.
 
     Attributes:
-        config_hash: Hash of the configuration.
         identity: All settings that determine the result, by name.
         images_per_part: Images per file.
         images_per_survey_part: Images per task of the survey.

@@ -144,13 +144,16 @@ def test_an_images_table_has_no_scores(tmp_path: Path) -> None:
 
 def through_cvat(data: str, folder: Path) -> Source:
     export_cvat(ExportCvatConfig(data=data, out=f"{folder}/cvat"))
-    return read_cvat(f"{folder}/cvat/annotations.xml", ImageFolder(f"{folder}/cvat/images"))
+    places = {"annotations": f"{folder}/cvat/annotations.xml", "images": f"{folder}/cvat/images", "out": "unused"}
+    config = PrepareCvatConfig(**places)  # type: ignore[arg-type]
+    return read_cvat(config, ImageFolder(config.images))
 
 
 def through_label_studio(data: str, folder: Path) -> Source:
     export_label_studio(ExportLabelStudioConfig(data=data, out=f"{folder}/ls"))
-    files, images = f"{folder}/ls", ImageFolder(f"{folder}/ls/images")
-    return read_label_studio(f"{files}/tasks.json", images, classes=[f"{files}/classes.txt"])
+    places = {"annotations": f"{folder}/ls/tasks.json", "images": f"{folder}/ls/images", "out": "unused"}
+    config = PrepareLabelStudioConfig(**places, classes=[f"{folder}/ls/classes.txt"])  # type: ignore[arg-type]
+    return read_label_studio(config, ImageFolder(config.images))
 
 
 SIDES = st.tuples(st.floats(0, 60), st.floats(0, 40), st.floats(1e-3, 4), st.floats(1e-3, 8)).map(list)

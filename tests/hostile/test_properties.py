@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raydet.common.errors import UserError
+from raydet.config import PrepareCocoConfig, PrepareCsvConfig, PrepareVocConfig
 from raydet.images.decode import DecodeError, check, decode
 from raydet.images.files import ImageFolder
 from raydet.images.tars import image_members
@@ -158,10 +159,11 @@ def _consumed(make: Callable[[], Source]) -> None:
 @EXAMPLES
 def test_coco_text(num_examples: int, good: Path, tmp_path: Path) -> None:
     folder, path = ImageFolder(str(good / "coco" / "images")), tmp_path / "coco.json"
+    config = PrepareCocoConfig(annotations=str(path), images=folder.uri, out="unused")
 
     def claim(text: bytes) -> None:
         path.write_bytes(text)
-        _consumed(lambda: read_coco(str(path), folder))
+        _consumed(lambda: read_coco(config, folder))
 
     content = base.coco()
     foreign = with_foreign_values(content, addresses_of(content)).map(str.encode)
@@ -172,10 +174,11 @@ def test_coco_text(num_examples: int, good: Path, tmp_path: Path) -> None:
 def test_voc_text(num_examples: int, good: Path, tmp_path: Path) -> None:
     images, folder = ImageFolder(str(good / "voc" / "images")), tmp_path / "xml"
     shutil.copytree(good / "voc" / "xml", folder)
+    config = PrepareVocConfig(annotations=str(folder), images=images.uri, out="unused")
 
     def claim(text: bytes) -> None:
         (folder / "b.xml").write_bytes(text)
-        _consumed(lambda: read_voc(ImageFolder(str(folder)), images))
+        _consumed(lambda: read_voc(config, images))
 
     holds(num_examples, damaged_text(base.voc("b.png", "dog")), claim)
 
@@ -207,10 +210,11 @@ def test_csv_text(num_examples: int, good: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["csv/boxes.csv", "csv/retinanet.csv"])
 def test_csv_labels(num_examples: int, place: str, good: Path, tmp_path: Path) -> None:
     images, path = ImageFolder(str(good / "csv" / "images")), tmp_path / "boxes.csv"
+    config = PrepareCsvConfig(annotations=str(path), images=images.uri, out="unused")
 
     def claim(text: bytes) -> None:
         path.write_bytes(text)
-        _consumed(lambda: read_csv(str(path), images))
+        _consumed(lambda: read_csv(config, images))
 
     holds(num_examples, damaged_text(base.TEXTS[place]), claim)
 

@@ -419,6 +419,7 @@ def test_random_defects_lose_nothing(
     assert pq.read_schema(out / "part-00000.parquet").metadata[b"huggingface"]
 
 
+@pytest.mark.usefixtures("quick_leases")
 def test_remote_folders_and_tables(tmp_path: Path) -> None:
     remote = fsspec.filesystem("memory")
     save_image(tmp_path / "a b.png")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from PIL import Image
 from raydet.common.errors import RunError, UserError
 from raydet.config import PrepareCocoConfig, PrepareImagesConfig, PrepareShapesConfig
 from raydet.images.files import ImageFolder
-from raydet.preparation.prepare import _open_coco, _prepare, prepare_images, prepare_shapes
+from raydet.preparation.prepare import _in_folder, _prepare, prepare_images, prepare_shapes
 from raydet.preparation.report import PrepareReport
+from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import RUN_FILE
@@ -60,7 +62,7 @@ def prepare(data_set: Path, out: Path, sizes: dict[str, Any] | None = None, **op
     config = PrepareCocoConfig(
         annotations=str(data_set / "instances.json"), images=str(data_set / "images"), out=str(out), **options
     )
-    return _prepare(config, _open_coco, **(sizes or {}))
+    return _prepare(config, partial(_in_folder, read_coco), **(sizes or {}))
 
 
 def contents_below(folder: Path) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from raydet.common.errors import UserError
+from raydet.config import PrepareCocoConfig
 from raydet.images.files import ImageFolder, readable
 from raydet.preparation.sources.coco_index import AnnotationEntry, CocoIndex, ImageEntry
 from raydet.preparation.sources.source import Finding, FindingLog, Source, SourceImage
@@ -23,7 +24,7 @@ from raydet.tables.spill import spill_errors
 _KNOWN_IMAGE_KEYS = frozenset(["id", "file_name", "width", "height"])
 
 
-def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
+def read_coco(config: PrepareCocoConfig, folder: ImageFolder) -> Source:
     """Read a COCO instances file, whose file names are relative to a folder.
 
     Returns:
@@ -33,10 +34,10 @@ def read_coco(annotations_uri: str, folder: ImageFolder) -> Source:
     Raises:
         UserError: The file is missing, is not JSON, or is not COCO; the message states the position in the file.
     """
-    where = storage.absolute_uri(annotations_uri)
+    where = storage.absolute_uri(config.annotations)
     index, extra_columns = CocoIndex(), _ExtraColumns()
     with spill_errors():
-        categories = _read_entries(annotations_uri, index, extra_columns)
+        categories = _read_entries(config.annotations, index, extra_columns)
     if not index.num_images:
         raise UserError(f'{where} has no images: "images" is empty')
     findings = FindingLog()

@@ -52,11 +52,7 @@ class OrphanAnnotation(NamedTuple):
 
 
 class CocoIndex:
-    """On-disk index of images and their annotations.
-
-    Attributes:
-        num_images: Number of images added.
-    """
+    """On-disk index of images and their annotations."""
 
     def __init__(self) -> None:
         self.num_images = 0

@@ -20,6 +20,7 @@ from typing import Any
 from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.documents import DocumentError, check_json_lines
 from raydet.common.untrusted.opening import ANYWHERE, LocalRoots, OutsideError, refusal_in_folder, refusal_of_name
+from raydet.config import PrepareHubConfig
 from raydet.images.files import ReadError, is_image_name, read_error, readable, refuse_name, refuse_size
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
@@ -38,7 +39,6 @@ class HubImages:
     Attributes:
         dataset: A `datasets.Dataset` that returns Arrow tables.
         folder: Its absolute path; None for a data set on the Hub.
-        column: The column of the images.
         roots: Folders in which the files that rows name must lie.
     """
 
@@ -130,35 +130,20 @@ def _caches() -> tuple[str, ...]:
     return tuple(map(str, (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)))
 
 
-def load_hub(
-    dataset: str,
-    *,
-    split: str,
-    subset: str | None = None,
-    revision: str | None = None,
-    allow_root: Sequence[str] | None = None,
-    allow_web: bool = False,
-) -> HubImages:
+def load_hub(config: PrepareHubConfig) -> HubImages:
     """Open a data set on the Hub or at a path; the split may be a slice such as `train[:10%]`.
-
-    Args:
-        dataset: Name or path.
-        split: Split, or a slice of one.
-        subset: Configuration of a data set that has several.
-        revision: Branch, tag or commit on the Hub.
-        allow_root: Further local folders in which the files that rows name may lie.
-        allow_web: True to fetch the web URLs in rows.
 
     Raises:
         UserError: There is no such data set or split, or the Hub cannot be reached.
     """
+    dataset, subset, split = config.dataset, config.subset, config.split
     if "://" in dataset and not dataset.startswith(_REMOTE):
         raise UserError(f"{dataset}: --dataset must be a name on the Hugging Face Hub or a path on this machine")
-    opened = partial(HubImages, allow_root=allow_root, allow_web=allow_web)
+    opened = partial(HubImages, allow_root=config.allow_root, allow_web=config.allow_web)
     path = Path(storage.absolute_uri(dataset))
     is_pattern = _is_pattern(dataset)
     if is_on_hub(dataset):
-        return opened(_opened(dataset, dataset, name=subset, split=split, revision=revision), None)
+        return opened(_opened(dataset, dataset, name=subset, split=split, revision=config.revision), None)
     if not is_pattern and not path.exists():
         raise UserError(f"no such path: {path}; --dataset must be a path, or a name on the Hugging Face Hub")
     folder = Path(os.path.realpath(path if path.is_dir() else path.parent))
@@ -228,7 +213,8 @@ def _saved_to_disk(path: Path, split: str) -> Any:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"cannot load the data set {path}: {_reason(error)}") from None
+        cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else None
+        raise UserError(f"cannot load the data set {path}: {one_line(cause or error, limit=300)}") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise UserError(f"{path} has no split {split}; it has {', '.join(map(str, saved))}")
@@ -245,8 +231,3 @@ def _library() -> Any:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets
-
-
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else None
-    return one_line(cause or error, limit=300)

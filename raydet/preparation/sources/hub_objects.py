@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
-BboxFormat = Literal["coco", "voc", "yolo"]
+from raydet.config.preparing import BboxFormat
+
 _Box = tuple[float, float, float, float]
 
 NAMES: Mapping[str, tuple[str, ...]] = {

@@ -14,10 +14,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raydet.common.errors import UserError
+from raydet.config import PrepareHubConfig
+from raydet.config.preparing import BboxFormat
 from raydet.images.files import readable
 from raydet.preparation.sources.hub import HubImages
-from raydet.preparation.sources.hub_objects import BboxFormat, RowObjects, names_in, parse_objects
+from raydet.preparation.sources.hub_objects import RowObjects, names_in, parse_objects
 from raydet.preparation.sources.source import (
+    SOURCE_ID,
     Finding,
     FindingLog,
     Source,
@@ -26,6 +29,7 @@ from raydet.preparation.sources.source import (
     are_image_ids,
     are_unique,
     read_class_names,
+    size_hw_of,
 )
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import is_table, open_table
@@ -37,23 +41,11 @@ _Key = int | str
 _Extras = dict[str, tuple[pa.DataType, tuple[str, ...] | None]]
 
 
-def read_hub(
-    images: HubImages,
-    *,
-    image_column: str | None = None,
-    objects_column: str | None = None,
-    bbox_format: BboxFormat = "coco",
-    classes: Sequence[str] | None = None,
-) -> Source:
+def read_hub(images: HubImages, config: PrepareHubConfig) -> Source:
     """Read the rows of an opened data set and set `images.column` to the column of the images.
 
-    Args:
-        images: Images from `load_hub`.
-        image_column: The column of the images; by default `image`, or else the only column of that type.
-        objects_column: The column of the boxes; by default `objects`. Without it the images have no labels.
-        bbox_format: Format of the boxes, see `raydet.preparation.sources.hub_objects`.
-        classes: Names in order, or one .txt file of names; by default those of the column's ClassLabel, or else all
-            names or numbers that occur, sorted.
+    Without `classes`, the classes are those of the column's ClassLabel, or else all names or numbers that occur,
+    sorted. Without a column of objects the images have no labels.
 
     Returns:
         One record per row. Its id comes from the column `image_id` if all its values are unique integers from 0 to
@@ -65,9 +57,10 @@ def read_hub(
     Raises:
         UserError: A column is missing or of the wrong type, or there is no row.
     """
+    bbox_format = config.bbox_format
     features = images.dataset.features
-    images.column = _image_column(features, image_column)
-    objects = _objects_column(features, objects_column)
+    images.column = _image_column(features, config.image_column)
+    objects = _objects_column(features, config.objects_column)
     if not len(images.dataset):
         raise UserError(f"the data set {images.folder or ''} has no rows in this split")
     findings = FindingLog()
@@ -78,7 +71,7 @@ def read_hub(
     index_of: Mapping[_Key, int] = {}
     keeps_ids = False
     if objects is not None:
-        stated = _stated_categories(images, features[objects], classes)
+        stated = _stated_categories(images, features[objects], config.classes)
         categories, index_of, keeps_ids = _scan(rows, objects, bbox_format, stated, image_ids, findings)
     names_rows = image_ids is None and "source_id" not in extras
 
@@ -96,14 +89,14 @@ def read_hub(
                 image_id=number if image_ids is None else int(image_ids[number]),
                 path=path,
                 objects=found if objects is not None else None,
-                size_hw=_stated_size_hw(row),
+                size_hw=size_hw_of(row.get("height"), row.get("width")),
                 extra=extra,
                 refusal=parsed.refusal,
                 locator=str(number),
             )
 
     fields = [pa.field(name, dtype) for name, (dtype, _) in extras.items()]
-    fields += [pa.field("source_id", pa.string())] if names_rows else []
+    fields += SOURCE_ID if names_rows else []
     return Source(records, len(images.dataset), categories, tuple(fields), findings)
 
 
@@ -191,9 +184,9 @@ def _image_column(features: Mapping[str, Any], wanted: str | None) -> str:
         if wanted not in features:
             raise UserError(f"the data set has no column {wanted}; it has {columns}")
         return wanted
-    typed = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     if "image" in features:
         return "image"
+    typed = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     if len(typed) != 1:
         raise UserError(f"cannot identify the column of the images: the data set has {columns}; set --image-column")
     return typed[0]
@@ -295,10 +288,3 @@ def _extra_value(value: Any, names: tuple[str, ...] | None) -> Any:
     if names is not None:
         return names[value] if value is not None and 0 <= value < len(names) else None
     return readable(value) if isinstance(value, str) else value
-
-
-def _stated_size_hw(row: Mapping[str, Any]) -> tuple[int, int] | None:
-    height, width = row.get("height"), row.get("width")
-    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
-        return height, width
-    return None

@@ -2,10 +2,8 @@
 
 from collections import Counter
 
-import pyarrow as pa
-
 from raydet.images.files import ImageFolder, image_files_below, readable, skipped_detail
-from raydet.preparation.sources.source import SKIPPED, Finding, FindingLog, Source, SourceImage
+from raydet.preparation.sources.source import SKIPPED, SOURCE_ID, Finding, FindingLog, Source, SourceImage
 
 
 def read_images(folder: ImageFolder) -> Source:
@@ -23,7 +21,7 @@ def read_images(folder: ImageFolder) -> Source:
     return Source(
         lambda: (_record(folder, rank, path) for rank, path in enumerate(paths)),
         num_images=len(paths),
-        extra_fields=(pa.field("source_id", pa.string()),),
+        extra_fields=SOURCE_ID,
         findings=findings,
     )
 

@@ -18,9 +18,9 @@ from pyarrow import csv as pa_csv
 from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import refuse_password, without_secrets
 from raydet.common.untrusted.text import TextError, decode_text
-from raydet.images.files import LIST_SUFFIXES, MAX_FILE_BYTES, ImageFolder, beside, readable, refuse_name
-from raydet.preparation.sources.source import Source, SourceImage
-from raydet.preparation.sources.web import WebReader, address_of, read_web_list
+from raydet.images.files import LIST_SUFFIXES, MAX_FILE_BYTES, ImageFolder, ReadError, beside, readable, refuse_name
+from raydet.preparation.sources.source import SOURCE_ID, Source, SourceImage
+from raydet.preparation.sources.web import WebReader, address_of
 from raydet.tables import storage
 from raydet.tables.schema import build_schema
 
@@ -57,8 +57,11 @@ class ImageList:
 
         They are the hosts that the list names.
         """
-        named = frozenset(address_of(root).origin for root in roots)
-        self._web = dataclasses.replace(self._web, named=named)
+        named = set()
+        for root in roots:
+            with contextlib.suppress(ValueError):  # the address of an image that will be rejected
+                named.add(address_of(root).origin)
+        self._web = dataclasses.replace(self._web, named=frozenset(named))
 
     def uri_of(self, path: str) -> str:
         """Return the absolute path or URI of a line of the list."""
@@ -127,7 +130,7 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
     if not paths:
         raise UserError(f"{images.uri} is an empty list: it names no images; write one path or URL per line")
     images.name_hosts(_check(paths, images, for_reference))
-    fields = [pa.field("source_id", pa.string())] if columns is None else list(columns.schema)
+    fields = SOURCE_ID if columns is None else tuple(columns.schema)
 
     def records() -> Iterator[SourceImage]:
         for number, (path, extra) in enumerate(zip(paths, _extras(columns, paths), strict=True)):
@@ -138,14 +141,14 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
                 number, shown, extra={**extra, "source_id": shown}, refusal=refuse_name(path), locator=path
             )
 
-    return Source(records, num_images=len(paths), extra_fields=tuple(fields))
+    return Source(records, num_images=len(paths), extra_fields=fields)
 
 
 def _read_bytes(uri: str) -> bytes:
-    if storage.is_web(uri):
-        return read_web_list(uri)
     try:
-        return storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES)
+        return WebReader().read(uri) if storage.is_web(uri) else storage.read_bytes(uri, max_bytes=MAX_FILE_BYTES)
+    except ReadError as error:
+        raise UserError(f"cannot read {uri}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"no such list: {uri}") from None
     except OSError as error:
@@ -218,13 +221,4 @@ def _check(paths: list[str], images: ImageList, for_reference: bool) -> list[str
                 images.check_root(uri)
             except (UserError, OSError) as error:
                 raise UserError(f"image {number} of {images.uri}: {one_line(error)}") from None
-    return [root for root in seen if _is_server(root)]
-
-
-def _is_server(root: str) -> bool:
-    if not storage.is_web(root):
-        return False
-    with contextlib.suppress(ValueError):  # the address of an image that will be rejected
-        address_of(root)
-        return True
-    return False
+    return [root for root in seen if storage.is_web(root)]

@@ -1,5 +1,6 @@
 """The records that every annotation format yields, and the findings about them."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ UNLABELLED = "no labels"
 _MOST_FOLDERS_SHOWN = 5
 _MAX_SIDE = 2**31
 
+SOURCE_ID = (pa.field("source_id", pa.string()),)
+"""The extra column of most sources."""
+OTHER_CLASS = "objects of classes that are not in --classes, dropped"
 SKIPPED = "files skipped because their endings are not those of images"
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
@@ -38,7 +42,6 @@ class Finding:
         path: The image or annotation file, relative to its folder; None if the finding is about neither.
         image_id: Id in the images table, if known.
         annotation_id: Annotation id, if the finding is about a single box and the id is known.
-        count: Number of occurrences.
         detail: Particulars of this finding.
     """
 
@@ -116,7 +119,6 @@ class Source:
 
     Attributes:
         records: Generates one record per image, in the order of the rows.
-        num_images: Number of images.
         categories: The classes, in the order of their indices.
         extra_fields: Arrow fields of the records' `extra` values.
         findings: Anomalies in the annotations.
@@ -135,6 +137,70 @@ class Source:
     def images(self) -> Iterator[SourceImage]:
         """The records from the first one on, generated again for each use."""
         return self.records()
+
+
+@dataclass(kw_only=True)
+class NamedBoxes:
+    """The boxes of one image in an annotation file, by class name, or the reason why they cannot be read.
+
+    Attributes:
+        boxes_xywh: As in `SourceObjects`, [N, 4].
+        areas: Areas in the unit of the boxes, [N].
+        iscrowd: True if the box marks a crowd, [N].
+        notes: Number of anomalies by kind.
+        refusal: Reason for rejecting the image; None if the labels can be read.
+    """
+
+    names: list[str] = field(default_factory=list)
+    boxes_xywh: list[tuple[float, float, float, float]] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
+    iscrowd: list[bool] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+    refusal: str | None = None
+
+    def add(
+        self, name: str, box_xywh: tuple[float, float, float, float], *, area: float, iscrowd: bool = False
+    ) -> None:
+        """Add a box."""
+        self.names.append(name)
+        self.boxes_xywh.append(box_xywh)
+        self.areas.append(area)
+        self.iscrowd.append(iscrowd)
+
+    def note(self, kind: str, is_one: bool = True) -> None:
+        """Count an anomaly, if it is one."""
+        if is_one:
+            self.notes[kind] = self.notes.get(kind, 0) + 1
+
+    def objects(self, index_of: Mapping[str, int], ids: Iterator[int], *, is_normalised: bool = False) -> SourceObjects:
+        """Return the boxes of known classes, with the next ids."""
+        kept = [place for place, name in enumerate(self.names) if name in index_of]
+        return SourceObjects(
+            ids=[next(ids) for _ in kept],
+            boxes_xywh=[self.boxes_xywh[place] for place in kept],
+            categories=[index_of[self.names[place]] for place in kept],
+            areas=[self.areas[place] for place in kept],
+            iscrowd=[self.iscrowd[place] for place in kept],
+            is_normalised=is_normalised,
+        )
+
+    def add_findings(
+        self, findings: FindingLog, index_of: Mapping[str, int], path: str, image_id: int | None = None
+    ) -> None:
+        """Note the anomalies of the image, and its boxes of unknown classes."""
+        for kind, count in self.notes.items():
+            findings.note(Finding(kind, path, image_id, count=count))
+        for name, count in Counter(name for name in self.names if name not in index_of).items():
+            findings.note(Finding(OTHER_CLASS, path, image_id, count=count, detail=f"their class is {name}"))
+
+
+def finite_numbers(texts: Iterable[str | None]) -> tuple[float, ...] | None:
+    """Return the numbers in texts, or None if one is missing or not a finite number."""
+    try:
+        numbers = tuple(float(text or "") for text in texts)
+    except ValueError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
 
 
 def read_class_names(classes: Sequence[str]) -> list[str]:

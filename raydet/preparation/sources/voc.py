@@ -10,22 +10,19 @@ neither finding nor missing one is an error. Parts of objects, poses and `trunca
 XML file with a DOCTYPE is refused, because a DOCTYPE can declare entities that fill the memory.
 """
 
-import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import PurePosixPath
-
-import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
 from raydet.common.threads import in_order
 from raydet.common.untrusted.text import TextError, decode_text, encoding_of
 from raydet.common.untrusted.xml import NoDoctype, XmlError
-from raydet.config.preparing import Unlabelled
+from raydet.config import PrepareVocConfig
 from raydet.images.files import (
     LEAVES_BY_LINK,
     MAX_LABEL_BYTES,
@@ -40,14 +37,16 @@ from raydet.images.files import (
 )
 from raydet.preparation.sources.source import (
     SKIPPED,
+    SOURCE_ID,
     UNLABELLED,
     UNLABELLED_KEPT,
     Finding,
     FindingLog,
+    NamedBoxes,
     Source,
     SourceImage,
-    SourceObjects,
     aligned_folders,
+    finite_numbers,
     read_class_names,
     top_folders,
 )
@@ -64,57 +63,20 @@ class _TreeTarget(NoDoctype, ElementTree.TreeBuilder):
     """An element tree, from XML without a DOCTYPE."""
 
 
-@dataclass(frozen=True)
-class _VocFile:
-    """One XML file: its objects by class name, or the reason why it cannot be read."""
+@dataclass(kw_only=True)
+class _VocFile(NamedBoxes):
+    """One XML file."""
 
     file_name: str = ""
     size_hw: tuple[int, int] | None = None
-    names: list[str] = field(default_factory=list)
-    boxes_xywh: list[tuple[float, float, float, float]] = field(default_factory=list)
-    difficult: list[bool] = field(default_factory=list)
-    findings: Mapping[str, int] = field(default_factory=dict)
-    refusal: str | None = None
 
 
-class _Annotations(Mapping[str, _VocFile]):
-    """The annotations by path without extension, on disk."""
-
-    def __init__(self, stems: Sequence[str], annotations: Iterable[_VocFile]) -> None:
-        self._place_of = {stem: place for place, stem in enumerate(stems)}
-        self._annotations = Spilled(_VocFile, annotations)
-
-    def __getitem__(self, stem: str) -> _VocFile:
-        return self._annotations[self._place_of[stem]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._place_of)
-
-    def __len__(self) -> int:
-        return len(self._place_of)
-
-
-def read_voc(
-    annotations: ImageFolder,
-    images: ImageFolder,
-    *,
-    split_uri: str | None = None,
-    classes: Sequence[str] | None = None,
-    zero_based: bool = False,
-    unlabelled: Unlabelled = "reject",
-) -> Source:
+def read_voc(config: PrepareVocConfig, images: ImageFolder) -> Source:
     """Read Pascal VOC annotations.
 
-    Args:
-        annotations: Folder of the XML files.
-        images: Folder of the images; may be the same.
-        split_uri: File with the name of an image per line, without extension. A second column, which in the devkit
-            states the presence of a class, is ignored. Without a split, all images are used.
-        classes: Names in order, or one .txt file of names. Objects of other classes are dropped and counted. By
-            default, all classes of all XML files, sorted by name; files outside the split count too, so that all
-            splits of a folder have the same classes.
-        zero_based: The first pixel is 0.
-        unlabelled: Reject images without an XML file, or keep them without objects.
+    Without `classes`, the classes are those of all XML files, sorted by name; files outside the split count too, so
+    that all splits of a folder have the same classes. A second column in the split file, which in the devkit states the
+    presence of a class, is ignored.
 
     Returns:
         One record per image, sorted by path, whose id is the rank; category ids start at 1. Broken XML files, XML files
@@ -124,6 +86,8 @@ def read_voc(
     Raises:
         UserError: A folder or the split cannot be read, no XML file belongs to an image, or there is no class.
     """
+    annotations = ImageFolder(config.annotations, what="annotation", allow_root=config.allow_root)
+    split_uri, classes = config.split, config.classes
     findings = FindingLog()
     xml_paths = _list_xml_files(annotations, images, findings)
     image_paths = _list_image_files(images, findings)
@@ -139,42 +103,47 @@ def read_voc(
                 f"first name is {readable(stems[0])}"
             )
     wanted = sorted(xml_paths) if classes is None else [stem for stem in stems if stem in xml_paths]
-    read = partial(_read_annotation, annotations, zero_based=zero_based)
-    read_files = _Annotations(wanted, in_order(read, (xml_paths[stem] for stem in wanted)))
-    if classes is None:
-        names = sorted({name for item in read_files.values() for name in item.names})
-    else:
-        names = read_class_names(classes)
+    read = partial(_read_annotation, annotations, zero_based=config.zero_based)
+    files = Spilled(_VocFile, in_order(read, (xml_paths[stem] for stem in wanted)))
+    names = sorted({name for item in files for name in item.names}) if classes is None else read_class_names(classes)
     if not names:
-        raise _no_class(annotations, xml_paths, read_files)
+        raise _no_class(annotations, {xml_paths[stem]: item.refusal for stem, item in zip(wanted, files, strict=True)})
     index_of = {name: index for index, name in enumerate(names)}
+    place_of = {stem: place for place, stem in enumerate(wanted)}
     for stem in stems:
         if stem in xml_paths:
-            _add_findings(read_files[stem], readable(xml_paths[stem]), index_of, findings)
-    pairs = sorted(pair for stem in stems for pair in _pair(stem, image_paths, xml_paths, read_files))
-    if unlabelled == "keep":
+            files[place_of[stem]].add_findings(findings, index_of, readable(xml_paths[stem]))
+    pairs: list[tuple[str, str, str | None]] = []
+    for stem in stems:
+        paths = image_paths.get(stem, [])
+        if not paths:
+            pairs.append((xml_paths.get(stem, stem), stem, _NO_IMAGE))
+        are_clear = len(paths) == 1 or stem not in xml_paths
+        for path in paths:
+            is_clear = are_clear or PurePosixPath(path).name == files[place_of[stem]].file_name
+            pairs.append((path, stem, None if is_clear else "its XML file may belong to another image of this name"))
+    pairs.sort()
+    if config.unlabelled == "keep":
         for image_id, (path, stem, refusal) in enumerate(pairs):
             if stem not in xml_paths and refusal is None:
                 findings.note(Finding(UNLABELLED_KEPT, readable(path), image_id))
-    without = _VocFile(refusal=UNLABELLED if unlabelled == "reject" else None)
+    without = _VocFile(refusal=UNLABELLED if config.unlabelled == "reject" else None)
 
     def records() -> Iterator[SourceImage]:
-        next_id = 1
+        ids = count(1)
         for image_id, (path, stem, refusal) in enumerate(pairs):
-            annotation = read_files.get(stem, without)
-            objects = _objects(annotation, index_of, next_id)
-            next_id += len(objects.ids)
+            annotation = files[place_of[stem]] if stem in place_of else without
             yield SourceImage(
                 image_id=image_id,
                 path=readable(path),
-                objects=objects,
+                objects=annotation.objects(index_of, ids),
                 size_hw=annotation.size_hw,
                 extra={"source_id": readable(stem)},
                 refusal=refusal or images.refuse_outside(path) or annotation.refusal,
             )
 
     categories = tuple(Category(id=index + 1, name=name) for name, index in index_of.items())
-    return Source(records, len(pairs), categories, (pa.field("source_id", pa.string()),), findings)
+    return Source(records, len(pairs), categories, SOURCE_ID, findings)
 
 
 def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: FindingLog) -> dict[str, str]:
@@ -183,11 +152,8 @@ def _list_xml_files(annotations: ImageFolder, images: ImageFolder, findings: Fin
     xml_files = sorted(path for path in files if path.lower().endswith(".xml"))
     if not xml_files:
         elsewhere = sum(path.lower().endswith(".xml") for path in list_below(images))
-        hint = (
-            f"--images {images.uri} holds {elsewhere} XML files"
-            if elsewhere
-            else "for images without labels, use `raydet prepare images`"
-        )
+        hint = "for images without labels, use `raydet prepare images`"
+        hint = f"--images {images.uri} holds {elsewhere} XML files" if elsewhere else hint
         raise UserError(f"--annotations {annotations.uri} holds no XML files, but {len(files)} others; {hint}")
     if all(annotations.refuse_outside(path) == LEAVES_BY_LINK for path in xml_files):
         raise all_outside(annotations, xml_files, "XML files")
@@ -209,10 +175,7 @@ def _list_image_files(images: ImageFolder, findings: FindingLog) -> dict[str, li
 
 
 def _check_match(
-    annotations: ImageFolder,
-    images: ImageFolder,
-    xml_paths: Mapping[str, str],
-    image_paths: Mapping[str, list[str]],
+    annotations: ImageFolder, images: ImageFolder, xml_paths: Mapping[str, str], image_paths: Mapping[str, list[str]]
 ) -> None:
     """Refuse folders in which no XML file belongs to an image, and suggest those that were probably meant."""
     if image_paths.keys() & xml_paths.keys():
@@ -225,54 +188,32 @@ def _check_match(
     folders = aligned_folders(xml_paths.values(), sorted(chain(*image_paths.values())))
     if folders is None:
         raise UserError(f"{text}; for images without labels, use `raydet prepare images`")
-    options = [
-        (option, folder, subfolder, paths)
-        for option, folder, subfolder, paths in (
-            ("--annotations", annotations, folders[0], list(xml_paths.values())),
-            ("--images", images, folders[1], list(chain(*image_paths.values()))),
-        )
-        if subfolder
-    ]
+    sides = (
+        ("--annotations", annotations, folders[0], list(xml_paths.values())),
+        ("--images", images, folders[1], list(chain(*image_paths.values()))),
+    )
+    options = [side for side in sides if side[2]]
     holds = ", ".join(f"{option} holds {top_folders(paths)}" for option, _, _, paths in options)
     meant = " ".join(f"{option} {folder.uri_of(subfolder)}" for option, folder, subfolder, _ in options)
     raise UserError(f"{text}; {holds}: did you mean {meant}?")
 
 
-def _no_class(annotations: ImageFolder, xml_paths: Mapping[str, str], found: Mapping[str, _VocFile]) -> UserError:
-    """Explain why the XML files name no class."""
-    refusals = {stem: item.refusal for stem, item in found.items() if item.refusal is not None}
-    if not refusals:
+def _no_class(annotations: ImageFolder, refusal_of: Mapping[str, str | None]) -> UserError:
+    """Explain why the XML files name no class, given the refusal of each, if any."""
+    refused = [(path, refusal) for path, refusal in refusal_of.items() if refusal is not None]
+    if not refused:
         return UserError(
             f"no object in any XML file below {annotations.uri}; for images without labels, use `raydet prepare images`"
         )
-    stem, refusal = next(iter(refusals.items()))
-    text = f"none of the {len(refusals)} XML files below {annotations.uri} can be read"
-    if len(refusals) < len(found):
-        num_read = len(found) - len(refusals)
-        text = (
-            f"no object in the {num_read} XML files below {annotations.uri} that can be read; {len(refusals)} cannot be"
-        )
-    return UserError(f"{text}; {readable(xml_paths[stem])}: {refusal}")
+    text = f"none of the {len(refused)} XML files below {annotations.uri} can be read"
+    if num_read := len(refusal_of) - len(refused):
+        text = f"no object in the {num_read} XML files below {annotations.uri} that can be read; "
+        text += f"{len(refused)} cannot be"
+    return UserError(f"{text}; {readable(refused[0][0])}: {refused[0][1]}")
 
 
 def _stem(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(""))
-
-
-def _pair(
-    stem: str,
-    image_paths: Mapping[str, list[str]],
-    xml_paths: Mapping[str, str],
-    read_files: Mapping[str, _VocFile],
-) -> Iterator[tuple[str, str, str | None]]:
-    """Yield the images of one path, each with the path without extension and its refusal."""
-    paths = image_paths.get(stem, [])
-    if not paths:
-        yield xml_paths.get(stem, stem), stem, _NO_IMAGE
-    are_clear = len(paths) == 1 or stem not in xml_paths
-    for path in paths:
-        is_clear = are_clear or PurePosixPath(path).name == read_files[stem].file_name
-        yield path, stem, None if is_clear else "its XML file may belong to another image of this name"
 
 
 def _read_split(
@@ -296,8 +237,8 @@ def _read_split(
         raise UserError(
             f"the split file {uri} names no images; it must contain one name per line, as in ImageSets/Main"
         )
-    for stem, count in Counter(stems).items():
-        findings.note(Finding("repeated lines in the split file, skipped", readable(stem), count=count - 1))
+    for stem, times in Counter(stems).items():
+        findings.note(Finding("repeated lines in the split file, skipped", readable(stem), count=times - 1))
     return set(stems)
 
 
@@ -309,31 +250,28 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
     try:
         root = _parse(folder.read(path, max_bytes=MAX_LABEL_BYTES))
     except (ReadError, XmlError) as error:
-        text = str(error)
-        return _VocFile(refusal=text if isinstance(error, XmlError) else f"its XML file: {text}")
+        return _VocFile(refusal=str(error) if isinstance(error, XmlError) else f"its XML file: {error}")
     result = _VocFile(file_name=_text(root, "filename"), size_hw=_size_hw(root))
-    findings: Counter[str] = Counter()
+    offset = 0.0 if zero_based else 1.0
     for item in root.findall("object"):
-        name, corners = readable(_text(item, "name")), _corners(item)
+        name = readable(_text(item, "name"))
+        corners = finite_numbers(item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
         if not name or corners is None:
-            findings[_NO_BOX] += 1
+            result.note(_NO_BOX)
             continue
         left, top, right, bottom = corners
-        offset = 0.0 if zero_based else 1.0
-        findings["boxes that begin before pixel 1, as if counted from 0 (see --zero-based)"] += min(left, top) < offset
+        result.note("boxes that begin before pixel 1, as if counted from 0 (see --zero-based)", min(left, top) < offset)
         is_difficult = _text(item, "difficult") or "0"
-        findings["objects whose `difficult` is neither 0 nor 1, treated as 0"] += is_difficult not in ("0", "1")
-        result.names.append(name)
-        result.boxes_xywh.append((left - offset, top - offset, right - (left - offset), bottom - (top - offset)))
-        result.difficult.append(is_difficult == "1")
-    if findings[_NO_BOX] and not result.names:
+        result.note("objects whose `difficult` is neither 0 nor 1, treated as 0", is_difficult not in ("0", "1"))
+        left, top = left - offset, top - offset
+        width, height = right - left, bottom - top
+        result.add(name, (left, top, width, height), area=width * height, iscrowd=is_difficult == "1")
+    if result.notes and not result.names:
         return _VocFile(refusal="its XML file: none of its objects has a name and a box of four numbers")
     stated = result.file_name.replace("\\", "/").rsplit("/", 1)[-1]
-    own_names = {PurePosixPath(path).stem, ""}
-    findings["`filename` tags that name another image"] += stated not in own_names and (
-        PurePosixPath(stated).stem not in own_names
-    )
-    return _VocFile(**{**vars(result), "findings": findings})
+    is_other = not {stated, PurePosixPath(stated).stem} & {PurePosixPath(path).stem, ""}
+    result.note("`filename` tags that name another image", is_other)
+    return result
 
 
 def _parse(data: bytes) -> ElementTree.Element:
@@ -356,40 +294,5 @@ def _text(parent: ElementTree.Element, tag: str) -> str:
 
 
 def _size_hw(root: ElementTree.Element) -> tuple[int, int] | None:
-    numbers = [_number(root.findtext(f"size/{side}")) for side in ("height", "width")]
-    if not all(math.isfinite(number) and number >= 1 for number in numbers):
-        return None
-    return int(numbers[0]), int(numbers[1])
-
-
-def _corners(item: ElementTree.Element) -> tuple[float, float, float, float] | None:
-    left, top, right, bottom = (_number(item.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
-    corners = (left, top, right, bottom)
-    return corners if all(map(math.isfinite, corners)) else None
-
-
-def _number(text: str | None) -> float:
-    try:
-        return float(text or "")
-    except ValueError:
-        return math.nan
-
-
-def _add_findings(annotation: _VocFile, path: str, index_of: Mapping[str, int], findings: FindingLog) -> None:
-    for kind, count in annotation.findings.items():
-        findings.note(Finding(kind, path, count=count))
-    for name, count in Counter(name for name in annotation.names if name not in index_of).items():
-        kind = "objects of classes that are not in --classes, dropped"
-        findings.note(Finding(kind, path, count=count, detail=f"their class is {name}"))
-
-
-def _objects(annotation: _VocFile, index_of: Mapping[str, int], first_id: int) -> SourceObjects:
-    kept = [place for place, name in enumerate(annotation.names) if name in index_of]
-    boxes_xywh = [annotation.boxes_xywh[place] for place in kept]
-    return SourceObjects(
-        ids=list(range(first_id, first_id + len(kept))),
-        boxes_xywh=boxes_xywh,
-        categories=[index_of[annotation.names[place]] for place in kept],
-        areas=[width * height for _, _, width, height in boxes_xywh],
-        iscrowd=[annotation.difficult[place] for place in kept],
-    )
+    size_hw = finite_numbers(root.findtext(f"size/{side}") for side in ("height", "width"))
+    return (int(size_hw[0]), int(size_hw[1])) if size_hw is not None and min(size_hw) >= 1 else None

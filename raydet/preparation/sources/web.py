@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from raydet.common.errors import UserError
 from raydet.images.files import MAX_FILE_BYTES, MissingFileError, ReadError, refuse_size
 from raydet.images.http_bodies import PackingError, body_of
 from raydet.images.http_connections import (
@@ -131,8 +130,8 @@ class WebReader:
                         return content
                     url = urljoin(url, location.encode("latin-1").decode(errors="replace"))
                     address = address_of(url)
-        except (OSError, http.client.HTTPException, ValueError, zlib.error, PackingError) as error:
-            raise _reason(error) from None
+        except tuple(kind for kind, _, _ in _REASONS) as error:
+            raise next(made(text) for kind, made, text in _REASONS if isinstance(error, kind)) from None
         raise ReadError(f"more than {_MAX_REDIRECTS} redirects")
 
     def _is_named(self, address: _Address, start: _Address) -> bool:
@@ -274,36 +273,22 @@ def _proxy_for(address: _Address) -> str | None:
     return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
-def _reason(error: BaseException) -> Exception:
-    """Convert an error of the network or of `http.client` to one short line."""
-    if isinstance(error, PrivateAddressError):
-        return ReadError("the server redirects to an address of this machine or its networks, which the list lacks")
-    if isinstance(error, PackingError):
-        return ReadError("the server packs the file in a way that raydet did not ask for")
-    if isinstance(error, UnknownHostError):
-        return _TransientError("unknown host")
-    if isinstance(error, ConnectError):
-        return _TransientError("cannot connect to the server")
-    if isinstance(error, ssl.SSLError):
-        return ReadError("the server's certificate or encryption cannot be trusted")
-    if isinstance(error, http.client.RemoteDisconnected | http.client.IncompleteRead):
-        return _TransientError("the connection was dropped")
-    if isinstance(error, http.client.InvalidURL | ValueError):
-        return ReadError("the URL, or one that the server redirects to, is not an http or https URL")
-    if isinstance(error, TimeoutError):
-        return _TransientError("the server did not answer in time")
-    if isinstance(error, http.client.HTTPException | zlib.error):
-        return _TransientError("the server's answer is not valid HTTP")
-    return _TransientError("the connection was dropped")
-
-
-def read_web_list(url: str) -> bytes:
-    """Read a list file from the web.
-
-    Raises:
-        UserError: The list cannot be read.
-    """
-    try:
-        return WebReader().read(url)
-    except ReadError as error:
-        raise UserError(f"cannot read {url}: {error}") from None
+_PRIVATE = "the server redirects to an address of this machine or its networks, which the list lacks"
+_NO_URL = "the URL, or one that the server redirects to, is not an http or https URL"
+_DROPPED = "the connection was dropped"
+_REASONS: tuple[tuple[type[BaseException], type[Exception], str], ...] = (
+    (PrivateAddressError, ReadError, _PRIVATE),
+    (PackingError, ReadError, "the server packs the file in a way that raydet did not ask for"),
+    (UnknownHostError, _TransientError, "unknown host"),
+    (ConnectError, _TransientError, "cannot connect to the server"),
+    (ssl.SSLError, ReadError, "the server's certificate or encryption cannot be trusted"),
+    (http.client.RemoteDisconnected, _TransientError, _DROPPED),
+    (http.client.IncompleteRead, _TransientError, _DROPPED),
+    (ValueError, ReadError, _NO_URL),
+    (http.client.InvalidURL, ReadError, _NO_URL),
+    (TimeoutError, _TransientError, "the server did not answer in time"),
+    (http.client.HTTPException, _TransientError, "the server's answer is not valid HTTP"),
+    (zlib.error, _TransientError, "the server's answer is not valid HTTP"),
+    (OSError, _TransientError, _DROPPED),
+)
+"""The first matching class of an error decides whether a retry may help, and what is reported."""

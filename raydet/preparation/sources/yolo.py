@@ -8,13 +8,10 @@ end in a score, have six columns and are therefore dropped. If none of the lines
 another format or encoding, its image is rejected instead of counting as one without objects.
 """
 
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-
-import pyarrow as pa
+from itertools import count
 
 from raydet.common.errors import UserError
 from raydet.common.threads import in_order
@@ -31,14 +28,16 @@ from raydet.images.files import (
 )
 from raydet.preparation.sources.source import (
     SKIPPED,
+    SOURCE_ID,
     UNLABELLED,
     UNLABELLED_KEPT,
     Finding,
     FindingLog,
+    NamedBoxes,
     Source,
     SourceImage,
-    SourceObjects,
     aligned_folders,
+    finite_numbers,
     top_folders,
 )
 from raydet.preparation.sources.yolo_files import YoloFiles
@@ -56,15 +55,11 @@ _UNUSABLE = (_NOT_NUMBERS, _WRONG_COLUMNS, _OUT_OF_RANGE)
 _Box = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
-class _LabelFile:
-    """One label file, or the reason why it cannot be read."""
+@dataclass(kw_only=True)
+class _LabelFile(NamedBoxes):
+    """One label file."""
 
-    classes: list[int] = field(default_factory=list)
-    boxes_xywh: list[_Box] = field(default_factory=list)
-    findings: Mapping[str, int] = field(default_factory=dict)
     is_missing: bool = False
-    refusal: str | None = None
 
 
 def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
@@ -78,8 +73,8 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
     Raises:
         UserError: No image has a label file.
     """
-    index_of = {category.id: index for index, category in enumerate(files.categories)}
-    read = partial(_read_labels, files.labels, index_of)
+    index_of = {category.name: index for index, category in enumerate(files.categories)}
+    read = partial(_read_labels, files.labels, {category.id: category.name for category in files.categories})
     labels = Spilled(_LabelFile, in_order(read, (label for _, label in files.pairs)))
     if all(item.is_missing for item in labels):
         raise _no_label_file(files)
@@ -87,29 +82,18 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
     findings.note(Finding("label files without an image", count=files.num_orphans))
     findings.note(Finding(SKIPPED, count=files.skipped.total(), detail=skipped_detail(files.skipped)))
     for image_id, ((image_path, path), item) in enumerate(zip(files.pairs, labels, strict=True)):
-        for kind, count in item.findings.items():
-            findings.note(Finding(kind, readable(path), count=count))
+        item.add_findings(findings, index_of, readable(path))
         if item.is_missing and unlabelled == "keep":
             findings.note(Finding(UNLABELLED_KEPT, readable(image_path), image_id))
 
     def records() -> Iterator[SourceImage]:
-        next_id = 1
+        ids = count(1)
         for image_id, ((path, _), item) in enumerate(zip(files.pairs, labels, strict=True)):
-            num_boxes = len(item.classes)
-            objects = SourceObjects(
-                ids=list(range(next_id, next_id + num_boxes)),
-                boxes_xywh=item.boxes_xywh,
-                categories=item.classes,
-                areas=[width * height for _, _, width, height in item.boxes_xywh],
-                iscrowd=[False] * num_boxes,
-                is_normalised=True,
-            )
-            next_id += num_boxes
             unlabelled_refusal = UNLABELLED if item.is_missing and unlabelled == "reject" else None
             yield SourceImage(
                 image_id=image_id,
                 path=readable(path),
-                objects=objects,
+                objects=item.objects(index_of, ids, is_normalised=True),
                 extra={"source_id": readable(path)},
                 refusal=files.images.refuse_outside(path) or item.refusal or unlabelled_refusal,
             )
@@ -118,7 +102,7 @@ def read_yolo(files: YoloFiles, *, unlabelled: Unlabelled = "keep") -> Source:
             yield SourceImage(image_id, name, extra={"source_id": name}, refusal=_OUTSIDE)
 
     num_images = len(files.pairs) + len(files.outside)
-    return Source(records, num_images, files.categories, (pa.field("source_id", pa.string()),), findings)
+    return Source(records, num_images, files.categories, SOURCE_ID, findings)
 
 
 def _no_label_file(files: YoloFiles) -> UserError:
@@ -138,18 +122,16 @@ def _no_label_file(files: YoloFiles) -> UserError:
     folders = aligned_folders(label_paths, image_paths)
     if folders is None:
         return UserError(f"{text}, but the first .txt file there is {readable(min(label_paths))}")
+    sides = ("images", files.images, folders[1], image_paths), ("label files", files.labels, folders[0], label_paths)
     places = [
         f"{what} in {folder.uri_of(subfolder)} ({folder.uri} holds {top_folders(paths)})"
-        for what, folder, subfolder, paths in (
-            ("images", files.images, folders[1], image_paths),
-            ("label files", files.labels, folders[0], label_paths),
-        )
+        for what, folder, subfolder, paths in sides
         if subfolder
     ]
     return UserError(f"{text}, but names agree for the {' and the '.join(places)}; use these folders")
 
 
-def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) -> _LabelFile:
+def _read_labels(folder: ImageFolder, name_of: Mapping[int, str], path: str) -> _LabelFile:
     """Read one label file, in a thread."""
     refusal = folder.refuse_outside(path)
     if refusal is not None:
@@ -160,39 +142,28 @@ def _read_labels(folder: ImageFolder, index_of: Mapping[int, int], path: str) ->
         return _LabelFile(is_missing=True)
     except (ReadError, TextError) as error:
         return _LabelFile(refusal=f"its label file: {error}")
-    classes: list[int] = []
-    boxes_xywh: list[_Box] = []
-    findings: Counter[str] = Counter()
+    result = _LabelFile()
     seen: set[tuple[float, ...]] = set()
     for line in filter(None, map(str.split, text.splitlines())):
-        numbers = _numbers(line)
+        numbers = finite_numbers(line)
         if numbers is None:
-            findings[_NOT_NUMBERS] += 1
+            result.note(_NOT_NUMBERS)
         elif len(numbers) != 5 and (len(numbers) < 7 or len(numbers) % 2 == 0):
-            findings[_WRONG_COLUMNS] += 1
-        elif numbers[0] not in index_of:
-            findings["lines of an unknown class, dropped"] += 1
+            result.note(_WRONG_COLUMNS)
+        elif numbers[0] not in name_of:
+            result.note("lines of an unknown class, dropped")
         elif (box_xywh := _box_xywh(numbers[1:])) is None:
-            findings[_OUT_OF_RANGE] += 1
+            result.note(_OUT_OF_RANGE)
         elif numbers in seen:
-            findings["repeated lines, dropped"] += 1
+            result.note("repeated lines, dropped")
         else:
             seen.add(numbers)
-            classes.append(index_of[int(numbers[0])])
-            boxes_xywh.append(box_xywh)
-    kind, _ = next(iter(findings.most_common(1)), ("", 0))
-    if not boxes_xywh and kind in _UNUSABLE:
+            result.add(name_of[int(numbers[0])], box_xywh, area=box_xywh[2] * box_xywh[3])
+    kind = max(result.notes, key=lambda kind: result.notes[kind], default="")
+    if not result.names and kind in _UNUSABLE:
         # Another format, such as detections or pixels: the image has objects, and must not become a negative.
         return _LabelFile(refusal=f"its label file: no usable line, only {kind.removesuffix(', dropped')}")
-    return _LabelFile(classes, boxes_xywh, findings)
-
-
-def _numbers(words: list[str]) -> tuple[float, ...] | None:
-    try:
-        numbers = tuple(map(float, words))
-    except ValueError:
-        return None
-    return numbers if all(map(math.isfinite, numbers)) else None
+    return result
 
 
 def _box_xywh(numbers: tuple[float, ...]) -> _Box | None:

@@ -13,6 +13,7 @@ from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.documents import MAX_YAML_BYTES, DocumentError, parse_yaml
 from raydet.common.untrusted.opening import LocalRoots
 from raydet.common.untrusted.text import TextError, decode_text
+from raydet.config import PrepareYoloConfig
 from raydet.images.files import (
     MAX_FILE_BYTES,
     ImageFolder,
@@ -53,6 +54,14 @@ class YoloFiles:
 
     def __post_init__(self) -> None:
         del self.skipped[".txt"]
+
+
+def find_files(config: PrepareYoloConfig) -> YoloFiles:
+    """Find the images, label files and classes of a data set; raises as the two functions below do."""
+    if config.data is not None:
+        return find_in_data_yaml(config.data, config.split, allow_root=config.allow_root)
+    assert config.images is not None and config.labels is not None and config.classes is not None
+    return find_in_folders(config.images, config.labels, config.classes, allow_root=config.allow_root)
 
 
 def find_in_folders(

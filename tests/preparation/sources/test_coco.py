@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from raydet.common.errors import RunError, UserError
+from raydet.config import PrepareCocoConfig
 from raydet.images.files import ImageFolder
 from raydet.preparation.sources import coco_index
 from raydet.preparation.sources.coco import read_coco
@@ -26,10 +27,15 @@ def box(annotation_id: Any = 1, image_id: Any = 1, category_id: Any = 7, **more:
     return {"id": annotation_id, "image_id": image_id, "category_id": category_id, "bbox": [1, 2, 3, 4], **more}
 
 
+def read_file(annotations: Path, folder: Path) -> Source:
+    config = PrepareCocoConfig(annotations=str(annotations), images=str(folder), out="unused")
+    return read_coco(config, ImageFolder(config.images))
+
+
 def read(folder: Path, content: Any) -> Source:
     path = folder / "instances.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_coco(str(path), ImageFolder(str(folder)))
+    return read_file(path, folder)
 
 
 def coco(images: list[Any], annotations: list[Any], categories: Any = CATEGORIES) -> dict[str, Any]:
@@ -197,7 +203,7 @@ def test_a_file_is_read_in_pieces_and_not_kept(tmp_path: Path) -> None:
     del boxes, images
     assert path.stat().st_size > 40_000_000
     tracemalloc.start()
-    source = read_coco(str(path), ImageFolder(str(tmp_path)))
+    source = read_file(path, tmp_path)
     found = [(record.image_id, record.objects.ids) for record in source.images if record.objects is not None]
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -221,14 +227,14 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.json"):
-        read_coco(str(tmp_path / "none.json"), ImageFolder(str(tmp_path)))
+        read_file(tmp_path / "none.json", tmp_path)
 
 
 def test_real_coco_has_its_crowds_gaps_and_images_without_boxes(test_data: Path) -> None:
     numbers = {"train": (47, 524, 6), "val": (57, 517, 7)}
     for split, (num_images, num_boxes, num_crowds) in numbers.items():
         folder = test_data / "coco_mini"
-        source = read_coco(str(folder / f"instances_{split}.json"), ImageFolder(str(folder / split)))
+        source = read_file(folder / f"instances_{split}.json", folder / split)
         objects = [record.objects for record in source.images if record.objects is not None]
         assert len(objects) == num_images
         assert sum(len(item.ids) for item in objects) == num_boxes

@@ -47,11 +47,15 @@ def bccd(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def config_of(dataset: Path | str, **options: Any) -> PrepareHubConfig:
+    return PrepareHubConfig(dataset=str(dataset), out="unused", **options)
+
+
 def test_a_text_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "metadata.jsonl").open("wb") as file:
         file.truncate(2**30)
     with pytest.raises(UserError, match=r"metadata\.jsonl' is larger than 512 MiB"):
-        load_hub(str(tmp_path), split="train")
+        load_hub(config_of(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,7 @@ def test_a_pipe_among_the_images_does_not_stop_the_others(bccd: Path, tmp_path: 
 def test_an_empty_parquet_file_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="cannot load the data set"):
-        load_hub(str(tmp_path / "rows.parquet"), split="train")
+        load_hub(config_of(tmp_path / "rows.parquet"))
     assert capfd.readouterr().err == ""
 
 
@@ -338,7 +342,7 @@ def test_classes_come_from_the_labels_the_names_or_the_numbers() -> None:
     def read(categories: list[Any], dtype: Any, **options: Any) -> tuple[list[tuple[int, str]], list[list[int]]]:
         features = {"image": datasets.Image(), "objects": OBJECTS | {"category": datasets.List(dtype)}}
         rows = [{"image": IMAGE, "objects": {"bbox": [[1, 2, 3, 4]], "category": [item]}} for item in categories]
-        source = read_hub(opened(features, rows), **options)
+        source = read_hub(opened(features, rows), config_of("-", **options))
         indices = [record.objects.categories for record in source.images if record.objects is not None]
         return [(category.id, category.name) for category in source.categories], indices
 
@@ -361,7 +365,7 @@ def test_ids_and_further_columns() -> None:
         "tags": datasets.List(datasets.Value("string")),
     }
     row = {"photo": IMAGE, "camera": 1, "weather": "rain", "exposure": 0.5, "tags": ["x"]}
-    source = read_hub(opened(features, [row | {"image_id": 30}, row | {"image_id": 4, "camera": None}]))
+    source = read_hub(opened(features, [row | {"image_id": 30}, row | {"image_id": 4, "camera": None}]), config_of("-"))
     first, second = source.images
     assert (first.image_id, second.image_id, first.path, first.objects) == (30, 4, "a.jpg", None)
     assert first.extra == {"camera": "south", "weather": "rain", "exposure": 0.5}
@@ -369,7 +373,7 @@ def test_ids_and_further_columns() -> None:
     assert [str(field.type) for field in source.extra_fields] == ["string", "string", "float"]
     assert list(source.findings) == ["columns without scalar values, dropped"]
     for ids in ([7, 7], [None, 1], [-1, 2]):
-        source = read_hub(opened(features, [row | {"image_id": item} for item in ids]))
+        source = read_hub(opened(features, [row | {"image_id": item} for item in ids]), config_of("-"))
         assert [record.image_id for record in source.images] == [0, 1]
         assert [record.extra["source_id"] for record in source.images] == [
             "a.jpg" if item is None else str(item) for item in ids
@@ -385,7 +389,8 @@ def test_annotation_ids_are_kept_if_they_can_be() -> None:
             {"image": IMAGE, "objects": {"bbox": [[1, 2, 3, 4]] * len(ids), "category": [0] * len(ids), "id": ids}}
             for ids in given
         ]
-        return [record.objects.ids for record in read_hub(opened(features, rows)).images if record.objects is not None]
+        source = read_hub(opened(features, rows), config_of("-"))
+        return [record.objects.ids for record in source.images if record.objects is not None]
 
     assert ids_of([9, 4], [7]) == [[9, 4], [7]]
     assert ids_of([9, 4], [9]) == ids_of([0, 4], [9]) == ids_of([None, 4], [9]) == [[1, 2], [3]]
@@ -397,7 +402,7 @@ def test_a_data_set_of_the_hub_may_not_lead_to_other_files(tmp_path: Path) -> No
     rows = [{"image": {"bytes": None, "path": str(secret)}}, {"image": {"bytes": None, "path": "secret.jpg"}}]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     images = HubImages(datasets.Dataset.from_list(rows, features=features).with_format("arrow"), None)
-    read_hub(images)
+    read_hub(images, config_of("-"))
     for row in ("0", "1"):
         with pytest.raises(ReadError, match="leads out of the data set"):
             images.read(row)
@@ -448,8 +453,11 @@ def test_mistakes_get_one_line(bccd: Path, tmp_path: Path, dataset: str, options
 
 def test_load_hub_takes_parts_of_splits(bccd: Path, tmp_path: Path) -> None:
     cppe(bccd).to_parquet(str(tmp_path / "train.parquet"))
-    images = load_hub(str(tmp_path / "train.parquet"), split="train[4:6]", allow_root=[str(bccd)])
-    assert [record.image_id for record in read_hub(images).images] == [row["image_id"] for row in cppe_rows(bccd)[4:6]]
+    config = config_of(tmp_path / "train.parquet", split="train[4:6]", allow_root=[str(bccd)])
+    images = load_hub(config)
+    assert [record.image_id for record in read_hub(images, config).images] == [
+        row["image_id"] for row in cppe_rows(bccd)[4:6]
+    ]
     assert images.read("0") == Path(cppe_rows(bccd)[4]["image"]).read_bytes()
 
 

@@ -49,14 +49,16 @@ def read(
 ) -> Source:
     for name in ("xml", "img"):
         (folder / name).mkdir(exist_ok=True)
-    return read_voc(
-        ImageFolder(str(folder / "xml")),
-        ImageFolder(str(folder / "img")),
-        split_uri=split,
+    config = PrepareVocConfig(
+        annotations=str(folder / "xml"),
+        images=str(folder / "img"),
+        out="unused",
+        split=split,
         classes=classes,
         zero_based=zero_based,
         unlabelled=unlabelled,
     )
+    return read_voc(config, ImageFolder(config.images))
 
 
 def records(source: Source) -> dict[str, SourceImage]:

@@ -13,11 +13,7 @@ _MOST_PARTS = 64
 
 
 class FolderFiles:
-    """The files of a folder, found by a path on another machine or by the address that Label Studio has for them.
-
-    Attributes:
-        paths: Relative paths of the files.
-    """
+    """The files of a folder, found by a path on another machine or by the address that Label Studio has for them."""
 
     def __init__(self, folder: ImageFolder) -> None:
         """List the folder.

@@ -46,8 +46,6 @@ class CsvColumns:
     """Positions of the columns in a row, from 0.
 
     Attributes:
-        image: Path of the image.
-        category: Class name.
         box: Four numbers: left, top, right, bottom, or left, top, width, height.
         has_corners: The box is left, top, right, bottom.
         size: Width and height of the image in pixels, if the file states them.

@@ -11,26 +11,27 @@ file is read in chunks and its boxes are kept on disk, so it may be larger than 
 semicolons or tabs, and may be quoted.
 """
 
-import contextlib
 import csv
+import dataclasses
 import io
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-
-import pyarrow as pa
 
 from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.text import text_stream
+from raydet.config import PrepareCsvConfig
 from raydet.images.files import ImageFolder, is_image_name, readable
 from raydet.preparation.sources.coco_index import AnnotationEntry, CocoIndex, ImageEntry
 from raydet.preparation.sources.source import (
+    OTHER_CLASS,
+    SOURCE_ID,
     Finding,
     FindingLog,
     Source,
     SourceImage,
-    SourceObjects,
+    finite_numbers,
     read_class_names,
     size_hw_of,
 )
@@ -48,7 +49,6 @@ MAX_CLASSES = 10_000
 
 _NO_IMAGE = "rows without an image, dropped"
 _NO_BOX = "rows without a class or four finite numbers, dropped"
-_OTHER_CLASS = "objects of classes that are not in --classes, dropped"
 _NOT_LISTED = "images that the file does not list, left out"
 _ONLY_BAD_ROWS = "none of its rows has a class and four finite numbers"
 _NO_FILE = "no such file: no image path matches the end of its path"
@@ -74,8 +74,6 @@ class _Reading:
     Attributes:
         images: The images by their path in the file, in the order of their first row.
         classes: Number of each class name, in the order of first occurrence.
-        findings: Anomalies.
-        largest: Largest coordinate.
     """
 
     images: dict[str, _CsvImage] = field(default_factory=dict)
@@ -84,23 +82,8 @@ class _Reading:
     largest: float = -math.inf
 
 
-def read_csv(
-    annotations_uri: str,
-    folder: ImageFolder,
-    *,
-    columns: Mapping[str, str | int] | None = None,
-    classes: Sequence[str] | None = None,
-    fractions: bool = False,
-) -> Source:
-    """Read a CSV file of boxes.
-
-    Args:
-        annotations_uri: Path or URI of the file.
-        folder: Folder of the images.
-        columns: Columns by role, for a file that is not recognised; see `csv_columns`.
-        classes: Names in order, or one .txt file of names. Objects of other classes are dropped and counted. By
-            default, all classes of the file, sorted by name.
-        fractions: Boxes are fractions of the image's width and height.
+def read_csv(config: PrepareCsvConfig, folder: ImageFolder) -> Source:
+    """Read a CSV file of boxes; without `classes`, its classes are sorted by name.
 
     Returns:
         One record per image of the file, in the order of their first rows. The column `source_id` holds its path in
@@ -110,13 +93,19 @@ def read_csv(
         UserError: The file is missing, is not text or CSV, lacks a column, has numbers with decimal commas, or names no
             image or no class.
     """
+    annotations_uri, fractions = config.annotations, config.fractions
     where = storage.absolute_uri(annotations_uri)
     find, index, reading = FolderFiles(folder), CocoIndex(), _Reading()
-    wanted = None if classes is None else read_class_names(classes)
-    with errors_in_one_line(annotations_uri, EXPECTED), spill_errors(), _open_text(annotations_uri) as text:
+    wanted = None if config.classes is None else read_class_names(config.classes)
+    with (
+        errors_in_one_line(annotations_uri, EXPECTED),
+        spill_errors(),
+        storage.open_stream(annotations_uri) as stream,
+        text_stream(stream, newline="") as text,
+    ):
         rows = _rows(text, where)
         first = next(rows, (1, []))
-        found = find_columns(first[1], columns, where)
+        found = find_columns(first[1], config.columns, where)
         rows = rows if found.has_header else itertools.chain([first], rows)
         index.add_annotations(_annotations(rows, found, reading, find, where))
     if not reading.images:
@@ -137,7 +126,7 @@ def read_csv(
     for orphan in index.orphans():
         detail = f"its class is {class_of[orphan.category_id]}"
         reading.findings.note(
-            Finding(_OTHER_CLASS, readable(orphan.path or ""), orphan.image_id, orphan.annotation_id, detail=detail)
+            Finding(OTHER_CLASS, readable(orphan.path or ""), orphan.image_id, orphan.annotation_id, detail=detail)
         )
 
     def records() -> Iterator[SourceImage]:
@@ -145,14 +134,14 @@ def read_csv(
             yield SourceImage(
                 image_id=entry.image_id,
                 path=readable(entry.path),
-                objects=_as_fractions(objects) if fractions else objects,
+                objects=dataclasses.replace(objects, is_normalised=fractions),
                 size_hw=entry.size_hw,
                 extra=entry.extra,
                 refusal=image.refusal,
             )
 
     categories = tuple(Category(place + 1, name) for place, name in enumerate(names))
-    return Source(records, len(facts), categories, (pa.field("source_id", pa.string()),), reading.findings)
+    return Source(records, len(facts), categories, SOURCE_ID, reading.findings)
 
 
 def _annotations(
@@ -219,10 +208,6 @@ def _check_unit(largest: float, where: str, fractions: bool) -> None:
         raise UserError(f"{where} has the coordinate {largest:g}, which is no fraction of an image; omit --fractions")
 
 
-def _as_fractions(objects: SourceObjects) -> SourceObjects:
-    return SourceObjects(**{**vars(objects), "is_normalised": True})
-
-
 def _box(values: Sequence[str], where: str, line: int) -> BoxXywh | None:
     """Return the four numbers of a row; None if they are not finite numbers."""
     for value in values:
@@ -231,18 +216,8 @@ def _box(values: Sequence[str], where: str, line: int) -> BoxXywh | None:
                 f"{where}: line {line} has the number {value} with a decimal comma; write decimal points, as "
                 f"{value.replace(',', '.')}"
             )
-    try:
-        first, second, third, fourth = map(float, values)
-    except ValueError:
-        return None
-    box = (first, second, third, fourth)
-    return box if all(map(math.isfinite, box)) else None
-
-
-@contextlib.contextmanager
-def _open_text(uri: str) -> Iterator[io.TextIOWrapper]:
-    with storage.open_stream(uri) as stream, text_stream(stream, newline="") as text:
-        yield text
+    numbers = finite_numbers(values)
+    return None if numbers is None else (numbers[0], numbers[1], numbers[2], numbers[3])
 
 
 def _rows(text: io.TextIOWrapper, where: str) -> Iterator[tuple[int, list[str]]]:

@@ -15,25 +15,27 @@ import math
 import xml.etree.ElementTree as ElementTree
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 from raydet.common.boxes import enclosing_xywh
 from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.xml import NoDoctype, XmlError
+from raydet.config import PrepareCvatConfig
 from raydet.images.files import ImageFolder, readable
 from raydet.preparation.sources.source import (
     Finding,
     FindingLog,
+    NamedBoxes,
     Source,
     SourceImage,
-    SourceObjects,
     are_image_ids,
+    finite_numbers,
     image_id_of,
     size_hw_of,
 )
 from raydet.tables import storage
-from raydet.tables.coco_json import BoxXywh, errors_in_one_line, plain_path
+from raydet.tables.coco_json import errors_in_one_line, plain_path
 from raydet.tables.schema import Category
 from raydet.tables.spill import Spilled
 
@@ -53,39 +55,24 @@ _NO_BOX = "boxes without a label or four numbers, dropped"
 _ROTATED_BOX = "rotated boxes, replaced by the upright box around them"
 
 
-@dataclass
-class _CvatImage:
-    """One `<image>` with its boxes by class name."""
+@dataclass(kw_only=True)
+class _CvatImage(NamedBoxes):
+    """One `<image>`."""
 
     image_id: int | None
     path: str
     size_hw: tuple[int, int] | None
-    names: list[str] = field(default_factory=list)
-    boxes_xywh: list[BoxXywh] = field(default_factory=list)
-    areas: list[float] = field(default_factory=list)
-    iscrowd: list[bool] = field(default_factory=list)
-    findings: dict[str, int] = field(default_factory=dict)
-
-    def note(self, kind: str) -> None:
-        self.findings[kind] = self.findings.get(kind, 0) + 1
 
 
-def read_cvat(annotations_uri: str, folder: ImageFolder) -> Source:
-    """Read an XML file of CVAT.
-
-    Args:
-        annotations_uri: Path or URI of the XML file.
-        folder: Folder to which the names of the images in it are relative.
-
-    Returns:
-        One record per `<image>`, in file order.
+def read_cvat(config: PrepareCvatConfig, folder: ImageFolder) -> Source:
+    """Read an XML file of CVAT; its `<image>` elements become records in file order.
 
     Raises:
         UserError: The file is missing, is not CVAT's XML for images, or names no image or no class.
     """
-    where = storage.absolute_uri(annotations_uri)
+    where = storage.absolute_uri(config.annotations)
     labels: dict[str, None] = {}
-    images = Spilled(_CvatImage, _read_images(annotations_uri, labels))
+    images = Spilled(_CvatImage, _read_images(config.annotations, labels))
     if not len(images):
         raise UserError(f"{where} has no images; expected {_EXPECTED}")
     findings, ids, used = FindingLog(), array("q"), set[str]()
@@ -100,10 +87,9 @@ def read_cvat(annotations_uri: str, folder: ImageFolder) -> Source:
     keeps_ids = are_image_ids(ids)
     if not keeps_ids:
         findings.note(Finding("image ids that are missing or repeated, so all are renumbered"))
-    for rank, image in enumerate(images):
-        for kind, number in image.findings.items():
-            findings.note(Finding(kind, readable(image.path), ids[rank] if keeps_ids else rank, count=number))
     index_of = {name: index for index, name in enumerate(labels)}
+    for rank, image in enumerate(images):
+        image.add_findings(findings, index_of, readable(image.path), ids[rank] if keeps_ids else rank)
 
     def records() -> Iterator[SourceImage]:
         box_ids = count(1)
@@ -111,13 +97,7 @@ def read_cvat(annotations_uri: str, folder: ImageFolder) -> Source:
             yield SourceImage(
                 image_id=ids[rank] if keeps_ids else rank,
                 path=readable(image.path),
-                objects=SourceObjects(
-                    ids=[next(box_ids) for _ in image.names],
-                    boxes_xywh=image.boxes_xywh,
-                    categories=[index_of[name] for name in image.names],
-                    areas=image.areas,
-                    iscrowd=image.iscrowd,
-                ),
+                objects=image.objects(index_of, box_ids),
                 size_hw=image.size_hw,
                 refusal=folder.refuse_outside(image.path),
             )
@@ -218,32 +198,21 @@ class _CvatTarget(NoDoctype):
         if not path:
             raise XmlError(f"image {self._num_images + 1} has no name")
         size_hw = size_hw_of(attributes.get("height"), attributes.get("width"))
-        return _CvatImage(image_id_of(attributes.get("id")), path, size_hw)
+        return _CvatImage(image_id=image_id_of(attributes.get("id")), path=path, size_hw=size_hw)
 
     def _add_box(self, image: _CvatImage, attributes: Mapping[str, str]) -> bool:
         """Add a box to an image, unless it is unusable."""
         if len(image.names) >= MAX_BOXES:
             raise XmlError(f"image {self._num_images} has more than {MAX_BOXES:,} boxes")
         name = readable(attributes.get("label", "").strip())
-        left, top, right, bottom, degrees = (
-            _number(attributes.get(key, default))
-            for key, default in (("xtl", ""), ("ytl", ""), ("xbr", ""), ("ybr", ""), ("rotation", "0"))
-        )
-        if not name or not math.isfinite(left + top + right + bottom + degrees):
+        sides = [attributes.get(key) for key in ("xtl", "ytl", "xbr", "ybr")]
+        numbers = finite_numbers([*sides, attributes.get("rotation", "0")])
+        if not name or numbers is None or not math.isfinite(sum(numbers)):
             image.note(_NO_BOX)
             return False
+        left, top, right, bottom, degrees = numbers
         box_xywh = (left, top, right - left, bottom - top)
-        if degrees % 360:
-            image.note(_ROTATED_BOX)
-        image.names.append(name)
-        image.boxes_xywh.append(enclosing_xywh(box_xywh, degrees, ((left + right) / 2, (top + bottom) / 2)))
-        image.areas.append(box_xywh[2] * box_xywh[3])
-        image.iscrowd.append(False)
+        image.note(_ROTATED_BOX, bool(degrees % 360))
+        enclosing = enclosing_xywh(box_xywh, degrees, ((left + right) / 2, (top + bottom) / 2))
+        image.add(name, enclosing, area=box_xywh[2] * box_xywh[3])
         return True
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

@@ -14,7 +14,6 @@ folder by their last components.
 """
 
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,16 +22,17 @@ from typing import Any
 
 from raydet.common.boxes import enclosing_xywh
 from raydet.common.errors import UserError
-from raydet.config.preparing import TaskLabels, Unlabelled
+from raydet.config import PrepareLabelStudioConfig
+from raydet.config.preparing import TaskLabels
 from raydet.images.files import ImageFolder, is_image_name, readable
 from raydet.preparation.sources.source import (
     UNLABELLED,
     UNLABELLED_KEPT,
     Finding,
     FindingLog,
+    NamedBoxes,
     Source,
     SourceImage,
-    SourceObjects,
     are_image_ids,
     are_unique,
     image_id_of,
@@ -57,53 +57,27 @@ _LOW_SCORE = "predictions at or below --score-threshold, dropped"
 _ROTATED_IMAGE = "it was rotated in Label Studio, and its boxes refer to the rotated image"
 
 
-@dataclass
-class _LabelStudioTask:
-    """One task with its boxes by class name; boxes are fractions of the image if its size is not stated."""
+@dataclass(kw_only=True)
+class _LabelStudioTask(NamedBoxes):
+    """One task; boxes are fractions of the image if its size is not stated."""
 
     image_ids: tuple[int | None, int | None]
     path: str
     size_hw: tuple[int, int] | None = None
     is_labelled: bool = False
-    refusal: str | None = None
     ids: list[int | None] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    boxes_xywh: list[BoxXywh] = field(default_factory=list)
-    areas: list[float] = field(default_factory=list)
-    iscrowd: list[bool] = field(default_factory=list)
-    findings: dict[str, int] = field(default_factory=dict)
 
 
-def read_label_studio(
-    annotations_uri: str,
-    folder: ImageFolder,
-    *,
-    classes: Sequence[str] | None = None,
-    labels: TaskLabels = "annotations",
-    score_threshold: float = 0.0,
-    unlabelled: Unlabelled = "reject",
-) -> Source:
-    """Read a JSON file of Label Studio.
-
-    Args:
-        annotations_uri: Path or URI of the JSON file.
-        folder: Folder of the images.
-        classes: Names in order, or one .txt file of names. Boxes of other classes are dropped and counted. By default,
-            all classes of the file, sorted by name.
-        labels: Use the annotations or the predictions of the tasks.
-        score_threshold: Drop predictions at or below this score.
-        unlabelled: Reject tasks without annotations or predictions, or keep them without objects.
-
-    Returns:
-        One record per task, in file order. Category ids start at 1.
+def read_label_studio(config: PrepareLabelStudioConfig, folder: ImageFolder) -> Source:
+    """Read a JSON file of Label Studio; its tasks become records in file order. Category ids start at 1.
 
     Raises:
         UserError: The file is missing, is not Label Studio's JSON, or names no image or no class.
     """
-    where = storage.absolute_uri(annotations_uri)
+    where, classes, labels = storage.absolute_uri(config.annotations), config.classes, config.labels
     find = FolderFiles(folder)
-    parse = partial(_task, find=find, labels=labels, score_threshold=score_threshold)
-    tasks = Spilled(_LabelStudioTask, _read_tasks(annotations_uri, parse))
+    parse = partial(_task, find=find, labels=labels, score_threshold=config.score_threshold)
+    tasks = Spilled(_LabelStudioTask, _read_tasks(config.annotations, parse))
     if not len(tasks):
         raise UserError(f"{where} has no tasks; expected {_EXPECTED}")
     names = sorted({name for task in tasks for name in task.names}) if classes is None else read_class_names(classes)
@@ -117,26 +91,21 @@ def read_label_studio(
     keeps_ids = _are_unique(tasks)
     index_of = {name: index for index, name in enumerate(names)}
     for image_id, task in zip(image_ids, tasks, strict=True):
-        _add_findings(task, image_id, index_of, unlabelled, findings)
+        task.add_findings(findings, index_of, task.path, image_id)
+        if config.unlabelled == "keep" and not task.is_labelled and task.refusal is None:
+            findings.note(Finding(UNLABELLED_KEPT, task.path, image_id))
 
     def records() -> Iterator[SourceImage]:
         numbers = count(1)
         for image_id, task in zip(image_ids, tasks, strict=True):
-            kept = [place for place, name in enumerate(task.names) if name in index_of]
-            ids = [task.ids[place] if keeps_ids else next(numbers) for place in kept]
+            known = (id_ or 0 for name, id_ in zip(task.names, task.ids, strict=True) if name in index_of)
+            is_refused = config.unlabelled == "reject" and not task.is_labelled
             yield SourceImage(
                 image_id=image_id,
                 path=task.path,
-                objects=SourceObjects(
-                    ids=[id_ for id_ in ids if id_ is not None],
-                    boxes_xywh=[task.boxes_xywh[place] for place in kept],
-                    categories=[index_of[task.names[place]] for place in kept],
-                    areas=[task.areas[place] for place in kept],
-                    iscrowd=[task.iscrowd[place] for place in kept],
-                    is_normalised=task.size_hw is None,
-                ),
+                objects=task.objects(index_of, known if keeps_ids else numbers, is_normalised=task.size_hw is None),
                 size_hw=task.size_hw,
-                refusal=task.refusal or (UNLABELLED if unlabelled == "reject" and not task.is_labelled else None),
+                refusal=task.refusal or (UNLABELLED if is_refused else None),
             )
 
     categories = tuple(Category(index + 1, name) for name, index in index_of.items())
@@ -162,8 +131,8 @@ def _task(
         raise UserError(f'{place}: its "data" has no image address')
     path = find(address)
     task = _LabelStudioTask(
-        (image_id_of(data.get("image_id")), image_id_of(entry.get("id"))),
-        readable(address_path(address) if path is None else path),
+        image_ids=(image_id_of(data.get("image_id")), image_id_of(entry.get("id"))),
+        path=readable(address_path(address) if path is None else path),
         refusal="no such file: no image path matches the end of its address"
         if path is None
         else find.refuse_outside(path),
@@ -171,15 +140,14 @@ def _task(
     found = [item for item in _list(entry.get(labels)) if isinstance(item, dict) and not item.get("was_cancelled")]
     if not found:
         return task
-    notes = Counter({_SEVERAL_RESULTS: len(found) > 1})
+    task.note(_SEVERAL_RESULTS, len(found) > 1)
     chosen = next((item for item in found if item.get("ground_truth")), found[-1])
     task.is_labelled = True
-    _add_regions(task, chosen, score_threshold if labels == "predictions" else None, notes)
-    task.findings = {kind: int(number) for kind, number in notes.items() if number}
+    _add_regions(task, chosen, score_threshold if labels == "predictions" else None)
     return task
 
 
-def _add_regions(task: _LabelStudioTask, chosen: Entry, threshold: float | None, notes: Counter[str]) -> None:
+def _add_regions(task: _LabelStudioTask, chosen: Entry, threshold: float | None) -> None:
     results = [item for item in _list(chosen.get("result")) if isinstance(item, dict)]
     task.size_hw = next((size for size in map(_original_size_hw, results) if size is not None), None)
     if any(_number(item.get("image_rotation", 0)) not in (0.0, None) for item in results):
@@ -193,27 +161,25 @@ def _add_regions(task: _LabelStudioTask, chosen: Entry, threshold: float | None,
         value: Any = item.get("value")
         names, percentages = _names(value), _percentages(value)
         if kind == "rectangle" or not names or percentages is None:
-            notes[_OTHER_REGION] += 1
+            task.note(_OTHER_REGION)
             continue
         score = _number(item.get("score", chosen.get("score")))
         if threshold and (score is None or score <= threshold):
-            notes[_LOW_SCORE] += 1
+            task.note(_LOW_SCORE)
             continue
-        notes[_SEVERAL_LABELS] += len(names) > 1
+        task.note(_SEVERAL_LABELS, len(names) > 1)
         high, wide = task.size_hw or (1, 1)
         left, top, width, height = (side / 100 for side in percentages)
         box = (left * wide, top * high, width * wide, height * high)
         degrees = _number(value.get("rotation")) or 0.0
         if degrees % 360:
-            notes[_ROTATED_REGION if task.size_hw else _ROTATED_UNKNOWN] += 1
+            task.note(_ROTATED_REGION if task.size_hw else _ROTATED_UNKNOWN)
             if task.size_hw is None:
                 continue
         number = integer(region_id)
         task.ids.append(number if number is not None and 0 < number < MAX_INTEGER else None)
-        task.names.append(names[0])
-        task.boxes_xywh.append(enclosing_xywh(box, degrees, box[:2]))
-        task.areas.append(box[2] * box[3])
-        task.iscrowd.append(region_id in crowds)
+        enclosing = enclosing_xywh(box, degrees, box[:2])
+        task.add(names[0], enclosing, area=box[2] * box[3], iscrowd=region_id in crowds)
 
 
 def _image_ids(tasks: Spilled[_LabelStudioTask], findings: FindingLog) -> Sequence[int]:
@@ -235,18 +201,6 @@ def _are_unique(tasks: Spilled[_LabelStudioTask]) -> bool:
                 return False
             ids.append(id_)
     return are_unique(ids)
-
-
-def _add_findings(
-    task: _LabelStudioTask, image_id: int, index_of: dict[str, int], unlabelled: Unlabelled, findings: FindingLog
-) -> None:
-    for kind, number in task.findings.items():
-        findings.note(Finding(kind, task.path, image_id, count=number))
-    for name, number in Counter(name for name in task.names if name not in index_of).items():
-        kind = "objects of classes that are not in --classes, dropped"
-        findings.note(Finding(kind, task.path, image_id, count=number, detail=f"their class is {name}"))
-    if unlabelled == "keep" and not task.is_labelled and task.refusal is None:
-        findings.note(Finding(UNLABELLED_KEPT, task.path, image_id))
 
 
 def _original_size_hw(item: Entry) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,12 @@ def write(folder: Path, text: str | bytes, images: str = "a b c") -> None:
 
 def read(folder: Path, text: str | bytes, images: str = "a b c", **options: object) -> Source:
     write(folder, text, images)
-    return read_csv(str(folder / "labels.csv"), ImageFolder(str(folder / "img")), **options)  # type: ignore[arg-type]
+    return read_file(folder / "labels.csv", folder / "img", **options)
+
+
+def read_file(annotations: Path, images: Path, **options: Any) -> Source:
+    config = PrepareCsvConfig(annotations=str(annotations), images=str(images), out="unused", **options)
+    return read_csv(config, ImageFolder(config.images))
 
 
 def prepare(folder: Path, text: str, **options: object) -> PrepareReport:
@@ -178,7 +184,7 @@ def test_a_folder_or_nothing_instead_of_a_file_gets_one_line(tmp_path: Path) -> 
     read(tmp_path, VOTT)
     for uri, words in ((tmp_path, "is a folder"), (tmp_path / "gone.csv", "no such annotations file")):
         with pytest.raises(UserError, match=words):
-            read_csv(str(uri), ImageFolder(str(tmp_path / "img")))
+            read_file(uri, tmp_path / "img")
 
 
 def test_a_large_file_is_read_in_chunks(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def box(label: str = "dog", corners: tuple[object, ...] = (1, 2, 9, 12), more: s
 def read(folder: Path, text: str | bytes) -> Source:
     (folder / "img").mkdir(exist_ok=True)
     (folder / "a.xml").write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_cvat(str(folder / "a.xml"), ImageFolder(str(folder / "img")))
+    config = PrepareCvatConfig(annotations=str(folder / "a.xml"), images=str(folder / "img"), out="unused")
+    return read_cvat(config, ImageFolder(config.images))
 
 
 def test_boxes_crowds_and_ids_are_kept(tmp_path: Path) -> None:

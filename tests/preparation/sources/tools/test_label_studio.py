@@ -33,7 +33,10 @@ def read(folder: Path, content: Any, files: tuple[str, ...] = ("a.jpg",), **opti
         (folder / "img" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "img" / name).write_bytes(b"x")
     (folder / "a.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_label_studio(str(folder / "a.json"), ImageFolder(str(folder / "img")), **options)
+    config = PrepareLabelStudioConfig(
+        annotations=str(folder / "a.json"), images=str(folder / "img"), out="unused", **options
+    )
+    return read_label_studio(config, ImageFolder(config.images))
 
 
 def test_percentages_become_pixels(tmp_path: Path) -> None:
