@@ -38,8 +38,8 @@ OVERALL_ERRORS = {
 }
 _MOST_IN_CONFUSION = 120
 _MOST_CLASSES_WITH_ALL_CURVES = 300
-_CLASS_METRICS = ("AP", "AP50", "AP75", "AR100")
-_SLICE_METRICS = ("AP", "AP50", "AP75", "AR100")
+_METRICS = ("AP", "AP50", "AP75", "AR100")
+"""Columns of the tables of classes and of slices."""
 
 _Floats = npt.NDArray[np.float64]
 
@@ -58,7 +58,7 @@ def class_rows(run: RunTables) -> list[dict[str, Any]]:
     boxes = _boxes_by_class(run)
     rows = []
     for name in run.classes:
-        numbers = {metric: run.value(metric, name) for metric in _CLASS_METRICS}
+        numbers = {metric: run.value(metric, name) for metric in _METRICS}
         best = {key: run.value(f"best_f1_{key}", name).value for key in ("threshold", "precision", "recall")}
         rows.append({"name": name, **numbers, **best, "boxes": boxes.get(name)})
     return rows
@@ -67,9 +67,7 @@ def class_rows(run: RunTables) -> list[dict[str, Any]]:
 def slice_rows(run: RunTables) -> list[dict[str, Any]]:
     """Return a row for all images, then one per slice."""
     places: list[str | None] = [None, *run.slices]
-    return [
-        {"name": place, **{metric: run.value(metric, None, place) for metric in _SLICE_METRICS}} for place in places
-    ]
+    return [{"name": place, **{metric: run.value(metric, None, place) for metric in _METRICS}} for place in places]
 
 
 def error_rows(run: RunTables) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -77,32 +75,26 @@ def error_rows(run: RunTables) -> tuple[list[dict[str, Any]], list[dict[str, Any
     table = run.tables.get("errors")
     found = {} if table is None else {row["error"]: row for row in table.to_pylist() if row["category"] is None}
     longest = max([row["ap_points"] or 0.0 for row in found.values()] + [1e-9])
-    parts = []
-    for names in (ERRORS, OVERALL_ERRORS):
-        parts.append(
-            [
-                {
-                    "key": key,
-                    "name": title,
-                    "detail": detail,
-                    "count": found[key]["count"],
-                    "points": None if found[key]["ap_points"] is None else 100 * found[key]["ap_points"],
-                    "share": max(0.0, (found[key]["ap_points"] or 0.0) / longest),
-                }
-                for key, (title, detail) in names.items()
-                if key in found
-            ]
-        )
-    return parts[0], parts[1]
+
+    def rows(names: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
+        return [
+            {
+                "key": key,
+                "name": title,
+                "detail": detail,
+                "count": found[key]["count"],
+                "points": None if found[key]["ap_points"] is None else 100 * found[key]["ap_points"],
+                "share": max(0.0, (found[key]["ap_points"] or 0.0) / longest),
+            }
+            for key, (title, detail) in names.items()
+            if key in found
+        ]
+
+    return rows(ERRORS), rows(OVERALL_ERRORS)
 
 
 def charts(run: RunTables, history: Sequence[EpochRecord]) -> dict[str, Any]:
-    """Return the data of all charts; None for a chart without data.
-
-    Args:
-        run: Tables of the run.
-        history: Epochs of the training run; empty without a training run.
-    """
+    """Return the data of all charts, None for a chart without data; `history` is empty without a training run."""
     return {
         "classes": list(run.classes),
         "curves": _curves(run),
@@ -132,21 +124,18 @@ def _boxes_by_class(run: RunTables) -> dict[str, int]:
 
 def _groups(table: pa.Table, classes: Sequence[str]) -> list[tuple[int | None, pa.Table]]:
     """Return the rows of each class in a table by class index; None represents all classes and comes first."""
-    if not table.num_rows:
-        return []
-    places = np.array([-1 if place is None else place for place in indices_in(table["category"], classes)])
-    known = pc.or_(pc.is_null(table["category"]), pa.array(places >= 0)).to_numpy(zero_copy_only=False)
-    places = np.where(known, places, -2)
+    place_of: dict[str | None, int] = {name: place for place, name in reversed(list(enumerate(classes)))}
+    place_of[None] = -1
+    places = np.array([place_of.get(name, -2) for name in table["category"].to_pylist()], np.int64)
     order = np.argsort(places, kind="stable")
-    ends = np.flatnonzero(np.diff(places[order], append=len(classes))) + 1
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    found, starts = np.unique(places[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
     sorted_table = table.take(pa.array(order))
-    groups = []
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        place = int(places[order[start]])
-        if place >= -1:
-            groups.append((None if place == -1 else place, sorted_table.slice(start, end - start)))
-    return groups
+    return [
+        (None if place == -1 else place, sorted_table.slice(start, end - start))
+        for place, start, end in zip(found.tolist(), starts.tolist(), ends, strict=True)
+        if place >= -1
+    ]
 
 
 def _curves(run: RunTables) -> list[dict[str, Any]] | None:

@@ -1,17 +1,16 @@
 """Galleries of the worst images: selection, and thumbnails with labelled and detected boxes."""
 
 import base64
+import contextlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from raydet.common.console import counted
@@ -31,18 +30,12 @@ _CANDIDATES_FOR_CLASS = 200
 _MOST_BOXES = 100
 _LINKED_SCHEMES = ("http", "https", "file")
 
-_Integers = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DrawnBox:
-    """Box on a thumbnail.
+    """Box on a thumbnail: left, top, width and height in its pixels.
 
     Attributes:
-        x: Left side, in pixels of the thumbnail, as are y, width and height.
-        y: Top side.
-        width: Box width.
-        height: Box height.
         is_truth: True for a labelled box, False for a detection.
         is_highlighted: The box is one of those that the gallery shows.
         label: Class, and score of a detection.
@@ -62,12 +55,9 @@ class Card:
     """Image in a gallery.
 
     Attributes:
-        image_id: Image id.
-        path: Path in the table; may be empty.
         href: Address of the original for a browser; None if a browser cannot open it.
         caption: Description of its errors.
-        thumbnail: Thumbnail as a data URI; None if there is none.
-        problem: Reason for a missing thumbnail.
+        thumbnail: Data URI; None if there is none, for the reason in `problem`.
         size_wh: Size of the thumbnail in pixels.
         boxes: Truth first, highlighted boxes last, so that they are drawn on top.
     """
@@ -108,8 +98,7 @@ class _Choice:
     key: str
     title: str
     meaning: str
-    image_ids: list[int]
-    captions: dict[int, str] = field(default_factory=dict)
+    captions: dict[int, str]
     boxes: dict[int, list[tuple[list[float], str, bool]]] = field(default_factory=dict)  # xywh, label, is_truth
 
 
@@ -117,54 +106,38 @@ def build_galleries(run: RunTables, num_images: int) -> Galleries:
     """Select the worst images and draw them.
 
     Boxes are judged at IoU 0.5 and the score threshold of the best F1 over all classes. Only selected images are read;
-    failures are reported on the page and never stop the report.
-
-    Args:
-        run: Tables of the run.
-        num_images: Maximum number of images per gallery.
+    failures are reported on the page and never stop the report. `num_images` is the maximum per gallery.
     """
     if num_images == 0:
         return Galleries(galleries=())
     problems: list[str] = []
-    counted = _counted_choices(run, num_images)
-    of_class = _candidates(run)
+    images = run.tables.get("per_image")
+    of_class, suspects = [] if images is None else _candidates(images), _suspects(run, num_images)
+    choices = [*([] if images is None else _counted_choices(images, num_images)), suspects]
     judged: dict[int, JudgedImage] = {}
-    wanted = {image_id for choice in counted for image_id in choice.image_ids} | set(of_class)
-    suspects = _suspects(run, num_images)
-    wanted |= set(suspects.image_ids)
-    if wanted:
+    if wanted := {*of_class, *(image_id for choice in choices for image_id in choice.captions)}:
         try:
             judged = judge(run, sorted(wanted))
         except (UserError, OSError) as error:
             problems.append(f"Boxes cannot be drawn: {error}")
-    choices = [*counted, _wrong_class(judged, of_class, num_images), suspects]
-    choices = [choice for choice in choices if choice.image_ids]
+    choices.insert(-1, _wrong_class(judged, of_class, num_images))
+    choices = [choice for choice in choices if choice.captions]
     rows: dict[int, ImageRow] = {}
     try:
-        rows = _read_images(run, sorted({image_id for choice in choices for image_id in choice.image_ids}))
+        rows = _read_images(run, sorted({image_id for choice in choices for image_id in choice.captions}))
     except (UserError, OSError) as error:
         problems.append(f"Images cannot be shown: {error}")
     thumbnails = {image_id: _thumbnail(row) for image_id, row in rows.items()}
-    galleries = tuple(
-        Gallery(
-            key=choice.key,
-            title=choice.title,
-            meaning=choice.meaning,
-            cards=tuple(
-                _card(choice, image_id, judged.get(image_id), rows.get(image_id), thumbnails.get(image_id))
-                for image_id in choice.image_ids
-            ),
-        )
-        for choice in choices
-    )
-    return Galleries(galleries=galleries, problems=tuple(problems), note=_note_on_suspects(run))
+    galleries = []
+    for choice in choices:
+        found = [(item, judged.get(item), rows.get(item), thumbnails.get(item)) for item in choice.captions]
+        cards = tuple(_card(choice, *of_image) for of_image in found)
+        galleries.append(Gallery(key=choice.key, title=choice.title, meaning=choice.meaning, cards=cards))
+    return Galleries(galleries=tuple(galleries), problems=tuple(problems), note=_note_on_suspects(run))
 
 
-def _counted_choices(run: RunTables, num_images: int) -> list[_Choice]:
+def _counted_choices(table: pa.Table, num_images: int) -> list[_Choice]:
     """Select the images with the most false positives, and those with the most missed objects."""
-    table = run.tables.get("per_image")
-    if table is None:
-        return []
     image_ids = table["image_id"].to_numpy()
     choices = []
     for key, title, meaning, column, what in (
@@ -174,15 +147,12 @@ def _counted_choices(run: RunTables, num_images: int) -> list[_Choice]:
         counts = table[column].fill_null(0).to_numpy()
         rows = [row for row in np.lexsort((image_ids, -counts))[:num_images].tolist() if counts[row] > 0]
         captions = {int(image_ids[row]): counted(int(counts[row]), what) for row in rows}
-        choices.append(_Choice(key=key, title=title, meaning=meaning, image_ids=list(captions), captions=captions))
+        choices.append(_Choice(key=key, title=title, meaning=meaning, captions=captions))
     return choices
 
 
-def _candidates(run: RunTables) -> list[int]:
+def _candidates(table: pa.Table) -> list[int]:
     """Return images that may contain wrong classes: they have both missed objects and false positives."""
-    table = run.tables.get("per_image")
-    if table is None:
-        return []
     image_ids = table["image_id"].to_numpy()
     both = np.minimum(*(table[name].fill_null(0).to_numpy() for name in ("false_positives", "false_negatives")))
     rows = np.lexsort((image_ids, -both))[:_CANDIDATES_FOR_CLASS]
@@ -191,45 +161,40 @@ def _candidates(run: RunTables) -> list[int]:
 
 def _wrong_class(judged: dict[int, JudgedImage], candidates: Sequence[int], num_images: int) -> _Choice:
     counts = {image_id: int(judged[image_id].is_other_class.sum()) for image_id in candidates if image_id in judged}
-    best = sorted((image_id for image_id in counts if counts[image_id]), key=lambda one: (-counts[one], one))
+    best = sorted((image_id for image_id in counts if counts[image_id]), key=lambda one: (-counts[one], one))[
+        :num_images
+    ]
     return _Choice(
         key="class",
         title="Wrong class",
         meaning="Detections on a labelled object of another class",
-        image_ids=best[:num_images],
         captions={image_id: counted(counts[image_id], "wrong class", "wrong classes") for image_id in best},
     )
 
 
 def _suspects(run: RunTables, num_images: int) -> _Choice:
     """Select the images with the labels that the detector contradicts most, in table order."""
-    choice = _Choice(
-        key="suspects",
-        title="Suspect labels",
-        meaning="Labels to check, those first that the detector contradicts most",
-        image_ids=[],
-    )
     table = run.tables.get("suspects")
-    if table is None:
-        return choice
-    for row in table.to_pylist():
-        image_id = row["image_id"]
-        if image_id not in choice.boxes:
-            if len(choice.boxes) == num_images:
-                continue
-            choice.image_ids.append(image_id)
-            choice.boxes[image_id] = []
+    boxes: dict[int, list[tuple[list[float], str, bool]]] = {}
+    for row in [] if table is None else table.to_pylist():
+        if row["image_id"] not in boxes and len(boxes) == num_images:
+            continue
         text = {
             "no_truth": f"missing label? {row['category']}",
             "not_found": f"really there? {row['category']}",
             "other_class": f"{row['category']} or {row['detected']}?",
         }.get(row["kind"], row["kind"])
         label = text if row["score"] is None else f"{text} {row['score']:.2f}"
+        of_image = boxes.setdefault(row["image_id"], [])
         if row["bbox"] is not None:
-            choice.boxes[image_id].append((row["bbox"], label, row["kind"] == "not_found"))
-    for image_id, boxes in choice.boxes.items():
-        choice.captions[image_id] = counted(len(boxes), "suspect label")
-    return choice
+            of_image.append((row["bbox"], label, row["kind"] == "not_found"))
+    return _Choice(
+        key="suspects",
+        title="Suspect labels",
+        meaning="Labels to check, those first that the detector contradicts most",
+        captions={image_id: counted(len(of_image), "suspect label") for image_id, of_image in boxes.items()},
+        boxes=boxes,
+    )
 
 
 def _note_on_suspects(run: RunTables) -> str | None:
@@ -251,14 +216,10 @@ def _read_images(run: RunTables, image_ids: Sequence[int]) -> dict[int, ImageRow
     if not image_ids:
         return {}
     table = run.truth
-    images = TableCollection.of(table)
-    wanted, start, rows = pa.array(image_ids, pa.int64()), 0, {}
-    for batch in table.iter_batches(["image_id"], batch_size=2**16):
-        places = np.flatnonzero(pc.is_in(batch.column("image_id"), wanted).to_numpy(zero_copy_only=False))
-        for place in places.tolist():
-            rows[batch.column("image_id")[place].as_py()] = start + place
-        start += batch.num_rows
-    return {image_id: row for image_id, place in rows.items() for row in images.read(place, place + 1)}
+    images, known = TableCollection.of(table), [np.zeros(0, np.int64)]
+    known += [batch.column("image_id").to_numpy() for batch in table.iter_batches(["image_id"], batch_size=2**16)]
+    places = np.flatnonzero(np.isin(np.concatenate(known), image_ids)).tolist()
+    return {row.image_id: row for place in places for row in images.read(place, place + 1)}
 
 
 def _thumbnail(row: ImageRow) -> tuple[str, tuple[int, int], tuple[int, int]] | str:
@@ -272,9 +233,7 @@ def _thumbnail(row: ImageRow) -> tuple[str, tuple[int, int], tuple[int, int]] | 
     image = Image.fromarray(pixels)
     original_wh = (row.size_hw[1], row.size_hw[0]) if row.size_hw else image.size
     image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=_QUALITY, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", image.size, original_wh
+    return data_uri(image, "WEBP", quality=_QUALITY, method=4), image.size, original_wh
 
 
 def _card(
@@ -285,58 +244,53 @@ def _card(
     thumbnail: tuple[str, tuple[int, int], tuple[int, int]] | str | None,
 ) -> Card:
     path = row.path if row is not None else ""
-    about: dict[str, Any] = {
-        "image_id": image_id,
-        "path": path,
-        "href": original_href(path),
-        "caption": choice.captions.get(image_id, ""),
-    }
+    card = Card(image_id=image_id, path=path, href=original_href(path), caption=choice.captions[image_id])
     if thumbnail is None or isinstance(thumbnail, str):
-        return Card(**about, problem=thumbnail or "the image was not found")
-    data_uri, (width, height), original_wh = thumbnail
-    scale = np.array([width / original_wh[0], height / original_wh[1]] * 2)
-    boxes = _boxes(choice, image_id, judged)[-_MOST_BOXES:]
-    drawn = tuple(
-        _drawn(np.asarray(box) * scale, is_truth, highlighted, label) for box, is_truth, highlighted, label in boxes
-    )
-    return Card(**about, thumbnail=data_uri, size_wh=(width, height), boxes=drawn)
-
-
-def _drawn(box_xywh: npt.NDArray[np.float64], is_truth: bool, is_highlighted: bool, label: str) -> DrawnBox:
-    x, y, width, height = (round(float(value), 1) for value in box_xywh)
-    return DrawnBox(x=x, y=y, width=width, height=height, is_truth=is_truth, is_highlighted=is_highlighted, label=label)
+        return replace(card, problem=thumbnail or "the image was not found")
+    uri, size_wh, original_wh = thumbnail
+    scale = np.array([size_wh[0] / original_wh[0], size_wh[1] / original_wh[1]] * 2)
+    drawn = []
+    for box_xywh, is_truth, is_highlighted, label in _boxes(choice, image_id, judged)[-_MOST_BOXES:]:
+        x, y, width, height = np.round(np.asarray(box_xywh) * scale, 1).tolist()
+        drawn.append(DrawnBox(x, y, width, height, is_truth, is_highlighted, label))
+    return replace(card, thumbnail=uri, size_wh=size_wh, boxes=tuple(drawn))
 
 
 def _boxes(choice: _Choice, image_id: int, judged: JudgedImage | None) -> list[tuple[Any, bool, bool, str]]:
     """Return the boxes to draw, highlighted ones last: box, is_truth, is_highlighted, label."""
-    boxes: list[tuple[Any, bool, bool, str]] = []
+    boxes = [(box, is_truth, True, label) for box, label, is_truth in choice.boxes.get(image_id, [])]
     if judged is not None:
-        highlighted = {
-            "false": (judged.is_false, None),
-            "missed": (None, judged.is_missed),
-            "class": (judged.is_other_class, judged.is_taken_for_other),
-        }.get(choice.key, (None, None))
-        for is_truth, columns in ((True, judged.truth), (False, judged.detections)):
-            chosen = highlighted[1] if is_truth else highlighted[0]
-            # Among suspects, the other detections would only hide the label in question.
-            if choice.key == "suspects" and not is_truth:
-                continue
-            for number, (box, label) in enumerate(columns):
-                boxes.append((box, is_truth, chosen is not None and bool(chosen[number]), label))
-    boxes += [(box, is_truth, True, label) for box, label, is_truth in choice.boxes.get(image_id, [])]
+        nothing = np.zeros(len(judged.truth)), np.zeros(len(judged.detections))
+        of_truth, of_detections = {
+            "false": (nothing[0], judged.is_false),
+            "missed": (judged.is_missed, nothing[1]),
+            "class": (judged.is_taken_for_other, judged.is_other_class),
+        }.get(choice.key, nothing)
+        # Among suspects, the other detections would only hide the label in question.
+        detections = [] if choice.key == "suspects" else judged.detections
+        boxes[:0] = [
+            (box, is_truth, bool(flags[number]), label)
+            for is_truth, flags, boxed in ((True, of_truth, judged.truth), (False, of_detections, detections))
+            for number, (box, label) in enumerate(boxed)
+        ]
     return sorted(boxes, key=lambda box: box[2])
+
+
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """Encode an image as a data URI; `kind` and the options are those of `Image.save`."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def original_href(path: str) -> str | None:
     """Return the address at which a browser can open an image; None for a relative path or unsupported scheme."""
     if "://" not in path:
         return Path(path).as_uri() if path.startswith("/") else None
-    # The part after the host is not escaped yet: blanks and `#` belong to the name.
     scheme, _, rest = path.partition("://")
-    if scheme.lower() not in _LINKED_SCHEMES:
-        return None
-    try:
+    with contextlib.suppress(ValueError):
         urlsplit(f"{scheme}://{rest.partition('/')[0]}")
-    except ValueError:
-        return None
-    return f"{scheme.lower()}://{quote(rest, safe='/:@%?&=+,;~!$()*')}"
+        if scheme.lower() in _LINKED_SCHEMES:
+            # The part after the host is not escaped yet: blanks and `#` belong to the name.
+            return f"{scheme.lower()}://{quote(rest, safe='/:@%?&=+,;~!$()*')}"
+    return None

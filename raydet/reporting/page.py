@@ -20,13 +20,7 @@ _FOLDER = "assets"
 
 
 def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> str:
-    """Render the report.
-
-    Args:
-        run: Tables of the run.
-        charts: Result of `figures.charts`.
-        galleries: Image galleries.
-    """
+    """Render the report; `charts` is the result of `figures.charts`."""
     errors, sums = error_rows(run)
     return fill(
         "page.html",

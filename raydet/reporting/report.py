@@ -12,8 +12,6 @@ from raydet.tables import storage
 from raydet.tables.new_output import new_file
 from raydet.training.history import EpochRecord, read_history
 
-__all__ = ["Report", "report"]
-
 _FILE = "report.html"
 
 

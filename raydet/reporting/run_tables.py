@@ -21,16 +21,12 @@ class RunTables:
     """Tables of one evaluated run.
 
     Attributes:
-        uri: Folder.
-        run: Name of the run.
         runs: All runs in the folder, in the order in which they were measured.
         facts: Row of the `runs` table; empty if there is none.
         entry: Entry of the run in the manifest of its metrics, with the outcome of `--verify`.
         classes: Class names by index.
         values: Metric values by slice (None: all images), metric and class (None: all classes).
         slices: Names of the slices in order.
-        model: Model name in the metrics.
-        split: Split name in the metrics.
         tables: The other existing tables, with the rows of this run.
     """
 

@@ -15,7 +15,6 @@ class Axis:
     """Varied option.
 
     Attributes:
-        name: Option name.
         is_log: Values were drawn uniformly on a logarithmic scale.
         choices: Choices in order, as text; None for a number.
     """
@@ -35,10 +34,7 @@ class TrialRow:
         source: default, point or search.
         values: Value on each axis: a number, the text of a choice, or None.
         value: Metric at the best epoch.
-        best_epoch: Number of the best epoch.
-        num_epochs: Number of trained epochs.
         seconds: Seconds of these epochs, including start-up and validation.
-        error: Reason for the failure.
     """
 
     name: str
@@ -63,17 +59,9 @@ def render_tuning(
     facts: Sequence[tuple[str, str]],
     notes: Sequence[str] = (),
 ) -> str:
-    """Render the page.
+    """Render the page: trials in the order in which they started, the name of the best, and each option's importance.
 
-    Args:
-        metric: Optimised metric.
-        is_less_better: The smallest value of the metric is the best.
-        axes: Varied options.
-        trials: Trials in the order in which they started.
-        best: Name of the best trial.
-        importance: Share of each option; None if unknown.
-        facts: Additional labels and texts about the search.
-        notes: Notices shown at the top of the page.
+    `facts` are labels and texts about the search, `notes` notices at the top of the page.
     """
     return fill(
         "tuning.html",
