@@ -56,7 +56,6 @@ class Counts:
     """Sums over all images and boxes of a table.
 
     Attributes:
-        num_images: Number of images.
         num_empty: Number of images without boxes.
         boxes: Number of boxes by class, crowds included, int64 [C].
         crowds: Number of crowd boxes by class, int64 [C].

@@ -50,7 +50,6 @@ class DataFinding:
         image_id: Affected image; None if it does not concern a single image.
         path: Path of that image; may be empty.
         category: Class name; None if it does not concern a single class.
-        detail: Description with numbers.
     """
 
     split: str
@@ -175,13 +174,12 @@ def same_places(rows: Rows) -> tuple[Integers, Integers]:
         if not len(near):
             break
         others = near + step
-        is_pair = (categories[near] != categories[others]) & (
-            _iou(boxes_xywh[near], boxes_xywh[others]) >= SAME_PLACE_IOU
-        )
+        is_pair = categories[near] != categories[others]
+        is_pair &= _iou(boxes_xywh[near], boxes_xywh[others]) >= SAME_PLACE_IOU
         pairs.append(np.sort(order[np.stack([near[is_pair], others[is_pair]], axis=1)], axis=1))
-    found = np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
-    found = found[np.lexsort((found[:, 1], found[:, 0]))]
-    return found[:, 0], found[:, 1]
+    first, second = np.concatenate([np.empty((0, 2), np.int64), *pairs]).T
+    order = np.lexsort((second, first))
+    return first[order], second[order]
 
 
 def _iou(one_xywh: Boxes, other_xywh: Boxes) -> npt.NDArray[np.float64]:

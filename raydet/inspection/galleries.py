@@ -1,7 +1,5 @@
 """Selected images with their labels, each next to the model's view of it in training."""
 
-import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ from raydet.images.drawing import class_colours
 from raydet.images.references import image_bytes
 from raydet.inspection.picks import Pick
 from raydet.models.geometry import Image
+from raydet.reporting.galleries import data_uri
 from raydet.tables.table import Table
 from raydet.training.feeding.ordering import RunPlan
 
@@ -66,14 +65,11 @@ class Pair:
 
     Attributes:
         kind: Reason for its selection: its box is the smallest, median, largest or a random one of the class.
-        image_id: Image id.
         path: Original path; may be empty.
         box_wh: Width and height of the selected box in pixels.
         size_wh: Image size in pixels.
         seen_wh: Size of the model's view in pixels.
         labelled: Labelled image; None if it cannot be read.
-        seen: Model's view.
-        problem: Reason for a missing image.
     """
 
     kind: str
@@ -106,9 +102,7 @@ class FirstEpoch:
     """View of a table's images in the first epoch of a training run.
 
     Attributes:
-        table: Training table.
         plan: Assignment of rows to steps, and of mixing partners to rows.
-        view: View of the model in that run.
     """
 
     table: Table
@@ -183,12 +177,10 @@ def _drawn(
 ) -> Drawn:
     thumbnail = PIL.Image.fromarray(np.ascontiguousarray(image))
     thumbnail.thumbnail((_MAX_SIDE, _MAX_SIDE), PIL.Image.Resampling.BILINEAR)
-    buffer = io.BytesIO()
-    thumbnail.save(buffer, "JPEG", quality=_QUALITY)
     boxes_xywh = boxes_xywh * np.array([thumbnail.width / image.shape[1], thumbnail.height / image.shape[0]] * 2)
     shown = categories[:_MOST_BOXES]
     return Drawn(
-        uri=f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
+        uri=data_uri(thumbnail, "JPEG", quality=_QUALITY),
         size_wh=thumbnail.size,
         outlines=tuple(
             _outline(names, category, boxes_xywh[:_MOST_BOXES][shown == category])

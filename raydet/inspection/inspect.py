@@ -29,11 +29,9 @@ class Inspection:
 
     Attributes:
         out: Folder with inspect.html and the tables.
-        page: HTML file.
         num_bytes: Size of that file.
         names: Class names by index.
         counts: Counts by split: `data`, and `val` if given.
-        findings: Findings.
         num_images_shown: Number of images shown on the page.
     """
 
@@ -81,9 +79,6 @@ def inspect(config: InspectConfig) -> Inspection:
 
     The table is streamed without its image bytes, and memory does not grow with its rows. Image bytes are read only for
     the images that are drawn, and for all images to compare them with `val_data`.
-
-    Args:
-        config: Table, output folder, and the training run whose view of the images is shown.
 
     Raises:
         UserError: The images table is missing or empty, an augmentation, model or training config is invalid, or OUT

@@ -87,17 +87,9 @@ def _finding_rows(findings: Findings) -> list[dict[str, Any]]:
     rows = []
     for split, kind in findings.sorted_keys():
         title, meaning = MEANINGS.get(kind, (kind, "reported by `prepare`"))
-        listed = findings.listed[split, kind]
-        rows.append(
-            {
-                "title": title,
-                "meaning": meaning,
-                "split": split,
-                "count": findings.counts[split, kind],
-                "examples": listed[:_MOST_EXAMPLES],
-                "num_listed": len(listed),
-            }
-        )
+        listed, count = findings.listed[split, kind], findings.counts[split, kind]
+        row = {"title": title, "meaning": meaning, "split": split, "count": count}
+        rows.append({**row, "examples": listed[:_MOST_EXAMPLES], "num_listed": len(listed)})
     return rows
 
 
@@ -127,11 +119,8 @@ def _histograms(
         for split, of_split in counts.items():
             histogram = of_split.histograms[quantity.name]
             place = {name: index for index, name in enumerate(_names(tables[split]))}
-            rows = {"-1": histogram[-1].tolist()}
-            for index in charted:
-                if names[index] in place:
-                    rows[str(index)] = histogram[place[names[index]]].tolist()
-            splits.append(rows)
+            own = {str(index): histogram[place[names[index]]] for index in charted if names[index] in place}
+            splits.append({key: row.tolist() for key, row in {"-1": histogram[-1], **own}.items()})
         content[quantity.name] = {
             "labels": [_bin_label(quantity, number) for number in range(len(quantity.edges) - 1)],
             "unit": quantity.unit,

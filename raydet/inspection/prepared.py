@@ -11,12 +11,11 @@ from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS, Table, is_table, open_table
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Preparation:
     """Lists that `prepare` wrote about a table.
 
     Attributes:
-        uri: Folder that contains the lists.
         is_shared: The lists cover several splits, including this table.
         rejected: Images that were left out; None if there is no such list.
         findings: Findings about the accepted images; None if there is no such list.
@@ -38,9 +37,7 @@ def preparation_of(table: Table) -> Preparation | None:
             for place in [storage.join(uri, folder)]
         }
         if any(lists.values()):
-            return Preparation(
-                uri=uri, is_shared=is_shared, rejected=lists[REJECTED_FOLDER], findings=lists[FINDINGS_FOLDER]
-            )
+            return Preparation(uri, is_shared, lists[REJECTED_FOLDER], lists[FINDINGS_FOLDER])
     return None
 
 
@@ -52,13 +49,11 @@ def add_prepared_findings(
     `with_left_out` also adds entries that belong to no split: images left out and findings about no image. Lists that
     are not shared between splits are always added completely.
     """
-    takes_left_out = with_left_out or not preparation.is_shared
-    if takes_left_out:
+    if with_left_out or not preparation.is_shared:
         for batch in _batches(preparation.rejected, ("path", "reason")):
             for row in batch.to_pylist():
-                findings.add(
-                    DataFinding(split=split, kind="rejected", path=row["path"] or "", detail=row["reason"] or "")
-                )
+                path, reason = row["path"] or "", row["reason"] or ""
+                findings.add(DataFinding(split=split, kind="rejected", path=path, detail=reason))
     wanted_ids: list[pa.Array] = []
     if preparation.is_shared:
         wanted_ids.append(_ids(table.iter_batches(["image_id"])))
@@ -68,14 +63,9 @@ def add_prepared_findings(
         if wanted_ids:
             batch = batch.filter(pc.is_in(batch.column("image_id"), pa.concat_arrays(wanted_ids)))
         for row in batch.to_pylist():
-            found = DataFinding(
-                split=split,
-                kind=row["kind"],
-                image_id=row["image_id"],
-                path=row["path"] or "",
-                detail=row["detail"] or "",
-            )
-            findings.add(found, times=row["count"])
+            path, detail, times = row["path"] or "", row["detail"] or "", row["count"]
+            about = {"kind": row["kind"], "image_id": row["image_id"]}
+            findings.add(DataFinding(split=split, path=path, detail=detail, **about), times=times)
 
 
 def _ids(batches: Iterator[pa.RecordBatch]) -> pa.Array:

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from raydet.common.boxes import Boxes
 from raydet.common.errors import UserError
-from raydet.tables.columns import Flags, Floats, Integers, numbers_of
+from raydet.tables.columns import Flags, Floats, Integers, flatten, numbers_of
 from raydet.tables.table import Table
 
 _BATCH_ROWS = 4096
@@ -55,7 +55,7 @@ def stream_rows(table: Table, *, batch_rows: int = _BATCH_ROWS) -> Iterator[Rows
     """
     first = 0
     for batch in table.iter_batches(_COLUMNS, batch_size=batch_rows):
-        rows = _rows(batch, first)
+        rows = _rows(batch, first, table.uri)
         wrong = rows.categories[(rows.categories < 0) | (rows.categories >= len(table.categories))]
         if wrong.size:
             raise UserError(
@@ -66,13 +66,10 @@ def stream_rows(table: Table, *, batch_rows: int = _BATCH_ROWS) -> Iterator[Rows
         first += batch.num_rows
 
 
-def _rows(batch: pa.RecordBatch, first: int) -> Rows:
-    objects = batch.column("objects")
-    lists = {name: pc.struct_field(objects, name) for name in ("bbox", "category", "area", "iscrowd")}
-    num_boxes = numbers_of(pc.list_value_length(lists["category"])).astype(np.int64)
+def _rows(batch: pa.RecordBatch, first: int, where: str) -> Rows:
+    num_boxes, columns = flatten(batch, "objects", ("bbox", "category", "area", "iscrowd"), where)
     owners = np.repeat(np.arange(len(num_boxes)), num_boxes)
     starts = np.cumsum(num_boxes) - num_boxes
-    boxes_xywh = lists["bbox"].flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
     return Rows(
         first=first,
         image_ids=batch.column("image_id").to_numpy(),
@@ -81,8 +78,8 @@ def _rows(batch: pa.RecordBatch, first: int) -> Rows:
         num_boxes=num_boxes,
         owners=owners,
         numbers=np.arange(len(owners)) - starts[owners],
-        boxes_xywh=boxes_xywh,
-        categories=lists["category"].flatten().to_numpy().astype(np.int64),
-        areas=numbers_of(lists["area"].flatten()).astype(np.float64),
-        iscrowd=numbers_of(lists["iscrowd"].flatten()),
+        boxes_xywh=columns["bbox"],
+        categories=columns["category"],
+        areas=columns["area"],
+        iscrowd=columns["iscrowd"],
     )

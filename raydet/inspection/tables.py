@@ -114,15 +114,9 @@ def _histograms(split: str, counts: Counts, names: Sequence[str]) -> Iterator[di
             for number, count in enumerate(histogram[index].tolist()):
                 # The row of all classes keeps empty bins, so that the table has all edges; single classes omit them.
                 if count or name is None:
-                    low, high = quantity.edges[number : number + 2]
-                    yield {
-                        "split": split,
-                        "quantity": quantity.name,
-                        "category": name,
-                        "low": float(low),
-                        "high": float(high),
-                        "count": count,
-                    }
+                    low, high = map(float, quantity.edges[number : number + 2])
+                    about = {"split": split, "quantity": quantity.name, "category": name}
+                    yield {**about, "low": low, "high": high, "count": count}
 
 
 def _co_occurrence(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -132,13 +126,8 @@ def _co_occurrence(split: str, counts: Counts, names: Sequence[str]) -> Iterator
 
 def _centres(split: str, counts: Counts, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     for index, row, column in np.argwhere(counts.centres).tolist():
-        yield {
-            "split": split,
-            "category": names[index],
-            "left": column / GRID,
-            "top": row / GRID,
-            "boxes": int(counts.centres[index, row, column]),
-        }
+        boxes = int(counts.centres[index, row, column])
+        yield {"split": split, "category": names[index], "left": column / GRID, "top": row / GRID, "boxes": boxes}
 
 
 def _findings(findings: Findings) -> Iterator[dict[str, Any]]:
