@@ -16,12 +16,22 @@ import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
 from raydet.config import ExportCocoConfig
-from raydet.exports.rows import ROWS_AT_ONCE, Numbers, as_text, common_folder, refuse, refuse_boxes, refuse_categories
+from raydet.exports.rows import (
+    ROWS_AT_ONCE,
+    Numbers,
+    as_text,
+    common_folder,
+    filled,
+    open_scored,
+    refuse,
+    refuse_boxes,
+    refuse_categories,
+)
 from raydet.tables import storage
 from raydet.tables.columns import flatten, image_ids_in
 from raydet.tables.new_output import new_file
 from raydet.tables.schema import TableKind, build_schema
-from raydet.tables.table import Table, open_table
+from raydet.tables.table import Table
 
 _SEPARATOR = ",\n"
 _JSON_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
@@ -32,7 +42,6 @@ class CocoExportReport:
     """Result of an export to COCO JSON.
 
     Attributes:
-        out: The JSON file.
         kind: Kind of the table: `detections` became a results file, `images` an instances file.
         num_images: Rows of the table.
         num_boxes: Detections or annotations written.
@@ -75,13 +84,11 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
             is not the name of a JSON file. Nothing has been written.
     """
     out, score_threshold = storage.absolute_uri(config.out), config.score_threshold
-    uri = storage.absolute_uri(config.data)
-    table = open_table(uri, ("images", "detections"))
-    if table.kind == "images" and score_threshold > 0:
-        raise UserError(f"{uri} is an images table, which has no scores; omit --score-threshold")
+    table = open_scored(config.data, score_threshold)
     ids, counts = np.unique([category.id for category in table.categories], return_counts=True)
     if (counts > 1).any():
-        raise UserError(f"{uri} has several categories with the id {ids[counts > 1][0]}; COCO JSON requires unique ids")
+        repeated = ids[counts > 1][0]
+        raise UserError(f"{table.uri} has several categories with the id {repeated}; COCO JSON requires unique ids")
     with new_file(out, command="export coco", endings=(".json",)) as file:
         return (
             _write_results(file, table, out, score_threshold)
@@ -206,13 +213,10 @@ def _category_ids(table: Table, image_ids: Numbers, indices: Numbers) -> Numbers
 
 def _bbox_text(table: Table, image_ids: Numbers, boxes_xywh: Numbers) -> pa.StringArray:
     refuse_boxes(table, image_ids, boxes_xywh)
-    sides = [as_text(np.ascontiguousarray(column)) for column in boxes_xywh.T]
-    return pc.binary_join_element_wise("[", pc.binary_join_element_wise(*sides, ","), "]", "")
+    return filled("[%,%,%,%]", *(as_text(column) for column in boxes_xywh.T.copy()))
 
 
 def _objects(**values: pa.StringArray) -> pa.StringArray:
     """Build one JSON object per row from columns of JSON values."""
-    parts: list[Any] = []
-    for number, (key, column) in enumerate(values.items()):
-        parts += [f'{", " if number else "{"}"{key}": ', column]
-    return pc.binary_join_element_wise(*parts, "}", "")
+    template = ", ".join(f'"{key}": %' for key in values)
+    return filled(f"{{{template}}}", *values.values())

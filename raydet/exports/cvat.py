@@ -15,9 +15,7 @@ import pyarrow.compute as pc
 
 from raydet.config import ExportCvatConfig
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_rows
-from raydet.exports.rows import as_text
-from raydet.exports.tool_rows import ToolNotes, open_for_tool
-from raydet.tables import storage
+from raydet.exports.rows import as_text, filled, open_scored
 from raydet.tables.new_output import new_folder
 
 _CHECKBOX = {"name": "is_crowd", "input_type": "checkbox", "mutable": False, "values": ["false"]}
@@ -31,34 +29,27 @@ def export_cvat(config: ExportCvatConfig) -> FolderExportReport:
     `is_crowd`. Detections become boxes of source `auto` with the attribute `score`, for people to correct. Unreadable
     images of a detections table are omitted. Box ids, class ids and areas are lost; classes keep their order.
 
-    Returns:
-        Counts and folders of the export.
-
     Raises:
         UserError: The table is missing or damaged, a number in it is not finite, a class name is invalid, an image
             cannot be copied, or `out` holds other files. Nothing has been written.
     """
-    out = storage.absolute_uri(config.out)
-    table = open_for_tool(config.data, config.score_threshold)
+    table = open_scored(config.data, config.score_threshold)
     names = check_class_names(table)
     is_images = table.kind == "images"
     attribute = _CHECKBOX if is_images else _SCORE
     quoted_names = pa.array([quoteattr(name) for name in names], pa.string())
-    notes = ToolNotes(config.score_threshold)
-    with new_folder(out, command="export cvat") as folder:
+    with new_folder(config.out, command="export cvat") as folder:
         with (folder / "annotations.xml").open("w", encoding="utf-8") as file:
             file.write(_head(table.num_rows, names, str(attribute["name"]), str(attribute["input_type"])))
 
-            def write(rows: LabelRows) -> int:
-                rows = notes.keep(rows)
+            def write(rows: LabelRows) -> None:
                 _write_images(file, rows, _boxes(rows, quoted_names, is_images=is_images))
-                return len(rows.boxes_xywh)
 
-            written = write_rows(table, folder, images_folder="images", copy_images=config.copy_images, write=write)
+            report = write_rows(table, folder, config, images_folder="images", write=write)
             file.write("</annotations>\n")
         labels = [{"name": name, "attributes": [attribute]} for name in names]
         (folder / "labels.json").write_text(json.dumps(labels, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return written.report(out, "images", notes.counts())
+    return report
 
 
 def _head(num_images: int, names: list[str], attribute: str, input_type: str) -> str:
@@ -87,11 +78,9 @@ def _boxes(rows: LabelRows, quoted_names: pa.StringArray, *, is_images: bool) ->
         values = pc.if_else(pa.array(rows.iscrowd, pa.bool_()), "true", "false")
     else:
         source, attribute, values = "auto", "score", as_text(rows.scores)
-    parts = ["    <box label=", quoted_names.take(pa.array(rows.categories)), f' source="{source}" occluded="0"']
-    for name, side in zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True):
-        parts += [f' {name}="', side, '"']
-    parts += [f' z_order="0"><attribute name="{attribute}">', values, "</attribute></box>"]
-    return rows.joined(pc.binary_join_element_wise(*parts, ""))
+    template = f'    <box label=% source="{source}" occluded="0" xtl="%" ytl="%" xbr="%" ybr="%" z_order="0">'
+    template += f'<attribute name="{attribute}">%</attribute></box>'
+    return rows.joined(filled(template, quoted_names.take(pa.array(rows.categories)), *sides, values))
 
 
 def _write_images(file: TextIO, rows: LabelRows, boxes: list[str]) -> None:

@@ -9,10 +9,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
@@ -27,12 +26,10 @@ from raydet.common.errors import RunError, UserError, one_line
 from raydet.common.hub_client import quiet_client
 from raydet.common.redaction import without_secrets
 from raydet.config import PushConfig
-from raydet.exports.hub_data import read_dataset
+from raydet.exports.hub_data import HubContent, RepoKind, read_dataset
 from raydet.exports.model_card import build_card
 from raydet.models.checkpoints import Checkpoint, read_checkpoint
 from raydet.tables import storage
-
-RepoKind = Literal["model", "dataset"]
 
 _CARD = "README.md"
 _MESSAGES = {"model": "Push a detector trained with raydet", "dataset": "Push tables written by raydet"}
@@ -77,20 +74,6 @@ class PushResult:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Content:
-    """Content of a commit: URIs of files by their names in the repository, and the card.
-
-    `is_stale` selects files of an earlier push to delete.
-    """
-
-    kind: RepoKind
-    files: Mapping[str, str]
-    card: str
-    notes: tuple[str, ...]
-    is_stale: Callable[[str], bool]
-
-
 def push(config: PushConfig) -> PushResult:
     """Upload a model folder or tables with a card in one commit; a missing repository is created.
 
@@ -105,54 +88,24 @@ def push(config: PushConfig) -> PushResult:
         RunError: A file cannot be copied from its store, or to this disk; there is no commit.
     """
     _check_names(config)
-    content = _model_content(config, config.checkpoint) if config.checkpoint is not None else _data_content(config)
+    content = read_dataset(config) if config.checkpoint is None else _model_content(config, config.checkpoint)
     api = _client()
     with (
         tempfile.TemporaryDirectory(prefix="raydet-push-") as folder,
         quiet_client(hides_bars=not sys.stderr.isatty()),
         _errors_in_one_line(api, config.repo),
     ):
-        commit, num_bytes, already_done = _upload(api, config, content, Path(folder))
-    page = f"{api.endpoint}/{'datasets/' if content.kind == 'dataset' else ''}{config.repo}"
-    url = page + (f"/tree/{quote(config.revision)}" if config.revision else "")
-    return PushResult(
-        repo=config.repo,
-        kind=content.kind,
-        url=url,
-        commit=commit,
-        files=(*content.files, _CARD),
-        num_bytes=num_bytes,
-        notes=content.notes,
-        already_done=already_done,
-    )
+        return _upload(api, config, content, Path(folder))
 
 
-# Local checks.
-
-
-def _model_content(config: PushConfig, folder: str) -> _Content:
+def _model_content(config: PushConfig, folder: str) -> HubContent:
     if not storage.exists(folder):
         raise UserError(f"no such model folder: {folder}; push requires OUT/checkpoint of a training run")
     checkpoint = read_checkpoint(folder)
     files = {name: storage.join(checkpoint.name, name) for name in _model_files(checkpoint)}
-    card = build_card(config, checkpoint)
-    return _Content(
-        kind="model",
-        files=files,
-        card=card.content,
-        notes=card.notes,
-        is_stale=lambda name: _WEIGHTS.fullmatch(name) is not None,
-    )
-
-
-def _data_content(config: PushConfig) -> _Content:
-    data = read_dataset(config)
-    return _Content(
-        kind="dataset",
-        files=data.files,
-        card=data.card,
-        notes=data.notes,
-        is_stale=lambda name: name.partition("/")[0] in data.folders and name.endswith(".parquet"),
+    card, notes = build_card(config, checkpoint)
+    return HubContent(
+        kind="model", files=files, card=card, notes=notes, is_stale=lambda name: bool(_WEIGHTS.fullmatch(name))
     )
 
 
@@ -193,9 +146,6 @@ def _model_files(checkpoint: Checkpoint) -> list[str]:
     return files
 
 
-# The Hub.
-
-
 def _client() -> HfApi:
     try:
         token = get_token()
@@ -210,8 +160,8 @@ def _client() -> HfApi:
     return HfApi(endpoint=endpoint.rstrip("/"), token=token)
 
 
-def _upload(api: HfApi, config: PushConfig, content: _Content, folder: Path) -> tuple[str, int, bool]:
-    """Create the commit; return its id, the size of its files, and True if the Hub already held identical files."""
+def _upload(api: HfApi, config: PushConfig, content: HubContent, folder: Path) -> PushResult:
+    """Create the commit."""
     user = api.whoami()
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"the token has only read access to the Hugging Face Hub: {_HOW_TO_LOG_IN}")
@@ -257,7 +207,17 @@ def _upload(api: HfApi, config: PushConfig, content: _Content, folder: Path) -> 
             revision=branch,
             parent_commit=before.sha,
         )
-    return commit.oid, num_bytes, commit.oid == before.sha
+    page = f"{api.endpoint}/{'datasets/' if content.kind == 'dataset' else ''}{config.repo}"
+    return PushResult(
+        repo=config.repo,
+        kind=content.kind,
+        url=page + (f"/tree/{quote(config.revision)}" if config.revision else ""),
+        commit=commit.oid,
+        files=(*content.files, _CARD),
+        num_bytes=num_bytes,
+        notes=content.notes,
+        already_done=commit.oid == before.sha,
+    )
 
 
 def _copy(uri: str, path: Path) -> None:
@@ -268,7 +228,7 @@ def _copy(uri: str, path: Path) -> None:
         raise RunError(f"cannot copy {uri} to {path.parent}: {one_line(error)}") from None
 
 
-def _validate_card(api: HfApi, content: _Content) -> None:
+def _validate_card(api: HfApi, content: HubContent) -> None:
     """Have the Hub validate the card before an empty repository is created."""
     response = get_session().post(
         f"{api.endpoint}/api/validate-yaml",
@@ -319,20 +279,18 @@ def _explain(error: BaseException, repo: str, host: str) -> str:
 def _explain_refusal(error: HfHubHTTPError, repo: str) -> str:
     status = error.response.status_code
     detail = f" ({error.server_message})" if error.server_message else ""
-    match status:
-        case 401:
-            return f"the Hugging Face Hub rejects the token{detail}: {_HOW_TO_LOG_IN}"
-        case 403:
-            return f"the token has no write access to {repo}{detail}; check the owner, or {_HOW_TO_LOG_IN}"
-        case 404:
-            return f"{repo} does not exist on the Hub, or this token cannot see it{detail}; check owner and branch"
-        case 409 | 412:
-            return f"{repo} changed on the Hub during the push{detail}; push again"
-        case 429:
-            return f"the Hub limits the rate of requests{detail}; push again in a few minutes"
-    if status >= 500:
-        return f"the Hub failed with status {status}{detail}; push again later"
-    return f"the Hub refuses the push to {repo} with status {status}{detail}"
+    failed = f"the Hub failed with status {status}{detail}; push again later"
+    refused = f"the Hub refuses the push to {repo} with status {status}{detail}"
+    changed = f"{repo} changed on the Hub during the push{detail}; push again"
+    known = {
+        401: f"the Hugging Face Hub rejects the token{detail}: {_HOW_TO_LOG_IN}",
+        403: f"the token has no write access to {repo}{detail}; check the owner, or {_HOW_TO_LOG_IN}",
+        404: f"{repo} does not exist on the Hub, or this token cannot see it{detail}; check owner and branch",
+        409: changed,
+        412: changed,
+        429: f"the Hub limits the rate of requests{detail}; push again in a few minutes",
+    }
+    return known.get(status, failed if status >= 500 else refused)
 
 
 def _safe(text: str, secret: str = "") -> str:

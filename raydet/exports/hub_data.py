@@ -5,10 +5,10 @@ and the viewer of the Hub need nothing else.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from raydet.tables.columns import Integers, flatten
 from raydet.tables.schema import TableKind
 from raydet.tables.table import Table, is_table, open_table, read_footers
 
+RepoKind = Literal["model", "dataset"]
 _SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 """Names of table folders, and of the splits on the Hub, where `val` is called `validation`."""
 _BOXES = {"images": "objects", "detections": "detections"}
@@ -44,23 +45,21 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubDataset:
-    """Content of a data set on the Hub.
+class HubContent:
+    """Content of a commit to the Hub.
 
     Attributes:
-        files: URI of each Parquet file by its name in the repository.
+        files: URI of each file by its name in the repository.
         card: Content of README.md: metadata in YAML, then markdown.
         notes: Warnings for the user who pushes it.
+        is_stale: Selects files of an earlier push to delete, by name.
     """
 
-    files: dict[str, str]
+    kind: RepoKind
+    files: Mapping[str, str]
     card: str
     notes: tuple[str, ...]
-
-    @property
-    def folders(self) -> frozenset[str]:
-        """Folders of the repository that belong to the data set."""
-        return frozenset(name.partition("/")[0] for name in self.files)
+    is_stale: Callable[[str], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ class _HubTable:
         return self.split if self.config == "default" else self.config
 
 
-def read_dataset(config: PushConfig) -> HubDataset:
+def read_dataset(config: PushConfig) -> HubContent:
     """Check the tables of `config.data`, and build the card from their rows.
 
     Every file is compared with its manifest, but only the columns that the card describes are read.
@@ -99,13 +98,16 @@ def read_dataset(config: PushConfig) -> HubDataset:
         raise UserError(f"the tables in {config.data} have different columns; push them to different repositories")
     files = {f"{part.folder}/{name}": storage.join(part.table.uri, name) for part in parts for name in part.table.files}
     revealing = sorted({name for part in parts for name in part.revealing})
-    notes = (
-        [f"whoever may read {config.repo} sees the absolute paths or URIs in the columns {', '.join(revealing)}"]
-        if revealing
-        else []
-    )
+    note = f"whoever may read {config.repo} sees the absolute paths or URIs in the columns {', '.join(revealing)}"
     card = f"---\n{_metadata(config, parts).to_yaml()}\n---\n\n" + "\n\n".join(_sections(config, parts)) + "\n"
-    return HubDataset(files=files, card=card, notes=tuple(notes))
+    folders = {name.partition("/")[0] for name in files}
+    return HubContent(
+        kind="dataset",
+        files=files,
+        card=card,
+        notes=(note,) if revealing else (),
+        is_stale=lambda name: name.partition("/")[0] in folders and name.endswith(".parquet"),
+    )
 
 
 def _parts(uri: str) -> list[_HubTable]:
@@ -235,9 +237,8 @@ def _sections(config: PushConfig, parts: Sequence[_HubTable]) -> list[str]:
         ]
         sections += [markdown_table(header, rows), *_classes_section(parts), *_columns_section(parts[0].table)]
     else:
-        sections.append(
-            markdown_table(("table", "rows"), [(part.table.kind, f"{part.table.num_rows:,}") for part in parts])
-        )
+        lengths = [(part.table.kind, f"{part.table.num_rows:,}") for part in parts]
+        sections.append(markdown_table(("table", "rows"), lengths))
     return [*sections, "## Use", *_use_section(config, parts)]
 
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
 from raydet.common.threads import in_order
+from raydet.config import ExportCvatConfig, ExportLabelStudioConfig, ExportVocConfig, ExportYoloConfig
 from raydet.exports.rows import ROWS_AT_ONCE, Numbers, common_folder, refuse, refuse_boxes, refuse_categories
 from raydet.images.files import ReadError, is_image_name
 from raydet.images.references import read_reference
@@ -22,6 +23,7 @@ from raydet.tables import storage
 from raydet.tables.columns import flatten, image_ids_in
 from raydet.tables.table import Table
 
+LabelConfig = ExportCvatConfig | ExportLabelStudioConfig | ExportVocConfig | ExportYoloConfig
 _IMAGES_AT_ONCE = 16
 _SIDES = ("width", "height")
 
@@ -31,10 +33,6 @@ class FolderExportReport:
     """Result of an export to label files.
 
     Attributes:
-        out: The folder.
-        num_images: Number of images.
-        num_boxes: Number of boxes.
-        num_copied: Number of copied images.
         images_folder: Folder for the images that were not copied, relative to `out`.
         num_renamed: Images renamed because another had the same name without extension.
         notes: Number of items that the format cannot represent, by description.
@@ -104,28 +102,10 @@ class LabelRows:
         ]
 
 
-@dataclass(frozen=True)
-class WrittenLabels:
-    """Result of `write_labels`: the file names of the images, and counts for the report."""
-
-    names: list[str]
-    num_boxes: int
-    num_copied: int
-    num_renamed: int
-
-    def report(self, out: str, images_folder: str, notes: dict[str, int]) -> FolderExportReport:
-        """Return the report of the export to `out`."""
-        num_images = len(self.names)
-        return FolderExportReport(
-            out, num_images, self.num_boxes, self.num_copied, images_folder, self.num_renamed, notes
-        )
-
-
 class FileNames:
     """Unique file names for images, compared without extension and without case, as some file systems do.
 
-    Args:
-        folder: Common prefix of all paths, to be removed from the names.
+    A common `folder` of all paths is removed from the names.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -176,55 +156,53 @@ def check_class_names(table: Table) -> list[str]:
 def write_labels(
     table: Table,
     folder: Path,
+    config: LabelConfig,
     *,
-    images_folder: str,
     labels_folder: str,
     extension: str,
-    copy_images: bool | None,
-    make_texts: Callable[[LabelRows], tuple[LabelRows, list[str | None]]],
-) -> WrittenLabels:
-    """Write one label file per image, and the images.
+    make_texts: Callable[[LabelRows], list[str]],
+    **options: Any,
+) -> FolderExportReport:
+    """Write one label file per readable image, named as the image with another `extension`, and the images.
 
-    Args:
-        table: An images or detections table.
-        folder: Local folder to write to.
-        images_folder: Folder of the images, relative to `folder`.
-        labels_folder: Folder of the label files, relative to `folder`.
-        extension: Extension of the label files, with its dot.
-        copy_images: As in `write_rows`.
-        make_texts: Function from rows to the rows with the exported boxes, and the text of each label file (None for
-            no file).
-
-    Raises:
-        UserError: As in `write_rows`.
+    `labels_folder` is relative to `folder`; `make_texts` returns the text of each row's label file. The other
+    arguments, the result and the errors are those of `write_rows`.
     """
 
-    def write_files(rows: LabelRows) -> int:
-        rows, texts = make_texts(rows)
-        for name, text in zip(rows.names, texts, strict=True):
-            if text is not None:
-                label = folder / labels_folder / name
-                _write(label.with_name(f"{label.name.rpartition('.')[0]}{extension}"), text.encode())
-        return len(rows.boxes_xywh)
+    def write_files(rows: LabelRows) -> None:
+        for name, text, is_error in zip(rows.names, make_texts(rows), rows.errors.tolist(), strict=True):
+            if not is_error:
+                _write(folder / labels_folder / f"{name.rpartition('.')[0]}{extension}", text.encode())
 
-    return write_rows(table, folder, images_folder=images_folder, copy_images=copy_images, write=write_files)
+    return write_rows(table, folder, config, write=write_files, **options)
 
 
 def write_rows(
-    table: Table, folder: Path, *, images_folder: str, copy_images: bool | None, write: Callable[[LabelRows], int]
-) -> WrittenLabels:
+    table: Table,
+    folder: Path,
+    config: LabelConfig,
+    *,
+    images_folder: str,
+    write: Callable[[LabelRows], None],
+    crowds: str | None = None,
+    unreadable: str = "unreadable images omitted",
+) -> FolderExportReport:
     """Pass the rows of a table to a function that writes their labels, and copy the images.
 
     Args:
         table: An images or detections table.
         folder: Local folder to write to.
+        config: Options of the command. By default the images are copied whose bytes are in the table, and a score
+            threshold of 0 omits nothing.
         images_folder: Folder of the images, relative to `folder`.
-        copy_images: True to copy all images, False for none, None for those whose bytes are in the table.
-        write: Function that writes the labels of some rows and returns the number of boxes written.
+        write: Function that writes the labels of some rows.
+        crowds: Note under which crowd boxes are omitted and counted; None keeps them.
+        unreadable: Note under which unreadable images are counted.
 
     Raises:
         UserError: The table is damaged, a number in it is not finite, or an image cannot be read.
     """
+    copy_images, score_threshold = config.copy_images, getattr(config, "score_threshold", 0.0)
     if table.kind == "detections" and copy_images:
         raise UserError(f"{table.uri} is a detections table, which has no images; omit --copy-images")
     with_images = table.kind == "images" and copy_images is not False
@@ -232,16 +210,25 @@ def write_rows(
     columns += ["path", "detections", "error"] if table.kind == "detections" else ["image.path", "objects"]
     columns += ["image.bytes"] if with_images else []
     file_names = FileNames(common_folder(table))
-    names: list[str] = []
+    low = "detections at or below the threshold omitted"
+    notes = {**({} if crowds is None else {crowds: 0}), low: 0, unreadable: 0}
     num_boxes = num_copied = 0
     for batch in table.iter_batches(columns, _IMAGES_AT_ONCE if with_images else ROWS_AT_ONCE):
         rows = _label_rows(table, batch, file_names)
-        num_boxes += write(rows)
+        is_low = (rows.scores <= score_threshold) & (score_threshold > 0)
+        notes[low] += int(is_low.sum())
+        notes[unreadable] += int(rows.errors.sum())
+        if crowds is not None:
+            notes[crowds] += int(rows.iscrowd.sum())
+            is_low |= rows.iscrowd
+        rows = rows.keep(np.logical_not(is_low))
+        num_boxes += len(rows.boxes_xywh)
+        write(rows)
         if with_images:
             num_copied += _copy_images(table, batch, rows.names, folder / images_folder, all_=bool(copy_images))
-        names += rows.names
     (folder / images_folder).mkdir(parents=True, exist_ok=True)
-    return WrittenLabels(names, num_boxes, num_copied, file_names.num_renamed)
+    out, num_renamed = storage.absolute_uri(config.out), file_names.num_renamed
+    return FolderExportReport(out, table.num_rows, num_boxes, num_copied, images_folder, num_renamed, notes)
 
 
 def _label_rows(table: Table, batch: pa.RecordBatch, file_names: FileNames) -> LabelRows:

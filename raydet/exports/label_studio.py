@@ -16,9 +16,7 @@ import pyarrow.compute as pc
 
 from raydet.config import ExportLabelStudioConfig
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_rows
-from raydet.exports.rows import Numbers, as_text
-from raydet.exports.tool_rows import ToolNotes, open_for_tool
-from raydet.tables import storage
+from raydet.exports.rows import Numbers, as_text, filled, open_scored
 from raydet.tables.new_output import new_folder
 
 _MODEL_VERSION = "raydet"
@@ -31,27 +29,22 @@ def export_label_studio(config: ExportLabelStudioConfig) -> FolderExportReport:
     tasks with predictions, for people to correct, without its unreadable images. Image ids are the ids of the tasks and
     `data.image_id`, which Label Studio keeps; ids of boxes are ids of regions. Class ids and areas are lost.
 
-    Returns:
-        Counts and folders of the export.
-
     Raises:
         UserError: The table is missing or damaged, a number in it is not finite, a class name is invalid, an image
             cannot be copied, or `out` holds other files. Nothing has been written.
     """
-    out = storage.absolute_uri(config.out)
-    table = open_for_tool(config.data, config.score_threshold)
+    table = open_scored(config.data, config.score_threshold)
     names = check_class_names(table)
     is_images = table.kind == "images"
     quoted_names = pa.array([json.dumps(name) for name in names], pa.string())
-    notes, numbers = ToolNotes(config.score_threshold), count(1)
+    numbers = count(1)
     has_crowds = False
-    with new_folder(out, command="export label-studio") as folder:
+    with new_folder(config.out, command="export label-studio") as folder:
         with (folder / "tasks.json").open("w", encoding="utf-8") as file:
             separator = "[\n"
 
-            def write(rows: LabelRows) -> int:
+            def write(rows: LabelRows) -> None:
                 nonlocal separator, has_crowds
-                rows = notes.keep(rows)
                 has_crowds |= bool(rows.iscrowd.any())
                 ids = rows.ids if is_images else np.fromiter(numbers, np.int64, len(rows.boxes_xywh))
                 regions = rows.joined(_regions(rows, ids, quoted_names, with_scores=not is_images))
@@ -60,18 +53,15 @@ def export_label_studio(config: ExportLabelStudioConfig) -> FolderExportReport:
                     if not is_error:
                         address = _address(config.image_prefix, rows.names[place])
                         score = None if is_images or not len(scores[place]) else float(scores[place].mean())
-                        file.write(
-                            separator
-                            + _task_text(int(rows.image_ids[place]), address, regions[place], is_images, score)
-                        )
+                        image_id = int(rows.image_ids[place])
+                        file.write(separator + _task_text(image_id, address, regions[place], is_images, score))
                         separator = ",\n"
-                return len(rows.boxes_xywh)
 
-            written = write_rows(table, folder, images_folder="images", copy_images=config.copy_images, write=write)
+            report = write_rows(table, folder, config, images_folder="images", write=write)
             file.write("\n]\n" if separator == ",\n" else "[]\n")
         (folder / "label_config.xml").write_text(_label_config(names, has_crowds), encoding="utf-8")
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    return written.report(out, "images", notes.counts())
+    return report
 
 
 def _address(prefix: str, name: str) -> str:
@@ -93,33 +83,19 @@ def _regions(rows: LabelRows, ids: Numbers, quoted_names: pa.StringArray, *, wit
     """Build the results of each box: its rectangle, and for a crowd the choice that marks it."""
     sizes = np.repeat(np.stack([rows.widths, rows.heights], axis=1), rows.counts, axis=0)
     percentages = rows.boxes_xywh / np.tile(sizes, 2) * 100
-    x, y, width, height = (as_text(column) for column in percentages.T.copy())
-    wide, high = (as_text(column.astype(np.int64)) for column in sizes.T)
-    head = pc.binary_join_element_wise(
-        '{"id": "',
+    head = filled(
+        '{"id": "%", "to_name": "image", "original_width": %, "original_height": %, "image_rotation": 0, '
+        '"value": {"rotation": 0, "x": %, "y": %, "width": %, "height": %',
         as_text(ids),
-        '", "to_name": "image", "original_width": ',
-        wide,
-        ', "original_height": ',
-        high,
-        ', "image_rotation": 0, "value": {"rotation": 0, "x": ',
-        x,
-        ', "y": ',
-        y,
-        ', "width": ',
-        width,
-        ', "height": ',
-        height,
-        "",
+        *(as_text(column.astype(np.int64)) for column in sizes.T),
+        *(as_text(column) for column in percentages.T.copy()),
     )
     names = quoted_names.take(pa.array(rows.categories))
-    kind = '}, "from_name": "label", "type": "rectanglelabels"'
-    parts = [head, ', "rectanglelabels": [', names, "]", kind]
-    parts += [', "score": ', as_text(rows.scores)] if with_scores else []
-    rectangles = pc.binary_join_element_wise(*parts, "}", "")
-    crowds = pc.binary_join_element_wise(
-        rectangles, ",", head, ', "choices": ["crowd"]}, "from_name": "kind", "type": "choices"}', ""
+    score = filled(', "score": %', as_text(rows.scores)) if with_scores else ""
+    rectangles = filled(
+        '%, "rectanglelabels": [%]}, "from_name": "label", "type": "rectanglelabels"%}', head, names, score
     )
+    crowds = filled('%,%, "choices": ["crowd"]}, "from_name": "kind", "type": "choices"}', rectangles, head)
     return pc.if_else(pa.array(rows.iscrowd, pa.bool_()), crowds, rectangles)
 
 

@@ -3,46 +3,31 @@
 Data is named by the last part of its path only, because home folders and buckets are private.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import pyarrow.compute as pc
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from raydet.common.class_names import match_names
 from raydet.common.console import shown
 from raydet.common.errors import UserError
-from raydet.common.untrusted.documents import DocumentError
 from raydet.config import PushConfig, TrainConfig, fields_of
 from raydet.exports.markdown import escaped, fenced, markdown_table
 from raydet.measuring import metrics_folder
 from raydet.measuring.numbers.metrics import METRICS
-from raydet.measuring.numbers.values import values_in
 from raydet.models.checkpoints import Checkpoint
+from raydet.reporting.run_tables import read_run
 from raydet.tables import storage
-from raydet.tables.table import Table, is_table, read_manifest
+from raydet.tables.table import is_table, read_manifest
 from raydet.training.history import EpochRecord, best_epoch, read_history
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-
 _Numbers = Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
-class BuiltCard:
-    """A model card.
-
-    Attributes:
-        content: Content of README.md: metadata in YAML, then markdown.
-        notes: Warnings for the user who pushes it.
-    """
-
-    content: str
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +38,7 @@ class _TrainedRun:
     history: list[EpochRecord]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _CardNumbers:
     """COCO metrics in [0, 1], None if undefined, and their origin."""
 
@@ -62,40 +47,38 @@ class _CardNumbers:
     origin: str
     overall: _Numbers
     by_class: Mapping[str, _Numbers]
-    is_evaluation: bool
+    is_evaluation: bool = False
     note: str | None = None
 
 
-def build_card(config: PushConfig, checkpoint: Checkpoint) -> BuiltCard:
+def build_card(config: PushConfig, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
     """Build the card of a checkpoint from the files of its training run and of `raydet evaluate`.
 
     The metrics are those in `config.metrics` or, without it, those of the validation after the checkpoint's epoch.
+
+    Returns:
+        Content of README.md, metadata in YAML and markdown, and warnings for the user who pushes it.
 
     Raises:
         UserError: `config.metrics` is not a folder of `raydet evaluate`, or was measured on other classes.
     """
     run = _read_run(checkpoint)
-    if config.metrics is None:
-        measured = _measured_in_training(checkpoint, run)
-    else:
-        measured = _measured_by_evaluate(config.metrics, checkpoint)
+    measured = (
+        _measured_by_evaluate(config.metrics, checkpoint) if config.metrics else _measured_in_training(checkpoint, run)
+    )
     notes = (measured.note,) if measured is not None and measured.note else ()
-    return BuiltCard(str(_card(config, checkpoint, run, measured)), notes)
+    return str(_card(config, checkpoint, run, measured)), notes
 
 
 def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
     folder = checkpoint.name.rstrip("/").rpartition("/")[0]
-    try:
-        config = storage.read_yaml(storage.join(folder, "config.yaml"))
-    except (OSError, DocumentError):
-        config = None
-    if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("model", "train_data")):
-        return _TrainedRun({}, [])
-    try:
-        history = read_history(folder)
-    except (OSError, ValueError):
-        history = []
-    return _TrainedRun(config, history)
+    with contextlib.suppress(OSError, ValueError):
+        config, history = storage.read_yaml(storage.join(folder, "config.yaml")), []
+        if isinstance(config, dict) and all(isinstance(config.get(key), str) for key in ("model", "train_data")):
+            with contextlib.suppress(OSError, ValueError):
+                history = read_history(folder)
+            return _TrainedRun(config, history)
+    return _TrainedRun({}, [])
 
 
 def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
@@ -105,43 +88,45 @@ def _measured_by_evaluate(metrics: str, checkpoint: Checkpoint) -> _CardNumbers:
         raise UserError(
             f"--metrics {metrics} holds no metrics of `raydet evaluate`; it must be the --out folder of that command"
         )
-    table = _latest_run(uri, checkpoint.name)
-    own, names = ([item.name for item in of.categories] for of in (checkpoint, table))
-    if own and own != names and None in match_names(names, own):
+    run = read_run(uri, _latest_run(uri, checkpoint.name))
+    own, names = [item.name for item in checkpoint.categories], run.classes
+    if own and tuple(own) != names and None in match_names(names, own):
         raise UserError(
             f"--metrics {metrics} was measured on the classes {', '.join(names)}, but the checkpoint has "
             f"{', '.join(own)}; run `raydet evaluate` for this checkpoint"
         )
-    rows = table.read()
-    if not rows.num_rows:
-        raise UserError(f"--metrics {metrics} holds no metrics; run `raydet evaluate` again")
     numbers: dict[str | None, dict[str, float | None]] = {name: {} for name in (None, *names)}
-    for value in values_in(rows):
-        if value.slice is None:
-            numbers.setdefault(value.category, {})[value.metric] = value.value
+    for (slice_name, metric, category), value in run.values.items():
+        if slice_name is None:
+            numbers.setdefault(category, {})[metric] = value.value
     if not numbers[None]:
         raise UserError(f"--metrics {metrics} holds no metrics over all images; run `raydet evaluate` again")
-    data = _bare_name(rows["split"][0].as_py() or "")
-    counts = table.manifest["runs"][table.files[0]]
-    num_images = counts.get("num_images")
-    unreadable = counts.get("num_unreadable") or 0
+    data, num_images = _bare_name(run.split or ""), run.entry.get("num_images")
     origin = f"Measured with `raydet evaluate` on {escaped(data)}" + (f", {num_images:,} images" if num_images else "")
-    if unreadable:
-        origin += f"; {unreadable:,} of them were unreadable, and their objects count as missed"
-    model = rows["model"][0].as_py()
-    note = None
-    if model is not None and model != checkpoint.name:
-        note = f"the metrics in {metrics} were measured with {model}; check that this is the model you push"
+    if run.entry.get("num_unreadable"):
+        origin += f"; {run.entry['num_unreadable']:,} of them were unreadable, and their objects count as missed"
+    note = f"the metrics in {metrics} were measured with {run.model}; check that this is the model you push"
     return _CardNumbers(
-        data, num_images, origin + ".", numbers[None], {name: numbers[name] for name in names}, True, note
+        data=data,
+        num_images=num_images,
+        origin=f"{origin}.",
+        overall=numbers[None],
+        by_class={name: numbers[name] for name in names},
+        is_evaluation=True,
+        note=note if run.model not in (None, checkpoint.name) else None,
     )
 
 
-def _latest_run(uri: str, model: str) -> Table:
-    """Return the metrics of this model's latest run, or of the latest run if none is of this model."""
-    tables = [table for run in metrics_folder.runs_in(uri) if (table := metrics_folder.open_run(uri, "metrics", run))]
-    of_model = [table for table in tables if pc.any(pc.equal(table.read(["model"])["model"], model)).as_py()]
-    return (of_model or tables)[-1]
+def _latest_run(uri: str, model: str) -> str:
+    """Return this model's latest run, or the latest run if none is of this model."""
+    runs = metrics_folder.runs_in(uri)
+    tables = {run: metrics_folder.open_run(uri, "metrics", run) for run in runs}
+    of_model = [
+        run
+        for run, table in tables.items()
+        if table is not None and model in table.read(["model"])["model"].to_pylist()
+    ]
+    return [*runs, *of_model][-1]
 
 
 def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumbers | None:
@@ -161,20 +146,17 @@ def _measured_in_training(checkpoint: Checkpoint, run: _TrainedRun) -> _CardNumb
     if not is_newest:
         origin += " The checkpoint was selected by these metrics, so expect somewhat lower ones on other images."
     return _CardNumbers(
-        data,
-        num_images if part == 1 else None,
-        origin,
-        {metric.name: epoch.value(metric.name) for metric in METRICS},
-        {item.name: {"AP": epoch.value(f"AP:{item.name}")} for item in checkpoint.categories},
-        is_evaluation=False,
+        data=data,
+        num_images=num_images if part == 1 else None,
+        origin=origin,
+        overall={metric.name: epoch.value(metric.name) for metric in METRICS},
+        by_class={item.name: {"AP": epoch.value(f"AP:{item.name}")} for item in checkpoint.categories},
     )
 
 
 def _num_images(uri: str, checkpoint: Checkpoint) -> int | None:
-    """Return the number of images in a table; None if it is missing or in a different store from the checkpoint.
-
-    A different store is not tried: if it is unreachable from here, a request takes about 15 s to time out.
-    """
+    """Return the number of images in a table; None if it is missing or in a different store from the checkpoint."""
+    # If another store is unreachable from here, a request takes about 15 s to time out.
     if urlsplit(uri).scheme not in ("", "file", urlsplit(checkpoint.name).scheme):
         return None
     try:
@@ -219,18 +201,12 @@ def _eval_results(measured: _CardNumbers | None) -> list[EvalResult] | None:
     if measured is None:
         return None
     slug = re.sub(r"[^a-z0-9_-]+", "-", measured.data.lower()).strip("-") or "images"
+    common: Any = {"task_type": "object-detection", "task_name": "Object Detection"}
+    common |= {"dataset_type": slug, "dataset_name": measured.data}
     return [
-        EvalResult(
-            task_type="object-detection",
-            task_name="Object Detection",
-            dataset_type=slug,
-            dataset_name=measured.data,
-            metric_type=metric.name,
-            metric_name=metric.name,
-            metric_value=measured.overall[metric.name],
-        )
+        EvalResult(**common, metric_type=metric.name, metric_name=metric.name, metric_value=value)
         for metric in METRICS
-        if measured.overall.get(metric.name) is not None
+        if (value := measured.overall.get(metric.name)) is not None
     ] or None
 
 
@@ -253,15 +229,10 @@ def _numbers_section(measured: _CardNumbers | None) -> list[str]:
         for metric in METRICS
     ]
     columns = [name for name in _CLASS_COLUMNS if any(name in numbers for numbers in measured.by_class.values())]
-    by_class = [
-        (escaped(name), *(shown(numbers.get(column)) for column in columns))
-        for name, numbers in measured.by_class.items()
-    ]
-    sections = [
-        "## Evaluation",
-        f"{measured.origin} These are COCO metrics, equal to those of pycocotools.",
-        markdown_table(("metric", "value", "IoU", "area", "detections"), rows),
-    ]
+    of_classes = measured.by_class.items()
+    by_class = [(escaped(name), *(shown(numbers.get(column)) for column in columns)) for name, numbers in of_classes]
+    origin = f"{measured.origin} These are COCO metrics, equal to those of pycocotools."
+    sections = ["## Evaluation", origin, markdown_table(("metric", "value", "IoU", "area", "detections"), rows)]
     return [*sections, markdown_table(("class", *columns), by_class)] if by_class else sections
 
 
@@ -291,11 +262,8 @@ found = processor.post_process_object_detection(
 
 
 def _data_section(checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbers | None) -> list[str]:
-    uses = [
-        (use, run.config[key])
-        for use, key in (("training", "train_data"), ("validation", "val_data"))
-        if key in run.config
-    ]
+    keys = {"training": "train_data", "validation": "val_data"}
+    uses = [(use, run.config[key]) for use, key in keys.items() if key in run.config]
     rows = [(use, escaped(_bare_name(uri)), shown(_num_images(uri, checkpoint), ",")) for use, uri in uses]
     if measured is not None and measured.is_evaluation:
         rows.append(("evaluation", escaped(measured.data), shown(measured.num_images, ",")))
@@ -304,18 +272,16 @@ def _data_section(checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbe
 
 def _recipe_section(run: _TrainedRun) -> list[str]:
     """List the training options that affect the result, and `epochs`, which is operational but informative."""
-    names = [
-        item.name
+    options = {
+        item.name: _without_paths(run.config[item.name])
         for item in fields_of(TrainConfig)
         if (not item.metadata["operational"] or item.name == "epochs")
         and item.name not in ("train_data", "val_data", "model")
         and item.name in run.config
-    ]
-    if not names:
+    }
+    if not options:
         return []
-    recipe = yaml.safe_dump(
-        {name: _without_paths(run.config[name]) for name in names}, sort_keys=False, allow_unicode=True
-    )
+    recipe = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
     trained = f"Trained for {len(run.history)} epochs" if run.history else "Trained"
     return ["## Recipe", f"{trained} with these options of `raydet train`:", fenced(recipe.rstrip("\n"), "yaml")]
 
@@ -330,5 +296,5 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_paths(item) for item in value]
+        return list(map(_without_paths, value))
     return _bare_name(value) if isinstance(value, str) and "/" in value else value

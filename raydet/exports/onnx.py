@@ -31,9 +31,7 @@ class OnnxExportReport:
     """Result of an export to ONNX.
 
     Attributes:
-        path: The file.
         num_bytes: Size of the file in bytes.
-        opset: ONNX opset version.
         input_names: `pixel_values` float32 [B, 3, H, W] and, for some models, `pixel_mask` int64 [B, H, W].
         image_size_hw: Required height and width in pixels; None if any size works.
         num_classes: Number of classes; logits may have one more, "no object".

@@ -9,20 +9,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
-from raydet.tables.table import Table
+from raydet.tables import storage
+from raydet.tables.table import Table, open_table
 
 ROWS_AT_ONCE = 256
 Numbers = npt.NDArray[Any]
 
 
 def refuse(bad: Numbers, image_ids: Numbers, what: str, where: str) -> None:
-    """Refuse a table that contains invalid boxes.
-
-    Args:
-        bad: Mask of the invalid boxes, bool [N].
-        image_ids: Image id of each box, int64 [N].
-        what: Description of the invalid value.
-        where: URI of the table.
+    """Refuse the table `where` if any box has an invalid value; `bad`, bool [N], and `image_ids`, [N], are by box.
 
     Raises:
         UserError: Any box is invalid.
@@ -50,6 +45,18 @@ def refuse_boxes(table: Table, image_ids: Numbers, boxes_xywh: Numbers) -> None:
     refuse(np.logical_not(np.isfinite(boxes_xywh).all(axis=1)), image_ids, "a number that is not finite", table.uri)
 
 
+def open_scored(uri: str, score_threshold: float) -> Table:
+    """Open an images or detections table; only the latter has scores.
+
+    Raises:
+        UserError: There is no such table, or it has no scores but `score_threshold` is set.
+    """
+    table = open_table(storage.absolute_uri(uri), ("images", "detections"))
+    if table.kind == "images" and score_threshold > 0:
+        raise UserError(f"{table.uri} is an images table, which has no scores; omit --score-threshold")
+    return table
+
+
 def common_folder(table: Table) -> str | None:
     """Return the common folder of all absolute paths, with a trailing slash; None for relative paths."""
     first: str | None = None
@@ -70,3 +77,10 @@ def common_folder(table: Table) -> str | None:
 def as_text(numbers: Numbers) -> pa.StringArray:
     """Format numbers as JSON; Arrow writes the shortest digits that read back to the same float64."""
     return pc.cast(pa.array(numbers), pa.string())
+
+
+def filled(template: str, *columns: pa.StringArray) -> pa.StringArray:
+    """Fill a template for each row; each `%` stands for the value of the next column."""
+    first, *others = template.split("%")
+    parts = [part for pair in zip(columns, others, strict=True) for part in pair]
+    return pc.binary_join_element_wise(first, *parts, "")

@@ -12,15 +12,12 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
 from raydet.config import ExportVocConfig
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_labels
-from raydet.exports.rows import as_text
-from raydet.tables import storage
+from raydet.exports.rows import as_text, filled, open_scored
 from raydet.tables.new_output import new_folder
-from raydet.tables.table import open_table
 
 _IMAGES = "JPEGImages"
 
@@ -31,36 +28,36 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
     Crowds become `difficult` objects. The format has no scores, so a detections table is refused: read back, its
     predictions would become ground truth. Ids of images, boxes and classes are lost; images keep their names.
 
-    Returns:
-        Counts and folders of the export.
-
     Raises:
         UserError: The table is missing, damaged or holds detections, a number in it is not finite, a class name is
             invalid, an image cannot be copied, or `out` holds other files. Nothing has been written.
     """
-    out, uri = storage.absolute_uri(config.out), storage.absolute_uri(config.data)
-    table = open_table(uri, ("images", "detections"))
+    table = open_scored(config.data, 0.0)
     if table.kind == "detections":
-        raise UserError(f"{uri} is a detections table, but Pascal VOC has no scores; use export coco or export yolo")
+        raise UserError(
+            f"{table.uri} is a detections table, but Pascal VOC has no scores; use export coco or export yolo"
+        )
     names = check_class_names(table)
     escaped_names = pa.array([escape(name) for name in names], pa.string())
 
-    def make_texts(rows: LabelRows) -> tuple[LabelRows, list[str | None]]:
+    stems: list[str] = []
+
+    def make_texts(rows: LabelRows) -> list[str]:
+        stems.extend(name.rpartition(".")[0] for name in rows.names)
         objects = rows.joined(_objects(rows, escaped_names, 0.0 if config.zero_based else 1.0))
         sizes = zip(rows.names, rows.widths.tolist(), rows.heights.tolist(), objects, strict=True)
-        return rows, [_document(*size) for size in sizes]
+        return [_document(*size) for size in sizes]
 
-    with new_folder(out, command="export voc") as folder:
-        written = write_labels(
+    with new_folder(config.out, command="export voc") as folder:
+        report = write_labels(
             table,
             folder,
+            config,
             images_folder=_IMAGES,
             labels_folder="Annotations",
             extension=".xml",
-            copy_images=config.copy_images,
             make_texts=make_texts,
         )
-        stems = [name.rpartition(".")[0] for name in written.names]
         labels = ["# label:color_rgb:parts:actions", *(f"{name}:::" for name in names)]
         for path, lines in {
             f"ImageSets/Main/{config.split}.txt": stems,
@@ -69,29 +66,21 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
         }.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return written.report(out, _IMAGES, {})
+    return report
 
 
 def _objects(rows: LabelRows, escaped_names: pa.StringArray, first_pixel: float) -> pa.StringArray:
     """Build one `<object>` per box."""
     starts = rows.boxes_xywh[:, :2] + first_pixel
     ends = rows.boxes_xywh[:, :2] + rows.boxes_xywh[:, 2:]
-    xmin, ymin, xmax, ymax = (as_text(column) for column in np.concatenate([starts, ends], axis=1).T.copy())
-    return pc.binary_join_element_wise(
-        "  <object>\n    <name>",
+    corners = (as_text(column) for column in np.concatenate([starts, ends], axis=1).T.copy())
+    return filled(
+        "  <object>\n    <name>%</name>\n    <pose>Unspecified</pose>\n    <truncated>0</truncated>\n"
+        "    <difficult>%</difficult>\n    <bndbox>\n      <xmin>%</xmin>\n      <ymin>%</ymin>\n"
+        "      <xmax>%</xmax>\n      <ymax>%</ymax>\n    </bndbox>\n  </object>",
         escaped_names.take(pa.array(rows.categories)),
-        "</name>\n    <pose>Unspecified</pose>\n    <truncated>0</truncated>\n    <difficult>",
         as_text(rows.iscrowd.astype(np.int64)),
-        "</difficult>\n    <bndbox>\n      <xmin>",
-        xmin,
-        "</xmin>\n      <ymin>",
-        ymin,
-        "</ymin>\n      <xmax>",
-        xmax,
-        "</xmax>\n      <ymax>",
-        ymax,
-        "</ymax>\n    </bndbox>\n  </object>",
-        "",
+        *corners,
     )
 
 

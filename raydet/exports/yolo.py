@@ -6,19 +6,17 @@ of the upright image, followed by the score for detections. Numbers have enough 
 both `train` and `val`, because Ultralytics requires both.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import yaml
 
-from raydet.common.errors import UserError
 from raydet.config import ExportYoloConfig
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_labels
-from raydet.exports.rows import Numbers, as_text
-from raydet.tables import storage
+from raydet.exports.rows import Numbers, as_text, open_scored
 from raydet.tables.new_output import new_folder
-from raydet.tables.table import open_table
 
 
 def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
@@ -28,47 +26,27 @@ def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
     boxes get an empty file; unreadable images of a detections table get none. Ids of images, boxes and classes are
     lost; images keep their names, classes their order.
 
-    Returns:
-        Counts and folders of the export.
-
     Raises:
         UserError: The table is missing or damaged, a number in it is not finite, a class name is invalid, an image
             cannot be copied, or `out` holds other files. Nothing has been written.
     """
-    out, uri = storage.absolute_uri(config.out), storage.absolute_uri(config.data)
-    table = open_table(uri, ("images", "detections"))
-    if table.kind == "images" and config.score_threshold > 0:
-        raise UserError(f"{uri} is an images table, which has no scores; omit --score-threshold")
-    names = check_class_names(table)
-    notes = {
-        "crowd boxes omitted, which YOLO cannot represent": 0,
-        "detections at or below the threshold omitted": 0,
-        "unreadable images without a label file": 0,
-    }
-    crowd_note, score_note, error_note = notes
-
-    def make_texts(rows: LabelRows) -> tuple[LabelRows, list[str | None]]:
-        is_low = (rows.scores <= config.score_threshold) & (config.score_threshold > 0)
-        notes[crowd_note] += int(rows.iscrowd.sum())
-        notes[score_note] += int(is_low.sum())
-        notes[error_note] += int(rows.errors.sum())
-        kept = rows.keep(np.logical_not(rows.iscrowd | is_low))
-        texts = _texts(kept, with_scores=table.kind == "detections")
-        return kept, [None if error else text for text, error in zip(texts, rows.errors.tolist(), strict=True)]
-
     images_folder = f"images/{config.split}"
-    with new_folder(out, command="export yolo") as folder:
-        written = write_labels(
+    table = open_scored(config.data, config.score_threshold)
+    names = check_class_names(table)
+    with new_folder(config.out, command="export yolo") as folder:
+        report = write_labels(
             table,
             folder,
+            config,
             images_folder=images_folder,
             labels_folder=f"labels/{config.split}",
             extension=".txt",
-            copy_images=config.copy_images,
-            make_texts=make_texts,
+            make_texts=partial(_texts, with_scores=table.kind == "detections"),
+            crowds="crowd boxes omitted, which YOLO cannot represent",
+            unreadable="unreadable images without a label file",
         )
         _write_data_yaml(folder / "data.yaml", images_folder, config.split, names)
-    return written.report(out, images_folder, notes)
+    return report
 
 
 def _texts(rows: LabelRows, *, with_scores: bool) -> list[str]:

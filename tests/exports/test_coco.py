@@ -283,6 +283,7 @@ def check_object_storage(folder: Path, bucket: str) -> None:
     assert json.loads(storage.read_bytes(f"{bucket}/out/results.json")) == expected
 
 
+@pytest.mark.usefixtures("quick_leases")
 def test_object_storage_gets_the_file_when_it_is_whole(tmp_path: Path) -> None:
     check_object_storage(tmp_path, f"memory://{tmp_path.name}")
 

@@ -144,6 +144,7 @@ def test_names_are_told_apart_and_stay_in_the_folder() -> None:
     assert len(set(stems)) == len(stems) and names.num_renamed == 2
 
 
+@pytest.mark.usefixtures("quick_leases")
 def test_a_store_gets_the_whole_folder(tmp_path: Path) -> None:
     data = write_images(tmp_path / "table", [image(1, "a.jpg", data=b"one")])
     out = f"memory://bucket/{tmp_path.name}"
