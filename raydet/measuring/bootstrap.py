@@ -13,6 +13,7 @@ halves minus the AP of all images. Using both halves cancels the difference in d
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -24,6 +25,8 @@ from raydet.measuring.numbers.values import MetricValue
 from raydet.measuring.numbers.weighted_precision import Counts, WeightedPrecision
 from raydet.tables.columns import Floats
 
+LEVEL = 0.95
+"""Fraction of the intervals that contain the value for the whole population of images."""
 _NUM_SPLITS = 50
 _BIAS_OF_HALVES = 2 ** (2 / 3)
 """Ratio of the bias on half of the images to the bias on all of them.
@@ -45,13 +48,10 @@ class Intervals:
     An interval is None if fewer than three images have truth for the metric.
 
     Attributes:
-        level: Fraction of such intervals that contain the value for the whole population of images.
-        num_resamples: Number of resamples.
         overall: Mean over the classes that have truth.
         per_class: Metrics by category index.
     """
 
-    level: float
     num_resamples: int
     overall: dict[str, MetricValue]
     per_class: tuple[dict[str, MetricValue], ...]
@@ -66,26 +66,20 @@ class PairedDifferences:
     difference: Intervals
 
 
-@dataclass(frozen=True)
-class _Column:
-    """Metric with its position among size classes and thresholds (None: mean over the thresholds)."""
+class _Column(NamedTuple):
+    """Metric with its position among the size classes, and the thresholds over which it is the mean."""
 
     metric: Metric
     area: int
-    threshold: int | None
+    over: slice
 
 
-def _columns(protocol: Protocol) -> tuple[_Column, ...]:
-    areas = [name for name, _ in protocol.areas]
-    return tuple(
-        _Column(
-            metric,
-            areas.index(metric.area),
-            None if metric.iou is None else protocol.iou_thresholds.index(metric.iou),
-        )
-        for metric in metrics_of(protocol)
-        if metric.kind == "precision"
-    )
+def _columns(protocol: Protocol) -> list[_Column]:
+    areas, ious = [name for name, _ in protocol.areas], protocol.iou_thresholds
+    metrics = [metric for metric in metrics_of(protocol) if metric.kind == "precision"]
+    first = [None if metric.iou is None else ious.index(metric.iou) for metric in metrics]
+    over = [slice(None) if place is None else slice(place, place + 1) for place in first]
+    return [_Column(metric, areas.index(metric.area), own) for metric, own in zip(metrics, over, strict=True)]
 
 
 def draw(num_images: int, seed: int, resample: int) -> Counts:
@@ -101,9 +95,7 @@ def split(num_images: int, seed: int, number: int) -> Counts:
     return half
 
 
-def intervals(
-    matches: Matches, *, num_resamples: int, seed: int, level: float = 0.95, num_threads: int | None = None
-) -> Intervals:
+def intervals(matches: Matches, *, num_resamples: int, seed: int, num_threads: int | None = None) -> Intervals:
     """Return AP metrics with confidence intervals for the population that the images are a sample of.
 
     Each resample draws as many images as there are, with replacement. The bounds are percentiles of AP over the
@@ -111,16 +103,12 @@ def intervals(
     the normal quantile for the number of images that have truth. If the measured AP then lies outside, the nearer
     bound is moved to it. A class that is absent from a resample is left out of its mean.
 
-    Args:
-        matches: Matches of all images.
-        num_resamples: Number of resamples; 1,000 determine the bounds to about a tenth of the interval's width.
-        seed: Random seed. The result depends on it, not on the number of threads.
-        level: Confidence level in (0, 1).
-        num_threads: Number of threads; by default the number of available processors.
+    1,000 resamples determine the bounds to about a tenth of the interval's width. The result depends on the seed, not
+    on the number of threads, by default that of the available processors.
     """
     columns = _columns(matches.protocol)
     sampled = _sample(matches, columns, num_resamples, seed, num_threads)
-    return _summary(sampled, columns, matches, level, bounds=(0.0, 1.0))
+    return _summary(sampled, columns, matches, bounds=(0.0, 1.0))
 
 
 def paired_differences(
@@ -129,7 +117,6 @@ def paired_differences(
     *,
     num_resamples: int,
     seed: int,
-    level: float = 0.95,
     num_threads: int | None = None,
 ) -> PairedDifferences:
     """Return the differences in AP between two runs on the same images, with confidence intervals.
@@ -144,9 +131,9 @@ def paired_differences(
     columns = _columns(first.protocol)
     before, after = (_sample(matches, columns, num_resamples, seed, num_threads) for matches in (first, second))
     return PairedDifferences(
-        first=_summary(before, columns, first, level, bounds=(0.0, 1.0)),
-        second=_summary(after, columns, first, level, bounds=(0.0, 1.0)),
-        difference=_summary(after.minus(before), columns, first, level, bounds=None),
+        first=_summary(before, columns, first, bounds=(0.0, 1.0)),
+        second=_summary(after, columns, first, bounds=(0.0, 1.0)),
+        difference=_summary(after.minus(before), columns, first, bounds=None),
     )
 
 
@@ -212,42 +199,34 @@ def _sample(
 def _values(
     matches: Matches,
     columns: Sequence[_Column],
-    num_weightings: int,
+    num_rows: int,
     weights: Callable[[int], Counts],
     num_threads: int | None,
 ) -> Floats:
     """Return the metrics of each class for each image weighting, [weightings, K, metrics]."""
     precision_of = WeightedPrecision(matches)
-    values = np.empty((num_weightings, matches.num_categories, len(columns)))
+    values = np.empty((num_rows, matches.num_categories, len(columns)))
 
     def fill(first: int) -> None:
-        for row in range(first, min(first + _BLOCK_WEIGHTINGS, num_weightings)):
+        for row in range(first, min(first + _BLOCK_WEIGHTINGS, num_rows)):
             precision = precision_of(weights(row))
             for place, column in enumerate(columns):
-                over = slice(None) if column.threshold is None else slice(column.threshold, column.threshold + 1)
-                values[row, :, place] = precision[:, column.area, over].mean(axis=-1)
+                values[row, :, place] = precision[:, column.area, column.over].mean(axis=-1)
 
     with ThreadPoolExecutor(num_threads or available_cpus()) as pool:
-        list(pool.map(fill, range(0, num_weightings, _BLOCK_WEIGHTINGS)))
+        list(pool.map(fill, range(0, num_rows, _BLOCK_WEIGHTINGS)))
     return values
 
 
 def _mean(values: Floats) -> Floats:
     """Return the mean over the first axis, ignoring NaN; NaN if all values are NaN."""
     defined = ~np.isnan(values)
-    counts = defined.sum(axis=0)
-    means: Floats = np.full(counts.shape, np.nan)
-    np.divide(np.where(defined, values, 0.0).sum(axis=0), counts, out=means, where=counts > 0)
-    return means
+    sums, counts = np.where(defined, values, 0.0).sum(axis=0), defined.sum(axis=0)
+    return np.asarray(np.divide(sums, counts, out=np.full(counts.shape, np.nan), where=counts > 0))
 
 
 def _summary(
-    sampled: _Sampled,
-    columns: Sequence[_Column],
-    matches: Matches,
-    level: float,
-    *,
-    bounds: tuple[float, float] | None,
+    sampled: _Sampled, columns: Sequence[_Column], matches: Matches, *, bounds: tuple[float, float] | None
 ) -> Intervals:
     by_class, by_area = _num_images_with_truth(matches)
     areas = [column.area for column in columns]
@@ -255,15 +234,13 @@ def _summary(
 
     def named(values: Floats, biases: Floats, num_images: Floats) -> dict[str, MetricValue]:
         found = {}
-        of_columns = zip(columns, values.T, biases.tolist(), num_images.tolist(), strict=True)
-        for column, drawn, bias, count in of_columns:
-            low, high = _bounds(drawn[0], drawn[1:], bias, count, level, bounds)
+        for column, drawn, bias, count in zip(columns, values.T, biases.tolist(), num_images.tolist(), strict=True):
+            low, high = _bounds(drawn[0], drawn[1:], bias, count, bounds)
             metric = column.metric.with_value(None if np.isnan(drawn[0]) else float(drawn[0]))
             found[metric.metric] = replace(metric, low=low, high=high)
         return found
 
     return Intervals(
-        level=level,
         num_resamples=len(sampled.overall) - 1,
         overall=named(sampled.overall, sampled.bias_overall, effective),
         per_class=tuple(
@@ -282,8 +259,7 @@ def _effective_images(per_class: Floats, num_by_class: Floats, num_images: Float
     variance = np.nan_to_num(_mean(per_class**2) - _mean(per_class) ** 2)
     spread = (variance**2 / np.maximum(num_by_class - 1, 1)).sum(axis=0)
     freedom = np.divide(variance.sum(axis=0) ** 2, spread, out=np.full(len(spread), np.inf), where=spread > 0)
-    effective: Floats = np.minimum(np.maximum(freedom + 1, _MIN_IMAGES), num_images)
-    return effective
+    return np.asarray(np.minimum(np.maximum(freedom + 1, _MIN_IMAGES), num_images))
 
 
 def _num_images_with_truth(matches: Matches) -> tuple[Floats, Floats]:
@@ -291,16 +267,15 @@ def _num_images_with_truth(matches: Matches) -> tuple[Floats, Floats]:
     num_images, num_classes = len(matches.image_ids), matches.num_categories
     by_class, by_area = [], []
     for ignored in matches.truth_ignored:
-        pairs = np.unique(
-            matches.truth_category[~ignored].astype(np.int64) * num_images + matches.truth_image[~ignored]
-        )
+        category, image = matches.truth_category[~ignored].astype(np.int64), matches.truth_image[~ignored]
+        pairs = np.unique(category * num_images + image)
         by_class.append(np.bincount(pairs // max(num_images, 1), minlength=num_classes))
-        by_area.append(len(np.unique(matches.truth_image[~ignored])))
+        by_area.append(len(np.unique(image)))
     return np.stack(by_class, axis=1).astype(np.float64), np.array(by_area, dtype=np.float64)
 
 
 def _bounds(
-    value: float, samples: Floats, bias: float, num_images: float, level: float, bounds: tuple[float, float] | None
+    value: float, samples: Floats, bias: float, num_images: float, bounds: tuple[float, float] | None
 ) -> tuple[float, float] | tuple[None, None]:
     """Return the bounds of the interval of a metric, (None, None) if too few images have truth.
 
@@ -312,7 +287,7 @@ def _bounds(
     samples = samples[~np.isnan(samples)]
     if np.isnan(value) or num_images < _MIN_IMAGES or np.isnan(bias) or not samples.size:
         return None, None
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     wider = stdtrit(num_images - 1, tail) / ndtri(tail) * np.sqrt(num_images / (num_images - 1))
     low, high = value - bias + wider * (np.quantile(samples, [tail, 1 - tail]) - samples.mean())
     smallest, largest = bounds or (-1.0, 1.0)

@@ -122,8 +122,9 @@ class CocoAP(Metric):
         areas = truth["boxes"][:, 2] * truth["boxes"][:, 3]
         truth["area"] = np.where(truth["area"] > 0, truth["area"], areas)
         image_ids = [_image_id(number, item) for number, item in enumerate(target)]
-        images = np.array([image_ids, num_truth, num_found], np.float64).T
-        for name, rows in (("images", images), ("truth", _table(truth)), ("detections", _table(found))):
+        images = {"ids": np.array(image_ids), "truth": np.array(num_truth), "found": np.array(num_found)}
+        for name, columns in (("images", images), ("truth", truth), ("detections", found)):
+            rows = np.column_stack([column.astype(np.float64) for column in columns.values()])
             getattr(self, name).append(torch.from_numpy(rows))
 
     def compute(self) -> dict[str, Tensor]:
@@ -247,11 +248,6 @@ def _image_id(number: int, item: Mapping[str, Any]) -> int:
     if not 0 <= image_id < MAX_IMAGE_ID:
         raise ValueError(f"target[{number}]: image_id must be an integer from 0 to 2**53 - 1, got {value!r}")
     return image_id
-
-
-def _table(columns: Mapping[str, Floats]) -> Floats:
-    """Return one row per box, float64 [N, columns]."""
-    return np.column_stack(list(columns.values()))
 
 
 def _each_once(truth: TruthColumns) -> tuple[TruthColumns, Integers]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow as pa
 from raydet.common.console import aligned, shown
 from raydet.config import CompareConfig, config_hash, identity
 from raydet.config.measuring import JoinKey
-from raydet.measuring.bootstrap import PairedDifferences, paired_differences
+from raydet.measuring.bootstrap import LEVEL, PairedDifferences, paired_differences
 from raydet.measuring.detections import read_detections
 from raydet.measuring.diagnosis.scores import Outcomes, best_threshold, outcomes_at, per_image
 from raydet.measuring.numbers.matches import Matches
@@ -30,7 +31,6 @@ class ChangedImage:
     """Image on which one run detects better than the other.
 
     Attributes:
-        image_id: Image id.
         num_truth: Number of labelled boxes that count.
         first_f1: F1 of the first run at its own best score threshold and IoU 0.5; None if the image has neither
             boxes nor detections.
@@ -51,7 +51,6 @@ class Comparison:
 
     Attributes:
         names: Names of the two runs: the last path component, or as many as distinguish them.
-        categories: Classes by index.
         num_images: Number of images on which both runs were measured.
         num_truth: Number of labelled boxes, crowds included.
         numbers: AP metrics of both runs and their differences, with intervals.
@@ -76,7 +75,7 @@ class Comparison:
         first, second = self.names
         lines = [f"{self.num_images:,} images, {self.num_truth:,} boxes", f"first: {first}", f"second: {second}"]
         lines += self.notes
-        header = ("first", "second", "difference", f"{100 * self.numbers.difference.level:g} % interval", "")
+        header = ("first", "second", "difference", f"{100 * LEVEL:g} % interval", "")
         rows: list[tuple[str, ...]] = [("", *header)]
         for name in self.numbers.difference.overall:
             rows.append((name, *self._cells(name, None)))
@@ -115,7 +114,6 @@ class Comparison:
     def _verdict(self) -> list[str]:
         """Return sentences that name the significant differences."""
         overall = self.numbers.difference.overall["AP"]
-        level = self.numbers.difference.level
         if overall.value is None:
             return ["nothing to measure: no labelled box counts"]
         if overall.low is None:
@@ -135,7 +133,7 @@ class Comparison:
             ]
             lines.append(f"significantly {word} in {len(names)} of {num_measured} classes: {', '.join(names)}")
         lines[1:] = [line.removesuffix(": ") for line in lines[1:]]
-        by_chance = (1 - level) * num_measured
+        by_chance = (1 - LEVEL) * num_measured
         if by_chance >= 1:
             lines.append(f"about {by_chance:.0f} of {num_measured} classes would appear significant by chance")
         return lines
@@ -258,19 +256,10 @@ def _comparison_table(comparison: Comparison) -> pa.Table:
     for category, index in over:
         for metric in comparison.numbers.difference.overall:
             first, second, difference = comparison.of(metric, index)
-            rows.append(
-                {
-                    "first": comparison.names[0],
-                    "second": comparison.names[1],
-                    "metric": metric,
-                    "category": category,
-                    "first_value": first.value,
-                    "second_value": second.value,
-                    "difference": difference.value,
-                    "low": difference.low,
-                    "high": difference.high,
-                }
-            )
+            about: dict[str, Any] = dict(zip(("first", "second"), comparison.names, strict=True))
+            about |= {"metric": metric, "category": category}
+            values = {"first_value": first.value, "second_value": second.value, "difference": difference.value}
+            rows.append({**about, **values, "low": difference.low, "high": difference.high})
     return pa.Table.from_pylist(rows, schema=build_schema("comparison", comparison.categories))
 
 

@@ -56,9 +56,6 @@ class Scored:
     """Detections joined to the truth: the same images on both sides, in ascending id order.
 
     Attributes:
-        uri: Source of the detections.
-        columns: Detections.
-        truth_columns: Labelled boxes.
         truth_rows: Rows of the full truth that are measured, int64 [I].
         errors: Image id → reason why the detector could not read the image, which then has no detections.
         num_left_out: Number of images that only one side has, with `allow_partial`.
@@ -83,11 +80,8 @@ class Scored:
 def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_partial: bool = False) -> Scored:
     """Read a detections table, or COCO results JSON, which omits images without detections.
 
-    Args:
-        uri: Table folder or JSON file.
-        truth: Labels of the same images.
-        join: Key that identifies an image on both sides: "id" or "path".
-        allow_partial: Measure only the images that both sides have, instead of raising an error.
+    `join` is the key that identifies an image on both sides. `allow_partial` measures only the images that both sides
+    have, instead of raising an error.
 
     Raises:
         UserError: The input does not exist or is damaged, a box or score is invalid, the images or classes differ
@@ -134,9 +128,6 @@ def errors_by_id(errors: dict[int, str], truth_row: Integers, truth: Truth) -> d
     return {int(ids[place]): reason for place, reason in zip(places, errors.values(), strict=True) if place >= 0}
 
 
-# Tables.
-
-
 def model_of(table: Table) -> str | None:
     """Return the checkpoint that produced a detections table."""
     model: str | None = parse_metadata(table.schema, kind="detections", where=table.uri).get("checkpoint")
@@ -158,15 +149,13 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
     num_rows = num_other_class = 0
     for batch in batches:
         counts, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
-        category = columns["category"]
         has_error = numbers_of(batch.column("error").is_valid())
         if (counts[has_error] > 0).any():
             raise UserError(f"{table.uri} has an image with both detections and an `error`; expected one or neither")
         bad_rows = (np.flatnonzero(has_error) + num_rows).tolist()
         errors |= dict(zip(bad_rows, batch.column("error").drop_null().to_pylist(), strict=True))
         num_rows += batch.num_rows
-        boxes_xywh, scores = columns["bbox"], columns["score"]
-        category = to_truth[category]
+        boxes_xywh, scores, category = columns["bbox"], columns["score"], to_truth[columns["category"]]
         is_known = category >= 0
         if not is_known.all():
             row = np.repeat(np.arange(len(counts)), counts)

@@ -112,9 +112,6 @@ def _name_of(uri: str) -> str:
     return uri.partition("?")[0].rstrip("/").rsplit("/", 1)[-1].removesuffix(".json")
 
 
-# Matching.
-
-
 def _protocol_of(config: EvaluateConfig) -> Protocol:
     return Protocol(
         iou_thresholds=tuple(config.iou_thresholds or COCO.iou_thresholds),
@@ -151,9 +148,6 @@ def _matcher(config: EvaluateConfig, truth: Truth, scored: Scored, protocol: Pro
     return lambda labelled, found, images: match_lvis(
         labelled, found, num_categories, negatives[images], not_exhaustive[images]
     )
-
-
-# Numbers.
 
 
 @dataclass(frozen=True)

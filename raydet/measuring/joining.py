@@ -25,7 +25,6 @@ class ImageKeys:
     """Images of a truth or of detections, one entry per row.
 
     Attributes:
-        uri: Source of the list.
         image_ids: int64 [R].
         sizes_hw: Height and width in pixels, 0 if unknown, int64 [R, 2].
         paths: Large strings [R], null or empty if unknown; None if no image has a path.
@@ -101,13 +100,9 @@ def join_images(
     Paths agree if they are equal after one prefix, the same for all images, is removed from each side: a folder may
     have been moved or renamed, a file may not. Sizes must be equal.
 
-    Args:
-        truth: Images of the truth, in ascending id order, without duplicates.
-        found: Images of the detections, in any order.
-        by: Key that identifies an image on both sides: "id" or "path".
-        allow_partial: Leave out the images that only one side has, instead of raising an error.
-        has_every_image: The detections must list every image of the truth. If False, unlisted images have no
-            detections.
+    The truth is in ascending id order, without duplicates, the detections in any order. `allow_partial` leaves out the
+    images that only one side has, instead of raising an error. If the detections do not list `has_every_image`,
+    unlisted images have no detections.
 
     Raises:
         UserError: The images differ or are ambiguous.
@@ -153,9 +148,6 @@ def _refuse_unknown(
             )
         )
     return len(unknown)
-
-
-# Joining by id and by path.
 
 
 def _rows_by_id(truth: ImageKeys, found: ImageKeys) -> Integers:
@@ -209,9 +201,6 @@ def _namesakes(truth: ImageKeys, found: ImageKeys) -> Iterator[tuple[str, str]]:
         if others:
             other = max(others, key=lambda other: num_equal_parts(path, other))
             yield (path, other) if is_truth_few else (other, path)
-
-
-# Consistency checks.
 
 
 def _check_same(truth: ImageKeys, found: ImageKeys, in_truth: Integers, in_found: Integers, by: JoinKey) -> str | None:

@@ -145,11 +145,10 @@ def _remove(uri: str, name: str) -> None:
     """Remove a run's file from a table, after removing it from the manifest."""
     manifest = _read_manifest(uri)
     if name in manifest.get("files", {}):
-        files, runs = (
-            {key: value for key, value in manifest[part].items() if key != name} for part in ("files", "runs")
-        )
-        if files:
-            _write(uri, files, runs)
+        for part in ("files", "runs"):
+            manifest[part].pop(name)
+        if manifest["files"]:
+            _write(uri, manifest["files"], manifest["runs"])
         else:
             storage.delete_file(storage.join(uri, MANIFEST_NAME))
     storage.delete_file(storage.join(uri, name))
@@ -164,6 +163,4 @@ def _write(uri: str, files: dict[str, FileGroups], runs: dict[str, dict[str, Any
 
 
 def _read_manifest(uri: str) -> dict[str, Any]:
-    if not is_table(uri):
-        return {}
-    return read_manifest(uri)
+    return read_manifest(uri) if is_table(uri) else {}

@@ -20,7 +20,6 @@ class Measured:
     Attributes:
         name: Name of the slice; None for all images.
         blocks: Values over all classes, then of each class by index (no class blocks if classes count as one).
-        num_images: Number of images.
         num_truth: Number of labelled boxes that count.
     """
 

@@ -157,7 +157,7 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
 
 
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
-    work = list(_with_truth_rows(shards, _row_groups(shards.table, config.num_shards)))
+    work = _with_truth_rows(shards, _row_groups(shards.table, config.num_shards))
     truth = replace(shards.truth, images=replace(shards.truth.images, paths=None))
     match_shard = partial(
         _match_shard, shards.table, truth, protocol, with_detections=config.out is not None or config.verify
@@ -183,12 +183,9 @@ def _row_groups(
     return [shard for shard in shards if shard]
 
 
-def _with_truth_rows(shards: _Shards, groups: Sequence[Sequence[RowGroup]]) -> Iterator[_Shard]:
-    start = 0
-    for own in groups:
-        stop = start + sum(group.num_rows for group in own)
-        yield _Shard(own, shards.join.truth_row[start:stop])
-        start = stop
+def _with_truth_rows(shards: _Shards, groups: Sequence[Sequence[RowGroup]]) -> list[_Shard]:
+    ends = np.cumsum([sum(group.num_rows for group in own) for own in groups])
+    return list(map(_Shard, groups, np.split(shards.join.truth_row, ends[:-1])))
 
 
 def _match_on_ray(
@@ -209,14 +206,8 @@ def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard, 
     detections = take_detections(rows.columns, own)
     matches = match(take_truth(truth.columns, truth_rows), detections, len(truth.categories), protocol)
     errors = errors_by_id(rows.errors, shard.truth_row, truth)
-    return _Part(
-        truth_rows,
-        errors,
-        len(detections.scores),
-        rows.num_other_class,
-        matches,
-        detections if with_detections else None,
-    )
+    kept = detections if with_detections else None
+    return _Part(truth_rows, errors, len(detections.scores), rows.num_other_class, matches, kept)
 
 
 def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatch]:

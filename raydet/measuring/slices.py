@@ -55,12 +55,8 @@ def slices_of(
     Null and NaN are "unknown". Properties: `box_size`, COCO's size classes of the labelled box; `crowding`, number of
     boxes in the image, crowds excluded; `image_size`, the longer side of the image.
 
-    Args:
-        name: Column or property.
-        truth: Labelled boxes.
-        columns: Extra columns of the images table by name, in the order of `truth.image_ids`.
-        sizes_hw: Height and width in pixels, 0 if unknown, in the same order, int64 [I, 2].
-        areas: Size classes of the protocol by name; "all" is skipped.
+    `columns` are the extra columns of the images table by name, and `sizes_hw` height and width in pixels, 0 if
+    unknown, int64 [I, 2], both in the order of `truth.image_ids`; `areas` are the protocol's size classes.
 
     Raises:
         UserError: The column does not exist, its type cannot be grouped, or it has more than 50 distinct texts.
@@ -88,16 +84,8 @@ def slices_of(
 
 
 def _of_box_sizes(area: Floats, areas: Mapping[str, tuple[float, float]]) -> list[Slice]:
-    return [
-        Slice(
-            name=f"box_size={size}",
-            images=None,
-            area=size,
-            num_truth=int(((area >= low) & (area <= high)).sum()),
-        )
-        for size, (low, high) in areas.items()
-        if size != "all"
-    ]
+    counts = {size: int(((area >= low) & (area <= high)).sum()) for size, (low, high) in areas.items() if size != "all"}
+    return [Slice(name=f"box_size={size}", images=None, area=size, num_truth=count) for size, count in counts.items()]
 
 
 def _in_steps(values: Integers, steps: Sequence[tuple[float, str]]) -> tuple[Integers, list[str]]:

@@ -36,8 +36,6 @@ class Truth:
     """All labelled boxes of a data set.
 
     Attributes:
-        uri: Source of the labels.
-        categories: Classes by index.
         columns: Boxes; images in ascending id order.
         images: Images in ascending id order.
         federated: LVIS fields of the file, if requested.

@@ -29,7 +29,6 @@ class Verification:
         num_images: Number of images compared.
         num_measured: Number of images of the evaluation; if it is larger, the compared ones are a random sample.
         numbers: raydet's and pycocotools' value by metric, in COCO's order; None if undefined.
-        version: Version of pycocotools.
     """
 
     num_images: int
@@ -66,12 +65,7 @@ def verify(
 ) -> Verification:
     """Run pycocotools on the measured boxes and compare its twelve numbers; large data are sampled by image.
 
-    Args:
-        scored: Measured labels and detections.
-        matches: Matches of `scored`, by COCO's own rules.
-        result: Numbers of `matches`.
-        categories: Classes by index.
-        seed: Seed of the sample.
+    `matches` are those of `scored` by COCO's own rules, and `result` their numbers.
     """
     num_measured = len(scored.truth_rows)
     num_boxes = len(scored.truth_columns.category) + len(scored.columns.category)

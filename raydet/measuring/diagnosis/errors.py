@@ -59,8 +59,6 @@ class Evidence:
     """Input of the error and label analyses, computed once by `gather`.
 
     Attributes:
-        truth: Labelled boxes.
-        detections: Detections in the same images.
         matches: Matches of exactly these columns.
         outcomes: Detections and boxes that count at IoU 0.5.
         pairs: All pairs with an overlap of at least 0.1, as rows in the columns; includes crowds and different
@@ -111,14 +109,8 @@ def _places(rows: Integers, num_rows: int) -> Integers:
 def best_partner(group: Integers, partner: Integers, value: Floats, num_groups: int) -> tuple[Floats, Integers]:
     """Return the highest value of each group and its partner (the first of equal ones); 0 and -1 for empty groups.
 
-    Args:
-        group: Group of each pair, below `num_groups`, integers [P].
-        partner: Partner of each pair, integers [P].
-        value: Value of each pair, above 0, float64 [P].
-        num_groups: Number of groups, N.
-
-    Returns:
-        Values, float64 [N], and partners, int64 [N].
+    Group, below `num_groups` (N), partner and value, above 0, are those of each pair, [P]. The result is float64 [N]
+    and int64 [N].
     """
     best = np.zeros(num_groups)
     np.maximum.at(best, group, value)
@@ -139,11 +131,10 @@ def find_errors(outcomes: Outcomes, pairs: Overlaps) -> Errors:
     error refers to it.
     """
     num_detections = len(outcomes.scores)
-    same, other = (
+    (same_iou, same_box), (other_iou, other_box) = (
         best_partner(pairs.detection[chosen], pairs.truth[chosen], pairs.iou[chosen], num_detections)
         for chosen in (pairs.is_same, ~pairs.is_same)
     )
-    (same_iou, same_box), (other_iou, other_box) = same, other
     tests = {
         _RIGHT: outcomes.is_right,
         _LOCATION: (same_iou >= BACKGROUND_IOU) & (same_iou < IOU),
@@ -203,9 +194,8 @@ def _with_mean(values: Floats) -> Floats:
 
 
 def _average_precision(outcomes: Outcomes, kept: Flags) -> Floats:
-    return average_precision(
-        outcomes.category[kept], outcomes.scores[kept], outcomes.is_right[kept], outcomes.num_truth
-    )
+    judged = outcomes.category[kept], outcomes.scores[kept], outcomes.is_right[kept]
+    return average_precision(*judged, outcomes.num_truth)
 
 
 def _fixed_detections(outcomes: Outcomes, errors: Errors, kind: int) -> Floats:

@@ -1,7 +1,7 @@
 """Class confusions, and labels that the detector contradicts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -62,16 +62,9 @@ def confusion(
     table = np.bincount(shown * size + columns, minlength=size * size)
     cells = np.flatnonzero(table)
     names = [*(category.name for category in categories), None]
-    return build_table(
-        "confusion",
-        categories,
-        run,
-        {
-            "truth": [names[index] for index in (cells // size).tolist()],
-            "detected": [names[index] for index in (cells % size).tolist()],
-            "count": table[cells],
-        },
-    )
+    sides = {"truth": cells // size, "detected": cells % size}
+    named = {side: [names[index] for index in indices.tolist()] for side, indices in sides.items()}
+    return build_table("confusion", categories, run, {**named, "count": table[cells]})
 
 
 def _take_in_turn(chooser: Integers, item: Integers, value: Floats, num_choosers: int, num_items: int) -> Integers:
@@ -80,15 +73,11 @@ def _take_in_turn(chooser: Integers, item: Integers, value: Floats, num_choosers
     Each chooser requests its best item, an item keeps the earliest chooser that requests it, and the others request
     their next best item until nothing changes. This stable matching equals the result of choosing in turn.
 
-    Args:
-        chooser: Chooser of each pair, integers [P]; lower numbers choose first.
-        item: Item of each pair, integers [P].
-        value: Value of each pair, float64 [P]; of equal values, the first pair is preferred.
-        num_choosers: Number of choosers, N.
-        num_items: Number of items, M.
+    Chooser, item and value are those of each pair, [P]. Lower choosers choose first; of equal values, the first pair is
+    preferred.
 
     Returns:
-        Item of each chooser or -1, int64 [N].
+        Item of each chooser or -1, int64 [num_choosers].
     """
     order = np.lexsort((-value, chooser))
     item = item[order]
@@ -107,8 +96,7 @@ def _take_in_turn(chooser: Integers, item: Integers, value: Floats, num_choosers
     return taken
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Suspects:
+class _Suspects(NamedTuple):
     """Suspects of one kind; `doubt` in [0, 1] is higher if the detector makes this kind of error less often."""
 
     kind: str
@@ -153,9 +141,8 @@ def suspects(
     detection, box = (np.concatenate([getattr(part, name) for part in parts]) for name in ("detection", "truth"))
     ap50 = average_precision(outcomes.category, outcomes.scores, outcomes.is_right, outcomes.num_truth)
     # A row of -1 selects the last element, which represents "none".
-    accuser = np.where(
-        detection >= 0, np.append(outcomes.category, 0)[detection], np.append(outcomes.truth_category, 0)[box]
-    )
+    of_detection, of_box = np.append(outcomes.category, 0)[detection], np.append(outcomes.truth_category, 0)[box]
+    accuser = np.where(detection >= 0, of_detection, of_box)
     order = np.lexsort((-np.append(outcomes.scores, 0.0)[detection], -doubt))
     order = order[ap50[accuser[order]] >= MIN_AP50][:max_rows]
     detection, box = detection[order], box[order]
@@ -168,20 +155,16 @@ def suspects(
     boxes_xywh = np.zeros((len(order), 4))
     boxes_xywh[box < 0] = detections.boxes_xywh[outcomes.detection_row[detection[box < 0]]]
     boxes_xywh[box >= 0] = truth.boxes_xywh[outcomes.truth_row[box[box >= 0]]]
-    return build_table(
-        "suspects",
-        categories,
-        run,
-        {
-            "image_id": outcomes.image_ids[image],
-            "kind": kinds.tolist(),
-            "category": names[np.where(box >= 0, labelled, detected)].tolist(),
-            "detected": names[detected].tolist(),
-            "bbox": boxes_xywh.tolist(),
-            "score": scores,
-            "iou": np.concatenate([part.iou for part in parts])[order],
-        },
-    )
+    columns = {
+        "image_id": outcomes.image_ids[image],
+        "kind": kinds.tolist(),
+        "category": names[np.where(box >= 0, labelled, detected)].tolist(),
+        "detected": names[detected].tolist(),
+        "bbox": boxes_xywh.tolist(),
+        "score": scores,
+        "iou": np.concatenate([part.iou for part in parts])[order],
+    }
+    return build_table("suspects", categories, run, columns)
 
 
 def _share_right(outcomes: Outcomes, is_compared: Flags) -> Floats:
@@ -229,8 +212,7 @@ def _without_label(detections: DetectionColumns, outcomes: Outcomes, is_alone: F
     is_first = np.ones(len(chosen), dtype=bool)
     is_first[pairs.detection[pairs.truth < pairs.detection]] = False
     chosen = chosen[is_first]
-    nothing = np.full(len(chosen), -1, dtype=np.int64)
-    return _Suspects(kind="no_truth", detection=chosen, truth=nothing, doubt=share[chosen], iou=np.zeros(len(chosen)))
+    return _Suspects("no_truth", chosen, np.full(len(chosen), -1), share[chosen], np.zeros(len(chosen)))
 
 
 def _of_other_class(outcomes: Outcomes, pairs: Overlaps) -> _Suspects:
@@ -241,21 +223,15 @@ def _of_other_class(outcomes: Outcomes, pairs: Overlaps) -> _Suspects:
     is_confused[pairs.detection[other]] = True
     is_confused[pairs.detection[own]] = False
     share = _share_right(outcomes, outcomes.is_right | is_confused)
-    support, _ = best_partner(
-        pairs.truth[own], pairs.detection[own], share[pairs.detection[own]], len(outcomes.truth_row)
-    )
+    truth, detection = pairs.truth[own], pairs.detection[own]
+    support, _ = best_partner(truth, detection, share[detection], len(outcomes.truth_row))
     contradicts = np.flatnonzero(other & (is_confused & (share >= CONFIDENT_SHARE))[pairs.detection])
     doubt = share[pairs.detection[contradicts]] * (1 - support[pairs.truth[contradicts]])
     by_box = np.lexsort((-pairs.iou[contradicts], -doubt, pairs.truth[contradicts]))
     _, first = np.unique(pairs.truth[contradicts][by_box], return_index=True)
     chosen = contradicts[by_box[first]]
-    return _Suspects(
-        kind="other_class",
-        detection=pairs.detection[chosen],
-        truth=pairs.truth[chosen],
-        doubt=doubt[by_box[first]],
-        iou=pairs.iou[chosen],
-    )
+    doubt = doubt[by_box[first]]
+    return _Suspects("other_class", pairs.detection[chosen], pairs.truth[chosen], doubt, pairs.iou[chosen])
 
 
 def _not_found(outcomes: Outcomes, pairs: Overlaps, area: Floats) -> _Suspects:
@@ -269,5 +245,4 @@ def _not_found(outcomes: Outcomes, pairs: Overlaps, area: Floats) -> _Suspects:
     num_found, num_labels = (np.bincount(group[chosen], minlength=num_groups) for chosen in (is_found, slice(None)))
     missed = np.flatnonzero(~is_found)
     doubt = (num_found / (num_labels + 1))[group[missed]] * (1 - nearest[missed])
-    nothing = np.full(len(missed), -1, dtype=np.int64)
-    return _Suspects(kind="not_found", detection=nothing, truth=missed, doubt=doubt, iou=nearest[missed])
+    return _Suspects("not_found", np.full(len(missed), -1), missed, doubt, nearest[missed])

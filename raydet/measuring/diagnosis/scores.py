@@ -119,14 +119,9 @@ def build_table(
 def average_precision(category: Indices, scores: Floats, is_right: Flags, num_truth: Integers) -> Floats:
     """Return COCO's average precision of each class at one IoU threshold: mean precision over 101 recalls.
 
-    Args:
-        category: Class of each detection that counts, integers [D].
-        scores: Scores, float64 [D]; ties keep their order.
-        is_right: True for correct detections, bool [D].
-        num_truth: Number of boxes of each class, int64 [C].
-
-    Returns:
-        float64 [C], NaN for a class without boxes.
+    `category`, `scores` and `is_right` are those of each detection that counts, [D], `num_truth` the number of boxes
+    of each class, [C]. The result is float64 [C], NaN for a class without boxes; detections with equal scores keep
+    their order.
     """
     order = np.lexsort((-scores, category))
     starts = np.searchsorted(category[order], np.arange(len(num_truth)))
@@ -161,9 +156,8 @@ def pr_curves(
         if iou is not None and index is None:
             continue
         of_classes = precision.mean(axis=0) if index is None else precision[index]
-        scores = np.full(of_classes.shape, np.nan)
-        if iou is not None:
-            scores = _scores_at_recalls(outcomes_at(matches, iou))
+        nothing = np.full(of_classes.shape, np.nan)
+        scores = nothing if iou is None else _scores_at_recalls(outcomes_at(matches, iou))
         for place in range(len(names)):
             column = measured if place == 0 else measured[place - 1 : place]
             parts["iou"].append(np.full(len(COCO_RECALLS), np.nan if iou is None else iou))
@@ -204,9 +198,8 @@ def best_threshold(scores: Floats, is_right: Flags, num_truth: int) -> Operating
     The scores and flags, [D], are those of the detections that count, in any order.
     """
     if not is_right.any():
-        return OperatingPoint(
-            0.0, 0.0 if scores.size else None, 0.0 if num_truth else None, 0.0 if scores.size or num_truth else None
-        )
+        precision, recall = 0.0 if scores.size else None, 0.0 if num_truth else None
+        return OperatingPoint(0.0, precision, recall, None if precision is recall is None else 0.0)
     scores, num_right, num_kept = _kept_at_thresholds(scores, is_right)
     best = int(np.argmax(2 * num_right / (num_kept + num_truth)))
     right, kept = float(num_right[best]), float(num_kept[best])
@@ -231,11 +224,7 @@ def _kept_at_thresholds(scores: Floats, is_right: Flags) -> tuple[Floats, Intege
 
 
 def score_values(
-    outcomes: Outcomes,
-    categories: Sequence[Category],
-    *,
-    max_detections: int,
-    target_precision: float | None = None,
+    outcomes: Outcomes, categories: Sequence[Category], *, max_detections: int, target_precision: float | None = None
 ) -> list[MetricValue]:
     """Return the score metrics at IoU 0.5, over all classes and by class.
 
@@ -300,10 +289,7 @@ def _bin_sums(outcomes: Outcomes) -> tuple[Floats, ...]:
 
 
 def _calibration_errors(outcomes: Outcomes) -> list[float | None]:
-    """Return the mean distance of precision from score, weighted by the detections in a bin, overall and by class.
-
-    None without detections.
-    """
+    """Return the mean distance of precision from score, weighted by the detections in a bin; None without any."""
     counts, score_sums, right_sums = _bin_sums(outcomes)
     distances = np.abs(score_sums - right_sums).sum(axis=1).tolist()
     numbers = counts.sum(axis=1).tolist()

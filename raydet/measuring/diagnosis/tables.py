@@ -51,7 +51,6 @@ def diagnose(
     target_precision: float | None = None,
     unreadable: Mapping[int, str] | None = None,
     result: CocoResult | None = None,
-    max_suspects: int = 1000,
 ) -> Diagnosis:
     """Analyse the errors at IoU 0.5.
 
@@ -73,13 +72,9 @@ def diagnose(
         "errors": error_shares(evidence, categories, run=run),
         "confusion": confusion(evidence, categories, threshold=best.threshold, run=run),
         "calibration": calibration(outcomes, categories, run=run),
-        "suspects": suspects(evidence, categories, max_rows=max_suspects, run=run),
+        "suspects": suspects(evidence, categories, run=run),
         "per_image": per_image(matches, outcomes, threshold=best.threshold, run=run, errors=unreadable),
     }
-    values = score_values(
-        outcomes,
-        categories,
-        max_detections=matches.protocol.max_detections[-1],
-        target_precision=target_precision,
-    )
+    limit = matches.protocol.max_detections[-1]
+    values = score_values(outcomes, categories, max_detections=limit, target_precision=target_precision)
     return Diagnosis(tables=tables, values=values, best=best)

@@ -91,21 +91,8 @@ class CocoAccumulator:
         self._num_unreadable = 0
         self._parts: list[Matches] = []
 
-    def add(
-        self,
-        image_id: int,
-        truth: ImageTruth,
-        detections: ImageDetections,
-        *,
-        unreadable: bool = False,
-    ) -> None:
-        """Add one image with all its boxes and all its detections.
-
-        Args:
-            image_id: 0 ≤ image_id < 2⁵³, each once.
-            truth: All labelled boxes of the image.
-            detections: All detections in the image.
-            unreadable: The image could not be read: it has no detections, and all its boxes count as missed.
+    def add(self, image_id: int, truth: ImageTruth, detections: ImageDetections, *, unreadable: bool = False) -> None:
+        """Add one image with all its boxes and all its detections; an unreadable one has none, and misses its boxes.
 
         Raises:
             ValueError: The image was added before, array lengths differ, a category index is out of range or a number
@@ -147,20 +134,16 @@ class CocoAccumulator:
         image_ids = np.array([image_id for image_id, _, _ in self._pending], dtype=np.int64)
         truth = [item for _, item, _ in self._pending]
         detections = [item for _, _, item in self._pending]
-
-        def starts(counts: list[int]) -> Integers:
-            return np.cumsum([0, *counts])
-
         truth_columns = TruthColumns(
             image_ids=image_ids,
-            starts=starts([len(item.category) for item in truth]),
+            starts=np.cumsum([0, *(len(item.category) for item in truth)]),
             boxes_xywh=as_boxes(np.concatenate([as_boxes([]), *(item.boxes_xywh for item in truth)])),
             category=np.concatenate([np.zeros(0, np.int64), *(item.category for item in truth)]),
             area=np.concatenate([np.zeros(0), *(item.area for item in truth)]),
             iscrowd=np.concatenate([np.zeros(0, bool), *(item.iscrowd for item in truth)]),
         )
         detection_columns = DetectionColumns(
-            starts=starts([len(item.category) for item in detections]),
+            starts=np.cumsum([0, *(len(item.category) for item in detections)]),
             boxes_xywh=as_boxes(np.concatenate([as_boxes([]), *(item.boxes_xywh for item in detections)])),
             scores=np.concatenate([np.zeros(0), *(item.scores for item in detections)]).astype(np.float64),
             category=np.concatenate([np.zeros(0, np.int64), *(item.category for item in detections)]),
@@ -212,12 +195,8 @@ class CocoAccumulator:
 
     def result(self) -> CocoResult:
         """Compute the metrics over all images so far; more may be added afterwards."""
-        return accumulate(
-            self._matches(),
-            self._categories,
-            num_detections=self._num_detections,
-            num_unreadable=self._num_unreadable,
-        )
+        counts = {"num_detections": self._num_detections, "num_unreadable": self._num_unreadable}
+        return accumulate(self._matches(), self._categories, **counts)
 
 
 class MatchesByClass:
@@ -230,13 +209,9 @@ class MatchesByClass:
     def __init__(
         self, folder: Path, protocol: Protocol, num_classes: int, *, detections_at_once: int = _DETECTIONS_AT_ONCE
     ) -> None:
-        """Create an empty accumulator.
+        """Create an empty accumulator with files in an empty folder, which the caller deletes.
 
-        Args:
-            folder: Empty folder for the files; the caller deletes it.
-            protocol: Matching rules of all parts.
-            num_classes: Number of classes, 1 if they count as one.
-            detections_at_once: Maximum number of detections in memory, unless one class has more.
+        `num_classes` is 1 if they count as one. At most `detections_at_once` are in memory, unless one class has more.
         """
         self._folder, self._protocol, self._detections_at_once = folder, protocol, detections_at_once
         self._num_truth = np.zeros((len(protocol.areas), num_classes), dtype=np.int64)
@@ -246,12 +221,7 @@ class MatchesByClass:
         self._lock = threading.Lock()
 
     def add(self, matches: Matches, places: Integers) -> None:
-        """Add a part; threads may call this concurrently.
-
-        Args:
-            matches: Matches of some images.
-            places: Rank of their ids among all images, int64 [I].
-        """
+        """Add a part, given the rank of its image ids among all, int64 [I]; threads may call this concurrently."""
         order = stable_order(matches.detection_category.astype(np.int64))
         rows = np.empty(len(order), dtype=self._row_type)
         rows["image"] = places[matches.detection_image][order]
@@ -271,14 +241,7 @@ class MatchesByClass:
     def result(
         self, categories: Sequence[Category], *, num_images: int, num_detections: int, num_unreadable: int
     ) -> CocoResult:
-        """Compute the metrics over all parts; counts are copied to the result.
-
-        Args:
-            categories: Classes by index.
-            num_images: Number of images of all parts.
-            num_detections: Number of detections in the input, including unmatched ones.
-            num_unreadable: Number of images that the detector could not read.
-        """
+        """Compute the metrics over all parts; counts are copied to the result."""
         curves = [precision_and_recall(*self._judged(first, last)) for first, last in self._ranges()]
         precision, recall = zip(*curves, strict=True)
         return result_of(
@@ -320,12 +283,5 @@ class MatchesByClass:
 def _row_type(protocol: Protocol) -> np.dtype[Any]:
     """Return the layout of a detection on disk; its class follows from its position."""
     sets = (bits_type(len(protocol.iou_thresholds)), (len(protocol.areas),))
-    return np.dtype(
-        [
-            ("scores", np.float64),
-            ("image", np.int32),
-            ("rank", np.int32),
-            ("true_positive", *sets),
-            ("ignored", *sets),
-        ]
-    )
+    numbers = [("scores", np.float64), ("image", np.int32), ("rank", np.int32)]
+    return np.dtype([*numbers, ("true_positive", *sets), ("ignored", *sets)])

@@ -59,7 +59,6 @@ class Matches:
     in the smallest unsigned integer that holds T bits.
 
     Attributes:
-        protocol: Matching rules.
         num_categories: Number of classes; 1 if they count as one.
         image_ids: int64 [I], ascending, all images including those without boxes.
         detection_image: Row in `image_ids`, int32 [D].

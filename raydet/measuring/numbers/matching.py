@@ -63,23 +63,17 @@ def match(
     without a match does not count if it belongs to another size class.
 
     If classes count as one, they are matched together. Ties between scores and between overlaps are then ordered by
-    category index before row, as pycocotools orders them by category id.
-
-    Args:
-        truth: Labelled boxes of all images.
-        detections: Detections in the same images.
-        num_categories: Number of classes; all indices are below it.
-        protocol: Matching rules.
-        pairs_at_once: Number of pairs of boxes whose overlap is computed together, which bounds the memory.
+    category index before row, as pycocotools orders them by category id. `pairs_at_once` bounds the memory: the overlap
+    of so many pairs is computed together.
     """
     num_classes = 1 if protocol.class_agnostic else num_categories
     order = np.argsort(truth.image_ids)
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
-    labelled = _by_group(place, truth.starts, truth.category, truth.boxes_xywh, None, num_classes, protocol)
-    found = _by_group(
-        place, detections.starts, detections.category, detections.boxes_xywh, detections.scores, num_classes, protocol
-    )
+    image, found_image = (np.repeat(place, np.diff(side.starts)) for side in (truth, detections))
+    rules = num_classes, protocol.class_agnostic
+    labelled = _by_group(image, truth.category, truth.boxes_xywh, None, *rules)
+    found = _by_group(found_image, detections.category, detections.boxes_xywh, detections.scores, *rules)
     rank = _rank(found.group)
     kept = rank < protocol.max_detections[-1]
     if not kept.all():
@@ -121,11 +115,7 @@ def match_in_parts(
 ) -> Matches:
     """Match ranges of images in parallel threads, which bounds memory; the result equals matching in one piece.
 
-    Args:
-        truth: Labelled boxes; images in ascending id order.
-        detections: Detections in the same images.
-        matcher: Function that matches one range.
-        num_parts: Number of ranges; by default the fewest that keep each one small.
+    The images are in ascending id order. There are by default as few ranges as keep each one small.
     """
     num_images = len(truth.image_ids)
     # Cumulative number of rows, so that parts have similar amounts of work.
@@ -159,20 +149,17 @@ def match_in_parts(
 def overlapping_pairs(
     truth: TruthColumns, detections: DetectionColumns, *, same_category: bool, min_iou: float
 ) -> Pairs:
-    """Return all overlapping detections and labelled boxes of the same image, with pycocotools' IoU.
+    """Return all pairs of a detection and a labelled box, of the same class if requested, with pycocotools' IoU.
 
-    Args:
-        truth: Labelled boxes of all images.
-        detections: Detections in the same images.
-        same_category: Return only pairs of the same class.
-        min_iou: Minimum overlap; boxes that merely touch are always excluded.
+    Boxes that merely touch are always excluded.
     """
     labels, guesses = truth.category, detections.category
     if not same_category:
         labels, guesses = np.zeros_like(labels), np.zeros_like(guesses)
     num_classes = 1 + max(int(labels.max(initial=0)), int(guesses.max(initial=0)))
     place = np.arange(len(truth.image_ids))
-    labelled = _by_group(place, truth.starts, labels, truth.boxes_xywh, None, num_classes, COCO)
+    image = np.repeat(place, np.diff(truth.starts))
+    labelled = _by_group(image, labels, truth.boxes_xywh, None, num_classes, class_agnostic=False)
     image = np.repeat(place, np.diff(detections.starts))
     found = _Boxes(np.arange(len(image)), image, guesses, image * num_classes + guesses, detections.boxes_xywh)
     least = max(min_iou, float(np.nextafter(0, 1)))
@@ -181,18 +168,16 @@ def overlapping_pairs(
 
 
 def _by_group(
-    place: Integers,
-    starts: Integers,
+    image: Integers,
     category: Integers,
     boxes_xywh: Boxes,
     scores: Floats | None,
     num_classes: int,
-    protocol: Protocol,
+    class_agnostic: bool,
 ) -> _Boxes:
     """Sort by image, class and descending score, keeping the input order of ties."""
-    image = np.repeat(place, np.diff(starts))
     rows = np.arange(len(image))
-    if protocol.class_agnostic:
+    if class_agnostic:
         group, label = image, np.zeros_like(category)
         rows = stable_order(category)
     else:
@@ -200,7 +185,7 @@ def _by_group(
     if scores is not None:
         # Scores usually descend within each image already, and the group sort below preserves that order.
         rises = (scores[1:] > scores[:-1]) & (image[1:] == image[:-1])
-        if protocol.class_agnostic or rises.any():
+        if class_agnostic or rises.any():
             rows = rows[stable_order(descending_rank(scores[rows]))]
     rows = rows[stable_order(group[rows])]
     return _Boxes(rows, image[rows], label[rows], group[rows], boxes_xywh[rows])
@@ -253,9 +238,8 @@ def _overlapping(
         done = int(ends[begin - 1]) if begin else 0
         end = max(begin + 1, int(np.searchsorted(ends, done + pairs_at_once, side="right")))
         own = np.repeat(np.arange(begin, end), count[begin:end])
-        other = np.arange(len(own)) + np.repeat(
-            start[begin:end] - (ends[begin:end] - count[begin:end] - done), count[begin:end]
-        )
+        offsets = start[begin:end] - (ends[begin:end] - count[begin:end] - done)
+        other = np.arange(len(own)) + np.repeat(offsets, count[begin:end])
         iou = _iou(first_sides, own, second_sides, other, iscrowd)
         kept = np.flatnonzero(iou >= min_iou)
         parts.append((has_company[own[kept]], other[kept], iou[kept]))
@@ -296,12 +280,8 @@ def _assign(
     Each round processes the next detection of every group in descending score order, so no two detections of a round
     compete for a box. Within a round, each tries its candidates in descending overlap order, those that count first.
 
-    Args:
-        pairs: Positions of detections and labelled boxes, and their overlap of at least the lowest threshold.
-        group: Group of each detection, [D].
-        thresholds: Ascending, [T].
-        truth_ignored: [A, G].
-        iscrowd: [G].
+    Pairs are positions of detections and labelled boxes, and their overlap of at least the lowest threshold; `group` is
+    [D], `thresholds`, ascending, [T], `truth_ignored` [A, G] and `iscrowd` [G].
 
     Returns:
         Thresholds at which each detection is correct [A, D], does not count [A, D], and each box is found [G].

@@ -81,18 +81,8 @@ class CocoNumbers:
 
     values: dict[str, float | None]
 
-    AP = _Named()
-    AP50 = _Named()
-    AP75 = _Named()
-    APs = _Named()
-    APm = _Named()
-    APl = _Named()
-    AR1 = _Named()
-    AR10 = _Named()
-    AR100 = _Named()
-    ARs = _Named()
-    ARm = _Named()
-    ARl = _Named()
+    AP, AP50, AP75, APs, APm, APl = (_Named() for _ in range(6))
+    AR1, AR10, AR100, ARs, ARm, ARl = (_Named() for _ in range(6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +91,6 @@ class CocoResult(CocoNumbers):
 
     Attributes:
         categories: Classes by index; empty if classes count as one.
-        per_class: Metrics of each class.
         num_images: Number of images, with and without boxes.
         num_truth: Number of labelled boxes, crowds included.
         num_detections: Number of detections in the input, including those beyond the limit per image and class.
@@ -109,7 +98,6 @@ class CocoResult(CocoNumbers):
         precision: As in pycocotools, at the last limit, [T thresholds, 101 recalls, class, A sizes, 1], -1 without
             truth; classes by index.
         recall: As in pycocotools, [T thresholds, class, A sizes, limit], -1 without truth.
-        protocol: Matching rules.
     """
 
     categories: tuple[Category, ...]
@@ -135,13 +123,9 @@ class CocoResult(CocoNumbers):
 def accumulate(
     matches: Matches, categories: Sequence[Category], *, num_detections: int | None = None, num_unreadable: int = 0
 ) -> CocoResult:
-    """Compute COCO's metrics over all images of `matches`, bit-identical to pycocotools.
+    """Compute COCO's metrics over all images of `matches`, in one piece, bit-identical to pycocotools.
 
-    Args:
-        matches: Matches of all images, in one piece.
-        categories: Classes by index.
-        num_detections: Number of detections in the input, if more than were matched; copied to the result.
-        num_unreadable: Number of unreadable images; copied to the result.
+    The counts are copied to the result; `num_detections` are those in the input, if more than were matched.
 
     Raises:
         ValueError: `categories` do not fit `matches`.
@@ -237,12 +221,8 @@ class Judged:
 
 def count_truth(matches: Matches) -> Integers:
     """Return the number of labelled boxes that count, by size and class, int64 [A, K]."""
-    return np.array(
-        [
-            np.bincount(matches.truth_category[~ignored], minlength=matches.num_categories)
-            for ignored in matches.truth_ignored
-        ]
-    )
+    counted = (matches.truth_category[~ignored] for ignored in matches.truth_ignored)
+    return np.array([np.bincount(category, minlength=matches.num_categories) for category in counted])
 
 
 def precision_and_recall(judged: Matches | Judged, num_truth: Integers) -> tuple[Floats, Floats]:

@@ -30,13 +30,8 @@ def hits_needed(num_truth: Integers, recalls: Floats) -> Integers:
 def precision_at(precision: Floats, num_hits: Integers, needed: Integers) -> Floats:
     """Return the best precision at or beyond each recall, which always occurs at a true positive.
 
-    Args:
-        precision: Precision at each true positive, by class, then descending score, [N].
-        num_hits: Number of true positives of each class, [K]; their sum is N.
-        needed: Result of `hits_needed` for each class and recall, [K, R].
-
-    Returns:
-        [K, R], 0 for a recall that is not reached.
+    From the precision at each true positive, by class, then descending score, [N], their number in each class, [K], and
+    the result of `hits_needed`, [K, R], to [K, R]; 0 for a recall that is not reached.
     """
     result = np.zeros(needed.shape)
     has_any = num_hits > 0
@@ -59,10 +54,8 @@ def place_in_class(category: npt.NDArray[np.signedinteger[Any]], num_hits: Integ
 def coco_precision(category: npt.NDArray[np.signedinteger[Any]], num_judged: Integers, num_hits: Integers) -> Floats:
     """Return COCO's precision at each true positive, [N].
 
-    Args:
-        category: Class of each true positive, by class, then descending score, [N].
-        num_judged: Number of detections of its class that count, up to and including it, [N].
-        num_hits: Number of true positives of each class, [K].
+    `category` is the class of each, by class, then descending score, [N], `num_judged` the number of detections of its
+    class that count, up to and including it, [N], and `num_hits` the number of true positives of each class, [K].
     """
     precision: Floats = place_in_class(category, num_hits) / (num_judged + np.spacing(1))
     return precision

@@ -29,12 +29,8 @@ def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories:
     A detection is assigned to the box of its class that it overlaps most (of equal overlaps, the first), if the overlap
     is at least 0.5. If that box is difficult, the detection does not count. Of the detections assigned to any other
     box, the one with the highest score is correct and the rest are wrong, regardless of other boxes they overlap.
-    Source: the development kit of the challenge (`VOCevaldet.m`, 2007 to 2012).
-
-    Args:
-        truth: Labelled boxes; `iscrowd` marks the difficult ones.
-        detections: Detections in the same images, without a limit per image.
-        num_categories: Number of classes; all indices are below it.
+    Source: the development kit of the challenge (`VOCevaldet.m`, 2007 to 2012). `iscrowd` marks difficult boxes, and
+    the detections have no limit per image.
     """
     matches = match(truth, detections, num_categories, VOC)
     plain = replace(truth, iscrowd=np.zeros_like(truth.iscrowd))
@@ -101,13 +97,8 @@ def match_lvis(
     in the image nor known to be absent are dropped. Unmatched detections do not count if not every object of their
     class is labelled. There are no crowds, and boxes without area are dropped. Source: the `lvis` package.
 
-    Args:
-        truth: Labelled boxes of all images; `iscrowd` is ignored.
-        detections: Detections in the same images.
-        num_categories: Number of classes; all indices are below it.
-        negatives: For each image, in the order of `truth`, the classes known to be absent (`neg_category_ids`).
-        not_exhaustive: For each image, the classes of which not all objects are labelled
-            (`not_exhaustive_category_ids`).
+    For each image, in the order of `truth`, `negatives` are the classes known to be absent (`neg_category_ids`), and
+    `not_exhaustive` those of which not all objects are labelled (`not_exhaustive_category_ids`).
     """
     num_images = len(truth.image_ids)
     counted = np.flatnonzero(truth.area > 0)
@@ -157,11 +148,8 @@ def lvis_blocks(
 ) -> tuple[Block, ...]:
     """Return LVIS's metrics over all classes (including rare, common and frequent classes) and by class.
 
-    Args:
-        matches: Result of `match_lvis`, all images in one piece.
-        categories: Classes by index.
-        frequency: "r", "c" or "f" for each class; by default from the number of images in which it is labelled: up to
-            10, up to 100, or more.
+    `matches` are the result of `match_lvis`, all images in one piece. `frequency` is "r", "c" or "f" for each class; by
+    default it follows from the number of images in which the class is labelled: up to 10, up to 100, or more.
     """
     result = accumulate(matches, categories)
     precision = result.precision[:, :, :, 0, 0]

@@ -32,14 +32,10 @@ class WeightedPrecision:
         self._chunks = tuple(_chunks(matches, chunk_entries))
 
     def __call__(self, weights: npt.NDArray[np.integer]) -> Floats:
-        """Return AP by class, size class and IoU threshold.
+        """Return AP by class, size class and IoU threshold, float64 [K, A, T]; NaN if no labelled box counts.
 
-        Args:
-            weights: How often each image counts, in ascending image id order, [I].
-
-        Returns:
-            float64 [K, A, T]; NaN if no labelled box counts. Equals pycocotools' AP (to rounding) on a data set with
-            that many copies of each image, with the copies of a detection next to each other.
+        The weights, [I], are how often each image counts, in ascending id order. AP equals that of pycocotools (to
+        rounding) on a data set with that many copies of each image, with the copies of a detection next to each other.
         """
         copies: Counts = np.ascontiguousarray(weights, dtype=np.int32)
         if copies.shape != (self._num_images,):
