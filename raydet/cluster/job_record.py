@@ -30,9 +30,6 @@ class NodeKind:
     """A group of identical nodes.
 
     Attributes:
-        count: Number of nodes.
-        num_cpus: CPUs per node.
-        num_gpus: GPUs per node.
         accelerator: Ray's name of the GPU type; None without one.
         memory_gb: Memory per node that Ray schedules, in units of 2³⁰ bytes.
     """
@@ -49,7 +46,6 @@ class JobRecord:
     """A job and the cluster that it started on.
 
     Attributes:
-        ray_job_id: Ray's id of the job.
         submission_id: Id from `ray job submit`; None for a job that was not submitted.
         commit: `commit` from `--metadata-json`; None without one.
         started: Start time, ISO 8601.
@@ -100,10 +96,6 @@ class JobRecord:
         nodes = alive_nodes()
         return self if len(nodes) <= self.num_nodes else replace(self, num_nodes=len(nodes), nodes=_kinds(nodes))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
-        return asdict(self)
-
     def write(self, folder: str) -> None:
         """Write the record to `.job.json` in a run's log folder, keeping the records of earlier jobs of the run.
 
@@ -118,7 +110,7 @@ class JobRecord:
                 for job in [*content["earlier_jobs"], content["job"]]
                 if (job["ray_job_id"], job["started"]) != (self.ray_job_id, self.started)
             ]
-        content = {"job": self.to_dict(), "earlier_jobs": earlier}
+        content = {"job": asdict(self), "earlier_jobs": earlier}
         storage.write_bytes(uri, json.dumps(without_secrets(content), indent=1).encode())
 
 

@@ -3,16 +3,17 @@
 `JobStats` adds up the `FileStats` of the written files, in any order, and builds a `JobReport`.
 """
 
+import math
 import re
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raydet.cluster.stopwatch import STAGES, STAGES_OF_KIND, FileStats
 from raydet.cluster.timeline import Timeline
-from raydet.common.console import aligned
+from raydet.common.console import aligned, counted, shown
 from raydet.common.errors import one_line
 
 if TYPE_CHECKING:
@@ -42,17 +43,15 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StageSeconds:
     """The work of a stage in all its processes.
 
     Attributes:
-        busy_s: Seconds of work.
         num_processes: Threads that worked on it, in all processes.
         busy_share: Mean busy share of its threads in the time after start-up.
         images_per_s_of_one: Images per busy second of one thread.
-        images_per_s_at_most: Images per second of all threads if none ever waited. An upper bound, since they share
-            cores.
+        images_per_s_at_most: The same of all threads if none ever waited: an upper bound, since they share cores.
     """
 
     busy_s: float
@@ -108,10 +107,6 @@ class JobReport:
     earlier_runs: list[dict[str, Any]]
     bottleneck: str | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """Return a short table for the terminal; the last line names the bottleneck and a remedy."""
         time_spent = f"{duration_text(self.wall_s)}, including {duration_text(self.startup_s)} start-up"
@@ -120,25 +115,21 @@ class JobReport:
         if self.earlier_runs:
             num_images = self.num_images + sum(run["num_images"] for run in self.earlier_runs)
             wall_s = self.wall_s + sum(run["wall_s"] for run in self.earlier_runs)
-            before = "1 earlier run" if len(self.earlier_runs) == 1 else f"{len(self.earlier_runs)} earlier runs"
+            before = counted(len(self.earlier_runs), "earlier run")
             lines.append(f"including {before}: {num_images:,} images in {duration_text(wall_s)}")
         if self.num_errors:
-            lines.append(self._error_line())
+            reasons = [f"{count:,} {reason}" for reason, count in self.errors.items()][:_MOST_REASONS_SHOWN]
+            rest = sum([*self.errors.values()][_MOST_REASONS_SHOWN:])
+            reasons += [f"{rest:,} others"] if rest else []
+            lines.append(f"{self.num_errors:,} unreadable: {'; '.join(reasons)}")
         lines += _stage_lines(self.stages)
         by_kind = ", ".join(f"{kind} {_size(size)}" for kind, size in self.peak_mb_by_kind.items())
         memory = f"memory: at most {_size(self.peak_mb)} in {self.num_processes} processes"
         lines.append(f"{memory} ({by_kind})" if by_kind else memory)
         if self.cost_per_million_images is not None:
-            nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
-            price = f"{nodes} at {self.price_per_node_hour:g} per hour"
+            price = f"{counted(self.num_nodes, 'node')} at {self.price_per_node_hour:g} per hour"
             lines.append(f"cost: {self.cost_per_million_images:,.2f} per million images ({price})")
         return [*lines, self._advice()]
-
-    def _error_line(self) -> str:
-        reasons = list(self.errors.items())
-        shown = [f"{count:,} {reason}" for reason, count in reasons[:_MOST_REASONS_SHOWN]]
-        rest = sum(count for _, count in reasons[_MOST_REASONS_SHOWN:])
-        return f"{self.num_errors:,} unreadable: {'; '.join([*shown, *([f'{rest:,} others'] if rest else [])])}"
 
     def _advice(self) -> str:
         """Return one sentence that names the bottleneck and a remedy."""
@@ -153,11 +144,10 @@ class JobReport:
                 f"{_BUSY:.0%}; try a larger --batch-size, or measure a longer run"
             )
         share = self.stages[self.bottleneck].busy_share or 0.0
-        while_model = "" if self.bottleneck == "model" else f" (model: {model_share:.0%})"
-        return (
-            f"{'the ' if self.bottleneck == 'model' else ''}{self.bottleneck} is the bottleneck, busy {share:.0%} of "
-            f"the time{while_model}: {_ADVICE[self.bottleneck]}"
-        )
+        busy = f"is the bottleneck, busy {share:.0%} of the time"
+        if self.bottleneck == "model":
+            return f"the model {busy}: {_ADVICE['model']}"
+        return f"{self.bottleneck} {busy} (model: {model_share:.0%}): {_ADVICE[self.bottleneck]}"
 
 
 def error_kind(reason: str) -> str:
@@ -169,12 +159,12 @@ def error_kind(reason: str) -> str:
 
 
 class JobStats:
-    """Running sums over the files that a run has written; create one when the run starts."""
+    """Running sums over the files that a run has written, such as `num_images`; create one when the run starts."""
 
     def __init__(self) -> None:
         self._started_unix_s = time.time()
-        self._first_batch_unix_s: float | None = None
-        self._num_images = self._num_detections = 0
+        self._first_batch_unix_s = math.inf
+        self.num_images = self._num_detections = 0
         self._errors: Counter[str] = Counter()
         self._busy_s = dict.fromkeys(STAGES, 0.0)
         self._threads: dict[str, set[tuple[str, int, int]]] = {stage: set() for stage in STAGES}
@@ -183,7 +173,7 @@ class JobStats:
 
     def add(self, stats: FileStats) -> None:
         """Add a written file."""
-        self._num_images += stats.num_images
+        self.num_images += stats.num_images
         self._num_detections += stats.num_detections
         for reason, count in Counter(map(error_kind, stats.errors)).most_common():
             is_held = reason in self._errors or len(self._errors) < _MOST_REASONS_HELD
@@ -202,8 +192,7 @@ class JobStats:
             peaks[item.kind] = max(peaks.get(item.kind, 0.0), item.resident_mb)
             if item.kind == "model":
                 began = item.ended_unix_s - sum(item.seconds.values())
-                first = self._first_batch_unix_s
-                self._first_batch_unix_s = began if first is None else min(began, first)
+                self._first_batch_unix_s = min(self._first_batch_unix_s, began)
 
     def finish(
         self,
@@ -221,33 +210,34 @@ class JobStats:
         The cost covers all nodes of the job, and this run's images and wall time, in any currency. `earlier` is the
         content of OUT/.job.json at the start, if the run resumes an earlier one.
         """
-        startup_s = wall_s
-        if self._first_batch_unix_s is not None:
-            # The clocks of machines differ slightly.
-            startup_s = min(max(self._first_batch_unix_s - self._started_unix_s, 0.0), wall_s)
+        # The clocks of machines differ slightly.
+        startup_s = min(max(self._first_batch_unix_s - self._started_unix_s, 0.0), wall_s)
         running_s = wall_s - startup_s
         stages = {stage: self._stage(stage, running_s, num_model_workers) for stage in STAGES}
         cost = None
-        if price_per_node_hour is not None and self._num_images:
-            cost = price_per_node_hour * job.num_nodes * wall_s / 3600 / self._num_images * 1e6
+        if price_per_node_hour is not None and self.num_images:
+            cost = price_per_node_hour * job.num_nodes * wall_s / 3600 / self.num_images * 1e6
         peaks_mb = [max(peaks.values()) for peaks in self._peak_mb.values()]
+        by_kind: dict[str, float] = {}
+        for kind, peak_mb in (item for peaks in self._peak_mb.values() for item in peaks.items()):
+            by_kind[kind] = by_kind.get(kind, 0.0) + peak_mb
         return JobReport(
-            num_images=self._num_images,
+            num_images=self.num_images,
             num_detections=self._num_detections,
             num_errors=self._errors.total(),
             errors=_most_common(self._errors),
             error=error,
             wall_s=wall_s,
             startup_s=startup_s,
-            images_per_s=_ratio(self._num_images, wall_s),
-            images_per_s_after_startup=_ratio(self._num_images, running_s),
+            images_per_s=_ratio(self.num_images, wall_s),
+            images_per_s_after_startup=_ratio(self.num_images, running_s),
             num_nodes=job.num_nodes,
             num_model_workers=num_model_workers,
             model_busy_share=stages["model"].busy_share,
             stages=stages,
             timeline=self._timeline.to_dict(),
             peak_mb=sum(peaks_mb),
-            peak_mb_by_kind=self._peak_mb_by_kind(),
+            peak_mb_by_kind=dict(sorted(by_kind.items())),
             peak_mb_of_one=max(peaks_mb, default=0.0),
             num_processes=len(peaks_mb),
             price_per_node_hour=price_per_node_hour,
@@ -256,27 +246,14 @@ class JobStats:
             job=job,
             versions=job.versions,
             earlier_runs=_earlier_runs(earlier),
-            bottleneck=_bottleneck(self._num_images, startup_s, wall_s, stages),
+            bottleneck=_bottleneck(self.num_images, startup_s, wall_s, stages),
         )
 
     def _stage(self, stage: str, running_s: float, num_model_workers: int) -> StageSeconds:
-        busy_s = self._busy_s[stage]
-        num_processes = num_model_workers if stage == "model" else len(self._threads[stage])
-        rate = _ratio(self._num_images, busy_s)
-        return StageSeconds(
-            busy_s=busy_s,
-            num_processes=num_processes,
-            busy_share=_ratio(busy_s, running_s * num_processes),
-            images_per_s_of_one=rate,
-            images_per_s_at_most=None if rate is None else rate * num_processes,
-        )
-
-    def _peak_mb_by_kind(self) -> dict[str, float]:
-        by_kind: dict[str, float] = {}
-        for peaks in self._peak_mb.values():
-            for kind, peak_mb in peaks.items():
-                by_kind[kind] = by_kind.get(kind, 0.0) + peak_mb
-        return dict(sorted(by_kind.items()))
+        busy_s, threads = self._busy_s[stage], self._threads[stage]
+        num_processes = num_model_workers if stage == "model" else len(threads)
+        rate, busy_share = _ratio(self.num_images, busy_s), _ratio(busy_s, running_s * num_processes)
+        return StageSeconds(busy_s, num_processes, busy_share, rate, None if rate is None else rate * num_processes)
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
@@ -293,10 +270,8 @@ def _most_common(errors: Counter[str]) -> dict[str, int]:
 
 def _earlier_runs(earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """List the runs before this one, oldest first."""
-    if earlier is None:
-        return []
     names = ("num_images", "num_detections", "num_errors", "wall_s", "num_nodes", "num_model_workers", "error", "job")
-    return [*earlier.get("earlier_runs", []), {name: earlier.get(name) for name in names}]
+    return [*earlier.get("earlier_runs", []), {name: earlier.get(name) for name in names}] if earlier else []
 
 
 def _bottleneck(num_images: int, startup_s: float, wall_s: float, stages: Mapping[str, StageSeconds]) -> str | None:
@@ -314,7 +289,7 @@ def _stage_lines(stages: Mapping[str, StageSeconds]) -> list[str]:
     rows += [
         (
             stage,
-            "–" if seconds.busy_share is None else f"{seconds.busy_share:.0%}",
+            shown(seconds.busy_share, ".0%"),
             f"{seconds.busy_s:,.1f}",
             str(seconds.num_processes),
             rate_text(seconds.images_per_s_of_one),
@@ -327,9 +302,7 @@ def _stage_lines(stages: Mapping[str, StageSeconds]) -> list[str]:
 
 def rate_text(images_per_s: float | None) -> str:
     """Format images per second with three significant digits, or as an integer from 100; None becomes a dash."""
-    if images_per_s is None:
-        return "–"
-    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
+    return shown(images_per_s, ",.0f" if images_per_s is not None and images_per_s >= 100 else ".3g")
 
 
 def _size(megabytes: float) -> str:
@@ -340,7 +313,5 @@ def duration_text(seconds: float) -> str:
     """Format seconds for the terminal, such as "3 min 20 s" or "2 h 5 min"."""
     if seconds < 99.95:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min" if minutes >= 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    )
+    minutes, short = round(seconds / 60), f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 100 else short

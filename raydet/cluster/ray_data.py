@@ -21,9 +21,7 @@ def one_row_blocks(*, most_bytes: int | None = None) -> Iterator[None]:
     """Context manager: data sets created while the block runs keep every row in a separate Ray block.
 
     The caller's `DataContext` is restored afterwards; a data set keeps the settings that it was created with.
-
-    Args:
-        most_bytes: Limit in bytes of the blocks that wait in the object store; by default half of the store.
+    `most_bytes` limits the blocks that wait in the object store, by default to half of the store.
     """
     context = DataContext.get_current().copy()
     # In bytes; every row exceeds it, so that each row ends its block and the distribution of rows is exact.

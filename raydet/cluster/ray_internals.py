@@ -278,9 +278,7 @@ def actors_on(nodes: Sequence[str]) -> dict[str, Any]:
     """Return arguments of `map_batches` that place its actors on nodes in turn, or on others if one is lost.
 
     The function for each actor is deprecated, and Ray 2.64 removes it. Replacement: one execution for each node.
-
-    Args:
-        nodes: Ray's node id for each actor.
+    `nodes` are Ray's ids, one for each actor.
     """
     strategies = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
     if len(set(nodes)) == 1:

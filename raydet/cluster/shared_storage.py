@@ -28,7 +28,6 @@ class _Place:
     Attributes:
         option: The command-line option, such as `--out`.
         named: The option's value as given by the user, for the message.
-        uri: The file or folder to check.
         mark: Its mark as seen from this node; see `_mark`.
     """
 
@@ -101,12 +100,8 @@ def _ask(
 ) -> list[tuple[str, _FailedCheck]]:
     """Run the check on all nodes and return the name and finding of each that fails; lost nodes are skipped."""
     task = ray.remote(num_cpus=0, max_retries=0)(_look)
-    asked = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            places, probe, node["NodeID"]
-        )
-        for node in nodes
-    ]
+    there = {node["NodeID"]: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes}
+    asked = [task.options(scheduling_strategy=at).remote(places, probe, node_id) for node_id, at in there.items()]
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_WITHIN_S, fetch_local=False)
     alive = {node["NodeID"] for node in alive_nodes()}
     findings = []

@@ -103,14 +103,9 @@ def shares_of(
     GPU holds one or two CPUs, which its model and its input need. Workers without a GPU hold half of the CPUs,
     fractions on two CPUs. If no kind of node is known, a worker gets one CPU, which fits any future node.
 
-    Args:
-        nodes: Resources of each live node, by Ray's names.
-        node_types: Kinds of nodes that may be added.
-        may_grow: True if nodes may be added.
-        min_workers: Fewest workers of the job.
-        max_workers: Most workers of the job.
-        use_gpu: True for one GPU per worker; None to use GPUs if there are enough.
-        cpus_per_worker: CPUs to reserve for each worker; None for a share of the cluster's.
+    `nodes` are the resources of each live node, by Ray's names; `node_types` may be added if the cluster `may_grow`.
+    `use_gpu` gives each worker one GPU; None uses GPUs if there are enough. Without `cpus_per_worker`, a worker gets a
+    share of the cluster's CPUs.
 
     Raises:
         UserError: There is one node, none may be added, and it lacks the requested resources.
@@ -120,19 +115,15 @@ def shares_of(
     total_cpus = sum(node.get("CPU", 0.0) for node in all_nodes)
     num_gpus = sum(node.get("GPU", 0.0) for node in all_nodes)
     if not total_cpus:
-        return Resources(
-            num_gpus=num_gpus,
-            use_gpu=bool(use_gpu),
-            cpus_per_worker=cpus_per_worker or 1.0,
-            notice=_notice_without_nodes(use_gpu, cpus_per_worker),
-        )
+        notice = _notice_without_nodes(use_gpu, cpus_per_worker)
+        return Resources(num_gpus, bool(use_gpu), cpus_per_worker or 1.0, notice)
     if len(nodes) == 1 and not may_grow:
         _require_available(min_workers, use_gpu, cpus_per_worker, total_cpus, num_gpus)
     notice = _notice(min_workers, use_gpu, live_gpus, num_gpus)
     use_gpu = num_gpus >= min_workers if use_gpu is None else use_gpu
     if cpus_per_worker is None:
         cpus_per_worker = _cpus_of_worker(all_nodes, max_workers, use_gpu=use_gpu)
-    return Resources(num_gpus=num_gpus, use_gpu=use_gpu, cpus_per_worker=cpus_per_worker, notice=notice)
+    return Resources(num_gpus, use_gpu, cpus_per_worker, notice)
 
 
 def _cpus_of_worker(nodes: Sequence[Mapping[str, float]], max_workers: int, *, use_gpu: bool) -> float:
@@ -186,14 +177,7 @@ def decoders_of(
     validations, trials) share the cluster, each gets an equal part. In any case each execution has one decode process
     on every node with CPUs, and none on a node without, such as a head that only coordinates.
 
-    Args:
-        nodes: Resources of each live node, by Ray's names.
-        workers: Number of workers on each node, of all executions.
-        cpus_per_worker: CPUs that each worker holds.
-        executions: Number of executions that decode on the cluster at the same time.
-
-    Returns:
-        Number of decode processes of each node, in the order of `nodes`.
+    `workers` and the result are by node, in the order of `nodes`; the workers are those of all executions.
     """
     return tuple(
         _decoders_on(node, num_workers * cpus_per_worker) // executions or int(node.get("CPU", 0.0) > 0)
@@ -212,17 +196,11 @@ def decoders_near(node_id: str, node_of_worker: Sequence[str], *, cpus_per_worke
     """Return the node of each decode process that serves the training workers of one node, by Ray's ids.
 
     These are the processes on that node, and an equal share of those on the nodes without training workers.
-
-    Args:
-        node_id: Ray's id of the node to serve.
-        node_of_worker: Node of each training worker.
-        cpus_per_worker: CPUs that each worker holds.
     """
     nodes = {node["NodeID"]: node["Resources"] for node in ray_internals.alive_nodes()}
     workers = [node_of_worker.count(node) for node in nodes]
-    numbers = dict(
-        zip(nodes, decoders_of([*nodes.values()], workers=workers, cpus_per_worker=cpus_per_worker), strict=True)
-    )
+    decoders = decoders_of([*nodes.values()], workers=workers, cpus_per_worker=cpus_per_worker)
+    numbers = dict(zip(nodes, decoders, strict=True))
     served = sorted(set(node_of_worker))
     others = [node for node, number in numbers.items() if node not in served for _ in range(number)]
     return [node_id] * max(1, numbers.get(node_id, 1)) + others[served.index(node_id) :: len(served)]

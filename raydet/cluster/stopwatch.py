@@ -24,7 +24,6 @@ class ProcessStats:
 
     Attributes:
         node: Host name of the machine.
-        pid: Process id.
         thread: Id of the thread within its process.
         kind: Task of the thread: decoder, model or writer.
         seconds: Busy seconds by stage (see `STAGES`).
@@ -46,9 +45,7 @@ class FileStats:
     """Statistics of one written file: counts, errors, and the work that it took.
 
     Attributes:
-        file: Name of the file.
         num_images: Rows of the file.
-        num_detections: Detections in all rows.
         errors: The reason for each image that could not be read.
         processes: Work of all threads involved; a thread may occur many times.
         groups: Row groups of the file, for the manifest.

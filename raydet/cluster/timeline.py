@@ -47,12 +47,7 @@ def steady_rate(timeline: Mapping[str, Any]) -> tuple[float, float] | None:
 
     The measured time runs from the moment at which the model had finished the first quarter of the images to that at
     which it had finished nine tenths. Both are ends of blocks, so that blocks of many images do not distort the rate.
-
-    Args:
-        timeline: Result of `Timeline.to_dict`.
-
-    Returns:
-        None if the run was too short.
+    None if the run was too short; `timeline` is the result of `Timeline.to_dict`.
     """
     finished = np.cumsum(timeline["images"].get("model", ()))
     if not len(finished):

@@ -29,12 +29,9 @@ def blocks_of(
 ) -> Iterator[tuple[pa.Table, ProcessStats]]:
     """Decode consecutive rows of a chunk and yield blocks, each with the seconds that it took.
 
-    Args:
-        work: Data of the run.
-        rows: Positions of the images; they begin at the start of a chunk or after one of its blocks.
-        rule: Resize rule of the model; None leaves the images at full size, as does `resize_on` = "device".
-        most_bytes: A block of at least this many bytes of pixels ends with its current batch, and one of twice as many
-            immediately.
+    The rows begin at the start of a chunk or after one of its blocks. Without a rule the images keep their size, as
+    with `resize_on` = "device". A block of at least `most_bytes` of pixels ends with its current batch, and one of
+    twice as many immediately.
 
     Yields:
         Tables with the columns `image_id`, `path`, `error`, `height` and `width` of the upright image, `pixel_height`
@@ -61,8 +58,6 @@ class _Block:
     def __init__(self, config: PredictConfig, rule: ResizeRule | None, watch: Stopwatch) -> None:
         self._config, self._rule, self._watch = config, rule, watch
         self._rows: list[ImageRow] = []
-        self._errors: list[str | None] = []
-        self._sizes_hw: list[SizeHW | None] = []
         self._decoded_hw: list[SizeHW | None] = []
         self._pixels: list[_Bytes] = []
         self._ends: list[int] = []
@@ -86,29 +81,24 @@ class _Block:
             else:
                 decoded_hw = (image.shape[0], image.shape[1])
                 with self._watch.measuring("prepare"):
-                    self._add_pixels(image, decoded_hw)
+                    for pixels in _resized_views(image, decoded_hw, self._config, self._rule):
+                        self._pixels.append(pixels.reshape(-1))
+                        self._num_bytes += pixels.size
         self._rows.append(ImageRow(row.image_id, row.path, None, error, size_hw))
-        self._errors.append(error)
-        self._sizes_hw.append(size_hw)
         self._decoded_hw.append(decoded_hw)
         self._ends.append(self._num_bytes)
-
-    def _add_pixels(self, image: Image, size_hw: SizeHW) -> None:
-        for pixels in _resized_views(image, size_hw, self._config, self._rule):
-            self._pixels.append(pixels.reshape(-1))
-            self._num_bytes += pixels.size
 
     def to_table(self) -> pa.Table:
         offsets = np.array([0, *self._ends], np.int64)
         flat = np.concatenate(self._pixels) if self._pixels else np.zeros(0, np.uint8)
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(flat)]
-        heights, widths = _columns(self._sizes_hw)
+        heights, widths = _columns([row.size_hw for row in self._rows])
         pixel_heights, pixel_widths = _columns(self._decoded_hw)
         return pa.table(
             {
                 "image_id": pa.array([row.image_id for row in self._rows], pa.int64()),
                 "path": pa.array([row.path for row in self._rows], pa.string()),
-                "error": pa.array(self._errors, pa.string()),
+                "error": pa.array([row.error for row in self._rows], pa.string()),
                 "height": heights,
                 "width": widths,
                 "pixel_height": pixel_heights,
@@ -145,13 +135,9 @@ def images_in(block: pa.Table) -> tuple[list[SizeHW], list[_Bytes]]:
 
 
 def planes_in(pixels: _Bytes, size_hw: SizeHW, config: PredictConfig, rule: ResizeRule) -> list[Image]:
-    """Split an image's bytes into its resized views, uint8 [3, height, width] each, without a copy.
+    """Split an image's bytes, from `images_in`, into its resized views, uint8 [3, height, width] each, without a copy.
 
-    Args:
-        pixels: Bytes of one image, from `images_in`.
-        size_hw: Its decoded height and width.
-        config: Config that determines the views.
-        rule: Rule by which the views were resized.
+    `size_hw` is the decoded height and width.
     """
     planes, start = [], 0
     for view in planned_views(size_hw, config):

@@ -87,12 +87,7 @@ class ChunkScorer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def score(self, chunk: int, blocks: Iterable[tuple[pa.Table, ProcessStats]]) -> FileStats:
-        """Score a chunk and write its file, atomically.
-
-        Args:
-            chunk: Number of the chunk.
-            blocks: Result of `blocks_of` for its rows and `rule`.
-        """
+        """Score a chunk and write its file, atomically; `blocks` is the result of `blocks_of` for its rows."""
         processes: list[ProcessStats] = []
         tables: list[pa.Table] = []
         waiting: tuple[pa.Table, Future[tuple[_Found, ProcessStats]]] | None = None

@@ -15,10 +15,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydet.cluster import job_metrics
 from raydet.cluster.stopwatch import ProcessStats
 from raydet.cluster.worker_log import log_from_here
+from raydet.images.listing import is_pattern
 from raydet.models.geometry import ResizeRule
 from raydet.scoring.blocks import blocks_of
-from raydet.scoring.plan import LOG_FOLDER, Work, missing_here
+from raydet.scoring.plan import LOG_FOLDER, Work
 from raydet.tables import storage
+from raydet.tables.output_folder import RUN_FILE
 
 _TRIES = 3
 _THREADS_PER_DECODER = 4
@@ -52,13 +54,7 @@ class Decoder:
         _LOG.info("decoding in %d threads", num_threads)
 
     def decode(self, start: int, stop: int, rule: ResizeRule | None) -> _Block:
-        """Return the block that starts at a position.
-
-        Args:
-            start: Position of the first image.
-            stop: Position after the last image of the chunk.
-            rule: Resize rule of the model.
-        """
+        """Return the block that starts at a position; `stop` is the position after the last image of the chunk."""
         blocks = self._open.pop(start, None) or blocks_of(self._work, range(start, stop), rule)
         block, stats = next(blocks)
         if start + block.num_rows < stop:
@@ -131,9 +127,10 @@ class Decoders:
 
 def require_paths(work: Work) -> None:
     """Raise ConnectionError if this machine does not see the paths of the run."""
-    missing = missing_here(work)
-    if missing:  # otherwise every image would count as a deleted file
-        raise ConnectionError(f"{missing} is missing on {socket.gethostname()}")
+    places = [work.folder.uri_of(RUN_FILE), *([] if is_pattern(work.config.data) else [work.config.data])]
+    for place in places:
+        if "://" not in place and not storage.exists(place):  # otherwise every image would count as a deleted file
+            raise ConnectionError(f"{place} is missing on {socket.gethostname()}")
 
 
 def own_node_id() -> str:

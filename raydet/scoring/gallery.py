@@ -52,7 +52,6 @@ class Chosen:
     """An image to draw.
 
     Attributes:
-        image_id: Id of the image.
         position: Row in the detections table, with its files in name order; equals the position in the inputs.
         path: Path or URI of the image.
         size_hw: Height and width in pixels of the upright image.
@@ -78,7 +77,6 @@ class GalleryReport:
 
     Attributes:
         folder: Folder of the drawn images and of `index.csv`.
-        num_drawn: Number of drawn images.
         failures: One line with the reason for each chosen image that could not be drawn.
     """
 
@@ -91,6 +89,7 @@ class GalleryReport:
         return [*self.failures, f"{self.num_drawn:,} images drawn with their boxes: {self.folder}"]
 
 
+@dataclass(frozen=True)
 class GalleryPainter:
     """Selection and drawing of images of a finished detections table.
 
@@ -102,89 +101,69 @@ class GalleryPainter:
     - `many_boxes`: the images with the most boxes above the threshold; images without any are never chosen.
 
     The hash breaks ties.
+
+    Attributes:
+        out: Folder or URI of the run; the drawn images are written to OUT/__drawn.
+        categories: Classes of the detections, in index order.
+        threshold: Boxes at or below this score are not drawn.
+        seed: Seed of the random sample and of the tie-breaking.
+        max_pixels: Images with more pixels than this are not decoded.
     """
 
-    def __init__(
-        self,
-        out: str,
-        categories: Sequence[Category],
-        max_images: int,
-        draw_if: DrawIf = "any",
-        threshold: float = 0.3,
-        seed: int = 0,
-        *,
-        max_pixels: int = DEFAULT_MAX_PIXELS,
-    ) -> None:
-        """Store the settings; nothing is drawn yet.
-
-        Args:
-            out: Folder or URI of the run; the drawn images are written to OUT/__drawn.
-            categories: Classes of the detections, in index order.
-            max_images: Maximum number of images to draw.
-            draw_if: Selection rule, see the class.
-            threshold: Boxes at or below this score are not drawn.
-            seed: Seed of the random sample and of the tie-breaking.
-            max_pixels: Images with more pixels than this are not decoded.
-        """
-        self.folder = storage.join(out, DRAWN_FOLDER)
-        self._names = [category.name for category in categories]
-        self._max_images = max_images
-        self._draw_if = draw_if
-        self._threshold = threshold
-        self._seed = seed
-        self._max_pixels = max_pixels
+    out: str
+    categories: Sequence[Category]
+    max_images: int
+    draw_if: DrawIf = "any"
+    threshold: float = 0.3
+    seed: int = 0
+    max_pixels: int = DEFAULT_MAX_PIXELS
 
     def choose(self, table: Table) -> list[Chosen]:
-        """Choose the images to draw, in order of rank.
+        """Choose the images of a complete detections table to draw, in order of rank.
 
         Ids and scores of all rows are streamed once; boxes are read for the chosen images only.
-
-        Args:
-            table: A complete detections table.
         """
-        if self._max_images == 0:
+        if self.max_images == 0:
             return []
-        columns = ["image_id", "error", *([] if self._draw_if == "any" else ["detections.score"])]
+        columns = ["image_id", "error", *([] if self.draw_if == "any" else ["detections.score"])]
         # A heap of (-key, -hash, position) with the worst candidate on top: smaller keys and hashes rank higher.
         best: list[tuple[float, int, int]] = []
         start = 0
         for batch in table.iter_batches(columns, batch_size=4096):
-            keys, hashes = self._keys(batch), hashes_of(batch.column("image_id").to_numpy(), self._seed)
-            for row in _smallest(keys, hashes, self._max_images):
+            keys, hashes = self._keys(batch), hashes_of(batch.column("image_id").to_numpy(), self.seed)
+            for row in _smallest(keys, hashes, self.max_images):
                 item = (-float(keys[row]), -int(hashes[row]), start + int(row))
-                if len(best) < self._max_images:
+                if len(best) < self.max_images:
                     heapq.heappush(best, item)
                 else:
                     heapq.heappushpop(best, item)
             start += batch.num_rows
-        return self._read(table, [position for _, _, position in sorted(best, reverse=True)])
+        positions = [position for _, _, position in sorted(best, reverse=True)]
+        rows = dict(table.rows_at(positions))
+        return [self._chosen(position, rows[position]) for position in positions]
 
     def _keys(self, batch: pa.RecordBatch) -> _Floats:
         """Compute the sort key of each row, float64 [rows]: smaller ranks higher, infinity excludes the row."""
         is_readable = pc.is_null(batch.column("error")).to_numpy(zero_copy_only=False)
         keys = np.zeros(batch.num_rows)
-        if self._draw_if != "any":
+        if self.draw_if != "any":
             scores = pc.struct_field(batch.column("detections"), "score")
             lengths = pc.fill_null(pc.list_value_length(scores), 0).to_numpy()
             owners, values = np.repeat(np.arange(len(lengths)), lengths), scores.flatten().to_numpy()
-            if self._draw_if == "low_score":
+            if self.draw_if == "low_score":
                 best = np.full(len(lengths), -np.inf)
                 np.maximum.at(best, owners, values)
-                keys = np.abs(best - self._threshold)
+                keys = np.abs(best - self.threshold)
             else:
-                counts = np.bincount(owners[values > self._threshold], minlength=len(lengths))
+                counts = np.bincount(owners[values > self.threshold], minlength=len(lengths))
                 keys = np.where(counts > 0, -counts.astype(np.float64), np.inf)
         return np.where(is_readable, keys, np.inf)
-
-    def _read(self, table: Table, positions: Sequence[int]) -> list[Chosen]:
-        rows = dict(table.rows_at(positions))
-        return [self._chosen(position, rows[position]) for position in positions]
 
     def _chosen(self, position: int, row: pa.StructScalar) -> Chosen:
         found = row["detections"].as_py() or {"bbox": [], "score": [], "category": []}
         scores = np.array(found["score"], np.float64)
-        is_drawn = scores > self._threshold
-        if self._draw_if == "low_score":
+        is_drawn = scores > self.threshold
+        if self.draw_if == "low_score":
             is_drawn[np.argmax(scores)] = True
         return Chosen(
             image_id=row["image_id"].as_py(),
@@ -201,14 +180,12 @@ class GalleryPainter:
         """Write OUT/__drawn/RANK-NAME.jpg, each atomically and named like its image, and then OUT/__drawn/index.csv.
 
         Drawn images of an earlier gallery are removed. Images that can no longer be read are omitted and reported.
-
-        Args:
-            images: The collection that was scored.
-            chosen: Result of `choose`.
+        `images` is the collection that was scored, `chosen` the result of `choose`.
         """
-        for name in storage.list_files(self.folder):
+        folder = storage.join(self.out, DRAWN_FOLDER)
+        for name in storage.list_files(folder):
             if _OWN_FILE.fullmatch(name):
-                storage.delete_file(storage.join(self.folder, name))
+                storage.delete_file(storage.join(folder, name))
         entries: list[tuple[object, ...]] = []
         failures: list[str] = []
         for rank, item in enumerate(chosen, start=1):
@@ -218,14 +195,14 @@ class GalleryPainter:
                 failures.append(f"not drawn: image {item.image_id} ({item.path}): {error}")
                 continue
             file = f"{rank:04d}-{_plain_name(item)}.jpg"
-            storage.write_bytes(storage.join(self.folder, file), _jpeg(drawn))
+            storage.write_bytes(storage.join(folder, file), _jpeg(drawn))
             best_score = "" if item.best_score is None else item.best_score
             entries.append((item.image_id, item.path, file, best_score, len(item.scores)))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([_COLUMNS, *entries])
-        storage.write_bytes(storage.join(self.folder, INDEX_FILE), text.getvalue().encode())
-        return GalleryReport(self.folder, len(entries), tuple(failures))
+        storage.write_bytes(storage.join(folder, INDEX_FILE), text.getvalue().encode())
+        return GalleryReport(folder, len(entries), tuple(failures))
 
     def _decoded(self, images: "Collection", item: Chosen) -> RgbImage:
         row = next(iter(images.read(item.position, item.position + 1)), None)
@@ -233,7 +210,7 @@ class GalleryPainter:
             raise DecodeError("these are not the images that were scored")
         if row.data is None:
             raise DecodeError(row.error or "the image can no longer be read")
-        return decode(row.data, max_pixels=self._max_pixels)
+        return decode(row.data, max_pixels=self.max_pixels)
 
     def _drawn(self, image: RgbImage, item: Chosen) -> RgbImage:
         """Resize an image to suit a screen and draw its boxes."""
@@ -241,8 +218,9 @@ class GalleryPainter:
         height, width = item.size_hw if all(item.size_hw) else image.shape[:2]
         resized = at_readable_size(image, min_side=_MIN_SIDE, max_side=_MAX_SIDE)
         scale = np.array([resized.shape[1] / width, resized.shape[0] / height] * 2)
-        labels = [self._names[category] for category in item.categories]
-        colours = class_colours(self._names)
+        names = [category.name for category in self.categories]
+        labels = [names[category] for category in item.categories]
+        colours = class_colours(names)
         return draw_boxes(resized, item.boxes_xywh * scale, labels, scores=item.scores, colours=colours)
 
 

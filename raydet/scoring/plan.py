@@ -14,9 +14,7 @@ import pyarrow as pa
 from raydet.config import PredictConfig
 from raydet.engines.loading import EngineLoader
 from raydet.images.collection import Collection
-from raydet.images.listing import is_pattern
-from raydet.tables import storage
-from raydet.tables.output_folder import RUN_FILE, OutputFolder
+from raydet.tables.output_folder import OutputFolder
 
 LOG_FOLDER = "__log"
 """Log folder in OUT; names with a leading `_` are not part of the table."""
@@ -40,7 +38,6 @@ class ScoringPlan:
     The batches of the model follow from the plan and from the images, never from timing.
 
     Attributes:
-        num_rows: Number of all images.
         rows_per_file: Images per chunk; the last chunk may have fewer.
         images_per_block: Maximum number of images that are decoded and passed to the model together; blocks of large
             images are shorter.
@@ -107,11 +104,7 @@ class Work:
 
     Attributes:
         config: Options of the run, with absolute paths.
-        folder: Output folder.
         model_fingerprint: Fingerprint of the checkpoint at the start of the run.
-        images: Images to score.
-        plan: Chunks and blocks.
-        schema: Schema of the detections table.
         load_engine: Loads the engine; benchmarks replace it.
     """
 
@@ -140,10 +133,3 @@ def files_of_chunks(folder: OutputFolder) -> dict[str, int]:
     """Return the chunk of each file that has the name of a chunk's; files appear atomically."""
     matches = map(_PART_NAME.fullmatch, folder.list_files())
     return {match[0]: int(match[1]) for match in matches if match}
-
-
-def missing_here(work: Work) -> str | None:
-    """Return the first local path of the run that this machine does not see, or None."""
-    config = work.config
-    places = [work.folder.uri_of(RUN_FILE), *([] if is_pattern(config.data) else [config.data])]
-    return next((place for place in places if "://" not in place and not storage.exists(place)), None)

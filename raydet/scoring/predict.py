@@ -9,9 +9,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from raydet.cluster.job_record import JOB_FILE, JobRecord
 from raydet.cluster.job_report import JobReport, JobStats
@@ -28,7 +27,7 @@ from raydet.images.collection import Collection, IndexedCollection, open_collect
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.scoring.chunks import unreadable_in
-from raydet.scoring.gallery import GalleryPainter, GalleryReport
+from raydet.scoring.gallery import GalleryPainter
 from raydet.scoring.plan import ScoringPlan, Work, files_of_chunks, part_name
 from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
 from raydet.tables import storage
@@ -102,14 +101,9 @@ def predict_with(
     in_process: bool | None = None,
     load: EngineLoader = load_engine,
 ) -> PredictResult:
-    """Score as `predict` does, with control over where and with what.
+    """Score as `predict` does, in this process or on a Ray cluster, with another function to load the engine.
 
-    Args:
-        config: Options of the run.
-        console: Receives lines and progress.
-        in_process: True to score in this process, False to score on a Ray cluster; None scores small collections in
-            this process unless a cluster is available.
-        load: Loads the engine, in each process that runs it; must be picklable.
+    By default, small collections are scored in this process unless a cluster is available. `load` must be picklable.
     """
     console = console or Console()
     model = _check_model(config)
@@ -122,46 +116,43 @@ def predict_with(
         model=model.name if config.model else None,
     )
     with open_folder(config.out, command="predict", notify=console.line) as folder:
-        return _predict_into(folder, config, model, console, in_process, load)
-
-
-def _predict_into(
-    folder: OutputFolder,
-    config: PredictConfig,
-    model: _ModelFacts,
-    console: Console,
-    in_process: bool | None,
-    load: EngineLoader,
-) -> PredictResult:
-    if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
-        folder.delete_file(INDEX_FILE)
-    found = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root)
-    if isinstance(found, IndexedCollection) and found.num_skipped:
-        console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
-    images = found.first(config.limit)
-    run_identity = {
-        **identity(config),
-        "checkpoint_fingerprint": model.fingerprint,
-        "data_fingerprint": images.fingerprint,
-    }
-    earlier = folder.admit(run_identity)
-    if is_table(folder.uri):
-        drawn = _draw(config, model, images)
-        return dataclasses.replace(_result(folder, already_done=True), report=tuple(drawn))
-    started = time.perf_counter()
-    if in_process is None:
-        in_process = _suits_this_process(config, images)
-    with _place(config, console, in_process) as place:
-        work = _work(config, model, images, run_identity, earlier, place, folder, load)
-        report = _run(work, place, console, started)
-    drawn = _draw(config, model, images)
-    return dataclasses.replace(_result(folder), report=(*report.lines(), *drawn))
+        if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
+            folder.delete_file(INDEX_FILE)
+        found = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root)
+        if isinstance(found, IndexedCollection) and found.num_skipped:
+            console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
+        images = found.first(config.limit)
+        fingerprints = {"checkpoint_fingerprint": model.fingerprint, "data_fingerprint": images.fingerprint}
+        run_identity = {**identity(config), **fingerprints}
+        earlier = folder.admit(run_identity)
+        if is_table(folder.uri):
+            return _result(folder, _draw(config, model, images), already_done=True)
+        started = time.perf_counter()
+        if in_process is None:
+            in_process = _suits_this_process(config, images)
+        metadata = {"checkpoint": without_secrets(model.name)}
+        schema = build_schema("detections", model.categories, extra_metadata=metadata)
+        work = Work(
+            config=config,
+            folder=folder,
+            model_fingerprint=model.fingerprint,
+            images=images,
+            plan=ScoringPlan.of(config, images.num_rows, 1),
+            schema=with_token(schema, token_of_run(run_identity)),
+            load_engine=load,
+        )
+        with _place(config, console, in_process) as place:
+            work = dataclasses.replace(work, plan=_plan(work, earlier, place))
+            if earlier is None:
+                folder.begin(run_identity, plan=dataclasses.asdict(work.plan))
+            report = _run(work, place, console, started)
+        return _result(folder, [*report.lines(), *_draw(config, model, images)])
 
 
 def _suits_this_process(config: PredictConfig, images: Collection) -> bool:
     """Return True for a small collection on one machine, unless the caller has a cluster or reserves CPUs of one."""
-    is_small = images.num_rows <= MOST_IMAGES_IN_PROCESS and config.num_workers == 1
-    return is_small and not os.environ.get("RAY_ADDRESS") and not is_connected() and config.cpus_per_worker is None
+    is_small = images.num_rows <= MOST_IMAGES_IN_PROCESS and config.num_workers == 1 and config.cpus_per_worker is None
+    return is_small and not os.environ.get("RAY_ADDRESS") and not is_connected()
 
 
 @contextlib.contextmanager
@@ -200,10 +191,9 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
             raise UserError(f"the model {checkpoint.name} defines no classes: its config.json has no id2label")
         model = _ModelFacts(checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint))
     if config.reduced_decode and (config.tile or config.model):
-        reason = "tiles are cut from the full-size image" if config.tile else "it requires a trained detector"
-        raise UserError(
-            f"--reduced-decode cannot be combined with {'--tile' if config.tile else 'a zero-shot model'}: {reason}"
-        )
+        tiles = "--tile: tiles are cut from the full-size image"
+        other = tiles if config.tile else "a zero-shot model: it requires a trained detector"
+        raise UserError(f"--reduced-decode cannot be combined with {other}")
     check_classes(config.classes, model.categories)
     return model
 
@@ -218,10 +208,8 @@ def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> J
         with console.status("starting workers") as update:
 
             def note(file: FileStats) -> None:
-                nonlocal num_rows
                 stats.add(file)
-                num_rows += file.num_images
-                update(f"{num_rows:,} of {work.plan.num_rows:,} images")
+                update(f"{num_rows + stats.num_images:,} of {work.plan.num_rows:,} images")
 
             written = score_all(work, place, note=note, notify=console.line)
     except BaseException as error:
@@ -231,22 +219,14 @@ def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> J
         if reason is None:
             job = place.with_joined_nodes(job)
         wall_s = time.perf_counter() - started
-        report = _write_report(work.folder, work.config, stats, wall_s=wall_s, job=job, error=reason)
+        report = _write_report(work, stats, wall_s=wall_s, job=job, error=reason)
     _finish(work, written)
     return report
 
 
-def _write_report(
-    folder: OutputFolder,
-    config: PredictConfig,
-    stats: JobStats,
-    *,
-    wall_s: float,
-    job: JobRecord,
-    error: str | None,
-) -> JobReport:
+def _write_report(work: Work, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None) -> JobReport:
     """Write OUT/.job.json, even for a failed run; a full disk is reported elsewhere."""
-    earlier = None
+    folder, config, earlier = work.folder, work.config, None
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(folder.read_bytes(JOB_FILE))
     report = stats.finish(
@@ -259,7 +239,7 @@ def _write_report(
         earlier=earlier,
     )
     with contextlib.suppress(OSError):
-        folder.write_bytes(json.dumps(without_secrets(report.to_dict()), indent=1).encode(), JOB_FILE)
+        folder.write_bytes(json.dumps(without_secrets(dataclasses.asdict(report)), indent=1).encode(), JOB_FILE)
     return report
 
 
@@ -269,49 +249,23 @@ def _draw(config: PredictConfig, model: _ModelFacts, images: Collection) -> list
     gallery = GalleryPainter(
         config.out, model.categories, config.draw, config.draw_if, config.draw_threshold, max_pixels=config.max_pixels
     )
-    report: GalleryReport = gallery.draw(images, gallery.choose(open_table(config.out, "detections")))
-    return report.lines()
+    return gallery.draw(images, gallery.choose(open_table(config.out, "detections"))).lines()
 
 
-def _work(
-    config: PredictConfig,
-    model: _ModelFacts,
-    images: Collection,
-    run_identity: dict[str, Any],
-    earlier: RunRecord | None,
-    place: ScoringPlace,
-    folder: OutputFolder,
-    load: EngineLoader,
-) -> Work:
-    """Build the shared work of the run, with the plan of the run that it resumes."""
-    schema = build_schema("detections", model.categories, extra_metadata={"checkpoint": without_secrets(model.name)})
-
-    def work(plan: ScoringPlan) -> Work:
-        return Work(
-            config=config,
-            folder=folder,
-            model_fingerprint=model.fingerprint,
-            images=images,
-            plan=plan,
-            schema=with_token(schema, token_of_run(run_identity)),
-            load_engine=load,
-        )
-
+def _plan(work: Work, earlier: RunRecord | None, place: ScoringPlace) -> ScoringPlan:
+    """Return the plan of the run that this one resumes, or a new one."""
+    config, batch_size = work.config, work.config.batch_size
     if earlier is not None:
         plan = ScoringPlan(**earlier.plan)
-        if isinstance(config.batch_size, int):  # chunks and blocks stay as planned
-            plan = dataclasses.replace(plan, batch_size=config.batch_size)
-        return work(plan)
-    batch_size = config.batch_size
+        # Chunks and blocks stay as planned.
+        return dataclasses.replace(plan, batch_size=batch_size) if isinstance(batch_size, int) else plan
     if batch_size == "auto":
         try:
-            batch_size = place.best_batch_size(config, load)
+            batch_size = place.best_batch_size(config, work.load_engine)
         except Exception as error:
-            raise_if_permanent(error, work(ScoringPlan.of(config, images.num_rows, 1)), place.losses)
+            raise_if_permanent(error, work, place.losses)
             raise
-    plan = ScoringPlan.of(config, images.num_rows, batch_size)
-    folder.begin(run_identity, plan=dataclasses.asdict(plan))
-    return work(plan)
+    return ScoringPlan.of(config, work.images.num_rows, batch_size)
 
 
 def _finish(work: Work, written: dict[str, FileCounts]) -> None:
@@ -333,7 +287,7 @@ def _finish(work: Work, written: dict[str, FileCounts]) -> None:
     )
 
 
-def _result(folder: OutputFolder, *, already_done: bool = False) -> PredictResult:
+def _result(folder: OutputFolder, report: Sequence[str], *, already_done: bool = False) -> PredictResult:
     manifest = read_manifest(folder.uri)
     return PredictResult(
         folder.uri,
@@ -342,4 +296,5 @@ def _result(folder: OutputFolder, *, already_done: bool = False) -> PredictResul
         manifest["num_detections"],
         unreadable=manifest.get("unreadable", {}),
         already_done=already_done,
+        report=tuple(report),
     )

@@ -51,11 +51,7 @@ class Losses:
     no_memory: tuple[type[BaseException], ...] = (MemoryError,)
 
     def is_loss(self, chain: Sequence[BaseException]) -> bool:
-        """Return True if another attempt can succeed.
-
-        Args:
-            chain: Result of `causes`.
-        """
+        """Return True if another attempt can succeed; `chain` is the result of `causes`."""
         return any(isinstance(cause, OSError) for cause in chain)
 
     def causes(self, error: BaseException) -> list[BaseException]:
@@ -96,11 +92,7 @@ def score_all(
 ) -> dict[str, FileCounts]:
     """Score all remaining chunks, in several attempts if the cluster loses workers or nodes.
 
-    Args:
-        work: Data of the run.
-        place: The place where it computes.
-        note: Receives the statistics of each file once it is written.
-        notify: Receives a line before another attempt.
+    `note` receives the statistics of each file once it is written, `notify` a line before another attempt.
 
     Returns:
         The counts of each file of the run, by file name.

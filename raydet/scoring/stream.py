@@ -108,12 +108,6 @@ def _own_places(resources: Resources, num_workers: int) -> list[DecoderPlace]:
 def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_workers: int) -> Iterator[FileStats]:
     """Score chunks of a run and yield the statistics of each file once it is written, in any order.
 
-    Args:
-        work: Shared data of the run.
-        chunks: Chunks to score.
-        resources: Resources of each worker.
-        num_workers: Copies of the model.
-
     Raises:
         NodeLostError: The cluster has become too small for this number of workers.
         ray.exceptions.RayError: A chunk failed, or Ray could not recover from a loss.
@@ -203,9 +197,8 @@ class _Scorers:
         for node in self._watch.nodes:
             if node["NodeID"] in hosts or node["NodeID"] in self._helpers:
                 continue
-            (num_threads,) = decoders_of(
-                [node["Resources"]], workers=[0], cpus_per_worker=self._resources.cpus_per_worker
-            )
+            cpus_per_worker = self._resources.cpus_per_worker
+            (num_threads,) = decoders_of([node["Resources"]], workers=[0], cpus_per_worker=cpus_per_worker)
             # The actors with the fewest helpers first.
             actors = sorted(self._actors, key=lambda actor: sum(actor in used for used in self._helpers.values()))
             self._helpers[node["NodeID"]] = []

@@ -5,13 +5,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from raydet.cluster.forecast.measured import DATA_BOUND
 from raydet.common.console import Console, shown
 from raydet.training.history import EpochRecord, ValidationRecord
 
 _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MOST_CLASSES_IN_A_LINE = 8
-_DATA_BOUND = 0.15
-"""Share of a step's time spent waiting for images above which faster decoding would speed up the run."""
 
 Entry = EpochRecord | str
 """A finished epoch, or a line from the workers."""
@@ -96,7 +95,7 @@ def _notes(record: EpochRecord) -> list[str]:
     step_s = sum(record.step_s.values())
     data_s = record.step_s.get("data", 0.0)
     share = data_s / max(step_s, 1e-9)
-    if share > _DATA_BOUND:
+    if share >= DATA_BOUND:
         notes.append(
             f"data is the bottleneck: in each step of {step_s:.2f} s the model waited {data_s:.2f} s ({share:.0%}) for "
             "images; give decoding more CPUs (lower --cpus-per-worker, or add CPU nodes), store smaller images, or "

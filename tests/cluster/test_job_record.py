@@ -22,7 +22,7 @@ def test_a_submitted_job_is_named_and_nothing_else_of_it(ray_cluster: None, monk
     }
     job = {"runtime_env": {"env_vars": {"SOME_KEY": "hunter2"}}, "metadata": metadata}
     monkeypatch.setenv(JOB_VARIABLE, json.dumps(job))
-    record = JobRecord.of_this_job(num_workers=2, resources=RESOURCES).to_dict()
+    record = dataclasses.asdict(JobRecord.of_this_job(num_workers=2, resources=RESOURCES))
     assert record["submission_id"] == "raysubmit_1" and record["commit"] == "0a1b2c3"
     assert (record["num_workers"], record["use_gpu"]) == (2, False)
     assert record["num_nodes"] == 1 and record["nodes"][0]["count"] == 1 and record["nodes"][0]["num_cpus"] == 2
@@ -48,7 +48,7 @@ def test_nodes_that_join_later_are_recorded(ray_cluster: None, tmp_path: Path) -
     before.write(str(tmp_path))
     before.with_joined_nodes().write(str(tmp_path))
     content = json.loads((tmp_path / ".job.json").read_text())
-    assert content == {"job": record.to_dict(), "earlier_jobs": []}
+    assert content == {"job": dataclasses.asdict(record), "earlier_jobs": []}
 
 
 def test_a_run_keeps_the_jobs_that_it_resumes_from(

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def report_of(stats: JobStats, *, num_nodes: int = 1, **changes: Any) -> JobRepo
 
 def finished(stats: JobStats, **changes: Any) -> dict[str, Any]:
     """Return the content of `.job.json`."""
-    content = report_of(stats, **changes).to_dict()
+    content = asdict(report_of(stats, **changes))
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     return content
 
@@ -239,7 +240,7 @@ def test_earlier_runs_are_kept_first_to_last(monkeypatch: pytest.MonkeyPatch) ->
     for number in range(3):
         stats = job(0.0, file(10 + number), monkeypatch=monkeypatch)
         error = "killed" if number == 0 else None
-        earlier = reports[-1].to_dict() if reports else None
+        earlier = asdict(reports[-1]) if reports else None
         reports.append(report_of(stats, wall_s=60.0, earlier=earlier, error=error))
     assert [run["num_images"] for run in reports[-1].earlier_runs] == [10, 11]
     assert [run["error"] for run in reports[-1].earlier_runs] == ["killed", None]

@@ -58,7 +58,11 @@ def resumed(config: PredictConfig, *, in_process: bool) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     "options",
-    [{}, {"flip": True, "merge": "wbf"}, {"tile": SIDE, "tile_overlap": 0.0}, {"resize_on": "device", "flip": True}],
+    [
+        {},
+        {"flip": True, "merge": "wbf", "tile": SIDE, "tile_overlap": 0.0},
+        {"resize_on": "device", "flip": True},
+    ],
 )
 def test_the_rows_are_equal_and_either_place_resumes_the_other_s_run(
     config: PredictConfig, tmp_path: Path, options: dict[str, Any]

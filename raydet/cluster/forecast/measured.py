@@ -22,7 +22,6 @@ class MeasuredRun:
     """A measured run.
 
     Attributes:
-        job: Command of the run.
         num_images: Images that the run scored, or trained on, over all epochs.
         images_per_s: Images per second, excluding start-up, validation and the end of the run.
         measured_s: Seconds over which `images_per_s` was measured.
@@ -32,11 +31,9 @@ class MeasuredRun:
         batch_size: In training: images per step over all workers.
         num_workers: Copies of the model.
         use_gpu: True if each worker had a GPU.
-        groups: Nodes of the cluster.
         stage_s: Seconds per image by stage: of one process in `predict`, of all workers together in training.
         model_busy: Share of the time in which the workers ran the model.
         cpus_busy: Share of the CPUs that the other stages used, and the model if it ran on CPUs; None if unknown.
-        notes: Doubts about the measurement.
     """
 
     job: Literal["predict", "train"]

@@ -17,10 +17,7 @@ class NodeGroup:
     """Identical nodes.
 
     Attributes:
-        name: Name of the node type.
-        num_nodes: Number of nodes.
         num_cpus: CPUs per node; 0 for a head that takes no part in the work.
-        num_gpus: GPUs per node.
         price_per_hour: Price of a node; None if unknown.
     """
 
@@ -48,16 +45,14 @@ def total_gpus(groups: Sequence[NodeGroup]) -> float:
 
 def groups_of_record(kinds: Sequence[Mapping[str, Any]]) -> list[NodeGroup]:
     """Return the nodes of a job record, named after their CPUs and GPUs."""
-    return [
-        NodeGroup(
-            name=f"{kind['num_cpus']:g}cpu"
-            + (f"-{kind['num_gpus']:g}{(kind['accelerator'] or 'gpu').lower()}" if kind["num_gpus"] else ""),
-            num_nodes=int(kind["count"]),
-            num_cpus=float(kind["num_cpus"]),
-            num_gpus=float(kind["num_gpus"]),
+    groups = []
+    for kind in kinds:
+        num_nodes, num_cpus, num_gpus = int(kind["count"]), float(kind["num_cpus"]), float(kind["num_gpus"])
+        gpus = f"-{num_gpus:g}{(kind['accelerator'] or 'gpu').lower()}" if num_gpus else ""
+        groups.append(
+            NodeGroup(name=f"{num_cpus:g}cpu{gpus}", num_nodes=num_nodes, num_cpus=num_cpus, num_gpus=num_gpus)
         )
-        for kind in kinds
-    ]
+    return groups
 
 
 def groups_of_yaml(uri: str) -> list[NodeGroup]:
@@ -95,9 +90,8 @@ def _group(uri: str, content: Mapping[str, Any], name: str, kind: Mapping[str, A
     num_nodes = 1 if is_head else int(kind.get("max_workers", 0))
     if num_cpus is None and num_nodes:
         raise UserError(f"{uri} does not state the CPUs of a node of type {name}; write `resources: {{CPU: 16}}` there")
-    return NodeGroup(
-        name=name, num_nodes=num_nodes, num_cpus=float(num_cpus or 0), num_gpus=float(resources.get("GPU", 0))
-    )
+    num_gpus = float(resources.get("GPU", 0))
+    return NodeGroup(name=name, num_nodes=num_nodes, num_cpus=float(num_cpus or 0), num_gpus=num_gpus)
 
 
 def _aws_cpus(content: Mapping[str, Any], kind: Mapping[str, Any]) -> int | None:
@@ -105,17 +99,11 @@ def _aws_cpus(content: Mapping[str, Any], kind: Mapping[str, Any]) -> int | None
     if (content.get("provider") or {}).get("type") != "aws":
         return None
     match = _AWS_SIZE.fullmatch(str((kind.get("node_config") or {}).get("InstanceType")))
-    if match is None:
-        return None
-    return 2 if match[1] is None else 4 * int(match[1] or 1)
+    return None if match is None else 2 if match[1] is None else 4 * int(match[1] or 1)
 
 
 def with_prices(groups: Sequence[NodeGroup], prices: Sequence[str]) -> list[NodeGroup]:
-    """Return the groups with a price per node and hour.
-
-    Args:
-        groups: Nodes of the plan.
-        prices: One number for all nodes, or `NAME=NUMBER` for each node type.
+    """Return the groups with a price per node and hour: one number for all, or `NAME=NUMBER` for each node type.
 
     Raises:
         UserError: A price is not a number or names an unknown node type, or a node type with CPUs has no price.

@@ -39,10 +39,7 @@ class PlanResult:
     """The forecast of a run.
 
     Attributes:
-        config: Options of the plan.
-        measured: The measured run.
         groups: Nodes of the plan, with prices.
-        num_workers: Copies of the model.
         num_images: Images over all epochs.
         images_per_s: Images per second after start-up.
         total_s: Seconds from start to end.
@@ -87,29 +84,22 @@ class PlanResult:
             ("GPUs", f"{total_gpus(measured.groups):g}", f"{total_gpus(self.groups):g}"),
             ("images/s", rate_text(measured.images_per_s), rate_text(self.images_per_s)),
         ]
-        stage_rows = [("stage", "ms per image", "share of work"), *self._stage_rows()]
+        total_s = sum(measured.stage_s.values()) or 1.0
+        stage_rows = [("stage", "ms per image", "share of work")]
+        for name, seconds in measured.stage_s.items():
+            stage_rows.append((_STAGES.get(name, name), f"{seconds * 1e3:,.2f}", f"{seconds / total_s:.0%}"))
+        per_epoch = f" and {duration_text(measured.epoch_overhead_s)} per epoch for validation and checkpoints"
+        overhead = duration_text(measured.overhead_s)
         lines = [
             f"{what} on {', '.join(group.describe() for group in self.groups)}",
-            *aligned(rows),
-            "",
-            *aligned(stage_rows),
-            "",
-            f"time: {duration_text(self.total_s)}, including {duration_text(measured.overhead_s)} for start and end"
-            + (f" and {duration_text(measured.epoch_overhead_s)} per epoch for validation and checkpoints")
-            * (measured.job == "train"),
+            *(*aligned(rows), "", *aligned(stage_rows), ""),
+            f"time: {duration_text(self.total_s)}, including {overhead} for start and end"
+            + per_epoch * (measured.job == "train"),
         ]
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.2f}, {self.cost / self.num_images * 1e6:,.2f} per million images")
         lines += [self._bottleneck_line(), *self._balance_lines()]
         return lines + [f"note: {text}" for text in self.notes()]
-
-    def _stage_rows(self) -> list[tuple[str, str, str]]:
-        stage_s = self.measured.stage_s
-        total_s = sum(stage_s.values()) or 1.0
-        return [
-            (_STAGES.get(name, name), f"{seconds * 1e3:,.2f}", f"{seconds / total_s:.0%}")
-            for name, seconds in stage_s.items()
-        ]
 
     def _bottleneck_line(self) -> str:
         if self.bottleneck is None:
