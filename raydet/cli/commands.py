@@ -1,34 +1,9 @@
 """The table of commands, which defines the public functions, the command line, its help and `jobs/`."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from raydet.config import (
-    CompareConfig,
-    DemoConfig,
-    EvaluateConfig,
-    ExportCocoConfig,
-    ExportCvatConfig,
-    ExportLabelStudioConfig,
-    ExportOnnxConfig,
-    ExportVocConfig,
-    ExportYoloConfig,
-    InspectConfig,
-    PlanConfig,
-    PredictConfig,
-    PrepareCocoConfig,
-    PrepareCsvConfig,
-    PrepareCvatConfig,
-    PrepareHubConfig,
-    PrepareImagesConfig,
-    PrepareLabelStudioConfig,
-    PrepareShapesConfig,
-    PrepareVocConfig,
-    PrepareYoloConfig,
-    PushConfig,
-    ReportConfig,
-    TrainConfig,
-    TuneConfig,
-)
+from raydet import config as configs
 
 
 @dataclass(frozen=True)
@@ -37,215 +12,170 @@ class Command:
 
     Attributes:
         name: Name as typed, such as `prepare coco`.
-        config: Config class with its options.
-        module: Module of its function.
         summary: One line for the list of commands.
         example: Options of a working command line, which may use the results of `raydet demo` in `runs/demo`.
-        shows_progress: True if the function accepts a `console` for its progress.
     """
 
     name: str
-    config: type
     module: str
     summary: str
     example: str
-    shows_progress: bool = False
 
     @property
     def function(self) -> str:
         """Name of the function, in its module and in `raydet`."""
         return self.name.replace(" ", "_").replace("-", "_")
 
+    @property
+    def config(self) -> Any:
+        """Config class with its options, named after the command."""
+        return getattr(configs, f"{self.function.title().replace('_', '')}Config")
 
+
+_PREPARE = "raydet.preparation.prepare"
 _COMMANDS = (
     Command(
         "prepare coco",
-        PrepareCocoConfig,
-        "raydet.preparation.prepare",
+        _PREPARE,
         "COCO instances JSON and its images → an images table",
         "--annotations annotations/instances_train.json --images images/train --out data/train",
-        shows_progress=True,
     ),
     Command(
         "prepare voc",
-        PrepareVocConfig,
-        "raydet.preparation.prepare",
+        _PREPARE,
         "Pascal VOC XML files and their images → an images table",
         "--annotations Annotations --images JPEGImages --out data --val-fraction 0.2",
-        shows_progress=True,
     ),
     Command(
         "prepare yolo",
-        PrepareYoloConfig,
-        "raydet.preparation.prepare",
+        _PREPARE,
         "a data set in Ultralytics layout → an images table",
         "--data data.yaml --split train --out data/train",
-        shows_progress=True,
     ),
     Command(
         "prepare csv",
-        PrepareCsvConfig,
-        "raydet.preparation.prepare",
+        _PREPARE,
         "a CSV file of boxes (VoTT, TensorFlow, RetinaNet) and its images → an images table",
         "--annotations labels.csv --images images --out data --val-fraction 0.2",
-        shows_progress=True,
     ),
     Command(
         "prepare hub",
-        PrepareHubConfig,
-        "raydet.preparation.prepare",
+        _PREPARE,
         "a data set on the Hugging Face Hub, or a local one → an images table",
         "--dataset rishitdagli/cppe-5 --split train --out data/train",
-        shows_progress=True,
     ),
     Command(
         "prepare cvat",
-        PrepareCvatConfig,
-        "raydet.preparation.prepare",
+        _PREPARE,
         "CVAT's XML for images, and its images → an images table",
         "--annotations annotations.xml --images images --out data --val-fraction 0.2",
-        shows_progress=True,
     ),
     Command(
         "prepare label-studio",
-        PrepareLabelStudioConfig,
-        "raydet.preparation.prepare",
+        _PREPARE,
         "Label Studio's JSON and its images → an images table",
         "--annotations project.json --images images --out data --val-fraction 0.2",
-        shows_progress=True,
     ),
     Command(
         "prepare images",
-        PrepareImagesConfig,
-        "raydet.preparation.prepare",
+        _PREPARE,
         "images without labels: a folder, or a list of paths or URLs → an images table",
         "--images photos --out data/photos",
-        shows_progress=True,
     ),
-    Command(
-        "prepare shapes",
-        PrepareShapesConfig,
-        "raydet.preparation.prepare",
-        "generated images with labels → two images tables",
-        "--out data/shapes",
-        shows_progress=True,
-    ),
+    Command("prepare shapes", _PREPARE, "generated images with labels → two images tables", "--out data/shapes"),
     Command(
         "inspect",
-        InspectConfig,
         "raydet.inspection.inspect",
         "an images table → one HTML page: statistics, suspicious labels, images as training sees them",
         "--data runs/demo/data/train --val-data runs/demo/data/val --out runs/inspect",
     ),
     Command(
         "train",
-        TrainConfig,
         "raydet.training.train",
         "fine-tune a detector, or train a small one from scratch",
         "--train-data runs/demo/data/train --val-data runs/demo/data/val --out runs/train --image-size 128 --epochs 3",
-        shows_progress=True,
     ),
     Command(
         "tune",
-        TuneConfig,
         "raydet.tuning.tune",
         "many short training runs → the training options that give the best detector",
-        "--train-config runs/demo/config.yaml --space '{learning_rate: {loguniform: [1e-4, 1e-2]}}' --num-trials 4 "
-        "--search random --out runs/tune",
-        shows_progress=True,
+        "--train-config runs/demo/config.yaml --space '{learning_rate: {loguniform: [1e-4, 1e-2]}}' "
+        "--num-trials 4 --search random --out runs/tune",
     ),
     Command(
         "predict",
-        PredictConfig,
         "raydet.scoring.predict",
         "a detector and any number of images → a detections table",
         "--checkpoint runs/demo/checkpoint --data runs/demo/data/val --out runs/detections",
-        shows_progress=True,
     ),
     Command(
         "evaluate",
-        EvaluateConfig,
         "raydet.measuring.evaluate",
         "labelled images and detections → COCO numbers and metrics tables",
         "--truth runs/demo/data/val --detections runs/demo/detections --out runs/metrics",
     ),
     Command(
         "compare",
-        CompareConfig,
         "raydet.measuring.compare",
         "two sets of detections of the same images → their difference, with intervals",
         "--truth runs/demo/data/val --first runs/demo/detections --second runs/detections",
     ),
     Command(
         "report",
-        ReportConfig,
         "raydet.reporting.report",
         "metrics tables → one HTML file",
         "--metrics runs/demo/metrics --train-run runs/demo",
     ),
     Command(
         "export coco",
-        ExportCocoConfig,
         "raydet.exports.coco",
         "detections → COCO results JSON; images table → COCO instances JSON",
         "--data runs/demo/detections --out runs/results.json",
     ),
     Command(
         "export voc",
-        ExportVocConfig,
         "raydet.exports.voc",
         "images table → Pascal VOC XML files",
         "--data runs/demo/data/val --out runs/voc --split val",
     ),
     Command(
         "export yolo",
-        ExportYoloConfig,
         "raydet.exports.yolo",
         "images table or detections → YOLO label files",
         "--data runs/demo/data/val --out runs/yolo --split val",
     ),
     Command(
         "export cvat",
-        ExportCvatConfig,
         "raydet.exports.cvat",
         "images table or detections → CVAT's XML for images",
         "--data runs/demo/data/val --out runs/cvat",
     ),
     Command(
         "export label-studio",
-        ExportLabelStudioConfig,
         "raydet.exports.label_studio",
         "images table or detections → Label Studio's JSON",
         "--data runs/demo/data/val --out runs/label-studio",
     ),
     Command(
         "export onnx",
-        ExportOnnxConfig,
         "raydet.exports.onnx",
         "a checkpoint → one ONNX file",
         "--checkpoint runs/demo/checkpoint --out runs/model.onnx",
     ),
     Command(
         "push",
-        PushConfig,
         "raydet.exports.hub",
         "upload a checkpoint or tables to the Hugging Face Hub, with a card",
         "--checkpoint runs/demo/checkpoint --repo your-name/shapes --metrics runs/demo/metrics --private",
     ),
     Command(
         "plan",
-        PlanConfig,
         "raydet.cluster.forecast.plan",
         "a measured run → time, cost and bottleneck of a larger one",
         "--run runs/demo/detections --images 10_000_000 --price 0.71",
     ),
     Command(
-        "demo",
-        DemoConfig,
-        "raydet.cli.demo",
-        "the complete pipeline on generated images, in a few minutes",
-        "--out runs/demo",
-        shows_progress=True,
+        "demo", "raydet.cli.demo", "the complete pipeline on generated images, in a few minutes", "--out runs/demo"
     ),
 )
 

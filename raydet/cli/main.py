@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a failure, 2 a mistake in the input, 130 or 143 stopped
 """
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
@@ -28,11 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_function(function: Callable[[Any], int | None], config_class: type) -> None:
-    """Run a function as a command of its own, with the options of this process; end the process.
+    """Run a function of a config as a command of its own, with the options of this process; end the process.
 
-    Args:
-        function: Function of the config, which may return an exit code.
-        config_class: Dataclass of its options.
+    The function may return an exit code.
     """
     program = PurePath(sys.argv[0]).name
     raise SystemExit(_exit_code(lambda: function(load(config_class, sys.argv[1:], program=program))))
@@ -76,9 +75,9 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"unknown command `{name}`; {_suggestion(name)}")
     config: Any = load(command.config, arguments, program=f"raydet {name}", example=command.example)
     check_reachable(config)
-    call = getattr(raydet, command.function)
-    console = Console()
-    result = call(config, console=console) if command.shows_progress else call(config)
+    call, console = getattr(raydet, command.function), Console()
+    shows_progress = "console" in inspect.signature(call).parameters
+    result = call(config, console=console) if shows_progress else call(config)
     for line in result.lines():
         console.line(line)
     return int(getattr(result, "exit_code", 0))
