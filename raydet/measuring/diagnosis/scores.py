@@ -63,13 +63,13 @@ class Outcomes:
         """Return the `category` values of a table: None for all classes, then each class with values of its own."""
         return [None] if self.class_agnostic else [None, *(category.name for category in categories)]
 
-    def by_class(self) -> Iterator[tuple[int, Floats, Flags, int]]:
-        """Yield for each class: index, scores in descending order, correctness of each detection, number of boxes."""
+    def by_class(self) -> Iterator[tuple[Floats, Flags, int]]:
+        """Yield for each class: scores in descending order, correctness of each detection, number of boxes."""
         order = np.lexsort((-self.scores, self.category))
         starts = np.searchsorted(self.category[order], np.arange(self.num_categories + 1))
         for index, num_truth in enumerate(self.num_truth.tolist()):
             own = order[starts[index] : starts[index + 1]]
-            yield index, self.scores[own], self.is_right[own], num_truth
+            yield self.scores[own], self.is_right[own], num_truth
 
 
 def threshold_index(protocol: Protocol, iou: float) -> int | None:
@@ -106,10 +106,10 @@ def outcomes_at(matches: Matches, iou: float = IOU) -> Outcomes:
 
 
 def build_table(
-    kind: TableKind, categories: Sequence[Category], run: str | None, columns: Mapping[str, object]
+    kind: TableKind, categories: Sequence[Category], run: str | None, columns: Mapping[str, object], **metadata: float
 ) -> pa.Table:
     """Build a table in its declared schema, with the name of the run in every row; NaN becomes null."""
-    schema = build_schema(kind, categories)
+    schema = build_schema(kind, categories, extra_metadata=metadata)
     arrays = {name: pa.array(column, schema.field(name).type, from_pandas=True) for name, column in columns.items()}
     num_rows = len(next(iter(arrays.values())))
     arrays["run"] = pa.array([run], pa.string()).take(pa.array(np.zeros(num_rows, dtype=np.int64)))
@@ -148,9 +148,8 @@ def pr_curves(
     result = result or accumulate(matches, categories)
     precision = result.precision[:, :, :, 0, -1]
     measured = np.flatnonzero((precision > -1).any(axis=(0, 1)))
-    names: list[str | None] = [] if matches.protocol.class_agnostic else [categories[i].name for i in measured.tolist()]
-    names = [None, *names] if measured.size else []
-    parts: dict[str, list[Floats]] = {"iou": [], "precision": [], "score": []}
+    is_one = matches.protocol.class_agnostic
+    curves: list[tuple[str | None, float | None, Floats, Floats]] = []
     for iou in (0.5, 0.75, None):
         index = None if iou is None else threshold_index(matches.protocol, iou)
         if iou is not None and index is None:
@@ -158,24 +157,24 @@ def pr_curves(
         of_classes = precision.mean(axis=0) if index is None else precision[index]
         nothing = np.full(of_classes.shape, np.nan)
         scores = nothing if iou is None else _scores_at_recalls(outcomes_at(matches, iou))
-        for place in range(len(names)):
-            column = measured if place == 0 else measured[place - 1 : place]
-            parts["iou"].append(np.full(len(COCO_RECALLS), np.nan if iou is None else iou))
-            parts["precision"].append(of_classes[:, column].mean(axis=1))
-            is_mean = place == 0 and not matches.protocol.class_agnostic
-            parts["score"].append(np.full(len(COCO_RECALLS), np.nan) if is_mean else scores[:, column[0]])
-    num_curves = len(parts["iou"])
-    num_ious = num_curves // max(len(names), 1)
-    columns: dict[str, object] = {name: np.concatenate([*arrays, np.zeros(0)]) for name, arrays in parts.items()}
-    columns["category"] = [name for name in names for _ in COCO_RECALLS] * num_ious
-    columns["recall"] = np.tile(COCO_RECALLS, num_curves)
+        if measured.size and not is_one:
+            curves.append((None, iou, of_classes[:, measured].mean(axis=1), nothing[:, 0]))
+        for i in measured.tolist():
+            curves.append((None if is_one else categories[i].name, iou, of_classes[:, i], scores[:, i]))
+    columns = {
+        "category": [name for name, *_ in curves for _ in COCO_RECALLS],
+        "iou": [iou for _, iou, *_ in curves for _ in COCO_RECALLS],
+        "recall": np.tile(COCO_RECALLS, len(curves)),
+        "precision": np.ravel([precision for *_, precision, _ in curves]),
+        "score": np.ravel([score for *_, score in curves]),
+    }
     return build_table("pr_curves", categories, run, columns)
 
 
 def _scores_at_recalls(outcomes: Outcomes) -> Floats:
     """Return the score threshold at which each class reaches each recall, [101, C]; NaN for unreached recalls."""
     scores_at = np.full((len(COCO_RECALLS), outcomes.num_categories), np.nan)
-    for index, scores, is_right, num_truth in outcomes.by_class():
+    for index, (scores, is_right, num_truth) in enumerate(outcomes.by_class()):
         if num_truth:
             places = np.searchsorted(np.cumsum(is_right) / num_truth, COCO_RECALLS, side="left")
             scores_at[:, index] = np.append(scores, np.nan)[places]
@@ -232,8 +231,7 @@ def score_values(
     it; `ECE`, the expected calibration error (Guo et al. 2017); and, with a target precision, the lowest
     `threshold_at_precision`.
     """
-    over = [(outcomes.scores, outcomes.is_right, int(outcomes.num_truth.sum()))]
-    over += [(scores, is_right, num_truth) for _, scores, is_right, num_truth in outcomes.by_class()]
+    over = [(outcomes.scores, outcomes.is_right, len(outcomes.truth_row)), *outcomes.by_class()]
     found = []
     # If classes count as one, the only class is skipped.
     named = zip(outcomes.names(categories), over, _calibration_errors(outcomes), strict=not outcomes.class_agnostic)
@@ -328,6 +326,4 @@ def per_image(
         "f1": f1,
         "error": [of_image.get(image_id) for image_id in matches.image_ids.tolist()],
     }
-    table = build_table("per_image", (), run, columns)
-    schema = build_schema("per_image", extra_metadata={"iou": IOU, "score_threshold": threshold})
-    return table.replace_schema_metadata(schema.metadata)
+    return build_table("per_image", (), run, columns, iou=IOU, score_threshold=threshold)

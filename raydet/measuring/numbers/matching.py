@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,7 @@ _MAX_THRESHOLD = 1 - 1e-10
 """pycocotools caps thresholds here, so that a threshold of 1 can be met in spite of rounding."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Overlapping detections and labelled boxes, by ascending detection, then truth.
 
     Attributes:
@@ -36,8 +36,7 @@ class Pairs:
     iou: Floats
 
 
-@dataclass(frozen=True)
-class _Boxes:
+class _Boxes(NamedTuple):
     """Boxes of one side, sorted by group: an image or, unless classes count as one, a class of an image."""
 
     row: Integers  # in the input columns
@@ -77,20 +76,18 @@ def match(
     rank = _rank(found.group)
     kept = rank < protocol.max_detections[-1]
     if not kept.all():
-        rank = rank[kept]
-        found = _Boxes(*(getattr(found, field.name)[kept] for field in fields(_Boxes)))
+        rank, found = rank[kept], _Boxes._make(column[kept] for column in found)
 
     iscrowd, area = truth.iscrowd[labelled.row], truth.area[labelled.row]
     found_area = found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3]
     bounds = np.array([bound for _, bound in protocol.areas])
     truth_ignored = iscrowd | (area < bounds[:, :1]) | (area > bounds[:, 1:])
     thresholds = np.minimum(protocol.iou_thresholds, _MAX_THRESHOLD)
-    bits = bits_type(len(thresholds))
-    everything = bits(2 ** len(thresholds) - 1)
     pairs = _overlapping(found, labelled, iscrowd, float(thresholds[0]), pairs_at_once)
     true_positive, ignored, truth_found = _assign(pairs, found.group, thresholds, truth_ignored, iscrowd)
     other_size = (found_area < bounds[:, :1]) | (found_area > bounds[:, 1:])
-    ignored |= np.where(other_size, everything, bits(0)) & ~true_positive
+    everything = true_positive.dtype.type(2 ** len(thresholds) - 1)
+    ignored |= other_size * everything & ~true_positive
     return Matches(
         protocol=protocol,
         num_categories=num_classes,
@@ -163,8 +160,8 @@ def overlapping_pairs(
     image = np.repeat(place, np.diff(detections.starts))
     found = _Boxes(np.arange(len(image)), image, guesses, image * num_classes + guesses, detections.boxes_xywh)
     least = max(min_iou, float(np.nextafter(0, 1)))
-    detection, column, iou = _overlapping(found, labelled, truth.iscrowd[labelled.row], least)
-    return Pairs(detection=detection, truth=labelled.row[column], iou=iou)
+    pairs = _overlapping(found, labelled, truth.iscrowd[labelled.row], least)
+    return pairs._replace(truth=labelled.row[pairs.truth])
 
 
 def _by_group(
@@ -221,18 +218,15 @@ def _rank(group: Integers) -> Integers:
 
 def _overlapping(
     found: _Boxes, labelled: _Boxes, iscrowd: Flags, min_iou: float, pairs_at_once: int = _PAIRS_AT_ONCE
-) -> tuple[Integers, Integers, Floats]:
-    """Return positions of detections and labelled boxes of the same group, and their overlap of at least `min_iou`.
-
-    Ordered by detection, then by labelled box.
-    """
+) -> Pairs:
+    """Return the pairs of the same group that overlap by at least `min_iou`, as positions in the two sides."""
     start = np.searchsorted(labelled.group, found.group, side="left")
     count = np.searchsorted(labelled.group, found.group, side="right") - start
     has_company = np.flatnonzero(count)
     start, count = start[has_company], count[has_company]
     ends = np.cumsum(count)
     first_sides, second_sides = _sides(found.boxes_xywh[has_company]), _sides(labelled.boxes_xywh)
-    parts: list[tuple[Integers, Integers, Floats]] = []
+    parts: list[Pairs] = []
     begin = 0
     while begin < len(count):
         done = int(ends[begin - 1]) if begin else 0
@@ -242,12 +236,11 @@ def _overlapping(
         other = np.arange(len(own)) + np.repeat(offsets, count[begin:end])
         iou = _iou(first_sides, own, second_sides, other, iscrowd)
         kept = np.flatnonzero(iou >= min_iou)
-        parts.append((has_company[own[kept]], other[kept], iou[kept]))
+        parts.append(Pairs(has_company[own[kept]], other[kept], iou[kept]))
         begin = end
     if not parts:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    first, second, iou = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return first, second, iou
+        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    return Pairs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _sides(boxes_xywh: Boxes) -> tuple[Floats, ...]:
@@ -273,7 +266,7 @@ def _iou(
 
 
 def _assign(
-    pairs: tuple[Integers, Integers, Floats], group: Integers, thresholds: Floats, truth_ignored: Flags, iscrowd: Flags
+    pairs: Pairs, group: Integers, thresholds: Floats, truth_ignored: Flags, iscrowd: Flags
 ) -> tuple[BitSets, BitSets, BitSets]:
     """Assign boxes to detections for all thresholds (as bits) and size classes simultaneously.
 
