@@ -136,16 +136,14 @@ class Counts:
         )
         self._together = self._together + present.T @ present
 
-        values = {
-            "image_side_px": rows.sizes_wh.max(axis=1, initial=0.0),
-            "image_aspect_ratio": _ratio(rows.sizes_wh[:, 0], rows.sizes_wh[:, 1]),
-            "boxes_per_image": rows.num_boxes.astype(np.float64),
-        }
-        for name, value in values.items():
-            of_class = boxes_of_pair.astype(np.float64) if name == "boxes_per_image" else value[owners]
-            self._count(name, of_class, categories, of_all=value)
+        sides, ratios = rows.sizes_wh.max(axis=1, initial=0.0), _ratio(rows.sizes_wh[:, 0], rows.sizes_wh[:, 1])
+        self._count("image_side_px", sides[owners], categories, of_all=sides)
+        self._count("image_aspect_ratio", ratios[owners], categories, of_all=ratios)
+        self._count("boxes_per_image", boxes_of_pair, categories, of_all=rows.num_boxes)
 
-    def _count(self, name: str, values: Floats, categories: Integers, of_all: Floats | None = None) -> None:
+    def _count(
+        self, name: str, values: Floats | Integers, categories: Integers, of_all: Floats | Integers | None = None
+    ) -> None:
         """Add values to a histogram's class rows, and the same or other values to the row of all classes."""
         histogram = self.histograms[name]
         edges = next(quantity.edges for quantity in QUANTITIES if quantity.name == name)
