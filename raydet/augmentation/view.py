@@ -21,7 +21,7 @@ from raydet.images.references import image_bytes
 from raydet.models.geometry import Image, ResizeRule, SizeHW, resize, resized_planes
 
 if TYPE_CHECKING:
-    from raydet.augmentation.mixing import Sample
+    from raydet.augmentation.samples import Sample
     from raydet.augmentation.transforms import Augmenter
 
 _SCALE_STREAM = 2
@@ -136,7 +136,7 @@ class View:
             epoch: Epoch, counted from 0.
             resize_rule: The resize of the training step, see `step_resize_rule`.
         """
-        from raydet.augmentation.mixing import Partners, sample_of
+        from raydet.augmentation.samples import Partners, sample_of
         from raydet.augmentation.transforms import plain_of
 
         spec = plain_of(self.augmentation) if self._is_plain(epoch) else self.augmentation
@@ -160,7 +160,7 @@ class View:
 
     def _readable(self, rows: Sequence[Mapping[str, Any]] | None) -> "tuple[Sample, ...]":
         """Return the readable partners; unreadable images are reported when their own turn comes."""
-        from raydet.augmentation.mixing import sample_of
+        from raydet.augmentation.samples import sample_of
 
         samples, pixels_left = [], self.max_pixels  # all partners are in memory together
         for row in rows or ():
