@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.common.boxes import Boxes, as_boxes, clip_xywh, has_area
-from raydet.models.geometry import ResizeRule, SizeHW
+from raydet.models.geometry import BILINEAR, ResizeRule, SizeHW, resize
 
 # One image is too little work for several threads, and the workers already use all cores.
 cv2.setNumThreads(0)
@@ -26,6 +26,7 @@ MIN_VISIBLE = 0.25
 """Minimum visible share of a box after a crop; less would be hard to recognise."""
 OVERSAMPLING = 1.5
 """Images are augmented at this multiple of the model's size, so that a crop to two thirds loses no detail."""
+_WORTHWHILE = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,12 @@ class WorkingSize:
         return math.ceil(self.oversampling * height), math.ceil(self.oversampling * width)
 
     def fitted_hw(self, size_hw: SizeHW) -> SizeHW:
-        """Return the size, of the same shape and no larger, at which both sides have what they need."""
+        """Return the size, of the same shape, at which both sides have what they need.
+
+        An image keeps its size if less than half of its pixels would be saved: shrinking it costs more than it gains.
+        """
         scale = max(needed / side for needed, side in zip(self.least_hw(size_hw), size_hw, strict=True))
-        if scale >= 1:
+        if scale**2 > _WORTHWHILE:
             return size_hw
         return max(1, round(size_hw[0] * scale)), max(1, round(size_hw[1] * scale))
 
@@ -154,12 +158,11 @@ def flip(sample: Sample) -> Sample:
 
 
 def shrunk(sample: Sample, size_hw: SizeHW) -> Sample:
-    """Shrink an image, averaging its pixels; boxes and areas scale by the exact factor of each side."""
+    """Shrink an image; boxes and areas scale by the exact factor of each side."""
     if size_hw == sample.size_hw:
         return sample
-    return rescaled(
-        sample, _resized(sample.image, size_hw), (size_hw[1] / sample.size_hw[1], size_hw[0] / sample.size_hw[0])
-    )
+    factors_xy = (size_hw[1] / sample.size_hw[1], size_hw[0] / sample.size_hw[0])
+    return rescaled(sample, resize(sample.image, size_hw, BILINEAR), factors_xy)
 
 
 def rescaled(sample: Sample, image: npt.NDArray[np.uint8], factors_xy: tuple[float, float]) -> Sample:
@@ -206,7 +209,7 @@ def cut(
     ]
     (top, bottom, new_top, new_bottom), (left, right, new_left, new_right) = spans
     new_hw = (new_bottom - new_top, new_right - new_left)
-    image = _resized(sample.image[top:bottom, left:right], new_hw)
+    image = resize(sample.image[top:bottom, left:right], new_hw, BILINEAR)
     if new_hw != size_hw:
         canvas = np.full((*size_hw, 3), fill, np.uint8)
         canvas[new_top:new_bottom, new_left:new_right] = image
@@ -232,14 +235,6 @@ def _span(start: int, length: int, side: int, new_length: int) -> tuple[int, int
         new_first = min(new_first, new_length - 1)
         new_last = new_first + 1
     return first, last, new_first, new_last
-
-
-def _resized(image: npt.NDArray[np.uint8], size_hw: SizeHW) -> npt.NDArray[np.uint8]:
-    if image.shape[:2] == size_hw:
-        return image
-    shrinks = size_hw[0] * size_hw[1] < image.shape[0] * image.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(np.ascontiguousarray(image), size_hw[::-1], interpolation=method), np.uint8)
 
 
 def area_of(boxes_xywh: Boxes) -> npt.NDArray[np.float64]:
