@@ -6,62 +6,41 @@ The image processor's resize to the model's size comes afterwards. albumentation
 
 import difflib
 import inspect
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, get_args
 
 import numpy as np
 
-from raydet.augmentation.mixing import (
-    FILL,
-    MIN_AREA_PX,
-    MIN_VISIBLE,
-    Partners,
-    Sample,
-    clipped,
-    copy_small,
-    detr_crop,
-    flip,
-    mixup,
-    mosaic,
-    moved,
-)
-from raydet.common.boxes import as_boxes
+from raydet.augmentation.pipeline import Pipeline
+from raydet.augmentation.presets import steps_of
+from raydet.augmentation.samples import MIN_VISIBLE, Partners, Sample, WorkingSize, clipped
 from raydet.common.errors import UserError, one_line
 from raydet.config import Augmentation, AugmentationSpec
-
-# Otherwise albumentations checks for a newer version over the network at each import.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-COPY_SMALL_P = 0.3
-"""Probability that `strong` copies small objects; `ordering` has the probabilities of mosaic and mixup."""
-CROP_P = 0.3
-"""Probability that `strong` crops."""
-
-Step = Callable[[Sample, np.random.Generator, Partners], Sample]
 
 
 class Augmenter:
     """A preset or custom pipeline, deterministic given the seed passed with each image.
 
-    Presets: `none`; `flip` (horizontal); `light` (from the Hugging Face guide: perspective, flip, brightness, contrast,
-    hue); `detr` (flip, and DETR's random crop with probability 0.5; its random sizes are `multi_scale`, since the
-    model's resize comes last); `strong` (mosaic of four, copies of small objects, mixup, crop, flip, affine, colour,
-    blur or noise).
-
-    Each step by itself drops boxes whose visible share after a crop is too small.
+    Each step by itself drops boxes whose visible share after a crop is too small; `presets.py` has the presets.
     """
 
-    def __init__(self, spec: AugmentationSpec) -> None:
+    def __init__(self, spec: AugmentationSpec, working_size: WorkingSize | None = None) -> None:
         """Build the pipeline.
+
+        Args:
+            spec: Name of a preset, or a list of albumentations transforms.
+            working_size: Size at which images are augmented, which limits zoom-out; None keeps their resolution.
 
         Raises:
             UserError: The preset or a transform is unknown, or an argument is invalid.
         """
-        self._steps = _steps(spec)
+        if isinstance(spec, str):
+            _require_preset(spec)
+            self._steps = steps_of(spec, working_size)
+        else:
+            self._steps = [_custom_pipeline(spec)]
 
     def __call__(self, sample: Sample, *, seed: int, partners: Partners | None = None) -> Sample:
         """Augment one image.
@@ -121,82 +100,8 @@ def _require_preset(name: str) -> None:
         raise UserError(f"unknown augmentation `{name}`; choose from {', '.join(get_args(Augmentation))}")
 
 
-def _steps(spec: AugmentationSpec) -> list[Step]:
-    if not isinstance(spec, str):
-        return [_custom_pipeline(spec)]
-    _require_preset(spec)
-    if spec == "light":
-        return [_Pipeline(_light(), min_visible=0.0)]
-    if spec == "strong":
-        return [_mix, _sometimes(CROP_P, detr_crop), _FLIP, _Pipeline(_strong(), min_visible=MIN_VISIBLE)]
-    steps: dict[str, list[Step]] = {"none": [], "flip": [_FLIP], "detr": [_FLIP, _sometimes(0.5, detr_crop)]}
-    return steps[spec]
-
-
-def _sometimes(p: float, change: Callable[[Sample, np.random.Generator], Sample]) -> Step:
-    return lambda sample, rng, _: change(sample, rng) if rng.random() < p else sample
-
-
-_FLIP = _sometimes(0.5, lambda sample, _: flip(sample))
-
-
-def _mix(sample: Sample, rng: np.random.Generator, partners: Partners) -> Sample:
-    if partners.mosaic:
-        sample = mosaic(sample, partners.mosaic, rng)
-    if rng.random() < COPY_SMALL_P:
-        sample = copy_small(sample, rng)
-    for partner in partners.mixup:
-        sample = mixup(sample, partner, rng)
-    return sample
-
-
-class _Pipeline:
-    """Step that applies an albumentations pipeline."""
-
-    def __init__(self, transforms: list[Any], *, min_visible: float) -> None:
-        import albumentations as A
-
-        boxes = A.BboxParams(
-            format="coco", label_fields=["row"], clip=True, min_area=MIN_AREA_PX, min_visibility=min_visible
-        )
-        with warnings.catch_warnings():
-            # albumentations warns about pipelines that change only colours.
-            warnings.filterwarnings("ignore", message="Got processor for bboxes")
-            self._compose = A.Compose(transforms, bbox_params=boxes)
-
-    def __call__(self, sample: Sample, rng: np.random.Generator, _: Partners) -> Sample:
-        self._compose.set_random_seed(int(rng.integers(2**32)))
-        rows = np.arange(len(sample.ids), dtype=np.int64)
-        result = self._compose(image=np.ascontiguousarray(sample.image), bboxes=sample.boxes_xywh, row=rows)
-        # albumentations returns the row of each remaining box; the other arrays are selected by row.
-        rows = np.asarray(result["row"], dtype=np.int64).reshape(-1)
-        return clipped(moved(sample, result["image"], as_boxes(result["bboxes"]), rows))
-
-
-def _light() -> list[Any]:
-    import albumentations as A
-
-    return [
-        A.Perspective(p=0.1),
-        A.HorizontalFlip(p=0.5),
-        A.RandomBrightnessContrast(p=0.5),
-        A.HueSaturationValue(p=0.1),
-    ]
-
-
-def _strong() -> list[Any]:
-    import albumentations as A
-
-    return [
-        A.Affine(scale=(0.7, 1.2), translate_percent=(-0.1, 0.1), rotate=0, fill=FILL, p=0.5),
-        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
-        A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=20, val_shift_limit=15, p=0.3),
-        A.OneOf([A.GaussianBlur(blur_limit=(3, 5)), A.GaussNoise(std_range=(0.02, 0.06))], p=0.1),
-    ]
-
-
-def _custom_pipeline(spec: list[dict[str, Any]]) -> _Pipeline:
-    return _Pipeline([_build(item, "augmentation") for item in spec], min_visible=MIN_VISIBLE)
+def _custom_pipeline(spec: list[dict[str, Any]]) -> Pipeline:
+    return Pipeline([_build(item, "augmentation") for item in spec], min_visible=MIN_VISIBLE)
 
 
 @lru_cache(maxsize=1)
@@ -285,7 +190,7 @@ def _try(transform: Any, where: str) -> None:
     one = np.array([1])
     sample = Sample(image, box, one, np.array([40000.0]), np.array([False]), one)
     try:
-        result = _Pipeline([transform], min_visible=MIN_VISIBLE)(sample, np.random.default_rng(0), Partners())
+        result = Pipeline([transform], min_visible=MIN_VISIBLE)(sample, np.random.default_rng(0), Partners())
     except Exception as error:
         if isinstance(error, CropSizeError) or "image sizes" in str(error):
             return  # too large for the test image, but perhaps not for the user's images

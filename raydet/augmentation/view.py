@@ -1,4 +1,4 @@
-"""The view: encoded image → decode → (augment) → resize → model input.
+"""The view: encoded image → decode → (shrink, augment) → resize → model input.
 
 Training, validation, scoring, inspection and the benchmarks all use this module, so they see the same pixels.
 OpenCV and albumentations are imported only for augmentations that need them, torch only to resize.
@@ -6,8 +6,8 @@ OpenCV and albumentations are imported only for augmentations that need them, to
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,10 +18,10 @@ from raydet.common.boxes import xywh_to_normalised_cxcywh
 from raydet.config import DEFAULT_MAX_PIXELS, AugmentationSpec, TrainConfig
 from raydet.images.decode import DecodeError, decode, upright_size_hw
 from raydet.images.references import image_bytes
-from raydet.models.geometry import Image, ResizeRule, SizeHW, resize, resized_planes
+from raydet.models.geometry import Image, ResizeRule, SizeHW, resized_planes
 
 if TYPE_CHECKING:
-    from raydet.augmentation.mixing import Sample
+    from raydet.augmentation.samples import Sample, WorkingSize
     from raydet.augmentation.transforms import Augmenter
 
 _SCALE_STREAM = 2
@@ -115,69 +115,94 @@ class View:
     def augmented(self, row: Mapping[str, Any], *, epoch: int, resize_rule: ResizeRule) -> SeenImage:
         """Decode, augment and resize an image, as in a training step.
 
+        Without augmentation, the pixels are those of `plain`. Otherwise, larger images are shrunk to `working_size`
+        first; a JPEG is decoded at reduced scale.
+
         Args:
-            row: A row of an images table, with `image` and the fields that `augment` needs.
+            row: A row of an images table, with `image_id`, `image` and `objects`; optionally with `height` and `width`,
+                without which JPEGs are decoded at full size, and with `mosaic` and `mixup`, the rows of the partners.
+                Unreadable partners are omitted.
             epoch: Epoch, counted from 0.
             resize_rule: The resize of the training step, see `step_resize_rule`.
 
         Raises:
             DecodeError: The image cannot be read.
         """
-        image, _ = decoded(image_bytes(row["image"]), max_pixels=self.max_pixels)
-        return self.augment(image, row, epoch=epoch, resize_rule=resize_rule)
-
-    def augment(self, image: Image, row: Mapping[str, Any], *, epoch: int, resize_rule: ResizeRule) -> SeenImage:
-        """Augment and resize a decoded image, as in a training step.
-
-        Args:
-            image: The upright image at full size, uint8 RGB [H, W, 3]; it is not modified.
-            row: Its row in the images table, with `image_id` and `objects`; optionally with `mosaic` and `mixup`, the
-                rows of the partners. Unreadable partners are omitted.
-            epoch: Epoch, counted from 0.
-            resize_rule: The resize of the training step, see `step_resize_rule`.
-        """
-        from raydet.augmentation.mixing import Partners, sample_of
+        from raydet.augmentation.samples import Partners
         from raydet.augmentation.transforms import plain_of
 
         spec = plain_of(self.augmentation) if self._is_plain(epoch) else self.augmentation
-        partners = Partners(mosaic=self._readable(row.get("mosaic")), mixup=self._readable(row.get("mixup")))
-        sample = _augmenter(json.dumps(spec))(
-            sample_of(image, row["objects"]),
-            seed=augmentation_seed(self.seed, epoch, row["image_id"]),
-            partners=partners,
+        working_size = None if spec == "none" else self._working_size(epoch)
+        sample, size_hw = _read(row, self.max_pixels, working_size)
+        # Tiles are small enough that an image of the model's size fills one without loss, even at the largest zoom.
+        tile_size = working_size and replace(working_size, oversampling=1.0)
+        partners = Partners(
+            mosaic=self._readable(row.get("mosaic"), tile_size), mixup=self._readable(row.get("mixup"), working_size)
         )
+        seed = augmentation_seed(self.seed, epoch, row["image_id"])
+        sample = _augmenter(json.dumps(spec), working_size)(sample, seed=seed, partners=partners)
         # A crowd box covers many objects, so it is not a target for a single query.
         kept = ~sample.iscrowd
         return SeenImage(
             _planes(sample.image, resize_rule),
-            (image.shape[0], image.shape[1]),
+            size_hw,
             xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)[kept],
             sample.categories[kept],
         )
 
+    def _working_size(self, epoch: int) -> "WorkingSize":
+        """Return the size at which images are augmented; the same for all steps of an epoch, as augmentation is."""
+        from raydet.augmentation.samples import WorkingSize
+
+        rules = (self.resize_rule, *(() if self._is_plain(epoch) else self.step_resize_rules))
+        return WorkingSize(max(rules, key=ResizeRule.most_pixels))
+
     def _is_plain(self, epoch: int) -> bool:
         return self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
 
-    def _readable(self, rows: Sequence[Mapping[str, Any]] | None) -> "tuple[Sample, ...]":
+    def _readable(
+        self, rows: Sequence[Mapping[str, Any]] | None, working_size: "WorkingSize | None"
+    ) -> "tuple[Sample, ...]":
         """Return the readable partners; unreadable images are reported when their own turn comes."""
-        from raydet.augmentation.mixing import sample_of
-
         samples, pixels_left = [], self.max_pixels  # all partners are in memory together
         for row in rows or ():
             with contextlib.suppress(DecodeError):
-                image, (height, width) = decoded(image_bytes(row["image"]), max_pixels=max(1, pixels_left))
-                pixels_left -= height * width
-                samples.append(sample_of(image, row["objects"]))
+                sample, _ = _read(row, max(1, pixels_left), working_size)
+                pixels_left -= sample.image.shape[0] * sample.image.shape[1]
+                samples.append(sample)
         return tuple(samples)
 
 
-def decoded(data: bytes, *, max_pixels: int, reduce_to: ResizeRule | None = None) -> tuple[Image, SizeHW]:
+def _read(row: Mapping[str, Any], max_pixels: int, working_size: "WorkingSize | None") -> "tuple[Sample, SizeHW]":
+    """Decode the image of a row, shrink it to the working size, and return it and its full height and width."""
+    from raydet.augmentation.samples import rescaled, sample_of, shrunk
+
+    data = image_bytes(row["image"])
+    if working_size is None:
+        image, size_hw = decoded(data, max_pixels=max_pixels)
+        return sample_of(image, row["objects"]), size_hw
+    # To read the size from the file takes as long as to decode a small image: the table tells where it is worthwhile.
+    stated_hw = (row.get("height") or 1, row.get("width") or 1)
+    is_large = all(side >= 2 * least for side, least in zip(stated_hw, working_size.least_hw(stated_hw), strict=True))
+    image, size_hw = decoded(data, max_pixels=max_pixels, reduce_to=working_size.least_hw if is_large else None)
+    sample = sample_of(image, row["objects"])
+    # Every pixel covers exactly this many of the full image, if the last row and column are thought complete.
+    part = round(max(size_hw) / max(sample.size_hw))
+    if part > 1:
+        sample = rescaled(sample, image, (1 / part, 1 / part))
+    return shrunk(sample, working_size.fitted_hw(sample.size_hw)), size_hw
+
+
+def decoded(
+    data: bytes, *, max_pixels: int, reduce_to: Callable[[SizeHW], SizeHW] | None = None
+) -> tuple[Image, SizeHW]:
     """Decode an image, optionally at a reduced size.
 
     Args:
         data: The encoded image.
         max_pixels: Larger images are refused.
-        reduce_to: If given, JPEGs may be decoded at a smaller size, but not below the target size of this rule.
+        reduce_to: Given the full height and width, the height and width that are needed. JPEGs may then be decoded at a
+            smaller size that has them.
 
     Returns:
         uint8 RGB [H, W, 3], and height and width in pixels of the full-size upright image.
@@ -189,12 +214,7 @@ def decoded(data: bytes, *, max_pixels: int, reduce_to: ResizeRule | None = None
         image = decode(data, max_pixels=max_pixels)
         return image, (image.shape[0], image.shape[1])
     size_hw = upright_size_hw(data)
-    return decode(data, max_pixels=max_pixels, at_least_hw=reduce_to.target_size_hw(size_hw)), size_hw
-
-
-def resized(image: Image, rule: ResizeRule) -> Image:
-    """Resize an image, uint8 [H, W, 3], to the model's input size."""
-    return resize(image, rule.target_size_hw((image.shape[0], image.shape[1])), rule.resample)
+    return decode(data, max_pixels=max_pixels, at_least_hw=reduce_to(size_hw)), size_hw
 
 
 def _planes(image: Image, rule: ResizeRule) -> Image:
@@ -216,7 +236,7 @@ def scale_choice(seed: int, epoch: int, step: int, num_scales: int) -> int:
 
 
 @lru_cache(maxsize=4)
-def _augmenter(spec_json: str) -> "Augmenter":
+def _augmenter(spec_json: str, working_size: "WorkingSize | None") -> "Augmenter":
     from raydet.augmentation.transforms import Augmenter
 
-    return Augmenter(json.loads(spec_json))
+    return Augmenter(json.loads(spec_json), working_size)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from raydet.config.fields import config, option, require, require_not_negative, require_positive
 from raydet.config.workers import Precision, WorkersConfig
 
-Augmentation = Literal["none", "flip", "light", "detr", "strong"]
+Augmentation = Literal["none", "flip", "light", "detr", "rfdetr", "rtdetr", "dfine", "strong"]
 AugmentationSpec = Augmentation | list[dict[str, Any]]
 """A named preset, or an albumentations pipeline: a list of `Name: {argument: value}`."""
 Backbone = Literal["none", "stem", "all"]
@@ -106,8 +106,9 @@ class TrainConfig(WorkersConfig):
     seed: int = option("seed of the weights, the order of the images and their augmentation", 0, group="Optimisation")
 
     augmentation: AugmentationSpec = option(
-        "none; flip; light (as in the Hugging Face guide); detr (random resize and crop); strong (mosaic, mixup, "
-        "copied small objects); or a list of albumentations transforms as `Name: {argument: value}`",
+        "none; flip; light (as in the Hugging Face guide); detr, rfdetr (flip, random crop), rtdetr, dfine (colours, "
+        "zoom-out, IoU crop, flip), as in the recipes of these families; strong (mosaic, mixup, copied small objects); "
+        "or a list of albumentations transforms as `Name: {argument: value}`",
         "light",
         group="Augmentation",
     )

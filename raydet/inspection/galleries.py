@@ -135,11 +135,11 @@ class FirstEpoch:
                 yield at, row, None, str(error)
                 continue
             rule = self.view.step_resize_rule(0, int(steps[at]))
-            yield at, row, image, self.view.augment(image, row, epoch=0, resize_rule=rule)
+            yield at, row, image, self.view.augmented(row, epoch=0, resize_rule=rule)
 
 
 def _content(row: pa.StructScalar) -> dict[str, Any]:
-    return {name: row[name].as_py() for name in ("image_id", "image", "objects")}
+    return {name: row[name].as_py() for name in ("image_id", "image", "width", "height", "objects")}
 
 
 def _pairs(

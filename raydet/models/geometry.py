@@ -20,6 +20,8 @@ Image = npt.NDArray[np.uint8]
 
 SizeHW = tuple[int, int]
 
+BILINEAR = 2
+"""PIL's resampling code of most models' resize."""
 LANCZOS = 1
 """PIL's resampling code of the only mode that torch does not have on GPUs."""
 _TORCH_MODES = {2: "bilinear", 3: "bicubic"}
@@ -157,16 +159,22 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
 
     Returns:
         uint8 [height, width, 3], bit for bit equal to the result of the image processor on a CPU; the image itself if
-        it already has this size. Its memory layout may be that of `resized_planes`.
+        it already has this size.
     """
-    return resized_planes(image, size_hw, resample).transpose(1, 2, 0)
+    if image.shape[:2] == tuple(size_hw):
+        return image
+    return np.asarray(_resized(image, size_hw, resample).permute(1, 2, 0).contiguous().numpy())
 
 
 def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
     """Resize as `resize` does, but return uint8 [3, height, width], the layout in which models take images."""
-    planes = image.transpose(2, 0, 1)
     if image.shape[:2] == tuple(size_hw):
-        return planes
+        return image.transpose(2, 0, 1)
+    return np.asarray(_resized(image, size_hw, resample).contiguous().numpy())
+
+
+def _resized(image: Image, size_hw: SizeHW, resample: int) -> "Tensor":
+    """Resize uint8 [H, W, 3]; return [3, height, width] in any memory layout."""
     import torch
 
     if resample in _TORCH_MODES and torch.backends.cpu.get_cpu_capability() in _NATIVE_UINT8:
@@ -174,13 +182,12 @@ def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
         # same bits as planes in a third of the time.
         source = torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)
         mode = _TORCH_MODES[resample]
-        resized = torch.nn.functional.interpolate(
+        resized: Tensor = torch.nn.functional.interpolate(
             source[None], list(size_hw), mode=mode, align_corners=False, antialias=True
-        )[0].contiguous()
-    else:
-        # Contiguous planes: torch rounds differently for interleaved channels.
-        resized = _resized_by_torchvision(torch.from_numpy(np.array(planes, order="C")), size_hw, resample)
-    return np.asarray(resized.numpy())
+        )[0]
+        return resized
+    # Contiguous planes: torch rounds differently for interleaved channels.
+    return _resized_by_torchvision(torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")), size_hw, resample)
 
 
 def resized_on_device(planes: "Tensor", size_hw: SizeHW, resample: int) -> "Tensor":

@@ -74,7 +74,7 @@ class _Block:
         if error is None:
             try:
                 with self._watch.measuring("decode"):
-                    reduce_to = self._rule if self._config.reduced_decode else None
+                    reduce_to = self._rule.target_size_hw if self._rule and self._config.reduced_decode else None
                     image, size_hw = decoded(row.data or b"", max_pixels=self._config.max_pixels, reduce_to=reduce_to)
             except DecodeError as reason:
                 error = str(reason)

@@ -9,17 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydet.augmentation.mixing import (
+from raydet.augmentation.families import detr_crop
+from raydet.augmentation.mixing import copy_small, mixup, mosaic
+from raydet.augmentation.samples import (
     FILL,
     MIN_VISIBLE,
     Sample,
     clipped,
-    copy_small,
     cut,
-    detr_crop,
     flip,
-    mixup,
-    mosaic,
 )
 from raydet.common.boxes import Boxes
 
