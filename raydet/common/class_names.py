@@ -60,13 +60,22 @@ def indices_in(names: Sequence[str], known: Sequence[str]) -> npt.NDArray[np.int
     return np.array([-1 if place is None else place for place in match_names(names, known)], np.int64)
 
 
-def check_mapping(mapping: Mapping[str, str], names: Sequence[str], known: Sequence[str], *, where: str) -> None:
-    """Refuse a mapping whose names do not occur; `where` names the checkpoint.
+def check_mapping(
+    mapping: Mapping[str, str],
+    names: Sequence[str],
+    known: Sequence[str],
+    *,
+    where: str,
+    of_names: str = "the training table",
+) -> None:
+    """Refuse a mapping, known name → name, whose names do not occur.
+
+    `where` is the source of `known` in the message, and `of_names` that of `names`.
 
     Raises:
         UserError: A key is not one of `known`, or a value is not one of `names`.
     """
-    for side, wanted, classes in ((where, mapping, known), ("the training table", mapping.values(), names)):
+    for side, wanted, classes in ((where, mapping, known), (of_names, mapping.values(), names)):
         have = {folded(name) for name in classes}
         for name in wanted:
             if folded(name) not in have:

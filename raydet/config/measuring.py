@@ -29,6 +29,11 @@ class EvaluateConfig:
         "also report, for each class, the lowest score threshold that reaches this precision", None
     )
     allow_partial: bool = option("measure the images that truth and detections share, if the two differ", False)
+    class_mapping: dict[str, str] | None = option(
+        "classes with another name in the detections than in the truth, as {DETECTED: TRUE}; classes of the same name "
+        "need no entry",
+        None,
+    )
 
     protocol: EvaluationProtocol = option(
         "coco; lvis: federated, by neg_category_ids and not_exhaustive_category_ids of the truth; voc07: 11 points at "

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydet.common.boxes import as_boxes
-from raydet.common.class_names import indices_in, is_unused
+from raydet.common.class_names import check_mapping, folded, indices_in, is_unused
 from raydet.common.errors import UserError
 from raydet.config.measuring import JoinKey
 from raydet.measuring.joining import ImageKeys, join_images, list_images
@@ -171,6 +171,9 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
 def _map_categories(table: Table, truth: Truth) -> Integers:
     """Return the truth's index of each category of a detections table, mapped by name; -1 if the truth lacks it."""
     names, truth_names = ([category.name for category in side.categories] for side in (table, truth))
+    check_mapping(truth.class_mapping, truth_names, names, where=table.uri, of_names=truth.uri)
+    renamed = {folded(name): new for name, new in truth.class_mapping.items()}
+    names = [renamed.get(folded(name), name) for name in names]
     if names == truth_names:
         return np.arange(len(names))
     used, truth_used = (
@@ -188,6 +191,7 @@ def _map_categories(table: Table, truth: Truth) -> Integers:
         only_here = [name for name, place in zip(names, places, strict=True) if place < 0 and name in used]
         raise UserError(
             f"the categories differ: only in detections {table.uri}: {', '.join(map(repr, only_here)) or 'none'}; only "
-            f"in truth {truth.uri}: {', '.join(map(repr, missing))}"
+            f"in truth {truth.uri}: {', '.join(map(repr, missing))}; if a class has another name on each side, use "
+            "--class-mapping of evaluate"
         )
     return places

@@ -54,6 +54,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation:
     truth = read_truth(config.truth, lvis=config.protocol == "lvis")
     is_table = not is_json(config.detections, "detections", "a detections table or COCO results JSON")
+    if config.class_mapping:
+        if not is_table:
+            raise UserError("--class-mapping applies to detections tables; the classes of COCO results have no names")
+        truth = replace(truth, class_mapping=config.class_mapping)
     if is_table and config.protocol == "coco" and config.out is None and not config.slice_by and not config.verify:
         return _numbers_alone(config, truth)
     scored, matches = _match(config, truth)

@@ -4,7 +4,8 @@ Image data is never read. Images are in ascending id order.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Truth:
         columns: Boxes; images in ascending id order.
         images: Images in ascending id order.
         federated: LVIS fields of the file, if requested.
+        class_mapping: Class of the detections → class of the truth, for classes with different names on the two sides.
     """
 
     uri: str
@@ -46,6 +48,7 @@ class Truth:
     columns: TruthColumns
     images: ImageKeys
     federated: Federated | None = None
+    class_mapping: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise UserError if the labels cannot be used as ground truth."""

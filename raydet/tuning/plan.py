@@ -50,7 +50,8 @@ class Search:
         again = ("unfinished", "failed") if plan.config.retry_failed else ("unfinished",)
         self._waiting = [trial.number for trial in trials if trial.state in again]
         self._initial = [("default", {}), *(("point", point) for point in plan.points)]
-        self._proposer = _proposer(plan, num_known=len(trials) - len(self._waiting))
+        # Unfinished trials have been drawn too, and the proposer must not draw them again.
+        self._proposer = _proposer(plan, num_known=len(trials))
         for trial in trials:
             if trial.number not in self._waiting:
                 self._proposer.learn(trial, plan.values(trial.parameters))

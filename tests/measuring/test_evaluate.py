@@ -154,6 +154,8 @@ def test_classes_of_the_model_that_the_truth_lacks_are_left_out_and_counted(test
     name_of = {category.id: category.name.upper().replace(" ", "_") for category in categories}
     labels = [Category(index, name_of.get(index, "N/A")) for index in range(91)]
     labels[0] = Category(0, "a class of its own")
+    assert labels[63].name == "COUCH"
+    labels[63] = Category(63, "sofa")
     assert 91 - len(categories) > 1
     for row in detection_rows:
         found = row["detections"]
@@ -168,13 +170,26 @@ def test_classes_of_the_model_that_the_truth_lacks_are_left_out_and_counted(test
     num_other = 2 * sum(bool(row["detections"]["category"]) for row in detection_rows)
     for out in (None, str(tmp_path / "metrics")):
         config = EvaluateConfig(
-            truth=str(tmp_path / "truth"), detections=str(tmp_path / "detections"), out=out, bootstrap=0
+            truth=str(tmp_path / "truth"),
+            detections=str(tmp_path / "detections"),
+            out=out,
+            bootstrap=0,
+            class_mapping={"Sofa": "couch"},
         )
         evaluation = evaluate(config)
         assert numbers(evaluation) == expected
         assert evaluation.result.num_detections == len(results)
         assert evaluation.num_other_class == num_other > 0
         assert f"left out {num_other:,} detections of classes that the truth lacks" in evaluation.lines()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"class_mapping": None}, r"only in detections .*'sofa'; only in truth .*'couch'; .*--class-mapping"),
+        ({"class_mapping": {"sofa": "settee"}}, r"--class-mapping: .*truth has no class settee"),
+        ({"class_mapping": {"settee": "couch"}}, r"--class-mapping: .*detections has no class settee"),
+        ({"detections": str(tmp_path / "results.json")}, "COCO results have no names"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(UserError, match=message):
+            evaluate(dataclasses.replace(config, out=None, **changes))
 
 
 CATEGORIES = [Category(3, "cat"), Category(8, "dog")]

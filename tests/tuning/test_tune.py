@@ -207,6 +207,23 @@ def test_going_on_takes_the_unfinished_first_and_repeats_nothing(tmp_path: Path)
             records.save(dataclasses.replace(search.trials[number], state=state), plan.out)  # type: ignore[arg-type]
 
 
+def test_a_resumed_search_draws_nothing_again_although_no_trial_has_ended(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="requires Optuna (the extra `tune`)")
+    plan = make_plan(_config(tmp_path, tmp_path / "out", num_trials=8, search="optuna"))
+    drawn: list[dict[str, Any]] = []
+    for _ in range(3):
+        search = Search(plan, records.load(plan.out))
+        for number in range(len(drawn)):
+            again = search.next()
+            assert again is not None and again[0].number == number and again[0].parameters == drawn[number]
+        for _ in range(2):
+            following = search.next()
+            assert following is not None
+            drawn.append(following[0].parameters)
+    learning_rates = [parameters["learning_rate"] for parameters in drawn[1:]]
+    assert drawn[0] == {} and len(set(learning_rates)) == 5
+
+
 def test_optuna_comes_closer_than_chance(tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="requires Optuna (the extra `tune`)")
     dimensions = (Dimension("learning_rate", "loguniform", (1e-5, 1e-1)), Dimension("schedule", "choice", ("a", ["b"])))
