@@ -247,8 +247,8 @@ def _write_report(
 ) -> JobReport:
     """Write OUT/.job.json, even for a failed run; a full disk is reported elsewhere."""
     earlier = None
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(folder.read_bytes(JOB_FILE))
+    with contextlib.suppress(OSError, ValueError, UserError):
+        earlier = storage.read_json(folder.uri_of(JOB_FILE))
     report = stats.finish(
         wall_s=wall_s,
         num_model_workers=config.num_workers,
