@@ -403,6 +403,7 @@ def test_weights_that_are_no_safetensors_are_not_read(tmp_path: Path) -> None:
         {"quantization_config": {"quant_method": "fbgemm_fp8"}},
         {"use_kernels": True},
         {"adapter": True},
+        {"decoder_layers": 10**6},
     ],
     ids=str,
 )

@@ -269,9 +269,17 @@ def _most_common(errors: Counter[str]) -> dict[str, int]:
 
 
 def _earlier_runs(earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """List the runs before this one, oldest first."""
+    """List the runs before this one, oldest first; a file that raydet did not write holds none."""
+    if not isinstance(earlier, Mapping):
+        return []
     names = ("num_images", "num_detections", "num_errors", "wall_s", "num_nodes", "num_model_workers", "error", "job")
-    return [*earlier.get("earlier_runs", []), {name: earlier.get(name) for name in names}] if earlier else []
+    before = earlier.get("earlier_runs")
+    runs = [*(before if isinstance(before, list) else []), {name: earlier.get(name) for name in names}]
+    return [run for run in runs if isinstance(run, dict) and _has_numbers(run)]
+
+
+def _has_numbers(run: Mapping[str, Any]) -> bool:
+    return all(isinstance(run.get(name), int | float) for name in ("num_images", "wall_s"))
 
 
 def _bottleneck(num_images: int, startup_s: float, wall_s: float, stages: Mapping[str, StageSeconds]) -> str | None:

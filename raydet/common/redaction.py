@@ -4,6 +4,7 @@ URIs are taken apart, not searched for known patterns: user and password go, wha
 the query and the fragment, except for options of file systems.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,9 @@ _ASSIGNMENT = re.compile(
     r"(?i)\b(pass(?:word|wd|phrase)|pwd|accountkey|sharedaccess(?:key|signature))(\s?=\s?)[^\s;&,\"']+"
 )
 _KNOWN_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b|\b(AKIA|ASIA)[0-9A-Z]{16}\b")
+_SIGNING = re.compile(r"(x-(amz|goog|oss|cos|bce)-.*|expires|policy|googleaccessid|s[eiprtv]|spr|sk[a-z]+)", re.I)
+"""Items of a query that change whenever it is signed: S3, Google Cloud Storage, CloudFront, Azure."""
+_DIGITS = 12
 _SHORTEST_SECRET = 8
 """In characters; shorter environment values would match ordinary words."""
 _HIDDEN = "***"
@@ -63,6 +67,30 @@ def refuse_password(uri: str, *, what: str) -> None:
             f"{without_secrets(uri)}; pass credentials in the environment instead (such as AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY)"
         )
+
+
+def name_of_url(url: str) -> str:
+    """Return a name for the file behind a web URL, under which raydet stores it: the URL without password and query.
+
+    URLs that differ in their queries get different names: `…/view.jpg?id=1` becomes `…/view~d9fc91d45c09.jpg`, with 12
+    digits of a hash. Items that sign it or whose names suggest a secret do not count: no secret is hashed,
+    and a URL that is signed again keeps its name.
+    """
+    place = _public_uri(url)
+    query = url.partition("#")[0].partition("?")[2]
+    items = [item for item in query.split("&") if item and not _is_signature(item.partition("=")[0])]
+    if not items or "://" not in url:
+        return place
+    digest = hashlib.sha256("&".join(items).encode(errors="surrogatepass")).hexdigest()[:_DIGITS]
+    folder, _, file = place.rpartition("/")
+    if folder.endswith("/"):  # there is only a host
+        return f"{place}/~{digest}"
+    stem, dot, ending = file.rpartition(".") if "." in file else (file, "", "")
+    return f"{folder}/{stem}~{digest}{dot}{ending}"
+
+
+def _is_signature(name: str) -> bool:
+    return bool(_SECRET_NAME.search(name) or _SIGNING.fullmatch(name))
 
 
 def _secrets_of_environment() -> list[str]:

@@ -34,12 +34,12 @@ _Config = TypeVar("_Config")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[_Config]) -> type[_Config]:
-    """Make a frozen dataclass of options, which refuses NaN and infinities in any field before its own checks."""
+    """Make a frozen dataclass of options, which refuses numbers that nothing can compute with before its own checks."""
     own = vars(cls).get("__post_init__")
 
     def check(self: Any) -> None:
         for item in dataclasses.fields(self):
-            _refuse_infinities(getattr(self, item.name), item.name)
+            _refuse_numbers(getattr(self, item.name), item.name)
         if own is not None:
             own(self)
 
@@ -48,15 +48,18 @@ def config(cls: type[_Config]) -> type[_Config]:
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
-def _refuse_infinities(value: Any, name: str) -> None:
+def _refuse_numbers(value: Any, name: str) -> None:
+    """Refuse NaN, infinities and integers beyond 64 bits, in nested values too."""
     if isinstance(value, float):
         require(math.isfinite(value), f"{flag(name)} must be a finite number, got {value}")
+    elif isinstance(value, int):
+        require(abs(value) < 2**63, f"{flag(name)} must be below 2⁶³, got {value}")
     elif isinstance(value, dict):
         for item in value.values():
-            _refuse_infinities(item, name)
+            _refuse_numbers(item, name)
     elif isinstance(value, list | tuple):
         for item in value:
-            _refuse_infinities(item, name)
+            _refuse_numbers(item, name)
 
 
 def option(

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from raydet.config.fields import config, option, require_positive
+from raydet.config.fields import config, option, require, require_positive
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -33,3 +33,5 @@ class WorkersConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "cpus_per_worker", "threads_per_worker")
+        threads = self.threads_per_worker
+        require(threads is None or threads <= 2**16, f"--threads-per-worker must be at most 65,536, got {threads}")

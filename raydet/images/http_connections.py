@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any, Self
 
@@ -25,6 +26,31 @@ class UnknownHostError(OSError):
 
 class ConnectError(OSError):
     """No address of the host accepts connections."""
+
+
+def look_up(host: str, port: int | None, timeout_s: float) -> list[tuple[Any, ...]]:
+    """Look up the addresses of a host, as `socket.getaddrinfo` returns them.
+
+    The system's resolver has no time limit of its own, so it runs in a thread, which is left behind if it takes longer.
+
+    Raises:
+        UnknownHostError: The host has no address, or none was found in time.
+    """
+    found: Future[list[tuple[Any, ...]]] = Future()
+
+    def resolve() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.set_exception(error)
+
+    threading.Thread(target=resolve, name="look-up", daemon=True).start()
+    try:
+        return found.result(max(0.001, timeout_s))
+    except TimeoutError:
+        raise UnknownHostError("the address of the server was not found in time") from None
+    except (OSError, UnicodeError):
+        raise UnknownHostError("unknown host") from None
 
 
 class WebDeadline:
@@ -109,16 +135,13 @@ class HttpConnection(http.client.HTTPConnection):
             deadline.watch(self.sock)
 
     def _dial(self, address: tuple[str, int], *_: object) -> socket.socket:
-        try:
-            found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            raise UnknownHostError from None
+        found = look_up(*address, self._time_to_connect_s())
         if self._must_be_public and not self.is_proxied and any(not is_public(item[4][0]) for item in found):
             raise PrivateAddressError
         for family, kind, protocol, _name, place in found[:_MAX_ADDRESSES]:
             dialling = socket.socket(family, kind, protocol)
             try:
-                dialling.settimeout(max(0.001, min(self._connect_timeout_s, self._deadline.left_s)))
+                dialling.settimeout(self._time_to_connect_s())
                 dialling.connect(place)
             except OSError:
                 dialling.close()
@@ -127,6 +150,9 @@ class HttpConnection(http.client.HTTPConnection):
             self._deadline.watch(dialling)
             return dialling
         raise ConnectError
+
+    def _time_to_connect_s(self) -> float:
+        return max(0.001, min(self._connect_timeout_s, self._deadline.left_s))
 
 
 class HttpsConnection(http.client.HTTPSConnection, HttpConnection):
@@ -142,11 +168,11 @@ def _tls() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def is_private_host(host: str) -> bool:
+def is_private_host(host: str, timeout_s: float) -> bool:
     """Return True if an address of a host is on this machine or in its networks; False if none is known here."""
     try:
-        return any(not is_public(item[4][0]) for item in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError):
+        return any(not is_public(item[4][0]) for item in look_up(host, None, timeout_s))
+    except UnknownHostError:
         return False
 
 

@@ -32,6 +32,7 @@ _ADAPTER_FILE = "adapter_config.json"
 _MOST_CONFIG_BYTES = 8 * 2**20
 _MOST_JSON_BYTES = 64 * 2**20
 """Other JSON files, such as vocabularies; transformers reads them into memory."""
+_MOST_LAYERS = 1000
 _FOREIGN_PARTS = ("quantization_config", "use_kernels", "kernel_config")
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt")
 
@@ -155,7 +156,7 @@ def check_local_config(folder: str) -> dict[str, Any]:
     content = _parsed(data, path)
     if storage.exists(storage.join(folder, _ADAPTER_FILE)):
         raise UserError(f"{folder} holds an adapter of another model ({_ADAPTER_FILE}); merge it into the model first")
-    _refuse_foreign_parts(content, path)
+    _refuse_hostile_parts(content, path)
     return content
 
 
@@ -179,15 +180,17 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def _refuse_foreign_parts(content: Any, where: str) -> None:
-    """Refuse a local model whose config makes transformers fetch and run code: kernels and quantisers from the Hub.
+def _refuse_hostile_parts(content: Any, where: str) -> None:
+    """Refuse a local model whose config makes transformers fetch and run code, or build layers without end.
+
+    The code is that of kernels and quantisers from the Hub.
 
     Raises:
         UserError: There is such an entry, at any depth.
     """
     if isinstance(content, list):
         for item in content:
-            _refuse_foreign_parts(item, where)
+            _refuse_hostile_parts(item, where)
     if not isinstance(content, dict):
         return
     for key, value in content.items():
@@ -197,7 +200,9 @@ def _refuse_foreign_parts(content: Any, where: str) -> None:
                 f"{where} has the entry {key}, for which transformers may fetch code from the Hub; remove it, or use a "
                 "plain fp32 checkpoint"
             )
-        _refuse_foreign_parts(value, where)
+        if key.endswith("layers") and isinstance(value, int) and value > _MOST_LAYERS:
+            raise UserError(f"{where} has {value:,} {key}; expected at most {_MOST_LAYERS:,}")
+        _refuse_hostile_parts(value, where)
 
 
 def hub_config_path(name: str) -> str:

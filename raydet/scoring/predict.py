@@ -227,8 +227,8 @@ def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> J
 def _write_report(work: Work, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None) -> JobReport:
     """Write OUT/.job.json, even for a failed run; a full disk is reported elsewhere."""
     folder, config, earlier = work.folder, work.config, None
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(folder.read_bytes(JOB_FILE))
+    with contextlib.suppress(OSError, ValueError, UserError):
+        earlier = storage.read_json(folder.uri_of(JOB_FILE))
     report = stats.finish(
         wall_s=wall_s,
         num_model_workers=config.num_workers,

@@ -138,23 +138,41 @@ def flatten(
     Raises:
         UserError: The lists of a row differ in length or contain nulls.
     """
-    import pyarrow.compute as pc  # slow to import, and JSON does not need it
+    lengths, elements = elements_of(batch, column, names, where)
+    columns = {name: numbers_of(values) for name, values in elements.items()}
+    return lengths, columns | {name: as_boxes(columns[name]) for name in names if name == "bbox"}
 
+
+def elements_of(
+    batch: pa.RecordBatch, column: str, names: Sequence[str], where: str
+) -> tuple[Integers, dict[str, pa.Array]]:
+    """Return what `flatten` does as arrays of Arrow, without a copy; those of `bbox` hold four numbers a box.
+
+    Raises:
+        UserError: The lists of a row differ in length or contain nulls.
+    """
     struct = batch.column(column)
-    columns: dict[str, npt.NDArray[Any]] = {}
-    lengths: Integers | None = None
+    elements: dict[str, pa.Array] = {}
+    lengths: npt.NDArray[Any] | None = None
     for name in names:
-        lists = pc.struct_field(struct, name)
-        own = numbers_of(pc.list_value_length(lists)).astype(np.int64)
-        values = lists.flatten()
-        numbers = values.flatten() if name == "bbox" else values
+        lists = struct.field(name)
+        if struct.null_count or lists.null_count:
+            import pyarrow.compute as pc  # slow to import
+
+            lists = pc.struct_field(struct, name)
+            own, values = numbers_of(pc.list_value_length(lists)), lists.flatten()
+        else:
+            ends = numbers_of(lists.offsets)
+            own, values = np.diff(ends), lists.values.slice(ends[0], ends[-1] - ends[0])
+        numbers = values
+        if name == "bbox":
+            numbers = values.values.slice(4 * values.offset, 4 * len(values))
         lengths = own if lengths is None else lengths
         if values.null_count or numbers.null_count or not np.array_equal(own, lengths):
             raise UserError(f"{where}: the lists in `{column}` differ in length or contain nulls")
-        array = numbers_of(numbers)
-        columns[name] = as_boxes(array) if name == "bbox" else array
+        elements[name] = numbers
     assert lengths is not None
-    return lengths, columns
+    return lengths.astype(np.int64), elements
 
 
 def take_rows(array: pa.Array, rows: Integers) -> pa.Array:

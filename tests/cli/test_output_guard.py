@@ -1,5 +1,6 @@
 """Output protection: every command refuses a concurrent run, and never touches foreign files or results."""
 
+import dataclasses
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raydet.cli.commands import COMMANDS
 from raydet.cli.main import main
 from raydet.config import EvaluateConfig
 from raydet.measuring.evaluate import evaluate
@@ -41,7 +43,7 @@ from raydet.tables import storage
 name, calls = storage.partial_name, []
 def stop_at_the_second_name(*arguments):
     calls.append(arguments)
-    if len(calls) == 2 or not sys.argv[1].startswith(("prepare", "evaluate", "compare", "inspect")):
+    if len(calls) == 2 or not sys.argv[1].startswith(("prepare", "evaluate", "compare", "inspect", "predict")):
         os.kill(os.getpid(), signal.SIGSTOP)
     return name(*arguments)
 storage.partial_name = stop_at_the_second_name
@@ -49,6 +51,15 @@ from raydet.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 """A raydet process that stops itself while it writes: at its second file, or at the only one."""
+
+_ON_A_FULL_DISK = """
+import resource, signal, sys
+from raydet.cli.main import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+sys.exit(main(sys.argv[1:]))
+"""
+"""A raydet process for which every write beyond a size, its first argument, fails as on a full disk."""
 
 FOLDERS = {
     "prepare images": ["--max-pixels", "9999999"],
@@ -58,6 +69,9 @@ FOLDERS = {
     "compare": ["--bootstrap", "4"],
 }
 """Commands that write a folder without Ray, each with an option that changes the identity of the run."""
+FORMATS = ("coco", "voc", "yolo", "csv", "cvat", "label-studio", "hub")
+"""Formats of `prepare` that share what `prepare images` writes with."""
+FOLDERS_OF_FORMATS = {f"prepare {name}": ["--max-pixels", "9999999"] for name in FORMATS}
 PLACES = {"export voc": "out", "export yolo": "out", "export coco": "out.json", "export onnx": "out.onnx"}
 PLACES |= {"report": "out.html", "export cvat": "out", "export label-studio": "out"}
 """Commands that write their output atomically, each with a valid name for it."""
@@ -79,6 +93,18 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
             writer.write_rows(
                 [{**{key: row[key] for key in ("image_id", "width", "height")}, "detections": detections}]
             )
+    for name, out in (
+        ("voc", "voc"),
+        ("yolo", "yolo"),
+        ("cvat", "cvat"),
+        ("label-studio", "ls"),
+        ("coco", "coco.json"),
+    ):
+        assert main(["export", name, "--data", val, "--out", str(folder / out)]) == 0
+    pictures = str(folder / "cvat" / "images")
+    rows = [f"{row['image']['path']},64,64,thing,1,2,30,40" for row in rows_of(val)]
+    lines = ["filename,width,height,class,xmin,ymin,xmax,ymax", *rows]
+    (folder / "boxes.csv").write_text("\n".join(lines))
     build_detector("rt_detr_v2_tiny", table.categories, image_size=64, seed=0).save(model)
     evaluate(EvaluateConfig(truth=val, detections=found, out=str(folder / "metrics"), bootstrap=3))
     train = {"train_data": str(shapes / "train"), "val_data": val, "model": "rt_detr_v2_tiny", "image_size": 64}
@@ -94,6 +120,13 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
     return {
         "prepare images": ["--images", str(folder / "images")],
         "prepare shapes": ["--num-train", "8", "--num-val", "3", "--image-size", "64"],
+        "prepare coco": ["--annotations", str(folder / "coco.json"), "--images", pictures],
+        "prepare voc": ["--annotations", f"{folder}/voc/Annotations", "--images", f"{folder}/voc/JPEGImages"],
+        "prepare yolo": ["--data", str(folder / "yolo" / "data.yaml"), "--split", "train"],
+        "prepare csv": ["--annotations", str(folder / "boxes.csv"), "--images", pictures],
+        "prepare cvat": ["--annotations", str(folder / "cvat" / "annotations.xml"), "--images", pictures],
+        "prepare label-studio": ["--annotations", str(folder / "ls" / "tasks.json"), "--images", pictures],
+        "prepare hub": ["--dataset", val],
         "inspect": ["--data", val, "--augmentation", "none", "--num-images", "0"],
         "evaluate": ["--truth", val, "--detections", found, "--bootstrap", "3"],
         "compare": ["--truth", val, "--first", found, "--second", found, "--bootstrap", "3"],
@@ -147,10 +180,23 @@ def assert_refused(answer: tuple[int, str], *words: str) -> None:
         assert word in error, error
 
 
-_EXPORT_ONNX = pytest.param("export onnx", marks=pytest.mark.slow)  # imports torch and traces two graphs
+def _slow(*commands: str) -> list[Any]:
+    return [pytest.param(command, marks=pytest.mark.slow) for command in commands]
 
 
-@pytest.mark.parametrize("command", [*FOLDERS, *(name for name in PLACES if name != "export onnx"), _EXPORT_ONNX])
+LIGHT = (*FOLDERS, *(name for name in PLACES if name != "export onnx"))
+HEAVY = ("export onnx", "predict")
+"""Commands that import torch, and that end within seconds without Ray."""
+
+
+def test_every_command_that_writes_is_listed_here() -> None:
+    names = {name: {item.name for item in dataclasses.fields(command.config)} for name, command in COMMANDS.items()}
+    writing = {name for name, options in names.items() if "out" in options}
+    # `demo` calls the others.
+    assert writing == {*FOLDERS, *FOLDERS_OF_FORMATS, *PLACES, *ON_RAY, "demo"}
+
+
+@pytest.mark.parametrize("command", [*LIGHT, *_slow("export onnx", *FOLDERS_OF_FORMATS)])
 def test_a_second_run_is_refused_and_the_first_is_whole(
     command: str, options: dict[str, list[str]], tmp_path: Path, run: Run
 ) -> None:
@@ -217,17 +263,18 @@ def test_files_of_others_are_refused_and_left(command: str, tmp_path: Path, run:
     assert files_below(out) == [str(mine.relative_to(out))] and mine.read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", FOLDERS)
+@pytest.mark.parametrize("command", [*FOLDERS, *_slow(*FOLDERS_OF_FORMATS)])
 def test_another_run_is_refused_with_the_same_words(command: str, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     assert run(command, out)[0] == 0
     before = {name: (out / name).read_bytes() for name in files_below(out)}
-    assert_refused(run(command, out, *FOLDERS[command]), "another run", *FOLDERS[command])
+    other = (FOLDERS | FOLDERS_OF_FORMATS)[command]
+    assert_refused(run(command, out, *other), "another run", *other)
     assert {name: (out / name).read_bytes() for name in files_below(out)} == before
     assert run(command, out)[0] == 0  # repeating the same run is allowed
 
 
-@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY])
+@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY, *_slow(*FOLDERS_OF_FORMATS)])
 @pytest.mark.parametrize("kind", ["http", "below a file", "linked lock", "a long name", "a NUL"])
 def test_places_that_cannot_be_written_are_one_line(command: str, kind: str, tmp_path: Path, run: Run) -> None:
     name, victim = PLACES.get(command, "out"), tmp_path / "victim"
@@ -249,7 +296,7 @@ def test_places_that_cannot_be_written_are_one_line(command: str, kind: str, tmp
     assert victim.read_text() == "precious"
 
 
-@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY])
+@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY, *_slow(*FOLDERS_OF_FORMATS)])
 def test_a_place_without_rights_is_one_line_and_exit_code_1(command: str, tmp_path: Path, run: Run) -> None:
     folder = Path("/sys")  # not even root may create files there
     if os.geteuid() != 0:
@@ -274,26 +321,54 @@ def full_disk() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("most_bytes", [0, 1000])
-@pytest.mark.parametrize("command", [*FOLDERS, *(name for name in PLACES if name != "export onnx")])
+@pytest.mark.parametrize("command", [*LIGHT, *_slow(*FOLDERS_OF_FORMATS)])
 def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(
     command: str, most_bytes: int, tmp_path: Path, run: Run, full_disk: Callable[[int], None]
 ) -> None:
     out = tmp_path / PLACES.get(command, "out")
+    _leave_earlier(out)
     full_disk(most_bytes)
     code, error = run(command, out)
     full_disk(resource.RLIM_INFINITY)
-    if code == 0:  # its only files were small enough
-        assert most_bytes and command in PLACES
-        return
-    assert code == 1 and error.count("raydet: error") == 1 and "\n" not in error, error
-    left = files_below(tmp_path)
-    assert not [name for name in left if name.endswith((".partial", ".html", ".json")) and ".run" not in name], left
+    _assert_nothing_looks_whole(command, most_bytes, out, code, error)
     assert run(command, out)[0] == 0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("most_bytes", [0, 1000, 10_000])
+@pytest.mark.parametrize("command", HEAVY)
+def test_a_full_disk_in_a_process_of_its_own(
+    command: str, most_bytes: int, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / PLACES.get(command, "out")
+    words = [*command.split(), *options[command], "--out", str(out)]
+    limited = [sys.executable, "-c", _ON_A_FULL_DISK, str(most_bytes), *words]
+    _leave_earlier(out)
+    ended = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    _assert_nothing_looks_whole(command, most_bytes, out, ended.returncode, ended.stderr.strip())
+    again = subprocess.run([sys.executable, "-m", "raydet", *words], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+
+
+def _leave_earlier(out: Path) -> None:
+    if out.suffix:
+        out.write_text("earlier")
+
+
+def _assert_nothing_looks_whole(command: str, most_bytes: int, out: Path, code: int, error: str) -> None:
+    if code == 0:  # its only files were small enough
+        assert most_bytes and command in PLACES
+        return
+    assert code == 1 and error.count("raydet: error") == 1 and "\n" not in error, error
+    assert not out.suffix or out.read_text() == "earlier"
+    left = set(files_below(out.parent)) - {out.name}
+    looking_whole = (".partial", ".lock", ".html", ".onnx", ".json")
+    assert not [name for name in left if name.endswith(looking_whole) and ".run" not in name and ".job" not in name]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("command", [*FOLDERS, *(name for name in PLACES if name != "export onnx")])
+@pytest.mark.parametrize("command", [*LIGHT, *FOLDERS_OF_FORMATS, *HEAVY])
 def test_a_command_ended_while_it_writes_leaves_nothing_that_looks_whole(
     command: str, ending: signal.Signals, options: dict[str, list[str]], tmp_path: Path, run: Run
 ) -> None:
@@ -311,11 +386,10 @@ def test_a_command_ended_while_it_writes_leaves_nothing_that_looks_whole(
 
 
 def test_files_and_folders_follow_the_umask(options: dict[str, list[str]], tmp_path: Path, run: Run) -> None:
-    commands = [*FOLDERS, *(name for name in PLACES if name != "export onnx")]
     for umask in (0o022, 0o027):
         before = os.umask(umask)
         try:
-            for command in commands:
+            for command in LIGHT:
                 out = tmp_path / f"{umask:o}" / command / PLACES.get(command, "out")
                 assert run(command, out)[0] == 0
             detector = build_detector("rt_detr_v2_tiny", [Category(1, "dog")], image_size=64, seed=0)

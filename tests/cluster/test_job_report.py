@@ -246,6 +246,9 @@ def test_earlier_runs_are_kept_first_to_last(monkeypatch: pytest.MonkeyPatch) ->
     assert [run["error"] for run in reports[-1].earlier_runs] == ["killed", None]
     assert any(re.search("2 earlier runs: 33 images in 3 min 0 s", line) for line in reports[-1].lines())
     assert any(re.search("1 earlier run: 21 images in 2 min 0 s", line) for line in reports[-2].lines())
+    others: list[Any] = [{}, [], "x", {"earlier_runs": 3, "num_images": "1"}, {"earlier_runs": [None], "num_images": 1}]
+    for foreign in others:
+        assert report_of(stats, wall_s=1.0, earlier=foreign).earlier_runs == []
 
 
 def test_the_table_is_short_and_aligned(monkeypatch: pytest.MonkeyPatch) -> None:

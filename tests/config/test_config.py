@@ -108,6 +108,14 @@ def test_yaml_holds_every_field() -> None:
     assert all(f"{item.name}:" in to_yaml(config) for item in dataclasses.fields(config))
 
 
+@pytest.mark.parametrize("number", [2**16 + 1, 2**63])
+def test_numbers_that_torch_cannot_take_are_refused(number: int) -> None:
+    with pytest.raises(UserError, match=r"threads-per-worker must be (at most 65,536|below 2⁶³), got \d+"):
+        PredictConfig(checkpoint="m", data="d", out="o", threads_per_worker=number)
+    with pytest.raises(UserError, match="limit must be below 2⁶³"):
+        PredictConfig(checkpoint="m", data="d", out="o", limit=10 * 2**63)
+
+
 @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999"])
 def test_numbers_that_are_not_finite_are_refused_in_every_field(number: str, tmp_path: Path) -> None:
     from raydet.cli.commands import COMMANDS

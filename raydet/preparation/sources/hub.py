@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raydet.common.errors import UserError, one_line
+from raydet.common.redaction import name_of_url
 from raydet.common.untrusted.documents import DocumentError, check_json_lines
 from raydet.common.untrusted.opening import ANYWHERE, LocalRoots, OutsideError, refusal_in_folder, refusal_of_name
 from raydet.config import PrepareHubConfig
@@ -99,7 +100,9 @@ class HubImages:
         """Return the name of an image in the table: its path in the folder, its file name, or the row number."""
         if not path:
             return f"{number:08d}"
-        if storage.is_web(path) or not Path(path).is_absolute():
+        if storage.is_web(path):
+            return readable(name_of_url(path))
+        if not Path(path).is_absolute():
             return readable(path)
         if self.folder is not None and Path(path).is_relative_to(self.folder):
             return readable(str(Path(path).relative_to(self.folder)))

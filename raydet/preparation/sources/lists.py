@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import csv as pa_csv
 
 from raydet.common.errors import UserError, one_line
-from raydet.common.redaction import refuse_password, without_secrets
+from raydet.common.redaction import name_of_url, refuse_password
 from raydet.common.untrusted.text import TextError, decode_text
 from raydet.images.files import LIST_SUFFIXES, MAX_FILE_BYTES, ImageFolder, ReadError, beside, readable, refuse_name
 from raydet.preparation.sources.source import SOURCE_ID, Source, SourceImage
@@ -114,8 +114,8 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
         for_reference: True if the table will refer to the images, which must therefore be files.
 
     Returns:
-        One record per line, whose id is the index of the image; the column `source_id` holds the line, without the
-        signature of a signed URL. The files themselves are not opened.
+        One record per line, whose id is the index of the image; the column `source_id` holds the line, a URL
+        without its query (see `name_of_url`). The files themselves are not opened.
 
     Raises:
         UserError: The list cannot be read, is not text, or names no image, a folder or an unknown scheme.
@@ -134,14 +134,20 @@ def read_list(images: ImageList, *, for_reference: bool = False) -> Source:
 
     def records() -> Iterator[SourceImage]:
         for number, (path, extra) in enumerate(zip(paths, _extras(columns, paths), strict=True)):
-            is_signed = "?" in path and storage.is_web(images.uri_of(path))
-            # A signature would give access to the image to everyone who can read the table.
-            shown = without_secrets(path) if is_signed else path
+            # The query of a URL may hold a signature, which gives access to everyone who can read the table.
+            shown = _stored_name(path) if storage.is_web(images.uri_of(path)) else path
             yield SourceImage(
                 number, shown, extra={**extra, "source_id": shown}, refusal=refuse_name(path), locator=path
             )
 
     return Source(records, num_images=len(paths), extra_fields=fields)
+
+
+def _stored_name(path: str) -> str:
+    """Return the stored name of a line that is a URL, or is relative to the URL of its list."""
+    if storage.is_web(path):
+        return name_of_url(path)
+    return name_of_url(f"http://host/{path}").removeprefix("http://host/") if "?" in path else path
 
 
 def _read_bytes(uri: str) -> bytes:

@@ -74,7 +74,8 @@ class WebReader:
     Attributes:
         connect_timeout_s: Time limit for establishing the connection.
         silence_timeout_s: Time limit between received bytes.
-        total_timeout_s: Time limit for a file, with all redirects, retries and waits; the connection is cut then.
+        total_timeout_s: Time limit for a file, with all look-ups, redirects, retries and waits; the connection is cut
+            then.
         first_wait_s: Wait before the second attempt; each further wait is twice as long, ± 25 %.
         longest_wait_s: Limit for every wait, including those that the server requests.
         max_bytes: Larger files are refused, by their announced, received or unpacked size.
@@ -131,7 +132,7 @@ class WebReader:
                     url = urljoin(url, location.encode("latin-1").decode(errors="replace"))
                     address = address_of(url)
         except tuple(kind for kind, _, _ in _REASONS) as error:
-            raise next(made(text) for kind, made, text in _REASONS if isinstance(error, kind)) from None
+            raise next(made(text or str(error)) for kind, made, text in _REASONS if isinstance(error, kind)) from None
         raise ReadError(f"more than {_MAX_REDIRECTS} redirects")
 
     def _is_named(self, address: _Address, start: _Address) -> bool:
@@ -144,7 +145,7 @@ class WebReader:
         self, address: _Address, deadline: WebDeadline, *, must_be_public: bool
     ) -> Iterator[http.client.HTTPResponse]:
         """Context manager: request a URL and yield the answer, whose body is not read yet."""
-        connection, target, key = self._connection(address, must_be_public)
+        connection, target, key = self._connection(address, deadline, must_be_public)
         is_reused = connection.sock is not None
         try:
             response = self._request(connection, target, deadline, must_be_public)
@@ -176,13 +177,15 @@ class WebReader:
         connection.request("GET", target, headers={**_HEADERS, **connection.proxy_headers})
         return connection.getresponse()
 
-    def _connection(self, address: _Address, must_be_public: bool) -> tuple[HttpConnection, str, "_Key"]:
+    def _connection(
+        self, address: _Address, deadline: WebDeadline, must_be_public: bool
+    ) -> tuple[HttpConnection, str, "_Key"]:
         """Return a connection of this thread, the target of the request, and the key of the connection."""
         proxy = _proxy_for(address)
         key = (address.scheme, address.host, address.port, proxy, must_be_public)
         target = address.target
         if proxy is not None:
-            if must_be_public and is_private_host(address.host):
+            if must_be_public and is_private_host(address.host, min(self.connect_timeout_s, deadline.left_s)):
                 raise PrivateAddressError
             if address.scheme == "http":
                 target = f"http://{_bracketed(address.host)}:{address.port}{address.target}"
@@ -279,7 +282,7 @@ _DROPPED = "the connection was dropped"
 _REASONS: tuple[tuple[type[BaseException], type[Exception], str], ...] = (
     (PrivateAddressError, ReadError, _PRIVATE),
     (PackingError, ReadError, "the server packs the file in a way that raydet did not ask for"),
-    (UnknownHostError, _TransientError, "unknown host"),
+    (UnknownHostError, _TransientError, ""),
     (ConnectError, _TransientError, "cannot connect to the server"),
     (ssl.SSLError, ReadError, "the server's certificate or encryption cannot be trusted"),
     (http.client.RemoteDisconnected, _TransientError, _DROPPED),
@@ -291,4 +294,4 @@ _REASONS: tuple[tuple[type[BaseException], type[Exception], str], ...] = (
     (zlib.error, _TransientError, "the server's answer is not valid HTTP"),
     (OSError, _TransientError, _DROPPED),
 )
-"""The first matching class of an error decides whether a retry may help, and what is reported."""
+"""The first matching class of an error decides whether a retry may help, and what is reported; "" reports the error."""

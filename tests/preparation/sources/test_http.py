@@ -5,6 +5,7 @@ import datetime
 import gzip
 import pickle
 import re
+import socket
 import ssl
 import threading
 import zlib
@@ -24,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from raydet.cli.main import main
 from raydet.common.errors import UserError
+from raydet.common.redaction import name_of_url
 from raydet.config import PrepareImagesConfig
 from raydet.images import http_connections
 from raydet.images.files import MissingFileError, ReadError
@@ -428,8 +430,32 @@ def test_signatures_of_addresses_are_used_and_not_kept(site: Site, tmp_path: Pat
         out = str(tmp_path / name.replace(".", "-"))
         assert main(["prepare", "images", "--images", str(tmp_path / name), "--out", out]) == 0
         row = open_table(out, "images").read().to_pylist()[0]
-        shown = f"{site.url}/signed.jpg"
+        shown = name_of_url(f"{site.url}/signed.jpg?size=1")
         assert row["image"] == {"bytes": site.files["/a.jpg"], "path": shown} and row["source_id"] == shown
+
+
+def test_images_that_differ_in_their_query_keep_different_names(site: Site, tmp_path: Path) -> None:
+    queries = ("id=1", "id=2", "id=2&token=hunter2", "")
+    (tmp_path / "list.txt").write_text("".join(f"{site.url}/a.jpg?{query}\n" for query in queries))
+    out = str(tmp_path / "out")
+    assert main(["prepare", "images", "--images", str(tmp_path / "list.txt"), "--out", out]) == 0
+    paths = [row["image"]["path"] for row in open_table(out, "images").read().to_pylist()]
+    assert len(set(paths[:2])) == 2 and paths[1] == paths[2] and paths[3] == f"{site.url}/a.jpg"
+    assert all(re.fullmatch(re.escape(site.url) + r"/a~[0-9a-f]{12}\.jpg", path) for path in paths[:3])
+
+
+def test_a_look_up_of_an_address_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(60) and [])
+    monkeypatch.setenv("no_proxy", "*")
+    try:
+        hasty = replace(QUICK, connect_timeout_s=0.05)
+        with pytest.raises(ReadError, match=r"^the address of the server was not found in time, after 5 attempts$"):
+            hasty.read("http://slow.test/a.jpg")
+        with pytest.raises(ReadError, match=r"^the server is too slow"):
+            replace(hasty, connect_timeout_s=9.0, total_timeout_s=0.1).read("http://slow.test/a.jpg")
+    finally:
+        answered.set()
 
 
 def test_a_list_on_the_web_and_its_relative_paths(site: Site) -> None:
