@@ -42,6 +42,8 @@ class Command:
         summary: One line for the list of commands.
         example: Options of a working command line, which may use the results of `raydet demo` in `runs/demo`.
         shows_progress: True if the function accepts a `console` for its progress.
+        printed_by: Function in its module that formats the config for `--print-config`, if options depend on data or
+            model; by default the config is printed as given.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Command:
     summary: str
     example: str
     shows_progress: bool = False
+    printed_by: str = ""
 
     @property
     def function(self) -> str:
@@ -144,6 +147,7 @@ _COMMANDS = (
         "fine-tune a detector, or train a small one from scratch",
         "--train-data runs/demo/data/train --val-data runs/demo/data/val --out runs/train --image-size 128 --epochs 3",
         shows_progress=True,
+        printed_by="resolved_yaml",
     ),
     Command(
         "tune",

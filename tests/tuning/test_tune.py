@@ -37,7 +37,14 @@ def _config(shapes: Path | None, out: Path, **changes: Any) -> TuneConfig:
     data = {"train_data": f"{shapes}/train", "val_data": f"{shapes}/val"}
     values: dict[str, Any] = {
         "out": str(out),
-        "train_config": {**data, "model": "rt_detr_v2_tiny", "image_size": 64, "epochs": 9, "learning_rate": 1e-3},
+        "train_config": {
+            **data,
+            "recipe": "none",
+            "model": "rt_detr_v2_tiny",
+            "image_size": 64,
+            "epochs": 9,
+            "learning_rate": 1e-3,
+        },
         "space": {"learning_rate": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"choice": [4, 8]}},
         "num_trials": 6,
         "search": "random",
