@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForObjectDetection
 
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 from raydet.models.collate import Example, collate
 from raydet.models.detector import AUTOCAST_DTYPES, Detector
 from raydet.models.loading import load_detector
@@ -62,7 +62,7 @@ def measure_raydet(checkpoint: str, precision: str, setting: Setting) -> Result:
         setting: The benchmark's setting.
     """
     amount, _, is_compiled = precision.partition("_")
-    config = TrainConfig(
+    config = ResolvedTrainConfig(
         train_data="-",
         val_data="-",
         out="-",

@@ -80,6 +80,7 @@ def train_simulated(folder: Path, log: Path, *, seconds: float, **options: Any) 
         options: Other options of the training run.
     """
     config = TrainConfig(
+        recipe="none",
         train_data=str(folder / "train"),
         val_data=str(folder / "val"),
         validate_every=options["epochs"],

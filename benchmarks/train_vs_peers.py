@@ -179,6 +179,7 @@ def _train_with_raydet(setting: Setting, is_bf16: bool) -> float:
     with tempfile.TemporaryDirectory(dir=setting.folder) as out:
         result = train(
             TrainConfig(
+                recipe="none",
                 train_data=str(setting.folder / "train"),
                 val_data=str(setting.folder / "val"),
                 out=str(Path(out) / "run"),

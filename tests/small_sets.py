@@ -13,6 +13,7 @@ from raydet.tables.schema import build_schema
 from raydet.tables.table import TableWriter, open_table
 
 QUICK_RECIPE: dict[str, Any] = {
+    "recipe": "none",
     "batch_size": 16,
     "learning_rate": 1e-3,
     "backbone_learning_rate": 1e-3,
@@ -35,6 +36,7 @@ def tiny_training(data: Path | str, **options: Any) -> dict[str, Any]:
     return {
         "train_data": f"{data}/train",
         "val_data": f"{data}/val",
+        "recipe": "none",
         "model": "rt_detr_v2_tiny",
         "image_size": 64,
         "batch_size": 4,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.common.boxes import xywh_to_normalised_cxcywh
-from raydet.config import DEFAULT_MAX_PIXELS, AugmentationSpec, TrainConfig
+from raydet.config import DEFAULT_MAX_PIXELS, AugmentationSpec, ResolvedTrainConfig
 from raydet.images.decode import DecodeError, decode, upright_size_hw
 from raydet.images.references import image_bytes
 from raydet.models.geometry import Image, ResizeRule, SizeHW, resized_planes
@@ -72,7 +72,7 @@ class View:
 
     @classmethod
     def of_training(
-        cls, config: TrainConfig, resize_rule: ResizeRule, step_resize_rules: tuple[ResizeRule, ...]
+        cls, config: ResolvedTrainConfig, resize_rule: ResizeRule, step_resize_rules: tuple[ResizeRule, ...]
     ) -> Self:
         """Build the view of a training run.
 

@@ -14,12 +14,15 @@ class Command:
         name: Name as typed, such as `prepare coco`.
         summary: One line for the list of commands.
         example: Options of a working command line, which may use the results of `raydet demo` in `runs/demo`.
+        printed_by: Function in its module that formats the config for `--print-config`, if options depend on data or
+            model; by default the config is printed as given.
     """
 
     name: str
     module: str
     summary: str
     example: str
+    printed_by: str = ""
 
     @property
     def function(self) -> str:
@@ -94,6 +97,7 @@ _COMMANDS = (
         "raydet.training.train",
         "fine-tune a detector, or train a small one from scratch",
         "--train-data runs/demo/data/train --val-data runs/demo/data/val --out runs/train --image-size 128 --epochs 3",
+        printed_by="resolved_yaml",
     ),
     Command(
         "tune",

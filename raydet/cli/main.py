@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a failure, 2 a mistake in the input, 130 or 143 stopped
 """
 
 import difflib
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -11,12 +12,13 @@ from pathlib import PurePath
 from typing import Any
 
 import raydet
-from raydet.cli.commands import COMMANDS
+from raydet.cli.commands import COMMANDS, Command
 from raydet.cli.failures import lines_of
 from raydet.cli.reachable import check_reachable
 from raydet.common.console import Console, write_out
 from raydet.common.errors import UserError
 from raydet.common.signals import INTERRUPTED, ending_on_second_ctrl_c, ending_on_sigterm
+from raydet.config import to_yaml
 from raydet.config.options import load
 
 _HELP = ("-h", "--help", "help")
@@ -73,7 +75,13 @@ def _run(arguments: list[str]) -> int:
     command = COMMANDS.get(name)
     if command is None:
         raise UserError(f"unknown command `{name}`; {_suggestion(name)}")
-    config: Any = load(command.config, arguments, program=f"raydet {name}", example=command.example)
+    config: Any = load(
+        command.config,
+        arguments,
+        program=f"raydet {name}",
+        example=command.example,
+        to_text=_printer(command),
+    )
     check_reachable(config)
     call, console = getattr(raydet, command.function), Console()
     shows_progress = "console" in inspect.signature(call).parameters
@@ -81,6 +89,13 @@ def _run(arguments: list[str]) -> int:
     for line in result.lines():
         console.line(line)
     return int(getattr(result, "exit_code", 0))
+
+
+def _printer(command: Command) -> Callable[[Any], str]:
+    """Return the function that formats a command's config; its module is imported when it is called."""
+    if not command.printed_by:
+        return to_yaml
+    return lambda config: getattr(importlib.import_module(command.module), command.printed_by)(config)
 
 
 def _usage(group: str = "") -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 import yaml
 from ray._private import ray_constants, ray_logging
+from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray._private.state import state
 from ray._raylet import PlacementGroupID
 
@@ -272,6 +273,19 @@ def set_blocks_ahead(context: "DataContext", number: int) -> None:
     Private. Replacement: the default, which halves the speed of a reader of small images.
     """
     context._max_num_blocks_in_streaming_gen_buffer = number
+
+
+def local_gpus() -> int:
+    """Return the number of GPUs that Ray would find on this machine, without starting Ray or importing torch.
+
+    Private. Replacement: a cluster on this machine, whose start takes seconds.
+    """
+    manager = get_accelerator_manager_for_resource("GPU")
+    if manager is None:
+        return 0
+    visible = manager.get_current_process_visible_accelerator_ids()
+    found = int(manager.get_current_node_num_accelerators())
+    return found if visible is None else min(found, len(visible))
 
 
 def actors_on(nodes: Sequence[str]) -> dict[str, Any]:

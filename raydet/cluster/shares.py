@@ -1,15 +1,16 @@
 """Resource shares of a cluster: CPUs and GPUs for each worker of a job, and its decode processes."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 from ray.util.placement_group import remove_placement_group
 
-from raydet.cluster import ray_internals
+from raydet.cluster import ray_internals, session
 from raydet.cluster.ray_internals import NodeType
 from raydet.common.errors import UserError
-from raydet.common.ray_address import starts_cluster
+from raydet.common.ray_address import is_connected, starts_cluster
 from raydet.tables import storage
 
 _MOST_NODES = 1000
@@ -72,6 +73,18 @@ def _cpus_and_gpus(node: Mapping[str, float]) -> tuple[float, float]:
 def may_grow() -> bool:
     """Return True if the cluster may gain nodes; a cluster that the job itself started does not."""
     return not starts_cluster()
+
+
+def gpus_in_reach() -> int:
+    """Return the number of GPUs that a job of this process could use now; at least 1 if the cluster may start some.
+
+    Connects to a named cluster for the moment, if the process is not connected yet.
+    """
+    if starts_cluster() and not is_connected():
+        return ray_internals.local_gpus()
+    with tempfile.TemporaryDirectory() as folder, session.session(folder):
+        live = sum(node.get("GPU", 0.0) for node in resources_of_nodes())
+        return int(live) or int(any(node.get("GPU", 0.0) for node in nodes_of_cluster()))
 
 
 def share_out(*, min_workers: int, max_workers: int, use_gpu: bool | None, cpus_per_worker: float | None) -> Resources:

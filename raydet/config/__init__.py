@@ -30,6 +30,7 @@ from raydet.config.preparing import (
     PrepareVocConfig,
     PrepareYoloConfig,
 )
+from raydet.config.resolved import DECIDED_OPTIONS, ResolvedTrainConfig
 from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig, ResizeOn
 from raydet.config.sharing import (
     ExportCocoConfig,
@@ -55,6 +56,7 @@ from raydet.config.workers import Precision
 
 __all__ = [
     "COCO_METRICS",
+    "DECIDED_OPTIONS",
     "DEFAULT_MAX_PIXELS",
     "Augmentation",
     "AugmentationSpec",
@@ -91,6 +93,7 @@ __all__ = [
     "PushConfig",
     "ReportConfig",
     "ResizeOn",
+    "ResolvedTrainConfig",
     "Schedule",
     "Scheduler",
     "Search",

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args
 
@@ -106,10 +107,10 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_not_negative(config: Any, *names: str) -> None:
-    """Raise UserError for the first of these fields that is below 0."""
+    """Raise UserError for the first of these fields that is below 0; None passes."""
     for name in names:
         value = getattr(config, name)
-        require(value >= 0, f"{flag(name)} must not be negative, got {value}")
+        require(value is None or value >= 0, f"{flag(name)} must not be negative, got {value}")
 
 
 def field_names(config_class: type) -> list[str]:
@@ -145,9 +146,20 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def to_yaml(config: Any) -> str:
-    """Format the resolved config as YAML: every field with its value, passwords and keys masked."""
+def to_yaml(config: Any, *, comments: Mapping[str, str] | None = None) -> str:
+    """Format the resolved config as YAML: every field with its value, passwords and keys masked.
+
+    Args:
+        config: The config.
+        comments: Comments by option, each at the end of the option's first line. Such a value must not be a text that
+            YAML wraps.
+    """
     # Imported late: most callers only build a config.
     import yaml
 
-    return yaml.safe_dump(without_secrets(dataclasses.asdict(config)), sort_keys=False)
+    lines = []
+    for name, value in without_secrets(dataclasses.asdict(config)).items():
+        first, *rest = yaml.safe_dump({name: value}, sort_keys=False).splitlines()
+        note = f"  # {comments[name]}" if comments and name in comments else ""
+        lines += [f"{first}{note}", *rest]
+    return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ class InspectConfig:
     )
     train_config: str | None = option(
         "training config (YAML); the images are shown with its model, image_size, augmentation and seed; by default "
-        "with the defaults of train",
+        "as the recipe of the model decides",
         None,
     )
     augmentation: AugmentationSpec | None = option(

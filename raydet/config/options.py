@@ -5,7 +5,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from raydet.common.console import write_out
@@ -19,7 +19,14 @@ Config = TypeVar("Config")
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
 
 
-def load(config_class: type[Config], arguments: Sequence[str], *, program: str = "raydet", example: str = "") -> Config:
+def load(
+    config_class: type[Config],
+    arguments: Sequence[str],
+    *,
+    program: str = "raydet",
+    example: str = "",
+    to_text: Callable[[Config], str] = to_yaml,
+) -> Config:
     """Make a config from command-line options.
 
     `--config FILE` may appear anywhere among them; options override the file. An option may be written with `-` or
@@ -30,6 +37,7 @@ def load(config_class: type[Config], arguments: Sequence[str], *, program: str =
         arguments: The command line after the command's name.
         program: The command as typed, for help and messages.
         example: Options of a command line that works, for the help.
+        to_text: Formats the config for `--print-config`.
 
     Raises:
         UserError: An option is unknown, invalid or missing, or a file cannot be read.
@@ -44,7 +52,7 @@ def load(config_class: type[Config], arguments: Sequence[str], *, program: str =
         values.update(_read_yaml(config_class, path))
     config = _parse(config_class, values, tokens, program)
     if print_config:
-        write_out(to_yaml(config))
+        write_out(to_text(config))
         raise SystemExit(0)
     return config
 
@@ -177,7 +185,8 @@ def _is_optional_bool(hint: Any) -> bool:
 
 def _list_element(hint: Any) -> Any:
     """Return the element type of a list of words or numbers, or of a union with one; None for any other type."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    members = typing.get_args(hint) if is_union else (hint,)
     element = next((typing.get_args(member)[0] for member in members if typing.get_origin(member) is list), None)
     return element if element in (str, int, float) or typing.get_origin(element) is Literal else None
 

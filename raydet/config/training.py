@@ -1,4 +1,7 @@
-"""`train`, and `demo`, which runs the complete pipeline."""
+"""`train`, and `demo`, which runs the complete pipeline.
+
+Options of `train` that default to None and say so are decided by the recipe of the model, see `raydet.models.recipes`.
+"""
 
 from typing import Any, Literal
 
@@ -8,6 +11,7 @@ from raydet.config.workers import Precision, WorkersConfig
 Augmentation = Literal["none", "flip", "light", "detr", "rfdetr", "rtdetr", "dfine", "strong"]
 AugmentationSpec = Augmentation | list[dict[str, Any]]
 """A named preset, or an albumentations pipeline: a list of `Name: {argument: value}`."""
+Recipe = Literal["auto", "none"]
 Backbone = Literal["none", "stem", "all"]
 BatchNorm = Literal["as_is", "freeze", "sync"]
 Schedule = Literal[
@@ -39,13 +43,27 @@ class TrainConfig(WorkersConfig):
         "Hub name, local model folder, or named small model that is built from scratch (rt_detr_v2_small, …)",
         "rt_detr_v2_small",
     )
-    epochs: int = option("passes over the training images; may be raised when a run resumes", 50, operational=True)
-    batch_size: int = option("images per optimizer step, over all workers together", 8)
-    learning_rate: float = option("peak learning rate of AdamW", 1e-4)
-    num_workers: int | list[int] = option(
+    recipe: Recipe = option(
+        "auto: options that are not given follow the recipe of the model's authors and the number of images, as "
+        "--print-config shows; none: fixed values, the same for all models",
+        "auto",
+        operational=True,
+    )
+    epochs: int | None = option(
+        "passes over the training images; may be raised when a run resumes; by default the recipe's",
+        None,
+        operational=True,
+    )
+    batch_size: int | None = option(
+        "images per optimizer step, over all workers together; by default the recipe's", None
+    )
+    learning_rate: float | None = option(
+        "peak learning rate of AdamW; by default the recipe's, scaled with the batch", None
+    )
+    num_workers: int | list[int] | Literal["auto"] = option(
         "parallel workers, each with a copy of the model; 1,4 uses between 1 and 4, as many as the cluster has room "
-        "for",
-        1,
+        "for; auto uses all GPUs, or one worker without GPUs",
+        "auto",
         operational=True,
     )
 
@@ -56,7 +74,7 @@ class TrainConfig(WorkersConfig):
     )
     multi_scale: list[int] | None = option(
         "input sides in pixels (the shortest side for models that keep the aspect ratio), one per training step; "
-        "validation uses --image-size",
+        "validation uses --image-size; [] for a single size; by default the recipe's",
         None,
         group="Model",
     )
@@ -66,21 +84,39 @@ class TrainConfig(WorkersConfig):
         None,
         group="Model",
     )
-    freeze_backbone: Backbone = option("part of the backbone that keeps its loaded weights", "none", group="Model")
+    freeze_backbone: Backbone | None = option(
+        "part of the backbone that keeps its loaded weights; by default the recipe's", None, group="Model"
+    )
     unfreeze_epoch: int | None = option(
         "epoch, counted from 1, from which a frozen backbone trains too", None, group="Model"
     )
-    batch_norm: BatchNorm = option(
+    batch_norm: BatchNorm | None = option(
         "as_is: as the model defines it; freeze: keep the loaded statistics; sync: statistics over the images of all "
-        "workers",
-        "as_is",
+        "workers; by default the recipe's",
+        None,
         group="Model",
     )
 
     backbone_learning_rate: float | None = option(
-        "learning rate of the backbone; by default a tenth of --learning-rate", None, group="Optimisation"
+        "learning rate of the backbone; by default the recipe's fraction of --learning-rate",
+        None,
+        group="Optimisation",
     )
-    weight_decay: float = option("weight decay, not applied to biases and norms", 1e-4, group="Optimisation")
+    layer_decay: float | None = option(
+        "factor of the learning rate from each layer of a vision transformer as backbone to the layer below; by "
+        "default the recipe's",
+        None,
+        group="Optimisation",
+    )
+    learning_rate_factors: dict[str, float] | None = option(
+        "factors of the learning rate of parameters outside of the backbone, as {PART_OF_NAME: FACTOR}; by default the "
+        "recipe's",
+        None,
+        group="Optimisation",
+    )
+    weight_decay: float | None = option(
+        "weight decay, not applied to biases and norms; by default the recipe's", None, group="Optimisation"
+    )
     schedule: Schedule = option(
         "learning-rate schedule: any of transformers.get_scheduler, or one_cycle", "cosine", group="Optimisation"
     )
@@ -90,37 +126,53 @@ class TrainConfig(WorkersConfig):
         group="Optimisation",
     )
     schedule_epochs: int | None = option("length of the schedule; by default --epochs", None, group="Optimisation")
-    warmup_steps: int = option("steps of linear warm-up", 0, group="Optimisation")
-    max_grad_norm: float = option("norm to which gradients are clipped", 0.1, group="Optimisation")
-    gradient_accumulation_steps: int = option(
-        "parts into which each worker splits its share of a batch to save memory", 1, group="Optimisation"
+    warmup_steps: int | None = option(
+        "steps of linear warm-up; by default the recipe's, at most a tenth of the run", None, group="Optimisation"
     )
-    precision: Precision = option(
-        "fp32, bf16 autocast, or fp16 autocast with loss scaling", "fp32", group="Optimisation"
+    max_grad_norm: float | None = option(
+        "norm to which gradients are clipped; by default the recipe's", None, group="Optimisation"
     )
-    ema_decay: float = option(
-        "decay of the moving average of the weights, which is then validated and saved as the model; 0 turns it off",
-        0.0,
+    gradient_accumulation_steps: int | None = option(
+        "parts into which each worker splits its share of a batch to save memory; by default the recipe's",
+        None,
         group="Optimisation",
+    )
+    precision: Precision | None = option(
+        "fp32, bf16 autocast, or fp16 autocast with loss scaling; by default bf16 on GPUs and fp32 on CPUs",
+        None,
+        group="Optimisation",
+    )
+    ema_decay: float | None = option(
+        "decay of the moving average of the weights, which is then validated and saved as the model; 0 turns it off; "
+        "by default the recipe's, which depends on the length of the run",
+        None,
+        group="Optimisation",
+    )
+    ema_rise_steps: int | None = option(
+        "time constant in steps of the rise of --ema-decay from 0; by default the recipe's", None, group="Optimisation"
     )
     seed: int = option("seed of the weights, the order of the images and their augmentation", 0, group="Optimisation")
 
-    augmentation: AugmentationSpec = option(
+    augmentation: AugmentationSpec | None = option(
         "none; flip; light (as in the Hugging Face guide); detr, rfdetr (flip, random crop), rtdetr, dfine (colours, "
         "zoom-out, IoU crop, flip), as in the recipes of these families; strong (mosaic, mixup, copied small objects); "
-        "or a list of albumentations transforms as `Name: {argument: value}`",
-        "light",
+        "or a list of albumentations transforms as `Name: {argument: value}`; by default the recipe's",
+        None,
         group="Augmentation",
     )
-    close_mosaic: int = option(
-        "final epochs that train with flips as the only augmentation and without --multi-scale",
-        0,
+    close_mosaic: int | None = option(
+        "final epochs that train with flips as the only augmentation and without --multi-scale; by default the "
+        "recipe's",
+        None,
         group="Augmentation",
     )
     shuffle_window_mb: int = option("megabytes of compressed images that are shuffled together", 256, group="Input")
 
-    validate_every: int = option(
-        "epochs between validations; the last epoch is always validated", 1, group="Validation"
+    validate_every: int | None = option(
+        "epochs between validations; the last epoch is always validated; by default the recipe's, for 25 to 50 "
+        "validations in a long run",
+        None,
+        group="Validation",
     )
     validate_fraction: float = option(
         "fraction of the validation images to use, spread evenly over the table", 1.0, group="Validation"
@@ -136,7 +188,8 @@ class TrainConfig(WorkersConfig):
         value="METRIC",
     )
     early_stopping_patience: int | None = option(
-        "stop after this many validations without an improvement of --metric-for-best-model",
+        "stop after this many validations without an improvement of --metric-for-best-model; 0 never stops; by default "
+        "the recipe's",
         None,
         group="Validation",
         operational=True,
@@ -181,17 +234,22 @@ class TrainConfig(WorkersConfig):
 
     @property
     def min_workers(self) -> int:
-        """Minimum number of workers."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+        """Minimum number of workers; 1 for `auto`."""
+        return self._workers[0]
 
     @property
     def max_workers(self) -> int:
-        """Maximum number of workers."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        """Maximum number of workers; 1 for `auto`."""
+        return self._workers[1]
+
+    @property
+    def _workers(self) -> list[int]:
+        number = 1 if self.num_workers == "auto" else self.num_workers
+        return number if isinstance(number, list) else [number, number]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        workers = [self.num_workers] * 2 if isinstance(self.num_workers, int) else self.num_workers
+        workers = self._workers
         require(
             len(workers) == 2 and 0 < workers[0] <= workers[1],
             f"--num-workers must be a positive number, or a minimum and a maximum such as [1, 4]; "
@@ -200,20 +258,24 @@ class TrainConfig(WorkersConfig):
         require_positive(self, "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate")
         require_positive(self, "backbone_learning_rate", "validate_every", "validate_batch_size", "shuffle_window_mb")
         require_positive(self, "max_grad_norm", "schedule_epochs", "keep_states", "save_every_steps")
-        require_positive(self, "early_stopping_patience")
+        require_positive(self, "ema_rise_steps", "layer_decay")
         require_not_negative(self, "weight_decay", "warmup_steps", "close_mosaic", "max_failures", "seed", "log_images")
-        require(0 <= self.ema_decay < 1, f"--ema-decay must be at least 0 and below 1, got {self.ema_decay}")
+        require_not_negative(self, "early_stopping_patience")
+        require(0 <= (self.ema_decay or 0) < 1, f"--ema-decay must be at least 0 and below 1, got {self.ema_decay}")
+        require((self.layer_decay or 1) <= 1, f"--layer-decay must be at most 1, got {self.layer_decay}")
+        for part, factor in (self.learning_rate_factors or {}).items():
+            require(factor > 0, f"--learning-rate-factors: the factor of {part} must be above 0, got {factor}")
         require(
             0 < self.validate_fraction <= 1,
             f"--validate-fraction must be above 0 and at most 1, got {self.validate_fraction}",
         )
         require_metric("--metric-for-best-model", self.metric_for_best_model)
         require(
-            self.unfreeze_epoch is None or (self.unfreeze_epoch > 1 and self.freeze_backbone != "none"),
+            self.unfreeze_epoch is None or (self.unfreeze_epoch > 1 and self.freeze_backbone in ("stem", "all")),
             f"--unfreeze-epoch needs --freeze-backbone stem or all, and must be at least 2; got {self.unfreeze_epoch} "
-            f"with --freeze-backbone {self.freeze_backbone}",
+            f"with --freeze-backbone {self.freeze_backbone or 'none'}",
         )
-        pipeline = [] if isinstance(self.augmentation, str) else self.augmentation
+        pipeline = self.augmentation if isinstance(self.augmentation, list) else []
         for item in pipeline:
             require(
                 len(item) == 1 and all(isinstance(value, dict | None) for value in item.values()),
@@ -221,14 +283,14 @@ class TrainConfig(WorkersConfig):
             )
         sizes = self.multi_scale
         require(
-            sizes is None or (len(sizes) > 0 and all(size >= 32 for size in sizes)),
+            all(size >= 32 for size in sizes or ()),
             f"--multi-scale must be sides in pixels of at least 32, got {sizes}",
         )
         require(
             self.image_size is None or self.image_size >= 32, f"--image-size must be at least 32, got {self.image_size}"
         )
         require(
-            self.batch_size >= self.max_workers,
+            self.batch_size is None or self.batch_size >= self.max_workers,
             f"--batch-size counts the images of all workers together: {self.batch_size} images cannot keep "
             f"{self.max_workers} workers busy; raise --batch-size or lower --num-workers",
         )

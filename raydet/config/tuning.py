@@ -20,9 +20,11 @@ class TuneConfig:
         "training config to vary: a config file of train, or its options as a mapping; the mapping's key `config` may "
         "name a file that the other keys override"
     )
-    space: dict[str, Any] = option(
+    space: dict[str, Any] | None = option(
         "search space: options of train, with dots for nested ones (schedule_options.num_cycles), each with "
-        "{uniform: [low, high]}, {loguniform: [low, high]}, {randint: [low, high]} (high excluded) or {choice: [...]}"
+        "{uniform: [low, high]}, {loguniform: [low, high]}, {randint: [low, high]} (high excluded) or {choice: [...]}; "
+        "by default learning rates, weight decay and augmentation around those of the recipe",
+        None,
     )
     train_data: str | None = option("images table to train on; by default that of --train-config", None)
     val_data: str | None = option("images table for validation; by default that of --train-config", None)
@@ -69,6 +71,6 @@ class TuneConfig:
         if self.metric is not None:
             require_metric("--metric", self.metric)
         require(
-            len(self.space) > 0,
+            self.space is None or len(self.space) > 0,
             "--space is empty: name the options to vary, such as `learning_rate: {loguniform: [1e-4, 1e-2]}`",
         )

@@ -16,6 +16,7 @@ from raydet.inspection.picks import Picker
 from raydet.inspection.prepared import add_prepared_findings, preparation_of
 from raydet.inspection.rows import stream_rows
 from raydet.inspection.tables import FOLDERS, PAGE_FILE, drifts, write_tables
+from raydet.models.recipes.resolve import resolve
 from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import Table, open_table
 from raydet.training.feeding.ordering import RunPlan
@@ -99,7 +100,7 @@ def inspect(config: InspectConfig) -> Inspection:
 def _inspect_into(
     folder: OutputFolder, own_identity: dict[str, Any], config: InspectConfig, tables: dict[str, Table]
 ) -> Inspection:
-    training = _training(config)
+    training = resolve(_training(config), num_images=tables["data"].num_rows, gpus=lambda: 0).config
     # Imported only now: they import torch, which takes seconds that an invalid option should not cost.
     from raydet.augmentation.transforms import check_augmentation
     from raydet.augmentation.view import View
@@ -108,7 +109,7 @@ def _inspect_into(
     from raydet.models.loading import resize_rules_for
 
     check_augmentation(training.augmentation)
-    rule, step_rules = resize_rules_for(training.model, training.image_size, training.multi_scale or ())
+    rule, step_rules = resize_rules_for(training.model, training.image_size, training.multi_scale)
     findings, counts, picker = Findings(), {}, Picker(config.seed)
     for split, table in tables.items():
         chooser = picker if split == "data" and config.num_images else None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from raydet.common.version import __version__
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 from raydet.inspection.counting import GRID, QUANTITIES, Counts, Quantity
 from raydet.inspection.findings import MEANINGS, Findings
 from raydet.inspection.galleries import ClassGallery, hex_colours
@@ -28,7 +28,7 @@ def render(
     counts: Mapping[str, Counts],
     findings: Findings,
     galleries: Sequence[ClassGallery],
-    training: TrainConfig,
+    training: ResolvedTrainConfig,
 ) -> str:
     """Render the page; tables and counts are by split."""
     data = tables["data"]

@@ -5,7 +5,8 @@ It lets the driver refuse a wrong path or an unsupported model in one line befor
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ class Checkpoint:
         model_type: Model type, as in the model's config.
         categories: The classes by index, with the ids that they had in the training data; empty if the checkpoint does
             not name them.
+        content: The content of its `config.json`.
     """
 
     name: str
     model_type: str
     categories: tuple[Category, ...]
+    content: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def read_checkpoint(name: str) -> Checkpoint:
@@ -64,7 +67,7 @@ def read_checkpoint(name: str) -> Checkpoint:
     if not isinstance(content.get("model_type"), str):
         raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
     absolute = storage.absolute_uri(name) if is_folder else name
-    return Checkpoint(absolute, content["model_type"], categories_in(content))
+    return Checkpoint(absolute, content["model_type"], categories_in(content), content)
 
 
 def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str:

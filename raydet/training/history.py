@@ -213,8 +213,8 @@ def is_best_so_far(history: Sequence[EpochRecord], metric: str) -> bool:
 
 
 def is_out_of_patience(history: Sequence[EpochRecord], metric: str, patience: int | None) -> bool:
-    """Return True if none of the last `patience` measured epochs is better than all earlier ones."""
-    if patience is None:
+    """Return True if none of the last `patience` measured epochs is better than all earlier ones; never for 0."""
+    if not patience:
         return False
     scores = [score for record in history if (score := record.score(metric)) is not None]
     return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])

@@ -23,7 +23,7 @@ from raydet.cluster.worker_log import log_from_here
 from raydet.common.allocator import keep_freed_memory
 from raydet.common.class_names import indices_in
 from raydet.common.threads import available_cpus
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 from raydet.models.detector import Detector
 from raydet.models.losses.criterion import NotFiniteError
 from raydet.models.processors import step_resize_rules
@@ -52,7 +52,7 @@ _STEPS_BETWEEN_PREEMPTION_CHECKS = 20
 class _TrainingRun:
     """Objects that the parts of the loop share."""
 
-    config: TrainConfig
+    config: ResolvedTrainConfig
     plan: RunPlan
     train_table: Table
     val_table: Table
@@ -93,7 +93,7 @@ def run_worker(job: dict[str, Any], crew: Crew) -> None:
 
 def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     """Build the trainer and restore the newest state, if there is one."""
-    config, tables = TrainConfig(**job["config"]), job["tables"]
+    config, tables = ResolvedTrainConfig(**job["config"]), job["tables"]
     if crew.device.type == "cpu":
         keep_freed_memory()
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
@@ -178,9 +178,9 @@ def _class_maps(run: _TrainingRun) -> dict[Kind, ClassMap]:
     return maps
 
 
-def _view(config: TrainConfig, detector: Detector) -> View:
+def _view(config: ResolvedTrainConfig, detector: Detector) -> View:
     """Make the view of the run; with `multi_scale`, each step draws one of several resize rules."""
-    rules = step_resize_rules(detector.processor, detector.family, config.multi_scale or (), where=config.model)
+    rules = step_resize_rules(detector.processor, detector.family, config.multi_scale, where=config.model)
     return View.of_training(config, detector.resize_rule, rules)
 
 

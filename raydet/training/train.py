@@ -21,9 +21,11 @@ from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.ray_address import announce, is_connected, starts_cluster
 from raydet.common.signals import noting_stop_requests
-from raydet.config import TrainConfig, identity, to_yaml
+from raydet.config import ResolvedTrainConfig, TrainConfig, identity
 from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
-from raydet.models.families import Family, family_of, unfit_size
+from raydet.models.families import family_of, unfit_size
+from raydet.models.recipes.facts import side_multiple_of
+from raydet.models.recipes.resolve import LOW_AP, Begun, Resolved, begun_values, resolve
 from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
 from raydet.tables.layout import MANIFEST_NAME
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from raydet.training.trainer import Trainer
 
 _FOLDERS = (STATES_FOLDER, "checkpoint", "last")
+_SOURCES = "recipe"
+"""Key of the run's record: where each value that a recipe may decide comes from."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class TrainResult:
         history: One record per epoch.
         metric: Metric that selects the best model.
         already_done: True if the run was already finished.
+        advice: Advice for a model from scratch, in case that its AP is low; empty for a pretrained one.
     """
 
     out: str
@@ -56,6 +61,7 @@ class TrainResult:
     history: list[EpochRecord]
     metric: str = "AP"
     already_done: bool = False
+    advice: str = ""
 
     @property
     def best(self) -> EpochRecord:
@@ -70,10 +76,13 @@ class TrainResult:
         values = {name: best.value(name) for name in ("AP", "AP50", "AP75")}
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
         first = ["nothing to do: this run is finished; raise --epochs to train longer"] if self.already_done else []
+        ap = values["AP"]
+        last = [f"AP is low: {self.advice}"] if self.advice and ap is not None and ap < LOW_AP else []
         return [
             *first,
             f"best: {numbers} in epoch {best.epoch} of {len(self.history)}",
             f"checkpoint: {self.checkpoint}",
+            *last,
         ]
 
 
@@ -117,18 +126,25 @@ def train(
 
 def _train_into(
     folder: OutputFolder,
-    config: TrainConfig,
+    given: TrainConfig,
     tables: dict[str, Table],
     console: Console,
     on_epoch: Callable[[EpochRecord], None] | None,
     make_trainer: "Callable[..., Trainer] | None",
 ) -> TrainResult:
     out = folder.uri
+    resolved = _resolve(given, tables, gpus=shares.gpus_in_reach, begun=_begun(folder))
+    config, advice = resolved.config, resolved.advice
     history, classes = _check_run_folder(folder, config, tables["train"])
     checkpoint = folder.uri_of("checkpoint")
     if _is_finished(config, history) and storage.exists(storage.join(checkpoint, "config.json")):
         return TrainResult(
-            out, checkpoint, history[: config.epochs], metric=config.metric_for_best_model, already_done=True
+            out,
+            checkpoint,
+            history[: config.epochs],
+            metric=config.metric_for_best_model,
+            already_done=True,
+            advice=advice,
         )
     _check_recipe(config)
     if not history:
@@ -147,8 +163,12 @@ def _train_into(
             cpus_per_worker=config.cpus_per_worker,
         )
         _check_nodes(config)
-        folder.begin(identity(config), folders=_FOLDERS, plan={"classes": [item.name for item in classes]})
-        folder.write_bytes(to_yaml(config).encode(), "config.yaml")
+        folder.begin(
+            identity(config),
+            folders=_FOLDERS,
+            plan={"classes": [item.name for item in classes], _SOURCES: dict(resolved.sources)},
+        )
+        folder.write_bytes(resolved.to_yaml().encode(), "config.yaml")
         job = JobRecord.of_this_job(num_workers=config.max_workers, resources=resources)
         job.write(storage.join(out, "log"))
         console.line(
@@ -161,6 +181,9 @@ def _train_into(
             console.line(f"no validation image can have these classes, which AP leaves out: {', '.join(unlabelled)}")
         if place := _place_of_newest_state(folder):
             console.line(f"resuming after {place} of {config.epochs}")
+        else:
+            for line in resolved.lines:
+                console.line(line)
         free_workers(out)
         board = open_board()
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
@@ -183,7 +206,7 @@ def _train_into(
                 **progress
             )
         )
-    return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model)
+    return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model, advice=advice)
 
 
 def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[str, Table]:
@@ -200,9 +223,33 @@ def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[s
         UserError: A table, the model, the schedule, the augmentation or a tracker is invalid.
     """
     tables = _check_tables(config, tables)
-    _check_recipe(config)
-    _check_model(config, tables["train"].categories)
+    resolved = _resolve(config, tables, gpus=lambda: 0).config
+    _check_recipe(resolved)
+    _check_model(resolved, tables["train"].categories)
     return tables
+
+
+def resolved_yaml(config: TrainConfig) -> str:
+    """Format the config that a run would have as YAML, with the source of each value that a recipe decides.
+
+    Raises:
+        UserError: A table or the model is invalid.
+    """
+    return _resolve(config, _check_tables(config), gpus=shares.gpus_in_reach).to_yaml()
+
+
+def _resolve(
+    config: TrainConfig, tables: dict[str, Table], *, gpus: Callable[[], int], begun: Begun | None = None
+) -> Resolved:
+    return resolve(config, num_images=tables["train"].num_rows, gpus=gpus, begun=begun)
+
+
+def _begun(folder: OutputFolder) -> Begun:
+    """Return what the recipe decided when the run in a folder began; empty if it has no state to resume from."""
+    record = folder.record() if folder.list_files(STATES_FOLDER) else None
+    if record is None or record.command != "train":
+        return {}
+    return begun_values(record.identity, record.plan.get(_SOURCES, {}))
 
 
 def _reader(
@@ -229,7 +276,7 @@ def _place_of_newest_state(folder: OutputFolder) -> str | None:
     return f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
 
 
-def _is_finished(config: TrainConfig, history: list[EpochRecord]) -> bool:
+def _is_finished(config: ResolvedTrainConfig, history: list[EpochRecord]) -> bool:
     return is_over(
         history,
         epochs=config.epochs,
@@ -309,7 +356,7 @@ def _check_run_folder(
     return read_history(folder.uri), tuple(train_table.categories[index] for index in order)
 
 
-def _check_recipe(config: TrainConfig) -> None:
+def _check_recipe(config: ResolvedTrainConfig) -> None:
     """Check schedule, augmentation and trackers before any worker starts."""
     from raydet.models.optim.schedules import check_schedule
     from raydet.training.tracking.integrations import check_trackers
@@ -322,7 +369,7 @@ def _check_recipe(config: TrainConfig) -> None:
         check_augmentation(config.augmentation)
 
 
-def _check_model(config: TrainConfig, classes: Sequence[Category]) -> None:
+def _check_model(config: ResolvedTrainConfig, classes: Sequence[Category]) -> None:
     """Check the model without importing torch; the workers check the rest."""
     if config.model in SMALL_MODELS:
         model_type, known = SMALL_MODELS[config.model].model_type, []
@@ -331,21 +378,8 @@ def _check_model(config: TrainConfig, classes: Sequence[Category]) -> None:
         model_type, known = checkpoint.model_type, [category.name for category in checkpoint.categories]
     check_mapping(config.class_mapping or {}, [category.name for category in classes], known, where=config.model)
     family = family_of(model_type, where=config.model)
-    multiple = family.side_multiple
-    if family.backbone_side_fields is not None:
-        multiple = _side_multiple(config.model, family)
-    for option, sizes in (("image-size", [config.image_size or multiple]), ("multi-scale", config.multi_scale or [])):
+    multiple = side_multiple_of(config.model, family)
+    for option, sizes in (("image-size", [config.image_size or multiple]), ("multi-scale", config.multi_scale)):
         for size in sizes:
             if size % multiple:
                 raise unfit_size(option, size, multiple, where=config.model)
-
-
-def _side_multiple(name: str, family: Family) -> int:
-    """Return the multiple that depends on the model's backbone, from its config alone."""
-    from transformers import AutoConfig  # takes a second to import, for two families only
-
-    from raydet.models.processors import side_multiple
-
-    if name in SMALL_MODELS:
-        return side_multiple(SMALL_MODELS[name].make_config(), family)
-    return side_multiple(AutoConfig.from_pretrained(name, trust_remote_code=False), family)

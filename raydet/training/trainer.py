@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 from raydet.engines.torch_engine import TorchEngine
 from raydet.models.backbone import backbone_parameter_names, freeze_backbone
 from raydet.models.batch_norm import synchronise_batch_norms
@@ -57,7 +57,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: ResolvedTrainConfig,
         categories: Sequence[Category],
         *,
         steps_per_epoch: int,
@@ -103,11 +103,13 @@ class Trainer:
         )
         self.optimizer = build_optimizer(model, config, backbone_parameter_names(model))
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
-        self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
+        self.average: MovingAverage | None = None
+        if config.ema_decay:
+            self.average = MovingAverage(model, config.ema_decay, rise_steps=config.ema_rise_steps)
         if self._is_frozen:  # after the optimizer, which must hold every parameter that will be trained later
             freeze_backbone(model, config.freeze_backbone)
         if config.compile:
-            self.detector.compile(num_sizes=len(config.multi_scale or ()) + 1)
+            self.detector.compile(num_sizes=len(config.multi_scale) + 1)
         self._copy = DeviceCopy(device)
         # A separate CPU group, whose sums run concurrently with the collectives of a step.
         self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from raydet.common.errors import UserError
-from raydet.config import TrainConfig, TuneConfig
+from raydet.config import ResolvedTrainConfig, TrainConfig, TuneConfig
 from raydet.tuning import records
 from raydet.tuning.records import Trial
 from raydet.tuning.search import OptunaProposer, RandomProposer
@@ -18,6 +18,7 @@ class TuningPlan:
     Attributes:
         config: Options of the search.
         base: The training config that the search varies.
+        resolved: The same with every option decided, as in the first trial.
         dimensions: The options that vary.
         points: Parameters to try before the search draws its own.
         metric: Name of the metric to optimise.
@@ -27,6 +28,7 @@ class TuningPlan:
 
     config: TuneConfig
     base: TrainConfig
+    resolved: ResolvedTrainConfig
     dimensions: tuple[Dimension, ...]
     points: tuple[Parameters, ...]
     metric: str
@@ -36,7 +38,7 @@ class TuningPlan:
     def values(self, parameters: Parameters) -> Parameters:
         """Return the value of each dimension in a trial."""
         return {
-            dimension.name: parameters.get(dimension.name, value_in(self.base, dimension.name))
+            dimension.name: parameters.get(dimension.name, value_in(self.resolved, dimension.name))
             for dimension in self.dimensions
         }
 

@@ -46,21 +46,26 @@ class _Reporter:
     """Reporter of epochs to Tune, starting with those of an earlier run, so that the scheduler sees the full trial."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self._config, self._history = config, read_history(config.out)
+        assert config.epochs is not None, "the plan of a search sets them"
+        self._epochs, self._metric, self._history = (
+            config.epochs,
+            config.metric_for_best_model,
+            read_history(config.out),
+        )
         self._score: float | None = None
-        for epoch, score in best_so_far(self._history, config.metric_for_best_model).items():
+        for epoch, score in best_so_far(self._history, self._metric).items():
             self._report(epoch, score)
 
     def add(self, record: EpochRecord) -> None:
         """Add an epoch that has just ended."""
         self._history.append(record)
-        scores = best_so_far(self._history, self._config.metric_for_best_model)
+        scores = best_so_far(self._history, self._metric)
         if record.epoch in scores:
             self._report(record.epoch, scores[record.epoch])
 
     def _report(self, epoch: int, score: float) -> None:
         self._score = score
-        if epoch < self._config.epochs:  # after the last epoch there is nothing to stop
+        if epoch < self._epochs:  # after the last epoch there is nothing to stop
             tune.report({EPOCH: epoch, SCORE: score})
 
     def end(self, outcome: str, error: str | None = None) -> None:

@@ -9,14 +9,16 @@ model).
 import dataclasses
 from typing import Any
 
-from raydet.cluster import session
+from raydet.cluster import session, shares
 from raydet.common.console import Console, counted
 from raydet.common.errors import RunError, UserError
 from raydet.common.ray_address import announce
 from raydet.config import TrainConfig, TuneConfig, identity, to_yaml
 from raydet.config.options import build
+from raydet.models.recipes.resolve import default_space, resolve
 from raydet.tables import storage
 from raydet.tables.output_folder import open_folder
+from raydet.tables.table import open_table
 from raydet.training.train import check
 from raydet.tuning import records
 from raydet.tuning.execution import run_trials
@@ -58,7 +60,7 @@ def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
         _check_trainings(plan)
         if folder.admit(_identity(plan), folders=_FOLDERS) is None:
             folder.begin(_identity(plan), folders=_FOLDERS)
-        folder.write_bytes(to_yaml(config).encode(), "config.yaml")
+        folder.write_bytes(to_yaml(plan.config).encode(), "config.yaml")
         search = Search(plan, records.load(plan.out))
         num_to_do = search.num_to_do
         is_over = _run(search, console) if num_to_do else True
@@ -91,26 +93,30 @@ def _announcement(search: Search, share: Share) -> str:
 
 
 def make_plan(config: TuneConfig) -> TuningPlan:
-    """Build the plan of a search from its config alone.
+    """Build the plan of a search. Reads the number of images and the model, unless all options are given.
 
     Raises:
-        UserError: The space or the training config is invalid.
+        UserError: The space, the training config, the training table or the model is invalid.
     """
     out = storage.absolute_uri(config.out)
     base = _base(config, out)
-    dimensions = tuple(typed(base, dimension) for dimension in parse_space(config.space))
+    num_images = 0 if base.recipe == "none" else open_table(base.train_data, "images").num_rows
+    resolved = resolve(base, num_images=num_images, gpus=shares.gpus_in_reach).config
+    space = default_space(resolved) if config.space is None else config.space
+    dimensions = tuple(typed(base, dimension) for dimension in parse_space(space))
     points = tuple(
         _typed_point(base, point, dimensions, number) for number, point in enumerate(config.points_to_evaluate)
     )
     epochs = next((dimension.values for dimension in dimensions if dimension.name == "epochs"), ())
     return TuningPlan(
-        config=config,
-        base=base,
+        config=dataclasses.replace(config, space=space),
+        base=dataclasses.replace(base, epochs=resolved.epochs),
+        resolved=resolved,
         dimensions=dimensions,
         points=points,
         metric=base.metric_for_best_model,
         out=out,
-        max_epochs=max([base.epochs, *epochs, *(point.get("epochs", 1) for point in points)]),
+        max_epochs=max([resolved.epochs, *epochs, *(point.get("epochs", 1) for point in points)]),
     )
 
 
@@ -127,6 +133,7 @@ def _base(config: TuneConfig, out: str) -> TrainConfig:
         train_data=storage.absolute_uri(base.train_data),
         val_data=storage.absolute_uri(base.val_data),
         model=storage.absolute_uri(base.model) if storage.exists(base.model) else base.model,
+        num_workers=1 if base.num_workers == "auto" else base.num_workers,  # GPUs serve trials rather than workers
     )
 
 
@@ -162,7 +169,7 @@ def _identity(plan: TuningPlan) -> dict[str, Any]:
     config = identity(plan.config)
     for name in ("train_config", "train_data", "val_data", "metric"):
         del config[name]  # they are part of the training config
-    base = identity(plan.base) | {name: getattr(plan.base, name) for name in _FIXED_BETWEEN_TRIALS}
+    base = identity(plan.resolved) | {name: getattr(plan.resolved, name) for name in _FIXED_BETWEEN_TRIALS}
     return config | {f"train.{name}": value for name, value in base.items()}
 
 

@@ -92,7 +92,7 @@ from raydet import PredictConfig, TrainConfig, predict, train
 from raydet.common.errors import UserError
 
 train_data, val_data, out = sys.argv[1:]
-model = {"model": "rt_detr_v2_tiny", "image_size": 64, "batch_size": 8, "epochs": 1, "log_images": 0}
+model = {"recipe": "none", "model": "rt_detr_v2_tiny", "image_size": 64, "batch_size": 8, "epochs": 1, "log_images": 0}
 trained = {"train_data": train_data, "val_data": val_data, **model}
 signal.signal(signal.SIGINT, lambda *_: None)  # the caller's own handler, as in a notebook
 logging.getLogger("ray.train").addHandler(logging.StreamHandler())

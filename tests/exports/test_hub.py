@@ -26,7 +26,7 @@ from huggingface_hub.utils import sha
 import raydet
 from raydet.cli.main import main
 from raydet.common.errors import UserError
-from raydet.config import EvaluateConfig, PushConfig, TrainConfig, to_yaml
+from raydet.config import EvaluateConfig, PushConfig, ResolvedTrainConfig, to_yaml
 from raydet.models.loading import build_detector, load_detector
 from raydet.tables.schema import Category
 
@@ -250,7 +250,7 @@ def run(model: Path, tmp_path: Path) -> Path:
     """A run folder with that model as its checkpoint, trained on tables in a private home folder and bucket."""
     folder = tmp_path / "run"
     shutil.copytree(model, folder / "checkpoint")
-    config = TrainConfig(
+    config = ResolvedTrainConfig(
         train_data="/home/alice/private/parking-train",
         val_data="s3://AKIAKEY:s3cret@bucket/parking-val?endpoint_override=inner.example",
         out=str(folder),

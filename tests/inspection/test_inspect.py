@@ -18,7 +18,7 @@ from PIL import Image
 from raydet.augmentation.view import View
 from raydet.cli.main import main
 from raydet.common.errors import UserError
-from raydet.config import InspectConfig, TrainConfig
+from raydet.config import InspectConfig, ResolvedTrainConfig
 from raydet.inspection import rows
 from raydet.inspection.counting import QUANTITIES, Counts, distance
 from raydet.inspection.findings import Findings, add_row_findings, duplicates, same_places
@@ -299,7 +299,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Table:
 @pytest.mark.parametrize("sizes", [(), (64, 96, 128)], ids=["one size", "multi_scale"])
 @pytest.mark.parametrize("spec", ["none", "flip", "light", "detr", "strong"])
 def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: Any, sizes: tuple[int, ...]) -> None:
-    config = TrainConfig(
+    config = ResolvedTrainConfig(
         train_data=photographs.uri, val_data=photographs.uri, out="-", model="rt_detr_v2_tiny",
         augmentation=spec, batch_size=4, epochs=2, close_mosaic=1, seed=5, shuffle_window_mb=1,
     )  # fmt: skip

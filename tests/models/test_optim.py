@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -14,10 +14,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from raydet.common.errors import UserError
-from raydet.config import Schedule, TrainConfig
+from raydet.config import ResolvedTrainConfig, Schedule
+from raydet.models.backbone import backbone_parameter_names
+from raydet.models.loading import build_detector
 from raydet.models.optim.moving_average import MovingAverage
 from raydet.models.optim.optimizer import build_optimizer, parameter_groups
 from raydet.models.optim.schedules import after_validation, build_schedule, check_schedule
+from raydet.tables.schema import Category
 
 EPOCHS, STEPS_PER_EPOCH, WARMUP = 4, 10, 8
 NUM_STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -76,7 +79,7 @@ class _Small(nn.Module):
         return result
 
 
-def _config(**changes: Any) -> TrainConfig:
+def _config(**changes: Any) -> ResolvedTrainConfig:
     values: dict[str, Any] = {
         "train_data": "train",
         "val_data": "val",
@@ -85,15 +88,15 @@ def _config(**changes: Any) -> TrainConfig:
         "learning_rate": RATES["head"],
         "backbone_learning_rate": RATES["backbone"],
     }
-    return TrainConfig(**{**values, **changes})
+    return ResolvedTrainConfig(**{**values, **changes})
 
 
-def _schedule_config(name: str, **changes: Any) -> TrainConfig:
+def _schedule_config(name: str, **changes: Any) -> ResolvedTrainConfig:
     warmup = 0 if name in ("constant", "one_cycle") else WARMUP
     return _config(schedule=name, schedule_options=OPTIONS.get(name), warmup_steps=warmup, **changes)
 
 
-def _start(config: TrainConfig) -> tuple[_Small, torch.optim.Optimizer, LRScheduler]:
+def _start(config: ResolvedTrainConfig) -> tuple[_Small, torch.optim.Optimizer, LRScheduler]:
     torch.manual_seed(0)
     model = _Small()
     optimizer = build_optimizer(model, config, {"backbone.weight", "backbone.bias"})
@@ -260,6 +263,30 @@ def test_groups_hold_every_trainable_parameter_once_with_its_rate_and_decay() ->
     }
     tenth: list[Any] = parameter_groups(model, _config(backbone_learning_rate=None), {"backbone.weight"})
     assert [group["lr"] for group in tenth if group["name"] == "backbone"] == [pytest.approx(1e-4)]
+
+
+@pytest.mark.parametrize("name", ["rf_detr_tiny", "lw_detr_tiny", "yolos_tiny"])
+def test_layers_of_a_vision_transformer_learn_the_slower_the_deeper_they_lie(name: str) -> None:
+    model = build_detector(name, [Category(1, "a")], image_size=None, seed=0).model
+    config = _config(layer_decay=0.5)
+    groups = parameter_groups(model, config, backbone_parameter_names(model))
+    rates = {id(parameter): group["lr"] for group in groups for parameter in cast(list[nn.Parameter], group["params"])}
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for part, depth in (("patch_embed", 4), ("embeddings.projection", 4), (".layer.0.", 3), (".layer.2.", 1)):
+        chosen = [rate for name, rate in found.items() if part in name and not name.startswith("model.decoder")]
+        assert all(rate == pytest.approx(RATES["backbone"] / 2**depth) for rate in chosen), part
+    assert all(rate == RATES["head"] for name, rate in found.items() if name.startswith(("model.decoder", "class")))
+
+
+def test_factors_apply_to_parts_of_names_and_layer_decay_needs_a_transformer() -> None:
+    model = build_detector("deformable_detr_tiny", [Category(1, "a")], image_size=None, seed=0).model
+    names = backbone_parameter_names(model)
+    groups = parameter_groups(model, _config(learning_rate_factors={"sampling_offsets": 0.1}), names)
+    slow = [cast(list[nn.Parameter], group["params"]) for group in groups if "x0.1" in cast(str, group["name"])]
+    offsets = [parameter for name, parameter in model.named_parameters() if "sampling_offsets" in name]
+    assert {id(parameter) for part in slow for parameter in part} == set(map(id, offsets)) and offsets
+    with pytest.raises(UserError, match="--layer-decay"):
+        parameter_groups(model, _config(layer_decay=0.5), names)
 
 
 def test_the_optimizer_steps_as_adamw_is_defined() -> None:

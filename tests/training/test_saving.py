@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.models.collate import collate
 from raydet.tables.schema import Category
@@ -24,8 +24,8 @@ from tests.drivers import wait_until
 from tests.random_examples import random_examples
 
 
-def _config(out: str, **changes: Any) -> TrainConfig:
-    return TrainConfig(train_data="t", val_data="v", out=out, **changes)
+def _config(out: str, **changes: Any) -> ResolvedTrainConfig:
+    return ResolvedTrainConfig(train_data="t", val_data="v", out=out, **changes)
 
 
 def _state(step: int, weights: torch.Tensor) -> TrainingState:

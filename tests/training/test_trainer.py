@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 from raydet.models.collate import Example, collate
 from raydet.tables.schema import Category
 from raydet.training.feeding.batches import ReadyBatch
@@ -32,7 +32,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 def _trainer(**changes: Any) -> Trainer:
     values: dict[str, Any] = {"model": "rt_detr_v2_tiny", "image_size": 64, "epochs": 2, "ema_decay": 0.5}
-    config = TrainConfig(train_data="t", val_data="v", out="o", **{**values, **changes})
+    config = ResolvedTrainConfig(train_data="t", val_data="v", out="o", **{**values, **changes})
     return Trainer(config, CATEGORIES, steps_per_epoch=3, device=torch.device("cpu"), rank=0, world_size=1)
 
 

@@ -14,7 +14,6 @@ from raydet import (
     EvaluateConfig,
     PredictConfig,
     PrepareShapesConfig,
-    TrainConfig,
     evaluate,
     predict,
     prepare_shapes,
@@ -22,7 +21,7 @@ from raydet import (
 )
 from raydet.augmentation.view import View
 from raydet.common.boxes import as_boxes, xywh_to_normalised_cxcywh
-from raydet.config import Precision
+from raydet.config import Precision, ResolvedTrainConfig
 from raydet.models.collate import Example, collate
 from raydet.models.detector import Detections
 from raydet.models.geometry import resize
@@ -49,7 +48,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
+def _config(pictures: Path, out: Path, **changes: Any) -> ResolvedTrainConfig:
     options: dict[str, Any] = {
         "epochs": 1,
         "batch_size": 8,
@@ -59,10 +58,10 @@ def _config(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
         "warmup_steps": 20,
         "ema_decay": 0.9,
     }
-    return TrainConfig(out=str(out), **tiny_training(pictures, **{**options, **changes}))
+    return ResolvedTrainConfig(out=str(out), **tiny_training(pictures, **{**options, **changes}))
 
 
-def _validated(config: TrainConfig) -> dict[int, Detections]:
+def _validated(config: ResolvedTrainConfig) -> dict[int, Detections]:
     """The detections of the validation after the last epoch, by image id."""
     train_table, val_table = open_table(config.train_data, "images"), open_table(config.val_data, "images")
     data = newest_state(config.out)
@@ -99,7 +98,7 @@ def _validated(config: TrainConfig) -> dict[int, Detections]:
     return found
 
 
-def _predicted(config: TrainConfig, out: Path, **options: Any) -> tuple[dict[int, Detections], float | None]:
+def _predicted(config: ResolvedTrainConfig, out: Path, **options: Any) -> tuple[dict[int, Detections], float | None]:
     """The detections of the run's last checkpoint, by image id, and their AP."""
     values = {"checkpoint": f"{config.out}/last", "data": config.val_data, "threads_per_worker": 1, **options}
     result = predict(PredictConfig(out=str(out), **values))

@@ -37,7 +37,14 @@ def _config(shapes: Path | None, out: Path, **changes: Any) -> TuneConfig:
     data = {"train_data": f"{shapes}/train", "val_data": f"{shapes}/val"}
     values: dict[str, Any] = {
         "out": str(out),
-        "train_config": {**data, "model": "rt_detr_v2_tiny", "image_size": 64, "epochs": 9, "learning_rate": 1e-3},
+        "train_config": {
+            **data,
+            "recipe": "none",
+            "model": "rt_detr_v2_tiny",
+            "image_size": 64,
+            "epochs": 9,
+            "learning_rate": 1e-3,
+        },
         "space": {"learning_rate": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"choice": [4, 8]}},
         "num_trials": 6,
         "search": "random",
@@ -145,12 +152,28 @@ def test_another_search_in_the_folder_is_refused_by_name(shapes: Path, tmp_path:
         tune(other)
 
 
-def test_the_run_file_is_a_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_space_the_search_lies_around_the_recipe(shapes: Path, tmp_path: Path) -> None:
+    train = {"train_data": f"{shapes}/train", "val_data": f"{shapes}/val", "model": "rt_detr_v2_tiny", "image_size": 64}
+    plan = make_plan(TuneConfig(out=str(tmp_path / "out"), train_config=train))
+    recipe = plan.values({})
+    assert recipe["learning_rate"] == plan.resolved.learning_rate == 1e-3
+    assert all(dimension.contains(recipe[dimension.name]) for dimension in plan.dimensions)
+    assert plan.config.space is not None and set(plan.config.space) == set(recipe)
+    assert plan.base.epochs == plan.max_epochs == plan.resolved.epochs and plan.base.learning_rate is None
+
+
+def test_the_run_file_is_a_search(monkeypatch: pytest.MonkeyPatch, shapes: Path, tmp_path: Path) -> None:
     monkeypatch.chdir(PROJECT)
-    words = ["--config", "jobs/configs/tune.yaml", "--train-data", "a", "--val-data", "b", "--out", str(tmp_path)]
+    words = [
+        "--config",
+        "jobs/configs/tune.yaml",
+        f"--train-data={shapes}/train",
+        f"--val-data={shapes}/val",
+        f"--out={tmp_path}",
+    ]
     plan = make_plan(load(TuneConfig, words))
     assert plan.base.epochs == 6 and plan.base.model == "rt_detr_v2_small" and plan.metric == "AP"
-    assert plan.base.train_data == str(PROJECT / "a") and len(plan.dimensions) == 5
+    assert plan.base.train_data == f"{shapes}/train" and len(plan.dimensions) == 5
 
 
 def test_the_default_comes_first_then_the_points_then_the_search(tmp_path: Path) -> None:
@@ -168,7 +191,7 @@ def test_the_default_comes_first_then_the_points_then_the_search(tmp_path: Path)
 
 def test_what_is_wrong_only_together_is_a_failed_trial(tmp_path: Path) -> None:
     space = {"freeze_backbone": {"choice": ["none", "all"]}, "unfreeze_epoch": {"choice": [2, None]}}
-    train = {"train_data": "a", "val_data": "b", "freeze_backbone": "all"}
+    train = {"train_data": "a", "val_data": "b", "recipe": "none", "freeze_backbone": "all"}
     plan = make_plan(_config(tmp_path, tmp_path / "out", train_config=train, space=space, num_trials=3))
     records.save(Trial(number=0, source="default", parameters={}, state="finished"), plan.out)
     parameters = {"freeze_backbone": "none", "unfreeze_epoch": 2}  # each valid alone

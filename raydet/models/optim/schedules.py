@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from raydet.common.errors import UserError
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 
 # torch is imported where it is used, so that the driver can check a schedule without it.
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ _CHOICES = {
 _POSITIVE = {"pct_start", "factor", "div_factor", "final_div_factor", "timescale"}
 _BELOW_ONE = {"pct_start", "factor", "min_lr_rate", "min_lr_ratio", "warmup_lr_rate"}
 _RATES = {"min_lr", "lr_end"}
-_NO_WARMUP = {
+NO_WARMUP = {
     "constant": "constant has no warm-up; use constant_with_warmup",
     "one_cycle": "one_cycle has its own warm-up, set by --schedule-options {pct_start: 0.3}; omit --warmup-steps",
 }
+"""Schedules that have no linear warm-up, and the advice to who asks for one."""
 
 
-def check_schedule(config: TrainConfig) -> None:
+def check_schedule(config: ResolvedTrainConfig) -> None:
     """Check the schedule of a config and its options, without importing torch.
 
     Raises:
@@ -78,11 +79,13 @@ def check_schedule(config: TrainConfig) -> None:
             raise UserError(
                 f"--schedule-options: {key} must be below --learning-rate {config.learning_rate:g}, got {value:g}"
             )
-    if config.warmup_steps and name in _NO_WARMUP:
-        raise UserError(f"--warmup-steps is {config.warmup_steps}, but {_NO_WARMUP[name]}")
+    if config.warmup_steps and name in NO_WARMUP:
+        raise UserError(f"--warmup-steps is {config.warmup_steps}, but {NO_WARMUP[name]}")
 
 
-def build_schedule(optimizer: "torch.optim.Optimizer", config: TrainConfig, steps_per_epoch: int) -> "LRScheduler":
+def build_schedule(
+    optimizer: "torch.optim.Optimizer", config: ResolvedTrainConfig, steps_per_epoch: int
+) -> "LRScheduler":
     """Make the learning-rate schedule of a run.
 
     Call its `step` after each optimizer step, and `after_validation` after each validation. All schedules but two are
@@ -130,7 +133,7 @@ def after_validation(schedule: "LRScheduler", metric: float | None) -> None:
 
 
 def _factors_of_transformers(
-    optimizer: "torch.optim.Optimizer", config: TrainConfig, options: dict[str, Any], num_steps: int
+    optimizer: "torch.optim.Optimizer", config: ResolvedTrainConfig, options: dict[str, Any], num_steps: int
 ) -> list[Callable[[int], float]]:
     """Return, per group, the factor of transformers' schedule as a function of the number of steps."""
     import torch

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from raydet.config import TrainConfig
+    from raydet.config import ResolvedTrainConfig
     from raydet.tables.table import Table
 
 Rows = npt.NDArray[np.int64]
@@ -103,7 +103,7 @@ class RunPlan:
     validate_fraction: float = 1.0
 
     @classmethod
-    def of_training(cls, config: "TrainConfig", train: "Table", *, num_val: int) -> "RunPlan":
+    def of_training(cls, config: "ResolvedTrainConfig", train: "Table", *, num_val: int) -> "RunPlan":
         """Plan a training run.
 
         Args:
