@@ -16,6 +16,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 
 _INTEGRATION_TESTS = (
+    "tests/benchmarks/",
     "tests/cli/test_output_guard.py",
     "tests/engines/",
     "tests/exports/test_onnx.py",
