@@ -10,24 +10,34 @@ import platform
 from collections.abc import Iterator
 
 # From malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 2**10, 65536
 _LARGEST_INT = 2**31 - 1
 
 
-def keep_freed_memory() -> None:
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
+"""Environment in which all threads of a new process share one heap."""
+
+
+def keep_freed_memory(*, one_heap: bool) -> None:
     """Keep freed memory in this process for its next allocations; without effect unless the C library is glibc.
 
-    Each thread keeps its own heap: if they shared one, the threads of a training step in bf16 would wait for it for a
-    sixth of the time.
+    Only the heap of the main thread is kept. With `one_heap`, threads that start later share it, if none has started
+    yet; otherwise the environment must have `ONE_HEAP`. A model that runs in another thread needs it, but the threads
+    of a training step in bf16 would wait for the heap for a sixth of the time.
     """
+    if one_heap and _is_glibc():
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     _set(_LARGEST_INT, 0)
 
 
 @contextlib.contextmanager
 def keeping_freed_memory() -> Iterator[None]:
-    """Context manager: keep freed memory while the block runs, and return it to the operating system afterwards."""
-    keep_freed_memory()
+    """Context manager: keep freed memory while the block runs, and return it to the operating system afterwards.
+
+    Threads share one heap from then on.
+    """
+    keep_freed_memory(one_heap=True)
     try:
         yield
     finally:

@@ -90,7 +90,8 @@ def _wrong_value(message: str) -> str:
         name, errors, value = union.groups()
         choices = re.findall(r"typing\.Literal\[(.*?)\]", errors)
         kinds = [f"one of {choices[0].replace(chr(39), '')}"] if choices else []
-        kinds += [_TYPES.get(kind, f"a {kind}") for kind in re.findall(r"Expected a <class '(\w+)'>", errors)]
+        named = re.findall(r"Expected a <class '(\w+)'>", errors)
+        kinds += [_TYPES.get(kind, f"a {kind}") for kind in named if kind != "NoneType"]
         return f"{flag(name)} must be {' or '.join(kinds)}; got {value}"
     match = re.match(
         r'(?:Parser key|Problem with) "?(\w+)"?: (?:Expected a|.*?Expected a) (.*?)\. Got value: (.*)', line

@@ -20,7 +20,7 @@ from raydet.cluster.ray_internals import alive_nodes
 from raydet.cluster.shares import Resources, decoders_of, workers_that_fit
 from raydet.cluster.stopwatch import FileStats
 from raydet.cluster.worker_log import log_from_here
-from raydet.common.allocator import keep_freed_memory
+from raydet.common.allocator import ONE_HEAP, keep_freed_memory
 from raydet.common.threads import available_cpus
 from raydet.config import PredictConfig
 from raydet.scoring.chunks import ChunkScorer
@@ -52,7 +52,7 @@ class ScoringActor:
     def __init__(self, work_ref: WorkRef, resources: Resources, num_workers: int) -> None:
         has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         if not has_gpu:
-            keep_freed_memory()
+            keep_freed_memory(one_heap=True)
         work: Work = ray.get(work_ref[0])
         log_from_here(storage.join(work.config.out, LOG_FOLDER))
         require_paths(work)
@@ -139,6 +139,8 @@ class _Scorers:
             num_gpus=1 if self._resources.use_gpu else 0,
             # Each chunk blocks a thread until its file is written.
             max_concurrency=_MOST_CHUNKS,
+            # The model runs in a thread, and Ray has started others before.
+            runtime_env={} if self._resources.use_gpu else {"env_vars": ONE_HEAP},
         )
         actor = actor.remote(self._work_ref, self._resources, self._num_workers)
         self._actors[actor] = None

@@ -95,7 +95,7 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
     """Build the trainer and restore the newest state, if there is one."""
     config, tables = ResolvedTrainConfig(**job["config"]), job["tables"]
     if crew.device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(one_heap=False)
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
     torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // crew.local_world_size))
     plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)

@@ -57,7 +57,7 @@ def test_printed_config_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureF
         ([*REQUIRED, "--num-workers", "few"], ("--num-workers", "few")),
         (
             [*REQUIRED, "--augmentation", "stronk"],
-            ("--augmentation", "none, flip, light, detr, strong"),
+            ("--augmentation", "none, flip, light, detr, rfdetr, rtdetr, dfine, strong or a list; got"),
         ),
         ([*REQUIRED, "--augmentation", "[{A: {}, B: {}}]"], ("--augmentation", "`Name: {argument: value}`")),
         ([*REQUIRED, "--unfreeze-epoch", "3"], ("--unfreeze-epoch", "--freeze-backbone stem or all")),
