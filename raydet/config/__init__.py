@@ -42,6 +42,7 @@ from raydet.config.sharing import (
 )
 from raydet.config.training import (
     COCO_METRICS,
+    OVERRIDABLE,
     Augmentation,
     AugmentationSpec,
     Backbone,
@@ -56,6 +57,7 @@ from raydet.config.workers import Precision
 __all__ = [
     "COCO_METRICS",
     "DEFAULT_MAX_PIXELS",
+    "OVERRIDABLE",
     "Augmentation",
     "AugmentationSpec",
     "Backbone",

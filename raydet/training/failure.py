@@ -10,6 +10,7 @@ from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
 from raydet.config import TrainConfig
 from raydet.tables import storage
+from raydet.training.recovery.skipping import SkippedStep, end_of_run
 
 if TYPE_CHECKING:
     from raydet.training.state import Position
@@ -66,19 +67,14 @@ def failed(error: BaseException, out: str) -> WorkerFailed | None:
     return WorkerFailed(WorkerFailure(f"a worker failed ({type(error).__name__}: {reason})", log=log))
 
 
-def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence[int]) -> WorkerFailed:
-    """Make the failure for a loss that is not finite.
+def too_many_skipped(row: Sequence[SkippedStep], settings: TrainConfig) -> WorkerFailed:
+    """Make the failure for too many skipped steps in a row.
 
     Args:
-        position: Position of the step.
-        terms: Names of the loss terms that are not finite.
-        image_ids: Ids of the images on the ranks concerned.
+        row: The steps.
+        settings: Configuration that held for them.
     """
-    return _failed(
-        f"the loss is not finite at step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}; "
-        f"images {', '.join(map(str, image_ids))}; check these images, lower --learning-rate or --max-grad-norm, or "
-        "use --precision fp32 or bf16"
-    )
+    return _failed(end_of_run(row, settings))
 
 
 def out_of_memory(
