@@ -198,6 +198,7 @@ def _raydet(table_uri: str, name: str, num_images: int, *, world_size: int) -> f
     from raydet.tables.table import open_table
     from raydet.training.feeding.ordering import RunPlan
     from raydet.training.feeding.stream import read_stream, run_stream
+    from raydet.training.feeding.views import Views
 
     table = open_table(table_uri, "images")
     plan = RunPlan(
@@ -215,7 +216,7 @@ def _raydet(table_uri: str, name: str, num_images: int, *, world_size: int) -> f
         plan,
         train=table,
         val=table,
-        view=view_of(name),
+        views=Views(view_of(name)),
         world_size=world_size,
         ranks=range(world_size),
         start_epoch=0,

@@ -43,6 +43,7 @@ from raydet.config.sharing import (
 )
 from raydet.config.training import (
     COCO_METRICS,
+    OVERRIDABLE,
     Augmentation,
     AugmentationSpec,
     Backbone,
@@ -58,6 +59,7 @@ __all__ = [
     "COCO_METRICS",
     "DECIDED_OPTIONS",
     "DEFAULT_MAX_PIXELS",
+    "OVERRIDABLE",
     "Augmentation",
     "AugmentationSpec",
     "Backbone",

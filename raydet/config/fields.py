@@ -27,6 +27,8 @@ Group = Literal[
 ]
 """Headings of the help, in the order they are printed."""
 
+PAIRS = "NAME=VALUE"
+"""Value of an option that is a mapping, written as pairs on the command line."""
 GROUPS: tuple[Group, ...] = get_args(Group)
 
 

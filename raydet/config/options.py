@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from raydet.common.console import write_out
 from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.documents import DocumentError
-from raydet.config.fields import default_of, field_names, fields_of, flag, is_required, to_yaml
+from raydet.config.fields import PAIRS, default_of, field_names, fields_of, flag, is_required, to_yaml
 from raydet.config.help import help_page
 
 Config = TypeVar("Config")
@@ -30,7 +30,8 @@ def load(
     """Make a config from command-line options.
 
     `--config FILE` may appear anywhere among them; options override the file. An option may be written with `-` or
-    `_`. A switch needs no value and takes the prefix `no-`; a list of words or numbers is written `a,b`.
+    `_`. A switch needs no value and takes the prefix `no-`; a list of words or numbers is written `a,b`. An option with
+    the value NAME=VALUE takes several of them and may be repeated.
 
     Args:
         config_class: The command's config.
@@ -140,6 +141,9 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
     switches = {name for name, hint in hints.items() if hint is bool or _is_optional_bool(hint)}
     elements = {name: element for name, hint in hints.items() if (element := _list_element(hint)) is not None}
     mixed = {name for name in elements if int in typing.get_args(hints[name])}  # a number, or a list of them
+    pairs: dict[str, dict[str, Any]] = {
+        item.name: {} for item in fields_of(config_class) if item.metadata["value"] == PAIRS
+    }
     result: list[str] = []
     files: list[str] = []
     print_config = False
@@ -170,6 +174,10 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
             if not rest:
                 raise UserError(f"--{key} needs a value")
             rest.insert(0, f"--{name}={rest.pop(0)}")
+        elif name in pairs and not value.startswith("{") and value != "null":
+            pairs[name] |= _pair(key, value)
+            if rest and not rest[0].startswith("--"):
+                rest.insert(0, f"--{name}={rest.pop(0)}")
         elif name in elements and not value.startswith("[") and value != "null" and ("," in value or name not in mixed):
             words = [word.strip() for word in value.split(",")]
             is_number = elements[name] in (int, float)
@@ -177,7 +185,19 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
             result.append(f"--{name}={written}")
         else:
             result.append(f"--{name}{equals}{value}")
+    result += [f"--{name}={json.dumps(mapping)}" for name, mapping in pairs.items() if mapping]
     return result, files, print_config
+
+
+def _pair(key: str, word: str) -> dict[str, Any]:
+    """Parse `name=value`; a value that is JSON, such as a number, is read as such."""
+    name, equals, value = word.partition("=")
+    if not name or not equals:
+        raise UserError(f"--{key} must be written as {PAIRS}, got {word}")
+    try:
+        return {name.replace("-", "_"): json.loads(value)}
+    except ValueError:
+        return {name.replace("-", "_"): value}
 
 
 def _is_optional_bool(hint: Any) -> bool:

@@ -5,7 +5,7 @@ Options of `train` that default to None and say so are decided by the recipe of 
 
 from typing import Any, Literal
 
-from raydet.config.fields import config, option, require, require_not_negative, require_positive
+from raydet.config.fields import PAIRS, config, option, require, require_not_negative, require_positive
 from raydet.config.workers import Precision, WorkersConfig
 
 Augmentation = Literal["none", "flip", "light", "detr", "rfdetr", "rtdetr", "dfine", "strong"]
@@ -28,6 +28,8 @@ Schedule = Literal[
     "warmup_stable_decay",
     "one_cycle",
 ]
+OVERRIDABLE = ("learning_rate", "backbone_learning_rate", "max_grad_norm", "precision", "augmentation")
+"""Options of `train` that --override can change in mid-run."""
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -150,6 +152,14 @@ class TrainConfig(WorkersConfig):
     )
     ema_rise_steps: int | None = option(
         "time constant in steps of the rise of --ema-decay from 0; by default the recipe's", None, group="Optimisation"
+    )
+    override: dict[str, Any] | None = option(
+        f"changes to a run from its newest state on, of {', '.join(OVERRIDABLE[:-1])} or {OVERRIDABLE[-1]}; a resumed "
+        "run keeps them, with or without this option",
+        None,
+        group="Optimisation",
+        operational=True,
+        value=PAIRS,
     )
     seed: int = option("seed of the weights, the order of the images and their augmentation", 0, group="Optimisation")
 

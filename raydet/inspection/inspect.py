@@ -1,6 +1,6 @@
 """Images table → HTML page with statistics, findings, and the model's view of the images in training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from raydet.models.recipes.resolve import resolve
 from raydet.tables.output_folder import OutputFolder, open_folder
 from raydet.tables.table import Table, open_table
 from raydet.training.feeding.ordering import RunPlan
+from raydet.training.recovery.overrides import given_settings
 
 _MOST_CLASSES_IN_LINES = 20
 
@@ -155,7 +156,8 @@ def _training(config: InspectConfig) -> TrainConfig:
     paths: dict[str, Any] = {"train_data": config.data, "val_data": config.val_data or config.data, "out": config.out}
     if config.train_config is None:
         return TrainConfig(**paths, **given)
-    return load_file(TrainConfig, config.train_config, **paths, **given)
+    training = load_file(TrainConfig, config.train_config, **paths, **given)
+    return replace(training, **(given_settings(training.override) | given))
 
 
 def _count(table: Table, split: str, findings: Findings, model_side_px: int, picker: Picker | None) -> Counts:

@@ -51,6 +51,33 @@ def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
             module.process_group = group
 
 
+class RunningStatistics:
+    """The running means and variances of a model's batch norms, which a skipped step must leave as they were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Refer to the statistics of a model that is on its device."""
+        names = ("running_mean", "running_var")
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        values = [getattr(module, name) for module in norms for name in names]
+        self._values = [value for value in values if value is not None]
+        self._saved: Tensor | None = None
+
+    def save(self) -> None:
+        """Keep a copy of the statistics before a step."""
+        self._saved = self._joined() if self._values else None
+
+    def restore(self, *, unless: Tensor) -> None:
+        """Restore the copy, unless a boolean scalar on the model's device is True; the host does not wait for it."""
+        if self._saved is None:
+            return
+        kept = torch.where(unless, self._joined(), self._saved).split([value.numel() for value in self._values])
+        torch._foreach_copy_(self._values, list(kept))
+        self._saved = None
+
+    def _joined(self) -> Tensor:
+        return torch.cat([value.detach() for value in self._values])
+
+
 def reset_batch_norm_scales(model: nn.Module) -> None:
     """Set the scale of every batch norm to one, for a model that is built from scratch.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raydet.models.batch_norm import RunningStatistics
 from raydet.models.collate import Batch
 from raydet.models.detector import Detector
 from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
@@ -85,7 +86,8 @@ def compute_gradients(
                     local=local_normaliser(detector, batch),
                     world_size=setting.world_size,
                 )
-            scaled = loss.total * weight
+            # A loss that is not finite makes the whole gradient so, on every rank, and none applies it.
+            scaled = loss.total * (weight + 0.0 * loss.total.detach())
             (scaled if setting.scaler is None else setting.scaler.scale(scaled)).backward()
         weighted = torch._foreach_mul([value.float() for value in loss.terms.values()], weight)
         for name, value in zip(loss.terms, weighted, strict=True):
@@ -100,11 +102,13 @@ def apply_gradients(
     max_grad_norm: float,
     scaler: torch.amp.GradScaler | None = None,
     average: MovingAverage | None = None,
+    statistics: RunningStatistics | None = None,
 ) -> Tensor:
     """Clip the gradient, take the optimizer's step, clear the gradient, and return the norm before clipping.
 
-    A gradient that is not finite, which every rank then sees, changes neither the weights nor the moving average. The
-    device decides this, without the host. With a scaler, such a gradient also lowers the scale of the next loss.
+    A gradient that is not finite, which every rank then sees, changes neither the weights, nor the statistics of batch
+    norms, nor the moving average. The device decides this, without the host. With a scaler, such a gradient also lowers
+    the scale of the next loss.
 
     Args:
         module: The model in training.
@@ -112,6 +116,7 @@ def apply_gradients(
         max_grad_norm: Norm to which the gradient is clipped.
         scaler: Scaler of the loss, in fp16.
         average: Moving average to update.
+        statistics: Statistics of the batch norms, saved before the forward pass.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
@@ -124,6 +129,8 @@ def apply_gradients(
     if scaler is not None:
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if statistics is not None:
+        statistics.restore(unless=is_finite)
     if average is not None:
         average.update(where=is_finite)
     return norm

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 from raydet.tables import storage
+from raydet.training.recovery.skipping import SkippedStep, end_of_run
 
 if TYPE_CHECKING:
     from raydet.training.state import Position
@@ -66,23 +67,18 @@ def failed(error: BaseException, out: str) -> WorkerFailed | None:
     return WorkerFailed(WorkerFailure(f"a worker failed ({type(error).__name__}: {reason})", log=log))
 
 
-def not_a_number(position: "Position", terms: Sequence[str], image_ids: Sequence[int]) -> WorkerFailed:
-    """Make the failure for a loss that is not finite.
+def too_many_skipped(row: Sequence[SkippedStep], settings: ResolvedTrainConfig) -> WorkerFailed:
+    """Make the failure for too many skipped steps in a row.
 
     Args:
-        position: Position of the step.
-        terms: Names of the loss terms that are not finite.
-        image_ids: Ids of the images on the ranks concerned.
+        row: The steps.
+        settings: Configuration that held for them.
     """
-    return _failed(
-        f"the loss is not finite at step {position.step + 1} of epoch {position.epoch + 1}: {', '.join(terms)}; "
-        f"images {', '.join(map(str, image_ids))}; check these images, lower --learning-rate or --max-grad-norm, or "
-        "use --precision fp32 or bf16"
-    )
+    return _failed(end_of_run(row, settings))
 
 
 def out_of_memory(
-    position: "Position", config: TrainConfig, *, num_images: int, size_hw: tuple[int, ...]
+    position: "Position", config: ResolvedTrainConfig, *, num_images: int, size_hw: tuple[int, ...]
 ) -> WorkerFailed:
     """Make the failure for a step that needs more memory than there is.
 
@@ -100,7 +96,7 @@ def out_of_memory(
     )
 
 
-def cannot_write(position: "Position", config: TrainConfig, error: OSError) -> WorkerFailed:
+def cannot_write(position: "Position", config: ResolvedTrainConfig, error: OSError) -> WorkerFailed:
     """Make the failure for a checkpoint that could not be written."""
     reason = "the disk is full" if storage.has_code(error, errno.ENOSPC) else str(error)
     return _failed(

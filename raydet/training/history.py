@@ -12,6 +12,8 @@ from raydet.common.errors import UserError
 from raydet.config import COCO_METRICS
 from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
+from raydet.training.recovery.overrides import Override, overrides_from_json, overrides_to_json
+from raydet.training.recovery.skipping import SkippedStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,10 @@ class EpochRecord:
         seconds: Wall-clock time of the training steps.
         step_s: Mean seconds per step, split into `data`, `compute` and `communication`.
         start_s: Seconds until the first images arrived, if workers and stream had just started.
-        num_skipped_steps: Steps that changed nothing, because their gradient was not finite.
+        num_skipped_steps: Steps that changed nothing, because their gradient was not finite; the losses and the
+            gradient norm leave them out, and are NaN if no step remains.
+        skipped: The latest of them.
+        overrides: Settings that changed in this epoch.
         num_unreadable: Training images that could not be read.
         peak_memory_mb: Peak memory of rank 0's process, in MiB.
         peak_device_memory_mb: Peak memory on rank 0's GPU, in MiB; None without a GPU.
@@ -66,6 +71,8 @@ class EpochRecord:
     step_s: Mapping[str, float] = field(default_factory=dict)
     start_s: float = 0.0
     num_skipped_steps: int = 0
+    skipped: tuple[SkippedStep, ...] = ()
+    overrides: tuple[Override, ...] = ()
     num_unreadable: int = 0
     peak_memory_mb: float | None = None
     peak_device_memory_mb: float | None = None
@@ -113,6 +120,10 @@ class EpochRecord:
             "skipped_steps": self.num_skipped_steps,
             "unreadable": self.num_unreadable,
         }
+        if self.skipped:
+            content["skipped"] = [step.to_json() for step in self.skipped]
+        if self.overrides:
+            content["overrides"] = overrides_to_json(self.overrides)
         for name in ("peak_memory_mb", "peak_device_memory_mb"):
             if getattr(self, name) is not None:
                 content[name] = getattr(self, name)
@@ -153,6 +164,8 @@ class EpochRecord:
             epoch=int(content["epoch"]),
             loss=float(content["loss"]),
             num_skipped_steps=int(content.get("skipped_steps") or 0),
+            skipped=tuple(SkippedStep.from_json(step) for step in content.get("skipped") or ()),
+            overrides=overrides_from_json(content.get("overrides") or ()),
             num_unreadable=int(content.get("unreadable") or 0),
             validation=validation,
             **{name: content[name] for name in more if content.get(name) is not None},

@@ -121,10 +121,12 @@ class StepValues:
     Attributes:
         loss: Loss of this rank's images, in units of the global batch.
         gradient_norm: Norm of the global gradient before clipping. If it is not finite, the step changed nothing.
+        loss_scale: Loss scale after the step, in fp16; 0 in other precisions.
     """
 
     loss: float
     gradient_norm: float
+    loss_scale: float
 
     @property
     def is_skipped(self) -> bool:
@@ -149,12 +151,14 @@ class StepOutcome:
         learning_rates: dict[str, float],
         terms: dict[str, Tensor],
         gradient_norm: Tensor,
+        loss_scale: Tensor | None = None,
     ) -> None:
         self.position, self.image_ids = position, image_ids
         self.learning_rates, self.terms = learning_rates, terms
         loss = torch.stack(list(terms.values())).sum()
         # To pinned memory, if the values are on a GPU.
-        self._values = torch.stack([loss, gradient_norm.detach()]).to("cpu", non_blocking=True)
+        scale = torch.zeros_like(loss) if loss_scale is None else loss_scale
+        self._values = torch.stack([loss, gradient_norm.detach(), scale]).to("cpu", non_blocking=True)
         self._event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
     def read(self) -> StepValues:
@@ -163,9 +167,9 @@ class StepOutcome:
             self._event.synchronize()
         return StepValues(*self._values.tolist())
 
-    def bad_terms(self) -> list[str]:
-        """Return the names of the loss terms that are not finite on this rank."""
-        return [name for name, value in self.terms.items() if not torch.isfinite(value)]
+    def read_terms(self) -> dict[str, float]:
+        """Wait for the device and return this rank's part of each loss term."""
+        return {name: float(value) for name, value in self.terms.items()}
 
 
 @dataclass(frozen=True)
@@ -176,13 +180,13 @@ class LateResult:
         outcome: The step on this rank.
         values: Its values on this rank.
         loss: Loss of the global batch.
-        num_bad: Number of ranks whose loss is not finite.
+        is_skipped: True if any rank found that the step changed nothing.
     """
 
     outcome: StepOutcome
     values: StepValues
     loss: float
-    num_bad: int
+    is_skipped: bool
 
 
 class LateResults:
@@ -211,11 +215,11 @@ class LateResults:
         outcome = self._computing.popleft()
         values = outcome.read()
         self._summing = outcome, values
-        return [0.0, values.loss] if np.isfinite(values.loss) else [1.0, 0.0]
+        return [float(values.is_skipped), 0.0 if values.is_skipped else values.loss]
 
     def conclude(self, sums: Sequence[float]) -> LateResult | None:
         """Return the step of the latest `report`, now that the sums are known; None if it reported no step."""
         if self._summing is None:
             return None
         (outcome, values), self._summing = self._summing, None
-        return LateResult(outcome, values, loss=sums[1], num_bad=round(sums[0]))
+        return LateResult(outcome, values, loss=sums[1], is_skipped=sums[0] > 0)

@@ -15,6 +15,7 @@ from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.table import Table
 from raydet.training.failure import WorkerFailed, WorkerFailure, failed
+from raydet.training.recovery.overrides import Override
 
 if TYPE_CHECKING:
     from raydet.training.crew import Crew
@@ -36,6 +37,7 @@ def run_workers(
     config: TrainConfig,
     tables: dict[str, Table],
     categories: Sequence[Category],
+    overrides: Sequence[Override],
     resources: shares.Resources,
     board: Any,
     stop: StopRequest,
@@ -49,6 +51,7 @@ def run_workers(
         config: Configuration of the run, with absolute URIs.
         tables: The tables `train` and `validate`.
         categories: The classes in the order of the model's indices.
+        overrides: Settings that change in mid-run.
         resources: Resources of each worker.
         board: Actor handle of a `raydet.cluster.board.Board`.
         stop: Request to stop; once set, the workers save their state and exit.
@@ -63,6 +66,7 @@ def run_workers(
         "config": dataclasses.asdict(config),
         "tables": tables,
         "categories": tuple(categories),
+        "overrides": tuple(overrides),
         "resources": resources,
         "board": board,
         "make_trainer": make_trainer,

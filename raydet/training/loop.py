@@ -24,21 +24,22 @@ from raydet.common.allocator import keep_freed_memory
 from raydet.common.class_names import indices_in
 from raydet.common.threads import available_cpus
 from raydet.config import ResolvedTrainConfig
-from raydet.models.detector import Detector
-from raydet.models.losses.criterion import NotFiniteError
 from raydet.models.processors import step_resize_rules
 from raydet.tables import storage
 from raydet.tables.table import Table
 from raydet.training.crew import Crew
-from raydet.training.failure import is_out_of_memory, not_a_number, out_of_memory
+from raydet.training.failure import is_out_of_memory, out_of_memory, too_many_skipped
 from raydet.training.feeding.batches import BatchReader, ClassMap
 from raydet.training.feeding.ordering import Kind, RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
+from raydet.training.feeding.views import Views
 from raydet.training.history import EpochRecord, is_over, write_history, write_stopped_epoch
 from raydet.training.in_flight import LateResult, LateResults, StepInputs, StepOutcome
 from raydet.training.meter import epoch_record, merge_states
+from raydet.training.recovery.overrides import Override, settings_at
+from raydet.training.recovery.watch import SkipWatch
 from raydet.training.saving import Saver, Write
-from raydet.training.state import Position, TrainingState, newest_state, parse_state
+from raydet.training.state import Position, TrainingState, discard_states, newest_state, parse_state
 from raydet.training.tracking.trackers import RunTracker, scalars_of
 from raydet.training.trainer import Trainer
 from raydet.training.validation import validate
@@ -61,6 +62,8 @@ class _TrainingRun:
     tracker: RunTracker | None
     results: LateResults
     saver: Saver
+    overrides: tuple[Override, ...]
+    watch: SkipWatch
 
     @property
     def is_over(self) -> bool:
@@ -98,7 +101,9 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
         keep_freed_memory(one_heap=False)
     log_from_here(storage.join(config.out, "log"), rank=crew.rank)
     torch.set_num_threads(config.threads_per_worker or max(1, available_cpus() // crew.local_world_size))
-    plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows)
+    overrides: tuple[Override, ...] = job["overrides"]
+    breaks = tuple(one.start for one in overrides)
+    plan = RunPlan.of_training(config, tables["train"], num_val=tables["validate"].num_rows, breaks=breaks)
     trainer = (job["make_trainer"] or Trainer)(
         config,
         job["categories"],
@@ -107,6 +112,7 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
         rank=crew.rank,
         world_size=crew.world_size,
     )
+    trainer.follow(overrides)
     # Rank 0 reads the state, so that all ranks have the same one and the store is read once.
     data = crew.share_bytes(newest_state(config.out) if crew.rank == 0 else None)
     if data is not None:
@@ -137,6 +143,8 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
         tracker=tracker,
         results=LateResults(),
         saver=Saver(config),
+        overrides=overrides,
+        watch=SkipWatch(crew),
     )
 
 
@@ -151,7 +159,7 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
             run.plan,
             train=run.train_table,
             val=run.val_table,
-            view=_view(run.config, run.trainer.detector),
+            views=_views(run),
             world_size=crew.world_size,
             ranks=ranks,
             start_epoch=run.trainer.position.epoch,
@@ -178,10 +186,16 @@ def _class_maps(run: _TrainingRun) -> dict[Kind, ClassMap]:
     return maps
 
 
-def _view(config: ResolvedTrainConfig, detector: Detector) -> View:
-    """Make the view of the run; with `multi_scale`, each step draws one of several resize rules."""
+def _views(run: _TrainingRun) -> Views:
+    """Make the view of each step; with `multi_scale`, each step draws one of several resize rules."""
+    config, detector = run.config, run.trainer.detector
     rules = step_resize_rules(detector.processor, detector.family, config.multi_scale, where=config.model)
-    return View.of_training(config, detector.resize_rule, rules)
+
+    def view(at: ResolvedTrainConfig) -> View:
+        return View.of_training(at, detector.resize_rule, rules)
+
+    changes = [(one.start, view(settings_at(config, run.overrides, *one.start))) for one in run.overrides]
+    return Views(view(config), tuple(changes))
 
 
 def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
@@ -196,7 +210,9 @@ def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     inputs = _take(run, reader) if trainer.position.step < num_steps else None
     while inputs is not None:
         started = time.perf_counter()
-        if _agree(run, inputs):
+        is_to_stop = _agree(run, inputs)
+        _end_if_stuck(run, inputs)
+        if is_to_stop:
             return _stop(run, inputs)
         if trainer.position.step % _STEPS_BETWEEN_PREEMPTION_CHECKS == 0 and run.crew.notices_preemption():
             _save_state(run, inputs)
@@ -209,8 +225,11 @@ def _train_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
         inputs = _take(run, reader) if step < num_steps else None
         run.saver.check()
         if every and step % every == 0 and step < num_steps:
-            _save_state(run, inputs)
+            _settle(run, inputs)
+            if not run.watch.row:  # else there is a state with the same weights, or they are useless
+                _save_state(run, inputs)
     _settle(run, None)
+    _end_if_stuck(run, None)
     return True
 
 
@@ -265,30 +284,43 @@ def _settle(run: _TrainingRun, inputs: StepInputs | None) -> None:
 
 
 def _conclude(run: _TrainingRun, result: LateResult | None) -> None:
-    """Record a step whose results all ranks know.
-
-    Raises:
-        WorkerFailed: The loss of any rank is not finite; raised on all ranks.
-    """
+    """Record a step whose results all ranks know."""
     if result is None:
         return
-    outcome, values, position = result.outcome, result.values, result.outcome.position
-    if result.num_bad:
-        gathered = run.crew.share(run.crew.gather((outcome.bad_terms(), outcome.image_ids)))
-        names = sorted({name for names, _ in gathered for name in names})
-        images = [image_id for names, ids in gathered if names for image_id in ids]
-        raise not_a_number(position, names, images)
-    meter = run.trainer.meter
-    if values.is_skipped:
-        meter.num_skipped += 1
+    outcome, values, position, meter = result.outcome, result.values, result.outcome.position, run.trainer.meter
+    global_step = position.epoch * run.plan.steps_per_epoch + position.step
+    run.watch.add(result, meter)
+    if result.is_skipped:
+        scalars = {"step/skipped": 1.0}
     else:
         meter.gradient_norm += values.gradient_norm
-    if run.crew.rank == 0:
-        job_metrics.step_finished(position.epoch + 1, result.loss)
-    global_step = position.epoch * run.plan.steps_per_epoch + position.step
-    if run.tracker is not None and global_step % _STEPS_BETWEEN_LOGS == 0:
         scalars = {"step/loss": result.loss, "step/gradient_norm": values.gradient_norm, **outcome.learning_rates}
+        if run.crew.rank == 0:
+            job_metrics.step_finished(position.epoch + 1, result.loss)
+    if run.tracker is not None and (result.is_skipped or global_step % _STEPS_BETWEEN_LOGS == 0):
         run.tracker.scalars(global_step + 1, scalars)
+
+
+def _end_if_stuck(run: _TrainingRun, inputs: StepInputs | None) -> None:
+    """End the run if too many steps in a row were skipped. Collective: every rank must call it.
+
+    In fp16 the weights are probably sound, and the run resumes here. In other precisions they give no finite gradient,
+    so that the run resumes from a state before the first of these steps.
+
+    Raises:
+        WorkerFailed: As described; raised on all ranks.
+    """
+    if not run.watch.is_stuck:
+        return
+    row = list(run.watch.row)
+    if run.trainer.settings.precision == "fp16":
+        _save_state(run, inputs)
+        run.saver.wait()
+    elif run.crew.rank == 0:
+        run.saver.wait()
+        discard_states(run.config.out, since=Position(row[0].epoch - 1, row[0].step - 1))
+    run.crew.share(None)  # the first rank to raise ends the run
+    raise too_many_skipped(row, run.trainer.settings)
 
 
 def _stop(run: _TrainingRun, inputs: StepInputs) -> bool:
@@ -309,8 +341,6 @@ def _stop(run: _TrainingRun, inputs: StepInputs) -> bool:
 def _step(run: _TrainingRun, inputs: StepInputs) -> StepOutcome:
     try:
         return run.trainer.step(inputs)
-    except NotFiniteError as error:
-        raise not_a_number(run.trainer.position, ["box matching"], inputs.image_ids) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -366,6 +396,7 @@ def _record_of_steps(run: _TrainingRun) -> EpochRecord:
             on_device = round(torch.cuda.max_memory_allocated(trainer.device) / 2**20)
         record = replace(
             epoch_record(merge_states(states), epoch=epoch, learning_rate=learning_rate),
+            overrides=tuple(one for one in run.overrides if one.epoch == epoch - 1),
             peak_memory_mb=round(peak),
             peak_device_memory_mb=on_device,
         )
@@ -385,4 +416,6 @@ def _save_state(run: _TrainingRun, inputs: StepInputs | None, *, after: Sequence
     own = run.trainer.state_dict()
     locals_of_ranks = run.crew.gather({"meter": own["meter"], "buffers": own["buffers"]})
     if locals_of_ranks is not None:
-        run.saver.save(TrainingState.of_ranks(own, locals_of_ranks), run.trainer.history, after=after)
+        state = TrainingState.of_ranks(own, locals_of_ranks)
+        # The state before skipped steps may be the only useful one.
+        run.saver.save(state, run.trainer.history, after=after, keeps_all=bool(run.watch.row))

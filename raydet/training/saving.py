@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from raydet.config import TrainConfig
+from raydet.config import ResolvedTrainConfig
 from raydet.models.detector import Detector
 from raydet.tables import storage
 from raydet.training.failure import cannot_write
@@ -22,7 +22,7 @@ class Saver:
     Every method may raise `WorkerFailed`, if this or an earlier checkpoint could not be written.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: ResolvedTrainConfig) -> None:
         self._config, self._memory = config, HostMemory()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write: Future[None] | None = None
@@ -49,7 +49,14 @@ class Saver:
         uris = [storage.join(self._config.out, name) for name in (["checkpoint", "last"] if is_best else ["last"])]
         return [*(partial(storage.publish_folder, folder.name, uri) for uri in uris), folder.cleanup]
 
-    def save(self, state: TrainingState, history: Sequence[EpochRecord], *, after: Sequence[Write] = ()) -> None:
+    def save(
+        self,
+        state: TrainingState,
+        history: Sequence[EpochRecord],
+        *,
+        after: Sequence[Write] = (),
+        keeps_all: bool = False,
+    ) -> None:
         """Copy a state and start writing it. Waits for the previous checkpoint, and for nothing else.
 
         Args:
@@ -57,6 +64,7 @@ class Saver:
             history: Records of the finished epochs.
             after: Writes to perform before the state, from `model`: a run that is killed in between resumes from the
                 earlier state and repeats them.
+            keeps_all: Do not delete older states.
         """
         self.wait()
         self._position = state.position
@@ -64,7 +72,7 @@ class Saver:
         writes: list[Write] = [
             *after,
             self._memory.wait,
-            partial(save_state, out, copy, keep=self._config.keep_states),
+            partial(save_state, out, copy, keep=None if keeps_all else self._config.keep_states),
             partial(write_history, out, list(history)),
         ]
         self._write = self._executor.submit(_call_all, writes)

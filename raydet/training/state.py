@@ -154,8 +154,8 @@ class HostMemory:
         return held.copy_(value.detach(), non_blocking=True)
 
 
-def save_state(out: str, state: TrainingState, *, keep: int) -> None:
-    """Write a state atomically, then delete all but the newest `keep` states.
+def save_state(out: str, state: TrainingState, *, keep: int | None) -> None:
+    """Write a state atomically, then delete all but the newest `keep` states; None keeps all.
 
     Raises:
         OSError: The state cannot be written; the earlier states are intact.
@@ -171,7 +171,7 @@ def save_state(out: str, state: TrainingState, *, keep: int) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     storage.write_bytes(storage.join(out, STATES_FOLDER, state.position.file_name), buffer.getbuffer())
-    for name in saved_states(out)[keep:]:
+    for name in [] if keep is None else saved_states(out)[keep:]:
         storage.delete_file(storage.join(out, STATES_FOLDER, name))
 
 
@@ -179,6 +179,19 @@ def saved_states(out: str) -> list[str]:
     """Return the file names of a run's states, newest first."""
     names = [name for name in storage.list_files(storage.join(out, STATES_FOLDER)) if not name.startswith(".")]
     return sorted((name for name in names if name.endswith(".pt")), reverse=True)
+
+
+def discard_states(out: str, *, since: Position) -> None:
+    """Delete the states from a position on, whose weights have turned out to be useless.
+
+    If no earlier state is left, they stay, except those of the first epoch, which are worth less than a fresh start.
+    """
+    names = saved_states(out)
+    useless = [name for name in names if name >= since.file_name]
+    if useless == names and since.epoch > 0:
+        return
+    for name in useless:
+        storage.delete_file(storage.join(out, STATES_FOLDER, name))
 
 
 def newest_state(out: str) -> bytes | None:

@@ -21,7 +21,7 @@ from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.ray_address import announce, is_connected, starts_cluster
 from raydet.common.signals import noting_stop_requests
-from raydet.config import ResolvedTrainConfig, TrainConfig, identity
+from raydet.config import OVERRIDABLE, ResolvedTrainConfig, TrainConfig, identity
 from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
 from raydet.models.families import family_of, unfit_size
 from raydet.models.recipes.facts import side_multiple_of
@@ -34,6 +34,14 @@ from raydet.tables.schema import Category
 from raydet.tables.table import Table, open_table
 from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, following
+from raydet.training.recovery.overrides import (
+    Override,
+    extended,
+    given_settings,
+    overrides_of,
+    overrides_to_json,
+    with_latest,
+)
 
 if TYPE_CHECKING:
     from raydet.training.trainer import Trainer
@@ -110,6 +118,7 @@ def train(
         RunStopped: SIGINT or SIGTERM was received; everything is saved.
     """
     console = console or Console()
+    changes = given_settings(config.override)
     tables = _check_tables(config)
     out = storage.absolute_uri(config.out)
     # Workers have other working directories, and the identity of a run must not depend on the current directory.
@@ -121,12 +130,13 @@ def train(
         model=storage.absolute_uri(config.model) if storage.exists(config.model) else config.model,
     )
     with open_folder(out, command="train", notify=console.line, wait_s=wait_for_folder_s) as folder:
-        return _train_into(folder, config, tables, console, on_epoch, make_trainer)
+        return _train_into(folder, config, changes, tables, console, on_epoch, make_trainer)
 
 
 def _train_into(
     folder: OutputFolder,
     given: TrainConfig,
+    changes: dict[str, Any],
     tables: dict[str, Table],
     console: Console,
     on_epoch: Callable[[EpochRecord], None] | None,
@@ -135,7 +145,7 @@ def _train_into(
     out = folder.uri
     resolved = _resolve(given, tables, gpus=shares.gpus_in_reach, begun=_begun(folder))
     config, advice = resolved.config, resolved.advice
-    history, classes = _check_run_folder(folder, config, tables["train"])
+    history, classes, overrides = _check_run_folder(folder, config, tables["train"])
     checkpoint = folder.uri_of("checkpoint")
     if _is_finished(config, history) and storage.exists(storage.join(checkpoint, "config.json")):
         return TrainResult(
@@ -146,6 +156,9 @@ def _train_into(
             already_done=True,
             advice=advice,
         )
+    newest = _newest_position(folder)
+    overrides = extended(config, overrides, changes, newest or (0, 0))
+    config = with_latest(config, overrides)
     _check_recipe(config)
     if not history:
         _check_model(config, classes)
@@ -163,12 +176,13 @@ def _train_into(
             cpus_per_worker=config.cpus_per_worker,
         )
         _check_nodes(config)
-        folder.begin(
-            identity(config),
-            folders=_FOLDERS,
-            plan={"classes": [item.name for item in classes], _SOURCES: dict(resolved.sources)},
-        )
-        folder.write_bytes(resolved.to_yaml().encode(), "config.yaml")
+        plan = {
+            "classes": [item.name for item in classes],
+            "overrides": overrides_to_json(overrides),
+            _SOURCES: dict(resolved.sources),
+        }
+        folder.begin(identity(config), folders=_FOLDERS, plan=plan)
+        folder.write_bytes(dataclasses.replace(resolved, config=config).to_yaml().encode(), "config.yaml")
         job = JobRecord.of_this_job(num_workers=config.max_workers, resources=resources)
         job.write(storage.join(out, "log"))
         console.line(
@@ -179,16 +193,19 @@ def _train_into(
             console.line(resources.notice)
         if unlabelled := _classes_without_truth(tables):
             console.line(f"no validation image can have these classes, which AP leaves out: {', '.join(unlabelled)}")
-        if place := _place_of_newest_state(folder):
+        if newest is not None:
+            place = f"step {newest[1]} of epoch {newest[0] + 1}" if newest[1] else f"epoch {newest[0]}"
             console.line(f"resuming after {place} of {config.epochs}")
         else:
             for line in resolved.lines:
                 console.line(line)
+        for override in overrides:
+            console.line(override.line())
         free_workers(out)
         board = open_board()
         with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
             failure = run_workers(
-                config, tables, classes, resources, board, stop, is_alone=is_alone, make_trainer=make_trainer
+                config, tables, classes, overrides, resources, board, stop, is_alone=is_alone, make_trainer=make_trainer
             )
         free_workers(out)
         folder.check()
@@ -222,6 +239,8 @@ def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[s
     Raises:
         UserError: A table, the model, the schedule, the augmentation or a tracker is invalid.
     """
+    if config.override:
+        raise UserError("--override changes a run that has begun; give each option its value instead")
     tables = _check_tables(config, tables)
     resolved = _resolve(config, tables, gpus=lambda: 0).config
     _check_recipe(resolved)
@@ -267,13 +286,13 @@ def _reader(
     return read
 
 
-def _place_of_newest_state(folder: OutputFolder) -> str | None:
-    """Name the newest state's place in the run, by its file: EPOCH-STEP.pt, the next step, both from 0."""
+def _newest_position(folder: OutputFolder) -> tuple[int, int] | None:
+    """Return the next epoch and step, both from 0, of the newest state, by its file: EPOCH-STEP.pt."""
     states = [match for name in folder.list_files(STATES_FOLDER) if (match := re.fullmatch(r"(\d+)-(\d+)\.pt", name))]
     if not states:
         return None
     epoch, step = map(int, states[-1].groups())
-    return f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
+    return epoch, step
 
 
 def _is_finished(config: ResolvedTrainConfig, history: list[EpochRecord]) -> bool:
@@ -334,15 +353,20 @@ def _check_nodes(config: TrainConfig) -> None:
 
 def _check_run_folder(
     folder: OutputFolder, config: TrainConfig, train_table: Table
-) -> tuple[list[EpochRecord], tuple[Category, ...]]:
+) -> tuple[list[EpochRecord], tuple[Category, ...], tuple[Override, ...]]:
     """Check that the folder is new or belongs to this run.
 
     Returns:
-        The run's history, empty if there is none, and its classes in the order of the model's indices: that of the
-        training table when the run began.
+        The run's history, empty if there is none; its classes in the order of the model's indices, that of the training
+        table when the run began; and its overrides so far.
     """
     # A run that stopped before its first state has left nothing worth protecting from other settings.
-    record = folder.admit(identity(config), folders=_FOLDERS, is_disposable=not folder.list_files(STATES_FOLDER))
+    record = folder.admit(
+        identity(config),
+        folders=_FOLDERS,
+        is_disposable=not folder.list_files(STATES_FOLDER),
+        remedy=f"choose another --out, change {', '.join(OVERRIDABLE)} with --override",
+    )
     for name in ("last", "checkpoint"):
         storage.recover_folder(folder.uri_of(name))
     names = [category.name for category in train_table.categories]
@@ -353,7 +377,11 @@ def _check_run_folder(
             f"{', '.join(names)}; choose another --out"
         )
     order = range(len(names)) if begun == names else [names.index(name) for name in begun]
-    return read_history(folder.uri), tuple(train_table.categories[index] for index in order)
+    return (
+        read_history(folder.uri),
+        tuple(train_table.categories[index] for index in order),
+        overrides_of(folder.record(), config),
+    )
 
 
 def _check_recipe(config: ResolvedTrainConfig) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,17 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 from raydet.config import ResolvedTrainConfig
 from raydet.engines.torch_engine import TorchEngine
 from raydet.models.backbone import backbone_parameter_names, freeze_backbone
-from raydet.models.batch_norm import synchronise_batch_norms
+from raydet.models.batch_norm import RunningStatistics, synchronise_batch_norms
 from raydet.models.detector import AUTOCAST_DTYPES
 from raydet.models.loading import build_detector
 from raydet.models.optim.moving_average import MovingAverage
 from raydet.models.optim.optimizer import build_optimizer
-from raydet.models.optim.schedules import after_validation, build_schedule
+from raydet.models.optim.schedules import after_validation, build_schedule, set_peaks
 from raydet.models.step import StepSetting, apply_gradients, compute_gradients, step_normaliser
 from raydet.tables.schema import Category
 from raydet.training.history import EpochRecord
 from raydet.training.in_flight import DeviceCopy, PendingSum, StepInputs, StepOutcome
 from raydet.training.meter import EpochMeter
+from raydet.training.recovery.overrides import Override, changed_rate, settings_at
 from raydet.training.state import Position
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Trainer:
     """One rank's model, optimizer and progress; `state_dict` holds all of it.
 
     Attributes:
-        config: Configuration of the run.
+        config: Configuration with which the run began.
+        settings: Configuration that holds for the next step: overrides may have changed it since.
         rank: Rank of this worker.
         detector: The model in training.
         position: The next step.
@@ -78,7 +80,8 @@ class Trainer:
         Raises:
             UserError: The model cannot be built with this config.
         """
-        self.config, self.rank = config, rank
+        self.config, self.settings, self.rank = config, config, rank
+        self._overrides: tuple[Override, ...] = ()
         self._is_frozen = config.unfreeze_epoch is not None
         self.detector = build_detector(
             config.model,
@@ -103,9 +106,11 @@ class Trainer:
         )
         self.optimizer = build_optimizer(model, config, backbone_parameter_names(model))
         self.schedule = build_schedule(self.optimizer, config, steps_per_epoch)
+        self._peaks = [float(rate) for rate in self.schedule.base_lrs]
         self.average: MovingAverage | None = None
         if config.ema_decay:
             self.average = MovingAverage(model, config.ema_decay, rise_steps=config.ema_rise_steps)
+        self._statistics = RunningStatistics(model)
         if self._is_frozen:  # after the optimizer, which must hold every parameter that will be trained later
             freeze_backbone(model, config.freeze_backbone)
         if config.compile:
@@ -127,6 +132,28 @@ class Trainer:
     def world_size(self) -> int:
         """Number of workers."""
         return self._setting.world_size
+
+    def follow(self, overrides: Sequence[Override]) -> None:
+        """Apply overrides, each from its step on; call it before `load_state_dict`."""
+        self._overrides = tuple(overrides)
+        self._use_settings()
+
+    def _use_settings(self) -> None:
+        """Apply the settings that hold for the next step."""
+        if not self._overrides:
+            return
+        old, position = self.settings, self.position
+        new = self.settings = settings_at(self.config, self._overrides, position.epoch, position.step)
+        if new.precision != old.precision:
+            self._setting = replace(
+                self._setting,
+                autocast_dtype=AUTOCAST_DTYPES[new.precision],
+                scaler=torch.amp.GradScaler(self.device.type) if new.precision == "fp16" else None,
+            )
+        groups = zip(self.optimizer.param_groups, self._peaks, strict=True)
+        peaks = [changed_rate(peak, group["name"], self.config, new) for group, peak in groups]
+        if peaks != self.schedule.base_lrs:
+            set_peaks(self.schedule, peaks)
 
     def begin_epoch(self) -> bool:
         """Put the model into training mode; return True if the backbone is unfrozen in this epoch."""
@@ -175,9 +202,11 @@ class Trainer:
     def step(self, inputs: StepInputs) -> StepOutcome:
         """Take the optimizer step at `position` and advance `position`, without waiting for the device.
 
-        If the gradient is not finite, the step changes neither the weights nor the moving average.
+        If the gradient is not finite, the step changes neither the weights, nor the statistics of batch norms, nor the
+        moving average.
         """
         assert self._module is not None, "an epoch must have begun"
+        self._statistics.save()
         position = self.position
         with self.meter.communicating():
             normaliser = inputs.normaliser
@@ -190,19 +219,23 @@ class Trainer:
             )
         if self.world_size > 1:
             self.meter.communication_s += time.perf_counter() - self._last_bucket.ready_at
-        self.meter.add_losses(result.terms)
         learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         norm = apply_gradients(
             self._module,
             self.optimizer,
-            max_grad_norm=self.config.max_grad_norm,
+            max_grad_norm=self.settings.max_grad_norm,
             scaler=self._setting.scaler,
             average=self.average,
+            statistics=self._statistics,
         )
+        self.meter.add_losses(result.terms, unless_skipped=torch.isfinite(norm))
         self.schedule.step()
         self.meter.num_steps += 1
         self.position = Position(position.epoch, position.step + 1)
-        return StepOutcome(position, inputs.image_ids, learning_rates, result.terms, norm)
+        scale = None if self._setting.scaler is None else self._setting.scaler._scale
+        outcome = StepOutcome(position, inputs.image_ids, learning_rates, result.terms, norm, scale)
+        self._use_settings()
+        return outcome
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -234,13 +267,14 @@ class Trainer:
 
     def engine(self) -> TorchEngine:
         """Wrap the current model in the engine that `predict` uses."""
-        return TorchEngine(self.detector, precision=self.config.precision)
+        return TorchEngine(self.detector, precision=self.settings.precision)
 
     def end_epoch(self, record: EpochRecord) -> None:
         """Add a finished epoch to the history and move `position` to the next epoch."""
         self.history.append(record)
         after_validation(self.schedule, record.score(self.config.metric_for_best_model))
         self.position, self.meter = Position(self.position.epoch + 1, 0), EpochMeter()
+        self._use_settings()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state for resuming. The tensors are not copied."""
@@ -261,10 +295,13 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state from `state_dict` or `TrainingState.of_rank`; a `meter` of None starts from zero."""
         self.position = state["position"]
+        self._use_settings()  # the precision decides whether there is a scaler
         self.history = [EpochRecord.from_json(content) for content in state["history"]]
         self.detector.model.load_state_dict(state["model"])
         for name, part in self._parts().items():
-            part.load_state_dict(state["parts"][name])
+            if name in state["parts"]:  # a state from before an override to fp16 has no scaler
+                part.load_state_dict(state["parts"][name])
+        self._use_settings()  # an override may begin with the next step, and the state has the rates before it
         own = dict(self.detector.model.named_buffers())
         for name, value in state["buffers"].items():
             if not name.startswith("average."):

@@ -92,7 +92,13 @@ def detect(
 ) -> dict[int, Detections]:
     """Detect objects in the readable images of a batch; return the detections by image id."""
     found = engine.start(engine.prepare_resized(batch.examples), observe=observe)()
-    return dict(zip(batch.batch.image_ids, found, strict=True))
+    return dict(zip(batch.batch.image_ids, map(_finite, found), strict=True))
+
+
+def _finite(found: Detections) -> Detections:
+    """Leave out boxes that are not finite, as ruined weights give; the engine leaves out such scores."""
+    kept = np.isfinite(found.boxes_xywh).all(axis=1)
+    return found if kept.all() else Detections(found.boxes_xywh[kept], found.scores[kept], found.categories[kept])
 
 
 def _adding_to(loss: FinalLoss, detector: Detector, batch: ReadyBatch) -> Callable[[EngineBatch, Tensor, Tensor], None]:

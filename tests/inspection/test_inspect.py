@@ -34,6 +34,7 @@ from raydet.training.feeding import stream
 from raydet.training.feeding.batches import ready_batches
 from raydet.training.feeding.chunks import decode_chunk
 from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.views import Views
 from tests.reporting.test_reporting import EVIL, Page
 
 Row = dict[str, Any]
@@ -309,7 +310,7 @@ def test_a_page_shows_what_the_first_epoch_trains_on(photographs: Table, spec: A
     trained: dict[int, Example] = {}
     unreadable: dict[int, str] = {}
     groups = {"train": photographs.row_groups()}
-    source = stream.StreamSource(plan, {"train": photographs}, groups, world_size=2, ranks=(0, 1), view=view)
+    source = stream.StreamSource(plan, {"train": photographs}, groups, world_size=2, ranks=(0, 1), views=Views(view))
     for segment in plan.segments():
         if segment.kind == "train" and segment.epoch == 0:
             for chunk in stream.read_segment(source, segment):

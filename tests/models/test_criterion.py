@@ -14,9 +14,9 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from raydet.models.collate import collate
 from raydet.models.detector import Detector
-from raydet.models.losses.criterion import NotFiniteError
 from raydet.models.losses.final_boxes import FinalLoss, mean_loss
 from raydet.models.losses.global_batch import compute_loss, local_normaliser
+from raydet.models.losses.not_finite import NotFiniteError
 from tests.models.test_loss import TINY, build, examples, make_layers_differ
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,12 +70,34 @@ def test_the_loss_is_computed_in_single_precision_under_autocast(name: str) -> N
     assert {value.dtype for value in loss.terms.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_outputs_that_are_not_finite_give_every_parameter_a_gradient_as_others_do(name: str) -> None:
+    """Check what the other ranks of a step wait for: gradients of the same parameters."""
+    detector = build(name, is_additive=True)
+    batch = collate(examples(COUNTS))
+    local = local_normaliser(detector, batch)
+
+    def with_gradients() -> set[str]:
+        loss = compute_loss(detector, batch, global_normaliser=local, local=local, world_size=1)
+        totals.append(float(loss.total))
+        detector.model.zero_grad(set_to_none=True)
+        loss.total.backward()
+        return {name for name, value in detector.model.named_parameters() if value.grad is not None}
+
+    totals: list[float] = []
+    usual = with_gradients()
+    with torch.no_grad():
+        next(value for value in detector.model.parameters() if value.ndim > 1).fill_(torch.nan)
+    assert with_gradients() == usual
+    assert math.isfinite(totals[0]) and math.isnan(totals[1])
+
+
 def test_values_that_are_not_finite_have_a_type_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = build("detr_tiny")
     head: Any = detector.model.get_submodule("bbox_predictor")
     with torch.no_grad():
         head.layers[-1].bias.fill_(torch.nan)
-    with pytest.raises(NotFiniteError):
+    with torch.no_grad(), pytest.raises(NotFiniteError):
         forward(detector)
     healthy: Any = build("detr_tiny")
 

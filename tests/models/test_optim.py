@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from raydet.common.errors import UserError
 from raydet.config import ResolvedTrainConfig, Schedule
@@ -96,14 +96,14 @@ def _schedule_config(name: str, **changes: Any) -> ResolvedTrainConfig:
     return _config(schedule=name, schedule_options=OPTIONS.get(name), warmup_steps=warmup, **changes)
 
 
-def _start(config: ResolvedTrainConfig) -> tuple[_Small, torch.optim.Optimizer, LRScheduler]:
+def _start(config: ResolvedTrainConfig) -> tuple[_Small, torch.optim.Optimizer, LambdaLR]:
     torch.manual_seed(0)
     model = _Small()
     optimizer = build_optimizer(model, config, {"backbone.weight", "backbone.bias"})
     return model, optimizer, build_schedule(optimizer, config, STEPS_PER_EPOCH)
 
 
-def _take_step(model: _Small, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> dict[str, float]:
+def _take_step(model: _Small, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> dict[str, float]:
     """Take one real step and return the learning rate of each group in it."""
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     model(torch.randn(4, 3)).square().sum().backward()

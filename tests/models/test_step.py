@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from raydet.models.batch_norm import RunningStatistics
 from raydet.models.collate import collate
 from raydet.models.detector import Detector
 from raydet.models.loading import build_detector
@@ -63,16 +64,17 @@ def test_an_infinite_gradient_of_a_finite_loss_changes_nothing(dtype: torch.dtyp
     detector = _detector()
     model, batches = detector.model, [collate(random_examples(3, SIDE))]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    average = MovingAverage(model, 0.9)
+    average, statistics = MovingAverage(model, 0.9), RunningStatistics(model)
 
     def step() -> tuple[float, Tensor]:
+        statistics.save()
         result = compute_gradients(detector, model, batches, _setting(dtype))
-        norm = apply_gradients(model, optimizer, max_grad_norm=0.1, average=average)
+        norm = apply_gradients(model, optimizer, max_grad_norm=0.1, average=average, statistics=statistics)
         return float(torch.stack(list(result.terms.values())).sum()), norm
 
     def weights_and_moments() -> list[Tensor]:
         moments = [value for state in optimizer.state.values() for value in state.values()]
-        return [*model.parameters(), *moments, *average.shadow.values()]
+        return [*model.parameters(), *model.buffers(), *moments, *average.shadow.values()]
 
     step()
     before = [value.detach().clone() for value in weights_and_moments()]

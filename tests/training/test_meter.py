@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from raydet.training.meter import EpochMeter, epoch_record, merge_states
+from raydet.training.recovery.skipping import SkippedStep
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,18 @@ def test_a_meter_survives_json_to_the_last_bit() -> None:
     meter.add_losses({"loss_bbox": torch.tensor(0.3)})
     assert again.to_state() == meter.to_state()
     assert again.unreadable == {3, 7}
+
+
+def test_skipped_steps_count_but_have_no_part_in_the_means() -> None:
+    meter = _meter(1.0, 3.0)
+    for number in range(12):
+        meter.add_losses({"loss_bbox": torch.tensor(torch.nan)}, unless_skipped=torch.tensor(False))
+        meter.num_steps += 1
+        meter.add_skipped(SkippedStep(epoch=1, step=3 + number, images=[7], terms={"loss_bbox": None}))
+    meter = EpochMeter.from_state(json.loads(json.dumps(meter.to_state())), CPU)
+    record = epoch_record(merge_states([meter.to_state()]), epoch=1, learning_rate=1e-3)
+    assert record.losses == {"loss_bbox": 2.0, "loss_giou": 4.0}
+    assert record.num_skipped_steps == 12 and [step.step for step in record.skipped] == list(range(5, 15))
 
 
 def test_workers_losses_add_up_also_when_one_lacks_a_term() -> None:

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from raydet.models.checkpoints import STATES_FOLDER
-from raydet.training.state import Position, TrainingState, newest_state, parse_state, save_state, saved_states
+from raydet.training.state import (
+    Position,
+    TrainingState,
+    discard_states,
+    newest_state,
+    parse_state,
+    save_state,
+    saved_states,
+)
 
 
 def _state(epoch: int, step: int) -> TrainingState:
@@ -40,6 +48,23 @@ def test_the_newest_are_kept_in_order_of_position(tmp_path: Path) -> None:
     for epoch, step in ((0, 9), (0, 10), (1, 0), (10, 0)):
         save_state(str(tmp_path), _state(epoch, step), keep=2)
     assert saved_states(str(tmp_path)) == ["00010-0000000.pt", "00001-0000000.pt"]
+
+
+@pytest.mark.parametrize(
+    ("since", "left"),
+    [
+        (Position(1, 3), ["00001-0000002.pt"]),  # the state before the useless ones
+        (Position(1, 1), ["00002-0000000.pt", "00001-0000003.pt", "00001-0000002.pt"]),  # no other state is there
+        (Position(0, 1), []),  # nothing is lost but the start
+    ],
+)
+def test_useless_states_are_discarded_if_the_run_can_do_without(
+    tmp_path: Path, since: Position, left: list[str]
+) -> None:
+    for epoch, step in ((1, 2), (1, 3), (2, 0)):
+        save_state(str(tmp_path), _state(epoch, step), keep=None)
+    discard_states(str(tmp_path), since=since)
+    assert saved_states(str(tmp_path)) == left
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "scribbled"])

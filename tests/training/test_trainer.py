@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from raydet.tables.schema import Category
 from raydet.training.feeding.batches import ReadyBatch
 from raydet.training.feeding.ordering import MicroBatch
 from raydet.training.history import EpochRecord, ValidationRecord
+from raydet.training.recovery.overrides import Override
 from raydet.training.state import Position, TrainingState
 from raydet.training.trainer import Trainer
 
@@ -86,6 +89,66 @@ def test_a_trainer_resumes_from_its_state_to_the_last_bit(changes: dict[str, Any
     with first.averaged(), second.averaged():
         mine, theirs = (each.detector.model.state_dict() for each in (second, first))
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_step_that_is_skipped_leaves_no_trace_in_the_weights_or_the_means() -> None:
+    trainer = _trainer()
+    trainer.begin_epoch()
+    _step(trainer)
+    before = {name: value.clone() for name, value in trainer.detector.model.state_dict().items()}
+    means = trainer.meter.to_state()["losses"]
+    with _poisoned(trainer):
+        loss, norm = _step(trainer)
+    assert np.isnan([loss, norm]).all() and trainer.position == Position(0, 2)
+    assert trainer.meter.to_state()["losses"] == means
+    after = trainer.detector.model.state_dict()
+    assert [name for name, value in before.items() if not torch.equal(after[name], value)] == [
+        name for name in before if name.endswith("num_batches_tracked")
+    ]
+    assert np.isfinite(_step(trainer)).all()
+
+
+@contextmanager
+def _poisoned(trainer: Trainer) -> Iterator[None]:
+    """While the block runs, the model sees NaN in place of images."""
+
+    def poison(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "pixel_values": kwargs["pixel_values"] * torch.nan}
+
+    hook = trainer.detector.model.register_forward_pre_hook(poison, with_kwargs=True)
+    yield
+    hook.remove()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "reduce_lr_on_plateau"])
+def test_an_override_changes_peaks_clipping_and_precision_from_its_step_on(schedule: str) -> None:
+    changes: dict[str, Any] = {"schedule": schedule, "warmup_steps": 2, "learning_rate": 1e-3}
+    settings: dict[str, Any] = {"learning_rate": 1e-4, "max_grad_norm": 5.0, "precision": "fp16"}
+    trainer, plain = _trainer(**changes), _trainer(**changes)
+    trainer.follow([Override(0, 2, settings)])
+    for each in (trainer, plain):
+        each.begin_epoch()
+        _step(each)
+        assert each.settings == each.config
+        _step(each)
+    assert trainer.settings == replace(trainer.config, **settings)
+    rates, usual = ([group["lr"] for group in each.optimizer.param_groups] for each in (trainer, plain))
+    assert rates == pytest.approx([rate / 10 for rate in usual]) and len(set(rates)) == 2
+    saved = _saved(trainer.state_dict())
+    _step(trainer)
+    assert trainer.state_dict()["parts"]["scaler"]["scale"] > 0
+    # A state of before the override, and one of after it, go on as the trainer itself did.
+    for state in (saved, _saved(trainer.state_dict())):
+        again = _trainer(**changes)
+        again.follow([Override(0, 2, settings)])
+        again.load_state_dict(state)
+        again.begin_epoch()
+        while again.position.step < 3:
+            _step(again)
+        assert again.settings == trainer.settings
+        mine, theirs = again.detector.model.state_dict(), trainer.detector.model.state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        assert again.schedule.get_last_lr() == trainer.schedule.get_last_lr()
 
 
 def test_the_average_is_there_for_a_while_only() -> None:

@@ -30,6 +30,7 @@ from raydet.models.losses.final_boxes import FinalLoss, mean_loss
 from raydet.tables.table import open_table
 from raydet.training.feeding.ordering import RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
+from raydet.training.feeding.views import Views
 from raydet.training.state import newest_state, parse_state
 from raydet.training.trainer import Trainer
 from raydet.training.validation import detect
@@ -76,7 +77,7 @@ def _validated(config: ResolvedTrainConfig) -> dict[int, Detections]:
         plan,
         train=train_table,
         val=val_table,
-        view=View.of_training(config, trainer.detector.resize_rule, ()),
+        views=Views(View.of_training(config, trainer.detector.resize_rule, ())),
         world_size=1,
         ranks=[0],
         start_epoch=config.epochs - 1,

@@ -1,7 +1,7 @@
 """The criterion of a model: that of transformers, always in single precision, with what raydet needs beside it."""
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +15,10 @@ from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 from raydet.models.detector import at_least_single
 from raydet.models.families import Family, family_of
 from raydet.models.losses.grouped import grouped_loss
+from raydet.models.losses.not_finite import loss_or_nan, mapped
 
 Matching = list[tuple[Tensor, Tensor]]
 """Per image: the matched queries and the boxes that they are matched to."""
-
-
-class NotFiniteError(ArithmeticError):
-    """Boxes or scores of a model are not finite, so that they cannot be matched to labels."""
 
 
 def install_criterion(model: PreTrainedModel) -> None:
@@ -57,24 +54,24 @@ class Criterion:
     def __call__(
         self, logits: Tensor, labels: Any, device: Any, pred_boxes: Tensor, config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Compute the loss of a micro-batch.
+        """Compute the loss of a micro-batch; it is NaN if the outputs cannot be matched, because they are not finite.
 
         Raises:
-            NotFiniteError: The outputs cannot be matched, because they are not finite.
+            NotFiniteError: As described, and gradients are disabled.
         """
-        self.matchings = []
         loss = self._loss
         if self._loss is DFineForObjectDetectionLoss and uses_dense_matching(config, self._family):
             loss = _d_fine_loss
         hook = register_module_forward_hook(self._keep) if self._family.distils else None
-        logits, pred_boxes, args, kwargs = _single((logits, pred_boxes, args, kwargs))
+
+        def compute(outputs: Any) -> Any:
+            self.matchings = []
+            logits, pred_boxes, args, kwargs = outputs
+            return loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
+
         try:
             with torch.autocast(logits.device.type, enabled=False):
-                return loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
-        except ValueError as error:
-            if all(bool(torch.isfinite(value).all()) for value in _tensors((logits, pred_boxes, args, kwargs))):
-                raise
-            raise NotFiniteError("boxes or scores are not finite") from error
+                return loss_or_nan(compute, mapped((logits, pred_boxes, args, kwargs), at_least_single))
         finally:
             if hook is not None:
                 hook.remove()
@@ -98,22 +95,3 @@ _d_fine_loss = types.FunctionType(
     {**DFineForObjectDetectionLoss.__globals__, "DFineLoss": _DenseDFineLoss},
     argdefs=DFineForObjectDetectionLoss.__defaults__,
 )
-
-
-def _single(value: Any) -> Any:
-    """Convert every tensor in half precision, within tuples, lists and dictionaries, to single precision."""
-    if isinstance(value, Tensor):
-        return at_least_single(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_single(each) for each in value)
-    if isinstance(value, dict):
-        return {key: _single(each) for key, each in value.items()}
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)

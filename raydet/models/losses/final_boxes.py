@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from raydet.models.detector import Detector
-from raydet.models.losses.criterion import NotFiniteError
 from raydet.models.losses.distillation import DENSE_TERMS, is_dense
 from raydet.models.losses.global_batch import Normaliser, divisor, normaliser_of
+from raydet.models.losses.not_finite import NotFiniteError
 from raydet.models.losses.terms import Labels, weighted_terms
 
 

@@ -9,6 +9,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 
 from raydet.models.detector import Detector, at_least_single
 from raydet.models.families import Family
+from raydet.models.losses.not_finite import loss_or_nan
 
 Labels = Sequence[Mapping[str, Tensor]]
 """Per image: `class_labels` int64 [N] and `boxes` [N, 4], centre form relative to the image."""
@@ -58,4 +59,5 @@ def proposal_terms(detector: Detector, outputs: Any, labels: Labels) -> dict[str
         "pred_boxes": outputs.enc_outputs_coord_logits.sigmoid(),
     }
     objects = [{**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels]
-    return {f"{name}_enc": value for name, value in criterion(proposals, objects).items()}
+    terms = loss_or_nan(lambda outputs: criterion(outputs, objects), proposals)
+    return {f"{name}_enc": value for name, value in terms.items()}

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydet.common.errors import UserError
@@ -11,7 +11,7 @@ from raydet.config import ResolvedTrainConfig
 # torch is imported where it is used, so that the driver can check a schedule without it.
 if TYPE_CHECKING:
     import torch
-    from torch.optim.lr_scheduler import LRScheduler
+    from torch.optim.lr_scheduler import LambdaLR
 
 _MIN_RATE = {"min_lr", "min_lr_rate"}
 _OPTIONS: dict[str, set[str]] = {
@@ -83,9 +83,7 @@ def check_schedule(config: ResolvedTrainConfig) -> None:
         raise UserError(f"--warmup-steps is {config.warmup_steps}, but {NO_WARMUP[name]}")
 
 
-def build_schedule(
-    optimizer: "torch.optim.Optimizer", config: ResolvedTrainConfig, steps_per_epoch: int
-) -> "LRScheduler":
+def build_schedule(optimizer: "torch.optim.Optimizer", config: ResolvedTrainConfig, steps_per_epoch: int) -> "LambdaLR":
     """Make the learning-rate schedule of a run.
 
     Call its `step` after each optimizer step, and `after_validation` after each validation. All schedules but two are
@@ -116,20 +114,26 @@ def build_schedule(
     return LambdaLR(optimizer, factors)
 
 
-def after_validation(schedule: "LRScheduler", metric: float | None) -> None:
+def after_validation(schedule: "LambdaLR", metric: float | None) -> None:
     """Report the `metric_for_best_model` of a validation to the schedule; only reduce_lr_on_plateau uses it.
 
     None, if there was nothing to measure, changes nothing.
     """
-    factors = getattr(schedule, "lr_lambdas", [])
-    if metric is None or not factors or not isinstance(factors[0], _Plateau):
+    factors = [factor for factor in schedule.lr_lambdas if isinstance(factor, _Plateau)]
+    if metric is None or not factors:
         return
-    rates = []
-    for group, base_rate, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+    for factor in factors:
         factor.observe(metric)
-        group["lr"] = base_rate * factor(schedule.last_epoch)
-        rates.append(group["lr"])
-    schedule._last_lr = rates
+    set_peaks(schedule, schedule.base_lrs)
+
+
+def set_peaks(schedule: "LambdaLR", peaks: "Sequence[float | torch.Tensor]") -> None:
+    """Set the peak rate of each parameter group; the shape of the schedule and its place in it stay."""
+    schedule.base_lrs = list(peaks)
+    schedule._last_lr = []
+    for group, peak, factor in zip(schedule.optimizer.param_groups, peaks, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = peak, peak * factor(schedule.last_epoch)
+        schedule._last_lr.append(group["lr"])
 
 
 def _factors_of_transformers(

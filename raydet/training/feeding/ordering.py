@@ -89,6 +89,7 @@ class RunPlan:
         validate_every: Epochs between validations; the last epoch is always validated.
         validate_batch_size: Images per micro-batch in validation, for any number of workers.
         validate_fraction: Fraction of the validation table in use, above 0 and at most 1.
+        breaks: Epoch and step, both from 0, at which a new segment begins.
     """
 
     train_groups: tuple[tuple[int, int], ...]
@@ -101,15 +102,19 @@ class RunPlan:
     validate_every: int
     validate_batch_size: int
     validate_fraction: float = 1.0
+    breaks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of_training(cls, config: "ResolvedTrainConfig", train: "Table", *, num_val: int) -> "RunPlan":
+    def of_training(
+        cls, config: "ResolvedTrainConfig", train: "Table", *, num_val: int, breaks: tuple[tuple[int, int], ...] = ()
+    ) -> "RunPlan":
         """Plan a training run.
 
         Args:
             config: Configuration of the run.
             train: Training table, of which only the manifest is read.
             num_val: Rows of the validation table.
+            breaks: Epoch and step, both from 0, at which a new segment must begin.
         """
         return cls(
             train_groups=tuple((group.num_rows, group.num_bytes) for group in train.row_groups()),
@@ -122,6 +127,7 @@ class RunPlan:
             validate_every=config.validate_every,
             validate_fraction=config.validate_fraction,
             validate_batch_size=config.validate_batch_size or config.batch_size,
+            breaks=breaks,
         )
 
     @property
@@ -187,9 +193,10 @@ class RunPlan:
         for epoch in range(start_epoch, self.epochs):
             first = start_step if epoch == start_epoch else 0
             _, window_starts = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
-            cuts = sorted({-(-start // self.batch_size) for start in window_starts} | {self.steps_per_epoch})
+            breaks = {step for broken, step in self.breaks if broken == epoch}
+            cuts = sorted({-(-start // self.batch_size) for start in window_starts} | breaks | {self.steps_per_epoch})
             for cut in cuts:
-                if cut > first:
+                if first < cut <= self.steps_per_epoch:
                     yield Segment("train", epoch, first, cut)
                     first = cut
             if self.validates(epoch):

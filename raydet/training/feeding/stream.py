@@ -23,13 +23,13 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from raydet.augmentation.view import View
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.cluster.ray_internals import actors_on, alive_nodes, away_from_empty_nodes
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.batches import ReadyBatch, ready_batches
-from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, PixelBuffer, decode_chunk, encoded_chunk
+from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, PixelBuffer, decode_chunk, encoded_chunk, header_of
 from raydet.training.feeding.ordering import RunPlan, Segment
+from raydet.training.feeding.views import Views
 
 READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 1024
@@ -51,7 +51,7 @@ def run_stream(
     *,
     train: Table,
     val: Table,
-    view: View,
+    views: Views,
     world_size: int,
     ranks: Sequence[int],
     start_epoch: int,
@@ -64,7 +64,7 @@ def run_stream(
         plan: Assignment of rows to steps.
         train: Training table.
         val: Validation table.
-        view: Augmentation and resize of the images.
+        views: Augmentation and resize of the images of each step. The plan must break where they change.
         world_size: Number of workers of the run.
         ranks: The workers to serve.
         start_epoch: First epoch, from 0.
@@ -80,7 +80,7 @@ def run_stream(
     num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
     stores = [node["Resources"].get("object_store_memory", math.inf) for node in alive_nodes()]
     most_bytes = int(min(_MOST_CHUNK_BYTES, min(stores) / (2 * num_chunks)))
-    stream = StreamSource(plan, tables, groups, world_size, tuple(ranks), view, most_bytes)
+    stream = StreamSource(plan, tables, groups, world_size, tuple(ranks), views, most_bytes)
     source = ray.put(stream)
     tasks = [partial(_read, source, part, ramp=number == 0) for number, part in enumerate(_parts(plan, segments))]
     # Ray Data divides half of the limit between the stages, and the readers need little of theirs.
@@ -94,7 +94,7 @@ def run_stream(
         )
     dataset = dataset.map_batches(
         _ChunkDecoder,
-        fn_constructor_args=(view,),
+        fn_constructor_args=(views,),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -122,12 +122,13 @@ def read_stream(iterator: ray.data.DataIterator) -> Iterator[ReadyBatch]:
 class _ChunkDecoder:
     """Decoder of chunks, in a process that lives as long as the stream, so that its imports are paid for once."""
 
-    def __init__(self, view: View) -> None:
-        self._view, self._buffer = view, PixelBuffer()
+    def __init__(self, views: Views) -> None:
+        self._views, self._buffer = views, PixelBuffer()
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         """Decode, augment and resize the images of one chunk."""
-        return decode_chunk(chunk, self._view, self._buffer)
+        header = header_of(chunk)
+        return decode_chunk(chunk, self._views.at(header["epoch"], header["step"][0]), self._buffer)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class StreamSource:
     groups: dict[str, tuple[RowGroup, ...]]
     world_size: int
     ranks: tuple[int, ...]
-    view: View
+    views: Views
     most_chunk_bytes: int = _MOST_CHUNK_BYTES
 
     @property
@@ -147,9 +148,13 @@ class StreamSource:
         """Approximate upper bound of the size of a decoded chunk, in bytes."""
         return max(self._image_bytes, min(_MOST_IMAGES * self._image_bytes, self.most_chunk_bytes)) + 2**20
 
+    def mixes(self, segment: Segment) -> bool:
+        """Return True if images of a segment are mixed with partners."""
+        return segment.kind == "train" and self.views.at(segment.epoch, segment.first).mixes(segment.epoch)
+
     def images_per_chunk(self, segment: Segment) -> int:
         """Return the number of images of a chunk, limited by their pixels and by their encoded size."""
-        mixes = segment.kind == "train" and self.view.mixes(segment.epoch)
+        mixes = self.mixes(segment)
         groups = self.groups[segment.kind]
         encoded = sum(group.num_bytes for group in groups) / max(1, sum(group.num_rows for group in groups))
         limits = (
@@ -160,7 +165,8 @@ class StreamSource:
 
     @property
     def _image_bytes(self) -> int:
-        return max(3 * rule.most_pixels() for rule in (self.view.resize_rule, *self.view.step_resize_rules))
+        view = self.views.first  # all resize to the same sizes
+        return max(3 * rule.most_pixels() for rule in (view.resize_rule, *view.step_resize_rules))
 
 
 def _parts(plan: RunPlan, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
@@ -189,7 +195,7 @@ def _read(source_ref: "ray.ObjectRef[StreamSource]", segments: Sequence[Segment]
 def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) -> Iterator[pa.Table]:
     """Yield the encoded chunks of a segment, reading row groups ahead."""
     plan = source.plan
-    mixes = segment.kind == "train" and source.view.mixes(segment.epoch)
+    mixes = source.mixes(segment)
     most_images = source.images_per_chunk(segment)
     chunks = plan.chunks(segment, source.world_size, ranks=source.ranks, most_images=most_images, ramp=ramp)
     with _TableRows(source.tables[segment.kind], source.groups[segment.kind]) as rows:

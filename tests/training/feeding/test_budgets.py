@@ -15,6 +15,7 @@ from raydet.models.geometry import ResizeRule
 from raydet.tables.table import open_table
 from raydet.training.feeding.ordering import RunPlan
 from raydet.training.feeding.stream import run_stream
+from raydet.training.feeding.views import Views
 
 _Node = dict[str, float]
 
@@ -91,7 +92,7 @@ def test_the_stages_of_a_stream_need_no_cpu(shapes: Path) -> None:
         plan,
         train=table,
         val=table,
-        view=View(resize_rule=ResizeRule(mode="fixed", size_hw=(32, 32))),
+        views=Views(View(resize_rule=ResizeRule(mode="fixed", size_hw=(32, 32)))),
         world_size=1,
         ranks=[0],
         start_epoch=0,

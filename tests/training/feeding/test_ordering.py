@@ -50,6 +50,15 @@ def test_every_row_once_an_epoch_and_steps_do_not_depend_on_workers(
             assert sorted(rows) == sorted(plan.step_rows(epoch, step).tolist())
 
 
+def test_a_segment_begins_where_the_view_changes() -> None:
+    whole, broken = _plan(epochs=2, batch_size=2), _plan(epochs=2, batch_size=2, breaks=((0, 5), (1, 0), (1, 99)))
+    segments = list(broken.segments())
+    assert any(segment.first == 5 and segment.epoch == 0 for segment in segments)
+    assert [one for segment in segments for one in broken.micro_batches(segment, 2)] == [
+        one for segment in whole.segments() for one in whole.micro_batches(segment, 2)
+    ]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_micro_batches_are_dealt_out_in_turn(world_size: int) -> None:
     plan = _plan(accumulate=2, batch_size=8)

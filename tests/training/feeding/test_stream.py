@@ -24,6 +24,7 @@ from raydet.training.feeding.batches import ReadyBatch, ready_batches
 from raydet.training.feeding.chunks import ENCODED_TYPE, decode_chunk, encoded_chunk
 from raydet.training.feeding.ordering import Kind, MicroBatch, RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
+from raydet.training.feeding.views import Views
 
 RULE = ResizeRule(mode="fixed", size_hw=(32, 48), resample=2)
 
@@ -62,7 +63,7 @@ def _read(
         plan,
         train=train,
         val=val,
-        view=_view(augmentation="flip"),
+        views=Views(_view(augmentation="flip")),
         world_size=world_size,
         ranks=range(world_size),
         start_epoch=start.get("start_epoch", 0),
@@ -198,7 +199,7 @@ def _prepared_run(train: Table, val: Table, plan: RunPlan, world_size: int, view
     """Return the batches of each rank, made by the functions of the stream's tasks in this process."""
     tables = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
-    source = stream.StreamSource(plan, tables, groups, world_size, tuple(range(world_size)), view)
+    source = stream.StreamSource(plan, tables, groups, world_size, tuple(range(world_size)), Views(view))
     received: list[list[ReadyBatch]] = [[] for _ in range(world_size)]
     for segment in plan.segments():
         for chunk in stream.read_segment(source, segment):
