@@ -1,7 +1,8 @@
 """raydet: fine-tune, run and measure DETR-family object detectors at scale on Ray.
 
 One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`. `raydet.CocoAP` measures AP in
-any evaluation loop. Functions are loaded on first use, because torch and ray take seconds to import.
+any evaluation loop, and `raydet.load(checkpoint)` detects objects in images in memory. Functions are loaded on first
+use, because torch and ray take seconds to import.
 """
 
 import importlib
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import ReportConfig as ReportConfig
     from raydet.config import TrainConfig as TrainConfig
     from raydet.config import TuneConfig as TuneConfig
+    from raydet.engines.in_memory.loaded import load as load
     from raydet.exports.coco import export_coco as export_coco
     from raydet.exports.cvat import export_cvat as export_cvat
     from raydet.exports.hub import push as push
@@ -64,7 +66,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.training.train import train as train
     from raydet.tuning.tune import tune as tune
 
-_OTHERS = {"CocoAP": "raydet.measuring.coco_ap"}
+_OTHERS = {"CocoAP": "raydet.measuring.coco_ap", "load": "raydet.engines.in_memory.loaded"}
 """Public names that are not part of a command, and their modules."""
 
 __all__ = [  # noqa: PLE0604

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from raydet.common.errors import UserError
 from raydet.config import PredictConfig
-from raydet.engines.engine import Engine
+from raydet.engines.engine import Engine, no_fp16_on_cpu
 from raydet.models.geometry import ResizeRule
 
 EngineLoader = Callable[..., Engine]
@@ -24,6 +25,22 @@ def resize_rule_before(config: PredictConfig) -> ResizeRule | None:
     from raydet.models.loading import resize_rules_for
 
     return resize_rules_for(config.checkpoint, None)[0]
+
+
+def device_here(config: PredictConfig) -> str:
+    """Choose the device of a model in this process, cpu or cuda.
+
+    Raises:
+        UserError: The config requires a GPU that torch does not see, or a precision that needs one.
+    """
+    import torch
+
+    has_gpu = config.engine == "torch" and config.use_gpu is not False and torch.cuda.is_available()
+    if config.use_gpu and not has_gpu:
+        raise UserError("--use-gpu requires a GPU, but this machine has none; omit --use-gpu")
+    if config.precision == "fp16" and not has_gpu:
+        raise no_fp16_on_cpu(config.engine)
+    return "cuda" if has_gpu else "cpu"
 
 
 def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engine:

@@ -11,12 +11,10 @@ from raydet.cluster.job_record import JobRecord, NodeKind, versions
 from raydet.cluster.stopwatch import FileStats
 from raydet.common.allocator import keeping_freed_memory
 from raydet.common.console import Console
-from raydet.common.errors import UserError
 from raydet.common.signals import ending_on_sigterm
 from raydet.common.threads import available_cpus
 from raydet.config import PredictConfig
-from raydet.engines.engine import no_fp16_on_cpu
-from raydet.engines.loading import EngineLoader
+from raydet.engines.loading import EngineLoader, device_here
 from raydet.scoring.blocks import blocks_of
 from raydet.scoring.chunks import ChunkScorer
 from raydet.scoring.plan import Work
@@ -44,14 +42,7 @@ class ThisProcess:
         Raises:
             UserError: The config requires a GPU that torch does not see, or a precision that needs one.
         """
-        import torch
-
-        has_gpu = config.engine == "torch" and config.use_gpu is not False and torch.cuda.is_available()
-        if config.use_gpu and not has_gpu:
-            raise UserError("--use-gpu requires a GPU, but this machine has none; omit --use-gpu")
-        if config.precision == "fp16" and not has_gpu:
-            raise no_fp16_on_cpu(config.engine)
-        self.device = "cuda" if has_gpu else "cpu"
+        self.device = device_here(config)
         self.num_threads = config.threads_per_worker or available_cpus()
         self.num_decode_threads = min(available_cpus(), _MOST_DECODE_THREADS)
 

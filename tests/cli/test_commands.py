@@ -47,4 +47,5 @@ def test_type_checkers_see_the_names_of_the_table() -> None:
     }
     functions = {(command.module, command.function) for command in COMMANDS.values()}
     configs = {("raydet.config", command.config.__name__) for command in COMMANDS.values()}
-    assert declared == functions | configs | {("raydet.measuring.coco_ap", "CocoAP")}
+    others = {("raydet.measuring.coco_ap", "CocoAP"), ("raydet.engines.in_memory.loaded", "load")}
+    assert declared == functions | configs | others
