@@ -19,7 +19,7 @@ from raydet.config import to_yaml
 from raydet.config.options import load_file
 from raydet.tables.table import open_table
 from raydet.tuning import records
-from tests.drivers import started, wait_until
+from tests.drivers import needs_small_disk, run_on_small_disk, started, wait_until
 from tests.small_sets import tiny_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -157,6 +157,24 @@ def test_a_killed_search_resumes(shapes: Path, tmp_path: Path, ray_cluster: None
     assert result.trials[1].history[: len(cut_off.history)] == cut_off.history
     assert [record.epoch for record in result.trials[1].history] == [1, 2, 3, 4, 5, 6]
     assert {path: path.stat().st_mtime_ns for path in Path(config.out, "trials", "trial-0000").rglob("*")} == before
+
+
+@needs_small_disk
+def test_a_full_disk_ends_the_search_with_one_line(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    config = _config(shapes, disk / "out", {"epochs": 1}, num_trials=3, max_concurrent=1)
+    file = tmp_path / "tune.yaml"
+    file.write_text(to_yaml(config))
+    # Room for the checkpoints of the first trial only.
+    ended = run_on_small_disk(
+        [sys.executable, "-m", "raydet", "tune", "--config", str(file)], disk, size="6m", kept=kept
+    )
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stdout + ended.stderr
+    assert ended.stderr.count("raydet: error") == 1 and re.search("disk is full|No space left", ended.stderr), (
+        ended.stderr
+    )
+    result = tune(dataclasses.replace(config, out=str(kept / "out"), retry_failed=True))
+    assert [trial.state for trial in result.trials] == ["finished"] * 3
 
 
 @pytest.mark.usefixtures("ray_cluster")
