@@ -10,6 +10,7 @@ import yaml
 from raydet import TrainConfig, UserError
 from raydet.augmentation.transforms import check_augmentation
 from raydet.config import DECIDED_OPTIONS, ResolvedTrainConfig, identity
+from raydet.config.options import load_file
 from raydet.models.families import FAMILIES
 from raydet.models.optim.schedules import check_schedule
 from raydet.models.processors import side_multiple
@@ -178,6 +179,16 @@ def test_a_model_from_scratch_on_few_images_gets_what_works_and_advice() -> None
     assert (config.learning_rate, config.backbone_rate, config.batch_size, config.warmup_steps) == (1e-3, 1e-3, 8, 52)
     assert 60 <= config.epochs <= 80 and 0.99 < config.ema_decay < 0.997 and config.max_grad_norm == 0.1
     assert "pretrained" in resolved.lines[1] and "pretrained" in resolved.advice
+
+
+def test_the_run_file_of_bccd_means_what_its_benchmark_measured() -> None:
+    path = Path(__file__).parents[3] / "jobs" / "configs" / "bccd.yaml"
+    given = load_file(TrainConfig, str(path), train_data="t", val_data="v", out="o")
+    config = resolve(given, num_images=205, gpus=lambda: 0).config
+    measured = {"epochs": 60, "batch_size": 8, "learning_rate": 1e-3, "backbone_learning_rate": 1e-3, "close_mosaic": 4}
+    assert {name: getattr(config, name) for name in measured} == measured
+    assert config.warmup_steps == pytest.approx(50, abs=2) and config.ema_decay == pytest.approx(0.995, abs=2e-4)
+    assert config.ema_rise_steps == pytest.approx(300, abs=15) and config.max_grad_norm == 0.1
 
 
 def test_a_space_lies_around_the_recipe(checkpoints: dict[str, str]) -> None:
