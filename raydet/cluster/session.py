@@ -57,8 +57,6 @@ def _connect(address: str | None) -> None:
     is_local = starts_cluster(address)
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if is_local:
-        # Ray's processes have dozens of threads; a heap for each would cost a tenth of a training's memory.
-        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
         options |= {"include_dashboard": False, **local_cluster_options()}
     else:
         _require_answer(address, named)
