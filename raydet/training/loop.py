@@ -37,7 +37,7 @@ from raydet.training.history import EpochRecord, is_over, write_history, write_s
 from raydet.training.in_flight import LateResult, LateResults, StepInputs, StepOutcome
 from raydet.training.meter import epoch_record, merge_states
 from raydet.training.recovery.overrides import Override, settings_at
-from raydet.training.recovery.watch import SkipWatch
+from raydet.training.recovery.skipping import MOST_KEPT, SkippedStep, SkipWatch, skipped_step
 from raydet.training.saving import Saver, Write
 from raydet.training.state import Position, TrainingState, discard_states, newest_state, parse_state
 from raydet.training.tracking.trackers import RunTracker, scalars_of
@@ -144,7 +144,7 @@ def _start(job: dict[str, Any], crew: Crew) -> _TrainingRun:
         results=LateResults(),
         saver=Saver(config),
         overrides=overrides,
-        watch=SkipWatch(crew),
+        watch=SkipWatch(),
     )
 
 
@@ -289,7 +289,7 @@ def _conclude(run: _TrainingRun, result: LateResult | None) -> None:
         return
     outcome, values, position, meter = result.outcome, result.values, result.outcome.position, run.trainer.meter
     global_step = position.epoch * run.plan.steps_per_epoch + position.step
-    run.watch.add(result, meter)
+    run.watch.add(_report_skipped(run, result) if result.is_skipped else None)
     if result.is_skipped:
         scalars = {"step/skipped": 1.0}
     else:
@@ -299,6 +299,19 @@ def _conclude(run: _TrainingRun, result: LateResult | None) -> None:
             job_metrics.step_finished(position.epoch + 1, result.loss)
     if run.tracker is not None and (result.is_skipped or global_step % _STEPS_BETWEEN_LOGS == 0):
         run.tracker.scalars(global_step + 1, scalars)
+
+
+def _report_skipped(run: _TrainingRun, result: LateResult) -> SkippedStep:
+    """Record and report a skipped step. Collective: every rank must call it."""
+    outcome, meter = result.outcome, run.trainer.meter
+    ranks = run.crew.exchange((outcome.read_terms(), outcome.image_ids))
+    epoch, step = outcome.position.epoch + 1, outcome.position.step + 1
+    skipped = skipped_step(epoch, step, ranks, loss_scale=result.values.loss_scale or None)
+    _LOG.warning(skipped.line())
+    if meter.num_skipped < MOST_KEPT:
+        run.crew.say(skipped.line())
+    meter.add_skipped(skipped)
+    return skipped
 
 
 def _end_if_stuck(run: _TrainingRun, inputs: StepInputs | None) -> None:

@@ -77,6 +77,29 @@ class SkippedStep:
             raise ValueError(f"not a skipped step: {error}") from None
 
 
+class SkipWatch:
+    """Counts skipped steps in a row.
+
+    Attributes:
+        row: The latest steps, if they were skipped for another reason than a loss scale that is too high.
+    """
+
+    def __init__(self) -> None:
+        self.row: list[SkippedStep] = []
+
+    @property
+    def is_stuck(self) -> bool:
+        """True if so many steps in a row were skipped that the run must end."""
+        return len(self.row) >= MOST_IN_A_ROW
+
+    def add(self, step: SkippedStep | None) -> None:
+        """Add the next step of the run; None if it was not skipped."""
+        if step is None:
+            self.row.clear()
+        elif step.counts:
+            self.row.append(step)
+
+
 def skipped_step(
     epoch: int,
     step: int,

@@ -9,7 +9,7 @@ import pytest
 from raydet.config import ResolvedTrainConfig
 from raydet.training.history import EpochRecord
 from raydet.training.recovery.overrides import Override, given_settings
-from raydet.training.recovery.skipping import SkippedStep, end_of_run, skipped_step
+from raydet.training.recovery.skipping import SkippedStep, SkipWatch, end_of_run, skipped_step
 
 RANKS = [({"loss_a": 1.5, "loss_b": 0.5}, [3, 4]), ({"loss_a": 1.0, "loss_b": 0.25}, [5])]
 
@@ -32,6 +32,15 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_terms_and_the_images_of_
 def test_in_fp16_a_step_counts_once_the_scale_cannot_explain_it(scale: float, counts: bool) -> None:
     assert skipped_step(1, 1, RANKS, loss_scale=scale).counts is counts
     assert skipped_step(1, 1, [({"loss": math.nan}, [1])], loss_scale=scale).counts
+
+
+def test_five_in_a_row_end_a_run() -> None:
+    watch, bad = SkipWatch(), skipped_step(1, 1, RANKS, loss_scale=None)
+    for step in (bad, bad, bad, bad, None, bad, bad, skipped_step(1, 1, RANKS, loss_scale=2.0), bad, bad):
+        watch.add(step)
+        assert not watch.is_stuck
+    watch.add(bad)
+    assert watch.is_stuck and len(watch.row) == 5
 
 
 @pytest.mark.parametrize(
