@@ -14,7 +14,7 @@ from raydet.common.errors import UserError, one_line
 from raydet.common.threads import available_cpus
 from raydet.config import PredictConfig
 from raydet.engines.engine import check_engine
-from raydet.engines.in_memory.image_detections import ImageDetections
+from raydet.engines.in_memory.picture_detections import PictureDetections
 from raydet.engines.loading import device_here, load_engine
 from raydet.engines.scorer import Scorer
 from raydet.images.decode import DecodeError, decode
@@ -84,7 +84,7 @@ class LoadedModel:
         """Detect objects in one image, in a list of images, or, batch by batch, in those of any other iterable.
 
         Returns:
-            `ImageDetections`, a list of them, or an iterator over them.
+            `PictureDetections`, a list of them, or an iterator over them.
 
         Raises:
             UserError: An image cannot be read, or is of another type or shape than `Picture`.
@@ -94,11 +94,11 @@ class LoadedModel:
         found = self._detect(images)
         return list(found) if isinstance(images, list | tuple) else found
 
-    def _detect(self, pictures: Iterable[Picture]) -> Iterator[ImageDetections]:
+    def _detect(self, pictures: Iterable[Picture]) -> Iterator[PictureDetections]:
         rest = iter(pictures)
         while batch := [self._pixels(picture) for picture in islice(rest, self._batch_size)]:
             for image, found in zip(batch, self._scorer.predict(self._scorer.prepare(batch)), strict=True):
-                yield ImageDetections(image, found.boxes_xywh, found.scores, found.categories, self.categories)
+                yield PictureDetections(image, found.boxes_xywh, found.scores, found.categories, self.categories)
 
     def _pixels(self, picture: Any) -> Image:
         """Return RGB pixels, uint8 [H, W, 3], upright."""

@@ -48,7 +48,7 @@ class SkippedStep:
 
     @property
     def reason(self) -> str:
-        """What is not finite, and the images."""
+        """The values that are not finite, and their images."""
         if self.bad_terms:
             what = f"the loss is not finite ({_shown(self.bad_terms)})"
         else:

@@ -14,8 +14,8 @@ from PIL import Image as PilImage
 
 import raydet
 from raydet import PredictConfig, UserError
-from raydet.engines.in_memory.image_detections import ImageDetections
 from raydet.engines.in_memory.loaded import LoadedModel
+from raydet.engines.in_memory.picture_detections import PictureDetections
 from raydet.tables.table import open_table
 from tests.engines.test_engines import pictures, tiny
 
@@ -42,12 +42,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def found(model: LoadedModel, files: list[Path]) -> list[ImageDetections]:
-    results: list[ImageDetections] = model([*files])
+def found(model: LoadedModel, files: list[Path]) -> list[PictureDetections]:
+    results: list[PictureDetections] = model([*files])
     return results
 
 
-def assert_same(one: ImageDetections, other: ImageDetections) -> None:
+def assert_same(one: PictureDetections, other: PictureDetections) -> None:
     np.testing.assert_array_equal(one.image, other.image)
     np.testing.assert_array_equal(one.class_indices, other.class_indices)
     np.testing.assert_allclose(one.boxes_xywh, other.boxes_xywh, atol=1e-3)
@@ -55,7 +55,7 @@ def assert_same(one: ImageDetections, other: ImageDetections) -> None:
 
 
 def test_the_boxes_are_those_of_predict(
-    checkpoint: Path, files: list[Path], found: list[ImageDetections], tmp_path: Path
+    checkpoint: Path, files: list[Path], found: list[PictureDetections], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"top_k": 20, "batch_size": 2}
     data = str(files[0].parent)
@@ -69,7 +69,7 @@ def test_the_boxes_are_those_of_predict(
         np.testing.assert_array_equal(one.class_indices, expected["category"])
 
 
-def test_kinds_of_images_are_one(model: LoadedModel, files: list[Path], found: list[ImageDetections]) -> None:
+def test_kinds_of_images_are_one(model: LoadedModel, files: list[Path], found: list[PictureDetections]) -> None:
     path, pixels = files[0], found[0].image
     for picture in (path, str(path), path.read_bytes(), pixels, PilImage.open(path), PilImage.fromarray(pixels)):
         assert_same(model(picture), found[0])
@@ -84,7 +84,7 @@ def test_photographs_are_turned_upright(model: LoadedModel, files: list[Path], t
     assert model(turned).image.shape == (160, 120, 3)
 
 
-def test_a_web_address_is_read(model: LoadedModel, files: list[Path], found: list[ImageDetections]) -> None:
+def test_a_web_address_is_read(model: LoadedModel, files: list[Path], found: list[PictureDetections]) -> None:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
@@ -136,7 +136,7 @@ def test_wrong_options_are_named(checkpoint: Path, tmp_path: Path) -> None:
         raydet.load(tmp_path / "no_model")
 
 
-def test_detections_are_filtered_and_converted(model: LoadedModel, found: list[ImageDetections]) -> None:
+def test_detections_are_filtered_and_converted(model: LoadedModel, found: list[PictureDetections]) -> None:
     one = found[0]
     threshold = float(np.median(one.scores))
     best = one.filter(score_threshold=threshold)
@@ -160,7 +160,7 @@ def test_detections_are_filtered_and_converted(model: LoadedModel, found: list[I
     assert [row["bbox"] for row in rows] == best.boxes_xywh.tolist()
 
 
-def test_detections_are_drawn(found: list[ImageDetections]) -> None:
+def test_detections_are_drawn(found: list[PictureDetections]) -> None:
     drawn = np.array(found[0].draw())
     assert drawn.shape == found[0].image.shape
     assert (drawn != found[0].image).any()
@@ -172,7 +172,7 @@ def test_detections_are_drawn(found: list[ImageDetections]) -> None:
     assert nothing.to_coco() == []
 
 
-def test_supervision_takes_them(found: list[ImageDetections]) -> None:
+def test_supervision_takes_them(found: list[PictureDetections]) -> None:
     supervision = pytest.importorskip("supervision")
     converted = found[0].to_supervision()
     assert isinstance(converted, supervision.Detections)

@@ -19,7 +19,7 @@ from raydet.tables.schema import Category
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImageDetections:
+class PictureDetections:
     """Detections in one image, in descending score order. A notebook shows them drawn on the image.
 
     Attributes:
