@@ -133,12 +133,10 @@ class View:
 
         spec = plain_of(self.augmentation) if self._is_plain(epoch) else self.augmentation
         working_size = None if spec == "none" else self._working_size(epoch)
-        sample, size_hw = _read(row, self.max_pixels, working_size)
-        # Tiles are small enough that an image of the model's size fills one without loss, even at the largest zoom.
+        # An image of the model's size fills its tile of a mosaic without loss, even at the largest zoom.
         tile_size = working_size and replace(working_size, oversampling=1.0)
-        partners = Partners(
-            mosaic=self._readable(row.get("mosaic"), tile_size), mixup=self._readable(row.get("mixup"), working_size)
-        )
+        sample, size_hw = _read(row, self.max_pixels, tile_size if row.get("mosaic") else working_size)
+        partners = Partners(*(self._readable(row.get(role), tile_size) for role in ("mosaic", "mixup")))
         seed = augmentation_seed(self.seed, epoch, row["image_id"])
         sample = _augmenter(json.dumps(spec), working_size)(sample, seed=seed, partners=partners)
         # A crowd box covers many objects, so it is not a target for a single query.

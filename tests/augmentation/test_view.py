@@ -66,7 +66,7 @@ def test_images_below_the_working_size_are_left_as_they_are(spec: AugmentationSp
         assert seen.categories.tolist() == sample.categories.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     height=st.integers(90, 900),
     width=st.integers(90, 900),
