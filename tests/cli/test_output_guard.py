@@ -105,7 +105,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
     rows = [f"{row['image']['path']},64,64,thing,1,2,30,40" for row in rows_of(val)]
     lines = ["filename,width,height,class,xmin,ymin,xmax,ymax", *rows]
     (folder / "boxes.csv").write_text("\n".join(lines))
-    build_detector("rt_detr_v2_tiny", table.categories, image_size=64, seed=0).save(model)
+    build_detector("rt_detr_v2_tiny", table.categories, image_size=96, seed=0).save(model)
     evaluate(EvaluateConfig(truth=val, detections=found, out=str(folder / "metrics"), bootstrap=3))
     train = {"train_data": str(shapes / "train"), "val_data": val, "model": "rt_detr_v2_tiny", "image_size": 64}
     train |= {"epochs": 1, "threads_per_worker": 1, "log_images": 0}
