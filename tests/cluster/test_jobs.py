@@ -237,7 +237,7 @@ def test_a_stopped_training_saves_and_resumes_to_the_same(head: Head, work: Work
 
 
 def test_a_stopped_preparation_leaves_no_table(head: Head, tmp_path: Path) -> None:
-    words = ["jobs/prepare.py", "shapes", f"--out={tmp_path}/data", "--num-train=20000", "--num-val=4"]
+    words = ["jobs/prepare.py", "shapes", f"--out={tmp_path}/data", "--num-train=200000", "--num-val=4"]
     job = head.start(*words, "--image-size=64")
     _wait_for(lambda: any(Path(tmp_path, "data").rglob("*.parquet")), head, job)
     head.stop(job)
