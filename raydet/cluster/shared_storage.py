@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydet.cluster.ray_internals import alive_nodes
+from raydet.common.console import listed
 from raydet.common.errors import RunError, UserError, one_line
 from raydet.tables import storage
 
@@ -164,8 +165,7 @@ def _refusal(findings: Sequence[tuple[str, _FailedCheck]]) -> UserError:
     first = findings[0][1]
     place, is_file_tree = first.place, "://" not in first.place.uri or first.place.uri.startswith("file://")
     names = [name for name, finding in findings if finding.place == place]
-    shown = ", ".join(names[:_MOST_NODES_NAMED])
-    more = f" and {len(names) - _MOST_NODES_NAMED} more" if len(names) > _MOST_NODES_NAMED else ""
+    shown = listed(names, _MOST_NODES_NAMED)
     advice = (
         "on several machines use storage that all of them see under the same path: s3://, gs://, or a network file "
         "system"
@@ -174,7 +174,7 @@ def _refusal(findings: Sequence[tuple[str, _FailedCheck]]) -> UserError:
         "--runtime-env-json"
     )
     return UserError(
-        f"not all nodes share {place.option} {place.named}: the node{'s' if len(names) > 1 else ''} {shown}{more} "
+        f"not all nodes share {place.option} {place.named}: the node{'s' if len(names) > 1 else ''} {shown} "
         f"{first.reason}; {advice}"
     )
 

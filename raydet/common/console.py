@@ -32,6 +32,12 @@ MOST_NAMED = 10
 """For no more rejected or unreadable images than this, a command names each."""
 
 
+def listed(items: Sequence[object], most: int) -> str:
+    """List items, such as "a, b and 3 more": at most `most` of them."""
+    text = ", ".join(map(str, items[:most]))
+    return text if len(items) <= most else f"{text} and {len(items) - most} more"
+
+
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Align a table's cells: the first column left, the others right."""
     first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

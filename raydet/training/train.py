@@ -29,13 +29,12 @@ from raydet.models.recipes.resolve import LOW_AP, Begun, Resolved, begun_values,
 from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
 from raydet.tables.layout import MANIFEST_NAME
-from raydet.tables.output_folder import OutputFolder, open_folder
+from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category
 from raydet.tables.table import Table, open_table
 from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, following
 from raydet.training.recovery.overrides import (
-    Override,
     extended,
     given_settings,
     overrides_of,
@@ -143,9 +142,11 @@ def _train_into(
     make_trainer: "Callable[..., Trainer] | None",
 ) -> TrainResult:
     out = folder.uri
-    resolved = _resolve(given, tables, gpus=shares.gpus_in_reach, begun=_begun(folder))
+    states, record = folder.list_files(STATES_FOLDER), folder.record()
+    resolved = _resolve(given, tables, gpus=shares.gpus_in_reach, begun=_begun(record) if states else None)
     config, advice = resolved.config, resolved.advice
-    history, classes, overrides = _check_run_folder(folder, config, tables["train"])
+    # A run that stopped before its first state has left nothing worth protecting from other settings.
+    history, classes = _check_run_folder(folder, config, tables["train"], is_disposable=not states)
     checkpoint = folder.uri_of("checkpoint")
     if _is_finished(config, history) and storage.exists(storage.join(checkpoint, "config.json")):
         return TrainResult(
@@ -156,8 +157,8 @@ def _train_into(
             already_done=True,
             advice=advice,
         )
-    newest = _newest_position(folder)
-    overrides = extended(config, overrides, changes, newest or (0, 0))
+    newest = _newest_position(states)
+    overrides = extended(config, overrides_of(record, config), changes, newest or (0, 0))
     config = with_latest(config, overrides)
     _check_recipe(config)
     if not history:
@@ -263,9 +264,8 @@ def _resolve(
     return resolve(config, num_images=tables["train"].num_rows, gpus=gpus, begun=begun)
 
 
-def _begun(folder: OutputFolder) -> Begun:
-    """Return what the recipe decided when the run in a folder began; empty if it has no state to resume from."""
-    record = folder.record() if folder.list_files(STATES_FOLDER) else None
+def _begun(record: RunRecord | None) -> Begun:
+    """Return what the recipe decided when the recorded run began; empty if there is none, or it is no training."""
     if record is None or record.command != "train":
         return {}
     return begun_values(record.identity, record.plan.get(_SOURCES, {}))
@@ -286,12 +286,12 @@ def _reader(
     return read
 
 
-def _newest_position(folder: OutputFolder) -> tuple[int, int] | None:
+def _newest_position(states: Sequence[str]) -> tuple[int, int] | None:
     """Return the next epoch and step, both from 0, of the newest state, by its file: EPOCH-STEP.pt."""
-    states = [match for name in folder.list_files(STATES_FOLDER) if (match := re.fullmatch(r"(\d+)-(\d+)\.pt", name))]
-    if not states:
+    matches = [match for name in states if (match := re.fullmatch(r"(\d+)-(\d+)\.pt", name))]
+    if not matches:
         return None
-    epoch, step = map(int, states[-1].groups())
+    epoch, step = map(int, matches[-1].groups())
     return epoch, step
 
 
@@ -352,19 +352,18 @@ def _check_nodes(config: TrainConfig) -> None:
 
 
 def _check_run_folder(
-    folder: OutputFolder, config: TrainConfig, train_table: Table
-) -> tuple[list[EpochRecord], tuple[Category, ...], tuple[Override, ...]]:
-    """Check that the folder is new or belongs to this run.
+    folder: OutputFolder, config: TrainConfig, train_table: Table, *, is_disposable: bool
+) -> tuple[list[EpochRecord], tuple[Category, ...]]:
+    """Check that the folder is new or belongs to this run; other settings may replace a disposable one.
 
     Returns:
-        The run's history, empty if there is none; its classes in the order of the model's indices, that of the training
-        table when the run began; and its overrides so far.
+        The run's history, empty if there is none, and its classes in the order of the model's indices: that of the
+        training table when the run began.
     """
-    # A run that stopped before its first state has left nothing worth protecting from other settings.
     record = folder.admit(
         identity(config),
         folders=_FOLDERS,
-        is_disposable=not folder.list_files(STATES_FOLDER),
+        is_disposable=is_disposable,
         remedy=f"choose another --out, change {', '.join(OVERRIDABLE)} with --override",
     )
     for name in ("last", "checkpoint"):
@@ -377,11 +376,7 @@ def _check_run_folder(
             f"{', '.join(names)}; choose another --out"
         )
     order = range(len(names)) if begun == names else [names.index(name) for name in begun]
-    return (
-        read_history(folder.uri),
-        tuple(train_table.categories[index] for index in order),
-        overrides_of(folder.record(), config),
-    )
+    return read_history(folder.uri), tuple(train_table.categories[index] for index in order)
 
 
 def _check_recipe(config: ResolvedTrainConfig) -> None:

@@ -47,11 +47,8 @@ class _Reporter:
 
     def __init__(self, config: TrainConfig) -> None:
         assert config.epochs is not None, "the plan of a search sets them"
-        self._epochs, self._metric, self._history = (
-            config.epochs,
-            config.metric_for_best_model,
-            read_history(config.out),
-        )
+        self._epochs, self._metric = config.epochs, config.metric_for_best_model
+        self._history = read_history(config.out)
         self._score: float | None = None
         for epoch, score in best_so_far(self._history, self._metric).items():
             self._report(epoch, score)

@@ -13,15 +13,12 @@ from PIL import ImageOps
 from raydet.common.errors import UserError, one_line
 from raydet.common.threads import available_cpus
 from raydet.config import PredictConfig
-from raydet.engines.engine import check_engine
 from raydet.engines.in_memory.picture_detections import PictureDetections
 from raydet.engines.loading import device_here, load_engine
 from raydet.engines.scorer import Scorer
 from raydet.images.decode import DecodeError, decode
 from raydet.images.files import ReadError
 from raydet.images.references import read_reference
-from raydet.models.checkpoints import read_checkpoint
-from raydet.models.families import family_of
 from raydet.models.geometry import Image
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
@@ -68,10 +65,6 @@ class LoadedModel:
 
     def __init__(self, config: PredictConfig) -> None:
         device = device_here(config)
-        if config.checkpoint is not None:
-            model_type = read_checkpoint(config.checkpoint).model_type
-            family_of(model_type, where=config.checkpoint)
-            check_engine(config, model_type)
         engine = load_engine(config, device=device, num_threads=config.threads_per_worker or available_cpus())
         if config.batch_size == "auto":
             raise UserError("load() needs a number as batch_size; only predict measures the fastest")

@@ -11,7 +11,6 @@ from raydet.models.small import DEFAULT_IMAGE_SIZE, SMALL_MODELS
 from raydet.tables import storage
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_MOST_BYTES = 2**20
 SQUARE_SIDE, SHORTEST_SIDE, LONGEST_SIDE = 640, 800, 1333
 """Sides of the input in pixels that models on COCO have: a square, or limits of the shortest and the longest side."""
 

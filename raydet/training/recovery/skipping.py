@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raydet.common.console import listed
 from raydet.config import ResolvedTrainConfig
 
 MOST_IN_A_ROW = 5
@@ -50,11 +51,11 @@ class SkippedStep:
     def reason(self) -> str:
         """The values that are not finite, and their images."""
         if self.bad_terms:
-            what = f"the loss is not finite ({_shown(self.bad_terms)})"
+            what = f"the loss is not finite ({listed(self.bad_terms, _MOST_SHOWN)})"
         else:
             what = f"the gradient is not finite, the loss is {math.fsum(filter(None, self.terms.values())):.4g}"
         scale = "" if self.loss_scale is None else f"; loss scale lowered to {self.loss_scale:g}"
-        return f"{what}; images {_shown(self.images)}{scale}"
+        return f"{what}; images {listed(self.images, _MOST_SHOWN)}{scale}"
 
     def line(self) -> str:
         """Describe the step for the user."""
@@ -145,8 +146,3 @@ def end_of_run(row: Sequence[SkippedStep], settings: ResolvedTrainConfig) -> str
         f"to resume, run the same command with --override {remedy} (it was {getattr(settings, remedy.split('=')[0])}); "
         "max_grad_norm, precision and augmentation can be changed in the same way"
     )
-
-
-def _shown(items: Sequence[object]) -> str:
-    text = ", ".join(map(str, items[:_MOST_SHOWN]))
-    return text if len(items) <= _MOST_SHOWN else f"{text} and {len(items) - _MOST_SHOWN} more"
