@@ -23,6 +23,15 @@ _CROWDING = ((0, "0"), (5, "1–5"), (20, "6–20"), (math.inf, "21+"))
 _IMAGE_SIZE = ((640, "up to 640 px"), (1280, "641–1280 px"), (2560, "1281–2560 px"), (math.inf, "over 2560 px"))
 
 
+_IN_WORDS = {
+    ("box_size", "small"): "small boxes, under 32² px",
+    ("box_size", "medium"): "medium boxes, under 96² px",
+    ("box_size", "large"): "large boxes, 96² px or more",
+    ("crowding", "0"): "images without boxes",
+    ("crowding", "21+"): "images with 21 or more boxes",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slice:
     """Subset to be measured separately: some images, or the boxes of one size in all images.
@@ -81,6 +90,18 @@ def slices_of(
         for index, value in enumerate(names)
         if (place == index).any()
     ]
+
+
+def in_words(name: str) -> str:
+    """Return the name of a slice for readers: `box_size=small` as "small boxes, under 32² px"."""
+    subject, _, value = name.partition("=")
+    if (subject, value) in _IN_WORDS:
+        return _IN_WORDS[subject, value]
+    if subject == "crowding":
+        return f"images with {value} boxes"
+    if subject == "image_size":
+        return f"images {'of unknown size' if value == _UNKNOWN else value}"
+    return f"{subject}: {value}"
 
 
 def _of_box_sizes(area: Floats, areas: Mapping[str, tuple[float, float]]) -> list[Slice]:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from raydet.common.console import shown
 from raydet.measuring.numbers.values import MetricValue
+from raydet.measuring.slices import in_words
 from raydet.reporting.run_tables import RunTables, indices_in
 from raydet.training.history import EpochRecord
 
@@ -44,6 +45,13 @@ _METRICS = ("AP", "AP50", "AP75", "AR100")
 _Floats = npt.NDArray[np.float64]
 
 
+def title_of(run: RunTables) -> str:
+    """Return the run's name or, if that is only the usual name of a detections folder, the model's."""
+    parts = [part for part in (run.model or "").split("/") if part not in ("", "checkpoint", "last")]
+    named_after_folder = run.run in ("", "detections") and bool(parts)
+    return parts[-1] if named_after_folder else run.run or "Detection report"
+
+
 def headline(run: RunTables) -> list[dict[str, Any]]:
     """Return the headline metrics: name, measuring conditions, and value with interval."""
     return [
@@ -65,9 +73,13 @@ def class_rows(run: RunTables) -> list[dict[str, Any]]:
 
 
 def slice_rows(run: RunTables) -> list[dict[str, Any]]:
-    """Return a row for all images, then one per slice."""
+    """Return a row for all images, then one per slice, with its name in words."""
     places: list[str | None] = [None, *run.slices]
-    return [{"name": place, **{metric: run.value(metric, None, place) for metric in _METRICS}} for place in places]
+    names = ["all images", *map(in_words, run.slices)]
+    return [
+        {"name": name, **{metric: run.value(metric, None, place) for metric in _METRICS}}
+        for name, place in zip(names, places, strict=True)
+    ]
 
 
 def error_rows(run: RunTables) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

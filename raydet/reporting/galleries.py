@@ -20,6 +20,7 @@ from raydet.images.collection import ImageRow, TableCollection
 from raydet.images.decode import DecodeError, decode
 from raydet.measuring.diagnosis.labels import MIN_AP50
 from raydet.reporting.judging import JudgedImage, judge
+from raydet.reporting.labels import Label, place_labels
 from raydet.reporting.run_tables import RunTables
 
 _MAX_SIDE = 480
@@ -38,7 +39,7 @@ class DrawnBox:
     Attributes:
         is_truth: True for a labelled box, False for a detection.
         is_highlighted: The box is one of those that the gallery shows.
-        label: Class, and score of a detection.
+        name: Class, and score of a detection.
     """
 
     x: float
@@ -47,7 +48,7 @@ class DrawnBox:
     height: float
     is_truth: bool
     is_highlighted: bool
-    label: str
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Card:
         thumbnail: Data URI; None if there is none, for the reason in `problem`.
         size_wh: Size of the thumbnail in pixels.
         boxes: Truth first, highlighted boxes last, so that they are drawn on top.
+        labels: Names of the highlighted boxes, or the numbers of `legend`.
     """
 
     image_id: int
@@ -70,6 +72,8 @@ class Card:
     problem: str | None = None
     size_wh: tuple[int, int] = (0, 0)
     boxes: tuple[DrawnBox, ...] = ()
+    labels: tuple[Label, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +257,10 @@ def _card(
     for box_xywh, is_truth, is_highlighted, label in _boxes(choice, image_id, judged)[-_MOST_BOXES:]:
         x, y, width, height = np.round(np.asarray(box_xywh) * scale, 1).tolist()
         drawn.append(DrawnBox(x, y, width, height, is_truth, is_highlighted, label))
-    return replace(card, thumbnail=uri, size_wh=size_wh, boxes=tuple(drawn))
+    marked = [box for box in drawn if box.is_highlighted]
+    areas = [(box.x, box.y, box.width, box.height) for box in marked]
+    labels, legend = place_labels(areas, [box.name for box in marked], size_wh)
+    return replace(card, thumbnail=uri, size_wh=size_wh, boxes=tuple(drawn), labels=labels, legend=legend)
 
 
 def _boxes(choice: _Choice, image_id: int, judged: JudgedImage | None) -> list[tuple[Any, bool, bool, str]]:

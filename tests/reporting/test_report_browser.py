@@ -57,11 +57,10 @@ def visit(browser: Any, address: str, size: tuple[int, int] = DESKTOP, scheme: s
 
 
 def draw_everything(page: Any) -> int:
-    """Scroll through all charts and return their number."""
+    """Wait until all charts are drawn, without scrolling to them, and return their number."""
     ids: list[str] = page.eval_on_selector_all(".chart", "all => all.map(one => one.id)")
     for chart in ids:
-        page.locator(f"#{chart}").scroll_into_view_if_needed()
-        page.wait_for_selector(f"#{chart} .main-svg")
+        page.wait_for_selector(f"#{chart} .main-svg", state="attached")
     return len(ids)
 
 
@@ -154,4 +153,29 @@ def test_on_paper_all_galleries_are_there(browser: Any, address: str) -> None:
     page = visit(browser, address).page
     page.emulate_media(media="print")
     assert page.locator("#gallery-suspects").is_visible() and not page.locator("nav").is_visible()
+    page.close()
+
+
+def test_a_picture_is_enlarged_by_click_and_key(browser: Any, address: str) -> None:
+    seen = visit(browser, address)
+    page, dialog = seen.page, seen.page.locator("#enlarged")
+    picture = page.locator('.picture[role="button"]').first
+    before = picture.bounding_box()["width"]
+    picture.click()
+    assert dialog.locator("svg").bounding_box()["width"] > 2 * before
+    assert dialog.locator("figcaption").inner_text() == page.locator("figcaption").first.inner_text()
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    picture.press("Enter")
+    dialog.get_by_role("button", name="Close").click()
+    assert not dialog.is_visible() and seen.complaints == []
+    page.close()
+
+
+def test_a_table_shows_on_which_side_it_goes_on(browser: Any, address: str) -> None:
+    page = visit(browser, address, PHONE).page
+    table = page.get_by_role("region", name="Table of classes")
+    assert table.get_attribute("data-more") == "right"
+    table.evaluate("one => one.scrollTo(one.scrollWidth, 0)")
+    page.wait_for_function("one => one.dataset.more === ''", arg=table.element_handle())
     page.close()

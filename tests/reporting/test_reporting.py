@@ -18,8 +18,10 @@ from PIL import Image
 from raydet.common.errors import UserError
 from raydet.config import EvaluateConfig, ReportConfig
 from raydet.measuring import metrics_folder
+from raydet.reporting.figures import title_of
 from raydet.reporting.galleries import original_href
 from raydet.reporting.report import report
+from raydet.reporting.run_tables import read_run
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category, TableKind, build_schema
 from raydet.tables.table import TableWriter
@@ -203,6 +205,27 @@ def test_headline_numbers_have_intervals(page: Page) -> None:
     assert "1 March 2026" in page.text
 
 
+def test_the_run_is_the_title_and_its_paths_are_at_the_foot(page: Page, folder: Path) -> None:
+    assert page.texts.index("new") < page.texts.index("0.512")
+    assert page.text.index(str(folder)) > page.text.index("Options of evaluate")
+
+
+@pytest.mark.parametrize(
+    ("run", "model", "title"),
+    [
+        ("night", "runs/a/checkpoint", "night"),
+        ("detections", "s3://bucket/runs/a/checkpoint", "a"),
+        ("detections", "PekingU/rtdetr_v2_r18vd", "rtdetr_v2_r18vd"),
+        ("detections", None, "detections"),
+    ],
+)
+def test_a_run_named_like_every_folder_of_detections_is_called_after_its_model(
+    tmp_path: Path, run: str, model: str | None, title: str
+) -> None:
+    write_run(tmp_path, run, {"metrics": [{**row, "model": model} for row in metric_rows(run, 0.5)]})
+    assert title_of(read_run(str(tmp_path), None)) == title
+
+
 def test_nothing_to_measure_is_a_dash(page: Page) -> None:
     assert "-1.000" not in page.text and "–" in page.texts
 
@@ -227,7 +250,7 @@ def test_nothing_of_the_users_becomes_markup(page: Page, folder: Path) -> None:
     assert scripts == ["application/json", "text/plain", None]
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert not page.all("img")
-    assert EVIL in page.text and NAMES[2] in page.text and "camera=<rear>" in page.texts
+    assert EVIL in page.text and NAMES[2] in page.text and "camera: <rear>" in page.texts
     assert page.charts["classes"] == NAMES
     raw = Path(folder, "report.html").read_text("utf-8")
     assert EVIL not in raw

@@ -122,7 +122,39 @@ const drawn = new Set();
 function drawChart(element) { drawn.add(element.id); charts[element.id](element); }
 function redraw() { for (const id of drawn) drawChart(byId(id)); }
 
-/* The embedded chart library is compressed; charts are drawn when they approach the viewport. */
+/* Pictures open in the size of the window. */
+const enlarged = byId("enlarged");
+function enlarge(picture) {
+  const place = enlarged.querySelector("div");
+  place.replaceChildren(picture.querySelector("svg").cloneNode(true));
+  const figure = picture.closest("figure");
+  if (figure) place.append(figure.querySelector("figcaption").cloneNode(true));
+  enlarged.showModal();
+}
+for (const picture of document.querySelectorAll('.picture[role="button"]')) {
+  picture.addEventListener("click", () => enlarge(picture));
+  picture.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    enlarge(picture);
+  });
+}
+enlarged.addEventListener("click", (event) => { if (!event.target.closest("figcaption, button")) enlarged.close(); });
+
+/* Tables and charts that are larger than their frame show on which side they go on. */
+for (const frame of document.querySelectorAll(".scroll, .scroller")) {
+  const update = () => {
+    const right = frame.scrollWidth - frame.clientWidth - frame.scrollLeft > 1;
+    const below = frame.scrollHeight - frame.clientHeight - frame.scrollTop > 1;
+    frame.dataset.more = [right && "right", below && "below"].filter(Boolean).join(" ");
+  };
+  const observer = new ResizeObserver(update);
+  observer.observe(frame);
+  if (frame.firstElementChild) observer.observe(frame.firstElementChild);
+  frame.addEventListener("scroll", update, { passive: true });
+}
+
+/* The embedded chart library is compressed. Charts are drawn one by one, so that the page reacts meanwhile. */
 async function loadLibrary() {
   const packed = Uint8Array.from(atob(byId("library").textContent), (character) => character.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -135,13 +167,11 @@ async function start(drawings) {
   const elements = Object.keys(charts).map(byId).filter(Boolean);
   if (!elements.length) return;
   await loadLibrary();
-  const watcher = new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      if (!entry.isIntersecting) continue;
-      watcher.unobserve(entry.target);
-      drawChart(entry.target);
-    }
-  }, { rootMargin: "600px 0px" });
-  elements.forEach((element) => watcher.observe(element));
-  addEventListener("beforeprint", () => elements.filter((element) => !drawn.has(element.id)).forEach(drawChart));
+  for (const element of elements) {
+    drawChart(element);
+    await new Promise((drawNext) => setTimeout(drawNext));
+  }
+  // Charts keep their width unless they are drawn again.
+  const paper = matchMedia("print");
+  paper.addEventListener("change", redraw);
 }

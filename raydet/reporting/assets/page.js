@@ -66,17 +66,19 @@ function drawConfusion(element) {
   const places = names.map((_, index) => index).concat(size - 1);
   const labels = (all) => all.map((_, index) => (index < size - 1 ? short(names[index], 17) : all[index]));
   const side = size * cell;
-  const left = cell < 20 ? 110 : 140;
-  const fit = Math.max(side, Math.min(440, element.parentElement.clientWidth - left - 70));
+  const room = element.parentElement.clientWidth;
+  const left = cell < 20 || room < 480 ? 100 : 140;
+  const right = room < 480 ? 36 : 70; // the last column's slanted name needs some
+  const fit = Math.max(side, Math.min(440, room - left - right));
   const trace = {
-    type: "heatmap", z: shares, x: places, y: places, hovertext: texts, hovertemplate: "%{hovertext}<extra></extra>", hoverongaps: false,
+    type: "heatmap", z: shares, x: places, y: places, hovertext: texts, hovertemplate: "%{hovertext}<extra></extra>", hoverongaps: false, showscale: right === 70,
     xgap: 1, ygap: 1, zmin: 0, zmax: 1, colorscale: [[0, colour("low-colour")], [0.02, colour("accent-soft")], [1, colour("high-colour")]],
     colorbar: { thickness: 10, len: Math.min(1, 260 / fit), y: 1, yanchor: "top", tickformat: ".0%", outlinewidth: 0, x: 1, xpad: 8 },
   };
   if (size <= 16) Object.assign(trace, { texttemplate: "%{text}", text: counts.map((row) => row.map((value) => (value ? count(value) : ""))) });
   const tick = { tickfont: { size: cell < 20 ? 9.5 : 12, color: colour("ink") }, showgrid: false, tickmode: "array", tickvals: places, constrain: "domain" };
   draw(element, [trace], {
-    width: fit + left + 70, height: fit + 130, autosize: false, margin: { l: left, r: 70, t: 115, b: 15 },
+    width: fit + left + right, height: fit + 130, autosize: false, margin: { l: left, r: right, t: 115, b: 15 },
     xaxis: { ...tick, automargin: false, side: "top", tickangle: -60, ticktext: labels(columnNames), range: [-0.5, size - 0.5] },
     yaxis: { ...tick, automargin: false, ticktext: labels(rowNames), range: [size - 0.5, -0.5] },
     shapes: [["x", "y"], ["y", "x"]].map(([fixed, free]) => ({ type: "line", [fixed + "0"]: size - 1.5, [fixed + "1"]: size - 1.5, [free + "0"]: -0.5, [free + "1"]: size - 0.5, line: { color: colour("soft"), width: 1 } })),
