@@ -15,6 +15,7 @@ from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.opening import LocalRoots, NotAFileError, OutsideError
 from raydet.images.remote_listing import files_below
 from raydet.tables import storage
+from raydet.tables.table import is_table, tables_in
 
 _COMMON = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff")
 _RARE = ("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm", "heic", "heif")
@@ -29,6 +30,7 @@ MAX_LABEL_BYTES = 16 * 2**20
 LEAVES_BY_LINK = "the file name leaves its folder through a symbolic link; --allow-root permits folders outside"
 _MAX_LINKED_FOLDERS = 10_000
 _MAX_ENDINGS_SHOWN = 5
+_NO_PREPARATION = "commands that take images, such as predict and inspect, read a table as it is"
 
 
 class ReadError(Exception):
@@ -292,7 +294,11 @@ def all_outside(folder: ImageFolder, paths: Iterable[str], what: str) -> UserErr
 
 
 def no_image_below(folder: ImageFolder, num_files: int) -> UserError:
-    """Return the error for a folder without images but with some other files."""
+    """Return the error for a folder without images but with some other files, such as tables."""
+    if is_table(folder.uri):
+        return UserError(f"no image file below {folder.uri}: it is a table already; {_NO_PREPARATION}")
+    if tables := tables_in(folder.uri, "images"):
+        return UserError(f"no image file below {folder.uri}: it holds images tables ({tables[0]}); {_NO_PREPARATION}")
     return UserError(
         f"no image file below {folder.uri} ({num_files} other files); "
         f"image files end in {', '.join(sorted(IMAGE_EXTENSIONS))}"

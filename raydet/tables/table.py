@@ -306,14 +306,19 @@ def refuse_folder_of_tables(uri: str, kind: TableKind | tuple[TableKind, ...]) -
     Raises:
         UserError: The folder holds tables of this kind.
     """
-    names = storage.list_folders(uri)[:_MOST_FOLDERS]
-    places = [place for name in names for place in (name, *(f"{name}/{split}" for split in SPLITS))]
-    tables = [place for place in places if _is_of_kind(storage.join(uri, place), kind)]
+    tables = tables_in(uri, kind)
     if tables:
         shown = ", ".join(tables[:_MOST_SHOWN]) + (" …" if len(tables) > _MOST_SHOWN else "")
         shown = " and ".join(tables) if len(tables) == 2 else shown
         which = f"the table {shown}; name it" if len(tables) == 1 else f"the tables {shown}; name one of them"
         raise UserError(f"{uri} is not a table, but it holds {which}, such as {storage.join(uri, tables[0])}")
+
+
+def tables_in(uri: str, kind: TableKind | tuple[TableKind, ...]) -> list[str]:
+    """Return the names of the tables of a kind in a folder, including those of the splits of its folders."""
+    names = storage.list_folders(uri)[:_MOST_FOLDERS]
+    places = [place for name in names for place in (name, *(f"{name}/{split}" for split in SPLITS))]
+    return [place for place in places if _is_of_kind(storage.join(uri, place), kind)]
 
 
 def _is_of_kind(uri: str, kind: TableKind | tuple[TableKind, ...]) -> bool:

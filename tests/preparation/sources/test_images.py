@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from raydet import PrepareShapesConfig, prepare_shapes
 from raydet.common.errors import UserError
 from raydet.images.files import ImageFolder, ReadError
 from raydet.preparation.sources.images import read_images
@@ -59,6 +60,14 @@ def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "docs" / "notes.txt")
     with pytest.raises(UserError, match=r"no image file below .*/docs \(1 other"):
         read_images(ImageFolder(str(tmp_path / "docs")))
+
+
+def test_tables_are_not_taken_for_folders_of_images(tmp_path: Path) -> None:
+    prepare_shapes(PrepareShapesConfig(out=str(tmp_path / "shapes"), num_train=1, num_val=1, image_size=32))
+    with pytest.raises(UserError, match=r"/shapes: it holds images tables \(train\); commands that take images"):
+        read_images(ImageFolder(str(tmp_path / "shapes")))
+    with pytest.raises(UserError, match=r"/shapes/val: it is a table already; commands that take images"):
+        read_images(ImageFolder(str(tmp_path / "shapes" / "val")))
 
 
 def test_file_uris_and_odd_characters_are_read(tmp_path: Path) -> None:
