@@ -10,7 +10,7 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-unit test-all test-cluster test-gpu test-hostile lint format lock clean
+.PHONY: help setup demo docs test test-unit test-all test-cluster test-gpu test-hostile lint format lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,11 @@ setup: $(READY) ## Install everything into .venv (each command below does it whe
 
 demo: $(READY) ## The complete pipeline on generated images: prepare, train, predict, evaluate
 	@$(BIN)/raydet demo
+
+docs: $(READY) ## Build the site into build/site; a broken link is an error
+	@$(BIN)/python docs/make_site.py
+	@NO_COLOR=1 $(BIN)/zensical build --strict
+	@echo 'open build/site/index.html'
 
 test-unit: $(READY) ## The tests that need neither Ray nor a model, under 90 seconds
 	@$(BIN)/pytest -q -m "$(FAST) and not ray and not integration" -n logical --maxprocesses 4

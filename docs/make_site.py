@@ -1,0 +1,89 @@
+"""Write the site's pages to build/docs: the project's own, and a reference of commands and functions from the code."""
+
+import inspect
+import posixpath
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import raydet
+from raydet.cli.commands import COMMANDS
+from raydet.config.help import help_page
+
+PROJECT = Path(__file__).parents[1]
+PAGES = PROJECT / "build" / "docs"
+TOP = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
+_LINK = re.compile(r"\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^)\s]+)\)")
+
+
+def main() -> None:
+    """Write all pages anew."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.copytree(PROJECT / "docs" / "images", PAGES / "images")
+    for source in [*(PROJECT / name for name in TOP), *sorted((PROJECT / "docs").glob("*.md"))]:
+        name = "index.md" if source.name == "README.md" else source.name
+        folder = source.parent.relative_to(PROJECT).as_posix()
+        (PAGES / name).write_text(with_site_links(source.read_text("utf-8"), folder), "utf-8")
+    (PAGES / "commands.md").write_text(commands_page(), "utf-8")
+    (PAGES / "python.md").write_text(python_page(), "utf-8")
+
+
+def with_site_links(text: str, folder: str) -> str:
+    """Point a page's links to the site's pages; a link to another file of the repository becomes its text.
+
+    Args:
+        text: A page in Markdown.
+        folder: Its folder in the repository, from which its links start.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        words, target = match.groups()
+        if "://" in target or target.startswith("#"):
+            return match[0]
+        path, sign, anchor = target.partition("#")
+        path = posixpath.normpath(posixpath.join(folder, path))
+        if path.startswith("docs/images/"):
+            return f"[{words}]({path.removeprefix('docs/')})"
+        if posixpath.dirname(path) == "docs" or path in TOP:
+            name = "index.md" if path == "README.md" else posixpath.basename(path)
+            return f"[{words}]({name}{sign}{anchor})"
+        return words
+
+    return _LINK.sub(replaced, text)
+
+
+def commands_page() -> str:
+    """Return a page with the help of every command."""
+    parts = ["# Commands", "", "The text of `raydet COMMAND --help` for every command.", ""]
+    for command in COMMANDS.values():
+        page = help_page(command.config, program=f"raydet {command.name}", example=command.example)
+        parts += [f"## raydet {command.name}", "", "```text", page.rstrip(), "```", ""]
+    return "\n".join(parts)
+
+
+def python_page() -> str:
+    """Return a page with the public functions, and the classes of their results."""
+    parts = ["# Python", "", "Everything here is imported from `raydet`. Functions of commands take one config, whose"]
+    parts += ["fields are the options of the [command](commands.md), with `_` for `-`.", ""]
+    parts += ["## In memory", "", *_entries(raydet.load, raydet.CocoAP)]
+    module = "raydet.engines.in_memory"
+    parts += [f"::: {module}.loaded.LoadedModel", "", f"::: {module}.picture_detections.PictureDetections", ""]
+    parts += ["## Errors", "", *_entries(raydet.UserError), "## Commands", ""]
+    seen: set[type] = set()
+    for command in COMMANDS.values():
+        function = getattr(raydet, command.function)
+        parts += _entries(function)
+        result = inspect.get_annotations(function)["return"]
+        if isinstance(result, type) and result not in seen:
+            seen.add(result)
+            parts += _entries(result)
+    return "\n".join(parts)
+
+
+def _entries(*items: Any) -> list[str]:
+    return [line for item in items for line in (f"::: {item.__module__}.{item.__qualname__}", "")]
+
+
+if __name__ == "__main__":
+    main()
