@@ -7,10 +7,13 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 UV_READY := .venv/.uv-$(UV_VERSION)
 READY := .venv/.ready
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+  --extra dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs test test-unit test-all test-cluster test-gpu test-hostile lint format lock clean
+.PHONY: help setup demo docs test test-unit test-all test-cluster test-gpu test-hostile test-lowest test-dist lint format lock \
+  lock-lowest dist clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +46,16 @@ test-gpu: $(READY) ## The tests that need a GPU
 test-hostile: $(READY) ## Thousands of hostile files and options, in child processes with limits; an hour
 	@$(BIN)/pytest -q -m hostile
 
+test-dist: $(READY) ## Build the wheel and try it in an empty environment; ten minutes, and downloads what is not cached
+	@$(BIN)/pytest -q tests/test_distribution.py
+
+# An environment of its own, beside .venv.
+test-lowest: $(UV_READY) ## The fast tests with the oldest supported versions, in .venv-lowest
+	@$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-lowest
+	@$(UV) pip sync --quiet --compile-bytecode --python .venv-lowest/bin/python --require-hashes requirements-lowest.lock
+	@$(UV) pip install --quiet --python .venv-lowest/bin/python --no-deps --no-build-isolation -e .
+	@.venv-lowest/bin/pytest -q -m "$(FAST)" -n logical --maxprocesses 4 --no-loadscope-reorder
+
 lint: $(READY) ## Check style, format, types and the order of imports
 	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --check; echo 'make format puts this right'; exit 1; }
@@ -56,11 +69,17 @@ format: $(READY) ## Format the code and apply automatic fixes
 
 # LOCK_FLAGS=--upgrade takes the newest versions that pyproject.toml allows; without it only what must change does.
 lock: $(UV_READY) ## Regenerate requirements.lock from pyproject.toml
-	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra dev $(LOCK_FLAGS) -o requirements.lock pyproject.toml
+	@$(COMPILE) $(LOCK_FLAGS) -o requirements.lock pyproject.toml
+
+lock-lowest: $(UV_READY) ## Regenerate requirements-lowest.lock: the oldest versions that pyproject.toml allows
+	@$(COMPILE) --resolution lowest-direct -o requirements-lowest.lock pyproject.toml
+
+# The wheel is built from the sdist, so that both hold the same files.
+dist: $(READY) ## Build the wheel and the sdist into dist/
+	@$(UV) build --quiet --clear --no-build-isolation --python $(BIN)/python --out-dir dist
 
 clean: ## Remove .venv and every cache; runs/ stays
-	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-lowest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find raydet jobs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(UV_READY):

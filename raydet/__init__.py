@@ -1,8 +1,9 @@
 """raydet: fine-tune, run and measure DETR-family object detectors at scale on Ray.
 
-One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`. `raydet.CocoAP` measures AP in
-any evaluation loop, and `raydet.load(checkpoint)` detects objects in images in memory. Functions are loaded on first
-use, because torch and ray take seconds to import.
+One function and one config class per command: `raydet.train(raydet.TrainConfig(...))`, or with the options as keyword
+arguments, `raydet.train(train_data=..., ...)`. `raydet.open_table` opens a table, `raydet.CocoAP` measures AP in any
+evaluation loop, and `raydet.load(checkpoint)` detects objects in images in memory. Functions are loaded on first use,
+because torch and ray take seconds to import.
 """
 
 import importlib
@@ -63,10 +64,15 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.preparation.prepare import prepare_yolo as prepare_yolo
     from raydet.reporting.report import report as report
     from raydet.scoring.predict import predict as predict
+    from raydet.tables.table import open_table as open_table
     from raydet.training.train import train as train
     from raydet.tuning.tune import tune as tune
 
-_OTHERS = {"CocoAP": "raydet.measuring.coco_ap", "load": "raydet.engines.in_memory.loaded"}
+_OTHERS = {
+    "CocoAP": "raydet.measuring.coco_ap",
+    "load": "raydet.engines.in_memory.loaded",
+    "open_table": "raydet.tables.table",
+}
 """Public names that are not part of a command, and their modules."""
 
 __all__ = [  # noqa: PLE0604

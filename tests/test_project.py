@@ -12,12 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 from raydet.config import TrainConfig
 from raydet.config.options import load_file
 
 PROJECT = Path(__file__).parents[1]
-LOCK = PROJECT / "requirements.lock"
+LOCKS = [PROJECT / "requirements.lock", PROJECT / "requirements-lowest.lock"]
 RUN_FILES = [
     *sorted(path for path in (PROJECT / "jobs" / "configs").glob("*.yaml") if path.stem != "tune"),
     PROJECT / "raydet" / "cli" / "demo.yaml",
@@ -152,32 +154,24 @@ def test_a_wheel_holds_the_files_that_are_read_at_run_time() -> None:
     assert others == packaged
 
 
-def test_lock_holds_no_address() -> None:
-    addresses = [line for line in LOCK.read_text().splitlines() if re.search(r"https?://|file:|git\+| @ ", line)]
-    assert addresses == []
-
-
-def test_lock_pins_every_package_by_hash() -> None:
-    entries = [entry for entry in re.split(r"\n(?=[a-zA-Z0-9])", LOCK.read_text()) if entry.strip()]
-    assert len(entries) > 50
-    for entry in entries:
-        assert re.match(r"[A-Za-z0-9._-]+==[^ ]+", entry), entry.splitlines()[0]
-        assert "--hash=sha256:" in entry, entry.splitlines()[0]
-
-
-def test_lock_covers_what_the_project_names() -> None:
+@pytest.mark.parametrize("lock", LOCKS, ids=[lock.stem for lock in LOCKS])
+def test_a_lock_pins_all_that_the_project_names_by_hash(lock: Path) -> None:
+    text = lock.read_text()
+    assert [line for line in text.splitlines() if re.search(r"https?://|file:|git\+| @ ", line)] == []
+    pins = {}
+    for entry in re.split(r"\n(?=[a-zA-Z0-9])", text.strip()):
+        match = re.match(r"([A-Za-z0-9._-]+)==([^ ]+)", entry)
+        assert match and "--hash=sha256:" in entry, entry.splitlines()[0]
+        pins[normalise(match[1])] = match[2]
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
         *(item for extra in project["optional-dependencies"].values() for item in extra),
     ]
     # The editable install is built without isolation, with the setuptools of the lock.
-    wanted.append("setuptools")
-    locked = {
-        normalise(line.split("==")[0]) for line in LOCK.read_text().splitlines() if re.match(r"[A-Za-z0-9]", line)
-    }
-    names = {normalise(name) for name in (re.split(r"[\[<>=! ;]", item)[0] for item in wanted)} - {"raydet"}
-    assert names - locked == set()
+    for item in map(Requirement, [*wanted, "setuptools"]):
+        assert item.name == "raydet" or item.specifier.contains(pins[normalise(item.name)]), item
+    assert len(pins) > 50
 
 
 def normalise(name: str) -> str:
@@ -218,7 +212,18 @@ def test_a_name_of_a_type_is_used_once() -> None:
 
 def test_make_help_lists_the_commands() -> None:
     listed = make("help")
-    for target in ("demo", "test", "test-all", "test-gpu", "lint", "format", "lock", "clean"):
+    for target in (
+        "demo",
+        "test",
+        "test-all",
+        "test-gpu",
+        "test-dist",
+        "test-lowest",
+        "lint",
+        "format",
+        "lock",
+        "dist",
+    ):
         assert f"make {target} " in listed
 
 
@@ -261,6 +266,17 @@ def test_ci_runs_lint_then_test_and_stops_at_a_failure(
     result = subprocess.run([PROJECT / ".ci" / "run"], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert journal.read_text().split() == ran
     assert (result.returncode == 0) is succeeds
+
+
+def test_the_workflow_runs_what_there_is() -> None:
+    workflow = yaml.safe_load((PROJECT / ".github" / "workflows" / "ci.yml").read_text())
+    runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert {".ci/run", "make test-dist", "make test-lowest"} <= set(runs)
+    targets = re.findall(r"^  make (\S+)", make("help"), re.M)
+    assert {run.removeprefix("make ") for run in runs if run.startswith("make ")} <= set(targets)
+    classifiers = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["classifiers"]
+    declared = [item.rpartition(" ")[2] for item in classifiers if re.search(r"Python :: 3\.\d", item)]
+    assert workflow["jobs"]["check"]["strategy"]["matrix"]["python"] == declared
 
 
 def test_commit_hooks_are_valid() -> None:

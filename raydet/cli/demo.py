@@ -6,8 +6,10 @@ from pathlib import Path
 
 from raydet.cluster import session
 from raydet.common.console import Console
+from raydet.common.notebook.showing import Shown
 from raydet.common.ray_address import announce
 from raydet.config import DemoConfig, EvaluateConfig, PredictConfig, PrepareShapesConfig, ReportConfig, TrainConfig
+from raydet.config.fields import with_options
 from raydet.config.options import load_file
 from raydet.measuring.evaluate import evaluate
 from raydet.measuring.result import Evaluation
@@ -21,7 +23,7 @@ TRAIN_CONFIG = Path(__file__).with_name("demo.yaml")
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Shown):
     """Result and duration of each step."""
 
     trained: TrainResult
@@ -42,6 +44,7 @@ class DemoResult:
         ]
 
 
+@with_options(DemoConfig)
 def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
     """Generate images, train on some of them, find the shapes in the others, and measure the result.
 

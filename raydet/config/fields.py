@@ -1,12 +1,26 @@
 """Declaration of options: help text, group, default, checks, and whether an option belongs to the identity."""
 
 import dataclasses
+import difflib
+import functools
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args
+from typing import (
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+    overload,
+)
 
 from raydet.common.errors import UserError
 from raydet.common.redaction import without_secrets
@@ -133,6 +147,61 @@ def is_required(item: "dataclasses.Field[Any]") -> bool:
 def default_of(item: "dataclasses.Field[Any]") -> Any:
     """Return the default value of an option."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+_Options = ParamSpec("_Options")
+_More = ParamSpec("_More")
+_Given = TypeVar("_Given", contravariant=True)
+_Result = TypeVar("_Result", covariant=True)
+
+
+class TakesOptions(Protocol[_Given, _Options, _More, _Result]):
+    """A command's function: takes a config, or the options of one as keyword arguments."""
+
+    @overload
+    def __call__(self, config: _Given, *args: _More.args, **kwargs: _More.kwargs) -> _Result: ...
+
+    @overload
+    def __call__(self, *args: _Options.args, **kwargs: _Options.kwargs) -> _Result: ...
+
+
+def with_options(
+    config_class: Callable[_Options, _Config],
+) -> Callable[[Callable[Concatenate[_Config, _More], _Result]], TakesOptions[_Config, _Options, _More, _Result]]:
+    """Let a function of a config also take the config's options as keyword arguments, beside its own arguments.
+
+    The function then raises UserError for unknown and missing options.
+    """
+
+    def decorate(
+        function: Callable[Concatenate[_Config, _More], _Result],
+    ) -> TakesOptions[_Config, _Options, _More, _Result]:
+        signature = inspect.signature(function)
+        first, *own = signature.parameters.values()
+        options = inspect.signature(config_class).parameters
+        known = {*options, *(parameter.name for parameter in own)}
+        required = [name for name, parameter in options.items() if parameter.default is parameter.empty]
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if args or first.name in kwargs:
+                return function(*args, **kwargs)
+            name = function.__name__
+            for unknown in kwargs.keys() - known:
+                close = difflib.get_close_matches(unknown, known, n=1)
+                raise UserError(f"{name}() has no option {unknown}{f'; did you mean {close[0]}?' if close else ''}")
+            missing = [option for option in required if option not in kwargs]
+            if missing:
+                raise UserError(f"{name}() requires {', '.join(missing)}")
+            given = {option: kwargs.pop(option) for option in options if option in kwargs}
+            return function(config_class(**given), **kwargs)  # type: ignore[call-arg]
+
+        optional = first.replace(default=None, annotation=first.annotation | None)
+        shown = signature.replace(parameters=[optional, *own, *options.values()])
+        call.__signature__ = shown  # type: ignore[attr-defined]
+        return cast("TakesOptions[_Config, _Options, _More, _Result]", call)
+
+    return decorate
 
 
 def identity(config: Any) -> dict[str, Any]:

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
+from raydet.common.notebook.showing import Shown
 from raydet.config import ExportCocoConfig
+from raydet.config.fields import with_options
 from raydet.exports.rows import (
     ROWS_AT_ONCE,
     Numbers,
@@ -38,7 +40,7 @@ _JSON_TYPES = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, p
 
 
 @dataclass(frozen=True)
-class CocoExportReport:
+class CocoExportReport(Shown):
     """Result of an export to COCO JSON.
 
     Attributes:
@@ -67,6 +69,7 @@ class CocoExportReport:
         return [*lines, f"COCO {'results' if self.kind == 'detections' else 'instances'}: {self.out}"]
 
 
+@with_options(ExportCocoConfig)
 def export_coco(config: ExportCocoConfig) -> CocoExportReport:
     """Write a table as COCO JSON: a results file for detections, an instances file for images.
 

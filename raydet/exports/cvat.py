@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.config import ExportCvatConfig
+from raydet.config.fields import with_options
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_rows
 from raydet.exports.rows import as_text, filled, open_scored
 from raydet.tables.new_output import new_folder
@@ -22,6 +23,7 @@ _CHECKBOX = {"name": "is_crowd", "input_type": "checkbox", "mutable": False, "va
 _SCORE = {"name": "score", "input_type": "text", "mutable": False, "values": [""]}
 
 
+@with_options(ExportCvatConfig)
 def export_cvat(config: ExportCvatConfig) -> FolderExportReport:
     """Write an images or detections table as CVAT's XML.
 

@@ -24,8 +24,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from raydet.common.errors import RunError, UserError, one_line
 from raydet.common.hub_client import quiet_client
+from raydet.common.notebook.showing import Shown
 from raydet.common.redaction import without_secrets
 from raydet.config import PushConfig
+from raydet.config.fields import with_options
 from raydet.exports.hub_data import HubContent, RepoKind, read_dataset
 from raydet.exports.model_card import build_card
 from raydet.models.checkpoints import Checkpoint, read_checkpoint
@@ -41,7 +43,7 @@ _HOW_TO_LOG_IN = (
 
 
 @dataclass(frozen=True)
-class PushResult:
+class PushResult(Shown):
     """Result of a push.
 
     Attributes:
@@ -74,6 +76,7 @@ class PushResult:
         ]
 
 
+@with_options(PushConfig)
 def push(config: PushConfig) -> PushResult:
     """Upload a model folder or tables with a card in one commit; a missing repository is created.
 

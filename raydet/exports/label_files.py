@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
+from raydet.common.notebook.showing import Shown
 from raydet.common.threads import in_order
 from raydet.config import ExportCvatConfig, ExportLabelStudioConfig, ExportVocConfig, ExportYoloConfig
 from raydet.exports.rows import ROWS_AT_ONCE, Numbers, common_folder, refuse, refuse_boxes, refuse_categories
@@ -29,7 +30,7 @@ _SIDES = ("width", "height")
 
 
 @dataclass(frozen=True)
-class FolderExportReport:
+class FolderExportReport(Shown):
     """Result of an export to label files.
 
     Attributes:

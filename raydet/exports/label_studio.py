@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.config import ExportLabelStudioConfig
+from raydet.config.fields import with_options
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_rows
 from raydet.exports.rows import Numbers, as_text, filled, open_scored
 from raydet.tables.new_output import new_folder
@@ -22,6 +23,7 @@ from raydet.tables.new_output import new_folder
 _MODEL_VERSION = "raydet"
 
 
+@with_options(ExportLabelStudioConfig)
 def export_label_studio(config: ExportLabelStudioConfig) -> FolderExportReport:
     """Write an images or detections table as Label Studio's JSON.
 

@@ -24,7 +24,7 @@ from raydet.models.checkpoints import Checkpoint
 from raydet.reporting.run_tables import read_run
 from raydet.tables import storage
 from raydet.tables.table import is_table, read_manifest
-from raydet.training.history import EpochRecord, best_epoch, read_history
+from raydet.training.history import EpochRecord, History, best_epoch, read_history
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 _Numbers = Mapping[str, float | None]
@@ -73,7 +73,7 @@ def build_card(config: PushConfig, checkpoint: Checkpoint) -> tuple[str, tuple[s
 def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
     folder = checkpoint.name.rstrip("/").rpartition("/")[0]
     with contextlib.suppress(OSError, ValueError):
-        config, history = storage.read_yaml(storage.join(folder, "config.yaml")), []
+        config, history = storage.read_yaml(storage.join(folder, "config.yaml")), History()
         if isinstance(config, dict) and all(isinstance(config.get(key), str) for key in ("model", "train_data")):
             with contextlib.suppress(OSError, ValueError):
                 history = read_history(folder)

@@ -9,8 +9,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from raydet.common.errors import RunError
+from raydet.common.notebook.showing import Shown
 from raydet.common.packages import require_packages
 from raydet.config import ExportOnnxConfig
+from raydet.config.fields import with_options
 from raydet.models.checkpoints import read_checkpoint
 from raydet.models.detector import Detector
 from raydet.models.geometry import SizeHW
@@ -27,7 +29,7 @@ _CHECKED_BATCHES = (1, 3)
 
 
 @dataclass(frozen=True)
-class OnnxExportReport:
+class OnnxExportReport(Shown):
     """Result of an export to ONNX.
 
     Attributes:
@@ -59,6 +61,7 @@ class OnnxExportReport:
         ]
 
 
+@with_options(ExportOnnxConfig)
 def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
     """Write a detector as one ONNX file, atomically.
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.config import ExportVocConfig
+from raydet.config.fields import with_options
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_labels
 from raydet.exports.rows import as_text, filled, open_scored
 from raydet.tables.new_output import new_folder
@@ -22,6 +23,7 @@ from raydet.tables.new_output import new_folder
 _IMAGES = "JPEGImages"
 
 
+@with_options(ExportVocConfig)
 def export_voc(config: ExportVocConfig) -> FolderExportReport:
     """Write an images table as Pascal VOC XML files.
 

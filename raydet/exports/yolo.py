@@ -14,11 +14,13 @@ import pyarrow.compute as pc
 import yaml
 
 from raydet.config import ExportYoloConfig
+from raydet.config.fields import with_options
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_labels
 from raydet.exports.rows import Numbers, as_text, open_scored
 from raydet.tables.new_output import new_folder
 
 
+@with_options(ExportYoloConfig)
 def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
     """Write an images or detections table as YOLO label files.
 

@@ -7,7 +7,9 @@ import numpy as np
 
 from raydet.common.console import aligned
 from raydet.common.errors import UserError
+from raydet.common.notebook.showing import Shown
 from raydet.config import InspectConfig, TrainConfig, config_hash, identity
+from raydet.config.fields import with_options
 from raydet.config.options import load_file
 from raydet.inspection.counting import Counts
 from raydet.inspection.findings import MEANINGS, DataFinding, Findings, add_class_findings, add_row_findings
@@ -26,7 +28,7 @@ _MOST_CLASSES_IN_LINES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class Inspection(Shown):
     """Result of `inspect`.
 
     Attributes:
@@ -76,6 +78,7 @@ class Inspection:
         return [*aligned(rows), ""] if rows else ["no findings", ""]
 
 
+@with_options(InspectConfig)
 def inspect(config: InspectConfig) -> Inspection:
     """Write OUT/inspect.html and the tables next to it.
 

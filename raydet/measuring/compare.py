@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from raydet.common.console import aligned, shown
+from raydet.common.notebook.showing import Shown
 from raydet.config import CompareConfig, config_hash, identity
+from raydet.config.fields import with_options
 from raydet.config.measuring import JoinKey
 from raydet.measuring.bootstrap import LEVEL, PairedDifferences, paired_differences
 from raydet.measuring.detections import read_detections
@@ -46,7 +48,7 @@ class ChangedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Shown):
     """Result of `compare`.
 
     Attributes:
@@ -143,6 +145,7 @@ def _signed(value: float | None) -> str:
     return shown(value, "+.3f")
 
 
+@with_options(CompareConfig)
 def compare(config: CompareConfig) -> Comparison:
     """Measure two runs on the same images and report their differences, with significance.
 

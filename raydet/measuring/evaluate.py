@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from raydet.common.errors import UserError
 from raydet.config import EvaluateConfig
+from raydet.config.fields import with_options
 from raydet.measuring import metrics_folder
 from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.numbers.matches import COCO, Matches, Protocol, take_images
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from raydet.measuring.slices import Slice
 
 
+@with_options(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Measure detections against the truth under the rules of COCO or another protocol.
 

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from raydet.common.console import aligned, shown
+from raydet.common.notebook.showing import Shown
 from raydet.measuring.numbers.matches import Protocol
 from raydet.measuring.numbers.metrics import CocoResult
 from raydet.measuring.numbers.values import Block, MetricValue
@@ -30,7 +33,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """Result of `evaluate`.
 
     Attributes:
@@ -58,6 +61,26 @@ class Evaluation:
     def exit_code(self) -> int:
         """Exit code of the command: 1 if pycocotools computed another number."""
         return int(self.verification is not None and bool(self.verification.differing))
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """The metrics over all classes and images by name, such as `AP50`; None if undefined."""
+        return {value.metric: value.value for value in self.whole.blocks[0]}
+
+    @property
+    def per_class(self) -> pa.Table:
+        """A row for each class: `class_name`, and a float64 column for each metric, null if it is undefined.
+
+        Without rows if the classes count as one.
+        """
+        by_class = self.whole.blocks[1:]
+        names = [value.metric for value in by_class[0]] if by_class else []
+        rows = [
+            {"class_name": category.name, **{value.metric: value.value for value in block}}
+            for category, block in zip(self.result.categories, by_class, strict=True)
+        ]
+        fields = [("class_name", pa.string()), *((name, pa.float64()) for name in names)]
+        return pa.Table.from_pylist(rows, schema=pa.schema(fields))
 
     def lines(self) -> list[str]:
         """Return the metrics as text: over all classes, then by class; "–" for undefined values."""

@@ -44,6 +44,7 @@ from raydet.config import (
     config_hash,
     identity,
 )
+from raydet.config.fields import with_options
 from raydet.images.files import ImageFolder
 from raydet.preparation.examining import ImageReader, draw_row, read_row
 from raydet.preparation.locating import refuse_other_folder
@@ -78,6 +79,7 @@ _BYTES_OF_REFERENCE = 16 * 2**10
 """Represents the work of reading an image, of which hardly anything is stored."""
 
 
+@with_options(PrepareCocoConfig)
 def prepare_coco(config: PrepareCocoConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from a COCO instances file and its images.
 
@@ -92,6 +94,7 @@ def prepare_coco(config: PrepareCocoConfig, *, console: Console | None = None) -
     return _prepare(config, partial(_in_folder, read_coco), console=console)
 
 
+@with_options(PrepareVocConfig)
 def prepare_voc(config: PrepareVocConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from Pascal VOC XML files and their images; `sources/voc.py` describes the format.
 
@@ -103,6 +106,7 @@ def prepare_voc(config: PrepareVocConfig, *, console: Console | None = None) -> 
     return _prepare(config, partial(_in_folder, read_voc), console=console)
 
 
+@with_options(PrepareYoloConfig)
 def prepare_yolo(config: PrepareYoloConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from images and YOLO label files; `sources/yolo.py` describes the format.
 
@@ -114,6 +118,7 @@ def prepare_yolo(config: PrepareYoloConfig, *, console: Console | None = None) -
     return _prepare(config, _open_yolo, console=console)
 
 
+@with_options(PrepareCsvConfig)
 def prepare_csv(config: PrepareCsvConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from a CSV file with a box per row; `sources/tools/csv_labels.py` describes the format.
 
@@ -122,6 +127,7 @@ def prepare_csv(config: PrepareCsvConfig, *, console: Console | None = None) -> 
     return _prepare(config, partial(_in_folder, read_csv), console=console)
 
 
+@with_options(PrepareCvatConfig)
 def prepare_cvat(config: PrepareCvatConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from CVAT's XML and its images; `sources/tools/cvat.py` describes the format.
 
@@ -130,6 +136,7 @@ def prepare_cvat(config: PrepareCvatConfig, *, console: Console | None = None) -
     return _prepare(config, partial(_in_folder, read_cvat), console=console)
 
 
+@with_options(PrepareLabelStudioConfig)
 def prepare_label_studio(config: PrepareLabelStudioConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from Label Studio's JSON; `sources/tools/label_studio.py` describes the format.
 
@@ -138,6 +145,7 @@ def prepare_label_studio(config: PrepareLabelStudioConfig, *, console: Console |
     return _prepare(config, partial(_in_folder, read_label_studio), console=console)
 
 
+@with_options(PrepareHubConfig)
 def prepare_hub(config: PrepareHubConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table from a data set that `datasets` opens; see `raydet.preparation.sources.hub`.
 
@@ -146,6 +154,7 @@ def prepare_hub(config: PrepareHubConfig, *, console: Console | None = None) -> 
     return _prepare(config, _open_hub, console=console)
 
 
+@with_options(PrepareImagesConfig)
 def prepare_images(config: PrepareImagesConfig, *, console: Console | None = None) -> PrepareReport:
     """Make an images table, without boxes, from all image files below a folder, or from a list.
 
@@ -181,6 +190,7 @@ def _open_images(config: PrepareImagesConfig) -> _Opened:
     return _in_folder(lambda _, folder: read_images(folder), config)
 
 
+@with_options(PrepareShapesConfig)
 def prepare_shapes(
     config: PrepareShapesConfig, *, console: Console | None = None, file_bytes: int = FILE_BYTES
 ) -> PrepareReport:

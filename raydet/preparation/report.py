@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raydet.common.console import MOST_NAMED, aligned, counted
+from raydet.common.notebook.showing import Shown
 from raydet.preparation.examining import ROTATED, SIZE_MISMATCH, WITHOUT_BOXES
 from raydet.preparation.sources.fitting import CLIPPED, NO_AREA, OUTSIDE, REPEATED_DROPPED, REPEATED_KEPT
 from raydet.preparation.sources.source import UNLABELLED, UNLABELLED_KEPT
@@ -31,7 +32,7 @@ _KINDS_BY_FIELD = {
 
 
 @dataclass(frozen=True)
-class PrepareReport:
+class PrepareReport(Shown):
     """Result of `prepare`.
 
     Attributes:

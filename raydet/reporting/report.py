@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from raydet.common.errors import UserError
+from raydet.common.notebook.showing import Shown
 from raydet.config import ReportConfig
+from raydet.config.fields import with_options
 from raydet.reporting.figures import charts
 from raydet.reporting.galleries import build_galleries
 from raydet.reporting.page import render
@@ -16,7 +18,7 @@ _FILE = "report.html"
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """Result of `report`.
 
     Attributes:
@@ -37,6 +39,7 @@ class Report:
         return [*self.problems, f"report{of_run} ({self.num_bytes / 1e6:.1f} MB): {self.out}"]
 
 
+@with_options(ReportConfig)
 def report(config: ReportConfig) -> Report:
     """Write the report of one run as a single HTML file that needs no network.
 

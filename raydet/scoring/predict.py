@@ -17,9 +17,11 @@ from raydet.cluster.job_report import JobReport, JobStats
 from raydet.cluster.stopwatch import FileStats
 from raydet.common.console import MOST_NAMED, Console, counted
 from raydet.common.errors import UserError
+from raydet.common.notebook.showing import Shown
 from raydet.common.ray_address import announce, is_connected
 from raydet.common.redaction import without_secrets
 from raydet.config import PredictConfig, config_hash, identity
+from raydet.config.fields import with_options
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
@@ -41,7 +43,7 @@ MOST_IMAGES_IN_PROCESS = 2_000
 
 
 @dataclass(frozen=True)
-class PredictResult:
+class PredictResult(Shown):
     """Result of a scoring run.
 
     Attributes:
@@ -84,6 +86,7 @@ class _ModelFacts:
     fingerprint: str
 
 
+@with_options(PredictConfig)
 def predict(config: PredictConfig, *, console: Console | None = None) -> PredictResult:
     """Score every image of a collection; an interrupted run resumes.
 

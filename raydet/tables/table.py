@@ -13,13 +13,15 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydet.common.console import counted
 from raydet.common.errors import UserError, one_line
+from raydet.common.notebook.showing import row_cells, table_html, table_text
 from raydet.common.threads import in_order
 from raydet.common.untrusted.documents import MAX_JSON_BYTES
 from raydet.tables import storage
@@ -39,6 +41,7 @@ from raydet.tables.schema import (
 FINDINGS_FOLDER, REJECTED_FOLDER = "__findings", "__rejected"
 """Subfolders for the lists that `prepare` writes beside an images table, or beside the tables of its splits."""
 SPLITS = ("train", "val")
+ANY_KIND: tuple[TableKind, ...] = get_args(TableKind)
 _MOST_FOLDERS, _MOST_SHOWN = 50, 5
 _SOURCE_SUFFIXES = (".jpg", ".jpeg", ".png", ".json", ".xml", ".csv", ".yaml", ".txt")
 _EARLIER_MANIFEST_NAME = "_manifest.json"
@@ -209,6 +212,25 @@ class Table:
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches([batch.cast(schema) for batch in self.iter_batches(columns)], schema=schema)
 
+    def to_pandas(self, columns: Sequence[str] | None = None) -> Any:
+        """Read the table into a pandas data frame: all columns, or the given ones; raises as `iter_batches` does."""
+        return self.read(columns).to_pandas()
+
+    def show(self, n: int = 10) -> None:
+        """Print the first rows in short form: images by their path, boxes counted by class."""
+        print(table_text(*self._head(n)))
+
+    def _repr_html_(self) -> str:
+        return table_html(*self._head(10))
+
+    def _head(self, n: int) -> tuple[list[tuple[str, ...]], str]:
+        """Return the header and the first `n` rows as texts, and a note on the table."""
+        names = [category.name for category in self.categories]
+        batches = self.iter_batches(batch_size=max(1, n))
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        cells = [row_cells(row, names) for row in itertools.islice(rows, max(0, n))]
+        return [tuple(self.schema.names), *cells], f"{self.kind}: {counted(self.num_rows, 'row')} in {self.uri}"
+
 
 def _described(layout: Layout) -> str:
     num_bytes = int(layout.num_bytes.sum())
@@ -267,8 +289,8 @@ def is_table(uri: str) -> bool:
     return storage.exists(storage.join(uri, MANIFEST_NAME))
 
 
-def open_table(uri: str, kind: TableKind | tuple[TableKind, ...]) -> Table:
-    """Open a table for reading.
+def open_table(uri: str, kind: TableKind | tuple[TableKind, ...] = ANY_KIND) -> Table:
+    """Open a table for reading, of any kind or of those given.
 
     Raises:
         UserError: The folder does not exist, is not a complete table, or has a different kind or schema version.

@@ -4,11 +4,16 @@ It determines the best epoch and the end of a run. This module imports neither t
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
+from raydet.common.console import counted, shown
 from raydet.common.errors import UserError
+from raydet.common.notebook.showing import table_html
 from raydet.config import COCO_METRICS
 from raydet.models.checkpoints import HISTORY_FILE, STEPS_FILE
 from raydet.tables import storage
@@ -172,6 +177,66 @@ class EpochRecord:
         )
 
 
+class History(list[EpochRecord]):
+    """The records of all finished epochs, also as a table and as curves; a notebook shows the table."""
+
+    def to_arrow(self) -> pa.Table:
+        """Return a row for each epoch; what is undefined or was not measured is null.
+
+        Columns: `epoch`, `loss`, `loss:TERM` of each loss term, `learning_rate`, `gradient_norm`, `images_per_s`,
+        `seconds`, and of the validation COCO's metrics, `AP:CLASS` of each class, `validation_loss`. Only `epoch` is an
+        int64, all others are float64.
+        """
+        rows = [_row(record) for record in self]
+        names = list(dict.fromkeys(name for row in rows for name in row)) or ["epoch"]
+        fields = [(name, pa.int64() if name == "epoch" else pa.float64()) for name in names]
+        return pa.Table.from_pylist(rows, schema=pa.schema(fields))
+
+    def to_pandas(self) -> Any:
+        """Return `to_arrow` as a pandas data frame."""
+        return self.to_arrow().to_pandas()
+
+    def plot(self) -> Any:
+        """Return a Plotly figure of the losses and the AP by epoch; a notebook shows it."""
+        import plotly.graph_objects as go
+
+        table = self.to_arrow()
+        figure = go.Figure()
+        for name, axis in (("loss", "y"), ("validation_loss", "y"), ("AP", "y2"), ("AP50", "y2"), ("AP75", "y2")):
+            if name in table.column_names:
+                measured = table.select(["epoch", name]).drop_null()
+                epochs, values = (measured[column].to_pylist() for column in ("epoch", name))
+                label = name.replace("_", " ")
+                figure.add_trace(go.Scatter(x=epochs, y=values, name=label, yaxis=axis, mode="lines+markers"))
+        figure.update_layout(
+            xaxis={"title": {"text": "epoch"}},
+            yaxis={"title": {"text": "loss"}, "rangemode": "tozero"},
+            yaxis2={"title": {"text": "AP"}, "range": [0, 1], "overlaying": "y", "side": "right"},
+            legend={"orientation": "h"},
+        )
+        return figure
+
+    def _repr_html_(self) -> str:
+        table = self.to_arrow()
+        columns = ("epoch", "loss", "validation_loss", "AP", "AP50", "AP75", "learning_rate", "images_per_s")
+        names = [name for name in columns if name in table.column_names]
+        rows = [tuple(shown(row[name], ".4g") for name in names) for row in table.select(names).to_pylist()]
+        return table_html([tuple(names), *rows], counted(len(rows), "epoch"))
+
+
+def _row(record: EpochRecord) -> dict[str, float | None]:
+    """Return the columns of `History.to_arrow` for one epoch."""
+    row: dict[str, float | None] = {"epoch": record.epoch, "loss": record.loss}
+    row |= {f"loss:{name}": value for name, value in record.losses.items()}
+    names = ("learning_rate", "gradient_norm", "images_per_s", "seconds")
+    row |= {name: getattr(record, name) for name in names}
+    if record.validation is not None:
+        row |= record.validation.numbers
+        row |= {f"AP:{name}": value for name, value in record.validation.ap_by_class.items()}
+        row["validation_loss"] = record.validation.loss
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -183,7 +248,7 @@ def _number(content: Mapping[str, Any], name: str) -> float | None:
     return value
 
 
-def read_history(out: str) -> list[EpochRecord]:
+def read_history(out: str) -> History:
     """Read the history of a run folder; it is empty if no epoch has finished.
 
     Raises:
@@ -191,12 +256,12 @@ def read_history(out: str) -> list[EpochRecord]:
     """
     uri = storage.join(out, HISTORY_FILE)
     if not storage.exists(uri):
-        return []
+        return History()
     try:
         contents = storage.read_json(uri, allow_nan=True)
         if not isinstance(contents, list):
             raise ValueError("it must be a list")
-        return [EpochRecord.from_json(content) for content in contents]
+        return History(EpochRecord.from_json(content) for content in contents)
     except ValueError as error:
         raise UserError(f"{uri} is damaged: it does not hold the history of a training run: {error}") from None
 

@@ -19,9 +19,11 @@ from raydet.cluster.shared_storage import check_shared
 from raydet.common.class_names import check_mapping, is_unused, match_names
 from raydet.common.console import Console
 from raydet.common.errors import UserError
+from raydet.common.notebook.showing import Shown
 from raydet.common.ray_address import announce, is_connected, starts_cluster
 from raydet.common.signals import noting_stop_requests
 from raydet.config import OVERRIDABLE, ResolvedTrainConfig, TrainConfig, identity
+from raydet.config.fields import with_options
 from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
 from raydet.models.families import family_of, unfit_size
 from raydet.models.recipes.facts import side_multiple_of
@@ -32,7 +34,7 @@ from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category
 from raydet.tables.table import Table, open_table
-from raydet.training.history import EpochRecord, best_epoch, is_over, read_history
+from raydet.training.history import EpochRecord, History, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, following
 from raydet.training.recovery.overrides import (
     extended,
@@ -43,6 +45,7 @@ from raydet.training.recovery.overrides import (
 )
 
 if TYPE_CHECKING:
+    from raydet.engines.in_memory.loaded import LoadedModel
     from raydet.training.trainer import Trainer
 
 _FOLDERS = (STATES_FOLDER, "checkpoint", "last")
@@ -51,13 +54,13 @@ _SOURCES = "recipe"
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Shown):
     """Results of a training run.
 
     Attributes:
         out: URI of the run folder.
         checkpoint: URI of the best model, a Hugging Face model folder.
-        history: One record per epoch.
+        history: One record per epoch; `history.to_pandas()` is a table of them.
         metric: Metric that selects the best model.
         already_done: True if the run was already finished.
         advice: Advice for a model from scratch, in case that its AP is low; empty for a pretrained one.
@@ -65,7 +68,7 @@ class TrainResult:
 
     out: str
     checkpoint: str
-    history: list[EpochRecord]
+    history: History
     metric: str = "AP"
     already_done: bool = False
     advice: str = ""
@@ -76,6 +79,16 @@ class TrainResult:
         record = best_epoch(self.history, self.metric)
         assert record is not None, "a finished run has at least one epoch"
         return record
+
+    def plot(self) -> Any:
+        """Return a Plotly figure of the losses and the AP by epoch; a notebook shows it."""
+        return self.history.plot()
+
+    def load(self, **options: Any) -> "LoadedModel":
+        """Load the best model for images in memory, with the options of `raydet.load`."""
+        from raydet.engines.in_memory.loaded import load  # imports torch
+
+        return load(self.checkpoint, **options)
 
     def lines(self) -> list[str]:
         """Return a summary of the run for the terminal."""
@@ -93,6 +106,7 @@ class TrainResult:
         ]
 
 
+@with_options(TrainConfig)
 def train(
     config: TrainConfig,
     *,
@@ -152,7 +166,7 @@ def _train_into(
         return TrainResult(
             out,
             checkpoint,
-            history[: config.epochs],
+            History(history[: config.epochs]),
             metric=config.metric_for_best_model,
             already_done=True,
             advice=advice,

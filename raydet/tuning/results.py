@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raydet.common.notebook.showing import Shown
 from raydet.config import COCO_METRICS, TrainConfig, config_hash, to_yaml
 from raydet.reporting.tuning_page import Axis, TrialRow, render_tuning
 from raydet.tables import storage
@@ -28,7 +29,7 @@ _ARROW_TYPES = {"uniform": pa.float64(), "loguniform": pa.float64(), "randint": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneResult:
+class TuneResult(Shown):
     """Result of a search.
 
     Attributes:

@@ -14,6 +14,7 @@ from raydet.common.console import Console, counted
 from raydet.common.errors import RunError, UserError
 from raydet.common.ray_address import announce
 from raydet.config import TrainConfig, TuneConfig, identity, to_yaml
+from raydet.config.fields import with_options
 from raydet.config.options import build
 from raydet.models.recipes.resolve import default_space, resolve
 from raydet.tables import storage
@@ -45,6 +46,7 @@ _FIXED_BETWEEN_TRIALS = ("epochs", "early_stopping_patience")
 """Train options that may change when a run resumes, but not between the trials of a search."""
 
 
+@with_options(TuneConfig)
 def tune(config: TuneConfig, *, console: Console | None = None) -> TuneResult:
     """Search for the best training options; an interrupted search resumes.
 

@@ -10,6 +10,8 @@ import pytest
 
 import raydet
 from raydet.cli.commands import COMMANDS
+from raydet.common.notebook.showing import Shown
+from raydet.config import field_names
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -20,6 +22,14 @@ def test_a_command_is_a_function_of_its_config(name: str) -> None:
     assert function.__module__ == command.module
     parameters = inspect.signature(function).parameters
     assert next(iter(parameters)) == "config"
+    assert set(field_names(command.config)) <= set(parameters), "@with_options lets it take the options, too"
+    assert issubclass(inspect.signature(function).return_annotation, Shown)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_has_the_name_of_an_argument(name: str) -> None:
+    function = inspect.unwrap(getattr(raydet, COMMANDS[name].function))
+    assert set(inspect.signature(function).parameters).isdisjoint(field_names(COMMANDS[name].config))
 
 
 def test_the_package_shows_functions_and_configs() -> None:
@@ -47,5 +57,9 @@ def test_type_checkers_see_the_names_of_the_table() -> None:
     }
     functions = {(command.module, command.function) for command in COMMANDS.values()}
     configs = {("raydet.config", command.config.__name__) for command in COMMANDS.values()}
-    others = {("raydet.measuring.coco_ap", "CocoAP"), ("raydet.engines.in_memory.loaded", "load")}
+    others = {
+        ("raydet.measuring.coco_ap", "CocoAP"),
+        ("raydet.engines.in_memory.loaded", "load"),
+        ("raydet.tables.table", "open_table"),
+    }
     assert declared == functions | configs | others

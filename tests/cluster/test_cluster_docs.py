@@ -23,7 +23,7 @@ TRIED = "On this machine first"
 
 _SHELL = ("bash", "sh", "")
 _JOB = re.compile(r"python jobs/(\w+)\.py(.*)")
-_RAYDET = re.compile(r"^(?:\w+=\S+ )*raydet (.*)")
+_RAYDET = re.compile(r"^(?:(?:\w+=\S+ )*|ray job submit .* -- (?:python -m )?)raydet (.*)")
 
 
 def command_lines(path: Path) -> list[str]:
@@ -94,10 +94,11 @@ def test_wrong_commands_are_noticed() -> None:
     assert raydet_words("RAY_ADDRESS=auto raydet train --epochs 3  # more") is not None
     assert raydet_words("raydet train --train-data s3://… --out x") is None
     assert raydet_words("pip install raydet") is None
-    words = raydet_words("ray job submit --working-dir . -- python jobs/train.py --epoch 3")
-    assert words == ["train", "--epoch", "3"]
+    for job in ("python jobs/train.py", "raydet train", "python -m raydet train"):
+        words = raydet_words(f"ray job submit --working-dir . -- {job} --epoch 3")
+        assert words == ["train", "--epoch", "3"]
     with pytest.raises(UserError, match="unknown option --epoch"):
-        config_of(words)
+        config_of(["train", "--epoch", "3"])
     assert ray_words("(umask 077; ray get-auth-token --generate > /dev/null)") == ["get-auth-token", "--generate"]
     with pytest.raises(click.UsageError, match="No such option"):
         check_ray(["job", "submit", "--workingdir", ".", "--", "python"])

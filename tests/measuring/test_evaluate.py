@@ -261,6 +261,17 @@ def test_the_text_holds_the_numbers_aligned(inputs: Inputs) -> None:
     assert lines[-1] == f"metrics: {inputs.folder / 'out'}"
 
 
+def test_the_numbers_are_at_hand_in_python(inputs: Inputs) -> None:
+    evaluation = evaluate(truth=inputs.config().truth, detections=inputs.config().detections)
+    assert evaluation.numbers == evaluation.result.values and len(evaluation.numbers) == 12
+    rows = evaluation.per_class.to_pylist()
+    assert [row.pop("class_name") for row in rows] == ["cat", "dog"]
+    assert rows == [numbers.values for numbers in evaluation.result.per_class]
+    assert "<pre>4 images" in evaluation._repr_html_()
+    as_one = evaluate(inputs.config(class_agnostic=True))
+    assert as_one.per_class.num_rows == 0 and as_one.numbers["AP"] is not None
+
+
 def test_metrics_table_holds_the_numbers_and_where_they_come_from(inputs: Inputs) -> None:
     out = inputs.folder / "out"
     evaluation = evaluate(inputs.config(out=str(out)))

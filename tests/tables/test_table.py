@@ -178,3 +178,32 @@ def test_published_folders_replace_the_old_one_and_recover_from_a_kill(tmp_path:
     storage.recover_folder(str(tmp_path / "target"))
     assert storage.list_files(str(tmp_path / "target")) == ["file2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source1", "source2", "target"]
+
+
+def test_a_table_shows_its_first_rows_and_becomes_a_data_frame(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    categories = [Category(7, "cat"), Category(8, "<b>dog</b>")]
+    rows = [
+        {
+            "image_id": number,
+            "path": f"{number}.jpg",
+            "width": 64,
+            "height": 48,
+            "detections": {"bbox": [[0, 0, 1, 1]] * 3, "score": [0.5] * 3, "category": [1, 0, 1]},
+        }
+        for number in range(30)
+    ]
+    with TableWriter(str(tmp_path / "found"), build_schema("detections", categories), config_hash="x") as writer:
+        writer.write_rows(rows)
+    table = open_table(str(tmp_path / "found"))
+    assert table.kind == "detections"
+    table.show(2)
+    head, *shown, note = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["image_id", "path"] and len(shown) == 2
+    assert "2 <b>dog</b>, 1 cat" in shown[0] and "30 rows" in note and "detections" in note
+    table.show(0)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    page = table._repr_html_()
+    assert page.count("<tr>") == 11 and "<b>" not in page and "&lt;b&gt;dog" in page
+    assert table.to_pandas(["image_id", "path"])["path"].tolist() == [f"{number}.jpg" for number in range(30)]

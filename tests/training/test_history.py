@@ -1,12 +1,14 @@
 """Epoch records, the best epoch, and early stopping."""
 
 import json
+import math
 from typing import Any
 
 import pytest
 
 from raydet.training.history import (
     EpochRecord,
+    History,
     ValidationRecord,
     best_epoch,
     is_best_so_far,
@@ -75,3 +77,18 @@ def test_patience_counts_measured_epochs_without_a_better_one() -> None:
     assert not is_out_of_patience(history, "AP", 3)
     assert not is_out_of_patience(history[:4], "AP", 2)
     assert not is_out_of_patience([], "AP", 1)
+
+
+def test_a_history_is_a_table_and_a_figure() -> None:
+    validation = ValidationRecord(numbers={"AP": 0.25, "APs": None}, ap_by_class={"<b>": 0.5}, loss=0.75)
+    first = EpochRecord(epoch=1, loss=math.nan, losses={"loss_vfl": 1.5}, images_per_s=20.0)
+    history = History([first, EpochRecord(epoch=2, loss=1.25, validation=validation)])
+    rows = history.to_arrow().to_pylist()
+    assert [row["epoch"] for row in rows] == [1, 2] and [row["loss"] for row in rows] == [None, 1.25]
+    assert [row["AP"] for row in rows] == [None, 0.25] and [row["APs"] for row in rows] == [None, None]
+    assert [row["AP:<b>"] for row in rows] == [None, 0.5] and rows[0]["loss:loss_vfl"] == 1.5
+    assert history.to_pandas()["AP"].tolist()[1] == 0.25
+    curves = {trace.name: (trace.x, trace.y) for trace in history.plot().data}
+    assert curves == {"loss": ((2,), (1.25,)), "validation loss": ((2,), (0.75,)), "AP": ((2,), (0.25,))}
+    assert "<td>0.25</td>" in history._repr_html_() and "2 epochs" in history._repr_html_()
+    assert History().to_arrow().num_rows == 0 and not History().plot().data and "0 epochs" in History()._repr_html_()

@@ -16,7 +16,9 @@ from raydet.cluster.forecast.nodes import NodeGroup, groups_of_yaml, total_cpus,
 from raydet.cluster.job_report import duration_text, rate_text
 from raydet.common.console import aligned
 from raydet.common.errors import UserError
+from raydet.common.notebook.showing import Shown
 from raydet.config import PlanConfig
+from raydet.config.fields import with_options
 
 _SHORT_S = 10.0
 """A shorter measurement may be off by more than a quarter."""
@@ -35,7 +37,7 @@ _ADVICE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanResult:
+class PlanResult(Shown):
     """The forecast of a run.
 
     Attributes:
@@ -147,6 +149,7 @@ class PlanResult:
         return found
 
 
+@with_options(PlanConfig)
 def plan(config: PlanConfig) -> PlanResult:
     """Estimate the time and cost of a run from a measured one. Starts nothing.
 

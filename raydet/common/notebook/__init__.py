@@ -1,0 +1,1 @@
+"""Results and rows of tables → text and HTML for a Python prompt and for notebooks."""
