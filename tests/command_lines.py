@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from raydet.cli.commands import COMMANDS
+from raydet.cli.usage import GROUPS
 from raydet.config.options import load
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
-_TWO_WORDS = ("prepare", "export")
 
 
 def config_of(words: Sequence[str]) -> Any:
@@ -19,7 +19,7 @@ def config_of(words: Sequence[str]) -> Any:
         UserError: An option does not exist or has an invalid value.
     """
     name, *options = words
-    if name in _TWO_WORDS:
+    if name in GROUPS:
         name = f"{name} {options.pop(0)}"
     assert name in COMMANDS, f"no command `{name}`"
     return load(COMMANDS[name].config, options, program=f"raydet {name}")

@@ -22,6 +22,7 @@ _INTEGRATION_TESTS = (
     "tests/exports/test_onnx.py",
     "tests/measuring/test_coco_ap",
     "tests/models/",
+    "tests/scoring/test_pictures.py",
     "tests/training/test_trainer.py",
 )
 

@@ -73,13 +73,13 @@ for module in {modules!r}:
     assert heavy_imports(code) == []
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_and_completion_import_nothing_heavy() -> None:
     code = """
-import sys
 from raydet.cli.main import main
-sys.argv = ["raydet", "--help"]
+for words in ("--help", "prepare --help", "completion words -- predict --engine o"):
+    assert main(words.split()) == 0
 try:
-    main()
+    main(["predict", "--help"])
 except SystemExit as end:
     assert not end.code, end.code
 """

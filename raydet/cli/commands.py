@@ -179,6 +179,12 @@ _COMMANDS = (
         "--run runs/demo/detections --images 10_000_000 --price 0.71",
     ),
     Command(
+        "doctor",
+        "raydet.cli.doctor",
+        "check this installation: packages, devices, Ray, memory, disks, the Hub",
+        "--timeout-s 30",
+    ),
+    Command(
         "demo", "raydet.cli.demo", "the complete pipeline on generated images, in a few minutes", "--out runs/demo"
     ),
 )

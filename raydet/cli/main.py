@@ -3,7 +3,6 @@
 Exit codes: 0 success, 1 a failure, 2 a mistake in the input, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
-import difflib
 import importlib
 import inspect
 import sys
@@ -15,13 +14,11 @@ import raydet
 from raydet.cli.commands import COMMANDS, Command
 from raydet.cli.failures import lines_of
 from raydet.cli.reachable import check_reachable
+from raydet.cli.usage import GROUPS, HELP, unknown_command, usage
 from raydet.common.console import Console, write_out
-from raydet.common.errors import UserError
 from raydet.common.signals import INTERRUPTED, ending_on_second_ctrl_c, ending_on_sigterm
 from raydet.config import to_yaml
 from raydet.config.options import load
-
-_HELP = ("-h", "--help", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,25 +56,30 @@ def run_job(name: str) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in _HELP:
-        write_out(_usage())
+    if arguments and arguments[0] in HELP and arguments[1:]:  # `raydet help train`
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in HELP:
+        write_out(usage())
         return 0
     if arguments[0] == "--version":
         write_out(f"{raydet.__version__}\n")
         return 0
-    name = arguments.pop(0)
-    group = [command for command in COMMANDS if command.startswith(f"{name} ")]
-    if group and (not arguments or arguments[0] in _HELP):
-        write_out(_usage(f"{name} "))
-        return 0 if arguments else 2
-    if group:
-        name = f"{name} {arguments.pop(0)}"
+    name, *options = arguments
+    if name == "completion":
+        from raydet.cli import completion
+
+        return completion.run(options)
+    if name in GROUPS and (not options or options[0] in HELP):
+        write_out(usage(name))
+        return 0 if options else 2
+    if name in GROUPS:
+        name = f"{name} {options.pop(0)}"
     command = COMMANDS.get(name)
     if command is None:
-        raise UserError(f"unknown command `{name}`; {_suggestion(name)}")
+        raise unknown_command(arguments)
     config: Any = load(
         command.config,
-        arguments,
+        options,
         program=f"raydet {name}",
         example=command.example,
         to_text=_printer(command),
@@ -96,22 +98,3 @@ def _printer(command: Command) -> Callable[[Any], str]:
     if not command.printed_by:
         return to_yaml
     return lambda config: getattr(importlib.import_module(command.module), command.printed_by)(config)
-
-
-def _usage(group: str = "") -> str:
-    """Return the list of commands, or of those whose names begin with `group`."""
-    lines = [f"usage: raydet {group or 'COMMAND '}{'FORMAT ' if group else ''}[options]", ""]
-    lines += [f"  {name:<20} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
-    lines += [
-        "",
-        "raydet COMMAND --help lists the options of a command. Every command reads options from --config FILE.yaml,",
-        "which the command line overrides, and prints the resulting config with --print-config.",
-        "Set RAY_ADDRESS to run on a Ray cluster; without it raydet starts Ray on this machine.",
-        "To see everything work in a few minutes: raydet demo",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, [*COMMANDS, *(known.split()[0] for known in COMMANDS)], n=1)
-    return f"did you mean `{close[0]}`?" if close else "raydet --help lists the commands"

@@ -16,29 +16,30 @@ def has_proxy() -> bool:
     return any(os.environ.get(name) for name in _PROXIES)
 
 
-def failure_of(is_secure: bool, host: str) -> str | None:
-    """Return why a server does not answer, or None if it does."""
+def failure_of(is_secure: bool, host: str, *, timeout_s: float | None = None) -> str | None:
+    """Return why a server does not answer within a time limit, by default `TIMEOUT_S`, or None if it does."""
+    timeout_s = timeout_s or TIMEOUT_S
     answers: list[str | None] = []
 
     def ask() -> None:
-        answers.append(_ask(is_secure, host))
+        answers.append(_ask(is_secure, host, timeout_s))
 
     # In a thread, because resolving a name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(TIMEOUT_S)
-    return answers[0] if answers else f"no answer within {TIMEOUT_S:.0f} s"
+    thread.join(timeout_s)
+    return answers[0] if answers else f"no answer within {timeout_s:g} s"
 
 
-def _ask(is_secure: bool, host: str) -> str | None:
+def _ask(is_secure: bool, host: str, timeout_s: float) -> str | None:
     connection: http.client.HTTPConnection
     try:
         if is_secure:
             # Nothing is sent or believed here; the store's own client verifies the certificate.
             context = ssl._create_unverified_context()
-            connection = http.client.HTTPSConnection(host, timeout=TIMEOUT_S, context=context)
+            connection = http.client.HTTPSConnection(host, timeout=timeout_s, context=context)
         else:
-            connection = http.client.HTTPConnection(host, timeout=TIMEOUT_S)
+            connection = http.client.HTTPConnection(host, timeout=timeout_s)
         try:
             connection.request("HEAD", "/")
             connection.getresponse()

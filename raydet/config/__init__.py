@@ -15,7 +15,7 @@ from raydet.config.fields import (
 )
 from raydet.config.inspecting import InspectConfig
 from raydet.config.measuring import CompareConfig, EvaluateConfig, EvaluationProtocol, ReportConfig
-from raydet.config.planning import PlanConfig
+from raydet.config.planning import DoctorConfig, PlanConfig
 from raydet.config.preparing import (
     DEFAULT_MAX_PIXELS,
     ImageStorage,
@@ -66,6 +66,7 @@ __all__ = [
     "BatchNorm",
     "CompareConfig",
     "DemoConfig",
+    "DoctorConfig",
     "DrawIf",
     "Engine",
     "EvaluateConfig",

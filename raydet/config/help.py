@@ -49,7 +49,7 @@ def help_page(config_class: type, *, program: str, example: str = "") -> str:
 def _entry(item: Any, hint: Any) -> str:
     default = None if is_required(item) else default_of(item)
     text = item.metadata["help"]
-    if default is not None and default is not False and default != []:
+    if default is not None and default is not False and default not in ([], ""):
         shown = "on" if default is True else yaml.safe_dump(default).splitlines()[0]
         text += f" (default: {shown})"
     return f"{_wrapped(_spelling(item, hint), 2, 10)}\n{_wrapped(text, 8, 8)}"

@@ -16,6 +16,26 @@ from raydet.config.help import help_page
 
 Config = TypeVar("Config")
 
+_SYNONYMS = {
+    "learning_rate": ("lr", "lr0"),
+    "image_size": ("imgsz", "img_size", "imgsize", "size", "resolution", "input_size"),
+    "batch_size": ("batch", "bs"),
+    "score_threshold": ("conf", "confidence", "threshold", "conf_threshold", "min_score"),
+    "checkpoint": ("weights", "ckpt", "model_path"),
+    "model": ("weights", "checkpoint", "pretrained"),
+    "data": ("source", "input", "dataset", "images", "image", "file", "path"),
+    "train_data": ("data", "dataset", "train"),
+    "images": ("source", "input", "data"),
+    "out": ("output", "output_dir", "output_folder", "save_dir", "project", "dest"),
+    "use_gpu": ("device", "gpu", "gpus", "cuda"),
+    "num_workers": ("workers", "gpus", "num_gpus", "nproc"),
+    "epochs": ("num_epochs", "max_epochs", "num_train_epochs"),
+    "predict": ("detect", "infer", "inference", "score"),
+    "evaluate": ("eval", "val", "validate", "test"),
+    "tune": ("search", "sweep"),
+    "prepare": ("convert", "import"),
+}
+"""Names by which other programs call an option or a command."""
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
 
 
@@ -31,7 +51,8 @@ def load(
 
     `--config FILE` may appear anywhere among them; options override the file. An option may be written with `-` or
     `_`. A switch needs no value and takes the prefix `no-`; a list of words or numbers is written `a,b`. An option with
-    the value NAME=VALUE takes several of them and may be repeated.
+    the value NAME=VALUE takes several of them and may be repeated. A path, or a list of paths, is written `a b`, as a
+    shell expands `*`.
 
     Args:
         config_class: The command's config.
@@ -141,6 +162,8 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
     switches = {name for name, hint in hints.items() if hint is bool or _is_optional_bool(hint)}
     elements = {name: element for name, hint in hints.items() if (element := _list_element(hint)) is not None}
     mixed = {name for name in elements if int in typing.get_args(hints[name])}  # a number, or a list of them
+    # A path, which may contain commas, or a list of them.
+    places = {name for name in elements if _is_union(hints[name]) and str in typing.get_args(hints[name])}
     pairs: dict[str, dict[str, Any]] = {
         item.name: {} for item in fields_of(config_class) if item.metadata["value"] == PAIRS
     }
@@ -178,6 +201,11 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
             pairs[name] |= _pair(key, value)
             if rest and not rest[0].startswith("--"):
                 rest.insert(0, f"--{name}={rest.pop(0)}")
+        elif name in places:
+            several = [value]
+            while rest and not rest[0].startswith("--"):
+                several.append(rest.pop(0))
+            result.append(f"--{name}={json.dumps(several, ensure_ascii=False) if len(several) > 1 else value}")
         elif name in elements and not value.startswith("[") and value != "null" and ("," in value or name not in mixed):
             words = [word.strip() for word in value.split(",")]
             is_number = elements[name] in (int, float)
@@ -204,10 +232,13 @@ def _is_optional_bool(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) and bool in typing.get_args(hint)
 
 
+def _is_union(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+
+
 def _list_element(hint: Any) -> Any:
     """Return the element type of a list of words or numbers, or of a union with one; None for any other type."""
-    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    members = typing.get_args(hint) if is_union else (hint,)
+    members = typing.get_args(hint) if _is_union(hint) else (hint,)
     element = next((typing.get_args(member)[0] for member in members if typing.get_origin(member) is list), None)
     return element if element in (str, int, float) or typing.get_origin(element) is Literal else None
 
@@ -231,8 +262,19 @@ def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
     return content
 
 
+def closest(name: str, known: Sequence[str]) -> str | None:
+    """Return the known name that a misspelt or shortened one probably means, or None."""
+    synonyms = [own for own in known if name in _SYNONYMS.get(own, ())]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    # A shortened name, such as `draw-thresh`.
+    parts = re.split(r"[_\W]", name)
+    shortened = [own for own in known if all(any(word.startswith(part) for word in own.split("_")) for part in parts)]
+    far = difflib.get_close_matches(name, known, n=1)
+    return next(iter([*synonyms, *near, *sorted(shortened, key=len), *far]), None)
+
+
 def _suggestion(name: str, config_class: type, prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, field_names(config_class), n=1)
-    if not close:
+    close = closest(name.removeprefix("no_"), field_names(config_class))
+    if close is None:
         return "; --help lists the options"
-    return f"; did you mean {flag(close[0]) if prefix else close[0]}?"
+    return f"; did you mean {flag(close) if prefix else close}?"

@@ -1,4 +1,4 @@
-"""`plan`: time and cost of a job on a cluster."""
+"""`plan` and `doctor`: time and cost of a job on a cluster; the state of this installation."""
 
 from raydet.config.fields import config, option, require_positive
 
@@ -25,3 +25,14 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "images", "epochs", "num_workers")
+
+
+@config
+class DoctorConfig:
+    """Check this installation: packages, devices, Ray, memory, disks, the Hub; starts no Ray and changes nothing."""
+
+    ray_address: str | None = option("Ray cluster to ask for its resources; by default RAY_ADDRESS, if set", None)
+    timeout_s: float = option("time limit of each check in seconds; they run at the same time", 60.0)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "timeout_s")

@@ -14,12 +14,18 @@ DrawIf = Literal["any", "low_score", "many_boxes"]
 
 @config
 class PredictConfig(WorkersConfig):
-    """Run a detector over any number of images → a detections table, one row per image."""
+    """Run a detector over any number of images → a detections table, one row per image; or draw boxes on pictures."""
 
-    data: str = option(
-        "path or URI of an images table, a folder of images, a list of paths (.txt), a .tar, or a folder of .tar files"
+    data: list[str] | str = option(
+        "path or URI of an images table, a folder of images, a list of paths (.txt), a .tar, or a folder of .tar "
+        "files; or pictures: image files or web addresses, separated by blanks, which are drawn with their boxes",
+        value="DATA",
     )
-    out: str = option("folder or URI of the detections table to write", operational=True)
+    out: str = option(
+        "folder or URI of the detections table to write; for pictures optional: the image file or folder to write",
+        "",
+        operational=True,
+    )
 
     checkpoint: str | None = option("model folder, as written by train, or a Hub name; required without --model", None)
     model: str | None = option(
@@ -32,7 +38,9 @@ class PredictConfig(WorkersConfig):
         16,
         operational=True,
     )
-    score_threshold: float = option("drop detections at or below this score; AP requires 0, which keeps all", 0.0)
+    score_threshold: float | None = option(
+        "drop detections at or below this score; by default 0, which keeps all, as AP requires; for pictures 0.3", None
+    )
 
     engine: Engine = option(
         'engine that runs the model; openvino and onnx run on CPUs and need pip install "raydet[openvino]" or '
@@ -156,7 +164,8 @@ class PredictConfig(WorkersConfig):
         )
         require_not_negative(self, "draw", "max_failures")
         for name in ("score_threshold", "draw_threshold"):
-            require(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, f"{flag(name)} must be in [0, 1), got {value}")
         require(
             self.engine == "torch" or not self.compile,
             f"--compile needs --engine torch, got {self.engine}",
@@ -177,3 +186,9 @@ class PredictConfig(WorkersConfig):
             self.engine == "torch" or self.model is None,
             f"--model, a zero-shot model, needs --engine torch, got {self.engine}",
         )
+
+    @property
+    def data_uri(self) -> str:
+        """The table, folder, list or tar files that `data` names, if it does not name pictures."""
+        assert isinstance(self.data, str), "several places are pictures"
+        return self.data

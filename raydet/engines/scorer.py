@@ -149,7 +149,7 @@ class Scorer:
         )
         return select(
             merged,
-            score_threshold=config.score_threshold,
+            score_threshold=config.score_threshold or 0.0,
             top_k=config.top_k,
             class_agnostic_nms=config.class_agnostic_nms,
         )

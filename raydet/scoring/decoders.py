@@ -127,7 +127,7 @@ class Decoders:
 
 def require_paths(work: Work) -> None:
     """Raise ConnectionError if this machine does not see the paths of the run."""
-    places = [work.folder.uri_of(RUN_FILE), *([] if is_pattern(work.config.data) else [work.config.data])]
+    places = [work.folder.uri_of(RUN_FILE), *([] if is_pattern(work.config.data_uri) else [work.config.data_uri])]
     for place in places:
         if "://" not in place and not storage.exists(place):  # otherwise every image would count as a deleted file
             raise ConnectionError(f"{place} is missing on {socket.gethostname()}")

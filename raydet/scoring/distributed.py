@@ -121,10 +121,10 @@ def connected(config: PredictConfig, console: Console) -> Iterator[Cluster]:
 def _check_nodes(config: PredictConfig) -> None:
     """Check that every node sees the images, the checkpoint and the output."""
     reads = {}
-    if is_table(config.data):
-        reads["--data"] = (config.data, storage.join(config.data, MANIFEST_NAME))
-    elif not is_pattern(config.data):
-        reads["--data"] = (config.data, config.data)
+    if is_table(config.data_uri):
+        reads["--data"] = (config.data_uri, storage.join(config.data_uri, MANIFEST_NAME))
+    elif not is_pattern(config.data_uri):
+        reads["--data"] = (config.data_uri, config.data_uri)
     for option, name in (("--checkpoint", config.checkpoint), ("--model", config.model)):
         if name is not None and storage.exists(storage.join(name, "config.json")):  # otherwise a Hub name
             reads[option] = (name, storage.join(name, "config.json"))

@@ -30,6 +30,7 @@ from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.scoring.chunks import unreadable_in
 from raydet.scoring.gallery import GalleryPainter
+from raydet.scoring.pictures import Picture, detect_in, pictures_in
 from raydet.scoring.plan import ScoringPlan, Work, files_of_chunks, part_name
 from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
 from raydet.tables import storage
@@ -47,13 +48,14 @@ class PredictResult(Shown):
     """Result of a scoring run.
 
     Attributes:
-        out: Folder or URI of the detections table.
+        out: Folder or URI of the detections table; for pictures, the file or folder of the drawings.
         num_images: Rows of the table, one per image.
         num_errors: Rows whose image could not be read.
         num_detections: Detections in all rows.
         unreadable: Reason by path of each unreadable image, if there are at most `MOST_NAMED`.
         already_done: True if the run was finished before this call.
         report: Lines of the job report for the terminal.
+        pictures: With pictures as `data`, each that is readable, with its detections; there is no table then.
     """
 
     out: str
@@ -63,16 +65,20 @@ class PredictResult(Shown):
     unreadable: Mapping[str, str] = field(default_factory=dict)
     already_done: bool = False
     report: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     def lines(self) -> list[str]:
         """Return a summary of the run for the terminal."""
+        unreadable = [f"  unreadable, {path}: {reason}" for path, reason in self.unreadable.items()]
+        if self.pictures:
+            return [*(line for picture in self.pictures for line in picture.lines()), *unreadable]
         first = ["nothing to do: this run is finished"] if self.already_done else []
         errors = f" ({self.num_errors:,} unreadable)" if self.num_errors else ""
         return [
             *self.report,
             *first,
             f"{counted(self.num_images, 'image')}{errors}; {counted(self.num_detections, 'detection')}",
-            *(f"  unreadable, {path}: {reason}" for path, reason in self.unreadable.items()),
+            *unreadable,
             f"detections: {self.out}",
         ]
 
@@ -88,13 +94,25 @@ class _ModelFacts:
 
 @with_options(PredictConfig)
 def predict(config: PredictConfig, *, console: Console | None = None) -> PredictResult:
-    """Score every image of a collection; an interrupted run resumes.
+    """Score every image of a collection; an interrupted run resumes. Or draw boxes on the pictures that `data` names.
 
     Raises:
         UserError: The collection, the model or the output folder is invalid. Nothing has been written.
         RunError: The run failed. The files written so far are complete; the same command resumes the run.
     """
-    return predict_with(config, console=console)
+    console = console or Console()
+    names = pictures_in(config.data)
+    if names is None:
+        return predict_with(config, console=console)
+    found = detect_in(names, config, console=console)
+    return PredictResult(
+        found.out,
+        num_images=len(names),
+        num_errors=len(found.unreadable),
+        num_detections=sum(len(picture.scores) for picture in found.pictures),
+        unreadable=found.unreadable,
+        pictures=found.pictures,
+    )
 
 
 def predict_with(
@@ -109,19 +127,22 @@ def predict_with(
     By default, small collections are scored in this process unless a cluster is available. `load` must be picklable.
     """
     console = console or Console()
+    if not config.out:
+        raise UserError("missing --out, the folder for the detections table; see raydet predict --help")
     model = _check_model(config)
     # Absolute, because workers have other working directories and the run's identity must not depend on this one.
     config = dataclasses.replace(
         config,
         out=storage.absolute_uri(config.out),
-        data=storage.absolute_uri(config.data),
+        data=storage.absolute_uri(config.data if isinstance(config.data, str) else config.data[0]),
+        score_threshold=config.score_threshold or 0.0,
         checkpoint=model.name if config.checkpoint else None,
         model=model.name if config.model else None,
     )
     with open_folder(config.out, command="predict", notify=console.line) as folder:
         if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
             folder.delete_file(INDEX_FILE)
-        found = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root)
+        found = open_collection(config.data_uri, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root)
         if isinstance(found, IndexedCollection) and found.num_skipped:
             console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
         images = found.first(config.limit)

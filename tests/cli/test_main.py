@@ -11,6 +11,7 @@ import pytest
 
 from raydet.cli.commands import COMMANDS
 from raydet.cli.main import main
+from raydet.cli.usage import GROUPS
 from raydet.config import fields_of, is_required
 from raydet.config.fields import flag
 from raydet.tables.table import is_table
@@ -44,6 +45,11 @@ def test_prepare_and_evaluate_say_what_they_did(tmp_path: Path, capsys: pytest.C
         (["trian"], ("`trian`", "`train`")),
         (["prepare", "cocoa"], ("`prepare cocoa`", "`prepare coco`")),
         (["qwertz"], ("`qwertz`", "raydet --help")),
+        (["detect"], ("`detect`", "`predict`")),
+        (["prepare", "--out", "OUT"], ("prepare needs a format", "coco, voc")),
+        (["export", "qwertz"], ("`export qwertz`", "coco, voc")),
+        (["completion", "tcsh"], ("bash, zsh, fish", "tcsh")),
+        (["predict", "--chekpoint", "a"], ("--chekpoint", "did you mean --checkpoint?")),
         (["train", "--train-data", "absent", "--val-data", "absent", "--out", "OUT"], ("absent",)),
         (["train", "--learning-rat", "1"], ("--learning-rat", "--learning-rate")),
         (
@@ -75,11 +81,28 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--help"], ["help"]):
         code, out, _ = _run(arguments, capsys)
         assert code == 0 and all(f"  {name} " in out for name in COMMANDS)
-    code, out, _ = _run(["prepare", "--help"], capsys)
-    assert code == 0 and "prepare coco" in out and "export coco" not in out
-    assert _run(["export"], capsys)[0] == 2
     code, out, _ = _run(["--version"], capsys)
     assert code == 0 and out.strip().count(".") == 2
+
+
+def test_help_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(GROUPS) == {name.split()[0] for name in COMMANDS if " " in name}
+    for group in GROUPS:
+        formats = [name for name in COMMANDS if name.startswith(f"{group} ")]
+        for arguments in ([group, "--help"], [group, "-h"], ["help", group]):
+            code, out, _ = _run(arguments, capsys)
+            assert code == 0 and all(f"  {name} " in out for name in formats)
+            assert not any(f"  {name} " in out for name in COMMANDS if name not in formats)
+        assert _run([group], capsys)[0] == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([group, "--help"] for group in GROUPS)])
+def test_lists_of_commands_end_with_an_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = _run(arguments, capsys)
+    *_, title, example = out.splitlines()
+    assert title == "Example:"
+    program, *words = shlex.split(example)
+    assert program == "raydet" and config_of(words) is not None
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -87,7 +110,7 @@ def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     """Check that the page lists every option once, required ones first, and ends with a valid example."""
     command = COMMANDS[name]
     with pytest.raises(SystemExit) as stop:
-        main([*name.split(), "--help"])
+        main(["help", *name.split()])
     assert stop.value.code == 0
     page = capsys.readouterr().out
     spelled = [line.split()[0] for line in page.splitlines() if re.match("  --", line)]
@@ -101,11 +124,11 @@ def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert isinstance(config_of(words), command.config)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["demo", "--print-config"]])
-def test_a_reader_may_close_the_pipe_early(arguments: list[str]) -> None:
+@pytest.mark.parametrize("line", ["--help", "predict --help", "demo --print-config", "completion bash"])
+def test_a_reader_may_close_the_pipe_early(line: str) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
-    command = [sys.executable, "-m", "raydet", *arguments]
+    command = [sys.executable, "-m", "raydet", *line.split()]
     run = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(write_end)
     assert (run.returncode, run.stderr) == (0, "")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from raydet.common.errors import UserError
-from raydet.config import PredictConfig, TrainConfig, config_hash, is_required, to_yaml
-from raydet.config.options import load, load_file
+from raydet.config import PredictConfig, PrepareVocConfig, TrainConfig, config_hash, field_names, is_required, to_yaml
+from raydet.config.options import closest, load, load_file
 
 REQUIRED = ["--train-data", "a", "--val-data", "b", "--out", "c"]
 
@@ -29,6 +29,36 @@ def test_lists_are_written_with_commas_or_brackets() -> None:
     options = ["--multi-scale", "null"]
     config = load(TrainConfig, [*REQUIRED, *options])
     assert config.multi_scale is None
+
+
+def test_paths_are_separated_by_blanks_and_may_contain_commas() -> None:
+    model = ["--checkpoint", "c"]
+    for words, data in (
+        (["--data", "my,folder", *model], "my,folder"),
+        (["--data", "a.jpg", "b,c.jpg", "[1].jpg", *model], ["a.jpg", "b,c.jpg", "[1].jpg"]),
+        (["--data=a.jpg", "b.jpg", *model, "--top-k", "3"], ["a.jpg", "b.jpg"]),
+    ):
+        assert load(PredictConfig, words).data == data
+    with pytest.raises(UserError, match="unexpected `d`"):
+        load(PredictConfig, ["--data", "a", "--checkpoint", "c", "d"])
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "meant"),
+    [
+        (PredictConfig, "chekpoint", "checkpoint"),
+        (PredictConfig, "draw_thresh", "draw_threshold"),
+        (PredictConfig, "weights", "checkpoint"),
+        (PredictConfig, "source", "data"),
+        (PredictConfig, "qwertz", None),
+        (TrainConfig, "lr", "learning_rate"),
+        (TrainConfig, "imgsz", "image_size"),
+        (TrainConfig, "val", "val_data"),
+        (PrepareVocConfig, "source", "images"),
+    ],
+)
+def test_a_misspelt_shortened_or_foreign_name_is_understood(config_class: type, name: str, meant: str | None) -> None:
+    assert closest(name, field_names(config_class)) == meant
 
 
 def test_options_override_the_file_wherever_they_stand(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_full_disk_ends_the_run_with_one_line(
 def test_a_store_that_fails_for_a_while(reference: tuple[PredictConfig, Rows], tmp_path: Path, place: str) -> None:
     with s3_stand_in.started() as server, pytest.MonkeyPatch.context() as patch:
         server.use(patch)
-        storage.publish_folder(reference[0].data, f"{BUCKET}/images")
+        storage.publish_folder(reference[0].data_uri, f"{BUCKET}/images")
         config = dataclasses.replace(reference[0], data=f"{BUCKET}/images", out=f"{BUCKET}/detections")
         output = tmp_path / "output"
         with started(command_of("predict", config), output, env=environment(place)) as driver:

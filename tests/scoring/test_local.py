@@ -89,7 +89,7 @@ def test_ray_is_not_even_imported_and_the_caller_s_threads_stay(config: PredictC
         assert "ray" not in sys.modules and torch.get_num_threads() == 2
         print(result.num_images, "images")
     """
-    words = [config.checkpoint or "", config.data, str(tmp_path / "d")]
+    words = [config.checkpoint or "", config.data_uri, str(tmp_path / "d")]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *words], capture_output=True, text=True, timeout=120
     )

@@ -55,10 +55,10 @@ def test_every_image_has_its_row_and_the_rows_are_the_model_s(
 ) -> None:
     config, result = scored
     assert (result.num_images, result.num_errors) == (24, 0)
-    spaces = [open_table(uri, ("images", "detections")).manifest["id_space"] for uri in (config.data, result.out)]
+    spaces = [open_table(uri, ("images", "detections")).manifest["id_space"] for uri in (config.data_uri, result.out)]
     assert spaces[0] == spaces[1]
     rows = {row["image_id"]: row for row in open_table(result.out, "detections").read().to_pylist()}
-    images = open_table(config.data, "images").read().to_pylist()
+    images = open_table(config.data_uri, "images").read().to_pylist()
     assert sorted(rows) == sorted(image["image_id"] for image in images)
     engine = TorchEngine(load_detector(checkpoint))
     for image in images[:6]:
@@ -67,7 +67,7 @@ def test_every_image_has_its_row_and_the_rows_are_the_model_s(
         np.testing.assert_allclose(row["score"], found.scores, atol=1e-5)
         np.testing.assert_allclose(row["bbox"][:5], found.boxes_xywh[:5], atol=1e-2)
         assert row["score"] == sorted(row["score"], reverse=True)
-    assert evaluate(EvaluateConfig(truth=config.data, detections=result.out)).result.num_images == 24
+    assert evaluate(EvaluateConfig(truth=config.data_uri, detections=result.out)).result.num_images == 24
 
 
 def test_running_again_does_what_is_left_and_then_nothing(

@@ -46,7 +46,7 @@ def load(checkpoint: str | PathLike[str], *, score_threshold: float = 0.3, **opt
         raise UserError(f"load() has no option {', '.join(unknown)}; it has {', '.join(sorted(_OPTIONS))}")
     name = "model" if options.get("labels") is not None else "checkpoint"
     fields: dict[str, Any] = {name: str(checkpoint), "score_threshold": score_threshold, **options}
-    return LoadedModel(PredictConfig(data="", out="", **fields))
+    return LoadedModel(PredictConfig(data="", **fields))
 
 
 _OPTIONS = {
@@ -89,12 +89,16 @@ class LoadedModel:
 
     def _detect(self, pictures: Iterable[Picture]) -> Iterator[PictureDetections]:
         rest = iter(pictures)
-        while batch := [self._pixels(picture) for picture in islice(rest, self._batch_size)]:
+        while batch := [self.pixels(picture) for picture in islice(rest, self._batch_size)]:
             for image, found in zip(batch, self._scorer.predict(self._scorer.prepare(batch)), strict=True):
                 yield PictureDetections(image, found.boxes_xywh, found.scores, found.categories, self.categories)
 
-    def _pixels(self, picture: Any) -> Image:
-        """Return RGB pixels, uint8 [H, W, 3], upright."""
+    def pixels(self, picture: Any) -> Image:
+        """Return the pixels of a `Picture`, RGB uint8 [H, W, 3], upright.
+
+        Raises:
+            UserError: The image cannot be read, or is of another type or shape.
+        """
         if isinstance(picture, PilImage.Image):
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         if isinstance(picture, np.ndarray):
