@@ -88,6 +88,11 @@ _BOX_COLUMNS = {
 """Field of the filter → column of the table `boxes`, and the number of its values."""
 
 
+_FIRST_SUSPECT = ERROR_KINDS.index("no_truth")
+WITHOUT_SUSPECTS = Condition("sides", f"side < {SIDES.index('suspects')}")
+"""Suspects repeat boxes of labels or detections, so they count only if they are asked for."""
+
+
 def box_conditions(chosen: ImageFilter) -> list[Condition]:
     """Return the conditions on boxes.
 
@@ -103,7 +108,8 @@ def box_conditions(chosen: ImageFilter) -> list[Condition]:
             conditions.append(_one_of(name, column, values))
     if chosen.scores is not None:
         conditions.append(Condition("scores", "score BETWEEN ? AND ?", chosen.scores))
-    return conditions
+    is_about_suspects = any(value >= _FIRST_SUSPECT for value in chosen.errors)
+    return [*conditions, WITHOUT_SUSPECTS] if conditions and not (chosen.sides or is_about_suspects) else conditions
 
 
 def image_conditions(chosen: ImageFilter, num_groups: int) -> list[Condition]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.browsing.codes import SCORE_BINS
-from raydet.browsing.filters import Condition, ImageFilter, box_conditions, image_conditions, where
+from raydet.browsing.filters import WITHOUT_SUSPECTS, Condition, ImageFilter, box_conditions, image_conditions, where
 from raydet.browsing.index import Index
 from raydet.common.errors import UserError
 
@@ -100,12 +100,13 @@ class Queries:
 
     def _images_in(self, chosen: ImageFilter, *, is_about_boxes: bool = False) -> tuple[str, list[Any]]:
         """Return the FROM and WHERE clause of the images that pass a filter, and the parameters."""
-        of_boxes, values = where(box_conditions(chosen))
+        conditions = box_conditions(chosen)
+        of_boxes, values = where(conditions or [WITHOUT_SUSPECTS])
         of_images, more_values = where(self._image_conditions(chosen))
-        if not of_boxes and not is_about_boxes:
+        if not conditions and not is_about_boxes:
             return f"FROM images {of_images}", more_values
         join = (
-            f"{'JOIN' if of_boxes else 'LEFT JOIN'} (SELECT image, count(*) AS num_boxes, max(score) AS highest, "
+            f"{'JOIN' if conditions else 'LEFT JOIN'} (SELECT image, count(*) AS num_boxes, max(score) AS highest, "
             f"min(score) AS lowest FROM boxes {of_boxes} GROUP BY image) AS own ON own.image = images.image"
         )
         return f"FROM images {join} {of_images}", [*values, *more_values]
@@ -118,7 +119,8 @@ class Queries:
             pairs of a value and a number of images for each group. The counts of a property are those without the
             filter's own condition on it, so that they show what else could be chosen.
         """
-        boxes, images = box_conditions(chosen), self._image_conditions(chosen)
+        chosen_boxes, images = box_conditions(chosen), self._image_conditions(chosen)
+        boxes = chosen_boxes or [WITHOUT_SUSPECTS]
         answer: dict[str, Any] = {"images": len(self.order(chosen, "id")), "boxes": self._num_boxes(boxes, images)}
         alike = [name for name in _BOX_FACETS if all(one.of != name for one in boxes)]
         counts = self._count_boxes(alike, boxes, images)
@@ -126,7 +128,9 @@ class Queries:
             if name not in alike:
                 counts |= self._count_boxes([name], [one for one in boxes if one.of != name], images)
         counts["classes"] = sorted(counts["classes"], key=lambda pair: (-pair[1], pair[0]))[:_MOST_CLASSES]
-        answer["groups"] = [self._count_images(number, boxes, images) for number in range(len(self.index.groups))]
+        answer["groups"] = [
+            self._count_images(number, chosen_boxes, images) for number in range(len(self.index.groups))
+        ]
         return answer | counts
 
     def _num_boxes(self, boxes: Sequence[Condition], images: Sequence[Condition]) -> int:

@@ -142,7 +142,7 @@ def _scored(table: Table, truth: Truth, threshold: float | None) -> ShownRun:
     """Read a detections table; without labels nothing is judged."""
     judged_at = _DEFAULT_THRESHOLD if threshold is None else threshold
     return ShownRun(
-        name=table.uri.rpartition("/")[2],
+        name=_place(table.uri),
         scored=read_detections(table.uri, truth, allow_partial=True),
         threshold=judged_at if len(truth.columns.category) else None,
     )
@@ -228,17 +228,30 @@ def _sources(
     if table is not None and (truth is None or truth.uri == table.uri):
         columns = extra_columns(table)
     return Sources(
-        title=uri.rpartition("/")[2] if len(runs) < 2 else " · ".join(run.name for run in runs),
+        title=_place(uri),
         uri=uri,
         categories=() if truth is None else truth.categories,
         images=images,
         truth=_no_boxes(images) if truth is None else truth.columns,
         has_labels=table is not None and bool(table.categories) and truth is not None and truth.uri == table.uri,
-        runs=tuple(runs),
+        runs=_distinct(runs),
         columns=columns,
         collection=collection,
         positions=positions,
         notes=tuple(notes),
+    )
+
+
+def _place(uri: str) -> str:
+    """Return a short name of a table or folder: folders of runs have names, those inside them rarely do."""
+    return "/".join(uri.split("/")[-2:])
+
+
+def _distinct(runs: Sequence[ShownRun]) -> tuple[ShownRun, ...]:
+    if len({run.name for run in runs}) == len(runs):
+        return tuple(runs)
+    return tuple(
+        replace(run, name=f"{run.name} ({which})") for run, which in zip(runs, ("first", "second"), strict=True)
     )
 
 

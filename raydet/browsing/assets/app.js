@@ -14,10 +14,15 @@ async function start() {
   byId("notes").append(...about.notes.map((text) => make("p", { className: "note", text })));
   byId("sort").append(...about.sorts.map((sort) => make("option", { value: sort.key, text: sort.name })));
   recall();
+  if (Object.keys(state.filter).length) {
+    // The address may be of other data.
+    try { await ask("/api/facets", state.filter); } catch { state.filter = {}; say(""); }
+  }
   remember();
   byId("sort").value = state.sort;
   for (const side of about.sides) if (side.index !== SIDE.suspects) state.shown.sides.add(side.index);
   byId("legend").append(...LEGEND.map(([kind, text]) => make("li", {}, make("i", { className: `swatch ${kind}` }), text)));
+  for (const id of ["min-score", "viewer-score"]) byId(id).parentElement.hidden = !about.thresholds.length;
   filters.start();
   grid.start();
   viewer.start();

@@ -169,7 +169,7 @@ function drawChosen() {
   if (state.filter.images) chip(state.filter.images, { images: null });
   if (chips.length > 1) chips.push(make("button", { className: "chip clear", text: "Clear all", on: { click: clear } }));
   byId("chosen").replaceChildren(...chips);
-  byId("text").value = state.filter.text ?? "";
+  if (document.activeElement !== byId("text")) byId("text").value = state.filter.text ?? "";
   byId("images").value = state.filter.images ?? "all";
 }
 

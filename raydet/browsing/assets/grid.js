@@ -1,6 +1,6 @@
 /* The grid of thumbnails: only what is on the screen has elements, and only the pages around it are asked for. */
 import { draw } from "./boxes.js";
-import { ask, byId, count, make, many, on, select, state, tell } from "./state.js";
+import { SIDE, ask, byId, count, make, many, on, select, state, tell } from "./state.js";
 
 const GAP = 12;
 const CAPTION = 42;
@@ -40,7 +40,6 @@ async function load(page) {
   if (page === 0 || answer.total !== state.total) {
     state.total = answer.total;
     measure();
-    tell("total");
   }
   render();
 }
@@ -106,7 +105,7 @@ function fill(cell, card, number) {
   mark.checked = card.selected;
   cell.append(picture, make("div", { className: "caption" }, mark, caption(card)));
   cell.classList.toggle("selected", card.selected);
-  draw(svg, card);
+  draw(svg, card, { sides: drawnSides() });
   if (isAwaited && number === focused) {
     isAwaited = false;
     picture.focus({ preventScroll: true });
@@ -127,12 +126,15 @@ export function absence(card) {
 function caption(card) {
   const name = card.path ? card.path.split("/").pop() : `image ${card.image_id}`;
   const facts = [];
-  if ("false_1" in card) facts.push(`${card.false_1} false`, `${card.missed_1} missed`);
+  if ("f1_2" in card && card.f1_1 !== null && card.f1_2 !== null) facts.push(`F1 ${card.f1_1.toFixed(2)} → ${card.f1_2.toFixed(2)}`);
+  else if ("false_1" in card) facts.push(`${card.false_1} false`, `${card.missed_1} missed`);
   else if ("first" in card) facts.push(many(card.first, "box", "boxes"));
   else facts.push(many(card.labels, "label"));
-  if ("f1_2" in card && card.f1_1 !== null && card.f1_2 !== null) facts.push(`F1 ${card.f1_1.toFixed(2)} → ${card.f1_2.toFixed(2)}`);
   return make("div", { title: card.path ?? "" }, make("b", { text: name }), make("small", { text: facts.join(" · ") }));
 }
+
+/* Boxes of two runs would cover each other: the second run is drawn where the first is switched off. */
+const drawnSides = () => (state.shown.sides.has(SIDE.first) ? new Set([SIDE.labels, SIDE.first, SIDE.suspects]) : null);
 
 export async function toggle(number) {
   const card = cardAt(number);
@@ -183,6 +185,6 @@ export function start() {
   }, { passive: true });
   new ResizeObserver(() => { measure(); render(); }).observe(grid);
   on("filter", reset);
-  on("boxes", () => { for (const [number, cell] of cells) { const card = cardAt(number); const svg = cell.querySelector("svg"); if (card && svg) draw(svg, card); } });
+  on("boxes", () => { for (const [number, cell] of cells) { const card = cardAt(number); const svg = cell.querySelector("svg"); if (card && svg) draw(svg, card, { sides: drawnSides() }); } });
   on("reload", () => { const place = scroller.scrollTop; generation += 1; pages = new Map(); for (const cell of cells.values()) cell.replaceChildren(); render(); scroller.scrollTop = place; });
 }
