@@ -20,6 +20,8 @@ from raydet.tables.columns import Floats, Integers, places_in
 _LABELS, _FIRST, _SECOND, _SUSPECTS = range(len(SIDES))
 _PROPERTIES = ("crowding", "image_size")
 _MAX_SLICES = 40
+_MOST_PIXELS = 1e9
+_LONGEST_NAME = 200
 _Column = npt.NDArray[Any]
 
 
@@ -132,7 +134,8 @@ def _database(**tables: pa.Table) -> duckdb.DuckDBPyConnection:
 def _boxes(side: int, image: Integers, category: Integers, boxes_xywh: Floats, **more: Any) -> dict[str, _Column]:
     """Return columns of the table `boxes`; `more` are `area`, if it is not that of the box, and known columns."""
     count = len(image)
-    area = more.pop("area", boxes_xywh[:, 2] * boxes_xywh[:, 3])
+    drawn = np.clip(boxes_xywh, -_MOST_PIXELS, _MOST_PIXELS)  # a table may hold any finite number
+    area = more.pop("area", drawn[:, 2] * drawn[:, 3])
     columns: dict[str, _Column] = {
         "image": image.astype(np.int32),
         "side": np.full(count, side, np.int8),
@@ -144,7 +147,7 @@ def _boxes(side: int, image: Integers, category: Integers, boxes_xywh: Floats, *
         "error": np.zeros(count, np.int8),
         "detected": np.full(count, -1, np.int32),
     }
-    columns |= {name: boxes_xywh[:, place].astype(np.float32) for place, name in enumerate("xywh")}
+    columns |= {name: drawn[:, place].astype(np.float32) for place, name in enumerate("xywh")}
     return columns | more
 
 
@@ -219,5 +222,6 @@ def _groups(sources: Sources) -> list[tuple[Group, npt.NDArray[np.int8]]]:
         for value, part in enumerate(parts):
             codes[part.images] = value
         if len(parts) > 1:
-            found.append((Group(name, tuple(part.name[len(name) + 1 :] for part in parts)), codes))
+            values = (part.name[len(name) + 1 :][:_LONGEST_NAME] for part in parts)
+            found.append((Group(name[:_LONGEST_NAME], tuple(values)), codes))
     return found

@@ -36,6 +36,8 @@ MOST_IN_ORDER = 100_000
 """Images that the page can scroll through in one order."""
 _MOST_BOXES, _MOST_BOXES_OF_ONE = 60, 1000
 _MOST_CLASSES = 50
+_LONGEST_TEXT = 1000
+"""Characters of a path or error that the page shows."""
 _ORDERS_KEPT = 8
 _BOX_FACETS = {
     "sides": "side",
@@ -188,7 +190,8 @@ class Queries:
         )
         by_image = {row[0]: dict(zip(self._columns, row, strict=True)) for row in rows.fetchall()}
         for card in by_image.values():
-            card["boxes"] = []
+            shortened = {name: card[name][:_LONGEST_TEXT] for name in ("path", "error") if card[name] is not None}
+            card |= {**shortened, "boxes": []}
         conditions = box_conditions(chosen)
         hit = " AND ".join(one.sql for one in conditions) or "TRUE"
         values = [value for one in conditions for value in one.parameters]

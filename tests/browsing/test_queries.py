@@ -1,10 +1,12 @@
 """Filters, orders and counts equal what pyarrow and plain loops find in the tables."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from raydet.browsing.codes import ERROR_KINDS, OUTCOMES, SCORE_BINS, SIDES
@@ -18,7 +20,8 @@ from raydet.config import BrowseConfig, PrepareImagesConfig
 from raydet.images.collection import open_collection
 from raydet.measuring import metrics_folder
 from raydet.preparation.prepare import prepare_images
-from raydet.tables.table import open_table
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import TableWriter, open_table
 from tests.browsing.made import NAMES, write_detections, write_images, write_metrics
 from tests.small_sets import save_image
 
@@ -257,6 +260,29 @@ def test_a_table_of_images_alone_and_of_detections_alone(folder: Path) -> None:
 def test_options_that_do_not_fit_are_one_line(folder: Path, options: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         open_sources(BrowseConfig(**{name: text.format(folder) for name, text in options.items()}))
+
+
+@pytest.mark.parametrize("options", [{"port": 70_000}, {"port": -1}, {"score_threshold": 1.5}, {"selection": " / "}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')} must"):
+        BrowseConfig(data="x", **options)
+
+
+def test_numbers_and_texts_of_any_size_fit_the_page(tmp_path: Path) -> None:
+    """Check boxes beyond every image, and names of a megabyte, which a table may hold."""
+    schema = build_schema("images", [Category(1, "cat")], extra_fields=[pa.field("camera", pa.string())])
+    box = [-1e308, -1e308, 1e308, 1e308]
+    objects = {"id": [1], "bbox": [box], "category": [0], "area": [1e308], "iscrowd": [False]}
+    with TableWriter(str(tmp_path / "images"), schema, config_hash="x") as writer:
+        for number in range(2):
+            row = {"image_id": number, "image": {"bytes": None, "path": "x" * 10**6}, "width": 10, "height": 10}
+            writer.write_rows([{**row, "objects": objects, "camera": f"{number}" * 10**6}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, queries = opened(data=str(tmp_path / "images"))
+    (card, _) = queries.cards([0, 1], ImageFilter())
+    assert len(card["path"]) == 1000 and card["boxes"][0][8:12] == [-1e9, -1e9, 1e9, 1e9]
+    assert max(len(value) for group in queries.index.groups for value in group.values) == 200
 
 
 def test_values_out_of_range_are_refused(both: Queries) -> None:
