@@ -48,6 +48,7 @@ function showSelection() {
 }
 
 function toolbar() {
+  byId("save").title = `Write ${state.about.selection}.parquet, and .txt if the images are files`;
   byId("sort").addEventListener("change", () => { state.sort = byId("sort").value; remember(); grid.reset(); });
   byId("min-score").addEventListener("input", () => { state.shown.score = Number(byId("min-score").value); tell("boxes"); });
   byId("only-hits").addEventListener("change", () => { state.shown.onlyHits = byId("only-hits").checked; tell("boxes"); });
