@@ -119,7 +119,11 @@ def _is_there(side: int, sources: Sources) -> bool:
 
 
 def _database(**tables: pa.Table) -> duckdb.DuckDBPyConnection:
-    settings = {"autoinstall_known_extensions": False, "autoload_known_extensions": False, "temp_directory": ""}
+    settings: dict[str, Any] = {
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "temp_directory": "",
+    }
     database = duckdb.connect(":memory:", config=settings)
     for name, rows in tables.items():
         database.register("incoming", rows)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from raydet.browsing.sources import Sources
 from raydet.common.errors import UserError
-from raydet.images.collection import IndexedCollection, TableCollection
+from raydet.images.collection import Collection, IndexedCollection, TableCollection
 from raydet.tables import storage
 from raydet.tables.columns import Integers
 from raydet.tables.new_output import new_file
@@ -56,13 +56,20 @@ def _files_of(sources: Sources, images: npt.NDArray[np.int32]) -> list[str] | No
     positions = sources.positions[images]
     if sources.collection is None or (positions < 0).any():
         return None
-    references = _in_table if isinstance(sources.collection, TableCollection) else _in_index
     files: dict[int, str] = {}
-    for position, file in references(sources.collection, np.unique(positions)):
+    for position, file in _references(sources.collection, np.unique(positions)):
         if file is None or file.startswith("#") or file != file.strip() or len(file.splitlines()) != 1:
             return None
         files[position] = file
     return [files[position] for position in positions.tolist()]
+
+
+def _references(collection: Collection, positions: Integers) -> Iterator[tuple[int, str | None]]:
+    """Yield each position, ascending, with the file that the image is; None if it is a part of something else."""
+    if isinstance(collection, TableCollection):
+        yield from _in_table(collection, positions)
+    elif isinstance(collection, IndexedCollection):
+        yield from _in_index(collection, positions)
 
 
 def _in_table(collection: TableCollection, positions: Integers) -> Iterator[tuple[int, str | None]]:
