@@ -258,8 +258,9 @@ def test_a_table_of_images_alone_and_of_detections_alone(folder: Path) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_one_line(folder: Path, options: dict[str, str], words: str) -> None:
+    given: dict[str, Any] = {name: text.format(folder) for name, text in options.items()}
     with pytest.raises(UserError, match=words):
-        open_sources(BrowseConfig(**{name: text.format(folder) for name, text in options.items()}))
+        open_sources(BrowseConfig(**given))
 
 
 @pytest.mark.parametrize("options", [{"port": 70_000}, {"port": -1}, {"score_threshold": 1.5}, {"selection": " / "}])
