@@ -14,9 +14,11 @@ from raydet.common.errors import UserError
 from raydet.common.version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; a test holds these names against the table of commands
+    from raydet.browsing.browse import browse as browse
     from raydet.cli.demo import demo as demo
     from raydet.cli.doctor import doctor as doctor
     from raydet.cluster.forecast.plan import plan as plan
+    from raydet.config import BrowseConfig as BrowseConfig
     from raydet.config import CompareConfig as CompareConfig
     from raydet.config import DemoConfig as DemoConfig
     from raydet.config import DoctorConfig as DoctorConfig

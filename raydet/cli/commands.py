@@ -131,6 +131,12 @@ _COMMANDS = (
         "--metrics runs/demo/metrics --train-run runs/demo",
     ),
     Command(
+        "browse",
+        "raydet.browsing.browse",
+        "images, detections or metrics → a page on this machine to look through them",
+        "--data runs/demo/metrics",
+    ),
+    Command(
         "export coco",
         "raydet.exports.coco",
         "detections → COCO results JSON; images table → COCO instances JSON",

@@ -4,11 +4,15 @@ import importlib.util
 
 from raydet.common.errors import UserError
 
-_PACKAGES = {"openvino": ("openvino",), "onnx": ("onnx", "onnxruntime")}
+_PACKAGES = {
+    "openvino": ("openvino",),
+    "onnx": ("onnx", "onnxruntime"),
+    "browse": ("duckdb", "starlette", "uvicorn"),
+}
 
 
 def require_packages(extra: str) -> None:
-    """Check that the packages of an extra, "openvino" or "onnx", are installed, without importing them.
+    """Check that the packages of an extra, such as "openvino", are installed, without importing them.
 
     Raises:
         UserError: A package is missing.

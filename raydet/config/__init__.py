@@ -4,6 +4,7 @@ A field is *operational* if it changes how long a run takes or where it runs, bu
 the identity of a run: a folder may be continued only by a run with the same identity.
 """
 
+from raydet.config.browsing import BrowseConfig
 from raydet.config.fields import (
     config_hash,
     default_of,
@@ -64,6 +65,7 @@ __all__ = [
     "AugmentationSpec",
     "Backbone",
     "BatchNorm",
+    "BrowseConfig",
     "CompareConfig",
     "DemoConfig",
     "DoctorConfig",

@@ -30,6 +30,8 @@ from raydet.tables import storage
 from raydet.tables.columns import bytes_of, numbers_of
 from raydet.tables.table import Table, is_table, open_table
 
+INDEX_FILE = ".inputs.parquet"
+"""Name of the index in the folder of a run that scores images."""
 INDEX_GROUP_ROWS = 2**16
 """Rows per row group of an index, the minimum that a read loads."""
 _INDEX_SCHEMA = pa.schema([pa.field("image_id", pa.int64()), *LISTING_SCHEMA])
@@ -154,9 +156,10 @@ class IndexedCollection(Collection):
         # Unlike files found by listing, files named in a list may never have existed.
         missing = {"missing": "no such file"} if self.kind == "list" else {}
         reader = FileReader(roots=self.roots, **missing)
-        yield from _read_ahead(reader, self._rows(start, stop))
+        yield from _read_ahead(reader, self.references(start, stop))
 
-    def _rows(self, start: int, stop: int) -> Iterator[tuple[ImageRow, Reference]]:
+    def references(self, start: int, stop: int) -> Iterator[tuple[ImageRow, Reference]]:
+        """Yield the rows from position `start` to `stop` (exclusive) without their data, and where it is."""
         with _open_parquet(self.index) as file:
             for rows in _overlapping(file, start, stop, _INDEX_SCHEMA.names):
                 for image_id, path, *reference in zip(*(column.to_pylist() for column in rows.columns), strict=True):

@@ -150,7 +150,11 @@ def read_extra_columns(truth: Truth) -> dict[str, pa.ChunkedArray]:
     """
     if truth.uri.partition("?")[0].endswith(".json"):
         return {}
-    table = open_table(truth.uri, "images")
+    return extra_columns(open_table(truth.uri, "images"))
+
+
+def extra_columns(table: Table) -> dict[str, pa.ChunkedArray]:
+    """Return the columns that an images table has beyond raydet's own, by name, in ascending id order."""
     own = {field.name for field in build_schema("images")}
     names = [name for name in table.schema.names if name not in own]
     if not names:

@@ -11,8 +11,6 @@ import pyarrow.compute as pc
 
 from raydet.common.boxes import as_boxes
 from raydet.common.class_names import indices_in
-from raydet.common.errors import UserError
-from raydet.common.untrusted.documents import DocumentError, parse_json
 from raydet.measuring.joining import join_images, list_images
 from raydet.measuring.numbers.matches import Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs
@@ -80,7 +78,7 @@ def _found_rows(
     run: RunTables, truth_table: Table, found_table: Table, image_ids: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
     """Return the detections in selected images by the truth's image id, joined as in the evaluation."""
-    if _join_of(run) != "path":
+    if run.settings.get("join") != "path":
         return _rows(found_table, image_ids, "detections")
     truth = list_images(truth_table)
     truth = truth.take(np.argsort(truth.image_ids, kind="stable"))
@@ -91,14 +89,6 @@ def _found_rows(
     truth_id_of = dict(zip(found.image_ids[wanted].tolist(), ids[wanted].tolist(), strict=True))
     rows = _rows(found_table, list(truth_id_of), "detections")
     return {truth_id_of[image_id]: row for image_id, row in rows.items()}
-
-
-def _join_of(run: RunTables) -> str | None:
-    try:
-        config = parse_json(run.facts.get("config") or "{}")
-        return config.get("join") if isinstance(config, dict) else None
-    except DocumentError as error:
-        raise UserError(f"{run.uri} is damaged: the config of the run {run.run} is not JSON: {error}") from None
 
 
 def _rows(table: Table, image_ids: Sequence[int], column: str) -> dict[int, dict[str, Any]]:

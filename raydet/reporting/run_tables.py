@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydet.common.errors import UserError
+from raydet.common.untrusted.documents import DocumentError, parse_json
 from raydet.measuring import metrics_folder
 from raydet.measuring.numbers.values import MetricValue, values_in
 from raydet.tables import storage
@@ -55,6 +56,19 @@ class RunTables:
     def detections(self) -> Table:
         """Detections table that was measured; raises as `truth` does."""
         return self._open("detections", "detections")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Options of `evaluate` that the run recorded; empty if it recorded none.
+
+        Raises:
+            UserError: They are not JSON.
+        """
+        try:
+            config = parse_json(self.facts.get("config") or "{}")
+        except DocumentError as error:
+            raise UserError(f"{self.uri} is damaged: the config of the run {self.run} is not JSON: {error}") from None
+        return config if isinstance(config, dict) else {}
 
     def _open(self, name: str, kind: TableKind) -> Table:
         uri = self.facts.get(name)

@@ -25,7 +25,7 @@ from raydet.config.fields import with_options
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
-from raydet.images.collection import Collection, IndexedCollection, open_collection
+from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, open_collection
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.scoring.chunks import unreadable_in
@@ -38,7 +38,6 @@ from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder, to
 from raydet.tables.schema import Category, build_schema, token_of, with_token
 from raydet.tables.table import is_table, open_table, read_manifest, write_manifest
 
-INDEX_FILE = ".inputs.parquet"
 MOST_IMAGES_IN_PROCESS = 2_000
 """For no more images than this, starting Ray takes longer than it saves."""
 
