@@ -1,7 +1,8 @@
-"""A command on a pseudo-terminal, as a user runs it: its output, Ctrl-C, and leftover processes."""
+"""Pseudo-terminals: a command on one, as a user runs it, and what a terminal shows after some output."""
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -91,6 +92,31 @@ class Terminal:
                 self.text += os.read(self._master, 65536).decode(errors="replace")
             except OSError:  # the other end is closed
                 time.sleep(timeout_s)
+
+
+_TOKEN = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+")
+
+
+def shown_after(output: str) -> list[str]:
+    """Return the lines that a terminal shows after some output, without colours and blanks at the ends.
+
+    It follows carriage returns, line feeds, and the codes that move the cursor up or erase a line.
+    """
+    lines, row, column = [""], 0, 0
+    for token in _TOKEN.findall(output):
+        if token == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif token == "\r":
+            column = 0
+        elif token.startswith("\x1b") and token[-1] == "A":
+            row -= int(token[2:-1] or 1)
+        elif token.startswith("\x1b") and token[-1] == "K":
+            lines[row] = "" if token[2:-1] == "2" else lines[row][:column]
+        elif not token.startswith("\x1b"):
+            lines[row] = lines[row].ljust(column)[:column] + token + lines[row][column + len(token) :]
+            column += len(token)
+    return [line.rstrip() for line in lines]
 
 
 _ON_TERMINAL = """

@@ -16,6 +16,7 @@ class Command:
         example: Options of a working command line, which may use the results of `raydet demo` in `runs/demo`.
         printed_by: Function in its module that formats the config for `--print-config`, if options depend on data or
             model; by default the config is printed as given.
+        writes_page: True if the result has a `page`, the URI of an HTML file that `--open` opens.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Command:
     summary: str
     example: str
     printed_by: str = ""
+    writes_page: bool = False
 
     @property
     def function(self) -> str:
@@ -91,6 +93,7 @@ _COMMANDS = (
         "raydet.inspection.inspect",
         "an images table → one HTML page: statistics, suspicious labels, images as training sees them",
         "--data runs/demo/data/train --val-data runs/demo/data/val --out runs/inspect",
+        writes_page=True,
     ),
     Command(
         "train",
@@ -105,6 +108,7 @@ _COMMANDS = (
         "many short training runs → the training options that give the best detector",
         "--train-config runs/demo/config.yaml --space '{learning_rate: {loguniform: [1e-4, 1e-2]}}' "
         "--num-trials 4 --search random --out runs/tune",
+        writes_page=True,
     ),
     Command(
         "predict",
@@ -129,6 +133,7 @@ _COMMANDS = (
         "raydet.reporting.report",
         "metrics tables → one HTML file",
         "--metrics runs/demo/metrics --train-run runs/demo",
+        writes_page=True,
     ),
     Command(
         "browse",
@@ -191,7 +196,11 @@ _COMMANDS = (
         "--timeout-s 30",
     ),
     Command(
-        "demo", "raydet.cli.demo", "the complete pipeline on generated images, in a few minutes", "--out runs/demo"
+        "demo",
+        "raydet.cli.demo",
+        "the complete pipeline on generated images, in a few minutes",
+        "--out runs/demo",
+        writes_page=True,
     ),
 )
 

@@ -32,6 +32,11 @@ class DemoResult(Shown):
     report: Report
     seconds: float
 
+    @property
+    def page(self) -> str:
+        """The report, which `--open` opens."""
+        return self.report.page
+
     def lines(self) -> list[str]:
         """Return the locations of all results, for the terminal."""
         return [
@@ -71,7 +76,7 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
         num_val=config.num_val,
         image_size=training.image_size or 128,
     )
-    _show(console, prepare_shapes(shapes).lines())
+    _show(console, prepare_shapes(shapes, console=console).lines())
     announce(console.line)
     with session.session(storage.join(out, "log")):
         console.title("\ntrain: a small RT-DETRv2 from scratch")
@@ -85,10 +90,11 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> DemoResult:
         _show(console, predicted.lines())
     console.title("\nevaluate: COCO numbers")
     evaluation = evaluate(
-        EvaluateConfig(truth=val_data, detections=predicted.out, out=storage.join(out, "metrics"), run="demo")
+        EvaluateConfig(truth=val_data, detections=predicted.out, out=storage.join(out, "metrics"), run="demo"),
+        console=console,
     )
     _show(console, evaluation.lines())
-    written = report(ReportConfig(metrics=storage.join(out, "metrics"), train_run=out))
+    written = report(ReportConfig(metrics=storage.join(out, "metrics"), train_run=out), console=console)
     return DemoResult(trained, predicted, evaluation, written, time.perf_counter() - started)
 
 

@@ -13,18 +13,22 @@ from typing import Any
 import raydet
 from raydet.cli.commands import COMMANDS, Command
 from raydet.cli.failures import lines_of
+from raydet.cli.pages import open_page
 from raydet.cli.reachable import check_reachable
 from raydet.cli.usage import GROUPS, HELP, unknown_command, usage
 from raydet.common.console import Console, write_out
+from raydet.common.errors import UserError
 from raydet.common.signals import INTERRUPTED, ending_on_second_ctrl_c, ending_on_sigterm
 from raydet.config import to_yaml
 from raydet.config.options import load
+from raydet.config.output import OutputOptions, split_output_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    return _exit_code(lambda: _run(words))
+    output, words = split_output_options(sys.argv[1:] if arguments is None else arguments)
+    console = Console("json" if output.json else None, is_quiet=output.quiet)
+    return _exit_code(lambda: _run(words, output, console), console)
 
 
 def run_function(function: Callable[[Any], int | None], config_class: type) -> None:
@@ -33,20 +37,19 @@ def run_function(function: Callable[[Any], int | None], config_class: type) -> N
     The function may return an exit code.
     """
     program = PurePath(sys.argv[0]).name
-    raise SystemExit(_exit_code(lambda: function(load(config_class, sys.argv[1:], program=program))))
+    raise SystemExit(_exit_code(lambda: function(load(config_class, sys.argv[1:], program=program)), Console()))
 
 
-def _exit_code(function: Callable[[], int | None]) -> int:
+def _exit_code(function: Callable[[], int | None], console: Console) -> int:
     try:
         with ending_on_second_ctrl_c(), ending_on_sigterm():
             return function() or 0
     except Exception as error:
         lines, code = lines_of(error)
-        for line in lines:
-            print(line, file=sys.stderr)
+        console.failure(lines, code)
         return code
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        console.failure([INTERRUPTED], 130)
         return 130
 
 
@@ -55,7 +58,7 @@ def run_job(name: str) -> None:
     raise SystemExit(main([name, *sys.argv[1:]]))
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], output: OutputOptions, console: Console) -> int:
     if arguments and arguments[0] in HELP and arguments[1:]:  # `raydet help train`
         arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in HELP:
@@ -77,20 +80,28 @@ def _run(arguments: list[str]) -> int:
     command = COMMANDS.get(name)
     if command is None:
         raise unknown_command(arguments)
+    console.command = name
+    if output.open and not command.writes_page:
+        names = ", ".join(f"`{name}`" for name, command in COMMANDS.items() if command.writes_page)
+        raise UserError(f"--open: `{name}` writes no page; it applies to {names}")
     config: Any = load(
         command.config,
         options,
         program=f"raydet {name}",
         example=command.example,
         to_text=_printer(command),
+        output_class=OutputOptions,
     )
     check_reachable(config)
-    call, console = getattr(raydet, command.function), Console()
-    shows_progress = "console" in inspect.signature(call).parameters
-    result = call(config, console=console) if shows_progress else call(config)
-    for line in result.lines():
-        console.line(line)
-    return int(getattr(result, "exit_code", 0))
+    with console.own_stdout():
+        call = getattr(raydet, command.function)
+        shows_progress = "console" in inspect.signature(call).parameters
+        result = call(config, console=console) if shows_progress else call(config)
+    exit_code = int(getattr(result, "exit_code", 0))
+    console.result(result, exit_code=exit_code)
+    if output.open:
+        open_page(result.page)
+    return exit_code
 
 
 def _printer(command: Command) -> Callable[[Any], str]:

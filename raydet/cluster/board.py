@@ -18,14 +18,14 @@ class Board:
 
     def __init__(self) -> None:
         self._entries: list[Any] = []
-        self._progress: dict[str, Any] = {}
+        self._progress: Any = None
         self._is_to_stop = False
 
     def pin(self, entry: Any) -> None:
         """Add a permanent entry."""
         self._entries.append(entry)
 
-    def show(self, progress: dict[str, Any] | None = None) -> bool:
+    def show(self, progress: Any = None) -> bool:
         """Replace the progress, if given, and return True if the driver asks the workers to stop."""
         if progress is not None:
             self._progress = progress
@@ -34,8 +34,8 @@ class Board:
     def ask_to_stop(self) -> bool:
         """Ask the workers to save their state and exit; return True if they have reported any progress."""
         self._is_to_stop = True
-        return bool(self._progress)
+        return self._progress is not None
 
-    def read(self, start: int) -> tuple[list[Any], dict[str, Any]]:
-        """Return the entries from index `start` onwards, and the progress."""
+    def read(self, start: int) -> tuple[list[Any], Any]:
+        """Return the entries from index `start` onwards, and the progress, None before the first."""
         return self._entries[start:], self._progress

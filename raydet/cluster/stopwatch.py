@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ class ProcessStats:
         kind: Task of the thread: decoder, model or writer.
         seconds: Busy seconds by stage (see `STAGES`).
         resident_mb: Resident memory at the end of the work, in units of 2²⁰ bytes, preferably without shared memory.
+        device_mb: Peak memory on the process's GPU, in the same units; 0 without one.
         ended_unix_s: End of the work, Unix time in seconds.
     """
 
@@ -37,6 +39,7 @@ class ProcessStats:
     kind: str
     seconds: Mapping[str, float]
     resident_mb: float
+    device_mb: float = 0.0
     ended_unix_s: float = field(default_factory=time.time)
 
 
@@ -85,6 +88,7 @@ class Stopwatch:
             kind=self._kind,
             seconds=seconds,
             resident_mb=_own_memory_mb(),
+            device_mb=_device_memory_mb(),
         )
 
 
@@ -92,3 +96,10 @@ def _own_memory_mb() -> float:
     """Return the resident memory in units of 2²⁰ bytes, without shared memory such as the object store's."""
     memory = psutil.Process().memory_info()
     return float(memory.rss - getattr(memory, "shared", 0)) / 2**20
+
+
+def _device_memory_mb() -> float:
+    torch = sys.modules.get("torch")  # processes that decode do not import it
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0
+    return float(torch.cuda.max_memory_allocated()) / 2**20

@@ -1,1 +1,1 @@
-"""Foundations without dependencies on other packages: errors, console, threads, signals, box arithmetic."""
+"""Foundations without dependencies on other packages: errors, console, progress, threads, signals, box arithmetic."""

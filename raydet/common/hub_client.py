@@ -33,13 +33,12 @@ def require_hub() -> None:
 
 
 @contextlib.contextmanager
-def quiet_client(*, hides_bars: bool = True) -> Iterator[None]:
+def quiet_client() -> Iterator[None]:
     """Context manager: suppress warnings, and the Hub client's log and progress bars, while the block runs."""
     logger = logging.getLogger("huggingface_hub")
     level, had_bars = logger.level, not are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
-    if hides_bars:
-        disable_progress_bars()
+    disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -12,13 +12,14 @@ from raydet.config.fields import GROUPS, default_of, fields_of, flag, is_require
 _VALUES = {int: "N", float: "X"}
 
 
-def help_page(config_class: type, *, program: str, example: str = "") -> str:
+def help_page(config_class: type, *, program: str, example: str = "", output_class: type | None = None) -> str:
     """Lay out the options of a command.
 
     Args:
         config_class: The command's config.
         program: The command as typed, such as `raydet train`.
         example: Options of a command line that works.
+        output_class: Class with the options about the output, if the command has them.
     """
     # A command's own options stand before those that it shares with others.
     fields = sorted(fields_of(config_class), key=lambda item: item.name not in config_class.__annotations__)
@@ -41,6 +42,8 @@ def help_page(config_class: type, *, program: str, example: str = "") -> str:
                 "  --print-config\n        print the resulting config as YAML and exit",
             ]
         lines += ["", "Options:" if len(groups) == 1 else f"{group}:", *entries]
+    if output_class is not None:
+        lines += ["", "Output:", *[_entry(item, bool) for item in fields_of(output_class)]]
     if example:
         lines += ["", "Example:", f"  {program} {example}"]
     return "\n".join(lines) + "\n"

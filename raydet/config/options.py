@@ -46,6 +46,7 @@ def load(
     program: str = "raydet",
     example: str = "",
     to_text: Callable[[Config], str] = to_yaml,
+    output_class: type | None = None,
 ) -> Config:
     """Make a config from command-line options.
 
@@ -60,6 +61,7 @@ def load(
         program: The command as typed, for help and messages.
         example: Options of a command line that works, for the help.
         to_text: Formats the config for `--print-config`.
+        output_class: Class with the options about the output, for the help.
 
     Raises:
         UserError: An option is unknown, invalid or missing, or a file cannot be read.
@@ -67,7 +69,7 @@ def load(
     """
     tokens, config_files, print_config = _normalise(config_class, arguments)
     if tokens and tokens[0] in ("-h", "--help"):
-        write_out(help_page(config_class, program=program, example=example))
+        write_out(help_page(config_class, program=program, example=example, output_class=output_class))
         raise SystemExit(0)
     values: dict[str, Any] = {}
     for path in config_files:

@@ -21,7 +21,6 @@ class PlanConfig:
         'price per hour of a node: one number for all nodes, or one per node type, such as "decode=0.71,model=0.98"',
         None,
     )
-    json: bool = option("print JSON instead of the table", False)
 
     def __post_init__(self) -> None:
         require_positive(self, "images", "epochs", "num_workers")

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydet.common.console import Console
+from raydet.common.display.progress import Progress
 from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
 from raydet.config import ExportCocoConfig
@@ -70,7 +72,7 @@ class CocoExportReport(Shown):
 
 
 @with_options(ExportCocoConfig)
-def export_coco(config: ExportCocoConfig) -> CocoExportReport:
+def export_coco(config: ExportCocoConfig, *, console: Console | None = None) -> CocoExportReport:
     """Write a table as COCO JSON: a results file for detections, an instances file for images.
 
     A detections table becomes a results file, `[{"image_id", "category_id", "bbox", "score"}, …]`, in table order. The
@@ -92,11 +94,14 @@ def export_coco(config: ExportCocoConfig) -> CocoExportReport:
     if (counts > 1).any():
         repeated = ids[counts > 1][0]
         raise UserError(f"{table.uri} has several categories with the id {repeated}; COCO JSON requires unique ids")
-    with new_file(out, command="export coco", endings=(".json",)) as file:
+    with (
+        new_file(out, command="export coco", endings=(".json",)) as file,
+        (console or Console()).progress("exporting", total=table.num_rows) as progress,
+    ):
         return (
-            _write_results(file, table, out, score_threshold)
+            _write_results(file, table, out, score_threshold, progress)
             if table.kind == "detections"
-            else _write_instances(file, table, out)
+            else _write_instances(file, table, out, progress)
         )
 
 
@@ -116,10 +121,13 @@ class _Entries:
             self.num_entries += len(texts)
 
 
-def _write_results(file: BinaryIO, table: Table, out: str, score_threshold: float) -> CocoExportReport:
+def _write_results(
+    file: BinaryIO, table: Table, out: str, score_threshold: float, progress: Progress
+) -> CocoExportReport:
     entries, num_found = _Entries(file), 0
     file.write(b"[")
-    for batch in table.iter_batches(["image_id", "detections"], ROWS_AT_ONCE):
+    batches = table.iter_batches(["image_id", "detections"], ROWS_AT_ONCE)
+    for batch in progress.over(batches, count=lambda batch: batch.num_rows):
         lengths, columns = flatten(batch, "detections", ("bbox", "score", "category"), table.uri)
         image_ids = np.repeat(image_ids_in(batch), lengths)
         num_found += len(image_ids)
@@ -141,7 +149,7 @@ def _write_results(file: BinaryIO, table: Table, out: str, score_threshold: floa
     )
 
 
-def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport:
+def _write_instances(file: BinaryIO, table: Table, out: str, progress: Progress) -> CocoExportReport:
     """Write an instances file in an order that can be streamed: small keys, images, annotations."""
     categories = [{"id": category.id, "name": category.name, "supercategory": ""} for category in table.categories]
     folder = common_folder(table)
@@ -156,7 +164,8 @@ def _write_instances(file: BinaryIO, table: Table, out: str) -> CocoExportReport
         images.add(pa.array([_image_entry(row, folder or "", extra) for row in batch.to_pylist()], pa.string()))
     file.write(b'\n],\n"annotations": [')
     annotations, ids = _Entries(file), _annotation_ids(table)
-    for batch in table.iter_batches(["image_id", "objects"], ROWS_AT_ONCE):
+    batches = table.iter_batches(["image_id", "objects"], ROWS_AT_ONCE)
+    for batch in progress.over(batches, count=lambda batch: batch.num_rows):
         lengths, columns = flatten(batch, "objects", ("bbox", "category", "area", "iscrowd"), table.uri)
         image_ids = np.repeat(image_ids_in(batch), lengths)
         refuse(~np.isfinite(columns["area"]), image_ids, "an area that is not finite", table.uri)

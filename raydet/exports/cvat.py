@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydet.common.console import Console
 from raydet.config import ExportCvatConfig
 from raydet.config.fields import with_options
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_rows
@@ -24,7 +25,7 @@ _SCORE = {"name": "score", "input_type": "text", "mutable": False, "values": [""
 
 
 @with_options(ExportCvatConfig)
-def export_cvat(config: ExportCvatConfig) -> FolderExportReport:
+def export_cvat(config: ExportCvatConfig, *, console: Console | None = None) -> FolderExportReport:
     """Write an images or detections table as CVAT's XML.
 
     Image ids are kept; CVAT itself numbers the images of a task and matches them by name. Crowds have the attribute
@@ -47,7 +48,7 @@ def export_cvat(config: ExportCvatConfig) -> FolderExportReport:
             def write(rows: LabelRows) -> None:
                 _write_images(file, rows, _boxes(rows, quoted_names, is_images=is_images))
 
-            report = write_rows(table, folder, config, images_folder="images", write=write)
+            report = write_rows(table, folder, config, images_folder="images", write=write, console=console)
             file.write("</annotations>\n")
         labels = [{"name": name, "attributes": [attribute]} for name in names]
         (folder / "labels.json").write_text(json.dumps(labels, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     validate_repo_id,
 )
 
+from raydet.common.console import Console, counted
+from raydet.common.display.progress import Progress
 from raydet.common.errors import RunError, UserError, one_line
 from raydet.common.hub_client import quiet_client
 from raydet.common.notebook.showing import Shown
@@ -77,7 +78,7 @@ class PushResult(Shown):
 
 
 @with_options(PushConfig)
-def push(config: PushConfig) -> PushResult:
+def push(config: PushConfig, *, console: Console | None = None) -> PushResult:
     """Upload a model folder or tables with a card in one commit; a missing repository is created.
 
     Of a model, only the configuration, the image processor and safetensors weights are sent. Other weights from an
@@ -95,10 +96,11 @@ def push(config: PushConfig) -> PushResult:
     api = _client()
     with (
         tempfile.TemporaryDirectory(prefix="raydet-push-") as folder,
-        quiet_client(hides_bars=not sys.stderr.isatty()),
+        quiet_client(),
         _errors_in_one_line(api, config.repo),
+        (console or Console()).progress("reading the files", total=len(content.files) + 1, unit="files") as progress,
     ):
-        return _upload(api, config, content, Path(folder))
+        return _upload(api, config, content, Path(folder), progress)
 
 
 def _model_content(config: PushConfig, folder: str) -> HubContent:
@@ -163,7 +165,7 @@ def _client() -> HfApi:
     return HfApi(endpoint=endpoint.rstrip("/"), token=token)
 
 
-def _upload(api: HfApi, config: PushConfig, content: HubContent, folder: Path) -> PushResult:
+def _upload(api: HfApi, config: PushConfig, content: HubContent, folder: Path, progress: Progress) -> PushResult:
     """Create the commit."""
     user = api.whoami()
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -202,6 +204,8 @@ def _upload(api: HfApi, config: PushConfig, content: HubContent, folder: Path) -
                 # One file at a time, because a data set may be larger than the disk.
                 api.preupload_lfs_files(config.repo, additions[-1:], repo_type=content.kind, revision=branch)
                 os.truncate(path, 0)
+            progress.advance()
+        progress.begin(f"uploading {counted(len(additions), 'file')}, {num_bytes / 1e6:,.1f} MB")
         commit = api.create_commit(
             config.repo,
             [*additions, *(CommitOperationDelete(name) for name in others if content.is_stale(name))],

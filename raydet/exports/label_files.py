@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
 from raydet.common.threads import in_order
@@ -185,6 +186,7 @@ def write_rows(
     *,
     images_folder: str,
     write: Callable[[LabelRows], None],
+    console: Console | None,
     crowds: str | None = None,
     unreadable: str = "unreadable images omitted",
 ) -> FolderExportReport:
@@ -197,6 +199,7 @@ def write_rows(
             threshold of 0 omits nothing.
         images_folder: Folder of the images, relative to `folder`.
         write: Function that writes the labels of some rows.
+        console: Console for progress; a new one if None.
         crowds: Note under which crowd boxes are omitted and counted; None keeps them.
         unreadable: Note under which unreadable images are counted.
 
@@ -214,19 +217,21 @@ def write_rows(
     low = "detections at or below the threshold omitted"
     notes = {**({} if crowds is None else {crowds: 0}), low: 0, unreadable: 0}
     num_boxes = num_copied = 0
-    for batch in table.iter_batches(columns, _IMAGES_AT_ONCE if with_images else ROWS_AT_ONCE):
-        rows = _label_rows(table, batch, file_names)
-        is_low = (rows.scores <= score_threshold) & (score_threshold > 0)
-        notes[low] += int(is_low.sum())
-        notes[unreadable] += int(rows.errors.sum())
-        if crowds is not None:
-            notes[crowds] += int(rows.iscrowd.sum())
-            is_low |= rows.iscrowd
-        rows = rows.keep(np.logical_not(is_low))
-        num_boxes += len(rows.boxes_xywh)
-        write(rows)
-        if with_images:
-            num_copied += _copy_images(table, batch, rows.names, folder / images_folder, all_=bool(copy_images))
+    batches = table.iter_batches(columns, _IMAGES_AT_ONCE if with_images else ROWS_AT_ONCE)
+    with (console or Console()).progress("exporting", total=table.num_rows) as progress:
+        for batch in progress.over(batches, count=lambda batch: batch.num_rows):
+            rows = _label_rows(table, batch, file_names)
+            is_low = (rows.scores <= score_threshold) & (score_threshold > 0)
+            notes[low] += int(is_low.sum())
+            notes[unreadable] += int(rows.errors.sum())
+            if crowds is not None:
+                notes[crowds] += int(rows.iscrowd.sum())
+                is_low |= rows.iscrowd
+            rows = rows.keep(np.logical_not(is_low))
+            num_boxes += len(rows.boxes_xywh)
+            write(rows)
+            if with_images:
+                num_copied += _copy_images(table, batch, rows.names, folder / images_folder, all_=bool(copy_images))
     (folder / images_folder).mkdir(parents=True, exist_ok=True)
     out, num_renamed = storage.absolute_uri(config.out), file_names.num_renamed
     return FolderExportReport(out, table.num_rows, num_boxes, num_copied, images_folder, num_renamed, notes)

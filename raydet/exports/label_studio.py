@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydet.common.console import Console
 from raydet.config import ExportLabelStudioConfig
 from raydet.config.fields import with_options
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_rows
@@ -24,7 +25,7 @@ _MODEL_VERSION = "raydet"
 
 
 @with_options(ExportLabelStudioConfig)
-def export_label_studio(config: ExportLabelStudioConfig) -> FolderExportReport:
+def export_label_studio(config: ExportLabelStudioConfig, *, console: Console | None = None) -> FolderExportReport:
     """Write an images or detections table as Label Studio's JSON.
 
     An images table becomes tasks with annotations, in which crowds have the choice `crowd`; a detections table becomes
@@ -59,7 +60,7 @@ def export_label_studio(config: ExportLabelStudioConfig) -> FolderExportReport:
                         file.write(separator + _task_text(image_id, address, regions[place], is_images, score))
                         separator = ",\n"
 
-            report = write_rows(table, folder, config, images_folder="images", write=write)
+            report = write_rows(table, folder, config, images_folder="images", write=write, console=console)
             file.write("\n]\n" if separator == ",\n" else "[]\n")
         (folder / "label_config.xml").write_text(_label_config(names, has_crowds), encoding="utf-8")
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")

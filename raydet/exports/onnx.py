@@ -8,6 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from raydet.common.console import Console
+from raydet.common.display.progress import Progress
 from raydet.common.errors import RunError
 from raydet.common.notebook.showing import Shown
 from raydet.common.packages import require_packages
@@ -62,7 +64,7 @@ class OnnxExportReport(Shown):
 
 
 @with_options(ExportOnnxConfig)
-def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
+def export_onnx(config: ExportOnnxConfig, *, console: Console | None = None) -> OnnxExportReport:
     """Write a detector as one ONNX file, atomically.
 
     The graph accepts normalised pixels and returns raw `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh as
@@ -78,15 +80,18 @@ def export_onnx(config: ExportOnnxConfig) -> OnnxExportReport:
     """
     require_packages("onnx")
     checkpoint, out, image_size = config.checkpoint, storage.absolute_uri(config.out), config.image_size
-    with new_file(out, command="export onnx", endings=(".onnx",)) as file:
-        detector, data, difference = _build(checkpoint, image_size)
+    with (
+        new_file(out, command="export onnx", endings=(".onnx",)) as file,
+        (console or Console()).progress("loading the model") as progress,
+    ):
+        detector, data, difference = _build(checkpoint, image_size, progress)
         file.write(data)
     return OnnxExportReport(
         out, len(data), OPSET, input_names(detector), fixed_size_hw(detector), len(detector.categories), difference
     )
 
 
-def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, float]:
+def _build(checkpoint: str, image_size: int | None, progress: Progress) -> tuple[Detector, bytes, float]:
     """Build the detector and its ONNX graph, and measure the largest difference between their outputs."""
     if image_size is None:
         detector = load_detector(checkpoint)
@@ -95,7 +100,9 @@ def _build(checkpoint: str, image_size: int | None) -> tuple[Detector, bytes, fl
         categories = read_checkpoint(checkpoint).categories
         detector = build_detector(checkpoint, categories, image_size=image_size, seed=0)
         detector.model.eval()
+    progress.begin("tracing the graph")
     data = to_onnx(detector, where=checkpoint, remedy="set --image-size")
+    progress.begin("comparing the graph with torch")
     difference = _difference(detector, data)
     if not difference <= MAX_DIFFERENCE:
         raise RunError(

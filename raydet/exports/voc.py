@@ -13,6 +13,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 import pyarrow as pa
 
+from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.config import ExportVocConfig
 from raydet.config.fields import with_options
@@ -24,7 +25,7 @@ _IMAGES = "JPEGImages"
 
 
 @with_options(ExportVocConfig)
-def export_voc(config: ExportVocConfig) -> FolderExportReport:
+def export_voc(config: ExportVocConfig, *, console: Console | None = None) -> FolderExportReport:
     """Write an images table as Pascal VOC XML files.
 
     Crowds become `difficult` objects. The format has no scores, so a detections table is refused: read back, its
@@ -59,6 +60,7 @@ def export_voc(config: ExportVocConfig) -> FolderExportReport:
             labels_folder="Annotations",
             extension=".xml",
             make_texts=make_texts,
+            console=console,
         )
         labels = ["# label:color_rgb:parts:actions", *(f"{name}:::" for name in names)]
         for path, lines in {

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import yaml
 
+from raydet.common.console import Console
 from raydet.config import ExportYoloConfig
 from raydet.config.fields import with_options
 from raydet.exports.label_files import FolderExportReport, LabelRows, check_class_names, write_labels
@@ -21,7 +22,7 @@ from raydet.tables.new_output import new_folder
 
 
 @with_options(ExportYoloConfig)
-def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
+def export_yolo(config: ExportYoloConfig, *, console: Console | None = None) -> FolderExportReport:
     """Write an images or detections table as YOLO label files.
 
     Crowd boxes are omitted and counted: YOLO cannot mark them, and as plain boxes they would be wrong. Images without
@@ -44,6 +45,7 @@ def export_yolo(config: ExportYoloConfig) -> FolderExportReport:
             labels_folder=f"labels/{config.split}",
             extension=".txt",
             make_texts=partial(_texts, with_scores=table.kind == "detections"),
+            console=console,
             crowds="crowd boxes omitted, which YOLO cannot represent",
             unreadable="unreadable images without a label file",
         )

@@ -86,6 +86,11 @@ class Counts:
         self.largest_wh: Floats = np.zeros(2)
         self._together: Any = sparse.csr_array((num_classes, num_classes), dtype=np.int64)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers of images and boxes; the tables hold the rest."""
+        names = ("num_images", "num_empty", "num_boxes", "boxes", "crowds", "images", "sizes")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def num_boxes(self) -> int:
         """Number of boxes of all classes, crowds included."""

@@ -88,6 +88,13 @@ class Findings:
             kept = self.listed.setdefault(key, [])
             kept.extend(describe(place) for place in places[: MOST_LISTED - len(kept)].tolist())
 
+    def to_json(self) -> dict[str, dict[str, int]]:
+        """Return the number of cases by split and kind; the table `findings` lists them."""
+        splits = dict.fromkeys(split for split, _ in self.counts)
+        return {
+            split: {kind: number for (own, kind), number in self.counts.items() if own == split} for split in splits
+        }
+
     def sorted_keys(self) -> list[tuple[str, str]]:
         """Return splits and kinds, most important first, followed by the findings of `prepare`."""
         order = {kind: number for number, kind in enumerate(MEANINGS)}

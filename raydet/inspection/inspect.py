@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from raydet.common.console import aligned
+from raydet.common.console import Console, aligned
+from raydet.common.display.progress import Progress
 from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
 from raydet.config import InspectConfig, TrainConfig, config_hash, identity
@@ -79,7 +80,7 @@ class Inspection(Shown):
 
 
 @with_options(InspectConfig)
-def inspect(config: InspectConfig) -> Inspection:
+def inspect(config: InspectConfig, *, console: Console | None = None) -> Inspection:
     """Write OUT/inspect.html and the tables next to it.
 
     The table is streamed without its image bytes, and memory does not grow with its rows. Image bytes are read only for
@@ -98,11 +99,16 @@ def inspect(config: InspectConfig) -> Inspection:
             "val_data": tables["val"].uri if "val" in tables else None,
         }
         folder.admit(own_identity, folders=tuple(FOLDERS), is_disposable=not folder.exists(PAGE_FILE))
-        return _inspect_into(folder, own_identity, config, tables)
+        with (console or Console()).progress("loading the view of the model") as progress:
+            return _inspect_into(folder, own_identity, config, tables, progress)
 
 
 def _inspect_into(
-    folder: OutputFolder, own_identity: dict[str, Any], config: InspectConfig, tables: dict[str, Table]
+    folder: OutputFolder,
+    own_identity: dict[str, Any],
+    config: InspectConfig,
+    tables: dict[str, Table],
+    progress: Progress,
 ) -> Inspection:
     training = resolve(_training(config), num_images=tables["data"].num_rows, gpus=lambda: 0).config
     # Imported only now: they import torch, which takes seconds that an invalid option should not cost.
@@ -117,15 +123,18 @@ def _inspect_into(
     findings, counts, picker = Findings(), {}, Picker(config.seed)
     for split, table in tables.items():
         chooser = picker if split == "data" and config.num_images else None
-        counts[split] = _count(table, split, findings, max(rule.target_size_hw((1000, 1000))), chooser)
+        progress.begin("counting" if split == "data" else "counting the validation data", total=table.num_rows)
+        counts[split] = _count(table, split, findings, max(rule.target_size_hw((1000, 1000))), chooser, progress)
     _add_prepared(findings, tables)
     if "val" in tables:
+        progress.begin("comparing with the validation data")
         _compare(tables["data"], tables["val"], counts, findings)
     first_epoch = FirstEpoch(
         table=tables["data"],
         plan=RunPlan.of_training(training, tables["data"], num_val=0),
         view=View.of_training(training, rule, step_rules),
     )
+    progress.begin("drawing")
     galleries = draw_galleries(first_epoch, picker.picks(config.num_images), counts["data"].boxes)
     categories = {split: table.categories for split, table in tables.items()}
     page = render(tables, counts, findings, galleries, training).encode()
@@ -163,10 +172,12 @@ def _training(config: InspectConfig) -> TrainConfig:
     return replace(training, **(given_settings(training.override) | given))
 
 
-def _count(table: Table, split: str, findings: Findings, model_side_px: int, picker: Picker | None) -> Counts:
+def _count(
+    table: Table, split: str, findings: Findings, model_side_px: int, picker: Picker | None, progress: Progress
+) -> Counts:
     names = [category.name for category in table.categories]
     counts = Counts(len(names))
-    for rows in stream_rows(table):
+    for rows in progress.over(stream_rows(table), count=lambda rows: len(rows.image_ids)):
         counts.add(rows)
         add_row_findings(findings, rows, split, names, model_side_px)
         if picker is not None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from raydet.common.display.progress import SILENT, Progress
 from raydet.common.threads import available_cpus
 from raydet.measuring.numbers.matches import Matches, Protocol
 from raydet.measuring.numbers.metrics import Metric, metrics_of
@@ -95,7 +96,14 @@ def split(num_images: int, seed: int, number: int) -> Counts:
     return half
 
 
-def intervals(matches: Matches, *, num_resamples: int, seed: int, num_threads: int | None = None) -> Intervals:
+def intervals(
+    matches: Matches,
+    *,
+    num_resamples: int,
+    seed: int,
+    num_threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Intervals:
     """Return AP metrics with confidence intervals for the population that the images are a sample of.
 
     Each resample draws as many images as there are, with replacement. The bounds are percentiles of AP over the
@@ -107,7 +115,8 @@ def intervals(matches: Matches, *, num_resamples: int, seed: int, num_threads: i
     on the number of threads, by default that of the available processors.
     """
     columns = _columns(matches.protocol)
-    sampled = _sample(matches, columns, num_resamples, seed, num_threads)
+    progress.begin("intervals", total=_num_rows(num_resamples), unit="resamples")
+    sampled = _sample(matches, columns, num_resamples, seed, num_threads, progress)
     return _summary(sampled, columns, matches, bounds=(0.0, 1.0))
 
 
@@ -118,6 +127,7 @@ def paired_differences(
     num_resamples: int,
     seed: int,
     num_threads: int | None = None,
+    progress: Progress = SILENT,
 ) -> PairedDifferences:
     """Return the differences in AP between two runs on the same images, with confidence intervals.
 
@@ -129,7 +139,10 @@ def paired_differences(
     """
     _check_same_truth(first, second)
     columns = _columns(first.protocol)
-    before, after = (_sample(matches, columns, num_resamples, seed, num_threads) for matches in (first, second))
+    progress.begin("intervals", total=2 * _num_rows(num_resamples), unit="resamples")
+    before, after = (
+        _sample(matches, columns, num_resamples, seed, num_threads, progress) for matches in (first, second)
+    )
     return PairedDifferences(
         first=_summary(before, columns, first, bounds=(0.0, 1.0)),
         second=_summary(after, columns, first, bounds=(0.0, 1.0)),
@@ -173,11 +186,20 @@ class _Sampled:
         )
 
 
+def _num_rows(num_resamples: int) -> int:
+    """Return the number of weightings: the original images, the resamples, and the halves that measure the bias."""
+    return 1 + num_resamples + (2 * _NUM_SPLITS if num_resamples else 0)
+
+
 def _sample(
-    matches: Matches, columns: Sequence[_Column], num_resamples: int, seed: int, num_threads: int | None
+    matches: Matches,
+    columns: Sequence[_Column],
+    num_resamples: int,
+    seed: int,
+    num_threads: int | None,
+    progress: Progress,
 ) -> _Sampled:
     num_images = len(matches.image_ids)
-    num_halves = 2 * _NUM_SPLITS if num_resamples else 0
 
     def weights(row: int) -> Counts:
         if row == 0:
@@ -188,7 +210,7 @@ def _sample(
         half = split(num_images, seed, number)
         return half if side == 0 else 1 - half
 
-    values = _values(matches, columns, 1 + num_resamples + num_halves, weights, num_threads)
+    values = _values(matches, columns, _num_rows(num_resamples), weights, num_threads, progress)
     per_class, halves = values[: 1 + num_resamples], values[1 + num_resamples :]
     excess = _mean((halves[0::2] + halves[1::2]) / 2) - per_class[0]
     bias_per_class = excess / (_BIAS_OF_HALVES - 1)
@@ -202,6 +224,7 @@ def _values(
     num_rows: int,
     weights: Callable[[int], Counts],
     num_threads: int | None,
+    progress: Progress,
 ) -> Floats:
     """Return the metrics of each class for each image weighting, [weightings, K, metrics]."""
     precision_of = WeightedPrecision(matches)
@@ -212,6 +235,7 @@ def _values(
             precision = precision_of(weights(row))
             for place, column in enumerate(columns):
                 values[row, :, place] = precision[:, column.area, column.over].mean(axis=-1)
+            progress.advance()
 
     with ThreadPoolExecutor(num_threads or available_cpus()) as pool:
         list(pool.map(fill, range(0, num_rows, _BLOCK_WEIGHTINGS)))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydet.common.console import aligned, shown
+from raydet.common.console import Console, aligned, shown
 from raydet.common.notebook.showing import Shown
 from raydet.config import CompareConfig, config_hash, identity
 from raydet.config.fields import with_options
@@ -146,7 +146,7 @@ def _signed(value: float | None) -> str:
 
 
 @with_options(CompareConfig)
-def compare(config: CompareConfig) -> Comparison:
+def compare(config: CompareConfig, *, console: Console | None = None) -> Comparison:
     """Measure two runs on the same images and report their differences, with significance.
 
     With `config.out`, the tables OUT/comparison and OUT/changed_images are written after all computation.
@@ -162,25 +162,30 @@ def compare(config: CompareConfig) -> Comparison:
         second=storage.absolute_uri(config.second),
         out=None if config.out is None else storage.absolute_uri(config.out),
     )
+    console = console or Console()
     if config.out is None:
-        return _compare(config)
+        return _compare(config, console)
     with open_folder(config.out, command="compare") as folder:
         is_disposable = not is_table(folder.uri_of("comparison"))
         folder.admit(identity(config), folders=_KINDS, part=_PART, is_disposable=is_disposable)
-        comparison = _compare(config)
+        comparison = _compare(config, console)
         _write(folder, config, comparison)
     return comparison
 
 
-def _compare(config: CompareConfig) -> Comparison:
-    truth = read_truth(config.truth)
-    first, second = (_match_run(truth, uri, config.join) for uri in (config.first, config.second))
+def _compare(config: CompareConfig, console: Console) -> Comparison:
+    with console.progress("reading and matching") as progress:
+        truth = read_truth(config.truth)
+        first, second = (_match_run(truth, uri, config.join) for uri in (config.first, config.second))
+        numbers = paired_differences(
+            first.matches, second.matches, num_resamples=config.bootstrap, seed=config.seed, progress=progress
+        )
     return Comparison(
         names=_names(config.first, config.second),
         categories=truth.categories,
         num_images=len(first.matches.image_ids),
         num_truth=len(first.matches.truth_category),
-        numbers=paired_differences(first.matches, second.matches, num_resamples=config.bootstrap, seed=config.seed),
+        numbers=numbers,
         thresholds=(first.threshold, second.threshold),
         changed_images=_changed_images(first, second, config.num_images),
         out=config.out,

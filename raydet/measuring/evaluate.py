@@ -1,10 +1,13 @@
 """Measure detections against the truth (tables or COCO JSON), for the console and as metrics tables."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from raydet.common.console import Console
+from raydet.common.display.progress import Progress
 from raydet.common.errors import UserError
 from raydet.config import EvaluateConfig
 from raydet.config.fields import with_options
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @with_options(EvaluateConfig)
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Evaluation:
     """Measure detections against the truth under the rules of COCO or another protocol.
 
     COCO's numbers equal those of pycocotools to the last bit, for tables and JSON, regardless of the row order and the
@@ -47,13 +50,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     if config.protocol != "coco" and config.max_detections is not None:
         raise UserError(f"--max-detections applies only to --protocol coco, not to {config.protocol}; omit it")
-    if config.out is None:
-        return _evaluate(config, None)
-    with metrics_folder.open_for_run(config) as folder:
-        return _evaluate(config, folder)
+    opened = contextlib.nullcontext() if config.out is None else metrics_folder.open_for_run(config)
+    with opened as folder, (console or Console()).progress("reading the truth") as progress:
+        return _evaluate(config, folder, progress)
 
 
-def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation:
+def _evaluate(config: EvaluateConfig, folder: OutputFolder | None, progress: Progress) -> Evaluation:
     truth = read_truth(config.truth, lvis=config.protocol == "lvis")
     is_table = not is_json(config.detections, "detections", "a detections table or COCO results JSON")
     if config.class_mapping:
@@ -61,8 +63,8 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation
             raise UserError("--class-mapping applies to detections tables; the classes of COCO results have no names")
         truth = replace(truth, class_mapping=config.class_mapping)
     if is_table and config.protocol == "coco" and config.out is None and not config.slice_by and not config.verify:
-        return _numbers_alone(config, truth)
-    scored, matches = _match(config, truth)
+        return _numbers_alone(config, truth, progress)
+    scored, matches = _match(config, truth, progress)
     slices = _slices(config, truth, scored)
     categories = () if config.class_agnostic else truth.categories
     frequency = truth.federated.frequency if truth.federated is not None else None
@@ -71,18 +73,21 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation
         result = accumulate(part, categories, num_detections=num_detections, num_unreadable=num_unreadable)
         return _by_protocol(config.protocol, part, result, categories, frequency)
 
+    progress.begin("measuring")
     whole = measure(matches, num_detections=scored.num_detections, num_unreadable=len(scored.errors))
-    measured = _with_intervals(config, None, whole.blocks, matches, int((~scored.truth_columns.iscrowd).sum()))
+    num_truth = int((~scored.truth_columns.iscrowd).sum())
+    measured = _with_intervals(config, None, whole.blocks, matches, num_truth, progress)
     verification = None
     if config.verify:
         from raydet.measuring.verification import verify
 
+        progress.begin("verifying with pycocotools")
         verification = verify(scored, matches, whole.result, categories, seed=config.seed)
     evaluation = Evaluation(
         result=whole.result,
         out=config.out,
         whole=measured,
-        slices=tuple(_measure_slice(config, part, matches, measured, measure) for part in slices),
+        slices=tuple(_measure_slice(config, part, matches, measured, measure, progress) for part in slices),
         num_left_out=scored.num_left_out,
         num_other_class=scored.num_other_class,
         note=scored.note,
@@ -92,16 +97,17 @@ def _evaluate(config: EvaluateConfig, folder: OutputFolder | None) -> Evaluation
         # Imported here because its dependencies take a second to load and console output does not need them.
         from raydet.measuring.result_tables import write_tables
 
+        progress.begin("writing the tables")
         write_tables(folder, config, truth, scored, matches, evaluation)
     return evaluation
 
 
-def _numbers_alone(config: EvaluateConfig, truth: Truth) -> Evaluation:
+def _numbers_alone(config: EvaluateConfig, truth: Truth, progress: Progress) -> Evaluation:
     """Return COCO's metrics over all images without tables or slices, which would need all detections in memory."""
     # Imported here because only detections tables need it.
     from raydet.measuring.shards import measure_shards
 
-    scored, result = measure_shards(config, truth, _protocol_of(config))
+    scored, result = measure_shards(config, truth, _protocol_of(config), progress)
     num_truth = int((~scored.truth_columns.iscrowd).sum())
     measured = Measured(None, result.blocks(), len(scored.truth_rows), num_truth)
     return Evaluation(
@@ -126,7 +132,7 @@ def _protocol_of(config: EvaluateConfig) -> Protocol:
     )
 
 
-def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
+def _match(config: EvaluateConfig, truth: Truth, progress: Progress) -> tuple[Scored, Matches]:
     """Read the detections and match them, locally or on a cluster."""
     protocol = _protocol_of(config)
     if config.ray_address is not None:
@@ -134,9 +140,11 @@ def _match(config: EvaluateConfig, truth: Truth) -> tuple[Scored, Matches]:
             raise UserError("--ray-address requires --protocol coco and a detections table; omit --ray-address")
         from raydet.measuring.shards import match_on_cluster
 
-        return match_on_cluster(config, truth, protocol)
+        return match_on_cluster(config, truth, protocol, progress)
+    progress.begin("reading the detections")
     scored = read_detections(config.detections, truth, join=config.join, allow_partial=config.allow_partial)
     matcher = _matcher(config, truth, scored, protocol)
+    progress.begin("matching")
     return scored, match_in_parts(scored.truth_columns, scored.columns, matcher, num_parts=config.num_shards)
 
 
@@ -201,12 +209,17 @@ def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> "list[Slice
 
 
 def _measure_slice(
-    config: EvaluateConfig, part: "Slice", matches: Matches, whole: Measured, measure: Callable[[Matches], _Numbers]
+    config: EvaluateConfig,
+    part: "Slice",
+    matches: Matches,
+    whole: Measured,
+    measure: Callable[[Matches], _Numbers],
+    progress: Progress,
 ) -> Measured:
     """Return the metrics of a subset of the images, or those of one box size, which `whole` already contains."""
     if part.images is not None:
         chosen = take_images(matches, part.images)
-        return _with_intervals(config, part.name, measure(chosen).blocks, chosen, part.num_truth)
+        return _with_intervals(config, part.name, measure(chosen).blocks, chosen, part.num_truth, progress)
     letter = part.area[0]
     blocks = tuple(
         tuple(
@@ -225,13 +238,18 @@ def _without_size(value: MetricValue) -> str:
 
 
 def _with_intervals(
-    config: EvaluateConfig, name: str | None, blocks: tuple[Block, ...], matches: Matches, num_truth: int
+    config: EvaluateConfig,
+    name: str | None,
+    blocks: tuple[Block, ...],
+    matches: Matches,
+    num_truth: int,
+    progress: Progress,
 ) -> Measured:
     # Intervals are defined for COCO's AP. They take up to half a minute, so they are computed only for tables.
     if config.out is not None and config.bootstrap and config.protocol == "coco":
         from raydet.measuring.bootstrap import intervals as draw_intervals
 
-        drawn = draw_intervals(matches, num_resamples=config.bootstrap, seed=config.seed)
+        drawn = draw_intervals(matches, num_resamples=config.bootstrap, seed=config.seed, progress=progress)
         # If classes count as one, there are no per-class blocks.
         blocks = tuple(
             tuple(_with_interval(value, own.get(value.metric)) for value in block)

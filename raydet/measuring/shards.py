@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from raydet.common.display.progress import SILENT, Progress
 from raydet.common.threads import available_cpus, in_order
 from raydet.config import EvaluateConfig
 from raydet.measuring.detections import (
@@ -100,7 +101,9 @@ class _Shards:
         )
 
 
-def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, CocoResult]:
+def measure_shards(
+    config: EvaluateConfig, truth: Truth, protocol: Protocol, progress: Progress = SILENT
+) -> tuple[Scored, CocoResult]:
     """Return COCO's metrics of a detections table of any size, bit-identical to matching it in one piece.
 
     Neither the detections nor their matches are ever in memory together. The required part of the matches, 32 bytes per
@@ -117,9 +120,12 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
     num_classes = 1 if protocol.class_agnostic else len(truth.categories)
     with tempfile.TemporaryDirectory(prefix="raydet-") as folder:
         by_class = MatchesByClass(Path(folder), protocol, num_classes)
+        progress.begin("matching", total=len(shards.join.truth_rows))
         for part in shards.take(_match(config, shards, protocol)):
+            progress.advance(len(part.truth_rows))
             by_class.add(part.matches, part.truth_rows)
         scored = shards.scored()
+        progress.begin("measuring")
         result = by_class.result(
             truth.categories,
             num_images=len(scored.truth_rows),
@@ -129,7 +135,9 @@ def measure_shards(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> 
     return scored, result
 
 
-def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -> tuple[Scored, Matches]:
+def match_on_cluster(
+    config: EvaluateConfig, truth: Truth, protocol: Protocol, progress: Progress
+) -> tuple[Scored, Matches]:
     """Match a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
 
     The result is identical to matching locally. This process reads the detections themselves only to write tables,
@@ -140,7 +148,9 @@ def match_on_cluster(config: EvaluateConfig, truth: Truth, protocol: Protocol) -
         RunError: The cluster cannot be reached.
     """
     shards = _open(config, truth)
-    parts = list(shards.take(_match(config, shards, protocol)))
+    progress.begin("matching", total=len(shards.join.truth_rows))
+    matched = shards.take(_match(config, shards, protocol))
+    parts = list(progress.over(matched, count=lambda part: len(part.truth_rows)))
     scored = shards.scored()
     if config.out is not None or config.verify:
         order = np.argsort(np.concatenate([part.truth_rows for part in parts]))

@@ -217,7 +217,7 @@ def prepare_shapes(
         for split, num_images in sizes.items():
             source = Source(partial(_name_shapes, split, num_images), num_images, shapes.CATEGORIES)
             draw = partial(draw_row, split=split, config=config)
-            reports.append(done[split] or write_tables(targets[split], source, draw, plan))
+            reports.append(done[split] or write_tables(targets[split], source, draw, plan, console))
     return sum_reports(config.out, reports, {split: target.out for split, target in targets.items()})
 
 
@@ -239,7 +239,8 @@ def _prepare(
         target = Target(out, SPLITS if config.val_fraction is not None else ())
         if (done := _report_of(target, config, console)) is not None:
             return done
-        source, reader = open_source(config)
+        with console.progress("reading the source"):
+            source, reader = open_source(config)
         folder = reader if isinstance(reader, ImageFolder) else None
         if folder is not None:
             refuse_other_folder(source, folder)
@@ -269,7 +270,7 @@ def _prepare(
             drop_duplicate_boxes=config.duplicate_boxes == "drop",
             keep_truncated=config.truncated == "keep",
         )
-        return write_tables(target, source, examine, plan)
+        return write_tables(target, source, examine, plan, console)
 
 
 def _identity(config: Any) -> dict[str, Any]:

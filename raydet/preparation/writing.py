@@ -6,7 +6,6 @@ per image, and the parts being processed.
 
 import contextlib
 import hashlib
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from raydet.common.console import MOST_NAMED
+from raydet.common.console import MOST_NAMED, Console
+from raydet.common.display.progress import Progress
 from raydet.common.errors import UserError
 from raydet.preparation.examining import Examine
 from raydet.preparation.parts import (
@@ -79,9 +79,16 @@ class PreparationPlan:
     seed: int = 0
     drop_duplicate_images: bool = False
 
+    @property
+    def has_survey(self) -> bool:
+        """True if all images must be examined before the first one is written."""
+        return self.val_fraction is not None or self.drop_duplicate_images
 
-def write_tables(target: Target, source: Source, examine: Examine, plan: PreparationPlan) -> PrepareReport:
-    """Write the tables of a target, or nothing if anything fails.
+
+def write_tables(
+    target: Target, source: Source, examine: Examine, plan: PreparationPlan, console: Console
+) -> PrepareReport:
+    """Write the tables of a target, or nothing if anything fails; show the progress on a console.
 
     Raises:
         UserError: No image can be read, or the target cannot be written to.
@@ -90,8 +97,12 @@ def write_tables(target: Target, source: Source, examine: Examine, plan: Prepara
     started = time.monotonic()
     target.begin(plan.identity)
     try:
-        with _executor(target, plan) as execute:
-            run = _PreparationRun(target, source, examine, plan, execute)
+        task = "examining" if plan.has_survey else _task("")
+        with (
+            _executor(target, plan) as execute,
+            console.progress(task, total=source.num_images) as progress,
+        ):
+            run = _PreparationRun(target, source, examine, plan, execute, progress)
             report = run.write()
         counts = asdict(report)
         del counts["out"], counts["already_done"], counts["tables"]
@@ -136,9 +147,16 @@ class _PreparationRun:
     """
 
     def __init__(
-        self, target: Target, source: Source, examine: Examine, plan: PreparationPlan, execute: Executor
+        self,
+        target: Target,
+        source: Source,
+        examine: Examine,
+        plan: PreparationPlan,
+        execute: Executor,
+        progress: Progress,
     ) -> None:
         self._target, self._source, self._examine, self._plan, self._execute = target, source, examine, plan, execute
+        self._progress = progress
         self._counts: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
@@ -172,10 +190,10 @@ class _PreparationRun:
             ) as self._findings,
         ):
             self._note(self._source.findings.rows)
-            if self._plan.val_fraction is not None or self._plan.drop_duplicate_images:
+            if self._plan.has_survey:
                 self._write_surveyed()
             else:
-                written = list(self._write_table("", self._numbered(self._source.images), self._source.num_images))
+                written = list(self._write_table("", self._numbered(self._source.images)))
                 image_ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in written)])
                 hashes = np.concatenate([np.zeros((0, 2), np.uint64), *(hashes for _, hashes in written)])
                 self._find_duplicates(image_ids, hashes)
@@ -196,7 +214,7 @@ class _PreparationRun:
 
     def _write_surveyed(self) -> None:
         plan, source = self._plan, self._source
-        images = _with_progress(self._numbered(source.images), source.num_images, "examining the images")
+        images = self._progress.over(self._numbered(source.images))
         found = survey(images, self._examine, self._execute, plan.num_threads, plan.images_per_survey_part)
         self._refuse_nothing(int(found.is_accepted.sum()), len(found.is_accepted), Counter(found.reasons.values()))
         accepted = np.flatnonzero(found.is_accepted)
@@ -207,8 +225,9 @@ class _PreparationRun:
         for split in self._target.tables:
             # Rejected images are processed, and so listed, with the first table.
             wanted = is_val if split == "val" else ~is_val
+            self._progress.begin(_task(split), total=int(wanted.sum()))
             images = with_outcome(source.images, found, wanted)
-            for _ in self._write_table(split, images, int(wanted.sum())):
+            for _ in self._write_table(split, images):
                 pass
 
     def _hold_out(self, found: Survey) -> Flags:
@@ -217,9 +236,7 @@ class _PreparationRun:
         num_classes = len(self._source.categories)
         return hold_out(found, num_classes=num_classes, val_fraction=self._plan.val_fraction, seed=self._plan.seed)
 
-    def _write_table(
-        self, split: str, images: Iterable[SourceImage], num_images: int
-    ) -> Iterator[tuple[Integers, Hashes]]:
+    def _write_table(self, split: str, images: Iterable[SourceImage]) -> Iterator[tuple[Integers, Hashes]]:
         """Write the files of one table; yield the ids and hashes of the rows of each file."""
         uri = self._target.tables[split]
         storage.make_folder(uri)
@@ -232,8 +249,10 @@ class _PreparationRun:
             num_classes=len(self._source.categories),
             num_threads=self._plan.num_threads,
         )
-        shown = _with_progress(images, num_images, f"preparing {uri}")
-        for index, written in enumerate(self._execute(write, cut(shown, self._plan.images_per_part))):
+        use_ray = self._plan.use_ray  # then the images of a part are taken long before they are examined
+        counted = images if use_ray else self._progress.over(images)
+        for index, written in enumerate(self._execute(write, cut(counted, self._plan.images_per_part))):
+            self._progress.advance(written.counts["found"] if use_ray else 0)
             self._take(split, part_name(index), written)
             yield written.image_ids, written.hashes
 
@@ -280,12 +299,5 @@ class _PreparationRun:
             raise UserError(f"none of the {num_found} images can be used ({shown})")
 
 
-def _with_progress(images: Iterable[SourceImage], total: int, description: str) -> Iterable[SourceImage]:
-    """Show a progress bar on stderr if it is a terminal."""
-    if not sys.stderr.isatty():
-        return images
-    import rich.console
-    import rich.progress
-
-    console = rich.console.Console(stderr=True)
-    return rich.progress.track(images, description=description, total=total, console=console, transient=True)
+def _task(split: str) -> str:
+    return f"preparing {split}" if split else "preparing"

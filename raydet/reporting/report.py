@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
 from raydet.config import ReportConfig
@@ -33,6 +34,11 @@ class Report(Shown):
     num_bytes: int
     problems: tuple[str, ...] = ()
 
+    @property
+    def page(self) -> str:
+        """The page, which `--open` opens."""
+        return self.out
+
     def lines(self) -> list[str]:
         """Return a summary, for the terminal."""
         of_run = "" if self.run is None else f" of the run {self.run}"
@@ -40,7 +46,7 @@ class Report(Shown):
 
 
 @with_options(ReportConfig)
-def report(config: ReportConfig) -> Report:
+def report(config: ReportConfig, *, console: Console | None = None) -> Report:
     """Write the report of one run as a single HTML file that needs no network.
 
     Tables other than `metrics` may be missing; the affected sections then say so. Images are read from the truth that
@@ -48,17 +54,21 @@ def report(config: ReportConfig) -> Report:
 
     Args:
         config: Location of the tables, and options of the page.
+        console: Console for progress; by default a new one.
 
     Raises:
         UserError: The folder has no metrics or not this run, or `train_run` is not a training run.
     """
     out = storage.absolute_uri(config.out or storage.join(config.metrics, _FILE))
-    run = read_run(config.metrics, config.run)
-    history = [] if config.train_run is None else _history(config.train_run)
-    with new_file(out, command="report", endings=(".html", ".htm")) as file:
-        galleries = build_galleries(run, config.num_images)
-        data = render(run, charts(run, history), galleries).encode()
-        file.write(data)
+    with (console or Console()).progress("reading the tables") as progress:
+        run = read_run(config.metrics, config.run)
+        history = [] if config.train_run is None else _history(config.train_run)
+        with new_file(out, command="report", endings=(".html", ".htm")) as file:
+            progress.begin("drawing")
+            galleries = build_galleries(run, config.num_images)
+            progress.begin("writing the page")
+            data = render(run, charts(run, history), galleries).encode()
+            file.write(data)
     return Report(out=out, run=run.run, num_bytes=len(data), problems=galleries.problems)
 
 

@@ -29,6 +29,7 @@ from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, 
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.scoring.chunks import unreadable_in
+from raydet.scoring.following import ScoringProgress
 from raydet.scoring.gallery import GalleryPainter
 from raydet.scoring.pictures import Picture, detect_in, pictures_in
 from raydet.scoring.plan import ScoringPlan, Work, files_of_chunks, part_name
@@ -228,11 +229,13 @@ def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> J
     if num_rows:
         console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} images")
     try:
-        with console.status("starting workers") as update:
+        total = work.plan.num_rows
+        with console.progress("scoring", total=total, completed=num_rows, leaves_line=False) as progress:
+            shown = ScoringProgress(progress, num_workers=work.config.num_workers)
 
             def note(file: FileStats) -> None:
                 stats.add(file)
-                update(f"{num_rows + stats.num_images:,} of {work.plan.num_rows:,} images")
+                shown.add(file)
 
             written = score_all(work, place, note=note, notify=console.line)
     except BaseException as error:

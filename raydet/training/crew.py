@@ -1,6 +1,6 @@
 """A worker's communication with the other workers and with the command that started the run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from raydet.training.history import EpochRecord
+from raydet.training.progress import WorkerProgress
 
 
 class Crew:
@@ -130,20 +131,20 @@ class Crew:
     def show(self, epoch: int, step: int, num_steps: int) -> None:
         """Report the progress of a run that is about to stop, and wait until the command can read it."""
         if self.rank == 0:
-            ray.get(self._board.show.remote({"epoch": epoch + 1, "step": step, "num_steps": num_steps}))
+            ray.get(self._board.show.remote(WorkerProgress(epoch=epoch + 1, step=step, num_steps=num_steps)))
 
-    def is_asked_to_stop(self, progress: dict[str, int] | None = None) -> bool:
+    def is_asked_to_stop(self, progress: Callable[[], WorkerProgress] | None = None) -> bool:
         """Return True if the command has asked to stop. Never blocks: the answer may belong to an earlier call.
 
         Args:
-            progress: Progress to show to the user: `epoch`, `step` and `num_steps`.
+            progress: Returns the progress to show to the user; called only if the command has read the last one.
         """
         if self._answer is not None:
             ready, _ = ray.wait([self._answer], timeout=0)
             if not ready:
                 return self._is_asked
             self._is_asked = ray.get(self._answer)
-        self._answer = self._board.show.remote(progress)
+        self._answer = self._board.show.remote(None if progress is None else progress())
         return self._is_asked
 
     def notices_preemption(self) -> bool:

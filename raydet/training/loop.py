@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -36,6 +36,7 @@ from raydet.training.feeding.views import Views
 from raydet.training.history import EpochRecord, is_over, write_history, write_stopped_epoch
 from raydet.training.in_flight import LateResult, LateResults, StepInputs, StepOutcome
 from raydet.training.meter import epoch_record, merge_states
+from raydet.training.progress import WorkerProgress
 from raydet.training.recovery.overrides import Override, settings_at
 from raydet.training.recovery.skipping import MOST_KEPT, SkippedStep, SkipWatch, skipped_step
 from raydet.training.saving import Saver, Write
@@ -47,6 +48,19 @@ from raydet.training.validation import validate
 _LOG = logging.getLogger(__name__)
 _STEPS_BETWEEN_LOGS = 10
 _STEPS_BETWEEN_PREEMPTION_CHECKS = 20
+_NEWEST_LOSS = 0.1
+"""Weight of the newest loss in the moving mean."""
+
+
+class RecentLoss:
+    """Moving mean of the loss, to show to the user."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, loss: float) -> None:
+        """Add the loss of a step."""
+        self.value = loss if self.value is None else self.value + _NEWEST_LOSS * (loss - self.value)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class _TrainingRun:
     saver: Saver
     overrides: tuple[Override, ...]
     watch: SkipWatch
+    recent_loss: RecentLoss = field(default_factory=RecentLoss)
 
     @property
     def is_over(self) -> bool:
@@ -257,9 +272,39 @@ def _is_asked_to_stop(run: _TrainingRun) -> bool:
     """Report progress and return True if the command has asked to stop, possibly a few steps late."""
     if run.crew.rank != 0:
         return False
-    position = run.trainer.position
-    progress = {"epoch": position.epoch + 1, "step": position.step, "num_steps": run.plan.steps_per_epoch}
-    return run.crew.is_asked_to_stop(progress)
+    return run.crew.is_asked_to_stop(lambda: _progress(run))
+
+
+def _progress(run: _TrainingRun, *, validated: float | None = None) -> WorkerProgress:
+    """Return the progress to show, without waiting for the device.
+
+    Args:
+        run: The run.
+        validated: Completed share of the validation, while it runs.
+    """
+    position, meter, num_steps = run.trainer.position, run.trainer.meter, run.plan.steps_per_epoch
+    is_validating = validated is not None
+    return WorkerProgress(
+        epoch=position.epoch + 1,
+        step=position.step,
+        num_steps=num_steps,
+        num_images=run.plan.num_validated if is_validating else run.plan.num_train,
+        share_done=validated if validated is not None else position.step / num_steps,
+        is_validating=is_validating,
+        data_share=meter.data_s / max(meter.seconds, 1e-9),
+        loss=run.recent_loss.value,
+        memory_mb=_peak_memory_mb(),
+        device_memory_mb=_peak_device_memory_mb(run.trainer.device),
+    )
+
+
+def _peak_memory_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _peak_device_memory_mb(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
 
 def _agree(run: _TrainingRun, inputs: StepInputs) -> bool:
@@ -295,6 +340,7 @@ def _conclude(run: _TrainingRun, result: LateResult | None) -> None:
     else:
         meter.gradient_norm += values.gradient_norm
         scalars = {"step/loss": result.loss, "step/gradient_norm": values.gradient_norm, **outcome.learning_rates}
+        run.recent_loss.add(result.loss)
         if run.crew.rank == 0:
             job_metrics.step_finished(position.epoch + 1, result.loss)
     if run.tracker is not None and (result.is_skipped or global_step % _STEPS_BETWEEN_LOGS == 0):
@@ -371,7 +417,9 @@ def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     with trainer.averaged():
         validation = None
         if plan.validates(epoch):
-            validation = validate(trainer, crew, plan, reader, tracker=run.tracker)
+            validation = validate(
+                trainer, crew, plan, reader, tracker=run.tracker, progress=lambda share: _progress(run, validated=share)
+            )
         is_to_stop = plan.validates(epoch) and validation is None
         if not is_to_stop:
             record = replace(record, validation=validation)
@@ -403,15 +451,12 @@ def _record_of_steps(run: _TrainingRun) -> EpochRecord:
     record = None
     if states is not None:
         learning_rate = trainer.optimizer.param_groups[0]["lr"]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        on_device = None
-        if trainer.device.type == "cuda":
-            on_device = round(torch.cuda.max_memory_allocated(trainer.device) / 2**20)
+        on_device = _peak_device_memory_mb(trainer.device)
         record = replace(
             epoch_record(merge_states(states), epoch=epoch, learning_rate=learning_rate),
             overrides=tuple(one for one in run.overrides if one.epoch == epoch - 1),
-            peak_memory_mb=round(peak),
-            peak_device_memory_mb=on_device,
+            peak_memory_mb=round(_peak_memory_mb()),
+            peak_device_memory_mb=None if on_device is None else round(on_device),
         )
     shared: EpochRecord = crew.share(record)
     return shared

@@ -1,16 +1,46 @@
-"""The progress of a training run on the console: a table with one line per epoch, and a status line."""
+"""The progress of a training run on the console: a table with one line per epoch, and the epoch that is under way."""
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from raydet.cluster.forecast.measured import DATA_BOUND
 from raydet.common.console import Console, shown
-from raydet.training.history import EpochRecord, ValidationRecord
+from raydet.common.display.progress import Progress
+from raydet.training.history import EpochRecord, ValidationRecord, best_epoch
 
 _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MOST_CLASSES_IN_A_LINE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerProgress:
+    """Progress that rank 0 reports, many times a second.
+
+    Attributes:
+        epoch: The epoch under way, from 1.
+        step: Completed steps of the epoch.
+        num_images: Images of the complete epoch, or of the validation.
+        share_done: Completed share of them.
+        is_validating: True while the validation after the epoch runs.
+        data_share: Share of the time of the epoch's steps in which the model waited for images.
+        loss: Recent mean loss per step; None before the first one.
+        memory_mb: Peak memory of rank 0's process, in MiB.
+        device_memory_mb: Peak memory on rank 0's GPU, in MiB; None without a GPU.
+    """
+
+    epoch: int
+    step: int
+    num_steps: int
+    num_images: int = 0
+    share_done: float = 0.0
+    is_validating: bool = False
+    data_share: float = 0.0
+    loss: float | None = None
+    memory_mb: float | None = None
+    device_memory_mb: float | None = None
+
 
 Entry = EpochRecord | str
 """A finished epoch, or a line from the workers."""
@@ -18,38 +48,92 @@ Entry = EpochRecord | str
 
 @contextlib.contextmanager
 def following(
-    console: Console, read: Callable[[int], tuple[Sequence[Entry], dict[str, Any]]], *, epochs: int
+    console: Console,
+    read: Callable[[int], tuple[Sequence[Entry], WorkerProgress | None]],
+    *,
+    epochs: int,
+    metric: str,
 ) -> Iterator[None]:
-    """Context manager: print each entry that `read` returns while the block runs.
+    """Context manager: print each entry that `read` returns, and show the progress, while the block runs.
 
     Args:
         console: The console to print on.
         read: Takes an index; returns the entries from that index onwards, and the progress.
         epochs: Epochs of the complete run.
+        metric: Metric that selects the best epoch.
     """
     stop, table = threading.Event(), _EpochTable(console, epochs)
 
-    def follow(update: Callable[[str], None]) -> None:
-        num_seen = 0
+    def follow(counter: Progress) -> None:
+        run, num_seen = RunProgress(counter, epochs=epochs, metric=metric), 0
         while True:
             is_last = stop.wait(0.5)
             entries, progress = read(num_seen)
             num_seen += len(entries)
             for entry in entries:
                 table.add(entry)
-            if progress:
-                update("epoch {epoch}, step {step} of {num_steps}".format(**progress))
+                run.add(entry)
+            if progress is not None:
+                run.show(progress)
             if is_last:
                 return
 
-    with console.status("starting workers") as update:
-        thread = threading.Thread(target=follow, args=(update,), daemon=True)
+    with console.progress("training", leaves_line=False) as counter:
+        counter.wait_for("starting workers")
+        thread = threading.Thread(target=follow, args=(counter,), daemon=True)
         thread.start()
         try:
             yield
         finally:
             stop.set()
             thread.join(timeout=10)
+
+
+class RunProgress:
+    """What the reports of the workers mean for the epoch and for the complete run."""
+
+    def __init__(self, counter: Progress, *, epochs: int, metric: str) -> None:
+        self._counter, self._epochs, self._metric = counter, epochs, metric
+        self._history: list[EpochRecord] = []
+        self._task: tuple[int, bool] | None = None
+
+    def add(self, entry: Entry) -> None:
+        """Take note of a finished epoch."""
+        if isinstance(entry, str):
+            return
+        self._history.append(entry)
+        best = best_epoch(self._history, self._metric)
+        values = {"AP": entry.value("AP"), f"best_{self._metric}": None if best is None else best.value(self._metric)}
+        self._counter.note(**{name: value for name, value in values.items() if value is not None})
+
+    def show(self, progress: WorkerProgress) -> None:
+        """Show a report."""
+        counter = self._counter
+        completed = round(progress.share_done * progress.num_images)
+        task = progress.epoch, progress.is_validating
+        if task != self._task:
+            self._task = task
+            name = f"epoch {progress.epoch}/{self._epochs}{', validation' if progress.is_validating else ''}"
+            counter.begin(name, total=progress.num_images or None, completed=completed)
+        counter.reach(completed)
+        is_bound = progress.data_share >= DATA_BOUND and not progress.is_validating
+        counter.wait_for(f"waiting for images {progress.data_share:.0%} of the time" if is_bound else None)
+        memory = progress.memory_mb if progress.device_memory_mb is None else None
+        counter.note(loss=progress.loss, device_memory_mb=progress.device_memory_mb, memory_mb=memory)
+        counter.expect_run_end(self._run_eta_s(progress))
+
+    def _run_eta_s(self, progress: WorkerProgress) -> float | None:
+        """Estimate the remaining seconds of the run, with as many epochs as it may have, from the last epoch."""
+        present = self._counter.snapshot()
+        if present.eta_s is None or present.rate_per_s is None:
+            return None
+        left = self._epochs - progress.epoch
+        if not self._history:
+            return None if progress.is_validating else present.eta_s + left * progress.num_images / present.rate_per_s
+        last = self._history[-1]
+        validation_s = 0.0 if last.validation is None else last.validation.seconds or 0.0
+        to_come_s = 0.0 if progress.is_validating else validation_s
+        return present.eta_s + to_come_s + left * (last.seconds + validation_s)
 
 
 class _EpochTable:
@@ -66,17 +150,15 @@ class _EpochTable:
         terms = [name for name in sorted(entry.losses) if not name[-1].isdigit()]
         names = [name.removeprefix("loss_") for name in terms]
         header = ["epoch", "loss", *names, *_COCO_COLUMNS, "rate", "images/s", "s"]
-        if header != self._header:
-            self._header = header
-            self._console.title("".join(f"{name:>10}" for name in header))
+        is_new, self._header = header != self._header, header
         values = [entry.value(name) for name in _COCO_COLUMNS]
         cells = [f"{entry.epoch}/{self._epochs}", f"{entry.loss:.3f}"]
         cells += [f"{entry.losses[name]:.3f}" for name in terms]
         cells += [shown(value) for value in values]
         cells += [f"{entry.learning_rate:.1e}", f"{entry.images_per_s:.1f}", f"{entry.total_s:.1f}"]
-        self._console.line("".join(f"{cell:>10}" for cell in cells))
-        for note in _notes(entry):
-            self._console.line(f"          {note}")
+        lines = ["".join(f"{cell:>10}" for cell in cells), *(f"          {note}" for note in _notes(entry))]
+        heading = "".join(f"{name:>10}" for name in header) if is_new else ""
+        self._console.record("epoch", entry.to_json(), lines, heading=heading)
 
 
 def _notes(record: EpochRecord) -> list[str]:

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 
@@ -35,7 +35,7 @@ from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category
 from raydet.tables.table import Table, open_table
 from raydet.training.history import EpochRecord, History, best_epoch, is_over, read_history
-from raydet.training.progress import Entry, following
+from raydet.training.progress import Entry, WorkerProgress, following
 from raydet.training.recovery.overrides import (
     extended,
     given_settings,
@@ -72,6 +72,8 @@ class TrainResult(Shown):
     metric: str = "AP"
     already_done: bool = False
     advice: str = ""
+
+    json_properties: ClassVar = ("best",)
 
     @property
     def best(self) -> EpochRecord:
@@ -218,7 +220,8 @@ def _train_into(
             console.line(override.line())
         free_workers(out)
         board = open_board()
-        with noting_stop_requests() as stop, following(console, _reader(board, on_epoch), epochs=config.epochs):
+        reader, metric = _reader(board, on_epoch), config.metric_for_best_model
+        with noting_stop_requests() as stop, following(console, reader, epochs=config.epochs, metric=metric):
             failure = run_workers(
                 config, tables, classes, overrides, resources, board, stop, is_alone=is_alone, make_trainer=make_trainer
             )
@@ -234,9 +237,8 @@ def _train_into(
     finished = read_history(out)
     if stop and not _is_finished(config, finished):
         raise stop.to_error(
-            "run stopped after step {step} of epoch {epoch}, state saved; run the same command again to resume".format(
-                **progress
-            )
+            f"run stopped after step {progress.step} of epoch {progress.epoch}, state saved; run the same command "
+            "again to resume"
         )
     return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model, advice=advice)
 
@@ -287,10 +289,10 @@ def _begun(record: RunRecord | None) -> Begun:
 
 def _reader(
     board: Any, on_epoch: Callable[[EpochRecord], None] | None
-) -> Callable[[int], tuple[list[Entry], dict[str, Any]]]:
+) -> Callable[[int], tuple[list[Entry], WorkerProgress | None]]:
     """Return a function that reads the board and calls `on_epoch` with each finished epoch."""
 
-    def read(start: int) -> tuple[list[Entry], dict[str, Any]]:
+    def read(start: int) -> tuple[list[Entry], WorkerProgress | None]:
         entries, progress = ray.get(board.read.remote(start))
         for entry in entries:
             if on_epoch is not None and isinstance(entry, EpochRecord):

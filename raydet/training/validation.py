@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from raydet.training.crew import Crew
 from raydet.training.feeding.batches import BatchReader, ReadyBatch
 from raydet.training.feeding.ordering import RunPlan
 from raydet.training.history import ValidationRecord
+from raydet.training.progress import WorkerProgress
 from raydet.training.tracking.trackers import RunTracker
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def validate(
     reader: BatchReader,
     *,
     tracker: RunTracker | None,
+    progress: Callable[[float], WorkerProgress],
 ) -> ValidationRecord | None:
     """Run the current model over every validation image. Collective: every rank must call it.
 
@@ -46,6 +49,7 @@ def validate(
         plan: Plan of the run.
         reader: Reader positioned at the first batch of the validation.
         tracker: Tracker that receives the first images, drawn; None on all ranks but 0.
+        progress: Returns the progress to show for a completed share of the validation.
 
     Returns:
         The results, the same on every rank; None if the command asked to stop.
@@ -57,8 +61,9 @@ def validate(
     loss = FinalLoss() if trainer.config.metric_for_best_model == "loss" else None
     drawn: dict[str, RgbImage] = {}
     num_drawn = 0 if tracker is None else trainer.config.log_images
-    for number in range(plan.validation_rounds(crew.world_size)):
-        is_to_stop = crew.is_asked_to_stop()
+    num_rounds = plan.validation_rounds(crew.world_size)
+    for number in range(num_rounds):
+        is_to_stop = crew.is_asked_to_stop(partial(progress, number / num_rounds) if crew.rank == 0 else None)
         if is_to_stop:  # other ranks either see the request too or finish their part
             break
         batch = reader.take("validate", epoch, number, 0)

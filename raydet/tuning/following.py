@@ -1,23 +1,21 @@
-"""Progress of a search in the terminal."""
+"""Progress of a search on the console."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
-from raydet.common.console import shown
+from raydet.common.console import Console, shown
+from raydet.common.display.progress import Progress
 from raydet.tuning.plan import TuningPlan
 from raydet.tuning.records import Trial, natural
 
 
 class Follower:
-    """Progress reporter of a search: a line per ended trial, and on a terminal the state of the running ones."""
+    """Progress reporter of a search: a line per ended trial, and the state of the running ones."""
 
-    def __init__(
-        self, plan: TuningPlan, *, num_to_do: int, line: Callable[[str], None], update: Callable[[str], None]
-    ) -> None:
-        self._plan, self._num_to_do, self._line, self._update = plan, num_to_do, line, update
-        self._num_ended = 0
+    def __init__(self, plan: TuningPlan, console: Console, progress: Progress) -> None:
+        self._plan, self._console, self._progress = plan, console, progress
         self._running: dict[str, str] = {}
-        self._best = ""
+        progress.wait_for("starting trials")
 
     def started(self, trial: Trial) -> None:
         """Report the start of a trial."""
@@ -32,17 +30,21 @@ class Follower:
 
     def ended(self, trial: Trial, best: tuple[Trial, float] | None) -> None:
         """Report the end of a trial; `best` is the best trial so far with its score."""
-        self._num_ended += 1
+        self._progress.advance()
         self._running.pop(trial.name, None)
+        metric = self._plan.metric
         if best is not None:
-            self._best = f"; best {natural(best[1], self._plan.metric):.3f} ({best[0].name})"
+            self._progress.note(**{f"best_{metric}": natural(best[1], metric)}, best_trial=best[0].name)
         is_best = best is not None and best[0].number == trial.number
-        self._line(trial_line(self._plan, trial, is_best=is_best))
+        score = trial.score(metric)
+        values = {item.name: getattr(trial, item.name) for item in dataclasses.fields(trial) if item.name != "history"}
+        values |= {"name": trial.name, "epochs": len(trial.history), "is_best": is_best}
+        values |= {"metric": metric, "value": None if score is None else natural(score, metric)}
+        self._console.record("trial", values, [trial_line(self._plan, trial, is_best=is_best)])
         self._show()
 
     def _show(self) -> None:
-        running = ", ".join(self._running.values())
-        self._update(f"{self._num_ended} of {self._num_to_do} trials done{self._best}; {running}")
+        self._progress.wait_for("; ".join(self._running.values()) or None)
 
 
 def trial_line(plan: TuningPlan, trial: Trial, *, is_best: bool) -> str:

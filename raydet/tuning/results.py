@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -58,6 +58,13 @@ class TuneResult(Shown):
     is_over: bool = True
     already_done: bool = False
 
+    json_properties: ClassVar = ("config_file", "page")
+
+    @property
+    def page(self) -> str:
+        """Page about the trials, which `--open` opens."""
+        return storage.join(self.out, PAGE)
+
     @property
     def config_file(self) -> str:
         """Training config of the best trial, for a longer run."""
@@ -83,7 +90,7 @@ class TuneResult(Shown):
             *lines,
             f"checkpoint: {self.checkpoint}",
             f"to train it longer: raydet train --config {self.config_file} --epochs N",
-            f"trials: {storage.join(self.out, TRIALS_FOLDER)}; page: {storage.join(self.out, PAGE)}",
+            f"trials: {storage.join(self.out, TRIALS_FOLDER)}; page: {self.page}",
         ]
 
 

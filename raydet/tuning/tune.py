@@ -78,9 +78,8 @@ def _run(search: Search, console: Console) -> bool:
     with session.session(storage.join(plan.out, "log")):
         share = share_out(plan.base, config.max_concurrent, search.num_to_do)
         console.line(_announcement(search, share))
-        with console.status("starting trials") as update:
-            follower = Follower(plan, num_to_do=search.num_to_do, line=console.line, update=update)
-            return run_trials(search, share, follower)
+        with console.progress("tuning", total=search.num_to_do, unit="trials", leaves_line=False) as progress:
+            return run_trials(search, share, Follower(plan, console, progress))
 
 
 def _announcement(search: Search, share: Share) -> str:

@@ -11,6 +11,7 @@ import pytest
 import raydet
 from raydet.cli.commands import COMMANDS
 from raydet.cli.main import main
+from tests.json_output import check_result
 
 ON_THE_HUB = {"prepare hub", "push"}
 """Commands whose examples need the Hub."""
@@ -62,7 +63,8 @@ def test_the_demo_runs_twice_in_one_process_and_all_examples_follow_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = raydet.demo(raydet.DemoConfig(out="runs/again", num_train=32, num_val=8, epochs=1))
-    assert Path(result.report.out).exists()
+    assert Path(result.page).exists()
+    assert check_result(result, "demo")["evaluation"]["result"]["num_images"] == 8
     run("demo", "--num-train", "32", "--num-val", "8", "--epochs", "1")
     write_inputs()
     for name in COMMANDS:

@@ -115,7 +115,8 @@ def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     page = capsys.readouterr().out
     spelled = [line.split()[0] for line in page.splitlines() if re.match("  --", line)]
     fields = fields_of(command.config)
-    assert sorted(spelled) == sorted([*(flag(item.name) for item in fields), "--config", "--print-config"])
+    shared = ["--config", "--print-config", "--quiet", "--json", "--open"]
+    assert sorted(spelled) == sorted([*(flag(item.name) for item in fields), *shared])
     required = {flag(item.name) for item in fields if is_required(item)}
     assert set(spelled[: len(required)]) == required
     assert max(map(len, page.splitlines())) <= 120 + len(command.example)

@@ -180,7 +180,8 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
         assert words in shown
     assert len(shown.splitlines()) <= 25
     assert main([*command, "--json"]) == 0
-    content = json.loads(capsys.readouterr().out)
+    (line,) = capsys.readouterr().out.splitlines()
+    content = json.loads(line)
     assert content["total_s"] == pytest.approx(100_040) and content["bottleneck"] == "model"
     assert content["measured"]["stage_s"]["decode"] == pytest.approx(0.014) and content["notes"]
 

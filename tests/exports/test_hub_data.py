@@ -18,6 +18,7 @@ from raydet.preparation.prepare import prepare_coco, prepare_hub
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 from tests.exports.test_hub import Hub, hub
+from tests.json_output import parse_output
 from tests.small_sets import files_below, rows_of
 
 __all__ = ["hub"]
@@ -243,5 +244,7 @@ def test_the_command(hub: Hub, data: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["push", "--data", str(data), "--repo", REPO]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == f"data set: {hub.endpoint}/datasets/{REPO}" and captured.err == ""
+    assert main(["push", "--data", str(data), "--repo", REPO, "--json"]) == 0
+    assert parse_output(capsys.readouterr().out, "push")[-1]["already_done"]
     assert main(["push", "--repo", REPO]) == 2
     assert "push takes either --checkpoint or --data" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from raydet.models.graph import example_inputs
 from raydet.models.loading import build_detector, load_detector
 from raydet.models.onnx import OPSET
 from raydet.tables.schema import Category
+from tests.json_output import check_result
 
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"), Category(90, "toothbrush"))
 
@@ -33,6 +34,7 @@ def save(name: str, folder: Path) -> str:
 def test_file_says_what_torch_says(name: str, names: tuple[str, ...], tmp_path: Path) -> None:
     folder, path = save(name, tmp_path / "model"), tmp_path / "new" / "model.onnx"
     report = export_onnx(ExportOnnxConfig(checkpoint=folder, out=str(path)))
+    assert check_result(report, "export onnx")["num_bytes"] == path.stat().st_size
     assert report.input_names == names
     assert report.image_size_hw == (96, 96)
     assert report.max_difference is not None and report.max_difference < 1e-4

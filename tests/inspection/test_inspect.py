@@ -35,6 +35,7 @@ from raydet.training.feeding.batches import ready_batches
 from raydet.training.feeding.chunks import decode_chunk
 from raydet.training.feeding.ordering import RunPlan
 from raydet.training.feeding.views import Views
+from tests.json_output import check_result
 from tests.reporting.test_reporting import EVIL, Page
 
 Row = dict[str, Any]
@@ -437,6 +438,7 @@ def test_two_tables_are_compared_and_a_second_run_takes_the_place_of_the_first(s
     options: Row = {"data": str(shapes / "train"), "out": out, "augmentation": "none", "num_images": 1}
     shutil.copytree(shapes / "train", val)
     first = inspect(InspectConfig(**options, val_data=str(val)))
+    assert check_result(first, "inspect")["counts"]["val"]["num_images"] > 0
     assert first.findings.counts["data", "identical_images"] == 24
     drifts = {
         row["name"]: row["value"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from raydet import PredictConfig, UserError
+from raydet.cli.main import main
 from raydet.models.detector import Detections
 from raydet.models.geometry import Image, ResizeRule, SizeHW
 from raydet.models.loading import build_detector
@@ -19,6 +20,7 @@ from raydet.scoring.predict import predict_with
 from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.schema import Category
 from raydet.tables.table import open_table
+from tests.json_output import parse_output
 from tests.outcomes import assert_same_rows
 from tests.small_sets import rows_of
 
@@ -96,6 +98,18 @@ def test_ray_is_not_even_imported_and_the_caller_s_threads_stay(config: PredictC
     assert done.returncode == 0, done.stderr
     assert "in this process" in done.stdout and "24 images" in done.stdout
     assert not (tmp_path / "d" / "__log").exists()
+
+
+def test_its_progress_and_result_as_json(
+    config: PredictConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--{name}={getattr(config, name)}" for name in ("checkpoint", "data", "batch_size", "rows_per_file")]
+    assert main(["predict", *options, f"--out={tmp_path}", "--json"]) == 0
+    objects = parse_output(capsys.readouterr().out, "predict")
+    progress = [item for item in objects if item["type"] == "progress"][-1]
+    assert (progress["task"], progress["completed"], progress["total"]) == ("scoring", 24, 24)
+    assert progress["values"]["memory_mb"] > 0 and progress["waiting_for"] is None
+    assert objects[-1]["num_images"] == 24
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """Training on generated images: the run folder, the checkpoint, resuming, one worker and two."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -14,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeli
 
 from raydet import TrainConfig, UserError, train
 from raydet.common.boxes import Boxes, xywh_to_xyxy
+from raydet.common.console import Console
 from raydet.engines.torch_engine import TorchEngine
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.models.detector import Detections
@@ -21,6 +23,7 @@ from raydet.models.loading import build_detector, load_detector
 from raydet.tables.table import open_table
 from raydet.training.history import read_history
 from raydet.training.train import TrainResult
+from tests.json_output import parse_output
 from tests.outcomes import weights_hash
 from tests.small_sets import tiny_training
 
@@ -40,13 +43,18 @@ def _config(shapes: Path, out: Path, **changes: Any) -> TrainConfig:
 
 Trained = tuple[TrainConfig, TrainResult, str]
 """Config and result of a run, and the hash of its best weights."""
+_OUTPUT = "output.jsonl"
+"""File beside the run with what `train --json` printed."""
 
 
 @pytest.fixture(scope="module")
 def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Trained:
     """A finished run of six epochs with a callback of the user."""
     config = _config(shapes, tmp_path_factory.mktemp("run") / "a", trackers=["tests.callbacks:Journal"])
-    result = train(config)
+    with Path(config.out).with_name(_OUTPUT).open("w") as output, contextlib.redirect_stdout(output):
+        console = Console("json", command="train")
+        result = train(config, console=console)
+        console.result(result)
     return config, result, weights_hash(result.checkpoint)
 
 
@@ -75,6 +83,19 @@ def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
         "00006-0000000.pt",
     ]
     assert list(Path(config.out, "log", "tensorboard").glob("events.*"))
+
+
+def test_its_progress_as_json(trained: Trained) -> None:
+    config, result, _ = trained
+    objects = parse_output(Path(config.out).with_name(_OUTPUT).read_text(), "train")
+    epochs = [item for item in objects if item["type"] == "epoch"]
+    assert [item["loss"] for item in epochs] == [record.loss for record in result.history]
+    tasks = {item["task"]: item for item in objects if item["type"] == "progress"}  # the last object of each
+    assert tasks["training"]["waiting_for"] == "starting workers"
+    last = tasks[[*tasks][-1]]
+    assert last["task"].startswith("epoch 6/6") and last["unit"] == "images"
+    assert last["total"] in (10, 24) and last["values"]["memory_mb"] > 0 and last["values"]["loss"] > 0
+    assert objects[-1]["best"]["epoch"] == result.best.epoch and len(objects[-1]["history"]) == 6
 
 
 def test_a_callback_by_import_path_sees_each_epoch(trained: Trained) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,44 @@ import pytest
 
 from raydet import TrainConfig, TuneConfig, UserError, tune
 from raydet.common.console import Console
+from raydet.common.display.progress import Progress
 from raydet.common.errors import RunError
 from raydet.config import to_yaml
 from raydet.config.options import load_file
 from raydet.tables.table import open_table
 from raydet.tuning import records
 from tests.drivers import needs_small_disk, run_on_small_disk, started, wait_until
+from tests.json_output import check_result
 from tests.small_sets import tiny_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class _Watched(Console):
-    """A console that records its lines and status texts."""
+    """A console that records its lines, and what it would show below them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shown: list[str] = []
         self.lines: list[str] = []
+        self.counter = _Counter()
 
     def line(self, text: str = "") -> None:
         self.lines.append(text)
 
     @contextmanager
-    def status(self, text: str) -> Iterator[Callable[[str], None]]:
-        yield self.shown.append
+    def progress(self, task: str, **options: Any) -> Iterator[Progress]:
+        yield self.counter
+
+
+class _Counter(Progress):
+    """A counter that records what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[str] = []
+
+    def wait_for(self, what: str | None) -> None:
+        self.shown.append(what or "")
 
 
 def _config(shapes: Path, out: Path, train: dict[str, Any], **changes: Any) -> TuneConfig:
@@ -83,7 +96,9 @@ def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> 
     assert [trial.state for trial in result.trials] == ["finished", "failed", "finished"]
     assert [trial.source for trial in result.trials] == ["default", "point", "search"]
     assert "the loss is not finite" in (result.trials[1].error or "")
-    assert any("trial-0000" in shown and "trial-0001" in shown for shown in console.shown), "no concurrent trials"
+    shown = console.counter.shown
+    assert any("trial-0000" in text and "trial-0001" in text for text in shown), "no concurrent trials"
+    assert check_result(result, "tune")["trials"][1]["state"] == "failed"
     assert re.search(r"3 trials, 2 at a time.*1 worker .*0\.49 CPU", console.lines[0])
     assert len([line for line in console.lines if line.startswith("trial-")]) == 3
     rows = open_table(f"{config.out}/trials", "trials").read().to_pylist()

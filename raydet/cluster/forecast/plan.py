@@ -6,10 +6,9 @@
 The growth of a resource is relative to its full use: workers that were busy half of the time can do twice the work.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from raydet.cluster.forecast.measured import MeasuredRun, read_run
 from raydet.cluster.forecast.nodes import NodeGroup, groups_of_yaml, total_cpus, total_gpus, with_prices
@@ -63,19 +62,15 @@ class PlanResult(Shown):
     nodes_per_gpu_node: float | None
     is_extrapolated: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {
-            **asdict(self),
-            "startup_s": self.measured.overhead_s,
-            "cpus_per_gpu": self.measured.cpus_per_gpu,
-            "notes": self.notes(),
-        }
+    json_properties: ClassVar = ("cpus_per_gpu", "notes")
+
+    @property
+    def cpus_per_gpu(self) -> float | None:
+        """CPUs that read, decode and write for one GPU that never waits; None without a GPU or if unknown."""
+        return self.measured.cpus_per_gpu
 
     def lines(self) -> list[str]:
-        """Return a short table for the terminal, or JSON if the config asks for it."""
-        if self.config.json:
-            return [json.dumps(self.to_dict(), indent=1)]
+        """Return a short table for the terminal."""
         measured, epochs = self.measured, self.num_images // self.config.images
         what = f"{measured.job} {self.config.images:,} images" + (f", {epochs} epochs" if epochs > 1 else "")
         rows = [
@@ -101,7 +96,7 @@ class PlanResult(Shown):
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.2f}, {self.cost / self.num_images * 1e6:,.2f} per million images")
         lines += [self._bottleneck_line(), *self._balance_lines()]
-        return lines + [f"note: {text}" for text in self.notes()]
+        return lines + [f"note: {text}" for text in self.notes]
 
     def _bottleneck_line(self) -> str:
         if self.bottleneck is None:
@@ -120,8 +115,9 @@ class PlanResult(Shown):
         ratio = self.nodes_per_gpu_node
         return [text if ratio is None else f"{text}; each GPU node needs {ratio:.2g} CPU nodes"]
 
+    @property
     def notes(self) -> list[str]:
-        """List what the forecast assumes and what it cannot know."""
+        """Assumptions of the forecast, and what it does not cover."""
         measured = self.measured
         nodes = ", ".join(group.describe() for group in measured.groups)
         found = []

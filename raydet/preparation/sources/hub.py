@@ -11,7 +11,6 @@ written, which would take a second download. Code in a data set is never run. Pr
 import io
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -226,11 +225,9 @@ def _saved_to_disk(path: Path, split: str) -> Any:
 
 
 def _library() -> Any:
-    """Import the library, which takes seconds; its progress bars are for terminals, its errors are raised too."""
+    """Import the library, which takes seconds; the console shows the progress, and its errors are raised too."""
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
     return datasets
