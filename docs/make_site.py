@@ -1,6 +1,8 @@
-"""Write the site's pages to build/docs: the project's own, and a reference of commands and functions from the code."""
+"""Write the site's pages to build/docs: the project's own, its notebooks, and a reference from the code."""
 
+import base64
 import inspect
+import json
 import posixpath
 import re
 import shutil
@@ -25,6 +27,11 @@ def main() -> None:
         name = "index.md" if source.name == "README.md" else source.name
         folder = source.parent.relative_to(PROJECT).as_posix()
         (PAGES / name).write_text(with_site_links(source.read_text("utf-8"), folder), "utf-8")
+    for source in sorted((PROJECT / "docs" / "tutorials").glob("*.ipynb")):
+        notebook = json.loads(source.read_text("utf-8"))
+        page = (PAGES / "tutorials" / source.name).with_suffix(".md")
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(with_site_links(notebook_page(notebook, page), "docs/tutorials"), "utf-8")
     (PAGES / "commands.md").write_text(commands_page(), "utf-8")
     (PAGES / "python.md").write_text(python_page(), "utf-8")
 
@@ -42,15 +49,41 @@ def with_site_links(text: str, folder: str) -> str:
         if "://" in target or target.startswith("#"):
             return match[0]
         path, sign, anchor = target.partition("#")
-        path = posixpath.normpath(posixpath.join(folder, path))
-        if path.startswith("docs/images/"):
-            return f"[{words}]({path.removeprefix('docs/')})"
-        if posixpath.dirname(path) == "docs" or path in TOP:
-            name = "index.md" if path == "README.md" else posixpath.basename(path)
-            return f"[{words}]({name}{sign}{anchor})"
-        return words
+        place = _place_in_site(posixpath.normpath(posixpath.join(folder, path)))
+        here = folder.removeprefix("docs").strip("/") or "."
+        return words if place is None else f"[{words}]({posixpath.relpath(place, here)}{sign}{anchor})"
 
     return _LINK.sub(replaced, text)
+
+
+def _place_in_site(path: str) -> str | None:
+    """Return the place of one of the repository's files in the site; None for a file that is not part of it."""
+    if path in TOP:
+        return "index.md" if path == "README.md" else path
+    return path.removeprefix("docs/").replace(".ipynb", ".md") if path.startswith("docs/") else None
+
+
+def notebook_page(notebook: dict[str, Any], page: Path) -> str:
+    """Return a notebook's cells and outputs as Markdown; its pictures are written beside the page."""
+    parts = []
+    for number, cell in enumerate(notebook["cells"]):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts += [source, ""]
+            continue
+        parts += ["```python", source, "```", ""]
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = page.with_name(f"{page.stem}-{number}.png")
+                picture.write_bytes(base64.b64decode(data["image/png"]))
+                parts += [f"![Output of the cell above]({picture.name})", ""]
+            elif "text/html" in data and "<table" in "".join(data["text/html"]):
+                parts += ['<div class="output">', "".join(data["text/html"]), "</div>", ""]
+            else:
+                text = "".join(output.get("text", data.get("text/plain", "")))
+                parts += ["```text", text.rstrip(), "```", ""]
+    return "\n".join(parts)
 
 
 def commands_page() -> str:

@@ -7,11 +7,14 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from docs import make_site
 
 PROJECT = Path(__file__).parents[1]
+TUTORIALS = sorted((PROJECT / "docs" / "tutorials").glob("*.ipynb"))
 
 
 def pages_in(menu: Any) -> list[str]:
@@ -24,6 +27,7 @@ def pages_in(menu: Any) -> list[str]:
 def test_the_menu_has_every_page_once() -> None:
     menu = pages_in(tomllib.loads((PROJECT / "zensical.toml").read_text())["project"]["nav"])
     written = {path.name for path in (PROJECT / "docs").glob("*.md")}
+    written |= {f"tutorials/{path.stem}.md" for path in TUTORIALS}
     assert sorted(menu) == sorted(
         written | {"index.md", "commands.md", "python.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"}
     )
@@ -37,6 +41,8 @@ def test_the_menu_has_every_page_once() -> None:
         (".", "see [the licence](LICENSE).", "see the licence."),
         ("docs", "[limits](../SECURITY.md)", "[limits](SECURITY.md)"),
         ("docs", "[first\nsteps](../README.md)", "[first\nsteps](index.md)"),
+        ("docs", "[first](tutorials/ten_minutes.ipynb)", "[first](tutorials/ten_minutes.md)"),
+        ("docs/tutorials", "[recipe](../fine_tuning.md), ![](a.png)", "[recipe](../fine_tuning.md), ![](a.png)"),
         ("docs", "[below](#there), [Ray](https://www.ray.io)", "[below](#there), [Ray](https://www.ray.io)"),
         ("docs", "[`table_checks.py`](../benchmarks/table_checks.py)", "`table_checks.py`"),
     ],
@@ -49,6 +55,35 @@ def test_the_reference_of_commands_has_all_of_them() -> None:
     page = make_site.commands_page()
     assert all(f"## raydet {name}\n" in page for name in make_site.COMMANDS)
     assert "--score-threshold" in page
+
+
+def test_a_notebook_becomes_a_page(tmp_path: Path) -> None:
+    outputs = [
+        {"output_type": "stream", "text": ["3 images\n"]},
+        {"output_type": "display_data", "data": {"image/png": "aGVsbG8=", "text/plain": "a picture"}},
+        {
+            "output_type": "execute_result",
+            "data": {"text/html": ["<table></table>"], "text/plain": "1"},
+        },
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "Text."]},
+        {"cell_type": "code", "source": "import raydet", "outputs": outputs},
+    ]
+    page = make_site.notebook_page({"cells": cells}, tmp_path / "first.md")
+    assert page.startswith("# Title\nText.\n\n```python\nimport raydet\n```\n\n```text\n3 images\n```\n")
+    assert "![Output of the cell above](first-1.png)" in page and (tmp_path / "first-1.png").read_bytes() == b"hello"
+    assert page.rstrip().endswith("<table></table>\n</div>")
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_runs(path: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    assert all(cell.get("outputs") is not None for cell in notebook.cells if cell.cell_type == "code")
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
 @pytest.mark.slow
