@@ -12,6 +12,7 @@ import pytest
 from nbclient import NotebookClient
 
 from docs import make_site
+from raydet.cli.commands import COMMANDS
 
 PROJECT = Path(__file__).parents[1]
 TUTORIALS = sorted((PROJECT / "docs" / "tutorials").glob("*.ipynb"))
@@ -53,7 +54,7 @@ def test_links_lead_to_pages_of_the_site(folder: str, text: str, expected: str) 
 
 def test_the_reference_of_commands_has_all_of_them() -> None:
     page = make_site.commands_page()
-    assert all(f"## raydet {name}\n" in page for name in make_site.COMMANDS)
+    assert all(f"## raydet {name}\n" in page for name in COMMANDS)
     assert "--score-threshold" in page
 
 
@@ -98,6 +99,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     built = subprocess.run([zensical, "build", "--strict"], cwd=tmp_path, text=True, capture_output=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     page = (tmp_path / "build" / "site" / "python.html").read_text()
-    names = [command.function for command in make_site.COMMANDS.values()]
+    names = [command.function for command in COMMANDS.values()]
     assert all(f'.{name}"' in page for name in [*names, "CocoAP", "load"])
     assert len(names) > 20

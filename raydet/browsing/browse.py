@@ -50,7 +50,7 @@ def browse(config: BrowseConfig, *, console: Console | None = None) -> BrowseEnd
     from raydet.browsing.sources import open_sources
 
     console = console or Console()
-    with console.status("reading the tables"):
+    with console.progress("reading the tables"):
         sources = open_sources(config)
         index = build_index(sources)
     for note in sources.notes:

@@ -53,7 +53,7 @@ def doctor(config: DoctorConfig, *, console: Console | None = None) -> Diagnosis
         "extras": checks.check_extras,
     }
     running = [_Check(name, check) for name, check in subjects.items()]
-    with (console or Console()).status("checking"):
+    with (console or Console()).progress("checking"):
         deadline = time.monotonic() + limit + _GRACE_S
         for check in running:
             check.thread.join(max(0.0, deadline - time.monotonic()))

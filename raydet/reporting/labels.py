@@ -43,11 +43,11 @@ def place_labels(
         if None not in labels:
             return tuple(label for label in labels if label is not None), ()
     numbers = [str(number) for number in range(1, len(texts) + 1)]
-    labels = [
+    numbered = [
         label or next(_corners(box, number, size_wh))
         for label, box, number in zip(_placed(boxes_xywh, numbers, size_wh), boxes_xywh, numbers, strict=True)
     ]
-    return tuple(labels), tuple(_legend(texts))
+    return tuple(numbered), tuple(_legend(texts))
 
 
 def _placed(boxes: Sequence[Sequence[float]], texts: Sequence[str], size_wh: tuple[int, int]) -> list[Label | None]:

@@ -132,7 +132,7 @@ def detect_in(names: Sequence[str], config: PredictConfig, *, console: Console) 
     targets = _targets(names, config.out)
     unreadable: dict[str, str] = {}
     pictures: list[Picture] = []
-    with console.status("loading the model"):
+    with console.progress("loading the model"):
         # Imported late: torch takes seconds, and wrong options are refused at once.
         from raydet.engines.in_memory.loaded import LoadedModel
 
@@ -151,11 +151,11 @@ def detect_in(names: Sequence[str], config: PredictConfig, *, console: Console) 
             read.append(name)
             yield pixels
 
-    with console.status("detecting objects") as update:
+    with console.progress("detecting objects", total=len(names), unit="pictures") as progress:
         for number, found in enumerate(model(readable())):
             name = read[number]
             pictures.append(_drawn(name, found, targets[name]))
-            update(f"{number + 1} of {counted(len(names), 'picture')}")
+            progress.reach(number + 1)
     if not pictures:
         name, reason = next(iter(unreadable.items()))
         raise UserError(f"none of the {len(names)} pictures can be read; {name}: {reason}")
