@@ -93,8 +93,7 @@ def check_devices(timeout_s: float) -> Iterator[Finding]:
             "broken", "torch", f"cannot be used: {problem}", "pip install --force-reinstall torch torchvision"
         )
         return
-    build = f"CUDA or ROCm {torch['cuda']}" if torch["cuda"] else "CPUs alone"
-    yield Finding("ok", "torch", f"{torch['version']}, built for {build}")
+    yield Finding("ok", "torch", f"{torch['version']}, built for {torch['build'] or 'CPUs alone'}")
     yield _gpus(torch)
 
 
@@ -112,11 +111,11 @@ def _gpus(torch: dict[str, Any]) -> Finding:
     text = f"{_counted([name for name, _ in found])}; driver {found[0][1]}; torch does not see them"
     if hidden is not None and hidden.strip() in ("", "-1"):
         return Finding("note", "GPUs", f"{text}: CUDA_VISIBLE_DEVICES hides them", "unset CUDA_VISIBLE_DEVICES")
-    if torch["cuda"] is None:
+    if torch["build"] is None:
         advice = "install a build of torch with CUDA: https://pytorch.org/get-started/locally"
         return Finding("note", "GPUs", f"{text}: it is built for CPUs alone", advice)
     advice = "install a newer driver, or a build of torch for this one: https://pytorch.org/get-started/locally"
-    why = torch["reason"] or f"it is built for CUDA {torch['cuda']}"
+    why = torch["reason"] or f"it is built for {torch['build']}"
     return Finding("broken", "GPUs", f"{text}: {why}", advice)
 
 

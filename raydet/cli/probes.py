@@ -67,9 +67,10 @@ def _torch() -> dict[str, Any]:
         reasons = [one_line(warning.message, limit=300) for warning in caught if "CUDA" in str(warning.message)]
         if count:
             torch.zeros(1, device="cuda").add_(1).item()  # a driver may list a device that it cannot use
+    cuda, rocm = torch.version.cuda, torch.version.hip
     return {
         "version": torch.__version__,
-        "cuda": torch.version.cuda or torch.version.hip,
+        "build": f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else None,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [{"name": one.name, "memory_gb": one.total_memory / 2**30} for one in properties],
         "reason": reasons[0] if reasons else "",

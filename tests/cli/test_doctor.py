@@ -87,19 +87,19 @@ _TWO = "echo 'NVIDIA H200, 143771, 570.1'; echo 'NVIDIA H200, 143771, 570.1'"
 
 
 @pytest.mark.parametrize(
-    ("script", "cuda", "reason", "hidden", "status", "facts"),
+    ("script", "build", "reason", "hidden", "status", "facts"),
     [
         ("exit 127", None, "", None, "note", ("nvidia-smi fails",)),
-        ("echo broken; exit 9", "13.0", "", None, "note", ("nvidia-smi fails: broken",)),
-        ("sleep 5", "13.0", "", None, "note", ("timed out",)),
+        ("echo broken; exit 9", "CUDA 13.0", "", None, "note", ("nvidia-smi fails: broken",)),
+        ("sleep 5", "CUDA 13.0", "", None, "note", ("timed out",)),
         (_TWO, None, "", None, "note", ("2 × NVIDIA H200 (140 GB)", "driver 570.1", "CPUs alone")),
-        (_TWO, "13.0", "the driver is too old", None, "broken", ("the driver is too old",)),
-        (_TWO, "13.0", "", "", "note", ("CUDA_VISIBLE_DEVICES",)),
+        (_TWO, "CUDA 13.0", "the driver is too old", None, "broken", ("the driver is too old",)),
+        (_TWO, "CUDA 13.0", "", "", "note", ("CUDA_VISIBLE_DEVICES",)),
     ],
 )
 def test_gpus_that_torch_does_not_see(
     script: str,
-    cuda: str | None,
+    build: str | None,
     reason: str,
     hidden: str | None,
     status: str,
@@ -112,7 +112,7 @@ def test_gpus_that_torch_does_not_see(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    torch: dict[str, Any] = {"gpus": [], "cuda": cuda, "reason": reason}
+    torch: dict[str, Any] = {"gpus": [], "build": build, "reason": reason}
     found = checks._gpus(torch)
     assert found.status == status and found.advice
     assert all(fact in found.text for fact in facts), found
@@ -121,7 +121,7 @@ def test_gpus_that_torch_does_not_see(
 def test_gpus_that_torch_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi(tmp_path, _TWO, monkeypatch)
     gpus = [{"name": "NVIDIA H200", "memory_gb": 139.8}] * 2
-    found = checks._gpus({"gpus": gpus, "cuda": "13.0", "reason": ""})
+    found = checks._gpus({"gpus": gpus, "build": "CUDA 13.0", "reason": ""})
     assert found == Finding("ok", "GPUs", "2 × NVIDIA H200 (140 GB); driver 570.1")
 
 
