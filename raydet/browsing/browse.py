@@ -8,6 +8,7 @@ from raydet.common.console import Console, counted
 from raydet.common.packages import require_packages
 from raydet.common.signals import noting_stop_requests
 from raydet.config import BrowseConfig
+from raydet.config.fields import with_options
 
 _LOOK_EVERY_S = 0.1
 
@@ -27,6 +28,7 @@ class BrowseEnd:
         return ["browse ended"]
 
 
+@with_options(BrowseConfig)
 def browse(config: BrowseConfig, *, console: Console | None = None) -> BrowseEnd:
     """Serve a page about images, detections or evaluated runs on loopback until Ctrl-C, and print its address.
 

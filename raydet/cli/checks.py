@@ -33,7 +33,7 @@ _OTHER_FOLDER = "set TMPDIR (or RAY_TMPDIR) to a folder that you may write"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One line of the doctor.
 
     Attributes:
@@ -49,17 +49,17 @@ class Finding:
     advice: str = ""
 
 
-def check_python() -> Iterator[Finding]:
+def check_python() -> Iterator[Check]:
     """Check the version of Python."""
     text = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
     needed = _needed_python()
     if needed and not _fits(platform.python_version(), needed):
-        yield Finding("broken", "Python", text, f"use a Python {needed}")
+        yield Check("broken", "Python", text, f"use a Python {needed}")
     else:
-        yield Finding("ok", "Python", text)
+        yield Check("ok", "Python", text)
 
 
-def check_packages() -> Iterator[Finding]:
+def check_packages() -> Iterator[Check]:
     """Check that the required packages are there, in the versions that raydet was tested with."""
     versions = [f"{name} {version}" for name in _NAMED if (version := _version(name)) is not None]
     text = ", ".join([f"raydet {__version__}", *versions])
@@ -67,18 +67,18 @@ def check_packages() -> Iterator[Finding]:
     missing = [str(item) for item in required if _version(item.name) is None]
     if missing:
         wanted = " ".join(f"'{item}'" for item in missing)
-        yield Finding("broken", "packages", f"{text}; missing: {', '.join(missing)}", f"pip install {wanted}")
+        yield Check("broken", "packages", f"{text}; missing: {', '.join(missing)}", f"pip install {wanted}")
         return
     others = [item for item in required if not _fits(_version(item.name) or "", str(item.specifier))]
     if others:
         untested = ", ".join(f"{item.name} {_version(item.name)}" for item in others)
         wanted = " ".join(f"'{item}'" for item in others)
-        yield Finding("note", "packages", f"{text}; not tested with {untested}", f"pip install {wanted}")
+        yield Check("note", "packages", f"{text}; not tested with {untested}", f"pip install {wanted}")
         return
-    yield Finding("ok", "packages", text)
+    yield Check("ok", "packages", text)
 
 
-def check_devices(timeout_s: float) -> Iterator[Finding]:
+def check_devices(timeout_s: float) -> Iterator[Check]:
     """Check the CPUs, their memory, torch, and the GPUs."""
     try:
         torch = ask("torch", timeout_s=timeout_s)
@@ -87,36 +87,34 @@ def check_devices(timeout_s: float) -> Iterator[Finding]:
         torch, problem = {}, str(error)
     capability = f", {torch['capability']}" if torch else ""
     limits = "" if available_cpus() == os.cpu_count() else f" of {os.cpu_count()} (affinity or container limit)"
-    yield Finding("ok", "CPUs", f"{available_cpus()}{limits}{capability}; {_memory_gb():.0f} GB of memory")
+    yield Check("ok", "CPUs", f"{available_cpus()}{limits}{capability}; {_memory_gb():.0f} GB of memory")
     if not torch:
-        yield Finding(
-            "broken", "torch", f"cannot be used: {problem}", "pip install --force-reinstall torch torchvision"
-        )
+        yield Check("broken", "torch", f"cannot be used: {problem}", "pip install --force-reinstall torch torchvision")
         return
-    yield Finding("ok", "torch", f"{torch['version']}, built for {torch['build'] or 'CPUs alone'}")
+    yield Check("ok", "torch", f"{torch['version']}, built for {torch['build'] or 'CPUs alone'}")
     yield _gpus(torch)
 
 
-def _gpus(torch: dict[str, Any]) -> Finding:
+def _gpus(torch: dict[str, Any]) -> Check:
     if torch["gpus"]:
         names = [f"{gpu['name']} ({gpu['memory_gb']:.0f} GB)" for gpu in torch["gpus"]]
         driver = next((f"; driver {driver}" for _, driver in _nvidia_smi()[0]), "")
-        return Finding("ok", "GPUs", f"{_counted(names)}{driver}")
+        return Check("ok", "GPUs", f"{_counted(names)}{driver}")
     found, reason = _nvidia_smi()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not found:
         if reason:
-            return Finding("note", "GPUs", f"nvidia-smi fails: {reason}", "install or load the NVIDIA driver")
-        return Finding("ok", "GPUs", "none; models run on the CPUs")
+            return Check("note", "GPUs", f"nvidia-smi fails: {reason}", "install or load the NVIDIA driver")
+        return Check("ok", "GPUs", "none; models run on the CPUs")
     text = f"{_counted([name for name, _ in found])}; driver {found[0][1]}; torch does not see them"
     if hidden is not None and hidden.strip() in ("", "-1"):
-        return Finding("note", "GPUs", f"{text}: CUDA_VISIBLE_DEVICES hides them", "unset CUDA_VISIBLE_DEVICES")
+        return Check("note", "GPUs", f"{text}: CUDA_VISIBLE_DEVICES hides them", "unset CUDA_VISIBLE_DEVICES")
     if torch["build"] is None:
         advice = "install a build of torch with CUDA: https://pytorch.org/get-started/locally"
-        return Finding("note", "GPUs", f"{text}: it is built for CPUs alone", advice)
+        return Check("note", "GPUs", f"{text}: it is built for CPUs alone", advice)
     advice = "install a newer driver, or a build of torch for this one: https://pytorch.org/get-started/locally"
     why = torch["reason"] or f"it is built for {torch['build']}"
-    return Finding("broken", "GPUs", f"{text}: {why}", advice)
+    return Check("broken", "GPUs", f"{text}: {why}", advice)
 
 
 def _nvidia_smi() -> tuple[list[tuple[str, str]], str]:
@@ -136,38 +134,38 @@ def _nvidia_smi() -> tuple[list[tuple[str, str]], str]:
     ], ""
 
 
-def check_ray(address: str | None, timeout_s: float) -> Iterator[Finding]:
+def check_ray(address: str | None, timeout_s: float) -> Iterator[Check]:
     """Check that a Ray cluster that is named answers, and list its resources; starts none."""
     address = address or os.environ.get("RAY_ADDRESS") or ""
     if starts_cluster(address):
-        yield Finding("ok", "Ray", "no cluster is named; commands that need Ray start it on this machine")
+        yield Check("ok", "Ray", "no cluster is named; commands that need Ray start it on this machine")
         return
     scheme, _, rest = address.partition("://")
     if scheme in ("http", "https"):
         reason = failure_of(scheme == "https", rest.partition("/")[0], timeout_s=min(timeout_s, 10.0))
         state = f"cannot be reached: {reason}" if reason else "answers"
         advice = f"submit with `ray job submit --address {address}`, and unset RAY_ADDRESS for commands on this machine"
-        yield Finding("note", "Ray", f"{address} is a job server, which {state}", advice)
+        yield Check("note", "Ray", f"{address} is a job server, which {state}", advice)
         return
     try:
         answer = ask("ray", address, timeout_s=timeout_s)
     except ProbeError as error:
         advice = "check the address, and that Ray and Python have the same versions there; or unset RAY_ADDRESS"
-        yield Finding("broken", "Ray", str(error), advice)
+        yield Check("broken", "Ray", str(error), advice)
         return
     total, free = answer["total"], answer["free"]
     amounts = [f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU")]
     nodes = f"{answer['num_nodes']} node{'s' if answer['num_nodes'] != 1 else ''}"
     memory = f"{total.get('memory', 0) / _GB:.0f} GB of memory"
     store = f"{total.get('object_store_memory', 0) / _GB:.1f} GB of object store"
-    yield Finding("ok", "Ray", ", ".join([f"{address} answers: {nodes}", *amounts, memory, store]))
+    yield Check("ok", "Ray", ", ".join([f"{address} answers: {nodes}", *amounts, memory, store]))
 
 
-def check_shared_memory() -> Iterator[Finding]:
+def check_shared_memory() -> Iterator[Check]:
     """Check that Ray's object store fits into shared memory."""
     place = Path("/dev/shm")
     if not place.is_dir():
-        yield Finding("ok", "shared memory", "this system has no /dev/shm; Ray uses files")
+        yield Check("ok", "shared memory", "this system has no /dev/shm; Ray uses files")
         return
     usage = shutil.disk_usage(place)
     text = f"/dev/shm has {usage.total / _GB:.1f} GB, {usage.free / _GB:.1f} GB free"
@@ -175,57 +173,55 @@ def check_shared_memory() -> Iterator[Finding]:
         advice = (
             "start the container with --shm-size=8g or more, or remove old files there; otherwise Ray uses the disk"
         )
-        yield Finding("note", "shared memory", text, advice)
+        yield Check("note", "shared memory", text, advice)
     else:
-        yield Finding("ok", "shared memory", text)
+        yield Check("ok", "shared memory", text)
 
 
-def check_disks() -> Iterator[Finding]:
+def check_disks() -> Iterator[Check]:
     """Check that there is room in the folder for temporary files and in the current folder, and permission to write."""
     try:
         yield _disk("temporary files", os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), needed=True)
     except OSError as error:
-        yield Finding("broken", "temporary files", one_line(error), _OTHER_FOLDER)
+        yield Check("broken", "temporary files", one_line(error), _OTHER_FOLDER)
     try:
         yield _disk("current folder", str(Path.cwd()), needed=False)
     except OSError as error:
-        yield Finding("broken", "current folder", one_line(error), "change to a folder that exists")
+        yield Check("broken", "current folder", one_line(error), "change to a folder that exists")
 
 
-def _disk(name: str, folder: str, *, needed: bool) -> Finding:
+def _disk(name: str, folder: str, *, needed: bool) -> Check:
     usage = shutil.disk_usage(folder)
     text = f"{folder} has {usage.free / _GB:.1f} of {usage.total / _GB:.0f} GB free"
     if not os.access(folder, os.W_OK | os.X_OK):
         advice = _OTHER_FOLDER if needed else "give --out folders elsewhere"
-        return Finding("broken" if needed else "note", name, f"{text}, but it cannot be written", advice)
+        return Check("broken" if needed else "note", name, f"{text}, but it cannot be written", advice)
     if usage.free < _LEAST_FREE_GB * _GB or usage.free < _LEAST_FREE_FRACTION * usage.total:
-        return Finding("note", name, text, "free space there: Ray stops storing objects on a disk that is 95 % full")
-    return Finding("ok", name, text)
+        return Check("note", name, text, "free space there: Ray stops storing objects on a disk that is 95 % full")
+    return Check("ok", name, text)
 
 
-def check_hub(timeout_s: float) -> Iterator[Finding]:
+def check_hub(timeout_s: float) -> Iterator[Check]:
     """Check that the Hugging Face Hub answers, unless it must not be asked."""
     from huggingface_hub import constants, get_token
 
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE:
-        yield Finding(
-            "ok", "Hub", f"not asked, because HF_HUB_OFFLINE is set; models come from {constants.HF_HUB_CACHE}"
-        )
+        yield Check("ok", "Hub", f"not asked, because HF_HUB_OFFLINE is set; models come from {constants.HF_HUB_CACHE}")
         return
     if has_proxy():
-        yield Finding("ok", "Hub", f"{endpoint.hostname} through the proxy of the environment, which was not asked")
+        yield Check("ok", "Hub", f"{endpoint.hostname} through the proxy of the environment, which was not asked")
         return
     reason = failure_of(endpoint.scheme == "https", endpoint.netloc, timeout_s=min(timeout_s, _HUB_TIMEOUT_S))
     if reason is not None:
         advice = f"without it, use local folders; HF_HUB_OFFLINE=1 uses what is in {constants.HF_HUB_CACHE} at once"
-        yield Finding("note", "Hub", f"{endpoint.hostname} cannot be reached: {reason}", advice)
+        yield Check("note", "Hub", f"{endpoint.hostname} cannot be reached: {reason}", advice)
         return
     login = "a token is set" if get_token() else "no token, which only private repositories and `push` need"
-    yield Finding("ok", "Hub", f"{endpoint.hostname} answers; {login}")
+    yield Check("ok", "Hub", f"{endpoint.hostname} answers; {login}")
 
 
-def check_extras() -> Iterator[Finding]:
+def check_extras() -> Iterator[Check]:
     """List the optional packages of each extra."""
     wanted: dict[str, list[Any]] = {}
     for item in _requirements():
@@ -239,11 +235,11 @@ def check_extras() -> Iterator[Finding]:
         missing = [item.name for item in items if _version(item.name) is None]
         name = f"extra {extra}"
         if missing:
-            yield Finding("note", name, f"{', '.join(missing)} not installed", f"pip install 'raydet[{extra}]'")
+            yield Check("note", name, f"{', '.join(missing)} not installed", f"pip install 'raydet[{extra}]'")
         else:
-            yield Finding("ok", name, ", ".join(f"{item.name} {_version(item.name)}" for item in items))
+            yield Check("ok", name, ", ".join(f"{item.name} {_version(item.name)}" for item in items))
     if not wanted:
-        yield Finding("note", "extras", "unknown, because raydet runs from a folder and is not installed", "make setup")
+        yield Check("note", "extras", "unknown, because raydet runs from a folder and is not installed", "make setup")
 
 
 def _requirements() -> list[Any]:

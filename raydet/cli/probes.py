@@ -78,13 +78,12 @@ def _torch() -> dict[str, Any]:
 
 
 def _ray(address: str) -> dict[str, Any]:
-    import ray
-
-    from raydet.cluster.ray_internals import alive_nodes
+    from raydet.cluster.ray_internals import alive_nodes, total_and_free_resources
     from raydet.cluster.session import session
 
     with tempfile.TemporaryDirectory(prefix="raydet-") as log, session(log, address):
-        return {"num_nodes": len(alive_nodes()), "total": ray.cluster_resources(), "free": ray.available_resources()}
+        total, free = total_and_free_resources()
+        return {"num_nodes": len(alive_nodes()), "total": total, "free": free}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def usage(group: str = "") -> str:
             "",
             "raydet COMMAND --help lists the options of a command. Every command reads options from --config FILE.yaml",
             "(the command line overrides it), and prints the resulting config with --print-config.",
-            "--quiet prints only the result, --json all output as JSON lines; --open opens the page that a command wrote.",
+            "--quiet prints only the result, --json all output as JSON lines; --open opens the page that it wrote.",
             "Set RAY_ADDRESS to run on a Ray cluster; without it raydet starts Ray on this machine.",
             "raydet completion --help explains how bash, zsh or fish complete commands and options.",
         ]

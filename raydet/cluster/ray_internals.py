@@ -155,6 +155,11 @@ def messages_logged(logger: logging.Logger) -> Iterator[None]:
 # Cluster state.
 
 
+def total_and_free_resources() -> tuple[dict[str, float], dict[str, float]]:
+    """Return all resources of the cluster, and those that are not in use, by name."""
+    return ray.cluster_resources(), ray.available_resources()
+
+
 def alive_nodes() -> list[dict[str, Any]]:
     """List the live nodes, with Ray's keys `NodeID`, `NodeManagerAddress`, `Resources`, ….
 

@@ -4,7 +4,6 @@ A field is *operational* if it changes how long a run takes or where it runs, bu
 the identity of a run: a folder may be continued only by a run with the same identity.
 """
 
-from raydet.config.browsing import BrowseConfig
 from raydet.config.fields import (
     config_hash,
     default_of,
@@ -14,7 +13,7 @@ from raydet.config.fields import (
     is_required,
     to_yaml,
 )
-from raydet.config.inspecting import InspectConfig
+from raydet.config.inspecting import BrowseConfig, InspectConfig
 from raydet.config.measuring import CompareConfig, EvaluateConfig, EvaluationProtocol, ReportConfig
 from raydet.config.planning import DoctorConfig, PlanConfig
 from raydet.config.preparing import (

@@ -68,7 +68,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class DrawnPictures:
     """Pictures with their detections.
 
     Attributes:
@@ -105,7 +105,7 @@ def _is_picture(name: str) -> bool:
     return path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not storage.is_folder(name)
 
 
-def detect_in(names: Sequence[str], config: PredictConfig, *, console: Console) -> Pictures:
+def detect_in(names: Sequence[str], config: PredictConfig, *, console: Console) -> DrawnPictures:
     """Detect objects in pictures, with the boxes that `predict` writes into a table, and draw them.
 
     Args:
@@ -159,7 +159,7 @@ def detect_in(names: Sequence[str], config: PredictConfig, *, console: Console) 
     if not pictures:
         name, reason = next(iter(unreadable.items()))
         raise UserError(f"none of the {len(names)} pictures can be read; {name}: {reason}")
-    return Pictures(
+    return DrawnPictures(
         pictures[0].drawn if len(names) == 1 else storage.absolute_uri(config.out or "."), tuple(pictures), unreadable
     )
 

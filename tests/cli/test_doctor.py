@@ -14,14 +14,14 @@ import pytest
 
 from raydet import DoctorConfig, doctor
 from raydet.cli import checks
-from raydet.cli.checks import Finding
+from raydet.cli.checks import Check
 from raydet.cli.probes import ProbeError, ask
 from raydet.common.version import __version__
 
 PROJECT = Path(__file__).parents[2]
 
 
-def only(found: Iterator[Finding]) -> Finding:
+def only(found: Iterator[Check]) -> Check:
     (finding,) = found
     return finding
 
@@ -46,11 +46,11 @@ sys.exit(code)
 def test_a_check_that_hangs_or_fails_is_told_within_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
-    def hanging() -> Iterator[Finding]:
-        yield Finding("ok", "temporary files", "fine")
+    def hanging() -> Iterator[Check]:
+        yield Check("ok", "temporary files", "fine")
         release.wait()
 
-    def failing() -> Iterator[Finding]:
+    def failing() -> Iterator[Check]:
         raise RuntimeError("no such thing")
         yield
 
@@ -65,7 +65,7 @@ def test_a_check_that_hangs_or_fails_is_told_within_its_time(monkeypatch: pytest
     assert ("disks", "no answer within 0.1 s") in broken
     assert ("shared memory", "the check failed: RuntimeError: no such thing") in broken
     assert result.exit_code == 1 and "problems: " in result.lines()[-1]
-    assert Finding("ok", "temporary files", "fine") in result.findings
+    assert Check("ok", "temporary files", "fine") in result.findings
 
 
 def test_a_probe_is_ended_and_its_error_is_one_line() -> None:
@@ -122,7 +122,7 @@ def test_gpus_that_torch_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     smi(tmp_path, _TWO, monkeypatch)
     gpus = [{"name": "NVIDIA H200", "memory_gb": 139.8}] * 2
     found = checks._gpus({"gpus": gpus, "build": "CUDA 13.0", "reason": ""})
-    assert found == Finding("ok", "GPUs", "2 × NVIDIA H200 (140 GB); driver 570.1")
+    assert found == Check("ok", "GPUs", "2 × NVIDIA H200 (140 GB); driver 570.1")
 
 
 def install(folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
