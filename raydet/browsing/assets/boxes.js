@@ -3,6 +3,7 @@ import { BOX, SIDE, className, make, state } from "./state.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const MOST_NAMED = 12;
+const LONGEST_LABEL = 48;
 
 export function kindOf(box) {
   const outcome = state.about.outcomes[box[BOX.outcome]];
@@ -89,7 +90,8 @@ export function label(box, card, scale) {
     y: above ? box[BOX.y] - 4 * scale : Math.max(box[BOX.y], 0) + size,
     "font-size": size, "stroke-width": 3.5 * scale, class: kindOf(box),
   });
-  text.textContent = nameOf(box);
+  const name = nameOf(box);
+  text.textContent = name.length > LONGEST_LABEL ? `${name.slice(0, LONGEST_LABEL - 1)}…` : name;
   return text;
 }
 
