@@ -18,7 +18,7 @@ _Score = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class ImageFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Conditions on what the page shows; an image passes if one of its boxes meets all conditions on boxes, if there are any.
+    """A choice of images; one passes if one of its boxes meets all conditions on boxes, if there are any.
 
     Attributes:
         sides: Indices in `SIDES`.

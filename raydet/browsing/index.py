@@ -31,11 +31,13 @@ class Group:
 
     Attributes:
         name: Column or property.
-        values: Names of its values; the database holds their indices in the column `slice_N`.
+        values: Names of its values.
+        codes: Value of each image, int8 [I], -1 for none; in the database, the column `slice_N` of group N.
     """
 
     name: str
     values: tuple[str, ...]
+    codes: npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +91,8 @@ def build_index(sources: Sources) -> Index:
     if sources.runs and sources.runs[0].suspects is not None:
         parts.append(_suspects(sources, sources.runs[0].suspects, of_images))
     groups = _groups(sources)
-    for number, (_, codes) in enumerate(groups):
-        of_images[f"slice_{number}"] = codes
+    for number, group in enumerate(groups):
+        of_images[f"slice_{number}"] = group.codes
     whole = {name: np.concatenate([part[name] for part in parts]) for name in labels}
     whole["number"] = np.arange(len(whole["image"]), dtype=np.int32)
     whole["score"] = pa.array(whole["score"], from_pandas=True)
@@ -98,7 +100,7 @@ def build_index(sources: Sources) -> Index:
         database=_database(images=pa.table(of_images), boxes=pa.table(whole)),
         names=tuple(category.name for category in sources.categories),
         sides=tuple(side for side in range(len(SIDES)) if _is_there(side, sources)),
-        groups=tuple(group for group, _ in groups),
+        groups=tuple(groups),
         num_images=num_images,
         num_boxes=len(whole["image"]),
     )
@@ -212,8 +214,8 @@ def _suspects(sources: Sources, rows: pa.Table, of_images: dict[str, Any]) -> di
     return _boxes(_SUSPECTS, image, labelled, boxes_xywh, error=error, score=score, detected=detected.astype(np.int32))
 
 
-def _groups(sources: Sources) -> list[tuple[Group, npt.NDArray[np.int8]]]:
-    """Return the ways to divide the images, and the value of each image; columns without a few values are left out."""
+def _groups(sources: Sources) -> list[Group]:
+    """Return the ways to divide the images; columns without a few values are left out."""
     sizes_hw, truth = sources.images.sizes_hw, sources.truth
     names = [*(_PROPERTIES if sources.has_labels else _PROPERTIES[1:]), *sources.columns]
     found = []
@@ -227,5 +229,5 @@ def _groups(sources: Sources) -> list[tuple[Group, npt.NDArray[np.int8]]]:
             codes[part.images] = value
         if len(parts) > 1:
             values = (part.name[len(name) + 1 :][:_LONGEST_NAME] for part in parts)
-            found.append((Group(name[:_LONGEST_NAME], tuple(values)), codes))
+            found.append(Group(name[:_LONGEST_NAME], tuple(values), codes))
     return found

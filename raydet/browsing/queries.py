@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import duckdb
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -47,6 +48,7 @@ _BOX_FACETS = {
     "outcomes": "outcome",
     "second_outcomes": "second_outcome",
     "errors": "error",
+    "any_box": "0",
 }
 _BOX_COLUMNS = "image, side, category, score, size, outcome, second_outcome, error, detected, x, y, w, h"
 Images = npt.NDArray[np.int32]
@@ -66,7 +68,7 @@ class Queries:
         self.sorts = tuple(name for name in SORTS if _NEEDS.get(name, "image") in columns)
         self._columns = tuple(name for name in _IMAGE_COLUMNS if name in columns)
         self._orders: OrderedDict[tuple[ImageFilter, str, int], Images] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._finding = threading.Lock(), threading.Lock()
         self._num_changes = 0  # of the selection
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
@@ -88,12 +90,15 @@ class Queries:
             if key in self._orders:
                 self._orders.move_to_end(key)
                 return self._orders[key]
-        found = self._find(chosen, SORTS[sort][1])
-        with self._lock:
-            self._orders[key] = found
-            while len(self._orders) > _ORDERS_KEPT:
-                self._orders.popitem(last=False)
-        return found
+        # The page asks for counts and for images at once; the second of both takes what the first has found.
+        with self._finding:
+            if key not in self._orders:
+                found = self._find(chosen, SORTS[sort][1])
+                with self._lock:
+                    self._orders[key] = found
+                    while len(self._orders) > _ORDERS_KEPT:
+                        self._orders.popitem(last=False)
+            return self._orders[key]
 
     def _find(self, chosen: ImageFilter, order_by: str) -> Images:
         source, values = self._images_in(chosen, is_about_boxes=order_by.startswith(_BOX_SORTS))
@@ -121,31 +126,23 @@ class Queries:
             pairs of a value and a number of images for each group. The counts of a property are those without the
             filter's own condition on it, so that they show what else could be chosen.
         """
-        chosen_boxes, images = box_conditions(chosen), self._image_conditions(chosen)
-        boxes = chosen_boxes or [WITHOUT_SUSPECTS]
-        answer: dict[str, Any] = {"images": len(self.order(chosen, "id")), "boxes": self._num_boxes(boxes, images)}
-        alike = [name for name in _BOX_FACETS if all(one.of != name for one in boxes)]
-        counts = self._count_boxes(alike, boxes, images)
-        for name in _BOX_FACETS:
+        boxes = box_conditions(chosen) or [WITHOUT_SUSPECTS]
+        images = self._image_conditions(chosen)
+        properties = [name for name in _BOX_FACETS if name != "any_box"]
+        alike = [name for name in properties if all(one.of != name for one in boxes)]
+        counts = self._count_boxes([*alike, "any_box"], boxes, images)
+        num_boxes = sum(number for _, number in counts.pop("any_box"))
+        for name in properties:
             if name not in alike:
                 counts |= self._count_boxes([name], [one for one in boxes if one.of != name], images)
         counts["classes"] = sorted(counts["classes"], key=lambda pair: (-pair[1], pair[0]))[:_MOST_CLASSES]
-        answer["groups"] = [
-            self._count_images(number, chosen_boxes, images) for number in range(len(self.index.groups))
-        ]
-        return answer | counts
-
-    def _num_boxes(self, boxes: Sequence[Condition], images: Sequence[Condition]) -> int:
-        source, values = _boxes_in(boxes, images)
-        (number,) = self._cursor().execute(f"SELECT count(*) {source}", values).fetchall()[0]
-        return int(number)
+        groups = [self._count_images(chosen, number) for number in range(len(self.index.groups))]
+        return {"images": len(self.order(chosen, "id")), "boxes": num_boxes, "groups": groups, **counts}
 
     def _count_boxes(
         self, names: Sequence[str], boxes: Sequence[Condition], images: Sequence[Condition]
     ) -> dict[str, list[tuple[int, int]]]:
         """Count the boxes by several properties in one pass."""
-        if not names:
-            return {}
         source, values = _boxes_in(boxes, images)
         columns = ", ".join(f"{_BOX_FACETS[name]} AS {name}" for name in names)
         sets = ", ".join(f"({name})" for name in names)
@@ -160,16 +157,11 @@ class Queries:
                 counts[names[place]].append((value, number))
         return {name: sorted(pairs) for name, pairs in counts.items()}
 
-    def _count_images(
-        self, group: int, boxes: Sequence[Condition], images: Sequence[Condition]
-    ) -> list[tuple[int, int]]:
-        others = [one for one in images if one.of != f"group {group}"]
-        if boxes:
-            clause, values = where(boxes)
-            others.append(Condition("boxes", f"image IN (SELECT image FROM boxes {clause})", tuple(values)))
-        clause, values = where(others)
-        query = f"SELECT slice_{group}, count(*) FROM images {clause} GROUP BY 1 ORDER BY 1"
-        return [(value, number) for value, number in self._cursor().execute(query, values).fetchall() if value >= 0]
+    def _count_images(self, chosen: ImageFilter, group: int) -> list[tuple[int, int]]:
+        others = tuple(pair for pair in chosen.groups if pair[0] != group)
+        images = self.order(msgspec.structs.replace(chosen, groups=others), "id")
+        counts = np.bincount(self.index.groups[group].codes[images] + 1)[1:]
+        return [(value, number) for value, number in enumerate(counts.tolist()) if number]
 
     def classes_like(self, text: str) -> list[int]:
         """Return the first classes whose names contain a text, whatever its case."""

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(240)]
 
 NUM_IMAGES = 300
 WIDE = (1400, 900)
+LOADED = "[...document.images].every(one => one.complete)"
 READABLE = "all => all.every(one => one.complete && one.naturalWidth > 0)"
 
 
@@ -64,8 +65,8 @@ class Visit:
         dialog.dismiss()
 
     def settle(self) -> None:
-        self.page.wait_for_selector("#counts:not(.waiting)")
-        self.page.wait_for_load_state("networkidle")
+        """Wait until no answer and no picture is outstanding."""
+        self.wait(f"document.getElementById('scroller').getAttribute('aria-busy') === 'false' && {LOADED}")
 
     def wait(self, script: str) -> None:
         """Wait until an expression is true; playwright's own function would need `eval`, which the page forbids."""

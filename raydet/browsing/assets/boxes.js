@@ -3,9 +3,12 @@ import { BOX, SIDE, className, make, state } from "./state.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const MOST_NAMED = 12;
+const LONGEST_LABEL = 48;
 
-export function kindOf(box) {
-  const outcome = state.about.outcomes[box[BOX.outcome]];
+/* Labels are found or missed by the first run, or by the second where that is drawn. */
+export function kindOf(box, isSecond = false) {
+  const place = isSecond && box[BOX.side] === SIDE.labels ? BOX.second : BOX.outcome;
+  const outcome = state.about.outcomes[box[place]];
   if (box[BOX.side] === SIDE.suspects) return "suspect";
   if (outcome === "ignored") return "ignored";
   if (box[BOX.side] === SIDE.labels) return outcome === "missed" ? "missed" : "label";
@@ -15,7 +18,7 @@ export function kindOf(box) {
 }
 
 export const LEGEND = [
-  ["label", "label"], ["missed", "label that the first run missed"], ["detection", "detection that is not judged"],
+  ["label", "label"], ["missed", "label that the run missed"], ["detection", "detection that is not judged"],
   ["other", "detection of the second run that is not judged"], ["correct", "correct detection"],
   ["false", "false positive"], ["suspect", "suspect label"], ["ignored", "ignored: a crowd, or inside one"],
 ];
@@ -61,7 +64,7 @@ function shape(tag, attributes) {
 
 /* Draw the boxes that are switched on. `scale` is the number of image pixels a screen pixel shows; with it, boxes are
    named if they are few, and can be pointed at. */
-export function draw(svg, card, { sides = null, scale = 0, onPoint = null } = {}) {
+export function draw(svg, card, { sides = null, isSecond = false, scale = 0, onPoint = null } = {}) {
   svg.replaceChildren();
   if (!card.width || !card.height) return;
   svg.setAttribute("viewBox", `0 0 ${card.width} ${card.height}`);
@@ -69,7 +72,7 @@ export function draw(svg, card, { sides = null, scale = 0, onPoint = null } = {}
   const isNamed = scale > 0 && boxes.length <= MOST_NAMED;
   for (const [box, number] of boxes) {
     const place = { x: box[BOX.x], y: box[BOX.y], width: box[BOX.w], height: box[BOX.h] };
-    const kind = kindOf(box);
+    const kind = kindOf(box, isSecond);
     svg.append(shape("rect", { ...place, class: "halo" }));
     const rect = shape("rect", { ...place, class: `box ${kind}${box[BOX.hit] ? "" : " faint"}`, "data-number": number });
     if (onPoint) {
@@ -89,7 +92,8 @@ export function label(box, card, scale) {
     y: above ? box[BOX.y] - 4 * scale : Math.max(box[BOX.y], 0) + size,
     "font-size": size, "stroke-width": 3.5 * scale, class: kindOf(box),
   });
-  text.textContent = nameOf(box);
+  const name = nameOf(box);
+  text.textContent = name.length > LONGEST_LABEL ? `${name.slice(0, LONGEST_LABEL - 1)}…` : name;
   return text;
 }
 

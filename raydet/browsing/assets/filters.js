@@ -137,8 +137,8 @@ function scores() {
   };
   const set = (from, to) => change({ scores: from <= 0 && to >= 1 ? null : [Math.min(from, to), Math.max(from, to)] });
   const parts = [chart, make("div", { className: "pair" }, field("from", low, (value) => set(value, high)), field("to", high, (value) => set(low, value)))];
-  const thresholds = state.about.thresholds.filter((value) => value !== null);
-  if (thresholds.length) parts.push(make("p", { className: "faint", text: `Judged from a score of ${thresholds.map(numberAsText).join(" and ")}, at IoU 0.5.` }));
+  const thresholds = [...new Set(state.about.thresholds.filter((value) => value !== null).map(numberAsText))];
+  if (thresholds.length) parts.push(make("p", { className: "faint", text: `Judged from a score of ${thresholds.join(" and ")}, at IoU 0.5.` }));
   return section("scores", TITLES.scores, ...parts);
 }
 

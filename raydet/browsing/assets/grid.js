@@ -105,7 +105,7 @@ function fill(cell, card, number) {
   mark.checked = card.selected;
   cell.append(picture, make("div", { className: "caption" }, mark, caption(card)));
   cell.classList.toggle("selected", card.selected);
-  draw(svg, card, { sides: drawnSides() });
+  draw(svg, card, drawn());
   if (isAwaited && number === focused) {
     isAwaited = false;
     picture.focus({ preventScroll: true });
@@ -134,7 +134,10 @@ function caption(card) {
 }
 
 /* Boxes of two runs would cover each other: the second run is drawn where the first is switched off. */
-const drawnSides = () => (state.shown.sides.has(SIDE.first) ? new Set([SIDE.labels, SIDE.first, SIDE.suspects]) : null);
+function drawn() {
+  if (state.shown.sides.has(SIDE.first)) return { sides: new Set([SIDE.labels, SIDE.first, SIDE.suspects]) };
+  return { isSecond: state.shown.sides.has(SIDE.second) };
+}
 
 export async function toggle(number) {
   const card = cardAt(number);
@@ -185,6 +188,6 @@ export function start() {
   }, { passive: true });
   new ResizeObserver(() => { measure(); render(); }).observe(grid);
   on("filter", reset);
-  on("boxes", () => { for (const [number, cell] of cells) { const card = cardAt(number); const svg = cell.querySelector("svg"); if (card && svg) draw(svg, card, { sides: drawnSides() }); } });
+  on("boxes", () => { for (const [number, cell] of cells) { const card = cardAt(number); const svg = cell.querySelector("svg"); if (card && svg) draw(svg, card, drawn()); } });
   on("reload", () => { const place = scroller.scrollTop; generation += 1; pages = new Map(); for (const cell of cells.values()) cell.replaceChildren(); render(); scroller.scrollTop = place; });
 }

@@ -33,9 +33,16 @@ export function make(tag, options = {}, ...children) {
 
 export function say(text) { byId("message").textContent = text; }
 
+let numPending = 0;
+function wait(change) {
+  numPending += change;
+  byId("scroller").setAttribute("aria-busy", String(numPending > 0));
+}
+
 export async function ask(path, body) {
   const options = body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   let answer;
+  wait(1);
   try {
     const response = await fetch(path, options);
     answer = await response.json();
@@ -43,6 +50,8 @@ export async function ask(path, body) {
   } catch (error) {
     say(error instanceof TypeError ? "The server does not answer; raydet browse may have ended." : error.message);
     throw error;
+  } finally {
+    wait(-1);
   }
   for (const [index, name] of Object.entries(answer.names ?? {})) state.names.set(Number(index), name);
   return answer;

@@ -39,14 +39,14 @@ function build() {
   byId("viewer-selected").checked = card.selected;
   const runs = state.about.sides.filter((side) => side.index === SIDE.first || side.index === SIDE.second);
   const kinds = runs.length > 1 ? runs.map((run) => [run.name, new Set([SIDE.labels, SIDE.suspects, run.index])]) : [["", null]];
-  stages = kinds.map(([title, sides]) => {
+  stages = kinds.map(([title, sides], place) => {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     const image = make("img", { src: `/picture/${card.image}`, alt: "" });
     const inner = make("div", { className: "inner" }, image, svg);
     const stage = make("div", { className: "stage", on: { dblclick: () => setZoom(zoom > 1 ? 1 : 2.5) } }, inner);
     image.addEventListener("error", () => { image.replaceWith(grid.absence(card)); });
     stage.addEventListener("scroll", () => { for (const other of stages) if (other.stage !== stage) { other.stage.scrollTop = stage.scrollTop; other.stage.scrollLeft = stage.scrollLeft; } });
-    return { stage, inner, svg, sides, element: make("figure", {}, ...(title ? [make("figcaption", { text: title })] : []), stage) };
+    return { stage, inner, svg, sides, isSecond: place === 1, element: make("figure", {}, ...(title ? [make("figcaption", { text: title })] : []), stage) };
   });
   byId("stages").replaceChildren(...stages.map((one) => one.element));
   byId("stages").classList.toggle("two", stages.length > 1);
@@ -85,7 +85,7 @@ function redraw() {
   for (const one of stages) {
     one.inner.style.width = `${zoom * 100}%`;
     one.inner.style.height = `${zoom * 100}%`;
-    draw(one.svg, card, { sides: one.sides, scale: scaleOf(one), onPoint: point });
+    draw(one.svg, card, { sides: one.sides, isSecond: one.isSecond, scale: scaleOf(one), onPoint: point });
   }
   sideSwitches(byId("viewer-sides"), () => tell("boxes"));
   byId("viewer-score").value = state.shown.score;
