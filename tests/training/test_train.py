@@ -58,6 +58,15 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster:
     return config, result, weights_hash(result.checkpoint)
 
 
+def test_a_result_can_be_looked_at_and_its_model_be_used(trained: Trained) -> None:
+    _, result, _ = trained
+    table = result.history.to_pandas()
+    assert table["loss"].tolist() == [record.loss for record in result.history]
+    assert {curve.name for curve in result.plot().data} == {"loss", "validation loss", "AP", "AP50", "AP75"}
+    found = result.load(score_threshold=0.0, threads_per_worker=1)(np.zeros((48, 64, 3), np.uint8))
+    assert len(found) > 0 and f"checkpoint: {result.checkpoint}" in result._repr_html_()
+
+
 def test_a_run_leaves_a_model_folder_and_its_history(trained: Trained) -> None:
     config, result, _ = trained
     assert result.out == config.out and result.checkpoint == f"{config.out}/checkpoint"
