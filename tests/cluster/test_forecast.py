@@ -90,14 +90,14 @@ def test_a_run_that_is_too_short_is_measured_after_its_start_up(tmp_path: Path) 
     timeline = {"span_s": 1.0, "images": {"model": [0.0, 10_000.0]}}
     result = plan(PlanConfig(run=scored(tmp_path, timeline=timeline, wall_s=34.0), images=100_000))
     assert result.images_per_s == pytest.approx(2500) and result.total_s == pytest.approx(30 + 40)
-    assert any("4.0 s of work" in note for note in result.notes())
+    assert any("4.0 s of work" in note for note in result.notes)
 
 
 def test_on_cpus_all_stages_share_the_cores(tmp_path: Path) -> None:
     result = plan(PlanConfig(run=scored(tmp_path), images=10**6, cluster=cluster(tmp_path, work=nodes(10, 4))))
     assert result.is_extrapolated and result.num_workers == 10
     assert result.images_per_s == pytest.approx(1000) and result.bottleneck == "model"
-    assert any("extrapolated from 1 worker" in note for note in result.notes())
+    assert any("extrapolated from 1 worker" in note for note in result.notes)
     # One worker has the cores of one node.
     one = plan(PlanConfig(run=str(tmp_path), images=10**6, cluster=result.config.cluster, num_workers=1))
     assert one.images_per_s < 200 and one.bottleneck == "model"
@@ -137,7 +137,7 @@ def test_training_counts_start_up_and_validation_apart(tmp_path: Path) -> None:
     assert measured.overhead_s == pytest.approx(90)
     result = plan(PlanConfig(run=run, images=1000))
     assert (result.num_images, result.bottleneck) == (3000, "model")
-    assert any("fewer workers" in note for note in result.notes())
+    assert any("fewer workers" in note for note in result.notes)
     assert result.total_s == pytest.approx(90 + 300 + 3 * 20)
     longer = plan(PlanConfig(run=run, images=10_000, epochs=2))
     assert longer.total_s == pytest.approx(90 + 2000 + 2 * 20)
@@ -156,7 +156,7 @@ def test_a_training_that_was_stopped_after_some_steps_is_measured(tmp_path: Path
     result = plan(PlanConfig(run=run, images=10_000, epochs=3))
     assert result.images_per_s == pytest.approx(1000 / 150)
     assert result.total_s == pytest.approx(40 + 30_000 / result.images_per_s)
-    assert any("validated no epoch" in note for note in result.notes())
+    assert any("validated no epoch" in note for note in result.notes)
 
 
 def test_training_that_waits_for_images_needs_cpus(tmp_path: Path) -> None:
