@@ -8,6 +8,7 @@ from typing import Any
 from raydet.cli.commands import COMMANDS
 from raydet.cli.usage import GROUPS
 from raydet.config.options import load
+from raydet.config.output import split_output_options
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
@@ -18,7 +19,7 @@ def config_of(words: Sequence[str]) -> Any:
     Raises:
         UserError: An option does not exist or has an invalid value.
     """
-    name, *options = words
+    _, (name, *options) = split_output_options(words)
     if name in GROUPS:
         name = f"{name} {options.pop(0)}"
     assert name in COMMANDS, f"no command `{name}`"

@@ -69,7 +69,7 @@ WORTH_A_LINE_S = 3.0
 """A task that took at least this long leaves a line."""
 
 
-class Result(Protocol):
+class CommandResult(Protocol):
     """The result of a command, a dataclass."""
 
     def lines(self) -> list[str]:
@@ -143,7 +143,7 @@ class Console:
         for text in lines:
             self.line(text)
 
-    def result(self, result: Result, *, exit_code: int = 0) -> None:
+    def result(self, result: CommandResult, *, exit_code: int = 0) -> None:
         """Print the result of the command."""
         if self.style == "json":
             self._write("result", exit_code=exit_code, **json_value(result))

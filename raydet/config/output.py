@@ -7,7 +7,7 @@ from raydet.config.fields import config, fields_of, flag, option
 
 @config
 class OutputOptions:
-    """What a command prints, and whether it opens its page."""
+    """Choice of the lines or objects that a command prints, and of its page in the browser."""
 
     quiet: bool = option("print only the result, or the error", False)
     json: bool = option("print one JSON object per line: messages, progress and, last, the result or the error", False)

@@ -90,7 +90,7 @@ def following(
 
 
 class RunProgress:
-    """What the reports of the workers mean for the epoch and for the complete run."""
+    """Progress of the epoch and of the complete run, from the reports of the workers."""
 
     def __init__(self, counter: Progress, *, epochs: int, metric: str) -> None:
         self._counter, self._epochs, self._metric = counter, epochs, metric
