@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from raydet.cli.probes import ProbeError, ask
+from raydet.cli.probes import ProbeError, ProbeTimeoutError, ask
 from raydet.common.errors import one_line
 from raydet.common.probing import failure_of, has_proxy
 from raydet.common.ray_address import starts_cluster
@@ -82,14 +82,16 @@ def check_devices(timeout_s: float) -> Iterator[Check]:
     """Check the CPUs, their memory, torch, and the GPUs."""
     try:
         torch = ask("torch", timeout_s=timeout_s)
-        problem = ""
+        problem = advice = ""
     except ProbeError as error:
-        torch, problem = {}, str(error)
+        torch, problem, advice = {}, str(error), "pip install --force-reinstall torch torchvision"
+        if isinstance(error, ProbeTimeoutError):
+            advice = "the driver of a device may hang, or the machine is busy: try again with a larger --timeout-s"
     capability = f", {torch['capability']}" if torch else ""
     limits = "" if available_cpus() == os.cpu_count() else f" of {os.cpu_count()} (affinity or container limit)"
     yield Check("ok", "CPUs", f"{available_cpus()}{limits}{capability}; {_memory_gb():.0f} GB of memory")
     if not torch:
-        yield Check("broken", "torch", f"cannot be used: {problem}", "pip install --force-reinstall torch torchvision")
+        yield Check("broken", "torch", f"cannot be used: {problem}", advice)
         return
     yield Check("ok", "torch", f"{torch['version']}, built for {torch['build'] or 'CPUs alone'}")
     yield _gpus(torch)

@@ -20,11 +20,16 @@ class ProbeError(Exception):
     """Failure of a probe; the message is one short reason."""
 
 
+class ProbeTimeoutError(ProbeError):
+    """The probe took longer than its time limit."""
+
+
 def ask(name: str, *arguments: str, timeout_s: float) -> dict[str, Any]:
     """Run a probe in a process of its own.
 
     Raises:
-        ProbeError: The probe failed, or took longer than `timeout_s`.
+        ProbeError: The probe failed.
+        ProbeTimeoutError: It took longer than `timeout_s`.
     """
     # The child may lack an installed raydet, as in a clone.
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -43,7 +48,7 @@ def ask(name: str, *arguments: str, timeout_s: float) -> dict[str, Any]:
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise ProbeError(f"no answer within {timeout_s:g} s") from None
+                raise ProbeTimeoutError(f"no answer within {timeout_s:g} s") from None
             raise
     try:
         answer = json.loads(out.splitlines()[-1])

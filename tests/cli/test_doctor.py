@@ -15,7 +15,7 @@ import pytest
 from raydet import DoctorConfig, doctor
 from raydet.cli import checks
 from raydet.cli.checks import Check
-from raydet.cli.probes import ProbeError, ask
+from raydet.cli.probes import ProbeError, ProbeTimeoutError, ask
 from raydet.common.version import __version__
 
 PROJECT = Path(__file__).parents[2]
@@ -69,8 +69,10 @@ def test_a_check_that_hangs_or_fails_is_told_within_its_time(monkeypatch: pytest
 
 
 def test_a_probe_is_ended_and_its_error_is_one_line() -> None:
-    with pytest.raises(ProbeError, match=r"no answer within 0\.01 s"):
+    with pytest.raises(ProbeTimeoutError, match=r"no answer within 0\.01 s"):
         ask("torch", timeout_s=0.01)
+    found = {finding.name: finding for finding in checks.check_devices(0.01)}
+    assert found["CPUs"].status == "ok" and "--timeout-s" in found["torch"].advice
     with pytest.raises(ProbeError, match="missing 1 required positional argument"):
         ask("ray", timeout_s=60)
 
