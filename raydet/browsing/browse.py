@@ -32,7 +32,7 @@ class BrowseEnd:
 def browse(config: BrowseConfig, *, console: Console | None = None) -> BrowseEnd:
     """Serve a page about images, detections or evaluated runs on loopback until Ctrl-C, and print its address.
 
-    The boxes are held in memory, about 100 bytes each; pictures are read when they are shown.
+    The boxes are held in memory, up to 300 bytes each; pictures are read when they are shown.
 
     Args:
         config: What to show, and where.
