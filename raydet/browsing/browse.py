@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from raydet.common.console import Console, counted
+from raydet.common.notebook.showing import Shown
 from raydet.common.packages import require_packages
 from raydet.common.signals import noting_stop_requests
 from raydet.config import BrowseConfig
@@ -14,7 +15,7 @@ _LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
-class BrowseEnd:
+class BrowseEnd(Shown):
     """Result of `browse`.
 
     Attributes:

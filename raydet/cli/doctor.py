@@ -9,6 +9,7 @@ from raydet.cli import checks
 from raydet.cli.checks import Check
 from raydet.common.console import Console, counted
 from raydet.common.errors import one_line
+from raydet.common.notebook.showing import Shown
 from raydet.config import DoctorConfig
 from raydet.config.fields import with_options
 
@@ -17,7 +18,7 @@ _GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Checkup:
+class Checkup(Shown):
     """Findings of the doctor, by subject."""
 
     findings: tuple[Check, ...]
