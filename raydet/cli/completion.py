@@ -16,6 +16,7 @@ from raydet.common.console import write_out
 from raydet.common.errors import UserError
 from raydet.config import default_of, fields_of, is_required
 from raydet.config.fields import flag
+from raydet.config.output import OutputOptions
 
 _FILES = ":files"
 """Line of an answer: names of files fit too."""
@@ -160,7 +161,10 @@ def _candidates(before: list[str], current: str) -> Iterator[str]:
             return
         name = f"{name} {rest.pop(0)}"
     if name in COMMANDS:
-        yield from _of_options(_options(COMMANDS[name].config), rest, current)
+        options = _options(COMMANDS[name].config)
+        if not COMMANDS[name].writes_page:
+            del options["--open"]
+        yield from _of_options(options, rest, current)
 
 
 def _of_options(options: dict[str, _Option], before: list[str], current: str) -> Iterator[str]:
@@ -207,6 +211,8 @@ def _options(config_class: Any) -> dict[str, _Option]:
             has_files=str in members,
             has_several=str in members and str in lists,
         )
+    for item in fields_of(OutputOptions):
+        options[flag(item.name)] = _Option(item.metadata["help"], takes_value=False)
     options["--config"] = _Option("YAML file with any of these options", has_files=True)
     options["--print-config"] = _Option("print the resulting config as YAML and exit", takes_value=False)
     options["--help"] = _Option("explain the options", takes_value=False)

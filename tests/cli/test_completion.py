@@ -37,7 +37,8 @@ def test_commands_and_formats() -> None:
 def test_every_option_of_a_command(name: str) -> None:
     found = words(*name.split(), "--")
     assert {flag(field) for field in field_names(COMMANDS[name].config)} <= set(found)
-    assert found[-3:] == ["--config", "--print-config", "--help"]
+    pages = ["--open"] if COMMANDS[name].writes_page else []
+    assert found[-5 - len(pages) :] == ["--quiet", "--json", *pages, "--config", "--print-config", "--help"]
     assert all("\n" not in answer and answer.count("\t") == 1 for answer in answers([*name.split(), "--"]))
 
 
