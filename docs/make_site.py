@@ -72,17 +72,19 @@ def notebook_page(notebook: dict[str, Any], page: Path) -> str:
             parts += [source, ""]
             continue
         parts += ["```python", source, "```", ""]
-        for output in cell["outputs"]:
+        shown = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+        text = "".join("".join(output["text"]) for output in shown if output["output_type"] == "stream")
+        parts += ["```text", text.rstrip(), "```", ""] if text else []
+        for output in shown:
             data = output.get("data", {})
             if "image/png" in data:
                 picture = page.with_name(f"{page.stem}-{number}.png")
                 picture.write_bytes(base64.b64decode(data["image/png"]))
                 parts += [f"![Output of the cell above]({picture.name})", ""]
-            elif "text/html" in data and "<table" in "".join(data["text/html"]):
+            elif "<table" in "".join(data.get("text/html", "")):
                 parts += ['<div class="output">', "".join(data["text/html"]), "</div>", ""]
-            else:
-                text = "".join(output.get("text", data.get("text/plain", "")))
-                parts += ["```text", text.rstrip(), "```", ""]
+            elif "application/vnd.plotly.v1+json" not in data and data:
+                parts += ["```text", "".join(data["text/plain"]).rstrip(), "```", ""]
     return "\n".join(parts)
 
 

@@ -60,7 +60,9 @@ def test_the_reference_of_commands_has_all_of_them() -> None:
 
 def test_a_notebook_becomes_a_page(tmp_path: Path) -> None:
     outputs = [
-        {"output_type": "stream", "text": ["3 images\n"]},
+        {"output_type": "stream", "name": "stderr", "text": "a warning"},
+        {"output_type": "stream", "name": "stdout", "text": ["3 "]},
+        {"output_type": "stream", "name": "stdout", "text": ["images\n"]},
         {"output_type": "display_data", "data": {"image/png": "aGVsbG8=", "text/plain": "a picture"}},
         {
             "output_type": "execute_result",
@@ -73,7 +75,11 @@ def test_a_notebook_becomes_a_page(tmp_path: Path) -> None:
     ]
     page = make_site.notebook_page({"cells": cells}, tmp_path / "first.md")
     assert page.startswith("# Title\nText.\n\n```python\nimport raydet\n```\n\n```text\n3 images\n```\n")
-    assert "![Output of the cell above](first-1.png)" in page and (tmp_path / "first-1.png").read_bytes() == b"hello"
+    assert (
+        "warning" not in page
+        and "![Output of the cell above](first-1.png)" in page
+        and (tmp_path / "first-1.png").read_bytes() == b"hello"
+    )
     assert page.rstrip().endswith("<table></table>\n</div>")
 
 
