@@ -113,7 +113,8 @@ def test_a_scaled_window_keeps_boxes_on_their_pixels(
     assert result.size_hw == size_hw
     _assert_paired(result)
     for number, corners in zip(result.ids, _corners(result.boxes_xywh), strict=True):
-        np.testing.assert_allclose(_extent(result.image, number), corners, atol=max(1.0, scale))
+        # When an image shrinks, a pixel next to an edge mixes both sides and counts for neither.
+        np.testing.assert_allclose(_extent(result.image, number), corners, atol=max(1.5, scale))
 
 
 @pytest.mark.parametrize("num_partners", [0, 1, 2, 3])
