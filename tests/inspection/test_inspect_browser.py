@@ -41,7 +41,7 @@ def test_names_stay_text_wherever_they_stand(browser: Any, address: str) -> None
     dialogs: list[str] = []
     page.on("dialog", lambda dialog: dialogs.append(dialog.message))
     page.goto(address)
-    page.wait_for_function("window.Plotly !== undefined")
+    page.wait_for_selector(".main-svg", state="attached")
     draw_everything(page)
     names = page.eval_on_selector_all("#class-table tbody th", "all => all.map(one => one.textContent)")
     assert sorted(names) == sorted(NAMES) and dialogs == []

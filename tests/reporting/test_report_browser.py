@@ -52,7 +52,7 @@ def visit(browser: Any, address: str, size: tuple[int, int] = DESKTOP, scheme: s
     page.on("pageerror", lambda error: seen.complaints.append(str(error)))
     page.on("request", lambda request: seen.requests.append(request.url))
     page.goto(address)
-    page.wait_for_function("window.Plotly !== undefined")
+    page.wait_for_selector(".main-svg", state="attached")
     return seen
 
 
@@ -177,5 +177,5 @@ def test_a_table_shows_on_which_side_it_goes_on(browser: Any, address: str) -> N
     table = page.get_by_role("region", name="Table of classes")
     assert table.get_attribute("data-more") == "right"
     table.evaluate("one => one.scrollTo(one.scrollWidth, 0)")
-    page.wait_for_function("one => one.dataset.more === ''", arg=table.element_handle())
+    page.wait_for_selector('[aria-label="Table of classes"][data-more=""]')
     page.close()
