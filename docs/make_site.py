@@ -81,8 +81,8 @@ def notebook_page(notebook: dict[str, Any], page: Path) -> str:
                 picture = page.with_name(f"{page.stem}-{number}.png")
                 picture.write_bytes(base64.b64decode(data["image/png"]))
                 parts += [f"![Output of the cell above]({picture.name})", ""]
-            elif "<table" in "".join(data.get("text/html", "")):
-                parts += ['<div class="output">', "".join(data["text/html"]), "</div>", ""]
+            elif "text/html" in data:
+                parts += ['<div class="output" style="overflow-x: auto">', "".join(data["text/html"]), "</div>", ""]
             elif "application/vnd.plotly.v1+json" not in data and data:
                 parts += ["```text", "".join(data["text/plain"]).rstrip(), "```", ""]
     return "\n".join(parts)
