@@ -271,7 +271,7 @@ def test_ci_runs_lint_then_test_and_stops_at_a_failure(
 def test_the_workflow_runs_what_there_is() -> None:
     workflow = yaml.safe_load((PROJECT / ".github" / "workflows" / "ci.yml").read_text())
     runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    assert {".ci/run", "make test-dist", "make test-lowest"} <= set(runs)
+    assert {".ci/run", "make docs", "make test-dist", "make test-lowest"} <= set(runs)
     targets = re.findall(r"^  make (\S+)", make("help"), re.M)
     assert {run.removeprefix("make ") for run in runs if run.startswith("make ")} <= set(targets)
     classifiers = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["classifiers"]
