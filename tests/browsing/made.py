@@ -94,3 +94,11 @@ def write_metrics(folder: Path, images: str, detections: Sequence[str]) -> str:
         config = EvaluateConfig(truth=images, detections=uri, out=str(folder), bootstrap=0, model=Path(uri).name)
         evaluate(config)
     return str(folder)
+
+
+def write_two_runs(folder: Path, num_images: int) -> Path:
+    """Write the tables `images`, `a` and `b`, the detections of two runs, and their `metrics`; return the folder."""
+    images = write_images(folder / "images", num_images)
+    found = [write_detections(folder / name, images, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    write_metrics(folder / "metrics", images, found)
+    return folder

@@ -14,7 +14,7 @@ from raydet.browsing.queries import Queries
 from raydet.browsing.serving import serving
 from raydet.browsing.sources import open_sources
 from raydet.config import BrowseConfig
-from tests.browsing.made import EVIL, EVIL_PATHS, NAMES, write_detections, write_images, write_metrics
+from tests.browsing.made import EVIL, EVIL_PATHS, NAMES, write_two_runs
 from tests.reporting.test_report_browser import DESKTOP, PHONE, browser
 
 __all__ = ["browser"]
@@ -29,11 +29,7 @@ READABLE = "all => all.every(one => one.complete && one.naturalWidth > 0)"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("browse")
-    images = write_images(folder / "images", NUM_IMAGES)
-    found = [write_detections(folder / name, images, seed=seed) for name, seed in (("a", 1), ("b", 2))]
-    write_metrics(folder / "metrics", images, found)
-    return folder
+    return write_two_runs(tmp_path_factory.mktemp("browse"), NUM_IMAGES)
 
 
 @pytest.fixture(scope="module")

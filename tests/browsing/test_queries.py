@@ -22,7 +22,7 @@ from raydet.measuring import metrics_folder
 from raydet.preparation.prepare import prepare_images
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
-from tests.browsing.made import NAMES, write_detections, write_images, write_metrics
+from tests.browsing.made import NAMES, write_two_runs
 from tests.small_sets import save_image
 
 NUM_IMAGES = 80
@@ -32,11 +32,7 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, two tables of their detections, and the metrics of both."""
-    folder = tmp_path_factory.mktemp("browse")
-    images = write_images(folder / "images", NUM_IMAGES)
-    found = [write_detections(folder / name, images, seed=seed) for name, seed in (("a", 1), ("b", 2))]
-    write_metrics(folder / "metrics", images, found)
-    return folder
+    return write_two_runs(tmp_path_factory.mktemp("browse"), NUM_IMAGES)
 
 
 @pytest.fixture(scope="module")
