@@ -1,4 +1,4 @@
-"""What `--json` prints, held against docs/json_output.md."""
+"""The output of `--json`, held against docs/json_output.md."""
 
 import json
 import re

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from raydet.cli.probes import ProbeError, ProbeTimeoutError, ask
+from raydet.common.console import counted
 from raydet.common.errors import one_line
 from raydet.common.probing import failure_of, has_proxy
 from raydet.common.ray_address import starts_cluster
@@ -157,7 +158,7 @@ def check_ray(address: str | None, timeout_s: float) -> Iterator[Check]:
         return
     total, free = answer["total"], answer["free"]
     amounts = [f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU")]
-    nodes = f"{answer['num_nodes']} node{'s' if answer['num_nodes'] != 1 else ''}"
+    nodes = counted(answer["num_nodes"], "node")
     memory = f"{total.get('memory', 0) / _GB:.0f} GB of memory"
     store = f"{total.get('object_store_memory', 0) / _GB:.1f} GB of object store"
     yield Check("ok", "Ray", ", ".join([f"{address} answers: {nodes}", *amounts, memory, store]))

@@ -4,7 +4,6 @@ A script asks `raydet completion words -- WORD...` for what may stand at the cur
 raydet. The answer comes from the table of commands and their configs, and needs neither torch nor Ray.
 """
 
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from raydet.cli.usage import GROUPS
 from raydet.common.console import write_out
 from raydet.common.errors import UserError
 from raydet.config import default_of, fields_of, is_required
-from raydet.config.fields import flag
+from raydet.config.fields import flag, types_in
 from raydet.config.output import OutputOptions
 
 _FILES = ":files"
@@ -197,7 +196,7 @@ def _options(config_class: Any) -> dict[str, _Option]:
     own = config_class.__annotations__
     for item in sorted(fields_of(config_class), key=lambda item: (not is_required(item), item.name not in own)):
         text, hint = item.metadata["help"], hints[item.name]
-        members = _members(hint)
+        members = types_in(hint)
         if bool in members:
             options[flag(item.name)] = _Option(text, takes_value=False)
             if is_required(item) or default_of(item) is not False:
@@ -217,8 +216,3 @@ def _options(config_class: Any) -> dict[str, _Option]:
     options["--print-config"] = _Option("print the resulting config as YAML and exit", takes_value=False)
     options["--help"] = _Option("explain the options", takes_value=False)
     return options
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return tuple(member for member in (typing.get_args(hint) if is_union else (hint,)) if member is not type(None))

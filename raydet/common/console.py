@@ -14,6 +14,7 @@ from raydet.common.display.progress import Progress, Snapshot
 from raydet.common.display.rendering import end_line, plain_line, progress_object
 from raydet.common.errors import printable
 from raydet.common.redaction import without_secrets
+from raydet.common.threads import running_beside
 
 if TYPE_CHECKING:
     from raydet.common.display.terminal import Screen
@@ -238,22 +239,16 @@ class Console:
 @contextlib.contextmanager
 def _ticking(counter: Progress, show: Callable[[Snapshot], None], seconds: float) -> Iterator[None]:
     """Context manager: show snapshots of a counter in a thread while the block runs."""
-    stop = threading.Event()
 
-    def run() -> None:
+    def run(stop: threading.Event) -> None:
         # The main thread reports a full disk or a closed terminal, if it has anything to print.
         with contextlib.suppress(OSError):
             while not stop.wait(seconds):
                 show(counter.snapshot())
 
-    thread = threading.Thread(target=run, name="progress", daemon=True)
     show(counter.snapshot())
-    thread.start()
-    try:
+    with running_beside(run):
         yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -3,6 +3,7 @@
 Threads pay off where the work waits for storage or releases the interpreter lock.
 """
 
+import contextlib
 import math
 import os
 import threading
@@ -79,6 +80,22 @@ class _Load(Generic[Result]):
         result = future.result()
         self.add(future, -1)
         return result
+
+
+@contextlib.contextmanager
+def running_beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Context manager: run a function in a thread while the block runs.
+
+    The event that it takes is set when the block ends; it then has ten seconds to return.
+    """
+    stop = threading.Event()
+    thread = threading.Thread(target=work, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
 
 
 def available_cpus(*, system: Path = Path("/")) -> int:

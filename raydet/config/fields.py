@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import math
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import (
@@ -16,9 +17,11 @@ from typing import (
     ParamSpec,
     Protocol,
     TypeVar,
+    Union,
     cast,
     dataclass_transform,
     get_args,
+    get_origin,
     overload,
 )
 
@@ -127,6 +130,17 @@ def require_not_negative(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or value >= 0, f"{flag(name)} must not be negative, got {value}")
+
+
+def is_union(hint: Any) -> bool:
+    """Return True for a union of types, however it is written."""
+    return isinstance(hint, types.UnionType) or get_origin(hint) is Union
+
+
+def types_in(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union without None, or the type itself."""
+    members = get_args(hint) if is_union(hint) else (hint,)
+    return tuple(member for member in members if member is not types.NoneType)
 
 
 def field_names(config_class: type) -> list[str]:

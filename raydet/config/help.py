@@ -1,13 +1,12 @@
 """The help page of a command: required options first, then the others by group, and an example at the end."""
 
 import textwrap
-import types
 import typing
 from typing import Any, Literal
 
 import yaml
 
-from raydet.config.fields import GROUPS, default_of, fields_of, flag, is_required
+from raydet.config.fields import GROUPS, default_of, fields_of, flag, is_required, types_in
 
 _VALUES = {int: "N", float: "X"}
 
@@ -60,7 +59,7 @@ def _entry(item: Any, hint: Any) -> str:
 
 def _spelling(item: Any, hint: Any) -> str:
     """Return an option with the form of its value; a switch with its opposite, unless it is off by default."""
-    if bool in _members(hint):
+    if bool in types_in(hint):
         return flag(item.name) if default_of(item) is False else f"{flag(item.name)} | {flag('no_' + item.name)}"
     return f"{flag(item.name)} {item.metadata['value'] or _value(item.name, hint)}"
 
@@ -76,16 +75,10 @@ def _wrapped(text: str, first: int, further: int) -> str:
     )
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union without None, or the type itself."""
-    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return tuple(member for member in (typing.get_args(hint) if is_union else (hint,)) if member is not type(None))
-
-
 def _value(name: str, hint: Any) -> str:
     """Return the form of an option's value: its choices, a number, a list, or the last word of the option's name."""
     forms = []
-    for member in _members(hint):
+    for member in types_in(hint):
         origin = typing.get_origin(member)
         if origin is Literal:
             forms += [str(choice) for choice in typing.get_args(member)]

@@ -11,7 +11,17 @@ from typing import Any, Literal, TypeVar
 from raydet.common.console import write_out
 from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.documents import DocumentError
-from raydet.config.fields import PAIRS, default_of, field_names, fields_of, flag, is_required, to_yaml
+from raydet.config.fields import (
+    PAIRS,
+    default_of,
+    field_names,
+    fields_of,
+    flag,
+    is_required,
+    is_union,
+    to_yaml,
+    types_in,
+)
 from raydet.config.help import help_page
 
 Config = TypeVar("Config")
@@ -165,7 +175,7 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
     elements = {name: element for name, hint in hints.items() if (element := _list_element(hint)) is not None}
     mixed = {name for name in elements if int in typing.get_args(hints[name])}  # a number, or a list of them
     # A path, which may contain commas, or a list of them.
-    places = {name for name in elements if _is_union(hints[name]) and str in typing.get_args(hints[name])}
+    places = {name for name in elements if is_union(hints[name]) and str in typing.get_args(hints[name])}
     pairs: dict[str, dict[str, Any]] = {
         item.name: {} for item in fields_of(config_class) if item.metadata["value"] == PAIRS
     }
@@ -234,14 +244,9 @@ def _is_optional_bool(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) and bool in typing.get_args(hint)
 
 
-def _is_union(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-
-
 def _list_element(hint: Any) -> Any:
     """Return the element type of a list of words or numbers, or of a union with one; None for any other type."""
-    members = typing.get_args(hint) if _is_union(hint) else (hint,)
-    element = next((typing.get_args(member)[0] for member in members if typing.get_origin(member) is list), None)
+    element = next((typing.get_args(member)[0] for member in types_in(hint) if typing.get_origin(member) is list), None)
     return element if element in (str, int, float) or typing.get_origin(element) is Literal else None
 
 

@@ -4,10 +4,12 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from raydet.cluster.forecast.measured import DATA_BOUND
 from raydet.common.console import Console, shown
 from raydet.common.display.progress import Progress
+from raydet.common.threads import running_beside
 from raydet.training.history import EpochRecord, ValidationRecord, best_epoch
 
 _COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -62,9 +64,9 @@ def following(
         epochs: Epochs of the complete run.
         metric: Metric that selects the best epoch.
     """
-    stop, table = threading.Event(), _EpochTable(console, epochs)
+    table = _EpochTable(console, epochs)
 
-    def follow(counter: Progress) -> None:
+    def follow(counter: Progress, stop: threading.Event) -> None:
         run, num_seen = RunProgress(counter, epochs=epochs, metric=metric), 0
         while True:
             is_last = stop.wait(0.5)
@@ -80,13 +82,8 @@ def following(
 
     with console.progress("training", leaves_line=False) as counter:
         counter.wait_for("starting workers")
-        thread = threading.Thread(target=follow, args=(counter,), daemon=True)
-        thread.start()
-        try:
+        with running_beside(partial(follow, counter)):
             yield
-        finally:
-            stop.set()
-            thread.join(timeout=10)
 
 
 class RunProgress:

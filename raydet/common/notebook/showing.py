@@ -1,6 +1,7 @@
 """Results and tables for people at a Python prompt or in a notebook: text, and HTML in which everything is escaped."""
 
 import html
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,12 +13,12 @@ from raydet.common.redaction import without_secrets
 _LONGEST_CELL = 60
 
 
-class Shown:
+class Shown(ABC):
     """Base class of a command's result: `show` prints it, and a notebook displays it."""
 
+    @abstractmethod
     def lines(self) -> list[str]:
         """Return a summary for the terminal."""
-        raise NotImplementedError
 
     def show(self) -> None:
         """Print the summary."""

@@ -172,6 +172,5 @@ async function start(drawings) {
     await new Promise((drawNext) => setTimeout(drawNext));
   }
   // Charts keep their width unless they are drawn again.
-  const paper = matchMedia("print");
-  paper.addEventListener("change", redraw);
+  matchMedia("print").addEventListener("change", redraw);
 }
