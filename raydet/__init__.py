@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import PrepareCocoConfig as PrepareCocoConfig
     from raydet.config import PrepareCsvConfig as PrepareCsvConfig
     from raydet.config import PrepareCvatConfig as PrepareCvatConfig
+    from raydet.config import PrepareDetectionsConfig as PrepareDetectionsConfig
     from raydet.config import PrepareHubConfig as PrepareHubConfig
     from raydet.config import PrepareImagesConfig as PrepareImagesConfig
     from raydet.config import PrepareLabelStudioConfig as PrepareLabelStudioConfig
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.preparation.prepare import prepare_coco as prepare_coco
     from raydet.preparation.prepare import prepare_csv as prepare_csv
     from raydet.preparation.prepare import prepare_cvat as prepare_cvat
+    from raydet.preparation.prepare import prepare_detections as prepare_detections
     from raydet.preparation.prepare import prepare_hub as prepare_hub
     from raydet.preparation.prepare import prepare_images as prepare_images
     from raydet.preparation.prepare import prepare_label_studio as prepare_label_studio

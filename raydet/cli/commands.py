@@ -87,6 +87,12 @@ _COMMANDS = (
         "images without labels: a folder, or a list of paths or URLs → an images table",
         "--images photos --out data/photos",
     ),
+    Command(
+        "prepare detections",
+        _PREPARE,
+        "a model's detections and the images that it scored → an images table with the detections as labels",
+        "--detections runs/demo/detections --data runs/demo/data/val --threshold 0.6 --out data/machine",
+    ),
     Command("prepare shapes", _PREPARE, "generated images with labels → two images tables", "--out data/shapes"),
     Command(
         "inspect",

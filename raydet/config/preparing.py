@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from raydet.config.fields import config, option, require, require_not_negative, require_positive
+from raydet.config.fields import config, flag, option, require, require_not_negative, require_positive
+from raydet.config.measuring import JoinKey
 
 ImageStorage = Literal["inline", "reference"]
 Duplicates = Literal["keep", "drop"]
@@ -15,8 +16,8 @@ DEFAULT_MAX_PIXELS = 178_956_970
 
 
 @config
-class PrepareConfig:
-    """Options shared by all sources of image files."""
+class PrepareTableConfig:
+    """Options shared by all sources of images."""
 
     out: str = option("folder or URI of the images table to write", operational=True)
     val_fraction: float | None = option(
@@ -28,12 +29,6 @@ class PrepareConfig:
     seed: int = option("seed of the choice of images for OUT/val", 1337)
 
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
-    allow_root: list[str] | None = option(
-        "further folders that symbolic links in the named folders may lead to, such as the Hub's cache",
-        None,
-        group="Input",
-    )
-    truncated: Truncated = option("truncated images: reject them, or keep the readable part", "reject", group="Input")
     duplicate_boxes: Duplicates = option(
         "keep or drop boxes that repeat another box of their class in the same image", "keep", group="Input"
     )
@@ -56,13 +51,28 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "max_pixels", "num_threads")
+        require_not_negative(self, "seed")
+        fraction = self.val_fraction
+        require(fraction is None or 0 < fraction < 1, f"--val-fraction must be between 0 and 1, got {fraction}")
+
+
+@config
+class PrepareConfig(PrepareTableConfig):
+    """Options shared by all sources of image files."""
+
+    allow_root: list[str] | None = option(
+        "further folders that symbolic links in the named folders may lead to, such as the Hub's cache",
+        None,
+        group="Input",
+    )
+    truncated: Truncated = option("truncated images: reject them, or keep the readable part", "reject", group="Input")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.truncated == "reject" or self.image_storage == "inline",
             "--truncated keep needs --image-storage inline: it keeps a repaired copy of the file",
         )
-        require_not_negative(self, "seed")
-        fraction = self.val_fraction
-        require(fraction is None or 0 < fraction < 1, f"--val-fraction must be between 0 and 1, got {fraction}")
 
 
 @config
@@ -215,6 +225,54 @@ class PrepareHubConfig(PrepareConfig):
         group="Input",
     )
     allow_web: bool = option("fetch images whose rows hold web URLs instead of rejecting them", False, group="Input")
+
+
+@config
+class PrepareDetectionsConfig(PrepareTableConfig):
+    """A model's detections, and the images table that it scored → an images table with the detections as labels."""
+
+    detections: str = option("detections table, with a row for each image of --data")
+    data: str = option("images table that was scored; its own labels are not used")
+    threshold: float | None = option("detections with at least this score become labels", None)
+    thresholds: str | None = option(
+        "YAML or JSON file with a threshold for each class, as `class name: score`; the key `default` holds for all "
+        "other classes, null gives a class no labels",
+        None,
+    )
+    target_precision: float | None = option(
+        "for each class, take the lowest threshold whose detections reach this precision on --truth", None
+    )
+    truth: str | None = option(
+        "with --target-precision: images table with the truth for some of the images, or COCO instances JSON", None
+    )
+    join: JoinKey = option(
+        "how to find the images of --truth among the detections: by id, or by path relative to their folder", "id"
+    )
+    ignore_threshold: float | None = option(
+        "detections with at least this score that are no labels become ignore regions (crowds); by default they are "
+        "dropped",
+        None,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules = (self.threshold, self.thresholds, self.target_precision)
+        require(
+            sum(rule is not None for rule in rules) == 1,
+            "set one of --threshold, --thresholds FILE and --target-precision",
+        )
+        require(
+            (self.target_precision is None) == (self.truth is None),
+            "--target-precision and --truth need each other: the precision is measured on the truth",
+        )
+        require(self.truth is not None or self.join == "id", "--join is about --truth; omit it")
+        for name in ("threshold", "target_precision", "ignore_threshold"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 1, f"{flag(name)} must be above 0 and at most 1, got {value}")
+        require(
+            self.threshold is None or self.ignore_threshold is None or self.ignore_threshold < self.threshold,
+            f"--ignore-threshold must be below --threshold, got {self.ignore_threshold} and {self.threshold}",
+        )
 
 
 @config

@@ -142,7 +142,7 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
     Raises:
         UserError: The classes differ, a box or score is invalid, or an image with an error has detections.
     """
-    to_truth = _map_categories(table, truth)
+    to_truth = map_categories(table, truth)
     errors: dict[int, str] = {}
     nothing = np.zeros(0, np.int64)
     parts = [DetectionColumns(starts=starts_of(nothing), boxes_xywh=as_boxes([]), scores=np.zeros(0), category=nothing)]
@@ -168,7 +168,7 @@ def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordB
     return DetectionRows(columns=concatenate_detections(parts), errors=errors, num_other_class=num_other_class)
 
 
-def _map_categories(table: Table, truth: Truth) -> Integers:
+def map_categories(table: Table, truth: Truth) -> Integers:
     """Return the truth's index of each category of a detections table, mapped by name; -1 if the truth lacks it."""
     names, truth_names = ([category.name for category in side.categories] for side in (table, truth))
     check_mapping(truth.class_mapping, truth_names, names, where=table.uri, of_names=truth.uri)

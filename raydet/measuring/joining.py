@@ -3,7 +3,7 @@
 Equal ids alone are no proof, because most folders are numbered from 0. Paths and sizes known on both sides must agree.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -71,14 +71,15 @@ class Join:
         return rows
 
 
-def list_images(table: Table) -> ImageKeys:
-    """List the images of an images or detections table in row order, without reading boxes."""
+def list_images(table: Table, among: Integers | None = None) -> ImageKeys:
+    """List the images of an images or detections table in row order, or those `among` some ids, without their boxes."""
     import pyarrow.compute as pc  # slow to import, and JSON input does not need it
 
     is_images = table.kind == "images"
     ids, sizes, paths = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)], []
     columns = ["image_id", "image.path" if is_images else "path", "height", "width"]
-    for batch in table.iter_batches(columns, BATCH_ROWS):
+    batches = table.iter_batches(columns, BATCH_ROWS)
+    for batch in batches if among is None else rows_among(batches, among):
         ids.append(image_ids_in(batch))
         sizes.append(np.stack([numbers_of(batch.column(name)) for name in ("height", "width")], axis=1))
         path = pc.struct_field(batch.column("image"), "path") if is_images else batch.column("path")
@@ -90,6 +91,13 @@ def list_images(table: Table) -> ImageKeys:
         paths=pa.concat_arrays(paths) if paths else None,
         id_space=table.manifest.get("id_space"),
     )
+
+
+def rows_among(batches: Iterable[pa.RecordBatch], image_ids: Integers) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of some images, in order."""
+    for batch in batches:
+        is_wanted = np.isin(image_ids_in(batch), image_ids)
+        yield batch if is_wanted.all() else batch.filter(pa.array(is_wanted))
 
 
 def join_images(

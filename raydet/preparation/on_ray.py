@@ -7,7 +7,7 @@ numbers pass through Ray, never an image.
 import contextlib
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from raydet.cluster import session
@@ -23,10 +23,10 @@ _SMALL_CLUSTER_CPUS = 4
 
 
 @contextlib.contextmanager
-def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
+def tasks(target: Target, reads: Mapping[str, tuple[str, str]]) -> Iterator[Executor]:
     """Context manager: yield an executor on the open Ray session, or on a new one that ends with the block.
 
-    All nodes must be able to read the folder of the images, if they are in one.
+    All nodes must be able to see the inputs `reads`, in the form that `check_shared` takes.
 
     Raises:
         UserError: A node cannot read the images or write to the target.
@@ -40,7 +40,6 @@ def tasks(target: Target, images_uri: str | None) -> Iterator[Executor]:
         return run_tasks(partial(_work_on, work=work, mark=target.mark), own, cpus_per_task=cpus_per_task)
 
     with tempfile.TemporaryDirectory() as log, session.session(log):
-        reads = {} if images_uri is None else {"--images": (images_uri, images_uri)}
         check_shared(reads=reads, writes=(target.out, target.out))
         yield execute
 

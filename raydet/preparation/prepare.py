@@ -27,6 +27,7 @@ from itertools import islice
 from typing import Any
 
 from raydet.common.console import Console
+from raydet.common.errors import UserError
 from raydet.common.ray_address import is_connected
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import NUM_READ_THREADS, available_cpus
@@ -35,10 +36,12 @@ from raydet.config import (
     PrepareConfig,
     PrepareCsvConfig,
     PrepareCvatConfig,
+    PrepareDetectionsConfig,
     PrepareHubConfig,
     PrepareImagesConfig,
     PrepareLabelStudioConfig,
     PrepareShapesConfig,
+    PrepareTableConfig,
     PrepareVocConfig,
     PrepareYoloConfig,
     config_hash,
@@ -54,6 +57,7 @@ from raydet.preparation.sources import shapes
 from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
+from raydet.preparation.sources.scored.rows import TableImages
 from raydet.preparation.sources.source import Source, SourceImage
 from raydet.preparation.sources.tools.csv_labels import read_csv
 from raydet.preparation.sources.tools.cvat import read_cvat
@@ -64,8 +68,9 @@ from raydet.preparation.sources.yolo_files import find_files
 from raydet.preparation.target import Target
 from raydet.preparation.writing import PreparationPlan, write_tables
 from raydet.tables import storage
+from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import open_folder
-from raydet.tables.table import SPLITS
+from raydet.tables.table import SPLITS, open_table
 
 _Opened = tuple[Source, ImageReader]
 _RAY_FROM_IMAGES = 5_000
@@ -164,6 +169,20 @@ def prepare_images(config: PrepareImagesConfig, *, console: Console | None = Non
     return _prepare(config, _open_images, console=console)
 
 
+@with_options(PrepareDetectionsConfig)
+def prepare_detections(config: PrepareDetectionsConfig, *, console: Console | None = None) -> PrepareReport:
+    """Make an images table whose boxes are a model's detections; see `sources/scored/detections.py`.
+
+    Images that the model could not read are rejected. The table's metadata names the model and the thresholds.
+
+    Raises:
+        UserError: A table is missing or damaged, the detections are not those of the images, the thresholds are
+            invalid, no image can be read, or OUT holds other files.
+        RunError: Storage or cluster failed.
+    """
+    return _prepare(config, _open_detections, console=console)
+
+
 def _in_folder(read: Callable[[Any, ImageFolder], Source], config: Any) -> _Opened:
     """Read a source whose images lie below `config.images`."""
     folder = ImageFolder(config.images, allow_root=config.allow_root)
@@ -188,6 +207,16 @@ def _open_images(config: PrepareImagesConfig) -> _Opened:
         images = ImageList(config.images)
         return read_list(images, for_reference=config.image_storage == "reference"), images
     return _in_folder(lambda _, folder: read_images(folder), config)
+
+
+def _open_detections(config: PrepareDetectionsConfig) -> _Opened:
+    from raydet.preparation.sources.scored.detections import read_detections
+
+    images = TableImages(open_table(config.data, "images"))
+    source = read_detections(images.table, open_table(config.detections, "detections"), config)
+    if config.image_storage == "reference" and images.holds_images:
+        raise UserError(f"{images.table.uri} holds its images, so there are no files to refer to; omit --image-storage")
+    return source, images
 
 
 @with_options(PrepareShapesConfig)
@@ -226,7 +255,7 @@ def _name_shapes(split: shapes.Split, num_images: int) -> Any:
 
 
 def _prepare(
-    config: PrepareConfig,
+    config: PrepareTableConfig,
     open_source: Callable[[Any], _Opened],
     *,
     console: Console | None = None,
@@ -247,17 +276,18 @@ def _prepare(
         inline = config.image_storage == "inline"
         if not inline:
             refuse_password(getattr(reader, "uri", ""), what="--images")
-        use_ray = _use_ray(config.use_ray, source.num_images, folder is not None)
+        reads = _reads(reader)
+        use_ray = _use_ray(config.use_ray, source.num_images, bool(reads))
         num_threads = _THREADS_PER_TASK if use_ray else available_cpus()
         is_remote = not getattr(reader, "is_local", False)
         plan = PreparationPlan(
             config_hash=config_hash(config),
             identity=_identity(config),
-            images_per_part=max(1, file_bytes // (_mean_bytes(source, folder) if inline else _BYTES_OF_REFERENCE)),
+            images_per_part=max(1, file_bytes // (_mean_bytes(source, reader) if inline else _BYTES_OF_REFERENCE)),
             images_per_survey_part=survey_images,
             num_threads=config.num_threads or max(num_threads, NUM_READ_THREADS if is_remote else 1),
             use_ray=use_ray,
-            images_uri=None if folder is None else folder.uri,
+            reads=reads,
             val_fraction=config.val_fraction,
             seed=config.seed,
             drop_duplicate_images=config.duplicate_images == "drop",
@@ -268,7 +298,7 @@ def _prepare(
             inline=inline,
             max_pixels=config.max_pixels,
             drop_duplicate_boxes=config.duplicate_boxes == "drop",
-            keep_truncated=config.truncated == "keep",
+            keep_truncated=isinstance(config, PrepareConfig) and config.truncated == "keep",
         )
         return write_tables(target, source, examine, plan, console)
 
@@ -287,23 +317,34 @@ def _report_of(target: Target, config: Any, console: Console) -> PrepareReport |
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
 
 
-def _use_ray(wanted: bool | None, num_images: int, is_folder: bool) -> bool:
+def _reads(reader: ImageReader) -> dict[str, tuple[str, str]]:
+    """Return, by option, what holds the images, if every node of a cluster may open it."""
+    if isinstance(reader, ImageFolder):
+        return {"--images": (reader.uri, reader.uri)}
+    if isinstance(reader, TableImages):
+        return {"--data": (reader.table.uri, storage.join(reader.table.uri, MANIFEST_NAME))}
+    return {}
+
+
+def _use_ray(wanted: bool | None, num_images: int, is_shared: bool) -> bool:
     """Decide whether to use Ray tasks: every node can open a folder, but not a data set in this machine's cache."""
     if wanted is not None:
         return wanted
     if os.environ.get("RAY_ADDRESS") or is_connected():
-        return is_folder and num_images >= _RAY_FROM_IMAGES
-    return is_folder and num_images >= _OWN_RAY_FROM_IMAGES and available_cpus() >= _OWN_RAY_FROM_CPUS
+        return is_shared and num_images >= _RAY_FROM_IMAGES
+    return is_shared and num_images >= _OWN_RAY_FROM_IMAGES and available_cpus() >= _OWN_RAY_FROM_CPUS
 
 
-def _mean_bytes(source: Source, folder: ImageFolder | None) -> int:
-    """Estimate the mean size of the images in bytes from a regular sample."""
-    if folder is None:
+def _mean_bytes(source: Source, reader: ImageReader) -> int:
+    """Estimate the mean size of the images in bytes, in a folder from a regular sample."""
+    if isinstance(reader, TableImages):
+        return reader.mean_bytes
+    if not isinstance(reader, ImageFolder):
         return _BYTES_UNKNOWN
     num_looked_at = min(source.num_images, _MOST_LOOKED_AT)
     step = max(1, num_looked_at // _SIZES_SAMPLED)
     sizes = [
-        folder.size_of(image.locator or image.path)
+        reader.size_of(image.locator or image.path)
         for image in islice(source.images, 0, num_looked_at, step)
         if image.refusal is None
     ]

@@ -59,6 +59,8 @@ class PrepareReport(Shown):
         splits: By split: `images`, `boxes` and `boxes_by_class`.
         not_in_val: Names of classes that have boxes, but none in the split `val`.
         tables: The tables by split; empty if there is only one, in `out`.
+        thresholds: Least score of a detection that became a label, by class name; None if none of a class did. Empty
+            if the boxes are not a model's.
     """
 
     out: str
@@ -84,6 +86,7 @@ class PrepareReport(Shown):
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     not_in_val: Sequence[str] = ()
     tables: Mapping[str, str] = field(default_factory=dict)
+    thresholds: Mapping[str, float | None] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
@@ -102,6 +105,7 @@ class PrepareReport(Shown):
             classes = counted(len(self.boxes_by_class), "class", "classes")
             lines.append(f"{counted(self.boxes, 'box', 'boxes')} of {classes}{crowds}{empty}")
             lines += self._lines_of_classes()
+        lines += self._lines_of_thresholds()
         lines += self._lines_of_findings()
         done = "already prepared with the same configuration: " if self.already_done else ""
         lines.append(f"{done}{', '.join(self.tables.values()) or self.out}")
@@ -134,6 +138,19 @@ class PrepareReport(Shown):
             lines.append(f"  in too few images to be in val: {shown}")
         return lines
 
+    def _lines_of_thresholds(self) -> list[str]:
+        known = {name: least for name, least in self.thresholds.items() if least is not None}
+        shown = [f"{name} {least:.4g}" for name, least in list(known.items())[:_MOST_CLASSES_SHOWN]]
+        if len(set(known.values())) == 1:
+            shown = [f"{next(iter(known.values())):.4g}"]
+        more = " …" if len(known) > len(shown) > 1 else ""
+        lines = [f"labels are detections with scores of at least: {', '.join(shown)}{more}"] if shown else []
+        without = [name for name, least in self.thresholds.items() if least is None]
+        if without:
+            named = ", ".join(without[:_MOST_CLASSES_SHOWN]) + (" …" if len(without) > _MOST_CLASSES_SHOWN else "")
+            lines.append(f"  classes without a threshold, and so without labels: {named}")
+        return lines
+
     def _lines_of_findings(self) -> list[str]:
         notes = {
             CLIPPED: self.clipped,
@@ -159,6 +176,7 @@ def make_report(
     *,
     rejected_paths: Mapping[str, str],
     class_names: Sequence[str],
+    thresholds: Mapping[str, float | None],
     boxes_by_class: Mapping[str, Sequence[int]],
     images: Mapping[str, int],
 ) -> PrepareReport:
@@ -186,6 +204,7 @@ def make_report(
         },
         not_in_val=[name for name, total in zip(class_names, totals, strict=True) if total and in_val.get(name) == 0],
         tables={split: uri for split, uri in target.tables.items() if split},
+        thresholds=thresholds,
     )
 
 

@@ -8,8 +8,8 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -62,7 +62,8 @@ class PreparationPlan:
         images_per_survey_part: Images per task of the survey.
         num_threads: Threads per part; one per CPU by default.
         use_ray: True to run the parts as Ray tasks.
-        images_uri: Folder of the images; None if they are not in a folder.
+        reads: By option, what every node must see: the input as given by the user, and the URI to check; see
+            `check_shared`.
         val_fraction: Fraction of the images for OUT/val; None writes all to OUT.
         seed: Seed of the choice of images for OUT/val.
         drop_duplicate_images: True to reject images with the same content as an earlier one.
@@ -74,7 +75,7 @@ class PreparationPlan:
     images_per_survey_part: int = SURVEY_IMAGES
     num_threads: int | None = None
     use_ray: bool = False
-    images_uri: str | None = None
+    reads: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     val_fraction: float | None = None
     seed: int = 0
     drop_duplicate_images: bool = False
@@ -129,7 +130,7 @@ def _executor(target: Target, plan: PreparationPlan) -> Iterator[Executor]:
     if plan.use_ray:
         from raydet.preparation.on_ray import tasks
 
-        with tasks(target, plan.images_uri) as execute:
+        with tasks(target, plan.reads) as execute:
             yield execute
     else:
         yield _one_by_one
@@ -205,6 +206,7 @@ class _PreparationRun:
             self._reasons,
             rejected_paths=self._rejected_paths,
             class_names=[category.name for category in self._source.categories],
+            thresholds=(self._source.origin or {}).get("thresholds", {}),
             boxes_by_class={split: counts.tolist() for split, counts in self._boxes_by_class.items()},
             images={
                 split: sum(num_rows for groups in files.values() for num_rows, _ in groups)
@@ -240,7 +242,14 @@ class _PreparationRun:
         """Write the files of one table; yield the ids and hashes of the rows of each file."""
         uri = self._target.tables[split]
         storage.make_folder(uri)
-        schema = build_schema("images", self._source.categories, extra_fields=self._source.extra_fields)
+        origin = self._source.origin
+        schema = build_schema(
+            "images",
+            self._source.categories,
+            extra_fields=self._source.extra_fields,
+            extra_metadata={"labels": origin} if origin is not None else None,
+            with_scores=origin is not None,
+        )
         write = partial(
             write_part,
             table_uri=uri,

@@ -154,7 +154,7 @@ def predict_with(
         started = time.perf_counter()
         if in_process is None:
             in_process = _suits_this_process(config, images)
-        metadata = {"checkpoint": without_secrets(model.name)}
+        metadata = {"checkpoint": without_secrets(model.name), "checkpoint_hash": model.fingerprint}
         schema = build_schema("detections", model.categories, extra_metadata=metadata)
         work = Work(
             config=config,

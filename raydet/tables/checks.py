@@ -107,7 +107,8 @@ def _check_boxes(batch: pa.RecordBatch, column: str, num_categories: int, where:
     names = [name for name in ("bbox", "category", "score", "area", "id", "iscrowd") if name in present]
     if not names:
         return
-    lengths, elements = elements_of(batch, column, names, where)
+    nullable = ("score",) if column == "objects" else ()  # a label that a person drew has none
+    lengths, elements = elements_of(batch, column, names, where, nullable=nullable)
     values = {name: numbers_of(elements[name]) for name in ("category", "score", "area") if name in elements}
 
     def image_of() -> Integers:

@@ -144,12 +144,12 @@ def flatten(
 
 
 def elements_of(
-    batch: pa.RecordBatch, column: str, names: Sequence[str], where: str
+    batch: pa.RecordBatch, column: str, names: Sequence[str], where: str, *, nullable: Sequence[str] = ()
 ) -> tuple[Integers, dict[str, pa.Array]]:
     """Return what `flatten` does as arrays of Arrow, without a copy; those of `bbox` hold four numbers a box.
 
     Raises:
-        UserError: The lists of a row differ in length or contain nulls.
+        UserError: The lists of a row differ in length, or contain nulls and are not `nullable`.
     """
     struct = batch.column(column)
     elements: dict[str, pa.Array] = {}
@@ -168,7 +168,8 @@ def elements_of(
         if name == "bbox":
             numbers = values.values.slice(4 * values.offset, 4 * len(values))
         lengths = own if lengths is None else lengths
-        if values.null_count or numbers.null_count or not np.array_equal(own, lengths):
+        has_nulls = name not in nullable and (values.null_count or numbers.null_count)
+        if has_nulls or not np.array_equal(own, lengths):
             raise UserError(f"{where}: the lists in `{column}` differ in length or contain nulls")
         elements[name] = numbers
     assert lengths is not None

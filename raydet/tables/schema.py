@@ -68,6 +68,8 @@ OBJECTS_TYPE = pa.struct(
         ("iscrowd", pa.list_(pa.bool_())),
     ]
 )
+SCORED_OBJECTS_TYPE = pa.struct([*OBJECTS_TYPE, ("score", pa.list_(pa.float64()))])
+"""Of a table whose boxes a model found: the score of each; null for a box that a person drew."""
 DETECTIONS_TYPE = pa.struct(
     [
         ("bbox", pa.list_(pa.list_(pa.float64(), 4))),
@@ -278,6 +280,7 @@ def build_schema(
     *,
     extra_fields: Sequence[pa.Field] = (),
     extra_metadata: Mapping[str, Any] | None = None,
+    with_scores: bool = False,
 ) -> pa.Schema:
     """Build the Arrow schema of a table, with the categories and the schema version in its metadata.
 
@@ -286,12 +289,14 @@ def build_schema(
         categories: Classes in index order.
         extra_fields: Further scalar columns, such as camera or city.
         extra_metadata: Further JSON-serialisable metadata.
+        with_scores: True for an images table whose boxes have scores.
 
     Raises:
         UserError: The name of a class is too long.
     """
     check_class_names(categories)
-    fields = [pa.field(name, dtype) for name, dtype in _FIELDS[kind]] + list(extra_fields)
+    types = dict(_FIELDS[kind]) | ({"objects": SCORED_OBJECTS_TYPE} if with_scores else {})
+    fields = [pa.field(name, dtype) for name, dtype in types.items()] + list(extra_fields)
     content = {
         "kind": kind,
         "schema_version": SCHEMA_VERSION,
@@ -333,8 +338,9 @@ def parse_metadata(schema: pa.Schema, *, kind: TableKind | tuple[TableKind, ...]
         version, found = content["schema_version"], content["kind"]
         if version == SCHEMA_VERSION and found in kinds:
             _check_categories(content["categories"])
-        if not isinstance(content.get("checkpoint"), str | None):
-            raise DocumentError("`checkpoint` has a value of the wrong type")
+        for name in ("checkpoint", "checkpoint_hash"):
+            if not isinstance(content.get(name), str | None):
+                raise DocumentError(f"`{name}` has a value of the wrong type")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{where} is damaged: its raydet metadata is malformed ({error}); write it again") from None
     if version != SCHEMA_VERSION:
@@ -408,6 +414,8 @@ def _huggingface_features(fields: Sequence[pa.Field], categories: Sequence[Categ
             "category": sequence(label),
         },
     }
+    if any(field.name == "objects" and field.type == SCORED_OBJECTS_TYPE for field in fields):
+        special["objects"]["score"] = sequence(value("float64"))
     features = {field.name: special.get(field.name) or value(_huggingface_dtype(field.type)) for field in fields}
     return {"info": {"features": features}}
 

@@ -69,7 +69,7 @@ FOLDERS = {
     "compare": ["--bootstrap", "4"],
 }
 """Commands that write a folder without Ray, each with an option that changes the identity of the run."""
-FORMATS = ("coco", "voc", "yolo", "csv", "cvat", "label-studio", "hub")
+FORMATS = ("coco", "voc", "yolo", "csv", "cvat", "label-studio", "hub", "detections")
 """Formats of `prepare` that share what `prepare images` writes with."""
 FOLDERS_OF_FORMATS = {f"prepare {name}": ["--max-pixels", "9999999"] for name in FORMATS}
 PLACES = {"export voc": "out", "export yolo": "out", "export coco": "out.json", "export onnx": "out.onnx"}
@@ -127,6 +127,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
         "prepare cvat": ["--annotations", str(folder / "cvat" / "annotations.xml"), "--images", pictures],
         "prepare label-studio": ["--annotations", str(folder / "ls" / "tasks.json"), "--images", pictures],
         "prepare hub": ["--dataset", val],
+        "prepare detections": ["--detections", found, "--data", val, "--threshold", "0.4"],
         "inspect": ["--data", val, "--augmentation", "none", "--num-images", "0"],
         "evaluate": ["--truth", val, "--detections", found, "--bootstrap", "3"],
         "compare": ["--truth", val, "--first", found, "--second", found, "--bootstrap", "3"],

@@ -51,8 +51,10 @@ def fit_objects(
             8, change boxes.
         drop_duplicates: Drop duplicates too.
     """
+    scores = objects.scores
     if not objects.ids:
-        return FittedObjects({"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []})
+        nothing: dict[str, list[Any]] = {"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []}
+        return FittedObjects(nothing if scores is None else {**nothing, "score": []})
     height, width = size_hw
     scale = np.array([width, height, width, height]) if objects.is_normalised else np.ones(4)
     given = _turn_xywh(as_boxes(objects.boxes_xywh) * scale, size_hw, turn)
@@ -75,6 +77,8 @@ def fit_objects(
         "area": areas[kept].tolist(),
         "iscrowd": [objects.iscrowd[place] for place in places],
     }
+    if scores is not None:
+        result["score"] = [scores[place] for place in places]
     flags = {
         CLIPPED: clipped,
         NO_AREA: ~usable,

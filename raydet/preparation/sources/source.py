@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +79,7 @@ class SourceObjects:
         areas: Square pixels of the objects, [N].
         iscrowd: True if the box marks a crowd, [N].
         is_normalised: Boxes and areas are relative to the upright image, whose size is not known yet.
+        scores: Scores of boxes that a model found, [N]; None for labels that people drew.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -86,6 +88,7 @@ class SourceObjects:
     areas: list[float] = field(default_factory=list)
     iscrowd: list[bool] = field(default_factory=list)
     is_normalised: bool = False
+    scores: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Source:
         categories: The classes, in the order of their indices.
         extra_fields: Arrow fields of the records' `extra` values.
         findings: Anomalies in the annotations.
+        origin: What found the boxes and which of its detections became labels, JSON-serialisable; None if people drew
+            them. The boxes then have scores, and `thresholds` holds the least score of a label by class name.
     """
 
     records: Callable[[], Iterator[SourceImage]]
@@ -129,6 +134,7 @@ class Source:
     categories: tuple[Category, ...] = ()
     extra_fields: tuple[pa.Field, ...] = ()
     findings: FindingLog = field(default_factory=FindingLog)
+    origin: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_class_names(self.categories)
