@@ -41,6 +41,12 @@ class PrepareConfig:
         "keep or drop images with the same content as an earlier one", "keep", group="Input"
     )
 
+    labelled: list[str] | None = option(
+        "classes that the images are labelled for, if not for all: nothing is learned or measured where others may be",
+        None,
+        group="Input",
+    )
+
     num_threads: int | None = option(
         "threads that read and decode; by default one per core (on Ray: per core of each task)",
         None,
