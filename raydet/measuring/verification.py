@@ -110,7 +110,7 @@ def numbers_of_pycocotools(truth: TruthColumns, found: DetectionColumns, categor
         "iscrowd": truth.iscrowd.astype(np.int64),
     }
     place = np.repeat(np.arange(len(image_ids)), np.diff(found.starts))
-    unlabelled = in_unlabelled_class(truth, place, found.category, len(categories))
+    unlabelled = in_unlabelled_class(truth, place, found.category)
     if unlabelled is not None:
         crowds = np.unique(np.stack([place[unlabelled], found.category[unlabelled]], axis=1), axis=0)
         num = len(crowds)

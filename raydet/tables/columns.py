@@ -74,14 +74,13 @@ def take_truth(columns: TruthColumns, rows: Integers) -> TruthColumns:
     )
 
 
-def in_unlabelled_class(truth: TruthColumns, image: Integers, category: Integers, num_categories: int) -> Flags | None:
+def in_unlabelled_class(truth: TruthColumns, image: Integers, category: Integers) -> Flags | None:
     """Find the boxes of a class that their image is not labelled for.
 
     Args:
         truth: Labels of the images.
         image: Place of each box's image in `truth`, int64 [D].
         category: Class of each box, int64 [D].
-        num_categories: Number of classes.
 
     Returns:
         bool [D]; None if every image is labelled for all classes.
@@ -91,8 +90,9 @@ def in_unlabelled_class(truth: TruthColumns, image: Integers, category: Integers
         return None
     import pyarrow.compute as pc  # slow to import
 
-    lengths = numbers_of(pc.list_value_length(lists))
-    known = np.repeat(np.arange(len(lists)), lengths) * num_categories + numbers_of(lists.flatten())
+    lengths, classes = numbers_of(pc.list_value_length(lists)), numbers_of(lists.flatten())
+    num_categories = 1 + max(int(classes.max(initial=0)), int(category.max(initial=0)))
+    known = np.repeat(np.arange(len(lists)), lengths) * num_categories + classes
     is_partial = numbers_of(lists.is_valid())
     unlabelled: Flags = is_partial[image] & ~np.isin(image * num_categories + category, known)
     return unlabelled

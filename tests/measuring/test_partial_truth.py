@@ -24,7 +24,8 @@ KNOWN: dict[int, list[int] | None] = {0: None, 1: [0, 1], 2: [2], 3: []}
 
 def _boxes(rng: np.random.Generator, count: int) -> list[list[float]]:
     low, side = rng.uniform(0, 50, (count, 2)), rng.uniform(10, 40, (count, 2))
-    return np.concatenate([low, side], axis=1).tolist()
+    boxes: list[list[float]] = np.concatenate([low, side], axis=1).tolist()
+    return boxes
 
 
 def _images(rng: np.random.Generator) -> list[Row]:
@@ -93,10 +94,8 @@ def test_the_numbers_are_those_of_pycocotools_with_crowds(tables: Any, tmp_path:
     evaluation = evaluate(config)
     assert evaluation.verification is not None and evaluation.verification.differing == ()
     values = dict(evaluation.result.values)
-    assert (
-        values["AP"] is not None
-        and values["AP"] > _measure(_write(tmp_path / "all", tables[0], with_column=False), tmp_path)["AP"]
-    )
+    strict = _measure(_write(tmp_path / "all", tables[0], with_column=False), tmp_path)
+    assert (values["AP"] or 0) > (strict["AP"] or 0) > 0
     assert _measure(truth, tmp_path) == _measure(truth, tmp_path, num_shards=7) == values
     assert _measure(truth, tmp_path, out=str(tmp_path / "metrics"), bootstrap=0) == values
     assert _measure(truth, tmp_path, class_agnostic=True)["AP"] is not None
@@ -132,7 +131,7 @@ def test_the_column_is_read_with_its_images(tables: Any, tmp_path: Path) -> None
     images, _ = tables
     columns = read_truth(_write(tmp_path / "turned", images[::-1])).columns
     image, category = (one.ravel() for one in np.indices((NUM_IMAGES, 3)))
-    found = in_unlabelled_class(columns, image, category, 3)
+    found = in_unlabelled_class(columns, image, category)
     assert found is not None
     for place, label, is_unlabelled in zip(image.tolist(), category.tolist(), found.tolist(), strict=True):
         known = KNOWN[place % 4]

@@ -49,16 +49,17 @@ class _ProposalLoss(DeformableDetrImageLoss):
 
     def loss_labels(self, outputs: Any, targets: Any, indices: Any, num_boxes: Any) -> Any:
         """Compute the class term, without what is unknown."""
+        usual: Any = super()
         logits = outputs["logits"]
         unknown = not_labelled(targets, logits.shape[-1], logits.device)
         if unknown is not None:
             is_matched = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
-            is_matched[self._get_source_permutation_idx(indices)] = True
+            is_matched[usual._get_source_permutation_idx(indices)] = True
             is_partial = unknown.any(dim=1, keepdim=True)
             unknown[:, 0] = False
             mask = unknown[:, None] | (is_partial & ~is_matched)[..., None]
             outputs = {**outputs, "logits": silenced(logits, mask)}
-        return super().loss_labels(outputs, targets, indices, num_boxes)
+        return usual.loss_labels(outputs, targets, indices, num_boxes)
 
 
 def proposal_terms(detector: Detector, outputs: Any, labels: Labels) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def proposal_terms(detector: Detector, outputs: Any, labels: Labels) -> dict[str
     config = detector.model.config
     if not (detector.family.scores_proposals and config.two_stage):
         return {}
-    criterion = _ProposalLoss(
+    criterion = _ProposalLoss(  # type: ignore[no-untyped-call]
         matcher=DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost),
         num_classes=config.num_labels,
         focal_alpha=config.focal_alpha,
