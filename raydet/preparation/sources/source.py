@@ -133,6 +133,9 @@ class Source:
 
     def __post_init__(self) -> None:
         check_class_names(self.categories)
+        for extra in self.extra_fields:
+            if OPTIONAL_FIELDS["images"].get(extra.name, extra.type) != extra.type:
+                raise UserError(f"the source has a column {extra.name}, a name with a meaning of its own; rename it")
 
     @property
     def images(self) -> Iterator[SourceImage]:
