@@ -153,7 +153,7 @@ class _ExtraColumns:
 
     def take(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Record the types of an image's values; return the scalar ones, and LVIS's lists as `labelled_categories`."""
-        values = {}
+        values: dict[str, Any] = {}
         for key, value in entry.items():
             if value is None or key in self._taken:
                 continue
