@@ -296,11 +296,11 @@ def _summary(runs: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
     if "first_version" in runs:
         for name in runs:
             pairs = zip(summary[name]["ap"], summary["first_version"]["ap"], strict=True)
-            summary[name]["minus_first_version"] = _interval([ours - theirs for ours, theirs in pairs])
+            summary[name]["minus_first_version"] = interval([ours - theirs for ours, theirs in pairs])
     return summary
 
 
-def _interval(differences: Sequence[float]) -> dict[str, float | None]:
+def interval(differences: Sequence[float]) -> dict[str, float | None]:
     """Return the mean of paired differences and its 95 % t interval, which needs at least two."""
     mean, number = statistics.mean(differences), len(differences)
     if number < 2:

@@ -111,9 +111,14 @@ def _tile(
 
 
 def _merged(sample: Sample, image: npt.NDArray[np.uint8], pieces: Sequence[Sample]) -> Sample:
-    """Merge the objects of several samples into one image, the size of the first sample."""
+    """Merge the objects of several samples into one image, the size of the first sample.
+
+    The result is labelled for the classes that all samples are labelled for.
+    """
+    labelled = [piece.labelled for piece in pieces if piece.labelled is not None]
     return replace(
         sample,
+        labelled=frozenset.intersection(*labelled) if labelled else None,
         image=image,
         boxes_xywh=np.concatenate([piece.boxes_xywh for piece in pieces]),
         categories=np.concatenate([piece.categories for piece in pieces]),

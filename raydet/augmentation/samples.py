@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from raydet.common.boxes import Boxes, as_boxes, clip_xywh, has_area
 from raydet.models.geometry import BILINEAR, ResizeRule, SizeHW, resize
+from raydet.tables.schema import LABELLED_COLUMN
 
 # One image is too little work for several threads, and the workers already use all cores.
 cv2.setNumThreads(0)
@@ -70,6 +71,7 @@ class Sample:
         ids: Annotation ids, int64 [N]; a copied object keeps the id of its original.
         min_area_px: Boxes with less area after an augmentation are dropped; in square pixels of this image, which may
             be smaller than its source.
+        labelled: Classes that the image is labelled for; None for all.
     """
 
     image: npt.NDArray[np.uint8]
@@ -79,6 +81,7 @@ class Sample:
     iscrowd: npt.NDArray[np.bool_]
     ids: npt.NDArray[np.int64]
     min_area_px: float = MIN_AREA_PX
+    labelled: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.boxes_xywh), len(self.categories), len(self.areas), len(self.iscrowd), len(self.ids)}
@@ -90,8 +93,9 @@ class Sample:
         return self.image.shape[0], self.image.shape[1]
 
 
-def sample_of(image: npt.NDArray[np.uint8], objects: Mapping[str, Any]) -> Sample:
-    """Build a sample from a decoded image and the `objects` of its row in an images table."""
+def sample_of(image: npt.NDArray[np.uint8], row: Mapping[str, Any]) -> Sample:
+    """Build a sample from a decoded image and its row in an images table, with or without `labelled_categories`."""
+    objects, labelled = row["objects"], row.get(LABELLED_COLUMN)
     return Sample(
         image,
         as_boxes(objects["bbox"]),
@@ -99,6 +103,7 @@ def sample_of(image: npt.NDArray[np.uint8], objects: Mapping[str, Any]) -> Sampl
         np.asarray(objects["area"], np.float64),
         np.asarray(objects["iscrowd"], bool),
         np.asarray(objects["id"], np.int64),
+        labelled=None if labelled is None else frozenset(labelled),
     )
 
 

@@ -35,14 +35,17 @@ class SeenImage:
     Attributes:
         planes: uint8 RGB [3, H, W] at the model's size, without padding.
         original_size_hw: Height and width in pixels of the upright image before augmentation and resize.
-        boxes_cxcywh: Boxes normalised to the image, float32 [N, 4]; crowd boxes are excluded.
+        boxes_cxcywh: Boxes normalised to the image, float32 [N, 4]; crowd boxes, and boxes of classes that the image is
+            not labelled for, are excluded.
         categories: Category indices, int64 [N].
+        labelled: Classes that the image is labelled for, ascending, int64 [K]; None for all.
     """
 
     planes: Image
     original_size_hw: SizeHW
     boxes_cxcywh: npt.NDArray[np.float32]
     categories: npt.NDArray[np.int64]
+    labelled: npt.NDArray[np.int64] | None = None
 
     @property
     def image(self) -> Image:
@@ -119,9 +122,9 @@ class View:
         first; a JPEG is decoded at reduced scale.
 
         Args:
-            row: A row of an images table, with `image_id`, `image` and `objects`; optionally with `height` and `width`,
-                without which JPEGs are decoded at full size, and with `mosaic` and `mixup`, the rows of the partners.
-                Unreadable partners are omitted.
+            row: A row of an images table, with `image_id`, `image` and `objects`; optionally with
+                `labelled_categories`; with `height` and `width`, without which JPEGs are decoded at full size; and with
+                `mosaic` and `mixup`, the rows of the partners. Unreadable partners are omitted.
             epoch: Epoch, counted from 0.
             resize_rule: The resize of the training step, see `step_resize_rule`.
 
@@ -140,12 +143,16 @@ class View:
         seed = augmentation_seed(self.seed, epoch, row["image_id"])
         sample = _augmenter(json.dumps(spec), working_size)(sample, seed=seed, partners=partners)
         # A crowd box covers many objects, so it is not a target for a single query.
-        kept = ~sample.iscrowd
+        kept, labelled = ~sample.iscrowd, None
+        if sample.labelled is not None:
+            labelled = np.array(sorted(sample.labelled), np.int64)
+            kept &= np.isin(sample.categories, labelled)
         return SeenImage(
             _planes(sample.image, resize_rule),
             size_hw,
             xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)[kept],
             sample.categories[kept],
+            labelled,
         )
 
     def _working_size(self, epoch: int) -> "WorkingSize":
@@ -178,12 +185,12 @@ def _read(row: Mapping[str, Any], max_pixels: int, working_size: "WorkingSize | 
     data = image_bytes(row["image"])
     if working_size is None:
         image, size_hw = decoded(data, max_pixels=max_pixels)
-        return sample_of(image, row["objects"]), size_hw
+        return sample_of(image, row), size_hw
     # To read the size from the file takes as long as to decode a small image: the table tells where it is worthwhile.
     stated_hw = (row.get("height") or 1, row.get("width") or 1)
     is_large = all(side >= 2 * least for side, least in zip(stated_hw, working_size.least_hw(stated_hw), strict=True))
     image, size_hw = decoded(data, max_pixels=max_pixels, reduce_to=working_size.least_hw if is_large else None)
-    sample = sample_of(image, row["objects"])
+    sample = sample_of(image, row)
     # Every pixel covers exactly this many of the full image, if the last row and column are thought complete.
     part = round(max(size_hw) / max(sample.size_hw))
     if part > 1:

@@ -66,6 +66,11 @@ class PrepareConfig(PrepareTableConfig):
         group="Input",
     )
     truncated: Truncated = option("truncated images: reject them, or keep the readable part", "reject", group="Input")
+    labelled: list[str] | None = option(
+        "classes that the images are labelled for, if not for all: nothing is learned or measured where others may be",
+        None,
+        group="Input",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ from raydet.tables.columns import (
     texts_of,
 )
 from raydet.tables.layout import MANIFEST_NAME
-from raydet.tables.schema import Category, build_schema
+from raydet.tables.schema import LABELLED_COLUMN, OPTIONAL_FIELDS, Category, build_schema
 from raydet.tables.table import Table, open_table
 
 
@@ -119,9 +119,12 @@ def data_hash(uri: str) -> str:
 def _read_images_table(table: Table) -> Truth:
     names = ("bbox", "category", "area", "iscrowd")
     parts: list[dict[str, npt.NDArray[Any]]] = []
-    for batch in table.iter_batches(["image_id", *(f"objects.{name}" for name in names)], BATCH_ROWS):
+    labelled: list[pa.ListArray] = []
+    optional = [LABELLED_COLUMN] if LABELLED_COLUMN in table.schema.names else []
+    for batch in table.iter_batches(["image_id", *(f"objects.{name}" for name in names), *optional], BATCH_ROWS):
         lengths, columns = flatten(batch, "objects", names, table.uri)
         parts.append({**columns, "lengths": lengths})
+        labelled += [batch.column(name) for name in optional]
     if not parts:
         raise UserError(f"{table.uri} has no images")
     images = list_images(table)
@@ -133,6 +136,7 @@ def _read_images_table(table: Table) -> Truth:
         category=whole["category"],
         area=whole["area"],
         iscrowd=whole["iscrowd"],
+        labelled=pa.concat_arrays(labelled) if labelled else None,
     )
     order = np.argsort(images.image_ids, kind="stable")
     return Truth(
@@ -155,7 +159,7 @@ def read_extra_columns(truth: Truth) -> dict[str, pa.ChunkedArray]:
 
 def extra_columns(table: Table) -> dict[str, pa.ChunkedArray]:
     """Return the columns that an images table has beyond raydet's own, by name, in ascending id order."""
-    own = {field.name for field in build_schema("images")}
+    own = {*build_schema("images").names, *OPTIONAL_FIELDS["images"]}
     names = [name for name in table.schema.names if name not in own]
     if not names:
         return {}

@@ -13,9 +13,11 @@ from raydet.common.console import aligned
 from raydet.measuring.detections import Scored
 from raydet.measuring.numbers.matches import Matches, take_images
 from raydet.measuring.numbers.metrics import METRICS, CocoResult, accumulate
-from raydet.tables.columns import DetectionColumns, TruthColumns, take_detections, take_truth
+from raydet.tables.columns import DetectionColumns, TruthColumns, in_unlabelled_class, take_detections, take_truth
 from raydet.tables.schema import Category
 
+_FAR = 1e6
+"""Pixels; all boxes lie nearer to the corner of their image."""
 _MAX_IMAGES = 5_000
 _MAX_BOXES = 600_000
 """Labelled boxes and detections together; pycocotools takes about a minute and 3 GB for that many."""
@@ -88,7 +90,11 @@ def verify(
 
 
 def numbers_of_pycocotools(truth: TruthColumns, found: DetectionColumns, categories: Sequence[Category]) -> list[float]:
-    """Return pycocotools' twelve numbers in COCO's order, -1 for undefined ones."""
+    """Return pycocotools' twelve numbers in COCO's order, -1 for undefined ones.
+
+    pycocotools knows no classes that an image is not labelled for. A crowd that covers the image and all around it has
+    the same effect: detections of its class that no box matches do not count.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -103,6 +109,19 @@ def numbers_of_pycocotools(truth: TruthColumns, found: DetectionColumns, categor
         "area": truth.area,
         "iscrowd": truth.iscrowd.astype(np.int64),
     }
+    place = np.repeat(np.arange(len(image_ids)), np.diff(found.starts))
+    unlabelled = in_unlabelled_class(truth, place, found.category)
+    if unlabelled is not None:
+        crowds = np.unique(np.stack([place[unlabelled], found.category[unlabelled]], axis=1), axis=0)
+        num = len(crowds)
+        everywhere = {
+            "image_id": image_ids[crowds[:, 0]],
+            "category_id": ids[crowds[:, 1]],
+            "bbox": np.tile([-_FAR, -_FAR, 2 * _FAR, 2 * _FAR], (num, 1)),
+            "area": np.full(num, 4 * _FAR**2),
+            "iscrowd": np.ones(num, np.int64),
+        }
+        labelled = {name: np.concatenate([values, everywhere[name]]) for name, values in labelled.items()}
     detected = {
         "image_id": np.repeat(image_ids, np.diff(found.starts)),
         "category_id": ids[found.category],

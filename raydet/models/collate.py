@@ -21,6 +21,7 @@ class Example:
         original_size_hw: Height and width in pixels of the upright image before the resize.
         boxes: float32 [N, 4], centre x, centre y, width, height, relative to the image without its padding.
         categories: int64 [N], category indices.
+        labelled_categories: int64 [K], the classes that the image is labelled for; None for all.
     """
 
     image_id: int
@@ -28,6 +29,7 @@ class Example:
     original_size_hw: SizeHW
     boxes: npt.NDArray[np.float32]
     categories: npt.NDArray[np.int64]
+    labelled_categories: npt.NDArray[np.int64] | None = None
 
 
 @dataclass
@@ -39,7 +41,8 @@ class Batch:
         pixels: uint8 [B, 3, H, W], RGB, padded with zeros at the bottom and on the right.
         sizes_hw: Height and width in pixels of each image without its padding.
         original_sizes_hw: Height and width in pixels of each upright image before the resize.
-        labels: Per image, `class_labels` int64 [N] and `boxes` float32 [N, 4], centre form relative to the image.
+        labels: Per image, `class_labels` int64 [N] and `boxes` float32 [N, 4], centre form relative to the image; if it
+            is not labelled for all classes, `labelled` int64 [K], those that it is labelled for.
     """
 
     image_ids: list[int]
@@ -79,6 +82,9 @@ def collate(examples: Sequence[Example], *, pad_to_hw: SizeHW | None = None) -> 
         }
         for example in examples
     ]
+    for label, example in zip(labels, examples, strict=True):
+        if example.labelled_categories is not None:
+            label["labelled"] = torch.tensor(example.labelled_categories, dtype=torch.int64).reshape(-1)
     return Batch(
         [example.image_id for example in examples],
         pixels,

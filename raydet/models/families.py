@@ -51,6 +51,7 @@ class Family:
         resizes_by_edges: The image processor rounds to complete patches only if its size is given as edges, so that
             `--image-size` sets edges rather than limits.
         auxiliary_loss: Each decoder layer can have a loss of its own.
+        images_before_layers: The class scores of all decoder layers are [B, L, Q, C]; otherwise [L, B, Q, C].
         dense_matching: Every decoder layer learns the boxes that any layer matches to a query, unless
             `use_dense_one_to_one` in the model's config is false.
         distils: Boxes are distributions, which decoder layers learn from the last layer (`loss_ddf`).
@@ -87,6 +88,7 @@ class Family:
     num_queries_field: str = "num_queries"
     resizes_by_edges: bool = False
     auxiliary_loss: bool = True
+    images_before_layers: bool = False
     dense_matching: bool = False
     distils: bool = False
     local_criterion: bool = False
@@ -117,6 +119,7 @@ _RT_DETR = Family(
     processor="RTDetrImageProcessor",
     # The encoder adds neighbouring levels of the feature pyramid; the coarsest level has a stride of 32.
     side_multiple=32,
+    images_before_layers=True,
     denoises=True,
     score_head="enc_score_head",
 )

@@ -58,7 +58,7 @@ from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
 from raydet.preparation.sources.scored.rows import TableImages
-from raydet.preparation.sources.source import Source, SourceImage
+from raydet.preparation.sources.source import Source, SourceImage, labelled_for
 from raydet.preparation.sources.tools.csv_labels import read_csv
 from raydet.preparation.sources.tools.cvat import read_cvat
 from raydet.preparation.sources.tools.label_studio import read_label_studio
@@ -270,6 +270,8 @@ def _prepare(
             return done
         with console.progress("reading the source"):
             source, reader = open_source(config)
+            if isinstance(config, PrepareConfig) and config.labelled is not None:
+                source = labelled_for(source, config.labelled)
         folder = reader if isinstance(reader, ImageFolder) else None
         if folder is not None:
             refuse_other_folder(source, folder)

@@ -1,7 +1,7 @@
 """Judge the boxes of selected images: correct, wrong, missed or of another class."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from raydet.measuring.numbers.matches import Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs
 from raydet.reporting.run_tables import RunTables
 from raydet.tables.columns import DetectionColumns, TruthColumns
+from raydet.tables.schema import LABELLED_COLUMN
 from raydet.tables.table import Table
 
 _IOU = 0.5
@@ -69,6 +70,9 @@ def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:
     to_truth = indices_in([category.name for category in found_table.categories], names)
     ids = sorted(labelled)
     truth = _truth_columns(ids, [labelled[image_id] for image_id in ids])
+    if LABELLED_COLUMN in truth_table.schema.names:
+        classes = _rows(truth_table, image_ids, LABELLED_COLUMN)
+        truth = replace(truth, labelled=pa.array([classes[image_id] for image_id in ids], pa.list_(pa.int64())))
     threshold = score_threshold(run)
     detections = _detection_columns([found.get(image_id) for image_id in ids], to_truth, threshold)
     return _judged(ids, truth, detections, names)
@@ -91,10 +95,10 @@ def _found_rows(
     return {truth_id_of[image_id]: row for image_id, row in rows.items()}
 
 
-def _rows(table: Table, image_ids: Sequence[int], column: str) -> dict[int, dict[str, Any]]:
-    """Return the boxes of selected images by image id, without reading image data."""
+def _rows(table: Table, image_ids: Sequence[int], column: str) -> dict[int, Any]:
+    """Return the boxes, or another column, of selected images by image id, without reading image data."""
     wanted = pa.array(image_ids, pa.int64())
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, Any] = {}
     for batch in table.iter_batches(["image_id", column], batch_size=4096):
         chosen = batch.filter(pc.is_in(batch.column("image_id"), wanted))
         rows.update(zip(chosen.column("image_id").to_pylist(), chosen.column(column).to_pylist(), strict=True))

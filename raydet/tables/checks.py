@@ -16,7 +16,7 @@ import pyarrow as pa
 from raydet.common.boxes import Boxes, as_boxes
 from raydet.common.errors import UserError, one_line
 from raydet.tables.columns import Floats, Integers, elements_of, image_ids_in, numbers_of
-from raydet.tables.schema import MAX_IMAGE_ID, TableKind, declared_fields
+from raydet.tables.schema import LABELLED_COLUMN, MAX_IMAGE_ID, OPTIONAL_FIELDS, TableKind, declared_fields
 
 _ROWS_FOLDED = 256
 _ONE, _INFINITY = (int(np.array(number).view(np.uint64)) for number in (1.0, np.inf))
@@ -31,7 +31,8 @@ def check_types(schema: pa.Schema, kind: TableKind, where: str) -> None:
     Raises:
         UserError: A column has another type.
     """
-    for name, expected in declared_fields(kind):
+    optional = [(name, dtype) for name, dtype in OPTIONAL_FIELDS.get(kind, {}).items() if name in schema.names]
+    for name, expected in (*declared_fields(kind), *optional):
         if len(schema.get_all_field_indices(name)) != 1:
             raise UserError(f"{where} is damaged: it must have one column {name}")
         found = schema.field(name).type
@@ -60,6 +61,17 @@ def check_rows(rows: pa.RecordBatch | pa.Table, kind: TableKind, num_categories:
         _check_ids_and_sizes(batch, kind, where)
         if kind in _BOXES and _BOXES[kind] in batch.schema.names:
             _check_boxes(batch, _BOXES[kind], num_categories, where)
+        if kind == "images" and LABELLED_COLUMN in batch.schema.names:
+            _check_labelled(batch.column(LABELLED_COLUMN), num_categories, where)
+
+
+def _check_labelled(lists: pa.ListArray, num_categories: int, where: str) -> None:
+    indices = lists.flatten()
+    if indices.null_count or (len(indices) and _most_bits(numbers_of(indices)) >= num_categories):
+        raise UserError(
+            f"{where} is damaged: the column {LABELLED_COLUMN} has a value that is not one of the {num_categories} "
+            "categories"
+        )
 
 
 def _check_texts(column: pa.Array, name: str, where: str) -> None:

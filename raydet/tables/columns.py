@@ -30,6 +30,8 @@ class TruthColumns:
         category: Category indices, int64 [G].
         area: Areas in square pixels, which define the size classes, float64 [G].
         iscrowd: bool [G].
+        labelled: The classes that each image is labelled for, lists of int64 [I], null for all; None if every image is
+            labelled for all.
     """
 
     image_ids: Integers
@@ -38,6 +40,7 @@ class TruthColumns:
     category: Integers
     area: Floats
     iscrowd: Flags
+    labelled: pa.ListArray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,32 @@ def take_truth(columns: TruthColumns, rows: Integers) -> TruthColumns:
         category=columns.category[taken],
         area=columns.area[taken],
         iscrowd=columns.iscrowd[taken],
+        labelled=None if columns.labelled is None else take_rows(columns.labelled, rows),
     )
+
+
+def in_unlabelled_class(truth: TruthColumns, image: Integers, category: Integers) -> Flags | None:
+    """Find the boxes of a class that their image is not labelled for.
+
+    Args:
+        truth: Labels of the images.
+        image: Place of each box's image in `truth`, int64 [D].
+        category: Class of each box, int64 [D].
+
+    Returns:
+        bool [D]; None if every image is labelled for all classes.
+    """
+    lists = truth.labelled
+    if lists is None or lists.null_count == len(lists):
+        return None
+    import pyarrow.compute as pc  # slow to import
+
+    lengths, classes = numbers_of(pc.list_value_length(lists)), numbers_of(lists.flatten())
+    num_categories = 1 + max(int(classes.max(initial=0)), int(category.max(initial=0)))
+    known = np.repeat(np.arange(len(lists)), lengths) * num_categories + classes
+    is_partial = numbers_of(lists.is_valid())
+    unlabelled: Flags = is_partial[image] & ~np.isin(image * num_categories + category, known)
+    return unlabelled
 
 
 def take_detections(columns: DetectionColumns, rows: Integers) -> DetectionColumns:

@@ -78,6 +78,11 @@ DETECTIONS_TYPE = pa.struct(
     ]
 )
 
+LABELLED_COLUMN = "labelled_categories"
+"""Optional column of an images table: the classes that an image is labelled for; null means all."""
+OPTIONAL_FIELDS: Mapping[TableKind, Mapping[str, pa.DataType]] = {"images": {LABELLED_COLUMN: pa.list_(pa.int64())}}
+"""Columns that a table may have, with a meaning for raydet."""
+
 _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
     "images": [
         ("image_id", pa.int64()),
@@ -287,7 +292,7 @@ def build_schema(
     Args:
         kind: Kind of the table.
         categories: Classes in index order.
-        extra_fields: Further scalar columns, such as camera or city.
+        extra_fields: Further columns: scalar ones, such as camera or city, and those of `OPTIONAL_FIELDS`.
         extra_metadata: Further JSON-serialisable metadata.
         with_scores: True for an images table whose boxes have scores.
 
@@ -408,6 +413,7 @@ def _huggingface_features(fields: Sequence[pa.Field], categories: Sequence[Categ
             "area": sequence(value("float64")),
             "iscrowd": sequence(value("bool")),
         },
+        LABELLED_COLUMN: sequence(label),
         "detections": {
             "bbox": sequence(sequence(value("float64"), 4)),
             "score": sequence(value("float64")),

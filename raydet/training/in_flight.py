@@ -58,14 +58,17 @@ class DeviceCopy:
             return CopiedBatches(copies, self._stream.record_event())
 
     def _copied(self, batch: Batch) -> Batch:
-        """Copy a batch in three transfers, however many images it has."""
+        """Copy a batch in three transfers, however many images it has; lists of labelled classes stay on the CPU."""
         counts = [len(label["class_labels"]) for label in batch.labels]
         pixels = self._moved(batch.pixels)
         labels = []
         if counts:
             classes = self._moved(torch.cat([label["class_labels"] for label in batch.labels])).split(counts)
             boxes = self._moved(torch.cat([label["boxes"] for label in batch.labels])).split(counts)
-            labels = [{"class_labels": one, "boxes": other} for one, other in zip(classes, boxes, strict=True)]
+            labels = [
+                {**label, "class_labels": one, "boxes": other}
+                for label, one, other in zip(batch.labels, classes, boxes, strict=True)
+            ]
         return Batch(batch.image_ids, pixels, batch.sizes_hw, batch.original_sizes_hw, labels)
 
     def _moved(self, values: Tensor) -> Tensor:

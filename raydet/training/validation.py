@@ -18,6 +18,7 @@ from raydet.measuring.numbers.metrics import CocoResult
 from raydet.models.collate import Example
 from raydet.models.detector import Detections, Detector
 from raydet.models.losses.final_boxes import FinalLoss, mean_loss
+from raydet.models.losses.partial_labels import LABELLED
 from raydet.tables.schema import Category
 from raydet.training.crew import Crew
 from raydet.training.feeding.batches import BatchReader, ReadyBatch
@@ -107,19 +108,23 @@ def _finite(found: Detections) -> Detections:
 
 
 def _adding_to(loss: FinalLoss, detector: Detector, batch: ReadyBatch) -> Callable[[EngineBatch, Tensor, Tensor], None]:
-    """Return a function that adds the loss of a part of this batch, against the truth without crowds."""
+    """Return a function that adds the loss of a part of this batch, against the truth without what is unknown."""
 
     def add(part: EngineBatch, logits: Tensor, boxes_cxcywh: Tensor) -> None:
         labels = []
         for place in part.places:
             truth = batch.truths[batch.batch.image_ids[place]]
-            boxes = xywh_to_normalised_cxcywh(truth.boxes_xywh, batch.batch.original_sizes_hw[place])[~truth.iscrowd]
-            labels.append(
-                {
-                    "class_labels": torch.from_numpy(truth.category[~truth.iscrowd]).to(logits.device),
-                    "boxes": torch.from_numpy(boxes).float().to(logits.device),
-                }
-            )
+            kept = ~truth.iscrowd
+            label = {}
+            if truth.labelled is not None:
+                kept &= np.isin(truth.category, truth.labelled)
+                label = {LABELLED: torch.from_numpy(truth.labelled)}
+            boxes = xywh_to_normalised_cxcywh(truth.boxes_xywh, batch.batch.original_sizes_hw[place])[kept]
+            label |= {
+                "class_labels": torch.from_numpy(truth.category[kept]).to(logits.device),
+                "boxes": torch.from_numpy(boxes).float().to(logits.device),
+            }
+            labels.append(label)
         loss.add(detector, logits, boxes_cxcywh, labels)
 
     return add

@@ -60,7 +60,7 @@ def test_images_below_the_working_size_are_left_as_they_are(spec: AugmentationSp
     for number in range(8):
         row = _row((96, 120), image_id=number)
         image, _ = decoded(row["image"]["bytes"], max_pixels=10**6)
-        sample = Augmenter(spec)(sample_of(image, row["objects"]), seed=augmentation_seed(0, 0, number))
+        sample = Augmenter(spec)(sample_of(image, row), seed=augmentation_seed(0, 0, number))
         seen = _seen(row, spec)
         np.testing.assert_array_equal(seen.image, resize(sample.image, (SIDE, SIDE), RULE.resample))
         assert seen.categories.tolist() == sample.categories.tolist()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -312,6 +313,31 @@ def test_when_every_image_is_rejected_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none of the 2 images can be used \(empty file: 1; not an image"):
         prepare_images(PrepareImagesConfig(images=str(tmp_path / "in"), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_labelled_classes_are_stated_or_read(tmp_path: Path) -> None:
+    """Check `--labelled`, and LVIS's lists: the classes of boxes and absent ones, without those labelled in part."""
+    for name in "abc":
+        save_image(tmp_path / "in" / f"{name}.png")
+    images: list[dict[str, Any]] = [{"id": number, "file_name": f"{name}.png"} for number, name in enumerate("abc", 1)]
+    boxes = [annotation(1, [1, 1, 4, 4]), annotation(2, [2, 2, 4, 4], category_id=9)]
+
+    def prepared(out: str, **options: Any) -> list[list[int] | None]:
+        annotations = save_coco(tmp_path, images, boxes, (5, 7, 9))
+        config = PrepareCocoConfig(
+            annotations=annotations, images=str(tmp_path / "in"), out=str(tmp_path / out), **options
+        )
+        return [row["labelled_categories"] for row in rows_of(prepare_coco(config).out)]
+
+    assert prepared("stated", labelled=["class 9", "cell"]) == [[0, 2]] * 3
+    with pytest.raises(UserError, match=r"--labelled: there is no class bus; the classes are cell, class 7, class 9"):
+        prepared("wrong", labelled=["cell", "bus"])
+    images[0] |= {"neg_category_ids": [7, 70], "not_exhaustive_category_ids": [9]}
+    images[1] |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    assert prepared("federated") == [[0, 1], [], None]
+    with pytest.raises(UserError, match=r"--labelled: the annotations state"):
+        prepared("both", labelled=["cell"])
+    assert not any((tmp_path / name).exists() for name in ("wrong", "both"))
 
 
 def test_mistakes_are_found_before_anything_is_written(tmp_path: Path) -> None:

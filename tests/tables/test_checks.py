@@ -283,3 +283,26 @@ def test_sums_that_overflow_do_not_hide_or_invent_infinities() -> None:
     assert is_finite(np.array([1e308, 1e308]))
     assert not is_finite(np.array([math.inf, -math.inf]))
     assert not is_finite(np.array([1.0, math.nan]))
+
+
+@pytest.mark.parametrize("classes", [[0, 2], [-1], [None]])
+def test_labelled_classes_must_exist(tmp_path: Path, classes: list[Any]) -> None:
+    schema = build_schema("images", CATEGORIES, extra_fields=[pa.field("labelled_categories", pa.list_(pa.int64()))])
+    objects: dict[str, Any] = {"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []}
+    row = {"image_id": 1, "image": {"path": "1.png"}, "width": 4, "height": 3, "objects": objects}
+    for labelled in ([0, 1], [], None):
+        with TableWriter(str(tmp_path / f"{labelled}"), schema, config_hash=TOKEN) as writer:
+            writer.write_rows([{**row, "labelled_categories": labelled}])
+        assert open_table(str(tmp_path / f"{labelled}"), "images").read()["labelled_categories"].to_pylist() == [
+            labelled
+        ]
+    with TableWriter(str(tmp_path / "bad"), schema, config_hash=TOKEN) as writer:
+        writer.write_rows([{**row, "labelled_categories": classes}])
+    assert "labelled_categories has a value that is not one of the 2 categories" in _refusal(tmp_path / "bad", "images")
+
+
+def test_labelled_classes_must_be_lists_of_whole_numbers(tmp_path: Path) -> None:
+    schema = build_schema("images", CATEGORIES, extra_fields=[pa.field("labelled_categories", pa.string())])
+    with TableWriter(str(tmp_path / "t"), schema, config_hash=TOKEN):
+        pass
+    assert "labelled_categories has the type string" in _refusal(tmp_path / "t", "images")

@@ -8,8 +8,8 @@ import pyarrow as pa
 from scipy.optimize import isotonic_regression
 
 from raydet.measuring.diagnosis.errors import Evidence, Overlaps, best_partner
-from raydet.measuring.diagnosis.scores import IOU, Outcomes, average_precision, build_table
-from raydet.measuring.numbers.matches import COCO_AREAS
+from raydet.measuring.diagnosis.scores import IOU, Outcomes, average_precision, build_table, threshold_index
+from raydet.measuring.numbers.matches import COCO_AREAS, bits_at
 from raydet.measuring.numbers.matching import overlapping_pairs
 from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns
 from raydet.tables.schema import Category
@@ -30,7 +30,7 @@ def confusion(
 
     Detections at or above the score threshold are matched with the boxes of all classes. In descending score order,
     each takes a free box that it overlaps by at least 0.5: preferably of its own class, then the one with the largest
-    overlap. Crowds, and unmatched detections inside them, are left out. The counts of a true class sum to its
+    overlap. Crowds, and unmatched detections that do not count, are left out. The counts of a true class sum to its
     boxes; those of a detected class sum to its detections that count.
     """
     truth, detections, matches = evidence.truth, evidence.detections, evidence.matches
@@ -55,7 +55,9 @@ def confusion(
     found = taken >= 0
     is_left = ~is_crowd
     is_left[taken[found]] = False
-    spurious = ~found & ~in_crowd
+    index = threshold_index(matches.protocol, IOU)
+    assert index is not None, "outcomes at this threshold were gathered from these matches"
+    spurious = ~found & ~in_crowd & ~bits_at(matches.ignored[0], index)[kept]
     shown = np.concatenate([truth_class[taken[found]], truth_class[is_left], np.full(spurious.sum(), nothing)])
     columns = np.concatenate([detected_class[found], np.full(is_left.sum(), nothing), detected_class[spurious]])
     size = nothing + 1

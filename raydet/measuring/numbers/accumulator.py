@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from raydet.common.boxes import Boxes, as_boxes
 from raydet.measuring.numbers.matches import Matches, Protocol, bits_type, concatenate, from_bytes, to_bytes
@@ -42,12 +43,15 @@ class ImageTruth:
         category: Category indices, int64 [N].
         area: Square pixels, which determine COCO's size class, float64 [N].
         iscrowd: True for a crowd; detections inside one do not count, bool [N].
+        labelled: The classes that the image is labelled for; unmatched detections of others do not count, int64 [K].
+            None for all.
     """
 
     boxes_xywh: Boxes
     category: Integers
     area: Floats
     iscrowd: Flags
+    labelled: Integers | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class CocoAccumulator:
             category=np.concatenate([np.zeros(0, np.int64), *(item.category for item in truth)]),
             area=np.concatenate([np.zeros(0), *(item.area for item in truth)]),
             iscrowd=np.concatenate([np.zeros(0, bool), *(item.iscrowd for item in truth)]),
+            labelled=pa.array([item.labelled for item in truth], pa.list_(pa.int64())),
         )
         detection_columns = DetectionColumns(
             starts=np.cumsum([0, *(len(item.category) for item in detections)]),

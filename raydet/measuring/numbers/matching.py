@@ -10,7 +10,16 @@ import numpy as np
 from raydet.common.boxes import Boxes
 from raydet.common.threads import available_cpus
 from raydet.measuring.numbers.matches import COCO, BitSets, Matches, Protocol, bits_type, concatenate
-from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns, take_detections, take_truth
+from raydet.tables.columns import (
+    DetectionColumns,
+    Flags,
+    Floats,
+    Integers,
+    TruthColumns,
+    in_unlabelled_class,
+    take_detections,
+    take_truth,
+)
 
 Matcher = Callable[[TruthColumns, DetectionColumns, slice], Matches]
 """Function that matches the columns of a range of images; the range is its third argument."""
@@ -59,7 +68,8 @@ def match(
     In each image and class, in descending score order, each detection takes the free box that counts and that it
     overlaps most, if the overlap reaches the threshold (of equal overlaps, the last box). Otherwise it takes a box that
     does not count by the same rule (any number of detections may share a crowd) and does not count either. A detection
-    without a match does not count if it belongs to another size class.
+    without a match does not count if it belongs to another size class, or if its image is not labelled for its class
+    (LVIS's rule for classes of which not all objects are labelled).
 
     If classes count as one, they are matched together. Ties between scores and between overlaps are then ordered by
     category index before row, as pycocotools orders them by category id. `pairs_at_once` bounds the memory: the overlap
@@ -88,6 +98,10 @@ def match(
     other_size = (found_area < bounds[:, :1]) | (found_area > bounds[:, 1:])
     everything = true_positive.dtype.type(2 ** len(thresholds) - 1)
     ignored |= other_size * everything & ~true_positive
+    own_image = np.repeat(np.arange(len(order)), np.diff(detections.starts))[found.row]
+    unlabelled = in_unlabelled_class(truth, own_image, detections.category[found.row])
+    if unlabelled is not None:
+        ignored |= unlabelled * everything & ~true_positive
     return Matches(
         protocol=protocol,
         num_categories=num_classes,

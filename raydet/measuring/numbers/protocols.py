@@ -14,7 +14,7 @@ from raydet.measuring.numbers.matching import match, overlapping_pairs
 from raydet.measuring.numbers.metrics import accumulate, by_descending_score, mean_of
 from raydet.measuring.numbers.precision import VOC07_RECALLS, envelope, hits_needed, precision_at
 from raydet.measuring.numbers.values import Block, MetricValue
-from raydet.tables.columns import DetectionColumns, Integers, TruthColumns
+from raydet.tables.columns import DetectionColumns, Integers, TruthColumns, in_unlabelled_class
 from raydet.tables.schema import Category
 
 VOC = Protocol(iou_thresholds=(0.5,), areas=(("all", (0.0, float("inf"))),), max_detections=(2**31 - 1,))
@@ -49,6 +49,10 @@ def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories:
     right[0, assigned[first_of_box[is_counted]]] = 1
     ignored = np.zeros_like(matches.ignored)
     ignored[0, assigned[truth.iscrowd[box[assigned]]]] = 1
+    image = np.repeat(np.arange(len(truth.image_ids)), np.diff(detections.starts))[matches.detection_row]
+    unlabelled = in_unlabelled_class(truth, image, detections.category[matches.detection_row])
+    if unlabelled is not None:
+        ignored[0, unlabelled & (right[0] == 0)] = 1
     truth_found = np.isin(matches.truth_row, found).astype(matches.truth_found.dtype)
     return replace(matches, true_positive=right, ignored=ignored, truth_found=truth_found)
 

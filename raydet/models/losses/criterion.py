@@ -16,6 +16,10 @@ from raydet.models.detector import at_least_single
 from raydet.models.families import Family, family_of
 from raydet.models.losses.grouped import grouped_loss
 from raydet.models.losses.not_finite import loss_or_nan, mapped
+from raydet.models.losses.partial_labels import without_unknown
+
+_ARGUMENTS = ("outputs_class", "outputs_coord", "enc_outputs_class", "enc_outputs_coord")
+"""Names of what models pass by position after their config."""
 
 Matching = list[tuple[Tensor, Tensor]]
 """Per image: the matched queries and the boxes that they are matched to."""
@@ -41,6 +45,7 @@ class Criterion:
     - D-FINE learns boxes by the union of the matchings of all layers, as its authors have it; transformers matches each
       layer by itself.
     - The criterion of LW-DETR and RF-DETR does not sum over ranks.
+    - It learns nothing from classes that an image is not labelled for; see `partial_labels.py`.
 
     Attributes:
         matchings: Of the latest call: those of the last decoder layer, then those of each auxiliary output.
@@ -62,16 +67,19 @@ class Criterion:
         loss = self._loss
         if self._loss is DFineForObjectDetectionLoss and uses_dense_matching(config, self._family):
             loss = _d_fine_loss
+        outputs = {"logits": logits, "pred_boxes": pred_boxes, **dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         hook = register_module_forward_hook(self._keep) if self._family.distils else None
 
         def compute(outputs: Any) -> Any:
             self.matchings = []
-            logits, pred_boxes, args, kwargs = outputs
-            return loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
+            known = without_unknown(
+                outputs, labels, softmax=self._family.softmax, layers_first=not self._family.images_before_layers
+            )
+            return loss(known.pop("logits"), labels, device, known.pop("pred_boxes"), config, **known)
 
         try:
             with torch.autocast(logits.device.type, enabled=False):
-                return loss_or_nan(compute, mapped((logits, pred_boxes, args, kwargs), at_least_single))
+                return loss_or_nan(compute, mapped(outputs, at_least_single))
         finally:
             if hook is not None:
                 hook.remove()

@@ -108,7 +108,7 @@ def compute_loss(
         module: Called instead of `detector.model`: the DistributedDataParallel around it.
     """
     dtype = detector.model.dtype
-    labels = [{"class_labels": label["class_labels"], "boxes": label["boxes"].to(dtype)} for label in batch.labels]
+    labels = [{**label, "boxes": label["boxes"].to(dtype)} for label in batch.labels]
     outputs = (module or detector.model)(**detector.model_inputs(batch, dtype), labels=labels)
     with torch.autocast(detector.device.type, enabled=False):  # the loss is in single precision, whatever the model is
         return _scaled_terms(detector, outputs, labels, global_normaliser, local, world_size)

@@ -10,9 +10,10 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 from raydet.models.detector import Detector, at_least_single
 from raydet.models.families import Family
 from raydet.models.losses.not_finite import loss_or_nan
+from raydet.models.losses.partial_labels import not_labelled, silenced
 
 Labels = Sequence[Mapping[str, Tensor]]
-"""Per image: `class_labels` int64 [N] and `boxes` [N, 4], centre form relative to the image."""
+"""Per image: `class_labels` int64 [N] and `boxes` [N, 4], centre form relative to the image; optionally `labelled`."""
 
 
 def weighted_terms(detector: Detector, loss_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -39,6 +40,28 @@ def term_kind(name: str) -> str:
     return name.removesuffix("_enc").rstrip("0123456789").rstrip("_")
 
 
+class _ProposalLoss(DeformableDetrImageLoss):
+    """The loss of proposals, the first class of which means "any object".
+
+    In an image that is not labelled for all classes, a proposal that no box is matched to may be an object all the
+    same, so that its classes learn nothing.
+    """
+
+    def loss_labels(self, outputs: Any, targets: Any, indices: Any, num_boxes: Any) -> Any:
+        """Compute the class term, without what is unknown."""
+        usual: Any = super()
+        logits = outputs["logits"]
+        unknown = not_labelled(targets, logits.shape[-1], logits.device)
+        if unknown is not None:
+            is_matched = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            is_matched[usual._get_source_permutation_idx(indices)] = True
+            is_partial = unknown.any(dim=1, keepdim=True)
+            unknown[:, 0] = False
+            mask = unknown[:, None] | (is_partial & ~is_matched)[..., None]
+            outputs = {**outputs, "logits": silenced(logits, mask)}
+        return usual.loss_labels(outputs, targets, indices, num_boxes)
+
+
 def proposal_terms(detector: Detector, outputs: Any, labels: Labels) -> dict[str, Tensor]:
     """Compute the unweighted loss of the boxes that a two-stage Deformable DETR proposes; empty for other models.
 
@@ -48,7 +71,7 @@ def proposal_terms(detector: Detector, outputs: Any, labels: Labels) -> dict[str
     config = detector.model.config
     if not (detector.family.scores_proposals and config.two_stage):
         return {}
-    criterion = DeformableDetrImageLoss(
+    criterion = _ProposalLoss(  # type: ignore[no-untyped-call]
         matcher=DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost),
         num_classes=config.num_labels,
         focal_alpha=config.focal_alpha,

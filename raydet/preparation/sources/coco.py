@@ -6,7 +6,7 @@ and counted. Entries are buffered on this machine's disk, so a file may be large
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -15,13 +15,21 @@ from raydet.common.errors import UserError
 from raydet.config import PrepareCocoConfig
 from raydet.images.files import ImageFolder, readable
 from raydet.preparation.sources.coco_index import AnnotationEntry, CocoIndex, ImageEntry
-from raydet.preparation.sources.source import Finding, FindingLog, Source, SourceImage
+from raydet.preparation.sources.source import (
+    LABELLED_FIELD,
+    Finding,
+    FindingLog,
+    Source,
+    SourceImage,
+    SourceObjects,
+)
 from raydet.tables import coco_json, storage
 from raydet.tables.coco_json import MAX_INTEGER
-from raydet.tables.schema import Category, build_schema
+from raydet.tables.schema import LABELLED_COLUMN, Category, build_schema
 from raydet.tables.spill import spill_errors
 
 _KNOWN_IMAGE_KEYS = frozenset(["id", "file_name", "width", "height"])
+_FEDERATED_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 def read_coco(config: PrepareCocoConfig, folder: ImageFolder) -> Source:
@@ -29,7 +37,9 @@ def read_coco(config: PrepareCocoConfig, folder: ImageFolder) -> Source:
 
     Returns:
         One record per entry of `images`, in file order. Further scalar keys of the entries (weather, licence) become
-        extra columns. Boxes refer to the image size that the entry states, if any.
+        extra columns. Boxes refer to the image size that the entry states, if any. Where entries state classes that are
+        absent or not exhaustively labelled, as in LVIS, the images are labelled for the absent ones and those of their
+        boxes, without those not exhaustively labelled.
 
     Raises:
         UserError: The file is missing, is not JSON, or is not COCO; the message states the position in the file.
@@ -47,6 +57,9 @@ def read_coco(config: PrepareCocoConfig, folder: ImageFolder) -> Source:
         findings.note(Finding("annotation ids that are missing, repeated or below 1, so all are renumbered"))
     _note_orphans(index, findings)
     fields = extra_columns.fields()
+    if extra_columns.is_federated:
+        fields.append(LABELLED_FIELD)
+    index_of = {category.id: place for place, category in enumerate(categories)}
     texts = {field.name for field in fields if field.type == pa.string()}
 
     def records() -> Iterator[SourceImage]:
@@ -57,7 +70,10 @@ def read_coco(config: PrepareCocoConfig, folder: ImageFolder) -> Source:
                 objects=objects,
                 size_hw=entry.size_hw,
                 extra={
-                    field.name: _scalar(entry.extra.get(field.name), as_text=field.name in texts) for field in fields
+                    field.name: _scalar(entry.extra.get(field.name), as_text=field.name in texts)
+                    if field is not LABELLED_FIELD
+                    else _labelled(entry.extra.get(LABELLED_COLUMN), objects, index_of)
+                    for field in fields
                 },
                 refusal=folder.refuse_outside(entry.path),
             )
@@ -132,11 +148,12 @@ class _ExtraColumns:
     def __init__(self) -> None:
         self._types: dict[str, set[type]] = {}
         self._beyond_int64: set[str] = set()
-        self._taken = _KNOWN_IMAGE_KEYS | set(build_schema("images").names)
+        self._taken = _KNOWN_IMAGE_KEYS | {*build_schema("images").names, LABELLED_COLUMN}
+        self.is_federated = False
 
     def take(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """Record the types of an image's values, and return the scalar values."""
-        values = {}
+        """Record the types of an image's values; return the scalar ones, and LVIS's lists as `labelled_categories`."""
+        values: dict[str, Any] = {}
         for key, value in entry.items():
             if value is None or key in self._taken:
                 continue
@@ -145,6 +162,10 @@ class _ExtraColumns:
                 self._beyond_int64.add(key)
             if isinstance(value, bool | int | float | str):
                 values[readable(key)] = value
+        federated = [entry.get(key) for key in _FEDERATED_KEYS]
+        if any(isinstance(ids, list) for ids in federated):
+            self.is_federated = True
+            values[LABELLED_COLUMN] = [_class_ids(ids) for ids in federated]
         return values
 
     def fields(self) -> list[pa.Field]:
@@ -165,3 +186,16 @@ class _ExtraColumns:
 
 def _scalar(value: object, *, as_text: bool) -> object:
     return readable(str(value)) if as_text and value is not None else value
+
+
+def _class_ids(value: object) -> list[int]:
+    ids = map(coco_json.integer, value if isinstance(value, list) else ())
+    return [class_id for class_id in ids if class_id is not None]
+
+
+def _labelled(lists: list[list[int]] | None, objects: SourceObjects, index_of: Mapping[int, int]) -> list[int] | None:
+    """Return the classes that an image is labelled for; None for all, where LVIS's two lists are missing."""
+    if lists is None:
+        return None
+    absent, not_exhaustive = ({index_of[class_id] for class_id in ids if class_id in index_of} for ids in lists)
+    return sorted((absent | set(objects.categories)) - not_exhaustive)

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,7 +16,7 @@ from raydet.common.untrusted.text import TextError, decode_text
 from raydet.images.files import MAX_LABEL_BYTES, readable
 from raydet.tables import storage
 from raydet.tables.coco_json import integer
-from raydet.tables.schema import MAX_IMAGE_ID, Category, check_class_names
+from raydet.tables.schema import LABELLED_COLUMN, MAX_IMAGE_ID, OPTIONAL_FIELDS, Category, check_class_names
 from raydet.tables.spill import Spilled
 
 UNLABELLED_KEPT = "unlabelled images, kept without objects"
@@ -24,6 +24,7 @@ UNLABELLED_KEPT = "unlabelled images, kept without objects"
 UNLABELLED = "no labels"
 """Reason for rejection, with `--unlabelled reject`."""
 _MOST_FOLDERS_SHOWN = 5
+_MOST_CLASSES_SHOWN = 20
 _MAX_SIDE = 2**31
 
 SOURCE_ID = (pa.field("source_id", pa.string()),)
@@ -138,11 +139,39 @@ class Source:
 
     def __post_init__(self) -> None:
         check_class_names(self.categories)
+        for extra in self.extra_fields:
+            if OPTIONAL_FIELDS["images"].get(extra.name, extra.type) != extra.type:
+                raise UserError(f"the source has a column {extra.name}, a name with a meaning of its own; rename it")
 
     @property
     def images(self) -> Iterator[SourceImage]:
         """The records from the first one on, generated again for each use."""
         return self.records()
+
+
+LABELLED_FIELD = pa.field(LABELLED_COLUMN, OPTIONAL_FIELDS["images"][LABELLED_COLUMN])
+
+
+def labelled_for(source: Source, names: Sequence[str]) -> Source:
+    """Return a source whose images are labelled for these classes only.
+
+    Raises:
+        UserError: The source has no class of such a name, or states the labelled classes of each image itself.
+    """
+    if LABELLED_FIELD in source.extra_fields:
+        raise UserError("--labelled: the annotations state for each image which classes are labelled; omit the option")
+    index_of = {category.name: index for index, category in enumerate(source.categories)}
+    unknown = [name for name in names if name not in index_of]
+    if unknown:
+        known = ", ".join(list(index_of)[:_MOST_CLASSES_SHOWN]) or "none"
+        raise UserError(f"--labelled: there is no class {unknown[0]}; the classes are {known}")
+    extra = {LABELLED_COLUMN: sorted({index_of[name] for name in names})}
+
+    def records() -> Iterator[SourceImage]:
+        for image in source.records():
+            yield replace(image, extra={**image.extra, **extra})
+
+    return replace(source, records=records, extra_fields=(*source.extra_fields, LABELLED_FIELD))
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ from raydet.common.boxes import as_boxes
 from raydet.common.errors import UserError
 from raydet.measuring.numbers.accumulator import ImageTruth
 from raydet.models.geometry import ResizeRule
+from raydet.tables.schema import LABELLED_COLUMN
 from raydet.training.feeding.chunks import header_of, images_of, micro_batches_of, pixels_of
 from raydet.training.feeding.ordering import Kind, MicroBatch
 
@@ -102,13 +103,30 @@ def _with_classes(batch: ReadyBatch, class_map: ClassMap) -> ReadyBatch:
     """Replace the category indices of a table by those of the model."""
     import torch
 
+    from raydet.models.losses.partial_labels import LABELLED
+
     unused = [image_id for image_id, truth in batch.truths.items() if (class_map[truth.category] < 0).any()]
     if unused:
         raise UserError(f"--val-data: image {unused[0]} has a box of a class that --train-data lacks")
     to_model = torch.from_numpy(class_map)
     labels = [{**label, "class_labels": to_model[label["class_labels"]]} for label in batch.batch.labels]
-    truths = {image_id: replace(truth, category=class_map[truth.category]) for image_id, truth in batch.truths.items()}
+    for label in labels:
+        if LABELLED in label:
+            label[LABELLED] = _used(to_model[label[LABELLED]])
+    truths = {
+        image_id: replace(
+            truth,
+            category=class_map[truth.category],
+            labelled=None if truth.labelled is None else _used(class_map[truth.labelled]),
+        )
+        for image_id, truth in batch.truths.items()
+    }
     return replace(batch, batch=replace(batch.batch, labels=labels), truths=truths)
+
+
+def _used(indices: Any) -> Any:
+    """Leave out the classes that the model lacks."""
+    return indices[indices >= 0]
 
 
 def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
@@ -116,6 +134,7 @@ def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
     import torch
 
     from raydet.models.collate import Batch
+    from raydet.models.losses.partial_labels import LABELLED
 
     header, images = header_of(chunk), images_of(chunk)
     image_ids, errors = images["image_id"].to_pylist(), images["error"].to_pylist()
@@ -129,6 +148,11 @@ def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
             torch.tensor(images["categories"].values.to_numpy()).split(num_boxes), boxes.split(num_boxes), strict=True
         )
     ]
+    lists = images[LABELLED_COLUMN]
+    labelled = lists.to_pylist() if lists.null_count < len(lists) else [None] * len(lists)
+    for label, own in zip(labels, labelled, strict=True):
+        if own is not None:
+            label[LABELLED] = torch.tensor(own, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the pixels are read-only, and nobody writes them
         pixels = torch.from_numpy(pixels_of(chunk))
@@ -151,7 +175,7 @@ def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
         unreadable = {image_ids[place]: errors[place] for place in places if errors[place] is not None}
         truths = {}
         if micro_batch.kind == "validate":
-            truths = {image_ids[place]: _truth(images["objects"][place].as_py()) for place in places}
+            truths = {image_ids[place]: _truth(images["objects"][place].as_py(), labelled[place]) for place in places}
         yield ReadyBatch(micro_batch, ResizeRule.from_dict(rule), batch, unreadable, truths)
 
 
@@ -159,10 +183,11 @@ def _sizes_of(column: pa.FixedSizeListArray) -> list[tuple[int, int]]:
     return [(height, width) for height, width in column.values.to_numpy().reshape(-1, 2).tolist()]
 
 
-def _truth(objects: dict[str, Any]) -> ImageTruth:
+def _truth(objects: dict[str, Any], labelled: list[int] | None) -> ImageTruth:
     return ImageTruth(
         as_boxes(objects["bbox"]),
         np.asarray(objects["category"], np.int64),
         np.asarray(objects["area"], np.float64),
         np.asarray(objects["iscrowd"], bool),
+        None if labelled is None else np.asarray(labelled, np.int64),
     )

@@ -18,9 +18,10 @@ from raydet.augmentation.view import View
 from raydet.images.decode import DecodeError
 from raydet.models.geometry import Image, ResizeRule, SizeHW, fill_padded
 from raydet.tables.columns import bytes_of
-from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE
+from raydet.tables.schema import IMAGE_TYPE, LABELLED_COLUMN, OBJECTS_TYPE, OPTIONAL_FIELDS
 from raydet.training.feeding.ordering import MicroBatch
 
+_LABELLED_TYPE = OPTIONAL_FIELDS["images"][LABELLED_COLUMN]
 ROW_TYPE = pa.struct(
     [
         ("image_id", pa.int64()),
@@ -28,6 +29,7 @@ ROW_TYPE = pa.struct(
         ("width", pa.int64()),
         ("height", pa.int64()),
         ("objects", OBJECTS_TYPE),
+        (LABELLED_COLUMN, _LABELLED_TYPE),
     ]
 )
 # A row of the table with the rows that its image is mixed with.
@@ -41,6 +43,8 @@ _DECODED_SCHEMA = pa.schema(
         ("original_size_hw", _SIZE_TYPE),
         ("boxes_cxcywh", pa.list_(pa.float32())),
         ("categories", pa.list_(pa.int64())),
+        # As in the table; in training without the classes that a partner of the image is not labelled for.
+        (LABELLED_COLUMN, _LABELLED_TYPE),
         # As in the table; null in training.
         ("objects", OBJECTS_TYPE),
     ]
@@ -128,6 +132,7 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
                 columns["original_size_hw"] += (row["height"], row["width"])
                 columns["boxes_cxcywh"].append(())
                 columns["categories"].append(())
+                columns[LABELLED_COLUMN].append(None)
                 continue
             batch.append(seen.planes)
             columns["error"].append(None)
@@ -135,6 +140,7 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
             columns["original_size_hw"] += seen.original_size_hw
             columns["boxes_cxcywh"].append(seen.boxes_cxcywh.reshape(-1))
             columns["categories"].append(seen.categories)
+            columns[LABELLED_COLUMN].append(seen.labelled)
         header["resize_rule"].append(rule.to_dict())
         header["shape"].append(batch.finish())
     arrays: dict[str, pa.Array] = {
@@ -143,6 +149,9 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
     }
     arrays |= {name: _lists(columns[name], _DECODED_SCHEMA.field(name).type) for name in ("boxes_cxcywh", "categories")}
     arrays |= {"image_id": images["image_id"], "error": pa.array(columns["error"], pa.string())}
+    arrays[LABELLED_COLUMN] = (
+        images[LABELLED_COLUMN] if validates else pa.array(columns[LABELLED_COLUMN], _LABELLED_TYPE)
+    )
     arrays["objects"] = images["objects"] if validates else pa.nulls(len(images), OBJECTS_TYPE)
     decoded = pa.RecordBatch.from_arrays([arrays[name] for name in _DECODED_SCHEMA.names], schema=_DECODED_SCHEMA)
     return _block(header, decoded).append_column("pixels", _one_binary(pa.py_buffer(buffer.content)))
@@ -257,12 +266,15 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
     offsets = {name: values.offsets.to_pylist() for name, values in lists.items()}
     flat = {name: one.values.to_numpy(zero_copy_only=False) for name, one in lists.items() if name != "bbox"}
     flat["bbox"] = lists["bbox"].values.flatten().to_numpy().reshape(-1, 4)
+    labelled = images.field(LABELLED_COLUMN)
     partners = {name: images.field(name) for name in ("mosaic", "mixup") if name in images.type.names}
     for at, path in enumerate(paths):
         content = None if is_null[at] else bytes(data[starts[at] : starts[at + 1]])
         row = {name: values[at] for name, values in sizes.items()}
         row["image"] = {"bytes": content, "path": path}
         row["objects"] = {name: flat[name][offsets[name][at] : offsets[name][at + 1]] for name in flat}
+        if labelled.null_count < len(labelled):
+            row[LABELLED_COLUMN] = labelled[at].as_py()
         for name, one in partners.items():
             row[name] = list(_rows_of(one[at].values)) if len(one[at].values) else []
         yield row

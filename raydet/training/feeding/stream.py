@@ -25,13 +25,13 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.cluster.ray_internals import actors_on, alive_nodes, away_from_empty_nodes
+from raydet.tables.schema import OPTIONAL_FIELDS
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.batches import ReadyBatch, ready_batches
 from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, PixelBuffer, decode_chunk, encoded_chunk, header_of
 from raydet.training.feeding.ordering import RunPlan, Segment
 from raydet.training.feeding.views import Views
 
-READ_COLUMNS = ("image_id", "image", "width", "height", "objects")
 _MOST_IMAGES = 1024
 """Most images in a chunk. Each chunk costs Ray about 20 ms of CPU time, so chunks of small images must hold many."""
 _MOST_CHUNK_BYTES = 128 * 2**20
@@ -262,5 +262,10 @@ class _TableRows:
         return np.searchsorted(self._first_rows, numbers, side="right") - 1
 
     def _read(self, group: int) -> pa.StructArray:
-        rows = self._table.read_row_group(self._groups[group], READ_COLUMNS).to_struct_array()
+        missing = [name for name in OPTIONAL_FIELDS["images"] if name not in self._table.schema.names]
+        columns = [field.name for field in ROW_TYPE if field.name not in missing]
+        content = self._table.read_row_group(self._groups[group], columns)
+        for name in missing:
+            content = content.append_column(name, pa.nulls(len(content), OPTIONAL_FIELDS["images"][name]))
+        rows = content.select(list(ROW_TYPE.names)).to_struct_array()
         return pa.concat_arrays(rows.chunks).cast(ROW_TYPE)

@@ -283,6 +283,33 @@ def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_
     np.testing.assert_array_equal(truths[ids[1]].boxes_xywh, np.array(good[1]["objects"]["bbox"]).reshape(-1, 4))
 
 
+def test_labelled_classes_travel_with_their_images(shapes: Path) -> None:
+    """Check that a mixed image knows the classes of all its parts, and has no boxes of others."""
+    rows = open_table(str(shapes / "train"), "images").read(writer_columns()).to_pylist()[:5]
+    for number, row in enumerate(rows):
+        row["objects"] = {
+            "id": [1, 2],
+            "bbox": [[4.0, 4, 50, 50], [6, 6, 50, 50]],
+            "category": [1, 2],
+            "area": [2500.0, 2500.0],
+            "iscrowd": [False, False],
+        }
+        row["labelled_categories"] = [None, [0, 1], [1, 2], None, None][number]
+    rows[0] |= {"mosaic": rows[1:4], "mixup": []}
+
+    def seen(kind: Kind) -> ReadyBatch:
+        (batch,) = ready_batches(decode_chunk(_chunk([rows[0], rows[1], rows[4]], kind), _view(augmentation="strong")))
+        return batch
+
+    mixed, partial, plain = seen("train").batch.labels
+    assert mixed["labelled"].tolist() == [1] and set(mixed["class_labels"].tolist()) <= {1}
+    assert partial["labelled"].tolist() == [0, 1] and set(partial["class_labels"].tolist()) <= {0, 1}
+    assert "labelled" not in plain
+    truths = list(seen("validate").truths.values())
+    assert truths[0].labelled is None and truths[1].labelled is not None
+    assert truths[1].labelled.tolist() == [0, 1] and truths[1].category.tolist() == [1, 2]
+
+
 def writer_columns() -> list[str]:
     """Return the columns that every images table has."""
     return ["image_id", "image", "width", "height", "objects"]

@@ -16,7 +16,15 @@ from raydet.config import PrepareDetectionsConfig
 from raydet.measuring.paths import paths_differ
 from raydet.preparation.sources.scored.rows import RecentRows
 from raydet.preparation.sources.scored.thresholds import choose_thresholds
-from raydet.preparation.sources.source import Finding, FindingLog, Source, SourceImage, SourceObjects, size_hw_of
+from raydet.preparation.sources.source import (
+    Finding,
+    FindingLog,
+    Source,
+    SourceImage,
+    SourceObjects,
+    labelled_for,
+    size_hw_of,
+)
 from raydet.tables.columns import (
     BATCH_ROWS,
     Floats,
@@ -44,7 +52,8 @@ def read_detections(images: Table, found: Table, config: PrepareDetectionsConfig
 
     Returns:
         One record per image, in the order of the table, with its id, path, size and further columns of scalars.
-        Annotations are numbered from 1. An image that the model could not read has a reason to be rejected.
+        Annotations are numbered from 1. If a class has no threshold, the images are labelled for the others only. An
+        image that the model could not read has a reason to be rejected.
 
     Raises:
         UserError: An image has no row of detections, the detections are those of other images, or the thresholds are
@@ -77,7 +86,12 @@ def read_detections(images: Table, found: Table, config: PrepareDetectionsConfig
                 )
                 position += 1
 
-    return Source(records, images.num_rows, found.categories, fields, findings, _origin(found, thresholds, config))
+    source = Source(records, images.num_rows, found.categories, fields, findings, _origin(found, thresholds, config))
+    pairs = [*zip(found.categories, thresholds, strict=True)]
+    if all(own is not None for _, own in pairs):
+        return source
+    # A class without a threshold has no labels, but may well be in the images.
+    return labelled_for(source, [category.name for category, own in pairs if own is not None])
 
 
 def _labels(
