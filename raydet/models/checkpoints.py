@@ -81,8 +81,8 @@ def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str
 
     Returns:
         For a folder, the first 16 hex digits of the SHA-256 over the names and contents of its `.safetensors`, `.json`
-        and `.txt` files except `raydet.json`; files above `most_remote_bytes` in an object store count with their size and modification
-        time. For the Hub, the current commit, without fetching weights.
+        and `.txt` files except `raydet.json`; files above `most_remote_bytes` in an object store count with their size
+        and modification time. For the Hub, the current commit, without fetching weights.
 
     Raises:
         UserError: There is no model there.

@@ -11,10 +11,12 @@ import numpy as np
 
 from raydet.common.errors import UserError
 from raydet.common.untrusted.documents import DocumentError
+from raydet.config import PredictConfig
 from raydet.measuring.fitting.calibrating import ScoreMap, map_scores
 from raydet.models.checkpoints import OWN_FILE, fingerprint
 from raydet.tables import storage
 from raydet.tables.columns import Flags, Floats, Integers
+from raydet.tables.schema import Category
 
 _KEY = "operating_point"
 _VERSION = 1
@@ -85,6 +87,14 @@ class FittedPoint:
         if not len(names) == len(thresholds) == len(maps) or not (iou is None or 0 < float(iou) <= 1):
             raise ValueError("the lists differ in length, or the IoU is not one")
         return point
+
+
+def read_point_of(config: PredictConfig, categories: Sequence[Category]) -> FittedPoint | None:
+    """Return the operating point that a config asks for, as `read_point` does."""
+    if not config.operating_point:
+        return None
+    assert config.checkpoint is not None, "the config asks for a checkpoint"
+    return read_point(config.checkpoint, [category.name for category in categories])
 
 
 def read_point(checkpoint: str, class_names: Sequence[str]) -> FittedPoint:

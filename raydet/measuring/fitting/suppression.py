@@ -6,7 +6,7 @@ from raydet.measuring.diagnosis.scores import IOU, Outcomes, outcomes_at
 from raydet.measuring.fitting.calibrating import NUM_FOLDS, folds_of
 from raydet.measuring.numbers.matches import Protocol
 from raydet.measuring.numbers.matching import Pairs, match, match_in_parts, overlapping_pairs
-from raydet.tables.columns import DetectionColumns, Flags, Floats, TruthColumns, starts_of
+from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns, starts_of
 
 CANDIDATES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """IoU thresholds to choose from."""
@@ -19,7 +19,7 @@ def outcomes_of(truth: TruthColumns, detections: DetectionColumns, num_categorie
     return outcomes_at(matches)
 
 
-def take(detections: DetectionColumns, kept: Flags) -> DetectionColumns:
+def take_kept(detections: DetectionColumns, kept: Flags) -> DetectionColumns:
     """Select detections by a mask, bool [D]."""
     image = np.repeat(np.arange(len(detections.starts) - 1), np.diff(detections.starts))
     return DetectionColumns(
@@ -38,7 +38,7 @@ def choose_nms(
     *,
     seed: int,
     keeps_precision: bool,
-) -> float | None:
+) -> tuple[float | None, Outcomes]:
     """Choose the IoU threshold of class-agnostic suppression with the best F1 over all classes; None if none gains.
 
     A threshold counts as a gain if, chosen on four fifths of the images, it raises the F1 of the others, over five
@@ -51,28 +51,33 @@ def choose_nms(
         num_categories: Number of classes.
         seed: Seed of the folds.
         keeps_precision: Leave out thresholds with which the measured precision of a class falls.
+
+    Returns:
+        The threshold, and the outcomes of the detections that remain.
     """
-    pairs = _overlaps(truth, detections, calibrated)
+    pairs = overlapping_detections(truth.image_ids, detections, calibrated)
     choices: list[float | None] = [None]
     plain = outcomes_of(truth, detections, num_categories)
-    counts = [_counts(plain)]
+    found = [plain]
     for iou in CANDIDATES:
         kept = kept_by_nms(pairs, len(calibrated), iou)
         if kept.all():
             continue
-        outcomes = outcomes_of(truth, take(detections, kept), num_categories)
+        outcomes = outcomes_of(truth, take_kept(detections, kept), num_categories)
         if keeps_precision and (_precisions(outcomes) < _precisions(plain)).any():
             continue
         choices.append(iou)
-        counts.append(_counts(outcomes))
+        found.append(outcomes)
+    counts = [_counts(outcomes) for outcomes in found]
     fold = folds_of(len(truth.image_ids), seed)
     held_out = np.zeros(2)
     for number in range(NUM_FOLDS):
         best = int(np.argmax([_f1(own[fold != number].sum(axis=0)) for own in counts]))
         held_out += counts[best][fold == number].sum(axis=0)
     if _f1(held_out) <= _f1(counts[0].sum(axis=0)):
-        return None
-    return choices[int(np.argmax([_f1(own.sum(axis=0)) for own in counts]))]
+        return None, plain
+    best = int(np.argmax([_f1(own.sum(axis=0)) for own in counts]))
+    return choices[best], found[best]
 
 
 def _counts(outcomes: Outcomes) -> Floats:
@@ -96,11 +101,11 @@ def _precisions(outcomes: Outcomes) -> Floats:
     return np.where(num_kept > 0, num_right / np.maximum(num_kept, 1), 1.0)
 
 
-def _overlaps(truth: TruthColumns, detections: DetectionColumns, scores: Floats) -> Pairs:
+def overlapping_detections(image_ids: Integers, detections: DetectionColumns, scores: Floats) -> Pairs:
     """Return the overlapping pairs of an image: a better detection as `truth`, sorted by it, and a worse one."""
     num = len(detections.scores)
     boxes = TruthColumns(
-        image_ids=truth.image_ids,
+        image_ids=image_ids,
         starts=detections.starts,
         boxes_xywh=detections.boxes_xywh,
         category=detections.category,

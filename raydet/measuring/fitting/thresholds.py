@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import betaincinv
 
+from raydet.measuring.diagnosis.scores import IOU, Outcomes
+from raydet.measuring.numbers.values import Block, MetricValue
 from raydet.tables.columns import Flags, Floats, Integers
 
 LEVEL = 0.95
@@ -57,6 +59,31 @@ def ratio(hits: Floats, totals: Floats) -> Ratio:
     error = (1 - LEVEL) / 2
     low, high = lower_bound(hits, totals, error), 1 - lower_bound(totals - hits, totals, error)
     return Ratio(float(hits.sum() / totals.sum()), low, high)
+
+
+def point_values(outcomes: Outcomes, names: Sequence[str] | None = None) -> list[Block]:
+    """Return precision, recall and F1 of the detections, over all classes, then by class, with 95 % intervals.
+
+    `names` are those of the classes, for values that name theirs.
+    """
+    num_images = len(outcomes.image_ids)
+    blocks = []
+    for index in (None, *range(outcomes.num_categories)):
+        of_class = slice(None) if index is None else outcomes.category == index
+        of_truth = slice(None) if index is None else outcomes.truth_category == index
+        image, is_right = outcomes.image[of_class], outcomes.is_right[of_class]
+        right = np.bincount(image[is_right], minlength=num_images).astype(np.float64)
+        found = np.bincount(image, minlength=num_images).astype(np.float64)
+        labelled = np.bincount(outcomes.truth_image[of_truth], minlength=num_images).astype(np.float64)
+        totals = {"precision": found, "recall": labelled, "F1": (found + labelled) / 2}
+        category = names[index] if names is not None and index is not None else None
+        blocks.append(
+            tuple(
+                MetricValue(metric=metric, category=category, iou=IOU, area="all", **ratio(right, total)._asdict())
+                for metric, total in totals.items()
+            )
+        )
+    return blocks
 
 
 def threshold_with_precision(scores: Floats, is_right: Flags, image: Integers, target: float) -> float | None:
