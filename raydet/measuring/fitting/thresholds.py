@@ -12,10 +12,8 @@ from raydet.tables.columns import Flags, Floats, Integers
 
 LEVEL = 0.95
 """Probability with which a threshold keeps its precision on all images of this kind, and of the intervals."""
-_STEP = 1.05
-"""Ratio of the numbers of detections that pass two consecutive thresholds to be tested."""
-_STARTS = (1, 2, 4, 8)
-"""Where the sequences of tests begin, as multiples of the fewest detections that can prove a precision."""
+_STEP = 1.25
+"""Ratio of the numbers of detections that two consecutive thresholds select: a finer grid costs certainty."""
 
 
 class Ratio(NamedTuple):
@@ -89,10 +87,8 @@ def point_values(outcomes: Outcomes, names: Sequence[str] | None = None) -> list
 def threshold_with_precision(scores: Floats, is_right: Flags, image: Integers, target: float) -> float | None:
     """Return a low score threshold at which the precision reaches a target on all images of this kind.
 
-    It does with a probability of 95 %, although many thresholds are tried: they are tested from the highest on, until a
-    test fails (fixed-sequence testing, as in Angelopoulos et al. 2021, arXiv 2110.01052). A few sequences begin at
-    different numbers of detections and share the probability of an error, because a test on few detections fails at a
-    single wrong one.
+    It does with a probability of 95 %, although several thresholds are tried: these select numbers of detections that
+    depend on the scores alone, and share the probability of an error (Bonferroni).
 
     Args:
         scores: [D].
@@ -101,32 +97,25 @@ def threshold_with_precision(scores: Floats, is_right: Flags, image: Integers, t
         target: Precision, above 0 and below 1.
 
     Returns:
-        None if no threshold is proved to reach the target.
+        The lowest of the thresholds that reach the target; None if none is proved to.
     """
     order = np.argsort(-scores, kind="stable")
     scores, is_right, image = scores[order], is_right[order], image[order]
-    ends = np.append(np.flatnonzero(scores[1:] != scores[:-1]) + 1, len(scores)) if len(scores) else []
-    error = (1 - LEVEL) / len(_STARTS)
-    fewest = np.log(error) / np.log(target)
-    best = 0
-    passed: dict[int, bool] = {}
-    for start in _STARTS:
-        for num_kept in _numbers_kept(ends, start * fewest):
-            if num_kept not in passed:
-                kept = slice(0, num_kept)
-                totals = np.bincount(image[kept]).astype(np.float64)
-                hits = np.bincount(image[kept], is_right[kept], minlength=len(totals))
-                passed[num_kept] = lower_bound(hits, totals, error) >= target
-            if not passed[num_kept]:
-                break
-            best = max(best, num_kept)
-    return float(scores[best - 1]) if best else None
+    numbers = _numbers_kept(scores, target)
+    for num_kept in reversed(numbers):
+        totals = np.bincount(image[:num_kept]).astype(np.float64)
+        hits = np.bincount(image[:num_kept], is_right[:num_kept], minlength=len(totals))
+        if lower_bound(hits, totals, (1 - LEVEL) / len(numbers)) >= target:
+            return float(scores[num_kept - 1])
+    return None
 
 
-def _numbers_kept(ends: Sequence[int] | Integers, first: float) -> list[int]:
-    """Return numbers of best-scoring detections, ascending, that thresholds select and that depend on scores alone."""
-    if not len(ends) or ends[-1] < first:
+def _numbers_kept(scores: Floats, target: float) -> list[int]:
+    """Return the numbers of detections that the thresholds to be tried select, ascending; scores descend."""
+    fewest = np.log(1 - LEVEL) / np.log(target)  # so many, all correct, prove the target with one threshold
+    if len(scores) < fewest:
         return []
-    num_steps = int(np.log(ends[-1] / first) / np.log(_STEP)) + 1
-    wished = np.append(first * _STEP ** np.arange(num_steps), ends[-1])
-    return np.unique(np.asarray(ends)[np.searchsorted(ends, np.minimum(wished, ends[-1]))]).tolist()
+    ends = np.append(np.flatnonzero(scores[1:] != scores[:-1]) + 1, len(scores))
+    num_steps = int(np.log(len(scores) / fewest) / np.log(_STEP)) + 1
+    wished = np.append(fewest * _STEP ** np.arange(num_steps), len(scores))
+    return np.unique(ends[np.searchsorted(ends, np.minimum(wished, len(scores)))]).tolist()
