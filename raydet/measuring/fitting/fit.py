@@ -19,7 +19,7 @@ from raydet.measuring.fitting.operating_point import FittedPoint
 from raydet.measuring.fitting.suppression import choose_nms, outcomes_of, take_kept
 from raydet.measuring.fitting.thresholds import point_values, threshold_with_precision
 from raydet.measuring.numbers.values import Block
-from raydet.measuring.truth import read_truth
+from raydet.measuring.truth import is_json, read_truth
 from raydet.models.checkpoints import Checkpoint, fingerprint, read_checkpoint
 from raydet.tables import storage
 from raydet.tables.columns import Floats
@@ -134,7 +134,8 @@ def _own_checkpoint(config: FitConfig) -> tuple[Checkpoint, str]:
         )
     checkpoint = read_checkpoint(config.checkpoint)
     uri = storage.absolute_uri(config.detections)
-    record = OutputFolder(uri, "predict").record() if storage.is_folder(uri) else None
+    is_file = is_json(uri, "detections", "a detections table that predict wrote")
+    record = None if is_file else OutputFolder(uri, "predict").record()
     made_by = None if record is None or record.command != "predict" else record.identity
     if made_by is None:
         raise UserError(f"{uri} does not say which model made it: expected a detections table that predict wrote")
