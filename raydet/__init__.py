@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import ExportOnnxConfig as ExportOnnxConfig
     from raydet.config import ExportVocConfig as ExportVocConfig
     from raydet.config import ExportYoloConfig as ExportYoloConfig
+    from raydet.config import FitConfig as FitConfig
     from raydet.config import InspectConfig as InspectConfig
     from raydet.config import PlanConfig as PlanConfig
     from raydet.config import PredictConfig as PredictConfig
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.measuring.coco_ap import CocoAP as CocoAP
     from raydet.measuring.compare import compare as compare
     from raydet.measuring.evaluate import evaluate as evaluate
+    from raydet.measuring.fitting.fit import fit as fit
     from raydet.preparation.prepare import prepare_coco as prepare_coco
     from raydet.preparation.prepare import prepare_csv as prepare_csv
     from raydet.preparation.prepare import prepare_cvat as prepare_cvat

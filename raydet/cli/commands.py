@@ -135,6 +135,12 @@ _COMMANDS = (
         "--truth runs/demo/data/val --first runs/demo/detections --second runs/detections",
     ),
     Command(
+        "fit",
+        "raydet.measuring.fitting.fit",
+        "labelled images and a checkpoint's detections → its score thresholds and calibration",
+        "--truth runs/demo/data/val --detections runs/demo/detections --checkpoint runs/demo/checkpoint",
+    ),
+    Command(
         "report",
         "raydet.reporting.report",
         "metrics tables → one HTML file",

@@ -14,7 +14,7 @@ from raydet.config.fields import (
     to_yaml,
 )
 from raydet.config.inspecting import BrowseConfig, InspectConfig
-from raydet.config.measuring import CompareConfig, EvaluateConfig, EvaluationProtocol, ReportConfig
+from raydet.config.measuring import CompareConfig, EvaluateConfig, EvaluationProtocol, FitConfig, ReportConfig
 from raydet.config.planning import DoctorConfig, PlanConfig
 from raydet.config.preparing import (
     DEFAULT_MAX_PIXELS,
@@ -80,6 +80,7 @@ __all__ = [
     "ExportOnnxConfig",
     "ExportVocConfig",
     "ExportYoloConfig",
+    "FitConfig",
     "ImageStorage",
     "InspectConfig",
     "Merge",

@@ -1,4 +1,4 @@
-"""`evaluate`, `compare` and `report`."""
+"""`evaluate`, `compare`, `fit` and `report`."""
 
 from typing import Literal
 
@@ -136,6 +136,28 @@ class CompareConfig:
     def __post_init__(self) -> None:
         require_positive(self, "bootstrap", "num_images")
         require_not_negative(self, "seed")
+
+
+@config
+class FitConfig:
+    """Labelled images and a checkpoint's detections → score thresholds and calibration, written into the checkpoint."""
+
+    truth: str = option("images table with the truth, or COCO instances JSON")
+    detections: str = option("detections table that predict wrote with this checkpoint, with all scores")
+    checkpoint: str = option("model folder to write the operating point into, for predict --operating-point")
+    target_precision: float | None = option(
+        "for each class, the lowest score threshold that keeps this precision on new images with a probability of "
+        "95 %; by default the threshold with the best F1",
+        None,
+    )
+    seed: int = option("seed of the folds for cross-validation", 0)
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "seed")
+        require(
+            self.target_precision is None or 0 < self.target_precision < 1,
+            f"--target-precision must be above 0 and below 1, got {self.target_precision}",
+        )
 
 
 @config

@@ -42,6 +42,11 @@ class PredictConfig(WorkersConfig):
         "drop detections at or below this score; by default 0, which keeps all, as AP requires; for pictures 0.3", None
     )
 
+    operating_point: bool = option(
+        "apply what raydet fit wrote into the checkpoint: score thresholds by class, calibrated scores, suppression",
+        False,
+    )
+
     engine: Engine = option(
         'engine that runs the model; openvino and onnx run on CPUs and need pip install "raydet[openvino]" or '
         '"raydet[onnx]"',
@@ -154,6 +159,14 @@ class PredictConfig(WorkersConfig):
         require(
             (self.model is None) == (self.labels is None),
             "--model (a zero-shot model) and --labels (the objects to look for) must be set together",
+        )
+        require(
+            not self.operating_point or self.checkpoint is not None,
+            "--operating-point needs --checkpoint: raydet fit writes it into a checkpoint",
+        )
+        require(
+            not (self.operating_point and (self.score_threshold or self.class_agnostic_nms)),
+            "--operating-point has its own thresholds and suppression: omit --score-threshold and --class-agnostic-nms",
         )
         require(self.tile is None or self.tile >= 64, f"--tile must be at least 64, got {self.tile}")
         require(0 <= self.tile_overlap <= 0.75, f"--tile-overlap must be from 0 to 0.75, got {self.tile_overlap}")

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raydet.config import PredictConfig
-from raydet.engines.selection import check_classes, select
+from raydet.engines.selection import at_operating_point, check_classes, select
 from raydet.engines.tiling import merge
 from raydet.engines.views import TileView, crop, planned_views
 from raydet.models.detector import Detections
@@ -20,6 +20,7 @@ from raydet.models.geometry import Image, SizeHW
 
 if TYPE_CHECKING:
     from raydet.engines.engine import Engine
+    from raydet.measuring.fitting.operating_point import FittedPoint
 
 _BATCHES_AT_ONCE = 2
 """Maximum number of prepared batches, and of batches that the device has not finished."""
@@ -50,14 +51,17 @@ class PreparedImages:
 class Scorer:
     """Object detection as a `PredictConfig` describes it: tiles, mirrored views, merging, selection.
 
-    `batch_size` is the maximum number of views per batch of the engine.
+    `batch_size` is the maximum number of views per batch of the engine, `point` the operating point to apply.
 
     Raises:
         UserError: `config.classes` names a class that the engine does not know.
     """
 
-    def __init__(self, engine: "Engine", config: PredictConfig, *, batch_size: int) -> None:
+    def __init__(
+        self, engine: "Engine", config: PredictConfig, *, batch_size: int, point: "FittedPoint | None" = None
+    ) -> None:
         self._engine = engine
+        self._point = point
         self._config = config
         self._batch_size = batch_size
         self._classes = check_classes(config.classes, engine.categories)
@@ -147,6 +151,9 @@ class Scorer:
             iou=config.merge_iou,
             max_detections=max(self._engine.max_detections, config.top_k or 0),
         )
+        if self._point is not None:
+            found_at_point = at_operating_point(merged, self._point)
+            return select(found_at_point, top_k=config.top_k, class_agnostic_nms=self._point.class_agnostic_nms)
         return select(
             merged,
             score_threshold=config.score_threshold or 0.0,

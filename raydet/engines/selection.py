@@ -15,6 +15,7 @@ from raydet.common.errors import UserError
 from raydet.tables.schema import Category
 
 if TYPE_CHECKING:
+    from raydet.measuring.fitting.operating_point import FittedPoint
     from raydet.models.detector import Detections
 
 _MOST_NAMES_SHOWN = 100
@@ -75,6 +76,20 @@ def select(
         return found
     return dataclasses.replace(
         found, boxes_xywh=found.boxes_xywh[kept], scores=found.scores[kept], categories=found.categories[kept]
+    )
+
+
+def at_operating_point(found: "Detections", point: "FittedPoint") -> "Detections":
+    """Return the detections that reach the threshold of their class, with calibrated scores, in descending order."""
+    passing = np.flatnonzero(point.passes(found.scores, found.categories))
+    scores, categories = found.scores[passing], found.categories[passing]
+    calibrated = point.calibrated(scores, categories)
+    order = np.argsort(-calibrated, kind="stable")
+    return dataclasses.replace(
+        found,
+        boxes_xywh=found.boxes_xywh[passing[order]],
+        scores=calibrated[order],
+        categories=categories[order],
     )
 
 

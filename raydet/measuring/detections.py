@@ -61,6 +61,7 @@ class Scored:
         num_left_out: Number of images that only one side has, with `allow_partial`.
         note: Line about how the images were joined, if worth reporting.
         model: Checkpoint recorded in the detections table.
+        has_operating_point: True if the detections are those of `predict --operating-point`.
         num_detections: Number of detections in all measured images.
         num_other_class: Number of detections left out, because the truth lacks their class.
     """
@@ -73,6 +74,7 @@ class Scored:
     num_left_out: int = 0
     note: str | None = None
     model: str | None = None
+    has_operating_point: bool = False
     num_detections: int = 0
     num_other_class: int = 0
 
@@ -98,14 +100,14 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
             image_of=lambda: np.repeat(image_ids, np.diff(columns.starts)),
             noun="detections",
         )
-        rows, model = DetectionRows(columns=columns, errors={}), None
+        rows, model, has_point = DetectionRows(columns=columns, errors={}), None, False
         found = ImageKeys(uri=uri, image_ids=image_ids, sizes_hw=np.zeros((len(image_ids), 2), np.int64))
         joined = join_images(truth.images, found, by=join, allow_partial=allow_partial, has_every_image=False)
     else:
         table = open_table(uri, "detections")
         joined = join_images(truth.images, list_images(table), by=join, allow_partial=allow_partial)
         rows = read_detection_rows(table, truth, table.iter_batches(DETECTION_FIELDS, BATCH_ROWS))
-        model = model_of(table)
+        model, has_point = model_of(table), has_operating_point(table)
     columns = take_detections(rows.columns, joined.rows_of(len(truth.images.image_ids))[joined.truth_rows])
     return Scored(
         uri=uri,
@@ -116,6 +118,7 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
         num_left_out=joined.num_left_out,
         note=joined.note,
         model=model,
+        has_operating_point=has_point,
         num_detections=len(columns.scores),
         num_other_class=rows.num_other_class,
     )
@@ -132,6 +135,11 @@ def model_of(table: Table) -> str | None:
     """Return the checkpoint that produced a detections table."""
     model: str | None = parse_metadata(table.schema, kind="detections", where=table.uri).get("checkpoint")
     return model
+
+
+def has_operating_point(table: Table) -> bool:
+    """Return True if `predict --operating-point` wrote a detections table."""
+    return parse_metadata(table.schema, kind="detections", where=table.uri).get("operating_point") is not None
 
 
 def read_detection_rows(table: Table, truth: Truth, batches: Iterable[pa.RecordBatch]) -> DetectionRows:

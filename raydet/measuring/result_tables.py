@@ -15,7 +15,9 @@ from raydet.common.version import __version__
 from raydet.config import EvaluateConfig
 from raydet.measuring import metrics_folder
 from raydet.measuring.detections import Scored
+from raydet.measuring.diagnosis.scores import IOU, outcomes_at, threshold_index
 from raydet.measuring.diagnosis.tables import diagnose
+from raydet.measuring.fitting.thresholds import point_values
 from raydet.measuring.numbers.matches import Matches
 from raydet.measuring.numbers.values import metric_rows
 from raydet.measuring.result import Evaluation
@@ -72,6 +74,9 @@ def write_tables(
         )
         tables |= diagnosis.tables
         values += diagnosis.values
+        if scored.has_operating_point and threshold_index(matches.protocol, IOU) is not None:
+            overall, *by_class = point_values(outcomes_at(matches), [category.name for category in categories])
+            values += [value for block in (overall, *([] if config.class_agnostic else by_class)) for value in block]
         extra["per_image"] = {"iou": 0.5, "score_threshold": diagnosis.best.threshold}
     tables["runs"] = pa.Table.from_pylist([{**names, **counts, **_origin(config, scored)}], schema=build_schema("runs"))
     rows = metric_rows(values, run=config.run, model=model, split=config.split)

@@ -21,6 +21,7 @@ from raydet.measuring.detections import (
     DETECTION_FIELDS,
     Scored,
     errors_by_id,
+    has_operating_point,
     model_of,
     read_detection_rows,
 )
@@ -96,6 +97,7 @@ class _Shards:
             num_left_out=self.join.num_left_out,
             note=self.join.note,
             model=model_of(self.table),
+            has_operating_point=has_operating_point(self.table),
             num_detections=self.num_detections,
             num_other_class=self.num_other_class,
         )

@@ -25,6 +25,8 @@ HISTORY_FILE = "log/history.json"
 """File in OUT of a training run: one entry per epoch."""
 STEPS_FILE = "log/steps.json"
 """File in OUT of a training run that was stopped within an epoch: the entry of that epoch so far."""
+OWN_FILE = "raydet.json"
+"""File in a checkpoint: the operating point that `fit` wrote. It is no part of the model."""
 MOST_REMOTE_BYTES = 512 * 2**20
 """The fingerprint of larger files in an object store uses their size and time instead of their content."""
 
@@ -79,8 +81,8 @@ def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str
 
     Returns:
         For a folder, the first 16 hex digits of the SHA-256 over the names and contents of its `.safetensors`, `.json`
-        and `.txt` files; files above `most_remote_bytes` in an object store count with their size and modification
-        time. For the Hub, the current commit, without fetching weights.
+        and `.txt` files except `raydet.json`; files above `most_remote_bytes` in an object store count with their size
+        and modification time. For the Hub, the current commit, without fetching weights.
 
     Raises:
         UserError: There is no model there.
@@ -89,7 +91,7 @@ def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str
         # The path in the cache is …/snapshots/COMMIT/config.json.
         return Path(hub_config_path(name)).parent.name
     digest = hashlib.sha256()
-    files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES)]
+    files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES) and file != OWN_FILE]
     for file in files:
         digest.update(f"{file}\n{_file_digest(storage.join(name, file), most_remote_bytes)}\n".encode())
     return digest.hexdigest()[:16]

@@ -72,6 +72,14 @@ def class_rows(run: RunTables) -> list[dict[str, Any]]:
     return rows
 
 
+def point_rows(run: RunTables) -> list[dict[str, Any]]:
+    """Return precision, recall and F1 at the operating point, over all classes and by class; empty without one."""
+    names: list[str | None] = [None, *run.classes]
+    rows = [(name, {metric: run.value(metric, name) for metric in ("precision", "recall", "F1")}) for name in names]
+    has_point = (None, "precision", None) in run.values
+    return [{"name": name or "all classes", **numbers} for name, numbers in rows] if has_point else []
+
+
 def slice_rows(run: RunTables) -> list[dict[str, Any]]:
     """Return a row for all images, then one per slice, with its name in words."""
     places: list[str | None] = [None, *run.slices]

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from raydet.reporting.figures import class_rows, error_rows, headline, number, slice_rows, title_of
+from raydet.reporting.figures import class_rows, error_rows, headline, number, point_rows, slice_rows, title_of
 from raydet.reporting.galleries import Galleries
 from raydet.reporting.judging import score_threshold
 from raydet.reporting.run_tables import RunTables
@@ -30,6 +30,7 @@ def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> s
         title=title_of(run),
         headline=headline(run),
         classes=class_rows(run),
+        points=point_rows(run),
         slices=slice_rows(run),
         errors=errors,
         error_sums=sums,

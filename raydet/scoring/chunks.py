@@ -79,7 +79,7 @@ class ChunkScorer:
         engine = work.load_engine(work.config, device=self._device, num_threads=self._num_threads)
         text = "model loaded on %s in %.1f s, %d threads"
         _LOG.info(text, self._device, time.perf_counter() - started, self._num_threads)
-        return Scorer(engine, work.config, batch_size=work.plan.batch_size)
+        return Scorer(engine, work.config, batch_size=work.plan.batch_size, point=work.point)
 
     def close(self) -> None:
         """Stop: drop what has not started; the next block of each chunk in flight raises an error."""

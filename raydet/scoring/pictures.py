@@ -124,7 +124,7 @@ def detect_in(names: Sequence[str], config: PredictConfig, *, console: Console) 
         raise UserError(f"{', '.join(flags)} cannot be combined with pictures as --data: omit it{instead}")
     if config.batch_size == "auto":
         raise UserError("--batch-size auto cannot be combined with pictures as --data: choose a number")
-    if config.score_threshold is None:
+    if config.score_threshold is None and not config.operating_point:
         config = dataclasses.replace(config, score_threshold=SCORE_THRESHOLD)
     missing = [name for name in names if not storage.is_web(name) and not storage.exists(name)]
     if missing:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from raydet.config import PredictConfig
 from raydet.engines.loading import EngineLoader
 from raydet.images.collection import Collection
+from raydet.measuring.fitting.operating_point import FittedPoint
 from raydet.tables.output_folder import OutputFolder
 
 LOG_FOLDER = "__log"
@@ -105,6 +106,7 @@ class Work:
     Attributes:
         config: Options of the run, with absolute paths.
         model_fingerprint: Fingerprint of the checkpoint at the start of the run.
+        point: Operating point to apply, as it was at the start of the run.
         load_engine: Loads the engine; benchmarks replace it.
     """
 
@@ -115,6 +117,7 @@ class Work:
     plan: ScoringPlan
     schema: pa.Schema
     load_engine: EngineLoader
+    point: FittedPoint | None = None
 
     @property
     def model_name(self) -> str:

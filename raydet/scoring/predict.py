@@ -26,6 +26,7 @@ from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
 from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, open_collection
+from raydet.measuring.fitting.operating_point import FittedPoint, read_point_of
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.scoring.chunks import unreadable_in
@@ -90,6 +91,7 @@ class _ModelFacts:
     name: str
     categories: tuple[Category, ...]
     fingerprint: str
+    point: FittedPoint | None = None
 
 
 @with_options(PredictConfig)
@@ -147,6 +149,8 @@ def predict_with(
             console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
         images = found.first(config.limit)
         fingerprints = {"checkpoint_fingerprint": model.fingerprint, "data_fingerprint": images.fingerprint}
+        if model.point is not None:
+            fingerprints["operating_point_fingerprint"] = model.point.fingerprint
         run_identity = {**identity(config), **fingerprints}
         earlier = folder.admit(run_identity)
         if is_table(folder.uri):
@@ -155,6 +159,8 @@ def predict_with(
         if in_process is None:
             in_process = _suits_this_process(config, images)
         metadata = {"checkpoint": without_secrets(model.name), "checkpoint_hash": model.fingerprint}
+        if model.point is not None:
+            metadata["operating_point"] = model.point.fingerprint
         schema = build_schema("detections", model.categories, extra_metadata=metadata)
         work = Work(
             config=config,
@@ -164,6 +170,7 @@ def predict_with(
             plan=ScoringPlan.of(config, images.num_rows, 1),
             schema=with_token(schema, token_of_run(run_identity)),
             load_engine=load,
+            point=model.point,
         )
         with _place(config, console, in_process) as place:
             work = dataclasses.replace(work, plan=_plan(work, earlier, place))
@@ -213,7 +220,8 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
         check_engine(config, checkpoint.model_type)
         if not checkpoint.categories:
             raise UserError(f"the model {checkpoint.name} defines no classes: its config.json has no id2label")
-        model = _ModelFacts(checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint))
+        point = read_point_of(config, checkpoint.categories)
+        model = _ModelFacts(checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint), point)
     if config.reduced_decode and (config.tile or config.model):
         tiles = "--tile: tiles are cut from the full-size image"
         other = tiles if config.tile else "a zero-shot model: it requires a trained detector"

@@ -19,6 +19,7 @@ from raydet.engines.scorer import Scorer
 from raydet.images.decode import DecodeError, decode
 from raydet.images.files import ReadError
 from raydet.images.references import read_reference
+from raydet.measuring.fitting.operating_point import read_point_of
 from raydet.models.geometry import Image
 from raydet.preparation.sources.web import WebReader
 from raydet.tables import storage
@@ -28,12 +29,13 @@ Picture = str | PathLike[str] | bytes | PilImage.Image | npt.NDArray[np.uint8]
 """An image: a path, URI or web address, the content of a file, a PIL image, or RGB pixels, uint8 [H, W, 3]."""
 
 
-def load(checkpoint: str | PathLike[str], *, score_threshold: float = 0.3, **options: Any) -> "LoadedModel":
+def load(checkpoint: str | PathLike[str], *, score_threshold: float | None = None, **options: Any) -> "LoadedModel":
     """Load a model that detects objects in images in memory; it finds the boxes that `predict` writes.
 
     Args:
         checkpoint: Model folder, as written by `train`, or a Hub name; with `labels`, that of a zero-shot model.
-        score_threshold: Detections at or below this score are dropped.
+        score_threshold: Detections at or below this score are dropped; by default 0.3, or the thresholds of the
+            operating point with `operating_point=True`.
         options: Fields of `PredictConfig` for the model, its views and detections, such as `engine`, `precision`,
             `labels`, `tile`, `classes`, `use_gpu` or `batch_size`.
 
@@ -44,6 +46,8 @@ def load(checkpoint: str | PathLike[str], *, score_threshold: float = 0.3, **opt
     unknown = sorted(set(options) - _OPTIONS)
     if unknown:
         raise UserError(f"load() has no option {', '.join(unknown)}; it has {', '.join(sorted(_OPTIONS))}")
+    if score_threshold is None:
+        score_threshold = 0.0 if options.get("operating_point") else 0.3
     name = "model" if options.get("labels") is not None else "checkpoint"
     fields: dict[str, Any] = {name: str(checkpoint), "score_threshold": score_threshold, **options}
     return LoadedModel(PredictConfig(data="", **fields))
@@ -52,7 +56,7 @@ def load(checkpoint: str | PathLike[str], *, score_threshold: float = 0.3, **opt
 _OPTIONS = {
     "labels", "batch_size", "engine", "precision", "compile", "channels_last", "pad_batches", "resize_on", "max_pixels",
     "tile", "tile_overlap", "whole_image", "flip", "merge", "merge_iou", "classes", "top_k", "class_agnostic_nms",
-    "use_gpu", "threads_per_worker",
+    "operating_point", "use_gpu", "threads_per_worker",
 }  # fmt: skip
 
 
@@ -71,7 +75,8 @@ class LoadedModel:
         self.categories: tuple[Category, ...] = engine.categories
         self._max_pixels = config.max_pixels
         self._batch_size = config.batch_size
-        self._scorer = Scorer(engine, config, batch_size=self._batch_size)
+        point = read_point_of(config, engine.categories)
+        self._scorer = Scorer(engine, config, batch_size=self._batch_size, point=point)
 
     def __call__(self, images: Picture | Iterable[Picture]) -> Any:
         """Detect objects in one image, in a list of images, or, batch by batch, in those of any other iterable.

@@ -234,7 +234,7 @@ def score_values(
     over = [(outcomes.scores, outcomes.is_right, len(outcomes.truth_row)), *outcomes.by_class()]
     found = []
     # If classes count as one, the only class is skipped.
-    named = zip(outcomes.names(categories), over, _calibration_errors(outcomes), strict=not outcomes.class_agnostic)
+    named = zip(outcomes.names(categories), over, calibration_errors(outcomes), strict=not outcomes.class_agnostic)
     for name, (scores, is_right, num_truth), error in named:
         best = best_threshold(scores, is_right, num_truth)
         values: dict[str, float | None] = {
@@ -286,7 +286,7 @@ def _bin_sums(outcomes: Outcomes) -> tuple[Floats, ...]:
     return tuple(sums)
 
 
-def _calibration_errors(outcomes: Outcomes) -> list[float | None]:
+def calibration_errors(outcomes: Outcomes) -> list[float | None]:
     """Return the mean distance of precision from score, weighted by the detections in a bin; None without any."""
     counts, score_sums, right_sums = _bin_sums(outcomes)
     distances = np.abs(score_sums - right_sums).sum(axis=1).tolist()

@@ -1,0 +1,1 @@
+"""Detections and their truth → a detector's operating point: thresholds, calibrated scores, suppression."""
