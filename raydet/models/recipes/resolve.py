@@ -22,6 +22,8 @@ LOW_AP = 0.2
 
 _FEW_IMAGES, _FEW_IMAGES_FROM_SCRATCH = 2000, 400
 """Images up to which a batch has 8 instead of 16 images, so that an epoch has more steps."""
+_LONG_RUN_PRESETS, _SHORT_RUN_STEPS = ("rtdetr", "dfine"), 500
+"""Presets with zoom-out and crops, and the steps up to which a run learns more from `light`."""
 _PRETRAINED_ADVICE = (
     "start from a pretrained model instead, such as --model PekingU/rtdetr_v2_r18vd, or from one trained on similar "
     "images"
@@ -181,7 +183,10 @@ def _decide(
     decide("ema_decay", round(1 - 1 / memory, 5), f"an eighth of {num_steps:,} steps, at least 100, at most 10,000")
     decide("ema_rise_steps", min(max(num_steps // 5, 100), 2000), "a fifth of the run, at least 100, at most 2,000")
 
-    decide("augmentation", recipe.augmentation, row)
+    if recipe.augmentation in _LONG_RUN_PRESETS and num_steps <= _SHORT_RUN_STEPS:
+        decide("augmentation", "light", f"{recipe.augmentation} needs more than {_SHORT_RUN_STEPS} steps: {row}")
+    else:
+        decide("augmentation", recipe.augmentation, row)
     plain = min(max(1, round(recipe.plain_part * epochs)), epochs // 2) if recipe.plain_part else 0
     decide("close_mosaic", plain, f"{recipe.plain_part:.1%} of the epochs: {row}")
     if decide.is_open("multi_scale") and config.compile:

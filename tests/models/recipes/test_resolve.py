@@ -125,6 +125,15 @@ def test_none_gives_the_values_of_the_first_version() -> None:
     assert _resolve(recipe="none", epochs=3).epochs == 3
 
 
+def test_zoom_out_and_crops_are_for_long_runs(checkpoints: dict[str, str]) -> None:
+    def preset(model_type: str, epochs: int) -> Any:
+        return _resolve(40, model=checkpoints[model_type], epochs=epochs).augmentation
+
+    assert [preset("rt_detr_v2", epochs) for epochs in (36, 100, 101)] == ["light", "light", "rtdetr"]
+    assert [preset("d_fine", epochs) for epochs in (36, 101)] == ["light", "dfine"]
+    assert preset("detr", 36) == "detr"
+
+
 def test_what_the_user_gives_wins(checkpoints: dict[str, str]) -> None:
     given = PLAIN | {"backbone_learning_rate": 3e-5, "num_workers": 2}
     resolved = resolve(_config(model=checkpoints["deformable_detr"], **given), num_images=1_000, gpus=lambda: 8)
