@@ -104,7 +104,8 @@ def threshold_with_precision(scores: Floats, is_right: Flags, image: Integers, t
     numbers = _numbers_kept(scores, target)
     for num_kept in reversed(numbers):
         totals = np.bincount(image[:num_kept]).astype(np.float64)
-        hits = np.bincount(image[:num_kept], is_right[:num_kept], minlength=len(totals))
+        right = image[:num_kept][is_right[:num_kept]]
+        hits = np.bincount(right, minlength=len(totals)).astype(np.float64)
         if lower_bound(hits, totals, (1 - LEVEL) / len(numbers)) >= target:
             return float(scores[num_kept - 1])
     return None
@@ -118,4 +119,5 @@ def _numbers_kept(scores: Floats, target: float) -> list[int]:
     ends = np.append(np.flatnonzero(scores[1:] != scores[:-1]) + 1, len(scores))
     num_steps = int(np.log(len(scores) / fewest) / np.log(_STEP)) + 1
     wished = np.append(fewest * _STEP ** np.arange(num_steps), len(scores))
-    return np.unique(ends[np.searchsorted(ends, np.minimum(wished, len(scores)))]).tolist()
+    numbers: list[int] = np.unique(ends[np.searchsorted(ends, np.minimum(wished, len(scores)))]).tolist()
+    return numbers

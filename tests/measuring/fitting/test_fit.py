@@ -115,8 +115,8 @@ def test_calibration_errors_fall_and_the_order_stays(slope: float, offset: float
         for index in range(3):
             own = category == index
             assert (np.argsort(scores[own], kind="stable") == np.argsort(before.scores[own], kind="stable")).all()
-        both = [average_precision(category, values, before.is_right, num_truth) for values in (scores, before.scores)]
-        np.testing.assert_array_equal(*both)
+        new, old = (average_precision(category, own, before.is_right, num_truth) for own in (scores, before.scores))
+        np.testing.assert_array_equal(new, old)
 
 
 def test_calibrated_scores_are_left_alone() -> None:
@@ -179,13 +179,14 @@ def test_suppression_is_that_of_predict(iou: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str, str]:
+def fitted(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str, Any]:
     """A checkpoint with its detections and a truth that some of them find."""
     folder = tmp_path_factory.mktemp("fit")
     checkpoint, found = str(tiny("rt_detr_v2_tiny", folder / "model")), str(folder / "found")
     raydet.predict(checkpoint=checkpoint, data=str(shapes / "val"), out=found)
     table = open_table(found, "detections")
-    images, boxes = [], []
+    images: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
     for row in table.read().to_pylist():
         size = {"width": row["width"], "height": row["height"]}
         images.append({"id": row["image_id"], "file_name": row["path"] or "", **size})
@@ -207,7 +208,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str, 
     return {"checkpoint": checkpoint, "detections": found, "truth": str(truth)}
 
 
-def test_predict_applies_the_point(fitted: dict[str, str], shapes: Path, tmp_path: Path) -> None:
+def test_predict_applies_the_point(fitted: dict[str, Any], shapes: Path, tmp_path: Path) -> None:
     checkpoint = fitted["checkpoint"]
     before = fingerprint(checkpoint)
     result = raydet.fit(**fitted)
@@ -266,7 +267,7 @@ def test_predict_applies_the_point(fitted: dict[str, str], shapes: Path, tmp_pat
         raydet.fit(**{**fitted, "detections": out})
 
 
-def test_refusals(fitted: dict[str, str], tmp_path: Path) -> None:
+def test_refusals(fitted: dict[str, Any], tmp_path: Path) -> None:
     other = str(tiny("rt_detr_v2_tiny", tmp_path / "other"))
     config = json.loads(Path(other, "config.json").read_text())
     Path(other, "config.json").write_text(json.dumps({**config, "note": 1}))
@@ -278,7 +279,8 @@ def test_refusals(fitted: dict[str, str], tmp_path: Path) -> None:
     results.write_text("[]")
     with pytest.raises(UserError, match="does not say which model"):
         raydet.fit(**{**fitted, "detections": str(results)})
-    for options in ({"target_precision": 1.0}, {"target_precision": 0.0}, {"seed": -1}):
+    wrong: list[dict[str, Any]] = [{"target_precision": 1.0}, {"target_precision": 0.0}, {"seed": -1}]
+    for options in wrong:
         with pytest.raises(UserError):
             FitConfig(**fitted, **options)
     data = str(tmp_path)
@@ -295,7 +297,7 @@ def test_refusals(fitted: dict[str, str], tmp_path: Path) -> None:
             read_point(other, ["a"])
 
 
-def test_a_point_of_another_model_is_refused(fitted: dict[str, str], tmp_path: Path) -> None:
+def test_a_point_of_another_model_is_refused(fitted: dict[str, Any], tmp_path: Path) -> None:
     point = FittedPoint(
         classes=("a",),
         thresholds=(0.5,),
