@@ -46,7 +46,7 @@ def test_images_that_stand_together_are_not_copied(first: int, last: int) -> Non
     ):
         assert vars(taken).keys() == vars(copied).keys()
         for name, values in vars(taken).items():
-            assert values.tolist() == vars(copied)[name].tolist(), name
+            np.testing.assert_equal(values, vars(copied)[name], err_msg=name)
     taken_boxes = take_detections(found, images).boxes_xywh
     assert len(taken_boxes) == 0 or np.shares_memory(taken_boxes, found.boxes_xywh)
     assert np.shares_memory(take_truth(truth, np.array([2])).area, truth.area)

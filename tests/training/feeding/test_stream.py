@@ -104,7 +104,9 @@ def _steps(received: list[list[ReadyBatch]]) -> dict[tuple[str, int, int], list[
 
 def _digest(batch: ReadyBatch, example: Example) -> str:
     truth = batch.truths.get(example.image_id)
-    labelled = None if truth is None else [values.tolist() for values in vars(truth).values()]
+    labelled = (
+        None if truth is None else [values if values is None else values.tolist() for values in vars(truth).values()]
+    )
     content = [example.image_id, example.boxes.tolist(), example.categories.tolist(), batch.resize_rule, labelled]
     return f"{example.image_id}:{hashlib.sha256(repr(content).encode() + example.image.tobytes()).hexdigest()}"
 
