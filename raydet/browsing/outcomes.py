@@ -16,7 +16,7 @@ from raydet.tables.columns import (
     DetectionColumns,
     Integers,
     TruthColumns,
-    starts_of,
+    keep_detections,
     take_detections,
     take_truth,
 )
@@ -108,11 +108,4 @@ def _judge_part(
 def _at_least(detections: DetectionColumns, threshold: float) -> tuple[DetectionColumns, Integers]:
     """Return the detections at or above a score, and their rows."""
     is_kept = detections.scores >= threshold
-    image = np.repeat(np.arange(len(detections.starts) - 1), np.diff(detections.starts))
-    kept = DetectionColumns(
-        starts=starts_of(np.bincount(image[is_kept], minlength=len(detections.starts) - 1)),
-        boxes_xywh=detections.boxes_xywh[is_kept],
-        scores=detections.scores[is_kept],
-        category=detections.category[is_kept],
-    )
-    return kept, np.flatnonzero(is_kept)
+    return keep_detections(detections, is_kept), np.flatnonzero(is_kept)

@@ -13,7 +13,14 @@ from raydet.common.console import aligned
 from raydet.measuring.detections import Scored
 from raydet.measuring.numbers.matches import Matches, take_images
 from raydet.measuring.numbers.metrics import METRICS, CocoResult, accumulate
-from raydet.tables.columns import DetectionColumns, TruthColumns, in_unlabelled_class, take_detections, take_truth
+from raydet.tables.columns import (
+    DetectionColumns,
+    TruthColumns,
+    image_places,
+    in_unlabelled_class,
+    take_detections,
+    take_truth,
+)
 from raydet.tables.schema import Category
 
 _FAR = 1e6
@@ -109,10 +116,10 @@ def numbers_of_pycocotools(truth: TruthColumns, found: DetectionColumns, categor
         "area": truth.area,
         "iscrowd": truth.iscrowd.astype(np.int64),
     }
-    place = np.repeat(np.arange(len(image_ids)), np.diff(found.starts))
-    unlabelled = in_unlabelled_class(truth, place, found.category)
+    unlabelled = in_unlabelled_class(truth, found)
     if unlabelled is not None:
-        crowds = np.unique(np.stack([place[unlabelled], found.category[unlabelled]], axis=1), axis=0)
+        keys = np.stack([image_places(found), found.category], axis=1)
+        crowds = np.unique(keys[unlabelled], axis=0)
         num = len(crowds)
         everywhere = {
             "image_id": image_ids[crowds[:, 0]],

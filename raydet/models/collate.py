@@ -10,6 +10,9 @@ from torch import Tensor
 
 from raydet.models.geometry import SizeHW, fill_padded
 
+LABELLED = "labelled"
+"""Key in the labels of an image: the indices of the classes that it is labelled for, int64 [K]; absent: all."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -84,7 +87,7 @@ def collate(examples: Sequence[Example], *, pad_to_hw: SizeHW | None = None) -> 
     ]
     for label, example in zip(labels, examples, strict=True):
         if example.labelled_categories is not None:
-            label["labelled"] = torch.tensor(example.labelled_categories, dtype=torch.int64).reshape(-1)
+            label[LABELLED] = torch.tensor(example.labelled_categories, dtype=torch.int64).reshape(-1)
     return Batch(
         [example.image_id for example in examples],
         pixels,

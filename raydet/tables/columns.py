@@ -74,13 +74,15 @@ def take_truth(columns: TruthColumns, rows: Integers) -> TruthColumns:
     )
 
 
-def in_unlabelled_class(truth: TruthColumns, image: Integers, category: Integers) -> Flags | None:
-    """Find the boxes of a class that their image is not labelled for.
+def in_unlabelled_class(
+    truth: TruthColumns, detections: DetectionColumns, rows: Integers | None = None
+) -> Flags | None:
+    """Find the detections of a class that their image is not labelled for.
 
     Args:
         truth: Labels of the images.
-        image: Place of each box's image in `truth`, int64 [D].
-        category: Class of each box, int64 [D].
+        detections: Detections in the same images.
+        rows: Detections to look at, int64 [D]; None for all.
 
     Returns:
         bool [D]; None if every image is labelled for all classes.
@@ -90,6 +92,9 @@ def in_unlabelled_class(truth: TruthColumns, image: Integers, category: Integers
         return None
     import pyarrow.compute as pc  # slow to import
 
+    image, category = image_places(detections), detections.category
+    if rows is not None:
+        image, category = image[rows], category[rows]
     lengths, classes = numbers_of(pc.list_value_length(lists)), numbers_of(lists.flatten())
     num_categories = 1 + max(int(classes.max(initial=0)), int(category.max(initial=0)))
     known = np.repeat(np.arange(len(lists)), lengths) * num_categories + classes
@@ -107,6 +112,21 @@ def take_detections(columns: DetectionColumns, rows: Integers) -> DetectionColum
         scores=columns.scores[taken],
         category=columns.category[taken],
     )
+
+
+def keep_detections(columns: DetectionColumns, is_kept: Flags) -> DetectionColumns:
+    """Select detections by a mask, bool [D], in the same images."""
+    return DetectionColumns(
+        starts=starts_of(np.bincount(image_places(columns)[is_kept], minlength=len(columns.starts) - 1)),
+        boxes_xywh=columns.boxes_xywh[is_kept],
+        scores=columns.scores[is_kept],
+        category=columns.category[is_kept],
+    )
+
+
+def image_places(columns: DetectionColumns) -> Integers:
+    """Return the place of each detection's image, int64 [D]."""
+    return np.repeat(np.arange(len(columns.starts) - 1), np.diff(columns.starts))
 
 
 def concatenate_detections(parts: Sequence[DetectionColumns]) -> DetectionColumns:

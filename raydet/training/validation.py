@@ -15,10 +15,9 @@ from raydet.engines.detector_engine import DetectorEngine, EngineBatch
 from raydet.images.drawing import draw_comparison
 from raydet.measuring.numbers.accumulator import NO_DETECTIONS, CocoAccumulator, ImageDetections, ImageTruth
 from raydet.measuring.numbers.metrics import CocoResult
-from raydet.models.collate import Example
+from raydet.models.collate import LABELLED, Example
 from raydet.models.detector import Detections, Detector
 from raydet.models.losses.final_boxes import FinalLoss, mean_loss
-from raydet.models.losses.partial_labels import LABELLED
 from raydet.tables.schema import Category
 from raydet.training.crew import Crew
 from raydet.training.feeding.batches import BatchReader, ReadyBatch

@@ -11,7 +11,7 @@ from raydet.config import EvaluateConfig
 from raydet.measuring.evaluate import evaluate
 from raydet.measuring.numbers.accumulator import CocoAccumulator, ImageDetections, ImageTruth
 from raydet.measuring.truth import read_truth
-from raydet.tables.columns import in_unlabelled_class
+from raydet.tables.columns import DetectionColumns, in_unlabelled_class
 from raydet.tables.schema import LABELLED_COLUMN, OPTIONAL_FIELDS, Category, build_schema
 from raydet.tables.table import TableWriter
 from tests.measuring.test_evaluate import Row, write_detections
@@ -131,7 +131,13 @@ def test_the_column_is_read_with_its_images(tables: Any, tmp_path: Path) -> None
     images, _ = tables
     columns = read_truth(_write(tmp_path / "turned", images[::-1])).columns
     image, category = (one.ravel() for one in np.indices((NUM_IMAGES, 3)))
-    found = in_unlabelled_class(columns, image, category)
+    boxes = DetectionColumns(
+        starts=np.arange(NUM_IMAGES + 1) * 3,
+        boxes_xywh=np.zeros((len(image), 4)),
+        scores=category / 3,
+        category=category,
+    )
+    found = in_unlabelled_class(columns, boxes)
     assert found is not None
     for place, label, is_unlabelled in zip(image.tolist(), category.tolist(), found.tolist(), strict=True):
         known = KNOWN[place % 4]

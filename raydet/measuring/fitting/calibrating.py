@@ -3,15 +3,15 @@
 Maps are strictly increasing, so that the order of the detections of a class, and with it AP, stays the same.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
 from raydet.measuring.diagnosis.scores import Outcomes
+from raydet.measuring.fitting.scores import LEAST_SCORE, ScoreMap, map_scores
 from raydet.tables.columns import Flags, Floats, Integers
 
 Method = Literal["isotonic", "temperature"]
@@ -20,57 +20,6 @@ METHODS: tuple[Method, ...] = ("isotonic", "temperature")
 NUM_FOLDS = 5
 _MIN_EACH = 50
 """Correct and wrong detections that a class needs for a map of its own; with fewer it takes that of all classes."""
-_SLOPE = 1e-3
-"""Share of the score itself in an isotonic map, which makes the map strictly increasing."""
-_LEAST = 1e-9
-_MOST_KNOTS = 100_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreMap:
-    """Strictly increasing map from a score to a probability.
-
-    Either logit(p) = logit(s) / temperature + offset (Guo et al. 2017, with the offset of Platt 1999), or, with knots,
-    linear interpolation between them (centred isotonic regression, Oron and Flournoy 2017).
-
-    Attributes:
-        temperature: Above 0.
-        offset: In log-odds.
-        scores: Knots, strictly increasing.
-        values: Probability at each knot, increasing.
-    """
-
-    temperature: float = 1.0
-    offset: float = 0.0
-    scores: tuple[float, ...] = ()
-    values: tuple[float, ...] = ()
-
-    def __call__(self, scores: Floats) -> Floats:
-        """Return the probabilities of scores, float64 of the same shape, above 0 and at most 1."""
-        if self.scores:
-            mapped: Floats = (1 - _SLOPE) * np.interp(scores, self.scores, self.values) + _SLOPE * scores
-            return mapped
-        mapped = expit(logit(np.clip(scores, _LEAST, 1 - _LEAST)) / self.temperature + self.offset)
-        return mapped
-
-    @classmethod
-    def of_content(cls, content: Mapping[str, Any]) -> Self:
-        """Check the fields as JSON holds them.
-
-        Raises:
-            ValueError: They do not describe such a map.
-        """
-        knots, values = (tuple(map(float, content[name])) for name in ("scores", "values"))
-        own = cls(
-            temperature=float(content["temperature"]), offset=float(content["offset"]), scores=knots, values=values
-        )
-        numbers = np.array([own.temperature, own.offset, *knots, *values])
-        steps = [np.diff(knots), np.diff(values)]
-        is_map = len(knots) == len(values) <= _MOST_KNOTS and (steps[0] > 0).all() and (steps[1] >= 0).all()
-        in_range = min([*knots, *values], default=0) >= 0 and max([*knots, *values], default=0) <= 1
-        if not (np.isfinite(numbers).all() and own.temperature > 0 and is_map and in_range):
-            raise ValueError("a calibration is not an increasing map of scores")
-        return own
 
 
 def fit_map(method: Method, scores: Floats, is_right: Flags) -> ScoreMap:
@@ -88,7 +37,7 @@ def _isotonic(scores: Floats, is_right: Flags) -> ScoreMap:
 
 
 def _temperature(scores: Floats, is_right: Flags) -> ScoreMap:
-    odds = logit(np.clip(scores, _LEAST, 1 - _LEAST))
+    odds = logit(np.clip(scores, LEAST_SCORE, 1 - LEAST_SCORE))
 
     def loss(parameters: Floats) -> tuple[float, Floats]:
         """Return the mean log loss and its gradient."""
@@ -114,16 +63,6 @@ def fit_maps(
         is_enough = min(num_right, int(own.sum()) - num_right) >= _MIN_EACH
         maps.append(fit_map(method, scores[own], is_right[own]) if is_enough else pooled)
     return tuple(maps)
-
-
-def map_scores(maps: Sequence[ScoreMap | None], scores: Floats, category: Integers) -> Floats:
-    """Return each score, [D], as the map of its class converts it; None leaves it as it is."""
-    result = scores.copy()
-    for index, own in enumerate(maps):
-        if own is not None:
-            chosen = category == index
-            result[chosen] = own(scores[chosen])
-    return result
 
 
 def folds_of(num_images: int, seed: int) -> Integers:

@@ -14,15 +14,16 @@ from raydet.config import FitConfig
 from raydet.config.fields import with_options
 from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.diagnosis.scores import Outcomes, best_threshold, calibration_errors
-from raydet.measuring.fitting.calibrating import Calibration, Method, calibrate, map_scores
+from raydet.measuring.fitting.calibrating import Calibration, Method, calibrate
 from raydet.measuring.fitting.operating_point import FittedPoint
-from raydet.measuring.fitting.suppression import choose_nms, outcomes_of, take_kept
+from raydet.measuring.fitting.scores import map_scores, passing
+from raydet.measuring.fitting.suppression import choose_nms, outcomes_of
 from raydet.measuring.fitting.thresholds import point_values, threshold_with_precision
 from raydet.measuring.numbers.values import Block
 from raydet.measuring.truth import is_json, read_truth
 from raydet.models.checkpoints import Checkpoint, fingerprint, read_checkpoint
 from raydet.tables import storage
-from raydet.tables.columns import Floats
+from raydet.tables.columns import Floats, keep_detections
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category
 
@@ -168,12 +169,11 @@ def _fit(config: FitConfig, scored: Scored, num_classes: int) -> _Fitted:
     outcomes = outcomes_of(truth, found, num_classes)
     calibration = calibrate(outcomes, seed=config.seed)
     thresholds = _thresholds(outcomes, config.target_precision)
-    limits = np.array([np.inf if limit is None else limit for limit in thresholds])
-    passing = take_kept(found, found.scores >= limits[found.category])
-    calibrated = map_scores(calibration.maps, passing.scores, passing.category)
+    kept = keep_detections(found, passing(thresholds, found.scores, found.category))
+    calibrated = map_scores(calibration.maps, kept.scores, kept.category)
     nms, at_point = choose_nms(
         truth,
-        passing,
+        kept,
         calibrated,
         num_classes,
         seed=config.seed,

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
-
 from raydet.common.errors import UserError
 from raydet.common.untrusted.documents import DocumentError
 from raydet.config import PredictConfig
-from raydet.measuring.fitting.calibrating import ScoreMap, map_scores
+from raydet.measuring.fitting.scores import ScoreMap, map_scores, passing
 from raydet.models.checkpoints import OWN_FILE, fingerprint
 from raydet.tables import storage
 from raydet.tables.columns import Flags, Floats, Integers
@@ -47,9 +45,7 @@ class FittedPoint:
 
     def passes(self, scores: Floats, category: Integers) -> Flags:
         """Return True for each detection, [D], whose score reaches the threshold of its class."""
-        limits = np.array([np.inf if limit is None else limit for limit in self.thresholds])
-        reached: Flags = scores >= limits[category]
-        return reached
+        return passing(self.thresholds, scores, category)
 
     def calibrated(self, scores: Floats, category: Integers) -> Floats:
         """Return the calibrated score of each detection, float64 [D]."""

@@ -6,7 +6,7 @@ from raydet.measuring.diagnosis.scores import IOU, Outcomes, outcomes_at
 from raydet.measuring.fitting.calibrating import NUM_FOLDS, folds_of
 from raydet.measuring.numbers.matches import Protocol
 from raydet.measuring.numbers.matching import Pairs, match, match_in_parts, overlapping_pairs
-from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns, starts_of
+from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns, keep_detections
 
 CANDIDATES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """IoU thresholds to choose from."""
@@ -17,17 +17,6 @@ def outcomes_of(truth: TruthColumns, detections: DetectionColumns, num_categorie
     protocol = Protocol(iou_thresholds=(IOU,))
     matches = match_in_parts(truth, detections, lambda own, found, _: match(own, found, num_categories, protocol))
     return outcomes_at(matches)
-
-
-def take_kept(detections: DetectionColumns, kept: Flags) -> DetectionColumns:
-    """Select detections by a mask, bool [D]."""
-    image = np.repeat(np.arange(len(detections.starts) - 1), np.diff(detections.starts))
-    return DetectionColumns(
-        starts=starts_of(np.bincount(image[kept], minlength=len(detections.starts) - 1)),
-        boxes_xywh=detections.boxes_xywh[kept],
-        scores=detections.scores[kept],
-        category=detections.category[kept],
-    )
 
 
 def choose_nms(
@@ -63,7 +52,7 @@ def choose_nms(
         kept = kept_by_nms(pairs, len(calibrated), iou)
         if kept.all():
             continue
-        outcomes = outcomes_of(truth, take_kept(detections, kept), num_categories)
+        outcomes = outcomes_of(truth, keep_detections(detections, kept), num_categories)
         if keeps_precision and (_precisions(outcomes) < _precisions(plain)).any():
             continue
         choices.append(iou)

@@ -98,8 +98,7 @@ def match(
     other_size = (found_area < bounds[:, :1]) | (found_area > bounds[:, 1:])
     everything = true_positive.dtype.type(2 ** len(thresholds) - 1)
     ignored |= other_size * everything & ~true_positive
-    own_image = np.repeat(np.arange(len(order)), np.diff(detections.starts))[found.row]
-    unlabelled = in_unlabelled_class(truth, own_image, detections.category[found.row])
+    unlabelled = in_unlabelled_class(truth, detections, found.row)
     if unlabelled is not None:
         ignored |= unlabelled * everything & ~true_positive
     return Matches(

@@ -49,8 +49,7 @@ def match_voc(truth: TruthColumns, detections: DetectionColumns, num_categories:
     right[0, assigned[first_of_box[is_counted]]] = 1
     ignored = np.zeros_like(matches.ignored)
     ignored[0, assigned[truth.iscrowd[box[assigned]]]] = 1
-    image = np.repeat(np.arange(len(truth.image_ids)), np.diff(detections.starts))[matches.detection_row]
-    unlabelled = in_unlabelled_class(truth, image, detections.category[matches.detection_row])
+    unlabelled = in_unlabelled_class(truth, detections, matches.detection_row)
     if unlabelled is not None:
         ignored[0, unlabelled & (right[0] == 0)] = 1
     truth_found = np.isin(matches.truth_row, found).astype(matches.truth_found.dtype)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LABELLED = "labelled"
-"""Key in the labels of an image: the indices of the classes that it is labelled for, int64 [K]; absent: all."""
+from raydet.models.collate import LABELLED
 
 _SIGMOID_OF_NOTHING = -50.0
 """Its sigmoid is 2e-22: 1 minus it is exactly 1 in double precision; its logarithm is finite in single precision."""

@@ -103,7 +103,7 @@ def _with_classes(batch: ReadyBatch, class_map: ClassMap) -> ReadyBatch:
     """Replace the category indices of a table by those of the model."""
     import torch
 
-    from raydet.models.losses.partial_labels import LABELLED
+    from raydet.models.collate import LABELLED
 
     unused = [image_id for image_id, truth in batch.truths.items() if (class_map[truth.category] < 0).any()]
     if unused:
@@ -133,8 +133,7 @@ def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
     """Yield the micro-batches of a decoded chunk without copying their pixels, which are read-only."""
     import torch
 
-    from raydet.models.collate import Batch
-    from raydet.models.losses.partial_labels import LABELLED
+    from raydet.models.collate import LABELLED, Batch
 
     header, images = header_of(chunk), images_of(chunk)
     image_ids, errors = images["image_id"].to_pylist(), images["error"].to_pylist()

@@ -13,8 +13,9 @@ import raydet
 from raydet import FitConfig, PredictConfig, UserError
 from raydet.engines.selection import non_maximum_suppression
 from raydet.measuring.diagnosis.scores import Outcomes, average_precision, calibration_errors
-from raydet.measuring.fitting.calibrating import METHODS, calibrate, fit_maps, map_scores
+from raydet.measuring.fitting.calibrating import METHODS, calibrate, fit_maps
 from raydet.measuring.fitting.operating_point import FittedPoint, read_point
+from raydet.measuring.fitting.scores import map_scores
 from raydet.measuring.fitting.suppression import choose_nms, kept_by_nms, overlapping_detections
 from raydet.measuring.fitting.thresholds import ratio, threshold_with_precision
 from raydet.models.checkpoints import OWN_FILE, fingerprint

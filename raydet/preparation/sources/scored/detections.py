@@ -1,6 +1,6 @@
 """A scored images table and its detections → records whose boxes are the detections that pass a threshold."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
 from raydet.config import PrepareDetectionsConfig
+from raydet.measuring.fitting.scores import passing
 from raydet.measuring.paths import paths_differ
 from raydet.preparation.sources.scored.rows import RecentRows
 from raydet.preparation.sources.scored.thresholds import choose_thresholds
@@ -27,7 +28,6 @@ from raydet.preparation.sources.source import (
 )
 from raydet.tables.columns import (
     BATCH_ROWS,
-    Floats,
     Integers,
     flatten,
     image_ids_in,
@@ -64,14 +64,13 @@ def read_detections(images: Table, found: Table, config: PrepareDetectionsConfig
     findings = FindingLog()
     fields = _further_fields(images, findings)
     rows = RecentRows(found, ["detections", "error"])
-    least = np.array([np.inf if own is None else own for own in thresholds], np.float64)
 
     def records() -> Iterator[SourceImage]:
         position, next_id = 0, 1
         columns = ["image_id", "image.path", "width", "height", *(field.name for field in fields)]
         for batch in images.iter_batches(columns, _ROWS_AT_ONCE):
             own = np.arange(position, position + batch.num_rows)
-            labels = _labels(rows.take(own if places is None else places[own]), found.uri, least, config)
+            labels = _labels(rows.take(own if places is None else places[own]), found.uri, thresholds, config)
             for image, (objects, error) in zip(batch.to_pylist(), labels, strict=True):
                 objects.ids.extend(range(next_id, next_id + len(objects.categories)))
                 next_id += len(objects.ids)
@@ -95,12 +94,12 @@ def read_detections(images: Table, found: Table, config: PrepareDetectionsConfig
 
 
 def _labels(
-    rows: pa.RecordBatch, where: str, least: Floats, config: PrepareDetectionsConfig
+    rows: pa.RecordBatch, where: str, thresholds: Sequence[float | None], config: PrepareDetectionsConfig
 ) -> Iterator[tuple[SourceObjects, str | None]]:
     """Yield the boxes of each row, without ids, and the reason why it has no detections."""
     counts, columns = flatten(rows, "detections", ("bbox", "score", "category"), where)
     scores, categories = columns["score"], columns["category"]
-    is_label = scores >= least[categories]
+    is_label = passing(thresholds, scores, categories)
     is_kept = is_label if config.ignore_threshold is None else is_label | (scores >= config.ignore_threshold)
     owners = np.repeat(np.arange(len(counts)), counts)
     starts = starts_of(np.bincount(owners[is_kept], minlength=len(counts))).tolist()
