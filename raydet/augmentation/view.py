@@ -123,8 +123,9 @@ class View:
 
         Args:
             row: A row of an images table, with `image_id`, `image` and `objects`; optionally with
-                `labelled_categories`; with `height` and `width`, without which JPEGs are decoded at full size; and with
-                `mosaic` and `mixup`, the rows of the partners. Unreadable partners are omitted.
+                `labelled_categories`; with `height` and `width`, without which JPEGs are decoded at full size; with
+                `repetition`, how often the epoch has shown the image before; and with `mosaic` and `mixup`, the rows of
+                the partners. Unreadable partners are omitted.
             epoch: Epoch, counted from 0.
             resize_rule: The resize of the training step, see `step_resize_rule`.
 
@@ -140,7 +141,7 @@ class View:
         tile_size = working_size and replace(working_size, oversampling=1.0)
         sample, size_hw = _read(row, self.max_pixels, tile_size if row.get("mosaic") else working_size)
         partners = Partners(*(self._readable(row.get(role), tile_size) for role in ("mosaic", "mixup")))
-        seed = augmentation_seed(self.seed, epoch, row["image_id"])
+        seed = augmentation_seed(self.seed, epoch, row["image_id"], row.get("repetition", 0))
         sample = _augmenter(json.dumps(spec), working_size)(sample, seed=seed, partners=partners)
         # A crowd box covers many objects, so it is not a target for a single query.
         kept, labelled = ~sample.iscrowd, None
@@ -226,9 +227,17 @@ def _planes(image: Image, rule: ResizeRule) -> Image:
     return resized_planes(image, rule.target_size_hw((image.shape[0], image.shape[1])), rule.resample)
 
 
-def augmentation_seed(seed: int, epoch: int, image_id: int) -> int:
-    """Return the seed of an image's augmentation, which is independent of workers and order."""
-    return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1)[0])
+def augmentation_seed(seed: int, epoch: int, image_id: int, repetition: int = 0) -> int:
+    """Return the seed of an image's augmentation, which is independent of workers and order.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+        image_id: Id of the image.
+        repetition: How often the epoch has shown the image before.
+    """
+    words = [seed, epoch, image_id, *((repetition,) if repetition else ())]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def scale_choice(seed: int, epoch: int, step: int, num_scales: int) -> int:

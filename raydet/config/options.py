@@ -63,7 +63,7 @@ def load(
     `--config FILE` may appear anywhere among them; options override the file. An option may be written with `-` or
     `_`. A switch needs no value and takes the prefix `no-`; a list of words or numbers is written `a,b`. An option with
     the value NAME=VALUE takes several of them and may be repeated. A path, or a list of paths, is written `a b`, as a
-    shell expands `*`.
+    shell expands `*`, and may be repeated.
 
     Args:
         config_class: The command's config.
@@ -179,6 +179,7 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
     pairs: dict[str, dict[str, Any]] = {
         item.name: {} for item in fields_of(config_class) if item.metadata["value"] == PAIRS
     }
+    places_given: dict[str, list[str]] = {}
     result: list[str] = []
     files: list[str] = []
     print_config = False
@@ -214,10 +215,10 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
             if rest and not rest[0].startswith("--"):
                 rest.insert(0, f"--{name}={rest.pop(0)}")
         elif name in places:
-            several = [value]
+            several = places_given.setdefault(name, [])
+            several.append(value)
             while rest and not rest[0].startswith("--"):
                 several.append(rest.pop(0))
-            result.append(f"--{name}={json.dumps(several, ensure_ascii=False) if len(several) > 1 else value}")
         elif name in elements and not value.startswith("[") and value != "null" and ("," in value or name not in mixed):
             words = [word.strip() for word in value.split(",")]
             is_number = elements[name] in (int, float)
@@ -225,6 +226,8 @@ def _normalise(config_class: type, arguments: Sequence[str]) -> tuple[list[str],
             result.append(f"--{name}={written}")
         else:
             result.append(f"--{name}{equals}{value}")
+    for name, several in places_given.items():
+        result.append(f"--{name}={json.dumps(several, ensure_ascii=False) if len(several) > 1 else several[0]}")
     result += [f"--{name}={json.dumps(mapping)}" for name, mapping in pairs.items() if mapping]
     return result, files, print_config
 

@@ -37,7 +37,9 @@ COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100
 class TrainConfig(WorkersConfig):
     """Fine-tune a detector, or train a small one from scratch."""
 
-    train_data: str = option("images table to train on")
+    train_data: str | list[str] = option(
+        "images table to train on, or several; TABLE:WEIGHT shows each of its images WEIGHT times per epoch on average"
+    )
     val_data: str = option("images table for validation after each epoch")
     out: str = option("run folder: OUT/checkpoint is the best model, OUT/last the newest", operational=True)
 
@@ -176,6 +178,18 @@ class TrainConfig(WorkersConfig):
         None,
         group="Augmentation",
     )
+    repeat_rare: float | None = option(
+        "show images of a class that only a fraction f < REPEAT_RARE of the images has √(REPEAT_RARE / f) times as "
+        "often; LVIS uses 0.001",
+        None,
+        group="Input",
+    )
+    rename_classes: dict[str, str] | str | None = option(
+        "new names of classes, as {OLD: NEW} or a YAML file of such lines, before the classes of all tables are merged "
+        "by name",
+        None,
+        group="Input",
+    )
     shuffle_window_mb: int = option("megabytes of compressed images that are shuffled together", 256, group="Input")
 
     validate_every: int | None = option(
@@ -269,6 +283,11 @@ class TrainConfig(WorkersConfig):
         require_positive(self, "backbone_learning_rate", "validate_every", "validate_batch_size", "shuffle_window_mb")
         require_positive(self, "max_grad_norm", "schedule_epochs", "keep_states", "save_every_steps")
         require_positive(self, "ema_rise_steps", "layer_decay")
+        require(
+            self.repeat_rare is None or 0 < self.repeat_rare <= 1,
+            f"--repeat-rare must be above 0 and at most 1, got {self.repeat_rare}",
+        )
+        require(self.train_data != [], "--train-data must name at least one images table")
         require_not_negative(self, "weight_decay", "warmup_steps", "close_mosaic", "max_failures", "seed", "log_images")
         require_not_negative(self, "early_stopping_patience")
         require(0 <= (self.ema_decay or 0) < 1, f"--ema-decay must be at least 0 and below 1, got {self.ema_decay}")

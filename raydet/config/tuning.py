@@ -26,7 +26,9 @@ class TuneConfig:
         "by default learning rates, weight decay and augmentation around those of the recipe",
         None,
     )
-    train_data: str | None = option("images table to train on; by default that of --train-config", None)
+    train_data: str | list[str] | None = option(
+        "images table to train on, or several; by default those of --train-config", None
+    )
     val_data: str | None = option("images table for validation; by default that of --train-config", None)
     num_trials: int = option("number of training runs; the first is --train-config unchanged", 20, operational=True)
     metric: str | None = option(

@@ -25,6 +25,7 @@ from raydet.reporting.run_tables import read_run
 from raydet.tables import storage
 from raydet.tables.table import is_table, read_manifest
 from raydet.training.history import EpochRecord, History, best_epoch, read_history
+from raydet.training.sources import weighted
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 _Numbers = Mapping[str, float | None]
@@ -74,7 +75,8 @@ def _read_run(checkpoint: Checkpoint) -> _TrainedRun:
     folder = checkpoint.name.rstrip("/").rpartition("/")[0]
     with contextlib.suppress(OSError, ValueError):
         config, history = storage.read_yaml(storage.join(folder, "config.yaml")), History()
-        if isinstance(config, dict) and all(isinstance(config.get(key), str) for key in ("model", "train_data")):
+        is_run = isinstance(config, dict) and isinstance(config.get("model"), str)
+        if is_run and isinstance(config.get("train_data"), str | list):
             with contextlib.suppress(OSError, ValueError):
                 history = read_history(folder)
             return _TrainedRun(config, history)
@@ -262,8 +264,11 @@ found = processor.post_process_object_detection(
 
 
 def _data_section(checkpoint: Checkpoint, run: _TrainedRun, measured: _CardNumbers | None) -> list[str]:
-    keys = {"training": "train_data", "validation": "val_data"}
-    uses = [(use, run.config[key]) for use, key in keys.items() if key in run.config]
+    uses = [
+        ("training" if weight == 1 else f"training, weight {weight:g}", uri)
+        for uri, weight in weighted(run.config.get("train_data", []))
+    ]
+    uses += [("validation", run.config["val_data"])] if "val_data" in run.config else []
     rows = [(use, escaped(_bare_name(uri)), shown(_num_images(uri, checkpoint), ",")) for use, uri in uses]
     if measured is not None and measured.is_evaluation:
         rows.append(("evaluation", escaped(measured.data), shown(measured.num_images, ",")))

@@ -15,6 +15,7 @@ from raydet.tables import storage
 from raydet.tables.schema import Category
 from raydet.tables.table import Table
 from raydet.training.failure import WorkerFailed, WorkerFailure, failed
+from raydet.training.feeding.mixture import Mixture
 from raydet.training.recovery.overrides import Override
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def free_workers(out: str) -> None:
 
 def run_workers(
     config: TrainConfig,
-    tables: dict[str, Table],
+    tables: dict[str, Table | Mixture],
     categories: Sequence[Category],
     overrides: Sequence[Override],
     resources: shares.Resources,

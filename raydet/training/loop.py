@@ -30,6 +30,7 @@ from raydet.tables.table import Table
 from raydet.training.crew import Crew
 from raydet.training.failure import is_out_of_memory, out_of_memory, too_many_skipped
 from raydet.training.feeding.batches import BatchReader, ClassMap
+from raydet.training.feeding.mixture import Mixture
 from raydet.training.feeding.ordering import Kind, RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
 from raydet.training.feeding.views import Views
@@ -69,8 +70,8 @@ class _TrainingRun:
 
     config: ResolvedTrainConfig
     plan: RunPlan
-    train_table: Table
-    val_table: Table
+    train_table: Table | Mixture
+    val_table: Table | Mixture
     trainer: Trainer
     crew: Crew
     tracker: RunTracker | None
@@ -192,7 +193,7 @@ def _open_stream(run: _TrainingRun, resources: Resources) -> BatchReader:
 def _class_maps(run: _TrainingRun) -> dict[Kind, ClassMap]:
     """Return, for each table whose classes have another order than the model's, the model's index of each class."""
     names = [category.name for category in run.trainer.detector.categories]
-    tables: dict[Kind, Table] = {"train": run.train_table, "validate": run.val_table}
+    tables: dict[Kind, Table | Mixture] = {"train": run.train_table, "validate": run.val_table}
     maps: dict[Kind, ClassMap] = {}
     for kind, table in tables.items():
         own = [category.name for category in table.categories]

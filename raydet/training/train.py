@@ -4,6 +4,7 @@ This module does not import torch, so that input errors are reported within a se
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from raydet.tables import storage
 from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category
-from raydet.tables.table import Table, open_table
+from raydet.tables.table import Table
+from raydet.training.feeding.mixture import Mixture
 from raydet.training.history import EpochRecord, History, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, WorkerProgress, following
 from raydet.training.recovery.overrides import (
@@ -43,12 +45,23 @@ from raydet.training.recovery.overrides import (
     overrides_to_json,
     with_latest,
 )
+from raydet.training.sources import (
+    lines_of,
+    open_renamed,
+    open_sources,
+    record_of,
+    shown_of,
+    weighted,
+    with_absolute_sources,
+)
 
 if TYPE_CHECKING:
     from raydet.engines.in_memory.loaded import LoadedModel
     from raydet.training.trainer import Trainer
 
 _FOLDERS = (STATES_FOLDER, "checkpoint", "last")
+_SHOWN_FILE = "training_data.json"
+"""File of the folder `log` with what an epoch shows of each table."""
 _SOURCES = "recipe"
 """Key of the run's record: where each value that a recipe may decide comes from."""
 
@@ -138,10 +151,8 @@ def train(
     out = storage.absolute_uri(config.out)
     # Workers have other working directories, and the identity of a run must not depend on the current directory.
     config = dataclasses.replace(
-        config,
+        with_absolute_sources(config),
         out=out,
-        train_data=tables["train"].uri,
-        val_data=tables["validate"].uri,
         model=storage.absolute_uri(config.model) if storage.exists(config.model) else config.model,
     )
     with open_folder(out, command="train", notify=console.line, wait_s=wait_for_folder_s) as folder:
@@ -152,7 +163,7 @@ def _train_into(
     folder: OutputFolder,
     given: TrainConfig,
     changes: dict[str, Any],
-    tables: dict[str, Table],
+    tables: dict[str, Table | Mixture],
     console: Console,
     on_epoch: Callable[[EpochRecord], None] | None,
     make_trainer: "Callable[..., Trainer] | None",
@@ -208,6 +219,11 @@ def _train_into(
         )
         if resources.notice:
             console.line(resources.notice)
+        if isinstance(tables["train"], Mixture):
+            shown = shown_of(tables["train"])
+            folder.write_bytes(json.dumps(record_of(tables["train"], shown), indent=1).encode(), "log", _SHOWN_FILE)
+            for line in lines_of(tables["train"], shown):
+                console.line(line)
         if unlabelled := _classes_without_truth(tables):
             console.line(f"no validation image can have these classes, which AP leaves out: {', '.join(unlabelled)}")
         if newest is not None:
@@ -243,7 +259,7 @@ def _train_into(
     return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model, advice=advice)
 
 
-def check(config: TrainConfig, tables: dict[str, Table] | None = None) -> dict[str, Table]:
+def check(config: TrainConfig, tables: dict[str, Table | Mixture] | None = None) -> dict[str, Table | Mixture]:
     """Check a new run, except its folder, before any worker starts.
 
     Args:
@@ -275,9 +291,11 @@ def resolved_yaml(config: TrainConfig) -> str:
 
 
 def _resolve(
-    config: TrainConfig, tables: dict[str, Table], *, gpus: Callable[[], int], begun: Begun | None = None
+    config: TrainConfig, tables: dict[str, Table | Mixture], *, gpus: Callable[[], int], begun: Begun | None = None
 ) -> Resolved:
-    return resolve(config, num_images=tables["train"].num_rows, gpus=gpus, begun=begun)
+    train = tables["train"]
+    num_images = train.num_shown if isinstance(train, Mixture) else train.num_rows
+    return resolve(config, num_images=num_images, gpus=gpus, begun=begun)
 
 
 def _begun(record: RunRecord | None) -> Begun:
@@ -320,17 +338,22 @@ def _is_finished(config: ResolvedTrainConfig, history: list[EpochRecord]) -> boo
     )
 
 
-def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -> dict[str, Table]:
-    uris = {"train": config.train_data, "validate": config.val_data}
-    tables = {
-        name: opened[name] if opened and opened[name].uri == storage.absolute_uri(uri) else open_table(uri, "images")
-        for name, uri in uris.items()
-    }
-    for option, table in zip(("train-data", "val-data"), tables.values(), strict=True):
-        if table.num_rows == 0:
-            raise UserError(f"--{option} {table.uri} has no images")
-        if not table.categories:
-            raise UserError(f"--{option} {table.uri} has no classes: it was prepared without labels")
+def _check_tables(config: TrainConfig, opened: dict[str, Table | Mixture] | None = None) -> dict[str, Table | Mixture]:
+    wanted, train = with_absolute_sources(config), (opened or {}).get("train")
+    if not isinstance(train, Table) or (wanted.train_data, wanted.rename_classes, wanted.repeat_rare) != (
+        train.uri,
+        None,
+        None,
+    ):
+        train = open_sources(config)
+    validate = (opened or {}).get("validate")
+    if validate is None or validate.uri != wanted.val_data:
+        validate = open_renamed(config.val_data, config)
+    if validate.num_rows == 0:
+        raise UserError(f"--val-data {validate.uri} has no images")
+    if not validate.categories:
+        raise UserError(f"--val-data {validate.uri} has no classes: it was prepared without labels")
+    tables = {"train": train, "validate": validate}
     names = {key: [category.name for category in table.categories] for key, table in tables.items()}
     places = match_names(names["validate"], names["train"])
     unknown = [
@@ -349,7 +372,7 @@ def _check_tables(config: TrainConfig, opened: dict[str, Table] | None = None) -
     return tables
 
 
-def _classes_without_truth(tables: dict[str, Table]) -> list[str]:
+def _classes_without_truth(tables: dict[str, Table | Mixture]) -> list[str]:
     """Return the classes of the training table that the validation table does not list."""
     train, validate = ([category.name for category in tables[name].categories] for name in ("train", "validate"))
     places = match_names(train, validate)
@@ -359,16 +382,17 @@ def _classes_without_truth(tables: dict[str, Table]) -> list[str]:
 def _check_nodes(config: TrainConfig) -> None:
     """Check that every node can access the tables, the model and the run folder."""
     reads = {
-        "--train-data": (config.train_data, storage.join(config.train_data, MANIFEST_NAME)),
-        "--val-data": (config.val_data, storage.join(config.val_data, MANIFEST_NAME)),
+        "--train-data" if number == 0 else f"--train-data, table {number + 1}": (uri, storage.join(uri, MANIFEST_NAME))
+        for number, (uri, _) in enumerate(weighted(config.train_data))
     }
+    reads["--val-data"] = (config.val_data, storage.join(config.val_data, MANIFEST_NAME))
     if storage.exists(storage.join(config.model, "config.json")):  # else a small model or a Hub name
         reads["--model"] = (config.model, storage.join(config.model, "config.json"))
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, "log")))
 
 
 def _check_run_folder(
-    folder: OutputFolder, config: TrainConfig, train_table: Table, *, is_disposable: bool
+    folder: OutputFolder, config: TrainConfig, train_table: Table | Mixture, *, is_disposable: bool
 ) -> tuple[list[EpochRecord], tuple[Category, ...]]:
     """Check that the folder is new or belongs to this run; other settings may replace a disposable one.
 

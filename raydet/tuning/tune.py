@@ -19,7 +19,7 @@ from raydet.config.options import build
 from raydet.models.recipes.resolve import default_space, resolve
 from raydet.tables import storage
 from raydet.tables.output_folder import open_folder
-from raydet.tables.table import open_table
+from raydet.training.sources import images_per_epoch, with_absolute_sources
 from raydet.training.train import check
 from raydet.tuning import records
 from raydet.tuning.execution import run_trials
@@ -101,7 +101,7 @@ def make_plan(config: TuneConfig) -> TuningPlan:
     """
     out = storage.absolute_uri(config.out)
     base = _base(config, out)
-    num_images = 0 if base.recipe == "none" else open_table(base.train_data, "images").num_rows
+    num_images = 0 if base.recipe == "none" else images_per_epoch(base)
     resolved = resolve(base, num_images=num_images, gpus=shares.gpus_in_reach).config
     space = default_space(resolved) if config.space is None else config.space
     dimensions = tuple(typed(base, dimension) for dimension in parse_space(space))
@@ -130,9 +130,7 @@ def _base(config: TuneConfig, out: str) -> TrainConfig:
     values["out"] = storage.join(out, records.TRIALS_FOLDER)
     base = build(TrainConfig, values, program="raydet tune", where="--train-config", file=file)
     return dataclasses.replace(
-        base,
-        train_data=storage.absolute_uri(base.train_data),
-        val_data=storage.absolute_uri(base.val_data),
+        with_absolute_sources(base),
         model=storage.absolute_uri(base.model) if storage.exists(base.model) else base.model,
         num_workers=1 if base.num_workers == "auto" else base.num_workers,  # GPUs serve trials rather than workers
     )

@@ -68,6 +68,17 @@ def test_a_killed_run_resumes_in_mid_epoch(shapes: Path, tmp_path: Path, undistu
     assert re.fullmatch(rf"resuming after (step \d+ of )?epoch \d+ of {EPOCHS}", line)
 
 
+def test_a_killed_run_of_mixed_tables_resumes_with_the_rest(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
+    data: dict[str, Any] = {"train_data": [f"{shapes}/train:0.6", f"{shapes}/val:1.5"], "repeat_rare": 0.8}
+    undisturbed = train(_config(shapes, tmp_path / "undisturbed", **data))
+    config = _config(shapes, tmp_path / "killed", **data)
+    state = tmp_path / "killed" / STATES_FOLDER / "00001-0000002.pt"
+    with started(command_of("train", config), tmp_path / "output") as driver:
+        wait_for_progress(state.exists, driver, tmp_path / "output")
+    assert len(_history(config.out)) < EPOCHS, "killed too late: the run had finished"
+    _assert_same_run(train(config), undisturbed)
+
+
 def test_sigterm_saves_what_there_is(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
     config = _config(shapes, tmp_path / "stopped", save_every_steps=None)
     state = tmp_path / "stopped" / STATES_FOLDER / "00001-0000000.pt"

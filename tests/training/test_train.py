@@ -212,14 +212,46 @@ def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path,
         ({"model": "lw_detr_tiny", "multi_scale": [64, 80]}, "--multi-scale.*32.*lw_detr_tiny.*80"),
         ({"model": "rf_detr_tiny", "multi_scale": [96, 144]}, "--multi-scale.*32.*144; the nearest: 128 or 160"),
         ({"trackers": ["wandb", "trackio"]}, "--trackers requires trackio; run: pip install trackio"),
+        ({"train_data": ["DATA/train", "absent:0.5"]}, "no such table: .*absent$"),
+        ({"train_data": ["DATA/train", "DATA/train:2"]}, "--train-data names .*train twice; use a weight"),
+        ({"train_data": "DATA/train:0"}, "--train-data .*train:0: the weight must be above 0"),
+        ({"train_data": ["DATA/train", "DATA/val:1000"]}, "no such table: .*val:1000"),
+        ({"rename_classes": {"cat": "dog"}}, "--rename-classes: no table of --train-data has a class cat; they have"),
+        ({"rename_classes": "absent.yaml"}, "--rename-classes: no such file: absent.yaml"),
+        ({"rename_classes": {"circle": "disc"}, "metric_for_best_model": "AP:circle"}, "no such class.*disc"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(
-    shapes: Path, tmp_path: Path, changes: dict[str, object], message: str
+    shapes: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
+    def placed(value: Any) -> Any:
+        text = json.dumps(value).replace("DATA", str(shapes))
+        return json.loads(text)
+
     with pytest.raises(UserError, match=message):
-        train(_config(shapes, tmp_path / "run", **changes))
+        train(_config(shapes, tmp_path / "run", **placed(changes)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_mixed_tables_are_announced_and_trained_on(shapes: Path, tmp_path: Path) -> None:
+    """Check the counts by table and class of a run of two tables whose classes are renamed by a file."""
+    (tmp_path / "names.yaml").write_text("circle: disc\n")
+    data = [f"{shapes}/train", f"{shapes}/val:0.5"]
+    names = str(tmp_path / "names.yaml")
+    console = RecordingConsole()
+    config = _config(shapes, tmp_path / "run", epochs=1, train_data=data, repeat_rare=0.9, rename_classes=names)
+    result = train(config, console=console)
+    shown = json.loads((tmp_path / "run" / "log" / "training_data.json").read_text())
+    assert [table["images"] for table in shown["tables"]] == [24, 10]
+    assert [table["weight"] for table in shown["tables"]] == [1.0, 0.5]
+    assert "disc" in shown["tables"][0]["boxes_per_epoch"] and "circle" not in shown["tables"][0]["boxes_per_epoch"]
+    total = sum(table["images_per_epoch"] for table in shown["tables"])
+    assert shown["images_per_epoch"] == round(total) > 24 + 5
+    assert any(line.startswith(f"{round(total)} images per epoch, of 34 images") for line in console.lines)
+    assert "disc" in load_detector(result.checkpoint).model.config.label2id
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert recorded["train_data"] == data and recorded["rename_classes"] == {"circle": "disc"}
 
 
 def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> None:

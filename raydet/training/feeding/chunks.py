@@ -32,8 +32,10 @@ ROW_TYPE = pa.struct(
         (LABELLED_COLUMN, _LABELLED_TYPE),
     ]
 )
-# A row of the table with the rows that its image is mixed with.
-ENCODED_TYPE = pa.struct([*ROW_TYPE, ("mosaic", pa.list_(ROW_TYPE)), ("mixup", pa.list_(ROW_TYPE))])
+# A row of the table, how often the epoch has it besides, and the rows that its image is mixed with.
+ENCODED_TYPE = pa.struct(
+    [*ROW_TYPE, ("repetition", pa.int64()), ("mosaic", pa.list_(ROW_TYPE)), ("mixup", pa.list_(ROW_TYPE))]
+)
 _SIZE_TYPE = pa.list_(pa.int64(), 2)
 _DECODED_SCHEMA = pa.schema(
     [
@@ -252,11 +254,12 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
     """Yield rows of an images table whose numbers are views of Arrow's memory.
 
     Args:
-        images: Array of `ROW_TYPE`, optionally with the lists `mosaic` and `mixup` of the same type.
+        images: Array of `ROW_TYPE` or `ENCODED_TYPE`.
     """
     if not len(images):
         return
-    sizes = {name: images.field(name).to_numpy().tolist() for name in ("image_id", "height", "width")}
+    numbers = [name for name in ("image_id", "height", "width", "repetition") if name in images.type.names]
+    sizes = {name: images.field(name).to_numpy().tolist() for name in numbers}
     contents = images.field("image").field("bytes")
     paths = images.field("image").field("path").to_pylist()
     is_null = contents.is_null().to_pylist()

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from raydet.training.feeding.repeats import Repeats
+
 if TYPE_CHECKING:
     from raydet.config import ResolvedTrainConfig
     from raydet.tables.table import Table
+    from raydet.training.feeding.mixture import Mixture
 
 Rows = npt.NDArray[np.int64]
 Kind = Literal["train", "validate"]
@@ -42,7 +45,8 @@ class MicroBatch:
         step: Optimizer step within the epoch, or validation round, from 0.
         part: Micro-batch within the worker's share of the step, from 0.
         rank: Rank of the worker.
-        rows: Row numbers in the table; empty if there are fewer images than workers.
+        rows: Row numbers in the table; empty if there are fewer images than workers. The number of the k-th repetition
+            of a row in an epoch, from 0, is the row's plus k times the rows of the table.
     """
 
     kind: Kind
@@ -80,6 +84,7 @@ class RunPlan:
 
     Attributes:
         train_groups: Number of rows and bytes of each row group of the training table.
+        repeats: How often each row of the training table is shown per epoch; None for once.
         num_val: Rows of the validation table.
         batch_size: Images per optimizer step, over all workers.
         accumulate: Micro-batches per worker and step.
@@ -93,6 +98,7 @@ class RunPlan:
     """
 
     train_groups: tuple[tuple[int, int], ...]
+    repeats: Repeats | None = None
     num_val: int
     batch_size: int
     accumulate: int
@@ -106,7 +112,12 @@ class RunPlan:
 
     @classmethod
     def of_training(
-        cls, config: "ResolvedTrainConfig", train: "Table", *, num_val: int, breaks: tuple[tuple[int, int], ...] = ()
+        cls,
+        config: "ResolvedTrainConfig",
+        train: "Table | Mixture",
+        *,
+        num_val: int,
+        breaks: tuple[tuple[int, int], ...] = (),
     ) -> "RunPlan":
         """Plan a training run.
 
@@ -118,6 +129,7 @@ class RunPlan:
         """
         return cls(
             train_groups=tuple((group.num_rows, group.num_bytes) for group in train.row_groups()),
+            repeats=getattr(train, "repeats", None),
             num_val=num_val,
             batch_size=config.batch_size,
             accumulate=config.gradient_accumulation_steps,
@@ -131,9 +143,14 @@ class RunPlan:
         )
 
     @property
-    def num_train(self) -> int:
+    def num_rows(self) -> int:
         """Rows of the training table."""
         return sum(num_rows for num_rows, _ in self.train_groups)
+
+    @property
+    def num_train(self) -> int:
+        """Images per epoch; an image counts as often as it is shown."""
+        return self.num_rows if self.repeats is None else self.repeats.num_shown
 
     @property
     def steps_per_epoch(self) -> int:
@@ -156,15 +173,19 @@ class RunPlan:
 
     def step_rows(self, epoch: int, step: int) -> Rows:
         """Return the rows of an optimizer step, over all workers."""
-        order, _ = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
+        order, _ = self._order(epoch)
         return order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def steps_of_rows(self, epoch: int) -> Rows:
-        """Return the optimizer step of each row of the training table, int64 [num_train]; inverse of `step_rows`."""
-        order, _ = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
-        steps = np.empty(len(order), np.int64)
-        steps[order] = np.arange(len(order)) // self.batch_size
+        """Return the first optimizer step of each row of the training table, int64 [num_rows]; -1 if it has none."""
+        order, _ = self._order(epoch)
+        steps = np.full(self.num_rows, -1, np.int64)
+        places = np.flatnonzero(order < self.num_rows)
+        steps[order[places]] = places // self.batch_size
         return steps
+
+    def _order(self, epoch: int) -> tuple[Rows, tuple[int, ...]]:
+        return _epoch_order(self.train_groups, self.repeats, self.seed, self.window_bytes, epoch)
 
     def partner_rows(self, epoch: int, step: int, row: int) -> PartnerRows:
         """Draw the rows that an image is mixed with. They depend on the plan only, not on workers or restarts.
@@ -174,16 +195,16 @@ class RunPlan:
         Args:
             epoch: Epoch, from 0.
             step: Step of the row.
-            row: Row of the image in the training table.
+            row: Row number of the image, as in `MicroBatch.rows`.
         """
-        order, starts = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
+        order, starts = self._order(epoch)
         window = int(np.searchsorted(starts, step * self.batch_size, side="right")) - 1
         pool = order[starts[window] : starts[window + 1] if window + 1 < len(starts) else len(order)]
         rng = np.random.default_rng([self.seed, epoch, row, _PARTNER_STREAM])
         with_mosaic, with_mixup = rng.random(2) < (MOSAIC_P, MIXUP_P)
         # One more than needed, because the draw may include the row itself.
         drawn = pool[rng.choice(len(pool), size=min(5, len(pool)), replace=False)].tolist()
-        others = [other for other in drawn if other != row]
+        others = [other for other in drawn if (other - row) % self.num_rows]
         return PartnerRows(
             mosaic=tuple(others[:3]) if with_mosaic else (), mixup=tuple(others[-1:]) if with_mixup else ()
         )
@@ -192,7 +213,7 @@ class RunPlan:
         """Yield the segments to read, in order, from the given step to the end of the run."""
         for epoch in range(start_epoch, self.epochs):
             first = start_step if epoch == start_epoch else 0
-            _, window_starts = _epoch_order(self.train_groups, self.seed, self.window_bytes, epoch)
+            _, window_starts = self._order(epoch)
             breaks = {step for broken, step in self.breaks if broken == epoch}
             cuts = sorted({-(-start // self.batch_size) for start in window_starts} | breaks | {self.steps_per_epoch})
             for cut in cuts:
@@ -251,23 +272,30 @@ class RunPlan:
 
 @lru_cache(maxsize=2)
 def _epoch_order(
-    groups: Sequence[tuple[int, int]], seed: int, window_bytes: int, epoch: int
+    groups: Sequence[tuple[int, int]], repeats: Repeats | None, seed: int, window_bytes: int, epoch: int
 ) -> tuple[Rows, tuple[int, ...]]:
     """Return the row numbers in the order of an epoch, and the positions at which its windows start."""
     rng = np.random.default_rng([seed, epoch])
     first_rows = np.cumsum([0, *(num_rows for num_rows, _ in groups)])
+    counts = None if repeats is None else repeats.counts(seed, epoch)
     parts: list[Rows] = []
     starts: list[int] = []
     window: list[Rows] = []
     position = window_size = 0
     shuffled = rng.permutation(len(groups))
     for place, group in enumerate(shuffled):
-        window.append(np.arange(first_rows[group], first_rows[group + 1], dtype=np.int64))
+        rows = np.arange(first_rows[group], first_rows[group + 1], dtype=np.int64)
+        window.append(rows if counts is None else _repeated(rows, counts[rows], int(first_rows[-1])))
         window_size += groups[group][1]
         if window_size >= window_bytes or place == len(shuffled) - 1:
-            rows = rng.permutation(np.concatenate(window))
-            parts.append(rows)
+            parts.append(rng.permutation(np.concatenate(window)))
             starts.append(position)
-            position += len(rows)
+            position += len(parts[-1])
             window, window_size = [], 0
     return np.concatenate(parts), tuple(starts)
+
+
+def _repeated(rows: Rows, counts: Rows, num_rows: int) -> Rows:
+    """Return each row as often as its count says, repetitions numbered as in `MicroBatch.rows`."""
+    numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(rows, counts) + numbers * num_rows

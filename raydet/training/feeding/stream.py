@@ -25,10 +25,10 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.cluster.ray_internals import actors_on, alive_nodes, away_from_empty_nodes
-from raydet.tables.schema import OPTIONAL_FIELDS
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.batches import ReadyBatch, ready_batches
 from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, PixelBuffer, decode_chunk, encoded_chunk, header_of
+from raydet.training.feeding.mixture import Mixture, read_images
 from raydet.training.feeding.ordering import RunPlan, Segment
 from raydet.training.feeding.views import Views
 
@@ -49,8 +49,8 @@ _READ_THREADS = 4
 def run_stream(
     plan: RunPlan,
     *,
-    train: Table,
-    val: Table,
+    train: Table | Mixture,
+    val: Table | Mixture,
     views: Views,
     world_size: int,
     ranks: Sequence[int],
@@ -75,7 +75,7 @@ def run_stream(
         One iterator for each of the ranks, to be read with `read_stream`; with a single worker, in this process only.
     """
     segments = list(plan.segments(start_epoch=start_epoch, start_step=start_step))
-    tables = {"train": train, "validate": val}
+    tables: dict[str, Table | Mixture] = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
     num_chunks = len(decoders) * _CHUNKS_PER_DECODER + _CHUNKS_PER_WORKER * len(ranks)
     stores = [node["Resources"].get("object_store_memory", math.inf) for node in alive_nodes()]
@@ -136,7 +136,7 @@ class StreamSource:
     """Data that all reading tasks of a run share, stored once in the object store."""
 
     plan: RunPlan
-    tables: dict[str, Table]
+    tables: dict[str, Table | Mixture]
     groups: dict[str, tuple[RowGroup, ...]]
     world_size: int
     ranks: tuple[int, ...]
@@ -212,16 +212,21 @@ def read_segment(source: StreamSource, segment: Segment, *, ramp: bool = False) 
                     for row in micro_batch.rows
                 ]
                 mosaics, mixups = [one.mosaic for one in partners], [one.mixup for one in partners]
-            columns = [*rows.take(numbers).flatten(), rows.take_lists(mosaics), rows.take_lists(mixups)]
+            repetitions = pa.array(rows.repetitions_of(numbers))
+            columns = [*rows.take(numbers).flatten(), repetitions, rows.take_lists(mosaics), rows.take_lists(mixups)]
             yield encoded_chunk(chunk, pa.StructArray.from_arrays(columns, fields=list(ENCODED_TYPE)))
 
 
 class _TableRows:
-    """The rows of a table by number. Row groups are read when first needed, several at a time, by threads."""
+    """The rows of a table by number, as in `MicroBatch.rows`.
 
-    def __init__(self, table: Table, groups: Sequence[RowGroup]) -> None:
+    Row groups are read when first needed, several at a time, by threads.
+    """
+
+    def __init__(self, table: Table | Mixture, groups: Sequence[RowGroup]) -> None:
         self._table, self._groups = table, groups
         self._first_rows = np.cumsum([0, *(group.num_rows for group in groups)])
+        self._num_rows = max(1, int(self._first_rows[-1]))
         self._loaded: dict[int, Future[pa.StructArray]] = {}
 
     def __enter__(self) -> "_TableRows":
@@ -236,16 +241,21 @@ class _TableRows:
         first = int(self._groups_of([row])[0]) if self._groups else 0
         self._loaded = {number: rows for number, rows in self._loaded.items() if number >= first}
 
+    def repetitions_of(self, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return how often the epoch has shown each of these rows before."""
+        return np.asarray(numbers, np.int64) // self._num_rows
+
     def take(self, numbers: Sequence[int]) -> pa.StructArray:
         """Return the rows with these numbers, in this order, as an array of `ROW_TYPE`."""
-        if not numbers:
+        if not len(numbers):
             return pa.array([], ROW_TYPE)
-        groups = self._groups_of(numbers)
+        rows = np.asarray(numbers) % self._num_rows
+        groups = self._groups_of(rows)
         distinct = np.unique(groups).tolist()
         for group in distinct:
             if group not in self._loaded:
-                self._loaded[group] = self._pool.submit(self._read, group)
-        places = np.asarray(numbers) - self._first_rows[groups]
+                self._loaded[group] = self._pool.submit(read_images, self._table, self._groups[group])
+        places = rows - self._first_rows[groups]
         taken = [self._loaded[group].result().take(pa.array(places[groups == group])) for group in distinct]
         if len(distinct) == 1:
             return taken[0]
@@ -258,14 +268,5 @@ class _TableRows:
             pa.array(offsets, pa.int32()), self.take([number for numbers in lists for number in numbers])
         )
 
-    def _groups_of(self, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
-        return np.searchsorted(self._first_rows, numbers, side="right") - 1
-
-    def _read(self, group: int) -> pa.StructArray:
-        missing = [name for name in OPTIONAL_FIELDS["images"] if name not in self._table.schema.names]
-        columns = [field.name for field in ROW_TYPE if field.name not in missing]
-        content = self._table.read_row_group(self._groups[group], columns)
-        for name in missing:
-            content = content.append_column(name, pa.nulls(len(content), OPTIONAL_FIELDS["images"][name]))
-        rows = content.select(list(ROW_TYPE.names)).to_struct_array()
-        return pa.concat_arrays(rows.chunks).cast(ROW_TYPE)
+    def _groups_of(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.searchsorted(self._first_rows, rows, side="right") - 1

@@ -22,6 +22,7 @@ from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training.feeding import stream
 from raydet.training.feeding.batches import ReadyBatch, ready_batches
 from raydet.training.feeding.chunks import ENCODED_TYPE, decode_chunk, encoded_chunk
+from raydet.training.feeding.mixture import Mixture
 from raydet.training.feeding.ordering import Kind, MicroBatch, RunPlan
 from raydet.training.feeding.stream import read_stream, run_stream
 from raydet.training.feeding.views import Views
@@ -48,9 +49,9 @@ def _view(**changes: Any) -> View:
     return View(**{**values, **changes})
 
 
-def _read(
-    train: Table,
-    val: Table,
+def read_ranks(
+    train: Table | Mixture,
+    val: Table | Mixture,
     plan: RunPlan,
     world_size: int,
     **start: int,
@@ -84,7 +85,7 @@ def _read(
     return received
 
 
-def _steps(received: list[list[ReadyBatch]]) -> dict[tuple[str, int, int], list[str]]:
+def steps_of(received: list[list[ReadyBatch]]) -> dict[tuple[str, int, int], list[str]]:
     """Return digests of the images of each global step in the order of the plan; unreadable images come last."""
     steps: dict[tuple[str, int, int], list[tuple[tuple[int, int], ReadyBatch]]] = {}
     for rank, part in enumerate(received):
@@ -115,7 +116,7 @@ def _digest(batch: ReadyBatch, example: Example) -> str:
 def one_worker(shapes: Path, ray_cluster: None) -> dict[tuple[str, int, int], list[str]]:
     """The global steps of a run with one worker."""
     train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
-    return _steps(_read(train, val, _plan(train, val), 1))
+    return steps_of(read_ranks(train, val, _plan(train, val), 1))
 
 
 @ray.remote(num_cpus=2)
@@ -134,17 +135,17 @@ def test_images_come_to_workers_that_hold_all_cpus(
     holder = _Holder.remote()  # type: ignore[attr-defined]
     assert ray.get(holder.is_there.remote())
     try:
-        received = _read(train, val, _plan(train, val), 1)
+        received = read_ranks(train, val, _plan(train, val), 1)
     finally:
         ray.kill(holder)
-    assert _steps(received) == one_worker
+    assert steps_of(received) == one_worker
 
 
 def test_the_global_steps_do_not_depend_on_the_workers(
     shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
 ) -> None:
     train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
-    one, two = one_worker, _steps(_read(train, val, _plan(train, val), 2))
+    one, two = one_worker, steps_of(read_ranks(train, val, _plan(train, val), 2))
     assert one == two
     for epoch in range(2):
         ids = [digest.split(":")[0] for key, images in one.items() if key[:2] == ("train", epoch) for digest in images]
@@ -158,7 +159,7 @@ def test_starting_in_the_middle_gives_the_rest_in_parts_too(
     shapes: Path, one_worker: dict[tuple[str, int, int], list[str]]
 ) -> None:
     train, val = open_table(str(shapes / "train"), "images"), open_table(str(shapes / "val"), "images")
-    rest = _steps(_read(train, val, _plan(train, val, accumulate=2), 2, start_epoch=1, start_step=2))
+    rest = steps_of(read_ranks(train, val, _plan(train, val, accumulate=2), 2, start_epoch=1, start_step=2))
     assert rest == {key: one_worker[key] for key in rest}
     assert min(key[2] for key in rest if key[0] == "train") == 2
 
@@ -176,8 +177,8 @@ def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, sha
     rules = (RULE, ResizeRule(mode="fixed", size_hw=(40, 40)), ResizeRule(mode="fixed", size_hw=(64, 56)))
     view = _view(augmentation="strong", plain_from_epoch=1, step_resize_rules=rules)
     received = _prepared_run(train, val, plan, 3, view)
-    mixed = _steps(received)
-    assert mixed == _steps(_prepared_run(train, val, plan, 1, view))
+    mixed = steps_of(received)
+    assert mixed == steps_of(_prepared_run(train, val, plan, 1, view))
     assert [digest.split(":")[0] for digest in mixed["validate", 0, 0]] == ["0", "2", "4", "6", "8"]
     found: dict[int, int] = {}
     sizes = set()
@@ -269,7 +270,7 @@ def test_unreadable_images_are_rows_with_a_reason_and_crowds_are_not_learnt(tmp_
     with TableWriter(str(tmp_path / "t"), build_schema("images", categories), config_hash="x") as writer:
         writer.write_rows([{name: row[name] for name in writer_columns()} for row in good])
     table = open_table(str(tmp_path / "t"), "images")
-    received = _read(table, table, _plan(table, table, epochs=1), 2)
+    received = read_ranks(table, table, _plan(table, table, epochs=1), 2)
     batches = [batch for rank in received for batch in rank]
     trained, validated = ([one for one in batches if one.micro_batch.kind == kind] for kind in ("train", "validate"))
     ids = [row["image_id"] for row in good]

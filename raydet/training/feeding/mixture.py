@@ -1,0 +1,134 @@
+"""Several images tables as one: one after the other, with merged classes, each image shown as often as planned."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raydet.tables.schema import LABELLED_COLUMN, OPTIONAL_FIELDS, Category
+from raydet.tables.table import RowGroup, Table
+from raydet.training.feeding.chunks import ROW_TYPE
+from raydet.training.feeding.repeats import Repeats
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of a mixture.
+
+    Attributes:
+        table: The images table.
+        weight: How often each of its images is shown per epoch, on average, if none is repeated for its classes.
+        class_map: Index in the mixture of each of the table's classes.
+    """
+
+    table: Table
+    weight: float
+    class_map: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Images tables, one after the other, to be read like one `Table`.
+
+    An image is labelled only for the classes of its own table, and of these for what the table says.
+
+    Attributes:
+        sources: The tables.
+        categories: The classes of all tables, merged by name.
+        repeats: How often each image is shown per epoch; None for once.
+    """
+
+    sources: tuple[Source, ...]
+    categories: tuple[Category, ...]
+    repeats: Repeats | None = None
+
+    @property
+    def uri(self) -> str:
+        """URIs of the tables, for messages."""
+        return ", ".join(source.table.uri for source in self.sources)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of all tables."""
+        return sum(source.table.num_rows for source in self.sources)
+
+    @property
+    def num_shown(self) -> int:
+        """Images per epoch; an image counts as often as it is shown."""
+        return self.num_rows if self.repeats is None else self.repeats.num_shown
+
+    def row_groups(self) -> tuple[RowGroup, ...]:
+        """Return the row groups of all tables, with the positions of their rows in the mixture."""
+        return tuple(
+            replace(group, first_row=first + group.first_row)
+            for source, first in zip(self.sources, self._first_rows(), strict=True)
+            for group in source.table.row_groups()
+        )
+
+    def read(self, group: RowGroup) -> pa.StructArray:
+        """Read a row group as an array of `ROW_TYPE`, with the classes of the mixture."""
+        number = int(np.searchsorted(self._first_rows(), group.first_row, side="right")) - 1
+        source = self.sources[number]
+        return with_classes(read_images(source.table, group), source.class_map, len(self.categories))
+
+    def _first_rows(self) -> list[int]:
+        return list(accumulate((source.table.num_rows for source in self.sources[:-1]), initial=0))
+
+
+def read_images(table: Table | Mixture, group: RowGroup) -> pa.StructArray:
+    """Read a row group as an array of `ROW_TYPE`."""
+    if isinstance(table, Mixture):
+        return table.read(group)
+    missing = [name for name in OPTIONAL_FIELDS["images"] if name not in table.schema.names]
+    columns = [field.name for field in ROW_TYPE if field.name not in missing]
+    content = table.read_row_group(group, columns)
+    for name in missing:
+        content = content.append_column(name, pa.nulls(len(content), OPTIONAL_FIELDS["images"][name]))
+    rows = content.select(list(ROW_TYPE.names)).to_struct_array()
+    return pa.concat_arrays(rows.chunks).cast(ROW_TYPE)
+
+
+def with_classes(images: pa.StructArray, class_map: Sequence[int], num_classes: int) -> pa.StructArray:
+    """Replace the classes of images, and state which ones they are labelled for.
+
+    Args:
+        images: Array of `ROW_TYPE`.
+        class_map: New index of each class.
+        num_classes: Number of new classes. Images are not labelled for those that `class_map` lacks, nor for one of
+            which only a part is labelled.
+
+    Returns:
+        An array of `ROW_TYPE`.
+    """
+    new = np.asarray(class_map, np.int64)
+    columns = {field.name: images.field(field.name) for field in ROW_TYPE}
+    if not np.array_equal(new, np.arange(len(new))):
+        objects = columns["objects"]
+        lists = {field.name: objects.field(field.name) for field in objects.type}
+        old = lists["category"]
+        indices = old.values.to_numpy(zero_copy_only=False).astype(np.int64)
+        lists["category"] = pa.ListArray.from_arrays(old.offsets, pa.array(new[indices], old.type.value_type))
+        columns["objects"] = pa.StructArray.from_arrays(
+            [lists[field.name] for field in objects.type], fields=list(objects.type)
+        )
+    columns[LABELLED_COLUMN] = _labelled(columns[LABELLED_COLUMN], new, num_classes)
+    return pa.StructArray.from_arrays([columns[field.name] for field in ROW_TYPE], fields=list(ROW_TYPE))
+
+
+def _labelled(lists: pa.ListArray, new: npt.NDArray[np.int64], num_classes: int) -> pa.ListArray:
+    """Return the new classes that each image is labelled for; null for all."""
+    all_own = sorted(set(new.tolist()))
+    default = None if len(all_own) == num_classes else all_own
+    if lists.null_count == len(lists) and default is None:
+        return lists
+    result: list[list[int] | None] = []
+    for own in lists.to_pylist():
+        if own is None:
+            result.append(default)
+            continue
+        others = np.delete(new, own)
+        result.append(sorted(set(new[own].tolist()) - set(others.tolist())))
+    return pa.array(result, lists.type)
