@@ -54,7 +54,7 @@ from raydet.config.training import (
     Schedule,
     TrainConfig,
 )
-from raydet.config.tuning import Scheduler, Search, TuneConfig
+from raydet.config.tuning import LoopConfig, Scheduler, Search, TuneConfig
 from raydet.config.workers import Precision
 
 __all__ = [
@@ -83,6 +83,7 @@ __all__ = [
     "FitConfig",
     "ImageStorage",
     "InspectConfig",
+    "LoopConfig",
     "Merge",
     "PlanConfig",
     "Precision",
