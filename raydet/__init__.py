@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.browsing.browse import browse as browse
     from raydet.cli.demo import demo as demo
     from raydet.cli.doctor import doctor as doctor
+    from raydet.cli.loop import loop as loop
     from raydet.cluster.forecast.plan import plan as plan
     from raydet.config import BrowseConfig as BrowseConfig
     from raydet.config import CompareConfig as CompareConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import ExportYoloConfig as ExportYoloConfig
     from raydet.config import FitConfig as FitConfig
     from raydet.config import InspectConfig as InspectConfig
+    from raydet.config import LoopConfig as LoopConfig
     from raydet.config import PlanConfig as PlanConfig
     from raydet.config import PredictConfig as PredictConfig
     from raydet.config import PrepareCocoConfig as PrepareCocoConfig

@@ -34,7 +34,7 @@ def parse_output(text: str, command: str | None, *, exit_code: int = 0) -> list[
         assert [*item][:3] == _HEADER
         assert (item["schema_version"], item["command"]) == (SCHEMA_VERSION, command)
     for item in earlier:
-        assert item["type"] in ("message", "progress", "epoch", "trial")
+        assert item["type"] in ("message", "progress", "epoch", "trial", "round")
         if item["type"] in ("message", "progress"):
             assert set(item) <= set(documented("Objects"))
     assert last["exit_code"] == exit_code

@@ -117,6 +117,14 @@ _COMMANDS = (
         writes_page=True,
     ),
     Command(
+        "loop",
+        "raydet.cli.loop",
+        "rounds in which confident detections become labels, and a model is replaced only by one that is no worse",
+        "--checkpoint runs/demo/checkpoint --unlabelled runs/demo/data/train --train-data runs/demo/data/train "
+        "--val-data runs/demo/data/val --truth runs/demo/data/val --labels threshold=0.6 --train epochs=1 "
+        "--rounds 1 --out runs/loop",
+    ),
+    Command(
         "predict",
         "raydet.scoring.predict",
         "a detector and any number of images → a detections table",

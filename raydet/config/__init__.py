@@ -54,7 +54,7 @@ from raydet.config.training import (
     Schedule,
     TrainConfig,
 )
-from raydet.config.tuning import Scheduler, Search, TuneConfig
+from raydet.config.tuning import LoopConfig, Scheduler, Search, TuneConfig
 from raydet.config.workers import Precision
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "ImageStorage",
     "InspectConfig",
     "Keep",
+    "LoopConfig",
     "Merge",
     "PlanConfig",
     "Precision",

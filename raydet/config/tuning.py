@@ -1,12 +1,13 @@
-"""`tune`: a search over the options of `train`."""
+"""`tune`, a search over the options of `train`, and `loop`, rounds of training on a detector's own detections."""
 
 from typing import Any, Literal
 
-from raydet.config.fields import config, option, require, require_not_negative, require_positive
+from raydet.config.fields import PAIRS, config, option, require, require_not_negative, require_positive
 from raydet.config.training import require_metric
 
 Search = Literal["optuna", "random"]
 Scheduler = Literal["asha", "none"]
+_LEAST_WEIGHT, _MOST_WEIGHT = 0.001, 100.0
 
 
 @config
@@ -76,3 +77,41 @@ class TuneConfig:
             self.space is None or len(self.space) > 0,
             "--space is empty: name the options to vary, such as `learning_rate: {loguniform: [1e-4, 1e-2]}`",
         )
+
+
+@config
+class LoopConfig:
+    """Rounds of score → label → train → measure, in which a model is replaced only by one that is no worse."""
+
+    checkpoint: str = option("first model: a model folder, as written by train, or a Hub name")
+    unlabelled: str = option("images table to score, whose confident detections become labels")
+    train_data: str | list[str] = option("labelled images table to train on, or several; TABLE:WEIGHT as of train")
+    val_data: str = option("labelled images table for validation during training, which chooses the best epoch")
+    truth: str = option("labelled images table that decides about models; best one that no training sees")
+    labels: dict[str, Any] = option("options of prepare detections, such as threshold=0.6", value=PAIRS)
+    out: str = option("folder to write: OUT/loop.json, OUT/metrics, and a folder per round", operational=True)
+
+    rounds: int = option("maximum number of rounds; may be raised when a loop resumes", 3, operational=True)
+    label_weight: float = option(
+        "weight of the images with labels from detections; each is shown so often per epoch on average", 1.0
+    )
+    max_loss: float = option(
+        "loss of AP, from 0 to 1, that the interval of the difference must exclude to promote a new model", 0.0
+    )
+    predict: dict[str, Any] | None = option("options of predict, such as batch_size=32", None, value=PAIRS)
+    train: dict[str, Any] | None = option(
+        "options of train, such as epochs=12; config=FILE names a file of that command, also in the other three",
+        None,
+        value=PAIRS,
+    )
+    evaluate: dict[str, Any] | None = option(
+        "options of evaluate: slice_by, target_precision, bootstrap, seed, num_shards, ray_address", None, value=PAIRS
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rounds")
+        require(
+            _LEAST_WEIGHT <= self.label_weight <= _MOST_WEIGHT,
+            f"--label-weight must be from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, got {self.label_weight}",
+        )
+        require(0 <= self.max_loss < 1, f"--max-loss must be at least 0 and below 1, got {self.max_loss}")

@@ -27,7 +27,6 @@ from itertools import islice
 from typing import Any
 
 from raydet.common.console import Console
-from raydet.common.errors import UserError
 from raydet.common.ray_address import is_connected
 from raydet.common.redaction import refuse_password
 from raydet.common.threads import NUM_READ_THREADS, available_cpus
@@ -57,7 +56,7 @@ from raydet.preparation.sources import shapes
 from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.images import read_images
 from raydet.preparation.sources.lists import ImageList, is_list, read_list
-from raydet.preparation.sources.scored.rows import TableImages
+from raydet.preparation.sources.scored.rows import TableImages, open_images
 from raydet.preparation.sources.source import Source, SourceImage, labelled_for
 from raydet.preparation.sources.tools.csv_labels import read_csv
 from raydet.preparation.sources.tools.cvat import read_cvat
@@ -212,11 +211,8 @@ def _open_images(config: PrepareImagesConfig) -> _Opened:
 def _open_detections(config: PrepareDetectionsConfig) -> _Opened:
     from raydet.preparation.sources.scored.detections import read_detections
 
-    images = TableImages(open_table(config.data, "images"))
-    source = read_detections(images.table, open_table(config.detections, "detections"), config)
-    if config.image_storage == "reference" and images.holds_images:
-        raise UserError(f"{images.table.uri} holds its images, so there are no files to refer to; omit --image-storage")
-    return source, images
+    images = open_images(config)
+    return read_detections(images.table, open_table(config.detections, "detections"), config), images
 
 
 @with_options(PrepareShapesConfig)

@@ -28,6 +28,7 @@ import os, signal, sys
 from raydet.tables import folder_lock
 lock = folder_lock._lock
 def stop_once_locked(*arguments):
+    folder_lock._lock = lock
     locked = lock(*arguments)
     os.kill(os.getpid(), signal.SIGSTOP)
     return locked
@@ -35,7 +36,7 @@ folder_lock._lock = stop_once_locked
 from raydet.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
-"""A raydet process that stops itself once it has locked its output, until it receives SIGCONT."""
+"""A raydet process that stops itself once it has locked its first output, until it receives SIGCONT."""
 
 _STOPPING_WHILE_WRITING = """
 import os, signal, sys
@@ -75,7 +76,7 @@ FOLDERS_OF_FORMATS = {f"prepare {name}": ["--max-pixels", "9999999"] for name in
 PLACES = {"export voc": "out", "export yolo": "out", "export coco": "out.json", "export onnx": "out.onnx"}
 PLACES |= {"report": "out.html", "export cvat": "out", "export label-studio": "out"}
 """Commands that write their output atomically, each with a valid name for it."""
-ON_RAY = ("predict", "train", "tune")
+ON_RAY = ("predict", "train", "tune", "loop")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,17 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
         "num_trials": 1,
         "search": "random",
     }
-    for name, content in (("train", train), ("tune", search)):
+    rounds = {
+        **{name: train[name] for name in ("train_data", "val_data")},
+        "checkpoint": model,
+        "unlabelled": train["train_data"],
+        "truth": val,
+        "rounds": 1,
+        "labels": {"threshold": 1e-6},
+        "train": {name: value for name, value in train.items() if name not in ("train_data", "val_data", "model")},
+        "evaluate": {"bootstrap": 3},
+    }
+    for name, content in (("train", train), ("tune", search), ("loop", rounds)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return {
         "prepare images": ["--images", str(folder / "images")],
@@ -141,6 +152,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
         "predict": ["--checkpoint", model, "--data", val],
         "train": ["--config", str(folder / "train.yaml")],
         "tune": ["--config", str(folder / "tune.yaml")],
+        "loop": ["--config", str(folder / "loop.yaml")],
     }
 
 
@@ -205,9 +217,6 @@ def test_a_second_run_is_refused_and_the_first_is_whole(
     process = start_and_stop(command, options[command], out)
     assert_refused(run(command, out), "--out", "another run", command.split()[0])
     os.kill(process.pid, signal.SIGCONT)
-    if command == "prepare shapes":  # one lock per table
-        _wait_until_stopped(process)
-        os.kill(process.pid, signal.SIGCONT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert run(command, alone)[0] == 0

@@ -8,11 +8,13 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from raydet.common.errors import UserError
+from raydet.config import PrepareDetectionsConfig
 from raydet.images.files import ReadError, refuse_size
 from raydet.images.references import FileReader, Reference
 from raydet.tables import storage
 from raydet.tables.columns import Integers
-from raydet.tables.table import Table
+from raydet.tables.table import Table, open_table
 
 _MOST_GROUPS = 4
 """Threads read neighbouring images, which lie in several row groups if the images are large."""
@@ -118,3 +120,15 @@ class TableImages:
     def _cell(self, row: str) -> tuple[bytes | None, str | None]:
         image = self._rows.at(int(row))["image"][0].as_py() or {"bytes": None, "path": None}
         return image["bytes"], image["path"]
+
+
+def open_images(config: PrepareDetectionsConfig) -> TableImages:
+    """Open the images that were scored.
+
+    Raises:
+        UserError: They are no images table, or cannot be stored as references.
+    """
+    images = TableImages(open_table(config.data, "images"))
+    if config.image_storage == "reference" and images.table.num_rows and images.holds_images:
+        raise UserError(f"{images.table.uri} holds its images, so there are no files to refer to; omit --image-storage")
+    return images

@@ -29,6 +29,16 @@ def choose_thresholds(found: Table, config: PrepareDetectionsConfig) -> list[flo
     return [config.threshold] * len(found.categories)
 
 
+def check_thresholds(config: PrepareDetectionsConfig, class_names: Sequence[str]) -> None:
+    """Check what `choose_thresholds` will read, before there are detections of these classes; raises as it does."""
+    if config.thresholds is not None:
+        _read_thresholds(config.thresholds, class_names)
+    if config.truth is not None:
+        from raydet.measuring.truth import read_truth  # as in `_fit_thresholds`
+
+        read_truth(config.truth)
+
+
 def _read_thresholds(uri: str, names: Sequence[str]) -> list[float | None]:
     given = _read_file(uri)
     has_others = _OTHERS in given and _OTHERS not in names
