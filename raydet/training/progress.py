@@ -153,9 +153,12 @@ class _EpochTable:
         cells += [f"{entry.losses[name]:.3f}" for name in terms]
         cells += [shown(value) for value in values]
         cells += [f"{entry.learning_rate:.1e}", f"{entry.images_per_s:.1f}", f"{entry.total_s:.1f}"]
-        lines = ["".join(f"{cell:>10}" for cell in cells), *(f"          {note}" for note in _notes(entry))]
-        heading = "".join(f"{name:>10}" for name in header) if is_new else ""
-        self._console.record("epoch", entry.to_json(), lines, heading=heading)
+        widths = [max(10, len(name) + 2) for name in header]
+        line, heading = (
+            "".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True)) for texts in (cells, header)
+        )
+        lines = [line, *(f"          {note}" for note in _notes(entry))]
+        self._console.record("epoch", entry.to_json(), lines, heading=heading if is_new else "")
 
 
 def _notes(record: EpochRecord) -> list[str]:
