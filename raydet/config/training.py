@@ -38,7 +38,8 @@ class TrainConfig(WorkersConfig):
     """Fine-tune a detector, or train a small one from scratch."""
 
     train_data: str | list[str] = option(
-        "images table to train on, or several; TABLE:WEIGHT shows each of its images WEIGHT times per epoch on average"
+        "images table to train on, or several; TABLE:WEIGHT shows each of its images WEIGHT times per epoch on average",
+        value="TABLE[:WEIGHT] ...",
     )
     val_data: str = option("images table for validation after each epoch")
     out: str = option("run folder: OUT/checkpoint is the best model, OUT/last the newest", operational=True)
@@ -189,12 +190,14 @@ class TrainConfig(WorkersConfig):
         "by name",
         None,
         group="Input",
+        value="{OLD: NEW} | FILE",
     )
     teacher: str | list[str] | None = option(
         "detections in the training images by a model, or several, from `predict --keep class_scores`: boxes and class "
         "scores to learn besides the labels; TABLE:WEIGHT weights their loss terms",
         None,
         group="Input",
+        value="TABLE[:WEIGHT] ...",
     )
     shuffle_window_mb: int = option("megabytes of compressed images that are shuffled together", 256, group="Input")
 

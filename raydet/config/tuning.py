@@ -28,7 +28,7 @@ class TuneConfig:
         None,
     )
     train_data: str | list[str] | None = option(
-        "images table to train on, or several; by default those of --train-config", None
+        "images table to train on, or several; by default those of --train-config", None, value="TABLE[:WEIGHT] ..."
     )
     val_data: str | None = option("images table for validation; by default that of --train-config", None)
     num_trials: int = option("number of training runs; the first is --train-config unchanged", 20, operational=True)

@@ -175,3 +175,10 @@ def test_a_config_that_grows_without_bounds_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot read the config file") as caught:
             load_file(TrainConfig, str(tmp_path / "c.yaml"))
         assert "\n" not in str(caught.value)
+
+
+def test_a_repeated_option_of_paths_names_all_of_them() -> None:
+    rest = ["--val-data", "v", "--out", "o"]
+    assert load(TrainConfig, ["--train-data", "a", *rest, "--train-data", "b:0.3"]).train_data == ["a", "b:0.3"]
+    assert load(TrainConfig, ["--train-data", "a", "b", *rest, "--train-data=c,d"]).train_data == ["a", "b", "c,d"]
+    assert load(TrainConfig, ["--train-data", "a,b", *rest]).train_data == "a,b"
