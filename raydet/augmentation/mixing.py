@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.augmentation.samples import FILL, Sample, area_of, cut, moved
+from raydet.augmentation.taught import is_labels
 from raydet.models.geometry import SizeHW
 
 MOSAIC_CENTRE = (0.35, 0.65)
@@ -76,7 +77,8 @@ def copy_small(sample: Sample, rng: np.random.Generator) -> Sample:
     low = np.floor(sample.boxes_xywh[:, :2]).astype(np.int64)
     high = np.ceil(sample.boxes_xywh[:, :2] + sample.boxes_xywh[:, 2:]).astype(np.int64)
     high = np.minimum(high, (width, height))
-    alone = _overlaps(low, high, low, high).sum(axis=1) == 1
+    is_label = is_labels(sample)
+    alone = is_label & ((_overlaps(low, high, low, high) & is_label).sum(axis=1) == 1)
     is_small = np.sqrt(area_of(sample.boxes_xywh)) < SMALL_SIDE * np.sqrt(height * width)
     candidates = np.flatnonzero(alone & is_small & ~sample.iscrowd)
     if not len(candidates):

@@ -22,6 +22,7 @@ from raydet.models.geometry import Image, ResizeRule, SizeHW, resized_planes
 
 if TYPE_CHECKING:
     from raydet.augmentation.samples import Sample, WorkingSize
+    from raydet.augmentation.taught import Taught
     from raydet.augmentation.transforms import Augmenter
 
 _SCALE_STREAM = 2
@@ -39,6 +40,7 @@ class SeenImage:
             not labelled for, are excluded.
         categories: Category indices, int64 [N].
         labelled: Classes that the image is labelled for, ascending, int64 [K]; None for all.
+        taught: What teachers found in the image; None without any.
     """
 
     planes: Image
@@ -46,6 +48,7 @@ class SeenImage:
     boxes_cxcywh: npt.NDArray[np.float32]
     categories: npt.NDArray[np.int64]
     labelled: npt.NDArray[np.int64] | None = None
+    taught: "Taught | None" = None
 
     @property
     def image(self) -> Image:
@@ -123,9 +126,9 @@ class View:
 
         Args:
             row: A row of an images table, with `image_id`, `image` and `objects`; optionally with
-                `labelled_categories`; with `height` and `width`, without which JPEGs are decoded at full size; with
-                `repetition`, how often the epoch has shown the image before; and with `mosaic` and `mixup`, the rows of
-                the partners. Unreadable partners are omitted.
+                `labelled_categories`; with `teacher`, see `raydet.augmentation.taught`; with `height` and `width`,
+                without which JPEGs are decoded at full size; with `repetition`, how often the epoch has shown the image
+                before; and with `mosaic` and `mixup`, the rows of the partners. Unreadable partners are omitted.
             epoch: Epoch, counted from 0.
             resize_rule: The resize of the training step, see `step_resize_rule`.
 
@@ -133,6 +136,7 @@ class View:
             DecodeError: The image cannot be read.
         """
         from raydet.augmentation.samples import Partners
+        from raydet.augmentation.taught import without_teacher
         from raydet.augmentation.transforms import plain_of
 
         spec = plain_of(self.augmentation) if self._is_plain(epoch) else self.augmentation
@@ -140,9 +144,14 @@ class View:
         # An image of the model's size fills its tile of a mosaic without loss, even at the largest zoom.
         tile_size = working_size and replace(working_size, oversampling=1.0)
         sample, size_hw = _read(row, self.max_pixels, tile_size if row.get("mosaic") else working_size)
-        partners = Partners(*(self._readable(row.get(role), tile_size) for role in ("mosaic", "mixup")))
+        mosaic, mixup = (row.get(role) or () for role in ("mosaic", "mixup"))
+        parts: dict[int, Mapping[str, Any]] = {0: row}
+        partners = Partners(
+            self._readable(mosaic, tile_size, parts, first=1), self._readable(mixup, tile_size, parts, first=5)
+        )
         seed = augmentation_seed(self.seed, epoch, row["image_id"], row.get("repetition", 0))
         sample = _augmenter(json.dumps(spec), working_size)(sample, seed=seed, partners=partners)
+        sample, taught = without_teacher(sample, parts)
         # A crowd box covers many objects, so it is not a target for a single query.
         kept, labelled = ~sample.iscrowd, None
         if sample.labelled is not None:
@@ -154,6 +163,7 @@ class View:
             xywh_to_normalised_cxcywh(sample.boxes_xywh, sample.size_hw).astype(np.float32)[kept],
             sample.categories[kept],
             labelled,
+            taught,
         )
 
     def _working_size(self, epoch: int) -> "WorkingSize":
@@ -167,35 +177,50 @@ class View:
         return self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
 
     def _readable(
-        self, rows: Sequence[Mapping[str, Any]] | None, working_size: "WorkingSize | None"
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        working_size: "WorkingSize | None",
+        parts: dict[int, Mapping[str, Any]],
+        *,
+        first: int,
     ) -> "tuple[Sample, ...]":
-        """Return the readable partners; unreadable images are reported when their own turn comes."""
+        """Return the readable partners, and add their rows to `parts`, numbered from `first`.
+
+        Unreadable images are reported when their own turn comes.
+        """
         samples, pixels_left = [], self.max_pixels  # all partners are in memory together
-        for row in rows or ():
+        for part, row in enumerate(rows, first):
             with contextlib.suppress(DecodeError):
-                sample, _ = _read(row, max(1, pixels_left), working_size)
+                sample, _ = _read(row, max(1, pixels_left), working_size, part)
                 pixels_left -= sample.image.shape[0] * sample.image.shape[1]
                 samples.append(sample)
+                parts[part] = row
         return tuple(samples)
 
 
-def _read(row: Mapping[str, Any], max_pixels: int, working_size: "WorkingSize | None") -> "tuple[Sample, SizeHW]":
-    """Decode the image of a row, shrink it to the working size, and return it and its full height and width."""
+def _read(
+    row: Mapping[str, Any], max_pixels: int, working_size: "WorkingSize | None", part: int = 0
+) -> "tuple[Sample, SizeHW]":
+    """Decode the image of a row, shrink it to the working size, and return it and its full height and width.
+
+    `part` is its number among the images that are mixed.
+    """
     from raydet.augmentation.samples import rescaled, sample_of, shrunk
+    from raydet.augmentation.taught import with_teacher
 
     data = image_bytes(row["image"])
     if working_size is None:
         image, size_hw = decoded(data, max_pixels=max_pixels)
-        return sample_of(image, row), size_hw
+        return with_teacher(sample_of(image, row), row, part), size_hw
     # To read the size from the file takes as long as to decode a small image: the table tells where it is worthwhile.
     stated_hw = (row.get("height") or 1, row.get("width") or 1)
     is_large = all(side >= 2 * least for side, least in zip(stated_hw, working_size.least_hw(stated_hw), strict=True))
     image, size_hw = decoded(data, max_pixels=max_pixels, reduce_to=working_size.least_hw if is_large else None)
-    sample = sample_of(image, row)
+    sample = with_teacher(sample_of(image, row), row, part)
     # Every pixel covers exactly this many of the full image, if the last row and column are thought complete.
-    part = round(max(size_hw) / max(sample.size_hw))
-    if part > 1:
-        sample = rescaled(sample, image, (1 / part, 1 / part))
+    reduction = round(max(size_hw) / max(sample.size_hw))
+    if reduction > 1:
+        sample = rescaled(sample, image, (1 / reduction, 1 / reduction))
     return shrunk(sample, working_size.fitted_hw(sample.size_hw)), size_hw
 
 

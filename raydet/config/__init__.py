@@ -33,7 +33,7 @@ from raydet.config.preparing import (
     PrepareYoloConfig,
 )
 from raydet.config.resolved import DECIDED_OPTIONS, ResolvedTrainConfig
-from raydet.config.scoring import DrawIf, Engine, Merge, PredictConfig, ResizeOn
+from raydet.config.scoring import DrawIf, Engine, Keep, Merge, PredictConfig, ResizeOn
 from raydet.config.sharing import (
     ExportCocoConfig,
     ExportCvatConfig,
@@ -83,6 +83,7 @@ __all__ = [
     "FitConfig",
     "ImageStorage",
     "InspectConfig",
+    "Keep",
     "LoopConfig",
     "Merge",
     "PlanConfig",

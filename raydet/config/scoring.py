@@ -9,6 +9,7 @@ from raydet.config.workers import Precision, WorkersConfig
 Engine = Literal["torch", "openvino", "onnx"]
 ResizeOn = Literal["cpu", "device"]
 Merge = Literal["nms", "wbf"]
+Keep = Literal["class_scores", "embedding"]
 DrawIf = Literal["any", "low_score", "many_boxes"]
 
 
@@ -115,6 +116,13 @@ class PredictConfig(WorkersConfig):
         group="Detections",
     )
 
+    keep: list[Keep] | None = option(
+        "vectors to store for each query that has a detection: class_scores (of all classes), embedding (that of the "
+        "decoder, and one of the image)",
+        None,
+        group="Detections",
+    )
+
     rows_per_file: int | None = option(
         "images per output file, the unit of work that is repeated after a crash; by default up to 1024, rounded up to "
         "whole batches",
@@ -179,6 +187,7 @@ class PredictConfig(WorkersConfig):
         for name in ("score_threshold", "draw_threshold"):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, f"{flag(name)} must be in [0, 1), got {value}")
+        self._check_keep()
         require(
             self.engine == "torch" or not self.compile,
             f"--compile needs --engine torch, got {self.engine}",
@@ -199,6 +208,19 @@ class PredictConfig(WorkersConfig):
             self.engine == "torch" or self.model is None,
             f"--model, a zero-shot model, needs --engine torch, got {self.engine}",
         )
+
+    def _check_keep(self) -> None:
+        if not self.keep:
+            return
+        reasons = {
+            f"--engine {self.engine}: it needs --engine torch": self.engine != "torch",
+            "--model: it needs a trained detector": self.model is not None,
+            "--tile, which merges boxes of several queries": self.tile is not None,
+            "--flip, which merges boxes of several queries": self.flip,
+            "--compile: only class_scores can": self.compile and "embedding" in self.keep,
+        }
+        reason = next((reason for reason, applies in reasons.items() if applies), "")
+        require(not reason, f"--keep {','.join(self.keep)} cannot be combined with {reason}")
 
     @property
     def data_uri(self) -> str:

@@ -190,6 +190,12 @@ class TrainConfig(WorkersConfig):
         None,
         group="Input",
     )
+    teacher: str | list[str] | None = option(
+        "detections in the training images by a model, or several, from `predict --keep class_scores`: boxes and class "
+        "scores to learn besides the labels; TABLE:WEIGHT weights their loss terms",
+        None,
+        group="Input",
+    )
     shuffle_window_mb: int = option("megabytes of compressed images that are shuffled together", 256, group="Input")
 
     validate_every: int | None = option(

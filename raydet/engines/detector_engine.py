@@ -4,12 +4,13 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raydet.config import ResizeOn
+from raydet.config import Keep, ResizeOn
 from raydet.engines.best import best_detections
 from raydet.models.collate import Batch, Example
 from raydet.models.detector import Detections, Detector
@@ -31,6 +32,20 @@ class EngineBatch:
     is_there: torch.cuda.Event | None = None
 
 
+class Outputs(NamedTuple):
+    """Outputs of a forward pass, on any device.
+
+    Attributes:
+        logits: [B, Q, C].
+        boxes_cxcywh: [B, Q, 4], centre form relative to the image.
+        vectors: Vectors to keep, by field of `QueryVectors`, [B, …].
+    """
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    vectors: Mapping[str, Tensor] | None = None
+
+
 class DetectorEngine(ABC):
     """An `Engine` around a `Detector`; subclasses run the model.
 
@@ -48,11 +63,13 @@ class DetectorEngine(ABC):
         pad_batches: bool,
         num_threads: int | None = None,
         resize_on: ResizeOn = "cpu",
+        keep: Sequence[Keep] = (),
     ) -> None:
         """Set up the engine for a loaded detector, with its inputs on `device`.
 
         `pad_batches` pads images as in `ResizeRule.padded_size_hw`; without it, each size is a separate batch.
-        `num_threads` are torch's; None leaves their number. `prepare` resizes on the CPU or on `device`.
+        `num_threads` are torch's; None leaves their number. `prepare` resizes on the CPU or on `device`. `keep` names
+        the vectors that detections have.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -63,6 +80,7 @@ class DetectorEngine(ABC):
         self._device = device
         self._pad_batches = pad_batches
         self._resize_on = resize_on
+        self._keep = frozenset(keep)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def input_size_hw(self, size_hw: SizeHW) -> SizeHW:
@@ -161,11 +179,18 @@ class DetectorEngine(ABC):
                     stream.wait_event(part.is_there)
                     part.batch.pixels.record_stream(stream)
                 # Only the uint8 pixels are copied to the device; all other inputs are made there.
-                logits, boxes_cxcywh = self._run(self._detector.model_inputs(part.batch))
+                logits, boxes_cxcywh, vectors = self._run(self._detector.model_inputs(part.batch))
                 if observe is not None:
                     observe(part, logits, boxes_cxcywh)
                 started.append(
-                    best_detections(self._detector.family, logits, boxes_cxcywh, part.batch.original_sizes_hw)
+                    best_detections(
+                        self._detector.family,
+                        logits,
+                        boxes_cxcywh,
+                        part.batch.original_sizes_hw,
+                        keeps_class_scores="class_scores" in self._keep,
+                        vectors=vectors,
+                    )
                 )
 
         def finish() -> list[Detections]:
@@ -177,9 +202,5 @@ class DetectorEngine(ABC):
         return finish
 
     @abstractmethod
-    def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Run the model on the result of `Detector.model_inputs`.
-
-        Returns:
-            Logits [B, Q, C] and boxes [B, Q, 4], centre form relative to the image, on any device.
-        """
+    def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
+        """Run the model on the result of `Detector.model_inputs`."""

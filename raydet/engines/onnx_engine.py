@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raydet.config import PredictConfig
-from raydet.engines.detector_engine import DetectorEngine
+from raydet.engines.detector_engine import DetectorEngine, Outputs
 from raydet.engines.engine import TORCH_INSTEAD, check_engine
 from raydet.models.graph import OUTPUT_NAMES, input_names
 from raydet.models.loading import load_detector
@@ -33,6 +33,6 @@ class OnnxEngine(DetectorEngine):
         # The weights live in ONNX Runtime now.
         nn.Module.to(detector.model, "meta")
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         logits, boxes = self._session.run(OUTPUT_NAMES, {name: inputs[name].numpy() for name in self._names})
-        return torch.from_numpy(logits), torch.from_numpy(boxes)
+        return Outputs(torch.from_numpy(logits), torch.from_numpy(boxes))

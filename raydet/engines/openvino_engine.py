@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raydet.common.packages import require_packages
 from raydet.config import PredictConfig
-from raydet.engines.detector_engine import DetectorEngine
+from raydet.engines.detector_engine import DetectorEngine, Outputs
 from raydet.engines.engine import TORCH_INSTEAD, check_engine
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import check_graph_sizes
@@ -49,7 +49,7 @@ class OpenVinoEngine(DetectorEngine):
         # OpenVINO holds the weights now.
         nn.Module.to(detector.model, "meta")
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         arrays = [inputs[name].numpy() for name in self._names]
         num_images = len(arrays[0])
         outputs: list[list[Tensor]] = [[] for _ in OUTPUT_NAMES]
@@ -61,7 +61,7 @@ class OpenVinoEngine(DetectorEngine):
                 # A copy, because the next run overwrites the result.
                 output.append(torch.from_numpy(np.array(results[number][: num_images - start])))
         logits, boxes_cxcywh = (torch.cat(output) for output in outputs)
-        return logits, boxes_cxcywh
+        return Outputs(logits, boxes_cxcywh)
 
 
 def _openvino() -> Any:

@@ -153,10 +153,12 @@ class Scorer:
         )
         if self._point is not None:
             found_at_point = at_operating_point(merged, self._point)
-            return select(found_at_point, top_k=config.top_k, class_agnostic_nms=self._point.class_agnostic_nms)
-        return select(
-            merged,
-            score_threshold=config.score_threshold or 0.0,
-            top_k=config.top_k,
-            class_agnostic_nms=config.class_agnostic_nms,
-        )
+            kept = select(found_at_point, top_k=config.top_k, class_agnostic_nms=self._point.class_agnostic_nms)
+        else:
+            kept = select(
+                merged,
+                score_threshold=config.score_threshold or 0.0,
+                top_k=config.top_k,
+                class_agnostic_nms=config.class_agnostic_nms,
+            )
+        return kept.with_used_queries()

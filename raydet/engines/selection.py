@@ -72,25 +72,14 @@ def select(
     if class_agnostic_nms is not None:
         kept = kept[non_maximum_suppression(found.boxes_xywh[kept], found.scores[kept], class_agnostic_nms)]
     kept = kept[:top_k]
-    if len(kept) == len(found.scores):
-        return found
-    return dataclasses.replace(
-        found, boxes_xywh=found.boxes_xywh[kept], scores=found.scores[kept], categories=found.categories[kept]
-    )
+    return found if len(kept) == len(found.scores) else found.take(kept)
 
 
 def at_operating_point(found: "Detections", point: "FittedPoint") -> "Detections":
     """Return the detections that reach the threshold of their class, with calibrated scores, in descending order."""
-    passing = np.flatnonzero(point.passes(found.scores, found.categories))
-    scores, categories = found.scores[passing], found.categories[passing]
-    calibrated = point.calibrated(scores, categories)
-    order = np.argsort(-calibrated, kind="stable")
-    return dataclasses.replace(
-        found,
-        boxes_xywh=found.boxes_xywh[passing[order]],
-        scores=calibrated[order],
-        categories=categories[order],
-    )
+    passing = found.take(np.flatnonzero(point.passes(found.scores, found.categories)))
+    calibrated = dataclasses.replace(passing, scores=point.calibrated(passing.scores, passing.categories))
+    return calibrated.take(np.argsort(-calibrated.scores, kind="stable"))
 
 
 def non_maximum_suppression(

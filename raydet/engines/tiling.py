@@ -65,7 +65,7 @@ def merge(
     else:
         merged = _fuse(found, iou)
     clipped = Detections(clip_xywh(merged.boxes_xywh, size_hw), merged.scores, merged.categories)
-    return _take(clipped, np.flatnonzero(has_area(clipped.boxes_xywh))[:max_detections])
+    return clipped.take(np.flatnonzero(has_area(clipped.boxes_xywh))[:max_detections])
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _best_of(found: Detections, least_side: float, *, is_fused: bool, iou: float
     """Select the boxes of one view that take part in the merge."""
     # Tiles show small objects whole and at a higher resolution than the whole image, whose coarse box, some pixels
     # off, would overlap too little to count as the same object.
-    found = _take(found, np.flatnonzero(found.boxes_xywh[:, 2:].max(axis=1, initial=0.0) >= least_side))
+    found = found.take(np.flatnonzero(found.boxes_xywh[:, 2:].max(axis=1, initial=0.0) >= least_side))
     # DETR proposes a fixed number of boxes, 300 or more for some families. Beyond the best, nearly all are noise, and
     # the cost of the merge grows with the square of their number.
     kept = np.arange(min(BEST_OF_VIEW, len(found.scores)))
@@ -148,11 +148,7 @@ def _best_of(found: Detections, least_side: float, *, is_fused: bool, iou: float
         # The paper fuses boxes after suppression. DETR's are not suppressed, and weak duplicates would lower the mean
         # score.
         kept = non_maximum_suppression(found.boxes_xywh[kept], found.scores[kept], iou, found.categories[kept])
-    return _take(found, kept)
-
-
-def _take(found: Detections, kept: Integers) -> Detections:
-    return Detections(found.boxes_xywh[kept], found.scores[kept], found.categories[kept])
+    return found.take(kept)
 
 
 def _to_image(boxes_xywh: Boxes, view: TileView) -> Boxes:

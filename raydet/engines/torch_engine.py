@@ -1,14 +1,15 @@
 """A detector that runs in torch, on the CPU or a GPU: loaded from a checkpoint, or a live one in training."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raydet.config import Precision, PredictConfig, ResizeOn
-from raydet.engines.detector_engine import DetectorEngine
+from raydet.config import Keep, Precision, PredictConfig, ResizeOn
+from raydet.engines.detector_engine import DetectorEngine, Outputs
+from raydet.engines.embedding import EmbeddingReader
 from raydet.engines.engine import no_fp16_on_cpu, no_lanczos_on_device
 from raydet.models.detector import AUTOCAST_DTYPES, Detector
 from raydet.models.geometry import LANCZOS
@@ -26,14 +27,21 @@ class TorchEngine(DetectorEngine):
         pad_batches: bool = True,
         num_threads: int | None = None,
         resize_on: ResizeOn = "cpu",
+        keep: Sequence[Keep] = (),
     ) -> None:
         """Wrap a detector on its own device; see `DetectorEngine`.
 
         The detector runs in evaluation mode, and each call leaves its mode unchanged. fp16 requires a GPU.
         """
         super().__init__(
-            detector, device=detector.device, pad_batches=pad_batches, num_threads=num_threads, resize_on=resize_on
+            detector,
+            device=detector.device,
+            pad_batches=pad_batches,
+            num_threads=num_threads,
+            resize_on=resize_on,
+            keep=keep,
         )
+        self._embedding = EmbeddingReader(detector) if "embedding" in keep else None
         self._dtype = AUTOCAST_DTYPES[precision]
         self._memory_format = torch.contiguous_format
         self._model: Any = detector.model
@@ -54,7 +62,7 @@ class TorchEngine(DetectorEngine):
             raise no_lanczos_on_device(config.checkpoint)
         detector.model.eval()
         options: Any = {name: getattr(config, name) for name in ("precision", "pad_batches", "resize_on")}
-        engine = cls(detector, num_threads=num_threads, **options)
+        engine = cls(detector, num_threads=num_threads, keep=config.keep or (), **options)
         if config.channels_last:
             engine._memory_format = torch.channels_last
             nn.Module.to(detector.model, memory_format=torch.channels_last)
@@ -63,14 +71,15 @@ class TorchEngine(DetectorEngine):
             engine._model = torch.compile(detector.model, dynamic=detector.pads_to_largest or None)
         return engine
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         pixels = inputs["pixel_values"].contiguous(memory_format=self._memory_format)
         with (
             _evaluating(self._detector.model),
             torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None),
         ):
             outputs = self._model(**{**inputs, "pixel_values": pixels})
-        return outputs.logits, outputs.pred_boxes
+        vectors = None if self._embedding is None else self._embedding.vectors(outputs)
+        return Outputs(outputs.logits, outputs.pred_boxes, vectors)
 
 
 @contextlib.contextmanager

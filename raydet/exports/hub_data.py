@@ -39,6 +39,8 @@ _COLUMNS = {
     "height": "height of the upright image in pixels",
     "objects": "labelled boxes: id, box, class, area in square pixels, and whether the box stands for a crowd",
     "detections": "detected boxes in descending score order: box, score and class",
+    "queries": "queries of the detections: box, and the scores of all classes or the embedding that the run kept",
+    "image_embedding": "mean of the encoder's features of the image; null if it was not read",
     "error": "why an image has no detections; null if it was read",
 }
 """Descriptions of the columns of images and detections tables."""

@@ -24,8 +24,8 @@ from raydet.models.checkpoints import Checkpoint
 from raydet.reporting.run_tables import read_run
 from raydet.tables import storage
 from raydet.tables.table import is_table, read_manifest
+from raydet.training.feeding.sources import weighted
 from raydet.training.history import EpochRecord, History, best_epoch, read_history
-from raydet.training.sources import weighted
 
 _CLASS_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 _Numbers = Mapping[str, float | None]

@@ -13,6 +13,14 @@ from raydet.models.geometry import SizeHW, fill_padded
 LABELLED = "labelled"
 """Key in the labels of an image: the indices of the classes that it is labelled for, int64 [K]; absent: all."""
 
+TAUGHT = {
+    "boxes_cxcywh": "teacher_boxes",
+    "class_scores": "teacher_scores",
+    "owners": "teacher_owners",
+    "weights": "teacher_weights",
+}
+"""Keys in the labels of an image that teachers have scored, by the attribute of `raydet.augmentation.taught.Taught`."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,7 +53,7 @@ class Batch:
         sizes_hw: Height and width in pixels of each image without its padding.
         original_sizes_hw: Height and width in pixels of each upright image before the resize.
         labels: Per image, `class_labels` int64 [N] and `boxes` float32 [N, 4], centre form relative to the image; if it
-            is not labelled for all classes, `labelled` int64 [K], those that it is labelled for.
+            is not labelled for all classes, `labelled` int64 [K], those that it is labelled for; and `TAUGHT`.
     """
 
     image_ids: list[int]

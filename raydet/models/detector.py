@@ -7,9 +7,9 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,26 @@ AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
+class QueryVectors:
+    """Vectors of one image and of its queries, as `predict --keep` asks for them; None where it does not.
+
+    Attributes:
+        class_scores: float16 [Q, C], the scores of all classes, without "no object".
+        embedding: float16 [Q, D], the last hidden state of the decoder.
+        image_embedding: float16 [D], the mean of the encoder's features.
+    """
+
+    class_scores: npt.NDArray[np.float16] | None = None
+    embedding: npt.NDArray[np.float16] | None = None
+    image_embedding: npt.NDArray[np.float16] | None = None
+
+    def take(self, queries: npt.NDArray[np.int64]) -> Self:
+        """Select queries by index, in the given order."""
+        scores, embedding = (None if part is None else part[queries] for part in (self.class_scores, self.embedding))
+        return replace(self, class_scores=scores, embedding=embedding)
+
+
+@dataclass(frozen=True)
 class Detections:
     """Detections in one image, in descending score order.
 
@@ -39,11 +59,33 @@ class Detections:
         boxes_xywh: float64 [K, 4], absolute pixels of the upright image before any resize.
         scores: float64 [K], above 0, at most 1.
         categories: int64 [K], category indices.
+        queries: int64 [K], the index of each detection's query in `vectors`; None without vectors.
+        vectors: Vectors of the queries; None unless they are kept.
     """
 
     boxes_xywh: Boxes
     scores: npt.NDArray[np.float64]
     categories: npt.NDArray[np.int64]
+    queries: npt.NDArray[np.int64] | None = None
+    vectors: QueryVectors | None = None
+
+    def take(self, kept: npt.NDArray[np.int64]) -> Self:
+        """Select detections by index, in the given order."""
+        return replace(
+            self,
+            boxes_xywh=self.boxes_xywh[kept],
+            scores=self.scores[kept],
+            categories=self.categories[kept],
+            queries=None if self.queries is None else self.queries[kept],
+        )
+
+    def with_used_queries(self) -> Self:
+        """Keep the vectors of the queries that have a detection, in the order of their first detections."""
+        if self.queries is None or self.vectors is None:
+            return self
+        used, first, number = np.unique(self.queries, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        return replace(self, queries=np.argsort(order)[number], vectors=self.vectors.take(used[order]))
 
 
 class Detector:

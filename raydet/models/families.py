@@ -69,6 +69,10 @@ class Family:
         head_tokens: Parameters whose name contains this belong to the head although they match `backbone_prefixes`.
         denoises: In training, queries around the labelled boxes join the others. Their class embedding has no gradient
             in a batch without boxes.
+        decoder: The part of the model that turns queries and the encoder's features into boxes; None if the encoder
+            itself does.
+        decoder_mask: Argument of the decoder that separates the features of the image from those of its padding.
+        default_hidden_size: Length of the vector of a query if the model's config does not state it.
         compiled_modules: Parts of the model, in the order of the forward pass, that `--compile` compiles: backbone and
             encoder, whose shapes depend on the size of the input only.
     """
@@ -99,6 +103,9 @@ class Family:
     backbone_prefixes: tuple[str, ...] = ("model.backbone.",)
     head_tokens: str | None = None
     denoises: bool = False
+    decoder: str | None = "model.decoder"
+    decoder_mask: str = "encoder_attention_mask"
+    default_hidden_size: int = 256
     compiled_modules: tuple[str, ...] = ("model.backbone", "model.encoder")
 
 
@@ -153,7 +160,13 @@ FAMILIES: Mapping[str, Family] = {
             scores_proposals=True,
             graph_has_one_size=True,
         ),
-        replace(_CONDITIONAL_DETR, model_type="dab-detr", class_weight=1.0, precise_layers=_PRECISE_LAYERS),
+        replace(
+            _CONDITIONAL_DETR,
+            model_type="dab-detr",
+            class_weight=1.0,
+            precise_layers=_PRECISE_LAYERS,
+            decoder_mask="memory_key_padding_mask",
+        ),
         _RT_DETR,
         replace(_RT_DETR, model_type="rt_detr_v2"),
         replace(_RT_DETR, model_type="d_fine", distils=True, dense_matching=True),
@@ -190,6 +203,8 @@ FAMILIES: Mapping[str, Family] = {
             auxiliary_loss=False,
             backbone_prefixes=("vit.",),
             head_tokens="detection_tokens",
+            decoder=None,
+            default_hidden_size=768,
             compiled_modules=("vit",),
         ),
     )

@@ -141,6 +141,32 @@ class ResizeRule:
         return cls(**values)
 
 
+class PixelBuffer:
+    """Memory for pixels, one image or batch after another; it can be reused, as fresh pages cost more than the copy."""
+
+    def __init__(self, num_bytes: int = 0) -> None:
+        """Allocate memory for a number of bytes, which grows if it is not enough."""
+        self._memory, self._size = np.empty(num_bytes, np.uint8), 0
+
+    def clear(self) -> None:
+        """Start anew; earlier arrays become invalid."""
+        self._size = 0
+
+    def append(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """Return the next bytes as an uninitialised array of this shape; valid until the next call."""
+        start, self._size = self._size, self._size + math.prod(shape)
+        if self._size > len(self._memory):
+            grown = np.empty(max(self._size, 2 * len(self._memory)), np.uint8)
+            grown[:start] = self._memory[:start]
+            self._memory = grown
+        return self._memory[start : self._size].reshape(shape)
+
+    @property
+    def content(self) -> npt.NDArray[np.uint8]:
+        """All bytes since the last `clear`."""
+        return self._memory[: self._size]
+
+
 def fill_padded(canvas: Image, planes: Sequence[Image]) -> None:
     """Copy images into the upper left corners of a batch, with zeros at the bottom and on the right.
 
@@ -167,10 +193,13 @@ def resize(image: Image, size_hw: SizeHW, resample: int) -> Image:
 
 
 def resized_planes(image: Image, size_hw: SizeHW, resample: int) -> Image:
-    """Resize as `resize` does, but return uint8 [3, height, width], the layout in which models take images."""
+    """Resize as `resize` does, but return uint8 [3, height, width], which may be a view of interleaved channels.
+
+    Callers copy it into a batch of planes, the layout in which models take images.
+    """
     if image.shape[:2] == tuple(size_hw):
         return image.transpose(2, 0, 1)
-    return np.asarray(_resized(image, size_hw, resample).contiguous().numpy())
+    return np.asarray(_resized(image, size_hw, resample).numpy())
 
 
 def _resized(image: Image, size_hw: SizeHW, resample: int) -> "Tensor":

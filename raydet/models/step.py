@@ -7,7 +7,7 @@ loss.
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from raydet.models.batch_norm import RunningStatistics
 from raydet.models.collate import Batch
 from raydet.models.detector import Detector
 from raydet.models.losses.global_batch import Normaliser, compute_loss, local_normaliser
+from raydet.models.losses.teachers import taught_weight
 from raydet.models.optim.moving_average import MovingAverage
 
 
@@ -45,7 +46,9 @@ class StepSetting:
 
 def step_normaliser(detector: Detector, batches: Sequence[Batch]) -> Normaliser:
     """Count the divisors of this rank's micro-batches; the sum over ranks is the normaliser of the step."""
-    return sum((local_normaliser(detector, batch) for batch in batches if len(batch)), Normaliser(0.0, 0.0))
+    batches = [batch for batch in batches if len(batch)]
+    own = [replace(local_normaliser(detector, batch), taught_weight=taught_weight(batch)) for batch in batches]
+    return sum(own, Normaliser(0.0, 0.0))
 
 
 def compute_gradients(

@@ -16,7 +16,7 @@ from raydet.config import PredictConfig
 from raydet.engines.views import crop, planned_views
 from raydet.images.collection import ImageRow
 from raydet.images.decode import DecodeError
-from raydet.models.geometry import Image, ResizeRule, SizeHW, resized_planes
+from raydet.models.geometry import Image, PixelBuffer, ResizeRule, SizeHW, resized_planes
 from raydet.scoring.plan import ScoringPlan, Work
 
 MOST_BLOCK_BYTES = 32 * 2**20
@@ -43,7 +43,7 @@ def blocks_of(
     images = iter(work.images.read(rows.start, rows.stop))
     plan, position = work.plan, rows.start
     while position < rows.stop:
-        block = _Block(work.config, rule, watch)
+        block = _Block(work.config, rule, watch, most_bytes)
         while position < rows.stop and not block.is_full(plan, most_bytes):
             with watch.measuring("read"):
                 row = next(images)
@@ -55,19 +55,20 @@ def blocks_of(
 class _Block:
     """A block that is being filled."""
 
-    def __init__(self, config: PredictConfig, rule: ResizeRule | None, watch: Stopwatch) -> None:
+    def __init__(self, config: PredictConfig, rule: ResizeRule | None, watch: Stopwatch, most_bytes: int) -> None:
         self._config, self._rule, self._watch = config, rule, watch
         self._rows: list[ImageRow] = []
         self._decoded_hw: list[SizeHW | None] = []
-        self._pixels: list[_Bytes] = []
+        # Pages that are not written take no memory.
+        self._pixels = PixelBuffer(2 * most_bytes)
         self._ends: list[int] = []
-        self._num_bytes = 0
 
     def is_full(self, plan: ScoringPlan, most_bytes: int) -> bool:
         num_images = len(self._rows)
-        if self._num_bytes >= 2 * most_bytes or num_images == plan.images_per_block:
+        num_bytes = len(self._pixels.content)
+        if num_bytes >= 2 * most_bytes or num_images == plan.images_per_block:
             return True
-        return self._num_bytes >= most_bytes and num_images % plan.images_per_batch == 0
+        return num_bytes >= most_bytes and num_images % plan.images_per_batch == 0
 
     def add(self, row: ImageRow) -> None:
         error, size_hw, decoded_hw = row.error, row.size_hw, None
@@ -82,16 +83,14 @@ class _Block:
                 decoded_hw = (image.shape[0], image.shape[1])
                 with self._watch.measuring("prepare"):
                     for pixels in _resized_views(image, decoded_hw, self._config, self._rule):
-                        self._pixels.append(pixels.reshape(-1))
-                        self._num_bytes += pixels.size
+                        self._pixels.append(pixels.shape)[:] = pixels
         self._rows.append(ImageRow(row.image_id, row.path, None, error, size_hw))
         self._decoded_hw.append(decoded_hw)
-        self._ends.append(self._num_bytes)
+        self._ends.append(len(self._pixels.content))
 
     def to_table(self) -> pa.Table:
         offsets = np.array([0, *self._ends], np.int64)
-        flat = np.concatenate(self._pixels) if self._pixels else np.zeros(0, np.uint8)
-        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(flat)]
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(self._pixels.content)]
         heights, widths = _columns([row.size_hw for row in self._rows])
         pixel_heights, pixel_widths = _columns(self._decoded_hw)
         return pa.table(
@@ -118,7 +117,7 @@ def _resized_views(image: Image, size_hw: SizeHW, config: PredictConfig, rule: R
         yield image
         return
     for view in planned_views(size_hw, config):
-        yield np.ascontiguousarray(resized_planes(crop(image, view), rule.target_size_hw(view.size_hw), rule.resample))
+        yield resized_planes(crop(image, view), rule.target_size_hw(view.size_hw), rule.resample)
 
 
 def images_in(block: pa.Table) -> tuple[list[SizeHW], list[_Bytes]]:

@@ -19,11 +19,13 @@ from raydet.engines.loading import resize_rule_before
 from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
 from raydet.scoring.blocks import images_in, planes_in
+from raydet.scoring.kept import kept_columns, query_numbers
 from raydet.scoring.plan import COUNTS_KEY, Work, part_name
 from raydet.tables import storage
+from raydet.tables.kept.columns import QUERIES_COLUMN
 from raydet.tables.layout import groups_of
 from raydet.tables.output_folder import OutputFolder
-from raydet.tables.schema import DETECTIONS_TYPE
+from raydet.tables.table import ROW_GROUP_BYTES
 
 _MOST_ROWS_PER_GROUP = 2**14
 """Fewer than 2²⁶ numbers in a column, even with 900 detections per image: readers refuse more."""
@@ -136,7 +138,7 @@ class ChunkScorer:
             counts = {"num_errors": len(errors), "num_detections": num_detections}
             metadata = {**self._work.schema.metadata, COUNTS_KEY: json.dumps(counts)}
             sink = pa.BufferOutputStream()
-            pq.write_table(table.replace_schema_metadata(metadata), sink, row_group_size=_MOST_ROWS_PER_GROUP)
+            pq.write_table(table.replace_schema_metadata(metadata), sink, **_options_of(table))
             content = sink.getvalue()
             groups = groups_of(pq.read_metadata(pa.BufferReader(content)))
             self._work.folder.write_bytes(content.to_pybytes(), part_name(chunk))
@@ -167,10 +169,23 @@ def _rows(block: pa.Table, found: Sequence[Any], schema: pa.Schema) -> pa.Table:
         "score": pa.array(scores, pa.float64()),
         "category": pa.array(categories, pa.int64()),
     }
-    lists = [pa.ListArray.from_arrays(offsets, values[field.name]) for field in DETECTIONS_TYPE]
-    detections = pa.StructArray.from_arrays(lists, fields=list(DETECTIONS_TYPE))
-    columns = {name: block[name] for name in schema.names if name != "detections"}
-    return pa.table({**columns, "detections": detections}).select(schema.names).cast(schema)
+    columns = {name: block[name] for name in schema.names if name in block.schema.names}
+    if QUERIES_COLUMN in schema.names:
+        values["query"] = query_numbers(found)
+        columns |= kept_columns(found, boxes, is_readable, schema)
+    fields = list(schema.field("detections").type)
+    lists = [pa.ListArray.from_arrays(offsets, values[field.name]) for field in fields]
+    columns["detections"] = pa.StructArray.from_arrays(lists, fields=fields)
+    return pa.table(columns).select(schema.names).cast(schema)
+
+
+def _options_of(table: pa.Table) -> dict[str, Any]:
+    """Return the options of `pq.write_table` for a chunk."""
+    if QUERIES_COLUMN not in table.schema.names:
+        return {"row_group_size": _MOST_ROWS_PER_GROUP}
+    # Vectors are large and do not repeat.
+    num_rows = max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes))
+    return {"row_group_size": min(num_rows, _MOST_ROWS_PER_GROUP), "use_dictionary": False}
 
 
 def _at_full_size(block: pa.Table, boxes_xywh: Any, counts: Any) -> Any:

@@ -21,6 +21,8 @@ LOG_FOLDER = "__log"
 """Log folder in OUT; names with a leading `_` are not part of the table."""
 _MOST_ROWS_PER_FILE = 1024
 """Maximum rows of a detections file, a few megabytes; a kill loses the work on each file in flight."""
+_MOST_ROWS_WITH_VECTORS = 256
+"""The same with `--keep`: 300 queries with embeddings of 256 numbers take 150 kB an image, which wait in memory."""
 _LEAST_FILES_PER_WORKER = 16
 """A chunk is decoded in one thread, so a worker needs several at a time, and none may idle at the end."""
 _EVEN_ENOUGH = 1.02
@@ -59,8 +61,9 @@ class ScoringPlan:
         if config.tile:
             images_per_batch = 1
         least_files = _LEAST_FILES_PER_WORKER * config.num_workers
+        most_rows = _MOST_ROWS_WITH_VECTORS if config.keep else _MOST_ROWS_PER_FILE
         rows_per_file = config.rows_per_file or min(
-            _MOST_ROWS_PER_FILE, max(_IMAGES_PER_BLOCK // 2, math.ceil(num_rows / least_files))
+            most_rows, max(_IMAGES_PER_BLOCK // 2, math.ceil(num_rows / least_files))
         )
         rows_per_file = _rounded_up(rows_per_file, images_per_batch)
         if not config.rows_per_file:

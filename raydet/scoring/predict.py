@@ -32,10 +32,12 @@ from raydet.models.families import family_of
 from raydet.scoring.chunks import unreadable_in
 from raydet.scoring.following import ScoringProgress
 from raydet.scoring.gallery import GalleryPainter
+from raydet.scoring.kept import vectors_to_keep
 from raydet.scoring.pictures import Picture, detect_in, pictures_in
 from raydet.scoring.plan import ScoringPlan, Work, files_of_chunks, part_name
 from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
 from raydet.tables import storage
+from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder, token_of_run
 from raydet.tables.schema import Category, build_schema, token_of, with_token
 from raydet.tables.table import is_table, open_table, read_manifest, write_manifest
@@ -92,6 +94,7 @@ class _ModelFacts:
     categories: tuple[Category, ...]
     fingerprint: str
     point: FittedPoint | None = None
+    kept: KeptVectors | None = None
 
 
 @with_options(PredictConfig)
@@ -140,6 +143,7 @@ def predict_with(
         score_threshold=config.score_threshold or 0.0,
         checkpoint=model.name if config.checkpoint else None,
         model=model.name if config.model else None,
+        keep=sorted(set(config.keep)) if config.keep else None,
     )
     with open_folder(config.out, command="predict", notify=console.line) as folder:
         if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
@@ -161,7 +165,10 @@ def predict_with(
         metadata = {"checkpoint": without_secrets(model.name), "checkpoint_hash": model.fingerprint}
         if model.point is not None:
             metadata["operating_point"] = model.point.fingerprint
-        schema = build_schema("detections", model.categories, extra_metadata=metadata)
+        if model.kept is None:
+            schema = build_schema("detections", model.categories, extra_metadata=metadata)
+        else:
+            schema = model.kept.schema(model.categories, metadata)
         work = Work(
             config=config,
             folder=folder,
@@ -216,12 +223,18 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
     else:
         assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
         checkpoint = read_checkpoint(config.checkpoint)
-        family_of(checkpoint.model_type, where=config.checkpoint)
+        family = family_of(checkpoint.model_type, where=config.checkpoint)
         check_engine(config, checkpoint.model_type)
         if not checkpoint.categories:
             raise UserError(f"the model {checkpoint.name} defines no classes: its config.json has no id2label")
         point = read_point_of(config, checkpoint.categories)
-        model = _ModelFacts(checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint), point)
+        model = _ModelFacts(
+            checkpoint.name,
+            checkpoint.categories,
+            fingerprint(config.checkpoint),
+            point,
+            vectors_to_keep(config, checkpoint, family),
+        )
     if config.reduced_decode and (config.tile or config.model):
         tiles = "--tile: tiles are cut from the full-size image"
         other = tiles if config.tile else "a zero-shot model: it requires a trained detector"

@@ -194,7 +194,7 @@ def flatten(
 def elements_of(
     batch: pa.RecordBatch, column: str, names: Sequence[str], where: str, *, nullable: Sequence[str] = ()
 ) -> tuple[Integers, dict[str, pa.Array]]:
-    """Return what `flatten` does as arrays of Arrow, without a copy; those of `bbox` hold four numbers a box.
+    """Return what `flatten` does as arrays of Arrow, without a copy; that of `bbox` holds four numbers for each box.
 
     Raises:
         UserError: The lists of a row differ in length, or contain nulls and are not `nullable`.
@@ -213,8 +213,9 @@ def elements_of(
             ends = numbers_of(lists.offsets)
             own, values = np.diff(ends), lists.values.slice(ends[0], ends[-1] - ends[0])
         numbers = values
-        if name == "bbox":
-            numbers = values.values.slice(4 * values.offset, 4 * len(values))
+        if pa.types.is_fixed_size_list(values.type):
+            size = values.type.list_size
+            numbers = values.values.slice(size * values.offset, size * len(values))
         lengths = own if lengths is None else lengths
         has_nulls = name not in nullable and (values.null_count or numbers.null_count)
         if has_nulls or not np.array_equal(own, lengths):

@@ -78,6 +78,9 @@ DETECTIONS_TYPE = pa.struct(
     ]
 )
 
+QUERIED_TYPE = pa.struct([*DETECTIONS_TYPE, ("query", pa.list_(pa.int64()))])
+"""Detections of a table with `queries` (`raydet.tables.kept`): the index of each detection's query in its row."""
+
 LABELLED_COLUMN = "labelled_categories"
 """Optional column of an images table: the classes that an image is labelled for; null means all."""
 OPTIONAL_FIELDS: Mapping[TableKind, Mapping[str, pa.DataType]] = {"images": {LABELLED_COLUMN: pa.list_(pa.int64())}}
@@ -286,6 +289,7 @@ def build_schema(
     extra_fields: Sequence[pa.Field] = (),
     extra_metadata: Mapping[str, Any] | None = None,
     with_scores: bool = False,
+    with_queries: bool = False,
 ) -> pa.Schema:
     """Build the Arrow schema of a table, with the categories and the schema version in its metadata.
 
@@ -295,12 +299,17 @@ def build_schema(
         extra_fields: Further columns: scalar ones, such as camera or city, and those of `OPTIONAL_FIELDS`.
         extra_metadata: Further JSON-serialisable metadata.
         with_scores: True for an images table whose boxes have scores.
+        with_queries: True for a detections table whose detections name their queries.
 
     Raises:
         UserError: The name of a class is too long.
     """
     check_class_names(categories)
-    types = dict(_FIELDS[kind]) | ({"objects": SCORED_OBJECTS_TYPE} if with_scores else {})
+    types = dict(_FIELDS[kind])
+    if with_scores:
+        types["objects"] = SCORED_OBJECTS_TYPE
+    if with_queries:
+        types["detections"] = QUERIED_TYPE
     fields = [pa.field(name, dtype) for name, dtype in types.items()] + list(extra_fields)
     content = {
         "kind": kind,
@@ -393,39 +402,25 @@ def token_of(metadata: Mapping[bytes, bytes] | None) -> str | None:
 
 def _huggingface_features(fields: Sequence[pa.Field], categories: Sequence[Category]) -> dict[str, Any]:
     """Build the `huggingface` metadata, so that `datasets.load_dataset("parquet", …)` finds images and class names."""
-
-    def value(dtype: str) -> dict[str, str]:
-        return {"dtype": dtype, "_type": "Value"}
-
-    def sequence(feature: dict[str, Any], length: int = -1) -> dict[str, Any]:
-        return {"feature": feature, "length": length, "_type": "List"}
-
     names = [category.name for category in categories]
     # `datasets` refuses repeated names, which a checkpoint may have.
     is_label = 0 < len(names) == len(set(names))
-    label = {"names": names, "_type": "ClassLabel"} if is_label else value("int64")
-    special: dict[str, Any] = {
-        "image": {"_type": "Image"},
-        "objects": {
-            "id": sequence(value("int64")),
-            "bbox": sequence(sequence(value("float64"), 4)),
-            "category": sequence(label),
-            "area": sequence(value("float64")),
-            "iscrowd": sequence(value("bool")),
-        },
-        LABELLED_COLUMN: sequence(label),
-        "detections": {
-            "bbox": sequence(sequence(value("float64"), 4)),
-            "score": sequence(value("float64")),
-            "category": sequence(label),
-        },
-    }
-    if any(field.name == "objects" and field.type == SCORED_OBJECTS_TYPE for field in fields):
-        special["objects"]["score"] = sequence(value("float64"))
-    features = {field.name: special.get(field.name) or value(_huggingface_dtype(field.type)) for field in fields}
-    return {"info": {"features": features}}
+    label = {"names": names, "_type": "ClassLabel"} if is_label else {"dtype": "int64", "_type": "Value"}
+
+    def feature_of(name: str, dtype: pa.DataType) -> dict[str, Any]:
+        if name == "image":
+            return {"_type": "Image"}
+        if pa.types.is_struct(dtype):
+            return {field.name: feature_of(field.name, field.type) for field in dtype}
+        if pa.types.is_list(dtype) or pa.types.is_fixed_size_list(dtype):
+            feature = label if name in ("category", LABELLED_COLUMN) else feature_of(name, dtype.value_type)
+            length = dtype.list_size if pa.types.is_fixed_size_list(dtype) else -1
+            return {"feature": feature, "length": length, "_type": "List"}
+        return {"dtype": _huggingface_dtype(dtype), "_type": "Value"}
+
+    return {"info": {"features": {field.name: feature_of(field.name, field.type) for field in fields}}}
 
 
 def _huggingface_dtype(dtype: pa.DataType) -> str:
-    names = {"double": "float64", "float": "float32"}
+    names = {"double": "float64", "float": "float32", "halffloat": "float16"}
     return names.get(str(dtype), str(dtype))

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raydet.models.collate import Batch
+from raydet.models.collate import TAUGHT, Batch
 from raydet.models.losses.global_batch import Normaliser
 from raydet.training.state import Position
 
-_NUM_DIVISORS = 4
+_NUM_DIVISORS = 5
 
 
 class PendingSum:
@@ -58,17 +58,16 @@ class DeviceCopy:
             return CopiedBatches(copies, self._stream.record_event())
 
     def _copied(self, batch: Batch) -> Batch:
-        """Copy a batch in three transfers, however many images it has; lists of labelled classes stay on the CPU."""
-        counts = [len(label["class_labels"]) for label in batch.labels]
+        """Copy a batch in a few transfers, however many images it has; lists of labelled classes stay on the CPU."""
         pixels = self._moved(batch.pixels)
-        labels = []
-        if counts:
-            classes = self._moved(torch.cat([label["class_labels"] for label in batch.labels])).split(counts)
-            boxes = self._moved(torch.cat([label["boxes"] for label in batch.labels])).split(counts)
-            labels = [
-                {**label, "class_labels": one, "boxes": other}
-                for label, one, other in zip(batch.labels, classes, boxes, strict=True)
-            ]
+        labels = [dict(label) for label in batch.labels]
+        for name in ("class_labels", "boxes", *TAUGHT.values()):
+            having = [label for label in labels if name in label]
+            if having:
+                lengths = [len(label[name]) for label in having]
+                whole = torch.cat([label[name] for label in having if len(label[name])] or [having[0][name]])
+                for label, values in zip(having, self._moved(whole).split(lengths), strict=True):
+                    label[name] = values
         return Batch(batch.image_ids, pixels, batch.sizes_hw, batch.original_sizes_hw, labels)
 
     def _moved(self, values: Tensor) -> Tensor:

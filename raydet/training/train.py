@@ -35,7 +35,9 @@ from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category
 from raydet.tables.table import Table
+from raydet.training.feeding.counts import lines_of, record_of, shown_of
 from raydet.training.feeding.mixture import Mixture
+from raydet.training.feeding.sources import open_renamed, open_sources, weighted, with_absolute_sources
 from raydet.training.history import EpochRecord, History, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, WorkerProgress, following
 from raydet.training.recovery.overrides import (
@@ -44,15 +46,6 @@ from raydet.training.recovery.overrides import (
     overrides_of,
     overrides_to_json,
     with_latest,
-)
-from raydet.training.sources import (
-    lines_of,
-    open_renamed,
-    open_sources,
-    record_of,
-    shown_of,
-    weighted,
-    with_absolute_sources,
 )
 
 if TYPE_CHECKING:
@@ -340,11 +333,8 @@ def _is_finished(config: ResolvedTrainConfig, history: list[EpochRecord]) -> boo
 
 def _check_tables(config: TrainConfig, opened: dict[str, Table | Mixture] | None = None) -> dict[str, Table | Mixture]:
     wanted, train = with_absolute_sources(config), (opened or {}).get("train")
-    if not isinstance(train, Table) or (wanted.train_data, wanted.rename_classes, wanted.repeat_rare) != (
-        train.uri,
-        None,
-        None,
-    ):
+    further = wanted.rename_classes, wanted.repeat_rare, wanted.teacher
+    if not isinstance(train, Table) or wanted.train_data != train.uri or further != (None, None, None):
         train = open_sources(config)
     validate = (opened or {}).get("validate")
     if validate is None or validate.uri != wanted.val_data:
@@ -385,6 +375,8 @@ def _check_nodes(config: TrainConfig) -> None:
         "--train-data" if number == 0 else f"--train-data, table {number + 1}": (uri, storage.join(uri, MANIFEST_NAME))
         for number, (uri, _) in enumerate(weighted(config.train_data))
     }
+    for uri, _ in weighted(config.teacher or [], "teacher"):
+        reads[f"--teacher {uri}"] = (uri, storage.join(uri, MANIFEST_NAME))
     reads["--val-data"] = (config.val_data, storage.join(config.val_data, MANIFEST_NAME))
     if storage.exists(storage.join(config.model, "config.json")):  # else a small model or a Hub name
         reads["--model"] = (config.model, storage.join(config.model, "config.json"))

@@ -19,7 +19,7 @@ from raydet.config.options import build
 from raydet.models.recipes.resolve import default_space, resolve
 from raydet.tables import storage
 from raydet.tables.output_folder import open_folder
-from raydet.training.sources import images_per_epoch, with_absolute_sources
+from raydet.training.feeding.sources import images_per_epoch, with_absolute_sources
 from raydet.training.train import check
 from raydet.tuning import records
 from raydet.tuning.execution import run_trials

@@ -21,7 +21,7 @@ RULE = ResizeRule(mode="fixed", size_hw=(SIDE, SIDE))
 COLOURS = ((250, 20, 20), (20, 250, 20), (20, 20, 250))
 
 
-def _row(size_hw: tuple[int, int], *, image_id: int = 7, encoding: str = "JPEG") -> dict[str, Any]:
+def row_of_colours(size_hw: tuple[int, int], *, image_id: int = 7, encoding: str = "JPEG") -> dict[str, Any]:
     """Build a row whose three objects have the colour of their class, over thirds of the width."""
     height, width = size_hw
     boxes = [[width * (0.04 + 0.33 * column), height * (0.1 + 0.2 * column), width * 0.22, height * 0.35]
@@ -48,7 +48,7 @@ def _seen(row: dict[str, Any], spec: AugmentationSpec, *, rule: ResizeRule = RUL
 
 @pytest.mark.parametrize("size_hw", [(50, 70), (300, 401), (1203, 905)])
 def test_without_augmentation_training_sees_what_validation_sees(size_hw: tuple[int, int]) -> None:
-    row, view = _row(size_hw), View(resize_rule=RULE)
+    row, view = row_of_colours(size_hw), View(resize_rule=RULE)
     seen, plain = view.augmented(row, epoch=0, resize_rule=RULE), view.plain(row)
     np.testing.assert_array_equal(seen.planes, plain.planes)
     assert seen.original_size_hw == plain.original_size_hw == size_hw
@@ -58,7 +58,7 @@ def test_without_augmentation_training_sees_what_validation_sees(size_hw: tuple[
 @pytest.mark.parametrize("spec", ["flip", "light", "detr", "strong"])
 def test_images_below_the_working_size_are_left_as_they_are(spec: AugmentationSpec) -> None:
     for number in range(8):
-        row = _row((96, 120), image_id=number)
+        row = row_of_colours((96, 120), image_id=number)
         image, _ = decoded(row["image"]["bytes"], max_pixels=10**6)
         sample = Augmenter(spec)(sample_of(image, row), seed=augmentation_seed(0, 0, number))
         seen = _seen(row, spec)
@@ -77,8 +77,8 @@ def test_images_below_the_working_size_are_left_as_they_are(spec: AugmentationSp
 def test_objects_keep_their_class_and_place_whatever_is_shrunk(
     height: int, width: int, encoding: str, spec: AugmentationSpec, image_id: int
 ) -> None:
-    row = _row((height, width), image_id=image_id, encoding=encoding)
-    others = [_row((width, height), image_id=number) for number in range(4)]
+    row = row_of_colours((height, width), image_id=image_id, encoding=encoding)
+    others = [row_of_colours((width, height), image_id=number) for number in range(4)]
     seen = _seen(row | {"mosaic": others[:3], "mixup": []}, spec)
     again = _seen(row | {"mosaic": others[:3], "mixup": []}, spec)
     np.testing.assert_array_equal(seen.planes, again.planes)
@@ -99,7 +99,7 @@ def test_boxes_in_a_jpeg_decoded_at_reduced_scale_are_exact(
     size_hw: tuple[int, int], reduced_hw: tuple[int, int]
 ) -> None:
     """The last pixel of a reduced side covers less of the source: the scale is the reduction, not the ratio."""
-    row = _row(size_hw)
+    row = row_of_colours(size_hw)
     part = round(size_hw[0] / reduced_hw[0])
     image, _ = decoded(row["image"]["bytes"], max_pixels=10**6, reduce_to=WorkingSize(RULE).least_hw)
     assert image.shape[:2] == reduced_hw
@@ -115,7 +115,7 @@ def test_boxes_in_a_jpeg_decoded_at_reduced_scale_are_exact(
 
 def test_the_same_boxes_are_dropped_as_at_full_size() -> None:
     """An object of 26 pixels' area in a large image is kept, one of 24 dropped, as the Hugging Face guide does."""
-    row = _row((640, 640))
+    row = row_of_colours((640, 640))
     row["objects"] |= {"bbox": [[10, 10, 6.5, 4], [100, 100, 6, 4], [300, 300, 200, 200]]}
     for spec in ("light", [{"HorizontalFlip": None}]):
         seen = [_seen(row | {"image_id": number}, spec) for number in range(6)]
@@ -126,17 +126,19 @@ def test_the_augmentation_does_not_depend_on_the_size_of_the_step() -> None:
     rules = tuple(ResizeRule(mode="fixed", size_hw=(side, side)) for side in (48, 64, 96))
     view = View(resize_rule=RULE, augmentation="rtdetr", step_resize_rules=rules)
     for number in range(5):
-        seen = [view.augmented(_row((700, 500), image_id=number), epoch=0, resize_rule=rule) for rule in rules]
+        seen = [
+            view.augmented(row_of_colours((700, 500), image_id=number), epoch=0, resize_rule=rule) for rule in rules
+        ]
         for one in seen[1:]:
             np.testing.assert_array_equal(one.boxes_cxcywh, seen[0].boxes_cxcywh)
 
 
 def test_partners_are_limited_by_the_pixels_that_they_hold() -> None:
-    row = _row((700, 500))
-    partners = [_row((700, 500), image_id=number) for number in range(3)]
+    row = row_of_colours((700, 500))
+    partners = [row_of_colours((700, 500), image_id=number) for number in range(3)]
     view = View(resize_rule=RULE, augmentation="strong", max_pixels=400_000)
-    assert len(view._readable(partners, view._working_size(0))) == 3
-    assert len(view._readable(partners, None)) == 1
+    assert len(view._readable(partners, view._working_size(0), {}, first=1)) == 3
+    assert len(view._readable(partners, None, {}, first=1)) == 1
     partners[1]["image"] = {"bytes": b"broken", "path": "a"}
-    assert len(view._readable(partners, view._working_size(0))) == 2
+    assert len(view._readable(partners, view._working_size(0), {}, first=1)) == 2
     assert view.augmented(row | {"mosaic": partners}, epoch=0, resize_rule=RULE).planes.shape == (3, SIDE, SIDE)

@@ -89,7 +89,7 @@ def test_pictures_have_the_shapes_that_their_boxes_say(tmp_path: Path) -> None:
         covered[top : top + height, left : left + width] = True
     assert not (is_shape & ~covered).any()
     config = recipe(tmp_path, num_train=6, epochs=2)
-    table = open_table(config.train_data, "images")
+    table = open_table(str(config.train_data), "images")
     assert (table.num_rows, [category.name for category in table.categories]) == (
         6,
         ["rectangle", "ellipse", "triangle"],

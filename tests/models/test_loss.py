@@ -103,6 +103,26 @@ def examples(counts: Sequence[int], seed: int = 0) -> list[Example]:
     ]
 
 
+def teach(batch: Batch, counts: Sequence[int] | None = None, *, num_teachers: int = 2) -> Batch:
+    """Add what teachers found, with random class scores, to the labels of a batch; it depends on the image's id only.
+
+    Args:
+        batch: The batch.
+        counts: Number of boxes of each image; by default image 7 has no teacher, and the others 0 to 4 boxes.
+        num_teachers: One or two teachers, which found the boxes of an image in turn.
+    """
+    for place, (image_id, label) in enumerate(zip(batch.image_ids, batch.labels, strict=True)):
+        if counts is None and image_id == 7:
+            continue
+        rng = np.random.default_rng([image_id, 5])
+        count = (2 * image_id + 1) % 5 if counts is None else counts[place]
+        label["teacher_boxes"] = torch.tensor(rng.uniform(0.15, 0.5, (count, 4)), dtype=torch.float32)
+        label["teacher_scores"] = torch.tensor(rng.uniform(0, 1, (count, len(CATEGORIES))) ** 3, dtype=torch.float16)
+        label["teacher_owners"] = torch.arange(count) % num_teachers
+        label["teacher_weights"] = torch.tensor([1.0, 0.5][:num_teachers])
+    return batch
+
+
 def whole(detector: Detector, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     local = local_normaliser(detector, batch)
     loss = compute_loss(detector, batch, global_normaliser=local, local=local, world_size=1)
@@ -114,7 +134,7 @@ def gradient(detector: Detector, parts: Sequence[Batch]) -> tuple[Gradient, dict
     model = detector.model
     model.zero_grad(set_to_none=True)
     locals_ = [local_normaliser(detector, part) for part in parts]
-    total = sum(locals_, Normaliser(0.0, 0.0))
+    total = step_normaliser(detector, parts)
     terms: dict[str, float] = {}
     for part, local in zip(parts, locals_, strict=True):
         loss = compute_loss(detector, part, global_normaliser=total, local=local, world_size=1)
@@ -381,6 +401,7 @@ class Case:
     num_parts: int = 1
     is_deterministic: bool = True
     batch_norm: BatchNorm = "freeze"
+    is_taught: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -395,6 +416,8 @@ EXACT_CASES = [
     *(Case(name, num_parts=num_parts) for name in TINY for num_parts in (1, 2)),
     *(Case(name, ONE_RANK_EMPTY) for name in ("detr_tiny", "dab_detr_tiny", "rt_detr_v2_tiny", "rf_detr_tiny")),
     *(Case(name, ONE_RANK_EMPTY) for name in SINGLE_ONLY),
+    *(Case(name, is_taught=True) for name in ("detr_tiny", "rt_detr_v2_tiny", "lw_detr_tiny", "d_fine_tiny")),
+    Case("rt_detr_v2_tiny", num_parts=2, is_taught=True),
     *(Case(name, (3, 1), 2) for name in ("detr_tiny", "rt_detr_v2_tiny", "lw_detr_tiny", "deimv2_tiny")),
 ]
 WITHOUT_BOXES = Case("rt_detr_v2_tiny", ONE_RANK_EMPTY, is_deterministic=False, batch_norm="as_is")
@@ -455,6 +478,8 @@ def distributed_gradient(case: Case, items: Sequence[Example]) -> Gradient:
     setting = StepSetting(device=torch.device("cpu"), autocast_dtype=None, world_size=2)
     shares = [items[number :: case.num_parts] for number in range(case.num_parts)]
     parts = [collate(share) if share else empty_batch(SIDE) for share in shares]
+    if case.is_taught:
+        parts = [teach(part) for part in parts]
     # With a parameter that has no gradient, a second round would fail or hang.
     for _ in range(2 if case.counts != UNEVEN else 1):
         module.zero_grad(set_to_none=True)
@@ -504,7 +529,8 @@ def test_two_real_ranks_have_the_gradient_of_one(case: Case, of_ranks: Mapping[C
     torch.set_default_dtype(case.dtype)
     try:
         detector = build_case(case)
-        once, _ = gradient(detector, [collate(examples(case.counts))])
+        batch = collate(examples(case.counts))
+        once, _ = gradient(detector, [teach(batch) if case.is_taught else batch])
     finally:
         torch.set_default_dtype(torch.float32)
     for rank in of_ranks[case]:

@@ -7,6 +7,7 @@ from typing import get_args
 import pyarrow as pa
 import pytest
 
+from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.schema import TableKind, build_schema
 
 DOCS = Path(__file__).parents[2] / "docs" / "tables.md"
@@ -43,3 +44,9 @@ def test_every_column_is_described(kind: TableKind) -> None:
         if f"`{name}`" not in text and not (name in SHARED and SHARED[name] in section)
     ]
     assert not missing, f"docs/tables.md lacks columns of {kind}: {missing}"
+
+
+def test_columns_of_kept_vectors_are_described() -> None:
+    text, _ = described("detections")
+    schema = KeptVectors(class_scores="sigmoid", num_classes=2, dimension=2).schema((), {})
+    assert [name for name in columns(schema) if f"`{name}`" not in text and name not in ("width", "height")] == []

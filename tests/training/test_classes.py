@@ -64,7 +64,7 @@ def test_a_validation_table_may_lack_classes_but_not_have_others(
     assert "which AP leaves out: star" in capsys.readouterr().out
     assert record is not None and record.ap_by_class["star"] is None and len(record.ap_by_class) == 4
     swapped = dataclasses.replace(
-        config, out=str(tmp_path / "x"), train_data=config.val_data, val_data=config.train_data
+        config, out=str(tmp_path / "x"), train_data=config.val_data, val_data=str(config.train_data)
     )
     with pytest.raises(UserError, match=r"--val-data has classes that --train-data .* lacks: star"):
         train(swapped)

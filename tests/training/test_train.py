@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
@@ -24,7 +25,7 @@ from raydet.tables.table import open_table
 from raydet.training.history import read_history
 from raydet.training.train import TrainResult
 from tests.json_output import parse_output
-from tests.outcomes import weights_hash
+from tests.outcomes import RecordingConsole, weights_hash
 from tests.small_sets import tiny_training
 
 
@@ -218,7 +219,7 @@ def test_all_at_once_and_more_workers_than_images_in_the_last_step(shapes: Path,
         ({"train_data": ["DATA/train", "DATA/val:1000"]}, "no such table: .*val:1000"),
         ({"rename_classes": {"cat": "dog"}}, "--rename-classes: no table of --train-data has a class cat; they have"),
         ({"rename_classes": "absent.yaml"}, "--rename-classes: no such file: absent.yaml"),
-        ({"rename_classes": {"circle": "disc"}, "metric_for_best_model": "AP:circle"}, "no such class.*disc"),
+        ({"rename_classes": {"ellipse": "disc"}, "metric_for_best_model": "AP:circle"}, "no such class.*disc"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(
@@ -236,7 +237,7 @@ def test_mistakes_are_found_before_anything_is_written(
 @pytest.mark.usefixtures("ray_cluster")
 def test_mixed_tables_are_announced_and_trained_on(shapes: Path, tmp_path: Path) -> None:
     """Check the counts by table and class of a run of two tables whose classes are renamed by a file."""
-    (tmp_path / "names.yaml").write_text("circle: disc\n")
+    (tmp_path / "names.yaml").write_text("ellipse: disc\n")
     data = [f"{shapes}/train", f"{shapes}/val:0.5"]
     names = str(tmp_path / "names.yaml")
     console = RecordingConsole()
@@ -245,13 +246,13 @@ def test_mixed_tables_are_announced_and_trained_on(shapes: Path, tmp_path: Path)
     shown = json.loads((tmp_path / "run" / "log" / "training_data.json").read_text())
     assert [table["images"] for table in shown["tables"]] == [24, 10]
     assert [table["weight"] for table in shown["tables"]] == [1.0, 0.5]
-    assert "disc" in shown["tables"][0]["boxes_per_epoch"] and "circle" not in shown["tables"][0]["boxes_per_epoch"]
+    assert "disc" in shown["tables"][0]["boxes_per_epoch"] and "ellipse" not in shown["tables"][0]["boxes_per_epoch"]
     total = sum(table["images_per_epoch"] for table in shown["tables"])
     assert shown["images_per_epoch"] == round(total) > 24 + 5
     assert any(line.startswith(f"{round(total)} images per epoch, of 34 images") for line in console.lines)
-    assert "disc" in load_detector(result.checkpoint).model.config.label2id
+    assert "disc" in [category.name for category in load_detector(result.checkpoint).categories]
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert recorded["train_data"] == data and recorded["rename_classes"] == {"circle": "disc"}
+    assert recorded["train_data"] == data and recorded["rename_classes"] == {"ellipse": "disc"}
 
 
 def test_a_folder_with_other_files_is_refused(shapes: Path, tmp_path: Path) -> None:

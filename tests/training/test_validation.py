@@ -64,7 +64,7 @@ def _config(pictures: Path, out: Path, **changes: Any) -> ResolvedTrainConfig:
 
 def _validated(config: ResolvedTrainConfig) -> dict[int, Detections]:
     """The detections of the validation after the last epoch, by image id."""
-    train_table, val_table = open_table(config.train_data, "images"), open_table(config.val_data, "images")
+    train_table, val_table = (open_table(str(uri), "images") for uri in (config.train_data, config.val_data))
     data = newest_state(config.out)
     assert data is not None
     cpu = torch.device("cpu")

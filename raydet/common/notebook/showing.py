@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raydet.common.console import aligned, shown
+from raydet.common.console import aligned, counted, shown
 from raydet.common.errors import printable
 from raydet.common.redaction import without_secrets
 
@@ -56,6 +56,8 @@ def _cell(value: Any, class_names: Sequence[str]) -> str:
     if isinstance(value, dict) and isinstance(value.get("category"), list):
         counts = Counter(class_names[category] for category in value["category"])
         return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or shown(None)
+    if isinstance(value, dict) and isinstance(value.get("bbox"), list):
+        return counted(len(value["bbox"]), "box", "boxes")
     return str(value)
 
 

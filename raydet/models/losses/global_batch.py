@@ -27,6 +27,7 @@ from raydet.models.detector import Detector
 from raydet.models.losses.criterion import Matching
 from raydet.models.losses.distillation import DENSE_TERMS, distillation_terms, is_dense, matchings_of_layers
 from raydet.models.losses.left_out import zero_over_left_out_parameters
+from raydet.models.losses.teachers import teacher_terms
 from raydet.models.losses.terms import Labels, proposal_terms, weighted_terms
 
 
@@ -40,15 +41,17 @@ class Normaliser:
             other query.
         num_matched: Queries matched to a box; fewer than boxes if an image has more boxes than queries.
         num_queries: All queries.
+        taught_weight: Weights of the boxes of teachers.
     """
 
     num_boxes: float
     class_weight: float
     num_matched: float = 0.0
     num_queries: float = 0.0
+    taught_weight: float = 0.0
 
     def to_tensor(self) -> Tensor:
-        """Return the divisors as float64 [4] on the CPU, to be summed over ranks."""
+        """Return the divisors as float64 [5] on the CPU, to be summed over ranks."""
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     def __add__(self, other: "Normaliser") -> "Normaliser":
@@ -70,7 +73,7 @@ class LossTerms:
 
 
 def local_normaliser(detector: Detector, batch: Batch) -> Normaliser:
-    """Count the divisors of one micro-batch from its labels and the number of queries."""
+    """Count the divisors of one micro-batch from its labels and the number of queries, without those of teachers."""
     return normaliser_of(detector, [len(label["class_labels"]) for label in batch.labels])
 
 
@@ -134,6 +137,9 @@ def _scaled_terms(
         )
         values |= exact
         ratios |= dict.fromkeys(exact, 1.0)
+    taught = teacher_terms(detector, outputs, labels, weight=global_normaliser.taught_weight)
+    values |= taught
+    ratios |= dict.fromkeys(taught, 1.0)
     scaled = torch._foreach_mul(list(values.values()), [ratios[name] for name in values])
     total = torch.stack(scaled).sum() * world_size
     if total.requires_grad:

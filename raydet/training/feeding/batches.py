@@ -1,7 +1,7 @@
 """Chunks of decoded images → batches for the model, in a training worker."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from raydet.common.errors import UserError
 from raydet.measuring.numbers.accumulator import ImageTruth
 from raydet.models.geometry import ResizeRule
 from raydet.tables.schema import LABELLED_COLUMN
-from raydet.training.feeding.chunks import header_of, images_of, micro_batches_of, pixels_of
+from raydet.training.feeding.chunks import TAUGHT_TYPE, header_of, images_of, micro_batches_of, pixels_of
 from raydet.training.feeding.ordering import Kind, MicroBatch
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _with_classes(batch: ReadyBatch, class_map: ClassMap) -> ReadyBatch:
     """Replace the category indices of a table by those of the model."""
     import torch
 
-    from raydet.models.collate import LABELLED
+    from raydet.models.collate import LABELLED, TAUGHT
 
     unused = [image_id for image_id, truth in batch.truths.items() if (class_map[truth.category] < 0).any()]
     if unused:
@@ -113,6 +113,8 @@ def _with_classes(batch: ReadyBatch, class_map: ClassMap) -> ReadyBatch:
     for label in labels:
         if LABELLED in label:
             label[LABELLED] = _used(to_model[label[LABELLED]])
+        if TAUGHT["class_scores"] in label:
+            label[TAUGHT["class_scores"]] = _permuted(label[TAUGHT["class_scores"]], to_model)
     truths = {
         image_id: replace(
             truth,
@@ -122,6 +124,15 @@ def _with_classes(batch: ReadyBatch, class_map: ClassMap) -> ReadyBatch:
         for image_id, truth in batch.truths.items()
     }
     return replace(batch, batch=replace(batch.batch, labels=labels), truths=truths)
+
+
+def _permuted(class_scores: Any, to_model: Any) -> Any:
+    """Return the class scores [T, C] in the order of the model's classes."""
+    if not len(class_scores):
+        return class_scores
+    permuted = class_scores.clone()
+    permuted[:, to_model] = class_scores
+    return permuted
 
 
 def _used(indices: Any) -> Any:
@@ -147,6 +158,7 @@ def ready_batches(chunk: pa.Table) -> Iterator[ReadyBatch]:
             torch.tensor(images["categories"].values.to_numpy()).split(num_boxes), boxes.split(num_boxes), strict=True
         )
     ]
+    _add_taught(labels, images["taught"])
     lists = images[LABELLED_COLUMN]
     labelled = lists.to_pylist() if lists.null_count < len(lists) else [None] * len(lists)
     for label, own in zip(labels, labelled, strict=True):
@@ -190,3 +202,20 @@ def _truth(objects: dict[str, Any], labelled: list[int] | None) -> ImageTruth:
         np.asarray(objects["iscrowd"], bool),
         None if labelled is None else np.asarray(labelled, np.int64),
     )
+
+
+def _add_taught(labels: Sequence[dict[str, Any]], images: pa.StructArray) -> None:
+    """Add what teachers found to the labels of each image, under the keys `TAUGHT`."""
+    if images.null_count == len(images):
+        return
+    import torch
+
+    from raydet.models.collate import TAUGHT
+
+    fields = {field.name: images.field(field.name) for field in TAUGHT_TYPE}
+    for at, (label, is_valid) in enumerate(zip(labels, images.is_valid().to_pylist(), strict=True)):
+        if is_valid:
+            row = {name: lists[at].values.to_numpy(zero_copy_only=False) for name, lists in fields.items()}
+            num_boxes = len(row["owners"])
+            shapes = {"boxes_cxcywh": (num_boxes, 4), "class_scores": (num_boxes, -1) if num_boxes else (0, 0)}
+            label |= {TAUGHT[name]: torch.tensor(value.reshape(shapes.get(name, -1))) for name, value in row.items()}

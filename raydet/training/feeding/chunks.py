@@ -6,9 +6,8 @@ buffer, batched in the layout that the model takes. This module does not import 
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +15,27 @@ import pyarrow as pa
 
 from raydet.augmentation.view import View
 from raydet.images.decode import DecodeError
-from raydet.models.geometry import Image, ResizeRule, SizeHW, fill_padded
+from raydet.models.geometry import Image, PixelBuffer, ResizeRule, SizeHW, fill_padded
 from raydet.tables.columns import bytes_of
 from raydet.tables.schema import IMAGE_TYPE, LABELLED_COLUMN, OBJECTS_TYPE, OPTIONAL_FIELDS
 from raydet.training.feeding.ordering import MicroBatch
 
+if TYPE_CHECKING:
+    from raydet.augmentation.taught import Taught
+
 _LABELLED_TYPE = OPTIONAL_FIELDS["images"][LABELLED_COLUMN]
+TEACHER_TYPE = pa.struct(
+    [
+        ("bbox", pa.list_(pa.list_(pa.float64(), 4))),
+        # The vectors of all boxes, one after another; NaN for a class that the teacher does not know.
+        ("class_scores", pa.list_(pa.float16())),
+        # Number of the teacher that found each box.
+        ("owner", pa.list_(pa.int64())),
+        # Of each teacher; 0 if it has not scored the image.
+        ("weights", pa.list_(pa.float32())),
+    ]
+)
+"""What teachers found in an image, whatever model scored it."""
 ROW_TYPE = pa.struct(
     [
         ("image_id", pa.int64()),
@@ -30,11 +44,20 @@ ROW_TYPE = pa.struct(
         ("height", pa.int64()),
         ("objects", OBJECTS_TYPE),
         (LABELLED_COLUMN, _LABELLED_TYPE),
+        ("teacher", TEACHER_TYPE),
     ]
 )
 # A row of the table, how often the epoch has it besides, and the rows that its image is mixed with.
 ENCODED_TYPE = pa.struct(
     [*ROW_TYPE, ("repetition", pa.int64()), ("mosaic", pa.list_(ROW_TYPE)), ("mixup", pa.list_(ROW_TYPE))]
+)
+TAUGHT_TYPE = pa.struct(
+    [
+        ("boxes_cxcywh", pa.list_(pa.float32())),
+        ("class_scores", pa.list_(pa.float16())),
+        ("owners", pa.list_(pa.int64())),
+        ("weights", pa.list_(pa.float32())),
+    ]
 )
 _SIZE_TYPE = pa.list_(pa.int64(), 2)
 _DECODED_SCHEMA = pa.schema(
@@ -47,6 +70,8 @@ _DECODED_SCHEMA = pa.schema(
         ("categories", pa.list_(pa.int64())),
         # As in the table; in training without the classes that a partner of the image is not labelled for.
         (LABELLED_COLUMN, _LABELLED_TYPE),
+        # As `raydet.augmentation.taught.Taught`, with boxes and vectors one after another; null without a teacher.
+        ("taught", TAUGHT_TYPE),
         # As in the table; null in training.
         ("objects", OBJECTS_TYPE),
     ]
@@ -73,31 +98,6 @@ def encoded_chunk(micro_batches: Sequence[MicroBatch], images: pa.StructArray) -
         "num_images": [len(one.rows) for one in micro_batches],
     }
     return _block(header, pa.RecordBatch.from_struct_array(images))
-
-
-class PixelBuffer:
-    """Memory for the pixels of one chunk, reused for the next: fresh pages cost more than the copy itself."""
-
-    def __init__(self) -> None:
-        self._memory, self._size = np.empty(0, np.uint8), 0
-
-    def clear(self) -> None:
-        """Start the next chunk; the arrays of the last one become invalid."""
-        self._size = 0
-
-    def append(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-        """Return the next bytes as an uninitialised array of this shape; valid until the next call."""
-        start, self._size = self._size, self._size + math.prod(shape)
-        if self._size > len(self._memory):
-            grown = np.empty(max(self._size, 2 * len(self._memory)), np.uint8)
-            grown[:start] = self._memory[:start]
-            self._memory = grown
-        return self._memory[start : self._size].reshape(shape)
-
-    @property
-    def content(self) -> npt.NDArray[np.uint8]:
-        """All bytes since the last `clear`."""
-        return self._memory[: self._size]
 
 
 def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None) -> pa.Table:
@@ -135,6 +135,7 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
                 columns["boxes_cxcywh"].append(())
                 columns["categories"].append(())
                 columns[LABELLED_COLUMN].append(None)
+                columns["taught"].append(None)
                 continue
             batch.append(seen.planes)
             columns["error"].append(None)
@@ -143,6 +144,7 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
             columns["boxes_cxcywh"].append(seen.boxes_cxcywh.reshape(-1))
             columns["categories"].append(seen.categories)
             columns[LABELLED_COLUMN].append(seen.labelled)
+            columns["taught"].append(seen.taught)
         header["resize_rule"].append(rule.to_dict())
         header["shape"].append(batch.finish())
     arrays: dict[str, pa.Array] = {
@@ -154,6 +156,7 @@ def decode_chunk(chunk: pa.Table, view: View, buffer: PixelBuffer | None = None)
     arrays[LABELLED_COLUMN] = (
         images[LABELLED_COLUMN] if validates else pa.array(columns[LABELLED_COLUMN], _LABELLED_TYPE)
     )
+    arrays["taught"] = _taught(columns["taught"])
     arrays["objects"] = images["objects"] if validates else pa.nulls(len(images), OBJECTS_TYPE)
     decoded = pa.RecordBatch.from_arrays([arrays[name] for name in _DECODED_SCHEMA.names], schema=_DECODED_SCHEMA)
     return _block(header, decoded).append_column("pixels", _one_binary(pa.py_buffer(buffer.content)))
@@ -163,6 +166,16 @@ def _lists(values: Sequence[Any], type_: pa.ListType) -> pa.ListArray:
     offsets = np.cumsum([0, *(len(one) for one in values)], dtype=np.int32)
     joined = np.concatenate([np.zeros(0, type_.value_type.to_pandas_dtype()), *(one for one in values if len(one))])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(joined, type_.value_type))
+
+
+def _taught(images: "Sequence[Taught | None]") -> pa.StructArray:
+    if all(one is None for one in images):
+        return pa.nulls(len(images), TAUGHT_TYPE)
+    lists = [
+        _lists([() if one is None else getattr(one, field.name).reshape(-1) for one in images], field.type)
+        for field in TAUGHT_TYPE
+    ]
+    return pa.StructArray.from_arrays(lists, fields=list(TAUGHT_TYPE), mask=pa.array([one is None for one in images]))
 
 
 class _BatchBuffer:
@@ -270,6 +283,7 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
     flat = {name: one.values.to_numpy(zero_copy_only=False) for name, one in lists.items() if name != "bbox"}
     flat["bbox"] = lists["bbox"].values.flatten().to_numpy().reshape(-1, 4)
     labelled = images.field(LABELLED_COLUMN)
+    teachers = _teachers_of(images.field("teacher"))
     partners = {name: images.field(name) for name in ("mosaic", "mixup") if name in images.type.names}
     for at, path in enumerate(paths):
         content = None if is_null[at] else bytes(data[starts[at] : starts[at + 1]])
@@ -278,6 +292,25 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
         row["objects"] = {name: flat[name][offsets[name][at] : offsets[name][at + 1]] for name in flat}
         if labelled.null_count < len(labelled):
             row[LABELLED_COLUMN] = labelled[at].as_py()
+        if teachers is not None and teachers[at] is not None:
+            row["teacher"] = teachers[at]
         for name, one in partners.items():
             row[name] = list(_rows_of(one[at].values)) if len(one[at].values) else []
         yield row
+
+
+def _teachers_of(array: pa.StructArray) -> list[dict[str, npt.NDArray[Any]] | None] | None:
+    """Return the fields of each image's `TEACHER_TYPE` as arrays; None for no teacher."""
+    if array.null_count == len(array):
+        return None
+    lists = {field.name: array.field(field.name) for field in TEACHER_TYPE}
+    offsets = {name: one.offsets.to_pylist() for name, one in lists.items()}
+    flat = {name: one.values for name, one in lists.items()}
+    values = {
+        name: (one.flatten() if name == "bbox" else one).to_numpy(zero_copy_only=False) for name, one in flat.items()
+    }
+    values["bbox"] = values["bbox"].reshape(-1, 4)
+    return [
+        {name: values[name][offsets[name][at] : offsets[name][at + 1]] for name in values} if is_valid else None
+        for at, is_valid in enumerate(array.is_valid().to_pylist())
+    ]

@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raydet.tables.schema import LABELLED_COLUMN, OPTIONAL_FIELDS, Category
+from raydet.tables.schema import LABELLED_COLUMN, Category
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.chunks import ROW_TYPE
 from raydet.training.feeding.repeats import Repeats
+from raydet.training.feeding.teachers import Teacher, taught
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Mixture:
         sources: The tables.
         categories: The classes of all tables, merged by name.
         repeats: How often each image is shown per epoch; None for once.
+        teachers: Models that have scored images of the tables.
     """
 
     sources: tuple[Source, ...]
     categories: tuple[Category, ...]
     repeats: Repeats | None = None
+    teachers: tuple[Teacher, ...] = ()
 
     @property
     def uri(self) -> str:
@@ -72,7 +75,12 @@ class Mixture:
         """Read a row group as an array of `ROW_TYPE`, with the classes of the mixture."""
         number = int(np.searchsorted(self._first_rows(), group.first_row, side="right")) - 1
         source = self.sources[number]
-        return with_classes(read_images(source.table, group), source.class_map, len(self.categories))
+        images = with_classes(read_images(source.table, group), source.class_map, len(self.categories))
+        if not self.teachers:
+            return images
+        columns = {field.name: images.field(field.name) for field in ROW_TYPE}
+        columns["teacher"] = taught(self.teachers, group.first_row, group.num_rows)
+        return pa.StructArray.from_arrays([columns[field.name] for field in ROW_TYPE], fields=list(ROW_TYPE))
 
     def _first_rows(self) -> list[int]:
         return list(accumulate((source.table.num_rows for source in self.sources[:-1]), initial=0))
@@ -82,11 +90,10 @@ def read_images(table: Table | Mixture, group: RowGroup) -> pa.StructArray:
     """Read a row group as an array of `ROW_TYPE`."""
     if isinstance(table, Mixture):
         return table.read(group)
-    missing = [name for name in OPTIONAL_FIELDS["images"] if name not in table.schema.names]
-    columns = [field.name for field in ROW_TYPE if field.name not in missing]
-    content = table.read_row_group(group, columns)
-    for name in missing:
-        content = content.append_column(name, pa.nulls(len(content), OPTIONAL_FIELDS["images"][name]))
+    missing = {field.name: field.type for field in ROW_TYPE if field.name not in table.schema.names}
+    content = table.read_row_group(group, [field.name for field in ROW_TYPE if field.name not in missing])
+    for name, dtype in missing.items():
+        content = content.append_column(name, pa.nulls(len(content), dtype))
     rows = content.select(list(ROW_TYPE.names)).to_struct_array()
     return pa.concat_arrays(rows.chunks).cast(ROW_TYPE)
 

@@ -298,4 +298,5 @@ def _epoch_order(
 def _repeated(rows: Rows, counts: Rows, num_rows: int) -> Rows:
     """Return each row as often as its count says, repetitions numbered as in `MicroBatch.rows`."""
     numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(rows, counts) + numbers * num_rows
+    repeated: Rows = np.repeat(rows, counts) + numbers * num_rows
+    return repeated

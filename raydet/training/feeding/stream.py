@@ -25,9 +25,10 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from raydet.cluster.ray_data import TaskSource, one_row_blocks
 from raydet.cluster.ray_internals import actors_on, alive_nodes, away_from_empty_nodes
+from raydet.models.geometry import PixelBuffer
 from raydet.tables.table import RowGroup, Table
 from raydet.training.feeding.batches import ReadyBatch, ready_batches
-from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, PixelBuffer, decode_chunk, encoded_chunk, header_of
+from raydet.training.feeding.chunks import ENCODED_TYPE, ROW_TYPE, decode_chunk, encoded_chunk, header_of
 from raydet.training.feeding.mixture import Mixture, read_images
 from raydet.training.feeding.ordering import RunPlan, Segment
 from raydet.training.feeding.views import Views

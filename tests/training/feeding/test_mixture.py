@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raydet.common.errors import UserError
 from raydet.config import TrainConfig
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
+from raydet.training.feeding.counts import shown_of
 from raydet.training.feeding.mixture import Mixture, read_images
 from raydet.training.feeding.ordering import RunPlan
 from raydet.training.feeding.repeats import Repeats
-from raydet.training.sources import merged, open_sources, shown_of
+from raydet.training.feeding.sources import merged, open_sources
 from tests.training.feeding.test_stream import read_ranks, steps_of
 
 
@@ -89,7 +91,9 @@ def test_repeated_rows_come_at_the_same_steps_for_any_number_of_workers(
                 assert all((other - number) % num_rows for other in (*partners.mosaic, *partners.mixup))
 
 
-def _write(folder: Path, names: Sequence[str], images: Sequence[Mapping[str, Any]], shapes: Path) -> Table:
+def _write(
+    folder: Path, names: Sequence[str], images: Sequence[Mapping[str, Any]], shapes: Path, *, first_id: int = 0
+) -> Table:
     """Write a table of images of the shapes, with these classes; an image has `category` and perhaps `labelled`."""
     rows = open_table(str(shapes / "train"), "images").read().to_pylist()
     categories = tuple(Category(7 * number, name) for number, name in enumerate(names))
@@ -98,7 +102,7 @@ def _write(folder: Path, names: Sequence[str], images: Sequence[Mapping[str, Any
     if has_labelled:
         schema = schema.append(pa.field("labelled_categories", pa.list_(pa.int64())))
     with TableWriter(str(folder), schema, config_hash="x" * 12) as writer:
-        for number, image in enumerate(images):
+        for number, image in enumerate(images, first_id):
             row = {name: rows[number % len(rows)][name] for name in ("image", "width", "height")}
             num_boxes = len(image["category"])
             row["objects"] = {
@@ -121,7 +125,7 @@ def two_tables(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     a = _write(folder / "a", ["car", "dog"], [{"category": [0, 1]}, {"category": [1]}, {"category": []}], shapes)
     images: list[dict[str, Any]] = [{"category": [0, 1, 2], "labelled": None}, {"category": [2], "labelled": [1, 2]}]
     images += [{"category": [1], "labelled": [1]}, {"category": [0]}]
-    return a, _write(folder / "b", ["bus", "Car", "van"], images, shapes)
+    return a, _write(folder / "b", ["bus", "Car", "van"], images, shapes, first_id=10)
 
 
 def _read(mixture: Mixture) -> list[tuple[list[int], list[int] | None]]:
@@ -178,8 +182,7 @@ def test_repeat_factors_are_those_of_lvis(two_tables: tuple[Table, Table], tmp_p
     np.testing.assert_allclose(mixture.repeats.factors, expected)
     shown = shown_of(mixture)
     assert sum(one.images_per_epoch for one in shown) == pytest.approx(sum(expected))
-    boxes = sum(one.boxes_per_epoch for one in shown)
-    assert boxes[3] == pytest.approx(expected[3] + expected[4])
+    assert sum(one.boxes_per_epoch[3] for one in shown) == pytest.approx(expected[3] + expected[4])
 
 
 def test_mixed_steps_do_not_depend_on_the_workers(
@@ -198,9 +201,100 @@ def test_mixed_steps_do_not_depend_on_the_workers(
     for epoch in range(3):
         images = [digest for key, digests in one.items() if key[:2] == ("train", epoch) for digest in digests]
         assert len(images) == plan.num_train == 10
-    # Of the three times that image 1 of the first table is shown in an epoch, some are flipped and some are not.
-    assert len({digest for digests in one.values() for digest in digests if digest.startswith("1:")}) > 2
+    # Image 1 of the first table is shown three times in an epoch, flipped or not.
+    shown = [
+        {
+            digest
+            for key, digests in one.items()
+            if key[:2] == ("train", epoch)
+            for digest in digests
+            if digest[:2] == "1:"
+        }
+        for epoch in range(3)
+    ]
+    assert max(sum(digest.startswith("1:") for digest in epoch) for epoch in shown) == 2
 
 
 def _fields(mixture: Mixture) -> tuple[Any, Any]:
     return mixture.sources, mixture.categories
+
+
+def write_teacher(folder: Path, images: Table, names: Sequence[str], *, seed: int = 0, unread: int = -1) -> Table:
+    """Write detections in the images of a table, with two queries each; the image in row `unread` has none."""
+    rng = np.random.default_rng(seed)
+    queries = pa.struct(
+        [("bbox", pa.list_(pa.list_(pa.float64(), 4))), ("class_scores", pa.list_(pa.list_(pa.float16())))]
+    )
+    categories = tuple(Category(number, name) for number, name in enumerate(names))
+    schema = build_schema("detections", categories, extra_fields=[pa.field("queries", queries)])
+    with TableWriter(str(folder), schema, config_hash="y" * 12) as writer:
+        for number, row in enumerate(images.read().to_pylist()):
+            is_read = number != unread
+            boxes = [[8.0, 6, 20, 20], [30, 10, 16, 24]] if is_read else []
+            scores = [rng.uniform(0, 1, len(names)).astype(np.float16) for _ in boxes]
+            found = {
+                "image_id": row["image_id"],
+                "path": row["image"]["path"],
+                "width": row["width"],
+                "height": row["height"],
+                "detections": {"bbox": boxes, "score": [0.5] * len(boxes), "category": [0] * len(boxes)},
+                "queries": {"bbox": boxes, "class_scores": scores},
+                "error": None if is_read else "broken",
+            }
+            writer.write_rows([{name: found.get(name) for name in schema.names}])
+    return open_table(str(folder), "detections")
+
+
+def test_teachers_travel_with_their_images_for_any_number_of_workers(
+    two_tables: tuple[Table, Table], shapes: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    """Let one teacher know both tables' classes and images of the second, and another those of the first."""
+    a, b = two_tables
+    first = write_teacher(tmp_path / "first", a, ["dog", "cow", "CAR"], seed=1)
+    second = write_teacher(tmp_path / "second", b, ["van", "bus"], seed=2, unread=2)
+    data: Any = {"train_data": [a.uri, b.uri], "teacher": [first.uri, f"{second.uri}:0.5"]}
+    mixture = open_sources(TrainConfig(val_data=b.uri, out=str(tmp_path / "run"), **data))
+    assert isinstance(mixture, Mixture)
+    rows = [row["teacher"] for group in mixture.row_groups() for row in read_images(mixture, group).to_pylist()]
+    assert [row["weights"] for row in rows] == [[1.0, 0.0]] * 3 + [[0.0, 0.5]] * 2 + [[0.0, 0.0], [0.0, 0.5]]
+    assert [row["owner"] for row in rows] == [[0, 0]] * 3 + [[1, 1]] * 2 + [[], [1, 1]]
+    known = first.read(["queries"]).to_pylist()[1]["queries"]["class_scores"]
+    # car, dog, bus, van: the last two are unknown to the first teacher.
+    expected = [*(value for vector in known for value in (vector[2], vector[0], np.nan, np.nan))]
+    np.testing.assert_array_equal(rows[1]["class_scores"], np.array(expected))
+    groups = [(group.num_rows, group.num_bytes) for group in mixture.row_groups()]
+    plan = _plan(groups, num_val=b.num_rows, window_bytes=2**20, batch_size=3)
+    val = merged([b], [1.0], {})
+
+    def seen(world_size: int) -> dict[Any, list[Any]]:
+        return {
+            (batch.micro_batch.epoch, image_id, at): [values.tolist() for values in label.values()]
+            for rank in read_ranks(mixture, val, plan, world_size)
+            for batch in rank
+            if batch.micro_batch.kind == "train"
+            for at, (image_id, label) in enumerate(zip(batch.batch.image_ids, batch.batch.labels, strict=True))
+        }
+
+    one = seen(1)
+    assert any(len(values) > 4 for values in one.values())
+    two = seen(2)
+    digest = {name: sorted(repr(values) for (epoch, *_), values in run.items() if epoch == 1) for name, run in (
+        ("one", one), ("two", two))}  # fmt: skip
+    assert digest["one"] == digest["two"]
+
+
+def test_wrong_teachers_are_refused(two_tables: tuple[Table, Table], shapes: Path, tmp_path: Path) -> None:
+    a, b = two_tables
+    others = _write(tmp_path / "others", ["car"], [{"category": [0]}], shapes, first_id=15)
+    plain = write_teacher(tmp_path / "other", others, ["car"])
+    unknown = write_teacher(tmp_path / "unknown", a, ["cow"])
+
+    def message(teacher: str) -> str:
+        config = TrainConfig(train_data=a.uri, val_data=b.uri, out=str(tmp_path / "run"), teacher=teacher)
+        with pytest.raises(UserError) as error:
+            open_sources(config)
+        return str(error.value)
+
+    assert "has no row for 3 of the 3 images" in message(plain.uri)
+    assert "knows none of the classes car, dog; its classes are cow" in message(unknown.uri)
+    assert "expected a table of detections" in message(a.uri)

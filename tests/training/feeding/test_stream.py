@@ -200,7 +200,7 @@ def test_mixed_images_and_sizes_do_not_depend_on_the_workers(tmp_path: Path, sha
 
 def _prepared_run(train: Table, val: Table, plan: RunPlan, world_size: int, view: View) -> list[list[ReadyBatch]]:
     """Return the batches of each rank, made by the functions of the stream's tasks in this process."""
-    tables = {"train": train, "validate": val}
+    tables: dict[str, Table | Mixture] = {"train": train, "validate": val}
     groups = {kind: table.row_groups() for kind, table in tables.items()}
     source = stream.StreamSource(plan, tables, groups, world_size, tuple(range(world_size)), Views(view))
     received: list[list[ReadyBatch]] = [[] for _ in range(world_size)]
@@ -241,7 +241,7 @@ def test_crowds_are_augmented_along_but_not_learnt(shapes: Path) -> None:
 
 def _chunk(rows: list[dict[str, Any]], kind: Kind = "train") -> pa.Table:
     """Return a chunk of one micro-batch, as a reader makes it."""
-    rows = [{**row, **{name: row.get(name, []) for name in ("mosaic", "mixup")}} for row in rows]
+    rows = [{"repetition": 0, "mosaic": [], "mixup": [], **row} for row in rows]
     images = pa.array(rows, ENCODED_TYPE)
     return encoded_chunk([MicroBatch(kind, 0, 0, 0, 0, tuple(range(len(rows))))], images)
 
@@ -336,7 +336,7 @@ rows = pickle.loads(Path({str(tmp_path / "rows.pkl")!r}).read_bytes())
 heavy = ("torch", "torchvision", "transformers", "albumentations", "cv2")
 for augmentation, side in (("", 64), ("none", 64), ("flip", 64), ("flip", 48), ("light", 64)):
     kind = "train" if augmentation else "validate"
-    encoded = pa.array([{{**row, "mosaic": [], "mixup": []}} for row in rows], ENCODED_TYPE)
+    encoded = pa.array([{{**row, "repetition": 0, "mosaic": [], "mixup": []}} for row in rows], ENCODED_TYPE)
     chunk = encoded_chunk([MicroBatch(kind, 0, 0, 0, 0, (0, 1))], encoded)
     view = View(resize_rule=ResizeRule(mode="fixed", size_hw=(side, side)), augmentation=augmentation or "none")
     decoded = decode_chunk(chunk, view)

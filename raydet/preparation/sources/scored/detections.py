@@ -5,16 +5,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raydet.common.class_names import is_unused
-from raydet.common.console import counted
-from raydet.common.errors import UserError, one_line
+from raydet.common.errors import one_line
 from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
 from raydet.config import PrepareDetectionsConfig
 from raydet.measuring.fitting.scores import passing
-from raydet.measuring.paths import paths_differ
+from raydet.preparation.sources.scored.pairing import places_of
 from raydet.preparation.sources.scored.rows import RecentRows
 from raydet.preparation.sources.scored.thresholds import choose_thresholds
 from raydet.preparation.sources.source import (
@@ -27,12 +25,7 @@ from raydet.preparation.sources.source import (
     size_hw_of,
 )
 from raydet.tables.columns import (
-    BATCH_ROWS,
-    Integers,
     flatten,
-    image_ids_in,
-    numbers_of,
-    places_in,
     starts_of,
 )
 from raydet.tables.schema import build_schema, parse_metadata
@@ -59,7 +52,7 @@ def read_detections(images: Table, found: Table, config: PrepareDetectionsConfig
         UserError: An image has no row of detections, the detections are those of other images, or the thresholds are
             invalid.
     """
-    places = _find(images, found)
+    places = places_of(images, found)
     thresholds = choose_thresholds(found, config)
     findings = FindingLog()
     fields = _further_fields(images, findings)
@@ -111,72 +104,6 @@ def _labels(
         own = slice(starts[number], starts[number + 1])
         boxes, classes, own_areas, iscrowd = (values[own] for values in lists)
         yield SourceObjects([], boxes, classes, own_areas, iscrowd, scores=all_scores[own]), error
-
-
-def _find(images: Table, found: Table) -> Integers | None:
-    """Return the row of the detections of each image, int64 [N]; None if both tables have the same order.
-
-    Raises:
-        UserError: An image has no row, or a row is that of another image.
-    """
-    if not images.num_rows:
-        raise UserError(f"{images.uri} has no images")
-    image_ids, found_ids = _ids_of(images), _ids_of(found)
-    places: Integers | None = None
-    if not np.array_equal(image_ids, found_ids):
-        order = np.argsort(found_ids)
-        at, is_known = places_in(found_ids[order], image_ids) if len(order) else (image_ids, image_ids < 0)
-        if not is_known.all():
-            raise UserError(
-                f"{found.uri} has no row for {(~is_known).sum():,} of the {counted(len(image_ids), 'image')} of "
-                f"{images.uri}, for example image {image_ids[~is_known][0]}; use the detections that predict found in "
-                "this table"
-            )
-        places = order[at]
-    _check_same(images, found, places)
-    return places
-
-
-def _ids_of(table: Table) -> Integers:
-    return np.concatenate([np.zeros(0, np.int64), *map(image_ids_in, table.iter_batches(["image_id"], BATCH_ROWS))])
-
-
-def _check_same(images: Table, found: Table, places: Integers | None) -> None:
-    """Refuse detections of other images: equal ids are no proof, because most folders are numbered from 0."""
-    rows, position, has_paths = RecentRows(found, ["path", "width", "height"]), 0, False
-    for batch in images.iter_batches(["image_id", "image.path", "width", "height"], BATCH_ROWS):
-        own = np.arange(position, position + batch.num_rows)
-        other = rows.take(own if places is None else places[own])
-        is_bad = np.zeros(batch.num_rows, np.bool_)
-        for name in ("width", "height"):
-            sides = numbers_of(batch.column(name)), numbers_of(other.column(name))
-            is_bad |= (sides[0] != sides[1]) & (sides[0] > 0) & (sides[1] > 0)
-        paths = [
-            pc.fill_null(column, "").cast(pa.large_string())
-            for column in (pc.struct_field(batch.column("image"), "path"), other.column("path"))
-        ]
-        both = np.flatnonzero(np.logical_and(*(numbers_of(pc.binary_length(own)) > 0 for own in paths)))
-        if len(both):
-            has_paths = True
-            is_bad[both] |= paths_differ(*(own.take(pa.array(both)) for own in paths))
-        if is_bad.any():
-            row = int(np.argmax(is_bad))
-            shown = [
-                f"{path[row].as_py()!r}, {side.column('width')[row]} × {side.column('height')[row]}"
-                for path, side in zip(paths, (batch, other), strict=True)
-            ]
-            raise UserError(
-                f"{found.uri} and {images.uri} describe different images: image {batch.column('image_id')[row]} is "
-                f"{shown[0]} in the images table, {shown[1]} in the detections; use the detections that predict found "
-                "in this table"
-            )
-        position += batch.num_rows
-    spaces = [table.manifest.get("id_space") for table in (images, found)]
-    if not has_paths and None not in spaces and spaces[0] != spaces[1]:
-        raise UserError(
-            f"{found.uri} and {images.uri} number their images independently and share no paths that would identify "
-            "them; use the detections that predict found in this table"
-        )
 
 
 def _further_fields(images: Table, findings: FindingLog) -> tuple[pa.Field, ...]:

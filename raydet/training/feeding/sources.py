@@ -1,46 +1,26 @@
 """The training images that the options of a run name: tables with weights, merged classes, repeated rare classes."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from raydet.common.class_names import folded
-from raydet.common.console import counted
+from raydet.common.class_names import folded, indices_in, is_unused
 from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.documents import DocumentError
 from raydet.config import TrainConfig
+from raydet.preparation.sources.scored.pairing import places_of
 from raydet.tables import storage
-from raydet.tables.columns import Floats, Integers, flatten
+from raydet.tables.columns import Integers
 from raydet.tables.schema import Category
 from raydet.tables.table import Table, open_table
+from raydet.training.feeding.counts import repeat_factors
 from raydet.training.feeding.mixture import Mixture, Source
 from raydet.training.feeding.repeats import Repeats
+from raydet.training.feeding.teachers import NOT_SCORED, Teacher
 
-_BATCH_ROWS = 65_536
 _MOST_WEIGHT = 100.0
-_MOST_CLASSES_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What an epoch shows of a table.
-
-    Attributes:
-        uri: The images table.
-        weight: Its weight.
-        num_images: Its images.
-        images_per_epoch: Images per epoch, on average.
-        boxes_per_epoch: Boxes per epoch of each class of the mixture, on average, float64 [C].
-    """
-
-    uri: str
-    weight: float
-    num_images: int
-    images_per_epoch: float
-    boxes_per_epoch: Floats
 
 
 def with_absolute_sources(config: TrainConfig) -> TrainConfig:
@@ -49,36 +29,41 @@ def with_absolute_sources(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: A weight or the file is invalid.
     """
-    pairs = [(storage.absolute_uri(uri), weight) for uri, weight in weighted(config.train_data)]
-    written = [uri if weight == 1 else f"{uri}:{weight:g}" for uri, weight in pairs]
     return replace(
         config,
-        train_data=written[0] if len(written) == 1 else written,
+        train_data=_absolute(config.train_data, "train-data"),
+        teacher=None if config.teacher is None else _absolute(config.teacher, "teacher"),
         val_data=storage.absolute_uri(config.val_data),
         rename_classes=_renamed(config.rename_classes),
     )
 
 
-def weighted(train_data: str | Sequence[str]) -> list[tuple[str, float]]:
-    """Return the URI and the weight of each table, as written `URI` or `URI:WEIGHT`.
+def _absolute(tables: str | list[str], option: str) -> str | list[str]:
+    pairs = [(storage.absolute_uri(uri), weight) for uri, weight in weighted(tables, option)]
+    written = [uri if weight == 1 else f"{uri}:{weight:g}" for uri, weight in pairs]
+    return written[0] if len(written) == 1 else written
+
+
+def weighted(tables: str | Sequence[str], option: str = "train-data") -> list[tuple[str, float]]:
+    """Return the URI and the weight of each table, as written `URI` or `URI:WEIGHT`; `option` names them in messages.
 
     Raises:
         UserError: A weight is 0, or a table is named twice.
     """
     result = []
-    for text in [train_data] if isinstance(train_data, str) else train_data:
+    for text in [tables] if isinstance(tables, str) else tables:
         match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
         # A larger number ends an address, such as a port.
         if match is None or float(match[2]) > _MOST_WEIGHT:
             result.append((text, 1.0))
             continue
         if float(match[2]) == 0:
-            raise UserError(f"--train-data {text}: the weight must be above 0; omit the table instead")
+            raise UserError(f"--{option} {text}: the weight must be above 0; omit the table instead")
         result.append((match[1], float(match[2])))
     uris = [storage.absolute_uri(uri) for uri, _ in result]
     twice = [uri for uri in uris if uris.count(uri) > 1]
     if twice:
-        raise UserError(f"--train-data names {twice[0]} twice; use a weight, such as {twice[0]}:2")
+        raise UserError(f"--{option} names {twice[0]} twice; use a weight, such as {twice[0]}:2")
     return result
 
 
@@ -93,21 +78,77 @@ def open_sources(config: TrainConfig) -> Table | Mixture:
     for table in tables:
         if table.num_rows == 0:
             raise UserError(f"--train-data {table.uri} has no images")
-        if not table.categories:
+        if not table.categories and config.teacher is None:
             raise UserError(f"--train-data {table.uri} has no classes: it was prepared without labels")
     weights = [weight for _, weight in sources]
     names = _renamed(config.rename_classes)
     _check_names(names or {}, tables)
-    if len(tables) == 1 and not names and weights == [1.0] and config.repeat_rare is None:
+    is_plain = not names and weights == [1.0] and config.repeat_rare is None and config.teacher is None
+    if len(tables) == 1 and is_plain:
         return tables[0]
     mixture = merged(tables, weights, names or {})
+    if config.teacher is not None:
+        mixture = _with_teachers(mixture, config.teacher)
     if config.repeat_rare is not None:
-        factors = _factors(mixture, config.repeat_rare)
+        factors = repeat_factors(mixture, config.repeat_rare)
     elif weights != [1.0] * len(weights):
         factors = np.repeat(weights, [table.num_rows for table in tables])
     else:
         return mixture
     return replace(mixture, repeats=Repeats(factors))
+
+
+def _with_teachers(mixture: Mixture, teacher: str | list[str]) -> Mixture:
+    """Add teachers; images that are not labelled at all get the classes that the teachers know.
+
+    Raises:
+        UserError: A table lacks class scores, or is about other images.
+    """
+    opened = [(open_table(uri, "detections"), weight) for uri, weight in weighted(teacher, "teacher")]
+    for table, _ in opened:
+        fields = {field.name for field in table.schema.field("queries").type} if "queries" in table.schema.names else ()
+        if "class_scores" not in fields:
+            raise UserError(
+                f"--teacher {table.uri} has no class scores; score the training images with `raydet predict --keep "
+                "class_scores`"
+            )
+    if not mixture.categories:
+        names = dict.fromkeys(
+            category.name
+            for table, _ in opened
+            for index, category in enumerate(table.categories)
+            if not is_unused(category.name, index)
+        )
+        mixture = replace(mixture, categories=tuple(Category(number, name) for number, name in enumerate(names)))
+    teachers = [
+        Teacher(table, weight, _places_of(mixture, table), _columns_of(mixture, table)) for table, weight in opened
+    ]
+    return replace(mixture, teachers=tuple(teachers))
+
+
+def _places_of(mixture: Mixture, found: Table) -> Integers:
+    """Return the row of the detections of each image of the tables that they are about, `NOT_SCORED` for the others."""
+    parts, errors = [], []
+    for source in mixture.sources:
+        try:
+            places = places_of(source.table, found)
+            parts.append(np.arange(source.table.num_rows) if places is None else places)
+        except UserError as error:
+            errors.append(error)
+            parts.append(np.full(source.table.num_rows, NOT_SCORED))
+    if len(errors) == len(parts):
+        raise UserError(f"--teacher: {errors[0]}")
+    return np.concatenate(parts)
+
+
+def _columns_of(mixture: Mixture, found: Table) -> Integers:
+    """Return the index of each class of the mixture in the vectors of class scores."""
+    names = [category.name for category in mixture.categories]
+    known = indices_in(names, [category.name for category in found.categories])
+    if (known < 0).all():
+        theirs = ", ".join(category.name for category in found.categories)
+        raise UserError(f"--teacher {found.uri} knows none of the classes {', '.join(names)}; its classes are {theirs}")
+    return known
 
 
 def images_per_epoch(config: TrainConfig) -> int:
@@ -165,97 +206,6 @@ def merged(tables: Sequence[Table], weights: Sequence[float], names: Mapping[str
     if len(tables) == 1 and len(categories) == len(tables[0].categories):
         categories = [replace(own, name=new.name) for own, new in zip(tables[0].categories, categories, strict=True)]
     return Mixture(tuple(sources), tuple(categories))
-
-
-def shown_of(mixture: Mixture) -> list[Shown]:
-    """Return what an epoch shows of each table; reads the classes of all boxes.
-
-    Raises:
-        UserError: A table is damaged.
-    """
-    result, first = [], 0
-    num_classes = len(mixture.categories)
-    for source in mixture.sources:
-        boxes, images = np.zeros(num_classes), 0.0
-        for num_rows, owners, classes in _classes_of(source):
-            factors = np.ones(num_rows) if mixture.repeats is None else mixture.repeats.factors[first:][:num_rows]
-            boxes += np.bincount(classes, weights=factors[owners], minlength=num_classes)
-            images += float(factors.sum())
-            first += num_rows
-        result.append(Shown(source.table.uri, source.weight, source.table.num_rows, images, boxes))
-    return result
-
-
-def lines_of(mixture: Mixture, shown: Sequence[Shown]) -> list[str]:
-    """Describe for the terminal what an epoch shows."""
-    lines = [f"{mixture.num_shown:,} images per epoch, of {counted(mixture.num_rows, 'image')}:"]
-    lines += [
-        f"  {one.images_per_epoch:,.0f} of {one.num_images:,} in {one.uri}"
-        + (f" (weight {one.weight:g})" if one.weight != 1 else "")
-        for one in shown
-    ]
-    boxes = np.stack([one.boxes_per_epoch for one in shown], axis=1)
-    order = np.argsort(-boxes.sum(axis=1), kind="stable")
-    lines.append("boxes per epoch by class" + (", and of each table:" if len(shown) > 1 else ":"))
-    for index in order[:_MOST_CLASSES_SHOWN].tolist():
-        of_each = " + ".join(f"{number:,.0f}" for number in boxes[index])
-        parts = f" = {of_each}" if len(shown) > 1 else ""
-        lines.append(f"  {mixture.categories[index].name}: {boxes[index].sum():,.0f}{parts}")
-    if len(order) > _MOST_CLASSES_SHOWN:
-        rest = order[_MOST_CLASSES_SHOWN:]
-        lines.append(f"  {counted(len(rest), 'other class')}: {boxes[rest].sum():,.0f}")
-    return lines
-
-
-def record_of(mixture: Mixture, shown: Sequence[Shown]) -> dict[str, Any]:
-    """Return what an epoch shows, for a JSON file."""
-    names = [category.name for category in mixture.categories]
-    return {
-        "images_per_epoch": mixture.num_shown,
-        "tables": [
-            {
-                "uri": one.uri,
-                "weight": one.weight,
-                "images": one.num_images,
-                "images_per_epoch": round(one.images_per_epoch, 3),
-                "boxes_per_epoch": dict(zip(names, one.boxes_per_epoch.round(3).tolist(), strict=True)),
-            }
-            for one in shown
-        ],
-    }
-
-
-def _factors(mixture: Mixture, threshold: float) -> Floats:
-    """Return how often each image is shown per epoch.
-
-    An image is shown `weight` times its repeat factor (Gupta et al., "LVIS", 2019): the largest √(threshold / f) of its
-    classes, at least 1, where f is the fraction of the images with the class. Images count by the weight of their
-    table.
-    """
-    num_classes = len(mixture.categories)
-    with_class, total = np.zeros(num_classes), 0.0
-    for source in mixture.sources:
-        for num_rows, owners, classes in _classes_of(source):
-            distinct = np.unique(owners * num_classes + classes) % num_classes
-            with_class += source.weight * np.bincount(distinct, minlength=num_classes)
-            total += source.weight * num_rows
-    of_class = np.sqrt(threshold * total / np.maximum(with_class, np.finfo(float).tiny))
-    of_class = np.maximum(of_class, 1.0)
-    parts = []
-    for source in mixture.sources:
-        for num_rows, owners, classes in _classes_of(source):
-            factors = np.ones(num_rows)
-            np.maximum.at(factors, owners, of_class[classes])
-            parts.append(source.weight * factors)
-    return np.concatenate(parts)
-
-
-def _classes_of(source: Source) -> Iterator[tuple[int, Integers, Integers]]:
-    """Yield, for each batch of rows, their number, and for each box the place of its row and its class."""
-    class_map = np.asarray(source.class_map, np.int64)
-    for batch in source.table.iter_batches(("objects",), batch_size=_BATCH_ROWS):
-        num_boxes, columns = flatten(batch, "objects", ("category",), source.table.uri)
-        yield batch.num_rows, np.repeat(np.arange(batch.num_rows), num_boxes), class_map[columns["category"]]
 
 
 def _renamed(given: dict[str, str] | str | None) -> dict[str, str] | None:

@@ -1,0 +1,79 @@
+"""Images and their rows in a table of detections, matched by image id and checked by path and size."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydet.common.console import counted
+from raydet.common.errors import UserError
+from raydet.measuring.paths import paths_differ
+from raydet.preparation.sources.scored.rows import RecentRows
+from raydet.tables.columns import BATCH_ROWS, Integers, image_ids_in, numbers_of, places_in
+from raydet.tables.table import Table
+
+
+def places_of(images: Table, found: Table) -> Integers | None:
+    """Return the row of the detections of each image, int64 [N]; None if both tables have the same order.
+
+    Raises:
+        UserError: An image has no row, or a row is that of another image.
+    """
+    if not images.num_rows:
+        raise UserError(f"{images.uri} has no images")
+    image_ids, found_ids = _ids_of(images), _ids_of(found)
+    places: Integers | None = None
+    if not np.array_equal(image_ids, found_ids):
+        order = np.argsort(found_ids)
+        at, is_known = places_in(found_ids[order], image_ids) if len(order) else (image_ids, image_ids < 0)
+        if not is_known.all():
+            raise UserError(
+                f"{found.uri} has no row for {(~is_known).sum():,} of the {counted(len(image_ids), 'image')} of "
+                f"{images.uri}, for example image {image_ids[~is_known][0]}; use the detections that predict found in "
+                "this table"
+            )
+        places = order[at]
+    _check_same(images, found, places)
+    return places
+
+
+def _ids_of(table: Table) -> Integers:
+    """Return the image ids of a table in the order of its rows."""
+    return np.concatenate([np.zeros(0, np.int64), *map(image_ids_in, table.iter_batches(["image_id"], BATCH_ROWS))])
+
+
+def _check_same(images: Table, found: Table, places: Integers | None) -> None:
+    """Refuse detections of other images: equal ids are no proof, because most folders are numbered from 0."""
+    rows, position, has_paths = RecentRows(found, ["path", "width", "height"]), 0, False
+    for batch in images.iter_batches(["image_id", "image.path", "width", "height"], BATCH_ROWS):
+        own = np.arange(position, position + batch.num_rows)
+        other = rows.take(own if places is None else places[own])
+        is_bad = np.zeros(batch.num_rows, np.bool_)
+        for name in ("width", "height"):
+            sides = numbers_of(batch.column(name)), numbers_of(other.column(name))
+            is_bad |= (sides[0] != sides[1]) & (sides[0] > 0) & (sides[1] > 0)
+        paths = [
+            pc.fill_null(column, "").cast(pa.large_string())
+            for column in (pc.struct_field(batch.column("image"), "path"), other.column("path"))
+        ]
+        both = np.flatnonzero(np.logical_and(*(numbers_of(pc.binary_length(own)) > 0 for own in paths)))
+        if len(both):
+            has_paths = True
+            is_bad[both] |= paths_differ(*(own.take(pa.array(both)) for own in paths))
+        if is_bad.any():
+            row = int(np.argmax(is_bad))
+            shown = [
+                f"{path[row].as_py()!r}, {side.column('width')[row]} × {side.column('height')[row]}"
+                for path, side in zip(paths, (batch, other), strict=True)
+            ]
+            raise UserError(
+                f"{found.uri} and {images.uri} describe different images: image {batch.column('image_id')[row]} is "
+                f"{shown[0]} in the images table, {shown[1]} in the detections; use the detections that predict found "
+                "in this table"
+            )
+        position += batch.num_rows
+    spaces = [table.manifest.get("id_space") for table in (images, found)]
+    if not has_paths and None not in spaces and spaces[0] != spaces[1]:
+        raise UserError(
+            f"{found.uri} and {images.uri} number their images independently and share no paths that would identify "
+            "them; use the detections that predict found in this table"
+        )

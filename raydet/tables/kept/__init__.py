@@ -1,0 +1,1 @@
+"""Vectors that a scoring run keeps ↔ further columns of its detections table."""
