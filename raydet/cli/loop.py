@@ -41,7 +41,7 @@ from raydet.scoring.predict import predict
 from raydet.tables import storage
 from raydet.tables.output_folder import open_folder
 from raydet.tables.table import open_table
-from raydet.training.sources import weighted, with_absolute_sources
+from raydet.training.feeding.sources import weighted, with_absolute_sources
 from raydet.training.train import check, train
 
 _Config = TypeVar("_Config")
