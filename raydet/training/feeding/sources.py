@@ -13,6 +13,7 @@ from raydet.config import TrainConfig
 from raydet.preparation.sources.scored.pairing import places_of
 from raydet.tables import storage
 from raydet.tables.columns import Integers
+from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.schema import Category
 from raydet.tables.table import Table, open_table
 from raydet.training.feeding.counts import repeat_factors
@@ -106,8 +107,8 @@ def _with_teachers(mixture: Mixture, teacher: str | list[str]) -> Mixture:
     """
     opened = [(open_table(uri, "detections"), weight) for uri, weight in weighted(teacher, "teacher")]
     for table, _ in opened:
-        fields = {field.name for field in table.schema.field("queries").type} if "queries" in table.schema.names else ()
-        if "class_scores" not in fields:
+        kept = KeptVectors.of_table(table.schema, table.uri)
+        if kept is None or kept.class_scores is None:
             raise UserError(
                 f"--teacher {table.uri} has no class scores; score the training images with `raydet predict --keep "
                 "class_scores`"

@@ -76,12 +76,10 @@ def _found(teacher: Teacher, places: Integers) -> list[tuple[Any, Any]]:
     rows = teacher.rows.take(places)
     counts, columns = elements_of(rows, "queries", ("bbox", "class_scores"), teacher.table.uri)
     boxes_xywh = numbers_of(columns["bbox"]).reshape(-1, 4)
-    vectors = columns["class_scores"]
-    known = numbers_of(vectors.flatten()).reshape(len(boxes_xywh), -1)
+    known = numbers_of(columns["class_scores"]).reshape(-1, len(teacher.table.categories))
     scores = np.full((len(boxes_xywh), len(teacher.class_map)), np.nan, np.float16)
     has_class = teacher.class_map >= 0
-    if len(boxes_xywh):
-        scores[:, has_class] = known[:, teacher.class_map[has_class]]
+    scores[:, has_class] = known[:, teacher.class_map[has_class]]
     ends = np.cumsum(counts)
     parts = zip(np.split(boxes_xywh, ends[:-1]), np.split(scores, ends[:-1]), strict=True)
     errors = rows.column("error").to_pylist()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from raydet.common.errors import UserError
 from raydet.config import TrainConfig
+from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training.feeding.counts import shown_of
@@ -222,11 +223,8 @@ def _fields(mixture: Mixture) -> tuple[Any, Any]:
 def write_teacher(folder: Path, images: Table, names: Sequence[str], *, seed: int = 0, unread: int = -1) -> Table:
     """Write detections in the images of a table, with two queries each; the image in row `unread` has none."""
     rng = np.random.default_rng(seed)
-    queries = pa.struct(
-        [("bbox", pa.list_(pa.list_(pa.float64(), 4))), ("class_scores", pa.list_(pa.list_(pa.float16())))]
-    )
     categories = tuple(Category(number, name) for number, name in enumerate(names))
-    schema = build_schema("detections", categories, extra_fields=[pa.field("queries", queries)])
+    schema = KeptVectors(class_scores="sigmoid", num_classes=len(names)).schema(categories, {})
     with TableWriter(str(folder), schema, config_hash="y" * 12) as writer:
         for number, row in enumerate(images.read().to_pylist()):
             is_read = number != unread
@@ -237,12 +235,21 @@ def write_teacher(folder: Path, images: Table, names: Sequence[str], *, seed: in
                 "path": row["image"]["path"],
                 "width": row["width"],
                 "height": row["height"],
-                "detections": {"bbox": boxes, "score": [0.5] * len(boxes), "category": [0] * len(boxes)},
+                "detections": {
+                    "bbox": boxes,
+                    "score": [0.5] * len(boxes),
+                    "category": [0] * len(boxes),
+                    "query": [*range(len(boxes))],
+                },
                 "queries": {"bbox": boxes, "class_scores": scores},
                 "error": None if is_read else "broken",
             }
             writer.write_rows([{name: found.get(name) for name in schema.names}])
     return open_table(str(folder), "detections")
+
+
+def _of_first_class(num_boxes: int) -> dict[str, list[int]]:
+    return {"category": [0] * num_boxes, "query": [*range(num_boxes)]}
 
 
 def test_teachers_travel_with_their_images_for_any_number_of_workers(
