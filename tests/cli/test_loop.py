@@ -134,15 +134,18 @@ def test_a_loop_killed_in_several_steps_gives_the_same_result(shapes: Path, mode
     file, output, out = tmp_path / "loop.yaml", tmp_path / "output", Path(config.out)
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     command = [sys.executable, "-m", "raydet", "loop", "--config", str(file), "--json"]
-    for place in (
-        "first/held_out/.run.json",
-        "round-001/train/states/*.pt",
-        "round-001/held_out/.run.json",
-        "round-002/labels/.run.json",
-        "round-002/comparison",
+    for place, is_killed in (
+        ("first/held_out/.run.json", True),
+        ("round-001/train/states/*.pt", True),
+        ("round-001/held_out/.run.json", False),
+        ("round-002/labels/.run.json", True),
+        ("round-002/comparison", True),
     ):
         with started(command, output) as driver:
             wait_for_progress(lambda place=place: bool([*out.glob(place)]), driver, output)  # type: ignore[misc]
+            if not is_killed:
+                driver.terminate()
+                assert driver.wait(timeout=60) == 143, output.read_text()
     with started(command, output) as driver:
         assert driver.wait(timeout=400) == 0, output.read_text()
     lines = [line for line in output.read_text().splitlines() if line.startswith("{")]
