@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import PrepareYoloConfig as PrepareYoloConfig
     from raydet.config import PushConfig as PushConfig
     from raydet.config import ReportConfig as ReportConfig
+    from raydet.config import SelectConfig as SelectConfig
     from raydet.config import TrainConfig as TrainConfig
     from raydet.config import TuneConfig as TuneConfig
     from raydet.engines.in_memory.loaded import load as load
@@ -74,6 +75,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.preparation.prepare import prepare_yolo as prepare_yolo
     from raydet.reporting.report import report as report
     from raydet.scoring.predict import predict as predict
+    from raydet.selection.select import select as select
     from raydet.tables.table import open_table as open_table
     from raydet.training.train import train as train
     from raydet.tuning.tune import tune as tune

@@ -162,6 +162,12 @@ _COMMANDS = (
         "--data runs/demo/metrics",
     ),
     Command(
+        "select",
+        "raydet.selection.select",
+        "detections with embeddings → near-duplicates, or what is similar to an image or an object",
+        "--detections runs/vectors --near-duplicates --min-similarity 0.999 --out runs/selection",
+    ),
+    Command(
         "export coco",
         "raydet.exports.coco",
         "detections → COCO results JSON; images table → COCO instances JSON",

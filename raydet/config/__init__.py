@@ -13,7 +13,7 @@ from raydet.config.fields import (
     is_required,
     to_yaml,
 )
-from raydet.config.inspecting import BrowseConfig, InspectConfig
+from raydet.config.inspecting import BrowseConfig, InspectConfig, SelectConfig
 from raydet.config.measuring import CompareConfig, EvaluateConfig, EvaluationProtocol, FitConfig, ReportConfig
 from raydet.config.planning import DoctorConfig, PlanConfig
 from raydet.config.preparing import (
@@ -108,6 +108,7 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Search",
+    "SelectConfig",
     "TrainConfig",
     "TuneConfig",
     "config_hash",

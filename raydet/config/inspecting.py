@@ -1,6 +1,8 @@
-"""`inspect` and `browse`: pages to look through tables."""
+"""`inspect`, `browse` and `select`: tables → pages to look through them, and images chosen from them."""
 
-from raydet.config.fields import config, option, require, require_not_negative
+import re
+
+from raydet.config.fields import config, option, require, require_not_negative, require_positive
 from raydet.config.training import AugmentationSpec
 
 
@@ -66,3 +68,42 @@ class BrowseConfig:
         require(threshold is None or 0 <= threshold <= 1, f"--score-threshold must be between 0 and 1, got {threshold}")
         require(0 <= self.port < 2**16, f"--port must be between 0 and 65535, got {self.port}")
         require(bool(self.selection.strip("/ ")), "--selection must name a place for the lists")
+
+
+@config
+class SelectConfig:
+    """A detections table with embeddings → images that are nearly the same, or what is most similar to one of them."""
+
+    detections: str = option("detections table, as written by predict with --keep embedding")
+    out: str = option("folder to write: a table, and a list of images", operational=True)
+    near_duplicates: bool = option("find the images that are nearly the same as an earlier image", False)
+    similar_to: str | None = option(
+        "find the objects most similar to a detection: the id of its image and its place by score, from 0; without the "
+        "place, the images most similar to that image",
+        None,
+        value="IMAGE_ID:BOX",
+    )
+    min_similarity: float | None = option(
+        "least cosine similarity of two embeddings, 1 if they are equal; required for --near-duplicates",
+        None,
+    )
+    num: int = option("with --similar-to: how many to find, the most similar ones", 100)
+
+    def __post_init__(self) -> None:
+        require(
+            self.near_duplicates != (self.similar_to is not None),
+            "set either --near-duplicates or --similar-to IMAGE_ID:BOX",
+        )
+        require(
+            self.similar_to is None or re.fullmatch(r"\d{1,16}(:\d{1,9})?", self.similar_to) is not None,
+            f"--similar-to must be written as IMAGE_ID:BOX, such as 17:0, or IMAGE_ID; got {self.similar_to}",
+        )
+        require(
+            not self.near_duplicates or self.min_similarity is not None,
+            "--near-duplicates needs --min-similarity, which depends on the model; look at some pairs first",
+        )
+        require(
+            self.min_similarity is None or -1 <= self.min_similarity <= 1,
+            f"--min-similarity must be from -1 to 1, got {self.min_similarity}",
+        )
+        require_positive(self, "num")

@@ -34,6 +34,8 @@ TableKind = Literal[
     "changed_images",
     "runs",
     "rejected",
+    "near_duplicates",
+    "similar",
     "trials",
     "findings",
     "data_summary",
@@ -219,6 +221,21 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("loss", pa.float64()),
         ("checkpoint", pa.string()),
         ("error", pa.string()),
+    ],
+    "near_duplicates": [
+        ("image_id", pa.int64()),
+        ("path", pa.string()),
+        ("duplicate_of", pa.int64()),  # image id of an earlier row
+        ("similarity", pa.float64()),
+    ],
+    "similar": [  # most similar first; null in the columns of a detection if images are compared
+        ("image_id", pa.int64()),
+        ("path", pa.string()),
+        ("detection", pa.int64()),  # place by score, from 0
+        ("category", pa.string()),
+        ("bbox", pa.list_(pa.float64(), 4)),
+        ("score", pa.float64()),
+        ("similarity", pa.float64()),
     ],
     "rejected": [
         ("path", pa.string()),
