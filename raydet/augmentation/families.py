@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.augmentation.samples import Sample, WorkingSize, area_of, chosen, cut
+from raydet.augmentation.taught import is_labels
 from raydet.common.boxes import Boxes, as_boxes
 from raydet.models.geometry import SizeHW
 
@@ -119,7 +120,9 @@ class ZoomAndCrop:
         if rng.random() < _ZOOM_OUT_P:
             (left, top), window_hw = _zoomed_out(sample.size_hw, rng)
         if rng.random() < _IOU_CROP_P:
-            boxes_xywh = sample.boxes_xywh[~sample.iscrowd] - np.array([left, top, 0, 0], np.float64)
+            is_label = is_labels(sample) & ~sample.iscrowd
+            chosen_from = is_label if is_label.any() else ~sample.iscrowd
+            boxes_xywh = sample.boxes_xywh[chosen_from] - np.array([left, top, 0, 0], np.float64)
             (crop_left, crop_top), cropped_hw = _iou_crop(boxes_xywh, window_hw, rng)
             if cropped_hw != window_hw:
                 left, top, window_hw = left + crop_left, top + crop_top, cropped_hw

@@ -79,6 +79,7 @@ def copy_small(sample: Sample, rng: np.random.Generator) -> Sample:
     high = np.minimum(high, (width, height))
     is_label = is_labels(sample)
     alone = is_label & ((_overlaps(low, high, low, high) & is_label).sum(axis=1) == 1)
+    labels_low, labels_high = low[is_label], high[is_label]
     is_small = np.sqrt(area_of(sample.boxes_xywh)) < SMALL_SIDE * np.sqrt(height * width)
     candidates = np.flatnonzero(alone & is_small & ~sample.iscrowd)
     if not len(candidates):
@@ -90,11 +91,11 @@ def copy_small(sample: Sample, rng: np.random.Generator) -> Sample:
             new_left, new_top = (int(rng.integers(room + 1)) for room in (width - right + left, height - bottom + top))
             new_low = np.array([[new_left, new_top]])
             new_high = new_low + high[row] - low[row]
-            if _overlaps(new_low, new_high, low, high).any():
+            if _overlaps(new_low, new_high, labels_low, labels_high).any():
                 continue
             patch = sample.image[top:bottom, left:right]
             image[new_top : new_top + bottom - top, new_left : new_left + right - left] = patch
-            low, high = np.concatenate([low, new_low]), np.concatenate([high, new_high])
+            labels_low, labels_high = np.concatenate([labels_low, new_low]), np.concatenate([labels_high, new_high])
             rows.append(int(row))
             boxes.append(sample.boxes_xywh[row] + np.array([new_left - left, new_top - top, 0, 0], np.float64))
             break

@@ -19,19 +19,21 @@ _LARGEST_ID = -(2**62)
 
 @dataclass(frozen=True)
 class Taught:
-    """What teachers found in an image.
+    """Findings of teachers in an image.
 
     Attributes:
         boxes_cxcywh: Boxes normalised to the image, float32 [T, 4].
-        class_scores: Scores of all classes, float16 [T, C]; NaN for a class that the teacher does not know.
+        class_scores: Scores of all classes, float16 [T, C]; 0 for a class that the teacher does not know.
         owners: Number of the teacher that found each box, int64 [T].
         weights: Weight of each teacher, float32 [K]; 0 if it has not scored the image, and then it has no boxes.
+        known: The classes that each teacher knows, bool [K, C].
     """
 
     boxes_cxcywh: npt.NDArray[np.float32]
     class_scores: npt.NDArray[np.float16]
     owners: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32]
+    known: npt.NDArray[np.bool_]
 
 
 def with_teacher(sample: Sample, row: Mapping[str, Any], part: int) -> Sample:
@@ -80,18 +82,19 @@ def without_teacher(sample: Sample, rows: Mapping[int, Mapping[str, Any]]) -> tu
     weights = np.min([np.asarray(teacher["weights"], np.float32) for teacher in teachers.values()], axis=0)
     if not weights.any():
         return _chosen(sample, is_label), None
+    known = np.asarray(rows[0][TEACHER]["known"], np.bool_).reshape(len(weights), -1)
+    num_classes = known.shape[1]
     part, number = np.divmod(_LARGEST_ID - sample.ids[~is_label], _MOST_BOXES)
     vectors, owners = [], []
     for one, place in zip(part.tolist(), number.tolist(), strict=True):
         teacher = teachers[one]
-        num_classes = len(teacher["class_scores"]) // len(teacher["owner"])
         vectors.append(teacher["class_scores"][place * num_classes : (place + 1) * num_classes])
         owners.append(int(teacher["owner"][place]))
     boxes_cxcywh = xywh_to_normalised_cxcywh(sample.boxes_xywh[~is_label], sample.size_hw).astype(np.float32)
     counts = np.asarray(owners, np.int64)
     is_kept = weights[counts] > 0
-    scores = np.array(vectors, np.float16).reshape(len(vectors), -1)
-    return _chosen(sample, is_label), Taught(boxes_cxcywh[is_kept], scores[is_kept], counts[is_kept], weights)
+    scores = np.array(vectors, np.float16).reshape(len(vectors), num_classes)
+    return _chosen(sample, is_label), Taught(boxes_cxcywh[is_kept], scores[is_kept], counts[is_kept], weights, known)
 
 
 def is_labels(sample: Sample) -> npt.NDArray[np.bool_]:

@@ -297,6 +297,7 @@ class TrainConfig(WorkersConfig):
             f"--repeat-rare must be above 0 and at most 1, got {self.repeat_rare}",
         )
         require(self.train_data != [], "--train-data must name at least one images table")
+        require(self.teacher != [], "--teacher must name at least one detections table")
         require_not_negative(self, "weight_decay", "warmup_steps", "close_mosaic", "max_failures", "seed", "log_images")
         require_not_negative(self, "early_stopping_patience")
         require(0 <= (self.ema_decay or 0) < 1, f"--ema-decay must be at least 0 and below 1, got {self.ema_decay}")

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 
 from raydet.common.errors import UserError
 from raydet.common.redaction import refuse_password
-from raydet.common.threads import NUM_READ_THREADS, in_order
+from raydet.common.threads import in_order
 from raydet.common.untrusted.opening import ANYWHERE, LocalRoots
 from raydet.images.files import ReadError, SizeError
 from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
@@ -38,7 +37,6 @@ INDEX_GROUP_ROWS = 2**16
 _INDEX_SCHEMA = pa.schema([pa.field("image_id", pa.int64()), *LISTING_SCHEMA])
 _INDEX_KEY = b"raydet_index"
 _MOST_BYTES_AHEAD = 16 * 2**20
-_LOCAL_GROUP = 8
 """Larger files are read one at a time."""
 _TABLE_COLUMNS = ("image_id", "image", "width", "height")
 
@@ -326,24 +324,13 @@ def _with_bytes(rows: pa.RecordBatch, contents: pa.Array, paths: pa.Array) -> It
 
 
 def _read_ahead(reader: FileReader, rows: Iterator[tuple[ImageRow, Reference]]) -> Iterator[ImageRow]:
-    """Yield the rows with their data, or with the reason for missing data; only small files are read ahead.
+    """Yield the rows with their data, or with the reason for missing data; only small files are read ahead."""
 
-    Local files are read in groups: to hand each over to another thread takes a fifth of the time to decode a JPEG.
-    """
+    def fill(item: tuple[ImageRow, Reference]) -> tuple[ImageRow, Reference]:
+        return _filled(*item, reader, _MOST_BYTES_AHEAD), item[1]
 
-    def fill(items: list[tuple[ImageRow, Reference]]) -> list[tuple[ImageRow, Reference]]:
-        return [(_filled(*item, reader, _MOST_BYTES_AHEAD), item[1]) for item in items]
-
-    first = next(rows, None)
-    if first is None:
-        return
-    rows = chain([first], rows)
-    is_local = (first[1].uri or "").partition("://")[0] in ("file", first[1].uri)
-    size = _LOCAL_GROUP if is_local else 1
-    groups = iter(lambda: list(islice(rows, size)), [])
-    for group in in_order(fill, groups, ahead=2 * NUM_READ_THREADS // size):
-        for row, reference in group:
-            yield _filled(row, reference, reader)
+    for row, reference in in_order(fill, rows):
+        yield _filled(row, reference, reader)
 
 
 def _filled(row: ImageRow, reference: Reference, reader: FileReader, most_bytes: int | None = None) -> ImageRow:

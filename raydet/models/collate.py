@@ -18,6 +18,7 @@ TAUGHT = {
     "class_scores": "teacher_scores",
     "owners": "teacher_owners",
     "weights": "teacher_weights",
+    "known": "teacher_known",
 }
 """Keys in the labels of an image that teachers have scored, by the attribute of `raydet.augmentation.taught.Taught`."""
 
@@ -66,8 +67,12 @@ class Batch:
         return len(self.image_ids)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with its tensors on a device."""
-        labels = [{name: value.to(device) for name, value in label.items()} for label in self.labels]
+        """Return the batch with its tensors on a device, apart from the lists of labelled classes."""
+        # The host reads the lists of labelled classes.
+        labels = [
+            {name: value if name == LABELLED else value.to(device) for name, value in label.items()}
+            for label in self.labels
+        ]
         pixels = self.pixels.to(device, non_blocking=True)
         return Batch(self.image_ids, pixels, self.sizes_hw, self.original_sizes_hw, labels)
 

@@ -87,7 +87,8 @@ class CopiedBatches:
             stream.wait_event(self._event)
             for batch in self._batches:  # their memory may be reused only after the computation has read it
                 for values in (batch.pixels, *(value for label in batch.labels for value in label.values())):
-                    values.record_stream(stream)
+                    if values.is_cuda:  # lists of labelled classes stay on the CPU
+                        values.record_stream(stream)
         return self._batches
 
 

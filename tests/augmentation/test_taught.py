@@ -23,6 +23,7 @@ def _taught_row(image_id: int, weights: tuple[float, ...] = (1.0,), owners: tupl
         "class_scores": scores.reshape(-1),
         "owner": np.array(owners),
         "weights": np.array(weights, np.float32),
+        "known": np.ones(4 * len(weights), bool),
     }
     return row
 
@@ -77,3 +78,12 @@ def test_a_teacher_counts_only_where_it_has_scored_all_images_that_are_mixed() -
     assert taught.weights.tolist() == [0.0, 2.0] and set(taught.owners.tolist()) == {1}
     del row["mosaic"][0]["teacher"]
     assert _seen(row, "strong", 0).taught is None
+
+
+def test_a_teacher_that_found_nothing_has_still_seen_the_image() -> None:
+    row = _taught_row(1)
+    row["teacher"] |= {"bbox": np.zeros((0, 4)), "class_scores": np.zeros(0, np.float16), "owner": np.zeros(0, int)}
+    for spec in ("none", "strong"):
+        taught = _taught(_seen(row, spec, 0))
+        assert taught.class_scores.shape == (0, 4) and taught.boxes_cxcywh.shape == (0, 4)
+        assert taught.weights.tolist() == [1.0] and taught.known.shape == (1, 4)

@@ -120,6 +120,7 @@ def teach(batch: Batch, counts: Sequence[int] | None = None, *, num_teachers: in
         label["teacher_scores"] = torch.tensor(rng.uniform(0, 1, (count, len(CATEGORIES))) ** 3, dtype=torch.float16)
         label["teacher_owners"] = torch.arange(count) % num_teachers
         label["teacher_weights"] = torch.tensor([1.0, 0.5][:num_teachers])
+        label["teacher_known"] = torch.ones((num_teachers, len(CATEGORIES)), dtype=torch.bool)
     return batch
 
 

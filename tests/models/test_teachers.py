@@ -34,10 +34,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_CLASSES = len(CATEGORIES)
 
 
-def terms_of(detector: Detector, batch: Batch, **labelled: Any) -> dict[str, Tensor]:
+def terms_of(detector: Detector, batch: Batch, *, last_layer: bool = False, **labelled: Any) -> dict[str, Tensor]:
     dtype = detector.model.dtype
     labels = [{**label, "boxes": label["boxes"].to(dtype), **labelled} for label in batch.labels]
     outputs = detector.model(**detector.model_inputs(batch, dtype), labels=labels)
+    if last_layer:
+        outputs.auxiliary_outputs = None
     return teacher_terms(detector, outputs, labels, weight=taught_weight(batch))
 
 
@@ -95,10 +97,11 @@ def test_what_the_student_already_says_costs_nothing(name: str) -> None:
         scores = scores.softmax(-1)[:, :-1] if name in SOFTMAX else scores.sigmoid()
         label["teacher_boxes"], label["teacher_scores"] = outputs.pred_boxes[image][:6], scores[:6]
         label["teacher_owners"], label["teacher_weights"] = torch.zeros(6, dtype=torch.int64), torch.ones(1)
+        label["teacher_known"] = torch.ones((1, NUM_CLASSES), dtype=torch.bool)
     num_groups = getattr(detector.model.config, "group_detr", 1)
     detector.model.config.num_denoising = 0
     with torch.no_grad():
-        terms = terms_of(detector, batch)
+        terms = terms_of(detector, batch, last_layer=True)
     if num_groups == 1:  # the other groups have queries of their own
         assert all(float(value) == pytest.approx(0, abs=2e-3) for value in terms.values()), terms
     label = batch.labels[0]
@@ -109,7 +112,7 @@ def test_what_the_student_already_says_costs_nothing(name: str) -> None:
     }
     batch.labels[0] = other
     with torch.no_grad():
-        changed = terms_of(detector, batch)
+        changed = terms_of(detector, batch, last_layer=True)
     assert all(float(changed[term]) > float(terms[term]) + 1e-3 for term in terms)
 
 
@@ -140,7 +143,8 @@ def test_classes_that_the_teacher_does_not_know_learn_nothing(name: str) -> None
     detector = build(name)
     batch = teach(collate(examples((2, 1))), (4, 3), num_teachers=1)
     for label in batch.labels:
-        label["teacher_scores"][:, 1] = torch.nan
+        label["teacher_scores"][:, 1] = 0
+        label["teacher_known"][:, 1] = False
     labels = [{**label, "labelled": torch.tensor([0])} for label in batch.labels]
     outputs = detector.model(**detector.model_inputs(batch, torch.float32), labels=labels)
     outputs.logits.retain_grad()
@@ -172,7 +176,7 @@ def test_only_images_without_labels_learn_from_what_the_teacher_did_not_find(nam
     assert all(float(value) == 0 for value in absent.values())
 
 
-def test_terms_are_means_by_weight_so_that_an_equal_second_teacher_changes_nothing() -> None:
+def test_a_weight_scales_the_terms_and_an_equal_second_teacher_changes_nothing() -> None:
     detector = build("rt_detr_tiny")
     one, both = (teach(collate(examples((0, 0))), (4, 4), num_teachers=1) for _ in range(2))
     for label in both.labels:
@@ -180,8 +184,27 @@ def test_terms_are_means_by_weight_so_that_an_equal_second_teacher_changes_nothi
             label[name] = torch.cat([label[name], label[name]])
         label["teacher_owners"] = torch.arange(8) // 4
         label["teacher_weights"] = torch.ones(2)
+        label["teacher_known"] = torch.ones((2, NUM_CLASSES), dtype=torch.bool)
     assert taught_weight(both) == pytest.approx(2 * taught_weight(one))
     assert taught_weight(one) > 1
     with torch.no_grad():
+        alone = terms_of(detector, one)
         for name, value in terms_of(detector, both).items():
-            assert float(value) == pytest.approx(float(terms_of(detector, one)[name]), rel=1e-4)
+            assert float(value) == pytest.approx(float(alone[name]), rel=1e-4)
+        for label in one.labels:
+            label["teacher_weights"] = torch.full((1,), 0.25)
+        for name, value in terms_of(detector, one).items():
+            assert float(value) == pytest.approx(0.25 * float(alone[name]), rel=1e-4)
+
+
+def test_a_teacher_says_nothing_about_classes_that_it_does_not_know_where_it_found_nothing() -> None:
+    detector = build("rt_detr_tiny")
+    batch = teach(collate(examples((0, 0))), (0, 0), num_teachers=1)
+    labels = [{**label, "labelled": torch.zeros(0, dtype=torch.int64)} for label in batch.labels]
+    for label in labels:
+        label["teacher_known"] = torch.tensor([[True, False, False]])
+    outputs = detector.model(**detector.model_inputs(batch, torch.float32), labels=labels)
+    outputs.logits.retain_grad()
+    sum(teacher_terms(detector, outputs, labels, weight=0.0).values(), torch.zeros(())).backward()
+    grad = outputs.logits.grad
+    assert (grad[..., 0] != 0).all() and (grad[..., 1:] == 0).all()

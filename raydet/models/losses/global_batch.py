@@ -41,7 +41,7 @@ class Normaliser:
             other query.
         num_matched: Queries matched to a box; fewer than boxes if an image has more boxes than queries.
         num_queries: All queries.
-        taught_weight: Weights of the boxes of teachers.
+        taught_weight: Sum of the highest scores of the boxes of teachers.
     """
 
     num_boxes: float
@@ -104,7 +104,7 @@ def compute_loss(
     Args:
         detector: The detector in training.
         batch: This rank's micro-batch, on the model's device.
-        global_normaliser: Sum of `local_normaliser` over all ranks and micro-batches of the optimizer step.
+        global_normaliser: Sum of `step_normaliser` over all ranks of the optimizer step.
         local: `local_normaliser` of this micro-batch.
         world_size: Ranks over which gradients are averaged. All ranks must call this function equally often, since
             D-FINE and DEIMv2 sum a number over them.

@@ -1,8 +1,8 @@
 """Loss terms of what teachers found: soft classes and boxes, of any family, for a student of any family.
 
-A teacher's boxes are matched one to one to the queries of the student's last decoder layer, by the costs of the
-student's own matcher with a soft class instead of a label. A matched query learns the teacher's class scores and box,
-weighted by the teacher's highest score:
+A teacher's boxes are matched one to one to the queries of each decoder layer and, where the model has them, of the
+encoder, by the costs of the student's own matcher with a soft class instead of a label. A matched query learns the
+teacher's class scores and box, weighted by the teacher's highest score for it:
 
 - Sigmoid scores learn by the quality focal loss, |y − σ|² · BCE(σ, y) (Li et al. 2020, "Generalized Focal Loss").
 - Softmax scores learn by the Kullback-Leibler divergence from the teacher's distribution, whose rest is "no object".
@@ -10,8 +10,8 @@ weighted by the teacher's highest score:
 Where the labels do not say what else an image shows, the other queries learn that they show none of the classes that
 the teacher knows and the image is not labelled for. Classes that the teacher does not know learn nothing from it.
 
-All terms are sums over boxes divided by the sum of their weights in the global batch, so that they add up over ranks
-and micro-batches.
+All terms are sums over boxes, weighted by the teacher's weight and its highest score, and divided by the sum of the
+highest scores in the global batch, so that they add up over ranks and micro-batches.
 """
 
 from typing import Any
@@ -27,15 +27,16 @@ from raydet.models.detector import Detector, at_least_single
 from raydet.models.losses.partial_labels import joined_to_no_object, not_labelled
 from raydet.models.losses.terms import Labels, term_weights
 
-_BOXES, _SCORES, _OWNERS, _WEIGHTS = (TAUGHT[name] for name in ("boxes_cxcywh", "class_scores", "owners", "weights"))
+_BOXES, _SCORES, _OWNERS = (TAUGHT[name] for name in ("boxes_cxcywh", "class_scores", "owners"))
+_WEIGHTS, _KNOWN = TAUGHT["weights"], TAUGHT["known"]
 _ALPHA, _GAMMA = 0.25, 2.0
 """Of the focal class cost, in all families."""
 _EPSILON = 1e-8
 
 
 def taught_weight(batch: Batch) -> float:
-    """Return the sum of the weights of a micro-batch's teacher boxes, the divisor of their loss terms."""
-    return sum(float(_weights_of(label).sum()) for label in batch.labels if _BOXES in label)
+    """Return the sum of the highest scores of a micro-batch's teacher boxes, the divisor of their loss terms."""
+    return sum(float(_highest(label).sum()) for label in batch.labels if _BOXES in label)
 
 
 def teacher_terms(detector: Detector, outputs: Any, labels: Labels, *, weight: float) -> dict[str, Tensor]:
@@ -52,24 +53,32 @@ def teacher_terms(detector: Detector, outputs: Any, labels: Labels, *, weight: f
     """
     if not any(_BOXES in label for label in labels):
         return {}
-    num_queries, softmax = detector.num_queries, detector.family.softmax
-    logits, boxes = at_least_single(outputs.logits), at_least_single(outputs.pred_boxes)
-    # Denoising queries come first; LW-DETR and RF-DETR repeat their queries for each group.
-    num_groups = logits.shape[1] // num_queries if detector.family.local_criterion else 1
-    logits, boxes = (values[:, -num_groups * num_queries :] for values in (logits, boxes))
-    unlabelled = not_labelled(labels, logits.shape[-1] - softmax, logits.device)
-    sums = {name: logits.sum() * 0.0 for name in ("class", "bbox", "giou")}
-    for group in range(num_groups):
-        own = slice(group * num_queries, (group + 1) * num_queries)
-        for image, label in enumerate(labels):
-            if _BOXES in label:
-                unknown = None if unlabelled is None else unlabelled[image]
-                values = _of_image(detector, logits[image, own], boxes[image, own], label, unknown)
-                sums = {name: sums[name] + value for name, value in values.items()}
+    layers = [(outputs.logits, outputs.pred_boxes)]
+    layers += [(one["logits"], one["pred_boxes"]) for one in getattr(outputs, "auxiliary_outputs", None) or ()]
+    unlabelled = not_labelled(labels, outputs.logits.shape[-1] - detector.family.softmax, outputs.logits.device)
+    sums = {name: at_least_single(outputs.logits).sum() * 0.0 for name in ("class", "bbox", "giou")}
+    for layer_logits, layer_boxes in layers:
+        groups = _groups(detector, at_least_single(layer_logits), at_least_single(layer_boxes))
+        for logits, boxes in groups:
+            for image, label in enumerate(labels):
+                if _BOXES in label:
+                    unknown = None if unlabelled is None else unlabelled[image]
+                    values = _of_image(detector, logits[image], boxes[image], label, unknown)
+                    sums = {name: sums[name] + value / len(groups) for name, value in values.items()}
     weights = term_weights(detector.model.config, detector.family) if _has_coefficients(detector) else _DEFAULTS
     names = {"class": "loss_ce", "bbox": "loss_bbox", "giou": "loss_giou"}
-    divisor = max(weight, 1.0) * num_groups
-    return {f"teacher_{name}": value * (weights[names[name]] / divisor) for name, value in sums.items()}
+    return {f"teacher_{name}": value * (weights[names[name]] / max(weight, 1.0)) for name, value in sums.items()}
+
+
+def _groups(detector: Detector, logits: Tensor, boxes: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the queries of a layer without those of denoising, which come first, one group after another.
+
+    Only LW-DETR and RF-DETR have several groups.
+    """
+    num_queries = detector.num_queries
+    num_groups = logits.shape[1] // num_queries if detector.family.local_criterion else 1
+    both = (values[:, -num_groups * num_queries :].split(num_queries, dim=1) for values in (logits, boxes))
+    return list(zip(*both, strict=True))
 
 
 _DEFAULTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
@@ -79,12 +88,11 @@ def _has_coefficients(detector: Detector) -> bool:
     return hasattr(detector.model.config, "bbox_loss_coefficient")
 
 
-def _weights_of(label: Any) -> Tensor:
-    """Return the weight of each of an image's teacher boxes, float32 [T]."""
-    scores = label[_SCORES].float().nan_to_num(0.0)
-    highest = scores.amax(dim=1) if len(scores) else scores.new_zeros(0)
-    weights: Tensor = highest * label[_WEIGHTS][label[_OWNERS]]
-    return weights
+def _highest(label: Any) -> Tensor:
+    """Return the highest score of each of an image's teacher boxes, float32 [T]."""
+    scores = label[_SCORES].float()
+    highest: Tensor = scores.amax(dim=1) if len(scores) else scores.new_zeros(0)
+    return highest
 
 
 def _of_image(
@@ -100,21 +108,20 @@ def _of_image(
         unlabelled: Mask of the classes that the image is not labelled for, [C]; None if it is labelled for all.
     """
     sums = {name: logits.new_zeros(()) for name in ("class", "bbox", "giou")}
-    weights = _weights_of(label)
+    weights = _highest(label) * label[_WEIGHTS][label[_OWNERS]]
     for number, teacher_weight in enumerate(label[_WEIGHTS].tolist()):
         if teacher_weight == 0:
             continue
         own = label[_OWNERS] == number
         targets, scores = label[_BOXES][own].to(boxes.dtype), label[_SCORES][own].to(logits.dtype)
-        known = ~scores[0].isnan() if len(scores) else torch.ones_like(logits[0, : scores.shape[-1]], dtype=torch.bool)
-        queries, places = _matched(detector, logits, boxes, targets, scores.nan_to_num(0.0))
+        queries, places = _matched(detector, logits, boxes, targets, scores)
         sums["class"] = sums["class"] + _class_loss(
             detector,
             logits,
             queries,
-            scores[places].nan_to_num(0.0),
+            scores[places],
             weights[own][places],
-            known=known,
+            known=label[_KNOWN][number],
             unlabelled=unlabelled,
             teacher_weight=teacher_weight,
         )

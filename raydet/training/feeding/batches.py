@@ -113,8 +113,9 @@ def _with_classes(batch: ReadyBatch, class_map: ClassMap) -> ReadyBatch:
     for label in labels:
         if LABELLED in label:
             label[LABELLED] = _used(to_model[label[LABELLED]])
-        if TAUGHT["class_scores"] in label:
-            label[TAUGHT["class_scores"]] = _permuted(label[TAUGHT["class_scores"]], to_model)
+        for name in (TAUGHT["class_scores"], TAUGHT["known"]):
+            if name in label:
+                label[name] = _permuted(label[name], to_model)
     truths = {
         image_id: replace(
             truth,
@@ -126,12 +127,11 @@ def _with_classes(batch: ReadyBatch, class_map: ClassMap) -> ReadyBatch:
     return replace(batch, batch=replace(batch.batch, labels=labels), truths=truths)
 
 
-def _permuted(class_scores: Any, to_model: Any) -> Any:
-    """Return the class scores [T, C] in the order of the model's classes."""
-    if not len(class_scores):
-        return class_scores
-    permuted = class_scores.clone()
-    permuted[:, to_model] = class_scores
+def _permuted(of_classes: Any, to_model: Any) -> Any:
+    """Return values of all classes, [..., C], in the order of the model's classes."""
+    permuted = of_classes.new_zeros(of_classes.shape)
+    is_used = to_model >= 0
+    permuted[:, to_model[is_used]] = of_classes[:, is_used]
     return permuted
 
 
@@ -216,6 +216,9 @@ def _add_taught(labels: Sequence[dict[str, Any]], images: pa.StructArray) -> Non
     for at, (label, is_valid) in enumerate(zip(labels, images.is_valid().to_pylist(), strict=True)):
         if is_valid:
             row = {name: lists[at].values.to_numpy(zero_copy_only=False) for name, lists in fields.items()}
-            num_boxes = len(row["owners"])
-            shapes = {"boxes_cxcywh": (num_boxes, 4), "class_scores": (num_boxes, -1) if num_boxes else (0, 0)}
-            label |= {TAUGHT[name]: torch.tensor(value.reshape(shapes.get(name, -1))) for name, value in row.items()}
+            num_classes = len(row["known"]) // len(row["weights"])
+            widths = {"boxes_cxcywh": 4, "class_scores": num_classes, "known": num_classes}
+            label |= {
+                TAUGHT[name]: torch.tensor(value.reshape(-1, widths[name]) if name in widths else value)
+                for name, value in row.items()
+            }

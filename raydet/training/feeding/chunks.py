@@ -23,19 +23,23 @@ from raydet.training.feeding.ordering import MicroBatch
 if TYPE_CHECKING:
     from raydet.augmentation.taught import Taught
 
+TEACHER = "teacher"
+"""Key of `raydet.augmentation.taught.TEACHER`, whose module imports OpenCV."""
 _LABELLED_TYPE = OPTIONAL_FIELDS["images"][LABELLED_COLUMN]
 TEACHER_TYPE = pa.struct(
     [
         ("bbox", pa.list_(pa.list_(pa.float64(), 4))),
-        # The vectors of all boxes, one after another; NaN for a class that the teacher does not know.
+        # The vectors of all boxes, one after another; 0 for a class that the teacher does not know.
         ("class_scores", pa.list_(pa.float16())),
         # Number of the teacher that found each box.
         ("owner", pa.list_(pa.int64())),
         # Of each teacher; 0 if it has not scored the image.
         ("weights", pa.list_(pa.float32())),
+        # The classes that each teacher knows, one teacher after another.
+        ("known", pa.list_(pa.bool_())),
     ]
 )
-"""What teachers found in an image, whatever model scored it."""
+"""Findings of teachers in an image."""
 ROW_TYPE = pa.struct(
     [
         ("image_id", pa.int64()),
@@ -44,7 +48,7 @@ ROW_TYPE = pa.struct(
         ("height", pa.int64()),
         ("objects", OBJECTS_TYPE),
         (LABELLED_COLUMN, _LABELLED_TYPE),
-        ("teacher", TEACHER_TYPE),
+        (TEACHER, TEACHER_TYPE),
     ]
 )
 # A row of the table, how often the epoch has it besides, and the rows that its image is mixed with.
@@ -57,6 +61,7 @@ TAUGHT_TYPE = pa.struct(
         ("class_scores", pa.list_(pa.float16())),
         ("owners", pa.list_(pa.int64())),
         ("weights", pa.list_(pa.float32())),
+        ("known", pa.list_(pa.bool_())),
     ]
 )
 _SIZE_TYPE = pa.list_(pa.int64(), 2)
@@ -283,7 +288,7 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
     flat = {name: one.values.to_numpy(zero_copy_only=False) for name, one in lists.items() if name != "bbox"}
     flat["bbox"] = lists["bbox"].values.flatten().to_numpy().reshape(-1, 4)
     labelled = images.field(LABELLED_COLUMN)
-    teachers = _teachers_of(images.field("teacher"))
+    teachers = _teachers_of(images.field(TEACHER))
     partners = {name: images.field(name) for name in ("mosaic", "mixup") if name in images.type.names}
     for at, path in enumerate(paths):
         content = None if is_null[at] else bytes(data[starts[at] : starts[at + 1]])
@@ -293,7 +298,7 @@ def _rows_of(images: pa.StructArray) -> Iterator[dict[str, Any]]:
         if labelled.null_count < len(labelled):
             row[LABELLED_COLUMN] = labelled[at].as_py()
         if teachers is not None and teachers[at] is not None:
-            row["teacher"] = teachers[at]
+            row[TEACHER] = teachers[at]
         for name, one in partners.items():
             row[name] = list(_rows_of(one[at].values)) if len(one[at].values) else []
         yield row

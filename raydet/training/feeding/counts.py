@@ -1,4 +1,4 @@
-"""What an epoch shows of the training tables, by table and class, and how often images of rare classes are repeated."""
+"""Images and boxes of an epoch by table and class, and repeat factors of images with rare classes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import numpy as np
 
 from raydet.common.console import counted
 from raydet.tables.columns import Floats, Integers, flatten
-from raydet.training.feeding.mixture import Mixture, Source
+from raydet.training.feeding.mixture import Mixture, WeightedTable
 
 _BATCH_ROWS = 65_536
 _MOST_CLASSES_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What an epoch shows of a table.
+class EpochShare:
+    """Images and boxes of a table in an epoch.
 
     Attributes:
         uri: The images table.
@@ -33,7 +33,7 @@ class Shown:
     boxes_per_epoch: Floats
 
 
-def shown_of(mixture: Mixture) -> list[Shown]:
+def shown_of(mixture: Mixture) -> list[EpochShare]:
     """Return what an epoch shows of each table; reads the classes of all boxes.
 
     Raises:
@@ -48,11 +48,11 @@ def shown_of(mixture: Mixture) -> list[Shown]:
             boxes += np.bincount(classes, weights=factors[owners], minlength=num_classes)
             images += float(factors.sum())
             first += num_rows
-        result.append(Shown(source.table.uri, source.weight, source.table.num_rows, images, boxes))
+        result.append(EpochShare(source.table.uri, source.weight, source.table.num_rows, images, boxes))
     return result
 
 
-def lines_of(mixture: Mixture, shown: Sequence[Shown]) -> list[str]:
+def lines_of(mixture: Mixture, shown: Sequence[EpochShare]) -> list[str]:
     """Describe for the terminal what an epoch shows."""
     lines = [f"{mixture.num_shown:,} images per epoch, of {counted(mixture.num_rows, 'image')}:"]
     lines += [
@@ -73,7 +73,7 @@ def lines_of(mixture: Mixture, shown: Sequence[Shown]) -> list[str]:
     return lines
 
 
-def record_of(mixture: Mixture, shown: Sequence[Shown]) -> dict[str, Any]:
+def record_of(mixture: Mixture, shown: Sequence[EpochShare]) -> dict[str, Any]:
     """Return what an epoch shows, for a JSON file."""
     names = [category.name for category in mixture.categories]
     return {
@@ -105,7 +105,7 @@ def repeat_factors(mixture: Mixture, threshold: float) -> Floats:
             distinct = np.unique(owners * num_classes + classes) % num_classes
             with_class += source.weight * np.bincount(distinct, minlength=num_classes)
             total += source.weight * num_rows
-    of_class = np.sqrt(threshold * total / np.maximum(with_class, np.finfo(float).tiny))
+    of_class = np.sqrt(threshold * total / np.maximum(with_class, 1e-9))
     of_class = np.maximum(of_class, 1.0)
     parts = []
     for source in mixture.sources:
@@ -116,7 +116,7 @@ def repeat_factors(mixture: Mixture, threshold: float) -> Floats:
     return np.concatenate(parts)
 
 
-def _classes_of(source: Source) -> Iterator[tuple[int, Integers, Integers]]:
+def _classes_of(source: WeightedTable) -> Iterator[tuple[int, Integers, Integers]]:
     """Yield, for each batch of rows, their number, and for each box the place of its row and its class."""
     class_map = np.asarray(source.class_map, np.int64)
     for batch in source.table.iter_batches(("objects",), batch_size=_BATCH_ROWS):

@@ -1,5 +1,6 @@
 """Several images tables as one: one after the other, with merged classes, each image shown as often as planned."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -10,13 +11,13 @@ import pyarrow as pa
 
 from raydet.tables.schema import LABELLED_COLUMN, Category
 from raydet.tables.table import RowGroup, Table
-from raydet.training.feeding.chunks import ROW_TYPE
+from raydet.training.feeding.chunks import ROW_TYPE, TEACHER
 from raydet.training.feeding.repeats import Repeats
 from raydet.training.feeding.teachers import Teacher, taught
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightedTable:
     """A table of a mixture.
 
     Attributes:
@@ -43,7 +44,7 @@ class Mixture:
         teachers: Models that have scored images of the tables.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[WeightedTable, ...]
     categories: tuple[Category, ...]
     repeats: Repeats | None = None
     teachers: tuple[Teacher, ...] = ()
@@ -64,9 +65,14 @@ class Mixture:
         return self.num_rows if self.repeats is None else self.repeats.num_shown
 
     def row_groups(self) -> tuple[RowGroup, ...]:
-        """Return the row groups of all tables, with the positions of their rows in the mixture."""
+        """Return the row groups of all tables, with the positions of their rows and the size of the teachers' rows."""
+        row_bytes = sum(teacher.row_bytes for teacher in self.teachers)
         return tuple(
-            replace(group, first_row=first + group.first_row)
+            replace(
+                group,
+                first_row=first + group.first_row,
+                num_bytes=group.num_bytes + math.ceil(group.num_rows * row_bytes),
+            )
             for source, first in zip(self.sources, self._first_rows(), strict=True)
             for group in source.table.row_groups()
         )
@@ -79,7 +85,7 @@ class Mixture:
         if not self.teachers:
             return images
         columns = {field.name: images.field(field.name) for field in ROW_TYPE}
-        columns["teacher"] = taught(self.teachers, group.first_row, group.num_rows)
+        columns[TEACHER] = taught(self.teachers, group.first_row, group.num_rows)
         return pa.StructArray.from_arrays([columns[field.name] for field in ROW_TYPE], fields=list(ROW_TYPE))
 
     def _first_rows(self) -> list[int]:
@@ -90,7 +96,8 @@ def read_images(table: Table | Mixture, group: RowGroup) -> pa.StructArray:
     """Read a row group as an array of `ROW_TYPE`."""
     if isinstance(table, Mixture):
         return table.read(group)
-    missing = {field.name: field.type for field in ROW_TYPE if field.name not in table.schema.names}
+    own = [name for name in table.schema.names if name != TEACHER]
+    missing = {field.name: field.type for field in ROW_TYPE if field.name not in own}
     content = table.read_row_group(group, [field.name for field in ROW_TYPE if field.name not in missing])
     for name, dtype in missing.items():
         content = content.append_column(name, pa.nulls(len(content), dtype))

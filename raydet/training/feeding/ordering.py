@@ -204,7 +204,8 @@ class RunPlan:
         with_mosaic, with_mixup = rng.random(2) < (MOSAIC_P, MIXUP_P)
         # One more than needed, because the draw may include the row itself.
         drawn = pool[rng.choice(len(pool), size=min(5, len(pool)), replace=False)].tolist()
-        others = [other for other in drawn if (other - row) % self.num_rows]
+        num_rows = self.num_rows
+        others = [other for other in drawn if (other - row) % num_rows]
         return PartnerRows(
             mosaic=tuple(others[:3]) if with_mosaic else (), mixup=tuple(others[-1:]) if with_mixup else ()
         )

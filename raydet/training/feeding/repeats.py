@@ -1,4 +1,4 @@
-"""How often each image is shown in an epoch, where that is not once: weights of tables and of images of rare classes.
+"""Repeats of images per epoch, from the weights of tables and of rare classes: an image need not be shown once.
 
 This module imports neither Ray nor torch.
 """
@@ -42,9 +42,9 @@ class Repeats:
         num_more = self.num_shown - int(counts.sum())
         if num_more <= 0:
             return counts
-        order = np.random.default_rng([seed, _ORDER_STREAM]).permutation(len(counts))
+        order = np.random.default_rng([seed, 0, _ORDER_STREAM]).permutation(len(counts))
         ends = np.cumsum((self.factors - whole)[order])
-        first = np.random.default_rng([seed, _EPOCH_STREAM]).random()
+        first = np.random.default_rng([seed, 0, _EPOCH_STREAM]).random()
         points = (np.arange(num_more) + (first + epoch * _GOLDEN) % 1) * (ends[-1] / num_more)
         np.add.at(counts, order[np.minimum(np.searchsorted(ends, points, side="right"), len(order) - 1)], 1)
         return counts

@@ -1,7 +1,7 @@
 """The training images that the options of a run name: tables with weights, merged classes, repeated rare classes."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,14 +10,14 @@ from raydet.common.class_names import folded, indices_in, is_unused
 from raydet.common.errors import UserError, one_line
 from raydet.common.untrusted.documents import DocumentError
 from raydet.config import TrainConfig
-from raydet.preparation.sources.scored.pairing import places_of
+from raydet.preparation.sources.scored.pairing import OtherImagesError, places_of
 from raydet.tables import storage
 from raydet.tables.columns import Integers
 from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.schema import Category
 from raydet.tables.table import Table, open_table
 from raydet.training.feeding.counts import repeat_factors
-from raydet.training.feeding.mixture import Mixture, Source
+from raydet.training.feeding.mixture import Mixture, WeightedTable
 from raydet.training.feeding.repeats import Repeats
 from raydet.training.feeding.teachers import NOT_SCORED, Teacher
 
@@ -41,7 +41,7 @@ def with_absolute_sources(config: TrainConfig) -> TrainConfig:
 
 def _absolute(tables: str | list[str], option: str) -> str | list[str]:
     pairs = [(storage.absolute_uri(uri), weight) for uri, weight in weighted(tables, option)]
-    written = [uri if weight == 1 else f"{uri}:{weight:g}" for uri, weight in pairs]
+    written = [uri if weight == 1 else f"{uri}:{weight!r}" for uri, weight in pairs]
     return written[0] if len(written) == 1 else written
 
 
@@ -53,7 +53,7 @@ def weighted(tables: str | Sequence[str], option: str = "train-data") -> list[tu
     """
     result = []
     for text in [tables] if isinstance(tables, str) else tables:
-        match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
+        match = re.fullmatch(r"(.+):((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text)
         # A larger number ends an address, such as a port.
         if match is None or float(match[2]) > _MOST_WEIGHT:
             result.append((text, 1.0))
@@ -83,13 +83,13 @@ def open_sources(config: TrainConfig) -> Table | Mixture:
             raise UserError(f"--train-data {table.uri} has no classes: it was prepared without labels")
     weights = [weight for _, weight in sources]
     names = _renamed(config.rename_classes)
-    _check_names(names or {}, tables)
+    _check_names(names or {}, [*tables, *_others(config)])
     is_plain = not names and weights == [1.0] and config.repeat_rare is None and config.teacher is None
     if len(tables) == 1 and is_plain:
         return tables[0]
     mixture = merged(tables, weights, names or {})
     if config.teacher is not None:
-        mixture = _with_teachers(mixture, config.teacher)
+        mixture = _with_teachers(mixture, config.teacher, names or {})
     if config.repeat_rare is not None:
         factors = repeat_factors(mixture, config.repeat_rare)
     elif weights != [1.0] * len(weights):
@@ -99,11 +99,11 @@ def open_sources(config: TrainConfig) -> Table | Mixture:
     return replace(mixture, repeats=Repeats(factors))
 
 
-def _with_teachers(mixture: Mixture, teacher: str | list[str]) -> Mixture:
+def _with_teachers(mixture: Mixture, teacher: str | list[str], names: Mapping[str, str]) -> Mixture:
     """Add teachers; images that are not labelled at all get the classes that the teachers know.
 
     Raises:
-        UserError: A table lacks class scores, or is about other images.
+        UserError: A table lacks class scores, or is about other images; or an unlabelled table has no teacher.
     """
     opened = [(open_table(uri, "detections"), weight) for uri, weight in weighted(teacher, "teacher")]
     for table, _ in opened:
@@ -114,42 +114,56 @@ def _with_teachers(mixture: Mixture, teacher: str | list[str]) -> Mixture:
                 "class_scores`"
             )
     if not mixture.categories:
-        names = dict.fromkeys(
-            category.name
+        distinct = dict.fromkeys(
+            names.get(category.name, category.name)
             for table, _ in opened
             for index, category in enumerate(table.categories)
             if not is_unused(category.name, index)
         )
-        mixture = replace(mixture, categories=tuple(Category(number, name) for number, name in enumerate(names)))
-    teachers = [
-        Teacher(table, weight, _places_of(mixture, table), _columns_of(mixture, table)) for table, weight in opened
-    ]
-    return replace(mixture, teachers=tuple(teachers))
+        mixture = replace(mixture, categories=tuple(Category(number, name) for number, name in enumerate(distinct)))
+    num_classes = len(mixture.categories)
+    teachers = tuple(
+        Teacher(table, weight, _places_of(mixture, table), _class_map(mixture, table, names), num_classes)
+        for table, weight in opened
+    )
+    first = 0
+    for source in mixture.sources:
+        own = slice(first, first := first + source.table.num_rows)
+        if not source.class_map and all((one.places[own] == NOT_SCORED).all() for one in teachers):
+            raise UserError(f"--train-data {source.table.uri} has no classes, and no --teacher has scored its images")
+    return replace(mixture, teachers=teachers)
 
 
 def _places_of(mixture: Mixture, found: Table) -> Integers:
     """Return the row of the detections of each image of the tables that they are about, `NOT_SCORED` for the others."""
     parts, errors = [], []
-    for source in mixture.sources:
+    spaces = [source.table.manifest.get("id_space") for source in mixture.sources]
+    space = found.manifest.get("id_space")
+    for source, own in zip(mixture.sources, spaces, strict=True):
         try:
+            # Equal names in several folders are no proof, but two tables do not number their images alike.
+            if space is not None and own not in (None, space) and space in spaces:
+                raise OtherImagesError(f"{found.uri} is about another table")
             places = places_of(source.table, found)
             parts.append(np.arange(source.table.num_rows) if places is None else places)
-        except UserError as error:
+        except OtherImagesError as error:
             errors.append(error)
             parts.append(np.full(source.table.num_rows, NOT_SCORED))
     if len(errors) == len(parts):
-        raise UserError(f"--teacher: {errors[0]}")
+        raise UserError(f"--teacher: {errors[-1]}")
     return np.concatenate(parts)
 
 
-def _columns_of(mixture: Mixture, found: Table) -> Integers:
-    """Return the index of each class of the mixture in the vectors of class scores."""
-    names = [category.name for category in mixture.categories]
-    known = indices_in(names, [category.name for category in found.categories])
-    if (known < 0).all():
-        theirs = ", ".join(category.name for category in found.categories)
-        raise UserError(f"--teacher {found.uri} knows none of the classes {', '.join(names)}; its classes are {theirs}")
-    return known
+def _class_map(mixture: Mixture, found: Table, names: Mapping[str, str]) -> Integers:
+    """Return the index in the mixture of each class of the detections, -1 if there is none."""
+    theirs = [names.get(category.name, category.name) for category in found.categories]
+    own = [category.name for category in mixture.categories]
+    class_map = indices_in(theirs, own)
+    if (class_map < 0).all():
+        raise UserError(
+            f"--teacher {found.uri} knows none of the classes {', '.join(own)}; its classes are {', '.join(theirs)}"
+        )
+    return class_map
 
 
 def images_per_epoch(config: TrainConfig) -> int:
@@ -203,7 +217,7 @@ def merged(tables: Sequence[Table], weights: Sequence[float], names: Mapping[str
                 index_of[name] = len(categories)
                 categories.append(Category(len(categories), name))
             class_map.append(index_of[name])
-        sources.append(Source(table, weight, tuple(class_map)))
+        sources.append(WeightedTable(table, weight, tuple(class_map)))
     if len(tables) == 1 and len(categories) == len(tables[0].categories):
         categories = [replace(own, name=new.name) for own, new in zip(tables[0].categories, categories, strict=True)]
     return Mixture(tuple(sources), tuple(categories))
@@ -230,10 +244,16 @@ def _renamed(given: dict[str, str] | str | None) -> dict[str, str] | None:
     return content or None
 
 
+def _others(config: TrainConfig) -> Iterator[Table]:
+    """Yield the further tables whose classes may get new names."""
+    if config.rename_classes:
+        yield open_table(config.val_data, "images")
+        for uri, _ in weighted(config.teacher or [], "teacher"):
+            yield open_table(uri, "detections")
+
+
 def _check_names(names: Mapping[str, str], tables: Sequence[Table]) -> None:
     known = {category.name for table in tables for category in table.categories}
     for name in names:
         if name not in known:
-            raise UserError(
-                f"--rename-classes: no table of --train-data has a class {name}; they have {', '.join(sorted(known))}"
-            )
+            raise UserError(f"--rename-classes: no table has a class {name}; they have {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""What teachers found in the training images: rows of stored detections → boxes and class scores beside the labels."""
+"""Findings of teachers in the training images: rows of stored detections → boxes and class scores beside the labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from raydet.common.errors import UserError
 from raydet.preparation.sources.scored.rows import RecentRows
 from raydet.tables.columns import Integers, elements_of, numbers_of
 from raydet.tables.table import Table
@@ -24,17 +26,29 @@ class Teacher:
         table: Detections with the class scores of each query.
         weight: Weight of this teacher's loss terms.
         places: Row of `table` of each training image, int64 [N]; `NOT_SCORED` for those without one.
-        class_map: Index in the vectors of `table` of each class of the training data, int64 [C]; -1 if the teacher does
-            not know the class.
+        class_map: Index among the classes of the training data of each class of `table`, int64; -1 if they lack it.
+            Of several classes with the same index the highest score counts.
+        num_classes: Number of classes of the training data.
     """
 
     table: Table
     weight: float
     places: Integers
     class_map: Integers
+    num_classes: int
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Teacher, (self.table, self.weight, self.places, self.class_map)
+        return Teacher, (self.table, self.weight, self.places, self.class_map, self.num_classes)
+
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """The classes of the training data that the teacher knows, bool [C]."""
+        return np.isin(np.arange(self.num_classes), self.class_map)
+
+    @property
+    def row_bytes(self) -> float:
+        """Mean size of a row in bytes, uncompressed."""
+        return float(self.table.layout.num_bytes.sum()) / max(1, self.table.num_rows)
 
     @cached_property
     def rows(self) -> RecentRows:
@@ -58,9 +72,11 @@ def taught(teachers: Sequence[Teacher], first: int, num_rows: int) -> pa.StructA
         places = teacher.places[first : first + num_rows]
         is_scored = places != NOT_SCORED
         found = iter(_found(teacher, places[is_scored]) if is_scored.any() else ())
+        known = teacher.known
         for image, has_row in zip(images, is_scored.tolist(), strict=True):
             boxes_xywh, scores = next(found) if has_row else (None, None)
             image["weights"].append(0.0 if scores is None else teacher.weight)
+            image["known"].append(known)
             if boxes_xywh is not None and scores is not None:
                 image["bbox"].append(boxes_xywh)
                 image["class_scores"].append(scores.reshape(-1))
@@ -77,9 +93,10 @@ def _found(teacher: Teacher, places: Integers) -> list[tuple[Any, Any]]:
     counts, columns = elements_of(rows, "queries", ("bbox", "class_scores"), teacher.table.uri)
     boxes_xywh = numbers_of(columns["bbox"]).reshape(-1, 4)
     known = numbers_of(columns["class_scores"]).reshape(-1, len(teacher.table.categories))
-    scores = np.full((len(boxes_xywh), len(teacher.class_map)), np.nan, np.float16)
-    has_class = teacher.class_map >= 0
-    scores[:, has_class] = known[:, teacher.class_map[has_class]]
+    scores = np.zeros((len(boxes_xywh), teacher.num_classes), np.float16)
+    for column, place in enumerate(teacher.class_map.tolist()):
+        if place >= 0:
+            scores[:, place] = np.maximum(scores[:, place], known[:, column])
     ends = np.cumsum(counts)
     parts = zip(np.split(boxes_xywh, ends[:-1]), np.split(scores, ends[:-1]), strict=True)
     errors = rows.column("error").to_pylist()
@@ -89,7 +106,13 @@ def _found(teacher: Teacher, places: Integers) -> list[tuple[Any, Any]]:
 def _lists(images: Sequence[Sequence[Any]], type_: pa.ListType) -> pa.ListArray:
     """Return the concatenated parts of each image as a list."""
     parts = [np.concatenate(own) if own and np.ndim(own[0]) else np.asarray(own) for own in images]
-    offsets = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int32)
+    ends = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
+    if ends[-1] >= 2**31:
+        raise UserError(
+            f"--teacher: {len(images):,} images of a row group have {ends[-1]:,} class scores, more than 2³¹; predict "
+            "with a higher --score-threshold"
+        )
+    offsets = ends.astype(np.int32)
     filled = [part for part in parts if len(part)]
     values = np.concatenate(filled) if filled else np.zeros(0)
     if pa.types.is_list(type_.value_type) or pa.types.is_fixed_size_list(type_.value_type):

@@ -267,7 +267,8 @@ def test_teachers_travel_with_their_images_for_any_number_of_workers(
     assert [row["owner"] for row in rows] == [[0, 0]] * 3 + [[1, 1]] * 2 + [[], [1, 1]]
     known = first.read(["queries"]).to_pylist()[1]["queries"]["class_scores"]
     # car, dog, bus, van: the last two are unknown to the first teacher.
-    expected = [*(value for vector in known for value in (vector[2], vector[0], np.nan, np.nan))]
+    assert rows[1]["known"] == [True, True, False, False, False, False, True, True]
+    expected = [*(value for vector in known for value in (vector[2], vector[0], 0, 0))]
     np.testing.assert_array_equal(rows[1]["class_scores"], np.array(expected))
     groups = [(group.num_rows, group.num_bytes) for group in mixture.row_groups()]
     plan = _plan(groups, num_val=b.num_rows, window_bytes=2**20, batch_size=3)

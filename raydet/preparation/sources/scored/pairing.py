@@ -12,6 +12,10 @@ from raydet.tables.columns import BATCH_ROWS, Integers, image_ids_in, numbers_of
 from raydet.tables.table import Table
 
 
+class OtherImagesError(UserError):
+    """Detections of other images than those of the table."""
+
+
 def places_of(images: Table, found: Table) -> Integers | None:
     """Return the row of the detections of each image, int64 [N]; None if both tables have the same order.
 
@@ -26,7 +30,7 @@ def places_of(images: Table, found: Table) -> Integers | None:
         order = np.argsort(found_ids)
         at, is_known = places_in(found_ids[order], image_ids) if len(order) else (image_ids, image_ids < 0)
         if not is_known.all():
-            raise UserError(
+            raise (UserError if is_known.any() else OtherImagesError)(
                 f"{found.uri} has no row for {(~is_known).sum():,} of the {counted(len(image_ids), 'image')} of "
                 f"{images.uri}, for example image {image_ids[~is_known][0]}; use the detections that predict found in "
                 "this table"
@@ -65,7 +69,7 @@ def _check_same(images: Table, found: Table, places: Integers | None) -> None:
                 f"{path[row].as_py()!r}, {side.column('width')[row]} × {side.column('height')[row]}"
                 for path, side in zip(paths, (batch, other), strict=True)
             ]
-            raise UserError(
+            raise OtherImagesError(
                 f"{found.uri} and {images.uri} describe different images: image {batch.column('image_id')[row]} is "
                 f"{shown[0]} in the images table, {shown[1]} in the detections; use the detections that predict found "
                 "in this table"
@@ -73,7 +77,7 @@ def _check_same(images: Table, found: Table, places: Integers | None) -> None:
         position += batch.num_rows
     spaces = [table.manifest.get("id_space") for table in (images, found)]
     if not has_paths and None not in spaces and spaces[0] != spaces[1]:
-        raise UserError(
+        raise OtherImagesError(
             f"{found.uri} and {images.uri} number their images independently and share no paths that would identify "
             "them; use the detections that predict found in this table"
         )
