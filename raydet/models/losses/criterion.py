@@ -12,6 +12,7 @@ from transformers.loss.loss_d_fine import DFineForObjectDetectionLoss, DFineLoss
 from transformers.loss.loss_deimv2 import Deimv2Loss
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
 
+from raydet.models.collate import LABELLED, TAUGHT
 from raydet.models.detector import at_least_single
 from raydet.models.families import Family, family_of
 from raydet.models.losses.grouped import grouped_loss
@@ -49,12 +50,14 @@ class Criterion:
 
     Attributes:
         matchings: Of the latest call: those of the last decoder layer, then those of each auxiliary output.
+        auxiliary: Auxiliary outputs of the latest call for teachers, if those of the model lack scores for them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._family = family_of(model.config.model_type, where="this model")
         self._loss: Callable[..., Any] = grouped_loss if self._family.local_criterion else model.loss_function
         self.matchings: list[Matching] = []
+        self.auxiliary: Any = None
 
     def __call__(
         self, logits: Tensor, labels: Any, device: Any, pred_boxes: Tensor, config: Any, *args: Any, **kwargs: Any
@@ -79,14 +82,41 @@ class Criterion:
 
         try:
             with torch.autocast(logits.device.type, enabled=False):
-                return loss_or_nan(compute, mapped(outputs, at_least_single))
+                single = mapped(outputs, at_least_single)
+                result = loss_or_nan(compute, single)
+                self.auxiliary = self._known_to_teachers(single, labels, device, config)
+                return result
         finally:
             if hook is not None:
                 hook.remove()
 
+    def _known_to_teachers(self, outputs: Any, labels: Any, device: Any, config: Any) -> Any:
+        """Return the auxiliary outputs with the scores of classes that images are not labelled for; None if not needed.
+
+        transformers builds these outputs together with the loss, here that of no boxes.
+        """
+        if not _is_taught(labels):
+            return None
+        arguments, matchings = dict(outputs), self.matchings
+        self.matchings = []
+        logits, boxes = arguments.pop("logits"), arguments.pop("pred_boxes")
+        nothing = [{name: label[name][:0] for name in ("class_labels", "boxes")} for label in labels]
+        auxiliary = loss_or_nan(
+            lambda values: self._loss(values["logits"], nothing, device, values["pred_boxes"], config, **arguments),
+            {"logits": logits, "pred_boxes": boxes},
+        )[2]
+        self.matchings = matchings
+        return auxiliary
+
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, RTDetrHungarianMatcher):
             self.matchings.append(output)
+
+
+def _is_taught(labels: Any) -> bool:
+    """Return True if teachers have scored an image that is not labelled for all classes."""
+    is_partial = any(LABELLED in label for label in labels)
+    return is_partial and any(TAUGHT["boxes_cxcywh"] in label for label in labels)
 
 
 class _DenseDFineLoss(Deimv2Loss):

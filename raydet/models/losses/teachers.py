@@ -7,8 +7,8 @@ teacher's class scores and box, weighted by the teacher's highest score for it:
 - Sigmoid scores learn by the quality focal loss, |y − σ|² · BCE(σ, y) (Li et al. 2020, "Generalized Focal Loss").
 - Softmax scores learn by the Kullback-Leibler divergence from the teacher's distribution, whose rest is "no object".
 
-Where the labels do not say what else an image shows, the other queries learn that they show none of the classes that
-the teacher knows and the image is not labelled for. Classes that the teacher does not know learn nothing from it.
+In classes that an image is not labelled for, all queries count fully: those with a box learn its scores, however low,
+and the others that they show none of these classes. Classes that the teacher does not know learn nothing from it.
 
 All terms are sums over boxes, weighted by the teacher's weight and its highest score, and divided by the sum of the
 highest scores in the global batch, so that they add up over ranks and micro-batches.
@@ -54,7 +54,9 @@ def teacher_terms(detector: Detector, outputs: Any, labels: Labels, *, weight: f
     if not any(_BOXES in label for label in labels):
         return {}
     layers = [(outputs.logits, outputs.pred_boxes)]
-    layers += [(one["logits"], one["pred_boxes"]) for one in getattr(outputs, "auxiliary_outputs", None) or ()]
+    criterion: Any = detector.model.loss_function
+    auxiliary = criterion.auxiliary or getattr(outputs, "auxiliary_outputs", None) or ()
+    layers += [(one["logits"], one["pred_boxes"]) for one in auxiliary]
     unlabelled = not_labelled(labels, outputs.logits.shape[-1] - detector.family.softmax, outputs.logits.device)
     sums = {name: at_least_single(outputs.logits).sum() * 0.0 for name in ("class", "bbox", "giou")}
     for layer_logits, layer_boxes in layers:
@@ -137,15 +139,21 @@ def _of_image(
 def _matched(
     detector: Detector, logits: Tensor, boxes: Tensor, targets: Tensor, scores: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Match the boxes of one teacher to queries; return the indices of both, int64 [M]."""
+    """Match the boxes of one teacher to queries; return the indices of both, int64 [M].
+
+    The score of a box weights its costs, so that a query goes to the object rather than to a faint repetition of it. If
+    there are more boxes than queries, those with the highest scores are matched.
+    """
     config = detector.model.config
     class_cost, bbox_cost, giou_cost = (
         getattr(config, f"matcher_{name}", getattr(config, name, default))
         for name, default in (("class_cost", 2.0), ("bbox_cost", 5.0), ("giou_cost", 2.0))
     )
-    if not len(targets):
+    best = scores.amax(dim=1).topk(min(len(scores), len(logits))).indices if len(targets) else None
+    if best is None:
         nothing = torch.zeros(0, dtype=torch.int64, device=logits.device)
         return nothing, nothing
+    targets, scores = targets[best], scores[best]
     if detector.family.softmax:
         of_class = -logits.softmax(-1)[:, :-1] @ scores.T
     else:
@@ -155,9 +163,9 @@ def _matched(
         of_class = (gain - loss) @ scores.T
     distance = torch.cdist(boxes, targets, p=1)
     overlap = generalized_box_iou(*(box_convert(one, "cxcywh", "xyxy") for one in (boxes, targets)))
-    cost = class_cost * of_class + bbox_cost * distance - giou_cost * overlap
+    cost = (class_cost * of_class + bbox_cost * distance - giou_cost * overlap) * scores.amax(dim=1)
     rows, columns = linear_sum_assignment(cost.nan_to_num(1e4).cpu().numpy())
-    return torch.as_tensor(rows, device=logits.device), torch.as_tensor(columns, device=logits.device)
+    return torch.as_tensor(rows, device=logits.device), best[torch.as_tensor(columns, device=logits.device)]
 
 
 def _class_loss(
@@ -186,6 +194,8 @@ def _class_loss(
     others = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     others[queries] = False
     if detector.family.softmax:
+        if unlabelled is not None and bool((unlabelled & known).any()):
+            weights = torch.full_like(weights, teacher_weight)
         loss = (weights * _divergence(logits[queries], scores, known)).sum()
         if unlabelled is not None and bool((unlabelled & known).any()):
             silent = joined_to_no_object(logits[others], ~(unlabelled & known))
@@ -193,7 +203,10 @@ def _class_loss(
             weight = getattr(detector.model.config, "eos_coefficient", 1.0) * teacher_weight
             loss = loss + weight * nothing.sum()
         return loss
-    loss = (weights[:, None] * _quality_focal(logits[queries], scores) * known).sum()
+    of_classes = weights[:, None]
+    if unlabelled is not None:
+        of_classes = torch.where(unlabelled, teacher_weight, of_classes)
+    loss = (of_classes * _quality_focal(logits[queries], scores) * known).sum()
     if unlabelled is not None:
         wanted = torch.zeros_like(logits[others])
         loss = loss + teacher_weight * (_quality_focal(logits[others], wanted) * (unlabelled & known)).sum()
