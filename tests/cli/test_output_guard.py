@@ -18,6 +18,7 @@ from raydet.cli.main import main
 from raydet.config import EvaluateConfig
 from raydet.measuring.evaluate import evaluate
 from raydet.models.loading import build_detector
+from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.output_folder import open_folder
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
@@ -68,6 +69,7 @@ FOLDERS = {
     "inspect": ["--num-images", "1"],
     "evaluate": ["--bootstrap", "4"],
     "compare": ["--bootstrap", "4"],
+    "select": ["--min-similarity", "0.9"],
 }
 """Commands that write a folder without Ray, each with an option that changes the identity of the run."""
 FORMATS = ("coco", "voc", "yolo", "csv", "cvat", "label-studio", "hub", "detections")
@@ -94,6 +96,11 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
             writer.write_rows(
                 [{**{key: row[key] for key in ("image_id", "width", "height")}, "detections": detections}]
             )
+    vectors = str(folder / "vectors")
+    with TableWriter(vectors, KeptVectors(dimension=2).schema(table.categories, {}), config_hash="x") as writer:
+        for row in rows_of(val):
+            sizes = {key: row[key] for key in ("image_id", "width", "height")}
+            writer.write_rows([{**sizes, "path": row["image"]["path"], "image_embedding": [1.0, row["image_id"] % 3]}])
     for name, out in (
         ("voc", "voc"),
         ("yolo", "yolo"),
@@ -142,6 +149,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
         "inspect": ["--data", val, "--augmentation", "none", "--num-images", "0"],
         "evaluate": ["--truth", val, "--detections", found, "--bootstrap", "3"],
         "compare": ["--truth", val, "--first", found, "--second", found, "--bootstrap", "3"],
+        "select": ["--detections", vectors, "--near-duplicates", "--min-similarity", "0.99"],
         "report": ["--metrics", str(folder / "metrics"), "--num-images", "1"],
         "export voc": ["--data", val],
         "export yolo": ["--data", val],

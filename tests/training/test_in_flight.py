@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from raydet.models.collate import collate
+from raydet.models.collate import LABELLED, TAUGHT, collate
 from raydet.models.losses.global_batch import Normaliser
 from raydet.training.in_flight import DeviceCopy, LateResults, PendingSum, StepInputs, StepOutcome
 from raydet.training.state import Position
@@ -48,15 +48,20 @@ def test_inputs_hold_the_divisors_and_what_else_was_summed() -> None:
     inputs = StepInputs(
         batches=DeviceCopy(torch.device("cpu")).start(batches),
         image_ids=[0, 1],
-        sums=PendingSum([4.0, 4.5, 3.0, 20.0, 1.0, 7.5], None),
+        sums=PendingSum([4.0, 4.5, 3.0, 20.0, 2.5, 1.0, 7.5], None),
     )
-    assert inputs.normaliser == Normaliser(4.0, 4.5, 3.0, 20.0) and inputs.others == [1.0, 7.5]
+    assert inputs.normaliser == Normaliser(4.0, 4.5, 3.0, 20.0, 2.5) and inputs.others == [1.0, 7.5]
     assert inputs.batches.use() == batches
 
 
 @pytest.mark.gpu
 def test_batches_arrive_on_a_gpu_unchanged() -> None:
     batches = [collate(random_examples(2, 32))]
+    batches[0].labels[1] |= {
+        LABELLED: torch.tensor([0]),
+        TAUGHT["class_scores"]: torch.rand((3, 2)).half(),
+        TAUGHT["weights"]: torch.ones(1),
+    }
     for original, copied in zip(batches, DeviceCopy(torch.device("cuda")).start(batches).use(), strict=True):
         assert copied.pixels.is_cuda and torch.equal(copied.pixels.cpu(), original.pixels)
         for mine, theirs in zip(copied.labels, original.labels, strict=True):
