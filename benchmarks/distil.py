@@ -35,18 +35,17 @@ from raydet import (
     train,
 )
 from raydet.cluster.session import session
-from raydet.config.options import load_file
 from raydet.tables.schema import build_schema
 from raydet.tables.table import TableWriter, is_table, open_table
 
 if TYPE_CHECKING:
     from benchmarks.fine_tune import interval
+    from benchmarks.partial_labels import BATCH_SIZE, SIDE, shapes_training
 else:  # a script imports its neighbours without the package name
     from fine_tune import interval
+    from partial_labels import BATCH_SIZE, SIDE, shapes_training
 
-PROJECT = Path(__file__).parents[1]
 CONTESTANTS = ("labels", "pseudo", "soft")
-SIDE, BATCH_SIZE = 96, 8
 PSEUDO_THRESHOLD = 0.5
 
 
@@ -151,26 +150,15 @@ def _config(
     name: str, data: Path, seed: int, options: argparse.Namespace, tables: list[str], model: str, steps: int
 ) -> TrainConfig:
     num_images = sum(open_table(uri, "images").num_rows for uri in tables)
-    epochs = max(1, round(steps / math.ceil(num_images / BATCH_SIZE)))
-    common: dict[str, Any] = {"threads_per_worker": options.threads} if options.threads else {}
-    if name == "soft":
-        common["teacher"] = str(data / "detections")
-    return load_file(
-        TrainConfig,
-        str(PROJECT / "jobs" / "configs" / "small.yaml"),
+    return shapes_training(
         model=model,
         train_data=tables if len(tables) > 1 else tables[0],
         val_data=str(data / "many" / "val"),
         out=str(data / f"run-{name}"),
         seed=seed,
-        epochs=epochs,
-        validate_every=epochs,
-        image_size=SIDE,
-        batch_size=BATCH_SIZE,
-        validate_batch_size=16,
-        log_images=0,
-        recipe="none",
-        **common,
+        epochs=max(1, round(steps / math.ceil(num_images / BATCH_SIZE))),
+        threads_per_worker=options.threads,
+        teacher=str(data / "detections") if name == "soft" else None,
     )
 
 

@@ -40,8 +40,8 @@ PROJECT = Path(__file__).parents[1]
 CONTESTANTS = ("unstated", "stated", "complete")
 REMOVED = 0
 """Class whose boxes are removed."""
-SIDE = 96
-"""Side of the images in pixels."""
+SIDE, BATCH_SIZE = 96, 8
+"""Side of the images in pixels, and images per step."""
 
 
 def main() -> None:
@@ -127,23 +127,30 @@ def _write(uri: Path, like: Table, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _config(name: str, data: Path, seed: int, options: argparse.Namespace) -> TrainConfig:
-    common: dict[str, Any] = {"threads_per_worker": options.threads} if options.threads else {}
-    return load_file(
-        TrainConfig,
-        str(PROJECT / "jobs" / "configs" / "small.yaml"),
+    return shapes_training(
         model=options.model,
         train_data=str(data / ("train" if name == "complete" else name)),
         val_data=str(data / "val"),
         out=str(data / f"run-{name}"),
         seed=seed,
         epochs=options.epochs,
-        validate_every=options.epochs,
+        threads_per_worker=options.threads,
+    )
+
+
+def shapes_training(*, epochs: int, **options: Any) -> TrainConfig:
+    """Return the config of a training from scratch on small images of shapes, which is validated once, at its end."""
+    return load_file(
+        TrainConfig,
+        str(PROJECT / "jobs" / "configs" / "small.yaml"),
+        epochs=epochs,
+        validate_every=epochs,
         image_size=SIDE,
-        batch_size=8,
+        batch_size=BATCH_SIZE,
         validate_batch_size=16,
         log_images=0,
         recipe="none",
-        **common,
+        **options,
     )
 
 

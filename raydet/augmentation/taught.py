@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raydet.augmentation.samples import Sample, area_of
+from raydet.augmentation.samples import Sample, area_of, chosen
 from raydet.common.boxes import as_boxes, xywh_to_normalised_cxcywh
 
 TEACHER = "teacher"
@@ -76,12 +76,13 @@ def without_teacher(sample: Sample, rows: Mapping[int, Mapping[str, Any]]) -> tu
         images that are mixed; None without any.
     """
     is_label = is_labels(sample)
+    labels = sample if is_label.all() else chosen(sample, is_label)
     teachers = {part: row[TEACHER] for part, row in rows.items() if row.get(TEACHER) is not None}
     if len(teachers) < len(rows):
-        return _chosen(sample, is_label), None
+        return labels, None
     weights = np.min([np.asarray(teacher["weights"], np.float32) for teacher in teachers.values()], axis=0)
     if not weights.any():
-        return _chosen(sample, is_label), None
+        return labels, None
     known = np.asarray(rows[0][TEACHER]["known"], np.bool_).reshape(len(weights), -1)
     num_classes = known.shape[1]
     part, number = np.divmod(_LARGEST_ID - sample.ids[~is_label], _MOST_BOXES)
@@ -91,25 +92,12 @@ def without_teacher(sample: Sample, rows: Mapping[int, Mapping[str, Any]]) -> tu
         vectors.append(teacher["class_scores"][place * num_classes : (place + 1) * num_classes])
         owners.append(int(teacher["owner"][place]))
     boxes_cxcywh = xywh_to_normalised_cxcywh(sample.boxes_xywh[~is_label], sample.size_hw).astype(np.float32)
-    counts = np.asarray(owners, np.int64)
-    is_kept = weights[counts] > 0
+    found_by = np.asarray(owners, np.int64)
+    is_kept = weights[found_by] > 0
     scores = np.array(vectors, np.float16).reshape(len(vectors), num_classes)
-    return _chosen(sample, is_label), Taught(boxes_cxcywh[is_kept], scores[is_kept], counts[is_kept], weights, known)
+    return labels, Taught(boxes_cxcywh[is_kept], scores[is_kept], found_by[is_kept], weights, known)
 
 
 def is_labels(sample: Sample) -> npt.NDArray[np.bool_]:
     """Return a mask of the boxes that are labels and not a teacher's, bool [N]."""
     return sample.ids > _LARGEST_ID
-
-
-def _chosen(sample: Sample, is_chosen: npt.NDArray[np.bool_]) -> Sample:
-    if is_chosen.all():
-        return sample
-    return replace(
-        sample,
-        boxes_xywh=sample.boxes_xywh[is_chosen],
-        categories=sample.categories[is_chosen],
-        areas=sample.areas[is_chosen],
-        iscrowd=sample.iscrowd[is_chosen],
-        ids=sample.ids[is_chosen],
-    )

@@ -147,7 +147,8 @@ class View:
         mosaic, mixup = (row.get(role) or () for role in ("mosaic", "mixup"))
         parts: dict[int, Mapping[str, Any]] = {0: row}
         partners = Partners(
-            self._readable(mosaic, tile_size, parts, first=1), self._readable(mixup, tile_size, parts, first=5)
+            self._readable(mosaic, tile_size, parts, first=1),
+            self._readable(mixup, tile_size, parts, first=1 + len(mosaic)),
         )
         seed = augmentation_seed(self.seed, epoch, row["image_id"], row.get("repetition", 0))
         sample = _augmenter(json.dumps(spec), working_size)(sample, seed=seed, partners=partners)

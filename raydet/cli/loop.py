@@ -41,7 +41,7 @@ from raydet.scoring.predict import predict
 from raydet.tables import storage
 from raydet.tables.output_folder import open_folder
 from raydet.tables.table import open_table
-from raydet.training.feeding.sources import weighted, with_absolute_sources
+from raydet.training.feeding.sources import weighted, with_absolute_sources, with_weight
 from raydet.training.train import check, train
 
 _Config = TypeVar("_Config")
@@ -132,7 +132,7 @@ def _run_round(plan: _Plan, number: int, current: _Candidate, console: Console) 
     if not num_labels:
         return Round(number=number, num_labels=0)
     console.title(f"\n{name}: train on them and the labelled images")
-    train_data = [*_tables_of(plan), f"{labels}:{config.label_weight:g}"]
+    train_data = [*_tables_of(plan), with_weight(labels, config.label_weight)]
     training = replace(plan.train, train_data=train_data, model=current.checkpoint, out=trained)
     result = train(training, console=console)
     _show(console, result)

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 
 from raydet.common.console import write_out
 from raydet.common.errors import UserError, one_line
-from raydet.common.untrusted.documents import DocumentError
 from raydet.config.fields import (
     PAIRS,
     default_of,
@@ -256,12 +255,7 @@ def _list_element(hint: Any) -> Any:
 def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
     from raydet.tables import storage
 
-    try:
-        content = storage.read_yaml(path)
-    except FileNotFoundError:
-        raise UserError(f"no such config file: {path}") from None
-    except (DocumentError, OSError) as error:
-        raise UserError(f"cannot read the config file {path}: {one_line(error)}") from None
+    content = storage.read_given_yaml(path, "config file")
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -30,6 +30,8 @@ Schedule = Literal[
 ]
 OVERRIDABLE = ("learning_rate", "backbone_learning_rate", "max_grad_norm", "precision", "augmentation")
 """Options of `train` that --override can change in mid-run."""
+MOST_WEIGHT = 100.0
+"""Maximum weight of a table."""
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 

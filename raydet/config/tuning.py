@@ -3,11 +3,11 @@
 from typing import Any, Literal
 
 from raydet.config.fields import PAIRS, config, option, require, require_not_negative, require_positive
-from raydet.config.training import require_metric
+from raydet.config.training import MOST_WEIGHT, require_metric
 
 Search = Literal["optuna", "random"]
 Scheduler = Literal["asha", "none"]
-_LEAST_WEIGHT, _MOST_WEIGHT = 0.001, 100.0
+_LEAST_WEIGHT = 0.001
 
 
 @config
@@ -111,7 +111,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         require_positive(self, "rounds")
         require(
-            _LEAST_WEIGHT <= self.label_weight <= _MOST_WEIGHT,
-            f"--label-weight must be from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, got {self.label_weight}",
+            _LEAST_WEIGHT <= self.label_weight <= MOST_WEIGHT,
+            f"--label-weight must be from {_LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, got {self.label_weight}",
         )
         require(0 <= self.max_loss < 1, f"--max-loss must be at least 0 and below 1, got {self.max_loss}")

@@ -22,8 +22,8 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from raydet.common.errors import UserError
-from raydet.common.untrusted.documents import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml
+from raydet.common.errors import UserError, one_line
+from raydet.common.untrusted.documents import MAX_JSON_BYTES, MAX_YAML_BYTES, DocumentError, parse_json, parse_yaml
 from raydet.common.untrusted.opening import ANYWHERE, LocalRoots, NotAFileError
 
 S3_ATTEMPTS = 11
@@ -198,6 +198,20 @@ def read_yaml(uri: str) -> Any:
     """
     with open_stream(uri) as stream:
         return parse_yaml(stream.read(MAX_YAML_BYTES + 1))
+
+
+def read_given_yaml(uri: str, what: str) -> Any:
+    """Read a YAML document that the user names; `what` describes it in messages.
+
+    Raises:
+        UserError: The file is missing, or cannot be read.
+    """
+    try:
+        return read_yaml(uri)
+    except FileNotFoundError:
+        raise UserError(f"no such {what}: {uri}") from None
+    except (DocumentError, OSError) as error:
+        raise UserError(f"cannot read the {what} {uri}: {one_line(error)}") from None
 
 
 def read_json(uri: str, *, allow_nan: bool = False) -> Any:

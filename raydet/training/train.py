@@ -36,7 +36,7 @@ from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder
 from raydet.tables.schema import Category
 from raydet.tables.table import Table
 from raydet.training.feeding.counts import lines_of, record_of, shown_of
-from raydet.training.feeding.mixture import Mixture
+from raydet.training.feeding.mixture import Mixture, images_per_epoch
 from raydet.training.feeding.sources import open_renamed, open_sources, weighted, with_absolute_sources
 from raydet.training.history import EpochRecord, History, best_epoch, is_over, read_history
 from raydet.training.progress import Entry, WorkerProgress, following
@@ -140,11 +140,12 @@ def train(
     """
     console = console or Console()
     changes = given_settings(config.override)
+    # Workers have other working directories, and the identity of a run must not depend on the current directory.
+    config = with_absolute_sources(config)
     tables = _check_tables(config)
     out = storage.absolute_uri(config.out)
-    # Workers have other working directories, and the identity of a run must not depend on the current directory.
     config = dataclasses.replace(
-        with_absolute_sources(config),
+        config,
         out=out,
         model=storage.absolute_uri(config.model) if storage.exists(config.model) else config.model,
     )
@@ -286,9 +287,7 @@ def resolved_yaml(config: TrainConfig) -> str:
 def _resolve(
     config: TrainConfig, tables: dict[str, Table | Mixture], *, gpus: Callable[[], int], begun: Begun | None = None
 ) -> Resolved:
-    train = tables["train"]
-    num_images = train.num_shown if isinstance(train, Mixture) else train.num_rows
-    return resolve(config, num_images=num_images, gpus=gpus, begun=begun)
+    return resolve(config, num_images=images_per_epoch(tables["train"]), gpus=gpus, begun=begun)
 
 
 def _begun(record: RunRecord | None) -> Begun:
@@ -335,10 +334,10 @@ def _check_tables(config: TrainConfig, opened: dict[str, Table | Mixture] | None
     wanted, train = with_absolute_sources(config), (opened or {}).get("train")
     further = wanted.rename_classes, wanted.repeat_rare, wanted.teacher
     if not isinstance(train, Table) or wanted.train_data != train.uri or further != (None, None, None):
-        train = open_sources(config)
+        train = open_sources(wanted)
     validate = (opened or {}).get("validate")
     if validate is None or validate.uri != wanted.val_data:
-        validate = open_renamed(config.val_data, config)
+        validate = open_renamed(wanted)
     if validate.num_rows == 0:
         raise UserError(f"--val-data {validate.uri} has no images")
     if not validate.categories:

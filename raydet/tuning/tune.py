@@ -19,7 +19,8 @@ from raydet.config.options import build
 from raydet.models.recipes.resolve import default_space, resolve
 from raydet.tables import storage
 from raydet.tables.output_folder import open_folder
-from raydet.training.feeding.sources import images_per_epoch, with_absolute_sources
+from raydet.training.feeding.mixture import images_per_epoch
+from raydet.training.feeding.sources import open_sources, with_absolute_sources
 from raydet.training.train import check
 from raydet.tuning import records
 from raydet.tuning.execution import run_trials
@@ -101,7 +102,7 @@ def make_plan(config: TuneConfig) -> TuningPlan:
     """
     out = storage.absolute_uri(config.out)
     base = _base(config, out)
-    num_images = 0 if base.recipe == "none" else images_per_epoch(base)
+    num_images = 0 if base.recipe == "none" else images_per_epoch(open_sources(base))
     resolved = resolve(base, num_images=num_images, gpus=shares.gpus_in_reach).config
     space = default_space(resolved) if config.space is None else config.space
     dimensions = tuple(typed(base, dimension) for dimension in parse_space(space))

@@ -1,4 +1,4 @@
-"""What teachers teach: soft classes and boxes, the same gradient however the batch is cut."""
+"""Teachers teach soft classes and boxes, with the same gradient however the batch is cut."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raydet.common.errors import UserError, one_line
-from raydet.common.untrusted.documents import DocumentError
+from raydet.common.errors import UserError
 from raydet.tables import storage
 
 _AWS_SIZE = re.compile(r"[a-z][a-z0-9-]*\.(?:(\d*)x)?large")
@@ -61,12 +60,7 @@ def groups_of_yaml(uri: str) -> list[NodeGroup]:
     Raises:
         UserError: The file cannot be read, or does not state the CPUs of a node type.
     """
-    try:
-        content = storage.read_yaml(uri)
-    except FileNotFoundError:
-        raise UserError(f"no such cluster file: {uri}") from None
-    except (DocumentError, OSError) as error:
-        raise UserError(f"cannot read the cluster file {uri}: {one_line(error)}") from None
+    content = storage.read_given_yaml(uri, "cluster file")
     kinds = content.get("available_node_types") if isinstance(content, dict) else None
     if not isinstance(kinds, dict) or not all(isinstance(kind, dict) for kind in kinds.values()):
         raise UserError(f"{uri} is not a Ray cluster.yaml: it has no available_node_types")

@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Criterion:
         outputs = {"logits": logits, "pred_boxes": pred_boxes, **dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         hook = register_module_forward_hook(self._keep) if self._family.distils else None
 
-        def compute(outputs: Any) -> Any:
+        def compute(outputs: Any, labels: Any) -> Any:
             self.matchings = []
             known = without_unknown(
                 outputs, labels, softmax=self._family.softmax, layers_first=not self._family.images_before_layers
@@ -82,31 +83,16 @@ class Criterion:
 
         try:
             with torch.autocast(logits.device.type, enabled=False):
-                single = mapped(outputs, at_least_single)
-                result = loss_or_nan(compute, single)
-                self.auxiliary = self._known_to_teachers(single, labels, device, config)
-                return result
+                outputs = mapped(outputs, at_least_single)
+                self.auxiliary = None
+                if _is_taught(labels):
+                    # transformers builds these outputs together with a loss, here that of no boxes.
+                    nothing = [{name: label[name][:0] for name in ("class_labels", "boxes")} for label in labels]
+                    _, _, self.auxiliary = loss_or_nan(partial(compute, labels=nothing), outputs)
+                return loss_or_nan(partial(compute, labels=labels), outputs)
         finally:
             if hook is not None:
                 hook.remove()
-
-    def _known_to_teachers(self, outputs: Any, labels: Any, device: Any, config: Any) -> Any:
-        """Return the auxiliary outputs with the scores of classes that images are not labelled for; None if not needed.
-
-        transformers builds these outputs together with the loss, here that of no boxes.
-        """
-        if not _is_taught(labels):
-            return None
-        arguments, matchings = dict(outputs), self.matchings
-        self.matchings = []
-        logits, boxes = arguments.pop("logits"), arguments.pop("pred_boxes")
-        nothing = [{name: label[name][:0] for name in ("class_labels", "boxes")} for label in labels]
-        auxiliary = loss_or_nan(
-            lambda values: self._loss(values["logits"], nothing, device, values["pred_boxes"], config, **arguments),
-            {"logits": logits, "pred_boxes": boxes},
-        )[2]
-        self.matchings = matchings
-        return auxiliary
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, RTDetrHungarianMatcher):

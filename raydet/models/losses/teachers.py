@@ -32,6 +32,8 @@ _WEIGHTS, _KNOWN = TAUGHT["weights"], TAUGHT["known"]
 _ALPHA, _GAMMA = 0.25, 2.0
 """Of the focal class cost, in all families."""
 _EPSILON = 1e-8
+_WEIGHTS_OF_TERMS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+"""In families whose own terms come weighted."""
 
 
 def taught_weight(batch: Batch) -> float:
@@ -67,7 +69,8 @@ def teacher_terms(detector: Detector, outputs: Any, labels: Labels, *, weight: f
                     unknown = None if unlabelled is None else unlabelled[image]
                     values = _of_image(detector, logits[image], boxes[image], label, unknown)
                     sums = {name: sums[name] + value / len(groups) for name, value in values.items()}
-    weights = term_weights(detector.model.config, detector.family) if _has_coefficients(detector) else _DEFAULTS
+    family = detector.family
+    weights = term_weights(detector.model.config, family) if family.weights_in_config else _WEIGHTS_OF_TERMS
     names = {"class": "loss_ce", "bbox": "loss_bbox", "giou": "loss_giou"}
     return {f"teacher_{name}": value * (weights[names[name]] / max(weight, 1.0)) for name, value in sums.items()}
 
@@ -81,13 +84,6 @@ def _groups(detector: Detector, logits: Tensor, boxes: Tensor) -> list[tuple[Ten
     num_groups = logits.shape[1] // num_queries if detector.family.local_criterion else 1
     both = (values[:, -num_groups * num_queries :].split(num_queries, dim=1) for values in (logits, boxes))
     return list(zip(*both, strict=True))
-
-
-_DEFAULTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
-
-
-def _has_coefficients(detector: Detector) -> bool:
-    return hasattr(detector.model.config, "bbox_loss_coefficient")
 
 
 def _highest(label: Any) -> Tensor:
@@ -193,24 +189,19 @@ def _class_loss(
     """
     others = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     others[queries] = False
+    taught_alone = None if unlabelled is None else unlabelled & known  # classes of which the labels say nothing
     if detector.family.softmax:
-        if unlabelled is not None and bool((unlabelled & known).any()):
-            weights = torch.full_like(weights, teacher_weight)
-        loss = (weights * _divergence(logits[queries], scores, known)).sum()
-        if unlabelled is not None and bool((unlabelled & known).any()):
-            silent = joined_to_no_object(logits[others], ~(unlabelled & known))
-            nothing = -silent.log_softmax(-1)[:, -1]
-            weight = getattr(detector.model.config, "eos_coefficient", 1.0) * teacher_weight
-            loss = loss + weight * nothing.sum()
-        return loss
-    of_classes = weights[:, None]
-    if unlabelled is not None:
-        of_classes = torch.where(unlabelled, teacher_weight, of_classes)
-    loss = (of_classes * _quality_focal(logits[queries], scores) * known).sum()
-    if unlabelled is not None:
-        wanted = torch.zeros_like(logits[others])
-        loss = loss + teacher_weight * (_quality_focal(logits[others], wanted) * (unlabelled & known)).sum()
-    return loss
+        if taught_alone is None or not taught_alone.any():
+            return (weights * _divergence(logits[queries], scores, known)).sum()
+        nothing = -joined_to_no_object(logits[others], ~taught_alone).log_softmax(-1)[:, -1]
+        weight = getattr(detector.model.config, "eos_coefficient", 1.0)
+        return teacher_weight * (_divergence(logits[queries], scores, known).sum() + weight * nothing.sum())
+    of_matched = _quality_focal(logits[queries], scores)
+    if taught_alone is None:
+        return (weights[:, None] * of_matched * known).sum()
+    of_others = _quality_focal(logits[others], torch.zeros_like(logits[others]))
+    matched = (torch.where(taught_alone, teacher_weight, weights[:, None]) * of_matched * known).sum()
+    return matched + teacher_weight * (of_others * taught_alone).sum()
 
 
 def _quality_focal(logits: Tensor, wanted: Tensor) -> Tensor:

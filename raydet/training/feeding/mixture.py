@@ -1,7 +1,7 @@
 """Several images tables as one: one after the other, with merged classes, each image shown as often as planned."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -84,12 +84,15 @@ class Mixture:
         images = with_classes(read_images(source.table, group), source.class_map, len(self.categories))
         if not self.teachers:
             return images
-        columns = {field.name: images.field(field.name) for field in ROW_TYPE}
-        columns[TEACHER] = taught(self.teachers, group.first_row, group.num_rows)
-        return pa.StructArray.from_arrays([columns[field.name] for field in ROW_TYPE], fields=list(ROW_TYPE))
+        return _replaced(images, {TEACHER: taught(self.teachers, group.first_row, group.num_rows)})
 
     def _first_rows(self) -> list[int]:
         return list(accumulate((source.table.num_rows for source in self.sources[:-1]), initial=0))
+
+
+def images_per_epoch(train: Table | Mixture) -> int:
+    """Return the number of images per epoch; an image counts as often as it is shown."""
+    return train.num_shown if isinstance(train, Mixture) else train.num_rows
 
 
 def read_images(table: Table | Mixture, group: RowGroup) -> pa.StructArray:
@@ -118,18 +121,20 @@ def with_classes(images: pa.StructArray, class_map: Sequence[int], num_classes: 
         An array of `ROW_TYPE`.
     """
     new = np.asarray(class_map, np.int64)
-    columns = {field.name: images.field(field.name) for field in ROW_TYPE}
+    columns = {LABELLED_COLUMN: _labelled(images.field(LABELLED_COLUMN), new, num_classes)}
     if not np.array_equal(new, np.arange(len(new))):
-        objects = columns["objects"]
-        lists = {field.name: objects.field(field.name) for field in objects.type}
-        old = lists["category"]
+        old = images.field("objects").field("category")
         indices = old.values.to_numpy(zero_copy_only=False).astype(np.int64)
-        lists["category"] = pa.ListArray.from_arrays(old.offsets, pa.array(new[indices], old.type.value_type))
-        columns["objects"] = pa.StructArray.from_arrays(
-            [lists[field.name] for field in objects.type], fields=list(objects.type)
-        )
-    columns[LABELLED_COLUMN] = _labelled(columns[LABELLED_COLUMN], new, num_classes)
-    return pa.StructArray.from_arrays([columns[field.name] for field in ROW_TYPE], fields=list(ROW_TYPE))
+        category = pa.ListArray.from_arrays(old.offsets, pa.array(new[indices], old.type.value_type))
+        columns["objects"] = _replaced(images.field("objects"), {"category": category})
+    return _replaced(images, columns)
+
+
+def _replaced(rows: pa.StructArray, columns: Mapping[str, pa.Array]) -> pa.StructArray:
+    """Return the same rows with other values in some fields."""
+    fields = list(rows.type)
+    arrays = [columns[field.name] if field.name in columns else rows.field(field.name) for field in fields]
+    return pa.StructArray.from_arrays(arrays, fields=fields)
 
 
 def _labelled(lists: pa.ListArray, new: npt.NDArray[np.int64], num_classes: int) -> pa.ListArray:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from raydet.common.class_names import folded, indices_in, is_unused
-from raydet.common.errors import UserError, one_line
-from raydet.common.untrusted.documents import DocumentError
+from raydet.common.errors import UserError
 from raydet.config import TrainConfig
+from raydet.config.training import MOST_WEIGHT
 from raydet.preparation.sources.scored.pairing import OtherImagesError, places_of
 from raydet.tables import storage
 from raydet.tables.columns import Integers
@@ -20,8 +20,6 @@ from raydet.training.feeding.counts import repeat_factors
 from raydet.training.feeding.mixture import Mixture, WeightedTable
 from raydet.training.feeding.repeats import Repeats
 from raydet.training.feeding.teachers import NOT_SCORED, Teacher
-
-_MOST_WEIGHT = 100.0
 
 
 def with_absolute_sources(config: TrainConfig) -> TrainConfig:
@@ -40,9 +38,13 @@ def with_absolute_sources(config: TrainConfig) -> TrainConfig:
 
 
 def _absolute(tables: str | list[str], option: str) -> str | list[str]:
-    pairs = [(storage.absolute_uri(uri), weight) for uri, weight in weighted(tables, option)]
-    written = [uri if weight == 1 else f"{uri}:{weight!r}" for uri, weight in pairs]
+    written = [with_weight(storage.absolute_uri(uri), weight) for uri, weight in weighted(tables, option)]
     return written[0] if len(written) == 1 else written
+
+
+def with_weight(uri: str, weight: float) -> str:
+    """Write a table and its weight so that `weighted` reads them."""
+    return uri if weight == 1 else f"{uri}:{weight!r}"
 
 
 def weighted(tables: str | Sequence[str], option: str = "train-data") -> list[tuple[str, float]]:
@@ -55,7 +57,7 @@ def weighted(tables: str | Sequence[str], option: str = "train-data") -> list[tu
     for text in [tables] if isinstance(tables, str) else tables:
         match = re.fullmatch(r"(.+):((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text)
         # A larger number ends an address, such as a port.
-        if match is None or float(match[2]) > _MOST_WEIGHT:
+        if match is None or float(match[2]) > MOST_WEIGHT:
             result.append((text, 1.0))
             continue
         if float(match[2]) == 0:
@@ -166,23 +168,13 @@ def _class_map(mixture: Mixture, found: Table, names: Mapping[str, str]) -> Inte
     return class_map
 
 
-def images_per_epoch(config: TrainConfig) -> int:
-    """Return the number of images per epoch; an image counts as often as it is shown.
-
-    Raises:
-        UserError: See `open_sources`.
-    """
-    data = open_sources(config)
-    return data.num_shown if isinstance(data, Mixture) else data.num_rows
-
-
-def open_renamed(uri: str, config: TrainConfig) -> Table | Mixture:
+def open_renamed(config: TrainConfig) -> Table | Mixture:
     """Open the validation table, with the new names of its classes.
 
     Raises:
         UserError: The table is missing, or the file of `rename_classes` is invalid.
     """
-    table, names = open_table(uri, "images"), _renamed(config.rename_classes) or {}
+    table, names = open_table(config.val_data, "images"), _renamed(config.rename_classes) or {}
     known = {category.name for category in table.categories}
     return merged([table], [1.0], names) if known & set(names) else table
 
@@ -232,11 +224,9 @@ def _renamed(given: dict[str, str] | str | None) -> dict[str, str] | None:
     if not isinstance(given, str):
         return given or None
     try:
-        content = storage.read_yaml(given)
-    except FileNotFoundError:
-        raise UserError(f"--rename-classes: no such file: {given}") from None
-    except (DocumentError, OSError) as error:
-        raise UserError(f"--rename-classes: cannot read {given}: {one_line(error)}") from None
+        content = storage.read_given_yaml(given, "file")
+    except UserError as error:
+        raise UserError(f"--rename-classes: {error}") from None
     if not isinstance(content, dict) or not all(
         isinstance(text, str) and text for pair in content.items() for text in pair
     ):

@@ -20,21 +20,12 @@ from raydet.training.feeding.mixture import Mixture, read_images
 from raydet.training.feeding.ordering import RunPlan
 from raydet.training.feeding.repeats import Repeats
 from raydet.training.feeding.sources import merged, open_sources
+from tests.training.feeding.test_ordering import plan_of
 from tests.training.feeding.test_stream import read_ranks, steps_of
 
 
 def _plan(groups: Sequence[tuple[int, int]], **changes: Any) -> RunPlan:
-    values: dict[str, Any] = {
-        "num_val": 3,
-        "batch_size": 4,
-        "accumulate": 1,
-        "epochs": 3,
-        "seed": 5,
-        "window_bytes": 200,
-        "validate_every": 1,
-        "validate_batch_size": 3,
-    }
-    return RunPlan(train_groups=tuple(groups), **{**values, **changes})
+    return plan_of(train_groups=tuple(groups), **{"num_val": 3, **changes})
 
 
 @settings(max_examples=60, deadline=None)

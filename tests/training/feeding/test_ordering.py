@@ -9,7 +9,7 @@ from raydet.augmentation.view import augmentation_seed, scale_choice
 from raydet.training.feeding.ordering import MIXUP_P, MOSAIC_P, RunPlan
 
 
-def _plan(**changes: object) -> RunPlan:
+def plan_of(**changes: object) -> RunPlan:
     values: dict[str, object] = {
         "train_groups": ((7, 100), (5, 100), (9, 100), (2, 100)),
         "num_val": 11,
@@ -35,7 +35,7 @@ def _plan(**changes: object) -> RunPlan:
 def test_every_row_once_an_epoch_and_steps_do_not_depend_on_workers(
     groups: list[tuple[int, int]], batch_size: int, accumulate: int, world_size: int, window_bytes: int
 ) -> None:
-    plan = _plan(
+    plan = plan_of(
         train_groups=tuple(groups), batch_size=batch_size, accumulate=accumulate, window_bytes=window_bytes, epochs=2
     )
     for epoch in range(2):
@@ -51,7 +51,7 @@ def test_every_row_once_an_epoch_and_steps_do_not_depend_on_workers(
 
 
 def test_a_segment_begins_where_the_view_changes() -> None:
-    whole, broken = _plan(epochs=2, batch_size=2), _plan(epochs=2, batch_size=2, breaks=((0, 5), (1, 0), (1, 99)))
+    whole, broken = plan_of(epochs=2, batch_size=2), plan_of(epochs=2, batch_size=2, breaks=((0, 5), (1, 0), (1, 99)))
     segments = list(broken.segments())
     assert any(segment.first == 5 and segment.epoch == 0 for segment in segments)
     assert [one for segment in segments for one in broken.micro_batches(segment, 2)] == [
@@ -61,14 +61,14 @@ def test_a_segment_begins_where_the_view_changes() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_micro_batches_are_dealt_out_in_turn(world_size: int) -> None:
-    plan = _plan(accumulate=2, batch_size=8)
+    plan = plan_of(accumulate=2, batch_size=8)
     ranks = [micro_batch.rank for segment in plan.segments() for micro_batch in plan.micro_batches(segment, world_size)]
     assert ranks == [number % world_size for number in range(len(ranks))]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_validation_takes_every_row_once_in_batches_that_do_not_depend_on_workers(world_size: int) -> None:
-    plan = _plan()
+    plan = plan_of()
     segment = next(segment for segment in plan.segments() if segment.kind == "validate")
     batches = [micro_batch.rows for micro_batch in plan.micro_batches(segment, world_size)]
     assert [rows for rows in batches if rows] == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10)]
@@ -76,7 +76,7 @@ def test_validation_takes_every_row_once_in_batches_that_do_not_depend_on_worker
 
 
 def test_resuming_continues_with_the_same_steps() -> None:
-    plan = _plan()
+    plan = plan_of()
 
     def steps(**start: int) -> list[tuple[int, int, tuple[int, ...]]]:
         return [
@@ -102,7 +102,7 @@ def test_resuming_continues_with_the_same_steps() -> None:
 def test_a_restart_with_other_workers_takes_exactly_the_rest_of_the_epoch(
     groups: list[tuple[int, int]], batch_size: int, accumulate: int, before: int, after: int, data: st.DataObject
 ) -> None:
-    plan = _plan(train_groups=tuple(groups), batch_size=batch_size, accumulate=accumulate, epochs=2)
+    plan = plan_of(train_groups=tuple(groups), batch_size=batch_size, accumulate=accumulate, epochs=2)
     stopped = data.draw(st.integers(0, plan.steps_per_epoch))
 
     def rows(world_size: int, *, from_step: int, to_step: int) -> list[int]:
@@ -121,7 +121,7 @@ def test_a_restart_with_other_workers_takes_exactly_the_rest_of_the_epoch(
 
 
 def test_a_restart_after_the_last_step_begins_with_the_validation() -> None:
-    plan = _plan()
+    plan = plan_of()
     first = next(plan.segments(start_epoch=1, start_step=plan.steps_per_epoch))
     assert (first.kind, first.epoch) == ("validate", 1)
 
@@ -129,7 +129,7 @@ def test_a_restart_after_the_last_step_begins_with_the_validation() -> None:
 @settings(max_examples=60, deadline=None)
 @given(num_val=st.integers(1, 300), fraction=st.floats(0.001, 1.0), world_size=st.integers(1, 4))
 def test_a_part_of_the_validation_is_evenly_spread(num_val: int, fraction: float, world_size: int) -> None:
-    plan = _plan(num_val=num_val, validate_fraction=fraction)
+    plan = plan_of(num_val=num_val, validate_fraction=fraction)
     segment = next(segment for segment in plan.segments() if segment.kind == "validate")
     rows = [row for micro_batch in plan.micro_batches(segment, world_size) for row in micro_batch.rows]
     assert len(rows) == plan.num_validated == len(set(rows))
@@ -143,11 +143,11 @@ def test_a_part_of_the_validation_is_evenly_spread(num_val: int, fraction: float
     ("fraction", "num_val", "expected"), [(0.07, 100, 7), (0.1, 11, 2), (1.0, 11, 11), (1e-9, 5, 1)]
 )
 def test_the_part_of_the_validation_is_rounded_up(fraction: float, num_val: int, expected: int) -> None:
-    assert _plan(num_val=num_val, validate_fraction=fraction).num_validated == expected
+    assert plan_of(num_val=num_val, validate_fraction=fraction).num_validated == expected
 
 
 def test_partners_are_others_of_the_window_whoever_asks() -> None:
-    plan = _plan(train_groups=((40, 100), (50, 100), (60, 100), (30, 100)), batch_size=7, window_bytes=200)
+    plan = plan_of(train_groups=((40, 100), (50, 100), (60, 100), (30, 100)), batch_size=7, window_bytes=200)
     starts, chosen = np.cumsum([0, 40, 50, 60, 30]), {}
     for segment in plan.segments(start_epoch=1):
         if segment.kind != "train" or segment.epoch != 1:
@@ -172,7 +172,7 @@ def test_partners_are_others_of_the_window_whoever_asks() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4])
 def test_small_tables_have_fewer_partners(num_rows: int) -> None:
-    plan = _plan(train_groups=((num_rows, 10),))
+    plan = plan_of(train_groups=((num_rows, 10),))
     for epoch in range(30):
         for row in range(num_rows):
             partners = plan.partner_rows(epoch, 0, row)
@@ -189,15 +189,15 @@ def test_every_scale_has_its_share_of_the_steps() -> None:
 
 
 def test_epochs_differ_and_seeds_differ_but_the_same_plan_repeats() -> None:
-    plan, other = _plan(), _plan(seed=6)
+    plan, other = plan_of(), plan_of(seed=6)
     first, second = (np.concatenate([plan.step_rows(epoch, step) for step in range(6)]) for epoch in (0, 1))
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, np.concatenate([other.step_rows(0, step) for step in range(6)]))
-    assert np.array_equal(first, np.concatenate([_plan().step_rows(0, step) for step in range(6)]))
+    assert np.array_equal(first, np.concatenate([plan_of().step_rows(0, step) for step in range(6)]))
 
 
 def test_a_window_reads_its_row_groups_only() -> None:
-    plan = _plan(window_bytes=100, batch_size=1)
+    plan = plan_of(window_bytes=100, batch_size=1)
     starts = np.cumsum([0, 7, 5, 9, 2])
     for segment in plan.segments():
         if segment.kind == "train":
@@ -206,7 +206,7 @@ def test_a_window_reads_its_row_groups_only() -> None:
 
 
 def test_validation_follows_every_nth_epoch_and_the_last() -> None:
-    plan = _plan(epochs=5, validate_every=2)
+    plan = plan_of(epochs=5, validate_every=2)
     assert [epoch for epoch in range(5) if plan.validates(epoch)] == [1, 3, 4]
 
 
