@@ -164,8 +164,8 @@ _COMMANDS = (
     Command(
         "select",
         "raydet.selection.select",
-        "detections with embeddings → near-duplicates, or what is similar to an image or an object",
-        "--detections runs/vectors --near-duplicates --min-similarity 0.999 --out runs/selection",
+        "detections → the images to label next, near-duplicates, or what is similar to an image or an object",
+        "--detections runs/demo/detections --by uncertainty --num 10 --out runs/selection",
     ),
     Command(
         "export coco",

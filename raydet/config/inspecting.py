@@ -1,9 +1,12 @@
 """`inspect`, `browse` and `select`: tables → pages to look through them, and images chosen from them."""
 
 import re
+from typing import Literal
 
 from raydet.config.fields import config, option, require, require_not_negative, require_positive
 from raydet.config.training import AugmentationSpec
+
+Criterion = Literal["uncertainty", "rare", "disagreement", "diversity"]
 
 
 @config
@@ -72,10 +75,27 @@ class BrowseConfig:
 
 @config
 class SelectConfig:
-    """A detections table with embeddings → images that are nearly the same, or what is most similar to one of them."""
+    """A detections table → what to label next, images that are nearly the same, or what is similar to one of them."""
 
-    detections: str = option("detections table, as written by predict with --keep embedding")
+    detections: str = option(
+        "detections table; --near-duplicates, --similar-to and --by diversity need embeddings, as written by predict "
+        "with --keep embedding"
+    )
     out: str = option("folder to write: a table, and a list of images", operational=True)
+    by: list[Criterion] = option(
+        "find the images whose labels would teach most: uncertainty (of scores), rare (classes), disagreement (with "
+        "--other), diversity (of embeddings); several are combined by their ranks",
+        default_factory=list,
+    )
+    other: str | None = option(
+        "with --by disagreement: detections of another run in the same images", None, value="DETECTIONS"
+    )
+    labelled_data: str | None = option(
+        "with --by: images table of what is labelled already; its images are not chosen, nor, by diversity, similar "
+        "ones, and its classes are not rare",
+        None,
+        value="DATA",
+    )
     near_duplicates: bool = option("find the images that are nearly the same as an earlier image", False)
     similar_to: str | None = option(
         "find the objects most similar to a detection: the id of its image and its place by score, from 0; without the "
@@ -84,16 +104,23 @@ class SelectConfig:
         value="IMAGE_ID:BOX",
     )
     min_similarity: float | None = option(
-        "least cosine similarity of two embeddings, 1 if they are equal; required for --near-duplicates",
+        "least cosine similarity of two embeddings, 1 if they are equal; required for --near-duplicates; with --by, "
+        "images at least this similar to a labelled or chosen one are left out",
         None,
     )
-    num: int = option("with --similar-to: how many to find, the most similar ones", 100)
+    num: int = option("with --by and --similar-to: how many to find", 100)
 
     def __post_init__(self) -> None:
         require(
-            self.near_duplicates != (self.similar_to is not None),
-            "set either --near-duplicates or --similar-to IMAGE_ID:BOX",
+            [bool(self.by), self.near_duplicates, self.similar_to is not None].count(True) == 1,
+            "set one of --by, --near-duplicates and --similar-to IMAGE_ID:BOX",
         )
+        require(
+            ("disagreement" in self.by) == (self.other is not None),
+            "--by disagreement needs --other, the detections of another run, and nothing else does",
+        )
+        require(bool(self.by) or self.labelled_data is None, "--labelled-data needs --by")
+        require(len(set(self.by)) == len(self.by), "--by names a criterion twice")
         require(
             self.similar_to is None or re.fullmatch(r"\d{1,16}(:\d{1,9})?", self.similar_to) is not None,
             f"--similar-to must be written as IMAGE_ID:BOX, such as 17:0, or IMAGE_ID; got {self.similar_to}",

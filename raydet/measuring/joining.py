@@ -73,17 +73,12 @@ class Join:
 
 def list_images(table: Table, among: Integers | None = None) -> ImageKeys:
     """List the images of an images or detections table in row order, or those `among` some ids, without their boxes."""
-    import pyarrow.compute as pc  # slow to import, and JSON input does not need it
-
-    is_images = table.kind == "images"
     ids, sizes, paths = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)], []
-    columns = ["image_id", "image.path" if is_images else "path", "height", "width"]
-    batches = table.iter_batches(columns, BATCH_ROWS)
+    batches = table.iter_batches(key_columns(table), BATCH_ROWS)
     for batch in batches if among is None else rows_among(batches, among):
         ids.append(image_ids_in(batch))
         sizes.append(np.stack([numbers_of(batch.column(name)) for name in ("height", "width")], axis=1))
-        path = pc.struct_field(batch.column("image"), "path") if is_images else batch.column("path")
-        paths.append(path.cast(pa.large_string()))
+        paths.append(paths_in(batch))
     return ImageKeys(
         uri=table.uri,
         image_ids=np.concatenate(ids),
@@ -91,6 +86,20 @@ def list_images(table: Table, among: Integers | None = None) -> ImageKeys:
         paths=pa.concat_arrays(paths) if paths else None,
         id_space=table.manifest.get("id_space"),
     )
+
+
+def key_columns(table: Table) -> list[str]:
+    """Return the columns of an images or detections table that identify an image."""
+    return ["image_id", "image.path" if table.kind == "images" else "path", "height", "width"]
+
+
+def paths_in(batch: pa.RecordBatch) -> pa.LargeStringArray:
+    """Return the paths of the images in some rows with `key_columns`."""
+    import pyarrow.compute as pc  # slow to import, and JSON input does not need it
+
+    has_image = "image" in batch.schema.names
+    path = pc.struct_field(batch.column("image"), "path") if has_image else batch.column("path")
+    return path.cast(pa.large_string())
 
 
 def rows_among(batches: Iterable[pa.RecordBatch], image_ids: Integers) -> Iterator[pa.RecordBatch]:
@@ -158,6 +167,22 @@ def _refuse_unknown(
     return len(unknown)
 
 
+def rows_of_same_images(known: ImageKeys, found: ImageKeys) -> Integers:
+    """Find the images that two tables have in common: by id if both use one numbering, otherwise by path.
+
+    Returns:
+        Rows of `found`, int64 [M].
+
+    Raises:
+        UserError: Nothing identifies the images, or ids or paths are not unique.
+    """
+    known = known.take(np.argsort(known.image_ids, kind="stable"))
+    is_alike = known.id_space is not None and known.id_space == found.id_space
+    if not len(known.image_ids):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero((_rows_by_id if is_alike else _rows_by_path)(known, found) >= 0)
+
+
 def _rows_by_id(truth: ImageKeys, found: ImageKeys) -> Integers:
     ids, counts = np.unique(found.image_ids, return_counts=True)
     if len(ids) < len(found.image_ids):
@@ -173,7 +198,7 @@ def _rows_by_path(truth: ImageKeys, found: ImageKeys) -> Integers:
 
     for side in (truth, found):
         if side.paths is None or not _has_path(side).any():
-            raise UserError(f"--join path requires image paths, but {side.uri} has none; omit --join")
+            raise UserError(f"matching by path needs paths, but {side.uri} has none; match by id, if it has them")
     prefixes = common_prefixes(_namesakes(truth, found))
     if prefixes is None:
         return np.full(len(found.image_ids), -1)
@@ -186,7 +211,7 @@ def _rows_by_path(truth: ImageKeys, found: ImageKeys) -> Integers:
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(repeated):
             path = prefix + repeated.field("values")[0].as_py()
-            raise UserError(f"{side.uri} has the path {path!r} more than once; --join path requires unique paths")
+            raise UserError(f"{side.uri} has the path {path!r} more than once; matching by path needs unique paths")
         known.append((rows, rest))
     (truth_rows, in_truth), (found_rows, in_found) = known
     places = numbers_of(pc.index_in(in_found, value_set=in_truth).fill_null(-1))

@@ -1,1 +1,1 @@
-"""A detections table with embeddings → images and objects chosen from it, as a table and a list."""
+"""A detections table → images and objects chosen from it, as a table and a list."""

@@ -1,4 +1,4 @@
-"""The command `select`: a detections table with embeddings → near-duplicates, or what is similar to one thing."""
+"""The command `select`: a detections table → what to label next, near-duplicates, or what is similar to one thing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,17 +12,23 @@ from raydet.common.notebook.showing import Shown
 from raydet.config import SelectConfig, config_hash, identity
 from raydet.config.fields import with_options
 from raydet.selection.near_duplicates import near_duplicates
+from raydet.selection.next_images import NextImages, next_images
 from raydet.selection.similar import Probe, find_similar
-from raydet.selection.vectors import ImageVectors, open_embeddings
+from raydet.selection.vectors import ImageVectors
 from raydet.tables import storage
 from raydet.tables.columns import Integers, image_ids_in, take_rows
 from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.output_folder import open_folder
 from raydet.tables.schema import TableKind, build_schema
-from raydet.tables.table import Table, TableWriter
+from raydet.tables.table import Table, TableWriter, open_table
 
-_LISTS: dict[TableKind, str] = {"near_duplicates": "distinct.txt", "similar": "similar.txt"}
+_LISTS: dict[TableKind, str] = {
+    "near_duplicates": "distinct.txt",
+    "similar": "similar.txt",
+    "to_label": "to_label.txt",
+}
 """Name of the list by table."""
+_DETECTIONS: TableKind = "detections"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +37,11 @@ class Selection(Shown):
 
     Attributes:
         out: Folder that was written.
-        table: URI of the table `near_duplicates` or `similar`.
+        table: URI of the table `to_label`, `near_duplicates` or `similar`.
         list_file: URI of the list of images: with `near_duplicates` those that remain without the duplicates.
         num_found: Rows of the table.
         num_listed: Images in the list.
+        detections: URI of a table with the detections in the images to label; None for other selections.
     """
 
     out: str
@@ -42,36 +49,58 @@ class Selection(Shown):
     list_file: str
     num_found: int
     num_listed: int
+    detections: str | None = None
 
     def lines(self) -> list[str]:
         """Return a summary for the terminal."""
-        return [
+        lines = [
             f"{counted(self.num_found, 'row')}: {self.table}",
             f"{counted(self.num_listed, 'image')} listed: {self.list_file}",
         ]
+        return (
+            lines if self.detections is None else [*lines, f"their detections, for a labelling tool: {self.detections}"]
+        )
 
 
 @with_options(SelectConfig)
 def select(config: SelectConfig, *, console: Console | None = None) -> Selection:
-    """Find near-duplicates among scored images, or what is most similar to one of them or to an object in it.
+    """Find what to label next among scored images, near-duplicates, or what is similar to an image or an object.
 
     Raises:
-        UserError: The table has no embeddings or lacks the image or the detection, or the folder holds other files.
+        UserError: The table lacks the vectors, the image or the detection, another table does not fit it, or the folder
+            holds other files.
         RunError: The disk is full.
     """
     console = console or Console()
-    table, dimension = open_embeddings(config.detections)
-    kind: TableKind = "near_duplicates" if config.near_duplicates else "similar"
+    kind: TableKind = "to_label" if config.by else "near_duplicates" if config.near_duplicates else "similar"
+    table = open_table(config.detections, "detections")
+    folders: list[str] = [kind, _DETECTIONS] if config.by else [kind]
     with open_folder(config.out, command="select", notify=console.line) as folder:
-        run_identity = {**identity(config), "detections_fingerprint": table.fingerprint}
-        folder.admit(run_identity, folders=[kind], is_disposable=not folder.exists(kind, MANIFEST_NAME))
-        with console.progress("comparing images"):
-            found = (
-                _duplicates(table, dimension, config) if config.near_duplicates else _similar(table, dimension, config)
-            )
-        folder.delete_table(kind)
-        folder.begin(run_identity, folders=[kind])
+        run_identity = {
+            **identity(config),
+            "detections_fingerprint": table.fingerprint,
+            "other_fingerprint": config.other and open_table(config.other, "detections").fingerprint,
+            "labelled_fingerprint": config.labelled_data and open_table(config.labelled_data, "images").fingerprint,
+        }
+        folder.admit(run_identity, folders=folders, is_disposable=not folder.exists(kind, MANIFEST_NAME))
+        found: _Results
+        with console.progress("comparing images", total=table.num_rows if config.by else None) as progress:
+            if config.by:
+                found = next_images(table, config, progress)
+            elif config.near_duplicates:
+                found = _duplicates(table, config)
+            else:
+                found = _similar(table, config)
+        for name in folders:
+            folder.delete_table(name)
+        folder.begin(run_identity, folders=folders)
         num_listed = _write_list(folder.uri_of(_LISTS[kind]), found.listed(table))
+        if isinstance(found, NextImages):
+            rows_found = found.detections
+            uri = folder.uri_of(_DETECTIONS)
+            with TableWriter(uri, rows_found.schema, config_hash=config_hash(config)) as writer:
+                writer.extra["id_space"] = table.manifest.get("id_space")
+                writer.write(rows_found)
         schema = build_schema(kind, table.categories)
         num_found = 0
         with TableWriter(folder.uri_of(kind), schema, config_hash=config_hash(config)) as writer:
@@ -84,6 +113,7 @@ def select(config: SelectConfig, *, console: Console | None = None) -> Selection
             list_file=folder.uri_of(_LISTS[kind]),
             num_found=num_found,
             num_listed=num_listed,
+            detections=folder.uri_of(_DETECTIONS) if config.by else None,
         )
 
 
@@ -145,16 +175,16 @@ class _Similar:
         yield from dict.fromkeys(row["path"] for row in self.found)
 
 
-def _duplicates(table: Table, dimension: int, config: SelectConfig) -> _Results:
+def _duplicates(table: Table, config: SelectConfig) -> _Results:
     assert config.min_similarity is not None, "the config requires it for near-duplicates"
-    with ImageVectors(table, dimension) as vectors:
+    with ImageVectors(table) as vectors:
         return _Duplicates(vectors.image_ids, *near_duplicates(vectors, config.min_similarity))
 
 
-def _similar(table: Table, dimension: int, config: SelectConfig) -> _Results:
+def _similar(table: Table, config: SelectConfig) -> _Results:
     least = -np.inf if config.min_similarity is None else config.min_similarity
     probe = Probe.parse(config.similar_to or "")
-    return _Similar(find_similar(table, dimension, probe, num=config.num, least=least))
+    return _Similar(find_similar(table, probe, num=config.num, least=least))
 
 
 def _write_list(uri: str, paths: Iterator[str | None]) -> int:

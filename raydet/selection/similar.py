@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.common.errors import UserError
-from raydet.selection.vectors import Vectors, normalised, rows_of
+from raydet.selection.vectors import Vectors, normalised, required_dimension, rows_of
 from raydet.tables.columns import Integers, elements_of, flatten, image_ids_in, numbers_of, starts_of, take_rows
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, QUERIES_COLUMN
 from raydet.tables.table import Table
@@ -51,12 +51,11 @@ class _Candidates:
     numbers: Integers
 
 
-def find_similar(table: Table, dimension: int, probe: Probe, *, num: int, least: float) -> list[dict[str, Any]]:
+def find_similar(table: Table, probe: Probe, *, num: int, least: float) -> list[dict[str, Any]]:
     """Find the vectors most similar to that of the probe, which is left out itself.
 
     Args:
         table: Detections with embeddings.
-        dimension: Length of a vector.
         probe: Detection or image to compare with.
         num: How many to find.
         least: Least cosine similarity.
@@ -65,8 +64,9 @@ def find_similar(table: Table, dimension: int, probe: Probe, *, num: int, least:
         Rows of the table `similar`, the most similar first; among equal ones the earlier first.
 
     Raises:
-        UserError: The table lacks the probe, or the image could not be read.
+        UserError: The table has no embeddings or lacks the probe, or the image could not be read.
     """
+    dimension = required_dimension(table)
     vector, own_number = _vector_of(table, dimension, probe)
     best: list[dict[str, Any]] = []
     for batch in _batches(table, probe):

@@ -12,23 +12,28 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.tables.columns import Integers, image_ids_in, numbers_of
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, KeptVectors
-from raydet.tables.table import Table, open_table
+from raydet.tables.table import Table
 
 Vectors = npt.NDArray[np.float32]
 """Vectors of length 1, [N, D]; those without a direction are 0."""
 
 
-def open_embeddings(uri: str) -> tuple[Table, int]:
-    """Open a detections table with embeddings, and return the length of their vectors too.
+def embedding_dimension(table: Table) -> int | None:
+    """Return the length of the embeddings in a detections table; None if it has none."""
+    kept = KeptVectors.of_table(table.schema, table.uri)
+    return None if kept is None else kept.dimension
+
+
+def required_dimension(table: Table) -> int:
+    """Return the length of the embeddings in a detections table.
 
     Raises:
-        UserError: It is no such table.
+        UserError: It has none.
     """
-    table = open_table(uri, "detections")
-    kept = KeptVectors.of_table(table.schema, table.uri)
-    if kept is None or kept.dimension is None:
+    dimension = embedding_dimension(table)
+    if dimension is None:
         raise UserError(f"{table.uri} has no embeddings; score the images again with `raydet predict --keep embedding`")
-    return table, kept.dimension
+    return dimension
 
 
 def normalised(halves: npt.NDArray[np.float16]) -> Vectors:
@@ -51,9 +56,9 @@ class ImageVectors:
         image_ids: int64 [N], in the order of the table; images that could not be read are left out.
     """
 
-    def __init__(self, table: Table, dimension: int) -> None:
-        """Copy the embeddings."""
-        self._dimension = dimension
+    def __init__(self, table: Table) -> None:
+        """Copy the embeddings; raises as `required_dimension` does."""
+        self._dimension = dimension = required_dimension(table)
         self._file = tempfile.TemporaryFile(prefix="raydet-")  # noqa: SIM115
         ids = [np.zeros(0, np.int64)]
         for batch in table.iter_batches(["image_id", IMAGE_EMBEDDING_COLUMN]):

@@ -124,6 +124,18 @@ def keep_detections(columns: DetectionColumns, is_kept: Flags) -> DetectionColum
     )
 
 
+def as_labels(image_ids: Integers, detections: DetectionColumns) -> TruthColumns:
+    """Return the detections in some images as labelled boxes, without crowds, to match others with them."""
+    return TruthColumns(
+        image_ids=image_ids,
+        starts=detections.starts,
+        boxes_xywh=detections.boxes_xywh,
+        category=detections.category,
+        area=detections.boxes_xywh[:, 2:].prod(axis=1),
+        iscrowd=np.zeros(len(detections.scores), np.bool_),
+    )
+
+
 def image_places(columns: DetectionColumns) -> Integers:
     """Return the place of each detection's image, int64 [D]."""
     return np.repeat(np.arange(len(columns.starts) - 1), np.diff(columns.starts))

@@ -36,6 +36,7 @@ TableKind = Literal[
     "rejected",
     "near_duplicates",
     "similar",
+    "to_label",
     "trials",
     "findings",
     "data_summary",
@@ -236,6 +237,16 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("bbox", pa.list_(pa.float64(), 4)),
         ("score", pa.float64()),
         ("similarity", pa.float64()),
+    ],
+    "to_label": [  # in the order of the choice; null in the column of a criterion that was not asked for
+        ("place", pa.int64()),  # from 1
+        ("image_id", pa.int64()),
+        ("path", pa.string()),
+        ("reason", pa.string()),
+        ("uncertainty", pa.float64()),
+        ("rare", pa.float64()),
+        ("disagreement", pa.float64()),
+        ("similarity", pa.float64()),  # to the nearest image that is labelled or was chosen earlier; null without one
     ],
     "rejected": [
         ("path", pa.string()),

@@ -71,8 +71,6 @@ def test_the_demo_runs_twice_in_one_process_and_all_examples_follow_it(
         if name.startswith("prepare "):
             shutil.rmtree("data", ignore_errors=True)
         if name != "demo" and name not in ON_THE_HUB:
-            if name == "select":
-                run("predict", "--keep", "embedding", "--out", "runs/vectors")
             run(name)
     shutil.copy("photos/" + sorted(path.name for path in Path("photos").iterdir())[0], "photo.jpg")
     assert main(["predict", "--checkpoint", "runs/demo/checkpoint", "--data", "photo.jpg"]) == 0

@@ -8,10 +8,10 @@ import pytest
 
 from raydet import SelectConfig, UserError, select
 from raydet.selection.near_duplicates import near_duplicates
-from raydet.selection.vectors import ImageVectors, open_embeddings
+from raydet.selection.vectors import ImageVectors
 from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.schema import Category, build_schema
-from raydet.tables.table import TableWriter
+from raydet.tables.table import TableWriter, open_table
 from tests.json_output import check_result
 from tests.small_sets import rows_of
 
@@ -74,7 +74,7 @@ def unit(vectors: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
 def test_planted_copies_and_only_these_are_found(table: str, rows_at_once: int) -> None:
-    with ImageVectors(*open_embeddings(table)) as vectors:
+    with ImageVectors(open_table(table)) as vectors:
         original, similarity = near_duplicates(vectors, 0.99, rows_at_once=rows_at_once)
         ids = vectors.image_ids
     assert len(ids) == NUM_IMAGES - 1 and 100 + UNREADABLE not in ids
@@ -85,7 +85,7 @@ def test_planted_copies_and_only_these_are_found(table: str, rows_at_once: int) 
 
 @pytest.mark.parametrize("rows_at_once", [3, 8, 1000])
 def test_a_lower_limit_finds_what_one_after_the_other_does(table: str, rows_at_once: int) -> None:
-    with ImageVectors(*open_embeddings(table)) as vectors:
+    with ImageVectors(open_table(table)) as vectors:
         original, similarity = near_duplicates(vectors, 0.3, rows_at_once=rows_at_once)
     values = unit([row["image_embedding"] for row in rows() if row["image_embedding"] is not None])
     kept: list[int] = []

@@ -6,7 +6,15 @@ from raydet.measuring.diagnosis.scores import IOU, Outcomes, outcomes_at
 from raydet.measuring.fitting.calibrating import NUM_FOLDS, folds_of
 from raydet.measuring.numbers.matches import Protocol
 from raydet.measuring.numbers.matching import Pairs, match, match_in_parts, overlapping_pairs
-from raydet.tables.columns import DetectionColumns, Flags, Floats, Integers, TruthColumns, keep_detections
+from raydet.tables.columns import (
+    DetectionColumns,
+    Flags,
+    Floats,
+    Integers,
+    TruthColumns,
+    as_labels,
+    keep_detections,
+)
 
 CANDIDATES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """IoU thresholds to choose from."""
@@ -92,18 +100,10 @@ def _precisions(outcomes: Outcomes) -> Floats:
 
 def overlapping_detections(image_ids: Integers, detections: DetectionColumns, scores: Floats) -> Pairs:
     """Return the overlapping pairs of an image: a better detection as `truth`, sorted by it, and a worse one."""
-    num = len(detections.scores)
-    boxes = TruthColumns(
-        image_ids=image_ids,
-        starts=detections.starts,
-        boxes_xywh=detections.boxes_xywh,
-        category=detections.category,
-        area=np.ones(num),
-        iscrowd=np.zeros(num, np.bool_),
-    )
-    pairs = overlapping_pairs(boxes, detections, same_category=False, min_iou=CANDIDATES[0])
-    rank = np.empty(num, np.int64)
-    rank[np.argsort(-scores, kind="stable")] = np.arange(num)
+    labels = as_labels(image_ids, detections)
+    pairs = overlapping_pairs(labels, detections, same_category=False, min_iou=CANDIDATES[0])
+    rank = np.empty(len(scores), np.int64)
+    rank[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
     better, worse = rank[pairs.truth], rank[pairs.detection]
     chosen = np.flatnonzero(better < worse)
     chosen = chosen[np.argsort(better[chosen], kind="stable")]

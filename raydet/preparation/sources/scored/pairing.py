@@ -1,4 +1,4 @@
-"""Images and their rows in a table of detections, matched by image id and checked by path and size."""
+"""Images of a table and their rows in a table of detections, matched by image id and checked by path and size."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 
 from raydet.common.console import counted
 from raydet.common.errors import UserError
+from raydet.measuring.joining import key_columns, paths_in
 from raydet.measuring.paths import paths_differ
 from raydet.preparation.sources.scored.rows import RecentRows
 from raydet.tables.columns import BATCH_ROWS, Integers, image_ids_in, numbers_of, places_in
@@ -32,8 +33,7 @@ def places_of(images: Table, found: Table) -> Integers | None:
         if not is_known.all():
             raise (UserError if is_known.any() else OtherImagesError)(
                 f"{found.uri} has no row for {(~is_known).sum():,} of the {counted(len(image_ids), 'image')} of "
-                f"{images.uri}, for example image {image_ids[~is_known][0]}; use the detections that predict found in "
-                "this table"
+                f"{images.uri}, for example image {image_ids[~is_known][0]}; use {_remedy(images)}"
             )
         places = order[at]
     _check_same(images, found, places)
@@ -45,20 +45,22 @@ def _ids_of(table: Table) -> Integers:
     return np.concatenate([np.zeros(0, np.int64), *map(image_ids_in, table.iter_batches(["image_id"], BATCH_ROWS))])
 
 
+def _remedy(images: Table) -> str:
+    is_images = images.kind == "images"
+    return "the detections that predict found in this table" if is_images else "two runs on the same images"
+
+
 def _check_same(images: Table, found: Table, places: Integers | None) -> None:
     """Refuse detections of other images: equal ids are no proof, because most folders are numbered from 0."""
     rows, position, has_paths = RecentRows(found, ["path", "width", "height"]), 0, False
-    for batch in images.iter_batches(["image_id", "image.path", "width", "height"], BATCH_ROWS):
+    for batch in images.iter_batches(key_columns(images), BATCH_ROWS):
         own = np.arange(position, position + batch.num_rows)
         other = rows.take(own if places is None else places[own])
         is_bad = np.zeros(batch.num_rows, np.bool_)
         for name in ("width", "height"):
             sides = numbers_of(batch.column(name)), numbers_of(other.column(name))
             is_bad |= (sides[0] != sides[1]) & (sides[0] > 0) & (sides[1] > 0)
-        paths = [
-            pc.fill_null(column, "").cast(pa.large_string())
-            for column in (pc.struct_field(batch.column("image"), "path"), other.column("path"))
-        ]
+        paths = [pc.fill_null(paths_in(side), "") for side in (batch, other)]
         both = np.flatnonzero(np.logical_and(*(numbers_of(pc.binary_length(own)) > 0 for own in paths)))
         if len(both):
             has_paths = True
@@ -70,14 +72,13 @@ def _check_same(images: Table, found: Table, places: Integers | None) -> None:
                 for path, side in zip(paths, (batch, other), strict=True)
             ]
             raise OtherImagesError(
-                f"{found.uri} and {images.uri} describe different images: image {batch.column('image_id')[row]} is "
-                f"{shown[0]} in the images table, {shown[1]} in the detections; use the detections that predict found "
-                "in this table"
+                f"{images.uri} and {found.uri} describe different images: image {batch.column('image_id')[row]} is "
+                f"{shown[0]} in the first, {shown[1]} in the second; use {_remedy(images)}"
             )
         position += batch.num_rows
     spaces = [table.manifest.get("id_space") for table in (images, found)]
     if not has_paths and None not in spaces and spaces[0] != spaces[1]:
         raise OtherImagesError(
-            f"{found.uri} and {images.uri} number their images independently and share no paths that would identify "
-            "them; use the detections that predict found in this table"
+            f"{images.uri} and {found.uri} number their images independently and share no paths that would identify "
+            f"them; use {_remedy(images)}"
         )
