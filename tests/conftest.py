@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: real images, small generated tables, one Ray cluster, a private HOME."""
 
+import atexit
 import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,12 @@ import pytest
 _HOME = tempfile.mkdtemp(prefix="raydet-home-")
 os.environ |= {"HOME": _HOME, "HF_HOME": f"{_HOME}/hf", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ.pop("RAY_ADDRESS", None)
+
+
+@atexit.register
+def _remove_home(owner: int = os.getpid()) -> None:
+    if os.getpid() == owner:  # not in forked children
+        shutil.rmtree(_HOME, ignore_errors=True)
 
 
 _INTEGRATION_TESTS = (

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydet.cluster.ray_internals import alive_nodes
+from raydet.cluster.session import session
 from raydet.common.console import listed
 from raydet.common.errors import RunError, UserError, one_line
 from raydet.tables import storage
+from raydet.tables.layout import MANIFEST_NAME
+from raydet.tables.table import Table
 
 ANSWER_WITHIN_S = 180.0
 """Long, because a node may first have to fetch the job's working directory and retry requests to an object store."""
@@ -75,6 +79,24 @@ def check_shared(*, reads: Mapping[str, tuple[str, str]], writes: tuple[str, str
             findings = _ask(nodes, [probe, *places], probe)
     if findings:
         raise _refusal(findings)
+
+
+@contextlib.contextmanager
+def table_session(address: str, option: str, table: Table) -> Iterator[None]:
+    """Context manager: connect to a cluster, and check that all its nodes see a table, while the block runs.
+
+    Args:
+        address: Address of the cluster; "local" starts one on this machine.
+        option: The option that names the table, for messages.
+        table: The table to read.
+
+    Raises:
+        UserError: A node cannot read the table.
+        RunError: The cluster cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as log, session(log, address=address):
+        check_shared(reads={option: (table.uri, storage.join(table.uri, MANIFEST_NAME))})
+        yield
 
 
 @contextlib.contextmanager

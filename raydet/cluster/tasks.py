@@ -32,18 +32,18 @@ def run_tasks(
     """
     task = ray.remote(num_cpus=cpus_per_task, max_retries=_RETRIES)(_work_on_item)
     # In a list, so that the task itself fetches the function and a failed fetch is the task's error.
-    shared = [ray.put(work)]
+    function = [ray.put(work)]
     pending: list[Any] = []
 
     def take() -> Result:
         first = pending[0] if in_order else ray.wait(pending)[0][0]
         pending.remove(first)
-        result: Result = _get(first)
+        result: Result = result_of(first)
         return result
 
     try:
         for item in items:
-            pending.append(task.remote(shared, item))
+            pending.append(task.remote(function, item))
             if len(pending) >= 2 * cluster_cpus() / cpus_per_task:
                 yield take()
         while pending:
@@ -53,13 +53,24 @@ def run_tasks(
             ray.cancel(reference)
 
 
-def _work_on_item(shared: list[Any], item: Any) -> Any:
-    work: Callable[[Any], Any] = ray.get(shared[0])
+def start_actor(kind: type, *arguments: Any, cpus: float) -> Any:
+    """Start an actor of a class; it starts again, and its calls are repeated, if it is lost."""
+    actor: Any = ray.remote(kind).options(num_cpus=cpus, max_restarts=_RETRIES, max_task_retries=_RETRIES)
+    return actor.remote(*arguments)
+
+
+def shared(value: object) -> Any:
+    """Put a value into the object store, for calls of several actors."""
+    return ray.put(value)
+
+
+def _work_on_item(function: list[Any], item: Any) -> Any:
+    work: Callable[[Any], Any] = ray.get(function[0])
     return work(item)
 
 
-def _get(reference: Any) -> Any:
-    """Return the result of a task; its error becomes a one-line `RunError`."""
+def result_of(reference: Any) -> Any:
+    """Return the result of a task or of a method of an actor; its error becomes a one-line `RunError`."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

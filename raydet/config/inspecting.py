@@ -109,6 +109,13 @@ class SelectConfig:
         None,
     )
     num: int = option("with --by and --similar-to: how many to find", 100)
+    ray_address: str | None = option(
+        "with --near-duplicates and --similar-to: Ray cluster that compares the vectors, or `local` to start one on "
+        "this machine; by default this process compares them",
+        None,
+        group="Compute and cluster",
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -121,6 +128,8 @@ class SelectConfig:
         )
         require(bool(self.by) or self.labelled_data is None, "--labelled-data needs --by")
         require(len(set(self.by)) == len(self.by), "--by names a criterion twice")
+        require(self.ray_address is None or bool(self.ray_address.strip()), "--ray-address must not be empty")
+        require(self.ray_address is None or not self.by, "--by does not use Ray; omit --ray-address")
         require(
             self.similar_to is None or re.fullmatch(r"\d{1,16}(:\d{1,9})?", self.similar_to) is not None,
             f"--similar-to must be written as IMAGE_ID:BOX, such as 17:0, or IMAGE_ID; got {self.similar_to}",

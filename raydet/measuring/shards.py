@@ -4,7 +4,6 @@ Only the detections of a few shards are in memory at a time. Tasks are local thr
 off if its nodes read in parallel; the truth is stored once in Ray's object store.
 """
 
-import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,6 @@ from raydet.measuring.numbers.matches import Matches, Protocol, concatenate
 from raydet.measuring.numbers.matching import match
 from raydet.measuring.numbers.metrics import CocoResult
 from raydet.measuring.truth import Truth
-from raydet.tables import storage
 from raydet.tables.columns import (
     DetectionColumns,
     Integers,
@@ -39,7 +37,6 @@ from raydet.tables.columns import (
     take_detections,
     take_truth,
 )
-from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.table import RowGroup, Table, open_table, refusing_damage
 
 _BYTES_PER_SHARD = 20 * 2**20
@@ -185,14 +182,8 @@ def _row_groups(
     table: Table, num_shards: int | None, *, bytes_per_shard: int = _BYTES_PER_SHARD
 ) -> list[list[RowGroup]]:
     """Split the row groups, in order, into shards of similar size in bytes."""
-    groups = table.row_groups()
-    ends = np.cumsum([group.num_bytes for group in groups])
-    num_shards = min(num_shards or -(-int(ends[-1]) // bytes_per_shard), len(groups)) or 1
-    shard_of = np.minimum((ends - 1) * num_shards // max(int(ends[-1]), 1), num_shards - 1)
-    shards = [
-        [group for group, own in zip(groups, shard_of, strict=True) if own == index] for index in range(num_shards)
-    ]
-    return [shard for shard in shards if shard]
+    num_bytes = int(table.layout.num_bytes.sum())
+    return table.split_row_groups(num_shards or -(-num_bytes // bytes_per_shard))
 
 
 def _with_truth_rows(shards: _Shards, groups: Sequence[Sequence[RowGroup]]) -> list[_Shard]:
@@ -203,9 +194,10 @@ def _with_truth_rows(shards: _Shards, groups: Sequence[Sequence[RowGroup]]) -> l
 def _match_on_ray(
     address: str, shards: _Shards, match_shard: Callable[[_Shard], _Part], work: Sequence[_Shard]
 ) -> Iterator[_Part]:
+    from raydet.cluster.shared_storage import table_session
     from raydet.cluster.tasks import run_tasks
 
-    with _session(address, shards.table):
+    with table_session(address, "--detections", shards.table):
         yield from run_tasks(match_shard, work, in_order=False)
 
 
@@ -227,13 +219,3 @@ def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatc
         with refusing_damage(table.uri):
             content = table.read_row_group(group, DETECTION_FIELDS)
         yield from content.to_batches()
-
-
-@contextlib.contextmanager
-def _session(address: str, table: Table) -> Iterator[None]:
-    """Context manager: connect to the cluster, and check that all its nodes see the table, while the block runs."""
-    from raydet.cluster import session, shared_storage
-
-    with tempfile.TemporaryDirectory() as log, session.session(log, address=address):
-        shared_storage.check_shared(reads={"--detections": (table.uri, storage.join(table.uri, MANIFEST_NAME))})
-        yield

@@ -1,7 +1,10 @@
 """The command `select`: a detections table → what to label next, near-duplicates, or what is similar to one thing."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -177,14 +180,31 @@ class _Similar:
 
 def _duplicates(table: Table, config: SelectConfig) -> _Results:
     assert config.min_similarity is not None, "the config requires it for near-duplicates"
-    with ImageVectors(table) as vectors:
-        return _Duplicates(vectors.image_ids, *near_duplicates(vectors, config.min_similarity))
+    with ImageVectors(table) as vectors, _cluster(table, config) as cluster:
+        search = None if cluster is None else cluster.VectorActors(table).search
+        return _Duplicates(vectors.image_ids, *near_duplicates(vectors, config.min_similarity, search=search))
 
 
 def _similar(table: Table, config: SelectConfig) -> _Results:
     least = -np.inf if config.min_similarity is None else config.min_similarity
     probe = Probe.parse(config.similar_to or "")
-    return _Similar(find_similar(table, probe, num=config.num, least=least))
+    with _cluster(table, config) as cluster:
+        parallel = None if cluster is None else partial(cluster.search_parts, table)
+        return _Similar(find_similar(table, probe, num=config.num, least=least, parallel=parallel))
+
+
+@contextlib.contextmanager
+def _cluster(table: Table, config: SelectConfig) -> Iterator[ModuleType | None]:
+    """Context manager: connect to `--ray-address`, and yield the module that works there; None without an address."""
+    if config.ray_address is None:
+        yield None
+        return
+    # Ray takes a second to import.
+    from raydet.cluster.shared_storage import table_session
+    from raydet.selection import on_ray
+
+    with table_session(config.ray_address, "--detections", table):
+        yield on_ray
 
 
 def _write_list(uri: str, paths: Iterator[str | None]) -> int:

@@ -1,7 +1,9 @@
 """An embedding and a detections table → the most similar objects, or images, in one pass over the table."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.common.errors import UserError
-from raydet.selection.vectors import Vectors, normalised, required_dimension, rows_of
+from raydet.selection.vectors import Vectors, batches_in, normalised, required_dimension, rows_of
 from raydet.tables.columns import Integers, elements_of, flatten, image_ids_in, numbers_of, starts_of, take_rows
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, QUERIES_COLUMN
-from raydet.tables.table import Table
+from raydet.tables.table import RowGroup, Table
 
 _ROWS_AT_ONCE = 256
+
+Rows = list[dict[str, Any]]
+"""Rows of the table `similar`, the most similar first."""
+PartSearch = Callable[[Sequence[RowGroup] | None], Rows]
+"""Function that searches some row groups, or all."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,14 @@ class _Candidates:
     numbers: Integers
 
 
-def find_similar(table: Table, probe: Probe, *, num: int, least: float) -> list[dict[str, Any]]:
+def find_similar(
+    table: Table,
+    probe: Probe,
+    *,
+    num: int,
+    least: float,
+    parallel: Callable[[PartSearch], Iterable[Rows]] | None = None,
+) -> Rows:
     """Find the vectors most similar to that of the probe, which is left out itself.
 
     Args:
@@ -59,6 +73,8 @@ def find_similar(table: Table, probe: Probe, *, num: int, least: float) -> list[
         probe: Detection or image to compare with.
         num: How many to find.
         least: Least cosine similarity.
+        parallel: Function that applies a search to all parts of the table, in order; by default this process searches
+            it as a whole.
 
     Returns:
         Rows of the table `similar`, the most similar first; among equal ones the earlier first.
@@ -68,8 +84,24 @@ def find_similar(table: Table, probe: Probe, *, num: int, least: float) -> list[
     """
     dimension = required_dimension(table)
     vector, own_number = _vector_of(table, dimension, probe)
-    best: list[dict[str, Any]] = []
-    for batch in _batches(table, probe):
+    search = partial(_best_in, table, dimension, probe, vector, own_number, num, least)
+    found = parallel(search) if parallel else [search(None)]
+    return _best(itertools.chain.from_iterable(found), num)
+
+
+def _best_in(
+    table: Table,
+    dimension: int,
+    probe: Probe,
+    vector: npt.NDArray[np.float32],
+    own_number: int,
+    num: int,
+    least: float,
+    groups: Sequence[RowGroup] | None,
+) -> Rows:
+    """Find what `find_similar` does in some row groups, or in all."""
+    best: Rows = []
+    for batch in _batches(table, probe, groups):
         found = _candidates(batch, dimension, probe, table.uri)
         similarity = found.vectors @ vector
         is_own = (image_ids_in(batch)[found.rows] == probe.image_id) & (found.numbers == own_number)
@@ -77,14 +109,18 @@ def find_similar(table: Table, probe: Probe, *, num: int, least: float) -> list[
         wanted = np.flatnonzero((similarity >= least) & (similarity > worst) & ~is_own)
         order = wanted[np.argsort(-similarity[wanted], kind="stable")][:num]
         rows = [_row(batch, found, place, float(similarity[place]), table) for place in order.tolist()]
-        best = sorted([*best, *rows], key=lambda row: -row["similarity"])[:num]
+        best = _best([*best, *rows], num)
     return best
 
 
-def _batches(table: Table, probe: Probe) -> Iterator[pa.RecordBatch]:
+def _best(rows: Iterable[dict[str, Any]], num: int) -> Rows:
+    return sorted(rows, key=lambda row: -row["similarity"])[:num]
+
+
+def _batches(table: Table, probe: Probe, groups: Sequence[RowGroup] | None = None) -> Iterator[pa.RecordBatch]:
     columns = ["image_id", "path"]
     columns += [IMAGE_EMBEDDING_COLUMN] if probe.number is None else ["detections", QUERIES_COLUMN]
-    yield from table.iter_batches(columns, batch_size=_ROWS_AT_ONCE)
+    yield from batches_in(table, columns, groups, _ROWS_AT_ONCE)
 
 
 def _vector_of(table: Table, dimension: int, probe: Probe) -> tuple[npt.NDArray[np.float32], int]:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.tables.columns import Integers, image_ids_in, numbers_of
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, KeptVectors
-from raydet.tables.table import Table
+from raydet.tables.table import RowGroup, Table, refusing_damage
 
 Vectors = npt.NDArray[np.float32]
 """Vectors of length 1, [N, D]; those without a direction are 0."""
@@ -49,6 +49,18 @@ def rows_of(column: pa.FixedSizeListArray, dimension: int) -> npt.NDArray[np.flo
     return numbers_of(column.flatten()).reshape(-1, dimension)
 
 
+def batches_in(
+    table: Table, columns: Sequence[str], groups: Sequence[RowGroup] | None, batch_size: int = 1024
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a table, or those of some row groups, in order, in batches."""
+    if groups is None:
+        yield from table.iter_batches(columns, batch_size)
+        return
+    with refusing_damage(table.uri):
+        for rows in table.read_row_groups(groups, columns):
+            yield from rows.to_batches(max_chunksize=batch_size)
+
+
 class ImageVectors:
     """The embeddings of a table's images, in a temporary file, so that memory does not grow with their number.
 
@@ -56,12 +68,12 @@ class ImageVectors:
         image_ids: int64 [N], in the order of the table; images that could not be read are left out.
     """
 
-    def __init__(self, table: Table) -> None:
-        """Copy the embeddings; raises as `required_dimension` does."""
+    def __init__(self, table: Table, groups: Sequence[RowGroup] | None = None) -> None:
+        """Copy the embeddings of all images, or those of some row groups; raises as `required_dimension` does."""
         self._dimension = dimension = required_dimension(table)
         self._file = tempfile.TemporaryFile(prefix="raydet-")  # noqa: SIM115
         ids = [np.zeros(0, np.int64)]
-        for batch in table.iter_batches(["image_id", IMAGE_EMBEDDING_COLUMN]):
+        for batch in batches_in(table, ["image_id", IMAGE_EMBEDDING_COLUMN], groups):
             column = batch.column(IMAGE_EMBEDDING_COLUMN)
             ids.append(image_ids_in(batch)[numbers_of(column.is_valid())])
             self._file.write(rows_of(column, dimension).tobytes())

@@ -128,6 +128,17 @@ class Table:
             for number, file in zip(numbers, files.tolist(), strict=True)
         )
 
+    def split_row_groups(self, num_parts: int) -> list[list[RowGroup]]:
+        """Split the row groups, in order, into at most this many parts of similar size in bytes, none of them empty."""
+        groups = self.row_groups()
+        ends = np.cumsum([group.num_bytes for group in groups])
+        num_parts = max(1, min(num_parts, len(groups)))
+        part_of = np.minimum((ends - 1) * num_parts // max(int(ends[-1]) if len(ends) else 0, 1), num_parts - 1)
+        parts = [
+            [group for group, own in zip(groups, part_of, strict=True) if own == index] for index in range(num_parts)
+        ]
+        return [part for part in parts if part]
+
     def read_row_group(self, group: RowGroup, columns: Sequence[str] | None = None) -> pa.Table:
         """Read one row group: all columns, or the given ones; raises as `read_row_groups` does."""
         return next(self.read_row_groups([group], columns))
