@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from raydet import PlanConfig, TrainConfig, plan, train
+from raydet import PlanConfig, PredictConfig, TrainConfig, plan, predict, train
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.models.loading import load_detector
 from raydet.tables import storage
@@ -69,9 +69,20 @@ def test_a_killed_run_resumes_in_mid_epoch(shapes: Path, tmp_path: Path, undistu
 
 
 def test_a_killed_run_of_mixed_tables_resumes_with_the_rest(shapes: Path, tmp_path: Path, ray_cluster: None) -> None:
-    data: dict[str, Any] = {"train_data": [f"{shapes}/train:0.6", f"{shapes}/val:1.5"], "repeat_rare": 0.8}
-    undisturbed = train(_config(shapes, tmp_path / "undisturbed", **data))
-    config = _config(shapes, tmp_path / "killed", **data)
+    data = {"train_data": [f"{shapes}/train:0.6", f"{shapes}/val:1.5"], "repeat_rare": 0.8}
+    _assert_a_kill_changes_nothing(shapes, tmp_path, data)
+
+
+def test_a_killed_run_with_a_teacher_resumes_with_it(shapes: Path, tmp_path: Path, undisturbed: TrainResult) -> None:
+    found = str(tmp_path / "teacher")
+    checkpoint = f"{undisturbed.out}/checkpoint"
+    predict(PredictConfig(checkpoint=checkpoint, data=f"{shapes}/train", keep=["class_scores"], out=found))
+    _assert_a_kill_changes_nothing(shapes, tmp_path, {"teacher": found})
+
+
+def _assert_a_kill_changes_nothing(shapes: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    undisturbed = train(_config(shapes, tmp_path / "undisturbed", **options))
+    config = _config(shapes, tmp_path / "killed", **options)
     state = tmp_path / "killed" / STATES_FOLDER / "00001-0000002.pt"
     with started(command_of("train", config), tmp_path / "output") as driver:
         wait_for_progress(state.exists, driver, tmp_path / "output")
