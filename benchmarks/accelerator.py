@@ -7,7 +7,8 @@ second that they decode and resize. The simulated model takes as long for one ba
 that feeding it needs half of the cores.
 
 - train: utilization from the first step of each epoch to its last, without validation and checkpoints.
-- train_nodes: the same for four workers on four local nodes, together at the rate of one; the lowest of the four.
+- train_nodes: the same for four workers on four local nodes, together at `--nodes-rate` of the rate of one, because the
+  processes of four Ray nodes share the two cores; the lowest of the four.
 - predict: utilization from 10 s after the first batch to the last.
 - predict_ceiling: images per second of a model that takes no time, as a fraction of the limit.
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--rounds", type=int, default=None, help="number of rounds; default: 3, or 1 with --quick")
+    parser.add_argument("--nodes-rate", type=float, default=0.75)
     parser.add_argument("--quick", action="store_true", help="finishes within three minutes on two cores")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -68,7 +70,8 @@ def main() -> None:
             print(f"limit {limit:.0f} images/s, {1000 * seconds:.1f} ms per batch", flush=True)
             for job in options.jobs:
                 if job.startswith("train"):
-                    result = _train(folder, job, seconds, epochs=4 if options.quick else 10)
+                    rate = options.nodes_rate if job == "train_nodes" else 1.0
+                    result = _train(folder, job, seconds / rate, epochs=4 if options.quick else 10)
                 else:
                     is_ceiling = job == "predict_ceiling"
                     num_images = round(limit * (20 if options.quick else 40) * (1 if is_ceiling else 0.5))

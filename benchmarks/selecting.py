@@ -1,6 +1,6 @@
 """AP after labelling what `select --by` chooses, compared with images chosen at random.
 
-    python benchmarks/select.py [--seeds 5] [--pool 200] [--start 20] [--rounds 3] [--per-round 20] [--steps 200]
+    python benchmarks/selecting.py [--seeds 5] [--pool 200] [--start 20] [--rounds 3] [--per-round 20] [--steps 200]
         [--base-steps 900] [--by uncertainty,rare,diversity] [--out FOLDER] [--threads N] [--quick]
 
 The pool is generated shapes of ten classes, of which three are in few images, and a quarter are near-duplicates: copies
