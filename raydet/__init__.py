@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.cluster.forecast.plan import plan as plan
     from raydet.config import BrowseConfig as BrowseConfig
     from raydet.config import CompareConfig as CompareConfig
+    from raydet.config import CropsConfig as CropsConfig
     from raydet.config import DemoConfig as DemoConfig
     from raydet.config import DoctorConfig as DoctorConfig
     from raydet.config import EvaluateConfig as EvaluateConfig
@@ -75,6 +76,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.preparation.prepare import prepare_yolo as prepare_yolo
     from raydet.reporting.report import report as report
     from raydet.scoring.predict import predict as predict
+    from raydet.second_looks.crops import crops as crops
     from raydet.selection.select import select as select
     from raydet.tables.table import open_table as open_table
     from raydet.training.train import train as train

@@ -131,6 +131,13 @@ _COMMANDS = (
         "--checkpoint runs/demo/checkpoint --data runs/demo/data/val --out runs/detections",
     ),
     Command(
+        "crops",
+        "raydet.second_looks.crops",
+        "detections and their images → what a second model says about each: a class, an answer, a vector",
+        "--detections runs/demo/detections --data runs/demo/data/val --task zero-shot-image-classification "
+        "--model openai/clip-vit-base-patch32 --labels circle,square --out runs/crops",
+    ),
+    Command(
         "evaluate",
         "raydet.measuring.evaluate",
         "labelled images and detections → COCO numbers and metrics tables",

@@ -1,6 +1,6 @@
 """Ray tasks over many items: a bounded number of tasks is in flight at any time, and a lost task is retried."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -53,15 +53,54 @@ def run_tasks(
             ray.cancel(reference)
 
 
-def start_actor(kind: type, *arguments: Any, cpus: float) -> Any:
+def start_actor(kind: type, *arguments: Any, cpus: float, gpus: int = 0, calls_at_once: int = 1) -> Any:
     """Start an actor of a class; it starts again, and its calls are repeated, if it is lost."""
-    actor: Any = ray.remote(kind).options(num_cpus=cpus, max_restarts=_RETRIES, max_task_retries=_RETRIES)
+    actor: Any = ray.remote(kind).options(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=_RETRIES,
+        max_task_retries=_RETRIES,
+        max_concurrency=calls_at_once,
+    )
     return actor.remote(*arguments)
+
+
+def run_on_actors(methods: Sequence[Any], items: Iterable[Item], *, calls_at_once: int = 1) -> Iterator[Any]:
+    """Call methods of actors for all items, and yield the results in the order of completion; raises as `run_tasks`.
+
+    Args:
+        methods: The method of each actor.
+        items: Arguments, one for each call.
+        calls_at_once: Calls that an actor has at a time.
+    """
+    calls: dict[Any, Any] = {}
+    free = list(methods) * calls_at_once
+    for item in items:
+        if not free:
+            done, _ = ray.wait(list(calls))
+            free.append(calls.pop(done[0]))
+            yield result_of(done[0])
+        method = free.pop(0)
+        calls[method.remote(item)] = method
+    while calls:
+        done, _ = ray.wait(list(calls))
+        del calls[done[0]]
+        yield result_of(done[0])
 
 
 def shared(value: object) -> Any:
     """Put a value into the object store, for calls of several actors."""
     return ray.put(value)
+
+
+def fetched(reference: Any) -> Any:
+    """Return the value behind a reference of `shared`, in a worker."""
+    return ray.get(reference)
+
+
+def has_gpu() -> bool:
+    """Return True in a task or actor that has a GPU."""
+    return bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
 
 
 def _work_on_item(function: list[Any], item: Any) -> Any:

@@ -33,7 +33,7 @@ from raydet.config.preparing import (
     PrepareYoloConfig,
 )
 from raydet.config.resolved import DECIDED_OPTIONS, ResolvedTrainConfig
-from raydet.config.scoring import DrawIf, Engine, Keep, Merge, PredictConfig, ResizeOn
+from raydet.config.scoring import CropsConfig, CropsTask, DrawIf, Engine, Keep, Merge, PredictConfig, ResizeOn
 from raydet.config.sharing import (
     ExportCocoConfig,
     ExportCvatConfig,
@@ -68,6 +68,8 @@ __all__ = [
     "BatchNorm",
     "BrowseConfig",
     "CompareConfig",
+    "CropsConfig",
+    "CropsTask",
     "DemoConfig",
     "DoctorConfig",
     "DrawIf",

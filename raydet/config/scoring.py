@@ -33,6 +33,17 @@ class PredictConfig(WorkersConfig):
         "instead of --checkpoint: a zero-shot model (OWL-ViT, OWLv2, Grounding DINO), as folder or Hub name", None
     )
     labels: list[str] | None = option('with --model: objects to look for, such as "cat,remote control"', None)
+    examples: str | None = option(
+        "with --model (OWL-ViT, OWLv2): folder with a sub-folder for each class, named like it, with pictures of one "
+        "object each; instead of --labels, or with them",
+        None,
+        value="FOLDER",
+    )
+    prompt_template: list[str] | None = option(
+        'with --labels (OWL-ViT, OWLv2): texts in which {} stands for the label, such as "a photo of a {}"; what the '
+        "model makes of several is averaged",
+        None,
+    )
     num_workers: int = option("parallel workers, each with a copy of the model", 1, operational=True)
     batch_size: int | Literal["auto"] = option(
         "images (or tiles) per forward pass; auto chooses the fastest; may differ when a run resumes",
@@ -165,9 +176,15 @@ class PredictConfig(WorkersConfig):
             "set either --checkpoint (a trained detector), or --model with --labels (a zero-shot model)",
         )
         require(
-            (self.model is None) == (self.labels is None),
-            "--model (a zero-shot model) and --labels (the objects to look for) must be set together",
+            (self.model is None) == (self.labels is None and self.examples is None),
+            "--model (a zero-shot model) and --labels or --examples (the objects to look for) must be set together",
         )
+        templates = self.prompt_template or []
+        require(
+            all(template.count("{}") == 1 and template.count("{") == 1 for template in templates),
+            f"--prompt-template must contain {{}} once, got {templates}",
+        )
+        require(not templates or self.labels is not None, "--prompt-template needs --labels")
         require(
             not self.operating_point or self.checkpoint is not None,
             "--operating-point needs --checkpoint: raydet fit writes it into a checkpoint",
@@ -227,3 +244,78 @@ class PredictConfig(WorkersConfig):
         """The table, folder, list or tar files that `data` names, if it does not name pictures."""
         assert isinstance(self.data, str), "several places are pictures"
         return self.data
+
+
+CropsTask = Literal[
+    "image-classification",
+    "zero-shot-image-classification",
+    "image-text-to-text",
+    "image-feature-extraction",
+    "depth-estimation",
+]
+
+
+@config
+class CropsConfig(WorkersConfig):
+    """Detections and their images → what a second model says about each detection: a class, an answer, a vector."""
+
+    detections: str = option("detections table, as written by predict")
+    data: str = option("the images that were scored, as given to predict")
+    model: str = option("model folder, or a Hub name")
+    task: CropsTask = option("what the model does, in the Hub's words")
+    out: str = option("folder or URI of the crops table to write", operational=True)
+
+    labels: list[str] | None = option(
+        "with zero-shot-image-classification: classes to choose from, in words", None, group="Model"
+    )
+    prompt_template: str | None = option(
+        'with --labels: text in which {} stands for the label; by default "This is a photo of {}."', None, group="Model"
+    )
+    ask: list[str] | None = option(
+        "with image-text-to-text: questions, or the text to continue; several may be asked; without one the model "
+        "describes the crop",
+        None,
+        group="Model",
+    )
+    max_new_tokens: int = option("with image-text-to-text: longest answer in tokens", 32, group="Model")
+    top_k: int = option("with classification: classes to store, the best ones", 5, group="Model")
+    precision: Precision = option("fp32; bf16 or fp16 if the hardware supports it", "fp32", group="Model")
+    batch_size: int = option("crops per forward pass", 16)
+
+    score_threshold: float = option("look only at detections with at least this score", 0.3, group="Detections")
+    margin: float = option("share of a box's width and height that is added on each side", 0.0, group="Detections")
+    min_side: int = option("smallest side of a crop in pixels; smaller ones get no answer", 4, group="Detections")
+    max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
+    allow_root: list[str] | None = option(
+        "with a folder as --data: further folders that its symbolic links may lead to", None, group="Input"
+    )
+
+    rows_per_file: int | None = option(
+        "images per output file, the unit of work that is repeated after a crash; by default 64",
+        None,
+        group="Output",
+        operational=True,
+    )
+    num_workers: int = option(
+        "parallel workers, each with a copy of the model", 1, group="Compute and cluster", operational=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            self, "max_new_tokens", "top_k", "batch_size", "min_side", "max_pixels", "rows_per_file", "num_workers"
+        )
+        require(0 <= self.score_threshold <= 1, f"--score-threshold must be from 0 to 1, got {self.score_threshold}")
+        require(0 <= self.margin <= 10, f"--margin must be from 0 to 10, got {self.margin}")
+        is_zero_shot = self.task == "zero-shot-image-classification"
+        require(
+            is_zero_shot == bool(self.labels),
+            "--task zero-shot-image-classification and --labels (the classes to choose from) must be set together",
+        )
+        require(
+            self.prompt_template is None or (is_zero_shot and self.prompt_template.count("{}") == 1),
+            "--prompt-template needs --labels, and must contain {} once",
+        )
+        texts = [*(self.labels or []), *(self.ask or [])]
+        require(all(text.strip() for text in texts), "--labels and --ask must not be empty texts")
+        require(not self.ask or self.task == "image-text-to-text", "--ask needs --task image-text-to-text")

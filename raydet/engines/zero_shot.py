@@ -4,11 +4,11 @@ This module checks a model's name and its labels without torch, so that the driv
 The worker that runs the model imports `raydet.engines.zero_shot_models`.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
+from raydet.engines.zero_shot_models.prompts import Prompt, prompts_of
 from raydet.models.checkpoints import read_checkpoint
 from raydet.models.families import FAMILIES, ZERO_SHOT_FAMILIES
 
@@ -36,21 +36,19 @@ def check_zero_shot(name: str) -> str:
     return model_type
 
 
-def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
-    """Strip the labels and check that they differ.
+def check_prompts(config: PredictConfig) -> tuple[Prompt, ...]:
+    """Return what a zero-shot model is to look for.
 
     Raises:
-        UserError: Two labels differ in case and spaces only, which models ignore.
+        UserError: There is no such model, or it cannot read these prompts.
     """
-    seen: dict[str, str] = {}
-    for label in labels:
-        plain = " ".join(label.lower().split())
-        if plain in seen:
-            raise UserError(
-                f"--labels: {seen[plain]!r} and {label.strip()!r} are the same label to the model; remove one"
-            )
-        seen[plain] = label.strip()
-    return tuple(seen.values())
+    assert config.model is not None, "the config asks for a model"
+    model_type = check_zero_shot(config.model)
+    if ZERO_SHOT_FAMILIES[model_type].reads_labels != "separately":
+        for option, value in (("--examples", config.examples), ("--prompt-template", config.prompt_template)):
+            if value:
+                raise UserError(f"{option} needs OWL-ViT or OWLv2, but --model {config.model} is a {model_type} model")
+    return prompts_of(config)
 
 
 def load_zero_shot(config: PredictConfig, *, device: str, num_threads: int) -> "Engine":
@@ -62,13 +60,13 @@ def load_zero_shot(config: PredictConfig, *, device: str, num_threads: int) -> "
         UserError: The model does not exist, cannot be read or is not a zero-shot detector, it cannot read a label, or
             the device does not support the precision.
     """
-    assert config.model is not None and config.labels is not None
-    family = ZERO_SHOT_FAMILIES[check_zero_shot(config.model)]
-    labels = check_labels(config.labels)
-    if family.reads_labels == "separately":
+    assert config.model is not None, "the config asks for a model"
+    prompts = check_prompts(config)
+    if ZERO_SHOT_FAMILIES[check_zero_shot(config.model)].reads_labels == "separately":
         from raydet.engines.zero_shot_models.owl import OwlEngine
 
-        return OwlEngine(config.model, labels, config=config, device=device, num_threads=num_threads)
+        return OwlEngine(config.model, prompts, config=config, device=device, num_threads=num_threads)
     from raydet.engines.zero_shot_models.grounding_dino import GroundingDinoEngine
 
+    labels = [prompt.label for prompt in prompts]
     return GroundingDinoEngine(config.model, labels, config=config, device=device, num_threads=num_threads)

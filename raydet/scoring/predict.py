@@ -95,6 +95,8 @@ class _ModelFacts:
     fingerprint: str
     point: FittedPoint | None = None
     kept: KeptVectors | None = None
+    examples: str | None = None
+    """Fingerprint of the pictures of `--examples`."""
 
 
 @with_options(PredictConfig)
@@ -143,6 +145,7 @@ def predict_with(
         score_threshold=config.score_threshold or 0.0,
         checkpoint=model.name if config.checkpoint else None,
         model=model.name if config.model else None,
+        examples=storage.absolute_uri(config.examples) if config.examples else None,
         keep=sorted(set(config.keep)) if config.keep else None,
     )
     with open_folder(config.out, command="predict", notify=console.line) as folder:
@@ -155,6 +158,8 @@ def predict_with(
         fingerprints = {"checkpoint_fingerprint": model.fingerprint, "data_fingerprint": images.fingerprint}
         if model.point is not None:
             fingerprints["operating_point_fingerprint"] = model.point.fingerprint
+        if model.examples is not None:
+            fingerprints["examples_fingerprint"] = model.examples
         run_identity = {**identity(config), **fingerprints}
         earlier = folder.admit(run_identity)
         if is_table(folder.uri):
@@ -211,15 +216,15 @@ def _place(config: PredictConfig, console: Console, in_process: bool) -> Iterato
 
 def _check_model(config: PredictConfig) -> _ModelFacts:
     if config.model is not None:
-        from raydet.engines.zero_shot import check_labels, check_zero_shot
+        from raydet.engines.zero_shot import check_prompts
+        from raydet.engines.zero_shot_models.prompts import fingerprint_of
 
-        check_zero_shot(config.model)
-        labels = check_labels(config.labels or ())
+        prompts = check_prompts(config)
         if config.precision == "fp16" and config.use_gpu is False:
             raise no_fp16_on_cpu(config.engine)
         name = storage.absolute_uri(config.model) if storage.exists(config.model) else config.model
-        categories = tuple(Category(id=index, name=label) for index, label in enumerate(labels))
-        model = _ModelFacts(name, categories, fingerprint(config.model))
+        categories = tuple(Category(id=index, name=prompt.label) for index, prompt in enumerate(prompts))
+        model = _ModelFacts(name, categories, fingerprint(config.model), examples=fingerprint_of(prompts))
     else:
         assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
         checkpoint = read_checkpoint(config.checkpoint)

@@ -37,6 +37,7 @@ TableKind = Literal[
     "near_duplicates",
     "similar",
     "to_label",
+    "crops",
     "trials",
     "findings",
     "data_summary",
@@ -247,6 +248,15 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
         ("rare", pa.float64()),
         ("disagreement", pa.float64()),
         ("similarity", pa.float64()),  # to the nearest image that is labelled or was chosen earlier; null without one
+    ],
+    "crops": [  # further columns hold the answers
+        ("image_id", pa.int64()),
+        ("path", pa.string()),
+        ("detection", pa.int64()),  # place by score, from 0
+        ("category", pa.string()),
+        ("bbox", pa.list_(pa.float64(), 4)),
+        ("score", pa.float64()),
+        ("error", pa.string()),
     ],
     "rejected": [
         ("path", pa.string()),

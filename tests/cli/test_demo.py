@@ -13,7 +13,7 @@ from raydet.cli.commands import COMMANDS
 from raydet.cli.main import main
 from tests.json_output import check_result
 
-ON_THE_HUB = {"prepare hub", "push"}
+ON_THE_HUB = {"prepare hub", "push", "crops"}
 """Commands whose examples need the Hub."""
 
 

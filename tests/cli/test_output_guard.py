@@ -22,6 +22,7 @@ from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.output_folder import open_folder
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
+from tests.second_looks.tiny_models import write_model
 from tests.small_sets import files_below, rows_of, save_image
 
 _STOPPING = """
@@ -78,7 +79,7 @@ FOLDERS_OF_FORMATS = {f"prepare {name}": ["--max-pixels", "9999999"] for name in
 PLACES = {"export voc": "out", "export yolo": "out", "export coco": "out.json", "export onnx": "out.onnx"}
 PLACES |= {"report": "out.html", "export cvat": "out", "export label-studio": "out"}
 """Commands that write their output atomically, each with a valid name for it."""
-ON_RAY = ("predict", "train", "tune", "loop")
+ON_RAY = ("predict", "crops", "train", "tune", "loop")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
         "train": {name: value for name, value in train.items() if name not in ("train_data", "val_data", "model")},
         "evaluate": {"bootstrap": 3},
     }
+    vit = write_model("vit", folder / "vit")
     for name, content in (("train", train), ("tune", search), ("loop", rounds)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return {
@@ -158,6 +160,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str,
         "export label-studio": ["--data", val],
         "export onnx": ["--checkpoint", model],
         "predict": ["--checkpoint", model, "--data", val],
+        "crops": ["--detections", found, "--data", val, "--model", vit, "--task", "image-classification"],
         "train": ["--config", str(folder / "train.yaml")],
         "tune": ["--config", str(folder / "tune.yaml")],
         "loop": ["--config", str(folder / "loop.yaml")],
@@ -206,7 +209,7 @@ def _slow(*commands: str) -> list[Any]:
 
 
 LIGHT = (*FOLDERS, *(name for name in PLACES if name != "export onnx"))
-HEAVY = ("export onnx", "predict")
+HEAVY = ("export onnx", "predict", "crops")
 """Commands that import torch, and that end within seconds without Ray."""
 
 

@@ -1,12 +1,16 @@
 """Zero-shot engine for OWL-ViT and OWLv2."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert, box_iou
 
 from raydet.common.errors import UserError
 from raydet.engines.zero_shot_models.base import Answer, Prepared, ZeroShotEngine
+from raydet.engines.zero_shot_models.prompts import Box, Prompt, read_box, read_example
+from raydet.images.decode import DecodeError, decode
 from raydet.models.families import ZERO_SHOT_FAMILIES
 from raydet.models.geometry import Image, ResizeRule, SizeHW
 
@@ -14,9 +18,15 @@ from raydet.models.geometry import Image, ResizeRule, SizeHW
 class OwlEngine(ZeroShotEngine):
     """OWL-ViT and OWLv2.
 
-    The text model embeds the labels once, and each image is compared with their embeddings. OWLv2 pads images to a
-    square at the bottom and on the right, and its boxes are relative to that square.
+    Texts and example pictures are embedded once; those of a class are averaged, and each image is compared with them.
+    OWLv2 pads images to a square at the bottom and on the right, and its boxes are relative to that square.
     """
+
+    def __init__(self, name: str, prompts: Sequence[Prompt], **options: Any) -> None:
+        """Load a model as `ZeroShotEngine` does, with texts and pictures of what to look for."""
+        self._prompts = prompts
+        self._max_pixels = options["config"].max_pixels
+        super().__init__(name, [prompt.label for prompt in prompts], **options)
 
     def prepare(self, images: Sequence[Image]) -> Prepared:
         """Make one batch of all images, which the processor resizes to one size; see `ZeroShotEngine.prepare`."""
@@ -41,6 +51,16 @@ class OwlEngine(ZeroShotEngine):
         return bool(family.pads_to_square and self._processor.image_processor.do_pad)
 
     def _read_labels(self, labels: Sequence[str]) -> None:
+        texts = [text for prompt in self._prompts for text in prompt.texts]
+        of_texts = iter(self._embed_texts(texts) if texts else ())
+        rows = []
+        for prompt in self._prompts:
+            own = [next(of_texts) for _ in prompt.texts] + [self._embed_example(uri) for uri in prompt.examples]
+            rows.append(own[0] if len(own) == 1 else torch.stack(own).mean(dim=0))
+        self._label_embeddings = torch.stack(rows)
+
+    def _embed_texts(self, labels: Sequence[str]) -> Tensor:
+        """Return a vector of length 1 for each text, [N, D]."""
         tokenizer, limit = self._processor.tokenizer, self._model.config.text_config.max_position_embeddings
         for label, token_ids in zip(labels, tokenizer(list(labels))["input_ids"], strict=True):
             if len(token_ids) > limit:
@@ -51,7 +71,43 @@ class OwlEngine(ZeroShotEngine):
         texts = tokenizer(list(labels), padding="max_length", max_length=limit, return_tensors="pt").to(self._device)
         # As in the model's own forward pass; the class head normalises once more.
         embeddings = self._model.base_model.get_text_features(**texts).pooler_output
-        self._label_embeddings: Tensor = embeddings / torch.linalg.norm(embeddings, dim=-1, keepdim=True)
+        normalised: Tensor = embeddings / torch.linalg.norm(embeddings, dim=-1, keepdim=True)
+        return normalised
+
+    def _embed_example(self, uri: str) -> Tensor:
+        """Return the vector of the object in a picture, of length 1, [D].
+
+        Without a box the model chooses the object, as in its `image_guided_detection`.
+        """
+        try:
+            pixels = decode(read_example(uri), max_pixels=self._max_pixels)
+        except DecodeError as error:
+            raise UserError(f"cannot read the example {uri}: {error}") from None
+        _, inputs = self._as_part([pixels], [0])
+        feature_map, _ = self._model.image_embedder(inputs["pixel_values"].to(self._device))
+        features = feature_map.flatten(1, 2)
+        box = read_box(uri)
+        if box is None:
+            embeddings, _, _ = self._model.embed_image_query(features, feature_map)
+            embedding = None if embeddings is None else embeddings[0, 0]
+        else:
+            embedding = self._model.class_predictor(features)[1][
+                0, self._nearest_box(features, feature_map, box, pixels)
+            ]
+        if embedding is None:
+            raise UserError(f"the model finds no object in the example {uri}; cut it out, or add its box")
+        vector: Tensor = embedding / torch.linalg.norm(embedding)
+        return vector
+
+    def _nearest_box(self, features: Tensor, feature_map: Tensor, box: Box, pixels: Image) -> int:
+        """Return the proposal that overlaps a box most, given as fractions of the picture."""
+        height, width = pixels.shape[:2]
+        extent_hw = self._box_extent_hw((height, width))
+        scale = torch.tensor([width / extent_hw[1], height / extent_hw[0]] * 2, device=self._device)
+        wanted = torch.tensor([box], device=self._device) * scale
+        found = self._model.box_predictor(features, feature_map)[0]
+        overlaps = box_iou(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in (wanted, found)))
+        return int(overlaps[0].argmax())
 
     def _num_proposals(self) -> int:
         vision = self._model.config.vision_config

@@ -1,0 +1,294 @@
+"""`crops` gives the answers of a plain script, one row a detection, whatever interrupts it."""
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForVisualQuestionAnswering,
+    AutoProcessor,
+    pipeline,
+)
+
+from raydet import CropsConfig, UserError, crops
+from raydet.second_looks import writing
+from raydet.second_looks.cutting import box_of, crops_of
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import TableWriter, open_table
+from tests.json_output import check_result
+from tests.second_looks.tiny_models import write_model
+from tests.small_sets import rows_of, write_drawn
+
+CATEGORIES = (Category(3, "cat"), Category(7, "dog"))
+NUM_IMAGES = 7
+SIZE_HW = (48, 64)
+UNREADABLE = 4
+
+
+def boxes_of(number: int) -> list[list[float]]:
+    """Boxes in an image: none in the third, one that is too small in the sixth."""
+    boxes = [[4.0 + number, 3.5, 20.25, 17.0], [30.0, 10.0, 25.5, 30.0], [50.0, 30.0, 30.0, 40.0], [1.0, 1.0, 9.0, 9.0]]
+    if number == 5:
+        boxes[1] = [20.0, 20.0, 1.0, 30.0]
+    return [] if number == 2 else boxes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images table `images` and detections table `found`; the fourth detection of each image has a low score."""
+    folder = tmp_path_factory.mktemp("crops")
+    generator = np.random.default_rng(0)
+    pictures = [generator.integers(0, 256, (*SIZE_HW, 3), dtype=np.uint8) for _ in range(NUM_IMAGES)]
+    write_drawn(folder / "images", [(pixels, [], []) for pixels in pictures])
+    with TableWriter(str(folder / "found"), build_schema("detections", CATEGORIES), config_hash="0" * 12) as writer:
+        for number in range(NUM_IMAGES):
+            boxes = boxes_of(number)
+            scores = [0.9, 0.8, 0.5, 0.1][: len(boxes)]
+            detections = {"bbox": boxes, "score": scores, "category": [0, 1, 1, 0][: len(boxes)]}
+            row = {"image_id": number, "path": f"{number:05d}.jpg", "width": SIZE_HW[1], "height": SIZE_HW[0]}
+            writer.write_rows([{**row, "detections": detections, "error": None}])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Function that returns the folder of a tiny model, written once."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def model(name: str) -> str:
+        return str(folder / name) if (folder / name).exists() else write_model(name, folder / name)
+
+    return model
+
+
+def config_of(data: Path, out: Path, model: str, task: Any, **options: Any) -> CropsConfig:
+    return CropsConfig(
+        detections=str(data / "found"), data=str(data / "images"), model=model, task=task, out=str(out), **options
+    )
+
+
+def crops_by_hand(data: Path, margin: float = 0.0) -> list[tuple[int, int, Image.Image | None]]:
+    """Image, detection and pixels of all crops with a score of at least 0.3; None for those that are too small."""
+    result = []
+    for row in rows_of(data / "images"):
+        picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        for place, (x, y, width, height) in enumerate(boxes_of(row["image_id"])[:3]):
+            left, top = int(np.floor(max(0, x - margin * width))), int(np.floor(max(0, y - margin * height)))
+            right = int(np.ceil(min(SIZE_HW[1], x + width + margin * width)))
+            bottom = int(np.ceil(min(SIZE_HW[0], y + height + margin * height)))
+            crop = picture.crop((left, top, right, bottom)) if min(right - left, bottom - top) >= 4 else None
+            result.append((row["image_id"], place, crop))
+    return result
+
+
+def assert_rows(rows: Sequence[dict[str, Any]], expected: Sequence[tuple[int, int, Image.Image | None]]) -> None:
+    assert [(row["image_id"], row["detection"]) for row in rows] == [(image, place) for image, place, _ in expected]
+    for row, (image, place, crop) in zip(rows, expected, strict=True):
+        assert row["bbox"] == boxes_of(image)[place] and row["category"] == ("cat", "dog", "dog")[place]
+        assert row["score"] == (0.9, 0.8, 0.5)[place] and row["path"] == f"{image:05d}.jpg"
+        assert (row["error"] is None) == (crop is not None)
+
+
+@pytest.mark.parametrize("margin", [0.0, 2.0])
+def test_classes_are_those_of_the_pipeline(data: Path, models: Any, tmp_path: Path, margin: float) -> None:
+    config = config_of(data, tmp_path / "out", models("vit"), "image-classification", margin=margin, batch_size=4)
+    result = crops(config)
+    rows, expected = rows_of(result.out, "crops"), crops_by_hand(data, margin)
+    assert check_result(result, "crops")["num_crops"] == 18
+    assert result.num_errors == sum(crop is None for _, _, crop in expected)
+    assert_rows(rows, expected)
+    judge = pipeline("image-classification", model=models("vit"))
+    for row, (_, _, crop) in zip(rows, expected, strict=True):
+        answers = [] if crop is None else judge(crop, top_k=5)
+        assert (row["labels"] or []) == [answer["label"] for answer in answers]
+        np.testing.assert_allclose(row["label_scores"] or [], [answer["score"] for answer in answers], atol=1e-5)
+        assert row["label"] == (answers[0]["label"] if answers else None)
+    assert crops(config).already_done
+
+
+def test_zero_shot_classes_are_those_of_the_pipeline(data: Path, models: Any, tmp_path: Path) -> None:
+    labels, template = ["cat", "red dog", "blue"], "the {} is it"
+    options = {"labels": labels, "prompt_template": template, "top_k": 2}
+    model = models("clip")
+    result = crops(config_of(data, tmp_path / "out", model, "zero-shot-image-classification", **options))
+    judge = pipeline("zero-shot-image-classification", model=model)
+    seen = set()
+    for row, (_, _, crop) in zip(rows_of(result.out, "crops"), crops_by_hand(data), strict=True):
+        if crop is not None:
+            answers = judge(crop, candidate_labels=labels, hypothesis_template=template)[:2]
+            assert row["labels"] == [answer["label"] for answer in answers]
+            np.testing.assert_allclose(row["label_scores"], [answer["score"] for answer in answers], atol=1e-5)
+            seen.add(row["label"])
+    assert len(seen) > 1, "the labels do not depend on the crop"
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+@torch.inference_mode()
+def test_vectors_are_those_of_the_model(data: Path, models: Any, tmp_path: Path, name: str) -> None:
+    result = crops(config_of(data, tmp_path / "out", models(name), "image-feature-extraction"))
+    model, processor = AutoModel.from_pretrained(models(name)), AutoImageProcessor.from_pretrained(models(name))
+    for row, (_, _, crop) in zip(rows_of(result.out, "crops"), crops_by_hand(data), strict=True):
+        if crop is not None:
+            inputs = processor(images=crop, return_tensors="pt")
+            found = model.get_image_features(**inputs) if name == "clip" else model(**inputs)
+            vector = found if isinstance(found, torch.Tensor) else found.pooler_output
+            np.testing.assert_allclose(row["embedding"], vector[0].numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_depths_are_medians_of_the_pipeline(data: Path, models: Any, tmp_path: Path) -> None:
+    result = crops(config_of(data, tmp_path / "out", models("depth_anything"), "depth-estimation"))
+    judge: Any = pipeline("depth-estimation", model=models("depth_anything"))
+    processor, model = judge.image_processor, judge.model
+    for row, (_, _, crop) in zip(rows_of(result.out, "crops"), crops_by_hand(data), strict=True):
+        if crop is not None:
+            with torch.inference_mode():
+                depth = model(**processor(images=crop, return_tensors="pt")).predicted_depth
+            assert row["depth"] == pytest.approx(float(depth.median()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["blip_captions", "git"])
+def test_captions_are_those_of_the_model(data: Path, models: Any, tmp_path: Path, name: str) -> None:
+    config = config_of(data, tmp_path / "out", models(name), "image-text-to-text", max_new_tokens=6, batch_size=5)
+    result = crops(config)
+    model: Any = AutoModelForImageTextToText.from_pretrained(models(name))
+    processor = AutoProcessor.from_pretrained(models(name))
+    answers = []
+    for row, (_, _, crop) in zip(rows_of(result.out, "crops"), crops_by_hand(data), strict=True):
+        if crop is not None:
+            inputs = processor(images=crop, return_tensors="pt")
+            found = model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=1)
+            assert row["caption"] == processor.batch_decode(found, skip_special_tokens=True)[0].strip()
+            answers.append(row["caption"])
+    assert len(set(answers)) > 1, "the captions do not depend on the crop"
+
+
+@pytest.mark.parametrize("name", ["blip_questions", "vilt"])
+def test_several_questions_have_a_column_each(data: Path, models: Any, tmp_path: Path, name: str) -> None:
+    ask = ["what colour is it ?", "is it a cat ?"]
+    options: dict[str, Any] = {"ask": ask, "max_new_tokens": 5, "batch_size": 4}
+    result = crops(config_of(data, tmp_path / "out", models(name), "image-text-to-text", **options))
+    model: Any = AutoModelForVisualQuestionAnswering.from_pretrained(models(name))
+    processor = AutoProcessor.from_pretrained(models(name))
+    for row, (_, _, crop) in zip(rows_of(result.out, "crops"), crops_by_hand(data), strict=True):
+        for number, question in enumerate(ask, start=1):
+            answer = row[f"answer_{number}"]
+            if crop is None:
+                assert answer is None
+                continue
+            inputs = processor(images=crop, text=question, return_tensors="pt")
+            with torch.inference_mode():
+                if name == "vilt":
+                    expected = model.config.id2label[int(model(**inputs).logits.argmax())]
+                else:
+                    found = model.generate(**inputs, max_new_tokens=5, do_sample=False, num_beams=1)
+                    expected = processor.batch_decode(found, skip_special_tokens=True)[0].strip()
+            assert answer == expected
+
+
+def test_a_killed_run_goes_on_with_what_is_left(
+    data: Path, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = crops(config_of(data, tmp_path / "whole", models("vit"), "image-classification", rows_per_file=2))
+    config = config_of(data, tmp_path / "out", models("vit"), "image-classification", rows_per_file=2)
+    real, done = crops_of, []
+
+    def failing(work: Any, rows: range, *, num_threads: int) -> Any:
+        done.append(rows)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(work, rows, num_threads=num_threads)
+
+    monkeypatch.setattr(writing, "crops_of", failing)
+    with pytest.raises(KeyboardInterrupt):
+        crops(config)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert crops(config).num_crops == 18
+    assert len(done) == 3 + 2, "finished files are not written again"
+    assert rows_of(tmp_path / "out", "crops") == rows_of(whole.out, "crops")
+
+
+@pytest.mark.timeout(180)
+def test_actors_write_the_same_rows(data: Path, models: Any, tmp_path: Path, ray_cluster: None) -> None:
+    options: dict[str, Any] = {"rows_per_file": 2, "num_workers": 2, "cpus_per_worker": 0.5, "threads_per_worker": 1}
+    there = crops(config_of(data, tmp_path / "there", models("vit"), "image-classification", **options))
+    assert there.num_crops == 18
+    rows = rows_of(there.out, "crops")
+    assert_rows(rows, crops_by_hand(data))
+    assert len({row["label"] for row in rows}) > 1
+
+
+def test_unreadable_images_have_rows_with_the_reason(data: Path, models: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for row in rows_of(data / "images"):
+        content = b"no image" if row["image_id"] == UNREADABLE else row["image"]["bytes"]
+        (folder / row["image"]["path"]).write_bytes(content)
+    config = CropsConfig(
+        detections=str(data / "found"),
+        data=str(folder),
+        model=models("vit"),
+        task="image-classification",
+        out=str(tmp_path / "out"),
+    )
+    result = crops(config)
+    rows = rows_of(result.out, "crops")
+    assert len(rows) == 18 and result.num_errors == 4
+    bad = [row for row in rows if row["image_id"] == UNREADABLE]
+    assert len(bad) == 3 and all(row["label"] is None and "image" in row["error"] for row in bad)
+
+
+def test_other_images_and_models_are_refused(data: Path, models: Any, tmp_path: Path) -> None:
+    few = write_drawn(tmp_path / "few", [(np.zeros((8, 8, 3), np.uint8), [], [])])
+    base: dict[str, Any] = {"model": models("vit"), "task": "image-classification", "out": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="does not hold the images of"):
+        crops(CropsConfig(detections=str(data / "found"), data=few, **base))
+    shuffled = tmp_path / "shuffled"
+    with TableWriter(str(shuffled), open_table(str(data / "images")).schema, config_hash="1" * 12) as writer:
+        writer.write_rows(rows_of(data / "images")[::-1])
+    with pytest.raises(UserError, match="not those of"):
+        crops(CropsConfig(detections=str(data / "found"), data=str(shuffled), **base))
+    for name, task in (("clip", "image-classification"), ("vit", "depth-estimation"), ("vilt", "image-text-to-text")):
+        with pytest.raises(UserError, match=r"does not fit --model|set --ask"):
+            crops(config_of(data, tmp_path / "out2", models(name), task))
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_model_without_weights_for_the_task_ends_the_run(
+    data: Path, models: Any, tmp_path: Path, ray_cluster: None
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models("dinov2"), folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "architectures": ["Dinov2ForImageClassification"]}))
+    with pytest.raises(UserError, match="no weights for image-classification"):
+        crops(config_of(data, tmp_path / "out", str(folder), "image-classification"))
+
+
+def test_a_crop_is_whole_pixels_inside_the_image() -> None:
+    assert box_of([-3.0, 2.2, 10.0, 5.1], 0.0, (20, 30)) == (0, 2, 7, 8)
+    assert box_of([10.0, 5.0, 10.0, 10.0], 0.5, (20, 30)) == (5, 0, 25, 20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"task": "zero-shot-image-classification"},
+        {"task": "image-classification", "labels": ["cat"]},
+        {"task": "image-classification", "ask": ["what ?"]},
+        {"task": "zero-shot-image-classification", "labels": ["cat"], "prompt_template": "no place"},
+        {"task": "depth-estimation", "margin": -1.0},
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        CropsConfig(detections="d", data="i", model="m", out="o", **options)
