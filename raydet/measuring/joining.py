@@ -167,8 +167,10 @@ def _refuse_unknown(
     return len(unknown)
 
 
-def rows_of_same_images(known: ImageKeys, found: ImageKeys) -> Integers:
+def rows_of_same_images(known: ImageKeys, found: ImageKeys, *, option: str) -> Integers:
     """Find the images that two tables have in common: by id if both use one numbering, otherwise by path.
+
+    `option` is the command-line option that names the known images, for messages.
 
     Returns:
         Rows of `found`, int64 [M].
@@ -180,7 +182,8 @@ def rows_of_same_images(known: ImageKeys, found: ImageKeys) -> Integers:
     is_alike = known.id_space is not None and known.id_space == found.id_space
     if not len(known.image_ids):
         return np.zeros(0, np.int64)
-    return np.flatnonzero((_rows_by_id if is_alike else _rows_by_path)(known, found) >= 0)
+    rows = _rows_by_id(known, found) if is_alike else _rows_by_path(known, found, option)
+    return np.flatnonzero(rows >= 0)
 
 
 def _rows_by_id(truth: ImageKeys, found: ImageKeys) -> Integers:
@@ -193,12 +196,12 @@ def _rows_by_id(truth: ImageKeys, found: ImageKeys) -> Integers:
     return np.where(is_known, places, -1)
 
 
-def _rows_by_path(truth: ImageKeys, found: ImageKeys) -> Integers:
+def _rows_by_path(truth: ImageKeys, found: ImageKeys, option: str = "--join path") -> Integers:
     import pyarrow.compute as pc
 
     for side in (truth, found):
         if side.paths is None or not _has_path(side).any():
-            raise UserError(f"matching by path needs paths, but {side.uri} has none; match by id, if it has them")
+            raise UserError(f"{option} requires image paths, but {side.uri} has none; omit {option.split()[0]}")
     prefixes = common_prefixes(_namesakes(truth, found))
     if prefixes is None:
         return np.full(len(found.image_ids), -1)
@@ -211,7 +214,7 @@ def _rows_by_path(truth: ImageKeys, found: ImageKeys) -> Integers:
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(repeated):
             path = prefix + repeated.field("values")[0].as_py()
-            raise UserError(f"{side.uri} has the path {path!r} more than once; matching by path needs unique paths")
+            raise UserError(f"{side.uri} has the path {path!r} more than once; {option} requires unique paths")
         known.append((rows, rest))
     (truth_rows, in_truth), (found_rows, in_found) = known
     places = numbers_of(pc.index_in(in_found, value_set=in_truth).fill_null(-1))

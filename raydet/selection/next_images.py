@@ -112,7 +112,7 @@ def _labelled(table: Table, uri: str | None) -> tuple[Flags, Floats | None]:
     if uri is None:
         return is_labelled, None
     known = open_table(uri, "images")
-    is_labelled[rows_of_same_images(list_images(known), list_images(table))] = True
+    is_labelled[rows_of_same_images(list_images(known), list_images(table), option="--labelled-data")] = True
     counts = np.zeros(len(known.categories))
     for batch in known.iter_batches(["objects.category"], BATCH_ROWS):
         _, columns = flatten(batch, "objects", ("category",), known.uri)
