@@ -20,7 +20,9 @@ from raydet.tables.kept.columns import KeptVectors, check_kept
 from raydet.tables.schema import LABELLED_COLUMN, MAX_IMAGE_ID, OPTIONAL_FIELDS, TableKind, declared_fields
 
 _ROWS_FOLDED = 256
-_ONE, _INFINITY = (int(np.array(number).view(np.uint64)) for number in (1.0, np.inf))
+_MOST_PIXELS = 1e15
+"""Limit of a box's numbers, below which areas and their sums are finite and exact to a pixel."""
+_ONE, _FAR, _INFINITY = (int(np.array(number).view(np.uint64)) for number in (1.0, _MOST_PIXELS, np.inf))
 _BOXES: dict[TableKind, str] = {"images": "objects", "detections": "detections"}
 _FREE_NUMBERS: tuple[TableKind, ...] = ("images", "detections", "histograms", "trials")
 """Kinds whose plain numbers may be NaN or infinite: columns of a source, outermost bins, losses that diverged."""
@@ -178,13 +180,17 @@ def check_boxes(
 
     if boxes_xywh is not None and len(boxes_xywh):
         most_xy, most_wh = _most_bits_of_columns(boxes_xywh).reshape(2, 2).max(axis=1)
-        if most_wh >= _INFINITY or (most_xy >= _INFINITY and not is_finite(boxes_xywh)):
+        # Negative numbers are larger than any other if read as integers.
+        if most_wh > _FAR or (most_xy > _FAR and not (np.abs(boxes_xywh[:, :2]) <= _MOST_PIXELS).all()):
             bad = ~np.isfinite(boxes_xywh).all(axis=1)
             if bad.any():
                 refuse(bad, "a box that is not finite (NaN or infinite)")
             bad = (boxes_xywh[:, 2:] < 0).any(axis=1)
             if bad.any():
                 refuse(bad, "a box with a negative width or height; boxes are x, y, width, height")
+            bad = (np.abs(boxes_xywh) > _MOST_PIXELS).any(axis=1)
+            if bad.any():
+                refuse(bad, f"a box that reaches beyond {_MOST_PIXELS:.0e} pixels")
     if scores is not None and len(scores) and _most_bits(scores) > _ONE:
         bad = ~np.isfinite(scores)
         if bad.any():

@@ -105,7 +105,7 @@ class TrainResult(Shown):
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
         first = ["nothing to do: this run is finished; raise --epochs to train longer"] if self.already_done else []
         ap = values["AP"]
-        last = [f"AP is low: {self.advice}"] if self.advice and ap is not None and ap < LOW_AP else []
+        last = [f"AP is low, {self.advice}"] if self.advice and ap is not None and ap < LOW_AP else []
         return [
             *first,
             f"best: {numbers} in epoch {best.epoch} of {len(self.history)}",

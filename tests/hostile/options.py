@@ -137,6 +137,7 @@ def _config_files(command: str) -> Iterator[Case]:
             put,
             weight=_weight(command),
             rights="owner" if thing == "unreadable" else "all",
+            may_change=("data",) if thing == "growing" else (),
         )
 
 

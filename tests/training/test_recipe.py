@@ -29,7 +29,7 @@ def test_a_run_writes_and_keeps_what_its_recipe_decided(shapes: Path, tmp_path: 
     result = train(config, console=console)
     said = "\n".join(console.said)
     assert "learning rate 0.001" in said and "has no pretrained weights" in said
-    assert result.lines()[-1].startswith("AP is low: rt_detr_v2_tiny was trained from scratch")
+    assert result.lines()[-1].startswith("AP is low, because rt_detr_v2_tiny was trained from scratch")
     text = Path(result.out, "config.yaml").read_text()
     assert "batch_size: 4  # given\n" in text and "learning_rate: 0.001  # from scratch" in text
     used = load_file(TrainConfig, f"{result.out}/config.yaml")

@@ -79,7 +79,7 @@ def resolve(config: TrainConfig, *, num_images: int, gpus: Callable[[], int], be
     decisions = _Decisions(given, begun or {})
     _decide(decisions, config, facts, recipe_of(facts), max(num_images, 1), gpus)
     resolved = ResolvedTrainConfig(**{**given, **decisions.values})
-    advice = "" if facts.is_pretrained else f"{config.model} was trained from scratch: {_PRETRAINED_ADVICE}"
+    advice = "" if facts.is_pretrained else f"because {config.model} was trained from scratch; {_PRETRAINED_ADVICE}"
     lines = [_line(resolved, decisions, facts, num_images)]
     if not facts.is_pretrained:
         lines.append(

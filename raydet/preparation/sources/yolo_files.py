@@ -98,6 +98,8 @@ def find_in_data_yaml(data_uri: str, split: str, *, allow_root: Sequence[str] | 
     found: list[tuple[str, list[str]]] = []
     for entry in entries:
         where = _resolve_entry(root, entry, data_uri)
+        if not where.strip("/"):
+            raise UserError(f"{data_uri}: `{split}` is the root of the file system; expected a folder of images")
         found.append((where, []) if not where.endswith(".txt") else ("", _read_list(where, root, allow_root or ())))
     folders = [folder for folder, _ in found if folder]
     named = [path for _, paths in found for path in paths]

@@ -252,6 +252,7 @@ def test_several_folders_and_labels_beside_the_images(tmp_path: Path) -> None:
         ("[1]", "must be a mapping"),
         ("names: [", "cannot read"),
         ("names: [dog]\n", "has no split `train`; it has none"),
+        ("train: ////\nnames: [dog]\n", "is the root of the file system"),
         ("val: x\nnames: [dog]\n", "it has val"),
         ("train: nowhere\nnames: [dog]\n", "but there is no .*nowhere"),
         ("train: images\n", "names must list the classes"),
