@@ -39,7 +39,8 @@ def main() -> None:
     for name in ["raydet"] if options.quick else IMPORTS:
         requirement = str(options.wheel.resolve()) if name == "raydet" else name
         results[name] = _measure(name, requirement, num_rounds=1 if options.quick else options.rounds)
-        times = ", ".join(f"`{code}` {seconds:.2f} s" for code, seconds in results[name]["imports_s"].items())
+        seconds_of = results[name]["imports_s"].items()
+        times = ", ".join(f"`{code}` {'failed' if own is None else f'{own:.2f} s'}" for code, own in seconds_of)
         print(f"{name}: {results[name]['install_s']:.0f} s, {results[name]['mb']:,} MB, {times}", flush=True)
     print(json.dumps(results))
 
@@ -73,13 +74,16 @@ def _install(requirement: str, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def _import(python: str, code: str, folder: str, *, num_rounds: int) -> float:
-    """Return the seconds of a process that imports a package."""
+def _import(python: str, code: str, folder: str, *, num_rounds: int) -> float | None:
+    """Return the seconds of a process that imports a package; None if that fails, for want of a system library."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HOME": folder}
     seconds = []
     for _ in range(num_rounds + 1):
         started = time.perf_counter()
-        subprocess.run([python, "-c", code], cwd=folder, env=environment, check=True, capture_output=True)
+        done = subprocess.run([python, "-c", code], cwd=folder, env=environment, capture_output=True, check=False)
+        if done.returncode:
+            print(f"`{code}` failed: {done.stderr.decode().splitlines()[-1:]}")
+            return None
         seconds.append(time.perf_counter() - started)
     return median(seconds[1:])
 

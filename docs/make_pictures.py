@@ -2,6 +2,8 @@
 
     raydet demo && python docs/make_pictures.py runs/demo
 
+Run it in the folder in which the demo ran, so that the pages name the demo's files relative to it.
+
 It needs Chromium, and the extras `browse` and `test`.
 """
 
@@ -47,7 +49,7 @@ def main() -> None:
         report = raydet.report(ReportConfig(metrics=str(demo / "metrics"), out=f"{folder}/report.html"))
         write("report", shot(browser, Path(report.out).as_uri(), ".main-svg"))
         inspected = raydet.inspect(InspectConfig(data=str(demo / "data" / "train"), out=folder + "/inspect"))
-        write("inspect", shot(browser, Path(inspected.page).as_uri(), "img"))
+        write("inspect", shot(browser, Path(inspected.page).as_uri(), ".main-svg"))
         sources = open_sources(BrowseConfig(data=str(demo / "metrics")))
         queries = Queries(build_index(sources))
         with serving(application(sources, queries, selection=f"{folder}/selection")) as address:
@@ -58,9 +60,10 @@ def main() -> None:
 def drawn(demo: Path) -> Image.Image:
     """Return some validation images side by side, with the detections of at least 0.5."""
     model = raydet.load(str(demo / "checkpoint"))
-    rows = open_table(str(demo / "data" / "val"), "images").read(["image"]).slice(0, NUM_DRAWN).to_pylist()
-    found = model([Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows])
-    pictures = [one.filter(score_threshold=0.5).draw().resize((DRAWN_SIDE, DRAWN_SIDE)) for one in found]
+    rows = open_table(str(demo / "data" / "val"), "images").read(["image", "objects"]).to_pylist()
+    several = [row for row in rows if len(row["objects"]["id"]) > 1][:NUM_DRAWN]
+    images = [Image.open(io.BytesIO(row["image"]["bytes"])).resize((DRAWN_SIDE, DRAWN_SIDE)) for row in several]
+    pictures = [found.filter(score_threshold=0.5).draw() for found in model(images)]
     return side_by_side(pictures)
 
 

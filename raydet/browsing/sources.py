@@ -122,7 +122,7 @@ def _evaluated(run: RunTables, truth: Truth, threshold: float | None) -> ShownRu
         allow_partial=True,
     )
     return ShownRun(
-        name=run.model or run.run,
+        name=run.run,
         scored=scored,
         threshold=score_threshold(run) if threshold is None else threshold,
         class_agnostic=bool(settings.get("class_agnostic")),

@@ -141,7 +141,14 @@ def resize_rules_for(
             processor = _read_processor(name, family)
         if image_size is not None:
             processor = resized_processor(processor, family, image_size)
-    return resize_rule_of(processor, where=name), step_resize_rules(processor, family, multi_scale, where=name)
+    rule = resize_rule_of(processor, where=name)
+    if rule.size_hw is not None and any(side % family.side_multiple for side in rule.size_hw):
+        height, width = rule.size_hw
+        raise UserError(
+            f"the image processor of {name} makes images of {height} × {width} pixels, but its model needs multiples "
+            f"of {family.side_multiple}; correct size in its preprocessor_config.json"
+        )
+    return rule, step_resize_rules(processor, family, multi_scale, where=name)
 
 
 def load_detector(name: str) -> Detector:

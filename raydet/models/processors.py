@@ -102,14 +102,16 @@ def resize_rule_of(processor: Any, *, where: str) -> ResizeRule:
         rule = _rule_of(processor, where)
         shorter = [] if rule.shortest is None or rule.longest is None else [min(rule.shortest, rule.longest)]
         sides = [*(rule.size_hw or ()), *(rule.limit_hw or ()), *(rule.pad_to_hw or ()), *shorter]
-        if all(1 <= side <= _MOST_SIDE for side in sides):
+        is_ordered = rule.shortest is None or rule.longest is None or rule.shortest <= rule.longest
+        if is_ordered and all(type(side) is int and 1 <= side <= _MOST_SIDE for side in sides):
             return rule
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError, OverflowError):
         pass
     raise UserError(
-        f"the image processor of {where} has a size that is not 1 to {_MOST_SIDE:,} pixels; check its config"
+        f"the image processor of {where} has a size that is not 1 to {_MOST_SIDE:,} whole pixels, or a shortest edge "
+        "above the longest; check its config"
     )
 
 
@@ -150,7 +152,7 @@ def _rule_of(processor: Any, where: str) -> ResizeRule:
         raise UserError(
             f"the image processor of {where} does not resize; set do_resize in its preprocessor_config.json"
         )
-    if common["resample"] > 3:
+    if not 0 <= common["resample"] <= 3:
         raise UserError(f"the image processor of {where} has resample {common['resample']}; it must be 0, 1, 2 or 3")
     if size.shortest_edge and size.longest_edge:
         return ResizeRule(

@@ -34,7 +34,7 @@ from raydet.tables.output_folder import OutputFolder, open_folder, token_of_run
 from raydet.tables.schema import build_schema, parse_metadata, token_of, with_token
 from raydet.tables.table import Table, is_table, open_table, read_footers, read_manifest, write_manifest
 
-_MOST_IMAGES_IN_PROCESS = 2_000
+MOST_IMAGES_IN_PROCESS = 2_000
 """For no more images than this, starting Ray takes longer than it saves."""
 _IMAGES_PER_FILE = 64
 
@@ -183,7 +183,7 @@ def _chunk_in(name: str, footer: pq.FileMetaData, work: CropsWork) -> WrittenChu
 @contextlib.contextmanager
 def _place(config: CropsConfig, num_images: int, console: Console) -> Iterator[_CropsPlace]:
     """Context manager: the place of a run, which does not import Ray if that is this process."""
-    is_small = num_images <= _MOST_IMAGES_IN_PROCESS and config.num_workers == 1 and config.cpus_per_worker is None
+    is_small = num_images <= MOST_IMAGES_IN_PROCESS and config.num_workers == 1 and config.cpus_per_worker is None
     if is_small and not os.environ.get("RAY_ADDRESS") and not is_connected():
         from raydet.second_looks.in_process import CropsHere
 

@@ -51,7 +51,8 @@ TableKind = Literal[
 _METADATA_KEY = b"raydet"
 _TOKEN_KEY = b"raydet_token"
 _MAX_CATEGORIES = 100_000
-_LONGEST_CLASS_NAME = 1000
+LONGEST_CLASS_NAME = 1000
+"""In characters."""
 
 
 @dataclass(frozen=True)
@@ -368,10 +369,10 @@ def check_class_names(categories: Sequence[Category]) -> None:
         UserError: The name of a class is too long.
     """
     for category in categories:
-        if len(category.name) > _LONGEST_CLASS_NAME:
+        if len(category.name) > LONGEST_CLASS_NAME:
             raise UserError(
                 f"the name of class {category.id} has {len(category.name):,} characters; a table holds names of at "
-                f"most {_LONGEST_CLASS_NAME:,}"
+                f"most {LONGEST_CLASS_NAME:,}"
             )
 
 
@@ -413,7 +414,7 @@ def _check_categories(categories: Any) -> None:
     if not isinstance(categories, list) or len(categories) > _MAX_CATEGORIES:
         raise DocumentError(f"`categories` must be a list of at most {_MAX_CATEGORIES:,}")
     for item in categories:
-        if type(item["id"]) is not int or not isinstance(item["name"], str) or len(item["name"]) > _LONGEST_CLASS_NAME:
+        if type(item["id"]) is not int or not isinstance(item["name"], str) or len(item["name"]) > LONGEST_CLASS_NAME:
             raise DocumentError("a category needs a whole number as id and a name of at most 1,000 characters")
 
 

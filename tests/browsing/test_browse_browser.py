@@ -197,8 +197,11 @@ def test_the_keyboard_moves_opens_selects_and_switches_boxes(browser: Any, addre
     assert page.locator("#stages .box").count() == shown
     visit.press("ArrowRight")
     visit.wait(f"document.getElementById('viewer-title').textContent !== {title!r}")
+    visit.wait("[...document.querySelectorAll('#stages img')].every((one) => one.complete && one.naturalWidth)")
+    visit.settle()
     visit.press("+")
-    assert page.locator("#stages .inner").first.evaluate("one => one.clientWidth > one.parentElement.clientWidth")
+    inner = "[...document.querySelectorAll('#stages .inner')]"
+    visit.wait(f"{inner}.some((one) => one.clientWidth > one.parentElement.clientWidth)")
     visit.press("Escape")
     assert not page.locator("#viewer").is_visible() and page.evaluate(focused).startswith("Open image 30")
     visit.press("?")
@@ -219,6 +222,10 @@ def test_boxes_are_switched_by_class_and_score(browser: Any, address: str) -> No
     visit.settle()
     page.locator(".cell .picture").first.click()
     page.wait_for_selector("#viewer-classes:not([hidden]) input")
+    judged = float(page.locator("#viewer-score").input_value())
+    assert 0 < judged < 1, "the page first shows the boxes that are judged"
+    page.locator("#viewer-score").fill("0")
+    visit.settle()
     shown = page.locator("#stages .box").count()
     page.locator("#viewer-classes input").first.uncheck()
     fewer = page.locator("#stages .box").count()

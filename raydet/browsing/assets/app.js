@@ -21,6 +21,8 @@ async function start() {
   remember();
   byId("sort").value = state.sort;
   for (const side of about.sides) if (side.index !== SIDE.suspects) state.shown.sides.add(side.index);
+  // A detector finds many boxes of low scores: the page first shows those that are judged.
+  if (about.thresholds.length) state.shown.score = Math.min(...about.thresholds);
   byId("legend").append(...LEGEND.map(([kind, text]) => make("li", {}, make("i", { className: `swatch ${kind}` }), text)));
   for (const id of ["min-score", "viewer-score"]) byId(id).parentElement.hidden = !about.thresholds.length;
   filters.start();

@@ -67,7 +67,8 @@ def fit_objects(
     clipped = kept & (np.abs(fitted - given) > ROUNDING_PX).any(axis=1)
     areas = np.asarray(objects.areas, np.float64) * (float(height * width) if objects.is_normalised else 1.0)
     rest = fitted[:, 2] * fitted[:, 3]
-    was_of_box = np.isclose(areas, given[:, 2] * given[:, 3], rtol=1e-6)
+    with np.errstate(over="ignore"):  # boxes may reach far beyond the image
+        was_of_box = np.isclose(areas, given[:, 2] * given[:, 3], rtol=1e-6)
     areas = np.where(clipped, np.where(was_of_box, rest, np.minimum(areas, rest)), areas)
     places = np.flatnonzero(kept).tolist()
     result = {

@@ -51,7 +51,7 @@ from raydet.preparation.sources.source import (
     top_folders,
 )
 from raydet.tables import storage
-from raydet.tables.schema import Category
+from raydet.tables.schema import LONGEST_CLASS_NAME, Category
 from raydet.tables.spill import Spilled
 
 _MAX_SPLIT_BYTES = 64 * 2**20
@@ -255,6 +255,8 @@ def _read_annotation(folder: ImageFolder, path: str, *, zero_based: bool) -> _Vo
     offset = 0.0 if zero_based else 1.0
     for item in root.findall("object"):
         name = readable(_text(item, "name"))
+        if len(name) > LONGEST_CLASS_NAME:
+            return _VocFile(refusal=f"its XML file: a name of {len(name):,} characters, at most {LONGEST_CLASS_NAME:,}")
         corners = finite_numbers(item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
         if not name or corners is None:
             result.note(_NO_BOX)
