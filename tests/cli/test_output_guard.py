@@ -79,7 +79,9 @@ FOLDERS_OF_FORMATS = {f"prepare {name}": ["--max-pixels", "9999999"] for name in
 PLACES = {"export voc": "out", "export yolo": "out", "export coco": "out.json", "export onnx": "out.onnx"}
 PLACES |= {"report": "out.html", "export cvat": "out", "export label-studio": "out"}
 """Commands that write their output atomically, each with a valid name for it."""
-ON_RAY = ("predict", "crops", "train", "tune", "loop")
+ON_RAY = ("predict", "train", "tune", "loop")
+SLOW = ("crops",)
+"""Commands that write as `predict` does."""
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +219,7 @@ def test_every_command_that_writes_is_listed_here() -> None:
     names = {name: {item.name for item in dataclasses.fields(command.config)} for name, command in COMMANDS.items()}
     writing = {name for name, options in names.items() if "out" in options}
     # `demo` calls the others.
-    assert writing == {*FOLDERS, *FOLDERS_OF_FORMATS, *PLACES, *ON_RAY, "demo"}
+    assert writing == {*FOLDERS, *FOLDERS_OF_FORMATS, *PLACES, *ON_RAY, *SLOW, "demo"}
 
 
 @pytest.mark.parametrize("command", [*LIGHT, *_slow("export onnx", *FOLDERS_OF_FORMATS)])
@@ -244,7 +246,7 @@ def _depends_on_run(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".") or "/runs/" in name
 
 
-@pytest.mark.parametrize("command", ON_RAY)
+@pytest.mark.parametrize("command", [*ON_RAY, *_slow(*SLOW)])
 def test_a_second_run_on_ray_is_refused_before_ray_starts(
     command: str, options: dict[str, list[str]], tmp_path: Path, run: Run
 ) -> None:
@@ -262,7 +264,7 @@ def test_a_second_run_on_ray_is_refused_before_ray_starts(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("command", ON_RAY)
+@pytest.mark.parametrize("command", [*ON_RAY, *_slow(*SLOW)])
 def test_the_first_run_on_ray_is_whole(command: str, options: dict[str, list[str]], tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     process = start_and_stop(command, options[command], out)
@@ -274,7 +276,7 @@ def test_the_first_run_on_ray_is_whole(command: str, options: dict[str, list[str
     assert not [name for name in files_below(out) if name.endswith((".lock", ".partial"))]
 
 
-@pytest.mark.parametrize("command", [*FOLDERS, *ON_RAY])
+@pytest.mark.parametrize("command", [*FOLDERS, *ON_RAY, *_slow(*SLOW)])
 def test_files_of_others_are_refused_and_left(command: str, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
     mine = out / ("val" if command == "prepare shapes" else ".") / "holiday.jpg"
@@ -295,7 +297,7 @@ def test_another_run_is_refused_with_the_same_words(command: str, tmp_path: Path
     assert run(command, out)[0] == 0  # repeating the same run is allowed
 
 
-@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY, *_slow(*FOLDERS_OF_FORMATS)])
+@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY, *_slow(*FOLDERS_OF_FORMATS, *SLOW)])
 @pytest.mark.parametrize("kind", ["http", "below a file", "linked lock", "a long name", "a NUL"])
 def test_places_that_cannot_be_written_are_one_line(command: str, kind: str, tmp_path: Path, run: Run) -> None:
     name, victim = PLACES.get(command, "out"), tmp_path / "victim"
@@ -317,7 +319,7 @@ def test_places_that_cannot_be_written_are_one_line(command: str, kind: str, tmp
     assert victim.read_text() == "precious"
 
 
-@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY, *_slow(*FOLDERS_OF_FORMATS)])
+@pytest.mark.parametrize("command", [*FOLDERS, *PLACES, *ON_RAY, *_slow(*FOLDERS_OF_FORMATS, *SLOW)])
 def test_a_place_without_rights_is_one_line_and_exit_code_1(command: str, tmp_path: Path, run: Run) -> None:
     folder = Path("/sys")  # not even root may create files there
     if os.geteuid() != 0:

