@@ -1,40 +1,14 @@
-"""Tiny models of images, and of images and texts, with random weights, written as Hugging Face model folders."""
+"""Tiny models of images, and of images and texts, with random weights, written as Hugging Face model folders.
+
+The classes of transformers are imported on use, since every process of a test run imports this module.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
-from transformers import (
-    BertTokenizer,
-    BitImageProcessor,
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipForQuestionAnswering,
-    BlipImageProcessor,
-    BlipProcessor,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
-    Dinov2Config,
-    Dinov2Model,
-    DPTImageProcessor,
-    GitConfig,
-    GitForCausalLM,
-    GitProcessor,
-    ViltConfig,
-    ViltForQuestionAnswering,
-    ViltImageProcessor,
-    ViltProcessor,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
+import transformers as hf
 
 SIDE = 32
 WORDS = ("cat", "dog", "red", "blue", "what", "colour", "is", "it", "a", "photo", "of", "the", "this", "?", ".")
@@ -61,10 +35,10 @@ def write_model(name: str, folder: Path) -> str:
     return str(folder)
 
 
-def _bert_tokenizer() -> BertTokenizer:
+def _bert_tokenizer() -> hf.BertTokenizer:
     # BLIP's first token of an answer is [DEC]; its ids and those of BERT are in the configs below.
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", *WORDS]
-    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=32)
+    return hf.BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=32)
 
 
 _NUM_TOKENS = 7 + len(WORDS)
@@ -80,19 +54,19 @@ _TEXT: dict[str, Any] = {
 
 
 def _vit() -> tuple[Any, Any]:
-    config = ViTConfig(**_VISION, id2label={index: f"kind {index}" for index in range(7)})
-    return ViTForImageClassification(config), ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+    config = hf.ViTConfig(**_VISION, id2label={index: f"kind {index}" for index in range(7)})
+    return hf.ViTForImageClassification(config), hf.ViTImageProcessor(size={"height": SIDE, "width": SIDE})
 
 
 def _dinov2() -> tuple[Any, Any]:
-    processor = BitImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    return Dinov2Model(Dinov2Config(**_VISION)), processor
+    processor = hf.BitImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return hf.Dinov2Model(hf.Dinov2Config(**_VISION)), processor
 
 
 def _depth_anything() -> tuple[Any, Any]:
     options: dict[str, Any] = {"out_indices": [1, 2], "reshape_hidden_states": False}
-    config: Any = DepthAnythingConfig(
-        backbone_config=Dinov2Config(**_VISION, **options),
+    config: Any = hf.DepthAnythingConfig(
+        backbone_config=hf.Dinov2Config(**_VISION, **options),
         patch_size=8,
         reassemble_hidden_size=32,
         reassemble_factors=[4, 2],
@@ -100,51 +74,55 @@ def _depth_anything() -> tuple[Any, Any]:
         fusion_hidden_size=16,
         head_hidden_size=8,
     )
-    processor = DPTImageProcessor(size={"height": SIDE, "width": SIDE}, ensure_multiple_of=8, keep_aspect_ratio=True)
-    return DepthAnythingForDepthEstimation(config), processor
+    processor = hf.DPTImageProcessor(size={"height": SIDE, "width": SIDE}, ensure_multiple_of=8, keep_aspect_ratio=True)
+    return hf.DepthAnythingForDepthEstimation(config), processor
 
 
 def _clip() -> tuple[Any, Any]:
+    from tokenizers import pre_tokenizers
+
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = ["!pad", *characters, *(f"{character}</w>" for character in characters)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
+    tokenizer = hf.CLIPTokenizer(
         vocab={token: index for index, token in enumerate(vocabulary)}, merges=[], pad_token="!pad", model_max_length=64
     )
     text = {**_LAYERS, "vocab_size": len(vocabulary), "max_position_embeddings": 64}
     text |= {"bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1, "pad_token_id": 0}
-    config = CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16, logit_scale_init_value=1.0)
-    image_processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    return CLIPModel(config), CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+    config = hf.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16, logit_scale_init_value=1.0)
+    image_processor = hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return hf.CLIPModel(config), hf.CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 
 def _blip(kind: Any) -> tuple[Any, Any]:
-    config = BlipConfig(
+    config = hf.BlipConfig(
         text_config={**_TEXT, "projection_dim": 16, "encoder_hidden_size": 32},
         vision_config={**_VISION, "projection_dim": 16},
         projection_dim=16,
         image_text_hidden_size=16,
     )
-    image_processor = BlipImageProcessor(size={"height": SIDE, "width": SIDE})
-    return kind(config), BlipProcessor(image_processor=image_processor, tokenizer=_bert_tokenizer())
+    image_processor = hf.BlipImageProcessor(size={"height": SIDE, "width": SIDE})
+    return kind(config), hf.BlipProcessor(image_processor=image_processor, tokenizer=_bert_tokenizer())
 
 
 def _git() -> tuple[Any, Any]:
-    config = GitConfig(**_TEXT, vision_config=_VISION)
-    image_processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    return GitForCausalLM(config), GitProcessor(image_processor=image_processor, tokenizer=_bert_tokenizer())
+    config = hf.GitConfig(**_TEXT, vision_config=_VISION)
+    image_processor = hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return hf.GitForCausalLM(config), hf.GitProcessor(image_processor=image_processor, tokenizer=_bert_tokenizer())
 
 
 def _vilt() -> tuple[Any, Any]:
-    config = ViltConfig(
+    config = hf.ViltConfig(
         **_VISION,
         vocab_size=_NUM_TOKENS,
         max_position_embeddings=40,
         id2label={index: f"answer {index}" for index in range(9)},
     )
     options: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "size_divisor": 8}
-    image_processor = ViltImageProcessor(**options)
-    return ViltForQuestionAnswering(config), ViltProcessor(image_processor=image_processor, tokenizer=_bert_tokenizer())
+    image_processor = hf.ViltImageProcessor(**options)
+    return hf.ViltForQuestionAnswering(config), hf.ViltProcessor(
+        image_processor=image_processor, tokenizer=_bert_tokenizer()
+    )
 
 
 TINY_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
@@ -152,8 +130,8 @@ TINY_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "dinov2": _dinov2,
     "depth_anything": _depth_anything,
     "clip": _clip,
-    "blip_captions": lambda: _blip(BlipForConditionalGeneration),
-    "blip_questions": lambda: _blip(BlipForQuestionAnswering),
+    "blip_captions": lambda: _blip(hf.BlipForConditionalGeneration),
+    "blip_questions": lambda: _blip(hf.BlipForQuestionAnswering),
     "git": _git,
     "vilt": _vilt,
 }
