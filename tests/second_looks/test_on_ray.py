@@ -11,6 +11,8 @@ from raydet import UserError, crops
 from tests.second_looks.scored import assert_rows, config_of, crops_by_hand
 from tests.small_sets import rows_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(180)
 def test_actors_write_the_same_rows(data: Path, models: Any, tmp_path: Path, ray_cluster: None) -> None:
