@@ -1,7 +1,7 @@
 """A scoring run on a Ray cluster, as the driver sees it: shares, checks of the nodes, and attempts."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import ray
 
@@ -11,6 +11,7 @@ from raydet.cluster.job_record import JobRecord
 from raydet.cluster.ray_internals import RpcError
 from raydet.cluster.shared_storage import check_shared
 from raydet.cluster.stopwatch import FileStats
+from raydet.cluster.tasks import has_gpu
 from raydet.common.console import Console
 from raydet.config import PredictConfig
 from raydet.engines.engine import no_fp16_on_cpu
@@ -120,20 +121,25 @@ def connected(config: PredictConfig, console: Console) -> Iterator[Cluster]:
 
 def _check_nodes(config: PredictConfig) -> None:
     """Check that every node sees the images, the checkpoint and the output."""
+    reads = shared_inputs(config.data_uri, {"--checkpoint": config.checkpoint, "--model": config.model})
+    check_shared(reads=reads, writes=(config.out, storage.join(config.out, LOG_FOLDER)))
+
+
+def shared_inputs(data_uri: str, models: Mapping[str, str | None]) -> dict[str, tuple[str, str]]:
+    """Return what all nodes must see of a collection of images and of models by option, as `check_shared` takes it."""
     reads = {}
-    if is_table(config.data_uri):
-        reads["--data"] = (config.data_uri, storage.join(config.data_uri, MANIFEST_NAME))
-    elif not is_pattern(config.data_uri):
-        reads["--data"] = (config.data_uri, config.data_uri)
-    for option, name in (("--checkpoint", config.checkpoint), ("--model", config.model)):
+    if is_table(data_uri):
+        reads["--data"] = (data_uri, storage.join(data_uri, MANIFEST_NAME))
+    elif not is_pattern(data_uri):
+        reads["--data"] = (data_uri, data_uri)
+    for option, name in models.items():
         if name is not None and storage.exists(storage.join(name, "config.json")):  # otherwise a Hub name
             reads[option] = (name, storage.join(name, "config.json"))
-    check_shared(reads=reads, writes=(config.out, storage.join(config.out, LOG_FOLDER)))
+    return reads
 
 
 def _probe(config: PredictConfig, resources: shares.Resources, load: EngineLoader) -> int:
     from raydet.engines.batch_size import best_batch_size
 
-    has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-    engine = load(config, device="cuda" if has_gpu else "cpu", num_threads=threads_of(config, resources))
+    engine = load(config, device="cuda" if has_gpu() else "cpu", num_threads=threads_of(config, resources))
     return best_batch_size(engine)

@@ -19,10 +19,11 @@ from raydet.cluster import job_metrics
 from raydet.cluster.ray_internals import alive_nodes
 from raydet.cluster.shares import Resources, decoders_of, workers_that_fit
 from raydet.cluster.stopwatch import FileStats
+from raydet.cluster.tasks import has_gpu
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.allocator import ONE_HEAP, keep_freed_memory
 from raydet.common.threads import available_cpus
-from raydet.config import PredictConfig
+from raydet.config import CropsConfig, PredictConfig
 from raydet.scoring.chunks import ChunkScorer
 from raydet.scoring.decoders import DecoderPlace, Decoders, WorkRef, own_node_id, places_on, require_paths
 from raydet.scoring.plan import LOG_FOLDER, Work
@@ -50,8 +51,8 @@ class ScoringActor:
     """A copy of the model with its decoders."""
 
     def __init__(self, work_ref: WorkRef, resources: Resources, num_workers: int) -> None:
-        has_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        if not has_gpu:
+        is_on_gpu = has_gpu()
+        if not is_on_gpu:
             keep_freed_memory(one_heap=True)
         work: Work = ray.get(work_ref[0])
         log_from_here(storage.join(work.config.out, LOG_FOLDER))
@@ -60,7 +61,7 @@ class ScoringActor:
         self._places = _own_places(resources, num_workers)
         self._decoders = Decoders(work_ref, self._places)
         num_threads = threads_of(work.config, resources)
-        self._scorer = ChunkScorer(work, device="cuda" if has_gpu else "cpu", num_threads=num_threads)
+        self._scorer = ChunkScorer(work, device="cuda" if is_on_gpu else "cpu", num_threads=num_threads)
 
     def start(self) -> Started:
         """Return the node of this actor, and the number of chunks that it can work on."""
@@ -83,7 +84,7 @@ class ScoringActor:
         return stats
 
 
-def threads_of(config: PredictConfig, resources: Resources) -> int:
+def threads_of(config: PredictConfig | CropsConfig, resources: Resources) -> int:
     """Return the number of compute threads of one copy of the model: `threads_per_worker`, or its default.
 
     By default the machine's CPUs are divided evenly between the workers that fit on it.

@@ -9,9 +9,10 @@ from raydet.cluster import session, shares
 from raydet.cluster.shared_storage import check_shared
 from raydet.cluster.tasks import fetched, has_gpu, run_on_actors, shared, start_actor
 from raydet.common.console import Console
-from raydet.common.threads import available_cpus
 from raydet.config import CropsConfig
+from raydet.scoring.distributed import shared_inputs
 from raydet.scoring.plan import LOG_FOLDER
+from raydet.scoring.stream import threads_of
 from raydet.second_looks.models.looker import Looker, Pixels
 from raydet.second_looks.work import CropsWork
 from raydet.second_looks.writing import WrittenChunk, write_chunk
@@ -57,7 +58,8 @@ def connected(config: CropsConfig, console: Console) -> Iterator[Actors]:
             cpus_per_worker=config.cpus_per_worker,
         )
         console.line(resources.describe(config.num_workers, config.num_workers))
-        reads = {"--detections": (config.detections, storage.join(config.detections, MANIFEST_NAME))}
+        reads = shared_inputs(config.data, {"--model": config.model})
+        reads["--detections"] = (config.detections, storage.join(config.detections, MANIFEST_NAME))
         check_shared(reads=reads, writes=(config.out, log_folder))
         yield Actors(config, resources)
 
@@ -68,8 +70,7 @@ class _CropsActor:
     def __init__(self, work_ref: list[Any], resources: shares.Resources) -> None:
         self._work: CropsWork = fetched(work_ref[0])
         config = self._work.config
-        num_here = max(1, min(config.num_workers, int(available_cpus() / resources.cpus_per_worker)))
-        self._num_threads = config.threads_per_worker or max(1, available_cpus() // num_here)
+        self._num_threads = threads_of(config, resources)
         self._looker = _OnFirstUse(config, "cuda" if has_gpu() else "cpu", self._num_threads)
 
     def write(self, chunk: int) -> WrittenChunk:

@@ -1,7 +1,6 @@
 """A detections table → the images to label next, with the reasons, and their detections for a labelling tool."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,8 +79,7 @@ def next_images(table: Table, config: SelectConfig, progress: Progress) -> NextI
         )
     is_labelled, labels = _labelled(table, config.labelled_data)
     criteria = _Criteria(table, config, labels)
-    with ExitStack() as stack:
-        scores = stack.enter_context(ImageScores(max(1, len(criteria.names))))
+    with ImageScores(max(1, len(criteria.names))) as scores:
         start = 0
         for images in criteria.batches():
             stop = start + len(images.image_ids)
@@ -93,7 +91,7 @@ def next_images(table: Table, config: SelectConfig, progress: Progress) -> NextI
         factor = 1 if dimension is None else CANDIDATES_PER_IMAGE
         ranked = scores.best(min(scores.num_candidates, factor * config.num))
     if dimension is None:
-        return criteria.explained(ranked.best(config.num), None)
+        return criteria.explained(ranked, None)
     vectors = _vectors_at(table, dimension, ranked.rows)
     chosen, similarity = farthest_first(
         vectors,

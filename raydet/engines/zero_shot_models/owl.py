@@ -91,9 +91,8 @@ class OwlEngine(ZeroShotEngine):
             embeddings, _, _ = self._model.embed_image_query(features, feature_map)
             embedding = None if embeddings is None else embeddings[0, 0]
         else:
-            embedding = self._model.class_predictor(features)[1][
-                0, self._nearest_box(features, feature_map, box, pixels)
-            ]
+            nearest = self._nearest_box(features, feature_map, box, pixels)
+            embedding = self._model.class_predictor(features)[1][0, nearest]
         if embedding is None:
             raise UserError(f"the model finds no object in the example {uri}; cut it out, or add its box")
         vector: Tensor = embedding / torch.linalg.norm(embedding)

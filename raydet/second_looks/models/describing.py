@@ -1,5 +1,6 @@
 """Models that turn a crop and a question into words."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from raydet.config import CropsConfig
 from raydet.second_looks.models.looker import Pixels, answer_fields
 
 
-class _Speaker:
+class _Speaker(ABC):
     """A model with a processor of images and texts."""
 
     def __init__(self, model: Any, processor: Any, config: CropsConfig) -> None:
@@ -25,8 +26,9 @@ class _Speaker:
         answers = [self._answer(images, question) for question in questions]
         return [dict(zip(self._columns, own, strict=True)) for own in zip(*answers, strict=True)]
 
+    @abstractmethod
     def _answer(self, images: list[Image.Image], question: str | None) -> list[str]:
-        raise NotImplementedError
+        """Return the answer about each image."""
 
     def _generate(self, inputs: Any) -> Any:
         return self._model.generate(**inputs, max_new_tokens=self._config.max_new_tokens, do_sample=False, num_beams=1)
