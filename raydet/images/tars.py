@@ -5,14 +5,13 @@ would be lost silently.
 """
 
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.common.untrusted.opening import LocalFile
-from raydet.images.files import IMAGE_EXTENSIONS, readable
+from raydet.images.files import is_image_name, readable
 
 COMPRESSED_SUFFIXES = (
     ".tar.gz",
@@ -80,7 +79,7 @@ def image_members(file: pa.NativeFile | LocalFile, name: str) -> list[Member]:
     num_bytes = file.size()
     walk = _Walk(_Buffered(file, num_bytes), num_bytes)
     try:
-        members = [member for member in walk.members() if _is_image(member.name)]
+        members = [member for member in walk.members() if is_image_name(member.name)]
     except _DamageError as error:
         if any(file.read_at(8, 0).startswith(start) for start in _COMPRESSED_STARTS):
             raise UserError(_compressed(name)) from None
@@ -249,10 +248,6 @@ def _check_end(file: pa.NativeFile | LocalFile, name: str, end: int, num_bytes: 
             f"{name} continues after its end marker at byte {end:,}: it may be a concatenation of several tar files; "
             "store them separately"
         )
-
-
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
 def _clean(name: str) -> str:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from raydet.common.display.progress import SILENT, Progress
 from raydet.common.threads import available_cpus, in_order
@@ -31,13 +30,14 @@ from raydet.measuring.numbers.matching import match
 from raydet.measuring.numbers.metrics import CocoResult
 from raydet.measuring.truth import Truth
 from raydet.tables.columns import (
+    BATCH_ROWS,
     DetectionColumns,
     Integers,
     concatenate_detections,
     take_detections,
     take_truth,
 )
-from raydet.tables.table import RowGroup, Table, open_table, refusing_damage
+from raydet.tables.table import RowGroup, Table, open_table
 
 _BYTES_PER_SHARD = 20 * 2**20
 """About 400,000 detections."""
@@ -203,7 +203,7 @@ def _match_on_ray(
 
 def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard, *, with_detections: bool) -> _Part:
     """Read and match some row groups, dropping images that the truth does not have."""
-    rows = read_detection_rows(table, truth, _batches(table, shard.groups))
+    rows = read_detection_rows(table, truth, table.iter_batches(DETECTION_FIELDS, BATCH_ROWS, groups=shard.groups))
     own = np.flatnonzero(shard.truth_row >= 0)
     own = own[np.argsort(shard.truth_row[own])]
     truth_rows = shard.truth_row[own]
@@ -212,10 +212,3 @@ def _match_shard(table: Table, truth: Truth, protocol: Protocol, shard: _Shard, 
     errors = errors_by_id(rows.errors, shard.truth_row, truth)
     kept = detections if with_detections else None
     return _Part(truth_rows, errors, len(detections.scores), rows.num_other_class, matches, kept)
-
-
-def _batches(table: Table, groups: Sequence[RowGroup]) -> Iterator[pa.RecordBatch]:
-    for group in groups:
-        with refusing_damage(table.uri):
-            content = table.read_row_group(group, DETECTION_FIELDS)
-        yield from content.to_batches()

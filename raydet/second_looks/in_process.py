@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from raydet.common.errors import UserError
 from raydet.common.threads import available_cpus
 from raydet.config import CropsConfig
+from raydet.engines.loading import device_here
 from raydet.second_looks.models.loading import load_looker
 from raydet.second_looks.work import CropsWork
 from raydet.second_looks.writing import WrittenChunk, write_chunk
@@ -17,15 +17,10 @@ class CropsHere:
         """Load the model.
 
         Raises:
-            UserError: It cannot be read, or the config requires a GPU that torch does not see.
+            UserError: It cannot be read, or `device_here` raises.
         """
-        import torch
-
-        has_gpu = config.use_gpu is not False and torch.cuda.is_available()
-        if config.use_gpu and not has_gpu:
-            raise UserError("--use-gpu requires a GPU, but this machine has none; omit --use-gpu")
         num_threads = config.threads_per_worker or available_cpus()
-        self._looker = load_looker(config, device="cuda" if has_gpu else "cpu", num_threads=num_threads)
+        self._looker = load_looker(config, device=device_here(config), num_threads=num_threads)
 
     def run(self, work: CropsWork, chunks: Sequence[int]) -> Iterator[WrittenChunk]:
         """Write the files of chunks, one after the other."""

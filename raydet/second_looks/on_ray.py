@@ -10,6 +10,7 @@ from raydet.cluster.shared_storage import check_shared
 from raydet.cluster.tasks import fetched, has_gpu, run_on_actors, shared, start_actor
 from raydet.common.console import Console
 from raydet.config import CropsConfig
+from raydet.engines.engine import no_fp16_on_cpu
 from raydet.scoring.distributed import shared_inputs
 from raydet.scoring.plan import LOG_FOLDER
 from raydet.scoring.stream import threads_of
@@ -58,6 +59,8 @@ def connected(config: CropsConfig, console: Console) -> Iterator[Actors]:
             cpus_per_worker=config.cpus_per_worker,
         )
         console.line(resources.describe(config.num_workers, config.num_workers))
+        if resources.use_gpu is False and config.precision == "fp16":
+            raise no_fp16_on_cpu("torch")
         reads = shared_inputs(config.data, {"--model": config.model})
         reads["--detections"] = (config.detections, storage.join(config.detections, MANIFEST_NAME))
         check_shared(reads=reads, writes=(config.out, log_folder))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.common.errors import UserError
-from raydet.selection.vectors import Vectors, batches_in, normalised, required_dimension, rows_of
+from raydet.selection.vectors import Vectors, normalised, required_dimension, rows_of
 from raydet.tables.columns import Integers, elements_of, flatten, image_ids_in, numbers_of, starts_of, take_rows
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, QUERIES_COLUMN
 from raydet.tables.table import RowGroup, Table
@@ -120,7 +120,7 @@ def _best(rows: Iterable[dict[str, Any]], num: int) -> Rows:
 def _batches(table: Table, probe: Probe, groups: Sequence[RowGroup] | None = None) -> Iterator[pa.RecordBatch]:
     columns = ["image_id", "path"]
     columns += [IMAGE_EMBEDDING_COLUMN] if probe.number is None else ["detections", QUERIES_COLUMN]
-    yield from batches_in(table, columns, groups, _ROWS_AT_ONCE)
+    yield from table.iter_batches(columns, _ROWS_AT_ONCE, groups=groups)
 
 
 def _vector_of(table: Table, dimension: int, probe: Probe) -> tuple[npt.NDArray[np.float32], int]:

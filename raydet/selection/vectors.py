@@ -12,7 +12,7 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.tables.columns import Integers, image_ids_in, numbers_of
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, KeptVectors
-from raydet.tables.table import RowGroup, Table, refusing_damage
+from raydet.tables.table import RowGroup, Table
 
 Vectors = npt.NDArray[np.float32]
 """Vectors of length 1, [N, D]; those without a direction are 0."""
@@ -49,18 +49,6 @@ def rows_of(column: pa.FixedSizeListArray, dimension: int) -> npt.NDArray[np.flo
     return numbers_of(column.flatten()).reshape(-1, dimension)
 
 
-def batches_in(
-    table: Table, columns: Sequence[str], groups: Sequence[RowGroup] | None, batch_size: int = 1024
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a table, or those of some row groups, in order, in batches."""
-    if groups is None:
-        yield from table.iter_batches(columns, batch_size)
-        return
-    with refusing_damage(table.uri):
-        for rows in table.read_row_groups(groups, columns):
-            yield from rows.to_batches(max_chunksize=batch_size)
-
-
 class ImageVectors:
     """The embeddings of a table's images, in a temporary file, so that memory does not grow with their number.
 
@@ -73,7 +61,7 @@ class ImageVectors:
         self._dimension = dimension = required_dimension(table)
         self._file = tempfile.TemporaryFile(prefix="raydet-")  # noqa: SIM115
         ids = [np.zeros(0, np.int64)]
-        for batch in batches_in(table, ["image_id", IMAGE_EMBEDDING_COLUMN], groups):
+        for batch in table.iter_batches(["image_id", IMAGE_EMBEDDING_COLUMN], groups=groups):
             column = batch.column(IMAGE_EMBEDDING_COLUMN)
             ids.append(image_ids_in(batch)[numbers_of(column.is_valid())])
             self._file.write(rows_of(column, dimension).tobytes())

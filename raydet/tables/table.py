@@ -157,13 +157,24 @@ class Table:
                     self._check(rows)
                     yield rows
 
-    def iter_batches(self, columns: Sequence[str] | None = None, batch_size: int = 1024) -> Iterator[pa.RecordBatch]:
-        """Stream the rows in order, in batches.
+    def iter_batches(
+        self,
+        columns: Sequence[str] | None = None,
+        batch_size: int = 1024,
+        *,
+        groups: Sequence[RowGroup] | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        """Stream the rows in order, in batches: all of them, or those of some row groups.
 
         Raises:
-            UserError: A file is damaged or missing, its row groups differ from the manifest, a row is invalid, or an
-                image id is repeated, which is noticed at the end.
+            UserError: A file is damaged or missing, its row groups differ from the manifest, a row is invalid, or,
+                among all rows, an image id is repeated, which is noticed at the end.
         """
+        if groups is not None:
+            with refusing_damage(self.uri):
+                for rows in self.read_row_groups(groups, columns):
+                    yield from rows.to_batches(max_chunksize=batch_size)
+            return
         names = None if columns is None else list(columns)
         ids = [np.zeros(0, np.int64)]
         has_ids = self.kind in ("images", "detections") and (names is None or "image_id" in names)

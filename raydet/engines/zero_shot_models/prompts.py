@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 
 from raydet.common.errors import UserError, one_line
 from raydet.config import PredictConfig
+from raydet.images.files import IMAGE_EXTENSIONS, is_image_name
 from raydet.tables import storage
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MOST_EXAMPLES = 1000
 _MOST_BYTES = 64 * 2**20
 
@@ -81,11 +81,12 @@ def _examples_in(folder: str) -> dict[str, tuple[str, ...]]:
     found = {}
     for name in names:
         files = storage.list_files(storage.join(folder, name))
-        pictures = tuple(
-            storage.join(folder, name, file) for file in files if PurePosixPath(file).suffix.lower() in _ENDINGS
-        )
+        pictures = tuple(storage.join(folder, name, file) for file in files if is_image_name(file))
         if not pictures:
-            raise UserError(f"--examples: {storage.join(folder, name)} has no pictures; expected {', '.join(_ENDINGS)}")
+            raise UserError(
+                f"--examples: {storage.join(folder, name)} has no pictures; image files end in "
+                f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
+            )
         found[name] = pictures
     if not found:
         raise UserError(
