@@ -290,6 +290,13 @@ class CropsConfig(WorkersConfig):
         "with a folder as --data: further folders that its symbolic links may lead to", None, group="Input"
     )
 
+    relabel: float | None = option(
+        "with classification: also write OUT/relabelled, the detections with the class of each label that has at least "
+        "this score",
+        None,
+        group="Output",
+        operational=True,
+    )
     rows_per_file: int | None = option(
         "images per output file, the unit of work that is repeated after a crash; by default 64",
         None,
@@ -307,6 +314,10 @@ class CropsConfig(WorkersConfig):
         )
         require(0 <= self.score_threshold <= 1, f"--score-threshold must be from 0 to 1, got {self.score_threshold}")
         require(0 <= self.margin <= 10, f"--margin must be from 0 to 10, got {self.margin}")
+        require(
+            self.relabel is None or (self.task.endswith("classification") and 0 <= self.relabel <= 1),
+            "--relabel must be from 0 to 1, with a --task that is a classification",
+        )
         is_zero_shot = self.task == "zero-shot-image-classification"
         require(
             is_zero_shot == bool(self.labels),

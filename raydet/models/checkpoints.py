@@ -110,7 +110,7 @@ def _file_digest(uri: str, most_remote_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def categories_in(content: dict[str, Any]) -> tuple[Category, ...]:
+def categories_in(content: Mapping[str, Any]) -> tuple[Category, ...]:
     """Return the classes in the content of a `config.json`, from raydet's own entry or from `id2label`.
 
     The result is empty if the labels are the placeholders of transformers (LABEL_0 and so on). An index that

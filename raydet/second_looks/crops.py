@@ -26,6 +26,7 @@ from raydet.images.collection import INDEX_FILE, Collection, open_collection
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.scoring.plan import COUNTS_KEY, files_of_chunks, part_name
 from raydet.second_looks.models.looker import answer_fields, check_task
+from raydet.second_looks.relabelling import RELABELLED, labels_of, relabel
 from raydet.second_looks.work import CropsWork
 from raydet.second_looks.writing import WrittenChunk
 from raydet.tables import storage
@@ -48,18 +49,21 @@ class CropsResult(Shown):
         num_crops: Rows of the table, one per detection.
         num_errors: Rows without an answer, because the image could not be read or the crop is too small.
         already_done: True if the run was finished before this call.
+        relabelled: With `--relabel`, folder or URI of the detections table with the classes of the labels.
     """
 
     out: str
     num_crops: int
     num_errors: int
     already_done: bool = False
+    relabelled: str | None = None
 
     def lines(self) -> list[str]:
         """Return a summary for the terminal."""
         first = ["nothing to do: this run is finished"] if self.already_done else []
         errors = f" ({self.num_errors:,} without an answer)" if self.num_errors else ""
-        return [*first, f"{counted(self.num_crops, 'detection')}{errors}", f"crops: {self.out}"]
+        lines = [*first, f"{counted(self.num_crops, 'detection')}{errors}", f"crops: {self.out}"]
+        return lines + ([f"detections with their labels: {self.relabelled}"] if self.relabelled else [])
 
 
 class _CropsPlace(Protocol):
@@ -81,6 +85,7 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
     found = open_table(config.detections, "detections")
     model = read_checkpoint(config.model)
     check_task(config, model.content)
+    labels = labels_of(config, model) if config.relabel is not None else ()
     model_fingerprint = fingerprint(config.model)
     config = dataclasses.replace(
         config,
@@ -90,7 +95,7 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
         model=model.name,
     )
     with open_folder(config.out, command="crops", notify=console.line) as folder:
-        if not folder.refuse_foreign():
+        if not folder.refuse_foreign([RELABELLED]):
             folder.delete_file(INDEX_FILE)
         images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root)
         images = _those_of(found, images, config.data)
@@ -100,11 +105,10 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
             "data_fingerprint": images.fingerprint,
             "model_fingerprint": model_fingerprint,
         }
-        earlier = folder.admit(run_identity)
-        if is_table(folder.uri):
-            return _result(folder, already_done=True)
+        earlier = folder.admit(run_identity, folders=[RELABELLED])
+        already_done = is_table(folder.uri)
         if earlier is None:
-            folder.begin(run_identity, plan={"images_per_file": config.rows_per_file or _IMAGES_PER_FILE})
+            folder.begin(run_identity, folders=[RELABELLED], plan={"images_per_file": config.rows_per_file or _IMAGES_PER_FILE})
             earlier = folder.record()
         assert earlier is not None
         work = CropsWork(
@@ -115,8 +119,10 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
             schema=with_token(_schema(found, config, model_fingerprint), token_of_run(run_identity)),
             images_per_file=earlier.plan["images_per_file"],
         )
-        _finish(work, _write_all(work, console))
-        return _result(folder)
+        if not already_done:
+            _finish(work, _write_all(work, console))
+        relabelled = relabel(work, labels) if config.relabel is not None else None
+        return _result(folder, already_done=already_done, relabelled=relabelled)
 
 
 def _those_of(found: Table, images: Collection, data: str) -> Collection:
@@ -214,8 +220,12 @@ def _finish(work: CropsWork, written: dict[str, WrittenChunk]) -> None:
     )
 
 
-def _result(folder: OutputFolder, *, already_done: bool = False) -> CropsResult:
+def _result(folder: OutputFolder, *, already_done: bool, relabelled: str | None) -> CropsResult:
     manifest = read_manifest(folder.uri)
     return CropsResult(
-        out=folder.uri, num_crops=manifest["num_rows"], num_errors=manifest["num_errors"], already_done=already_done
+        out=folder.uri,
+        num_crops=manifest["num_rows"],
+        num_errors=manifest["num_errors"],
+        already_done=already_done,
+        relabelled=relabelled,
     )

@@ -1,7 +1,7 @@
 """Images and their detections → crops: each image is decoded once, and its detections are cut from it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from raydet.images.decode import DecodeError, decode
 from raydet.second_looks.models.looker import Pixels
 from raydet.second_looks.work import CropsWork
 from raydet.tables.columns import image_ids_in
+from raydet.tables.table import Table
 
 _MOST_BYTES_AHEAD = 512 * 2**20
 """Decoded pixels that wait for the model."""
@@ -76,7 +77,7 @@ def crops_of(work: CropsWork, rows: range, *, num_threads: int) -> Iterator[Crop
 def _images(work: CropsWork, rows: range) -> Iterator[_OpenedImage]:
     names = [category.name for category in work.found.categories]
     read = work.images.read(rows.start, rows.stop)
-    for batch in _rows(work, rows):
+    for batch in detections_in(work.found, rows, _COLUMNS):
         ids, paths, lists = image_ids_in(batch).tolist(), batch.column("path").to_pylist(), batch.column("detections")
         for image_id, path, found, image in zip(ids, paths, lists.to_pylist(), read, strict=False):
             if image.image_id != image_id:
@@ -101,15 +102,20 @@ def _images(work: CropsWork, rows: range) -> Iterator[_OpenedImage]:
             yield _OpenedImage(image, detections, error=image.error)
 
 
-def _rows(work: CropsWork, rows: range) -> Iterator[pa.RecordBatch]:
-    groups = work.found.row_groups(rows.start, rows.stop)
+def detections_in(found: Table, rows: range, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield some rows of a detections table, in order: all columns, or the given ones.
+
+    Raises:
+        RunError: The table has fewer rows.
+    """
+    groups = found.row_groups(rows.start, rows.stop)
     num_rows = 0
-    for group, content in zip(groups, work.found.read_row_groups(groups, _COLUMNS), strict=True):
+    for group, content in zip(groups, found.read_row_groups(groups, columns), strict=True):
         low, high = max(rows.start - group.first_row, 0), min(rows.stop - group.first_row, group.num_rows)
         num_rows += high - low
         yield from content.slice(low, high - low).combine_chunks().to_batches()
     if num_rows != len(rows):
-        raise RunError(f"{work.found.uri} changed during the run; run the same command again")
+        raise RunError(f"{found.uri} changed during the run; run the same command again")
 
 
 def _cut(image: _OpenedImage, detection: dict[str, Any], margin: float, min_side: int) -> Crop:

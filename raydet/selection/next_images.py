@@ -33,7 +33,7 @@ from raydet.tables.columns import (
     take_rows,
 )
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN
-from raydet.tables.schema import DETECTIONS_TYPE, build_schema, parse_metadata
+from raydet.tables.kept.plain import plain_detections
 from raydet.tables.table import Table, open_table
 
 CANDIDATES_PER_IMAGE = 20
@@ -185,7 +185,7 @@ class _Criteria:
                     "similarity": nearest[place],
                 }
             )
-        return NextImages(rows, _plain_detections(batch, self._table))
+        return NextImages(rows, plain_detections(batch, self._table))
 
     def _reason(
         self, images: ScoredImages, place: int, ranks: Floats, scores: dict[str, float], nearest: float | None
@@ -262,16 +262,3 @@ def _nearest_labelled(table: Table, dimension: int, vectors: Vectors, is_labelle
 
 def _shown_similarity(similarity: np.float32) -> float | None:
     return None if similarity <= -1 else float(similarity)
-
-
-def _plain_detections(batch: pa.RecordBatch, table: Table) -> pa.RecordBatch:
-    """Return rows as those of a detections table without queries and vectors."""
-    content = parse_metadata(table.schema, kind="detections", where=table.uri)
-    kept = ("checkpoint", "checkpoint_hash", "operating_point")
-    metadata: dict[str, Any] = {name: content[name] for name in kept if name in content}
-    schema = build_schema("detections", table.categories, extra_metadata=metadata)
-    detections = batch.column("detections")
-    fields = list(DETECTIONS_TYPE)
-    plain = pa.StructArray.from_arrays([detections.field(field.name) for field in fields], fields=fields)
-    columns = {name: plain if name == "detections" else batch.column(name) for name in schema.names}
-    return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)

@@ -1,5 +1,7 @@
 """`crops` gives the answers of a plain script, one row a detection, whatever interrupts it."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,48 @@ def test_zero_shot_classes_are_those_of_the_pipeline(data: Path, models: Any, tm
             np.testing.assert_allclose(row["label_scores"], [answer["score"] for answer in answers], atol=1e-5)
             seen.add(row["label"])
     assert len(seen) > 1, "the labels do not depend on the crop"
+
+
+def test_relabelled_detections_have_the_class_of_a_label_beside_their_own(
+    data: Path, models: Any, tmp_path: Path
+) -> None:
+    def run(threshold: float) -> driver.CropsResult:
+        options = {"labels": ["Cat", "bird"], "relabel": threshold}
+        config = config_of(data, tmp_path / "out", models("clip"), "zero-shot-image-classification", **options)
+        return crops(config)
+
+    first = run(0.0)
+    answers = rows_of(first.out, "crops")
+    labels = {(row["image_id"], row["detection"]): row["label"] for row in answers if row["label"] is not None}
+    assert set(labels.values()) == {"Cat", "bird"}
+    assert first.relabelled is not None
+    table = open_table(first.relabelled, "detections")
+    assert [(category.id, category.name) for category in table.categories] == [(3, "cat"), (7, "dog"), (8, "bird")]
+    before, after = rows_of(data / "found", "detections"), rows_of(first.relabelled, "detections")
+    for old, new in zip(before, after, strict=True):
+        classes = [
+            {None: category, "Cat": 0, "bird": 2}[labels.get((old["image_id"], place))]
+            for place, category in enumerate(old["detections"]["category"])
+        ]
+        assert new.pop("detector_category") == old["detections"]["category"]
+        assert new == {**old, "detections": {**old["detections"], "category": classes}}
+    # Another threshold asks the model nothing; above all scores each detection keeps its class.
+    again = run(1.0)
+    assert again.already_done and again.relabelled == first.relabelled
+    kept = rows_of(again.relabelled, "detections")
+    assert [row["detections"] for row in kept] == [row["detections"] for row in before]
+    assert rows_of(again.out, "crops") == answers
+
+
+def test_labels_without_names_are_no_classes(data: Path, models: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(models("vit"), model)
+    content = json.loads((model / "config.json").read_text())
+    content["id2label"] = {str(index): f"LABEL_{index}" for index in range(7)}
+    (model / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="needs names of classes"):
+        crops(config_of(data, tmp_path / "out", str(model), "image-classification", relabel=0.5))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["dinov2", "clip"])
@@ -189,6 +233,8 @@ def test_a_crop_is_whole_pixels_inside_the_image() -> None:
         {"task": "image-classification", "ask": ["what ?"]},
         {"task": "zero-shot-image-classification", "labels": ["cat"], "prompt_template": "no place"},
         {"task": "depth-estimation", "margin": -1.0},
+        {"task": "depth-estimation", "relabel": 0.5},
+        {"task": "image-classification", "relabel": 1.5},
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
