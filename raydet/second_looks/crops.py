@@ -108,7 +108,9 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
         earlier = folder.admit(run_identity, folders=[RELABELLED])
         already_done = is_table(folder.uri)
         if earlier is None:
-            folder.begin(run_identity, folders=[RELABELLED], plan={"images_per_file": config.rows_per_file or _IMAGES_PER_FILE})
+            folder.begin(
+                run_identity, folders=[RELABELLED], plan={"images_per_file": config.rows_per_file or _IMAGES_PER_FILE}
+            )
             earlier = folder.record()
         assert earlier is not None
         work = CropsWork(

@@ -20,7 +20,7 @@ from raydet.scoring.plan import part_name
 from raydet.second_looks.cutting import detections_in
 from raydet.second_looks.work import CropsWork
 from raydet.tables.columns import Integers, image_ids_in, numbers_of, starts_of
-from raydet.tables.kept.plain import plain_detections, plain_schema
+from raydet.tables.kept.plain import plain_columns, plain_schema
 from raydet.tables.schema import Category, token_of
 from raydet.tables.table import RowGroup, Table, TableWriter, is_table, open_table, read_manifest
 
@@ -59,7 +59,8 @@ def relabel(work: CropsWork, labels: Sequence[str]) -> str:
         return uri
     work.folder.delete_table(RELABELLED)
     index_of, categories = _classes(work.found, labels)
-    schema = plain_schema(work.found, categories, extra_fields=[pa.field(DETECTOR_COLUMN, pa.list_(pa.int64()))])
+    field = pa.field(DETECTOR_COLUMN, pa.list_(pa.int64()))
+    schema = plain_schema(work.found.schema, categories, where=work.found.uri, extra_fields=[field])
     crops = open_table(work.folder.uri, "crops")
     groups = {name: list(own) for name, own in itertools.groupby(crops.row_groups(), lambda group: group.file)}
     with TableWriter(uri, schema, config_hash=wanted) as writer:
@@ -68,7 +69,7 @@ def relabel(work: CropsWork, labels: Sequence[str]) -> str:
         for chunk in range(work.num_chunks):
             given = _labels_in(crops, groups.get(part_name(chunk), []), work.config.relabel or 0.0)
             for batch in detections_in(work.found, work.rows_of(chunk)):
-                writer.write(_relabelled(plain_detections(batch, work.found), given, index_of, schema))
+                writer.write(_relabelled(batch, given, index_of, schema))
     return uri
 
 
@@ -96,7 +97,8 @@ def _labels_in(crops: Table, groups: Sequence[RowGroup], min_score: float) -> pa
 
 def _relabelled(batch: pa.RecordBatch, given: pa.Table, index_of: dict[str, int], schema: pa.Schema) -> pa.RecordBatch:
     """Return rows with the classes of their labels, and those of the detector in a further column."""
-    detections = batch.column("detections")
+    columns = plain_columns(batch)
+    detections = columns["detections"]
     lists = detections.field("category")
     starts, old = starts_of(pc.list_value_length(lists).to_numpy(zero_copy_only=False)), numbers_of(lists.flatten())
     new = old.copy()
@@ -105,10 +107,10 @@ def _relabelled(batch: pa.RecordBatch, given: pa.Table, index_of: dict[str, int]
         if image_id in row_of:
             new[starts[row_of[image_id]] + place] = index_of[label]
     fields = list(detections.type)
-    columns = [_lists(starts, new) if field.name == "category" else detections.field(field.name) for field in fields]
-    changed = pa.StructArray.from_arrays(columns, fields=fields)
-    arrays = [changed if name == "detections" else batch.column(name) for name in batch.schema.names]
-    return pa.RecordBatch.from_arrays([*arrays, _lists(starts, old)], schema=schema)
+    parts = [_lists(starts, new) if field.name == "category" else detections.field(field.name) for field in fields]
+    columns["detections"] = pa.StructArray.from_arrays(parts, fields=fields)
+    columns[DETECTOR_COLUMN] = _lists(starts, old)
+    return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
 
 
 def _lists(starts: Integers, values: Integers) -> pa.ListArray:

@@ -33,7 +33,7 @@ from raydet.tables.columns import (
     take_rows,
 )
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN
-from raydet.tables.kept.plain import plain_detections
+from raydet.tables.kept.plain import plain_columns, plain_schema
 from raydet.tables.table import Table, open_table
 
 CANDIDATES_PER_IMAGE = 20
@@ -185,7 +185,7 @@ class _Criteria:
                     "similarity": nearest[place],
                 }
             )
-        return NextImages(rows, plain_detections(batch, self._table))
+        return NextImages(rows, _plain(batch, self._table))
 
     def _reason(
         self, images: ScoredImages, place: int, ranks: Floats, scores: dict[str, float], nearest: float | None
@@ -262,3 +262,8 @@ def _nearest_labelled(table: Table, dimension: int, vectors: Vectors, is_labelle
 
 def _shown_similarity(similarity: np.float32) -> float | None:
     return None if similarity <= -1 else float(similarity)
+
+
+def _plain(batch: pa.RecordBatch, table: Table) -> pa.RecordBatch:
+    schema = plain_schema(table.schema, table.categories, where=table.uri)
+    return pa.RecordBatch.from_arrays(list(plain_columns(batch).values()), schema=schema)

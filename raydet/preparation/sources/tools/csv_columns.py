@@ -12,7 +12,7 @@ Recognised without an option, whatever the order and the case of the columns:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raydet.common.errors import UserError
+from raydet.common.errors import UserError, one_line
 from raydet.images.files import readable
 
 EXPECTED = (
@@ -90,9 +90,8 @@ def find_columns(first: Sequence[str], named: Mapping[str, str | int] | None, wh
         return _columns(places, has_header=True)
     if len(first) == len(_WITHOUT_HEADER) and _is_row(first):
         return _columns(_WITHOUT_HEADER, has_header=False)
-    shown = ", ".join(readable(name.strip())[:40] for name in first[:_SHOWN]) + (" …" if len(first) > _SHOWN else "")
     raise UserError(
-        f"{where} begins with {shown}; expected {EXPECTED}; or name the columns, such as "
+        f"{where} begins with {_shown(first)}; expected {EXPECTED}; or name the columns, such as "
         "--columns '{image: file, class: name, xmin: x1, ymin: y1, xmax: x2, ymax: y2}'"
     )
 
@@ -112,11 +111,15 @@ def _named(header: Sequence[str], named: Mapping[str, str | int], where: str) ->
         place = value - 1 if isinstance(value, int) else _place_of(header, value.strip().lower())
         if place is None or not 0 <= place < len(header):
             raise UserError(
-                f"--columns {role}: {value}: there is no such column in {where}; its first row is "
-                f"{readable(', '.join(header[:_SHOWN]))}"
+                f"--columns {role}: {value}: there is no such column in {where}; its first row is {_shown(header)}"
             )
         places[role] = place
     return _columns(places, has_header=has_header)
+
+
+def _shown(row: Sequence[str]) -> str:
+    names = [one_line(readable(name), limit=40) for name in row[:_SHOWN]]
+    return ", ".join([*names, "…"] if len(row) > _SHOWN else names)
 
 
 def _place_of(header: Sequence[str], name: str) -> int | None:

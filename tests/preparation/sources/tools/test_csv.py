@@ -146,6 +146,7 @@ def test_fractions_need_a_word(tmp_path: Path) -> None:
         ("", "is empty; expected the columns of VoTT"),
         ("a,b,c\n1,2,3\n", "begins with a, b, c; expected .* or name the columns, such as --columns"),
         ("image,x,y,width,height,label\n", "begins with image, x, y"),
+        ('image,"x\ny",width\n', "begins with image, x y, width; "),
         (VOTT.split("\n")[0], "names no images"),
         ("a.jpg,,,,,\n", "has no box; for images without labels"),
         ("image;xmin;ymin;xmax;ymax;label\na.jpg;1,5;2;11;8;dog\n", "line 2 has the number 1,5 with a decimal comma"),
