@@ -34,7 +34,7 @@ from raydet.exports.rows import (
 from raydet.tables import storage
 from raydet.tables.columns import flatten, image_ids_in
 from raydet.tables.new_output import new_file
-from raydet.tables.schema import TableKind, build_schema
+from raydet.tables.schema import LABELLED_COLUMN, TableKind, build_schema
 from raydet.tables.table import Table
 
 _SEPARATOR = ",\n"
@@ -79,7 +79,8 @@ def export_coco(config: ExportCocoConfig, *, console: Console | None = None) -> 
     format cannot represent images without detections, or the reasons why images could not be read.
     An images table becomes an instances file with `images`, `annotations` and `categories`: annotations keep their ids
     if these are unique and above 0, and are numbered 1…n otherwise; further scalar columns (camera, city) become keys
-    of the images. Images are not copied; absolute paths are written relative to their common folder.
+    of the images, and `labelled_categories` LVIS's `neg_category_ids` and `not_exhaustive_category_ids`.
+    Images are not copied; absolute paths are written relative to their common folder.
     Boxes are x, y, width, height in absolute pixels of the upright image; category ids are those of the source.
 
     An existing file is replaced atomically.
@@ -160,8 +161,16 @@ def _write_instances(file: BinaryIO, table: Table, out: str, progress: Progress)
     extra = [
         field.name for field in table.schema if field.name not in known and any(is_(field.type) for is_ in _JSON_TYPES)
     ]
-    for batch in table.iter_batches(["image_id", "image.path", "width", "height", *extra], ROWS_AT_ONCE):
-        images.add(pa.array([_image_entry(row, folder or "", extra) for row in batch.to_pylist()], pa.string()))
+    names = ["image_id", "image.path", "width", "height", *extra]
+    is_partial = LABELLED_COLUMN in table.schema.names
+    names += [LABELLED_COLUMN, "objects.category"] if is_partial else []
+    category_ids = [category.id for category in table.categories]
+    for batch in table.iter_batches(names, ROWS_AT_ONCE):
+        entries = (
+            _image_entry(row, folder or "", extra) | (_federated(row, category_ids) if is_partial else {})
+            for row in batch.to_pylist()
+        )
+        images.add(pa.array(map(json.dumps, entries), pa.string()))
     file.write(b'\n],\n"annotations": [')
     annotations, ids = _Entries(file), _annotation_ids(table)
     batches = table.iter_batches(["image_id", "objects"], ROWS_AT_ONCE)
@@ -202,7 +211,7 @@ def _annotation_ids(table: Table) -> Numbers | None:
     return ids if (ids > 0).all() and len(np.unique(ids)) == len(ids) else None
 
 
-def _image_entry(row: dict[str, Any], folder: str, extra: Sequence[str]) -> str:
+def _image_entry(row: dict[str, Any], folder: str, extra: Sequence[str]) -> dict[str, Any]:
     path = row["image"]["path"] or ""
     entry = {
         "id": row["image_id"],
@@ -214,7 +223,18 @@ def _image_entry(row: dict[str, Any], folder: str, extra: Sequence[str]) -> str:
         value = row[name]
         if name not in entry and not (isinstance(value, float) and not math.isfinite(value)):
             entry[name] = value
-    return json.dumps(entry)
+    return entry
+
+
+def _federated(row: dict[str, Any], category_ids: Sequence[int]) -> dict[str, list[int]]:
+    """Return LVIS's two lists of an image that is labelled for some classes; nothing if it is labelled for all."""
+    if row[LABELLED_COLUMN] is None:
+        return {}
+    labelled, present = set(row[LABELLED_COLUMN]), set(row["objects"]["category"] or ())
+    return {
+        "neg_category_ids": [category_ids[index] for index in sorted(labelled - present)],
+        "not_exhaustive_category_ids": [category_ids[index] for index in sorted(present - labelled)],
+    }
 
 
 def _category_ids(table: Table, image_ids: Numbers, indices: Numbers) -> Numbers:

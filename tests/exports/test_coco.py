@@ -20,7 +20,7 @@ from raydet.measuring.evaluate import evaluate
 from raydet.preparation.prepare import prepare_coco
 from raydet.tables import storage
 from raydet.tables.layout import MANIFEST_NAME
-from raydet.tables.schema import Category, build_schema
+from raydet.tables.schema import LABELLED_COLUMN, Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 
 Row = dict[str, Any]
@@ -194,7 +194,10 @@ def test_instances_have_sizes_areas_crowds_and_the_further_columns(tmp_path: Pat
 
 
 @pytest.mark.parametrize("storage_kind", ["inline", "reference"])
-def test_what_is_exported_can_be_prepared_again(test_data: Path, tmp_path: Path, storage_kind: Any) -> None:
+@pytest.mark.parametrize("labelled", [None, ["person", "cat", "clock"]])
+def test_what_is_exported_can_be_prepared_again(
+    test_data: Path, tmp_path: Path, storage_kind: Any, labelled: list[str] | None
+) -> None:
     folder = test_data / "coco_mini"
     source = load(folder / "instances_val.json")
     images = {item["id"]: item for item in source["images"][:8]}
@@ -204,16 +207,24 @@ def test_what_is_exported_can_be_prepared_again(test_data: Path, tmp_path: Path,
         "annotations": [item for item in source["annotations"] if item["image_id"] in images],
     }
     (tmp_path / "part.json").write_text(json.dumps(part))
-    columns = ["image_id", "width", "height", "objects"]
+    columns = ["image_id", "width", "height", "objects", *([] if labelled is None else [LABELLED_COLUMN])]
     contents = []
     annotations = str(tmp_path / "part.json")
     image_folder = str(folder / "val")
     for name in ("first", "second"):
         out = str(tmp_path / name)
         prepare_coco(
-            PrepareCocoConfig(images=image_folder, annotations=annotations, out=out, image_storage=storage_kind)
+            PrepareCocoConfig(
+                images=image_folder,
+                annotations=annotations,
+                out=out,
+                image_storage=storage_kind,
+                labelled=labelled if name == "first" else None,
+            )
         )
-        contents.append(open_table(out, "images").read(columns).to_pylist())
+        table = open_table(out, "images")
+        assert (LABELLED_COLUMN in table.schema.names) == (labelled is not None)
+        contents.append(table.read(columns).to_pylist())
         annotations = str(tmp_path / f"{name}.json")
         report = _export(out, annotations)
         image_folder = report.images_folder or image_folder

@@ -20,6 +20,7 @@ from raydet.images.files import readable
 from raydet.preparation.sources.hub import HubImages
 from raydet.preparation.sources.hub_objects import RowObjects, names_in, parse_objects
 from raydet.preparation.sources.source import (
+    LABELLED_FIELD,
     SOURCE_ID,
     Finding,
     FindingLog,
@@ -31,7 +32,7 @@ from raydet.preparation.sources.source import (
     read_class_names,
     size_hw_of,
 )
-from raydet.tables.schema import Category, build_schema
+from raydet.tables.schema import LABELLED_COLUMN, Category, build_schema
 from raydet.tables.table import is_table, open_table
 
 _ROWS_AT_ONCE = 1000
@@ -52,7 +53,8 @@ def read_hub(images: HubImages, config: PrepareHubConfig) -> Source:
         2⁵³ - 1. Otherwise the id is the row number, and the column `source_id` holds the value of `image_id` or, if
         there is none, the path. Category ids are the numbers of the ClassLabel, from 0, or the numbers that occur;
         names are numbered from 1. `width` and `height` are the size that the source states. Other columns of scalars
-        are carried through, those of a ClassLabel by name.
+        are carried through, those of a ClassLabel by name, and so is `labelled_categories`, if it is a list of a
+        ClassLabel, as in raydet's tables.
 
     Raises:
         UserError: A column is missing or of the wrong type, or there is no row.
@@ -66,7 +68,9 @@ def read_hub(images: HubImages, config: PrepareHubConfig) -> Source:
     findings = FindingLog()
     extras = _extra_columns(features, {images.column, objects}, findings)
     image_ids = _image_ids(images.dataset, findings)
-    rows = _HubRows(images, [objects, "image_id", "width", "height", *extras])
+    labelled_names = _labelled_names(features) if objects is not None else None
+    partial = [LABELLED_COLUMN] if labelled_names else []
+    rows = _HubRows(images, [objects, "image_id", "width", "height", *extras, *partial])
     categories: tuple[Category, ...] = ()
     index_of: Mapping[_Key, int] = {}
     keeps_ids = False
@@ -85,6 +89,8 @@ def read_hub(images: HubImages, config: PrepareHubConfig) -> Source:
             extra = {name: _extra_value(row[name], names) for name, (_, names) in extras.items()}
             if names_rows:
                 extra["source_id"] = path if row.get("image_id") is None else readable(str(row["image_id"]))
+            if labelled_names is not None:
+                extra[LABELLED_COLUMN] = _labelled(row[LABELLED_COLUMN], labelled_names, index_of)
             yield SourceImage(
                 image_id=number if image_ids is None else int(image_ids[number]),
                 path=path,
@@ -97,6 +103,7 @@ def read_hub(images: HubImages, config: PrepareHubConfig) -> Source:
 
     fields = [pa.field(name, dtype) for name, (dtype, _) in extras.items()]
     fields += SOURCE_ID if names_rows else []
+    fields += [LABELLED_FIELD] if labelled_names is not None else []
     return Source(records, len(images.dataset), categories, tuple(fields), findings)
 
 
@@ -273,9 +280,23 @@ def _extra_columns(features: Mapping[str, Any], taken: set[str | None], findings
             extras[name] = pa.string(), tuple(map(readable, feature.names))
         elif kind == "Value" and _is_scalar(dtype):
             extras[name] = pa.string() if pa.types.is_large_string(dtype) or pa.types.is_null(dtype) else dtype, None
-        else:
+        elif name != LABELLED_COLUMN or _labelled_names(features) is None:
             findings.note(Finding("columns without scalar values, dropped", detail=name))
     return extras
+
+
+def _labelled_names(features: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the class names of the column `labelled_categories`; None if there is no such column of class lists."""
+    names = getattr(getattr(features.get(LABELLED_COLUMN), "feature", None), "names", None)
+    return None if names is None else tuple(map(readable, names))
+
+
+def _labelled(value: list[int] | None, names: tuple[str, ...], index_of: Mapping[_Key, int]) -> list[int] | None:
+    """Return the classes that an image is labelled for; None for all."""
+    if value is None:
+        return None
+    known = (names[number] for number in value if number is not None and 0 <= number < len(names))
+    return sorted({index_of[name] for name in known if name in index_of})
 
 
 def _is_scalar(dtype: pa.DataType) -> bool:

@@ -216,6 +216,14 @@ def test_our_own_table_comes_back_equal(bccd: Path, tmp_path: Path) -> None:
     assert again.categories == first.categories
 
 
+def test_a_table_that_is_labelled_in_part_comes_back_equal(bccd: Path, tmp_path: Path) -> None:
+    first = prepare(tmp_path / "first", bccd / "table", labelled=["RBC", "WBC"])
+    again = prepare(tmp_path / "again", first.out)
+    assert open_table(again.out, "images").read().equals(open_table(first.out, "images").read())
+    two = prepare(tmp_path / "two", first.out, classes=["WBC", "RBC"])
+    assert set(map(tuple, open_table(two.out, "images").read()["labelled_categories"].to_pylist())) == {(0, 1)}
+
+
 def test_datasets_reads_what_was_made_of_its_rows(bccd: Path, tmp_path: Path) -> None:
     cppe(bccd).save_to_disk(str(tmp_path / "set"))
     report = prepare(tmp_path / "out", tmp_path / "set")
