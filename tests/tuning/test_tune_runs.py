@@ -70,7 +70,7 @@ def _config(shapes: Path, out: Path, train: dict[str, Any], **changes: Any) -> T
 def _trainers() -> list[int]:
     """List the training processes among this process's descendants."""
     children = psutil.Process().children(recursive=True)
-    return [child.pid for child in children if "RayTrainWorker" in " ".join(_command(child))]
+    return [child.pid for child in children if re.search("RayTrainWorker|_LoneWorker", " ".join(_command(child)))]
 
 
 def _command(process: psutil.Process) -> list[str]:
