@@ -104,6 +104,17 @@ class ExportOnnxConfig:
     checkpoint: str = option("model folder, as written by train, or a Hub name")
     out: str = option("ONNX file to write", operational=True)
     image_size: int | None = option("input side in pixels; by default the model's own", None)
+    pixels_in: bool = option(
+        "the graph also resizes, normalises and chooses the best detections: from pixels of pictures to boxes", False
+    )
+    check_data: str | None = option(
+        "with --pixels-in: images table with labels, to compare AP and boxes of graph and checkpoint on", None
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "image_size")
+        require(self.check_data is None or self.pixels_in, "--check-data needs --pixels-in")
+        require(
+            self.check_data is None or self.image_size is None,
+            "--check-data compares with the checkpoint at its own size; omit --image-size",
+        )

@@ -1,6 +1,7 @@
 """Checkpoint → one ONNX file, checked against torch before it is written."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,12 @@ from raydet.common.display.progress import Progress
 from raydet.common.errors import RunError
 from raydet.common.notebook.showing import Shown
 from raydet.common.packages import require_packages
+from raydet.common.redaction import without_secrets
 from raydet.config import ExportOnnxConfig
 from raydet.config.fields import with_options
+from raydet.exports.pixels_in import DETECTIONS, PIXELS, with_pixels_in
+from raydet.exports.pixels_in import OPSET as PIXELS_IN_OPSET
+from raydet.exports.receipt import Receipt, compare, graph_of
 from raydet.models.checkpoints import read_checkpoint
 from raydet.models.detector import Detector
 from raydet.models.geometry import SizeHW
@@ -36,11 +41,13 @@ class OnnxExportReport(Shown):
 
     Attributes:
         num_bytes: Size of the file in bytes.
-        input_names: `pixel_values` float32 [B, 3, H, W] and, for some models, `pixel_mask` int64 [B, H, W].
+        input_names: `pixel_values` float32 [B, 3, H, W] and, for some models, `pixel_mask` int64 [B, H, W]; or
+            `pixels` uint8 [B, H, W, 3].
         image_size_hw: Required height and width in pixels; None if any size works.
         num_classes: Number of classes; logits may have one more, "no object".
         max_difference: Largest difference from torch in scores and boxes (fractions of the image's sides) on random
-            images.
+            images; with `pixels_in`, of the model without the steps around it.
+        receipt: With `check_data`, agreement with the checkpoint on its images.
     """
 
     path: str
@@ -50,16 +57,19 @@ class OnnxExportReport(Shown):
     image_size_hw: SizeHW | None
     num_classes: int
     max_difference: float
+    receipt: Receipt | None = None
 
     def lines(self) -> list[str]:
         """Return a summary for the terminal."""
         size = (
             "any height and width" if self.image_size_hw is None else f"{self.image_size_hw[0]}×{self.image_size_hw[1]}"
         )
+        outputs = DETECTIONS if self.input_names == (PIXELS,) else OUTPUT_NAMES
         return [
             f"{self.path}: {self.num_bytes / 1e6:.1f} MB, ONNX opset {self.opset}, {self.num_classes} classes",
-            f"inputs: {', '.join(self.input_names)} (any number of images, {size}); outputs: {', '.join(OUTPUT_NAMES)}",
+            f"inputs: {', '.join(self.input_names)} (any number of images, {size}); outputs: {', '.join(outputs)}",
             f"largest difference from torch in scores and boxes: {self.max_difference:.1e}",
+            *(self.receipt.lines() if self.receipt else ()),
         ]
 
 
@@ -72,6 +82,11 @@ def export_onnx(config: ExportOnnxConfig, *, console: Console | None = None) -> 
     pre- and post-processing: `categories`, `image_size_hw`, `image_mean`, `image_std`, `rescale_factor`, and
     `raydet_version`.
 
+    With `pixels_in` it accepts pictures instead, `pixels` uint8 [B, height, width, 3] in RGB, all of one size, and
+    returns `boxes_xyxy` [B, K, 4] in pixels of the picture, `scores` [B, K] and `labels` [B, K], the best first. With
+    `check_data` it detects the objects of a table beside the checkpoint, and `OUT` with the ending `.receipt.json` has
+    the result.
+
     The graph is compared with torch on random images before it is written. An existing file is replaced.
 
     Raises:
@@ -80,14 +95,30 @@ def export_onnx(config: ExportOnnxConfig, *, console: Console | None = None) -> 
     """
     require_packages("onnx")
     checkpoint, out, image_size = config.checkpoint, storage.absolute_uri(config.out), config.image_size
+    receipt = None
     with (
         new_file(out, command="export onnx", endings=(".onnx",)) as file,
         (console or Console()).progress("loading the model") as progress,
     ):
         detector, data, difference = _build(checkpoint, image_size, progress)
+        if config.pixels_in:
+            data = with_pixels_in(data, detector).SerializeToString()
+        if config.check_data is not None:
+            detect = graph_of(open_session(data, num_threads=torch.get_num_threads()))
+            receipt = compare(detect, checkpoint, config.check_data, progress)
         file.write(data)
+    if receipt is not None:
+        content = json.dumps({"checkpoint": without_secrets(checkpoint), **asdict(receipt)}, indent=2)
+        storage.write_bytes(out.removesuffix(".onnx") + ".receipt.json", content.encode())
     return OnnxExportReport(
-        out, len(data), OPSET, input_names(detector), fixed_size_hw(detector), len(detector.categories), difference
+        out,
+        len(data),
+        PIXELS_IN_OPSET if config.pixels_in else OPSET,
+        (PIXELS,) if config.pixels_in else input_names(detector),
+        None if config.pixels_in else fixed_size_hw(detector),
+        len(detector.categories),
+        difference,
+        receipt,
     )
 
 

@@ -194,6 +194,14 @@ class Detector:
         mean, std = self._mean_and_std(values.device)
         return values.sub_(mean).div_(std)
 
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation of each channel for pixels from 0 to 255; without normalising 0 and 1."""
+        processor = self.processor
+        if not processor.do_normalize:
+            return [0.0] * 3, [1.0 / processor.rescale_factor if processor.do_rescale else 1.0] * 3
+        mean, std = self._mean_and_std(torch.device("cpu"))
+        return mean.flatten().tolist(), std.flatten().tolist()
+
     def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation for pixels from 0 to 255, each float32 [3, 1, 1], cached on the device."""
         if self._scale is None or self._scale[0].device != device:
