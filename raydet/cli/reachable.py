@@ -75,6 +75,7 @@ def _endpoint_of(uri: str) -> tuple[bool, str] | None:
         region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         host = f"s3.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}" if region else "s3.amazonaws.com"
     elif parts.scheme in ("gs", "gcs"):
+        override = override or os.environ.get("CLOUD_STORAGE_EMULATOR_ENDPOINT") or ""
         host = "storage.googleapis.com"
     elif parts.scheme in ("abfs", "abfss") and "@" in parts.netloc:
         host = parts.netloc.rpartition("@")[2]

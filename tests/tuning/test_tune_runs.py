@@ -102,7 +102,8 @@ def test_two_trials_at_once_of_which_one_fails(shapes: Path, tmp_path: Path) -> 
     assert re.search(r"3 trials, 2 at a time.*1 worker .*0\.49 CPU", console.lines[0])
     assert len([line for line in console.lines if line.startswith("trial-")]) == 3
     rows = open_table(f"{config.out}/trials", "trials").read().to_pylist()
-    assert [row["num_epochs"] for row in rows] == [2, 0, 2] and rows[1]["value"] is None
+    # The run ends at the fifth step in a row that is skipped, in its second epoch.
+    assert [row["num_epochs"] for row in rows] == [2, 1, 2] and rows[1]["value"] is None
     assert result.value == min(row["value"] for row in rows if row["value"] is not None)
     again = load_file(TrainConfig, result.config_file)
     assert again.learning_rate == result.parameters["learning_rate"] and again.threads_per_worker == 1
@@ -140,7 +141,7 @@ def test_trials_of_two_workers_and_all_that_fail(shapes: Path, tmp_path: Path) -
     result = tune(_config(shapes, tmp_path / "two", {"num_workers": 2, "epochs": 1}, num_trials=1))
     assert result.best.source == "default" and len(result.best.history) == 1
     config = _config(shapes, tmp_path / "bad", {"learning_rate": 1e25, "max_grad_norm": 1e9}, num_trials=1)
-    with pytest.raises(RunError, match="trial-0000: the loss is not finite"):
+    with pytest.raises(RunError, match="trial-0000: .*the loss is not finite"):
         tune(config)
     assert open_table(f"{config.out}/trials", "trials").read()["state"].to_pylist() == ["failed"]
 
