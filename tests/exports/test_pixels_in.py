@@ -15,8 +15,8 @@ from raydet.common.boxes import xywh_to_xyxy
 from raydet.config import ExportOnnxConfig
 from raydet.exports.onnx import export_onnx
 from raydet.exports.pixels_in import DETECTIONS, PIXELS, with_pixels_in
+from raydet.models.detector import Detector
 from raydet.models.geometry import ResizeRule, resized_planes
-from raydet.models.graph import input_names
 from raydet.models.loading import build_detector, load_detector
 from raydet.models.onnx import open_session, to_onnx
 from raydet.preparation.sources import shapes
@@ -25,7 +25,7 @@ from tests.small_sets import write_drawn
 
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"), Category(90, "toothbrush"))
 RULES = {
-    "fixed": ResizeRule(mode="fixed", size_hw=(64, 96)),
+    "fixed": ResizeRule(mode="fixed", size_hw=(64, 96), pad_to_hw=(80, 96)),
     "edges": ResizeRule(mode="keep_aspect", shortest=64, longest=112),
     "multiples": ResizeRule(mode="keep_aspect", shortest=64, longest=112, resample=3, multiple_of=16),
     "limit": ResizeRule(mode="keep_aspect", limit_hw=(100, 120), pad_to_hw=(100, 120)),
@@ -58,17 +58,26 @@ def test_boxes_are_those_of_torch(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(labels[number][kept], found.class_indices)
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", RULES)
-def test_the_resize_is_that_of_the_image_processor(name: str, tmp_path: Path) -> None:
-    rule = RULES[name]
-    folder = str(tmp_path)
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, bytes]:
+    """A detector with a pixel mask, and its graph."""
+    folder = str(tmp_path_factory.mktemp("detr"))
     build_detector("detr_tiny", CATEGORIES, image_size=96, seed=0).save(folder)
     detector = load_detector(folder)
-    detector.resize_rule = rule
-    graph = with_pixels_in(to_onnx(detector, where=folder, remedy=""), detector)
-    names = input_names(detector)
-    # The inputs of the model become outputs of the graph.
+    return detector, to_onnx(detector, where=folder, remedy="")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", RULES)
+def test_the_resize_is_that_of_the_image_processor(
+    name: str, padded: tuple[Detector, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, core = padded
+    rule = RULES[name]
+    monkeypatch.setattr(detector, "resize_rule", rule)
+    graph = with_pixels_in(core, detector)
+    names = ["pixel_values", "pixel_mask"]
+    # The inputs of the model become outputs of the graph; the model itself does not run.
     for inner in names:
         graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(inner))
     session = open_session(graph.SerializeToString(), num_threads=1)
@@ -76,18 +85,14 @@ def test_the_resize_is_that_of_the_image_processor(name: str, tmp_path: Path) ->
     mean, std = (np.array(values)[:, None, None] for values in detector.mean_and_std())
     for size_hw in [(300, 200), (48, 64), (97, 96), (60, 200), (333, 31), (64, 64), (1, 50)]:
         picture = drawn(random, size_hw)
-        found = dict(zip(names, session.run(list(names), {PIXELS: picture[None]}), strict=True))
+        values, mask = (array[0] for array in session.run(names, {PIXELS: picture[None]}))
         height, width = rule.target_size_hw(size_hw)
-        levels = found["pixel_values"][0] * std + mean
         expected = resized_planes(picture, (height, width), rule.resample).astype(np.float64)
-        inside = np.abs(levels[:, :height, :width] - expected)
-        assert inside.max() < 2.5 and (inside > 0.5).mean() < 0.08, size_hw
-        if rule.pad_to_hw is not None:
-            assert found["pixel_values"].shape[2:] == rule.pad_to_hw
-            assert not found["pixel_values"][0][:, height:].any() and not found["pixel_values"][0][:, :, width:].any()
-        if "pixel_mask" in found:
-            mask = found["pixel_mask"][0]
-            assert mask.sum() == height * width and mask[:height, :width].all()
+        difference = np.abs((values * std + mean)[:, :height, :width] - expected)
+        assert difference.max() < 2.5 and (difference > 0.5).mean() < 0.08, size_hw
+        assert values.shape[1:] == mask.shape == (rule.pad_to_hw or (height, width))
+        assert not values[:, height:].any() and not values[:, :, width:].any()
+        assert mask.sum() == height * width and mask[:height, :width].all()
 
 
 @pytest.mark.usefixtures("one_thread")

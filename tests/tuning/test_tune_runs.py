@@ -141,7 +141,7 @@ def test_trials_of_two_workers_and_all_that_fail(shapes: Path, tmp_path: Path) -
     result = tune(_config(shapes, tmp_path / "two", {"num_workers": 2, "epochs": 1}, num_trials=1))
     assert result.best.source == "default" and len(result.best.history) == 1
     config = _config(shapes, tmp_path / "bad", {"learning_rate": 1e25, "max_grad_norm": 1e9}, num_trials=1)
-    with pytest.raises(RunError, match="trial-0000: .*the loss is not finite"):
+    with pytest.raises(RunError, match=r"trial-0000: .*the loss is not finite"):
         tune(config)
     assert open_table(f"{config.out}/trials", "trials").read()["state"].to_pylist() == ["failed"]
 
