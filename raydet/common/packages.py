@@ -7,6 +7,7 @@ from raydet.common.errors import UserError
 _PACKAGES = {
     "openvino": ("openvino",),
     "onnx": ("onnx", "onnxruntime"),
+    "lora": ("peft",),
     "browse": ("duckdb", "starlette", "uvicorn"),
 }
 

@@ -46,8 +46,10 @@ class ResolvedTrainConfig(TrainConfig):
 
     @property
     def backbone_rate(self) -> float:
-        """Learning rate of the backbone."""
-        return self.learning_rate / 10 if self.backbone_learning_rate is None else self.backbone_learning_rate
+        """Learning rate of the backbone, or of its adapters."""
+        if self.backbone_learning_rate is not None:
+            return self.backbone_learning_rate
+        return self.learning_rate if self.lora else self.learning_rate / 10
 
 
 DECIDED_OPTIONS = ("backbone_learning_rate", *ResolvedTrainConfig.__annotations__)

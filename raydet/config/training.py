@@ -97,6 +97,13 @@ class TrainConfig(WorkersConfig):
     unfreeze_epoch: int | None = option(
         "epoch, counted from 1, from which a frozen backbone trains too", None, group="Model"
     )
+    lora: dict[str, int | float] | None = option(
+        "low-rank adapters in the vision transformer of the model, whose own weights are then frozen: their rank r, "
+        "alpha (by default 2 · r) for a scale of alpha / r, and dropout (by default 0), as r=16 alpha=32",
+        None,
+        group="Model",
+        value=PAIRS,
+    )
     batch_norm: BatchNorm | None = option(
         "as_is: as the model defines it; freeze: keep the loaded statistics; sync: statistics over the images of all "
         "workers; by default the recipe's",
@@ -316,6 +323,8 @@ class TrainConfig(WorkersConfig):
             f"--unfreeze-epoch needs --freeze-backbone stem or all, and must be at least 2; got {self.unfreeze_epoch} "
             f"with --freeze-backbone {self.freeze_backbone or 'none'}",
         )
+        if self.lora is not None:
+            self._check_lora(self.lora)
         pipeline = self.augmentation if isinstance(self.augmentation, list) else []
         for item in pipeline:
             require(
@@ -334,6 +343,18 @@ class TrainConfig(WorkersConfig):
             self.batch_size is None or self.batch_size >= self.max_workers,
             f"--batch-size counts the images of all workers together: {self.batch_size} images cannot keep "
             f"{self.max_workers} workers busy; raise --batch-size or lower --num-workers",
+        )
+
+    def _check_lora(self, options: dict[str, int | float]) -> None:
+        rank, known = options.get("r"), ("r", "alpha", "dropout")
+        require(set(options) <= set(known), f"--lora takes {', '.join(known)}, got {', '.join(options)}")
+        require(isinstance(rank, int) and 0 < rank <= 1024, f"--lora needs a rank r from 1 to 1024, got {rank}")
+        alpha, dropout = options.get("alpha", 1), options.get("dropout", 0)
+        require(isinstance(alpha, int) and alpha > 0, f"--lora: alpha must be a positive integer, got {alpha}")
+        require(0 <= dropout < 1, f"--lora: dropout must be at least 0 and below 1, got {dropout}")
+        require(
+            self.freeze_backbone in (None, "all") and self.unfreeze_epoch is None,
+            "--lora keeps the weights of the backbone frozen; omit --freeze-backbone and --unfreeze-epoch",
         )
 
 

@@ -21,6 +21,8 @@ from raydet.tables.schema import Category
 
 STATES_FOLDER = "states"
 """Folder in OUT of a training run: the states from which the run can resume."""
+ADAPTER_FOLDER = "adapter"
+"""Folder in OUT of a training run with adapters: those of OUT/checkpoint, in peft's format."""
 HISTORY_FILE = "log/history.json"
 """File in OUT of a training run: one entry per epoch."""
 STEPS_FILE = "log/steps.json"
@@ -160,7 +162,10 @@ def check_local_config(folder: str) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
     content = _parsed(data, path)
     if storage.exists(storage.join(folder, _ADAPTER_FILE)):
-        raise UserError(f"{folder} holds an adapter of another model ({_ADAPTER_FILE}); merge it into the model first")
+        raise UserError(
+            f"{folder} holds an adapter of another model ({_ADAPTER_FILE}); use a merged model, such as "
+            "the OUT/checkpoint beside it"
+        )
     _refuse_hostile_parts(content, path)
     return content
 

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from raydet.common.boxes import Boxes
 from raydet.common.errors import UserError
 from raydet.common.hub_client import quiet_client
+from raydet.models.adapters.folder import write_adapter
+from raydet.models.adapters.lora import merged, untied
 from raydet.models.collate import Batch
 from raydet.models.families import Family, family_of
 from raydet.models.processors import resize_rule_of
@@ -215,11 +217,11 @@ class Detector:
         return self._scale
 
     def save(self, folder: str) -> None:
-        """Write a Hugging Face model folder: safetensors weights, config, image processor.
+        """Write a Hugging Face model folder: safetensors weights, config, image processor. Adapters are merged.
 
         The write is not atomic; a caller that needs an atomic one must write elsewhere and rename.
         """
-        with quiet():
+        with quiet(), merged(self.model):
             self.model.save_pretrained(folder)
             # Some model types have no default processor class, so that the folder must name one.
             self.processor.save_pretrained(folder)
@@ -227,6 +229,20 @@ class Detector:
         mode = Path(folder, "config.json").stat().st_mode & 0o777
         for file in Path(folder).glob("*.safetensors"):
             file.chmod(mode)
+
+    def save_adapter(self, folder: str, *, base: str) -> None:
+        """Write a folder for peft, see `write_adapter`, with the config and the image processor of the merged model.
+
+        Weights that the merged model ties are separate according to this config, because peft fails on tied ones.
+
+        Args:
+            folder: Folder that exists.
+            base: Name of the model that the adapters belong to, which may have other classes and another image size.
+        """
+        write_adapter(self.model, folder, base=base)
+        with quiet(), untied(self.model):
+            self.model.config.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
 
 
 class _InSinglePrecision(nn.Module):

@@ -75,6 +75,8 @@ class Family:
         default_hidden_size: Length of the vector of a query if the model's config does not state it.
         compiled_modules: Parts of the model, in the order of the forward pass, that `--compile` compiles: backbone and
             encoder, whose shapes depend on the size of the input only.
+        vision_transformer: Start of the model type in `backbone_config` if the backbone is a vision transformer, whose
+            linear layers can have adapters; empty if it always is one, None if it never is.
     """
 
     model_type: str
@@ -107,6 +109,7 @@ class Family:
     decoder_mask: str = "encoder_attention_mask"
     default_hidden_size: int = 256
     compiled_modules: tuple[str, ...] = ("model.backbone", "model.encoder")
+    vision_transformer: str | None = None
 
 
 _DETR = Family(
@@ -145,6 +148,7 @@ _LW_DETR = Family(
     # The projector beside it is not pretrained.
     backbone_prefixes=("model.backbone.backbone.",),
     compiled_modules=("model.backbone",),
+    vision_transformer="",
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -178,6 +182,7 @@ FAMILIES: Mapping[str, Family] = {
             dense_matching=True,
             backbone_prefixes=("model.conv_encoder.model.", "model.conv_encoder.backbone."),
             compiled_modules=("model.conv_encoder", "model.encoder"),
+            vision_transformer="dinov3",
         ),
         _LW_DETR,
         replace(
@@ -206,6 +211,7 @@ FAMILIES: Mapping[str, Family] = {
             decoder=None,
             default_hidden_size=768,
             compiled_modules=("vit",),
+            vision_transformer="",
         ),
     )
 }
@@ -259,6 +265,31 @@ def family_of(model_type: str, *, where: str) -> Family:
             f"raydet supports {known}"
         )
     return FAMILIES[model_type]
+
+
+def check_adaptable(family: Family, content: Mapping[str, Any], *, where: str) -> None:
+    """Check that a model has a vision transformer, which `--lora` can adapt.
+
+    Args:
+        family: Its family.
+        content: The content of its `config.json`.
+        where: The model, for the error message.
+
+    Raises:
+        UserError: Its backbone is of another kind.
+    """
+    kind = family.vision_transformer
+    if kind is not None and str((content.get("backbone_config") or {}).get("model_type", "")).startswith(kind):
+        return
+    families = [
+        f"{each.model_type} with a {each.vision_transformer}" if each.vision_transformer else each.model_type
+        for each in FAMILIES.values()
+        if each.vision_transformer is not None
+    ]
+    raise UserError(
+        f"--lora adapts the vision transformer of a model, but {where} is a {family.model_type} model with another "
+        f"backbone; use one of {', '.join(families)}, or --freeze-backbone all"
+    )
 
 
 def unfit_size(option: str, size: int, multiple: int, *, where: str) -> UserError:

@@ -19,6 +19,7 @@ from raydet.common.errors import UserError, first_line
 from raydet.common.hub_client import offline_if_local
 from raydet.config import Backbone, BatchNorm
 from raydet.models import backbone
+from raydet.models.adapters.lora import add_adapters
 from raydet.models.batch_norm import (
     freeze_batch_norms,
     keep_batch_norm_gradients_contiguous,
@@ -56,6 +57,7 @@ def build_detector(
     batch_norm: BatchNorm = "as_is",
     freeze_backbone: Backbone = "none",
     gradient_checkpointing: bool = False,
+    lora: Mapping[str, float] | None = None,
 ) -> Detector:
     """Build a detector for training.
 
@@ -72,6 +74,7 @@ def build_detector(
             `synchronise_batch_norms` once the model is on its device.
         freeze_backbone: The part of the backbone that does not learn, see `raydet.models.backbone.freeze_backbone`.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        lora: Put adapters into the vision transformer, see `raydet.models.adapters.lora.add_adapters`.
 
     Raises:
         UserError: The model does not exist, cannot be read or trained, does not work at this image size, or does not
@@ -102,6 +105,10 @@ def build_detector(
             _prepare_for_training(config, family)
             model, fresh = _read_model(name, config)
             notes = [f"weights that {name} lacks, which start anew: {', '.join(sorted(fresh))}"] if fresh else []
+            if lora and (random := fresh & backbone.backbone_parameter_names(model)):
+                raise UserError(
+                    f"--lora needs a complete backbone to adapt, but {name} lacks {', '.join(sorted(random))}"
+                )
             if own_names != names:
                 rows = change_classes(
                     model, family, own_names, names, mapping=class_mapping, new_model=_new_model, missing=fresh
@@ -116,6 +123,8 @@ def build_detector(
     if batch_norm == "freeze":
         freeze_batch_norms(model)
     backbone.freeze_backbone(model, freeze_backbone, where=name)
+    if lora:
+        detector.notes = (*detector.notes, add_adapters(model, lora, seed=seed, where=name))
     if gradient_checkpointing:
         _checkpoint_gradients(model, where=name)
     keep_batch_norm_gradients_contiguous(model)

@@ -62,6 +62,7 @@ class EpochRecord:
         num_unreadable: Training images that could not be read.
         peak_memory_mb: Peak memory of rank 0's process, in MiB.
         peak_device_memory_mb: Peak memory on rank 0's GPU, in MiB; None without a GPU.
+        num_trained_parameters: Trainable parameters of the model; None if an old file lacks it.
         validation: Results of the validation after the epoch; None if there was none.
     """
 
@@ -81,6 +82,7 @@ class EpochRecord:
     num_unreadable: int = 0
     peak_memory_mb: float | None = None
     peak_device_memory_mb: float | None = None
+    num_trained_parameters: int | None = None
     validation: ValidationRecord | None = None
 
     @property
@@ -132,6 +134,8 @@ class EpochRecord:
         for name in ("peak_memory_mb", "peak_device_memory_mb"):
             if getattr(self, name) is not None:
                 content[name] = getattr(self, name)
+        if self.num_trained_parameters is not None:
+            content["trained_parameters"] = self.num_trained_parameters
         if self.validation is not None:
             content |= {
                 **self.validation.numbers,
@@ -172,6 +176,7 @@ class EpochRecord:
             skipped=tuple(SkippedStep.from_json(step) for step in content.get("skipped") or ()),
             overrides=overrides_from_json(content.get("overrides") or ()),
             num_unreadable=int(content.get("unreadable") or 0),
+            num_trained_parameters=content.get("trained_parameters"),
             validation=validation,
             **{name: content[name] for name in more if content.get(name) is not None},
         )

@@ -24,6 +24,7 @@ from raydet.common.allocator import keep_freed_memory
 from raydet.common.class_names import indices_in
 from raydet.common.threads import available_cpus
 from raydet.config import ResolvedTrainConfig
+from raydet.models.adapters.lora import merged, num_trained
 from raydet.models.processors import step_resize_rules
 from raydet.tables import storage
 from raydet.tables.table import Table
@@ -418,9 +419,15 @@ def _finish_epoch(run: _TrainingRun, reader: BatchReader) -> bool:
     with trainer.averaged():
         validation = None
         if plan.validates(epoch):
-            validation = validate(
-                trainer, crew, plan, reader, tracker=run.tracker, progress=lambda share: _progress(run, validated=share)
-            )
+            with merged(trainer.detector.model):
+                validation = validate(
+                    trainer,
+                    crew,
+                    plan,
+                    reader,
+                    tracker=run.tracker,
+                    progress=lambda share: _progress(run, validated=share),
+                )
         is_to_stop = plan.validates(epoch) and validation is None
         if not is_to_stop:
             record = replace(record, validation=validation)
@@ -458,6 +465,7 @@ def _record_of_steps(run: _TrainingRun) -> EpochRecord:
             overrides=tuple(one for one in run.overrides if one.epoch == epoch - 1),
             peak_memory_mb=round(_peak_memory_mb()),
             peak_device_memory_mb=None if on_device is None else round(on_device),
+            num_trained_parameters=num_trained(trainer.detector.model),
         )
     shared: EpochRecord = crew.share(record)
     return shared

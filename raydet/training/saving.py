@@ -4,8 +4,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 from raydet.config import ResolvedTrainConfig
+from raydet.models.checkpoints import ADAPTER_FOLDER
 from raydet.models.detector import Detector
 from raydet.tables import storage
 from raydet.training.failure import cannot_write
@@ -37,17 +39,24 @@ class Saver:
             position: The next step.
 
         Returns:
-            The remaining writes, for `save`: OUT/checkpoint if the newest epoch is the best so far, then OUT/last.
+            The remaining writes, for `save`: if the newest epoch is the best so far, OUT/adapter of a run with adapters
+            and OUT/checkpoint; then OUT/last.
         """
-        self._position = position
+        self._position, config = position, self._config
         folder = tempfile.TemporaryDirectory(prefix="raydet-checkpoint-")
+        model, adapter = (Path(folder.name, name) for name in ("model", "adapter"))
+        is_best = is_best_so_far(history, config.metric_for_best_model)
+        places = [(model, "checkpoint"), (model, "last")] if is_best else [(model, "last")]
         try:
-            detector.save(folder.name)
+            detector.save(str(model))
+            if is_best and config.lora:
+                adapter.mkdir()
+                detector.save_adapter(str(adapter), base=config.model)
+                places.insert(0, (adapter, ADAPTER_FOLDER))
         except OSError as error:
-            raise cannot_write(position, self._config, error) from error
-        is_best = is_best_so_far(history, self._config.metric_for_best_model)
-        uris = [storage.join(self._config.out, name) for name in (["checkpoint", "last"] if is_best else ["last"])]
-        return [*(partial(storage.publish_folder, folder.name, uri) for uri in uris), folder.cleanup]
+            raise cannot_write(position, config, error) from error
+        publish = [partial(storage.publish_folder, str(own), storage.join(config.out, name)) for own, name in places]
+        return [*publish, folder.cleanup]
 
     def save(
         self,

@@ -21,12 +21,13 @@ from raydet.common.class_names import check_mapping, is_unused, match_names
 from raydet.common.console import Console
 from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
+from raydet.common.packages import require_packages
 from raydet.common.ray_address import announce, is_connected, starts_cluster
 from raydet.common.signals import noting_stop_requests
 from raydet.config import OVERRIDABLE, ResolvedTrainConfig, TrainConfig, identity
 from raydet.config.fields import with_options
-from raydet.models.checkpoints import STATES_FOLDER, read_checkpoint
-from raydet.models.families import family_of, unfit_size
+from raydet.models.checkpoints import ADAPTER_FOLDER, STATES_FOLDER, Checkpoint, read_checkpoint
+from raydet.models.families import check_adaptable, family_of, unfit_size
 from raydet.models.recipes.facts import side_multiple_of
 from raydet.models.recipes.resolve import LOW_AP, Begun, Resolved, begun_values, resolve
 from raydet.models.small import SMALL_MODELS
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from raydet.engines.in_memory.loaded import LoadedModel
     from raydet.training.trainer import Trainer
 
-_FOLDERS = (STATES_FOLDER, "checkpoint", "last")
+_FOLDERS = (STATES_FOLDER, "checkpoint", "last", ADAPTER_FOLDER)
 _SHOWN_FILE = "training_data.json"
 """File of the folder `log` with what an epoch shows of each table."""
 _SOURCES = "recipe"
@@ -66,6 +67,7 @@ class TrainResult(Shown):
     Attributes:
         out: URI of the run folder.
         checkpoint: URI of the best model, a Hugging Face model folder.
+        adapter: URI of the adapters that are merged into it, in peft's format; None without `lora`.
         history: One record per epoch; `history.to_pandas()` is a table of them.
         metric: Metric that selects the best model.
         already_done: True if the run was already finished.
@@ -78,6 +80,7 @@ class TrainResult(Shown):
     metric: str = "AP"
     already_done: bool = False
     advice: str = ""
+    adapter: str | None = None
 
     json_properties: ClassVar = ("best",)
 
@@ -110,6 +113,7 @@ class TrainResult(Shown):
             *first,
             f"best: {numbers} in epoch {best.epoch} of {len(self.history)}",
             f"checkpoint: {self.checkpoint}",
+            *([f"adapter: {self.adapter}"] if self.adapter else []),
             *last,
         ]
 
@@ -168,7 +172,7 @@ def _train_into(
     config, advice = resolved.config, resolved.advice
     # A run that stopped before its first state has left nothing worth protecting from other settings.
     history, classes = _check_run_folder(folder, config, tables["train"], is_disposable=not states)
-    checkpoint = folder.uri_of("checkpoint")
+    checkpoint, adapter = folder.uri_of("checkpoint"), folder.uri_of(ADAPTER_FOLDER) if config.lora else None
     if _is_finished(config, history) and storage.exists(storage.join(checkpoint, "config.json")):
         return TrainResult(
             out,
@@ -177,6 +181,7 @@ def _train_into(
             metric=config.metric_for_best_model,
             already_done=True,
             advice=advice,
+            adapter=adapter,
         )
     newest = _newest_position(states)
     overrides = extended(config, overrides_of(record, config), changes, newest or (0, 0))
@@ -250,7 +255,7 @@ def _train_into(
             f"run stopped after step {progress.step} of epoch {progress.epoch}, state saved; run the same command "
             "again to resume"
         )
-    return TrainResult(out, checkpoint, finished, metric=config.metric_for_best_model, advice=advice)
+    return TrainResult(out, checkpoint, finished, metric=metric, advice=advice, adapter=adapter)
 
 
 def check(config: TrainConfig, tables: dict[str, Table | Mixture] | None = None) -> dict[str, Table | Mixture]:
@@ -397,7 +402,7 @@ def _check_run_folder(
         is_disposable=is_disposable,
         remedy=f"choose another --out, change {', '.join(OVERRIDABLE)} with --override",
     )
-    for name in ("last", "checkpoint"):
+    for name in ("last", "checkpoint", ADAPTER_FOLDER):
         storage.recover_folder(folder.uri_of(name))
     names = [category.name for category in train_table.categories]
     begun: list[str] = names if record is None else record.plan.get("classes", names)
@@ -426,12 +431,17 @@ def _check_recipe(config: ResolvedTrainConfig) -> None:
 def _check_model(config: ResolvedTrainConfig, classes: Sequence[Category]) -> None:
     """Check the model without importing torch; the workers check the rest."""
     if config.model in SMALL_MODELS:
-        model_type, known = SMALL_MODELS[config.model].model_type, []
+        checkpoint = Checkpoint(config.model, SMALL_MODELS[config.model].model_type, ())
     else:
         checkpoint = read_checkpoint(config.model)
-        model_type, known = checkpoint.model_type, [category.name for category in checkpoint.categories]
+    known = [category.name for category in checkpoint.categories]
     check_mapping(config.class_mapping or {}, [category.name for category in classes], known, where=config.model)
-    family = family_of(model_type, where=config.model)
+    family = family_of(checkpoint.model_type, where=config.model)
+    if config.lora:
+        require_packages("lora")
+        check_adaptable(family, checkpoint.content, where=config.model)
+        if config.model in SMALL_MODELS:
+            raise UserError(f"--lora adapts pretrained weights, but {config.model} is built from scratch; omit --lora")
     multiple = side_multiple_of(config.model, family)
     for option, sizes in (("image-size", [config.image_size or multiple]), ("multi-scale", config.multi_scale)):
         for size in sizes:

@@ -92,6 +92,7 @@ class Trainer:
             batch_norm=config.batch_norm,
             freeze_backbone="none" if self._is_frozen else config.freeze_backbone,
             gradient_checkpointing=config.gradient_checkpointing,
+            lora=config.lora,
         ).to(device)
         model = self.detector.model
         if device.type == "cuda":  # the layout of the fast convolutions

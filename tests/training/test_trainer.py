@@ -21,6 +21,7 @@ from raydet.training.history import EpochRecord, ValidationRecord
 from raydet.training.recovery.overrides import Override
 from raydet.training.state import Position, TrainingState
 from raydet.training.trainer import Trainer
+from tests.vision_transformers import save_pretrained
 
 CATEGORIES = (Category(1, "a"), Category(2, "b"))
 
@@ -68,9 +69,17 @@ def _saved(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"schedule": "reduce_lr_on_plateau", "ema_decay": 0.0}], ids=["ema", "plateau"]
+    "changes",
+    [
+        {},
+        {"schedule": "reduce_lr_on_plateau", "ema_decay": 0.0},
+        {"lora": {"r": 4, "dropout": 0.1}, "freeze_backbone": "all"},
+    ],
+    ids=["ema", "plateau", "adapters"],
 )
-def test_a_trainer_resumes_from_its_state_to_the_last_bit(changes: dict[str, Any]) -> None:
+def test_a_trainer_resumes_from_its_state_to_the_last_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+    if "lora" in changes:
+        changes |= {"model": save_pretrained("yolos_tiny", tmp_path / "base")}
     first = _trainer(**changes)
     assert not first.begin_epoch()
     for _ in range(3):

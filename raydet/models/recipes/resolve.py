@@ -73,6 +73,8 @@ def resolve(config: TrainConfig, *, num_images: int, gpus: Callable[[], int], be
     given = {name: getattr(config, name) for name in field_names(TrainConfig) if getattr(config, name) is not None}
     if given["num_workers"] == "auto":
         del given["num_workers"]
+    if config.lora:  # says so itself
+        given["freeze_backbone"] = "all"
     if config.recipe == "none":
         return Resolved(ResolvedTrainConfig(**given), {})
     facts = read_facts(config.model, config.image_size)
@@ -163,8 +165,13 @@ def _decide(
         scaled = "" if scale == 1 else f", scaled to {batch_size}"
         source = f"{recipe.learning_rate:g} at a batch of {recipe.batch_size}{scaled}: {said}"
     rate = decide("learning_rate", _short(recipe.learning_rate * scale), source)
-    decide("backbone_learning_rate", _short(rate * recipe.backbone_factor), f"× {recipe.backbone_factor:.3g}: {row}")
-    decide("layer_decay", recipe.layer_decay, row)
+    if config.lora:
+        decide("backbone_learning_rate", rate, "× 1: adapters start at zero")
+        decide("layer_decay", 1.0, "1: adapters start at zero")
+    else:
+        factor = recipe.backbone_factor
+        decide("backbone_learning_rate", _short(rate * factor), f"× {factor:.3g}: {row}")
+        decide("layer_decay", recipe.layer_decay, row)
     decide("learning_rate_factors", dict(recipe.factors), row)
     decide("weight_decay", recipe.weight_decay, row)
     decide("max_grad_norm", recipe.max_grad_norm, row)

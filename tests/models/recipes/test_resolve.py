@@ -51,6 +51,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return folders
 
 
+@pytest.mark.parametrize("recipe", ["auto", "none"])
+def test_adapters_learn_at_the_rate_of_the_head_in_a_frozen_backbone(checkpoints: dict[str, str], recipe: Any) -> None:
+    resolved = _resolve(model=checkpoints["rf_detr"], lora={"r": 8}, learning_rate=2e-4, recipe=recipe)
+    assert (resolved.freeze_backbone, resolved.layer_decay, resolved.backbone_rate) == ("all", 1.0, 2e-4)
+    given = _resolve(model=checkpoints["rf_detr"], lora={"r": 8}, backbone_learning_rate=1e-3, recipe=recipe)
+    assert given.backbone_rate == 1e-3
+
+
 @pytest.mark.parametrize("is_pretrained", [True, False], ids=["pretrained", "scratch"])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_every_family_has_a_consistent_recipe(
