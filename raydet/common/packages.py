@@ -8,6 +8,7 @@ _PACKAGES = {
     "openvino": ("openvino",),
     "onnx": ("onnx", "onnxruntime"),
     "browse": ("duckdb", "starlette", "uvicorn"),
+    "video": ("av",),
 }
 
 
