@@ -88,7 +88,7 @@ for module in pkgutil.walk_packages(raydet.__path__, "raydet."):
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as error:
-            if error.name not in ("duckdb", "starlette", "uvicorn"):  # of the extra `browse`
+            if error.name not in ("av", "duckdb", "starlette", "uvicorn"):  # of extras
                 raise
 for name in raydet.__all__:
     getattr(raydet, name)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.config import BrowseConfig
-from raydet.images.collection import INDEX_FILE, Collection, TableCollection, open_collection
+from raydet.images.collection import INDEX_FILE, Collection, TableCollection, VideoCollection, open_collection
 from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.joining import ImageKeys, list_images
 from raydet.measuring.truth import Truth, extra_columns, read_truth
@@ -174,7 +174,12 @@ def _runs(config: BrowseConfig, table: Table, truth: Truth) -> list[ShownRun]:
 def _scored_images(config: BrowseConfig, table: Table, notes: list[str]) -> Collection | None:
     """Open the images of a detections table: those that the user names, or those that the run recorded."""
     if config.images is not None:
-        return open_collection(config.images, index_uri=None)
+        given = open_collection(config.images, index_uri=None)
+        if isinstance(given, VideoCollection) and given.id_space != table.manifest.get("id_space"):
+            raise UserError(
+                f"--images {config.images} has other frames than were scored; omit it, so that browse shows those"
+            )
+        return given
     try:
         record = OutputFolder(table.uri, "predict").record()
         data = None if record is None else record.identity.get("data")

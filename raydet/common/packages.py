@@ -9,6 +9,7 @@ _PACKAGES = {
     "onnx": ("onnx", "onnxruntime"),
     "lora": ("peft",),
     "browse": ("duckdb", "starlette", "uvicorn"),
+    "video": ("av",),
 }
 
 

@@ -89,6 +89,7 @@ def option(
     group: Group = "Common options",
     default_factory: Any = dataclasses.MISSING,
     operational: bool = False,
+    is_later: bool = False,
     value: str = "",
 ) -> Any:
     """Declare one field of a config.
@@ -99,9 +100,11 @@ def option(
         group: Heading under which the help lists the option; required options have their own.
         default_factory: As in `dataclasses.field`, for lists.
         operational: The option changes the time or the place of a run, never its result.
+        is_later: The option was added later; at its default it does not belong to the identity, so that runs of
+            versions without it can be resumed.
         value: Name of the value in the help; by default made from the type, or from the option's name.
     """
-    metadata = {"help": help, "group": group, "operational": operational, "value": value}
+    metadata = {"help": help, "group": group, "operational": operational, "is_later": is_later, "value": value}
     if default_factory is not dataclasses.MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -221,7 +224,10 @@ def with_options(
 def identity(config: Any) -> dict[str, Any]:
     """Return the fields that determine the result, without the operational ones."""
     return {
-        item.name: getattr(config, item.name) for item in dataclasses.fields(config) if not item.metadata["operational"]
+        item.name: getattr(config, item.name)
+        for item in dataclasses.fields(config)
+        if not item.metadata["operational"]
+        and not (item.metadata["is_later"] and getattr(config, item.name) == default_of(item))
     }
 
 

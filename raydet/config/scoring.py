@@ -18,8 +18,9 @@ class PredictConfig(WorkersConfig):
     """Run a detector over any number of images → a detections table, one row per image; or draw boxes on pictures."""
 
     data: list[str] | str = option(
-        "path or URI of an images table, a folder of images, a list of paths (.txt), a .tar, or a folder of .tar "
-        "files; or pictures: image files or web addresses, separated by blanks, which are drawn with their boxes",
+        "path or URI of an images table, a folder of images, a list of paths (.txt), a .tar, a folder of .tar "
+        "files, or a video; or pictures: image files or web addresses, separated by blanks, which are drawn with their "
+        "boxes",
         value="DATA",
     )
     out: str = option(
@@ -87,6 +88,12 @@ class PredictConfig(WorkersConfig):
         group="Input",
     )
     limit: int | None = option("score only this many images, the first ones; by default all", None, group="Input")
+    fps: float | None = option(
+        "with a video as --data: frames to score per second, those on screen at that time; by default all frames",
+        None,
+        group="Input",
+        is_later=True,
+    )
     max_pixels: int = option("reject larger images as decompression bombs", DEFAULT_MAX_PIXELS, group="Input")
     allow_root: list[str] | None = option(
         "with a folder as --data: further folders that its symbolic links may lead to, such as the Hub's cache",
@@ -166,7 +173,9 @@ class PredictConfig(WorkersConfig):
             self.batch_size == "auto" or (isinstance(self.batch_size, int) and self.batch_size > 0),
             f"--batch-size must be a number above 0, or auto; got {self.batch_size}",
         )
-        require_positive(self, "num_workers", "limit", "max_pixels", "top_k", "rows_per_file", "price_per_node_hour")
+        require_positive(
+            self, "num_workers", "limit", "fps", "max_pixels", "top_k", "rows_per_file", "price_per_node_hour"
+        )
         require(
             self.labels is None or (len(self.labels) > 0 and all(label.strip() for label in self.labels)),
             f'--labels must be words such as "cat,remote control", got {self.labels}',
@@ -289,6 +298,9 @@ class CropsConfig(WorkersConfig):
     allow_root: list[str] | None = option(
         "with a folder as --data: further folders that its symbolic links may lead to", None, group="Input"
     )
+    fps: float | None = option(
+        "with a video as --data: frames per second, as given to predict", None, group="Input", is_later=True
+    )
 
     relabel: float | None = option(
         "with classification: also write OUT/relabelled, the detections with the class of each label that has at least "
@@ -310,7 +322,15 @@ class CropsConfig(WorkersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(
-            self, "max_new_tokens", "top_k", "batch_size", "min_side", "max_pixels", "rows_per_file", "num_workers"
+            self,
+            "max_new_tokens",
+            "top_k",
+            "batch_size",
+            "min_side",
+            "max_pixels",
+            "fps",
+            "rows_per_file",
+            "num_workers",
         )
         require(0 <= self.score_threshold <= 1, f"--score-threshold must be from 0 to 1, got {self.score_threshold}")
         require(0 <= self.margin <= 10, f"--margin must be from 0 to 10, got {self.margin}")

@@ -1,4 +1,4 @@
-"""Collections of images to score: a table, a folder, a list of paths or tar files, in a fixed order.
+"""Collections of images to score: a table, a folder, a list of paths, tar files or a video, in a fixed order.
 
 An images table is its own index. The images of other collections are listed once, in a small Parquet file; a resumed
 run reads that file, so it sees the same images in the same order even if files were added meanwhile. Reading requires
@@ -26,6 +26,7 @@ from raydet.common.untrusted.opening import ANYWHERE, LocalRoots
 from raydet.images.files import ReadError, SizeError
 from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
 from raydet.images.references import FileReader, Reference
+from raydet.images.video.index import FRAME_FIELDS, ListedFrame, read_frames
 from raydet.tables import storage
 from raydet.tables.columns import bytes_of, numbers_of
 from raydet.tables.table import Table, is_table, open_table
@@ -34,7 +35,7 @@ INDEX_FILE = ".inputs.parquet"
 """Name of the index in the folder of a run that scores images."""
 INDEX_GROUP_ROWS = 2**16
 """Rows per row group of an index, the minimum that a read loads."""
-_INDEX_SCHEMA = pa.schema([pa.field("image_id", pa.int64()), *LISTING_SCHEMA])
+_ID_FIELD = pa.field("image_id", pa.int64())
 _INDEX_KEY = b"raydet_index"
 _MOST_BYTES_AHEAD = 16 * 2**20
 """Larger files are read one at a time."""
@@ -48,10 +49,11 @@ class ImageRow:
     Attributes:
         image_id: Id in the table, or the row number from 0.
         path: In a table, the stated path; in a folder, relative to the folder; in a list, the line; in a tar file, path
-            of the shard and name of the member.
+            of the shard and name of the member; in a video, name of the video and number of the frame.
         data: Encoded image; None if it cannot be read.
         error: Short reason for missing data; otherwise None.
         size_hw: Height and width in pixels as stated by the table; None if unknown.
+        extra: Values of the collection's `extra_fields`.
     """
 
     image_id: int
@@ -59,6 +61,7 @@ class ImageRow:
     data: bytes | None
     error: str | None
     size_hw: tuple[int, int] | None
+    extra: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Collection(ABC):
             references of all images. File contents are not hashed.
     """
 
-    kind: Literal["table", "folder", "list", "tar"]
+    kind: Literal["table", "folder", "list", "tar", "video"]
     num_rows: int
     fingerprint: str
 
@@ -80,6 +83,11 @@ class Collection(ABC):
     @abstractmethod
     def id_space(self) -> str | None:
         """Identifier of the image ids' id space: the table's, or this listing's; None if unknown."""
+
+    @property
+    def extra_fields(self) -> tuple[pa.Field, ...]:
+        """Further columns of a detections table of these images."""
+        return ()
 
     def first(self, limit: int | None) -> Self:
         """Return the collection of the first `limit` images, which keeps the fingerprint; None means all."""
@@ -161,22 +169,58 @@ class IndexedCollection(Collection):
     def references(self, start: int, stop: int) -> Iterator[tuple[ImageRow, Reference]]:
         """Yield the rows from position `start` to `stop` (exclusive) without their data, and where it is."""
         with _open_parquet(self.index) as file:
-            for rows in _overlapping(file, start, stop, _INDEX_SCHEMA.names):
+            for rows in _overlapping(file, start, stop, [_ID_FIELD.name, *LISTING_SCHEMA.names]):
                 for image_id, path, *reference in zip(*(column.to_pylist() for column in rows.columns), strict=True):
                     yield ImageRow(image_id, path, None, None, None), Reference(*reference)
 
 
-def open_collection(data: str, *, index_uri: str | None, allow_root: Sequence[str] | None = None) -> Collection:
+@dataclass(frozen=True)
+class VideoCollection(Collection):
+    """Collection of the frames of a video that are listed in an index.
+
+    Attributes:
+        index: URI of the index, or its content if it is not stored.
+        num_missing: Number of frames that the video's header states, but which the file does not have.
+    """
+
+    index: str | bytes
+    num_missing: int = 0
+
+    @property
+    def id_space(self) -> str:
+        """See `Collection.id_space`."""
+        return self.fingerprint
+
+    @property
+    def extra_fields(self) -> tuple[pa.Field, ...]:
+        """See `Collection.extra_fields`."""
+        return FRAME_FIELDS
+
+    def read(self, start: int, stop: int) -> Iterator[ImageRow]:
+        """Read rows as `Collection.read` does, decoding from the key frame before the first one."""
+        for row, data, error in read_frames(self._frames(start, stop)):
+            yield ImageRow(row.image_id, row.path, data, error, None, (row.frame, row.time_s))
+
+    def _frames(self, start: int, stop: int) -> Iterator[ListedFrame]:
+        with _open_parquet(self.index) as file:
+            for rows in _overlapping(file, start, stop, ListedFrame._fields):
+                yield from map(ListedFrame, *(column.to_pylist() for column in rows.columns))
+
+
+def open_collection(
+    data: str, *, index_uri: str | None, allow_root: Sequence[str] | None = None, fps: float | None = None
+) -> Collection:
     """Open a collection of images to score.
 
     Args:
         data: Path or URI of an images table; a folder of images, including subfolders; a list file (`.txt` or `.lst`,
             UTF-8, one path or URI per line, relative to the folder of the list; blank lines and lines that start with
             `#` are ignored); a `.tar`; or a folder of tar files without images. Or a pattern of tar files, with `*`,
-            `?`, `[…]`, `{a,b}` and `{000..012}`. A folder with both a table and images counts as a table.
+            `?`, `[…]`, `{a,b}` and `{000..012}`. Or a video. A folder with both a table and images counts as a table.
         index_uri: Location of the index, which is written if missing; None keeps the index in the returned object.
             Unused for a table.
         allow_root: Further local folders that links in a folder of images may lead to.
+        fps: Frames of a video per second, see `chosen_frames`; None for all. An index that exists decides.
 
     Raises:
         UserError: The data does not exist or contains no image, a tar file is damaged or compressed, the existing
@@ -189,17 +233,19 @@ def open_collection(data: str, *, index_uri: str | None, allow_root: Sequence[st
         if not is_pattern(uri):
             if not storage.exists(uri):
                 raise UserError(
-                    f"no such path: {uri}; --data must name a table, a folder of images, a list or tar files"
+                    f"no such path: {uri}; --data must name a table, a folder of images, a list, tar files or a video"
                 )
             if is_table(uri):
+                if fps is not None:
+                    raise UserError(f"--fps needs a video as --data; {uri} is an images table")
                 return TableCollection.of(open_table(uri, "images"))
         refuse_password(uri, what="--data")
         if index_uri is None:
             sink = pa.BufferOutputStream()
-            _write_index(list_images(uri, allow_root), uri, sink)
+            _write_index(list_images(uri, allow_root, fps), uri, sink)
             return _indexed(sink.getvalue().to_pybytes(), uri, allow_root)
         if not storage.exists(index_uri):
-            listing = list_images(uri, allow_root)
+            listing = list_images(uri, allow_root, fps)
             with storage.open_output(index_uri, sync=True) as file:
                 _write_index(listing, uri, file)
         return _indexed(storage.absolute_uri(index_uri), uri, allow_root)
@@ -214,10 +260,11 @@ def _write_index(listing: Listing, uri: str, file: pa.NativeFile | BinaryIO) -> 
     """
     digest = hashlib.sha256(listing.kind.encode())
     num_rows = 0
-    with pq.ParquetWriter(file, _INDEX_SCHEMA, compression="zstd") as writer:
+    schema = pa.schema([_ID_FIELD, *listing.schema])
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for rows in _row_groups(listing.batches):
             ids = pa.array(np.arange(num_rows, num_rows + rows.num_rows))
-            writer.write_table(pa.Table.from_arrays([ids, *rows.columns], schema=_INDEX_SCHEMA))
+            writer.write_table(pa.Table.from_arrays([ids, *rows.columns], schema=schema))
             for column in rows.columns:
                 _add_to_digest(digest, column)
             num_rows += rows.num_rows
@@ -248,7 +295,7 @@ def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
 def _add_to_digest(digest: Any, column: pa.ChunkedArray) -> None:
     """Hash a column of texts or numbers, independently of its chunks; lengths make texts unambiguous."""
     array = column.combine_chunks()
-    if pa.types.is_integer(array.type):
+    if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         digest.update(numbers_of(array).tobytes())
         return
     digest.update(numbers_of(pc.binary_length(array)).tobytes())
@@ -257,7 +304,7 @@ def _add_to_digest(digest: Any, column: pa.ChunkedArray) -> None:
     digest.update((texts.buffers()[2] or pa.py_buffer(b"")).slice(int(ends[0]), int(ends[-1] - ends[0])))
 
 
-def _indexed(index: str | bytes, uri: str, allow_root: Sequence[str] | None) -> IndexedCollection:
+def _indexed(index: str | bytes, uri: str, allow_root: Sequence[str] | None) -> IndexedCollection | VideoCollection:
     where = "the index" if isinstance(index, bytes) else index
     try:
         with _open_parquet(index) as file:
@@ -269,6 +316,8 @@ def _indexed(index: str | bytes, uri: str, allow_root: Sequence[str] | None) -> 
         raise UserError(
             f"{where} lists the images of {content['data']}, not those of {uri}; choose another output folder"
         )
+    if content["kind"] == "video":
+        return VideoCollection("video", metadata.num_rows, content["fingerprint"], index, content["skipped"])
     roots = LocalRoots(uri, *(allow_root or ())) if Path(uri).is_dir() else ANYWHERE
     return IndexedCollection(
         content["kind"], metadata.num_rows, content["fingerprint"], index, roots, content.get("skipped", 0)

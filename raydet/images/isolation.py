@@ -33,15 +33,20 @@ class IsolationError(Exception):
     """The image exceeded the limits, or crashed the decoder; the message is one short reason."""
 
 
-class _Worker:
-    """An interpreter that decodes one image after another."""
+class Interpreter:
+    """A small interpreter with none of this process's environment, which answers on its standard output.
 
-    def __init__(self) -> None:
+    Attributes:
+        to_it: Its standard input.
+        from_it: Its standard output.
+    """
+
+    def __init__(self, program: str) -> None:
         folders = [str(Path(__file__).parents[2]), *(path for path in sys.path if Path(path).is_absolute())]
         variables = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         variables |= {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM],
+            [sys.executable, "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -49,46 +54,76 @@ class _Worker:
             cwd="/",
             start_new_session=True,  # Ctrl-C is for this process
         )
-
-    def ask(self, question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Send an image and return the answer; after an exception the worker has ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        timer = threading.Timer(_WALL_S + _WALL_FACTOR * _cpu_s(10 * question["max_pixels"]), self._process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
-            answer = json.loads(self._process.stdout.readline(_LONGEST_HEADER))
-            num_bytes = int(answer["num_bytes"])
-            if not 0 <= num_bytes <= len(data) + 4 * question["max_pixels"] + _LONGEST_HEADER:
-                raise ValueError
-            content = self._process.stdout.read(num_bytes)
-            if len(content) != num_bytes:
-                raise EOFError
-            return answer, content
-        except (OSError, ValueError, EOFError, KeyError):
-            self.end()
-            is_slow = self._process.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
-            raise IsolationError(_TOO_SLOW if is_slow else _CRASHED) from None
-        except BaseException:
-            self.end()
-            raise
-        finally:
-            timer.cancel()
+        self.to_it, self.from_it = self._process.stdin, self._process.stdout
+
+    def read_header(self) -> dict[str, Any]:
+        """Read the header of its next answer.
+
+        Raises:
+            ValueError: There is none, or it is no JSON object.
+        """
+        header = json.loads(self.from_it.readline(_LONGEST_HEADER))
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+        return header
+
+    def read_content(self, num_bytes: int) -> bytes:
+        """Read the content of its answer.
+
+        Raises:
+            EOFError: It ended before.
+        """
+        content = self.from_it.read(num_bytes)
+        if len(content) != num_bytes:
+            raise EOFError
+        return content
 
     def end(self) -> None:
-        """End the process, by the end of its input if it waits for an image."""
-        for stream in (self._process.stdin, self._process.stdout):
+        """End the process, by the end of its input if it waits for a question."""
+        for stream in (self.to_it, self.from_it):
             with contextlib.suppress(OSError):
-                if stream is not None:
-                    stream.close()
+                stream.close()
         try:
             self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def failure(self) -> IsolationError:
+        """End the process, and return the reason why it did not answer."""
+        self.end()
+        is_slow = self._process.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+        return IsolationError(_TOO_SLOW if is_slow else _CRASHED)
+
+
+class _Worker(Interpreter):
+    """An interpreter that decodes one image after another."""
+
+    def __init__(self) -> None:
+        super().__init__(_PROGRAM)
+
+    def ask(self, question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """Send an image and return the answer; after an exception the worker has ended."""
+        timer = threading.Timer(_WALL_S + _WALL_FACTOR * _cpu_s(10 * question["max_pixels"]), self._process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            self.to_it.write(json.dumps(question).encode() + b"\n")
+            self.to_it.write(data)
+            self.to_it.flush()
+            answer = self.read_header()
+            num_bytes = int(answer["num_bytes"])
+            if not 0 <= num_bytes <= len(data) + 4 * question["max_pixels"] + _LONGEST_HEADER:
+                raise ValueError
+            return answer, self.read_content(num_bytes)
+        except (OSError, ValueError, EOFError, KeyError):
+            raise self.failure() from None
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            timer.cancel()
 
 
 _idle: list[_Worker] = []
@@ -149,18 +184,30 @@ def serve(decode: Any) -> None:
     Args:
         decode: The module `raydet.images.decode`, which imports this one.
     """
-    source, target = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
+    source, target = own_streams()
     from PIL import AvifImagePlugin
 
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    while line := source.readline(_LONGEST_HEADER):
-        question = json.loads(line)
+    while (question := read_question(source)) is not None:
         data = source.read(question["num_bytes"])
         _limit(_SPARE_BYTES)
         answer, content = _answer(decode, question, data)
         _lift()
-        _send(target, {**answer, "num_bytes": len(content)}, content)
+        send(target, answer, content)
+
+
+def own_streams() -> tuple[IO[bytes], IO[bytes]]:
+    """Return the streams of questions and answers, in an `Interpreter`; what libraries print is dropped."""
+    source, target = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return source, target
+
+
+def read_question(source: IO[bytes]) -> dict[str, Any] | None:
+    """Read the next question; None at the end."""
+    line = source.readline(_LONGEST_HEADER)
+    question: dict[str, Any] | None = json.loads(line) if line else None
+    return question
 
 
 def _answer(decode: Any, question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], Any]:
@@ -176,18 +223,33 @@ def _answer(decode: Any, question: dict[str, Any], data: bytes) -> tuple[dict[st
     return ({"value": result} if question["operation"] == "orientation" else {"size_hw": result}), b""
 
 
-def _send(target: IO[bytes], answer: dict[str, Any], content: bytes | memoryview) -> None:
-    target.write(json.dumps(answer).encode() + b"\n")
-    target.write(content)
+def send(target: IO[bytes], answer: dict[str, Any], *content: bytes | memoryview) -> None:
+    """Send an answer and its content, one part after the other."""
+    num_bytes = sum(len(part) for part in content)
+    target.write(json.dumps({**answer, "num_bytes": num_bytes}).encode() + b"\n")
+    for part in content:
+        target.write(part)
     target.flush()
 
 
 def _limit(needed_bytes: int) -> None:
     """Limit the memory and CPU time of this process to what one more image needs."""
+    limit_cpu(needed_bytes)
+    limit_memory(needed_bytes)
+
+
+def limit_cpu(needed_bytes: int) -> None:
+    """Limit the further CPU time of this process to what filling this much memory takes."""
     import resource
 
     used = resource.getrusage(resource.RUSAGE_SELF)
     _set_soft(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + _cpu_s(needed_bytes))
+
+
+def limit_memory(needed_bytes: int) -> None:
+    """Limit the memory of this process to what it has and this much more."""
+    import resource
+
     with contextlib.suppress(OSError):  # there is no `/proc` on other systems, nor this limit
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
         _set_soft(resource.RLIMIT_AS, pages * resource.getpagesize() + needed_bytes + _SPARE_BYTES)

@@ -1,4 +1,4 @@
-"""A folder, a list file or tar files → one row per image, in a fixed order, in Arrow batches."""
+"""A folder, a list file, tar files or a video → one row per image, in a fixed order, in Arrow batches."""
 
 import itertools
 import os
@@ -35,6 +35,7 @@ from raydet.images.files import (
 )
 from raydet.images.references import FileReader, Reference
 from raydet.images.tars import COMPRESSED_SUFFIXES, image_members, refuse_compressed
+from raydet.images.video.index import VIDEO_SCHEMA, is_video_name, video_batches
 from raydet.tables import storage
 from raydet.tables.table import open_table
 
@@ -50,7 +51,7 @@ _IMAGE_NAME = rf"[^/]\.(?:{'|'.join(sorted(IMAGE_EXTENSIONS))})$"
 _OUTSIDE = r"\x00|://|^/|^.:/|(?:^|/)\.\.(?:/|$)"
 """The relative paths that `ImageFolder.refuse_outside` refuses in a remote folder."""
 
-ListedKind = Literal["folder", "list", "tar"]
+ListedKind = Literal["folder", "list", "tar", "video"]
 
 
 LISTING_SCHEMA = pa.schema([("path", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -67,15 +68,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """Kind and images of a collection, with the columns of `LISTING_SCHEMA`.
+    """Kind and images of a collection, with the columns of `schema`.
 
     Iterating over the batches lists the images lazily and may raise UserError. The first batch is listed already.
-    `skipped` counts the other files of a folder by extension, as far as they are listed.
+    `skipped` counts the other files of a folder by extension, as far as they are listed, or missing frames of a video.
     """
 
     kind: ListedKind
     batches: Iterator[pa.RecordBatch]
     skipped: Counter[str] = field(default_factory=Counter)
+    schema: pa.Schema = LISTING_SCHEMA
 
 
 def is_pattern(uri: str) -> bool:
@@ -88,18 +90,25 @@ def is_pattern(uri: str) -> bool:
     return any(character in _OPTIONS.split(uri)[0] for character in "*?[{")
 
 
-def list_images(uri: str, allow_root: Sequence[str] | None = None) -> Listing:
-    """List the images of a folder, a list file, a tar file, or a pattern of tar files.
+def list_images(uri: str, allow_root: Sequence[str] | None = None, fps: float | None = None) -> Listing:
+    """List the images of a folder, a list file, a tar file, a pattern of tar files, or a video.
 
     Args:
         uri: Absolute path or URI that exists, or a pattern.
         allow_root: Further local folders that links in a folder may lead to.
+        fps: Frames of a video per second; by default all frames.
 
     Raises:
         UserError: The data is none of these, or contains no image.
     """
     name = uri.lower()
     refuse_compressed(uri)
+    is_video = not is_pattern(uri) and is_video_name(uri) and _is_file(uri)
+    if fps is not None and not is_video:
+        raise UserError(f"--fps needs a video as --data; {uri} is none")
+    if is_video:
+        skipped = Counter[str]()
+        return _listing("video", video_batches(uri, fps, skipped), skipped, VIDEO_SCHEMA)
     if is_pattern(uri):
         return _tars(*_matching(uri))
     if name.endswith(".tar"):
@@ -109,8 +118,8 @@ def list_images(uri: str, allow_root: Sequence[str] | None = None) -> Listing:
         return _listing("list", _batches(_read_list(uri)))
     if _is_file(uri):
         raise UserError(
-            f"{uri} is a file, but neither a list of paths ({' or '.join(LIST_SUFFIXES)}) nor a .tar; "
-            "name an images table, a folder of images, a list or tar files"
+            f"{uri} is a file, but neither a list of paths ({' or '.join(LIST_SUFFIXES)}), a .tar nor a video; "
+            "name an images table, a folder of images, a list, tar files or a video"
         )
     return _list_folder(uri, allow_root)
 
@@ -139,9 +148,14 @@ def _list_folder(uri: str, allow_root: Sequence[str] | None) -> Listing:
         return _tars(uri, shards, folder.roots)
 
 
-def _listing(kind: ListedKind, batches: Iterator[pa.RecordBatch], skipped: Counter[str] | None = None) -> Listing:
+def _listing(
+    kind: ListedKind,
+    batches: Iterator[pa.RecordBatch],
+    skipped: Counter[str] | None = None,
+    schema: pa.Schema = LISTING_SCHEMA,
+) -> Listing:
     first = next(batches)  # raises the error of invalid data before anything is written
-    return Listing(kind, itertools.chain([first], batches), Counter() if skipped is None else skipped)
+    return Listing(kind, itertools.chain([first], batches), Counter() if skipped is None else skipped, schema)
 
 
 def _local_images(folder: ImageFolder, skipped: Counter[str]) -> Iterator[pa.RecordBatch]:

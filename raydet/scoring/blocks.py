@@ -5,6 +5,7 @@ processes import this module: torch and torchvision are imported only to resize,
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -35,15 +36,15 @@ def blocks_of(
 
     Yields:
         Tables with the columns `image_id`, `path`, `error`, `height` and `width` of the upright image, `pixel_height`
-        and `pixel_width` of the decoded one, null if it cannot be read, and `pixels`: the views of the image one after
-        the other, each uint8 [3, height, width] as resized by the rule; the image, uint8 [height, width, 3], if the
-        decoder does not resize.
+        and `pixel_width` of the decoded one, null if it cannot be read, those of the collection's `extra_fields`, and
+        `pixels`: the views of the image one after the other, each uint8 [3, height, width] as resized by the rule; the
+        image, uint8 [height, width, 3], if the decoder does not resize.
     """
     watch = Stopwatch("decoder")
     images = iter(work.images.read(rows.start, rows.stop))
     plan, position = work.plan, rows.start
     while position < rows.stop:
-        block = _Block(work.config, rule, watch, most_bytes)
+        block = _Block(work, rule, watch, most_bytes)
         while position < rows.stop and not block.is_full(plan, most_bytes):
             with watch.measuring("read"):
                 row = next(images)
@@ -55,8 +56,9 @@ def blocks_of(
 class _Block:
     """A block that is being filled."""
 
-    def __init__(self, config: PredictConfig, rule: ResizeRule | None, watch: Stopwatch, most_bytes: int) -> None:
-        self._config, self._rule, self._watch = config, rule, watch
+    def __init__(self, work: Work, rule: ResizeRule | None, watch: Stopwatch, most_bytes: int) -> None:
+        self._config, self._rule, self._watch = work.config, rule, watch
+        self._extra_fields = work.images.extra_fields
         self._rows: list[ImageRow] = []
         self._decoded_hw: list[SizeHW | None] = []
         # Pages that are not written take no memory.
@@ -84,7 +86,7 @@ class _Block:
                 with self._watch.measuring("prepare"):
                     for pixels in _resized_views(image, decoded_hw, self._config, self._rule):
                         self._pixels.append(pixels.shape)[:] = pixels
-        self._rows.append(ImageRow(row.image_id, row.path, None, error, size_hw))
+        self._rows.append(replace(row, data=None, error=error, size_hw=size_hw))
         self._decoded_hw.append(decoded_hw)
         self._ends.append(len(self._pixels.content))
 
@@ -102,6 +104,10 @@ class _Block:
                 "width": widths,
                 "pixel_height": pixel_heights,
                 "pixel_width": pixel_widths,
+                **{
+                    field.name: pa.array([row.extra[number] for row in self._rows], field.type)
+                    for number, field in enumerate(self._extra_fields)
+                },
                 "pixels": pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self._rows), buffers),
             }
         )

@@ -25,7 +25,7 @@ from raydet.config.fields import with_options
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
-from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, open_collection
+from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, VideoCollection, open_collection
 from raydet.measuring.fitting.operating_point import FittedPoint, read_point_of
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
@@ -151,9 +151,13 @@ def predict_with(
     with open_folder(config.out, command="predict", notify=console.line) as folder:
         if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
             folder.delete_file(INDEX_FILE)
-        found = open_collection(config.data_uri, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root)
+        found = open_collection(
+            config.data_uri, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root, fps=config.fps
+        )
         if isinstance(found, IndexedCollection) and found.num_skipped:
             console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
+        if isinstance(found, VideoCollection) and found.num_missing:
+            console.line(f"the video is truncated: {counted(found.num_missing, 'frame')} of its header are missing")
         images = found.first(config.limit)
         fingerprints = {"checkpoint_fingerprint": model.fingerprint, "data_fingerprint": images.fingerprint}
         if model.point is not None:
@@ -171,9 +175,10 @@ def predict_with(
         if model.point is not None:
             metadata["operating_point"] = model.point.fingerprint
         if model.kept is None:
-            schema = build_schema("detections", model.categories, extra_metadata=metadata)
+            extra = images.extra_fields
+            schema = build_schema("detections", model.categories, extra_fields=extra, extra_metadata=metadata)
         else:
-            schema = model.kept.schema(model.categories, metadata)
+            schema = model.kept.schema(model.categories, metadata, images.extra_fields)
         work = Work(
             config=config,
             folder=folder,

@@ -97,7 +97,9 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
     with open_folder(config.out, command="crops", notify=console.line) as folder:
         if not folder.refuse_foreign([RELABELLED]):
             folder.delete_file(INDEX_FILE)
-        images = open_collection(config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root)
+        images = open_collection(
+            config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root, fps=config.fps
+        )
         images = _those_of(found, images, config.data)
         run_identity = {
             **identity(config),

@@ -89,8 +89,10 @@ class KeptVectors:
             columns.append(pa.field(IMAGE_EMBEDDING_COLUMN, pa.list_(pa.float16(), self.dimension)))
         return columns
 
-    def schema(self, categories: Sequence[Category], metadata: Mapping[str, Any]) -> pa.Schema:
-        """Build the schema of a detections table with these vectors."""
+    def schema(
+        self, categories: Sequence[Category], metadata: Mapping[str, Any], extra_fields: Sequence[pa.Field] = ()
+    ) -> pa.Schema:
+        """Build the schema of a detections table with these vectors and further columns."""
         own: dict[str, Any] = {}
         if self.class_scores is not None:
             own["class_scores"] = {"kind": self.class_scores, "dimension": self.num_classes}
@@ -99,7 +101,7 @@ class KeptVectors:
         return build_schema(
             "detections",
             categories,
-            extra_fields=self.fields(),
+            extra_fields=[*extra_fields, *self.fields()],
             extra_metadata={**metadata, **own},
             with_queries=True,
         )
