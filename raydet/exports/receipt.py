@@ -16,7 +16,6 @@ from raydet.engines.in_memory.loaded import load
 from raydet.exports.pixels_in import DETECTIONS, PIXELS
 from raydet.images.collection import open_collection
 from raydet.images.decode import DecodeError, decode
-from raydet.measuring.coco_ap import CocoAP
 from raydet.models.geometry import Image
 from raydet.tables.table import Table, open_table
 
@@ -79,6 +78,8 @@ def compare(detect: Callable[[Image], Found], checkpoint: str, data: str, progre
     Raises:
         UserError: The table is missing or damaged, or has none of the model's classes or no readable image.
     """
+    from raydet.measuring.coco_ap import CocoAP  # imports torchmetrics
+
     table = open_table(data, "images")
     model = load(checkpoint, score_threshold=0.0)
     names = [category.name for category in model.categories]
