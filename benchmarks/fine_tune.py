@@ -98,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as temporary:
         folder = Path(options.out or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        _write_tables(folder, options)
+        write_tables(folder, options)
         # One cluster for all runs; each run starts one worker process.
         with session(str(folder / "log")):
             checkpoint = _pretrain(folder, options)
@@ -114,7 +114,7 @@ def main() -> None:
                             for record in train(config).history
                         ]
                         runs[task][name].append(curve)
-                        print(f"{task}, seed {seed}, {name}: AP {_best(curve):.4f}", flush=True)
+                        print(f"{task}, seed {seed}, {name}: AP {best_ap(curve):.4f}", flush=True)
     summary = {task: _summary(own) for task, own in runs.items()}
     _print(summary)
     print(json.dumps({"summary": summary, "curves": runs}))
@@ -141,7 +141,7 @@ def _parse() -> argparse.Namespace:
 # Data.
 
 
-def _write_tables(folder: Path, options: argparse.Namespace) -> None:
+def write_tables(folder: Path, options: argparse.Namespace) -> None:
     """Write the images tables that are not there yet: FOLDER/NAME/train and FOLDER/NAME/val."""
     source = Path(os.environ.get("RAYDET_TEST_DATA", PROJECT.parent / "shared" / "data"))
     for name in ("raccoon", "bccd"):
@@ -282,7 +282,8 @@ def _draw_heads_anew(checkpoint: str, categories: Sequence[Category], target: st
 # Results.
 
 
-def _best(curve: Curve) -> float:
+def best_ap(curve: Curve) -> float:
+    """Return the AP of the best epoch, which a run keeps."""
     return max((float(entry["AP"]) for entry in curve if entry["AP"] is not None), default=0.0)
 
 
@@ -290,7 +291,7 @@ def _summary(runs: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
     """Return the APs of each contestant, and its differences from the first version, paired by seed."""
     summary: dict[str, Any] = {}
     for name, curves in runs.items():
-        aps = [_best(curve) for curve in curves]
+        aps = [best_ap(curve) for curve in curves]
         last = [float(curve[-1]["AP"] or 0.0) for curve in curves]
         summary[name] = {"ap": aps, "mean": statistics.mean(aps), "mean_of_last_epoch": statistics.mean(last)}
     if "first_version" in runs:

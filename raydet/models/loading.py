@@ -34,6 +34,7 @@ from raydet.models.losses.criterion import install_criterion
 from raydet.models.processors import (
     check_image_size,
     check_normalisation,
+    check_num_queries,
     default_processor,
     resize_rule_of,
     resized_processor,
@@ -185,7 +186,9 @@ def load_detector(name: str) -> Detector:
             f"such as {missing[0]}; use a trained checkpoint"
         )
     model.eval()
-    return Detector(model, processor, categories, where=name)
+    detector = Detector(model, processor, categories, where=name)
+    check_num_queries(config, family, detector.resize_rule, num_queries=detector.num_queries, where=name)
+    return detector
 
 
 def _checkpoint_gradients(model: PreTrainedModel, *, where: str) -> None:

@@ -9,7 +9,7 @@ import transformers
 
 from raydet.common.errors import UserError
 from raydet.models.families import Family, unfit_size
-from raydet.models.geometry import ResizeRule
+from raydet.models.geometry import ResizeRule, SizeHW
 
 _YOLOS_STEP = 16
 """Pixels to whose multiples the processor of YOLOS rounds both sides; the others do not round."""
@@ -190,11 +190,35 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
     height, width = size_hw
     if height % multiple or width % multiple:
         raise unfit_size("image-size", height, multiple, where=where)
-    num_cells = sum(int(height // stride) * int(width // stride) for stride in query_strides(config, family))
+    num_cells = num_cells_of(config, family, size_hw)
     if num_cells < num_queries:
         raise UserError(
             f"--image-size {height} is too small for {where}: the model picks {num_queries} queries from the cells of "
             f"its feature maps, but there are only {num_cells}; raise --image-size"
+        )
+
+
+def num_cells_of(config: Any, family: Family, size_hw: SizeHW) -> int:
+    """Return the number of cells from which a model with `side_multiple` above 1 picks its queries."""
+    height, width = size_hw
+    return sum(int(height // stride) * int(width // stride) for stride in query_strides(config, family))
+
+
+def check_num_queries(config: Any, family: Family, rule: ResizeRule, *, num_queries: int, where: str) -> None:
+    """Refuse a trained model that picks more queries than its images have cells.
+
+    Raises:
+        UserError: It does.
+    """
+    size_hw = rule.size_hw or rule.pad_to_hw
+    if size_hw is None or side_multiple(config, family) == 1:
+        return
+    num_cells = num_cells_of(config, family, size_hw)
+    if num_cells < num_queries:
+        raise UserError(
+            f"the model in {where} cannot run: its config.json states {num_queries} queries, but its images of "
+            f"{size_hw[1]} × {size_hw[0]} pixels have only {num_cells} cells to pick them from; correct this number, or "
+            "the size in preprocessor_config.json"
         )
 
 

@@ -366,8 +366,10 @@ def check_class_names(categories: Sequence[Category]) -> None:
     """Refuse classes that no table can hold.
 
     Raises:
-        UserError: The name of a class is too long.
+        UserError: The name of a class is too long, or there are too many.
     """
+    if len(categories) > _MAX_CATEGORIES:
+        raise UserError(f"there are {len(categories):,} classes; a table holds at most {_MAX_CATEGORIES:,}")
     for category in categories:
         if len(category.name) > LONGEST_CLASS_NAME:
             raise UserError(

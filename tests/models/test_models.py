@@ -239,6 +239,15 @@ def test_folder_keeps_source_ids_and_names(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.bin"))
 
 
+def test_a_model_with_more_queries_than_cells_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    build_detector("rt_detr_v2_tiny", CATEGORIES, image_size=64, seed=0).save(str(tmp_path))
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["num_queries"]  # 300 by default
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="states 300 queries, but its images of 64 × 64 pixels have only"):
+        load_detector(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_whole_backbone_learns(name: str) -> None:
     detector = build_detector(name, CATEGORIES, image_size=96, seed=0)

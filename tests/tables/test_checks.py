@@ -285,6 +285,11 @@ def test_sums_that_overflow_do_not_hide_or_invent_infinities() -> None:
     assert not is_finite(np.array([1.0, math.nan]))
 
 
+def test_more_classes_than_a_table_holds_are_refused_before_it_is_written() -> None:
+    with pytest.raises(UserError, match="100,001 classes; a table holds at most 100,000"):
+        build_schema("images", [Category(number, str(number)) for number in range(100_001)])
+
+
 @pytest.mark.parametrize("classes", [[0, 2], [-1], [None]])
 def test_labelled_classes_must_exist(tmp_path: Path, classes: list[Any]) -> None:
     schema = build_schema("images", CATEGORIES, extra_fields=[pa.field("labelled_categories", pa.list_(pa.int64()))])

@@ -48,6 +48,7 @@ from raydet.preparation.sources.source import (
     aligned_folders,
     finite_numbers,
     read_class_names,
+    size_hw_of,
     top_folders,
 )
 from raydet.tables import storage
@@ -297,4 +298,4 @@ def _text(parent: ElementTree.Element, tag: str) -> str:
 
 def _size_hw(root: ElementTree.Element) -> tuple[int, int] | None:
     size_hw = finite_numbers(root.findtext(f"size/{side}") for side in ("height", "width"))
-    return (int(size_hw[0]), int(size_hw[1])) if size_hw is not None and min(size_hw) >= 1 else None
+    return None if size_hw is None else size_hw_of(int(size_hw[0]), int(size_hw[1]))

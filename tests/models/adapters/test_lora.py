@@ -151,6 +151,22 @@ def test_merging_for_a_while_changes_no_bit(base: str) -> None:
     assert list(after) == list(state) and all(torch.equal(after[name], value) for name, value in state.items())
 
 
+@pytest.mark.slow
+def test_merging_again_compiles_nothing_again(tmp_path: Path) -> None:
+    from torch._dynamo.testing import CompileCounter  # takes a second to import
+
+    detector, counter = _adapted(save_pretrained("rf_detr_tiny", tmp_path, side=SIDE)), CompileCounter()
+    detector.compile(backend=counter)
+    graphs = []
+    for _ in range(3):
+        _outputs(detector.model)
+        with merged(detector.model):
+            _outputs(detector.model)
+        graphs.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert 0 < graphs[0] == graphs[1] == graphs[2]
+
+
 def test_seeds_decide_the_adapters(tmp_path: Path) -> None:
     base = save_pretrained("rf_detr_tiny", tmp_path, side=SIDE)
     first, second = (_adapted(base).model.state_dict() for _ in range(2))

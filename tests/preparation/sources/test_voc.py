@@ -274,6 +274,15 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     assert prepare(tmp_path, unlabelled="keep").already_done
 
 
+def test_a_stated_size_that_no_image_has_is_ignored(tmp_path: Path) -> None:
+    picture(tmp_path / "img" / "a.jpg", size=(20, 16))
+    impossible = "<size><width>1e300</width><height>16</height></size>"
+    write(tmp_path, {"xml/a.xml": xml(item(corners=(1, 2, 10, 12)), size=impossible)})
+    assert prepare(tmp_path).accepted == 1
+    (row,) = open_table(str(tmp_path / "table"), "images").read().to_pylist()
+    assert (row["width"], row["height"]) == (20, 16) and row["objects"]["bbox"] == [[0, 1, 10, 11]]
+
+
 def test_images_without_an_xml_file_are_rejected_unless_kept(tmp_path: Path) -> None:
     picture(tmp_path / "img" / "a.jpg")
     picture(tmp_path / "img" / "b.jpg")
