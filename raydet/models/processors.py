@@ -216,9 +216,9 @@ def check_num_queries(config: Any, family: Family, rule: ResizeRule, *, num_quer
     num_cells = num_cells_of(config, family, size_hw)
     if num_cells < num_queries:
         raise UserError(
-            f"the model in {where} cannot run: its config.json states {num_queries} queries, but its images of "
-            f"{size_hw[1]} × {size_hw[0]} pixels have only {num_cells} cells to pick them from; correct this number, or "
-            "the size in preprocessor_config.json"
+            f"the model {where} cannot run: its config.json states {num_queries} queries, but its images of "
+            f"{size_hw[1]} × {size_hw[0]} pixels have only {num_cells} cells to pick them from; correct this number "
+            "or the size in preprocessor_config.json"
         )
 
 
