@@ -35,6 +35,7 @@ def _config(shapes: Path, base: str, out: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(out=str(out), **tiny_training(shapes, **{**options, **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_leaves_a_plain_checkpoint_and_its_adapter(shapes: Path, base: str, tmp_path: Path) -> None:
     console = RecordingConsole()
@@ -61,6 +62,7 @@ def test_a_run_leaves_a_plain_checkpoint_and_its_adapter(shapes: Path, base: str
         train(_config(shapes, base, tmp_path / "run", lora={"r": 8}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_that_resumes_gives_the_same_bits(shapes: Path, base: str, tmp_path: Path) -> None:
     whole = train(_config(shapes, base, tmp_path / "whole"))
