@@ -39,11 +39,13 @@ class PredictConfig(WorkersConfig):
         "object each; instead of --labels, or with them",
         None,
         value="FOLDER",
+        is_later=True,
     )
     prompt_template: list[str] | None = option(
         'with --labels (OWL-ViT, OWLv2): texts in which {} stands for the label, such as "a photo of a {}"; what the '
         "model makes of several is averaged",
         None,
+        is_later=True,
     )
     num_workers: int = option("parallel workers, each with a copy of the model", 1, operational=True)
     batch_size: int | Literal["auto"] = option(

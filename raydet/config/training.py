@@ -103,6 +103,7 @@ class TrainConfig(WorkersConfig):
         None,
         group="Model",
         value=PAIRS,
+        is_later=True,
     )
     batch_norm: BatchNorm | None = option(
         "as_is: as the model defines it; freeze: keep the loaded statistics; sync: statistics over the images of all "
