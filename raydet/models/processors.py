@@ -190,18 +190,12 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
     height, width = size_hw
     if height % multiple or width % multiple:
         raise unfit_size("image-size", height, multiple, where=where)
-    num_cells = num_cells_of(config, family, size_hw)
+    num_cells = _num_cells(config, family, size_hw)
     if num_cells < num_queries:
         raise UserError(
             f"--image-size {height} is too small for {where}: the model picks {num_queries} queries from the cells of "
             f"its feature maps, but there are only {num_cells}; raise --image-size"
         )
-
-
-def num_cells_of(config: Any, family: Family, size_hw: SizeHW) -> int:
-    """Return the number of cells from which a model with `side_multiple` above 1 picks its queries."""
-    height, width = size_hw
-    return sum(int(height // stride) * int(width // stride) for stride in query_strides(config, family))
 
 
 def check_num_queries(config: Any, family: Family, rule: ResizeRule, *, num_queries: int, where: str) -> None:
@@ -213,13 +207,19 @@ def check_num_queries(config: Any, family: Family, rule: ResizeRule, *, num_quer
     size_hw = rule.size_hw or rule.pad_to_hw
     if size_hw is None or side_multiple(config, family) == 1:
         return
-    num_cells = num_cells_of(config, family, size_hw)
+    num_cells = _num_cells(config, family, size_hw)
     if num_cells < num_queries:
         raise UserError(
             f"the model {where} cannot run: its config.json states {num_queries} queries, but its images of "
             f"{size_hw[1]} × {size_hw[0]} pixels have only {num_cells} cells to pick them from; correct this number "
             "or the size in preprocessor_config.json"
         )
+
+
+def _num_cells(config: Any, family: Family, size_hw: SizeHW) -> int:
+    """Return the number of cells from which a model with `side_multiple` above 1 picks its queries."""
+    height, width = size_hw
+    return sum(int(height // stride) * int(width // stride) for stride in query_strides(config, family))
 
 
 def query_strides(config: Any, family: Family) -> Sequence[float]:
