@@ -232,7 +232,7 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
         model = _ModelFacts(name, categories, fingerprint(config.model), examples=fingerprint_of(prompts))
     else:
         assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
-        checkpoint = read_checkpoint(config.checkpoint)
+        checkpoint = read_checkpoint(config.checkpoint, takes_graph=config.engine == "openvino")
         family = family_of(checkpoint.model_type, where=config.checkpoint)
         check_engine(config, checkpoint.model_type)
         if not checkpoint.categories:
