@@ -22,7 +22,12 @@ GraphInputs = list[npt.NDArray[Any]]
 
 
 class OpenVinoEngine(DetectorEngine):
-    """A graph that `export openvino` wrote, or that of a checkpoint, which takes a few seconds to trace."""
+    """A graph that `export openvino` wrote, or that of a checkpoint, which takes a few seconds to trace.
+
+    Attributes:
+        compiled: The `openvino.CompiledModel`.
+        images_per_run: Number of images that the graph takes at a time.
+    """
 
     def __init__(
         self, detector: Detector, graph: Any, *, precision: str = "fp32", pad_batches: bool = True, num_threads: int
@@ -31,7 +36,7 @@ class OpenVinoEngine(DetectorEngine):
         super().__init__(detector, device=torch.device("cpu"), pad_batches=pad_batches, num_threads=num_threads)
         self.compiled: Any = compile_graph(graph, precision=precision, num_threads=num_threads)
         self._request: Any = self.compiled.create_infer_request()
-        self._images_per_run = images_per_run(graph)
+        self.images_per_run = images_per_run(graph)
         self._names = input_names(detector)
 
     @classmethod
@@ -74,9 +79,9 @@ class OpenVinoEngine(DetectorEngine):
     def _runs(self, inputs: GraphInputs) -> Iterator[tuple[GraphInputs, int]]:
         """Yield the inputs of each run, and the number of different images in it; the last one is repeated."""
         num_images = len(inputs[0])
-        for start in range(0, num_images, self._images_per_run):
-            rows = np.minimum(np.arange(start, start + self._images_per_run), num_images - 1)
-            yield [array[rows] for array in inputs], min(self._images_per_run, num_images - start)
+        for start in range(0, num_images, self.images_per_run):
+            rows = np.minimum(np.arange(start, start + self.images_per_run), num_images - 1)
+            yield [array[rows] for array in inputs], min(self.images_per_run, num_images - start)
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         logits, boxes_cxcywh = self.outputs_of([inputs[name].numpy() for name in self._names])

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,8 @@ _ONE_BY_ONE = ("table-transformer",)
 """OpenVINO 2026.4 fuses the masked attention of these models into one that fails for more than one image."""
 _MOST_XML_BYTES = 256 * 2**20
 """An RT-DETRv2-R18 has 2 MB; OpenVINO parses the file in memory."""
+FloatPrecision = Literal["fp32", "bf16"]
+"""Precision of the layers that are not in INT8."""
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 

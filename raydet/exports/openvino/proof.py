@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raydet.common.console import aligned, shown
+from raydet.engines.openvino.graph import FloatPrecision
 from raydet.exports.openvino.levels import Level
 from raydet.measuring.bootstrap import LEVEL
 
@@ -13,9 +14,9 @@ MIN_SPEEDUP = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class FloatTrial:
-    """Float graph; `images_per_s` is the median over the rounds, of the engine alone."""
+    """Float graph; `images_per_s` is that of the engine alone in its fastest turn."""
 
-    precision: str
+    precision: FloatPrecision
     images_per_s: float
 
 
@@ -28,8 +29,8 @@ class Int8Trial:
         precision: Precision of what stays in float.
         num_int8: Number of layers in INT8.
         num_float: Number of layers in float.
-        images_per_s: Median over the rounds, of the engine alone.
-        speedup: Median over the rounds of the ratio to the faster float graph.
+        images_per_s: Of the engine alone in its fastest turn.
+        speedup: Ratio to the faster float graph.
         ap: AP on the images of the truth; None if not measured, because another trial is faster or float is.
         difference: `ap` less that of the float graph in fp32; None likewise.
         low: Lower bound of its 95 % interval; None also if too few images have labelled boxes.
@@ -37,7 +38,7 @@ class Int8Trial:
     """
 
     level: Level
-    precision: str
+    precision: FloatPrecision
     num_int8: int
     num_float: int
     images_per_s: float

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-import statistics
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from raydet.common.threads import available_cpus
 from raydet.config import DEFAULT_MAX_PIXELS, ExportOpenvinoConfig
 from raydet.engines.detector_engine import EngineBatch
 from raydet.engines.openvino.engine import GraphInputs, OpenVinoEngine
-from raydet.engines.openvino.graph import images_per_run
+from raydet.engines.openvino.graph import FloatPrecision
 from raydet.exports.openvino.levels import LEVELS, FloatParts, Level
 from raydet.exports.openvino.proof import MIN_SPEEDUP, FloatTrial, Int8Proof, Int8Trial
 from raydet.exports.openvino.quantising import (
@@ -35,9 +35,9 @@ from raydet.models.detector import Detector
 from raydet.models.geometry import Image
 from raydet.tables.table import Table
 
-_ROUNDS = 7
-_SECONDS_PER_TURN = 1.0
-"""Roughly, for the float graph in fp32: long against the clock, short against the moods of the machine."""
+_ROUNDS = 12
+_SECONDS_PER_TURN = 0.5
+"""Roughly, for the float graph in fp32: long against the clock, short against what else the machine does."""
 _MOST_TIMED_IMAGES = 64
 _CALIBRATED_TOGETHER = 16
 """Consecutive rows of the table, which one read gets."""
@@ -54,11 +54,11 @@ class _Variant:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _Compiled:
     """Compiled graph to try; `variant` is None for the float graph."""
 
     variant: _Variant | None
-    precision: str
+    precision: FloatPrecision
     engine: OpenVinoEngine
 
 
@@ -85,11 +85,13 @@ def find_int8(
     """
     num_threads = available_cpus()
 
-    def compiled(variant: _Variant | None) -> list[_Candidate]:
+    precisions: tuple[FloatPrecision, ...] = ("fp32", "bf16") if supports_bf16() else ("fp32",)
+
+    def compiled(variant: _Variant | None) -> list[_Compiled]:
         own = graph if variant is None else variant.graph
         return [
-            _Candidate(variant, name, OpenVinoEngine(detector, own, precision=name, num_threads=num_threads))
-            for name in (("fp32", "bf16") if supports_bf16() else ("fp32",))
+            _Compiled(variant, name, OpenVinoEngine(detector, own, precision=name, num_threads=num_threads))
+            for name in precisions
         ]
 
     floats = compiled(None)
@@ -97,7 +99,7 @@ def find_int8(
     samples = _Samples(floats[0].engine, tables["calibration"], config.calibration_images, progress)
     variants = _variants(detector, graph, samples, progress)
     candidates = [candidate for variant in variants for candidate in compiled(variant)]
-    rates = _rates([*floats, *candidates], judge.timed_images(images_per_run(graph)), progress)
+    rates = _rates([*floats, *candidates], judge.timed_images(floats[0].engine.images_per_run), progress)
     trials, taken = judge.judged(candidates, _trials(candidates, rates, num_floats=len(floats)))
     chosen = None if taken is None else candidates[taken]
     variant = None if chosen is None else chosen.variant
@@ -111,8 +113,7 @@ def find_int8(
         instructions=cpu_instructions(),
         ap_float=judge.ap_float,
         floats=tuple(
-            FloatTrial(precision=own.precision, images_per_s=statistics.median(rate))
-            for own, rate in zip(floats, rates, strict=False)
+            FloatTrial(precision=own.precision, images_per_s=rate) for own, rate in zip(floats, rates, strict=False)
         ),
         trials=trials,
         taken=taken,
@@ -171,28 +172,29 @@ class _Samples:
         return self._engine.graph_inputs(self._batches)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return sum(math.ceil(len(batch.places) / self._engine.images_per_run) for batch in self._batches)
 
 
-def _rates(candidates: Sequence[_Candidate], images: Sequence[Image], progress: Progress) -> list[list[float]]:
-    """Return images per second of each candidate in each round, in which all take turns; the first is left out."""
-    rates: list[list[float]] = [[] for _ in candidates]
-    progress.begin("measuring the speed in turns", total=(_ROUNDS + 1) * len(candidates), unit="trials")
-    for _ in range(_ROUNDS + 1):
-        for candidate, own in zip(candidates, rates, strict=True):
+def _rates(candidates: Sequence[_Compiled], images: Sequence[Image], progress: Progress) -> list[float]:
+    """Return images per second of each candidate in its fastest turn; all take one in each round.
+
+    Whatever else the machine does makes a turn slower, never faster.
+    """
+    seconds: list[list[float]] = [[] for _ in candidates]
+    progress.begin("measuring the speed in turns", total=_ROUNDS * len(candidates), unit="trials")
+    for _ in range(_ROUNDS):
+        for candidate, own in zip(candidates, seconds, strict=True):
             prepared = candidate.engine.prepare(images)
             started = time.perf_counter()
             candidate.engine.predict(prepared)
-            own.append(len(images) / (time.perf_counter() - started))
+            own.append(time.perf_counter() - started)
             progress.advance(1)
-    return [own[1:] for own in rates]
+    return [len(images) / min(own) for own in seconds]
 
 
-def _trials(
-    candidates: Sequence[_Candidate], rates: Sequence[Sequence[float]], *, num_floats: int
-) -> tuple[Int8Trial, ...]:
+def _trials(candidates: Sequence[_Compiled], rates: Sequence[float], *, num_floats: int) -> tuple[Int8Trial, ...]:
     """Compare the speed of candidates with that of the faster float graph, whose rates come first."""
-    fastest = max(rates[:num_floats], key=statistics.median)
+    fastest = max(rates[:num_floats])
     trials = []
     for candidate, own in zip(candidates, rates[num_floats:], strict=True):
         variant = candidate.variant
@@ -203,8 +205,8 @@ def _trials(
                 precision=candidate.precision,
                 num_int8=len(variant.int8_layers),
                 num_float=len(variant.float_layers),
-                images_per_s=statistics.median(own),
-                speedup=statistics.median(mine / theirs for mine, theirs in zip(own, fastest, strict=True)),
+                images_per_s=own,
+                speedup=own / fastest,
             )
         )
     return tuple(trials)
@@ -219,7 +221,7 @@ class _Judge:
     """
 
     def __init__(
-        self, detector: Detector, before: _Candidate, config: ExportOpenvinoConfig, truth: Table, progress: Progress
+        self, detector: Detector, before: _Compiled, config: ExportOpenvinoConfig, truth: Table, progress: Progress
     ) -> None:
         """Measure the float graph.
 
@@ -242,7 +244,7 @@ class _Judge:
         self._images_per_s = self.num_images / seconds
 
     def judged(
-        self, candidates: Sequence[_Candidate], trials: Sequence[Int8Trial]
+        self, candidates: Sequence[_Compiled], trials: Sequence[Int8Trial]
     ) -> tuple[tuple[Int8Trial, ...], int | None]:
         """Measure trials in the order of speed until one passes; return all of them, and its index."""
         own = list(trials)
@@ -255,12 +257,12 @@ class _Judge:
         return tuple(own), None
 
     def timed_images(self, step: int) -> list[Image]:
-        """Return so many images that a turn lasts about a second, a multiple of `step`; few are repeated."""
+        """Return as many images as a turn takes, a multiple of `step`; few are repeated."""
         pictures = [image.pixels for image in next(labelled_images(self._truth, self._index_of))]
         num_images = max(1, min(round(self._images_per_s * _SECONDS_PER_TURN), _MOST_TIMED_IMAGES) // step) * step
         return [pictures[number % len(pictures)] for number in range(num_images)]
 
-    def _measured(self, candidate: _Candidate, trial: Int8Trial) -> Int8Trial:
+    def _measured(self, candidate: _Compiled, trial: Int8Trial) -> Int8Trial:
         """Measure the AP of a candidate, and its difference from that of the float graph."""
         after, _ = self._accumulated(candidate)
         numbers = paired_differences(
@@ -279,7 +281,7 @@ class _Judge:
             high=difference.high,
         )
 
-    def _accumulated(self, candidate: _Candidate) -> tuple[CocoAccumulator, float]:
+    def _accumulated(self, candidate: _Compiled) -> tuple[CocoAccumulator, float]:
         """Run a candidate on all images; return what it found, and the seconds that the engine took."""
         accumulator, seconds = CocoAccumulator(self._categories), 0.0
         name = "float" if candidate.variant is None else f"INT8, {candidate.variant.level}"

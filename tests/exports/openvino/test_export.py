@@ -98,7 +98,8 @@ def test_the_receipt_and_predict_in_one_process(tmp_path: Path) -> None:
     record = json.loads(Path(out, "raydet.json").read_text())["openvino"]
     assert record["checkpoint"] == checkpoint and record["receipt"]["num_images"] == len(SIZES_HW)
     tables = []
-    for folder, name in ((checkpoint, "torch"), (out, "openvino")):
+    runs: list[tuple[str, Any]] = [(checkpoint, "torch"), (out, "openvino")]
+    for folder, name in runs:
         result = raydet.predict(checkpoint=folder, engine=name, data=data, out=str(tmp_path / name))
         tables.append(raydet.open_table(result.out, "detections").read().to_pylist())
     for mine, theirs in zip(*tables, strict=True):

@@ -18,11 +18,11 @@ from raydet.exports.openvino.levels import LAYERS, LEVELS, FloatParts, nodes_of
 from raydet.exports.openvino.proof import FloatTrial, Int8Proof, Int8Trial
 from raydet.images.decode import decode
 from raydet.models.loading import load_detector
+from raydet.preparation.sources.shapes import encode
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter
 from tests.engines.test_engines import CATEGORIES, found_by, pictures, tiny
 from tests.json_output import check_result
-from tests.small_sets import encode
 
 
 def trial(**values: Any) -> Int8Trial:
@@ -134,18 +134,10 @@ def test_int8_with_its_proof(sensible: tuple[str, str], tmp_path: Path, monkeypa
     assert taken.speedup == max(each.speedup for each in own.trials)
     record = json.loads((tmp_path / "graph" / "raydet.json").read_text())["openvino"]
     assert record["int8"] == values["int8"]
-    detections, images = (
-        raydet.predict(
-            checkpoint=str(tmp_path / "graph"),
-            engine="openvino",
-            precision=taken.precision,
-            data=table,
-            out=str(tmp_path / "found"),
-        ).out,
-        own.num_images,
-    )
-    measured = raydet.evaluate(truth=table, detections=detections).result
-    assert measured.num_images == images
+    scoring: dict[str, Any] = {"engine": "openvino", "precision": taken.precision, "data": table}
+    found = raydet.predict(checkpoint=str(tmp_path / "graph"), out=str(tmp_path / "found"), **scoring)
+    measured = raydet.evaluate(truth=table, detections=found.out).result
+    assert measured.num_images == own.num_images
     assert abs((measured.AP or 0.0) - taken.ap) < 1e-6
 
 
