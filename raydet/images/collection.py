@@ -27,6 +27,7 @@ from raydet.images.files import ReadError, SizeError
 from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
 from raydet.images.references import FileReader, Reference
 from raydet.images.video.index import FRAME_FIELDS, ListedFrame, read_frames
+from raydet.images.windows.index import PICTURE_FIELDS, ListedPicture, WindowSize, with_sizes
 from raydet.tables import storage
 from raydet.tables.columns import bytes_of, numbers_of
 from raydet.tables.table import Table, is_table, open_table
@@ -75,7 +76,7 @@ class Collection(ABC):
             references of all images. File contents are not hashed.
     """
 
-    kind: Literal["table", "folder", "list", "tar", "video"]
+    kind: Literal["table", "folder", "list", "tar", "video", "windowed"]
     num_rows: int
     fingerprint: str
 
@@ -161,10 +162,13 @@ class IndexedCollection(Collection):
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Read rows as `Collection.read` does, prefetching files in parallel to hide storage latency."""
+        yield from _read_ahead(self.reader(), self.references(start, stop))
+
+    def reader(self) -> FileReader:
+        """Return a reader of the files that are listed."""
         # Unlike files found by listing, files named in a list may never have existed.
         missing = {"missing": "no such file"} if self.kind == "list" else {}
-        reader = FileReader(roots=self.roots, **missing)
-        yield from _read_ahead(reader, self.references(start, stop))
+        return FileReader(roots=self.roots, **missing)
 
     def references(self, start: int, stop: int) -> Iterator[tuple[ImageRow, Reference]]:
         """Yield the rows from position `start` to `stop` (exclusive) without their data, and where it is."""
@@ -172,6 +176,27 @@ class IndexedCollection(Collection):
             for rows in _overlapping(file, start, stop, [_ID_FIELD.name, *LISTING_SCHEMA.names]):
                 for image_id, path, *reference in zip(*(column.to_pylist() for column in rows.columns), strict=True):
                     yield ImageRow(image_id, path, None, None, None), Reference(*reference)
+
+
+@dataclass(frozen=True)
+class WindowedCollection(IndexedCollection):
+    """Collection of pictures that may be too large to be decoded whole; the index states the size of each."""
+
+    @property
+    def extra_fields(self) -> tuple[pa.Field, ...]:
+        """See `Collection.extra_fields`."""
+        return PICTURE_FIELDS
+
+    def read(self, start: int, stop: int) -> Iterator[ImageRow]:
+        """Read rows as `Collection.read` does: complete files, for readers that show small pictures."""
+        for row, picture in zip(super().read(start, stop), self.pictures(start, stop), strict=True):
+            yield replace(row, extra=(picture.crs, picture.transform))
+
+    def pictures(self, start: int, stop: int) -> Iterator[ListedPicture]:
+        """Yield the rows of the index from position `start` to `stop` (exclusive)."""
+        with _open_parquet(self.index) as file:
+            for rows in _overlapping(file, start, stop, ListedPicture._fields):
+                yield from map(ListedPicture, *(column.to_pylist() for column in rows.columns))
 
 
 @dataclass(frozen=True)
@@ -208,7 +233,12 @@ class VideoCollection(Collection):
 
 
 def open_collection(
-    data: str, *, index_uri: str | None, allow_root: Sequence[str] | None = None, fps: float | None = None
+    data: str,
+    *,
+    index_uri: str | None,
+    allow_root: Sequence[str] | None = None,
+    fps: float | None = None,
+    windows: WindowSize | None = None,
 ) -> Collection:
     """Open a collection of images to score.
 
@@ -221,6 +251,8 @@ def open_collection(
             Unused for a table.
         allow_root: Further local folders that links in a folder of images may lead to.
         fps: Frames of a video per second, see `chosen_frames`; None for all. An index that exists decides.
+        windows: Windows in which the pictures, TIFF files, are to be read; the data may then also be a single picture.
+            None for whole images. An index that exists decides.
 
     Raises:
         UserError: The data does not exist or contains no image, a tar file is damaged or compressed, the existing
@@ -238,19 +270,34 @@ def open_collection(
             if is_table(uri):
                 if fps is not None:
                     raise UserError(f"--fps needs a video as --data; {uri} is an images table")
+                if windows is not None:
+                    raise UserError(f"--windowed needs TIFF files as --data; {uri} is an images table")
                 return TableCollection.of(open_table(uri, "images"))
         refuse_password(uri, what="--data")
         if index_uri is None:
             sink = pa.BufferOutputStream()
-            _write_index(list_images(uri, allow_root, fps), uri, sink)
+            _write_index(_listed(uri, allow_root, fps, windows), uri, sink)
             return _indexed(sink.getvalue().to_pybytes(), uri, allow_root)
         if not storage.exists(index_uri):
-            listing = list_images(uri, allow_root, fps)
+            listing = _listed(uri, allow_root, fps, windows)
             with storage.open_output(index_uri, sync=True) as file:
                 _write_index(listing, uri, file)
         return _indexed(storage.absolute_uri(index_uri), uri, allow_root)
     except PermissionError as error:
         raise UserError(f"cannot read {error.filename or uri}: no permission") from None
+
+
+def _listed(uri: str, allow_root: Sequence[str] | None, fps: float | None, windows: WindowSize | None) -> Listing:
+    listing = list_images(uri, allow_root, fps, takes_file=windows is not None)
+    if windows is None:
+        return listing
+    if listing.kind == "video":
+        raise UserError(f"--windowed needs TIFF files as --data; {uri} is a video")
+    return with_sizes(listing, FileReader(roots=_roots_of(uri, allow_root)), windows)
+
+
+def _roots_of(uri: str, allow_root: Sequence[str] | None) -> LocalRoots:
+    return LocalRoots(uri, *(allow_root or ())) if Path(uri).is_dir() else ANYWHERE
 
 
 def _write_index(listing: Listing, uri: str, file: pa.NativeFile | BinaryIO) -> None:
@@ -298,6 +345,10 @@ def _add_to_digest(digest: Any, column: pa.ChunkedArray) -> None:
     if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         digest.update(numbers_of(array).tobytes())
         return
+    if pa.types.is_list(array.type):
+        _add_to_digest(digest, pa.chunked_array([pc.list_value_length(array)]))
+        _add_to_digest(digest, pa.chunked_array([array.flatten()]))
+        return
     digest.update(numbers_of(pc.binary_length(array)).tobytes())
     texts = pc.fill_null(array, "").cast(pa.large_string())
     ends = np.frombuffer(texts.buffers()[1], np.int64, count=len(texts) + 1, offset=8 * texts.offset)
@@ -318,10 +369,9 @@ def _indexed(index: str | bytes, uri: str, allow_root: Sequence[str] | None) -> 
         )
     if content["kind"] == "video":
         return VideoCollection("video", metadata.num_rows, content["fingerprint"], index, content["skipped"])
-    roots = LocalRoots(uri, *(allow_root or ())) if Path(uri).is_dir() else ANYWHERE
-    return IndexedCollection(
-        content["kind"], metadata.num_rows, content["fingerprint"], index, roots, content.get("skipped", 0)
-    )
+    kind = WindowedCollection if content["kind"] == "windowed" else IndexedCollection
+    roots = _roots_of(uri, allow_root)
+    return kind(content["kind"], metadata.num_rows, content["fingerprint"], index, roots, content.get("skipped", 0))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from raydet.images.files import (
     ReadError,
     beside,
     image_files_below,
+    is_image_name,
     list_below,
     no_image_below,
     read_error,
@@ -51,7 +52,7 @@ _IMAGE_NAME = rf"[^/]\.(?:{'|'.join(sorted(IMAGE_EXTENSIONS))})$"
 _OUTSIDE = r"\x00|://|^/|^.:/|(?:^|/)\.\.(?:/|$)"
 """The relative paths that `ImageFolder.refuse_outside` refuses in a remote folder."""
 
-ListedKind = Literal["folder", "list", "tar", "video"]
+ListedKind = Literal["folder", "list", "tar", "video", "windowed"]
 
 
 LISTING_SCHEMA = pa.schema([("path", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -90,13 +91,16 @@ def is_pattern(uri: str) -> bool:
     return any(character in _OPTIONS.split(uri)[0] for character in "*?[{")
 
 
-def list_images(uri: str, allow_root: Sequence[str] | None = None, fps: float | None = None) -> Listing:
+def list_images(
+    uri: str, allow_root: Sequence[str] | None = None, fps: float | None = None, *, takes_file: bool = False
+) -> Listing:
     """List the images of a folder, a list file, a tar file, a pattern of tar files, or a video.
 
     Args:
         uri: Absolute path or URI that exists, or a pattern.
         allow_root: Further local folders that links in a folder may lead to.
         fps: Frames of a video per second; by default all frames.
+        takes_file: The data may also be a single image file, which counts as a list.
 
     Raises:
         UserError: The data is none of these, or contains no image.
@@ -117,6 +121,8 @@ def list_images(uri: str, allow_root: Sequence[str] | None = None, fps: float | 
     if name.endswith(LIST_SUFFIXES):
         return _listing("list", _batches(_read_list(uri)))
     if _is_file(uri):
+        if takes_file and is_image_name(uri):
+            return _listing("list", _batches([Entry(uri.rpartition("/")[2], Reference(uri))]))
         raise UserError(
             f"{uri} is a file, but neither a list of paths ({' or '.join(LIST_SUFFIXES)}), a .tar nor a video; "
             "name an images table, a folder of images, a list, tar files or a video"

@@ -85,15 +85,22 @@ class FileReader:
             refuse_size(size, max_bytes)
             data: bytes = self._shared_file(uri).read_at(size, offset)
         except (OSError, ValueError) as error:
-            reason = read_error(error)
-            if isinstance(reason, MissingFileError):
-                raise MissingFileError(self._missing) from None
-            if reason is None and isinstance(error, OSError) and not self._is_about_the_file(error, uri):
+            reason = self.reason_of(error, uri)
+            if reason is None:
                 raise
-            raise reason or ReadError(f"cannot be read: {detail_of(error)}") from None
+            raise reason from None
         if len(data) < size:
             raise ReadError("the tar file is shorter than when it was listed")
         return data
+
+    def reason_of(self, error: Exception, uri: str) -> ReadError | None:
+        """Return the reason for rejecting a file, if an error concerns only this file; None if the storage failed."""
+        reason = read_error(error)
+        if isinstance(reason, MissingFileError):
+            return MissingFileError(self._missing)
+        if reason is None and isinstance(error, OSError) and not self._is_about_the_file(error, uri):
+            return None
+        return reason or ReadError(f"cannot be read: {detail_of(error)}")
 
     def _locate(self, uri: str) -> tuple[pafs.FileSystem | None, str]:
         """Return the file system, None for the local one, and the path inside it."""
