@@ -76,8 +76,7 @@ def with_sizes(listing: Listing, reader: FileReader, windows: WindowSize) -> Lis
     errors = first["error"]
     if errors.null_count == 0:
         raise UserError(
-            f"no picture can be read by windows, such as {first['path'][0].as_py()}: {errors[0].as_py()}; --windowed "
-            "needs TIFF files"
+            f"--windowed can read none of the pictures, such as {first['path'][0].as_py()}: {errors[0].as_py()}"
         )
     return Listing("windowed", chain([first], batches), listing.skipped, PICTURE_SCHEMA)
 
