@@ -91,7 +91,8 @@ class PredictConfig(WorkersConfig):
     )
     limit: int | None = option("score only this many images, the first ones; by default all", None, group="Input")
     fps: float | None = option(
-        "with a video as --data: frames to score per second, those on screen at that time; by default all frames",
+        "with a video, or a folder or list of videos, as --data: frames to score per second, those on screen at that "
+        "time; by default all frames of a single video",
         None,
         group="Input",
         is_later=True,
@@ -320,7 +321,7 @@ class CropsConfig(WorkersConfig):
         "with a folder as --data: further folders that its symbolic links may lead to", None, group="Input"
     )
     fps: float | None = option(
-        "with a video as --data: frames per second, as given to predict", None, group="Input", is_later=True
+        "with videos as --data: frames per second, as given to predict", None, group="Input", is_later=True
     )
 
     relabel: float | None = option(

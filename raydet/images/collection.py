@@ -24,9 +24,9 @@ from raydet.common.redaction import refuse_password
 from raydet.common.threads import in_order
 from raydet.common.untrusted.opening import ANYWHERE, LocalRoots
 from raydet.images.files import ReadError, SizeError
-from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
+from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, is_video, list_images, list_videos
 from raydet.images.references import FileReader, Reference
-from raydet.images.video.index import FRAME_FIELDS, ListedFrame, read_frames
+from raydet.images.video.index import FRAME_FIELDS, ListedFrame, read_frames, with_frames
 from raydet.images.windows.index import PICTURE_FIELDS, ListedPicture, WindowSize, with_sizes
 from raydet.tables import storage
 from raydet.tables.columns import bytes_of, numbers_of
@@ -197,14 +197,16 @@ class WindowedCollection(IndexedCollection):
 
 @dataclass(frozen=True)
 class VideoCollection(Collection):
-    """Collection of the frames of a video that are listed in an index.
+    """Collection of the frames of videos that are listed in an index.
 
     Attributes:
         index: URI of the index, or its content if it is not stored.
+        roots: Folders in which the files must lie; anywhere, unless `--data` was a local folder.
         num_missing: Number of frames that the video's header states, but which the file does not have.
     """
 
     index: str | bytes
+    roots: LocalRoots = ANYWHERE
     num_missing: int = 0
 
     @property
@@ -219,7 +221,8 @@ class VideoCollection(Collection):
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Read rows as `Collection.read` does, decoding from the key frame before the first one."""
-        for row, data, error in read_frames(self._frames(start, stop)):
+        reader = FileReader(missing="no such file", roots=self.roots)
+        for row, data, error in read_frames(self._frames(start, stop), reader):
             yield ImageRow(row.image_id, row.path, data, error, None, (row.frame, row.time_s))
 
     def _frames(self, start: int, stop: int) -> Iterator[ListedFrame]:
@@ -242,11 +245,12 @@ def open_collection(
         data: Path or URI of an images table; a folder of images, including subfolders; a list file (`.txt` or `.lst`,
             UTF-8, one path or URI per line, relative to the folder of the list; blank lines and lines that start with
             `#` are ignored); a `.tar`; or a folder of tar files without images. Or a pattern of tar files, with `*`,
-            `?`, `[…]`, `{a,b}` and `{000..012}`. Or a video. A folder with both a table and images counts as a table.
+            `?`, `[…]`, `{a,b}` and `{000..012}`. Or a video or, with `fps`, a folder or a list of videos. A folder with
+            both a table and images counts as a table.
         index_uri: Location of the index, which is written if missing; None keeps the index in the returned object.
             Unused for a table.
         allow_root: Further local folders that links in a folder of images may lead to.
-        fps: Frames of a video per second, see `chosen_frames`; None for all. An index that exists decides.
+        fps: Frames of videos per second, see `chosen_frames`; None for all. An index that exists decides.
         windows: Windows in which the pictures, TIFF files, are to be read; the data may then also be a single picture.
             None for whole images. An index that exists decides.
 
@@ -265,7 +269,7 @@ def open_collection(
                 )
             if is_table(uri):
                 if fps is not None:
-                    raise UserError(f"--fps needs a video as --data; {uri} is an images table")
+                    raise UserError(f"--fps needs videos as --data; {uri} is an images table")
                 if windows is not None:
                     raise UserError(f"--windowed needs TIFF files as --data; {uri} is an images table")
                 return TableCollection.of(open_table(uri, "images"))
@@ -284,12 +288,13 @@ def open_collection(
 
 
 def _listed(uri: str, allow_root: Sequence[str] | None, fps: float | None, windows: WindowSize | None) -> Listing:
-    listing = list_images(uri, allow_root, fps, takes_file=windows is not None)
-    if windows is None:
-        return listing
-    if listing.kind == "video":
-        raise UserError(f"--windowed needs TIFF files as --data; {uri} is a video")
-    return with_sizes(listing, FileReader(roots=_roots_of(uri, allow_root)), windows)
+    reader = FileReader(roots=_roots_of(uri, allow_root))
+    if fps is not None or is_video(uri):
+        if windows is not None:
+            raise UserError(f"--windowed needs TIFF files as --data; {uri} is a video")
+        return with_frames(list_videos(uri, allow_root), reader, fps)
+    listing = list_images(uri, allow_root, takes_file=windows is not None)
+    return listing if windows is None else with_sizes(listing, reader, windows)
 
 
 def _roots_of(uri: str, allow_root: Sequence[str] | None) -> LocalRoots:
@@ -363,10 +368,10 @@ def _indexed(index: str | bytes, uri: str, allow_root: Sequence[str] | None) -> 
         raise UserError(
             f"{where} lists the images of {content['data']}, not those of {uri}; choose another output folder"
         )
-    if content["kind"] == "video":
-        return VideoCollection("video", metadata.num_rows, content["fingerprint"], index, content["skipped"])
-    kind = WindowedCollection if content["kind"] == "windowed" else IndexedCollection
     roots = _roots_of(uri, allow_root)
+    if content["kind"] == "video":
+        return VideoCollection("video", metadata.num_rows, content["fingerprint"], index, roots, content["skipped"])
+    kind = WindowedCollection if content["kind"] == "windowed" else IndexedCollection
     return kind(content["kind"], metadata.num_rows, content["fingerprint"], index, roots, content.get("skipped", 0))
 
 

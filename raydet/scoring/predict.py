@@ -169,7 +169,7 @@ def predict_with(
         if isinstance(found, IndexedCollection) and found.num_skipped:
             console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
         if isinstance(found, VideoCollection) and found.num_missing:
-            console.line(f"the video is truncated: {counted(found.num_missing, 'frame')} of its header are missing")
+            console.line(f"truncated video: {counted(found.num_missing, 'frame')} that its header states are missing")
         images = found.first(config.limit)
         fingerprints = {"checkpoint_fingerprint": model.fingerprint, "data_fingerprint": images.fingerprint}
         if model.point is not None:

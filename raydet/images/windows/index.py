@@ -109,14 +109,14 @@ def open_picture(reference: Reference, reader: FileReader, *, max_pixels: int) -
         OSError: The storage failed, independently of this file.
     """
     uri, offset, size = reference
-    if uri is None:
-        raise WindowError("the file name is not valid text or leaves its folder")
     try:
-        with reader.open(uri) as file:
+        with reader.open_file(uri) as file:
             part: Ranges = file if offset is None or size is None else _Member(file, offset, size)
             yield Picture(part, max_pixels=max_pixels, is_remote=not isinstance(file, LocalFile))
-    except (OSError, ReadError) as error:
-        reason = reader.reason_of(error, uri) if isinstance(error, OSError) else error
+    except ReadError as error:
+        raise WindowError(str(error)) from None
+    except OSError as error:
+        reason = reader.reason_of(error, uri or "")
         if reason is None:
             raise
         raise WindowError(str(reason)) from None
