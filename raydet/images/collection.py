@@ -288,7 +288,7 @@ def open_collection(
 
 
 def _listed(uri: str, allow_root: Sequence[str] | None, fps: float | None, windows: WindowSize | None) -> Listing:
-    reader = FileReader(roots=_roots_of(uri, allow_root))
+    reader = FileReader(missing="no such file", roots=_roots_of(uri, allow_root))
     if fps is not None or is_video(uri):
         if windows is not None:
             raise UserError(f"--windowed needs TIFF files as --data; {uri} is a video")
