@@ -91,7 +91,8 @@ class PredictConfig(WorkersConfig):
     )
     limit: int | None = option("score only this many images, the first ones; by default all", None, group="Input")
     fps: float | None = option(
-        "with a video as --data: frames to score per second, those on screen at that time; by default all frames",
+        "with a video, or a folder or list of videos, as --data: frames to score per second, those on screen at that "
+        "time; by default all frames of a single video",
         None,
         group="Input",
         is_later=True,
@@ -109,7 +110,15 @@ class PredictConfig(WorkersConfig):
     tile_overlap: float = option(
         "with --tile: fraction of a tile that it shares with its neighbour", 0.2, group="Tiles and merging"
     )
-    whole_image: bool = option("with --tile: also score the whole image", True, group="Tiles and merging")
+    whole_image: bool = option(
+        "with --tile, unless --windowed: also score the whole image", True, group="Tiles and merging"
+    )
+    windowed: bool = option(
+        "with --tile: read each tile from its file by itself, never a whole image; for TIFF files of any size",
+        False,
+        group="Tiles and merging",
+        is_later=True,
+    )
     flip: bool = option(
         "also score each image mirrored, and merge the best 100 boxes of both", False, group="Tiles and merging"
     )
@@ -205,6 +214,7 @@ class PredictConfig(WorkersConfig):
             "--operating-point has its own thresholds and suppression: omit --score-threshold and --class-agnostic-nms",
         )
         require(self.tile is None or self.tile >= 64, f"--tile must be at least 64, got {self.tile}")
+        self._check_windowed()
         require(0 <= self.tile_overlap <= 0.75, f"--tile-overlap must be from 0 to 0.75, got {self.tile_overlap}")
         require(0 < self.merge_iou <= 1, f"--merge-iou must be above 0 and at most 1, got {self.merge_iou}")
         require(
@@ -235,6 +245,16 @@ class PredictConfig(WorkersConfig):
         require(
             self.engine == "torch" or self.model is None,
             f"--model, a zero-shot model, needs --engine torch, got {self.engine}",
+        )
+
+    def _check_windowed(self) -> None:
+        if not self.windowed:
+            return
+        require(self.tile is not None, "--windowed needs --tile, the side of the windows")
+        require(not self.draw, "--draw cannot be combined with --windowed: it draws whole images")
+        require(
+            isinstance(self.data, str) or len(self.data) == 1,
+            "--windowed takes one place as --data: a TIFF file, a folder of them, a list of paths or tar files",
         )
 
     def _check_keep(self) -> None:
@@ -301,7 +321,7 @@ class CropsConfig(WorkersConfig):
         "with a folder as --data: further folders that its symbolic links may lead to", None, group="Input"
     )
     fps: float | None = option(
-        "with a video as --data: frames per second, as given to predict", None, group="Input", is_later=True
+        "with videos as --data: frames per second, as given to predict", None, group="Input", is_later=True
     )
 
     relabel: float | None = option(

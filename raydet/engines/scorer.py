@@ -140,25 +140,34 @@ class Scorer:
 
     def _finish(self, views: Sequence[TileView], found: Sequence[Detections], size_hw: SizeHW) -> Detections:
         """Merge the detections of an image's views and drop those that were not requested."""
-        config = self._config
         if self._classes is not None:  # Before the merge, which uses only the best boxes of each view.
             found = [select(one, categories=self._classes) for one in found]
-        merged = merge(
-            views,
-            found,
-            size_hw,
-            how=config.merge,
-            iou=config.merge_iou,
-            max_detections=max(self._engine.max_detections, config.top_k or 0),
-        )
-        if self._point is not None:
-            found_at_point = at_operating_point(merged, self._point)
-            kept = select(found_at_point, top_k=config.top_k, class_agnostic_nms=self._point.class_agnostic_nms)
-        else:
-            kept = select(
-                merged,
-                score_threshold=config.score_threshold or 0.0,
-                top_k=config.top_k,
-                class_agnostic_nms=config.class_agnostic_nms,
-            )
+        most = max(self._engine.max_detections, self._config.top_k or 0)
+        kept = merged_and_selected(views, found, size_hw, self._config, max_detections=most, point=self._point)
         return kept.with_used_queries()
+
+
+def merged_and_selected(
+    views: Sequence[TileView],
+    found: Sequence[Detections],
+    size_hw: SizeHW,
+    config: PredictConfig,
+    *,
+    max_detections: int,
+    point: "FittedPoint | None",
+) -> Detections:
+    """Merge the detections of an image's views as `tiling.merge` does, and keep those that the config requests.
+
+    Those of other classes than the requested ones must be gone already.
+    """
+    merged = merge(views, found, size_hw, how=config.merge, iou=config.merge_iou, max_detections=max_detections)
+    if point is not None:
+        return select(
+            at_operating_point(merged, point), top_k=config.top_k, class_agnostic_nms=point.class_agnostic_nms
+        )
+    return select(
+        merged,
+        score_threshold=config.score_threshold or 0.0,
+        top_k=config.top_k,
+        class_agnostic_nms=config.class_agnostic_nms,
+    )

@@ -4,7 +4,7 @@ Decode processes import this module, so it depends on numpy only.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,18 @@ def planned_views(size_hw: SizeHW, config: PredictConfig) -> list[TileView]:
     return views_of(
         size_hw, tile=config.tile, overlap=config.tile_overlap, whole_image=config.whole_image, flip=config.flip
     )
+
+
+def tiles_of(size_hw: SizeHW, config: PredictConfig) -> list[TileView]:
+    """Return the views of an image of this size that a config with `windowed` requests."""
+    return planned_views(size_hw, replace(config, whole_image=False))
+
+
+def num_tiles(size_hw: SizeHW, config: PredictConfig) -> int:
+    """Return the number of `tiles_of` without building them."""
+    assert config.tile is not None, "windows have a size"
+    height, width = (len(_starts(side, config.tile, config.tile_overlap)) for side in size_hw)
+    return height * width * (2 if config.flip else 1)
 
 
 def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: bool, flip: bool) -> list[TileView]:

@@ -97,7 +97,7 @@ class ChunkScorer:
         def finish(block: pa.Table, found: "Future[tuple[_Found, ProcessStats]]") -> None:
             detections, stats = found.result()
             processes.append(stats)
-            tables.append(_rows(block, detections, self._work.schema))
+            tables.append(rows_of(block, detections, self._work.schema))
 
         for block, stats in blocks:
             if self._is_closed.is_set():
@@ -109,7 +109,7 @@ class ChunkScorer:
             waiting = upcoming
         if waiting is not None:
             finish(*waiting)
-        return self._write(chunk, pa.concat_tables(tables), processes)
+        return write_chunk(self._work, chunk, pa.concat_tables(tables), processes)
 
     def _prepare(self, block: pa.Table) -> Any:
         scorer, rule = self._scorer.result(), self.rule.result()
@@ -128,31 +128,33 @@ class ChunkScorer:
             found = self._scorer.result().predict(prepared)
         return found, watch.lap()
 
-    def _write(self, chunk: int, table: pa.Table, processes: list[ProcessStats]) -> FileStats:
-        watch = Stopwatch("writer")
-        errors = [reason for reason in table["error"].to_pylist() if reason is not None]
-        lengths = pc.list_value_length(pc.struct_field(table["detections"], "score"))
-        num_detections = pc.sum(lengths).as_py() or 0
-        with watch.measuring("write"):
-            # In the footer, so that a resumed run counts the rows of finished files without reading detections.
-            counts = {"num_errors": len(errors), "num_detections": num_detections}
-            metadata = {**self._work.schema.metadata, COUNTS_KEY: json.dumps(counts)}
-            sink = pa.BufferOutputStream()
-            pq.write_table(table.replace_schema_metadata(metadata), sink, **_options_of(table))
-            content = sink.getvalue()
-            groups = groups_of(pq.read_metadata(pa.BufferReader(content)))
-            self._work.folder.write_bytes(content.to_pybytes(), part_name(chunk))
-        return FileStats(
-            file=part_name(chunk),
-            groups=groups,
-            num_images=table.num_rows,
-            num_detections=num_detections,
-            errors=errors,
-            processes=[*processes, watch.lap()],
-        )
+
+def write_chunk(work: Work, chunk: int, table: pa.Table, processes: Sequence[ProcessStats] = ()) -> FileStats:
+    """Write the file of a chunk, atomically; `processes` is the work that its rows took."""
+    watch = Stopwatch("writer")
+    errors = [reason for reason in table["error"].to_pylist() if reason is not None]
+    lengths = pc.list_value_length(pc.struct_field(table["detections"], "score"))
+    num_detections = pc.sum(lengths).as_py() or 0
+    with watch.measuring("write"):
+        # In the footer, so that a resumed run counts the rows of finished files without reading detections.
+        counts = {"num_errors": len(errors), "num_detections": num_detections}
+        metadata = {**work.schema.metadata, COUNTS_KEY: json.dumps(counts)}
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata(metadata), sink, **_options_of(table))
+        content = sink.getvalue()
+        groups = groups_of(pq.read_metadata(pa.BufferReader(content)))
+        work.folder.write_bytes(content.to_pybytes(), *work.part_place, part_name(chunk))
+    return FileStats(
+        file=part_name(chunk),
+        groups=groups,
+        num_images=table.num_rows,
+        num_detections=num_detections,
+        errors=errors,
+        processes=[*processes, watch.lap()],
+    )
 
 
-def _rows(block: pa.Table, found: Sequence[Any], schema: pa.Schema) -> pa.Table:
+def rows_of(block: pa.Table, found: Sequence[Any], schema: pa.Schema) -> pa.Table:
     """Build the rows of a block from the detections of its readable images."""
     is_readable = pc.is_valid(block["pixel_height"]).to_numpy(zero_copy_only=False)
     counts = np.zeros(block.num_rows, np.int64)

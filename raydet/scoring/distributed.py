@@ -1,7 +1,7 @@
 """A scoring run on a Ray cluster, as the driver sees it: shares, checks of the nodes, and attempts."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ray
 
@@ -11,7 +11,7 @@ from raydet.cluster.job_record import JobRecord
 from raydet.cluster.ray_internals import RpcError
 from raydet.cluster.shared_storage import check_shared
 from raydet.cluster.stopwatch import FileStats
-from raydet.cluster.tasks import has_gpu
+from raydet.cluster.tasks import has_gpu, run_tasks
 from raydet.common.console import Console
 from raydet.config import PredictConfig
 from raydet.engines.engine import no_fp16_on_cpu
@@ -74,6 +74,10 @@ class Cluster:
     def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
         """Score chunks and yield the statistics of each file once it is written, in any order."""
         return score(work, chunks, self._resources, num_workers=self._num_workers)
+
+    def apply(self, write: Callable[[int], FileStats], chunks: Sequence[int]) -> Iterator[FileStats]:
+        """Write chunks with a function that needs no model, and yield the statistics of each file, in any order."""
+        return run_tasks(write, chunks, in_order=False)
 
     def prepare_again(self, reason: str) -> str:
         """Reduce the number of workers to those that fit after a loss, and return a line for the terminal."""

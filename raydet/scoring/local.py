@@ -2,7 +2,7 @@
 
 import contextlib
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import psutil
@@ -12,7 +12,7 @@ from raydet.cluster.stopwatch import FileStats
 from raydet.common.allocator import keeping_freed_memory
 from raydet.common.console import Console
 from raydet.common.signals import ending_on_sigterm
-from raydet.common.threads import available_cpus
+from raydet.common.threads import available_cpus, in_order
 from raydet.config import PredictConfig
 from raydet.engines.loading import EngineLoader, device_here
 from raydet.scoring.blocks import blocks_of
@@ -61,6 +61,10 @@ class ThisProcess:
         finally:
             scorer.close()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def apply(self, write: Callable[[int], FileStats], chunks: Sequence[int]) -> Iterator[FileStats]:
+        """Write chunks with a function that needs no model, and yield the statistics of each file."""
+        return in_order(write, chunks, num_threads=available_cpus())
 
     def prepare_again(self, reason: str) -> str:
         """Return a line for the terminal about another attempt."""

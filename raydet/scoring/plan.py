@@ -111,6 +111,7 @@ class Work:
         model_fingerprint: Fingerprint of the checkpoint at the start of the run.
         point: Operating point to apply, as it was at the start of the run.
         load_engine: Loads the engine; benchmarks replace it.
+        part_folder: Name of the subfolder in which the files of chunks are written; empty for the folder itself.
     """
 
     config: PredictConfig
@@ -121,6 +122,12 @@ class Work:
     schema: pa.Schema
     load_engine: EngineLoader
     point: FittedPoint | None = None
+    part_folder: str = ""
+
+    @property
+    def part_place(self) -> tuple[str, ...]:
+        """Names that lead from the folder of the run to the files of chunks."""
+        return (self.part_folder,) if self.part_folder else ()
 
     @property
     def model_name(self) -> str:
@@ -135,7 +142,10 @@ def part_name(chunk: int) -> str:
     return f"part-{chunk:07d}.parquet"
 
 
-def files_of_chunks(folder: OutputFolder) -> dict[str, int]:
-    """Return the chunk of each file that has the name of a chunk's; files appear atomically."""
-    matches = map(_PART_NAME.fullmatch, folder.list_files())
+def files_of_chunks(folder: OutputFolder, *names: str) -> dict[str, int]:
+    """Return the chunk of each file, in a folder or its subfolder, that has the name of a chunk's.
+
+    Files appear atomically.
+    """
+    matches = map(_PART_NAME.fullmatch, folder.list_files(*names))
     return {match[0]: int(match[1]) for match in matches if match}

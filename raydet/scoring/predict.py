@@ -25,7 +25,14 @@ from raydet.config.fields import with_options
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
-from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, VideoCollection, open_collection
+from raydet.images.collection import (
+    INDEX_FILE,
+    Collection,
+    IndexedCollection,
+    VideoCollection,
+    open_collection,
+)
+from raydet.images.windows.index import WindowSize
 from raydet.measuring.fitting.operating_point import FittedPoint, read_point_of
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
@@ -36,6 +43,7 @@ from raydet.scoring.kept import vectors_to_keep
 from raydet.scoring.pictures import Picture, detect_in, pictures_in
 from raydet.scoring.plan import ScoringPlan, Work, files_of_chunks, part_name
 from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
+from raydet.scoring.windows.merging import WINDOWS_FOLDER, PictureWriter, plan_of_pictures, work_of_windows
 from raydet.tables import storage
 from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder, token_of_run
@@ -108,7 +116,7 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
         RunError: The run failed. The files written so far are complete; the same command resumes the run.
     """
     console = console or Console()
-    names = pictures_in(config.data)
+    names = None if config.windowed else pictures_in(config.data)
     if names is None:
         return predict_with(config, console=console)
     found = detect_in(names, config, console=console)
@@ -152,12 +160,16 @@ def predict_with(
         if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
             folder.delete_file(INDEX_FILE)
         found = open_collection(
-            config.data_uri, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root, fps=config.fps
+            config.data_uri,
+            index_uri=folder.uri_of(INDEX_FILE),
+            allow_root=config.allow_root,
+            fps=config.fps,
+            windows=WindowSize(config.tile or 0, config.max_pixels) if config.windowed else None,
         )
         if isinstance(found, IndexedCollection) and found.num_skipped:
             console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
         if isinstance(found, VideoCollection) and found.num_missing:
-            console.line(f"the video is truncated: {counted(found.num_missing, 'frame')} of its header are missing")
+            console.line(f"truncated video: {counted(found.num_missing, 'frame')} that its header states are missing")
         images = found.first(config.limit)
         fingerprints = {"checkpoint_fingerprint": model.fingerprint, "data_fingerprint": images.fingerprint}
         if model.point is not None:
@@ -165,12 +177,12 @@ def predict_with(
         if model.examples is not None:
             fingerprints["examples_fingerprint"] = model.examples
         run_identity = {**identity(config), **fingerprints}
-        earlier = folder.admit(run_identity)
+        subfolders = (WINDOWS_FOLDER,) if config.windowed else ()
+        earlier = folder.admit(run_identity, folders=subfolders)
         if is_table(folder.uri):
+            _delete_windows(config, folder)
             return _result(folder, _draw(config, model, images), already_done=True)
         started = time.perf_counter()
-        if in_process is None:
-            in_process = _suits_this_process(config, images)
         metadata = {"checkpoint": without_secrets(model.name), "checkpoint_hash": model.fingerprint}
         if model.point is not None:
             metadata["operating_point"] = model.point.fingerprint
@@ -184,17 +196,44 @@ def predict_with(
             folder=folder,
             model_fingerprint=model.fingerprint,
             images=images,
-            plan=ScoringPlan.of(config, images.num_rows, 1),
+            plan=plan_of_pictures(images.num_rows) if config.windowed else ScoringPlan.of(config, images.num_rows, 1),
             schema=with_token(schema, token_of_run(run_identity)),
             load_engine=load,
             point=model.point,
         )
+        scored = work_of_windows(work) if config.windowed else work
+        if in_process is None:
+            in_process = _suits_this_process(config, scored.images)
         with _place(config, console, in_process) as place:
-            work = dataclasses.replace(work, plan=_plan(work, earlier, place))
+            scored = dataclasses.replace(scored, plan=_plan(scored, earlier, place))
             if earlier is None:
-                folder.begin(run_identity, plan=dataclasses.asdict(work.plan))
-            report = _run(work, place, console, started)
+                folder.begin(run_identity, plan=dataclasses.asdict(scored.plan), folders=subfolders)
+            if config.windowed:
+                pictures, windows = counted(images.num_rows, "picture"), counted(scored.images.num_rows, "window")
+                console.line(f"{pictures} in {windows}; progress and report count windows")
+            report, written = _run(config, scored, place, console, started)
+            if config.windowed:
+                written = _merge(work, scored, place, console)
+            else:
+                work = scored
+        _finish(work, written)
+        _delete_windows(config, folder)
         return _result(folder, [*report.lines(), *_draw(config, model, images)])
+
+
+def _merge(work: Work, windows: Work, place: ScoringPlace, console: Console) -> dict[str, FileCounts]:
+    """Write the rows of pictures from those of their windows."""
+    writer = PictureWriter(work, windows)
+    with console.progress("merging windows", total=work.plan.num_rows, unit="pictures") as progress:
+        return score_all(
+            work, place, note=lambda file: progress.advance(file.num_images), notify=console.line, write=writer
+        )
+
+
+def _delete_windows(config: PredictConfig, folder: OutputFolder) -> None:
+    """Remove the detections of windows, which are part of the table now."""
+    if config.windowed:
+        storage.delete_folder(folder.uri_of(WINDOWS_FOLDER))
 
 
 def _suits_this_process(config: PredictConfig, images: Collection) -> bool:
@@ -253,12 +292,16 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
     return model
 
 
-def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> JobReport:
-    """Score what is left and write the manifest; write OUT/.job.json in any case."""
+def _run(
+    config: PredictConfig, work: Work, place: ScoringPlace, console: Console, started: float
+) -> tuple[JobReport, dict[str, FileCounts]]:
+    """Score what is left; write OUT/.job.json in any case."""
     stats, reason, job = JobStats(), None, place.job_record()
-    num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in files_of_chunks(work.folder).values())
+    found = files_of_chunks(work.folder, *work.part_place)
+    num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in found.values())
     if num_rows:
-        console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} images")
+        what = "windows" if config.windowed else "images"
+        console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} {what}")
     try:
         total = work.plan.num_rows
         with console.progress("scoring", total=total, completed=num_rows, leaves_line=False) as progress:
@@ -276,14 +319,15 @@ def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> J
         if reason is None:
             job = place.with_joined_nodes(job)
         wall_s = time.perf_counter() - started
-        report = _write_report(work, stats, wall_s=wall_s, job=job, error=reason)
-    _finish(work, written)
-    return report
+        report = _write_report(config, work.folder, stats, wall_s=wall_s, job=job, error=reason)
+    return report, written
 
 
-def _write_report(work: Work, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None) -> JobReport:
+def _write_report(
+    config: PredictConfig, folder: OutputFolder, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None
+) -> JobReport:
     """Write OUT/.job.json, even for a failed run; a full disk is reported elsewhere."""
-    folder, config, earlier = work.folder, work.config, None
+    earlier = None
     with contextlib.suppress(OSError, ValueError, UserError):
         earlier = storage.read_json(folder.uri_of(JOB_FILE))
     report = stats.finish(

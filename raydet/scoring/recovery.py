@@ -74,6 +74,9 @@ class ScoringPlace(Protocol):
     def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
         """Score chunks and yield the statistics of each file once it is written, in any order."""
 
+    def apply(self, write: Callable[[int], FileStats], chunks: Sequence[int]) -> Iterator[FileStats]:
+        """Write chunks with a function that needs no model, and yield the statistics of each file, in any order."""
+
     def prepare_again(self, reason: str) -> str:
         """Prepare for another attempt after a loss, and return a line for the terminal."""
 
@@ -88,11 +91,17 @@ class ScoringPlace(Protocol):
 
 
 def score_all(
-    work: Work, place: ScoringPlace, *, note: Callable[[FileStats], None], notify: Callable[[str], None]
+    work: Work,
+    place: ScoringPlace,
+    *,
+    note: Callable[[FileStats], None],
+    notify: Callable[[str], None],
+    write: Callable[[int], FileStats] | None = None,
 ) -> dict[str, FileCounts]:
     """Score all remaining chunks, in several attempts if the cluster loses workers or nodes.
 
-    `note` receives the statistics of each file once it is written, `notify` a line before another attempt.
+    `note` receives the statistics of each file once it is written, `notify` a line before another attempt. `write`
+    replaces the scoring of a chunk: a picklable function that writes its file.
 
     Returns:
         The counts of each file of the run, by file name.
@@ -110,7 +119,7 @@ def score_all(
         if not left:
             return written
         try:
-            for stats in place.attempt(work, left):
+            for stats in place.attempt(work, left) if write is None else place.apply(write, left):
                 work.folder.check()
                 # Counts, not the statistics themselves, whose size grows with the number of images.
                 written[stats.file] = FileCounts(stats.groups, len(stats.errors), stats.num_detections)
@@ -136,8 +145,10 @@ def _count_files(work: Work, written: dict[str, FileCounts]) -> None:
 
     A file that lacks the run's token, or has another number of rows, is not the run's; its chunk is scored again.
     """
-    names = {name: chunk for name, chunk in files_of_chunks(work.folder).items() if name not in written}
-    for (name, chunk), footer in zip(names.items(), read_footers(work.folder.uri, list(names)), strict=True):
+    found = files_of_chunks(work.folder, *work.part_place)
+    names = {name: chunk for name, chunk in found.items() if name not in written}
+    place = work.folder.uri_of(*work.part_place)
+    for (name, chunk), footer in zip(names.items(), read_footers(place, list(names)), strict=True):
         counts = None if footer is None else _counts_in(footer, work)
         if counts is not None and counts.num_images == len(work.plan.rows_of(chunk)):
             written[name] = counts
