@@ -93,6 +93,20 @@ def test_an_image_has_the_answer_about_its_best_detection_with_one(folder: Path,
         assert column.to_pylist() == [best.get(image_id) for image_id in scored.found_ids.tolist()]
 
 
+def test_images_that_are_joined_by_path_keep_their_answers(folder: Path, scored: Scored, tmp_path: Path) -> None:
+    table = open_table(str(folder / "images"), "images")
+    with TableWriter(str(tmp_path / "images"), table.schema, config_hash="x") as writer:
+        writer.write_rows([{**row, "image_id": 7000 - row["image_id"]} for row in table.read().to_pylist()])
+    other = read_detections(scored.uri, read_truth(str(tmp_path / "images")), join="path")
+    assert (other.truth_columns.image_ids == 7000 - other.found_ids).all()
+    expected_of = dict(zip(scored.found_ids.tolist(), by_image(folder, scored), strict=True))
+    assert by_image(folder, other) == [expected_of[image_id] for image_id in other.found_ids.tolist()]
+
+
+def by_image(folder: Path, scored: Scored) -> list[Any]:
+    return list(answers_by_image(str(folder / "crops"), scored)["label"].to_pylist())
+
+
 def test_metrics_are_sliced_by_answers(folder: Path, tmp_path: Path) -> None:
     config: dict[str, Any] = {
         "truth": str(folder / "images"),
