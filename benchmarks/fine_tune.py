@@ -24,11 +24,12 @@ of the differences, paired by seed. With `--out` an interrupted benchmark resume
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from raydet.config import field_names
 from raydet.config.options import load_file
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, is_table, open_table
+from raydet.training.history import EpochRecord
 
 if TYPE_CHECKING:
     from benchmarks import ten_shapes
@@ -95,26 +97,17 @@ PRETRAINING = Task(epochs=36, validate_every=6)
 def main() -> None:
     """Train the checkpoint, fine-tune it, and print the comparison."""
     options = _parse()
-    with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as temporary:
-        folder = Path(options.out or temporary).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tables(folder, options)
-        # One cluster for all runs; each run starts one worker process.
-        with session(str(folder / "log")):
-            checkpoint = _pretrain(folder, options)
-            runs: dict[str, dict[str, list[Curve]]] = {
-                task: {name: [] for name in options.contestants} for task in options.tasks
-            }
-            for seed in range(options.seeds):
-                for task in options.tasks:
-                    for name in options.contestants:
-                        config = _config(name, task, seed, folder, checkpoint, options)
-                        curve = [
-                            {"epoch": record.epoch, "AP": record.value("AP"), "seconds": round(record.total_s, 1)}
-                            for record in train(config).history
-                        ]
-                        runs[task][name].append(curve)
-                        print(f"{task}, seed {seed}, {name}: AP {best_ap(curve):.4f}", flush=True)
+    with working_folder(options) as folder:
+        checkpoint = _pretrain(folder, options)
+        runs: dict[str, dict[str, list[Curve]]] = {
+            task: {name: [] for name in options.contestants} for task in options.tasks
+        }
+        for seed in range(options.seeds):
+            for task in options.tasks:
+                for name in options.contestants:
+                    curve = curve_of(train(_config(name, task, seed, folder, checkpoint, options)).history)
+                    runs[task][name].append(curve)
+                    print(f"{task}, seed {seed}, {name}: AP {best_ap(curve):.4f}", flush=True)
     summary = {task: _summary(own) for task, own in runs.items()}
     _print(summary)
     print(json.dumps({"summary": summary, "curves": runs}))
@@ -141,7 +134,19 @@ def _parse() -> argparse.Namespace:
 # Data.
 
 
-def write_tables(folder: Path, options: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def working_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """Context manager: the folder of the tables and runs, with the tables, and one cluster for all runs."""
+    with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(options.out or temporary).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_tables(folder, options)
+        # Each run starts one worker process.
+        with session(str(folder / "log")):
+            yield folder
+
+
+def _write_tables(folder: Path, options: argparse.Namespace) -> None:
     """Write the images tables that are not there yet: FOLDER/NAME/train and FOLDER/NAME/val."""
     source = Path(os.environ.get("RAYDET_TEST_DATA", PROJECT.parent / "shared" / "data"))
     for name in ("raccoon", "bccd"):
@@ -280,6 +285,13 @@ def _draw_heads_anew(checkpoint: str, categories: Sequence[Category], target: st
 
 
 # Results.
+
+
+def curve_of(history: Iterable[EpochRecord]) -> Curve:
+    """Return AP and time by epoch."""
+    return [
+        {"epoch": record.epoch, "AP": record.value("AP"), "seconds": round(record.total_s, 1)} for record in history
+    ]
 
 
 def best_ap(curve: Curve) -> float:

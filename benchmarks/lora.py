@@ -21,20 +21,18 @@ object, with the curve of every run.
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydet import TrainConfig, train
-from raydet.cluster.session import session
 from raydet.training.train import TrainResult
 
 if TYPE_CHECKING:
-    from benchmarks.fine_tune import Curve, best_ap, interval, write_tables
+    from benchmarks.fine_tune import Curve, best_ap, curve_of, interval, working_folder
 else:  # a script imports its neighbours without the package name
-    from fine_tune import Curve, best_ap, interval, write_tables
+    from fine_tune import Curve, best_ap, curve_of, interval, working_folder
 
 CONTESTANTS = ("full", "lora", "frozen")
 BATCH_SIZE = 8
@@ -59,21 +57,15 @@ class Run:
 def main() -> None:
     """Train the base, fine-tune it, and print the comparison."""
     options = _parse()
-    with tempfile.TemporaryDirectory(prefix="raydet-benchmark-", ignore_cleanup_errors=True) as temporary:
-        folder = Path(options.out or temporary).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tables(folder, options)
-        with session(str(folder / "log")):
-            base = options.checkpoint or _train_base(folder, options)
-            own = _contestants(options)
-            runs: dict[str, list[Run]] = {name: [] for name in own}
-            for seed in range(options.seeds):
-                for name, changes in own.items():
-                    result = train(
-                        _config(f"{name}-{seed}", "raccoon", folder, options, model=base, seed=seed, **changes)
-                    )
-                    runs[name].append(_run(result))
-                    print(f"seed {seed}, {name}: AP {best_ap(runs[name][-1].curve):.4f}", flush=True)
+    with working_folder(options) as folder:
+        base = options.checkpoint or _train_base(folder, options)
+        own = _contestants(options)
+        runs: dict[str, list[Run]] = {name: [] for name in own}
+        for seed in range(options.seeds):
+            for name, changes in own.items():
+                result = train(_config(f"{name}-{seed}", "raccoon", folder, options, model=base, seed=seed, **changes))
+                runs[name].append(_run(result))
+                print(f"seed {seed}, {name}: AP {best_ap(runs[name][-1].curve):.4f}", flush=True)
     summary = _summary(runs)
     _print(summary)
     print(
@@ -200,11 +192,8 @@ def _random_model(folder: Path, side: int) -> str:
 
 def _run(result: TrainResult) -> Run:
     records = result.history
-    curve: Curve = [
-        {"epoch": each.epoch, "AP": each.value("AP"), "seconds": round(each.total_s, 1)} for each in records
-    ]
     return Run(
-        curve=curve,
+        curve=curve_of(records),
         num_trained=records[-1].num_trained_parameters or 0,
         seconds=sum(record.total_s for record in records),
     )

@@ -180,7 +180,7 @@ def _fine_tune(
 ) -> float:
     _write(data / f"labels-{name}", [rows[place] for place in labelled])
     config = shapes_training(
-        checkpoint=base,
+        model=base,
         train_data=str(data / f"labels-{name}"),
         val_data=str(data / "val"),
         out=str(data / f"run-{name}"),

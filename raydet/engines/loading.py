@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from raydet.common.errors import UserError
-from raydet.config import CropsConfig, PredictConfig
+from raydet.config import PredictConfig
 from raydet.engines.engine import Engine, no_fp16_on_cpu
 from raydet.models.geometry import ResizeRule
 
@@ -27,19 +27,18 @@ def resize_rule_before(config: PredictConfig) -> ResizeRule | None:
     return resize_rules_for(config.checkpoint, None)[0]
 
 
-def device_here(config: PredictConfig | CropsConfig) -> str:
+def device_here(*, use_gpu: bool | None, precision: str, engine: str = "torch") -> str:
     """Choose the device of a model in this process, cpu or cuda.
 
     Raises:
-        UserError: The config requires a GPU that torch does not see, or a precision that needs one.
+        UserError: A GPU is required that torch does not see, or a precision that needs one.
     """
     import torch
 
-    engine = config.engine if isinstance(config, PredictConfig) else "torch"
-    has_gpu = engine == "torch" and config.use_gpu is not False and torch.cuda.is_available()
-    if config.use_gpu and not has_gpu:
+    has_gpu = engine == "torch" and use_gpu is not False and torch.cuda.is_available()
+    if use_gpu and not has_gpu:
         raise UserError("--use-gpu requires a GPU, but this machine has none; omit --use-gpu")
-    if config.precision == "fp16" and not has_gpu:
+    if precision == "fp16" and not has_gpu:
         raise no_fp16_on_cpu(engine)
     return "cuda" if has_gpu else "cpu"
 

@@ -28,6 +28,7 @@ from raydet.models.loading import build_detector, load_detector
 from raydet.models.onnx import OPSET, open_session, to_onnx
 from raydet.tables import storage
 from raydet.tables.new_output import new_file
+from raydet.tables.table import open_table
 
 MAX_DIFFERENCE = 1e-3
 """Largest accepted difference from torch in scores and boxes; boxes are fractions of the image's sides."""
@@ -90,11 +91,12 @@ def export_onnx(config: ExportOnnxConfig, *, console: Console | None = None) -> 
     The graph is compared with torch on random images before it is written. An existing file is replaced.
 
     Raises:
-        UserError: The model does not exist or cannot be exported, or a package is missing.
+        UserError: The model or the table does not exist, the model cannot be exported, or a package is missing.
         RunError: The graph's outputs differ from torch's by more than `MAX_DIFFERENCE`.
     """
     require_packages("onnx")
     checkpoint, out, image_size = config.checkpoint, storage.absolute_uri(config.out), config.image_size
+    table = None if config.check_data is None else open_table(config.check_data, "images")
     receipt = None
     with (
         new_file(out, command="export onnx", endings=(".onnx",)) as file,
@@ -103,9 +105,9 @@ def export_onnx(config: ExportOnnxConfig, *, console: Console | None = None) -> 
         detector, data, difference = _build(checkpoint, image_size, progress)
         if config.pixels_in:
             data = with_pixels_in(data, detector).SerializeToString()
-        if config.check_data is not None:
+        if table is not None:
             detect = graph_of(open_session(data, num_threads=torch.get_num_threads()))
-            receipt = compare(detect, checkpoint, config.check_data, progress)
+            receipt = compare(detect, checkpoint, table, progress)
         file.write(data)
     if receipt is not None:
         content = json.dumps({"checkpoint": without_secrets(checkpoint), **asdict(receipt)}, indent=2)

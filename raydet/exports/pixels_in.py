@@ -144,8 +144,8 @@ def _target(rule: ResizeRule) -> str:
   new_short = Cast<to = 7>(new_short_exact)
   fits = Equal(short, new_short_exact)
   is_portrait = Greater(exact_h, exact_w)
-  {"is_wide = Not(is_portrait)" if rule.multiple_of > 1 else "is_wide = Or(is_portrait, fits)"}
-  {"unchanged = And(fits, is_wide)" if rule.multiple_of > 1 else "unchanged = And(fits, fits)"}
+  is_wide = Not(is_portrait)
+  unchanged = {"And(fits, is_wide)" if rule.multiple_of > 1 else "Identity(fits)"}
   product_h = Mul(exact_short, exact_h)
   product_w = Mul(exact_short, exact_w)
   quotient_h = Div(product_h, exact_w)
@@ -166,16 +166,14 @@ def _target(rule: ResizeRule) -> str:
 
 def _padded(rule: ResizeRule, *, has_mask: bool) -> str:
     """Return nodes for `pixel_values` and, if the model has one, `pixel_mask`."""
-    values = """
+    ones = """
   mask_size = Concat<axis = 0>(num_images, new_h, new_w)
-  ones = ConstantOfShape<value = int64[1] {1}>(mask_size)
-  normalised = Div(centred, std)"""
+  {} = ConstantOfShape<value = int64[1] {{1}}>(mask_size)"""
     if rule.pad_to_hw is None:
-        values += """
-  pixel_values = Identity(normalised)"""
-        return values + ("\n  pixel_mask = Identity(ones)" if has_mask else "")
+        return "  pixel_values = Div(centred, std)" + (ones.format("pixel_mask") if has_mask else "")
     height, width = rule.pad_to_hw
-    values += f"""
+    values = f"""
+  normalised = Div(centred, std)
   full_h = Constant<value = int64[1] {{{height}}}>()
   full_w = Constant<value = int64[1] {{{width}}}>()
   below = Sub(full_h, new_h)
@@ -183,6 +181,7 @@ def _padded(rule: ResizeRule, *, has_mask: bool) -> str:
   pads = Concat<axis = 0>(first, first, first, first, first, first, below, right)
   pixel_values = Pad(normalised, pads)"""
     if has_mask:
+        values += ones.format("ones")
         values += """
   mask_pads = Concat<axis = 0>(first, first, first, first, below, right)
   pixel_mask = Pad(ones, mask_pads)"""

@@ -132,12 +132,8 @@ class TableCollection(Collection):
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Read rows as `Collection.read` does, loading only the required row groups, one at a time."""
         reader = FileReader()
-        groups = self.table.row_groups(start, stop)
-        for group, content in zip(groups, self.table.read_row_groups(groups, _TABLE_COLUMNS), strict=True):
-            low, high = max(start - group.first_row, 0), min(stop - group.first_row, group.num_rows)
-            # In batches, since a binary column of more than 2 GiB does not fit into one array.
-            for rows in content.slice(low, high - low).to_batches():
-                yield from _table_rows(rows, reader)
+        for rows in self.table.read_rows(start, stop, _TABLE_COLUMNS):
+            yield from _table_rows(rows, reader)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class ThisProcess:
         Raises:
             UserError: The config requires a GPU that torch does not see, or a precision that needs one.
         """
-        self.device = device_here(config)
+        self.device = device_here(use_gpu=config.use_gpu, precision=config.precision, engine=config.engine)
         self.num_threads = config.threads_per_worker or available_cpus()
         self.num_decode_threads = min(available_cpus(), _MOST_DECODE_THREADS)
 

@@ -108,12 +108,10 @@ def detections_in(found: Table, rows: range, columns: Sequence[str] | None = Non
     Raises:
         RunError: The table has fewer rows.
     """
-    groups = found.row_groups(rows.start, rows.stop)
     num_rows = 0
-    for group, content in zip(groups, found.read_row_groups(groups, columns), strict=True):
-        low, high = max(rows.start - group.first_row, 0), min(rows.stop - group.first_row, group.num_rows)
-        num_rows += high - low
-        yield from content.slice(low, high - low).combine_chunks().to_batches()
+    for batch in found.read_rows(rows.start, rows.stop, columns):
+        num_rows += batch.num_rows
+        yield batch
     if num_rows != len(rows):
         raise RunError(f"{found.uri} changed during the run; run the same command again")
 

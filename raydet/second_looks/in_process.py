@@ -20,7 +20,8 @@ class CropsHere:
             UserError: It cannot be read, or `device_here` raises.
         """
         num_threads = config.threads_per_worker or available_cpus()
-        self._looker = load_looker(config, device=device_here(config), num_threads=num_threads)
+        device = device_here(use_gpu=config.use_gpu, precision=config.precision)
+        self._looker = load_looker(config, device=device, num_threads=num_threads)
 
     def run(self, work: CropsWork, chunks: Sequence[int]) -> Iterator[WrittenChunk]:
         """Write the files of chunks, one after the other."""

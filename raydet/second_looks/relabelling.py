@@ -4,9 +4,7 @@ A label with the name of one of the detector's classes means that class; the oth
 the detector gave is kept in a column beside.
 """
 
-import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -21,6 +19,7 @@ from raydet.second_looks.cutting import detections_in
 from raydet.second_looks.work import CropsWork
 from raydet.tables.columns import Integers, image_ids_in, numbers_of, starts_of
 from raydet.tables.kept.plain import plain_columns, plain_schema
+from raydet.tables.output_folder import token_of_run
 from raydet.tables.schema import Category, token_of
 from raydet.tables.table import RowGroup, Table, TableWriter, is_table, open_table, read_manifest
 
@@ -53,8 +52,7 @@ def relabel(work: CropsWork, labels: Sequence[str]) -> str:
         The URI of the detections table.
     """
     uri = work.folder.uri_of(RELABELLED)
-    content = json.dumps([str(token_of(work.schema.metadata)), work.config.relabel])
-    wanted = hashlib.sha256(content.encode()).hexdigest()[:12]
+    wanted = token_of_run({"crops": token_of(work.schema.metadata), "relabel": work.config.relabel})
     if is_table(uri) and read_manifest(uri)["config_hash"] == wanted:
         return uri
     work.folder.delete_table(RELABELLED)
@@ -64,8 +62,7 @@ def relabel(work: CropsWork, labels: Sequence[str]) -> str:
     crops = open_table(work.folder.uri, "crops")
     groups = {name: list(own) for name, own in itertools.groupby(crops.row_groups(), lambda group: group.file)}
     with TableWriter(uri, schema, config_hash=wanted) as writer:
-        if (space := work.found.manifest.get("id_space")) is not None:
-            writer.extra["id_space"] = space
+        writer.extra["id_space"] = work.found.manifest.get("id_space")
         for chunk in range(work.num_chunks):
             given = _labels_in(crops, groups.get(part_name(chunk), []), work.config.relabel or 0.0)
             for batch in detections_in(work.found, work.rows_of(chunk)):

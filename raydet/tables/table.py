@@ -187,6 +187,17 @@ class Table:
                     yield batch
         check_unique(np.concatenate(ids), self.uri)
 
+    def read_rows(self, start: int, stop: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Stream the rows from `start` to `stop` (exclusive), as far as there are any, one row group at a time.
+
+        Raises as `read_row_groups` does.
+        """
+        groups = self.row_groups(start, stop)
+        for group, content in zip(groups, self.read_row_groups(groups, columns), strict=True):
+            low, high = max(start - group.first_row, 0), min(stop - group.first_row, group.num_rows)
+            # In batches, since a binary column of more than 2 GiB does not fit into one array.
+            yield from content.slice(low, high - low).to_batches()
+
     def _check(self, rows: pa.RecordBatch | pa.Table) -> None:
         check_rows(rows, self.kind, len(self.categories), self.uri)
 

@@ -57,7 +57,7 @@ def test_relabelled_detections_have_the_class_of_a_label_beside_their_own(
     data: Path, models: Any, tmp_path: Path
 ) -> None:
     def run(threshold: float) -> driver.CropsResult:
-        options = {"labels": ["Cat", "bird"], "relabel": threshold}
+        options = {"labels": ["Cat", "bird"], "relabel": threshold, "rows_per_file": 2}
         config = config_of(data, tmp_path / "out", models("clip"), "zero-shot-image-classification", **options)
         return crops(config)
 

@@ -68,7 +68,7 @@ class LoadedModel:
     """
 
     def __init__(self, config: PredictConfig) -> None:
-        device = device_here(config)
+        device = device_here(use_gpu=config.use_gpu, precision=config.precision, engine=config.engine)
         engine = load_engine(config, device=device, num_threads=config.threads_per_worker or available_cpus())
         if config.batch_size == "auto":
             raise UserError("load() needs a number as batch_size; only predict measures the fastest")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydet.tables.schema import DETECTIONS_TYPE, Category, build_schema, parse_metadata
+from raydet.tables.schema import DETECTIONS_TYPE, Category, build_schema, declared_fields, parse_metadata
 
 _METADATA = ("checkpoint", "checkpoint_hash", "operating_point")
 
@@ -24,5 +24,5 @@ def plain_columns(batch: pa.RecordBatch) -> dict[str, pa.Array]:
     detections = batch.column("detections")
     fields = list(DETECTIONS_TYPE)
     plain = pa.StructArray.from_arrays([detections.field(field.name) for field in fields], fields=fields)
-    names = build_schema("detections").names
+    names = (name for name, _ in declared_fields("detections"))
     return {name: plain if name == "detections" else batch.column(name) for name in names}
