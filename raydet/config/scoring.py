@@ -340,6 +340,12 @@ class CropsConfig(WorkersConfig):
     num_workers: int = option(
         "parallel workers, each with a copy of the model", 1, group="Compute and cluster", operational=True
     )
+    max_failures: int = option(
+        "on a Ray cluster: times that each worker is replaced after it was lost, before giving up",
+        3,
+        group="Compute and cluster",
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -354,6 +360,7 @@ class CropsConfig(WorkersConfig):
             "rows_per_file",
             "num_workers",
         )
+        require_not_negative(self, "max_failures")
         require(0 <= self.score_threshold <= 1, f"--score-threshold must be from 0 to 1, got {self.score_threshold}")
         require(0 <= self.margin <= 10, f"--margin must be from 0 to 10, got {self.margin}")
         require(
