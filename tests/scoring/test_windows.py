@@ -73,7 +73,7 @@ def rows(config: PredictConfig) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"flip": True, "merge": "wbf"}, {"score_threshold": 0.02, "classes": ["circle"], "class_agnostic_nms": 0.6}],
+    [{}, {"flip": True, "merge": "wbf"}, {"score_threshold": 0.05, "classes": ["square"], "class_agnostic_nms": 0.6}],
     ids=["plain", "fused", "selected"],
 )
 def test_the_rows_are_those_of_whole_pictures_cut_into_tiles(
@@ -131,6 +131,13 @@ def test_a_picture_with_a_damaged_window_has_a_row_with_the_reason(config: Predi
     assert re.fullmatch(r"window \[\d+, \d+, 256 × 256\]: broken TIFF: .* \(and 3 more windows\)", damaged["error"])
     assert (damaged["width"], damaged["detections"]["score"]) == (900, [])
     assert good["error"] is None and good["detections"]["score"]
+    # Of one picture that cannot be read, no window is scored.
+    (folder / "a.tif").write_bytes(b"")
+    config = dataclasses.replace(config, limit=1, out=str(tmp_path / "first"))
+    assert (predict_with(config, in_process=True).num_errors, rows_of(config.out, "detections")[0]["error"]) == (
+        1,
+        "empty file",
+    )
     assert photo["error"] == "not a TIFF: other formats can only be decoded as a whole" and photo["width"] is None
 
 

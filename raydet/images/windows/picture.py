@@ -65,7 +65,7 @@ class Picture:
             return None
         return (
             f"{too_large(num_pixels, self._max_pixels)} for each window, because it is stored in pieces of "
-            f"{layout.segment_width:,} × {layout.segment_height:,} pixels: write it with tiles of 512 × 512, or raise "
+            f"{layout.segment_width:,} × {layout.piece_height:,} pixels: write it with tiles of 512 × 512, or raise "
             "--max-pixels"
         )
 
