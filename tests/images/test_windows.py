@@ -17,7 +17,7 @@ from raydet.images.decode import decode
 from raydet.images.references import Reference
 from raydet.images.windows.directory import WindowError
 from raydet.images.windows.index import WindowSize, open_picture
-from raydet.images.windows.picture import Picture
+from raydet.images.windows.picture import OpenTiff
 from raydet.tables import storage
 from tests.tiffs import UTM_32_N, block_of, write_tiled
 
@@ -91,8 +91,8 @@ FORMATS = {
 }
 
 
-def opened(path: Path, max_pixels: int = LIMIT) -> Picture:
-    return Picture(ANYWHERE.open(str(path)), max_pixels=max_pixels)
+def opened(path: Path, max_pixels: int = LIMIT) -> OpenTiff:
+    return OpenTiff(ANYWHERE.open(str(path)), max_pixels=max_pixels)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -14,9 +14,12 @@ import pytest
 from PIL import Image as PillowImage
 from scipy import ndimage
 
-from raydet import ExportCocoConfig, PredictConfig, UserError, export_coco, predict
+from raydet import BrowseConfig, ExportCocoConfig, PredictConfig, UserError, export_coco, predict
+from raydet.browsing.pictures import Pictures
+from raydet.browsing.sources import open_sources
 from raydet.cli.main import main
 from raydet.engines.views import num_tiles, tiles_of, views_of
+from raydet.images.collection import WindowedCollection
 from raydet.models.detector import Detections
 from raydet.models.geometry import Image, ResizeRule, SizeHW
 from raydet.models.loading import build_detector
@@ -111,6 +114,9 @@ def test_the_table_is_an_ordinary_one_with_the_georeference(
     assert {path.name for path in Path(config.out).iterdir() if not path.name.startswith(".")} == {
         "part-0000000.parquet"
     }
+    sources = open_sources(BrowseConfig(data=config.out))
+    assert isinstance(sources.collection, WindowedCollection) and not sources.notes
+    assert Pictures(sources).thumbnail(1).startswith(b"\xff\xd8")  # small enough to be decoded whole
     exported = export_coco(ExportCocoConfig(data=config.out, out=str(tmp_path / "d.json")))
     assert len(json.loads(Path(exported.out).read_text())) == sum(len(row["detections"]["score"]) for row in rows)
 

@@ -53,7 +53,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Layout:
+class PixelLayout:
     """The places of a picture's pixels.
 
     Attributes:
@@ -79,7 +79,7 @@ class Layout:
     num_bytes: NDArray[np.int64]
 
     @classmethod
-    def of(cls, directory: Directory) -> "Layout":
+    def of(cls, directory: Directory) -> "PixelLayout":
         """Read and check the layout in a directory.
 
         Raises:

@@ -13,7 +13,7 @@ from raydet.images.collection import Collection, ImageRow, WindowedCollection
 from raydet.images.references import FileReader, Reference
 from raydet.images.windows.directory import WindowError
 from raydet.images.windows.index import ListedPicture, open_picture
-from raydet.images.windows.picture import Picture
+from raydet.images.windows.picture import OpenTiff
 from raydet.models.geometry import Image
 
 
@@ -77,7 +77,7 @@ class WindowRows(Collection):
                 yield _row(picture, position, tiles[position - first], str(error))
 
 
-def _row(picture: ListedPicture, position: int, tile: TileView, source: Picture | str) -> ImageRow:
+def _row(picture: ListedPicture, position: int, tile: TileView, source: OpenTiff | str) -> ImageRow:
     """Return a tile's row with its pixels from an open picture, or with a reason why there are none."""
     path = f"{picture.path} {place_of(tile)}"
     if isinstance(source, str):
