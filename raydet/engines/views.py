@@ -4,7 +4,8 @@ Decode processes import this module, so it depends on numpy only.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def planned_views(size_hw: SizeHW, config: PredictConfig) -> list[TileView]:
 
 def tiles_of(size_hw: SizeHW, config: PredictConfig) -> list[TileView]:
     """Return the views of an image of this size that a config with `windowed` requests."""
-    return planned_views(size_hw, replace(config, whole_image=False))
+    return _kept_views(size_hw, tile=config.tile, overlap=config.tile_overlap, whole_image=False, flip=config.flip)
 
 
 def num_tiles(size_hw: SizeHW, config: PredictConfig) -> int:
@@ -94,6 +95,10 @@ def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: 
         for view in views
         for is_mirrored in (False, True)
     ]
+
+
+_kept_views = lru_cache(maxsize=4)(views_of)
+"""A large picture has thousands of tiles, and each chunk asks for them."""
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:

@@ -299,12 +299,12 @@ def _run(
     stats, reason, job = JobStats(), None, place.job_record()
     found = files_of_chunks(work.folder, *work.part_place)
     num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in found.values())
+    unit = "windows" if config.windowed else "images"
     if num_rows:
-        what = "windows" if config.windowed else "images"
-        console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} {what}")
+        console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} {unit}")
     try:
         total = work.plan.num_rows
-        with console.progress("scoring", total=total, completed=num_rows, leaves_line=False) as progress:
+        with console.progress("scoring", total=total, unit=unit, completed=num_rows, leaves_line=False) as progress:
             shown = ScoringProgress(progress, num_workers=work.config.num_workers)
 
             def note(file: FileStats) -> None:

@@ -14,9 +14,11 @@ from raydet.common.errors import UserError
 from raydet.common.untrusted.opening import ANYWHERE
 from raydet.images.collection import WindowedCollection, open_collection
 from raydet.images.decode import decode
+from raydet.images.references import Reference
 from raydet.images.windows.directory import WindowError
-from raydet.images.windows.index import WindowSize
-from raydet.images.windows.picture import Picture
+from raydet.images.windows.index import WindowSize, open_picture
+from raydet.images.windows.picture import OpenTiff
+from raydet.tables import storage
 from tests.tiffs import UTM_32_N, block_of, write_tiled
 
 LIMIT = 178_956_970
@@ -36,14 +38,16 @@ def tiled(channels: int = 3, **options: Any) -> Callable[[Path], Path]:
     return lambda path: write_tiled(path, SIZE_HW, block_of(smooth(channels)), **options)
 
 
-def striped(mode: str, compression: str = "raw", rows: int = 16, **tags: int) -> Callable[[Path], Path]:
+def striped(
+    mode: str, compression: str = "raw", rows: int = 16, size_hw: tuple[int, int] = SIZE_HW, **tags: int
+) -> Callable[[Path], Path]:
     def write(path: Path) -> Path:
         if mode == "I;16":
-            image = Image.fromarray(smooth(1)[..., 0].astype(np.uint16) * 200)
+            image = Image.fromarray(smooth(1, size_hw)[..., 0].astype(np.uint16) * 200)
         else:
-            image = Image.fromarray(smooth(3)).convert(mode)
+            image = Image.fromarray(smooth(3, size_hw)).convert(mode)
         if mode == "RGBA":
-            image.putalpha(Image.fromarray(smooth(1)[..., 0]))
+            image.putalpha(Image.fromarray(smooth(1, size_hw)[..., 0]))
         info = TiffImagePlugin.ImageFileDirectory_v2()
         info[278] = rows
         for name, value in tags.items():
@@ -87,8 +91,8 @@ FORMATS = {
 }
 
 
-def opened(path: Path, max_pixels: int = LIMIT) -> Picture:
-    return Picture(ANYWHERE.open(str(path)), max_pixels=max_pixels)
+def opened(path: Path, max_pixels: int = LIMIT) -> OpenTiff:
+    return OpenTiff(ANYWHERE.open(str(path)), max_pixels=max_pixels)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -139,7 +143,7 @@ def test_the_georeference_is_that_of_the_upright_picture(tmp_path: Path) -> None
     # Upright pixels of a picture that is turned lead to the same places.
     plain = np.array(of().transform).reshape(2, 3)
     height, width = SIZE_HW
-    stored_of = {
+    stored_of: dict[int, Callable[[float, float], tuple[float, float]]] = {
         3: lambda x, y: (width - x, height - y),
         6: lambda x, y: (y, height - x),
         8: lambda x, y: (width - y, x),
@@ -157,7 +161,7 @@ def changed(tag: int, value: int, kind: str = "H") -> Callable[[Path], Path]:
 HOSTILE = {
     "a picture that claims to be huge": (
         tiled(tags={256: ("I", [2**31 - 1]), 257: ("I", [2**31 - 1])}),
-        r"places of 12 of 1,125,\d{3},\d{3},\d{3},\d{3} segments",
+        r"places of 12 of 1,125,\d{3},\d{3},\d{3},\d{3} tiles",
     ),
     "no width": (changed(256, 0, "I"), "0 × 150 pixels"),
     "no tile width": (changed(322, 0, "I"), "tiles of 0 × 64"),
@@ -188,16 +192,32 @@ def test_a_large_tile_is_refused_with_the_remedy(tmp_path: Path) -> None:
         open_collection(str(tmp_path / "p.tif"), index_uri=None, windows=WindowSize(64, LIMIT))
 
 
-def test_damaged_directories_are_refused(tmp_path: Path) -> None:
-    """Each prefix, and each file with a damaged byte, is read or refused."""
-    whole = FORMATS["deflate"](tmp_path / "p.tif").read_bytes()
+def test_pictures_may_be_wider_than_decoders_allow_if_their_tiles_are_not(tmp_path: Path) -> None:
+    columns = np.arange(70_000, dtype=np.uint32).view(np.uint8).reshape(1, -1, 4)[..., :3]
+    pixels = columns.repeat(40, axis=0)
+    picture = opened(write_tiled(tmp_path / "p.tif", pixels.shape[:2], block_of(pixels), tile=512))
+    np.testing.assert_array_equal(picture.window(69_000, 3, 1000, 30), pixels[3:33, 69_000:])
+    tall = striped("L", rows=10**6, size_hw=(70_000, 3))(tmp_path / "tall.tif")
+    assert opened(tall).window(0, 69_990, 3, 10).shape == (10, 3, 3)
+    Image.fromarray(pixels).save(tmp_path / "strips.tif")
+    with pytest.raises(WindowError, match=r"in pieces of 70,000 × \d+ pixels, over the limit of 65,535 a side"):
+        opened(tmp_path / "strips.tif")
+
+
+@pytest.mark.parametrize("name", ["deflate", "RGB raw"])
+def test_damaged_directories_are_refused(name: str, tmp_path: Path) -> None:
+    """Beginnings of a file, and files with damaged bytes or types of values, are read or refused."""
+    whole = FORMATS[name](tmp_path / "p.tif").read_bytes()
     start = struct.unpack("<I", whole[4:8])[0]
     rng = np.random.default_rng(0)
-    for number in range(600):
+    entries = range(start + 2, start + 2 + 12 * int.from_bytes(whole[start : start + 2], "little"), 12)
+    for number in range(300):
         data = bytearray(whole)
-        if number < 200:
+        if number % 3 == 0:
+            data[int(rng.choice(entries)) + 2] = int(rng.integers(1, 19))
+        if number < 100:
             data = data[: int(rng.integers(len(whole)))]
-        for _ in range(3 if number >= 200 else 0):
+        for _ in range(3 if number >= 100 else 0):
             data[int(rng.choice([int(rng.integers(16)), int(rng.integers(start, len(whole)))]))] = int(
                 rng.integers(256)
             )
@@ -233,6 +253,24 @@ def test_pictures_are_listed_with_their_sizes(tmp_path: Path) -> None:
     assert found["pictures.tar"]["pictures.tar/a.tif"].size_hw == SIZE_HW
     assert found["list.txt"]["pictures/gone.tif"].error == "no such file"
     assert found["pictures/a.tif"]["a.tif"].size_hw == SIZE_HW
+
+
+def test_remote_pictures_are_read_by_ranges(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = smooth(size_hw=(600, 900))
+    path = write_tiled(tmp_path / "p.tif", (600, 900), block_of(pixels), compression="raw", order=">")
+    storage.write_bytes(f"{bucket}/pictures/p.tif", path.read_bytes())
+    images = open_collection(f"{bucket}/pictures", index_uri=None, windows=WindowSize(128, LIMIT))
+    assert isinstance(images, WindowedCollection)
+    (listed,) = images.pictures(0, 1)
+    assert (listed.size_hw, listed.uri) == ((600, 900), f"{bucket}/pictures/p.tif")
+    monkeypatch.setattr("raydet.images.windows.picture._GAP_BYTES", 0)
+    with open_picture(Reference(listed.uri), images.reader(), max_pixels=LIMIT) as picture:
+        np.testing.assert_array_equal(picture.window(100, 50, 300, 200), pixels[50:250, 100:400])
+    with (
+        pytest.raises(WindowError, match="no longer exists"),
+        open_picture(Reference(f"{bucket}/gone.tif"), images.reader(), max_pixels=LIMIT),
+    ):
+        pass
 
 
 def test_data_without_a_tiff_are_refused(tmp_path: Path) -> None:

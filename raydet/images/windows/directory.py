@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_SEGMENTS = 2**23
-"""Tiles or strips of a picture: 2 teraspixels in tiles of 512 × 512."""
+"""Tiles or strips of a picture: 2 terapixels in tiles of 512 × 512."""
 _MOST_TAGS = 1_000
 _MOST_BYTES = 2**20
 """Of a tag that does not list segments."""
@@ -89,9 +89,9 @@ class Directory:
         return np.frombuffer(found.data, self.order + _NUMBERS[found.kind])
 
     def number(self, tag: int, default: int) -> int:
-        """Return the first value of a tag, or the default."""
+        """Return the first value of a tag, or the default if there is no whole number."""
         values = self.numbers(tag)
-        return int(values[0]) if len(values) else default
+        return int(values[0]) if len(values) and values.dtype.kind != "f" else default
 
 
 def read_directory(file: Ranges) -> Directory:

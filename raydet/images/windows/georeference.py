@@ -43,6 +43,8 @@ def georeference_of(directory: Directory) -> Georeference:
 def _keys_of(directory: Directory) -> dict[int, int | str]:
     texts = directory.tags[GEO_TEXTS].data.decode("ascii", "replace") if GEO_TEXTS in directory.tags else ""
     entries = directory.numbers(GEO_KEYS)[4:]
+    if entries.dtype.kind != "u":
+        return {}
     keys: dict[int, int | str] = {}
     for key, place, count, value in entries[: len(entries) // 4 * 4].reshape(-1, 4).tolist():
         if place == 0:

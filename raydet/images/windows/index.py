@@ -15,7 +15,7 @@ from raydet.images.files import ReadError
 from raydet.images.listing import LISTING_SCHEMA, Listing
 from raydet.images.references import FileReader, Reference
 from raydet.images.windows.directory import Ranges, WindowError
-from raydet.images.windows.picture import Picture
+from raydet.images.windows.picture import OpenTiff
 
 PICTURE_FIELDS = (pa.field("crs", pa.string()), pa.field("transform", pa.list_(pa.float64())))
 """Columns of a detections table of pictures that were read by windows."""
@@ -101,7 +101,7 @@ def _with_sizes(batch: pa.RecordBatch, reader: FileReader, windows: WindowSize) 
 
 
 @contextmanager
-def open_picture(reference: Reference, reader: FileReader, *, max_pixels: int) -> Iterator[Picture]:
+def open_picture(reference: Reference, reader: FileReader, *, max_pixels: int) -> Iterator[OpenTiff]:
     """Context manager: open a TIFF file, or one in a tar file.
 
     Raises:
@@ -111,8 +111,8 @@ def open_picture(reference: Reference, reader: FileReader, *, max_pixels: int) -
     uri, offset, size = reference
     try:
         with reader.open_file(uri) as file:
-            part: Ranges = file if offset is None or size is None else _Member(file, offset, size)
-            yield Picture(part, max_pixels=max_pixels, is_remote=not isinstance(file, LocalFile))
+            part: Ranges = file if offset is None or size is None else _PartOfFile(file, offset, size)
+            yield OpenTiff(part, max_pixels=max_pixels, is_remote=not isinstance(file, LocalFile))
     except ReadError as error:
         raise WindowError(str(error)) from None
     except OSError as error:
@@ -122,7 +122,7 @@ def open_picture(reference: Reference, reader: FileReader, *, max_pixels: int) -
         raise WindowError(str(reason)) from None
 
 
-class _Member:
+class _PartOfFile:
     """A file inside a tar file."""
 
     def __init__(self, file: Ranges, offset: int, size: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raydet.images.decode import DecodeError, upright_size_hw
+from raydet.images.limits import MAX_SIDE
 from raydet.images.windows.directory import (
     BITS,
     COMPRESSION,
@@ -40,7 +41,7 @@ from raydet.images.windows.directory import (
     long_tag,
 )
 
-_MAX_SIDE = 2**31
+_SIDE_END = 2**31
 _MOST_SAMPLES, _MOST_BITS = 4, 16
 _IS_FLOAT = 3
 _UNCOMPRESSED, _YCBCR, _RGB = 1, 6, 2
@@ -52,7 +53,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Layout:
+class PixelLayout:
     """The places of a picture's pixels.
 
     Attributes:
@@ -78,48 +79,34 @@ class Layout:
     num_bytes: NDArray[np.int64]
 
     @classmethod
-    def of(cls, directory: Directory) -> "Layout":
+    def of(cls, directory: Directory) -> "PixelLayout":
         """Read and check the layout in a directory.
 
         Raises:
             WindowError: It is damaged, or its pixels are of a kind that raydet does not read.
         """
         width, height = directory.number(WIDTH, 0), directory.number(HEIGHT, 0)
-        if not (0 < width < _MAX_SIDE and 0 < height < _MAX_SIDE):
+        if not (0 < width < _SIDE_END and 0 < height < _SIDE_END):
             raise WindowError(f"broken TIFF: {width:,} × {height:,} pixels")
         _refuse_samples(directory)
-        is_tiled = TILE_OFFSETS in directory.tags
-        if is_tiled:
-            segment_width, segment_height = directory.number(TILE_WIDTH, 0), directory.number(TILE_HEIGHT, 0)
-        else:
-            segment_width, segment_height = width, min(directory.number(ROWS_PER_STRIP, height), height)
-        if not (0 < segment_width < _MAX_SIDE and 0 < segment_height < _MAX_SIDE):
-            raise WindowError(f"broken TIFF: tiles of {segment_width:,} × {segment_height:,} pixels")
+        segment_width, segment_height = _segment_size(directory, width, height)
         num_planes = directory.number(SAMPLES, 1) if directory.number(PLANAR, 1) == 2 else 1
         shape = (num_planes, math.ceil(height / segment_height), math.ceil(width / segment_width))
-        offsets, num_bytes = (
-            directory.numbers(tag) for tag in ((TILE_OFFSETS, TILE_BYTES) if is_tiled else (STRIP_OFFSETS, STRIP_BYTES))
-        )
-        least = math.prod(shape)
-        if min(len(offsets), len(num_bytes)) < least:
-            raise WindowError(f"broken TIFF: places of {min(len(offsets), len(num_bytes)):,} of {least:,} segments")
-        if max(offsets[:least].max(), num_bytes[:least].max()) >= 2**62:
-            raise WindowError("broken TIFF: an impossible place")
-        layout = cls(
-            directory,
-            width,
-            height,
-            segment_width,
-            segment_height,
-            segment_height,
-            num_planes,
-            offsets[:least].astype(np.int64).reshape(shape),
-            num_bytes[:least].astype(np.int64).reshape(shape),
-        )
+        tags = (TILE_OFFSETS, TILE_BYTES) if TILE_OFFSETS in directory.tags else (STRIP_OFFSETS, STRIP_BYTES)
+        offsets, num_bytes = (_places(directory, tag, shape) for tag in tags)
+        segment = (segment_width, segment_height)
+        layout = cls(directory, width, height, *segment, segment_height, num_planes, offsets, num_bytes)
+        if TILE_OFFSETS not in directory.tags:
+            layout = replace(layout, piece_height=layout._band_height())
         layout._refuse_contents()
-        return layout if is_tiled else replace(layout, piece_height=layout._band_height())
+        return layout
 
     def _refuse_contents(self) -> None:
+        if max(self.segment_width, self.piece_height) > MAX_SIDE:
+            raise WindowError(
+                f"it is stored in pieces of {self.segment_width:,} × {self.piece_height:,} pixels, over the limit of "
+                f"{MAX_SIDE:,} a side: write it with tiles of 512 × 512"
+            )
         most = 4 * self._raw_bytes(self.segment_height) + 2**16
         if self.num_bytes.max() > most:
             raise WindowError(f"broken TIFF: {self.num_bytes.max():,} bytes for a segment of {most // 4:,}")
@@ -130,7 +117,7 @@ class Layout:
 
     def _band_height(self) -> int:
         """Return the rows of strips that make a piece of a useful size."""
-        rows = max(1, _PIECE_PIXELS // self.width)
+        rows = min(max(1, _PIECE_PIXELS // self.width), MAX_SIDE)
         return rows if self.is_raw else max(1, rows // self.segment_height) * self.segment_height
 
     @cached_property
@@ -218,6 +205,27 @@ class Layout:
         """Return the bytes of some rows of a segment, in one plane, without compression."""
         samples = 1 if self.num_planes > 1 else self.directory.number(SAMPLES, 1)
         return num_rows * math.ceil(self.segment_width * samples * self.directory.number(BITS, 1) / 8)
+
+
+def _segment_size(directory: Directory, width: int, height: int) -> tuple[int, int]:
+    """Return width and height of the tiles or strips."""
+    if TILE_OFFSETS in directory.tags:
+        size = directory.number(TILE_WIDTH, 0), directory.number(TILE_HEIGHT, 0)
+    else:
+        size = width, min(directory.number(ROWS_PER_STRIP, height), height)
+    if not all(0 < side < _SIDE_END for side in size):
+        raise WindowError(f"broken TIFF: tiles of {size[0]:,} × {size[1]:,} pixels")
+    return size
+
+
+def _places(directory: Directory, tag: int, shape: tuple[int, int, int]) -> NDArray[np.int64]:
+    """Return the values of a tag with one number for each segment."""
+    values, num_segments = directory.numbers(tag), math.prod(shape)
+    if len(values) < num_segments:
+        raise WindowError(f"broken TIFF: places of {len(values):,} of {num_segments:,} tiles or strips")
+    if values.dtype.kind != "u" or values.max() >= 2**62:
+        raise WindowError("broken TIFF: impossible places of tiles or strips")
+    return values[:num_segments].astype(np.int64).reshape(shape)
 
 
 def _refuse_samples(directory: Directory) -> None:

@@ -13,7 +13,7 @@ from raydet.images.limits import too_large
 from raydet.images.pixels import SIDEWAYS, turned
 from raydet.images.windows.directory import ORIENTATION, Ranges, WindowError, read_directory
 from raydet.images.windows.georeference import georeference_of
-from raydet.images.windows.layout import Layout, Range
+from raydet.images.windows.layout import PixelLayout, Range
 
 _KEPT_BYTES = 64 * 2**20
 """Decoded pieces that are kept beside those of the last window; neighbouring windows share pieces."""
@@ -24,7 +24,7 @@ Pixels = NDArray[np.uint8]
 Piece = tuple[int, int]
 
 
-class Picture:
+class OpenTiff:
     """A TIFF that is open for reading; used by one thread at a time.
 
     Attributes:
@@ -46,7 +46,7 @@ class Picture:
         """
         self._file, self._max_pixels, self._is_remote = file, max_pixels, is_remote
         directory = read_directory(file)
-        self._layout = layout = Layout.of(directory)
+        self._layout = layout = PixelLayout.of(directory)
         orientation = directory.number(ORIENTATION, 1)
         self._orientation = orientation if 1 <= orientation <= 8 else 1
         is_sideways = self._orientation in SIDEWAYS
@@ -65,7 +65,7 @@ class Picture:
             return None
         return (
             f"{too_large(num_pixels, self._max_pixels)} for each window, because it is stored in pieces of "
-            f"{layout.segment_width:,} × {layout.segment_height:,} pixels: write it with tiles of 512 × 512, or raise "
+            f"{layout.segment_width:,} × {layout.piece_height:,} pixels: write it with tiles of 512 × 512, or raise "
             "--max-pixels"
         )
 

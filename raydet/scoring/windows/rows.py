@@ -13,7 +13,7 @@ from raydet.images.collection import Collection, ImageRow, WindowedCollection
 from raydet.images.references import FileReader, Reference
 from raydet.images.windows.directory import WindowError
 from raydet.images.windows.index import ListedPicture, open_picture
-from raydet.images.windows.picture import Picture
+from raydet.images.windows.picture import OpenTiff
 from raydet.models.geometry import Image
 
 
@@ -62,7 +62,7 @@ class WindowRows(Collection):
 
     def _tiles(self, picture: ListedPicture, first: int, wanted: range, reader: FileReader) -> Iterator[ImageRow]:
         assert picture.size_hw is not None, "a picture without a size has no tiles"
-        tiles, reference = _tiles_of(picture.size_hw, self.config), Reference(*picture[2:5])
+        tiles, reference = tiles_of(picture.size_hw, self.config), Reference(*picture[2:5])
         num_done = 0
         try:
             with open_picture(reference, reader, max_pixels=self.config.max_pixels) as opened:
@@ -77,7 +77,7 @@ class WindowRows(Collection):
                 yield _row(picture, position, tiles[position - first], str(error))
 
 
-def _row(picture: ListedPicture, position: int, tile: TileView, source: Picture | str) -> ImageRow:
+def _row(picture: ListedPicture, position: int, tile: TileView, source: OpenTiff | str) -> ImageRow:
     """Return a tile's row with its pixels from an open picture, or with a reason why there are none."""
     path = f"{picture.path} {place_of(tile)}"
     if isinstance(source, str):
@@ -98,7 +98,3 @@ def _encoded(pixels: Image) -> bytes:
     """Return pixels [H, W, 3] as a PPM image, which `decode` reads like any other."""
     height, width, _ = pixels.shape
     return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
-
-
-_tiles_of = lru_cache(maxsize=4)(tiles_of)
-"""A large picture has thousands of tiles, and many chunks."""
