@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from raydet import EvaluateConfig, PredictConfig, PrepareShapesConfig, UserError, evaluate, predict, prepare_shapes
+from raydet.augmentation.view import decoded
 from raydet.cli.main import main
 from raydet.models.loading import load_detector
 from raydet.scoring import blocks
@@ -75,8 +76,13 @@ def _assert_as_merged(run: PredictConfig, merged: dict[str, str], folder: Path) 
 def test_each_table_is_that_of_the_merged_model_and_images_are_decoded_once(
     config: PredictConfig, merged: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded, calls = blocks.decoded, []
-    monkeypatch.setattr(blocks, "decoded", lambda *args, **options: (calls.append(1), decoded(*args, **options))[1])
+    calls: list[bytes] = []
+
+    def counting(data: bytes, **options: Any) -> Any:
+        calls.append(data)
+        return decoded(data, **options)
+
+    monkeypatch.setattr(blocks, "decoded", counting)
     run = dataclasses.replace(config, out=str(tmp_path / "found"), draw=2)
     result = predict_with(run, in_process=True)
     assert len(calls) == 11
@@ -108,8 +114,9 @@ def test_each_table_is_that_of_the_merged_model_and_images_are_decoded_once(
         {"tile": 64, "tile_overlap": 0.0, "flip": True, "merge": "wbf"},
         {"keep": ["class_scores", "embedding"], "top_k": 5},
         {"resize_on": "device", "precision": "bf16", "score_threshold": 0.3},
+        pytest.param({"compile": True}, marks=[pytest.mark.slow, pytest.mark.timeout(400)]),
     ],
-    ids=["tile-flip", "keep", "device-bf16"],
+    ids=["tile-flip", "keep", "device-bf16", "compile"],
 )
 def test_with_other_options(
     config: PredictConfig, merged: dict[str, str], tmp_path: Path, options: dict[str, Any]

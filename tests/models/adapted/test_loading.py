@@ -150,3 +150,24 @@ def test_adapters_for_other_image_sizes_need_runs_of_their_own(run: tuple[str, s
     larger, _ = save_adapted(base, tmp_path / "larger", ("dog",), seed=1, image_size=2 * SIDE)
     with pytest.raises(UserError, match=r"takes images of 96 × 96 pixels, but .* of 192 × 192 pixels"):
         _load(base, adapter, larger)
+
+
+def test_what_peft_itself_saves_gives_what_peft_itself_computes(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForObjectDetection
+
+    base = save_pretrained("yolos_tiny", tmp_path / "base", side=SIDE)
+    options: dict[str, Any] = {"r": RANK, "lora_alpha": 3, "use_rslora": True, "init_lora_weights": False}
+    options |= {"target_modules": r"vit\..*(query|intermediate.dense)", "modules_to_save": ["class_labels_classifier"]}
+    model = get_peft_model(AutoModelForObjectDetection.from_pretrained(base), LoraConfig(bias="lora_only", **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    model.save_pretrained(tmp_path / "mine")
+    (detector,) = load_adapted(base, read_adapters([str(tmp_path / "mine")]))
+    for mine, its, before in zip(
+        *(_outputs(each) for each in (detector.model, model.eval(), load_detector(base).model)), strict=True
+    ):
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-5)
+        assert (its - before).abs().max() > 1e-2
