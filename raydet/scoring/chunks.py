@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 _Found = list[Any]
 """`Detections` of several images; importing their class would import torch."""
 _Upcoming = Future[tuple[list[_Found], ProcessStats]]
-"""What each engine finds in a block."""
+"""Detections of the images of a block by each engine, and the time that they took."""
 
 
 def unreadable_in(uri: str, names: Iterable[str]) -> dict[str, str]:
