@@ -1,6 +1,6 @@
 """Generated images with shapes of ten classes, as rows of an images table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,34 @@ _MOST_SHAPES = 5
 _TRIES = 20
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Colour = tuple[int, int, int]
+PALETTE: tuple[Colour, ...] = (
+    (220, 40, 40),
+    (40, 190, 60),
+    (50, 80, 225),
+    (235, 215, 50),
+    (200, 60, 210),
+    (60, 210, 215),
+)
 
 
 def rows(num_images: int, *, side: int, seed: int, first_id: int) -> Iterator[dict[str, Any]]:
     """Draw square images of this side in pixels; the same arguments draw the same images."""
+    for row, _ in coloured_rows(num_images, (), side=side, seed=seed, first_id=first_id):
+        yield row
+
+
+def coloured_rows(
+    num_images: int, palette: Sequence[Colour], *, side: int, seed: int, first_id: int
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Draw images as `rows` does, with shapes in the colours of a palette, and yield the colour of each shape too.
+
+    Without a palette, colours are random, and those yielded mean nothing.
+    """
     for number in range(num_images):
         rng = np.random.default_rng([seed, number])
-        pixels, boxes, categories = _draw(rng, side)
-        yield {
+        pixels, boxes, categories, colours = _draw(rng, side, palette)
+        row = {
             "image_id": first_id + number,
             "image": {"bytes": encode(pixels), "path": f"shapes-{seed}-{number:05d}.jpg"},
             "width": side,
@@ -34,27 +54,34 @@ def rows(num_images: int, *, side: int, seed: int, first_id: int) -> Iterator[di
                 "iscrowd": [False] * len(boxes),
             },
         }
+        yield row, colours
 
 
-def _draw(rng: np.random.Generator, side: int) -> tuple[Any, list[list[float]], list[int]]:
+def _draw(
+    rng: np.random.Generator, side: int, palette: Sequence[Colour]
+) -> tuple[Any, list[list[float]], list[int], list[int]]:
     ground = rng.uniform(70, 185, 3)
     canvas = ground + rng.normal(0, 8, (side, side, 1))
     is_free = np.ones((side, side), bool)
     boxes: list[list[float]] = []
     categories: list[int] = []
+    colours: list[int] = []
     for _ in range(int(rng.integers(1, _MOST_SHAPES + 1))):
         category = int(rng.integers(len(CLASSES)))
         mask = _placed(rng, category, is_free)
         if mask is None:
             continue
         colour = (ground + rng.uniform(80, 150, 3) * rng.choice([-1, 1], 3)) % 256
+        colours.append(int(rng.integers(len(palette))) if palette else 0)
+        if palette:
+            colour = np.array(palette[colours[-1]], float)
         canvas[mask] = colour + rng.normal(0, 4, (int(mask.sum()), 3))
         vertical, horizontal = np.nonzero(mask)
         left, top = int(horizontal.min()), int(vertical.min())
         boxes.append([left, top, int(horizontal.max()) + 1 - left, int(vertical.max()) + 1 - top])
         is_free[mask] = False
         categories.append(category)
-    return np.clip(canvas, 0, 255).astype(np.uint8), boxes, categories
+    return np.clip(canvas, 0, 255).astype(np.uint8), boxes, categories, colours
 
 
 def _placed(rng: np.random.Generator, category: int, is_free: Mask) -> Mask | None:

@@ -299,6 +299,14 @@ def unfit_size(option: str, size: int, multiple: int, *, where: str) -> UserErro
     return UserError(f"--{option} must be a multiple of {multiple} for {where}, got {size}; the nearest: {nearest}")
 
 
+def too_small_size(option: str, size: int, least: int, *, where: str) -> UserError:
+    """Make the error for a side at which the feature maps have fewer cells than the model picks queries."""
+    return UserError(
+        f"--{option} must be at least {least} for {where}, got {size}: its feature maps have fewer cells than the "
+        "model picks queries"
+    )
+
+
 def check_graph_sizes(family: Family, *, keeps_aspect: bool, where: str, remedy: str) -> None:
     """Refuse to trace a model whose images vary in size, as they keep their aspect ratio, if its graph has one size.
 

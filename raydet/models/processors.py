@@ -1,5 +1,6 @@
 """Hugging Face image processors: the default of a family, another image size, and the resize rule that they follow."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import transformers
 
 from raydet.common.errors import UserError
-from raydet.models.families import Family, unfit_size
+from raydet.models.families import Family, too_small_size, unfit_size
 from raydet.models.geometry import ResizeRule, SizeHW
 
 _YOLOS_STEP = 16
@@ -190,12 +191,8 @@ def check_image_size(config: Any, family: Family, rule: ResizeRule, *, num_queri
     height, width = size_hw
     if height % multiple or width % multiple:
         raise unfit_size("image-size", height, multiple, where=where)
-    num_cells = _num_cells(config, family, size_hw)
-    if num_cells < num_queries:
-        raise UserError(
-            f"--image-size {height} is too small for {where}: the model picks {num_queries} queries from the cells of "
-            f"its feature maps, but there are only {num_cells}; raise --image-size"
-        )
+    if _num_cells(config, family, size_hw) < num_queries:
+        raise too_small_size("image-size", height, least_side(config, family, num_queries=num_queries), where=where)
 
 
 def check_num_queries(config: Any, family: Family, rule: ResizeRule, *, num_queries: int, where: str) -> None:
@@ -220,6 +217,19 @@ def _num_cells(config: Any, family: Family, size_hw: SizeHW) -> int:
     """Return the number of cells from which a model with `side_multiple` above 1 picks its queries."""
     height, width = size_hw
     return sum(int(height // stride) * int(width // stride) for stride in query_strides(config, family))
+
+
+def least_side(config: Any, family: Family, *, num_queries: int) -> int:
+    """Return the least side in pixels of a square input with a cell for each query.
+
+    Args:
+        config: Config of a model with `side_multiple` above 1.
+        family: Its family.
+        num_queries: Queries that the model picks from the cells of its feature maps.
+    """
+    multiple = side_multiple(config, family)
+    sides = itertools.count(multiple, multiple)
+    return next(side for side in sides if _num_cells(config, family, (side, side)) >= num_queries)
 
 
 def query_strides(config: Any, family: Family) -> Sequence[float]:

@@ -27,8 +27,8 @@ from raydet.common.signals import noting_stop_requests
 from raydet.config import OVERRIDABLE, ResolvedTrainConfig, TrainConfig, identity
 from raydet.config.fields import with_options
 from raydet.models.checkpoints import ADAPTER_FOLDER, STATES_FOLDER, Checkpoint, read_checkpoint
-from raydet.models.families import check_adaptable, family_of, unfit_size
-from raydet.models.recipes.facts import side_multiple_of
+from raydet.models.families import check_adaptable, family_of
+from raydet.models.recipes.facts import check_side
 from raydet.models.recipes.resolve import LOW_AP, Begun, Resolved, begun_values, resolve
 from raydet.models.small import SMALL_MODELS
 from raydet.tables import storage
@@ -442,8 +442,7 @@ def _check_model(config: ResolvedTrainConfig, classes: Sequence[Category]) -> No
         check_adaptable(family, checkpoint.content, where=config.model)
         if config.model in SMALL_MODELS:
             raise UserError(f"--lora adapts pretrained weights, but {config.model} is built from scratch; omit --lora")
-    multiple = side_multiple_of(config.model, family)
-    for option, sizes in (("image-size", [config.image_size or multiple]), ("multi-scale", config.multi_scale)):
-        for size in sizes:
-            if size % multiple:
-                raise unfit_size(option, size, multiple, where=config.model)
+    for option, sides in (("image-size", [config.image_size]), ("multi-scale", config.multi_scale)):
+        for side in sides:
+            if side is not None:
+                check_side(option, side, config.model, family)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydet.models.checkpoints import read_checkpoint
-from raydet.models.families import Family, family_of
+from raydet.models.families import Family, family_of, too_small_size, unfit_size
 from raydet.models.recipes.variants import variant_of
 from raydet.models.small import DEFAULT_IMAGE_SIZE, SMALL_MODELS
 from raydet.tables import storage
@@ -13,6 +13,8 @@ from raydet.tables import storage
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SQUARE_SIDE, SHORTEST_SIDE, LONGEST_SIDE = 640, 800, 1333
 """Sides of the input in pixels that models on COCO have: a square, or limits of the shortest and the longest side."""
+SMALL_SIDE = SQUARE_SIDE // 2
+"""Side in pixels from which every published model has cells enough for its queries."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class RecipeFacts:
         """Number of pixels that both sides must be a multiple of; 1 if any size will do."""
         return side_multiple_of(self.name, self.family)
 
+    def least_side(self) -> int:
+        """Return the least side in pixels of a square input that has a cell for each query; 1 if any size will do."""
+        return _least_side_of(self.name, self.family)
+
 
 def read_facts(name: str, image_size: int | None) -> RecipeFacts:
     """Read what the recipe of a model depends on.
@@ -69,13 +75,39 @@ def side_multiple_of(name: str, family: Family) -> int:
     """Return the number of pixels that both sides of a model's input must be a multiple of, from its config alone."""
     if family.backbone_side_fields is None:
         return family.side_multiple
-    from transformers import AutoConfig  # takes a second to import, for two families only
-
     from raydet.models.processors import side_multiple
 
+    return side_multiple(_config_of(name), family)
+
+
+def check_side(option: str, side: int, name: str, family: Family) -> None:
+    """Refuse a side in pixels, set by this option, that the model cannot have.
+
+    Raises:
+        UserError: It is not a multiple of what the model needs, or gives fewer cells than the model picks queries.
+    """
+    multiple = side_multiple_of(name, family)
+    if side % multiple:
+        raise unfit_size(option, side, multiple, where=name)
+    if side < SMALL_SIDE and side < (least := _least_side_of(name, family)):
+        raise too_small_size(option, side, least, where=name)
+
+
+def _least_side_of(name: str, family: Family) -> int:
+    if family.side_multiple == 1:
+        return 1
+    from raydet.models.processors import least_side
+
+    config = _config_of(name)
+    return least_side(config, family, num_queries=getattr(config, family.num_queries_field))
+
+
+def _config_of(name: str) -> Any:
     if name in SMALL_MODELS:
-        return side_multiple(SMALL_MODELS[name].make_config(), family)
-    return side_multiple(AutoConfig.from_pretrained(name, trust_remote_code=False), family)
+        return SMALL_MODELS[name].make_config()
+    from transformers import AutoConfig  # takes a second to import, which most models do without
+
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _side(family: Family, image_size: int | None, size: Mapping[str, Any]) -> int | None:

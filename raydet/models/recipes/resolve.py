@@ -12,7 +12,7 @@ from raydet.config import (
     to_yaml,
 )
 from raydet.models.optim.schedules import NO_WARMUP
-from raydet.models.recipes.facts import RecipeFacts, read_facts
+from raydet.models.recipes.facts import SMALL_SIDE, RecipeFacts, read_facts
 from raydet.models.recipes.table import RECIPES, Recipe, from_scratch
 
 GIVEN = "given"
@@ -231,6 +231,9 @@ def _sides(facts: RecipeFacts, recipe: Recipe) -> list[int]:
         low, high = (factor * side / step for factor in recipe.scales)
         sides = [step * number for number in range(max(1, math.ceil(low - 0.01)), math.floor(high + 0.01) + 1)]
     sides = [each for each in sides if each >= 32 and each % multiple == 0]
+    if sides and sides[0] < SMALL_SIDE:
+        least = facts.least_side()
+        sides = [each for each in sides if each >= least]
     return sides if len(sides) > 1 else []
 
 

@@ -159,6 +159,8 @@ def test_rates_follow_the_batch_and_the_rest_follows_what_is_given(checkpoints: 
     assert _resolve(model=model, schedule="one_cycle").warmup_steps == 0
     assert _resolve(model=model, compile=True).multi_scale == []
     assert len(_resolve(model=model).multi_scale) > 1
+    # 20 queries need more than the 16 cells of 64 pixels.
+    assert min(_resolve(model=checkpoints["rf_detr"], image_size=128).multi_scale) == 96
 
 
 def test_the_number_of_workers_decides_micro_batches_only(checkpoints: dict[str, str]) -> None:
