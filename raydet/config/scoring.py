@@ -267,6 +267,11 @@ class PredictConfig(WorkersConfig):
         )
         require(self.engine == "torch", f"--adapter needs --engine torch, got {self.engine}")
         require(
+            not self.compile,
+            "--compile cannot be combined with --adapter: torch would compile a graph for each adapter and soon give up; "
+            "omit --compile",
+        )
+        require(
             not self.operating_point,
             "--operating-point cannot be combined with --adapter: raydet fit writes it into a checkpoint, so score "
             "the merged OUT/checkpoint",

@@ -114,9 +114,8 @@ def test_each_table_is_that_of_the_merged_model_and_images_are_decoded_once(
         {"tile": 64, "tile_overlap": 0.0, "flip": True, "merge": "wbf"},
         {"keep": ["class_scores", "embedding"], "top_k": 5},
         {"resize_on": "device", "precision": "bf16", "score_threshold": 0.3},
-        pytest.param({"compile": True}, marks=[pytest.mark.slow, pytest.mark.timeout(400)]),
     ],
-    ids=["tile-flip", "keep", "device-bf16", "compile"],
+    ids=["tile-flip", "keep", "device-bf16"],
 )
 def test_with_other_options(
     config: PredictConfig, merged: dict[str, str], tmp_path: Path, options: dict[str, Any]
@@ -156,6 +155,7 @@ def test_a_chunk_without_a_file_in_one_table_is_scored_again(config: PredictConf
     ("options", "reason"),
     [
         ({"engine": "openvino"}, "--adapter needs --engine torch, got openvino"),
+        ({"compile": True}, "--compile cannot be combined with --adapter: torch would compile a graph for each"),
         ({"operating_point": True}, "--operating-point cannot be combined with --adapter"),
         ({"checkpoint": None, "model": "a/b", "labels": ["cat"]}, "--adapter needs --checkpoint"),
         ({"checkpoint": None, "model": "a/b", "examples": "x"}, "--adapter needs --checkpoint"),

@@ -164,7 +164,7 @@ def test_what_peft_itself_saves_gives_what_peft_itself_computes(tmp_path: Path) 
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
-    model.save_pretrained(tmp_path / "mine")
+    model.save_pretrained(str(tmp_path / "mine"))
     (detector,) = load_adapted(base, read_adapters([str(tmp_path / "mine")]))
     for mine, its, before in zip(
         *(_outputs(each) for each in (detector.model, model.eval(), load_detector(base).model)), strict=True
