@@ -30,6 +30,13 @@ class PredictConfig(WorkersConfig):
     )
 
     checkpoint: str | None = option("model folder, as written by train, or a Hub name; required without --model", None)
+    adapter: list[str] | str | None = option(
+        "with --checkpoint: folders with LoRA adapters of this model, as train --lora writes them into OUT/adapter, "
+        "separated by blanks; all are scored in one pass over the images, each into the table OUT/NAME",
+        None,
+        value="FOLDER",
+        is_later=True,
+    )
     model: str | None = option(
         "instead of --checkpoint: a zero-shot model (OWL-ViT, OWLv2, Grounding DINO), as folder or Hub name", None
     )
@@ -226,6 +233,7 @@ class PredictConfig(WorkersConfig):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, f"{flag(name)} must be in [0, 1), got {value}")
         self._check_keep()
+        self._check_adapter()
         require(
             self.engine == "torch" or not self.compile,
             f"--compile needs --engine torch, got {self.engine}",
@@ -252,6 +260,7 @@ class PredictConfig(WorkersConfig):
             return
         require(self.tile is not None, "--windowed needs --tile, the side of the windows")
         require(not self.draw, "--draw cannot be combined with --windowed: it draws whole images")
+        require(self.adapter is None, "--adapter cannot be combined with --windowed: give one model at a time")
         require(
             isinstance(self.data, str) or len(self.data) == 1,
             "--windowed takes one place as --data: a TIFF file, a folder of them, a list of paths or tar files",
@@ -269,6 +278,30 @@ class PredictConfig(WorkersConfig):
         }
         reason = next((reason for reason, applies in reasons.items() if applies), "")
         require(not reason, f"--keep {','.join(self.keep)} cannot be combined with {reason}")
+
+    def _check_adapter(self) -> None:
+        if self.adapter is None:
+            return
+        require(bool(self.adapters) and all(self.adapters), f"--adapter must name folders, got {self.adapter}")
+        require(
+            self.checkpoint is not None, "--adapter needs --checkpoint: the model that the adapters were trained on"
+        )
+        require(self.engine == "torch", f"--adapter needs --engine torch, got {self.engine}")
+        require(
+            not self.compile,
+            "--compile cannot be combined with --adapter: torch would compile a graph per adapter and soon give up; "
+            "omit --compile",
+        )
+        require(
+            not self.operating_point,
+            "--operating-point cannot be combined with --adapter: raydet fit writes it into a checkpoint, so score "
+            "the merged OUT/checkpoint",
+        )
+
+    @property
+    def adapters(self) -> list[str]:
+        """The folders that `adapter` names; empty without it."""
+        return [self.adapter] if isinstance(self.adapter, str) else self.adapter or []
 
     @property
     def data_uri(self) -> str:

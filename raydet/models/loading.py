@@ -25,7 +25,7 @@ from raydet.models.batch_norm import (
     keep_batch_norm_gradients_contiguous,
     reset_batch_norm_scales,
 )
-from raydet.models.checkpoints import categories_in, check_local_config, hub_config_path
+from raydet.models.checkpoints import PROCESSOR_FILES, categories_in, check_local_config, hub_config_path
 from raydet.models.class_heads import change_classes, set_labels, start_at_prior
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
@@ -45,7 +45,6 @@ from raydet.models.small import DEFAULT_IMAGE_SIZE, SMALL_MODELS
 from raydet.tables.schema import Category
 
 logger = logging.getLogger("raydet")
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def build_detector(
@@ -99,12 +98,12 @@ def build_detector(
             start_at_prior(model, family, _new_model)
             processor = resized_processor(default_processor(family), family, image_size or DEFAULT_IMAGE_SIZE)
         else:
-            config, family = _read_config(name)
-            processor = _read_processor(name, family)
+            config, family = read_config(name)
+            processor = read_processor(name, family)
             own_names = _class_names(config)
             check_mapping(class_mapping or {}, names, own_names, where=name)
             _prepare_for_training(config, family)
-            model, fresh = _read_model(name, config)
+            model, fresh = read_model(name, config)
             notes = [f"weights that {name} lacks, which start anew: {', '.join(sorted(fresh))}"] if fresh else []
             if lora and (random := fresh & backbone.backbone_parameter_names(model)):
                 raise UserError(
@@ -147,8 +146,8 @@ def resize_rules_for(
             processor = default_processor(family)
             image_size = image_size or DEFAULT_IMAGE_SIZE
         else:
-            _, family = _read_config(name)
-            processor = _read_processor(name, family)
+            _, family = read_config(name)
+            processor = read_processor(name, family)
         if image_size is not None:
             processor = resized_processor(processor, family, image_size)
     rule = resize_rule_of(processor, where=name)
@@ -172,15 +171,13 @@ def load_detector(name: str) -> Detector:
     """
     name = os.path.expanduser(name)
     with quiet(), offline_if_local(name):
-        config, family = _read_config(name)
+        config, family = read_config(name)
         categories = categories_in(config.to_dict())
         if not categories:
             raise UserError(f"the config.json of {name} does not name the classes; add id2label")
-        model, fresh = _read_model(name, config)
-        processor = _read_processor(name, family)
-    # Only training uses the embedding of noisy boxes; a checkpoint may omit it.
-    missing = sorted(fresh & {name for name, _ in model.named_parameters() if "denoising" not in name})
-    if missing:
+        model, fresh = read_model(name, config)
+        processor = read_processor(name, family)
+    if missing := missing_weights(model, fresh):
         raise UserError(
             f"the model in {name} is incomplete: {len(missing)} weights are missing or do not fit its config.json, "
             f"such as {missing[0]}; use a trained checkpoint"
@@ -189,6 +186,12 @@ def load_detector(name: str) -> Detector:
     detector = Detector(model, processor, categories, where=name)
     check_num_queries(config, family, detector.resize_rule, num_queries=detector.num_queries, where=name)
     return detector
+
+
+def missing_weights(model: PreTrainedModel, fresh: set[str]) -> list[str]:
+    """Return those of some names of weights, sorted, without which a model cannot detect anything."""
+    # Only training uses the embedding of noisy boxes; a checkpoint may omit it.
+    return sorted(fresh & {name for name, _ in model.named_parameters() if "denoising" not in name})
 
 
 def _checkpoint_gradients(model: PreTrainedModel, *, where: str) -> None:
@@ -215,7 +218,12 @@ def _prepare_for_training(config: PreTrainedConfig, family: Family) -> None:
             setattr(config, attribute, None)
 
 
-def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
+def read_config(name: str) -> tuple[PreTrainedConfig, Family]:
+    """Read the config of a model folder or of a name on the Hub.
+
+    Raises:
+        UserError: There is no model of a supported family.
+    """
     folder = Path(name)
     if folder.exists():
         if not (folder / "config.json").is_file():
@@ -231,12 +239,16 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # dozens of types are possible
-        raise _cannot_read(name, error) from error
+        raise cannot_read(name, error) from error
     return config, family_of(config.model_type, where=name)
 
 
-def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set[str]]:
-    """Load a model; also return the names of weights that the checkpoint lacks or has in a different shape."""
+def read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set[str]]:
+    """Load a model; also return the names of weights that the checkpoint lacks or has in a different shape.
+
+    Raises:
+        UserError: The model cannot be read.
+    """
     try:
         model, report = AutoModelForObjectDetection.from_pretrained(
             name,
@@ -252,18 +264,23 @@ def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
     except MemoryError:
         raise
     except Exception as error:  # dozens of types are possible
-        raise _cannot_read(name, error) from error
+        raise cannot_read(name, error) from error
     install_criterion(model)
     fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
     return model, fresh | set(report["missing_keys"])
 
 
-def _read_processor(name: str, family: Family) -> Any:
+def read_processor(name: str, family: Family) -> Any:
+    """Read the image processor of a model, or make the default of its family.
+
+    Raises:
+        UserError: It cannot be read, or normalises in a way that raydet does not support.
+    """
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="torchvision", trust_remote_code=False)
     except Exception as error:  # dozens of types are possible
-        if any(Path(name, file).exists() for file in _PROCESSOR_FILES):
-            raise _cannot_read(name, error) from error
+        if any(Path(name, file).exists() for file in PROCESSOR_FILES):
+            raise cannot_read(name, error) from error
         if not isinstance(error, OSError | ValueError):
             raise
         logger.warning("%s has no image processor; using the default, %s", name, family.processor)
@@ -272,7 +289,8 @@ def _read_processor(name: str, family: Family) -> Any:
     return supported_processor(processor)
 
 
-def _cannot_read(name: str, error: Exception) -> UserError:
+def cannot_read(name: str, error: Exception) -> UserError:
+    """Make the error for a model that transformers fails to load."""
     if isinstance(error, OfflineModeIsEnabled) and Path(name).exists():
         return UserError(
             f"the model in {name} is incomplete: its config.json refers to another model, which raydet does not fetch "

@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydet.cluster.stopwatch import FileStats
 from raydet.engines.selection import least_score_of_views
 from raydet.engines.views import tiles_of
 from raydet.images.collection import WindowedCollection
 from raydet.images.windows.directory import WindowError
 from raydet.images.windows.index import PICTURE_FIELDS, ListedPicture
 from raydet.scoring.chunks import rows_of, write_chunk
-from raydet.scoring.plan import ScoringPlan, Work, part_name
+from raydet.scoring.plan import OWN_TABLE, ChunkStats, ScoringPlan, Work, part_name, table_uri
 from raydet.scoring.windows.rows import WindowRows, place_of
 from raydet.tables import storage
 from raydet.tables.schema import build_schema, token_of, with_token
@@ -54,9 +53,9 @@ def work_of_windows(work: Work) -> Work:
         class_agnostic_nms=None,
         operating_point=False,
     )
-    schema = with_token(build_schema("detections"), token_of(work.schema.metadata) or "")
+    schema = with_token(build_schema("detections"), token_of(work.schemas[OWN_TABLE].metadata) or "")
     plan = ScoringPlan.of(config, rows.num_rows, 1)
-    return replace(work, config=config, images=rows, plan=plan, schema=schema, point=None, part_folder=WINDOWS_FOLDER)
+    return replace(work, config=config, images=rows, plan=plan, schemas={WINDOWS_FOLDER: schema}, point=None)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class PictureWriter:
     work: Work
     windows: Work
 
-    def __call__(self, chunk: int) -> FileStats:
+    def __call__(self, chunk: int) -> ChunkStats:
         """Merge the detections of some pictures, one picture after the other, and write their file."""
         rows, pictures = self.work.plan.rows_of(chunk), self.work.images
         assert isinstance(pictures, WindowedCollection), "its index states sizes"
@@ -85,7 +84,8 @@ class PictureWriter:
                 except WindowError as error:
                     picture = picture._replace(error=str(error))
             listed.append(picture)
-        return write_chunk(self.work, chunk, rows_of(_block(listed), found, self.work.schema))
+        tables = {name: rows_of(_block(listed), found, schema) for name, schema in self.work.schemas.items()}
+        return write_chunk(self.work, chunk, tables)
 
     def _merged(self, number: int, size_hw: tuple[int, int], tiles: "_TileRows") -> "Detections":
         """Merge the detections of a picture; raise WindowError if not all of its tiles could be read."""
@@ -124,7 +124,7 @@ class _TileRows:
             chunk = position // plan.rows_per_file
             own = plan.rows_of(chunk)
             if chunk != self._chunk:
-                place = self._windows.folder.uri_of(*self._windows.part_place, part_name(chunk))
+                place = storage.join(table_uri(self._windows.folder, WINDOWS_FOLDER), part_name(chunk))
                 filesystem, path = storage.resolve(place)
                 self._table = pq.read_table(path, filesystem=filesystem, columns=list(_COLUMNS), partitioning=None)
                 self._chunk = chunk
