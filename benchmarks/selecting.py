@@ -1,13 +1,13 @@
 """AP after labelling what `select --by` chooses, compared with images chosen at random.
 
     python benchmarks/selecting.py [--seeds 5] [--pool 200] [--start 20] [--rounds 3] [--per-round 20] [--steps 200]
-        [--base-steps 900] [--by uncertainty,rare,diversity] [--out FOLDER] [--threads N] [--quick]
+        [--base-steps 1500] [--by uncertainty,rare,diversity] [--out FOLDER] [--threads N] [--quick]
 
 The pool is generated shapes of ten classes, of which three are in few images, and a quarter are near-duplicates: copies
-of other images, brighter or darker and saved again. A model that was trained on three kinds of shapes is fine-tuned on
-the first labelled images. In each round it scores the pool, more images are chosen and labelled, and the same model is
-fine-tuned on all of them from the beginning, for the same number of steps. AP is that of the last epoch on other
-images, in which all classes are equally frequent.
+of other images, brighter or darker and saved again. A model that was trained on images with the other seven classes is
+fine-tuned on the first labelled images. In each round it scores the pool, more images are chosen and labelled, and the
+same model is fine-tuned on all of them from the beginning, for the same number of steps. AP is that of the last epoch
+on other images, in which all classes are equally frequent.
 
 - random: images drawn at random, the same first ones.
 - select: `raydet select --by …` with the scored pool and the labelled images.
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from raydet import PredictConfig, PrepareShapesConfig, SelectConfig, predict, prepare_shapes, select, train
+from raydet import PredictConfig, SelectConfig, predict, select, train
 from raydet.cluster.session import session
 from raydet.selection.vectors import ImageVectors
 from raydet.tables.schema import Category, build_schema
@@ -51,6 +51,8 @@ RARE, RARE_SHARE = 3, 0.1
 """Classes, the last ones, that are rare; share of the images with them that the pool keeps."""
 COPY_SHARE = 0.25
 MODEL = "rt_detr_v2_small"
+_BASE_DRAWN = 1500
+"""Images that are drawn for the first model; those with rare classes are left out."""
 _CATEGORIES = tuple(Category(number, name) for number, name in enumerate(ten_shapes.CLASSES))
 
 
@@ -91,7 +93,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--per-round", type=int, default=20, help="images labelled in each round")
     parser.add_argument("--steps", type=int, default=200, help="steps of each fine-tuning")
-    parser.add_argument("--base-steps", type=int, default=900, help="steps of the model to fine-tune")
+    parser.add_argument("--base-steps", type=int, default=1500, help="steps of the model to fine-tune")
     parser.add_argument("--val", type=int, default=200, help="validation images")
     parser.add_argument("--by", default="uncertainty,rare,diversity", help="criteria of select")
     parser.add_argument("--out", help="folder of all tables and runs, which is kept; a temporary one by default")
@@ -104,15 +106,18 @@ def _parse() -> argparse.Namespace:
 
 
 def _base(folder: Path, options: argparse.Namespace) -> str:
-    """Train the model to fine-tune, and return its checkpoint."""
+    """Train the model to fine-tune on the frequent classes, and return its checkpoint."""
     data = folder / "base"
-    prepare_shapes(PrepareShapesConfig(out=str(data), num_train=600, num_val=16, image_size=SIDE, seed=99))
+    known = _CATEGORIES[: len(_CATEGORIES) - RARE]
+    rows = [row for row in ten_shapes.rows(_BASE_DRAWN, side=SIDE, seed=10**6, first_id=0) if not _is_rare(row)]
+    _write(data / "train", rows[:-BATCH_SIZE], known)
+    _write(data / "val", rows[-BATCH_SIZE:], known)
     config = shapes_training(
         model=MODEL,
         train_data=str(data / "train"),
         val_data=str(data / "val"),
         out=str(data / "run"),
-        epochs=max(1, round(options.base_steps / (600 / BATCH_SIZE))),
+        epochs=max(1, round(options.base_steps / (len(rows) / BATCH_SIZE))),
         threads_per_worker=options.threads,
     )
     train(config)
@@ -125,8 +130,7 @@ def _pool(seed: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]],
     num_copies = round(COPY_SHARE * options.pool)
     rows: list[dict[str, Any]] = []
     for row in ten_shapes.rows(20 * options.pool, side=SIDE, seed=2 * seed, first_id=0):
-        is_rare = any(category >= len(ten_shapes.CLASSES) - RARE for category in row["objects"]["category"])
-        if not is_rare or rng.random() < RARE_SHARE:
+        if not _is_rare(row) or rng.random() < RARE_SHARE:
             rows.append({**row, "image_id": len(rows)})
         if len(rows) == options.pool - num_copies:
             break
@@ -137,6 +141,10 @@ def _pool(seed: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]],
     return rows, originals
 
 
+def _is_rare(row: dict[str, Any]) -> bool:
+    return any(category >= len(ten_shapes.CLASSES) - RARE for category in row["objects"]["category"])
+
+
 def _copy(row: dict[str, Any], image_id: int, rng: np.random.Generator) -> dict[str, Any]:
     with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
         changed = ImageEnhance.Brightness(picture).enhance(float(rng.choice([0.93, 1.07])))
@@ -145,10 +153,12 @@ def _copy(row: dict[str, Any], image_id: int, rng: np.random.Generator) -> dict[
     return {**row, "image_id": image_id, "image": {"bytes": file.getvalue(), "path": f"copy-{image_id:05d}.jpg"}}
 
 
-def _write(uri: Path, rows: Sequence[dict[str, Any]] | Iterator[dict[str, Any]]) -> None:
+def _write(
+    uri: Path, rows: Sequence[dict[str, Any]] | Iterator[dict[str, Any]], categories: Sequence[Category] = _CATEGORIES
+) -> None:
     if is_table(str(uri)):
         return
-    with TableWriter(str(uri), build_schema("images", _CATEGORIES), config_hash="0" * 12) as writer:
+    with TableWriter(str(uri), build_schema("images", categories), config_hash="0" * 12) as writer:
         writer.write_rows(list(rows))
 
 
@@ -180,7 +190,7 @@ def _fine_tune(
 ) -> float:
     _write(data / f"labels-{name}", [rows[place] for place in labelled])
     config = shapes_training(
-        checkpoint=base,
+        model=base,
         train_data=str(data / f"labels-{name}"),
         val_data=str(data / "val"),
         out=str(data / f"run-{name}"),

@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
 import shlex
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,16 @@ ON_THE_HUB = {"prepare hub", "push", "crops"}
 
 
 def run(name: str, *more: str) -> None:
+    if name == "browse":  # serves until Ctrl-C
+        threading.Thread(target=_interrupt, daemon=True).start()
     assert main([*shlex.split(f"{name} {COMMANDS[name].example}"), *more]) == 0, name
+
+
+def _interrupt() -> None:
+    """Press Ctrl-C once the main thread serves, which is when it notes requests to stop."""
+    while "noting_stop_requests" not in getattr(signal.getsignal(signal.SIGINT), "__qualname__", ""):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def write_inputs() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from raydet.common.errors import UserError
 from raydet.config import PrepareCocoConfig, PrepareCsvConfig, PrepareVocConfig
+from raydet.images.collection import open_collection
 from raydet.images.decode import DecodeError, check, decode
 from raydet.images.files import ImageFolder
 from raydet.images.tars import image_members
@@ -37,6 +38,7 @@ from tests.hostile.mutation import (
     with_foreign_values,
 )
 from tests.hostile.pictures import saved
+from tests.videos import write_video
 
 EXAMPLES = pytest.mark.parametrize(
     "num_examples", [50, pytest.param(10_000, marks=[pytest.mark.hostile, pytest.mark.timeout(1800)])]
@@ -101,6 +103,42 @@ def test_tar_headers(num_examples: int) -> None:
 
     good = archive_of_two()
     holds(num_examples, TARS | damaged(good), claim)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "num_examples"),
+    [
+        ("a.mp4", "libx264", 4),
+        *(
+            pytest.param(name, codec, 200, marks=[pytest.mark.hostile, pytest.mark.timeout(1800)])
+            for name, codec in (
+                ("a.mp4", "libx264"),
+                ("a.mkv", "libx264"),
+                ("a.ts", "libx264"),
+                ("a.avi", "mpeg4"),
+                ("a.webm", "libvpx-vp9"),
+            )
+        ),
+    ],
+)
+def test_damaged_videos(tmp_path: Path, name: str, codec: str, num_examples: int) -> None:
+    path = write_video(tmp_path / name, 24, codec=codec, group=6)
+
+    def claim(data: bytes) -> None:
+        path.write_bytes(data)
+        try:
+            frames = open_collection(str(path), index_uri=None)
+        except UserError as error:
+            _check_message(error)
+            return
+        rows = list(frames.read(0, frames.num_rows))
+        assert [row.image_id for row in rows] == list(range(frames.num_rows))
+        for row in rows:
+            assert (row.data is None) != (row.error is None)
+            if row.data is not None:
+                decode(row.data, max_pixels=_MAX_PIXELS)
+
+    holds(num_examples, damaged(path.read_bytes()), claim)
 
 
 def archive_of_two() -> bytes:
