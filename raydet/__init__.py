@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.config import ExportCvatConfig as ExportCvatConfig
     from raydet.config import ExportLabelStudioConfig as ExportLabelStudioConfig
     from raydet.config import ExportOnnxConfig as ExportOnnxConfig
+    from raydet.config import ExportOpenvinoConfig as ExportOpenvinoConfig
     from raydet.config import ExportVocConfig as ExportVocConfig
     from raydet.config import ExportYoloConfig as ExportYoloConfig
     from raydet.config import FitConfig as FitConfig
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds these names aga
     from raydet.exports.hub import push as push
     from raydet.exports.label_studio import export_label_studio as export_label_studio
     from raydet.exports.onnx import export_onnx as export_onnx
+    from raydet.exports.openvino.export import export_openvino as export_openvino
     from raydet.exports.voc import export_voc as export_voc
     from raydet.exports.yolo import export_yolo as export_yolo
     from raydet.inspection.inspect import inspect as inspect

@@ -211,6 +211,12 @@ _COMMANDS = (
         "--checkpoint runs/demo/checkpoint --out runs/model.onnx",
     ),
     Command(
+        "export openvino",
+        "raydet.exports.openvino.export",
+        "a checkpoint → a folder with an OpenVINO graph, in float or INT8",
+        "--checkpoint runs/demo/checkpoint --out runs/openvino",
+    ),
+    Command(
         "push",
         "raydet.exports.hub",
         "upload a checkpoint or tables to the Hugging Face Hub, with a card",

@@ -6,6 +6,7 @@ from raydet.common.errors import UserError
 
 _PACKAGES = {
     "openvino": ("openvino",),
+    "int8": ("openvino", "nncf"),
     "onnx": ("onnx", "onnxruntime"),
     "lora": ("peft",),
     "browse": ("duckdb", "starlette", "uvicorn"),

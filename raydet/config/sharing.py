@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from raydet.config.fields import config, option, require, require_positive
+from raydet.config.fields import config, option, require, require_not_negative, require_positive
 
 
 @config
@@ -117,4 +117,45 @@ class ExportOnnxConfig:
         require(
             self.check_data is None or self.image_size is None,
             "--check-data compares with the checkpoint at its own size; omit --image-size",
+        )
+
+
+@config
+class ExportOpenvinoConfig:
+    """Checkpoint → a folder with an OpenVINO graph, in float or INT8, for `predict --engine openvino`."""
+
+    checkpoint: str = option("model folder, as written by train, or a Hub name")
+    out: str = option("folder or URI to write; must be absent or empty", operational=True)
+    fp16_weights: bool = option("store weights in fp16: half the size, and slightly different scores", False)
+    pixels_in: bool = option(
+        "also write pixels_in.xml, a graph that resizes, normalises and chooses the best detections: from pixels of "
+        'pictures to boxes; needs pip install "raydet[onnx]"',
+        False,
+    )
+    check_data: str | None = option(
+        "images table with labels, to compare AP and boxes of graph (of pixels_in.xml, if written) and checkpoint on",
+        None,
+    )
+    int8: bool = option('quantise to INT8 as much as --max-ap-drop allows; needs pip install "raydet[int8]"', False)
+    calibration: str | None = option("with --int8: images table of typical images, such as the training images", None)
+    calibration_images: int = option("with --int8: images of that table to calibrate with", 300)
+    truth: str | None = option("with --int8: images table with labels that were not trained on, to measure AP", None)
+    max_ap_drop: float = option(
+        "with --int8: loss of AP that the 95 % interval of the difference to the float model must exclude", 0.005
+    )
+    bootstrap: int = option("with --int8: resamples of the images for the interval", 1000)
+    seed: int = option("with --int8: seed of the resamples", 0)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "calibration_images", "bootstrap")
+        require_not_negative(self, "seed")
+        require(0 < self.max_ap_drop < 1, f"--max-ap-drop must be above 0 and below 1, got {self.max_ap_drop}")
+        tables = {"--calibration": self.calibration, "--truth": self.truth}
+        for name, table in tables.items():
+            require(self.int8 or table is None, f"{name} needs --int8")
+            require(not self.int8 or table is not None, f"--int8 needs {name}, an images table")
+        require(not (self.int8 and self.pixels_in), "--pixels-in writes a float graph; omit it with --int8")
+        require(
+            not (self.int8 and self.check_data),
+            "--check-data compares a float graph with the checkpoint; --int8 measures AP on --truth instead",
         )

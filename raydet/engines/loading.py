@@ -72,9 +72,9 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
 
         return TorchEngine.load(config, device=device, num_threads=num_threads)
     if config.engine == "openvino":
-        from raydet.engines.openvino_engine import OpenVinoEngine
+        from raydet.engines.openvino.engine import OpenVinoEngine
 
-        return OpenVinoEngine(config, num_threads=num_threads)
+        return OpenVinoEngine.load(config, num_threads=num_threads)
     from raydet.engines.onnx_engine import OnnxEngine
 
     return OnnxEngine(config, num_threads=num_threads)

@@ -1,17 +1,13 @@
 """Checkpoint → one ONNX file, checked against torch before it is written."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
 from raydet.common.console import Console
 from raydet.common.display.progress import Progress
-from raydet.common.errors import RunError
 from raydet.common.notebook.showing import Shown
 from raydet.common.packages import require_packages
 from raydet.common.redaction import without_secrets
@@ -19,21 +15,16 @@ from raydet.config import ExportOnnxConfig
 from raydet.config.fields import with_options
 from raydet.exports.pixels_in import DETECTIONS, PIXELS, with_pixels_in
 from raydet.exports.pixels_in import OPSET as PIXELS_IN_OPSET
-from raydet.exports.receipt import Receipt, compare, graph_of
+from raydet.exports.receipt import Receipt, Run, compare, detect_from_pixels, difference_from_torch
 from raydet.models.checkpoints import read_checkpoint
 from raydet.models.detector import Detector
 from raydet.models.geometry import SizeHW
-from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, input_names
+from raydet.models.graph import OUTPUT_NAMES, fixed_size_hw, input_names
 from raydet.models.loading import build_detector, load_detector
 from raydet.models.onnx import OPSET, open_session, to_onnx
 from raydet.tables import storage
 from raydet.tables.new_output import new_file
 from raydet.tables.table import open_table
-
-MAX_DIFFERENCE = 1e-3
-"""Largest accepted difference from torch in scores and boxes; boxes are fractions of the image's sides."""
-
-_CHECKED_BATCHES = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,7 @@ def export_onnx(config: ExportOnnxConfig, *, console: Console | None = None) -> 
         if config.pixels_in:
             data = with_pixels_in(data, detector).SerializeToString()
         if table is not None:
-            detect = graph_of(open_session(data, num_threads=torch.get_num_threads()))
+            detect = detect_from_pixels(_runner(data, DETECTIONS, (PIXELS,)))
             receipt = compare(detect, checkpoint, table, progress)
         file.write(data)
     if receipt is not None:
@@ -136,49 +127,11 @@ def _build(checkpoint: str, image_size: int | None, progress: Progress) -> tuple
     progress.begin("tracing the graph")
     data = to_onnx(detector, where=checkpoint, remedy="set --image-size")
     progress.begin("comparing the graph with torch")
-    difference = _difference(detector, data)
-    if not difference <= MAX_DIFFERENCE:
-        raise RunError(
-            f"the ONNX graph of {checkpoint} differs from torch by {difference:.1e} in scores or boxes, more than "
-            f"{MAX_DIFFERENCE:.0e}; nothing was written"
-        )
+    run = _runner(data, OUTPUT_NAMES, input_names(detector))
+    difference = difference_from_torch(detector, run, where=f"the ONNX graph of {checkpoint}")
     return detector, data, difference
 
 
-def _difference(detector: Detector, graph: bytes) -> float:
-    """Return the largest difference between the outputs of torch and of a graph, over random batches of 1 and 3."""
+def _runner(graph: bytes, outputs: Sequence[str], inputs: Sequence[str]) -> Run:
     session = open_session(graph, num_threads=torch.get_num_threads())
-    worst = 0.0
-    for batch_size in _CHECKED_BATCHES:
-        inputs = example_inputs(detector, batch_size, seed=batch_size)
-        named = dict(zip(input_names(detector), inputs, strict=True))
-        theirs = session.run(OUTPUT_NAMES, {name: value.numpy() for name, value in named.items()})
-        with torch.inference_mode():
-            outputs = detector.model(**named)
-        ours = (outputs.logits, outputs.pred_boxes)
-        for mine, other in zip(
-            _answers(detector, *ours), _answers(detector, *map(torch.from_numpy, theirs)), strict=True
-        ):
-            worst = max(worst, _distance(mine, other))
-    return worst
-
-
-def _answers(detector: Detector, logits: Tensor, boxes: Tensor) -> Any:
-    """Return class scores and cxcywh boxes, float64 [B, Q, C + 4]."""
-    scores = logits.softmax(-1)[..., :-1] if detector.family.softmax else logits.sigmoid()
-    return torch.cat([scores, boxes], dim=-1).double().numpy()
-
-
-def _distance(mine: Any, other: Any) -> float:
-    """Return the largest difference between the queries of an image after optimal matching.
-
-    Families that select their queries may order them differently, and rounding may change the last ones selected;
-    therefore the lower half by score is ignored.
-    """
-    assert mine.shape == other.shape, f"output shapes differ: {mine.shape} and {other.shape}"
-    if not np.isfinite(other).all():
-        return float("inf")
-    between = np.abs(mine[:, None] - other[None]).max(axis=-1)
-    rows, columns = linear_sum_assignment(between)
-    best = np.argsort(-mine[:, :-4].max(axis=-1))[: max(1, len(mine) // 2)]
-    return float(between[rows, columns][best].max())
+    return lambda arrays: session.run(outputs, dict(zip(inputs, arrays, strict=True)))

@@ -28,7 +28,9 @@ HISTORY_FILE = "log/history.json"
 STEPS_FILE = "log/steps.json"
 """File in OUT of a training run that was stopped within an epoch: the entry of that epoch so far."""
 OWN_FILE = "raydet.json"
-"""File in a checkpoint: the operating point that `fit` wrote. It is no part of the model."""
+"""File in a checkpoint: the operating point that `fit` wrote, and how it was exported. It is no part of the model."""
+GRAPH_FILES = ("model.xml", "model.bin")
+"""Files in a folder of `export openvino`: the graph with its weights, in place of those of a checkpoint."""
 MOST_REMOTE_BYTES = 512 * 2**20
 """The fingerprint of larger files in an object store uses their size and time instead of their content."""
 
@@ -64,18 +66,39 @@ class Checkpoint:
     content: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
-def read_checkpoint(name: str) -> Checkpoint:
+def read_checkpoint(name: str, *, takes_graph: bool = False) -> Checkpoint:
     """Read the description of a local model folder, or of a name on the Hub.
+
+    With `takes_graph`, the folder may also hold a graph of `export openvino` instead of weights.
 
     Raises:
         UserError: There is no model there.
     """
     is_folder = storage.exists(name)
-    content = _folder_config(name) if is_folder else _parsed(storage.read_bytes(hub_config_path(name)), name)
+    content = (
+        _folder_config(name, takes_graph) if is_folder else _parsed(storage.read_bytes(hub_config_path(name)), name)
+    )
     if not isinstance(content.get("model_type"), str):
         raise UserError(f"{name} holds no transformers model: its config.json names no model_type")
     absolute = storage.absolute_uri(name) if is_folder else name
     return Checkpoint(absolute, content["model_type"], categories_in(content), content)
+
+
+def holds_graph(name: str) -> bool:
+    """Return True for a folder with a graph of `export openvino` and no weights."""
+    return storage.exists(storage.join(name, GRAPH_FILES[0])) and not _weights_in(name)
+
+
+def only_graph(name: str) -> UserError:
+    """Make the error for a command that needs weights."""
+    return UserError(
+        f"the folder {name} holds an OpenVINO graph without weights, which predict --engine openvino runs; use the "
+        "checkpoint that it was exported from"
+    )
+
+
+def _weights_in(folder: str) -> list[str]:
+    return [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
 
 
 def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str:
@@ -87,8 +110,8 @@ def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str
 
     Returns:
         For a folder, the first 16 hex digits of the SHA-256 over the names and contents of its `.safetensors`, `.json`
-        and `.txt` files except `raydet.json`; files above `most_remote_bytes` in an object store count with their size
-        and modification time. For the Hub, the current commit, without fetching weights.
+        and `.txt` files except `raydet.json`, and of its OpenVINO graph; files above `most_remote_bytes` in an object
+        store count with their size and modification time. For the Hub, the current commit, without fetching weights.
 
     Raises:
         UserError: There is no model there.
@@ -97,7 +120,8 @@ def fingerprint(name: str, *, most_remote_bytes: int = MOST_REMOTE_BYTES) -> str
         # The path in the cache is …/snapshots/COMMIT/config.json.
         return Path(hub_config_path(name)).parent.name
     digest = hashlib.sha256()
-    files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES) and file != OWN_FILE]
+    files = [file for file in storage.list_files(name) if file.endswith(_MODEL_SUFFIXES) or file in GRAPH_FILES]
+    files = [file for file in files if file != OWN_FILE]
     for file in files:
         digest.update(f"{file}\n{_file_digest(storage.join(name, file), most_remote_bytes)}\n".encode())
     return digest.hexdigest()[:16]
@@ -134,7 +158,7 @@ def categories_in(content: Mapping[str, Any]) -> tuple[Category, ...]:
     return tuple(Category(id=index, name=labels.get(index, UNUSED_NAME)) for index in range(len(labels)))
 
 
-def _folder_config(folder: str) -> dict[str, Any]:
+def _folder_config(folder: str, takes_graph: bool) -> dict[str, Any]:
     # Other libraries open these files by name.
     reason = refusal_in_folder(storage.resolve(folder)[1]) if storage.is_local(folder) else None
     if reason is not None:
@@ -146,8 +170,10 @@ def _folder_config(folder: str) -> dict[str, Any]:
         place = storage.join(folder, "checkpoint" if "checkpoint" in inside else inside[0]) if inside else ""
         hint = f"did you mean {place}?" if inside else "use the OUT/checkpoint of a training run"
         raise UserError(f"the folder {folder} holds no model (no {CONFIG}); {hint}")
-    weights = [name for name in storage.list_files(folder) if name.endswith(".safetensors")]
-    if not weights:
+    if holds_graph(folder):
+        if not takes_graph:
+            raise only_graph(folder)
+    elif not _weights_in(folder):
         raise UserError(f"the folder {folder} holds no model weights (no .safetensors file)")
     return check_local_config(folder)
 

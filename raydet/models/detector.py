@@ -230,6 +230,12 @@ class Detector:
         for file in Path(folder).glob("*.safetensors"):
             file.chmod(mode)
 
+    def save_description(self, folder: str) -> None:
+        """Write the config and the image processor, without weights, into a folder that exists."""
+        with quiet():
+            self.model.config.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+
     def save_adapter(self, folder: str, *, base: str) -> None:
         """Write a folder for peft, see `write_adapter`, with the config and the image processor of the merged model.
 
@@ -240,9 +246,8 @@ class Detector:
             base: Name of the model that the adapters belong to, which may have other classes and another image size.
         """
         write_adapter(self.model, folder, base=base)
-        with quiet(), untied(self.model):
-            self.model.config.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+        with untied(self.model):
+            self.save_description(folder)
 
 
 class _InSinglePrecision(nn.Module):

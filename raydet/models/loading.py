@@ -25,7 +25,14 @@ from raydet.models.batch_norm import (
     keep_batch_norm_gradients_contiguous,
     reset_batch_norm_scales,
 )
-from raydet.models.checkpoints import PROCESSOR_FILES, categories_in, check_local_config, hub_config_path
+from raydet.models.checkpoints import (
+    PROCESSOR_FILES,
+    categories_in,
+    check_local_config,
+    holds_graph,
+    hub_config_path,
+    only_graph,
+)
 from raydet.models.class_heads import change_classes, set_labels, start_at_prior
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
@@ -170,11 +177,11 @@ def load_detector(name: str) -> Detector:
         UserError: The model does not exist, is not a detector, does not name its classes, or lacks weights.
     """
     name = os.path.expanduser(name)
+    if holds_graph(name):
+        raise only_graph(name)
     with quiet(), offline_if_local(name):
         config, family = read_config(name)
-        categories = categories_in(config.to_dict())
-        if not categories:
-            raise UserError(f"the config.json of {name} does not name the classes; add id2label")
+        categories = _categories(config, name)
         model, fresh = read_model(name, config)
         processor = read_processor(name, family)
     if missing := missing_weights(model, fresh):
@@ -182,9 +189,39 @@ def load_detector(name: str) -> Detector:
             f"the model in {name} is incomplete: {len(missing)} weights are missing or do not fit its config.json, "
             f"such as {missing[0]}; use a trained checkpoint"
         )
+    return _evaluated(model, processor, categories, name)
+
+
+def load_without_weights(name: str) -> Detector:
+    """Build the detector of a folder that holds a graph instead of weights; its parameters are on the meta device.
+
+    Raises:
+        UserError: The folder describes no detector, or does not name its classes.
+    """
+    with quiet(), offline_if_local(name):
+        config, family = read_config(name)
+        categories = _categories(config, name)
+        try:
+            with torch.device("meta"):
+                model = _new_model(config)
+        except Exception as error:  # dozens of types are possible
+            raise cannot_read(name, error) from error
+        processor = read_processor(name, family)
+    return _evaluated(model, processor, categories, name)
+
+
+def _categories(config: PreTrainedConfig, name: str) -> tuple[Category, ...]:
+    categories = categories_in(config.to_dict())
+    if not categories:
+        raise UserError(f"the config.json of {name} does not name the classes; add id2label")
+    return categories
+
+
+def _evaluated(model: PreTrainedModel, processor: Any, categories: Sequence[Category], name: str) -> Detector:
+    """Make a detector in evaluation mode."""
     model.eval()
     detector = Detector(model, processor, categories, where=name)
-    check_num_queries(config, family, detector.resize_rule, num_queries=detector.num_queries, where=name)
+    check_num_queries(model.config, detector.family, detector.resize_rule, num_queries=detector.num_queries, where=name)
     return detector
 
 

@@ -292,7 +292,7 @@ def _check_model(config: PredictConfig) -> ModelFacts:
         model = ModelFacts(name, categories, fingerprint(config.model), examples=fingerprint_of(prompts))
     else:
         assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
-        checkpoint = read_checkpoint(config.checkpoint)
+        checkpoint = read_checkpoint(config.checkpoint, takes_graph=config.engine == "openvino")
         family = family_of(checkpoint.model_type, where=config.checkpoint)
         check_engine(config, checkpoint.model_type)
         if config.adapters:

@@ -133,7 +133,7 @@ def _own_checkpoint(config: FitConfig) -> tuple[Checkpoint, str]:
             f"no such checkpoint folder: {config.checkpoint}; the operating point is written into the checkpoint, so "
             "download a model of the Hub into a folder first (hf download NAME --local-dir FOLDER)"
         )
-    checkpoint = read_checkpoint(config.checkpoint)
+    checkpoint = read_checkpoint(config.checkpoint, takes_graph=True)
     uri = storage.absolute_uri(config.detections)
     is_file = is_json(uri, "detections", "a detections table that predict wrote")
     record = None if is_file else OutputFolder(uri, "predict").record()

@@ -1,5 +1,6 @@
 """The operating point of a checkpoint: `raydet.json` in its folder, and how it changes detections."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -57,9 +58,17 @@ class FittedPoint:
         return hashlib.sha256(json.dumps(self._content()).encode()).hexdigest()[:16]
 
     def write(self, folder: str) -> str:
-        """Write the point into a model folder, atomically, in place of an earlier one; return the file."""
+        """Write the point into the `raydet.json` of a model folder, atomically, in place of an earlier one.
+
+        Returns:
+            The file, whose other entries are kept.
+        """
         file = storage.join(folder, OWN_FILE)
-        storage.write_bytes(file, json.dumps({_KEY: self._content()}, indent=1).encode())
+        others: Any = {}
+        with contextlib.suppress(DocumentError):  # a damaged file is replaced
+            others = storage.read_json(file) if storage.exists(file) else {}
+        content = {**(others if isinstance(others, dict) else {}), _KEY: self._content()}
+        storage.write_bytes(file, json.dumps(content, indent=1).encode())
         return file
 
     def _content(self) -> dict[str, Any]:
@@ -102,12 +111,15 @@ def read_point(checkpoint: str, class_names: Sequence[str]) -> FittedPoint:
     file = storage.join(checkpoint, OWN_FILE)
     if not storage.exists(checkpoint):
         raise UserError(f"{checkpoint} is on the Hub: an operating point needs a checkpoint folder; download it first")
-    if not storage.exists(file):
-        raise UserError(f"{checkpoint} has no operating point (no {OWN_FILE}); {_REMEDY} --checkpoint {checkpoint}")
     try:
-        point = FittedPoint.of_content(storage.read_json(file))
+        content = storage.read_json(file) if storage.exists(file) else {}
+        point = None if content.get(_KEY) is None else FittedPoint.of_content(content)
     except (DocumentError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}); {_REMEDY} again") from None
+    if point is None:
+        raise UserError(
+            f"{checkpoint} has no operating point (none in {OWN_FILE}); {_REMEDY} --checkpoint {checkpoint}"
+        )
     if point.classes != tuple(class_names) or point.model_fingerprint != fingerprint(checkpoint):
         raise UserError(f"{file} was fitted for another model: {checkpoint} has changed since; {_REMEDY} again")
     return point

@@ -165,7 +165,7 @@ class CocoAccumulator:
         }
         encoded = json.dumps(header).encode()
         size = np.array([len(encoded)], dtype="<i8").tobytes()
-        return _STATE_MAGIC + size + encoded + to_bytes(self._matches())
+        return _STATE_MAGIC + size + encoded + to_bytes(self.matches())
 
     def merge(self, state: bytes) -> None:
         """Add all images of another accumulator, given the state that its `to_bytes` returned.
@@ -191,7 +191,7 @@ class CocoAccumulator:
         self._num_unreadable += header["num_unreadable"]
         self._parts.append(matches)
 
-    def _matches(self) -> Matches:
+    def matches(self) -> Matches:
         """Return the matches of all images so far."""
         if self._pending or not self._parts:
             self._flush()
@@ -201,7 +201,7 @@ class CocoAccumulator:
     def result(self) -> CocoResult:
         """Compute the metrics over all images so far; more may be added afterwards."""
         counts = {"num_detections": self._num_detections, "num_unreadable": self._num_unreadable}
-        return accumulate(self._matches(), self._categories, **counts)
+        return accumulate(self.matches(), self._categories, **counts)
 
 
 class MatchesByClass:

@@ -1,0 +1,1 @@
+"""OpenVINO: a checkpoint or an exported graph → detections on the CPU."""
