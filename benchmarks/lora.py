@@ -132,7 +132,7 @@ def _train_base(folder: Path, options: argparse.Namespace) -> str:
         "pretraining",
         folder,
         options,
-        model=_random_model(folder / "random", options.image_size),
+        model=random_model(folder / "random", options.image_size),
         epochs=1 if options.quick else BASE_EPOCHS,
         validate_every=1 if options.quick else 6,
         learning_rate=5e-4,
@@ -148,7 +148,7 @@ def _train_base(folder: Path, options: argparse.Namespace) -> str:
     return result.checkpoint
 
 
-def _random_model(folder: Path, side: int) -> str:
+def random_model(folder: Path, side: int) -> str:
     """Save a small LW-DETR with random weights, at most two million parameters, and return its folder."""
     if (folder / "preprocessor_config.json").exists():
         return str(folder)

@@ -66,6 +66,10 @@ class _Pages:
             "errors": ERROR_KINDS,
             "scoreBins": SCORE_BINS,
             "groups": [{"name": group.name, "values": group.values} for group in index.groups],
+            "answers": [
+                {"title": own.title, "areNumbers": own.are_numbers, "numValues": len(own.values)}
+                for own in index.answers
+            ],
             "sorts": [{"key": name, "name": SORTS[name][0]} for name in self._queries.sorts],
             "hasErrors": any(run.scored.errors for run in sources.runs),
             "mostInOrder": MOST_IN_ORDER,

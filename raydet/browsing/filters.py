@@ -14,6 +14,7 @@ _MOST_VALUES = 200
 _LONGEST_TEXT = 200
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Numbers = Annotated[tuple[_Number, ...], msgspec.Meta(max_length=_MOST_VALUES)]
+_Text = Annotated[str, msgspec.Meta(max_length=_LONGEST_TEXT)]
 _Score = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -29,6 +30,8 @@ class ImageFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         second_outcomes: The same, of labels with respect to the second run.
         errors: Indices in `ERROR_KINDS`.
         groups: Pairs of a group and one of its values; values of one group are alternatives.
+        answers: Pairs of a column of answers and one of its values, which are alternatives too.
+        answer_texts: Pairs of a column of answers and a part of its text.
         images: All images, those without boxes, those that the detector could not read, or the selected ones.
         text: Part of the path, or the id of an image.
     """
@@ -41,8 +44,10 @@ class ImageFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     second_outcomes: _Numbers = ()
     errors: _Numbers = ()
     groups: Annotated[tuple[tuple[_Number, _Number], ...], msgspec.Meta(max_length=_MOST_VALUES)] = ()
+    answers: Annotated[tuple[tuple[_Number, _Number], ...], msgspec.Meta(max_length=_MOST_VALUES)] = ()
+    answer_texts: Annotated[tuple[tuple[_Number, _Text], ...], msgspec.Meta(max_length=_MOST_VALUES)] = ()
     images: Literal["all", "without boxes", "unreadable", "selected"] = "all"
-    text: Annotated[str, msgspec.Meta(max_length=_LONGEST_TEXT)] = ""
+    text: _Text = ""
 
 
 class PageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,7 +72,7 @@ class Condition:
     """A part of a WHERE clause.
 
     Attributes:
-        of: What it is about: a field of the filter, or `group N`.
+        of: What it is about: a field of the filter, or `group N`, `answer N` or `answer text N`.
         sql: Text with `?` for parameters.
         parameters: Their values.
     """
@@ -93,13 +98,16 @@ WITHOUT_SUSPECTS = Condition("sides", f"side < {SIDES.index('suspects')}")
 """Suspects repeat boxes of labels or detections, so they count only if they are asked for."""
 
 
-def box_conditions(chosen: ImageFilter) -> list[Condition]:
-    """Return the conditions on boxes.
+def box_conditions(chosen: ImageFilter, num_answers: int) -> list[Condition]:
+    """Return the conditions on boxes, of which `num_answers` columns hold answers.
 
     Raises:
         UserError: A value is out of range.
     """
-    conditions = []
+    conditions = _any_of("answer", chosen.answers, "answer_", num_answers)
+    for number, text in chosen.answer_texts:
+        _check_number("answer_texts", number, num_answers)
+        conditions.append(Condition(f"answer text {number}", _ANSWER_CONTAINS.format(number), (number, text.strip())))
     for name, (column, limit) in _BOX_COLUMNS.items():
         values = getattr(chosen, name)
         if limit is not None and any(value >= limit for value in values):
@@ -118,13 +126,7 @@ def image_conditions(chosen: ImageFilter, num_groups: int) -> list[Condition]:
     Raises:
         UserError: A group does not exist.
     """
-    conditions = []
-    by_group: dict[int, list[int]] = {}
-    for group, value in chosen.groups:
-        if group >= num_groups:
-            raise UserError(f"groups: there are {num_groups}, got number {group}")
-        by_group.setdefault(group, []).append(value)
-    conditions += [_one_of(f"group {group}", f"slice_{group}", values) for group, values in by_group.items()]
+    conditions = _any_of("group", chosen.groups, "slice_", num_groups)
     if chosen.images != "all":
         conditions.append(Condition("images", _KINDS[chosen.images]))
     if text := chosen.text.strip():
@@ -141,6 +143,23 @@ _KINDS = {
     "unreadable": "error IS NOT NULL",
     "selected": "selected",
 }
+
+
+_ANSWER_CONTAINS = "answer_{} IN (SELECT code FROM answers WHERE question = ? AND contains(lower(value), lower(?)))"
+
+
+def _any_of(name: str, pairs: Sequence[tuple[int, int]], column: str, number: int) -> list[Condition]:
+    """Return a condition for each of some numbered columns: it has one of the values that are paired with it."""
+    values: dict[int, list[int]] = {}
+    for place, value in pairs:
+        _check_number(f"{name}s", place, number)
+        values.setdefault(place, []).append(value)
+    return [_one_of(f"{name} {place}", f"{column}{place}", own) for place, own in values.items()]
+
+
+def _check_number(name: str, place: int, number: int) -> None:
+    if place >= number:
+        raise UserError(f"{name}: there are {number}, got number {place}")
 
 
 def _one_of(name: str, column: str, values: Sequence[int]) -> Condition:

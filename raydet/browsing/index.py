@@ -1,5 +1,6 @@
 """Opened sources → a DuckDB database in memory: one row an image, one row a box."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from raydet.browsing.outcomes import judge_boxes
 from raydet.browsing.sources import ShownRun, Sources
 from raydet.common.class_names import indices_in
 from raydet.common.errors import UserError
+from raydet.measuring.answers.columns import Answers
 from raydet.measuring.slices import slices_of
 from raydet.tables.columns import Floats, Integers, places_in
 
@@ -48,13 +50,15 @@ class Index:
     `labels`, `first` and `second`; for run 1 and 2, if judged, `false_N`, `missed_N` and `f1_N`; `suspect`, the rank of
     its first suspect; `slice_N`, value of the group N; `selected`. Table `boxes`: `number` from 0, `image`, `side`,
     `category`, `score`, `size`, `outcome`, `second_outcome` (of labels), `error`, `detected` (class of the detection
-    that contradicts a suspect), and `x`, `y`, `w`, `h` in pixels.
+    that contradicts a suspect), `x`, `y`, `w`, `h` in pixels, and, of the column N of answers, `answer_N`, null without
+    an answer, and `number_N`. Table `answers`, their values: `question` (N), `code` and `value`.
 
     Attributes:
         database: Connection; each thread uses a cursor of its own.
         names: Class names.
         sides: Indices in `SIDES` of the kinds of boxes that there are.
         groups: Ways to divide the images.
+        answers: Columns of answers about the detections.
         num_images: Number of images.
         num_boxes: Number of boxes.
     """
@@ -63,6 +67,7 @@ class Index:
     names: tuple[str, ...]
     sides: tuple[int, ...]
     groups: tuple[Group, ...]
+    answers: tuple[Answers, ...]
     num_images: int
     num_boxes: int
 
@@ -96,11 +101,13 @@ def build_index(sources: Sources) -> Index:
     whole = {name: np.concatenate([part[name] for part in parts]) for name in labels}
     whole["number"] = np.arange(len(whole["image"]), dtype=np.int32)
     whole["score"] = pa.array(whole["score"], from_pandas=True)
+    whole |= _answer_columns(sources.answers, len(labels["image"]), len(whole["image"]))
     return Index(
-        database=_database(images=pa.table(of_images), boxes=pa.table(whole)),
+        database=_database(images=pa.table(of_images), boxes=pa.table(whole), answers=_values_of(sources.answers)),
         names=tuple(category.name for category in sources.categories),
         sides=tuple(side for side in range(len(SIDES)) if _is_there(side, sources)),
         groups=tuple(groups),
+        answers=sources.answers,
         num_images=num_images,
         num_boxes=len(whole["image"]),
     )
@@ -212,6 +219,31 @@ def _suspects(sources: Sources, rows: pa.Table, of_images: dict[str, Any]) -> di
     of_images["suspect"] = pa.array(rank, mask=rank < 0)
     score = rows["score"].to_numpy()
     return _boxes(_SUSPECTS, image, labelled, boxes_xywh, error=error, score=score, detected=detected.astype(np.int32))
+
+
+def _answer_columns(columns: Sequence[Answers], num_before: int, num_boxes: int) -> dict[str, pa.Array]:
+    """Return columns of the table `boxes`; the boxes with answers are consecutive."""
+    found = {}
+    for number, answers in enumerate(columns):
+        codes, numbers = np.full(num_boxes, -1, np.int32), np.full(num_boxes, np.nan)
+        own = slice(num_before, num_before + len(answers.codes))
+        codes[own] = answers.codes
+        found[f"answer_{number}"] = pa.array(codes, mask=codes < 0)
+        if answers.numbers is not None:
+            numbers[own] = answers.numbers
+        found[f"number_{number}"] = pa.array(numbers, from_pandas=True)
+    return found
+
+
+def _values_of(columns: Sequence[Answers]) -> pa.Table:
+    lengths = [len(answers.values) for answers in columns]
+    return pa.table(
+        {
+            "question": pa.array(np.repeat(np.arange(len(lengths)), lengths), pa.int32()),
+            "code": pa.array([code for length in lengths for code in range(length)], pa.int32()),
+            "value": pa.array([value for answers in columns for value in answers.values], pa.string()),
+        }
+    )
 
 
 def _groups(sources: Sources) -> list[Group]:

@@ -37,6 +37,7 @@ MOST_IN_ORDER = 100_000
 """Images that the page can scroll through in one order."""
 _MOST_BOXES, _MOST_BOXES_OF_ONE = 60, 1000
 _MOST_CLASSES = 50
+_MOST_ANSWERS = 50
 _LONGEST_TEXT = 1000
 """Characters of a path or error that the page shows."""
 _ORDERS_KEPT = 8
@@ -77,6 +78,9 @@ class Queries:
     def _image_conditions(self, chosen: ImageFilter) -> list[Condition]:
         return image_conditions(chosen, len(self.index.groups))
 
+    def _box_conditions(self, chosen: ImageFilter) -> list[Condition]:
+        return box_conditions(chosen, len(self.index.answers))
+
     def order(self, chosen: ImageFilter, sort: str) -> Images:
         """Return the images that pass a filter, in an order, int32 [N].
 
@@ -107,7 +111,7 @@ class Queries:
 
     def _images_in(self, chosen: ImageFilter, *, is_about_boxes: bool = False) -> tuple[str, list[Any]]:
         """Return the FROM and WHERE clause of the images that pass a filter, and the parameters."""
-        conditions = box_conditions(chosen)
+        conditions = self._box_conditions(chosen)
         of_boxes, values = where(conditions or [WITHOUT_SUSPECTS])
         of_images, more_values = where(self._image_conditions(chosen))
         if not conditions and not is_about_boxes:
@@ -123,10 +127,11 @@ class Queries:
 
         Returns:
             `images`, `boxes`, and for each property of boxes pairs of a value and a number of boxes; for `groups`,
-            pairs of a value and a number of images for each group. The counts of a property are those without the
-            filter's own condition on it, so that they show what else could be chosen.
+            pairs of a value and a number of images for each group; for `answers`, the most frequent values of each
+            column, with the number of boxes and the text. The counts of a property are those without the filter's own
+            condition on it, so that they show what else could be chosen.
         """
-        boxes = box_conditions(chosen) or [WITHOUT_SUSPECTS]
+        boxes = self._box_conditions(chosen) or [WITHOUT_SUSPECTS]
         images = self._image_conditions(chosen)
         properties = [name for name in _BOX_FACETS if name != "any_box"]
         alike = [name for name in properties if all(one.of != name for one in boxes)]
@@ -137,7 +142,9 @@ class Queries:
                 counts |= self._count_boxes([name], [one for one in boxes if one.of != name], images)
         counts["classes"] = sorted(counts["classes"], key=lambda pair: (-pair[1], pair[0]))[:_MOST_CLASSES]
         groups = [self._count_images(chosen, number) for number in range(len(self.index.groups))]
-        return {"images": len(self.order(chosen, "id")), "boxes": num_boxes, "groups": groups, **counts}
+        answers = [self._count_answers(chosen, number, boxes, images) for number in range(len(self.index.answers))]
+        whole = {"images": len(self.order(chosen, "id")), "boxes": num_boxes}
+        return {**whole, "groups": groups, "answers": answers, **counts}
 
     def _count_boxes(
         self, names: Sequence[str], boxes: Sequence[Condition], images: Sequence[Condition]
@@ -163,6 +170,21 @@ class Queries:
         counts = np.bincount(self.index.groups[group].codes[images] + 1)[1:]
         return [(value, number) for value, number in enumerate(counts.tolist()) if number]
 
+    def _count_answers(
+        self, chosen: ImageFilter, column: int, boxes: Sequence[Condition], images: Sequence[Condition]
+    ) -> list[tuple[int, int, str]]:
+        """Count the boxes by their answers, the chosen and the most frequent ones: value, number and text."""
+        name, answers = f"answer_{column}", self.index.answers[column]
+        is_there = Condition("", f"{name} IS NOT NULL")
+        source, values = _boxes_in([*(one for one in boxes if one.of != f"answer {column}"), is_there], images)
+        wanted = [value for place, value in chosen.answers if place == column and value < len(answers.values)]
+        is_wanted = f"{name} IN ({', '.join('?' * len(wanted))}) DESC, " if wanted else ""
+        query = f"SELECT {name}, count(*) AS number {source} GROUP BY {name} ORDER BY {is_wanted}number DESC, {name}"
+        found = self._cursor().execute(f"{query} LIMIT {_MOST_ANSWERS}", [*values, *wanted]).fetchall()
+        known = {value for value, _ in found}
+        found += [(value, 0) for value in dict.fromkeys(wanted) if value not in known]
+        return [(value, number, answers.text(value, None) or "") for value, number in found]
+
     def classes_like(self, text: str) -> list[int]:
         """Return the first classes whose names contain a text, whatever its case."""
         wanted = text.strip().lower()
@@ -172,7 +194,8 @@ class Queries:
     def cards(self, images: Sequence[int], chosen: ImageFilter, *, is_single: bool = False) -> list[dict[str, Any]]:
         """Return images with their boxes, those with the highest scores if there are many.
 
-        Each box is a list of the columns of `_BOX_COLUMNS` without the image, and whether it meets the filter.
+        Each box is a list of the columns of `_BOX_COLUMNS` without the image, the texts of its answers, and whether it
+        meets the filter.
         """
         if not images:
             return []
@@ -184,20 +207,30 @@ class Queries:
         for card in by_image.values():
             shortened = {name: card[name][:_LONGEST_TEXT] for name in ("path", "error") if card[name] is not None}
             card |= {**shortened, "boxes": []}
-        conditions = box_conditions(chosen)
+        conditions = self._box_conditions(chosen)
         hit = " AND ".join(one.sql for one in conditions) or "TRUE"
         values = [value for one in conditions for value in one.parameters]
         most = _MOST_BOXES_OF_ONE if is_single else _MOST_BOXES
         boxes = self._cursor().execute(
-            f"SELECT {_BOX_COLUMNS}, coalesce({hit}, FALSE) AS hit FROM boxes "
+            f"SELECT {_BOX_COLUMNS}, {self._answer_columns()}, coalesce({hit}, FALSE) AS hit FROM boxes "
             f"WHERE image IN ({', '.join('?' * len(images))}) "
             f"QUALIFY row_number() OVER (PARTITION BY image, side ORDER BY hit DESC, score DESC, number) <= {most} "
             "ORDER BY number",
             [*values, *images],
         )
-        for image, *box in boxes.fetchall():
-            by_image[image]["boxes"].append([_short(value) for value in box])
+        for image, *box, codes, numbers, is_hit in boxes.fetchall():
+            entry = [*map(_short, box), self._answer_texts(codes, numbers), is_hit]
+            by_image[image]["boxes"].append(entry)
         return [by_image[image] for image in images if image in by_image]
+
+    def _answer_columns(self) -> str:
+        """Return SQL for a list of the answers' values, and one of their numbers."""
+        columns = range(len(self.index.answers))
+        return ", ".join(f"[{', '.join(f'{name}_{column}' for column in columns)}]" for name in ("answer", "number"))
+
+    def _answer_texts(self, codes: Sequence[int | None], numbers: Sequence[float | None]) -> list[str | None]:
+        triples = zip(self.index.answers, codes, numbers, strict=True)
+        return [None if code is None else answers.text(code, number) for answers, code, number in triples]
 
     def select(self, images: Sequence[int], chosen: ImageFilter | None, *, is_selected: bool) -> int:
         """Select or deselect some images, or all that pass a filter; return the number of selected images."""

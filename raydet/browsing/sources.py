@@ -10,13 +10,14 @@ import pyarrow as pa
 from raydet.common.errors import UserError
 from raydet.config import BrowseConfig
 from raydet.images.collection import INDEX_FILE, Collection, TableCollection, VideoCollection, open_collection
+from raydet.measuring.answers.columns import Answers, read_answers
 from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.joining import ImageKeys, list_images
 from raydet.measuring.truth import Truth, extra_columns, read_truth
-from raydet.reporting.judging import score_threshold
+from raydet.reporting.judging import read_scored, score_threshold
 from raydet.reporting.run_tables import RunTables, read_run
 from raydet.tables import storage
-from raydet.tables.columns import Integers, TruthColumns, image_ids_in, places_in
+from raydet.tables.columns import Integers, TruthColumns, image_ids_in, image_places, places_in
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category
 from raydet.tables.table import Table, is_table, open_table
@@ -59,6 +60,7 @@ class Sources:
         collection: Place of the pictures; None if it is unknown.
         positions: Position of each image in the collection, -1 if it is not there, int64 [I].
         notes: What could not be shown, one line each.
+        answers: Answers of crops tables about the detections of all runs, one run after the other.
     """
 
     title: str
@@ -72,6 +74,7 @@ class Sources:
     collection: Collection | None = None
     positions: Integers
     notes: tuple[str, ...] = ()
+    answers: tuple[Answers, ...] = ()
 
 
 def open_sources(config: BrowseConfig) -> Sources:
@@ -80,6 +83,16 @@ def open_sources(config: BrowseConfig) -> Sources:
     Raises:
         UserError: A table is missing, damaged or of another kind, or options do not fit what was found.
     """
+    sources = _opened(config)
+    if not config.crops:
+        return sources
+    scored = [run.scored for run in sources.runs]
+    image_ids = np.concatenate([own.found_ids[image_places(own.columns)] for own in scored])
+    boxes_xywh = np.concatenate([own.columns.boxes_xywh for own in scored])
+    return replace(sources, answers=tuple(read_answers(config.crops, image_ids, boxes_xywh)))
+
+
+def _opened(config: BrowseConfig) -> Sources:
     uri = storage.absolute_uri(config.data).rstrip("/")
     if _is_metrics(uri):
         _refuse(config.images, "--images", "the metrics name their images")
@@ -88,7 +101,7 @@ def open_sources(config: BrowseConfig) -> Sources:
     table = open_table(uri, ("images", "detections"))
     if table.kind == "detections":
         return _of_detections(config, table)
-    for option in ("second", "second_run", "images", "score_threshold"):
+    for option in ("second", "second_run", "images", "crops", "score_threshold"):
         _refuse(getattr(config, option), f"--{option.replace('_', '-')}", f"{uri} is an images table")
     truth = read_truth(uri) if table.categories else None
     return _sources(table.uri, table, truth)
@@ -112,20 +125,11 @@ def _of_metrics(config: BrowseConfig, first: RunTables) -> Sources:
 
 
 def _evaluated(run: RunTables, truth: Truth, threshold: float | None) -> ShownRun:
-    """Read the detections of an evaluated run as the evaluation did."""
-    settings = run.settings
-    mapping = settings.get("class_mapping") or {}
-    scored = read_detections(
-        run.detections.uri,
-        replace(truth, class_mapping=mapping),
-        join="path" if settings.get("join") == "path" else "id",
-        allow_partial=True,
-    )
     return ShownRun(
         name=run.run,
-        scored=scored,
+        scored=read_scored(run, truth),
         threshold=score_threshold(run) if threshold is None else threshold,
-        class_agnostic=bool(settings.get("class_agnostic")),
+        class_agnostic=bool(run.settings.get("class_agnostic")),
         suspects=run.tables.get("suspects"),
     )
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from raydet.tables.layout import FileGroups
-
 STAGES = ("read", "decode", "prepare", "model", "write")
 """Stages of an image, in order; decoders read, decode and prepare (cut views and resize)."""
 STAGES_OF_KIND = {"decoder": ("read", "decode", "prepare"), "model": ("model",), "writer": ("write",)}
@@ -51,7 +49,6 @@ class FileStats:
         num_images: Rows of the file.
         errors: The reason for each image that could not be read.
         processes: Work of all threads involved; a thread may occur many times.
-        groups: Row groups of the file, for the manifest.
     """
 
     file: str
@@ -59,7 +56,6 @@ class FileStats:
     num_detections: int
     errors: Sequence[str]
     processes: Sequence[ProcessStats]
-    groups: FileGroups = ()
 
 
 class Stopwatch:

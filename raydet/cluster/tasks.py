@@ -11,6 +11,19 @@ from raydet.common.errors import RunError, UserError, one_line
 
 _RETRIES = 3
 
+
+class LostTaskError(RunError):
+    """Loss of a task or an actor more often than it is repeated.
+
+    Attributes:
+        reason: Ray's own words.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the cluster lost a task too often: {reason}; run the same command again to resume")
+        self.reason = reason
+
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -53,13 +66,18 @@ def run_tasks(
             ray.cancel(reference)
 
 
-def start_actor(kind: type, *arguments: Any, cpus: float, gpus: int = 0, calls_at_once: int = 1) -> Any:
-    """Start an actor of a class; it starts again, and its calls are repeated, if it is lost."""
+def start_actor(
+    kind: type, *arguments: Any, cpus: float, gpus: int = 0, calls_at_once: int = 1, max_failures: int = _RETRIES
+) -> Any:
+    """Start an actor of a class; if it is lost, it starts again and its calls are repeated, up to `max_failures` times.
+
+    The losses of each actor are counted separately.
+    """
     actor: Any = ray.remote(kind).options(
         num_cpus=cpus,
         num_gpus=gpus,
-        max_restarts=_RETRIES,
-        max_task_retries=_RETRIES,
+        max_restarts=max_failures,
+        max_task_retries=max_failures,
         max_concurrency=calls_at_once,
     )
     return actor.remote(*arguments)
@@ -109,7 +127,10 @@ def _work_on_item(function: list[Any], item: Any) -> Any:
 
 
 def result_of(reference: Any) -> Any:
-    """Return the result of a task or of a method of an actor; its error becomes a one-line `RunError`."""
+    """Return the result of a task or of a method of an actor; its error becomes a one-line `RunError`.
+
+    If the task or the actor was lost too often, this is a `LostTaskError`.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -117,9 +138,7 @@ def result_of(reference: Any) -> Any:
             raise error.cause from None
         raise RunError(f"a task on the cluster failed: {_reason(error.cause)}") from error
     except ray.exceptions.RayError as error:
-        raise RunError(
-            f"the cluster lost a task too often: {_reason(error)}; run the same command again to resume"
-        ) from error
+        raise LostTaskError(_reason(error)) from error
 
 
 def _reason(error: BaseException) -> str:

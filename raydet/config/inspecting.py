@@ -52,6 +52,11 @@ class BrowseConfig:
     second_run: str | None = option(
         "run to show beside the first, of --second or, without it, of the same metrics folder", None, value="RUN"
     )
+    crops: list[str] | None = option(
+        "crops tables of the detections: their answers are shown beside the boxes, and can be filtered by",
+        None,
+        value="CROPS",
+    )
     score_threshold: float | None = option(
         "lowest score at which a detection is judged against the labels; by default the one with the best F1 of an "
         "evaluated run, otherwise 0.3",

@@ -25,6 +25,12 @@ class EvaluateConfig:
         "crowding, image_size",
         default_factory=list,
     )
+    crops: str | None = option(
+        "crops table of these detections: --slice-by takes its columns too, such as label or answer_1, as the answer "
+        "about the best-scoring detection of an image that has one",
+        None,
+        is_later=True,
+    )
     target_precision: float | None = option(
         "also report, for each class, the lowest score threshold that reaches this precision", None
     )
@@ -89,6 +95,7 @@ class EvaluateConfig:
         require_positive(self, "num_shards")
         require_not_negative(self, "bootstrap", "seed")
         require(self.ray_address is None or bool(self.ray_address.strip()), "--ray-address must not be empty")
+        require(self.crops is None or bool(self.slice_by), "--crops needs --slice-by with a column of the crops table")
         thresholds, limits = self.iou_thresholds, self.max_detections
         require(
             thresholds is None
@@ -168,6 +175,12 @@ class ReportConfig:
     out: str | None = option("HTML file to write; by default report.html in the metrics folder", None, operational=True)
     run: str | None = option("run to show, if the folder holds several; by default the last one", None)
     train_run: str | None = option("run folder of train, for the training curves", None)
+    crops: list[str] | None = option(
+        "crops tables of these detections: their answers are counted, with the precision for each, and shown with the "
+        "boxes",
+        None,
+        value="CROPS",
+    )
     num_images: int = option("images in each gallery", 12)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,13 @@ class PredictConfig(WorkersConfig):
     )
 
     checkpoint: str | None = option("model folder, as written by train, or a Hub name; required without --model", None)
+    adapter: list[str] | str | None = option(
+        "with --checkpoint: folders with LoRA adapters of this model, as train --lora writes them into OUT/adapter, "
+        "separated by blanks; all are scored in one pass over the images, each into the table OUT/NAME",
+        None,
+        value="FOLDER",
+        is_later=True,
+    )
     model: str | None = option(
         "instead of --checkpoint: a zero-shot model (OWL-ViT, OWLv2, Grounding DINO), as folder or Hub name", None
     )
@@ -91,7 +98,8 @@ class PredictConfig(WorkersConfig):
     )
     limit: int | None = option("score only this many images, the first ones; by default all", None, group="Input")
     fps: float | None = option(
-        "with a video as --data: frames to score per second, those on screen at that time; by default all frames",
+        "with a video, or a folder or list of videos, as --data: frames to score per second, those on screen at that "
+        "time; by default all frames of a single video",
         None,
         group="Input",
         is_later=True,
@@ -109,7 +117,15 @@ class PredictConfig(WorkersConfig):
     tile_overlap: float = option(
         "with --tile: fraction of a tile that it shares with its neighbour", 0.2, group="Tiles and merging"
     )
-    whole_image: bool = option("with --tile: also score the whole image", True, group="Tiles and merging")
+    whole_image: bool = option(
+        "with --tile, unless --windowed: also score the whole image", True, group="Tiles and merging"
+    )
+    windowed: bool = option(
+        "with --tile: read each tile from its file by itself, never a whole image; for TIFF files of any size",
+        False,
+        group="Tiles and merging",
+        is_later=True,
+    )
     flip: bool = option(
         "also score each image mirrored, and merge the best 100 boxes of both", False, group="Tiles and merging"
     )
@@ -205,6 +221,7 @@ class PredictConfig(WorkersConfig):
             "--operating-point has its own thresholds and suppression: omit --score-threshold and --class-agnostic-nms",
         )
         require(self.tile is None or self.tile >= 64, f"--tile must be at least 64, got {self.tile}")
+        self._check_windowed()
         require(0 <= self.tile_overlap <= 0.75, f"--tile-overlap must be from 0 to 0.75, got {self.tile_overlap}")
         require(0 < self.merge_iou <= 1, f"--merge-iou must be above 0 and at most 1, got {self.merge_iou}")
         require(
@@ -216,6 +233,7 @@ class PredictConfig(WorkersConfig):
             value = getattr(self, name)
             require(value is None or 0 <= value < 1, f"{flag(name)} must be in [0, 1), got {value}")
         self._check_keep()
+        self._check_adapter()
         require(
             self.engine == "torch" or not self.compile,
             f"--compile needs --engine torch, got {self.engine}",
@@ -237,6 +255,17 @@ class PredictConfig(WorkersConfig):
             f"--model, a zero-shot model, needs --engine torch, got {self.engine}",
         )
 
+    def _check_windowed(self) -> None:
+        if not self.windowed:
+            return
+        require(self.tile is not None, "--windowed needs --tile, the side of the windows")
+        require(not self.draw, "--draw cannot be combined with --windowed: it draws whole images")
+        require(self.adapter is None, "--adapter cannot be combined with --windowed: give one model at a time")
+        require(
+            isinstance(self.data, str) or len(self.data) == 1,
+            "--windowed takes one place as --data: a TIFF file, a folder of them, a list of paths or tar files",
+        )
+
     def _check_keep(self) -> None:
         if not self.keep:
             return
@@ -249,6 +278,30 @@ class PredictConfig(WorkersConfig):
         }
         reason = next((reason for reason, applies in reasons.items() if applies), "")
         require(not reason, f"--keep {','.join(self.keep)} cannot be combined with {reason}")
+
+    def _check_adapter(self) -> None:
+        if self.adapter is None:
+            return
+        require(bool(self.adapters) and all(self.adapters), f"--adapter must name folders, got {self.adapter}")
+        require(
+            self.checkpoint is not None, "--adapter needs --checkpoint: the model that the adapters were trained on"
+        )
+        require(self.engine == "torch", f"--adapter needs --engine torch, got {self.engine}")
+        require(
+            not self.compile,
+            "--compile cannot be combined with --adapter: torch would compile a graph per adapter and soon give up; "
+            "omit --compile",
+        )
+        require(
+            not self.operating_point,
+            "--operating-point cannot be combined with --adapter: raydet fit writes it into a checkpoint, so score "
+            "the merged OUT/checkpoint",
+        )
+
+    @property
+    def adapters(self) -> list[str]:
+        """The folders that `adapter` names; empty without it."""
+        return [self.adapter] if isinstance(self.adapter, str) else self.adapter or []
 
     @property
     def data_uri(self) -> str:
@@ -301,7 +354,7 @@ class CropsConfig(WorkersConfig):
         "with a folder as --data: further folders that its symbolic links may lead to", None, group="Input"
     )
     fps: float | None = option(
-        "with a video as --data: frames per second, as given to predict", None, group="Input", is_later=True
+        "with videos as --data: frames per second, as given to predict", None, group="Input", is_later=True
     )
 
     relabel: float | None = option(
@@ -320,6 +373,12 @@ class CropsConfig(WorkersConfig):
     num_workers: int = option(
         "parallel workers, each with a copy of the model", 1, group="Compute and cluster", operational=True
     )
+    max_failures: int = option(
+        "on a Ray cluster: times that each worker is replaced after it was lost, before giving up",
+        3,
+        group="Compute and cluster",
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -334,6 +393,7 @@ class CropsConfig(WorkersConfig):
             "rows_per_file",
             "num_workers",
         )
+        require_not_negative(self, "max_failures")
         require(0 <= self.score_threshold <= 1, f"--score-threshold must be from 0 to 1, got {self.score_threshold}")
         require(0 <= self.margin <= 10, f"--margin must be from 0 to 10, got {self.margin}")
         require(

@@ -1,10 +1,11 @@
 """Load the engine of a config, importing only its own package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
 from raydet.engines.engine import Engine, no_fp16_on_cpu
+from raydet.models.adapters.description import AdapterFolder, read_adapters
 from raydet.models.geometry import ResizeRule
 
 EngineLoader = Callable[..., Engine]
@@ -22,6 +23,10 @@ def resize_rule_before(config: PredictConfig) -> ResizeRule | None:
     """
     if config.checkpoint is None:
         return None
+    if config.adapters:
+        from raydet.models.adapted.loading import adapted_resize_rule
+
+        return adapted_resize_rule(config.checkpoint, read_adapters(config.adapters)[0])
     from raydet.models.loading import resize_rules_for
 
     return resize_rules_for(config.checkpoint, None)[0]
@@ -44,7 +49,7 @@ def device_here(*, use_gpu: bool | None, precision: str, engine: str = "torch") 
 
 
 def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engine:
-    """Load the engine of a config.
+    """Load the engine of a config; with adapters, that of the first.
 
     Args:
         config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last`, `pad_batches` and
@@ -60,6 +65,8 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
 
         return load_zero_shot(config, device=device, num_threads=num_threads)
     assert config.checkpoint is not None, "the config names neither a checkpoint nor a model"
+    if config.adapters:
+        return load_adapted_engines(config, read_adapters(config.adapters), device=device, num_threads=num_threads)[0]
     if config.engine == "torch":
         from raydet.engines.torch_engine import TorchEngine
 
@@ -71,3 +78,18 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
     from raydet.engines.onnx_engine import OnnxEngine
 
     return OnnxEngine(config, num_threads=num_threads)
+
+
+def load_adapted_engines(
+    config: PredictConfig, adapters: Sequence[AdapterFolder], *, device: str, num_threads: int
+) -> Sequence[Engine]:
+    """Load an engine for each of some adapters of a config's checkpoint; see `load_engine`.
+
+    The engines share weights and take each other's prepared images.
+
+    Raises:
+        UserError: An adapter does not fit the checkpoint.
+    """
+    from raydet.engines.torch_engine import TorchEngine
+
+    return TorchEngine.load_adapted(config, adapters, device=device, num_threads=num_threads)

@@ -48,23 +48,37 @@ class PreparedImages:
     batches: Iterator[tuple[list[_Job], Any]]
 
 
+class _Branch(NamedTuple):
+    """An engine, and the indices of its classes to keep; None for all."""
+
+    engine: "Engine"
+    classes: tuple[int, ...] | None
+
+
 class Scorer:
     """Object detection as a `PredictConfig` describes it: tiles, mirrored views, merging, selection.
 
-    `batch_size` is the maximum number of views per batch of the engine, `point` the operating point to apply.
+    `batch_size` is the maximum number of views per batch of the engine, `point` the operating point to apply, `others`
+    further engines that take the images that `engine` has prepared, for `predict_each`.
 
     Raises:
-        UserError: `config.classes` names a class that the engine does not know.
+        UserError: `config.classes` names a class that an engine does not know.
     """
 
     def __init__(
-        self, engine: "Engine", config: PredictConfig, *, batch_size: int, point: "FittedPoint | None" = None
+        self,
+        engine: "Engine",
+        config: PredictConfig,
+        *,
+        batch_size: int,
+        point: "FittedPoint | None" = None,
+        others: "Sequence[Engine]" = (),
     ) -> None:
         self._engine = engine
         self._point = point
         self._config = config
         self._batch_size = batch_size
-        self._classes = check_classes(config.classes, engine.categories)
+        self._branches = [_Branch(each, check_classes(config.classes, each.categories)) for each in (engine, *others)]
 
     def prepare(self, images: Sequence[Image]) -> PreparedImages:
         """Plan the views of images and prepare the first batches for the model.
@@ -116,49 +130,68 @@ class Scorer:
             The requested detections of each image, in order; those of an image are in descending score order, in pixels
             of the image.
         """
-        found: list[dict[int, Detections]] = [{} for _ in prepared.sizes_hw]
-        started: deque[tuple[list[_Job], Callable[[], list[Detections]]]] = deque()
+        return self.predict_each(prepared)[0]
+
+    def predict_each(self, prepared: PreparedImages) -> list[list[Detections]]:
+        """Run each engine on prepared images, batch by batch; the result has one list as of `predict` for each."""
+        found: list[list[dict[int, Detections]]] = [[{} for _ in prepared.sizes_hw] for _ in self._branches]
+        started: deque[tuple[list[_Job], list[Callable[[], list[Detections]]]]] = deque()
 
         def fetch() -> None:
-            jobs, answers = started.popleft()
-            for job, answer in zip(jobs, answers(), strict=True):
-                found[job.image][job.view] = answer
+            jobs, of_each = started.popleft()
+            for images, answers in zip(found, of_each, strict=True):
+                for job, answer in zip(jobs, answers(), strict=True):
+                    images[job.image][job.view] = answer
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare") as thread:
             upcoming = thread.submit(next, prepared.batches, None)
             while (batch := upcoming.result()) is not None:
                 upcoming = thread.submit(next, prepared.batches, None)
-                started.append((batch[0], self._engine.start(batch[1])))
+                started.append((batch[0], [branch.engine.start(batch[1]) for branch in self._branches]))
                 if len(started) == _BATCHES_AT_ONCE:
                     fetch()
         while started:
             fetch()
         return [
-            self._finish(views, [of_view[number] for number in range(len(views))], size_hw)
-            for views, of_view, size_hw in zip(prepared.views, found, prepared.sizes_hw, strict=True)
+            [
+                self._finish(branch, views, [of_view[number] for number in range(len(views))], size_hw)
+                for views, of_view, size_hw in zip(prepared.views, images, prepared.sizes_hw, strict=True)
+            ]
+            for branch, images in zip(self._branches, found, strict=True)
         ]
 
-    def _finish(self, views: Sequence[TileView], found: Sequence[Detections], size_hw: SizeHW) -> Detections:
+    def _finish(
+        self, branch: "_Branch", views: Sequence[TileView], found: Sequence[Detections], size_hw: SizeHW
+    ) -> Detections:
         """Merge the detections of an image's views and drop those that were not requested."""
-        config = self._config
-        if self._classes is not None:  # Before the merge, which uses only the best boxes of each view.
-            found = [select(one, categories=self._classes) for one in found]
-        merged = merge(
-            views,
-            found,
-            size_hw,
-            how=config.merge,
-            iou=config.merge_iou,
-            max_detections=max(self._engine.max_detections, config.top_k or 0),
-        )
-        if self._point is not None:
-            found_at_point = at_operating_point(merged, self._point)
-            kept = select(found_at_point, top_k=config.top_k, class_agnostic_nms=self._point.class_agnostic_nms)
-        else:
-            kept = select(
-                merged,
-                score_threshold=config.score_threshold or 0.0,
-                top_k=config.top_k,
-                class_agnostic_nms=config.class_agnostic_nms,
-            )
+        if branch.classes is not None:  # Before the merge, which uses only the best boxes of each view.
+            found = [select(one, categories=branch.classes) for one in found]
+        most = max(branch.engine.max_detections, self._config.top_k or 0)
+        kept = merged_and_selected(views, found, size_hw, self._config, max_detections=most, point=self._point)
         return kept.with_used_queries()
+
+
+def merged_and_selected(
+    views: Sequence[TileView],
+    found: Sequence[Detections],
+    size_hw: SizeHW,
+    config: PredictConfig,
+    *,
+    max_detections: int,
+    point: "FittedPoint | None",
+) -> Detections:
+    """Merge the detections of an image's views as `tiling.merge` does, and keep those that the config requests.
+
+    Those of other classes than the requested ones must be gone already.
+    """
+    merged = merge(views, found, size_hw, how=config.merge, iou=config.merge_iou, max_detections=max_detections)
+    if point is not None:
+        return select(
+            at_operating_point(merged, point), top_k=config.top_k, class_agnostic_nms=point.class_agnostic_nms
+        )
+    return select(
+        merged,
+        score_threshold=config.score_threshold or 0.0,
+        top_k=config.top_k,
+        class_agnostic_nms=config.class_agnostic_nms,
+    )

@@ -12,12 +12,15 @@ import numpy.typing as npt
 
 from raydet.common.boxes import Boxes, xywh_to_xyxy
 from raydet.common.errors import UserError
+from raydet.config import Merge
 from raydet.tables.schema import Category
 
 if TYPE_CHECKING:
     from raydet.measuring.fitting.operating_point import FittedPoint
     from raydet.models.detector import Detections
 
+LEAST_SCORE_OF_WHOLE = 0.5
+"""In the merge of views: a box counts as part of another one if that has at least this fraction of its score."""
 _MOST_NAMES_SHOWN = 100
 
 
@@ -73,6 +76,15 @@ def select(
         kept = kept[non_maximum_suppression(found.boxes_xywh[kept], found.scores[kept], class_agnostic_nms)]
     kept = kept[:top_k]
     return found if len(kept) == len(found.scores) else found.take(kept)
+
+
+def least_score_of_views(score_threshold: float, how: Merge) -> float:
+    """Return a score such that detections of views at or below it do not change those above a threshold after `merge`.
+
+    A weaker box than that neither suppresses a wanted one nor counts as the whole of which one is a part. Fusion
+    averages boxes of any score.
+    """
+    return LEAST_SCORE_OF_WHOLE * score_threshold if how == "nms" else 0.0
 
 
 def at_operating_point(found: "Detections", point: "FittedPoint") -> "Detections":

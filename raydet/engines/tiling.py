@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from raydet.common.boxes import Boxes, clip_xywh, has_area, xywh_to_xyxy, xyxy_to_xywh
 from raydet.config import Merge
-from raydet.engines.selection import non_maximum_suppression
+from raydet.engines.selection import LEAST_SCORE_OF_WHOLE, non_maximum_suppression
 from raydet.engines.views import TileView
 from raydet.models.detector import Detections
 from raydet.models.geometry import SizeHW
@@ -21,7 +21,6 @@ BEST_OF_VIEW = 100
 _REACH_PX = 1.0
 _REACH_OF_SIDE = 0.05
 _LEAST_COVERED = 0.8
-_LEAST_SCORE_OF_WHOLE = 0.5
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -191,7 +190,7 @@ def _are_parts(
     may_hold = (
         (found.categories[cut, None] == found.categories[others])
         & (areas[cut, None] < areas[others])
-        & (found.scores[others] >= _LEAST_SCORE_OF_WHOLE * found.scores[cut, None])
+        & (found.scores[others] >= LEAST_SCORE_OF_WHOLE * found.scores[cut, None])
     )
     rows, columns = np.nonzero(may_hold)
     part, whole = cut[rows], others[columns]

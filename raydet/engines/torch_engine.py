@@ -11,6 +11,8 @@ from raydet.config import Keep, Precision, PredictConfig, ResizeOn
 from raydet.engines.detector_engine import DetectorEngine, Outputs
 from raydet.engines.embedding import EmbeddingReader
 from raydet.engines.engine import no_fp16_on_cpu, no_lanczos_on_device
+from raydet.models.adapted.loading import load_adapted
+from raydet.models.adapters.description import AdapterFolder
 from raydet.models.detector import AUTOCAST_DTYPES, Detector
 from raydet.models.geometry import LANCZOS
 from raydet.models.loading import load_detector
@@ -54,13 +56,31 @@ class TorchEngine(DetectorEngine):
             UserError: The model does not exist, or the device does not support the precision or the resize.
         """
         assert config.checkpoint is not None, "the config names no checkpoint"
+        return cls._around(load_detector(config.checkpoint), config, device=device, num_threads=num_threads)
+
+    @classmethod
+    def load_adapted(
+        cls, config: PredictConfig, adapters: Sequence[AdapterFolder], *, device: str, num_threads: int
+    ) -> "list[TorchEngine]":
+        """Load the checkpoint of a config with each of some adapters, which share the weights of the checkpoint.
+
+        The engines take each other's prepared images.
+
+        Raises:
+            UserError: An adapter does not fit, see `raydet.models.adapted.loading.load_adapted`, or as of `load`.
+        """
+        assert config.checkpoint is not None, "the config names no checkpoint"
+        detectors = list(load_adapted(config.checkpoint, adapters))
+        return [cls._around(detector, config, device=device, num_threads=num_threads) for detector in detectors]
+
+    @classmethod
+    def _around(cls, detector: Detector, config: PredictConfig, *, device: str, num_threads: int) -> "TorchEngine":
         where = torch.device(device)
         if config.precision == "fp16" and where.type == "cpu":
             raise no_fp16_on_cpu("torch")
-        detector = load_detector(config.checkpoint).to(where)
         if config.resize_on == "device" and detector.resize_rule.resample == LANCZOS:
             raise no_lanczos_on_device(config.checkpoint)
-        detector.model.eval()
+        detector.to(where).model.eval()
         options: Any = {name: getattr(config, name) for name in ("precision", "pad_batches", "resize_on")}
         engine = cls(detector, num_threads=num_threads, keep=config.keep or (), **options)
         if config.channels_last:

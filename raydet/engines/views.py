@@ -5,6 +5,7 @@ Decode processes import this module, so it depends on numpy only.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -50,6 +51,18 @@ def planned_views(size_hw: SizeHW, config: PredictConfig) -> list[TileView]:
     )
 
 
+def tiles_of(size_hw: SizeHW, config: PredictConfig) -> list[TileView]:
+    """Return the views of an image of this size that a config with `windowed` requests."""
+    return _kept_views(size_hw, tile=config.tile, overlap=config.tile_overlap, whole_image=False, flip=config.flip)
+
+
+def num_tiles(size_hw: SizeHW, config: PredictConfig) -> int:
+    """Return the number of `tiles_of` without building them."""
+    assert config.tile is not None, "windows have a size"
+    height, width = (len(_starts(side, config.tile, config.tile_overlap)) for side in size_hw)
+    return height * width * (2 if config.flip else 1)
+
+
 def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: bool, flip: bool) -> list[TileView]:
     """Plan the views of an image.
 
@@ -82,6 +95,10 @@ def views_of(size_hw: SizeHW, *, tile: int | None, overlap: float, whole_image: 
         for view in views
         for is_mirrored in (False, True)
     ]
+
+
+_kept_views = lru_cache(maxsize=4)(views_of)
+"""A large picture has thousands of tiles, and each chunk asks for them."""
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:

@@ -24,9 +24,10 @@ from raydet.common.redaction import refuse_password
 from raydet.common.threads import in_order
 from raydet.common.untrusted.opening import ANYWHERE, LocalRoots
 from raydet.images.files import ReadError, SizeError
-from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, list_images
+from raydet.images.listing import LISTING_SCHEMA, Listing, is_pattern, is_video, list_images, list_videos
 from raydet.images.references import FileReader, Reference
-from raydet.images.video.index import FRAME_FIELDS, ListedFrame, read_frames
+from raydet.images.video.index import FRAME_FIELDS, ListedFrame, read_frames, with_frames
+from raydet.images.windows.index import PICTURE_FIELDS, ListedPicture, WindowSize, with_sizes
 from raydet.tables import storage
 from raydet.tables.columns import bytes_of, numbers_of
 from raydet.tables.table import Table, is_table, open_table
@@ -75,7 +76,7 @@ class Collection(ABC):
             references of all images. File contents are not hashed.
     """
 
-    kind: Literal["table", "folder", "list", "tar", "video"]
+    kind: Literal["table", "folder", "list", "tar", "video", "windowed"]
     num_rows: int
     fingerprint: str
 
@@ -157,10 +158,13 @@ class IndexedCollection(Collection):
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Read rows as `Collection.read` does, prefetching files in parallel to hide storage latency."""
+        yield from _read_ahead(self.reader(), self.references(start, stop))
+
+    def reader(self) -> FileReader:
+        """Return a reader of the files that are listed."""
         # Unlike files found by listing, files named in a list may never have existed.
         missing = {"missing": "no such file"} if self.kind == "list" else {}
-        reader = FileReader(roots=self.roots, **missing)
-        yield from _read_ahead(reader, self.references(start, stop))
+        return FileReader(roots=self.roots, **missing)
 
     def references(self, start: int, stop: int) -> Iterator[tuple[ImageRow, Reference]]:
         """Yield the rows from position `start` to `stop` (exclusive) without their data, and where it is."""
@@ -171,15 +175,38 @@ class IndexedCollection(Collection):
 
 
 @dataclass(frozen=True)
+class WindowedCollection(IndexedCollection):
+    """Collection of pictures that may be too large to be decoded whole; the index states the size of each."""
+
+    @property
+    def extra_fields(self) -> tuple[pa.Field, ...]:
+        """See `Collection.extra_fields`."""
+        return PICTURE_FIELDS
+
+    def read(self, start: int, stop: int) -> Iterator[ImageRow]:
+        """Read rows as `Collection.read` does: complete files, for readers that show small pictures."""
+        for row, picture in zip(super().read(start, stop), self.pictures(start, stop), strict=True):
+            yield replace(row, extra=(picture.crs, picture.transform))
+
+    def pictures(self, start: int, stop: int) -> Iterator[ListedPicture]:
+        """Yield the rows of the index from position `start` to `stop` (exclusive)."""
+        with _open_parquet(self.index) as file:
+            for rows in _overlapping(file, start, stop, ListedPicture._fields):
+                yield from map(ListedPicture, *(column.to_pylist() for column in rows.columns))
+
+
+@dataclass(frozen=True)
 class VideoCollection(Collection):
-    """Collection of the frames of a video that are listed in an index.
+    """Collection of the frames of videos that are listed in an index.
 
     Attributes:
         index: URI of the index, or its content if it is not stored.
+        roots: Folders in which the files must lie; anywhere, unless `--data` was a local folder.
         num_missing: Number of frames that the video's header states, but which the file does not have.
     """
 
     index: str | bytes
+    roots: LocalRoots = ANYWHERE
     num_missing: int = 0
 
     @property
@@ -194,7 +221,8 @@ class VideoCollection(Collection):
 
     def read(self, start: int, stop: int) -> Iterator[ImageRow]:
         """Read rows as `Collection.read` does, decoding from the key frame before the first one."""
-        for row, data, error in read_frames(self._frames(start, stop)):
+        reader = FileReader(missing="no such file", roots=self.roots)
+        for row, data, error in read_frames(self._frames(start, stop), reader):
             yield ImageRow(row.image_id, row.path, data, error, None, (row.frame, row.time_s))
 
     def _frames(self, start: int, stop: int) -> Iterator[ListedFrame]:
@@ -204,7 +232,12 @@ class VideoCollection(Collection):
 
 
 def open_collection(
-    data: str, *, index_uri: str | None, allow_root: Sequence[str] | None = None, fps: float | None = None
+    data: str,
+    *,
+    index_uri: str | None,
+    allow_root: Sequence[str] | None = None,
+    fps: float | None = None,
+    windows: WindowSize | None = None,
 ) -> Collection:
     """Open a collection of images to score.
 
@@ -212,11 +245,14 @@ def open_collection(
         data: Path or URI of an images table; a folder of images, including subfolders; a list file (`.txt` or `.lst`,
             UTF-8, one path or URI per line, relative to the folder of the list; blank lines and lines that start with
             `#` are ignored); a `.tar`; or a folder of tar files without images. Or a pattern of tar files, with `*`,
-            `?`, `[…]`, `{a,b}` and `{000..012}`. Or a video. A folder with both a table and images counts as a table.
+            `?`, `[…]`, `{a,b}` and `{000..012}`. Or a video or, with `fps`, a folder or a list of videos. A folder with
+            both a table and images counts as a table.
         index_uri: Location of the index, which is written if missing; None keeps the index in the returned object.
             Unused for a table.
         allow_root: Further local folders that links in a folder of images may lead to.
-        fps: Frames of a video per second, see `chosen_frames`; None for all. An index that exists decides.
+        fps: Frames of videos per second, see `chosen_frames`; None for all. An index that exists decides.
+        windows: Windows in which the pictures, TIFF files, are to be read; the data may then also be a single picture.
+            None for whole images. An index that exists decides.
 
     Raises:
         UserError: The data does not exist or contains no image, a tar file is damaged or compressed, the existing
@@ -233,20 +269,36 @@ def open_collection(
                 )
             if is_table(uri):
                 if fps is not None:
-                    raise UserError(f"--fps needs a video as --data; {uri} is an images table")
+                    raise UserError(f"--fps needs videos as --data; {uri} is an images table")
+                if windows is not None:
+                    raise UserError(f"--windowed needs TIFF files as --data; {uri} is an images table")
                 return TableCollection.of(open_table(uri, "images"))
         refuse_password(uri, what="--data")
         if index_uri is None:
             sink = pa.BufferOutputStream()
-            _write_index(list_images(uri, allow_root, fps), uri, sink)
+            _write_index(_listed(uri, allow_root, fps, windows), uri, sink)
             return _indexed(sink.getvalue().to_pybytes(), uri, allow_root)
         if not storage.exists(index_uri):
-            listing = list_images(uri, allow_root, fps)
+            listing = _listed(uri, allow_root, fps, windows)
             with storage.open_output(index_uri, sync=True) as file:
                 _write_index(listing, uri, file)
         return _indexed(storage.absolute_uri(index_uri), uri, allow_root)
     except PermissionError as error:
         raise UserError(f"cannot read {error.filename or uri}: no permission") from None
+
+
+def _listed(uri: str, allow_root: Sequence[str] | None, fps: float | None, windows: WindowSize | None) -> Listing:
+    reader = FileReader(missing="no such file", roots=_roots_of(uri, allow_root))
+    if fps is not None or is_video(uri):
+        if windows is not None:
+            raise UserError(f"--windowed needs TIFF files as --data; {uri} is a video")
+        return with_frames(list_videos(uri, allow_root), reader, fps)
+    listing = list_images(uri, allow_root, takes_file=windows is not None)
+    return listing if windows is None else with_sizes(listing, reader, windows)
+
+
+def _roots_of(uri: str, allow_root: Sequence[str] | None) -> LocalRoots:
+    return LocalRoots(uri, *(allow_root or ())) if Path(uri).is_dir() else ANYWHERE
 
 
 def _write_index(listing: Listing, uri: str, file: pa.NativeFile | BinaryIO) -> None:
@@ -294,6 +346,10 @@ def _add_to_digest(digest: Any, column: pa.ChunkedArray) -> None:
     if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         digest.update(numbers_of(array).tobytes())
         return
+    if pa.types.is_list(array.type):
+        _add_to_digest(digest, pa.chunked_array([pc.list_value_length(array)]))
+        _add_to_digest(digest, pa.chunked_array([array.flatten()]))
+        return
     digest.update(numbers_of(pc.binary_length(array)).tobytes())
     texts = pc.fill_null(array, "").cast(pa.large_string())
     ends = np.frombuffer(texts.buffers()[1], np.int64, count=len(texts) + 1, offset=8 * texts.offset)
@@ -312,12 +368,11 @@ def _indexed(index: str | bytes, uri: str, allow_root: Sequence[str] | None) -> 
         raise UserError(
             f"{where} lists the images of {content['data']}, not those of {uri}; choose another output folder"
         )
+    roots = _roots_of(uri, allow_root)
     if content["kind"] == "video":
-        return VideoCollection("video", metadata.num_rows, content["fingerprint"], index, content["skipped"])
-    roots = LocalRoots(uri, *(allow_root or ())) if Path(uri).is_dir() else ANYWHERE
-    return IndexedCollection(
-        content["kind"], metadata.num_rows, content["fingerprint"], index, roots, content.get("skipped", 0)
-    )
+        return VideoCollection("video", metadata.num_rows, content["fingerprint"], index, roots, content["skipped"])
+    kind = WindowedCollection if content["kind"] == "windowed" else IndexedCollection
+    return kind(content["kind"], metadata.num_rows, content["fingerprint"], index, roots, content.get("skipped", 0))
 
 
 @contextmanager

@@ -21,6 +21,8 @@ _COMMON = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "b
 _RARE = ("avif", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm", "heic", "heif")
 IMAGE_EXTENSIONS = frozenset(_COMMON + _RARE)
 """Extensions of image files; HEIC is included so that it is reported, although Pillow alone cannot read it."""
+VIDEO_EXTENSIONS = frozenset(("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "mts", "m2ts"))
+"""Extensions of video files."""
 LIST_SUFFIXES = (".txt", ".lst")
 """Extensions of list files, with one path per line."""
 MAX_FILE_BYTES = 2**30
@@ -218,6 +220,11 @@ def is_image_name(path: str) -> bool:
     return PurePosixPath(path).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
+def is_video_name(path: str) -> bool:
+    """Return True if a file has the extension of a video."""
+    return PurePosixPath(path).suffix[1:].lower() in VIDEO_EXTENSIONS
+
+
 def beside(folder: str, path: str) -> str:
     """Resolve a relative path of a list file in `folder`."""
     if "://" not in folder:
@@ -262,16 +269,27 @@ def image_files_below(folder: ImageFolder, skipped: Counter[str] | None = None) 
 
 def images_below(folder: ImageFolder, skipped: Counter[str]) -> list[str]:
     """List the image files below a folder as `image_files_below` does; there may be none."""
+    return _files_of_kind(folder, skipped, is_image_name, "image files")
+
+
+def videos_below(folder: ImageFolder, skipped: Counter[str]) -> list[str]:
+    """List the video files below a folder as `image_files_below` does for images; there may be none."""
+    return _files_of_kind(folder, skipped, is_video_name, "videos")
+
+
+def _files_of_kind(
+    folder: ImageFolder, skipped: Counter[str], is_wanted: Callable[[str], bool], what: str
+) -> list[str]:
     listed = _list_local(folder) if folder.is_local else ((path, False) for path in list_below(folder))
     paths, num_outside = [], 0
     for path, is_outside in listed:
-        if is_image_name(path) or is_outside:
+        if is_wanted(path) or is_outside:
             paths.append(path)
             num_outside += is_outside
         else:
             skipped[PurePosixPath(path).suffix.lower() or "none"] += 1
     if paths and num_outside == len(paths):
-        raise all_outside(folder, paths, "image files")
+        raise all_outside(folder, paths, what)
     return sorted(paths)
 
 

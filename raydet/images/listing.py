@@ -1,4 +1,4 @@
-"""A folder, a list file, tar files or a video → one row per image, in a fixed order, in Arrow batches."""
+"""A folder, a list file or tar files → one row per image, in a fixed order, in Arrow batches; or one per video."""
 
 import itertools
 import os
@@ -23,19 +23,22 @@ from raydet.common.untrusted.text import text_stream
 from raydet.images.files import (
     IMAGE_EXTENSIONS,
     LIST_SUFFIXES,
+    VIDEO_EXTENSIONS,
     ImageFolder,
     ReadError,
     beside,
     image_files_below,
+    is_image_name,
+    is_video_name,
     list_below,
     no_image_below,
     read_error,
     readable,
     refuse_name,
+    videos_below,
 )
 from raydet.images.references import FileReader, Reference
 from raydet.images.tars import COMPRESSED_SUFFIXES, image_members, refuse_compressed
-from raydet.images.video.index import VIDEO_SCHEMA, is_video_name, video_batches
 from raydet.tables import storage
 from raydet.tables.table import open_table
 
@@ -51,7 +54,7 @@ _IMAGE_NAME = rf"[^/]\.(?:{'|'.join(sorted(IMAGE_EXTENSIONS))})$"
 _OUTSIDE = r"\x00|://|^/|^.:/|(?:^|/)\.\.(?:/|$)"
 """The relative paths that `ImageFolder.refuse_outside` refuses in a remote folder."""
 
-ListedKind = Literal["folder", "list", "tar", "video"]
+ListedKind = Literal["folder", "list", "tar", "video", "windowed"]
 
 
 LISTING_SCHEMA = pa.schema([("path", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -90,25 +93,19 @@ def is_pattern(uri: str) -> bool:
     return any(character in _OPTIONS.split(uri)[0] for character in "*?[{")
 
 
-def list_images(uri: str, allow_root: Sequence[str] | None = None, fps: float | None = None) -> Listing:
-    """List the images of a folder, a list file, a tar file, a pattern of tar files, or a video.
+def list_images(uri: str, allow_root: Sequence[str] | None = None, *, takes_file: bool = False) -> Listing:
+    """List the images of a folder, a list file, a tar file, or a pattern of tar files.
 
     Args:
         uri: Absolute path or URI that exists, or a pattern.
         allow_root: Further local folders that links in a folder may lead to.
-        fps: Frames of a video per second; by default all frames.
+        takes_file: The data may also be a single image file, which counts as a list.
 
     Raises:
         UserError: The data is none of these, or contains no image.
     """
     name = uri.lower()
     refuse_compressed(uri)
-    is_video = not is_pattern(uri) and is_video_name(uri) and _is_file(uri)
-    if fps is not None and not is_video:
-        raise UserError(f"--fps needs a video as --data; {uri} is none")
-    if is_video:
-        skipped = Counter[str]()
-        return _listing("video", video_batches(uri, fps, skipped), skipped, VIDEO_SCHEMA)
     if is_pattern(uri):
         return _tars(*_matching(uri))
     if name.endswith(".tar"):
@@ -117,11 +114,53 @@ def list_images(uri: str, allow_root: Sequence[str] | None = None, fps: float | 
     if name.endswith(LIST_SUFFIXES):
         return _listing("list", _batches(_read_list(uri)))
     if _is_file(uri):
+        if takes_file and is_image_name(uri):
+            return _listing("list", _batches([Entry(uri.rpartition("/")[2], Reference(uri))]))
         raise UserError(
             f"{uri} is a file, but neither a list of paths ({' or '.join(LIST_SUFFIXES)}), a .tar nor a video; "
             "name an images table, a folder of images, a list, tar files or a video"
         )
     return _list_folder(uri, allow_root)
+
+
+def list_videos(uri: str, allow_root: Sequence[str] | None = None) -> Listing:
+    """List the videos of a folder or a list file, or a single video.
+
+    Args:
+        uri: Absolute path or URI that exists, or a pattern.
+        allow_root: Further local folders that links in a folder may lead to.
+
+    Raises:
+        UserError: The data is none of these, or contains no video.
+    """
+    if is_video(uri):
+        return _listing("list", _batches([Entry(uri.rpartition("/")[2], Reference(uri))]))
+    if uri.lower().endswith(LIST_SUFFIXES):
+        return _listing("list", _batches(_videos_of_list(uri)))
+    if is_pattern(uri) or _is_file(uri):
+        raise UserError(f"--fps needs a video, a folder of videos or a list of them as --data; {uri} is none")
+    folder, skipped = ImageFolder(uri, what="video", allow_root=allow_root), Counter[str]()
+    paths = videos_below(folder, skipped)
+    if not paths:
+        raise UserError(
+            f"--fps needs videos, but there is none below {folder.uri} ({skipped.total():,} other files); "
+            f"video files end in {', '.join(sorted(VIDEO_EXTENSIONS))}"
+        )
+    refuse = refuse_name if folder.is_local else folder.refuse_outside  # a reader judges local links
+    entries = (Entry(readable(path), Reference(None if refuse(path) else folder.uri_of(path))) for path in paths)
+    return _listing("folder", _batches(entries), skipped)
+
+
+def is_video(uri: str) -> bool:
+    """Return True for a file with the extension of a video."""
+    return not is_pattern(uri) and is_video_name(uri) and _is_file(uri)
+
+
+def _videos_of_list(uri: str) -> Iterator[Entry]:
+    for entry in _read_list(uri):
+        if not is_video_name(entry.path):
+            raise UserError(f"--fps needs videos, but {uri} names {readable(entry.path)}")
+        yield entry
 
 
 def _is_file(uri: str) -> bool:
@@ -139,6 +178,8 @@ def _list_folder(uri: str, allow_root: Sequence[str] | None) -> Listing:
         files = _files_below(folder)
         if any(file.endswith(".parquet") for file in files):
             open_table(uri, "images")  # raises the specific error
+        if any(map(is_video_name, files)) and not any(map(is_image_name, files)):
+            raise UserError(f"no image file below {uri}, but videos; set --fps to score their frames") from None
         for file in files:
             if file.lower().endswith(COMPRESSED_SUFFIXES):
                 refuse_compressed(storage.join(uri, file))

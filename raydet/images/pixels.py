@@ -56,7 +56,12 @@ def upright_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
     if transpose is None:
         return pixels
     image.close()
-    return np.ascontiguousarray(_TURNS[orientation](pixels))
+    return turned(pixels, orientation)
+
+
+def turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Return pixels [height, width, 3] that are stored in an EXIF orientation, 1 to 8, upright and contiguous."""
+    return np.ascontiguousarray(_TURNS[orientation](pixels) if orientation in _TURNS else pixels)
 
 
 def check_conversion(image: ImageFile.ImageFile) -> None:

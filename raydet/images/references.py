@@ -41,6 +41,9 @@ class Reference(NamedTuple):
     size: int | None = None
 
 
+_NO_NAME = "the file name is not valid text or leaves its folder"
+
+
 class FileReader:
     """Thread-safe reader of references; it keeps file systems and the most recent tar files open.
 
@@ -65,6 +68,26 @@ class FileReader:
         filesystem, path = self._locate(uri)
         return self._roots.open(path) if filesystem is None else filesystem.open_input_file(path)
 
+    def open_file(self, uri: str | None) -> pa.NativeFile | LocalFile:
+        """Open a file for random access.
+
+        Args:
+            uri: Path or URI; None for a name that no file can have.
+
+        Raises:
+            ReadError: The file cannot be opened, and a retry would not help.
+            OSError: The storage failed, independently of this file.
+        """
+        if uri is None:
+            raise ReadError(_NO_NAME)
+        try:
+            return self.open(uri)
+        except OSError as error:
+            reason = self.reason_of(error, uri)
+            if reason is None:
+                raise
+            raise reason from None
+
     def read(self, reference: Reference, *, max_bytes: int | None = None) -> bytes:
         """Read the bytes of a reference, at most `max_bytes`, by default `MAX_FILE_BYTES`.
 
@@ -75,7 +98,7 @@ class FileReader:
         """
         uri, offset, size = reference
         if uri is None:
-            raise ReadError("the file name is not valid text or leaves its folder")
+            raise ReadError(_NO_NAME)
         try:
             if offset is None or size is None:
                 filesystem, path = self._locate(uri)
@@ -85,15 +108,22 @@ class FileReader:
             refuse_size(size, max_bytes)
             data: bytes = self._shared_file(uri).read_at(size, offset)
         except (OSError, ValueError) as error:
-            reason = read_error(error)
-            if isinstance(reason, MissingFileError):
-                raise MissingFileError(self._missing) from None
-            if reason is None and isinstance(error, OSError) and not self._is_about_the_file(error, uri):
+            reason = self.reason_of(error, uri)
+            if reason is None:
                 raise
-            raise reason or ReadError(f"cannot be read: {detail_of(error)}") from None
+            raise reason from None
         if len(data) < size:
             raise ReadError("the tar file is shorter than when it was listed")
         return data
+
+    def reason_of(self, error: Exception, uri: str) -> ReadError | None:
+        """Return the reason for rejecting a file, if an error concerns only this file; None if the storage failed."""
+        reason = read_error(error)
+        if isinstance(reason, MissingFileError):
+            return MissingFileError(self._missing)
+        if reason is None and isinstance(error, OSError) and not self._is_about_the_file(error, uri):
+            return None
+        return reason or ReadError(f"cannot be read: {detail_of(error)}")
 
     def _locate(self, uri: str) -> tuple[pafs.FileSystem | None, str]:
         """Return the file system, None for the local one, and the path inside it."""

@@ -57,6 +57,7 @@ class Scored:
 
     Attributes:
         truth_rows: Rows of the full truth that are measured, int64 [I].
+        found_ids: Image id of each of them in the detections, -1 if it has no row there, int64 [I].
         errors: Image id → reason why the detector could not read the image, which then has no detections.
         num_left_out: Number of images that only one side has, with `allow_partial`.
         note: Line about how the images were joined, if worth reporting.
@@ -70,6 +71,7 @@ class Scored:
     columns: DetectionColumns
     truth_columns: TruthColumns
     truth_rows: Integers
+    found_ids: Integers
     errors: dict[int, str] = field(default_factory=dict)
     num_left_out: int = 0
     note: str | None = None
@@ -114,6 +116,7 @@ def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_parti
         columns=columns,
         truth_columns=take_truth(truth.columns, joined.truth_rows),
         truth_rows=joined.truth_rows,
+        found_ids=joined.found_ids,
         errors=errors_by_id(rows.errors, joined.truth_row, truth),
         num_left_out=joined.num_left_out,
         note=joined.note,

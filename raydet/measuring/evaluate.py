@@ -44,6 +44,7 @@ def evaluate(config: EvaluateConfig, *, console: Console | None = None) -> Evalu
         config,
         truth=storage.absolute_uri(config.truth),
         detections=storage.absolute_uri(config.detections),
+        crops=None if config.crops is None else storage.absolute_uri(config.crops),
         out=None if config.out is None else storage.absolute_uri(config.out),
         run=config.run or _name_of(config.detections),
         split=config.split or _name_of(config.truth),
@@ -198,6 +199,10 @@ def _slices(config: EvaluateConfig, truth: Truth, scored: Scored) -> "list[Slice
 
     columns = read_extra_columns(truth) if set(config.slice_by) - set(PROPERTIES) else {}
     columns = {name: column.take(scored.truth_rows) for name, column in columns.items()}
+    if config.crops is not None:
+        from raydet.measuring.answers.by_image import answers_by_image
+
+        columns |= answers_by_image(config.crops, scored)
     areas = dict(COCO.areas) if config.protocol in ("coco", "lvis") else {}
     return [
         part

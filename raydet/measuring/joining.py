@@ -54,12 +54,14 @@ class Join:
     Attributes:
         truth_row: Row in the truth of each row of the detections, -1 for none, int64 [R].
         truth_rows: Rows of the truth to measure, ascending, int64 [I].
+        found_ids: Image id of each of them in the detections, -1 if it has no row there, int64 [I].
         num_left_out: Number of images that only one side has.
         note: Line about how the images were joined, if worth reporting.
     """
 
     truth_row: Integers
     truth_rows: Integers
+    found_ids: Integers
     num_left_out: int
     note: str | None
 
@@ -129,9 +131,12 @@ def join_images(
     note = _check_same(truth, found, truth_row[joined], joined, by)
     has_row = np.zeros(len(truth.image_ids), np.bool_)
     has_row[truth_row[joined]] = True
+    ids = np.full(len(has_row), -1, np.int64)
+    ids[truth_row[joined]] = found.image_ids[joined]
     num_unknown = _refuse_unknown(truth, found, truth_row, by, has_every_image=has_every_image, allow=allow_partial)
     if not has_every_image:
-        return Join(truth_row=truth_row, truth_rows=np.arange(len(has_row)), num_left_out=num_unknown, note=note)
+        everything = np.arange(len(has_row))
+        return Join(truth_row=truth_row, truth_rows=everything, found_ids=ids, num_left_out=num_unknown, note=note)
     num_missing = int((~has_row).sum())
     if num_missing and not allow_partial:
         raise UserError(
@@ -140,7 +145,11 @@ def join_images(
             "to measure only the images that both sides have"
         )
     return Join(
-        truth_row=truth_row, truth_rows=np.flatnonzero(has_row), num_left_out=num_unknown + num_missing, note=note
+        truth_row=truth_row,
+        truth_rows=np.flatnonzero(has_row),
+        found_ids=ids[has_row],
+        num_left_out=num_unknown + num_missing,
+        note=note,
     )
 
 

@@ -90,6 +90,7 @@ class _Shards:
             columns=take_detections(nothing, np.full(len(self.join.truth_rows), -1)),
             truth_columns=take_truth(self.truth.columns, self.join.truth_rows),
             truth_rows=self.join.truth_rows,
+            found_ids=self.join.found_ids,
             errors=self.errors,
             num_left_out=self.join.num_left_out,
             note=self.join.note,
@@ -140,7 +141,7 @@ def match_on_cluster(
     """Match a detections table on the cluster at `config.ray_address` ("local" starts one on this machine).
 
     The result is identical to matching locally. This process reads the detections themselves only to write tables,
-    which describe individual boxes, or to verify the result.
+    which describe individual boxes, to find their answers, or to verify the result.
 
     Raises:
         UserError: As in `detections.read_detections`.
@@ -151,11 +152,15 @@ def match_on_cluster(
     matched = shards.take(_match(config, shards, protocol))
     parts = list(progress.over(matched, count=lambda part: len(part.truth_rows)))
     scored = shards.scored()
-    if config.out is not None or config.verify:
+    if _needs_boxes(config):
         order = np.argsort(np.concatenate([part.truth_rows for part in parts]))
         detections = concatenate_detections([part.detections for part in parts if part.detections is not None])
         scored = replace(scored, columns=take_detections(detections, order))
     return scored, concatenate([part.matches for part in parts])
+
+
+def _needs_boxes(config: EvaluateConfig) -> bool:
+    return config.out is not None or config.verify or config.crops is not None
 
 
 def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
@@ -168,9 +173,7 @@ def _open(config: EvaluateConfig, truth: Truth) -> _Shards:
 def _match(config: EvaluateConfig, shards: _Shards, protocol: Protocol) -> Iterator[_Part]:
     work = _with_truth_rows(shards, _row_groups(shards.table, config.num_shards))
     truth = replace(shards.truth, images=replace(shards.truth.images, paths=None))
-    match_shard = partial(
-        _match_shard, shards.table, truth, protocol, with_detections=config.out is not None or config.verify
-    )
+    match_shard = partial(_match_shard, shards.table, truth, protocol, with_detections=_needs_boxes(config))
     if config.ray_address is not None:
         return _match_on_ray(config.ray_address, shards, match_shard, work)
     num_threads = available_cpus()

@@ -15,8 +15,9 @@ from raydet.tables.columns import Flags, Floats, Integers, TruthColumns
 
 PROPERTIES = ("box_size", "crowding", "image_size")
 """Properties that need no column; a column with one of these names is ignored."""
+UNKNOWN = "unknown"
+"""Group of the images without a value."""
 
-_UNKNOWN = "unknown"
 _MAX_VALUES = 50
 _MAX_NUMBERS = 12
 _CROWDING = ((0, "0"), (5, "1–5"), (20, "6–20"), (math.inf, "21+"))
@@ -80,9 +81,9 @@ def slices_of(
         place, names = _in_steps(num_boxes, _CROWDING)
     elif name == "image_size":
         place, names = _in_steps(sizes_hw.max(axis=1, initial=0), _IMAGE_SIZE)
-        place, names = np.where((sizes_hw <= 0).any(axis=1), len(names), place), [*names, _UNKNOWN]
+        place, names = np.where((sizes_hw <= 0).any(axis=1), len(names), place), [*names, UNKNOWN]
     else:
-        place, names = _of_column(name, columns)
+        place, names = groups_in(name, columns)
     by_id = np.argsort(truth.image_ids)
     boxes_in = np.bincount(place, weights=num_boxes, minlength=len(names)).astype(np.int64)
     return [
@@ -100,7 +101,7 @@ def in_words(name: str) -> str:
     if subject == "crowding":
         return f"images with {value} boxes"
     if subject == "image_size":
-        return f"images {'of unknown size' if value == _UNKNOWN else value}"
+        return f"images {'of unknown size' if value == UNKNOWN else value}"
     return f"{subject}: {value}"
 
 
@@ -115,8 +116,11 @@ def _in_steps(values: Integers, steps: Sequence[tuple[float, str]]) -> tuple[Int
     return np.searchsorted(ends, values, side="left"), list(names)
 
 
-def _of_column(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> tuple[Integers, list[str]]:
-    """Return the group of each image, int64 [I], and the names of the groups in a fixed order, "unknown" last."""
+def groups_in(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> tuple[Integers, list[str]]:
+    """Return the group of each value of a column, int64 [I], and the names of the groups in a fixed order.
+
+    The last group, `UNKNOWN`, is that of null and NaN; raises as `slices_of` does.
+    """
     if name not in columns:
         usable = [column for column, values in columns.items() if _is_usable(values.type)]
         there = f"the images table has the columns {', '.join(usable)}" if usable else "the truth has no extra columns"
@@ -147,9 +151,9 @@ def _of_column(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> 
         names = [_label(value) for value in distinct.to_pylist()]
     else:
         place, names = _quarters(place, distinct)
-    if _UNKNOWN not in names:
-        names = [*names, _UNKNOWN]
-    return np.where(place < 0, names.index(_UNKNOWN), place), names
+    if UNKNOWN not in names:
+        names = [*names, UNKNOWN]
+    return np.where(place < 0, names.index(UNKNOWN), place), names
 
 
 def _is_usable(dtype: pa.DataType) -> bool:

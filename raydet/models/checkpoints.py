@@ -34,8 +34,12 @@ GRAPH_FILES = ("model.xml", "model.bin")
 MOST_REMOTE_BYTES = 512 * 2**20
 """The fingerprint of larger files in an object store uses their size and time instead of their content."""
 
-_CONFIG = "config.json"
-_ADAPTER_FILE = "adapter_config.json"
+CONFIG = "config.json"
+"""File in a model folder, by which transformers builds the model."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files of an image processor, under its earlier name and its present one."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""File in a folder with adapters, in peft's format."""
 _MOST_CONFIG_BYTES = 8 * 2**20
 _MOST_JSON_BYTES = 64 * 2**20
 """Other JSON files, such as vocabularies; transformers reads them into memory."""
@@ -159,13 +163,13 @@ def _folder_config(folder: str, takes_graph: bool) -> dict[str, Any]:
     reason = refusal_in_folder(storage.resolve(folder)[1]) if storage.is_local(folder) else None
     if reason is not None:
         raise UserError(f"the model folder {folder} cannot be used: {reason}")
-    path = storage.join(folder, _CONFIG)
+    path = storage.join(folder, CONFIG)
     if not storage.exists(path):
-        inside = [name for name in storage.list_folders(folder) if storage.exists(storage.join(folder, name, _CONFIG))]
+        inside = [name for name in storage.list_folders(folder) if storage.exists(storage.join(folder, name, CONFIG))]
         # A training run holds two: the best model, and the last one.
         place = storage.join(folder, "checkpoint" if "checkpoint" in inside else inside[0]) if inside else ""
         hint = f"did you mean {place}?" if inside else "use the OUT/checkpoint of a training run"
-        raise UserError(f"the folder {folder} holds no model (no {_CONFIG}); {hint}")
+        raise UserError(f"the folder {folder} holds no model (no {CONFIG}); {hint}")
     if holds_graph(folder):
         if not takes_graph:
             raise only_graph(folder)
@@ -180,20 +184,34 @@ def check_local_config(folder: str) -> dict[str, Any]:
     Raises:
         UserError: It is damaged, or refers to an adapter, kernels or a quantiser, or another JSON file is too large.
     """
+    if storage.exists(storage.join(folder, ADAPTER_CONFIG)):
+        raise UserError(
+            f"{folder} holds an adapter of another model ({ADAPTER_CONFIG}); use a merged model, such as "
+            "the OUT/checkpoint beside it, or score it by --checkpoint BASE --adapter"
+        )
+    return check_config(folder)
+
+
+def check_config(folder: str) -> dict[str, Any]:
+    """Read a `config.json` as `check_local_config` does, also that of a folder with adapters."""
     _refuse_large_files(folder)
-    path = storage.join(folder, _CONFIG)
+    path = storage.join(folder, CONFIG)
+    content = read_config_file(path)
+    _refuse_hostile_parts(content, path)
+    return content
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """Read a small JSON object that describes a model or an adapter.
+
+    Raises:
+        UserError: It cannot be read, is too large, or is no JSON object.
+    """
     try:
         data = storage.read_bytes(path, max_bytes=_MOST_CONFIG_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
-    content = _parsed(data, path)
-    if storage.exists(storage.join(folder, _ADAPTER_FILE)):
-        raise UserError(
-            f"{folder} holds an adapter of another model ({_ADAPTER_FILE}); use a merged model, such as "
-            "the OUT/checkpoint beside it"
-        )
-    _refuse_hostile_parts(content, path)
-    return content
+    return _parsed(data, path)
 
 
 def _refuse_large_files(folder: str) -> None:
@@ -255,7 +273,7 @@ def hub_config_path(name: str) -> str:
 
     try:
         # No detector on the Hub has a name without an owner: a mistyped folder is refused without asking the Hub.
-        is_cached = isinstance(try_to_load_from_cache(name, _CONFIG), str)
+        is_cached = isinstance(try_to_load_from_cache(name, CONFIG), str)
         if "/" not in name and not is_cached:
             raise HFValidationError
         try:
@@ -263,8 +281,8 @@ def hub_config_path(name: str) -> str:
         except RunError:
             if not is_cached:
                 raise
-            return hf_hub_download(name, _CONFIG, local_files_only=True)
-        return hf_hub_download(name, _CONFIG)
+            return hf_hub_download(name, CONFIG, local_files_only=True)
+        return hf_hub_download(name, CONFIG)
     except HFValidationError:
         raise UserError(f"no such checkpoint: {name} is neither a folder nor a Hub name (owner/name)") from None
     except LocalEntryNotFoundError:

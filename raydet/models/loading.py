@@ -25,7 +25,14 @@ from raydet.models.batch_norm import (
     keep_batch_norm_gradients_contiguous,
     reset_batch_norm_scales,
 )
-from raydet.models.checkpoints import categories_in, check_local_config, holds_graph, hub_config_path, only_graph
+from raydet.models.checkpoints import (
+    PROCESSOR_FILES,
+    categories_in,
+    check_local_config,
+    holds_graph,
+    hub_config_path,
+    only_graph,
+)
 from raydet.models.class_heads import change_classes, set_labels, start_at_prior
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import FAMILIES, Family, family_of
@@ -45,7 +52,6 @@ from raydet.models.small import DEFAULT_IMAGE_SIZE, SMALL_MODELS
 from raydet.tables.schema import Category
 
 logger = logging.getLogger("raydet")
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def build_detector(
@@ -99,12 +105,12 @@ def build_detector(
             start_at_prior(model, family, _new_model)
             processor = resized_processor(default_processor(family), family, image_size or DEFAULT_IMAGE_SIZE)
         else:
-            config, family = _read_config(name)
-            processor = _read_processor(name, family)
+            config, family = read_config(name)
+            processor = read_processor(name, family)
             own_names = _class_names(config)
             check_mapping(class_mapping or {}, names, own_names, where=name)
             _prepare_for_training(config, family)
-            model, fresh = _read_model(name, config)
+            model, fresh = read_model(name, config)
             notes = [f"weights that {name} lacks, which start anew: {', '.join(sorted(fresh))}"] if fresh else []
             if lora and (random := fresh & backbone.backbone_parameter_names(model)):
                 raise UserError(
@@ -147,8 +153,8 @@ def resize_rules_for(
             processor = default_processor(family)
             image_size = image_size or DEFAULT_IMAGE_SIZE
         else:
-            _, family = _read_config(name)
-            processor = _read_processor(name, family)
+            _, family = read_config(name)
+            processor = read_processor(name, family)
         if image_size is not None:
             processor = resized_processor(processor, family, image_size)
     rule = resize_rule_of(processor, where=name)
@@ -174,13 +180,11 @@ def load_detector(name: str) -> Detector:
     if holds_graph(name):
         raise only_graph(name)
     with quiet(), offline_if_local(name):
-        config, family = _read_config(name)
+        config, family = read_config(name)
         categories = _categories(config, name)
-        model, fresh = _read_model(name, config)
-        processor = _read_processor(name, family)
-    # Only training uses the embedding of noisy boxes; a checkpoint may omit it.
-    missing = sorted(fresh & {name for name, _ in model.named_parameters() if "denoising" not in name})
-    if missing:
+        model, fresh = read_model(name, config)
+        processor = read_processor(name, family)
+    if missing := missing_weights(model, fresh):
         raise UserError(
             f"the model in {name} is incomplete: {len(missing)} weights are missing or do not fit its config.json, "
             f"such as {missing[0]}; use a trained checkpoint"
@@ -195,14 +199,14 @@ def load_without_weights(name: str) -> Detector:
         UserError: The folder describes no detector, or does not name its classes.
     """
     with quiet(), offline_if_local(name):
-        config, family = _read_config(name)
+        config, family = read_config(name)
         categories = _categories(config, name)
         try:
             with torch.device("meta"):
                 model = _new_model(config)
         except Exception as error:  # dozens of types are possible
-            raise _cannot_read(name, error) from error
-        processor = _read_processor(name, family)
+            raise cannot_read(name, error) from error
+        processor = read_processor(name, family)
     return _evaluated(model, processor, categories, name)
 
 
@@ -219,6 +223,12 @@ def _evaluated(model: PreTrainedModel, processor: Any, categories: Sequence[Cate
     detector = Detector(model, processor, categories, where=name)
     check_num_queries(model.config, detector.family, detector.resize_rule, num_queries=detector.num_queries, where=name)
     return detector
+
+
+def missing_weights(model: PreTrainedModel, fresh: set[str]) -> list[str]:
+    """Return those of some names of weights, sorted, without which a model cannot detect anything."""
+    # Only training uses the embedding of noisy boxes; a checkpoint may omit it.
+    return sorted(fresh & {name for name, _ in model.named_parameters() if "denoising" not in name})
 
 
 def _checkpoint_gradients(model: PreTrainedModel, *, where: str) -> None:
@@ -245,7 +255,12 @@ def _prepare_for_training(config: PreTrainedConfig, family: Family) -> None:
             setattr(config, attribute, None)
 
 
-def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
+def read_config(name: str) -> tuple[PreTrainedConfig, Family]:
+    """Read the config of a model folder or of a name on the Hub.
+
+    Raises:
+        UserError: There is no model of a supported family.
+    """
     folder = Path(name)
     if folder.exists():
         if not (folder / "config.json").is_file():
@@ -261,12 +276,16 @@ def _read_config(name: str) -> tuple[PreTrainedConfig, Family]:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # dozens of types are possible
-        raise _cannot_read(name, error) from error
+        raise cannot_read(name, error) from error
     return config, family_of(config.model_type, where=name)
 
 
-def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set[str]]:
-    """Load a model; also return the names of weights that the checkpoint lacks or has in a different shape."""
+def read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set[str]]:
+    """Load a model; also return the names of weights that the checkpoint lacks or has in a different shape.
+
+    Raises:
+        UserError: The model cannot be read.
+    """
     try:
         model, report = AutoModelForObjectDetection.from_pretrained(
             name,
@@ -282,18 +301,23 @@ def _read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, s
     except MemoryError:
         raise
     except Exception as error:  # dozens of types are possible
-        raise _cannot_read(name, error) from error
+        raise cannot_read(name, error) from error
     install_criterion(model)
     fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
     return model, fresh | set(report["missing_keys"])
 
 
-def _read_processor(name: str, family: Family) -> Any:
+def read_processor(name: str, family: Family) -> Any:
+    """Read the image processor of a model, or make the default of its family.
+
+    Raises:
+        UserError: It cannot be read, or normalises in a way that raydet does not support.
+    """
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="torchvision", trust_remote_code=False)
     except Exception as error:  # dozens of types are possible
-        if any(Path(name, file).exists() for file in _PROCESSOR_FILES):
-            raise _cannot_read(name, error) from error
+        if any(Path(name, file).exists() for file in PROCESSOR_FILES):
+            raise cannot_read(name, error) from error
         if not isinstance(error, OSError | ValueError):
             raise
         logger.warning("%s has no image processor; using the default, %s", name, family.processor)
@@ -302,7 +326,8 @@ def _read_processor(name: str, family: Family) -> Any:
     return supported_processor(processor)
 
 
-def _cannot_read(name: str, error: Exception) -> UserError:
+def cannot_read(name: str, error: Exception) -> UserError:
+    """Make the error for a model that transformers fails to load."""
     if isinstance(error, OfflineModeIsEnabled) and Path(name).exists():
         return UserError(
             f"the model in {name} is incomplete: its config.json refers to another model, which raydet does not fetch "

@@ -19,6 +19,7 @@ from raydet.config import DEFAULT_MAX_PIXELS
 from raydet.images.collection import ImageRow, TableCollection
 from raydet.images.decode import DecodeError, decode
 from raydet.measuring.diagnosis.labels import MIN_AP50
+from raydet.reporting.answered import Answered
 from raydet.reporting.judging import JudgedImage, judge
 from raydet.reporting.labels import Label, place_labels
 from raydet.reporting.run_tables import RunTables
@@ -106,11 +107,12 @@ class _Choice:
     boxes: dict[int, list[tuple[list[float], str, bool]]] = field(default_factory=dict)  # xywh, label, is_truth
 
 
-def build_galleries(run: RunTables, num_images: int) -> Galleries:
+def build_galleries(run: RunTables, num_images: int, answered: Answered | None = None) -> Galleries:
     """Select the worst images and draw them.
 
     Boxes are judged at IoU 0.5 and the score threshold of the best F1 over all classes. Only selected images are read;
-    failures are reported on the page and never stop the report. `num_images` is the maximum per gallery.
+    failures are reported on the page and never stop the report. `num_images` is the maximum per gallery. Answers, if
+    given, are drawn beside the names of detections.
     """
     if num_images == 0:
         return Galleries(galleries=())
@@ -122,6 +124,7 @@ def build_galleries(run: RunTables, num_images: int) -> Galleries:
     if wanted := {*of_class, *(image_id for choice in choices for image_id in choice.captions)}:
         try:
             judged = judge(run, sorted(wanted))
+            judged = judged if answered is None else answered.beside(judged)
         except (UserError, OSError) as error:
             problems.append(f"Boxes cannot be drawn: {error}")
     choices.insert(-1, _wrong_class(judged, of_class, num_images))

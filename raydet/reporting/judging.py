@@ -11,9 +11,11 @@ import pyarrow.compute as pc
 
 from raydet.common.boxes import as_boxes
 from raydet.common.class_names import indices_in
+from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.joining import join_images, list_images
 from raydet.measuring.numbers.matches import Protocol, bits_at
 from raydet.measuring.numbers.matching import match, overlapping_pairs
+from raydet.measuring.truth import Truth
 from raydet.reporting.run_tables import RunTables
 from raydet.tables.columns import DetectionColumns, TruthColumns
 from raydet.tables.schema import LABELLED_COLUMN
@@ -51,6 +53,20 @@ def score_threshold(run: RunTables) -> float:
     """Return the minimum score of detections in the galleries, the one with the best F1 over all classes."""
     best = run.value("best_f1_threshold").value
     return _DEFAULT_THRESHOLD if best is None else best
+
+
+def read_scored(run: RunTables, truth: Truth) -> Scored:
+    """Read the detections of an evaluated run as the evaluation did.
+
+    Raises:
+        UserError: They no longer exist, or are not those of the truth.
+    """
+    return read_detections(
+        run.detections.uri,
+        replace(truth, class_mapping=run.settings.get("class_mapping") or {}),
+        join="path" if run.settings.get("join") == "path" else "id",
+        allow_partial=True,
+    )
 
 
 def judge(run: RunTables, image_ids: Sequence[int]) -> dict[int, JudgedImage]:

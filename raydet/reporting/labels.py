@@ -36,10 +36,11 @@ def place_labels(
 
     Returns:
         The labels, and a legend: numbers such as "1" or "2–5", and the text that they stand for. The legend is empty
-        if the labels are the texts themselves, which takes room for all of them.
+        if the labels are the texts themselves, which takes short texts and room for all of them.
     """
-    if len(texts) <= _MOST_TEXTS:
-        labels = _placed(boxes_xywh, [_cut(text) for text in texts], size_wh)
+    most_characters = min(_MOST_CHARACTERS, int(size_wh[0] / _CHARACTER_PX))
+    if len(texts) <= _MOST_TEXTS and all(len(text) <= most_characters for text in texts):
+        labels = _placed(boxes_xywh, texts, size_wh)
         if None not in labels:
             return tuple(label for label in labels if label is not None), ()
     numbers = [str(number) for number in range(1, len(texts) + 1)]
@@ -73,10 +74,6 @@ def _corners(box: Sequence[float], text: str, size_wh: tuple[int, int]) -> Itera
         if FONT_PX <= baseline <= size_wh[1] - 2:
             yield Label(text, round(left, 1), round(baseline, 1))
     yield Label(text, round(left, 1), round(min(max(y + 2 + FONT_PX, FONT_PX), size_wh[1] - 2.0), 1))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
 
 
 def _width(text: str) -> float:

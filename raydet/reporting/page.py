@@ -4,13 +4,14 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from raydet.reporting.answered import AnswerTable
 from raydet.reporting.figures import class_rows, error_rows, headline, number, point_rows, slice_rows, title_of
 from raydet.reporting.galleries import Galleries
 from raydet.reporting.judging import score_threshold
@@ -19,7 +20,7 @@ from raydet.reporting.run_tables import RunTables
 _FOLDER = "assets"
 
 
-def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> str:
+def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries, answers: Sequence[AnswerTable] = ()) -> str:
     """Render the report; `charts` is the result of `figures.charts`."""
     errors, sums = error_rows(run)
     return fill(
@@ -37,6 +38,7 @@ def render(run: RunTables, charts: Mapping[str, Any], galleries: Galleries) -> s
         threshold=score_threshold(run),
         charts=charts,
         galleries=galleries,
+        answers=answers,
     )
 
 

@@ -7,6 +7,7 @@ from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
 from raydet.config import ReportConfig
 from raydet.config.fields import with_options
+from raydet.reporting.answered import read_answered
 from raydet.reporting.figures import charts
 from raydet.reporting.galleries import build_galleries
 from raydet.reporting.page import render
@@ -57,17 +58,20 @@ def report(config: ReportConfig, *, console: Console | None = None) -> Report:
         console: Console for progress; by default a new one.
 
     Raises:
-        UserError: The folder has no metrics or not this run, or `train_run` is not a training run.
+        UserError: The folder has no metrics or not this run, `train_run` is not a training run, or `crops` are not
+            about its detections.
     """
     out = storage.absolute_uri(config.out or storage.join(config.metrics, _FILE))
     with (console or Console()).progress("reading the tables") as progress:
         run = read_run(config.metrics, config.run)
+        answered = read_answered(run, config.crops) if config.crops else None
         history = [] if config.train_run is None else _history(config.train_run)
         with new_file(out, command="report", endings=(".html", ".htm")) as file:
             progress.begin("drawing")
-            galleries = build_galleries(run, config.num_images)
+            galleries = build_galleries(run, config.num_images, answered)
             progress.begin("writing the page")
-            data = render(run, charts(run, history), galleries).encode()
+            tables = () if answered is None else answered.tables
+            data = render(run, charts(run, history), galleries, tables).encode()
             file.write(data)
     return Report(out=out, run=run.run, num_bytes=len(data), problems=galleries.problems)
 

@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,18 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydet.cluster.stopwatch import FileStats, ProcessStats, Stopwatch
+from raydet.cluster.stopwatch import ProcessStats, Stopwatch
 from raydet.common.errors import UserError
-from raydet.engines.loading import resize_rule_before
+from raydet.engines.loading import load_adapted_engines, resize_rule_before
 from raydet.models.checkpoints import fingerprint
 from raydet.models.geometry import ResizeRule
 from raydet.scoring.blocks import images_in, planes_in
 from raydet.scoring.kept import kept_columns, query_numbers
-from raydet.scoring.plan import COUNTS_KEY, Work, part_name
+from raydet.scoring.plan import COUNTS_KEY, ChunkStats, FileCounts, Work, part_name, table_uri
 from raydet.tables import storage
 from raydet.tables.kept.columns import QUERIES_COLUMN
 from raydet.tables.layout import groups_of
-from raydet.tables.output_folder import OutputFolder
 from raydet.tables.table import ROW_GROUP_BYTES
 
 _MOST_ROWS_PER_GROUP = 2**14
@@ -33,20 +32,22 @@ _LOG = logging.getLogger(__name__)
 
 _Found = list[Any]
 """`Detections` of several images; importing their class would import torch."""
+_Upcoming = Future[tuple[list[_Found], ProcessStats]]
+"""Detections of the images of a block by each engine, and the time that they took."""
 
 
-def unreadable_in(folder: OutputFolder, names: Iterable[str]) -> dict[str, str]:
+def unreadable_in(uri: str, names: Iterable[str]) -> dict[str, str]:
     """Return the reason by path of each image without detections in some files of a detections table."""
     found: dict[str, str] = {}
     for name in names:
-        filesystem, path = storage.resolve(folder.uri_of(name))
+        filesystem, path = storage.resolve(storage.join(uri, name))
         rows = pq.read_table(path, filesystem=filesystem, columns=["path", "error"], partitioning=None)
         found |= {row["path"]: row["error"] for row in rows.filter(rows["error"].is_valid()).to_pylist()}
     return found
 
 
 class ChunkScorer:
-    """A copy of the model that scores chunks; several threads may call `score` for different chunks.
+    """A copy of the model, with all adapters, that scores chunks; several threads may call `score` for different ones.
 
     The model loads in a thread, so that the first blocks are decoded meanwhile. All forward passes run in that thread,
     since each calling thread would get its own pool of compute threads. While the model runs on a block, the calling
@@ -67,10 +68,13 @@ class ChunkScorer:
     def _load(self) -> Any:
         work = self._work
         try:
-            if fingerprint(work.model_name) != work.model_fingerprint:
-                raise UserError(
-                    f"{work.model_name} changed during the run; restore the model and run the same command again"
-                )
+            expected = {
+                work.model_name: work.model_fingerprint,
+                **{each.uri: each.fingerprint for each in work.adapters},
+            }
+            for name, value in expected.items():
+                if fingerprint(name) != value:
+                    raise UserError(f"{name} changed during the run; restore the model and run the same command again")
             self.rule.set_result(resize_rule_before(work.config))
         except BaseException as error:
             self.rule.set_exception(error)
@@ -78,26 +82,33 @@ class ChunkScorer:
         from raydet.engines.scorer import Scorer
 
         started = time.perf_counter()
-        engine = work.load_engine(work.config, device=self._device, num_threads=self._num_threads)
+        place: Any = {"device": self._device, "num_threads": self._num_threads}
+        if work.adapters:
+            engines = load_adapted_engines(work.config, work.adapters, **place)
+        else:
+            engines = [work.load_engine(work.config, **place)]
         text = "model loaded on %s in %.1f s, %d threads"
         _LOG.info(text, self._device, time.perf_counter() - started, self._num_threads)
-        return Scorer(engine, work.config, batch_size=work.plan.batch_size, point=work.point)
+        first, *others = engines
+        return Scorer(first, work.config, batch_size=work.plan.batch_size, point=work.point, others=others)
 
     def close(self) -> None:
         """Stop: drop what has not started; the next block of each chunk in flight raises an error."""
         self._is_closed.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def score(self, chunk: int, blocks: Iterable[tuple[pa.Table, ProcessStats]]) -> FileStats:
-        """Score a chunk and write its file, atomically; `blocks` is the result of `blocks_of` for its rows."""
+    def score(self, chunk: int, blocks: Iterable[tuple[pa.Table, ProcessStats]]) -> ChunkStats:
+        """Score a chunk and write its files, each atomically; `blocks` is the result of `blocks_of` for its rows."""
         processes: list[ProcessStats] = []
-        tables: list[pa.Table] = []
-        waiting: tuple[pa.Table, Future[tuple[_Found, ProcessStats]]] | None = None
+        schemas = self._work.schemas
+        tables: dict[str, list[pa.Table]] = {name: [] for name in schemas}
+        waiting: tuple[pa.Table, _Upcoming] | None = None
 
-        def finish(block: pa.Table, found: "Future[tuple[_Found, ProcessStats]]") -> None:
-            detections, stats = found.result()
+        def finish(block: pa.Table, upcoming: _Upcoming) -> None:
+            found, stats = upcoming.result()
             processes.append(stats)
-            tables.append(_rows(block, detections, self._work.schema))
+            for (name, schema), detections in zip(schemas.items(), found, strict=True):
+                tables[name].append(rows_of(block, detections, schema))
 
         for block, stats in blocks:
             if self._is_closed.is_set():
@@ -109,7 +120,9 @@ class ChunkScorer:
             waiting = upcoming
         if waiting is not None:
             finish(*waiting)
-        return self._write(chunk, pa.concat_tables(tables), processes)
+        return write_chunk(
+            self._work, chunk, {name: pa.concat_tables(parts) for name, parts in tables.items()}, processes
+        )
 
     def _prepare(self, block: pa.Table) -> Any:
         scorer, rule = self._scorer.result(), self.rule.result()
@@ -122,37 +135,54 @@ class ChunkScorer:
         ]
         return scorer.prepare_resized(sizes_hw, planes)
 
-    def _predict(self, prepared: Any) -> tuple[_Found, ProcessStats]:
+    def _predict(self, prepared: Any) -> tuple[list[_Found], ProcessStats]:
         watch = Stopwatch("model")
         with watch.measuring("model"):
-            found = self._scorer.result().predict(prepared)
+            found = self._scorer.result().predict_each(prepared)
         return found, watch.lap()
 
-    def _write(self, chunk: int, table: pa.Table, processes: list[ProcessStats]) -> FileStats:
-        watch = Stopwatch("writer")
-        errors = [reason for reason in table["error"].to_pylist() if reason is not None]
-        lengths = pc.list_value_length(pc.struct_field(table["detections"], "score"))
-        num_detections = pc.sum(lengths).as_py() or 0
-        with watch.measuring("write"):
-            # In the footer, so that a resumed run counts the rows of finished files without reading detections.
-            counts = {"num_errors": len(errors), "num_detections": num_detections}
-            metadata = {**self._work.schema.metadata, COUNTS_KEY: json.dumps(counts)}
-            sink = pa.BufferOutputStream()
-            pq.write_table(table.replace_schema_metadata(metadata), sink, **_options_of(table))
-            content = sink.getvalue()
-            groups = groups_of(pq.read_metadata(pa.BufferReader(content)))
-            self._work.folder.write_bytes(content.to_pybytes(), part_name(chunk))
-        return FileStats(
-            file=part_name(chunk),
-            groups=groups,
-            num_images=table.num_rows,
-            num_detections=num_detections,
-            errors=errors,
-            processes=[*processes, watch.lap()],
-        )
+
+def write_chunk(
+    work: Work, chunk: int, tables: Mapping[str, pa.Table], processes: Sequence[ProcessStats] = ()
+) -> ChunkStats:
+    """Write the file of a chunk in each table, each atomically.
+
+    Args:
+        work: Work of the run.
+        chunk: Number of the chunk.
+        tables: Its rows in each table, by the table's folder.
+        processes: The work that the rows took.
+    """
+    watch = Stopwatch("writer")
+    first = next(iter(tables.values()))
+    errors = [reason for reason in first["error"].to_pylist() if reason is not None]
+    with watch.measuring("write"):
+        counts = tuple(_write_file(work, chunk, name, table, len(errors)) for name, table in tables.items())
+    return ChunkStats(
+        file=part_name(chunk),
+        num_images=first.num_rows,
+        num_detections=sum(each.num_detections for each in counts),
+        errors=errors,
+        processes=[*processes, watch.lap()],
+        counts=counts,
+    )
 
 
-def _rows(block: pa.Table, found: Sequence[Any], schema: pa.Schema) -> pa.Table:
+def _write_file(work: Work, chunk: int, name: str, table: pa.Table, num_errors: int) -> FileCounts:
+    lengths = pc.list_value_length(pc.struct_field(table["detections"], "score"))
+    num_detections = pc.sum(lengths).as_py() or 0
+    # In the footer, so that a resumed run counts the rows of finished files without reading detections.
+    counts = {"num_errors": num_errors, "num_detections": num_detections}
+    metadata = {**work.schemas[name].metadata, COUNTS_KEY: json.dumps(counts)}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, **_options_of(table))
+    content = sink.getvalue()
+    groups = groups_of(pq.read_metadata(pa.BufferReader(content)))
+    storage.write_bytes(storage.join(table_uri(work.folder, name), part_name(chunk)), content.to_pybytes())
+    return FileCounts(groups, num_errors, num_detections)
+
+
+def rows_of(block: pa.Table, found: Sequence[Any], schema: pa.Schema) -> pa.Table:
     """Build the rows of a block from the detections of its readable images."""
     is_readable = pc.is_valid(block["pixel_height"]).to_numpy(zero_copy_only=False)
     counts = np.zeros(block.num_rows, np.int64)

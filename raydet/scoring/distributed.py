@@ -1,7 +1,7 @@
 """A scoring run on a Ray cluster, as the driver sees it: shares, checks of the nodes, and attempts."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ray
 
@@ -10,14 +10,14 @@ from raydet.cluster.caller import LOG_FILE
 from raydet.cluster.job_record import JobRecord
 from raydet.cluster.ray_internals import RpcError
 from raydet.cluster.shared_storage import check_shared
-from raydet.cluster.stopwatch import FileStats
-from raydet.cluster.tasks import has_gpu
+from raydet.cluster.tasks import has_gpu, run_tasks
 from raydet.common.console import Console
 from raydet.config import PredictConfig
 from raydet.engines.engine import no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader
 from raydet.images.listing import is_pattern
-from raydet.scoring.plan import LOG_FOLDER, Work
+from raydet.models.checkpoints import ADAPTER_CONFIG
+from raydet.scoring.plan import LOG_FOLDER, ChunkStats, Work
 from raydet.scoring.recovery import Losses
 from raydet.scoring.stream import score, threads_of
 from raydet.tables import storage
@@ -71,9 +71,13 @@ class Cluster:
         self._resources = resources
         self._wanted = self._num_workers = config.num_workers
 
-    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
+    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[ChunkStats]:
         """Score chunks and yield the statistics of each file once it is written, in any order."""
         return score(work, chunks, self._resources, num_workers=self._num_workers)
+
+    def apply(self, write: Callable[[int], ChunkStats], chunks: Sequence[int]) -> Iterator[ChunkStats]:
+        """Write chunks with a function that needs no model, and yield the statistics of each file, in any order."""
+        return run_tasks(write, chunks, in_order=False)
 
     def prepare_again(self, reason: str) -> str:
         """Reduce the number of workers to those that fit after a loss, and return a line for the terminal."""
@@ -122,6 +126,8 @@ def connected(config: PredictConfig, console: Console) -> Iterator[Cluster]:
 def _check_nodes(config: PredictConfig) -> None:
     """Check that every node sees the images, the checkpoint and the output."""
     reads = shared_inputs(config.data_uri, {"--checkpoint": config.checkpoint, "--model": config.model})
+    for number, uri in enumerate(config.adapters, start=1):
+        reads[f"--adapter ({number})"] = (uri, storage.join(uri, ADAPTER_CONFIG))
     check_shared(reads=reads, writes=(config.out, storage.join(config.out, LOG_FOLDER)))
 
 

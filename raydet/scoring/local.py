@@ -2,22 +2,21 @@
 
 import contextlib
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import psutil
 
 from raydet.cluster.job_record import JobRecord, NodeKind, versions
-from raydet.cluster.stopwatch import FileStats
 from raydet.common.allocator import keeping_freed_memory
 from raydet.common.console import Console
 from raydet.common.signals import ending_on_sigterm
-from raydet.common.threads import available_cpus
+from raydet.common.threads import available_cpus, in_order
 from raydet.config import PredictConfig
 from raydet.engines.loading import EngineLoader, device_here
 from raydet.scoring.blocks import blocks_of
 from raydet.scoring.chunks import ChunkScorer
-from raydet.scoring.plan import Work
+from raydet.scoring.plan import ChunkStats, Work
 from raydet.scoring.recovery import Losses
 
 _MOST_DECODE_THREADS = 16
@@ -46,11 +45,11 @@ class ThisProcess:
         self.num_threads = config.threads_per_worker or available_cpus()
         self.num_decode_threads = min(available_cpus(), _MOST_DECODE_THREADS)
 
-    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
+    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[ChunkStats]:
         """Score chunks and yield the statistics of each file once it is written, in any order."""
         scorer = ChunkScorer(work, device=self.device, num_threads=self.num_threads)
 
-        def score(chunk: int) -> FileStats:
+        def score(chunk: int) -> ChunkStats:
             return scorer.score(chunk, blocks_of(work, work.plan.rows_of(chunk), scorer.rule.result()))
 
         # One thread more than decode, since one is usually writing its file or waiting for the model.
@@ -61,6 +60,10 @@ class ThisProcess:
         finally:
             scorer.close()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def apply(self, write: Callable[[int], ChunkStats], chunks: Sequence[int]) -> Iterator[ChunkStats]:
+        """Write chunks with a function that needs no model, and yield the statistics of each file."""
+        return in_order(write, chunks, num_threads=available_cpus())
 
     def prepare_again(self, reason: str) -> str:
         """Return a line for the terminal about another attempt."""

@@ -7,14 +7,20 @@ in blocks, which are consecutive rows too.
 
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
+from raydet.cluster.stopwatch import FileStats
 from raydet.config import PredictConfig
 from raydet.engines.loading import EngineLoader
 from raydet.images.collection import Collection
 from raydet.measuring.fitting.operating_point import FittedPoint
+from raydet.models.adapters.description import AdapterFolder
+from raydet.tables import storage
+from raydet.tables.layout import FileGroups
 from raydet.tables.output_folder import OutputFolder
 
 LOG_FOLDER = "__log"
@@ -29,6 +35,8 @@ _EVEN_ENOUGH = 1.02
 """Larger chunks are preferred to a distribution that saves less than this factor."""
 _IMAGES_PER_BLOCK = 64
 """Enough to make the cost of a call to another process negligible, few enough to start the model soon."""
+OWN_TABLE = ""
+"""Folder of the only table of a run without adapters: OUT itself."""
 COUNTS_KEY = b"raydet_counts"
 """Metadata of a file with its numbers of errors and detections, JSON."""
 _PART_NAME = re.compile(r"part-(\d{7,})\.parquet")
@@ -62,6 +70,8 @@ class ScoringPlan:
             images_per_batch = 1
         least_files = _LEAST_FILES_PER_WORKER * config.num_workers
         most_rows = _MOST_ROWS_WITH_VECTORS if config.keep else _MOST_ROWS_PER_FILE
+        # The rows of all adapters wait in memory until the chunk is finished.
+        most_rows = max(_IMAGES_PER_BLOCK, most_rows // max(1, len(config.adapters)))
         rows_per_file = config.rows_per_file or min(
             most_rows, max(_IMAGES_PER_BLOCK // 2, math.ceil(num_rows / least_files))
         )
@@ -102,6 +112,30 @@ def _rounded_up(number: int, step: int) -> int:
     return math.ceil(number / step) * step
 
 
+class FileCounts(NamedTuple):
+    """Counts of one detections file."""
+
+    groups: FileGroups
+    num_errors: int
+    num_detections: int
+
+    @property
+    def num_images(self) -> int:
+        """Number of rows."""
+        return sum(num_rows for num_rows, _ in self.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkStats(FileStats):
+    """Statistics of a finished chunk, whose file has the same name in each table of the run.
+
+    Attributes:
+        counts: Counts of its file in each table, in their order.
+    """
+
+    counts: tuple[FileCounts, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """Data that the processes of a scoring run share.
@@ -110,7 +144,9 @@ class Work:
         config: Options of the run, with absolute paths.
         model_fingerprint: Fingerprint of the checkpoint at the start of the run.
         point: Operating point to apply, as it was at the start of the run.
+        schemas: Schema of each table to write, by its folder in OUT: `OWN_TABLE`, or the name of each adapter.
         load_engine: Loads the engine; benchmarks replace it.
+        adapters: The adapters of the run as they were at its start, in the order of `schemas`.
     """
 
     config: PredictConfig
@@ -118,9 +154,10 @@ class Work:
     model_fingerprint: str
     images: Collection
     plan: ScoringPlan
-    schema: pa.Schema
+    schemas: Mapping[str, pa.Schema]
     load_engine: EngineLoader
     point: FittedPoint | None = None
+    adapters: tuple[AdapterFolder, ...] = ()
 
     @property
     def model_name(self) -> str:
@@ -135,7 +172,13 @@ def part_name(chunk: int) -> str:
     return f"part-{chunk:07d}.parquet"
 
 
-def files_of_chunks(folder: OutputFolder) -> dict[str, int]:
-    """Return the chunk of each file that has the name of a chunk's; files appear atomically."""
-    matches = map(_PART_NAME.fullmatch, folder.list_files())
+def table_uri(folder: OutputFolder, table: str) -> str:
+    """Return the URI of a table of a run; see `Work.schemas`."""
+    return folder.uri if table == OWN_TABLE else folder.uri_of(table)
+
+
+def files_of_chunks(folder: OutputFolder, tables: Iterable[str] = (OWN_TABLE,)) -> dict[str, int]:
+    """Return the chunk of each file that has the name of a chunk's, in all tables; files appear atomically."""
+    names = [set(storage.list_files(table_uri(folder, table))) for table in tables]
+    matches = map(_PART_NAME.fullmatch, sorted(set.intersection(*names)))
     return {match[0]: int(match[1]) for match in matches if match}

@@ -11,10 +11,10 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from raydet.cluster.job_record import JOB_FILE, JobRecord
 from raydet.cluster.job_report import JobReport, JobStats
-from raydet.cluster.stopwatch import FileStats
 from raydet.common.console import MOST_NAMED, Console, counted
 from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
@@ -25,21 +25,37 @@ from raydet.config.fields import with_options
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
-from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, VideoCollection, open_collection
-from raydet.measuring.fitting.operating_point import FittedPoint, read_point_of
+from raydet.images.collection import (
+    INDEX_FILE,
+    Collection,
+    IndexedCollection,
+    VideoCollection,
+    open_collection,
+)
+from raydet.images.windows.index import WindowSize
+from raydet.measuring.fitting.operating_point import read_point_of
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.models.families import family_of
 from raydet.scoring.chunks import unreadable_in
 from raydet.scoring.following import ScoringProgress
 from raydet.scoring.gallery import GalleryPainter
 from raydet.scoring.kept import vectors_to_keep
+from raydet.scoring.models import ModelFacts, check_adapters, check_fit, schema_of
 from raydet.scoring.pictures import Picture, detect_in, pictures_in
-from raydet.scoring.plan import ScoringPlan, Work, files_of_chunks, part_name
-from raydet.scoring.recovery import FileCounts, ScoringPlace, raise_if_permanent, reason_of, score_all
+from raydet.scoring.plan import (
+    ChunkStats,
+    FileCounts,
+    ScoringPlan,
+    Work,
+    files_of_chunks,
+    part_name,
+    table_uri,
+)
+from raydet.scoring.recovery import ScoringPlace, raise_if_permanent, reason_of, score_all
+from raydet.scoring.windows.merging import WINDOWS_FOLDER, PictureWriter, plan_of_pictures, work_of_windows
 from raydet.tables import storage
-from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.output_folder import OutputFolder, RunRecord, open_folder, token_of_run
-from raydet.tables.schema import Category, build_schema, token_of, with_token
+from raydet.tables.schema import Category, token_of, with_token
 from raydet.tables.table import is_table, open_table, read_manifest, write_manifest
 
 MOST_IMAGES_IN_PROCESS = 2_000
@@ -47,18 +63,35 @@ MOST_IMAGES_IN_PROCESS = 2_000
 
 
 @dataclass(frozen=True)
+class AdapterResult:
+    """Result of one adapter of a scoring run.
+
+    Attributes:
+        out: Folder or URI of its detections table.
+        adapter: Folder of the adapter.
+        num_detections: Detections in all rows.
+    """
+
+    out: str
+    adapter: str
+    num_detections: int
+
+
+@dataclass(frozen=True)
 class PredictResult(Shown):
     """Result of a scoring run.
 
     Attributes:
-        out: Folder or URI of the detections table; for pictures, the file or folder of the drawings.
-        num_images: Rows of the table, one per image.
+        out: Folder or URI of the detections table, or of those of all adapters; for pictures, the file or folder of the
+            drawings.
+        num_images: Rows of each table, one per image.
         num_errors: Rows whose image could not be read.
-        num_detections: Detections in all rows.
+        num_detections: Detections in all rows of all tables.
         unreadable: Reason by path of each unreadable image, if there are at most `MOST_NAMED`.
         already_done: True if the run was finished before this call.
         report: Lines of the job report for the terminal.
         pictures: With pictures as `data`, each that is readable, with its detections; there is no table then.
+        adapters: With adapters, the result of each by its name; there is no table in `out` itself then.
     """
 
     out: str
@@ -69,6 +102,7 @@ class PredictResult(Shown):
     already_done: bool = False
     report: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
+    adapters: Mapping[str, AdapterResult] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return a summary of the run for the terminal."""
@@ -77,26 +111,18 @@ class PredictResult(Shown):
             return [*(line for picture in self.pictures for line in picture.lines()), *unreadable]
         first = ["nothing to do: this run is finished"] if self.already_done else []
         errors = f" ({self.num_errors:,} unreadable)" if self.num_errors else ""
+        by = f" by {counted(len(self.adapters), 'adapter')}" if self.adapters else ""
+        tables = [
+            f"detections of {name}: {each.out} ({counted(each.num_detections, 'detection')})"
+            for name, each in self.adapters.items()
+        ]
         return [
             *self.report,
             *first,
-            f"{counted(self.num_images, 'image')}{errors}; {counted(self.num_detections, 'detection')}",
+            f"{counted(self.num_images, 'image')}{errors}; {counted(self.num_detections, 'detection')}{by}",
             *unreadable,
-            f"detections: {self.out}",
+            *(tables or [f"detections: {self.out}"]),
         ]
-
-
-@dataclass(frozen=True)
-class _ModelFacts:
-    """Facts about a model that are known before it is loaded."""
-
-    name: str
-    categories: tuple[Category, ...]
-    fingerprint: str
-    point: FittedPoint | None = None
-    kept: KeptVectors | None = None
-    examples: str | None = None
-    """Fingerprint of the pictures of `--examples`."""
 
 
 @with_options(PredictConfig)
@@ -108,7 +134,7 @@ def predict(config: PredictConfig, *, console: Console | None = None) -> Predict
         RunError: The run failed. The files written so far are complete; the same command resumes the run.
     """
     console = console or Console()
-    names = pictures_in(config.data)
+    names = None if config.windowed else pictures_in(config.data)
     if names is None:
         return predict_with(config, console=console)
     found = detect_in(names, config, console=console)
@@ -144,6 +170,7 @@ def predict_with(
         data=storage.absolute_uri(config.data if isinstance(config.data, str) else config.data[0]),
         score_threshold=config.score_threshold or 0.0,
         checkpoint=model.name if config.checkpoint else None,
+        adapter=[adapter.uri for adapter in model.adapters] or None,
         model=model.name if config.model else None,
         examples=storage.absolute_uri(config.examples) if config.examples else None,
         keep=sorted(set(config.keep)) if config.keep else None,
@@ -151,50 +178,83 @@ def predict_with(
     with open_folder(config.out, command="predict", notify=console.line) as folder:
         if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
             folder.delete_file(INDEX_FILE)
+        is_finished = all(is_table(table_uri(folder, table)) for table in model.by_table)
+        if not is_finished:
+            check_fit(model, console)  # before files are listed, which may be many
         found = open_collection(
-            config.data_uri, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root, fps=config.fps
+            config.data_uri,
+            index_uri=folder.uri_of(INDEX_FILE),
+            allow_root=config.allow_root,
+            fps=config.fps,
+            windows=WindowSize(config.tile or 0, config.max_pixels) if config.windowed else None,
         )
         if isinstance(found, IndexedCollection) and found.num_skipped:
             console.line(f"{found.num_skipped:,} files skipped: their endings are not those of images")
         if isinstance(found, VideoCollection) and found.num_missing:
-            console.line(f"the video is truncated: {counted(found.num_missing, 'frame')} of its header are missing")
+            console.line(f"truncated video: {counted(found.num_missing, 'frame')} that its header states are missing")
         images = found.first(config.limit)
         fingerprints = {"checkpoint_fingerprint": model.fingerprint, "data_fingerprint": images.fingerprint}
         if model.point is not None:
             fingerprints["operating_point_fingerprint"] = model.point.fingerprint
         if model.examples is not None:
             fingerprints["examples_fingerprint"] = model.examples
-        run_identity = {**identity(config), **fingerprints}
-        earlier = folder.admit(run_identity)
-        if is_table(folder.uri):
-            return _result(folder, _draw(config, model, images), already_done=True)
+        run_identity: dict[str, Any] = {**identity(config), **fingerprints}
+        if model.adapters:
+            run_identity["adapter_fingerprints"] = {each.name: each.fingerprint for each in model.adapters}
+        folders = (WINDOWS_FOLDER,) if config.windowed else tuple(model.adapted)
+        earlier = folder.admit(run_identity, folders=folders)
+        if is_finished:
+            _delete_windows(config, folder)
+            return _result(folder, model, _draw(config, model, images), already_done=True)
         started = time.perf_counter()
-        if in_process is None:
-            in_process = _suits_this_process(config, images)
-        metadata = {"checkpoint": without_secrets(model.name), "checkpoint_hash": model.fingerprint}
-        if model.point is not None:
-            metadata["operating_point"] = model.point.fingerprint
-        if model.kept is None:
-            extra = images.extra_fields
-            schema = build_schema("detections", model.categories, extra_fields=extra, extra_metadata=metadata)
-        else:
-            schema = model.kept.schema(model.categories, metadata, images.extra_fields)
+        token = token_of_run(run_identity)
         work = Work(
             config=config,
             folder=folder,
             model_fingerprint=model.fingerprint,
             images=images,
-            plan=ScoringPlan.of(config, images.num_rows, 1),
-            schema=with_token(schema, token_of_run(run_identity)),
+            plan=plan_of_pictures(images.num_rows) if config.windowed else ScoringPlan.of(config, images.num_rows, 1),
+            schemas={
+                table: with_token(schema_of(each, images, base=model if model.adapters else None), token)
+                for table, each in model.by_table.items()
+            },
             load_engine=load,
             point=model.point,
+            adapters=model.adapters,
         )
+        scored = work_of_windows(work) if config.windowed else work
+        if in_process is None:
+            in_process = _suits_this_process(config, scored.images)
         with _place(config, console, in_process) as place:
-            work = dataclasses.replace(work, plan=_plan(work, earlier, place))
+            scored = dataclasses.replace(scored, plan=_plan(scored, earlier, place))
             if earlier is None:
-                folder.begin(run_identity, plan=dataclasses.asdict(work.plan))
-            report = _run(work, place, console, started)
-        return _result(folder, [*report.lines(), *_draw(config, model, images)])
+                folder.begin(run_identity, plan=dataclasses.asdict(scored.plan), folders=folders)
+            if config.windowed:
+                pictures, windows = counted(images.num_rows, "picture"), counted(scored.images.num_rows, "window")
+                console.line(f"{pictures} in {windows}; progress and report count windows")
+            report, written = _run(config, scored, place, console, started)
+            if config.windowed:
+                written = _merge(work, scored, place, console)
+            else:
+                work = scored
+        _finish(work, written)
+        _delete_windows(config, folder)
+        return _result(folder, model, [*report.lines(), *_draw(config, model, images)])
+
+
+def _merge(work: Work, windows: Work, place: ScoringPlace, console: Console) -> dict[str, tuple[FileCounts, ...]]:
+    """Write the rows of pictures from those of their windows."""
+    writer = PictureWriter(work, windows)
+    with console.progress("merging windows", total=work.plan.num_rows, unit="pictures") as progress:
+        return score_all(
+            work, place, note=lambda file: progress.advance(file.num_images), notify=console.line, write=writer
+        )
+
+
+def _delete_windows(config: PredictConfig, folder: OutputFolder) -> None:
+    """Remove the detections of windows, which are part of the table now."""
+    if config.windowed:
+        storage.delete_folder(folder.uri_of(WINDOWS_FOLDER))
 
 
 def _suits_this_process(config: PredictConfig, images: Collection) -> bool:
@@ -219,7 +279,7 @@ def _place(config: PredictConfig, console: Console, in_process: bool) -> Iterato
             yield cluster
 
 
-def _check_model(config: PredictConfig) -> _ModelFacts:
+def _check_model(config: PredictConfig) -> ModelFacts:
     if config.model is not None:
         from raydet.engines.zero_shot import check_prompts
         from raydet.engines.zero_shot_models.prompts import fingerprint_of
@@ -229,44 +289,46 @@ def _check_model(config: PredictConfig) -> _ModelFacts:
             raise no_fp16_on_cpu(config.engine)
         name = storage.absolute_uri(config.model) if storage.exists(config.model) else config.model
         categories = tuple(Category(id=index, name=prompt.label) for index, prompt in enumerate(prompts))
-        model = _ModelFacts(name, categories, fingerprint(config.model), examples=fingerprint_of(prompts))
+        model = ModelFacts(name, categories, fingerprint(config.model), examples=fingerprint_of(prompts))
     else:
         assert config.checkpoint is not None, "the config asks for a checkpoint or a model"
         checkpoint = read_checkpoint(config.checkpoint, takes_graph=config.engine == "openvino")
         family = family_of(checkpoint.model_type, where=config.checkpoint)
         check_engine(config, checkpoint.model_type)
-        if not checkpoint.categories:
+        if config.adapters:
+            model = check_adapters(config, checkpoint)
+        elif not checkpoint.categories:
             raise UserError(f"the model {checkpoint.name} defines no classes: its config.json has no id2label")
-        point = read_point_of(config, checkpoint.categories)
-        model = _ModelFacts(
-            checkpoint.name,
-            checkpoint.categories,
-            fingerprint(config.checkpoint),
-            point,
-            vectors_to_keep(config, checkpoint, family),
-        )
+        else:
+            point, kept = read_point_of(config, checkpoint.categories), vectors_to_keep(config, checkpoint, family)
+            model = ModelFacts(checkpoint.name, checkpoint.categories, fingerprint(config.checkpoint), point, kept)
     if config.reduced_decode and (config.tile or config.model):
         tiles = "--tile: tiles are cut from the full-size image"
         other = tiles if config.tile else "a zero-shot model: it requires a trained detector"
         raise UserError(f"--reduced-decode cannot be combined with {other}")
-    check_classes(config.classes, model.categories)
+    if not model.adapters:
+        check_classes(config.classes, model.categories)
     return model
 
 
-def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> JobReport:
-    """Score what is left and write the manifest; write OUT/.job.json in any case."""
+def _run(
+    config: PredictConfig, work: Work, place: ScoringPlace, console: Console, started: float
+) -> tuple[JobReport, dict[str, tuple[FileCounts, ...]]]:
+    """Score what is left; write OUT/.job.json in any case."""
     stats, reason, job = JobStats(), None, place.job_record()
-    num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in files_of_chunks(work.folder).values())
+    found = files_of_chunks(work.folder, work.schemas)
+    num_rows = sum(len(work.plan.rows_of(chunk)) for chunk in found.values())
+    unit = "windows" if config.windowed else "images"
     if num_rows:
-        console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} images")
+        console.line(f"resuming at {num_rows:,} of {work.plan.num_rows:,} {unit}")
     try:
         total = work.plan.num_rows
-        with console.progress("scoring", total=total, completed=num_rows, leaves_line=False) as progress:
+        with console.progress("scoring", total=total, unit=unit, completed=num_rows, leaves_line=False) as progress:
             shown = ScoringProgress(progress, num_workers=work.config.num_workers)
 
-            def note(file: FileStats) -> None:
-                stats.add(file)
-                shown.add(file)
+            def note(chunk: ChunkStats) -> None:
+                stats.add(chunk)
+                shown.add(chunk)
 
             written = score_all(work, place, note=note, notify=console.line)
     except BaseException as error:
@@ -276,14 +338,15 @@ def _run(work: Work, place: ScoringPlace, console: Console, started: float) -> J
         if reason is None:
             job = place.with_joined_nodes(job)
         wall_s = time.perf_counter() - started
-        report = _write_report(work, stats, wall_s=wall_s, job=job, error=reason)
-    _finish(work, written)
-    return report
+        report = _write_report(config, work.folder, stats, wall_s=wall_s, job=job, error=reason)
+    return report, written
 
 
-def _write_report(work: Work, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None) -> JobReport:
+def _write_report(
+    config: PredictConfig, folder: OutputFolder, stats: JobStats, *, wall_s: float, job: JobRecord, error: str | None
+) -> JobReport:
     """Write OUT/.job.json, even for a failed run; a full disk is reported elsewhere."""
-    folder, config, earlier = work.folder, work.config, None
+    earlier = None
     with contextlib.suppress(OSError, ValueError, UserError):
         earlier = storage.read_json(folder.uri_of(JOB_FILE))
     report = stats.finish(
@@ -300,13 +363,17 @@ def _write_report(work: Work, stats: JobStats, *, wall_s: float, job: JobRecord,
     return report
 
 
-def _draw(config: PredictConfig, model: _ModelFacts, images: Collection) -> list[str]:
+def _draw(config: PredictConfig, model: ModelFacts, images: Collection) -> list[str]:
     if not config.draw:
         return []
-    gallery = GalleryPainter(
-        config.out, model.categories, config.draw, config.draw_if, config.draw_threshold, max_pixels=config.max_pixels
-    )
-    return gallery.draw(images, gallery.choose(open_table(config.out, "detections"))).lines()
+    lines: list[str] = []
+    for table, each in model.by_table.items():
+        uri = storage.join(config.out, table) if table else config.out
+        gallery = GalleryPainter(
+            uri, each.categories, config.draw, config.draw_if, config.draw_threshold, max_pixels=config.max_pixels
+        )
+        lines += gallery.draw(images, gallery.choose(open_table(uri, "detections"))).lines()
+    return lines
 
 
 def _plan(work: Work, earlier: RunRecord | None, place: ScoringPlace) -> ScoringPlan:
@@ -325,33 +392,47 @@ def _plan(work: Work, earlier: RunRecord | None, place: ScoringPlace) -> Scoring
     return ScoringPlan.of(config, work.images.num_rows, batch_size)
 
 
-def _finish(work: Work, written: dict[str, FileCounts]) -> None:
-    """Check that there is one row per image and write the manifest, which marks the table as complete."""
-    counts = {name: written[name] for name in map(part_name, range(work.plan.num_chunks))}
-    num_rows = sum(file.num_images for file in counts.values())
-    assert num_rows == work.plan.num_rows, f"{num_rows} rows for {work.plan.num_rows} images"
-    num_errors = sum(file.num_errors for file in counts.values())
-    named = [name for name, file in counts.items() if file.num_errors] if num_errors <= MOST_NAMED else []
-    write_manifest(
-        work.folder.uri,
-        {name: file.groups for name, file in counts.items()},
-        config_hash=config_hash(work.config),
-        token=token_of(work.schema.metadata),
-        id_space=work.images.id_space,
-        num_errors=num_errors,
-        unreadable=unreadable_in(work.folder, named),
-        num_detections=sum(file.num_detections for file in counts.values()),
-    )
+def _finish(work: Work, written: dict[str, tuple[FileCounts, ...]]) -> None:
+    """Check that there is one row per image, and write the manifests, which mark tables as complete."""
+    names = [part_name(chunk) for chunk in range(work.plan.num_chunks)]
+    unreadable: dict[str, str] | None = None
+    for number, (table, schema) in enumerate(work.schemas.items()):
+        counts = {name: written[name][number] for name in names}
+        uri = table_uri(work.folder, table)
+        num_rows = sum(file.num_images for file in counts.values())
+        assert num_rows == work.plan.num_rows, f"{num_rows} rows for {work.plan.num_rows} images"
+        num_errors = sum(file.num_errors for file in counts.values())
+        if unreadable is None:  # the same in all tables
+            named = [name for name, file in counts.items() if file.num_errors] if num_errors <= MOST_NAMED else []
+            unreadable = unreadable_in(uri, named)
+        write_manifest(
+            uri,
+            {name: file.groups for name, file in counts.items()},
+            config_hash=config_hash(work.config),
+            token=token_of(schema.metadata),
+            id_space=work.images.id_space,
+            num_errors=num_errors,
+            unreadable=unreadable,
+            num_detections=sum(file.num_detections for file in counts.values()),
+        )
 
 
-def _result(folder: OutputFolder, report: Sequence[str], *, already_done: bool = False) -> PredictResult:
-    manifest = read_manifest(folder.uri)
+def _result(
+    folder: OutputFolder, model: ModelFacts, report: Sequence[str], *, already_done: bool = False
+) -> PredictResult:
+    manifests = {table: read_manifest(table_uri(folder, table)) for table in model.by_table}
+    first = next(iter(manifests.values()))
+    adapters = {
+        each.name: AdapterResult(folder.uri_of(each.name), each.uri, manifests[each.name]["num_detections"])
+        for each in model.adapters
+    }
     return PredictResult(
         folder.uri,
-        manifest["num_rows"],
-        manifest["num_errors"],
-        manifest["num_detections"],
-        unreadable=manifest.get("unreadable", {}),
+        first["num_rows"],
+        first["num_errors"],
+        sum(manifest["num_detections"] for manifest in manifests.values()),
+        unreadable=first.get("unreadable", {}),
         already_done=already_done,
         report=tuple(report),
+        adapters=adapters,
     )

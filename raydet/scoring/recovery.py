@@ -4,20 +4,29 @@ import errno
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydet.cluster.job_record import JobRecord
-from raydet.cluster.stopwatch import FileStats
 from raydet.common.errors import RunError, UserError, first_line
 from raydet.common.redaction import without_secrets
 from raydet.common.untrusted.documents import parse_json
 from raydet.config import PredictConfig
 from raydet.engines.loading import EngineLoader
-from raydet.scoring.plan import COUNTS_KEY, LOG_FOLDER, Work, files_of_chunks, part_name
+from raydet.scoring.plan import (
+    COUNTS_KEY,
+    LOG_FOLDER,
+    ChunkStats,
+    FileCounts,
+    Work,
+    files_of_chunks,
+    part_name,
+    table_uri,
+)
 from raydet.tables import storage
-from raydet.tables.layout import FileGroups, groups_of
+from raydet.tables.layout import groups_of
 from raydet.tables.output_errors import refusal_of
 from raydet.tables.schema import token_of
 from raydet.tables.table import read_footers
@@ -26,19 +35,6 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Write errors of a disk that is full or read-only."""
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _RESUME_HINT = "run the same command again to resume"
-
-
-class FileCounts(NamedTuple):
-    """Counts of one detections file."""
-
-    groups: FileGroups
-    num_errors: int
-    num_detections: int
-
-    @property
-    def num_images(self) -> int:
-        """Number of rows."""
-        return sum(num_rows for num_rows, _ in self.groups)
 
 
 class Losses:
@@ -71,8 +67,11 @@ class ScoringPlace(Protocol):
     def losses(self) -> Losses:
         """Errors after which another attempt follows."""
 
-    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[FileStats]:
+    def attempt(self, work: Work, chunks: Sequence[int]) -> Iterator[ChunkStats]:
         """Score chunks and yield the statistics of each file once it is written, in any order."""
+
+    def apply(self, write: Callable[[int], ChunkStats], chunks: Sequence[int]) -> Iterator[ChunkStats]:
+        """Write chunks with a function that needs no model, and yield the statistics of each file, in any order."""
 
     def prepare_again(self, reason: str) -> str:
         """Prepare for another attempt after a loss, and return a line for the terminal."""
@@ -88,21 +87,27 @@ class ScoringPlace(Protocol):
 
 
 def score_all(
-    work: Work, place: ScoringPlace, *, note: Callable[[FileStats], None], notify: Callable[[str], None]
-) -> dict[str, FileCounts]:
+    work: Work,
+    place: ScoringPlace,
+    *,
+    note: Callable[[ChunkStats], None],
+    notify: Callable[[str], None],
+    write: Callable[[int], ChunkStats] | None = None,
+) -> dict[str, tuple[FileCounts, ...]]:
     """Score all remaining chunks, in several attempts if the cluster loses workers or nodes.
 
-    `note` receives the statistics of each file once it is written, `notify` a line before another attempt.
+    `note` receives the statistics of each file once it is written, `notify` a line before another attempt. `write`
+    replaces the scoring of a chunk: a picklable function that writes its file.
 
     Returns:
-        The counts of each file of the run, by file name.
+        The counts of each chunk's file in each table of the run, by file name.
 
     Raises:
         UserError: The model or the images changed.
         RunError: The run failed.
     """
     failures = 0
-    written: dict[str, FileCounts] = {}
+    written: dict[str, tuple[FileCounts, ...]] = {}
     while True:
         _count_files(work, written)
         num_done = len(written)
@@ -110,10 +115,10 @@ def score_all(
         if not left:
             return written
         try:
-            for stats in place.attempt(work, left):
+            for stats in place.attempt(work, left) if write is None else place.apply(write, left):
                 work.folder.check()
                 # Counts, not the statistics themselves, whose size grows with the number of images.
-                written[stats.file] = FileCounts(stats.groups, len(stats.errors), stats.num_detections)
+                written[stats.file] = stats.counts
                 note(stats)
         except Exception as error:
             raise_if_permanent(error, work, place.losses)
@@ -131,21 +136,25 @@ def score_all(
         notify(place.prepare_again(reason))
 
 
-def _count_files(work: Work, written: dict[str, FileCounts]) -> None:
-    """Add the counts of the run's finished files that are not in `written` yet.
+def _count_files(work: Work, written: dict[str, tuple[FileCounts, ...]]) -> None:
+    """Add the counts of the run's finished chunks that are not in `written` yet.
 
-    A file that lacks the run's token, or has another number of rows, is not the run's; its chunk is scored again.
+    A file that lacks the run's token, or has another number of rows, is not the run's. A chunk that lacks a file of the
+    run in any table is scored again.
     """
-    names = {name: chunk for name, chunk in files_of_chunks(work.folder).items() if name not in written}
-    for (name, chunk), footer in zip(names.items(), read_footers(work.folder.uri, list(names)), strict=True):
-        counts = None if footer is None else _counts_in(footer, work)
-        if counts is not None and counts.num_images == len(work.plan.rows_of(chunk)):
+    chunks = {name: chunk for name, chunk in files_of_chunks(work.folder, work.schemas).items() if name not in written}
+    footers = [read_footers(table_uri(work.folder, table), list(chunks)) for table in work.schemas]
+    for (name, chunk), *of_tables in zip(chunks.items(), *footers, strict=True):
+        num_rows = len(work.plan.rows_of(chunk))
+        found = [_counts_in(footer, schema) for footer, schema in zip(of_tables, work.schemas.values(), strict=True)]
+        counts = tuple(each for each in found if each is not None and each.num_images == num_rows)
+        if len(counts) == len(found):
             written[name] = counts
 
 
-def _counts_in(footer: pq.FileMetaData, work: Work) -> FileCounts | None:
-    metadata = footer.metadata or {}
-    if token_of(metadata) != token_of(work.schema.metadata):
+def _counts_in(footer: pq.FileMetaData | None, schema: pa.Schema) -> FileCounts | None:
+    metadata = {} if footer is None else footer.metadata or {}
+    if footer is None or token_of(metadata) != token_of(schema.metadata):
         return None
     try:
         return FileCounts(groups_of(footer), **parse_json(metadata[COUNTS_KEY]))

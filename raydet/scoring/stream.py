@@ -18,7 +18,6 @@ import ray
 from raydet.cluster import job_metrics
 from raydet.cluster.ray_internals import alive_nodes
 from raydet.cluster.shares import Resources, decoders_of, workers_that_fit
-from raydet.cluster.stopwatch import FileStats
 from raydet.cluster.tasks import has_gpu
 from raydet.cluster.worker_log import log_from_here
 from raydet.common.allocator import ONE_HEAP, keep_freed_memory
@@ -26,7 +25,7 @@ from raydet.common.threads import available_cpus
 from raydet.config import CropsConfig, PredictConfig
 from raydet.scoring.chunks import ChunkScorer
 from raydet.scoring.decoders import DecoderPlace, Decoders, WorkRef, own_node_id, places_on, require_paths
-from raydet.scoring.plan import LOG_FOLDER, Work
+from raydet.scoring.plan import LOG_FOLDER, ChunkStats, Work
 from raydet.tables import storage
 
 _LOOK_AT_NODES_EVERY_S = 5.0
@@ -72,7 +71,7 @@ class ScoringActor:
         self._decoders.add(places)
         return Started(own_node_id(), sum(place.num_threads for place in places))
 
-    def score(self, chunk: int) -> FileStats:
+    def score(self, chunk: int) -> ChunkStats:
         """Score a chunk and write its file."""
         rows = self._work.plan.rows_of(chunk)
         stats = self._scorer.score(chunk, self._decoders.blocks(rows, self._scorer.rule.result()))
@@ -106,7 +105,7 @@ def _own_places(resources: Resources, num_workers: int) -> list[DecoderPlace]:
     return places_on(own_node, max(1, num_threads // num_here))
 
 
-def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_workers: int) -> Iterator[FileStats]:
+def score(work: Work, chunks: Sequence[int], resources: Resources, *, num_workers: int) -> Iterator[ChunkStats]:
     """Score chunks of a run and yield the statistics of each file once it is written, in any order.
 
     Raises:
@@ -147,7 +146,7 @@ class _Scorers:
         self._actors[actor] = None
         self._calls[actor.start.remote()] = (actor, None)
 
-    def score(self, chunks: Sequence[int]) -> Iterator[FileStats]:
+    def score(self, chunks: Sequence[int]) -> Iterator[ChunkStats]:
         waiting, num_left = deque(chunks), len(chunks)
         tries: dict[int, int] = {}
         while num_left:

@@ -7,8 +7,9 @@ from typing import Any
 
 from raydet.cluster import session, shares
 from raydet.cluster.shared_storage import check_shared
-from raydet.cluster.tasks import fetched, has_gpu, run_on_actors, shared, start_actor
+from raydet.cluster.tasks import LostTaskError, fetched, has_gpu, run_on_actors, shared, start_actor
 from raydet.common.console import Console
+from raydet.common.errors import RunError
 from raydet.config import CropsConfig
 from raydet.engines.engine import no_fp16_on_cpu
 from raydet.scoring.distributed import shared_inputs
@@ -31,7 +32,11 @@ class Actors:
         self._config, self._resources = config, resources
 
     def run(self, work: CropsWork, chunks: Sequence[int]) -> Iterator[WrittenChunk]:
-        """Write the files of chunks, in any order."""
+        """Write the files of chunks, in any order.
+
+        Raises:
+            RunError: A worker failed, or was lost more often than `max_failures`.
+        """
         reference = shared(work)
         actors = [
             start_actor(
@@ -41,10 +46,17 @@ class Actors:
                 cpus=self._resources.cpus_per_worker,
                 gpus=int(self._resources.use_gpu),
                 calls_at_once=_CHUNKS_AT_ONCE,
+                max_failures=self._config.max_failures,
             )
             for _ in range(min(self._config.num_workers, len(chunks)))
         ]
-        yield from run_on_actors([actor.write for actor in actors], chunks, calls_at_once=_CHUNKS_AT_ONCE)
+        try:
+            yield from run_on_actors([actor.write for actor in actors], chunks, calls_at_once=_CHUNKS_AT_ONCE)
+        except LostTaskError as error:
+            limit = f"--max-failures {self._config.max_failures}"
+            raise RunError(
+                f"a worker was lost more than {limit} times ({error.reason}); run the same command again to resume"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ _RECORD_SCHEMA = 2
 _FOLDER_NAME = re.compile(r"\w[\w.-]*")
 _FINGERPRINTS = {
     "checkpoint_fingerprint": "the checkpoint's weights or settings have changed since",
+    "adapter_fingerprints": "the weights or settings of an adapter have changed since",
     "operating_point_fingerprint": "the checkpoint's operating point has changed since",
     "data_fingerprint": "the images have changed since",
 }

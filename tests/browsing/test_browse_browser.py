@@ -15,6 +15,7 @@ from raydet.browsing.serving import serving
 from raydet.browsing.sources import open_sources
 from raydet.config import BrowseConfig
 from tests.browsing.made import EVIL, EVIL_PATHS, NAMES, write_two_runs
+from tests.crops_tables import Rule, write_crops
 from tests.reporting.test_report_browser import DESKTOP, PHONE, browser
 
 __all__ = ["browser"]
@@ -263,6 +264,45 @@ def test_names_stay_text_wherever_they_stand(browser: Any, address: str) -> None
         visit.press("Escape")
     assert page.locator("script").count() == 1 and page.locator("#grid script, #grid iframe, #facets img").count() == 0
     visit.close()
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_answers_are_filtered_by_and_shown_beside_boxes(
+    browser: Any, folder: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    rules: dict[str, Rule] = {
+        "answer_1": lambda image, place: f"{EVIL} {image // 10 % 12}" if place == 0 else None,
+        "depth": lambda image, place: image + place / 10,
+    }
+    crops = write_crops(tmp_path / "crops", str(folder / "a"), rules, ask=["What <i>colour</i>?"])
+    sources = open_sources(BrowseConfig(data=str(folder / "metrics"), run="a", crops=[crops]))
+    with serving(application(sources, Queries(build_index(sources)), selection=str(tmp_path / "chosen"))) as address:
+        visit = Visit(browser, address, size)
+        page = visit.page
+        if size == PHONE:
+            page.locator("#show-filters").click()
+        assert page.locator("summary", has_text="What <i>colour</i>?").count() == 1
+        assert page.locator("[data-key='answer text 1']").count() == 0, "numbers are not searched by their text"
+        ranges = page.locator("[data-key^='answer 1 '] .name").all_inner_texts()
+        assert len(ranges) == 4 and ranges == sorted(ranges, key=lambda text: float(text.split()[0]))
+        page.locator("[data-key='answer text 0']").fill(f"{EVIL} 11")
+        visit.press("Enter")
+        visit.wait("document.querySelectorAll(\"[data-key^='answer 0 ']\").length === 1")
+        page.locator("[data-key^='answer 0 ']").click()
+        visit.wait("document.querySelectorAll('.chip:not(.clear)').length === 2")
+        number = int(page.locator("[data-key^='answer 0 '] .number").inner_text())
+        assert visit.counts() == f"{number} of {NUM_IMAGES} images · {number} boxes"
+        page.reload()
+        visit.wait("document.querySelectorAll('.chip:not(.clear)').length === 2")
+        visit.settle()
+        page.locator(".cell .picture").first.click()
+        page.wait_for_selector("#viewer[open] .entry .answer")
+        answers = page.locator(".entry .answer").all_inner_texts()
+        assert f"What <i>colour</i>? {EVIL} 11" in answers and any(text.startswith("depth ") for text in answers)
+        labels = page.locator("#stages text").all_text_contents()
+        assert any(" · " in text for text in labels) or len(page.locator("#stages .box").all()) > 12
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+        visit.close()
 
 
 def test_another_page_cannot_read_or_change_anything(browser: Any, address: str) -> None:

@@ -13,6 +13,7 @@ from raydet.images.collection import Collection, ImageRow, VideoCollection, open
 from raydet.images.decode import decode
 from raydet.images.video import process
 from raydet.images.video.times import PacketTimes, chosen_frames
+from raydet.tables import storage
 from tests.videos import frames_in_sequence, write_video
 
 NUM_FRAMES = 40
@@ -136,8 +137,62 @@ def test_what_is_not_a_video_is_refused_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(UserError, match="no image file"):
         open_collection(str(tmp_path / "folder.mp4"), index_uri=None)
-    with pytest.raises(UserError, match="--fps needs a video"):
+    (tmp_path / "whole.mp4").unlink()
+    with pytest.raises(UserError, match=r"cannot read any of 5 videos, such as cut.mp4: broken or truncated"):
         open_collection(str(tmp_path), index_uri=None, fps=2)
+
+
+def test_folders_and_lists_of_videos(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    (folder / "day").mkdir(parents=True)
+    write_video(folder / "day" / "a.mp4", 12)
+    write_video(folder / "c.mkv", 7)
+    (folder / "b.mov").write_bytes(b"no video")
+    (folder / "notes.md").write_text("not listed")
+    (tmp_path / "outside.mp4").write_bytes((folder / "c.mkv").read_bytes())
+    (folder / "link.mp4").symlink_to(tmp_path / "outside.mp4")
+    images = open_collection(str(folder), index_uri=None, fps=1000)
+    rows = list(images.read(0, images.num_rows))
+    frames = [f"day/a.mp4/frame_{number:06d}" for number in range(12)]
+    frames = ["b.mov", *(f"c.mkv/frame_{number:06d}" for number in range(7)), *frames, "link.mp4"]
+    assert [row.path for row in rows] == frames
+    assert {row.path: row.error for row in rows if row.error} == {
+        "b.mov": "it is not an MP4, MOV, MKV, WebM, AVI or MPEG-TS video",
+        "link.mp4": "the file name leaves its folder through a symbolic link; --allow-root permits folders outside",
+    }
+    assert rows[0].extra == (None, None) and rows[3].extra == (2, pytest.approx(0.08))
+    # Any range holds the same rows.
+    middle = list(images.read(5, 14))
+    assert [(row.path, row.data) for row in middle] == [(row.path, row.data) for row in rows[5:14]]
+
+    named = tmp_path / "videos.txt"
+    named.write_text("videos/c.mkv\nvideos/absent.mp4\n")
+    listed = open_collection(str(named), index_uri=None, fps=5)
+    found = [(row.path, row.error) for row in listed.read(0, listed.num_rows)]
+    assert found[-1] == ("videos/absent.mp4", "no such file") and found[0] == ("videos/c.mkv/frame_000000", None)
+
+    named.write_text("videos/c.mkv\na.jpg\n")
+    with pytest.raises(UserError, match=r"--fps needs videos, but .*videos.txt names a.jpg"):
+        open_collection(str(named), index_uri=None, fps=5)
+    with pytest.raises(UserError, match=r"no image file below .*, but videos; set --fps"):
+        open_collection(str(folder), index_uri=None)
+    for video in (folder / "day" / "a.mp4", folder / "c.mkv", folder / "b.mov", folder / "link.mp4"):
+        video.unlink()
+    with pytest.raises(UserError, match=r"there is none below .*1 other files.*video files end in avi"):
+        open_collection(str(folder), index_uri=None, fps=5)
+
+
+def test_videos_in_an_object_store(bucket: str, tmp_path: Path) -> None:
+    local = tmp_path / "videos"
+    (local / "day").mkdir(parents=True)
+    for name in ("day/a.mp4", "b.mkv"):
+        write_video(local / name, 9)
+        with storage.open_output(f"{bucket}/videos/{name}") as file:
+            file.write((local / name).read_bytes())
+    here, there = (open_collection(uri, index_uri=None, fps=10) for uri in (str(local), f"{bucket}/videos"))
+    assert [(row.path, row.data) for row in there.read(0, there.num_rows)] == [
+        (row.path, row.data) for row in here.read(0, here.num_rows)
+    ]
 
 
 def test_missing_frames_of_a_truncated_file_are_counted(tmp_path: Path) -> None:

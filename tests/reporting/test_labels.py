@@ -25,6 +25,14 @@ def test_texts_without_room_become_numbers_with_a_legend() -> None:
     assert legend == (("1–3", "red blood cell"), ("4", "platelet"), ("5–6", "red blood cell"))
 
 
+def test_texts_that_are_longer_than_the_picture_become_numbers_with_a_legend() -> None:
+    texts = ["cat 0.90 · red", "dog 0.80"]
+    boxes = [(10, 20, 20, 20), (50, 60, 20, 20)]
+    assert [label.text for label in place_labels(boxes, texts, SIZE_WH)[0]] == texts
+    labels, legend = place_labels(boxes, texts, (96, 96))
+    assert [label.text for label in labels] == ["1", "2"] and legend == (("1", texts[0]), ("2", texts[1]))
+
+
 @given(BOXES, st.data())
 def test_labels_stay_on_the_picture_and_texts_apart(boxes: list[tuple[float, ...]], data: st.DataObject) -> None:
     texts = data.draw(st.lists(st.text(min_size=1, max_size=60), min_size=len(boxes), max_size=len(boxes)))

@@ -16,7 +16,7 @@ from raydet.images.collection import open_collection
 from raydet.images.decode import decode
 from raydet.models.geometry import ResizeRule, resize
 from raydet.scoring.blocks import blocks_of, images_in, planes_in
-from raydet.scoring.plan import ScoringPlan, Work
+from raydet.scoring.plan import OWN_TABLE, ScoringPlan, Work
 from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import build_schema
 from tests.small_sets import save_image
@@ -33,7 +33,7 @@ def work_on(data: Path, **options: Any) -> Work:
         model_fingerprint="",
         images=images,
         plan=ScoringPlan.of(config, images.num_rows, 4),
-        schema=build_schema("detections", ()),
+        schemas={OWN_TABLE: build_schema("detections", ())},
         load_engine=load_engine,
     )
 

@@ -20,20 +20,21 @@ UNREADABLE = 4
 
 
 def boxes_of(number: int) -> list[list[float]]:
-    """Boxes in an image: none in the third, one that is too small in the sixth."""
+    """Boxes in an image: none in the third, one that is too small in the sixth, and the same in every seventh."""
+    number %= NUM_IMAGES
     boxes = [[4.0 + number, 3.5, 20.25, 17.0], [30.0, 10.0, 25.5, 30.0], [50.0, 30.0, 30.0, 40.0], [1.0, 1.0, 9.0, 9.0]]
     if number == 5:
         boxes[1] = [20.0, 20.0, 1.0, 30.0]
     return [] if number == 2 else boxes
 
 
-def write_scored(folder: Path) -> Path:
+def write_scored(folder: Path, num_images: int = NUM_IMAGES) -> Path:
     """Write the images table `images` and the detections table `found`, whose fourth detections have low scores."""
     generator = np.random.default_rng(0)
-    pictures = [generator.integers(0, 256, (*SIZE_HW, 3), dtype=np.uint8) for _ in range(NUM_IMAGES)]
+    pictures = [generator.integers(0, 256, (*SIZE_HW, 3), dtype=np.uint8) for _ in range(num_images)]
     write_drawn(folder / "images", [(pixels, [], []) for pixels in pictures])
     with TableWriter(str(folder / "found"), build_schema("detections", CATEGORIES), config_hash="0" * 12) as writer:
-        for number in range(NUM_IMAGES):
+        for number in range(num_images):
             boxes = boxes_of(number)
             scores = [0.9, 0.8, 0.5, 0.1][: len(boxes)]
             detections = {"bbox": boxes, "score": scores, "category": [0, 1, 1, 0][: len(boxes)]}

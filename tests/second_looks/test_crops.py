@@ -161,6 +161,59 @@ def test_several_questions_have_a_column_each(data: Path, models: Any, tmp_path:
             assert answer == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "ask"),
+    [
+        ("qwen2_vl", ["what colour is it ?", "is it a cat ?"]),
+        pytest.param("idefics3", ["what colour is it ?", "is it a cat ?"], marks=pytest.mark.slow),
+        pytest.param("llava", None, marks=pytest.mark.slow),
+    ],
+    ids=["qwen2_vl", "idefics3", "llava"],
+)
+def test_chat_models_answer_as_in_a_chat_about_one_crop(
+    data: Path, models: Any, tmp_path: Path, name: str, ask: list[str] | None
+) -> None:
+    options: dict[str, Any] = {"ask": ask, "max_new_tokens": 6, "batch_size": 4}
+    result = crops(config_of(data, tmp_path / "out", models(name), "image-text-to-text", **options))
+    model: Any = hf.AutoModelForImageTextToText.from_pretrained(models(name))
+    processor = hf.AutoProcessor.from_pretrained(models(name))
+    questions = (
+        {"caption": "Describe this image."} if ask is None else dict(zip(("answer_1", "answer_2"), ask, strict=True))
+    )
+    answers, lengths = [], set()
+    for row, (_, _, crop) in zip(rows_of(result.out, "crops"), crops_by_hand(data), strict=True):
+        for column, question in questions.items():
+            if crop is None:
+                assert row[column] is None
+                continue
+            content = [{"type": "image", "image": crop}, {"type": "text", "text": question}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            found = model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=1)
+            lengths.add(inputs["input_ids"].shape[1])
+            text = processor.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+            assert row[column] == text.strip()
+            answers.append(row[column])
+    assert len(set(answers)) > 1, "the answers do not depend on the crop"
+    assert len(lengths) > 1 or name != "qwen2_vl", "the batches are not padded"
+
+
+def test_a_processor_that_needs_another_package_names_it(
+    data: Path, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise ImportError("Package `num2words` is required to run SmolVLM processor.")
+
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", failing)
+    with pytest.raises(UserError, match="num2words"):
+        crops(config_of(data, tmp_path / "out", models("git"), "image-text-to-text"))
+
+
 def test_a_killed_run_goes_on_with_what_is_left(
     data: Path, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,87 @@ def _vilt() -> tuple[Any, Any]:
     )
 
 
+_CHAT = (
+    "{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %} <end>{% endfor %}"
+    "{% if add_generation_prompt %} assistant :{% endif %}"
+)
+"""Template of a chat; IMAGE stands for the tokens of a picture."""
+
+
+def _chat_tokenizer(*image_tokens: str) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<end>", *image_tokens]
+    words = [*special, *WORDS, "user", "assistant", ":", "Describe", "image"]
+    tokens = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    roles: dict[str, Any] = {f"{role}_token": f"<{role}>" for role in ("pad", "bos", "eos", "unk")}
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, **roles, additional_special_tokens=special[4:], model_max_length=512
+    )
+
+
+def _chat_text(tokenizer: Any) -> dict[str, Any]:
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(tokenizer)}
+    return {**_LAYERS, **tokens, "num_key_value_heads": 4, "max_position_embeddings": 512}
+
+
+def _llava() -> tuple[Any, Any]:
+    tokenizer = _chat_tokenizer("<image>")
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**_VISION),
+        text_config=hf.LlamaConfig(**_chat_text(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    processor = hf.LlavaProcessor(
+        hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_CHAT.replace("IMAGE", "<image>"),
+    )
+    return hf.LlavaForConditionalGeneration(config), processor
+
+
+def _idefics3() -> tuple[Any, Any]:
+    """Architecture of SmolVLM: larger crops are several pictures."""
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    own = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles)
+    tokenizer = _chat_tokenizer(*own)
+    config = hf.Idefics3Config(
+        vision_config=_VISION,
+        text_config=hf.LlamaConfig(**_chat_text(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    image_processor = hf.Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    template = _CHAT.replace("IMAGE", "<image>")
+    processor = hf.Idefics3Processor(image_processor, tokenizer, image_seq_len=4, chat_template=template)
+    return hf.Idefics3ForConditionalGeneration(config), processor
+
+
+def _qwen2_vl() -> tuple[Any, Any]:
+    """Architecture whose number of tokens depends on the size of the crop."""
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    tokenizer = _chat_tokenizer(*names.values())
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = hf.Qwen2VLConfig(
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
+        text_config={**_chat_text(tokenizer), "rope_parameters": rope},
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()},
+    )
+    processor = hf.Qwen2VLProcessor(
+        hf.Qwen2VLImageProcessor(size={"shortest_edge": 16**2, "longest_edge": 64**2}, patch_size=8),
+        tokenizer,
+        hf.Qwen2VLVideoProcessor(),
+        chat_template=_CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    return hf.Qwen2VLForConditionalGeneration(config), processor
+
+
 TINY_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "vit": _vit,
     "dinov2": _dinov2,
@@ -134,4 +215,7 @@ TINY_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "blip_questions": lambda: _blip(hf.BlipForQuestionAnswering),
     "git": _git,
     "vilt": _vilt,
+    "llava": _llava,
+    "idefics3": _idefics3,
+    "qwen2_vl": _qwen2_vl,
 }

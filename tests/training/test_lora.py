@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForObjectDetection
 
 from raydet import TrainConfig, UserError, train
 from raydet.common import packages
+from raydet.models.adapted.loading import load_adapted
+from raydet.models.adapters.description import read_adapters
 from raydet.models.small import SMALL_MODELS
 from tests.outcomes import RecordingConsole, outcome_of_training
 from tests.small_sets import tiny_training
@@ -55,6 +57,12 @@ def test_a_run_leaves_a_plain_checkpoint_and_its_adapter(shapes: Path, base: str
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=0, atol=1e-5)
     assert result.load(threads_per_worker=1) is not None
+    (shared,) = load_adapted(base, read_adapters([result.adapter]))
+    with torch.inference_mode():
+        found = shared.model(pixel_values=pixels)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.pred_boxes, expected.pred_boxes)
+    with pytest.raises(UserError, match=r"frozen weights that are not those of the base; it names .* as its base"):
+        list(load_adapted(result.checkpoint, read_adapters([result.adapter])))
 
     again = train(_config(shapes, base, tmp_path / "run", num_workers=2))
     assert again.already_done and again.adapter == result.adapter

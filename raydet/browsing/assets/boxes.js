@@ -4,6 +4,8 @@ import { BOX, SIDE, className, make, state } from "./state.js";
 const SVG = "http://www.w3.org/2000/svg";
 const MOST_NAMED = 12;
 const LONGEST_LABEL = 48;
+const LEAST_LABEL = 12;
+const CHARACTER = 0.63; // width of an average one, in font sizes
 
 /* Labels are found or missed by the first run, or by the second where that is drawn. */
 export function kindOf(box, isSecond = false) {
@@ -36,6 +38,9 @@ export function nameOf(box) {
   if (box[BOX.score] !== null) parts.push(box[BOX.score].toFixed(2));
   return parts.join(" ");
 }
+
+/* What a second model said about a box: pairs of a question and an answer. */
+export const answersOf = (box) => state.about.answers.map(({ title }, place) => [title, box[BOX.answers][place]]).filter(([, text]) => text !== null);
 
 export function detailOf(box) {
   const outcome = state.about.outcomes[box[BOX.outcome]];
@@ -87,13 +92,15 @@ export function draw(svg, card, { sides = null, isSecond = false, scale = 0, onP
 export function label(box, card, scale) {
   const size = 14 * scale;
   const above = box[BOX.y] > size * 1.3;
+  const x = Math.max(2 * scale, Math.min(box[BOX.x] + 2 * scale, card.width - 40 * scale));
   const text = shape("text", {
-    x: Math.max(2 * scale, Math.min(box[BOX.x] + 2 * scale, card.width - 40 * scale)),
+    x,
     y: above ? box[BOX.y] - 4 * scale : Math.max(box[BOX.y], 0) + size,
     "font-size": size, "stroke-width": 3.5 * scale, class: kindOf(box),
   });
-  const name = nameOf(box);
-  text.textContent = name.length > LONGEST_LABEL ? `${name.slice(0, LONGEST_LABEL - 1)}…` : name;
+  const name = [nameOf(box), ...answersOf(box).map(([, answer]) => answer)].join(" · ");
+  const most = Math.max(LEAST_LABEL, Math.min(LONGEST_LABEL, Math.floor((card.width - x) / (size * CHARACTER))));
+  text.textContent = name.length > most ? `${name.slice(0, most - 1)}…` : name;
   return text;
 }
 

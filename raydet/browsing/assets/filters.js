@@ -4,10 +4,12 @@ import { ask, byId, change, className, count, make, many, on, state, toggled } f
 
 const facets = byId("facets");
 const numberAsText = (value) => value.toFixed(2).replace(/\.?0+$/, "") || "0";
+const FEW = 8; // values that need no search
 let generation = 0;
 let answer = null;
 let classText = "";
 let classTimer = null;
+const answerTexts = new Map(); // of the chosen answers, for the chips
 const open = new Set(["classes", "scores", "sides", "outcomes", "errors", "sizes"]);
 
 const TITLES = {
@@ -32,6 +34,7 @@ export async function refresh() {
   try { found = await ask("/api/facets", state.filter); } catch { return; }
   if (own !== generation) return;
   answer = found;
+  answer.answers.forEach((values, number) => { for (const [value, , text] of values) answerTexts.set(`${number} ${value}`, text); });
   byId("counts").classList.remove("waiting");
   const whole = answer.images === state.about.numImages ? "" : ` of ${count(state.about.numImages)}`;
   byId("counts").textContent = `${count(answer.images)}${whole} ${answer.images === 1 && !whole ? "image" : "images"} · ${many(answer.boxes, "box", "boxes")}`;
@@ -51,6 +54,7 @@ function drawFacets() {
     const isTelling = pairs.some(([value]) => value !== 0) || facet === "sizes";
     if (pairs.length && (isTelling || state.filter[facet])) sections.push(listed(facet, pairs));
   }
+  about.answers.forEach((column, number) => sections.push(answers(column, number, answer.answers[number])));
   about.groups.forEach((group, number) => sections.push(grouped(group, number, answer.groups[number])));
   facets.replaceChildren(...sections);
   if (active) facets.querySelector(`[data-key="${CSS.escape(active)}"]`)?.focus();
@@ -83,7 +87,7 @@ const listed = (facet, pairs) => section(facet, TITLES[facet], make("div", { cla
 function classes() {
   const list = make("div", { className: "rows tall" }, ...rows("classes", answer.classes));
   const parts = [list];
-  if (state.about.numClasses > 8) {
+  if (state.about.numClasses > FEW) {
     const search = make("input", { type: "search", placeholder: `Find one of ${count(state.about.numClasses)} classes`, "aria-label": "Find a class", maxlength: 200, value: classText, "data-key": "find class", spellcheck: "false" });
     search.addEventListener("input", () => {
       classText = search.value;
@@ -153,6 +157,28 @@ function grouped(group, number, pairs) {
   return section(`group ${number}`, `${group.name.replaceAll("_", " ")} (images)`, make("div", { className: "rows tall" }, ...list));
 }
 
+function answers({ title, areNumbers, numValues }, number, found) {
+  const own = (state.filter.answers ?? []).filter(([one]) => one === number).map(([, value]) => value);
+  const others = (state.filter.answers ?? []).filter(([one]) => one !== number);
+  const most = Math.max(1, ...found.map(([, boxes]) => boxes));
+  const sorted = areNumbers ? found.toSorted(([one], [other]) => one - other) : found;
+  const list = sorted.map(([value, boxes, text]) => row(`answer ${number} ${value}`, text, boxes, most, own.includes(value), () =>
+    change({ answers: [...others, ...toggled(own, value).map((one) => [number, one])] })));
+  if (!list.length) list.push(make("p", { className: "faint", text: "No box found has an answer." }));
+  const key = `answer ${number}`;
+  const content = make("div", { className: "rows tall" }, ...list);
+  const texts = state.filter.answer_texts ?? [];
+  const isLong = !areNumbers && numValues > FEW;
+  if (!isLong && !texts.some(([one]) => one === number)) return section(key, title, content);
+  const search = make("input", { type: "search", placeholder: "Answer contains", "aria-label": `Answer to ${title} contains`, maxlength: 200, value: texts.find(([one]) => one === number)?.[1] ?? "", "data-key": `answer text ${number}`, spellcheck: "false" });
+  search.addEventListener("change", () => {
+    const rest = texts.filter(([one]) => one !== number);
+    const text = search.value.trim();
+    change({ answer_texts: text ? [...rest, [number, text]] : rest });
+  });
+  return section(key, title, search, content);
+}
+
 function drawChosen() {
   const chips = [];
   const chip = (text, part) => chips.push(make("button", { className: "chip", title: "Remove", on: { click: () => change(part) } }, make("span", { text }), make("b", { text: "×", "aria-hidden": "true" })));
@@ -161,6 +187,10 @@ function drawChosen() {
     for (const value of values) chip(valueName(facet, value), { [facet]: toggled(values, value) });
   }
   if (state.filter.scores) chip(`score ${state.filter.scores.map(numberAsText).join(" to ")}`, { scores: null });
+  for (const [number, value] of state.filter.answers ?? []) {
+    chip(`${state.about.answers[number].title}: ${answerTexts.get(`${number} ${value}`)}`, { answers: state.filter.answers.filter((one) => one[0] !== number || one[1] !== value) });
+  }
+  for (const [number, text] of state.filter.answer_texts ?? []) chip(`${state.about.answers[number].title}: “${text}”`, { answer_texts: state.filter.answer_texts.filter((one) => one[0] !== number) });
   for (const [number, value] of state.filter.groups ?? []) {
     const group = state.about.groups[number];
     if (group) chip(`${group.name}: ${group.values[value]}`, { groups: state.filter.groups.filter((one) => one[0] !== number || one[1] !== value) });
@@ -179,6 +209,7 @@ function clear() {
 }
 
 export function start() {
+  state.about.answers.forEach((_, number) => open.add(`answer ${number}`));
   const kinds = [["all", "all"], ["without boxes", "without boxes"], ["selected", "selected"]];
   if (state.about.hasErrors) kinds.splice(2, 0, ["unreadable", "not readable"]);
   byId("images").append(...kinds.map(([value, text]) => make("option", { value, text })));

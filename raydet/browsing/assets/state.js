@@ -1,5 +1,5 @@
 /* What all parts of the page share: the answers of the server, the filter, and which boxes are drawn. */
-export const BOX = { side: 0, category: 1, score: 2, size: 3, outcome: 4, second: 5, error: 6, detected: 7, x: 8, y: 9, w: 10, h: 11, hit: 12 };
+export const BOX = { side: 0, category: 1, score: 2, size: 3, outcome: 4, second: 5, error: 6, detected: 7, x: 8, y: 9, w: 10, h: 11, answers: 12, hit: 13 };
 export const SIDE = { labels: 0, first: 1, second: 2, suspects: 3 };
 export const state = {
   about: null,

@@ -1,5 +1,5 @@
 /* One picture, or one for each of two runs, with its boxes, which are switched on and off by kind, class and score. */
-import { detailOf, draw, isShown, kindOf, label, nameOf, sideSwitches } from "./boxes.js";
+import { answersOf, detailOf, draw, isShown, kindOf, label, nameOf, sideSwitches } from "./boxes.js";
 import * as grid from "./grid.js";
 import { BOX, SIDE, ask, byId, className, make, many, on, state, tell } from "./state.js";
 
@@ -94,7 +94,8 @@ function redraw() {
   const items = shown.slice(0, MOST_LISTED).map(([box, index]) => {
     const entry = make("button", { className: "entry", "data-number": index, on: {
       pointerenter: () => point(index), pointerleave: () => point(null), focus: () => point(index), blur: () => point(null),
-    } }, make("i", { className: `swatch ${kindOf(box)}` }), make("span", { text: nameOf(box) }), make("small", { text: detailOf(box) }));
+    } }, make("i", { className: `swatch ${kindOf(box)}` }), make("span", { text: nameOf(box) }), make("small", { text: detailOf(box) }),
+      ...answersOf(box).map(([title, text]) => make("small", { className: "answer" }, `${title} `, make("b", { text }))));
     return make("li", {}, entry);
   });
   if (shown.length > MOST_LISTED) items.push(make("li", { className: "faint", text: `and ${many(shown.length - MOST_LISTED, "other")}` }));

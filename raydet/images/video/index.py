@@ -1,34 +1,36 @@
-"""A video → one row per frame in Arrow batches; such rows → encoded frames."""
+"""A listing of videos → one row per frame in Arrow batches; such rows → encoded frames."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.common.packages import require_packages
-from raydet.common.untrusted.opening import NotAFileError
+from raydet.common.threads import available_cpus, in_order
 from raydet.config import DEFAULT_MAX_PIXELS
-from raydet.images.files import ReadError, read_error
+from raydet.images.files import ReadError
 from raydet.images.isolation import IsolationError
+from raydet.images.listing import Listing
 from raydet.images.references import FileReader
 from raydet.images.video.process import VideoProcess
-from raydet.images.video.times import FrameGroup, VideoError, chosen_frames
+from raydet.images.video.times import FrameGroup, FrameTimes, PacketTimes, VideoError, chosen_frames
 
-VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "mts", "m2ts")
 FRAME_FIELDS = (pa.field("frame", pa.int64()), pa.field("time_s", pa.float64()))
-"""Columns of a detections table of a video."""
+"""Columns of a detections table of videos."""
 VIDEO_SCHEMA = pa.schema(
     [
         pa.field("path", pa.string()),
         pa.field("uri", pa.string()),
         *FRAME_FIELDS,
         *((name, pa.int64()) for name in ("pts", "repetition", "key_pts", "key_dts", "next_key_pts")),
+        pa.field("error", pa.string()),
     ]
 )
-"""A frame in the index of a video: see `FrameTimes`; the last column is null at the end."""
+"""A frame in the index of videos: see `FrameTimes`; `next_key_pts` is null at the end. Or a video that cannot be read,
+with the reason in `error`, and nulls between it and the file."""
 _BATCH_ROWS = 2**16
 
 
@@ -37,78 +39,122 @@ class ListedFrame(NamedTuple):
 
     image_id: int
     path: str
-    uri: str
-    frame: int
-    time_s: float
-    pts: int
-    repetition: int
-    key_pts: int
-    key_dts: int
+    uri: str | None
+    frame: int | None
+    time_s: float | None
+    pts: int | None
+    repetition: int | None
+    key_pts: int | None
+    key_dts: int | None
     next_key_pts: int | None
+    error: str | None
 
 
-def is_video_name(name: str) -> bool:
-    """Return True if a file has the extension of a video."""
-    return name.rpartition(".")[2].lower() in VIDEO_EXTENSIONS
+def with_frames(listing: Listing, reader: FileReader, fps: float | None) -> Listing:
+    """List the frames of videos, reading each file once without decoding it, several at a time.
 
-
-def video_batches(uri: str, fps: float | None, skipped: Counter[str]) -> Iterator[pa.RecordBatch]:
-    """List the frames of a video, reading the file once without decoding it.
+    A video that cannot be read gets one row, with the reason, unless it is the only one.
 
     Args:
-        uri: Absolute path or URI of the file.
+        listing: The videos.
+        reader: Reader of their files.
         fps: As for `chosen_frames`.
-        skipped: Counts the frames that the header states, but which the file does not have.
 
     Raises:
-        UserError: The file is not a video, is damaged, or PyAV is not installed.
+        UserError: None of the videos can be read, or PyAV is not installed.
+        OSError: The storage failed.
     """
     require_packages("video")
-    try:
-        with FileReader().open(uri) as file:
-            video = VideoProcess(file, max_pixels=DEFAULT_MAX_PIXELS)
-            try:
-                times = video.times()
-            finally:
-                video.close()
-        chosen = chosen_frames(times, fps)
-    except (IsolationError, VideoError, NotAFileError, ReadError) as error:
-        raise UserError(f"cannot read the video {uri}: {read_error(error) or error}") from None
-    skipped["frames"] = max(0, times.num_stated - len(times.pts))
-    name = uri.rpartition("/")[2]
+    skipped, batches = Counter[str](), _frame_batches(listing, reader, fps)
+    unreadable = []
+    for batch, num_missing in batches:
+        if not batch["error"].null_count:
+            unreadable.append(batch)
+            continue
+        skipped["frames"] += num_missing
+        return Listing("video", chain(unreadable, [batch], _counted(batches, skipped)), skipped, VIDEO_SCHEMA)
+    path, uri, reason = (unreadable[0][column][0].as_py() for column in ("path", "uri", "error"))
+    which = f"the video {uri or path}" if len(unreadable) == 1 else f"any of {len(unreadable):,} videos, such as {path}"
+    raise UserError(f"cannot read {which}: {reason}")
+
+
+def _counted(batches: Iterable[tuple[pa.RecordBatch, int]], skipped: Counter[str]) -> Iterator[pa.RecordBatch]:
+    for batch, num_missing in batches:
+        skipped["frames"] += num_missing
+        yield batch
+
+
+def _frame_batches(listing: Listing, reader: FileReader, fps: float | None) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Yield the rows of one video after another, each time with the number of frames that only its header states."""
+
+    def examine(video: tuple[str, str | None]) -> tuple[FrameTimes, int] | str:
+        try:
+            times = _times_of(video[1], reader)
+            return chosen_frames(times, fps), max(0, times.num_stated - len(times.pts))
+        except (IsolationError, VideoError, ReadError) as error:
+            return str(error)
+
+    for batch in listing.batches:
+        videos = list(zip(batch["path"].to_pylist(), batch["uri"].to_pylist(), strict=True))
+        found = in_order(examine, videos, num_threads=min(len(videos), available_cpus()), ahead=2 * available_cpus())
+        for (path, uri), result in zip(videos, found, strict=True):
+            if isinstance(result, str):
+                nothing = [None] * (len(VIDEO_SCHEMA) - 3)
+                row = zip(VIDEO_SCHEMA.names, (path, uri, *nothing, result), strict=True)
+                yield pa.RecordBatch.from_pylist([dict(row)], schema=VIDEO_SCHEMA), 0
+                continue
+            chosen, num_missing = result
+            for rows in _rows_of(path, uri, chosen):
+                yield rows, num_missing
+                num_missing = 0
+
+
+def _times_of(uri: str | None, reader: FileReader) -> PacketTimes:
+    with reader.open_file(uri) as file:
+        video = VideoProcess(file, max_pixels=DEFAULT_MAX_PIXELS)
+        try:
+            return video.times()
+        finally:
+            video.close()
+
+
+def _rows_of(path: str, uri: str | None, chosen: FrameTimes) -> Iterator[pa.RecordBatch]:
     for start in range(0, len(chosen.frame), _BATCH_ROWS):
         rows = slice(start, start + _BATCH_ROWS)
         numbers = chosen.frame[rows].tolist()
         columns = [
-            pa.array([f"{name}/frame_{number:06d}" for number in numbers], pa.string()),
+            pa.array([f"{path}/frame_{number:06d}" for number in numbers], pa.string()),
             pa.array([uri] * len(numbers), pa.string()),
             *(pa.array(column[rows]) for column in (chosen.frame, chosen.time_s, chosen.pts, chosen.repetition)),
             *(pa.array(column[rows]) for column in (chosen.key_pts, chosen.key_dts)),
             pa.array(chosen.next_key_pts[rows], mask=~chosen.has_next[rows]),
+            pa.nulls(len(numbers), pa.string()),
         ]
         yield pa.RecordBatch.from_arrays(columns, schema=VIDEO_SCHEMA)
 
 
-def read_frames(rows: Iterable[ListedFrame]) -> Iterator[tuple[ListedFrame, bytes | None, str | None]]:
+def read_frames(
+    rows: Iterable[ListedFrame], reader: FileReader
+) -> Iterator[tuple[ListedFrame, bytes | None, str | None]]:
     """Yield each row with its frame as an encoded image, or with the reason why there is none.
 
     Args:
         rows: Consecutive rows of an index.
+        reader: Reader of the videos.
 
     Raises:
         UserError: PyAV is not installed.
         OSError: The storage failed, independently of this file.
     """
     require_packages("video")
-    reader = FileReader()
-    for uri, own in groupby(rows, key=lambda row: row.uri):
+    for (uri, reason), own in groupby(rows, key=lambda row: (row.uri, row.error)):
+        if reason is not None:
+            yield from ((row, None, reason) for row in own)
+            continue
         try:
-            opened = reader.open(uri)
-        except (OSError, ReadError) as error:
-            reason = read_error(error) if isinstance(error, OSError) else error
-            if reason is None:
-                raise
-            yield from ((row, None, str(reason)) for row in own)
+            opened = reader.open_file(uri)
+        except ReadError as error:
+            yield from ((row, None, str(error)) for row in own)
             continue
         with opened as file:
             video = VideoProcess(file, max_pixels=DEFAULT_MAX_PIXELS)
@@ -121,7 +167,9 @@ def read_frames(rows: Iterable[ListedFrame]) -> Iterator[tuple[ListedFrame, byte
 
 def _frames_of(video: VideoProcess, rows: list[ListedFrame]) -> Iterator[tuple[ListedFrame, bytes | None, str | None]]:
     first = rows[0]
-    pts, repetition = tuple(row.pts for row in rows), tuple(row.repetition for row in rows)
+    assert first.key_pts is not None and first.key_dts is not None
+    pts = tuple(row.pts for row in rows if row.pts is not None)
+    repetition = tuple(row.repetition for row in rows if row.repetition is not None)
     group = FrameGroup(pts, repetition, first.key_pts, first.key_dts, first.next_key_pts)
     found, reason = video.frames(group), "the decoder returned no frame"
     left = iter(rows)

@@ -46,9 +46,14 @@ class ChatAnswerer(_Speaker):
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
             for image in images
         ]
-        self._processor.tokenizer.padding_side = "left"
+        self._processor.tokenizer.padding_side = "left"  # so that each answer begins where its question ends
         inputs = self._processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
         )
         found = self._generate(self._to_device(inputs))[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self._processor.batch_decode(found, skip_special_tokens=True)]

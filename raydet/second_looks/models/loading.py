@@ -58,7 +58,8 @@ def load_looker(config: CropsConfig, *, device: str, num_threads: int) -> Looker
         try:
             with quiet(), offline_if_local(source):
                 return _load(config, source, device)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+            # Some processors import packages of their own, such as num2words, and name them.
             raise UserError(f"cannot read {config.model} as a model for {config.task}: {first_line(error)}") from error
 
 

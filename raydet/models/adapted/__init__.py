@@ -1,0 +1,1 @@
+"""A base model and folders with adapters → detectors that share the weights of the base."""
