@@ -504,7 +504,7 @@ class TestMistakes:
 
     def test_unfit_image_size(self) -> None:
         self.fails("rt_detr_v2_tiny", "--image-size.*32.*rt_detr_v2_tiny.*100", 100)
-        self.fails("rt_detr_v2_small", "--image-size 64", 64)
+        self.fails("rt_detr_v2_small", "--image-size must be at least 96 for rt_detr_v2_small, got 64", 64)
         build_detector("detr_tiny", CATEGORIES, image_size=100, seed=0)
 
     def test_gradient_checkpointing_that_transformers_lacks(self) -> None:
@@ -513,7 +513,7 @@ class TestMistakes:
 
     def test_sizes_that_windows_do_not_fit_into(self, tmp_path: Path) -> None:
         self.fails("lw_detr_tiny", "--image-size.*32.*lw_detr_tiny.*80", 80)
-        self.fails("rf_detr_tiny", "--image-size 64.*20.*16", 64)
+        self.fails("rf_detr_tiny", "--image-size must be at least 96 for rf_detr_tiny, got 64", 64)
         build("lw_detr_tiny").save(str(tmp_path))
         (tmp_path / "preprocessor_config.json").unlink()
         self.fails(str(tmp_path), "aspect ratio.*32.*--image-size", None)
