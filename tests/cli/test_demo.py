@@ -85,6 +85,6 @@ def test_the_demo_runs_twice_in_one_process_and_all_examples_follow_it(
             shutil.rmtree("data", ignore_errors=True)
         if name != "demo" and name not in ON_THE_HUB:
             run(name)
-    shutil.copy("photos/" + sorted(path.name for path in Path("photos").iterdir())[0], "photo.jpg")
+    shutil.copy(min(Path("photos").rglob("*.jpg")), "photo.jpg")
     assert main(["predict", "--checkpoint", "runs/demo/checkpoint", "--data", "photo.jpg"]) == 0
     assert Path("photo.detections.jpg").exists()
