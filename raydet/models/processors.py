@@ -1,7 +1,7 @@
 """Hugging Face image processors: the default of a family, another image size, and the resize rule that they follow."""
 
-import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -220,7 +220,7 @@ def _num_cells(config: Any, family: Family, size_hw: SizeHW) -> int:
 
 
 def least_side(config: Any, family: Family, *, num_queries: int) -> int:
-    """Return the least side in pixels of a square input with a cell for each query.
+    """Return the least side in pixels of a square input with a cell for each query, or the largest side that there is.
 
     Args:
         config: Config of a model with `side_multiple` above 1.
@@ -228,8 +228,9 @@ def least_side(config: Any, family: Family, *, num_queries: int) -> int:
         num_queries: Queries that the model picks from the cells of its feature maps.
     """
     multiple = side_multiple(config, family)
-    sides = itertools.count(multiple, multiple)
-    return next(side for side in sides if _num_cells(config, family, (side, side)) >= num_queries)
+    sides = range(multiple, _MOST_SIDE + multiple, multiple)
+    place = bisect_left(sides, num_queries, key=lambda side: _num_cells(config, family, (side, side)))
+    return sides[min(place, len(sides) - 1)]
 
 
 def query_strides(config: Any, family: Family) -> Sequence[float]:

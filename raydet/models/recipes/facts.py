@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raydet.models.checkpoints import read_checkpoint
+from raydet.common.errors import UserError, first_line
+from raydet.models.checkpoints import PROCESSOR_FILES, read_checkpoint
 from raydet.models.families import Family, family_of, too_small_size, unfit_size
 from raydet.models.recipes.variants import variant_of
 from raydet.models.small import DEFAULT_IMAGE_SIZE, SMALL_MODELS
 from raydet.tables import storage
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 SQUARE_SIDE, SHORTEST_SIDE, LONGEST_SIDE = 640, 800, 1333
 """Sides of the input in pixels that models on COCO have: a square, or limits of the shortest and the longest side."""
 SMALL_SIDE = SQUARE_SIDE // 2
@@ -99,7 +99,10 @@ def _least_side_of(name: str, family: Family) -> int:
     from raydet.models.processors import least_side
 
     config = _config_of(name)
-    return least_side(config, family, num_queries=getattr(config, family.num_queries_field))
+    try:
+        return least_side(config, family, num_queries=getattr(config, family.num_queries_field))
+    except (ArithmeticError, AttributeError, TypeError, ValueError):  # the workers say what is wrong with it
+        return 1
 
 
 def _config_of(name: str) -> Any:
@@ -107,7 +110,10 @@ def _config_of(name: str) -> Any:
         return SMALL_MODELS[name].make_config()
     from transformers import AutoConfig  # takes a second to import, which most models do without
 
-    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # dozens of types are possible
+        raise UserError(f"cannot read the config of {name}: {first_line(error)}") from error
 
 
 def _side(family: Family, image_size: int | None, size: Mapping[str, Any]) -> int | None:
@@ -126,7 +132,7 @@ def _side(family: Family, image_size: int | None, size: Mapping[str, Any]) -> in
 def _processor_size(name: str) -> Mapping[str, Any]:
     """Return `size` of a model's image processor; empty if it has none, or none that can be read."""
     try:
-        for file in _PROCESSOR_FILES:
+        for file in PROCESSOR_FILES:
             if storage.exists(name):
                 path = storage.join(name, file)
                 if not storage.exists(path):

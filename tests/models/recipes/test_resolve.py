@@ -1,6 +1,8 @@
 """Recipes: every row resolves to a consistent config, and what the user gives wins."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from raydet.config.options import load_file
 from raydet.models.families import FAMILIES
 from raydet.models.optim.schedules import check_schedule
 from raydet.models.processors import side_multiple
+from raydet.models.recipes.facts import check_side
 from raydet.models.recipes.resolve import GIVEN, begun_values, default_space, resolve
 from raydet.models.recipes.table import RECIPES
 from raydet.models.recipes.variants import variant_of
@@ -161,6 +164,24 @@ def test_rates_follow_the_batch_and_the_rest_follows_what_is_given(checkpoints: 
     assert len(_resolve(model=model).multi_scale) > 1
     # 20 queries need more than the 16 cells of 64 pixels.
     assert min(_resolve(model=checkpoints["rf_detr"], image_size=128).multi_scale) == 96
+
+
+def test_a_damaged_config_neither_hangs_nor_ends_in_a_traceback(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["rf_detr"], tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+
+    def sides(**wrong: Any) -> list[int]:
+        file.write_text(json.dumps({**content, **wrong}))
+        return _resolve(model=str(tmp_path / "model"), image_size=128).multi_scale
+
+    assert sides(num_queries=10**18) == []
+    with pytest.raises(UserError, match=r"cannot read the config of .*model: "):
+        sides(num_queries=None)
+
+    strides = {**json.loads((Path(checkpoints["rt_detr_v2"]) / "config.json").read_text()), "feat_strides": [0, 0, 0]}
+    file.write_text(json.dumps(strides))
+    check_side("image-size", 128, str(tmp_path / "model"), FAMILIES["rt_detr_v2"])  # the workers refuse it
 
 
 def test_the_number_of_workers_decides_micro_batches_only(checkpoints: dict[str, str]) -> None:
