@@ -205,7 +205,7 @@ def load_without_weights(name: str) -> Detector:
             with torch.device("meta"):
                 model = _new_model(config)
         except Exception as error:  # dozens of types are possible
-            raise cannot_read(name, error) from error
+            raise _cannot_read(name, error) from error
         processor = read_processor(name, family)
     return _evaluated(model, processor, categories, name)
 
@@ -273,10 +273,19 @@ def read_config(name: str) -> tuple[PreTrainedConfig, Family]:
         )
     else:
         hub_config_path(name)  # tells at once if the Hub cannot be reached
+    return parse_config(name)
+
+
+def parse_config(name: str) -> tuple[PreTrainedConfig, Family]:
+    """Read the config of a place that has been checked, which may also be a folder with adapters.
+
+    Raises:
+        UserError: It cannot be read, or belongs to no supported family.
+    """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # dozens of types are possible
-        raise cannot_read(name, error) from error
+        raise _cannot_read(name, error) from error
     return config, family_of(config.model_type, where=name)
 
 
@@ -301,7 +310,7 @@ def read_model(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, se
     except MemoryError:
         raise
     except Exception as error:  # dozens of types are possible
-        raise cannot_read(name, error) from error
+        raise _cannot_read(name, error) from error
     install_criterion(model)
     fresh = {str(key if isinstance(key, str) else key[0]) for key in report["mismatched_keys"]}
     return model, fresh | set(report["missing_keys"])
@@ -317,7 +326,7 @@ def read_processor(name: str, family: Family) -> Any:
         processor = AutoImageProcessor.from_pretrained(name, backend="torchvision", trust_remote_code=False)
     except Exception as error:  # dozens of types are possible
         if any(Path(name, file).exists() for file in PROCESSOR_FILES):
-            raise cannot_read(name, error) from error
+            raise _cannot_read(name, error) from error
         if not isinstance(error, OSError | ValueError):
             raise
         logger.warning("%s has no image processor; using the default, %s", name, family.processor)
@@ -326,7 +335,7 @@ def read_processor(name: str, family: Family) -> Any:
     return supported_processor(processor)
 
 
-def cannot_read(name: str, error: Exception) -> UserError:
+def _cannot_read(name: str, error: Exception) -> UserError:
     """Make the error for a model that transformers fails to load."""
     if isinstance(error, OfflineModeIsEnabled) and Path(name).exists():
         return UserError(

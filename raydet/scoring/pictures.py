@@ -24,18 +24,8 @@ SCORE_THRESHOLD = 0.3
 """Default of `--score-threshold` for pictures, as of `raydet.load`."""
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 _TABLES_ONLY = (
-    *(
-        "num_workers",
-        "cpus_per_worker",
-        "reduced_decode",
-        "limit",
-        "fps",
-        "allow_root",
-        "keep",
-        "rows_per_file",
-        "adapter",
-    ),
-    *("draw", "draw_if", "draw_threshold", "price_per_node_hour", "max_failures"),
+    *("num_workers", "cpus_per_worker", "reduced_decode", "limit", "fps", "allow_root", "keep", "rows_per_file"),
+    *("adapter", "draw", "draw_if", "draw_threshold", "price_per_node_hour", "max_failures"),
 )
 """Options without a meaning for pictures."""
 

@@ -25,13 +25,7 @@ from raydet.config.fields import with_options
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
-from raydet.images.collection import (
-    INDEX_FILE,
-    Collection,
-    IndexedCollection,
-    VideoCollection,
-    open_collection,
-)
+from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, VideoCollection, open_collection
 from raydet.images.windows.index import WindowSize
 from raydet.measuring.fitting.operating_point import read_point_of
 from raydet.models.checkpoints import fingerprint, read_checkpoint
@@ -42,15 +36,7 @@ from raydet.scoring.gallery import GalleryPainter
 from raydet.scoring.kept import vectors_to_keep
 from raydet.scoring.models import ModelFacts, check_adapters, check_fit, schema_of
 from raydet.scoring.pictures import Picture, detect_in, pictures_in
-from raydet.scoring.plan import (
-    ChunkStats,
-    FileCounts,
-    ScoringPlan,
-    Work,
-    files_of_chunks,
-    part_name,
-    table_uri,
-)
+from raydet.scoring.plan import ChunkStats, FileCounts, ScoringPlan, Work, files_of_chunks, part_name, table_uri
 from raydet.scoring.recovery import ScoringPlace, raise_if_permanent, reason_of, score_all
 from raydet.scoring.windows.merging import WINDOWS_FOLDER, PictureWriter, plan_of_pictures, work_of_windows
 from raydet.tables import storage

@@ -7,7 +7,7 @@ frozen weights are in memory once. Nothing is switched between forward passes.
 from collections.abc import Iterator, Sequence
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from raydet.common.errors import UserError
 from raydet.common.hub_client import offline_if_local
@@ -17,9 +17,9 @@ from raydet.models.adapters.folder import digest_of, read_weights
 from raydet.models.backbone import backbone_parameter_names
 from raydet.models.checkpoints import CONFIG, PROCESSOR_FILES, categories_in
 from raydet.models.detector import Detector, quiet
-from raydet.models.families import Family, family_of
+from raydet.models.families import Family
 from raydet.models.geometry import ResizeRule
-from raydet.models.loading import cannot_read, missing_weights, read_config, read_model, read_processor
+from raydet.models.loading import missing_weights, parse_config, read_config, read_model, read_processor
 from raydet.models.processors import check_num_queries, resize_rule_of
 from raydet.tables import storage
 
@@ -93,12 +93,8 @@ def _config(base: str, adapter: AdapterFolder) -> tuple[PreTrainedConfig, Family
     if not storage.exists(storage.join(adapter.uri, CONFIG)):
         with offline_if_local(base):
             return read_config(base)
-    try:
-        with offline_if_local(adapter.uri):
-            config = AutoConfig.from_pretrained(adapter.uri, trust_remote_code=False)
-    except Exception as error:  # dozens of types are possible
-        raise cannot_read(adapter.uri, error) from error
-    return config, family_of(config.model_type, where=adapter.uri)
+    with offline_if_local(adapter.uri):
+        return parse_config(adapter.uri)
 
 
 def _processor(base: str, adapter: AdapterFolder, family: Family) -> object:

@@ -14,6 +14,7 @@ from raydet.common.errors import UserError, first_line
 from raydet.models.adapters.description import ADAPTER_WEIGHTS
 from raydet.models.adapters.lora import ADAPTER_NAME
 from raydet.models.backbone import backbone_parameter_names
+from raydet.models.checkpoints import ADAPTER_CONFIG
 
 _DIGEST_KEY = "raydet_frozen_weights"
 """Metadata of the file of weights: the digest of those that are frozen and therefore not in it."""
@@ -48,7 +49,7 @@ def write_adapter(model: PreTrainedModel, folder: str, *, base: str) -> None:
     changed, frozen = _changed_weights(model), _frozen_weights(model)
     save_file(changed, weights, metadata={"format": "pt", _DIGEST_KEY: digest_of(frozen)})
     # safetensors makes files private; the others follow the umask.
-    weights.chmod(Path(folder, "adapter_config.json").stat().st_mode & 0o777)
+    weights.chmod(Path(folder, ADAPTER_CONFIG).stat().st_mode & 0o777)
 
 
 def _changed_weights(model: PreTrainedModel) -> dict[str, Tensor]:
