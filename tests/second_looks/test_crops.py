@@ -210,6 +210,7 @@ def test_a_processor_that_needs_another_package_names_it(
         raise ImportError("Package `num2words` is required to run SmolVLM processor.")
 
     monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", failing)
+    monkeypatch.setattr(driver, "is_connected", lambda: False)
     with pytest.raises(UserError, match="num2words"):
         crops(config_of(data, tmp_path / "out", models("git"), "image-text-to-text"))
 
