@@ -142,8 +142,9 @@ def _generate(data: Path, seed: int, options: argparse.Namespace) -> None:
     """Write tables of shapes: DATA/NAME/train of `few`, `many` and `pool`, and DATA/many/val."""
     numbers = {"few": options.labelled, "many": options.unlabelled, "pool": options.unlabelled}
     for part, (name, number) in enumerate(numbers.items()):
+        num_val = 8 if name == "pool" else max(8, number // 2)
         config = PrepareShapesConfig(
-            out=str(data / name), num_train=number, num_val=max(8, number // 2), image_size=SIDE, seed=3 * seed + part
+            out=str(data / name), num_train=number, num_val=num_val, image_size=SIDE, seed=3 * seed + part
         )
         prepare_shapes(config)
 
