@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.config import BrowseConfig
-from raydet.images.collection import INDEX_FILE, Collection, TableCollection, VideoCollection, open_collection
+from raydet.images.collection import Collection, TableCollection, VideoCollection, index_in, open_collection
 from raydet.measuring.answers.columns import Answers, read_answers
 from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.joining import ImageKeys, list_images
@@ -189,7 +189,7 @@ def _scored_images(config: BrowseConfig, table: Table, notes: list[str]) -> Coll
         data = None if record is None else record.identity.get("data")
         if not isinstance(data, str):
             raise UserError("the folder does not record what was scored; name it with --images")
-        index = storage.join(table.uri, INDEX_FILE)
+        index = index_in(table.uri)
         return open_collection(data, index_uri=index if storage.exists(index) else None)
     except (UserError, OSError) as error:
         notes.append(f"Pictures are not shown: {error}")
