@@ -77,19 +77,21 @@ def select(config: SelectConfig, *, console: Console | None = None) -> Selection
     console = console or Console()
     kind: TableKind = "to_label" if config.by else "near_duplicates" if config.near_duplicates else "similar"
     table = open_table(config.detections, "detections")
+    other = None if config.other is None else open_table(config.other, "detections")
+    labelled = None if config.labelled_data is None else open_table(config.labelled_data, "images")
     folders: list[str] = [kind, _DETECTIONS] if config.by else [kind]
     with open_folder(config.out, command="select", notify=console.line) as folder:
         run_identity = {
             **identity(config),
             "detections_fingerprint": table.fingerprint,
-            "other_fingerprint": config.other and open_table(config.other, "detections").fingerprint,
-            "labelled_fingerprint": config.labelled_data and open_table(config.labelled_data, "images").fingerprint,
+            "other_fingerprint": other and other.fingerprint,
+            "labelled_fingerprint": labelled and labelled.fingerprint,
         }
         folder.admit(run_identity, folders=folders, is_disposable=not folder.exists(kind, MANIFEST_NAME))
         found: _Results
         with console.progress("comparing images", total=table.num_rows if config.by else None) as progress:
             if config.by:
-                found = next_images(table, config, progress)
+                found = next_images(table, config, progress, other=other, labelled=labelled)
             elif config.near_duplicates:
                 found = _duplicates(table, config)
             else:
