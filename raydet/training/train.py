@@ -219,9 +219,9 @@ def _train_into(
         if resources.notice:
             console.line(resources.notice)
         if isinstance(tables["train"], Mixture):
-            shown = shown_of(tables["train"])
+            shown, names = shown_of(tables["train"]), [category.name for category in tables["train"].categories]
             folder.write_bytes(json.dumps(record_of(tables["train"], shown), indent=1).encode(), "log", _SHOWN_FILE)
-            for line in lines_of(tables["train"], shown):
+            for line in lines_of(shown, names):
                 console.line(line)
         if unlabelled := _classes_without_truth(tables):
             console.line(f"no validation image can have these classes, which AP leaves out: {', '.join(unlabelled)}")

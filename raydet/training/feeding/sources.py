@@ -92,10 +92,20 @@ def open_sources(config: TrainConfig) -> Table | Mixture:
     mixture = merged(tables, weights, names or {})
     if config.teacher is not None:
         mixture = _with_teachers(mixture, config.teacher, names or {})
-    if config.repeat_rare is not None:
-        factors = repeat_factors(mixture, config.repeat_rare)
+    return with_repeats(mixture, config.repeat_rare)
+
+
+def with_repeats(mixture: Mixture, repeat_rare: float | None) -> Mixture:
+    """Repeat images by the weights of their tables and, with a threshold, by their rare classes.
+
+    Raises:
+        UserError: The classes of the boxes are read, and a table is damaged.
+    """
+    weights = [source.weight for source in mixture.sources]
+    if repeat_rare is not None:
+        factors = repeat_factors(mixture, repeat_rare)
     elif weights != [1.0] * len(weights):
-        factors = np.repeat(weights, [table.num_rows for table in tables])
+        factors = np.repeat(weights, [source.table.num_rows for source in mixture.sources])
     else:
         return mixture
     return replace(mixture, repeats=Repeats(factors))
