@@ -250,9 +250,12 @@ def _train_into(
             raise failure.to_error()
         _, progress = ray.get(board.read.remote(0))
     finished = read_history(out)
-    if stop and not _is_finished(config, finished):
+    if stop:
+        # Also if the request came during the last step: a caller with further steps, such as a loop, must end too.
         raise stop.to_error(
-            f"run stopped after step {progress.step} of epoch {progress.epoch}, state saved; run the same command "
+            "run stopped when the training was finished, all saved; run the same command again for its result"
+            if _is_finished(config, finished)
+            else f"run stopped after step {progress.step} of epoch {progress.epoch}, state saved; run the same command "
             "again to resume"
         )
     return TrainResult(out, checkpoint, finished, metric=metric, advice=advice, adapter=adapter)
