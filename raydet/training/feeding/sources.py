@@ -233,6 +233,10 @@ def _renamed(given: dict[str, str] | str | None) -> dict[str, str] | None:
     """
     if not isinstance(given, str):
         return given or None
+    if given.startswith("{"):  # YAML reads {a:b} as one word
+        raise UserError(
+            f"--rename-classes must be written as '{{OLD: NEW}}', with a blank after the colon; got {given}"
+        )
     try:
         content = storage.read_given_yaml(given, "file")
     except UserError as error:
