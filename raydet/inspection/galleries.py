@@ -17,6 +17,7 @@ from raydet.images.references import image_bytes
 from raydet.inspection.picks import Pick
 from raydet.models.geometry import Image
 from raydet.reporting.galleries import data_uri
+from raydet.tables.schema import LABELLED_COLUMN
 from raydet.tables.table import Table
 from raydet.training.feeding.mixture import Mixture
 from raydet.training.feeding.ordering import RunPlan
@@ -142,7 +143,8 @@ class FirstEpoch:
 
 
 def _content(row: pa.StructScalar) -> dict[str, Any]:
-    return {name: row[name].as_py() for name in ("image_id", "image", "width", "height", "objects")}
+    names = ["image_id", "image", "width", "height", "objects"]
+    return {name: row[name].as_py() for name in (*names, LABELLED_COLUMN) if name in row.type.names}
 
 
 def _pairs(

@@ -28,7 +28,7 @@ from raydet.inspection.inspect import inspect
 from raydet.inspection.picks import Picker
 from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
-from raydet.tables.schema import Category, build_schema
+from raydet.tables.schema import LABELLED_COLUMN, OPTIONAL_FIELDS, Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training.feeding import stream
 from raydet.training.feeding.batches import ready_batches
@@ -282,18 +282,23 @@ def test_histograms_lie_as_far_apart_as_their_shares() -> None:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """Write thirty images into several files and row groups, some with crowds; many have an unreadable partner."""
+    """Write thirty images into several files and row groups; many have an unreadable partner.
+
+    Some have crowds, and some are labelled for two classes only.
+    """
     content = []
     for number in range(30):
         boxes = [((10.0 + number, 10.0, 60.0, 50.0), number % 3), ((40.0, 20.0, 30.0, 30.0), 1)]
         size_wh = (120 + number, 90)
         row = image_row(1000 + number, boxes, size_wh=size_wh, data=picture_bytes(number, *size_wh))
         row["objects"]["iscrowd"] = [False, number % 4 == 0]
+        row[LABELLED_COLUMN] = [0, 1] if number % 5 == 0 else None
         content.append(row)
     content[7]["image"]["bytes"] = b"no image"
     categories = [Category(number + 1, name) for number, name in enumerate(NAMES)]
     folder = tmp_path_factory.mktemp("photographs")
-    schema = build_schema("images", categories)
+    fields = [pa.field(LABELLED_COLUMN, OPTIONAL_FIELDS["images"][LABELLED_COLUMN])]
+    schema = build_schema("images", categories, extra_fields=fields)
     with TableWriter(str(folder), schema, config_hash="x", file_bytes=400_000) as writer:
         for start in range(0, 30, 6):
             writer.write_rows(content[start : start + 6])
