@@ -253,7 +253,7 @@ def _train_into(
     if stop:
         # Also if the request came during the last step: a caller with further steps, such as a loop, must end too.
         raise stop.to_error(
-            "run stopped when the training was finished, all saved; run the same command again for its result"
+            "run stopped after the last epoch, the training is finished; run the same command again for its result"
             if _is_finished(config, finished)
             else f"run stopped after step {progress.step} of epoch {progress.epoch}, state saved; run the same command "
             "again to resume"

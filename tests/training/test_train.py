@@ -164,7 +164,7 @@ def test_a_finished_run_says_so_and_another_run_is_refused(trained: Trained) -> 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_stop_request_in_the_last_step_stops_the_caller_too(shapes: Path, tmp_path: Path) -> None:
     config = _config(shapes, tmp_path / "run", epochs=1, validate_fraction=0.1, save_every_steps=None, log_images=0)
-    with pytest.raises(RunStopped, match="training was finished") as stopped:
+    with pytest.raises(RunStopped, match="training is finished") as stopped:
         train(config, on_epoch=lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert stopped.value.exit_code == 143
     assert train(config).already_done
