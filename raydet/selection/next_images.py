@@ -111,6 +111,11 @@ def next_images(
         max_similarity=np.inf if config.min_similarity is None else config.min_similarity,
         by_distance="diversity" in config.by,
     )
+    if not len(chosen):
+        raise UserError(
+            f"the {len(vectors):,} images of {table.uri} with the highest ranks are all at least --min-similarity "
+            f"{config.min_similarity:g} similar to a labelled one; raise it"
+        )
     return criteria.explained(ranked.take(chosen), similarity)
 
 
@@ -119,13 +124,15 @@ def _labelled(table: Table, known: Table | None) -> tuple[Flags, Floats | None]:
     is_labelled = np.zeros(table.num_rows, np.bool_)
     if known is None:
         return is_labelled, None
+    if not known.categories:
+        raise UserError(f"--labelled-data {known.uri} has no classes: it was prepared without labels")
     is_labelled[rows_of_same_images(list_images(known), list_images(table), option="--labelled-data")] = True
     counts = np.zeros(len(known.categories))
     for batch in known.iter_batches(["objects.category"], BATCH_ROWS):
         _, columns = flatten(batch, "objects", ("category",), known.uri)
         counts += np.bincount(columns["category"], minlength=len(counts))
     places = indices_in(_names(table), _names(known))
-    return is_labelled, np.where(places >= 0, counts[places], 0) if len(counts) else np.zeros(len(places))
+    return is_labelled, np.where(places >= 0, counts[places], 0)
 
 
 def _names(table: Table) -> list[str]:
