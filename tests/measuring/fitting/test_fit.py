@@ -287,6 +287,9 @@ def test_refusals(fitted: dict[str, Any], tmp_path: Path) -> None:
     few.write_text(json.dumps({**content, "images": others, "annotations": boxes}))
     with pytest.raises(UserError, match=r"run predict on the images of this truth$"):
         raydet.fit(**{**fitted, "truth": str(few)})
+    few.write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(UserError, match=r"finds a labelled box of .* at IoU 0\.5"):
+        raydet.fit(**{**fitted, "truth": str(few)})
     wrong: list[dict[str, Any]] = [{"target_precision": 1.0}, {"target_precision": 0.0}, {"seed": -1}]
     for options in wrong:
         with pytest.raises(UserError):
