@@ -272,11 +272,12 @@ def _check(plan: _Plan, console: Console) -> None:
     if config.truth == config.val_data:
         console.line("--truth is also --val-data, whose best epoch is chosen: this favours new models slightly")
     truth = open_table(config.truth, "images")
+    require(truth.num_rows > 0 and bool(truth.categories), f"--truth {truth.uri} has no images, or none with labels")
     for name in plan.evaluate.slice_by:
         known = name in PROPERTIES or name in truth.schema.names
         require(known, f"--evaluate: slice_by names {name}, which is no column of {truth.uri}")
     check(plan.train)
-    open_images(plan.labels)
+    require(open_images(plan.labels).table.num_rows > 0, f"--unlabelled {config.unlabelled} has no images")
     try:
         check_thresholds(plan.labels, [category.name for category in model.categories])
     except UserError as error:
