@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from raydet.common.console import Console, aligned
+from raydet.common.console import Console, aligned, counted
 from raydet.common.display.progress import Progress
 from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
@@ -59,7 +59,8 @@ class Inspection(Shown):
         """Return the summary as text."""
         lines = []
         for split, counts in self.counts.items():
-            about = f"{counts.num_images:,} images, {counts.num_boxes:,} boxes, {counts.num_classes:,} classes"
+            parts = ((counts.num_images, "image", "images"), (counts.num_boxes, "box", "boxes"))
+            about = ", ".join(counted(*part) for part in (*parts, (counts.num_classes, "class", "classes")))
             lines.append(about if split == "data" else f"validation: {about}")
         counts = self.counts["data"]
         rows: list[tuple[str, ...]] = [("class", "boxes", "images", "small", "medium", "large")]

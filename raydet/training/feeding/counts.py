@@ -59,7 +59,7 @@ def lines_of(shown: Sequence[EpochShare], names: Sequence[str]) -> list[str]:
     """Describe for the terminal what an epoch shows of each table; `names` are those of the classes."""
     num_images = sum(one.num_images for one in shown)
     num_shown = sum(one.images_per_epoch for one in shown)
-    lines = [f"{max(1, round(num_shown)):,} images per epoch, of {counted(num_images, 'image')}:"]
+    lines = [f"{counted(max(1, round(num_shown)), 'image')} per epoch, of {counted(num_images, 'image')}:"]
     lines += [
         f"  {one.images_per_epoch:,.0f} of {one.num_images:,} in {one.uri}"
         + (f" (weight {one.weight:g})" if one.weight != 1 else "")
@@ -74,7 +74,7 @@ def lines_of(shown: Sequence[EpochShare], names: Sequence[str]) -> list[str]:
         lines.append(f"  {names[index]}: {boxes[index].sum():,.0f}{parts}")
     if len(order) > _MOST_CLASSES_SHOWN:
         rest = order[_MOST_CLASSES_SHOWN:]
-        lines.append(f"  {counted(len(rest), 'other class')}: {boxes[rest].sum():,.0f}")
+        lines.append(f"  {counted(len(rest), 'other class', 'other classes')}: {boxes[rest].sum():,.0f}")
     return lines
 
 
