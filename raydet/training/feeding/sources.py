@@ -98,8 +98,10 @@ def open_sources(config: TrainConfig) -> Table | Mixture:
 def with_repeats(mixture: Mixture, repeat_rare: float | None) -> Mixture:
     """Repeat images by the weights of their tables and, with a threshold, by their rare classes.
 
+    With a threshold the classes of all boxes are read.
+
     Raises:
-        UserError: The classes of the boxes are read, and a table is damaged.
+        UserError: A table is damaged.
     """
     weights = [source.weight for source in mixture.sources]
     if repeat_rare is not None:
