@@ -184,12 +184,11 @@ class OutputFolder:
         if earlier is not None:
             changes = [] if is_disposable else _changes(earlier.identity, _plain(identity))
             if earlier.command != self.command:
-                changes = [f"command: {earlier.command} → {self.command}"]
+                changes, remedy = [f"command: {earlier.command} → {self.command}"], "choose another --out"
+            else:
+                remedy += ", or use the same settings to resume it"
             if changes:
-                raise UserError(
-                    f"--out {self.uri} already holds another run ({'; '.join(changes)}); {remedy}, or use the "
-                    "same settings to resume it"
-                )
+                raise UserError(f"--out {self.uri} already holds another run ({'; '.join(changes)}); {remedy}")
         if storage.is_local(self.uri):  # object stores have no partial files
             for place in (*((folder,) for folder in folders), *([()] if part is None else [])):
                 for name in self.list_files(*place):
@@ -295,6 +294,8 @@ def _shown(name: str) -> str:
 
 def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = [*now, *(name for name in earlier if name not in now)]
+    if earlier.get("source") != now.get("source"):
+        names = ["source"]  # whose options are others
     return [
         _FINGERPRINTS.get(name) or f"{_shown(name)}: {earlier.get(name)} → {now.get(name)}"
         for name in names

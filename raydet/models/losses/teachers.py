@@ -4,7 +4,8 @@ A teacher's boxes are matched one to one to the queries of each decoder layer an
 encoder, by the costs of the student's own matcher with a soft class instead of a label. A matched query learns the
 teacher's class scores and box, weighted by the teacher's highest score for it:
 
-- Sigmoid scores learn by the quality focal loss, |y − σ|² · BCE(σ, y) (Li et al. 2020, "Generalized Focal Loss").
+- Sigmoid scores learn by the quality focal loss, |y − σ|² · BCE(σ, y) (Li et al. 2020, "Generalized Focal Loss"). The
+  factor |y − σ|² counts as a constant in the gradient, as the weights of RT-DETR's varifocal loss do.
 - Softmax scores learn by the Kullback-Leibler divergence from the teacher's distribution, whose rest is "no object".
 
 In classes that an image is not labelled for, all queries count fully: those with a box learn its scores, however low,
