@@ -270,7 +270,7 @@ def test_a_gpu_needs_the_package_for_gpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="replace onnxruntime with onnxruntime-gpu"):
         check_engine(config, "detr")
     with pytest.raises(UserError, match="replace onnxruntime with onnxruntime-gpu"):
-        raydet.load(config.checkpoint, engine="onnx", use_gpu=True)
+        raydet.load(str(config.checkpoint), engine="onnx", use_gpu=True)
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnx"])
