@@ -57,6 +57,8 @@ def test_a_slice_for_each_text_and_null_is_unknown() -> None:
         ([3, 1, 10], ["is_day=1", "is_day=3", "is_day=10"]),
         ([0.25, float("nan"), 2.0], ["is_day=0.25", "is_day=2", "is_day=unknown"]),
         (["unknown", None, "a"], ["is_day=a", "is_day=unknown"]),
+        (["", "a", "(empty)", None], ["is_day=(empty)", "is_day=a", "is_day=unknown"]),
+        ([0.1, 0.1 + 1e-15, 2.0], ["is_day=0.1", "is_day=2"]),
         ([None, None], ["is_day=unknown"]),
         (pa.array(["b", "a", None]).dictionary_encode(), ["is_day=a", "is_day=b", "is_day=unknown"]),
         (pa.chunked_array([["b"], ["a"]]), ["is_day=a", "is_day=b"]),
