@@ -64,8 +64,9 @@ def slices_of(
 
     A column of text, booleans or up to 12 distinct numbers yields one slice per value. A column of more numbers, of
     dates or of times yields up to four slices with about as many images each, named by their lowest and highest value.
-    Null and NaN are "unknown", and the empty text is "(empty)"; so are texts of these names. Properties: `box_size`, COCO's size classes of the labelled box; `crowding`, number of
-    boxes in the image, crowds excluded; `image_size`, the longer side of the image.
+    Null and NaN are "unknown", and the empty text is "(empty)"; so are texts of these names. Properties: `box_size`,
+    COCO's size classes of the labelled box; `crowding`, number of boxes in the image, crowds excluded; `image_size`,
+    the longer side of the image.
 
     `columns` are the extra columns of the images table by name, and `sizes_hw` height and width in pixels, 0 if
     unknown, int64 [I, 2], both in the order of `truth.image_ids`; `areas` are the protocol's size classes.

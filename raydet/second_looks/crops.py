@@ -23,6 +23,7 @@ from raydet.common.untrusted.documents import parse_json
 from raydet.config import CropsConfig, config_hash, identity
 from raydet.config.fields import with_options
 from raydet.images.collection import INDEX_FILE, Collection, open_collection
+from raydet.images.windows.index import PICTURE_FIELDS
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.scoring.plan import COUNTS_KEY, files_of_chunks, part_name
 from raydet.second_looks.models.looker import answer_fields, check_task
@@ -83,6 +84,11 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
     """
     console = console or Console()
     found = open_table(config.detections, "detections")
+    if all(field.name in found.schema.names for field in PICTURE_FIELDS):
+        raise UserError(
+            f"{found.uri} is about pictures that predict --windowed read in parts, but crops decodes whole images; "
+            "score those that are small enough with --tile alone"
+        )
     model = read_checkpoint(config.model)
     check_task(config, model.content)
     labels = labels_of(config, model) if config.relabel is not None else ()

@@ -311,7 +311,7 @@ _OTHERS = (
     Format(
         "predict windowed",
         "windowed",
-        "predict --checkpoint {base}/model --data {data} --tile 64 --windowed --out {out}",
+        "predict --checkpoint {base}/model --data {data} --tile 1024 --windowed --out {out}",
         images=["b.tif"],
         folders=[""],
         weight="heavy",

@@ -55,6 +55,7 @@ class OpenTiff:
         found = georeference_of(directory)
         self.georeference = found._replace(transform=self._upright(found.transform))
         self._pieces: OrderedDict[Piece, Pixels] = OrderedDict()
+        self._damaged: dict[Piece, str] = {}
 
     def refusal_of(self, width: int, height: int) -> str | None:
         """Return why windows of this size cannot be read; None if they can."""
@@ -107,6 +108,9 @@ class OpenTiff:
         for piece in needed:
             if piece in self._pieces:
                 self._pieces.move_to_end(piece)
+        reason = next((self._damaged[piece] for piece in needed if piece in self._damaged), None)
+        if reason is not None:  # a large strip belongs to many windows
+            raise WindowError(reason)
         missing = [piece for piece in needed if piece not in self._pieces]
         self._forget(len(needed) - len(missing))
         ranges = {piece: self._layout.ranges_of(piece) for piece in missing}
@@ -117,6 +121,7 @@ class OpenTiff:
             try:
                 pixels = decode(data, max_pixels=self._max_pixels)
             except DecodeError as error:
+                self._damaged[piece] = str(error)
                 raise WindowError(str(error)) from None
             if pixels.shape[:2] != (num_rows, self._layout.segment_width):
                 raise WindowError("broken TIFF: a tile or strip has another size than it should")
