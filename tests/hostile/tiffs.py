@@ -47,7 +47,7 @@ class Entry(NamedTuple):
     """Fields of an entry of a directory."""
 
     kind: Field
-    count: Field
+    number: Field
     value: Field
 
 
@@ -83,7 +83,7 @@ def altered() -> Iterator[tuple[str, bytes]]:
 
 WRONG: Mapping[str, tuple[int, ...]] = {
     "kind": (0, 1, 2, 3, 4, 5, 12, 16, 18, 19, 65_535),
-    "count": (0, 1, 2, 7, 1_000, 2**20 + 1, 2**31 - 1, 2**31, -1),
+    "number": (0, 1, 2, 7, 1_000, 2**20 + 1, 2**31 - 1, 2**31, -1),
     "value": (0, 1, 2, 3, 8, 255, 65_535, 65_536, 2**31 - 1, 2**31, -1),
 }
 """Wrong values of each field; -1 stands for the largest number."""
