@@ -312,6 +312,19 @@ def test_rows_without_lists_have_no_crops_and_damage_is_that_of_the_detections(
         crops(dataclasses.replace(config, out=str(tmp_path / "out2")))
 
 
+def test_a_run_is_not_continued_with_other_detections(data: Path, models: Any, tmp_path: Path) -> None:
+    config = config_of(data, tmp_path / "out", models("vit"), "image-classification")
+    found = tmp_path / "found"
+    shutil.copytree(data / "found", found)
+    config = dataclasses.replace(config, detections=str(found))
+    crops(config)
+    shutil.rmtree(found)
+    with TableWriter(str(found), open_table(str(data / "found")).schema, config_hash="1" * 12) as writer:
+        writer.write_rows(rows_of(data / "found", "detections")[:-1])
+    with pytest.raises(UserError, match=r"another run \(the detections have changed since\)"):
+        crops(config)
+
+
 def test_a_template_may_have_further_braces(data: Path, models: Any, tmp_path: Path) -> None:
     options = {"labels": ["cat", "dog"], "prompt_template": "a {} in {1}"}
     config = config_of(data, tmp_path / "out", models("clip"), "zero-shot-image-classification", **options)
