@@ -142,7 +142,7 @@ class PredictConfig(WorkersConfig):
     )
 
     top_k: int | None = option(
-        "maximum detections per image, the best-scoring ones; by default the model's own limit",
+        "maximum detections per image, the best-scoring ones; by default the model's own limit, with --windowed none",
         None,
         group="Detections",
     )
