@@ -126,7 +126,7 @@ def groups_in(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> t
     """
     if name not in columns:
         usable = [column for column, values in columns.items() if _is_usable(values.type)]
-        there = f"the images table has the columns {', '.join(usable)}" if usable else "the truth has no extra columns"
+        there = f"the columns are {', '.join(usable)}" if usable else "the truth has no extra columns"
         raise UserError(
             f"--slice-by: no column or property {name}; {there}; the properties are {', '.join(PROPERTIES)}"
         )

@@ -101,7 +101,10 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
         model=model.name,
     )
     with open_folder(config.out, command="crops", notify=console.line) as folder:
-        if not folder.refuse_foreign([RELABELLED]):
+        records, already_done = folder.refuse_foreign([RELABELLED]), is_table(folder.uri)
+        # Such as one whose model could not be loaded: the next one may have other settings.
+        has_nothing = not already_done and not files_of_chunks(folder)
+        if not records or has_nothing:
             folder.delete_file(INDEX_FILE)
         images = open_collection(
             config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root, fps=config.fps
@@ -113,8 +116,7 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
             "data_fingerprint": images.fingerprint,
             "model_fingerprint": model_fingerprint,
         }
-        earlier = folder.admit(run_identity, folders=[RELABELLED])
-        already_done = is_table(folder.uri)
+        earlier = folder.admit(run_identity, folders=[RELABELLED], is_disposable=has_nothing)
         if earlier is None:
             folder.begin(
                 run_identity, folders=[RELABELLED], plan={"images_per_file": config.rows_per_file or _IMAGES_PER_FILE}

@@ -71,6 +71,11 @@ def test_values_have_readable_names(values: Any, names: list[str]) -> None:
     assert list(sliced("is_day", values)) == names
 
 
+def test_an_unknown_column_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(UserError, match="no column or property weather; the columns are camera; the properties are"):
+        slices_of("weather", truth_of([1]), columns={"camera": pa.array(["a"])}, sizes_hw=np.zeros((1, 2), np.int64))
+
+
 def test_many_numbers_make_quarters() -> None:
     found = sliced("exposure", [*range(100, 0, -1), None])
     assert list(found) == [

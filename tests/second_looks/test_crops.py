@@ -325,6 +325,19 @@ def test_a_run_is_not_continued_with_other_detections(data: Path, models: Any, t
         crops(config)
 
 
+def test_a_run_that_could_not_begin_leaves_the_folder_to_others(
+    data: Path, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "is_connected", lambda: False)
+    config = config_of(data, tmp_path / "out", models("vit"), "image-classification", precision="fp16")
+    with pytest.raises(UserError, match=r"fp16 needs a GPU, but the model runs on the CPU here"):
+        crops(config)
+    assert crops(dataclasses.replace(config, precision="fp32")).num_crops == 18
+    with pytest.raises(UserError, match=r"another run \(--margin: 0.0 → 1.0\)"):
+        crops(dataclasses.replace(config, precision="fp32", margin=1.0))
+
+
 def test_a_template_may_have_further_braces(data: Path, models: Any, tmp_path: Path) -> None:
     options = {"labels": ["cat", "dog"], "prompt_template": "a {} in {1}"}
     config = config_of(data, tmp_path / "out", models("clip"), "zero-shot-image-classification", **options)
